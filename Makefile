@@ -1,0 +1,29 @@
+# Every target does its own set-up: a fresh clone needs nothing but Python 3.11 or 3.12 and a C++ compiler.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test check clean
+
+demo: $(INSTALLED)  ## the whole loop, ending with a table and a live answer; ARGS=--keep leaves the server up
+	$(BIN)/overproof demo $(ARGS)
+
+test: $(INSTALLED)  ## all tests, on a real cluster of several nodes on this machine
+	$(BIN)/pytest $(ARGS)
+
+check: $(INSTALLED)  ## style, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@test ! -e platform/__init__.py || { echo 'platform/__init__.py shadows the standard library: delete it'; exit 1; }
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"overproof needs Python 3.11 or 3.12, {sys.executable} is %d.%d; name one: make PYTHON=python3.11 ..." % v)'
+	$(PYTHON) -m venv .venv
+	@echo 'installing the dependencies (2 to 5 minutes, once)'
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+clean:  ## the store and the environment
+	rm -rf store .venv

@@ -1,0 +1,307 @@
+"""Artifacts: what a stage leaves behind, with its identity, its record and its parents.
+
+An artifact is the directory ``<store>/<recipe name>/<stage>-<8 hex of the fingerprint>/``. Its record,
+``artifact.json``, is written last and at once: a directory without a record does not exist. A store is a
+local folder or any URI that ``pyarrow.fs`` opens.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+from pydantic import BaseModel, ConfigDict
+
+from overproof.errors import InputError
+
+RECORD = "artifact.json"
+TOOLS = ("overproof", "ray", "deepspeed", "torch", "transformers", "pyarrow", "gguf", "xllamacpp", "onnxruntime")
+CHUNK_BYTES = 1 << 20
+
+
+class FileEntry(BaseModel):
+    """The identity of one file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    sha256: str
+    size_bytes: int
+
+
+class Record(BaseModel):
+    """The content of ``artifact.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format: int = 1
+    recipe: str
+    stage: str
+    fingerprint: str
+    config: Any
+    parents: dict[str, str]  # stage -> fingerprint
+    files: dict[str, FileEntry]
+    metrics: dict[str, Any]
+    seconds: float
+    created: str  # UTC, ISO 8601
+    versions: dict[str, str]
+
+
+def fingerprint(stage: str, format: int, config: Any, parents: Mapping[str, str]) -> str:
+    """Sha256 over the stage, its format version, its part of the recipe and its parents' fingerprints."""
+    value = {"stage": stage, "format": format, "config": config, "parents": dict(parents)}
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """Open a local path or a URI.
+
+    Raises:
+        InputError: the scheme is unknown or the URI is malformed.
+    """
+    if "://" not in uri:
+        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    try:
+        found, path = fs.FileSystem.from_uri(uri)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{uri}: {error}; expected a folder or a URI that pyarrow.fs opens") from None
+    return found, path
+
+
+def join(uri: str, name: str) -> str:
+    """A path below a folder or URI; what follows a ``?`` (endpoint, region) stays at the end."""
+    head, mark, query = uri.partition("?")
+    return f"{head.rstrip('/')}/{name}{mark}{query}"
+
+
+def file_sha256(path: str | Path, files: fs.FileSystem | None = None) -> str:
+    """Sha256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with (files or fs.LocalFileSystem()).open_input_stream(str(path), buffer_size=CHUNK_BYTES) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact: where it lies and its record. Small and picklable."""
+
+    uri: str
+    record: Record
+
+    @property
+    def id(self) -> str:
+        return f"{self.record.recipe}/{self.record.stage}-{self.record.fingerprint[:8]}"
+
+    def local(self) -> Path:
+        """The artifact's directory on this machine, fetched once where the store is remote."""
+        files, path = filesystem(self.uri)
+        if isinstance(files, fs.LocalFileSystem):
+            return Path(path)
+        here = Path(tempfile.gettempdir()) / f"overproof-{os.getuid()}" / self.record.fingerprint
+        if not (here / RECORD).exists():
+            here.mkdir(parents=True, exist_ok=True)
+            attempt = Path(tempfile.mkdtemp(dir=here.parent))
+            fs.copy_files(path, str(attempt), source_filesystem=files)
+            verify_files(str(attempt), self.record.files)
+            try:
+                attempt.rename(here)
+            except OSError:  # another process was first
+                if not (here / RECORD).exists():
+                    raise
+        return here
+
+    def verify(self) -> None:
+        """Hash every file again.
+
+        Raises:
+            InputError: a file is missing or differs from the record.
+        """
+        verify_files(self.uri, self.record.files)
+
+
+def verify_files(uri: str, entries: Mapping[str, FileEntry]) -> None:
+    """Compare files below a directory with the sha256 each should have.
+
+    Raises:
+        InputError: naming the first file that is missing or differs.
+    """
+    files, root = filesystem(uri)
+
+    def check(name: str) -> None:
+        path = f"{root}/{name}"
+        if files.get_file_info(path).type != fs.FileType.File:
+            raise InputError(f"{path}: missing, though its record lists it; delete {root} and run again")
+        found = file_sha256(path, files)
+        if found != entries[name].sha256:
+            raise InputError(
+                f"{path}: sha256 is {found[:12]}…, the record says {entries[name].sha256[:12]}…; "
+                f"the file was changed after it was written: delete {root} and run again"
+            )
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(check, sorted(entries)))
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An artifact being written. Nothing of it exists for readers until ``commit``."""
+
+    uri: str
+    recipe: str
+    stage: str
+    fingerprint: str
+    config: Any
+    parents: Mapping[str, str]
+
+    @contextmanager
+    def directory(self) -> Iterator[Path]:
+        """A local folder to write into; where the store is remote it is uploaded on leaving."""
+        files, path = filesystem(self.uri)
+        if isinstance(files, fs.LocalFileSystem):
+            yield Path(path)
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+            fs.copy_files(scratch, path, destination_filesystem=files)
+
+    def discard(self) -> None:
+        """Delete what was written: the stage failed."""
+        files, path = filesystem(self.uri)
+        files.delete_dir(path)
+
+    def commit(self, metrics: Mapping[str, Any], seconds: float) -> Artifact:
+        """Hash every file and write the record, last and at once."""
+        files, root = filesystem(self.uri)
+        listing = files.get_file_info(fs.FileSelector(root, recursive=True))
+        names = sorted(i.path.removeprefix(root).lstrip("/") for i in listing if i.type == fs.FileType.File)
+        sizes = {i.path.removeprefix(root).lstrip("/"): i.size for i in listing}
+        with ThreadPoolExecutor(4) as pool:
+            hashes = pool.map(partial(file_sha256, files=files), [f"{root}/{name}" for name in names])
+            entries = {n: FileEntry(sha256=h, size_bytes=sizes[n]) for n, h in zip(names, hashes, strict=True)}
+        record = Record(
+            recipe=self.recipe,
+            stage=self.stage,
+            fingerprint=self.fingerprint,
+            config=self.config,
+            parents=dict(self.parents),
+            files=entries,
+            metrics=dict(metrics),
+            seconds=round(seconds, 3),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions={tool: version(tool) for tool in TOOLS},
+        )
+        with files.open_output_stream(f"{root}/{RECORD}.part") as stream:
+            stream.write(record.model_dump_json(indent=1).encode())
+        files.move(f"{root}/{RECORD}.part", f"{root}/{RECORD}")
+        return Artifact(self.uri, record)
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder or URI full of artifacts."""
+
+    uri: str
+
+    def __post_init__(self) -> None:
+        if "://" not in self.uri:  # workers have other working directories
+            object.__setattr__(self, "uri", str(Path(self.uri).expanduser().absolute()))
+
+    @cached_property
+    def _opened(self) -> tuple[fs.FileSystem, str]:
+        return filesystem(self.uri)
+
+    def _uri(self, recipe: str, stage: str, print_: str) -> str:
+        return join(self.uri, f"{recipe}/{stage}-{print_[:8]}")
+
+    def find(self, recipe: str, stage: str, print_: str) -> Artifact | None:
+        """The finished artifact with this fingerprint, or None."""
+        artifact = self._read(self._uri(recipe, stage, print_))
+        return artifact if artifact and artifact.record.fingerprint == print_ else None
+
+    def begin(self, recipe: str, stage: str, print_: str, config: Any, parents: Mapping[str, str]) -> Draft:
+        """An empty directory for a new artifact; what an unfinished attempt left there is deleted."""
+        uri = self._uri(recipe, stage, print_)
+        files, path = filesystem(uri)
+        try:
+            files.create_dir(path, recursive=True)
+            files.delete_dir_contents(path, missing_dir_ok=True)
+        except OSError as error:
+            raise InputError(f"{uri}: cannot be written: {error}; expected a store you may write to") from None
+        return Draft(uri, recipe, stage, print_, config, parents)
+
+    def artifacts(self) -> list[Artifact]:
+        """Every finished artifact, oldest first."""
+        files, root = self._opened
+        selector = fs.FileSelector(root, recursive=True, allow_not_found=True)
+        records = [i.path for i in files.get_file_info(selector) if i.path.endswith(f"/{RECORD}")]
+        found = (
+            self._read(join(self.uri, path.removeprefix(root).removesuffix(f"/{RECORD}").lstrip("/")))
+            for path in records
+        )
+        return sorted((a for a in found if a), key=lambda a: (a.record.created, a.id))
+
+    def get(self, name: str) -> Artifact:
+        """The artifact with this id (``stdlib-lm/train-1a2b3c4d``), or part of one that only one has.
+
+        Raises:
+            InputError: none or several match.
+        """
+        matches = [a for a in self.artifacts() if a.id == name] or [a for a in self.artifacts() if name in a.id]
+        if len(matches) != 1:
+            found = ", ".join(a.id for a in matches) or "none"
+            raise InputError(f"{name}: found {found} in {self.uri}; expected one artifact, see `overproof ls`")
+        return matches[0]
+
+    def _read(self, uri: str) -> Artifact | None:
+        files, path = filesystem(uri)
+        if files.get_file_info(f"{path}/{RECORD}").type != fs.FileType.File:
+            return None
+        with files.open_input_stream(f"{path}/{RECORD}") as stream:
+            return Artifact(uri, Record.model_validate_json(stream.read()))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the store for one run. The kernel lets go when the process ends, however it ends.
+
+        Object stores have no such lock: there, two runs of one recipe at the same time are up to the caller.
+
+        Raises:
+            InputError: the store cannot be written, or another run holds it.
+        """
+        files, root = self._opened
+        if not isinstance(files, fs.LocalFileSystem):
+            yield
+            return
+        path = Path(root) / ".lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = path.open("a+")
+        except OSError as error:
+            raise InputError(
+                f"{self.uri}: cannot be written: {error.strerror}; give a store you may write to: --set store=FOLDER"
+            ) from None
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                raise InputError(
+                    f"{self.uri}: in use by {handle.read().strip() or 'another run'}; "
+                    "wait for it to end, or give another store: --set store=FOLDER"
+                ) from None
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} since {datetime.now(UTC):%H:%M:%S} UTC")
+            handle.flush()
+            yield

@@ -1,0 +1,69 @@
+"""One real Ray cluster of several nodes for the whole session; stores and ports are each test's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from overproof.artifact import Artifact
+from overproof.recipe import Recipe, load
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+
+REPOSITORY = Path(__file__).parents[1]
+RECIPES = REPOSITORY / "jobs/recipes"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run and its artifacts by stage."""
+
+    recipe: Recipe
+    artifacts: dict[str, Artifact]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """A head and a worker node with four logical CPUs each; yields the address."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 4, "object_store_memory": 300 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": True, "dashboard_port": 0})
+    cluster.add_node(**node)
+    ray.init(address=cluster.address, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield cluster.address
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture
+def s3_uri(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket behind a real S3 endpoint on this machine."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+    client.create_bucket(Bucket="bucket")
+    yield f"s3://bucket/store?scheme=http&endpoint_override={host}:{port}&region=us-east-1"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def digits(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The digits recipe, run once from data to package."""
+    from overproof import pipeline
+
+    recipe = load(RECIPES / "digits.yaml", (f"store={tmp_path_factory.mktemp('store')}",))
+    return Run(recipe, pipeline.run(recipe))

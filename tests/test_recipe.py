@@ -1,0 +1,85 @@
+"""The recipe schema: what it refuses, in which words, and that help, editor schema and files agree with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+
+from overproof import reference
+from overproof.errors import InputError
+from overproof.recipe import Recipe, load
+
+RECIPES = sorted((Path(__file__).parents[1] / "jobs/recipes").glob("*.yaml"))
+DIGITS = Path(__file__).parents[1] / "jobs/recipes/digits.yaml"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_is_valid_and_fits_the_editor_schema(path: Path) -> None:
+    recipe = load(path)
+    assert recipe.name == path.stem
+    Draft202012Validator(json.loads(reference.json_schema())).validate(yaml.safe_load(path.read_text()))
+
+
+def test_the_editor_schema_file_is_current() -> None:
+    assert (DIGITS.parent / "recipe.schema.json").read_text() == reference.json_schema()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.stepz=1", ["train.stepz", "unknown field"]),
+        ("train.steps=many", ["train.steps", "'many'", "integer"]),
+        ("train.steps=-1", ["train.steps", "-1", "greater than or equal to 0"]),
+        ("train.learning_rate=.nan", ["train.learning_rate", "finite"]),
+        ("train.zero_stage=4", ["train.zero_stage", "4"]),
+        ("train.batch_size=33", ["batch_size 33", "workers 2"]),
+        ("sweep.students.0.temperature=9", ["temperature 9", "cache.temperatures"]),
+        ("sweep.students.9.temperature=9", ["'9'", "list of 4"]),
+        ("sweep.students.1.name=narrow-t2", ["'narrow-t2'", "every name once"]),
+        ("cache.rows=10", ["cache.rows is 10", "raise cache.rows"]),
+        ("data.test_fraction=0.95", ["validation_fraction + test_fraction", "less than 1"]),
+        ("compress={kind: gguf}", ["compress.kind is 'gguf'", "needs 'onnx'"]),
+        ("name=Has Spaces", ["name", "pattern"]),
+        ("serve.max_replicas=0", ["serve.max_replicas", "1"]),
+        ("train.steps", ["expected a.b=value"]),
+        ("name.x=1", ["name holds 'digits'"]),
+    ],
+)
+def test_a_bad_field_is_named_with_what_was_found_and_expected(override: str, words: list[str]) -> None:
+    with pytest.raises(InputError) as error:
+        load(DIGITS, (override,))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    for content, word in ((None, "No such file"), ("a: [", "not YAML"), ("- 1", "expected a mapping")):
+        path = tmp_path / "recipe.yaml"
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(InputError, match=word):
+            load(path)
+
+
+def test_overrides_reach_nested_fields_and_lists() -> None:
+    recipe = load(DIGITS, ("train.steps=7", "sweep.students.0.teacher_weight=0.25", "evaluate.threads=1"))
+    assert (recipe.train.steps, recipe.sweep.students[0].teacher_weight, recipe.evaluate.threads) == (7, 0.25, 1)
+
+
+def test_a_recipe_survives_its_own_serialisation_and_is_frozen() -> None:
+    recipe = load(DIGITS)
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 1  # type: ignore[misc]
+
+
+def test_help_names_every_field_once_with_its_meaning() -> None:
+    text = reference.fields("train")
+    assert "train.steps " in text
+    assert "0 keeps the starting weights" in text
+    assert "sweep" not in text.split()[0]
+    assert len(reference.fields().splitlines()) > 100
