@@ -1,0 +1,92 @@
+"""What a prepared data set holds: shards, rows, tokens and the identity of its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from overproof.errors import InputError
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+DOCUMENTS = "documents.parquet"
+FORMAT: Literal[1] = 1
+SPLITS = ("train", "validation", "test")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Shard(_Frozen):
+    """One Parquet file."""
+
+    path: str  # relative to the manifest
+    sha256: str
+    size_bytes: int
+    rows: int
+    tokens: int  # predictions: what a pass over the shard is trained or scored on
+
+
+class Split(_Frozen):
+    """The shards of one split, in the order that numbers its rows."""
+
+    shards: tuple[Shard, ...]
+    rows: int
+    tokens: int
+    documents: int
+
+
+class Manifest(_Frozen):
+    """The content of ``manifest.json``. Row ``i`` of a split has ``sample_id`` i, counted through its shards."""
+
+    format: Literal[1] = FORMAT
+    kind: Literal["text", "digits"]
+    splits: dict[str, Split]
+    rows_per_group: int
+    sequence_length: int | None
+    vocab_size: int | None
+    classes: int | None
+    tokenizer_sha256: str | None
+    dropped: dict[str, int]  # documents left out, per reason
+
+    @classmethod
+    def read(cls, root: Path) -> Manifest:
+        """Read ``root/manifest.json``.
+
+        Raises:
+            InputError: it is missing or not a manifest of this format.
+        """
+        path = root / MANIFEST
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; expected what `prepare` writes") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"{path}: {where}: {first['msg']}; expected format {FORMAT}; prepare again") from None
+
+    @property
+    def groups(self) -> int:
+        """Row groups of the train split; each holds exactly ``rows_per_group`` rows."""
+        return self.splits["train"].rows // self.rows_per_group
+
+    @property
+    def outputs(self) -> int:
+        """V: entries of the vocabulary, or classes."""
+        if self.kind == "text":
+            assert self.vocab_size is not None
+            return self.vocab_size
+        assert self.classes is not None
+        return self.classes
+
+    @property
+    def positions(self) -> int:
+        """P: predictions in a row."""
+        if self.kind == "text":
+            assert self.sequence_length is not None
+            return self.sequence_length
+        return 1

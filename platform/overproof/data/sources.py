@@ -1,0 +1,127 @@
+"""The files a recipe's data comes from: which they are, and a digest that changes when any of them does.
+
+Light on purpose: the command line lists sources before it loads Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sysconfig
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from importlib.metadata import version
+from pathlib import Path
+
+from pyarrow import fs
+
+from overproof.artifact import file_sha256, filesystem
+from overproof.errors import InputError
+from overproof.recipe import (
+    DigitsData,
+    FolderSource,
+    JsonlSource,
+    ParquetSource,
+    StdlibSource,
+    TextData,
+    TokenizerFile,
+)
+
+Source = StdlibSource | FolderSource | JsonlSource | ParquetSource
+
+# Tests are left out of the standard library: many installations do not ship them.
+LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
+
+
+@dataclass(frozen=True, order=True)
+class File:
+    """One file of a source; the name is relative to the source's root."""
+
+    name: str
+    size_bytes: int
+    mtime_ns: int
+
+
+def source_digest(data: TextData | DigitsData) -> str:
+    """Sha256, in hex, over what the data is made from: names, sizes and times, and the tokenizer file's content.
+
+    Raises:
+        InputError: the source or the tokenizer file is missing, or nothing matches.
+    """
+    if isinstance(data, DigitsData):
+        return _sha256(["scikit-learn", version("scikit-learn")])
+    parts: list[object] = [asdict(file) for file in list_files(data.source)]
+    if isinstance(data.source, StdlibSource):
+        parts.append(platform.python_version())
+    if isinstance(data.tokenizer, TokenizerFile):
+        parts.append(file_sha256(tokenizer_path(data.tokenizer)))
+    return _sha256(parts)
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_path(tokenizer: TokenizerFile) -> Path:
+    """The tokenizer file.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(tokenizer.path).expanduser()
+    if not path.is_file():
+        raise InputError(f"data.tokenizer.path: {path}: no such file; expected a tokenizer.json")
+    return path
+
+
+def root(source: Source) -> tuple[fs.FileSystem, str]:
+    """Where the names of a source start, on the machine that asks."""
+    if isinstance(source, StdlibSource):
+        return fs.LocalFileSystem(), sysconfig.get_paths()["stdlib"]
+    files, path = filesystem(source.path)
+    is_file = not isinstance(source, FolderSource) and files.get_file_info(path).type == fs.FileType.File
+    return files, path.rpartition("/")[0] if is_file else path.rstrip("/")
+
+
+def list_files(source: Source) -> list[File]:
+    """The files of a source, by name.
+
+    Raises:
+        InputError: the folder is missing, or nothing matches.
+    """
+    if isinstance(source, StdlibSource):
+        return sorted(_stdlib(Path(sysconfig.get_paths()["stdlib"])))
+    pattern = source.pattern if isinstance(source, FolderSource) else f"*.{source.kind}"
+    files, path = filesystem(source.path)
+    info = files.get_file_info(path)
+    if info.type == fs.FileType.File:
+        if isinstance(source, FolderSource):
+            raise InputError(f"data.source.path: {source.path} is a file; expected a folder")
+        return [File(info.base_name, info.size, info.mtime_ns or 0)]
+    if info.type == fs.FileType.NotFound:
+        raise InputError(f"data.source.path: {source.path}: not found; expected a folder that holds {pattern}")
+    below = f"{path.rstrip('/')}/"
+    listing = files.get_file_info(fs.FileSelector(path, recursive=True))
+    found = sorted(
+        File(i.path.removeprefix(below), i.size, i.mtime_ns or 0)
+        for i in listing
+        if i.type == fs.FileType.File and fnmatch(i.base_name, pattern)
+    )
+    if not found:
+        raise InputError(
+            f"data.source.path: {source.path}: none of its {len(listing)} entries matches {pattern}; "
+            "expected at least one such file"
+        )
+    return found
+
+
+def _stdlib(folder: Path, prefix: str = "") -> list[File]:
+    found: list[File] = []
+    for entry in folder.iterdir():
+        if entry.is_dir() and entry.name not in LEFT_OUT:
+            found += _stdlib(entry, f"{prefix}{entry.name}/")
+        elif entry.suffix == ".py" and entry.is_file():
+            stat = entry.stat()
+            found.append(File(prefix + entry.name, stat.st_size, stat.st_mtime_ns))
+    return found

@@ -1,0 +1,72 @@
+"""Writing shards: the one place that decides what a Parquet file of this product looks like."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from overproof.artifact import filesystem, join
+from overproof.data.manifest import Shard
+from overproof.data.read import schema
+
+
+def put(uri: str, name: str, content: bytes) -> None:
+    """Write one file below a folder or URI, making the folders above it."""
+    files, path = filesystem(join(uri, name))
+    files.create_dir(path.rpartition("/")[0], recursive=True)
+    with files.open_output_stream(path) as stream:
+        stream.write(content)
+
+
+def to_table(columns: Mapping[str, NDArray[Any]], expected: pa.Schema) -> pa.Table:
+    """Arrays as a table of this schema; 2-D arrays fill fixed-size lists."""
+    arrays = []
+    for field in expected:
+        values = np.ascontiguousarray(columns[field.name])
+        if values.ndim == 2:
+            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=field.type))
+        else:
+            arrays.append(pa.array(values, field.type))
+    return pa.Table.from_arrays(arrays, schema=expected)
+
+
+def parquet_bytes(table: pa.Table, rows_per_group: int) -> bytes:
+    """A zstd Parquet file whose row groups hold ``rows_per_group`` rows; the same table gives the same bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=rows_per_group,
+        compression="zstd",
+        use_dictionary=False,
+        write_statistics=False,
+    )
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def write_shard(
+    uri: str,
+    name: str,
+    columns: Mapping[str, NDArray[Any]],
+    kind: str,
+    sequence_length: int | None,
+    rows_per_group: int,
+) -> Shard:
+    """Write one shard below ``uri`` and say what it is."""
+    table = to_table(columns, schema(kind, sequence_length))
+    content = parquet_bytes(table, rows_per_group)
+    put(uri, name, content)
+    return Shard(
+        path=name,
+        sha256=hashlib.sha256(content).hexdigest(),
+        size_bytes=len(content),
+        rows=table.num_rows,
+        tokens=int(columns["length"].sum()) if kind == "text" else table.num_rows,
+    )

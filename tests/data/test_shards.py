@@ -1,0 +1,159 @@
+"""Writing shards and reading their rows back by id."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from overproof.artifact import file_sha256
+from overproof.data.manifest import MANIFEST, Manifest, Split
+from overproof.data.read import GROUPS_KEPT, Shards, open_shard, schema
+from overproof.data.write import parquet_bytes, to_table, write_shard
+from overproof.errors import InputError
+
+T, GROUP, ROWS = 8, 4, (40, 24)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two train shards and one that ends in a part of a row group; tokens tell the row."""
+    splits = {}
+    for split, sizes in {"train": ROWS, "validation": (6,)}.items():
+        shards, start = [], 0
+        for index, rows in enumerate(sizes):
+            ids = np.arange(start, start + rows)
+            columns = {
+                "sample_id": ids,
+                "document": np.full(rows, -1, np.int32),
+                "tokens": (ids[:, None] * 100 + np.arange(T + 1)).astype(np.int32),
+                "length": np.full(rows, T, np.int32),
+            }
+            shards.append(write_shard(str(tmp_path), f"{split}/{index:05d}.parquet", columns, "text", T, GROUP))
+            start += rows
+        splits[split] = Split(shards=tuple(shards), rows=start, tokens=start * T, documents=1)
+    manifest = Manifest(
+        kind="text", splits=splits, rows_per_group=GROUP, sequence_length=T, vocab_size=9999, classes=None,
+        tokenizer_sha256="0" * 64, dropped={},
+    )  # fmt: skip
+    (tmp_path / MANIFEST).write_text(manifest.model_dump_json())
+    return tmp_path
+
+
+def test_a_shard_is_what_its_entry_says(root: Path) -> None:
+    manifest = Manifest.read(root)
+    assert (manifest.groups, manifest.positions, manifest.outputs) == (16, T, 9999)
+    for shard in manifest.splits["train"].shards:
+        path = root / shard.path
+        assert shard.sha256 == file_sha256(path)
+        assert shard.size_bytes == path.stat().st_size
+        assert shard.tokens == shard.rows * T
+        found = pq.ParquetFile(path)
+        sizes = {found.metadata.row_group(i).num_rows for i in range(found.num_row_groups)}
+        assert sizes == {GROUP}
+        assert found.metadata.row_group(0).column(0).compression == "ZSTD"
+        assert found.schema_arrow.equals(schema("text", T))
+
+
+def test_rows_come_in_the_order_asked_for(root: Path) -> None:
+    shards = Shards(root, "train", ("sample_id", "tokens", "length"))
+    ids = np.random.default_rng(0).permutation(sum(ROWS)).repeat(2)
+    taken = shards.take(ids)
+    assert np.array_equal(taken["sample_id"], ids)
+    assert np.array_equal(taken["tokens"], ids[:, None] * 100 + np.arange(T + 1))
+    assert taken["tokens"].dtype == np.int32
+    assert len(shards._groups) <= GROUPS_KEPT
+    assert shards.rows == sum(ROWS)
+    assert list(Shards(root, "validation").take(np.array([5, 0]))) == ["tokens", "length"]
+
+
+def test_taken_rows_are_the_callers_own(root: Path) -> None:
+    shards = Shards(root, "train")
+    shards.take(np.arange(4))["tokens"][:] = -1
+    assert shards.take(np.arange(4))["tokens"].min() == 0
+
+
+def test_what_is_opened_stays_behind(root: Path) -> None:
+    shards = Shards(root, "train")
+    shards.take(np.arange(8))
+    copy = pickle.loads(pickle.dumps(shards))
+    assert not copy._files
+    assert np.array_equal(copy.take(np.arange(3))["tokens"], shards.take(np.arange(3))["tokens"])
+
+
+def test_the_same_rows_give_the_same_bytes() -> None:
+    columns = {"sample_id": np.arange(9), "pixels": np.ones((9, 64), np.float32), "label": np.arange(9)}
+    tables = [to_table(columns, schema("digits", None)) for _ in range(2)]
+    assert parquet_bytes(tables[0], 4) == parquet_bytes(tables[1], 4)
+
+
+@pytest.mark.parametrize("ids", [[64], [-1], [3, 99]])
+def test_rows_that_do_not_exist_are_refused(root: Path, ids: list[int]) -> None:
+    with pytest.raises(InputError, match="expected 0 to 63"):
+        Shards(root, "train").take(np.array(ids))
+
+
+def test_unknown_names_are_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no split 'test'; expected one of train, validation"):
+        Shards(root, "test")
+    with pytest.raises(InputError, match="no column 'pixels'; expected some of sample_id, document"):
+        Shards(root, "train", ("pixels",))
+    with pytest.raises(InputError, match=r"manifest\.json: No such file"):
+        Manifest.read(tmp_path / "none")
+    (tmp_path / MANIFEST).write_text('{"format": 2}')
+    with pytest.raises(InputError, match="format: Input should be 1; expected format 1"):
+        Manifest.read(tmp_path)
+
+
+class Secret(pa.ExtensionType):
+    """An object column of a type that some other program registered."""
+
+    def __init__(self) -> None:
+        super().__init__(pa.large_binary(), "somebody.secret")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+
+def replace(path: Path, table: pa.Table) -> None:
+    pq.write_table(table, path, row_group_size=GROUP)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_object_columns_are_refused(root: Path, nested: bool) -> None:
+    path = root / "train/00000.parquet"
+    objects = pa.ExtensionArray.from_storage(Secret(), pa.array([b"\x80"] * ROWS[0], pa.large_binary()))
+    column = pa.StructArray.from_arrays([objects], ["inner"]) if nested else objects
+    replace(path, pq.read_table(path).append_column("extra", column))
+    with pytest.raises(InputError, match="column 'extra' holds objects"):
+        Shards(root, "train").take(np.array([0]))
+
+
+def test_an_unregistered_object_type_is_refused(root: Path) -> None:
+    path = root / "train/00000.parquet"
+    field = pa.field("extra", pa.large_binary(), metadata={"ARROW:extension:name": "somebody.unregistered"})
+    table = pq.read_table(path).append_column(field, pa.array([b"\x80"] * ROWS[0], pa.large_binary()))
+    replace(path, table)
+    with pytest.raises(InputError, match=r"holds objects \(somebody.unregistered\)"):
+        Shards(root, "train").take(np.array([0]))
+
+
+def test_a_shard_that_changed_is_refused(root: Path) -> None:
+    path = root / "train/00000.parquet"
+    whole = pq.read_table(path)
+    replace(path, whole.drop_columns(["length"]))
+    with pytest.raises(InputError, match=r"columns are sample_id int64, .*; expected .* length int32"):
+        Shards(root, "train").take(np.array([0]))
+    replace(path, whole.slice(0, 8))
+    with pytest.raises(InputError, match="8 rows, the manifest says 40"):
+        Shards(root, "train").take(np.array([0]))
+    path.write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="expected a Parquet shard"):
+        open_shard(path)
+    path.unlink()
+    with pytest.raises(InputError, match="expected a Parquet shard"):
+        Shards(root, "train").take(np.array([0]))

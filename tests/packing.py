@@ -1,0 +1,202 @@
+"""Small packages made by the real package stage, from tiny models really exported and reports made by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from overproof import models
+from overproof.artifact import Artifact, Store, file_sha256
+from overproof.compress.gguf import export_gguf
+from overproof.compress.onnx import export_onnx, quantize_onnx
+from overproof.data import tokens as bpe
+from overproof.data.manifest import Manifest, Shard, Split
+from overproof.evaluate.gate import judge
+from overproof.evaluate.metrics import Comparison, Measured, Metric, Report
+from overproof.progress import quiet
+from overproof.recipe import Recipe, load
+from overproof.registry.package import package
+from overproof.stage import Context
+
+RECIPES = Path(__file__).parents[1] / "jobs/recipes"
+LENGTH, VOCABULARY, STEPS = 32, 512, 60
+TEXT_MODEL = {"kind": "llama", "hidden_size": 64, "intermediate_size": 96, "layers": 1, "heads": 2, "kv_heads": 1}
+IMAGE_MODEL = {"kind": "vit", "hidden_size": 16, "intermediate_size": 32, "layers": 1, "heads": 2}
+
+
+def make_recipe(kind: str, store: Path, *overrides: str) -> Recipe:
+    """A recipe of the repository with a model small enough for a test."""
+    name, model = ("stdlib-lm", TEXT_MODEL) if kind == "text" else ("digits", IMAGE_MODEL)
+    student = {"name": "only", "model": model, "temperature": 1.0}
+    settings = (f"store={store}", f"sweep.students={json.dumps([student])}", f"train.model={json.dumps(model)}")
+    return load(RECIPES / f"{name}.yaml", (*settings, *overrides))
+
+
+def make_parents(recipe: Recipe) -> dict[str, Artifact]:
+    """Every parent of a package, as each stage leaves it."""
+    store, done = Store(recipe.store), dict[str, Artifact]()
+
+    def add(stage: str, write: Callable[[Path], Any]) -> None:
+        draft = store.begin(recipe.name, stage, hashlib.sha256(stage.encode()).hexdigest(), {}, {})
+        write(Path(draft.uri))
+        done[stage] = draft.commit({}, 1.0)
+
+    add("prepare", lambda folder: _prepare(recipe, folder))
+    manifest = Manifest.read(done["prepare"].local())
+    tokenizer = done["prepare"].local() / "tokenizer.json" if manifest.kind == "text" else None
+
+    def save(folder: Path, seed: int) -> None:
+        model = models.build(recipe.sweep.students[0].model, manifest, seed)
+        if tokenizer is not None:
+            _train(model, Tokenizer.from_file(str(tokenizer)))
+        models.save(model, model.config, folder, tokenizer)
+
+    add("train", lambda folder: save(folder / "model", 0))
+    add("cache", lambda folder: (folder / "cache.json").write_text("{}"))
+    add("sweep", lambda folder: (save(folder / "student", 1), save(folder / "control", 2), _trials(folder)))
+    add("compress", lambda folder: _compress(recipe, done, folder))
+    add("evaluate", lambda folder: _evaluate(recipe, done["compress"].local(), folder))
+    add("gate", lambda folder: _gate(recipe, done["evaluate"].local(), folder))
+    return done
+
+
+def make_package(kind: str, store: Path, *overrides: str) -> Path:
+    """A package's folder."""
+    recipe = make_recipe(kind, store, *overrides)
+    return pack(recipe, make_parents(recipe)).local()
+
+
+def pack(recipe: Recipe, parents: dict[str, Artifact]) -> Artifact:
+    """Run the package stage."""
+    draft = Store(recipe.store).begin(recipe.name, "package", hashlib.sha256(b"package").hexdigest(), {}, {})
+    return draft.commit(package(Context(recipe, parents, draft, quiet)), 1.0)
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    """Change a JSON file of a package and forge its hash in package.json."""
+    tree = json.loads(path.read_text())
+    change(tree)
+    path.write_text(json.dumps(tree))
+    listing = path.with_name("package.json")
+    content = json.loads(listing.read_text())
+    if path.name in content["files"]:
+        content["files"][path.name]["sha256"] = file_sha256(path)
+        listing.write_text(json.dumps(content))
+
+
+def copy(package_folder: Path, folder: Path) -> Path:
+    """A package to spoil."""
+    return Path(shutil.copytree(package_folder, folder / "package"))
+
+
+def _prepare(recipe: Recipe, folder: Path) -> None:
+    text = recipe.data.kind == "text"
+    if text:
+        bpe.train_bpe(_texts(), VOCABULARY).save(str(folder / "tokenizer.json"))
+    shards = {name: (Shard(path=f"{name}/00000.parquet", sha256=name * 8, size_bytes=9, rows=4, tokens=128),)
+              for name in ("train", "validation", "test")}  # fmt: skip
+    manifest = Manifest(
+        kind="text" if text else "digits",
+        splits={name: Split(shards=shard, rows=4, tokens=128, documents=4) for name, shard in shards.items()},
+        rows_per_group=4,
+        sequence_length=LENGTH if text else None,
+        vocab_size=VOCABULARY if text else None,
+        classes=None if text else 10,
+        tokenizer_sha256=file_sha256(folder / "tokenizer.json") if text else None,
+        dropped={"empty": 2, "duplicate": 0},
+    )
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
+
+
+def _texts() -> list[str]:
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[20:40]
+    return [file.read_text(encoding="utf-8")[:4000] for file in files]
+
+
+def _train(model: Any, tokenizer: Tokenizer) -> None:
+    ids = torch.tensor([i for text in _texts() for i in [0, *tokenizer.encode(text).ids]])
+    optimizer, generator = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.Generator().manual_seed(0)
+    for _ in range(STEPS):
+        starts = torch.randint(0, len(ids) - LENGTH, (16,), generator=generator)
+        batch = torch.stack([ids[start : start + LENGTH] for start in starts])
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def _trials(folder: Path) -> None:
+    trial = {"name": "only", "parameters": 12345, "steps": 30, "validation_loss": 1.5}
+    (folder / "trials.json").write_text(
+        json.dumps({"winner": "only", "trials": [trial], "control": trial | {"name": "control"}})
+    )
+
+
+def _compress(recipe: Recipe, done: dict[str, Artifact], folder: Path) -> None:
+    """As the compress stage does, with one slow export where that makes three."""
+    text, student = recipe.data.kind == "text", done["sweep"].local() / "student"
+    tokenizer, exports = done["prepare"].local() / "tokenizer.json", []
+    whole = folder / ("student.gguf" if text else "student.onnx")
+    if text:
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        export_gguf(student, tokenizer, whole, "f16", recipe.name)
+    else:
+        export_onnx(student, whole)
+    for name in ("teacher", "control"):
+        shutil.copyfile(whole, whole.with_stem(name))
+    for format in recipe.compress.formats:
+        file = whole.with_stem(f"student-{format}")
+        if text:
+            export_gguf(student, tokenizer, file, format, recipe.name)
+        else:
+            quantize_onnx(whole, file)
+    for file in sorted((*folder.glob("*.gguf"), *folder.glob("*.onnx")), key=lambda f: f.stem, reverse=True):
+        _, _, format = file.stem.partition("-")
+        export = {"name": file.stem, "file": file.name, "format": format or ("f16" if text else "fp32")}
+        exports.append(export | {"size_bytes": file.stat().st_size, "candidate": bool(format)})
+    (folder / "exports.json").write_text(json.dumps(exports))
+
+
+def _evaluate(recipe: Recipe, compressed: Path, folder: Path) -> None:
+    """A report in which every candidate is a little worse and far smaller than the teacher."""
+    quality = "bits_per_byte" if recipe.data.kind == "text" else "accuracy"
+    exports = json.loads((compressed / "exports.json").read_text())
+    measured = [
+        Measured(
+            **{key: export[key] for key in ("name", "format", "size_bytes", "candidate")}
+            | ({"size_bytes": 100 * export["size_bytes"]} if export["name"] == "teacher" else {}),
+            sha256=file_sha256(compressed / export["file"]),
+            metrics={
+                quality: Metric(value=0.9, low=0.89, high=0.91, unit="", n=300),
+                "agreement": Metric(value=0.95, low=0.94, high=0.96, unit="share", n=300),
+                "parity_nats": Metric(value=0.001, unit="nats", n=16),
+            },
+        )
+        for export in exports
+    ]
+    comparisons = [
+        Comparison(name=m.name, against=against, value=value, low=value - 0.005, high=value + 0.005)
+        for m in measured
+        for against, value in (("student", 0.01), ("control", -0.05))
+    ]
+    report = Report(
+        kind=recipe.data.kind,
+        quality=quality,
+        confidence=0.95,
+        measured=tuple(measured),
+        comparisons=tuple(comparisons),
+    )
+    (folder / "report.json").write_text(report.model_dump_json())
+
+
+def _gate(recipe: Recipe, evaluated: Path, folder: Path) -> None:
+    report = Report.model_validate_json((evaluated / "report.json").read_bytes())
+    (folder / "verdict.json").write_text(judge(recipe.gate, report).model_dump_json())

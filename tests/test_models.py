@@ -1,0 +1,187 @@
+"""Models from recipes and directories, and how they are called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
+
+from overproof.artifact import file_sha256
+from overproof.data.manifest import Manifest
+from overproof.data.tokens import encode, train_bpe
+from overproof.errors import InputError
+from overproof.models import build, check_tokenizer, forward, load, parameters, save, to_tensors
+from overproof.recipe import Llama, Vit
+
+LLAMA = Llama(hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2)
+VIT = Vit(hidden_size=24, intermediate_size=48, layers=2, heads=2)
+
+
+def manifest(kind: str = "text", vocab_size: int = 320, tokenizer_sha256: str | None = None) -> Manifest:
+    text = kind == "text"
+    return Manifest(
+        kind=kind,  # type: ignore[arg-type]
+        splits={},
+        rows_per_group=4,
+        sequence_length=16 if text else None,
+        vocab_size=vocab_size if text else None,
+        classes=None if text else 10,
+        tokenizer_sha256=tokenizer_sha256,
+        dropped={},
+    )
+
+
+def test_weights_are_a_function_of_the_seed() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, same, other = (build(LLAMA, manifest(), seed) for seed in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    for (name, a), b, c in zip(
+        one.state_dict().items(), same.state_dict().values(), other.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b)
+        assert "norm" in name or not torch.equal(a, c)
+
+
+def test_a_llama_is_what_the_recipe_says() -> None:
+    model = build(LLAMA, manifest(), 0)
+    embedding, attention, mlp = 320 * 64, 64 * 64 * 2 + 64 * 32 * 2, 3 * 64 * 96
+    assert parameters(model) == embedding + 2 * (attention + mlp + 2 * 64) + 64  # tied: embeddings count once
+    assert model.config.max_position_embeddings == 2048
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (0, 0)
+    std = model.model.embed_tokens.weight.std().item()
+    assert std == pytest.approx(LLAMA.initializer_range, rel=0.05)
+    wide = build(LLAMA.model_copy(update={"initializer_range": 0.06}), manifest(), 0)
+    assert wide.model.embed_tokens.weight.std().item() == pytest.approx(0.06, rel=0.05)
+
+
+def test_text_predictions() -> None:
+    model = build(LLAMA, manifest(), 0).eval()
+    tokens_BS = np.random.default_rng(0).integers(1, 320, (3, 17)).astype(np.int32)
+    batch = to_tensors({"tokens": tokens_BS, "length": np.array([16, 5, 1], np.int32)})
+    found = forward(model, batch)
+    assert found.logits_BPV.shape == (3, 16, 320)
+    assert torch.equal(found.targets_BP, batch["tokens"][:, 1:])
+    assert found.mask_BP.sum(1).tolist() == [16, 5, 1]
+    assert found.mask_BP[1, :5].all()
+    changed = batch | {"tokens": batch["tokens"].clone()}
+    changed["tokens"][:, 9:] = 0  # later tokens change nothing before them
+    assert torch.allclose(forward(model, changed).logits_BPV[:, :9], found.logits_BPV[:, :9], atol=1e-6)
+
+
+def test_image_predictions() -> None:
+    model = build(VIT, manifest("digits"), 0).eval()
+    batch = to_tensors(
+        {"pixels": np.random.default_rng(0).random((5, 64), np.float32), "label": np.arange(5, dtype=np.int32)}
+    )
+    found = forward(model, batch)
+    assert found.logits_BPV.shape == (5, 1, 10)
+    assert found.targets_BP.tolist() == [[0], [1], [2], [3], [4]]
+    assert found.mask_BP.all()
+    assert found.mask_BP.dtype == torch.bool
+
+
+def test_tensors_own_their_memory() -> None:
+    columns = {"length": np.array([1, 2], np.int32), "pixels": np.ones((1, 64), np.float32)}
+    tensors = to_tensors(columns)
+    columns["pixels"][:] = 0
+    assert tensors["length"].dtype == torch.int64
+    assert tensors["pixels"].min() == 1
+
+
+def test_a_model_that_does_not_fit_the_data_is_refused() -> None:
+    with pytest.raises(InputError, match=r"model\.kind 'llama': the data is digits"):
+        build(LLAMA, manifest("digits"), 0)
+    with pytest.raises(InputError, match=r"model\.kind 'vit': the data is text"):
+        build(VIT, manifest(), 0)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A language model with its tokenizer, as a plain Hugging Face directory."""
+    tokenizer = train_bpe(["def f(x):\n    return x + 1\n"] * 3, 320)
+    tokenizer.save(str(tmp_path / "source.json"))
+    model = build(LLAMA, manifest(vocab_size=tokenizer.get_vocab_size()), 0)
+    save(model, model.config, tmp_path / "model", tmp_path / "source.json")
+    return tmp_path / "model"
+
+
+def test_other_programs_read_the_directory(saved: Path) -> None:
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert AutoConfig.from_pretrained(saved).architectures == ["LlamaForCausalLM"]
+    theirs, ours = AutoModelForCausalLM.from_pretrained(saved).eval(), load(saved)
+    tokens_BS = torch.arange(20)[None]
+    assert torch.equal(theirs(tokens_BS).logits, ours(tokens_BS).logits)
+    auto, own = AutoTokenizer.from_pretrained(saved), Tokenizer.from_file(str(saved / "tokenizer.json"))
+    text = "def g(\u00e9):\n\n    return  'a b'"
+    assert auto(text)["input_ids"] == encode(own, [text])[0].tolist()
+    assert auto.decode(auto(text)["input_ids"]) == text
+    assert (auto.bos_token_id, auto.eos_token_id) == (0, 0)
+
+
+def test_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
+    for config, made in ((LLAMA, manifest()), (VIT, manifest("digits"))):
+        model = build(config, made, 3)
+        path, again = tmp_path / config.kind, tmp_path / f"{config.kind}-state"
+        save(model, model.config, path)
+        save(dict(model.state_dict()), model.config, again)
+        assert file_sha256(path / "model.safetensors") == file_sha256(again / "model.safetensors")
+        found = load(path)
+        assert not found.training
+        assert parameters(found) == parameters(model)
+        for name, value in model.state_dict().items():
+            assert torch.equal(found.state_dict()[name], value)
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "vit").config.num_labels == 10
+
+
+def test_what_must_not_be_loaded_is_refused(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        load(tmp_path / "none")
+    for name in ("pytorch_model.bin", "sub/optimizer.pt", "a.pth", "a.pkl", "a.ckpt"):
+        pickle = saved / name
+        pickle.parent.mkdir(exist_ok=True)
+        pickle.write_bytes(b"")
+        with pytest.raises(InputError, match=f"found {pickle.name}, a pickle, which runs code when read"):
+            load(saved)
+        pickle.unlink()
+    config = (saved / "config.json").read_text()
+    (saved / "config.json").write_text(config.replace("LlamaForCausalLM", "GPT2LMHeadModel"))
+    with pytest.raises(InputError, match="architecture GPT2LMHeadModel; expected LlamaForCausalLM or"):
+        load(saved)
+    (saved / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="no architecture"):
+        load(saved)
+    (saved / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    with pytest.raises(InputError, match=r"weights do not fit config\.json: missing keys: model\.layers\.2"):
+        load(saved)
+    (saved / "config.json").write_text(config.replace('"intermediate_size": 96', '"intermediate_size": 64'))
+    with pytest.raises(InputError, match=r"weights do not fit config\.json"):
+        load(saved)
+    (saved / "config.json").write_text(config)
+    (saved / "model.safetensors").write_bytes(b"\x80\x04pickle")
+    with pytest.raises(InputError, match="not safetensors"):
+        load(saved)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"no \*\.safetensors file"):
+        load(saved)
+
+
+def test_another_tokenizer_is_refused(saved: Path) -> None:
+    path = saved / "tokenizer.json"
+    check_tokenizer(saved, manifest(tokenizer_sha256=file_sha256(path)))
+    check_tokenizer(saved, manifest("digits"))
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(InputError, match="the data was tokenised with 0000"):
+        check_tokenizer(saved, manifest(tokenizer_sha256="0" * 64))
+    path.unlink()
+    with pytest.raises(InputError, match=r"tokenizer\.json: missing"):
+        check_tokenizer(saved, manifest(tokenizer_sha256="0" * 64))
