@@ -1,0 +1,97 @@
+"""The one training loop. It knows batches and an engine: no Ray, no DeepSpeed, no files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from overproof.errors import InputError
+from overproof.models import Batch, forward
+from overproof.recipe import Optimization
+from overproof.train.engine import Engine
+from overproof.train.objective import Objective, nll
+
+Row = dict[str, float]  # "step" counts finished steps; then what was measured at it
+
+
+def fit(
+    engine: Engine,
+    objective: Objective,
+    optimization: Optimization,
+    batches: Iterator[Batch],
+    validate: Callable[[], float],
+    report: Callable[[Row], None],
+) -> None:
+    """Train for ``optimization.steps`` steps, one batch each; ``report`` gets a row after each step.
+
+    Raises:
+        InputError: the loss is no longer finite.
+    """
+    for row in rows(engine, objective, optimization, batches, validate):
+        report(row)
+
+
+def rows(
+    engine: Engine,
+    objective: Objective,
+    optimization: Optimization,
+    batches: Iterator[Batch],
+    validate: Callable[[], float],
+) -> Iterator[Row]:
+    """What ``fit`` does, a row at a time, for callers that stop early.
+
+    Yields ``{"step", "loss", "learning_rate", "grad_norm"}`` after each step and ``{"step", "validation_loss"}``
+    every ``validate_every`` steps and after the last.
+    """
+    if optimization.steps == 0:
+        yield {"step": 0, "validation_loss": validate()}
+    for step in range(1, optimization.steps + 1):
+        metrics = engine.step(objective, next(batches))
+        if not math.isfinite(metrics["loss"]):
+            raise InputError(
+                f"step {step}: loss is {metrics['loss']}; expected a finite number: lower learning_rate "
+                f"(at most {optimization.learning_rate:g} now) or raise warmup_steps ({optimization.warmup_steps} now)"
+            )
+        yield {"step": step, **metrics}
+        if step % optimization.validate_every == 0 or step == optimization.steps:
+            yield {"step": step, "validation_loss": validate()}
+
+
+def validation_loss(
+    model: nn.Module, batches: Iterable[Batch], total: Callable[[Tensor], Tensor] = lambda values: values
+) -> float:
+    """Mean negative log-likelihood of the predictions that count, nats.
+
+    ``model`` comes from ``engine.evaluating()``. Where ranks share the batches, ``total`` is ``engine.total`` and
+    every rank brings equally many: ZeRO-3 gathers weights in each forward pass.
+    """
+    device = next(model.parameters()).device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in batches:
+        prediction = forward(model, {name: value.to(device) for name, value in batch.items()})
+        counted_BP = nll(prediction) * prediction.mask_BP
+        sums += torch.stack([counted_BP.sum(dtype=torch.float64), prediction.mask_BP.sum().double()])
+    loss, count = total(sums).tolist()
+    return float(loss / count)
+
+
+def validation_ids(rows: int, wanted: int) -> NDArray[np.int64]:
+    """``wanted`` sample ids spread evenly over a split's ``rows``, or every one: the same at every validation."""
+    count = min(rows, wanted)
+    return np.arange(count, dtype=np.int64) * rows // count
+
+
+def shares(ids: NDArray[np.int64], batch_size: int, rank: int, world: int) -> list[NDArray[np.int64]]:
+    """A rank's part of the ids in batches of at most ``batch_size`` (2 at least); every rank has equally many.
+
+    With fewer ids than ranks every rank takes them all, which leaves the mean over the ranks the same.
+    """
+    if len(ids) < world:
+        rank, world = 0, 1
+    count = math.ceil(math.ceil(len(ids) / world) / max(2, batch_size))
+    return list(np.array_split(np.array_split(ids, world)[rank], count))

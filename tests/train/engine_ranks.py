@@ -1,0 +1,70 @@
+"""One rank of a real process group: trains every case given and writes what it saw. Run by test_engine.py.
+
+python engine_ranks.py FOLDER RANK WORLD CASES
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from overproof.data.manifest import Manifest
+from overproof.data.plan import Order
+from overproof.data.read import Shards
+from overproof.models import build, to_tensors
+from overproof.recipe import Train
+from overproof.train.engine import Engine, TorchEngine, ZeroEngine
+from overproof.train.loop import Row, fit, shares, validation_ids, validation_loss
+from overproof.train.objective import CrossEntropy
+
+SEED = 3
+
+
+def train(engine: Engine, settings: Train, root: Path, rank: int, world: int) -> list[Row]:
+    """The rows ``fit`` reports; the global batches are the same at any world size."""
+    manifest = Manifest.read(root)
+    order, rows, held_out = (
+        Order(manifest.groups, manifest.rows_per_group, SEED),
+        Shards(root, "train"),
+        Shards(root, "validation"),
+    )
+    batches = (
+        to_tensors(rows.take(order.step_rows(step, settings.batch_size, rank, world))) for step in range(settings.steps)
+    )
+    parts = shares(validation_ids(held_out.rows, settings.validation_rows), 4, rank, world)
+
+    def validate() -> float:
+        with engine.evaluating() as model:
+            return validation_loss(model, (to_tensors(held_out.take(part)) for part in parts), engine.total)
+
+    reported: list[Row] = []
+    fit(engine, CrossEntropy(), settings, batches, validate, reported.append)
+    return reported
+
+
+def main(folder: Path, rank: int, world: int, cases: list[dict[str, str]]) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    for case in cases:
+        settings = Train.model_validate(case["train"])
+        root = Path(case["root"])
+        model = build(settings.model, Manifest.read(root), SEED)  # type: ignore[arg-type]
+        engine: Engine = ZeroEngine(model, settings) if case["engine"] == "zero" else TorchEngine(model, settings)
+        rows = train(engine, settings, root, rank, world)
+        state = engine.state_dict()
+        if rank == 0:
+            (folder / f"{case['name']}.json").write_text(json.dumps(rows))
+            torch.save(state, folder / f"{case['name']}.pt")
+        else:
+            assert state == {}
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))

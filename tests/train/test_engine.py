@@ -1,0 +1,151 @@
+"""Engines: the schedule, DeepSpeed's settings, and that every engine, stage and world size trains the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_data import LLAMA, VIT, settings
+
+from overproof.data.manifest import Manifest
+from overproof.models import build
+from overproof.recipe import Optimization
+from overproof.train.engine import deepspeed_config, learning_rate, parameter_groups
+from overproof.train.loop import Row
+
+STAGES = (0, 1, 2, 3)
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_rate_warms_up_to_the_peak_then_falls_to_the_last_fraction(schedule: str) -> None:
+    plan = Optimization(
+        steps=20, batch_size=1, learning_rate=2.0, warmup_steps=4, schedule=schedule, final_fraction=0.1
+    )
+    rates = [learning_rate(plan, step) for step in range(20)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.2)
+    middle = {"cosine": 0.2 + 1.8 * 0.5 * (1 + 0.10452846), "linear": 0.2 + 1.8 * 8 / 15, "constant": 2.0}
+    assert rates[11] == pytest.approx(middle[schedule])
+
+
+def test_rate_of_very_short_runs() -> None:
+    one = Optimization(steps=1, batch_size=1, learning_rate=1.0)
+    assert learning_rate(one, 0) == 1.0
+    warming = Optimization(steps=2, batch_size=1, learning_rate=1.0, warmup_steps=9)
+    assert [learning_rate(warming, step) for step in range(2)] == pytest.approx([0.1, 0.2])
+
+
+def test_deepspeed_config_is_pinned() -> None:
+    assert deepspeed_config(settings(workers=2, zero_stage=2, batch_size=8, clip_norm=0.5)) == {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.5,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "torch_adam": True},
+        },
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 20_000_000, "allgather_bucket_size": 20_000_000},
+    }
+
+
+def test_bf16_is_cast_activations_without_zero_and_weights_with_masters_under_it() -> None:
+    lower = [deepspeed_config(settings(precision="bf16", zero_stage=stage)) for stage in (0, 1, 3)]
+    assert lower[0]["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert "bf16" not in lower[0]
+    assert all(config["bf16"] == {"enabled": True} and "torch_autocast" not in config for config in lower[1:])
+
+
+def test_vectors_are_not_decayed(digits_root: Path) -> None:
+    model = build(VIT, Manifest.read(digits_root), 0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, kept = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.1))
+    assert decayed | kept == set(names.values())
+    assert not decayed & kept
+    assert {name for name in names.values() if "norm" in name or name.endswith("bias")} <= kept
+    assert any("cls_token" in name for name in kept)
+    assert all(name.endswith("weight") or "position" in name for name in decayed)
+
+
+def cases(root: Path, text: Path, world: int) -> list[dict[str, Any]]:
+    """What a process group of this size trains, by name."""
+
+    def case(name: str, engine: str = "zero", at: Path = root, **changes: object) -> dict[str, Any]:
+        train = settings(workers=world, **changes)
+        return {"name": name, "engine": engine, "root": str(at), "train": train.model_dump(mode="json")}
+
+    if world == 1:
+        return [case("torch", "torch"), case("one"), case("text-torch", "torch", text, model=LLAMA)]
+    return [
+        *(case(f"stage{stage}", zero_stage=stage) for stage in STAGES),
+        *(case(f"bf16-stage{stage}", zero_stage=stage, precision="bf16") for stage in STAGES),
+        case("text-stage3", at=text, model=LLAMA, zero_stage=3),
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(digits_root: Path, text_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both process groups, one and two ranks, run side by side; their losses and weights by case."""
+    out = tmp_path_factory.mktemp("engines")
+    script = str(Path(__file__).with_name("engine_ranks.py"))
+    ranks = []
+    for world in (1, 2):
+        (folder := out / str(world)).mkdir()
+        given = json.dumps(cases(digits_root, text_root, world))
+        ranks += [
+            subprocess.Popen(
+                [sys.executable, script, str(folder), str(rank), str(world), given],
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+    ends = [(rank.communicate(timeout=180)[1], rank.returncode) for rank in ranks]
+    assert [code for _, code in ends] == [0, 0, 0], "\n".join(error[-2000:] for error, _ in ends)
+    return out
+
+
+def curve(trained: Path, name: str) -> list[Row]:
+    rows: list[Row] = json.loads(next(trained.glob(f"*/{name}.json")).read_text())
+    return rows
+
+
+def differences(trained: Path, name: str, other: str, key: str) -> list[float]:
+    here, there = ([row[key] for row in curve(trained, n) if key in row] for n in (name, other))
+    assert len(here) == len(there) > 0
+    return [abs(a - b) for a, b in zip(here, there, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["one", *(f"stage{stage}" for stage in STAGES)])
+@pytest.mark.parametrize("key", ["loss", "grad_norm", "learning_rate", "validation_loss"])
+def test_every_stage_and_world_size_trains_like_plain_torch(trained: Path, name: str, key: str) -> None:
+    assert max(differences(trained, name, "torch", key)) < TOLERANCE
+
+
+def test_text_with_rows_of_unequal_length_too(trained: Path) -> None:
+    assert max(differences(trained, "text-stage3", "text-torch", "loss")) < TOLERANCE
+    assert max(differences(trained, "text-stage3", "text-torch", "validation_loss")) < TOLERANCE
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_are_whole_and_the_same(trained: Path, stage: int) -> None:
+    whole = torch.load(trained / "1" / "torch.pt")
+    gathered = torch.load(trained / "2" / f"stage{stage}.pt")
+    assert whole.keys() == gathered.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(gathered[name], value, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_follows_fp32_and_gives_fp32_weights(trained: Path, stage: int) -> None:
+    assert max(differences(trained, f"bf16-stage{stage}", "torch", "loss")) < 0.02
+    state = torch.load(trained / "2" / f"bf16-stage{stage}.pt")
+    assert {value.dtype for value in state.values()} == {torch.float32}

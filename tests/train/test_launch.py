@@ -1,0 +1,143 @@
+"""The train stage on a real cluster of two nodes: what it leaves, what it says, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_data import VIT, digits_like, settings
+from transformers import AutoModelForImageClassification
+
+from overproof.artifact import Store
+from overproof.cluster import relay
+from overproof.data.manifest import Manifest
+from overproof.errors import InputError
+from overproof.models import build, load, save
+from overproof.progress import Progress, quiet
+from overproof.recipe import Pretrained, Train
+from overproof.recipe import load as read_recipe
+from overproof.stage import Context
+from overproof.train.launch import train
+
+DIGITS = Path(__file__).parents[2] / "jobs" / "recipes" / "digits.yaml"
+SEED = 5
+PLAN = {"steps": 30, "batch_size": 16, "learning_rate": 1e-2}
+
+
+Stage = Callable[..., tuple[dict[str, Any], Path]]
+
+
+@pytest.fixture(scope="module")
+def stage(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    """Runs the stage, each time into a folder of its own; gives its metrics and that folder."""
+    store = Store(str(tmp_path_factory.mktemp("store")))
+    draft = store.begin("tiny", "prepare", "a" * 64, {}, {})
+    with draft.directory() as folder:
+        digits_like(folder)
+    prepared = draft.commit({}, 0.0)
+    runs = count()
+
+    def run(plan: Train, progress: Progress = quiet) -> tuple[dict[str, Any], Path]:
+        recipe = read_recipe(DIGITS).model_copy(update={"train": plan, "seed": SEED})
+        own = store.begin("tiny", "train", f"{next(runs):064x}"[::-1], {}, {})
+        return train(Context(recipe, {"prepare": prepared}, own, progress)), Path(own.uri)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Run:
+    metrics: dict[str, Any]
+    folder: Path
+    words: list[tuple[str, int, int, str]]
+    on_interrupt: tuple[Any, Any]  # who answers Ctrl-C, before and after
+
+    def lines(self, key: str) -> list[float]:
+        return lines(self.folder, key)
+
+
+def lines(folder: Path, key: str) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows if key in row]
+
+
+@pytest.fixture(scope="module")
+def two_workers(stage: Stage) -> Run:
+    words: list[tuple[str, int, int, str]] = []
+    before = signal.getsignal(signal.SIGINT)
+    with relay(lambda *word: words.append(word)) as progress:
+        metrics, folder = stage(settings(workers=2, zero_stage=3, **PLAN), progress)
+    return Run(metrics, folder, words, (before, signal.getsignal(signal.SIGINT)))
+
+
+def test_leaves_a_model_that_transformers_loads(two_workers: Run) -> None:
+    assert sorted(path.name for path in two_workers.folder.iterdir()) == ["curve.jsonl", "events", "model"]
+    model = AutoModelForImageClassification.from_pretrained(two_workers.folder / "model", local_files_only=True)
+    assert two_workers.metrics["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_leaves_a_curve_and_metrics(two_workers: Run) -> None:
+    metrics, losses, validation = two_workers.metrics, two_workers.lines("loss"), two_workers.lines("validation_loss")
+    assert len(losses) == metrics["steps"] == 30
+    assert metrics["rows"] == 30 * 16  # five epochs: every row comes five times
+    assert metrics["train_loss"] == losses[-1] < losses[0]
+    assert metrics["validation_loss"] == validation[-1] < validation[0]
+    assert metrics["first_batch_s"] > 0
+    assert metrics["seconds_per_step"] > 0
+
+
+def test_leaves_events_that_tensorboard_reads(two_workers: Run) -> None:
+    events = EventAccumulator(str(two_workers.folder / "events")).Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(two_workers.lines("loss"))
+
+
+def test_says_how_far_it_is(two_workers: Run) -> None:
+    assert two_workers.words[0] == ("train", 0, 30, "starting 2 workers")
+    assert two_workers.words[-1][:3] == ("train", 30, 30)
+    assert two_workers.words[-1][3].startswith(f"loss {two_workers.lines('loss')[-1]:.2f} · ")
+
+
+def test_gives_ctrl_c_back(two_workers: Run) -> None:
+    before, after = two_workers.on_interrupt
+    assert after is before
+
+
+def test_one_worker_trains_the_same(stage: Stage, two_workers: Run) -> None:
+    _, folder = stage(settings(workers=1, zero_stage=2, **PLAN))
+    for key in ("loss", "validation_loss"):
+        assert lines(folder, key) == pytest.approx(two_workers.lines(key), abs=1e-4)
+
+
+def test_no_steps_pass_the_weights_through(
+    stage: Stage, tmp_path: Path, digits_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(VIT, Manifest.read(digits_root), 9)
+    save(model, model.config, tmp_path / "given")
+    monkeypatch.chdir(tmp_path)
+    metrics, folder = stage(settings(model=Pretrained(path="given"), steps=0, workers=2))
+    kept = load(folder / "model").state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
+    assert metrics["steps"] == metrics["rows"] == 0
+    assert metrics["validation_loss"] == lines(folder, "validation_loss")[0] > 0
+
+
+def test_a_pickle_in_a_worker_is_refused_as_what_it_is(stage: Stage, tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin, a pickle") as refused:
+        stage(settings(model=Pretrained(path=str(tmp_path / "given")), workers=2))
+    assert type(refused.value) is InputError
+    assert "Traceback" not in str(refused.value)
+
+
+def test_a_loss_that_blows_up_is_refused(stage: Stage) -> None:
+    with pytest.raises(InputError, match="lower learning_rate"):
+        stage(settings(workers=2, learning_rate=1e30, warmup_steps=0))

@@ -1,0 +1,152 @@
+"""The loop: alone without a cluster, its recorded curve, validation over ranks, and the files it leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as tries
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_data import LLAMA, settings
+from torch import Tensor, nn
+
+from overproof.data.manifest import Manifest
+from overproof.data.read import Shards
+from overproof.errors import InputError
+from overproof.models import Batch, Prediction, build, to_tensors
+from overproof.train.curve import Curve
+from overproof.train.engine import Metrics
+from overproof.train.loop import Row, fit, rows, shares, validation_ids, validation_loss
+from overproof.train.objective import CrossEntropy, Objective, masked_mean, nll
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "train-digits-like.json"
+
+
+@pytest.fixture(scope="module")
+def alone(digits_root: Path) -> dict[str, Any]:
+    script = Path(__file__).with_name("alone.py")
+    done = subprocess.run([sys.executable, script, digits_root], capture_output=True, text=True, check=True)
+    said: dict[str, Any] = json.loads(done.stdout)
+    return said
+
+
+def test_loop_runs_without_ray_or_deepspeed(alone: dict[str, Any]) -> None:
+    assert alone["loaded"] == []
+
+
+def test_loop_learns_and_reports_every_step(alone: dict[str, Any]) -> None:
+    trained = [row for row in alone["rows"] if "loss" in row]
+    assert [row["step"] for row in trained] == list(range(1, 41))
+    assert all(set(row) == {"step", "loss", "learning_rate", "grad_norm"} for row in trained)
+    assert [row["step"] for row in alone["rows"] if "validation_loss" in row] == [10, 20, 30, 40]
+    assert trained[0]["loss"] == pytest.approx(math.log(4), abs=0.3)
+    assert alone["rows"][-1]["validation_loss"] < 0.6 * math.log(4)
+
+
+def test_loss_curve_is_the_recorded_one(alone: dict[str, Any]) -> None:
+    """Recorded on a CPU in fp32. Record it again, on purpose, when training is meant to change."""
+    recorded = json.loads(GOLDEN.read_text())
+    assert len(recorded) == len(alone["rows"])
+    for was, now in zip(recorded, alone["rows"], strict=True):
+        assert now == pytest.approx(was, abs=1e-4)
+
+
+class Fixed:
+    """An engine whose losses are given."""
+
+    def __init__(self, losses: list[float]) -> None:
+        self.losses = iter(losses)
+
+    def step(self, objective: Objective, batch: Batch) -> Metrics:  # noqa: ARG002
+        return {"loss": next(self.losses), "learning_rate": 0.1, "grad_norm": 1.0}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        yield nn.Identity()
+
+    def total(self, values: Tensor) -> Tensor:
+        return values
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+
+def test_a_loss_that_is_not_finite_is_refused_with_what_to_do() -> None:
+    seen: list[Row] = []
+    with pytest.raises(InputError, match=r"step 2: loss is nan.*lower learning_rate \(at most 0\.003"):
+        fit(Fixed([1.0, math.nan]), CrossEntropy(), settings(steps=3), iter([{}] * 3), lambda: 0.0, seen.append)
+    assert [row["step"] for row in seen] == [1]
+
+
+def test_validates_every_so_often_and_at_the_end() -> None:
+    given = rows(Fixed([1.0] * 5), CrossEntropy(), settings(steps=5, validate_every=2), iter([{}] * 5), lambda: 7.0)
+    assert [row["step"] for row in given if "validation_loss" in row] == [2, 4, 5]
+
+
+def test_no_steps_still_validate() -> None:
+    plan = settings(steps=0)
+    assert list(rows(Fixed([]), CrossEntropy(), plan, iter([]), lambda: 7.0)) == [{"step": 0, "validation_loss": 7.0}]
+
+
+def test_padding_does_not_count(text_root: Path) -> None:
+    model = build(LLAMA, Manifest.read(text_root), 0).eval()
+    held_out = Shards(text_root, "validation").take(np.arange(23))
+    losses, count = 0.0, 0
+    with torch.no_grad():
+        whole = validation_loss(model, [to_tensors(held_out)])
+        for tokens, length in zip(held_out["tokens"], held_out["length"], strict=True):
+            alone_BS = torch.from_numpy(tokens[: length + 1].astype(np.int64))[None]
+            logits_BPV = model(input_ids=alone_BS[:, :-1]).logits
+            losses += nn.functional.cross_entropy(logits_BPV[0], alone_BS[0, 1:], reduction="sum").item()
+            count += int(length)
+    assert whole == pytest.approx(losses / count, abs=1e-5)
+
+
+def test_mean_over_what_counts_in_fp32() -> None:
+    logits_BPV = torch.tensor([[[2.0, 0.0], [0.0, 5.0]]], dtype=torch.bfloat16)
+    prediction = Prediction(logits_BPV, torch.tensor([[0, 0]]), torch.tensor([[True, False]]))
+    losses_BP = nll(prediction)
+    assert losses_BP.dtype == torch.float32
+    assert masked_mean(losses_BP, prediction.mask_BP).item() == pytest.approx(math.log1p(math.exp(-2)), abs=1e-6)
+
+
+@tries(deadline=None)
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 9))
+def test_ranks_share_validation_in_equally_many_batches(rows: int, batch_size: int, world: int) -> None:
+    ids = validation_ids(rows, rows)
+    parts = [shares(ids, batch_size, rank, world) for rank in range(world)]
+    assert len({len(mine) for mine in parts}) == 1
+    assert all(0 < len(part) <= max(2, batch_size) for mine in parts for part in mine)
+    taken = np.concatenate([part for mine in parts for part in mine])
+    assert np.array_equal(taken, ids if rows >= world else np.tile(ids, world))
+
+
+def test_validation_rows_are_spread_over_the_split() -> None:
+    assert validation_ids(10, 4).tolist() == [0, 2, 5, 7]
+    assert validation_ids(3, 256).tolist() == [0, 1, 2]
+
+
+def test_curve_is_readable_by_people_and_machines(tmp_path: Path) -> None:
+    written: list[Row] = [
+        {"step": 1, "loss": 2.0, "learning_rate": 0.1, "grad_norm": 1.5},
+        {"step": 1, "validation_loss": 1.75},
+    ]
+    with Curve(tmp_path / "curve.jsonl", tmp_path / "events") as curve:
+        for row in written:
+            curve(row)
+    assert [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()] == written
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    tags = ["train/grad_norm", "train/learning_rate", "train/loss", "validation/loss"]
+    assert sorted(events.Tags()["scalars"]) == tags
+    assert [(event.step, event.value) for event in events.Scalars("validation/loss")] == [(1, 1.75)]

@@ -1,0 +1,77 @@
+"""Tiny prepared data sets and models, made in a moment and the same every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from overproof.data.manifest import MANIFEST, Manifest, Split
+from overproof.data.write import write_shard
+from overproof.recipe import Llama, Train, Vit
+
+ROWS = {"train": 96, "validation": 23, "test": 8}
+ROWS_PER_GROUP = 8
+CLASSES = 4
+VOCABULARY = 64
+LENGTH = 12
+
+VIT = Vit(hidden_size=16, intermediate_size=32, layers=1, heads=2, patch_size=4)
+LLAMA = Llama(hidden_size=32, intermediate_size=64, layers=2, heads=4, kv_heads=2)
+
+
+def digits_like(root: Path) -> Path:
+    """Noisy bars: the class is the pair of columns that is lit."""
+    rng = np.random.default_rng(0)
+    splits = {}
+    for split, rows in ROWS.items():
+        label = rng.integers(0, CLASSES, rows)
+        pixels_BHW = rng.random((rows, 8, 8)) * 0.3
+        pixels_BHW[np.arange(rows), :, 2 * label] += 0.7
+        columns = {
+            "sample_id": np.arange(rows),
+            "pixels": pixels_BHW.reshape(rows, 64).astype(np.float32),
+            "label": label.astype(np.int32),
+        }
+        shard = write_shard(str(root), f"{split}/00000.parquet", columns, "digits", None, ROWS_PER_GROUP)
+        splits[split] = Split(shards=(shard,), rows=rows, tokens=rows, documents=rows)
+    return _described(root, "digits", splits)
+
+
+def text_like(root: Path) -> Path:
+    """Counting modulo the vocabulary, from anywhere; held-out rows differ in length."""
+    rng = np.random.default_rng(0)
+    splits = {}
+    for split, rows in ROWS.items():
+        tokens_BS = (rng.integers(1, VOCABULARY, (rows, 1)) + np.arange(LENGTH + 1)) % VOCABULARY
+        length_B = np.full(rows, LENGTH) if split == "train" else 1 + np.arange(rows) % LENGTH
+        columns = {
+            "sample_id": np.arange(rows),
+            "document": np.zeros(rows, np.int32) - (split == "train"),
+            "tokens": tokens_BS.astype(np.int32),
+            "length": length_B.astype(np.int32),
+        }
+        shard = write_shard(str(root), f"{split}/00000.parquet", columns, "text", LENGTH, ROWS_PER_GROUP)
+        splits[split] = Split(shards=(shard,), rows=rows, tokens=int(length_B.sum()), documents=1)
+    return _described(root, "text", splits)
+
+
+def _described(root: Path, kind: str, splits: dict[str, Split]) -> Path:
+    manifest = Manifest(
+        kind=kind,  # type: ignore[arg-type]
+        splits=splits,
+        rows_per_group=ROWS_PER_GROUP,
+        sequence_length=LENGTH if kind == "text" else None,
+        vocab_size=VOCABULARY if kind == "text" else None,
+        classes=CLASSES if kind == "digits" else None,
+        tokenizer_sha256=None,
+        dropped={},
+    )
+    (root / MANIFEST).write_text(manifest.model_dump_json())
+    return root
+
+
+def settings(**changes: object) -> Train:
+    """A short training run of the small model."""
+    kept = {"model": VIT, "steps": 6, "batch_size": 8, "learning_rate": 3e-3, "warmup_steps": 2, "validate_every": 4}
+    return Train.model_validate(kept | {"workers": 1, "zero_stage": 1} | changes)
