@@ -1,0 +1,212 @@
+"""The distillation objective: the teacher's top k and one bucket for the rest, beside the labels.
+
+Shapes: B rows, P predictions in a row, N = B * P, V outputs, K kept by the teacher, L temperatures kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from overproof.models import Batch, forward
+
+CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}  # of logits at a time
+
+
+class Terms(NamedTuple):
+    """Scalars; only ``loss`` has a gradient."""
+
+    loss: Tensor
+    divergence: Tensor  # T^2 * KL(teacher || student), nats per prediction
+    cross_entropy: Tensor  # nats per prediction
+
+
+@dataclass(frozen=True)
+class Distill:
+    """``weight * T^2 * KL(teacher || student) + (1 - weight) * cross-entropy`` (arXiv 1503.02531).
+
+    The divergence is over K + 1 buckets at temperature T: the teacher's K most likely outputs, and one that holds the
+    rest of both distributions. It is a lower bound of the divergence over V outputs, and equal to it where K is V.
+    """
+
+    temperature: float
+    teacher_weight: float
+    column: int  # of the temperature among those of the cache
+    base_column: int = 0  # of the temperature 1 among them
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over the predictions that count, in nats, and its two terms."""
+        prediction = forward(model, batch)
+        teacher_BPK = soften(
+            batch["teacher_logprobs"], batch["teacher_logsumexp"], self.temperature, self.column, self.base_column
+        )
+        terms = distillation(
+            prediction.logits_BPV,
+            prediction.targets_BP,
+            prediction.mask_BP,
+            batch["teacher_indices"],
+            teacher_BPK,
+            self.temperature,
+            self.teacher_weight,
+        )
+        return terms.loss, {"divergence": terms.divergence, "cross_entropy": terms.cross_entropy}
+
+
+def soften(logprobs_BPK: Tensor, logsumexp_BPL: Tensor, temperature: float, column: int, base_column: int) -> Tensor:
+    """The teacher's log-probabilities at a temperature, from those at temperature 1."""
+    logits_BPK = logprobs_BPK + logsumexp_BPL[..., base_column, None]
+    return logits_BPK / temperature - logsumexp_BPL[..., column, None]
+
+
+def distillation(
+    logits_BPV: Tensor,
+    targets_BP: Tensor,
+    mask_BP: Tensor,
+    indices_BPK: Tensor,
+    teacher_BPK: Tensor,
+    temperature: float,
+    teacher_weight: float,
+) -> Terms:
+    """The loss of ``Distill``; ``teacher_BPK`` are log-probabilities at ``temperature`` and take no gradient."""
+    counted_N = mask_BP.flatten().to(torch.promote_types(logits_BPV.dtype, torch.float32))
+    weight_N = counted_N / counted_N.sum().clamp(min=1)
+    return Terms(
+        *_Distillation.apply(  # type: ignore[no-untyped-call]
+            logits_BPV.flatten(0, 1),
+            targets_BP.flatten(),
+            weight_N,
+            indices_BPK.flatten(0, 1),
+            teacher_BPK.flatten(0, 1),
+            temperature,
+            teacher_weight,
+        )
+    )
+
+
+class _Distillation(torch.autograd.Function):
+    """The loss and its gradient in one pass over the logits, which stays in cache; backward may run once.
+
+    With p the student's and q the teacher's distribution at T, the gradient of the divergence by a logit is
+    ``(p_j - q_j) / T`` for the teacher's K and ``(p_j - q_rest * p_j / p_rest) / T`` for the others. The mass p_rest is
+    summed from its parts: 1 minus the mass of the K would round to 0 long before it is 0.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_NV: Tensor,
+        targets_N: Tensor,
+        weight_N: Tensor,
+        indices_NK: Tensor,
+        teacher_NK: Tensor,
+        temperature: float,
+        teacher_weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gradient_NV = torch.empty_like(logits_NV)
+        dtype = weight_N.dtype
+        sums = weight_N.new_zeros(2)
+        for here in chunks(logits_NV):
+            gradient_CV, terms = _chunk(
+                logits_NV[here].to(dtype),
+                targets_N[here, None],
+                weight_N[here],
+                indices_NK[here],
+                _normal(teacher_NK[here].to(dtype), whole=indices_NK.shape[1] == logits_NV.shape[1]),
+                temperature,
+                teacher_weight,
+            )
+            gradient_NV[here] = gradient_CV
+            sums += terms
+        divergence, cross_entropy = sums[0] * temperature**2, sums[1]
+        ctx.save_for_backward(gradient_NV)
+        ctx.mark_non_differentiable(divergence, cross_entropy)
+        loss = teacher_weight * divergence + (1 - teacher_weight) * cross_entropy
+        return loss, divergence, cross_entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_NV,) = ctx.saved_tensors
+        return gradient_NV.mul_(scale), None, None, None, None, None, None
+
+
+def _normal(teacher_CK: Tensor, whole: bool) -> Tensor:
+    """Undo the rounding of cached values where they sum to more than 1, or ought to sum to 1."""
+    excess_C1 = torch.logsumexp(teacher_CK, -1, keepdim=True)
+    return teacher_CK - (excess_C1 if whole else excess_C1.clamp(min=0))
+
+
+def _chunk(
+    logits_CV: Tensor,
+    targets_C1: Tensor,
+    weight_C: Tensor,
+    indices_CK: Tensor,
+    teacher_CK: Tensor,
+    temperature: float,
+    teacher_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the weighted loss by the logits of C predictions, and the weighted sums of its two terms."""
+    label_weight_C = (1 - teacher_weight) * weight_C
+    kl_weight_C = teacher_weight * temperature * weight_C  # T^2, and 1 / T from the derivative
+    softened_CV = logits_CV if temperature == 1 else logits_CV / temperature
+    student_CV, logsumexp_C1 = softmax(softened_CV)
+    log_p_CK = softened_CV.gather(1, indices_CK) - logsumexp_C1
+    p_CK = student_CV.gather(1, indices_CK)
+    student_CV.scatter_(1, indices_CK, 0.0)  # what is left is the rest
+    p_rest_C = student_CV.sum(1).clamp(min=torch.finfo(logits_CV.dtype).tiny)
+    q_CK = teacher_CK.exp()
+    whole = indices_CK.shape[1] == logits_CV.shape[1]
+    q_rest_C = torch.zeros_like(weight_C) if whole else (1 - q_CK.sum(1)).clamp(min=0)
+    kl_CK = torch.where(q_CK > 0, q_CK * (teacher_CK - log_p_CK), 0.0)
+    kl_rest_C = torch.xlogy(q_rest_C, q_rest_C) - q_rest_C * p_rest_C.log()
+
+    rest_scale_C = (1 - q_rest_C / p_rest_C) * kl_weight_C
+    top_CK = (p_CK - q_CK) * kl_weight_C[:, None]
+    if temperature == 1:
+        plain_logsumexp_C1 = logsumexp_C1
+        gradient_CV = student_CV.mul_((rest_scale_C + label_weight_C)[:, None])
+        gradient_CV.scatter_(1, indices_CK, top_CK.addcmul_(p_CK, label_weight_C[:, None]))
+    else:
+        plain_CV, plain_logsumexp_C1 = softmax(logits_CV)
+        gradient_CV = student_CV.mul_(rest_scale_C[:, None]).scatter_(1, indices_CK, top_CK)
+        gradient_CV.addcmul_(plain_CV, label_weight_C[:, None])
+    gradient_CV.scatter_add_(1, targets_C1, -label_weight_C[:, None])
+    cross_entropy_C = (plain_logsumexp_C1 - logits_CV.gather(1, targets_C1))[:, 0]
+    return gradient_CV, torch.stack([(kl_CK.sum(1) + kl_rest_C) @ weight_C, cross_entropy_C @ weight_C])
+
+
+def chunks(logits_NV: Tensor) -> Iterator[slice]:
+    """Rows of logits that are best worked on at once: on a CPU every pass after the first hits the cache."""
+    rows = max(1, CHUNK_BYTES[logits_NV.device.type] // (logits_NV.shape[1] * logits_NV.element_size()))
+    return (slice(start, start + rows) for start in range(0, len(logits_NV), rows))
+
+
+def softmax(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax and logsumexp from one exponentiation: the largest probability is exp(largest logit - logsumexp)."""
+    p_CV = torch.softmax(logits_CV, 1)
+    return p_CV, logits_CV.amax(1, keepdim=True) - p_CV.amax(1, keepdim=True).log()
+
+
+def top_k(logits_BPV: Tensor, k: int, temperatures: Sequence[float]) -> dict[str, Tensor]:
+    """What the cache keeps of a teacher's logits, flat for each row: (B, P*K), (B, P*K), (B, P) and (B, P*L).
+
+    ``logprobs`` (natural, temperature 1) come with the largest first, ``tail`` is the log of the mass that is not in
+    them (-inf where there is none), and ``logsumexp`` is that of logits / T for every temperature T.
+    """
+    logits_NV = logits_BPV.flatten(0, 1).float()
+    parts = [_top_k(logits_NV[here], k, temperatures) for here in chunks(logits_NV)]
+    columns = (torch.cat(column).reshape(len(logits_BPV), -1) for column in zip(*parts, strict=True))
+    return dict(zip(("indices", "logprobs", "tail", "logsumexp"), columns, strict=True))
+
+
+def _top_k(logits_CV: Tensor, k: int, temperatures: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    top_CK, indices_CK = logits_CV.topk(k, dim=1)
+    p_CV, logsumexp_C1 = softmax(logits_CV)
+    tail_C = p_CV.scatter_(1, indices_CK, 0.0).sum(1).log()  # from its parts: exact, however small
+    logsumexps = [logsumexp_C1[:, 0] if t == 1 else torch.logsumexp(logits_CV / t, 1) for t in temperatures]
+    return indices_CK, top_CK - logsumexp_C1, tail_C, torch.stack(logsumexps, 1)

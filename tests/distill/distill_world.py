@@ -1,0 +1,173 @@
+"""Small prepared data, a teacher really trained on it, and what a stage is given, as artifacts of a store."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from overproof.artifact import Artifact, Draft, Store
+from overproof.data.digits import prepare_digits
+from overproof.data.manifest import MANIFEST, TOKENIZER, Manifest, Split
+from overproof.data.plan import Order
+from overproof.data.read import Shards
+from overproof.data.write import write_shard
+from overproof.distill.targets import INDEX, CacheIndex
+from overproof.distill.teacher import Job, Teacher, cover
+from overproof.models import build, save, to_tensors
+from overproof.progress import Progress, quiet
+from overproof.recipe import DigitsData, Llama, Optimization, Recipe, Vit
+from overproof.stage import Context
+from overproof.train.engine import TorchEngine
+from overproof.train.loop import fit
+from overproof.train.objective import CrossEntropy
+
+SEED = 3
+LENGTH, VOCABULARY = 16, 320
+ROWS = {"train": 96, "validation": 24, "test": 8}
+TEACHERS: dict[str, Llama | Vit] = {
+    "digits": Vit(hidden_size=32, intermediate_size=64, layers=2, heads=2),
+    "text": Llama(hidden_size=32, intermediate_size=64, layers=1, heads=2, kv_heads=1),
+}
+
+
+def text_like(root: Path) -> Manifest:
+    """A walk over the vocabulary that a model can learn; held-out rows differ in length."""
+    rng = np.random.default_rng(0)
+    (root / TOKENIZER).write_text('{"made": "for a test"}')
+    splits: dict[str, Split] = {}
+    for split, rows in ROWS.items():
+        strides = rng.integers(1, 4, (rows, LENGTH)).cumsum(1)
+        tokens = np.concatenate([np.zeros((rows, 1)), strides], 1) + rng.integers(1, VOCABULARY, (rows, 1))
+        lengths = np.full(rows, LENGTH) if split == "train" else 1 + np.arange(rows) % LENGTH
+        shards = []
+        for number, part in enumerate(np.array_split(np.arange(rows), 3 if split == "train" else 1)):
+            columns = {
+                "sample_id": part,
+                "document": np.full(len(part), -1 if split == "train" else 0, np.int32),
+                "tokens": (tokens[part] % VOCABULARY).astype(np.int32),
+                "length": lengths[part].astype(np.int32),
+            }
+            shards.append(write_shard(str(root), f"{split}/{number:05d}.parquet", columns, "text", LENGTH, 8))
+        splits[split] = Split(shards=tuple(shards), rows=rows, tokens=int(lengths.sum()), documents=1)
+    return Manifest(
+        kind="text",
+        splits=splits,
+        rows_per_group=8,
+        sequence_length=LENGTH,
+        vocab_size=VOCABULARY,
+        classes=None,
+        tokenizer_sha256=hashlib.sha256((root / TOKENIZER).read_bytes()).hexdigest(),
+        dropped={},
+    )
+
+
+def recipe_of(kind: str, **changes: Any) -> Recipe:
+    """A recipe whose cache and sweep parts are what a test needs; ``changes`` are sections of it."""
+    teacher = TEACHERS[kind].model_dump()
+    steps = {"steps": 4, "batch_size": 16, "learning_rate": 5e-3}
+    tree: dict[str, Any] = {
+        "name": f"test-{kind}",
+        "seed": SEED,
+        "data": {"kind": kind},
+        "train": {**steps, "model": teacher},
+        "cache": {"k": 4, "temperatures": [0.5, 2.0], "batch_size": 24},
+        "sweep": {
+            **steps,
+            "students": [{"name": "only", "temperature": 2.0, "model": teacher}],
+            "asha": {"grace_steps": 2},
+        },
+        "compress": {"kind": "gguf" if kind == "text" else "onnx"},
+        "gate": {"rules": [{"kind": "smaller", "at_least": 1.0}]},
+    }
+    return Recipe.parse(
+        {name: value | changes.get(name, {}) if isinstance(value, dict) else value for name, value in tree.items()}
+    )
+
+
+@dataclass
+class World:
+    """A store with prepared data and a teacher, where a test runs the next stages."""
+
+    kind: str
+    store: Store
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    numbers: Any = field(default_factory=count)
+
+    @property
+    def root(self) -> Path:
+        return self.artifacts["prepare"].local()
+
+    def draft(self, stage: str, store: Store | None = None) -> Draft:
+        """A fresh draft in its own folder."""
+        name = hashlib.sha256(f"{stage} {next(self.numbers)}".encode()).hexdigest()
+        return (store or self.store).begin(f"test-{self.kind}", stage, name, None, {})
+
+    def context(
+        self, stage: str, progress: Progress = quiet, cached: Artifact | None = None, **changes: Any
+    ) -> Context:
+        """What the stage is given; ``changes`` are sections of the recipe."""
+        parents = self.artifacts | ({"cache": cached} if cached else {})
+        return Context(recipe_of(self.kind, **changes), parents, self.draft(stage), progress)
+
+
+def train_teacher(kind: str, root: Path, folder: Path, steps: int = 60) -> None:
+    manifest, shards = Manifest.read(root), Shards(root, "train")
+    settings = Optimization(steps=steps, batch_size=32, learning_rate=5e-3, warmup_steps=5, validate_every=1000)
+    model = build(TEACHERS[kind], manifest, 0)
+    order = Order(manifest.groups, manifest.rows_per_group, 0)
+    batches = (to_tensors(shards.take(order.step_rows(step, 32))) for step in range(steps))
+    fit(TorchEngine(model, settings), CrossEntropy(), settings, batches, lambda: 0.0, lambda _: None)
+    save(model, model.config, folder / "model", root / TOKENIZER if kind == "text" else None)
+
+
+def make(kind: str, store: Store) -> World:
+    world = World(kind, store)
+    draft = world.draft("prepare")
+    with draft.directory() as root:
+        if kind == "text":
+            manifest = text_like(root)
+        else:
+            data = DigitsData(validation_fraction=0.1, test_fraction=0.1, shards=3, rows_per_group=8)
+            manifest = prepare_digits(data, SEED, str(root))
+        (root / MANIFEST).write_text(manifest.model_dump_json())
+    world.artifacts["prepare"] = draft.commit({}, 0)
+    draft = world.draft("train")
+    with draft.directory() as folder:
+        train_teacher(kind, world.root, folder)
+    world.artifacts["train"] = draft.commit({}, 0)
+    return world
+
+
+def replica(world: World, rows: int | None) -> tuple[Teacher, CacheIndex]:
+    """A teacher as an actor has it, and the plan of the first ``rows`` rows."""
+    manifest = Manifest.read(world.root)
+    files = cover(manifest, Order(manifest.groups, manifest.rows_per_group, SEED), rows)
+    recipe, draft = recipe_of(world.kind), world.draft("cache")
+    index = CacheIndex(
+        k=recipe.cache.k,
+        temperatures=(0.5, 1.0, 2.0),
+        outputs=manifest.outputs,
+        positions=manifest.positions,
+        rows=sum(len(file.groups) for file in files) * manifest.rows_per_group,
+        rows_per_group=manifest.rows_per_group,
+        files=files,
+        teacher_sha256="a" * 64,
+        tokenizer_sha256=manifest.tokenizer_sha256,
+        manifest_sha256="b" * 64,
+    )
+    return Teacher(Job(recipe.cache, index, world.artifacts["prepare"], world.artifacts["train"], draft)), index
+
+
+def capture(world: World, rows: int | None) -> Artifact:
+    """What the stage writes, by one replica and without Ray."""
+    teacher, index = replica(world, rows)
+    reports = list(teacher({"file": np.arange(len(index.files))}))
+    assert sum(int(report["rows"][0]) for report in reports) == index.rows
+    assert not any(report["fault"][0] for report in reports)
+    (Path(teacher.job.draft.uri) / INDEX).write_text(index.model_dump_json())
+    return teacher.job.draft.commit({}, 0)

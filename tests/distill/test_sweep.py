@@ -1,0 +1,293 @@
+"""The sweep stage on a real cluster, and one student without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distill_world import World, capture, make
+
+from overproof.artifact import Artifact, Store
+from overproof.data.manifest import MANIFEST
+from overproof.data.read import Shards
+from overproof.distill.job import Job, rungs
+from overproof.distill.student import Run
+from overproof.distill.sweep import jobs, slots, sweep
+from overproof.distill.targets import TEACHER
+from overproof.distill.teacher import cache
+from overproof.errors import InputError
+from overproof.models import load, parameters
+from overproof.recipe import Sweep
+from overproof.stage import Context
+from overproof.train.loop import validation_loss
+
+STEPS, GRACE = 24, 8
+NARROW = {"kind": "vit", "hidden_size": 8, "intermediate_size": 16, "layers": 1, "heads": 2}
+WIDE = {"kind": "vit", "hidden_size": 32, "intermediate_size": 64, "layers": 1, "heads": 2}
+STUDENTS = [
+    {"name": "wide", "temperature": 2.0, "teacher_weight": 0.5, "model": WIDE},
+    {"name": "twin", "temperature": 2.0, "teacher_weight": 0.5, "model": WIDE},
+    {"name": "cold", "temperature": 0.5, "teacher_weight": 0.5, "model": WIDE},
+    {"name": "narrow", "temperature": 2.0, "teacher_weight": 0.5, "model": NARROW},
+]
+SWEEP = {
+    "students": STUDENTS,
+    "steps": STEPS,
+    "batch_size": 16,
+    "learning_rate": 2e-2,
+    "warmup_steps": 4,
+    "validate_every": 7,
+    "validation_rows": 64,
+    "asha": {"grace_steps": GRACE},
+    "concurrent_trials": 2,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Swept:
+    """A finished sweep."""
+
+    context: Context
+    folder: Path
+    metrics: dict[str, Any]
+    words: list[tuple[str, int, int, str]]
+    printed: str
+    junk: set[str]
+
+    @property
+    def trials(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / "trials.json").read_text())
+        return found
+
+    def curve(self, name: str) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (self.folder / "curves" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def parented(world: World, cached: Artifact) -> Artifact:
+    """The cache as if the stage had made it from the world's data and teacher."""
+    index = cached.local() / "cache.json"
+    text = index.read_text()
+    for fake, stage, file in (("a" * 64, "train", TEACHER), ("b" * 64, "prepare", MANIFEST)):
+        text = text.replace(fake, world.artifacts[stage].record.files[file].sha256)
+    index.write_text(text)
+    return cached
+
+
+@pytest.fixture(scope="module")
+def digits_cache(digits_world: World) -> Artifact:
+    return parented(digits_world, capture(digits_world, 400))
+
+
+@contextmanager
+def printing(into: Path) -> Iterator[None]:
+    """Everything that goes to this process's standard output and error."""
+    kept = os.dup(1), os.dup(2)
+    with into.open("wb") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+        try:
+            yield
+        finally:
+            for number, saved in zip((1, 2), kept, strict=True):
+                os.dup2(saved, number)
+                os.close(saved)
+
+
+@pytest.fixture(scope="module")
+def swept(ray_cluster: str, digits_world: World, digits_cache: Artifact, tmp_path_factory: Any) -> Swept:
+    words: list[tuple[str, int, int, str]] = []
+    output = tmp_path_factory.mktemp("printed") / "output"
+    context = digits_world.context("sweep", lambda *word: words.append(word), digits_cache, sweep=SWEEP)
+    before = scratch()
+    with printing(output):
+        metrics = sweep(context)
+    return Swept(context, Path(context.draft.uri), metrics, words, output.read_text(), scratch() - before)
+
+
+def scratch() -> set[str]:
+    """What stages leave in the folder for temporary files."""
+    return {path.name for path in Path(tempfile.gettempdir()).glob("overproof*")}
+
+
+def test_every_student_is_accounted_for(swept: Swept) -> None:
+    trials = {trial["name"]: trial for trial in swept.trials["trials"]}
+    assert list(trials) == ["wide", "twin", "cold", "narrow"]
+    finished = [trial for trial in trials.values() if trial["steps"] == STEPS]
+    assert finished
+    assert {trial["status"] for trial in finished} == {"finished"}
+    assert all(trial["status"] == "stopped" for trial in trials.values() if trial["steps"] < STEPS)
+    assert all(trial["steps"] in {8, 16, STEPS} for trial in trials.values())  # stopped at a rung
+    winner = trials[swept.trials["winner"]]
+    assert winner["validation_loss"] == min(trial["validation_loss"] for trial in finished)
+    assert swept.metrics["winner"] == winner["name"]
+    assert swept.metrics["stopped_early"] == len(trials) - len(finished)
+    assert trials["narrow"]["parameters"] < trials["wide"]["parameters"]
+
+
+def test_the_model_code_is_imported_once_an_actor(swept: Swept) -> None:
+    trials = swept.trials["trials"]
+    assert len({trial["pid"] for trial in trials}) <= 2
+    for pid in {trial["pid"] for trial in trials}:
+        paid = [trial["import_seconds"] for trial in trials if trial["pid"] == pid]
+        assert sum(seconds > 0 for seconds in paid) == 1
+        assert sum(seconds == 0 for seconds in paid) == len(paid) - 1
+
+
+def test_all_trials_read_the_same_rows(swept: Swept) -> None:
+    wide, twin = swept.curve("wide"), swept.curve("twin")
+    both = min(len(wide), len(twin))
+    assert both >= GRACE
+    assert wide[:both] == twin[:both]
+
+
+def test_curves_have_every_step_and_validate_at_rungs(swept: Swept) -> None:
+    winner = swept.curve(swept.trials["winner"])
+    assert [row["step"] for row in winner if "loss" in row] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in winner if "validation_loss" in row] == [7, 8, 14, 16, 21, 24]
+    assert {"step", "loss", "learning_rate", "grad_norm"} <= set(winner[0])
+    for trial in [*swept.trials["trials"], swept.trials["control"]]:
+        assert swept.curve(trial["name"])[-1] == {"step": trial["steps"], "validation_loss": trial["validation_loss"]}
+
+
+def test_the_control_differs_by_the_teacher_alone(swept: Swept, digits_world: World) -> None:
+    control, name = swept.trials["control"], swept.trials["winner"]
+    winner = next(trial for trial in swept.trials["trials"] if trial["name"] == name)
+    assert control["parameters"] == winner["parameters"]
+    assert (control["steps"], control["status"], control["teacher_weight"]) == (STEPS, "finished", 0.0)
+    alone = Run(dataclasses.replace(job_of(swept.context, name), distilled=False, name="control"))
+    rows = [row for _ in range(6) for row in alone.advance().curve]
+    assert [row["step"] for row in rows] == [row["step"] for row in swept.curve("control")]
+    for here, there in zip(rows, swept.curve("control"), strict=True):
+        assert here == pytest.approx(there, rel=1e-3)  # the control has more threads
+    first, second = swept.curve("control")[0], swept.curve(name)[0]
+    assert first["learning_rate"] == second["learning_rate"]
+    assert first["loss"] == pytest.approx(second["cross_entropy"], rel=1e-5)  # same weights, same rows
+
+
+def test_the_written_models_are_the_ones_that_were_judged(swept: Swept, digits_world: World) -> None:
+    rows = Shards(digits_world.root, "validation")
+    run = Run(job_of(swept.context, "wide"))
+    for folder, trial in (
+        ("student", next(t for t in swept.trials["trials"] if t["name"] == swept.trials["winner"])),
+        ("control", swept.trials["control"]),
+    ):
+        model = load(swept.folder / folder)
+        assert parameters(model) == trial["parameters"]
+        found = validation_loss(model, run.validation)
+        assert found == pytest.approx(trial["validation_loss"], rel=1e-5)
+    assert rows.rows > 64  # the losses above are of a part, spread over the split
+
+
+def test_a_trial_is_its_run_alone(swept: Swept) -> None:
+    name = swept.trials["winner"]
+    run = Run(job_of(swept.context, name))
+    rows = [row for _ in range(6) for row in run.advance().curve]
+    assert rows == swept.curve(name)
+
+
+def test_nothing_else_is_left_or_printed(swept: Swept) -> None:
+    assert {path.name for path in swept.folder.iterdir()} == {"student", "control", "curves", "trials.json"}
+    assert {path.name for path in (swept.folder / "student").iterdir()} == {"config.json", "model.safetensors"}
+    assert swept.junk == set()
+    assert swept.printed == ""
+
+
+def test_progress_is_told_all_along(swept: Swept) -> None:
+    trials = [word for word in swept.words if word[0] == "sweep"]
+    assert trials[0] == ("sweep", 0, 4 * STEPS, "starting trials")
+    assert trials[-1][1] == 4 * STEPS
+    assert [word[1] for word in trials] == sorted(word[1] for word in trials)
+    assert "best " in trials[-1][3]
+    control = [word for word in swept.words if word[0] == "control"]
+    assert (control[0][1], control[-1][1]) == (0, STEPS)
+
+
+def job_of(context: Context, name: str) -> Job:
+    return next(job for job in jobs(context) if job.name == name)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_trial_that_fails_ends_the_sweep_with_its_name(digits_world: World, digits_cache: Artifact) -> None:
+    wild = {**SWEEP, "learning_rate": 1e30, "warmup_steps": 0, "students": STUDENTS[3:]}
+    context = digits_world.context("sweep", cached=digits_cache, sweep=wild)
+    with pytest.raises(InputError, match=r"^student narrow: step \d+: loss is .*lower learning_rate"):
+        sweep(context)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ctrl_c_ends_the_sweep(digits_world: World, digits_cache: Artifact) -> None:
+    sent: list[int] = []
+
+    def interrupt(task: str, done: int, total: int, note: str = "") -> None:
+        if done and not sent:
+            sent.append(done)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(digits_world.context("sweep", interrupt, digits_cache, sweep=SWEEP))
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_text_is_cached_and_swept_on_an_object_store(s3_uri: str) -> None:
+    # The workers do not have this process's environment.
+    world = make("text", Store(s3_uri.replace("s3://", "s3://testing:testing@")))
+    context = world.context("cache", cache={"actors": 1})
+    cached = context.draft.commit(cache(context), 0)
+    assert set(cached.record.files) == {"00000.parquet", "00001.parquet", "00002.parquet", "cache.json"}
+    assert cached.record.metrics["positions"] == 96 * 16
+    context = world.context("sweep", cached=cached)
+    artifact = context.draft.commit(sweep(context), 0)
+    parts = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    models = {f"{folder}/{part}" for folder in ("student", "control") for part in parts}
+    assert set(artifact.record.files) == models | {"curves/only.jsonl", "curves/control.jsonl", "trials.json"}
+    load(artifact.local() / "student")
+
+
+def test_a_cache_of_another_teacher_is_refused(digits_world: World) -> None:
+    with pytest.raises(InputError, match=r"cache\.json: made with another teacher"):
+        sweep(digits_world.context("sweep", cached=capture(digits_world, 400), sweep=SWEEP))
+
+
+def test_too_small_a_cache_is_refused_before_anything_starts(digits_world: World) -> None:
+    small = parented(digits_world, capture(digits_world, 100))
+    with pytest.raises(InputError, match=r"raise cache\.rows"):
+        sweep(digits_world.context("sweep", cached=small, sweep=SWEEP))
+
+
+def test_slots_count_what_fits_each_node() -> None:
+    nodes = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 3.0}, {"memory": 1.0}]
+
+    def settings(**changes: Any) -> Sweep:
+        return Sweep.model_validate({**SWEEP, **changes})
+
+    assert slots(settings(cpus_per_trial=1), nodes) == 7
+    assert slots(settings(cpus_per_trial=2), nodes) == 3
+    assert slots(settings(cpus_per_trial=0.5), nodes) == 14
+    assert slots(settings(cpus_per_trial=1, gpus_per_trial=0.5), nodes) == 2
+    assert slots(settings(cpus_per_trial=8), nodes) == 0
+
+
+def test_rungs_are_before_the_last_step() -> None:
+    def at(grace: int, factor: int, steps: int) -> list[int]:
+        asha = {"grace_steps": grace, "reduction_factor": factor}
+        return list(rungs(Sweep.model_validate({**SWEEP, "asha": asha, "steps": steps})))
+
+    assert at(8, 2, 24) == [8, 16]
+    assert at(8, 2, 32) == [8, 16]
+    assert at(10, 3, 100) == [10, 30, 90]
+    assert at(100, 2, 50) == []
+
+
+def test_no_student_takes_the_name_of_the_control() -> None:
+    with pytest.raises(ValueError, match="'control', the name of the one trained without the teacher"):
+        Sweep.model_validate({**SWEEP, "students": [{**STUDENTS[0], "name": "control"}]})

@@ -1,0 +1,95 @@
+"""The cache stage on a real cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from distill_world import SEED, World, replica
+
+from overproof.data.manifest import MANIFEST, TOKENIZER, Manifest
+from overproof.data.plan import Order
+from overproof.distill.targets import TEACHER, CacheIndex, Targets
+from overproof.distill.teacher import cache
+from overproof.errors import InputError
+from overproof.models import build, save
+from overproof.recipe import Llama
+
+
+class Said:
+    """What a stage told of its progress."""
+
+    def __init__(self) -> None:
+        self.words: list[tuple[str, int, int, str]] = []
+
+    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
+        self.words.append((task, done, total, note))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_teacher_sees_each_row_group_of_the_order_once(
+    digits_world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = Said()
+    context = digits_world.context("cache", said, cache={"k": 10, "rows": 500, "actors": 2})
+    metrics = cache(context)
+    folder = Path(context.draft.uri)
+    manifest, index = Manifest.read(digits_world.root), CacheIndex.read(folder)
+    order = Order(manifest.groups, manifest.rows_per_group, SEED)
+    covered = sorted(set((order.rows_at(0, 500) // 8).tolist()))
+    assert [group for file in index.files for group in file.groups] == covered
+    assert index.temperatures == (0.5, 1.0, 2.0)
+    assert index.teacher_sha256 == digits_world.artifacts["train"].record.files[TEACHER].sha256
+    assert index.manifest_sha256 == digits_world.artifacts["prepare"].record.files[MANIFEST].sha256
+    assert sorted(p.name for p in folder.iterdir()) == [*(file.path for file in index.files), "cache.json"]
+    assert metrics["rows"] == metrics["positions"] == len(covered) * 8 == index.rows
+    assert metrics["actors"] == 2
+    size = sum((folder / file.path).stat().st_size for file in index.files)
+    assert metrics["bytes_per_position"] == pytest.approx(size / metrics["positions"])
+
+    found = Targets(folder).take(order.rows_at(0, 500))
+    mass = np.exp(found["logprobs"]).sum(-1)
+    np.testing.assert_allclose(mass, 1, atol=2e-3)
+    assert np.isneginf(found["tail"]).all()
+
+    assert said.words[0] == ("cache", 0, index.rows, "starting 2 teachers")
+    done = [word[1] for word in said.words]
+    assert done == sorted(done)
+    assert done[-1] == index.rows
+    assert len(set(done)) > index.rows / 24  # one word a forward pass, while the pool runs
+    assert "ray.data" not in (printed := capfd.readouterr()).out + printed.err
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(text_world: World, tmp_path: Path) -> None:
+    other = make_other_teacher(text_world, tmp_path, tokenizer='{"made": "elsewhere"}')
+    with pytest.raises(InputError, match=r"tokenizer\.json: sha256 is .*the data was tokenised with"):
+        cache(other.context("cache"))
+
+
+def test_more_targets_than_outputs_are_refused(digits_world: World) -> None:
+    with pytest.raises(InputError, match=r"cache\.k: found 11; the data has 10 outputs"):
+        cache(digits_world.context("cache", cache={"k": 11}))
+
+
+def test_a_teacher_of_other_outputs_is_reported(text_world: World, tmp_path: Path) -> None:
+    other = make_other_teacher(text_world, tmp_path, vocab_size=352)
+    teacher, index = replica(other, None)
+    faults = [str(report["fault"][0]) for report in teacher({"file": np.arange(len(index.files))})]
+    assert faults == ["the teacher has 352 outputs; expected the data's 320"]
+    assert not list(Path(teacher.job.draft.uri).glob("*.parquet"))
+
+
+def make_other_teacher(world: World, folder: Path, tokenizer: str | None = None, vocab_size: int = 320) -> World:
+    """The same data with a teacher that does not fit it."""
+    config = Llama(hidden_size=32, intermediate_size=32, layers=1, heads=2, kv_heads=1)
+    manifest = Manifest.read(world.root).model_copy(update={"vocab_size": vocab_size})
+    file = world.root / TOKENIZER
+    if tokenizer:
+        file = folder / TOKENIZER
+        file.write_text(tokenizer)
+    draft = world.draft("train")
+    model = build(config, manifest, 0)
+    save(model, model.config, Path(draft.uri) / "model", file)
+    return dataclasses.replace(world, artifacts=world.artifacts | {"train": draft.commit({}, 0)})
