@@ -1,0 +1,123 @@
+"""The policy: does a compressed file pass, and why. Pure.
+
+Every rule looks at the end of the interval that speaks against the candidate, so a measurement that is too
+uncertain cannot pass. A figure that the report lacks fails its rule.
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from overproof.evaluate.metrics import Comparison, Frozen, Measured, Metric, Quality, Report
+from overproof.recipe import Agreement, Gate, Improvement, Parity, Regression, Rule, Smaller
+
+
+class Reason(Frozen):
+    """What one rule found, in words with figures."""
+
+    rule: str
+    passed: bool
+    text: str
+
+
+class CandidateVerdict(Frozen):
+    """One compressed file: it passes when every rule does."""
+
+    name: str
+    passed: bool
+    reasons: tuple[Reason, ...]
+
+
+class Verdict(Frozen):
+    """``passed`` when a candidate passes; ``chosen`` is the smallest that does."""
+
+    passed: bool
+    chosen: str | None
+    candidates: tuple[CandidateVerdict, ...]
+
+
+def judge(gate: Gate, report: Report) -> Verdict:
+    """Hold every candidate of a report against every rule."""
+    candidates = [m for m in report.measured if m.candidate]
+    verdicts = tuple(_judge_one(gate, report, candidate) for candidate in candidates)
+    passing = [m for m, verdict in zip(candidates, verdicts, strict=True) if verdict.passed]
+    chosen = min(passing, key=lambda m: (m.size_bytes, m.name)).name if passing else None
+    return Verdict(passed=chosen is not None, chosen=chosen, candidates=verdicts)
+
+
+def _judge_one(gate: Gate, report: Report, candidate: Measured) -> CandidateVerdict:
+    reasons = tuple(_hold(rule, report, candidate) for rule in gate.rules)
+    return CandidateVerdict(name=candidate.name, passed=all(r.passed for r in reasons), reasons=reasons)
+
+
+def _hold(rule: Rule, report: Report, candidate: Measured) -> Reason:
+    match rule:
+        case Regression() | Improvement():
+            passed, text = _compared(rule, report, candidate)
+        case Smaller():
+            passed, text = _smaller(rule, report, candidate)
+        case Agreement():
+            passed, text = _agreement(rule, candidate)
+        case Parity():
+            passed, text = _parity(rule, candidate)
+        case _:
+            assert_never(rule)
+    return Reason(rule=rule.kind, passed=passed, text=text)
+
+
+def _compared(rule: Regression | Improvement, report: Report, candidate: Measured) -> tuple[bool, str]:
+    found = report.compare(candidate.name, rule.against)
+    quality = report.quality
+    if found is None:
+        return False, f"{quality} against {rule.against} is not in the report"
+    if found.low is None or found.high is None:
+        return False, f"{quality} against {rule.against} has no interval: more than one test unit is needed"
+    text = f"{quality} {_difference(found, quality)}"
+    if isinstance(rule, Regression):
+        return found.high <= rule.at_most, f"{text}, allowed {_amount(rule.at_most, quality)}"
+    return -found.high > rule.at_least, f"{text}, must be better by more than {_amount(rule.at_least, quality)}"
+
+
+def _smaller(rule: Smaller, report: Report, candidate: Measured) -> tuple[bool, str]:
+    reference = report.find(rule.against)
+    if reference is None:
+        return False, f"the size of {rule.against} is not in the report"
+    times = reference.size_bytes / candidate.size_bytes
+    return times >= rule.at_least, f"{times:.2f} times smaller than {rule.against}, needed {rule.at_least:g} times"
+
+
+def _agreement(rule: Agreement, candidate: Measured) -> tuple[bool, str]:
+    found: Metric | None = candidate.metrics.get("agreement")
+    if found is None:
+        return False, "agreement with teacher is not in the report"
+    if found.low is None or found.high is None:
+        return False, "agreement with teacher has no interval: more than one test unit is needed"
+    interval = f"{100 * found.low:.1f} % to {100 * found.high:.1f} %"
+    text = f"agrees with teacher on {100 * found.value:.1f} % (interval {interval}), needed {100 * rule.at_least:g} %"
+    return found.low >= rule.at_least, text
+
+
+def _parity(rule: Parity, candidate: Measured) -> tuple[bool, str]:
+    found = candidate.metrics.get("parity_nats")
+    if found is None:
+        return False, "parity_nats of the serving engine is not in the report"
+    text = f"serving engine within {found.value:.2g} nats of the reference ({found.n} probed), allowed {rule.at_most:g}"
+    split = candidate.metrics.get("tokenizer_mismatches")
+    if split is not None and split.value > 0:
+        return False, f"serving engine splits {split.value:g} of {split.n} texts into other tokens than tokenizer.json"
+    return found.value <= rule.at_most, text
+
+
+def _difference(found: Comparison, quality: Quality) -> str:
+    """Such as ``1.40 % worse than student (interval 1.10 to 1.70 %)``; a negative end means the other direction."""
+    assert found.low is not None
+    assert found.high is not None
+    worse = found.value > 0
+    near, far = (found.low, found.high) if worse else (-found.high, -found.low)
+    unit, words = ("%", ("worse", "better")) if quality == "bits_per_byte" else ("points", ("lower", "higher"))
+    interval = f"interval {100 * near:.2f} to {100 * far:.2f} {unit}"
+    return f"{100 * abs(found.value):.2f} {unit} {words[0] if worse else words[1]} than {found.against} ({interval})"
+
+
+def _amount(value: float, quality: Quality) -> str:
+    return f"{100 * value:g} {'%' if quality == 'bits_per_byte' else 'points'}"

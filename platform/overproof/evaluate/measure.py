@@ -1,0 +1,183 @@
+"""Ask the serving engine itself, in a process of its own: ``python -m overproof.evaluate.measure FOLDER``.
+
+The process holds the engine and little else (no torch, no Ray), so its resident memory is what a replica's engine
+costs. Reads ``request.json`` from the folder and writes ``answer.json`` there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import numpy as np
+import psutil
+from pydantic import BaseModel, ConfigDict
+
+WARM_UP_TOKENS = 8
+IMAGES_S = 0.3  # how long images are timed
+TIMEOUT_S = 600
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TextRequest(_Message):
+    """What to ask a language model."""
+
+    kind: Literal["text"] = "text"
+    file: str
+    threads: int
+    prompts: list[list[int]]  # for the parity probe
+    probe_tokens: int
+    texts: list[str]  # to split into tokens
+    timed_prompts: list[list[int]]  # the first warms up
+    decode_tokens: int
+
+
+class Answer(_Message):
+    """One greedy completion."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+class TextAnswer(_Message):
+    """What a language model and its engine did."""
+
+    before_mb: float  # resident before the file was loaded
+    resident_mb: float  # and after the timed decoding
+    first_token_s: list[float]  # of each timed prompt
+    tokens_per_s: list[float]  # of each timed prompt that gave at least two tokens
+    answers: list[Answer]
+    splits: list[list[int]]  # token ids of each text
+
+
+class ImageRequest(_Message):
+    """What to ask a classifier."""
+
+    kind: Literal["digits"] = "digits"
+    file: str
+    threads: int
+    images: list[list[float]]
+
+
+class ImageAnswer(_Message):
+    """What a classifier and its engine did."""
+
+    before_mb: float
+    resident_mb: float
+    images_per_s: float  # one at a time
+    images: int  # timed
+    logprobs: list[list[float]]
+
+
+def ask_text(request: TextRequest) -> TextAnswer:
+    """Run a request in a fresh process."""
+    return TextAnswer.model_validate_json(_ask(request, request.threads))
+
+
+def ask_images(request: ImageRequest) -> ImageAnswer:
+    """Run a request in a fresh process."""
+    return ImageAnswer.model_validate_json(_ask(request, request.threads))
+
+
+def _ask(request: _Message, threads: int) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "request.json").write_text(request.model_dump_json(), encoding="utf-8")
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "OMP_NUM_THREADS": str(threads),
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "overproof.evaluate.measure", folder],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"the serving engine ended with {done.returncode}: {done.stderr[-2000:]}")
+        return Path(folder, "answer.json").read_text(encoding="utf-8")
+
+
+def _resident_mb() -> float:
+    return float(psutil.Process().memory_info().rss) / 1e6
+
+
+def _measure_text(request: TextRequest) -> TextAnswer:
+    from overproof.serve.engines.llamacpp import LlamaCpp
+
+    before_mb = _resident_mb()
+    engine = LlamaCpp(Path(request.file), threads=request.threads, slots=1)
+    warm_up, *timed = request.timed_prompts
+    engine.complete(warm_up, WARM_UP_TOKENS)
+    first_token_s, tokens_per_s = [], []
+    for prompt in timed:
+        done = engine.complete(prompt, request.decode_tokens)
+        first_token_s.append(done.first_token_s)
+        if len(done.tokens) > 1:
+            tokens_per_s.append((len(done.tokens) - 1) / done.decode_s)
+    resident_mb = _resident_mb()
+    answers = []
+    for prompt in request.prompts:
+        done = engine.complete(prompt, request.probe_tokens, logprobs=1)
+        assert done.logprobs is not None
+        answers.append(Answer(tokens=done.tokens, logprobs=done.logprobs))
+    splits = [engine.tokenize(text) for text in request.texts]
+    engine.close()
+    return TextAnswer(
+        before_mb=before_mb,
+        resident_mb=resident_mb,
+        first_token_s=first_token_s,
+        tokens_per_s=tokens_per_s,
+        answers=answers,
+        splits=splits,
+    )
+
+
+def _measure_images(request: ImageRequest) -> ImageAnswer:
+    from overproof.serve.engines.onnx import OnnxClassifier
+
+    before_mb = _resident_mb()
+    engine = OnnxClassifier(Path(request.file), threads=request.threads)
+    images_BD = np.array(request.images, np.float32)
+    logprobs = [engine.classify(image[None])[0].tolist() for image in images_BD]  # warms up too
+    times_s: list[float] = []
+    while sum(times_s) < IMAGES_S:
+        image = images_BD[len(times_s) % len(images_BD)]
+        start = time.perf_counter()
+        engine.classify(image[None])
+        times_s.append(time.perf_counter() - start)
+    resident_mb = _resident_mb()
+    engine.close()
+    return ImageAnswer(
+        before_mb=before_mb,
+        resident_mb=resident_mb,
+        images_per_s=1 / median(times_s),
+        images=len(times_s),
+        logprobs=logprobs,
+    )
+
+
+def main(folder: str) -> None:
+    """Answer the request in a folder."""
+    text = Path(folder, "request.json").read_text(encoding="utf-8")
+    answer: _Message
+    if json.loads(text)["kind"] == "text":
+        answer = _measure_text(TextRequest.model_validate_json(text))
+    else:
+        answer = _measure_images(ImageRequest.model_validate_json(text))
+    Path(folder, "answer.json").write_text(answer.model_dump_json(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

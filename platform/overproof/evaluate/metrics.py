@@ -1,0 +1,187 @@
+"""What was measured, and how sure one may be of it. Pure numpy.
+
+Shapes: U test units (documents or images), E exports, S resamples, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import log, sqrt
+from statistics import NormalDist
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+Quality = Literal["bits_per_byte", "accuracy"]
+References = ("teacher", "control", "student")
+CHUNK_COUNTS = 1 << 22  # resample counts held at once
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Metric(Frozen):
+    """One figure; ``low`` and ``high`` bound it where resampling can say so, ``n`` is what it was measured on."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    unit: str
+    n: int
+
+
+class Measured(Frozen):
+    """One exported file, known by its hash: what was measured is what may be served."""
+
+    name: str
+    format: str
+    size_bytes: int
+    sha256: str
+    candidate: bool
+    metrics: dict[str, Metric]
+
+
+class Comparison(Frozen):
+    """How much worse ``name`` is than ``against`` on the same units; negative is better.
+
+    Bits per byte: relative increase, a / b - 1. Accuracy: drop, b - a. There is no interval of a single unit.
+    """
+
+    name: str
+    against: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+class Report(Frozen):
+    """Everything the gate may look at."""
+
+    kind: Literal["text", "digits"]
+    quality: Quality
+    confidence: float
+    measured: tuple[Measured, ...]
+    comparisons: tuple[Comparison, ...]
+
+    def find(self, name: str) -> Measured | None:
+        """The export with this name."""
+        return next((m for m in self.measured if m.name == name), None)
+
+    def compare(self, name: str, against: str) -> Comparison | None:
+        """The comparison of two exports."""
+        return next((c for c in self.comparisons if (c.name, c.against) == (name, against)), None)
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are made."""
+
+    samples: int
+    confidence: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Units:
+    """One export's sums over each test unit, shape (U,); all exports share units and their order.
+
+    ``quality`` holds nats (text) or right answers (images), ``size`` the bytes or answers they are divided by;
+    ``agreed`` of ``predictions`` predictions have the teacher's first choice.
+    """
+
+    quality: NDArray[np.float64]
+    size: NDArray[np.float64]
+    agreed: NDArray[np.float64]
+    predictions: NDArray[np.float64]
+
+
+def resampled_sums(columns_UC: NDArray[np.float64], bootstrap: Bootstrap) -> NDArray[np.float64]:
+    """Column sums of units drawn with replacement, shape (S, C).
+
+    Every column sees the same draws, so figures of two exports are paired. Memory does not grow with S * U.
+    """
+    units = len(columns_UC)
+    generator = np.random.default_rng(bootstrap.seed)
+    chunk = max(1, CHUNK_COUNTS // units)
+    sums = []
+    for start in range(0, bootstrap.samples, chunk):
+        rows = min(chunk, bootstrap.samples - start)
+        drawn = generator.integers(0, units, (rows, units)) + units * np.arange(rows)[:, None]
+        counts_SU = np.bincount(drawn.ravel(), minlength=rows * units).reshape(rows, units)
+        sums.append(counts_SU.astype(np.float64) @ columns_UC)
+    return np.concatenate(sums)
+
+
+def percentiles(values_S: NDArray[np.float64], units: int, confidence: float) -> tuple[float | None, float | None]:
+    """Bounds of the expanded percentile interval (Hesterberg, arXiv 1411.5279).
+
+    Plain percentiles are too narrow for few units. The tail is widened as Student's t widens the normal, and
+    by sqrt(n / (n - 1)); t is its expansion in 1 / degrees of freedom (Abramowitz and Stegun, 26.7.5).
+    """
+    if units < 2:
+        return None, None
+    normal, df = NormalDist(), units - 1
+    z = normal.inv_cdf((1 + confidence) / 2)
+    t = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+    tail = normal.cdf(-sqrt(units / df) * t)
+    low, high = np.quantile(values_S, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def quality_metrics(
+    quality: Quality, exports: Mapping[str, Units], bootstrap: Bootstrap
+) -> tuple[dict[str, dict[str, Metric]], tuple[Comparison, ...]]:
+    """Each export's quality and agreement, and its comparison with every reference, from one set of resamples."""
+    names = list(exports)
+    columns_UC = np.stack([c for name in names for c in _columns(exports[name])], axis=1)
+    units = len(columns_UC)
+    point_E4 = columns_UC.sum(axis=0).reshape(len(names), 4)
+    drawn_SE4 = resampled_sums(columns_UC, bootstrap).reshape(bootstrap.samples, len(names), 4)
+    scale = 1 / log(2) if quality == "bits_per_byte" else 1.0
+    quality_E, quality_SE = (scale * a[..., 0] / a[..., 1] for a in (point_E4, drawn_SE4))
+    agreement_E, agreement_SE = (a[..., 2] / a[..., 3] for a in (point_E4, drawn_SE4))
+    unit = "bits/byte" if quality == "bits_per_byte" else "share"
+
+    def metric(value: float, values_S: NDArray[np.float64], unit: str) -> Metric:
+        low, high = percentiles(values_S, units, bootstrap.confidence)
+        return Metric(value=float(value), low=low, high=high, unit=unit, n=units)
+
+    metrics = {
+        name: {
+            quality: metric(quality_E[i], quality_SE[:, i], unit),
+            "agreement": metric(agreement_E[i], agreement_SE[:, i], "share"),
+        }
+        for i, name in enumerate(names)
+    }
+    return metrics, tuple(_comparisons(quality, names, quality_E, quality_SE, units, bootstrap.confidence))
+
+
+def _columns(units: Units) -> tuple[NDArray[np.float64], ...]:
+    return units.quality, units.size, units.agreed, units.predictions
+
+
+def _comparisons(
+    quality: Quality,
+    names: Sequence[str],
+    quality_E: NDArray[np.float64],
+    quality_SE: NDArray[np.float64],
+    units: int,
+    confidence: float,
+) -> list[Comparison]:
+    def worse(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        return a / b - 1 if quality == "bits_per_byte" else b - a
+
+    found = []
+    for a, name in enumerate(names):
+        for against in References:
+            if against == name or against not in names:
+                continue
+            b = names.index(against)
+            low, high = percentiles(worse(quality_SE[:, a], quality_SE[:, b]), units, confidence)
+            value = float(worse(quality_E[a], quality_E[b]))
+            found.append(Comparison(name=name, against=against, value=value, low=low, high=high))
+    return found

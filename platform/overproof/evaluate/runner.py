@@ -1,0 +1,223 @@
+"""The evaluate and gate stages: every exported file scored in parallel, then its engine asked, one after another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from tokenizers import Tokenizer
+
+from overproof.artifact import Artifact
+from overproof.compress.export import Export, read_exports
+from overproof.compress.gguf import read_gguf
+from overproof.compress.onnx import Reference
+from overproof.data.manifest import TOKENIZER, Manifest
+from overproof.data.read import Shards
+from overproof.evaluate import measure
+from overproof.evaluate.gate import judge
+from overproof.evaluate.metrics import Bootstrap, Measured, Metric, Quality, Report, Units, quality_metrics
+from overproof.evaluate.parity import image_parity_nats, text_parity_nats
+from overproof.evaluate.score import HeldOut, Scores, agreed, chosen_units, score_images, score_text
+from overproof.recipe import Evaluate
+from overproof.stage import Context
+
+REPORT, UNITS, VERDICT = "report.json", "units.parquet", "verdict.json"
+QUALITY: dict[str, Quality] = {"text": "bits_per_byte", "digits": "accuracy"}
+PROMPT_TOKENS = 32  # of the speed and the parity prompts
+TIMED_PROMPTS = 3  # and one to warm up
+HEARTBEAT_S = 1.0
+
+
+def evaluate(context: Context) -> dict[str, Any]:
+    """Measure every exported file and write the report."""
+    prepared, compressed = context.parents["prepare"], context.parents["compress"]
+    settings, exports = context.recipe.evaluate, read_exports(compressed.local())
+    manifest = Manifest.read(prepared.local())
+    scores = _score_all(context, exports)
+    engines: dict[str, dict[str, Metric]] = {}
+    for i, export in enumerate(exports):
+        context.progress("engine", i, len(exports), export.file)
+        task = _probe_text if manifest.kind == "text" else _probe_images
+        engines[export.name] = ray.get(task.remote(compressed, prepared, export.file, settings))
+    context.progress("engine", len(exports), len(exports))
+    report = make_report(manifest.kind, exports, scores, engines, settings, context.recipe.seed)
+    with context.draft.directory() as root:
+        pq.write_table(units_table(manifest.kind, scores), root / UNITS, compression="zstd")
+        (root / REPORT).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return {"quality": report.quality} | {m.name: m.metrics[report.quality].value for m in report.measured}
+
+
+def gate(context: Context) -> dict[str, Any]:
+    """Judge the report and write the verdict; a refusal is a verdict like any other."""
+    report = Report.model_validate_json((context.parents["evaluate"].local() / REPORT).read_bytes())
+    verdict = judge(context.recipe.gate, report)
+    with context.draft.directory() as root:
+        (root / VERDICT).write_text(verdict.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return {"passed": verdict.passed, "chosen": verdict.chosen}
+
+
+def make_report(
+    kind: Literal["text", "digits"],
+    exports: tuple[Export, ...],
+    scores: Mapping[str, Scores],
+    engines: Mapping[str, Mapping[str, Metric]],
+    settings: Evaluate,
+    seed: int,
+) -> Report:
+    """Figures with intervals from the scores, and the engines' beside them."""
+    teacher = scores["teacher"]
+    units = {
+        name: Units(s.quality, s.size.astype(float), agreed(s, teacher).astype(float), s.predictions.astype(float))
+        for name, s in scores.items()
+    }
+    bootstrap = Bootstrap(settings.bootstrap_samples, settings.confidence, seed)
+    metrics, comparisons = quality_metrics(QUALITY[kind], units, bootstrap)
+    measured = tuple(
+        Measured(
+            name=export.name,
+            format=export.format,
+            size_bytes=export.size_bytes,
+            sha256=scores[export.name].sha256,
+            candidate=export.candidate,
+            metrics=metrics[export.name] | dict(engines[export.name]),
+        )
+        for export in exports
+    )
+    return Report(
+        kind=kind,
+        quality=QUALITY[kind],
+        confidence=settings.confidence,
+        measured=measured,
+        comparisons=comparisons,
+    )
+
+
+def units_table(kind: str, scores: Mapping[str, Scores]) -> pa.Table:
+    """One row for each export and test unit: what every quality figure of the report is made from."""
+    quality = "nats" if kind == "text" else "correct"
+    tables = []
+    for name, s in scores.items():
+        columns = {
+            "export": [name] * len(s.units),
+            "unit": s.units,
+            quality: s.quality,
+            "size_bytes": s.size,
+            "predictions": s.predictions,
+            "agreed": agreed(s, scores["teacher"]),
+        }
+        if kind != "text":
+            del columns["size_bytes"]
+        tables.append(pa.table(columns))
+    return pa.concat_tables(tables)
+
+
+def _score_all(context: Context, exports: tuple[Export, ...]) -> dict[str, Scores]:
+    """Score every export in a task of its own, the largest first: it takes longest."""
+    prepared, compressed = context.parents["prepare"], context.parents["compress"]
+    most, begun = context.recipe.evaluate.max_documents, time.monotonic()
+    waiting = {
+        _score.remote(compressed, prepared, export.file, most): export.name
+        for export in sorted(exports, key=lambda e: -e.size_bytes)
+    }
+    scores: dict[str, Scores] = {}
+    note = ""
+    while waiting:
+        context.progress("score", len(scores), len(exports), f"{note}{time.monotonic() - begun:.0f} s")
+        finished, _ = ray.wait(list(waiting), timeout=HEARTBEAT_S)
+        for reference in finished:
+            name = waiting.pop(reference)
+            scores[name] = ray.get(reference)
+            note = f"{name} done, "
+    context.progress("score", len(exports), len(exports), f"{time.monotonic() - begun:.0f} s")
+    return {export.name: scores[export.name] for export in exports}
+
+
+@ray.remote(num_cpus=1)
+def _score(compressed: Artifact, prepared: Artifact, file: str, most: int | None) -> Scores:
+    root = prepared.local()
+    score = score_text if Manifest.read(root).kind == "text" else score_images
+    return score(compressed.local() / file, root, most)
+
+
+@ray.remote(num_cpus=1)
+def _probe_text(compressed: Artifact, prepared: Artifact, file: str, settings: Evaluate) -> dict[str, Metric]:
+    return probe_text(compressed.local() / file, prepared.local(), settings)
+
+
+@ray.remote(num_cpus=1)
+def _probe_images(compressed: Artifact, prepared: Artifact, file: str, settings: Evaluate) -> dict[str, Metric]:
+    return probe_images(compressed.local() / file, prepared.local(), settings)
+
+
+def probe_text(file: Path, root: Path, settings: Evaluate) -> dict[str, Metric]:
+    """Speed, memory and parity of the serving engine on the beginnings of test documents."""
+    rows = HeldOut.of(root, settings.max_documents)
+    prompts = _prompts(rows, Shards(root, "test"), max(settings.probe_prompts, TIMED_PROMPTS + 1))
+    tokenizer = Tokenizer.from_file(str(root / TOKENIZER))
+    probed = prompts[: settings.probe_prompts]
+    texts = [tokenizer.decode(prompt) for prompt in probed]
+    request = measure.TextRequest(
+        file=str(file),
+        threads=settings.threads,
+        prompts=probed,
+        probe_tokens=settings.probe_tokens,
+        texts=texts,
+        timed_prompts=[prompts[i % len(prompts)] for i in range(TIMED_PROMPTS + 1)],
+        decode_tokens=settings.decode_tokens,
+    )
+    answer = measure.ask_text(request)
+    reference = read_gguf(file)
+    nats = [
+        text_parity_nats(reference, prompt, given.tokens, given.logprobs)
+        for prompt, given in zip(probed, answer.answers, strict=True)
+        if given.tokens
+    ]
+    split_apart = sum(found != tokenizer.encode(text).ids for text, found in zip(texts, answer.splits, strict=True))
+    compared = sum(len(given.tokens) for given in answer.answers)
+    metrics = _memory(answer.before_mb, answer.resident_mb) | {
+        "time_to_first_token_s": Metric(value=median(answer.first_token_s), unit="s", n=len(answer.first_token_s)),
+        "tokenizer_mismatches": Metric(value=split_apart, unit="texts", n=len(texts)),
+    }
+    if answer.tokens_per_s:
+        rate = median(answer.tokens_per_s)
+        metrics["decode_tokens_per_s"] = Metric(value=rate, unit="tokens/s", n=len(answer.tokens_per_s))
+    if nats:
+        metrics["parity_nats"] = Metric(value=max(nats), unit="nats", n=compared)
+    return metrics
+
+
+def probe_images(file: Path, root: Path, settings: Evaluate) -> dict[str, Metric]:
+    """Speed, memory and parity of the serving engine on test images."""
+    shards = Shards(root, "test")
+    images_BD = shards.take(chosen_units(np.arange(shards.rows), settings.probe_prompts))["pixels"]
+    request = measure.ImageRequest(file=str(file), threads=settings.threads, images=images_BD.tolist())
+    answer = measure.ask_images(request)
+    reference = Reference(file)
+    reference_BC = np.concatenate([reference(image[None]) for image in images_BD])  # one at a time, as they were asked
+    nats = image_parity_nats(reference_BC, np.array(answer.logprobs, np.float32))
+    return _memory(answer.before_mb, answer.resident_mb) | {
+        "images_per_s": Metric(value=answer.images_per_s, unit="images/s", n=answer.images),
+        "parity_nats": Metric(value=nats, unit="nats", n=len(images_BD)),
+    }
+
+
+def _memory(before_mb: float, resident_mb: float) -> dict[str, Metric]:
+    return {
+        "resident_mb": Metric(value=resident_mb, unit="MB", n=1),
+        "resident_before_load_mb": Metric(value=before_mb, unit="MB", n=1),
+    }
+
+
+def _prompts(rows: HeldOut, shards: Shards, count: int) -> list[list[int]]:
+    """The first tokens of ``count`` rows, evenly spread over the chosen documents."""
+    picked = chosen_units(rows.sample_ids, count)
+    columns = shards.take(picked)
+    ends = np.minimum(columns["length"] + 1, PROMPT_TOKENS)
+    return [tokens[:end].tolist() for tokens, end in zip(columns["tokens"], ends, strict=True)]

@@ -1,0 +1,132 @@
+"""The gate passes what is proven, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from overproof.evaluate.gate import Verdict, judge
+from overproof.evaluate.metrics import Comparison, Measured, Metric, Report
+from overproof.recipe import Gate
+
+REGRESSION = {"kind": "regression", "against": "student", "at_most": 0.03}
+PARITY = {"kind": "parity", "at_most": 0.1}
+
+
+def metric(value: float, low: float | None = None, high: float | None = None) -> Metric:
+    return Metric(value=value, low=low, high=high, unit="any", n=10)
+
+
+def measured(name: str, size_bytes: int, candidate: bool, **metrics: Metric) -> Measured:
+    return Measured(
+        name=name, format="any", size_bytes=size_bytes, sha256="0" * 64, candidate=candidate, metrics=metrics
+    )
+
+
+def report(*comparisons: tuple[str, str, float, float | None, float | None], **changes: Any) -> Report:
+    parity = {"parity_nats": metric(0.02)}
+    full: dict[str, Any] = {
+        "kind": "text",
+        "quality": "bits_per_byte",
+        "confidence": 0.95,
+        "measured": (
+            measured("teacher", 1000, False),
+            measured("student", 400, False),
+            measured("big", 200, True, agreement=metric(0.8, 0.7, 0.9), **parity),
+            measured("small", 100, True, agreement=metric(0.8, 0.6, 0.9), **parity),
+        ),
+        "comparisons": tuple(
+            Comparison(name=n, against=a, value=v, low=low, high=high) for n, a, v, low, high in comparisons
+        ),
+    }
+    return Report(**full | changes)
+
+
+def verdict(rules: list[dict[str, Any]], of: Report) -> Verdict:
+    return judge(Gate.model_validate({"rules": rules}), of)
+
+
+def test_smallest_that_passes_is_chosen() -> None:
+    both = report(("big", "student", 0.01, 0.0, 0.02), ("small", "student", 0.02, 0.01, 0.029))
+    found = verdict([REGRESSION, PARITY], both)
+    assert found.passed
+    assert found.chosen == "small"
+    reason = found.candidates[1].reasons[0]
+    assert reason.text == ("bits_per_byte 2.00 % worse than student (interval 1.00 to 2.90 %), allowed 3 %")
+
+
+def test_wide_interval_cannot_pass() -> None:
+    wide = report(("big", "student", 0.01, 0.0, 0.02), ("small", "student", 0.0, -0.05, 0.031))
+    found = verdict([REGRESSION], wide)
+    assert found.chosen == "big"
+    assert not found.candidates[1].passed
+
+
+def test_improvement_is_judged_at_its_near_end() -> None:
+    better = report(("big", "control", -0.05, -0.07, -0.03), ("small", "control", -0.05, -0.11, 0.001))
+    rules = [{"kind": "improvement", "against": "control", "at_least": 0.0}]
+    found = verdict(rules, better)
+    assert [c.passed for c in found.candidates] == [True, False]
+    assert "5.00 % better than control (interval 3.00 to 7.00 %)" in found.candidates[0].reasons[0].text
+    assert "(interval -0.10 to 11.00 %)" in found.candidates[1].reasons[0].text
+    assert not verdict([{**rules[0], "at_least": 0.03}], better).passed  # more than, not as much as
+
+
+def test_agreement_is_judged_at_its_low_end() -> None:
+    found = verdict([{"kind": "agreement", "at_least": 0.65}], report())
+    assert [c.passed for c in found.candidates] == [True, False]
+    assert "80.0 % (interval 60.0 % to 90.0 %), needed 65 %" in found.candidates[1].reasons[0].text
+
+
+def test_smaller_counts_times() -> None:
+    found = verdict([{"kind": "smaller", "against": "teacher", "at_least": 8}], report())
+    assert [c.reasons[0].text for c in found.candidates] == [
+        "5.00 times smaller than teacher, needed 8 times",
+        "10.00 times smaller than teacher, needed 8 times",
+    ]
+    assert found.chosen == "small"
+
+
+@pytest.mark.parametrize(
+    ("rule", "missing"),
+    [
+        (REGRESSION, "bits_per_byte against student is not in the report"),
+        ({"kind": "improvement", "against": "control"}, "bits_per_byte against control is not in the report"),
+        ({"kind": "agreement", "at_least": 0}, "agreement with teacher is not in the report"),
+        ({"kind": "smaller", "against": "control", "at_least": 1}, "the size of control is not in the report"),
+        (PARITY, "parity_nats of the serving engine is not in the report"),
+    ],
+)
+def test_missing_figure_fails_and_is_named(rule: dict[str, Any], missing: str) -> None:
+    found = verdict([rule], report(measured=(measured("bare", 1, True),)))
+    assert not found.passed
+    assert found.candidates[0].reasons[0].text == missing
+
+
+def test_no_interval_no_pass() -> None:
+    single = report(("big", "student", 0.0, None, None), ("small", "student", 0.0, None, None))
+    assert not verdict([REGRESSION], single).passed
+    assert "more than one test unit" in verdict([REGRESSION], single).candidates[0].reasons[0].text
+
+
+def test_parity_needs_the_same_tokens_too() -> None:
+    splits = measured("q", 1, True, parity_nats=metric(0.01), tokenizer_mismatches=metric(1))
+    found = verdict([PARITY], report(measured=(splits,)))
+    assert not found.passed
+    assert "splits 1 of 10 texts into other tokens" in found.candidates[0].reasons[0].text
+    assert not verdict([PARITY], report(measured=(measured("q", 1, True, parity_nats=metric(0.11)),))).passed
+
+
+def test_without_candidates_nothing_passes() -> None:
+    found = verdict([PARITY], report(measured=(measured("student", 1, False),)))
+    assert (found.passed, found.chosen, found.candidates) == (False, None, ())
+
+
+def test_accuracy_is_told_in_points() -> None:
+    drop = report(("small", "student", 0.012, 0.002, 0.021), quality="accuracy", kind="digits")
+    found = verdict([{**REGRESSION, "at_most": 0.02}], drop)
+    assert not found.passed
+    assert found.candidates[1].reasons[0].text == (
+        "accuracy 1.20 points lower than student (interval 0.20 to 2.10 points), allowed 2 points"
+    )

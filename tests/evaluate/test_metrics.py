@@ -1,0 +1,107 @@
+"""Intervals hold what they promise; pairs share their draws."""
+
+from __future__ import annotations
+
+import tracemalloc
+from math import log
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from overproof.evaluate.metrics import Bootstrap, Metric, Report, Units, quality_metrics, resampled_sums
+
+
+def units_of(quality: np.ndarray, size: np.ndarray) -> Units:
+    return Units(quality.astype(float), size.astype(float), np.zeros(len(size)), np.ones(len(size)))
+
+
+def documents(count: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of documents of very different lengths, and nats at two a byte with noise that grows with length."""
+    size = np.exp(generator.normal(7, 0.8, count))
+    return size, size * (2 * log(2) + 0.3 * generator.normal(size=count))
+
+
+@pytest.mark.parametrize("count", [12, 40, 200])
+def test_interval_covers_the_truth_as_often_as_it_says(count: int) -> None:
+    generator, covered, trials = np.random.default_rng(7), 0, 400
+    for trial in range(trials):
+        size, nats = documents(count, generator)
+        metrics, _ = quality_metrics("bits_per_byte", {"a": units_of(nats, size)}, Bootstrap(300, 0.9, trial))
+        found = metrics["a"]["bits_per_byte"]
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= 2.0 <= found.high
+    assert 0.85 <= covered / trials <= 0.95
+
+
+def test_bits_per_byte_is_the_ratio_of_sums() -> None:
+    metrics, comparisons = quality_metrics(
+        "bits_per_byte",
+        {
+            "student": units_of(np.array([8.0, 2.0]) * log(2), np.array([4, 1])),
+            "small": units_of(np.array([9.0, 2.0]) * log(2), np.array([4, 1])),
+        },
+        Bootstrap(100, 0.95, 0),
+    )
+    assert metrics["student"]["bits_per_byte"].value == pytest.approx(2.0)
+    assert metrics["student"]["bits_per_byte"].n == 2
+    (worse,) = comparisons
+    assert (worse.name, worse.against) == ("small", "student")
+    assert worse.value == pytest.approx(0.1)
+
+
+def test_accuracy_drop_is_positive_when_worse() -> None:
+    ones = np.ones(4)
+    exports = {
+        "student": units_of(np.array([1, 1, 1, 0]), ones),
+        "small": units_of(np.array([1, 1, 0, 0]), ones),
+    }
+    metrics, (drop,) = quality_metrics("accuracy", exports, Bootstrap(100, 0.95, 0))
+    assert metrics["student"]["accuracy"].value == 0.75
+    assert drop.value == 0.25
+
+
+def test_pairing_is_narrower_than_two_separate_intervals() -> None:
+    generator = np.random.default_rng(3)
+    size, nats = documents(60, generator)
+    exports = {"student": units_of(nats, size), "small": units_of(nats * 1.01, size)}
+    metrics, (paired,) = quality_metrics("bits_per_byte", exports, Bootstrap(500, 0.95, 0))
+    alone = [metrics[name]["bits_per_byte"] for name in ("small", "student")]
+    assert paired.low == pytest.approx(0.01)
+    assert paired.high == pytest.approx(0.01)
+    assert alone[0].high / alone[1].low - 1 > 0.05  # type: ignore[operator]
+
+
+def test_same_seed_same_report_other_seed_another() -> None:
+    size, nats = documents(30, np.random.default_rng(0))
+    first, again, other = (
+        quality_metrics("bits_per_byte", {"a": units_of(nats, size)}, Bootstrap(200, 0.95, seed)) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_one_unit_has_no_interval() -> None:
+    one = {"student": units_of(np.array([2.0]), np.array([1])), "small": units_of(np.array([2.0]), np.array([1]))}
+    metrics, (comparison,) = quality_metrics("bits_per_byte", one, Bootstrap(100, 0.95, 0))
+    assert metrics["small"]["bits_per_byte"].low is None
+    assert comparison.low is None
+    assert comparison.high is None
+
+
+def test_memory_does_not_grow_with_samples_times_units() -> None:
+    columns_UC = np.ones((50_000, 4))
+    tracemalloc.start()
+    sums_SC = resampled_sums(columns_UC, Bootstrap(400, 0.95, 0))  # 20 M draws, 160 MB at once
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (sums_SC == 50_000).all()
+    assert peak_bytes < 140e6
+
+
+def test_report_refuses_what_is_no_figure_or_no_field() -> None:
+    with pytest.raises(ValidationError):
+        Metric(value=float("nan"), unit="s", n=1)
+    with pytest.raises(ValidationError):
+        Report.model_validate({"kind": "text", "quality": "bits_per_byte", "confidence": 0.9, "extra": 1})

@@ -1,0 +1,101 @@
+"""The parity probe agrees with a sound engine, and catches what is broken."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from overproof.artifact import Artifact
+from overproof.compress import export, gguf
+from overproof.compress.onnx import Reference
+from overproof.data.tokens import train_bpe
+from overproof.evaluate.parity import text_parity_nats
+from overproof.evaluate.runner import probe_images, probe_text
+from overproof.recipe import Evaluate
+from overproof.serve.engines.onnx import OnnxClassifier
+
+SETTINGS = Evaluate(threads=1, decode_tokens=16, probe_prompts=4, probe_tokens=16)
+# llama.cpp rounds keys, values and activations to half precision beside f16 weights, activations to 8 bits beside
+# quantised ones. What is broken is off by more, in these barely trained models too.
+ROUNDING_NATS = {"f16": 0.01, "q8_0": 0.15, "q4_0": 0.15}
+
+
+@pytest.mark.parametrize("name", ["student", "student-q8_0", "student-q4_0"])
+def test_engine_gives_the_references_logprobs(text: dict[str, Artifact], name: str) -> None:
+    found = probe_text(text["compress"].local() / f"{name}.gguf", text["prepare"].local(), SETTINGS)
+    assert found["parity_nats"].value < ROUNDING_NATS[name.removeprefix("student-") if "-" in name else "f16"]
+    assert found["parity_nats"].n == 4 * 16
+    assert found["tokenizer_mismatches"].value == 0
+    assert found["decode_tokens_per_s"].value > 100
+    assert 0 < found["time_to_first_token_s"].value < 5
+    assert 20 < found["resident_before_load_mb"].value < found["resident_mb"].value < 400
+
+
+def test_rotary_rows_in_the_wrong_order_are_caught(
+    text: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake that writer and reader share passes the check after the export, and not the engine."""
+    monkeypatch.setattr(gguf, "interleave_rotary", lambda weights, _: weights)
+    source, file = text["train"].local() / "model", tmp_path / "broken.gguf"
+    gguf.export_gguf(source, source / "tokenizer.json", file, "f16", "broken")
+    with pytest.raises(RuntimeError, match="the export is wrong"):
+        export.check_gguf(source, file)
+    monkeypatch.setattr(gguf, "split_rotary", lambda weights, _: weights)
+    export.check_gguf(source, file)
+    assert probe_text(file, text["prepare"].local(), SETTINGS)["parity_nats"].value > 0.3
+
+
+def test_other_tokens_are_caught(text: dict[str, Artifact], tmp_path: Path) -> None:
+    root = shutil.copytree(text["prepare"].local(), tmp_path / "prepared")
+    train_bpe(["an entirely other corpus, with other pairs"], 300).save(str(root / "tokenizer.json"))
+    found = probe_text(text["compress"].local() / "student.gguf", root, SETTINGS)
+    assert found["tokenizer_mismatches"].value > 0
+    assert found["parity_nats"].value < ROUNDING_NATS["f16"]
+
+
+def fixed(logits_SV: torch.Tensor) -> torch.nn.Module:
+    class Fixed(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=logits_SV[None, : input_ids.shape[1]])
+
+    return Fixed()
+
+
+def test_another_choice_costs_half_its_gap() -> None:
+    logits_SV = torch.tensor([[0.0, 0.0], [2.0, 0.0], [1.0, 1.002]])
+    logprobs_SV = logits_SV.log_softmax(-1)
+    same = [float(logprobs_SV[1, 0]), float(logprobs_SV[2, 1])]
+    assert text_parity_nats(fixed(logits_SV), [0, 0], [0, 1], same) == pytest.approx(0, abs=1e-6)
+    near_tie = [float(logprobs_SV[1, 0]), float(logprobs_SV[2, 0])]
+    assert text_parity_nats(fixed(logits_SV), [0, 0], [0, 0], near_tie) == pytest.approx(0.001, abs=1e-5)
+    wrong_choice = [float(logprobs_SV[1, 1]), float(logprobs_SV[2, 1])]
+    assert text_parity_nats(fixed(logits_SV), [0, 0], [1, 1], wrong_choice) == pytest.approx(1.0, abs=1e-5)
+    wrong_figure = [same[0] - 0.3, same[1]]
+    assert text_parity_nats(fixed(logits_SV), [0, 0], [0, 1], wrong_figure) == pytest.approx(0.3, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["student", "student-int8"])
+def test_onnx_runtime_gives_the_references_logprobs(digits: dict[str, Artifact], name: str) -> None:
+    found = probe_images(digits["compress"].local() / f"{name}.onnx", digits["prepare"].local(), SETTINGS)
+    assert 0 < found["parity_nats"].value < 1e-4
+    assert found["images_per_s"].value > 50
+
+
+def test_other_bytes_are_other_answers(digits: dict[str, Artifact], tmp_path: Path) -> None:
+    """The reference reads the file: one matrix scaled, and it no longer agrees with an engine on the old one."""
+    file = digits["compress"].local() / "student-int8.onnx"
+    proto = onnx.load(file)
+    scale = next(i for i in proto.graph.initializer if i.name.endswith("_scale") and numpy_helper.to_array(i).size > 1)
+    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(1.5), scale.name))
+    onnx.save(proto, tmp_path / "broken.onnx")
+    pixels_BD = np.random.default_rng(0).random((1, 64), np.float32)
+    engine = OnnxClassifier(file)
+    assert np.abs(engine.classify(pixels_BD) - Reference(file)(pixels_BD)).max() < 1e-4
+    assert np.abs(engine.classify(pixels_BD) - Reference(tmp_path / "broken.onnx")(pixels_BD)).max() > 1e-2

@@ -1,0 +1,84 @@
+"""The compress, evaluate and gate stages, one after another, on a real cluster."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from overproof.artifact import Artifact, Store, file_sha256
+from overproof.compress.export import read_exports
+from overproof.evaluate.gate import Verdict
+from overproof.evaluate.metrics import Report
+from overproof.evaluate.runner import evaluate, gate
+from overproof.progress import quiet
+from overproof.recipe import Recipe
+from overproof.stage import Context
+
+STUDENTS = {"text": ["student-q8_0", "student-q4_0"], "digits": ["student-int8"]}
+
+
+def run(stage: Any, of: Recipe, parents: dict[str, Artifact], folder: Path) -> Artifact:
+    store = Store(str(folder))
+    draft = store.begin("test", stage.__name__, hashlib.sha256(stage.__name__.encode()).hexdigest(), None, {})
+    return draft.commit(stage(Context(of, parents, draft, quiet)), 0.0)
+
+
+@pytest.mark.parametrize("kind", ["text", "digits"])
+@pytest.mark.usefixtures("ray_cluster")
+def test_report_and_verdict(
+    kind: str, make_recipe: Callable[..., Recipe], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    parents: dict[str, Artifact] = request.getfixturevalue(kind)
+    asked = make_recipe(kind)
+    evaluated = run(evaluate, asked, parents, tmp_path)
+    report = Report.model_validate_json((evaluated.local() / "report.json").read_bytes())
+    assert [m.name for m in report.measured] == ["teacher", "control", "student", *STUDENTS[kind]]
+    by_name = {m.name: m.metrics for m in report.measured}
+    speed = {"decode_tokens_per_s", "time_to_first_token_s"} if kind == "text" else {"images_per_s"}
+    for metrics in by_name.values():
+        assert {report.quality, "agreement", "resident_mb", "parity_nats"} | speed <= metrics.keys()
+    assert by_name["teacher"]["agreement"].value == 1
+    assert by_name["student"]["agreement"].value < 1
+    better = report.compare("student", "control")
+    assert better is not None
+    assert better.high is not None
+    assert better.high < 0  # trained for more steps
+    for export, measured in zip(read_exports(parents["compress"].local()), report.measured, strict=True):
+        assert measured.sha256 == file_sha256(parents["compress"].local() / export.file)
+
+    units = pq.read_table(evaluated.local() / "units.parquet").to_pandas()
+    mine = units[units.export == "student"]
+    assert len(mine) == by_name["student"][report.quality].n
+    agreement = mine.agreed.sum() / mine.predictions.sum()
+    assert agreement == pytest.approx(by_name["student"]["agreement"].value)
+    assert evaluated.record.metrics["student"] == by_name["student"][report.quality].value
+
+    judged = run(gate, asked, {"evaluate": evaluated}, tmp_path)
+    verdict = Verdict.model_validate_json((judged.local() / "verdict.json").read_bytes())
+    assert verdict.passed, verdict
+    assert verdict.chosen == STUDENTS[kind][-1]
+    assert judged.record.metrics == {"passed": True, "chosen": verdict.chosen}
+
+    strict = make_recipe(kind, [{"kind": "smaller", "against": "teacher", "at_least": 1000}])
+    refused = run(gate, strict, {"evaluate": evaluated}, tmp_path / "refused")
+    assert refused.record.metrics == {"passed": False, "chosen": None}
+
+
+def test_compress_writes_what_is_listed(text: dict[str, Artifact], digits: dict[str, Artifact]) -> None:
+    for kind, done in (("text", text), ("digits", digits)):
+        root = done["compress"].local()
+        exports = read_exports(root)
+        assert [e.name for e in exports if e.candidate] == STUDENTS[kind]
+        listed = {e.file: e.size_bytes for e in exports} | {
+            name: (root / name).stat().st_size for name in ("exports.json", "artifact.json")
+        }
+        if kind == "text":
+            listed["tokenizer.json"] = (done["prepare"].local() / "tokenizer.json").stat().st_size
+        assert {file.name: file.stat().st_size for file in root.iterdir()} == listed
+        assert json.loads((root / "exports.json").read_text())[0]["format"] == ("f16" if kind == "text" else "fp32")

@@ -1,0 +1,69 @@
+"""Scores are what a plain reading of the file gives, document by document."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from overproof import models
+from overproof.artifact import Artifact, file_sha256
+from overproof.compress.gguf import read_gguf
+from overproof.data.read import Shards
+from overproof.evaluate import score
+from overproof.evaluate.score import Scores, agreed, chosen_units, score_images, score_text
+
+
+def test_text_scores_are_sums_over_documents(text: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
+    file, root = text["compress"].local() / "student-q4_0.gguf", text["prepare"].local()
+    monkeypatch.setattr(score, "BATCH_LOGITS", 5 * 64 * 512)  # batches that cross documents
+    found = score_text(file, root, None)
+    shards, model = Shards(root, "test", ("document", "tokens", "length")), read_gguf(file)
+    columns = shards.take(np.arange(shards.rows))
+    nats, counts, choices = np.zeros(12), np.zeros(12, int), []
+    for document, tokens, length in zip(columns["document"], columns["tokens"], columns["length"], strict=True):
+        ids = torch.from_numpy(tokens[: length + 1].astype(np.int64))
+        with torch.inference_mode():
+            logprobs_PV = model(input_ids=ids[None, :-1]).logits[0].log_softmax(-1)
+        nats[document] -= float(logprobs_PV.gather(1, ids[1:, None]).sum())
+        counts[document] += length
+        choices.append(logprobs_PV.argmax(-1).numpy())
+    np.testing.assert_allclose(found.quality, nats, rtol=1e-5)
+    np.testing.assert_array_equal(found.predictions, counts)
+    assert (found.choices_N == np.concatenate(choices)).mean() > 0.999  # batches may break near ties the other way
+    assert found.sha256 == file_sha256(file)
+    assert found.size.sum() > 30_000
+
+
+def test_some_documents_are_the_same_as_among_all(text: dict[str, Artifact]) -> None:
+    file, root = text["compress"].local() / "student.gguf", text["prepare"].local()
+    every, some = score_text(file, root, None), score_text(file, root, 3)
+    np.testing.assert_array_equal(some.units, [0, 6, 11])
+    np.testing.assert_allclose(some.quality, every.quality[some.units], rtol=1e-5)
+    np.testing.assert_array_equal(some.size, every.size[some.units])
+    assert len(some.choices_N) == some.predictions.sum()
+
+
+def test_image_scores_are_torchs(digits: dict[str, Artifact]) -> None:
+    root = digits["prepare"].local()
+    found = score_images(digits["compress"].local() / "student.onnx", root, None)
+    shards = Shards(root, "test")
+    batch = models.to_tensors(shards.take(np.arange(shards.rows)))
+    with torch.inference_mode():
+        prediction = models.forward(models.load(digits["sweep"].local() / "student"), batch)
+    right_B = prediction.logits_BPV[:, 0].argmax(-1) == batch["label"]
+    assert found.quality.mean() == pytest.approx(float(right_B.double().mean()), abs=0.004)
+    assert found.quality.mean() > 0.3  # of ten classes
+
+
+def test_agreement_is_counted_unit_by_unit() -> None:
+    def scores(*choices: int) -> Scores:
+        ones = np.ones(2)
+        return Scores("", np.arange(2), ones, ones.astype(int), np.array([2, 3]), np.array(choices, np.int32))
+
+    assert agreed(scores(1, 2, 3, 4, 5), scores(1, 0, 3, 4, 0)).tolist() == [1, 2]
+
+
+def test_chosen_units_are_spread() -> None:
+    assert chosen_units(np.arange(10), 4).tolist() == [0, 3, 6, 9]
+    assert chosen_units(np.arange(3), 9).tolist() == [0, 1, 2]
