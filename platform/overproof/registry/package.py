@@ -1,0 +1,193 @@
+"""Packages: the file that passed the gate, with everything that proves it.
+
+A package is a folder: ``package.json`` names every other part with its sha256, and the parents back to the shards.
+The proof is as good as the folder's origin: hashes show that parts belong together, not who wrote them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pyarrow import fs
+from pydantic import BaseModel, Field, ValidationError
+
+from overproof.artifact import RECORD, TOOLS, Artifact, FileEntry, Record, Store, file_sha256, filesystem, verify_files
+from overproof.data.manifest import TOKENIZER, Manifest
+from overproof.errors import GateRefused, InputError
+from overproof.evaluate.gate import Verdict, judge
+from overproof.evaluate.metrics import Frozen, Measured, Report
+from overproof.recipe import Gate
+from overproof.registry.card import render
+from overproof.stage import Context
+
+PACKAGE, REPORT, VERDICT, CARD = "package.json", "report.json", "verdict.json", "README.md"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
+Parsed = TypeVar("Parsed", bound=BaseModel)
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # never a path
+
+
+class Contents(Frozen):
+    """The content of ``package.json``."""
+
+    format: Literal[1] = 1
+    name: str
+    kind: Literal["text", "digits"]
+    candidate: str  # the export that was chosen
+    model: FileName
+    model_format: str
+    policy: Gate
+    files: dict[FileName, FileEntry]
+    parents: dict[str, str]  # stage -> fingerprint
+    shards: dict[str, str]  # path in the prepared data -> sha256
+    created: str  # UTC, ISO 8601
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package whose parts, verdict and measured hash have been verified; the verdict is judged anew."""
+
+    path: Path
+    content: Contents
+    report: Report
+    verdict: Verdict
+
+    @property
+    def model(self) -> Path:
+        return self.path / self.content.model
+
+    @property
+    def measured(self) -> Measured:
+        """What was measured of the packaged file."""
+        return next(m for m in self.report.measured if m.name == self.content.candidate)
+
+    @property
+    def sha256(self) -> str:
+        return self.content.files[self.content.model].sha256
+
+    @property
+    def size_bytes(self) -> int:
+        return self.model.stat().st_size
+
+
+def package(context: Context) -> dict[str, Any]:
+    """Pack the smallest candidate that passed.
+
+    Raises:
+        GateRefused: none passed, with the reasons.
+        InputError: the exported file is not the one that was measured.
+    """
+    parents = {stage: artifact.local() for stage, artifact in context.parents.items()}
+    report = _read(Report, parents["evaluate"] / REPORT)
+    verdict = _read(Verdict, parents["gate"] / VERDICT)
+    if verdict.chosen is None:
+        lines = [f"  {c.name}: {r.text}" for c in verdict.candidates for r in c.reasons if not r.passed]
+        raise GateRefused("the gate refused every candidate, so nothing is packaged:\n" + "\n".join(lines))
+    from overproof.compress.export import read_exports  # brings torch, which opening and serving do without
+
+    export = next(e for e in read_exports(parents["compress"]) if e.name == verdict.chosen)
+    manifest = Manifest.read(parents["prepare"])
+    model = f"model{Path(export.file).suffix}"
+    with context.draft.directory() as folder:
+        shutil.copyfile(parents["compress"] / export.file, folder / model)
+        shutil.copyfile(parents["evaluate"] / REPORT, folder / REPORT)
+        shutil.copyfile(parents["gate"] / VERDICT, folder / VERDICT)
+        if manifest.kind == "text":
+            shutil.copyfile(parents["compress"] / TOKENIZER, folder / TOKENIZER)
+        card = render(context, manifest, report, verdict, model, file_sha256(folder / model))
+        (folder / CARD).write_text(card, encoding="utf-8")
+        content = Contents(
+            name=context.recipe.name,
+            kind=manifest.kind,
+            candidate=export.name,
+            model=model,
+            model_format=export.format,
+            policy=context.recipe.gate,
+            files={file.name: _entry(file) for file in sorted(folder.iterdir())},
+            parents={stage: artifact.record.fingerprint for stage, artifact in context.parents.items()},
+            shards={shard.path: shard.sha256 for split in manifest.splits.values() for shard in split.shards},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions={tool: version(tool) for tool in TOOLS},
+        )
+        (folder / PACKAGE).write_text(content.model_dump_json(indent=1), encoding="utf-8")
+        packed = open_package(folder)
+    return {"model": export.name, "size_bytes": packed.size_bytes, "sha256": packed.sha256}
+
+
+def locate(where: str) -> Path:
+    """A package's folder on this machine, fetched where it is remote.
+
+    ``where`` is a package, or a folder or URI that holds some, such as a recipe's folder in a store: then the newest.
+
+    Raises:
+        InputError: there is none.
+    """
+    files, root = filesystem(where)
+    if files.get_file_info(f"{root}/{RECORD}").type == fs.FileType.File:
+        with files.open_input_stream(f"{root}/{RECORD}") as stream:
+            return Artifact(where, Record.model_validate_json(stream.read())).local()
+    if isinstance(files, fs.LocalFileSystem) and (Path(root) / PACKAGE).is_file():
+        return Path(root)
+    packages = [artifact for artifact in Store(where).artifacts() if artifact.record.stage == "package"]
+    if not packages:
+        raise InputError(f"{root}: no package there; expected a folder with {PACKAGE}: `overproof run` makes one")
+    return packages[-1].local()
+
+
+def open_package(path: Path) -> Package:
+    """Read a package and hold everything it claims against its parts.
+
+    Raises:
+        InputError: a part is missing or was edited, a pickle lies there, the verdict is not a pass, the policy and
+            the report do not give that verdict, or the model is not the file that was measured.
+    """
+    if not (path / PACKAGE).is_file():
+        raise InputError(f"{path}: no {PACKAGE}; expected a package, as `overproof run` makes")
+    for file in sorted(path.rglob("*")):
+        if file.suffix.lower() in PICKLES:
+            raise InputError(f"{file}: may be a pickle, which runs code when read; a package holds none: delete it")
+    content = _read(Contents, path / PACKAGE)
+    for part in (content.model, REPORT, VERDICT, CARD, *((TOKENIZER,) if content.kind == "text" else ())):
+        if part not in content.files:
+            raise InputError(f"{path / PACKAGE}: lists no {part}; package again")
+    verify_files(str(path), content.files)
+    report, written = _read(Report, path / REPORT), _read(Verdict, path / VERDICT)
+    if not written.passed or written.chosen != content.candidate:
+        raise InputError(f"{path}: {content.candidate} has no passing verdict; only what passed its gate is served")
+    verdict = judge(content.policy, report)
+    if _outcome(verdict) != _outcome(written):
+        raise InputError(f"{path}: the policy and the report do not give the verdict in {VERDICT}; package again")
+    opened = Package(path, content, report, verdict)
+    measured = opened.measured
+    if (measured.sha256, measured.size_bytes) != (opened.sha256, opened.size_bytes):
+        raise InputError(
+            f"{opened.model}: sha256 {opened.sha256[:12]}… and {opened.size_bytes} bytes; measured was "
+            f"{measured.sha256[:12]}… with {measured.size_bytes}; only the measured file is served: evaluate again"
+        )
+    return opened
+
+
+def _outcome(verdict: Verdict) -> Any:
+    """What was decided, without the wording, which may differ between versions."""
+    rules = [(c.name, c.passed, [(r.rule, r.passed) for r in c.reasons]) for c in verdict.candidates]
+    return verdict.passed, verdict.chosen, rules
+
+
+def _entry(file: Path) -> FileEntry:
+    return FileEntry(sha256=file_sha256(file), size_bytes=file.stat().st_size)
+
+
+def _read(model: type[Parsed], path: Path) -> Parsed:
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path}: {where}: {first['msg']}; expected what this version writes") from None

@@ -1,0 +1,118 @@
+"""What a serving engine is. The gate measures a file through the same engine that later serves it.
+
+Shapes: B images in a batch, D pixels, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished completion.
+
+    ``tokens`` are all ids generated, with a closing end-of-text token and the tokens of a stop string; ``text`` ends
+    before those, and before a character that the last token left unfinished. ``logprobs`` (nats, before temperature
+    and every sampler) line up with ``tokens``. Times are the engine's own, without queueing: ``first_token_s`` reads
+    the prompt and picks the first token, ``decode_s`` picks the others.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float] | None
+    finish_reason: FinishReason
+    prompt_tokens: int
+    first_token_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a streamed completion. The last one has a finish reason and the counts, and may have no text."""
+
+    text: str
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Pieces(Iterator[Piece], Protocol):
+    """A completion being generated; the texts join to what ``complete`` gives."""
+
+    def __iter__(self) -> Self: ...
+
+    def close(self) -> None:
+        """Generate no further. May be called from any thread, at any time."""
+
+
+class TextEngine(Protocol):
+    """A language model. Every method may be called from several threads."""
+
+    context_length: int  # most tokens of prompt and completion together
+
+    def complete(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        logprobs: int = 0,
+        top_p: float = 1.0,
+    ) -> Completion:
+        """Continue a prompt, given as text or token ids, until done.
+
+        Temperature 0 takes the likeliest token each time. ``logprobs`` other than 0 asks for log-probabilities.
+
+        Raises:
+            InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
+        """
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        top_p: float = 1.0,
+    ) -> Pieces:
+        """Continue a prompt piece by piece.
+
+        Raises:
+            InputError: as ``complete``, before the first piece.
+        """
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, as the engine itself splits it, with no start token added."""
+
+    def check(self) -> None:
+        """Return when the engine is alive, raise when it is not. Quick, and does not wait for a free slot."""
+
+    def close(self) -> None:
+        """Wait for the calls in progress, then free the model."""
+
+
+class ClassifierEngine(Protocol):
+    """An image classifier. Every method may be called from several threads."""
+
+    def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Log-probabilities in nats, shape (B, C).
+
+        Raises:
+            InputError: the pixels have another shape than the model takes.
+        """
+
+    def check(self) -> None:
+        """Return when the engine is alive, raise when it is not."""
+
+    def close(self) -> None:
+        """Free the model."""

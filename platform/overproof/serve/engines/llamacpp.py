@@ -1,0 +1,219 @@
+"""Language models in llama.cpp, inside this process (`xllamacpp`)."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xllamacpp
+
+from overproof.errors import InputError
+from overproof.serve.engines.base import Completion
+from overproof.serve.engines.server import Http, checked, settings_of
+from overproof.serve.engines.stream import LlamaCppPieces
+from overproof.serve.engines.vocabulary import line_up, open_tail, read_header
+
+LARGEST_SEED = 2**32 - 2  # the next one means "random" to llama.cpp
+FORCED = 1e4  # a bias that decides the choice and leaves the reported log-probabilities alone
+
+
+class LlamaCpp:
+    """One GGUF file, decoding up to ``slots`` sequences at once; more callers wait for a slot.
+
+    llama.cpp's server loop runs in this process. Its own HTTP port is on loopback, behind a key that only this
+    object knows; it is used for tokenisation and the liveness check alone. A sequence that decodes alone gives the
+    same numbers each time; sequences that share a step may differ in the last digits. Prompts are not kept between
+    calls unless ``reuse_prefix`` asks for it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        threads: int = 1,
+        slots: int = 1,
+        context_length: int | None = None,
+        reuse_prefix: bool = False,
+    ) -> None:
+        """Load a file.
+
+        Raises:
+            InputError: it is missing or no GGUF language model, or the context is longer than the model's.
+        """
+        header = read_header(path)
+        self.context_length = header.context_length if context_length is None else context_length
+        if not 2 <= self.context_length <= header.context_length:
+            raise InputError(
+                f"{path}: context length {self.context_length}; expected 2 to the model's {header.context_length}"
+            )
+        self._pieces = header.pieces
+        self._reuse_prefix = reuse_prefix
+        self._calls = 0
+        self._open = True
+        self._changed = threading.Condition()
+        key = secrets.token_urlsafe(32)
+        try:
+            self._server: Any = xllamacpp.Server(settings_of(path, threads, slots, self.context_length, key))
+        except RuntimeError as error:
+            raise InputError(f"{path}: llama.cpp cannot load it: {error}; expected a whole GGUF file") from None
+        self._http = Http(self._server.listening_address, key)
+
+    def complete(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        logprobs: int = 0,
+        top_p: float = 1.0,
+    ) -> Completion:
+        """Continue a prompt until done. See ``TextEngine``; a token that ends inside a character costs one more call
+        when its log-probability is asked for, since llama.cpp does not report it.
+
+        Raises:
+            InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
+        """
+        with self._calling():
+            request = self._request(prompt, max_tokens, temperature, seed, top_p)
+            extra = {"stop": _stops(stop), "n_probs": int(bool(logprobs)), "return_tokens": True, "verbose": True}
+            reply = checked(self._server.handle_completions({**request, **extra}))
+            choice, details, timings = reply["choices"][0], reply["__verbose"], reply["timings"]
+            tokens: list[int] = details["tokens"]
+            text: str = choice["text"]
+            generated = b"".join(self._pieces[t] for t in tokens)
+            unfinished = open_tail(generated)
+            if unfinished and details["stop_type"] != "word":
+                text = text[: -len(generated[-unfinished:].decode(errors="replace"))]
+            return Completion(
+                text=text,
+                tokens=tokens,
+                logprobs=self._logprobs(request["prompt"], tokens, choice) if logprobs else None,
+                finish_reason=choice["finish_reason"],
+                prompt_tokens=len(request["prompt"]),
+                first_token_s=timings["prompt_ms"] / 1e3,
+                decode_s=timings["predicted_ms"] / 1e3,
+            )
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        top_p: float = 1.0,
+    ) -> LlamaCppPieces:
+        """Continue a prompt piece by piece.
+
+        Raises:
+            InputError: as ``complete``, before the first piece.
+        """
+        with self._calling():
+            request = self._request(prompt, max_tokens, temperature, seed, top_p)
+            stops = _stops(stop)
+
+        def run(callback: Any) -> None:
+            with self._calling():
+                self._server.handle_completions({**request, "stream": True, "timings_per_token": True}, callback)
+
+        return LlamaCppPieces(run, len(request["prompt"]), stops)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, as llama.cpp splits it, with no start token added.
+
+        Raises:
+            InputError: the text is not valid Unicode.
+        """
+        with self._calling():
+            return self._tokenize(text, start=False)
+
+    def check(self) -> None:
+        """Return when llama.cpp's loop is alive; raise when it is not."""
+        with self._calling():
+            self._http.ask("GET", "/health")
+
+    def close(self) -> None:
+        """Wait for the calls in progress, then free the model. llama.cpp must not be torn down during a call."""
+        with self._changed:
+            self._open = False
+            self._changed.wait_for(lambda: self._calls == 0)
+        self._server = None
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        with self._changed:
+            if not self._open:
+                raise RuntimeError("the engine is closed")
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._calls -= 1
+                self._changed.notify_all()
+
+    def _request(
+        self, prompt: str | Sequence[int], max_tokens: int, temperature: float, seed: int | None, top_p: float
+    ) -> dict[str, Any]:
+        ids = self._tokenize(prompt, start=True) if isinstance(prompt, str) else list(prompt)
+        if not prompt:
+            raise InputError("prompt: empty; expected text or token ids")
+        if not all(0 <= i < len(self._pieces) for i in ids):
+            bad = next(i for i in ids if not 0 <= i < len(self._pieces))
+            raise InputError(f"prompt: found token id {bad}; expected 0 to {len(self._pieces) - 1}")
+        if len(ids) >= self.context_length:
+            raise InputError(
+                f"prompt: {len(ids)} tokens long; expected at most {self.context_length - 1}, "
+                f"since the model's context holds {self.context_length} with the answer"
+            )
+        if max_tokens < 1:
+            raise InputError(f"max_tokens: found {max_tokens}; expected 1 or more")
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise InputError(f"temperature: found {temperature}; expected 0 or more")
+        if not 0 < top_p <= 1:
+            raise InputError(f"top_p: found {top_p}; expected more than 0, at most 1")
+        if seed is not None and not 0 <= seed <= LARGEST_SEED:
+            raise InputError(f"seed: found {seed}; expected 0 to {LARGEST_SEED}")
+        return {
+            "prompt": ids,
+            "max_tokens": min(max_tokens, self.context_length - len(ids)),
+            "temperature": temperature,
+            "top_k": 0,  # llama.cpp truncates the distribution unless told not to
+            "min_p": 0.0,
+            "top_p": top_p,
+            "cache_prompt": self._reuse_prefix,
+        } | ({} if seed is None else {"seed": seed})
+
+    def _tokenize(self, text: str, start: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"prompt: {error.reason} at character {error.start}; expected valid Unicode") from None
+        body = {"content": text, "add_special": start, "parse_special": True}
+        ids: list[int] = self._http.ask("POST", "/tokenize", body)["tokens"]
+        return ids
+
+    def _logprobs(self, prompt: list[int], tokens: list[int], choice: dict[str, Any]) -> list[float]:
+        entries = (choice["logprobs"] or {"content": []})["content"]
+        found = line_up(tokens, [(e["id"], e["logprob"]) for e in entries], self._pieces)
+        return [self._ask_logprob(prompt + tokens[:i], tokens[i]) if p is None else p for i, p in enumerate(found)]
+
+    def _ask_logprob(self, prefix: list[int], token: int) -> float:
+        """Log-probability of a token after a prefix, from the whole vocabulary's, behind a token that is reported."""
+        plain = next(i for i, piece in enumerate(self._pieces) if piece.isalnum() and piece.isascii())
+        request = {"prompt": prefix, "max_tokens": 1, "temperature": 0, "cache_prompt": self._reuse_prefix}
+        extra = {"n_probs": len(self._pieces), "logit_bias": [[plain, FORCED]]}
+        reply = checked(self._server.handle_completions(request | extra))
+        top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        return next(float(entry["logprob"]) for entry in top if entry["id"] == token)
+
+
+def _stops(stop: Sequence[str]) -> list[str]:
+    if isinstance(stop, str) or not all(stop):
+        raise InputError(f"stop: found {stop!r}; expected strings that are not empty")
+    return list(stop)

@@ -1,0 +1,98 @@
+"""Streamed completions of llama.cpp, as an iterator."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+from overproof.serve.engines.base import Piece
+from overproof.serve.engines.server import checked
+
+Run = Callable[[Callable[[dict[str, Any]], bool]], None]  # calls back with each chunk until done or told to stop
+
+
+class StopFilter:
+    """Ends a streamed text before the first stop string, and holds back what may be the start of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Take the next text; give what may be shown, and whether a stop string was met."""
+        self._held += text
+        cuts = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if cuts:
+            return self._held[: min(cuts)], True
+        longest = min(len(self._held), max((len(stop) - 1 for stop in self._stops), default=0))
+        keep = next((n for n in range(longest, 0, -1) if self._may_begin(self._held[-n:])), 0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown, False
+
+    def flush(self) -> str:
+        """What was held back, once no more text follows."""
+        return self._held
+
+    def _may_begin(self, text: str) -> bool:
+        return any(stop.startswith(text) for stop in self._stops)
+
+
+class LlamaCppPieces:
+    """A completion being generated in a thread of its own."""
+
+    def __init__(self, run: Run, prompt_tokens: int, stops: Sequence[str]) -> None:
+        self._chunks: SimpleQueue[dict[str, Any] | BaseException | None] = SimpleQueue()
+        self._cancelled = threading.Event()
+        self._prompt_tokens = prompt_tokens
+        self._filter = StopFilter(stops)
+        self._tokens = 0
+        self._ended = False
+        threading.Thread(target=self._produce, args=(run,), daemon=True, name="llama.cpp stream").start()
+
+    def __iter__(self) -> LlamaCppPieces:
+        return self
+
+    def __next__(self) -> Piece:
+        while not self._ended:
+            chunk = self._chunks.get()
+            if chunk is None or isinstance(chunk, BaseException):
+                self._ended = True
+                if chunk is None:
+                    break
+                raise chunk
+            piece = self._piece(checked(chunk))
+            if piece is not None:
+                return piece
+        raise StopIteration
+
+    def close(self) -> None:
+        """Generate no further; llama.cpp hears of it at its next token."""
+        self._cancelled.set()
+        self._chunks.put(None)
+
+    def _produce(self, run: Run) -> None:
+        def callback(chunk: dict[str, Any]) -> bool:  # true asks llama.cpp to stop
+            self._chunks.put(chunk)
+            return self._cancelled.is_set()
+
+        try:
+            run(callback)
+        except BaseException as error:
+            self._chunks.put(error)
+        else:
+            self._chunks.put(None)
+
+    def _piece(self, chunk: dict[str, Any]) -> Piece | None:
+        choice = chunk["choices"][0]
+        self._tokens = chunk["timings"]["predicted_n"]
+        text, stopped = self._filter.push(choice["text"])
+        if stopped:
+            self._ended = True
+            self.close()
+            return Piece(text, "stop", self._prompt_tokens, self._tokens)
+        if choice["finish_reason"] is not None:
+            self._ended = True
+            return Piece(text + self._filter.flush(), choice["finish_reason"], self._prompt_tokens, self._tokens)
+        return Piece(text) if text else None

@@ -1,0 +1,94 @@
+"""What the engine does not say about a GGUF file: the bytes of each token.
+
+A byte-level vocabulary spells each byte as one printable character (GPT-2's table, openai/gpt-2 `encoder.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from overproof.errors import InputError
+
+PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE} | {
+    chr(0x100 + i): byte for i, byte in enumerate(b for b in range(0x100) if b not in PRINTABLE)
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """The context a model was trained for, and the bytes each token adds to a text."""
+
+    context_length: int
+    pieces: tuple[bytes, ...]
+
+
+def read_header(path: Path) -> Header:
+    """Read a language model's metadata.
+
+    Raises:
+        InputError: the file is missing, not GGUF, or its vocabulary is not byte-level BPE.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: missing; expected a GGUF file")
+    try:
+        fields = gguf.GGUFReader(path).fields
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{path}: cannot be read: {error}; expected a GGUF file") from None
+
+    def value(key: str) -> Any:
+        if key not in fields:
+            raise InputError(f"{path}: lacks {key}; expected a GGUF language model with its tokenizer")
+        return fields[key].contents()
+
+    model = value("tokenizer.ggml.model")
+    if model != "gpt2":
+        raise InputError(f"{path}: tokenizer is {model!r}; expected byte-level BPE, which GGUF calls 'gpt2'")
+    names, types = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type")
+    length = value(f"{value('general.architecture')}.context_length")
+    return Header(length, tuple(_piece(n, t) for n, t in zip(names, types, strict=True)))
+
+
+def _piece(name: str, kind: int) -> bytes:
+    if kind in (gguf.TokenType.CONTROL, gguf.TokenType.UNUSED):
+        return b""
+    if kind == gguf.TokenType.USER_DEFINED:
+        return name.encode()
+    return bytes(BYTE_OF_CHARACTER[c] for c in name)
+
+
+def open_tail(data: bytes) -> int:
+    """How many closing bytes the engine holds back because they may be the start of a character.
+
+    As llama.cpp decides it: a lead byte among the last four that is not yet followed by as many bytes as it announces.
+    """
+    for back in range(1, min(4, len(data)) + 1):
+        lead = data[-back]
+        announced = 2 if lead & 0xE0 == 0xC0 else 3 if lead & 0xF0 == 0xE0 else 4 if lead & 0xF8 == 0xF0 else 0
+        if back < announced:
+            return back
+    return 0
+
+
+def line_up(
+    tokens: Sequence[int], reported: Sequence[tuple[int, float]], pieces: Sequence[bytes]
+) -> list[float | None]:
+    """The reported (id, log-probability) of each token; None where the engine reported none.
+
+    It reports none for a token that ends inside a character, nor for those of a stop string.
+    """
+    found: list[float | None] = []
+    tail, taken = b"", 0
+    for token in tokens:
+        tail = (tail + pieces[token])[-4:]
+        matches = not open_tail(tail) and taken < len(reported) and reported[taken][0] == token
+        found.append(reported[taken][1] if matches else None)
+        taken += matches
+    if taken != len(reported):
+        raise RuntimeError(f"the engine reported log-probabilities of {list(reported)} for tokens {list(tokens)}")
+    return found

@@ -1,0 +1,136 @@
+"""Start and stop serving from Python: what `overproof serve` and the demo call."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import ray
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
+
+from overproof.errors import InputError
+from overproof.recipe import Serve
+from overproof.registry.package import locate, open_package
+from overproof.serve.app import application
+from overproof.serve.limits import KEY_VARIABLE, access, api_key, is_loopback
+
+__all__ = ["api_key", "start", "stop"]
+
+LOG = logging.getLogger("ray.serve")
+REQUEST_TIMEOUT_S = 300
+READY_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 30
+POLL_S = 0.1
+
+
+def start(package: Path | str, settings: Serve) -> str:
+    """Serve a package on the connected cluster, from its head node, and return the base URL once it answers.
+
+    Replicas on other machines read the package themselves: give a shared folder or a URI then.
+
+    Raises:
+        InputError: the package may not be served, a host that others reach has no API key, the port is taken, or
+            the cluster already serves something else.
+    """
+    if not is_loopback(settings.host) and api_key() is None:
+        raise InputError(
+            f"serve.host: {settings.host} can be reached from other machines; set {KEY_VARIABLE} to a secret that "
+            "requests must carry, or take 127.0.0.1"
+        )
+    name = open_package(locate(str(package))).content.name
+    app = application(str(package), settings, access())
+    LOG.setLevel(logging.WARNING)
+    host, port = _listen(settings, name)
+    try:
+        serve.run(app, name=name, route_prefix="/")
+        base = f"http://{_reachable(host)}:{port}"
+        _wait(base)
+    except BaseException:
+        stop()
+        raise
+    return base
+
+
+def stop() -> None:
+    """End every replica, and Ray Serve with them; the cluster stays."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    LOG.setLevel(logging.WARNING)
+    # As serve.shutdown() does, but without retries: those have Ray print a warning at every stop.
+    with contextlib.suppress(RayActorError):  # the controller answers by ending
+        ray.get(client._controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=STOP_TIMEOUT_S)
+    serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _listen(settings: Serve, name: str) -> tuple[str, int]:
+    """Where Serve listens: as it already does on this cluster, else as the settings say."""
+    running = _running()
+    if running is None:
+        port = _free_port(settings.host, settings.port)
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": settings.host, "port": port, "request_timeout_s": REQUEST_TIMEOUT_S},
+        )
+        return settings.host, port
+    others = sorted(set(serve.status().applications) - {name})
+    if others:
+        raise InputError(f"this cluster already serves {', '.join(others)}; stop it first, or use another cluster")
+    found = (str(running.host), running.port)
+    if found != (settings.host, settings.port or running.port):
+        raise InputError(
+            f"Ray Serve listens at {found[0]}:{found[1]} on this cluster; expected {settings.host}:{settings.port}. "
+            "Ask for that address, or stop Serve first: `serve shutdown`"
+        )
+    return found
+
+
+def _running() -> HTTPOptions | None:
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else client.http_config
+
+
+def _free_port(host: str, port: int) -> int:
+    """The port, or a free one for 0.
+
+    Raises:
+        InputError: it is taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"serve: cannot listen at {host}:{port}: {error.strerror}; take another: --set serve.port=0 finds one"
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+def _reachable(host: str) -> str:
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def _wait(base: str) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while True:
+        try:
+            reply = httpx.get(f"{base}/healthz", trust_env=False)
+            if reply.status_code == httpx.codes.OK:
+                return
+            found = f"status {reply.status_code}"
+        except httpx.TransportError as error:
+            found = repr(error)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{base}/healthz did not answer in {READY_TIMEOUT_S} s: {found}")
+        time.sleep(POLL_S)

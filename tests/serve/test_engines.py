@@ -1,0 +1,213 @@
+"""The engines that measure and serve, on small files really exported."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from overproof.compress.gguf import read_gguf
+from overproof.compress.onnx import Reference
+from overproof.errors import InputError
+from overproof.serve.engines.llamacpp import LlamaCpp
+from overproof.serve.engines.onnx import OnnxClassifier
+from overproof.serve.engines.stream import StopFilter
+from overproof.serve.engines.vocabulary import line_up, open_tail, read_header
+
+PROMPT = [0, 70, 71, 72]
+
+
+@pytest.fixture(scope="module")
+def engine(text_package: Path) -> Iterator[LlamaCpp]:
+    made = LlamaCpp(text_package / "model.gguf", threads=1, slots=4)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(text_package: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(text_package / "tokenizer.json"))
+
+
+def test_logprobs_are_the_models_own_for_every_token(engine: LlamaCpp, text_package: Path) -> None:
+    """Sampled hot, so that many tokens end inside a character: those llama.cpp itself does not report."""
+    reference, header = read_gguf(text_package / "model.gguf"), read_header(text_package / "model.gguf")
+    inside = 0
+    for seed in range(4):
+        done = engine.complete(PROMPT, 24, temperature=2.0, seed=seed, logprobs=1)
+        assert done.logprobs is not None
+        assert len(done.logprobs) == len(done.tokens)
+        with torch.inference_mode():
+            logits_SV = reference(input_ids=torch.tensor([[*PROMPT, *done.tokens]])).logits[0]
+        places = range(len(PROMPT) - 1, len(PROMPT) + len(done.tokens) - 1)
+        expected = [float(logits_SV[i].log_softmax(-1)[t]) for i, t in zip(places, done.tokens, strict=True)]
+        assert np.abs(np.array(done.logprobs) - expected).max() < 0.25  # llama.cpp rounds activations to 8 bits
+        text = b""
+        for token in done.tokens:
+            text += header.pieces[token]
+            inside += bool(open_tail(text))
+    assert inside
+
+
+@pytest.mark.parametrize("stop", [(), ("e",), ("\n", "in", "self."), ("\n    never",)])
+def test_pieces_join_to_the_whole(engine: LlamaCpp, stop: tuple[str, ...]) -> None:
+    for seed in range(12):
+        asked: dict[str, Any] = {"temperature": seed % 3, "seed": seed, "stop": stop}
+        whole = engine.complete([0, 70 + seed], 5 + 3 * seed, **asked)
+        *pieces, last = engine.stream([0, 70 + seed], 5 + 3 * seed, **asked)
+        assert "".join(p.text for p in (*pieces, last)) == whole.text
+        assert all(p.finish_reason is None for p in pieces)
+        assert last.finish_reason == whole.finish_reason
+        assert (last.prompt_tokens, last.completion_tokens) == (whole.prompt_tokens, len(whole.tokens))
+        assert not any(s in whole.text for s in stop)
+        whole.text.encode()
+
+
+def test_a_text_is_the_start_token_and_its_ids(engine: LlamaCpp, tokenizer: Tokenizer) -> None:
+    text = "def café():\n    return '日本 🎉'<|endoftext|>x"
+    ids = tokenizer.encode(text).ids
+    assert engine.tokenize(text) == ids
+    by_text, by_ids = engine.complete(text, 8), engine.complete([0, *ids], 8)  # a text starts a document
+    assert (by_text.tokens, by_text.prompt_tokens) == (by_ids.tokens, 1 + len(ids))
+    assert by_text.first_token_s > 0
+    assert by_text.decode_s > 0
+
+
+def test_greedy_repeats_and_seeds_repeat(engine: LlamaCpp) -> None:
+    assert engine.complete(PROMPT, 20).tokens == engine.complete(PROMPT, 20, seed=5).tokens
+    first, again, other = (engine.complete(PROMPT, 20, temperature=1.0, seed=s).tokens for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_more_callers_than_slots_all_get_their_own_answer(engine: LlamaCpp) -> None:
+    alone = [engine.complete([0, 70 + i], 24) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda i: engine.complete([0, 70 + i], 24), range(8)))
+    assert [len(t.tokens) for t in together] == [len(a.tokens) for a in alone]
+    assert sum(t.tokens == a.tokens for t, a in zip(together, alone, strict=True)) >= 6  # ties may fall otherwise
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"prompt": ""}, "prompt: empty"),
+        ({"prompt": []}, "prompt: empty"),
+        ({"prompt": [512]}, "token id 512; expected 0 to 511"),
+        ({"prompt": [-1]}, "token id -1"),
+        ({"prompt": [1] * 2048}, "2048 tokens long; expected at most 2047"),
+        ({"prompt": "x" * 5000}, "tokens long"),
+        ({"prompt": "\ud800"}, "surrogates not allowed at character 0"),
+        ({"max_tokens": 0}, "max_tokens: found 0"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"seed": 2**32 - 1}, "seed"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": "abc"}, "stop"),
+    ],
+)
+def test_bad_requests_are_refused_before_the_first_piece(engine: LlamaCpp, asked: Any, message: str) -> None:
+    for ask in (engine.complete, engine.stream):
+        with pytest.raises(InputError, match=message):
+            ask(**({"prompt": "x", "max_tokens": 4} | asked))
+
+
+def test_a_long_answer_ends_where_the_context_does(engine: LlamaCpp) -> None:
+    done = engine.complete([1] * 2040, 100)
+    assert (len(done.tokens), done.finish_reason) == (8, "length")
+
+
+def test_closing_a_stream_ends_the_generation(engine: LlamaCpp) -> None:
+    pieces = engine.stream(PROMPT, 2000)
+    next(pieces)
+    pieces.close()
+    began = time.monotonic()
+    assert len(list(pieces)) < 1000
+    assert engine.complete(PROMPT, 1).tokens
+    assert time.monotonic() - began < 5
+
+
+def test_close_waits_for_calls_and_ends_the_engine(text_package: Path) -> None:
+    engine = LlamaCpp(text_package / "model.gguf", slots=2)
+    done: list[Any] = []
+    caller = threading.Thread(target=lambda: done.append(engine.complete(PROMPT, 400)))
+    caller.start()
+    time.sleep(0.05)
+    engine.close()
+    assert done
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.complete(PROMPT, 1)
+
+
+def test_the_port_inside_answers_nobody_else(engine: LlamaCpp) -> None:
+    address = f"http://{engine._http._address}"
+    for path in ("/tokenize", "/completion", "/v1/completions"):
+        assert httpx.post(f"{address}{path}", json={"content": "x", "prompt": "x"}).status_code == 401
+
+
+def test_many_texts_at_once_are_all_read(text_package: Path, tokenizer: Tokenizer) -> None:
+    """llama.cpp has few HTTP threads: connections that stayed open would starve the others."""
+    engine, texts = LlamaCpp(text_package / "model.gguf"), [f"def f{i}(self):\n" for i in range(400)]
+    with ThreadPoolExecutor(32) as pool:
+        assert list(pool.map(engine.tokenize, texts)) == [tokenizer.encode(text).ids for text in texts]
+        assert all(pool.map(lambda text: engine.complete(text, 1).tokens, texts[:64]))
+    engine.check()
+    engine.close()
+
+
+def test_files_that_are_no_models_are_refused(tmp_path: Path, text_package: Path, digits_package: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes((text_package / "model.gguf").read_bytes()[:-5000])
+    for path in (tmp_path / "none.gguf", digits_package / "model.onnx", cut):
+        with pytest.raises(InputError, match=path.name):
+            LlamaCpp(path)
+    with pytest.raises(InputError, match="context length 4096; expected 2 to the model's 2048"):
+        LlamaCpp(text_package / "model.gguf", context_length=4096)
+    for path in (tmp_path / "none.onnx", text_package / "model.gguf"):
+        with pytest.raises(InputError, match=path.name):
+            OnnxClassifier(path)
+
+
+def test_a_classifier_gives_what_its_file_means(digits_package: Path) -> None:
+    file = digits_package / "model.onnx"
+    engine, pixels_BD = OnnxClassifier(file), np.random.default_rng(0).random((3, 64), dtype=np.float32)
+    assert np.abs(engine.classify(pixels_BD) - Reference(file)(pixels_BD)).max() < 1e-3
+    assert np.allclose(np.exp(engine.classify(pixels_BD)).sum(axis=1), 1, atol=1e-5)
+    for shape in ((3, 63), (64,), (0, 64)):
+        with pytest.raises(InputError, match="expected \\(images, 64\\)"):
+            engine.classify(np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("data", "held"),
+    [(b"", 0), (b"a", 0), ("é".encode(), 0), (b"\xc3", 1), (b"a\xe6\x97", 2), (b"\xf0\x9f\x8e", 3), (b"\x80", 0)],
+)
+def test_the_start_of_a_character_is_held_back(data: bytes, held: int) -> None:
+    assert open_tail(data) == held
+
+
+def test_what_was_not_reported_stays_open() -> None:
+    pieces = [b"", b"a", b"\xc3", b"\xa9", b"\n"]
+    assert line_up([1, 2, 3, 4], [(1, -0.1), (3, -0.3)], pieces) == [-0.1, None, -0.3, None]
+    assert line_up([3, 2, 3], [(3, -0.1), (3, -0.2)], pieces) == [-0.1, None, -0.2]
+    with pytest.raises(RuntimeError, match="reported"):
+        line_up([1], [(4, -0.1)], pieces)
+
+
+def test_a_stop_string_may_come_in_parts() -> None:
+    stops = StopFilter(["END", "Enough"])
+    assert stops.push("some E") == ("some ", False)
+    assert stops.push("N") == ("", False)
+    assert stops.push("D more") == ("", True)
+    held = StopFilter(["END"])
+    assert held.push("xEN") == ("x", False)
+    assert held.flush() == "EN"

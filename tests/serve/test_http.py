@@ -1,0 +1,215 @@
+"""The HTTP API without Ray: its schema, its refusals, and who may ask."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from overproof.registry.package import open_package
+from overproof.serve.engines.llamacpp import LlamaCpp
+from overproof.serve.engines.onnx import OnnxClassifier
+from overproof.serve.http import Served, build_http
+from overproof.serve.limits import MOST_BODY_BYTES, Access, is_loopback
+from overproof.serve.schema import (
+    ClassifyReply,
+    ClassifyRequest,
+    CompletionReply,
+    CompletionRequest,
+    ErrorReply,
+    ModelList,
+)
+
+OPEN, KEYED = Access(None), Access(hashlib.sha256(b"secret").hexdigest())
+BLANK = [0.0] * 64
+
+
+@pytest.fixture(scope="module")
+def text(text_package: Path) -> Iterator[Served]:
+    engine = LlamaCpp(text_package / "model.gguf", slots=2)
+    yield Served(open_package(text_package), engine, max_tokens=32, calls=4)
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def digits(digits_package: Path) -> Served:
+    return Served(open_package(digits_package), OnnxClassifier(digits_package / "model.onnx"), max_tokens=32, calls=4)
+
+
+def ask(app: FastAPI, method: str, path: str, client: str = "127.0.0.1", **request: Any) -> httpx.Response:
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=(client, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+            return await http.request(method, path, **request)
+
+    return asyncio.run(send())
+
+
+def test_a_reply_says_which_file_gave_it(text: Served) -> None:
+    app = build_http(text, OPEN)
+    reply = ask(app, "POST", "/v1/completions", json={"prompt": "import os\n", "max_tokens": 8}).json()
+    assert reply["model"] == "stdlib-lm"
+    assert text.package.sha256.startswith(reply["system_fingerprint"])
+    usage = reply["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    (model,) = ask(app, "GET", "/v1/models").json()["data"]
+    assert model["overproof"]["sha256"] == text.package.sha256
+    assert len(model["overproof"]["verdict"]) == len(text.package.content.policy.rules)
+    assert model["overproof"]["parents"] == text.package.content.parents
+    assert ask(app, "GET", "/healthz").json() == {"status": "ok"}
+
+
+def test_rows_and_flat_pixels_are_the_same_image(digits: Served) -> None:
+    image = [i / 64 for i in range(64)]
+    rows = [image[i : i + 8] for i in range(0, 64, 8)]
+    flat, nested = ask(build_http(digits, OPEN), "POST", "/v1/classify", json={"images": [image, rows]}).json()["data"]
+    assert flat["probabilities"] == nested["probabilities"]
+    assert flat["label"] == max(range(10), key=flat["probabilities"].__getitem__)
+    assert sum(flat["probabilities"]) == pytest.approx(1, abs=1e-5)
+
+
+COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
+    ({}, "prompt", "field required"),
+    ({"prompt": ""}, "prompt", "not empty"),
+    ({"prompt": []}, "prompt", "not empty"),
+    ({"prompt": ["a"]}, "prompt", "text or a list of token ids"),
+    ({"prompt": 5}, "prompt", "text or a list of token ids"),
+    ({"prompt": [512]}, "prompt", "expected 0 to 511"),
+    ({"prompt": "x" * 9999}, "prompt", "tokens long"),
+    ({"prompt": "x" * 9999, "stream": True}, "prompt", "tokens long"),
+    ({"prompt": "x", "max_tokens": 33}, "max_tokens", "at most 32"),
+    ({"prompt": "x", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    ({"prompt": "x", "max_tokens": "9"}, "max_tokens", "valid integer"),
+    ({"prompt": "x", "temperature": 3}, "temperature", "less than or equal to 2"),
+    ({"prompt": "x", "top_p": 0}, "top_p", "greater than 0"),
+    ({"prompt": "x", "seed": -1}, "seed", "greater than or equal to 0"),
+    ({"prompt": "x", "stop": [""]}, "stop", "none empty"),
+    ({"prompt": "x", "stop": ["a"] * 5}, "stop", "up to 4"),
+    ({"prompt": "x", "stream": "yes"}, "stream", "valid boolean"),
+    ({"prompt": "x", "logprobs": 1}, "logprobs", "unknown field"),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "message"), COMPLETIONS)
+def test_a_bad_completion_request_gets_one_clear_error(
+    text: Served, body: dict[str, Any], param: str, message: str
+) -> None:
+    reply = ask(build_http(text, OPEN), "POST", "/v1/completions", json=body)
+    assert reply.status_code == 400
+    error = ErrorReply.model_validate(reply.json()).error
+    assert (error.param, error.type) == (param, "invalid_request_error")
+    assert error.message.startswith(f"{param}: ")
+    assert message in error.message
+
+
+@pytest.mark.parametrize(
+    "images",
+    [None, [], "x", [5], [[]], [BLANK[:-1]], [[2.0] * 64], [["a"] * 64], [[[0.0] * 8] * 7], [[BLANK[:8]] * 7 + [[0.0]]],
+     [BLANK, [0.0]], [BLANK] * 1025, [[True] * 64]],
+)  # fmt: skip
+def test_a_bad_image_gets_one_clear_error(digits: Served, images: Any) -> None:
+    reply = ask(build_http(digits, OPEN), "POST", "/v1/classify", json={"images": images})
+    error = ErrorReply.model_validate(reply.json()).error
+    assert (reply.status_code, error.param) == (400, "images"), error
+    assert error.message.startswith("images")
+
+
+@pytest.mark.parametrize("content", [b"{bad", b'"text"', b"[]", b"", b"\xff\xfe"])
+def test_a_body_that_is_no_json_object_is_refused(text: Served, content: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    reply = ask(build_http(text, OPEN), "POST", "/v1/completions", content=content, headers=headers)
+    assert reply.status_code == 400
+    assert "JSON" in ErrorReply.model_validate(reply.json()).error.message
+
+
+def test_wrong_routes_and_models_say_what_is_right(text: Served, digits: Served) -> None:
+    app = build_http(text, OPEN)
+    for reply, message in (
+        (ask(app, "POST", "/v1/classify", json={"images": [BLANK]}), "ask it at POST /v1/completions"),
+        (ask(build_http(digits, OPEN), "POST", "/v1/completions", json={"prompt": "x"}), "ask it at POST /v1/classify"),
+        (ask(app, "POST", "/v1/completions", json={"prompt": "x", "model": "gpt"}), "expected 'stdlib-lm'"),
+        (ask(app, "GET", "/docs"), "Not Found"),
+    ):
+        assert reply.status_code == 404
+        error = ErrorReply.model_validate(reply.json()).error
+        assert (message in error.message, error.type) == (True, "not_found_error")
+    assert ask(app, "GET", "/v1/completions").status_code == 405
+
+
+def test_large_bodies_are_refused_announced_or_not(text: Served) -> None:
+    async def chunks() -> Any:
+        for _ in range(MOST_BODY_BYTES // 65536 + 1):
+            yield b"x" * 65536
+
+    app = build_http(text, OPEN)
+    for content in (b"x" * (MOST_BODY_BYTES + 1), chunks()):
+        reply = ask(app, "POST", "/v1/completions", content=content, headers={"Content-Type": "application/json"})
+        assert reply.status_code == 413
+        assert "larger than" in ErrorReply.model_validate(reply.json()).error.message
+
+
+def test_with_a_key_everything_but_health_needs_it(text: Served) -> None:
+    app = build_http(text, KEYED)
+    assert ask(app, "GET", "/healthz").status_code == 200
+    for value in (None, "secret", "Bearer", "Bearer ", "Bearer Secret", "Basic secret", "Bearer secretx"):
+        reply = ask(app, "GET", "/v1/models", headers={} if value is None else {"Authorization": value})
+        assert reply.status_code == 401
+        assert reply.headers["WWW-Authenticate"] == "Bearer"
+        assert ErrorReply.model_validate(reply.json()).error.type == "authentication_error"
+    for client in ("127.0.0.1", "10.1.2.3"):
+        bearer = {"Authorization": "Bearer secret"}
+        assert ask(app, "GET", "/v1/models", client=client, headers=bearer).status_code == 200
+    assert ask(app, "POST", "/v1/completions", content=b"{bad").status_code == 401  # before the body is looked at
+
+
+def test_without_a_key_other_machines_are_refused(text: Served) -> None:
+    app = build_http(text, OPEN)
+    assert ask(app, "GET", "/v1/models", client="::1").status_code == 200
+    for client in ("10.1.2.3", "testclient", "2001:db8::1"):
+        reply = ask(app, "GET", "/v1/models", client=client)
+        assert reply.status_code == 403
+        assert "OVERPROOF_API_KEY" in ErrorReply.model_validate(reply.json()).error.message
+    assert [is_loopback(h) for h in ("localhost", "127.0.0.2", "0.0.0.0", "::", "example.org")] == [1, 1, 0, 0, 0]
+
+
+def test_headers_that_lift_serves_limits_are_refused(text: Served) -> None:
+    for name in ("x-request-timeout-seconds", "X-Request-Disconnect-Disabled"):
+        reply = ask(build_http(text, OPEN), "GET", "/v1/models", headers={name: "0"})
+        assert reply.status_code == 400
+
+
+def test_a_failing_engine_is_a_500_that_tells_nothing(digits: Served) -> None:
+    class Broken:
+        def classify(self, _: Any) -> Any:
+            raise RuntimeError("a secret path")
+
+    served = Served(digits.package, Broken(), 1, 1)  # type: ignore[arg-type]
+    reply = ask(build_http(served, OPEN), "POST", "/v1/classify", json={"images": [BLANK]})
+    assert reply.status_code == 500
+    assert ErrorReply.model_validate(reply.json()).error.type == "server_error"
+    assert "secret" not in reply.text
+
+
+def test_the_schema_is_pinned() -> None:
+    """Clients rely on these names: change them knowingly."""
+    found = {
+        model.__name__: sorted(model.model_fields)
+        for model in (CompletionRequest, CompletionReply, ClassifyRequest, ClassifyReply, ModelList)
+    }
+    assert found == {
+        "CompletionRequest": ["max_tokens", "model", "prompt", "seed", "stop", "stream", "temperature", "top_p"],
+        "CompletionReply": ["choices", "created", "id", "model", "object", "system_fingerprint", "usage"],
+        "ClassifyRequest": ["images", "model"],
+        "ClassifyReply": ["data", "model", "object", "system_fingerprint"],
+        "ModelList": ["data", "object"],
+    }
+    assert json.loads(ErrorReply.model_validate({"error": {"message": "m", "type": "t"}}).model_dump_json()) == {
+        "error": {"message": "m", "type": "t", "param": None}
+    }

@@ -1,0 +1,134 @@
+"""The Serve YAML of the repository, run as its comments say; and the API key on real replicas."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+import yaml
+from ray import serve
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+from overproof.errors import InputError
+from overproof.recipe import Serve
+from overproof.serve import run
+from packing import copy, edit
+
+CONFIGS = Path(__file__).parents[2] / "serve_configs"
+COMMAND = str(Path(sys.executable).parent / "serve")
+START_S = 90
+
+
+@pytest.fixture(autouse=True)
+def _stopped(ray_cluster: str) -> Iterator[None]:
+    yield
+    run.stop()
+
+
+def _config(name: str, package: Path, folder: Path) -> tuple[Path, str]:
+    """The configuration with another package and port, and where it will answer."""
+    tree = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    tree["http_options"]["port"] = port
+    tree["applications"][0]["args"]["package"] = str(package)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path, f"http://127.0.0.1:{port}"
+
+
+def _until(ready: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + START_S
+    while not (found := ready()):
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    return found
+
+
+def _model(base: str) -> Any:
+    try:
+        reply = httpx.get(f"{base}/v1/models")
+    except httpx.TransportError:
+        return None
+    return reply.json()["data"][0] if reply.status_code == 200 else None
+
+
+def _own_address() -> str:
+    """The address by which other machines know this one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def test_serve_run_serves_until_interrupted(ray_cluster: str, text_package: Path, tmp_path: Path) -> None:
+    path, base = _config("stdlib-lm", text_package.parent, tmp_path)  # the recipe's folder in the store
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen([COMMAND, "run", str(path)], env=os.environ | {"RAY_ADDRESS": ray_cluster},
+                                   stdout=out, stderr=out)  # fmt: skip
+    try:
+        model = _until(lambda: _model(base) or (process.poll() is not None and pytest.fail(log.read_text())))
+        assert model["id"] == "stdlib-lm"
+        reply = httpx.post(f"{base}/v1/completions", json={"prompt": "import os\n", "max_tokens": 4})
+        assert reply.json()["usage"]["completion_tokens"] == 4
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+    _until(lambda: _model(base) is None)
+
+
+def test_serve_deploy_serves_this_machine_and_refuses_the_unproven(
+    ray_cluster: str, digits_package: Path, tmp_path: Path
+) -> None:
+    dashboard = f"http://{ray._private.worker.global_worker.node.address_info['webui_url']}"
+    path, base = _config("digits", digits_package, tmp_path)
+    tree = yaml.safe_load(path.read_text())
+    tree["http_options"]["host"] = "0.0.0.0"  # an open door, and no key
+    path.write_text(yaml.safe_dump(tree))
+    done = subprocess.run([COMMAND, "deploy", "-a", dashboard, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert _until(lambda: _model(base))["overproof"]["kind"] == "digits"
+    reply = httpx.post(f"{base}/v1/classify", json={"images": [[0.0] * 64]})
+    assert 0 <= reply.json()["data"][0]["label"] < 10
+    outside = httpx.get(f"http://{_own_address()}:{base.rpartition(':')[2]}/v1/models")
+    assert outside.status_code == 403
+    assert "OVERPROOF_API_KEY" in outside.json()["error"]["message"]
+
+    spoiled = copy(digits_package, tmp_path)
+    edit(spoiled / "verdict.json", lambda verdict: verdict.update(passed=False, chosen=None))
+    tree["applications"][0]["args"]["package"] = str(spoiled)
+    ServeSubmissionClient(dashboard).deploy_applications(tree)
+    failed = _until(lambda: (a := serve.status().applications["digits"]).status == "DEPLOY_FAILED" and a)
+    assert "has no passing verdict; only what passed its gate is served" in failed.message
+
+
+def test_the_key_of_the_environment_guards_the_replicas(digits_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERPROOF_API_KEY", "a-secret")
+    base = run.start(digits_package, Serve(host="0.0.0.0", port=0))
+    body = {"images": [[0.0] * 64]}
+    assert httpx.get(f"{base}/healthz").status_code == 200
+    assert httpx.post(f"{base}/v1/classify", json=body).status_code == 401
+    bearer = {"Authorization": "Bearer a-secret"}
+    assert httpx.post(f"{base}/v1/classify", json=body, headers=bearer).status_code == 200
+    with pytest.raises(httpx.HTTPStatusError, match="401"):
+        httpx.get(f"{base}/v1/models", headers={"Authorization": "Bearer a-Secret"}).raise_for_status()
+
+
+def test_a_taken_port_is_refused_before_anything_starts(digits_package: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen at 127.0.0.1:{port}"):
+            run.start(digits_package, Serve(port=port))
