@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from overproof.artifact import Artifact
-from overproof.recipe import Recipe, load
+from finished import RECIPES, Run
+from overproof.recipe import load
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-
-REPOSITORY = Path(__file__).parents[1]
-RECIPES = REPOSITORY / "jobs/recipes"
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run and its artifacts by stage."""
-
-    recipe: Recipe
-    artifacts: dict[str, Artifact]
 
 
 @pytest.fixture(scope="session")

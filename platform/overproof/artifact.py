@@ -109,7 +109,8 @@ class Artifact:
         files, path = filesystem(self.uri)
         if isinstance(files, fs.LocalFileSystem):
             return Path(path)
-        here = Path(tempfile.gettempdir()) / f"overproof-{os.getuid()}" / self.record.fingerprint
+        key = hashlib.sha256(self.record.model_dump_json().encode()).hexdigest()  # built again, it is another artifact
+        here = Path(tempfile.gettempdir()) / f"overproof-{os.getuid()}" / key
         if not (here / RECORD).exists():
             here.mkdir(parents=True, exist_ok=True)
             attempt = Path(tempfile.mkdtemp(dir=here.parent))

@@ -263,6 +263,8 @@ class Sweep(Optimization):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"students share the name {twice[0]!r}; expected every name once")
+        if "control" in names:
+            raise ValueError("a student is named 'control', the name of the one trained without the teacher; rename it")
         if self.steps == 0:
             raise ValueError("steps is 0; expected at least 1, since a student starts untrained")
         return self

@@ -1,0 +1,117 @@
+"""The command line. Exit codes: 0 done, 1 the gate refused, 2 bad input."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from overproof import console, reference
+from overproof.errors import GateRefused, InputError
+from overproof.recipe import Recipe, load
+
+DEMO_RECIPE = Path(__file__).parents[2] / "jobs/recipes/stdlib-lm.yaml"
+# Which section of the recipe each stage reads: its fields are the stage's help.
+STAGE_VERBS = {
+    "prepare": ("data", "clean, split, tokenise and shard the data"),
+    "train": ("train", "train the teacher with DeepSpeed ZeRO"),
+    "cache": ("cache", "compute the teacher's targets once"),
+    "sweep": ("sweep", "distil students, and a control without the teacher"),
+    "compress": ("compress", "export and quantise the best student"),
+    "evaluate": ("evaluate", "measure every exported file"),
+    "gate": ("gate", "judge the measurements by the recipe's policy"),
+    "report": ("name", "draw the picture and the HTML report"),
+    "package": ("name", "pack the file that passed, with its proof"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        return int(_run(options))
+    except InputError as error:
+        print(f"overproof: {error}", file=sys.stderr)
+        return 2
+    except GateRefused as refused:
+        print(f"overproof: {refused}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="overproof", description="From sharded data to a small model you can trust.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, text: str, section: str | None = None, recipe: bool = True) -> argparse.ArgumentParser:
+        fields = f"recipe fields (--set a.b=c):\n{reference.fields(section)}" if section is not None else None
+        added = verbs.add_parser(name, help=text, description=text, epilog=fields,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        if recipe:
+            added.add_argument("recipe", type=Path, help="recipe in YAML")
+        if recipe or name == "demo":
+            added.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a recipe field")
+        return added
+
+    demo = verb("demo", "run the whole loop on one machine and ask the served model", "", recipe=False)
+    demo.add_argument("recipe", type=Path, nargs="?", default=DEMO_RECIPE, help="recipe (default: stdlib-lm)")
+    demo.add_argument("--keep", action="store_true", help="leave the server up until Ctrl-C")
+    run = verb("run", "run every stage that is not done yet", "")
+    run.add_argument("--until", choices=STAGE_VERBS, default="package", help="last stage to run")
+    verb("plan", "say what would run, what is done, and what it asks of the cluster", "")
+    for name, (section, text) in STAGE_VERBS.items():
+        verb(name, f"{text}, after what must come before", section)
+    listing = verb("ls", "list the artifacts of a store", recipe=False)
+    show = verb("show", "print an artifact's record and parents", recipe=False)
+    show.add_argument("artifact", help="id as `ls` prints it, a unique part of it, or a directory")
+    for added in (listing, show):
+        added.add_argument("--store", default="store", help="folder or URI (default: store)")
+    serve = verb("serve", "serve a package over HTTP until Ctrl-C", "serve", recipe=False)
+    serve.add_argument("package", help="package directory, or its id in --store")
+    serve.add_argument("--store", default="store", help="folder or URI (default: store)")
+    serve.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field of serve")
+    schema = verb("schema", "print the JSON schema of recipes", recipe=False)
+    schema.add_argument("--text", action="store_true", help="one line for each field instead")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.verb == "schema":
+        print(reference.fields() if options.text else reference.json_schema(), end="\n" if options.text else "")
+        return 0
+    if options.verb in ("ls", "show"):
+        from overproof import views
+
+        return views.ls(options.store) if options.verb == "ls" else views.show(options.store, options.artifact)
+    if options.verb == "serve":
+        from overproof import live
+
+        return live.serve(options.package, options.store, tuple(options.set))
+    recipe = load(options.recipe, tuple(options.set))
+    if options.verb == "plan":
+        from overproof import views
+
+        return views.plan(recipe)
+    if options.verb == "demo":
+        from overproof import live
+
+        return live.demo(recipe, keep=options.keep)
+    return _build(recipe, options.until if options.verb == "run" else options.verb)
+
+
+def _build(recipe: Recipe, until: str) -> int:
+    from overproof import pipeline, views
+
+    try:
+        done = pipeline.run(recipe, until)
+    except GateRefused:
+        views.summary(recipe)
+        raise
+    if "package" in done:
+        views.summary(recipe)
+        console.out.print(f"package  {done['package'].uri}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The end of the loop: serve a package, ask it something real, show how to ask again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from overproof import cluster, pipeline, views
+from overproof.artifact import RECORD, Store
+from overproof.console import out, waiting
+from overproof.errors import GateRefused, InputError
+from overproof.recipe import Recipe, Serve
+
+ASK_TIMEOUT_S = 60
+
+
+def demo(recipe: Recipe, keep: bool) -> int:
+    """Run the whole loop, serve what comes out, and print a real answer and the line to repeat it.
+
+    Raises:
+        GateRefused: no candidate passed; nothing is served.
+    """
+    try:
+        done = pipeline.run(recipe)
+    except GateRefused:
+        views.summary(recipe)
+        raise
+    views.summary(recipe)
+    _serve(done["package"].local(), recipe.serve, keep)
+    return 0
+
+
+def serve(package: str, store: str, overrides: tuple[str, ...]) -> int:
+    """Serve a package by directory or id until Ctrl-C.
+
+    Raises:
+        InputError: there is no such package, it was changed, or it has no passing verdict.
+    """
+    settings: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise InputError(f"--set {override}: expected a field of serve, such as port=8001")
+        settings[key.removeprefix("serve.")] = yaml.safe_load(value)
+    path = Path(package)
+    if not (path / RECORD).is_file() and not (path / "package.json").is_file():
+        path = Store(store).get(package).local()
+    _serve(path, Serve.parse(settings), keep=True)
+    return 0
+
+
+def _serve(package: Path, settings: Serve, keep: bool) -> None:
+    from overproof.serve import run
+
+    with waiting("starting Ray"):
+        cluster.connect()
+    with waiting("starting Ray Serve and its replicas"):
+        base = run.start(package, settings)
+    try:
+        ask(base)
+        if keep:
+            out.print(f"serving {package} at {base} until Ctrl-C")
+            _wait_for_signal()
+    finally:
+        run.stop()
+
+
+def ask(base: str) -> None:
+    """Send one real request and print the answer and the `curl` line that repeats it."""
+    with httpx.Client(base_url=base, timeout=ASK_TIMEOUT_S, headers=_auth()) as client:
+        model = client.get("/v1/models").raise_for_status().json()["data"][0]
+        text = model["overproof"]["kind"] == "text"
+        path = "/v1/completions" if text else "/v1/classify"
+        body = (
+            {"model": model["id"], "prompt": "import os\n\ndef ", "max_tokens": 48}
+            if text
+            else {"images": [_a_digit()]}
+        )
+        reply = client.post(path, json=body).raise_for_status().json()
+    if text:
+        out.print(f"[bold]{body['prompt']}[/]{reply['choices'][0]['text']}", markup=True)
+        body |= {"stream": True}
+    else:
+        out.print(f"a handwritten 7 is read as {reply['data'][0]['label']}")
+    auth = '-H "Authorization: Bearer $OVERPROOF_API_KEY" ' if _auth() else ""
+    out.print(
+        f"curl -N {base}{path} {auth}-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}",
+        markup=False,
+    )
+
+
+def _auth() -> dict[str, str]:
+    from overproof.serve.run import api_key
+
+    key = api_key()
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _a_digit() -> list[float]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    first = int((digits.target == 7).nonzero()[0][0])
+    return [float(p) for p in digits.data[first] / 16]
+
+
+def _wait_for_signal() -> None:
+    ended = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: ended.set())
+    ended.wait()

@@ -1,0 +1,173 @@
+"""The whole product on one page: the stages in order, what each depends on, and how what is done is skipped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from overproof import cluster, console
+from overproof.artifact import Artifact, Store, fingerprint
+from overproof.data.sources import source_digest
+from overproof.errors import GateRefused, InputError
+from overproof.recipe import Recipe, Section
+from overproof.stage import Context
+
+# How many machines share the work does not change the result.
+RESOURCES = {
+    "actors", "cpus_per_actor", "cpus_per_trial", "cpus_per_worker", "concurrent_trials",
+    "gpus_per_actor", "gpus_per_trial", "gpus_per_worker",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the loop. Its identity is its name, its format, its part of the recipe and its parents."""
+
+    name: str
+    runs: str
+    parents: tuple[str, ...]
+    part: Callable[[Recipe], Any]
+    format: int = 1
+
+    def function(self) -> Callable[[Context], dict[str, Any]]:
+        """Import what the stage runs; torch and Ray are not loaded before they are needed."""
+        module, name = self.runs.split(":")
+        return getattr(import_module(module), name)  # type: ignore[no-any-return]
+
+
+def _dump(section: Section) -> Any:
+    return section.model_dump(mode="json", exclude=RESOURCES)
+
+
+STAGES = (
+    Stage("prepare", "overproof.data.prepare:prepare", (),
+          lambda r: {"seed": r.seed, "data": _dump(r.data), "source": source_digest(r.data)}),
+    Stage("train", "overproof.train.launch:train", ("prepare",),
+          lambda r: {"seed": r.seed, "train": _dump(r.train)}),
+    Stage("cache", "overproof.distill.teacher:cache", ("prepare", "train"),
+          lambda r: {"seed": r.seed, "cache": _dump(r.cache)}),
+    Stage("sweep", "overproof.distill.sweep:sweep", ("prepare", "train", "cache"),
+          lambda r: {"seed": r.seed, "sweep": _dump(r.sweep)}),
+    Stage("compress", "overproof.compress.export:compress", ("prepare", "train", "sweep"),
+          lambda r: {"compress": _dump(r.compress)}),
+    Stage("evaluate", "overproof.evaluate.runner:evaluate", ("prepare", "compress"),
+          lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate)}),
+    Stage("gate", "overproof.evaluate.runner:gate", ("evaluate",),
+          lambda r: {"gate": _dump(r.gate)}),
+    Stage("report", "overproof.report.stage:report", ("prepare", "train", "sweep", "evaluate", "gate"),
+          lambda r: {"name": r.name}),
+    Stage("package", "overproof.registry.package:package",
+          ("prepare", "train", "cache", "sweep", "compress", "evaluate", "gate"),
+          lambda r: {"name": r.name}),
+)  # fmt: skip
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of one recipe: its fingerprint, and its artifact where it is done."""
+
+    stage: Stage
+    config: Any
+    fingerprint: str
+    parents: Mapping[str, str]
+    artifact: Artifact | None
+
+
+def resolve(recipe: Recipe, store: Store, until: str = NAMES[-1]) -> list[Step]:
+    """The stages up to ``until``, and which of them are done. Starts nothing.
+
+    Raises:
+        InputError: the source of the data is missing or empty.
+    """
+    steps: dict[str, Step] = {}
+    for stage in STAGES[: NAMES.index(until) + 1]:
+        parents = {name: steps[name].fingerprint for name in stage.parents}
+        config = stage.part(recipe)
+        print_ = fingerprint(stage.name, stage.format, config, parents)
+        steps[stage.name] = Step(stage, config, print_, parents, store.find(recipe.name, stage.name, print_))
+    return list(steps.values())
+
+
+def run(recipe: Recipe, until: str = NAMES[-1]) -> dict[str, Artifact]:
+    """Run what is not done yet, up to and including ``until``.
+
+    Raises:
+        InputError: bad input, before anything starts where it can be known.
+        GateRefused: no candidate passed; every stage before the package is done and stays.
+    """
+    store = Store(recipe.store)
+    with store.lock():
+        steps = resolve(recipe, store, until)
+        if not cluster.elsewhere():
+            cluster.check(recipe, cluster.local_capacity())
+        done: dict[str, Artifact] = {}
+        connected = False
+        for step in steps:
+            if step.stage.name == "package":
+                _insist(done["gate"])
+            if step.artifact:
+                done[step.stage.name] = step.artifact
+                console.out.print(f"[dim]· {step.stage.name:<9} done before   {step.artifact.id}[/]")
+                continue
+            if not connected:
+                with console.waiting("starting Ray"):
+                    capacity = cluster.connect()
+                cluster.check(recipe, capacity)
+                connected = True
+            done[step.stage.name] = _run_step(step, recipe, store, done)
+        return done
+
+
+def _run_step(step: Step, recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> Artifact:
+    name = step.stage.name
+    parents = {parent: done[parent] for parent in step.stage.parents}
+    for parent in parents.values():
+        parent.verify()
+    draft = store.begin(recipe.name, name, step.fingerprint, step.config, step.parents)
+    began = time.monotonic()
+    try:
+        with console.bars() as show, cluster.relay(show) as progress:
+            show(name, 0, 1, "starting")
+            metrics = step.stage.function()(Context(recipe, parents, draft, progress))
+    except BaseException:
+        draft.discard()
+        raise
+    artifact = draft.commit(metrics, time.monotonic() - began)
+    console.out.print(
+        f"[green]✓[/] {name:<9} {artifact.record.seconds:6.1f} s      {artifact.id}  [dim]{_brief(metrics)}[/]"
+    )
+    return artifact
+
+
+def _brief(metrics: Mapping[str, Any]) -> str:
+    flat = (
+        (k, f"{v:.4g}" if isinstance(v, float) else str(v))
+        for k, v in metrics.items()
+        if isinstance(v, int | float | str)
+    )
+    return " · ".join(f"{key} {value}" for key, value in flat)
+
+
+def _insist(gate: Artifact) -> None:
+    from overproof.evaluate.gate import Verdict
+
+    verdict = Verdict.model_validate_json((gate.local() / "verdict.json").read_text())
+    if not verdict.passed:
+        lines = [f"  {c.name}: {r.text}" for c in verdict.candidates for r in c.reasons if not r.passed]
+        raise GateRefused("the gate refused every candidate, so nothing is packaged or served:\n" + "\n".join(lines))
+
+
+def package_path(recipe: Recipe) -> Artifact:
+    """The finished package of a recipe.
+
+    Raises:
+        InputError: it has not been built.
+    """
+    step = resolve(recipe, Store(recipe.store))[-1]
+    if not step.artifact:
+        raise InputError(f"{recipe.name}: no package in {recipe.store} for this recipe; run `overproof run` first")
+    return step.artifact

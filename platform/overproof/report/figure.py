@@ -1,0 +1,99 @@
+"""One picture: loss curves on the left, the size-quality plane on the right."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from itertools import cycle
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from overproof.evaluate.gate import Verdict
+from overproof.evaluate.metrics import Report
+
+# Okabe and Ito's palette, told apart by people who see colours differently.
+COLOURS = {"teacher": "#000000", "student": "#0072B2", "control": "#D55E00", "trial": "#56B4E9"}
+PASSED, REFUSED = "#009E73", "#CC3311"
+SMOOTH_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The losses of one run: (step, nats per prediction)."""
+
+    name: str
+    role: str  # teacher, student, control or trial
+    train: list[tuple[int, float]]
+    validation: list[tuple[int, float]]
+
+
+def draw(curves: list[Curve], report: Report, verdict: Verdict) -> bytes:
+    """The picture as PNG bytes, 1,800 by 720 pixels."""
+    figure = Figure(figsize=(15, 6), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _losses(left, curves)
+    _plane(right, report, verdict)
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _losses(axes: Axes, curves: list[Curve]) -> None:
+    order = {"trial": 0, "teacher": 1, "control": 2, "student": 3}
+    dashes = cycle(("--", ":", "-."))
+    for curve in sorted(curves, key=lambda c: order[c.role]):
+        colour, main = COLOURS[curve.role], curve.role != "trial"
+        label = f"{curve.name} (best student)" if curve.role == "student" else curve.name
+        if main and curve.role == "teacher":
+            steps, losses = zip(*curve.train, strict=True)
+            axes.plot(steps, _smooth(np.array(losses)), color=colour, alpha=0.25, linewidth=1)
+        if curve.validation:
+            steps, losses = zip(*curve.validation, strict=True)
+            axes.plot(steps, losses, color=colour, marker="o", markersize=4, label=label,
+                      linewidth=2 if main else 1.2, linestyle="-" if main else next(dashes))  # fmt: skip
+    axes.set(xlabel="step", ylabel="validation loss (nats per prediction)", title="Learning")
+    axes.legend(frameon=False)
+
+
+def _smooth(losses: np.ndarray) -> np.ndarray:
+    width = min(SMOOTH_STEPS, len(losses))
+    sums = np.cumsum(np.insert(losses, 0, 0.0))
+    starts = np.maximum(np.arange(1, len(losses) + 1) - width, 0)
+    ends = np.arange(1, len(losses) + 1)
+    return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
+
+
+def _plane(axes: Axes, report: Report, verdict: Verdict) -> None:
+    passed = {c.name: c.passed for c in verdict.candidates}
+    for measured in report.measured:
+        quality, size = measured.metrics[report.quality], measured.size_bytes / 1e6
+        colour = COLOURS.get(measured.name, COLOURS["trial"])
+        if measured.name in passed:
+            colour = PASSED if passed[measured.name] else REFUSED
+        low = quality.value if quality.low is None else quality.low
+        high = quality.value if quality.high is None else quality.high
+        axes.errorbar(size, quality.value, [[quality.value - low], [high - quality.value]], color=colour, marker="o",
+                      capsize=4, markersize=8)  # fmt: skip
+        word = {True: ": passed", False: ": refused"}.get(passed.get(measured.name), "")  # type: ignore[arg-type]
+        star = " ★" if measured.name == verdict.chosen else ""
+        axes.annotate(
+            f"{measured.name}{word}{star}",
+            (size, quality.value),
+            xytext=(9, 7),
+            textcoords="offset points",
+            color=colour,
+        )
+    better = "lower is better" if report.quality == "bits_per_byte" else "higher is better"
+    axes.set(xscale="log", xlabel="file size (MB, log scale; smaller is better)",
+             ylabel=f"{report.quality.replace('_', ' ')} on the test split ({better})",
+             title=f"Size and quality, with {report.confidence:.0%} intervals")  # fmt: skip
+    sizes = sorted({round(measured.size_bytes / 1e6, 2) for measured in report.measured})
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    axes.margins(x=0.25, y=0.15)

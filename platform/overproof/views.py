@@ -1,0 +1,118 @@
+"""What the command line prints about artifacts: listing, record, plan and the closing table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from overproof import cluster, pipeline
+from overproof.artifact import RECORD, Artifact, Record, Store
+from overproof.console import out
+from overproof.recipe import Recipe, TextData
+
+
+def ls(store: str) -> int:
+    """List every artifact of a store, oldest first."""
+    table = Table("artifact", "created (UTC)", "seconds", "MB", box=None, pad_edge=False)
+    for artifact in Store(store).artifacts():
+        record = artifact.record
+        size = sum(f.size_bytes for f in record.files.values())
+        table.add_row(artifact.id, record.created[:19], f"{record.seconds:.1f}", f"{size / 1e6:.2f}")
+    out.print(table)
+    return 0
+
+
+def show(store: str, name: str) -> int:
+    """Print one artifact's record, and its parents back to the shards."""
+    everything = Store(store)
+    path = Path(name) / RECORD
+    artifact = Artifact(name, Record.model_validate_json(path.read_text())) if path.is_file() else everything.get(name)
+    out.print_json(artifact.record.model_dump_json())
+    known = {a.record.fingerprint: a for a in everything.artifacts()}
+
+    def tree(record: Record, depth: int) -> None:
+        for stage, print_ in record.parents.items():
+            parent = known.get(print_)
+            out.print(f"{'  ' * depth}└ {parent.id if parent else f'{stage}-{print_[:8]} (not in {store})'}")
+
+    out.print(artifact.id)
+    tree(artifact.record, 1)
+    return 0
+
+
+def plan(recipe: Recipe) -> int:
+    """Print what would run, what is done, how much work it is, and whether the cluster can ever give it.
+
+    Raises:
+        InputError: a stage asks for more than a local cluster could ever give.
+    """
+    steps = pipeline.resolve(recipe, Store(recipe.store))
+    asked = {need.stage: need for need in cluster.needs(recipe)}
+    table = Table("stage", "state", "work", "at the same time", "artifact", box=None, pad_edge=False)
+    for step in steps:
+        need = asked.get(step.stage.name)
+        resources = f"{need.total_cpus:g} CPUs, {need.total_gpus:g} GPUs ({need.why})" if need else "this process"
+        state = f"[dim]done in {step.artifact.record.seconds:.1f} s[/]" if step.artifact else "[bold]to do[/]"
+        table.add_row(step.stage.name, state, _work(recipe, step.stage.name), resources,
+                      f"{recipe.name}/{step.stage.name}-{step.fingerprint[:8]}")  # fmt: skip
+    out.print(table)
+    if not cluster.elsewhere():
+        capacity = cluster.local_capacity()
+        cluster.check(recipe, capacity)
+        out.print(f"enough: {capacity.where}")
+    return 0
+
+
+def _work(recipe: Recipe, stage: str) -> str:
+    positions = recipe.data.sequence_length if isinstance(recipe.data, TextData) else 1
+    unit = "tokens" if positions > 1 else "images"
+    train, sweep = recipe.train, recipe.sweep
+    if stage == "train":
+        return f"{train.steps} steps, {train.steps * train.batch_size * positions:,} {unit}, ZeRO {train.zero_stage}"
+    if stage == "cache":
+        rows = "every row" if recipe.cache.rows is None else f"{recipe.cache.rows * positions:,} {unit}"
+        return f"{rows}, top {recipe.cache.k}"
+    if stage == "sweep":
+        each = sweep.steps * sweep.batch_size * positions
+        return f"{len(sweep.students)} students + control, {sweep.steps} steps, {each:,} {unit} each at most"
+    if stage == "compress":
+        return ", ".join(recipe.compress.formats)
+    if stage == "gate":
+        return f"{len(recipe.gate.rules)} rules"
+    return ""
+
+
+def summary(recipe: Recipe) -> None:
+    """Print the closing table: every export with its quality, size, speed and verdict."""
+    from overproof.evaluate.gate import Verdict
+    from overproof.evaluate.metrics import Report
+
+    found = {s.stage.name: s.artifact for s in pipeline.resolve(recipe, Store(recipe.store))}
+    if not (found["evaluate"] and found["gate"]):
+        return
+    report = Report.model_validate_json((found["evaluate"].local() / "report.json").read_text())
+    verdict = Verdict.model_validate_json((found["gate"].local() / "verdict.json").read_text())
+    passed = {c.name: c.passed for c in verdict.candidates}
+    text = report.quality == "bits_per_byte"
+    speed, unit = ("decode_tokens_per_s", "tokens/s") if text else ("images_per_s", "images/s")
+    table = Table(
+        "model", "bits per byte" if text else "accuracy", "agreement", "MB", unit, "verdict", title=recipe.name
+    )
+    for measured in report.measured:
+        quality, agreement = measured.metrics[report.quality], measured.metrics["agreement"]
+        half = ((quality.high or quality.value) - (quality.low or quality.value)) / 2
+        word = "" if measured.name not in passed else "[green]passed[/]" if passed[measured.name] else "[red]refused[/]"
+        table.add_row(measured.name, f"{quality.value:.4f} ± {half:.4f}", f"{agreement.value:.1%}",
+                      f"{measured.size_bytes / 1e6:.2f}", f"{measured.metrics[speed].value:,.0f}",
+                      f"{word}{' · shipped' if measured.name == verdict.chosen else ''}")  # fmt: skip
+    out.print(table)
+    gain = report.compare("student", "control")
+    if gain and gain.low is not None and gain.high is not None:
+        unit = "%" if text else "points"
+        out.print(
+            f"the student is {-100 * gain.value:+.2f} {unit} better than the control, at equal steps "
+            f"(interval {-100 * gain.high:+.2f} to {-100 * gain.low:+.2f} {unit}): what distillation bought"
+        )
+    if found["report"]:
+        out.print(f"picture  {found['report'].uri}/report.png\nreport   {found['report'].uri}/report.html")

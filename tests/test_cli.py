@@ -1,0 +1,91 @@
+"""The command line: its flags are pinned, its help comes from the schema, and what it prints is true."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finished import RECIPES, Run
+from overproof.cli import STAGE_VERBS, main
+from overproof.pipeline import NAMES
+
+DIGITS = str(RECIPES / "digits.yaml")
+FLAGS = {
+    "demo": {"--help", "--set", "--keep"},
+    "run": {"--help", "--set", "--until"},
+    "plan": {"--help", "--set"},
+    "ls": {"--help", "--store"},
+    "show": {"--help", "--store"},
+    "serve": {"--help", "--set", "--store"},
+    "schema": {"--help", "--text"},
+    **{stage: {"--help", "--set"} for stage in STAGE_VERBS},
+}
+
+
+def _help(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([*argv, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_every_stage_is_a_verb_and_the_flags_are_pinned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuple(STAGE_VERBS) == NAMES
+    top = _help(capsys)
+    for verb, flags in FLAGS.items():
+        assert re.search(rf"^    {verb} ", top, re.MULTILINE)
+        usage = _help(capsys, verb).split("recipe fields")[0]
+        assert set(re.findall(r"--[a-z]+", usage)) == flags, verb
+
+
+def test_a_stage_explains_its_part_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    text = _help(capsys, "train")
+    assert "train.zero_stage" in text
+    assert "0 | 1 | 2 | 3 = 2" in text
+    assert "sweep.students" not in text
+
+
+def test_help_and_plan_load_neither_torch_nor_ray(tmp_path: Path) -> None:
+    code = (
+        "import sys; from overproof.cli import main\n"
+        f"assert main(['plan', {DIGITS!r}, '--set', 'store={tmp_path}']) == 0\n"
+        "heavy = {'torch', 'ray', 'transformers', 'deepspeed'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("to do") == len(NAMES)
+
+
+def test_plan_says_what_is_done_and_what_it_asks(digits: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", DIGITS, "--set", f"store={digits.recipe.store}", "--set", "sweep.learning_rate=0.001"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("done in") == 3
+    assert out.count("to do") == len(NAMES) - 3
+    assert "150 steps, 9,600 images, ZeRO 1" in out
+    assert "2 workers + 1 reader" in out
+
+
+def test_ls_and_show_trace_a_package_to_its_shards(digits: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "--store", digits.recipe.store]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"digits/{stage}-" in listed for stage in NAMES)
+    assert main(["show", "package", "--store", digits.recipe.store]) == 0
+    shown = capsys.readouterr().out
+    record = json.loads(shown[: shown.index("\n}") + 2])
+    assert set(record["parents"]) >= {"prepare", "train", "cache", "sweep", "compress", "evaluate", "gate"}
+    assert f"└ {digits.artifacts['prepare'].id}" in shown
+
+
+def test_show_of_something_unknown(digits: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "no-such-thing", "--store", digits.recipe.store]) == 2
+    assert "expected one artifact" in capsys.readouterr().err
+
+
+def test_serving_what_is_no_package(digits: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(digits.artifacts["train"].local()), "--store", digits.recipe.store]) == 2
+    assert "package" in capsys.readouterr().err

@@ -1,0 +1,160 @@
+"""The loop as a whole: what is done is skipped, an edit rebuilds what follows it, a kill loses one stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from finished import RECIPES, Run
+from overproof.artifact import RECORD, Store
+from overproof.pipeline import NAMES, resolve
+from overproof.recipe import load
+
+DIGITS = str(RECIPES / "digits.yaml")
+STAGE_S = 240
+
+
+def _command(verb: str, recipe: str, *overrides: str) -> list[str]:
+    sets = [word for override in overrides for word in ("--set", override)]
+    return [sys.executable, "-m", "overproof.cli", verb, recipe, *sets]
+
+
+def _own_ray() -> dict[str, str]:
+    """An environment in which a command starts a cluster of its own."""
+    return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+
+
+def test_every_stage_leaves_a_record_with_its_parents(digits: Run) -> None:
+    assert tuple(digits.artifacts) == NAMES
+    for artifact in digits.artifacts.values():
+        artifact.verify()
+        for parent, fingerprint in artifact.record.parents.items():
+            assert digits.artifacts[parent].record.fingerprint == fingerprint
+
+
+@pytest.mark.parametrize(
+    ("override", "first"),
+    [
+        ("data.test_fraction=0.2", "prepare"),
+        ("train.steps=10", "train"),
+        ("cache.k=5", "cache"),
+        ("sweep.learning_rate=0.001", "sweep"),
+        ("evaluate.confidence=0.9", "evaluate"),
+        ("gate.rules.0.at_most=0.5", "gate"),
+        ("serve.port=0", None),
+        ("sweep.concurrent_trials=1", None),
+        ("train.cpus_per_worker=0.5", None),
+    ],
+)
+def test_an_edit_rebuilds_what_follows_and_nothing_else(digits: Run, override: str, first: str | None) -> None:
+    recipe = load(DIGITS, (f"store={digits.recipe.store}", override))
+    todo = [step.stage.name for step in resolve(recipe, Store(recipe.store)) if step.artifact is None]
+    rebuilt = NAMES[NAMES.index(first) :] if first else ()
+    assert tuple(todo) == rebuilt
+
+
+def test_a_second_run_does_nothing_and_starts_nothing(digits: Run) -> None:
+    code = (
+        "import sys; from overproof.cli import main\n"
+        f"assert main(['run', {DIGITS!r}, '--set', 'store={digits.recipe.store}']) == 0\n"
+        "assert not {'ray', 'torch'} & set(sys.modules)"
+    )
+    before = {a.id: a.record.created for a in Store(digits.recipe.store).artifacts()}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done before") == len(NAMES)
+    assert {a.id: a.record.created for a in Store(digits.recipe.store).artifacts()} == before
+
+
+def test_the_report_is_one_page_with_the_picture_inside(digits: Run) -> None:
+    folder = digits.artifacts["report"].local()
+    page = (folder / "report.html").read_text()
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("http-equiv", "")
+    for name in ("teacher", "control", "student-int8", *(s.name for s in digits.recipe.sweep.students)):
+        assert f">{name}" in page
+
+
+def test_the_refused_recipe_ends_with_reasons_and_serves_nothing(tmp_path: Path) -> None:
+    command = _command("demo", str(RECIPES / "refused.yaml"), f"store={tmp_path}", "serve.port=0")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_own_ray(), timeout=STAGE_S)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the gate refused every candidate" in done.stderr
+    assert "needed 100 times" in done.stderr
+    assert "refused" in done.stdout
+    assert "curl" not in done.stdout
+    assert not list(tmp_path.glob("refused/package-*"))
+    assert list(tmp_path.glob(f"refused/gate-*/{RECORD}"))
+
+
+def test_killed_at_any_stage_only_that_stage_is_lost(tmp_path: Path) -> None:
+    finished: dict[str, str] = {}
+    for stage in ("prepare", "train", "cache", "sweep", "compress", "evaluate"):
+        process = subprocess.Popen(
+            _command("run", DIGITS, f"store={tmp_path}"),
+            env=_own_ray(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + STAGE_S
+        while not list(tmp_path.glob(f"digits/{stage}-*")):
+            assert process.poll() is None, f"ended before {stage}"
+            assert time.monotonic() < deadline, f"never reached {stage}"
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        found = {a.record.stage: a.record.created for a in Store(str(tmp_path)).artifacts()}
+        assert set(found) >= set(NAMES[: NAMES.index(stage)])
+        assert {name: created for name, created in found.items() if name in finished} == finished
+        finished = found
+    command = _command("run", DIGITS, f"store={tmp_path}")
+    done = subprocess.run(command, env=_own_ray(), capture_output=True, text=True, check=False, timeout=STAGE_S)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done before") == len(finished)
+    for artifact in Store(str(tmp_path)).artifacts():
+        artifact.verify()
+
+
+def test_the_language_model_from_source_code_to_a_streamed_answer(tmp_path: Path) -> None:
+    """The demo with fewer steps: every stage is real, and the answer comes over HTTP."""
+    overrides = (
+        f"store={tmp_path}", "serve.port=0", "train.steps=60", "sweep.steps=40", "sweep.asha.grace_steps=20",
+        "train.validate_every=30", "sweep.validate_every=20", "cache.rows=320", "evaluate.max_documents=8",
+        "gate.rules=[{kind: smaller, against: teacher, at_least: 2}, {kind: parity, at_most: 0.5}]",
+    )  # fmt: skip
+    command = [*_command("demo", str(RECIPES / "stdlib-lm.yaml"), *overrides), "--keep"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=_own_ray(), stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 2 * STAGE_S
+        while "until Ctrl-C" not in (tmp_path / "log").read_text():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        said = (tmp_path / "log").read_text()
+        curl = next(line for line in said.splitlines() if line.startswith("curl "))
+        streamed = subprocess.run(curl, shell=True, capture_output=True, text=True, check=True, timeout=60).stdout
+        events = [line.removeprefix("data: ") for line in streamed.splitlines() if line.startswith("data: ")]
+        assert events[-1] == "[DONE]"
+        text = "".join(choice["text"] for event in events[:-1] for choice in json.loads(event)["choices"])
+        assert text
+        assert len(events) > 3
+        base = curl.split()[2].removesuffix("/v1/completions")
+        assert httpx.get(f"{base}/healthz").status_code == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0, (tmp_path / "log").read_text()
+        for name in ("teacher", "control", "student", "student-q8_0", "student-q4_0"):
+            assert f"│ {name} " in said
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
