@@ -112,6 +112,8 @@ def connect() -> Capacity:
         except (ConnectionError, RuntimeError) as error:
             raise InputError(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}: {error}") from None
     elif not ray.is_initialized():
+        # On one machine the token that Ray makes for itself is no news to a user.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         ray.init(
             address="local",  # not whatever else runs on this machine
             num_cpus=int(local_capacity().cpus),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ from overproof.progress import Progress
 
 LINE_EVERY_S = 5.0  # without a terminal a bar becomes a line now and then
 
-out = Console(highlight=False, soft_wrap=True)
+LOG_WIDTH = 120  # where there is no terminal to ask
+
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
 
 
 @contextmanager

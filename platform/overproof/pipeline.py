@@ -11,7 +11,6 @@ from typing import Any
 from overproof import cluster, console
 from overproof.artifact import Artifact, Store, fingerprint
 from overproof.data.sources import source_digest
-from overproof.errors import GateRefused, InputError
 from overproof.recipe import Recipe, Section
 from overproof.stage import Context
 
@@ -108,7 +107,7 @@ def run(recipe: Recipe, until: str = NAMES[-1]) -> dict[str, Artifact]:
         connected = False
         for step in steps:
             if step.stage.name == "package":
-                _insist(done["gate"])
+                _insist_on_pass(done["gate"])
             if step.artifact:
                 done[step.stage.name] = step.artifact
                 console.out.print(f"[dim]· {step.stage.name:<9} done before   {step.artifact.id}[/]")
@@ -152,22 +151,8 @@ def _brief(metrics: Mapping[str, Any]) -> str:
     return " · ".join(f"{key} {value}" for key, value in flat)
 
 
-def _insist(gate: Artifact) -> None:
+def _insist_on_pass(gate: Artifact) -> None:
     from overproof.evaluate.gate import Verdict
+    from overproof.registry.package import VERDICT, insist
 
-    verdict = Verdict.model_validate_json((gate.local() / "verdict.json").read_text())
-    if not verdict.passed:
-        lines = [f"  {c.name}: {r.text}" for c in verdict.candidates for r in c.reasons if not r.passed]
-        raise GateRefused("the gate refused every candidate, so nothing is packaged or served:\n" + "\n".join(lines))
-
-
-def package_path(recipe: Recipe) -> Artifact:
-    """The finished package of a recipe.
-
-    Raises:
-        InputError: it has not been built.
-    """
-    step = resolve(recipe, Store(recipe.store))[-1]
-    if not step.artifact:
-        raise InputError(f"{recipe.name}: no package in {recipe.store} for this recipe; run `overproof run` first")
-    return step.artifact
+    insist(Verdict.model_validate_json((gate.local() / VERDICT).read_text()))

@@ -103,8 +103,9 @@ def summary(recipe: Recipe) -> None:
         quality, agreement = measured.metrics[report.quality], measured.metrics["agreement"]
         half = ((quality.high or quality.value) - (quality.low or quality.value)) / 2
         word = "" if measured.name not in passed else "[green]passed[/]" if passed[measured.name] else "[red]refused[/]"
+        rate = measured.metrics.get(speed)  # a model may end every answer at once
         table.add_row(measured.name, f"{quality.value:.4f} ± {half:.4f}", f"{agreement.value:.1%}",
-                      f"{measured.size_bytes / 1e6:.2f}", f"{measured.metrics[speed].value:,.0f}",
+                      f"{measured.size_bytes / 1e6:.2f}", f"{rate.value:,.0f}" if rate else "",
                       f"{word}{' · shipped' if measured.name == verdict.chosen else ''}")  # fmt: skip
     out.print(table)
     gain = report.compare("student", "control")

@@ -85,12 +85,10 @@ def package(context: Context) -> dict[str, Any]:
     parents = {stage: artifact.local() for stage, artifact in context.parents.items()}
     report = _read(Report, parents["evaluate"] / REPORT)
     verdict = _read(Verdict, parents["gate"] / VERDICT)
-    if verdict.chosen is None:
-        lines = [f"  {c.name}: {r.text}" for c in verdict.candidates for r in c.reasons if not r.passed]
-        raise GateRefused("the gate refused every candidate, so nothing is packaged:\n" + "\n".join(lines))
+    chosen = insist(verdict)
     from overproof.compress.export import read_exports  # brings torch, which opening and serving do without
 
-    export = next(e for e in read_exports(parents["compress"]) if e.name == verdict.chosen)
+    export = next(e for e in read_exports(parents["compress"]) if e.name == chosen)
     manifest = Manifest.read(parents["prepare"])
     model = f"model{Path(export.file).suffix}"
     with context.draft.directory() as folder:
@@ -117,6 +115,18 @@ def package(context: Context) -> dict[str, Any]:
         (folder / PACKAGE).write_text(content.model_dump_json(indent=1), encoding="utf-8")
         packed = open_package(folder)
     return {"model": export.name, "size_bytes": packed.size_bytes, "sha256": packed.sha256}
+
+
+def insist(verdict: Verdict) -> str:
+    """The candidate that passed.
+
+    Raises:
+        GateRefused: none did, with the reasons.
+    """
+    if verdict.chosen is None:
+        lines = [f"  {c.name}: {r.text}" for c in verdict.candidates for r in c.reasons if not r.passed]
+        raise GateRefused("the gate refused every candidate, so nothing is packaged or served:\n" + "\n".join(lines))
+    return verdict.chosen
 
 
 def locate(where: str) -> Path:
