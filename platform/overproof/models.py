@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from overproof.artifact import file_sha256
 from overproof.data.manifest import TOKENIZER, Manifest
+from overproof.data.tokens import END, END_ID
 from overproof.errors import InputError
 from overproof.recipe import Llama, Vit
 
@@ -32,7 +33,6 @@ Batch = dict[str, Tensor]
 IMAGE_EDGE = 8
 LEAST_POSITIONS = 2048
 WEIGHTS = "model.safetensors"
-END = "<|endoftext|>"  # token 0: starts every document and ends every completion
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 ARCHITECTURES: dict[str, Any] = {
     "LlamaForCausalLM": LlamaForCausalLM,
@@ -80,8 +80,8 @@ def _llama(config: Llama, manifest: Manifest) -> Any:
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
         initializer_range=config.initializer_range,
-        bos_token_id=0,
-        eos_token_id=0,
+        bos_token_id=END_ID,
+        eos_token_id=END_ID,
         attn_implementation="sdpa",
     )
 

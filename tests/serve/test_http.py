@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from fastapi import FastAPI
 
 from overproof.registry.package import open_package
+from overproof.serve.engines.base import Piece
 from overproof.serve.engines.llamacpp import LlamaCpp
 from overproof.serve.engines.onnx import OnnxClassifier
 from overproof.serve.http import Served, build_http
@@ -195,6 +197,57 @@ def test_a_failing_engine_is_a_500_that_tells_nothing(digits: Served) -> None:
     assert reply.status_code == 500
     assert ErrorReply.model_validate(reply.json()).error.type == "server_error"
     assert "secret" not in reply.text
+
+
+def test_generation_ends_when_the_client_goes(text: Served) -> None:
+    class Endless:
+        """Pieces until closed."""
+
+        def __init__(self) -> None:
+            self.closed = threading.Event()
+
+        def stream(self, **_: Any) -> Any:
+            return self
+
+        def __next__(self) -> Piece:
+            self.closed.wait(0.01)
+            return Piece("x")
+
+        def close(self) -> None:
+            self.closed.set()
+
+    engine = Endless()
+    app = build_http(Served(text.package, engine, 32, 2), OPEN)  # type: ignore[arg-type]
+    sent: list[Any] = []
+
+    async def client() -> None:
+        body, gone = json.dumps({"prompt": "x", "stream": True}).encode(), asyncio.Event()
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> Any:
+            for message in messages:
+                return message
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            if len(sent) == 4:
+                gone.set()
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+        }
+        await asyncio.wait_for(app(scope, receive, send), 10)
+
+    asyncio.run(client())
+    assert sent[0]["status"] == 200
+    assert engine.closed.is_set()
 
 
 def test_the_schema_is_pinned() -> None:

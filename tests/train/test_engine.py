@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,7 @@ def trained(digits_root: Path, text_root: Path, tmp_path_factory: pytest.TempPat
                 stderr=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 text=True,
+                env=os.environ | {"TORCH_EXTENSIONS_DIR": str(out / "compiled")},
             )
             for rank in range(world)
         ]
@@ -128,6 +130,10 @@ def differences(trained: Path, name: str, other: str, key: str) -> list[float]:
 @pytest.mark.parametrize("key", ["loss", "grad_norm", "learning_rate", "validation_loss"])
 def test_every_stage_and_world_size_trains_like_plain_torch(trained: Path, name: str, key: str) -> None:
     assert max(differences(trained, name, "torch", key)) < TOLERANCE
+
+
+def test_nothing_is_compiled(trained: Path) -> None:
+    assert not (trained / "compiled").exists()
 
 
 def test_text_with_rows_of_unequal_length_too(trained: Path) -> None:

@@ -25,7 +25,7 @@ from overproof.progress import Progress, quiet
 from overproof.recipe import Pretrained, Train
 from overproof.recipe import load as read_recipe
 from overproof.stage import Context
-from overproof.train.launch import train
+from overproof.train.launch import Trainer, train
 
 DIGITS = Path(__file__).parents[2] / "jobs" / "recipes" / "digits.yaml"
 SEED = 5
@@ -141,3 +141,9 @@ def test_a_pickle_in_a_worker_is_refused_as_what_it_is(stage: Stage, tmp_path: P
 def test_a_loss_that_blows_up_is_refused(stage: Stage) -> None:
     with pytest.raises(InputError, match="lower learning_rate"):
         stage(settings(workers=2, learning_rate=1e30, warmup_steps=0))
+
+
+def test_no_process_looks_for_the_run_in_another_cluster() -> None:
+    used = {type(callback).__name__ for callback in Trainer(lambda: None)._create_default_callbacks()}
+    assert "DatasetsCallback" in used
+    assert "PlacementGroupCleanerCallback" not in used

@@ -84,7 +84,7 @@ class Fixed:
 
 def test_a_loss_that_is_not_finite_is_refused_with_what_to_do() -> None:
     seen: list[Row] = []
-    with pytest.raises(InputError, match=r"step 2: loss is nan.*lower learning_rate \(at most 0\.003"):
+    with pytest.raises(InputError, match=r"step 2: loss is nan .*lower learning_rate \(at most 0\.003"):
         fit(Fixed([1.0, math.nan]), CrossEntropy(), settings(steps=3), iter([{}] * 3), lambda: 0.0, seen.append)
     assert [row["step"] for row in seen] == [1]
 

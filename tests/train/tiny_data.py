@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from overproof.data.manifest import MANIFEST, Manifest, Split
+from overproof.data.read import Columns
 from overproof.data.write import write_shard
 from overproof.recipe import Llama, Train, Vit
 
@@ -28,7 +30,7 @@ def digits_like(root: Path) -> Path:
         label = rng.integers(0, CLASSES, rows)
         pixels_BHW = rng.random((rows, 8, 8)) * 0.3
         pixels_BHW[np.arange(rows), :, 2 * label] += 0.7
-        columns = {
+        columns: Columns = {
             "sample_id": np.arange(rows),
             "pixels": pixels_BHW.reshape(rows, 64).astype(np.float32),
             "label": label.astype(np.int32),
@@ -45,7 +47,7 @@ def text_like(root: Path) -> Path:
     for split, rows in ROWS.items():
         tokens_BS = (rng.integers(1, VOCABULARY, (rows, 1)) + np.arange(LENGTH + 1)) % VOCABULARY
         length_B = np.full(rows, LENGTH) if split == "train" else 1 + np.arange(rows) % LENGTH
-        columns = {
+        columns: Columns = {
             "sample_id": np.arange(rows),
             "document": np.zeros(rows, np.int32) - (split == "train"),
             "tokens": tokens_BS.astype(np.int32),
@@ -56,9 +58,9 @@ def text_like(root: Path) -> Path:
     return _described(root, "text", splits)
 
 
-def _described(root: Path, kind: str, splits: dict[str, Split]) -> Path:
+def _described(root: Path, kind: Literal["text", "digits"], splits: dict[str, Split]) -> Path:
     manifest = Manifest(
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,
         splits=splits,
         rows_per_group=ROWS_PER_GROUP,
         sequence_length=LENGTH if kind == "text" else None,

@@ -117,6 +117,8 @@ def planned_dataset(root: Path, order: Order, batch_size: int, first_step: int, 
         for rank in range(world)
     ]
     source = PlannedSource(Plan(Path(root), order, batch_size, world), blocks, row_bytes)
-    dataset: Dataset = ray.data.read_datasource(source, override_num_blocks=len(blocks), concurrency=CONCURRENT_READS)
+    dataset: Dataset = ray.data.read_datasource(
+        source, override_num_blocks=len(blocks), concurrency=min(CONCURRENT_READS, len(blocks))
+    )
     dataset.context.execution_options.preserve_order = True
     return dataset

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from overproof.data import clean, tokens
 from overproof.data.blocks import Part, Placement, fixed, read_documents, tokenise, write_part
 from overproof.data.manifest import DOCUMENTS, MANIFEST, SPLITS, TOKENIZER, Manifest, Shard, Split
-from overproof.data.sources import File, Source, list_files, tokenizer_path
+from overproof.data.sources import File, Source, absolute, list_files, tokenizer_path
 from overproof.data.write import parquet_bytes, put
 from overproof.errors import InputError
 from overproof.recipe import BpeTokenizer, DigitsData, TextData
@@ -80,7 +80,7 @@ def _text(context: Context, data: TextData) -> Manifest:
     uri, seed = context.draft.uri, context.recipe.seed
     files = list_files(data.source)
     say(0, f"reading {len(files)} files")
-    found = _read(data.source, files)
+    found = _read(absolute(data.source), files)
     kept = _clean(found, data)
     splits_N = clean.split_of(kept.hashes_N, data.validation_fraction, data.test_fraction)
     _insist_on_splits(splits_N, kept, data)

@@ -82,9 +82,7 @@ def to_numpy(table: pa.Table) -> Columns:
     return {name: _array(table.column(name).combine_chunks()) for name in table.column_names}
 
 
-def _array(values: Any) -> NDArray[Any]:
-    if isinstance(values, pa.ChunkedArray):
-        values = pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
+def _array(values: pa.Array) -> NDArray[Any]:
     if pa.types.is_fixed_size_list(values.type):
         flat: NDArray[Any] = values.flatten().to_numpy(zero_copy_only=False)
         return flat.reshape(len(values), values.type.list_size)

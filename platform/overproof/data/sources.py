@@ -11,6 +11,7 @@ import platform
 import sysconfig
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -75,6 +76,14 @@ def tokenizer_path(tokenizer: TokenizerFile) -> Path:
     return path
 
 
+def absolute(source: Source) -> Source:
+    """The same source, whatever folder a worker starts in."""
+    if isinstance(source, StdlibSource) or "://" in source.path:
+        return source
+    return source.model_copy(update={"path": filesystem(source.path)[1]})
+
+
+@lru_cache(maxsize=4)
 def root(source: Source) -> tuple[fs.FileSystem, str]:
     """Where the names of a source start, on the machine that asks."""
     if isinstance(source, StdlibSource):

@@ -51,10 +51,8 @@ def sweep(context: Context) -> dict[str, Any]:
     _tune(students, settings, at_once, watch)
     winner = watch.winner()
     chosen = next(job for job in students if job.name == winner["name"])
-    cpus = min(at_once * settings.cpus_per_trial, max(node.get("CPU", 0) for node in nodes))
-    cpus = max(cpus, settings.cpus_per_trial)
-    control = replace(chosen, name=CONTROL, distilled=False, threads=max(1, int(cpus)), folder=CONTROL)
-    _run_control(control, cpus, watch)
+    control = replace(chosen, name=CONTROL, distilled=False, folder=CONTROL)
+    _run_control(control, watch)
     _keep(context.draft.uri, chosen.name)
     trials = [watch.trial(job) for job in students]
     with context.draft.directory() as folder:
@@ -230,18 +228,19 @@ def _tame() -> Iterator[None]:
             signal.signal(signal.SIGINT, interrupt)
 
 
-def _run_control(job: Job, cpus: float, watch: Watch) -> None:
-    """The winner's shape, rows, seed and steps without the teacher, with the threads of all trials."""
-    watch.progress(CONTROL, 0, job.settings.steps, "starting")
-    actor: Any = ray.remote(num_cpus=cpus, num_gpus=job.settings.gpus_per_trial)(Trainer).remote()
+def _run_control(job: Job, watch: Watch) -> None:
+    """The winner's shape, rows, seed, steps and threads without the teacher."""
+    settings = job.settings
+    watch.progress(CONTROL, 0, settings.steps, "starting")
+    actor: Any = ray.remote(num_cpus=settings.cpus_per_trial, num_gpus=settings.gpus_per_trial)(Trainer).remote()
     try:
         ray.get(actor.start.remote(job))
         steps = 0
-        while steps < job.settings.steps:
+        while steps < settings.steps:
             result = ray.get(actor.advance.remote())
             steps = result["steps"]
             watch.take(result)
-            watch.progress(CONTROL, steps, job.settings.steps, f"validation {result['validation_loss']:.3f}")
+            watch.progress(CONTROL, steps, settings.steps, f"validation {result['validation_loss']:.3f}")
     except RayTaskError as error:
         cause = _input_error(error)
         if cause is None:

@@ -155,7 +155,8 @@ class TorchEngine:
 class ZeroEngine:
     """One rank of a DeepSpeed ZeRO group (arXiv 1910.02054), stages 0 to 3, over gloo on CPUs or nccl on GPUs.
 
-    The process group must be up. Weights start from rank 0's.
+    The process group must be up. Weights start from rank 0's. Gradients and losses are means over the ranks, so
+    ranks bring equally many predictions that count.
     """
 
     def __init__(self, model: nn.Module, train: Train) -> None:
@@ -209,10 +210,9 @@ class ZeroEngine:
 
         state: dict[str, Tensor] = {}
         for name, value in self.engine.module.state_dict(keep_vars=True).items():
-            shards = [value] if self.optimization.zero_stage == 3 and isinstance(value, nn.Parameter) else []
-            with deepspeed.zero.GatheredParameters(
-                shards, enabled=bool(shards)
-            ):  # one at a time: ranks hold no second copy
+            # One at a time, so that no rank ever holds the whole model twice.
+            sharded = self.optimization.zero_stage == 3 and isinstance(value, nn.Parameter)
+            with deepspeed.zero.GatheredParameters([value] if sharded else [], enabled=sharded):
                 if dist.get_rank() == 0:
                     state[name] = _fp32(value)
         return state

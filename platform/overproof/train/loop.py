@@ -30,7 +30,7 @@ def fit(
     """Train for ``optimization.steps`` steps, one batch each; ``report`` gets a row after each step.
 
     Raises:
-        InputError: the loss is no longer finite.
+        InputError: the loss or the gradient is no longer finite.
     """
     for row in rows(engine, objective, optimization, batches, validate):
         report(row)
@@ -52,10 +52,11 @@ def rows(
         yield {"step": 0, "validation_loss": validate()}
     for step in range(1, optimization.steps + 1):
         metrics = engine.step(objective, next(batches))
-        if not math.isfinite(metrics["loss"]):
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise InputError(
-                f"step {step}: loss is {metrics['loss']}; expected a finite number: lower learning_rate "
-                f"(at most {optimization.learning_rate:g} now) or raise warmup_steps ({optimization.warmup_steps} now)"
+                f"step {step}: loss is {metrics['loss']} and the gradient's norm {metrics['grad_norm']}; expected "
+                f"finite numbers: lower learning_rate (at most {optimization.learning_rate:g} now) or raise "
+                f"warmup_steps ({optimization.warmup_steps} now)"
             )
         yield {"step": step, **metrics}
         if step % optimization.validate_every == 0 or step == optimization.steps:
