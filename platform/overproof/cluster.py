@@ -55,7 +55,7 @@ def needs(recipe: Recipe) -> tuple[Need, ...]:
         ),
         Need("cache", cache.actors, cache.cpus_per_actor, cache.gpus_per_actor, 1, f"{cache.actors} actors + 1 reader"),
         Need("sweep", 1, sweep.cpus_per_trial, sweep.gpus_per_trial, 0, "1 trial at least"),
-        Need("evaluate", 1, 1, why="1 task"),
+        Need("evaluate", 1, 1, why="1 task at least"),
         Need("serve", serve.min_replicas, serve.cpus_per_replica, why=f"{serve.min_replicas} replica at least"),
     )
 

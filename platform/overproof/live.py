@@ -79,7 +79,7 @@ def ask(base: str) -> None:
         text = model["overproof"]["kind"] == "text"
         path = "/v1/completions" if text else "/v1/classify"
         body = (
-            {"model": model["id"], "prompt": "import os\n\ndef ", "max_tokens": 48}
+            {"model": model["id"], "prompt": "import os\n\ndef ", "max_tokens": 48, "temperature": 0.7, "seed": 0}
             if text
             else {"images": [_a_digit()]}
         )

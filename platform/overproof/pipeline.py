@@ -16,7 +16,7 @@ from overproof.stage import Context
 
 # How many machines share the work does not change the result.
 RESOURCES = {
-    "actors", "cpus_per_actor", "cpus_per_trial", "cpus_per_worker", "concurrent_trials",
+    "actors", "concurrent_tasks", "cpus_per_actor", "cpus_per_trial", "cpus_per_worker", "concurrent_trials",
     "gpus_per_actor", "gpus_per_trial", "gpus_per_worker",
 }  # fmt: skip
 

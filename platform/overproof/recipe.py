@@ -291,6 +291,7 @@ class Evaluate(Section):
     """What is measured on each exported file."""
 
     max_documents: Count | None = Field(None, description="Test documents used; null uses all.")
+    concurrent_tasks: Count = Field(2, description="Exported files scored at the same time.")
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples behind each interval.")
     confidence: Fraction = Field(0.95, description="Coverage of each interval.")
     probe_prompts: Count = Field(4, description="Test documents (or images) the parity probe asks the engine about.")

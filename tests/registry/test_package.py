@@ -164,7 +164,10 @@ def test_a_package_is_found_by_itself_or_as_the_newest_of_its_recipe(packed: Pat
         locate(str(tmp_path / "nothing"))
 
 
-def test_a_package_is_fetched_from_a_bucket(packed: Path, s3_uri: str) -> None:
+def test_a_package_is_fetched_from_a_bucket(
+    packed: Path, s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     from pyarrow import fs
 
     from overproof.artifact import filesystem, join

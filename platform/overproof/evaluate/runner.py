@@ -121,14 +121,15 @@ def units_table(kind: str, scores: Mapping[str, Scores]) -> pa.Table:
 def _score_all(context: Context, exports: tuple[Export, ...]) -> dict[str, Scores]:
     """Score every export in a task of its own, the largest first: it takes longest."""
     prepared, compressed = context.parents["prepare"], context.parents["compress"]
-    most, begun = context.recipe.evaluate.max_documents, time.monotonic()
-    waiting = {
-        _score.remote(compressed, prepared, export.file, most): export.name
-        for export in sorted(exports, key=lambda e: -e.size_bytes)
-    }
+    settings, begun = context.recipe.evaluate, time.monotonic()
+    todo = sorted(exports, key=lambda e: e.size_bytes)
+    waiting: dict[Any, str] = {}
     scores: dict[str, Scores] = {}
     note = ""
-    while waiting:
+    while todo or waiting:
+        while todo and len(waiting) < settings.concurrent_tasks:  # a process that is used again has its imports paid
+            export = todo.pop()
+            waiting[_score.remote(compressed, prepared, export.file, settings.max_documents)] = export.name
         context.progress("score", len(scores), len(exports), f"{note}{time.monotonic() - begun:.0f} s")
         finished, _ = ray.wait(list(waiting), timeout=HEARTBEAT_S)
         for reference in finished:
