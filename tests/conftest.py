@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 
 import pytest
@@ -42,8 +43,9 @@ def s3_uri(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-    client.create_bucket(Bucket="bucket")
-    yield f"s3://bucket/store?scheme=http&endpoint_override={host}:{port}&region=us-east-1"
+    bucket = f"bucket-{secrets.token_hex(8)}"  # all servers of one process share their buckets
+    client.create_bucket(Bucket=bucket)
+    yield f"s3://{bucket}/store?scheme=http&endpoint_override={host}:{port}&region=us-east-1"
     server.stop()
 
 

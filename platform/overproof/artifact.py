@@ -93,6 +93,16 @@ def file_sha256(path: str | Path, files: fs.FileSystem | None = None) -> str:
     return digest.hexdigest()
 
 
+def _fetched() -> Path:
+    """This user's folder of fetched artifacts, which no other user may write to."""
+    folder = Path(tempfile.gettempdir()) / f"overproof-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise InputError(f"{folder}: others may write there; expected a folder of your own: delete it, or set TMPDIR")
+    return folder
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A finished artifact: where it lies and its record. Small and picklable."""
@@ -110,9 +120,9 @@ class Artifact:
         if isinstance(files, fs.LocalFileSystem):
             return Path(path)
         key = hashlib.sha256(self.record.model_dump_json().encode()).hexdigest()  # built again, it is another artifact
-        here = Path(tempfile.gettempdir()) / f"overproof-{os.getuid()}" / key
+        here = _fetched() / key
         if not (here / RECORD).exists():
-            here.mkdir(parents=True, exist_ok=True)
+            here.mkdir(exist_ok=True)
             attempt = Path(tempfile.mkdtemp(dir=here.parent))
             fs.copy_files(path, str(attempt), source_filesystem=files)
             verify_files(str(attempt), self.record.files)

@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 the gate refused, 2 bad input."""
+"""The command line. Exit codes: 0 done, 1 the gate refused, 2 bad input, 130 stopped with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GateRefused as refused:
         print(f"overproof: {refused}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("overproof: stopped; finished stages stay, run the same command to go on", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

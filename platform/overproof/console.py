@@ -16,7 +16,7 @@ from overproof.progress import Progress
 
 LINE_EVERY_S = 5.0  # without a terminal a bar becomes a line now and then
 
-LOG_WIDTH = 120  # where there is no terminal to ask
+LOG_WIDTH = 160  # where there is no terminal to ask
 
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
 

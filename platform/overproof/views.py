@@ -45,22 +45,21 @@ def plan(recipe: Recipe) -> int:
     """Print what would run, what is done, how much work it is, and whether the cluster can ever give it.
 
     Raises:
-        InputError: a stage asks for more than a local cluster could ever give.
+        InputError: a stage asks for more than the cluster could ever give.
     """
     steps = pipeline.resolve(recipe, Store(recipe.store))
     asked = {need.stage: need for need in cluster.needs(recipe)}
-    table = Table("stage", "state", "work", "at the same time", "artifact", box=None, pad_edge=False)
+    table = Table("stage", "state", "work", "CPUs", "GPUs", "for", "artifact", box=None, pad_edge=False)
     for step in steps:
         need = asked.get(step.stage.name)
-        resources = f"{need.total_cpus:g} CPUs, {need.total_gpus:g} GPUs ({need.why})" if need else "this process"
+        asks = (f"{need.total_cpus:g}", f"{need.total_gpus:g}", need.why) if need else ("", "", "this process")
         state = f"[dim]done in {step.artifact.record.seconds:.1f} s[/]" if step.artifact else "[bold]to do[/]"
-        table.add_row(step.stage.name, state, _work(recipe, step.stage.name), resources,
-                      f"{recipe.name}/{step.stage.name}-{step.fingerprint[:8]}")  # fmt: skip
+        name = f"{step.stage.name}-{step.fingerprint[:8]}"
+        table.add_row(step.stage.name, state, _work(recipe, step.stage.name), *asks, name)
     out.print(table)
-    if not cluster.elsewhere():
-        capacity = cluster.local_capacity()
-        cluster.check(recipe, capacity)
-        out.print(f"enough: {capacity.where}")
+    capacity = cluster.connect() if cluster.elsewhere() else cluster.local_capacity()
+    cluster.check(recipe, capacity)
+    out.print(f"enough: {capacity.where}")
     return 0
 
 

@@ -52,7 +52,7 @@ def prepare(context: Context) -> dict[str, Any]:
 
 
 def _data_context() -> DataContext:
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     quiet = DataContext.get_current().copy()
     quiet.enable_progress_bars = False
     quiet.print_on_execution_start = False
