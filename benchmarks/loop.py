@@ -37,7 +37,7 @@ def measure(command: list[str]) -> Measured:
     """Run a command and watch its process tree."""
     began = time.monotonic()
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.NamedTemporaryFile("w") as log, Path(log.name).open() as said_so_far:
         root = psutil.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=REPOSITORY)
         peak, cpu, serving = 0, dict[int, float](), None
         while root.poll() is None:
@@ -50,12 +50,10 @@ def measure(command: list[str]) -> Measured:
                 except psutil.Error:
                     continue
             peak = max(peak, total)
-            log.seek(0)
-            if serving is None and "starting Ray Serve" in log.read():
+            if serving is None and "starting Ray Serve" in said_so_far.read():
                 serving = time.monotonic() - began
             time.sleep(SAMPLE_S)
-        log.seek(0)
-        said = log.read()
+        said = Path(log.name).read_text()
     if root.returncode != 0:
         sys.exit(said)
     return Measured(time.monotonic() - began, serving, sum(cpu.values()), peak / 2**30, said.count("done before"))

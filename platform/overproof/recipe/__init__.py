@@ -1,0 +1,64 @@
+"""The recipe: one typed schema behind validation, command-line help, editor completion and fingerprints.
+
+YAML is only its serialised form. Python users build ``Recipe(...)`` directly; every value is frozen.
+"""
+
+from overproof.recipe.data import (
+    BpeTokenizer,
+    DigitsData,
+    FolderSource,
+    JsonlSource,
+    ParquetSource,
+    StdlibSource,
+    TextData,
+    TokenizerFile,
+)
+from overproof.recipe.section import Section
+from overproof.recipe.shipping import (
+    Agreement,
+    Evaluate,
+    Gate,
+    Gguf,
+    Improvement,
+    Onnx,
+    Parity,
+    Regression,
+    Rule,
+    Serve,
+    Smaller,
+)
+from overproof.recipe.training import Cache, Llama, Optimization, Pretrained, Student, Sweep, Train, Vit
+from overproof.recipe.whole import Recipe, load
+
+__all__ = [
+    "Agreement",
+    "BpeTokenizer",
+    "Cache",
+    "DigitsData",
+    "Evaluate",
+    "FolderSource",
+    "Gate",
+    "Gguf",
+    "Improvement",
+    "JsonlSource",
+    "Llama",
+    "Onnx",
+    "Optimization",
+    "Parity",
+    "ParquetSource",
+    "Pretrained",
+    "Recipe",
+    "Regression",
+    "Rule",
+    "Section",
+    "Serve",
+    "Smaller",
+    "StdlibSource",
+    "Student",
+    "Sweep",
+    "TextData",
+    "TokenizerFile",
+    "Train",
+    "Vit",
+    "load",
+]

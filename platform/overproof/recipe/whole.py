@@ -1,0 +1,100 @@
+"""A whole recipe, and how one is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import Field, model_validator
+
+from overproof.errors import InputError
+from overproof.recipe.data import DigitsData, TextData
+from overproof.recipe.section import Name, Section
+from overproof.recipe.shipping import Evaluate, Gate, Gguf, Onnx, Serve
+from overproof.recipe.training import Cache, Pretrained, Sweep, Train
+
+
+class Recipe(Section):
+    """One run from data to replicas."""
+
+    name: Name = Field(description="Folder of this run's artifacts in the store.")
+    store: str = Field("store", description="Folder or URI (s3://, gs://, ...) that holds the artifacts.")
+    seed: int = Field(0, ge=0, description="Seed of the order of rows, of initial weights and of the bootstrap.")
+    data: TextData | DigitsData = Field(discriminator="kind")
+    train: Train
+    cache: Cache = Cache()
+    sweep: Sweep
+    compress: Gguf | Onnx = Field(discriminator="kind")
+    evaluate: Evaluate = Evaluate()
+    gate: Gate
+    serve: Serve = Serve()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        text = isinstance(self.data, TextData)
+        model, fmt = ("llama", "gguf") if text else ("vit", "onnx")
+        found = {"train.model": self.train.model.kind, "compress": self.compress.kind} | {
+            f"sweep.students.{i}.model": s.model.kind for i, s in enumerate(self.sweep.students)
+        }
+        for where, kind in found.items():
+            expected = fmt if where == "compress" else model
+            if kind not in (expected, "pretrained"):
+                raise ValueError(f"{where}.kind is {kind!r}; data.kind {self.data.kind!r} needs {expected!r}")
+        missing = {s.temperature for s in self.sweep.students} - set(self.cache.temperatures)
+        if missing:
+            raise ValueError(
+                f"sweep.students ask for temperature {min(missing):g}, which cache.temperatures "
+                f"{list(self.cache.temperatures)} lacks; add it there"
+            )
+        needed = self.sweep.steps * self.sweep.batch_size
+        if self.cache.rows is not None and needed > self.cache.rows:
+            raise ValueError(
+                f"sweep reads {self.sweep.steps} x {self.sweep.batch_size} = {needed} rows, and cache.rows "
+                f"is {self.cache.rows}; raise cache.rows, or set it to null to cover every row"
+            )
+        if self.train.steps == 0 and not isinstance(self.train.model, Pretrained):
+            raise ValueError("train.steps is 0; only a pretrained model may go untrained")
+        return self
+
+
+def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe from YAML and apply ``a.b=value`` overrides.
+
+    Raises:
+        InputError: the file cannot be read, is not YAML, or does not fit the schema.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected a recipe, such as jobs/recipes/digits.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: found {type(tree).__name__} at the top level, expected a mapping of sections")
+    for override in overrides:
+        _set(tree, override)
+    return Recipe.parse(tree, str(path))
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise InputError(f"--set {override}: expected a.b=value, such as train.steps=200")
+    *parents, last = path.split(".")
+    node: Any = tree
+    for i, part in enumerate([*parents, last]):
+        key: Any = part
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise InputError(f"--set {override}: {part!r} is no index of a list of {len(node)}")
+            key = int(part)
+        elif not isinstance(node, dict):
+            raise InputError(f"--set {override}: {'.'.join(path.split('.')[:i])} holds {node!r}, not a section")
+        if i == len(parents):
+            try:
+                node[key] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise InputError(f"--set {override}: the value is not YAML: {error}") from None
+        else:
+            node = node.setdefault(key, {}) if isinstance(node, dict) else node[key]
