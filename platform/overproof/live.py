@@ -59,7 +59,7 @@ def serve(package: str, store: str, overrides: tuple[str, ...]) -> int:
 def _serve(package: Path, settings: Serve, keep: bool) -> None:
     from overproof.serve import run
 
-    with waiting("starting Ray"):
+    with waiting("connecting to Ray"):
         cluster.connect()
     with waiting("starting Ray Serve and its replicas"):
         base = run.start(package, settings)

@@ -1,10 +1,9 @@
-"""Where a training process begins: reading starts at once, while it still imports what it trains with."""
+"""Where a training process begins: with its first rows, and only then with what it trains with."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -39,12 +38,10 @@ def work(job: Job) -> dict[str, Any] | None:
     place = ray.train.get_context()
     rank, world = place.get_world_rank(), place.get_world_size()
     arriving = planned_rows(job, rank, world)
-    with ThreadPoolExecutor(1) as reader:
-        first = reader.submit(lambda: (list(islice(arriving, 1)), time.monotonic() - began))
-        from overproof.train.rank import Trainee  # transformers and DeepSpeed take seconds to import
+    head, first_batch_s = list(islice(arriving, 1)), time.monotonic() - began
+    from overproof.train.rank import Trainee  # seconds of imports, for which the readers would want the same cores
 
-        trainee = Trainee(job, rank, world)
-    head, first_batch_s = first.result()
+    trainee = Trainee(job, rank, world)
     metrics = trainee.fit(chain(head, arriving))
     return None if metrics is None else {"first_batch_s": first_batch_s, **metrics}
 
