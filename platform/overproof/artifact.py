@@ -20,16 +20,17 @@ from datetime import UTC, datetime
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pyarrow import fs
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from overproof.errors import InputError
 
 RECORD = "artifact.json"
 TOOLS = ("overproof", "ray", "deepspeed", "torch", "transformers", "pyarrow", "gguf", "xllamacpp", "onnxruntime")
 CHUNK_BYTES = 1 << 20
+Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
 class FileEntry(BaseModel):
@@ -163,6 +164,24 @@ def verify_files(uri: str, entries: Mapping[str, FileEntry]) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(check, sorted(entries)))
+
+
+def read_json(model: type[Parsed], path: Path) -> Parsed:
+    """Read one JSON part of an artifact.
+
+    Raises:
+        InputError: it is missing, or not what this version writes.
+    """
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; delete its folder and run again") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"{path}: {where}: {first['msg']}; expected what this version writes: delete its folder and run again"
+        ) from None
 
 
 @dataclass(frozen=True)

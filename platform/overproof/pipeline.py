@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from overproof import cluster, console
-from overproof.artifact import Artifact, Store, fingerprint
+from overproof.artifact import Artifact, Store, fingerprint, read_json
 from overproof.data.sources import source_digest
 from overproof.recipe import Recipe, Section
 from overproof.stage import Context
@@ -155,4 +155,4 @@ def _insist_on_pass(gate: Artifact) -> None:
     from overproof.evaluate.gate import Verdict
     from overproof.registry.package import VERDICT, insist
 
-    insist(Verdict.model_validate_json((gate.local() / VERDICT).read_text()))
+    insist(read_json(Verdict, gate.local() / VERDICT))

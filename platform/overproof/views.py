@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from overproof import cluster, pipeline
-from overproof.artifact import RECORD, Artifact, Record, Store
+from overproof.artifact import RECORD, Artifact, Record, Store, read_json
 from overproof.console import out
 from overproof.recipe import Recipe, TextData
 
@@ -90,8 +90,8 @@ def summary(recipe: Recipe) -> None:
     found = {s.stage.name: s.artifact for s in pipeline.resolve(recipe, Store(recipe.store))}
     if not (found["evaluate"] and found["gate"]):
         return
-    report = Report.model_validate_json((found["evaluate"].local() / "report.json").read_text())
-    verdict = Verdict.model_validate_json((found["gate"].local() / "verdict.json").read_text())
+    report = read_json(Report, found["evaluate"].local() / "report.json")
+    verdict = read_json(Verdict, found["gate"].local() / "verdict.json")
     passed = {c.name: c.passed for c in verdict.candidates}
     text = report.quality == "bits_per_byte"
     speed, unit = ("decode_tokens_per_s", "tokens/s") if text else ("images_per_s", "images/s")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from overproof.errors import InputError
+from overproof.artifact import read_json
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
@@ -59,15 +59,7 @@ class Manifest(_Frozen):
         Raises:
             InputError: it is missing or not a manifest of this format.
         """
-        path = root / MANIFEST
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; expected what `prepare` writes") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"{path}: {where}: {first['msg']}; expected format {FORMAT}; prepare again") from None
+        return read_json(cls, root / MANIFEST)
 
     @property
     def groups(self) -> int:

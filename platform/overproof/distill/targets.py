@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from overproof.artifact import read_json
 from overproof.data.read import Columns, open_shard, read_group
 from overproof.errors import InputError
 
@@ -55,15 +56,7 @@ class CacheIndex(BaseModel):
         Raises:
             InputError: it is missing or not of this format.
         """
-        path = Path(root) / INDEX
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; expected what `cache` writes") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"{path}: {where}: {first['msg']}; expected what `cache` writes") from None
+        return read_json(cls, Path(root) / INDEX)
 
     def column(self, temperature: float) -> int:
         """The column of a temperature among the logsumexp.

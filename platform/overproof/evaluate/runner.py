@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import ray
 from tokenizers import Tokenizer
 
-from overproof.artifact import Artifact
+from overproof.artifact import Artifact, read_json
 from overproof.compress.export import Export, read_exports
 from overproof.compress.gguf import read_gguf
 from overproof.compress.onnx import Reference
@@ -56,7 +56,7 @@ def evaluate(context: Context) -> dict[str, Any]:
 
 def gate(context: Context) -> dict[str, Any]:
     """Judge the report and write the verdict; a refusal is a verdict like any other."""
-    report = Report.model_validate_json((context.parents["evaluate"].local() / REPORT).read_bytes())
+    report = read_json(Report, context.parents["evaluate"].local() / REPORT)
     verdict = judge(context.recipe.gate, report)
     with context.draft.directory() as root:
         (root / VERDICT).write_text(verdict.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -11,12 +11,23 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pyarrow import fs
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field
 
-from overproof.artifact import RECORD, TOOLS, Artifact, FileEntry, Record, Store, file_sha256, filesystem, verify_files
+from overproof.artifact import (
+    RECORD,
+    TOOLS,
+    Artifact,
+    FileEntry,
+    Record,
+    Store,
+    file_sha256,
+    filesystem,
+    read_json,
+    verify_files,
+)
 from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.errors import GateRefused, InputError
 from overproof.evaluate.gate import Verdict, judge
@@ -27,7 +38,6 @@ from overproof.stage import Context
 
 PACKAGE, REPORT, VERDICT, CARD = "package.json", "report.json", "verdict.json", "README.md"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
-Parsed = TypeVar("Parsed", bound=BaseModel)
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # never a path
 
 
@@ -83,8 +93,8 @@ def package(context: Context) -> dict[str, Any]:
         InputError: the exported file is not the one that was measured.
     """
     parents = {stage: artifact.local() for stage, artifact in context.parents.items()}
-    report = _read(Report, parents["evaluate"] / REPORT)
-    verdict = _read(Verdict, parents["gate"] / VERDICT)
+    report = read_json(Report, parents["evaluate"] / REPORT)
+    verdict = read_json(Verdict, parents["gate"] / VERDICT)
     chosen = insist(verdict)
     from overproof.compress.export import read_exports  # brings torch, which opening and serving do without
 
@@ -161,12 +171,12 @@ def open_package(path: Path) -> Package:
     for file in sorted(path.rglob("*")):
         if file.suffix.lower() in PICKLES:
             raise InputError(f"{file}: may be a pickle, which runs code when read; a package holds none: delete it")
-    content = _read(Contents, path / PACKAGE)
+    content = read_json(Contents, path / PACKAGE)
     for part in (content.model, REPORT, VERDICT, CARD, *((TOKENIZER,) if content.kind == "text" else ())):
         if part not in content.files:
             raise InputError(f"{path / PACKAGE}: lists no {part}; package again")
     verify_files(str(path), content.files)
-    report, written = _read(Report, path / REPORT), _read(Verdict, path / VERDICT)
+    report, written = read_json(Report, path / REPORT), read_json(Verdict, path / VERDICT)
     if not written.passed or written.chosen != content.candidate:
         raise InputError(f"{path}: {content.candidate} has no passing verdict; only what passed its gate is served")
     verdict = judge(content.policy, report)
@@ -190,14 +200,3 @@ def _outcome(verdict: Verdict) -> Any:
 
 def _entry(file: Path) -> FileEntry:
     return FileEntry(sha256=file_sha256(file), size_bytes=file.stat().st_size)
-
-
-def _read(model: type[Parsed], path: Path) -> Parsed:
-    try:
-        return model.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: {where}: {first['msg']}; expected what this version writes") from None

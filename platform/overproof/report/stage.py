@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from overproof.artifact import Artifact
+from overproof.artifact import Artifact, read_json
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import Report
 from overproof.report.figure import Curve, draw
@@ -19,8 +19,8 @@ from overproof.stage import Context
 def report(context: Context) -> dict[str, Any]:
     """Write report.png and report.html."""
     parents = {name: artifact.local() for name, artifact in context.parents.items()}
-    measured = Report.model_validate_json((parents["evaluate"] / "report.json").read_text())
-    verdict = Verdict.model_validate_json((parents["gate"] / "verdict.json").read_text())
+    measured = read_json(Report, parents["evaluate"] / "report.json")
+    verdict = read_json(Verdict, parents["gate"] / "verdict.json")
     trials = json.loads((parents["sweep"] / "trials.json").read_text())
     curves = _curves(parents["train"], parents["sweep"], trials["winner"])
     image = draw(curves, measured, verdict)
