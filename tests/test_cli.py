@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -89,3 +90,13 @@ def test_show_of_something_unknown(digits: Run, capsys: pytest.CaptureFixture[st
 def test_serving_what_is_no_package(digits: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(digits.artifacts["train"].local()), "--store", digits.recipe.store]) == 2
     assert "package" in capsys.readouterr().err
+
+
+def test_a_demo_whose_port_is_taken_ends_before_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["demo", DIGITS, "--set", f"store={tmp_path}", "--set", f"serve.port={port}"]) == 2
+    assert f"cannot listen at 127.0.0.1:{port}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

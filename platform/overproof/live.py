@@ -17,6 +17,7 @@ from overproof.artifact import RECORD, Store
 from overproof.console import out, waiting
 from overproof.errors import GateRefused, InputError
 from overproof.recipe import Recipe, Serve
+from overproof.serve.port import free_port
 
 ASK_TIMEOUT_S = 60
 
@@ -26,7 +27,9 @@ def demo(recipe: Recipe, keep: bool) -> int:
 
     Raises:
         GateRefused: no candidate passed; nothing is served.
+        InputError: bad input, or the port is taken, before anything runs.
     """
+    free_port(recipe.serve.host, recipe.serve.port)
     try:
         done = pipeline.run(recipe)
     except GateRefused:

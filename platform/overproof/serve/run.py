@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from overproof.recipe import Serve
 from overproof.registry.package import locate, open_package
 from overproof.serve.app import application
 from overproof.serve.limits import KEY_VARIABLE, access, api_key, is_loopback
+from overproof.serve.port import free_port
 
 __all__ = ["api_key", "start", "stop"]
 
@@ -74,7 +74,7 @@ def _listen(settings: Serve, name: str) -> tuple[str, int]:
     """Where Serve listens: as it already does on this cluster, else as the settings say."""
     running = _running()
     if running is None:
-        port = _free_port(settings.host, settings.port)
+        port = free_port(settings.host, settings.port)
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": settings.host, "port": port, "request_timeout_s": REQUEST_TIMEOUT_S},
@@ -95,24 +95,6 @@ def _listen(settings: Serve, name: str) -> tuple[str, int]:
 def _running() -> HTTPOptions | None:
     client = _get_global_client(raise_if_no_controller_running=False)
     return None if client is None else client.http_config
-
-
-def _free_port(host: str, port: int) -> int:
-    """The port, or a free one for 0.
-
-    Raises:
-        InputError: it is taken.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise InputError(
-                f"serve: cannot listen at {host}:{port}: {error.strerror}; take another: --set serve.port=0 finds one"
-            ) from None
-        return int(probe.getsockname()[1])
 
 
 def _reachable(host: str) -> str:
