@@ -80,13 +80,16 @@ def _submit(head: Head, *entrypoint: str, token: str | None = None) -> subproces
     )  # fmt: skip
 
 
-def test_a_submitted_job_builds_its_artifact(head: Head, tmp_path: Path) -> None:
-    done = _submit(head, "python", "jobs/prepare.py", "jobs/recipes/digits.yaml", "--set", f"store={tmp_path}")
+def test_a_submitted_job_trains_and_leaves_its_artifacts(head: Head, tmp_path: Path) -> None:
+    overrides = ("--set", f"store={tmp_path}", "--set", "train.steps=5")
+    done = _submit(head, "python", "jobs/train.py", "jobs/recipes/digits.yaml", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
-    (artifact,) = Store(str(tmp_path)).artifacts()
-    artifact.verify()
-    assert artifact.id.startswith("digits/prepare-")
+    artifacts = Store(str(tmp_path)).artifacts()
+    assert [a.record.stage for a in artifacts] == ["prepare", "train"]
+    for artifact in artifacts:
+        artifact.verify()
+    assert (artifacts[1].local() / "model/model.safetensors").is_file()
 
 
 def test_a_job_with_bad_input_fails_with_the_reason(head: Head, tmp_path: Path) -> None:
