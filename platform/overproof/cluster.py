@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,6 +140,17 @@ def _attached_capacity() -> Capacity:
         f"this cluster has {now.get('CPU', 0):g} CPUs and {now.get('GPU', 0):g} GPUs"
         + (f" and may grow to {cpus:g} and {gpus:g}" if grown else ""),
     )
+
+
+@contextmanager
+def own_interrupt() -> Iterator[None]:
+    """Take Ctrl-C back afterwards: Ray Train and Ray Tune keep it for ever."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 class _Relay:

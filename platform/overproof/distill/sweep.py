@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +19,7 @@ from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler
 
 from overproof.artifact import filesystem
+from overproof.cluster import own_interrupt
 from overproof.data.manifest import MANIFEST, Manifest
 from overproof.data.plan import Order
 from overproof.distill.job import CONTROL, FINISHED, Job
@@ -213,19 +212,18 @@ def _input_error(error: BaseException | None) -> InputError | None:
 
 @contextmanager
 def _tame() -> Iterator[None]:
-    """Tune prints tables at any verbosity, logs each trial to files, and keeps Ctrl-C for itself for ever."""
-    logger, interrupt = logging.getLogger("ray.tune"), signal.getsignal(signal.SIGINT)
+    """Tune prints tables at any verbosity and logs each trial to files."""
+    logger = logging.getLogger("ray.tune")
     before, level = {name: os.environ.get(name) for name in QUIET}, logger.level
     os.environ.update(QUIET)
     logger.setLevel(logging.CRITICAL)  # errors are raised, with the student's name
     try:
-        yield
+        with own_interrupt():
+            yield
     finally:
         logger.setLevel(level)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, interrupt)
 
 
 def _run_control(job: Job, watch: Watch) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
-import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
+from overproof.cluster import own_interrupt
 from overproof.data.ingest import planned_dataset
 from overproof.data.manifest import Manifest
 from overproof.data.plan import Order
@@ -90,9 +89,9 @@ def _run(trainer: Trainer) -> Any:
         InputError: as a worker raised it, out of what Ray wrapped around it.
         KeyboardInterrupt: Ctrl-C, which Ray takes over, answers with exit code 0 and never gives back.
     """
-    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        return trainer.fit().return_value  # type: ignore[attr-defined]
+        with own_interrupt():
+            return trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:
         cause = _input_error(error)
         if cause is None:
@@ -100,9 +99,6 @@ def _run(trainer: Trainer) -> Any:
         raise cause from None
     except SystemExit:
         raise KeyboardInterrupt from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, on_interrupt)
 
 
 def _input_error(error: BaseException | None) -> InputError | None:
