@@ -48,11 +48,11 @@ def needs(recipe: Recipe) -> tuple[Need, ...]:
         Need("prepare", 1, 1, why="1 reader"),
         Need(
             "train",
-            train.workers,
+            train.fewest,
             train.cpus_per_worker,
             train.gpus_per_worker,
             1,
-            f"{train.workers} workers + 1 reader",
+            f"{train.fewest} workers + 1 reader",
         ),
         Need("cache", cache.actors, cache.cpus_per_actor, cache.gpus_per_actor, 1, f"{cache.actors} actors + 1 reader"),
         Need("sweep", 1, sweep.cpus_per_trial, sweep.gpus_per_trial, 0, "1 trial at least"),

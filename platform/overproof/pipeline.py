@@ -18,6 +18,7 @@ from overproof.stage import Context
 RESOURCES = {
     "actors", "concurrent_tasks", "cpus_per_actor", "cpus_per_trial", "cpus_per_worker", "concurrent_trials",
     "gpus_per_actor", "gpus_per_trial", "gpus_per_worker",
+    "workers", "micro_batch_size", "checkpoint", "max_failures",
 }  # fmt: skip
 
 

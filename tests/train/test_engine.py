@@ -44,7 +44,7 @@ def test_rate_of_very_short_runs() -> None:
 
 
 def test_deepspeed_config_is_pinned() -> None:
-    assert deepspeed_config(settings(workers=2, zero_stage=2, batch_size=8, clip_norm=0.5)) == {
+    assert deepspeed_config(settings(workers=2, zero_stage=2, batch_size=8, clip_norm=0.5), 2) == {
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 1,
@@ -58,7 +58,7 @@ def test_deepspeed_config_is_pinned() -> None:
 
 
 def test_bf16_is_cast_activations_without_zero_and_weights_with_masters_under_it() -> None:
-    lower = [deepspeed_config(settings(precision="bf16", zero_stage=stage)) for stage in (0, 1, 3)]
+    lower = [deepspeed_config(settings(precision="bf16", zero_stage=stage), 1) for stage in (0, 1, 3)]
     assert lower[0]["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert "bf16" not in lower[0]
     assert all(config["bf16"] == {"enabled": True} and "torch_autocast" not in config for config in lower[1:])

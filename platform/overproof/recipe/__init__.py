@@ -27,13 +27,14 @@ from overproof.recipe.shipping import (
     Serve,
     Smaller,
 )
-from overproof.recipe.training import Cache, Llama, Optimization, Pretrained, Student, Sweep, Train, Vit
+from overproof.recipe.training import Cache, Checkpoint, Llama, Optimization, Pretrained, Student, Sweep, Train, Vit
 from overproof.recipe.whole import Recipe, load
 
 __all__ = [
     "Agreement",
     "BpeTokenizer",
     "Cache",
+    "Checkpoint",
     "DigitsData",
     "Evaluate",
     "FolderSource",

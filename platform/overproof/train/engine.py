@@ -48,7 +48,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def deepspeed_config(train: Train) -> dict[str, Any]:
+def deepspeed_config(train: Train, world: int) -> dict[str, Any]:
     """What DeepSpeed is told. The rate is set from outside at every step, so there is no scheduler here.
 
     ZeRO keeps fp32 masters of bf16 weights. Without ZeRO, DeepSpeed 0.19's bf16 optimizer takes an empty Adam
@@ -61,8 +61,8 @@ def deepspeed_config(train: Train) -> dict[str, Any]:
     )
     return {
         "train_batch_size": train.batch_size,
-        "train_micro_batch_size_per_gpu": train.batch_size // train.workers,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": train.batch_size // world // train.accumulation(world),
+        "gradient_accumulation_steps": train.accumulation(world),
         "gradient_clipping": train.clip_norm,
         "optimizer": {
             "type": "AdamW",
@@ -160,8 +160,6 @@ class ZeroEngine:
     """
 
     def __init__(self, model: nn.Module, train: Train) -> None:
-        if dist.get_world_size() != train.workers:
-            raise ValueError(f"{dist.get_world_size()} processes, the recipe says {train.workers} workers")
         os.environ["DS_ACCELERATOR"] = "cuda" if dist.get_backend() == "nccl" else "cpu"
         import deepspeed
 
@@ -171,7 +169,7 @@ class ZeroEngine:
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model.train(),
             model_parameters=parameter_groups(model, train.weight_decay),
-            config=deepspeed_config(train),
+            config=deepspeed_config(train, dist.get_world_size()),
             dist_init_required=False,
         )
         self.device = torch.device(self.engine.device)

@@ -58,19 +58,19 @@ def train(context: Context) -> dict[str, Any]:
         check_tokenizer(path, manifest)
         settings = settings.model_copy(update={"model": Pretrained(path=str(path))})
     order = Order(manifest.groups, manifest.rows_per_group, context.recipe.seed)
-    plan = partial(planned_dataset, root, order, settings.batch_size, 0, settings.steps, settings.workers)
+    plan = partial(planned_dataset, root, order, settings.batch_size, 0, settings.steps, settings.most)
     job = Job(settings, context.recipe.seed, prepared, context.draft, context.progress)
     for name, value in RAY_TRAIN.items():
         os.environ.setdefault(name, value)
     DataContext.get_current().enable_progress_bars = False
-    context.progress("train", 0, settings.steps, f"starting {settings.workers} workers")
+    context.progress("train", 0, settings.steps, f"starting {settings.most} workers")
     # Ray keeps its own notes of the run there; nothing of them outlives it.
     with tempfile.TemporaryDirectory(prefix="overproof-train-") as scratch:
         trainer = Trainer(
             partial(work, job),  # type: ignore[arg-type]  # Train V2 hands on what it returns
             torch_config=TorchConfig(backend="nccl" if settings.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=settings.workers,
+                num_workers=settings.most,
                 use_gpu=settings.gpus_per_worker > 0,
                 resources_per_worker={"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker},
             ),
