@@ -11,8 +11,9 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,6 +105,28 @@ def _fetched() -> Path:
     return folder
 
 
+def once_here(key: str, make: Callable[[Path], None]) -> Path:
+    """A folder of this machine under that key, which the first process to ask makes; the others wait for it."""
+    root = _fetched()
+    with (root / f"{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / key).exists():
+            attempt = Path(tempfile.mkdtemp(dir=root))
+            try:
+                make(attempt)
+                attempt.rename(root / key)
+            finally:
+                shutil.rmtree(attempt, ignore_errors=True)
+    return root / key
+
+
+def write_at_once(files: fs.FileSystem, path: str, content: bytes) -> None:
+    """Write a small file so that readers see all of it or none."""
+    with files.open_output_stream(f"{path}.part") as stream:
+        stream.write(content)
+    files.move(f"{path}.part", path)
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A finished artifact: where it lies and its record. Small and picklable."""
@@ -121,18 +144,12 @@ class Artifact:
         if isinstance(files, fs.LocalFileSystem):
             return Path(path)
         key = hashlib.sha256(self.record.model_dump_json().encode()).hexdigest()  # built again, it is another artifact
-        here = _fetched() / key
-        if not (here / RECORD).exists():
-            here.mkdir(exist_ok=True)
-            attempt = Path(tempfile.mkdtemp(dir=here.parent))
-            fs.copy_files(path, str(attempt), source_filesystem=files)
-            verify_files(str(attempt), self.record.files)
-            try:
-                attempt.rename(here)
-            except OSError:  # another process was first
-                if not (here / RECORD).exists():
-                    raise
-        return here
+
+        def fetch(folder: Path) -> None:
+            fs.copy_files(path, str(folder), source_filesystem=files)
+            verify_files(str(folder), self.record.files)
+
+        return once_here(key, fetch)
 
     def verify(self) -> None:
         """Hash every file again.
@@ -195,6 +212,15 @@ class Draft:
     config: Any
     parents: Mapping[str, str]
 
+    @property
+    def workspace(self) -> str:
+        """A folder or URI beside the drafts of this stage for what a killed attempt leaves to the next.
+
+        It outlives attempts, edits of the recipe included, and goes with the first ``commit``.
+        """
+        head, mark, query = self.uri.partition("?")
+        return f"{head.rpartition('/')[0]}/{self.stage}.work{mark}{query}"
+
     @contextmanager
     def directory(self) -> Iterator[Path]:
         """A local folder to write into; where the store is remote it is uploaded on leaving."""
@@ -232,9 +258,10 @@ class Draft:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions={tool: version(tool) for tool in TOOLS},
         )
-        with files.open_output_stream(f"{root}/{RECORD}.part") as stream:
-            stream.write(record.model_dump_json(indent=1).encode())
-        files.move(f"{root}/{RECORD}.part", f"{root}/{RECORD}")
+        write_at_once(files, f"{root}/{RECORD}", record.model_dump_json(indent=1).encode())
+        work = filesystem(self.workspace)[1]
+        if files.get_file_info(work).type == fs.FileType.Directory:
+            files.delete_dir(work)
         return Artifact(self.uri, record)
 
 

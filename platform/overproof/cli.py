@@ -61,7 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--keep", action="store_true", help="leave the server up until Ctrl-C")
     run = verb("run", "run every stage that is not done yet", "")
     run.add_argument("--until", choices=STAGE_VERBS, default="package", help="last stage to run")
-    verb("plan", "say what would run, what is done, and what it asks of the cluster", "")
+    plan = verb("plan", "say what would run, what it holds and asks for, and whether it can ever start", "")
+    plan.add_argument("--cluster", type=Path, metavar="FILE", help="plan for what this `ray up` file may grow to")
+    plan.add_argument("--tokens-per-s", type=float, metavar="N", help="throughput, for the hours of a language model")
+    plan.add_argument("--rows-per-s", type=float, metavar="N", help="throughput in rows (images) instead")
+    prove = verb("prove", "train twice, once with workers killed or moved, and compare", "", recipe=False)
+    prove.add_argument("what", choices=("resume", "elastic"), help="workers killed; or nodes that die and join")
+    prove.add_argument("recipe", type=Path, help="recipe in YAML")
+    prove.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a recipe field")
+    prove.add_argument("--kills", type=int, default=3, metavar="N", help="workers killed by `resume` (default: 3)")
+    prove.add_argument("--seed", type=int, default=0, metavar="N", help="of the steps at which it happens")
     for name, (section, text) in STAGE_VERBS.items():
         verb(name, f"{text}, after what must come before", section)
     listing = verb("ls", "list the artifacts of a store", recipe=False)
@@ -92,9 +101,16 @@ def _run(options: argparse.Namespace) -> int:
         return live.serve(options.package, options.store, tuple(options.set))
     recipe = load(options.recipe, tuple(options.set))
     if options.verb == "plan":
-        from overproof import views
+        from overproof import planning
 
-        return views.plan(recipe)
+        question = planning.Question(options.cluster, options.tokens_per_s, options.rows_per_s)
+        return planning.plan(recipe, question)
+    if options.verb == "prove":
+        from overproof import prove
+
+        if options.what == "resume":
+            return prove.resume(recipe, options.kills, options.seed)
+        return prove.elastic(recipe, options.seed)
     if options.verb == "demo":
         from overproof import live
 

@@ -1,4 +1,4 @@
-"""The Ray cluster a run uses: find or start it, ask whether it can ever give what a recipe needs, relay progress."""
+"""The Ray cluster a run uses: find or start it, say how large it can ever get, relay progress."""
 
 from __future__ import annotations
 
@@ -6,92 +6,29 @@ import logging
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from overproof.errors import InputError
+from overproof.placement import Capacity, Node, check, describe
 from overproof.progress import Progress
-from overproof.recipe import Recipe
+
+__all__ = ["Capacity", "check", "connect", "elsewhere", "local_capacity", "own_interrupt", "relay"]
 
 LOCAL_MIN_CPUS = 4  # logical: workers and readers share the cores of a small machine
 OBJECT_STORE_BYTES = 1 << 30
 POLL_S = 0.2
 
 
-@dataclass(frozen=True)
-class Need:
-    """What one stage asks for at the same time: equal bundles that each fit one node, and loose CPUs beside them."""
-
-    stage: str
-    bundles: int
-    cpus: float
-    gpus: float = 0
-    loose_cpus: float = 0
-    why: str = ""
-
-    @property
-    def total_cpus(self) -> float:
-        return self.bundles * self.cpus + self.loose_cpus
-
-    @property
-    def total_gpus(self) -> float:
-        return self.bundles * self.gpus
-
-
-def needs(recipe: Recipe) -> tuple[Need, ...]:
-    """What each stage cannot start without."""
-    train, cache, sweep, serve = recipe.train, recipe.cache, recipe.sweep, recipe.serve
-    return (
-        Need("prepare", 1, 1, why="1 reader"),
-        Need(
-            "train",
-            train.fewest,
-            train.cpus_per_worker,
-            train.gpus_per_worker,
-            1,
-            f"{train.fewest} workers + 1 reader",
-        ),
-        Need("cache", cache.actors, cache.cpus_per_actor, cache.gpus_per_actor, 1, f"{cache.actors} actors + 1 reader"),
-        Need("sweep", 1, sweep.cpus_per_trial, sweep.gpus_per_trial, 0, "1 trial at least"),
-        Need("evaluate", 1, 1, why="1 task at least"),
-        Need("serve", serve.min_replicas, serve.cpus_per_replica, why=f"{serve.min_replicas} replica at least"),
-    )
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """The most a cluster can ever give, grown to its limits."""
-
-    cpus: float
-    gpus: float
-    where: str
-
-
 def local_capacity() -> Capacity:
-    """What a cluster started on this machine would have: at least four logical CPUs."""
+    """What a cluster started on this machine would have: one node of at least four logical CPUs."""
     cpus = max(os.cpu_count() or 1, LOCAL_MIN_CPUS)
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return Capacity(cpus, gpus, f"a local cluster here has {cpus} logical CPUs and {gpus} GPUs")
-
-
-def check(recipe: Recipe, capacity: Capacity) -> None:
-    """Refuse a recipe that would wait for ever.
-
-    Raises:
-        InputError: a stage needs more than the cluster can ever give, with the sum.
-    """
-    for need in needs(recipe):
-        for unit, wanted, given in (("CPUs", need.total_cpus, capacity.cpus), ("GPUs", need.total_gpus, capacity.gpus)):
-            if wanted > given:
-                each = need.cpus if unit == "CPUs" else need.gpus
-                loose = f" + {need.loose_cpus:g}" if unit == "CPUs" and need.loose_cpus else ""
-                raise InputError(
-                    f"{need.stage}: {need.why} need {need.bundles} x {each:g}{loose} = {wanted:g} {unit} at the same "
-                    f"time; {capacity.where}; it could never start. Ask for less, or give the cluster more"
-                )
+    node = Node("this machine", cpus, gpus, 1, always=1)
+    return Capacity((node,), f"a local cluster here has {describe([node])}")
 
 
 def elsewhere() -> bool:
@@ -131,15 +68,18 @@ def _attached_capacity() -> Capacity:
     import ray
     from ray._private.state import state
 
-    now = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    grown = state.get_max_resources_from_cluster_config() or {}
-    cpus, gpus = (max(now.get(unit, 0), grown.get(unit, 0)) for unit in ("CPU", "GPU"))
-    return Capacity(
-        cpus,
-        gpus,
-        f"this cluster has {now.get('CPU', 0):g} CPUs and {now.get('GPU', 0):g} GPUs"
-        + (f" and may grow to {cpus:g} and {gpus:g}" if grown else ""),
-    )
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    shapes = Counter((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive)
+    now = [Node("nodes up now", *size, count, always=count) for size, count in sorted(shapes.items())]
+    config = state.get_cluster_config()  # of its autoscaler, if it has one
+    grown = []
+    for group in config.node_group_configs if config else ():
+        cpus, gpus = float(group.resources.get("CPU", 0)), float(group.resources.get("GPU", 0))
+        more = max(0, group.max_count - shapes[cpus, gpus])
+        if more:
+            grown.append(Node(group.name, cpus, gpus, more))
+    where = f"this cluster has {describe(now)}" + (f" and may add {describe(grown)}" if grown else "")
+    return Capacity((*now, *grown), where)
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from typing import Any
 from overproof import cluster, console
 from overproof.artifact import Artifact, Store, fingerprint, read_json
 from overproof.data.sources import source_digest
-from overproof.recipe import Recipe, Section
+from overproof.recipe import Pretrained, Recipe, Section, Train
 from overproof.stage import Context
+from overproof.train.pretrained import listing
 
 # How many machines share the work does not change the result.
 RESOURCES = {
@@ -42,11 +43,17 @@ def _dump(section: Section) -> Any:
     return section.model_dump(mode="json", exclude=RESOURCES)
 
 
+def _beyond_train(train: Train) -> dict[str, Any]:
+    """What else the teacher follows from: the files it starts from, and which checkpoints may be the best."""
+    starting = {"model_files": listing(train.model.path)} if isinstance(train.model, Pretrained) else {}
+    return starting | ({"checkpoint": _dump(train.checkpoint)} if train.result == "best" else {})
+
+
 STAGES = (
     Stage("prepare", "overproof.data.prepare:prepare", (),
           lambda r: {"seed": r.seed, "data": _dump(r.data), "source": source_digest(r.data)}),
     Stage("train", "overproof.train.launch:train", ("prepare",),
-          lambda r: {"seed": r.seed, "train": _dump(r.train)}),
+          lambda r: {"seed": r.seed, "train": _dump(r.train), **_beyond_train(r.train)}),
     Stage("cache", "overproof.distill.teacher:cache", ("prepare", "train"),
           lambda r: {"seed": r.seed, "cache": _dump(r.cache)}),
     Stage("sweep", "overproof.distill.sweep:sweep", ("prepare", "train", "cache"),

@@ -1,4 +1,4 @@
-"""What the command line prints about artifacts: listing, record, plan and the closing table."""
+"""What the command line prints about artifacts: listing, record and the closing table."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from overproof import cluster, pipeline
+from overproof import pipeline
 from overproof.artifact import RECORD, Artifact, Record, Store, read_json
 from overproof.console import out
-from overproof.recipe import Recipe, TextData
+from overproof.recipe import Recipe
 
 
 def ls(store: str) -> int:
@@ -39,47 +39,6 @@ def show(store: str, name: str) -> int:
     out.print(artifact.id)
     tree(artifact.record, 1)
     return 0
-
-
-def plan(recipe: Recipe) -> int:
-    """Print what would run, what is done, how much work it is, and whether the cluster can ever give it.
-
-    Raises:
-        InputError: a stage asks for more than the cluster could ever give.
-    """
-    steps = pipeline.resolve(recipe, Store(recipe.store))
-    asked = {need.stage: need for need in cluster.needs(recipe)}
-    table = Table("stage", "state", "work", "CPUs", "GPUs", "for", "artifact", box=None, pad_edge=False)
-    for step in steps:
-        need = asked.get(step.stage.name)
-        asks = (f"{need.total_cpus:g}", f"{need.total_gpus:g}", need.why) if need else ("", "", "this process")
-        state = f"[dim]done in {step.artifact.record.seconds:.1f} s[/]" if step.artifact else "[bold]to do[/]"
-        name = f"{step.stage.name}-{step.fingerprint[:8]}"
-        table.add_row(step.stage.name, state, _work(recipe, step.stage.name), *asks, name)
-    out.print(table)
-    capacity = cluster.connect() if cluster.elsewhere() else cluster.local_capacity()
-    cluster.check(recipe, capacity)
-    out.print(f"enough: {capacity.where}")
-    return 0
-
-
-def _work(recipe: Recipe, stage: str) -> str:
-    positions = recipe.data.sequence_length if isinstance(recipe.data, TextData) else 1
-    unit = "tokens" if positions > 1 else "images"
-    train, sweep = recipe.train, recipe.sweep
-    if stage == "train":
-        return f"{train.steps} steps, {train.steps * train.batch_size * positions:,} {unit}, ZeRO {train.zero_stage}"
-    if stage == "cache":
-        rows = "every row" if recipe.cache.rows is None else f"{recipe.cache.rows * positions:,} {unit}"
-        return f"{rows}, top {recipe.cache.k}"
-    if stage == "sweep":
-        each = sweep.steps * sweep.batch_size * positions
-        return f"{len(sweep.students)} students + control, {sweep.steps} steps, {each:,} {unit} each at most"
-    if stage == "compress":
-        return ", ".join(recipe.compress.formats)
-    if stage == "gate":
-        return f"{len(recipe.gate.rules)} rules"
-    return ""
 
 
 def summary(recipe: Recipe) -> None:

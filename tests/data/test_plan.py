@@ -33,6 +33,13 @@ def test_a_global_batch_holds_the_same_rows_at_any_world_size(order: Order, step
     assert np.array_equal(np.concatenate(parts), order.step_rows(step, batch_size))
 
 
+@given(orders, st.integers(0, 20), st.integers(1, 9), st.sampled_from([1, 2, 3]))
+def test_steps_together_are_the_steps_one_by_one(order: Order, first: int, count: int, world: int) -> None:
+    for rank in range(world):
+        steps = [order.step_rows(step, 6, rank, world) for step in range(first, first + count)]
+        assert np.array_equal(order.steps_rows(first, first + count, 6, rank, world), np.concatenate(steps))
+
+
 @given(orders, st.integers(0, 400), st.integers(0, 60), st.integers(0, 60))
 def test_any_cut_of_the_order_is_the_same_order(order: Order, start: int, first: int, second: int) -> None:
     whole = order.rows_at(start, start + first + second)

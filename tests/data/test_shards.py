@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from overproof.artifact import file_sha256
+from overproof.data import read
 from overproof.data.manifest import MANIFEST, Manifest, Split
-from overproof.data.read import GROUPS_KEPT, Shards, open_shard, schema
+from overproof.data.plan import Order
+from overproof.data.read import Shards, open_shard, schema
 from overproof.data.write import parquet_bytes, to_table, write_shard
 from overproof.errors import InputError
 
@@ -66,9 +68,33 @@ def test_rows_come_in_the_order_asked_for(root: Path) -> None:
     assert np.array_equal(taken["sample_id"], ids)
     assert np.array_equal(taken["tokens"], ids[:, None] * 100 + np.arange(T + 1))
     assert taken["tokens"].dtype == np.int32
-    assert len(shards._groups) <= GROUPS_KEPT
     assert shards.rows == sum(ROWS)
     assert list(Shards(root, "validation").take(np.array([5, 0]))) == ["tokens", "length"]
+
+
+@pytest.mark.parametrize("groups_kept", [0, 1, 5, 16])
+def test_no_more_is_kept_than_allowed(root: Path, groups_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    group_bytes = GROUP * 4 * (T + 2)  # tokens and length
+    monkeypatch.setattr(read, "KEPT_BYTES", groups_kept * group_bytes)
+    shards = Shards(root, "train")
+    for ids in np.random.default_rng(0).permutation(sum(ROWS)).reshape(-1, 4):
+        assert np.array_equal(shards.take(ids)["tokens"][:, 0], ids * 100)
+        assert len(shards._groups) <= groups_kept
+        assert shards._kept_bytes == len(shards._groups) * group_bytes
+    assert np.array_equal(shards.take(np.arange(sum(ROWS)))["tokens"][:, 0], np.arange(sum(ROWS)) * 100)
+    assert len(shards._groups) <= groups_kept
+
+
+@pytest.mark.parametrize("ahead_bytes", [1, 500, 1 << 20])
+def test_planned_steps_are_the_rows_of_each_step(root: Path, ahead_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On each of two ranks, from inside the first epoch into the third."""
+    monkeypatch.setattr(read, "AHEAD_BYTES", ahead_bytes)
+    shards, order = Shards(root, "train", ("sample_id", "tokens")), Order(16, GROUP, 3)
+    for rank in range(2):
+        steps = list(shards.steps(order, 12, 3, 14, rank, 2))
+        planned = [order.step_rows(step, 12, rank, 2).tolist() for step in range(3, 14)]
+        assert [columns["sample_id"].tolist() for columns in steps] == planned
+        assert all(np.array_equal(c["tokens"][:, 1], c["sample_id"] * 100 + 1) for c in steps)
 
 
 def test_taken_rows_are_the_callers_own(root: Path) -> None:

@@ -9,16 +9,18 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from overproof.data.manifest import Manifest
 from overproof.data.plan import Order
 from overproof.data.read import Shards
 from overproof.models import build, to_tensors
 from overproof.recipe import Train
-from overproof.train.engine import Engine, TorchEngine, ZeroEngine
+from overproof.train.engine import Engine, TorchEngine, ZeroEngine, weights
 from overproof.train.loop import Row, fit, shares, validation_ids, validation_loss
 from overproof.train.objective import CrossEntropy
 
@@ -47,7 +49,7 @@ def train(engine: Engine, settings: Train, root: Path, rank: int, world: int) ->
     return reported
 
 
-def main(folder: Path, rank: int, world: int, cases: list[dict[str, str]]) -> None:
+def main(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
@@ -55,14 +57,21 @@ def main(folder: Path, rank: int, world: int, cases: list[dict[str, str]]) -> No
         settings = Train.model_validate(case["train"])
         root = Path(case["root"])
         model = build(settings.model, Manifest.read(root), SEED)  # type: ignore[arg-type]
-        engine: Engine = ZeroEngine(model, settings) if case["engine"] == "zero" else TorchEngine(model, settings)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = case["dropout"]
+        zero = case["engine"] == "zero"
+        engine = ZeroEngine(model, settings, SEED) if zero else TorchEngine(model, settings)
         rows = train(engine, settings, root, rank, world)
-        state = engine.state_dict()
+        if isinstance(engine, ZeroEngine):
+            saved = folder / case["name"]
+            saved.mkdir(exist_ok=True)
+            engine.save(lambda name, state, to=saved: torch.save(state, to / name))
+            dist.barrier()
         if rank == 0:
             (folder / f"{case['name']}.json").write_text(json.dumps(rows))
+            state = weights(saved) if isinstance(engine, ZeroEngine) else engine.state_dict()
             torch.save(state, folder / f"{case['name']}.pt")
-        else:
-            assert state == {}
     dist.destroy_process_group()
 
 

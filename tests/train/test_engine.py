@@ -16,7 +16,7 @@ from tiny_data import LLAMA, VIT, settings
 from overproof.data.manifest import Manifest
 from overproof.models import build
 from overproof.recipe import Optimization
-from overproof.train.engine import deepspeed_config, learning_rate, parameter_groups
+from overproof.train.configuration import deepspeed_config, learning_rate, parameter_groups
 from overproof.train.loop import Row
 
 STAGES = (0, 1, 2, 3)
@@ -57,6 +57,33 @@ def test_deepspeed_config_is_pinned() -> None:
     }
 
 
+def test_deepspeed_config_of_everything_else_is_pinned() -> None:
+    plan = settings(workers=4, zero_stage=3, batch_size=16, micro_batch_size=2, offload="parameters", precision="fp16")
+    config = deepspeed_config(plan, 2, universal=True)
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert config["gradient_accumulation_steps"] == 4
+    assert config["optimizer"]["params"]["torch_adam"] is False
+    assert config["zero_optimization"] == {
+        "stage": 3,
+        "reduce_bucket_size": 20_000_000,
+        "allgather_bucket_size": 20_000_000,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+    }
+    assert config["fp16"] == {"enabled": True, "initial_scale_power": 16}
+    assert config["checkpoint"] == {"load_universal": True}
+
+
+def test_without_zero_clipping_is_not_left_to_deepspeed() -> None:
+    assert deepspeed_config(settings(zero_stage=0), 1)["gradient_clipping"] == 0.0
+    assert deepspeed_config(settings(zero_stage=0, precision="fp16"), 1)["gradient_clipping"] == 1.0
+
+
+@pytest.mark.parametrize(("micro", "world", "count"), [(None, 2, 1), (4, 2, 3), (5, 2, 3), (1, 3, 8), (24, 1, 1)])
+def test_accumulation_is_the_fewest_equal_parts_within_the_limit(micro: int | None, world: int, count: int) -> None:
+    assert settings(batch_size=24, micro_batch_size=micro, workers=world).accumulation(world) == count
+
+
 def test_bf16_is_cast_activations_without_zero_and_weights_with_masters_under_it() -> None:
     lower = [deepspeed_config(settings(precision="bf16", zero_stage=stage), 1) for stage in (0, 1, 3)]
     assert lower[0]["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
@@ -78,16 +105,28 @@ def test_vectors_are_not_decayed(digits_root: Path) -> None:
 def cases(root: Path, text: Path, world: int) -> list[dict[str, Any]]:
     """What a process group of this size trains, by name."""
 
-    def case(name: str, engine: str = "zero", at: Path = root, **changes: object) -> dict[str, Any]:
+    def case(
+        name: str, engine: str = "zero", at: Path = root, dropout: float = 0.0, **changes: object
+    ) -> dict[str, Any]:
         train = settings(workers=world, **changes)
-        return {"name": name, "engine": engine, "root": str(at), "train": train.model_dump(mode="json")}
+        about = {"name": name, "engine": engine, "root": str(at), "dropout": dropout}
+        return about | {"train": train.model_dump(mode="json")}
 
     if world == 1:
-        return [case("torch", "torch"), case("one"), case("text-torch", "torch", text, model=LLAMA)]
+        return [
+            case("torch", "torch"),
+            case("one"),
+            case("text-torch", "torch", text, model=LLAMA),
+            case("dropout-one", dropout=0.2, micro_batch_size=2),
+        ]
     return [
         *(case(f"stage{stage}", zero_stage=stage) for stage in STAGES),
         *(case(f"bf16-stage{stage}", zero_stage=stage, precision="bf16") for stage in STAGES),
         case("text-stage3", at=text, model=LLAMA, zero_stage=3),
+        *(case(f"accumulated{stage}", zero_stage=stage, micro_batch_size=1) for stage in STAGES),
+        case("recomputed", at=text, model=LLAMA, zero_stage=3, activation_checkpointing=True),
+        case("compiled", compile=True, zero_stage=1),
+        case("dropout-two", dropout=0.2, micro_batch_size=2, zero_stage=2),
     ]
 
 
@@ -126,7 +165,9 @@ def differences(trained: Path, name: str, other: str, key: str) -> list[float]:
     return [abs(a - b) for a, b in zip(here, there, strict=True)]
 
 
-@pytest.mark.parametrize("name", ["one", *(f"stage{stage}" for stage in STAGES)])
+@pytest.mark.parametrize(
+    "name", ["one", "compiled", *(f"{kind}{stage}" for kind in ("stage", "accumulated") for stage in STAGES)]
+)
 @pytest.mark.parametrize("key", ["loss", "grad_norm", "learning_rate", "validation_loss"])
 def test_every_stage_and_world_size_trains_like_plain_torch(trained: Path, name: str, key: str) -> None:
     assert max(differences(trained, name, "torch", key)) < TOLERANCE
@@ -139,6 +180,15 @@ def test_nothing_is_compiled(trained: Path) -> None:
 def test_text_with_rows_of_unequal_length_too(trained: Path) -> None:
     assert max(differences(trained, "text-stage3", "text-torch", "loss")) < TOLERANCE
     assert max(differences(trained, "text-stage3", "text-torch", "validation_loss")) < TOLERANCE
+
+
+def test_activations_computed_again_change_nothing(trained: Path) -> None:
+    assert max(differences(trained, "recomputed", "text-stage3", "loss")) < TOLERANCE
+
+
+def test_chance_follows_the_rows_and_not_the_workers(trained: Path) -> None:
+    assert max(differences(trained, "dropout-two", "dropout-one", "loss")) < TOLERANCE
+    assert max(differences(trained, "dropout-two", "torch", "loss")) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from overproof.progress import Progress, quiet
 from overproof.recipe import Pretrained, Train
 from overproof.recipe import load as read_recipe
 from overproof.stage import Context
+from overproof.train.checkpoint import Checkpoints
+from overproof.train.job import Job
 from overproof.train.launch import Trainer, train
 
 DIGITS = Path(__file__).parents[2] / "jobs" / "recipes" / "digits.yaml"
@@ -47,7 +50,7 @@ def stage(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
     def run(plan: Train, progress: Progress = quiet) -> tuple[dict[str, Any], Path]:
         recipe = read_recipe(DIGITS).model_copy(update={"train": plan, "seed": SEED})
-        own = store.begin("tiny", "train", f"{next(runs):064x}"[::-1], {}, {})
+        own = store.begin(f"tiny-{next(runs)}", "train", "b" * 64, {}, {})
         return train(Context(recipe, {"prepare": prepared}, own, progress)), Path(own.uri)
 
     return run
@@ -143,7 +146,32 @@ def test_a_loss_that_blows_up_is_refused(stage: Stage) -> None:
         stage(settings(workers=2, learning_rate=1e30, warmup_steps=0))
 
 
-def test_no_process_looks_for_the_run_in_another_cluster() -> None:
-    used = {type(callback).__name__ for callback in Trainer(lambda: None)._create_default_callbacks()}
+def test_failures_that_nothing_comes_of_end_the_run(stage: Stage) -> None:
+    def die(task: str, done: int, total: int, note: str = "") -> None:
+        if note.startswith("loss"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ends = "train: 2 failures in a row without a new checkpoint after step 0; the last one: a worker died: "
+    with pytest.raises(RuntimeError, match=ends):
+        stage(settings(workers=1, max_failures=2), die)
+
+
+def test_ctrl_c_ends_a_run_that_waits_for_nodes(stage: Stage) -> None:
+    def interrupt(task: str, done: int, total: int, note: str = "") -> None:
+        if "no room for 1 workers yet" in note:
+            os.kill(driver, signal.SIGINT)
+
+    driver = os.getpid()
+    with pytest.raises(KeyboardInterrupt):
+        stage(settings(workers=1, cpus_per_worker=64), interrupt)
+
+
+def test_no_process_looks_for_the_run_in_another_cluster(ray_cluster: str, tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    draft = store.begin("tiny", "train", "b" * 64, {}, {})
+    plan = settings()
+    checkpoints = Checkpoints(draft.workspace, draft.fingerprint, {}, {}, plan.checkpoint)
+    job = Job(plan, SEED, draft.commit({}, 0.0), draft, checkpoints, quiet)
+    used = {type(callback).__name__ for callback in Trainer(job, str(tmp_path))._create_default_callbacks()}
     assert "DatasetsCallback" in used
     assert "PlacementGroupCleanerCallback" not in used

@@ -68,7 +68,7 @@ class Fixed:
     def __init__(self, losses: list[float]) -> None:
         self.losses = iter(losses)
 
-    def step(self, objective: Objective, batch: Batch) -> Metrics:  # noqa: ARG002
+    def step(self, objective: Objective, batch: Batch) -> Metrics:
         return {"loss": next(self.losses), "learning_rate": 0.1, "grad_norm": 1.0}
 
     @contextmanager

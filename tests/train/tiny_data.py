@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from overproof.data.manifest import MANIFEST, Manifest, Split
+from overproof.data.manifest import MANIFEST, TOKENIZER, Manifest, Split
 from overproof.data.read import Columns
 from overproof.data.write import write_shard
 from overproof.recipe import Llama, Train, Vit
@@ -22,14 +22,16 @@ VIT = Vit(hidden_size=16, intermediate_size=32, layers=1, heads=2, patch_size=4)
 LLAMA = Llama(hidden_size=32, intermediate_size=64, layers=2, heads=4, kv_heads=2)
 
 
-def digits_like(root: Path) -> Path:
-    """Noisy bars: the class is the pair of columns that is lit."""
+def digits_like(root: Path, broken_row: int | None = None) -> Path:
+    """Noisy bars: the class is the pair of columns that is lit. A broken row of the train split is not a number."""
     rng = np.random.default_rng(0)
     splits = {}
     for split, rows in ROWS.items():
         label = rng.integers(0, CLASSES, rows)
         pixels_BHW = rng.random((rows, 8, 8)) * 0.3
         pixels_BHW[np.arange(rows), :, 2 * label] += 0.7
+        if split == "train" and broken_row is not None:
+            pixels_BHW[broken_row] = np.nan
         columns: Columns = {
             "sample_id": np.arange(rows),
             "pixels": pixels_BHW.reshape(rows, 64).astype(np.float32),
@@ -55,6 +57,7 @@ def text_like(root: Path) -> Path:
         }
         shard = write_shard(str(root), f"{split}/00000.parquet", columns, "text", LENGTH, ROWS_PER_GROUP)
         splits[split] = Split(shards=(shard,), rows=rows, tokens=int(length_B.sum()), documents=1)
+    (root / TOKENIZER).write_text("{}")
     return _described(root, "text", splits)
 
 

@@ -14,21 +14,29 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
+BLOCK_ROWS = 4096  # whose order is worked out together and kept: whole row groups, one at least
+
 
 def permutation(seed: int, epoch: int, stream: int, size: int) -> Ids:
     """A permutation of ``range(size)``, a function of its arguments alone; ``seed`` < 2**64."""
-    bits = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=np.array([0, 0, 0, stream], np.uint64))
-    return np.argsort(bits.random_raw(size), kind="stable").astype(np.int64, copy=False)
+    return permutations(seed, epoch, np.array([stream]), size).reshape(-1)
+
+
+def permutations(seed: int, epoch: int, streams_N: Ids, size: int) -> Ids:
+    """A permutation of ``range(size)`` for each stream: (N, size)."""
+    bits = np.random.Philox(key=np.array([seed, epoch], np.uint64))
+    start = bits.state  # set back for each stream, which costs a fourth of a new generator
+    words_NS = np.empty((len(streams_N), size), np.uint64)
+    for words_S, stream in zip(words_NS, streams_N.tolist(), strict=True):
+        start["state"]["counter"][:] = (0, 0, 0, stream)
+        bits.state = start
+        words_S[:] = bits.random_raw(size)
+    return np.argsort(words_NS, axis=1, kind="stable").astype(np.int64, copy=False)
 
 
 @lru_cache(maxsize=4)
 def _group_order(seed: int, epoch: int, groups: int) -> Ids:
     return permutation(seed, epoch, 0, groups)
-
-
-@lru_cache(maxsize=64)
-def _row_order(seed: int, epoch: int, group: int, rows: int) -> Ids:
-    return permutation(seed, epoch, 1 + group, rows)
 
 
 @dataclass(frozen=True)
@@ -50,24 +58,54 @@ class Order:
             raise ValueError(f"positions [{start}, {stop}): expected 0 <= start <= stop")
         if start == stop:
             return np.empty(0, np.int64)
-        first, last = start // self.rows_per_group, (stop - 1) // self.rows_per_group
-        ids = np.concatenate([self._group_at(slot) for slot in range(first, last + 1)])
-        offset = start - first * self.rows_per_group
-        return ids[offset : offset + stop - start]
+        parts = []
+        while start < stop:
+            epoch, place = divmod(start, self.rows)
+            block, offset = divmod(place, self._together * self.rows_per_group)
+            parts.append(_block(self, epoch, block)[offset : offset + stop - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)
 
     def step_rows(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Ids:
         """A rank's equal, contiguous share of the global batch of a step, counted from 0.
 
         The global batch is the positions ``[step * batch_size, (step + 1) * batch_size)`` at any world size.
         """
-        if batch_size % world or not 0 <= rank < world:
-            raise ValueError(f"rank {rank} of {world} cannot take an equal share of {batch_size} rows")
-        share = batch_size // world
+        share = _share(batch_size, rank, world)
         start = step * batch_size + rank * share
         return self.rows_at(start, start + share)
 
-    def _group_at(self, slot: int) -> Ids:
-        """The rows of the slot-th row group of the endless order."""
-        epoch, place = divmod(slot, self.groups)
-        group = int(_group_order(self.seed, epoch, self.groups)[place])
-        return group * self.rows_per_group + _row_order(self.seed, epoch, group, self.rows_per_group)
+    def steps_rows(self, first: int, last: int, batch_size: int, rank: int = 0, world: int = 1) -> Ids:
+        """A rank's shares of the steps ``[first, last)``, step after step."""
+        share = _share(batch_size, rank, world)
+        ids = self.rows_at(first * batch_size, last * batch_size)
+        return ids.reshape(last - first, world, share)[:, rank].reshape(-1)
+
+    @property
+    def _together(self) -> int:
+        return max(1, BLOCK_ROWS // self.rows_per_group)
+
+
+def _share(batch_size: int, rank: int, world: int) -> int:
+    if batch_size % world or not 0 <= rank < world:
+        raise ValueError(f"rank {rank} of {world} cannot take an equal share of {batch_size} rows")
+    return batch_size // world
+
+
+@lru_cache(maxsize=8)
+def _block(order: Order, epoch: int, block: int) -> Ids:
+    """The rows of a block of an epoch: its row groups that are worked out together, or those that are left."""
+    first = block * order._together
+    groups_N = _group_order(order.seed, epoch, order.groups)[first : first + order._together]
+    rows_NR = permutations(order.seed, epoch, 1 + groups_N, order.rows_per_group)
+    ids = (groups_N[:, None] * order.rows_per_group + rows_NR).reshape(-1)
+    ids.flags.writeable = False  # shared by all who ask
+    return ids
+
+
+def rows_hash(sample_ids: Ids) -> int:
+    """A hash of a multiset of rows: the sum of a 32-bit hash of each (SplitMix64's mixing), so parts add up."""
+    mixed = sample_ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return int((mixed >> np.uint64(32)).sum())

@@ -80,7 +80,9 @@ class Optimization(Section):
 class Checkpoint(Section):
     """What a stopped run goes on from."""
 
-    every_steps: Count = Field(100, description="Steps between checkpoints; a kill costs no more than these.")
+    every_steps: Count = Field(
+        100, description="Steps between checkpoints: what a kill may cost, and the steps made while one is written."
+    )
     keep_last: Count = Field(2, description="Newest checkpoints kept.")
     keep_best: int = Field(0, ge=0, description="Further checkpoints kept, those of lowest validation loss.")
 

@@ -9,6 +9,8 @@ from typing import Self
 
 from overproof.train.loop import Row
 
+ROWS_HASH = "rows_hash"  # of a step: the sum of ``data.plan.rows_hash`` over the ranks, of the rows that came
+
 
 class Curve:
     """Writes rows as they come. Call it with each row; it is a context manager."""
@@ -27,7 +29,7 @@ class Curve:
             for name, value in row.items():
                 if name == "validation_loss":
                     self.events.add_scalar("validation/loss", value, int(row["step"]))
-                elif name != "step":
+                elif name not in ("step", ROWS_HASH):
                     self.events.add_scalar(f"train/{name}", value, int(row["step"]))
 
     def __enter__(self) -> Self:

@@ -5,82 +5,34 @@ DeepSpeed is imported inside functions alone: a driver without a compiler or GPU
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from overproof.models import Batch
 from overproof.recipe import Optimization, Train
+from overproof.train.configuration import (
+    ADAM_EPSILON,
+    clips_by_itself,
+    deepspeed_config,
+    learning_rate,
+    parameter_groups,
+)
 from overproof.train.objective import Objective
 
 Metrics = dict[str, float]
-
-ADAM_EPSILON = 1e-8
-BUCKET_ELEMENTS = 20_000_000  # of a collective; DeepSpeed reserves the memory of one at the start
-
-
-def learning_rate(optimization: Optimization, step: int) -> float:
-    """The rate of a step, counted from 0: linear warm-up to the peak at ``warmup_steps``, then the schedule.
-
-    The last step, ``steps - 1``, has ``final_fraction`` of the peak (unless the schedule is constant).
-    """
-    peak, warmup = optimization.learning_rate, optimization.warmup_steps
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    done = min(1.0, (step - warmup) / max(1, optimization.steps - 1 - warmup))
-    left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[optimization.schedule]
-    return peak * (optimization.final_fraction + (1 - optimization.final_fraction) * left)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors (biases, norms, class tokens) do not."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        is_matrix = sum(size > 1 for size in parameter.shape) > 1
-        (matrices if is_matrix else vectors).append(parameter)
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def deepspeed_config(train: Train, world: int) -> dict[str, Any]:
-    """What DeepSpeed is told. The rate is set from outside at every step, so there is no scheduler here.
-
-    ZeRO keeps fp32 masters of bf16 weights. Without ZeRO, DeepSpeed 0.19's bf16 optimizer takes an empty Adam
-    step before the first, which bends the start of training, so stage 0 casts activations alone.
-    """
-    lower = (
-        {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
-        if train.zero_stage == 0
-        else {"bf16": {"enabled": True}}
-    )
-    return {
-        "train_batch_size": train.batch_size,
-        "train_micro_batch_size_per_gpu": train.batch_size // world // train.accumulation(world),
-        "gradient_accumulation_steps": train.accumulation(world),
-        "gradient_clipping": train.clip_norm,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": train.learning_rate,
-                "betas": [train.beta1, train.beta2],
-                "eps": ADAM_EPSILON,
-                "weight_decay": train.weight_decay,
-                "torch_adam": True,  # DeepSpeed's own would be compiled first
-            },
-        },
-        "zero_optimization": {
-            "stage": train.zero_stage,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
-        },
-        **(lower if train.precision == "bf16" else {}),
-    }
+Writer = Callable[[str, Any], None]  # takes a file's name and what belongs into it
 
 
 class Engine(Protocol):
@@ -90,7 +42,8 @@ class Engine(Protocol):
         """Train on this rank's share of a batch.
 
         Returns ``loss`` (nats, mean over the global batch), ``learning_rate``, ``grad_norm`` (global, before
-        clipping) and the objective's own scalars.
+        clipping) and the objective's own scalars. Where ``loss`` or ``grad_norm`` is not finite the weights are as
+        they were. ``overflow`` is 1 where fp16's loss scale was too high, which lowers it and is no fault.
         """
 
     @contextmanager
@@ -99,9 +52,6 @@ class Engine(Protocol):
 
     def total(self, values: Tensor) -> Tensor:
         """Sum over the ranks."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Full weights, fp32 on the CPU, on rank 0; empty on the others."""
 
 
 def default_device() -> torch.device:
@@ -130,7 +80,8 @@ class TorchEngine:
         loss, scalars = objective.loss(self.model, _place(batch, self.device))
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optimization.clip_norm)
-        self.optimizer.step()
+        if torch.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
         values = {name: value.item() for name, value in scalars.items()}
@@ -149,6 +100,7 @@ class TorchEngine:
         return values
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Full weights, fp32 on the CPU."""
         return {name: _fp32(value) for name, value in self.model.state_dict().items()}
 
 
@@ -156,38 +108,50 @@ class ZeroEngine:
     """One rank of a DeepSpeed ZeRO group (arXiv 1910.02054), stages 0 to 3, over gloo on CPUs or nccl on GPUs.
 
     The process group must be up. Weights start from rank 0's. Gradients and losses are means over the ranks, so
-    ranks bring equally many predictions that count.
+    ranks bring equally many predictions that count. Dropout and the like draw from a seed that is a function of
+    ``seed`` and of the rows' place in the order: the same after a restart.
     """
 
-    def __init__(self, model: nn.Module, train: Train) -> None:
-        os.environ["DS_ACCELERATOR"] = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        import deepspeed
-
-        deepspeed.utils.logger.setLevel("WARNING")
-        deepspeed.ops.__compatible_ops__ = {}  # else a kernel for tensor-parallel inference is compiled, for minutes
-        self.optimization = train
+    def __init__(self, model: PreTrainedModel, train: Train, seed: int = 0, universal: bool = False) -> None:
+        """``universal``: ``load`` will be given a universal checkpoint."""
+        self.train, self.seed = train, seed
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.accumulation = train.accumulation(self.world)
+        deepspeed = _deepspeed()
+        if train.activation_checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model.train(),
             model_parameters=parameter_groups(model, train.weight_decay),
-            config=deepspeed_config(train, dist.get_world_size()),
+            config=deepspeed_config(train, self.world, universal),
             dist_init_required=False,
         )
+        if train.compile:
+            self.engine.compile()
         self.device = torch.device(self.engine.device)
         self.steps_done = 0
 
     def step(self, objective: Objective, batch: Batch) -> Metrics:
-        rate = learning_rate(self.optimization, self.steps_done)
+        rate = learning_rate(self.train, self.steps_done)
         _set_rate(self.optimizer, rate)
-        loss, scalars = objective.loss(self.engine, _place(batch, self.device))
-        self.engine.backward(loss)
-        norm = self._plain_norm()
-        self.engine.step()
+        names, sums, norm = list[str](), torch.zeros(()), None
+        for index, part in enumerate(_parts(batch, self.accumulation)):
+            torch.manual_seed(self._draw(index))
+            loss, scalars = objective.loss(self.engine, _place(part, self.device))
+            self.engine.backward(loss)
+            if index == self.accumulation - 1:
+                norm = self._clip()
+                if self.train.offload != "none":
+                    _forget_bias_correction(self.optimizer.optimizer)
+            self.engine.step()
+            names = ["loss", *scalars]
+            sums = sums.to(loss.device) + torch.stack([loss.detach(), *scalars.values()]).double()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         self.steps_done += 1
-        names = ["loss", *scalars]
-        means = self.total(torch.stack([loss.detach(), *scalars.values()]).double()) / dist.get_world_size()
+        means = self.total(sums) / (self.world * self.accumulation)
         values = dict(zip(names, means.tolist(), strict=True))
-        return {"loss": values.pop("loss"), "learning_rate": rate, "grad_norm": float(norm), **values}
+        overflow = {"overflow": 1.0} if self.train.precision == "fp16" and not math.isfinite(float(norm)) else {}
+        return {"loss": values.pop("loss"), "learning_rate": rate, "grad_norm": float(norm), **overflow, **values}
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
@@ -203,29 +167,144 @@ class ZeroEngine:
         dist.all_reduce(values)
         return values
 
-    def state_dict(self) -> dict[str, Tensor]:
-        import deepspeed
+    def save(self, write: Writer) -> None:
+        """Hand this rank's part of the state to ``write``; all ranks call it at the same step."""
+        self.engine.checkpoint_engine = _Files(write)
+        with tempfile.TemporaryDirectory() as scratch:  # DeepSpeed insists on a folder for its recovery script
+            self.engine.save_checkpoint(scratch, tag="state", save_latest=False)
 
-        state: dict[str, Tensor] = {}
-        for name, value in self.engine.module.state_dict(keep_vars=True).items():
-            # One at a time, so that no rank ever holds the whole model twice.
-            sharded = self.optimization.zero_stage == 3 and isinstance(value, nn.Parameter)
-            with deepspeed.zero.GatheredParameters([value] if sharded else [], enabled=sharded):
-                if dist.get_rank() == 0:
-                    state[name] = _fp32(value)
-        return state
+    def load(self, folder: Path, step: int) -> None:
+        """Go on from the files that ``save`` gave after ``step`` steps, or from ``to_universal`` of them.
 
-    def _plain_norm(self) -> float | None:
-        """The gradients' norm where DeepSpeed keeps none: without ZeRO, where every rank has them all."""
-        if self.optimization.zero_stage > 0:
+        They are unpickled: give only files whose hashes were checked.
+        """
+        self.engine.checkpoint_engine = _Files()
+        with _own_settings(self.optimizer):
+            path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
+            raise RuntimeError(f"{folder}: DeepSpeed found nothing to load")
+        self.steps_done = step
+
+    def _draw(self, index: int) -> int:
+        """The seed of a forward pass: where its rows stand in the order, whatever the number of workers."""
+        share = self.train.batch_size // self.world
+        position = self.steps_done * self.train.batch_size + self.rank * share + index * share // self.accumulation
+        return int.from_bytes(hashlib.sha256(f"{self.seed}/{position}".encode()).digest()[:7], "big")
+
+    def _clip(self) -> float | None:
+        """Without ZeRO: clip the gradients, which every rank has whole, and give their norm before.
+
+        DeepSpeed would do it, but neither tell the norm nor leave a step out whose gradients are not finite.
+        """
+        if clips_by_itself(self.train):
             return None
-        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        return float(nn.utils.get_total_norm(gradients))
+        parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if torch.isfinite(norm):
+            nn.utils.clip_grads_with_norm_(parameters, self.train.clip_norm, norm)
+        else:
+            for parameter in parameters:
+                parameter.grad = None
+        return float(norm)
+
+
+class _Files:
+    """DeepSpeed's way to files, led to a function."""
+
+    def __init__(self, write: Writer | None = None) -> None:
+        self.write = write
+
+    def save(self, state_dict: Any, path: str) -> None:
+        assert self.write
+        self.write(Path(path).name, state_dict)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return torch.load(path, map_location=map_location, weights_only=False)
+
+    def create(self, info: Any) -> None: ...
+
+    def commit(self, info: Any) -> bool:  # noqa: ARG002
+        return True
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
+
+    def is_decoupled(self) -> bool:
+        return False
+
+
+def _forget_bias_correction(adam: Any) -> None:
+    """Have DeepSpeed's CPU Adam take its bias correction from the step alone.
+
+    It multiplies the correction up from step to step, and after a restart begins with a power, which differs in the
+    last bits. A step 0 on a tensor of its own breaks the row, so that it is a power every time.
+    """
+    group, nothing = adam.param_groups[0], torch.zeros(1)
+    adam.ds_opt_adam.adam_update(
+        adam.opt_id, 0, 0.0, *group["betas"], group["eps"], 0.0, True, nothing, nothing, nothing, nothing
+    )
+
+
+@contextmanager
+def _own_settings(optimizer: Any) -> Iterator[None]:
+    """Mend what DeepSpeed 0.19.8 does to an optimizer when ZeRO-3 loads a universal checkpoint.
+
+    It gives every group the first one's settings, so that vectors decay, and every parameter one and the same step
+    counter, which then counts once for each parameter.
+    """
+    base = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+    before = [{name: value for name, value in group.items() if name != "params"} for group in base.param_groups]
+    yield
+    for group, own in zip(base.param_groups, before, strict=True):
+        group.update(own)
+    for state in base.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
+
+
+def _deepspeed() -> Any:
+    os.environ["DS_ACCELERATOR"] = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.ops.__compatible_ops__ = {}  # else a kernel for tensor-parallel inference is compiled, for minutes
+    return deepspeed
+
+
+def to_universal(folder: Path, out: Path) -> None:
+    """Rewrite a checkpoint of ZeRO stages 1 to 3 as one that any number of workers can load (arXiv 2406.18820)."""
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False}
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        main(SimpleNamespace(input_folder=str(folder), output_folder=str(out), strict=True,
+                             inject_missing_state=True, **options))  # fmt: skip
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Full weights, fp32 on the CPU, out of the files that ``save`` gave (under ZeRO: its fp32 masters).
+
+    They are unpickled: give only files whose hashes were checked.
+    """
+    if not any(folder.glob("*_optim_states.pt")):
+        state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+        return {name: _fp32(value) for name, value in state.items()}
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        found = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name)
+    return {name: _fp32(value) for name, value in found.items()}
 
 
 def _set_rate(optimizer: Any, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def _parts(batch: Batch, count: int) -> Iterator[Batch]:
+    """A batch in equal parts, row by row."""
+    size = len(next(iter(batch.values()))) // count
+    for start in range(0, size * count, size):
+        yield {name: values[start : start + size] for name, values in batch.items()}
 
 
 def _place(batch: Batch, device: torch.device) -> Batch:

@@ -1,84 +1,132 @@
-"""The train stage: starts the workers under Ray Train, on rows that Ray Data reads in planned order."""
+"""The train stage: starts the workers under Ray Train, and starts them again until the last step is done."""
 
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.data import DataContext, ExecutionOptions
-from ray.exceptions import RayTaskError
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.data import DataContext
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from overproof.cluster import own_interrupt
-from overproof.data.ingest import planned_dataset
 from overproof.data.manifest import Manifest
-from overproof.data.plan import Order
 from overproof.errors import InputError
 from overproof.recipe import Pretrained
 from overproof.stage import Context
-from overproof.train.worker import Job, work
+from overproof.train import pretrained
+from overproof.train.checkpoint import Checkpoints
+from overproof.train.elastic import Patience, Worlds, brief, causes, say
+from overproof.train.job import Job
+from overproof.train.worker import work
 
 RAY_TRAIN = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # at 2 s the end of a short run is noticed late
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process at the start, of use only to runs that resume
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # at 2 s the end of a short run, or a kill, is noticed late
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # of the seconds that a drained node has left
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # to find room, nothing else; then the nodes are counted again
 }
+ABORT_TIMEOUT_S = 3
+
+
+class Backend(_TorchBackend):
+    """Ray's torch backend without its farewell, which waits 30 s for ranks that wait for a dead one.
+
+    The processes are killed next, whatever they answer.
+    """
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        del worker_group, backend_config
+
+
+class Torch(TorchConfig):
+    """A torch process group that ends with its processes."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return Backend
 
 
 class Trainer(TorchTrainer):
-    """Ray's trainer without its placement-group cleaner.
+    """Ray's trainer with this product's patience and choice of workers, without its placement-group cleaner.
 
     The cleaner looks for the controller in the newest Ray cluster of the machine and kills the run when it is not
     there, which is so wherever a second cluster was started meanwhile. Without it the group ends with the driver.
     """
 
+    def __init__(self, job: Job, scratch: str) -> None:
+        """Ray keeps its own notes of the run in ``scratch``; nothing of them is needed afterwards."""
+        settings = self.settings = job.train
+        self.job = job
+        super().__init__(
+            partial(work, job),  # type: ignore[arg-type]  # Train V2 hands on what it returns
+            torch_config=Torch(backend="nccl" if settings.gpus_per_worker else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=(settings.fewest, settings.most),  # type: ignore[arg-type]
+                use_gpu=settings.gpus_per_worker > 0,
+                resources_per_worker={"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker},
+            ),
+            run_config=RunConfig(name="train", storage_path=scratch),
+        )
+
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]
         return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        given["failure_policy"] = Patience(self.job.checkpoints, self.settings.max_failures, partial(say, self.job))
+        given["scaling_policy"] = Worlds(self.scaling_config, self.settings.worlds)  # type: ignore[arg-type]
+        return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """End on Ctrl-C. Ray's handler waits for the controller, which does not answer while it waits for nodes."""
+
+        def stop(*_: Any) -> None:
+            with suppress(RayActorError, GetTimeoutError):
+                ray.get(controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
+            ray.kill(controller)
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, stop)
 
 
 def train(context: Context) -> dict[str, Any]:
     """Train the teacher; writes model/, curve.jsonl and events/.
 
+    What an attempt that was killed has left in the draft's workspace is gone on from.
+
     Raises:
-        InputError: the starting model does not fit the data, a shard cannot be read, the loss is not finite.
+        InputError: the starting model does not fit the data, a shard cannot be read, the loss is not finite, memory
+            does not suffice, or the workspace holds a training of another recipe or no good checkpoint.
+        RuntimeError: the workers failed ``max_failures`` times in a row without a new checkpoint.
     """
-    settings, prepared = context.recipe.train, context.parents["prepare"]
-    root = prepared.local()
-    manifest = Manifest.read(root)
+    settings, prepared, draft = context.recipe.train, context.parents["prepare"], context.draft
     if isinstance(settings.model, Pretrained):
         from overproof.models import check_tokenizer  # transformers: seconds to import, and not needed otherwise
 
-        path = Path(settings.model.path).expanduser().absolute()  # workers have other working directories
-        check_tokenizer(path, manifest)
-        settings = settings.model_copy(update={"model": Pretrained(path=str(path))})
-    order = Order(manifest.groups, manifest.rows_per_group, context.recipe.seed)
-    plan = partial(planned_dataset, root, order, settings.batch_size, 0, settings.steps, settings.most)
-    job = Job(settings, context.recipe.seed, prepared, context.draft, context.progress)
+        path = settings.model.path
+        if "://" not in path:  # workers have other working directories
+            path = str(Path(path).expanduser().absolute())
+        check_tokenizer(pretrained.local(path), Manifest.read(prepared.local()))
+        settings = settings.model_copy(update={"model": Pretrained(path=path)})
+    checkpoints = Checkpoints(draft.workspace, draft.fingerprint, draft.config, draft.parents, settings.checkpoint)
+    checkpoints.begin()
+    job = Job(settings, context.recipe.seed, prepared, draft, checkpoints, context.progress)
     for name, value in RAY_TRAIN.items():
         os.environ.setdefault(name, value)
     DataContext.get_current().enable_progress_bars = False
-    context.progress("train", 0, settings.steps, f"starting {settings.most} workers")
-    # Ray keeps its own notes of the run there; nothing of them outlives it.
+    size = f"{settings.fewest} to {settings.most}" if settings.fewest < settings.most else settings.most
+    context.progress("train", checkpoints.committed(), settings.steps, f"starting {size} workers")
     with tempfile.TemporaryDirectory(prefix="overproof-train-") as scratch:
-        trainer = Trainer(
-            partial(work, job),  # type: ignore[arg-type]  # Train V2 hands on what it returns
-            torch_config=TorchConfig(backend="nccl" if settings.gpus_per_worker else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=settings.most,
-                use_gpu=settings.gpus_per_worker > 0,
-                resources_per_worker={"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker},
-            ),
-            run_config=RunConfig(name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
-            datasets={"train": plan} if settings.steps else {},
-            dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
-        )
-        metrics: dict[str, Any] = _run(trainer)
+        metrics: dict[str, Any] = _run(Trainer(job, scratch))
         return metrics
 
 
@@ -86,33 +134,26 @@ def _run(trainer: Trainer) -> Any:
     """Train, and give back what rank 0 returned.
 
     Raises:
-        InputError: as a worker raised it, out of what Ray wrapped around it.
-        KeyboardInterrupt: Ctrl-C, which Ray takes over, answers with exit code 0 and never gives back.
+        InputError: as a worker raised it, out of what Ray wrapped around it; or for what Ray killed a worker.
+        RuntimeError: the end of patience.
     """
     try:
         with own_interrupt():
             return trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:
-        cause = _input_error(error)
-        if cause is None:
-            raise
-        raise cause from None
-    except SystemExit:
-        raise KeyboardInterrupt from None
+        found = causes(error)
+        for cause in found:
+            if isinstance(cause, InputError):
+                raise cause from None
+            if isinstance(cause, OutOfMemoryError):
+                raise InputError(_out_of_memory(cause)) from None
+        raise RuntimeError(
+            f"train: {trainer.settings.max_failures} failures in a row without a new checkpoint after step "
+            f"{trainer.job.checkpoints.committed()}; the last one: {brief(found)}"
+        ) from error
 
 
-def _input_error(error: BaseException | None) -> InputError | None:
-    """The InputError at the bottom of a chain of errors, if there is one."""
-    match error:
-        case None:
-            return None
-        case RayTaskError():  # may pose as an InputError, with a traceback for a message
-            return _input_error(error.cause)
-        case InputError():
-            return error
-        case ray.train.WorkerGroupError():
-            found = (_input_error(failure) for failure in error.worker_failures.values())
-            return next((cause for cause in found if cause), None)
-        case ray.train.ControllerError():
-            return _input_error(error.controller_failure)
-    return _input_error(error.__cause__)
+def _out_of_memory(error: OutOfMemoryError) -> str:
+    from overproof.train.oom import ADVICE
+
+    return f"out of memory in a training worker: a node's memory was nearly full: {brief([error])}; {ADVICE}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,10 +15,26 @@ from torch import Tensor, nn
 from overproof.errors import InputError
 from overproof.models import Batch, forward
 from overproof.recipe import Optimization
-from overproof.train.engine import Engine
+from overproof.train.engine import Engine, Metrics
 from overproof.train.objective import Objective, nll
 
 Row = dict[str, float]  # "step" counts finished steps; then what was measured at it
+
+
+class Keeper(Protocol):
+    """Saves the state of a training as it goes. Every rank has one and calls it alike."""
+
+    def after(self, step: int, score: float | None) -> None:
+        """A step is over; ``score`` is the validation loss, if there was a validation at it."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a training does beside its steps: where it begins, who saves, what happens to a step gone wrong."""
+
+    start: int = 0  # finished steps
+    keeper: Keeper | None = None
+    nonfinite: Callable[[int, InputError], None] | None = None  # takes step and error; returns to leave the step out
 
 
 def fit(
@@ -26,13 +44,14 @@ def fit(
     batches: Iterator[Batch],
     validate: Callable[[], float],
     report: Callable[[Row], None],
+    hooks: Hooks = Hooks(),
 ) -> None:
-    """Train for ``optimization.steps`` steps, one batch each; ``report`` gets a row after each step.
+    """Train to ``optimization.steps`` steps, one batch each; ``report`` gets a row after each step.
 
     Raises:
         InputError: the loss or the gradient is no longer finite.
     """
-    for row in rows(engine, objective, optimization, batches, validate):
+    for row in rows(engine, objective, optimization, batches, validate, hooks):
         report(row)
 
 
@@ -42,25 +61,40 @@ def rows(
     optimization: Optimization,
     batches: Iterator[Batch],
     validate: Callable[[], float],
+    hooks: Hooks = Hooks(),
 ) -> Iterator[Row]:
     """What ``fit`` does, a row at a time, for callers that stop early.
 
     Yields ``{"step", "loss", "learning_rate", "grad_norm"}`` after each step and ``{"step", "validation_loss"}``
-    every ``validate_every`` steps and after the last.
+    every ``validate_every`` steps and after the last. A step that was left out has ``skipped`` 1 in place of what is
+    not finite. The keeper is called when the caller has taken a step's rows and asks for more.
     """
     if optimization.steps == 0:
         yield {"step": 0, "validation_loss": validate()}
-    for step in range(1, optimization.steps + 1):
+    for step in range(hooks.start + 1, optimization.steps + 1):
         metrics = engine.step(objective, next(batches))
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-            raise InputError(
-                f"step {step}: loss is {metrics['loss']} and the gradient's norm {metrics['grad_norm']}; expected "
-                f"finite numbers: lower learning_rate (at most {optimization.learning_rate:g} now) or raise "
-                f"warmup_steps ({optimization.warmup_steps} now)"
-            )
+            if not metrics.get("overflow"):
+                error = _diverged(step, metrics, optimization)
+                if hooks.nonfinite is None:
+                    raise error
+                hooks.nonfinite(step, error)
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)} | {"skipped": 1.0}
         yield {"step": step, **metrics}
+        score = None
         if step % optimization.validate_every == 0 or step == optimization.steps:
-            yield {"step": step, "validation_loss": validate()}
+            score = validate()
+            yield {"step": step, "validation_loss": score}
+        if hooks.keeper:
+            hooks.keeper.after(step, score)
+
+
+def _diverged(step: int, metrics: Metrics, optimization: Optimization) -> InputError:
+    return InputError(
+        f"step {step}: loss is {metrics['loss']} and the gradient's norm {metrics['grad_norm']}; expected "
+        f"finite numbers: lower learning_rate (at most {optimization.learning_rate:g} now) or raise "
+        f"warmup_steps ({optimization.warmup_steps} now)"
+    )
 
 
 def validation_loss(

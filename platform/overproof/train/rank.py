@@ -2,78 +2,172 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from overproof.artifact import filesystem, once_here
 from overproof.data.manifest import TOKENIZER, Manifest
+from overproof.data.plan import Order, rows_hash
 from overproof.data.read import BATCH_COLUMNS, Columns, Shards
 from overproof.errors import InputError
-from overproof.models import build, load, parameters, save, to_tensors
+from overproof.models import Batch, build, load, parameters, save, to_tensors
 from overproof.recipe import Pretrained
-from overproof.train.curve import Curve
-from overproof.train.engine import ZeroEngine
-from overproof.train.loop import Row, fit, shares, validation_ids, validation_loss
+from overproof.train import pretrained
+from overproof.train.checkpoint import Kept, find_fault
+from overproof.train.curve import ROWS_HASH, Curve
+from overproof.train.engine import ZeroEngine, to_universal, weights
+from overproof.train.job import Job
+from overproof.train.loop import Hooks, Row, fit, shares, validation_ids, validation_loss
 from overproof.train.objective import CrossEntropy
-from overproof.train.worker import Job
+from overproof.train.oom import explain_memory
+from overproof.train.saver import Saver
+from overproof.train.saving import CURVE, Bell, Saving
+from overproof.train.start import Start
+from overproof.train.watch import Watch
 
-RECENT_STEPS = 20  # behind the speed that is shown
+ROWS_NAMED = 8
 
 
 class Trainee:
     """A rank's model, ready to train."""
 
-    def __init__(self, job: Job, rank: int, world: int) -> None:
+    def __init__(self, job: Job, start: Start, rank: int, world: int) -> None:
         """Raises:
-        InputError: the starting model cannot be used.
+        InputError: the starting model or the checkpoint cannot be used, or memory ran out.
         """
-        self.job, self.rank, self.world = job, rank, world
+        self.job, self.start, self.rank, self.world = job, start, rank, world
         self.root = job.prepared.local()
         self.manifest = Manifest.read(self.root)
+        self.order = Order(self.manifest.groups, self.manifest.rows_per_group, job.seed)
         torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
-        torch.manual_seed(job.seed + rank)
-        start = job.train.model
-        self.model = load(Path(start.path)) if isinstance(start, Pretrained) else build(start, self.manifest, job.seed)
-        self.parameters = parameters(self.model)  # before ZeRO-3 takes them apart
-        self.engine = ZeroEngine(self.model, job.train)
+        chosen, found = job.train.model, start.checkpoint
+        universal = found is not None and found.world != world and job.train.zero_stage > 0
+        with explain_memory("building the model and the optimizer"):
+            self.model = (
+                load(pretrained.local(chosen.path))
+                if isinstance(chosen, Pretrained)
+                else build(chosen, self.manifest, job.seed)
+            )
+            self.parameters = parameters(self.model)  # before ZeRO-3 takes them apart
+            self.engine = ZeroEngine(self.model, job.train, job.seed, universal)
+        self.rows = self._restore(found, universal) if found else []
+        self.batch: Batch = {}
+        self.seen = 0  # hash of its rows
         self.held_out = Shards(self.root, "validation")
         ids = validation_ids(self.held_out.rows, job.train.validation_rows)
         self.parts = shares(ids, job.train.batch_size // world, rank, world)
 
-    def fit(self, rows: Iterator[Columns]) -> dict[str, Any] | None:
+    def fit(self, rows: Iterator[Columns], bell: Bell) -> dict[str, Any] | None:
         """Train to the end. Rank 0 writes model/, curve.jsonl and events/ and gives back metrics."""
-        job, text = self.job, self.manifest.kind == "text"
-        names = BATCH_COLUMNS[self.manifest.kind]
-        batches = (to_tensors({name: columns[name] for name in names}) for columns in rows)
-        watch = Watch(job, self.manifest)
+        job = self.job
+        watch = Watch(job, self.manifest, self.world)
+        saver = Saver(job.checkpoints, self.start.attempt, self.rank, self.world)
+        saving = Saving(self.engine, job.train, saver, bell, self.rows)
         with ExitStack() as stack:
-            reports: list[Callable[[Row], None]] = []
+            reports: list[Callable[[Row], None]] = [self.rows.append]
             if self.rank == 0:
                 folder = _existing(stack.enter_context(job.draft.directory()))
-                reports = [watch, stack.enter_context(Curve(folder / "curve.jsonl", folder / "events"))]
+                curve = stack.enter_context(Curve(folder / CURVE, folder / "events"))
+                for row in self.rows:
+                    curve(row)
+                reports += [curve, watch]
 
             def report(row: Row) -> None:
+                measured = watch.measure(row)
+                if "validation_loss" not in row:
+                    measured = {**measured, ROWS_HASH: float(saving.agree(self.seen))}
                 for each in reports:
-                    each(row)
+                    each(measured)
 
-            fit(self.engine, CrossEntropy(), job.train, batches, self.validate, report)
-            state = self.engine.state_dict()
+            hooks = Hooks(self.start.step, saving, self._nonfinite)
+            with explain_memory("a training step"):
+                fit(
+                    self.engine,
+                    CrossEntropy(),
+                    job.train,
+                    watch.timed(self._batches(rows)),
+                    self.validate,
+                    report,
+                    hooks,
+                )
+            saving.finish()
             if self.rank > 0:
                 return None
-            save(state, self.model.config, folder / "model", self.root / TOKENIZER if text else None)
-        return {"parameters": self.parameters, "steps": job.train.steps, **watch.metrics()}
+            self._write(folder / "model")
+        return {"parameters": self.parameters, "steps": job.train.steps, **watch.metrics(self.rows)}
 
     def validate(self) -> float:
         """The validation loss over all ranks; the same rows each time."""
         batches = (to_tensors(self.held_out.take(part)) for part in self.parts)
         with self.engine.evaluating() as model:
             return validation_loss(model, batches, self.engine.total)
+
+    def _batches(self, rows: Iterator[Columns]) -> Iterator[Batch]:
+        names = BATCH_COLUMNS[self.manifest.kind]
+        for columns in rows:
+            self.batch = to_tensors({name: columns[name] for name in names})
+            self.seen = rows_hash(columns["sample_id"])
+            yield self.batch
+
+    def _restore(self, found: Kept, universal: bool) -> list[Row]:
+        """Load the checkpoint; gives the curve up to it."""
+        with found.local() as folder, explain_memory("loading the checkpoint"):
+            converted = None
+            if universal:
+                converted = once_here(f"universal-{found.key}", lambda out: to_universal(folder, out / "state"))
+            self.engine.load(converted / "state" if converted else folder, found.step)
+            lines = (folder / CURVE).read_text().splitlines()
+        dist.barrier()
+        if converted:
+            shutil.rmtree(converted, ignore_errors=True)
+        return [json.loads(line) for line in lines]
+
+    def _write(self, folder: Path) -> None:
+        """The model as a Hugging Face directory: the weights of the last checkpoint, or of the best."""
+        train, checkpoints = self.job.train, self.job.checkpoints
+        tokenizer = self.root / TOKENIZER if self.manifest.kind == "text" else None
+        if train.steps == 0 and isinstance(train.model, Pretrained):
+            save(load(pretrained.local(train.model.path)), self.model.config, folder, tokenizer)
+            return
+        kept = checkpoints.best() if train.result == "best" else checkpoints.all()[-1]
+        assert kept
+        files, root = filesystem(kept.uri)
+        if fault := find_fault(files, root, kept.files):
+            raise InputError(f"{kept.uri}: {fault}; run again: training goes on from the checkpoint before")
+        with kept.local() as source:
+            save(weights(source), self.model.config, folder, tokenizer)
+
+    def _nonfinite(self, step: int, error: InputError) -> None:
+        """Name the rows of a step that went wrong; every rank gets here.
+
+        Raises:
+            InputError: the recipe does not leave such steps out.
+        """
+        size = self.job.train.batch_size
+        share = size // self.world
+        bad = torch.zeros(size, device=self.engine.device)
+        with self.engine.evaluating() as model:
+            for index in range(share):
+                row = {name: values[index : index + 1] for name, values in self.batch.items()}
+                bad[self.rank * share + index] = not torch.isfinite(torch.tensor(validation_loss(model, [row])))
+        flags = self.engine.total(bad).cpu().numpy() > 0
+        ids = self.order.step_rows(step - 1, size)
+        named = ids[flags] if flags.any() else ids
+        shown = ", ".join(map(str, named[:ROWS_NAMED])) + (", ..." if len(named) > ROWS_NAMED else "")
+        which = f"at fault by itself: row {shown}" if flags.any() else f"no row alone is at fault: {shown}"
+        if self.job.train.on_nonfinite == "stop":
+            raise InputError(
+                f"{error}; {which} (sample_id of the train split). on_nonfinite: skip leaves such steps out"
+            )
+        if self.rank == 0:
+            self.job.progress("train", step, self.job.train.steps, f"step {step} left out: {which}")
 
 
 def _existing(folder: Path) -> Path:
@@ -83,38 +177,3 @@ def _existing(folder: Path) -> Path:
             "they share, or a URI such as s3://bucket/store"
         )
     return folder
-
-
-@dataclass
-class Watch:
-    """Follows the rows on rank 0: speed, progress, and the last losses."""
-
-    job: Job
-    manifest: Manifest
-    losses: dict[str, float | None] = field(default_factory=lambda: {"loss": None, "validation_loss": None})
-    seconds: list[float] = field(default_factory=list)
-    seen: float = field(default_factory=time.monotonic)
-
-    def __call__(self, row: Row) -> None:
-        self.losses.update({name: row[name] for name in self.losses.keys() & row.keys()})
-        if "loss" in row:
-            self.seconds.append(time.monotonic() - self.seen)
-            per_step = self.job.train.batch_size * self.manifest.positions
-            rate = per_step / statistics.mean(self.seconds[-RECENT_STEPS:])
-            unit = "tok/s" if self.manifest.kind == "text" else "images/s"
-            note = f"loss {row['loss']:.2f} · {_short(rate)} {unit}"
-            self.job.progress("train", int(row["step"]), self.job.train.steps, note)
-        self.seen = time.monotonic()
-
-    def metrics(self) -> dict[str, Any]:
-        rows = self.job.train.steps * self.job.train.batch_size
-        return {
-            **({"tokens": rows * self.manifest.positions} if self.manifest.kind == "text" else {"rows": rows}),
-            "train_loss": self.losses["loss"],
-            "validation_loss": self.losses["validation_loss"],
-            "seconds_per_step": statistics.median(self.seconds) if self.seconds else None,
-        }
-
-
-def _short(rate: float) -> str:
-    return f"{rate / 1000:.0f}k" if rate >= 10_000 else f"{rate:,.0f}"

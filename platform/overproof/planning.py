@@ -1,0 +1,175 @@
+"""`overproof plan`: what a run would do, hold and ask for, one line a finding, before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from overproof import pipeline, preflight
+from overproof.artifact import Store
+from overproof.console import out
+from overproof.errors import InputError
+from overproof.placement import needs
+from overproof.preflight import Finding, Rate
+from overproof.recipe import Recipe, TextData
+from overproof.train import memory
+from overproof.train.dimensions import Dimensions
+from overproof.units import size
+
+COLOURS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "refused": "[red]refused[/]"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `plan` was asked beside the recipe."""
+
+    cluster_file: Path | None = None
+    tokens_per_s: float | None = None
+    rows_per_s: float | None = None
+
+
+def plan(recipe: Recipe, question: Question) -> int:
+    """Print the plan and return 0 where the recipe can run.
+
+    Raises:
+        InputError: what was asked makes no sense, or the recipe could never run there, with the arithmetic.
+    """
+    rate = _rate(recipe, question)
+    capacity, attached = preflight.capacity_of(question.cluster_file)
+    stored = preflight.stored(recipe, capacity, attached)
+    if stored.state == "refused":  # nor can it be looked up what is done
+        raise InputError(f"storage: {stored.text}")
+    steps = pipeline.resolve(recipe, Store(recipe.store))
+    out.print(_stages(recipe, steps))
+    prepared = next(step.artifact for step in steps if step.stage.name == "prepare")
+    model = preflight.model_size(recipe, prepared)
+    out.print()
+    for line in _model(recipe, model, known=prepared is not None):
+        out.print(line)
+    out.print(_memory(recipe, model))
+    out.print(_activations(recipe, model))
+    out.print(f"\n{capacity.where}")
+    findings = [*preflight.placed(recipe, capacity), stored]
+    if not attached and question.cluster_file is None and not recipe.train.gpus_per_worker:
+        findings.append(preflight.local_memory(_worker(recipe, model), recipe.train.fewest))
+    findings += [preflight.packed(Path.cwd()), preflight.time(recipe, rate)]
+    out.print(_findings(findings))
+    refused = [finding for finding in findings if finding.state == "refused"]
+    if refused:
+        raise InputError("\n".join(f"{finding.about}: {finding.text}" for finding in refused))
+    return 0
+
+
+def _rate(recipe: Recipe, question: Question) -> Rate | None:
+    text = isinstance(recipe.data, TextData)
+    positions = recipe.data.sequence_length if isinstance(recipe.data, TextData) else 1
+    if question.tokens_per_s is not None and not text:
+        raise InputError(f"--tokens-per-s {question.tokens_per_s:g}: the data is images; give --rows-per-s")
+    for name, value in (("--tokens-per-s", question.tokens_per_s), ("--rows-per-s", question.rows_per_s)):
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"{name} {value:g}: expected a rate above 0")
+    if question.tokens_per_s is not None:
+        return Rate(question.tokens_per_s, "as given")
+    if question.rows_per_s is not None:
+        return Rate(question.rows_per_s * positions, "as given")
+    return preflight.measured_rate(recipe)
+
+
+def _stages(recipe: Recipe, steps: list[pipeline.Step]) -> Table:
+    asked = {need.stage: need for need in needs(recipe)}
+    table = Table("stage", "state", "work", "CPUs", "GPUs", "for", "artifact", box=None, pad_edge=False)
+    for step in steps:
+        name = step.stage.name
+        need = asked.get(name)
+        asks = (
+            (f"{need.cpus_of(need.bundles):g}", f"{need.gpus_of(need.bundles):g}", need.why)
+            if need
+            else ("", "", "this process")
+        )
+        state = f"[dim]done in {step.artifact.record.seconds:.1f} s[/]" if step.artifact else "[bold]to do[/]"
+        table.add_row(name, state, _work(recipe, name), *asks, f"{name}-{step.fingerprint[:8]}")
+    return table
+
+
+def _work(recipe: Recipe, stage: str) -> str:
+    positions = recipe.data.sequence_length if isinstance(recipe.data, TextData) else 1
+    unit = "tokens" if positions > 1 else "images"
+    train, sweep = recipe.train, recipe.sweep
+    if stage == "train":
+        return f"{train.steps} steps, {train.steps * train.batch_size * positions:,} {unit}, ZeRO {train.zero_stage}"
+    if stage == "cache":
+        rows = "every row" if recipe.cache.rows is None else f"{recipe.cache.rows * positions:,} {unit}"
+        return f"{rows}, top {recipe.cache.k}"
+    if stage == "sweep":
+        each = sweep.steps * sweep.batch_size * positions
+        return f"{len(sweep.students)} students + control, {sweep.steps} steps, {each:,} {unit} each at most"
+    if stage == "compress":
+        return ", ".join(recipe.compress.formats)
+    if stage == "gate":
+        return f"{len(recipe.gate.rules)} rules"
+    return ""
+
+
+def _model(recipe: Recipe, model: Dimensions, known: bool) -> list[str]:
+    train = recipe.train
+    most = "" if known or model.kind == "vit" else f" (with all {model.outputs:,} entries of the vocabulary)"
+    workers = f"{train.fewest}" if train.fewest == train.most else f"{train.fewest} to {train.most}"
+    return [
+        f"teacher: {model.parameters:,} parameters{most}; {workers} worker{'s' if workers != '1' else ''}, "
+        f"{train.precision}, ZeRO {train.zero_stage}, offload {train.offload}",
+        f"each of {train.fewest} workers holds at most, by ZeRO stage:",
+    ]
+
+
+def _memory(recipe: Recipe, model: Dimensions) -> Table:
+    train = recipe.train
+    device = "GPU" if train.gpus_per_worker else "in all"
+    offloads = train.offload != "none"
+    columns = ["ZeRO", "weights", "gradients", "optimizer", "buffers", device]
+    table = Table(*columns, *(["in CPU memory"] if offloads else []), box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for stage in range(4):
+        held = memory.states(model, train, stage, train.fewest)
+        parts = (
+            held.device.weights,
+            held.device.gradients,
+            held.device.optimizer,
+            held.device.buffers,
+            held.device.total,
+        )
+        here = stage == train.zero_stage
+        row = [f"{stage}{' ◄ this recipe' if here else ''}", *map(size, parts)]
+        table.add_row(*row, *([size(held.host.total)] if offloads else []), style="bold" if here else "dim")
+    return table
+
+
+def _activations(recipe: Recipe, model: Dimensions) -> str:
+    train = recipe.train
+    rows = train.batch_size // train.fewest // train.accumulation(train.fewest)
+    kept = memory.activations(model, train, train.fewest)
+    outputs = rows * model.predictions * memory.logits(model.outputs, 4 if train.precision == "fp32" else 2)
+    checkpointed = "layers' inputs alone" if train.activation_checkpointing else "every layer's"
+    where = "GPU" if train.gpus_per_worker else "worker"
+    device = memory.peak(model, train, train.fewest)
+    return (
+        f"and activations of {rows} rows of {model.predictions:,} ({checkpointed}): about {size(kept)}, "
+        f"{size(outputs)} of it logits; at most {size(device)} a {where}, beside what the libraries take"
+    )
+
+
+def _worker(recipe: Recipe, model: Dimensions) -> int:
+    train = recipe.train
+    return (
+        memory.peak(model, train, train.fewest) + memory.states(model, train, train.zero_stage, train.fewest).host.total
+    )
+
+
+def _findings(findings: list[Finding]) -> Table:
+    table = Table("check", "", "", box=None, pad_edge=False, show_header=False)
+    for finding in findings:
+        table.add_row(f"{finding.about}", COLOURS[finding.state], escape(finding.text))
+    return table

@@ -1,0 +1,119 @@
+"""Training without Ray: the ranks are forked processes of one machine, and they read the shards themselves."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from overproof.data.manifest import Manifest
+from overproof.data.plan import Order
+from overproof.data.read import BATCH_COLUMNS, Columns, Shards
+from overproof.errors import InputError
+from overproof.train.job import Job
+from overproof.train.rank import Trainee
+from overproof.train.saving import Silent
+from overproof.train.start import Start
+
+POLL_S = 0.05
+
+
+class GroupDied(Exception):
+    """A rank ended without a result, and the others were ended with it."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The running ranks of one attempt."""
+
+    start: Start
+    ranks: tuple[ForkProcess, ...]
+    results: tuple[Connection, ...]
+
+    @classmethod
+    def begin(cls, job: Job, world: int) -> Group:
+        """Start ``world`` ranks from the newest good checkpoint.
+
+        Raises:
+            InputError: checkpoints of another recipe are in the way, or none is good.
+        """
+        job.checkpoints.begin()
+        start = Start(job.checkpoints.newest(lambda said: job.progress("train", 0, job.train.steps, said)))
+        context = multiprocessing.get_context("fork")
+        meeting = Path(tempfile.mkdtemp(prefix="overproof-ranks-")) / "rendezvous"
+        pipes = [context.Pipe(duplex=False) for _ in range(world)]
+        ranks = [
+            context.Process(target=_rank, args=(job, start, rank, world, meeting, pipes[rank][1]), daemon=True)
+            for rank in range(world)
+        ]
+        for rank in ranks:
+            rank.start()
+        return cls(start, tuple(ranks), tuple(pipe[0] for pipe in pipes))
+
+    def join(self) -> dict[str, Any]:
+        """Wait for the end; gives rank 0's metrics.
+
+        Raises:
+            InputError: a rank met bad input.
+            GroupDied: a rank ended otherwise.
+        """
+        try:
+            while any(rank.is_alive() for rank in self.ranks):
+                wait([rank.sentinel for rank in self.ranks if rank.is_alive()], POLL_S)
+                if any(rank.exitcode not in (None, 0) for rank in self.ranks):
+                    break
+        finally:
+            self.kill()
+        said = [_received(result) for result in self.results]
+        refused = next((word for word in said if isinstance(word, InputError)), None)
+        if refused:
+            raise refused
+        if any(rank.exitcode for rank in self.ranks):
+            raise GroupDied(f"ranks ended with {[rank.exitcode for rank in self.ranks]}")
+        metrics = said[0]
+        assert isinstance(metrics, dict)
+        return metrics
+
+    def kill(self) -> None:
+        """End every rank at once."""
+        for rank in self.ranks:
+            rank.kill()
+        for rank in self.ranks:
+            rank.join()
+
+
+def _received(result: Connection) -> Any:
+    try:
+        return result.recv() if result.poll() else None
+    except EOFError:  # it ended before it said anything
+        return None
+
+
+def _rank(job: Job, start: Start, rank: int, world: int, meeting: Path, result: Connection) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    backend = "nccl" if job.train.gpus_per_worker else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=world)
+    try:
+        result.send(Trainee(job, start, rank, world).fit(planned_rows(job, start, rank, world), Silent()))
+    except InputError as error:
+        result.send(error)
+        raise SystemExit(1) from None
+    dist.destroy_process_group()
+
+
+def planned_rows(job: Job, start: Start, rank: int, world: int) -> Iterator[Columns]:
+    """A rank's rows of every step that is left, read by this process."""
+    root = job.prepared.local()
+    manifest = Manifest.read(root)
+    shards = Shards(root, "train", ("sample_id", *BATCH_COLUMNS[manifest.kind]))
+    order = Order(manifest.groups, manifest.rows_per_group, job.seed)
+    for step in range(start.step, job.train.steps):
+        yield shards.take(order.step_rows(step, job.train.batch_size, rank, world))

@@ -1,0 +1,71 @@
+"""When a rank saves: every so many steps, after the last, and when somebody asks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from overproof.recipe import Train
+from overproof.train.engine import ZeroEngine
+from overproof.train.loop import Row
+from overproof.train.saver import Saver
+
+CURVE = "curve.jsonl"
+
+
+class Bell(Protocol):
+    """How a rank learns that a checkpoint is wanted before the next one is due."""
+
+    def rung(self) -> bool:
+        """Whether this rank was asked; called at every step."""
+
+    def answered(self, step: int) -> None:
+        """The checkpoint asked for is committed; called on every rank."""
+
+
+class Silent:
+    """A bell that nobody rings."""
+
+    def rung(self) -> bool:
+        return False
+
+    def answered(self, step: int) -> None: ...
+
+
+class Saving:
+    """The keeper of one rank's loop."""
+
+    def __init__(self, engine: ZeroEngine, train: Train, saver: Saver, bell: Bell, rows: Sequence[Row]) -> None:
+        """``rows`` is the curve so far; rank 0's goes into every checkpoint."""
+        self.engine, self.train, self.saver, self.bell, self.rows = engine, train, saver, bell, rows
+        self._asked = False
+
+    def agree(self, seen: int) -> int:
+        """Sum ``seen`` over the ranks, and learn on the way whether one of them was asked for a checkpoint."""
+        told = torch.tensor([seen, int(self.bell.rung())], dtype=torch.int64, device=self.engine.device)
+        total, asked = self.engine.total(told).tolist()
+        self._asked = asked > 0
+        return int(total)
+
+    def after(self, step: int, score: float | None) -> None:
+        """Save if it is time.
+
+        Raises:
+            InputError: an earlier save could not be written.
+        """
+        self.saver.check()
+        if self._asked or step % self.train.checkpoint.every_steps == 0 or step == self.train.steps:
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+            self.saver.save(step, score, self.engine.save, {CURVE: lines.encode()} if self.saver.rank == 0 else {})
+        if self._asked:
+            self.finish()
+            self.bell.answered(step)
+
+    def finish(self) -> None:
+        """Until every rank knows that the last save is committed."""
+        self.saver.wait()
+        dist.barrier()

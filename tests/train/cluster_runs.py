@@ -1,0 +1,244 @@
+"""Trains on a Ray cluster of its own, three nodes, and takes workers, nodes and drivers away from it.
+
+python cluster_runs.py FOLDER            every run; leaves results.json in FOLDER. Run by test_elastic.py.
+python cluster_runs.py FOLDER ADDRESS    one driver of the run that is killed, against that cluster
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray._private.state import actors
+from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from tiny_data import LLAMA, settings, text_like
+
+from overproof.artifact import Draft, Store
+from overproof.recipe import load as read_recipe
+from overproof.stage import Context
+from overproof.train.launch import train
+
+DIGITS = Path(__file__).parents[2] / "jobs" / "recipes" / "digits.yaml"
+SEED = 3
+STEP_S = 0.2  # so that there is time to meddle
+WAIT_S = 150.0
+NODE = {"num_cpus": 4, "object_store_memory": 150 << 20}
+COMMON: dict[str, Any] = {
+    "model": LLAMA.model_dump(),
+    "batch_size": 12,
+    "validate_every": 10,
+    "checkpoint": {"every_steps": 10},
+    "cpus_per_worker": 3,  # one worker a node
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "killed": {"workers": 2, "steps": 40, "zero_stage": 2},
+    "moved": {"workers": (1, 3), "steps": 150, "zero_stage": 3},
+}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """A progress that writes down what it is told, by whom and when, and makes steps slow."""
+
+    file: str
+
+    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
+        word = {"time": time.time(), "pid": os.getpid(), "task": task, "done": done, "note": note}
+        with open(self.file, "a") as file:  # noqa: PTH123  # seen by processes that pickle it by value
+            file.write(json.dumps(word) + "\n")
+        if note.startswith("loss") and not os.path.exists(f"{self.file}.hurry"):  # noqa: PTH110
+            time.sleep(STEP_S)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of the tiny text, and what is said of it."""
+
+    folder: Path
+    name: str
+
+    @property
+    def said(self) -> Path:
+        return self.folder / f"{self.name}.said"
+
+    def context(self) -> Context:
+        """As the pipeline makes it: prepared data, a fresh draft."""
+        store = Store(str(self.folder / "store"))
+        prepared = store.find("text", "prepare", "a" * 64)
+        assert prepared
+        recipe = read_recipe(DIGITS).model_copy(
+            update={"train": settings(**COMMON, **RUNS[self.name]), "seed": SEED, "name": self.name}
+        )
+        return Context(recipe, {"prepare": prepared}, self.draft(store), Pace(str(self.said)))
+
+    def draft(self, store: Store) -> Draft:
+        return store.begin(self.name, "train", "b" * 64, {}, {})
+
+    def words(self) -> list[dict[str, Any]]:
+        if not self.said.exists():
+            return []
+        return [json.loads(line) for line in self.said.read_text().splitlines() if line.endswith("}")]
+
+    def hurry(self) -> None:
+        """Nothing is left to happen to it."""
+        Path(f"{self.said}.hurry").touch()
+
+    def until(self, wanted: Callable[[dict[str, Any]], bool], since: float = 0.0) -> dict[str, Any]:
+        """The first word that is wanted."""
+        limit = time.monotonic() + WAIT_S
+        while time.monotonic() < limit:
+            for word in self.words():
+                if word["time"] > since and wanted(word):
+                    return word
+            time.sleep(0.1)
+        raise TimeoutError(f"{self.name}: {self.words()[-5:]}")
+
+    def step(self, at_least: int, workers: int, since: float = 0.0) -> dict[str, Any]:
+        """The first step from there on that so many workers have made."""
+
+        def wanted(word: dict[str, Any]) -> bool:
+            note = word["note"]
+            return bool(word["done"] >= at_least and note.startswith("loss") and note.endswith(f"{workers} workers"))
+
+        return self.until(wanted, since)
+
+
+def workers() -> list[tuple[int, str]]:
+    """Process and node of every training worker that lives."""
+    return [
+        (actor["Pid"], actor["Address"]["NodeID"])
+        for actor in actors().values()
+        if actor["ActorClassName"] == "RayTrainWorker" and actor["State"] == "ALIVE"
+    ]
+
+
+def drain(cluster: Cluster, node: str, seconds: float) -> None:
+    """What a cloud does to a spot node before it takes it."""
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, why = ray._raylet.GcsClient(address=cluster.address).drain_node(
+        node, reason, "", int((time.time() + seconds) * 1000)
+    )
+    assert accepted, why
+
+
+def killed(folder: Path, address: str) -> dict[str, Any]:
+    """A worker is killed, then the driver; the command is run again."""
+    run = Run(folder, "killed")
+
+    def drive() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, __file__, str(folder), address])
+
+    driver = drive()
+    first = run.step(14, workers=2)
+    victim = next(pid for pid, _ in workers() if pid != first["pid"])
+    os.kill(victim, signal.SIGKILL)
+    t_worker = time.time()
+    again = run.step(11, workers=2, since=t_worker + 2 * STEP_S)
+    at = run.step(24, workers=2, since=t_worker)
+    left = [pid for pid, _ in workers()]
+    driver.kill()
+    driver.wait()
+    t_driver = time.time()
+    driver = drive()
+    third = run.step(1, workers=2, since=t_driver + 2 * STEP_S)
+    gone = not any(psutil.pid_exists(pid) for pid in left)
+    run.hurry()
+    assert driver.wait(WAIT_S) == 0
+    return {
+        "seconds": {"worker": again["time"] - t_worker, "driver": third["time"] - t_driver},
+        "steps": {"worker": [first["done"], again["done"]], "driver": [at["done"], third["done"]]},
+        "workers_of_dead_driver_gone": gone,
+    }
+
+
+def moved(folder: Path, cluster: Cluster, nodes: list[Any]) -> dict[str, Any]:
+    """A node is killed, a node joins, a node is drained."""
+    run = Run(folder, "moved")
+    failed: list[BaseException] = []
+
+    def drive() -> None:
+        try:
+            train(run.context())
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    thread = threading.Thread(target=drive)
+    thread.start()
+    seconds, steps = {}, {}
+
+    before = run.step(14, workers=3)
+    t_kill = time.time()
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    after = run.step(1, workers=2, since=t_kill)
+    seconds["node"], steps["node"] = after["time"] - t_kill, [before["done"], after["done"]]
+
+    t_join = time.time()
+    cluster.add_node(**NODE)
+    after = run.step(1, workers=3, since=t_join)
+    last = [word for word in run.words() if t_join < word["time"] < after["time"] and word["note"].startswith("loss")]
+    seconds["join"], steps["join"] = after["time"] - last[-1]["time"], [last[-1]["done"], after["done"]]
+
+    run.step(after["done"] + 3, workers=3, since=t_join)
+    head = ray.get_runtime_context().get_node_id()
+    node = next(node for _, node in workers() if node != head)
+    t_drain = time.time()
+    drain(cluster, node, 600)
+    after = run.step(1, workers=2, since=t_drain)
+    last = [word for word in run.words() if t_drain < word["time"] < after["time"] and word["note"].startswith("loss")]
+    seconds["drain"], steps["drain"] = after["time"] - t_drain, [last[-1]["done"], after["done"]]
+    seconds["drain notice"] = last[-1]["time"] - t_drain
+    on = [where for _, where in workers()]
+    run.hurry()
+    thread.join(WAIT_S)
+    assert not failed
+    return {"seconds": seconds, "steps": steps, "drained_is_left": node not in on}
+
+
+def curve(folder: Path, name: str) -> list[dict[str, float]]:
+    text = next((folder / "store" / name).glob("train-*/curve.jsonl")).read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def main(folder: Path) -> None:
+    store = Store(str(folder / "store"))
+    draft = store.begin("text", "prepare", "a" * 64, {}, {})
+    with draft.directory() as data:
+        text_like(data)
+    draft.commit({}, 0.0)
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    try:
+        nodes = [cluster.add_node(**NODE) for _ in range(2)]
+        ray.init(address=cluster.address, log_to_driver=False)
+        results = {"killed": killed(folder, cluster.address), "moved": moved(folder, cluster, nodes)}
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    for name, result in results.items():
+        result["rows"] = curve(folder, name)
+        result["said"] = [word["note"] for word in Run(folder, name).words() if word["task"] == "resume"]
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def drive(folder: Path, address: str) -> None:
+    ray.init(address=address, log_to_driver=False)
+    train(Run(folder, "killed").context())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        drive(Path(sys.argv[1]), sys.argv[2])
+    else:
+        main(Path(sys.argv[1]))

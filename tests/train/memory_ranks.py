@@ -1,0 +1,151 @@
+"""One rank of a real process group that trains and counts the bytes of every tensor it holds. Run by test_memory.py.
+
+python memory_ranks.py FOLDER RANK WORLD CASES
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from overproof.data.manifest import Manifest
+from overproof.models import build
+from overproof.recipe import Train
+from overproof.train.engine import ZeroEngine
+from overproof.train.objective import CrossEntropy
+
+STEPS = 2  # Adam's averages exist after the first
+GRADIENTS = ("averaged_gradients", "grad_partitions_flat_buffer", "offload_gradient_dict")
+MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups", "fp32_groups_flat")
+BUFFERS = (
+    "param_buffer_of_bit16_for_cpu_offload_groups",
+    "temp_grad_buffer_for_cpu_offload",
+    "temp_grad_buffer_for_gpu_offload",
+)
+
+
+def flat(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from flat(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from flat(each)
+
+
+def storages(tensors: Any) -> dict[int, int]:
+    """Bytes by address; two views of one storage count once."""
+    found = (tensor.untyped_storage() for tensor in flat(tensors) if not tensor.is_meta)
+    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.data_ptr()}
+
+
+def held(engine: ZeroEngine) -> dict[str, int]:
+    """Bytes of each kind now; a storage belongs to the first kind that owns it."""
+    optimizer, module = engine.engine.optimizer, engine.engine.module
+    attributes = vars(optimizer)
+    parameters = list(module.parameters())
+    shards = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
+    masters = [attributes[name] for name in MASTERS if name in attributes]
+    buckets = [bucket.buffer for bucket in attributes.get("ipg_buckets", {}).values()]
+    kinds = {
+        "weights": [parameters, shards],
+        "buffers": [buckets, [attributes.get(name) for name in BUFFERS]],
+        "optimizer": [masters, [dict(state) for state in getattr(optimizer, "optimizer", optimizer).state.values()]],
+        "gradients": [
+            [p.grad for p in parameters if p.grad is not None],
+            [master.grad for master in flat(masters) if master.grad is not None],
+            [attributes.get(name) for name in GRADIENTS],
+        ],
+    }
+    seen: dict[int, int] = {}
+    sizes = {}
+    for kind, tensors in kinds.items():
+        here = {address: size for address, size in storages(tensors).items() if address not in seen}
+        seen |= here
+        sizes[kind] = sum(here.values())
+    return sizes | {"every": sum((storages(live()) | seen).values()), "claimed": sum(seen.values())}
+
+
+def live() -> list[Tensor]:
+    return [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+
+
+def measure(train: Train, manifest: Manifest, before: int) -> dict[str, Any]:
+    """The most bytes of each kind over the moments of a step, and all tensors after it."""
+    engine = ZeroEngine(build(train.model, manifest, 0), train)  # type: ignore[arg-type]
+    inner = getattr(engine.engine.optimizer, "optimizer", engine.engine.optimizer)
+    largest: dict[str, int] = {}
+    moments: dict[str, dict[str, int]] = {}
+
+    def look(moment: str) -> None:
+        moments[moment] = held(engine)
+        for kind, size in moments[moment].items():
+            largest[kind] = max(size, largest.get(kind, 0))
+
+    class Objective(CrossEntropy):
+        def loss(self, model: Any, batch: Any) -> Any:
+            found = super().loss(model, batch)
+            look("forward")
+            return found
+
+    def travelling(flat_gradients: Tensor, parts: Any) -> Any:  # without ZeRO gradients travel as one copy
+        largest["buffers"] = max(largest.get("buffers", 0), flat_gradients.untyped_storage().nbytes())
+        return unflatten(flat_gradients, parts)
+
+    unflatten, engine.engine.unflatten = engine.engine.unflatten, travelling
+    if train.zero_stage < 3:  # the last gradient of a backward pass; stage 3 has its own hooks there
+        first = engine.engine.module.get_input_embeddings().weight
+        first.register_post_accumulate_grad_hook(lambda *_: look("gradients"))
+    layer = next(m for m in engine.engine.module.modules() if type(m).__name__.endswith("DecoderLayer"))
+    layer.register_full_backward_hook(lambda *_: look("backward"))
+    engine_step, inner_step = engine.engine.step, inner.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        look("reduced")
+        return engine_step(*args, **kwargs)
+
+    def update(*args: Any, **kwargs: Any) -> Any:
+        look("update")
+        return inner_step(*args, **kwargs)
+
+    engine.engine.step = step
+    rows = train.batch_size // train.most
+    for number in range(STEPS):
+        if number == STEPS - 1:
+            inner.step = update
+        tokens = torch.randint(0, manifest.outputs, (rows, manifest.positions + 1))
+        engine.step(Objective(), {"tokens": tokens, "length": torch.full((rows,), manifest.positions)})
+    look("after")
+    found = {
+        "parts": largest,
+        "moments": moments,
+        "unclaimed": moments["after"]["every"] - moments["after"]["claimed"] - before,
+    }
+    engine.engine.destroy()
+    return found
+
+
+def main(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    manifest = Manifest.model_validate(cases[0]["manifest"])
+    for case in cases:
+        gc.collect()
+        found = measure(Train.model_validate(case["train"]), manifest, sum(storages(live()).values()))
+        (folder / f"{case['name']}.{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))

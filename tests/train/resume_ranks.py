@@ -1,0 +1,98 @@
+"""Trains without Ray, killed and started again as told, and prints what came of it. Run by test_resume.py.
+
+python resume_ranks.py FOLDER CASES
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed  # noqa: F401  # once, for all ranks forked from here
+from tiny_data import digits_like, settings, text_like
+
+from overproof.artifact import Artifact, Store
+from overproof.errors import InputError
+from overproof.train.alone import Group, GroupDied
+from overproof.train.checkpoint import Checkpoints
+from overproof.train.job import Job
+
+SEED = 3
+BROKEN_ROW = 37
+PRINT = "b" * 64
+
+
+@dataclass(frozen=True)
+class KillAt:
+    """A progress that ends its own process, as a power cut would."""
+
+    step: int
+
+    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
+        if done == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Said:
+    """A progress that keeps in a file what was said."""
+
+    file: Path
+
+    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
+        with self.file.open("a") as file:
+            file.write(f"{note}\n")
+
+
+def job_of(store: Store, prepared: Artifact, name: str, train: dict[str, Any]) -> Job:
+    draft = store.begin(name, "train", PRINT, {"train": train}, {"prepare": prepared.record.fingerprint})
+    plan = settings(**train)
+    checkpoints = Checkpoints(draft.workspace, PRINT, draft.config, draft.parents, plan.checkpoint)
+    return Job(plan, SEED, prepared, draft, checkpoints, Said(Path(store.uri) / f"{name}.said"))
+
+
+def run(store: Store, prepared: Artifact, case: dict[str, Any]) -> dict[str, Any]:
+    """Every attempt of a case; the last one ends by itself."""
+    job = job_of(store, prepared, case["name"], case["train"])
+    starts = []
+    for attempt in case["attempts"]:
+        kill = attempt.get("kill")
+        group = Group.begin(replace(job, progress=KillAt(kill)) if kill else job, attempt["world"])
+        starts.append(group.start.step)
+        try:
+            metrics = group.join()
+            assert not kill
+        except GroupDied:
+            assert kill
+        except InputError as error:
+            return {"error": str(error), "starts": starts, "committed": job.checkpoints.committed()}
+    folder = Path(job.draft.uri)
+    return {
+        "starts": starts,
+        "rows": [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()],
+        "weights": hashlib.sha256((folder / "model/model.safetensors").read_bytes()).hexdigest(),
+        "kept": sorted(path.name.partition("-")[0] for path in Path(job.checkpoints.uri).glob("0*")),
+        "metrics": metrics,
+    }
+
+
+def main(folder: Path, cases: list[dict[str, Any]]) -> None:
+    store = Store(str(folder / "store"))
+    prepared = {}
+    for name, make in {"text": text_like, "broken": lambda root: digits_like(root, BROKEN_ROW)}.items():
+        draft = store.begin(name, "prepare", "a" * 64, {}, {})
+        with draft.directory() as data:
+            make(data)
+        prepared[name] = draft.commit({}, 0.0)
+    results = {case["name"]: run(store, prepared[case["data"]], case) for case in cases}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
