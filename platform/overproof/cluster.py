@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 from overproof.errors import InputError
 from overproof.placement import Capacity, Node, check, describe
-from overproof.progress import Progress
+from overproof.progress import NOTICE, Progress
 
 __all__ = ["Capacity", "check", "connect", "elsewhere", "local_capacity", "own_interrupt", "relay"]
 
@@ -32,8 +33,9 @@ def local_capacity() -> Capacity:
 
 
 def elsewhere() -> bool:
-    """Whether this process is told to use a running cluster (`ray job submit`, or RAY_ADDRESS)."""
-    return bool(os.environ.get("RAY_ADDRESS"))
+    """Whether this process uses a running cluster: told to (`ray job submit`, or RAY_ADDRESS), or attached to one."""
+    ray = sys.modules.get("ray")
+    return bool(os.environ.get("RAY_ADDRESS")) or bool(ray and ray.is_initialized())
 
 
 def connect() -> Capacity:
@@ -93,6 +95,9 @@ def own_interrupt() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
 
 
+Word = tuple[Any, ...]  # what a Progress was called with
+
+
 class _Relay:
     """A `Progress` that any process of the cluster may call."""
 
@@ -104,17 +109,22 @@ class _Relay:
 
 
 class _Mailbox:
-    """Keeps the newest word on each task."""
+    """Keeps the newest word on each task, and every notice."""
 
     def __init__(self) -> None:
-        self.news: dict[str, tuple[int, int, str]] = {}
+        self.news: dict[str, Word] = {}
+        self.notices: list[Word] = []
 
-    def put(self, task: str, done: int, total: int, note: str) -> None:
-        self.news[task] = (done, total, note)
+    def put(self, *word: Any) -> None:
+        if word[0] == NOTICE:
+            self.notices.append(word)
+        else:
+            self.news[word[0]] = word
 
-    def take(self) -> dict[str, tuple[int, int, str]]:
-        news, self.news = self.news, {}
-        return news
+    def take(self) -> list[Word]:
+        words = [*self.notices, *self.news.values()]
+        self.news, self.notices = {}, []
+        return words
 
 
 @contextmanager
@@ -122,14 +132,16 @@ def relay(show: Progress) -> Iterator[Progress]:
     """A picklable `Progress` whose words reach ``show`` in this process."""
     import ray
 
-    mailbox: Any = ray.remote(num_cpus=0)(_Mailbox).remote()
+    # Here, for it must not go with another node.
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    mailbox: Any = ray.remote(num_cpus=0, label_selector=here)(_Mailbox).remote()
     done = threading.Event()
 
     def pump() -> None:
         while True:
             last = done.wait(POLL_S)
-            for task, (count, total, note) in ray.get(mailbox.take.remote()).items():
-                show(task, count, total, note)
+            for word in ray.get(mailbox.take.remote()):
+                show(*word)
             if last:
                 return
 

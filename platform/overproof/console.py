@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.status import Status
 
-from overproof.progress import Progress
+from overproof.progress import NOTICE, Progress
 
 LINE_EVERY_S = 5.0  # without a terminal a bar becomes a line now and then
 
@@ -47,6 +47,9 @@ def bars() -> Iterator[Progress]:
         spoken: dict[str, float] = {}
 
         def show(task: str, done: int, total: int, note: str = "") -> None:
+            if task == NOTICE:
+                out.print(f"! {note}", style="yellow", markup=False)
+                return
             if task not in ids:
                 ids[task] = int(drawn.add_task(task, total=total, note=note))
             drawn.update(ids[task], completed=done, total=total, note=note)  # type: ignore[arg-type]

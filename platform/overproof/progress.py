@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+NOTICE = "notice"  # a task whose words are events: each is shown, on a line that stays
+
 
 class Progress(Protocol):
     """Picklable, cheap and safe to call from any process."""

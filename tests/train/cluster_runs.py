@@ -26,6 +26,7 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from tiny_data import LLAMA, settings, text_like
 
 from overproof.artifact import Draft, Store
+from overproof.progress import NOTICE
 from overproof.recipe import load as read_recipe
 from overproof.stage import Context
 from overproof.train.launch import train
@@ -228,7 +229,7 @@ def main(folder: Path) -> None:
         cluster.shutdown()
     for name, result in results.items():
         result["rows"] = curve(folder, name)
-        result["said"] = [word["note"] for word in Run(folder, name).words() if word["task"] == "resume"]
+        result["said"] = [word["note"] for word in Run(folder, name).words() if word["task"] == NOTICE]
     (folder / "results.json").write_text(json.dumps(results))
 
 

@@ -18,6 +18,7 @@ from overproof.data.manifest import Manifest
 from overproof.data.plan import Order
 from overproof.data.read import BATCH_COLUMNS, Columns, Shards
 from overproof.errors import InputError
+from overproof.progress import NOTICE
 from overproof.train.job import Job
 from overproof.train.rank import Trainee
 from overproof.train.saving import Silent
@@ -46,7 +47,7 @@ class Group:
             InputError: checkpoints of another recipe are in the way, or none is good.
         """
         job.checkpoints.begin()
-        start = Start(job.checkpoints.newest(lambda said: job.progress("train", 0, job.train.steps, said)))
+        start = Start(job.checkpoints.newest(lambda said: job.progress(NOTICE, 0, job.train.steps, said)))
         context = multiprocessing.get_context("fork")
         meeting = Path(tempfile.mkdtemp(prefix="overproof-ranks-")) / "rendezvous"
         pipes = [context.Pipe(duplex=False) for _ in range(world)]

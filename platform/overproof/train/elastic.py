@@ -28,6 +28,7 @@ from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
 from overproof.errors import InputError
+from overproof.progress import NOTICE
 from overproof.train.checkpoint import Checkpoints, Say
 from overproof.train.job import Job
 
@@ -44,7 +45,7 @@ _asked = threading.Event()  # in a worker's process: there is room for a larger 
 
 def say(job: Job, line: str) -> None:
     """Tell the user what happened to a run, beside how far it is."""
-    job.progress("resume", job.checkpoints.committed(), job.train.steps, line)
+    job.progress(NOTICE, job.checkpoints.committed(), job.train.steps, line)
 
 
 class Leaving(Exception):
@@ -145,7 +146,8 @@ def brief(found: Sequence[BaseException]) -> str:
     cause = dead[0] if dead else found[0]
     text = " ".join(str(cause).split())
     if dead:
-        return f"a worker died: {(text.partition('is dead because ')[2] or text)[:LONGEST_CAUSE]}"
+        why = (text.partition("is dead because ")[2] or text).partition(" Some common causes")[0]
+        return f"a worker died: {why[:LONGEST_CAUSE]}"
     return f"{type(cause).__name__}: {text[:LONGEST_CAUSE]}"
 
 

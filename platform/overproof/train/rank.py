@@ -18,6 +18,7 @@ from overproof.data.plan import Order, rows_hash
 from overproof.data.read import BATCH_COLUMNS, Columns, Shards
 from overproof.errors import InputError
 from overproof.models import Batch, build, load, parameters, save, to_tensors
+from overproof.progress import NOTICE
 from overproof.recipe import Pretrained
 from overproof.train import pretrained
 from overproof.train.checkpoint import Kept, find_fault
@@ -167,7 +168,7 @@ class Trainee:
                 f"{error}; {which} (sample_id of the train split). on_nonfinite: skip leaves such steps out"
             )
         if self.rank == 0:
-            self.job.progress("train", step, self.job.train.steps, f"step {step} left out: {which}")
+            self.job.progress(NOTICE, step, self.job.train.steps, f"step {step} left out: {which}")
 
 
 def _existing(folder: Path) -> Path:
