@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -33,9 +32,8 @@ def local_capacity() -> Capacity:
 
 
 def elsewhere() -> bool:
-    """Whether this process uses a running cluster: told to (`ray job submit`, or RAY_ADDRESS), or attached to one."""
-    ray = sys.modules.get("ray")
-    return bool(os.environ.get("RAY_ADDRESS")) or bool(ray and ray.is_initialized())
+    """Whether this process is told to use a running cluster (`ray job submit`, or RAY_ADDRESS)."""
+    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def connect() -> Capacity:

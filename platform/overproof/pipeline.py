@@ -51,7 +51,7 @@ def _beyond_train(train: Train) -> dict[str, Any]:
 
 STAGES = (
     Stage("prepare", "overproof.data.prepare:prepare", (),
-          lambda r: {"seed": r.seed, "data": _dump(r.data), "source": source_digest(r.data)}),
+          lambda r: {"seed": r.seed, "data": _dump(r.data), "source": source_digest(r.data)}, format=2),
     Stage("train", "overproof.train.launch:train", ("prepare",),
           lambda r: {"seed": r.seed, "train": _dump(r.train), **_beyond_train(r.train)}),
     Stage("cache", "overproof.distill.teacher:cache", ("prepare", "train"),

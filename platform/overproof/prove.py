@@ -266,10 +266,12 @@ def _nodes(cpus: list[int]) -> Iterator[Any]:
         nodes = Cluster(initialize_head=True, head_node_args={**head, "include_dashboard": True, "dashboard_port": 0})
         for count in cpus[1:]:
             nodes.add_node(num_cpus=count, object_store_memory=OBJECT_STORE_BYTES)
+        os.environ["RAY_ADDRESS"] = nodes.address  # so that nothing looks at this machine for room
         ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.WARNING)
     try:
         yield nodes
     finally:
+        del os.environ["RAY_ADDRESS"]
         ray.shutdown()
         nodes.shutdown()  # type: ignore[no-untyped-call]
 

@@ -14,17 +14,18 @@ from overproof.artifact import file_sha256
 from overproof.data import read
 from overproof.data.manifest import MANIFEST, Manifest, Split
 from overproof.data.plan import Order
-from overproof.data.read import Shards, open_shard, schema
+from overproof.data.read import Shards, open_shard, to_numpy
+from overproof.data.schema import digits_schema, schema, text_schema
 from overproof.data.write import parquet_bytes, to_table, write_shard
 from overproof.errors import InputError
 
-T, GROUP, ROWS = 8, 4, (40, 24)
+T, GROUP, ROWS, VOCABULARY = 8, 4, (40, 24), 9999
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Two train shards and one that ends in a part of a row group; tokens tell the row."""
-    splits = {}
+    splits, fields = {}, text_schema(T, VOCABULARY)
     for split, sizes in {"train": ROWS, "validation": (6,)}.items():
         shards, start = [], 0
         for index, rows in enumerate(sizes):
@@ -35,11 +36,11 @@ def root(tmp_path: Path) -> Path:
                 "tokens": (ids[:, None] * 100 + np.arange(T + 1)).astype(np.int32),
                 "length": np.full(rows, T, np.int32),
             }
-            shards.append(write_shard(str(tmp_path), f"{split}/{index:05d}.parquet", columns, "text", T, GROUP))
+            shards.append(write_shard(str(tmp_path), f"{split}/{index:05d}.parquet", columns, fields, GROUP))
             start += rows
         splits[split] = Split(shards=tuple(shards), rows=start, tokens=start * T, documents=1)
     manifest = Manifest(
-        kind="text", splits=splits, rows_per_group=GROUP, sequence_length=T, vocab_size=9999, classes=None,
+        kind="text", splits=splits, rows_per_group=GROUP, sequence_length=T, vocab_size=VOCABULARY, classes=None,
         tokenizer_sha256="0" * 64, dropped={},
     )  # fmt: skip
     (tmp_path / MANIFEST).write_text(manifest.model_dump_json())
@@ -48,7 +49,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_a_shard_is_what_its_entry_says(root: Path) -> None:
     manifest = Manifest.read(root)
-    assert (manifest.groups, manifest.positions, manifest.outputs) == (16, T, 9999)
+    assert (manifest.groups, manifest.positions, manifest.outputs) == (16, T, VOCABULARY)
     for shard in manifest.splits["train"].shards:
         path = root / shard.path
         assert shard.sha256 == file_sha256(path)
@@ -58,7 +59,7 @@ def test_a_shard_is_what_its_entry_says(root: Path) -> None:
         sizes = {found.metadata.row_group(i).num_rows for i in range(found.num_row_groups)}
         assert sizes == {GROUP}
         assert found.metadata.row_group(0).column(0).compression == "ZSTD"
-        assert found.schema_arrow.equals(schema("text", T))
+        assert found.schema_arrow.equals(schema(manifest))
 
 
 def test_rows_come_in_the_order_asked_for(root: Path) -> None:
@@ -111,9 +112,34 @@ def test_what_is_opened_stays_behind(root: Path) -> None:
     assert np.array_equal(copy.take(np.arange(3))["tokens"], shards.take(np.arange(3))["tokens"])
 
 
+@pytest.mark.parametrize(("vocab_size", "width"), [(1 << 16, 2), (65_537, 4)])
+def test_tokens_take_two_bytes_where_they_can(vocab_size: int, width: int) -> None:
+    """Every token of the vocabulary comes back, from inside a table too; one beyond it is refused, never cut off."""
+    ids_RS = np.array([[0, 1], [vocab_size - 1, 2], [3, vocab_size - 2]], np.int32)
+    columns = {"sample_id": np.arange(3), "document": np.arange(3), "tokens": ids_RS, "length": np.arange(3)}
+    table = to_table(columns, text_schema(1, vocab_size))
+    assert table.schema.field("tokens").type == pa.binary(2 * width)
+    for part in (slice(0, 3), slice(1, 3)):
+        found = to_numpy(table.slice(part.start, part.stop - part.start))["tokens"]
+        assert found.dtype == np.int32
+        assert np.array_equal(found, ids_RS[part])
+    if width == 2:
+        with pytest.raises(ValueError, match="from 0 to 65536 in a row; expected numbers of type uint16"):
+            to_table(columns | {"tokens": ids_RS + (ids_RS == 65_535)}, text_schema(1, vocab_size))
+
+
+def test_bytes_that_do_not_say_what_they_hold_are_refused(root: Path) -> None:
+    path = root / "train/00000.parquet"
+    table = pq.read_table(path)
+    field = table.schema.field("tokens")
+    replace(path, table.cast(table.schema.set(2, field.remove_metadata())))
+    with pytest.raises(InputError, match=r"tokens fixed_size_binary\[18\], .*; expected .*\[18\] of <u2, length"):
+        Shards(root, "train").take(np.array([0]))
+
+
 def test_the_same_rows_give_the_same_bytes() -> None:
     columns = {"sample_id": np.arange(9), "pixels": np.ones((9, 64), np.float32), "label": np.arange(9)}
-    tables = [to_table(columns, schema("digits", None)) for _ in range(2)]
+    tables = [to_table(columns, digits_schema()) for _ in range(2)]
     assert parquet_bytes(tables[0], 4) == parquet_bytes(tables[1], 4)
 
 
@@ -130,8 +156,8 @@ def test_unknown_names_are_refused(root: Path, tmp_path: Path) -> None:
         Shards(root, "train", ("pixels",))
     with pytest.raises(InputError, match=r"manifest\.json: No such file"):
         Manifest.read(tmp_path / "none")
-    (tmp_path / MANIFEST).write_text('{"format": 2}')
-    with pytest.raises(InputError, match="format: Input should be 1; expected what this version writes"):
+    (tmp_path / MANIFEST).write_text('{"format": 1}')
+    with pytest.raises(InputError, match="format: Input should be 2; expected what this version writes"):
         Manifest.read(tmp_path)
 
 

@@ -15,6 +15,7 @@ from overproof.data.digits import prepare_digits
 from overproof.data.manifest import MANIFEST, TOKENIZER, Manifest, Split
 from overproof.data.plan import Order
 from overproof.data.read import Shards
+from overproof.data.schema import text_schema
 from overproof.data.write import write_shard
 from overproof.distill.targets import INDEX, CacheIndex
 from overproof.distill.teacher import Job, Teacher, cover
@@ -40,6 +41,7 @@ def text_like(root: Path) -> Manifest:
     rng = np.random.default_rng(0)
     (root / TOKENIZER).write_text('{"made": "for a test"}')
     splits: dict[str, Split] = {}
+    fields = text_schema(LENGTH, VOCABULARY)
     for split, rows in ROWS.items():
         strides = rng.integers(1, 4, (rows, LENGTH)).cumsum(1)
         tokens = np.concatenate([np.zeros((rows, 1)), strides], 1) + rng.integers(1, VOCABULARY, (rows, 1))
@@ -52,7 +54,7 @@ def text_like(root: Path) -> Manifest:
                 "tokens": (tokens[part] % VOCABULARY).astype(np.int32),
                 "length": lengths[part].astype(np.int32),
             }
-            shards.append(write_shard(str(root), f"{split}/{number:05d}.parquet", columns, "text", LENGTH, 8))
+            shards.append(write_shard(str(root), f"{split}/{number:05d}.parquet", columns, fields, 8))
         splits[split] = Split(shards=tuple(shards), rows=rows, tokens=int(lengths.sum()), documents=1)
     return Manifest(
         kind="text",

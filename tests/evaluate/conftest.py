@@ -21,6 +21,7 @@ from overproof.compress.export import compress
 from overproof.data import tokens as bpe
 from overproof.data.manifest import Manifest, Split
 from overproof.data.read import Shards
+from overproof.data.schema import digits_schema, text_schema
 from overproof.data.write import write_shard
 from overproof.progress import quiet
 from overproof.recipe import Llama, Recipe, Vit
@@ -59,7 +60,7 @@ def prepare_text(root: Path) -> Manifest:
     }
     splits = {}
     for name, values in columns.items():
-        shard = write_shard(str(root), f"{name}/00000.parquet", values, "text", LENGTH, GROUP)
+        shard = write_shard(str(root), f"{name}/00000.parquet", values, text_schema(LENGTH, VOCABULARY), GROUP)
         splits[name] = Split(shards=(shard,), rows=shard.rows, tokens=shard.tokens, documents=len(test))
     sizes = [len(text.encode()) for text in test]
     table = {"document": pa.array(range(len(test)), pa.int32()), "split": ["test"] * len(test), "size_bytes": sizes}
@@ -86,7 +87,7 @@ def prepare_digits(root: Path) -> Manifest:
     for name, part in {"train": slice(0, 1200), "test": slice(1200, None)}.items():
         labels = digits.target[part].astype(np.int32)
         columns = {"sample_id": np.arange(len(labels)), "pixels": pixels[part], "label": labels}
-        shard = write_shard(str(root), f"{name}/00000.parquet", columns, "digits", None, GROUP)
+        shard = write_shard(str(root), f"{name}/00000.parquet", columns, digits_schema(), GROUP)
         splits[name] = Split(shards=(shard,), rows=shard.rows, tokens=shard.tokens, documents=shard.rows)
     manifest = Manifest(
         kind="digits",

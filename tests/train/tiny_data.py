@@ -9,6 +9,7 @@ import numpy as np
 
 from overproof.data.manifest import MANIFEST, TOKENIZER, Manifest, Split
 from overproof.data.read import Columns
+from overproof.data.schema import digits_schema, text_schema
 from overproof.data.write import write_shard
 from overproof.recipe import Llama, Train, Vit
 
@@ -37,7 +38,7 @@ def digits_like(root: Path, broken_row: int | None = None) -> Path:
             "pixels": pixels_BHW.reshape(rows, 64).astype(np.float32),
             "label": label.astype(np.int32),
         }
-        shard = write_shard(str(root), f"{split}/00000.parquet", columns, "digits", None, ROWS_PER_GROUP)
+        shard = write_shard(str(root), f"{split}/00000.parquet", columns, digits_schema(), ROWS_PER_GROUP)
         splits[split] = Split(shards=(shard,), rows=rows, tokens=rows, documents=rows)
     return _described(root, "digits", splits)
 
@@ -45,7 +46,7 @@ def digits_like(root: Path, broken_row: int | None = None) -> Path:
 def text_like(root: Path) -> Path:
     """Counting modulo the vocabulary, from anywhere; held-out rows differ in length."""
     rng = np.random.default_rng(0)
-    splits = {}
+    splits, fields = {}, text_schema(LENGTH, VOCABULARY)
     for split, rows in ROWS.items():
         tokens_BS = (rng.integers(1, VOCABULARY, (rows, 1)) + np.arange(LENGTH + 1)) % VOCABULARY
         length_B = np.full(rows, LENGTH) if split == "train" else 1 + np.arange(rows) % LENGTH
@@ -55,7 +56,7 @@ def text_like(root: Path) -> Path:
             "tokens": tokens_BS.astype(np.int32),
             "length": length_B.astype(np.int32),
         }
-        shard = write_shard(str(root), f"{split}/00000.parquet", columns, "text", LENGTH, ROWS_PER_GROUP)
+        shard = write_shard(str(root), f"{split}/00000.parquet", columns, fields, ROWS_PER_GROUP)
         splits[split] = Split(shards=(shard,), rows=rows, tokens=int(length_B.sum()), documents=1)
     (root / TOKENIZER).write_text("{}")
     return _described(root, "text", splits)

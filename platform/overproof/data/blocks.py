@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from overproof.data import clean, tokens
 from overproof.data.documents import read
 from overproof.data.plan import permutation
+from overproof.data.schema import text_schema
 from overproof.data.sources import Source
 from overproof.data.write import write_shard
 from overproof.errors import InputError
@@ -117,7 +118,9 @@ def tokenise(block: pa.Table, placement: Placement, tokenizer_json: str) -> pa.T
     )
 
 
-def write_part(group: pa.Table, parts: Sequence[Part], data: TextData, seed: int, uri: str) -> pa.Table:
+def write_part(
+    group: pa.Table, parts: Sequence[Part], data: TextData, vocab_size: int, seed: int, uri: str
+) -> pa.Table:
     """Pack and write one shard from its documents, whatever order they arrive in."""
     index = group["part"][0].as_py()
     part, length = parts[index], data.sequence_length
@@ -132,5 +135,5 @@ def write_part(group: pa.Table, parts: Sequence[Part], data: TextData, seed: int
         owners_R = np.repeat(group["document"].to_numpy(), [len(rows) for rows, _ in packed])
         rows_RS, lengths_R = (np.concatenate(values) for values in zip(*packed, strict=True))
         columns = tokens.columns(part.first_sample, rows_RS, lengths_R, owners_R)
-    shard = write_shard(uri, part.path, columns, "text", length, data.rows_per_group)
+    shard = write_shard(uri, part.path, columns, text_schema(length, vocab_size), data.rows_per_group)
     return pa.table({"part": pa.array([index], pa.int32()), "shard": [shard.model_dump_json()]})

@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 
 from overproof.data.manifest import SPLITS, Manifest, Shard, Split
 from overproof.data.plan import permutation
+from overproof.data.schema import digits_schema
 from overproof.data.write import write_shard
 from overproof.errors import InputError
 from overproof.recipe import DigitsData
@@ -86,6 +87,6 @@ def _write(
             "pixels": pixels_RD[start:end],
             "label": labels_R[start:end],
         }
-        written.append(write_shard(uri, f"{split}/{index:05d}.parquet", columns, "digits", None, data.rows_per_group))
+        written.append(write_shard(uri, f"{split}/{index:05d}.parquet", columns, digits_schema(), data.rows_per_group))
         start = end
     return tuple(written)

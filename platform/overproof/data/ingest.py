@@ -16,7 +16,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import Dataset, Datasource, ReadTask
@@ -24,7 +23,8 @@ from ray.data.block import BlockMetadata
 
 from overproof.data.manifest import Manifest
 from overproof.data.plan import Order
-from overproof.data.read import BATCH_COLUMNS, Shards, schema
+from overproof.data.read import BATCH_COLUMNS, Shards
+from overproof.data.schema import row_bytes, schema
 from overproof.data.write import to_table
 
 BLOCK_BYTES = 1 << 20  # small, so that the first batch comes soon and little is read ahead
@@ -53,18 +53,18 @@ class Plan:
     def read(self, block: Block) -> Iterator[pa.Table]:
         """The rows of one block."""
         shards = _shards(self.root)
-        steps = range(block.first, block.last)
-        ids = np.concatenate([self.order.step_rows(s, self.batch_size, block.rank, self.world) for s in steps])
-        manifest = shards.manifest
-        wanted = schema(manifest.kind, manifest.sequence_length)
-        fields = [wanted.field(name) for name in ("sample_id", *BATCH_COLUMNS[manifest.kind])]
-        yield to_table(shards.take(ids), pa.schema(fields))
+        ids = self.order.steps_rows(block.first, block.last, self.batch_size, block.rank, self.world)
+        yield to_table(shards.take(ids), schema(shards.manifest, shards.columns))
 
 
 @lru_cache(maxsize=2)
 def _shards(root: Path) -> Shards:
     manifest = Manifest.read(root)
-    return Shards(root, "train", ("sample_id", *BATCH_COLUMNS[manifest.kind]))
+    return Shards(root, "train", _columns(manifest))
+
+
+def _columns(manifest: Manifest) -> tuple[str, ...]:
+    return ("sample_id", *BATCH_COLUMNS[manifest.kind])
 
 
 class PlannedSource(Datasource):
@@ -109,14 +109,14 @@ def planned_dataset(root: Path, order: Order, batch_size: int, first_step: int, 
         raise ValueError(f"batch_size {batch_size} is not a multiple of {world} ranks")
     if first_step >= last_step:
         raise ValueError(f"steps [{first_step}, {last_step}): expected at least one")
-    row_bytes = 4 * (manifest.positions + 4) if manifest.kind == "text" else 4 * (64 + 3)
-    steps = min(max(BLOCK_BYTES // (row_bytes * batch_size // world), 1), BLOCK_STEPS)
+    size_bytes = row_bytes(schema(manifest, _columns(manifest)))
+    steps = min(max(BLOCK_BYTES // (size_bytes * batch_size // world), 1), BLOCK_STEPS)
     blocks = [
         Block(rank, first, min(first + steps, last_step))
         for first in range(first_step, last_step, steps)
         for rank in range(world)
     ]
-    source = PlannedSource(Plan(Path(root), order, batch_size, world), blocks, row_bytes)
+    source = PlannedSource(Plan(Path(root), order, batch_size, world), blocks, size_bytes)
     dataset: Dataset = ray.data.read_datasource(
         source, override_num_blocks=len(blocks), concurrency=min(CONCURRENT_READS, len(blocks))
     )

@@ -12,7 +12,7 @@ from overproof.artifact import read_json
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 DOCUMENTS = "documents.parquet"
-FORMAT: Literal[1] = 1
+FORMAT: Literal[2] = 2
 SPLITS = ("train", "validation", "test")
 
 
@@ -42,7 +42,7 @@ class Split(_Frozen):
 class Manifest(_Frozen):
     """The content of ``manifest.json``. Row ``i`` of a split has ``sample_id`` i, counted through its shards."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     kind: Literal["text", "digits"]
     splits: dict[str, Split]
     rows_per_group: int

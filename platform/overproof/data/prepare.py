@@ -91,7 +91,8 @@ def _text(context: Context, data: TextData) -> Manifest:
     encoded = _each_block(found, partial(tokenise, placement=placement, tokenizer_json=tokenizer_json))
     parts = _layout(_facts(encoded, ("part", "tokens_count")), data)
     say(3, f"writing {len(parts)} shards")
-    shards = _write(encoded, parts, data, seed, uri)
+    vocab_size = Tokenizer.from_str(tokenizer_json).get_vocab_size()
+    shards = _write(encoded, parts, data, vocab_size, seed, uri)
     put(uri, TOKENIZER, tokenizer_json.encode())
     put(uri, DOCUMENTS, _documents(kept, splits_N))
     say(4, "")
@@ -100,7 +101,7 @@ def _text(context: Context, data: TextData) -> Manifest:
         splits={name: _split(name, parts, shards, int(np.sum(splits_N == name))) for name in SPLITS},
         rows_per_group=data.rows_per_group,
         sequence_length=data.sequence_length,
-        vocab_size=Tokenizer.from_str(tokenizer_json).get_vocab_size(),
+        vocab_size=vocab_size,
         classes=None,
         tokenizer_sha256=hashlib.sha256(tokenizer_json.encode()).hexdigest(),
         dropped=kept.dropped,
@@ -213,8 +214,10 @@ def _layout(counts: pa.Table, data: TextData) -> list[Part]:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def _write(encoded: Dataset, parts: Sequence[Part], data: TextData, seed: int, uri: str) -> list[Shard]:
-    write = partial(write_part, parts=parts, data=data, seed=seed, uri=uri)
+def _write(
+    encoded: Dataset, parts: Sequence[Part], data: TextData, vocab_size: int, seed: int, uri: str
+) -> list[Shard]:
+    write = partial(write_part, parts=parts, data=data, vocab_size=vocab_size, seed=seed, uri=uri)
     groups = encoded.groupby("part")
     written = pa.concat_tables(ray.get(groups.map_groups(write, batch_format="pyarrow").to_arrow_refs()))
     shards = dict(zip(written["part"].to_pylist(), written["shard"].to_pylist(), strict=True))

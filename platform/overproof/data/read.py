@@ -14,27 +14,14 @@ from numpy.typing import NDArray
 
 from overproof.data.manifest import Manifest
 from overproof.data.plan import Order
+from overproof.data.schema import DTYPE, row_bytes, schema
 from overproof.errors import InputError
 
 Columns = dict[str, NDArray[Any]]
 
 KEPT_BYTES = 64 << 20  # of decoded row groups: what fits is decoded once, not once an epoch
 AHEAD_BYTES = 1 << 20
-COLUMNS = {
-    "text": ("sample_id", "document", "tokens", "length"),
-    "digits": ("sample_id", "pixels", "label"),
-}
 BATCH_COLUMNS = {"text": ("tokens", "length"), "digits": ("pixels", "label")}
-
-
-def schema(kind: str, sequence_length: int | None) -> pa.Schema:
-    """The columns of a shard; none may be null."""
-    if kind == "text":
-        assert sequence_length is not None
-        types = [pa.int64(), pa.int32(), pa.list_(pa.int32(), sequence_length + 1), pa.int32()]
-    else:
-        types = [pa.int64(), pa.list_(pa.float32(), 64), pa.int32()]
-    return pa.schema([pa.field(n, t, nullable=False) for n, t in zip(COLUMNS[kind], types, strict=True)])
 
 
 def refuse_objects(found: pa.Schema, where: str) -> None:
@@ -80,11 +67,16 @@ def open_shard(path: Path) -> pq.ParquetFile:
 
 
 def to_numpy(table: pa.Table) -> Columns:
-    """Columns as arrays, without nulls; fixed-size lists become 2-D."""
-    return {name: _array(table.column(name).combine_chunks()) for name in table.column_names}
+    """Columns as arrays, without nulls; fixed-size lists and bytes become 2-D, bytes as int32."""
+    return {field.name: _array(table.column(field.name).combine_chunks(), field) for field in table.schema}
 
 
-def _array(values: pa.Array) -> NDArray[Any]:
+def _array(values: pa.Array, field: pa.Field) -> NDArray[Any]:
+    if pa.types.is_fixed_size_binary(values.type):
+        stored, width = np.dtype(field.metadata[DTYPE].decode()), values.type.byte_width
+        shape = (len(values), width // stored.itemsize)
+        numbers: NDArray[Any] = np.ndarray(shape, stored, values.buffers()[1], values.offset * width)
+        return numbers.astype(np.int32)
     if pa.types.is_fixed_size_list(values.type):
         flat: NDArray[Any] = values.flatten().to_numpy(zero_copy_only=False)
         return flat.reshape(len(values), values.type.list_size)
@@ -120,11 +112,11 @@ class Shards:
         self.manifest = Manifest.read(self.root)
         if split not in self.manifest.splits:
             raise InputError(f"{root}: no split {split!r}; expected one of {', '.join(self.manifest.splits)}")
-        kind = self.manifest.kind
-        self.columns = tuple(columns) if columns is not None else BATCH_COLUMNS[kind]
-        unknown = set(self.columns) - set(COLUMNS[kind])
+        self.columns = tuple(columns) if columns is not None else BATCH_COLUMNS[self.manifest.kind]
+        known = schema(self.manifest).names
+        unknown = set(self.columns) - set(known)
         if unknown:
-            raise InputError(f"{root}: no column {min(unknown)!r}; expected some of {', '.join(COLUMNS[kind])}")
+            raise InputError(f"{root}: no column {min(unknown)!r}; expected some of {', '.join(known)}")
         self.shards = self.manifest.splits[split].shards
         self.starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
         self._files: dict[int, pq.ParquetFile] = {}
@@ -172,18 +164,12 @@ class Shards:
         Some steps are read together, which costs about half of reading each alone.
         """
         share = batch_size // world
-        together = max(1, AHEAD_BYTES // (share * self._row_bytes))
+        together = max(1, AHEAD_BYTES // (share * row_bytes(schema(self.manifest, self.columns))))
         for start in range(first, last, together):
             stop = min(start + together, last)
             rows = self.take(order.steps_rows(start, stop, batch_size, rank, world))
             for step in range(stop - start):
                 yield {name: values[step * share : (step + 1) * share] for name, values in rows.items()}
-
-    @property
-    def _row_bytes(self) -> int:
-        fields = schema(self.manifest.kind, self.manifest.sequence_length)
-        types = [fields.field(name).type for name in self.columns]
-        return sum(t.list_size * 4 if pa.types.is_fixed_size_list(t) else t.bit_width // 8 for t in types)
 
     def _read(self, keys: list[int]) -> dict[int, Columns]:
         """Row groups by ``shard << 32 | group``, in the order given; those not kept come from a shard at once."""
@@ -213,10 +199,10 @@ class Shards:
 
     def _file(self, shard: int) -> pq.ParquetFile:
         if shard not in self._files:
-            expected = schema(self.manifest.kind, self.manifest.sequence_length)
+            expected = schema(self.manifest)
             path = self.root / self.shards[shard].path
             file = open_shard(path)
-            if not file.schema_arrow.equals(expected):
+            if not file.schema_arrow.equals(expected) or _stored(file.schema_arrow) != _stored(expected):
                 raise InputError(
                     f"{path}: columns are {_names(file.schema_arrow)}; expected {_names(expected)}: prepare again"
                 )
@@ -233,4 +219,10 @@ def _size(columns: Columns) -> int:
 
 
 def _names(found: pa.Schema) -> str:
-    return ", ".join(f"{field.name} {field.type}" for field in found)
+    stored = _stored(found)
+    return ", ".join(f"{f.name} {f.type}" + (f" of {stored[f.name]}" if f.name in stored else "") for f in found)
+
+
+def _stored(found: pa.Schema) -> dict[str, str]:
+    """The columns of bytes and the numbers they hold."""
+    return {f.name: f.metadata[DTYPE].decode() for f in found if f.metadata and DTYPE in f.metadata}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from overproof.artifact import filesystem, join
 from overproof.data.manifest import Shard
-from overproof.data.read import schema
+from overproof.data.schema import DTYPE
 
 
 def put(uri: str, name: str, content: bytes) -> None:
@@ -25,15 +25,31 @@ def put(uri: str, name: str, content: bytes) -> None:
 
 
 def to_table(columns: Mapping[str, NDArray[Any]], expected: pa.Schema) -> pa.Table:
-    """Arrays as a table of this schema; 2-D arrays fill fixed-size lists."""
+    """Arrays as a table of this schema; 2-D arrays fill fixed-size lists or bytes.
+
+    Raises:
+        ValueError: a number does not fit into the bytes that the schema has for it.
+    """
     arrays = []
     for field in expected:
         values = np.ascontiguousarray(columns[field.name])
-        if values.ndim == 2:
+        if pa.types.is_fixed_size_binary(field.type):
+            arrays.append(_bytes(values, field))
+        elif values.ndim == 2:
             arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=field.type))
         else:
             arrays.append(pa.array(values, field.type))
     return pa.Table.from_arrays(arrays, schema=expected)
+
+
+def _bytes(values: NDArray[Any], field: pa.Field) -> pa.Array:
+    stored = values.astype(np.dtype(field.metadata[DTYPE].decode()))
+    if values.shape[1] * stored.itemsize != field.type.byte_width or not np.array_equal(stored, values):
+        raise ValueError(
+            f"{field.name}: {values.shape[1]} numbers from {values.min()} to {values.max()} in a row; "
+            f"expected numbers of type {stored.dtype} that fill {field.type}"
+        )
+    return pa.FixedSizeBinaryArray.from_buffers(field.type, len(values), [None, pa.py_buffer(stored)])
 
 
 def parquet_bytes(table: pa.Table, rows_per_group: int) -> bytes:
@@ -55,12 +71,11 @@ def write_shard(
     uri: str,
     name: str,
     columns: Mapping[str, NDArray[Any]],
-    kind: str,
-    sequence_length: int | None,
+    expected: pa.Schema,
     rows_per_group: int,
 ) -> Shard:
-    """Write one shard below ``uri`` and say what it is."""
-    table = to_table(columns, schema(kind, sequence_length))
+    """Write one shard of this schema below ``uri`` and say what it is."""
+    table = to_table(columns, expected)
     content = parquet_bytes(table, rows_per_group)
     put(uri, name, content)
     return Shard(
@@ -68,5 +83,5 @@ def write_shard(
         sha256=hashlib.sha256(content).hexdigest(),
         size_bytes=len(content),
         rows=table.num_rows,
-        tokens=int(columns["length"].sum()) if kind == "text" else table.num_rows,
+        tokens=int(columns["length"].sum()) if "length" in columns else table.num_rows,
     )

@@ -9,7 +9,7 @@ import torch
 
 from overproof.data.manifest import TOKENIZER
 from overproof.data.plan import Order
-from overproof.data.read import Shards
+from overproof.data.read import BATCH_COLUMNS, Shards
 from overproof.distill.job import Job, rungs
 from overproof.distill.losses import Distill
 from overproof.distill.targets import Targets
@@ -34,8 +34,9 @@ class Run:
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(job.threads)
         self.job, self.root = job, job.prepared.local()
-        self.train, validation = Shards(self.root, "train"), Shards(self.root, "validation")
-        self.manifest = self.train.manifest
+        validation = Shards(self.root, "validation")
+        self.manifest = validation.manifest
+        self.train = Shards(self.root, "train", ("sample_id", *BATCH_COLUMNS[self.manifest.kind]))
         self.order = Order(self.manifest.groups, self.manifest.rows_per_group, job.seed)
         self.targets = Targets(job.cached.local()) if job.distilled else None
         ids = validation_ids(validation.rows, job.settings.validation_rows)
@@ -81,9 +82,8 @@ class Run:
         )
 
     def _batches(self) -> Iterator[Batch]:
-        for step in range(self.job.settings.steps):
-            ids = self.order.step_rows(step, self.job.settings.batch_size)
-            columns = self.train.take(ids)
+        for columns in self.train.steps(self.order, self.job.settings.batch_size, 0, self.job.settings.steps):
+            ids = columns.pop("sample_id")
             if self.targets is not None:
                 columns |= {f"teacher_{name}": values for name, values in self.targets.take(ids).items()}
             yield to_tensors(columns)

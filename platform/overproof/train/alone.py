@@ -116,5 +116,4 @@ def planned_rows(job: Job, start: Start, rank: int, world: int) -> Iterator[Colu
     manifest = Manifest.read(root)
     shards = Shards(root, "train", ("sample_id", *BATCH_COLUMNS[manifest.kind]))
     order = Order(manifest.groups, manifest.rows_per_group, job.seed)
-    for step in range(start.step, job.train.steps):
-        yield shards.take(order.step_rows(step, job.train.batch_size, rank, world))
+    return shards.steps(order, job.train.batch_size, start.step, job.train.steps, rank, world)

@@ -136,7 +136,7 @@ class ZeroEngine:
         _set_rate(self.optimizer, rate)
         names, sums, norm = list[str](), torch.zeros(()), None
         for index, part in enumerate(_parts(batch, self.accumulation)):
-            torch.manual_seed(self._draw(index))
+            self._seed(index)
             loss, scalars = objective.loss(self.engine, _place(part, self.device))
             self.engine.backward(loss)
             if index == self.accumulation - 1:
@@ -185,11 +185,14 @@ class ZeroEngine:
             raise RuntimeError(f"{folder}: DeepSpeed found nothing to load")
         self.steps_done = step
 
-    def _draw(self, index: int) -> int:
-        """The seed of a forward pass: where its rows stand in the order, whatever the number of workers."""
+    def _seed(self, index: int) -> None:
+        """Seed a forward pass by where its rows stand in the order, whatever the number of workers."""
         share = self.train.batch_size // self.world
         position = self.steps_done * self.train.batch_size + self.rank * share + index * share // self.accumulation
-        return int.from_bytes(hashlib.sha256(f"{self.seed}/{position}".encode()).digest()[:7], "big")
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{position}".encode()).digest()[:7], "big")
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device, for milliseconds
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _clip(self) -> float | None:
         """Without ZeRO: clip the gradients, which every rank has whole, and give their norm before.

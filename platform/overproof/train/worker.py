@@ -1,9 +1,11 @@
-"""Where a training process begins: with its first rows, and only then with what it trains with."""
+"""Where a training process begins: with the first rows, read by itself, while Ray Data has not yet begun to stream."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from itertools import chain, islice
 from typing import Any
 
@@ -15,12 +17,13 @@ from ray.train.collective import broadcast_from_rank_zero
 from overproof.data.ingest import planned_dataset
 from overproof.data.manifest import Manifest
 from overproof.data.plan import Order
-from overproof.data.read import Columns, to_numpy
+from overproof.data.read import BATCH_COLUMNS, Columns, Shards, to_numpy
 from overproof.train.elastic import WorkerBell, say
 from overproof.train.job import Job
 from overproof.train.start import Start
 
 PREFETCHED_BATCHES = 2
+OWN_STEPS = 16  # whose rows a rank reads by itself: Ray Data starts meanwhile, and its processes want the same cores
 
 
 def work(job: Job) -> dict[str, Any] | None:
@@ -28,48 +31,64 @@ def work(job: Job) -> dict[str, Any] | None:
     began = time.monotonic()
     place = ray.train.get_context()
     rank, world = place.get_world_rank(), place.get_world_size()
-    start, feeds = broadcast_from_rank_zero(begin(job, world) if rank == 0 else None)
-    arriving = planned_rows(job, start.step, feeds[rank], rank, world)
+    start = broadcast_from_rank_zero(Start(job.checkpoints.newest(lambda line: say(job, line))) if rank == 0 else None)
+    arriving = planned_rows(job, start.step, rank, world)
     head, first_batch_s = list(islice(arriving, 1)), time.monotonic() - began
-    from overproof.train.rank import Trainee  # seconds of imports, for which the readers would want the same cores
+    from overproof.train.rank import Trainee  # seconds of imports
 
     trainee = Trainee(job, start, rank, world)
     metrics = trainee.fit(chain(head, arriving), WorkerBell())
     return None if metrics is None else {"first_batch_s": first_batch_s, **metrics}
 
 
-def begin(job: Job, world: int) -> tuple[Start, list[DataIterator | None]]:
-    """Rank 0 chooses the checkpoint, and opens the stream of the rows that follow it: one part for each rank.
+def planned_rows(job: Job, first: int, rank: int, world: int) -> Iterator[Columns]:
+    """This rank's rows of every step from ``first`` on; they must be the planned ones.
 
-    The stream belongs to rank 0's process and ends with it, so that no reader outlives its group of workers.
-
-    Raises:
-        InputError: there should be a checkpoint, and none is good.
+    The first ``OWN_STEPS`` are read here, and from the second step on Ray Data is started to bring the others.
     """
-    start = Start(job.checkpoints.newest(lambda line: say(job, line)))
-    if start.step >= job.train.steps:
-        return start, [None] * world
+    steps, batch_size = job.train.steps, job.train.batch_size
     root = job.prepared.local()
-    rows = planned_dataset(root, order_of(job), job.train.batch_size, start.step, job.train.steps, world)
-    return start, list(rows.streaming_split(world, equal=True))
-
-
-def order_of(job: Job) -> Order:
-    """The order of the rows, the same at every start."""
-    manifest = Manifest.read(job.prepared.local())
-    return Order(manifest.groups, manifest.rows_per_group, job.seed)
-
-
-def planned_rows(job: Job, first: int, feed: DataIterator | None, rank: int, world: int) -> Iterator[Columns]:
-    """This rank's rows of every step from ``first`` on, as Ray Data delivers them; they must be the planned ones."""
-    if feed is None:
+    manifest = Manifest.read(root)
+    order = Order(manifest.groups, manifest.rows_per_group, job.seed)
+    shards = Shards(root, "train", ("sample_id", *BATCH_COLUMNS[manifest.kind]))
+    streamed = min(steps, first + OWN_STEPS)
+    opened: Future[Iterator[Any]] = Future()
+    for step in range(first, streamed):
+        yield shards.take(order.step_rows(step, batch_size, rank, world))
+        if step == first and streamed < steps:
+            given = (opened, job, order, streamed, rank, world)
+            threading.Thread(target=_open, args=given, name="feed", daemon=True).start()
+    if streamed == steps:
         return
-    order = order_of(job)
-    tables = feed.iter_batches(
-        batch_size=job.train.batch_size // world, batch_format="pyarrow", prefetch_batches=PREFETCHED_BATCHES
-    )
-    for step, columns in enumerate(map(to_numpy, tables), first):
-        planned = order.step_rows(step, job.train.batch_size, rank, world)
+    tables = opened.result()
+    for step, columns in enumerate(map(to_numpy, tables), streamed):
+        planned = order.step_rows(step, batch_size, rank, world)
         if not np.array_equal(columns["sample_id"], planned):
             raise RuntimeError(f"step {step}, rank {rank}: rows {columns['sample_id']} came, {planned} were planned")
         yield columns
+
+
+def _open(opened: Future[Iterator[Any]], *asked: Any) -> None:
+    try:
+        opened.set_result(_stream(*asked))
+    except BaseException as error:  # surfaces in the thread that trains
+        opened.set_exception(error)
+
+
+def _stream(job: Job, order: Order, first: int, rank: int, world: int) -> Iterator[Any]:
+    """A rank's tables from step ``first`` on; the first of them has arrived.
+
+    Rank 0 opens the stream and hands out the parts. It belongs to rank 0's process and ends with it, so that no
+    reader outlives its group of workers.
+    """
+    parts: list[DataIterator] | None = None
+    if rank == 0:
+        rows = planned_dataset(job.prepared.local(), order, job.train.batch_size, first, job.train.steps, world)
+        parts = list(rows.streaming_split(world, equal=True))
+    feed = broadcast_from_rank_zero(parts)[rank]
+    tables = iter(
+        feed.iter_batches(
+            batch_size=job.train.batch_size // world, batch_format="pyarrow", prefetch_batches=PREFETCHED_BATCHES
+        )
+    )
+    return chain(list(islice(tables, 1)), tables)
