@@ -1,0 +1,64 @@
+"""Environments of the peers, which cannot live in the product's own; torch and what fits is taken from there.
+
+    .venv/bin/python benchmarks/peers.py FOLDER
+
+Makes FOLDER/hf (datasets, accelerate) and FOLDER/mosaic (mosaicml-streaming, with older numpy and transformers) with
+pip, in about two minutes, and nothing where they are there already.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+HUGGING_FACE = ("datasets>=5.2,<6", "accelerate>=1.15,<2", "multiprocess", "dill", "xxhash")
+MOSAIC = ("mosaicml-streaming>=0.13,<0.14",)
+MOSAIC_NEEDS = (
+    "numpy<2.2", "transformers<5", "boto3", "Brotli", "google-cloud-storage", "matplotlib", "paramiko",
+    "python-snappy", "tqdm", "xxhash", "zstd", "oci", "azure-storage-blob", "azure-storage-file-datalake",
+    "azure-identity", "catalogue",
+)  # fmt: skip
+# Its image data sets alone use torchvision; the one that pip finds would not fit a torch without CUDA.
+STAND_INS = {
+    "torchvision/__init__.py": "",
+    "torchvision/datasets.py": "class VisionDataset: ...\n",
+    "torchvision/transforms/__init__.py": "",
+    "torchvision/transforms/functional.py": "def to_tensor(image): raise NotImplementedError\n",
+}
+
+
+def make(folder: Path, needs: tuple[str, ...], alone: tuple[str, ...], stand_ins: dict[str, str]) -> Path:
+    """An environment that sees this one's packages behind its own; gives its Python."""
+    python = folder / "bin" / "python"
+    done = folder / "done"
+    if done.exists():
+        return python
+    venv.create(folder, with_pip=True, clear=True)
+    install = [str(python), "-m", "pip", "install", "--quiet"]
+    if needs:
+        subprocess.run([*install, *needs], check=True, stdout=sys.stderr)
+    subprocess.run([*install, "--no-deps", *alone], check=True, stdout=sys.stderr)
+    own = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
+    for name, text in stand_ins.items():
+        (own / name).parent.mkdir(parents=True, exist_ok=True)
+        (own / name).write_text(text)
+    (own / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    done.touch()
+    return python
+
+
+def hugging_face(folder: Path) -> Path:
+    """The Python that has `datasets` and `accelerate`."""
+    return make(folder / "hf", (), HUGGING_FACE, {})
+
+
+def mosaic(folder: Path) -> Path:
+    """The Python that has `streaming`."""
+    return make(folder / "mosaic", MOSAIC_NEEDS, MOSAIC, STAND_INS)
+
+
+if __name__ == "__main__":
+    print(hugging_face(Path(sys.argv[1]).absolute()), mosaic(Path(sys.argv[1]).absolute()))
