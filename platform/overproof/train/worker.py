@@ -23,6 +23,7 @@ from overproof.train.job import Job
 from overproof.train.start import Start
 
 PREFETCHED_BATCHES = 2
+STREAM_STEPS = 8192  # of one stream; the next is opened half-way. Ray Data holds a task for each block of a stream
 OWN_STEPS = 16  # whose rows a rank reads by itself: Ray Data starts meanwhile, and its processes want the same cores
 
 
@@ -44,46 +45,49 @@ def work(job: Job) -> dict[str, Any] | None:
 def planned_rows(job: Job, first: int, rank: int, world: int) -> Iterator[Columns]:
     """This rank's rows of every step from ``first`` on; they must be the planned ones.
 
-    The first ``OWN_STEPS`` are read here, and from the second step on Ray Data is started to bring the others.
+    The first ``OWN_STEPS`` are read here, and after the first of them Ray Data is started to bring the others, a stream
+    of ``STREAM_STEPS`` at a time.
     """
     steps, batch_size = job.train.steps, job.train.batch_size
     root = job.prepared.local()
     manifest = Manifest.read(root)
     order = Order(manifest.groups, manifest.rows_per_group, job.seed)
     shards = Shards(root, "train", ("sample_id", *BATCH_COLUMNS[manifest.kind]))
-    streamed = min(steps, first + OWN_STEPS)
-    opened: Future[Iterator[Any]] = Future()
-    for step in range(first, streamed):
-        yield shards.take(order.step_rows(step, batch_size, rank, world))
-        if step == first and streamed < steps:
-            given = (opened, job, order, streamed, rank, world)
-            threading.Thread(target=_open, args=given, name="feed", daemon=True).start()
-    if streamed == steps:
-        return
-    tables = opened.result()
-    for step, columns in enumerate(map(to_numpy, tables), streamed):
-        planned = order.step_rows(step, batch_size, rank, world)
-        if not np.array_equal(columns["sample_id"], planned):
-            raise RuntimeError(f"step {step}, rank {rank}: rows {columns['sample_id']} came, {planned} were planned")
-        yield columns
+    step, stop = first, min(steps, first + OWN_STEPS)
+    tables: Iterator[Columns] = (
+        shards.take(order.step_rows(own, batch_size, rank, world)) for own in range(step, stop)
+    )
+    while step < steps:
+        following: Future[Iterator[Columns]] = Future()
+        for columns in tables:
+            planned = order.step_rows(step, batch_size, rank, world)
+            if not np.array_equal(columns["sample_id"], planned):
+                raise RuntimeError(f"step {step}, rank {rank}: rows {columns['sample_id']}, {planned} were planned")
+            yield columns
+            if step == max(first, stop - STREAM_STEPS // 2) and stop < steps:
+                asked = (following, job, order, stop, min(steps, stop + STREAM_STEPS), rank, world)
+                threading.Thread(target=_open, args=asked, name="feed", daemon=True).start()
+            step += 1
+        if step < steps:
+            tables, stop = following.result(), min(steps, stop + STREAM_STEPS)
 
 
-def _open(opened: Future[Iterator[Any]], *asked: Any) -> None:
+def _open(opened: Future[Iterator[Columns]], *asked: Any) -> None:
     try:
         opened.set_result(_stream(*asked))
     except BaseException as error:  # surfaces in the thread that trains
         opened.set_exception(error)
 
 
-def _stream(job: Job, order: Order, first: int, rank: int, world: int) -> Iterator[Any]:
-    """A rank's tables from step ``first`` on; the first of them has arrived.
+def _stream(job: Job, order: Order, first: int, last: int, rank: int, world: int) -> Iterator[Columns]:
+    """A rank's rows of the steps ``[first, last)``; those of the first have arrived.
 
     Rank 0 opens the stream and hands out the parts. It belongs to rank 0's process and ends with it, so that no
     reader outlives its group of workers.
     """
     parts: list[DataIterator] | None = None
     if rank == 0:
-        rows = planned_dataset(job.prepared.local(), order, job.train.batch_size, first, job.train.steps, world)
+        rows = planned_dataset(job.prepared.local(), order, job.train.batch_size, first, last, world)
         parts = list(rows.streaming_split(world, equal=True))
     feed = broadcast_from_rank_zero(parts)[rank]
     tables = iter(
@@ -91,4 +95,4 @@ def _stream(job: Job, order: Order, first: int, rank: int, world: int) -> Iterat
             batch_size=job.train.batch_size // world, batch_format="pyarrow", prefetch_batches=PREFETCHED_BATCHES
         )
     )
-    return chain(list(islice(tables, 1)), tables)
+    return map(to_numpy, chain(list(islice(tables, 1)), tables))
