@@ -76,10 +76,20 @@ def column(result: dict[str, Any], key: str) -> list[str]:
     return [row[key].hex() for row in result["rows"] if key in row]
 
 
+def check_starts(starts: list[int], kills: tuple[int, ...]) -> None:
+    """Each attempt begins at a checkpoint before the kill: the last one, or, where that was being written, the one
+    before."""
+    every = COMMON["checkpoint"]["every_steps"]
+    assert starts[0] == 0
+    for start, kill in zip(starts[1:], kills, strict=True):
+        newest = kill // every * every
+        assert start in (newest, max(0, newest - every))
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(results: dict[str, Any], name: str) -> None:
     whole, killed = results[f"{name}-whole"], results[f"{name}-killed"]
-    assert killed["starts"] == [0, 0, 10, 20]
+    check_starts(killed["starts"], (3, 13, 21))
     for key in ("loss", "grad_norm", "learning_rate", "validation_loss"):
         assert column(killed, key) == column(whole, key)
         assert column(whole, key)
@@ -90,7 +100,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(results: dict[str, Any]
 @pytest.mark.parametrize("name", [name for name in RUNS if "offload" not in name])
 def test_other_numbers_of_workers_go_on_within_rounding(results: dict[str, Any], name: str) -> None:
     whole, moved = results[f"{name}-whole"], results[f"{name}-moved"]
-    assert moved["starts"] == [0, 10, 15]
+    check_starts(moved["starts"], (12, 19))
     for key in ("loss", "validation_loss"):
         pairs = [(a[key], b[key]) for a, b in zip(whole["rows"], moved["rows"], strict=True) if key in a]
         assert max(abs(a - b) for a, b in pairs) < TOLERANCE
