@@ -1,0 +1,46 @@
+"""Where a training starts from: a Hugging Face directory, here or behind a URI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from pyarrow import fs
+from tiny_data import VIT
+
+from overproof.artifact import filesystem
+from overproof.data.manifest import Manifest
+from overproof.errors import InputError
+from overproof.models import build, load, save
+from overproof.train import pretrained
+
+
+@pytest.fixture
+def saved(digits_root: Path, tmp_path: Path) -> Path:
+    model = build(VIT, Manifest.read(digits_root), 9)
+    save(model, model.config, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_local_one_is_used_where_it_lies(saved: Path) -> None:
+    assert pretrained.local(str(saved)) == saved
+
+
+def test_one_behind_a_uri_is_fetched_once_and_again_when_it_changes(saved: Path, s3_uri: str) -> None:
+    uri = s3_uri.replace("/store?", "/model?")
+    files, root = filesystem(uri)
+    fs.copy_files(str(saved), root, destination_filesystem=files)
+    fetched = pretrained.local(uri)
+    assert pretrained.local(uri) == fetched
+    here, there = load(saved).state_dict(), load(fetched).state_dict()
+    assert all(torch.equal(there[name], value) for name, value in here.items())
+    assert [name for name, *_ in pretrained.listing(uri)] == sorted(path.name for path in saved.iterdir())
+    with files.open_output_stream(f"{root}/notes.txt") as stream:
+        stream.write(b"new")
+    assert pretrained.local(uri) != fetched
+
+
+def test_none_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train\.model\.path: .*no such folder"):
+        pretrained.listing(str(tmp_path / "nowhere"))
