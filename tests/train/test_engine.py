@@ -149,7 +149,7 @@ def trained(digits_root: Path, text_root: Path, tmp_path_factory: pytest.TempPat
             )
             for rank in range(world)
         ]
-    ends = [(rank.communicate(timeout=180)[1], rank.returncode) for rank in ranks]
+    ends = [(rank.communicate(timeout=900)[1], rank.returncode) for rank in ranks]
     assert [code for _, code in ends] == [0, 0, 0], "\n".join(error[-2000:] for error, _ in ends)
     return out
 
