@@ -31,6 +31,7 @@ from overproof.errors import InputError
 RECORD = "artifact.json"
 TOOLS = ("overproof", "ray", "deepspeed", "torch", "transformers", "pyarrow", "gguf", "xllamacpp", "onnxruntime")
 CHUNK_BYTES = 1 << 20
+HASHING_THREADS = 4
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
@@ -167,20 +168,28 @@ def verify_files(uri: str, entries: Mapping[str, FileEntry]) -> None:
         InputError: naming the first file that is missing or differs.
     """
     files, root = filesystem(uri)
-
-    def check(name: str) -> None:
+    for name, found in unlike(files, root, entries):
         path = f"{root}/{name}"
-        if files.get_file_info(path).type != fs.FileType.File:
+        if found is None:
             raise InputError(f"{path}: missing, though its record lists it; delete {root} and run again")
-        found = file_sha256(path, files)
-        if found != entries[name].sha256:
-            raise InputError(
-                f"{path}: sha256 is {found[:12]}…, the record says {entries[name].sha256[:12]}…; "
-                f"the file was changed after it was written: delete {root} and run again"
-            )
+        raise InputError(
+            f"{path}: sha256 is {found[:12]}…, the record says {entries[name].sha256[:12]}…; "
+            f"the file was changed after it was written: delete {root} and run again"
+        )
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(check, sorted(entries)))
+
+def unlike(files: fs.FileSystem, root: str, entries: Mapping[str, FileEntry]) -> Iterator[tuple[str, str | None]]:
+    """The files below a directory whose sha256 is not the listed one, by name; with what it is, None if missing."""
+
+    def look(name: str) -> str | None:
+        path = f"{root}/{name}"
+        return file_sha256(path, files) if files.get_file_info(path).type == fs.FileType.File else None
+
+    names = sorted(entries)
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        for name, found in zip(names, pool.map(look, names), strict=True):
+            if found != entries[name].sha256:
+                yield name, found
 
 
 def read_json(model: type[Parsed], path: Path) -> Parsed:
@@ -243,7 +252,7 @@ class Draft:
         listing = files.get_file_info(fs.FileSelector(root, recursive=True))
         names = sorted(i.path.removeprefix(root).lstrip("/") for i in listing if i.type == fs.FileType.File)
         sizes = {i.path.removeprefix(root).lstrip("/"): i.size for i in listing}
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
             hashes = pool.map(partial(file_sha256, files=files), [f"{root}/{name}" for name in names])
             entries = {n: FileEntry(sha256=h, size_bytes=sizes[n]) for n, h in zip(names, hashes, strict=True)}
         record = Record(

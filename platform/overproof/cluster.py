@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from overproof.errors import InputError
-from overproof.placement import Capacity, Node, check, describe
+from overproof.placement import Capacity, Node, describe
 from overproof.progress import NOTICE, Progress
-
-__all__ = ["Capacity", "check", "connect", "elsewhere", "local_capacity", "own_interrupt", "relay"]
 
 LOCAL_MIN_CPUS = 4  # logical: workers and readers share the cores of a small machine
 OBJECT_STORE_BYTES = 1 << 30

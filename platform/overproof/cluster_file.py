@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from overproof.errors import InputError
 from overproof.placement import Capacity, Node, describe
+from overproof.recipe.whole import read_mapping
 
 DEFAULT_MAX_WORKERS = 2  # as in Ray's defaults of every cloud
 
@@ -19,7 +18,7 @@ def read(path: Path) -> Capacity:
     Raises:
         InputError: the file cannot be read, or does not say what a node has.
     """
-    tree = _tree(path)
+    tree = read_mapping(path, "a file for `ray up`, such as cluster.yaml", "a file for `ray up`")
     types, head = tree.get("available_node_types"), tree.get("head_node_type")
     if not isinstance(types, dict) or head not in types:
         raise InputError(f"{path}: expected available_node_types, and head_node_type to be one of them")
@@ -42,18 +41,6 @@ def read(path: Path) -> Capacity:
     most = min(limit, sum(node.count - node.always for node in nodes))
     where = f"{path} may grow to {describe(nodes)}, {most} beside the head at the same time"
     return Capacity(tuple(nodes), where, limit)
-
-
-def _tree(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected a file for `ray up`, such as cluster.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: found {type(tree).__name__} at the top level; expected a file for `ray up`")
-    return tree
 
 
 def _count(path: Path, where: str, value: Any) -> int:

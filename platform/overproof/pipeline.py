@@ -11,6 +11,7 @@ from typing import Any
 from overproof import cluster, console
 from overproof.artifact import Artifact, Store, fingerprint, read_json
 from overproof.data.sources import source_digest
+from overproof.placement import check
 from overproof.recipe import Pretrained, Recipe, Section, Train
 from overproof.stage import Context
 from overproof.train.pretrained import listing
@@ -110,7 +111,7 @@ def run(recipe: Recipe, until: str = NAMES[-1]) -> dict[str, Artifact]:
     with store.lock():
         steps = resolve(recipe, store, until)
         if not cluster.elsewhere():
-            cluster.check(recipe, cluster.local_capacity())
+            check(recipe, cluster.local_capacity())
         done: dict[str, Artifact] = {}
         connected = False
         for step in steps:
@@ -123,7 +124,7 @@ def run(recipe: Recipe, until: str = NAMES[-1]) -> dict[str, Artifact]:
             if not connected:
                 with console.waiting("starting Ray"):
                     capacity = cluster.connect()
-                cluster.check(recipe, capacity)
+                check(recipe, capacity)
                 connected = True
             done[step.stage.name] = _run_step(step, recipe, store, done)
         return done

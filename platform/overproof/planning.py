@@ -65,7 +65,7 @@ def plan(recipe: Recipe, question: Question) -> int:
 
 def _rate(recipe: Recipe, question: Question) -> Rate | None:
     text = isinstance(recipe.data, TextData)
-    positions = recipe.data.sequence_length if isinstance(recipe.data, TextData) else 1
+    positions = recipe.data.positions
     if question.tokens_per_s is not None and not text:
         raise InputError(f"--tokens-per-s {question.tokens_per_s:g}: the data is images; give --rows-per-s")
     for name, value in (("--tokens-per-s", question.tokens_per_s), ("--rows-per-s", question.rows_per_s)):
@@ -95,7 +95,7 @@ def _stages(recipe: Recipe, steps: list[pipeline.Step]) -> Table:
 
 
 def _work(recipe: Recipe, stage: str) -> str:
-    positions = recipe.data.sequence_length if isinstance(recipe.data, TextData) else 1
+    positions = recipe.data.positions
     unit = "tokens" if positions > 1 else "images"
     train, sweep = recipe.train, recipe.sweep
     if stage == "train":

@@ -46,8 +46,7 @@ def model_size(recipe: Recipe, prepared: Artifact | None) -> Dimensions:
     Raises:
         InputError: a pretrained model's directory is not one.
     """
-    predictions = recipe.data.sequence_length if isinstance(recipe.data, TextData) else 1
-    return dimensions(recipe.train.model, _outputs(recipe, prepared), predictions)
+    return dimensions(recipe.train.model, _outputs(recipe, prepared), recipe.data.positions)
 
 
 def _outputs(recipe: Recipe, prepared: Artifact | None) -> int:
@@ -86,7 +85,7 @@ def time(recipe: Recipe, rate: Rate | None) -> Finding:
     text = isinstance(recipe.data, TextData)
     unit, flag = ("tokens", "--tokens-per-s") if text else ("images", "--rows-per-s")
     steps = recipe.train.steps
-    total = steps * recipe.train.batch_size * (recipe.data.sequence_length if isinstance(recipe.data, TextData) else 1)
+    total = steps * recipe.train.batch_size * recipe.data.positions
     work = f"{total:,} {unit} in {steps:,} steps"
     if rate is None:
         few = f"`overproof train RECIPE --set train.steps=20 --set store={Path('trial')}`"
@@ -208,9 +207,3 @@ def capacity_of(file: Path | None) -> tuple[Capacity, bool]:
     if cluster.elsewhere():
         return cluster.connect(), True
     return cluster.local_capacity(), False
-
-
-__all__ = [
-    "Finding", "Rate", "capacity_of", "local_memory", "measured_rate", "model_size", "packed", "placed",
-    "stored", "time",
-]  # fmt: skip

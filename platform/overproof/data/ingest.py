@@ -23,7 +23,7 @@ from ray.data.block import BlockMetadata
 
 from overproof.data.manifest import Manifest
 from overproof.data.plan import Order
-from overproof.data.read import BATCH_COLUMNS, Shards
+from overproof.data.read import planned_columns, planned_shards
 from overproof.data.schema import row_bytes, schema
 from overproof.data.write import to_table
 
@@ -57,14 +57,7 @@ class Plan:
         yield to_table(shards.take(ids), schema(shards.manifest, shards.columns))
 
 
-@lru_cache(maxsize=2)
-def _shards(root: Path) -> Shards:
-    manifest = Manifest.read(root)
-    return Shards(root, "train", _columns(manifest))
-
-
-def _columns(manifest: Manifest) -> tuple[str, ...]:
-    return ("sample_id", *BATCH_COLUMNS[manifest.kind])
+_shards = lru_cache(maxsize=2)(planned_shards)
 
 
 class PlannedSource(Datasource):
@@ -109,7 +102,7 @@ def planned_dataset(root: Path, order: Order, batch_size: int, first_step: int, 
         raise ValueError(f"batch_size {batch_size} is not a multiple of {world} ranks")
     if first_step >= last_step:
         raise ValueError(f"steps [{first_step}, {last_step}): expected at least one")
-    size_bytes = row_bytes(schema(manifest, _columns(manifest)))
+    size_bytes = row_bytes(schema(manifest, planned_columns(manifest)))
     steps = min(max(BLOCK_BYTES // (size_bytes * batch_size // world), 1), BLOCK_STEPS)
     blocks = [
         Block(rank, first, min(first + steps, last_step))

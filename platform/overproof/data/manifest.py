@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from overproof.artifact import read_json
+from overproof.data.plan import Order
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
@@ -60,6 +61,10 @@ class Manifest(_Frozen):
             InputError: it is missing or not a manifest of this format.
         """
         return read_json(cls, root / MANIFEST)
+
+    def order(self, seed: int) -> Order:
+        """The order in which the train split is trained on."""
+        return Order(self.groups, self.rows_per_group, seed)
 
     @property
     def groups(self) -> int:

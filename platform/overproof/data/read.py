@@ -226,3 +226,13 @@ def _names(found: pa.Schema) -> str:
 def _stored(found: pa.Schema) -> dict[str, str]:
     """The columns of bytes and the numbers they hold."""
     return {f.name: f.metadata[DTYPE].decode() for f in found if f.metadata and DTYPE in f.metadata}
+
+
+def planned_shards(root: Path) -> Shards:
+    """The train split with what a model reads and, to tell that it is what was planned, ``sample_id``."""
+    return Shards(root, "train", planned_columns(Manifest.read(root)))
+
+
+def planned_columns(manifest: Manifest) -> tuple[str, ...]:
+    """The columns of ``planned_shards``."""
+    return ("sample_id", *BATCH_COLUMNS[manifest.kind])

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from overproof.data.manifest import TOKENIZER
-from overproof.data.plan import Order
-from overproof.data.read import BATCH_COLUMNS, Shards
+from overproof.data.read import Shards, planned_shards
 from overproof.distill.job import Job, rungs
 from overproof.distill.losses import Distill
 from overproof.distill.targets import Targets
@@ -36,8 +35,8 @@ class Run:
         self.job, self.root = job, job.prepared.local()
         validation = Shards(self.root, "validation")
         self.manifest = validation.manifest
-        self.train = Shards(self.root, "train", ("sample_id", *BATCH_COLUMNS[self.manifest.kind]))
-        self.order = Order(self.manifest.groups, self.manifest.rows_per_group, job.seed)
+        self.train = planned_shards(self.root)
+        self.order = self.manifest.order(job.seed)
         self.targets = Targets(job.cached.local()) if job.distilled else None
         ids = validation_ids(validation.rows, job.settings.validation_rows)
         parts = shares(ids, job.settings.batch_size, rank=0, world=1)

@@ -21,7 +21,6 @@ from ray.tune.schedulers import ASHAScheduler
 from overproof.artifact import filesystem
 from overproof.cluster import own_interrupt
 from overproof.data.manifest import MANIFEST, Manifest
-from overproof.data.plan import Order
 from overproof.distill.job import CONTROL, FINISHED, Job
 from overproof.distill.targets import TEACHER, Targets
 from overproof.distill.trial import Trainer, Trial
@@ -81,7 +80,7 @@ def check_cache(context: Context) -> None:
     targets.index.check(parents["train"].record.files[TEACHER].sha256, parents["prepare"].record.files[MANIFEST].sha256)
     for student in recipe.sweep.students:
         targets.index.column(student.temperature)
-    order = Order(manifest.groups, manifest.rows_per_group, recipe.seed)
+    order = manifest.order(recipe.seed)
     targets.require(order.rows_at(0, min(order.rows, recipe.sweep.steps * recipe.sweep.batch_size)))
 
 

@@ -60,7 +60,7 @@ def cache(context: Context) -> dict[str, Any]:
     check_tokenizer(trained.local() / "model", manifest)
     if settings.k > manifest.outputs:
         raise InputError(f"cache.k: found {settings.k}; the data has {manifest.outputs} outputs: expected at most that")
-    order = Order(manifest.groups, manifest.rows_per_group, context.recipe.seed)
+    order = manifest.order(context.recipe.seed)
     files = cover(manifest, order, settings.rows)
     index = CacheIndex(
         k=settings.k,

@@ -83,8 +83,18 @@ class TextData(Splits):
     tokenizer: BpeTokenizer | TokenizerFile = Field(BpeTokenizer(), discriminator="kind")
     sequence_length: int = Field(128, ge=8, le=1_048_576, description="Predicted tokens in a row.")
 
+    @property
+    def positions(self) -> int:
+        """Predictions in a row."""
+        return self.sequence_length
+
 
 class DigitsData(Splits):
     """scikit-learn's bundled handwritten digits: 1,797 grey images of 8x8 pixels, ten classes."""
 
     kind: Literal["digits"] = "digits"
+
+    @property
+    def positions(self) -> int:
+        """Predictions in a row."""
+        return 1

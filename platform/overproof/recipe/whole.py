@@ -64,17 +64,27 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     Raises:
         InputError: the file cannot be read, is not YAML, or does not fit the schema.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected a recipe, such as jobs/recipes/digits.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: found {type(tree).__name__} at the top level, expected a mapping of sections")
+    tree = read_mapping(path, "a recipe, such as jobs/recipes/digits.yaml", "a mapping of sections")
     for override in overrides:
         _set(tree, override)
     return Recipe.parse(tree, str(path))
+
+
+def read_mapping(path: str | Path, file: str, content: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping; ``file`` and ``content`` say what was expected.
+
+    Raises:
+        InputError: it cannot be read, is not YAML, or holds something else.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected {file}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: found {type(tree).__name__} at the top level, expected {content}")
+    return tree
 
 
 def _set(tree: dict[str, Any], override: str) -> None:

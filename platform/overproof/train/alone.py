@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from overproof.data.manifest import Manifest
-from overproof.data.plan import Order
-from overproof.data.read import BATCH_COLUMNS, Columns, Shards
+from overproof.data.read import Columns, planned_shards
 from overproof.errors import InputError
 from overproof.progress import NOTICE
 from overproof.train.job import Job
@@ -38,6 +37,7 @@ class Group:
     start: Start
     ranks: tuple[ForkProcess, ...]
     results: tuple[Connection, ...]
+    meeting: Path  # where they find each other; gone with them
 
     @classmethod
     def begin(cls, job: Job, world: int) -> Group:
@@ -49,7 +49,7 @@ class Group:
         job.checkpoints.begin()
         start = Start(job.checkpoints.newest(lambda said: job.progress(NOTICE, 0, job.train.steps, said)))
         context = multiprocessing.get_context("fork")
-        meeting = Path(tempfile.mkdtemp(prefix="overproof-ranks-")) / "rendezvous"
+        meeting = Path(tempfile.mkdtemp(prefix="overproof-ranks-"))
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
         ranks = [
             context.Process(target=_rank, args=(job, start, rank, world, meeting, pipes[rank][1]), daemon=True)
@@ -57,7 +57,7 @@ class Group:
         ]
         for rank in ranks:
             rank.start()
-        return cls(start, tuple(ranks), tuple(pipe[0] for pipe in pipes))
+        return cls(start, tuple(ranks), tuple(pipe[0] for pipe in pipes), meeting)
 
     def join(self) -> dict[str, Any]:
         """Wait for the end; gives rank 0's metrics.
@@ -89,6 +89,7 @@ class Group:
             rank.kill()
         for rank in self.ranks:
             rank.join()
+        shutil.rmtree(self.meeting, ignore_errors=True)
 
 
 def _received(result: Connection) -> Any:
@@ -101,7 +102,7 @@ def _received(result: Connection) -> Any:
 def _rank(job: Job, start: Start, rank: int, world: int, meeting: Path, result: Connection) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     backend = "nccl" if job.train.gpus_per_worker else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=world)
+    dist.init_process_group(backend, init_method=f"file://{meeting}/rendezvous", rank=rank, world_size=world)
     try:
         result.send(Trainee(job, start, rank, world).fit(planned_rows(job, start, rank, world), Silent()))
     except InputError as error:
@@ -112,8 +113,6 @@ def _rank(job: Job, start: Start, rank: int, world: int, meeting: Path, result: 
 
 def planned_rows(job: Job, start: Start, rank: int, world: int) -> Iterator[Columns]:
     """A rank's rows of every step that is left, read by this process."""
-    root = job.prepared.local()
-    manifest = Manifest.read(root)
-    shards = Shards(root, "train", ("sample_id", *BATCH_COLUMNS[manifest.kind]))
-    order = Order(manifest.groups, manifest.rows_per_group, job.seed)
+    shards = planned_shards(job.prepared.local())
+    order = shards.manifest.order(job.seed)
     return shards.steps(order, job.train.batch_size, start.step, job.train.steps, rank, world)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +21,13 @@ from typing import Any
 
 from pyarrow import fs
 
-from overproof.artifact import FileEntry, file_sha256, filesystem, join, once_here, write_at_once
+from overproof.artifact import FileEntry, filesystem, join, once_here, unlike, write_at_once
 from overproof.errors import InputError
 from overproof.recipe import Checkpoint
 
 LEDGER = "ledger.json"
 MANIFEST = "checkpoint.json"
 FORMAT = 1
-HASHING_THREADS = 4
 Say = Callable[[str], None]
 
 
@@ -62,6 +60,11 @@ class Kept:
                 raise InputError(f"{self.uri}: {fault}, as fetched; expected what was written: run again")
 
         yield once_here(self.key, fetch)
+
+    def fault(self) -> str | None:
+        """What is wrong with it where it lies, or None; every file is hashed."""
+        files, root = filesystem(self.uri)
+        return find_fault(files, root, self.files)
 
     @property
     def key(self) -> str:
@@ -109,11 +112,10 @@ class Checkpoints:
         Raises:
             InputError: there should be one, and none is good.
         """
-        files, _ = self._opened()
         faults: list[str] = []
         for name in sorted(self._found(), reverse=True):
             kept = self._read(name)
-            fault = kept if isinstance(kept, str) else find_fault(files, filesystem(kept.uri)[1], kept.files)
+            fault = kept if isinstance(kept, str) else kept.fault()
             if fault is None and isinstance(kept, Kept):
                 for each in faults:
                     say(f"{each}; going on from step {kept.step}")
@@ -150,8 +152,7 @@ class Checkpoints:
 
     def best(self) -> Kept | None:
         """The committed checkpoint of lowest score."""
-        scored = [kept for kept in self.all() if kept.score is not None]
-        return min(scored, key=lambda kept: (kept.score, kept.step), default=None)
+        return next(iter(ranked(self.all())), None)
 
     def prune(self, newest: Kept) -> None:
         """Delete what the policy does not keep, now that ``newest`` is committed.
@@ -204,28 +205,29 @@ MISSING = f"{MANIFEST} is missing"
 UNFINISHED = "was never finished"
 
 
+def ranked(kept: Iterable[Kept]) -> list[Kept]:
+    """Those that have a score, lowest first."""
+    scored = [(each.score, each.step, each) for each in kept if each.score is not None]
+    return [each for *_, each in sorted(scored, key=lambda item: item[:2])]
+
+
 def keep(kept: Iterable[Kept], policy: Checkpoint) -> list[Kept]:
-    """What the policy keeps: the last ones, and the best of the others."""
+    """What the policy keeps: the last ones, and the best."""
     ordered = sorted(kept, key=lambda each: each.step, reverse=True)
-    last, others = ordered[: policy.keep_last], ordered[policy.keep_last :]
-    scored = [(each.score, each.step, each) for each in ordered if each.score is not None]
-    best = [each for *_, each in sorted(scored, key=lambda item: item[:2])[: policy.keep_best]]
-    return last + [each for each in others if each in best]
+    last, best = ordered[: policy.keep_last], ranked(ordered)[: policy.keep_best]
+    return last + [each for each in best if each not in last]
 
 
 def find_fault(files: fs.FileSystem, root: str, entries: Mapping[str, FileEntry]) -> str | None:
     """What is wrong with the first file that is not as it was written, or None."""
-    sizes = {name: files.get_file_info(f"{root}/{name}") for name in entries}
-    for name, info in sizes.items():
-        if info.type != fs.FileType.File:
+    for name, entry in entries.items():
+        info = files.get_file_info(f"{root}/{name}")
+        if info.type == fs.FileType.File and info.size != entry.size_bytes:  # no need to hash the others
+            return f"{name} has {info.size} bytes instead of {entry.size_bytes}"
+    for name, found in unlike(files, root, entries):
+        if found is None:
             return f"{name} is missing"
-        if info.size != entries[name].size_bytes:
-            return f"{name} has {info.size} bytes instead of {entries[name].size_bytes}"
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        hashes = pool.map(lambda name: file_sha256(f"{root}/{name}", files), entries)
-        for name, found in zip(entries, hashes, strict=True):
-            if found != entries[name].sha256:
-                return f"{name} was changed: its sha256 is {found[:12]}…, not {entries[name].sha256[:12]}…"
+        return f"{name} was changed: its sha256 is {found[:12]}…, not {entries[name].sha256[:12]}…"
     return None
 
 

@@ -9,6 +9,7 @@ from typing import Self
 
 from overproof.train.loop import Row
 
+CURVE = "curve.jsonl"
 ROWS_HASH = "rows_hash"  # of a step: the sum of ``data.plan.rows_hash`` over the ranks, of the rows that came
 
 

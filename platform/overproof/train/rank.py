@@ -12,24 +12,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from overproof.artifact import filesystem, once_here
+from overproof.artifact import once_here
 from overproof.data.manifest import TOKENIZER, Manifest
-from overproof.data.plan import Order, rows_hash
+from overproof.data.plan import rows_hash
 from overproof.data.read import BATCH_COLUMNS, Columns, Shards
 from overproof.errors import InputError
 from overproof.models import Batch, build, load, parameters, save, to_tensors
 from overproof.progress import NOTICE
 from overproof.recipe import Pretrained
 from overproof.train import pretrained
-from overproof.train.checkpoint import Kept, find_fault
-from overproof.train.curve import ROWS_HASH, Curve
+from overproof.train.checkpoint import Kept
+from overproof.train.curve import CURVE, ROWS_HASH, Curve
 from overproof.train.engine import ZeroEngine, to_universal, weights
 from overproof.train.job import Job
 from overproof.train.loop import Hooks, Row, fit, shares, validation_ids, validation_loss
 from overproof.train.objective import CrossEntropy
 from overproof.train.oom import explain_memory
 from overproof.train.saver import Saver
-from overproof.train.saving import CURVE, Bell, Saving
+from overproof.train.saving import Bell, Saving
 from overproof.train.start import Start
 from overproof.train.watch import Watch
 
@@ -46,7 +46,7 @@ class Trainee:
         self.job, self.start, self.rank, self.world = job, start, rank, world
         self.root = job.prepared.local()
         self.manifest = Manifest.read(self.root)
-        self.order = Order(self.manifest.groups, self.manifest.rows_per_group, job.seed)
+        self.order = self.manifest.order(job.seed)
         torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
         chosen, found = job.train.model, start.checkpoint
         universal = found is not None and found.world != world and job.train.zero_stage > 0
@@ -139,8 +139,7 @@ class Trainee:
             return
         kept = checkpoints.best() if train.result == "best" else checkpoints.all()[-1]
         assert kept
-        files, root = filesystem(kept.uri)
-        if fault := find_fault(files, root, kept.files):
+        if fault := kept.fault():
             raise InputError(f"{kept.uri}: {fault}; run again: training goes on from the checkpoint before")
         with kept.local() as source:
             save(weights(source), self.model.config, folder, tokenizer)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 from pyarrow import fs
@@ -18,8 +18,10 @@ from overproof.artifact import FileEntry, filesystem, write_at_once
 from overproof.errors import InputError
 from overproof.train.checkpoint import MANIFEST, Checkpoints, Kept, seal, unseal
 
+if TYPE_CHECKING:
+    from overproof.train.engine import Writer  # which imports transformers
+
 POLL_S = 0.05
-Writer = Callable[[str, Any], None]
 
 
 class Saver:
@@ -97,15 +99,13 @@ class _Job:
         files, root = filesystem(self.uri)
         files.create_dir(root, recursive=True)
         entries: dict[str, FileEntry] = {}
-        for name, value in held.items():
+        for name, value in {**held, **extra}.items():
             with files.open_output_stream(f"{root}/{name}") as stream:
                 hashed = Hashed(stream)
-                hashed.save(value)
-            entries[name] = hashed.entry()
-        for name, content in extra.items():
-            with files.open_output_stream(f"{root}/{name}") as stream:
-                hashed = Hashed(stream)
-                hashed.write(content)
+                if name in extra:
+                    hashed.write(value)
+                else:
+                    hashed.save(value)
             entries[name] = hashed.entry()
         listing = {"files": {name: entry.model_dump() for name, entry in entries.items()}}
         write_at_once(files, f"{root}/{_part(self.rank)}", seal(listing))

@@ -10,11 +10,10 @@ import torch
 import torch.distributed as dist
 
 from overproof.recipe import Train
+from overproof.train.curve import CURVE
 from overproof.train.engine import ZeroEngine
 from overproof.train.loop import Row
 from overproof.train.saver import Saver
-
-CURVE = "curve.jsonl"
 
 
 class Bell(Protocol):

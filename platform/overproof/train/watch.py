@@ -26,7 +26,7 @@ class Watch:
     def __init__(self, job: Job, manifest: Manifest, world: int) -> None:
         self.job, self.manifest, self.world = job, manifest, world
         self._seconds: list[float] = []
-        self._waited_s = 0.0
+        self._waited_s, self._waited_in_all_s = 0.0, 0.0
         self._seen, self._cpu_s = time.monotonic(), time.process_time()
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -53,6 +53,7 @@ class Watch:
             return row
         self._seconds.append(seconds)
         waited_s, self._waited_s = self._waited_s, 0.0
+        self._waited_in_all_s += waited_s
         energy_j = (busy_s * WATTS_PER_CORE + seconds * gpu_watts()) * self.world
         return {
             **row,
@@ -74,7 +75,7 @@ class Watch:
         self.job.progress("train", int(row["step"]), self.job.train.steps, note)
 
     def metrics(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """What the whole training came to, over all attempts; seconds a step are this attempt's."""
+        """What the whole training came to, over all attempts; seconds a step and data wait are this attempt's."""
         count = self.job.train.steps * self.job.train.batch_size
 
         def last(name: str) -> float | None:
@@ -85,9 +86,7 @@ class Watch:
             "train_loss": last("loss"),
             "validation_loss": last("validation_loss"),
             "seconds_per_step": statistics.median(self._seconds) if self._seconds else None,
-            "data_wait": sum(r.get("data_wait_s", 0.0) for r in rows) / max(sum(self._seconds), 1e-9)
-            if self._seconds
-            else None,
+            "data_wait": self._waited_in_all_s / sum(self._seconds) if self._seconds else None,
             "skipped_steps": sum("skipped" in row for row in rows),
             "energy_j": sum(row.get("energy_j", 0.0) for row in rows),
         }

@@ -15,9 +15,8 @@ from ray.data import DataIterator
 from ray.train.collective import broadcast_from_rank_zero
 
 from overproof.data.ingest import planned_dataset
-from overproof.data.manifest import Manifest
 from overproof.data.plan import Order
-from overproof.data.read import BATCH_COLUMNS, Columns, Shards, to_numpy
+from overproof.data.read import Columns, planned_shards, to_numpy
 from overproof.train.elastic import WorkerBell, say
 from overproof.train.job import Job
 from overproof.train.start import Start
@@ -49,14 +48,10 @@ def planned_rows(job: Job, first: int, rank: int, world: int) -> Iterator[Column
     of ``STREAM_STEPS`` at a time.
     """
     steps, batch_size = job.train.steps, job.train.batch_size
-    root = job.prepared.local()
-    manifest = Manifest.read(root)
-    order = Order(manifest.groups, manifest.rows_per_group, job.seed)
-    shards = Shards(root, "train", ("sample_id", *BATCH_COLUMNS[manifest.kind]))
+    shards = planned_shards(job.prepared.local())
+    order = shards.manifest.order(job.seed)
     step, stop = first, min(steps, first + OWN_STEPS)
-    tables: Iterator[Columns] = (
-        shards.take(order.step_rows(own, batch_size, rank, world)) for own in range(step, stop)
-    )
+    tables = shards.steps(order, batch_size, step, stop, rank, world)
     while step < steps:
         following: Future[Iterator[Columns]] = Future()
         for columns in tables:
