@@ -67,7 +67,7 @@ def open_shard(path: Path) -> pq.ParquetFile:
 
 
 def to_numpy(table: pa.Table) -> Columns:
-    """Columns as arrays, without nulls; fixed-size lists and bytes become 2-D, bytes as int32."""
+    """Columns as arrays, without nulls; fixed-size lists and bytes become 2-D, bytes as the numbers they are."""
     return {field.name: _array(table.column(field.name).combine_chunks(), field) for field in table.schema}
 
 
@@ -75,8 +75,7 @@ def _array(values: pa.Array, field: pa.Field) -> NDArray[Any]:
     if pa.types.is_fixed_size_binary(values.type):
         stored, width = np.dtype(field.metadata[DTYPE].decode()), values.type.byte_width
         shape = (len(values), width // stored.itemsize)
-        numbers: NDArray[Any] = np.ndarray(shape, stored, values.buffers()[1], values.offset * width)
-        return numbers.astype(np.int32)
+        return np.ndarray(shape, stored, values.buffers()[1], values.offset * width)
     if pa.types.is_fixed_size_list(values.type):
         flat: NDArray[Any] = values.flatten().to_numpy(zero_copy_only=False)
         return flat.reshape(len(values), values.type.list_size)

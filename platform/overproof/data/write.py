@@ -43,7 +43,7 @@ def to_table(columns: Mapping[str, NDArray[Any]], expected: pa.Schema) -> pa.Tab
 
 
 def _bytes(values: NDArray[Any], field: pa.Field) -> pa.Array:
-    stored = values.astype(np.dtype(field.metadata[DTYPE].decode()))
+    stored = values.astype(np.dtype(field.metadata[DTYPE].decode()), copy=False)
     if values.shape[1] * stored.itemsize != field.type.byte_width or not np.array_equal(stored, values):
         raise ValueError(
             f"{field.name}: {values.shape[1]} numbers from {values.min()} to {values.max()} in a row; "
