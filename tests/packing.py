@@ -14,13 +14,14 @@ import torch
 from tokenizers import Tokenizer
 
 from overproof import models
-from overproof.artifact import Artifact, Store, file_sha256
+from overproof.artifact import Artifact, Store
 from overproof.compress.gguf import export_gguf
 from overproof.compress.onnx import export_onnx, quantize_onnx
 from overproof.data import tokens as bpe
 from overproof.data.manifest import Manifest, Shard, Split
 from overproof.evaluate.gate import judge
 from overproof.evaluate.metrics import Comparison, Measured, Metric, Report
+from overproof.files import file_sha256
 from overproof.progress import quiet
 from overproof.recipe import Recipe, load
 from overproof.registry.package import package

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from overproof import cli
@@ -68,7 +69,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         assert time.monotonic() < deadline, (folder / "head.log").read_text()
         time.sleep(0.3)
     yield Head(url, environment)
-    os.killpg(process.pid, signal.SIGTERM)
+    started = psutil.Process(process.pid)
+    for each in (started, *started.children(recursive=True)):  # asked politely, it takes half a minute
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
     process.wait(timeout=60)
 
 

@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
-from overproof.artifact import file_sha256
 from overproof.data.manifest import Manifest
 from overproof.data.tokens import encode, train_bpe
 from overproof.errors import InputError
+from overproof.files import file_sha256
 from overproof.models import build, check_tokenizer, forward, load, parameters, save, to_tensors
 from overproof.recipe import Llama, Vit
 

@@ -12,8 +12,8 @@ from ray._private.runtime_env.packaging import create_package
 
 from finished import RECIPES, Run
 from overproof import preflight, storage, upload
-from overproof.artifact import filesystem
 from overproof.cluster import _attached_capacity
+from overproof.files import filesystem
 from overproof.placement import Capacity, Node
 from overproof.preflight import Rate
 from overproof.recipe import load

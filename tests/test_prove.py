@@ -32,7 +32,7 @@ def test_a_killed_worker_changes_not_one_bit() -> None:
 
 
 def test_nodes_that_die_and_join_change_no_more_than_rounding() -> None:
-    small = ("train.steps=450", "train.batch_size=48", "train.learning_rate=2e-4", "train.checkpoint.every_steps=20")
+    small = ("train.steps=150", "train.batch_size=48", "train.learning_rate=2e-4", "train.checkpoint.every_steps=20")
     said = prove("elastic", *(part for value in small for part in ("--set", value)))
     assert any(line.startswith("a node died") and "3 to 2" in line for line in said)
     assert any(line.startswith("a node joined") and "2 to 3" in line for line in said)

@@ -11,36 +11,24 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pyarrow import fs
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from overproof.errors import InputError
+from overproof.files import FileEntry, file_entries, filesystem, join, once_here, verify_files, write_at_once
 
 RECORD = "artifact.json"
 TOOLS = ("overproof", "ray", "deepspeed", "torch", "transformers", "pyarrow", "gguf", "xllamacpp", "onnxruntime")
-CHUNK_BYTES = 1 << 20
-HASHING_THREADS = 4
-Parsed = TypeVar("Parsed", bound=BaseModel)
-
-
-class FileEntry(BaseModel):
-    """The identity of one file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    sha256: str
-    size_bytes: int
 
 
 class Record(BaseModel):
@@ -64,68 +52,6 @@ def fingerprint(stage: str, format: int, config: Any, parents: Mapping[str, str]
     """Sha256 over the stage, its format version, its part of the recipe and its parents' fingerprints."""
     value = {"stage": stage, "format": format, "config": config, "parents": dict(parents)}
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """Open a local path or a URI.
-
-    Raises:
-        InputError: the scheme is unknown or the URI is malformed.
-    """
-    if "://" not in uri:
-        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
-    try:
-        found, path = fs.FileSystem.from_uri(uri)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{uri}: {error}; expected a folder or a URI that pyarrow.fs opens") from None
-    return found, path
-
-
-def join(uri: str, name: str) -> str:
-    """A path below a folder or URI; what follows a ``?`` (endpoint, region) stays at the end."""
-    head, mark, query = uri.partition("?")
-    return f"{head.rstrip('/')}/{name}{mark}{query}"
-
-
-def file_sha256(path: str | Path, files: fs.FileSystem | None = None) -> str:
-    """Sha256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with (files or fs.LocalFileSystem()).open_input_stream(str(path), buffer_size=CHUNK_BYTES) as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _fetched() -> Path:
-    """This user's folder of fetched artifacts, which no other user may write to."""
-    folder = Path(tempfile.gettempdir()) / f"overproof-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise InputError(f"{folder}: others may write there; expected a folder of your own: delete it, or set TMPDIR")
-    return folder
-
-
-def once_here(key: str, make: Callable[[Path], None]) -> Path:
-    """A folder of this machine under that key, which the first process to ask makes; the others wait for it."""
-    root = _fetched()
-    with (root / f"{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (root / key).exists():
-            attempt = Path(tempfile.mkdtemp(dir=root))
-            try:
-                make(attempt)
-                attempt.rename(root / key)
-            finally:
-                shutil.rmtree(attempt, ignore_errors=True)
-    return root / key
-
-
-def write_at_once(files: fs.FileSystem, path: str, content: bytes) -> None:
-    """Write a small file so that readers see all of it or none."""
-    with files.open_output_stream(f"{path}.part") as stream:
-        stream.write(content)
-    files.move(f"{path}.part", path)
 
 
 @dataclass(frozen=True)
@@ -159,55 +85,6 @@ class Artifact:
             InputError: a file is missing or differs from the record.
         """
         verify_files(self.uri, self.record.files)
-
-
-def verify_files(uri: str, entries: Mapping[str, FileEntry]) -> None:
-    """Compare files below a directory with the sha256 each should have.
-
-    Raises:
-        InputError: naming the first file that is missing or differs.
-    """
-    files, root = filesystem(uri)
-    for name, found in unlike(files, root, entries):
-        path = f"{root}/{name}"
-        if found is None:
-            raise InputError(f"{path}: missing, though its record lists it; delete {root} and run again")
-        raise InputError(
-            f"{path}: sha256 is {found[:12]}…, the record says {entries[name].sha256[:12]}…; "
-            f"the file was changed after it was written: delete {root} and run again"
-        )
-
-
-def unlike(files: fs.FileSystem, root: str, entries: Mapping[str, FileEntry]) -> Iterator[tuple[str, str | None]]:
-    """The files below a directory whose sha256 is not the listed one, by name; with what it is, None if missing."""
-
-    def look(name: str) -> str | None:
-        path = f"{root}/{name}"
-        return file_sha256(path, files) if files.get_file_info(path).type == fs.FileType.File else None
-
-    names = sorted(entries)
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        for name, found in zip(names, pool.map(look, names), strict=True):
-            if found != entries[name].sha256:
-                yield name, found
-
-
-def read_json(model: type[Parsed], path: Path) -> Parsed:
-    """Read one JSON part of an artifact.
-
-    Raises:
-        InputError: it is missing, or not what this version writes.
-    """
-    try:
-        return model.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; delete its folder and run again") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"{path}: {where}: {first['msg']}; expected what this version writes: delete its folder and run again"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -249,19 +126,13 @@ class Draft:
     def commit(self, metrics: Mapping[str, Any], seconds: float) -> Artifact:
         """Hash every file and write the record, last and at once."""
         files, root = filesystem(self.uri)
-        listing = files.get_file_info(fs.FileSelector(root, recursive=True))
-        names = sorted(i.path.removeprefix(root).lstrip("/") for i in listing if i.type == fs.FileType.File)
-        sizes = {i.path.removeprefix(root).lstrip("/"): i.size for i in listing}
-        with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            hashes = pool.map(partial(file_sha256, files=files), [f"{root}/{name}" for name in names])
-            entries = {n: FileEntry(sha256=h, size_bytes=sizes[n]) for n, h in zip(names, hashes, strict=True)}
         record = Record(
             recipe=self.recipe,
             stage=self.stage,
             fingerprint=self.fingerprint,
             config=self.config,
             parents=dict(self.parents),
-            files=entries,
+            files=file_entries(files, root),
             metrics=dict(metrics),
             seconds=round(seconds, 3),
             created=datetime.now(UTC).isoformat(timespec="seconds"),

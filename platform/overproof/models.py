@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, ViTConfig, ViTForImageClassification
 from transformers.utils import logging as transformers_logging
 
-from overproof.artifact import file_sha256
 from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.data.tokens import END, END_ID
 from overproof.errors import InputError
+from overproof.files import file_sha256
 from overproof.recipe import Llama, Vit
 
 Batch = dict[str, Tensor]

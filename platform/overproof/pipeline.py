@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import Any
 
 from overproof import cluster, console
-from overproof.artifact import Artifact, Store, fingerprint, read_json
+from overproof.artifact import Artifact, Store, fingerprint
 from overproof.data.sources import source_digest
+from overproof.files import read_json
 from overproof.placement import check
 from overproof.recipe import Pretrained, Recipe, Section, Train
 from overproof.stage import Context
@@ -52,7 +53,7 @@ def _beyond_train(train: Train) -> dict[str, Any]:
 
 STAGES = (
     Stage("prepare", "overproof.data.prepare:prepare", (),
-          lambda r: {"seed": r.seed, "data": _dump(r.data), "source": source_digest(r.data)}, format=2),
+          lambda r: {"seed": r.seed, "data": _dump(r.data), "source": source_digest(r.data)}, format=3),
     Stage("train", "overproof.train.launch:train", ("prepare",),
           lambda r: {"seed": r.seed, "train": _dump(r.train), **_beyond_train(r.train)}),
     Stage("cache", "overproof.distill.teacher:cache", ("prepare", "train"),

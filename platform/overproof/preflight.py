@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from overproof import cluster, storage, upload
-from overproof.artifact import Artifact, Store, filesystem, join, read_json
+from overproof.artifact import Artifact, Store
 from overproof.data.manifest import MANIFEST, Manifest
 from overproof.errors import InputError
+from overproof.files import filesystem, join, read_json
 from overproof.placement import Capacity, Need, needs, refusal
 from overproof.recipe import BpeTokenizer, Recipe, TextData
 from overproof.train.dimensions import Dimensions, dimensions

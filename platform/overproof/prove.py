@@ -5,121 +5,24 @@ Both run on a Ray cluster of several nodes that is started here for them, in a s
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import os
 import random
-import re
 import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
 
-from overproof import cluster, console, pipeline
-from overproof.artifact import Artifact, Store
-from overproof.data.manifest import Manifest
-from overproof.data.plan import Order, rows_hash
+from overproof import console
+from overproof.chaos import Event, Ground, Log, Trained, joined, told, went_on, workers
 from overproof.errors import InputError
-from overproof.progress import Progress
 from overproof.recipe import Recipe
-from overproof.stage import Context
 
-OBJECT_STORE_BYTES = 200 << 20
 ROOMY_CPUS = 8  # logical, of one node
 NARROW_CPUS, NARROW_WORKER_CPUS = 3, 1.9  # one worker a node, and a CPU for the readers even on one node
-STALE_S = 0.7  # words of the dead may still arrive
-WAIT_S = 300.0
+GROWING_S = 120.0  # over which the steps that are left are spread while a node joins
 TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True)
-class Word:
-    """What a training said."""
-
-    time_s: float
-    done: int
-    note: str
-
-    @property
-    def step(self) -> bool:
-        """Whether a step was made, and not something told about the run."""
-        return self.note.startswith(("loss", "step left out"))
-
-
-@dataclass
-class Log:
-    """A progress that remembers, for one who waits for something to happen."""
-
-    show: Progress
-    words: list[Word] = field(default_factory=list)
-    over: threading.Event = field(default_factory=threading.Event)
-
-    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
-        self.words.append(Word(time.monotonic(), done, note))
-        self.show(task, done, total, note)
-
-    def until(self, wanted: Callable[[Word], bool], since_s: float = 0.0) -> Word | None:
-        """The first word that is wanted; None when the training is over without."""
-        limit_s = time.monotonic() + WAIT_S
-        while time.monotonic() < limit_s and not self.over.is_set():
-            for word in self.words:
-                if word.time_s > since_s and wanted(word):
-                    return word
-            time.sleep(0.05)
-        return None
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something done to a training, and how it went on."""
-
-    what: str
-    at_step: int
-    went_on_from: int
-    seconds: float  # from the deed to the next step
-    workers: str = ""
-
-    @property
-    def lost(self) -> int:
-        """Steps that were made again."""
-        return max(0, self.at_step - self.went_on_from)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What came of a training, in numbers that can be compared."""
-
-    rows: list[dict[str, float]]
-    weights: str  # sha256
-
-    @classmethod
-    def read(cls, artifact: Artifact) -> Trained:
-        """A train artifact's."""
-        lines = (artifact.local() / "curve.jsonl").read_text().splitlines()
-        return cls([json.loads(line) for line in lines], artifact.record.files["model/model.safetensors"].sha256)
-
-    def values(self, name: str) -> list[float]:
-        return [row[name] for row in self.rows if name in row]
-
-    def digest(self, *names: str) -> str:
-        """Sha256 over values as hex floats: equal only if every bit is."""
-        text = "\n".join(value.hex() for name in names for value in map(float, self.values(name)))
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    @property
-    def multiset(self) -> int:
-        """Hash of all rows that came, as the workers counted them."""
-        return int(sum(self.values("rows_hash")))
 
 
 def resume(recipe: Recipe, kills: int, seed: int) -> int:
@@ -133,38 +36,38 @@ def resume(recipe: Recipe, kills: int, seed: int) -> int:
     def harm(log: Log, _: Any) -> Iterator[Event]:
         since_s = 0.0
         for step in steps:
+            log.let(step)
             word = log.until(lambda word, step=step: word.step and word.done >= step, since_s)  # type: ignore[misc]
             if word is None:
                 return
-            victim = dice.choice(_workers())
+            victim = dice.choice(workers())
             began_s = time.monotonic()
             os.kill(victim, signal.SIGKILL)
-            if event := _went_on(log, f"kill -9 of worker {victim}", word.done, began_s):
+            if event := went_on(log, f"kill -9 of worker {victim}", word.done, began_s):
                 yield event
-            since_s = time.monotonic()
+            since_s = began_s
 
-    with _store(recipe) as own, _nodes([ROOMY_CPUS]) as nodes:
-        whole = _train(own, "uninterrupted", nodes, None)
-        killed, events = _train(own, "killed", nodes, harm)
-        planned = _planned(own)
+    with Ground.of(recipe, [ROOMY_CPUS]) as ground:
+        whole, _ = ground.train("uninterrupted", recipe.train)
+        killed, events = ground.train("killed", recipe.train, harm)
+        planned = ground.planned
     _print_events(events)
-    same = [
-        ("steps", len(whole[0].values("loss")), len(killed.values("loss"))),
-        ("last loss", whole[0].values("loss")[-1].hex(), killed.values("loss")[-1].hex()),
+    pairs = [
+        ("steps", len(whole.values("loss")), len(killed.values("loss"))),
+        ("last loss", whole.values("loss")[-1].hex(), killed.values("loss")[-1].hex()),
         *(
-            (f"sha256 of {label}", whole[0].digest(*names)[:16], killed.digest(*names)[:16])
-            for label, names in {
-                "losses": ("loss",),
-                "gradient norms": ("grad_norm",),
-                "validation losses": ("validation_loss",),
+            (f"sha256 of {label}", whole.digest(name)[:16], killed.digest(name)[:16])
+            for label, name in {
+                "losses": "loss",
+                "gradient norms": "grad_norm",
+                "validation losses": "validation_loss",
             }.items()
         ),
-        ("rows, as a multiset", f"{whole[0].multiset:x}", f"{killed.multiset:x}"),
-        ("rows, as planned", f"{planned:x}", f"{planned:x}"),
-        ("sha256 of the weights", whole[0].weights[:16], killed.weights[:16]),
+        *_rows(planned, whole, killed),
+        ("sha256 of the weights", whole.weights[:16], killed.weights[:16]),
     ]
-    proven = all(a == b for _, a, b in same) and killed.multiset == planned and len(events) == kills
-    _print_pairs("resumed", same)
+    proven = all(a == b for _, a, b in pairs) and killed.multiset == planned and len(events) == kills
+    _print_pairs("resumed", pairs)
     return _verdict(proven, f"{len(events)} kills, and nothing differs", f"{len(events)} of {kills} kills")
 
 
@@ -186,39 +89,42 @@ def elastic(recipe: Recipe, seed: int) -> int:
     first = dice.randint(2, max(2, train.steps // 4))
 
     def harm(log: Log, nodes: Any) -> Iterator[Event]:
+        log.let(first)
         word = log.until(lambda word: word.step and word.done >= first)
         if word is None:
             return
         began_s = time.monotonic()
         nodes.remove_node(dice.choice(nodes.list_all_nodes()[1:]), allow_graceful=False)
-        event = _went_on(log, "a node died", word.done, began_s, f"{most} to {most - 1}")
+        event = went_on(log, "a node died", word.done, began_s, f"{most} to {most - 1}")
         if event is None:
             return
         yield event
         began_s = time.monotonic()
-        with _joined(nodes):
-            grown = log.until(lambda word: word.step and word.note.endswith(f"{most} workers"), began_s)
-            told = _told(log, began_s)
-            if grown and told:
-                yield Event("a node joined", told, told, grown.time_s - began_s, f"{most - 1} to {most}")
+        pace_s = GROWING_S / (train.steps - word.done)
+        with joined(nodes, NARROW_CPUS):
+            for step in range(word.done, train.steps):
+                log.let(step)
+                if grown := log.until(lambda word: word.note.endswith(f"{most} workers"), began_s, pace_s):
+                    found = told(log, began_s) or 0
+                    yield Event("a node joined", found, found, grown.time_s - began_s, f"{most - 1} to {most}")
+                    break
+            log.let()
             log.over.wait()
 
-    fixed = recipe.model_copy(update={"train": train.model_copy(update={"workers": most})})
-    with _store(fixed) as own, _nodes([NARROW_CPUS] * most) as nodes:
-        whole = _train(own, "fixed", nodes, None)
-        moved, events = _train(own.model_copy(update={"train": train}), "moved", nodes, harm)
-        planned = _planned(own)
+    with Ground.of(recipe, [NARROW_CPUS] * most) as ground:
+        whole, _ = ground.train("fixed", train.model_copy(update={"workers": most}))
+        moved, events = ground.train("moved", train, harm)
+        planned = ground.planned
     _print_events(events)
-    gaps = {name: _gap(whole[0], moved, name) for name in ("loss", "validation_loss")}
+    gaps = {name: _gap(whole, moved, name) for name in ("loss", "validation_loss")}
     pairs: list[tuple[str, Any, Any]] = [
-        ("steps", len(whole[0].values("loss")), len(moved.values("loss"))),
-        ("last loss", f"{whole[0].values('loss')[-1]:.8f}", f"{moved.values('loss')[-1]:.8f}"),
+        ("steps", len(whole.values("loss")), len(moved.values("loss"))),
+        ("last loss", f"{whole.values('loss')[-1]:.8f}", f"{moved.values('loss')[-1]:.8f}"),
         *((f"largest difference of {name}", "", f"{gap:.1e}") for name, gap in gaps.items()),
-        ("rows, as a multiset", f"{whole[0].multiset:x}", f"{moved.multiset:x}"),
-        ("rows, as planned", f"{planned:x}", f"{planned:x}"),
+        *_rows(planned, whole, moved),
     ]
     _print_pairs("moved", pairs)
-    proven = max(gaps.values()) <= TOLERANCE and whole[0].multiset == moved.multiset == planned and len(events) == 2
+    proven = max(gaps.values()) <= TOLERANCE and whole.multiset == moved.multiset == planned and len(events) == 2
     instead = f"{len(events)} of 2 events; a loss differs by {max(gaps.values()):.1e}, expected {TOLERANCE:g} at most"
     if max(gaps.values()) > TOLERANCE:
         instead += (
@@ -233,101 +139,13 @@ def _gap(one: Trained, other: Trained, name: str) -> float:
     return max(abs(a - b) for a, b in pairs)
 
 
-def _went_on(log: Log, what: str, at_step: int, began_s: float, workers: str = "") -> Event | None:
-    """Wait for the next step after a deed."""
-    word = log.until(lambda word: word.step, began_s + STALE_S)
-    told = _told(log, began_s)
-    return Event(what, at_step, told or 0, word.time_s - began_s, workers) if word else None
-
-
-def _told(log: Log, since_s: float) -> int | None:
-    """The step from which a training said that it goes on."""
-    for word in log.words:
-        found = re.search(r"going on from step (\d+)", word.note)
-        if found and word.time_s > since_s:
-            return int(found.group(1))
-    return None
-
-
-@contextmanager
-def _store(recipe: Recipe) -> Iterator[Recipe]:
-    with tempfile.TemporaryDirectory(prefix="overproof-proof-") as store:
-        yield recipe.model_copy(update={"store": store})
-
-
-@contextmanager
-def _nodes(cpus: list[int]) -> Iterator[Any]:
-    """A Ray cluster of that many nodes on this machine."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    with console.waiting(f"starting Ray: {len(cpus)} nodes"):
-        head = {"num_cpus": cpus[0], "object_store_memory": OBJECT_STORE_BYTES}
-        nodes = Cluster(initialize_head=True, head_node_args={**head, "include_dashboard": True, "dashboard_port": 0})
-        for count in cpus[1:]:
-            nodes.add_node(num_cpus=count, object_store_memory=OBJECT_STORE_BYTES)
-        os.environ["RAY_ADDRESS"] = nodes.address  # so that nothing looks at this machine for room
-        ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.WARNING)
-    try:
-        yield nodes
-    finally:
-        del os.environ["RAY_ADDRESS"]
-        ray.shutdown()
-        nodes.shutdown()  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def _joined(nodes: Any) -> Iterator[None]:
-    """One more node, from any thread; ``Cluster.add_node`` works in the main one alone."""
-    ray_start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={nodes.address}",
-                 f"--num-cpus={NARROW_CPUS}", f"--object-store-memory={OBJECT_STORE_BYTES}"]  # fmt: skip
-    node = subprocess.Popen(ray_start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        node.terminate()
-        node.wait()
-
-
-def _train(
-    recipe: Recipe, name: str, nodes: Any, harm: Callable[[Log, Any], Iterator[Event]] | None
-) -> tuple[Trained, list[Event]]:
-    """Train under a name of its own, while ``harm`` is done to it."""
-    from overproof.train.launch import train
-
-    prepared = pipeline.run(recipe, "prepare")["prepare"]
-    draft = Store(recipe.store).begin(f"{recipe.name}-{name}", "train", "0" * 64, {}, {})
-    events: list[Event] = []
-    began_s = time.monotonic()
-    with console.bars() as show:
-        log = Log(show)
-        doer = threading.Thread(target=lambda: events.extend(harm(log, nodes) if harm else ()), daemon=True)
-        with cluster.relay(log) as progress:
-            doer.start()
-            try:
-                metrics = train(Context(recipe, {"prepare": prepared}, draft, progress))
-            finally:
-                log.over.set()
-        doer.join()
-    artifact = draft.commit(metrics, time.monotonic() - began_s)
-    console.out.print(f"[green]✓[/] {name:<13} {artifact.record.seconds:6.1f} s")
-    return Trained.read(artifact), events
-
-
-def _workers() -> list[int]:
-    """Process ids of the training workers that live."""
-    from ray._private.state import actors
-
-    living = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
-    return [int(actor["Pid"]) for actor in living if actor["ActorClassName"] == "RayTrainWorker"]
-
-
-def _planned(recipe: Recipe) -> int:
-    """The hash of the rows that all steps should have had."""
-    prepared = pipeline.run(recipe, "prepare")["prepare"]
-    manifest = Manifest.read(Path(prepared.uri))
-    order = Order(manifest.groups, manifest.rows_per_group, recipe.seed)
-    return rows_hash(order.rows_at(0, recipe.train.steps * recipe.train.batch_size))
+def _rows(planned: int, one: Trained, other: Trained) -> list[tuple[str, str, str]]:
+    """What came, and whether it is what was planned."""
+    said = {True: "yes", False: "no"}
+    return [
+        ("rows, as a multiset", f"{one.multiset:x}", f"{other.multiset:x}"),
+        ("rows, as planned", said[one.multiset == planned], said[other.multiset == planned]),
+    ]
 
 
 def _print_events(events: list[Event]) -> None:

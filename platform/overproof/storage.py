@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from overproof.artifact import filesystem, join
 from overproof.errors import InputError
+from overproof.files import filesystem, join
 
 PROBE = ".overproof-probe-"
 LOOK_TIMEOUT_S = 60

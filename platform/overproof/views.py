@@ -7,8 +7,9 @@ from pathlib import Path
 from rich.table import Table
 
 from overproof import pipeline
-from overproof.artifact import RECORD, Artifact, Record, Store, read_json
+from overproof.artifact import RECORD, Artifact, Record, Store
 from overproof.console import out
+from overproof.files import read_json
 from overproof.recipe import Recipe
 
 

@@ -11,12 +11,13 @@ import pytest
 from corpus import context, text_recipe, write_corpus
 from tokenizers import Tokenizer
 
-from overproof.artifact import Artifact, Record, file_sha256
+from overproof.artifact import Artifact, Record
 from overproof.data import prepare as stage
 from overproof.data.manifest import Manifest
 from overproof.data.prepare import prepare
 from overproof.data.read import Shards
 from overproof.errors import InputError
+from overproof.files import file_sha256
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

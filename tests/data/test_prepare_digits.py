@@ -9,12 +9,12 @@ import pytest
 from corpus import RECIPES, context
 from sklearn.datasets import load_digits
 
-from overproof.artifact import file_sha256
 from overproof.data.digits import stratified
 from overproof.data.manifest import Manifest
 from overproof.data.prepare import prepare
 from overproof.data.read import Shards
 from overproof.errors import InputError
+from overproof.files import file_sha256
 from overproof.recipe import Recipe, load
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from overproof.artifact import Artifact, Store, file_sha256
+from overproof.artifact import Artifact, Store
 from overproof.compress.export import read_exports
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import Report
 from overproof.evaluate.runner import evaluate, gate
+from overproof.files import file_sha256
 from overproof.progress import quiet
 from overproof.recipe import Recipe
 from overproof.stage import Context

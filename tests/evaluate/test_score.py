@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from overproof import models
-from overproof.artifact import Artifact, file_sha256
+from overproof.artifact import Artifact
 from overproof.compress.gguf import read_gguf
 from overproof.data.read import Shards
 from overproof.evaluate import score
 from overproof.evaluate.score import Scores, agreed, chosen_units, score_images, score_text
+from overproof.files import file_sha256
 
 
 def test_text_scores_are_sums_over_documents(text: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:

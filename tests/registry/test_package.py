@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from overproof.artifact import Artifact, file_sha256
+from overproof.artifact import Artifact
 from overproof.errors import GateRefused, InputError
+from overproof.files import file_sha256
 from overproof.recipe import Recipe
 from overproof.registry.package import locate, open_package
 from packing import copy, edit, make_package, make_parents, make_recipe, pack
@@ -170,7 +171,7 @@ def test_a_package_is_fetched_from_a_bucket(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     from pyarrow import fs
 
-    from overproof.artifact import filesystem, join
+    from overproof.files import filesystem, join
 
     recipe = join(s3_uri.replace("bucket/store", "bucket/mirror"), "stdlib-lm")  # the bucket outlives the test
     uri = join(recipe, packed.name)

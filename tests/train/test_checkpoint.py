@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as tries
 from hypothesis import strategies as st
 
-from overproof.artifact import filesystem
 from overproof.errors import InputError
+from overproof.files import filesystem
 from overproof.recipe import Checkpoint
 from overproof.train.checkpoint import LEDGER, MANIFEST, Checkpoints, Kept, differences, keep
 from overproof.train.saver import Saver

@@ -9,9 +9,9 @@ import torch
 from pyarrow import fs
 from tiny_data import VIT
 
-from overproof.artifact import filesystem
 from overproof.data.manifest import Manifest
 from overproof.errors import InputError
+from overproof.files import filesystem
 from overproof.models import build, load, save
 from overproof.train import pretrained
 

@@ -7,13 +7,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from overproof.artifact import read_json
 from overproof.data.plan import Order
+from overproof.files import read_json
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 DOCUMENTS = "documents.parquet"
-FORMAT: Literal[2] = 2
+FORMAT: Literal[3] = 3
 SPLITS = ("train", "validation", "test")
 
 
@@ -43,7 +43,7 @@ class Split(_Frozen):
 class Manifest(_Frozen):
     """The content of ``manifest.json``. Row ``i`` of a split has ``sample_id`` i, counted through its shards."""
 
-    format: Literal[2] = FORMAT
+    format: Literal[3] = FORMAT
     kind: Literal["text", "digits"]
     splits: dict[str, Split]
     rows_per_group: int

@@ -1,26 +1,28 @@
-"""Reading the rows of a prepared split by their ids, one row group at a time."""
+"""Reading the rows of a prepared split by their ids, straight from the mapped files."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from overproof.data.manifest import Manifest
 from overproof.data.plan import Order
-from overproof.data.schema import DTYPE, row_bytes, schema
+from overproof.data.schema import DTYPE, row_bytes, schema, stored
 from overproof.errors import InputError
 
 Columns = dict[str, NDArray[Any]]
 
-KEPT_BYTES = 64 << 20  # of decoded row groups: what fits is decoded once, not once an epoch
 AHEAD_BYTES = 1 << 20
+PLAIN = {"PLAIN", "RLE"}  # values; levels, of which there are none
+PAGE_HEADER_BYTES = 32  # at most; two pages' headers are longer
 BATCH_COLUMNS = {"text": ("tokens", "length"), "digits": ("pixels", "label")}
 
 
@@ -73,9 +75,8 @@ def to_numpy(table: pa.Table) -> Columns:
 
 def _array(values: pa.Array, field: pa.Field) -> NDArray[Any]:
     if pa.types.is_fixed_size_binary(values.type):
-        stored, width = np.dtype(field.metadata[DTYPE].decode()), values.type.byte_width
-        shape = (len(values), width // stored.itemsize)
-        return np.ndarray(shape, stored, values.buffers()[1], values.offset * width)
+        kind, shape = stored(field)
+        return np.ndarray((len(values), *shape), kind, values.buffers()[1], values.offset * values.type.byte_width)
     if pa.types.is_fixed_size_list(values.type):
         flat: NDArray[Any] = values.flatten().to_numpy(zero_copy_only=False)
         return flat.reshape(len(values), values.type.list_size)
@@ -88,14 +89,47 @@ def read_group(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> Colu
     return to_numpy(file.read_row_group(group, columns=list(columns), use_threads=False))
 
 
-def read_groups(file: pq.ParquetFile, groups: list[int], columns: Sequence[str]) -> Iterator[Columns]:
-    """Several row groups of an opened file, each in file order; much cheaper than one by one."""
-    table = to_numpy(file.read_row_groups(groups, columns=list(columns), use_threads=False))
-    begin = 0
-    for group in groups:
-        end = begin + file.metadata.row_group(group).num_rows
-        yield {name: values[begin:end] for name, values in table.items()}
-        begin = end
+@dataclass(frozen=True)
+class Mapped:
+    """The rows of one shard as they lie in the file, which is mapped into memory and shared by all who read it."""
+
+    content: NDArray[np.uint8]
+    starts: dict[str, NDArray[np.int64]]  # of a column: where the values of each row group begin
+    fields: dict[str, pa.Field]
+    rows_per_group: int
+
+    @classmethod
+    def of(cls, path: Path, file: pq.ParquetFile, columns: Sequence[str], rows_per_group: int) -> Mapped:
+        """Find the values in a file that ``data.write`` wrote.
+
+        Raises:
+            InputError: the values are not plain ones of one page for each column of a row group.
+        """
+        fields = {name: file.schema_arrow.field(name) for name in columns}
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        starts = {}
+        for name, field in fields.items():
+            index, width = file.schema_arrow.get_field_index(name), field.type.bit_width // 8
+            chunks = [group.column(index) for group in groups]
+            sizes = np.array([group.num_rows for group in groups], np.int64) * width
+            begins = np.array([chunk.data_page_offset for chunk in chunks], np.int64)
+            ends = begins + np.array([chunk.total_compressed_size for chunk in chunks], np.int64)
+            plain = all(c.compression == "UNCOMPRESSED" and set(c.encodings) <= PLAIN for c in chunks)
+            headers = ends - begins - sizes
+            if not plain or (headers <= 0).any() or (headers > PAGE_HEADER_BYTES).any():
+                raise InputError(
+                    f"{path}: column {name!r} is not plain values of one page in a row group: prepare again"
+                )
+            starts[name] = ends - sizes
+        return cls(np.memmap(path, np.uint8, "r"), starts, fields, rows_per_group)
+
+    def take(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Values of a column, by row of this shard; the caller's own."""
+        (kind, shape), width = stored(self.fields[name]), self.fields[name].type.bit_width // 8
+        group, place = np.divmod(rows, self.rows_per_group)
+        anywhere = as_strided(self.content, (len(self.content) - width + 1, width), (1, 1), writeable=False)
+        values: NDArray[Any] = anywhere[self.starts[name][group] + place * width].view(kind)
+        return values.reshape(len(rows), *shape)
 
 
 class Shards:
@@ -118,16 +152,14 @@ class Shards:
             raise InputError(f"{root}: no column {min(unknown)!r}; expected some of {', '.join(known)}")
         self.shards = self.manifest.splits[split].shards
         self.starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
-        self._files: dict[int, pq.ParquetFile] = {}
-        self._groups: OrderedDict[int, Columns] = OrderedDict()
-        self._kept_bytes = 0
+        self._mapped: dict[int, Mapped] = {}
 
     @property
     def rows(self) -> int:
         return self.manifest.splits[self.split].rows
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}, "_groups": OrderedDict(), "_kept_bytes": 0}
+        return self.__dict__ | {"_mapped": {}}
 
     def take(self, sample_ids: NDArray[np.int64]) -> Columns:
         """The rows with these ids, in the order given; lists are 2-D.
@@ -144,15 +176,16 @@ class Shards:
                 f"expected 0 to {self.rows - 1}"
             )
         shard = np.searchsorted(self.starts, ids, side="right") - 1
-        group, place = np.divmod(ids - self.starts[shard], self.manifest.rows_per_group)
-        key = shard << 32 | group
-        by_key = np.argsort(key, kind="stable")
-        keys, begins = np.unique(key[by_key], return_index=True)
-        found = self._read(keys.tolist())
-        taken = {n: np.empty((len(ids), *v.shape[1:]), v.dtype) for n, v in next(iter(found.values())).items()}
-        for here, columns in zip(np.split(by_key, begins[1:]), found.values(), strict=True):
-            for name, values in columns.items():
-                taken[name][here] = values[place[here]]
+        taken: Columns = {}
+        for number in np.unique(shard):
+            here = np.flatnonzero(shard == number)
+            mapped = self._map(int(number))
+            for name in self.columns:
+                values = mapped.take(name, ids[here] - self.starts[number])
+                if len(here) == len(ids):
+                    taken[name] = values
+                else:
+                    taken.setdefault(name, np.empty((len(ids), *values.shape[1:]), values.dtype))[here] = values
         return taken
 
     def steps(
@@ -160,7 +193,7 @@ class Shards:
     ) -> Iterator[Columns]:
         """A rank's planned rows of the steps ``[first, last)``, counted from 0, one step after the other.
 
-        Some steps are read together, which costs about half of reading each alone.
+        Some steps are read together, which costs less than reading each alone.
         """
         share = batch_size // world
         together = max(1, AHEAD_BYTES // (share * row_bytes(schema(self.manifest, self.columns))))
@@ -170,51 +203,21 @@ class Shards:
             for step in range(stop - start):
                 yield {name: values[step * share : (step + 1) * share] for name, values in rows.items()}
 
-    def _read(self, keys: list[int]) -> dict[int, Columns]:
-        """Row groups by ``shard << 32 | group``, in the order given; those not kept come from a shard at once."""
-        found: dict[int, Columns] = {}
-        missing: dict[int, list[int]] = {}
-        for key in keys:
-            if key in self._groups:
-                self._groups.move_to_end(key)
-                found[key] = self._groups[key]
-            else:
-                missing.setdefault(key >> 32, []).append(key & 0xFFFFFFFF)
-        for shard, groups in missing.items():
-            for group, columns in zip(groups, read_groups(self._file(shard), groups, self.columns), strict=True):
-                found[shard << 32 | group] = columns
-        self._keep({key: found[key] for key in keys if key not in self._groups})
-        return {key: found[key] for key in keys}
-
-    def _keep(self, groups: dict[int, Columns]) -> None:
-        size = sum(map(_size, groups.values()))
-        if size > KEPT_BYTES:
-            return
-        for key, columns in groups.items():  # copies, since what was read together lives as long as its last part
-            self._groups[key] = {name: values.copy() for name, values in columns.items()}
-        self._kept_bytes += size
-        while self._kept_bytes > KEPT_BYTES:
-            self._kept_bytes -= _size(self._groups.popitem(last=False)[1])
-
-    def _file(self, shard: int) -> pq.ParquetFile:
-        if shard not in self._files:
-            expected = schema(self.manifest)
-            path = self.root / self.shards[shard].path
+    def _map(self, number: int) -> Mapped:
+        if number not in self._mapped:
+            expected, shard = schema(self.manifest), self.shards[number]
+            path = self.root / shard.path
             file = open_shard(path)
             if not file.schema_arrow.equals(expected) or _stored(file.schema_arrow) != _stored(expected):
                 raise InputError(
                     f"{path}: columns are {_names(file.schema_arrow)}; expected {_names(expected)}: prepare again"
                 )
-            if file.metadata.num_rows != self.shards[shard].rows:
+            if file.metadata.num_rows != shard.rows:
                 raise InputError(
-                    f"{path}: {file.metadata.num_rows} rows, the manifest says {self.shards[shard].rows}: prepare again"
+                    f"{path}: {file.metadata.num_rows} rows, the manifest says {shard.rows}: prepare again"
                 )
-            self._files[shard] = file
-        return self._files[shard]
-
-
-def _size(columns: Columns) -> int:
-    return sum(values.nbytes for values in columns.values())
+            self._mapped[number] = Mapped.of(path, file, self.columns, self.manifest.rows_per_group)
+        return self._mapped[number]
 
 
 def _names(found: pa.Schema) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,16 +17,14 @@ UINT16_VOCABULARY = 1 << 16
 def text_schema(sequence_length: int, vocab_size: int) -> pa.Schema:
     """The columns of a text shard; none may be null.
 
-    A row's sequence_length + 1 tokens are the bytes of little-endian unsigned numbers, two bytes each where the
-    vocabulary allows it, since Parquet reads bytes several times faster than lists. The field says which numbers.
+    A row's sequence_length + 1 tokens are unsigned numbers, two bytes each where the vocabulary allows it.
     """
-    stored = np.dtype("<u2" if vocab_size <= UINT16_VOCABULARY else "<u4")
-    tokens = pa.binary((sequence_length + 1) * stored.itemsize)
+    tokens = np.dtype("<u2" if vocab_size <= UINT16_VOCABULARY else "<u4")
     return pa.schema(
         [
             pa.field("sample_id", pa.int64(), nullable=False),
             pa.field("document", pa.int32(), nullable=False),
-            pa.field("tokens", tokens, nullable=False, metadata={DTYPE: stored.str.encode()}),
+            _numbers("tokens", tokens, sequence_length + 1),
             pa.field("length", pa.int32(), nullable=False),
         ]
     )
@@ -33,8 +32,29 @@ def text_schema(sequence_length: int, vocab_size: int) -> pa.Schema:
 
 def digits_schema() -> pa.Schema:
     """The columns of a shard of images; none may be null."""
-    types = {"sample_id": pa.int64(), "pixels": pa.list_(pa.float32(), 64), "label": pa.int32()}
-    return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in types.items()])
+    return pa.schema(
+        [
+            pa.field("sample_id", pa.int64(), nullable=False),
+            _numbers("pixels", np.dtype("<f4"), 64),
+            pa.field("label", pa.int32(), nullable=False),
+        ]
+    )
+
+
+def _numbers(name: str, kind: np.dtype[Any], count: int) -> pa.Field:
+    """Many numbers in a row, as their bytes: every value of a column then has one width, and its place is arithmetic.
+
+    The field says which numbers they are.
+    """
+    return pa.field(name, pa.binary(count * kind.itemsize), nullable=False, metadata={DTYPE: kind.str.encode()})
+
+
+def stored(field: pa.Field) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """The type and the shape of one row's value in a column of a shard."""
+    if pa.types.is_fixed_size_binary(field.type):
+        kind = np.dtype(field.metadata[DTYPE].decode())
+        return kind, (field.type.byte_width // kind.itemsize,)
+    return np.dtype(field.type.to_pandas_dtype()).newbyteorder("<"), ()
 
 
 def schema(manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Schema:
@@ -44,8 +64,5 @@ def schema(manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Schem
 
 
 def row_bytes(fields: pa.Schema) -> int:
-    """Bytes of one row in memory, before ``to_numpy``."""
-    types = [field.type for field in fields]
-    return sum(
-        t.list_size * t.value_type.bit_width // 8 if pa.types.is_fixed_size_list(t) else t.bit_width // 8 for t in types
-    )
+    """Bytes of one row of a shard."""
+    return sum(field.type.bit_width // 8 for field in fields)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from overproof.artifact import file_sha256, filesystem
 from overproof.errors import InputError
+from overproof.files import file_sha256, filesystem
 from overproof.recipe import (
     DigitsData,
     FolderSource,

@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from overproof.artifact import filesystem, join
 from overproof.data.manifest import Shard
-from overproof.data.schema import DTYPE
+from overproof.data.schema import stored
+from overproof.files import filesystem, join
+
+PAGE_BYTES = 1 << 30  # more than any column of a row group
 
 
 def put(uri: str, name: str, content: bytes) -> None:
@@ -43,25 +45,32 @@ def to_table(columns: Mapping[str, NDArray[Any]], expected: pa.Schema) -> pa.Tab
 
 
 def _bytes(values: NDArray[Any], field: pa.Field) -> pa.Array:
-    stored = values.astype(np.dtype(field.metadata[DTYPE].decode()), copy=False)
-    if values.shape[1] * stored.itemsize != field.type.byte_width or not np.array_equal(stored, values):
+    kind, shape = stored(field)
+    numbers = values.astype(kind, copy=False)
+    if values.shape[1:] != shape or not np.array_equal(numbers, values, equal_nan=True):
         raise ValueError(
             f"{field.name}: {values.shape[1]} numbers from {values.min()} to {values.max()} in a row; "
-            f"expected numbers of type {stored.dtype} that fill {field.type}"
+            f"expected numbers of type {kind} that fill {field.type}"
         )
-    return pa.FixedSizeBinaryArray.from_buffers(field.type, len(values), [None, pa.py_buffer(stored)])
+    return pa.FixedSizeBinaryArray.from_buffers(field.type, len(values), [None, pa.py_buffer(numbers)])
 
 
 def parquet_bytes(table: pa.Table, rows_per_group: int) -> bytes:
-    """A zstd Parquet file whose row groups hold ``rows_per_group`` rows; the same table gives the same bytes."""
+    """A Parquet file whose row groups hold ``rows_per_group`` rows; the same table gives the same bytes.
+
+    Each column of a row group is one page of plain values, neither compressed nor encoded, so that a reader finds
+    every value in the mapped file.
+    """
     sink = pa.BufferOutputStream()
     pq.write_table(
         table,
         sink,
         row_group_size=rows_per_group,
-        compression="zstd",
+        compression="none",
         use_dictionary=False,
         write_statistics=False,
+        data_page_size=PAGE_BYTES,
+        max_rows_per_page=rows_per_group,
     )
     content: bytes = sink.getvalue().to_pybytes()
     return content

@@ -18,13 +18,13 @@ from ray import tune
 from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler
 
-from overproof.artifact import filesystem
 from overproof.cluster import own_interrupt
 from overproof.data.manifest import MANIFEST, Manifest
 from overproof.distill.job import CONTROL, FINISHED, Job
 from overproof.distill.targets import TEACHER, Targets
 from overproof.distill.trial import Trainer, Trial
 from overproof.errors import InputError
+from overproof.files import filesystem
 from overproof.progress import Progress
 from overproof.recipe import Sweep
 from overproof.stage import Context

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from overproof.artifact import read_json
 from overproof.data.read import Columns, open_shard, read_group
 from overproof.errors import InputError
+from overproof.files import read_json
 
 INDEX = "cache.json"
 TEACHER = "model/model.safetensors"  # within the artifact of `train`

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext
 from transformers import PreTrainedModel
 
-from overproof.artifact import Artifact, Draft, filesystem
+from overproof.artifact import Artifact, Draft
 from overproof.data.manifest import MANIFEST, Manifest
 from overproof.data.plan import Order
 from overproof.data.read import Columns, Shards
@@ -29,6 +29,7 @@ from overproof.data.write import to_table
 from overproof.distill.losses import top_k
 from overproof.distill.targets import INDEX, TEACHER, CacheFile, CacheIndex, schema
 from overproof.errors import InputError
+from overproof.files import filesystem
 from overproof.models import check_tokenizer, forward, load, to_tensors
 from overproof.recipe import Cache
 from overproof.stage import Context

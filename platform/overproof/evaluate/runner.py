@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import ray
 from tokenizers import Tokenizer
 
-from overproof.artifact import Artifact, read_json
+from overproof.artifact import Artifact
 from overproof.compress.export import Export, read_exports
 from overproof.compress.gguf import read_gguf
 from overproof.compress.onnx import Reference
@@ -25,6 +25,7 @@ from overproof.evaluate.gate import judge
 from overproof.evaluate.metrics import Bootstrap, Measured, Metric, Quality, Report, Units, quality_metrics
 from overproof.evaluate.parity import image_parity_nats, text_parity_nats
 from overproof.evaluate.score import HeldOut, Scores, agreed, chosen_units, score_images, score_text
+from overproof.files import read_json
 from overproof.recipe import Evaluate
 from overproof.stage import Context
 

@@ -22,11 +22,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from overproof import models
-from overproof.artifact import file_sha256
 from overproof.compress.gguf import read_gguf
 from overproof.data.manifest import DOCUMENTS
 from overproof.data.read import Shards
 from overproof.errors import InputError
+from overproof.files import file_sha256
 from overproof.serve.engines.onnx import OnnxClassifier
 
 BATCH_LOGITS = 1 << 23  # numbers in one batch's logits

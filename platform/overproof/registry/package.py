@@ -16,22 +16,12 @@ from typing import Annotated, Any, Literal
 from pyarrow import fs
 from pydantic import Field
 
-from overproof.artifact import (
-    RECORD,
-    TOOLS,
-    Artifact,
-    FileEntry,
-    Record,
-    Store,
-    file_sha256,
-    filesystem,
-    read_json,
-    verify_files,
-)
+from overproof.artifact import RECORD, TOOLS, Artifact, Record, Store
 from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.errors import GateRefused, InputError
 from overproof.evaluate.gate import Verdict, judge
 from overproof.evaluate.metrics import Frozen, Measured, Report
+from overproof.files import FileEntry, file_sha256, filesystem, read_json, verify_files
 from overproof.recipe import Gate
 from overproof.registry.card import render
 from overproof.stage import Context

@@ -9,9 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from overproof.artifact import Artifact, read_json
+from overproof.artifact import Artifact
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import Report
+from overproof.files import read_json
 from overproof.report.figure import Curve, draw
 from overproof.stage import Context
 

@@ -21,8 +21,8 @@ from typing import Any
 
 from pyarrow import fs
 
-from overproof.artifact import FileEntry, filesystem, join, once_here, unlike, write_at_once
 from overproof.errors import InputError
+from overproof.files import FileEntry, filesystem, join, once_here, unlike, write_at_once
 from overproof.recipe import Checkpoint
 
 LEDGER = "ledger.json"

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from pyarrow import fs
 
-from overproof.artifact import filesystem
 from overproof.errors import InputError
+from overproof.files import filesystem
 from overproof.recipe import Llama, Pretrained, Vit
 
 PIXELS = 8  # along each edge of a digit

@@ -134,21 +134,23 @@ class ZeroEngine:
     def step(self, objective: Objective, batch: Batch) -> Metrics:
         rate = learning_rate(self.train, self.steps_done)
         _set_rate(self.optimizer, rate)
-        names, sums, norm = list[str](), torch.zeros(()), None
+        names, sums, norm = list[str](), torch.zeros((), device=self.device), None
         for index, part in enumerate(_parts(batch, self.accumulation)):
             self._seed(index)
             loss, scalars = objective.loss(self.engine, _place(part, self.device))
+            names, sums = ["loss", *scalars], sums + torch.stack([loss.detach(), *scalars.values()]).double()
+            last = index == self.accumulation - 1
+            if last:
+                total = self.totalling(sums)
             self.engine.backward(loss)
-            if index == self.accumulation - 1:
+            if last:
                 norm = self._clip()
                 if self.train.offload != "none":
                     _forget_bias_correction(self.optimizer.optimizer)
             self.engine.step()
-            names = ["loss", *scalars]
-            sums = sums.to(loss.device) + torch.stack([loss.detach(), *scalars.values()]).double()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         self.steps_done += 1
-        means = self.total(sums) / (self.world * self.accumulation)
+        means = total() / (self.world * self.accumulation)
         values = dict(zip(names, means.tolist(), strict=True))
         overflow = {"overflow": 1.0} if self.train.precision == "fp16" and not math.isfinite(float(norm)) else {}
         return {"loss": values.pop("loss"), "learning_rate": rate, "grad_norm": float(norm), **overflow, **values}
@@ -163,9 +165,18 @@ class ZeroEngine:
             self.engine.train()
 
     def total(self, values: Tensor) -> Tensor:
+        return self.totalling(values)()
+
+    def totalling(self, values: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum over the ranks; the sum is given when asked for, so that no rank waits meanwhile."""
         values = values.clone()
-        dist.all_reduce(values)
-        return values
+        work = dist.all_reduce(values, async_op=True)
+
+        def total() -> Tensor:
+            work.wait()
+            return values
+
+        return total
 
     def save(self, write: Writer) -> None:
         """Hand this rank's part of the state to ``write``; all ranks call it at the same step."""

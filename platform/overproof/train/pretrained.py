@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from overproof.artifact import filesystem, once_here
 from overproof.errors import InputError
+from overproof.files import filesystem, once_here
 
 
 def listing(path: str) -> list[tuple[str, int, int]]:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from overproof.artifact import once_here
 from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.data.plan import rows_hash
 from overproof.data.read import BATCH_COLUMNS, Columns, Shards
 from overproof.errors import InputError
+from overproof.files import once_here
 from overproof.models import Batch, build, load, parameters, save, to_tensors
 from overproof.progress import NOTICE
 from overproof.recipe import Pretrained
@@ -60,7 +60,6 @@ class Trainee:
             self.engine = ZeroEngine(self.model, job.train, job.seed, universal)
         self.rows = self._restore(found, universal) if found else []
         self.batch: Batch = {}
-        self.seen = 0  # hash of its rows
         self.held_out = Shards(self.root, "validation")
         ids = validation_ids(self.held_out.rows, job.train.validation_rows)
         self.parts = shares(ids, job.train.batch_size // world, rank, world)
@@ -83,7 +82,7 @@ class Trainee:
             def report(row: Row) -> None:
                 measured = watch.measure(row)
                 if "validation_loss" not in row:
-                    measured = {**measured, ROWS_HASH: float(saving.agree(self.seen))}
+                    measured = {**measured, ROWS_HASH: float(saving.agree())}
                 for each in reports:
                     each(measured)
 
@@ -93,7 +92,7 @@ class Trainee:
                     self.engine,
                     CrossEntropy(),
                     job.train,
-                    watch.timed(self._batches(rows)),
+                    watch.timed(self._batches(rows, saving.tell)),
                     self.validate,
                     report,
                     hooks,
@@ -110,11 +109,11 @@ class Trainee:
         with self.engine.evaluating() as model:
             return validation_loss(model, batches, self.engine.total)
 
-    def _batches(self, rows: Iterator[Columns]) -> Iterator[Batch]:
+    def _batches(self, rows: Iterator[Columns], seen: Callable[[int], None]) -> Iterator[Batch]:
         names = BATCH_COLUMNS[self.manifest.kind]
         for columns in rows:
             self.batch = to_tensors({name: columns[name] for name in names})
-            self.seen = rows_hash(columns["sample_id"])
+            seen(rows_hash(columns["sample_id"]))
             yield self.batch
 
     def _restore(self, found: Kept, universal: bool) -> list[Row]:

@@ -14,8 +14,8 @@ import torch
 from pyarrow import fs
 from torch import Tensor
 
-from overproof.artifact import FileEntry, filesystem, write_at_once
 from overproof.errors import InputError
+from overproof.files import FileEntry, filesystem, write_at_once
 from overproof.train.checkpoint import MANIFEST, Checkpoints, Kept, seal, unseal
 
 if TYPE_CHECKING:

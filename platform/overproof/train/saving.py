@@ -43,10 +43,14 @@ class Saving:
         self.engine, self.train, self.saver, self.bell, self.rows = engine, train, saver, bell, rows
         self._asked = False
 
-    def agree(self, seen: int) -> int:
-        """Sum ``seen`` over the ranks, and learn on the way whether one of them was asked for a checkpoint."""
+    def tell(self, seen: int) -> None:
+        """Before a step: begin to sum ``seen`` over the ranks, and whether one of them was asked for a checkpoint."""
         told = torch.tensor([seen, int(self.bell.rung())], dtype=torch.int64, device=self.engine.device)
-        total, asked = self.engine.total(told).tolist()
+        self._told = self.engine.totalling(told)
+
+    def agree(self) -> int:
+        """After the step: the sum of what was seen."""
+        total, asked = self._told().tolist()
         self._asked = asked > 0
         return int(total)
 
