@@ -29,6 +29,7 @@ from overproof.recipe import Train, load
 from overproof.stage import Context
 
 SEED = 1
+LISTS = "lists"  # the rows as others would keep them, see rows.py
 CPUS = 4
 RECIPE = Path(__file__).parents[2] / "jobs" / "recipes" / "stdlib-lm.yaml"
 
@@ -128,7 +129,7 @@ def stock(folder: Path, train: Train, scratch: Path) -> dict[str, Any]:
         torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(num_workers=2, use_gpu=train.gpus_per_worker > 0),
         run_config=RunConfig(name="stock", storage_path=str(scratch / "ray")),
-        datasets={"train": ray.data.read_parquet(str(folder / "train"), shuffle="files").select_columns(["tokens"])},
+        datasets={"train": ray.data.read_parquet(str(folder / LISTS), shuffle="files").select_columns(["tokens"])},
     ).fit()
     found: dict[str, Any] = json.loads(out.read_text())
     return found
