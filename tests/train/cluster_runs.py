@@ -116,13 +116,14 @@ class Run:
         return self.until(wanted, since)
 
 
+def alive(kind: str) -> list[dict[str, Any]]:
+    """Actors of that class which live."""
+    return [a for a in actors().values() if a["ActorClassName"] == kind and a["State"] == "ALIVE"]
+
+
 def workers() -> list[tuple[int, str]]:
     """Process and node of every training worker that lives."""
-    return [
-        (actor["Pid"], actor["Address"]["NodeID"])
-        for actor in actors().values()
-        if actor["ActorClassName"] == "RayTrainWorker" and actor["State"] == "ALIVE"
-    ]
+    return [(actor["Pid"], actor["Address"]["NodeID"]) for actor in alive("RayTrainWorker")]
 
 
 def drain(cluster: Cluster, node: str, seconds: float) -> None:
@@ -135,11 +136,14 @@ def drain(cluster: Cluster, node: str, seconds: float) -> None:
 
 
 def killed(folder: Path, address: str) -> dict[str, Any]:
-    """A worker is killed, then the driver; the command is run again."""
+    """A worker is killed, then the controller, then the driver; the command is run again after both."""
     run = Run(folder, "killed")
 
+    errors = folder / "errors"
+
     def drive() -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, __file__, str(folder), address])
+        with errors.open("ab") as log:
+            return subprocess.Popen([sys.executable, __file__, str(folder), address], stderr=log)
 
     driver = drive()
     first = run.step(14, workers=2)
@@ -147,19 +151,30 @@ def killed(folder: Path, address: str) -> dict[str, Any]:
     os.kill(victim, signal.SIGKILL)
     t_worker = time.time()
     again = run.step(11, workers=2, since=t_worker + 2 * STEP_S)
-    at = run.step(24, workers=2, since=t_worker)
+    at_controller = run.step(24, workers=2, since=t_worker)
+    os.kill(next(actor["Pid"] for actor in alive("TrainController")), signal.SIGKILL)
+    t_controller = time.time()
+    ended = driver.wait(WAIT_S)
+    driver = drive()
+    third = run.step(1, workers=2, since=t_controller + 2 * STEP_S)
+    at_driver = run.step(34, workers=2, since=t_controller)
     left = [pid for pid, _ in workers()]
     driver.kill()
     driver.wait()
     t_driver = time.time()
     driver = drive()
-    third = run.step(1, workers=2, since=t_driver + 2 * STEP_S)
+    fourth = run.step(1, workers=2, since=t_driver + 2 * STEP_S)
     gone = not any(psutil.pid_exists(pid) for pid in left)
     run.hurry()
     assert driver.wait(WAIT_S) == 0
     return {
-        "seconds": {"worker": again["time"] - t_worker, "driver": third["time"] - t_driver},
-        "steps": {"worker": [first["done"], again["done"]], "driver": [at["done"], third["done"]]},
+        "steps": {
+            "worker": [first["done"], again["done"]],
+            "controller": [at_controller["done"], third["done"]],
+            "driver": [at_driver["done"], fourth["done"]],
+        },
+        "ended_with_the_controller": ended,
+        "errors": errors.read_text(),
         "workers_of_dead_driver_gone": gone,
     }
 

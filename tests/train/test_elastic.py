@@ -63,7 +63,7 @@ def values(result: dict[str, Any], key: str) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("key", ["loss", "grad_norm", "learning_rate", "validation_loss"])
-def test_kills_of_a_worker_and_of_the_driver_leave_no_trace(
+def test_kills_of_a_worker_the_controller_and_the_driver_leave_no_trace(
     ran: dict[str, Any], whole: dict[str, Any], key: str
 ) -> None:
     """Rows are those of the plan, or a worker refuses; equal to the last bit, none was lost or came twice."""
@@ -76,6 +76,11 @@ def test_a_kill_costs_no_more_than_the_steps_since_the_last_checkpoint(ran: dict
     for before, after in ran["killed"]["steps"].values():
         assert after == before // 10 * 10 + 1
     assert any("a worker died" in line and "going on from step 10" in line for line in ran["killed"]["said"])
+
+
+def test_a_run_whose_controller_is_killed_ends_and_says_what_to_do(ran: dict[str, Any]) -> None:
+    assert ran["killed"]["ended_with_the_controller"] != 0
+    assert "run again: training goes on from step 20" in ran["killed"]["errors"]
 
 
 def test_workers_go_with_their_driver_on_a_cluster_that_stays(ran: dict[str, Any]) -> None:

@@ -135,11 +135,16 @@ def _run(trainer: Trainer) -> Any:
 
     Raises:
         InputError: as a worker raised it, out of what Ray wrapped around it; or for what Ray killed a worker.
-        RuntimeError: the end of patience.
+        RuntimeError: the end of patience, or of Ray's controller.
     """
     try:
         with own_interrupt():
             return trainer.fit().return_value  # type: ignore[attr-defined]
+    except RayActorError as error:
+        raise RuntimeError(
+            f"train: the controller of the run died: {brief([error])}; run again: training goes on from step "
+            f"{trainer.job.checkpoints.committed()}"
+        ) from error
     except ray.train.TrainingFailedError as error:
         found = causes(error)
         for cause in found:
