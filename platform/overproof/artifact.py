@@ -139,10 +139,14 @@ class Draft:
             versions={tool: version(tool) for tool in TOOLS},
         )
         write_at_once(files, f"{root}/{RECORD}", record.model_dump_json(indent=1).encode())
-        work = filesystem(self.workspace)[1]
-        if files.get_file_info(work).type == fs.FileType.Directory:
-            files.delete_dir(work)
+        self.clear_workspace()
         return Artifact(self.uri, record)
+
+    def clear_workspace(self) -> None:
+        """Nothing in the workspace is of use any more."""
+        files, path = filesystem(self.workspace)
+        if files.get_file_info(path).type == fs.FileType.Directory:
+            files.delete_dir(path)
 
 
 @dataclass(frozen=True)

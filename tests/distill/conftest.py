@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from distill_world import World, make
+from distill_world import World, capture, make, parented
 
-from overproof.artifact import Store
+from overproof.artifact import Artifact, Store
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +16,8 @@ def digits_world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="session")
 def text_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make("text", Store(str(tmp_path_factory.mktemp("text"))))
+
+
+@pytest.fixture(scope="session")
+def digits_cache(digits_world: World) -> Artifact:
+    return parented(digits_world, capture(digits_world, 400))

@@ -17,7 +17,7 @@ from overproof.data.plan import Order
 from overproof.data.read import Shards
 from overproof.data.schema import text_schema
 from overproof.data.write import write_shard
-from overproof.distill.targets import INDEX, CacheIndex
+from overproof.distill.targets import INDEX, TEACHER, CacheIndex
 from overproof.distill.teacher import Job, Teacher, cover
 from overproof.models import build, save, to_tensors
 from overproof.progress import Progress, quiet
@@ -105,9 +105,10 @@ class World:
         return self.artifacts["prepare"].local()
 
     def draft(self, stage: str, store: Store | None = None) -> Draft:
-        """A fresh draft in its own folder."""
-        name = hashlib.sha256(f"{stage} {next(self.numbers)}".encode()).hexdigest()
-        return (store or self.store).begin(f"test-{self.kind}", stage, name, None, {})
+        """A fresh draft in its own folder, with a workspace of its own."""
+        number = next(self.numbers)
+        name = hashlib.sha256(f"{stage} {number}".encode()).hexdigest()
+        return (store or self.store).begin(f"test-{self.kind}-{number}", stage, name, {"number": number}, {})
 
     def context(
         self, stage: str, progress: Progress = quiet, cached: Artifact | None = None, **changes: Any
@@ -173,3 +174,13 @@ def capture(world: World, rows: int | None) -> Artifact:
     assert not any(report["fault"][0] for report in reports)
     (Path(teacher.job.draft.uri) / INDEX).write_text(index.model_dump_json())
     return teacher.job.draft.commit({}, 0)
+
+
+def parented(world: World, cached: Artifact) -> Artifact:
+    """The cache as if the stage had made it from the world's data and teacher."""
+    index = cached.local() / "cache.json"
+    text = index.read_text()
+    for fake, stage, file in (("a" * 64, "train", TEACHER), ("b" * 64, "prepare", MANIFEST)):
+        text = text.replace(fake, world.artifacts[stage].record.files[file].sha256)
+    index.write_text(text)
+    return cached

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import secrets
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -13,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distill_world import World, capture, make
+from distill_world import World, capture, make, parented
 
 from overproof.artifact import Artifact, Store
-from overproof.data.manifest import MANIFEST
 from overproof.data.read import Shards
 from overproof.distill.job import Job, rungs
 from overproof.distill.student import Run
 from overproof.distill.sweep import jobs, slots, sweep
-from overproof.distill.targets import TEACHER
 from overproof.distill.teacher import cache
 from overproof.errors import InputError
 from overproof.models import load, parameters
@@ -69,21 +68,6 @@ class Swept:
 
     def curve(self, name: str) -> list[dict[str, float]]:
         return [json.loads(line) for line in (self.folder / "curves" / f"{name}.jsonl").read_text().splitlines()]
-
-
-def parented(world: World, cached: Artifact) -> Artifact:
-    """The cache as if the stage had made it from the world's data and teacher."""
-    index = cached.local() / "cache.json"
-    text = index.read_text()
-    for fake, stage, file in (("a" * 64, "train", TEACHER), ("b" * 64, "prepare", MANIFEST)):
-        text = text.replace(fake, world.artifacts[stage].record.files[file].sha256)
-    index.write_text(text)
-    return cached
-
-
-@pytest.fixture(scope="module")
-def digits_cache(digits_world: World) -> Artifact:
-    return parented(digits_world, capture(digits_world, 400))
 
 
 @contextmanager
@@ -211,15 +195,34 @@ def test_progress_is_told_all_along(swept: Swept) -> None:
 
 
 def job_of(context: Context, name: str) -> Job:
-    return next(job for job in jobs(context) if job.name == name)
+    """A student's job as the sweep has it, from the start."""
+    job = next(job for job in jobs(context) if job.name == name)
+    fresh = dataclasses.replace(job.checkpoints, uri=f"{job.checkpoints.uri}-{secrets.token_hex(4)}")
+    return dataclasses.replace(job, checkpoints=fresh)
+
+
+WILD = {**STUDENTS[3], "name": "wild", "model": {**NARROW, "initializer_range": 1e30}}
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_trial_that_fails_ends_the_sweep_with_its_name(digits_world: World, digits_cache: Artifact) -> None:
-    wild = {**SWEEP, "learning_rate": 1e30, "warmup_steps": 0, "students": STUDENTS[3:]}
-    context = digits_world.context("sweep", cached=digits_cache, sweep=wild)
-    with pytest.raises(InputError, match=r"^student narrow: step \d+: loss is .*lower learning_rate"):
+def test_a_sweep_without_a_student_that_finishes_ends_with_the_reason(
+    digits_world: World, digits_cache: Artifact
+) -> None:
+    context = digits_world.context("sweep", cached=digits_cache, sweep={**SWEEP, "students": [WILD]})
+    with pytest.raises(InputError, match=r"^student wild: step 1: loss is .*lower learning_rate.* no student of the"):
         sweep(context)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_student_that_fails_is_recorded_and_the_others_go_on(digits_world: World, digits_cache: Artifact) -> None:
+    context = digits_world.context("sweep", cached=digits_cache, sweep={**SWEEP, "students": [WILD, STUDENTS[0]]})
+    metrics = sweep(context)
+    trials = json.loads((Path(context.draft.uri) / "trials.json").read_text())
+    wild, wide = trials["trials"]
+    assert (wild["status"], wild["steps"], wild["validation_loss"]) == ("failed", 0, None)
+    assert wild["reason"].startswith("step 1: loss is")
+    assert (wide["status"], wide["reason"], trials["winner"]) == ("finished", None, "wide")
+    assert (metrics["failed"], metrics["trials"]) == (1, 2)
 
 
 @pytest.mark.usefixtures("ray_cluster")

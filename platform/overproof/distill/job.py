@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from overproof.artifact import Artifact, Draft
 from overproof.recipe import Student, Sweep
+from overproof.train.checkpoint import Checkpoints
 
 FINISHED = "finished"  # folder of the draft: weights of the trials that ran every step
 CONTROL = "control"
@@ -26,6 +27,7 @@ class Job:
     cached: Artifact
     draft: Draft
     folder: str  # of the draft, for the weights
+    checkpoints: Checkpoints
 
 
 def rungs(settings: Sweep) -> Iterator[int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +15,15 @@ from overproof.distill.job import Job, rungs
 from overproof.distill.losses import Distill
 from overproof.distill.targets import Targets
 from overproof.models import Batch, build, parameters, save, to_tensors
+from overproof.train.checkpoint import Kept
+from overproof.train.curve import CURVE
 from overproof.train.engine import TorchEngine
-from overproof.train.loop import Row, rows, shares, validation_ids, validation_loss
+from overproof.train.loop import Hooks, Row, rows, shares, validation_ids, validation_loss
 from overproof.train.objective import CrossEntropy, Objective
+from overproof.train.saver import Saver
+from overproof.train.start import Start
+
+SECONDS = "seconds"  # of training, in all attempts: a file of each checkpoint
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,15 @@ class Run:
         self.model = build(job.student.model, self.manifest, job.seed)
         self.engine = TorchEngine(self.model, job.settings)
         self.rungs = frozenset(rungs(job.settings))
-        self._rows = rows(self.engine, self._objective(), job.settings, self._batches(), self._validate)
+        self.faults: list[str] = []  # of checkpoints that could not be used
+        start = Start(job.checkpoints.newest(self.faults.append))
+        self.saver = Saver(job.checkpoints, start.attempt, rank=0, world=1)
+        self.began_at, self.seconds = start.step, 0.0
+        self._curve = self._restore(start.checkpoint) if start.checkpoint else []
+        self._past = list(_chunks(self._curve))
+        self._rows = rows(
+            self.engine, self._objective(), job.settings, self._batches(), self._validate, Hooks(self.began_at)
+        )
 
     @property
     def parameters(self) -> int:
@@ -53,10 +69,14 @@ class Run:
     def advance(self) -> Chunk:
         """Train up to the next validation: every ``validate_every`` steps, at each rung, and after the last step.
 
+        What an attempt that was killed has done is given again first, chunk by chunk, without being done again.
+
         Raises:
-            InputError: the loss is no longer finite.
+            InputError: the loss is no longer finite, or a checkpoint could not be written.
         """
-        settings, curve = self.job.settings, list[Row]()
+        if self._past:
+            return self._past.pop(0)
+        began, settings, curve = time.perf_counter(), self.job.settings, list[Row]()
         for row in self._rows:
             curve.append(row)
             step = int(row["step"])
@@ -64,13 +84,30 @@ class Run:
                 curve.append({"step": step, "validation_loss": self._validate()})
             if "validation_loss" in curve[-1]:
                 break
-        return Chunk(int(curve[-1]["step"]), curve[-1]["validation_loss"], tuple(curve))
+        chunk = _chunk(curve)
+        self._curve += curve
+        self.seconds += time.perf_counter() - began
+        lines = "".join(json.dumps(row) + "\n" for row in self._curve).encode()
+        extra = {CURVE: lines, SECONDS: str(self.seconds).encode()}
+        self.saver.save(chunk.steps, chunk.validation_loss, self.engine.save, extra)
+        return chunk
 
     def save(self) -> None:
-        """Write a Hugging Face directory into the job's folder of the draft."""
+        """Write a Hugging Face directory into the job's folder of the draft.
+
+        Raises:
+            InputError: the last checkpoint could not be written.
+        """
+        self.saver.wait()
         tokenizer = self.root / TOKENIZER if self.manifest.kind == "text" else None
         with self.job.draft.directory() as folder:
             save(self.engine.state_dict(), self.model.config, folder / self.job.folder, tokenizer)
+
+    def _restore(self, found: Kept) -> list[Row]:
+        with found.local() as folder:
+            self.engine.load(folder, found.step)
+            self.seconds = float((folder / SECONDS).read_text())
+            return [json.loads(line) for line in (folder / CURVE).read_text().splitlines()]
 
     def _objective(self) -> Objective:
         if self.targets is None:
@@ -81,7 +118,8 @@ class Run:
         )
 
     def _batches(self) -> Iterator[Batch]:
-        for columns in self.train.steps(self.order, self.job.settings.batch_size, 0, self.job.settings.steps):
+        settings = self.job.settings
+        for columns in self.train.steps(self.order, settings.batch_size, self.began_at, settings.steps):
             ids = columns.pop("sample_id")
             if self.targets is not None:
                 columns |= {f"teacher_{name}": values for name, values in self.targets.take(ids).items()}
@@ -90,3 +128,17 @@ class Run:
     def _validate(self) -> float:
         with self.engine.evaluating() as model:
             return validation_loss(model, self.validation)
+
+
+def _chunks(curve: Sequence[Row]) -> Iterator[Chunk]:
+    """A curve, cut after each validation."""
+    part: list[Row] = []
+    for row in curve:
+        part.append(row)
+        if "validation_loss" in row:
+            yield _chunk(part)
+            part = []
+
+
+def _chunk(curve: Sequence[Row]) -> Chunk:
+    return Chunk(int(curve[-1]["step"]), curve[-1]["validation_loss"], tuple(curve))

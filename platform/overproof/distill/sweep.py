@@ -9,13 +9,12 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
 from pyarrow import fs
 from ray import tune
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.schedulers import ASHAScheduler
 
 from overproof.cluster import own_interrupt
@@ -23,33 +22,44 @@ from overproof.data.manifest import MANIFEST, Manifest
 from overproof.distill.job import CONTROL, FINISHED, Job
 from overproof.distill.targets import TEACHER, Targets
 from overproof.distill.trial import Trainer, Trial
+from overproof.distill.watch import Watch
 from overproof.errors import InputError
-from overproof.files import filesystem
-from overproof.progress import Progress
-from overproof.recipe import Sweep
+from overproof.files import filesystem, join
+from overproof.recipe import Checkpoint, Sweep
 from overproof.stage import Context
+from overproof.train.checkpoint import Checkpoints
 
-Result = Mapping[str, Any]
-TRIAL = ("name", "temperature", "teacher_weight", "parameters", "steps", "validation_loss", "status", "seconds", "pid",
-         "import_seconds")  # fmt: skip
+MAX_DEATHS = 3  # of the process of one trial, or its node
 QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
 
 
 def sweep(context: Context) -> dict[str, Any]:
     """Train the students and the control; writes trials.json, curves/, student/ and control/.
 
+    What trials of an attempt that was killed have done is taken from their checkpoints in the draft's workspace. A
+    trial that fails is recorded with its reason, and the others go on.
+
     Raises:
-        InputError: the cache was made for another teacher or other data, or lacks rows; a loss is not finite.
+        InputError: the cache was made for another teacher or other data, or lacks rows; the workspace holds a sweep
+            of another recipe; no student could be trained to the end.
     """
     settings, students = context.recipe.sweep, jobs(context)
     check_cache(context)
+    for job in students:
+        job.checkpoints.begin()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     at_once = min(settings.concurrent_trials, max(1, slots(settings, nodes)))
     watch = Watch(context.progress, settings, [job.name for job in students])
     _tune(students, settings, at_once, watch)
     winner = watch.winner()
+    if winner is None:
+        context.draft.clear_workspace()  # a sweep that failed like this would only fail again
+        name, reason = next(iter(watch.failed.items()))
+        raise InputError(f"student {name}: {reason}; no student of the sweep ran every step")
     chosen = next(job for job in students if job.name == winner["name"])
-    control = replace(chosen, name=CONTROL, distilled=False, folder=CONTROL)
+    kept = replace(chosen.checkpoints, uri=join(context.draft.workspace, f"{CONTROL}/{chosen.name}"))
+    control = replace(chosen, name=CONTROL, distilled=False, folder=CONTROL, checkpoints=kept)
+    control.checkpoints.begin()
     _run_control(control, watch)
     _keep(context.draft.uri, chosen.name)
     trials = [watch.trial(job) for job in students]
@@ -63,6 +73,7 @@ def sweep(context: Context) -> dict[str, Any]:
         "control_validation_loss": watch.last[CONTROL]["validation_loss"],
         "trials": len(trials),
         "stopped_early": sum(trial["status"] == "stopped" for trial in trials),
+        "failed": sum(trial["status"] == "failed" for trial in trials),
         "processes": len({trial["pid"] for trial in trials}),
         "steps": sum(trial["steps"] for trial in trials),
     }
@@ -92,7 +103,7 @@ def slots(settings: Sweep, nodes: Sequence[Mapping[str, float]]) -> int:
 
 def jobs(context: Context) -> list[Job]:
     """One for each student of the recipe."""
-    settings, parents = context.recipe.sweep, context.parents
+    settings, parents, draft = context.recipe.sweep, context.parents, context.draft
     return [
         Job(
             name=student.name,
@@ -103,71 +114,24 @@ def jobs(context: Context) -> list[Job]:
             threads=max(1, int(settings.cpus_per_trial)),
             prepared=parents["prepare"],
             cached=parents["cache"],
-            draft=context.draft,
+            draft=draft,
             folder=f"{FINISHED}/{student.name}",
+            checkpoints=Checkpoints(
+                join(draft.workspace, f"students/{student.name}"),
+                draft.fingerprint,
+                draft.config,
+                draft.parents,
+                Checkpoint(),
+            ),
         )
         for student in settings.students
     ]
 
 
-class Watch(tune.Callback):
-    """Follows the trials: their curves, their last results, the bar."""
-
-    def __init__(self, progress: Progress, settings: Sweep, names: Sequence[str]) -> None:
-        self.progress, self.settings = progress, settings
-        self.curves: dict[str, list[Mapping[str, float]]] = {name: [] for name in names}
-        self.last: dict[str, Result] = {}
-        self.over: set[str] = set()
-        self.show()
-
-    def on_trial_result(self, *, result: Result, **_: Any) -> None:  # type: ignore[override]
-        self.take(result)
-        self.show()
-
-    def on_trial_complete(self, *, trial: Any, **_: Any) -> None:  # type: ignore[override]
-        self.over.add(trial.config["job"].name)
-        self.show()
-
-    def take(self, result: Result) -> None:
-        self.curves.setdefault(result["name"], []).extend(result["curve"])
-        self.last[result["name"]] = result
-
-    def show(self) -> None:
-        steps, names = self.settings.steps, [name for name in self.curves if name != CONTROL]
-        done = sum(steps if name in self.over else int(self.last[name]["steps"]) for name in names if name in self.last)
-        best = min(self.last.values(), key=lambda result: float(result["validation_loss"]), default=None)
-        note = f"best {best['validation_loss']:.3f} ({best['name']})" if best else "starting trials"
-        self.progress("sweep", done, steps * len(names), note)
-
-    def winner(self) -> Result:
-        """The best of those that ran every step."""
-        finished = [result for result in self.last.values() if result["steps"] == self.settings.steps]
-        return min(finished, key=lambda result: float(result["validation_loss"]))
-
-    def trial(self, job: Job) -> dict[str, Any]:
-        """A job's entry in trials.json."""
-        result = self.last[job.name]
-        about = {
-            "temperature": job.student.temperature,
-            "teacher_weight": job.student.teacher_weight if job.distilled else 0.0,
-            "status": "finished" if result["steps"] == job.settings.steps else "stopped",
-        }
-        return {name: about[name] if name in about else result[name] for name in TRIAL}
-
-    def write(self, folder: Path) -> None:
-        """A file of JSON lines for each curve."""
-        folder.mkdir()
-        for name, rows in self.curves.items():
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-
-
 def _tune(jobs: Sequence[Job], settings: Sweep, at_once: int, watch: Watch) -> None:
-    """Run every job until ASHA stops it or it has run every step.
+    """Run every job until ASHA stops it, it fails, or it has run every step.
 
-    Raises:
-        InputError: a trial met bad input; the message names it.
-        RuntimeError: a trial failed otherwise.
+    A trial whose process dies is started again, and goes on from its checkpoint.
     """
     scheduler = ASHAScheduler(
         time_attr="steps",
@@ -188,25 +152,23 @@ def _tune(jobs: Sequence[Job], settings: Sweep, at_once: int, watch: Watch) -> N
                 verbose=0,
                 callbacks=[watch],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a finished trial wrote its weights
-                failure_config=tune.FailureConfig(fail_fast=True),
+                failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
             ),
         ).fit()
     for result in (results[i] for i in range(len(results))):
         if result.error:
             name = (result.config or {})["job"].name
-            cause = _input_error(result.error)
-            if cause:
-                raise InputError(f"student {name}: {cause}") from None
-            raise RuntimeError(f"student {name}: {result.error}") from result.error
+            watch.fail(name, _brief(result.error))
+            watch.over.add(name)
     if watch.over != {job.name for job in jobs}:
         raise KeyboardInterrupt
 
 
-def _input_error(error: BaseException | None) -> InputError | None:
-    """The InputError that a trial raised, below what Ray wrapped around it."""
-    while isinstance(error, RayTaskError):
+def _brief(error: BaseException) -> str:
+    """The last line of what Ray wrapped around an error."""
+    while isinstance(error, RayTaskError) and error.cause is not None:
         error = error.cause
-    return error if isinstance(error, InputError) else None
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 @contextmanager
@@ -226,25 +188,36 @@ def _tame() -> Iterator[None]:
 
 
 def _run_control(job: Job, watch: Watch) -> None:
-    """The winner's shape, rows, seed, steps and threads without the teacher."""
-    settings = job.settings
-    watch.progress(CONTROL, 0, settings.steps, "starting")
-    actor: Any = ray.remote(num_cpus=settings.cpus_per_trial, num_gpus=settings.gpus_per_trial)(Trainer).remote()
-    try:
-        ray.get(actor.start.remote(job))
-        steps = 0
-        while steps < settings.steps:
-            result = ray.get(actor.advance.remote())
-            steps = result["steps"]
-            watch.take(result)
-            watch.progress(CONTROL, steps, settings.steps, f"validation {result['validation_loss']:.3f}")
-    except RayTaskError as error:
-        cause = _input_error(error)
-        if cause is None:
-            raise
-        raise InputError(f"{job.name}: {cause}") from None
-    finally:
-        ray.kill(actor)
+    """The winner's shape, rows, seed, steps and threads without the teacher.
+
+    Raises:
+        InputError: it failed.
+        RayActorError: its process died again and again.
+    """
+    watch.progress(CONTROL, 0, job.settings.steps, "starting")
+    for death in range(MAX_DEATHS + 1):
+        trainer = ray.remote(num_cpus=job.settings.cpus_per_trial, num_gpus=job.settings.gpus_per_trial)(Trainer)
+        actor: Any = trainer.remote()
+        try:
+            _train_control(job, actor, watch)
+            return
+        except RayActorError:
+            if death == MAX_DEATHS:
+                raise
+        finally:
+            ray.kill(actor)
+
+
+def _train_control(job: Job, actor: Any, watch: Watch) -> None:
+    ray.get(actor.start.remote(job))
+    steps = 0
+    while steps < job.settings.steps:
+        result = ray.get(actor.advance.remote())
+        if result["failed"] is not None:
+            raise InputError(f"{job.name}: {result['failed']}")
+        steps = result["steps"]
+        watch.take(result)
+        watch.progress(CONTROL, steps, job.settings.steps, f"validation {result['validation_loss']:.3f}")
 
 
 def _keep(uri: str, name: str) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
 from overproof.distill.job import Job
+from overproof.errors import InputError
+
+if TYPE_CHECKING:
+    from overproof.distill.student import Run
+
+MEMORY_ADVICE = "a smaller model, sequence_length or sweep.batch_size takes less"
 
 
 class Trainer:
@@ -16,27 +23,44 @@ class Trainer:
 
     def start(self, job: Job) -> None:
         began = time.perf_counter()
-        from overproof.distill.student import Run
+        import overproof.distill.student  # noqa: F401
 
         self.import_seconds = round(time.perf_counter() - began, 3)
-        self.job, self.seconds, self.run = job, 0.0, Run(job)
+        self.job, self.reached = job, 0
+        self.run: Run | None = None
 
     def advance(self) -> dict[str, Any]:
-        """Train up to the next validation; after the last step the weights are written."""
-        began = time.perf_counter()
-        chunk = self.run.advance()
-        if chunk.steps == self.job.settings.steps:
-            self.run.save()
-        self.seconds += time.perf_counter() - began
+        """Train up to the next validation; after the last step the weights are written.
+
+        What a student brings upon itself (a loss that is not finite, too little memory) is its result: the reason
+        stands in ``failed``, and its loss is infinite.
+        """
+        from overproof.distill.student import Run
+        from overproof.train.oom import explain_memory
+
+        try:
+            with explain_memory("training a student", MEMORY_ADVICE):
+                run = self.run = self.run or Run(self.job)
+                chunk = run.advance()
+                if chunk.steps == self.job.settings.steps:
+                    run.save()
+        except InputError as error:
+            return self._result(validation_loss=math.inf, curve=(), failed=str(error))
+        self.reached = chunk.steps
+        return self._result(validation_loss=chunk.validation_loss, curve=chunk.curve, failed=None)
+
+    def _result(self, **measured: Any) -> dict[str, Any]:
+        run = self.run
         return {
             "name": self.job.name,
-            "steps": chunk.steps,
-            "validation_loss": chunk.validation_loss,
-            "curve": chunk.curve,
-            "parameters": self.run.parameters,
-            "seconds": self.seconds,
+            "steps": self.reached,
+            "parameters": run.parameters if run else None,
+            "seconds": run.seconds if run else 0.0,
+            "began_at": run.began_at if run else 0,
+            "faults": tuple(run.faults) if run else (),
             "pid": os.getpid(),
             "import_seconds": self.import_seconds,
+            **measured,
         }
 
 
@@ -52,4 +76,5 @@ class Trial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        return self.trainer.advance()
+        result = self.trainer.advance()
+        return result | {"done": result["failed"] is not None}

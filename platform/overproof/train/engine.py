@@ -31,6 +31,7 @@ from overproof.train.configuration import (
 )
 from overproof.train.objective import Objective
 
+STATE = "state.pt"  # of the engine that needs no others
 Metrics = dict[str, float]
 Writer = Callable[[str, Any], None]  # takes a file's name and what belongs into it
 
@@ -98,6 +99,17 @@ class TorchEngine:
 
     def total(self, values: Tensor) -> Tensor:
         return values
+
+    def save(self, write: Writer) -> None:
+        """Hand the whole state to ``write``, as one file."""
+        write(STATE, {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
+
+    def load(self, folder: Path, step: int) -> None:
+        """Go on from the file that ``save`` gave after ``step`` steps."""
+        state = torch.load(folder / STATE, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps_done = step
 
     def state_dict(self) -> dict[str, Tensor]:
         """Full weights, fp32 on the CPU."""

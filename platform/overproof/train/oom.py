@@ -16,7 +16,7 @@ ADVICE = (
 
 
 @contextmanager
-def explain_memory(stage: str) -> Iterator[None]:
+def explain_memory(stage: str, advice: str = ADVICE) -> Iterator[None]:
     """Turn what torch raises when memory runs out into bad input.
 
     Raises:
@@ -25,11 +25,11 @@ def explain_memory(stage: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise InputError(f"out of memory in {stage}: {_first_line(error)}; {ADVICE}") from error
+        raise InputError(f"out of memory in {stage}: {_first_line(error)}; {advice}") from error
     except RuntimeError as error:
         if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        raise InputError(f"out of memory in {stage}: {_first_line(error)}; {ADVICE}") from error
+        raise InputError(f"out of memory in {stage}: {_first_line(error)}; {advice}") from error
 
 
 def _first_line(error: BaseException) -> str:

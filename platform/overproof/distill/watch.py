@@ -1,0 +1,97 @@
+"""What a sweep has seen of its trials: curves, last results, who failed and why."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from overproof.distill.job import CONTROL, Job
+from overproof.progress import NOTICE, Progress
+from overproof.recipe import Sweep
+
+Result = Mapping[str, Any]
+TRIAL = ("name", "temperature", "teacher_weight", "parameters", "steps", "validation_loss", "status", "reason",
+         "seconds", "began_at", "pid", "import_seconds")  # fmt: skip
+
+
+class Watch(tune.Callback):
+    """Follows the trials: their curves, their last results, the bar."""
+
+    def __init__(self, progress: Progress, settings: Sweep, names: Sequence[str]) -> None:
+        self.progress, self.settings = progress, settings
+        self.curves: dict[str, list[Mapping[str, float]]] = {name: [] for name in names}
+        self.last: dict[str, Result] = {}
+        self.failed: dict[str, str] = {}  # why
+        self.over: set[str] = set()
+        self.show()
+
+    def on_trial_result(self, *, result: Result, **_: Any) -> None:  # type: ignore[override]
+        self.take(result)
+        self.show()
+
+    def on_trial_complete(self, *, trial: Any, **_: Any) -> None:  # type: ignore[override]
+        self.over.add(trial.config["job"].name)
+        self.show()
+
+    def take(self, result: Result) -> None:
+        """Note a result; one that another process gave before it died comes twice, and changes nothing."""
+        name, before = result["name"], self.last.get(result["name"])
+        if result["failed"] is not None:
+            self.fail(name, result["failed"])
+        if before is None or before["pid"] != result["pid"]:
+            for fault in result["faults"]:
+                self._say(f"{name}: {fault}")
+            if result["began_at"]:
+                self._say(f"{name}: going on from step {result['began_at']}")
+        if before is None or result["steps"] > before["steps"]:
+            self.curves.setdefault(name, []).extend(result["curve"])
+            self.last[name] = result
+
+    def fail(self, name: str, reason: str) -> None:
+        """Record that a trial cannot go on."""
+        self.failed[name] = reason
+        self._say(f"{name} failed: {reason}")
+
+    def show(self) -> None:
+        steps, names = self.settings.steps, [name for name in self.curves if name != CONTROL]
+        reached = {name: int(self.last[name]["steps"]) if name in self.last else 0 for name in names}
+        best = min(self.last.values(), key=lambda result: float(result["validation_loss"]), default=None)
+        note = f"best {best['validation_loss']:.3f} ({best['name']})" if best else "starting trials"
+        done = sum(steps if name in self.over else reached[name] for name in names)
+        self.progress("sweep", done, steps * len(names), note)
+
+    def winner(self) -> Result | None:
+        """The best of those that ran every step, if any did."""
+        finished = [r for r in self.last.values() if r["steps"] == self.settings.steps and r["name"] not in self.failed]
+        return min(finished, key=lambda result: float(result["validation_loss"]), default=None)
+
+    def trial(self, job: Job) -> dict[str, Any]:
+        """A job's entry in trials.json; what was never measured is null."""
+        result, failed = self.last.get(job.name, {"steps": 0}), self.failed.get(job.name)
+        ended = "finished" if result["steps"] == job.settings.steps else "stopped"
+        loss = result.get("validation_loss", math.inf)
+        about = {
+            "name": job.name,
+            "temperature": job.student.temperature,
+            "teacher_weight": job.student.teacher_weight if job.distilled else 0.0,
+            "validation_loss": loss if math.isfinite(loss) else None,
+            "status": "failed" if failed else ended,
+            "reason": failed,
+        }
+        return {name: about[name] if name in about else result.get(name) for name in TRIAL}
+
+    def _say(self, line: str) -> None:
+        done = sum(int(result["steps"]) for result in self.last.values())
+        self.progress(NOTICE, done, self.settings.steps * len(self.curves), line)
+
+    def write(self, folder: Path) -> None:
+        """A file of JSON lines for each curve."""
+        folder.mkdir()
+        for name, rows in self.curves.items():
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
