@@ -34,7 +34,7 @@ WIDE = {"kind": "vit", "hidden_size": 32, "intermediate_size": 64, "layers": 1, 
 STUDENTS = [
     {"name": "wide", "temperature": 2.0, "teacher_weight": 0.5, "model": WIDE},
     {"name": "twin", "temperature": 2.0, "teacher_weight": 0.5, "model": WIDE},
-    {"name": "cold", "temperature": 0.5, "teacher_weight": 0.5, "model": WIDE},
+    {"name": "cold", "temperature": 0.5, "teacher_weight": 0.5, "model": WIDE, "divergence": "jsd"},
     {"name": "narrow", "temperature": 2.0, "teacher_weight": 0.5, "model": NARROW},
 ]
 SWEEP = {

@@ -5,9 +5,10 @@ Shapes: B rows, P predictions in a row, N = B * P, V outputs, K kept by the teac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +17,46 @@ from torch.autograd.function import once_differentiable
 from overproof.models import Batch, forward
 
 CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}  # of logits at a time
+LEAST_LOGPROB = -1e5  # of the teacher, where its own is infinitely small
 
 
 class Terms(NamedTuple):
     """Scalars; only ``loss`` has a gradient."""
 
     loss: Tensor
-    divergence: Tensor  # T^2 * KL(teacher || student), nats per prediction
+    divergence: Tensor  # times T^2, nats per prediction
     cross_entropy: Tensor  # nats per prediction
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """How far a student's distribution p is from the teacher's q, in nats.
+
+    ``forward_kl`` is KL(q || p), which covers all that the teacher does; ``reverse_kl`` is KL(p || q), which keeps to
+    what it does most (arXiv 2306.08543); ``jsd`` is beta * KL(q || m) + (1 - beta) * KL(p || m) with
+    m = beta * q + (1 - beta) * p (arXiv 2306.13649).
+    """
+
+    kind: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    beta: float = 0.5
+
+    def parts(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each outcome: its part of the divergence, and p times the derivative by p, up to a constant times p."""
+        p, q = log_p.exp(), log_q.exp()
+        if self.kind == "forward_kl":
+            return torch.where(q > 0, q * (log_q - log_p), 0.0), -q
+        log_q = log_q.clamp(min=LEAST_LOGPROB)
+        if self.kind == "reverse_kl":
+            part = torch.where(p > 0, p * (log_p - log_q), 0.0)
+            return part, part
+        log_m = torch.logaddexp(log_q + math.log(self.beta), log_p + math.log(1 - self.beta))
+        part = (1 - self.beta) * torch.where(p > 0, p * (log_p - log_m), 0.0)
+        return self.beta * q * (log_q - log_m) + part, part
+
+
+@dataclass(frozen=True)
 class Distill:
-    """``weight * T^2 * KL(teacher || student) + (1 - weight) * cross-entropy`` (arXiv 1503.02531).
+    """``weight * T^2 * divergence + (1 - weight) * cross-entropy`` (arXiv 1503.02531).
 
     The divergence is over K + 1 buckets at temperature T: the teacher's K most likely outputs, and one that holds the
     rest of both distributions. It is a lower bound of the divergence over V outputs, and equal to it where K is V.
@@ -38,6 +66,7 @@ class Distill:
     teacher_weight: float
     column: int  # of the temperature among those of the cache
     base_column: int = 0  # of the temperature 1 among them
+    divergence: Divergence = Divergence()
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over the predictions that count, in nats, and its two terms."""
@@ -53,6 +82,7 @@ class Distill:
             teacher_BPK,
             self.temperature,
             self.teacher_weight,
+            self.divergence,
         )
         return terms.loss, {"divergence": terms.divergence, "cross_entropy": terms.cross_entropy}
 
@@ -71,6 +101,7 @@ def distillation(
     teacher_BPK: Tensor,
     temperature: float,
     teacher_weight: float,
+    divergence: Divergence = Divergence(),
 ) -> Terms:
     """The loss of ``Distill``; ``teacher_BPK`` are log-probabilities at ``temperature`` and take no gradient."""
     counted_N = mask_BP.flatten().to(torch.promote_types(logits_BPV.dtype, torch.float32))
@@ -84,6 +115,7 @@ def distillation(
             teacher_BPK.flatten(0, 1),
             temperature,
             teacher_weight,
+            divergence,
         )
     )
 
@@ -91,9 +123,10 @@ def distillation(
 class _Distillation(torch.autograd.Function):
     """The loss and its gradient in one pass over the logits, which stays in cache; backward may run once.
 
-    With p the student's and q the teacher's distribution at T, the gradient of the divergence by a logit is
-    ``(p_j - q_j) / T`` for the teacher's K and ``(p_j - q_rest * p_j / p_rest) / T`` for the others. The mass p_rest is
-    summed from its parts: 1 minus the mass of the K would round to 0 long before it is 0.
+    With p the student's distribution at T over buckets and s_i = p_i * dD/dp_i, the gradient of the divergence D by a
+    logit of bucket i is ``(s_i - p_i * sum(s)) / T``, shared in the bucket of the rest by each output's part of it (for
+    the forward divergence ``(p_i - q_i) / T``). The mass p_rest is summed from its parts: 1 minus the mass of the K
+    would round to 0 long before it is 0.
     """
 
     @staticmethod
@@ -106,6 +139,7 @@ class _Distillation(torch.autograd.Function):
         teacher_NK: Tensor,
         temperature: float,
         teacher_weight: float,
+        measure: Divergence,
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradient_NV = torch.empty_like(logits_NV)
         dtype = weight_N.dtype
@@ -119,6 +153,7 @@ class _Distillation(torch.autograd.Function):
                 _normal(teacher_NK[here].to(dtype), whole=indices_NK.shape[1] == logits_NV.shape[1]),
                 temperature,
                 teacher_weight,
+                measure,
             )
             gradient_NV[here] = gradient_CV
             sums += terms
@@ -132,7 +167,7 @@ class _Distillation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV.mul_(scale), None, None, None, None, None, None
+        return gradient_NV.mul_(scale), None, None, None, None, None, None, None
 
 
 def _normal(teacher_CK: Tensor, whole: bool) -> Tensor:
@@ -149,6 +184,7 @@ def _chunk(
     teacher_CK: Tensor,
     temperature: float,
     teacher_weight: float,
+    measure: Divergence,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the weighted loss by the logits of C predictions, and the weighted sums of its two terms."""
     label_weight_C = (1 - teacher_weight) * weight_C
@@ -158,15 +194,17 @@ def _chunk(
     log_p_CK = softened_CV.gather(1, indices_CK) - logsumexp_C1
     p_CK = student_CV.gather(1, indices_CK)
     student_CV.scatter_(1, indices_CK, 0.0)  # what is left is the rest
-    p_rest_C = student_CV.sum(1).clamp(min=torch.finfo(logits_CV.dtype).tiny)
-    q_CK = teacher_CK.exp()
-    whole = indices_CK.shape[1] == logits_CV.shape[1]
-    q_rest_C = torch.zeros_like(weight_C) if whole else (1 - q_CK.sum(1)).clamp(min=0)
-    kl_CK = torch.where(q_CK > 0, q_CK * (teacher_CK - log_p_CK), 0.0)
-    kl_rest_C = torch.xlogy(q_rest_C, q_rest_C) - q_rest_C * p_rest_C.log()
-
-    rest_scale_C = (1 - q_rest_C / p_rest_C) * kl_weight_C
-    top_CK = (p_CK - q_CK) * kl_weight_C[:, None]
+    parts_CK, slopes_CK = measure.parts(log_p_CK, teacher_CK)
+    divergence_C, slope_C, rest_scale_C = parts_CK.sum(1), slopes_CK.sum(1), torch.zeros_like(weight_C)
+    if indices_CK.shape[1] < logits_CV.shape[1]:
+        least = torch.finfo(logits_CV.dtype)
+        log_p_rest_C = student_CV.sum(1).clamp(min=least.tiny).log()
+        log_q_rest_C = (1 - teacher_CK.exp().sum(1)).clamp(min=least.eps).log()
+        part_C, rest_slope_C = measure.parts(log_p_rest_C, log_q_rest_C)
+        divergence_C, slope_C = divergence_C + part_C, slope_C + rest_slope_C
+        rest_scale_C = rest_slope_C / log_p_rest_C.exp()
+    rest_scale_C = (rest_scale_C - slope_C) * kl_weight_C
+    top_CK = (slopes_CK - p_CK * slope_C[:, None]) * kl_weight_C[:, None]
     if temperature == 1:
         plain_logsumexp_C1 = logsumexp_C1
         gradient_CV = student_CV.mul_((rest_scale_C + label_weight_C)[:, None])
@@ -177,7 +215,7 @@ def _chunk(
         gradient_CV.addcmul_(plain_CV, label_weight_C[:, None])
     gradient_CV.scatter_add_(1, targets_C1, -label_weight_C[:, None])
     cross_entropy_C = (plain_logsumexp_C1 - logits_CV.gather(1, targets_C1))[:, 0]
-    return gradient_CV, torch.stack([(kl_CK.sum(1) + kl_rest_C) @ weight_C, cross_entropy_C @ weight_C])
+    return gradient_CV, torch.stack([divergence_C @ weight_C, cross_entropy_C @ weight_C])
 
 
 def chunks(logits_NV: Tensor) -> Iterator[slice]:

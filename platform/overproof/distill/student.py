@@ -12,7 +12,7 @@ import torch
 from overproof.data.manifest import TOKENIZER
 from overproof.data.read import Shards, planned_shards
 from overproof.distill.job import Job, rungs
-from overproof.distill.losses import Distill
+from overproof.distill.losses import Distill, Divergence
 from overproof.distill.targets import Targets
 from overproof.models import Batch, build, parameters, save, to_tensors
 from overproof.train.checkpoint import Kept
@@ -114,7 +114,11 @@ class Run:
             return CrossEntropy()
         student, index = self.job.student, self.targets.index
         return Distill(
-            student.temperature, student.teacher_weight, index.column(student.temperature), index.column(1.0)
+            student.temperature,
+            student.teacher_weight,
+            index.column(student.temperature),
+            index.column(1.0),
+            Divergence(student.divergence, student.jsd_beta),
         )
 
     def _batches(self) -> Iterator[Batch]:

@@ -182,6 +182,10 @@ class Student(Section):
     teacher_weight: float = Field(
         0.5, ge=0, le=1, description="Share of the teacher's loss; the rest is the labels' cross-entropy."
     )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "forward_kl", description="The teacher's loss: KL from it, KL from the student, or a mixture of both."
+    )
+    jsd_beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in jsd (arXiv 2306.13649).")
 
 
 class Asha(Section):
