@@ -9,15 +9,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from overproof import pipeline, preflight
-from overproof.artifact import Store
+from overproof.artifact import Artifact, Store
 from overproof.console import out
+from overproof.data.manifest import Manifest
+from overproof.distill.targets import position_bytes
 from overproof.errors import InputError
 from overproof.placement import needs
 from overproof.preflight import Finding, Rate
 from overproof.recipe import Recipe, TextData
 from overproof.train import memory
 from overproof.train.dimensions import Dimensions
-from overproof.units import size
+from overproof.units import duration, size
 
 COLOURS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "refused": "[red]refused[/]"}
 
@@ -51,6 +53,7 @@ def plan(recipe: Recipe, question: Question) -> int:
         out.print(line)
     out.print(_memory(recipe, model))
     out.print(_activations(recipe, model))
+    out.print(_targets(recipe, model, prepared, rate))
     out.print(f"\n{capacity.where}")
     findings = [*preflight.placed(recipe, capacity), stored]
     if not attached and question.cluster_file is None and not recipe.train.gpus_per_worker:
@@ -159,6 +162,21 @@ def _activations(recipe: Recipe, model: Dimensions) -> str:
         f"and activations of {rows} rows of {model.predictions:,} ({checkpointed}): about {size(kept)}, "
         f"{size(outputs)} of it logits; at most {size(device)} a {where}, beside what the libraries take"
     )
+
+
+def _targets(recipe: Recipe, model: Dimensions, prepared: Artifact | None, rate: Rate | None) -> str:
+    """What the teacher's cache takes, and how long the teacher looks: a forward pass is a third of a step's FLOPs."""
+    cache = recipe.cache
+    each = position_bytes(cache.k, len({1.0, *cache.temperatures}), model.outputs)
+    rows = cache.rows
+    if prepared:
+        train = Manifest.read(prepared.local()).splits["train"].rows
+        rows = min(rows or train, train)
+    if rows is None:
+        return f"targets of the teacher: at most {each} bytes a position; of every row, once the data is prepared"
+    positions = rows * model.predictions
+    held = f"targets of the teacher: {positions:,} positions of at most {each} bytes, {size(positions * each)}"
+    return f"{held}; the teacher looks for about {duration(positions / (3 * rate.per_s))}" if rate else held
 
 
 def _worker(recipe: Recipe, model: Dimensions) -> int:

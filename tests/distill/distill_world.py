@@ -17,8 +17,8 @@ from overproof.data.plan import Order
 from overproof.data.read import Shards
 from overproof.data.schema import text_schema
 from overproof.data.write import write_shard
-from overproof.distill.targets import INDEX, TEACHER, CacheIndex
-from overproof.distill.teacher import Job, Teacher, cover
+from overproof.distill.targets import TEACHER, CacheIndex
+from overproof.distill.teacher import Job, Teacher, cover, publish
 from overproof.models import build, save, to_tensors
 from overproof.progress import Progress, quiet
 from overproof.recipe import DigitsData, Llama, Optimization, Recipe, Vit
@@ -172,7 +172,7 @@ def capture(world: World, rows: int | None) -> Artifact:
     reports = list(teacher({"file": np.arange(len(index.files))}))
     assert sum(int(report["rows"][0]) for report in reports) == index.rows
     assert not any(report["fault"][0] for report in reports)
-    (Path(teacher.job.draft.uri) / INDEX).write_text(index.model_dump_json())
+    publish(teacher.job)
     return teacher.job.draft.commit({}, 0)
 
 

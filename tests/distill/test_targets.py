@@ -19,7 +19,7 @@ from overproof.data.manifest import Manifest, Shard, Split
 from overproof.data.plan import Order
 from overproof.data.read import Shards
 from overproof.distill.losses import top_k
-from overproof.distill.targets import GROUPS_KEPT, INDEX, CacheIndex, Targets
+from overproof.distill.targets import GROUPS_KEPT, INDEX, CacheIndex, Targets, position_bytes, schema
 from overproof.distill.teacher import cover
 from overproof.errors import InputError
 from overproof.models import forward, load, to_tensors
@@ -96,6 +96,12 @@ def test_targets_come_back_for_the_rows_asked_for(text_world: World, cached: Pat
     np.testing.assert_allclose(found["logprobs"].reshape(46, -1), expected["logprobs"], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(found["tail"], expected["tail"], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found["logsumexp"].reshape(46, -1), expected["logsumexp"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("outputs", [1 << 16, 1 << 17])
+def test_bytes_of_a_position_are_those_of_the_columns(outputs: int) -> None:
+    types = [field.type for field in schema(16, 4, 3, outputs) if field.name != "sample_id"]
+    assert position_bytes(4, 3, outputs) * 16 == sum(t.list_size * t.value_type.bit_width // 8 for t in types)
 
 
 def test_files_are_plain_and_their_row_groups_full(cached: Path) -> None:

@@ -101,6 +101,12 @@ def schema(positions: int, k: int, temperatures: int, outputs: int) -> pa.Schema
     return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in types.items()])
 
 
+def position_bytes(k: int, temperatures: int, outputs: int) -> int:
+    """Bytes of one prediction's targets before they are compressed."""
+    index = 2 if outputs <= UINT16_OUTPUTS else 4
+    return k * (index + 2) + 4 + 4 * temperatures
+
+
 class Targets:
     """The cached targets of train rows by ``sample_id``. Picklable: what it opened stays behind."""
 
@@ -186,7 +192,3 @@ class Targets:
                 raise InputError(f"{self.root / path}: columns are {found}; expected {wanted}: run `cache` again")
             self._files[path] = file
         return self._files[path]
-
-
-def _names(found: pa.Schema) -> str:
-    return ", ".join(f"{field.name} {field.type}" for field in found)

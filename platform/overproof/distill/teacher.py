@@ -29,10 +29,12 @@ from overproof.data.write import to_table
 from overproof.distill.losses import top_k
 from overproof.distill.targets import INDEX, TEACHER, CacheFile, CacheIndex, schema
 from overproof.errors import InputError
-from overproof.files import filesystem
+from overproof.files import FileEntry, file_sha256, filesystem, join, unlike, write_at_once
 from overproof.models import check_tokenizer, forward, load, to_tensors
+from overproof.progress import NOTICE
 from overproof.recipe import Cache
 from overproof.stage import Context
+from overproof.train.checkpoint import seal, unseal
 from overproof.train.engine import default_device
 
 ZSTD_LEVEL = 1
@@ -48,9 +50,16 @@ class Job:
     trained: Artifact
     draft: Draft
 
+    @property
+    def uri(self) -> str:
+        """Where finished files wait for the others: what a killed attempt has captured is not captured again."""
+        return join(self.draft.workspace, self.draft.fingerprint)
+
 
 def cache(context: Context) -> dict[str, Any]:
     """Write one Parquet file of targets for each train shard, and cache.json.
+
+    Files that an attempt which was killed has finished are taken from the draft's workspace.
 
     Raises:
         InputError: the teacher's tokenizer or outputs are not those of the data, or k is larger than the outputs.
@@ -75,17 +84,21 @@ def cache(context: Context) -> dict[str, Any]:
         tokenizer_sha256=manifest.tokenizer_sha256,
         manifest_sha256=prepared.record.files[MANIFEST].sha256,
     )
-    actors = min(settings.actors, len(files))
-    done, seconds, size = 0, 0.0, 0
-    context.progress("cache", 0, index.rows, f"starting {actors} teachers")
-    for part in _capture(Job(settings, index, prepared, trained, context.draft), actors):
+    job = Job(settings, index, prepared, trained, context.draft)
+    before = finished(job)
+    todo = [number for number, file in enumerate(files) if file.path not in before]
+    actors = min(settings.actors, len(todo))
+    seconds, size = (sum(part[name] for part in before.values()) for name in ("seconds", "size_bytes"))
+    done = sum(len(file.groups) for file in files if file.path in before) * manifest.rows_per_group
+    if before:
+        context.progress(NOTICE, done, index.rows, f"{len(before)} of {len(files)} files were captured before")
+    context.progress("cache", done, index.rows, f"starting {actors} teachers")
+    for part in _capture(job, todo, actors) if todo else ():
         done, seconds, size = done + part["rows"], seconds + part["seconds"], size + part["size_bytes"]
         context.progress(
             "cache", done, index.rows, f"{done * index.positions / max(seconds, 1e-9) * actors:,.0f} positions/s"
         )
-    store, path = filesystem(context.draft.uri)
-    with store.open_output_stream(f"{path}/{INDEX}") as stream:
-        stream.write(index.model_dump_json(indent=1).encode())
+    publish(job)
     positions = index.rows * index.positions
     return {
         "rows": index.rows,
@@ -110,10 +123,31 @@ def cover(manifest: Manifest, order: Order, rows: int | None) -> tuple[CacheFile
     return tuple(files)
 
 
-def _capture(job: Job, actors: int) -> Iterator[dict[str, Any]]:
-    """Run the pool; yields what each forward pass and each finished file reports, while it runs."""
+def finished(job: Job) -> dict[str, dict[str, Any]]:
+    """The files in the workspace that are all there, by name, with the seconds and bytes they took; each is hashed."""
+    store, root = filesystem(job.uri)
+    found = {}
+    for file in job.index.files:
+        sealed = unseal(store, f"{root}/{file.path}.json")
+        if not isinstance(sealed, str) and not any(unlike(store, root, {file.path: FileEntry(**sealed["entry"])})):
+            found[file.path] = {"seconds": sealed["seconds"], "size_bytes": sealed["entry"]["size_bytes"]}
+    return found
+
+
+def publish(job: Job) -> None:
+    """Move every file into the draft, and write the index."""
+    store, path = filesystem(job.draft.uri)
+    waiting = filesystem(job.uri)[1]
+    for file in job.index.files:
+        store.move(f"{waiting}/{file.path}", f"{path}/{file.path}")
+    with store.open_output_stream(f"{path}/{INDEX}") as stream:
+        stream.write(job.index.model_dump_json(indent=1).encode())
+
+
+def _capture(job: Job, todo: list[int], actors: int) -> Iterator[dict[str, Any]]:
+    """Run the pool over the files with these numbers; yields what each forward pass and each file reports meanwhile."""
     with _streaming():
-        items = [{"file": number} for number in range(len(job.index.files))]
+        items = [{"file": number} for number in todo]
         reports = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             Teacher,
             batch_size=1,
@@ -174,8 +208,9 @@ class Teacher:
 
     def _write(self, file: CacheFile) -> Iterator[dict[str, NDArray[Any]]]:
         index = self.job.index
-        store, root = filesystem(self.job.draft.uri)
-        path = f"{root}/{file.path}"
+        store, root = filesystem(self.job.uri)
+        store.create_dir(root, recursive=True)
+        path, in_all = f"{root}/{file.path}", 0.0
         groups = np.asarray(file.groups, np.int64)
         ids = (groups[:, None] * index.rows_per_group + np.arange(index.rows_per_group)).ravel()
         # As many whole row groups at a time as fit a forward pass, and at least one.
@@ -192,11 +227,14 @@ class Teacher:
                 began = time.perf_counter()
                 found = self._targets(here)
                 seconds = time.perf_counter() - began
+                in_all += seconds
                 table = to_table({"sample_id": here, **found}, self.columns)
                 writer.write_table(table, row_group_size=index.rows_per_group)
                 yield _report(rows=len(here), seconds=seconds)
         store.move(f"{path}.part", path)
-        yield _report(size_bytes=store.get_file_info(path).size)
+        entry = FileEntry(sha256=file_sha256(path, store), size_bytes=store.get_file_info(path).size)
+        write_at_once(store, f"{path}.json", seal({"entry": entry.model_dump(), "seconds": in_all}))
+        yield _report(size_bytes=entry.size_bytes)
 
     def _targets(self, sample_ids: NDArray[np.int64]) -> Columns:
         size = self.job.settings.batch_size

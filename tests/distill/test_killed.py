@@ -1,4 +1,4 @@
-"""A sweep whose trials, and whose driver, are killed for real."""
+"""A sweep whose trials, and a sweep and a capture whose driver, are killed for real."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from distill_world import World
+from distill_world import World, capture, replica
 from ray._private.state import actors
 from test_sweep import STEPS, SWEEP, job_of
 
-from overproof.artifact import Artifact
+from overproof.artifact import Artifact, Draft
 from overproof.distill.student import Chunk, Run
 from overproof.distill.sweep import jobs, sweep
+from overproof.distill.targets import CacheIndex, Targets
+from overproof.distill.teacher import cache, finished
 from overproof.errors import InputError
 from overproof.progress import NOTICE
 from overproof.stage import Context
@@ -37,6 +40,20 @@ def whole_curves(digits_world: World, digits_cache: Artifact) -> dict[str, list[
     context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP)
     chunks = {job.name: to_end(Run(job_of(context, job.name))) for job in jobs(context)}
     return {name: [json.dumps(row) for chunk in of for row in chunk.curve] for name, of in chunks.items()}
+
+
+def kill(context: Context, address: str, folder: Path) -> None:
+    """Run a stage in a process that is killed when a part of it is finished."""
+    pickled = folder / "context"
+    pickled.write_bytes(pickle.dumps(dataclasses.replace(context, progress=None)))
+    driver = [sys.executable, str(Path(__file__).with_name("killed_driver.py")), address, str(pickled)]
+    assert subprocess.run(driver, capture_output=True).returncode == -signal.SIGKILL
+
+
+def anew(world: World, context: Context) -> Draft:
+    """As the pipeline makes it: the unfinished draft is emptied, and its workspace stays."""
+    draft = context.draft
+    return world.store.begin(draft.recipe, draft.stage, draft.fingerprint, draft.config, draft.parents)
 
 
 def curves(folder: Path) -> dict[str, list[str]]:
@@ -113,21 +130,46 @@ def test_a_sweep_whose_driver_is_killed_trains_no_student_twice(
             said.append(note)
 
     context = digits_world.context("sweep", progress, digits_cache, sweep=SWEEP)
-    pickled = tmp_path / "context"
-    pickled.write_bytes(pickle.dumps(dataclasses.replace(context, progress=None)))
-    script = Path(__file__).with_name("sweep_driver.py")
-    driver = [sys.executable, str(script), ray_cluster, str(pickled), str(2 * STEPS)]
-    assert subprocess.run(driver, capture_output=True).returncode == -signal.SIGKILL
+    kill(context, ray_cluster, tmp_path)
     before = {job.name: job.checkpoints.committed() for job in jobs(context)}
     assert max(before.values()) == STEPS
-    again = digits_world.store.begin(  # as the pipeline makes it: the unfinished draft is emptied, its workspace stays
-        context.draft.recipe, "sweep", context.draft.fingerprint, context.draft.config, context.draft.parents
-    )
+    again = anew(digits_world, context)
     sweep(dataclasses.replace(context, draft=again))
     trials = json.loads((Path(again.uri) / "trials.json").read_text())["trials"]
     assert {trial["name"]: trial["began_at"] for trial in trials} == before
     assert all(f"{name}: going on from step {step}" in said for name, step in before.items() if step)
     assert same_steps(curves(Path(again.uri)), whole_curves)
+
+
+def test_a_capture_whose_driver_is_killed_does_no_finished_file_again(
+    ray_cluster: str, digits_world: World, tmp_path: Path
+) -> None:
+    words: list[tuple[str, int, int, str]] = []
+    context = digits_world.context("cache", lambda *word: words.append(word), cache={"actors": 1})
+    kill(context, ray_cluster, tmp_path)
+    files = {path.name: path.stat().st_mtime_ns for path in Path(context.draft.workspace).glob("*/*.parquet")}
+    if len(files) == 3:  # the teacher was faster than the kill
+        Path(context.draft.workspace, context.draft.fingerprint, f"{files.popitem()[0]}.json").unlink()
+    again = anew(digits_world, context)
+    metrics = cache(dataclasses.replace(context, draft=again))
+    assert words[0][0] == NOTICE
+    assert words[0][3] == f"{len(files)} of 3 files were captured before"
+    assert words[1][1] == words[0][1] > 0
+    assert {name: (Path(again.uri) / name).stat().st_mtime_ns for name in files} == files
+    whole = capture(digits_world, None).local()
+    assert metrics["rows"] == words[-1][1] == CacheIndex.read(whole).rows
+    ids = np.arange(metrics["rows"])
+    for name, values in Targets(Path(again.uri)).take(ids).items():
+        np.testing.assert_allclose(values, Targets(whole).take(ids)[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_captured_file_that_was_damaged_is_captured_again(digits_world: World) -> None:
+    teacher, index = replica(digits_world, None)
+    list(teacher({"file": np.array([0, 1])}))
+    assert list(finished(teacher.job)) == [file.path for file in index.files[:2]]
+    path = Path(teacher.job.uri) / index.files[0].path
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert list(finished(teacher.job)) == [index.files[1].path]
 
 
 def test_a_changed_sweep_does_not_go_on_from_anothers_trials(digits_world: World, digits_cache: Artifact) -> None:

@@ -1,0 +1,42 @@
+"""Drives a stage that was pickled, and kills itself once one of its parts is finished. Run by test_killed.py.
+
+python killed_driver.py ADDRESS CONTEXT
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from overproof.distill import sweep, teacher
+from overproof.stage import Context
+
+
+def finished(context: Context) -> bool:
+    """Whether a file is captured, or a student trained to the end."""
+    if context.draft.stage == "cache":
+        return any(Path(context.draft.workspace).glob("*/*.parquet.json"))
+    return any(job.checkpoints.committed() == job.settings.steps for job in sweep.jobs(context))
+
+
+def main(address: str, pickled: Path) -> None:
+    context = pickle.loads(pickled.read_bytes())
+
+    def progress(*_: Any) -> None:
+        if finished(context):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ray.init(address=address, log_to_driver=False)
+    stages = {"cache": teacher.cache, "sweep": sweep.sweep}
+    stages[context.draft.stage](dataclasses.replace(context, progress=progress))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
