@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from pyarrow import fs
 from ray import tune
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 from ray.tune.schedulers import ASHAScheduler
 
 from overproof.cluster import own_interrupt
@@ -74,7 +74,7 @@ def sweep(context: Context) -> dict[str, Any]:
         "trials": len(trials),
         "stopped_early": sum(trial["status"] == "stopped" for trial in trials),
         "failed": sum(trial["status"] == "failed" for trial in trials),
-        "processes": len({trial["pid"] for trial in trials}),
+        "processes": len({trial["pid"] for trial in trials if trial["pid"]}),
         "steps": sum(trial["steps"] for trial in trials),
     }
 
@@ -142,7 +142,7 @@ def _tune(jobs: Sequence[Job], settings: Sweep, at_once: int, watch: Watch) -> N
         reduction_factor=settings.asha.reduction_factor,
     )
     with tempfile.TemporaryDirectory(prefix="overproof-sweep-") as scratch, _tame():
-        results = tune.Tuner(
+        tune.Tuner(
             tune.with_resources(Trial, {"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial}),
             param_space={"job": tune.grid_search(list(jobs))},
             tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=at_once, reuse_actors=True),
@@ -155,20 +155,8 @@ def _tune(jobs: Sequence[Job], settings: Sweep, at_once: int, watch: Watch) -> N
                 failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
             ),
         ).fit()
-    for result in (results[i] for i in range(len(results))):
-        if result.error:
-            name = (result.config or {})["job"].name
-            watch.fail(name, _brief(result.error))
-            watch.over.add(name)
     if watch.over != {job.name for job in jobs}:
         raise KeyboardInterrupt
-
-
-def _brief(error: BaseException) -> str:
-    """The last line of what Ray wrapped around an error."""
-    while isinstance(error, RayTaskError) and error.cause is not None:
-        error = error.cause
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 @contextmanager

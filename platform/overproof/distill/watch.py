@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.exceptions import RayTaskError
 
 from overproof.distill.job import CONTROL, Job
 from overproof.progress import NOTICE, Progress
@@ -38,6 +39,11 @@ class Watch(tune.Callback):
         self.over.add(trial.config["job"].name)
         self.show()
 
+    def on_trial_error(self, *, trial: Any, **_: Any) -> None:  # type: ignore[override]
+        """Tune gave it up."""
+        self.fail(trial.config["job"].name, _brief(trial.get_error() or trial.get_pickled_error()))
+        self.on_trial_complete(trial=trial)
+
     def take(self, result: Result) -> None:
         """Note a result; one that another process gave before it died comes twice, and changes nothing."""
         name, before = result["name"], self.last.get(result["name"])
@@ -60,7 +66,8 @@ class Watch(tune.Callback):
     def show(self) -> None:
         steps, names = self.settings.steps, [name for name in self.curves if name != CONTROL]
         reached = {name: int(self.last[name]["steps"]) if name in self.last else 0 for name in names}
-        best = min(self.last.values(), key=lambda result: float(result["validation_loss"]), default=None)
+        sound = [result for result in self.last.values() if result["failed"] is None]
+        best = min(sound, key=lambda result: float(result["validation_loss"]), default=None)
         note = f"best {best['validation_loss']:.3f} ({best['name']})" if best else "starting trials"
         done = sum(steps if name in self.over else reached[name] for name in names)
         self.progress("sweep", done, steps * len(names), note)
@@ -95,3 +102,10 @@ class Watch(tune.Callback):
         for name, rows in self.curves.items():
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _brief(error: BaseException | None) -> str:
+    """The last line of what Ray wrapped around an error."""
+    while isinstance(error, RayTaskError) and error.cause is not None:
+        error = error.cause
+    return (str(error or "").strip() or "its process died again and again").splitlines()[-1]
