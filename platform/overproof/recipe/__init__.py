@@ -13,6 +13,8 @@ from overproof.recipe.data import (
     TextData,
     TokenizerFile,
 )
+from overproof.recipe.distillation import Cache, Student, Sweep
+from overproof.recipe.models import Llama, Pretrained, Vit
 from overproof.recipe.section import Section
 from overproof.recipe.shipping import (
     Agreement,
@@ -27,7 +29,7 @@ from overproof.recipe.shipping import (
     Serve,
     Smaller,
 )
-from overproof.recipe.training import Cache, Checkpoint, Llama, Optimization, Pretrained, Student, Sweep, Train, Vit
+from overproof.recipe.training import Checkpoint, Optimization, Train
 from overproof.recipe.whole import Recipe, load
 
 __all__ = [

@@ -1,63 +1,13 @@
-"""The sections that train: models, the teacher, its cache, the sweep."""
+"""The sections that train a model: optimisation, checkpoints, the teacher."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from overproof.recipe.section import Count, Cpus, Name, Section
-
-
-class Llama(Section):
-    """A Llama-architecture language model with tied embeddings, from its configuration."""
-
-    kind: Literal["llama"] = "llama"
-    hidden_size: int = Field(ge=32, multiple_of=32, description="Width of the residual stream.")
-    intermediate_size: int = Field(ge=32, multiple_of=32, description="Width of the feed-forward layer.")
-    layers: Count = Field(description="Decoder layers.")
-    heads: Count = Field(description="Query heads.")
-    kv_heads: Count = Field(description="Key and value heads; divides heads.")
-    initializer_range: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} over heads {self.heads} is "
-                f"{self.hidden_size / self.heads:g}; expected an even whole number"
-            )
-        if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
-        return self
-
-
-class Vit(Section):
-    """A vision transformer for 8x8 grey images, from its configuration (arXiv 2010.11929)."""
-
-    kind: Literal["vit"] = "vit"
-    hidden_size: Count = Field(description="Width of the residual stream.")
-    intermediate_size: Count = Field(description="Width of the feed-forward layer.")
-    layers: Count = Field(description="Encoder layers.")
-    heads: Count = Field(description="Attention heads; divides hidden_size.")
-    patch_size: Literal[1, 2, 4] = Field(2, description="Patch edge in pixels.")
-    initializer_range: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.hidden_size % self.heads:
-            raise ValueError(f"heads {self.heads} does not divide hidden_size {self.hidden_size}")
-        return self
-
-
-class Pretrained(Section):
-    """A Hugging Face directory with safetensors and, for text, the tokenizer.json of the data."""
-
-    kind: Literal["pretrained"] = "pretrained"
-    path: str = Field(description="Local directory.")
-
-
-Model = Annotated[Llama | Vit | Pretrained, Field(discriminator="kind")]
+from overproof.recipe.models import Model
+from overproof.recipe.section import Count, Cpus, Section
 
 
 class Optimization(Section):
@@ -156,62 +106,4 @@ class Train(Optimization):
                     f"result 'best' needs a validation loss at each checkpoint: checkpoint.every_steps "
                     f"{self.checkpoint.every_steps} is not a multiple of validate_every {self.validate_every}"
                 )
-        return self
-
-
-class Cache(Section):
-    """The teacher's targets, computed once and read by every trial."""
-
-    k: Count = Field(32, description="Largest log-probabilities kept for each position.")
-    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (1.0,), min_length=1, description="Temperatures whose full-vocabulary logsumexp is kept."
-    )
-    rows: Count | None = Field(None, description="Rows covered, in training order; null covers every row.")
-    batch_size: Count = Field(32, description="Rows in a forward pass.")
-    actors: Count = Field(2, description="Teacher replicas in the actor pool.")
-    cpus_per_actor: Cpus = Field(1, description="Logical CPUs reserved by each replica.")
-    gpus_per_actor: float = Field(0, ge=0, description="GPUs reserved by each replica.")
-
-
-class Student(Section):
-    """One trial of the sweep."""
-
-    name: Name
-    model: Annotated[Llama | Vit, Field(discriminator="kind")]
-    temperature: float = Field(1.0, gt=0, description="Softens both distributions (arXiv 1503.02531).")
-    teacher_weight: float = Field(
-        0.5, ge=0, le=1, description="Share of the teacher's loss; the rest is the labels' cross-entropy."
-    )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
-        "forward_kl", description="The teacher's loss: KL from it, KL from the student, or a mixture of both."
-    )
-    jsd_beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in jsd (arXiv 2306.13649).")
-
-
-class Asha(Section):
-    """Asynchronous successive halving (arXiv 1810.05934)."""
-
-    grace_steps: Count = Field(description="Steps every trial runs before it may be stopped.")
-    reduction_factor: int = Field(2, ge=2, description="One trial in this many goes on at each rung.")
-
-
-class Sweep(Optimization):
-    """Students distilled from the one cache, and a control: the best student trained without the teacher."""
-
-    students: tuple[Student, ...] = Field(min_length=1)
-    asha: Asha
-    concurrent_trials: Count = Field(2, description="Trials that run at the same time.")
-    cpus_per_trial: Cpus = Field(1, description="Logical CPUs reserved by each trial.")
-    gpus_per_trial: float = Field(0, ge=0, description="GPUs reserved by each trial.")
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> Self:
-        names = [student.name for student in self.students]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"students share the name {twice[0]!r}; expected every name once")
-        if "control" in names:
-            raise ValueError("a student is named 'control', the name of the one trained without the teacher; rename it")
-        if self.steps == 0:
-            raise ValueError("steps is 0; expected at least 1, since a student starts untrained")
         return self

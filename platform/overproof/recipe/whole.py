@@ -10,9 +10,11 @@ from pydantic import Field, model_validator
 
 from overproof.errors import InputError
 from overproof.recipe.data import DigitsData, TextData
+from overproof.recipe.distillation import Cache, Sweep
+from overproof.recipe.models import Pretrained
 from overproof.recipe.section import Name, Section
 from overproof.recipe.shipping import Evaluate, Gate, Gguf, Onnx, Serve
-from overproof.recipe.training import Cache, Pretrained, Sweep, Train
+from overproof.recipe.training import Train
 
 
 class Recipe(Section):
