@@ -128,7 +128,7 @@ def test_killed_at_any_stage_only_that_stage_is_lost(tmp_path: Path) -> None:
 def test_the_language_model_from_source_code_to_a_streamed_answer(tmp_path: Path) -> None:
     """The demo with fewer steps: every stage is real, and the answer comes over HTTP."""
     overrides = (
-        f"store={tmp_path}", "serve.port=0", "train.steps=60", "sweep.steps=40", "sweep.asha.grace_steps=20",
+        f"store={tmp_path}", "serve.port=0", "train.steps=60", "sweep.steps=40", "tune.scheduler.grace_steps=20",
         "train.validate_every=30", "sweep.validate_every=20", "cache.rows=320", "evaluate.max_documents=8",
         "gate.rules=[{kind: smaller, against: teacher, at_least: 2}, {kind: parity, at_most: 0.5}]",
     )  # fmt: skip

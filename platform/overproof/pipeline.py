@@ -59,7 +59,7 @@ STAGES = (
     Stage("cache", "overproof.distill.teacher:cache", ("prepare", "train"),
           lambda r: {"seed": r.seed, "cache": _dump(r.cache)}),
     Stage("sweep", "overproof.distill.sweep:sweep", ("prepare", "train", "cache"),
-          lambda r: {"seed": r.seed, "sweep": _dump(r.sweep)}),
+          lambda r: {"seed": r.seed, "sweep": _dump(r.sweep), "tune": _dump(r.tune)}, format=2),
     Stage("compress", "overproof.compress.export:compress", ("prepare", "train", "sweep"),
           lambda r: {"compress": _dump(r.compress)}),
     Stage("evaluate", "overproof.evaluate.runner:evaluate", ("prepare", "compress"),

@@ -128,7 +128,7 @@ def needs(recipe: Recipe) -> tuple[Need, ...]:
         if serve.min_replicas == serve.max_replicas
         else (f"{serve.min_replicas} to {serve.max_replicas}")
     )
-    trials = min(sweep.concurrent_trials, len(sweep.students))
+    trials = min(sweep.concurrent_trials, recipe.tune.trials(sweep))
     return (
         Need("prepare", 1, 1, why="1 reader"),
         Need("train", train.fewest, train.cpus_per_worker, train.gpus_per_worker, True, train.most,

@@ -107,8 +107,9 @@ def _work(recipe: Recipe, stage: str) -> str:
         rows = "every row" if recipe.cache.rows is None else f"{recipe.cache.rows * positions:,} {unit}"
         return f"{rows}, top {recipe.cache.k}"
     if stage == "sweep":
-        each = sweep.steps * sweep.batch_size * positions
-        return f"{len(sweep.students)} students + control, {sweep.steps} steps, {each:,} {unit} each at most"
+        search, most = recipe.tune, recipe.rows_read * positions
+        how = f"{search.trials(sweep)} trials ({search.search.kind}, {search.scheduler.kind}) + control"
+        return f"{how}, {sweep.steps} steps, {most:,} {unit} each at most"
     if stage == "compress":
         return ", ".join(recipe.compress.formats)
     if stage == "gate":

@@ -17,8 +17,13 @@ from overproof.data.plan import Order
 from overproof.data.read import Shards
 from overproof.data.schema import text_schema
 from overproof.data.write import write_shard
+from overproof.distill.job import Job
+from overproof.distill.journal import Journal
+from overproof.distill.search import STUDENT
+from overproof.distill.sweep import job
 from overproof.distill.targets import TEACHER, CacheIndex
-from overproof.distill.teacher import Job, Teacher, cover, publish
+from overproof.distill.teacher import Job as Capture
+from overproof.distill.teacher import Teacher, cover, publish
 from overproof.models import build, save, to_tensors
 from overproof.progress import Progress, quiet
 from overproof.recipe import DigitsData, Llama, Optimization, Recipe, Vit
@@ -81,8 +86,8 @@ def recipe_of(kind: str, **changes: Any) -> Recipe:
         "sweep": {
             **steps,
             "students": [{"name": "only", "temperature": 2.0, "model": teacher}],
-            "asha": {"grace_steps": 2},
         },
+        "tune": {},
         "compress": {"kind": "gguf" if kind == "text" else "onnx"},
         "gate": {"rules": [{"kind": "smaller", "at_least": 1.0}]},
     }
@@ -163,7 +168,7 @@ def replica(world: World, rows: int | None) -> tuple[Teacher, CacheIndex]:
         tokenizer_sha256=manifest.tokenizer_sha256,
         manifest_sha256="b" * 64,
     )
-    return Teacher(Job(recipe.cache, index, world.artifacts["prepare"], world.artifacts["train"], draft)), index
+    return Teacher(Capture(recipe.cache, index, world.artifacts["prepare"], world.artifacts["train"], draft)), index
 
 
 def capture(world: World, rows: int | None) -> Artifact:
@@ -184,3 +189,9 @@ def parented(world: World, cached: Artifact) -> Artifact:
         text = text.replace(fake, world.artifacts[stage].record.files[file].sha256)
     index.write_text(text)
     return cached
+
+
+def jobs(context: Context) -> list[Job]:
+    """Of the recipe's students, as the sweep makes them."""
+    journal = Journal(context.draft)
+    return [job(context, journal, each.name, {STUDENT: each.name}) for each in context.recipe.sweep.students]

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 
 from overproof.distill import sweep, teacher
+from overproof.distill.journal import Journal
 from overproof.stage import Context
 
 
@@ -23,7 +24,8 @@ def finished(context: Context) -> bool:
     """Whether a file is captured, or a student trained to the end."""
     if context.draft.stage == "cache":
         return any(Path(context.draft.workspace).glob("*/*.parquet.json"))
-    return any(job.checkpoints.committed() == job.settings.steps for job in sweep.jobs(context))
+    names, journal = Path(context.draft.workspace, "trials").glob("*"), Journal(context.draft)
+    return any(journal.checkpoints(name.name).committed() == context.recipe.sweep.steps for name in names)
 
 
 def main(address: str, pickled: Path) -> None:

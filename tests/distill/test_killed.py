@@ -13,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from distill_world import World, capture, replica
+from distill_world import World, capture, jobs, replica
 from ray._private.state import actors
-from test_sweep import STEPS, SWEEP, job_of
+from test_sweep import STEPS, STUDENTS, SWEEP, TUNE, job_of
 
 from overproof.artifact import Artifact, Draft
+from overproof.distill.journal import Journal
+from overproof.distill.search import STUDENT
 from overproof.distill.student import Chunk, Run
-from overproof.distill.sweep import jobs, sweep
+from overproof.distill.sweep import sweep
 from overproof.distill.targets import CacheIndex, Targets
 from overproof.distill.teacher import cache, finished
 from overproof.errors import InputError
@@ -37,7 +39,7 @@ def to_end(run: Run) -> list[Chunk]:
 @pytest.fixture(scope="module")
 def whole_curves(digits_world: World, digits_cache: Artifact) -> dict[str, list[str]]:
     """Of every student, trained alone to the end."""
-    context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP)
+    context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune=TUNE)
     chunks = {job.name: to_end(Run(job_of(context, job.name))) for job in jobs(context)}
     return {name: [json.dumps(row) for chunk in of for row in chunk.curve] for name, of in chunks.items()}
 
@@ -69,7 +71,7 @@ def same_steps(found: dict[str, list[str]], expected: dict[str, list[str]]) -> b
 
 
 def test_a_student_goes_on_from_its_checkpoint_to_the_last_bit(digits_world: World, digits_cache: Artifact) -> None:
-    context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP)
+    context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune=TUNE)
     whole, job = Run(job_of(context, "wide")), job_of(context, "wide")
     expected = to_end(whole)
     first = Run(job)
@@ -87,7 +89,7 @@ def test_a_student_goes_on_from_its_checkpoint_to_the_last_bit(digits_world: Wor
 
 
 def test_a_damaged_checkpoint_is_not_used(digits_world: World, digits_cache: Artifact) -> None:
-    context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP)
+    context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune=TUNE)
     job = job_of(context, "wide")
     first = Run(job)
     done = [first.advance() for _ in range(3)]
@@ -113,7 +115,7 @@ def test_a_trial_whose_process_is_killed_goes_on(whole_curves: dict[str, list[st
             killed.append(alive[0]["Pid"])
             os.kill(killed[0], signal.SIGKILL)
 
-    context = digits_world.context("sweep", progress, digits_cache, sweep=SWEEP)
+    context = digits_world.context("sweep", progress, digits_cache, sweep=SWEEP, tune=TUNE)
     metrics = sweep(context)
     assert killed
     assert metrics["failed"] == 0
@@ -129,7 +131,7 @@ def test_a_sweep_whose_driver_is_killed_trains_no_student_twice(
         if task == NOTICE:
             said.append(note)
 
-    context = digits_world.context("sweep", progress, digits_cache, sweep=SWEEP)
+    context = digits_world.context("sweep", progress, digits_cache, sweep=SWEEP, tune=TUNE)
     kill(context, ray_cluster, tmp_path)
     before = {job.name: job.checkpoints.committed() for job in jobs(context)}
     assert max(before.values()) == STEPS
@@ -139,6 +141,31 @@ def test_a_sweep_whose_driver_is_killed_trains_no_student_twice(
     assert {trial["name"]: trial["began_at"] for trial in trials} == before
     assert all(f"{name}: going on from step {step}" in said for name, step in before.items() if step)
     assert same_steps(curves(Path(again.uri)), whole_curves)
+
+
+def test_a_search_whose_driver_is_killed_goes_on_with_the_trials_it_had(
+    ray_cluster: str, digits_world: World, digits_cache: Artifact, tmp_path: Path
+) -> None:
+    tune = {
+        **TUNE,
+        "search": {"kind": "tpe", "trials": 6, "startup_trials": 2},
+        "space": {"learning_rate": {"kind": "log_uniform", "low": 1e-3, "high": 1e-1}},
+    }
+    context = digits_world.context("sweep", cached=digits_cache, sweep={**SWEEP, "students": STUDENTS[:1]}, tune=tune)
+    kill(context, ray_cluster, tmp_path)
+    journal = Journal(context.draft)
+    begun = journal.begin()
+    reached = {name: journal.checkpoints(name).committed() for name in begun}
+    assert list(begun) == [f"wide-{number:03d}" for number in range(len(begun))]
+    assert max(reached.values()) == STEPS
+    again = anew(digits_world, context)
+    metrics = sweep(dataclasses.replace(context, draft=again))
+    trials = json.loads((Path(again.uri) / "trials.json").read_text())["trials"]
+    assert metrics["trials"] == len(trials) == 6
+    assert {trial["name"]: trial["began_at"] for trial in trials[: len(begun)]} == reached
+    rates = [trial["values"]["learning_rate"] for trial in trials]
+    assert rates[: len(begun)] == [values["learning_rate"] for values in begun.values()]
+    assert len(set(rates)) == 6
 
 
 def test_a_capture_whose_driver_is_killed_does_no_finished_file_again(
@@ -173,8 +200,9 @@ def test_a_captured_file_that_was_damaged_is_captured_again(digits_world: World)
 
 
 def test_a_changed_sweep_does_not_go_on_from_anothers_trials(digits_world: World, digits_cache: Artifact) -> None:
-    context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP)
+    context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune=TUNE)
     job = jobs(context)[0]
+    Journal(context.draft).note({job.name: {STUDENT: job.name}})
     job.checkpoints.begin()
     first = Run(job)
     first.advance()

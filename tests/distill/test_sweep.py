@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distill_world import World, capture, make, parented
+from distill_world import World, capture, jobs, make, parented
 
 from overproof.artifact import Artifact, Store
 from overproof.data.read import Shards
 from overproof.distill.job import Job, rungs
 from overproof.distill.student import Run
-from overproof.distill.sweep import jobs, slots, sweep
+from overproof.distill.sweep import slots, sweep
 from overproof.distill.teacher import cache
 from overproof.errors import InputError
 from overproof.models import load, parameters
-from overproof.recipe import Sweep
+from overproof.recipe import Asha, NoStop, Sweep
 from overproof.stage import Context
 from overproof.train.loop import validation_loss
 
@@ -45,9 +45,9 @@ SWEEP = {
     "warmup_steps": 4,
     "validate_every": 7,
     "validation_rows": 64,
-    "asha": {"grace_steps": GRACE},
     "concurrent_trials": 2,
 }
+TUNE = {"scheduler": {"kind": "asha", "grace_steps": GRACE}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def printing(into: Path) -> Iterator[None]:
 def swept(ray_cluster: str, digits_world: World, digits_cache: Artifact, tmp_path_factory: Any) -> Swept:
     words: list[tuple[str, int, int, str]] = []
     output = tmp_path_factory.mktemp("printed") / "output"
-    context = digits_world.context("sweep", lambda *word: words.append(word), digits_cache, sweep=SWEEP)
+    context = digits_world.context("sweep", lambda *word: words.append(word), digits_cache, sweep=SWEEP, tune=TUNE)
     before = scratch()
     with printing(output):
         metrics = sweep(context)
@@ -226,6 +226,30 @@ def test_a_student_that_fails_is_recorded_and_the_others_go_on(digits_world: Wor
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    "scheduler",
+    [{"kind": "median", "grace_steps": 7, "least_trials": 2}, {"kind": "hyperband", "grace_steps": 7, "brackets": 2}],
+    ids=["median", "hyperband"],
+)
+def test_schedulers_stop_what_lags_behind(
+    scheduler: dict[str, Any], digits_world: World, digits_cache: Artifact
+) -> None:
+    learner = {**STUDENTS[0], "model": {**WIDE, "initializer_range": 0.2}}
+    rates = {"learning_rate": {"kind": "choice", "values": [3e-2, 1e-2, 1e-6, 1e-7, 1e-8]}}
+    context = digits_world.context(
+        "sweep", cached=digits_cache, sweep={**SWEEP, "students": [learner], "concurrent_trials": 1},
+        tune={"space": rates, "scheduler": scheduler},
+    )  # fmt: skip
+    metrics = sweep(context)
+    trials = json.loads((Path(context.draft.uri) / "trials.json").read_text())
+    statuses = {trial["values"]["learning_rate"]: trial["status"] for trial in trials["trials"]}
+    assert metrics["trials"] == 5
+    assert statuses[3e-2] == "finished"
+    assert "stopped" in {statuses[rate] for rate in (1e-6, 1e-7, 1e-8)}
+    assert next(t for t in trials["trials"] if t["name"] == trials["winner"])["values"]["learning_rate"] == 3e-2
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_ctrl_c_ends_the_sweep(digits_world: World, digits_cache: Artifact) -> None:
     sent: list[int] = []
 
@@ -236,7 +260,7 @@ def test_ctrl_c_ends_the_sweep(digits_world: World, digits_cache: Artifact) -> N
 
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        sweep(digits_world.context("sweep", interrupt, digits_cache, sweep=SWEEP))
+        sweep(digits_world.context("sweep", interrupt, digits_cache, sweep=SWEEP, tune=TUNE))
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -258,13 +282,13 @@ def test_text_is_cached_and_swept_on_an_object_store(s3_uri: str) -> None:
 
 def test_a_cache_of_another_teacher_is_refused(digits_world: World) -> None:
     with pytest.raises(InputError, match=r"cache\.json: made with another teacher"):
-        sweep(digits_world.context("sweep", cached=capture(digits_world, 400), sweep=SWEEP))
+        sweep(digits_world.context("sweep", cached=capture(digits_world, 400), sweep=SWEEP, tune=TUNE))
 
 
 def test_too_small_a_cache_is_refused_before_anything_starts(digits_world: World) -> None:
     small = parented(digits_world, capture(digits_world, 100))
     with pytest.raises(InputError, match=r"raise cache\.rows"):
-        sweep(digits_world.context("sweep", cached=small, sweep=SWEEP))
+        sweep(digits_world.context("sweep", cached=small, sweep=SWEEP, tune=TUNE))
 
 
 def test_slots_count_what_fits_each_node() -> None:
@@ -282,13 +306,13 @@ def test_slots_count_what_fits_each_node() -> None:
 
 def test_rungs_are_before_the_last_step() -> None:
     def at(grace: int, factor: int, steps: int) -> list[int]:
-        asha = {"grace_steps": grace, "reduction_factor": factor}
-        return list(rungs(Sweep.model_validate({**SWEEP, "asha": asha, "steps": steps})))
+        return list(rungs(Asha(grace_steps=grace, reduction_factor=factor), steps))
 
     assert at(8, 2, 24) == [8, 16]
     assert at(8, 2, 32) == [8, 16]
     assert at(10, 3, 100) == [10, 30, 90]
     assert at(100, 2, 50) == []
+    assert list(rungs(NoStop(), 50)) == []
 
 
 def test_no_student_takes_the_name_of_the_control() -> None:

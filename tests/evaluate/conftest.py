@@ -133,7 +133,7 @@ def recipe(kind: str, rules: Sequence[dict[str, Any]] = RULES) -> Recipe:
             "name": f"test-{kind}",
             "data": {"kind": kind},
             "train": {**optimization, "model": model},
-            "sweep": {**optimization, "students": [{"name": "s", "model": model}], "asha": {"grace_steps": 1}},
+            "sweep": {**optimization, "students": [{"name": "s", "model": model}]},
             "compress": {"kind": "gguf" if kind == "text" else "onnx"},
             "evaluate": {"bootstrap_samples": 500, "threads": 1, "decode_tokens": 16},
             "gate": {"rules": list(rules)},

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from overproof.artifact import Artifact, Draft
-from overproof.recipe import Student, Sweep
+from overproof.recipe import Asha, Hyperband, Student, Sweep
+from overproof.recipe.search import Scheduler
 from overproof.train.checkpoint import Checkpoints
 
 FINISHED = "finished"  # folder of the draft: weights of the trials that ran every step
@@ -21,6 +22,7 @@ class Job:
     student: Student
     distilled: bool
     settings: Sweep
+    rungs: frozenset[int]  # steps with a validation beside those of settings
     seed: int
     threads: int
     prepared: Artifact
@@ -30,9 +32,10 @@ class Job:
     checkpoints: Checkpoints
 
 
-def rungs(settings: Sweep) -> Iterator[int]:
+def rungs(scheduler: Scheduler, steps: int) -> Iterator[int]:
     """The steps at which successive halving compares trials, before the last."""
-    step = settings.asha.grace_steps
-    while step < settings.steps:
-        yield step
-        step *= settings.asha.reduction_factor
+    if isinstance(scheduler, Asha | Hyperband):
+        step = scheduler.grace_steps
+        while step < steps:
+            yield step
+            step *= scheduler.reduction_factor

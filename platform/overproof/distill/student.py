@@ -11,7 +11,7 @@ import torch
 
 from overproof.data.manifest import TOKENIZER
 from overproof.data.read import Shards, planned_shards
-from overproof.distill.job import Job, rungs
+from overproof.distill.job import Job
 from overproof.distill.losses import Distill, Divergence
 from overproof.distill.targets import Targets
 from overproof.models import Batch, build, parameters, save, to_tensors
@@ -51,7 +51,6 @@ class Run:
         self.validation = [to_tensors(validation.take(part)) for part in parts]
         self.model = build(job.student.model, self.manifest, job.seed)
         self.engine = TorchEngine(self.model, job.settings)
-        self.rungs = frozenset(rungs(job.settings))
         self.faults: list[str] = []  # of checkpoints that could not be used
         start = Start(job.checkpoints.newest(self.faults.append))
         self.saver = Saver(job.checkpoints, start.attempt, rank=0, world=1)
@@ -80,7 +79,7 @@ class Run:
         for row in self._rows:
             curve.append(row)
             step = int(row["step"])
-            if step in self.rungs and step % settings.validate_every:  # the loop validates at all other stops
+            if step in self.job.rungs and step % settings.validate_every:  # the loop validates at all other stops
                 curve.append({"step": step, "validation_loss": self._validate()})
             if "validation_loss" in curve[-1]:
                 break

@@ -1,4 +1,4 @@
-"""The sweep stage: Ray Tune trains every student on the one cache under ASHA, then the control without the teacher."""
+"""The sweep stage: Ray Tune trains students on the one cache, then the best one's control without the teacher."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ import ray
 from pyarrow import fs
 from ray import tune
 from ray.exceptions import RayActorError
-from ray.tune.schedulers import ASHAScheduler
 
 from overproof.cluster import own_interrupt
 from overproof.data.manifest import MANIFEST, Manifest
-from overproof.distill.job import CONTROL, FINISHED, Job
+from overproof.distill.job import CONTROL, FINISHED, Job, rungs
+from overproof.distill.journal import Journal
+from overproof.distill.search import STUDENT, Study
 from overproof.distill.targets import TEACHER, Targets
 from overproof.distill.trial import Trainer, Trial
+from overproof.distill.tuning import Trials, scheduler
 from overproof.distill.watch import Watch
 from overproof.errors import InputError
-from overproof.files import filesystem, join
-from overproof.recipe import Checkpoint, Sweep
+from overproof.files import filesystem
+from overproof.recipe import Grid, Sweep
+from overproof.recipe.search import Values, with_values
 from overproof.stage import Context
-from overproof.train.checkpoint import Checkpoints
 
 MAX_DEATHS = 3  # of the process of one trial, or its node
 QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
@@ -43,21 +45,20 @@ def sweep(context: Context) -> dict[str, Any]:
         InputError: the cache was made for another teacher or other data, or lacks rows; the workspace holds a sweep
             of another recipe; no student could be trained to the end.
     """
-    settings, students = context.recipe.sweep, jobs(context)
+    settings, tune_ = context.recipe.sweep, context.recipe.tune
     check_cache(context)
-    for job in students:
-        job.checkpoints.begin()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    at_once = min(settings.concurrent_trials, max(1, slots(settings, nodes)))
-    watch = Watch(context.progress, settings, [job.name for job in students])
-    _tune(students, settings, at_once, watch)
+    journal = Journal(context.draft)
+    before = journal.begin()
+    total = tune_.trials(settings)
+    watch = Watch(context.progress, settings.steps, total)
+    students = _tune(context, journal, before, watch)
     winner = watch.winner()
     if winner is None:
         context.draft.clear_workspace()  # a sweep that failed like this would only fail again
         name, reason = next(iter(watch.failed.items()))
         raise InputError(f"student {name}: {reason}; no student of the sweep ran every step")
     chosen = next(job for job in students if job.name == winner["name"])
-    kept = replace(chosen.checkpoints, uri=join(context.draft.workspace, f"{CONTROL}/{chosen.name}"))
+    kept = journal.checkpoints(f"{CONTROL}/{chosen.name}")
     control = replace(chosen, name=CONTROL, distilled=False, folder=CONTROL, checkpoints=kept)
     control.checkpoints.begin()
     _run_control(control, watch)
@@ -89,10 +90,10 @@ def check_cache(context: Context) -> None:
     targets = Targets(parents["cache"].local())
     manifest = Manifest.read(parents["prepare"].local())
     targets.index.check(parents["train"].record.files[TEACHER].sha256, parents["prepare"].record.files[MANIFEST].sha256)
-    for student in recipe.sweep.students:
-        targets.index.column(student.temperature)
+    for temperature in recipe.temperatures:
+        targets.index.column(temperature)
     order = manifest.order(recipe.seed)
-    targets.require(order.rows_at(0, min(order.rows, recipe.sweep.steps * recipe.sweep.batch_size)))
+    targets.require(order.rows_at(0, min(order.rows, recipe.rows_read)))
 
 
 def slots(settings: Sweep, nodes: Sequence[Mapping[str, float]]) -> int:
@@ -101,51 +102,60 @@ def slots(settings: Sweep, nodes: Sequence[Mapping[str, float]]) -> int:
     return sum(min(int(node.get(unit, 0) / want) for unit, want in wants.items() if want) for node in nodes)
 
 
-def jobs(context: Context) -> list[Job]:
-    """One for each student of the recipe."""
-    settings, parents, draft = context.recipe.sweep, context.parents, context.draft
-    return [
-        Job(
-            name=student.name,
-            student=student,
-            distilled=True,
-            settings=settings,
-            seed=context.recipe.seed,
-            threads=max(1, int(settings.cpus_per_trial)),
-            prepared=parents["prepare"],
-            cached=parents["cache"],
-            draft=draft,
-            folder=f"{FINISHED}/{student.name}",
-            checkpoints=Checkpoints(
-                join(draft.workspace, f"students/{student.name}"),
-                draft.fingerprint,
-                draft.config,
-                draft.parents,
-                Checkpoint(),
-            ),
-        )
-        for student in settings.students
-    ]
+def job(context: Context, journal: Journal, name: str, values: Values) -> Job:
+    """A trial: the student that ``values`` name, with the others of them in place of its own."""
+    sweep, parents = context.recipe.sweep, context.parents
+    base = next(student for student in sweep.students if student.name == values[STUDENT])
+    settings, student = with_values(sweep, base, values)
+    return Job(
+        name=name,
+        student=student,
+        distilled=student.teacher_weight > 0,
+        settings=settings,
+        rungs=frozenset(rungs(context.recipe.tune.scheduler, settings.steps)),
+        seed=context.recipe.seed,
+        threads=max(1, int(settings.cpus_per_trial)),
+        prepared=parents["prepare"],
+        cached=parents["cache"],
+        draft=context.draft,
+        folder=f"{FINISHED}/{name}",
+        checkpoints=journal.checkpoints(name),
+    )
 
 
-def _tune(jobs: Sequence[Job], settings: Sweep, at_once: int, watch: Watch) -> None:
-    """Run every job until ASHA stops it, it fails, or it has run every step.
+def _tune(context: Context, journal: Journal, before: Mapping[str, Values], watch: Watch) -> list[Job]:
+    """Run trial after trial until the scheduler stops it, it fails, or it has run every step; gives their jobs.
 
     A trial whose process dies is started again, and goes on from its checkpoint.
     """
-    scheduler = ASHAScheduler(
-        time_attr="steps",
-        metric="validation_loss",
-        mode="min",
-        max_t=settings.steps,
-        grace_period=min(settings.asha.grace_steps, settings.steps),
-        reduction_factor=settings.asha.reduction_factor,
-    )
+    settings, search = context.recipe.sweep, context.recipe.tune
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    at_once = min(settings.concurrent_trials, max(1, slots(settings, nodes)))
+    named = not search.space.domains and isinstance(search.search, Grid)  # trials are the students themselves
+    begun: dict[str, Values] = {}
+    jobs: list[Job] = []
+
+    def begin(values: Values) -> Job:
+        name = values[STUDENT] if named else f"{values[STUDENT]}-{len(jobs):03d}"
+        begun[name] = values
+        if name not in before:
+            journal.note(dict(begun))
+        jobs.append(job(context, journal, name, values))
+        jobs[-1].checkpoints.begin()
+        watch.begin(name)
+        return jobs[-1]
+
+    study = Study(search, settings, context.recipe.seed, list(before.values()))
     with tempfile.TemporaryDirectory(prefix="overproof-sweep-") as scratch, _tame():
         tune.Tuner(
             tune.with_resources(Trial, {"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial}),
-            param_space={"job": tune.grid_search(list(jobs))},
-            tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=at_once, reuse_actors=True),
+            tune_config=tune.TuneConfig(
+                search_alg=Trials(study, begin, settings.steps),
+                scheduler=scheduler(search.scheduler, settings.steps),
+                num_samples=watch.trials,
+                max_concurrent_trials=at_once,
+                reuse_actors=True,
+            ),
             run_config=tune.RunConfig(
                 name="sweep",
                 storage_path=scratch,
@@ -155,8 +165,9 @@ def _tune(jobs: Sequence[Job], settings: Sweep, at_once: int, watch: Watch) -> N
                 failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
             ),
         ).fit()
-    if watch.over != {job.name for job in jobs}:
+    if len(watch.over) < watch.trials:
         raise KeyboardInterrupt
+    return jobs
 
 
 @contextmanager

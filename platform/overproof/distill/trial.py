@@ -79,4 +79,5 @@ class Trial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         result = self.trainer.advance()
-        return result | {"done": result["failed"] is not None}
+        over = result["failed"] is not None or result["steps"] == self.trainer.job.settings.steps
+        return result | {"done": over}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,30 @@ from ray.exceptions import RayTaskError
 
 from overproof.distill.job import CONTROL, Job
 from overproof.progress import NOTICE, Progress
-from overproof.recipe import Sweep
+from overproof.recipe.search import values_of
 
 Result = Mapping[str, Any]
-TRIAL = ("name", "temperature", "teacher_weight", "parameters", "steps", "validation_loss", "status", "reason",
-         "seconds", "began_at", "pid", "import_seconds")  # fmt: skip
+TRIAL = (
+    "name", "student", "values", "temperature", "teacher_weight", "parameters", "steps", "validation_loss", "status",
+    "reason", "seconds", "began_at", "pid", "import_seconds",
+)  # fmt: skip
 
 
 class Watch(tune.Callback):
     """Follows the trials: their curves, their last results, the bar."""
 
-    def __init__(self, progress: Progress, settings: Sweep, names: Sequence[str]) -> None:
-        self.progress, self.settings = progress, settings
-        self.curves: dict[str, list[Mapping[str, float]]] = {name: [] for name in names}
+    def __init__(self, progress: Progress, steps: int, trials: int) -> None:
+        """``steps`` are a whole trial's."""
+        self.progress, self.steps, self.trials = progress, steps, trials
+        self.curves: dict[str, list[Mapping[str, float]]] = {}
         self.last: dict[str, Result] = {}
         self.failed: dict[str, str] = {}  # why
         self.over: set[str] = set()
         self.show()
+
+    def begin(self, name: str) -> None:
+        """A trial is there."""
+        self.curves[name] = []
 
     def on_trial_result(self, *, result: Result, **_: Any) -> None:  # type: ignore[override]
         self.take(result)
@@ -64,17 +71,17 @@ class Watch(tune.Callback):
         self._say(f"{name} failed: {reason}")
 
     def show(self) -> None:
-        steps, names = self.settings.steps, [name for name in self.curves if name != CONTROL]
+        names = [name for name in self.curves if name != CONTROL]
         reached = {name: int(self.last[name]["steps"]) if name in self.last else 0 for name in names}
         sound = [result for result in self.last.values() if result["failed"] is None]
         best = min(sound, key=lambda result: float(result["validation_loss"]), default=None)
         note = f"best {best['validation_loss']:.3f} ({best['name']})" if best else "starting trials"
-        done = sum(steps if name in self.over else reached[name] for name in names)
-        self.progress("sweep", done, steps * len(names), note)
+        done = sum(self.steps if name in self.over else reached[name] for name in names)
+        self.progress("sweep", done, self.steps * self.trials, note)
 
     def winner(self) -> Result | None:
         """The best of those that ran every step, if any did."""
-        finished = [r for r in self.last.values() if r["steps"] == self.settings.steps and r["name"] not in self.failed]
+        finished = [r for r in self.last.values() if r["steps"] == self.steps and r["name"] not in self.failed]
         return min(finished, key=lambda result: float(result["validation_loss"]), default=None)
 
     def trial(self, job: Job) -> dict[str, Any]:
@@ -84,6 +91,8 @@ class Watch(tune.Callback):
         loss = result.get("validation_loss", math.inf)
         about = {
             "name": job.name,
+            "student": job.student.name,
+            "values": values_of(job.settings, job.student),
             "temperature": job.student.temperature,
             "teacher_weight": job.student.teacher_weight if job.distilled else 0.0,
             "validation_loss": loss if math.isfinite(loss) else None,
@@ -94,7 +103,7 @@ class Watch(tune.Callback):
 
     def _say(self, line: str) -> None:
         done = sum(int(result["steps"]) for result in self.last.values())
-        self.progress(NOTICE, done, self.settings.steps * len(self.curves), line)
+        self.progress(NOTICE, done, self.steps * self.trials, line)
 
     def write(self, folder: Path) -> None:
         """A file of JSON lines for each curve."""

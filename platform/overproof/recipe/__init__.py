@@ -15,6 +15,7 @@ from overproof.recipe.data import (
 )
 from overproof.recipe.distillation import Cache, Student, Sweep
 from overproof.recipe.models import Llama, Pretrained, Vit
+from overproof.recipe.search import Asha, Grid, Hyperband, Median, NoStop, Random, Space, Tpe, Tune
 from overproof.recipe.section import Section
 from overproof.recipe.shipping import (
     Agreement,
@@ -34,6 +35,7 @@ from overproof.recipe.whole import Recipe, load
 
 __all__ = [
     "Agreement",
+    "Asha",
     "BpeTokenizer",
     "Cache",
     "Checkpoint",
@@ -42,26 +44,34 @@ __all__ = [
     "FolderSource",
     "Gate",
     "Gguf",
+    "Grid",
+    "Hyperband",
     "Improvement",
     "JsonlSource",
     "Llama",
+    "Median",
+    "NoStop",
     "Onnx",
     "Optimization",
     "Parity",
     "ParquetSource",
     "Pretrained",
+    "Random",
     "Recipe",
     "Regression",
     "Rule",
     "Section",
     "Serve",
     "Smaller",
+    "Space",
     "StdlibSource",
     "Student",
     "Sweep",
     "TextData",
     "TokenizerFile",
+    "Tpe",
     "Train",
+    "Tune",
     "Vit",
     "load",
 ]

@@ -40,18 +40,10 @@ class Student(Section):
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in jsd (arXiv 2306.13649).")
 
 
-class Asha(Section):
-    """Asynchronous successive halving (arXiv 1810.05934)."""
-
-    grace_steps: Count = Field(description="Steps every trial runs before it may be stopped.")
-    reduction_factor: int = Field(2, ge=2, description="One trial in this many goes on at each rung.")
-
-
 class Sweep(Optimization):
     """Students distilled from the one cache, and a control: the best student trained without the teacher."""
 
     students: tuple[Student, ...] = Field(min_length=1)
-    asha: Asha
     concurrent_trials: Count = Field(2, description="Trials that run at the same time.")
     cpus_per_trial: Cpus = Field(1, description="Logical CPUs reserved by each trial.")
     gpus_per_trial: float = Field(0, ge=0, description="GPUs reserved by each trial.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -34,26 +35,7 @@ class Section(BaseModel):
 
 
 def _explain(error: Any) -> str:
-    tags = {
-        "text",
-        "digits",
-        "llama",
-        "vit",
-        "pretrained",
-        "gguf",
-        "onnx",
-        "stdlib",
-        "folder",
-        "jsonl",
-        "parquet",
-        "bpe",
-        "file",
-        "regression",
-        "improvement",
-        "smaller",
-        "agreement",
-        "parity",
-    }
+    tags = set(_tags(Section))
     path = ".".join(str(part) for part in error["loc"] if part not in tags) or "recipe"
     if error["type"] == "extra_forbidden":
         return f"{path}: unknown field; `overproof schema --text` lists the fields there are"
@@ -63,3 +45,11 @@ def _explain(error: Any) -> str:
     if error["type"] == "value_error":
         return f"{path}: {message}" if error["loc"] else message
     return f"{path}: found {error['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _tags(section: type[Section]) -> Iterator[str]:
+    """Every ``kind`` there is: pydantic puts the one that was chosen into the path of an error."""
+    for each in section.__subclasses__():
+        if "kind" in each.model_fields:
+            yield each.model_fields["kind"].default
+        yield from _tags(each)

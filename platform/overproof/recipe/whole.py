@@ -12,6 +12,7 @@ from overproof.errors import InputError
 from overproof.recipe.data import DigitsData, TextData
 from overproof.recipe.distillation import Cache, Sweep
 from overproof.recipe.models import Pretrained
+from overproof.recipe.search import Tune
 from overproof.recipe.section import Name, Section
 from overproof.recipe.shipping import Evaluate, Gate, Gguf, Onnx, Serve
 from overproof.recipe.training import Train
@@ -27,6 +28,7 @@ class Recipe(Section):
     train: Train
     cache: Cache = Cache()
     sweep: Sweep
+    tune: Tune = Tune()
     compress: Gguf | Onnx = Field(discriminator="kind")
     evaluate: Evaluate = Evaluate()
     gate: Gate
@@ -43,21 +45,34 @@ class Recipe(Section):
             expected = fmt if where == "compress" else model
             if kind not in (expected, "pretrained"):
                 raise ValueError(f"{where}.kind is {kind!r}; data.kind {self.data.kind!r} needs {expected!r}")
-        missing = {s.temperature for s in self.sweep.students} - set(self.cache.temperatures)
+        self.tune.check(self.sweep)
+        missing = self.temperatures - set(self.cache.temperatures)
         if missing:
             raise ValueError(
-                f"sweep.students ask for temperature {min(missing):g}, which cache.temperatures "
+                f"the sweep asks for temperature {min(missing):g}, which cache.temperatures "
                 f"{list(self.cache.temperatures)} lacks; add it there"
             )
-        needed = self.sweep.steps * self.sweep.batch_size
+        needed = self.rows_read
         if self.cache.rows is not None and needed > self.cache.rows:
             raise ValueError(
-                f"sweep reads {self.sweep.steps} x {self.sweep.batch_size} = {needed} rows, and cache.rows "
+                f"sweep reads {self.sweep.steps} x {needed // self.sweep.steps} = {needed} rows, and cache.rows "
                 f"is {self.cache.rows}; raise cache.rows, or set it to null to cover every row"
             )
         if self.train.steps == 0 and not isinstance(self.train.model, Pretrained):
             raise ValueError("train.steps is 0; only a pretrained model may go untrained")
         return self
+
+    @property
+    def temperatures(self) -> set[float]:
+        """Of all trials of the sweep."""
+        listed = self.tune.space.temperature
+        return set(listed.values if listed else (student.temperature for student in self.sweep.students))
+
+    @property
+    def rows_read(self) -> int:
+        """Rows in training order that the trial with the largest batch reads."""
+        batches = self.tune.space.batch_size
+        return self.sweep.steps * (max(batches.values) if batches else self.sweep.batch_size)
 
 
 def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:

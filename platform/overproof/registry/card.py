@@ -16,6 +16,7 @@ from overproof.data.manifest import Manifest
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import Measured, Metric, Report
 from overproof.recipe import Section
+from overproof.recipe.search import with_values
 from overproof.stage import Context
 
 TASKS = {"text": "text-generation", "digits": "image-classification"}
@@ -43,6 +44,9 @@ def render(context: Context, manifest: Manifest, report: Report, verdict: Verdic
         keep_trailing_newline=True,
         autoescape=False,
     )
+    winner = next(trial for trial in sweep["trials"] if trial["name"] == sweep["winner"])
+    base = next(student for student in recipe.sweep.students if student.name == winner["student"])
+    settings, student = with_values(recipe.sweep, base, winner["values"])
     return environment.get_template("card.md.j2").render(
         front_matter=_front_matter(recipe.name, manifest.kind, report, measured),
         recipe=recipe,
@@ -53,8 +57,9 @@ def render(context: Context, manifest: Manifest, report: Report, verdict: Verdic
         verdict=verdict,
         table=_table(report, verdict),
         units=measured.metrics[report.quality].n,
-        student=next(s for s in recipe.sweep.students if s.name == sweep["winner"]),
-        winner=next(t for t in sweep["trials"] if t["name"] == sweep["winner"]),
+        student=student,
+        settings=settings,
+        winner=winner,
         control=sweep["control"],
         trials=sweep["trials"],
         shape=_shape,

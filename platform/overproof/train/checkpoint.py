@@ -92,11 +92,7 @@ class Checkpoints:
         files, root = self._opened()
         ledger = self._ledger()
         if ledger and ledger["fingerprint"] != self.fingerprint and ledger["committed"]:
-            raise InputError(
-                f"{self.uri}: holds an unfinished training, at step {ledger['committed']}, whose recipe differs: "
-                f"{'; '.join(self._differences(ledger))}. Run that recipe to go on with it, or delete the folder to "
-                "start anew"
-            )
+            raise another(self.uri, ledger, self.config, self.parents, ledger["committed"])
         if ledger is None or ledger["fingerprint"] != self.fingerprint:
             if ledger is None and self._found():
                 return  # the checkpoints speak for themselves
@@ -193,13 +189,6 @@ class Checkpoints:
         content = unseal(files, f"{root}/{LEDGER}")
         return None if isinstance(content, str) else content
 
-    def _differences(self, ledger: Mapping[str, Any]) -> Iterable[str]:
-        yield from differences(ledger["config"], self.config)
-        for stage, print_ in self.parents.items():
-            found = ledger["parents"].get(stage, "none")
-            if found != print_:
-                yield f"{stage} {found[:8]}, now {print_[:8]}"
-
 
 MISSING = f"{MANIFEST} is missing"
 UNFINISHED = "was never finished"
@@ -229,6 +218,19 @@ def find_fault(files: fs.FileSystem, root: str, entries: Mapping[str, FileEntry]
             return f"{name} is missing"
         return f"{name} was changed: its sha256 is {found[:12]}…, not {entries[name].sha256[:12]}…"
     return None
+
+
+def another(uri: str, ledger: Mapping[str, Any], config: Any, parents: Mapping[str, str], step: int) -> InputError:
+    """What to say where a folder holds what another recipe, or other parents, left unfinished."""
+    found = list(differences(ledger["config"], config))
+    for stage, print_ in parents.items():
+        before = ledger["parents"].get(stage, "none")
+        if before != print_:
+            found.append(f"{stage} {before[:8]}, now {print_[:8]}")
+    return InputError(
+        f"{uri}: holds an unfinished training, at step {step}, whose recipe differs: {'; '.join(found)}. Run that "
+        "recipe to go on with it, or delete the folder to start anew"
+    )
 
 
 def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:

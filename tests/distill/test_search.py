@@ -1,0 +1,174 @@
+"""What trials a search proposes, what it learns, and which spaces are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from distill_world import recipe_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from overproof.distill.search import STUDENT, Study
+from overproof.errors import InputError
+from overproof.recipe import Recipe
+from overproof.recipe.search import Values, values_of, with_values
+
+BASE = {"kind": "vit", "hidden_size": 8, "intermediate_size": 16, "layers": 1, "heads": 2}
+STUDENTS = [{"name": "a", "temperature": 2.0, "model": BASE}, {"name": "b", "temperature": 2.0, "model": BASE}]
+RATE = {"kind": "log_uniform", "low": 1e-4, "high": 1e-1}
+
+
+def searching(**tune: Any) -> Recipe:
+    return recipe_of("digits", sweep={"students": STUDENTS}, tune=tune)
+
+
+def study_of(recipe: Recipe, before: tuple[Values, ...] = ()) -> Study:
+    return Study(recipe.tune, recipe.sweep, recipe.seed, before)
+
+
+def result(loss: float, **more: float) -> dict[str, float]:
+    return {"validation_loss": loss, **more}
+
+
+def everything(study: Study) -> list[Values]:
+    found = []
+    while (values := study.ask(str(len(found)))) is not None:
+        found.append(values)
+    return found
+
+
+def test_without_a_space_the_students_are_the_trials() -> None:
+    recipe = searching()
+    assert recipe.tune.trials(recipe.sweep) == 2
+    assert everything(study_of(recipe)) == [{STUDENT: "a"}, {STUDENT: "b"}]
+
+
+def test_a_grid_has_every_combination_once() -> None:
+    space = {"layers": {"kind": "integers", "low": 1, "high": 3}, "beta2": {"kind": "choice", "values": [0.95, 0.99]}}
+    recipe = searching(space=space)
+    found = everything(study_of(recipe))
+    assert len(found) == recipe.tune.trials(recipe.sweep) == 12
+    assert {(v[STUDENT], v["layers"], v["beta2"]) for v in found} == {
+        (name, layers, beta) for name in "ab" for layers in (1, 2, 3) for beta in (0.95, 0.99)
+    }
+    rest = everything(study_of(recipe, tuple(found[5:7])))
+    assert rest[:2] == found[5:7]
+    assert sorted(map(str, rest)) == sorted(map(str, found))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from(["random", "tpe"]))
+def test_what_is_proposed_lies_in_the_space_and_makes_a_trial(seed: int, kind: str) -> None:
+    space = {
+        "learning_rate": RATE,
+        "weight_decay": {"kind": "uniform", "low": 0.0, "high": 0.5},
+        "heads": {"kind": "choice", "values": [1, 2, 4]},
+        "hidden_size": {"kind": "integers", "low": 4, "high": 16, "step": 4},
+        "divergence": {"kind": "choice", "values": ["forward_kl", "jsd"]},
+    }
+    recipe = searching(space=space, search={"kind": kind, "trials": 12})
+    study, found = Study(recipe.tune, recipe.sweep, seed), []
+    while (values := study.ask(str(len(found)))) is not None:
+        found.append(values)
+        changed, student = with_values(recipe.sweep, recipe.sweep.students[0], values)
+        assert 1e-4 <= changed.learning_rate <= 1e-1
+        assert student.model.hidden_size in (4, 8, 12, 16)  # type: ignore[union-attr]
+        assert {**values_of(changed, student), STUDENT: values[STUDENT]}.items() >= values.items()
+        study.tell(str(len(found) - 1), result(float(len(found))), finished=True)
+    assert len(found) == 12
+
+
+def test_a_search_is_a_function_of_its_seed_and_of_what_it_is_told() -> None:
+    recipe = searching(space={"learning_rate": RATE}, search={"kind": "tpe", "trials": 14})
+
+    def run(before: tuple[Values, ...] = ()) -> list[Values]:
+        study, found = study_of(recipe, before), list[Values]()
+        while (values := study.ask("x")) is not None:
+            found.append(values)
+            study.tell("x", result(abs(values["learning_rate"] - 0.01)), finished=True)
+        return found
+
+    whole = run()
+    assert run() == whole
+    assert run(tuple(whole[:9])) == whole
+
+
+def test_tpe_comes_near_the_best_more_often_than_chance() -> None:
+    near = {"random": 0, "tpe": 0}
+    for kind in near:
+        for seed in range(8):
+            recipe = searching(space={"learning_rate": RATE}, search={"kind": kind, "trials": 30})
+            study = Study(recipe.tune, recipe.sweep, seed)
+            for number in range(30):
+                values = study.ask(str(number))
+                assert values
+                off = abs(values["learning_rate"] / 0.003 - 1)
+                near[kind] += off < 0.3
+                study.tell(str(number), result(off), finished=True)
+    assert near["tpe"] > 1.5 * near["random"]
+
+
+def test_several_objectives_lead_to_their_trade_off() -> None:
+    space = {"layers": {"kind": "integers", "low": 1, "high": 64}, "learning_rate": RATE}
+    recipe = searching(space=space, search={"kind": "tpe", "trials": 60}, objectives=["validation_loss", "parameters"])
+    study = study_of(recipe)
+    for number in range(60):
+        values = study.ask(str(number))
+        assert values
+        loss = 1 / values["layers"] + abs(values["learning_rate"] / 0.003 - 1)
+        study.report(str(number), 4, result(loss, parameters=values["layers"]))
+        study.tell(str(number), result(loss, parameters=values["layers"]), finished=True)
+    best = study.study.best_trials
+    assert len({trial.params["layers"] for trial in best}) > 3
+    assert all(abs(trial.params["learning_rate"] / 0.003 - 1) < 3 for trial in best)
+
+
+def test_trials_that_failed_or_were_stopped_teach_without_counting_as_whole() -> None:
+    recipe = searching(space={"learning_rate": RATE}, search={"kind": "random", "trials": 3})
+    study = study_of(recipe)
+    for key in "abc":
+        study.ask(key)
+    study.report("a", 2, result(0.5))
+    study.tell("a", result(0.5), finished=False)
+    study.tell("b", None, finished=False)
+    study.tell("c", result(1.0), finished=True)
+    assert [trial.state.name for trial in study.study.trials] == ["PRUNED", "FAIL", "COMPLETE"]
+    assert study.study.best_value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("tune", "words"),
+    [
+        ({"space": {"heads": {"kind": "choice", "values": [2, 3]}}},
+         r"tune\.space: student a with heads 3 cannot be: heads 3 does not divide hidden_size 8"),
+        ({"space": {"hidden_size": {"kind": "integers", "low": 8, "high": 24, "step": 8},
+                    "heads": {"kind": "choice", "values": [2, 5]}}},
+         r"student a with hidden_size 8, heads 5 cannot be"),
+        ({"space": {"kv_heads": {"kind": "choice", "values": [1]}}},
+         r"tune\.space\.kv_heads: the model of student a has no such field"),
+        ({"space": {"learning_rate": RATE}}, r"space\.learning_rate: a grid has no end in a log_uniform range"),
+        ({"space": {"learning_rate": {**RATE, "low": 1}}}, r"low 1 is not below high 0\.1"),
+        ({"space": {"learning_rate": {**RATE, "low": -1}}}, r"space\.learning_rate\.low: found -1; .*greater than 0"),
+        ({"space": {"beta1": {"kind": "uniform", "low": 0.5, "high": 1.5}}, "search": {"kind": "random", "trials": 2}},
+         r"student a with beta1 1\.5 cannot be: Input should be less than 1"),
+        ({"space": {"schedule": {"kind": "choice", "values": ["cosine", "steps"]}}}, r"with schedule steps cannot be"),
+        ({"space": {"temperature": {"kind": "choice", "values": [3.0]}}}, r"temperature 3, which cache\.temperatures"),
+        ({"space": {"layers": {"kind": "integers", "low": 1, "high": 4, "step": 2}}}, r"high 4 is not low 1 plus"),
+        ({"objectives": ["accuracy"]}, r"tune\.objectives\.0: found 'accuracy'; .*'validation_loss', 'parameters'"),
+        ({"objectives": ["parameters"]}, r"expected validation_loss and others beside it"),
+        ({"objectives": ["validation_loss", "parameters"], "scheduler": {"kind": "asha", "grace_steps": 2}},
+         r"scheduler asha compares validation losses alone"),
+        ({"space": {"rate": RATE}}, r"tune\.space\.rate: unknown field"),
+    ],
+)  # fmt: skip
+def test_a_search_that_makes_no_sense_is_refused(tune: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        searching(**tune)
+
+
+def test_the_cache_must_hold_what_the_largest_batch_reads() -> None:
+    space = {"batch_size": {"kind": "choice", "values": [8, 32]}}
+    with pytest.raises(InputError, match=r"sweep reads 4 x 32 = 128 rows, and cache\.rows is 100"):
+        recipe_of("digits", cache={"rows": 100}, tune={"space": space})
+    assert recipe_of("digits", cache={"rows": 128}, tune={"space": space}).rows_read == 128
