@@ -128,15 +128,15 @@ def needs(recipe: Recipe) -> tuple[Need, ...]:
         if serve.min_replicas == serve.max_replicas
         else (f"{serve.min_replicas} to {serve.max_replicas}")
     )
-    trials = min(sweep.concurrent_trials, recipe.tune.trials(sweep))
+    trials, together = min(sweep.concurrent_trials, recipe.tune.trials(sweep)), recipe.tune.together(sweep)
     return (
         Need("prepare", 1, 1, why="1 reader"),
         Need("train", train.fewest, train.cpus_per_worker, train.gpus_per_worker, True, train.most,
              f"{_count(workers, 'worker')} + 1 reader"),
         Need("cache", cache.actors, cache.cpus_per_actor, cache.gpus_per_actor, True,
              why=f"{_count(cache.actors, 'actor')} + 1 reader"),
-        Need("sweep", 1, sweep.cpus_per_trial, sweep.gpus_per_trial, most=trials,
-             why=f"{_count('1 to ' + str(trials) if trials > 1 else 1, 'trial')}"),
+        Need("sweep", together, sweep.cpus_per_trial, sweep.gpus_per_trial, most=trials,
+             why=_count(f"{together} to {trials}" if trials > together else trials, "trial")),
         Need("evaluate", 1, 1, most=evaluate.concurrent_tasks,
              why=_count(f"1 to {evaluate.concurrent_tasks}" if evaluate.concurrent_tasks > 1 else 1, "task")),
         Need("serve", serve.min_replicas, serve.cpus_per_replica, most=serve.max_replicas,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from overproof.artifact import Artifact, Draft
-from overproof.recipe import Asha, Hyperband, Student, Sweep
-from overproof.recipe.search import Scheduler
+from overproof.recipe import Asha, Hyperband, Pbt, Student, Sweep
+from overproof.recipe.search import Scheduler, Values, with_values
 from overproof.train.checkpoint import Checkpoints
 
 FINISHED = "finished"  # folder of the draft: weights of the trials that ran every step
@@ -30,10 +30,18 @@ class Job:
     draft: Draft
     folder: str  # of the draft, for the weights
     checkpoints: Checkpoints
+    retold: bool = True  # what an attempt that was killed has done is told again from its start, not from its end
+
+    def changed(self, values: Values) -> Job:
+        """The same trial with other settings."""
+        settings, student = with_values(self.settings, self.student, values)
+        return replace(self, settings=settings, student=student)
 
 
 def rungs(scheduler: Scheduler, steps: int) -> Iterator[int]:
-    """The steps at which successive halving compares trials, before the last."""
+    """The steps at which the scheduler compares trials, before the last."""
+    if isinstance(scheduler, Pbt):
+        yield from range(scheduler.interval_steps, steps, scheduler.interval_steps)
     if isinstance(scheduler, Asha | Hyperband):
         step = scheduler.grace_steps
         while step < steps:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,7 +17,7 @@ from overproof.distill.job import Job
 from overproof.distill.losses import Distill, Divergence
 from overproof.distill.targets import Targets
 from overproof.models import Batch, build, parameters, save, to_tensors
-from overproof.train.checkpoint import Kept
+from overproof.recipe.search import values_of
 from overproof.train.curve import CURVE
 from overproof.train.engine import TorchEngine
 from overproof.train.loop import Hooks, Row, rows, shares, validation_ids, validation_loss
@@ -24,6 +26,7 @@ from overproof.train.saver import Saver
 from overproof.train.start import Start
 
 SECONDS = "seconds"  # of training, in all attempts: a file of each checkpoint
+VALUES = "values.json"  # settings that training goes on with: the same
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,26 @@ class Run:
         ids = validation_ids(validation.rows, job.settings.validation_rows)
         parts = shares(ids, job.settings.batch_size, rank=0, world=1)
         self.validation = [to_tensors(validation.take(part)) for part in parts]
-        self.model = build(job.student.model, self.manifest, job.seed)
-        self.engine = TorchEngine(self.model, job.settings)
         self.faults: list[str] = []  # of checkpoints that could not be used
         start = Start(job.checkpoints.newest(self.faults.append))
         self.saver = Saver(job.checkpoints, start.attempt, rank=0, world=1)
-        self.began_at, self.seconds = start.step, 0.0
-        self._curve = self._restore(start.checkpoint) if start.checkpoint else []
-        self._past = list(_chunks(self._curve))
-        self._rows = rows(
-            self.engine, self._objective(), job.settings, self._batches(), self._validate, Hooks(self.began_at)
-        )
+        found = start.checkpoint
+        with found.local() if found else nullcontext() as folder:
+            if folder:
+                self.job = job.changed(json.loads((folder / VALUES).read_text()))
+            self.model = build(self.job.student.model, self.manifest, job.seed)
+            self.engine = TorchEngine(self.model, self.job.settings)
+            self._go_on(0, [])
+            if folder:
+                self.load(folder)
+                past = list(_chunks(self._curve))
+                self._past = past if job.retold else past[-1:]
+
+    def _go_on(self, step: int, curve: list[Row], seconds: float = 0.0) -> None:
+        self.began_at, self.seconds, self._curve = step, seconds, curve
+        self._past = list[Chunk]()
+        batches, hooks = self._batches(), Hooks(step)
+        self._rows = rows(self.engine, self._objective(), self.job.settings, batches, self._validate, hooks)
 
     @property
     def parameters(self) -> int:
@@ -86,9 +98,7 @@ class Run:
         chunk = _chunk(curve)
         self._curve += curve
         self.seconds += time.perf_counter() - began
-        lines = "".join(json.dumps(row) + "\n" for row in self._curve).encode()
-        extra = {CURVE: lines, SECONDS: str(self.seconds).encode()}
-        self.saver.save(chunk.steps, chunk.validation_loss, self.engine.save, extra)
+        self.saver.save(chunk.steps, chunk.validation_loss, self.engine.save, self._beside())
         return chunk
 
     def save(self) -> None:
@@ -102,11 +112,24 @@ class Run:
         with self.job.draft.directory() as folder:
             save(self.engine.state_dict(), self.model.config, folder / self.job.folder, tokenizer)
 
-    def _restore(self, found: Kept) -> list[Row]:
-        with found.local() as folder:
-            self.engine.load(folder, found.step)
-            self.seconds = float((folder / SECONDS).read_text())
-            return [json.loads(line) for line in (folder / CURVE).read_text().splitlines()]
+    def write(self, folder: Path) -> None:
+        """The state as it is, for another trial to go on from."""
+        self.engine.save(lambda name, value: torch.save(value, folder / name))
+        for name, content in self._beside().items():
+            (folder / name).write_bytes(content)
+
+    def load(self, folder: Path) -> None:
+        """Go on from the state in a folder, under this trial's own name and, where it is not its own, settings."""
+        curve = [json.loads(line) for line in (folder / CURVE).read_text().splitlines()]
+        step = int(curve[-1]["step"])
+        self.engine.load(folder, step)
+        self._go_on(step, curve, float((folder / SECONDS).read_text()))
+
+    def _beside(self) -> dict[str, bytes]:
+        """What a checkpoint holds beside the engine's state."""
+        lines = "".join(json.dumps(row) + "\n" for row in self._curve)
+        values = json.dumps(values_of(self.job.settings, self.job.student))
+        return {CURVE: lines.encode(), SECONDS: str(self.seconds).encode(), VALUES: values.encode()}
 
     def _objective(self) -> Objective:
         if self.targets is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,8 +27,8 @@ from overproof.distill.trial import Trainer, Trial
 from overproof.distill.tuning import Trials, scheduler
 from overproof.distill.watch import Watch
 from overproof.errors import InputError
-from overproof.files import filesystem
-from overproof.recipe import Grid, Sweep
+from overproof.files import filesystem, join
+from overproof.recipe import Grid, Pbt, Sweep
 from overproof.recipe.search import Values, with_values
 from overproof.stage import Context
 
@@ -120,6 +121,7 @@ def job(context: Context, journal: Journal, name: str, values: Values) -> Job:
         draft=context.draft,
         folder=f"{FINISHED}/{name}",
         checkpoints=journal.checkpoints(name),
+        retold=not isinstance(context.recipe.tune.scheduler, Pbt),
     )
 
 
@@ -146,19 +148,25 @@ def _tune(context: Context, journal: Journal, before: Mapping[str, Values], watc
         return jobs[-1]
 
     study = Study(search, settings, context.recipe.seed, list(before.values()))
-    with tempfile.TemporaryDirectory(prefix="overproof-sweep-") as scratch, _tame():
+    population: dict[str, Any] = {}
+    if isinstance(search.scheduler, Pbt):  # Ray's takes trials from no search
+        study_of = iter(lambda: study.ask(""), None)
+        population = {"job": tune.grid_search([begin(values) for values in study_of if values])}
+    with _scratch(context, shared=bool(population)) as scratch, _tame():
         tune.Tuner(
             tune.with_resources(Trial, {"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial}),
+            param_space=population,
             tune_config=tune.TuneConfig(
-                search_alg=Trials(study, begin, settings.steps),
-                scheduler=scheduler(search.scheduler, settings.steps),
-                num_samples=watch.trials,
+                search_alg=None if population else Trials(study, begin, settings.steps),
+                scheduler=scheduler(search, settings.steps, context.recipe.seed),
+                num_samples=1 if population else watch.trials,
                 max_concurrent_trials=at_once,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name="sweep",
-                storage_path=scratch,
+                storage_path=scratch[1],
+                storage_filesystem=scratch[0],
                 verbose=0,
                 callbacks=[watch],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a finished trial wrote its weights
@@ -168,6 +176,19 @@ def _tune(context: Context, journal: Journal, before: Mapping[str, Values], watc
     if len(watch.over) < watch.trials:
         raise KeyboardInterrupt
     return jobs
+
+
+@contextmanager
+def _scratch(context: Context, shared: bool) -> Iterator[tuple[fs.FileSystem | None, str]]:
+    """Where Tune keeps its notes; states that trials take over from each other must be seen from every node."""
+    if not shared:
+        with tempfile.TemporaryDirectory(prefix="overproof-sweep-") as folder:
+            yield None, folder
+        return
+    store, path = filesystem(join(context.draft.workspace, f"tune-{secrets.token_hex(4)}"))
+    store.create_dir(path, recursive=True)
+    yield (None if isinstance(store, fs.LocalFileSystem) else store), path
+    store.delete_dir(path)
 
 
 @contextmanager

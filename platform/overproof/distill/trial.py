@@ -7,12 +7,14 @@ import math
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
 from overproof.distill.job import Job
 from overproof.errors import InputError
+from overproof.recipe.search import values_of
 
 if TYPE_CHECKING:
     from overproof.distill.student import Run
@@ -30,6 +32,13 @@ class Trainer:
         self.import_seconds = round(time.perf_counter() - began, 3) if paid else 0.0
         self.job, self.reached = job, 0
         self.run: Run | None = None
+
+    def take_over(self, folder: Path) -> None:
+        """Go on from another trial's state."""
+        from overproof.distill.student import Run
+
+        self.run = Run(self.job)
+        self.run.load(folder)
 
     def advance(self) -> dict[str, Any]:
         """Train up to the next validation; after the last step the weights are written.
@@ -53,6 +62,7 @@ class Trainer:
 
     def _result(self, **measured: Any) -> dict[str, Any]:
         run = self.run
+        job = run.job if run else self.job
         return {
             "name": self.job.name,
             "steps": self.reached,
@@ -62,6 +72,7 @@ class Trainer:
             "faults": tuple(run.faults) if run else (),
             "pid": os.getpid(),
             "import_seconds": self.import_seconds,
+            "values": values_of(job.settings, job.student),
             **measured,
         }
 
@@ -76,6 +87,13 @@ class Trial(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.trainer.start(new_config["job"])
         return True
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        assert self.trainer.run
+        self.trainer.run.write(Path(checkpoint_dir))
+
+    def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]
+        self.trainer.take_over(Path(checkpoint))
 
     def step(self) -> dict[str, Any]:
         result = self.trainer.advance()

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, assert_never
 
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+import numpy as np
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
 from ray.tune.search import Searcher
 
 from overproof.distill.job import Job
 from overproof.distill.search import Study
-from overproof.recipe import Asha, Hyperband, Median, NoStop
-from overproof.recipe.search import Scheduler, Values
+from overproof.recipe import Asha, Hyperband, Median, NoStop, Pbt, Space, Tune
+from overproof.recipe.search import Domain, LogUniform, Uniform, Values, values_of
 
 STEPS, LOSS = "steps", "validation_loss"
+COMPARED: dict[str, Any] = {"time_attr": STEPS, "metric": LOSS, "mode": "min"}
+RESAMPLED, FACTOR = 0.25, 1.25  # of population-based training: chance of a new draw, size of a move
 
 
 class Trials(Searcher):
@@ -42,21 +52,61 @@ class Trials(Searcher):
         Path(checkpoint_path).touch()
 
 
-def scheduler(settings: Scheduler, steps: int) -> TrialScheduler:
+class Population(PopulationBasedTraining):
+    """Ray's, with the recipe's space: a trial keeps its own job, and values stay within their domains."""
+
+    def __init__(self, settings: Pbt, space: Space, seed: int) -> None:
+        super().__init__(
+            **COMPARED,
+            perturbation_interval=settings.interval_steps,
+            quantile_fraction=settings.quantile,
+            custom_explore_fn=dict,  # none of Ray's is used
+            log_config=False,
+        )
+        self.space, self.random = space, np.random.default_rng(seed)
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        best: Job = trial_to_clone.config["job"]
+        values = values_of(best.settings, best.student)
+        searched = {name: values[name] for name in self.space.domains}
+        return {"job": trial.config["job"].changed(explored(searched, self.space, self.random))}, {}
+
+
+def explored(values: Values, space: Space, random: np.random.Generator) -> Values:
+    """Each value drawn anew, or moved a little: by a fifth in a range, to a neighbour in a list."""
+    return {name: _moved(space.domains[name], value, random) for name, value in values.items()}
+
+
+def _moved(domain: Domain, value: Any, random: np.random.Generator) -> Any:
+    anew = random.random() < RESAMPLED
+    if isinstance(domain, Uniform | LogUniform):
+        if not anew:
+            return min(max(value * random.choice([1 / FACTOR, FACTOR]), domain.low), domain.high)
+        if isinstance(domain, Uniform):
+            return random.uniform(domain.low, domain.high)
+        return math.exp(random.uniform(math.log(domain.low), math.log(domain.high)))
+    places = len(domain.values)
+    place = random.integers(places) if anew else domain.values.index(value) + random.choice([-1, 1])
+    return domain.values[min(max(int(place), 0), places - 1)]
+
+
+def scheduler(search: Tune, steps: int, seed: int) -> TrialScheduler:
     """Who stops trials; ``steps`` are a whole trial's."""
-    compared: dict[str, Any] = {"time_attr": STEPS, "metric": LOSS, "mode": "min"}
+    settings = search.scheduler
     match settings:
         case NoStop():
             return FIFOScheduler()  # type: ignore[no-untyped-call]
         case Asha() | Hyperband():
             return ASHAScheduler(
-                **compared,
+                **COMPARED,
                 max_t=steps,
                 grace_period=min(settings.grace_steps, steps),
                 reduction_factor=settings.reduction_factor,
                 brackets=settings.brackets if isinstance(settings, Hyperband) else 1,
             )
         case Median(grace_steps=grace, least_trials=least):
-            return MedianStoppingRule(**compared, grace_period=grace, min_samples_required=least)
+            return MedianStoppingRule(**COMPARED, grace_period=grace, min_samples_required=least)
+        case Pbt():
+            return Population(settings, search.space, seed)
         case _:
             assert_never(settings)

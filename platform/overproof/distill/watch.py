@@ -92,7 +92,7 @@ class Watch(tune.Callback):
         about = {
             "name": job.name,
             "student": job.student.name,
-            "values": values_of(job.settings, job.student),
+            "values": result.get("values") or values_of(job.settings, job.student),
             "temperature": job.student.temperature,
             "teacher_weight": job.student.teacher_weight if job.distilled else 0.0,
             "validation_loss": loss if math.isfinite(loss) else None,

@@ -15,7 +15,7 @@ from overproof.recipe.data import (
 )
 from overproof.recipe.distillation import Cache, Student, Sweep
 from overproof.recipe.models import Llama, Pretrained, Vit
-from overproof.recipe.search import Asha, Grid, Hyperband, Median, NoStop, Random, Space, Tpe, Tune
+from overproof.recipe.search import Asha, Grid, Hyperband, Median, NoStop, Pbt, Random, Space, Tpe, Tune
 from overproof.recipe.section import Section
 from overproof.recipe.shipping import (
     Agreement,
@@ -55,6 +55,7 @@ __all__ = [
     "Optimization",
     "Parity",
     "ParquetSource",
+    "Pbt",
     "Pretrained",
     "Random",
     "Recipe",

@@ -13,6 +13,11 @@ from overproof.recipe.distillation import Student, Sweep
 from overproof.recipe.section import Count, Section
 
 MOST_SHAPES = 100_000  # combinations that are looked at one by one
+# What may change while a trial goes on.
+CHANGEABLE = (
+    "learning_rate", "final_fraction", "weight_decay", "beta1", "beta2", "clip_norm", "temperature", "teacher_weight",
+    "jsd_beta",
+)  # fmt: skip
 T = TypeVar("T")
 Values = dict[str, Any]  # of one trial, by the space's fields; "student" is the base where there are several
 
@@ -154,8 +159,16 @@ class Hyperband(Section):
     brackets: int = Field(3, ge=2, description="Brackets; each waits reduction_factor times longer than the last.")
 
 
+class Pbt(Section):
+    """Population-based training (arXiv 1711.09846): the worst take on weights and, changed, settings of the best."""
+
+    kind: Literal["pbt"] = "pbt"
+    interval_steps: Count = Field(description="Steps between comparisons.")
+    quantile: float = Field(0.25, gt=0, le=0.5, description="Share of the trials that is given up for the best.")
+
+
 Search = Annotated[Grid | Random | Tpe, Field(discriminator="kind")]
-Scheduler = Annotated[NoStop | Asha | Median | Hyperband, Field(discriminator="kind")]
+Scheduler = Annotated[NoStop | Asha | Median | Hyperband | Pbt, Field(discriminator="kind")]
 Objective = Literal["validation_loss", "parameters", "seconds"]
 
 
@@ -189,6 +202,13 @@ class Tune(Section):
                 f"scheduler {self.scheduler.kind} compares validation losses alone and would stop what is small; "
                 f"with objectives {list(self.objectives)} set scheduler.kind to none"
             )
+        if isinstance(self.scheduler, Pbt):
+            fixed = next((name for name in self.space.domains if name not in CHANGEABLE), None)
+            if fixed or not self.space.domains:
+                raise ValueError(
+                    f"scheduler pbt changes settings while trials go on, and space names {fixed or 'none'}; expected "
+                    f"some of {', '.join(CHANGEABLE)} and no others"
+                )
         return self
 
     def trials(self, sweep: Sweep) -> int:
@@ -196,6 +216,10 @@ class Tune(Section):
         if not isinstance(self.search, Grid):
             return self.search.trials
         return len(sweep.students) * prod(len(each) for each in self._finite().values())
+
+    def together(self, sweep: Sweep) -> int:
+        """Trials that must run at the same time."""
+        return self.trials(sweep) if isinstance(self.scheduler, Pbt) else 1
 
     def grid(self, sweep: Sweep) -> Iterator[Values]:
         """Every combination of listed values, the students outermost."""
@@ -213,6 +237,14 @@ class Tune(Section):
             ValueError: a field that a student's model does not have, or values that contradict it or each other.
         """
         domains = self.space.domains
+        if isinstance(self.scheduler, Pbt):
+            if any(student.model != sweep.students[0].model for student in sweep.students):
+                raise ValueError("tune.scheduler pbt hands weights from trial to trial: students need the same model")
+            if self.trials(sweep) > sweep.concurrent_trials:
+                raise ValueError(
+                    f"tune.scheduler pbt compares trials as they go: {self.trials(sweep)} trials must run at the same "
+                    f"time, and sweep.concurrent_trials is {sweep.concurrent_trials}; raise it, or ask for fewer"
+                )
         for student in sweep.students:
             absent = next((name for name in domains if not _has(student, name)), None)
             if absent:

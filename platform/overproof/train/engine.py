@@ -105,10 +105,13 @@ class TorchEngine:
         write(STATE, {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
 
     def load(self, folder: Path, step: int) -> None:
-        """Go on from the file that ``save`` gave after ``step`` steps."""
+        """Go on from the file that ``save`` gave after ``step`` steps, with this engine's own settings."""
         state = torch.load(folder / STATE, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
+        own = [{name: group[name] for name in ("betas", "weight_decay")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
         self.steps_done = step
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,0 +1,96 @@
+"""Population-based training: weights and settings that go from trial to trial."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from distill_world import World, jobs, recipe_of
+from hypothesis import given
+from hypothesis import strategies as st
+from test_sweep import STEPS, STUDENTS, SWEEP, WIDE
+
+from overproof.artifact import Artifact
+from overproof.distill.student import Run
+from overproof.distill.sweep import sweep
+from overproof.distill.tuning import explored
+from overproof.errors import InputError
+from overproof.recipe import Space
+
+RATES = {"kind": "log_uniform", "low": 1e-8, "high": 3e-2}
+LEARNER = {**STUDENTS[0], "model": {**WIDE, "initializer_range": 0.2}}
+POPULATION = {
+    "space": {"learning_rate": {"kind": "choice", "values": [1e-8, 1e-7, 1e-2, 3e-2]}},
+    "scheduler": {"kind": "pbt", "interval_steps": 4, "quantile": 0.5},
+}
+ALONE = {**SWEEP, "students": [LEARNER], "validate_every": 4, "concurrent_trials": 4, "cpus_per_trial": 0.5}
+
+
+@given(st.integers(0, 2**32), st.floats(1e-8, 3e-2), st.sampled_from([0.25, 0.5, 0.75]))
+def test_what_is_explored_stays_in_its_domain_and_moves(seed: int, rate: float, weight: float) -> None:
+    weights = {"kind": "choice", "values": [0.25, 0.5, 0.75]}
+    space = Space.parse({"learning_rate": RATES, "teacher_weight": weights})
+    random, before = np.random.default_rng(seed), {"learning_rate": rate, "teacher_weight": weight}
+    found = [explored(before, space, random) for _ in range(20)]
+    assert all(1e-8 <= values["learning_rate"] <= 3e-2 and values["teacher_weight"] in (0.25, 0.5, 0.75)
+               for values in found)  # fmt: skip
+    assert len({values["learning_rate"] for values in found}) > 1
+    assert explored(before, space, np.random.default_rng(seed)) == explored(before, space, np.random.default_rng(seed))
+
+
+def test_a_trial_goes_on_from_anothers_state_with_its_own_settings(
+    digits_world: World, digits_cache: Artifact, tmp_path: Path
+) -> None:
+    context = digits_world.context("sweep", cached=digits_cache, sweep=ALONE)
+    donor = Run(jobs(context)[0])
+    while donor.advance().steps < STEPS // 2:
+        pass
+    donor.write(tmp_path)
+    same, other = (
+        Run(jobs(digits_world.context("sweep", cached=digits_cache, sweep=ALONE))[0].changed(values))
+        for values in ({}, {"learning_rate": 1e-3, "weight_decay": 0.0, "beta2": 0.5})
+    )
+    same.load(tmp_path)
+    other.load(tmp_path)
+    assert {group["betas"] for group in other.engine.optimizer.param_groups} == {(0.9, 0.5)}
+    expected, found, changed = donor.advance(), same.advance(), other.advance()
+    assert found == expected
+    assert changed.curve[0]["loss"] == expected.curve[0]["loss"]  # the same weights and rows
+    assert changed.curve[0]["learning_rate"] == pytest.approx(expected.curve[0]["learning_rate"] / 20)
+    assert changed.validation_loss != expected.validation_loss
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_worst_take_over_from_the_best(digits_world: World, digits_cache: Artifact) -> None:
+    context = digits_world.context("sweep", cached=digits_cache, sweep=ALONE, tune=POPULATION)
+    metrics = sweep(context)
+    folder = Path(context.draft.uri)
+    trials: list[dict[str, Any]] = json.loads((folder / "trials.json").read_text())["trials"]
+    assert metrics["trials"] == 4
+    assert {trial["status"] for trial in trials} == {"finished"}
+    curves = [(folder / "curves" / f"{trial['name']}.jsonl").read_text().splitlines() for trial in trials]
+    first = [json.loads(curve[0])["learning_rate"] for curve in curves]
+    assert sorted(first) == pytest.approx(
+        [1e-8 / 5, 1e-7 / 5, 1e-2 / 5, 3e-2 / 5]
+    )  # of the first step of a warm-up of 4
+    assert max(trial["validation_loss"] for trial in trials) < 2.3  # the two that learned nothing by themselves stay at 2.8
+    assert not list(Path(context.draft.workspace).glob("tune-*"))
+
+
+@pytest.mark.parametrize(
+    ("tune", "words"),
+    [
+        ({"space": {}}, "space names none; expected some of learning_rate"),
+        ({"search": {"kind": "random", "trials": 5}}, "5 trials must run at the same time, and .* is 4"),
+        ({"space": {"layers": {"kind": "choice", "values": [1, 2]}}}, "space names layers; expected some of"),
+    ],
+)
+def test_a_population_that_cannot_be_is_refused(tune: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        recipe_of("digits", sweep=ALONE, tune={**POPULATION, **tune})
+    two = [LEARNER, {**STUDENTS[3], "name": "narrow"}]
+    with pytest.raises(InputError, match="students need the same model"):
+        recipe_of("digits", sweep={"students": two}, tune=POPULATION)
