@@ -1,6 +1,7 @@
 """Seconds of a training step: ours against a bare torchrun + DeepSpeed loop and Hugging Face's Trainer with DeepSpeed.
 
-    .venv/bin/python benchmarks/step.py [--peers FOLDER] [--stages 2 0] [--steps 40] [--repeats 5] [--threads 1] [--ray]
+    .venv/bin/python benchmarks/step.py [--peers FOLDER] [--stages 2 0] [--steps 40] [--repeats 5] [--batch 8]
+        [--threads 1] [--ray]
 
 Prints one Markdown table. The teacher of jobs/recipes/stdlib-lm.yaml, batches of 8 rows of 128 tokens, two ranks on
 gloo. The three train in turn in the same two processes, in blocks of --steps; the first steps of a block do not
@@ -42,13 +43,14 @@ def main() -> None:
     options.add_argument("--stages", type=int, nargs="+", default=[2, 0])
     options.add_argument("--steps", type=int, default=40)
     options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--batch", type=int, default=8, help="rows in a step: what a longer step leaves of it all")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--ray", action="store_true")
     given = options.parse_args()
     python, lines = hugging_face(given.peers.absolute()), []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_setting(folder, given.threads)
+        write_setting(folder, given.threads, batch_size=given.batch)
         for stage in given.stages:
             say(f"ZeRO {stage}")
             who = ["ours", "bare", "trainer"]
@@ -59,7 +61,8 @@ def main() -> None:
                 found["ray"] = [{**run, "steps": run["steps"][-given.steps :]} for run in runs]
             blocks = {name: measured(each) for name, each in found.items()}
             lines += [line(stage, name, blocks) for name in blocks]
-    print(f"{machine(given.threads)}, 2 ranks; {given.repeats} blocks of {given.steps} steps, medians\n")
+    blocks_of = f"{given.repeats} blocks of {given.steps} steps of {given.batch} rows"
+    print(f"{machine(given.threads)}, 2 ranks; {blocks_of}, medians\n")
     head = (
         "ZeRO",
         "who",
