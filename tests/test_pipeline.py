@@ -45,7 +45,7 @@ def test_every_stage_leaves_a_record_with_its_parents(digits: Run) -> None:
     [
         ("data.test_fraction=0.2", "prepare"),
         ("train.steps=10", "train"),
-        ("cache.k=5", "cache"),
+        ("cache.scheme.k=5", "cache"),
         ("sweep.learning_rate=0.001", "sweep"),
         ("evaluate.confidence=0.9", "evaluate"),
         ("gate.rules.0.at_most=0.5", "gate"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -87,10 +88,11 @@ def once_here(key: str, make: Callable[[Path], None]) -> Path:
 
 
 def write_at_once(files: fs.FileSystem, path: str, content: bytes) -> None:
-    """Write a small file so that readers see all of it or none."""
-    with files.open_output_stream(f"{path}.part") as stream:
+    """Write a small file so that readers see all of it or none, whoever else writes it at the same time."""
+    part = f"{path}.{secrets.token_hex(4)}.part"
+    with files.open_output_stream(part) as stream:
         stream.write(content)
-    files.move(f"{path}.part", path)
+    files.move(part, path)
 
 
 def file_entries(files: fs.FileSystem, root: str) -> dict[str, FileEntry]:

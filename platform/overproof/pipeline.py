@@ -57,7 +57,7 @@ STAGES = (
     Stage("train", "overproof.train.launch:train", ("prepare",),
           lambda r: {"seed": r.seed, "train": _dump(r.train), **_beyond_train(r.train)}),
     Stage("cache", "overproof.distill.teacher:cache", ("prepare", "train"),
-          lambda r: {"seed": r.seed, "cache": _dump(r.cache)}),
+          lambda r: {"seed": r.seed, "cache": _dump(r.cache)}, format=2),
     Stage("sweep", "overproof.distill.sweep:sweep", ("prepare", "train", "cache"),
           lambda r: {"seed": r.seed, "sweep": _dump(r.sweep), "tune": _dump(r.tune)}, format=2),
     Stage("compress", "overproof.compress.export:compress", ("prepare", "train", "sweep"),

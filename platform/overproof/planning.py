@@ -12,7 +12,7 @@ from overproof import pipeline, preflight
 from overproof.artifact import Artifact, Store
 from overproof.console import out
 from overproof.data.manifest import Manifest
-from overproof.distill.targets import position_bytes
+from overproof.distill.columns import Layout
 from overproof.errors import InputError
 from overproof.placement import needs
 from overproof.preflight import Finding, Rate
@@ -105,7 +105,7 @@ def _work(recipe: Recipe, stage: str) -> str:
         return f"{train.steps} steps, {train.steps * train.batch_size * positions:,} {unit}, ZeRO {train.zero_stage}"
     if stage == "cache":
         rows = "every row" if recipe.cache.rows is None else f"{recipe.cache.rows * positions:,} {unit}"
-        return f"{rows}, top {recipe.cache.k}"
+        return f"{rows}, {recipe.cache.scheme.words}"
     if stage == "sweep":
         search, most = recipe.tune, recipe.rows_read * positions
         how = f"{search.trials(sweep)} trials ({search.search.kind}, {search.scheduler.kind}) + control"
@@ -167,17 +167,21 @@ def _activations(recipe: Recipe, model: Dimensions) -> str:
 
 def _targets(recipe: Recipe, model: Dimensions, prepared: Artifact | None, rate: Rate | None) -> str:
     """What the teacher's cache takes, and how long the teacher looks: a forward pass is a third of a step's FLOPs."""
-    cache = recipe.cache
-    each = position_bytes(cache.k, len({1.0, *cache.temperatures}), model.outputs)
+    cache, unit = recipe.cache, "token" if isinstance(recipe.data, TextData) else "image"
+    text, temperatures = unit == "token", len({1.0, *cache.temperatures})
+    layout = Layout(cache.scheme, text, model.predictions, model.outputs, temperatures)
+    each = layout.row_bytes / model.predictions
+    kept = f"targets of the teacher, {cache.scheme.words}: {each:,.1f} bytes a {unit}"
     rows = cache.rows
     if prepared:
         train = Manifest.read(prepared.local()).splits["train"].rows
         rows = min(rows or train, train)
     if rows is None:
-        return f"targets of the teacher: at most {each} bytes a position; of every row, once the data is prepared"
-    positions = rows * model.predictions
-    held = f"targets of the teacher: {positions:,} positions of at most {each} bytes, {size(positions * each)}"
-    return f"{held}; the teacher looks for about {duration(positions / (3 * rate.per_s))}" if rate else held
+        return f"{kept}; of every row, once the data is prepared"
+    held = f"{kept}, {rows * model.predictions:,} {unit}s, {size(rows * layout.row_bytes)}"
+    return (
+        f"{held}; the teacher looks for about {duration(rows * model.predictions / (3 * rate.per_s))}" if rate else held
+    )
 
 
 def _worker(recipe: Recipe, model: Dimensions) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from distill_world import World, capture, make, parented
+from distill_world import World, capture, make
 
 from overproof.artifact import Artifact, Store
 
@@ -20,4 +20,4 @@ def text_world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="session")
 def digits_cache(digits_world: World) -> Artifact:
-    return parented(digits_world, capture(digits_world, 400))
+    return capture(digits_world, 400)

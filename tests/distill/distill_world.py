@@ -19,11 +19,12 @@ from overproof.data.schema import text_schema
 from overproof.data.write import write_shard
 from overproof.distill.job import Job
 from overproof.distill.journal import Journal
+from overproof.distill.replica import Job as Capture
+from overproof.distill.replica import Teacher
 from overproof.distill.search import STUDENT
 from overproof.distill.sweep import job
-from overproof.distill.targets import TEACHER, CacheIndex
-from overproof.distill.teacher import Job as Capture
-from overproof.distill.teacher import Teacher, cover, publish
+from overproof.distill.targets import CacheIndex, identity
+from overproof.distill.teacher import cover, publish
 from overproof.models import build, save, to_tensors
 from overproof.progress import Progress, quiet
 from overproof.recipe import DigitsData, Llama, Optimization, Recipe, Vit
@@ -82,7 +83,7 @@ def recipe_of(kind: str, **changes: Any) -> Recipe:
         "seed": SEED,
         "data": {"kind": kind},
         "train": {**steps, "model": teacher},
-        "cache": {"k": 4, "temperatures": [0.5, 2.0], "batch_size": 24},
+        "cache": {"scheme": {"kind": "topk", "k": 4}, "temperatures": [0.5, 2.0], "batch_size": 24},
         "sweep": {
             **steps,
             "students": [{"name": "only", "temperature": 2.0, "model": teacher}],
@@ -151,44 +152,25 @@ def make(kind: str, store: Store) -> World:
     return world
 
 
-def replica(world: World, rows: int | None) -> tuple[Teacher, CacheIndex]:
-    """A teacher as an actor has it, and the plan of the first ``rows`` rows."""
+def replica(world: World, rows: int | None, **changes: Any) -> tuple[Teacher, CacheIndex]:
+    """A teacher as an actor has it, and the plan of the first ``rows`` rows; ``changes`` are to the cache's section."""
     manifest = Manifest.read(world.root)
     files = cover(manifest, Order(manifest.groups, manifest.rows_per_group, SEED), rows)
-    recipe, draft = recipe_of(world.kind), world.draft("cache")
-    index = CacheIndex(
-        k=recipe.cache.k,
-        temperatures=(0.5, 1.0, 2.0),
-        outputs=manifest.outputs,
-        positions=manifest.positions,
-        rows=sum(len(file.groups) for file in files) * manifest.rows_per_group,
-        rows_per_group=manifest.rows_per_group,
-        files=files,
-        teacher_sha256="a" * 64,
-        tokenizer_sha256=manifest.tokenizer_sha256,
-        manifest_sha256="b" * 64,
-    )
+    recipe, draft = recipe_of(world.kind, cache=changes), world.draft("cache")
+    whole = identity(recipe, world.artifacts["prepare"], world.artifacts["train"])
+    rows = sum(len(file.groups) for file in files) * manifest.rows_per_group
+    index = CacheIndex(identity=whole, rows=rows, files=files)
     return Teacher(Capture(recipe.cache, index, world.artifacts["prepare"], world.artifacts["train"], draft)), index
 
 
-def capture(world: World, rows: int | None) -> Artifact:
+def capture(world: World, rows: int | None, **changes: Any) -> Artifact:
     """What the stage writes, by one replica and without Ray."""
-    teacher, index = replica(world, rows)
+    teacher, index = replica(world, rows, **changes)
     reports = list(teacher({"file": np.arange(len(index.files))}))
     assert sum(int(report["rows"][0]) for report in reports) == index.rows
     assert not any(report["fault"][0] for report in reports)
     publish(teacher.job)
     return teacher.job.draft.commit({}, 0)
-
-
-def parented(world: World, cached: Artifact) -> Artifact:
-    """The cache as if the stage had made it from the world's data and teacher."""
-    index = cached.local() / "cache.json"
-    text = index.read_text()
-    for fake, stage, file in (("a" * 64, "train", TEACHER), ("b" * 64, "prepare", MANIFEST)):
-        text = text.replace(fake, world.artifacts[stage].record.files[file].sha256)
-    index.write_text(text)
-    return cached
 
 
 def jobs(context: Context) -> list[Job]:

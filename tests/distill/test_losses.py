@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from overproof.distill import losses
-from overproof.distill.losses import Divergence, distillation, soften, top_k
+from overproof.distill.keep import keep
+from overproof.distill.losses import Divergence, distillation
+from overproof.distill.objective import soften
+from overproof.recipe import TopK
 
 ROWS, PLACES, OUTPUTS = 2, 3, 12
 FORWARD = Divergence()
@@ -147,15 +150,14 @@ def test_from_the_cache_in_single_precision_all_stays_finite_and_close(case: dic
         x.float() if x.is_floating_point() else x for x in draw(case["seed"], case["spread"])
     )
     temperatures = sorted({1.0, case["temperature"]})
-    columns = top_k(teacher, case["k"], temperatures)
-    shape = (ROWS, PLACES, -1)
+    columns = keep(teacher, targets, TopK(k=case["k"]), temperatures)
     column, base = temperatures.index(case["temperature"]), temperatures.index(1.0)
-    logprobs, logsumexp = columns["logprobs"].half().float().view(shape), columns["logsumexp"].view(shape)
-    cached = soften(logprobs, logsumexp, case["temperature"], column, base)
+    cached = soften(columns["logprobs"].half().float(), columns["logsumexp"], case["temperature"], column, base)
     student.requires_grad_()
-    indices = columns["indices"].view(shape)
     measure = case["measure"]
-    terms = distillation(student, targets, mask, indices, cached, case["temperature"], case["weight"], measure)
+    terms = distillation(
+        student, targets, mask, columns["indices"], cached, case["temperature"], case["weight"], measure
+    )
     terms.loss.backward()
     assert torch.isfinite(torch.stack([*terms])).all()
     assert student.grad is not None

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distill_world import World, capture, jobs, make, parented
+from distill_world import World, capture, jobs, make
 
 from overproof.artifact import Artifact, Store
 from overproof.data.read import Shards
 from overproof.distill.job import Job, rungs
 from overproof.distill.student import Run
 from overproof.distill.sweep import slots, sweep
+from overproof.distill.targets import INDEX, CacheIndex
 from overproof.distill.teacher import cache
 from overproof.errors import InputError
 from overproof.models import load, parameters
@@ -281,12 +282,15 @@ def test_text_is_cached_and_swept_on_an_object_store(s3_uri: str) -> None:
 
 
 def test_a_cache_of_another_teacher_is_refused(digits_world: World) -> None:
+    cached = capture(digits_world, 400)
+    index = cached.local() / INDEX
+    index.write_text(index.read_text().replace(CacheIndex.read(cached.local()).identity.teacher_sha256, "a" * 64))
     with pytest.raises(InputError, match=r"cache\.json: made with another teacher"):
-        sweep(digits_world.context("sweep", cached=capture(digits_world, 400), sweep=SWEEP, tune=TUNE))
+        sweep(digits_world.context("sweep", cached=cached, sweep=SWEEP, tune=TUNE))
 
 
 def test_too_small_a_cache_is_refused_before_anything_starts(digits_world: World) -> None:
-    small = parented(digits_world, capture(digits_world, 100))
+    small = capture(digits_world, 100)
     with pytest.raises(InputError, match=r"raise cache\.rows"):
         sweep(digits_world.context("sweep", cached=small, sweep=SWEEP, tune=TUNE))
 

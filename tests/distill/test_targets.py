@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,36 +16,32 @@ from distill_world import SEED, World, capture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from overproof.artifact import Artifact
 from overproof.data.manifest import Manifest, Shard, Split
 from overproof.data.plan import Order
 from overproof.data.read import Shards
-from overproof.distill.losses import top_k
-from overproof.distill.targets import GROUPS_KEPT, INDEX, CacheIndex, Targets, position_bytes, schema
+from overproof.data.write import open_writer, to_table
+from overproof.distill.agree import check_rows
+from overproof.distill.keep import keep, uniforms
+from overproof.distill.targets import INDEX, CacheIndex, Targets
 from overproof.distill.teacher import cover
 from overproof.errors import InputError
 from overproof.models import forward, load, to_tensors
+from overproof.recipe import Dense, Sampled, Scheme, TopK
+
+SCHEMES: dict[str, Scheme] = {"topk": TopK(k=4), "sampled": Sampled(draws=50), "dense": Dense()}
+TEMPERATURES = (0.5, 1.0, 2.0)
 
 
 @pytest.fixture(scope="module")
-def cached(text_world: World) -> Path:
-    """Targets of the first 40 rows of the order of 96."""
-    return capture(text_world, 40).local()
+def caches(text_world: World) -> dict[str, Artifact]:
+    """Targets of the first 40 rows of the order of 96, by each scheme."""
+    return {name: capture(text_world, 40, scheme=scheme.model_dump()) for name, scheme in SCHEMES.items()}
 
 
-@pytest.mark.parametrize("k", [1, 5, 40])
-def test_top_k_keeps_what_defines_the_teacher(k: int) -> None:
-    logits = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)) * 8
-    temperatures = [0.5, 1.0, 3.0]
-    found = top_k(logits, k, temperatures)
-    logprobs = torch.log_softmax(logits.double(), -1)
-    top, indices = logprobs.topk(k, -1)
-    rest = logprobs.scatter(-1, indices, -torch.inf).logsumexp(-1)
-    assert torch.equal(found["indices"], indices.reshape(2, -1))
-    torch.testing.assert_close(found["logprobs"].double(), top.reshape(2, -1), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found["tail"].double(), rest, rtol=1e-5, atol=1e-5)
-    assert torch.isinf(found["tail"]).all() == (k == 40)
-    expected = torch.stack([torch.logsumexp(logits.double() / t, -1) for t in temperatures], -1)
-    torch.testing.assert_close(found["logsumexp"].double(), expected.reshape(2, -1), rtol=1e-5, atol=1e-5)
+@pytest.fixture(scope="module")
+def cached(caches: dict[str, Artifact]) -> Path:
+    return caches["topk"].local()
 
 
 @settings(deadline=None, max_examples=50)
@@ -78,41 +75,66 @@ def test_the_cover_is_every_row_group_the_first_rows_touch(
     assert [group for file in cover(manifest, order, None) for group in file.groups] == list(range(manifest.groups))
 
 
-def test_targets_come_back_for_the_rows_asked_for(text_world: World, cached: Path) -> None:
-    targets, shards = Targets(cached), Shards(text_world.root, "train")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_targets_come_back_for_the_rows_asked_for(text_world: World, caches: dict[str, Artifact], scheme: str) -> None:
+    layout = CacheIndex.read(caches[scheme].local()).identity.layout
+    everything = [name for name in layout.schema.names if name != "sample_id"]
+    targets, shards = Targets(caches[scheme].local(), everything), Shards(text_world.root, "train")
     order = Order(12, 8, SEED)
     ids = np.concatenate([order.rows_at(0, 40)[::-1], order.rows_at(3, 9)])  # any order, some twice
-    found = targets.take(ids)
+    found, rows = targets.take(ids), shards.take(ids)
+    np.testing.assert_array_equal(found.pop("tokens"), rows["tokens"])
+    assert found.pop("mask").all()
     model = load(text_world.artifacts["train"].local() / "model")
     with torch.inference_mode():
-        logits = forward(model, to_tensors(shards.take(ids))).logits_BPV
-    expected = {name: value.numpy() for name, value in top_k(logits, 4, [0.5, 1.0, 2.0]).items()}
-    shapes = {"indices": (46, 16, 4), "logprobs": (46, 16, 4), "tail": (46, 16), "logsumexp": (46, 16, 3)}
-    assert {name: value.shape for name, value in found.items()} == shapes
-    assert {name: value.dtype.str for name, value in found.items()} == {
-        "indices": "<i8", "logprobs": "<f4", "tail": "<f4", "logsumexp": "<f4"
-    }  # fmt: skip
-    assert (found["indices"].reshape(46, -1) == expected["indices"]).mean() > 0.99  # ties may swap
-    np.testing.assert_allclose(found["logprobs"].reshape(46, -1), expected["logprobs"], rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(found["tail"], expected["tail"], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(found["logsumexp"].reshape(46, -1), expected["logsumexp"], rtol=1e-4, atol=1e-4)
+        prediction = forward(model, to_tensors(rows))
+        uniform = torch.from_numpy(uniforms(SEED, ids, 16, layout.slots)) if scheme == "sampled" else None
+        kept = keep(prediction.logits_BPV, prediction.targets_BP, SCHEMES[scheme], TEMPERATURES, uniform)
+    expected = {name: value.numpy() for name, value in kept.items()}
+    assert {name: value.shape for name, value in found.items()} == {n: value.shape for n, value in expected.items()}
+    assert found["logprobs"].shape == (46, 16, layout.slots)
+    assert {value.dtype.str for value in found.values() if value.dtype.kind == "f"} == {"<f4"}
+    for name, values in found.items():
+        if values.dtype.kind == "f":
+            np.testing.assert_allclose(values, expected[name], rtol=1e-3, atol=1e-3)
+        else:
+            assert (values == expected[name]).mean() > 0.99  # ties may swap
+    assert set(Targets(caches[scheme].local()).take(ids)) == set(layout.loss_columns)
 
 
-@pytest.mark.parametrize("outputs", [1 << 16, 1 << 17])
-def test_bytes_of_a_position_are_those_of_the_columns(outputs: int) -> None:
-    types = [field.type for field in schema(16, 4, 3, outputs) if field.name != "sample_id"]
-    assert position_bytes(4, 3, outputs) * 16 == sum(t.list_size * t.value_type.bit_width // 8 for t in types)
+def test_files_are_plain_and_their_row_groups_full(caches: dict[str, Artifact]) -> None:
+    for artifact in caches.values():
+        index = CacheIndex.read(artifact.local())
+        assert not list(artifact.local().glob("*.part"))
+        for file in index.files:
+            parquet = pq.ParquetFile(artifact.local() / file.path)
+            assert parquet.schema_arrow.equals(index.identity.layout.schema, check_metadata=True)
+            assert parquet.num_row_groups == len(file.groups)
+            assert {parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)} == {8}
 
 
-def test_files_are_plain_and_their_row_groups_full(cached: Path) -> None:
-    index = CacheIndex.read(cached)
-    assert not list(cached.glob("*.part"))
-    for file in index.files:
-        parquet = pq.ParquetFile(cached / file.path)
-        assert parquet.schema_arrow.names == ["sample_id", "indices", "logprobs", "tail", "logsumexp"]
-        assert parquet.schema_arrow.field("indices").type == pa.list_(pa.uint16(), 16 * 4)
-        assert parquet.num_row_groups == len(file.groups)
-        assert {parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)} == {8}
+def test_the_bytes_of_a_row_are_those_of_the_file(caches: dict[str, Artifact]) -> None:
+    for artifact in caches.values():
+        index = CacheIndex.read(artifact.local())
+        file = index.files[0]
+        metadata = pq.ParquetFile(artifact.local() / file.path).metadata
+        content = sum(metadata.row_group(i).total_byte_size for i in range(len(file.groups)))
+        rows, columns = 8 * len(file.groups), metadata.num_columns
+        assert 0 < content - rows * index.identity.layout.row_bytes <= 32 * columns * len(file.groups)  # page headers
+
+
+def test_what_was_drawn_depends_on_no_batch_and_no_other_row() -> None:
+    whole = uniforms(7, np.arange(100), 16, 5)
+    np.testing.assert_array_equal(whole[[90, 3]], uniforms(7, np.array([90, 3]), 16, 5))
+    np.testing.assert_array_equal(whole[:, :4], uniforms(7, np.arange(100), 4, 5))
+    assert 0 <= whole.min() < 1e-3 < 1 - 1e-3 < whole.max() < 1
+    assert len(np.unique(whole)) == whole.size
+    assert not np.isin(uniforms(8, np.arange(100), 16, 5), whole).any()
+
+
+def test_a_capture_done_again_gives_the_same_bits(text_world: World, caches: dict[str, Artifact]) -> None:
+    again = capture(text_world, 40, scheme=SCHEMES["sampled"].model_dump())
+    assert again.record.files == caches["sampled"].record.files
 
 
 def test_rows_the_cache_lacks_are_refused(cached: Path) -> None:
@@ -122,13 +144,13 @@ def test_rows_the_cache_lacks_are_refused(cached: Path) -> None:
         targets.take(beyond)
 
 
-def test_targets_travel_and_keep_few_row_groups(text_world: World) -> None:
-    targets = Targets(capture(text_world, None).local())
-    everything = targets.take(np.arange(96))
-    assert len(targets._groups) == GROUPS_KEPT
+def test_targets_travel_without_what_they_opened(cached: Path) -> None:
+    targets = Targets(cached)
+    ids = Order(12, 8, SEED).rows_at(0, 40)
+    everything = targets.take(ids)
     again = pickle.loads(pickle.dumps(targets))
-    assert not again._groups
-    np.testing.assert_array_equal(again.take(np.arange(90, 96))["indices"], everything["indices"][90:])
+    assert not again._mapped
+    np.testing.assert_array_equal(again.take(ids[7:9])["indices"], everything["indices"][7:9])
 
 
 def test_a_cache_that_is_not_what_its_index_says_is_refused(cached: Path, tmp_path: Path) -> None:
@@ -137,26 +159,88 @@ def test_a_cache_that_is_not_what_its_index_says_is_refused(cached: Path, tmp_pa
     broken = tmp_path / "broken"
     shutil.copytree(cached, broken)
     index = CacheIndex.read(cached)
-    first, second = index.files[0], index.files[1]
+    first = max(index.files, key=lambda file: len(file.groups))
+    row = np.array([first.groups[0] * 8])
     table = pq.read_table(broken / first.path)
     pq.write_table(table.append_column("more", pa.array(range(len(table)))), broken / first.path)
     with pytest.raises(InputError, match=r"columns are .*more.*expected .*run `cache` again"):
-        Targets(broken).take(np.array([first.groups[0] * 8]))
-    shutil.copy(cached / first.path, broken / second.path)
-    with pytest.raises(InputError, match=r"does not hold rows"):
-        Targets(broken).take(np.array([second.groups[0] * 8]))
+        Targets(broken).take(row)
+    rewrite(cached / first.path, broken / first.path, lambda columns: columns | {"sample_id": columns["sample_id"] + 8})
+    with pytest.raises(InputError, match=r"does not hold the rows that cache\.json says"):
+        Targets(broken).take(row)
+    rewrite(cached / first.path, broken / first.path, lambda columns: {n: v[8:] for n, v in columns.items()})
+    with pytest.raises(InputError, match=rf"{len(first.groups) - 1} row groups, cache\.json lists"):
+        Targets(broken).take(row)
     (broken / INDEX).write_text(index.model_dump_json().replace('"k":4', '"k":"many"'))
-    with pytest.raises(InputError, match=r"cache\.json: k: "):
+    with pytest.raises(InputError, match=r"cache\.json: identity\.scheme\.topk\.k: "):
         Targets(broken)
 
 
-def test_a_cache_for_something_else_is_refused(cached: Path) -> None:
+def rewrite(source: Path, target: Path, change: Any) -> None:
+    """A cache file with other values, as the stage would have written it."""
+    table = pq.read_table(source)
+    columns: dict[str, Any] = {}
+    for field in table.schema:
+        values = table.column(field.name).combine_chunks()
+        if pa.types.is_fixed_size_binary(field.type):
+            kind = np.dtype(field.metadata[b"dtype"].decode())
+            columns[field.name] = np.frombuffer(b"".join(values.to_pylist()), kind).reshape(len(table), -1)
+        else:
+            columns[field.name] = values.to_numpy()
+    with open_writer(target, table.schema, 8) as writer:
+        writer.write_table(to_table(change(columns), table.schema), row_group_size=8)
+
+
+@pytest.mark.parametrize(
+    ("field", "other", "words"),
+    [
+        ("teacher_sha256", "c" * 64, r"another teacher .*expected sha256 cccccccccccc"),
+        ("tokenizer_sha256", "c" * 64, r"another tokenizer.*expected sha256 cccccccccccc"),
+        ("manifest_sha256", "c" * 64, r"another prepared data"),
+        ("positions", 32, r"another packing \(positions in a row\): 16, expected 32"),
+        ("rows_per_group", 16, r"another packing \(rows in a row group\): 8, expected 16"),
+        ("outputs", 321, r"another number of outputs: 320, expected 321"),
+        ("scheme", Dense(), r"another scheme: .*'topk', 'k': 4.*, expected .*'dense'"),
+        ("scheme", TopK(k=5), r"another scheme: .*'k': 4.*, expected .*'k': 5"),
+        ("temperatures", (1.0,), r"another temperatures"),
+        ("seed", 4, r"another seed: 3, expected 4"),
+    ],
+)
+def test_a_cache_for_something_else_is_refused(cached: Path, field: str, other: Any, words: str) -> None:
     index = CacheIndex.read(cached)
-    index.check("a" * 64, "b" * 64)
-    with pytest.raises(InputError, match=r"another teacher .*expected cccccccccccc"):
-        index.check("c" * 64, "b" * 64)
-    with pytest.raises(InputError, match=r"another prepared data"):
-        index.check("a" * 64, "c" * 64)
-    assert index.column(2.0) == 2
+    index.check(index.identity)
+    with pytest.raises(InputError, match=words):
+        index.check(index.identity.model_copy(update={field: other}))
+
+
+def test_a_temperature_that_was_not_kept_is_refused(cached: Path) -> None:
+    index = CacheIndex.read(cached)
+    index.require_temperature(2.0)
     with pytest.raises(InputError, match=r"temperature 3: .*add it to cache\.temperatures"):
-        index.column(3.0)
+        index.require_temperature(3.0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_permuted_vocabulary_and_other_tokens_are_caught(
+    text_world: World, caches: dict[str, Artifact], tmp_path: Path, scheme: str
+) -> None:
+    whole, ids = caches[scheme].local(), Order(12, 8, SEED).rows_at(0, 40)
+    check_rows(whole, text_world.root, ids)
+    layout = CacheIndex.read(whole).identity.layout
+    to = np.random.default_rng(0).permutation(layout.outputs)
+
+    def permute(columns: dict[str, Any]) -> dict[str, Any]:
+        if scheme != "dense":
+            return columns | {"indices": to[columns["indices"]]}
+        shaped = columns["logprobs"].reshape(len(columns["sample_id"]), layout.positions, -1)[..., to]
+        return columns | {"logprobs": shaped.reshape(len(shaped), -1)}
+
+    def shift(columns: dict[str, Any]) -> dict[str, Any]:
+        return columns | {"tokens": np.roll(columns["tokens"], 1, 0)}
+
+    for name, change, words in (("permuted", permute, "permuted vocabulary"), ("shifted", shift, "from other tokens")):
+        shutil.copytree(whole, tmp_path / name)
+        for file in CacheIndex.read(whole).files:
+            rewrite(whole / file.path, tmp_path / name / file.path, change)
+        with pytest.raises(InputError, match=words):
+            check_rows(tmp_path / name, text_world.root, ids)

@@ -33,23 +33,23 @@ def test_the_teacher_sees_each_row_group_of_the_order_once(
     digits_world: World, capfd: pytest.CaptureFixture[str]
 ) -> None:
     said = Said()
-    context = digits_world.context("cache", said, cache={"k": 10, "rows": 500, "actors": 2})
+    context = digits_world.context("cache", said, cache={"scheme": {"kind": "topk", "k": 10}, "rows": 500, "actors": 2})
     metrics = cache(context)
     folder = Path(context.draft.uri)
     manifest, index = Manifest.read(digits_world.root), CacheIndex.read(folder)
     order = Order(manifest.groups, manifest.rows_per_group, SEED)
     covered = sorted(set((order.rows_at(0, 500) // 8).tolist()))
     assert [group for file in index.files for group in file.groups] == covered
-    assert index.temperatures == (0.5, 1.0, 2.0)
-    assert index.teacher_sha256 == digits_world.artifacts["train"].record.files[TEACHER].sha256
-    assert index.manifest_sha256 == digits_world.artifacts["prepare"].record.files[MANIFEST].sha256
+    assert index.identity.temperatures == (0.5, 1.0, 2.0)
+    assert index.identity.teacher_sha256 == digits_world.artifacts["train"].record.files[TEACHER].sha256
+    assert index.identity.manifest_sha256 == digits_world.artifacts["prepare"].record.files[MANIFEST].sha256
     assert sorted(p.name for p in folder.iterdir()) == [*(file.path for file in index.files), "cache.json"]
     assert metrics["rows"] == metrics["positions"] == len(covered) * 8 == index.rows
     assert metrics["actors"] == 2
     size = sum((folder / file.path).stat().st_size for file in index.files)
     assert metrics["bytes_per_position"] == pytest.approx(size / metrics["positions"])
 
-    found = Targets(folder).take(order.rows_at(0, 500))
+    found = Targets(folder, ("logprobs", "tail")).take(order.rows_at(0, 500))
     mass = np.exp(found["logprobs"]).sum(-1)
     np.testing.assert_allclose(mass, 1, atol=2e-3)
     assert np.isneginf(found["tail"]).all()
@@ -69,8 +69,8 @@ def test_a_teacher_of_another_tokenizer_is_refused(text_world: World, tmp_path: 
 
 
 def test_more_targets_than_outputs_are_refused(digits_world: World) -> None:
-    with pytest.raises(InputError, match=r"cache\.k: found 11; the data has 10 outputs"):
-        cache(digits_world.context("cache", cache={"k": 11}))
+    with pytest.raises(InputError, match=r"cache\.scheme\.k: found 11; the data has 10 outputs"):
+        cache(digits_world.context("cache", cache={"scheme": {"kind": "topk", "k": 11}}))
 
 
 def test_a_teacher_of_other_outputs_is_reported(text_world: World, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def text_schema(sequence_length: int, vocab_size: int) -> pa.Schema:
         [
             pa.field("sample_id", pa.int64(), nullable=False),
             pa.field("document", pa.int32(), nullable=False),
-            _numbers("tokens", tokens, sequence_length + 1),
+            numbers("tokens", tokens, sequence_length + 1),
             pa.field("length", pa.int32(), nullable=False),
         ]
     )
@@ -35,13 +35,13 @@ def digits_schema() -> pa.Schema:
     return pa.schema(
         [
             pa.field("sample_id", pa.int64(), nullable=False),
-            _numbers("pixels", np.dtype("<f4"), 64),
+            numbers("pixels", np.dtype("<f4"), 64),
             pa.field("label", pa.int32(), nullable=False),
         ]
     )
 
 
-def _numbers(name: str, kind: np.dtype[Any], count: int) -> pa.Field:
+def numbers(name: str, kind: np.dtype[Any], count: int) -> pa.Field:
     """Many numbers in a row, as their bytes: every value of a column then has one width, and its place is arithmetic.
 
     The field says which numbers they are.

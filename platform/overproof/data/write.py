@@ -55,23 +55,27 @@ def _bytes(values: NDArray[Any], field: pa.Field) -> pa.Array:
     return pa.FixedSizeBinaryArray.from_buffers(field.type, len(values), [None, pa.py_buffer(numbers)])
 
 
-def parquet_bytes(table: pa.Table, rows_per_group: int) -> bytes:
-    """A Parquet file whose row groups hold ``rows_per_group`` rows; the same table gives the same bytes.
+def open_writer(sink: Any, expected: pa.Schema, rows_per_group: int) -> pq.ParquetWriter:
+    """Writes Parquet in which each column of a row group is one page of plain values.
 
-    Each column of a row group is one page of plain values, neither compressed nor encoded, so that a reader finds
-    every value in the mapped file.
+    They are neither compressed nor encoded, so that a reader finds every value in the mapped file.
     """
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
+    return pq.ParquetWriter(
         sink,
-        row_group_size=rows_per_group,
+        expected,
         compression="none",
         use_dictionary=False,
         write_statistics=False,
         data_page_size=PAGE_BYTES,
         max_rows_per_page=rows_per_group,
     )
+
+
+def parquet_bytes(table: pa.Table, rows_per_group: int) -> bytes:
+    """A Parquet file whose row groups hold ``rows_per_group`` rows; the same table gives the same bytes."""
+    sink = pa.BufferOutputStream()
+    with open_writer(sink, table.schema, rows_per_group) as writer:
+        writer.write_table(table, row_group_size=rows_per_group)
     content: bytes = sink.getvalue().to_pybytes()
     return content
 

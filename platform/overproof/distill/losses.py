@@ -1,23 +1,26 @@
-"""The distillation objective: the teacher's top k and one bucket for the rest, beside the labels.
+"""The distillation loss: the teacher's top k and one bucket for the rest, beside the labels.
 
-Shapes: B rows, P predictions in a row, N = B * P, V outputs, K kept by the teacher, L temperatures kept.
+Shapes: B rows, P predictions in a row, C of the N = B * P, V outputs, K kept by the teacher.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from overproof.models import Batch, forward
 
 CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}  # of logits at a time
 LEAST_LOGPROB = -1e5  # of the teacher, where its own is infinitely small
+
+
+# Of the predictions in a slice, whose logits are given: the gradient of their share of the loss by these logits, and
+# their weighted sums of the divergence, not yet times T^2, and of the cross-entropy.
+Part = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 
 
 class Terms(NamedTuple):
@@ -54,45 +57,6 @@ class Divergence:
         return self.beta * q * (log_q - log_m) + part, part
 
 
-@dataclass(frozen=True)
-class Distill:
-    """``weight * T^2 * divergence + (1 - weight) * cross-entropy`` (arXiv 1503.02531).
-
-    The divergence is over K + 1 buckets at temperature T: the teacher's K most likely outputs, and one that holds the
-    rest of both distributions. It is a lower bound of the divergence over V outputs, and equal to it where K is V.
-    """
-
-    temperature: float
-    teacher_weight: float
-    column: int  # of the temperature among those of the cache
-    base_column: int = 0  # of the temperature 1 among them
-    divergence: Divergence = Divergence()
-
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean over the predictions that count, in nats, and its two terms."""
-        prediction = forward(model, batch)
-        teacher_BPK = soften(
-            batch["teacher_logprobs"], batch["teacher_logsumexp"], self.temperature, self.column, self.base_column
-        )
-        terms = distillation(
-            prediction.logits_BPV,
-            prediction.targets_BP,
-            prediction.mask_BP,
-            batch["teacher_indices"],
-            teacher_BPK,
-            self.temperature,
-            self.teacher_weight,
-            self.divergence,
-        )
-        return terms.loss, {"divergence": terms.divergence, "cross_entropy": terms.cross_entropy}
-
-
-def soften(logprobs_BPK: Tensor, logsumexp_BPL: Tensor, temperature: float, column: int, base_column: int) -> Tensor:
-    """The teacher's log-probabilities at a temperature, from those at temperature 1."""
-    logits_BPK = logprobs_BPK + logsumexp_BPL[..., base_column, None]
-    return logits_BPK / temperature - logsumexp_BPL[..., column, None]
-
-
 def distillation(
     logits_BPV: Tensor,
     targets_BP: Tensor,
@@ -103,59 +67,54 @@ def distillation(
     teacher_weight: float,
     divergence: Divergence = Divergence(),
 ) -> Terms:
-    """The loss of ``Distill``; ``teacher_BPK`` are log-probabilities at ``temperature`` and take no gradient."""
-    counted_N = mask_BP.flatten().to(torch.promote_types(logits_BPV.dtype, torch.float32))
-    weight_N = counted_N / counted_N.sum().clamp(min=1)
-    return Terms(
-        *_Distillation.apply(  # type: ignore[no-untyped-call]
-            logits_BPV.flatten(0, 1),
-            targets_BP.flatten(),
-            weight_N,
-            indices_BPK.flatten(0, 1),
-            teacher_BPK.flatten(0, 1),
+    """``teacher_weight * T^2 * divergence + (1 - teacher_weight) * cross-entropy`` (arXiv 1503.02531).
+
+    The mean over the predictions that count. The divergence is over K + 1 buckets at temperature T: the K outputs
+    kept of the teacher, and one that holds the rest of both distributions. It is a lower bound of the divergence over
+    V outputs, and equal to it where K is V. ``teacher_BPK`` are log-probabilities at T and take no gradient.
+    """
+    weight_N, targets_N1 = weights(mask_BP, logits_BPV.dtype), targets_BP.reshape(-1, 1)
+    indices_NK, teacher_NK = indices_BPK.flatten(0, 1), teacher_BPK.flatten(0, 1)
+    whole = indices_BPK.shape[-1] == logits_BPV.shape[-1]
+
+    def part(here: slice, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+        return _chunk(
+            logits_CV,
+            targets_N1[here],
+            weight_N[here],
+            indices_NK[here],
+            _normal(teacher_NK[here].to(weight_N.dtype), whole),
             temperature,
             teacher_weight,
             divergence,
         )
-    )
+
+    return one_pass(logits_BPV, weight_N.dtype, part, temperature, teacher_weight)
 
 
-class _Distillation(torch.autograd.Function):
-    """The loss and its gradient in one pass over the logits, which stays in cache; backward may run once.
+def weights(mask_BP: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each prediction's share of the mean, (N), in the precision to work in: single at least."""
+    counted_N = mask_BP.flatten().to(torch.promote_types(dtype, torch.float32))
+    return counted_N / counted_N.sum().clamp(min=1)
 
-    With p the student's distribution at T over buckets and s_i = p_i * dD/dp_i, the gradient of the divergence D by a
-    logit of bucket i is ``(s_i - p_i * sum(s)) / T``, shared in the bucket of the rest by each output's part of it (for
-    the forward divergence ``(p_i - q_i) / T``). The mass p_rest is summed from its parts: 1 minus the mass of the K
-    would round to 0 long before it is 0.
-    """
+
+def one_pass(logits_BPV: Tensor, dtype: torch.dtype, part: Part, temperature: float, teacher_weight: float) -> Terms:
+    """The loss and its gradient from one pass over the logits, which stay in the processor's cache."""
+    logits_NV = logits_BPV.flatten(0, 1)
+    return Terms(*_OnePass.apply(logits_NV, dtype, part, temperature, teacher_weight))  # type: ignore[no-untyped-call]
+
+
+class _OnePass(torch.autograd.Function):
+    """Backward may run once."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits_NV: Tensor,
-        targets_N: Tensor,
-        weight_N: Tensor,
-        indices_NK: Tensor,
-        teacher_NK: Tensor,
-        temperature: float,
-        teacher_weight: float,
-        measure: Divergence,
+        ctx: Any, logits_NV: Tensor, dtype: torch.dtype, part: Part, temperature: float, teacher_weight: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradient_NV = torch.empty_like(logits_NV)
-        dtype = weight_N.dtype
-        sums = weight_N.new_zeros(2)
+        sums = torch.zeros(2, dtype=dtype, device=logits_NV.device)
         for here in chunks(logits_NV):
-            gradient_CV, terms = _chunk(
-                logits_NV[here].to(dtype),
-                targets_N[here, None],
-                weight_N[here],
-                indices_NK[here],
-                _normal(teacher_NK[here].to(dtype), whole=indices_NK.shape[1] == logits_NV.shape[1]),
-                temperature,
-                teacher_weight,
-                measure,
-            )
-            gradient_NV[here] = gradient_CV
+            gradient_NV[here], terms = part(here, logits_NV[here].to(dtype))
             sums += terms
         divergence, cross_entropy = sums[0] * temperature**2, sums[1]
         ctx.save_for_backward(gradient_NV)
@@ -167,7 +126,7 @@ class _Distillation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV.mul_(scale), None, None, None, None, None, None, None
+        return gradient_NV.mul_(scale), None, None, None, None
 
 
 def _normal(teacher_CK: Tensor, whole: bool) -> Tensor:
@@ -186,7 +145,13 @@ def _chunk(
     teacher_weight: float,
     measure: Divergence,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the weighted loss by the logits of C predictions, and the weighted sums of its two terms."""
+    """The ``Part`` of C predictions.
+
+    With p the student's distribution at T over buckets and s_i = p_i * dD/dp_i, the gradient of the divergence D by a
+    logit of bucket i is ``(s_i - p_i * sum(s)) / T``, shared in the bucket of the rest by each output's part of it (for
+    the forward divergence ``(p_i - q_i) / T``). The mass p_rest is summed from its parts: 1 minus the mass of the K
+    would round to 0 long before it is 0.
+    """
     label_weight_C = (1 - teacher_weight) * weight_C
     kl_weight_C = teacher_weight * temperature * weight_C  # T^2, and 1 / T from the derivative
     softened_CV = logits_CV if temperature == 1 else logits_CV / temperature
@@ -228,23 +193,3 @@ def softmax(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax and logsumexp from one exponentiation: the largest probability is exp(largest logit - logsumexp)."""
     p_CV = torch.softmax(logits_CV, 1)
     return p_CV, logits_CV.amax(1, keepdim=True) - p_CV.amax(1, keepdim=True).log()
-
-
-def top_k(logits_BPV: Tensor, k: int, temperatures: Sequence[float]) -> dict[str, Tensor]:
-    """What the cache keeps of a teacher's logits, flat for each row: (B, P*K), (B, P*K), (B, P) and (B, P*L).
-
-    ``logprobs`` (natural, temperature 1) come with the largest first, ``tail`` is the log of the mass that is not in
-    them (-inf where there is none), and ``logsumexp`` is that of logits / T for every temperature T.
-    """
-    logits_NV = logits_BPV.flatten(0, 1).float()
-    parts = [_top_k(logits_NV[here], k, temperatures) for here in chunks(logits_NV)]
-    columns = (torch.cat(column).reshape(len(logits_BPV), -1) for column in zip(*parts, strict=True))
-    return dict(zip(("indices", "logprobs", "tail", "logsumexp"), columns, strict=True))
-
-
-def _top_k(logits_CV: Tensor, k: int, temperatures: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    top_CK, indices_CK = logits_CV.topk(k, dim=1)
-    p_CV, logsumexp_C1 = softmax(logits_CV)
-    tail_C = p_CV.scatter_(1, indices_CK, 0.0).sum(1).log()  # from its parts: exact, however small
-    logsumexps = [logsumexp_C1[:, 0] if t == 1 else torch.logsumexp(logits_CV / t, 1) for t in temperatures]
-    return indices_CK, top_CK - logsumexp_C1, tail_C, torch.stack(logsumexps, 1)

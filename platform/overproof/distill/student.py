@@ -14,7 +14,8 @@ import torch
 from overproof.data.manifest import TOKENIZER
 from overproof.data.read import Shards, planned_shards
 from overproof.distill.job import Job
-from overproof.distill.losses import Distill, Divergence
+from overproof.distill.losses import Divergence
+from overproof.distill.objective import Distill
 from overproof.distill.targets import Targets
 from overproof.models import Batch, build, parameters, save, to_tensors
 from overproof.recipe.search import values_of
@@ -138,8 +139,7 @@ class Run:
         return Distill(
             student.temperature,
             student.teacher_weight,
-            index.column(student.temperature),
-            index.column(1.0),
+            index.identity.temperatures,
             Divergence(student.divergence, student.jsd_beta),
         )
 

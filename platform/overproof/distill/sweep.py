@@ -18,11 +18,12 @@ from ray import tune
 from ray.exceptions import RayActorError
 
 from overproof.cluster import own_interrupt
-from overproof.data.manifest import MANIFEST, Manifest
+from overproof.data.manifest import Manifest
+from overproof.distill.agree import ROWS_CHECKED, check_rows
 from overproof.distill.job import CONTROL, FINISHED, Job, rungs
 from overproof.distill.journal import Journal
 from overproof.distill.search import STUDENT, Study
-from overproof.distill.targets import TEACHER, Targets
+from overproof.distill.targets import Targets, identity
 from overproof.distill.trial import Trainer, Trial
 from overproof.distill.tuning import Trials, scheduler
 from overproof.distill.watch import Watch
@@ -90,11 +91,13 @@ def check_cache(context: Context) -> None:
     recipe, parents = context.recipe, context.parents
     targets = Targets(parents["cache"].local())
     manifest = Manifest.read(parents["prepare"].local())
-    targets.index.check(parents["train"].record.files[TEACHER].sha256, parents["prepare"].record.files[MANIFEST].sha256)
+    targets.index.check(identity(recipe, parents["prepare"], parents["train"]))
     for temperature in recipe.temperatures:
-        targets.index.column(temperature)
+        targets.index.require_temperature(temperature)
     order = manifest.order(recipe.seed)
-    targets.require(order.rows_at(0, min(order.rows, recipe.rows_read)))
+    ids = order.rows_at(0, min(order.rows, recipe.rows_read))
+    targets.require(ids)
+    check_rows(targets.root, parents["prepare"].local(), ids[:ROWS_CHECKED])
 
 
 def slots(settings: Sweep, nodes: Sequence[Mapping[str, float]]) -> int:

@@ -1,59 +1,32 @@
 """The cache stage: the teacher looks once at every row the sweep will read, in a Ray Data actor pool.
 
-Shapes: B rows in a forward pass, P predictions in a row, V outputs, K kept for each prediction.
+See `replica` for what each actor does.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import ray.data
-import torch
-from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext
-from transformers import PreTrainedModel
 
-from overproof.artifact import Artifact, Draft
-from overproof.data.manifest import MANIFEST, Manifest
+from overproof.data.manifest import Manifest
 from overproof.data.plan import Order
-from overproof.data.read import Columns, Shards
-from overproof.data.write import to_table
-from overproof.distill.losses import top_k
-from overproof.distill.targets import INDEX, TEACHER, CacheFile, CacheIndex, schema
+from overproof.data.write import PAGE_BYTES
+from overproof.distill.replica import Job, Teacher
+from overproof.distill.targets import INDEX, CacheFile, CacheIndex, Identity, identity
 from overproof.errors import InputError
-from overproof.files import FileEntry, file_sha256, filesystem, join, unlike, write_at_once
-from overproof.models import check_tokenizer, forward, load, to_tensors
+from overproof.files import FileEntry, filesystem, unlike
+from overproof.models import check_tokenizer
 from overproof.progress import NOTICE
-from overproof.recipe import Cache
+from overproof.recipe import TopK
 from overproof.stage import Context
-from overproof.train.checkpoint import seal, unseal
-from overproof.train.engine import default_device
-
-ZSTD_LEVEL = 1
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every teacher replica is given."""
-
-    settings: Cache
-    index: CacheIndex
-    prepared: Artifact
-    trained: Artifact
-    draft: Draft
-
-    @property
-    def uri(self) -> str:
-        """Where finished files wait for the others: what a killed attempt has captured is not captured again."""
-        return join(self.draft.workspace, self.draft.fingerprint)
+from overproof.train.checkpoint import unseal
+from overproof.units import size
 
 
 def cache(context: Context) -> dict[str, Any]:
@@ -62,28 +35,16 @@ def cache(context: Context) -> dict[str, Any]:
     Files that an attempt which was killed has finished are taken from the draft's workspace.
 
     Raises:
-        InputError: the teacher's tokenizer or outputs are not those of the data, or k is larger than the outputs.
+        InputError: the teacher's tokenizer or outputs are not those of the data, or the scheme does not fit them.
     """
     settings, prepared, trained = context.recipe.cache, context.parents["prepare"], context.parents["train"]
-    root = prepared.local()
-    manifest = Manifest.read(root)
+    manifest = Manifest.read(prepared.local())
     check_tokenizer(trained.local() / "model", manifest)
-    if settings.k > manifest.outputs:
-        raise InputError(f"cache.k: found {settings.k}; the data has {manifest.outputs} outputs: expected at most that")
-    order = manifest.order(context.recipe.seed)
-    files = cover(manifest, order, settings.rows)
-    index = CacheIndex(
-        k=settings.k,
-        temperatures=tuple(sorted({1.0, *settings.temperatures})),
-        outputs=manifest.outputs,
-        positions=manifest.positions,
-        rows=sum(len(file.groups) for file in files) * manifest.rows_per_group,
-        rows_per_group=manifest.rows_per_group,
-        files=files,
-        teacher_sha256=trained.record.files[TEACHER].sha256,
-        tokenizer_sha256=manifest.tokenizer_sha256,
-        manifest_sha256=prepared.record.files[MANIFEST].sha256,
-    )
+    whole = identity(context.recipe, prepared, trained)
+    check_fits(whole)
+    files = cover(manifest, manifest.order(context.recipe.seed), settings.rows)
+    rows = sum(len(file.groups) for file in files) * manifest.rows_per_group
+    index = CacheIndex(identity=whole, rows=rows, files=files)
     job = Job(settings, index, prepared, trained, context.draft)
     before = finished(job)
     todo = [number for number, file in enumerate(files) if file.path not in before]
@@ -96,10 +57,10 @@ def cache(context: Context) -> dict[str, Any]:
     for part in _capture(job, todo, actors) if todo else ():
         done, seconds, size = done + part["rows"], seconds + part["seconds"], size + part["size_bytes"]
         context.progress(
-            "cache", done, index.rows, f"{done * index.positions / max(seconds, 1e-9) * actors:,.0f} positions/s"
+            "cache", done, index.rows, f"{done * whole.positions / max(seconds, 1e-9) * actors:,.0f} positions/s"
         )
     publish(job)
-    positions = index.rows * index.positions
+    positions = index.rows * whole.positions
     return {
         "rows": index.rows,
         "positions": positions,
@@ -107,6 +68,25 @@ def cache(context: Context) -> dict[str, Any]:
         "teacher_seconds": seconds,
         "actors": actors,
     }
+
+
+def check_fits(cache: Identity) -> None:
+    """Refuse a scheme that cannot be written.
+
+    Raises:
+        InputError: it keeps more than there are outputs, or than one page of Parquet holds.
+    """
+    scheme, layout = cache.scheme, cache.layout
+    if isinstance(scheme, TopK) and scheme.k > cache.outputs:
+        raise InputError(
+            f"cache.scheme.k: found {scheme.k}; the data has {cache.outputs} outputs: expected at most that"
+        )
+    page = max(field.type.bit_width // 8 for field in layout.schema) * cache.rows_per_group
+    if page > PAGE_BYTES:
+        raise InputError(
+            f"cache.scheme: {scheme.words} of {cache.rows_per_group} rows of {cache.positions} positions take "
+            f"{size(page)}; expected at most {size(PAGE_BYTES)}: keep fewer, or lower data.rows_per_group"
+        )
 
 
 def cover(manifest: Manifest, order: Order, rows: int | None) -> tuple[CacheFile, ...]:
@@ -176,82 +156,3 @@ def _streaming() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-class Teacher:
-    """One replica: reads train rows, runs the model, writes whole files."""
-
-    def __init__(self, job: Job) -> None:
-        self.job, index = job, job.index
-        self.columns = schema(index.positions, index.k, len(index.temperatures), index.outputs)
-        self.numbers = {f.name: f.type.value_type.to_pandas_dtype() for f in self.columns if f.name != "sample_id"}
-        torch.set_num_threads(max(1, int(job.settings.cpus_per_actor)))
-        self.device = default_device()
-
-    def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
-        """Write the files with these numbers; a file is complete or absent. Bad input is reported, not raised."""
-        try:
-            for number in batch["file"]:
-                yield from self._write(self.job.index.files[int(number)])
-        except InputError as error:
-            yield _report(fault=str(error))
-
-    @cached_property
-    def rows(self) -> Shards:
-        return Shards(self.job.prepared.local(), "train")
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        folder = self.job.trained.local() / "model"
-        check_tokenizer(folder, self.rows.manifest)
-        return load(folder).to(self.device)
-
-    def _write(self, file: CacheFile) -> Iterator[dict[str, NDArray[Any]]]:
-        index = self.job.index
-        store, root = filesystem(self.job.uri)
-        store.create_dir(root, recursive=True)
-        path, in_all = f"{root}/{file.path}", 0.0
-        groups = np.asarray(file.groups, np.int64)
-        ids = (groups[:, None] * index.rows_per_group + np.arange(index.rows_per_group)).ravel()
-        # As many whole row groups at a time as fit a forward pass, and at least one.
-        rows = max(1, self.job.settings.batch_size // index.rows_per_group) * index.rows_per_group
-        with (
-            store.open_output_stream(f"{path}.part") as stream,
-            pq.ParquetWriter(
-                stream, self.columns, compression="zstd", compression_level=ZSTD_LEVEL, use_dictionary=False,
-                use_byte_stream_split=True,
-            ) as writer,
-        ):  # fmt: skip
-            for start in range(0, len(ids), rows):
-                here = ids[start : start + rows]
-                began = time.perf_counter()
-                found = self._targets(here)
-                seconds = time.perf_counter() - began
-                in_all += seconds
-                table = to_table({"sample_id": here, **found}, self.columns)
-                writer.write_table(table, row_group_size=index.rows_per_group)
-                yield _report(rows=len(here), seconds=seconds)
-        store.move(f"{path}.part", path)
-        entry = FileEntry(sha256=file_sha256(path, store), size_bytes=store.get_file_info(path).size)
-        write_at_once(store, f"{path}.json", seal({"entry": entry.model_dump(), "seconds": in_all}))
-        yield _report(size_bytes=entry.size_bytes)
-
-    def _targets(self, sample_ids: NDArray[np.int64]) -> Columns:
-        size = self.job.settings.batch_size
-        parts = [self._forward(sample_ids[start : start + size]) for start in range(0, len(sample_ids), size)]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    @torch.inference_mode()
-    def _forward(self, sample_ids: NDArray[np.int64]) -> Columns:
-        index = self.job.index
-        batch = {name: value.to(self.device) for name, value in to_tensors(self.rows.take(sample_ids)).items()}
-        logits_BPV = forward(self.model, batch).logits_BPV
-        if logits_BPV.shape[-1] != index.outputs:
-            raise InputError(f"the teacher has {logits_BPV.shape[-1]} outputs; expected the data's {index.outputs}")
-        found = top_k(logits_BPV, index.k, index.temperatures)
-        return {name: value.cpu().numpy().astype(self.numbers[name]) for name, value in found.items()}
-
-
-def _report(rows: int = 0, seconds: float = 0.0, size_bytes: int = 0, fault: str = "") -> dict[str, NDArray[Any]]:
-    values = {"rows": rows, "seconds": seconds, "size_bytes": size_bytes, "fault": fault}
-    return {name: np.array([value]) for name, value in values.items()}

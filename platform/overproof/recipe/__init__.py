@@ -13,7 +13,7 @@ from overproof.recipe.data import (
     TextData,
     TokenizerFile,
 )
-from overproof.recipe.distillation import Cache, Student, Sweep
+from overproof.recipe.distillation import Cache, Dense, Sampled, Scheme, Student, Sweep, TopK
 from overproof.recipe.models import Llama, Pretrained, Vit
 from overproof.recipe.search import Asha, Grid, Hyperband, Median, NoStop, Pbt, Random, Space, Tpe, Tune
 from overproof.recipe.section import Section
@@ -39,6 +39,7 @@ __all__ = [
     "BpeTokenizer",
     "Cache",
     "Checkpoint",
+    "Dense",
     "DigitsData",
     "Evaluate",
     "FolderSource",
@@ -61,6 +62,8 @@ __all__ = [
     "Recipe",
     "Regression",
     "Rule",
+    "Sampled",
+    "Scheme",
     "Section",
     "Serve",
     "Smaller",
@@ -70,6 +73,7 @@ __all__ = [
     "Sweep",
     "TextData",
     "TokenizerFile",
+    "TopK",
     "Tpe",
     "Train",
     "Tune",

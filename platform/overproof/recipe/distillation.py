@@ -11,10 +11,50 @@ from overproof.recipe.section import Count, Cpus, Name, Section
 from overproof.recipe.training import Optimization
 
 
+class TopK(Section):
+    """The largest log-probabilities of each position; a loss sums all others into one bucket."""
+
+    kind: Literal["topk"] = "topk"
+    k: Count = Field(32, description="Log-probabilities kept for each position.")
+
+    @property
+    def words(self) -> str:
+        return f"{self.k} likeliest outputs"
+
+
+class Sampled(Section):
+    """Outputs drawn from the teacher: the gradient of forward KL stays that of every output, in the mean.
+
+    Sparse Logit Sampling, arXiv 2503.16870.
+    """
+
+    kind: Literal["sampled"] = "sampled"
+    draws: Annotated[int, Field(ge=1, lt=1 << 16)] = Field(32, description="Draws with replacement for each position.")
+
+    @property
+    def words(self) -> str:
+        return f"{self.draws} drawn outputs"
+
+
+class Dense(Section):
+    """Every log-probability: what the other schemes are measured against, for small vocabularies."""
+
+    kind: Literal["dense"] = "dense"
+
+    @property
+    def words(self) -> str:
+        return "whole distribution"
+
+
+Scheme = TopK | Sampled | Dense
+
+
 class Cache(Section):
     """The teacher's targets, computed once and read by every trial."""
 
-    k: Count = Field(32, description="Largest log-probabilities kept for each position.")
+    scheme: Annotated[Scheme, Field(discriminator="kind")] = Field(
+        TopK(), description="What is kept of the teacher's distribution."
+    )
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (1.0,), min_length=1, description="Temperatures whose full-vocabulary logsumexp is kept."
     )

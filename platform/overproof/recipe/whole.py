@@ -52,6 +52,12 @@ class Recipe(Section):
                 f"the sweep asks for temperature {min(missing):g}, which cache.temperatures "
                 f"{list(self.cache.temperatures)} lacks; add it there"
             )
+        other = self.divergences - {"forward_kl"}
+        if other and self.cache.scheme.kind == "sampled":
+            raise ValueError(
+                f"the sweep asks for {min(other)}, and cache.scheme.kind is 'sampled', which lacks the teacher's "
+                "probabilities of outputs that were not drawn; expected forward_kl, or scheme topk or dense"
+            )
         needed = self.rows_read
         if self.cache.rows is not None and needed > self.cache.rows:
             raise ValueError(
@@ -67,6 +73,12 @@ class Recipe(Section):
         """Of all trials of the sweep."""
         listed = self.tune.space.temperature
         return set(listed.values if listed else (student.temperature for student in self.sweep.students))
+
+    @property
+    def divergences(self) -> set[str]:
+        """Of all trials of the sweep."""
+        listed = self.tune.space.divergence
+        return set(listed.values if listed else (student.divergence for student in self.sweep.students))
 
     @property
     def rows_read(self) -> int:

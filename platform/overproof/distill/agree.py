@@ -1,0 +1,72 @@
+"""Whether cached rows agree with the data and with themselves, which no hash can tell.
+
+Shapes: B rows, P predictions in a row, V outputs, K slots for each prediction.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from overproof.data.read import Columns, Shards
+from overproof.distill.columns import Layout
+from overproof.distill.targets import Targets
+from overproof.errors import InputError
+from overproof.recipe import Dense, TopK
+
+ROWS_CHECKED = 64
+NEVER = 1e-12  # a probability
+
+
+def check_rows(cached: Path, prepared: Path, sample_ids: NDArray[np.int64]) -> None:
+    """Refuse a cache whose rows are of other tokens, or whose entries are of other outputs than they say.
+
+    Raises:
+        InputError: the first row that does not agree.
+    """
+    shards = Shards(prepared, "train")
+    own = "tokens" if "tokens" in shards.columns else "label"
+    targets = Targets(cached)
+    targets = Targets(cached, (own, "mask", "label_logprob", *targets.layout.loss_columns))
+    found, expected = targets.take(sample_ids), shards.take(sample_ids)
+    rows = len(sample_ids)
+    other_B = (found[own].reshape(rows, -1) != expected[own].reshape(rows, -1)).any(1)
+    if other_B.any():
+        raise InputError(
+            f"{cached}: row {sample_ids[other_B][0]} was captured from other {own} than the prepared data holds; "
+            "run `cache` again for this data"
+        )
+    labels_BP = found[own].reshape(rows, -1)[:, -targets.layout.positions :].astype(np.int64)
+    wrong_B = (~consistent(targets.layout, found, labels_BP) & found["mask"]).any(1)
+    if wrong_B.any():
+        raise InputError(
+            f"{cached}: row {sample_ids[wrong_B][0]}: the teacher's log-probability of the label is not the one it "
+            "has among the targets: their outputs are numbered otherwise (a permuted vocabulary) or they were "
+            "changed; run `cache` again"
+        )
+
+
+def consistent(layout: Layout, targets: Columns, labels_BP: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether the label's own log-probability is the one among the targets, (B, P); to the bit, as both are cached.
+
+    Where it is not among the top k, it must not be larger than the least of them. Where it was not drawn, it must not
+    be so likely that chance does not explain it.
+    """
+    label_logprob_BP, logprobs_BPK = targets["label_logprob"], targets["logprobs"]
+    scheme = layout.scheme
+    if isinstance(scheme, Dense):
+        same: NDArray[np.bool_] = np.take_along_axis(logprobs_BPK, labels_BP[..., None], -1)[..., 0] == label_logprob_BP
+        return same
+    here_BPK = targets["indices"] == labels_BP[..., None]
+    if isinstance(scheme, TopK):
+        limit_BP = logprobs_BPK.min(-1)
+    else:
+        here_BPK &= targets["counts"] > 0
+        least = layout.temperatures * (1 - NEVER ** (1 / scheme.draws))  # the draws' own probability is p / L at least
+        limit_BP = np.full(labels_BP.shape, math.log(least) if least < 1 else math.inf)
+    same_BP = ((logprobs_BPK == label_logprob_BP[..., None]) & here_BPK).any(-1)
+    agrees_BP: NDArray[np.bool_] = np.where(here_BPK.any(-1), same_BP, label_logprob_BP <= limit_BP)
+    return agrees_BP

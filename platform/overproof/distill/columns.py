@@ -1,0 +1,149 @@
+"""What a row of the teacher's cache holds: its columns for each scheme, and indices of 17 bits and more.
+
+Shapes: B rows, N numbers in a row, P predictions in a row, V outputs, K slots for each prediction, L temperatures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from overproof.data.read import Columns
+from overproof.data.schema import UINT16_VOCABULARY, numbers, row_bytes
+from overproof.recipe import Dense, Sampled, Scheme, TopK
+
+LOW_BITS = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of a cache, which follow from what is kept for each prediction.
+
+    Every column is flat and of one width, so that a row's place in the file is arithmetic:
+
+    ==============  ==========  =====  ======================================================================
+    column          numbers     a row  what
+    ==============  ==========  =====  ======================================================================
+    sample_id       int64       1      of the train row
+    tokens          u2, u4      P + 1  text: the row as the teacher read it
+    label           u2, u4      1      images: the class
+    mask            bits        P      whether a prediction counts; bytes filled from the lowest bit
+    label_logprob   f2          P      of the token that follows, or of the class
+    logsumexp       f4          P * L  of logits / T over all V outputs, for every temperature T
+    logprobs        f2          P * K  natural, at temperature 1, all V of them where the scheme is dense
+    indices         u2, packed  P * K  topk, sampled: which outputs they are of; see ``pack``
+    tail            f4          P      topk: log of the mass that is in none of the K; -inf where there is none
+    counts          u1, u2      P * K  sampled: how often an output was drawn; 0 in the slots left over
+    ==============  ==========  =====  ======================================================================
+    """
+
+    scheme: Scheme
+    text: bool
+    positions: int
+    outputs: int
+    temperatures: int
+
+    @property
+    def slots(self) -> int:
+        """K: ``k`` of topk, ``draws`` of sampled (an output drawn twice takes one slot), V of dense."""
+        match self.scheme:
+            case TopK(k=slots) | Sampled(draws=slots):
+                return slots
+            case Dense():
+                return self.outputs
+
+    @property
+    def bits(self) -> int:
+        """Of an index: 16, or what V needs beyond that."""
+        return max(LOW_BITS, (self.outputs - 1).bit_length())
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of a file; none may be null."""
+        entries = self.positions * self.slots
+        output = "<u2" if self.outputs <= UINT16_VOCABULARY else "<u4"
+        tokens = ("tokens", output, self.positions + 1) if self.text else ("label", output, 1)
+        columns: list[tuple[str, str, int]] = [
+            tokens,
+            ("mask", "u1", -(-self.positions // 8)),
+            ("label_logprob", "<f2", self.positions),
+            ("logsumexp", "<f4", self.positions * self.temperatures),
+            ("logprobs", "<f2", entries),
+        ]
+        if not isinstance(self.scheme, Dense):
+            narrow = self.bits == LOW_BITS
+            columns.append(
+                ("indices", "<u2", entries) if narrow else ("indices", "u1", packed_bytes(entries, self.bits))
+            )
+        if isinstance(self.scheme, TopK):
+            columns.append(("tail", "<f4", self.positions))
+        if isinstance(self.scheme, Sampled):
+            columns.append(("counts", "u1" if self.scheme.draws < 256 else "<u2", entries))
+        fields = [numbers(name, np.dtype(kind), count) for name, kind, count in columns]
+        return pa.schema([pa.field("sample_id", pa.int64(), nullable=False), *fields])
+
+    @property
+    def loss_columns(self) -> tuple[str, ...]:
+        """Those a student learns from."""
+        given = {TopK: ("indices",), Sampled: ("indices", "counts"), Dense: ()}
+        return ("logprobs", "logsumexp", *given[type(self.scheme)])
+
+    @property
+    def row_bytes(self) -> int:
+        return row_bytes(self.schema)
+
+    def encode(self, values: Columns) -> Columns:
+        """Arrays of any shape (B, ...) as the flat columns of a file; a mask is bool, indices are integers."""
+        flat = {name: array.reshape(len(array), -1) for name, array in values.items()}
+        flat["mask"] = np.packbits(flat["mask"], axis=1, bitorder="little")
+        if "indices" in flat and self.bits > LOW_BITS:
+            flat["indices"] = pack(flat["indices"], self.bits)
+        for name in ("logprobs", "label_logprob"):
+            flat[name] = flat[name].astype(np.float16)
+        return {name: array[:, 0] if name == "sample_id" else array for name, array in flat.items()}
+
+    def decode(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
+        """A column of a file as (B, P), (B, P, K), (B, P, L) or, of tokens, (B, P + 1); floats are float32."""
+        if name == "mask":
+            return np.unpackbits(values, axis=1, count=self.positions, bitorder="little").astype(bool)
+        if name == "indices" and self.bits > LOW_BITS:
+            values = unpack(values, self.positions * self.slots, self.bits)
+        last = {"logprobs": self.slots, "indices": self.slots, "counts": self.slots, "logsumexp": self.temperatures}
+        if name in last:
+            values = values.reshape(len(values), self.positions, last[name])
+        return values.astype(np.float32, copy=False) if values.dtype.kind == "f" else values
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of so many numbers as ``pack`` lays them out."""
+    return 2 * count + -(-count * (bits - LOW_BITS) // 8)
+
+
+def pack(values_BN: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """Numbers below ``2 ** bits``, of 17 to 32 bits, as bytes: the low 16 bits of each, then the other bits of each.
+
+    Little-endian, and bytes are filled from the lowest bit. The 16 bits are read as they lie; a bit or two of each
+    number is all that must be taken apart.
+
+    Raises:
+        ValueError: a number does not fit.
+    """
+    if values_BN.size and not 0 <= values_BN.min() <= values_BN.max() < 1 << bits:
+        raise ValueError(f"numbers from {values_BN.min()} to {values_BN.max()}; expected 0 to {(1 << bits) - 1}")
+    low_BN = np.ascontiguousarray(values_BN & 0xFFFF, "<u2")
+    high_BNH = (values_BN[..., None] >> np.arange(LOW_BITS, bits)) & 1
+    high = np.packbits(high_BNH.reshape(len(values_BN), -1).astype(np.uint8), axis=1, bitorder="little")
+    return np.concatenate([low_BN.view(np.uint8), high], axis=1)
+
+
+def unpack(packed: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.int64]:
+    """The ``count`` numbers of each row that ``pack`` packed: (B, N)."""
+    high_BN = np.unpackbits(packed[:, 2 * count :], axis=1, count=count * (bits - LOW_BITS), bitorder="little")
+    values_BN = np.ascontiguousarray(packed[:, : 2 * count]).view("<u2").astype(np.int64)
+    for place in range(bits - LOW_BITS):
+        values_BN |= high_BN[:, place :: bits - LOW_BITS].astype(np.int64) << (LOW_BITS + place)
+    return values_BN

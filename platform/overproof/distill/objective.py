@@ -1,0 +1,54 @@
+"""The distillation objective: what a student learns from the columns of the teacher's cache.
+
+Shapes: B rows, P predictions in a row, V outputs, K slots for each prediction, L temperatures of the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from overproof.distill.losses import Divergence, Terms, distillation
+from overproof.distill.sampled import importance, sampled_distillation
+from overproof.models import Batch, Prediction, forward
+
+
+@dataclass(frozen=True)
+class Distill:
+    """``weight * T^2 * divergence + (1 - weight) * cross-entropy``, see ``losses.distillation``."""
+
+    temperature: float
+    teacher_weight: float
+    temperatures: tuple[float, ...]  # of the cache, in the order of its logsumexp
+    divergence: Divergence
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over the predictions that count, in nats, and its two terms."""
+        terms = self.terms(forward(model, batch), batch)
+        return terms.loss, {"divergence": terms.divergence, "cross_entropy": terms.cross_entropy}
+
+    def terms(self, prediction: Prediction, batch: Batch) -> Terms:
+        """By the columns there are: counts where the teacher was sampled, no indices where all of it was kept."""
+        logits_BPV, common = prediction.logits_BPV, (self.temperature, self.teacher_weight)
+        given = (logits_BPV, prediction.targets_BP, prediction.mask_BP)
+        indices_BPK, counts_BPK = batch.get("teacher_indices"), batch.get("teacher_counts")
+        if counts_BPK is not None and indices_BPK is not None:
+            teacher_BPKL = torch.stack([self._soften(batch, t) for t in self.temperatures], -1)
+            column = self.temperatures.index(self.temperature)
+            importance_BPK = importance(counts_BPK, teacher_BPKL, column)
+            return sampled_distillation(*given, indices_BPK, teacher_BPKL[..., column], importance_BPK, *common)
+        if indices_BPK is None:
+            indices_BPK = torch.arange(logits_BPV.shape[-1], device=logits_BPV.device).expand(logits_BPV.shape)
+        return distillation(*given, indices_BPK, self._soften(batch, self.temperature), *common, self.divergence)
+
+    def _soften(self, batch: Batch, temperature: float) -> Tensor:
+        column, base_column = (self.temperatures.index(t) for t in (temperature, 1.0))
+        return soften(batch["teacher_logprobs"], batch["teacher_logsumexp"], temperature, column, base_column)
+
+
+def soften(logprobs_BPK: Tensor, logsumexp_BPL: Tensor, temperature: float, column: int, base_column: int) -> Tensor:
+    """The teacher's log-probabilities at a temperature, from those at temperature 1."""
+    logits_BPK = logprobs_BPK + logsumexp_BPL[..., base_column, None]
+    return logits_BPK / temperature - logsumexp_BPL[..., column, None]

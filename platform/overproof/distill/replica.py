@@ -1,0 +1,126 @@
+"""A replica of the teacher: what it sees of some rows, written as files of the cache. Knows nothing of Ray.
+
+Shapes: B rows in a forward pass, P predictions in a row, V outputs, K slots for each prediction.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from overproof.artifact import Artifact, Draft
+from overproof.data.read import Columns, Shards
+from overproof.data.write import open_writer, to_table
+from overproof.distill.keep import keep, uniforms
+from overproof.distill.targets import CacheFile, CacheIndex
+from overproof.errors import InputError
+from overproof.files import FileEntry, file_sha256, filesystem, join, write_at_once
+from overproof.models import check_tokenizer, forward, load, to_tensors
+from overproof.recipe import Cache, Sampled
+from overproof.train.checkpoint import seal
+from overproof.train.engine import default_device
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every teacher replica is given."""
+
+    settings: Cache
+    index: CacheIndex
+    prepared: Artifact
+    trained: Artifact
+    draft: Draft
+
+    @property
+    def uri(self) -> str:
+        """Where finished files wait for the others: what a killed attempt has captured is not captured again."""
+        return join(self.draft.workspace, self.draft.fingerprint)
+
+
+class Teacher:
+    """One replica: reads train rows, runs the model, writes whole files."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.cache, self.layout = job, job.index.identity, job.index.identity.layout
+        torch.set_num_threads(max(1, int(job.settings.cpus_per_actor)))
+        self.device = default_device()
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
+        """Write the files with these numbers; a file is complete or absent. Bad input is reported, not raised."""
+        try:
+            for number in batch["file"]:
+                yield from self._write(self.job.index.files[int(number)])
+        except InputError as error:
+            yield _report(fault=str(error))
+
+    @cached_property
+    def rows(self) -> Shards:
+        return Shards(self.job.prepared.local(), "train")
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        folder = self.job.trained.local() / "model"
+        check_tokenizer(folder, self.rows.manifest)
+        return load(folder).to(self.device)
+
+    def _write(self, file: CacheFile) -> Iterator[dict[str, NDArray[Any]]]:
+        rows_per_group, columns = self.cache.rows_per_group, self.layout.schema
+        store, root = filesystem(self.job.uri)
+        store.create_dir(root, recursive=True)
+        path, in_all = f"{root}/{file.path}", 0.0
+        part = f"{path}.{secrets.token_hex(4)}.part"  # nobody else's: another job may capture the same file
+        groups = np.asarray(file.groups, np.int64)
+        ids = (groups[:, None] * rows_per_group + np.arange(rows_per_group)).ravel()
+        # As many whole row groups at a time as fit a forward pass, and at least one.
+        rows = max(1, self.job.settings.batch_size // rows_per_group) * rows_per_group
+        with store.open_output_stream(part) as stream, open_writer(stream, columns, rows_per_group) as writer:
+            for start in range(0, len(ids), rows):
+                here = ids[start : start + rows]
+                began = time.perf_counter()
+                found = self._targets(here)
+                seconds = time.perf_counter() - began
+                in_all += seconds
+                writer.write_table(to_table(found, columns), row_group_size=rows_per_group)
+                yield _report(rows=len(here), seconds=seconds)
+        entry = FileEntry(sha256=file_sha256(part, store), size_bytes=store.get_file_info(part).size)
+        store.move(part, path)
+        write_at_once(store, f"{path}.json", seal({"entry": entry.model_dump(), "seconds": in_all}))
+        yield _report(size_bytes=entry.size_bytes)
+
+    def _targets(self, sample_ids: NDArray[np.int64]) -> Columns:
+        size = self.job.settings.batch_size
+        parts = [self._forward(sample_ids[start : start + size]) for start in range(0, len(sample_ids), size)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    @torch.inference_mode()
+    def _forward(self, sample_ids: NDArray[np.int64]) -> Columns:
+        cache, rows = self.cache, self.rows.take(sample_ids)
+        prediction = forward(self.model, {name: value.to(self.device) for name, value in to_tensors(rows).items()})
+        outputs = prediction.logits_BPV.shape[-1]
+        if outputs != cache.outputs:
+            raise InputError(f"the teacher has {outputs} outputs; expected the data's {cache.outputs}")
+        uniform_BPK = None
+        if isinstance(cache.scheme, Sampled):
+            drawn = uniforms(cache.seed, sample_ids, cache.positions, cache.scheme.draws)
+            uniform_BPK = torch.from_numpy(drawn).to(self.device)
+        kept = keep(prediction.logits_BPV, prediction.targets_BP, cache.scheme, cache.temperatures, uniform_BPK)
+        found = {name: value.cpu().numpy() for name, value in kept.items()}
+        if not np.isfinite(found["logsumexp"]).all():
+            raise InputError(f"the teacher's outputs for row {sample_ids[0]} and after are not finite; train it anew")
+        own = {name: values for name, values in rows.items() if name in ("tokens", "label")}
+        mask = prediction.mask_BP.cpu().numpy()
+        return self.layout.encode({"sample_id": sample_ids, **own, "mask": mask, **found})
+
+
+def _report(rows: int = 0, seconds: float = 0.0, size_bytes: int = 0, fault: str = "") -> dict[str, NDArray[Any]]:
+    values = {"rows": rows, "seconds": seconds, "size_bytes": size_bytes, "fault": fault}
+    return {name: np.array([value]) for name, value in values.items()}
