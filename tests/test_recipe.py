@@ -41,6 +41,9 @@ def test_the_editor_schema_file_is_current() -> None:
         ("sweep.students.9.temperature=9", ["'9'", "list of 4"]),
         ("sweep.students.1.name=narrow-t2", ["'narrow-t2'", "every name once"]),
         ("cache.rows=10", ["cache.rows is 10", "raise cache.rows"]),
+        ("cache.scheme={kind: topq}", ["cache.scheme", "topq", "'topk', 'sampled', 'dense'"]),
+        ("cache.scheme={kind: topk, draws: 3}", ["cache.scheme.draws: unknown field"]),
+        ("cache.scheme={kind: sampled, draws: 0}", ["cache.scheme.draws: found 0"]),
         ("data.test_fraction=0.95", ["validation_fraction + test_fraction", "less than 1"]),
         ("compress={kind: gguf}", ["compress.kind is 'gguf'", "needs 'onnx'"]),
         ("name=Has Spaces", ["name", "pattern"]),
@@ -54,6 +57,15 @@ def test_a_bad_field_is_named_with_what_was_found_and_expected(override: str, wo
         load(DIGITS, (override,))
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_drawn_outputs_teach_forward_kl_alone(divergence: str) -> None:
+    sampled, other = "cache.scheme={kind: sampled}", f"sweep.students.1.divergence={divergence}"
+    load(DIGITS, (sampled,))
+    load(DIGITS, ("cache.scheme={kind: dense}", other))
+    with pytest.raises(InputError, match=rf"ask for {divergence} .*probabilities of outputs that were not drawn"):
+        load(DIGITS, (sampled, other))
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:

@@ -163,6 +163,11 @@ class Store:
     def _opened(self) -> tuple[fs.FileSystem, str]:
         return filesystem(self.uri)
 
+    @property
+    def local(self) -> bool:
+        """Whether it is a folder, which can be held by ``lock``."""
+        return isinstance(self._opened[0], fs.LocalFileSystem)
+
     def _uri(self, recipe: str, stage: str, print_: str) -> str:
         return join(self.uri, f"{recipe}/{stage}-{print_[:8]}")
 
@@ -216,16 +221,15 @@ class Store:
     def lock(self) -> Iterator[None]:
         """Hold the store for one run. The kernel lets go when the process ends, however it ends.
 
-        Object stores have no such lock: there, two runs of one recipe at the same time are up to the caller.
+        Object stores have no such lock: there, a cluster lets its jobs take turns (``pipeline.run_step``).
 
         Raises:
             InputError: the store cannot be written, or another run holds it.
         """
-        files, root = self._opened
-        if not isinstance(files, fs.LocalFileSystem):
+        if not self.local:
             yield
             return
-        path = Path(root) / ".lock"
+        path = Path(self._opened[1]) / ".lock"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = path.open("a+")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import signal
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from overproof.progress import NOTICE, Progress
 LOCAL_MIN_CPUS = 4  # logical: workers and readers share the cores of a small machine
 OBJECT_STORE_BYTES = 1 << 30
 POLL_S = 0.2
+HELD = "overproof-held"  # the namespace of what jobs hold
 
 
 def local_capacity() -> Capacity:
@@ -78,6 +81,37 @@ def _attached_capacity() -> Capacity:
             grown.append(Node(group.name, cpus, gpus, more))
     where = f"this cluster has {describe(now)}" + (f" and may add {describe(grown)}" if grown else "")
     return Capacity((*now, *grown), where)
+
+
+class _Held:
+    """Its name is the lock."""
+
+
+@contextmanager
+def alone(where: str, what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold something for this job among all jobs of the cluster, and wait while another one does.
+
+    Ray gives a name to one actor at a time, and frees it when the actor's job ends, however it ends.
+    """
+    import ray
+
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # as long as this process lives
+    name = f"{what} {hashlib.sha256(where.encode()).hexdigest()[:16]}"  # a URI may hold a secret
+    asking = ray.remote(num_cpus=0, max_restarts=-1, label_selector=here)(_Held).options(name=name, namespace=HELD)
+    held: Any = None
+    waited = False
+    while held is None:
+        try:
+            held = asking.remote()
+        except ValueError:  # another job's has the name
+            if not waited:
+                say(f"{what}: another job of this cluster is making it; waiting for it")
+            waited = True
+            time.sleep(POLL_S)
+    try:
+        yield
+    finally:
+        ray.kill(held)
 
 
 @contextmanager

@@ -32,6 +32,11 @@ def waiting(text: str) -> Iterator[None]:
         yield
 
 
+def notice(text: str) -> None:
+    """Tell of an event, on a line that stays."""
+    out.print(f"! {text}", style="yellow", markup=False)
+
+
 @contextmanager
 def bars() -> Iterator[Progress]:
     """Draw the progress of named tasks until the block ends."""
@@ -48,7 +53,7 @@ def bars() -> Iterator[Progress]:
 
         def show(task: str, done: int, total: int, note: str = "") -> None:
             if task == NOTICE:
-                out.print(f"! {note}", style="yellow", markup=False)
+                notice(note)
                 return
             if task not in ids:
                 ids[task] = int(drawn.add_task(task, total=total, note=note))

@@ -127,11 +127,27 @@ def run(recipe: Recipe, until: str = NAMES[-1]) -> dict[str, Artifact]:
                     capacity = cluster.connect()
                 check(recipe, capacity)
                 connected = True
-            done[step.stage.name] = _run_step(step, recipe, store, done)
+            done[step.stage.name] = run_step(step, recipe, store, done)
         return done
 
 
-def _run_step(step: Step, recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> Artifact:
+def run_step(step: Step, recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> Artifact:
+    """Run one stage, or take what another job of this cluster has left meanwhile.
+
+    A local store is held for the whole run. Of others, which have no locks, the cluster lets one job at a time make an
+    artifact; one that is killed leaves its place, and what it has finished, to the next.
+    """
+    if store.local:
+        return _make(step, recipe, store, done)
+    with cluster.alone(store.uri, f"{recipe.name}/{step.stage.name}-{step.fingerprint[:8]}", console.notice):
+        artifact = store.find(recipe.name, step.stage.name, step.fingerprint)
+        if artifact is None:
+            return _make(step, recipe, store, done)
+    console.out.print(f"[dim]· {step.stage.name:<9} done by another job   {artifact.id}[/]")
+    return artifact
+
+
+def _make(step: Step, recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> Artifact:
     name = step.stage.name
     parents = {parent: done[parent] for parent in step.stage.parents}
     for parent in parents.values():
