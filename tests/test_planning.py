@@ -45,8 +45,8 @@ def test_the_plan_of_a_language_model(tmp_path: Path, capsys: pytest.CaptureFixt
     assert code == 0
     assert "teacher: 1,721,664 parameters (with all 2,048 entries of the vocabulary); 2 workers, fp32, ZeRO 2" in out
     assert (
-        "targets of the teacher: 266,240 positions of at most 140 bytes, 37.3 MB; the teacher looks for about 89 s"
-        in (" ".join(out.split()))
+        "targets of the teacher, 32 likeliest outputs: 144.2 bytes a token, 266,240 tokens, 38.4 MB; "
+        "the teacher looks for about 89 s" in (" ".join(out.split()))
     )
     rows = [line for line in out.splitlines() if re.match(r"[0-3] ", line)]
     assert len(rows) == 4
@@ -56,6 +56,19 @@ def test_the_plan_of_a_language_model(tmp_path: Path, capsys: pytest.CaptureFixt
     assert set(found) == {"train", "cache", "sweep", "serve", "together", "storage", "memory", "upload", "time"}
     assert found["time"] == ("ok", "450,560 tokens in 440 steps at 1,000 tokens/s (as given): 8 min")
     assert found["train"][1].startswith("2 workers + 1 reader: 2 x 1 + 1 = 3 of ")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        ("{kind: sampled, draws: 50}", "50 drawn outputs: 262.2 bytes a token, 266,240 tokens, 69.8 MB"),
+        ("{kind: dense}", "whole distribution: 4,108.2 bytes a token, 266,240 tokens, 1.09 GB"),
+    ],
+)
+def test_the_plan_of_each_scheme(tmp_path: Path, capsys: pytest.CaptureFixture[str], scheme: str, words: str) -> None:
+    code, out, _ = plan(tmp_path, capsys, "--set", f"cache.scheme={scheme}", recipe=TEXT)
+    assert code == 0
+    assert f"targets of the teacher, {words}" in " ".join(out.split())
 
 
 def test_offload_says_what_lies_in_the_cpus_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,9 @@ def test_drawn_outputs_teach_forward_kl_alone(divergence: str) -> None:
     sampled, other = "cache.scheme={kind: sampled}", f"sweep.students.1.divergence={divergence}"
     load(DIGITS, (sampled,))
     load(DIGITS, ("cache.scheme={kind: dense}", other))
-    with pytest.raises(InputError, match=rf"ask for {divergence} .*probabilities of outputs that were not drawn"):
+    with pytest.raises(InputError, match=r"asks for reverse_kl"):
+        load(DIGITS, (sampled, "tune={space: {divergence: {kind: choice, values: [forward_kl, reverse_kl]}}}"))
+    with pytest.raises(InputError, match=rf"asks for {divergence}, .*probabilities of outputs that were not drawn"):
         load(DIGITS, (sampled, other))
 
 

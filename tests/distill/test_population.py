@@ -76,7 +76,9 @@ def test_the_worst_take_over_from_the_best(digits_world: World, digits_cache: Ar
     assert sorted(first) == pytest.approx(
         [1e-8 / 5, 1e-7 / 5, 1e-2 / 5, 3e-2 / 5]
     )  # of the first step of a warm-up of 4
-    assert max(trial["validation_loss"] for trial in trials) < 2.3  # the two that learned nothing by themselves stay at 2.8
+    assert (
+        max(trial["validation_loss"] for trial in trials) < 2.3
+    )  # the two that learned nothing by themselves stay at 2.8
     assert not list(Path(context.draft.workspace).glob("tune-*"))
 
 

@@ -20,7 +20,7 @@ from overproof.artifact import Artifact, Store
 from overproof.data.read import Shards
 from overproof.distill.job import Job, rungs
 from overproof.distill.student import Run
-from overproof.distill.sweep import slots, sweep
+from overproof.distill.sweep import check_cache, slots, sweep
 from overproof.distill.targets import INDEX, CacheIndex
 from overproof.distill.teacher import cache
 from overproof.errors import InputError
@@ -200,6 +200,26 @@ def job_of(context: Context, name: str) -> Job:
     job = next(job for job in jobs(context) if job.name == name)
     fresh = dataclasses.replace(job.checkpoints, uri=f"{job.checkpoints.uri}-{secrets.token_hex(4)}")
     return dataclasses.replace(job, checkpoints=fresh)
+
+
+def test_a_student_learns_alike_from_every_scheme(digits_world: World, digits_cache: Artifact) -> None:
+    """All ten classes, once as the top 10 and once as they are, are the same teacher; drawn ones are close to it."""
+    ends = {}
+    for scheme in ({"kind": "topk", "k": 10}, {"kind": "dense"}, {"kind": "sampled", "draws": 300}):
+        cached = capture(digits_world, 400, scheme=scheme)
+        students = [{**STUDENTS[0], "teacher_weight": 1.0}]
+        context = digits_world.context(
+            "sweep", cached=cached, cache={"scheme": scheme}, sweep={**SWEEP, "students": students}, tune=TUNE
+        )
+        check_cache(context)
+        run = Run(job_of(context, "wide"))
+        ends[scheme["kind"]] = [run.advance() for _ in range(4)][-1].curve[-1]["validation_loss"]
+    assert ends["dense"] == pytest.approx(ends["topk"], rel=1e-4)
+    assert ends["sampled"] == pytest.approx(ends["topk"], rel=0.02)
+    with pytest.raises(InputError, match=r"made with another scheme"):
+        check_cache(
+            digits_world.context("sweep", cached=digits_cache, cache={"scheme": {"kind": "dense"}}, sweep=SWEEP)
+        )
 
 
 WILD = {**STUDENTS[3], "name": "wild", "model": {**NARROW, "initializer_range": 1e30}}

@@ -12,7 +12,7 @@ from distill_world import SEED, World, replica
 from overproof.data.manifest import MANIFEST, TOKENIZER, Manifest
 from overproof.data.plan import Order
 from overproof.distill.targets import TEACHER, CacheIndex, Targets
-from overproof.distill.teacher import cache
+from overproof.distill.teacher import cache, check_fits
 from overproof.errors import InputError
 from overproof.models import build, save
 from overproof.recipe import Llama
@@ -71,6 +71,15 @@ def test_a_teacher_of_another_tokenizer_is_refused(text_world: World, tmp_path: 
 def test_more_targets_than_outputs_are_refused(digits_world: World) -> None:
     with pytest.raises(InputError, match=r"cache\.scheme\.k: found 11; the data has 10 outputs"):
         cache(digits_world.context("cache", cache={"scheme": {"kind": "topk", "k": 11}}))
+
+
+def test_a_row_group_beyond_a_page_is_refused(text_world: World) -> None:
+    whole = replica(text_world, None, scheme={"kind": "dense"})[1].identity
+    check_fits(whole)
+    with pytest.raises(
+        InputError, match=r"whole distribution of 8 rows of 2048 positions take 4\.98 GB; expected at most"
+    ):
+        check_fits(whole.model_copy(update={"outputs": 151_936, "positions": 2048}))
 
 
 def test_a_teacher_of_other_outputs_is_reported(text_world: World, tmp_path: Path) -> None:

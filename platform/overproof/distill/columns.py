@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from overproof.data.read import Columns
-from overproof.data.schema import UINT16_VOCABULARY, numbers, row_bytes
+from overproof.data.schema import UINT16_VOCABULARY, numbers
 from overproof.recipe import Dense, Sampled, Scheme, TopK
 
 LOW_BITS = 16
@@ -62,28 +62,29 @@ class Layout:
         return max(LOW_BITS, (self.outputs - 1).bit_length())
 
     @property
+    def columns(self) -> dict[str, tuple[np.dtype[Any], int]]:
+        """Which numbers each column holds, and how many a row, `sample_id` left out."""
+        entries, packed = self.positions * self.slots, self.bits > LOW_BITS
+        output = "<u2" if self.outputs <= UINT16_VOCABULARY else "<u4"
+        columns = {"tokens": (output, self.positions + 1)} if self.text else {"label": (output, 1)}
+        columns |= {
+            "mask": ("u1", -(-self.positions // 8)),
+            "label_logprob": ("<f2", self.positions),
+            "logsumexp": ("<f4", self.positions * self.temperatures),
+            "logprobs": ("<f2", entries),
+        }
+        if not isinstance(self.scheme, Dense):
+            columns["indices"] = ("u1", packed_bytes(entries, self.bits)) if packed else ("<u2", entries)
+        if isinstance(self.scheme, TopK):
+            columns["tail"] = ("<f4", self.positions)
+        if isinstance(self.scheme, Sampled):
+            columns["counts"] = ("u1" if self.scheme.draws < 256 else "<u2", entries)
+        return {name: (np.dtype(kind), count) for name, (kind, count) in columns.items()}
+
+    @property
     def schema(self) -> pa.Schema:
         """The columns of a file; none may be null."""
-        entries = self.positions * self.slots
-        output = "<u2" if self.outputs <= UINT16_VOCABULARY else "<u4"
-        tokens = ("tokens", output, self.positions + 1) if self.text else ("label", output, 1)
-        columns: list[tuple[str, str, int]] = [
-            tokens,
-            ("mask", "u1", -(-self.positions // 8)),
-            ("label_logprob", "<f2", self.positions),
-            ("logsumexp", "<f4", self.positions * self.temperatures),
-            ("logprobs", "<f2", entries),
-        ]
-        if not isinstance(self.scheme, Dense):
-            narrow = self.bits == LOW_BITS
-            columns.append(
-                ("indices", "<u2", entries) if narrow else ("indices", "u1", packed_bytes(entries, self.bits))
-            )
-        if isinstance(self.scheme, TopK):
-            columns.append(("tail", "<f4", self.positions))
-        if isinstance(self.scheme, Sampled):
-            columns.append(("counts", "u1" if self.scheme.draws < 256 else "<u2", entries))
-        fields = [numbers(name, np.dtype(kind), count) for name, kind, count in columns]
+        fields = [numbers(name, kind, count) for name, (kind, count) in self.columns.items()]
         return pa.schema([pa.field("sample_id", pa.int64(), nullable=False), *fields])
 
     @property
@@ -93,8 +94,13 @@ class Layout:
         return ("logprobs", "logsumexp", *given[type(self.scheme)])
 
     @property
+    def column_bytes(self) -> dict[str, int]:
+        """Of a row in each column."""
+        return {"sample_id": 8} | {name: kind.itemsize * count for name, (kind, count) in self.columns.items()}
+
+    @property
     def row_bytes(self) -> int:
-        return row_bytes(self.schema)
+        return sum(self.column_bytes.values())
 
     def encode(self, values: Columns) -> Columns:
         """Arrays of any shape (B, ...) as the flat columns of a file; a mask is bool, indices are integers."""

@@ -81,7 +81,7 @@ def check_fits(cache: Identity) -> None:
         raise InputError(
             f"cache.scheme.k: found {scheme.k}; the data has {cache.outputs} outputs: expected at most that"
         )
-    page = max(field.type.bit_width // 8 for field in layout.schema) * cache.rows_per_group
+    page = max(layout.column_bytes.values()) * cache.rows_per_group
     if page > PAGE_BYTES:
         raise InputError(
             f"cache.scheme: {scheme.words} of {cache.rows_per_group} rows of {cache.positions} positions take "
