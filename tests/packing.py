@@ -36,7 +36,7 @@ IMAGE_MODEL = {"kind": "vit", "hidden_size": 16, "intermediate_size": 32, "layer
 def make_recipe(kind: str, store: Path, *overrides: str) -> Recipe:
     """A recipe of the repository with a model small enough for a test."""
     name, model = ("stdlib-lm", TEXT_MODEL) if kind == "text" else ("digits", IMAGE_MODEL)
-    student = {"name": "only", "model": model, "temperature": 1.0}
+    student = {"name": "student", "model": model, "temperature": 1.0}
     settings = (f"store={store}", f"sweep.students={json.dumps([student])}", f"train.model={json.dumps(model)}")
     return load(RECIPES / f"{name}.yaml", (*settings, *overrides))
 
@@ -62,7 +62,7 @@ def make_parents(recipe: Recipe) -> dict[str, Artifact]:
 
     add("train", lambda folder: save(folder / "model", 0))
     add("cache", lambda folder: (folder / "cache.json").write_text("{}"))
-    add("sweep", lambda folder: (save(folder / "student", 1), save(folder / "control", 2), _trials(folder)))
+    add("sweep", lambda folder: (save(folder / "students/student", 1), save(folder / "control", 2), _trials(folder)))
     add("compress", lambda folder: _compress(recipe, done, folder))
     add("evaluate", lambda folder: _evaluate(recipe, done["compress"].local(), folder))
     add("gate", lambda folder: _gate(recipe, done["evaluate"].local(), folder))
@@ -135,15 +135,17 @@ def _train(model: Any, tokenizer: Tokenizer) -> None:
 
 
 def _trials(folder: Path) -> None:
-    trial = {"name": "only", "parameters": 12345, "steps": 30, "validation_loss": 1.5}
+    trial = {"name": "student", "parameters": 12345, "steps": 30, "validation_loss": 1.5}
     (folder / "trials.json").write_text(
-        json.dumps({"winner": "only", "trials": [trial], "control": trial | {"name": "control"}})
+        json.dumps(
+            {"winner": "student", "kept": ["student"], "trials": [trial], "control": trial | {"name": "control"}}
+        )
     )
 
 
 def _compress(recipe: Recipe, done: dict[str, Artifact], folder: Path) -> None:
     """As the compress stage does, with one slow export where that makes three."""
-    text, student = recipe.data.kind == "text", done["sweep"].local() / "student"
+    text, student = recipe.data.kind == "text", done["sweep"].local() / "students/student"
     tokenizer, exports = done["prepare"].local() / "tokenizer.json", []
     whole = folder / ("student.gguf" if text else "student.onnx")
     if text:
@@ -161,7 +163,13 @@ def _compress(recipe: Recipe, done: dict[str, Artifact], folder: Path) -> None:
             quantize_onnx(whole, file)
     for file in sorted((*folder.glob("*.gguf"), *folder.glob("*.onnx")), key=lambda f: f.stem, reverse=True):
         _, _, format = file.stem.partition("-")
-        export = {"name": file.stem, "file": file.name, "format": format or ("f16" if text else "fp32")}
+        student = None if file.stem in ("teacher", "control") else "student"
+        export = {
+            "name": file.stem,
+            "student": student,
+            "file": file.name,
+            "format": format or ("f16" if text else "fp32"),
+        }
         exports.append(export | {"size_bytes": file.stat().st_size, "candidate": bool(format)})
     (folder / "exports.json").write_text(json.dumps(exports))
 
@@ -172,7 +180,7 @@ def _evaluate(recipe: Recipe, compressed: Path, folder: Path) -> None:
     exports = json.loads((compressed / "exports.json").read_text())
     measured = [
         Measured(
-            **{key: export[key] for key in ("name", "format", "size_bytes", "candidate")}
+            **{key: export[key] for key in ("name", "student", "format", "size_bytes", "candidate")}
             | ({"size_bytes": 100 * export["size_bytes"]} if export["name"] == "teacher" else {}),
             sha256=file_sha256(compressed / export["file"]),
             metrics={

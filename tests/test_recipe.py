@@ -40,6 +40,7 @@ def test_the_editor_schema_file_is_current() -> None:
         ("sweep.students.0.temperature=9", ["temperature 9", "cache.temperatures"]),
         ("sweep.students.9.temperature=9", ["'9'", "list of 4"]),
         ("sweep.students.1.name=narrow-t2", ["'narrow-t2'", "every name once"]),
+        ("sweep.students.1.name=wide-t2-int8", ["'wide-t2-int8'", "compressed file of another"]),
         ("cache.rows=10", ["cache.rows is 10", "raise cache.rows"]),
         ("cache.scheme={kind: topq}", ["cache.scheme", "topq", "'topk', 'sampled', 'dense'"]),
         ("cache.scheme={kind: topk, draws: 3}", ["cache.scheme.draws: unknown field"]),

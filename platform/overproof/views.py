@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -11,6 +12,9 @@ from overproof.artifact import RECORD, Artifact, Record, Store
 from overproof.console import out
 from overproof.files import read_json
 from overproof.recipe import Recipe
+
+if TYPE_CHECKING:
+    from overproof.evaluate.metrics import Measured
 
 
 def ls(store: str) -> int:
@@ -55,24 +59,28 @@ def summary(recipe: Recipe) -> None:
     passed = {c.name: c.passed for c in verdict.candidates}
     text = report.quality == "bits_per_byte"
     speed, unit = ("decode_tokens_per_s", "tokens/s") if text else ("images_per_s", "images/s")
-    table = Table(
-        "model", "bits per byte" if text else "accuracy", "agreement", "MB", unit, "verdict", title=recipe.name
-    )
+    table = Table("model", "bits per byte" if text else "accuracy", "agreement", "MB", "p50 / p95 ms", unit, "verdict",
+                  title=recipe.name)  # fmt: skip
     for measured in report.measured:
         quality, agreement = measured.metrics[report.quality], measured.metrics["agreement"]
         half = ((quality.high or quality.value) - (quality.low or quality.value)) / 2
         word = "" if measured.name not in passed else "[green]passed[/]" if passed[measured.name] else "[red]refused[/]"
         rate = measured.metrics.get(speed)  # a model may end every answer at once
         table.add_row(measured.name, f"{quality.value:.4f} ± {half:.4f}", f"{agreement.value:.1%}",
-                      f"{measured.size_bytes / 1e6:.2f}", f"{rate.value:,.0f}" if rate else "",
+                      f"{measured.size_bytes / 1e6:.2f}", _latency(measured), f"{rate.value:,.0f}" if rate else "",
                       f"{word}{' · shipped' if measured.name == verdict.chosen else ''}")  # fmt: skip
     out.print(table)
-    gain = report.compare("student", "control")
+    gain = report.compare(report.winner, "control")
     if gain and gain.low is not None and gain.high is not None:
         unit = "%" if text else "points"
         out.print(
-            f"the student is {-100 * gain.value:+.2f} {unit} better than the control, at equal steps "
+            f"{report.winner} is {-100 * gain.value:+.2f} {unit} better than the control, at equal steps "
             f"(interval {-100 * gain.high:+.2f} to {-100 * gain.low:+.2f} {unit}): what distillation bought"
         )
     if found["report"]:
         out.print(f"picture  {found['report'].uri}/report.png\nreport   {found['report'].uri}/report.html")
+
+
+def _latency(measured: Measured) -> str:
+    p50, p95 = (1000 * measured.metrics[f"latency_p{share}_s"].value for share in (50, 95))
+    return f"{p50:.3g} / {p95:.3g}"

@@ -19,6 +19,7 @@ from distill_world import World, capture, jobs, make
 from overproof.artifact import Artifact, Store
 from overproof.data.read import Shards
 from overproof.distill.job import Job, rungs
+from overproof.distill.survivors import survivors
 from overproof.distill.student import Run
 from overproof.distill.sweep import check_cache, slots, sweep
 from overproof.distill.targets import INDEX, CacheIndex
@@ -112,7 +113,7 @@ def test_every_student_is_accounted_for(swept: Swept) -> None:
     assert all(trial["steps"] in {8, 16, STEPS} for trial in trials.values())  # stopped at a rung
     winner = trials[swept.trials["winner"]]
     assert winner["validation_loss"] == min(trial["validation_loss"] for trial in finished)
-    assert swept.metrics["winner"] == winner["name"]
+    assert swept.metrics["winner"] == winner["name"] == swept.trials["kept"][0]
     assert swept.metrics["stopped_early"] == len(trials) - len(finished)
     assert trials["narrow"]["parameters"] < trials["wide"]["parameters"]
 
@@ -161,7 +162,7 @@ def test_the_written_models_are_the_ones_that_were_judged(swept: Swept, digits_w
     rows = Shards(digits_world.root, "validation")
     run = Run(job_of(swept.context, "wide"))
     for folder, trial in (
-        ("student", next(t for t in swept.trials["trials"] if t["name"] == swept.trials["winner"])),
+        *((f"students/{t['name']}", t) for t in swept.trials["trials"] if t["name"] in swept.trials["kept"]),
         ("control", swept.trials["control"]),
     ):
         model = load(swept.folder / folder)
@@ -179,8 +180,11 @@ def test_a_trial_is_its_run_alone(swept: Swept) -> None:
 
 
 def test_nothing_else_is_left_or_printed(swept: Swept) -> None:
-    assert {path.name for path in swept.folder.iterdir()} == {"student", "control", "curves", "trials.json"}
-    assert {path.name for path in (swept.folder / "student").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in swept.folder.iterdir()} == {"students", "control", "curves", "trials.json"}
+    assert {path.name for path in (swept.folder / "students").iterdir()} == set(swept.trials["kept"])
+    for name in swept.trials["kept"]:
+        model = swept.folder / "students" / name
+        assert {path.name for path in model.iterdir()} == {"config.json", "model.safetensors"}
     assert swept.junk == set()
     assert swept.printed == ""
 
@@ -296,9 +300,9 @@ def test_text_is_cached_and_swept_on_an_object_store(s3_uri: str) -> None:
     context = world.context("sweep", cached=cached)
     artifact = context.draft.commit(sweep(context), 0)
     parts = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-    models = {f"{folder}/{part}" for folder in ("student", "control") for part in parts}
+    models = {f"{folder}/{part}" for folder in ("students/only", "control") for part in parts}
     assert set(artifact.record.files) == models | {"curves/only.jsonl", "curves/control.jsonl", "trials.json"}
-    load(artifact.local() / "student")
+    load(artifact.local() / "students/only")
 
 
 def test_a_cache_of_another_teacher_is_refused(digits_world: World) -> None:
@@ -339,6 +343,24 @@ def test_rungs_are_before_the_last_step() -> None:
     assert list(rungs(NoStop(), 50)) == []
 
 
-def test_no_student_takes_the_name_of_the_control() -> None:
-    with pytest.raises(ValueError, match="'control', the name of the one trained without the teacher"):
-        Sweep.model_validate({**SWEEP, "students": [{**STUDENTS[0], "name": "control"}]})
+@pytest.mark.parametrize(
+    ("name", "whose"), [("control", "one trained without the teacher"), ("teacher", "large model")]
+)
+def test_no_student_takes_the_name_of_another_model(name: str, whose: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}', the name of the {whose}"):
+        Sweep.model_validate({**SWEEP, "students": [{**STUDENTS[0], "name": name}]})
+
+
+def trial(name: str, loss: float | None, parameters: int, status: str = "finished") -> dict[str, Any]:
+    return {"name": name, "validation_loss": loss, "parameters": parameters, "status": status}
+
+
+def test_kept_are_the_best_and_the_smaller_ones_that_none_beats() -> None:
+    trials = [
+        trial("beaten", 2.0, 30), trial("small", 3.0, 5), trial("best", 1.0, 20), trial("equal", 1.0, 20),
+        trial("middle", 2.0, 10), trial("stopped", 0.5, 1, "stopped"), trial("failed", None, 1, "failed"),
+    ]  # fmt: skip
+    assert survivors(trials, "best", 9) == ["best", "middle", "small"]
+    assert survivors(trials, "equal", 2) == ["equal", "middle"]
+    assert survivors(trials, "best", 1) == ["best"]
+    assert survivors([*trials, trial("tie", 1.0, 7)], "best", 9) == ["best", "tie", "small"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -133,9 +134,9 @@ def recipe(kind: str, rules: Sequence[dict[str, Any]] = RULES) -> Recipe:
             "name": f"test-{kind}",
             "data": {"kind": kind},
             "train": {**optimization, "model": model},
-            "sweep": {**optimization, "students": [{"name": "s", "model": model}]},
+            "sweep": {**optimization, "students": [{"name": "student", "model": model}]},
             "compress": {"kind": "gguf" if kind == "text" else "onnx"},
-            "evaluate": {"bootstrap_samples": 500, "threads": 1, "decode_tokens": 16},
+            "evaluate": {"bootstrap_samples": 500, "threads": 1, "decode_tokens": 16, "timed_requests": 20},
             "gate": {"rules": list(rules)},
         }
     )
@@ -161,7 +162,10 @@ def _compressed(kind: str, store: Store) -> dict[str, Artifact]:
     train(big, root, folder / "model", 120)
     done["train"] = draft.commit({}, 0.0)
     draft, folder = artifact(store, "sweep", kind)
-    train(small, root, folder / "student", 100)
+    kept = ["student", "brief"] if kind == "digits" else ["student"]
+    for name, steps in zip(kept, (100, 70), strict=False):
+        train(small, root, folder / "students" / name, steps)
+    (folder / "trials.json").write_text(json.dumps({"kept": kept}))
     train(small, root, folder / "control", 40)
     done["sweep"] = draft.commit({}, 0.0)
     draft, _ = artifact(store, "compress", kind)

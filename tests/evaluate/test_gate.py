@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from overproof.errors import InputError
 from overproof.evaluate.gate import Verdict, judge
 from overproof.evaluate.metrics import Comparison, Measured, Metric, Report
 from overproof.recipe import Gate
 
 REGRESSION = {"kind": "regression", "against": "student", "at_most": 0.03}
+STUDENT = dict.fromkeys(("student", "big", "small", "q", "bare"), "student")
 PARITY = {"kind": "parity", "at_most": 0.1}
 
 
@@ -20,7 +22,13 @@ def metric(value: float, low: float | None = None, high: float | None = None) ->
 
 def measured(name: str, size_bytes: int, candidate: bool, **metrics: Metric) -> Measured:
     return Measured(
-        name=name, format="any", size_bytes=size_bytes, sha256="0" * 64, candidate=candidate, metrics=metrics
+        name=name,
+        student=STUDENT.get(name),
+        format="any",
+        size_bytes=size_bytes,
+        sha256="0" * 64,
+        candidate=candidate,
+        metrics=metrics,
     )
 
 
@@ -130,3 +138,32 @@ def test_accuracy_is_told_in_points() -> None:
     assert found.candidates[1].reasons[0].text == (
         "accuracy 1.20 points lower than student (interval 0.20 to 2.10 points), allowed 2 points"
     )
+
+
+def test_each_candidate_is_held_against_its_own_student() -> None:
+    sizes = (("wide", "wide", 400), ("slim", "slim", 150), ("wide-q", "wide", 100), ("slim-q", "slim", 90))
+    pair = tuple(
+        Measured(name=n, student=s, format="any", size_bytes=b, sha256="0" * 64, candidate=n != s, metrics={})
+        for n, s, b in sizes
+    )
+    both = report(("wide-q", "wide", 0.01, 0.0, 0.02), ("slim-q", "slim", 0.05, 0.04, 0.06),
+                  ("slim-q", "wide", 0.0, 0.0, 0.0), measured=pair)  # fmt: skip
+    assert both.winner == "wide"
+    found = verdict([REGRESSION, {"kind": "smaller", "against": "student", "at_least": 2}], both)
+    assert found.chosen == "wide-q"
+    assert [r.text for r in found.candidates[1].reasons] == [
+        "bits_per_byte 5.00 % worse than slim (interval 4.00 to 6.00 %), allowed 3 %",
+        "1.67 times smaller than slim, needed 2 times",
+    ]
+
+
+def test_a_named_candidate_is_chosen_if_it_passed_and_no_other_instead() -> None:
+    both = report(("big", "student", 0.01, 0.0, 0.02), ("small", "student", 0.02, 0.01, 0.029))
+    named = Gate.model_validate({"rules": [REGRESSION], "candidate": "big"})
+    assert judge(named, both).chosen == "big"
+    bad = report(("big", "student", 0.05, 0.04, 0.06), ("small", "student", 0.02, 0.01, 0.029))
+    refused = judge(named, bad)
+    assert (refused.passed, refused.chosen) == (False, None)
+    assert [c.passed for c in refused.candidates] == [False, True]
+    with pytest.raises(InputError, match=r"gate\.candidate: found 'huge'; expected one of big, small"):
+        judge(Gate.model_validate({"rules": [REGRESSION], "candidate": "huge"}), both)

@@ -46,7 +46,9 @@ def test_bits_per_byte_is_the_ratio_of_sums() -> None:
     )
     assert metrics["student"]["bits_per_byte"].value == pytest.approx(2.0)
     assert metrics["student"]["bits_per_byte"].n == 2
-    (worse,) = comparisons
+    better, worse = comparisons
+    assert (better.name, better.against) == ("student", "small")
+    assert better.value == pytest.approx(-0.1 / 1.1)
     assert (worse.name, worse.against) == ("small", "student")
     assert worse.value == pytest.approx(0.1)
 
@@ -57,7 +59,7 @@ def test_accuracy_drop_is_positive_when_worse() -> None:
         "student": units_of(np.array([1, 1, 1, 0]), ones),
         "small": units_of(np.array([1, 1, 0, 0]), ones),
     }
-    metrics, (drop,) = quality_metrics("accuracy", exports, Bootstrap(100, 0.95, 0))
+    metrics, (_, drop) = quality_metrics("accuracy", exports, Bootstrap(100, 0.95, 0))
     assert metrics["student"]["accuracy"].value == 0.75
     assert drop.value == 0.25
 
@@ -66,7 +68,7 @@ def test_pairing_is_narrower_than_two_separate_intervals() -> None:
     generator = np.random.default_rng(3)
     size, nats = documents(60, generator)
     exports = {"student": units_of(nats, size), "small": units_of(nats * 1.01, size)}
-    metrics, (paired,) = quality_metrics("bits_per_byte", exports, Bootstrap(500, 0.95, 0))
+    metrics, (_, paired) = quality_metrics("bits_per_byte", exports, Bootstrap(500, 0.95, 0))
     alone = [metrics[name]["bits_per_byte"] for name in ("small", "student")]
     assert paired.low == pytest.approx(0.01)
     assert paired.high == pytest.approx(0.01)
@@ -84,7 +86,7 @@ def test_same_seed_same_report_other_seed_another() -> None:
 
 def test_one_unit_has_no_interval() -> None:
     one = {"student": units_of(np.array([2.0]), np.array([1])), "small": units_of(np.array([2.0]), np.array([1]))}
-    metrics, (comparison,) = quality_metrics("bits_per_byte", one, Bootstrap(100, 0.95, 0))
+    metrics, (_, comparison) = quality_metrics("bits_per_byte", one, Bootstrap(100, 0.95, 0))
     assert metrics["small"]["bits_per_byte"].low is None
     assert comparison.low is None
     assert comparison.high is None

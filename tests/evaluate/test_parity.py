@@ -21,7 +21,7 @@ from overproof.evaluate.runner import probe_images, probe_text
 from overproof.recipe import Evaluate
 from overproof.serve.engines.onnx import OnnxClassifier
 
-SETTINGS = Evaluate(threads=1, decode_tokens=16, probe_prompts=4, probe_tokens=16)
+SETTINGS = Evaluate(threads=1, decode_tokens=16, timed_requests=20, probe_prompts=4, probe_tokens=16)
 # llama.cpp rounds keys, values and activations to half precision beside f16 weights, activations to 8 bits beside
 # quantised ones. What is broken is off by more, in these barely trained models too.
 ROUNDING_NATS = {"f16": 0.01, "q8_0": 0.15, "q4_0": 0.15}
@@ -34,6 +34,9 @@ def test_engine_gives_the_references_logprobs(text: dict[str, Artifact], name: s
     assert found["parity_nats"].n == 4 * 16
     assert found["tokenizer_mismatches"].value == 0
     assert found["decode_tokens_per_s"].value > 100
+    assert found["latency_p95_s"].n == 20
+    assert found["latency_p50_s"].value <= found["latency_p95_s"].value
+    assert found["time_to_first_token_s"].value < found["latency_p50_s"].value
     assert 0 < found["time_to_first_token_s"].value < 5
     assert 20 < found["resident_before_load_mb"].value < found["resident_mb"].value < 400
 

@@ -21,7 +21,8 @@ from overproof.progress import quiet
 from overproof.recipe import Recipe
 from overproof.stage import Context
 
-STUDENTS = {"text": ["student-q8_0", "student-q4_0"], "digits": ["student-int8"]}
+KEPT = {"text": ["student"], "digits": ["student", "brief"]}
+STUDENTS = {"text": ["student-q8_0", "student-q4_0"], "digits": ["student-int8", "brief-int8"]}
 
 
 def run(stage: Any, of: Recipe, parents: dict[str, Artifact], folder: Path) -> Artifact:
@@ -39,11 +40,21 @@ def test_report_and_verdict(
     asked = make_recipe(kind)
     evaluated = run(evaluate, asked, parents, tmp_path)
     report = Report.model_validate_json((evaluated.local() / "report.json").read_bytes())
-    assert [m.name for m in report.measured] == ["teacher", "control", "student", *STUDENTS[kind]]
+    assert [m.name for m in report.measured] == ["teacher", "control", *KEPT[kind], *STUDENTS[kind]]
+    assert report.winner == "student"
+    names = [m.name for m in report.measured]
+    assert {(c.name, c.against) for c in report.comparisons} == {(a, b) for a in names for b in names if a != b}
     by_name = {m.name: m.metrics for m in report.measured}
     speed = {"decode_tokens_per_s", "time_to_first_token_s"} if kind == "text" else {"images_per_s"}
     for metrics in by_name.values():
-        assert {report.quality, "agreement", "resident_mb", "parity_nats"} | speed <= metrics.keys()
+        assert {
+            report.quality,
+            "agreement",
+            "latency_p50_s",
+            "latency_p95_s",
+            "resident_mb",
+            "parity_nats",
+        } | speed <= metrics.keys()
     assert by_name["teacher"]["agreement"].value == 1
     assert by_name["student"]["agreement"].value < 1
     better = report.compare("student", "control")
@@ -63,7 +74,10 @@ def test_report_and_verdict(
     judged = run(gate, asked, {"evaluate": evaluated}, tmp_path)
     verdict = Verdict.model_validate_json((judged.local() / "verdict.json").read_bytes())
     assert verdict.passed, verdict
-    assert verdict.chosen == STUDENTS[kind][-1]
+    smallest = min((m for m in report.measured if m.candidate), key=lambda m: (m.size_bytes, m.name))
+    assert verdict.chosen == smallest.name
+    for judgement in verdict.candidates:  # each against its own student
+        assert f"than {judgement.name.partition('-')[0]} (" in judgement.reasons[0].text
     assert judged.record.metrics == {"passed": True, "chosen": verdict.chosen}
 
     strict = make_recipe(kind, [{"kind": "smaller", "against": "teacher", "at_least": 1000}])
@@ -76,6 +90,9 @@ def test_compress_writes_what_is_listed(text: dict[str, Artifact], digits: dict[
         root = done["compress"].local()
         exports = read_exports(root)
         assert [e.name for e in exports if e.candidate] == STUDENTS[kind]
+        assert {e.name: e.student for e in exports} == {"teacher": None, "control": None} | {
+            name: name.partition("-")[0] for name in KEPT[kind] + STUDENTS[kind]
+        }
         listed = {e.file: e.size_bytes for e in exports} | {
             name: (root / name).stat().st_size for name in ("exports.json", "artifact.json")
         }

@@ -51,7 +51,7 @@ def test_image_scores_are_torchs(digits: dict[str, Artifact]) -> None:
     shards = Shards(root, "test")
     batch = models.to_tensors(shards.take(np.arange(shards.rows)))
     with torch.inference_mode():
-        prediction = models.forward(models.load(digits["sweep"].local() / "student"), batch)
+        prediction = models.forward(models.load(digits["sweep"].local() / "students/student"), batch)
     right_B = prediction.logits_BPV[:, 0].argmax(-1) == batch["label"]
     assert found.quality.mean() == pytest.approx(float(right_B.double().mean()), abs=0.004)
     assert found.quality.mean() > 0.3  # of ten classes

@@ -26,17 +26,21 @@ F16_NATS, FP32_NATS = 0.1, 1e-4
 
 
 class Export(BaseModel):
-    """One exported file. Candidates are what the gate may choose from; the others are what they are held against."""
+    """One exported file. Candidates are what the gate may choose from; the others are what they are held against.
+
+    ``student`` is the one it was made from, None for teacher and control; its unquantised file bears its name.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
+    student: str | None
     file: str
     format: str
     size_bytes: int
     candidate: bool
 
 
-Add = Callable[[str, Path, str, bool], None]  # name, file, format, candidate
+Add = Callable[[str, str | None, Path, str], None]  # name, student, file, format
 EXPORT_LIST = TypeAdapter(tuple[Export, ...])
 
 
@@ -46,60 +50,74 @@ def read_exports(root: Path) -> tuple[Export, ...]:
 
 
 def compress(context: Context) -> dict[str, Any]:
-    """Write teacher, control and student unquantised, and the student in every format of the recipe.
+    """Write teacher, control and every kept student unquantised, and those students in every format of the recipe.
 
     Raises:
         InputError: a model or tokenizer has a feature that the format does not cover.
         RuntimeError: an unquantised file, read back, is not the model it was made from.
     """
-    sources = {
-        "teacher": context.parents["train"].local() / "model",
-        "control": context.parents["sweep"].local() / "control",
-        "student": context.parents["sweep"].local() / "student",
-    }
-    settings = context.recipe.compress
-    total = len(sources) + len(settings.formats)
+    swept, settings = context.parents["sweep"].local(), context.recipe.compress
+    kept: list[str] = json.loads((swept / "trials.json").read_text(encoding="utf-8"))["kept"]
+    references = {"teacher": context.parents["train"].local() / "model", "control": swept / "control"}
+    students = {name: swept / "students" / name for name in kept}
+    total = len(references) + len(students) * (1 + len(settings.formats))
     exports: list[Export] = []
 
-    def add(name: str, file: Path, format: str, candidate: bool) -> None:
-        size_bytes = file.stat().st_size
-        exports.append(Export(name=name, file=file.name, format=format, size_bytes=size_bytes, candidate=candidate))
+    def add(name: str, student: str | None, file: Path, format: str) -> None:
+        size_bytes, candidate = file.stat().st_size, student not in (None, name)
+        exports.append(
+            Export(
+                name=name, student=student, file=file.name, format=format, size_bytes=size_bytes, candidate=candidate
+            )
+        )
         context.progress("compress", len(exports), total, f"{file.name} {size_bytes / 1e6:.2f} MB")
 
     context.progress("compress", 0, total, f"teacher to {settings.kind}")
     with context.draft.directory() as root:
         if isinstance(settings, Gguf):
             tokenizer = context.parents["prepare"].local() / TOKENIZER
-            _export_text(sources, tokenizer, settings, context.recipe.name, root, add)
+            _export_text(references, students, tokenizer, settings, context.recipe.name, root, add)
             shutil.copyfile(tokenizer, root / TOKENIZER)
         else:
-            _export_images(sources, settings, root, add)
+            _export_images(references, students, settings, root, add)
         (root / EXPORTS).write_text(json.dumps([e.model_dump() for e in exports], indent=1) + "\n", encoding="utf-8")
     return {"size_bytes": {export.name: export.size_bytes for export in exports}}
 
 
-def _export_text(sources: dict[str, Path], tokenizer: Path, settings: Gguf, recipe: str, root: Path, add: Add) -> None:
-    for name, source in sources.items():
+def _export_text(
+    references: dict[str, Path],
+    students: dict[str, Path],
+    tokenizer: Path,
+    settings: Gguf,
+    recipe: str,
+    root: Path,
+    add: Add,
+) -> None:
+    for name, source in (references | students).items():
         file = root / f"{name}.gguf"
         export_gguf(source, tokenizer, file, "f16", f"{recipe} {name}")
         check_gguf(source, file)
-        add(name, file, "f16", False)
-    for format in settings.formats:
-        file = root / f"student-{format}.gguf"
-        export_gguf(sources["student"], tokenizer, file, format, f"{recipe} student {format}")
-        add(f"student-{format}", file, format, True)
+        add(name, name if name in students else None, file, "f16")
+    for name, source in students.items():
+        for format in settings.formats:
+            file = root / f"{name}-{format}.gguf"
+            export_gguf(source, tokenizer, file, format, f"{recipe} {name} {format}")
+            add(f"{name}-{format}", name, file, format)
 
 
-def _export_images(sources: dict[str, Path], settings: Onnx, root: Path, add: Add) -> None:
-    for name, source in sources.items():
+def _export_images(
+    references: dict[str, Path], students: dict[str, Path], settings: Onnx, root: Path, add: Add
+) -> None:
+    for name, source in (references | students).items():
         file = root / f"{name}.onnx"
         export_onnx(source, file)
         check_onnx(source, file)
-        add(name, file, "fp32", False)
-    for format in settings.formats:
-        file = root / f"student-{format}.onnx"
-        quantize_onnx(root / "student.onnx", file)
-        add(f"student-{format}", file, format, True)
+        add(name, name if name in students else None, file, "fp32")
+    for name in students:
+        for format in settings.formats:
+            file = root / f"{name}-{format}.onnx"
+            quantize_onnx(root / f"{name}.onnx", file)
+            add(f"{name}-{format}", name, file, format)
 
 
 def check_gguf(source: Path, file: Path) -> None:

@@ -26,7 +26,7 @@ from overproof.train.objective import CrossEntropy, Objective
 from overproof.train.saver import Saver
 from overproof.train.start import Start
 
-SECONDS = "seconds"  # of training, in all attempts: a file of each checkpoint
+SECONDS = "seconds"  # of training and of CPU time, in all attempts: a file of each checkpoint
 VALUES = "values.json"  # settings that training goes on with: the same
 
 
@@ -68,8 +68,9 @@ class Run:
                 past = list(_chunks(self._curve))
                 self._past = past if job.retold else past[-1:]
 
-    def _go_on(self, step: int, curve: list[Row], seconds: float = 0.0) -> None:
-        self.began_at, self.seconds, self._curve = step, seconds, curve
+    def _go_on(self, step: int, curve: list[Row], spent: tuple[float, float] = (0.0, 0.0)) -> None:
+        self.began_at, self._curve = step, curve
+        self.seconds, self.cpu_seconds = spent
         self._past = list[Chunk]()
         batches, hooks = self._batches(), Hooks(step)
         self._rows = rows(self.engine, self._objective(), self.job.settings, batches, self._validate, hooks)
@@ -88,7 +89,7 @@ class Run:
         """
         if self._past:
             return self._past.pop(0)
-        began, settings, curve = time.perf_counter(), self.job.settings, list[Row]()
+        began, busy_s, settings, curve = time.perf_counter(), time.process_time(), self.job.settings, list[Row]()
         for row in self._rows:
             curve.append(row)
             step = int(row["step"])
@@ -99,6 +100,7 @@ class Run:
         chunk = _chunk(curve)
         self._curve += curve
         self.seconds += time.perf_counter() - began
+        self.cpu_seconds += time.process_time() - busy_s
         self.saver.save(chunk.steps, chunk.validation_loss, self.engine.save, self._beside())
         return chunk
 
@@ -124,13 +126,14 @@ class Run:
         curve = [json.loads(line) for line in (folder / CURVE).read_text().splitlines()]
         step = int(curve[-1]["step"])
         self.engine.load(folder, step)
-        self._go_on(step, curve, float((folder / SECONDS).read_text()))
+        seconds, cpu_seconds = map(float, (folder / SECONDS).read_text().split())
+        self._go_on(step, curve, (seconds, cpu_seconds))
 
     def _beside(self) -> dict[str, bytes]:
         """What a checkpoint holds beside the engine's state."""
         lines = "".join(json.dumps(row) + "\n" for row in self._curve)
         values = json.dumps(values_of(self.job.settings, self.job.student))
-        return {CURVE: lines.encode(), SECONDS: str(self.seconds).encode(), VALUES: values.encode()}
+        return {CURVE: lines.encode(), SECONDS: f"{self.seconds} {self.cpu_seconds}".encode(), VALUES: values.encode()}
 
     def _objective(self) -> Objective:
         if self.targets is None:

@@ -23,6 +23,7 @@ from overproof.distill.agree import ROWS_CHECKED, check_rows
 from overproof.distill.job import CONTROL, FINISHED, Job, rungs
 from overproof.distill.journal import Journal
 from overproof.distill.search import STUDENT, Study
+from overproof.distill.survivors import keep, survivors
 from overproof.distill.targets import Targets, identity
 from overproof.distill.trial import Trainer, Trial
 from overproof.distill.tuning import Trials, scheduler
@@ -38,7 +39,7 @@ QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
 
 
 def sweep(context: Context) -> dict[str, Any]:
-    """Train the students and the control; writes trials.json, curves/, student/ and control/.
+    """Train the students and the control; writes trials.json, curves/, students/NAME/ of those kept, control/.
 
     What trials of an attempt that was killed have done is taken from their checkpoints in the draft's workspace. A
     trial that fails is recorded with its reason, and the others go on.
@@ -60,20 +61,22 @@ def sweep(context: Context) -> dict[str, Any]:
         name, reason = next(iter(watch.failed.items()))
         raise InputError(f"student {name}: {reason}; no student of the sweep ran every step")
     chosen = next(job for job in students if job.name == winner["name"])
-    kept = journal.checkpoints(f"{CONTROL}/{chosen.name}")
-    control = replace(chosen, name=CONTROL, distilled=False, folder=CONTROL, checkpoints=kept)
+    own = journal.checkpoints(f"{CONTROL}/{chosen.name}")
+    control = replace(chosen, name=CONTROL, distilled=False, folder=CONTROL, checkpoints=own)
     control.checkpoints.begin()
     _run_control(control, watch)
-    _keep(context.draft.uri, chosen.name)
     trials = [watch.trial(job) for job in students]
+    kept = survivors(trials, chosen.name, settings.keep)
+    keep(context.draft.uri, kept)
     with context.draft.directory() as folder:
         watch.write(folder / "curves")
-        content = {"winner": chosen.name, "trials": trials, "control": watch.trial(control)}
+        content = {"winner": chosen.name, "kept": kept, "trials": trials, "control": watch.trial(control)}
         (folder / "trials.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return {
         "winner": chosen.name,
         "validation_loss": winner["validation_loss"],
         "control_validation_loss": watch.last[CONTROL]["validation_loss"],
+        "kept": len(kept),
         "trials": len(trials),
         "stopped_early": sum(trial["status"] == "stopped" for trial in trials),
         "failed": sum(trial["status"] == "failed" for trial in trials),
@@ -241,11 +244,3 @@ def _train_control(job: Job, actor: Any, watch: Watch) -> None:
         steps = result["steps"]
         watch.take(result)
         watch.progress(CONTROL, steps, job.settings.steps, f"validation {result['validation_loss']:.3f}")
-
-
-def _keep(uri: str, name: str) -> None:
-    """Move the winner's weights to student/ and drop the others; object stores cannot move a folder."""
-    store, root = filesystem(uri)
-    store.create_dir(f"{root}/student")
-    fs.copy_files(f"{root}/{FINISHED}/{name}", f"{root}/student", source_filesystem=store, destination_filesystem=store)
-    store.delete_dir(f"{root}/{FINISHED}")

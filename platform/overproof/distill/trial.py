@@ -68,6 +68,7 @@ class Trainer:
             "steps": self.reached,
             "parameters": run.parameters if run else None,
             "seconds": run.seconds if run else 0.0,
+            "cpu_seconds": run.cpu_seconds if run else 0.0,
             "began_at": run.began_at if run else 0,
             "faults": tuple(run.faults) if run else (),
             "pid": os.getpid(),

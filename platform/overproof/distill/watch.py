@@ -18,7 +18,7 @@ from overproof.recipe.search import values_of
 Result = Mapping[str, Any]
 TRIAL = (
     "name", "student", "values", "temperature", "teacher_weight", "parameters", "steps", "validation_loss", "status",
-    "reason", "seconds", "began_at", "pid", "import_seconds",
+    "reason", "seconds", "cpu_seconds", "began_at", "pid", "import_seconds",
 )  # fmt: skip
 
 

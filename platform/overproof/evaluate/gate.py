@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
+from overproof.errors import InputError
 from overproof.evaluate.metrics import Comparison, Frozen, Measured, Metric, Quality, Report
 from overproof.recipe import Agreement, Gate, Improvement, Parity, Regression, Rule, Smaller
 
@@ -29,7 +30,7 @@ class CandidateVerdict(Frozen):
 
 
 class Verdict(Frozen):
-    """``passed`` when a candidate passes; ``chosen`` is the smallest that does."""
+    """``passed`` when a candidate may be packaged: ``chosen`` is the one the policy names, else the smallest."""
 
     passed: bool
     chosen: str | None
@@ -37,10 +38,21 @@ class Verdict(Frozen):
 
 
 def judge(gate: Gate, report: Report) -> Verdict:
-    """Hold every candidate of a report against every rule."""
+    """Hold every candidate of a report against every rule.
+
+    Raises:
+        InputError: the policy names a candidate that there is not.
+    """
     candidates = [m for m in report.measured if m.candidate]
     verdicts = tuple(_judge_one(gate, report, candidate) for candidate in candidates)
-    passing = [m for m, verdict in zip(candidates, verdicts, strict=True) if verdict.passed]
+    names = [m.name for m in candidates]
+    if gate.candidate is not None and gate.candidate not in names:
+        raise InputError(f"gate.candidate: found {gate.candidate!r}; expected one of {', '.join(names)}")
+    passing = [
+        m
+        for m, verdict in zip(candidates, verdicts, strict=True)
+        if verdict.passed and gate.candidate in (None, m.name)
+    ]
     chosen = min(passing, key=lambda m: (m.size_bytes, m.name)).name if passing else None
     return Verdict(passed=chosen is not None, chosen=chosen, candidates=verdicts)
 
@@ -66,24 +78,30 @@ def _hold(rule: Rule, report: Report, candidate: Measured) -> Reason:
 
 
 def _compared(rule: Regression | Improvement, report: Report, candidate: Measured) -> tuple[bool, str]:
-    found = report.compare(candidate.name, rule.against)
-    quality = report.quality
+    against, quality = _reference(rule, candidate), report.quality
+    found = report.compare(candidate.name, against)
     if found is None:
-        return False, f"{quality} against {rule.against} is not in the report"
+        return False, f"{quality} against {against} is not in the report"
     if found.low is None or found.high is None:
-        return False, f"{quality} against {rule.against} has no interval: more than one test unit is needed"
+        return False, f"{quality} against {against} has no interval: more than one test unit is needed"
     text = f"{quality} {_difference(found, quality)}"
     if isinstance(rule, Regression):
         return found.high <= rule.at_most, f"{text}, allowed {_amount(rule.at_most, quality)}"
     return -found.high > rule.at_least, f"{text}, must be better by more than {_amount(rule.at_least, quality)}"
 
 
+def _reference(rule: Regression | Improvement | Smaller, candidate: Measured) -> str:
+    """The export a rule holds the candidate against: its own student's unquantised file, the teacher or the control."""
+    return candidate.student or rule.against if rule.against == "student" else rule.against
+
+
 def _smaller(rule: Smaller, report: Report, candidate: Measured) -> tuple[bool, str]:
-    reference = report.find(rule.against)
+    against = _reference(rule, candidate)
+    reference = report.find(against)
     if reference is None:
-        return False, f"the size of {rule.against} is not in the report"
+        return False, f"the size of {against} is not in the report"
     times = reference.size_bytes / candidate.size_bytes
-    return times >= rule.at_least, f"{times:.2f} times smaller than {rule.against}, needed {rule.at_least:g} times"
+    return times >= rule.at_least, f"{times:.2f} times smaller than {against}, needed {rule.at_least:g} times"
 
 
 def _agreement(rule: Agreement, candidate: Measured) -> tuple[bool, str]:

@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -21,7 +20,6 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 
 WARM_UP_TOKENS = 8
-IMAGES_S = 0.3  # how long images are timed
 TIMEOUT_S = 600
 
 
@@ -38,7 +36,8 @@ class TextRequest(_Message):
     prompts: list[list[int]]  # for the parity probe
     probe_tokens: int
     texts: list[str]  # to split into tokens
-    timed_prompts: list[list[int]]  # the first warms up
+    timed_prompts: list[list[int]]  # asked in turn; the first warms up, too
+    timed_requests: int
     decode_tokens: int
 
 
@@ -54,8 +53,9 @@ class TextAnswer(_Message):
 
     before_mb: float  # resident before the file was loaded
     resident_mb: float  # and after the timed decoding
-    first_token_s: list[float]  # of each timed prompt
-    tokens_per_s: list[float]  # of each timed prompt that gave at least two tokens
+    latency_s: list[float]  # of each timed request, from the call to the whole answer
+    first_token_s: list[float]  # of each timed request
+    tokens_per_s: list[float]  # of each timed request that gave at least two tokens
     answers: list[Answer]
     splits: list[list[int]]  # token ids of each text
 
@@ -66,7 +66,8 @@ class ImageRequest(_Message):
     kind: Literal["digits"] = "digits"
     file: str
     threads: int
-    images: list[list[float]]
+    images: list[list[float]]  # for the parity probe, and timed in turn
+    timed_requests: int
 
 
 class ImageAnswer(_Message):
@@ -74,8 +75,7 @@ class ImageAnswer(_Message):
 
     before_mb: float
     resident_mb: float
-    images_per_s: float  # one at a time
-    images: int  # timed
+    latency_s: list[float]  # of each timed image, one at a time
     logprobs: list[list[float]]
 
 
@@ -118,11 +118,13 @@ def _measure_text(request: TextRequest) -> TextAnswer:
 
     before_mb = _resident_mb()
     engine = LlamaCpp(Path(request.file), threads=request.threads, slots=1)
-    warm_up, *timed = request.timed_prompts
-    engine.complete(warm_up, WARM_UP_TOKENS)
-    first_token_s, tokens_per_s = [], []
-    for prompt in timed:
-        done = engine.complete(prompt, request.decode_tokens)
+    prompts = request.timed_prompts
+    engine.complete(prompts[0], WARM_UP_TOKENS)
+    latency_s, first_token_s, tokens_per_s = [], [], []
+    for i in range(request.timed_requests):
+        began = time.perf_counter()
+        done = engine.complete(prompts[i % len(prompts)], request.decode_tokens)
+        latency_s.append(time.perf_counter() - began)
         first_token_s.append(done.first_token_s)
         if len(done.tokens) > 1:
             tokens_per_s.append((len(done.tokens) - 1) / done.decode_s)
@@ -137,6 +139,7 @@ def _measure_text(request: TextRequest) -> TextAnswer:
     return TextAnswer(
         before_mb=before_mb,
         resident_mb=resident_mb,
+        latency_s=latency_s,
         first_token_s=first_token_s,
         tokens_per_s=tokens_per_s,
         answers=answers,
@@ -151,19 +154,17 @@ def _measure_images(request: ImageRequest) -> ImageAnswer:
     engine = OnnxClassifier(Path(request.file), threads=request.threads)
     images_BD = np.array(request.images, np.float32)
     logprobs = [engine.classify(image[None])[0].tolist() for image in images_BD]  # warms up too
-    times_s: list[float] = []
-    while sum(times_s) < IMAGES_S:
-        image = images_BD[len(times_s) % len(images_BD)]
-        start = time.perf_counter()
-        engine.classify(image[None])
-        times_s.append(time.perf_counter() - start)
+    latency_s: list[float] = []
+    for i in range(request.timed_requests):
+        began = time.perf_counter()
+        engine.classify(images_BD[i % len(images_BD)][None])
+        latency_s.append(time.perf_counter() - began)
     resident_mb = _resident_mb()
     engine.close()
     return ImageAnswer(
         before_mb=before_mb,
         resident_mb=resident_mb,
-        images_per_s=1 / median(times_s),
-        images=len(times_s),
+        latency_s=latency_s,
         logprobs=logprobs,
     )
 

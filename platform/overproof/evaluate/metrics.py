@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 Quality = Literal["bits_per_byte", "accuracy"]
-References = ("teacher", "control", "student")
 CHUNK_COUNTS = 1 << 22  # resample counts held at once
 
 
@@ -35,9 +34,13 @@ class Metric(Frozen):
 
 
 class Measured(Frozen):
-    """One exported file, known by its hash: what was measured is what may be served."""
+    """One exported file, known by its hash: what was measured is what may be served.
+
+    ``student`` is the one it was made from, None for teacher and control; its unquantised file bears its name.
+    """
 
     name: str
+    student: str | None
     format: str
     size_bytes: int
     sha256: str
@@ -59,7 +62,7 @@ class Comparison(Frozen):
 
 
 class Report(Frozen):
-    """Everything the gate may look at."""
+    """Everything the gate may look at; the best student comes first of the students."""
 
     kind: Literal["text", "digits"]
     quality: Quality
@@ -70,6 +73,11 @@ class Report(Frozen):
     def find(self, name: str) -> Measured | None:
         """The export with this name."""
         return next((m for m in self.measured if m.name == name), None)
+
+    @property
+    def winner(self) -> str:
+        """The student with the lowest validation loss."""
+        return next(m.name for m in self.measured if m.name == m.student)
 
     def compare(self, name: str, against: str) -> Comparison | None:
         """The comparison of two exports."""
@@ -135,7 +143,7 @@ def percentiles(values_S: NDArray[np.float64], units: int, confidence: float) ->
 def quality_metrics(
     quality: Quality, exports: Mapping[str, Units], bootstrap: Bootstrap
 ) -> tuple[dict[str, dict[str, Metric]], tuple[Comparison, ...]]:
-    """Each export's quality and agreement, and its comparison with every reference, from one set of resamples."""
+    """Each export's quality and agreement, and its comparison with every other, from one set of resamples."""
     names = list(exports)
     columns_UC = np.stack([c for name in names for c in _columns(exports[name])], axis=1)
     units = len(columns_UC)
@@ -177,10 +185,9 @@ def _comparisons(
 
     found = []
     for a, name in enumerate(names):
-        for against in References:
-            if against == name or against not in names:
+        for b, against in enumerate(names):
+            if a == b:
                 continue
-            b = names.index(against)
             low, high = percentiles(worse(quality_SE[:, a], quality_SE[:, b]), units, confidence)
             value = float(worse(quality_E[a], quality_E[b]))
             found.append(Comparison(name=name, against=against, value=value, low=low, high=high))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -32,7 +32,8 @@ from overproof.stage import Context
 REPORT, UNITS, VERDICT = "report.json", "units.parquet", "verdict.json"
 QUALITY: dict[str, Quality] = {"text": "bits_per_byte", "digits": "accuracy"}
 PROMPT_TOKENS = 32  # of the speed and the parity prompts
-TIMED_PROMPTS = 3  # and one to warm up
+TIMED_PROMPTS = 16  # asked in turn
+IMAGES_AT_LEAST = 300  # an image is quick, and its latency is cheap to know well
 HEARTBEAT_S = 1.0
 
 
@@ -83,6 +84,7 @@ def make_report(
     measured = tuple(
         Measured(
             name=export.name,
+            student=export.student,
             format=export.format,
             size_bytes=export.size_bytes,
             sha256=scores[export.name].sha256,
@@ -161,7 +163,7 @@ def _probe_images(compressed: Artifact, prepared: Artifact, file: str, settings:
 def probe_text(file: Path, root: Path, settings: Evaluate) -> dict[str, Metric]:
     """Speed, memory and parity of the serving engine on the beginnings of test documents."""
     rows = HeldOut.of(root, settings.max_documents)
-    prompts = _prompts(rows, Shards(root, "test"), max(settings.probe_prompts, TIMED_PROMPTS + 1))
+    prompts = _prompts(rows, Shards(root, "test"), max(settings.probe_prompts, TIMED_PROMPTS))
     tokenizer = Tokenizer.from_file(str(root / TOKENIZER))
     probed = prompts[: settings.probe_prompts]
     texts = [tokenizer.decode(prompt) for prompt in probed]
@@ -171,7 +173,8 @@ def probe_text(file: Path, root: Path, settings: Evaluate) -> dict[str, Metric]:
         prompts=probed,
         probe_tokens=settings.probe_tokens,
         texts=texts,
-        timed_prompts=[prompts[i % len(prompts)] for i in range(TIMED_PROMPTS + 1)],
+        timed_prompts=prompts[:TIMED_PROMPTS],
+        timed_requests=settings.timed_requests,
         decode_tokens=settings.decode_tokens,
     )
     answer = measure.ask_text(request)
@@ -183,7 +186,8 @@ def probe_text(file: Path, root: Path, settings: Evaluate) -> dict[str, Metric]:
     ]
     split_apart = sum(found != tokenizer.encode(text).ids for text, found in zip(texts, answer.splits, strict=True))
     compared = sum(len(given.tokens) for given in answer.answers)
-    metrics = _memory(answer.before_mb, answer.resident_mb) | {
+    metrics = _memory(answer.before_mb, answer.resident_mb) | _latency(answer.latency_s)
+    metrics |= {
         "time_to_first_token_s": Metric(value=median(answer.first_token_s), unit="s", n=len(answer.first_token_s)),
         "tokenizer_mismatches": Metric(value=split_apart, unit="texts", n=len(texts)),
     }
@@ -199,21 +203,41 @@ def probe_images(file: Path, root: Path, settings: Evaluate) -> dict[str, Metric
     """Speed, memory and parity of the serving engine on test images."""
     shards = Shards(root, "test")
     images_BD = shards.take(chosen_units(np.arange(shards.rows), settings.probe_prompts))["pixels"]
-    request = measure.ImageRequest(file=str(file), threads=settings.threads, images=images_BD.tolist())
+    request = measure.ImageRequest(
+        file=str(file),
+        threads=settings.threads,
+        images=images_BD.tolist(),
+        timed_requests=max(settings.timed_requests, IMAGES_AT_LEAST),
+    )
     answer = measure.ask_images(request)
     reference = Reference(file)
     reference_BC = np.concatenate([reference(image[None]) for image in images_BD])  # one at a time, as they were asked
     nats = image_parity_nats(reference_BC, np.array(answer.logprobs, np.float32))
-    return _memory(answer.before_mb, answer.resident_mb) | {
-        "images_per_s": Metric(value=answer.images_per_s, unit="images/s", n=answer.images),
-        "parity_nats": Metric(value=nats, unit="nats", n=len(images_BD)),
-    }
+    rate = 1 / median(answer.latency_s)
+    return (
+        _memory(answer.before_mb, answer.resident_mb)
+        | _latency(answer.latency_s)
+        | {
+            "images_per_s": Metric(value=rate, unit="images/s", n=len(answer.latency_s)),
+            "parity_nats": Metric(value=nats, unit="nats", n=len(images_BD)),
+        }
+    )
 
 
 def _memory(before_mb: float, resident_mb: float) -> dict[str, Metric]:
     return {
         "resident_mb": Metric(value=resident_mb, unit="MB", n=1),
         "resident_before_load_mb": Metric(value=before_mb, unit="MB", n=1),
+    }
+
+
+def _latency(latency_s: Sequence[float]) -> dict[str, Metric]:
+    """The latency that half of the requests, and 95 in 100, stay within: what a client of an idle engine waits."""
+    return {
+        f"latency_p{share}_s": Metric(
+            value=float(np.percentile(latency_s, share, method="inverted_cdf")), unit="s", n=len(latency_s)
+        )
+        for share in (50, 95)
     }
 
 

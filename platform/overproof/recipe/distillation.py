@@ -84,6 +84,7 @@ class Sweep(Optimization):
     """Students distilled from the one cache, and a control: the best student trained without the teacher."""
 
     students: tuple[Student, ...] = Field(min_length=1)
+    keep: Count = Field(2, description="Students exported at most: the best, and smaller ones at a higher loss.")
     concurrent_trials: Count = Field(2, description="Trials that run at the same time.")
     cpus_per_trial: Cpus = Field(1, description="Logical CPUs reserved by each trial.")
     gpus_per_trial: float = Field(0, ge=0, description="GPUs reserved by each trial.")
@@ -94,8 +95,9 @@ class Sweep(Optimization):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"students share the name {twice[0]!r}; expected every name once")
-        if "control" in names:
-            raise ValueError("a student is named 'control', the name of the one trained without the teacher; rename it")
+        for name, whose in (("control", "the one trained without the teacher"), ("teacher", "the large model")):
+            if name in names:
+                raise ValueError(f"a student is named {name!r}, the name of {whose}; rename it")
         if self.steps == 0:
             raise ValueError("steps is 0; expected at least 1, since a student starts untrained")
         return self

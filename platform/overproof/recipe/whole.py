@@ -64,6 +64,10 @@ class Recipe(Section):
                 f"sweep reads {self.sweep.steps} x {needed // self.sweep.steps} = {needed} rows, and cache.rows "
                 f"is {self.cache.rows}; raise cache.rows, or set it to null to cover every row"
             )
+        names = {student.name for student in self.sweep.students}
+        taken = sorted(f"{name}-{format}" for name in names for format in self.compress.formats)
+        if twice := next((name for name in taken if name in names), None):
+            raise ValueError(f"a student is named {twice!r}, as a compressed file of another would be; rename it")
         if self.train.steps == 0 and not isinstance(self.train.model, Pretrained):
             raise ValueError("train.steps is 0; only a pretrained model may go untrained")
         return self

@@ -28,6 +28,8 @@ COLUMNS = {  # metric -> title, factor, decimals
     "time_to_first_token_s": ("first token, ms", 1000, 1),
     "decode_tokens_per_s": ("tokens/s", 1, 0),
     "images_per_s": ("images/s", 1, 0),
+    "latency_p50_s": ("p50, ms", 1000, 2),
+    "latency_p95_s": ("p95, ms", 1000, 2),
     "resident_mb": ("resident MB", 1, 1),
     "parity_nats": ("parity, nats", 1, 4),
 }
@@ -44,9 +46,9 @@ def render(context: Context, manifest: Manifest, report: Report, verdict: Verdic
         keep_trailing_newline=True,
         autoescape=False,
     )
-    winner = next(trial for trial in sweep["trials"] if trial["name"] == sweep["winner"])
-    base = next(student for student in recipe.sweep.students if student.name == winner["student"])
-    settings, student = with_values(recipe.sweep, base, winner["values"])
+    mine = next(trial for trial in sweep["trials"] if trial["name"] == measured.student)
+    base = next(student for student in recipe.sweep.students if student.name == mine["student"])
+    settings, student = with_values(recipe.sweep, base, mine["values"])
     return environment.get_template("card.md.j2").render(
         front_matter=_front_matter(recipe.name, manifest.kind, report, measured),
         recipe=recipe,
@@ -59,7 +61,8 @@ def render(context: Context, manifest: Manifest, report: Report, verdict: Verdic
         units=measured.metrics[report.quality].n,
         student=student,
         settings=settings,
-        winner=winner,
+        mine=mine,
+        winner=sweep["winner"],
         control=sweep["control"],
         trials=sweep["trials"],
         shape=_shape,

@@ -34,7 +34,7 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # nev
 class Contents(Frozen):
     """The content of ``package.json``."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     name: str
     kind: Literal["text", "digits"]
     candidate: str  # the export that was chosen
@@ -76,7 +76,7 @@ class Package:
 
 
 def package(context: Context) -> dict[str, Any]:
-    """Pack the smallest candidate that passed.
+    """Pack the candidate that the gate chose.
 
     Raises:
         GateRefused: none passed, with the reasons.
@@ -125,7 +125,9 @@ def insist(verdict: Verdict) -> str:
     """
     if verdict.chosen is None:
         lines = [f"  {c.name}: {r.text}" for c in verdict.candidates for r in c.reasons if not r.passed]
-        raise GateRefused("the gate refused every candidate, so nothing is packaged or served:\n" + "\n".join(lines))
+        others = [c.name for c in verdict.candidates if c.passed]  # than the one that the policy names
+        every = f"the candidate that gate.candidate names ({', '.join(others)} passed)" if others else "every candidate"
+        raise GateRefused(f"the gate refused {every}, so nothing is packaged or served:\n" + "\n".join(lines))
     return verdict.chosen
 
 

@@ -75,7 +75,8 @@ def _plane(axes: Axes, report: Report, verdict: Verdict) -> None:
         sorted(report.measured, key=lambda m: (m.size_bytes, m.metrics[report.quality].value))
     ):
         quality, size = measured.metrics[report.quality], measured.size_bytes / 1e6
-        colour = COLOURS.get(measured.name, COLOURS["trial"])
+        role = "student" if measured.name == report.winner else measured.name
+        colour = COLOURS.get(role, COLOURS["trial"])
         if measured.name in passed:
             colour = PASSED if passed[measured.name] else REFUSED
         low = quality.value if quality.low is None else quality.low
