@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 the gate refused, 2 bad input, 130 stopped with Ctrl-C."""
+"""The command line. Exit codes: 0 done, 1 the gate refused or nothing fits, 2 bad input, 130 stopped with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STAGE_VERBS = {
     "train": ("train", "train the teacher with DeepSpeed ZeRO"),
     "cache": ("cache", "compute the teacher's targets once"),
     "sweep": ("sweep", "distil students, and a control without the teacher"),
-    "compress": ("compress", "export and quantise the best student"),
+    "compress": ("compress", "export and quantise the students that are kept"),
     "evaluate": ("evaluate", "measure every exported file"),
     "gate": ("gate", "judge the measurements by the recipe's policy"),
     "report": ("name", "draw the picture and the HTML report"),
@@ -73,6 +73,15 @@ def _parser() -> argparse.ArgumentParser:
     prove.add_argument("--seed", type=int, default=0, metavar="N", help="of the steps at which it happens")
     for name, (section, text) in STAGE_VERBS.items():
         verb(name, f"{text}, after what must come before", section)
+    pick = verb("pick", "the best file that passed the gate within limits, and why the others were left out", "")
+    for flag, unit, text in (
+        ("--max-mb", "MB", "file size at most"),
+        ("--max-p50-ms", "MS", "latency of half of the requests at most"),
+        ("--max-p95-ms", "MS", "latency of 95 in 100 requests at most"),
+        ("--max-resident-mb", "MB", "memory of the engine's process at most"),
+        ("--min-quality", "Q", "accuracy at least (a share), or bits per byte at most"),
+    ):
+        pick.add_argument(flag, type=float, metavar=unit, help=text)
     listing = verb("ls", "list the artifacts of a store", recipe=False)
     show = verb("show", "print an artifact's record and parents", recipe=False)
     show.add_argument("artifact", help="id as `ls` prints it, a unique part of it, or a directory")
@@ -105,6 +114,13 @@ def _run(options: argparse.Namespace) -> int:
 
         question = planning.Question(options.cluster, options.tokens_per_s, options.rows_per_s)
         return planning.plan(recipe, question)
+    if options.verb == "pick":
+        from overproof import pick
+
+        budget = pick.Budget(
+            options.max_mb, options.max_p50_ms, options.max_p95_ms, options.max_resident_mb, options.min_quality
+        )
+        return pick.pick(recipe, options.recipe, tuple(options.set), budget)
     if options.verb == "prove":
         from overproof import prove
 
