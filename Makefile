@@ -3,13 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check clean
+.PHONY: demo test chromium check clean
 
 demo: $(INSTALLED)  ## the whole loop, ending with a table and a live answer; ARGS=--keep leaves the server up
 	$(BIN)/overproof demo $(ARGS)
 
-test: $(INSTALLED)  ## all tests, on a real cluster of several nodes on this machine
+test: $(INSTALLED) chromium  ## all tests, on a real cluster of several nodes on this machine
 	$(BIN)/pytest $(ARGS)
+
+chromium:  # the browser that the report's test opens
+	@command -v chromium >/dev/null || { \
+	  command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
+	    || { echo 'make test needs chromium: as root, apt-get install chromium (or your system'"'"'s way)' >&2; exit 1; }; \
+	  echo 'installing chromium (once)'; \
+	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium >/dev/null; }
 
 check: $(INSTALLED)  ## style, types and import contracts
 	$(BIN)/ruff check .

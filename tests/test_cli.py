@@ -26,6 +26,7 @@ FLAGS = {
     "serve": {"--help", "--set", "--store"},
     "schema": {"--help", "--text"},
     **{stage: {"--help", "--set"} for stage in STAGE_VERBS},
+    "report": {"--help", "--set", "--store", "--out"},
 }
 
 

@@ -72,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     prove.add_argument("--kills", type=int, default=3, metavar="N", help="workers killed by `resume` (default: 3)")
     prove.add_argument("--seed", type=int, default=0, metavar="N", help="of the steps at which it happens")
     for name, (section, text) in STAGE_VERBS.items():
-        verb(name, f"{text}, after what must come before", section)
+        added = verb(name, f"{text}, after what must come before", section)
+        if name == "report":
+            _takes_a_sweep(added)
     pick = verb("pick", "the best file that passed the gate within limits, and why the others were left out", "")
     for flag, unit, text in (
         ("--max-mb", "MB", "file size at most"),
@@ -96,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _takes_a_sweep(report: argparse.ArgumentParser) -> None:
+    next(action for action in report._actions if action.dest == "recipe").help = "recipe in YAML, or a sweep's id"
+    report.add_argument("--store", default="store", help="where the sweep lies: folder or URI (default: store)")
+    report.add_argument("--out", type=Path, metavar="FILE", help="where a sweep's page goes (default: its id.html)")
+
+
 def _run(options: argparse.Namespace) -> int:
     if options.verb == "schema":
         print(reference.fields() if options.text else reference.json_schema(), end="\n" if options.text else "")
@@ -108,6 +116,10 @@ def _run(options: argparse.Namespace) -> int:
         from overproof import live
 
         return live.serve(options.package, options.store, tuple(options.set))
+    if options.verb == "report" and not (options.recipe.is_file() or options.recipe.suffix in (".yaml", ".yml")):
+        from overproof import views
+
+        return views.sweep_page(options.store, str(options.recipe), options.out)
     recipe = load(options.recipe, tuple(options.set))
     if options.verb == "plan":
         from overproof import planning

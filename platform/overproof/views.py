@@ -10,6 +10,7 @@ from rich.table import Table
 from overproof import pipeline
 from overproof.artifact import RECORD, Artifact, Record, Store
 from overproof.console import out
+from overproof.errors import InputError
 from overproof.files import read_json
 from overproof.recipe import Recipe
 
@@ -43,6 +44,24 @@ def show(store: str, name: str) -> int:
 
     out.print(artifact.id)
     tree(artifact.record, 1)
+    return 0
+
+
+def sweep_page(store: str, name: str, to: Path | None) -> int:
+    """Write the page of a finished sweep, with what is measured and judged of it so far.
+
+    Raises:
+        InputError: it is no finished sweep of the store, or the page cannot be written.
+    """
+    from overproof.report.stage import of_sweep
+
+    sweep, page = of_sweep(Store(store), name)
+    path = to or Path(f"{sweep.id.replace('/', '-')}.html")
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give a file you may write: --out FILE") from None
+    out.print(f"report   {path}")
     return 0
 
 

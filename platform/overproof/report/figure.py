@@ -15,9 +15,10 @@ from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import Report
 
 # Okabe and Ito's palette, told apart by people who see colours differently.
-COLOURS = {"teacher": "#000000", "student": "#0072B2", "control": "#D55E00", "trial": "#56B4E9"}
+COLOURS = {"teacher": "#000000", "student": "#0072B2", "control": "#D55E00", "trial": "#56B4E9", "kept": "#56B4E9"}
 PASSED, REFUSED = "#009E73", "#CC3311"
 SMOOTH_STEPS = 10
+NAMED_TRIALS = 8  # more of them have no name in the legend
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Curve:
     """The losses of one run: (step, nats per prediction)."""
 
     name: str
-    role: str  # teacher, student, control or trial
+    role: str  # teacher, student (the winner), kept, control or trial
     train: list[tuple[int, float]]
     validation: list[tuple[int, float]]
 
@@ -45,11 +46,13 @@ def draw(curves: list[Curve], report: Report, verdict: Verdict) -> bytes:
 
 
 def _losses(axes: Axes, curves: list[Curve]) -> None:
-    order = {"trial": 0, "teacher": 1, "control": 2, "student": 3}
+    order = {"trial": 0, "kept": 1, "teacher": 2, "control": 3, "student": 4}
     dashes = cycle(("--", ":", "-."))
+    many = sum(curve.role in ("trial", "kept") for curve in curves) > NAMED_TRIALS
     for curve in sorted(curves, key=lambda c: order[c.role]):
-        colour, main = COLOURS[curve.role], curve.role != "trial"
+        colour, main = COLOURS[curve.role], curve.role not in ("trial", "kept")
         label = f"{curve.name} (best student)" if curve.role == "student" else curve.name
+        label = label if main or not many else "_"  # stays out of the legend
         if main and curve.role == "teacher":
             steps, losses = zip(*curve.train, strict=True)
             axes.plot(steps, _smooth(np.array(losses)), color=colour, alpha=0.25, linewidth=1)

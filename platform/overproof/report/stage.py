@@ -1,69 +1,100 @@
-"""The report stage: loss curves and the size-quality plane as one PNG and one self-contained HTML page."""
+"""The report: a self-contained page and a picture, of a recipe's run or of one sweep by itself."""
 
 from __future__ import annotations
 
-import base64
 import json
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from overproof.artifact import Artifact
+from overproof.artifact import Artifact, Store
+from overproof.errors import InputError
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import Report
 from overproof.files import read_json
-from overproof.report.figure import Curve, draw
+from overproof.report.content import Judged, content, curves_of
+from overproof.report.figure import draw
 from overproof.stage import Context
+
+ABOVE, BELOW = ("prepare", "train", "cache"), (("compress", "sweep"), ("evaluate", "compress"), ("gate", "evaluate"))
 
 
 def report(context: Context) -> dict[str, Any]:
     """Write report.png and report.html."""
-    parents = {name: artifact.local() for name, artifact in context.parents.items()}
-    measured = read_json(Report, parents["evaluate"] / "report.json")
-    verdict = read_json(Verdict, parents["gate"] / "verdict.json")
-    trials = json.loads((parents["sweep"] / "trials.json").read_text())
-    curves = _curves(parents["train"], parents["sweep"], trials["winner"])
-    image = draw(curves, measured, verdict)
-    page = _page(context.recipe.name, measured, verdict, trials, image, context.parents)
+    judged = _judged(context.parents)
+    assert judged is not None
+    assert judged.verdict is not None
+    curves = curves_of(context.parents["train"].local(), context.parents["sweep"].local())
+    page = render(context.recipe.name, context.parents)
     with context.draft.directory() as folder:
-        (folder / "report.png").write_bytes(image)
+        (folder / "report.png").write_bytes(draw(curves, judged.report, judged.verdict))
         (folder / "report.html").write_text(page, encoding="utf-8")
-    return {"curves": len(curves), "exports": len(measured.measured)}
+    return {"curves": len(curves), "exports": len(judged.report.measured)}
 
 
-def _curves(train: Path, sweep: Path, winner: str) -> list[Curve]:
-    found = [_curve("teacher", train / "curve.jsonl", "teacher")]
-    for path in sorted((sweep / "curves").glob("*.jsonl")):
-        role = {winner: "student", "control": "control"}.get(path.stem, "trial")
-        found.append(_curve(path.stem, path, role))
-    return found
+def of_sweep(store: Store, name: str) -> tuple[Artifact, str]:
+    """The sweep with this id (or a unique part of it), and its page with what is measured and judged of it so far.
+
+    Raises:
+        InputError: there is no such artifact, it is no sweep, or its teacher or cache is gone.
+    """
+    sweep = store.get(name)
+    if sweep.record.stage != "sweep":
+        raise InputError(f"{name}: is {sweep.id}; expected a sweep, see `overproof ls`, or a recipe")
+    everything = store.artifacts()
+    found = {"sweep": sweep}
+    for stage in ABOVE:
+        match = [a for a in everything if a.record.fingerprint == sweep.record.parents[stage]]
+        if not match:
+            raise InputError(f"{sweep.id}: its {stage}-{sweep.record.parents[stage][:8]} is not in {store.uri}")
+        found[stage] = match[0]
+    for stage, parent in BELOW:
+        above = found[parent].record.fingerprint if parent in found else None
+        match = [a for a in everything if a.record.stage == stage and a.record.parents.get(parent) == above]
+        if above and match:
+            found[stage] = match[-1]  # the newest
+    return sweep, render(sweep.record.recipe, found)
 
 
-def _curve(name: str, path: Path, role: str) -> Curve:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    validation = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
-    return Curve(name, role, train, validation)
+def _judged(artifacts: Mapping[str, Artifact]) -> Judged | None:
+    if "evaluate" not in artifacts:
+        return None
+    measured = read_json(Report, artifacts["evaluate"].local() / "report.json")
+    if "gate" not in artifacts:
+        return Judged(measured, None)
+    return Judged(measured, read_json(Verdict, artifacts["gate"].local() / "verdict.json"))
 
 
-def _page(name: str, report: Report, verdict: Verdict, trials: dict[str, Any], image: bytes, parents: Any) -> str:
-    environment = Environment(loader=PackageLoader("overproof.report", "."), autoescape=select_autoescape(("html",)))
-    lineage = [
-        {"id": a.id, "seconds": a.record.seconds, "fingerprint": a.record.fingerprint} for a in _in_order(parents)
-    ]
+def render(name: str, artifacts: Mapping[str, Artifact]) -> str:
+    """The page. ``artifacts`` are by stage: prepare, train, cache and sweep, and what there is of those after it."""
+    judged = _judged(artifacts)
+    curves = curves_of(artifacts["train"].local(), artifacts["sweep"].local())
+    tree = content(name, artifacts, curves, judged)
+    environment = Environment(
+        loader=PackageLoader("overproof.report", "page"),
+        autoescape=select_autoescape(("html",)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     return environment.get_template("page.html").render(
         name=name,
-        report=report,
-        verdict=verdict,
-        verdicts={c.name: c for c in verdict.candidates},
-        trials=[*trials["trials"], trials["control"]],
-        winner=trials["winner"],
-        picture=base64.b64encode(image).decode(),
-        text=report.quality == "bits_per_byte",
-        lineage=lineage,
+        files=tree["files"],
+        verdict=judged.verdict if judged else None,
+        text=judged is not None and judged.report.kind == "text",
+        costs=tree["costs"],
+        trials=tree["trials"],
+        lineage=_in_order(artifacts.values()),
+        data=embedded(tree),
     )
 
 
-def _in_order(parents: dict[str, Artifact]) -> list[Artifact]:
-    return sorted(parents.values(), key=lambda artifact: artifact.record.created)
+def embedded(tree: Any) -> str:
+    """JSON that may stand within a script element: nothing in it ends the element or starts a comment."""
+    text = json.dumps(tree, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _in_order(artifacts: Iterable[Artifact]) -> list[Artifact]:
+    return sorted(artifacts, key=lambda artifact: artifact.record.created)

@@ -1,0 +1,68 @@
+// Quality against a cost. Members of the frontier are joined; what another file beats is faint.
+if (DATA.files) {
+  const { rows, planes, quality, chosen } = DATA.files;
+  const less = quality === "bits_per_byte";
+  const words = { certain: "on the frontier for certain", open: "more test units would tell", beaten: "beaten for certain" };
+
+  const draw = (svg, box) => {
+    const axis = byId("axis").value;
+    const plane = planes[axis];
+    const along = span(rows.map((row) => row[axis]));
+    const ends = rows.flatMap((row) => [row.low ?? row.quality, row.high ?? row.quality]);
+    const x = scale(along.domain, [box.left, box.right], along.log);
+    const y = scale(span(ends, false).domain, [box.bottom, box.top + 8]);
+    const better = less ? "less is better" : "more is better";
+    frame(svg, x, y, box, { x: plane.label + (along.log ? " (log scale)" : ""), y: `${less ? "bits per byte" : "accuracy"} on the test split, ${better}` });
+    staircase(svg, box, x, y, axis);
+    const labels = [];
+    for (const row of [...rows].sort((a, b) => plane.frontier.includes(a.name) - plane.frontier.includes(b.name))) {
+      const member = plane.frontier.includes(row.name);
+      const [px, py] = [x(row[axis]), y(row.quality)];
+      const group = add(svg, "g", { class: `role-${row.role}${member ? "" : " beaten"}`, tabindex: 0, "data-file": row.name });
+      if (row.low !== null) {
+        const [top, bottom] = [y(row.high), y(row.low)];
+        add(group, "path", { class: "whisker", d: `M${px},${top}V${bottom}M${px - 4},${top}h8M${px - 4},${bottom}h8` });
+      }
+      add(group, "circle", { class: `point${row.candidate ? " filled" : ""}`, cx: px, cy: py, r: 6 });
+      if (row.name === chosen) add(group, "circle", { class: "ring", cx: px, cy: py, r: 10 });
+      const gate = row.passed === null ? "" : row.passed ? "passed the gate" : "the gate refused it";
+      const interval = row.low === null ? "" : ` (${figure(row.low)} to ${figure(row.high)})`;
+      tell(group, [row.name, `${figure(row.quality)}${interval}`, `${figure(row[axis])}: ${plane.label}`, words[plane.standing[row.name]], gate, row.name === chosen ? "packaged" : ""]);
+      if (rows.length <= 16 || member) labels.push({ group, text: row.name, px, py });
+    }
+    place(labels, box);
+    svg.dataset.axis = axis;
+    volume(plane);
+  };
+
+  const staircase = (svg, box, x, y, axis) => {
+    const members = rows.filter((row) => planes[axis].frontier.includes(row.name)).sort((a, b) => a[axis] - b[axis] || a.quality - b.quality);
+    const steps = members.map((row, i) => (i ? `H${x(row[axis])}V${y(row.quality)}` : `M${x(row[axis])},${y(row.quality)}`));
+    add(svg, "path", { class: "staircase", d: `${steps.join("")}H${box.right}` });
+  };
+
+  // Names beside their points, from the top down; one that would lie on another moves below it.
+  const place = (labels, box) => {
+    const taken = [];
+    for (const label of labels.sort((a, b) => a.py - b.py)) {
+      const wide = label.text.length * 6.6;
+      const left = label.px + 12 + wide > box.right;
+      const start = left ? Math.max(box.left, label.px - 12 - wide) : label.px + 12;
+      let at = label.py - 6;
+      while (taken.some((other) => Math.abs(other.at - at) < 14 && start < other.end && other.start < start + wide)) at += 4;
+      taken.push({ at, start, end: start + wide });
+      if (at - label.py > 12) add(label.group, "line", { class: "leader", x1: label.px, y1: label.py, x2: left ? start + wide : start, y2: at });
+      add(label.group, "text", { class: "label", x: start, y: at + 4 }, label.text);
+    }
+  };
+
+  const volume = ({ volume: found, label }) => {
+    const share = (value) => (value === null ? "nothing to compare" : `${(100 * value).toFixed(1)} %`);
+    byId("volume").textContent =
+      `Hypervolume of quality and ${label.replace(/,.*/, "")}: the best student's files alone reach ${share(found.winner)} ` +
+      `of what all students' files reach together (${figure(found.volume)}), the control alone ${share(found.control)}. ` +
+      `Reference point: ${found.reference.map(figure).join(" and ")}, 5 % beyond the dearest and the worst file.`;
+  };
+
+  byId("axis").addEventListener("change", chart("plane", 400, draw));
+}
