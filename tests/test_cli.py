@@ -20,6 +20,7 @@ FLAGS = {
     "demo": {"--help", "--set", "--keep"},
     "run": {"--help", "--set", "--until"},
     "plan": {"--help", "--set", "--cluster", "--tokens-per-s", "--rows-per-s"},
+    "dashboard": {"--help", "--set", "--store", "--port"},
     "pick": {"--help", "--set", "--max-mb", "--max-p50-ms", "--max-p95-ms", "--max-resident-mb", "--min-quality"},
     "ls": {"--help", "--store"},
     "show": {"--help", "--store"},
@@ -41,7 +42,7 @@ def test_every_stage_is_a_verb_and_the_flags_are_pinned(capsys: pytest.CaptureFi
     assert tuple(STAGE_VERBS) == NAMES
     top = _help(capsys)
     for verb, flags in FLAGS.items():
-        assert re.search(rf"^    {verb} ", top, re.MULTILINE)
+        assert re.search(rf"^    {verb}\s", top, re.MULTILINE)
         usage = _help(capsys, verb).split("recipe fields")[0]
         assert set(re.findall(r"--[a-z0-9-]+", usage)) == flags, verb
 

@@ -84,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
         ("--min-quality", "Q", "accuracy at least (a share), or bits per byte at most"),
     ):
         pick.add_argument(flag, type=float, metavar=unit, help=text)
+    board = verb("dashboard", "TensorBoard over the trials, and Ray's dashboard, until Ctrl-C", recipe=False)
+    board.add_argument("recipe", type=Path, nargs="?", help="recipe in YAML (default: everything in --store)")
+    board.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a recipe field")
+    board.add_argument("--store", default="store", help="folder (default: store)")
+    board.add_argument("--port", type=int, default=6006, metavar="N", help="of TensorBoard; 0 takes a free one")
     listing = verb("ls", "list the artifacts of a store", recipe=False)
     show = verb("show", "print an artifact's record and parents", recipe=False)
     show.add_argument("artifact", help="id as `ls` prints it, a unique part of it, or a directory")
@@ -116,6 +121,12 @@ def _run(options: argparse.Namespace) -> int:
         from overproof import live
 
         return live.serve(options.package, options.store, tuple(options.set))
+    if options.verb == "dashboard":
+        from overproof import dashboard
+        from overproof.files import join
+
+        recipe = load(options.recipe, tuple(options.set)) if options.recipe else None
+        return dashboard.dashboard(join(recipe.store, recipe.name) if recipe else options.store, options.port)
     if options.verb == "report" and not (options.recipe.is_file() or options.recipe.suffix in (".yaml", ".yml")):
         from overproof import views
 

@@ -65,6 +65,24 @@ def connect() -> Capacity:
     return _attached_capacity()
 
 
+def dashboard_url() -> str | None:
+    """The dashboard of the cluster this process is told to use, None where there is no such cluster.
+
+    Raises:
+        InputError: RAY_ADDRESS names a cluster that does not answer.
+    """
+    if not elsewhere():
+        return None
+    import ray
+
+    try:
+        url: str | None = ray.init(log_to_driver=False, logging_level=logging.ERROR).dashboard_url
+    except (ConnectionError, RuntimeError) as error:
+        raise InputError(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}: {error}") from None
+    ray.shutdown()
+    return f"http://{url}" if url else None
+
+
 def _attached_capacity() -> Capacity:
     import ray
     from ray._private.state import state

@@ -19,8 +19,8 @@ from distill_world import World, capture, jobs, make
 from overproof.artifact import Artifact, Store
 from overproof.data.read import Shards
 from overproof.distill.job import Job, rungs
-from overproof.distill.survivors import survivors
 from overproof.distill.student import Run
+from overproof.distill.survivors import survivors
 from overproof.distill.sweep import check_cache, slots, sweep
 from overproof.distill.targets import INDEX, CacheIndex
 from overproof.distill.teacher import cache
@@ -180,7 +180,7 @@ def test_a_trial_is_its_run_alone(swept: Swept) -> None:
 
 
 def test_nothing_else_is_left_or_printed(swept: Swept) -> None:
-    assert {path.name for path in swept.folder.iterdir()} == {"students", "control", "curves", "trials.json"}
+    assert {path.name for path in swept.folder.iterdir()} == {"students", "control", "curves", "events", "trials.json"}
     assert {path.name for path in (swept.folder / "students").iterdir()} == set(swept.trials["kept"])
     for name in swept.trials["kept"]:
         model = swept.folder / "students" / name
@@ -301,7 +301,9 @@ def test_text_is_cached_and_swept_on_an_object_store(s3_uri: str) -> None:
     artifact = context.draft.commit(sweep(context), 0)
     parts = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     models = {f"{folder}/{part}" for folder in ("students/only", "control") for part in parts}
-    assert set(artifact.record.files) == models | {"curves/only.jsonl", "curves/control.jsonl", "trials.json"}
+    files = {name for name in artifact.record.files if not name.startswith("events/")}
+    assert {name.split("/")[1] for name in set(artifact.record.files) - files} == {"only", "control"}
+    assert files == models | {"curves/only.jsonl", "curves/control.jsonl", "trials.json"}
     load(artifact.local() / "students/only")
 
 

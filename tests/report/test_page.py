@@ -168,7 +168,7 @@ def test_a_sweep_alone_has_a_page_without_files(digits: Run, tmp_path: Path) -> 
     file.write_text(render("alone", {stage: digits.artifacts[stage] for stage in stages}))
     assert data_of(file)["files"] is None
     with opened(file, tmp_path / "profile") as (page, heard):
-        page.wait_for_selector("#curves .curve")
+        page.wait_for_selector("#curves .curve", state="attached")
         assert len(rows(page)) == len(digits.recipe.sweep.students)
         assert page.locator("#frontier").count() == 0
         assert heard.complaints == []

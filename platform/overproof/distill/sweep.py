@@ -20,6 +20,7 @@ from ray.exceptions import RayActorError
 from overproof.cluster import own_interrupt
 from overproof.data.manifest import Manifest
 from overproof.distill.agree import ROWS_CHECKED, check_rows
+from overproof.distill.events import EVENTS, Live, append
 from overproof.distill.job import CONTROL, FINISHED, Job, rungs
 from overproof.distill.journal import Journal
 from overproof.distill.search import STUDENT, Study
@@ -39,7 +40,7 @@ QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
 
 
 def sweep(context: Context) -> dict[str, Any]:
-    """Train the students and the control; writes trials.json, curves/, students/NAME/ of those kept, control/.
+    """Train the students and the control; writes trials.json, curves/, events/, students/NAME/ of those kept, control/.
 
     What trials of an attempt that was killed have done is taken from their checkpoints in the draft's workspace. A
     trial that fails is recorded with its reason, and the others go on.
@@ -70,7 +71,11 @@ def sweep(context: Context) -> dict[str, Any]:
     keep(context.draft.uri, kept)
     with context.draft.directory() as folder:
         watch.write(folder / "curves")
-        content = {"winner": chosen.name, "kept": kept, "trials": trials, "control": watch.trial(control)}
+        alone = watch.trial(control)
+        content = {"winner": chosen.name, "kept": kept, "trials": trials, "control": alone}
+        for entry in (*trials, alone):
+            values = entry["values"] | {"teacher_weight": entry["teacher_weight"]}
+            append(folder / EVENTS / entry["name"], watch.curves.get(entry["name"], ()), values, entry["status"])
         (folder / "trials.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return {
         "winner": chosen.name,
@@ -174,7 +179,7 @@ def _tune(context: Context, journal: Journal, before: Mapping[str, Values], watc
                 storage_path=scratch[1],
                 storage_filesystem=scratch[0],
                 verbose=0,
-                callbacks=[watch],
+                callbacks=[watch, Live(context.draft)],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a finished trial wrote its weights
                 failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
             ),

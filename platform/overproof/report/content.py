@@ -44,33 +44,18 @@ def content(name: str, artifacts: Mapping[str, Artifact], curves: list[Curve], j
     swept = json.loads((artifacts["sweep"].local() / "trials.json").read_text(encoding="utf-8"))
     return {
         "name": name,
-        "trials": trials(swept, artifacts["sweep"]),
-        "control": _trial(swept["control"], {}, swept),
+        "trials": [_trial(trial, swept) for trial in swept["trials"]],
+        "control": _trial(swept["control"], swept),
         "curves": [_curve(curve) for curve in curves],
         "costs": costs(swept, artifacts),
         "files": files(judged, swept) if judged else None,
     }
 
 
-def trials(swept: Mapping[str, Any], sweep: Artifact) -> list[dict[str, Any]]:
-    """Every trial with the settings it was given: those it lists, else those of its student in the recipe."""
-    settings = sweep.record.config["sweep"]
-    students = {student["name"]: student for student in settings["students"]}
-    return [_trial(trial, _values(trial, students.get(trial["name"], {})), swept) for trial in swept["trials"]]
-
-
-def _values(trial: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:
-    given: dict[str, Any] | None = trial.get("values")
-    if given is not None:
-        return given
-    flat = {**student, **student.get("model", {})}
-    return {key: value for key, value in flat.items() if key not in ("name", "model", "kind", "path")}
-
-
-def _trial(trial: Mapping[str, Any], values: dict[str, Any], swept: Mapping[str, Any]) -> dict[str, Any]:
-    figures = ("status", "reason", "steps", "validation_loss", "parameters", "seconds", "cpu_seconds")
+def _trial(trial: Mapping[str, Any], swept: Mapping[str, Any]) -> dict[str, Any]:
+    figures = ("values", "status", "reason", "steps", "validation_loss", "parameters", "seconds", "cpu_seconds")
     role = "winner" if trial["name"] == swept["winner"] else "kept" if trial["name"] in swept["kept"] else "trial"
-    return {"name": trial["name"], "role": role, "values": values, **{figure: trial.get(figure) for figure in figures}}
+    return {"name": trial["name"], "role": role, **{figure: trial.get(figure) for figure in figures}}
 
 
 def _curve(curve: Curve) -> dict[str, Any]:
@@ -97,10 +82,11 @@ def costs(swept: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> dict[s
 
     Seconds of the cache are the teacher's forward passes; energy is those at one core's share of the power.
     """
-    cached, batch_size = artifacts["cache"].record.metrics, artifacts["sweep"].record.config["sweep"]["batch_size"]
+    cached = artifacts["cache"].record.metrics
     positions, seconds = cached["positions"], cached["teacher_seconds"]
-    steps = sum(trial["steps"] for trial in swept["trials"])
-    asked = round(steps * batch_size * positions / cached["rows"])
+    distilled = [trial for trial in swept["trials"] if trial["teacher_weight"] > 0]
+    rows = sum(trial["steps"] * trial["values"]["batch_size"] for trial in distilled)
+    asked = round(rows * positions / cached["rows"])
     live_s = seconds / positions * asked
     return {
         "trials": len(swept["trials"]),
