@@ -135,7 +135,8 @@ def _train(model: Any, tokenizer: Tokenizer) -> None:
 
 
 def _trials(folder: Path) -> None:
-    trial = {"name": "student", "parameters": 12345, "steps": 30, "validation_loss": 1.5}
+    trial = {"name": "student", "student": "student", "values": {}, "parameters": 12345, "steps": 30}
+    trial |= {"validation_loss": 1.5}
     (folder / "trials.json").write_text(
         json.dumps(
             {"winner": "student", "kept": ["student"], "trials": [trial], "control": trial | {"name": "control"}}
