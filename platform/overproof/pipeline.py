@@ -13,7 +13,7 @@ from overproof.artifact import Artifact, Store, fingerprint
 from overproof.data.sources import source_digest
 from overproof.files import read_json
 from overproof.placement import check
-from overproof.recipe import Pretrained, Recipe, Section, Train
+from overproof.recipe import Pretrained, Recipe, Section, Sweep, Train
 from overproof.stage import Context
 from overproof.train.pretrained import listing
 
@@ -21,7 +21,7 @@ from overproof.train.pretrained import listing
 RESOURCES = {
     "actors", "concurrent_tasks", "cpus_per_actor", "cpus_per_trial", "cpus_per_worker", "concurrent_trials",
     "gpus_per_actor", "gpus_per_trial", "gpus_per_worker",
-    "workers", "micro_batch_size", "checkpoint", "max_failures",
+    "workers", "micro_batch_size", "checkpoint", "max_failures", "wait_s",
 }  # fmt: skip
 
 
@@ -42,13 +42,25 @@ class Stage:
 
 
 def _dump(section: Section) -> Any:
-    return section.model_dump(mode="json", exclude=RESOURCES)
+    return _without_resources(section.model_dump(mode="json"))
+
+
+def _without_resources(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return {name: _without_resources(value) for name, value in tree.items() if name not in RESOURCES}
 
 
 def _beyond_train(train: Train) -> dict[str, Any]:
     """What else the teacher follows from: the files it starts from, and which checkpoints may be the best."""
     starting = {"model_files": listing(train.model.path)} if isinstance(train.model, Pretrained) else {}
     return starting | ({"checkpoint": _dump(train.checkpoint)} if train.result == "best" else {})
+
+
+def _beyond_sweep(sweep: Sweep) -> dict[str, Any]:
+    """What else the students follow from: the files that some start from."""
+    found = {s.name: listing(s.model.path) for s in sweep.students if isinstance(s.model, Pretrained)}
+    return {"student_files": found} if found else {}
 
 
 STAGES = (
@@ -59,7 +71,8 @@ STAGES = (
     Stage("cache", "overproof.distill.teacher:cache", ("prepare", "train"),
           lambda r: {"seed": r.seed, "cache": _dump(r.cache)}, format=2),
     Stage("sweep", "overproof.distill.sweep:sweep", ("prepare", "train", "cache"),
-          lambda r: {"seed": r.seed, "sweep": _dump(r.sweep), "tune": _dump(r.tune)}, format=3),
+          lambda r: {"seed": r.seed, "sweep": _dump(r.sweep), "tune": _dump(r.tune), **_beyond_sweep(r.sweep)},
+          format=3),
     Stage("compress", "overproof.compress.export:compress", ("prepare", "train", "sweep"),
           lambda r: {"compress": _dump(r.compress)}, format=2),
     Stage("evaluate", "overproof.evaluate.runner:evaluate", ("prepare", "compress"),

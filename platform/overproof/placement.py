@@ -6,11 +6,11 @@ on nodes of 4, however many there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from overproof.errors import InputError
-from overproof.recipe import Recipe
+from overproof.recipe import Recipe, Sweep
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,25 @@ def needs(recipe: Recipe) -> tuple[Need, ...]:
              why=f"{_count(cache.actors, 'actor')} + 1 reader"),
         Need("sweep", together, sweep.cpus_per_trial, sweep.gpus_per_trial, most=trials,
              why=_count(f"{together} to {trials}" if trials > together else trials, "trial")),
+        *_teachers(sweep, together),
         Need("evaluate", 1, 1, most=evaluate.concurrent_tasks,
              why=_count(f"1 to {evaluate.concurrent_tasks}" if evaluate.concurrent_tasks > 1 else 1, "task")),
         Need("serve", serve.min_replicas, serve.cpus_per_replica, most=serve.max_replicas,
              why=_count(replicas, "replica")),
     )  # fmt: skip
+
+
+def _teachers(sweep: Sweep, trials: int) -> Iterator[Need]:
+    """The pool that judges what students write, and room for trials beside it where both take the same units."""
+    pool = sweep.judged
+    if pool is None:
+        return
+    why = f"{_count(pool.actors, 'teacher')} of the sweep's pool"
+    if (pool.gpus_per_actor > 0) != (sweep.gpus_per_trial > 0):
+        yield Need("teachers", pool.actors, pool.cpus_per_actor, pool.gpus_per_actor, why=why)
+        return
+    cpus, gpus = max(pool.cpus_per_actor, sweep.cpus_per_trial), max(pool.gpus_per_actor, sweep.gpus_per_trial)
+    yield Need("teachers", pool.actors + trials, cpus, gpus, why=f"{why} + {_count(trials, 'trial')}")
 
 
 def _count(number: object, noun: str) -> str:

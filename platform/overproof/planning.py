@@ -49,13 +49,14 @@ def plan(recipe: Recipe, question: Question) -> int:
     prepared = next(step.artifact for step in steps if step.stage.name == "prepare")
     model = preflight.model_size(recipe, prepared)
     out.print()
-    for line in _model(recipe, model, known=prepared is not None):
+    students = preflight.student_sizes(recipe, prepared)
+    for line in _model(recipe, model, students, known=prepared is not None):
         out.print(line)
     out.print(_memory(recipe, model))
     out.print(_activations(recipe, model))
     out.print(_targets(recipe, model, prepared, rate))
     out.print(f"\n{capacity.where}")
-    findings = [*preflight.placed(recipe, capacity), stored]
+    findings = [*preflight.placed(recipe, capacity), stored, *preflight.smaller(students, model.parameters)]
     if not attached and question.cluster_file is None and not recipe.train.gpus_per_worker:
         findings.append(preflight.local_memory(_worker(recipe, model), recipe.train.fewest))
     findings += [preflight.packed(Path.cwd()), preflight.time(recipe, rate)]
@@ -117,13 +118,14 @@ def _work(recipe: Recipe, stage: str) -> str:
     return ""
 
 
-def _model(recipe: Recipe, model: Dimensions, known: bool) -> list[str]:
+def _model(recipe: Recipe, model: Dimensions, students: dict[str, int], known: bool) -> list[str]:
     train = recipe.train
     most = "" if known or model.kind == "vit" else f" (with all {model.outputs:,} entries of the vocabulary)"
     workers = f"{train.fewest}" if train.fewest == train.most else f"{train.fewest} to {train.most}"
     return [
         f"teacher: {model.parameters:,} parameters{most}; {workers} worker{'s' if workers != '1' else ''}, "
         f"{train.precision}, ZeRO {train.zero_stage}, offload {train.offload}",
+        "students: " + ", ".join(f"{name} {count:,}" for name, count in students.items()) + " parameters",
         f"each of {train.fewest} workers holds at most, by ZeRO stage:",
     ]
 

@@ -5,7 +5,7 @@ Every check gives one `Finding`; nothing here prints, and only `placed` and `sto
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from overproof.errors import InputError
 from overproof.files import filesystem, join, read_json
 from overproof.placement import Capacity, Need, needs, refusal
 from overproof.recipe import BpeTokenizer, Recipe, TextData
-from overproof.train.dimensions import Dimensions, dimensions
+from overproof.train.dimensions import Dimensions, dimensions, student_dimensions
 from overproof.units import duration, size
 
 CLASSES = 10  # of the digits
@@ -48,6 +48,31 @@ def model_size(recipe: Recipe, prepared: Artifact | None) -> Dimensions:
         InputError: a pretrained model's directory is not one.
     """
     return dimensions(recipe.train.model, _outputs(recipe, prepared), recipe.data.positions)
+
+
+def student_sizes(recipe: Recipe, prepared: Artifact | None) -> dict[str, int]:
+    """Parameters of each student, by name.
+
+    Raises:
+        InputError: one cannot be made from what it names.
+    """
+    outputs, sizes = _outputs(recipe, prepared), {}
+    for student in recipe.sweep.students:
+        try:
+            found = student_dimensions(student.model, recipe.train.model, outputs, recipe.data.positions)
+        except InputError as error:
+            raise InputError(f"student {student.name}: {error}") from None
+        sizes[student.name] = found.parameters
+    return sizes
+
+
+def smaller(sizes: Mapping[str, int], teacher: int) -> Iterator[Finding]:
+    """A warning for each student that is no smaller than its teacher."""
+    for name, size_ in sizes.items():
+        if size_ >= teacher:
+            yield Finding(
+                f"student {name}", "warning", f"{size_:,} parameters are not fewer than the teacher's {teacher:,}"
+            )
 
 
 def _outputs(recipe: Recipe, prepared: Artifact | None) -> int:

@@ -104,6 +104,12 @@ def test_all_outputs_kept_is_the_dense_divergence(case: dict[str, Any]) -> None:
     found.backward()
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-9)
+    c = student.clone().requires_grad_()
+    logits = teacher / case["temperature"]
+    every = distillation(c, targets, mask, None, logits, case["temperature"], case["weight"], case["measure"])
+    every.loss.backward()
+    torch.testing.assert_close(every.loss, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(c.grad, a.grad, rtol=1e-9, atol=1e-9)
 
 
 @given(cases)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from distill_world import World, capture, jobs, make
+from ray._private.state import actors
 
 from overproof.artifact import Artifact, Store
 from overproof.data.read import Shards
@@ -275,6 +276,35 @@ def test_schedulers_stop_what_lags_behind(
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_every_student_may_have_a_control_of_its_own(digits_world: World, digits_cache: Artifact) -> None:
+    killed: list[int] = []
+
+    def progress(task: str, done: int, total: int, note: str = "") -> None:
+        if task == "control" and done and not killed:
+            alive = [a for a in actors().values() if a["State"] == "ALIVE" and a["ActorClassName"] == "Trainer"]
+            killed.append(alive[0]["Pid"])
+            os.kill(killed[0], signal.SIGKILL)
+
+    changes = {**SWEEP, "students": [STUDENTS[0], WILD, STUDENTS[3]], "controls": "every"}
+    context = digits_world.context("sweep", progress, digits_cache, sweep=changes)
+    sweep(context)
+    folder = Path(context.draft.uri)
+    trials = json.loads((folder / "trials.json").read_text())
+    assert killed
+    assert list(trials["controls"]) == ["wide", "narrow"]
+    assert trials["controls"][trials["winner"]] == trials["control"]
+    names = {control["name"] for control in trials["controls"].values()}
+    assert names == {"control", "control-narrow" if trials["winner"] == "wide" else "control-wide"}
+    for name, control in trials["controls"].items():
+        alone = Run(dataclasses.replace(job_of(context, name), distilled=False))
+        rows = [row for _ in range(4) for row in alone.advance().curve]
+        curve = (folder / "curves" / f"{control['name']}.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in curve] == rows  # bit for bit, the killed one as well
+        assert control["parameters"] == alone.parameters
+    assert {path.name for path in folder.iterdir()} == {"student", "control", "curves", "trials.json"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_ctrl_c_ends_the_sweep(digits_world: World, digits_cache: Artifact) -> None:
     sent: list[int] = []
 
@@ -345,11 +375,9 @@ def test_rungs_are_before_the_last_step() -> None:
     assert list(rungs(NoStop(), 50)) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "whose"), [("control", "one trained without the teacher"), ("teacher", "large model")]
-)
-def test_no_student_takes_the_name_of_another_model(name: str, whose: str) -> None:
-    with pytest.raises(ValueError, match=f"'{name}', the name of the {whose}"):
+@pytest.mark.parametrize("name", ["control", "control-wide", "teacher"])
+def test_no_student_takes_the_name_of_another_model(name: str) -> None:
+    with pytest.raises(ValueError, match=f"a student is named '{name}', as another model of the sweep is"):
         Sweep.model_validate({**SWEEP, "students": [{**STUDENTS[0], "name": name}]})
 
 

@@ -42,5 +42,5 @@ def test_one_behind_a_uri_is_fetched_once_and_again_when_it_changes(saved: Path,
 
 
 def test_none_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"train\.model\.path: .*no such folder"):
+    with pytest.raises(InputError, match=r"nowhere: no such folder"):
         pretrained.listing(str(tmp_path / "nowhere"))

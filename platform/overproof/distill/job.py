@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from overproof.artifact import Artifact, Draft
 from overproof.recipe import Asha, Hyperband, Pbt, Student, Sweep
 from overproof.recipe.search import Scheduler, Values, with_values
 from overproof.train.checkpoint import Checkpoints
+
+if TYPE_CHECKING:
+    from overproof.distill.pool import Pool  # which imports Ray
 
 FINISHED = "finished"  # folder of the draft: weights of the trials that ran every step
 CONTROL = "control"
@@ -26,11 +30,14 @@ class Job:
     seed: int
     threads: int
     prepared: Artifact
+    trained: Artifact
     cached: Artifact
     draft: Draft
     folder: str  # of the draft, for the weights
     checkpoints: Checkpoints
     retold: bool = True  # what an attempt that was killed has done is told again from its start, not from its end
+    judged: tuple[float, ...] = ()  # temperatures at which the pool answers
+    pool: Pool | None = None  # of teachers, who judge what students write
 
     def changed(self, values: Values) -> Job:
         """The same trial with other settings."""

@@ -61,7 +61,7 @@ def distillation(
     logits_BPV: Tensor,
     targets_BP: Tensor,
     mask_BP: Tensor,
-    indices_BPK: Tensor,
+    indices_BPK: Tensor | None,
     teacher_BPK: Tensor,
     temperature: float,
     teacher_weight: float,
@@ -71,18 +71,20 @@ def distillation(
 
     The mean over the predictions that count. The divergence is over K + 1 buckets at temperature T: the K outputs
     kept of the teacher, and one that holds the rest of both distributions. It is a lower bound of the divergence over
-    V outputs, and equal to it where K is V. ``teacher_BPK`` are log-probabilities at T and take no gradient.
+    V outputs, and equal to it where K is V. ``teacher_BPK`` are log-probabilities at T and take no gradient. Without
+    indices they are of every output in order, up to a constant.
     """
     weight_N, targets_N1 = weights(mask_BP, logits_BPV.dtype), targets_BP.reshape(-1, 1)
-    indices_NK, teacher_NK = indices_BPK.flatten(0, 1), teacher_BPK.flatten(0, 1)
-    whole = indices_BPK.shape[-1] == logits_BPV.shape[-1]
+    indices_NK = None if indices_BPK is None else indices_BPK.flatten(0, 1)
+    teacher_NK = teacher_BPK.flatten(0, 1)
+    whole = teacher_BPK.shape[-1] == logits_BPV.shape[-1]
 
     def part(here: slice, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
         return _chunk(
             logits_CV,
             targets_N1[here],
             weight_N[here],
-            indices_NK[here],
+            None if indices_NK is None else indices_NK[here],
             _normal(teacher_NK[here].to(weight_N.dtype), whole),
             temperature,
             teacher_weight,
@@ -139,7 +141,7 @@ def _chunk(
     logits_CV: Tensor,
     targets_C1: Tensor,
     weight_C: Tensor,
-    indices_CK: Tensor,
+    indices_CK: Tensor | None,
     teacher_CK: Tensor,
     temperature: float,
     teacher_weight: float,
@@ -156,12 +158,15 @@ def _chunk(
     kl_weight_C = teacher_weight * temperature * weight_C  # T^2, and 1 / T from the derivative
     softened_CV = logits_CV if temperature == 1 else logits_CV / temperature
     student_CV, logsumexp_C1 = softmax(softened_CV)
-    log_p_CK = softened_CV.gather(1, indices_CK) - logsumexp_C1
-    p_CK = student_CV.gather(1, indices_CK)
-    student_CV.scatter_(1, indices_CK, 0.0)  # what is left is the rest
+    if indices_CK is None:
+        log_p_CK, p_CK = softened_CV - logsumexp_C1, student_CV
+    else:
+        log_p_CK = softened_CV.gather(1, indices_CK) - logsumexp_C1
+        p_CK = student_CV.gather(1, indices_CK)
+        student_CV.scatter_(1, indices_CK, 0.0)  # what is left is the rest
     parts_CK, slopes_CK = measure.parts(log_p_CK, teacher_CK)
     divergence_C, slope_C, rest_scale_C = parts_CK.sum(1), slopes_CK.sum(1), torch.zeros_like(weight_C)
-    if indices_CK.shape[1] < logits_CV.shape[1]:
+    if teacher_CK.shape[1] < logits_CV.shape[1]:
         least = torch.finfo(logits_CV.dtype)
         log_p_rest_C = student_CV.sum(1).clamp(min=least.tiny).log()
         log_q_rest_C = (1 - teacher_CK.exp().sum(1)).clamp(min=least.eps).log()
@@ -170,7 +175,10 @@ def _chunk(
         rest_scale_C = rest_slope_C / log_p_rest_C.exp()
     rest_scale_C = (rest_scale_C - slope_C) * kl_weight_C
     top_CK = (slopes_CK - p_CK * slope_C[:, None]) * kl_weight_C[:, None]
-    if temperature == 1:
+    if indices_CK is None:
+        plain_CV, plain_logsumexp_C1 = (p_CK, logsumexp_C1) if temperature == 1 else softmax(logits_CV)
+        gradient_CV = top_CK.addcmul_(plain_CV, label_weight_C[:, None])
+    elif temperature == 1:
         plain_logsumexp_C1 = logsumexp_C1
         gradient_CV = student_CV.mul_((rest_scale_C + label_weight_C)[:, None])
         gradient_CV.scatter_(1, indices_CK, top_CK.addcmul_(p_CK, label_weight_C[:, None]))

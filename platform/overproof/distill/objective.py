@@ -1,4 +1,4 @@
-"""The distillation objective: what a student learns from the columns of the teacher's cache.
+"""The distillation objective: what a student learns from the teacher's outputs, cached or live.
 
 Shapes: B rows, P predictions in a row, V outputs, K slots for each prediction, L temperatures of the cache.
 """
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from overproof.distill.losses import Divergence, Terms, distillation
 from overproof.distill.sampled import importance, sampled_distillation
 from overproof.models import Batch, Prediction, forward
+
+LOGITS = "teacher_logits"  # of a teacher that sees the batch: (B, P, V)
 
 
 @dataclass(frozen=True)
@@ -30,17 +32,17 @@ class Distill:
         return terms.loss, {"divergence": terms.divergence, "cross_entropy": terms.cross_entropy}
 
     def terms(self, prediction: Prediction, batch: Batch) -> Terms:
-        """By the columns there are: counts where the teacher was sampled, no indices where all of it was kept."""
-        logits_BPV, common = prediction.logits_BPV, (self.temperature, self.teacher_weight)
-        given = (logits_BPV, prediction.targets_BP, prediction.mask_BP)
+        """By the columns there are: logits of a live teacher; counts if it was sampled; no indices if all is kept."""
+        common = (self.temperature, self.teacher_weight)
+        given = (prediction.logits_BPV, prediction.targets_BP, prediction.mask_BP)
+        if LOGITS in batch:
+            return distillation(*given, None, batch[LOGITS] / self.temperature, *common, self.divergence)
         indices_BPK, counts_BPK = batch.get("teacher_indices"), batch.get("teacher_counts")
         if counts_BPK is not None and indices_BPK is not None:
             teacher_BPKL = torch.stack([self._soften(batch, t) for t in self.temperatures], -1)
             column = self.temperatures.index(self.temperature)
             importance_BPK = importance(counts_BPK, teacher_BPKL, column)
             return sampled_distillation(*given, indices_BPK, teacher_BPKL[..., column], importance_BPK, *common)
-        if indices_BPK is None:
-            indices_BPK = torch.arange(logits_BPV.shape[-1], device=logits_BPV.device).expand(logits_BPV.shape)
         return distillation(*given, indices_BPK, self._soften(batch, self.temperature), *common, self.divergence)
 
     def _soften(self, batch: Batch, temperature: float) -> Tensor:

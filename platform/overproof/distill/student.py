@@ -10,14 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from overproof.data.manifest import TOKENIZER
+from overproof.data.read import Columns as Read
 from overproof.data.read import Shards, planned_shards
+from overproof.distill.initial import initial
 from overproof.distill.job import Job
+from overproof.distill.live import WRITTEN, WithTeacher, Written
 from overproof.distill.losses import Divergence
 from overproof.distill.objective import Distill
-from overproof.distill.targets import Targets
-from overproof.models import Batch, build, parameters, save, to_tensors
+from overproof.distill.on_policy import Asked, write, written_at
+from overproof.distill.starts import check_start
+from overproof.distill.targets import TEACHER, Targets
+from overproof.models import Batch, load, parameters, save, to_tensors
 from overproof.recipe.search import values_of
 from overproof.train.curve import CURVE
 from overproof.train.engine import TorchEngine
@@ -42,14 +48,16 @@ class Chunk:
 class Run:
     """Trains a student on the rows of the planned order; every trial of a sweep reads the same ones."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, asked: Asked | None = None) -> None:
+        """``asked`` judges what the student writes, where it writes."""
         torch.set_num_threads(job.threads)
+        self.asked = asked
         self.job, self.root = job, job.prepared.local()
         validation = Shards(self.root, "validation")
         self.manifest = validation.manifest
         self.train = planned_shards(self.root)
         self.order = self.manifest.order(job.seed)
-        self.targets = Targets(job.cached.local()) if job.distilled else None
+        self.targets = Targets(job.cached.local()) if job.distilled and job.student.teacher == "cached" else None
         ids = validation_ids(validation.rows, job.settings.validation_rows)
         parts = shares(ids, job.settings.batch_size, rank=0, world=1)
         self.validation = [to_tensors(validation.take(part)) for part in parts]
@@ -60,13 +68,21 @@ class Run:
         with found.local() if found else nullcontext() as folder:
             if folder:
                 self.job = job.changed(json.loads((folder / VALUES).read_text()))
-            self.model = build(self.job.student.model, self.manifest, job.seed)
-            self.engine = TorchEngine(self.model, self.job.settings)
+            self._build(job.trained.local() / Path(TEACHER).parent)
             self._go_on(0, [])
             if folder:
                 self.load(folder)
                 past = list(_chunks(self._curve))
                 self._past = past if job.retold else past[-1:]
+
+    def _build(self, teacher: Path) -> None:
+        """The student with its weights from before the first step, and its teacher where that runs beside it."""
+        job = self.job
+        check_start(job.student, job.prepared, job.trained)
+        self.model = initial(job.student.model, self.manifest, job.seed, teacher)
+        self.teacher = load(teacher).requires_grad_(False) if job.distilled and job.student.live else None
+        self.projection = self._projection()
+        self.engine = TorchEngine(self.model, job.settings, seed=job.seed, beside=self.projection)
 
     def _go_on(self, step: int, curve: list[Row], spent: tuple[float, float] = (0.0, 0.0)) -> None:
         self.began_at, self._curve = step, curve
@@ -135,24 +151,52 @@ class Run:
         values = json.dumps(values_of(self.job.settings, self.job.student))
         return {CURVE: lines.encode(), SECONDS: f"{self.seconds} {self.cpu_seconds}".encode(), VALUES: values.encode()}
 
+    def _projection(self) -> nn.Linear | None:
+        """From the width of the student's states to the teacher's; learned, and no part of the student."""
+        if self.teacher is None or self.job.student.states is None:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.job.seed)
+            return nn.Linear(self.model.config.hidden_size, self.teacher.config.hidden_size, bias=False)
+
     def _objective(self) -> Objective:
-        if self.targets is None:
+        student = self.job.student
+        if not self.job.distilled:
             return CrossEntropy()
-        student, index = self.job.student, self.targets.index
-        return Distill(
-            student.temperature,
-            student.teacher_weight,
-            index.identity.temperatures,
-            Divergence(student.divergence, student.jsd_beta),
-        )
+        temperature, weight = student.temperature, student.teacher_weight
+        kept = self.targets.index.identity.temperatures if self.targets is not None else ()
+        measure = Divergence(student.divergence, student.jsd_beta)
+        plain: Objective = Distill(temperature, weight, kept, measure)
+        if student.on_policy:
+            plain = Written(plain, Distill(temperature, 1.0, self.job.judged, measure))
+        if self.teacher is None:
+            return plain
+        teacher, outputs = self.teacher.to(self.engine.device), student.teacher == "live"
+        return WithTeacher(teacher, plain, outputs, student.relations, student.states, self.projection)
 
     def _batches(self) -> Iterator[Batch]:
-        settings = self.job.settings
-        for columns in self.train.steps(self.order, settings.batch_size, self.began_at, settings.steps):
+        settings, share = self.job.settings, self.job.student.on_policy if self.job.distilled else 0.0
+        steps = self.train.steps(self.order, settings.batch_size, self.began_at, settings.steps)
+        for step, columns in enumerate(steps, self.began_at):
             ids = columns.pop("sample_id")
+            if written_at(step, share):
+                yield self._written(columns, step)
+                continue
             if self.targets is not None:
                 columns |= {f"teacher_{name}": values for name, values in self.targets.take(ids).items()}
             yield to_tensors(columns)
+
+    def _written(self, columns: Read, step: int) -> Batch:
+        """What the student makes of the rows' prompts, judged. Its weights are those before the step."""
+        settings = self.job.settings.on_policy
+        assert settings
+        assert self.asked
+        prompts_BQ = to_tensors(columns)["tokens"][:, : settings.prompt_tokens].to(self.engine.device)
+        tokens_BS = write(self.model, prompts_BQ, settings.new_tokens, self.job.seed, step).cpu()
+        length_B = torch.full((len(tokens_BS),), tokens_BS.shape[1] - 1)
+        judged = to_tensors(self.asked.judge(tokens_BS.numpy()))
+        written = {"tokens": tokens_BS, "length": length_B, WRITTEN: torch.ones_like(length_B)}
+        return written | {f"teacher_{name}": values for name, values in judged.items()}
 
     def _validate(self) -> float:
         with self.engine.evaluating() as model:

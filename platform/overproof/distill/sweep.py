@@ -1,4 +1,4 @@
-"""The sweep stage: Ray Tune trains students on the one cache, then the best one's control without the teacher."""
+"""The sweep stage: Ray Tune trains students on the one cache, then controls without the teacher."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import secrets
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import ray
 from pyarrow import fs
 from ray import tune
-from ray.exceptions import RayActorError
 
 from overproof.cluster import own_interrupt
 from overproof.data.manifest import Manifest
 from overproof.distill.agree import ROWS_CHECKED, check_rows
+from overproof.distill.control import control_of, train_controls
 from overproof.distill.events import EVENTS, Live, append
 from overproof.distill.job import CONTROL, FINISHED, Job, rungs
 from overproof.distill.journal import Journal
+from overproof.distill.pool import Pool, teachers
 from overproof.distill.search import STUDENT, Study
+from overproof.distill.starts import anywhere, check_start
 from overproof.distill.survivors import keep, survivors
 from overproof.distill.targets import Targets, identity
-from overproof.distill.trial import Trainer, Trial
+from overproof.distill.trial import Trial
 from overproof.distill.tuning import Trials, scheduler
 from overproof.distill.watch import Watch
 from overproof.errors import InputError
@@ -46,34 +47,39 @@ def sweep(context: Context) -> dict[str, Any]:
     trial that fails is recorded with its reason, and the others go on.
 
     Raises:
-        InputError: the cache was made for another teacher or other data, or lacks rows; the workspace holds a sweep
-            of another recipe; no student could be trained to the end.
+        InputError: the cache was made for another teacher or other data, or lacks rows; a student cannot start from
+            what it names; the workspace holds a sweep of another recipe; no student could be trained to the end.
     """
     settings, tune_ = context.recipe.sweep, context.recipe.tune
     check_cache(context)
+    for student in settings.students:
+        check_start(student, context.parents["prepare"], context.parents["train"])
     journal = Journal(context.draft)
     before = journal.begin()
     total = tune_.trials(settings)
     watch = Watch(context.progress, settings.steps, total)
-    students = _tune(context, journal, before, watch)
+    with teachers(context.recipe, context.parents["train"]) as pool:
+        students = _tune(context, journal, before, watch, pool)
+        judged = pool.counts() if pool else {}
     winner = watch.winner()
     if winner is None:
         context.draft.clear_workspace()  # a sweep that failed like this would only fail again
         name, reason = next(iter(watch.failed.items()))
         raise InputError(f"student {name}: {reason}; no student of the sweep ran every step")
     chosen = next(job for job in students if job.name == winner["name"])
-    own = journal.checkpoints(f"{CONTROL}/{chosen.name}")
-    control = replace(chosen, name=CONTROL, distilled=False, folder=CONTROL, checkpoints=own)
-    control.checkpoints.begin()
-    _run_control(control, watch)
+    finished = watch.finished()
+    compared = [job for job in students if job.name in finished] if settings.controls == "every" else [chosen]
+    controls = {job.name: control_of(job, journal, best=job is chosen) for job in compared}
+    train_controls(list(controls.values()), _at_once(settings), watch)
     trials = [watch.trial(job) for job in students]
     kept = survivors(trials, chosen.name, settings.keep)
     keep(context.draft.uri, kept)
     with context.draft.directory() as folder:
         watch.write(folder / "curves")
-        alone = watch.trial(control)
-        content = {"winner": chosen.name, "kept": kept, "trials": trials, "control": alone}
-        for entry in (*trials, alone):
+        alone = {name: watch.trial(job) for name, job in controls.items()}
+        content = {"winner": chosen.name, "kept": kept, "trials": trials, "control": alone[chosen.name],
+                   "controls": alone}  # fmt: skip
+        for entry in (*trials, *alone.values()):
             values = entry["values"] | {"teacher_weight": entry["teacher_weight"]}
             append(folder / EVENTS / entry["name"], watch.curves.get(entry["name"], ()), values, entry["status"])
         (folder / "trials.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -87,6 +93,7 @@ def sweep(context: Context) -> dict[str, Any]:
         "failed": sum(trial["status"] == "failed" for trial in trials),
         "processes": len({trial["pid"] for trial in trials if trial["pid"]}),
         "steps": sum(trial["steps"] for trial in trials),
+        **{f"judged_{name}": count for name, count in judged.items()},
     }
 
 
@@ -103,9 +110,17 @@ def check_cache(context: Context) -> None:
     for temperature in recipe.temperatures:
         targets.index.require_temperature(temperature)
     order = manifest.order(recipe.seed)
+    if not recipe.temperatures:  # no student reads it
+        return
     ids = order.rows_at(0, min(order.rows, recipe.rows_read))
     targets.require(ids)
     check_rows(targets.root, parents["prepare"].local(), ids[:ROWS_CHECKED])
+
+
+def _at_once(settings: Sweep) -> int:
+    """Trials to run at the same time on the cluster as it is."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return min(settings.concurrent_trials, max(1, slots(settings, nodes)))
 
 
 def slots(settings: Sweep, nodes: Sequence[Mapping[str, float]]) -> int:
@@ -114,36 +129,39 @@ def slots(settings: Sweep, nodes: Sequence[Mapping[str, float]]) -> int:
     return sum(min(int(node.get(unit, 0) / want) for unit, want in wants.items() if want) for node in nodes)
 
 
-def job(context: Context, journal: Journal, name: str, values: Values) -> Job:
+def job(context: Context, journal: Journal, name: str, values: Values, pool: Pool | None = None) -> Job:
     """A trial: the student that ``values`` name, with the others of them in place of its own."""
     sweep, parents = context.recipe.sweep, context.parents
     base = next(student for student in sweep.students if student.name == values[STUDENT])
     settings, student = with_values(sweep, base, values)
     return Job(
         name=name,
-        student=student,
-        distilled=student.teacher_weight > 0,
+        student=anywhere(student),
+        distilled=student.distilled,
         settings=settings,
         rungs=frozenset(rungs(context.recipe.tune.scheduler, settings.steps)),
         seed=context.recipe.seed,
         threads=max(1, int(settings.cpus_per_trial)),
         prepared=parents["prepare"],
+        trained=parents["train"],
         cached=parents["cache"],
         draft=context.draft,
         folder=f"{FINISHED}/{name}",
         checkpoints=journal.checkpoints(name),
         retold=not isinstance(context.recipe.tune.scheduler, Pbt),
+        judged=context.recipe.judged_temperatures,
+        pool=pool,
     )
 
 
-def _tune(context: Context, journal: Journal, before: Mapping[str, Values], watch: Watch) -> list[Job]:
+def _tune(
+    context: Context, journal: Journal, before: Mapping[str, Values], watch: Watch, pool: Pool | None
+) -> list[Job]:
     """Run trial after trial until the scheduler stops it, it fails, or it has run every step; gives their jobs.
 
     A trial whose process dies is started again, and goes on from its checkpoint.
     """
     settings, search = context.recipe.sweep, context.recipe.tune
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    at_once = min(settings.concurrent_trials, max(1, slots(settings, nodes)))
     named = not search.space.domains and isinstance(search.search, Grid)  # trials are the students themselves
     begun: dict[str, Values] = {}
     jobs: list[Job] = []
@@ -153,7 +171,7 @@ def _tune(context: Context, journal: Journal, before: Mapping[str, Values], watc
         begun[name] = values
         if name not in before:
             journal.note(dict(begun))
-        jobs.append(job(context, journal, name, values))
+        jobs.append(job(context, journal, name, values, pool))
         jobs[-1].checkpoints.begin()
         watch.begin(name)
         return jobs[-1]
@@ -171,7 +189,7 @@ def _tune(context: Context, journal: Journal, before: Mapping[str, Values], watc
                 search_alg=None if population else Trials(study, begin, settings.steps),
                 scheduler=scheduler(search, settings.steps, context.recipe.seed),
                 num_samples=1 if population else watch.trials,
-                max_concurrent_trials=at_once,
+                max_concurrent_trials=_at_once(settings),
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
@@ -216,36 +234,3 @@ def _tame() -> Iterator[None]:
         logger.setLevel(level)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def _run_control(job: Job, watch: Watch) -> None:
-    """The winner's shape, rows, seed, steps and threads without the teacher.
-
-    Raises:
-        InputError: it failed.
-        RayActorError: its process died again and again.
-    """
-    watch.progress(CONTROL, 0, job.settings.steps, "starting")
-    for death in range(MAX_DEATHS + 1):
-        trainer = ray.remote(num_cpus=job.settings.cpus_per_trial, num_gpus=job.settings.gpus_per_trial)(Trainer)
-        actor: Any = trainer.remote()
-        try:
-            _train_control(job, actor, watch)
-            return
-        except RayActorError:
-            if death == MAX_DEATHS:
-                raise
-        finally:
-            ray.kill(actor)
-
-
-def _train_control(job: Job, actor: Any, watch: Watch) -> None:
-    ray.get(actor.start.remote(job))
-    steps = 0
-    while steps < job.settings.steps:
-        result = ray.get(actor.advance.remote())
-        if result["failed"] is not None:
-            raise InputError(f"{job.name}: {result['failed']}")
-        steps = result["steps"]
-        watch.take(result)
-        watch.progress(CONTROL, steps, job.settings.steps, f"validation {result['validation_loss']:.3f}")

@@ -37,7 +37,7 @@ class Trainer:
         """Go on from another trial's state."""
         from overproof.distill.student import Run
 
-        self.run = Run(self.job)
+        self.run = Run(self.job, self.job.pool)
         self.run.load(folder)
 
     def advance(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Trainer:
 
         try:
             with explain_memory("training a student", MEMORY_ADVICE):
-                run = self.run = self.run or Run(self.job)
+                run = self.run = self.run or Run(self.job, self.job.pool)
                 chunk = run.advance()
                 if chunk.steps == self.job.settings.steps:
                     run.save()

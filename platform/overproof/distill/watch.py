@@ -79,10 +79,13 @@ class Watch(tune.Callback):
         done = sum(self.steps if name in self.over else reached[name] for name in names)
         self.progress("sweep", done, self.steps * self.trials, note)
 
+    def finished(self) -> dict[str, Result]:
+        """The last results of those that ran every step, by name."""
+        return {n: r for n, r in self.last.items() if r["steps"] == self.steps and n not in self.failed}
+
     def winner(self) -> Result | None:
         """The best of those that ran every step, if any did."""
-        finished = [r for r in self.last.values() if r["steps"] == self.steps and r["name"] not in self.failed]
-        return min(finished, key=lambda result: float(result["validation_loss"]), default=None)
+        return min(self.finished().values(), key=lambda result: float(result["validation_loss"]), default=None)
 
     def trial(self, job: Job) -> dict[str, Any]:
         """A job's entry in trials.json; what was never measured is null."""

@@ -13,8 +13,19 @@ from overproof.recipe.data import (
     TextData,
     TokenizerFile,
 )
-from overproof.recipe.distillation import Cache, Dense, Sampled, Scheme, Student, Sweep, TopK
-from overproof.recipe.models import Llama, Pretrained, Vit
+from overproof.recipe.distillation import (
+    Cache,
+    Dense,
+    OnPolicy,
+    Relations,
+    Sampled,
+    Scheme,
+    States,
+    Student,
+    Sweep,
+    TopK,
+)
+from overproof.recipe.models import Llama, Model, Pretrained, StudentModel, TeacherLayers, Vit
 from overproof.recipe.search import Asha, Grid, Hyperband, Median, NoStop, Pbt, Random, Space, Tpe, Tune
 from overproof.recipe.section import Section
 from overproof.recipe.shipping import (
@@ -51,7 +62,9 @@ __all__ = [
     "JsonlSource",
     "Llama",
     "Median",
+    "Model",
     "NoStop",
+    "OnPolicy",
     "Onnx",
     "Optimization",
     "Parity",
@@ -61,6 +74,7 @@ __all__ = [
     "Random",
     "Recipe",
     "Regression",
+    "Relations",
     "Rule",
     "Sampled",
     "Scheme",
@@ -68,9 +82,12 @@ __all__ = [
     "Serve",
     "Smaller",
     "Space",
+    "States",
     "StdlibSource",
     "Student",
+    "StudentModel",
     "Sweep",
+    "TeacherLayers",
     "TextData",
     "TokenizerFile",
     "TopK",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from overproof.recipe.models import Llama, Vit
+from overproof.recipe.models import StudentModel
 from overproof.recipe.section import Count, Cpus, Name, Section
 from overproof.recipe.training import Optimization
 
@@ -65,11 +65,26 @@ class Cache(Section):
     gpus_per_actor: float = Field(0, ge=0, description="GPUs reserved by each replica.")
 
 
+class Relations(Section):
+    """Self-attention relations of the student's last layer, drawn to those of a teacher's layer (arXiv 2012.15828)."""
+
+    heads: Count = Field(description="Relation heads; divides the queries' and keys' widths of both models.")
+    weight: float = Field(gt=0, description="Added to the loss, times this: nats.")
+    teacher_layer: int | None = Field(None, ge=0, description="Counted from 0; null is the last.")
+
+
+class States(Section):
+    """Hidden states of the student's last layer, drawn to a teacher's through a learned matrix (arXiv 1412.6550)."""
+
+    weight: float = Field(gt=0, description="The mean squared difference is added to the loss, times this.")
+    teacher_layer: int | None = Field(None, ge=0, description="Counted from 0; null is the last.")
+
+
 class Student(Section):
     """One trial of the sweep."""
 
     name: Name
-    model: Annotated[Llama | Vit, Field(discriminator="kind")]
+    model: StudentModel = Field(description="Its shape, with fresh weights; or what gives it both.")
     temperature: float = Field(1.0, gt=0, description="Softens both distributions (arXiv 1503.02531).")
     teacher_weight: float = Field(
         0.5, ge=0, le=1, description="Share of the teacher's loss; the rest is the labels' cross-entropy."
@@ -78,16 +93,56 @@ class Student(Section):
         "forward_kl", description="The teacher's loss: KL from it, KL from the student, or a mixture of both."
     )
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in jsd (arXiv 2306.13649).")
+    teacher: Literal["cached", "live"] = Field(
+        "cached", description="Its largest outputs, out of the cache; or all of them, computed at each step."
+    )
+    relations: Relations | None = Field(None, description="Also learn from its attention; it then runs at each step.")
+    states: States | None = Field(None, description="Also learn from its states; it then runs at each step.")
+    on_policy: float = Field(
+        0.0, ge=0, le=1, description="Share of the steps at which it learns from what it wrote itself: sweep.on_policy."
+    )
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the teacher has any part in it."""
+        return self.teacher_weight > 0 or self.on_policy > 0 or self.relations is not None or self.states is not None
+
+    @property
+    def live(self) -> bool:
+        """Whether the teacher runs beside it."""
+        return self.distilled and (self.teacher == "live" or self.relations is not None or self.states is not None)
+
+
+class OnPolicy(Section):
+    """Students go on from prompts, and one pool of teachers judges what all of them wrote (arXiv 2306.13649)."""
+
+    prompt_tokens: Count = Field(description="Tokens of a train row, from its start, that a student goes on from.")
+    new_tokens: Count = Field(description="Tokens it writes; the loss is over these.")
+    k: Count = Field(32, description="Largest log-probabilities told of each token; at most the vocabulary is.")
+    rows: Count = Field(32, description="Rows in a teacher's forward pass; requests of several trials share one.")
+    wait_s: float = Field(0.02, ge=0, description="Most seconds that a request waits for others to fill the pass.")
+    actors: Count = Field(1, description="Teacher replicas in the pool.")
+    cpus_per_actor: Cpus = Field(1, description="Logical CPUs reserved by each replica.")
+    gpus_per_actor: float = Field(0, ge=0, description="GPUs reserved by each replica.")
 
 
 class Sweep(Optimization):
-    """Students distilled from the one cache, and a control: the best student trained without the teacher."""
+    """Students distilled from the one cache, and controls: the same students trained without the teacher."""
 
     students: tuple[Student, ...] = Field(min_length=1)
     keep: Count = Field(2, description="Students exported at most: the best, and smaller ones at a higher loss.")
+    controls: Literal["best", "every"] = Field(
+        "best", description="Which students have a control: the best one, or every one that runs all steps."
+    )
+    on_policy: OnPolicy | None = Field(None, description="What students with a share on_policy write, and who judges.")
     concurrent_trials: Count = Field(2, description="Trials that run at the same time.")
     cpus_per_trial: Cpus = Field(1, description="Logical CPUs reserved by each trial.")
     gpus_per_trial: float = Field(0, ge=0, description="GPUs reserved by each trial.")
+
+    @property
+    def judged(self) -> OnPolicy | None:
+        """What is written and who judges, where some student writes."""
+        return self.on_policy if any(student.on_policy for student in self.students) else None
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -95,9 +150,12 @@ class Sweep(Optimization):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"students share the name {twice[0]!r}; expected every name once")
-        for name, whose in (("control", "the one trained without the teacher"), ("teacher", "the large model")):
-            if name in names:
-                raise ValueError(f"a student is named {name!r}, the name of {whose}; rename it")
+        for name in names:
+            if name in ("control", "teacher") or name.startswith("control-"):
+                raise ValueError(f"a student is named {name!r}, as another model of the sweep is; rename it")
+        writer = next((student.name for student in self.students if student.on_policy), None)
+        if writer and self.on_policy is None:
+            raise ValueError(f"student {writer} has a share on_policy; expected a section on_policy in the sweep")
         if self.steps == 0:
             raise ValueError("steps is 0; expected at least 1, since a student starts untrained")
         return self

@@ -1,4 +1,4 @@
-"""Models: from their configuration, or from a directory."""
+"""Models: from their configuration, from a directory, or from the teacher."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from overproof.errors import InputError
 from overproof.recipe.section import Count, Section
 
 
@@ -54,7 +55,43 @@ class Pretrained(Section):
     """A Hugging Face directory with safetensors and, for text, the tokenizer.json of the data."""
 
     kind: Literal["pretrained"] = "pretrained"
-    path: str = Field(description="Local directory.")
+    path: str = Field(description="Folder or URI (s3://, gs://, ...).")
+
+
+class TeacherLayers(Section):
+    """The teacher with fewer layers; those, the embeddings and the head keep its weights (arXiv 1910.01108)."""
+
+    kind: Literal["teacher_layers"] = "teacher_layers"
+    layers: Count | tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        description="How many, evenly spaced from the first to the last; or which, such as [0, 2, 5], counted from 0."
+    )
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        named = self.layers
+        if not isinstance(named, int) and (not named or list(named) != sorted(set(named))):
+            raise ValueError(f"layers {list(named)}: expected at least one, in ascending order and none twice")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Layers that stay."""
+        return self.layers if isinstance(self.layers, int) else len(self.layers)
+
+    def of(self, teacher: int) -> tuple[int, ...]:
+        """Which stay, of a teacher with this many layers.
+
+        Raises:
+            InputError: it has fewer.
+        """
+        wanted = self.layers if isinstance(self.layers, int) else self.layers[-1] + 1
+        if wanted > teacher:
+            raise InputError(f"layers {self.model_dump(mode='json')['layers']}: the teacher has {teacher}")
+        if not isinstance(self.layers, int):
+            return self.layers
+        gaps = max(1, self.layers - 1)
+        return tuple((2 * i * (teacher - 1) + gaps) // (2 * gaps) for i in range(self.layers))
 
 
 Model = Annotated[Llama | Vit | Pretrained, Field(discriminator="kind")]
+StudentModel = Annotated[Llama | Vit | TeacherLayers | Pretrained, Field(discriminator="kind")]

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from overproof.errors import InputError
 from overproof.recipe.data import DigitsData, TextData
 from overproof.recipe.distillation import Cache, Sweep
-from overproof.recipe.models import Pretrained
+from overproof.recipe.models import Pretrained, TeacherLayers
 from overproof.recipe.search import Tune
 from overproof.recipe.section import Name, Section
 from overproof.recipe.shipping import Evaluate, Gate, Gguf, Onnx, Serve
@@ -43,8 +43,10 @@ class Recipe(Section):
         }
         for where, kind in found.items():
             expected = fmt if where == "compress" else model
-            if kind not in (expected, "pretrained"):
+            if kind not in (expected, "pretrained", "teacher_layers"):
                 raise ValueError(f"{where}.kind is {kind!r}; data.kind {self.data.kind!r} needs {expected!r}")
+        self._layers_are_there()
+        self._prompts_fit()
         self.tune.check(self.sweep)
         missing = self.temperatures - set(self.cache.temperatures)
         if missing:
@@ -59,7 +61,8 @@ class Recipe(Section):
                 "probabilities of outputs that were not drawn; expected forward_kl, or scheme topk or dense"
             )
         needed = self.rows_read
-        if self.cache.rows is not None and needed > self.cache.rows:
+        cached = any(student.teacher == "cached" for student in self.sweep.students)
+        if cached and self.cache.rows is not None and needed > self.cache.rows:
             raise ValueError(
                 f"sweep reads {self.sweep.steps} x {needed // self.sweep.steps} = {needed} rows, and cache.rows "
                 f"is {self.cache.rows}; raise cache.rows, or set it to null to cover every row"
@@ -72,17 +75,48 @@ class Recipe(Section):
             raise ValueError("train.steps is 0; only a pretrained model may go untrained")
         return self
 
+    def _layers_are_there(self) -> None:
+        """A directory's layers are counted when there is need to look into it."""
+        if isinstance(self.train.model, Pretrained):
+            return
+        for index, student in enumerate(self.sweep.students):
+            if isinstance(student.model, TeacherLayers):
+                try:
+                    student.model.of(self.train.model.layers)
+                except InputError as error:
+                    raise ValueError(f"sweep.students.{index}.model.{error}") from None
+
+    def _prompts_fit(self) -> None:
+        written = self.sweep.on_policy
+        if written is None:
+            return
+        if not isinstance(self.data, TextData):
+            raise ValueError(f"sweep.on_policy: data.kind {self.data.kind!r} has nothing to write; expected text")
+        places = written.prompt_tokens + written.new_tokens
+        if places > self.data.sequence_length + 1:
+            raise ValueError(
+                f"sweep.on_policy: prompt_tokens {written.prompt_tokens} + new_tokens {written.new_tokens} = {places} "
+                f"is more than a row of sequence_length {self.data.sequence_length} + 1 tokens"
+            )
+
+    @property
+    def judged_temperatures(self) -> tuple[float, ...]:
+        """Those at which teachers tell what they think of what students wrote."""
+        listed = self.tune.space.temperature
+        asked = listed.values if listed else [student.temperature for student in self.sweep.students]
+        return tuple(sorted({1.0, *asked}))
+
     @property
     def temperatures(self) -> set[float]:
-        """Of all trials of the sweep."""
-        listed = self.tune.space.temperature
-        return set(listed.values if listed else (student.temperature for student in self.sweep.students))
+        """Those at which trials of the sweep read the cache."""
+        listed, readers = self.tune.space.temperature, [s for s in self.sweep.students if s.teacher == "cached"]
+        return set(listed.values) if listed and readers else {student.temperature for student in readers}
 
     @property
     def divergences(self) -> set[str]:
-        """Of all trials of the sweep."""
-        listed = self.tune.space.divergence
-        return set(listed.values if listed else (student.divergence for student in self.sweep.students))
+        """Those by which trials of the sweep learn from the cache."""
+        listed, readers = self.tune.space.divergence, [s for s in self.sweep.students if s.teacher == "cached"]
+        return set(listed.values) if listed and readers else {student.divergence for student in readers}
 
     @property
     def rows_read(self) -> int:

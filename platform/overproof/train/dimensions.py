@@ -6,6 +6,7 @@ torch and transformers take seconds to import; a test holds these numbers agains
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pyarrow import fs
 
 from overproof.errors import InputError
 from overproof.files import filesystem
-from overproof.recipe import Llama, Pretrained, Vit
+from overproof.recipe import Llama, Model, Pretrained, StudentModel, TeacherLayers, Vit
 
 PIXELS = 8  # along each edge of a digit
 HEADER_LIMIT_BYTES = 100_000_000  # as the safetensors library has it
@@ -30,6 +31,7 @@ class Dimensions:
     intermediate: int
     layers: int
     heads: int
+    query_width: int  # of all query heads together
     key_width: int  # of all key heads together
     places: int  # of a row in every layer: tokens, or patches and the class token
     outputs: int  # logits at each prediction
@@ -42,7 +44,7 @@ class Dimensions:
         return sum(self.tensors)
 
 
-def dimensions(model: Llama | Vit | Pretrained, outputs: int, predictions: int) -> Dimensions:
+def dimensions(model: Model, outputs: int, predictions: int) -> Dimensions:
     """Of a recipe's model for data with ``outputs`` classes or vocabulary entries and rows of ``predictions``.
 
     Raises:
@@ -55,12 +57,26 @@ def dimensions(model: Llama | Vit | Pretrained, outputs: int, predictions: int) 
     return _directory(model.path, predictions)
 
 
+def student_dimensions(model: StudentModel, teacher: Model, outputs: int, predictions: int) -> Dimensions:
+    """Of a student, which may follow from its teacher.
+
+    Raises:
+        InputError: a directory is not one of a model, or the teacher has fewer layers than the student asks for.
+    """
+    if not isinstance(model, TeacherLayers):
+        return dimensions(model, outputs, predictions)
+    model.of(dimensions(teacher, outputs, predictions).layers)
+    if isinstance(teacher, Pretrained):
+        return _directory(teacher.path, predictions, model.count)
+    return dimensions(teacher.model_copy(update={"layers": model.count}), outputs, predictions)
+
+
 def _llama(model: Llama, outputs: int, predictions: int) -> Dimensions:
     h, f = model.hidden_size, model.intermediate_size
     keys = h // model.heads * model.kv_heads
     layer = (h * h, keys * h, keys * h, h * h, f * h, f * h, h * f, h, h)  # q k v o, gate up down, two norms
     tensors = (outputs * h, *layer * model.layers, h)
-    return Dimensions("llama", h, f, model.layers, model.heads, keys, predictions, outputs, predictions, tensors)
+    return Dimensions("llama", h, f, model.layers, model.heads, h, keys, predictions, outputs, predictions, tensors)
 
 
 def _vit(model: Vit, outputs: int) -> Dimensions:
@@ -68,34 +84,45 @@ def _vit(model: Vit, outputs: int) -> Dimensions:
     places = _patches(PIXELS, patch)
     layer = (h * h, h) * 4 + (f * h, f, h * f, h) + (h, h) * 2  # q k v o, two of the feed-forward, two norms
     tensors = (h, places * h, h * patch * patch, h, *layer * model.layers, h, h, outputs * h, outputs)
-    return Dimensions("vit", h, f, model.layers, model.heads, h, places, outputs, 1, tensors)
+    return Dimensions("vit", h, f, model.layers, model.heads, h, h, places, outputs, 1, tensors)
 
 
 def _patches(edge: int, patch: int) -> int:
     return (edge // patch) ** 2 + 1
 
 
-def _directory(path: str, predictions: int) -> Dimensions:
+def _directory(path: str, predictions: int, most_layers: int | None = None) -> Dimensions:
     files, root = filesystem(path)
     config = _config(files, root, path)
     tensors = _sizes(files, root, path)
+    if most_layers is not None:  # all are alike
+        config["num_hidden_layers"] = most_layers
+        tensors = {name: size for name, size in tensors.items() if _layer(name) < most_layers}
     try:
         h, f, layers, heads = (
             int(config[key]) for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         )
         if config["model_type"] == "llama":
             head = config.get("head_dim") or h // heads
-            keys, outputs = head * int(config["num_key_value_heads"]), int(config["vocab_size"])
+            queries, keys = (head * count for count in (heads, int(config["num_key_value_heads"])))
+            outputs = int(config["vocab_size"])
             if config.get("tie_word_embeddings") and "lm_head.weight" in tensors:
                 del tensors["lm_head.weight"]  # written twice
-            return Dimensions("llama", h, f, layers, heads, keys, predictions, outputs, predictions, _flat(tensors))
+            sizes = _flat(tensors)
+            return Dimensions("llama", h, f, layers, heads, queries, keys, predictions, outputs, predictions, sizes)
         places = _patches(int(config["image_size"]), int(config["patch_size"]))
         outputs = tensors["classifier.bias"]
-        return Dimensions("vit", h, f, layers, heads, h, places, outputs, 1, _flat(tensors))
+        return Dimensions("vit", h, f, layers, heads, h, h, places, outputs, 1, _flat(tensors))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}/config.json: {error} is missing or no number; expected a Llama or ViT configuration"
         ) from None
+
+
+def _layer(tensor: str) -> int:
+    """The layer a tensor belongs to; -1 where it belongs to none."""
+    found = re.search(r"\.layers?\.(\d+)\.", tensor)
+    return int(found[1]) if found else -1
 
 
 def _flat(tensors: Mapping[str, int]) -> tuple[int, ...]:
@@ -108,7 +135,7 @@ def _config(files: fs.FileSystem, root: str, path: str) -> dict[str, Any]:
             config: dict[str, Any] = json.loads(stream.read())
     except (OSError, ValueError) as error:
         raise InputError(
-            f"train.model.path: {path}: config.json cannot be read: {error}; expected a Hugging Face model directory"
+            f"{path}: config.json cannot be read: {error}; expected a Hugging Face model directory"
         ) from None
     return config
 
@@ -118,7 +145,7 @@ def _sizes(files: fs.FileSystem, root: str, path: str) -> dict[str, int]:
     found: dict[str, int] = {}
     names = [info.path for info in files.get_file_info(fs.FileSelector(root)) if info.path.endswith(".safetensors")]
     if not names:
-        raise InputError(f"train.model.path: {path}: no *.safetensors file; expected a Hugging Face model directory")
+        raise InputError(f"{path}: no *.safetensors file; expected a Hugging Face model directory")
     for name in sorted(names):
         with files.open_input_file(name) as stream:
             try:

@@ -61,14 +61,26 @@ def default_device() -> torch.device:
 
 
 class TorchEngine:
-    """One process, fp32, no DeepSpeed: the reference, and what small students train on."""
+    """One process, fp32, no DeepSpeed: the reference, and what small students train on.
 
-    def __init__(self, model: nn.Module, optimization: Optimization, device: torch.device | None = None) -> None:
-        self.optimization = optimization
+    Dropout and the like draw from a seed that is a function of ``seed`` and the step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimization: Optimization,
+        device: torch.device | None = None,
+        seed: int = 0,
+        beside: nn.Module | None = None,
+    ) -> None:
+        """``beside`` is trained and saved with the model, and no part of it."""
+        self.optimization, self.seed = optimization, seed
         self.device = device or default_device()
         self.model = model.to(self.device).train()
+        self.trained = nn.ModuleList([self.model, *([beside.to(self.device)] if beside else [])])
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, optimization.weight_decay),
+            parameter_groups(self.trained, optimization.weight_decay),
             lr=optimization.learning_rate,
             betas=(optimization.beta1, optimization.beta2),
             eps=ADAM_EPSILON,
@@ -78,9 +90,10 @@ class TorchEngine:
     def step(self, objective: Objective, batch: Batch) -> Metrics:
         rate = learning_rate(self.optimization, self.steps_done)
         _set_rate(self.optimizer, rate)
+        _seed(self.seed, self.steps_done, self.device)
         loss, scalars = objective.loss(self.model, _place(batch, self.device))
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optimization.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), self.optimization.clip_norm)
         if torch.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -102,12 +115,12 @@ class TorchEngine:
 
     def save(self, write: Writer) -> None:
         """Hand the whole state to ``write``, as one file."""
-        write(STATE, {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
+        write(STATE, {"model": self.trained.state_dict(), "optimizer": self.optimizer.state_dict()})
 
     def load(self, folder: Path, step: int) -> None:
         """Go on from the file that ``save`` gave after ``step`` steps, with this engine's own settings."""
         state = torch.load(folder / STATE, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
+        self.trained.load_state_dict(state["model"])
         own = [{name: group[name] for name in ("betas", "weight_decay")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
@@ -151,7 +164,7 @@ class ZeroEngine:
         _set_rate(self.optimizer, rate)
         names, sums, norm = list[str](), torch.zeros((), device=self.device), None
         for index, part in enumerate(_parts(batch, self.accumulation)):
-            self._seed(index)
+            self._seed_rows(index)
             loss, scalars = objective.loss(self.engine, _place(part, self.device))
             names, sums = ["loss", *scalars], sums + torch.stack([loss.detach(), *scalars.values()]).double()
             last = index == self.accumulation - 1
@@ -211,14 +224,11 @@ class ZeroEngine:
             raise RuntimeError(f"{folder}: DeepSpeed found nothing to load")
         self.steps_done = step
 
-    def _seed(self, index: int) -> None:
+    def _seed_rows(self, index: int) -> None:
         """Seed a forward pass by where its rows stand in the order, whatever the number of workers."""
         share = self.train.batch_size // self.world
         position = self.steps_done * self.train.batch_size + self.rank * share + index * share // self.accumulation
-        seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{position}".encode()).digest()[:7], "big")
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device, for milliseconds
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        _seed(self.seed, position, self.device)
 
     def _clip(self) -> float | None:
         """Without ZeRO: clip the gradients, which every rank has whole, and give their norm before.
@@ -322,6 +332,14 @@ def weights(folder: Path) -> dict[str, Tensor]:
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         found = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name)
     return {name: _fp32(value) for name, value in found.items()}
+
+
+def _seed(seed: int, position: int, device: torch.device) -> None:
+    """Have what draws next draw a function of both."""
+    mixed = int.from_bytes(hashlib.sha256(f"{seed}/{position}".encode()).digest()[:7], "big")
+    torch.default_generator.manual_seed(mixed)  # torch.manual_seed asks every kind of device, for milliseconds
+    if device.type == "cuda":
+        torch.cuda.manual_seed(mixed)
 
 
 def _set_rate(optimizer: Any, rate: float) -> None:

@@ -7,7 +7,6 @@ import signal
 import tempfile
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -112,11 +111,9 @@ def train(context: Context) -> dict[str, Any]:
     if isinstance(settings.model, Pretrained):
         from overproof.models import check_tokenizer  # transformers: seconds to import, and not needed otherwise
 
-        path = settings.model.path
-        if "://" not in path:  # workers have other working directories
-            path = str(Path(path).expanduser().absolute())
-        check_tokenizer(pretrained.local(path), Manifest.read(prepared.local()))
-        settings = settings.model_copy(update={"model": Pretrained(path=path)})
+        starting = pretrained.anywhere(settings.model)
+        check_tokenizer(pretrained.local(starting.path), Manifest.read(prepared.local()))
+        settings = settings.model_copy(update={"model": starting})
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, draft.config, draft.parents, settings.checkpoint)
     checkpoints.begin()
     job = Job(settings, context.recipe.seed, prepared, draft, checkpoints, context.progress)

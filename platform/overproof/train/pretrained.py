@@ -1,4 +1,4 @@
-"""The Hugging Face directory a training starts from, local or behind a URI."""
+"""The Hugging Face directory a model starts from, local or behind a URI."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pyarrow import fs
 
 from overproof.errors import InputError
 from overproof.files import filesystem, once_here
+from overproof.recipe import Pretrained
 
 
 def listing(path: str) -> list[tuple[str, int, int]]:
@@ -26,8 +27,13 @@ def listing(path: str) -> list[tuple[str, int, int]]:
         if info.type == fs.FileType.File
     )
     if not names:
-        raise InputError(f"train.model.path: {path}: no such folder; expected a Hugging Face model directory")
+        raise InputError(f"{path}: no such folder; expected a Hugging Face model directory")
     return names
+
+
+def anywhere(model: Pretrained) -> Pretrained:
+    """The same directory, named so that processes with other working directories find it."""
+    return model if "://" in model.path else Pretrained(path=str(Path(model.path).expanduser().absolute()))
 
 
 def local(path: str) -> Path:

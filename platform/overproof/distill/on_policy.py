@@ -1,0 +1,98 @@
+"""On-policy distillation (arXiv 2306.13649): students write, and the teacher judges what they wrote.
+
+One process and no Ray: which steps, what is written, and a teacher that judges. All three are functions of integers
+and weights, to the last bit, whoever else asks the same teacher: see ``Judge``.
+
+Shapes: B rows, Q tokens of a prompt, G generated tokens, S = Q + G, V outputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from overproof.data.read import Columns
+from overproof.distill.keep import keep
+from overproof.models import load
+from overproof.recipe import OnPolicy, TopK
+from overproof.train.engine import default_device
+
+TEMPERATURE = 1.0  # of sampling: the student's own distribution
+
+
+class Asked(Protocol):
+    """A teacher, or a pool of them."""
+
+    def judge(self, tokens_BS: NDArray[np.int64]) -> Columns:
+        """Of every generated token: indices, logprobs (B, G, K) and logsumexp (B, G, temperatures)."""
+
+
+def written_at(step: int, share: float) -> bool:
+    """Whether the student writes the rows of a step, counted from 0: evenly spaced, ``share`` of all."""
+    return int((step + 1) * share + 1e-9) > int(step * share + 1e-9)
+
+
+@torch.no_grad()
+def write(model: PreTrainedModel, prompts_BQ: Tensor, count: int, seed: int, step: int) -> Tensor:
+    """Prompts, and ``count`` tokens after each, drawn from the model with a seed that is a function of the step.
+
+    The end of a document is a token like any other, as it is in training.
+    """
+    mixed = int.from_bytes(hashlib.sha256(f"{seed}/written/{step}".encode()).digest()[:7], "big")
+    devices = [prompts_BQ.device] if prompts_BQ.device.type == "cuda" else []
+    training = model.training
+    model.eval()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(mixed)
+        tokens_BS = model.generate(
+            prompts_BQ,
+            attention_mask=torch.ones_like(prompts_BQ),
+            do_sample=True,
+            temperature=TEMPERATURE,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=count,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    model.train(training)
+    assert isinstance(tokens_BS, Tensor)
+    return tokens_BS
+
+
+class Judge:
+    """One teacher. Its forward passes have one shape, so that no answer depends on what else is asked with it.
+
+    Requests are cut into passes of ``rows`` rows, and the last is filled up.
+    """
+
+    def __init__(self, teacher: Path, settings: OnPolicy, temperatures: tuple[float, ...], threads: int) -> None:
+        """``temperatures`` ascend, and 1.0 is among them."""
+        torch.set_num_threads(threads)
+        self.settings, self.temperatures, self.device = settings, temperatures, default_device()
+        self.model = load(teacher).to(self.device)
+
+    @torch.inference_mode()
+    def judge(self, tokens_BS: NDArray[np.int64]) -> Columns:
+        rows, parts = self.settings.rows, []
+        for start in range(0, len(tokens_BS), rows):
+            here = tokens_BS[start : start + rows]
+            filled = np.zeros((rows, tokens_BS.shape[1]), np.int64)
+            filled[: len(here)] = here
+            parts.append({name: value[: len(here)] for name, value in self._pass(filled).items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _pass(self, tokens_BS: NDArray[np.int64]) -> Columns:
+        inputs_BS = torch.from_numpy(tokens_BS[:, :-1]).to(self.device)
+        logits_BGV = self.model(input_ids=inputs_BS, use_cache=False).logits[:, -self.settings.new_tokens :]
+        labels_BG = torch.from_numpy(tokens_BS[:, -self.settings.new_tokens :]).to(self.device)
+        scheme = TopK(k=min(self.settings.k, logits_BGV.shape[-1]))
+        found = keep(logits_BGV, labels_BG, scheme, self.temperatures)
+        return {name: found[name].cpu().numpy() for name in ("indices", "logprobs", "logsumexp")}

@@ -1,0 +1,216 @@
+"""Students that learn from what they wrote: a function of the step, the same through the shared pool as without."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distill_world import SEED, TEACHERS, World, capture, recipe_of
+from ray._private.state import actors
+from test_initial import student
+from test_sweep import STUDENTS, SWEEP, job_of
+
+from overproof import pipeline
+from overproof.artifact import Artifact
+from overproof.data.manifest import Manifest
+from overproof.data.read import Columns
+from overproof.distill.job import Job
+from overproof.distill.on_policy import Judge, write, written_at
+from overproof.distill.student import Run
+from overproof.distill.sweep import sweep
+from overproof.errors import InputError
+from overproof.models import build, load
+from overproof.recipe import OnPolicy
+
+SMALL = {"kind": "llama", "hidden_size": 32, "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 2}
+ASKED = {"k": 4, "prompt_tokens": 6, "new_tokens": 9, "rows": 2 * SWEEP["batch_size"], "wait_s": 60.0}  # type: ignore[operator]
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def text_cache(text_world: World) -> Artifact:
+    return capture(text_world, None)
+
+
+def writers(**changes: Any) -> dict[str, Any]:
+    told = {**student(SMALL, temperature=2.0, on_policy=0.5), **changes}
+    students = [{**told, "name": "one"}, {**told, "name": "two", "divergence": "reverse_kl"}]
+    settings = {"steps": STEPS, "validate_every": 3, "validation_rows": 8, "warmup_steps": 1}
+    return {**SWEEP, **settings, "students": students, "on_policy": ASKED}
+
+
+def judge(world: World, k: int = 4) -> Judge:
+    asked = OnPolicy.model_validate({**ASKED, "k": k})
+    return Judge(world.artifacts["train"].local() / "model", asked, (1.0, 2.0), threads=1)
+
+
+def test_steps_are_spread_evenly() -> None:
+    assert [written_at(step, 0.5) for step in range(6)] == [False, True] * 3
+    for share in (0.0, 0.1, 0.3, 1 / 3, 0.5, 0.9, 1.0):
+        flags = [written_at(step, share) for step in range(300)]
+        for done in range(301):
+            assert abs(sum(flags[:done]) - done * share) < 1
+
+
+def test_what_is_written_is_a_function_of_weights_seed_and_step(text_world: World) -> None:
+    model = build(TEACHERS["text"], Manifest.read(text_world.root), 4)
+    prompts = torch.arange(12).view(3, 4)
+    before = torch.get_rng_state()
+    found = write(model, prompts, 7, seed=1, step=5)
+    assert torch.equal(before, torch.get_rng_state())
+    assert model.training
+    assert found.shape == (3, 11)
+    assert torch.equal(found[:, :4], prompts)
+    torch.manual_seed(77)
+    assert torch.equal(write(model, prompts, 7, seed=1, step=5), found)
+    for other in ({"seed": 2, "step": 5}, {"seed": 1, "step": 6}):
+        assert not torch.equal(write(model, prompts, 7, **other), found)
+
+
+def test_what_is_written_follows_the_students_distribution(text_world: World) -> None:
+    model = load(text_world.artifacts["train"].local() / "model")
+    prompt = torch.tensor([[9, 11, 13]])
+    drawn = write(model, prompt.expand(4000, -1), 1, seed=0, step=0)[:, -1]
+    with torch.no_grad():
+        p = model(prompt, use_cache=False).logits[0, -1].softmax(-1)
+    found = torch.bincount(drawn, minlength=len(p)) / len(drawn)
+    spread = (p * (1 - p) / len(drawn)).sqrt()
+    assert p.max() < 0.9
+    assert ((found - p).abs() <= 5 * spread + 1 / len(drawn)).all()
+
+
+def test_no_answer_depends_on_what_else_is_asked(text_world: World) -> None:
+    one, rng = judge(text_world), np.random.default_rng(0)
+    rows, others = rng.integers(1, 320, (16, 15)), rng.integers(1, 320, (30, 15))
+    alone = one.judge(rows)
+    assert {name: value.shape for name, value in alone.items()} == {
+        "indices": (16, 9, 4), "logprobs": (16, 9, 4), "logsumexp": (16, 9, 2)}  # fmt: skip
+    for before in (1, 7, 16, 30):
+        together = one.judge(np.concatenate([others[:before], rows, others]))
+        for name, value in alone.items():
+            assert np.array_equal(together[name][before : before + 16], value)  # to the last bit
+    with torch.no_grad():
+        logits = one.model(input_ids=torch.from_numpy(rows[:, :-1]), use_cache=False).logits[:, 5:]
+    expected = logits.log_softmax(-1).gather(-1, torch.from_numpy(alone["indices"]))
+    np.testing.assert_allclose(alone["logprobs"], expected.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(alone["logsumexp"][..., 1], (logits / 2).logsumexp(-1).numpy(), rtol=1e-5)
+
+
+class Watched:
+    """A judge, and what it was asked."""
+
+    def __init__(self, of: Judge) -> None:
+        self.of, self.asked = of, list[np.ndarray]()
+
+    def judge(self, tokens_BS: np.ndarray) -> Columns:
+        self.asked.append(tokens_BS)
+        return self.of.judge(tokens_BS)
+
+
+def begun(world: World, cached: Artifact, name: str, **changes: Any) -> Job:
+    return job_of(world.context("sweep", cached=cached, sweep=writers(**changes)), name)
+
+
+def steps(run: Run) -> list[dict[str, float]]:
+    rows = list[dict[str, float]]()
+    while not rows or rows[-1]["step"] < STEPS:
+        rows += run.advance().curve
+    return rows
+
+
+def test_the_loss_is_the_divergence_of_what_was_written(text_world: World, text_cache: Artifact) -> None:
+    everything = Watched(judge(text_world, k=320))
+    run = Run(begun(text_world, text_cache, "one", on_policy=1.0), everything)
+    state = {name: value.clone() for name, value in run.model.state_dict().items()}
+    row = run.advance().curve[0]
+    tokens = torch.from_numpy(everything.asked[0])
+    start = build(run.job.student.model, run.manifest, SEED)  # type: ignore[arg-type]
+    start.load_state_dict(state)
+    assert torch.equal(write(start, tokens[:, :6], 9, SEED, 0), tokens)
+    with torch.no_grad():
+        log_p, log_q = (
+            (model(tokens[:, :-1], use_cache=False).logits[:, 5:].double() / 2).log_softmax(-1)
+            for model in (start, everything.of.model)
+        )
+    expected = (log_q.exp() * (log_q - log_p)).sum(-1).mean() * 4  # T squared
+    assert row["loss"] == pytest.approx(float(expected), rel=1e-4)
+    assert row["on_policy"] == 1
+    first = next(run.train.steps(run.order, 16, 0, 1))
+    assert np.array_equal(everything.asked[0][:, :6], first["tokens"][:, :6])
+
+
+def test_a_student_that_writes_goes_on_to_the_last_bit(text_world: World, text_cache: Artifact) -> None:
+    asked = Watched(judge(text_world))
+    job = begun(text_world, text_cache, "one", relations={"heads": 2, "weight": 0.1})
+    whole = steps(Run(dataclasses.replace(job, checkpoints=begun(text_world, text_cache, "one").checkpoints), asked))
+    assert [row["step"] for row in whole if row.get("on_policy")] == [2, 4, 6, 8]
+    assert len(asked.asked) == 4
+    first = Run(job, asked)
+    first.advance()
+    first.saver.wait()
+    second = Run(job, judge(text_world))
+    assert second.began_at == 3
+    assert steps(second) == whole
+    alone = Run(dataclasses.replace(job, distilled=False, name="control", checkpoints=begun(
+        text_world, text_cache, "one").checkpoints))  # fmt: skip
+    assert not any("on_policy" in row for row in steps(alone))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_trials_share_one_pool_and_get_what_a_teacher_of_their_own_would_tell(
+    text_world: World, text_cache: Artifact
+) -> None:
+    context = text_world.context("sweep", cached=text_cache, sweep=writers())
+    metrics = sweep(context)
+    assert (metrics["judged_requests"], metrics["judged_batches"]) == (8, 4)  # each batch has a request of both
+    folder = Path(context.draft.uri)
+    for name in ("one", "two"):
+        found = [json.loads(line) for line in (folder / "curves" / f"{name}.jsonl").read_text().splitlines()]
+        assert found == steps(Run(job_of(context, name), judge(text_world)))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_teachers_and_trials_that_are_killed_change_nothing(text_world: World, text_cache: Artifact) -> None:
+    killed: dict[str, int] = {}
+
+    def progress(task: str, done: int, total: int, note: str = "") -> None:
+        if task == "sweep" and done:
+            for actor in actors().values():
+                kind = actor["ActorClassName"]
+                if actor["State"] == "ALIVE" and ("Trainable" in kind or kind == "Replica") and kind not in killed:
+                    killed[kind] = actor["Pid"]
+                    os.kill(actor["Pid"], signal.SIGKILL)
+
+    hasty = {**writers(), "on_policy": {**ASKED, "wait_s": 0.01}}
+    context = text_world.context("sweep", progress, text_cache, sweep=hasty)
+    metrics = sweep(context)
+    assert len(killed) == 2
+    assert (metrics["failed"], metrics["stopped_early"]) == (0, 0)
+    for name in ("one", "two"):
+        curve = (Path(context.draft.uri) / "curves" / f"{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in curve] == steps(Run(job_of(context, name), judge(text_world)))
+    assert not [a for a in actors().values() if a["State"] == "ALIVE" and a["ActorClassName"] in ("Replica", "Broker")]
+
+
+def test_what_cannot_be_written_is_refused() -> None:
+    with pytest.raises(InputError, match="student one has a share on_policy; expected a section on_policy"):
+        recipe_of("text", sweep={**writers(), "on_policy": None})
+    with pytest.raises(InputError, match=r"6 \+ new_tokens 200 = 206 is more than a row of sequence_length 128"):
+        recipe_of("text", sweep={**writers(), "on_policy": {**ASKED, "new_tokens": 200}})
+    with pytest.raises(InputError, match=r"data.kind 'digits' has nothing to write"):
+        recipe_of("digits", sweep={**SWEEP, "students": STUDENTS, "on_policy": ASKED})
+
+
+def test_how_many_teachers_judge_changes_no_fingerprint() -> None:
+    sections = [
+        pipeline.STAGES[3].part(recipe_of("text", sweep={**writers(), "on_policy": {**ASKED, **changes}}))
+        for changes in ({}, {"actors": 3, "wait_s": 1.0, "cpus_per_actor": 2}, {"rows": 64})
+    ]
+    assert sections[0] == sections[1] != sections[2]
