@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/peers.py FOLDER
 
-Makes FOLDER/hf (datasets, accelerate) and FOLDER/mosaic (mosaicml-streaming, with older numpy and transformers) with
-pip, in about two minutes, and nothing where they are there already.
+Makes FOLDER/hf (datasets, accelerate), FOLDER/trl (the same and TRL) and FOLDER/mosaic (mosaicml-streaming, with older
+numpy and transformers) with pip, in about two minutes, and nothing where they are there already.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import venv
 from pathlib import Path
 
 HUGGING_FACE = ("datasets>=5.2,<6", "accelerate>=1.15,<2", "multiprocess", "dill", "xxhash")
+TRL = (*HUGGING_FACE, "trl>=1.16,<2")
 MOSAIC = ("mosaicml-streaming>=0.13,<0.14",)
 MOSAIC_NEEDS = (
     "numpy<2.2", "transformers<5", "boto3", "Brotli", "google-cloud-storage", "matplotlib", "paramiko",
@@ -55,10 +56,15 @@ def hugging_face(folder: Path) -> Path:
     return make(folder / "hf", (), HUGGING_FACE, {})
 
 
+def trl(folder: Path) -> Path:
+    """The Python that has `trl`."""
+    return make(folder / "trl", (), TRL, {})
+
+
 def mosaic(folder: Path) -> Path:
     """The Python that has `streaming`."""
     return make(folder / "mosaic", MOSAIC_NEEDS, MOSAIC, STAND_INS)
 
 
 if __name__ == "__main__":
-    print(hugging_face(Path(sys.argv[1]).absolute()), mosaic(Path(sys.argv[1]).absolute()))
+    print(*(made(Path(sys.argv[1]).absolute()) for made in (hugging_face, trl, mosaic)))

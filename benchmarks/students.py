@@ -1,0 +1,287 @@
+"""What the benchmarks of distillation share: recipes and a store that keeps what is made, one student, held-out scores.
+
+    students.py RECIPE.json STAGE     runs the pipeline up to a stage; prints JSON: its seconds, and CPU seconds of the tree
+
+Shapes: B rows, P predictions in a row, V outputs, U held-out documents or images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from measuring import HERE, TreeCpu, child
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+
+from overproof.artifact import Artifact, Store
+from overproof.data.manifest import DOCUMENTS, Manifest
+from overproof.data.read import Shards, planned_shards
+from overproof.distill.job import Job
+from overproof.evaluate.score import HeldOut
+from overproof.models import Batch, build, forward, load, save, to_tensors
+from overproof.pipeline import resolve
+from overproof.recipe import Cache, Checkpoint, Llama, Recipe, Student, Sweep, Vit
+from overproof.recipe import load as load_recipe
+from overproof.train.checkpoint import Checkpoints
+from overproof.train.engine import TorchEngine
+from overproof.train.loop import fit
+from overproof.train.objective import masked_mean, nll
+
+RECIPES = HERE.parent / "jobs" / "recipes"
+TEACHER = {"hidden_size": 224, "intermediate_size": 640, "layers": 3, "heads": 7, "kv_heads": 7}  # 2.4M
+STUDENT = {"hidden_size": 64, "intermediate_size": 192, "layers": 2, "heads": 2, "kv_heads": 2}  # a tenth
+TINY_TEACHER = {"hidden_size": 64, "intermediate_size": 128, "layers": 1, "heads": 2, "kv_heads": 2}
+TINY_STUDENT = {"hidden_size": 32, "intermediate_size": 64, "layers": 1, "heads": 2, "kv_heads": 2}
+SAMPLED_ROWS = 32  # in a batch of the scores
+Teaching = Literal["none", "cached", "live"]
+
+
+def options(about: str | None, seeds: int = 3) -> argparse.ArgumentParser:
+    """The switches that the benchmarks of distillation share."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, default=Path(tempfile.gettempdir()) / "overproof-bench",
+                        help="what is prepared, and the teacher, stay here for the next benchmark")  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=seeds, help="of the students' initial weights")
+    parser.add_argument("--steps", type=int, default=260, help="of a student")
+    parser.add_argument("--teacher-steps", type=int, default=440)
+    parser.add_argument("--documents", type=int, default=12, help="of the test split that are scored")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tiny", action="store_true", help="tiny models: to see that it runs")
+    return parser
+
+
+def llama(shape: dict[str, int]) -> Llama:
+    return Llama(**shape, initializer_range=0.06)  # type: ignore[arg-type]
+
+
+def text(given: argparse.Namespace) -> Recipe:
+    """Python's own source code as stdlib-lm.yaml prepares it, and a teacher ten times the student's size.
+
+    The cache covers what a student reads in ``given.steps``.
+    """
+    base = load_recipe(RECIPES / "stdlib-lm.yaml", (f"store={given.store.absolute()}", "name=text"))
+    teacher, student = (TINY_TEACHER, TINY_STUDENT) if given.tiny else (TEACHER, STUDENT)
+    train = {"model": llama(teacher), "steps": given.teacher_steps, "validate_every": max(1, given.teacher_steps)}
+    return base.model_copy(
+        update={
+            "train": base.train.model_copy(update=train),
+            "cache": cache(base, rows=given.steps * base.sweep.batch_size),
+            "sweep": sweep(base, (Student(name="only", model=llama(student)),), given.steps, given.threads),
+        }
+    )
+
+
+def cache(recipe: Recipe, **changes: Any) -> Cache:
+    return Cache.model_validate(recipe.cache.model_dump() | changes)
+
+
+def sweep(recipe: Recipe, students: tuple[Student, ...], steps: int, threads: int) -> Sweep:
+    """Every student runs every step, and is validated once."""
+    changes = {"students": students, "steps": steps, "validate_every": steps, "cpus_per_trial": threads}
+    changes["asha"] = recipe.sweep.asha.model_copy(update={"grace_steps": steps})
+    return recipe.sweep.model_copy(update=changes)
+
+
+def made(recipe: Recipe, until: str) -> dict[str, Artifact]:
+    """The artifacts up to a stage; what the store lacks is made first."""
+    found = [step.artifact for step in resolve(recipe, Store(recipe.store), until)]
+    if not all(found):
+        run_stages(recipe, until)
+        found = [step.artifact for step in resolve(recipe, Store(recipe.store), until)]
+    return {artifact.record.stage: artifact for artifact in found if artifact}
+
+
+def run_stages(recipe: Recipe, until: str) -> dict[str, Any]:
+    """Run what is not done in a process and on a cluster of its own; gives its wall and CPU seconds."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(recipe.model_dump_json())
+        file.flush()
+        source = str(HERE.parent / "platform")
+        return child([sys.executable, __file__, file.name, until], threads=1, PYTHONPATH=source)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One student to train: picklable, so that a process of its own may do it."""
+
+    student: Student
+    settings: Sweep
+    seed: int  # of the initial weights; the rows are those of the recipe's seed
+    order_seed: int
+    teaching: Teaching
+    parents: dict[str, Artifact]
+    out: str  # folder of the weights
+
+
+def train(trial: Trial) -> dict[str, Any]:
+    """Train and save; gives the CPU seconds of the training alone."""
+    with tempfile.TemporaryDirectory() as scratch:
+        if trial.teaching == "live":
+            model, cpu_s = _train_live(trial)
+        else:
+            model, cpu_s = _train_run(trial, scratch)
+    save(model, model.config, Path(trial.out))
+    return {"cpu_s": cpu_s, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def job(trial: Trial, store: str, name: str = "only") -> Job:
+    """What the product's sweep would hand to the process of a trial."""
+    draft = Store(store).begin("bench", "sweep", "c" * 64, {}, {})
+    checkpoints = Checkpoints(f"{store}/checkpoints/{name}", "c" * 64, {}, {}, Checkpoint())
+    return Job(
+        name=name,
+        student=trial.student,
+        distilled=trial.teaching == "cached",
+        settings=trial.settings,
+        seed=trial.order_seed,
+        threads=max(1, int(trial.settings.cpus_per_trial)),
+        prepared=trial.parents["prepare"],
+        cached=trial.parents["cache"],
+        draft=draft,
+        folder=name,
+        checkpoints=checkpoints,
+    )
+
+
+def _train_run(trial: Trial, scratch: str) -> tuple[Any, float]:
+    """As the product trains a student of a sweep."""
+    from overproof.distill.student import Run
+
+    own = job(trial, scratch)
+    own.checkpoints.begin()
+    began = time.process_time()
+    run = Run(own)
+    run.model.load_state_dict(build(trial.student.model, run.manifest, trial.seed).state_dict())
+    while run.advance().steps < trial.settings.steps:
+        pass
+    run.saver.wait()
+    return run.model, time.process_time() - began
+
+
+@dataclass(frozen=True)
+class LiveTeacher:
+    """Forward KL to a teacher that runs at every step, over all outputs, beside the labels; temperature 1."""
+
+    teacher: nn.Module
+    teacher_weight: float
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            target_BPV = log_softmax(forward(self.teacher, batch).logits_BPV.float(), -1)
+        prediction = forward(model, batch)
+        log_p_BPV = log_softmax(prediction.logits_BPV.float(), -1)
+        kl_BP = kl_div(log_p_BPV, target_BPV, reduction="none", log_target=True).sum(-1)
+        loss = masked_mean(kl_BP, prediction.mask_BP) * self.teacher_weight
+        if self.teacher_weight < 1:
+            loss = loss + (1 - self.teacher_weight) * masked_mean(nll(prediction), prediction.mask_BP)
+        return loss, {}
+
+
+def _train_live(trial: Trial) -> tuple[Any, float]:
+    """The product's engine, loop, rows and schedule with the teacher in the loop."""
+    settings, root = trial.settings, trial.parents["prepare"].local()
+    torch.set_num_threads(max(1, int(settings.cpus_per_trial)))
+    began = time.process_time()
+    shards = planned_shards(root)
+    order = shards.manifest.order(trial.order_seed)
+    model = build(trial.student.model, shards.manifest, trial.seed)  # type: ignore[arg-type]
+    objective = LiveTeacher(load(trial.parents["train"].local() / "model"), trial.student.teacher_weight)
+    batches: Iterator[Batch] = (
+        to_tensors({name: values for name, values in columns.items() if name != "sample_id"})
+        for columns in shards.steps(order, settings.batch_size, 0, settings.steps)
+    )
+    fit(TorchEngine(model, settings), objective, settings, batches, lambda: 0.0, lambda _: None)
+    return model, time.process_time() - began
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums of one model over each held-out document or image: (U,)."""
+
+    nats: NDArray[np.float64]
+    right: NDArray[np.float64]  # first choices that are the label
+    divergence: NDArray[np.float64]  # forward KL to the teacher, nats
+    predictions: NDArray[np.float64]
+    size_bytes: NDArray[np.float64]  # of the text; 1 for an image
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.nats.sum() / self.size_bytes.sum() / np.log(2))
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.right.sum() / self.predictions.sum())
+
+    @property
+    def kl(self) -> float:
+        """Nats in a prediction."""
+        return float(self.divergence.sum() / self.predictions.sum())
+
+
+@torch.inference_mode()
+def scores(parents: dict[str, Artifact], folders: dict[str, str], documents: int | None) -> dict[str, Scores]:
+    """Every model and, under "teacher", the teacher on the same units of the test split; on every thread there is."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    root = parents["prepare"].local()
+    teacher = load(parents["train"].local() / "model")
+    known = {"teacher": teacher} | {name: load(Path(folder)) for name, folder in folders.items()}
+    ids, places, sizes = _units(root, documents)
+    sums = {name: np.zeros((4, len(sizes))) for name in known}
+    shards = Shards(root, "test")
+    for start in range(0, len(ids), SAMPLED_ROWS):
+        here = slice(start, start + SAMPLED_ROWS)
+        batch, place = to_tensors(shards.take(ids[here])), places[here]
+        target_BPV = log_softmax(forward(teacher, batch).logits_BPV, -1)
+        for name, model in known.items():
+            prediction = forward(model, batch)
+            log_p_BPV = log_softmax(prediction.logits_BPV, -1)
+            kl_BP = kl_div(log_p_BPV, target_BPV, reduction="none", log_target=True).sum(-1)
+            right_BP = log_p_BPV.argmax(-1) == prediction.targets_BP
+            for row, values_BP in enumerate((nll(prediction), right_BP, kl_BP, torch.ones_like(kl_BP))):
+                np.add.at(sums[name][row], place, (values_BP * prediction.mask_BP).sum(1).double().numpy())
+    return {name: Scores(*found, sizes) for name, found in sums.items()}
+
+
+def _units(root: Path, most: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Row ids of the test split, the unit that each belongs to, and every unit's size."""
+    if Manifest.read(root).kind == "digits":
+        count = Manifest.read(root).splits["test"].rows
+        return np.arange(count), np.arange(count), np.ones(count)
+    rows = HeldOut.of(root, most)
+    table = pq.read_table(root / DOCUMENTS, columns=["document", "size_bytes"]).to_pydict()
+    size_bytes = dict(zip(table["document"], table["size_bytes"], strict=True))
+    return rows.sample_ids, rows.places, np.array([size_bytes[int(d)] for d in rows.documents], np.float64)
+
+
+def vit(width: int, layers: int = 1) -> Vit:
+    return Vit(hidden_size=width, intermediate_size=2 * width, layers=layers, heads=2, patch_size=4,
+               initializer_range=0.12)  # fmt: skip
+
+
+def main(file: Path, until: str) -> None:
+    from overproof import pipeline
+
+    recipe = Recipe.model_validate_json(file.read_text())
+    began = time.monotonic()
+    with TreeCpu() as cpu:
+        artifacts = pipeline.run(recipe, until)
+    last = artifacts[until].record
+    found = {"wall_s": time.monotonic() - began, "cpu_s": cpu.seconds, "stage_s": last.seconds, "id": artifacts[until].id}
+    print("\n" + json.dumps({**found, "metrics": last.metrics}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
