@@ -22,7 +22,7 @@ from students import Teaching, Trial, cache, made, options, scores, text, train
 
 from overproof.artifact import Artifact
 from overproof.distill.targets import CacheIndex
-from overproof.recipe import Cache, Recipe, Student
+from overproof.recipe import Cache, Recipe
 
 PROCESSES = 2
 
@@ -74,7 +74,8 @@ def main() -> None:
         say(f"capturing {name}")
         caches[name] = stored(recipe.model_copy(update={"cache": scheme}))
     any_parents = next(iter(caches.values())).parents
-    student = Student(name="only", model=recipe.sweep.students[0].model, teacher_weight=given.weight)
+    student = recipe.sweep.students[0].model_copy(update={"teacher_weight": given.weight})
+    recipe = recipe.model_copy(update={"sweep": recipe.sweep.model_copy(update={"students": (student,)})})
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
         trials: dict[str, Trial] = {}
         for seed in range(given.seeds):  # the kinds in turn
@@ -84,7 +85,7 @@ def main() -> None:
             ]  # fmt: skip
             for name, teaching, parents in kinds:
                 out = str(Path(scratch) / f"{name}-{seed}".replace(" ", "-"))
-                trials[f"{name}/{seed}"] = Trial(student, recipe.sweep, seed, recipe.seed, teaching, parents, out)
+                trials[f"{name}/{seed}"] = Trial(recipe, parents, teaching, seed, out)
         for name, _ in zip(trials, pool.map(train, trials.values()), strict=True):
             say(f"trained {name}")
         say("scoring")

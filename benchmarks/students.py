@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,12 +30,16 @@ from overproof.artifact import Artifact, Store
 from overproof.data.manifest import DOCUMENTS, Manifest
 from overproof.data.read import Shards, planned_shards
 from overproof.distill.job import Job
+from overproof.distill.journal import Journal
+from overproof.distill.sweep import job as job_of
 from overproof.evaluate.score import HeldOut
-from overproof.models import Batch, build, forward, load, save, to_tensors
+from overproof.models import Batch, build, forward, load, parameters, save, to_tensors
 from overproof.pipeline import resolve
-from overproof.recipe import Cache, Checkpoint, Llama, Recipe, Student, Sweep, Vit
+from overproof.progress import quiet
+from overproof.recipe import Cache, Llama, Recipe, Student, Sweep, Tune, Vit
 from overproof.recipe import load as load_recipe
-from overproof.train.checkpoint import Checkpoints
+from overproof.recipe.search import Values
+from overproof.stage import Context
 from overproof.train.engine import TorchEngine
 from overproof.train.loop import fit
 from overproof.train.objective import masked_mean, nll
@@ -45,7 +49,7 @@ TEACHER = {"hidden_size": 224, "intermediate_size": 640, "layers": 3, "heads": 7
 STUDENT = {"hidden_size": 64, "intermediate_size": 192, "layers": 2, "heads": 2, "kv_heads": 2}  # a tenth
 TINY_TEACHER = {"hidden_size": 64, "intermediate_size": 128, "layers": 1, "heads": 2, "kv_heads": 2}
 TINY_STUDENT = {"hidden_size": 32, "intermediate_size": 64, "layers": 1, "heads": 2, "kv_heads": 2}
-SAMPLED_ROWS = 32  # in a batch of the scores
+SCORED_ROWS = 32  # in a batch of the scores
 Teaching = Literal["none", "cached", "live"]
 
 
@@ -78,10 +82,18 @@ def text(given: argparse.Namespace) -> Recipe:
     return base.model_copy(
         update={
             "train": base.train.model_copy(update=train),
+            "tune": Tune(),
             "cache": cache(base, rows=given.steps * base.sweep.batch_size),
             "sweep": sweep(base, (Student(name="only", model=llama(student)),), given.steps, given.threads),
         }
     )
+
+
+def digits(given: argparse.Namespace) -> Recipe:
+    """The handwritten digits with the teacher of digits.yaml, whose ten outputs are cached whole for every row."""
+    base = load_recipe(RECIPES / "digits.yaml", (f"store={given.store.absolute()}", "name=digits"))
+    student = Student(name="only", model=vit(24), temperature=2.0, teacher_weight=0.9)
+    return base.model_copy(update={"tune": Tune(), "sweep": sweep(base, (student,), given.steps, given.threads)})
 
 
 def cache(recipe: Recipe, **changes: Any) -> Cache:
@@ -91,7 +103,6 @@ def cache(recipe: Recipe, **changes: Any) -> Cache:
 def sweep(recipe: Recipe, students: tuple[Student, ...], steps: int, threads: int) -> Sweep:
     """Every student runs every step, and is validated once."""
     changes = {"students": students, "steps": steps, "validate_every": steps, "cpus_per_trial": threads}
-    changes["asha"] = recipe.sweep.asha.model_copy(update={"grace_steps": steps})
     return recipe.sweep.model_copy(update=changes)
 
 
@@ -115,60 +126,51 @@ def run_stages(recipe: Recipe, until: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Trial:
-    """One student to train: picklable, so that a process of its own may do it."""
+    """A student of a recipe's sweep to train: picklable, so that a process of its own may do it."""
 
-    student: Student
-    settings: Sweep
-    seed: int  # of the initial weights; the rows are those of the recipe's seed
-    order_seed: int
-    teaching: Teaching
+    recipe: Recipe
     parents: dict[str, Artifact]
+    teaching: Teaching
+    seed: int  # of the initial weights; the rows are those of the recipe's seed
     out: str  # folder of the weights
+    values: Values = field(default_factory=dict)  # what differs from the recipe, see tune.space
 
 
 def train(trial: Trial) -> dict[str, Any]:
-    """Train and save; gives the CPU seconds of the training alone."""
+    """Train and save; gives the CPU seconds of the training alone, and its validation losses by step."""
     with tempfile.TemporaryDirectory() as scratch:
-        if trial.teaching == "live":
-            model, cpu_s = _train_live(trial)
+        own = job(trial, scratch)
+        if trial.teaching != "live":
+            model, curve, cpu_s = _train_run(own, trial.seed)
         else:
-            model, cpu_s = _train_run(trial, scratch)
-    save(model, model.config, Path(trial.out))
-    return {"cpu_s": cpu_s, "parameters": sum(p.numel() for p in model.parameters())}
+            model, curve, cpu_s = _train_live(own, trial)
+    if trial.out:
+        save(model, model.config, Path(trial.out))
+    return {"cpu_s": cpu_s, "parameters": parameters(model), "curve": curve}
 
 
 def job(trial: Trial, store: str, name: str = "only") -> Job:
     """What the product's sweep would hand to the process of a trial."""
     draft = Store(store).begin("bench", "sweep", "c" * 64, {}, {})
-    checkpoints = Checkpoints(f"{store}/checkpoints/{name}", "c" * 64, {}, {}, Checkpoint())
-    return Job(
-        name=name,
-        student=trial.student,
-        distilled=trial.teaching == "cached",
-        settings=trial.settings,
-        seed=trial.order_seed,
-        threads=max(1, int(trial.settings.cpus_per_trial)),
-        prepared=trial.parents["prepare"],
-        cached=trial.parents["cache"],
-        draft=draft,
-        folder=name,
-        checkpoints=checkpoints,
-    )
+    context, journal = Context(trial.recipe, trial.parents, draft, quiet), Journal(draft)
+    values = {"student": trial.recipe.sweep.students[0].name, **trial.values}
+    made = job_of(context, journal, name, values)
+    made.checkpoints.begin()
+    return replace(made, distilled=trial.teaching == "cached")
 
 
-def _train_run(trial: Trial, scratch: str) -> tuple[Any, float]:
+def _train_run(own: Job, seed: int) -> tuple[Any, dict[int, float], float]:
     """As the product trains a student of a sweep."""
     from overproof.distill.student import Run
 
-    own = job(trial, scratch)
-    own.checkpoints.begin()
-    began = time.process_time()
+    began, curve = time.process_time(), {}
     run = Run(own)
-    run.model.load_state_dict(build(trial.student.model, run.manifest, trial.seed).state_dict())
-    while run.advance().steps < trial.settings.steps:
-        pass
+    run.model.load_state_dict(build(own.student.model, run.manifest, seed).state_dict())  # type: ignore[arg-type]
+    while max(curve, default=0) < own.settings.steps:
+        chunk = run.advance()
+        curve[chunk.steps] = chunk.validation_loss
     run.saver.wait()
-    return run.model, time.process_time() - began
+    return run.model, curve, time.process_time() - began
 
 
 @dataclass(frozen=True)
@@ -190,21 +192,20 @@ class LiveTeacher:
         return loss, {}
 
 
-def _train_live(trial: Trial) -> tuple[Any, float]:
+def _train_live(own: Job, trial: Trial) -> tuple[Any, dict[int, float], float]:
     """The product's engine, loop, rows and schedule with the teacher in the loop."""
-    settings, root = trial.settings, trial.parents["prepare"].local()
-    torch.set_num_threads(max(1, int(settings.cpus_per_trial)))
-    began = time.process_time()
-    shards = planned_shards(root)
-    order = shards.manifest.order(trial.order_seed)
-    model = build(trial.student.model, shards.manifest, trial.seed)  # type: ignore[arg-type]
-    objective = LiveTeacher(load(trial.parents["train"].local() / "model"), trial.student.teacher_weight)
+    torch.set_num_threads(own.threads)
+    began, settings = time.process_time(), own.settings
+    shards = planned_shards(own.prepared.local())
+    order = shards.manifest.order(own.seed)
+    model = build(own.student.model, shards.manifest, trial.seed)  # type: ignore[arg-type]
+    objective = LiveTeacher(load(trial.parents["train"].local() / "model"), own.student.teacher_weight)
     batches: Iterator[Batch] = (
         to_tensors({name: values for name, values in columns.items() if name != "sample_id"})
         for columns in shards.steps(order, settings.batch_size, 0, settings.steps)
     )
     fit(TorchEngine(model, settings), objective, settings, batches, lambda: 0.0, lambda _: None)
-    return model, time.process_time() - began
+    return model, {}, time.process_time() - began
 
 
 @dataclass(frozen=True)
@@ -241,8 +242,8 @@ def scores(parents: dict[str, Artifact], folders: dict[str, str], documents: int
     ids, places, sizes = _units(root, documents)
     sums = {name: np.zeros((4, len(sizes))) for name in known}
     shards = Shards(root, "test")
-    for start in range(0, len(ids), SAMPLED_ROWS):
-        here = slice(start, start + SAMPLED_ROWS)
+    for start in range(0, len(ids), SCORED_ROWS):
+        here = slice(start, start + SCORED_ROWS)
         batch, place = to_tensors(shards.take(ids[here])), places[here]
         target_BPV = log_softmax(forward(teacher, batch).logits_BPV, -1)
         for name, model in known.items():
@@ -279,7 +280,12 @@ def main(file: Path, until: str) -> None:
     with TreeCpu() as cpu:
         artifacts = pipeline.run(recipe, until)
     last = artifacts[until].record
-    found = {"wall_s": time.monotonic() - began, "cpu_s": cpu.seconds, "stage_s": last.seconds, "id": artifacts[until].id}
+    found = {
+        "wall_s": time.monotonic() - began,
+        "cpu_s": cpu.seconds,
+        "stage_s": last.seconds,
+        "id": artifacts[until].id,
+    }
     print("\n" + json.dumps({**found, "metrics": last.metrics}))
 
 
