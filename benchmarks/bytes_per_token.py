@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/bytes_per_token.py [--seeds 3] [--top-k 4 8 12] [--draws 8 12] [--weight 0.9]
 
-Prints one Markdown table. Plain students learn from the labels, dense ones from the whole distribution of a teacher that
-runs at every step, the others from a cache of it; all start from the same weights and read the same rows. About 10
-minutes with the defaults on two cores, and 3 more where the store has no teacher yet.
+Prints one Markdown table. Plain students learn from the labels, dense ones from the whole distribution of a teacher
+that runs at every step, the others from a cache of it; all start from the same weights and read the same rows. About
+10 minutes with the defaults on two cores, and 3 more where the store has no teacher yet.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def main() -> None:
         found = scores(any_parents, {name: trial.out for name, trial in trials.items()}, given.documents)
     bits = {name: [found[f"{name}/{seed}"].bits_per_byte for seed in range(given.seeds)]
             for name in ("plain", "dense", *caches)}  # fmt: skip
-    print(f"{machine(given.threads)}; {given.seeds} seeds, {given.steps} steps of {recipe.sweep.batch_size} rows, teacher's "
-          f"weight {given.weight:g}; teacher {found['teacher'].bits_per_byte:.4f} bits per byte on {given.documents} "
+    print(f"{machine(given.threads)}; {given.seeds} seeds, {given.steps} steps of {recipe.sweep.batch_size} rows, "
+          f"teacher's weight {given.weight:g}; teacher {found['teacher'].bits_per_byte:.4f} bits per byte on {given.documents} "
           "held-out documents; medians (least to most)\n")  # fmt: skip
     head = ("targets", "bytes a token before compression", "stored", "held-out bits per byte", "kept of dense's gain")
     table(head, [line(name, values, bits, caches.get(name)) for name, values in bits.items()])

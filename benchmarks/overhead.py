@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import HERE, child, interleaved, machine, say, spread, table
-from students import digits, made, options
+from students import SOURCES, digits, made, options
 
 PROCESSES = 2
 FIRST_STEPS = 100  # to learn how many take a second
@@ -58,9 +58,8 @@ def main() -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
 
         def run(who: str, trials: int) -> dict[str, Any]:
-            source = str(HERE.parent / "platform")
             command = [sys.executable, HERE / "sweeps" / "trials.py", who, file.name, trials]
-            return child(command, given.threads, PYTHONPATH=source)
+            return child(command, given.threads, PYTHONPATH=SOURCES)
 
         def write(steps: int) -> None:
             changes = {"steps": steps, "validate_every": steps}

@@ -1,6 +1,8 @@
-"""What the benchmarks of distillation share: recipes and a store that keeps what is made, one student, held-out scores.
+"""What the benchmarks of distillation share: recipes, a store that keeps what is made, one student, held-out scores.
 
-    students.py RECIPE.json STAGE     runs the pipeline up to a stage; prints JSON: its seconds, and CPU seconds of the tree
+    students.py RECIPE.json STAGE
+
+runs the pipeline up to a stage, and prints JSON: wall seconds, and CPU seconds of the process tree.
 
 Shapes: B rows, P predictions in a row, V outputs, U held-out documents or images.
 """
@@ -44,6 +46,7 @@ from overproof.train.engine import TorchEngine
 from overproof.train.loop import fit
 from overproof.train.objective import masked_mean, nll
 
+SOURCES = f"{HERE.parent / 'platform'}{os.pathsep}{HERE}"  # what every process of a benchmark imports from
 RECIPES = HERE.parent / "jobs" / "recipes"
 TEACHER = {"hidden_size": 224, "intermediate_size": 640, "layers": 3, "heads": 7, "kv_heads": 7}  # 2.4M
 STUDENT = {"hidden_size": 64, "intermediate_size": 192, "layers": 2, "heads": 2, "kv_heads": 2}  # a tenth
@@ -120,8 +123,7 @@ def run_stages(recipe: Recipe, until: str) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(recipe.model_dump_json())
         file.flush()
-        source = str(HERE.parent / "platform")
-        return child([sys.executable, __file__, file.name, until], threads=1, PYTHONPATH=source)
+        return child([sys.executable, __file__, file.name, until], threads=1, PYTHONPATH=SOURCES)
 
 
 @dataclass(frozen=True)

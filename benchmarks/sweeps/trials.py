@@ -19,9 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from students import Trial, job, made
 
 from overproof.artifact import Store
