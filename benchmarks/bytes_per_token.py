@@ -93,8 +93,8 @@ def main() -> None:
     bits = {name: [found[f"{name}/{seed}"].bits_per_byte for seed in range(given.seeds)]
             for name in ("plain", "dense", *caches)}  # fmt: skip
     print(f"{machine(given.threads)}; {given.seeds} seeds, {given.steps} steps of {recipe.sweep.batch_size} rows, "
-          f"teacher's weight {given.weight:g}; teacher {found['teacher'].bits_per_byte:.4f} bits per byte on {given.documents} "
-          "held-out documents; medians (least to most)\n")  # fmt: skip
+          f"teacher's weight {given.weight:g}; teacher {found['teacher'].bits_per_byte:.4f} bits per byte on "
+          f"{given.documents} held-out documents; medians (least to most)\n")  # fmt: skip
     head = ("targets", "bytes a token before compression", "stored", "held-out bits per byte", "kept of dense's gain")
     table(head, [line(name, values, bits, caches.get(name)) for name, values in bits.items()])
 

@@ -2,10 +2,10 @@
 
     .venv/bin/python benchmarks/overhead.py [--repeats 5] [--trials 24] [--stock-trials 6] [--work-s 1]
 
-Prints one Markdown table. Each trial trains a small vision transformer on handwritten digits for about a second, two at a
-time. Ideal is the sum of the trials' own training seconds over two. With start-up everything counts from when the driver's
-process was up (imports, Ray); without it, from when the first two trials were over. About 8 minutes, and 1 more where
-the store has no teacher yet.
+Prints one Markdown table. Each trial trains a small vision transformer on handwritten digits for about a second, two at
+a time. Ideal is the sum of the trials' own training seconds over two. With start-up everything counts from when the
+driver's process was up (imports, Ray); without it, from when the first two trials were over. About 8 minutes, and 1
+more where the store has no teacher yet.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def main() -> None:
         trials = {"ours": given.trials, "optuna": given.trials, "stock": given.stock_trials}
         found = interleaved(given.repeats, {who: partial(run, who, count) for who, count in trials.items()})
     rows = {who: [measured(each) for each in runs] for who, runs in found.items()}
-    print(f"{machine(given.threads)}, {PROCESSES} trials at a time of {steps} steps; medians of {given.repeats} (least to "
-          "most); our control, which the others lack, is not counted\n")  # fmt: skip
-    head = ("who", "trials", "training of one, s", "wall ÷ ideal, with start-up", "without", "trials a minute, with start-up",
-            "without", "ours ÷ it, with start-up", "without")  # fmt: skip
+    print(f"{machine(given.threads)}, {PROCESSES} trials at a time of {steps} steps; medians of {given.repeats} (least "
+          "to most); our control, which the others lack, is not counted\n")  # fmt: skip
+    head = ("who", "trials", "training of one, s", "wall ÷ ideal, with start-up", "without",
+            "trials a minute, with start-up", "without", "ours ÷ it, with start-up", "without")  # fmt: skip
     table(head, [line(who, trials[who], rows) for who in rows])
 
 

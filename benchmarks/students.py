@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -116,6 +117,16 @@ def made(recipe: Recipe, until: str) -> dict[str, Artifact]:
         run_stages(recipe, until)
         found = [step.artifact for step in resolve(recipe, Store(recipe.store), until)]
     return {artifact.record.stage: artifact for artifact in found if artifact}
+
+
+def remade(recipe: Recipe, stages: tuple[str, ...]) -> dict[str, Any]:
+    """Make these stages anew, and measure it; what comes before them is made first where it is missing."""
+    before = [step.stage.name for step in resolve(recipe, Store(recipe.store), stages[0])][-2]
+    made(recipe, before)
+    for step in resolve(recipe, Store(recipe.store), stages[-1]):
+        if step.stage.name in stages and step.artifact:
+            shutil.rmtree(step.artifact.local())
+    return run_stages(recipe, stages[-1])
 
 
 def run_stages(recipe: Recipe, until: str) -> dict[str, Any]:

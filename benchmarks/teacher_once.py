@@ -3,16 +3,15 @@
     .venv/bin/python benchmarks/teacher_once.py [--peers FOLDER] [--seeds 3] [--trials 16] [--k 12]
 
 Prints one Markdown table of CPU seconds. The sweep is the product's, its stages `cache` and `sweep` run under Ray: the
-teacher, Ray, every process and the control (one training more) count. Against it, one training for each seed, in turn: our
-own loop with the teacher live, and TRL's GKDTrainer off-policy; what --trials of them would take is that times the median.
-Same starting weights, rows, batch, schedule, optimizer and threads; the loss is the forward KL alone. About 10 minutes, and
-3 more where the store has no teacher yet.
+teacher, Ray, every process and the control (one training more) count. Against it, one training for each seed, in
+turn: our own loop with the teacher live, and TRL's GKDTrainer off-policy; what --trials of them would take is that times
+the median. Same starting weights, rows, batch, schedule, optimizer and threads; the loss is the forward KL alone. About
+10 minutes, and 3 more where the store has no teacher yet.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -21,14 +20,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from measuring import HERE, child, interleaved, machine, say, spread, table
+from measuring import HERE, child, interleaved, machine, median, say, spread, table
 from peers import trl
-from students import SOURCES, Scores, Trial, cache, made, options, parameters, run_stages, scores, text, train
+from students import SOURCES, Scores, Trial, cache, made, options, parameters, remade, scores, text, train
 
-from overproof.artifact import Artifact, Store
+from overproof.artifact import Artifact
 from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.models import build, load, save
-from overproof.pipeline import resolve
 from overproof.recipe import Recipe
 
 NAMES = {
@@ -36,15 +34,6 @@ NAMES = {
     "live": "ours, teacher live, every output",
     "gkd": "TRL GKDTrainer, lmbda 0, beta 0",
 }
-
-
-def swept(recipe: Recipe) -> dict[str, Any]:
-    """CPU seconds of the cache and the sweep, both made anew."""
-    made(recipe, "train")
-    for step in resolve(recipe, Store(recipe.store), "sweep"):
-        if step.stage.name in ("cache", "sweep") and step.artifact:
-            shutil.rmtree(step.artifact.local())
-    return run_stages(recipe, "sweep")
 
 
 def starts(recipe: Recipe, parents: dict[str, Artifact], seeds: int, scratch: Path) -> dict[int, Path]:
@@ -90,7 +79,7 @@ def main() -> None:
     settings = base.sweep.model_copy(update={"students": tuple(only.model_copy(update={"name": n}) for n in names)})
     recipe = base.model_copy(update={"cache": cache(base, **kept), "sweep": settings})
     say(f"a sweep of {given.trials}")
-    whole = swept(recipe)
+    whole = remade(recipe, ("cache", "sweep"))
     parents = made(recipe, "cache")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -108,18 +97,19 @@ def main() -> None:
         runs: dict[str, Callable[[], dict[str, Any]]] = {who: lambda who=who: run(who) for who in NAMES}  # type: ignore[misc]
         found = interleaved(given.seeds, runs)
         say("scoring")
-        folders = {f"{who}/{seed}": str(scratch / f"{who}-{seed}") for who in NAMES for seed in range(given.seeds)}
+        folders = {f"{who}/{n}": str(scratch / f"{who}-{n}") for who in NAMES for n in range(given.seeds)}
         quality = scores(parents, folders, given.documents)
     teacher = parameters(load(parents["train"].local() / "model"))
     student = found["cached"][0]["parameters"]
-    print(f"{machine(given.threads)}; teacher {teacher / 1e6:.2f}M, student {student / 1e6:.2f}M parameters; {given.steps} "
-          f"steps of {settings.batch_size} rows; {given.seeds} trainings of each, medians (least to most); the sweep once, "
+    print(f"{machine(given.threads)}; teacher {teacher / 1e6:.2f}M, student {student / 1e6:.2f}M parameters; "
+          f"{given.steps} steps of {settings.batch_size} rows; {given.seeds} trainings of each, medians (least to most); the sweep once, "
           f"{whole['wall_s']:.0f} s on the clock\n")  # fmt: skip
     head = ("who", "CPU s of one training", f"CPU s of {given.trials} trials", "of a trial", "÷ our sweep",
             "held-out KL to the teacher, nats", "÷ live")  # fmt: skip
     table(head, [line(who, given.trials, found, whole["cpu_s"], quality) for who in NAMES])
-    print(f"\nOf the peers {given.trials} times the median and one start ({found['gkd'][0]['start_s']:.0f} s of imports and "
-          "loading for TRL, none counted for our live teacher); of ours measured, with Ray and the control.")  # fmt: skip
+    start_s = median(found["gkd"], "start_s")
+    print(f"\nOf the peers {given.trials} times the median and one start ({start_s:.0f} s of imports and loading for TRL, "
+          "none counted for our live teacher); of ours measured, with Ray and the control.")  # fmt: skip
 
 
 def line(who: str, trials: int, found: dict[str, list[Any]], whole_s: float, quality: dict[str, Scores]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Students trained by TRL's GKDTrainer off-policy: the teacher's forward pass at every step, forward KL over all outputs.
+"""Students trained by TRL's GKDTrainer off-policy: the teacher runs at every step; forward KL over all outputs.
 
     gkd.py SETTING.json
 

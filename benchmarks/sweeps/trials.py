@@ -2,10 +2,10 @@
 
     trials.py WHO RECIPE.json TRIALS
 
-WHO is `alone` (one after another in this process), `ours` (the product's sweep), `stock` (Ray Tune with a TorchTrainer of
-one worker for each trial) or `optuna` (two processes, one study in a journal file). All train through the product's
+WHO is `alone` (one after another in this process), `ours` (the product's sweep), `stock` (Ray Tune with a TorchTrainer
+of one worker for each trial) or `optuna` (two processes, one study in a journal file). All train through the product's
 `student.Run`, each trial with another weight of the teacher. Prints JSON: when this process was up, when each trial and
-when the last was over as its driver knew it, and the seconds of training of each.
+when all were over, and the seconds of training of each.
 """
 
 from __future__ import annotations
