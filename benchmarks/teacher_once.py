@@ -4,9 +4,9 @@
 
 Prints one Markdown table of CPU seconds. The sweep is the product's, its stages `cache` and `sweep` run under Ray: the
 teacher, Ray, every process and the control (one training more) count. Against it, one training for each seed, in
-turn: our own loop with the teacher live, and TRL's GKDTrainer off-policy; what --trials of them would take is that times
-the median. Same starting weights, rows, batch, schedule, optimizer and threads; the loss is the forward KL alone. About
-10 minutes, and 3 more where the store has no teacher yet.
+turn: our own loop with the teacher live, and TRL's GKDTrainer off-policy; what --trials of them would take is that
+times the median. Same starting weights, rows, batch, schedule, optimizer and threads; the loss is the forward KL alone.
+About 10 minutes, and 3 more where the store has no teacher yet.
 """
 
 from __future__ import annotations
@@ -101,15 +101,19 @@ def main() -> None:
         quality = scores(parents, folders, given.documents)
     teacher = parameters(load(parents["train"].local() / "model"))
     student = found["cached"][0]["parameters"]
-    print(f"{machine(given.threads)}; teacher {teacher / 1e6:.2f}M, student {student / 1e6:.2f}M parameters; "
-          f"{given.steps} steps of {settings.batch_size} rows; {given.seeds} trainings of each, medians (least to most); the sweep once, "
-          f"{whole['wall_s']:.0f} s on the clock\n")  # fmt: skip
+    print(
+        f"{machine(given.threads)}; teacher {teacher / 1e6:.2f}M, student {student / 1e6:.2f}M parameters; "
+        f"{given.steps} steps of {settings.batch_size} rows; {given.seeds} trainings of each, medians (least to most); "
+        f"the sweep once, {whole['wall_s']:.0f} s on the clock\n"
+    )
     head = ("who", "CPU s of one training", f"CPU s of {given.trials} trials", "of a trial", "÷ our sweep",
             "held-out KL to the teacher, nats", "÷ live")  # fmt: skip
     table(head, [line(who, given.trials, found, whole["cpu_s"], quality) for who in NAMES])
     start_s = median(found["gkd"], "start_s")
-    print(f"\nOf the peers {given.trials} times the median and one start ({start_s:.0f} s of imports and loading for TRL, "
-          "none counted for our live teacher); of ours measured, with Ray and the control.")  # fmt: skip
+    print(
+        f"\nOf the peers {given.trials} times the median and one start ({start_s:.0f} s of imports for TRL, "
+        "none counted for our live teacher); of ours measured, with Ray and the control."
+    )
 
 
 def line(who: str, trials: int, found: dict[str, list[Any]], whole_s: float, quality: dict[str, Scores]) -> list[str]:

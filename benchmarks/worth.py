@@ -165,9 +165,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
         for name in given.tasks:
             lines += Task(name, given, pool, Path(scratch)).lines()
-    print(f"{machine(given.threads)}; {given.seeds} seeds, means; text: bits per byte, {given.documents} test documents;"
-          " digits: accuracy; kept: of the teacher's accuracy (for text of the next token; in brackets its bits per byte"
-          " over theirs)\n")  # fmt: skip
+    print(
+        f"{machine(given.threads)}; {given.seeds} seeds, means; text: bits per byte, {given.documents} test documents; "
+        "digits: accuracy; kept: of the teacher's accuracy (for text of the next token; in brackets its bits per byte "
+        "over theirs)\n"
+    )
     head = ("task", "student", "control", "its steps, times", "distilled", "control's", "better by",
             "kept by distilled", "by control")  # fmt: skip
     table(head, [*lines, ["GLUE", PUBLISHED, "", "", "", "", "", "97 %", ""]])
