@@ -258,13 +258,16 @@ def scores(parents: dict[str, Artifact], folders: dict[str, str], documents: int
     for start in range(0, len(ids), SCORED_ROWS):
         here = slice(start, start + SCORED_ROWS)
         batch, place = to_tensors(shards.take(ids[here])), places[here]
-        target_BPV = log_softmax(forward(teacher, batch).logits_BPV, -1)
+        log_q_BPV = log_softmax(forward(teacher, batch).logits_BPV, -1)
+        q_BPV = log_q_BPV.exp()
+        negative_entropy_BP = torch.einsum("bpv,bpv->bp", q_BPV, log_q_BPV)
         for name, model in known.items():
             prediction = forward(model, batch)
             log_p_BPV = log_softmax(prediction.logits_BPV, -1)
-            kl_BP = kl_div(log_p_BPV, target_BPV, reduction="none", log_target=True).sum(-1)
+            nats_BP = -log_p_BPV.gather(-1, prediction.targets_BP[..., None])[..., 0]
+            kl_BP = negative_entropy_BP - torch.einsum("bpv,bpv->bp", q_BPV, log_p_BPV)
             right_BP = log_p_BPV.argmax(-1) == prediction.targets_BP
-            for row, values_BP in enumerate((nll(prediction), right_BP, kl_BP, torch.ones_like(kl_BP))):
+            for row, values_BP in enumerate((nats_BP, right_BP, kl_BP, torch.ones_like(kl_BP))):
                 np.add.at(sums[name][row], place, (values_BP * prediction.mask_BP).sum(1).double().numpy())
     return {name: Scores(*found, sizes) for name, found in sums.items()}
 

@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=12, help="outputs that the cache keeps for each token")
     given = parser.parse_args()
     python, base = trl(given.peers.absolute()), text(given)
-    kept = {"scheme": {"kind": "topk", "k": given.k}} if "scheme" in type(base.cache).model_fields else {"k": given.k}
+    kept = {"scheme": {"kind": "topk", "k": given.k}, "temperatures": [1.0]}
     only = base.sweep.students[0].model_copy(update={"teacher_weight": 1.0})
     names = [f"s{number:02d}" for number in range(given.trials)]
     settings = base.sweep.model_copy(update={"students": tuple(only.model_copy(update={"name": n}) for n in names)})
