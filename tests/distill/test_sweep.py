@@ -301,7 +301,7 @@ def test_every_student_may_have_a_control_of_its_own(digits_world: World, digits
         curve = (folder / "curves" / f"{control['name']}.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in curve] == rows  # bit for bit, the killed one as well
         assert control["parameters"] == alone.parameters
-    assert {path.name for path in folder.iterdir()} == {"student", "control", "curves", "trials.json"}
+    assert {path.name for path in folder.iterdir()} == {"students", "control", "curves", "events", "trials.json"}
 
 
 @pytest.mark.usefixtures("ray_cluster")
