@@ -143,6 +143,21 @@ def test_a_sweep_whose_driver_is_killed_trains_no_student_twice(
     assert same_steps(curves(Path(again.uri)), whole_curves)
 
 
+def test_a_sweep_goes_on_without_a_node_that_dies(
+    whole_curves: dict[str, list[str]], digits_world: World, digits_cache: Artifact, tmp_path: Path
+) -> None:
+    context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune=TUNE)
+    pickled = tmp_path / "context"
+    pickled.write_bytes(pickle.dumps(dataclasses.replace(context, progress=None)))
+    driver = [sys.executable, str(Path(__file__).with_name("node_driver.py")), str(pickled)]
+    done = subprocess.run(driver, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["killed"]) == 1
+    assert (found["trials"], found["failed"]) == (len(STUDENTS), 0)
+    assert same_steps(curves(Path(context.draft.uri)), whole_curves)
+
+
 def test_a_search_whose_driver_is_killed_goes_on_with_the_trials_it_had(
     ray_cluster: str, digits_world: World, digits_cache: Artifact, tmp_path: Path
 ) -> None:

@@ -57,7 +57,8 @@ def sweep(context: Context) -> dict[str, Any]:
     journal = Journal(context.draft)
     before = journal.begin()
     total = tune_.trials(settings)
-    watch = Watch(context.progress, settings.steps, total)
+    proposals = 0 if isinstance(tune_.scheduler, Pbt) else MAX_DEATHS  # a population is proposed once
+    watch = Watch(context.progress, settings.steps, total, proposals)
     with teachers(context.recipe, context.parents["train"]) as pool:
         students = _tune(context, journal, before, watch, pool)
         judged = pool.counts() if pool else {}
@@ -186,9 +187,9 @@ def _tune(
             tune.with_resources(Trial, {"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial}),
             param_space=population,
             tune_config=tune.TuneConfig(
-                search_alg=None if population else Trials(study, begin, settings.steps),
+                search_alg=None if population else Trials(study, begin, settings.steps, watch.failed.__contains__),
                 scheduler=scheduler(search, settings.steps, context.recipe.seed),
-                num_samples=1 if population else watch.trials,
+                num_samples=1 if population else watch.trials * (1 + MAX_DEATHS),
                 max_concurrent_trials=_at_once(settings),
                 reuse_actors=True,
             ),

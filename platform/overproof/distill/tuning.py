@@ -28,24 +28,47 @@ RESAMPLED, FACTOR = 0.25, 1.25  # of population-based training: chance of a new 
 
 
 class Trials(Searcher):
-    """Gives Tune a job for each suggestion of a study, and tells the study what came of it."""
+    """Gives Tune a job for each suggestion of a study, and tells the study what came of it.
 
-    def __init__(self, study: Study, begin: Callable[[Values], Job], steps: int) -> None:
-        """``begin`` makes the next trial's job; ``steps`` are a whole trial's."""
+    Tune gives a trial up whose process dies before the trial runs in it; unless ``given_up``, it is proposed again.
+    """
+
+    def __init__(
+        self, study: Study, begin: Callable[[Values], Job], steps: int, given_up: Callable[[str], bool]
+    ) -> None:
+        """``begin`` makes the next trial's job; ``steps`` are a whole trial's; ``given_up`` is asked by name."""
         super().__init__(metric=LOSS, mode="min")
-        self.study, self.begin, self.steps = study, begin, steps
+        self.study, self.begin, self.steps, self.given_up = study, begin, steps, given_up
+        self.open: dict[str, tuple[str, Job]] = {}  # by Tune's id: the study's key, and the job
+        self.lost: list[tuple[str, Job]] = []
 
     def suggest(self, trial_id: str) -> Any:
+        """A job; nothing for now, while one that is under way may yet be lost; or that there are no more."""
+        while self.lost:
+            key, job = self.lost.pop()
+            if not self.given_up(job.name):
+                return self._propose(trial_id, key, job)
+            self.study.tell(key, None, finished=False)
         values = self.study.ask(trial_id)
-        return Searcher.FINISHED if values is None else {"job": self.begin(values)}
+        if values is None:
+            return None if self.open else Searcher.FINISHED
+        return self._propose(trial_id, trial_id, self.begin(values))
+
+    def _propose(self, trial_id: str, key: str, job: Job) -> dict[str, Any]:
+        self.open[trial_id] = key, job
+        return {"job": job}
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         if result["failed"] is None:
-            self.study.report(trial_id, int(result[STEPS]), result)
+            self.study.report(self.open[trial_id][0], int(result[STEPS]), result)
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        usable = result if result and not error and result["failed"] is None else None
-        self.study.tell(trial_id, usable, finished=usable is not None and usable[STEPS] == self.steps)
+        key, job = self.open.pop(trial_id)
+        if error:
+            self.lost.append((key, job))
+            return
+        usable = result if result and result["failed"] is None else None
+        self.study.tell(key, usable, finished=usable is not None and usable[STEPS] == self.steps)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal of the sweep remembers what was suggested."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ TRIAL = (
 class Watch(tune.Callback):
     """Follows the trials: their curves, their last results, the bar."""
 
-    def __init__(self, progress: Progress, steps: int, trials: int) -> None:
-        """``steps`` are a whole trial's."""
-        self.progress, self.steps, self.trials = progress, steps, trials
+    def __init__(self, progress: Progress, steps: int, trials: int, most_deaths: int) -> None:
+        """``steps`` are a whole trial's; one that Tune gave up ``most_deaths`` times may still be proposed again."""
+        self.progress, self.steps, self.trials, self.most_deaths = progress, steps, trials, most_deaths
+        self.deaths = Counter[str]()
         self.curves: dict[str, list[Mapping[str, float]]] = {}
         self.last: dict[str, Result] = {}
         self.failed: dict[str, str] = {}  # why
@@ -47,9 +49,12 @@ class Watch(tune.Callback):
         self.show()
 
     def on_trial_error(self, *, trial: Any, **_: Any) -> None:  # type: ignore[override]
-        """Tune gave it up."""
-        self.fail(trial.config["job"].name, _brief(trial.get_error() or trial.get_pickled_error()))
-        self.on_trial_complete(trial=trial)
+        """Tune gave it up. One whose process died may have been lost before it ran, and is proposed again."""
+        name, error = trial.config["job"].name, trial.get_error() or trial.get_pickled_error()
+        self.deaths[name] += 1
+        if isinstance(error, RayTaskError) or self.deaths[name] > self.most_deaths:
+            self.fail(name, _brief(error))
+            self.on_trial_complete(trial=trial)
 
     def take(self, result: Result) -> None:
         """Note a result; one that another process gave before it died comes twice, and changes nothing."""
