@@ -56,7 +56,7 @@ function frame(svg, x, y, box, names) {
     add(svg, "line", { class: "grid", x1: box.left, x2: box.right, y1: y(value), y2: y(value) });
     add(svg, "text", { x: box.left - 8, y: y(value) + 4, "text-anchor": "end" }, figure(value));
   }
-  for (const value of ticks(x, Math.max(2, (box.right - box.left) / 90))) {
+  for (const value of ticks(x, Math.max(4, (box.right - box.left) / 90))) {
     add(svg, "line", { class: "grid", x1: x(value), x2: x(value), y1: box.top, y2: box.bottom });
     add(svg, "text", { x: x(value), y: box.bottom + 18, "text-anchor": "middle" }, figure(value));
   }

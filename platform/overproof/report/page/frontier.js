@@ -12,7 +12,7 @@ if (DATA.files) {
     const x = scale(along.domain, [box.left, box.right], along.log);
     const y = scale(span(ends, false).domain, [box.bottom, box.top + 8]);
     const better = less ? "less is better" : "more is better";
-    frame(svg, x, y, box, { x: plane.label + (along.log ? " (log scale)" : ""), y: `${less ? "bits per byte" : "accuracy"} on the test split, ${better}` });
+    frame(svg, x, y, box, { x: plane.label + (along.log ? " (log scale)" : ""), y: `${less ? "bits per byte" : "accuracy"}, ${better}` });
     staircase(svg, box, x, y, axis);
     const labels = [];
     for (const row of [...rows].sort((a, b) => plane.frontier.includes(a.name) - plane.frontier.includes(b.name))) {
