@@ -96,7 +96,7 @@ def curve(trial: Trial) -> dict[int, float]:
 
 
 def tabulate(name: str, task: Task, given: argparse.Namespace, file: Path) -> None:
-    """Train every point of a grid once."""
+    """Train every point of a grid once; what a killed run has done stands in a file beside."""
     recipe = task.recipe(given)
     parents = made(recipe, "cache")
     places = list(product(*(range(len(values)) for values in task.axes.values())))
@@ -106,17 +106,22 @@ def tabulate(name: str, task: Task, given: argparse.Namespace, file: Path) -> No
         every = [every[index // kept.step * kept.step] for index in range(len(every))]  # a smoke test's: few, repeated
     trials = {json.dumps(values): Trial(recipe, parents, task.teaching, recipe.seed, "", values) for values in every}
     steps = list(range(EVERY, task.steps + 1, EVERY))
-    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
-        curves = {}
-        for number, (key, found) in enumerate(zip(trials, pool.map(curve, trials.values()), strict=True)):
-            curves[key] = [round(found.get(step, math.inf), 5) for step in steps]
-            if number % 10 == 9:
-                say(f"{name}: {number + 1} of {len(trials)} trained")
-    named = {"-".join(map(str, place)): curves[json.dumps(v)] for place, v in zip(places, every, strict=True)}
     file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    curves = dict(json.loads(line) for line in part.read_text().splitlines()) if part.exists() else {}
+    todo = {key: trial for key, trial in trials.items() if key not in curves}
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool, part.open("a") as out:
+        for key, found in zip(todo, pool.map(curve, todo.values()), strict=True):
+            curves[key] = [round(found.get(step, math.inf), 5) for step in steps]
+            out.write(json.dumps([key, curves[key]]) + "\n")
+            out.flush()
+            if len(curves) % 10 == 0:
+                say(f"{name}: {len(curves)} of {len(trials)} trained")
+    named = {"-".join(map(str, place)): curves[json.dumps(v)] for place, v in zip(places, every, strict=True)}
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(values)}" for key, values in named.items())
     head = json.dumps({"axes": task.axes, "steps": steps})
     file.write_text(f'{head[:-1]}, "curves": {{\n{lines}\n}}}}\n')
+    part.unlink()
 
 
 def searched(job: tuple[str, str, tuple[int, int] | None, int, int, float, Table]) -> int:
