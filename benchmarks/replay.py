@@ -46,6 +46,8 @@ class Table:
         return self.curves["-".join(str(self._place(name, values[name])) for name in self.axes)]
 
     def _place(self, name: str, value: Any) -> int:
+        if value in self.axes[name]:
+            return self.axes[name].index(value)
         scale = math.log if isinstance(self.domains[name], LogUniform) else float
         return min(range(len(self.axes[name])), key=lambda place: abs(scale(self.axes[name][place]) - scale(value)))
 
