@@ -44,7 +44,7 @@ def test_the_plan_of_a_language_model(tmp_path: Path, capsys: pytest.CaptureFixt
     code, out, _ = plan(tmp_path, capsys, "--tokens-per-s", "1000", recipe=TEXT)
     assert code == 0
     assert "teacher: 1,721,664 parameters (with all 2,048 entries of the vocabulary); 2 workers, fp32, ZeRO 2" in out
-    assert "students: narrow-even 688,768, narrow-soft 688,768, deep " in " ".join(out.split())
+    assert "students: narrow 688,768, deep " in " ".join(out.split())
     assert (
         "targets of the teacher, 32 likeliest outputs: 144.2 bytes a token, 266,240 tokens, 38.4 MB; "
         "the teacher looks for about 89 s" in (" ".join(out.split()))
