@@ -62,13 +62,13 @@ def ours(recipe: Recipe, trials: int, scratch: str) -> dict[str, Any]:
     def note(task: str, done: int, total: int, note: str = "") -> None:  # noqa: ARG001
         if task == CONTROL:  # the one trial that the peers do not have
             over.append(time.time())
-        elif task == "sweep" and done // recipe.sweep.steps > len(ends):
-            ends.append(time.time())
+        elif task == "sweep":
+            ends.extend([time.time()] * (done // recipe.sweep.steps - len(ends)))
 
     draft = Store(scratch).begin("bench", "sweep", "c" * 64, {}, {})
     sweep(Context(own, made(recipe, "cache"), draft, note))
     listed = json.loads((Path(draft.uri) / "trials.json").read_text())["trials"]
-    return {"ends": [*ends[: trials - 1], over[0]], "seconds": [trial["seconds"] for trial in listed]}
+    return {"ends": ends, "over": over[0], "seconds": [trial["seconds"] for trial in listed]}
 
 
 def stock_loop(config: dict[str, Any]) -> None:
