@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,11 @@ def kill(context: Context, address: str, folder: Path) -> None:
     pickled.write_bytes(pickle.dumps(dataclasses.replace(context, progress=None)))
     driver = [sys.executable, str(Path(__file__).with_name("killed_driver.py")), address, str(pickled)]
     assert subprocess.run(driver, capture_output=True).returncode == -signal.SIGKILL
+    for _ in range(300):  # its trials save until Ray ends them
+        if not any(a["State"] == "ALIVE" and "Trainable" in a["ActorClassName"] for a in actors().values()):
+            return
+        time.sleep(0.1)
+    raise AssertionError("trials outlive their driver")
 
 
 def anew(world: World, context: Context) -> Draft:
