@@ -39,8 +39,14 @@ def save(found: Checkpoints, step: int, attempt: str = "aaaa0000", world: int = 
     for saver in savers:
         extra = {"curve.jsonl": b'{"step": 1}\n'} if saver.rank == 0 else {}
         saver.save(step, score, lambda write, s=saver: write(f"rank{s.rank}.pt", state_of(s.rank, step)), extra)
-    for saver in savers:
-        saver.wait()
+    errors = []
+    for saver in savers:  # all of them: in a process of its own each rank tidies up after itself
+        try:
+            saver.wait()
+        except InputError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 @pytest.fixture
