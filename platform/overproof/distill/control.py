@@ -16,7 +16,7 @@ from overproof.distill.trial import Trainer
 from overproof.distill.watch import Watch
 from overproof.errors import InputError
 
-MAX_DEATHS = 3  # of the process of one control, or its node
+MAX_DEATHS = 3  # of the process of one trial or control, or its node
 
 
 def control_of(job: Job, journal: Journal, best: bool) -> Job:

@@ -48,7 +48,7 @@ class Study:
         if known is not None:
             self.study.enqueue_trial(known)
         # Draws are a function of the trial's number: a search that goes on draws what it would have drawn.
-        self.study.sampler = _sampler(self.tune, self.seed * SEEDS_APART + len(self.study.trials))
+        self.study.sampler = _sampler(self.tune, (self.seed * SEEDS_APART + len(self.study.trials)) % 2**32)
         trial = self.trials[key] = self.study.ask(self.spaces)
         self.reached[key] = 0
         return dict(trial.params)
@@ -90,7 +90,7 @@ def _distribution(domain: Domain) -> BaseDistribution:
 
 def _sampler(tune: Tune, seed: int) -> BaseSampler:
     if not isinstance(tune.search, Tpe):
-        return RandomSampler(seed % 2**32)
+        return RandomSampler(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         # Several trials run at a time: constant_liar keeps them from being alike.

@@ -18,7 +18,7 @@ from ray import tune
 from overproof.cluster import own_interrupt
 from overproof.data.manifest import Manifest
 from overproof.distill.agree import ROWS_CHECKED, check_rows
-from overproof.distill.control import control_of, train_controls
+from overproof.distill.control import MAX_DEATHS, control_of, train_controls
 from overproof.distill.events import EVENTS, Live, append
 from overproof.distill.job import CONTROL, FINISHED, Job, rungs
 from overproof.distill.journal import Journal
@@ -36,7 +36,6 @@ from overproof.recipe import Grid, Pbt, Sweep
 from overproof.recipe.search import Values, with_values
 from overproof.stage import Context
 
-MAX_DEATHS = 3  # of the process of one trial, or its node
 QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
 
 
