@@ -1,6 +1,6 @@
 """What a cache of few bytes keeps of dense distillation: (plain - cached) / (plain - dense), in held-out bits per byte.
 
-    .venv/bin/python benchmarks/bytes_per_token.py [--seeds 3] [--top-k 4 8 12] [--draws 8 11] [--weight 0.9]
+    .venv/bin/python benchmarks/bytes_per_token.py [--seeds 3] [--top-k 8 12] [--sampled 6x12] [--weight 0.9]
 
 Prints one Markdown table. Plain students learn from the labels, dense ones from the whole distribution of a teacher
 that runs at every step, the others from a cache of it; all start from the same weights and read the same rows. About
@@ -35,10 +35,11 @@ class Stored:
     zstd_bytes: float  # if the files were compressed whole
 
 
-def schemes(recipe: Recipe, top_k: list[int], draws: list[int]) -> dict[str, Cache]:
+def schemes(recipe: Recipe, top_k: list[int], sampled: list[str]) -> dict[str, Cache]:
     """The caches to compare, by name."""
     kept = {f"top {k}": {"kind": "topk", "k": k} for k in top_k}
-    drawn = {f"{n} draws": {"kind": "sampled", "draws": n} for n in draws}
+    pairs = {text: text.split("x") for text in sampled}
+    drawn = {f"top {k}, {n} draws": {"kind": "sampled", "k": k, "draws": n} for k, n in pairs.values()}
     return {name: cache(recipe, scheme=scheme, temperatures=[1.0]) for name, scheme in (kept | drawn).items()}
 
 
@@ -54,13 +55,13 @@ def stored(recipe: Recipe) -> Stored:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--top-k", type=int, nargs="*", default=[4, 8, 12])
-    parser.add_argument("--draws", type=int, nargs="*", default=[8, 11])
+    parser.add_argument("--top-k", type=int, nargs="*", default=[8, 12])
+    parser.add_argument("--sampled", nargs="*", default=["6x12"], help="the likeliest x draws from the others")
     parser.add_argument("--weight", type=float, default=0.9, help="share of the teacher's loss")
     given = parser.parse_args()
     recipe = text(given)
     caches = {}
-    for name, scheme in schemes(recipe, given.top_k, given.draws).items():
+    for name, scheme in schemes(recipe, given.top_k, given.sampled).items():
         say(f"capturing {name}")
         caches[name] = stored(recipe.model_copy(update={"cache": scheme}))
     any_parents = next(iter(caches.values())).parents

@@ -46,7 +46,7 @@ def test_the_plan_of_a_language_model(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "teacher: 1,721,664 parameters (with all 2,048 entries of the vocabulary); 2 workers, fp32, ZeRO 2" in out
     assert "students: narrow 688,768, deep " in " ".join(out.split())
     assert (
-        "targets of the teacher, 32 likeliest outputs: 144.2 bytes a token, 266,240 tokens, 38.4 MB; "
+        "targets of the teacher, 32 likeliest outputs: 142.2 bytes a token, 266,240 tokens, 37.9 MB; "
         "the teacher looks for about 89 s" in (" ".join(out.split()))
     )
     rows = [line for line in out.splitlines() if re.match(r"[0-3] ", line)]
@@ -62,7 +62,10 @@ def test_the_plan_of_a_language_model(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("scheme", "words"),
     [
-        ("{kind: sampled, draws: 50}", "50 drawn outputs: 262.2 bytes a token, 266,240 tokens, 69.8 MB"),
+        (
+            "{kind: sampled, k: 10, draws: 20}",
+            "10 likeliest and 20 drawn outputs: 138.2 bytes a token, 266,240 tokens, 36.8 MB",
+        ),
         ("{kind: dense}", "whole distribution: 4,108.2 bytes a token, 266,240 tokens, 1.09 GB"),
     ],
 )

@@ -69,7 +69,7 @@ STAGES = (
     Stage("train", "overproof.train.launch:train", ("prepare",),
           lambda r: {"seed": r.seed, "train": _dump(r.train), **_beyond_train(r.train)}),
     Stage("cache", "overproof.distill.teacher:cache", ("prepare", "train"),
-          lambda r: {"seed": r.seed, "cache": _dump(r.cache)}, format=2),
+          lambda r: {"seed": r.seed, "cache": _dump(r.cache)}, format=3),
     Stage("sweep", "overproof.distill.sweep:sweep", ("prepare", "train", "cache"),
           lambda r: {"seed": r.seed, "sweep": _dump(r.sweep), "tune": _dump(r.tune), **_beyond_sweep(r.sweep)},
           format=3),

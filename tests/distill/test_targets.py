@@ -29,7 +29,7 @@ from overproof.errors import InputError
 from overproof.models import forward, load, to_tensors
 from overproof.recipe import Dense, Sampled, Scheme, TopK
 
-SCHEMES: dict[str, Scheme] = {"topk": TopK(k=4), "sampled": Sampled(draws=50), "dense": Dense()}
+SCHEMES: dict[str, Scheme] = {"topk": TopK(k=4), "sampled": Sampled(k=4, draws=20), "dense": Dense()}
 TEMPERATURES = (0.5, 1.0, 2.0)
 
 
@@ -88,7 +88,7 @@ def test_targets_come_back_for_the_rows_asked_for(text_world: World, caches: dic
     model = load(text_world.artifacts["train"].local() / "model")
     with torch.inference_mode():
         prediction = forward(model, to_tensors(rows))
-        uniform = torch.from_numpy(uniforms(SEED, ids, 16, layout.slots)) if scheme == "sampled" else None
+        uniform = torch.from_numpy(uniforms(SEED, ids, 16)) if scheme == "sampled" else None
         kept = keep(prediction.logits_BPV, prediction.targets_BP, SCHEMES[scheme], TEMPERATURES, uniform)
     expected = {name: value.numpy() for name, value in kept.items()}
     assert {name: value.shape for name, value in found.items()} == {n: value.shape for n, value in expected.items()}
@@ -124,12 +124,12 @@ def test_the_bytes_of_a_row_are_those_of_the_file(caches: dict[str, Artifact]) -
 
 
 def test_what_was_drawn_depends_on_no_batch_and_no_other_row() -> None:
-    whole = uniforms(7, np.arange(100), 16, 5)
-    np.testing.assert_array_equal(whole[[90, 3]], uniforms(7, np.array([90, 3]), 16, 5))
-    np.testing.assert_array_equal(whole[:, :4], uniforms(7, np.arange(100), 4, 5))
+    whole = uniforms(7, np.arange(100), 16)
+    np.testing.assert_array_equal(whole[[90, 3]], uniforms(7, np.array([90, 3]), 16))
+    np.testing.assert_array_equal(whole[:, :4], uniforms(7, np.arange(100), 4))
     assert 0 <= whole.min() < 1e-3 < 1 - 1e-3 < whole.max() < 1
     assert len(np.unique(whole)) == whole.size
-    assert not np.isin(uniforms(8, np.arange(100), 16, 5), whole).any()
+    assert not np.isin(uniforms(8, np.arange(100), 16), whole).any()
 
 
 def test_a_capture_done_again_gives_the_same_bits(text_world: World, caches: dict[str, Artifact]) -> None:

@@ -5,7 +5,6 @@ Shapes: B rows, P predictions in a row, V outputs, K slots for each prediction.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,9 @@ from overproof.data.read import Columns, Shards
 from overproof.distill.columns import Layout
 from overproof.distill.targets import Targets
 from overproof.errors import InputError
-from overproof.recipe import Dense, TopK
+from overproof.recipe import Dense
 
 ROWS_CHECKED = 64
-NEVER = 1e-12  # a probability
 
 
 def check_rows(cached: Path, prepared: Path, sample_ids: NDArray[np.int64]) -> None:
@@ -52,21 +50,13 @@ def check_rows(cached: Path, prepared: Path, sample_ids: NDArray[np.int64]) -> N
 def consistent(layout: Layout, targets: Columns, labels_BP: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Whether the label's own log-probability is the one among the targets, (B, P); to the bit, as both are cached.
 
-    Where it is not among the top k, it must not be larger than the least of them. Where it was not drawn, it must not
-    be so likely that chance does not explain it.
+    Where it is not among the top k, it must not be larger than the least of them.
     """
     label_logprob_BP, logprobs_BPK = targets["label_logprob"], targets["logprobs"]
-    scheme = layout.scheme
-    if isinstance(scheme, Dense):
+    if isinstance(layout.scheme, Dense):
         same: NDArray[np.bool_] = np.take_along_axis(logprobs_BPK, labels_BP[..., None], -1)[..., 0] == label_logprob_BP
         return same
     here_BPK = targets["indices"] == labels_BP[..., None]
-    if isinstance(scheme, TopK):
-        limit_BP = logprobs_BPK.min(-1)
-    else:
-        here_BPK &= targets["counts"] > 0
-        least = layout.temperatures * (1 - NEVER ** (1 / scheme.draws))  # the draws' own probability is p / L at least
-        limit_BP = np.full(labels_BP.shape, math.log(least) if least < 1 else math.inf)
     same_BP = ((logprobs_BPK == label_logprob_BP[..., None]) & here_BPK).any(-1)
-    agrees_BP: NDArray[np.bool_] = np.where(here_BPK.any(-1), same_BP, label_logprob_BP <= limit_BP)
+    agrees_BP: NDArray[np.bool_] = np.where(here_BPK.any(-1), same_BP, label_logprob_BP <= logprobs_BPK.min(-1))
     return agrees_BP

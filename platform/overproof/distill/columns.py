@@ -1,6 +1,7 @@
 """What a row of the teacher's cache holds: its columns for each scheme, and indices of 17 bits and more.
 
-Shapes: B rows, N numbers in a row, P predictions in a row, V outputs, K slots for each prediction, L temperatures.
+Shapes: B rows, N numbers in a row, P predictions in a row, V outputs, K kept for each prediction, D drawn,
+L temperatures.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from overproof.data.schema import UINT16_VOCABULARY, numbers
 from overproof.recipe import Dense, Sampled, Scheme, TopK
 
 LOW_BITS = 16
+INDICES = {"indices", "drawn"}
+HALVES = {"logprobs", "label_logprob", "tail", "drawn_logprobs", "entropy"}
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,13 @@ class Layout:
     mask            bits        P      whether a prediction counts; bytes filled from the lowest bit
     label_logprob   f2          P      of the token that follows, or of the class
     logsumexp       f4          P * L  of logits / T over all V outputs, for every temperature T
-    logprobs        f2          P * K  natural, at temperature 1, all V of them where the scheme is dense
+    logprobs        f2          P * K  natural, at temperature 1; the largest come first, or all V in their order
     indices         u2, packed  P * K  topk, sampled: which outputs they are of; see ``pack``
-    tail            f4          P      topk: log of the mass that is in none of the K; -inf where there is none
-    counts          u1, u2      P * K  sampled: how often an output was drawn; 0 in the slots left over
+    tail            f2          P      topk, sampled: log of the mass that is in none of the K, -inf for none; of
+                                       sampled in the mean of the distributions at the L temperatures
+    drawn           u2, packed  P * D  sampled: outputs drawn from that mass, each for 1 / D of it
+    drawn_logprobs  f2          P * D  sampled, where L is not 1: as logprobs
+    entropy         f2          P * L  sampled: of the teacher at every temperature, nats
     ==============  ==========  =====  ======================================================================
     """
 
@@ -49,12 +55,17 @@ class Layout:
 
     @property
     def slots(self) -> int:
-        """K: ``k`` of topk, ``draws`` of sampled (an output drawn twice takes one slot), V of dense."""
+        """K: V where the scheme is dense."""
         match self.scheme:
-            case TopK(k=slots) | Sampled(draws=slots):
+            case TopK(k=slots) | Sampled(k=slots):
                 return slots
             case Dense():
                 return self.outputs
+
+    @property
+    def draws(self) -> int:
+        """D."""
+        return self.scheme.draws if isinstance(self.scheme, Sampled) else 0
 
     @property
     def bits(self) -> int:
@@ -64,7 +75,7 @@ class Layout:
     @property
     def columns(self) -> dict[str, tuple[np.dtype[Any], int]]:
         """Which numbers each column holds, and how many a row, `sample_id` left out."""
-        entries, packed = self.positions * self.slots, self.bits > LOW_BITS
+        entries, drawn = self.positions * self.slots, self.positions * self.draws
         output = "<u2" if self.outputs <= UINT16_VOCABULARY else "<u4"
         columns = {"tokens": (output, self.positions + 1)} if self.text else {"label": (output, 1)}
         columns |= {
@@ -74,12 +85,15 @@ class Layout:
             "logprobs": ("<f2", entries),
         }
         if not isinstance(self.scheme, Dense):
-            columns["indices"] = ("u1", packed_bytes(entries, self.bits)) if packed else ("<u2", entries)
-        if isinstance(self.scheme, TopK):
-            columns["tail"] = ("<f4", self.positions)
+            columns |= {"indices": self._indices(entries), "tail": ("<f2", self.positions)}
         if isinstance(self.scheme, Sampled):
-            columns["counts"] = ("u1" if self.scheme.draws < 256 else "<u2", entries)
+            columns |= {"drawn": self._indices(drawn), "entropy": ("<f2", self.positions * self.temperatures)}
+            if self.temperatures > 1:
+                columns["drawn_logprobs"] = ("<f2", drawn)
         return {name: (np.dtype(kind), count) for name, (kind, count) in columns.items()}
+
+    def _indices(self, count: int) -> tuple[str, int]:
+        return ("u1", packed_bytes(count, self.bits)) if self.bits > LOW_BITS else ("<u2", count)
 
     @property
     def schema(self) -> pa.Schema:
@@ -90,7 +104,8 @@ class Layout:
     @property
     def loss_columns(self) -> tuple[str, ...]:
         """Those a student learns from."""
-        given = {TopK: ("indices",), Sampled: ("indices", "counts"), Dense: ()}
+        drawn = ("tail", "drawn", "entropy", *(("drawn_logprobs",) if self.temperatures > 1 else ()))
+        given = {TopK: ("indices",), Sampled: ("indices", *drawn), Dense: ()}
         return ("logprobs", "logsumexp", *given[type(self.scheme)])
 
     @property
@@ -106,19 +121,20 @@ class Layout:
         """Arrays of any shape (B, ...) as the flat columns of a file; a mask is bool, indices are integers."""
         flat = {name: array.reshape(len(array), -1) for name, array in values.items()}
         flat["mask"] = np.packbits(flat["mask"], axis=1, bitorder="little")
-        if "indices" in flat and self.bits > LOW_BITS:
-            flat["indices"] = pack(flat["indices"], self.bits)
-        for name in ("logprobs", "label_logprob"):
+        for name in INDICES & flat.keys() if self.bits > LOW_BITS else ():
+            flat[name] = pack(flat[name], self.bits)
+        for name in HALVES & flat.keys():
             flat[name] = flat[name].astype(np.float16)
         return {name: array[:, 0] if name == "sample_id" else array for name, array in flat.items()}
 
     def decode(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
-        """A column of a file as (B, P), (B, P, K), (B, P, L) or, of tokens, (B, P + 1); floats are float32."""
+        """A column of a file as (B, P), (B, P, K, D or L) or, of tokens, (B, P + 1); floats are float32."""
         if name == "mask":
             return np.unpackbits(values, axis=1, count=self.positions, bitorder="little").astype(bool)
-        if name == "indices" and self.bits > LOW_BITS:
-            values = unpack(values, self.positions * self.slots, self.bits)
-        last = {"logprobs": self.slots, "indices": self.slots, "counts": self.slots, "logsumexp": self.temperatures}
+        last = {"logprobs": self.slots, "indices": self.slots, "drawn": self.draws, "drawn_logprobs": self.draws,
+                "logsumexp": self.temperatures, "entropy": self.temperatures}  # fmt: skip
+        if name in INDICES and self.bits > LOW_BITS:
+            values = unpack(values, self.positions * last[name], self.bits)
         if name in last:
             values = values.reshape(len(values), self.positions, last[name])
         return values.astype(np.float32, copy=False) if values.dtype.kind == "f" else values

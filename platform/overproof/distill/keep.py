@@ -1,6 +1,6 @@
-"""What the cache keeps of a teacher's logits: the top k, some that are drawn, or all.
+"""What the cache keeps of a teacher's logits: the top k, with or without draws from the others, or all.
 
-Shapes: B rows, P predictions in a row, C of the N = B * P, V outputs, K slots for each prediction, L temperatures.
+Shapes: B rows, P predictions in a row, C of the N = B * P, V outputs, K kept as they are, D drawn, L temperatures.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def keep(
     labels_BP: Tensor,
     scheme: Scheme,
     temperatures: Sequence[float],
-    uniform_BPK: Tensor | None = None,
+    uniform_BP: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Targets in single precision: see ``columns.Layout``. ``uniform_BPK`` in [0, 1) decide the draws of `sampled`."""
+    """Targets in single precision: see ``columns.Layout``. ``uniform_BP`` in [0, 1) decide the draws of `sampled`."""
     logits_NV, labels_N1 = logits_BPV.flatten(0, 1).float(), labels_BP.reshape(-1, 1)
-    uniform_NK = None if uniform_BPK is None else uniform_BPK.flatten(0, 1)
+    uniform_N = None if uniform_BP is None else uniform_BP.flatten()
     parts = []
     for here in chunks(logits_NV):
         logits_CV = logits_NV[here]
@@ -40,8 +40,8 @@ def keep(
         if isinstance(scheme, TopK):
             part |= _top_k(logits_CV, p_CV, base_C1, scheme.k)
         elif isinstance(scheme, Sampled):
-            assert uniform_NK is not None
-            part |= _drawn(logits_CV, p_CV, base_C1, temperatures, uniform_NK[here])
+            assert uniform_N is not None
+            part |= _sampled(logits_CV, p_CV, base_C1, scheme, temperatures, uniform_N[here])
         else:
             part["logprobs"] = logits_CV - base_C1
         parts.append(part)
@@ -58,41 +58,54 @@ def _top_k(logits_CV: Tensor, p_CV: Tensor, base_C1: Tensor, k: int) -> dict[str
     return {"indices": indices_CK, "logprobs": top_CK - base_C1, "tail": tail_C}
 
 
-def _drawn(
-    logits_CV: Tensor, p_CV: Tensor, base_C1: Tensor, temperatures: Sequence[float], uniform_CK: Tensor
+def _sampled(
+    logits_CV: Tensor,
+    p_CV: Tensor,
+    base_C1: Tensor,
+    scheme: Sampled,
+    temperatures: Sequence[float],
+    uniform_C: Tensor,
 ) -> dict[str, Tensor]:
-    """Draws from the mean of the teacher's distributions at the L temperatures, in ascending order of index.
+    """The top k, and D draws from the others, where q is the mean of the teacher's distributions at the L temperatures.
 
-    From that mixture one set of draws serves every temperature: no importance weight p_T / q exceeds L. With
-    temperature 1 alone it is the teacher itself.
+    From that mean one set of draws serves every temperature: no weight p_T / q exceeds L. With temperature 1 alone it
+    is the teacher itself. The draws are systematic (Madow 1949): the outputs laid in a row, each as wide as its q, are
+    cut at D points of equal distance, which one random number shifts. Each output is so drawn D * q / rest times in
+    the mean, and never more than one time more or less: independent draws would scatter far more.
     """
-    q_CV = p_CV
+    q_CV, entropies = torch.zeros_like(p_CV), []
     for temperature in temperatures:
-        if temperature != 1:
-            q_CV = q_CV + torch.softmax(logits_CV / temperature, 1)
-    sums_CV = q_CV.double().cumsum(1)
-    drawn_CK = torch.searchsorted(sums_CV, uniform_CK * sums_CV[:, -1:], right=True).clamp(max=logits_CV.shape[1] - 1)
-    drawn_CK = drawn_CK.sort(1).values
-    new_CK = torch.ones_like(drawn_CK)
-    new_CK[:, 1:] = drawn_CK[:, 1:] != drawn_CK[:, :-1]
-    slot_CK = new_CK.cumsum(1) - 1
-    counts_CK = torch.zeros_like(drawn_CK).scatter_add_(1, slot_CK, torch.ones_like(drawn_CK))
-    indices_CK = torch.zeros_like(drawn_CK).scatter_(1, slot_CK, drawn_CK)
-    logprobs_CK = torch.where(counts_CK > 0, logits_CV.gather(1, indices_CK) - base_C1, 0.0)
-    return {"indices": indices_CK, "logprobs": logprobs_CK, "counts": counts_CK}
+        softened_CV = p_CV if temperature == 1 else torch.softmax(logits_CV / temperature, 1)
+        q_CV += softened_CV / len(temperatures)
+        entropies.append(torch.special.entr(softened_CV).sum(1))
+    top_CK, indices_CK = logits_CV.topk(scheme.k, dim=1)
+    sums_CV = q_CV.scatter_(1, indices_CK, 0.0).double().cumsum(1)
+    points_D = torch.arange(scheme.draws, device=logits_CV.device)
+    rest_C1 = sums_CV[:, -1:]
+    cuts_CD = (points_D + uniform_C[:, None]) / scheme.draws * rest_C1
+    cuts_CD = cuts_CD.minimum(rest_C1.nextafter(torch.zeros_like(rest_C1)))  # rounding must not reach the end
+    drawn_CD = torch.searchsorted(sums_CV, cuts_CD, right=True).clamp(max=logits_CV.shape[1] - 1)
+    found = {
+        "indices": indices_CK,
+        "logprobs": top_CK - base_C1,
+        "tail": rest_C1[:, 0].log().float(),
+        "entropy": torch.stack(entropies, 1),
+        "drawn": drawn_CD,
+    }
+    return found | ({"drawn_logprobs": logits_CV.gather(1, drawn_CD) - base_C1} if len(temperatures) > 1 else {})
 
 
-def uniforms(seed: int, sample_ids_B: NDArray[np.int64], positions: int, draws: int) -> NDArray[np.float64]:
-    """Numbers in [0, 1), a function of the seed, the row, the position and the draw alone: (B, P, K).
+def uniforms(seed: int, sample_ids_B: NDArray[np.int64], positions: int) -> NDArray[np.float64]:
+    """Numbers in [0, 1), a function of the seed, the row and the position alone: (B, P).
 
     Raw Philox words, as in ``data/plan.py``: no release of numpy changes them.
     """
     bits = np.random.Philox(key=np.array([seed, STREAM], np.uint64))
     start = bits.state
-    words = np.empty((len(sample_ids_B), positions * draws), np.uint64)
+    words = np.empty((len(sample_ids_B), positions), np.uint64)
     for row, sample_id in zip(words, sample_ids_B.tolist(), strict=True):
         start["state"]["counter"][:] = (0, 0, 0, sample_id)
         bits.state = start
-        row[:] = bits.random_raw(positions * draws)
+        row[:] = bits.random_raw(positions)
     numbers: NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return numbers.reshape(len(sample_ids_B), positions, draws)
+    return numbers

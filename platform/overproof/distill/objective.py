@@ -1,6 +1,6 @@
 """The distillation objective: what a student learns from the teacher's outputs, cached or live.
 
-Shapes: B rows, P predictions in a row, V outputs, K slots for each prediction, L temperatures of the cache.
+Shapes: B rows, P predictions in a row, V outputs, K kept, D drawn, S = K + D, L temperatures of the cache.
 """
 
 from __future__ import annotations
@@ -32,22 +32,24 @@ class Distill:
         return terms.loss, {"divergence": terms.divergence, "cross_entropy": terms.cross_entropy}
 
     def terms(self, prediction: Prediction, batch: Batch) -> Terms:
-        """By the columns there are: logits of a live teacher; counts if it was sampled; no indices if all is kept."""
+        """By the columns there are: logits of a live teacher; what was drawn of it; no indices if all is kept."""
         common = (self.temperature, self.teacher_weight)
         given = (prediction.logits_BPV, prediction.targets_BP, prediction.mask_BP)
         if LOGITS in batch:
             return distillation(*given, None, batch[LOGITS] / self.temperature, *common, self.divergence)
-        indices_BPK, counts_BPK = batch.get("teacher_indices"), batch.get("teacher_counts")
-        if counts_BPK is not None and indices_BPK is not None:
-            teacher_BPKL = torch.stack([self._soften(batch, t) for t in self.temperatures], -1)
-            column = self.temperatures.index(self.temperature)
-            importance_BPK = importance(counts_BPK, teacher_BPKL, column)
-            return sampled_distillation(*given, indices_BPK, teacher_BPKL[..., column], importance_BPK, *common)
-        return distillation(*given, indices_BPK, self._soften(batch, self.temperature), *common, self.divergence)
+        indices_BPK, kept_BPK = batch.get("teacher_indices"), self._soften(batch, "logprobs", self.temperature)
+        if indices_BPK is None or "teacher_drawn" not in batch:
+            return distillation(*given, indices_BPK, kept_BPK, *common, self.divergence)
+        drawn_BPD, column, drawn_BPDL = batch["teacher_drawn"], self.temperatures.index(self.temperature), None
+        if len(self.temperatures) > 1:
+            drawn_BPDL = torch.stack([self._soften(batch, "drawn_logprobs", t) for t in self.temperatures], -1)
+        importance_BPS = importance(kept_BPK, batch["teacher_tail"], drawn_BPD.shape[-1], drawn_BPDL, column)
+        indices_BPS = torch.cat([indices_BPK, drawn_BPD], -1)
+        return sampled_distillation(*given, indices_BPS, importance_BPS, batch["teacher_entropy"][..., column], *common)
 
-    def _soften(self, batch: Batch, temperature: float) -> Tensor:
+    def _soften(self, batch: Batch, name: str, temperature: float) -> Tensor:
         column, base_column = (self.temperatures.index(t) for t in (temperature, 1.0))
-        return soften(batch["teacher_logprobs"], batch["teacher_logsumexp"], temperature, column, base_column)
+        return soften(batch[f"teacher_{name}"], batch["teacher_logsumexp"], temperature, column, base_column)
 
 
 def soften(logprobs_BPK: Tensor, logsumexp_BPL: Tensor, temperature: float, column: int, base_column: int) -> Tensor:

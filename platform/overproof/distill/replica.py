@@ -108,11 +108,10 @@ class Teacher:
         outputs = prediction.logits_BPV.shape[-1]
         if outputs != cache.outputs:
             raise InputError(f"the teacher has {outputs} outputs; expected the data's {cache.outputs}")
-        uniform_BPK = None
+        uniform_BP = None
         if isinstance(cache.scheme, Sampled):
-            drawn = uniforms(cache.seed, sample_ids, cache.positions, cache.scheme.draws)
-            uniform_BPK = torch.from_numpy(drawn).to(self.device)
-        kept = keep(prediction.logits_BPV, prediction.targets_BP, cache.scheme, cache.temperatures, uniform_BPK)
+            uniform_BP = torch.from_numpy(uniforms(cache.seed, sample_ids, cache.positions)).to(self.device)
+        kept = keep(prediction.logits_BPV, prediction.targets_BP, cache.scheme, cache.temperatures, uniform_BP)
         found = {name: value.cpu().numpy() for name, value in kept.items()}
         if not np.isfinite(found["logsumexp"]).all():
             raise InputError(f"the teacher's outputs for row {sample_ids[0]} and after are not finite; train it anew")

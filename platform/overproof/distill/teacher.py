@@ -23,7 +23,7 @@ from overproof.errors import InputError
 from overproof.files import FileEntry, filesystem, unlike
 from overproof.models import check_tokenizer
 from overproof.progress import NOTICE
-from overproof.recipe import TopK
+from overproof.recipe import Dense
 from overproof.stage import Context
 from overproof.train.checkpoint import unseal
 from overproof.units import size
@@ -77,7 +77,7 @@ def check_fits(cache: Identity) -> None:
         InputError: it keeps more than there are outputs, or than one page of Parquet holds.
     """
     scheme, layout = cache.scheme, cache.layout
-    if isinstance(scheme, TopK) and scheme.k > cache.outputs:
+    if not isinstance(scheme, Dense) and scheme.k > cache.outputs:
         raise InputError(
             f"cache.scheme.k: found {scheme.k}; the data has {cache.outputs} outputs: expected at most that"
         )

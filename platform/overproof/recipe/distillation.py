@@ -23,17 +23,18 @@ class TopK(Section):
 
 
 class Sampled(Section):
-    """Outputs drawn from the teacher: the gradient of forward KL stays that of every output, in the mean.
+    """The likeliest outputs, and some drawn from the others: in the mean, the gradient of forward KL over every output.
 
-    Sparse Logit Sampling, arXiv 2503.16870.
+    Random sampling after arXiv 2503.16870, of the tail alone.
     """
 
     kind: Literal["sampled"] = "sampled"
-    draws: Annotated[int, Field(ge=1, lt=1 << 16)] = Field(32, description="Draws with replacement for each position.")
+    k: Count = Field(8, description="Log-probabilities kept for each position.")
+    draws: Count = Field(16, description="Outputs drawn from the others, for each position.")
 
     @property
     def words(self) -> str:
-        return f"{self.draws} drawn outputs"
+        return f"{self.k} likeliest and {self.draws} drawn outputs"
 
 
 class Dense(Section):
