@@ -73,6 +73,7 @@ def alone(kills: int, dice: random.Random) -> list[Kill]:
     from overproof.train.alone import Group
     from overproof.train.checkpoint import Checkpoints
     from overproof.train.job import Job
+    from overproof.train.lesson import Labels
 
     done: list[Kill] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +86,7 @@ def alone(kills: int, dice: random.Random) -> list[Kill]:
         prepared = prepared_draft.commit({}, 0.0)
         draft = store.begin("digits", "train", "b" * 64, {}, {})
         checkpoints = Checkpoints(draft.workspace, "b" * 64, {}, {}, recipe.train.checkpoint)
-        job = Job(recipe.train, recipe.seed, prepared, draft, checkpoints, quiet)
+        job = Job(recipe.train, recipe.seed, prepared, draft, checkpoints, quiet, Labels(recipe.train.model))
         curve, reached, killed_s = Path(draft.uri) / "curve.jsonl", 0, 0.0
         for index in range(kills + 1):
             group = Group.begin(job, 2)

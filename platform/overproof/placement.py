@@ -129,14 +129,16 @@ def needs(recipe: Recipe) -> tuple[Need, ...]:
         else (f"{serve.min_replicas} to {serve.max_replicas}")
     )
     trials, together = min(sweep.concurrent_trials, recipe.tune.trials(sweep)), recipe.tune.together(sweep)
+    each, trial_cpus, trial_gpus = sweep.bundles
+    of = f" of {_count(each, 'worker')}" if sweep.group else ""
     return (
         Need("prepare", 1, 1, why="1 reader"),
         Need("train", train.fewest, train.cpus_per_worker, train.gpus_per_worker, True, train.most,
              f"{_count(workers, 'worker')} + 1 reader"),
         Need("cache", cache.actors, cache.cpus_per_actor, cache.gpus_per_actor, True,
              why=f"{_count(cache.actors, 'actor')} + 1 reader"),
-        Need("sweep", together, sweep.cpus_per_trial, sweep.gpus_per_trial, most=trials,
-             why=_count(f"{together} to {trials}" if trials > together else trials, "trial")),
+        Need("sweep", together * each, trial_cpus, trial_gpus, most=trials * each,
+             why=_count(f"{together} to {trials}" if trials > together else trials, "trial") + of),
         *_teachers(sweep, together),
         Need("evaluate", 1, 1, most=evaluate.concurrent_tasks,
              why=_count(f"1 to {evaluate.concurrent_tasks}" if evaluate.concurrent_tasks > 1 else 1, "task")),
@@ -151,10 +153,11 @@ def _teachers(sweep: Sweep, trials: int) -> Iterator[Need]:
     if pool is None:
         return
     why = f"{_count(pool.actors, 'teacher')} of the sweep's pool"
-    if (pool.gpus_per_actor > 0) != (sweep.gpus_per_trial > 0):
+    _, trial_cpus, trial_gpus = sweep.bundles
+    if (pool.gpus_per_actor > 0) != (trial_gpus > 0):
         yield Need("teachers", pool.actors, pool.cpus_per_actor, pool.gpus_per_actor, why=why)
         return
-    cpus, gpus = max(pool.cpus_per_actor, sweep.cpus_per_trial), max(pool.gpus_per_actor, sweep.gpus_per_trial)
+    cpus, gpus = max(pool.cpus_per_actor, trial_cpus), max(pool.gpus_per_actor, trial_gpus)
     yield Need("teachers", pool.actors + trials, cpus, gpus, why=f"{why} + {_count(trials, 'trial')}")
 
 

@@ -189,15 +189,15 @@ def test_live_outputs_are_those_of_a_cache_of_everything(digits_world: World) ->
 def test_the_teacher_is_asked_once_a_step(digits_world: World, digits_cache: Artifact) -> None:
     run = Run(begun(digits_world, digits_cache, NARROW, **RELATIONS, **STATES, teacher="live"))
     asked = []
-    assert run.teacher is not None
-    run.teacher.register_forward_hook(lambda *_: asked.append(1))
+    assert run.lesson.teacher is not None
+    run.lesson.teacher.register_forward_hook(lambda *_: asked.append(1))
     assert len([row for row in run.advance().curve if "loss" in row]) == len(asked)
 
 
 def test_a_control_has_no_teacher(digits_world: World, digits_cache: Artifact) -> None:
     job = begun(digits_world, digits_cache, NARROW, **RELATIONS)
     run = Run(dataclasses.replace(job, distilled=False))
-    assert (run.teacher, run.targets, run.projection) == (None, None, None)
+    assert (run.lesson.teacher, run.lesson.targets, run.projection) == (None, None, None)
     assert set(run.advance().curve[0]) == {"step", "loss", "learning_rate", "grad_norm"}
 
 

@@ -22,6 +22,7 @@ from overproof.errors import InputError
 from overproof.train.alone import Group, GroupDied
 from overproof.train.checkpoint import Checkpoints
 from overproof.train.job import Job
+from overproof.train.lesson import Labels
 
 SEED = 3
 BROKEN_ROW = 37
@@ -54,7 +55,7 @@ def job_of(store: Store, prepared: Artifact, name: str, train: dict[str, Any]) -
     draft = store.begin(name, "train", PRINT, {"train": train}, {"prepare": prepared.record.fingerprint})
     plan = settings(**train)
     checkpoints = Checkpoints(draft.workspace, PRINT, draft.config, draft.parents, plan.checkpoint)
-    return Job(plan, SEED, prepared, draft, checkpoints, Said(Path(store.uri) / f"{name}.said"))
+    return Job(plan, SEED, prepared, draft, checkpoints, Said(Path(store.uri) / f"{name}.said"), Labels(plan.model))
 
 
 def run(store: Store, prepared: Artifact, case: dict[str, Any]) -> dict[str, Any]:

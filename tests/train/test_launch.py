@@ -29,6 +29,7 @@ from overproof.stage import Context
 from overproof.train.checkpoint import Checkpoints
 from overproof.train.job import Job
 from overproof.train.launch import Trainer, train
+from overproof.train.lesson import Labels
 
 DIGITS = Path(__file__).parents[2] / "jobs" / "recipes" / "digits.yaml"
 SEED = 5
@@ -171,7 +172,7 @@ def test_no_process_looks_for_the_run_in_another_cluster(ray_cluster: str, tmp_p
     draft = store.begin("tiny", "train", "b" * 64, {}, {})
     plan = settings()
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, {}, {}, plan.checkpoint)
-    job = Job(plan, SEED, draft.commit({}, 0.0), draft, checkpoints, quiet)
+    job = Job(plan, SEED, draft.commit({}, 0.0), draft, checkpoints, quiet, Labels(plan.model))
     used = {type(callback).__name__ for callback in Trainer(job, str(tmp_path))._create_default_callbacks()}
     assert "DatasetsCallback" in used
     assert "PlacementGroupCleanerCallback" not in used

@@ -10,13 +10,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from overproof.distill.job import CONTROL, FINISHED, Job
+from overproof.distill.job import CONTROL, FINISHED, MAX_DEATHS, Job
 from overproof.distill.journal import Journal
-from overproof.distill.trial import Trainer
+from overproof.distill.trial import trainer
 from overproof.distill.watch import Watch
 from overproof.errors import InputError
-
-MAX_DEATHS = 3  # of the process of one trial or control, or its node
 
 
 def control_of(job: Job, journal: Journal, best: bool) -> Job:
@@ -39,7 +37,8 @@ def train_controls(jobs: Sequence[Job], at_once: int, watch: Watch) -> None:
     settings, total = jobs[0].settings, jobs[0].settings.steps * len(jobs)
     waiting, actors, running = list(jobs), dict[str, Any](), dict[Any, Job]()  # by what each was last asked
     deaths, steps = Counter[str](), Counter[str]()
-    remote: Any = ray.remote(num_cpus=settings.cpus_per_trial, num_gpus=settings.gpus_per_trial)(Trainer)
+    cpus, gpus = (0.0, 0.0) if settings.group else (settings.cpus_per_trial, settings.gpus_per_trial)
+    remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(type(trainer(jobs[0])))
     watch.progress(CONTROL, 0, total, "starting")
     try:
         while waiting or running:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from overproof.artifact import Artifact, Draft
+from overproof.progress import Progress, quiet
 from overproof.recipe import Asha, Hyperband, Pbt, Student, Sweep
 from overproof.recipe.search import Scheduler, Values, with_values
 from overproof.train.checkpoint import Checkpoints
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 FINISHED = "finished"  # folder of the draft: weights of the trials that ran every step
 CONTROL = "control"
+MAX_DEATHS = 3  # of the process of one trial or control, or its node
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Job:
     retold: bool = True  # what an attempt that was killed has done is told again from its start, not from its end
     judged: tuple[float, ...] = ()  # temperatures at which the pool answers
     pool: Pool | None = None  # of teachers, who judge what students write
+    progress: Progress = quiet
 
     def changed(self, values: Values) -> Job:
         """The same trial with other settings."""

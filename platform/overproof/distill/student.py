@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,34 +14,21 @@ from torch import nn
 from overproof.data.manifest import TOKENIZER
 from overproof.data.read import Columns as Read
 from overproof.data.read import Shards, planned_shards
-from overproof.distill.initial import initial
+from overproof.distill.chunk import Chunk, chunks
 from overproof.distill.job import Job
-from overproof.distill.live import WRITTEN, WithTeacher, Written
-from overproof.distill.losses import Divergence
-from overproof.distill.objective import Distill
+from overproof.distill.lesson import Taught
+from overproof.distill.live import WRITTEN
 from overproof.distill.on_policy import Asked, write, written_at
-from overproof.distill.starts import check_start
-from overproof.distill.targets import TEACHER, Targets
-from overproof.models import Batch, load, parameters, save, to_tensors
+from overproof.models import Batch, parameters, save, to_tensors
 from overproof.recipe.search import values_of
 from overproof.train.curve import CURVE
 from overproof.train.engine import TorchEngine
 from overproof.train.loop import Hooks, Row, rows, shares, validation_ids, validation_loss
-from overproof.train.objective import CrossEntropy, Objective
 from overproof.train.saver import Saver
 from overproof.train.start import Start
 
 SECONDS = "seconds"  # of training and of CPU time, in all attempts: a file of each checkpoint
 VALUES = "values.json"  # settings that training goes on with: the same
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What came of some steps."""
-
-    steps: int  # finished since the start
-    validation_loss: float  # of the labels alone, nats: comparable between temperatures and weights
-    curve: tuple[Row, ...]
 
 
 class Run:
@@ -57,7 +43,7 @@ class Run:
         self.manifest = validation.manifest
         self.train = planned_shards(self.root)
         self.order = self.manifest.order(job.seed)
-        self.targets = Targets(job.cached.local()) if job.distilled and job.student.teacher == "cached" else None
+        self.lesson = Taught(job)
         ids = validation_ids(validation.rows, job.settings.validation_rows)
         parts = shares(ids, job.settings.batch_size, rank=0, world=1)
         self.validation = [to_tensors(validation.take(part)) for part in parts]
@@ -68,28 +54,26 @@ class Run:
         with found.local() if found else nullcontext() as folder:
             if folder:
                 self.job = job.changed(json.loads((folder / VALUES).read_text()))
-            self._build(job.trained.local() / Path(TEACHER).parent)
+                self.lesson = Taught(self.job)
+            self._build()
             self._go_on(0, [])
             if folder:
                 self.load(folder)
-                past = list(_chunks(self._curve))
+                past = list(chunks(self._curve))
                 self._past = past if job.retold else past[-1:]
 
-    def _build(self, teacher: Path) -> None:
-        """The student with its weights from before the first step, and its teacher where that runs beside it."""
-        job = self.job
-        check_start(job.student, job.prepared, job.trained)
-        self.model = initial(job.student.model, self.manifest, job.seed, teacher)
-        self.teacher = load(teacher).requires_grad_(False) if job.distilled and job.student.live else None
+    def _build(self) -> None:
+        self.model = self.lesson.model(self.manifest, self.job.seed)
         self.projection = self._projection()
-        self.engine = TorchEngine(self.model, job.settings, seed=job.seed, beside=self.projection)
+        self.engine = TorchEngine(self.model, self.job.settings, seed=self.job.seed, beside=self.projection)
+        self.objective = self.lesson.objective(self.engine.device, self.projection)
 
     def _go_on(self, step: int, curve: list[Row], spent: tuple[float, float] = (0.0, 0.0)) -> None:
         self.began_at, self._curve = step, curve
         self.seconds, self.cpu_seconds = spent
         self._past = list[Chunk]()
-        batches, hooks = self._batches(), Hooks(step)
-        self._rows = rows(self.engine, self._objective(), self.job.settings, batches, self._validate, hooks)
+        batches, hooks = self._batches(), Hooks(step, validated=self.job.rungs)
+        self._rows = rows(self.engine, self.objective, self.job.settings, batches, self._validate, hooks)
 
     @property
     def parameters(self) -> int:
@@ -105,20 +89,13 @@ class Run:
         """
         if self._past:
             return self._past.pop(0)
-        began, busy_s, settings, curve = time.perf_counter(), time.process_time(), self.job.settings, list[Row]()
-        for row in self._rows:
-            curve.append(row)
-            step = int(row["step"])
-            if step in self.job.rungs and step % settings.validate_every:  # the loop validates at all other stops
-                curve.append({"step": step, "validation_loss": self._validate()})
-            if "validation_loss" in curve[-1]:
-                break
-        chunk = _chunk(curve)
-        self._curve += curve
+        began, busy_s = time.perf_counter(), time.process_time()
+        part = next(chunks(self._rows))
+        self._curve += part.curve
         self.seconds += time.perf_counter() - began
         self.cpu_seconds += time.process_time() - busy_s
-        self.saver.save(chunk.steps, chunk.validation_loss, self.engine.save, self._beside())
-        return chunk
+        self.saver.save(part.steps, part.validation_loss, self.engine.save, self._beside())
+        return part
 
     def save(self) -> None:
         """Write a Hugging Face directory into the job's folder of the draft.
@@ -153,26 +130,12 @@ class Run:
 
     def _projection(self) -> nn.Linear | None:
         """From the width of the student's states to the teacher's; learned, and no part of the student."""
-        if self.teacher is None or self.job.student.states is None:
+        teacher = self.lesson.teacher
+        if teacher is None or self.job.student.states is None:
             return None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.job.seed)
-            return nn.Linear(self.model.config.hidden_size, self.teacher.config.hidden_size, bias=False)
-
-    def _objective(self) -> Objective:
-        student = self.job.student
-        if not self.job.distilled:
-            return CrossEntropy()
-        temperature, weight = student.temperature, student.teacher_weight
-        kept = self.targets.index.identity.temperatures if self.targets is not None else ()
-        measure = Divergence(student.divergence, student.jsd_beta)
-        plain: Objective = Distill(temperature, weight, kept, measure)
-        if student.on_policy:
-            plain = Written(plain, Distill(temperature, 1.0, self.job.judged, measure))
-        if self.teacher is None:
-            return plain
-        teacher, outputs = self.teacher.to(self.engine.device), student.teacher == "live"
-        return WithTeacher(teacher, plain, outputs, student.relations, student.states, self.projection)
+            return nn.Linear(self.model.config.hidden_size, teacher.config.hidden_size, bias=False)
 
     def _batches(self) -> Iterator[Batch]:
         settings, share = self.job.settings, self.job.student.on_policy if self.job.distilled else 0.0
@@ -182,9 +145,7 @@ class Run:
             if written_at(step, share):
                 yield self._written(columns, step)
                 continue
-            if self.targets is not None:
-                columns |= {f"teacher_{name}": values for name, values in self.targets.take(ids).items()}
-            yield to_tensors(columns)
+            yield to_tensors(columns | self.lesson.columns(ids))
 
     def _written(self, columns: Read, step: int) -> Batch:
         """What the student makes of the rows' prompts, judged. Its weights are those before the step."""
@@ -201,17 +162,3 @@ class Run:
     def _validate(self) -> float:
         with self.engine.evaluating() as model:
             return validation_loss(model, self.validation)
-
-
-def _chunks(curve: Sequence[Row]) -> Iterator[Chunk]:
-    """A curve, cut after each validation."""
-    part: list[Row] = []
-    for row in curve:
-        part.append(row)
-        if "validation_loss" in row:
-            yield _chunk(part)
-            part = []
-
-
-def _chunk(curve: Sequence[Row]) -> Chunk:
-    return Chunk(int(curve[-1]["step"]), curve[-1]["validation_loss"], tuple(curve))

@@ -18,9 +18,9 @@ from ray import tune
 from overproof.cluster import own_interrupt
 from overproof.data.manifest import Manifest
 from overproof.distill.agree import ROWS_CHECKED, check_rows
-from overproof.distill.control import MAX_DEATHS, control_of, train_controls
+from overproof.distill.control import control_of, train_controls
 from overproof.distill.events import EVENTS, Live, append
-from overproof.distill.job import CONTROL, FINISHED, Job, rungs
+from overproof.distill.job import CONTROL, FINISHED, MAX_DEATHS, Job, rungs
 from overproof.distill.journal import Journal
 from overproof.distill.pool import Pool, teachers
 from overproof.distill.search import STUDENT, Study
@@ -32,6 +32,7 @@ from overproof.distill.tuning import Trials, scheduler
 from overproof.distill.watch import Watch
 from overproof.errors import InputError
 from overproof.files import filesystem, join
+from overproof.progress import quiet
 from overproof.recipe import Grid, Pbt, Sweep
 from overproof.recipe.search import Values, with_values
 from overproof.stage import Context
@@ -124,9 +125,10 @@ def _at_once(settings: Sweep) -> int:
 
 
 def slots(settings: Sweep, nodes: Sequence[Mapping[str, float]]) -> int:
-    """Trials that fit the nodes (their resources) at the same time; a trial lies within one node."""
-    wants = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}
-    return sum(min(int(node.get(unit, 0) / want) for unit, want in wants.items() if want) for node in nodes)
+    """Trials that fit the nodes (their resources) at the same time; each bundle of one lies within a node."""
+    each, cpus, gpus = settings.bundles
+    wants = {"CPU": cpus, "GPU": gpus}
+    return sum(min(int(node.get(unit, 0) / want) for unit, want in wants.items() if want) for node in nodes) // each
 
 
 def job(context: Context, journal: Journal, name: str, values: Values, pool: Pool | None = None) -> Job:
@@ -151,7 +153,15 @@ def job(context: Context, journal: Journal, name: str, values: Values, pool: Poo
         retold=not isinstance(context.recipe.tune.scheduler, Pbt),
         judged=context.recipe.judged_temperatures,
         pool=pool,
+        progress=context.progress if settings.group else quiet,
     )
+
+
+def _resources(settings: Sweep) -> Any:
+    """What Tune reserves for a trial; a group reserves its own, and Tune insists on something."""
+    if settings.group:
+        return tune.PlacementGroupFactory([{"memory": 1}])
+    return {"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial}
 
 
 def _tune(
@@ -183,14 +193,14 @@ def _tune(
         population = {"job": tune.grid_search([begin(values) for values in study_of if values])}
     with _scratch(context, shared=bool(population)) as scratch, _tame():
         tune.Tuner(
-            tune.with_resources(Trial, {"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial}),
+            tune.with_resources(Trial, _resources(settings)),
             param_space=population,
             tune_config=tune.TuneConfig(
                 search_alg=None if population else Trials(study, begin, settings.steps, watch.failed.__contains__),
                 scheduler=scheduler(search, settings.steps, context.recipe.seed),
                 num_samples=1 if population else watch.trials * (1 + MAX_DEATHS),
                 max_concurrent_trials=_at_once(settings),
-                reuse_actors=True,
+                reuse_actors=settings.group is None,  # a group ends with its trial
             ),
             run_config=tune.RunConfig(
                 name="sweep",

@@ -17,6 +17,7 @@ from overproof.errors import InputError
 from overproof.recipe.search import values_of
 
 if TYPE_CHECKING:
+    from overproof.distill.group import GroupTrainer
     from overproof.distill.student import Run
 
 MODEL_CODE = "overproof.distill.student"
@@ -56,33 +57,63 @@ class Trainer:
                 if chunk.steps == self.job.settings.steps:
                     run.save()
         except InputError as error:
-            return self._result(validation_loss=math.inf, curve=(), failed=str(error))
+            return failure(self.job, self.reached, str(error)) | self._about()
         self.reached = chunk.steps
-        return self._result(validation_loss=chunk.validation_loss, curve=chunk.curve, failed=None)
+        measured = {"validation_loss": chunk.validation_loss, "curve": chunk.curve}
+        return result(self.job, chunk.steps, **measured) | self._about()
 
-    def _result(self, **measured: Any) -> dict[str, Any]:
-        run = self.run
-        job = run.job if run else self.job
+    def _about(self) -> dict[str, Any]:
+        found, run = {"import_seconds": self.import_seconds}, self.run
+        if run is None:
+            return found
         return {
-            "name": self.job.name,
-            "steps": self.reached,
-            "parameters": run.parameters if run else None,
-            "seconds": run.seconds if run else 0.0,
-            "cpu_seconds": run.cpu_seconds if run else 0.0,
-            "began_at": run.began_at if run else 0,
-            "faults": tuple(run.faults) if run else (),
-            "pid": os.getpid(),
-            "import_seconds": self.import_seconds,
-            "values": values_of(job.settings, job.student),
-            **measured,
+            **found,
+            "parameters": run.parameters,
+            "seconds": run.seconds,
+            "cpu_seconds": run.cpu_seconds,
+            "began_at": run.began_at,
+            "faults": tuple(run.faults),
+            "values": values_of(run.job.settings, run.job.student),
         }
+
+
+def result(job: Job, steps: int, **measured: Any) -> dict[str, Any]:
+    """What Tune, the watch and the search are given: after ``steps`` steps, with what was measured."""
+    return {
+        "name": job.name,
+        "steps": steps,
+        "parameters": None,
+        "seconds": 0.0,
+        "cpu_seconds": 0.0,
+        "began_at": 0,
+        "faults": (),
+        "pid": os.getpid(),
+        "import_seconds": 0.0,
+        "values": values_of(job.settings, job.student),
+        "failed": None,
+        **measured,
+    }
+
+
+def failure(job: Job, steps: int, reason: str) -> dict[str, Any]:
+    """The result of a trial that cannot go on."""
+    return result(job, steps, validation_loss=math.inf, curve=(), failed=reason)
+
+
+def trainer(job: Job) -> Trainer | GroupTrainer:
+    """Who trains a student as its settings ask: this process, or a group of workers."""
+    if job.settings.group is None:
+        return Trainer()
+    from overproof.distill.group import GroupTrainer
+
+    return GroupTrainer()
 
 
 class Trial(tune.Trainable):
     """What Tune runs; one actor takes one student after another."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        self.trainer = Trainer()
+        self.trainer = trainer(config["job"])
         self.trainer.start(config["job"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -90,10 +121,12 @@ class Trial(tune.Trainable):
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
+        assert isinstance(self.trainer, Trainer)
         assert self.trainer.run
         self.trainer.run.write(Path(checkpoint_dir))
 
     def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]
+        assert isinstance(self.trainer, Trainer)
         self.trainer.take_over(Path(checkpoint))
 
     def step(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from overproof.recipe.shipping import (
     Serve,
     Smaller,
 )
-from overproof.recipe.training import Checkpoint, Optimization, Train
+from overproof.recipe.training import Checkpoint, Optimization, Train, Training, Zero
 from overproof.recipe.whole import Recipe, load
 
 __all__ = [
@@ -93,7 +93,9 @@ __all__ = [
     "TopK",
     "Tpe",
     "Train",
+    "Training",
     "Tune",
     "Vit",
+    "Zero",
     "load",
 ]

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from overproof.recipe.models import StudentModel
 from overproof.recipe.section import Count, Cpus, Name, Section
-from overproof.recipe.training import Optimization
+from overproof.recipe.training import Optimization, Zero
 
 
 class TopK(Section):
@@ -127,6 +127,12 @@ class OnPolicy(Section):
     gpus_per_actor: float = Field(0, ge=0, description="GPUs reserved by each replica.")
 
 
+class Group(Zero):
+    """Workers that train one student together, under Ray Train, where one process or GPU does not do."""
+
+    workers: Annotated[int, Field(ge=2)] = Field(2, description="Training processes of each trial.")
+
+
 class Sweep(Optimization):
     """Students distilled from the one cache, and controls: the same students trained without the teacher."""
 
@@ -139,6 +145,16 @@ class Sweep(Optimization):
     concurrent_trials: Count = Field(2, description="Trials that run at the same time.")
     cpus_per_trial: Cpus = Field(1, description="Logical CPUs reserved by each trial.")
     gpus_per_trial: float = Field(0, ge=0, description="GPUs reserved by each trial.")
+    group: Group | None = Field(
+        None, description="Train each student by several workers, which reserve their own CPUs and GPUs."
+    )
+
+    @property
+    def bundles(self) -> tuple[int, float, float]:
+        """What a trial reserves: how many bundles, each within one node, and the CPUs and GPUs of each."""
+        if self.group:
+            return self.group.workers, self.group.cpus_per_worker, self.group.gpus_per_worker
+        return 1, self.cpus_per_trial, self.gpus_per_trial
 
     @property
     def judged(self) -> OnPolicy | None:
@@ -159,4 +175,21 @@ class Sweep(Optimization):
             raise ValueError(f"student {writer} has a share on_policy; expected a section on_policy in the sweep")
         if self.steps == 0:
             raise ValueError("steps is 0; expected at least 1, since a student starts untrained")
+        return self
+
+    @model_validator(mode="after")
+    def _group_fits(self) -> Self:
+        if self.group is None:
+            return self
+        if self.batch_size % self.group.workers:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of group.workers {self.group.workers}; every worker "
+                "takes an equal share"
+            )
+        for student in self.students:
+            beyond = {"relations": student.relations, "states": student.states, "on_policy": student.on_policy}
+            if alone := next((name for name, value in beyond.items() if value), None):
+                raise ValueError(
+                    f"student {student.name} has {alone}, which one process alone can learn from; expected no group"
+                )
         return self

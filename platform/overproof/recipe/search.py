@@ -238,6 +238,8 @@ class Tune(Section):
         """
         domains = self.space.domains
         if isinstance(self.scheduler, Pbt):
+            if sweep.group:
+                raise ValueError("tune.scheduler pbt hands weights from process to process; expected no sweep.group")
             if any(student.model != sweep.students[0].model for student in sweep.students):
                 raise ValueError("tune.scheduler pbt hands weights from trial to trial: students need the same model")
             if self.trials(sweep) > sweep.concurrent_trials:

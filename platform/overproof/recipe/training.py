@@ -1,4 +1,4 @@
-"""The sections that train a model: optimisation, checkpoints, the teacher."""
+"""The sections that train a model: optimisation, checkpoints, groups of workers, the teacher."""
 
 from __future__ import annotations
 
@@ -37,11 +37,9 @@ class Checkpoint(Section):
     keep_best: int = Field(0, ge=0, description="Further checkpoints kept, those of lowest validation loss.")
 
 
-class Train(Optimization):
-    """The teacher: DeepSpeed ZeRO (arXiv 1910.02054) under Ray Train."""
+class Zero(Section):
+    """How each worker of a group trains: DeepSpeed ZeRO (arXiv 1910.02054)."""
 
-    model: Model
-    workers: Count | tuple[Count, Count] = Field(2, description="Training processes, or [fewest, most] if elastic.")
     micro_batch_size: Count | None = Field(
         None, description="Most rows in a forward pass; more of a worker's share are accumulated. null: no limit."
     )
@@ -52,6 +50,22 @@ class Train(Optimization):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Number format of the forward pass.")
     activation_checkpointing: bool = Field(False, description="Compute activations again in the backward pass.")
     compile: bool = Field(False, description="Run the model through torch.compile.")
+    cpus_per_worker: Cpus = Field(1, description="Logical CPUs reserved by each worker.")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs reserved by each worker.")
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> Self:
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload 'optimizer' needs zero_stage 1, 2 or 3; found 0")
+        if self.offload == "parameters" and self.zero_stage != 3:
+            raise ValueError(f"offload 'parameters' needs zero_stage 3; found {self.zero_stage}")
+        return self
+
+
+class Training(Optimization, Zero):
+    """A model trained by a group of workers."""
+
+    workers: Count | tuple[Count, Count] = Field(2, description="Training processes, or [fewest, most] if elastic.")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="A loss or gradient that is not finite ends the run, or its step is left out."
     )
@@ -60,8 +74,6 @@ class Train(Optimization):
         "last", description="Weights given on: after the last step, or of the best checkpoint kept."
     )
     max_failures: Count = Field(8, description="Failures in a row without a new checkpoint that end the run.")
-    cpus_per_worker: Cpus = Field(1, description="Logical CPUs reserved by each worker.")
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs reserved by each worker.")
 
     @property
     def fewest(self) -> int:
@@ -94,10 +106,6 @@ class Train(Optimization):
                     f"batch_size {self.batch_size} is not a multiple of workers {world}; "
                     "every worker takes an equal share"
                 )
-        if self.offload == "optimizer" and self.zero_stage == 0:
-            raise ValueError("offload 'optimizer' needs zero_stage 1, 2 or 3; found 0")
-        if self.offload == "parameters" and self.zero_stage != 3:
-            raise ValueError(f"offload 'parameters' needs zero_stage 3; found {self.zero_stage}")
         if self.result == "best":
             if self.checkpoint.keep_best == 0:
                 raise ValueError("result 'best' needs checkpoint.keep_best of at least 1; found 0")
@@ -107,3 +115,9 @@ class Train(Optimization):
                     f"{self.checkpoint.every_steps} is not a multiple of validate_every {self.validate_every}"
                 )
         return self
+
+
+class Train(Training):
+    """The teacher: DeepSpeed ZeRO under Ray Train."""
+
+    model: Model

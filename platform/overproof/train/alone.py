@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
@@ -15,11 +14,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from overproof.data.read import Columns, planned_shards
 from overproof.errors import InputError
 from overproof.progress import NOTICE
 from overproof.train.job import Job
-from overproof.train.rank import Trainee
+from overproof.train.rank import Trainee, own_rows
 from overproof.train.saving import Silent
 from overproof.train.start import Start
 
@@ -104,15 +102,8 @@ def _rank(job: Job, start: Start, rank: int, world: int, meeting: Path, result: 
     backend = "nccl" if job.train.gpus_per_worker else "gloo"
     dist.init_process_group(backend, init_method=f"file://{meeting}/rendezvous", rank=rank, world_size=world)
     try:
-        result.send(Trainee(job, start, rank, world).fit(planned_rows(job, start, rank, world), Silent()))
+        result.send(Trainee(job, start, rank, world).fit(own_rows(job, start, rank, world), Silent()))
     except InputError as error:
         result.send(error)
         raise SystemExit(1) from None
     dist.destroy_process_group()
-
-
-def planned_rows(job: Job, start: Start, rank: int, world: int) -> Iterator[Columns]:
-    """A rank's rows of every step that is left, read by this process."""
-    shards = planned_shards(job.prepared.local())
-    order = shards.manifest.order(job.seed)
-    return shards.steps(order, job.train.batch_size, start.step, job.train.steps, rank, world)

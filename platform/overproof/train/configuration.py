@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from overproof.recipe import Optimization, Train
+from overproof.recipe import Optimization, Training
 
 ADAM_EPSILON = 1e-8
 BUCKET_ELEMENTS = 20_000_000  # of a collective; DeepSpeed reserves the memory of one at the start
@@ -37,7 +37,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def deepspeed_config(train: Train, world: int, universal: bool = False) -> dict[str, Any]:
+def deepspeed_config(train: Training, world: int, universal: bool = False) -> dict[str, Any]:
     """What DeepSpeed is told by ``world`` workers. The rate is set from outside at every step: no scheduler here.
 
     ``universal`` makes it load a universal checkpoint, which any number of workers can.
@@ -71,12 +71,12 @@ def deepspeed_config(train: Train, world: int, universal: bool = False) -> dict[
     }
 
 
-def clips_by_itself(train: Train) -> bool:
+def clips_by_itself(train: Training) -> bool:
     """Whether DeepSpeed clips so that it tells the norm and leaves a step out whose gradients are not finite."""
     return train.zero_stage > 0 or train.precision == "fp16"
 
 
-def _precision(train: Train) -> dict[str, Any]:
+def _precision(train: Training) -> dict[str, Any]:
     """ZeRO keeps fp32 masters of 16-bit weights.
 
     Without ZeRO, DeepSpeed 0.19's bf16 optimizer takes an empty Adam step before the first, which bends the start of

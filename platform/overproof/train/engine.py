@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from overproof.models import Batch
-from overproof.recipe import Optimization, Train
+from overproof.recipe import Optimization, Training
 from overproof.train.configuration import (
     ADAM_EPSILON,
     clips_by_itself,
@@ -140,7 +140,7 @@ class ZeroEngine:
     ``seed`` and of the rows' place in the order: the same after a restart.
     """
 
-    def __init__(self, model: PreTrainedModel, train: Train, seed: int = 0, universal: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, train: Training, seed: int = 0, universal: bool = False) -> None:
         """``universal``: ``load`` will be given a universal checkpoint."""
         self.train, self.seed = train, seed
         self.rank, self.world = dist.get_rank(), dist.get_world_size()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from overproof.train import pretrained
 from overproof.train.checkpoint import Checkpoints
 from overproof.train.elastic import Patience, Worlds, brief, causes, say
 from overproof.train.job import Job
+from overproof.train.lesson import Labels
 from overproof.train.worker import work
 
 RAY_TRAIN = {
@@ -61,12 +63,12 @@ class Trainer(TorchTrainer):
     there, which is so wherever a second cluster was started meanwhile. Without it the group ends with the driver.
     """
 
-    def __init__(self, job: Job, scratch: str) -> None:
-        """Ray keeps its own notes of the run in ``scratch``; nothing of them is needed afterwards."""
+    def __init__(self, job: Job, scratch: str, work: Callable[[Job], Any] = work) -> None:
+        """Each worker does ``work``. Ray keeps its own notes of the run in ``scratch``; none is needed afterwards."""
         settings = self.settings = job.train
         self.job = job
         super().__init__(
-            partial(work, job),  # type: ignore[arg-type]  # Train V2 hands on what it returns
+            partial(work, job),  # Train V2 hands on what it returns
             torch_config=Torch(backend="nccl" if settings.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=(settings.fewest, settings.most),  # type: ignore[arg-type]
@@ -116,18 +118,18 @@ def train(context: Context) -> dict[str, Any]:
         settings = settings.model_copy(update={"model": starting})
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, draft.config, draft.parents, settings.checkpoint)
     checkpoints.begin()
-    job = Job(settings, context.recipe.seed, prepared, draft, checkpoints, context.progress)
+    job = Job(settings, context.recipe.seed, prepared, draft, checkpoints, context.progress, Labels(settings.model))
     for name, value in RAY_TRAIN.items():
         os.environ.setdefault(name, value)
     DataContext.get_current().enable_progress_bars = False
     size = f"{settings.fewest} to {settings.most}" if settings.fewest < settings.most else settings.most
     context.progress("train", checkpoints.committed(), settings.steps, f"starting {size} workers")
     with tempfile.TemporaryDirectory(prefix="overproof-train-") as scratch:
-        metrics: dict[str, Any] = _run(Trainer(job, scratch))
+        metrics: dict[str, Any] = run(Trainer(job, scratch))
         return metrics
 
 
-def _run(trainer: Trainer) -> Any:
+def run(trainer: Trainer) -> Any:
     """Train, and give back what rank 0 returned.
 
     Raises:

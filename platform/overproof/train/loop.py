@@ -35,6 +35,7 @@ class Hooks:
     start: int = 0  # finished steps
     keeper: Keeper | None = None
     nonfinite: Callable[[int, InputError], None] | None = None  # takes step and error; returns to leave the step out
+    validated: frozenset[int] = frozenset()  # steps with a validation beside those of the optimization
 
 
 def fit(
@@ -66,8 +67,9 @@ def rows(
     """What ``fit`` does, a row at a time, for callers that stop early.
 
     Yields ``{"step", "loss", "learning_rate", "grad_norm"}`` after each step and ``{"step", "validation_loss"}``
-    every ``validate_every`` steps and after the last. A step that was left out has ``skipped`` 1 in place of what is
-    not finite. The keeper is called when the caller has taken a step's rows and asks for more.
+    every ``validate_every`` steps, at those the hooks name, and after the last. A step that was left out has
+    ``skipped`` 1 in place of what is not finite. The keeper is called when the caller has taken a step's rows and asks
+    for more.
     """
     if optimization.steps == 0:
         yield {"step": 0, "validation_loss": validate()}
@@ -82,7 +84,7 @@ def rows(
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)} | {"skipped": 1.0}
         yield {"step": step, **metrics}
         score = None
-        if step % optimization.validate_every == 0 or step == optimization.steps:
+        if step % optimization.validate_every == 0 or step == optimization.steps or step in hooks.validated:
             score = validate()
             yield {"step": step, "validation_loss": score}
         if hooks.keeper:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from overproof.recipe import Train
+from overproof.recipe import Training
 from overproof.train.dimensions import Dimensions
 
 FP32, HALF = 4, 2  # bytes
@@ -56,7 +56,7 @@ class Held:
         return self.device.total + self.host.total
 
 
-def states(size: Dimensions, train: Train, stage: int, world: int) -> Held:
+def states(size: Dimensions, train: Training, stage: int, world: int) -> Held:
     """Weights, gradients, optimizer state and buffers of one of ``world`` workers at a ZeRO stage.
 
     Offload is the recipe's where the stage allows it.
@@ -78,12 +78,12 @@ def states(size: Dimensions, train: Train, stage: int, world: int) -> Held:
     return _offloaded(size, train, stage, share, number)
 
 
-def lowered(train: Train, stage: int) -> bool:
+def lowered(train: Training, stage: int) -> bool:
     """Whether weights are kept in 16 bits: bf16 without ZeRO casts activations alone."""
     return train.precision == "fp16" or (train.precision == "bf16" and stage > 0)
 
 
-def _offloaded(size: Dimensions, train: Train, stage: int, share: int, number: int) -> Held:
+def _offloaded(size: Dimensions, train: Training, stage: int, share: int, number: int) -> Held:
     """The optimizer's part, and the gradients it reads, lie in the CPU's memory; with stage 3 the weights may too."""
     count, largest = size.parameters, max(size.tensors)
     optimizer = (FP32 + ADAM) * share
@@ -98,7 +98,7 @@ def _offloaded(size: Dimensions, train: Train, stage: int, share: int, number: i
     return Held(stage, device, host)
 
 
-def activations(size: Dimensions, train: Train, world: int, stage: int | None = None) -> int:
+def activations(size: Dimensions, train: Training, world: int, stage: int | None = None) -> int:
     """Bytes kept from a forward pass for the backward pass of one worker's micro-batch, logits included.
 
     Counted as arXiv 2205.05198 (section 4) does, tensor by tensor, for the layers used here: SDPA keeps no scores,
@@ -132,7 +132,7 @@ def logits(outputs: int, number: int) -> int:
     return outputs * (number + FP32 + (FP32 if number == HALF else 0))
 
 
-def update(size: Dimensions, train: Train, stage: int, world: int) -> int:
+def update(size: Dimensions, train: Training, stage: int, world: int) -> int:
     """Bytes that Adam's arithmetic takes for a moment: two fp32 vectors of the largest part it updates at once."""
     if train.offload != "none" and stage > 0:
         return 0  # its own kernel, number by number
@@ -140,7 +140,7 @@ def update(size: Dimensions, train: Train, stage: int, world: int) -> int:
     return 2 * FP32 * part
 
 
-def peak(size: Dimensions, train: Train, world: int, stage: int | None = None) -> int:
+def peak(size: Dimensions, train: Training, world: int, stage: int | None = None) -> int:
     """An upper bound of the bytes a worker's device takes: activations are gone when the optimizer computes."""
     stage = train.zero_stage if stage is None else stage
     device = states(size, train, stage, world).device.total

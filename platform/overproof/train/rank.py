@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,16 @@ import torch.distributed as dist
 
 from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.data.plan import rows_hash
-from overproof.data.read import BATCH_COLUMNS, Columns, Shards
+from overproof.data.read import BATCH_COLUMNS, Columns, Shards, planned_shards
 from overproof.errors import InputError
 from overproof.files import once_here
-from overproof.models import Batch, build, load, parameters, save, to_tensors
+from overproof.models import Batch, parameters, save, to_tensors
 from overproof.progress import NOTICE
-from overproof.recipe import Pretrained
-from overproof.train import pretrained
 from overproof.train.checkpoint import Kept
 from overproof.train.curve import CURVE, ROWS_HASH, Curve
 from overproof.train.engine import ZeroEngine, to_universal, weights
 from overproof.train.job import Job
 from overproof.train.loop import Hooks, Row, fit, shares, validation_ids, validation_loss
-from overproof.train.objective import CrossEntropy
 from overproof.train.oom import explain_memory
 from overproof.train.saver import Saver
 from overproof.train.saving import Bell, Saving
@@ -48,16 +44,13 @@ class Trainee:
         self.manifest = Manifest.read(self.root)
         self.order = self.manifest.order(job.seed)
         torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
-        chosen, found = job.train.model, start.checkpoint
+        found = start.checkpoint
         universal = found is not None and found.world != world and job.train.zero_stage > 0
         with explain_memory("building the model and the optimizer"):
-            self.model = (
-                load(pretrained.local(chosen.path))
-                if isinstance(chosen, Pretrained)
-                else build(chosen, self.manifest, job.seed)
-            )
+            self.model = job.lesson.model(self.manifest, job.seed)
             self.parameters = parameters(self.model)  # before ZeRO-3 takes them apart
             self.engine = ZeroEngine(self.model, job.train, job.seed, universal)
+            self.objective = job.lesson.objective(self.engine.device)
         self.rows = self._restore(found, universal) if found else []
         self.batch: Batch = {}
         self.held_out = Shards(self.root, "validation")
@@ -66,42 +59,36 @@ class Trainee:
 
     def fit(self, rows: Iterator[Columns], bell: Bell) -> dict[str, Any] | None:
         """Train to the end. Rank 0 writes model/, curve.jsonl and events/ and gives back metrics."""
-        job = self.job
-        watch = Watch(job, self.manifest, self.world)
-        saver = Saver(job.checkpoints, self.start.attempt, self.rank, self.world)
-        saving = Saving(self.engine, job.train, saver, bell, self.rows)
-        with ExitStack() as stack:
-            reports: list[Callable[[Row], None]] = [self.rows.append]
-            if self.rank == 0:
-                folder = _existing(stack.enter_context(job.draft.directory()))
-                curve = stack.enter_context(Curve(folder / CURVE, folder / "events"))
-                for row in self.rows:
-                    curve(row)
-                reports += [curve, watch]
+        watch = Watch(self.job, self.manifest, self.world)
+        if self.rank > 0:
+            self.train(rows, bell, watch, ())
+            return None
+        with self.job.draft.directory() as folder, Curve(_existing(folder) / CURVE, folder / "events") as curve:
+            for row in self.rows:
+                curve(row)
+            self.train(rows, bell, watch, (curve, watch))
+            self.write(folder / "model")
+        return {"parameters": self.parameters, "steps": self.job.train.steps, **watch.metrics(self.rows)}
 
-            def report(row: Row) -> None:
-                measured = watch.measure(row)
-                if "validation_loss" not in row:
-                    measured = {**measured, ROWS_HASH: float(saving.agree())}
-                for each in reports:
-                    each(measured)
+    def train(
+        self, rows: Iterator[Columns], bell: Bell, watch: Watch, reports: Sequence[Callable[[Row], None]]
+    ) -> None:
+        """Train to the end, until the last checkpoint is committed; ``reports`` are given every row of the curve."""
+        saver = Saver(self.job.checkpoints, self.start.attempt, self.rank, self.world)
+        saving = Saving(self.engine, self.job.train, saver, bell, self.rows)
 
-            hooks = Hooks(self.start.step, saving, self._nonfinite)
-            with explain_memory("a training step"):
-                fit(
-                    self.engine,
-                    CrossEntropy(),
-                    job.train,
-                    watch.timed(self._batches(rows, saving.tell)),
-                    self.validate,
-                    report,
-                    hooks,
-                )
-            saving.finish()
-            if self.rank > 0:
-                return None
-            self._write(folder / "model")
-        return {"parameters": self.parameters, "steps": job.train.steps, **watch.metrics(self.rows)}
+        def report(row: Row) -> None:
+            measured = watch.measure(row)
+            if "validation_loss" not in row:
+                measured = {**measured, ROWS_HASH: float(saving.agree())}
+            for each in (self.rows.append, *reports):
+                each(measured)
+
+        hooks = Hooks(self.start.step, saving, self._nonfinite, self.job.validated)
+        with explain_memory("a training step"):
+            batches = watch.timed(self._batches(rows, saving.tell))
+            fit(self.engine, self.objective, self.job.train, batches, self.validate, report, hooks)
+        saving.finish()
 
     def validate(self) -> float:
         """The validation loss over all ranks; the same rows each time."""
@@ -112,7 +99,8 @@ class Trainee:
     def _batches(self, rows: Iterator[Columns], seen: Callable[[int], None]) -> Iterator[Batch]:
         names = BATCH_COLUMNS[self.manifest.kind]
         for columns in rows:
-            self.batch = to_tensors({name: columns[name] for name in names})
+            further = self.job.lesson.columns(columns["sample_id"])
+            self.batch = to_tensors({name: columns[name] for name in names} | further)
             seen(rows_hash(columns["sample_id"]))
             yield self.batch
 
@@ -129,12 +117,16 @@ class Trainee:
             shutil.rmtree(converted, ignore_errors=True)
         return [json.loads(line) for line in lines]
 
-    def _write(self, folder: Path) -> None:
-        """The model as a Hugging Face directory: the weights of the last checkpoint, or of the best."""
+    def write(self, folder: Path) -> None:
+        """The model as a Hugging Face directory: the weights of the last checkpoint, or of the best.
+
+        Raises:
+            InputError: that checkpoint is damaged.
+        """
         train, checkpoints = self.job.train, self.job.checkpoints
         tokenizer = self.root / TOKENIZER if self.manifest.kind == "text" else None
-        if train.steps == 0 and isinstance(train.model, Pretrained):
-            save(load(pretrained.local(train.model.path)), self.model.config, folder, tokenizer)
+        if train.steps == 0:
+            save(self.job.lesson.model(self.manifest, self.job.seed), self.model.config, folder, tokenizer)
             return
         kept = checkpoints.best() if train.result == "best" else checkpoints.all()[-1]
         assert kept
@@ -167,6 +159,13 @@ class Trainee:
             )
         if self.rank == 0:
             self.job.progress(NOTICE, step, self.job.train.steps, f"step {step} left out: {which}")
+
+
+def own_rows(job: Job, start: Start, rank: int, world: int) -> Iterator[Columns]:
+    """A rank's planned rows of every step that is left, read by this process."""
+    shards = planned_shards(job.prepared.local())
+    order = shards.manifest.order(job.seed)
+    return shards.steps(order, job.train.batch_size, start.step, job.train.steps, rank, world)
 
 
 def _existing(folder: Path) -> Path:

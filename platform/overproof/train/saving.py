@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from overproof.recipe import Train
+from overproof.recipe import Training
 from overproof.train.curve import CURVE
 from overproof.train.engine import ZeroEngine
 from overproof.train.loop import Row
@@ -38,7 +38,7 @@ class Silent:
 class Saving:
     """The keeper of one rank's loop."""
 
-    def __init__(self, engine: ZeroEngine, train: Train, saver: Saver, bell: Bell, rows: Sequence[Row]) -> None:
+    def __init__(self, engine: ZeroEngine, train: Training, saver: Saver, bell: Bell, rows: Sequence[Row]) -> None:
         """``rows`` is the curve so far; rank 0's goes into every checkpoint."""
         self.engine, self.train, self.saver, self.bell, self.rows = engine, train, saver, bell, rows
         self._asked = False

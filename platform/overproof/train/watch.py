@@ -43,8 +43,8 @@ class Watch:
         """The row with what its step cost; a validation's row passes as it is.
 
         Adds ``tokens_per_s`` (or ``rows_per_s``) of the whole group, ``data_wait_s``, ``memory_bytes`` (this rank's
-        peak so far, on the GPU where there is one) and ``energy_j``, an estimate for the group: CPU time at
-        ``WATTS_PER_CORE``, and the power each GPU says it draws.
+        peak so far, on the GPU where there is one) and, for the group as this rank has it, ``cpu_s`` and the estimate
+        ``energy_j``: CPU time at ``WATTS_PER_CORE``, and the power each GPU says it draws.
         """
         now, cpu_s = time.monotonic(), time.process_time()
         seconds, busy_s = now - self._seen, cpu_s - self._cpu_s
@@ -60,6 +60,7 @@ class Watch:
             self._unit: self.job.train.batch_size * self.manifest.positions / seconds,
             "data_wait_s": waited_s,
             "memory_bytes": float(peak_memory()),
+            "cpu_s": busy_s * self.world,
             "energy_j": energy_j,
         }
 

@@ -1,0 +1,161 @@
+"""Students that several workers train together: DeepSpeed ZeRO under Ray Train, inside a trial of Ray Tune.
+
+The trial's own process takes no CPU: it starts the group and hands on what rank 0 tells. The group is placed as a whole
+or not at all, and the sweep begins no more trials at a time than there is room for, so that none waits for another.
+Rows are those that a student in one process reads, in parts: every rank reads its own from the mapped files.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray.train
+from ray.train.collective import broadcast_from_rank_zero
+from ray.util.queue import Queue
+
+from overproof.distill.chunk import Chunk, chunks
+from overproof.distill.job import MAX_DEATHS, Job
+from overproof.distill.trial import failure, result
+from overproof.errors import InputError
+from overproof.progress import NOTICE, Progress
+from overproof.recipe import Checkpoint, Optimization, Sweep, Training
+from overproof.train.elastic import WorkerBell, say
+from overproof.train.job import Job as Group
+from overproof.train.launch import Trainer, run
+from overproof.train.start import Start
+
+
+@dataclass(frozen=True)
+class Told:
+    """What rank 0 tells of a training."""
+
+    parameters: int
+    began_at: int
+    chunk: Chunk
+
+
+@dataclass(frozen=True)
+class Notices:
+    """Of a group's progress what happens to it, under its student's name; how far it is its results say."""
+
+    name: str
+    progress: Progress
+
+    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
+        if task == NOTICE:
+            self.progress(NOTICE, done, total, f"{self.name}: {note}")
+
+
+class GroupTrainer:
+    """As ``trial.Trainer``, with a group of workers in place of this process."""
+
+    def start(self, job: Job) -> None:
+        self.job, self.reached, self.cpu_s, self.began = job, 0, 0.0, time.perf_counter()
+        self.error: BaseException | None = None
+        self.queue = Queue(actor_options={"num_cpus": 0})
+        self.thread = threading.Thread(target=self._run, name=job.name, daemon=True)
+        self.thread.start()
+
+    def advance(self) -> dict[str, Any]:
+        """Wait for the next validation; after that of the last step the weights are written.
+
+        Raises:
+            RuntimeError: workers died again and again.
+        """
+        while True:
+            told: Told | None = self.queue.get()
+            if told is None:
+                return self._over()
+            if told.chunk.steps > self.reached:  # workers that start again tell of all there was before
+                break
+        self.reached = told.chunk.steps
+        self.cpu_s += sum(row.get("cpu_s", 0.0) for row in told.chunk.curve)
+        if self.reached == self.job.settings.steps:
+            self.thread.join()
+            if self.error:
+                return self._over()
+        return result(
+            self.job,
+            steps=self.reached,
+            parameters=told.parameters,
+            seconds=time.perf_counter() - self.began,
+            cpu_seconds=self.cpu_s,
+            began_at=told.began_at,
+            validation_loss=told.chunk.validation_loss,
+            curve=told.chunk.curve,
+        )
+
+    def _over(self) -> dict[str, Any]:
+        assert self.error
+        if isinstance(self.error, InputError):
+            return failure(self.job, self.reached, str(self.error))
+        raise self.error
+
+    def _run(self) -> None:
+        try:
+            with tempfile.TemporaryDirectory(prefix="overproof-group-") as scratch:
+                run(Trainer(group(self.job), scratch, partial(work, job=self.job, queue=self.queue)))
+        except BaseException as error:  # surfaces in ``advance``
+            self.error = error
+        self.queue.put(None)
+
+
+def group(job: Job) -> Group:
+    """The student as a training of several workers."""
+    from overproof.distill.lesson import Taught
+
+    return Group(
+        train=training(job.settings),
+        seed=job.seed,
+        prepared=job.prepared,
+        draft=job.draft,
+        checkpoints=job.checkpoints,
+        progress=Notices(job.name, job.progress),
+        lesson=Taught(job),
+        validated=job.rungs,
+    )
+
+
+def training(settings: Sweep) -> Training:
+    """The settings of a student's training, with a checkpoint at every validation."""
+    assert settings.group
+    steps = {name: getattr(settings, name) for name in Optimization.model_fields}
+    kept = Checkpoint(every_steps=settings.validate_every)
+    return Training(**steps, **settings.group.model_dump(), checkpoint=kept, max_failures=1 + MAX_DEATHS)
+
+
+def work(given: Group, job: Job, queue: Queue) -> None:
+    """Train as one rank from the newest checkpoint; rank 0 tells the curve, and at the end writes the weights."""
+    place = ray.train.get_context()
+    rank, world = place.get_world_rank(), place.get_world_size()
+    start = broadcast_from_rank_zero(
+        Start(given.checkpoints.newest(lambda line: say(given, line))) if rank == 0 else None
+    )
+    from overproof.train.rank import Trainee, own_rows  # seconds of imports
+    from overproof.train.watch import Watch
+
+    trainee = Trainee(given, start, rank, world)
+    told = 0
+
+    def tell(row: Mapping[str, float]) -> None:
+        nonlocal told
+        if "validation_loss" in row:
+            *_, last = chunks(trainee.rows[told:])
+            told = len(trainee.rows)
+            queue.put(Told(trainee.parameters, start.step, last))
+
+    if rank == 0:
+        for part in chunks(trainee.rows):
+            told += len(part.curve)
+            queue.put(Told(trainee.parameters, start.step, part))
+    watch = Watch(given, trainee.manifest, world)
+    trainee.train(own_rows(given, start, rank, world), WorkerBell(), watch, (tell,) if rank == 0 else ())
+    if rank == 0:
+        with given.draft.directory() as folder:
+            trainee.write(folder / job.folder)

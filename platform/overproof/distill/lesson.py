@@ -1,0 +1,78 @@
+"""What a student learns: from its teacher or, as a control, from the labels alone. For one process and for groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel
+
+from overproof.data.manifest import Manifest
+from overproof.data.read import Columns
+from overproof.distill.initial import initial
+from overproof.distill.job import Job
+from overproof.distill.live import WithTeacher, Written
+from overproof.distill.losses import Divergence
+from overproof.distill.objective import Distill
+from overproof.distill.starts import check_start
+from overproof.distill.targets import TEACHER, Targets
+from overproof.models import load
+from overproof.train.objective import CrossEntropy, Objective
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A ``train.lesson.Lesson``."""
+
+    job: Job
+
+    def model(self, manifest: Manifest, seed: int) -> PreTrainedModel:
+        """The student with its weights from before the first step; its control starts from the same.
+
+        Raises:
+            InputError: it cannot start from what its settings name.
+        """
+        check_start(self.job.student, self.job.prepared, self.job.trained)
+        return initial(self.job.student.model, manifest, seed, self._folder)
+
+    def objective(self, device: torch.device, projection: nn.Linear | None = None) -> Objective:
+        """``projection`` takes the student's states to the teacher's width, where it learns from states."""
+        student = self.job.student
+        if not self.job.distilled:
+            return CrossEntropy()
+        temperature, weight = student.temperature, student.teacher_weight
+        kept = self.targets.index.identity.temperatures if self.targets is not None else ()
+        measure = Divergence(student.divergence, student.jsd_beta)
+        plain: Objective = Distill(temperature, weight, kept, measure)
+        if student.on_policy:
+            plain = Written(plain, Distill(temperature, 1.0, self.job.judged, measure))
+        if self.teacher is None:
+            return plain
+        teacher, outputs = self.teacher.to(device), student.teacher == "live"
+        return WithTeacher(teacher, plain, outputs, student.relations, student.states, projection)
+
+    def columns(self, sample_ids: NDArray[np.int64]) -> Columns:
+        """The teacher's targets of these rows, where they are read from the cache."""
+        found = self.targets.take(sample_ids) if self.targets is not None else {}
+        return {f"teacher_{name}": values for name, values in found.items()}
+
+    @cached_property
+    def targets(self) -> Targets | None:
+        """The cache, where the student reads it."""
+        reads = self.job.distilled and self.job.student.teacher == "cached"
+        return Targets(self.job.cached.local()) if reads else None
+
+    @cached_property
+    def teacher(self) -> PreTrainedModel | None:
+        """The teacher, where it runs beside the student."""
+        live = self.job.distilled and self.job.student.live
+        return load(self._folder).requires_grad_(False) if live else None
+
+    @property
+    def _folder(self) -> Path:
+        return self.job.trained.local() / Path(TEACHER).parent

@@ -1,0 +1,132 @@
+"""Students that several workers train together: real ZeRO groups under Ray Train, in trials of a real sweep."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distill_world import World, recipe_of
+from ray._private.state import actors
+from test_sweep import STEPS, STUDENTS, SWEEP, TUNE, job_of
+
+from overproof.artifact import Artifact
+from overproof.cluster import relay
+from overproof.data.read import Shards
+from overproof.distill.student import Run
+from overproof.distill.sweep import slots, sweep
+from overproof.errors import InputError
+from overproof.models import load, to_tensors
+from overproof.placement import Capacity, Node, needs, refusal
+from overproof.train.loop import validation_ids, validation_loss
+
+GROUP = {**SWEEP, "students": STUDENTS[:2], "group": {"workers": 2, "zero_stage": 2}}
+SAME = 1e-3  # relative: sums over two ranks round otherwise
+
+
+def alone(world: World, cached: Artifact) -> list[float]:
+    """Validation losses of the first student, trained by one process without Ray."""
+    run = Run(job_of(world.context("sweep", cached=cached, sweep=SWEEP, tune=TUNE), "wide"))
+    losses = []
+    while not losses or losses[-1][0] < STEPS:
+        part = run.advance()
+        losses.append((part.steps, part.validation_loss))
+    return [loss for _, loss in losses]
+
+
+def curve(folder: Path, name: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "curves" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def losses(rows: list[dict[str, float]]) -> list[float]:
+    return [row["validation_loss"] for row in rows if "validation_loss" in row]
+
+
+def alive(name: str) -> list[int]:
+    """Processes of the cluster's actors of a class."""
+    return [a["Pid"] for a in actors().values() if a["State"] == "ALIVE" and name in a["ActorClassName"]]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_group_trains_what_one_process_trains_and_survives_its_workers_and_its_trial(
+    digits_world: World, digits_cache: Artifact
+) -> None:
+    """While the trials run, a worker of one is killed, and later a trial's own process."""
+    killed: dict[str, int] = {}
+
+    def progress(task: str, done: int, total: int, note: str = "") -> None:
+        del total, note
+        for name, least in (("RayTrainWorker", 1), ("Trainable", STEPS)):
+            if task == "sweep" and done >= least and name not in killed and (found := alive(name)):
+                killed[name] = found[0]
+                os.kill(found[0], signal.SIGKILL)
+
+    with relay(progress) as relayed:  # as the pipeline does: workers tell what happens to them
+        context = digits_world.context("sweep", relayed, digits_cache, sweep=GROUP, tune={})
+        metrics = sweep(context)
+    folder = Path(context.draft.uri)
+    assert set(killed) == {"RayTrainWorker", "Trainable"}
+    assert (metrics["trials"], metrics["failed"]) == (2, 0)
+    expected = alone(digits_world, digits_cache)
+    trials: dict[str, Any] = {t["name"]: t for t in json.loads((folder / "trials.json").read_text())["trials"]}
+    for name in ("wide", "twin"):
+        rows = curve(folder, name)
+        assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+        found = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+        assert found[STEPS] == pytest.approx(expected[-1], rel=SAME)
+        assert trials[name]["cpu_seconds"] > 0
+    assert metrics["control_validation_loss"] > 0
+    model = load(folder / "students" / metrics["winner"])
+    shards = Shards(digits_world.root, "validation")
+    rows = to_tensors(shards.take(validation_ids(shards.rows, 64)))
+    assert validation_loss(model, [rows]) == pytest.approx(metrics["validation_loss"], rel=SAME)
+    for _ in range(100):  # nothing of a group outlives its trial
+        if not alive("RayTrainWorker") and not alive("TrainController"):
+            return
+        time.sleep(0.1)
+    raise AssertionError("workers outlive their trials")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sweep": {**GROUP, "batch_size": 15}}, "batch_size 15 is not a multiple of group.workers 2"),
+        ({"sweep": {**GROUP, "group": {"workers": 1}}}, "sweep.group.workers: found 1"),
+        ({"sweep": {**GROUP, "group": {"zero_stage": 1, "offload": "parameters"}}}, "needs zero_stage 3; found 1"),
+        (
+            {"sweep": {**GROUP, "students": [{**STUDENTS[0], "states": {"weight": 1.0}}]}},
+            "student wide has states, which one process alone can learn from; expected no group",
+        ),
+        (
+            {"sweep": GROUP, "tune": {"space": {"batch_size": {"kind": "choice", "values": [16, 9]}}}},
+            "student wide with batch_size 9 cannot be: batch_size 9 is not a multiple of group.workers 2",
+        ),
+        ({"sweep": GROUP, "tune": {"scheduler": {"kind": "pbt", "interval_steps": 4}}}, "expected no sweep.group"),
+    ],
+)
+def test_what_a_group_cannot_do_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        recipe_of("digits", **changes)
+
+
+def test_as_many_groups_run_as_there_is_room_for() -> None:
+    nodes = [{"CPU": 4.0}, {"CPU": 3.0, "GPU": 1.0}]
+    assert slots(recipe_of("digits", sweep=GROUP).sweep, nodes) == 3
+    wide = {**GROUP, "group": {"workers": 2, "cpus_per_worker": 2}}
+    assert slots(recipe_of("digits", sweep=wide).sweep, nodes) == 1
+    assert slots(recipe_of("digits", sweep={**GROUP, "group": {"workers": 4, "cpus_per_worker": 2}}).sweep, nodes) == 0
+
+
+def test_a_cluster_too_small_for_one_group_is_refused() -> None:
+    recipe = recipe_of("digits", sweep={**GROUP, "group": {"workers": 4}}, tune=TUNE)
+    found = {
+        need.stage: refusal(need, Capacity((Node("here", 3, 0, 1),), "this cluster has 3 CPUs"))
+        for need in needs(recipe)
+    }
+    assert found["sweep"] is not None
+    assert "sweep: 1 to 2 trials of 4 workers need 4 x 1 = 4 CPUs at the same time" in found["sweep"]
