@@ -106,7 +106,17 @@ def test_a_group_trains_what_one_process_trains_and_survives_its_workers_and_its
             {"sweep": GROUP, "tune": {"space": {"batch_size": {"kind": "choice", "values": [16, 9]}}}},
             "student wide with batch_size 9 cannot be: batch_size 9 is not a multiple of group.workers 2",
         ),
-        ({"sweep": GROUP, "tune": {"scheduler": {"kind": "pbt", "interval_steps": 4}}}, "expected no sweep.group"),
+        (
+            {
+                "sweep": {**GROUP, "students": STUDENTS[:1]},
+                "tune": {
+                    "scheduler": {"kind": "pbt", "interval_steps": 4},
+                    "search": {"kind": "random", "trials": 2},
+                    "space": {"learning_rate": {"kind": "log_uniform", "low": 1e-3, "high": 1e-1}},
+                },
+            },
+            "expected no sweep.group",
+        ),
     ],
 )
 def test_what_a_group_cannot_do_is_refused(changes: dict[str, Any], message: str) -> None:
