@@ -57,7 +57,7 @@ def test_a_grid_has_every_combination_once() -> None:
     assert sorted(map(str, rest)) == sorted(map(str, found))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.sampled_from(["random", "tpe"]))
 def test_what_is_proposed_lies_in_the_space_and_makes_a_trial(seed: int, kind: str) -> None:
     space = {
