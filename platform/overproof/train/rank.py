@@ -23,7 +23,6 @@ from overproof.recipe import Pretrained
 from overproof.train import pretrained
 from overproof.train.checkpoint import Kept
 from overproof.train.curve import CURVE, ROWS_HASH, Curve
-from overproof.train.engine import ZeroEngine, to_universal, weights
 from overproof.train.job import Job
 from overproof.train.loop import Hooks, Row, fit, shares, validation_ids, validation_loss
 from overproof.train.objective import CrossEntropy
@@ -32,6 +31,7 @@ from overproof.train.saver import Saver
 from overproof.train.saving import Bell, Saving
 from overproof.train.start import Start
 from overproof.train.watch import Watch
+from overproof.train.zero import ZeroEngine, to_universal, weights
 
 ROWS_NAMED = 8
 
