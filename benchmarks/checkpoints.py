@@ -26,9 +26,9 @@ from overproof.data.manifest import Manifest, Split
 from overproof.models import build, parameters
 from overproof.recipe import Checkpoint, Llama, Train
 from overproof.train.checkpoint import Checkpoints
-from overproof.train.engine import ZeroEngine
 from overproof.train.objective import CrossEntropy
 from overproof.train.saver import Saver
+from overproof.train.zero import ZeroEngine
 
 VOCABULARY, LENGTH, ROWS = 2048, 64, 2
 STEPS_BETWEEN = 4

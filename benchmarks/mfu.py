@@ -29,9 +29,9 @@ from measuring import environment, say, table
 from overproof.data.manifest import Manifest
 from overproof.models import Batch, build, parameters
 from overproof.recipe import Llama, Train
-from overproof.train.engine import ZeroEngine
 from overproof.train.loop import rows
 from overproof.train.objective import CrossEntropy
+from overproof.train.zero import ZeroEngine
 
 VOCABULARY = 32_000
 WARMING_STEPS = 3

@@ -56,7 +56,7 @@ def test_a_limit_on_all_nodes_together_counts_no_head() -> None:
     assert capacity((16, 0, 8), (16, 4, 1), most=1).fits(need) == 4
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     nodes=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=3),
     head=st.tuples(st.integers(0, 3), st.integers(0, 1)),

@@ -75,6 +75,18 @@ def test_the_plan_of_each_scheme(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"targets of the teacher, {words}" in " ".join(out.split())
 
 
+def test_a_teacher_that_runs_beside_a_trial_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    live = ("--set", "sweep.students.0.teacher=live", "--set", "sweep.students.2.states={weight: 1.0}")
+    code, out, _ = plan(tmp_path, capsys, *live, recipe=TEXT)
+    assert code == 0
+    assert (
+        "the teacher runs beside narrow, wide: each of these trials also holds its weights, 6.89 MB, and at each step "
+        "its logits, 8.39 MB" in " ".join(out.split())
+    )
+    _, out, _ = plan(tmp_path, capsys, recipe=TEXT)
+    assert "runs beside" not in out
+
+
 def test_offload_says_what_lies_in_the_cpus_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = ("--set", "train.offload=optimizer", "--set", "train.gpus_per_worker=1", "--set", "train.zero_stage=2")
     code, out, _ = plan(tmp_path, capsys, *changes, "--cluster", str(REPOSITORY / "cluster.yaml"))

@@ -28,9 +28,9 @@ from overproof.models import Batch, build, to_tensors
 from overproof.recipe import Train
 from overproof.train.configuration import deepspeed_config, parameter_groups
 from overproof.train.curve import Curve
-from overproof.train.engine import ZeroEngine
 from overproof.train.loop import rows
 from overproof.train.objective import CrossEntropy
+from overproof.train.zero import ZeroEngine
 
 SEED = 1
 Block = Callable[[], dict[str, Any]]

@@ -55,6 +55,8 @@ def plan(recipe: Recipe, question: Question) -> int:
     out.print(_memory(recipe, model))
     out.print(_activations(recipe, model))
     out.print(_targets(recipe, model, prepared, rate))
+    if beside := _beside(recipe, model):
+        out.print(beside)
     out.print(f"\n{capacity.where}")
     findings = [*preflight.placed(recipe, capacity), stored, *preflight.smaller(students, model.parameters)]
     if not attached and question.cluster_file is None and not recipe.train.gpus_per_worker:
@@ -183,6 +185,19 @@ def _targets(recipe: Recipe, model: Dimensions, prepared: Artifact | None, rate:
     held = f"{kept}, {rows * model.predictions:,} {unit}s, {size(rows * layout.row_bytes)}"
     return (
         f"{held}; the teacher looks for about {duration(rows * model.predictions / (3 * rate.per_s))}" if rate else held
+    )
+
+
+def _beside(recipe: Recipe, model: Dimensions) -> str | None:
+    """What the teacher takes in a trial where it runs at each step: its weights in fp32, and a batch's logits."""
+    names = ", ".join(student.name for student in recipe.sweep.students if student.live)
+    if not names:
+        return None
+    batch = recipe.rows_read // recipe.sweep.steps
+    logits = memory.FP32 * batch * model.predictions * model.outputs
+    return (
+        f"the teacher runs beside {names}: each of these trials also holds its weights, "
+        f"{size(memory.FP32 * model.parameters)}, and at each step its logits, {size(logits)}"
     )
 
 

@@ -13,7 +13,7 @@ from overproof.recipe import Dense, Sampled, Scheme, TopK
 
 
 @given(st.integers(17, 32), st.integers(1, 5), st.integers(1, 40), st.integers(0, 2**31))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_packed_numbers_come_back_from_as_many_bits(bits: int, rows: int, count: int, seed: int) -> None:
     values = np.random.default_rng(seed).integers(0, 1 << bits, (rows, count))
     values[:, :1] = (1 << bits) - 1

@@ -93,7 +93,7 @@ def ours(
 
 
 @given(cases)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_all_outputs_kept_is_the_dense_divergence(case: dict[str, Any]) -> None:
     student, teacher, targets, mask = draw(case["seed"], case["spread"])
     common = (targets, mask, case["temperature"], case["weight"])
@@ -113,7 +113,7 @@ def test_all_outputs_kept_is_the_dense_divergence(case: dict[str, Any]) -> None:
 
 
 @given(cases)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_value_and_gradient_are_those_of_the_buckets(case: dict[str, Any]) -> None:
     least = {"forward_kl": 4.0, "reverse_kl": 1.0, "jsd": 4.0}[case["measure"].kind]  # 1 - sum(q) is log(q)'s own there
     student, teacher, targets, mask = draw(case["seed"], min(case["spread"], least))
@@ -128,7 +128,7 @@ def test_value_and_gradient_are_those_of_the_buckets(case: dict[str, Any]) -> No
 
 
 @given(cases)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_merging_outputs_only_lowers_the_divergence(case: dict[str, Any]) -> None:
     student, teacher, targets, mask = draw(case["seed"], case["spread"])
     common = (targets, mask, case["temperature"], 1.0)
@@ -138,7 +138,7 @@ def test_merging_outputs_only_lowers_the_divergence(case: dict[str, Any]) -> Non
 
 
 @given(cases)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_a_student_equal_to_the_teacher_has_nothing_to_learn(case: dict[str, Any]) -> None:
     _, teacher, targets, mask = draw(case["seed"], case["spread"])
     student = teacher.clone().requires_grad_()
@@ -150,7 +150,7 @@ def test_a_student_equal_to_the_teacher_has_nothing_to_learn(case: dict[str, Any
 
 
 @given(cases)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_from_the_cache_in_single_precision_all_stays_finite_and_close(case: dict[str, Any]) -> None:
     student, teacher, targets, mask = (
         x.float() if x.is_floating_point() else x for x in draw(case["seed"], case["spread"])

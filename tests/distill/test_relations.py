@@ -56,7 +56,7 @@ def by_definition(student: Shown, teacher: Shown, heads: int, mask: Tensor) -> T
 
 
 @given(cases)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_value_and_gradient_are_those_of_the_paper(case: dict[str, Any]) -> None:
     student, teacher = draw(case["seed"], 8, case["spread"]), draw(case["seed"] + 1, 12, case["spread"], keys=4)
     mask = torch.tensor([[True] * PLACES, [True, True, True, False, False]])
@@ -70,7 +70,7 @@ def test_value_and_gradient_are_those_of_the_paper(case: dict[str, Any]) -> None
 
 
 @given(cases)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_a_student_like_its_teacher_has_nothing_to_learn(case: dict[str, Any]) -> None:
     teacher = draw(case["seed"], 8, case["spread"])
     mask = torch.tensor([[True] * PLACES, [True, False, False, False, False]])

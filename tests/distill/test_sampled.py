@@ -125,7 +125,7 @@ def test_the_value_is_the_divergence_in_the_mean() -> None:
 
 
 @given(st.integers(0, 2**31), st.floats(0.1, 5), st.sampled_from([0.5, 1.0, 2.0]), st.floats(0, 1))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_value_and_gradient_are_those_of_the_drawn_outputs(
     seed: int, spread: float, temperature: float, weight: float
 ) -> None:

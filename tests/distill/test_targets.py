@@ -44,7 +44,7 @@ def cached(caches: dict[str, Artifact]) -> Path:
     return caches["topk"].local()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 99), st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 300))
 def test_the_cover_is_every_row_group_the_first_rows_touch(
     seed: int, groups_of_shards: list[int], rows_per_group: int, rows: int

@@ -20,9 +20,10 @@ from overproof.data.plan import Order
 from overproof.data.read import Shards
 from overproof.models import build, to_tensors
 from overproof.recipe import Train
-from overproof.train.engine import Engine, TorchEngine, ZeroEngine, weights
+from overproof.train.engine import Engine, TorchEngine
 from overproof.train.loop import Row, fit, shares, validation_ids, validation_loss
 from overproof.train.objective import CrossEntropy
+from overproof.train.zero import ZeroEngine, weights
 
 SEED = 3
 

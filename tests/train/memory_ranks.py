@@ -20,8 +20,8 @@ from torch import Tensor
 from overproof.data.manifest import Manifest
 from overproof.models import build
 from overproof.recipe import Train
-from overproof.train.engine import ZeroEngine
 from overproof.train.objective import CrossEntropy
+from overproof.train.zero import ZeroEngine
 
 STEPS = 2  # Adam's averages exist after the first
 GRADIENTS = ("averaged_gradients", "grad_partitions_flat_buffer", "offload_gradient_dict")

@@ -195,7 +195,7 @@ def test_without_ledger_a_bad_one_is_still_no_fresh_start(three: Checkpoints) ->
         three.newest(refuse)
 
 
-@tries(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@tries(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_damage_goes_unseen(three: Checkpoints, data: st.DataObject) -> None:
     """Whatever happens to one file of the newest checkpoint, what is read back was written."""

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as tries
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_data import LLAMA, settings
@@ -121,7 +120,6 @@ def test_mean_over_what_counts_in_fp32() -> None:
     assert masked_mean(losses_BP, prediction.mask_BP).item() == pytest.approx(math.log1p(math.exp(-2)), abs=1e-6)
 
 
-@tries(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 9))
 def test_ranks_share_validation_in_equally_many_batches(rows: int, batch_size: int, world: int) -> None:
     ids = validation_ids(rows, rows)

@@ -20,7 +20,6 @@ from overproof.models import Batch, parameters, save, to_tensors
 from overproof.progress import NOTICE
 from overproof.train.checkpoint import Kept
 from overproof.train.curve import CURVE, ROWS_HASH, Curve
-from overproof.train.engine import ZeroEngine, to_universal, weights
 from overproof.train.job import Job
 from overproof.train.loop import Hooks, Row, fit, shares, validation_ids, validation_loss
 from overproof.train.oom import explain_memory
@@ -28,6 +27,7 @@ from overproof.train.saver import Saver
 from overproof.train.saving import Bell, Saving
 from overproof.train.start import Start
 from overproof.train.watch import Watch
+from overproof.train.zero import ZeroEngine, to_universal, weights
 
 ROWS_NAMED = 8
 

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from overproof.recipe import Training
 from overproof.train.curve import CURVE
-from overproof.train.engine import ZeroEngine
 from overproof.train.loop import Row
 from overproof.train.saver import Saver
+from overproof.train.zero import ZeroEngine
 
 
 class Bell(Protocol):
