@@ -17,6 +17,7 @@ from overproof.data.plan import Order
 from overproof.data.read import Shards
 from overproof.data.schema import text_schema
 from overproof.data.write import write_shard
+from overproof.distill.capture import publish
 from overproof.distill.job import Job
 from overproof.distill.journal import Journal
 from overproof.distill.replica import Job as Capture
@@ -24,7 +25,6 @@ from overproof.distill.replica import Teacher
 from overproof.distill.search import STUDENT
 from overproof.distill.sweep import job
 from overproof.distill.targets import CacheIndex, identity
-from overproof.distill.teacher import cover, publish
 from overproof.models import build, save, to_tensors
 from overproof.progress import Progress, quiet
 from overproof.recipe import DigitsData, Llama, Optimization, Recipe, Vit
@@ -154,12 +154,9 @@ def make(kind: str, store: Store) -> World:
 
 def replica(world: World, rows: int | None, **changes: Any) -> tuple[Teacher, CacheIndex]:
     """A teacher as an actor has it, and the plan of the first ``rows`` rows; ``changes`` are to the cache's section."""
-    manifest = Manifest.read(world.root)
-    files = cover(manifest, Order(manifest.groups, manifest.rows_per_group, SEED), rows)
     recipe, draft = recipe_of(world.kind, cache=changes), world.draft("cache")
     whole = identity(recipe, world.artifacts["prepare"], world.artifacts["train"])
-    rows = sum(len(file.groups) for file in files) * manifest.rows_per_group
-    index = CacheIndex(identity=whole, rows=rows, files=files)
+    index = CacheIndex.of(whole, Manifest.read(world.root), rows)
     return Teacher(Capture(recipe.cache, index, world.artifacts["prepare"], world.artifacts["train"], draft)), index
 
 

@@ -22,9 +22,9 @@ from overproof.data.plan import Order
 from overproof.data.read import Shards
 from overproof.data.write import open_writer, to_table
 from overproof.distill.agree import check_rows
+from overproof.distill.covered import cover
 from overproof.distill.keep import keep, uniforms
-from overproof.distill.targets import INDEX, CacheIndex, Targets
-from overproof.distill.teacher import cover
+from overproof.distill.targets import CacheIndex, Targets
 from overproof.errors import InputError
 from overproof.models import forward, load, to_tensors
 from overproof.recipe import Dense, Sampled, Scheme, TopK
@@ -171,7 +171,7 @@ def test_a_cache_that_is_not_what_its_index_says_is_refused(cached: Path, tmp_pa
     rewrite(cached / first.path, broken / first.path, lambda columns: {n: v[8:] for n, v in columns.items()})
     with pytest.raises(InputError, match=rf"{len(first.groups) - 1} row groups, cache\.json lists"):
         Targets(broken).take(row)
-    (broken / INDEX).write_text(index.model_dump_json().replace('"k":4', '"k":"many"'))
+    (broken / CacheIndex.FILE).write_text(index.model_dump_json().replace('"k":4', '"k":"many"'))
     with pytest.raises(InputError, match=r"cache\.json: identity\.scheme\.topk\.k: "):
         Targets(broken)
 

@@ -31,13 +31,14 @@ class Job:
     threads: int
     prepared: Artifact
     trained: Artifact
-    cached: Artifact
+    cached: Artifact | None
     draft: Draft
     folder: str  # of the draft, for the weights
     checkpoints: Checkpoints
     retold: bool = True  # what an attempt that was killed has done is told again from its start, not from its end
     judged: tuple[float, ...] = ()  # temperatures at which the pool answers
     pool: Pool | None = None  # of teachers, who judge what students write
+    written: Artifact | None = None  # text of the teacher
 
     def changed(self, values: Values) -> Job:
         """The same trial with other settings."""

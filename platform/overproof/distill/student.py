@@ -15,6 +15,7 @@ from torch import nn
 from overproof.data.manifest import TOKENIZER
 from overproof.data.read import Columns as Read
 from overproof.data.read import Shards, planned_shards
+from overproof.distill.covered import TEACHER
 from overproof.distill.initial import initial
 from overproof.distill.job import Job
 from overproof.distill.live import WRITTEN, WithTeacher, Written
@@ -22,7 +23,8 @@ from overproof.distill.losses import Divergence
 from overproof.distill.objective import Distill
 from overproof.distill.on_policy import Asked, write, written_at
 from overproof.distill.starts import check_start
-from overproof.distill.targets import TEACHER, Targets
+from overproof.distill.targets import Targets
+from overproof.distill.text import Text
 from overproof.models import Batch, load, parameters, save, to_tensors
 from overproof.recipe.search import values_of
 from overproof.train.curve import CURVE
@@ -57,7 +59,9 @@ class Run:
         self.manifest = validation.manifest
         self.train = planned_shards(self.root)
         self.order = self.manifest.order(job.seed)
-        self.targets = Targets(job.cached.local()) if job.distilled and job.student.teacher == "cached" else None
+        self.targets = Targets(job.cached.local()) if job.cached and job.distilled and job.student.reads_cache else None
+        teachers = job.written if job.distilled and job.student.text == "teacher" else None
+        self.text = Text(teachers.local()) if teachers else None
         ids = validation_ids(validation.rows, job.settings.validation_rows)
         parts = shares(ids, job.settings.batch_size, rank=0, world=1)
         self.validation = [to_tensors(validation.take(part)) for part in parts]
@@ -166,7 +170,8 @@ class Run:
         temperature, weight = student.temperature, student.teacher_weight
         kept = self.targets.index.identity.temperatures if self.targets is not None else ()
         measure = Divergence(student.divergence, student.jsd_beta)
-        plain: Objective = Distill(temperature, weight, kept, measure)
+        alone = student.teacher == "cached" and self.targets is None
+        plain: Objective = CrossEntropy() if alone else Distill(temperature, weight, kept, measure)
         if student.on_policy:
             plain = Written(plain, Distill(temperature, 1.0, self.job.judged, measure))
         if self.teacher is None:
@@ -179,6 +184,8 @@ class Run:
         steps = self.train.steps(self.order, settings.batch_size, self.began_at, settings.steps)
         for step, columns in enumerate(steps, self.began_at):
             ids = columns.pop("sample_id")
+            if self.text is not None:
+                columns |= self.text.take(ids)
             if written_at(step, share):
                 yield self._written(columns, step)
                 continue
