@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from distill_world import SEED, VOCABULARY, WRITING, World, capture, finish, job
 from test_initial import student
 from test_killed import anew, kill
 from test_sweep import STUDENTS, SWEEP, job_of
+from test_targets import rewrite
 
 from overproof import pipeline
 from overproof.artifact import Artifact, Store, fingerprint
 from overproof.data.manifest import Manifest
 from overproof.data.read import Shards
 from overproof.distill import keep
-from overproof.distill.agree import check_rows
+from overproof.distill.agree import check_rows, check_text
 from overproof.distill.job import Job
 from overproof.distill.student import Run
 from overproof.distill.sweep import check_cache, sweep
@@ -223,6 +225,8 @@ def test_a_live_teacher_reads_the_text_too(text_world: World, written: Artifact)
     batch = next(run._batches())
     np.testing.assert_array_equal(batch["tokens"], Text(written.local()).take(run.order.step_rows(0, 16))["tokens"])
     assert "divergence" in run.advance().curve[0]
+    silent = {**ALONE, "teacher": "live"}
+    assert Run(job_of(text_world.context("sweep", written=written, **with_text(silent)), "alone")).teacher is None
 
 
 @pytest.mark.parametrize(
@@ -244,6 +248,17 @@ def test_a_cache_of_the_data_or_of_another_text_is_refused(text_world: World, wr
     for cached in (capture(text_world, None), capture(text_world, None, other)):
         with pytest.raises(InputError, match=r"cache\.json: made with another text of the teacher"):
             sweep(text_world.context("sweep", cached=cached, written=written, **with_text(WORDS)))
+
+
+def test_text_that_goes_on_from_other_rows_is_caught(text_world: World, written: Artifact, tmp_path: Path) -> None:
+    shutil.copytree(written.local(), tmp_path / "rolled")
+    for file in TextIndex.read(written.local()).files:
+        rewrite(written.local() / file.path, tmp_path / "rolled" / file.path,
+                lambda columns: columns | {"tokens": np.roll(columns["tokens"], 1, 0)})  # fmt: skip
+    ids = np.arange(40)
+    check_text(Text(written.local()), text_world.root, ids)
+    with pytest.raises(InputError, match="row 0 does not begin with the 5 tokens of the prepared data"):
+        check_text(Text(tmp_path / "rolled"), text_world.root, ids)
 
 
 def test_too_little_text_and_text_of_other_rows_is_refused(text_world: World) -> None:

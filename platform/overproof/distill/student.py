@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from overproof.artifact import Artifact
 from overproof.data.manifest import TOKENIZER
 from overproof.data.read import Columns as Read
 from overproof.data.read import Shards, planned_shards
@@ -59,9 +60,8 @@ class Run:
         self.manifest = validation.manifest
         self.train = planned_shards(self.root)
         self.order = self.manifest.order(job.seed)
-        self.targets = Targets(job.cached.local()) if job.cached and job.distilled and job.student.reads_cache else None
-        teachers = job.written if job.distilled and job.student.text == "teacher" else None
-        self.text = Text(teachers.local()) if teachers else None
+        self.targets = Targets(_there(job.cached)) if job.distilled and job.student.reads_cache else None
+        self.text = Text(_there(job.written)) if job.distilled and job.student.text == "teacher" else None
         ids = validation_ids(validation.rows, job.settings.validation_rows)
         parts = shares(ids, job.settings.batch_size, rank=0, world=1)
         self.validation = [to_tensors(validation.take(part)) for part in parts]
@@ -170,13 +170,14 @@ class Run:
         temperature, weight = student.temperature, student.teacher_weight
         kept = self.targets.index.identity.temperatures if self.targets is not None else ()
         measure = Divergence(student.divergence, student.jsd_beta)
-        alone = student.teacher == "cached" and self.targets is None
-        plain: Objective = CrossEntropy() if alone else Distill(temperature, weight, kept, measure)
+        outputs = self.teacher is not None and student.teacher == "live"
+        told = outputs or self.targets is not None  # of the teacher's distribution
+        plain: Objective = Distill(temperature, weight, kept, measure) if told else CrossEntropy()
         if student.on_policy:
             plain = Written(plain, Distill(temperature, 1.0, self.job.judged, measure))
         if self.teacher is None:
             return plain
-        teacher, outputs = self.teacher.to(self.engine.device), student.teacher == "live"
+        teacher = self.teacher.to(self.engine.device)
         return WithTeacher(teacher, plain, outputs, student.relations, student.states, self.projection)
 
     def _batches(self) -> Iterator[Batch]:
@@ -208,6 +209,12 @@ class Run:
     def _validate(self) -> float:
         with self.engine.evaluating() as model:
             return validation_loss(model, self.validation)
+
+
+def _there(artifact: Artifact | None) -> Path:
+    """The folder of what the recipe made sure of."""
+    assert artifact is not None
+    return artifact.local()
 
 
 def _chunks(curve: Sequence[Row]) -> Iterator[Chunk]:

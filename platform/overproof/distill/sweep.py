@@ -105,7 +105,7 @@ def check_cache(context: Context) -> None:
         InputError: what differs, or what is missing.
     """
     recipe, parents = context.recipe, context.parents
-    prepared, written, cached = parents["prepare"], parents.get("generate"), parents.get("cache")
+    prepared, written = parents["prepare"], parents.get("generate")
     order = Manifest.read(prepared.local()).order(recipe.seed)
     ids = order.rows_at(0, min(order.rows, recipe.rows_read))
     if written:
@@ -113,14 +113,12 @@ def check_cache(context: Context) -> None:
         text.index.check(text_identity(recipe, prepared, parents["train"]))
         text.require(ids)
         check_text(text, prepared.local(), ids[:ROWS_CHECKED])
-    if cached is None:  # no student reads it
+    if not recipe.reads_cache:
         return
-    targets = Targets(cached.local())
+    targets = Targets(parents["cache"].local())
     targets.index.check(identity(recipe, prepared, parents["train"], written))
     for temperature in recipe.temperatures:
         targets.index.require_temperature(temperature)
-    if not recipe.reads_cache:
-        return
     targets.require(ids)
     check_rows(targets.root, prepared.local(), ids[:ROWS_CHECKED], written.local() if written else None)
 

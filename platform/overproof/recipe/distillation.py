@@ -139,7 +139,7 @@ class Student(Section):
     @property
     def live(self) -> bool:
         """Whether the teacher runs beside it."""
-        return self.distilled and (self.teacher == "live" or self.beside)
+        return self.beside or (self.teacher == "live" and self.teacher_weight > 0)
 
 
 class OnPolicy(Section):
