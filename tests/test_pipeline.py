@@ -16,10 +16,11 @@ import pytest
 from finished import RECIPES, Run
 from overproof.artifact import RECORD, Store
 from overproof.compress.export import read_exports
-from overproof.pipeline import NAMES, resolve
+from overproof.pipeline import resolve, stages
 from overproof.recipe import load
 
 DIGITS = str(RECIPES / "digits.yaml")
+NAMES = tuple(stage.name for stage in stages(load(DIGITS)))
 STAGE_S = 240
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -85,6 +86,26 @@ def test_a_teacher_that_runs_beside_a_trial_is_counted(tmp_path: Path, capsys: p
     )
     _, out, _ = plan(tmp_path, capsys, recipe=TEXT)
     assert "runs beside" not in out
+
+
+def test_the_plan_of_text_that_the_teacher_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ("--set", "generate={prompt_tokens: 33, rows: 2080}", "--tokens-per-s", "1000", "--set", "tune={}")
+    shape = {"hidden_size": 64, "intermediate_size": 96, "layers": 1, "heads": 2, "kv_heads": 2}
+    students: list[dict[str, Any]] = [{"name": "one", "model": {"kind": "llama", **shape}, "text": "teacher"}]
+    code, out, _ = plan(tmp_path, capsys, *changes, "--set", f"sweep.students={json.dumps(students)}", recipe=TEXT)
+    assert code == 0
+    assert "generate to do 2,080 rows from 33 tokens on, temperature 1" in " ".join(out.split())
+    assert (
+        "text of the teacher: 2,080 rows, 199,680 tokens to be written, 553 kB; the teacher writes for about 4 min"
+        in " ".join(out.split())
+    )
+    assert "targets of the teacher, 32 likeliest outputs: 142.2 bytes a token, 266,240 tokens" in " ".join(out.split())
+    assert findings(out)["generate"][1].startswith("2 actors + 1 reader: 2 x 1 + 1 = 3 of ")
+    students[0]["teacher_weight"] = 0.0
+    code, out, _ = plan(tmp_path, capsys, *changes, "--set", f"sweep.students={json.dumps(students)}", recipe=TEXT)
+    assert code == 0
+    assert "targets of the teacher" not in " ".join(out.split())
+    assert "cache" not in findings(out)
 
 
 def test_offload_says_what_lies_in_the_cpus_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,12 @@ class Artifact:
     def id(self) -> str:
         return f"{self.record.recipe}/{self.record.stage}-{self.record.fingerprint[:8]}"
 
+    @property
+    def content_sha256(self) -> str:
+        """A hash of every file's name and hash."""
+        listed = {path: entry.sha256 for path, entry in self.record.files.items()}
+        return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+
     def local(self) -> Path:
         """The artifact's directory on this machine, fetched once where the store is remote."""
         files, path = filesystem(self.uri)

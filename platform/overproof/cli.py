@@ -16,6 +16,7 @@ DEMO_RECIPE = Path(__file__).parents[2] / "jobs/recipes/stdlib-lm.yaml"
 STAGE_VERBS = {
     "prepare": ("data", "clean, split, tokenise and shard the data"),
     "train": ("train", "train the teacher with DeepSpeed ZeRO"),
+    "generate": ("generate", "let the teacher write the text that students read"),
     "cache": ("cache", "compute the teacher's targets once"),
     "sweep": ("sweep", "distil students, and a control without the teacher"),
     "compress": ("compress", "export and quantise the students that are kept"),

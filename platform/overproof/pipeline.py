@@ -11,6 +11,7 @@ from typing import Any
 from overproof import cluster, console
 from overproof.artifact import Artifact, Store, fingerprint
 from overproof.data.sources import source_digest
+from overproof.errors import InputError
 from overproof.files import read_json
 from overproof.placement import check
 from overproof.recipe import Pretrained, Recipe, Section, Sweep, Train
@@ -34,6 +35,7 @@ class Stage:
     parents: tuple[str, ...]
     part: Callable[[Recipe], Any]
     format: int = 1
+    wanted: Callable[[Recipe], bool] = lambda _: True
 
     def function(self) -> Callable[[Context], dict[str, Any]]:
         """Import what the stage runs; torch and Ray are not loaded before they are needed."""
@@ -41,8 +43,8 @@ class Stage:
         return getattr(import_module(module), name)  # type: ignore[no-any-return]
 
 
-def _dump(section: Section) -> Any:
-    return _without_resources(section.model_dump(mode="json"))
+def _dump(section: Section | None) -> Any:
+    return None if section is None else _without_resources(section.model_dump(mode="json"))
 
 
 def _without_resources(tree: Any) -> Any:
@@ -68,9 +70,11 @@ STAGES = (
           lambda r: {"seed": r.seed, "data": _dump(r.data), "source": source_digest(r.data)}, format=3),
     Stage("train", "overproof.train.launch:train", ("prepare",),
           lambda r: {"seed": r.seed, "train": _dump(r.train), **_beyond_train(r.train)}),
-    Stage("cache", "overproof.distill.teacher:cache", ("prepare", "train"),
-          lambda r: {"seed": r.seed, "cache": _dump(r.cache)}, format=3),
-    Stage("sweep", "overproof.distill.sweep:sweep", ("prepare", "train", "cache"),
+    Stage("generate", "overproof.distill.teacher:generate", ("prepare", "train"),
+          lambda r: {"seed": r.seed, "generate": _dump(r.generate)}, wanted=lambda r: r.generate is not None),
+    Stage("cache", "overproof.distill.teacher:cache", ("prepare", "train", "generate"),
+          lambda r: {"seed": r.seed, "cache": _dump(r.cache)}, format=3, wanted=lambda r: r.reads_cache),
+    Stage("sweep", "overproof.distill.sweep:sweep", ("prepare", "train", "generate", "cache"),
           lambda r: {"seed": r.seed, "sweep": _dump(r.sweep), "tune": _dump(r.tune), **_beyond_sweep(r.sweep)},
           format=3),
     Stage("compress", "overproof.compress.export:compress", ("prepare", "train", "sweep"),
@@ -79,13 +83,27 @@ STAGES = (
           lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate)}, format=2),
     Stage("gate", "overproof.evaluate.runner:gate", ("evaluate",),
           lambda r: {"gate": _dump(r.gate)}, format=2),
-    Stage("report", "overproof.report.stage:report", ("prepare", "train", "cache", "sweep", "evaluate", "gate"),
+    Stage("report", "overproof.report.stage:report",
+          ("prepare", "train", "generate", "cache", "sweep", "evaluate", "gate"),
           lambda r: {"name": r.name}, format=2),
     Stage("package", "overproof.registry.package:package",
-          ("prepare", "train", "cache", "sweep", "compress", "evaluate", "gate"),
+          ("prepare", "train", "generate", "cache", "sweep", "compress", "evaluate", "gate"),
           lambda r: {"name": r.name}, format=2),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
+UNWANTED = {"generate": "the recipe has no such section", "cache": "no student of the sweep reads it"}
+
+
+def stages(recipe: Recipe, until: str = NAMES[-1]) -> list[Stage]:
+    """Those that a recipe asks for, up to ``until``.
+
+    Raises:
+        InputError: it does not ask for that one.
+    """
+    found = [stage for stage in STAGES[: NAMES.index(until) + 1] if stage.wanted(recipe)]
+    if found[-1].name != until:
+        raise InputError(f"{until}: {UNWANTED[until]}; expected one of {', '.join(s.name for s in stages(recipe))}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -103,11 +121,11 @@ def resolve(recipe: Recipe, store: Store, until: str = NAMES[-1]) -> list[Step]:
     """The stages up to ``until``, and which of them are done. Starts nothing.
 
     Raises:
-        InputError: the source of the data is missing or empty.
+        InputError: the source of the data is missing or empty, or the recipe has no use for that stage.
     """
     steps: dict[str, Step] = {}
-    for stage in STAGES[: NAMES.index(until) + 1]:
-        parents = {name: steps[name].fingerprint for name in stage.parents}
+    for stage in stages(recipe, until):
+        parents = {name: steps[name].fingerprint for name in stage.parents if name in steps}
         config = stage.part(recipe)
         print_ = fingerprint(stage.name, stage.format, config, parents)
         steps[stage.name] = Step(stage, config, print_, parents, store.find(recipe.name, stage.name, print_))
@@ -162,7 +180,7 @@ def run_step(step: Step, recipe: Recipe, store: Store, done: Mapping[str, Artifa
 
 def _make(step: Step, recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> Artifact:
     name = step.stage.name
-    parents = {parent: done[parent] for parent in step.stage.parents}
+    parents = {parent: done[parent] for parent in step.parents}
     for parent in parents.values():
         parent.verify()
     draft = store.begin(recipe.name, name, step.fingerprint, step.config, step.parents)

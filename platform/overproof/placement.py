@@ -121,7 +121,8 @@ class Capacity:
 
 def needs(recipe: Recipe) -> tuple[Need, ...]:
     """What each stage asks for, in the order of the stages."""
-    train, cache, sweep, serve, evaluate = recipe.train, recipe.cache, recipe.sweep, recipe.serve, recipe.evaluate
+    train, sweep, serve, evaluate = recipe.train, recipe.sweep, recipe.serve, recipe.evaluate
+    pools = ("generate", recipe.generate), ("cache", recipe.cache if recipe.reads_cache else None)
     workers = f"{train.fewest}" if train.fewest == train.most else f"{train.fewest} to {train.most}"
     replicas = (
         f"{serve.min_replicas}"
@@ -135,8 +136,8 @@ def needs(recipe: Recipe) -> tuple[Need, ...]:
         Need("prepare", 1, 1, why="1 reader"),
         Need("train", train.fewest, train.cpus_per_worker, train.gpus_per_worker, True, train.most,
              f"{_count(workers, 'worker')} + 1 reader"),
-        Need("cache", cache.actors, cache.cpus_per_actor, cache.gpus_per_actor, True,
-             why=f"{_count(cache.actors, 'actor')} + 1 reader"),
+        *(Need(name, pool.actors, pool.cpus_per_actor, pool.gpus_per_actor, True,
+               why=f"{_count(pool.actors, 'actor')} + 1 reader") for name, pool in pools if pool),
         Need("sweep", together * each, trial_cpus, trial_gpus, most=trials * each,
              why=_count(f"{together} to {trials}" if trials > together else trials, "trial") + of),
         *_teachers(sweep, together),

@@ -17,17 +17,20 @@ from overproof.data.plan import Order
 from overproof.data.read import Shards
 from overproof.data.schema import text_schema
 from overproof.data.write import write_shard
+from overproof.distill.capture import publish
+from overproof.distill.covered import origin
 from overproof.distill.job import Job
 from overproof.distill.journal import Journal
 from overproof.distill.replica import Job as Capture
-from overproof.distill.replica import Teacher
+from overproof.distill.replica import Replica, Teacher
 from overproof.distill.search import STUDENT
 from overproof.distill.sweep import job
 from overproof.distill.targets import CacheIndex, identity
-from overproof.distill.teacher import cover, publish
+from overproof.distill.text import TextIdentity, TextIndex
+from overproof.distill.writer import Writer
 from overproof.models import build, save, to_tensors
 from overproof.progress import Progress, quiet
-from overproof.recipe import DigitsData, Llama, Optimization, Recipe, Vit
+from overproof.recipe import DigitsData, Generate, Llama, Optimization, Recipe, Vit
 from overproof.stage import Context
 from overproof.train.engine import TorchEngine
 from overproof.train.loop import fit
@@ -35,6 +38,7 @@ from overproof.train.objective import CrossEntropy
 
 SEED = 3
 LENGTH, VOCABULARY = 16, 320
+WRITING = {"prompt_tokens": 5, "batch_size": 24}
 ROWS = {"train": 96, "validation": 24, "test": 8}
 TEACHERS: dict[str, Llama | Vit] = {
     "digits": Vit(hidden_size=32, intermediate_size=64, layers=2, heads=2),
@@ -83,6 +87,7 @@ def recipe_of(kind: str, **changes: Any) -> Recipe:
         "seed": SEED,
         "data": {"kind": kind},
         "train": {**steps, "model": teacher},
+        "generate": changes.get("generate"),
         "cache": {"scheme": {"kind": "topk", "k": 4}, "temperatures": [0.5, 2.0], "batch_size": 24},
         "sweep": {
             **steps,
@@ -117,10 +122,16 @@ class World:
         return (store or self.store).begin(f"test-{self.kind}-{number}", stage, name, {"number": number}, {})
 
     def context(
-        self, stage: str, progress: Progress = quiet, cached: Artifact | None = None, **changes: Any
+        self,
+        stage: str,
+        progress: Progress = quiet,
+        cached: Artifact | None = None,
+        written: Artifact | None = None,
+        **changes: Any,
     ) -> Context:
         """What the stage is given; ``changes`` are sections of the recipe."""
-        parents = self.artifacts | ({"cache": cached} if cached else {})
+        beside = {"generate": written, "cache": cached}
+        parents = self.artifacts | {name: artifact for name, artifact in beside.items() if artifact}
         return Context(recipe_of(self.kind, **changes), parents, self.draft(stage), progress)
 
 
@@ -152,25 +163,38 @@ def make(kind: str, store: Store) -> World:
     return world
 
 
-def replica(world: World, rows: int | None, **changes: Any) -> tuple[Teacher, CacheIndex]:
+def replica(
+    world: World, rows: int | None, written: Artifact | None = None, **changes: Any
+) -> tuple[Teacher, CacheIndex]:
     """A teacher as an actor has it, and the plan of the first ``rows`` rows; ``changes`` are to the cache's section."""
-    manifest = Manifest.read(world.root)
-    files = cover(manifest, Order(manifest.groups, manifest.rows_per_group, SEED), rows)
     recipe, draft = recipe_of(world.kind, cache=changes), world.draft("cache")
-    whole = identity(recipe, world.artifacts["prepare"], world.artifacts["train"])
-    rows = sum(len(file.groups) for file in files) * manifest.rows_per_group
-    index = CacheIndex(identity=whole, rows=rows, files=files)
-    return Teacher(Capture(recipe.cache, index, world.artifacts["prepare"], world.artifacts["train"], draft)), index
+    prepared, trained = world.artifacts["prepare"], world.artifacts["train"]
+    index = CacheIndex.of(identity(recipe, prepared, trained, written), Manifest.read(world.root), rows)
+    return Teacher(Capture(recipe.cache, index, prepared, trained, draft, written)), index
 
 
-def capture(world: World, rows: int | None, **changes: Any) -> Artifact:
+def writer(world: World, rows: int | None, seed: int = SEED, **changes: Any) -> Writer:
+    """A teacher that writes, as an actor has it; ``changes`` are to the section that asks for it."""
+    settings = Generate.model_validate({**WRITING, **changes})
+    origins = origin(seed, world.artifacts["prepare"], world.artifacts["train"])
+    whole = TextIdentity(**origins, prompt_tokens=settings.prompt_tokens, temperature=settings.temperature)
+    index = TextIndex.of(whole, Manifest.read(world.root), rows)
+    parents = world.artifacts["prepare"], world.artifacts["train"]
+    return Writer(Capture(settings, index, *parents, world.draft("generate")))
+
+
+def capture(world: World, rows: int | None, written: Artifact | None = None, **changes: Any) -> Artifact:
     """What the stage writes, by one replica and without Ray."""
-    teacher, index = replica(world, rows, **changes)
-    reports = list(teacher({"file": np.arange(len(index.files))}))
-    assert sum(int(report["rows"][0]) for report in reports) == index.rows
+    return finish(replica(world, rows, written, **changes)[0])
+
+
+def finish(one: Replica) -> Artifact:
+    """Every file of its index, as an artifact."""
+    reports = list(one({"file": np.arange(len(one.index.files))}))
+    assert sum(int(report["rows"][0]) for report in reports) == one.index.rows
     assert not any(report["fault"][0] for report in reports)
-    publish(teacher.job)
-    return teacher.job.draft.commit({}, 0)
+    publish(one.job)
+    return one.job.draft.commit({}, 0)
 
 
 def jobs(context: Context) -> list[Job]:

@@ -22,7 +22,7 @@ from overproof.stage import Context
 
 def finished(context: Context) -> bool:
     """Whether a file is captured, or a student trained to the end."""
-    if context.draft.stage == "cache":
+    if context.draft.stage != "sweep":
         return any(Path(context.draft.workspace).glob("*/*.parquet.json"))
     names, journal = Path(context.draft.workspace, "trials").glob("*"), Journal(context.draft)
     return any(journal.checkpoints(name.name).committed() == context.recipe.sweep.steps for name in names)
@@ -36,7 +36,7 @@ def main(address: str, pickled: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     ray.init(address=address, log_to_driver=False)
-    stages = {"cache": teacher.cache, "sweep": sweep.sweep}
+    stages = {"generate": teacher.generate, "cache": teacher.cache, "sweep": sweep.sweep}
     stages[context.draft.stage](dataclasses.replace(context, progress=progress))
 
 

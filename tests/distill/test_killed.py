@@ -19,12 +19,13 @@ from ray._private.state import actors
 from test_sweep import STEPS, STUDENTS, SWEEP, TUNE, job_of
 
 from overproof.artifact import Artifact, Draft
+from overproof.distill.capture import finished
 from overproof.distill.journal import Journal
 from overproof.distill.search import STUDENT
 from overproof.distill.student import Chunk, Run
 from overproof.distill.sweep import sweep
 from overproof.distill.targets import CacheIndex, Targets
-from overproof.distill.teacher import cache, finished
+from overproof.distill.teacher import cache
 from overproof.errors import InputError
 from overproof.progress import NOTICE
 from overproof.stage import Context

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from test_losses import dense, draw, ours
 from torch import Tensor
 
+from overproof.data.plan import uniforms
 from overproof.distill import losses
 from overproof.distill.columns import Layout
-from overproof.distill.keep import keep, uniforms
+from overproof.distill.keep import DRAWS, keep
 from overproof.distill.losses import Divergence, Terms
 from overproof.distill.objective import Distill
 from overproof.distill.sampled import sampled_distillation
@@ -32,7 +33,7 @@ def cached(teacher: Tensor, targets: Tensor, scheme: Scheme, temperatures: tuple
     """The columns a student learns from, through the bytes of a cache file."""
     rows, positions, outputs = teacher.shape
     layout = Layout(scheme, True, positions, outputs, len(temperatures))
-    uniform = torch.from_numpy(uniforms(seed, np.arange(rows), positions))
+    uniform = torch.from_numpy(uniforms(seed, DRAWS, np.arange(rows), positions))
     kept = {n: v.numpy() for n, v in keep(teacher, targets, scheme, temperatures, uniform).items()}
     unread = {"sample_id": np.arange(rows), "mask": np.ones((rows, positions), bool)}
     flat = layout.encode(unread | kept)

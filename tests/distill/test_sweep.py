@@ -23,7 +23,7 @@ from overproof.distill.job import Job, rungs
 from overproof.distill.student import Run
 from overproof.distill.survivors import survivors
 from overproof.distill.sweep import check_cache, slots, sweep
-from overproof.distill.targets import INDEX, CacheIndex
+from overproof.distill.targets import CacheIndex
 from overproof.distill.teacher import cache
 from overproof.errors import InputError
 from overproof.models import load, parameters
@@ -339,7 +339,7 @@ def test_text_is_cached_and_swept_on_an_object_store(s3_uri: str) -> None:
 
 def test_a_cache_of_another_teacher_is_refused(digits_world: World) -> None:
     cached = capture(digits_world, 400)
-    index = cached.local() / INDEX
+    index = cached.local() / CacheIndex.FILE
     index.write_text(index.read_text().replace(CacheIndex.read(cached.local()).identity.teacher_sha256, "a" * 64))
     with pytest.raises(InputError, match=r"cache\.json: made with another teacher"):
         sweep(digits_world.context("sweep", cached=cached, sweep=SWEEP, tune=TUNE))

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from overproof.artifact import Artifact
 from overproof.data.manifest import Manifest, Shard, Split
-from overproof.data.plan import Order
+from overproof.data.plan import Order, uniforms
 from overproof.data.read import Shards
 from overproof.data.write import open_writer, to_table
 from overproof.distill.agree import check_rows
-from overproof.distill.keep import keep, uniforms
-from overproof.distill.targets import INDEX, CacheIndex, Targets
-from overproof.distill.teacher import cover
+from overproof.distill.covered import cover
+from overproof.distill.keep import DRAWS, keep
+from overproof.distill.targets import CacheIndex, Targets
 from overproof.errors import InputError
 from overproof.models import forward, load, to_tensors
 from overproof.recipe import Dense, Sampled, Scheme, TopK
@@ -88,7 +88,7 @@ def test_targets_come_back_for_the_rows_asked_for(text_world: World, caches: dic
     model = load(text_world.artifacts["train"].local() / "model")
     with torch.inference_mode():
         prediction = forward(model, to_tensors(rows))
-        uniform = torch.from_numpy(uniforms(SEED, ids, 16)) if scheme == "sampled" else None
+        uniform = torch.from_numpy(uniforms(SEED, DRAWS, ids, 16)) if scheme == "sampled" else None
         kept = keep(prediction.logits_BPV, prediction.targets_BP, SCHEMES[scheme], TEMPERATURES, uniform)
     expected = {name: value.numpy() for name, value in kept.items()}
     assert {name: value.shape for name, value in found.items()} == {n: value.shape for n, value in expected.items()}
@@ -124,12 +124,12 @@ def test_the_bytes_of_a_row_are_those_of_the_file(caches: dict[str, Artifact]) -
 
 
 def test_what_was_drawn_depends_on_no_batch_and_no_other_row() -> None:
-    whole = uniforms(7, np.arange(100), 16)
-    np.testing.assert_array_equal(whole[[90, 3]], uniforms(7, np.array([90, 3]), 16))
-    np.testing.assert_array_equal(whole[:, :4], uniforms(7, np.arange(100), 4))
+    whole = uniforms(7, DRAWS, np.arange(100), 16)
+    np.testing.assert_array_equal(whole[[90, 3]], uniforms(7, DRAWS, np.array([90, 3]), 16))
+    np.testing.assert_array_equal(whole[:, :4], uniforms(7, DRAWS, np.arange(100), 4))
     assert 0 <= whole.min() < 1e-3 < 1 - 1e-3 < whole.max() < 1
     assert len(np.unique(whole)) == whole.size
-    assert not np.isin(uniforms(8, np.arange(100), 16), whole).any()
+    assert not np.isin(uniforms(8, DRAWS, np.arange(100), 16), whole).any()
 
 
 def test_a_capture_done_again_gives_the_same_bits(text_world: World, caches: dict[str, Artifact]) -> None:
@@ -171,7 +171,7 @@ def test_a_cache_that_is_not_what_its_index_says_is_refused(cached: Path, tmp_pa
     rewrite(cached / first.path, broken / first.path, lambda columns: {n: v[8:] for n, v in columns.items()})
     with pytest.raises(InputError, match=rf"{len(first.groups) - 1} row groups, cache\.json lists"):
         Targets(broken).take(row)
-    (broken / INDEX).write_text(index.model_dump_json().replace('"k":4', '"k":"many"'))
+    (broken / CacheIndex.FILE).write_text(index.model_dump_json().replace('"k":4', '"k":"many"'))
     with pytest.raises(InputError, match=r"cache\.json: identity\.scheme\.topk\.k: "):
         Targets(broken)
 

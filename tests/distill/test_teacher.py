@@ -11,7 +11,8 @@ from distill_world import SEED, World, replica
 
 from overproof.data.manifest import MANIFEST, TOKENIZER, Manifest
 from overproof.data.plan import Order
-from overproof.distill.targets import TEACHER, CacheIndex, Targets
+from overproof.distill.covered import TEACHER
+from overproof.distill.targets import CacheIndex, Targets
 from overproof.distill.teacher import cache, check_fits
 from overproof.errors import InputError
 from overproof.models import build, save

@@ -14,8 +14,8 @@ from distill_world import capture, make, recipe_of, replica
 
 from overproof import cluster
 from overproof.artifact import Store, fingerprint
+from overproof.distill.capture import finished
 from overproof.distill.targets import Targets
-from overproof.distill.teacher import finished
 from overproof.pipeline import STAGES
 
 CAPTOR = str(Path(__file__).with_name("captor.py"))

@@ -67,6 +67,20 @@ def test_the_card_says_what_how_and_how_sure(packed: Path, parents: dict[str, Ar
         assert word in text
 
 
+def test_the_card_says_that_a_student_read_what_the_teacher_wrote(
+    recipe: Recipe, parents: dict[str, Artifact], tmp_path: Path
+) -> None:
+    (student,) = recipe.model_dump(mode="json")["sweep"]["students"]
+    overrides = (
+        "generate={prompt_tokens: 16}",
+        f"sweep.students={json.dumps([{**student, 'text': 'teacher', 'teacher_weight': 0.0}])}",
+        "tune={}",
+    )
+    card = (pack(make_recipe("text", tmp_path, *overrides), parents).local() / "README.md").read_text()
+    assert "share of the loss 0.0, on text that the teacher wrote from the first 16 tokens of each row on" in card
+    assert "at each position" not in card
+
+
 def test_nothing_is_packed_when_the_gate_refused(tmp_path: Path) -> None:
     rules = 'gate.rules=[{"kind": "smaller", "against": "teacher", "at_least": 1000}]'
     with pytest.raises(GateRefused, match=r"student-q8_0: .* needed 1000 times"):

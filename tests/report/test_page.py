@@ -13,6 +13,7 @@ from browser import opened
 from playwright.sync_api import Page
 
 from finished import Run
+from overproof.artifact import Artifact
 from overproof.cli import main
 from overproof.evaluate.gate import CandidateVerdict, Reason, Verdict
 from overproof.report.content import thinned
@@ -172,6 +173,18 @@ def test_a_sweep_alone_has_a_page_without_files(digits: Run, tmp_path: Path) -> 
         assert len(rows(page)) == len(digits.recipe.sweep.students)
         assert page.locator("#frontier").count() == 0
         assert heard.complaints == []
+
+
+def test_a_sweep_without_a_cache_says_nothing_of_one(digits: Run) -> None:
+    stages = ("prepare", "train", "cache", "sweep", "evaluate", "gate")
+    whole = {stage: digits.artifacts[stage] for stage in stages}
+    assert "What the shared cache saved" in render("whole", whole)
+    page = render("without", {stage: artifact for stage, artifact in whole.items() if stage != "cache"})
+    assert "What the shared cache saved" not in page
+    assert "of wall time).</p>" in page
+    record = digits.artifacts["cache"].record
+    written = Artifact("", record.model_copy(update={"metrics": {"teacher_seconds": 3.0}}))
+    assert "each of its text (3.00 s of writing), and" in render("written", whole | {"generate": written})
 
 
 def test_what_is_no_sweep_is_refused(digits: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

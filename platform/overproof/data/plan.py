@@ -24,14 +24,27 @@ def permutation(seed: int, epoch: int, stream: int, size: int) -> Ids:
 
 def permutations(seed: int, epoch: int, streams_N: Ids, size: int) -> Ids:
     """A permutation of ``range(size)`` for each stream: (N, size)."""
-    bits = np.random.Philox(key=np.array([seed, epoch], np.uint64))
+    words_NS = random_words(seed, epoch, streams_N, size)
+    return np.argsort(words_NS, axis=1, kind="stable").astype(np.int64, copy=False)
+
+
+def random_words(seed: int, key: int, streams_N: Ids, size: int) -> NDArray[np.uint64]:
+    """Raw Philox words of each stream, a function of the arguments alone; those of a stream begin alike at any size."""
+    bits = np.random.Philox(key=np.array([seed, key], np.uint64))
     start = bits.state  # set back for each stream, which costs a fourth of a new generator
     words_NS = np.empty((len(streams_N), size), np.uint64)
     for words_S, stream in zip(words_NS, streams_N.tolist(), strict=True):
         start["state"]["counter"][:] = (0, 0, 0, stream)
         bits.state = start
         words_S[:] = bits.random_raw(size)
-    return np.argsort(words_NS, axis=1, kind="stable").astype(np.int64, copy=False)
+    return words_NS
+
+
+def uniforms(seed: int, key: int, streams_N: Ids, size: int) -> NDArray[np.float64]:
+    """Numbers in [0, 1) of each stream: ``random_words`` by their 53 highest bits."""
+    words_NS = random_words(seed, key, streams_N, size) >> np.uint64(11)
+    numbers_NS: NDArray[np.float64] = words_NS.astype(np.float64) * 2.0**-53
+    return numbers_NS
 
 
 @lru_cache(maxsize=4)

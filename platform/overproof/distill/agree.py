@@ -13,14 +13,33 @@ from numpy.typing import NDArray
 from overproof.data.read import Columns, Shards
 from overproof.distill.columns import Layout
 from overproof.distill.targets import Targets
+from overproof.distill.text import Text
 from overproof.errors import InputError
 from overproof.recipe import Dense
 
 ROWS_CHECKED = 64
 
 
-def check_rows(cached: Path, prepared: Path, sample_ids: NDArray[np.int64]) -> None:
+def check_text(text: Text, prepared: Path, sample_ids: NDArray[np.int64]) -> None:
+    """Refuse a text whose rows do not begin as the data's rows do, which the teacher went on from.
+
+    Raises:
+        InputError: the first row that does not.
+    """
+    count = text.index.identity.prompt_tokens
+    expected_BS = Shards(prepared, "train", ("tokens",)).take(sample_ids)["tokens"]
+    other_B = (text.take(sample_ids)["tokens"][:, :count] != expected_BS[:, :count]).any(1)
+    if other_B.any():
+        raise InputError(
+            f"{text.root}: row {sample_ids[other_B][0]} does not begin with the {count} tokens of the prepared data; "
+            "run `generate` again for this data"
+        )
+
+
+def check_rows(cached: Path, prepared: Path, sample_ids: NDArray[np.int64], written: Path | None = None) -> None:
     """Refuse a cache whose rows are of other tokens, or whose entries are of other outputs than they say.
+
+    The tokens that students read are the prepared data's or, where the teacher has written, those.
 
     Raises:
         InputError: the first row that does not agree.
@@ -30,11 +49,12 @@ def check_rows(cached: Path, prepared: Path, sample_ids: NDArray[np.int64]) -> N
     targets = Targets(cached)
     targets = Targets(cached, (own, "mask", "label_logprob", *targets.layout.loss_columns))
     found, expected = targets.take(sample_ids), shards.take(sample_ids)
-    rows = len(sample_ids)
+    expected |= Text(written).take(sample_ids) if written else {}
+    rows, holder = len(sample_ids), "the teacher's text" if written else "the prepared data"
     other_B = (found[own].reshape(rows, -1) != expected[own].reshape(rows, -1)).any(1)
     if other_B.any():
         raise InputError(
-            f"{cached}: row {sample_ids[other_B][0]} was captured from other {own} than the prepared data holds; "
+            f"{cached}: row {sample_ids[other_B][0]} was captured from other {own} than {holder} holds; "
             "run `cache` again for this data"
         )
     labels_BP = found[own].reshape(rows, -1)[:, -targets.layout.positions :].astype(np.int64)

@@ -33,7 +33,7 @@ class Job:
     threads: int
     prepared: Artifact
     trained: Artifact
-    cached: Artifact
+    cached: Artifact | None
     draft: Draft
     folder: str  # of the draft, for the weights
     checkpoints: Checkpoints
@@ -41,6 +41,7 @@ class Job:
     judged: tuple[float, ...] = ()  # temperatures at which the pool answers
     pool: Pool | None = None  # of teachers, who judge what students write
     progress: Progress = quiet
+    written: Artifact | None = None  # text of the teacher
 
     def changed(self, values: Values) -> Job:
         """The same trial with other settings."""

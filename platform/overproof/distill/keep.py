@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from overproof.distill.losses import chunks, softmax
 from overproof.recipe import Sampled, Scheme, TopK
 
-STREAM = 1 << 63  # of the random words: no epoch of an order has this number
+DRAWS = 1 << 63  # key of the random words, one a position: no epoch of an order has this number
 
 
 def keep(
@@ -93,19 +91,3 @@ def _sampled(
         "drawn": drawn_CD,
     }
     return found | ({"drawn_logprobs": logits_CV.gather(1, drawn_CD) - base_C1} if len(temperatures) > 1 else {})
-
-
-def uniforms(seed: int, sample_ids_B: NDArray[np.int64], positions: int) -> NDArray[np.float64]:
-    """Numbers in [0, 1), a function of the seed, the row and the position alone: (B, P).
-
-    Raw Philox words, as in ``data/plan.py``: no release of numpy changes them.
-    """
-    bits = np.random.Philox(key=np.array([seed, STREAM], np.uint64))
-    start = bits.state
-    words = np.empty((len(sample_ids_B), positions), np.uint64)
-    for row, sample_id in zip(words, sample_ids_B.tolist(), strict=True):
-        start["state"]["counter"][:] = (0, 0, 0, sample_id)
-        bits.state = start
-        row[:] = bits.random_raw(positions)
-    numbers: NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return numbers

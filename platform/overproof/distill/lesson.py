@@ -12,15 +12,18 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
+from overproof.artifact import Artifact
 from overproof.data.manifest import Manifest
 from overproof.data.read import Columns
+from overproof.distill.covered import TEACHER
 from overproof.distill.initial import initial
 from overproof.distill.job import Job
 from overproof.distill.live import WithTeacher, Written
 from overproof.distill.losses import Divergence
 from overproof.distill.objective import Distill
 from overproof.distill.starts import check_start
-from overproof.distill.targets import TEACHER, Targets
+from overproof.distill.targets import Targets
+from overproof.distill.text import Text
 from overproof.models import load
 from overproof.train.objective import CrossEntropy, Objective
 
@@ -48,24 +51,30 @@ class Taught:
         temperature, weight = student.temperature, student.teacher_weight
         kept = self.targets.index.identity.temperatures if self.targets is not None else ()
         measure = Divergence(student.divergence, student.jsd_beta)
-        plain: Objective = Distill(temperature, weight, kept, measure)
+        outputs = self.teacher is not None and student.teacher == "live"
+        told = outputs or self.targets is not None  # of the teacher's distribution
+        plain: Objective = Distill(temperature, weight, kept, measure) if told else CrossEntropy()
         if student.on_policy:
             plain = Written(plain, Distill(temperature, 1.0, self.job.judged, measure))
         if self.teacher is None:
             return plain
-        teacher, outputs = self.teacher.to(device), student.teacher == "live"
-        return WithTeacher(teacher, plain, outputs, student.relations, student.states, projection)
+        return WithTeacher(self.teacher.to(device), plain, outputs, student.relations, student.states, projection)
 
     def columns(self, sample_ids: NDArray[np.int64]) -> Columns:
-        """The teacher's targets of these rows, where they are read from the cache."""
+        """Of these rows the teacher's text in place of theirs, and its cached targets, where the student reads them."""
+        text = self.text.take(sample_ids) if self.text is not None else {}
         found = self.targets.take(sample_ids) if self.targets is not None else {}
-        return {f"teacher_{name}": values for name, values in found.items()}
+        return text | {f"teacher_{name}": values for name, values in found.items()}
 
     @cached_property
     def targets(self) -> Targets | None:
         """The cache, where the student reads it."""
-        reads = self.job.distilled and self.job.student.teacher == "cached"
-        return Targets(self.job.cached.local()) if reads else None
+        return Targets(_there(self.job.cached)) if self.job.distilled and self.job.student.reads_cache else None
+
+    @cached_property
+    def text(self) -> Text | None:
+        """What the teacher wrote, where the student reads it."""
+        return Text(_there(self.job.written)) if self.job.distilled and self.job.student.text == "teacher" else None
 
     @cached_property
     def teacher(self) -> PreTrainedModel | None:
@@ -76,3 +85,9 @@ class Taught:
     @property
     def _folder(self) -> Path:
         return self.job.trained.local() / Path(TEACHER).parent
+
+
+def _there(artifact: Artifact | None) -> Path:
+    """The folder of what the recipe made sure of."""
+    assert artifact is not None
+    return artifact.local()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from overproof.artifact import Artifact
 from overproof.data.read import Columns
-from overproof.distill.targets import TEACHER
+from overproof.distill.covered import TEACHER
 from overproof.recipe import OnPolicy, Recipe
 
 FOREVER: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}  # answers are functions of what is asked

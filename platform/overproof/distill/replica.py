@@ -1,4 +1,6 @@
-"""A replica of the teacher: what it sees of some rows, written as files of the cache. Knows nothing of Ray.
+"""A replica of the teacher: what it makes of train rows, written as whole files. Knows nothing of Ray.
+
+`Teacher` writes what it sees of the rows, the files of the cache; `writer.Writer` goes on from their beginnings.
 
 Shapes: B rows in a forward pass, P predictions in a row, V outputs, K slots for each prediction.
 """
@@ -18,14 +20,17 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from overproof.artifact import Artifact, Draft
+from overproof.data.plan import uniforms
 from overproof.data.read import Columns, Shards
 from overproof.data.write import open_writer, to_table
-from overproof.distill.keep import keep, uniforms
-from overproof.distill.targets import CacheFile, CacheIndex
+from overproof.distill.covered import CoveredFile, Index
+from overproof.distill.keep import DRAWS, keep
+from overproof.distill.targets import CacheIndex
+from overproof.distill.text import Text
 from overproof.errors import InputError
 from overproof.files import FileEntry, file_sha256, filesystem, join, write_at_once
 from overproof.models import check_tokenizer, forward, load, to_tensors
-from overproof.recipe import Cache, Sampled
+from overproof.recipe import Cache, Generate, Sampled
 from overproof.train.checkpoint import seal
 from overproof.train.engine import default_device
 
@@ -34,11 +39,12 @@ from overproof.train.engine import default_device
 class Job:
     """What every teacher replica is given."""
 
-    settings: Cache
-    index: CacheIndex
+    settings: Cache | Generate
+    index: Index[Any]
     prepared: Artifact
     trained: Artifact
     draft: Draft
+    written: Artifact | None = None  # what the teacher reads in place of the rows
 
     @property
     def uri(self) -> str:
@@ -46,19 +52,23 @@ class Job:
         return join(self.draft.workspace, self.draft.fingerprint)
 
 
-class Teacher:
-    """One replica: reads train rows, runs the model, writes whole files."""
+class Replica:
+    """Reads train rows, runs the model, writes whole files."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.cache, self.layout = job, job.index.identity, job.index.identity.layout
+        self.job, self.index = job, job.index
         torch.set_num_threads(max(1, int(job.settings.cpus_per_actor)))
         self.device = default_device()
+
+    def made(self, sample_ids: NDArray[np.int64]) -> Columns:
+        """The columns of a file for these rows, ``settings.batch_size`` at most."""
+        raise NotImplementedError
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
         """Write the files with these numbers; a file is complete or absent. Bad input is reported, not raised."""
         try:
             for number in batch["file"]:
-                yield from self._write(self.job.index.files[int(number)])
+                yield from self._write(self.index.files[int(number)])
         except InputError as error:
             yield _report(fault=str(error))
 
@@ -72,8 +82,17 @@ class Teacher:
         check_tokenizer(folder, self.rows.manifest)
         return load(folder).to(self.device)
 
-    def _write(self, file: CacheFile) -> Iterator[dict[str, NDArray[Any]]]:
-        rows_per_group, columns = self.cache.rows_per_group, self.layout.schema
+    def check_outputs(self, outputs: int) -> None:
+        """Refuse a teacher of other data.
+
+        Raises:
+            InputError: it has another number of outputs.
+        """
+        if outputs != self.index.identity.outputs:
+            raise InputError(f"the teacher has {outputs} outputs; expected the data's {self.index.identity.outputs}")
+
+    def _write(self, file: CoveredFile) -> Iterator[dict[str, NDArray[Any]]]:
+        rows_per_group, columns = self.index.identity.rows_per_group, self.index.identity.schema
         store, root = filesystem(self.job.uri)
         store.create_dir(root, recursive=True)
         path, in_all = f"{root}/{file.path}", 0.0
@@ -86,7 +105,7 @@ class Teacher:
             for start in range(0, len(ids), rows):
                 here = ids[start : start + rows]
                 began = time.perf_counter()
-                found = self._targets(here)
+                found = self._made(here)
                 seconds = time.perf_counter() - began
                 in_all += seconds
                 writer.write_table(to_table(found, columns), row_group_size=rows_per_group)
@@ -96,28 +115,38 @@ class Teacher:
         write_at_once(store, f"{path}.json", seal({"entry": entry.model_dump(), "seconds": in_all}))
         yield _report(size_bytes=entry.size_bytes)
 
-    def _targets(self, sample_ids: NDArray[np.int64]) -> Columns:
+    def _made(self, sample_ids: NDArray[np.int64]) -> Columns:
         size = self.job.settings.batch_size
-        parts = [self._forward(sample_ids[start : start + size]) for start in range(0, len(sample_ids), size)]
+        parts = [self.made(sample_ids[start : start + size]) for start in range(0, len(sample_ids), size)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
+
+class Teacher(Replica):
+    """What it sees of the rows, as the cache keeps it."""
+
+    index: CacheIndex
+
+    @cached_property
+    def text(self) -> Text | None:
+        return Text(self.job.written.local()) if self.job.written else None
+
     @torch.inference_mode()
-    def _forward(self, sample_ids: NDArray[np.int64]) -> Columns:
-        cache, rows = self.cache, self.rows.take(sample_ids)
+    def made(self, sample_ids: NDArray[np.int64]) -> Columns:
+        cache, rows = self.index.identity, self.rows.take(sample_ids)
+        if self.text is not None:
+            rows |= self.text.take(sample_ids)
         prediction = forward(self.model, {name: value.to(self.device) for name, value in to_tensors(rows).items()})
-        outputs = prediction.logits_BPV.shape[-1]
-        if outputs != cache.outputs:
-            raise InputError(f"the teacher has {outputs} outputs; expected the data's {cache.outputs}")
+        self.check_outputs(prediction.logits_BPV.shape[-1])
         uniform_BP = None
         if isinstance(cache.scheme, Sampled):
-            uniform_BP = torch.from_numpy(uniforms(cache.seed, sample_ids, cache.positions)).to(self.device)
+            uniform_BP = torch.from_numpy(uniforms(cache.seed, DRAWS, sample_ids, cache.positions)).to(self.device)
         kept = keep(prediction.logits_BPV, prediction.targets_BP, cache.scheme, cache.temperatures, uniform_BP)
         found = {name: value.cpu().numpy() for name, value in kept.items()}
         if not np.isfinite(found["logsumexp"]).all():
             raise InputError(f"the teacher's outputs for row {sample_ids[0]} and after are not finite; train it anew")
         own = {name: values for name, values in rows.items() if name in ("tokens", "label")}
         mask = prediction.mask_BP.cpu().numpy()
-        return self.layout.encode({"sample_id": sample_ids, **own, "mask": mask, **found})
+        return cache.layout.encode({"sample_id": sample_ids, **own, "mask": mask, **found})
 
 
 def _report(rows: int = 0, seconds: float = 0.0, size_bytes: int = 0, fault: str = "") -> dict[str, NDArray[Any]]:

@@ -141,11 +141,8 @@ class Run:
         settings, share = self.job.settings, self.job.student.on_policy if self.job.distilled else 0.0
         steps = self.train.steps(self.order, settings.batch_size, self.began_at, settings.steps)
         for step, columns in enumerate(steps, self.began_at):
-            ids = columns.pop("sample_id")
-            if written_at(step, share):
-                yield self._written(columns, step)
-                continue
-            yield to_tensors(columns | self.lesson.columns(ids))
+            columns |= self.lesson.columns(columns.pop("sample_id"))
+            yield self._written(columns, step) if written_at(step, share) else to_tensors(columns)
 
     def _written(self, columns: Read, step: int) -> Batch:
         """What the student makes of the rows' prompts, judged. Its weights are those before the step."""

@@ -17,7 +17,7 @@ from ray import tune
 
 from overproof.cluster import own_interrupt
 from overproof.data.manifest import Manifest
-from overproof.distill.agree import ROWS_CHECKED, check_rows
+from overproof.distill.agree import ROWS_CHECKED, check_rows, check_text
 from overproof.distill.control import control_of, train_controls
 from overproof.distill.events import EVENTS, Live, append
 from overproof.distill.job import CONTROL, FINISHED, MAX_DEATHS, Job, rungs
@@ -27,6 +27,7 @@ from overproof.distill.search import STUDENT, Study
 from overproof.distill.starts import anywhere, check_start
 from overproof.distill.survivors import keep, survivors
 from overproof.distill.targets import Targets, identity
+from overproof.distill.text import Text, text_identity
 from overproof.distill.trial import Trial
 from overproof.distill.tuning import Trials, scheduler
 from overproof.distill.watch import Watch
@@ -99,23 +100,28 @@ def sweep(context: Context) -> dict[str, Any]:
 
 
 def check_cache(context: Context) -> None:
-    """Refuse a cache that does not belong to this teacher and data, or that lacks something the sweep reads.
+    """Refuse a cache, or a text, that is not of this teacher and data, or that lacks something the sweep reads.
 
     Raises:
         InputError: what differs, or what is missing.
     """
     recipe, parents = context.recipe, context.parents
+    prepared, written = parents["prepare"], parents.get("generate")
+    order = Manifest.read(prepared.local()).order(recipe.seed)
+    ids = order.rows_at(0, min(order.rows, recipe.rows_read))
+    if written:
+        text = Text(written.local())
+        text.index.check(text_identity(recipe, prepared, parents["train"]))
+        text.require(ids)
+        check_text(text, prepared.local(), ids[:ROWS_CHECKED])
+    if not recipe.reads_cache:
+        return
     targets = Targets(parents["cache"].local())
-    manifest = Manifest.read(parents["prepare"].local())
-    targets.index.check(identity(recipe, parents["prepare"], parents["train"]))
+    targets.index.check(identity(recipe, prepared, parents["train"], written))
     for temperature in recipe.temperatures:
         targets.index.require_temperature(temperature)
-    order = manifest.order(recipe.seed)
-    if not recipe.temperatures:  # no student reads it
-        return
-    ids = order.rows_at(0, min(order.rows, recipe.rows_read))
     targets.require(ids)
-    check_rows(targets.root, parents["prepare"].local(), ids[:ROWS_CHECKED])
+    check_rows(targets.root, prepared.local(), ids[:ROWS_CHECKED], written.local() if written else None)
 
 
 def _at_once(settings: Sweep) -> int:
@@ -146,7 +152,7 @@ def job(context: Context, journal: Journal, name: str, values: Values, pool: Poo
         threads=max(1, int(settings.cpus_per_trial)),
         prepared=parents["prepare"],
         trained=parents["train"],
-        cached=parents["cache"],
+        cached=parents.get("cache"),
         draft=context.draft,
         folder=f"{FINISHED}/{name}",
         checkpoints=journal.checkpoints(name),
@@ -154,6 +160,7 @@ def job(context: Context, journal: Journal, name: str, values: Values, pool: Poo
         judged=context.recipe.judged_temperatures,
         pool=pool,
         progress=context.progress if settings.group else quiet,
+        written=parents.get("generate"),
     )
 
 

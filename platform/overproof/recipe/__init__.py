@@ -16,6 +16,7 @@ from overproof.recipe.data import (
 from overproof.recipe.distillation import (
     Cache,
     Dense,
+    Generate,
     OnPolicy,
     Relations,
     Sampled,
@@ -55,6 +56,7 @@ __all__ = [
     "Evaluate",
     "FolderSource",
     "Gate",
+    "Generate",
     "Gguf",
     "Grid",
     "Hyperband",

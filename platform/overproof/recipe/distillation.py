@@ -50,6 +50,18 @@ class Dense(Section):
 Scheme = TopK | Sampled | Dense
 
 
+class Generate(Section):
+    """Text that the teacher writes once, and students read in place of the train rows (arXiv 1606.07947)."""
+
+    prompt_tokens: Count = Field(description="Tokens of a train row, from its start, that the teacher goes on from.")
+    temperature: float = Field(1.0, ge=0, description="Of its sampling; 0 takes the likeliest token.")
+    rows: Count | None = Field(None, description="Rows written, in training order; null writes every row.")
+    batch_size: Count = Field(32, description="Rows written together.")
+    actors: Count = Field(2, description="Teacher replicas in the actor pool.")
+    cpus_per_actor: Cpus = Field(1, description="Logical CPUs reserved by each replica.")
+    gpus_per_actor: float = Field(0, ge=0, description="GPUs reserved by each replica.")
+
+
 class Cache(Section):
     """The teacher's targets, computed once and read by every trial."""
 
@@ -59,7 +71,9 @@ class Cache(Section):
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (1.0,), min_length=1, description="Temperatures whose full-vocabulary logsumexp is kept."
     )
-    rows: Count | None = Field(None, description="Rows covered, in training order; null covers every row.")
+    rows: Count | None = Field(
+        None, description="Rows covered, in training order; null covers every row, or with `generate` those written."
+    )
     batch_size: Count = Field(32, description="Rows in a forward pass.")
     actors: Count = Field(2, description="Teacher replicas in the actor pool.")
     cpus_per_actor: Cpus = Field(1, description="Logical CPUs reserved by each replica.")
@@ -97,6 +111,11 @@ class Student(Section):
     teacher: Literal["cached", "live"] = Field(
         "cached", description="Its largest outputs, out of the cache; or all of them, computed at each step."
     )
+    text: Literal["data", "teacher"] = Field(
+        "data",
+        description="Rows it trains on: the data's, or what the teacher wrote in their place: see generate.",
+        exclude_if=lambda text: text == "data",  # recipes from before this field keep their fingerprints
+    )
     relations: Relations | None = Field(None, description="Also learn from its attention; it then runs at each step.")
     states: States | None = Field(None, description="Also learn from its states; it then runs at each step.")
     on_policy: float = Field(
@@ -106,12 +125,22 @@ class Student(Section):
     @property
     def distilled(self) -> bool:
         """Whether the teacher has any part in it."""
-        return self.teacher_weight > 0 or self.on_policy > 0 or self.relations is not None or self.states is not None
+        return self.teacher_weight > 0 or self.on_policy > 0 or self.text == "teacher" or self.beside
+
+    @property
+    def beside(self) -> bool:
+        """Whether it learns from what only a teacher that runs beside it can show."""
+        return self.relations is not None or self.states is not None
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether it learns from the cached outputs."""
+        return self.teacher == "cached" and self.teacher_weight > 0
 
     @property
     def live(self) -> bool:
         """Whether the teacher runs beside it."""
-        return self.distilled and (self.teacher == "live" or self.relations is not None or self.states is not None)
+        return self.beside or (self.teacher == "live" and self.teacher_weight > 0)
 
 
 class OnPolicy(Section):

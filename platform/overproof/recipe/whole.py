@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from overproof.errors import InputError
 from overproof.recipe.data import DigitsData, TextData
-from overproof.recipe.distillation import Cache, Sweep
+from overproof.recipe.distillation import Cache, Generate, Student, Sweep
 from overproof.recipe.models import Pretrained, TeacherLayers
 from overproof.recipe.search import Tune
 from overproof.recipe.section import Name, Section
@@ -26,6 +26,7 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, description="Seed of the order of rows, of initial weights and of the bootstrap.")
     data: TextData | DigitsData = Field(discriminator="kind")
     train: Train
+    generate: Generate | None = Field(None, description="Text that the teacher writes for students to read.")
     cache: Cache = Cache()
     sweep: Sweep
     tune: Tune = Tune()
@@ -47,6 +48,7 @@ class Recipe(Section):
                 raise ValueError(f"{where}.kind is {kind!r}; data.kind {self.data.kind!r} needs {expected!r}")
         self._layers_are_there()
         self._prompts_fit()
+        self._text_is_written()
         self.tune.check(self.sweep)
         missing = self.temperatures - set(self.cache.temperatures)
         if missing:
@@ -60,13 +62,8 @@ class Recipe(Section):
                 f"the sweep asks for {min(other)}, and cache.scheme.kind is 'sampled', which lacks the teacher's "
                 "probabilities of outputs that were not drawn; expected forward_kl, or scheme topk or dense"
             )
-        needed = self.rows_read
-        cached = any(student.teacher == "cached" for student in self.sweep.students)
-        if cached and self.cache.rows is not None and needed > self.cache.rows:
-            raise ValueError(
-                f"sweep reads {self.sweep.steps} x {needed // self.sweep.steps} = {needed} rows, and cache.rows "
-                f"is {self.cache.rows}; raise cache.rows, or set it to null to cover every row"
-            )
+        if self.reads_cache:
+            self._covers("cache.rows", self.cache.rows, "cover")
         names = {student.name for student in self.sweep.students}
         taken = sorted(f"{name}-{format}" for name in names for format in self.compress.formats)
         if twice := next((name for name in taken if name in names), None):
@@ -99,6 +96,56 @@ class Recipe(Section):
                 f"is more than a row of sequence_length {self.data.sequence_length} + 1 tokens"
             )
 
+    def _covers(self, field: str, rows: int | None, verb: str) -> None:
+        needed = self.rows_read
+        if rows is not None and needed > rows:
+            raise ValueError(
+                f"sweep reads {self.sweep.steps} x {needed // self.sweep.steps} = {needed} rows, and {field} "
+                f"is {rows}; raise {field}, or set it to null to {verb} every row"
+            )
+
+    def _text_is_written(self) -> None:
+        """Whether what students read is there, and the cache is of the rows that its readers train on."""
+        settings, students = self.generate, list(enumerate(self.sweep.students))
+        readers = [student for _, student in students if student.text == "teacher"]
+        if settings is None:
+            if readers:
+                raise ValueError(f"student {readers[0].name} has text: teacher; expected a section generate")
+            return
+        if not isinstance(self.data, TextData):
+            raise ValueError(f"generate: data.kind {self.data.kind!r} has nothing to write; expected text")
+        if settings.prompt_tokens >= self.data.sequence_length:
+            raise ValueError(
+                f"generate.prompt_tokens is {settings.prompt_tokens}; expected less than data.sequence_length "
+                f"{self.data.sequence_length}"
+            )
+        if not readers:
+            raise ValueError("generate: no student has text: teacher; give one that, or leave the section out")
+        self._covers("generate.rows", settings.rows, "write")
+        if settings.rows is not None and (self.cache.rows or 0) > settings.rows:
+            raise ValueError(f"cache.rows is {self.cache.rows}, and generate.rows {settings.rows}; expected no more")
+        for index, student in students:
+            if self._reads_cache(student) and student.text == "data":
+                raise ValueError(
+                    f"sweep.students.{index}.text is 'data'; with a section generate the cache holds what the teacher "
+                    "thinks of its own text: expected text: teacher, or teacher: live"
+                )
+
+    def _reads_cache(self, student: Student) -> bool:
+        """Whether some trial of a student learns from the cached outputs."""
+        searched = self.tune.space.teacher_weight is not None
+        return student.teacher == "cached" and (searched or student.reads_cache)
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether some trial of the sweep does."""
+        return any(self._reads_cache(student) for student in self.sweep.students)
+
+    @property
+    def rows_cached(self) -> int | None:
+        """Rows that the cache covers; None is every row."""
+        return self.generate.rows if self.cache.rows is None and self.generate else self.cache.rows
+
     @property
     def judged_temperatures(self) -> tuple[float, ...]:
         """Those at which teachers tell what they think of what students wrote."""
@@ -109,13 +156,13 @@ class Recipe(Section):
     @property
     def temperatures(self) -> set[float]:
         """Those at which trials of the sweep read the cache."""
-        listed, readers = self.tune.space.temperature, [s for s in self.sweep.students if s.teacher == "cached"]
+        listed, readers = self.tune.space.temperature, [s for s in self.sweep.students if self._reads_cache(s)]
         return set(listed.values) if listed and readers else {student.temperature for student in readers}
 
     @property
     def divergences(self) -> set[str]:
         """Those by which trials of the sweep learn from the cache."""
-        listed, readers = self.tune.space.divergence, [s for s in self.sweep.students if s.teacher == "cached"]
+        listed, readers = self.tune.space.divergence, [s for s in self.sweep.students if self._reads_cache(s)]
         return set(listed.values) if listed and readers else {student.divergence for student in readers}
 
     @property

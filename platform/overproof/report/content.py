@@ -40,7 +40,7 @@ class Judged:
 
 
 def content(name: str, artifacts: Mapping[str, Artifact], curves: list[Curve], judged: Judged | None) -> dict[str, Any]:
-    """The tree. ``artifacts`` has the sweep, its teacher and its cache."""
+    """The tree. ``artifacts`` has the sweep, its teacher and what that left for it."""
     swept = json.loads((artifacts["sweep"].local() / "trials.json").read_text(encoding="utf-8"))
     return {
         "name": name,
@@ -78,26 +78,35 @@ def _digits(value: float) -> float:
 
 
 def costs(swept: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    """What the teacher and its cache cost, and what the trials would have cost with the teacher beside each.
+    """What the teacher, its text and its cache cost, and what trials would have cost with the teacher beside each.
 
-    Seconds of the cache are the teacher's forward passes; energy is those at one core's share of the power.
+    What concerns a cache is there only where one is. Its seconds are the teacher's forward passes; energy is those at
+    one core's share of the power.
     """
-    cached = artifacts["cache"].record.metrics
+    training, written = artifacts["train"].record, artifacts.get("generate")
+    return {
+        "trials": len(swept["trials"]),
+        "train_s": training.seconds,
+        "train_j": training.metrics["energy_j"],
+        "text_s": written.record.metrics["teacher_seconds"] if written else None,
+        "cached": None,
+        "watts": WATTS_PER_CORE,
+        **(_saved(swept, artifacts["cache"].record.metrics) if "cache" in artifacts else {}),
+    }
+
+
+def _saved(swept: Mapping[str, Any], cached: Mapping[str, Any]) -> dict[str, Any]:
     positions, seconds = cached["positions"], cached["teacher_seconds"]
     distilled = [trial for trial in swept["trials"] if trial["teacher_weight"] > 0]
     rows = sum(trial["steps"] * trial["values"]["batch_size"] for trial in distilled)
     asked = round(rows * positions / cached["rows"])
     live_s = seconds / positions * asked
     return {
-        "trials": len(swept["trials"]),
-        "train_s": artifacts["train"].record.seconds,
-        "train_j": artifacts["train"].record.metrics["energy_j"],
         "cached": positions,
         "cache_s": seconds,
         "asked": asked,
         "live_s": live_s,
         "saved_j": (live_s - seconds) * WATTS_PER_CORE,
-        "watts": WATTS_PER_CORE,
     }
 
 

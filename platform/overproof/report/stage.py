@@ -17,7 +17,8 @@ from overproof.report.content import Judged, content, curves_of
 from overproof.report.figure import draw
 from overproof.stage import Context
 
-ABOVE, BELOW = ("prepare", "train", "cache"), (("compress", "sweep"), ("evaluate", "compress"), ("gate", "evaluate"))
+ABOVE = ("prepare", "train", "generate", "cache")
+BELOW = ("compress", "sweep"), ("evaluate", "compress"), ("gate", "evaluate")
 
 
 def report(context: Context) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def of_sweep(store: Store, name: str) -> tuple[Artifact, str]:
         raise InputError(f"{name}: is {sweep.id}; expected a sweep, see `overproof ls`, or a recipe")
     everything = store.artifacts()
     found = {"sweep": sweep}
-    for stage in ABOVE:
+    for stage in (name for name in ABOVE if name in sweep.record.parents):
         match = [a for a in everything if a.record.fingerprint == sweep.record.parents[stage]]
         if not match:
             raise InputError(f"{sweep.id}: its {stage}-{sweep.record.parents[stage][:8]} is not in {store.uri}")
@@ -67,7 +68,7 @@ def _judged(artifacts: Mapping[str, Artifact]) -> Judged | None:
 
 
 def render(name: str, artifacts: Mapping[str, Artifact]) -> str:
-    """The page. ``artifacts`` are by stage: prepare, train, cache and sweep, and what there is of those after it."""
+    """The page. ``artifacts`` are by stage: those of the sweep and above it, and what there is of those after it."""
     judged = _judged(artifacts)
     curves = curves_of(artifacts["train"].local(), artifacts["sweep"].local())
     tree = content(name, artifacts, curves, judged)
