@@ -16,7 +16,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,26 +25,22 @@ import pyarrow.parquet as pq
 import torch
 from measuring import HERE, TreeCpu, child
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import log_softmax
 
 from overproof.artifact import Artifact, Store
 from overproof.data.manifest import DOCUMENTS, Manifest
-from overproof.data.read import Shards, planned_shards
+from overproof.data.read import Shards
 from overproof.distill.job import Job
 from overproof.distill.journal import Journal
 from overproof.distill.sweep import job as job_of
 from overproof.evaluate.score import HeldOut
-from overproof.models import Batch, build, forward, load, parameters, save, to_tensors
+from overproof.models import build, forward, load, parameters, save, to_tensors
 from overproof.pipeline import resolve
 from overproof.progress import quiet
 from overproof.recipe import Cache, Llama, Recipe, Student, Sweep, Tune, Vit
 from overproof.recipe import load as load_recipe
 from overproof.recipe.search import Values
 from overproof.stage import Context
-from overproof.train.engine import TorchEngine
-from overproof.train.loop import fit
-from overproof.train.objective import masked_mean, nll
 
 SOURCES = f"{HERE.parent / 'platform'}{os.pathsep}{HERE}"  # what every process of a benchmark imports from
 RECIPES = HERE.parent / "jobs" / "recipes"
@@ -152,11 +147,7 @@ class Trial:
 def train(trial: Trial) -> dict[str, Any]:
     """Train and save; gives the CPU seconds of the training alone, and its validation losses by step."""
     with tempfile.TemporaryDirectory() as scratch:
-        own = job(trial, scratch)
-        if trial.teaching != "live":
-            model, curve, cpu_s = _train_run(own, trial.seed)
-        else:
-            model, curve, cpu_s = _train_live(own, trial)
+        model, curve, cpu_s = _train(job(trial, scratch), trial.seed)
     if trial.out:
         save(model, model.config, Path(trial.out))
     return {"cpu_s": cpu_s, "parameters": parameters(model), "curve": curve}
@@ -169,10 +160,12 @@ def job(trial: Trial, store: str, name: str = "only") -> Job:
     values = {"student": trial.recipe.sweep.students[0].name, **trial.values}
     made = job_of(context, journal, name, values)
     made.checkpoints.begin()
-    return replace(made, distilled=trial.teaching == "cached")
+    if trial.teaching == "none":
+        return replace(made, distilled=False)
+    return replace(made, distilled=True, student=made.student.model_copy(update={"teacher": trial.teaching}))
 
 
-def _train_run(own: Job, seed: int) -> tuple[Any, dict[int, float], float]:
+def _train(own: Job, seed: int) -> tuple[Any, dict[int, float], float]:
     """As the product trains a student of a sweep."""
     from overproof.distill.student import Run
 
@@ -184,41 +177,6 @@ def _train_run(own: Job, seed: int) -> tuple[Any, dict[int, float], float]:
         curve[chunk.steps] = chunk.validation_loss
     run.saver.wait()
     return run.model, curve, time.process_time() - began
-
-
-@dataclass(frozen=True)
-class LiveTeacher:
-    """Forward KL to a teacher that runs at every step, over all outputs, beside the labels; temperature 1."""
-
-    teacher: nn.Module
-    teacher_weight: float
-
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            target_BPV = log_softmax(forward(self.teacher, batch).logits_BPV.float(), -1)
-        prediction = forward(model, batch)
-        log_p_BPV = log_softmax(prediction.logits_BPV.float(), -1)
-        kl_BP = kl_div(log_p_BPV, target_BPV, reduction="none", log_target=True).sum(-1)
-        loss = masked_mean(kl_BP, prediction.mask_BP) * self.teacher_weight
-        if self.teacher_weight < 1:
-            loss = loss + (1 - self.teacher_weight) * masked_mean(nll(prediction), prediction.mask_BP)
-        return loss, {}
-
-
-def _train_live(own: Job, trial: Trial) -> tuple[Any, dict[int, float], float]:
-    """The product's engine, loop, rows and schedule with the teacher in the loop."""
-    torch.set_num_threads(own.threads)
-    began, settings = time.process_time(), own.settings
-    shards = planned_shards(own.prepared.local())
-    order = shards.manifest.order(own.seed)
-    model = build(own.student.model, shards.manifest, trial.seed)  # type: ignore[arg-type]
-    objective = LiveTeacher(load(trial.parents["train"].local() / "model"), own.student.teacher_weight)
-    batches: Iterator[Batch] = (
-        to_tensors({name: values for name, values in columns.items() if name != "sample_id"})
-        for columns in shards.steps(order, settings.batch_size, 0, settings.steps)
-    )
-    fit(TorchEngine(model, settings), objective, settings, batches, lambda: 0.0, lambda _: None)
-    return model, {}, time.process_time() - began
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def main(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> No
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    compiler = {}
     for case in cases:
         settings = Train.model_validate(case["train"])
         root = Path(case["root"])
@@ -64,6 +65,7 @@ def main(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> No
         zero = case["engine"] == "zero"
         engine = ZeroEngine(model, settings, SEED) if zero else TorchEngine(model, settings)
         rows = train(engine, settings, root, rank, world)
+        compiler[case["name"]] = "torch._dynamo.repro.after_dynamo" in sys.modules  # a part that any compiling needs
         if isinstance(engine, ZeroEngine):
             saved = folder / case["name"]
             saved.mkdir(exist_ok=True)
@@ -73,6 +75,7 @@ def main(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> No
             (folder / f"{case['name']}.json").write_text(json.dumps(rows))
             state = weights(saved) if isinstance(engine, ZeroEngine) else engine.state_dict()
             torch.save(state, folder / f"{case['name']}.pt")
+    (folder / f"compiler.{rank}.json").write_text(json.dumps(compiler))
     dist.destroy_process_group()
 
 

@@ -177,6 +177,13 @@ def test_nothing_is_compiled(trained: Path) -> None:
     assert not (trained / "compiled").exists()
 
 
+def test_the_compiler_is_loaded_where_it_is_asked_for(trained: Path) -> None:
+    """It takes seconds of CPU time, in every worker."""
+    loaded = json.loads((trained / "2" / "compiler.0.json").read_text())
+    names = list(loaded)
+    assert [name for name in names if loaded[name]] == names[names.index("compiled") :]
+
+
 def test_text_with_rows_of_unequal_length_too(trained: Path) -> None:
     assert max(differences(trained, "text-stage3", "text-torch", "loss")) < TOLERANCE
     assert max(differences(trained, "text-stage3", "text-torch", "validation_loss")) < TOLERANCE
