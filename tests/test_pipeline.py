@@ -100,12 +100,14 @@ def test_the_refused_recipe_ends_with_reasons_and_serves_nothing(tmp_path: Path)
     assert list(tmp_path.glob(f"refused/gate-*/{RECORD}"))
 
 
-def test_killed_at_any_stage_only_that_stage_is_lost(tmp_path: Path) -> None:
+def test_killed_at_any_stage_only_that_stage_is_lost(ray_cluster: str, tmp_path: Path) -> None:
+    """On a cluster that stays, where the next run meets what the last one left; and once with the run's own cluster."""
+    shared = os.environ | {"RAY_ADDRESS": ray_cluster}
     finished: dict[str, str] = {}
     for stage in ("prepare", "train", "cache", "sweep", "compress", "evaluate"):
         process = subprocess.Popen(
             _command("run", DIGITS, f"store={tmp_path}"),
-            env=_own_ray(),
+            env=_own_ray() if stage == "sweep" else shared,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -122,7 +124,7 @@ def test_killed_at_any_stage_only_that_stage_is_lost(tmp_path: Path) -> None:
         assert {name: created for name, created in found.items() if name in finished} == finished
         finished = found
     command = _command("run", DIGITS, f"store={tmp_path}")
-    done = subprocess.run(command, env=_own_ray(), capture_output=True, text=True, check=False, timeout=STAGE_S)
+    done = subprocess.run(command, env=shared, capture_output=True, text=True, check=False, timeout=STAGE_S)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done before") == len(finished)
     for artifact in Store(str(tmp_path)).artifacts():
@@ -132,8 +134,9 @@ def test_killed_at_any_stage_only_that_stage_is_lost(tmp_path: Path) -> None:
 def test_the_language_model_from_source_code_to_a_streamed_answer(tmp_path: Path) -> None:
     """The demo with fewer steps: every stage is real, and the answer comes over HTTP."""
     overrides = (
-        f"store={tmp_path}", "serve.port=0", "train.steps=60", "sweep.steps=40", "tune.scheduler.grace_steps=20",
-        "train.validate_every=30", "sweep.validate_every=20", "cache.rows=320", "evaluate.max_documents=8",
+        f"store={tmp_path}", "serve.port=0", "train.steps=32", "sweep.steps=20", "tune.scheduler.grace_steps=10",
+        "train.validate_every=16", "sweep.validate_every=10", "cache.rows=160", "evaluate.max_documents=8",
+        "evaluate.timed_requests=20",
         "gate.rules=[{kind: smaller, against: teacher, at_least: 2}, {kind: parity, at_most: 0.5}]",
     )  # fmt: skip
     command = [*_command("demo", str(RECIPES / "stdlib-lm.yaml"), *overrides), "--keep"]

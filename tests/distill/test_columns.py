@@ -50,7 +50,7 @@ def test_columns_come_back_as_they_were_given(outputs: int, bits: int, scheme: S
         "sample_id": np.array([3, 1]),
         "mask": rng.random(places) < 0.5,
         "label_logprob": rng.normal(size=places).astype(np.float16).astype(np.float32),
-        "logsumexp": rng.normal(size=(*places, temperatures)).astype(np.float32),
+        "logsumexp": rng.normal(size=(*places, temperatures - 1)).astype(np.float32),
         "logprobs": rng.normal(size=(*places, slots)).astype(np.float16).astype(np.float32),
     }
     given |= {"tokens": rng.integers(0, outputs, (rows, positions + 1))} if text else {"label": np.array([[1], [7]])}

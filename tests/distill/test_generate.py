@@ -229,7 +229,9 @@ def test_a_live_teacher_reads_the_text_too(text_world: World, written: Artifact)
     np.testing.assert_array_equal(batch["tokens"], Text(written.local()).take(run.order.step_rows(0, 16))["tokens"])
     assert "divergence" in run.advance().curve[0]
     silent = {**ALONE, "teacher": "live"}
-    assert Run(job_of(text_world.context("sweep", written=written, **with_text(silent)), "alone")).teacher is None
+    assert (
+        Run(job_of(text_world.context("sweep", written=written, **with_text(silent)), "alone")).lesson.teacher is None
+    )
 
 
 @pytest.mark.parametrize(

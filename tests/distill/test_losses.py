@@ -14,7 +14,8 @@ from torch import Tensor
 from overproof.distill import losses
 from overproof.distill.keep import keep
 from overproof.distill.losses import Divergence, distillation
-from overproof.distill.objective import soften
+from overproof.distill.objective import Distill
+from overproof.models import Batch
 from overproof.recipe import TopK
 
 ROWS, PLACES, OUTPUTS = 2, 3, 12
@@ -134,7 +135,13 @@ def test_merging_outputs_only_lowers_the_divergence(case: dict[str, Any]) -> Non
     common = (targets, mask, case["temperature"], 1.0)
     coarse = ours(student, teacher, *common, case["k"], case["measure"]).divergence
     full = dense(student, teacher, *common, case["measure"])
-    assert -1e-9 <= float(coarse) <= float(full) * (1 + 1e-9) + 1e-9
+    # The rest is 1 minus the sum of the kept: where it is small its logarithm has that rounding, which log q enters by.
+    rounding = 0.0
+    if case["measure"].kind != "forward_kl" and case["k"] < OUTPUTS:
+        q = torch.softmax(teacher / case["temperature"], -1).sort(-1).values[..., : OUTPUTS - case["k"]].sum(-1)
+        eps = torch.finfo(q.dtype).eps
+        rounding = float(torch.where(q > eps, OUTPUTS * eps / q, 0.0).max()) * case["temperature"] ** 2
+    assert -1e-9 - rounding <= float(coarse) <= float(full) * (1 + 1e-9) + 1e-9 + rounding
 
 
 @given(cases)
@@ -157,8 +164,9 @@ def test_from_the_cache_in_single_precision_all_stays_finite_and_close(case: dic
     )
     temperatures = sorted({1.0, case["temperature"]})
     columns = keep(teacher, targets, TopK(k=case["k"]), temperatures)
-    column, base = temperatures.index(case["temperature"]), temperatures.index(1.0)
-    cached = soften(columns["logprobs"].half().float(), columns["logsumexp"], case["temperature"], column, base)
+    batch = {"teacher_logprobs": columns["logprobs"].half().float()}
+    batch |= {"teacher_logsumexp": columns["logsumexp"]} if "logsumexp" in columns else {}
+    cached = softened(batch, tuple(temperatures), case["temperature"])
     student.requires_grad_()
     measure = case["measure"]
     terms = distillation(
@@ -240,11 +248,16 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(results[0], results[2])
 
 
+def softened(batch: Batch, temperatures: tuple[float, ...], temperature: float) -> Tensor:
+    return Distill(temperature, 1.0, temperatures, Divergence())._soften(batch, "logprobs", temperature)
+
+
 def test_softening_recovers_the_teacher_at_a_temperature() -> None:
     _, teacher, _, _ = draw(7, 3.0)
     temperatures = [0.5, 1.0, 3.0]
-    logsumexp = torch.stack([torch.logsumexp(teacher / t, -1) for t in temperatures], -1)
-    top, indices = torch.log_softmax(teacher, -1).topk(4, -1)
-    for column, temperature in enumerate(temperatures):
-        expected = torch.log_softmax(teacher / temperature, -1).gather(-1, indices)
-        torch.testing.assert_close(soften(top, logsumexp, temperature, column, 1), expected)
+    kept = keep(teacher, torch.zeros(teacher.shape[:2], dtype=torch.int64), TopK(k=4), temperatures)
+    batch = {f"teacher_{name}": values for name, values in kept.items()}
+    for temperature in temperatures:
+        expected = torch.log_softmax(teacher / temperature, -1).gather(-1, kept["indices"])
+        found = softened(batch, tuple(temperatures), temperature)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)

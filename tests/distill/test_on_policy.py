@@ -91,7 +91,7 @@ def test_no_answer_depends_on_what_else_is_asked(text_world: World) -> None:
     rows, others = rng.integers(1, 320, (16, 15)), rng.integers(1, 320, (30, 15))
     alone = one.judge(rows)
     assert {name: value.shape for name, value in alone.items()} == {
-        "indices": (16, 9, 4), "logprobs": (16, 9, 4), "logsumexp": (16, 9, 2)}  # fmt: skip
+        "indices": (16, 9, 4), "logprobs": (16, 9, 4), "logsumexp": (16, 9, 1)}  # fmt: skip
     for before in (1, 7, 16, 30):
         together = one.judge(np.concatenate([others[:before], rows, others]))
         for name, value in alone.items():
@@ -100,7 +100,8 @@ def test_no_answer_depends_on_what_else_is_asked(text_world: World) -> None:
         logits = one.model(input_ids=torch.from_numpy(rows[:, :-1]), use_cache=False).logits[:, 5:]
     expected = logits.log_softmax(-1).gather(-1, torch.from_numpy(alone["indices"]))
     np.testing.assert_allclose(alone["logprobs"], expected.numpy(), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(alone["logsumexp"][..., 1], (logits / 2).logsumexp(-1).numpy(), rtol=1e-5)
+    expected = (logits.log_softmax(-1) / 2).logsumexp(-1)
+    np.testing.assert_allclose(alone["logsumexp"][..., 0], expected.numpy(), rtol=1e-5)
 
 
 class Watched:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # noqa: F401  # once, for all ranks forked from here
+import deepspeed  # noqa: F401  # once, for all ranks forked from here; so is the next
+import torch.utils.tensorboard  # noqa: F401
 from tiny_data import digits_like, settings, text_like
 
 from overproof.artifact import Artifact, Store

@@ -36,7 +36,8 @@ class Layout:
     label           u2, u4      1      images: the class
     mask            bits        P      whether a prediction counts; bytes filled from the lowest bit
     label_logprob   f2          P      of the token that follows, or of the class
-    logsumexp       f4          P * L  of logits / T over all V outputs, for every temperature T
+    logsumexp       f4          P * .  of log-probabilities / T over all V outputs, for every temperature T but 1,
+                                       where it is 0: so many for each prediction as there are others
     logprobs        f2          P * K  natural, at temperature 1; the largest come first, or all V in their order
     indices         u2, packed  P * K  topk, sampled: which outputs they are of; see ``pack``
     tail            f2          P      topk, sampled: log of the mass that is in none of the K, -inf for none; of
@@ -81,9 +82,10 @@ class Layout:
         columns |= {
             "mask": ("u1", -(-self.positions // 8)),
             "label_logprob": ("<f2", self.positions),
-            "logsumexp": ("<f4", self.positions * self.temperatures),
             "logprobs": ("<f2", entries),
         }
+        if self.temperatures > 1:
+            columns["logsumexp"] = ("<f4", self.positions * (self.temperatures - 1))
         if not isinstance(self.scheme, Dense):
             columns |= {"indices": self._indices(entries), "tail": ("<f2", self.positions)}
         if isinstance(self.scheme, Sampled):
@@ -104,9 +106,9 @@ class Layout:
     @property
     def loss_columns(self) -> tuple[str, ...]:
         """Those a student learns from."""
-        drawn = ("tail", "drawn", "entropy", *(("drawn_logprobs",) if self.temperatures > 1 else ()))
-        given = {TopK: ("indices",), Sampled: ("indices", *drawn), Dense: ()}
-        return ("logprobs", "logsumexp", *given[type(self.scheme)])
+        drawn = ("indices", "tail", "drawn", "entropy")
+        names = ("logprobs", *{TopK: ("indices",), Sampled: drawn, Dense: ()}[type(self.scheme)])
+        return names + tuple(name for name in ("logsumexp", "drawn_logprobs") if name in self.columns)
 
     @property
     def column_bytes(self) -> dict[str, int]:
@@ -132,7 +134,7 @@ class Layout:
         if name == "mask":
             return np.unpackbits(values, axis=1, count=self.positions, bitorder="little").astype(bool)
         last = {"logprobs": self.slots, "indices": self.slots, "drawn": self.draws, "drawn_logprobs": self.draws,
-                "logsumexp": self.temperatures, "entropy": self.temperatures}  # fmt: skip
+                "logsumexp": self.temperatures - 1, "entropy": self.temperatures}  # fmt: skip
         if name in INDICES and self.bits > LOW_BITS:
             values = unpack(values, self.positions * last[name], self.bits)
         if name in last:

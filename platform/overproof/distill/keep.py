@@ -30,11 +30,9 @@ def keep(
     for here in chunks(logits_NV):
         logits_CV = logits_NV[here]
         p_CV, base_C1 = softmax(logits_CV)
-        logsumexps = [base_C1[:, 0] if t == 1 else torch.logsumexp(logits_CV / t, 1) for t in temperatures]
-        part = {
-            "label_logprob": (logits_CV.gather(1, labels_N1[here]) - base_C1)[:, 0],
-            "logsumexp": torch.stack(logsumexps, 1),
-        }
+        part = {"label_logprob": (logits_CV.gather(1, labels_N1[here]) - base_C1)[:, 0]}
+        if logsumexps := [torch.logsumexp((logits_CV - base_C1) / t, 1) for t in temperatures if t != 1]:
+            part["logsumexp"] = torch.stack(logsumexps, 1)
         if isinstance(scheme, TopK):
             part |= _top_k(logits_CV, p_CV, base_C1, scheme.k)
         elif isinstance(scheme, Sampled):

@@ -23,7 +23,7 @@ class Distill:
 
     temperature: float
     teacher_weight: float
-    temperatures: tuple[float, ...]  # of the cache, in the order of its logsumexp
+    temperatures: tuple[float, ...]  # of the cache, ascending
     divergence: Divergence
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -48,11 +48,9 @@ class Distill:
         return sampled_distillation(*given, indices_BPS, importance_BPS, batch["teacher_entropy"][..., column], *common)
 
     def _soften(self, batch: Batch, name: str, temperature: float) -> Tensor:
-        column, base_column = (self.temperatures.index(t) for t in (temperature, 1.0))
-        return soften(batch[f"teacher_{name}"], batch["teacher_logsumexp"], temperature, column, base_column)
-
-
-def soften(logprobs_BPK: Tensor, logsumexp_BPL: Tensor, temperature: float, column: int, base_column: int) -> Tensor:
-    """The teacher's log-probabilities at a temperature, from those at temperature 1."""
-    logits_BPK = logprobs_BPK + logsumexp_BPL[..., base_column, None]
-    return logits_BPK / temperature - logsumexp_BPL[..., column, None]
+        """Log-probabilities at a temperature."""
+        logprobs_BPK = batch[f"teacher_{name}"]
+        if temperature == 1:
+            return logprobs_BPK
+        column = [t for t in self.temperatures if t != 1].index(temperature)
+        return logprobs_BPK / temperature - batch["teacher_logsumexp"][..., column, None]

@@ -31,7 +31,7 @@ class Asked(Protocol):
     """A teacher, or a pool of them."""
 
     def judge(self, tokens_BS: NDArray[np.int64]) -> Columns:
-        """Of every generated token: indices, logprobs (B, G, K) and logsumexp (B, G, temperatures)."""
+        """Of every generated token: indices, logprobs (B, G, K) and, at other temperatures than 1, logsumexp."""
 
 
 def written_at(step: int, share: float) -> bool:
@@ -95,4 +95,4 @@ class Judge:
         labels_BG = torch.from_numpy(tokens_BS[:, -self.settings.new_tokens :]).to(self.device)
         scheme = TopK(k=min(self.settings.k, logits_BGV.shape[-1]))
         found = keep(logits_BGV, labels_BG, scheme, self.temperatures)
-        return {name: found[name].cpu().numpy() for name in ("indices", "logprobs", "logsumexp")}
+        return {name: found[name].cpu().numpy() for name in ("indices", "logprobs", "logsumexp") if name in found}

@@ -142,7 +142,7 @@ class Teacher(Replica):
             uniform_BP = torch.from_numpy(uniforms(cache.seed, DRAWS, sample_ids, cache.positions)).to(self.device)
         kept = keep(prediction.logits_BPV, prediction.targets_BP, cache.scheme, cache.temperatures, uniform_BP)
         found = {name: value.cpu().numpy() for name, value in kept.items()}
-        if not np.isfinite(found["logsumexp"]).all():
+        if np.isnan(found["label_logprob"]).any():
             raise InputError(f"the teacher's outputs for row {sample_ids[0]} and after are not finite; train it anew")
         own = {name: values for name, values in rows.items() if name in ("tokens", "label")}
         mask = prediction.mask_BP.cpu().numpy()
