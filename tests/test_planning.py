@@ -47,7 +47,7 @@ def test_the_plan_of_a_language_model(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "teacher: 1,721,664 parameters (with all 2,048 entries of the vocabulary); 2 workers, fp32, ZeRO 2" in out
     assert "students: narrow 688,768, deep " in " ".join(out.split())
     assert (
-        "targets of the teacher, 32 likeliest outputs: 138.2 bytes a token, 266,240 tokens, 36.8 MB; "
+        "targets of the teacher, 32 likeliest outputs: 118.2 bytes a token, 266,240 tokens, 31.5 MB; "
         "the teacher looks for about 89 s" in (" ".join(out.split()))
     )
     rows = [line for line in out.splitlines() if re.match(r"[0-3] ", line)]
@@ -65,7 +65,7 @@ def test_the_plan_of_a_language_model(tmp_path: Path, capsys: pytest.CaptureFixt
     [
         (
             "{kind: sampled, k: 10, draws: 20}",
-            "10 likeliest and 20 drawn outputs: 134.2 bytes a token, 266,240 tokens, 35.7 MB",
+            "10 likeliest and 20 drawn outputs: 115.5 bytes a token, 266,240 tokens, 30.7 MB",
         ),
         ("{kind: dense}", "whole distribution: 4,104.2 bytes a token, 266,240 tokens, 1.09 GB"),
     ],
@@ -99,7 +99,7 @@ def test_the_plan_of_text_that_the_teacher_writes(tmp_path: Path, capsys: pytest
         "text of the teacher: 2,080 rows, 199,680 tokens to be written, 553 kB; the teacher writes for about 4 min"
         in " ".join(out.split())
     )
-    assert "targets of the teacher, 32 likeliest outputs: 138.2 bytes a token, 266,240 tokens" in " ".join(out.split())
+    assert "targets of the teacher, 32 likeliest outputs: 118.2 bytes a token, 266,240 tokens" in " ".join(out.split())
     assert findings(out)["generate"][1].startswith("2 actors + 1 reader: 2 x 1 + 1 = 3 of ")
     students[0]["teacher_weight"] = 0.0
     code, out, _ = plan(tmp_path, capsys, *changes, "--set", f"sweep.students={json.dumps(students)}", recipe=TEXT)

@@ -212,7 +212,7 @@ def _nodes(cpus: list[int]) -> Iterator[Any]:
 
     with console.waiting(f"starting Ray: {len(cpus)} nodes"):
         head = {"num_cpus": cpus[0], "object_store_memory": OBJECT_STORE_BYTES}
-        nodes = Cluster(initialize_head=True, head_node_args={**head, "include_dashboard": True, "dashboard_port": 0})
+        nodes = Cluster(initialize_head=True, head_node_args={**head, "include_dashboard": False})
         for count in cpus[1:]:
             nodes.add_node(num_cpus=count, object_store_memory=OBJECT_STORE_BYTES)
         os.environ["RAY_ADDRESS"] = nodes.address  # so that nothing looks at this machine for room

@@ -57,8 +57,7 @@ def connect() -> Capacity:
             address="local",  # not whatever else runs on this machine
             num_cpus=int(local_capacity().cpus),
             object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=True,
-            dashboard_port=0,
+            include_dashboard=False,  # nobody is told where it is, and it takes 5 CPU seconds to start
             log_to_driver=False,
             logging_level=logging.WARNING,
         )

@@ -22,6 +22,7 @@ from overproof.data.plan import Order, uniforms
 from overproof.data.read import Shards
 from overproof.data.write import open_writer, to_table
 from overproof.distill.agree import check_rows
+from overproof.distill.columns import pack, unpack
 from overproof.distill.covered import cover
 from overproof.distill.keep import DRAWS, keep
 from overproof.distill.targets import CacheIndex, Targets
@@ -231,7 +232,8 @@ def test_a_permuted_vocabulary_and_other_tokens_are_caught(
 
     def permute(columns: dict[str, Any]) -> dict[str, Any]:
         if scheme != "dense":
-            return columns | {"indices": to[columns["indices"]]}
+            indices = unpack(columns["indices"], layout.positions * layout.slots, layout.bits)
+            return columns | {"indices": pack(to[indices], layout.bits)}
         shaped = columns["logprobs"].reshape(len(columns["sample_id"]), layout.positions, -1)[..., to]
         return columns | {"logprobs": shaped.reshape(len(shaped), -1)}
 

@@ -1,4 +1,4 @@
-"""What a row of the teacher's cache holds: its columns for each scheme, and indices of 17 bits and more.
+"""What a row of the teacher's cache holds: its columns for each scheme, and indices of as many bits as it takes.
 
 Shapes: B rows, N numbers in a row, P predictions in a row, V outputs, K kept for each prediction, D drawn,
 L temperatures.
@@ -70,8 +70,8 @@ class Layout:
 
     @property
     def bits(self) -> int:
-        """Of an index: 16, or what V needs beyond that."""
-        return max(LOW_BITS, (self.outputs - 1).bit_length())
+        """Of an index: what V needs."""
+        return max(1, (self.outputs - 1).bit_length())
 
     @property
     def columns(self) -> dict[str, tuple[np.dtype[Any], int]]:
@@ -95,7 +95,7 @@ class Layout:
         return {name: (np.dtype(kind), count) for name, (kind, count) in columns.items()}
 
     def _indices(self, count: int) -> tuple[str, int]:
-        return ("u1", packed_bytes(count, self.bits)) if self.bits > LOW_BITS else ("<u2", count)
+        return ("u1", packed_bytes(count, self.bits)) if self.bits != LOW_BITS else ("<u2", count)
 
     @property
     def schema(self) -> pa.Schema:
@@ -123,7 +123,7 @@ class Layout:
         """Arrays of any shape (B, ...) as the flat columns of a file; a mask is bool, indices are integers."""
         flat = {name: array.reshape(len(array), -1) for name, array in values.items()}
         flat["mask"] = np.packbits(flat["mask"], axis=1, bitorder="little")
-        for name in INDICES & flat.keys() if self.bits > LOW_BITS else ():
+        for name in INDICES & flat.keys() if self.bits != LOW_BITS else ():
             flat[name] = pack(flat[name], self.bits)
         for name in HALVES & flat.keys():
             flat[name] = flat[name].astype(np.float16)
@@ -135,7 +135,7 @@ class Layout:
             return np.unpackbits(values, axis=1, count=self.positions, bitorder="little").astype(bool)
         last = {"logprobs": self.slots, "indices": self.slots, "drawn": self.draws, "drawn_logprobs": self.draws,
                 "logsumexp": self.temperatures - 1, "entropy": self.temperatures}  # fmt: skip
-        if name in INDICES and self.bits > LOW_BITS:
+        if name in INDICES and self.bits != LOW_BITS:
             values = unpack(values, self.positions * last[name], self.bits)
         if name in last:
             values = values.reshape(len(values), self.positions, last[name])
@@ -144,30 +144,38 @@ class Layout:
 
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes of so many numbers as ``pack`` lays them out."""
-    return 2 * count + -(-count * (bits - LOW_BITS) // 8)
+    low = LOW_BITS if bits > LOW_BITS else 0
+    return count * low // 8 + -(-count * (bits - low) // 8)
 
 
 def pack(values_BN: NDArray[Any], bits: int) -> NDArray[np.uint8]:
-    """Numbers below ``2 ** bits``, of 17 to 32 bits, as bytes: the low 16 bits of each, then the other bits of each.
+    """Numbers below ``2 ** bits``, of 1 to 31 bits, as bytes: the low 16 bits of each, then the other bits of each.
 
-    Little-endian, and bytes are filled from the lowest bit. The 16 bits are read as they lie; a bit or two of each
-    number is all that must be taken apart.
+    Of fewer than 16 bits there are the other bits alone. Little-endian, and bytes are filled from the lowest bit. The
+    16 bits are read as they lie; a bit or two of each number is all that must be taken apart for a large vocabulary.
 
     Raises:
         ValueError: a number does not fit.
     """
     if values_BN.size and not 0 <= values_BN.min() <= values_BN.max() < 1 << bits:
         raise ValueError(f"numbers from {values_BN.min()} to {values_BN.max()}; expected 0 to {(1 << bits) - 1}")
+    whole = LOW_BITS if bits > LOW_BITS else 0
+    rest_BNH = (values_BN[..., None] >> np.arange(whole, bits)) & 1
+    rest = np.packbits(rest_BNH.reshape(len(values_BN), -1).astype(np.uint8), axis=1, bitorder="little")
+    if not whole:
+        return rest
     low_BN = np.ascontiguousarray(values_BN & 0xFFFF, "<u2")
-    high_BNH = (values_BN[..., None] >> np.arange(LOW_BITS, bits)) & 1
-    high = np.packbits(high_BNH.reshape(len(values_BN), -1).astype(np.uint8), axis=1, bitorder="little")
-    return np.concatenate([low_BN.view(np.uint8), high], axis=1)
+    return np.concatenate([low_BN.view(np.uint8), rest], axis=1)
 
 
 def unpack(packed: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.int64]:
     """The ``count`` numbers of each row that ``pack`` packed: (B, N)."""
-    high_BN = np.unpackbits(packed[:, 2 * count :], axis=1, count=count * (bits - LOW_BITS), bitorder="little")
-    values_BN = np.ascontiguousarray(packed[:, : 2 * count]).view("<u2").astype(np.int64)
-    for place in range(bits - LOW_BITS):
-        values_BN |= high_BN[:, place :: bits - LOW_BITS].astype(np.int64) << (LOW_BITS + place)
+    whole, low_bytes = (LOW_BITS, 2 * count) if bits > LOW_BITS else (0, 0)
+    first_N = np.arange(count) * (bits - whole)  # bit of each number's rest, which lies within three bytes
+    byte_N, shift_N = first_N >> 3, first_N & 7
+    wide = np.pad(packed[:, low_bytes:], ((0, 0), (0, 2))).astype(np.int32)
+    three_BN = wide[:, byte_N] | wide[:, byte_N + 1] << 8 | wide[:, byte_N + 2] << 16
+    values_BN = (three_BN >> shift_N & (1 << (bits - whole)) - 1).astype(np.int64)
+    if whole:
+        values_BN = values_BN << LOW_BITS | np.ascontiguousarray(packed[:, :low_bytes]).view("<u2")
     return values_BN
