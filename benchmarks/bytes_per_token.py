@@ -1,6 +1,6 @@
 """What a cache of few bytes keeps of dense distillation: (plain - cached) / (plain - dense), in held-out bits per byte.
 
-    .venv/bin/python benchmarks/bytes_per_token.py [--seeds 3] [--top-k 8 12] [--sampled 6x12] [--weight 0.9]
+    .venv/bin/python benchmarks/bytes_per_token.py [--seeds 3] [--top-k 8 17] [--sampled 2x35] [--weight 0.9]
 
 Prints one Markdown table. Plain students learn from the labels, dense ones from the whole distribution of a teacher
 that runs at every step, the others from a cache of it; all start from the same weights and read the same rows. About
@@ -55,8 +55,8 @@ def stored(recipe: Recipe) -> Stored:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--top-k", type=int, nargs="*", default=[8, 12])
-    parser.add_argument("--sampled", nargs="*", default=["6x12"], help="the likeliest x draws from the others")
+    parser.add_argument("--top-k", type=int, nargs="*", default=[8, 17])
+    parser.add_argument("--sampled", nargs="*", default=["2x35"], help="the likeliest x draws from the others")
     parser.add_argument("--weight", type=float, default=0.9, help="share of the teacher's loss")
     given = parser.parse_args()
     recipe = text(given)
