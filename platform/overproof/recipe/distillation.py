@@ -29,8 +29,8 @@ class Sampled(Section):
     """
 
     kind: Literal["sampled"] = "sampled"
-    k: Count = Field(8, description="Log-probabilities kept for each position.")
-    draws: Count = Field(16, description="Outputs drawn from the others, for each position.")
+    k: Count = Field(2, description="Log-probabilities kept for each position.")
+    draws: Count = Field(32, description="Outputs drawn from the others, for each position.")
 
     @property
     def words(self) -> str:
