@@ -1,6 +1,6 @@
 """What it saves that the teacher runs once: a sweep on cached targets, beside a teacher that runs at every step.
 
-    .venv/bin/python benchmarks/teacher_once.py [--peers FOLDER] [--seeds 3] [--trials 16] [--k 12]
+    .venv/bin/python benchmarks/teacher_once.py [--peers FOLDER] [--seeds 3] [--trials 16] [--sampled 2x128]
 
 Prints one Markdown table of CPU seconds. The sweep is the product's, its stages `cache` and `sweep` run under Ray: the
 teacher, Ray, every process and the control (one training more) count. Against it, one training for each seed, in
@@ -70,10 +70,11 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--peers", type=Path, default=Path(tempfile.gettempdir()) / "overproof-peers")
     parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--k", type=int, default=12, help="outputs that the cache keeps for each token")
+    parser.add_argument("--sampled", default="2x128", help="outputs that the cache keeps for each token x its draws")
     given = parser.parse_args()
     python, base = trl(given.peers.absolute()), text(given)
-    kept = {"scheme": {"kind": "topk", "k": given.k}, "temperatures": [1.0]}
+    k, draws = given.sampled.split("x")
+    kept = {"scheme": {"kind": "sampled", "k": k, "draws": draws}, "temperatures": [1.0]}
     only = base.sweep.students[0].model_copy(update={"teacher_weight": 1.0})
     names = [f"s{number:02d}" for number in range(given.trials)]
     settings = base.sweep.model_copy(update={"students": tuple(only.model_copy(update={"name": n}) for n in names)})

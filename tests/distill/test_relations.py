@@ -160,8 +160,8 @@ def test_a_student_beside_its_teacher_goes_on_to_the_last_bit(
         values = [row[name] for row in expected[0].curve + expected[-1].curve if name in row]
         assert values[-1] < values[0]
     teacher = load(digits_world.artifacts["train"].local() / "model").state_dict()
-    if whole.teacher is not None:
-        assert all(torch.equal(value, teacher[name]) for name, value in whole.teacher.state_dict().items())
+    if whole.lesson.teacher is not None:
+        assert all(torch.equal(value, teacher[name]) for name, value in whole.lesson.teacher.state_dict().items())
     whole.save()
     assert set(load(Path(job.draft.uri) / job.folder).state_dict()) == set(whole.model.state_dict())
 
@@ -183,7 +183,7 @@ def test_live_outputs_are_those_of_a_cache_of_everything(digits_world: World) ->
     for here, there in zip(kept, live, strict=True):
         assert here == pytest.approx(there, rel=2e-3)  # the cache rounds to half precision
     assert kept != live
-    assert runs[1].targets is None
+    assert runs[1].lesson.targets is None
 
 
 def test_the_teacher_is_asked_once_a_step(digits_world: World, digits_cache: Artifact) -> None:
