@@ -6,11 +6,13 @@ on nodes of 4, however many there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from overproof.errors import InputError
 from overproof.recipe import Recipe, Sweep
+
+Resources = Mapping[str, float]  # by name, as Ray has them
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,12 @@ class Capacity:
             total += each * min(count, left)
             left -= min(count, left)
         return total
+
+
+def fitting(nodes: Iterable[Resources], each: Resources) -> int:
+    """How many equal bundles find room, each whole on one node."""
+    wanted = {name: amount for name, amount in each.items() if amount > 0}
+    return sum(min(int(node.get(name, 0) / amount) for name, amount in wanted.items()) for node in nodes)
 
 
 def needs(recipe: Recipe) -> tuple[Need, ...]:

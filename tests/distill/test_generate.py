@@ -13,7 +13,7 @@ import pytest
 import torch
 from distill_world import SEED, VOCABULARY, WRITING, World, capture, finish, jobs, recipe_of, writer
 from test_initial import student
-from test_killed import anew, kill
+from test_killed import anew, half_written, kill
 from test_sweep import STUDENTS, SWEEP, job_of
 from test_targets import rewrite
 
@@ -142,9 +142,7 @@ def test_a_stage_whose_driver_is_killed_writes_no_finished_file_again(
     sections = with_text(ALONE, actors=1)
     context = text_world.context("generate", lambda *word: words.append(word), **sections)
     kill(context, ray_cluster, tmp_path)
-    files = {path.name: path.stat().st_mtime_ns for path in Path(context.draft.workspace).glob("*/*.parquet")}
-    if len(files) == 3:  # the teacher was faster than the kill
-        Path(context.draft.workspace, context.draft.fingerprint, f"{files.popitem()[0]}.json").unlink()
+    files = half_written(context)
     again = anew(text_world, context)
     metrics = generate(dataclasses.replace(context, draft=again))
     assert words[0][::3] == (NOTICE, f"{len(files)} of 3 files were captured before")

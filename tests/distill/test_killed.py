@@ -59,6 +59,14 @@ def kill(context: Context, address: str, folder: Path) -> None:
     raise AssertionError("trials outlive their driver")
 
 
+def half_written(context: Context) -> dict[str, int]:
+    """The finished files of a killed capture of three, and when each was written; never all of them."""
+    files = {path.name: path.stat().st_mtime_ns for path in Path(context.draft.workspace).glob("*/*.parquet")}
+    if len(files) == 3:  # the teacher was faster than the kill
+        Path(context.draft.workspace, context.draft.fingerprint, f"{files.popitem()[0]}.json").unlink()
+    return files
+
+
 def anew(world: World, context: Context) -> Draft:
     """As the pipeline makes it: the unfinished draft is emptied, and its workspace stays."""
     draft = context.draft
@@ -196,9 +204,7 @@ def test_a_capture_whose_driver_is_killed_does_no_finished_file_again(
     words: list[tuple[str, int, int, str]] = []
     context = digits_world.context("cache", lambda *word: words.append(word), cache={"actors": 1})
     kill(context, ray_cluster, tmp_path)
-    files = {path.name: path.stat().st_mtime_ns for path in Path(context.draft.workspace).glob("*/*.parquet")}
-    if len(files) == 3:  # the teacher was faster than the kill
-        Path(context.draft.workspace, context.draft.fingerprint, f"{files.popitem()[0]}.json").unlink()
+    files = half_written(context)
     again = anew(digits_world, context)
     metrics = cache(dataclasses.replace(context, draft=again))
     assert words[0][0] == NOTICE

@@ -10,25 +10,22 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import ray.train
-from ray.train.collective import broadcast_from_rank_zero
 from ray.util.queue import Queue
 
-from overproof.distill.chunk import Chunk, chunks
+from overproof.distill.chunk import Chunk, Row, chunk
 from overproof.distill.job import MAX_DEATHS, Job
 from overproof.distill.trial import failure, result
 from overproof.errors import InputError
 from overproof.progress import NOTICE, Progress
 from overproof.recipe import Checkpoint, Optimization, Sweep, Training
-from overproof.train.elastic import WorkerBell, say
+from overproof.train.elastic import WorkerBell
 from overproof.train.job import Job as Group
 from overproof.train.launch import Trainer, run
-from overproof.train.start import Start
+from overproof.train.worker import begin
 
 
 @dataclass(frozen=True)
@@ -132,28 +129,22 @@ def training(settings: Sweep) -> Training:
 
 def work(given: Group, job: Job, queue: Queue) -> None:
     """Train as one rank from the newest checkpoint; rank 0 tells the curve, and at the end writes the weights."""
-    place = ray.train.get_context()
-    rank, world = place.get_world_rank(), place.get_world_size()
-    start = broadcast_from_rank_zero(
-        Start(given.checkpoints.newest(lambda line: say(given, line))) if rank == 0 else None
-    )
+    start, rank, world = begin(given)
     from overproof.train.rank import Trainee, own_rows  # seconds of imports
     from overproof.train.watch import Watch
 
     trainee = Trainee(given, start, rank, world)
-    told = 0
+    part: list[Row] = []
 
-    def tell(row: Mapping[str, float]) -> None:
-        nonlocal told
+    def tell(row: Row) -> None:
+        part.append(row)
         if "validation_loss" in row:
-            *_, last = chunks(trainee.rows[told:])
-            told = len(trainee.rows)
-            queue.put(Told(trainee.parameters, start.step, last))
+            queue.put(Told(trainee.parameters, start.step, chunk(part)))
+            part.clear()
 
     if rank == 0:
-        for part in chunks(trainee.rows):
-            told += len(part.curve)
-            queue.put(Told(trainee.parameters, start.step, part))
+        for row in trainee.rows:
+            tell(row)
     watch = Watch(given, trainee.manifest, world)
     trainee.train(own_rows(given, start, rank, world), WorkerBell(), watch, (tell,) if rank == 0 else ())
     if rank == 0:

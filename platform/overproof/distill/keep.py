@@ -75,12 +75,9 @@ def _sampled(
         q_CV += softened_CV / len(temperatures)
         entropies.append(torch.special.entr(softened_CV).sum(1))
     top_CK, indices_CK = logits_CV.topk(scheme.k, dim=1)
-    sums_CV = q_CV.scatter_(1, indices_CK, 0.0).double().cumsum(1)
     points_D = torch.arange(scheme.draws, device=logits_CV.device)
-    rest_C1 = sums_CV[:, -1:]
-    cuts_CD = (points_D + uniform_C[:, None]) / scheme.draws * rest_C1
-    cuts_CD = cuts_CD.minimum(rest_C1.nextafter(torch.zeros_like(rest_C1)))  # rounding must not reach the end
-    drawn_CD = torch.searchsorted(sums_CV, cuts_CD, right=True).clamp(max=logits_CV.shape[1] - 1)
+    share_CD = (points_D + uniform_C[:, None]) / scheme.draws
+    drawn_CD, rest_C1 = inverse(q_CV.scatter_(1, indices_CK, 0.0), share_CD)
     found = {
         "indices": indices_CK,
         "logprobs": top_CK - base_C1,
@@ -89,3 +86,15 @@ def _sampled(
         "drawn": drawn_CD,
     }
     return found | ({"drawn_logprobs": logits_CV.gather(1, drawn_CD) - base_C1} if len(temperatures) > 1 else {})
+
+
+def inverse(weights_CV: Tensor, share_CD: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs at which so large shares of the weights' sums are passed, (C, D), and the sums, (C, 1).
+
+    An output of weight 0 is not among them, unless all of a row are.
+    """
+    sums_CV = weights_CV.double().cumsum(1)
+    whole_C1 = sums_CV[:, -1:]
+    below_C1 = whole_C1.nextafter(torch.zeros_like(whole_C1))  # rounding must not reach the end
+    places_CD = torch.searchsorted(sums_CV, (share_CD * whole_C1).minimum(below_C1), right=True)
+    return places_CD.clamp(max=weights_CV.shape[1] - 1), whole_C1

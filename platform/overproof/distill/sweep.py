@@ -33,6 +33,7 @@ from overproof.distill.tuning import Trials, scheduler
 from overproof.distill.watch import Watch
 from overproof.errors import InputError
 from overproof.files import filesystem, join
+from overproof.placement import Resources, fitting
 from overproof.progress import quiet
 from overproof.recipe import Grid, Pbt, Sweep
 from overproof.recipe.search import Values, with_values
@@ -130,11 +131,10 @@ def _at_once(settings: Sweep) -> int:
     return min(settings.concurrent_trials, max(1, slots(settings, nodes)))
 
 
-def slots(settings: Sweep, nodes: Sequence[Mapping[str, float]]) -> int:
+def slots(settings: Sweep, nodes: Sequence[Resources]) -> int:
     """Trials that fit the nodes (their resources) at the same time; each bundle of one lies within a node."""
     each, cpus, gpus = settings.bundles
-    wants = {"CPU": cpus, "GPU": gpus}
-    return sum(min(int(node.get(unit, 0) / want) for unit, want in wants.items() if want) for node in nodes) // each
+    return fitting(nodes, {"CPU": cpus, "GPU": gpus}) // each
 
 
 def job(context: Context, journal: Journal, name: str, values: Values, pool: Pool | None = None) -> Job:

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from overproof.data.plan import uniforms
 from overproof.data.read import Columns
+from overproof.distill.keep import inverse
 from overproof.distill.replica import Replica
 from overproof.distill.text import TextIndex
 from overproof.errors import InputError
@@ -65,6 +66,4 @@ def draw(logits_BV: Tensor, uniform_B1: Tensor, temperature: float) -> Tensor:
     """One output a row, by the inverse of the distribution function: (B, 1). At temperature 0 the likeliest."""
     if temperature == 0:
         return logits_BV.argmax(1, keepdim=True)
-    sums_BV = torch.softmax(logits_BV / temperature, 1).double().cumsum(1)
-    drawn_B1 = torch.searchsorted(sums_BV, uniform_B1 * sums_BV[:, -1:], right=True)
-    return drawn_B1.clamp(max=logits_BV.shape[1] - 1)
+    return inverse(torch.softmax(logits_BV / temperature, 1), uniform_B1)[0]

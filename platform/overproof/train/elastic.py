@@ -28,6 +28,7 @@ from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
 from overproof.errors import InputError
+from overproof.placement import Resources, fitting
 from overproof.progress import NOTICE
 from overproof.train.checkpoint import Checkpoints, Say
 from overproof.train.job import Job
@@ -37,7 +38,6 @@ NODE_ID = "ray.io/node-id"  # a label that every node has
 READER_CPUS = 1.0  # that no worker may take, or nobody would read the rows
 ANSWER_TIMEOUT_S = 1.0
 LONGEST_CAUSE = 300  # characters of an error that are shown
-Resources = Mapping[str, float]
 Node = Mapping[str, Any]  # as ray.nodes() describes one
 
 _asked = threading.Event()  # in a worker's process: there is room for a larger group
@@ -149,12 +149,6 @@ def brief(found: Sequence[BaseException]) -> str:
         why = (text.partition("is dead because ")[2] or text).partition(" Some common causes")[0]
         return f"a worker died: {why[:LONGEST_CAUSE]}"
     return f"{type(cause).__name__}: {text[:LONGEST_CAUSE]}"
-
-
-def fitting(nodes: Iterable[Resources], each: Resources) -> int:
-    """How many workers find room, each whole on one node."""
-    wanted = {name: amount for name, amount in each.items() if amount > 0}
-    return sum(min(int(node.get(name, 0) // amount) for name, amount in wanted.items()) for node in nodes)
 
 
 def largest(worlds: Sequence[int], nodes: Sequence[Resources], each: Resources, limit: int) -> int | None:

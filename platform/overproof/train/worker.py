@@ -29,9 +29,7 @@ OWN_STEPS = 16  # whose rows a rank reads by itself: Ray Data starts meanwhile, 
 def work(job: Job) -> dict[str, Any] | None:
     """Train as one rank from the newest checkpoint; rank 0 writes the artifact and returns the stage's metrics."""
     began = time.monotonic()
-    place = ray.train.get_context()
-    rank, world = place.get_world_rank(), place.get_world_size()
-    start = broadcast_from_rank_zero(Start(job.checkpoints.newest(lambda line: say(job, line))) if rank == 0 else None)
+    start, rank, world = begin(job)
     arriving = planned_rows(job, start.step, rank, world)
     head, first_batch_s = list(islice(arriving, 1)), time.monotonic() - began
     from overproof.train.rank import Trainee  # seconds of imports
@@ -39,6 +37,14 @@ def work(job: Job) -> dict[str, Any] | None:
     trainee = Trainee(job, start, rank, world)
     metrics = trainee.fit(chain(head, arriving), WorkerBell())
     return None if metrics is None else {"first_batch_s": first_batch_s, **metrics}
+
+
+def begin(job: Job) -> tuple[Start, int, int]:
+    """Where this group begins, as rank 0 found it; this worker's rank and the size of its world."""
+    place = ray.train.get_context()
+    rank, world = place.get_world_rank(), place.get_world_size()
+    found = Start(job.checkpoints.newest(lambda line: say(job, line))) if rank == 0 else None
+    return broadcast_from_rank_zero(found), rank, world
 
 
 def planned_rows(job: Job, first: int, rank: int, world: int) -> Iterator[Columns]:
