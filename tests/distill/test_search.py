@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def test_what_is_proposed_lies_in_the_space_and_makes_a_trial(seed: int, kind: s
         assert 1e-4 <= changed.learning_rate <= 1e-1
         assert student.model.hidden_size in (4, 8, 12, 16)  # type: ignore[union-attr]
         assert {**values_of(changed, student), STUDENT: values[STUDENT]}.items() >= values.items()
-        study.tell(str(len(found) - 1), result(float(len(found))), finished=True)
+        study.tell(str(len(found) - 1), result(float(len(found))))
     assert len(found) == 12
 
 
@@ -86,7 +87,7 @@ def test_a_search_is_a_function_of_its_seed_and_of_what_it_is_told() -> None:
         study, found = study_of(recipe, before), list[Values]()
         while (values := study.ask("x")) is not None:
             found.append(values)
-            study.tell("x", result(abs(values["learning_rate"] - 0.01)), finished=True)
+            study.tell("x", result(abs(values["learning_rate"] - 0.01)))
         return found
 
     whole = run()
@@ -117,7 +118,7 @@ def test_tpe_comes_near_the_best_more_often_than_chance() -> None:
                 assert values
                 off = abs(values["learning_rate"] / 0.003 - 1)
                 near[kind] += off < 0.3
-                study.tell(str(number), result(off), finished=True)
+                study.tell(str(number), result(off))
     assert near["tpe"] > 1.5 * near["random"]
 
 
@@ -129,24 +130,64 @@ def test_several_objectives_lead_to_their_trade_off() -> None:
         values = study.ask(str(number))
         assert values
         loss = 1 / values["layers"] + abs(values["learning_rate"] / 0.003 - 1)
-        study.report(str(number), 4, result(loss, parameters=values["layers"]))
-        study.tell(str(number), result(loss, parameters=values["layers"]), finished=True)
+        study.tell(str(number), result(loss, parameters=values["layers"]))
     best = study.study.best_trials
     assert len({trial.params["layers"] for trial in best}) > 3
     assert all(abs(trial.params["learning_rate"] / 0.003 - 1) < 3 for trial in best)
 
 
-def test_trials_that_failed_or_were_stopped_teach_without_counting_as_whole() -> None:
+def test_a_trial_that_failed_teaches_nothing_and_a_stopped_one_what_it_had_reached() -> None:
     recipe = searching(space={"learning_rate": RATE}, search={"kind": "random", "trials": 3})
     study = study_of(recipe)
     for key in "abc":
         study.ask(key)
-    study.report("a", 2, result(0.5))
-    study.tell("a", result(0.5), finished=False)
-    study.tell("b", None, finished=False)
-    study.tell("c", result(1.0), finished=True)
-    assert [trial.state.name for trial in study.study.trials] == ["PRUNED", "FAIL", "COMPLETE"]
-    assert study.study.best_value == 1.0
+    study.tell("a", result(0.5))
+    study.tell("b", None)
+    study.tell("c", result(math.nan))
+    assert [(trial.state.name, trial.value) for trial in study.study.trials] == [
+        ("COMPLETE", 0.5), ("FAIL", None), ("FAIL", None),
+    ]  # fmt: skip
+
+
+FINITE = {
+    "layers": {"kind": "choice", "values": [4, 1, 2]},
+    "divergence": {"kind": "choice", "values": ["forward_kl", "jsd"]},
+}
+
+
+@pytest.mark.parametrize("kind", ["random", "tpe"])
+def test_no_combination_is_tried_twice(kind: str) -> None:
+    recipe = searching(space=FINITE, search={"kind": kind, "trials": 100})
+
+    def run(before: tuple[Values, ...] = ()) -> list[Values]:
+        study, found = study_of(recipe, before), list[Values]()
+        while (values := study.ask("x")) is not None:
+            found.append(values)
+            study.tell("x", result(values["layers"]))
+        return found
+
+    whole = run()
+    assert len(whole) == recipe.tune.trials(recipe.sweep) == 12 == len({tuple(values.values()) for values in whole})
+    assert run(tuple(whole[:7])) == whole
+
+
+def test_listed_numbers_lie_in_a_row() -> None:
+    """What is best lies next to what is good; among mere categories it takes up to 88 trials, at random 90."""
+    space = {
+        "layers": {"kind": "choice", "values": [2**place for place in range(12)]},
+        "weight_decay": {"kind": "choice", "values": [place / 10 for place in range(8)]},
+    }
+    recipe = searching(space=space, search={"kind": "tpe", "trials": 96, "startup_trials": 6})
+    sweep = recipe.sweep.model_copy(update={"students": recipe.sweep.students[:1]})
+    for seed in range(12):
+        study, off, tried = Study(recipe.tune, sweep, seed), 1.0, 0
+        while off > 1e-9:
+            values = study.ask("x")
+            assert values
+            off = abs(math.log2(values["layers"]) - 5) + abs(values["weight_decay"] * 10 - 5)
+            study.tell("x", result(off))
+            tried += 1
+        assert tried < 48
 
 
 @pytest.mark.parametrize(
@@ -167,6 +208,7 @@ def test_trials_that_failed_or_were_stopped_teach_without_counting_as_whole() ->
         ({"space": {"schedule": {"kind": "choice", "values": ["cosine", "steps"]}}}, r"with schedule steps cannot be"),
         ({"space": {"temperature": {"kind": "choice", "values": [3.0]}}}, r"temperature 3, which cache\.temperatures"),
         ({"space": {"layers": {"kind": "integers", "low": 1, "high": 4, "step": 2}}}, r"high 4 is not low 1 plus"),
+        ({"space": {"layers": {"kind": "choice", "values": [1, 2, 1]}}}, r"space\.layers: values has 1 twice"),
         ({"objectives": ["accuracy"]}, r"tune\.objectives\.0: found 'accuracy'; .*'validation_loss', 'parameters'"),
         ({"objectives": ["parameters"]}, r"expected validation_loss and others beside it"),
         ({"objectives": ["validation_loss", "parameters"], "scheduler": {"kind": "asha", "grace_steps": 2}},

@@ -30,7 +30,7 @@ def trials_of(given_up: set[str]) -> tuple[Trials, list[str]]:
         begun.append(values[STUDENT])
         return Named(values[STUDENT])
 
-    return Trials(Study(recipe.tune, recipe.sweep, 0), begin, 4, given_up.__contains__), begun
+    return Trials(Study(recipe.tune, recipe.sweep, 0), begin, given_up.__contains__), begun
 
 
 def result(loss: float) -> dict[str, Any]:
@@ -44,7 +44,6 @@ def test_a_trial_lost_before_it_ran_is_proposed_again_as_the_same() -> None:
     assert trials.suggest("3") is None  # one of the two may yet be lost
     trials.on_trial_complete("1", error=True)
     assert trials.suggest("4")["job"] is first
-    trials.on_trial_result("4", result(2.0))
     trials.on_trial_complete("4", result(2.0))
     trials.on_trial_complete("2", result(1.0))
     assert trials.suggest("5") == Searcher.FINISHED

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from itertools import count
+from typing import Any, TypeGuard
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -18,26 +19,32 @@ from overproof.recipe.search import Choice, Domain, Grid, Integers, LogUniform, 
 
 SEEDS_APART = 1_000_003
 STUDENT = "student"  # the value that names the base of a trial
+TRIES = 16  # of a sampler that suggests what was asked for before, until any other values are taken
 
 
 class Study:
-    """Suggests values for one trial after another. The caller knows a trial by a key of its own.
+    """Suggests values for one trial after another, none of them twice. The caller knows a trial by a key of its own.
 
-    Grid and random search and the tree-structured Parzen estimator, for one objective or several.
+    Grid and random search and the tree-structured Parzen estimator, for one objective or several. Listed numbers lie
+    in a row for it, and are no mere categories.
     """
 
     def __init__(self, tune: Tune, sweep: Sweep, seed: int, before: Sequence[Values] = ()) -> None:
         """``before`` are the trials of an attempt that was killed: they are asked for first, in their order."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.tune, self.seed, self.objectives = tune, seed, tune.objectives
+        self.tune, self.seed = tune, seed
         self.left = tune.trials(sweep)
-        self.spaces = distributions(tune, sweep)
+        self.ordered = {n: tuple(sorted(d.values)) for n, d in tune.space.domains.items() if _in_a_row(d)}
+        names = tuple(student.name for student in sweep.students)
+        self.spaces = {STUDENT: CategoricalDistribution(names)} | {
+            name: _distribution(domain) for name, domain in tune.space.domains.items()
+        }
         self.fixed = iter(before)
         if isinstance(tune.search, Grid):
             self.fixed = iter([*before, *_without(before, tune.grid(sweep))])
-        self.study = optuna.create_study(directions=["minimize"] * len(self.objectives))
+        self.study = optuna.create_study(directions=["minimize"] * len(tune.objectives))
+        self.asked = list[Values]()
         self.trials: dict[str, optuna.Trial] = {}
-        self.reached: dict[str, int] = {}  # steps
 
     def ask(self, key: str) -> Values | None:
         """Values of the next trial; None after the last."""
@@ -46,41 +53,43 @@ class Study:
         self.left -= 1
         known = next(self.fixed, None)
         if known is not None:
-            self.study.enqueue_trial(known)
+            places = {name: row.index(known[name]) for name, row in self.ordered.items()}
+            self.study.enqueue_trial({**known, **places})
         # Draws are a function of the trial's number: a search that goes on draws what it would have drawn.
-        self.study.sampler = _sampler(self.tune, (self.seed * SEEDS_APART + len(self.study.trials)) % 2**32)
-        trial = self.trials[key] = self.study.ask(self.spaces)
-        self.reached[key] = 0
-        return dict(trial.params)
-
-    def report(self, key: str, steps: int, result: Mapping[str, Any]) -> None:
-        """A trial has come so far."""
-        # Optuna has no part results for several; a trial whose process was killed tells again what it did before.
-        if len(self.objectives) == 1 and steps > self.reached[key]:
-            self.trials[key].report(float(result[self.objectives[0]]), steps)
-            self.reached[key] = steps
-
-    def tell(self, key: str, result: Mapping[str, Any] | None, finished: bool) -> None:
-        """A trial is over: with its last result, if it gave a usable one, and whether it ran every step."""
-        trial = self.trials.pop(key)
-        values = [float(result[name]) for name in self.objectives] if result else []
-        if not values or not all(map(math.isfinite, values)):
+        seed = (self.seed * SEEDS_APART + len(self.asked)) % 2**32
+        self.study.sampler = _sampler(self.tune, seed)
+        for rejected in count(1):
+            trial = self.study.ask(self.spaces)
+            values = trial.params | {name: row[trial.params[name]] for name, row in self.ordered.items()}
+            if known is not None or values not in self.asked:
+                break
             self.study.tell(trial, state=TrialState.FAIL)
-        elif finished or len(values) > 1:
+            if rejected == TRIES:
+                self.study.sampler = RandomSampler(seed)
+        self.asked.append(values)
+        self.trials[key] = trial
+        return dict(values)
+
+    def tell(self, key: str, result: Mapping[str, Any] | None) -> None:
+        """A trial is over, with its last result if it gave a usable one.
+
+        One that was stopped counts as if it had ended there: it is among the worse, or it would not have been stopped.
+        """
+        trial = self.trials.pop(key)
+        values = [float(result[name]) for name in self.tune.objectives] if result else []
+        if values and all(map(math.isfinite, values)):
             self.study.tell(trial, values)
-        else:  # what it had reached stands among its reports
-            self.study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self.study.tell(trial, state=TrialState.FAIL)
 
 
-def distributions(tune: Tune, sweep: Sweep) -> dict[str, BaseDistribution]:
-    """The space in Optuna's terms; the students are one of its choices."""
-    names = tuple(student.name for student in sweep.students)
-    return {STUDENT: CategoricalDistribution(names)} | {
-        name: _distribution(domain) for name, domain in tune.space.domains.items()
-    }
+def _in_a_row(domain: Domain) -> TypeGuard[Choice[float]]:
+    return isinstance(domain, Choice) and all(isinstance(value, int | float) for value in domain.values)
 
 
 def _distribution(domain: Domain) -> BaseDistribution:
+    if _in_a_row(domain):
+        return IntDistribution(0, len(domain.values) - 1)
     if isinstance(domain, Choice):
         return CategoricalDistribution(domain.values)
     if isinstance(domain, Integers):

@@ -203,7 +203,7 @@ def _tune(
             tune.with_resources(Trial, _resources(settings)),
             param_space=population,
             tune_config=tune.TuneConfig(
-                search_alg=None if population else Trials(study, begin, settings.steps, watch.failed.__contains__),
+                search_alg=None if population else Trials(study, begin, watch.failed.__contains__),
                 scheduler=scheduler(search, settings.steps, context.recipe.seed),
                 num_samples=1 if population else watch.trials * (1 + MAX_DEATHS),
                 max_concurrent_trials=_at_once(settings),

@@ -33,12 +33,10 @@ class Trials(Searcher):
     Tune gives a trial up whose process dies before the trial runs in it; unless ``given_up``, it is proposed again.
     """
 
-    def __init__(
-        self, study: Study, begin: Callable[[Values], Job], steps: int, given_up: Callable[[str], bool]
-    ) -> None:
-        """``begin`` makes the next trial's job; ``steps`` are a whole trial's; ``given_up`` is asked by name."""
+    def __init__(self, study: Study, begin: Callable[[Values], Job], given_up: Callable[[str], bool]) -> None:
+        """``begin`` makes the next trial's job; ``given_up`` is asked by name."""
         super().__init__(metric=LOSS, mode="min")
-        self.study, self.begin, self.steps, self.given_up = study, begin, steps, given_up
+        self.study, self.begin, self.given_up = study, begin, given_up
         self.open: dict[str, tuple[str, Job]] = {}  # by Tune's id: the study's key, and the job
         self.lost: list[tuple[str, Job]] = []
 
@@ -48,7 +46,7 @@ class Trials(Searcher):
             key, job = self.lost.pop()
             if not self.given_up(job.name):
                 return self._propose(trial_id, key, job)
-            self.study.tell(key, None, finished=False)
+            self.study.tell(key, None)
         values = self.study.ask(trial_id)
         if values is None:
             return None if self.open else Searcher.FINISHED
@@ -58,17 +56,12 @@ class Trials(Searcher):
         self.open[trial_id] = key, job
         return {"job": job}
 
-    def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        if result["failed"] is None:
-            self.study.report(self.open[trial_id][0], int(result[STEPS]), result)
-
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         key, job = self.open.pop(trial_id)
         if error:
             self.lost.append((key, job))
             return
-        usable = result if result and result["failed"] is None else None
-        self.study.tell(key, usable, finished=usable is not None and usable[STEPS] == self.steps)
+        self.study.tell(key, result if result and result["failed"] is None else None)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal of the sweep remembers what was suggested."""

@@ -28,6 +28,13 @@ class Choice(Section, Generic[T]):
     kind: Literal["choice"] = "choice"
     values: tuple[T, ...] = Field(min_length=1, description="What there is to choose from.")
 
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        twice = next((value for place, value in enumerate(self.values) if value in self.values[:place]), None)
+        if twice is not None:
+            raise ValueError(f"values has {twice} twice; expected each once")
+        return self
+
 
 class Span(Section):
     """From low to high."""
@@ -117,14 +124,14 @@ class Random(Section):
     """Values drawn at random."""
 
     kind: Literal["random"] = "random"
-    trials: Count = Field(description="Trials in all.")
+    trials: Count = Field(description="Trials in all; no more than the space has combinations.")
 
 
 class Tpe(Section):
     """Tree-structured Parzen estimator (Bergstra et al. 2011; multivariate, arXiv 2304.11127), by Optuna."""
 
     kind: Literal["tpe"] = "tpe"
-    trials: Count = Field(description="Trials in all.")
+    trials: Count = Field(description="Trials in all; no more than the space has combinations.")
     startup_trials: Count = Field(8, description="Trials drawn at random before the first is suggested.")
 
 
@@ -212,10 +219,12 @@ class Tune(Section):
         return self
 
     def trials(self, sweep: Sweep) -> int:
-        """Trials in all."""
-        if not isinstance(self.search, Grid):
-            return self.search.trials
-        return len(sweep.students) * prod(len(each) for each in self._finite().values())
+        """Trials in all: no more than there are combinations, for none is tried twice."""
+        finite = self._finite()
+        combinations = len(sweep.students) * prod(map(len, finite.values()))
+        if isinstance(self.search, Grid):
+            return combinations
+        return self.search.trials if len(finite) < len(self.space.domains) else min(self.search.trials, combinations)
 
     def together(self, sweep: Sweep) -> int:
         """Trials that must run at the same time."""
