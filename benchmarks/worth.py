@@ -7,7 +7,7 @@ many more steps, on further rows, as its CPU seconds a step allow for what disti
 the reading of the cache, and the student's share of the teacher's seconds over the cached rows; --shares say how many
 students use a cache. The teacher's training is not counted, for it is there, nor is the start of Ray, which any sweep
 pays. Gains are of means over seeds, with intervals of 95 % over held-out documents or images that both are scored on.
-About 10 minutes, and 4 more where the store has no teachers yet.
+About 20 minutes, and 4 more where the store has no teachers yet.
 """
 
 from __future__ import annotations
