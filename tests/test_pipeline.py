@@ -88,9 +88,10 @@ def test_the_report_is_one_page_with_the_picture_inside(digits: Run) -> None:
         assert f'"name":"{name}"' in page
 
 
-def test_the_refused_recipe_ends_with_reasons_and_serves_nothing(tmp_path: Path) -> None:
+def test_the_refused_recipe_ends_with_reasons_and_serves_nothing(ray_cluster: str, tmp_path: Path) -> None:
     command = _command("demo", str(RECIPES / "refused.yaml"), f"store={tmp_path}", "serve.port=0")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_own_ray(), timeout=STAGE_S)
+    shared = os.environ | {"RAY_ADDRESS": ray_cluster}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=shared, timeout=STAGE_S)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "the gate refused every candidate" in done.stderr
     assert "needed 100 times" in done.stderr
@@ -103,10 +104,13 @@ def test_the_refused_recipe_ends_with_reasons_and_serves_nothing(tmp_path: Path)
 def test_killed_at_any_stage_only_that_stage_is_lost(ray_cluster: str, tmp_path: Path) -> None:
     """On a cluster that stays, where the next run meets what the last one left; and once with the run's own cluster."""
     shared = os.environ | {"RAY_ADDRESS": ray_cluster}
+    few = ("train.steps=30", "sweep.steps=30", "tune.scheduler.grace_steps=10", "evaluate.timed_requests=20",
+           "gate.rules=[{kind: smaller, against: teacher, at_least: 4}, {kind: parity, at_most: 0.1}]")  # fmt: skip
+    command = _command("run", DIGITS, f"store={tmp_path}", *few)
     finished: dict[str, str] = {}
     for stage in ("prepare", "train", "cache", "sweep", "compress", "evaluate"):
         process = subprocess.Popen(
-            _command("run", DIGITS, f"store={tmp_path}"),
+            command,
             env=_own_ray() if stage == "sweep" else shared,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -123,7 +127,6 @@ def test_killed_at_any_stage_only_that_stage_is_lost(ray_cluster: str, tmp_path:
         assert set(found) >= set(NAMES[: NAMES.index(stage)])
         assert {name: created for name, created in found.items() if name in finished} == finished
         finished = found
-    command = _command("run", DIGITS, f"store={tmp_path}")
     done = subprocess.run(command, env=shared, capture_output=True, text=True, check=False, timeout=STAGE_S)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done before") == len(finished)
@@ -132,18 +135,24 @@ def test_killed_at_any_stage_only_that_stage_is_lost(ray_cluster: str, tmp_path:
 
 
 def test_the_language_model_from_source_code_to_a_streamed_answer(tmp_path: Path) -> None:
-    """The demo with fewer steps: every stage is real, and the answer comes over HTTP."""
+    """The demo with smaller models and fewer steps: every stage is real, and the answer comes over HTTP."""
+    shape = "kind: llama, intermediate_size: 192, layers: 1"
     overrides = (
-        f"store={tmp_path}", "serve.port=0", "train.steps=32", "sweep.steps=20", "tune.scheduler.grace_steps=10",
-        "train.validate_every=16", "sweep.validate_every=10", "cache.rows=160", "evaluate.max_documents=8",
-        "evaluate.timed_requests=20",
-        "gate.rules=[{kind: smaller, against: teacher, at_least: 2}, {kind: parity, at_most: 0.5}]",
+        f"store={tmp_path}", "serve.port=0", "data.tokenizer.vocab_size=1024",
+        f"train.model={{{shape}, hidden_size: 128, heads: 4, kv_heads: 4}}",
+        "train.steps=32", "train.validate_every=16",
+        f"sweep.students=[{{name: deep, model: {{{shape}, hidden_size: 64, heads: 2, kv_heads: 2}}}},"
+        f" {{name: wide, model: {{{shape}, hidden_size: 96, heads: 3, kv_heads: 3}}}}]",
+        "sweep.steps=20", "sweep.validate_every=10", "sweep.keep=1", "cache.rows=160",
+        "tune.scheduler.grace_steps=10", "tune.search={kind: tpe, trials: 4, startup_trials: 2}",
+        "evaluate.max_documents=4", "evaluate.timed_requests=10",
+        "gate.rules=[{kind: smaller, against: teacher, at_least: 1.5}, {kind: parity, at_most: 0.5}]",
     )  # fmt: skip
     command = [*_command("demo", str(RECIPES / "stdlib-lm.yaml"), *overrides), "--keep"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, env=_own_ray(), stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + 2 * STAGE_S
+        deadline = time.monotonic() + 3 * STAGE_S
         while "until Ctrl-C" not in (tmp_path / "log").read_text():
             assert process.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()
