@@ -86,7 +86,10 @@ def test_the_worst_take_over_from_the_best(digits_world: World, digits_cache: Ar
     ("tune", "words"),
     [
         ({"space": {}}, "space names none; expected some of learning_rate"),
-        ({"search": {"kind": "random", "trials": 5}}, "5 trials must run at the same time, and .* is 4"),
+        (
+            {"space": {"learning_rate": RATES}, "search": {"kind": "random", "trials": 5}},
+            "5 trials must run at the same time, and .* is 4",
+        ),
         ({"space": {"layers": {"kind": "choice", "values": [1, 2]}}}, "space names layers; expected some of"),
     ],
 )
