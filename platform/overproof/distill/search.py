@@ -19,7 +19,7 @@ from overproof.recipe.search import Choice, Domain, Grid, Integers, LogUniform, 
 
 SEEDS_APART = 1_000_003
 STUDENT = "student"  # the value that names the base of a trial
-TRIES = 16  # of a sampler that suggests what was asked for before, until any other values are taken
+TRIES = 4  # of a sampler that suggests what was asked for before, until any other values are taken
 
 
 class Study:

@@ -132,7 +132,7 @@ class Tpe(Section):
 
     kind: Literal["tpe"] = "tpe"
     trials: Count = Field(description="Trials in all; no more than the space has combinations.")
-    startup_trials: Count = Field(8, description="Trials drawn at random before the first is suggested.")
+    startup_trials: Count = Field(5, description="Trials drawn at random before the first is suggested.")
 
 
 class NoStop(Section):
