@@ -5,8 +5,8 @@
 Prints one Markdown table. Three tasks: each point of a grid was trained once, with its whole validation curve, into
 benchmarks/results/search/TASK.json (about 30 minutes where they are missing, or with --anew); searches are replayed on
 these curves, a few minutes. The target is the loss after every step that the best 1 % of the grid reach; a step counts
-on whichever worker it is made. A cell is the mean over the seeds, and behind it that over random search's; a search
-that never reaches the target counts as one of ten times the steps of the grid.
+on whichever worker it is made. A cell is the median over the seeds, and behind it that over random search's; "never"
+counts the searches that had tried every point, or made ten times the steps of the grid, without reaching it.
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ SOURCES = f"{HERE.parent / 'platform'}{os.pathsep}{HERE}"  # what every process 
 RECIPES = HERE.parent / "jobs" / "recipes"
 TEACHER = {"hidden_size": 224, "intermediate_size": 640, "layers": 3, "heads": 7, "kv_heads": 7}  # 2.4M
 STUDENT = {"hidden_size": 64, "intermediate_size": 192, "layers": 2, "heads": 2, "kv_heads": 2}  # a tenth
+LARGE_TEACHER = {"hidden_size": 448, "intermediate_size": 1280, "layers": 5, "heads": 7, "kv_heads": 7}  # 13.5M
+LARGE_STUDENT = {"hidden_size": 192, "intermediate_size": 512, "layers": 2, "heads": 6, "kv_heads": 6}  # a tenth
 TINY_TEACHER = {"hidden_size": 64, "intermediate_size": 128, "layers": 1, "heads": 2, "kv_heads": 2}
 TINY_STUDENT = {"hidden_size": 32, "intermediate_size": 64, "layers": 1, "heads": 2, "kv_heads": 2}
 SCORED_ROWS = 32  # in a batch of the scores
@@ -62,7 +64,9 @@ def options(about: str | None, seeds: int = 3) -> argparse.ArgumentParser:
     parser.add_argument("--teacher-steps", type=int, default=440)
     parser.add_argument("--documents", type=int, default=12, help="of the test split that are scored")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tiny", action="store_true", help="tiny models: to see that it runs")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--tiny", action="store_true", help="tiny models: to see that it runs")
+    size.add_argument("--large", action="store_true", help="models of text five times as large")
     return parser
 
 
@@ -76,7 +80,11 @@ def text(given: argparse.Namespace) -> Recipe:
     The cache covers what a student reads in ``given.steps``.
     """
     base = load_recipe(RECIPES / "stdlib-lm.yaml", (f"store={given.store.absolute()}", "name=text"))
-    teacher, student = (TINY_TEACHER, TINY_STUDENT) if given.tiny else (TEACHER, STUDENT)
+    teacher, student = TEACHER, STUDENT
+    if given.tiny:
+        teacher, student = TINY_TEACHER, TINY_STUDENT
+    if given.large:
+        teacher, student = LARGE_TEACHER, LARGE_STUDENT
     train = {"model": llama(teacher), "steps": given.teacher_steps, "validate_every": max(1, given.teacher_steps)}
     return base.model_copy(
         update={

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,17 +89,22 @@ def test_the_report_is_one_page_with_the_picture_inside(digits: Run) -> None:
         assert f'"name":"{name}"' in page
 
 
-def test_the_refused_recipe_ends_with_reasons_and_serves_nothing(ray_cluster: str, tmp_path: Path) -> None:
-    command = _command("demo", str(RECIPES / "refused.yaml"), f"store={tmp_path}", "serve.port=0")
-    shared = os.environ | {"RAY_ADDRESS": ray_cluster}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=shared, timeout=STAGE_S)
+def test_the_refused_recipe_ends_with_reasons_and_serves_nothing(digits: Run, tmp_path: Path) -> None:
+    """It is the digits under another policy: beside them, only the gate is new."""
+    recipes = [load(RECIPES / f"{name}.yaml").model_dump(exclude={"name", "gate"}) for name in ("digits", "refused")]
+    assert recipes[0] == recipes[1]
+    shutil.copytree(digits.recipe.store, tmp_path, dirs_exist_ok=True)
+    packages = set(tmp_path.glob("digits/package-*"))
+    command = _command("demo", str(RECIPES / "refused.yaml"), f"store={tmp_path}", "serve.port=0", "name=digits")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=STAGE_S)
     assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.count("done before") == NAMES.index("gate")
     assert "the gate refused every candidate" in done.stderr
     assert "needed 100 times" in done.stderr
     assert "refused" in done.stdout
     assert "curl" not in done.stdout
-    assert not list(tmp_path.glob("refused/package-*"))
-    assert list(tmp_path.glob(f"refused/gate-*/{RECORD}"))
+    assert set(tmp_path.glob("digits/package-*")) == packages
+    assert len(list(tmp_path.glob(f"digits/gate-*/{RECORD}"))) == 2
 
 
 def test_killed_at_any_stage_only_that_stage_is_lost(ray_cluster: str, tmp_path: Path) -> None:
