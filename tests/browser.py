@@ -26,9 +26,9 @@ class Heard:
 
 @contextmanager
 def opened(
-    file: Path, profile: Path, width: int = 1200, scheme: Literal["light", "dark"] = "light"
+    address: str, profile: Path, width: int = 1200, scheme: Literal["light", "dark"] = "light"
 ) -> Iterator[tuple[Page, Heard]]:
-    """A page from the disk, in a browser with a profile of its own."""
+    """A page from the disk or a server, in a browser with a profile of its own."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.fail("chromium is missing; `make test` installs it for root, else: apt-get install chromium")
@@ -49,7 +49,7 @@ def opened(
             page.on("console", complain)
             page.on("pageerror", lambda error: heard.complaints.append(str(error)))
             page.on("request", lambda request: heard.requests.append(request.url))
-            page.goto(file.as_uri())
+            page.goto(address)
             yield page, heard
         finally:
             browser.close()

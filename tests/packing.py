@@ -7,6 +7,7 @@ import json
 import shutil
 import sysconfig
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,8 @@ def _compress(recipe: Recipe, done: dict[str, Artifact], folder: Path) -> None:
     whole = folder / ("student.gguf" if text else "student.onnx")
     if text:
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
-        export_gguf(student, tokenizer, whole, "f16", recipe.name)
+        export = partial(export_gguf, student, tokenizer, name=recipe.name, chat_template=recipe.compress.chat_template)
+        export(whole, format="f16")
     else:
         export_onnx(student, whole)
     for name in ("teacher", "control"):
@@ -159,19 +161,19 @@ def _compress(recipe: Recipe, done: dict[str, Artifact], folder: Path) -> None:
     for format in recipe.compress.formats:
         file = whole.with_stem(f"student-{format}")
         if text:
-            export_gguf(student, tokenizer, file, format, recipe.name)
+            export(file, format=format)
         else:
             quantize_onnx(whole, file)
     for file in sorted((*folder.glob("*.gguf"), *folder.glob("*.onnx")), key=lambda f: f.stem, reverse=True):
         _, _, format = file.stem.partition("-")
         student = None if file.stem in ("teacher", "control") else "student"
-        export = {
+        listed = {
             "name": file.stem,
             "student": student,
             "file": file.name,
             "format": format or ("f16" if text else "fp32"),
         }
-        exports.append(export | {"size_bytes": file.stat().st_size, "candidate": bool(format)})
+        exports.append(listed | {"size_bytes": file.stat().st_size, "candidate": bool(format)})
     (folder / "exports.json").write_text(json.dumps(exports))
 
 

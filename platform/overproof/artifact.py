@@ -63,7 +63,7 @@ class Artifact:
 
     @property
     def id(self) -> str:
-        return f"{self.record.recipe}/{self.record.stage}-{self.record.fingerprint[:8]}"
+        return id_of(self.record.recipe, self.record.stage, self.record.fingerprint)
 
     @property
     def content_sha256(self) -> str:
@@ -93,6 +93,11 @@ class Artifact:
         verify_files(self.uri, self.record.files)
 
 
+def id_of(recipe: str, stage: str, print_: str) -> str:
+    """An artifact's name and its place in a store."""
+    return f"{recipe}/{stage}-{print_[:8]}"
+
+
 @dataclass(frozen=True)
 class Draft:
     """An artifact being written. Nothing of it exists for readers until ``commit``."""
@@ -103,6 +108,10 @@ class Draft:
     fingerprint: str
     config: Any
     parents: Mapping[str, str]
+
+    @property
+    def id(self) -> str:
+        return id_of(self.recipe, self.stage, self.fingerprint)
 
     @property
     def workspace(self) -> str:
@@ -175,7 +184,7 @@ class Store:
         return isinstance(self._opened[0], fs.LocalFileSystem)
 
     def _uri(self, recipe: str, stage: str, print_: str) -> str:
-        return join(self.uri, f"{recipe}/{stage}-{print_[:8]}")
+        return join(self.uri, id_of(recipe, stage, print_))
 
     def find(self, recipe: str, stage: str, print_: str) -> Artifact | None:
         """The finished artifact with this fingerprint, or None."""

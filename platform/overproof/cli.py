@@ -99,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("package", help="package directory, or its id in --store")
     serve.add_argument("--store", default="store", help="folder or URI (default: store)")
     serve.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field of serve")
+    keys = verb("keys", "make, list and revoke API keys of a file that servers read (OVERPROOF_KEYS)", recipe=False)
+    keys.add_argument("what", choices=("add", "ls", "revoke"))
+    keys.add_argument("name", nargs="?", help="whose key it is")
+    keys.add_argument("--file", default="keys.json", help="file or URI (default: keys.json)")
+    keys.add_argument("--requests-per-minute", type=int, metavar="N", help="most requests")
+    keys.add_argument("--tokens-per-minute", type=int, metavar="N", help="most tokens of prompts and completions")
     schema = verb("schema", "print the JSON schema of recipes", recipe=False)
     schema.add_argument("--text", action="store_true", help="one line for each field instead")
     return parser
@@ -122,6 +128,8 @@ def _run(options: argparse.Namespace) -> int:
         from overproof import live
 
         return live.serve(options.package, options.store, tuple(options.set))
+    if options.verb == "keys":
+        return _keys(options)
     if options.verb == "dashboard":
         from overproof import dashboard
         from overproof.files import join
@@ -156,6 +164,23 @@ def _run(options: argparse.Namespace) -> int:
 
         return live.demo(recipe, keep=options.keep)
     return _build(recipe, options.until if options.verb == "run" else options.verb)
+
+
+def _keys(options: argparse.Namespace) -> int:
+    from overproof.serve import keys
+
+    if (options.name is None) != (options.what == "ls"):
+        raise InputError(f"keys {options.what}: found name {options.name!r}; expected one to add or revoke, else none")
+    if options.what == "add":
+        print(keys.add(options.file, options.name, options.requests_per_minute, options.tokens_per_minute))
+        print(f"overproof: shown this once, {options.file} holds its hash alone", file=sys.stderr)
+    elif options.what == "revoke":
+        keys.revoke(options.file, options.name)
+    else:
+        for key in keys.read(options.file).keys:
+            limits = [f"{most:,} {what} a minute" for most, what in key.limits]
+            console.out.print("  ".join([key.name, key.created, *limits]), markup=False)
+    return 0
 
 
 def _build(recipe: Recipe, until: str) -> int:

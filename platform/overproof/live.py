@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import yaml
+from rich.markup import escape
 
 from overproof import cluster, pipeline, views
 from overproof.artifact import RECORD, Store
@@ -67,7 +68,7 @@ def _serve(package: Path, settings: Serve, keep: bool) -> None:
     with waiting("starting Ray Serve and its replicas"):
         base = run.start(package, settings)
     try:
-        ask(base)
+        ask(base, settings)
         if keep:
             out.print(f"serving {package} at {base} until Ctrl-C")
             _wait_for_signal()
@@ -75,9 +76,14 @@ def _serve(package: Path, settings: Serve, keep: bool) -> None:
         run.stop()
 
 
-def ask(base: str) -> None:
+def ask(base: str, settings: Serve) -> None:
     """Send one real request and print the answer and the `curl` line that repeats it."""
-    with httpx.Client(base_url=base, timeout=ASK_TIMEOUT_S, headers=_auth()) as client:
+    if _keys_alone():
+        out.print("requests need one of the keys in OVERPROOF_KEYS")
+        return
+    from overproof.serve.run import trusted
+
+    with httpx.Client(base_url=base, timeout=ASK_TIMEOUT_S, headers=_auth(), verify=trusted(settings)) as client:
         model = client.get("/v1/models").raise_for_status().json()["data"][0]
         text = model["overproof"]["kind"] == "text"
         path = "/v1/completions" if text else "/v1/classify"
@@ -88,15 +94,23 @@ def ask(base: str) -> None:
         )
         reply = client.post(path, json=body).raise_for_status().json()
     if text:
-        out.print(f"[bold]{body['prompt']}[/]{reply['choices'][0]['text']}", markup=True)
+        out.print(f"[bold]{body['prompt']}[/]{escape(reply['choices'][0]['text'])}", markup=True)
         body |= {"stream": True}
     else:
         out.print(f"a handwritten 7 is read as {reply['data'][0]['label']}")
     auth = '-H "Authorization: Bearer $OVERPROOF_API_KEY" ' if _auth() else ""
+    if settings.tls_certificate:
+        auth = f"--cacert {shlex.quote(settings.tls_certificate)} {auth}"
     out.print(
         f"curl -N {base}{path} {auth}-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}",
         markup=False,
     )
+
+
+def _keys_alone() -> bool:
+    from overproof.serve.limits import access, api_key
+
+    return api_key() is None and access().keyed
 
 
 def _auth() -> dict[str, str]:

@@ -33,6 +33,7 @@ Batch = dict[str, Tensor]
 IMAGE_EDGE = 8
 LEAST_POSITIONS = 2048
 WEIGHTS = "model.safetensors"
+CHAT_TEMPLATE = "chat_template.jinja"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 ARCHITECTURES: dict[str, Any] = {
     "LlamaForCausalLM": LlamaForCausalLM,
@@ -188,6 +189,15 @@ def save(
             "clean_up_tokenization_spaces": False,
         }
         (path / "tokenizer_config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+
+
+def chat_template(path: Path) -> str | None:
+    """The Jinja text by which a Hugging Face directory writes chat messages as a prompt, None where it has none."""
+    if (path / CHAT_TEMPLATE).is_file():
+        return (path / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    file = path / "tokenizer_config.json"
+    found = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def check_tokenizer(path: Path, manifest: Manifest) -> None:

@@ -88,7 +88,7 @@ STAGES = (
           lambda r: {"name": r.name}, format=2),
     Stage("package", "overproof.registry.package:package",
           ("prepare", "train", "generate", "cache", "sweep", "compress", "evaluate", "gate"),
-          lambda r: {"name": r.name}, format=2),
+          lambda r: {"name": r.name}, format=3),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
 UNWANTED = {"generate": "the recipe has no such section", "cache": "no student of the sweep reads it"}

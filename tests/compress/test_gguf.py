@@ -18,6 +18,7 @@ from overproof import models
 from overproof.compress.gguf import export_gguf, interleave_rotary, read_gguf, split_rotary
 from overproof.errors import InputError
 from overproof.evaluate.parity import text_parity_nats
+from overproof.serve.engines.base import Sampling
 from overproof.serve.engines.llamacpp import LlamaCpp
 
 HEADS, KV_HEADS, VOCABULARY, LAYERS = 4, 2, 288, 2
@@ -127,14 +128,15 @@ def test_llama_cpp_reads_it_the_same_way(tmp_path: Path, tied: bool) -> None:
     file = write(make(tmp_path / "source", tied=tied), tmp_path, "f16")
     engine = LlamaCpp(file)
     prompt = [0, 40, 41, 42]
-    given = engine.complete(prompt, 12, logprobs=1)
+    given = engine.complete(prompt, Sampling(12, logprobs=0))
     assert (
         engine.tokenize("for name")
         == Tokenizer.from_file(str(tmp_path / "source/tokenizer.json")).encode("for name").ids
     )
     engine.close()
-    assert given.logprobs is not None
-    assert text_parity_nats(read_gguf(file), prompt, given.tokens, given.logprobs) < 0.05
+    assert given.taken is not None
+    logprobs = [token.logprob for token in given.taken]
+    assert text_parity_nats(read_gguf(file), prompt, given.tokens, logprobs) < 0.05
 
 
 def test_metadata_says_what_it_is(source: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from overproof.compress.gguf import read_gguf
 from overproof.compress.onnx import Reference
 from overproof.errors import InputError
+from overproof.serve.engines.base import Sampling
 from overproof.serve.engines.llamacpp import LlamaCpp
 from overproof.serve.engines.onnx import OnnxClassifier
 from overproof.serve.engines.stream import StopFilter
@@ -43,14 +44,19 @@ def test_logprobs_are_the_models_own_for_every_token(engine: LlamaCpp, text_pack
     reference, header = read_gguf(text_package / "model.gguf"), read_header(text_package / "model.gguf")
     inside = 0
     for seed in range(4):
-        done = engine.complete(PROMPT, 24, temperature=2.0, seed=seed, logprobs=1)
-        assert done.logprobs is not None
-        assert len(done.logprobs) == len(done.tokens)
+        done = engine.complete(PROMPT, Sampling(24, temperature=2.0, seed=seed, logprobs=3))
+        assert done.taken is not None
+        assert [token.id for token in done.taken] == done.tokens
         with torch.inference_mode():
             logits_SV = reference(input_ids=torch.tensor([[*PROMPT, *done.tokens]])).logits[0]
         places = range(len(PROMPT) - 1, len(PROMPT) + len(done.tokens) - 1)
-        expected = [float(logits_SV[i].log_softmax(-1)[t]) for i, t in zip(places, done.tokens, strict=True)]
-        assert np.abs(np.array(done.logprobs) - expected).max() < 0.25  # llama.cpp rounds activations to 8 bits
+        expected_SV = logits_SV[list(places)].log_softmax(-1).numpy()
+        for token, expected_V in zip(done.taken, expected_SV, strict=True):
+            assert token.piece == header.pieces[token.id]
+            assert abs(token.logprob - expected_V[token.id]) < 0.25  # llama.cpp rounds activations to 8 bits
+            likeliest = [value for _, _, value in token.likeliest]
+            assert len(likeliest) == 3
+            assert np.abs(np.array(likeliest) - np.sort(expected_V)[:-4:-1]).max() < 0.25
         text = b""
         for token in done.tokens:
             text += header.pieces[token]
@@ -61,9 +67,9 @@ def test_logprobs_are_the_models_own_for_every_token(engine: LlamaCpp, text_pack
 @pytest.mark.parametrize("stop", [(), ("e",), ("\n", "in", "self."), ("\n    never",)])
 def test_pieces_join_to_the_whole(engine: LlamaCpp, stop: tuple[str, ...]) -> None:
     for seed in range(12):
-        asked: dict[str, Any] = {"temperature": seed % 3, "seed": seed, "stop": stop}
-        whole = engine.complete([0, 70 + seed], 5 + 3 * seed, **asked)
-        *pieces, last = engine.stream([0, 70 + seed], 5 + 3 * seed, **asked)
+        asked = Sampling(5 + 3 * seed, temperature=seed % 3, seed=seed, stop=stop)
+        whole = engine.complete([0, 70 + seed], asked)
+        *pieces, last = engine.stream([0, 70 + seed], asked)
         assert "".join(p.text for p in (*pieces, last)) == whole.text
         assert all(p.finish_reason is None for p in pieces)
         assert last.finish_reason == whole.finish_reason
@@ -76,22 +82,25 @@ def test_a_text_is_the_start_token_and_its_ids(engine: LlamaCpp, tokenizer: Toke
     text = "def café():\n    return '日本 🎉'<|endoftext|>x"
     ids = tokenizer.encode(text).ids
     assert engine.tokenize(text) == ids
-    by_text, by_ids = engine.complete(text, 8), engine.complete([0, *ids], 8)  # a text starts a document
+    by_text, by_ids = (
+        engine.complete(text, Sampling(8)),
+        engine.complete([0, *ids], Sampling(8)),
+    )  # a text starts a document
     assert (by_text.tokens, by_text.prompt_tokens) == (by_ids.tokens, 1 + len(ids))
     assert by_text.first_token_s > 0
     assert by_text.decode_s > 0
 
 
 def test_greedy_repeats_and_seeds_repeat(engine: LlamaCpp) -> None:
-    assert engine.complete(PROMPT, 20).tokens == engine.complete(PROMPT, 20, seed=5).tokens
-    first, again, other = (engine.complete(PROMPT, 20, temperature=1.0, seed=s).tokens for s in (1, 1, 2))
+    assert engine.complete(PROMPT, Sampling(20)).tokens == engine.complete(PROMPT, Sampling(20, seed=5)).tokens
+    first, again, other = (engine.complete(PROMPT, Sampling(20, temperature=1.0, seed=s)).tokens for s in (1, 1, 2))
     assert first == again != other
 
 
 def test_more_callers_than_slots_all_get_their_own_answer(engine: LlamaCpp) -> None:
-    alone = [engine.complete([0, 70 + i], 24) for i in range(8)]
+    alone = [engine.complete([0, 70 + i], Sampling(24)) for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda i: engine.complete([0, 70 + i], 24), range(8)))
+        together = list(pool.map(lambda i: engine.complete([0, 70 + i], Sampling(24)), range(8)))
     assert [len(t.tokens) for t in together] == [len(a.tokens) for a in alone]
     assert sum(t.tokens == a.tokens for t, a in zip(together, alone, strict=True)) >= 6  # ties may fall otherwise
 
@@ -113,39 +122,42 @@ def test_more_callers_than_slots_all_get_their_own_answer(engine: LlamaCpp) -> N
         ({"seed": 2**32 - 1}, "seed"),
         ({"stop": [""]}, "stop"),
         ({"stop": "abc"}, "stop"),
+        ({"logit_bias": {512: 1.0}}, "logit_bias: found token id 512"),
     ],
 )
 def test_bad_requests_are_refused_before_the_first_piece(engine: LlamaCpp, asked: Any, message: str) -> None:
+    settings = {"max_tokens": 4} | asked
+    prompt = settings.pop("prompt", "x")
     for ask in (engine.complete, engine.stream):
         with pytest.raises(InputError, match=message):
-            ask(**({"prompt": "x", "max_tokens": 4} | asked))
+            ask(prompt, Sampling(**settings))
 
 
 def test_a_long_answer_ends_where_the_context_does(engine: LlamaCpp) -> None:
-    done = engine.complete([1] * 2040, 100)
+    done = engine.complete([1] * 2040, Sampling(100))
     assert (len(done.tokens), done.finish_reason) == (8, "length")
 
 
 def test_closing_a_stream_ends_the_generation(engine: LlamaCpp) -> None:
-    pieces = engine.stream(PROMPT, 2000)
+    pieces = engine.stream(PROMPT, Sampling(2000))
     next(pieces)
     pieces.close()
     began = time.monotonic()
     assert len(list(pieces)) < 1000
-    assert engine.complete(PROMPT, 1).tokens
+    assert engine.complete(PROMPT, Sampling(1)).tokens
     assert time.monotonic() - began < 5
 
 
 def test_close_waits_for_calls_and_ends_the_engine(text_package: Path) -> None:
     engine = LlamaCpp(text_package / "model.gguf", slots=2)
     done: list[Any] = []
-    caller = threading.Thread(target=lambda: done.append(engine.complete(PROMPT, 400)))
+    caller = threading.Thread(target=lambda: done.append(engine.complete(PROMPT, Sampling(400))))
     caller.start()
     time.sleep(0.05)
     engine.close()
     assert done
     with pytest.raises(RuntimeError, match="closed"):
-        engine.complete(PROMPT, 1)
+        engine.complete(PROMPT, Sampling(1))
 
 
 def test_the_port_inside_answers_nobody_else(engine: LlamaCpp) -> None:
@@ -159,7 +171,7 @@ def test_many_texts_at_once_are_all_read(text_package: Path, tokenizer: Tokenize
     engine, texts = LlamaCpp(text_package / "model.gguf"), [f"def f{i}(self):\n" for i in range(400)]
     with ThreadPoolExecutor(32) as pool:
         assert list(pool.map(engine.tokenize, texts)) == [tokenizer.encode(text).ids for text in texts]
-        assert all(pool.map(lambda text: engine.complete(text, 1).tokens, texts[:64]))
+        assert all(pool.map(lambda text: engine.complete(text, Sampling(1)).tokens, texts[:64]))
     engine.check()
     engine.close()
 
@@ -197,10 +209,11 @@ def test_the_start_of_a_character_is_held_back(data: bytes, held: int) -> None:
 
 def test_what_was_not_reported_stays_open() -> None:
     pieces = [b"", b"a", b"\xc3", b"\xa9", b"\n"]
-    assert line_up([1, 2, 3, 4], [(1, -0.1), (3, -0.3)], pieces) == [-0.1, None, -0.3, None]
-    assert line_up([3, 2, 3], [(3, -0.1), (3, -0.2)], pieces) == [-0.1, None, -0.2]
+    one, three, four = ({"id": token} for token in (1, 3, 4))
+    assert line_up([1, 2, 3, 4], [one, three], pieces) == [one, None, three, None]
+    assert line_up([3, 2, 3], [three, three], pieces) == [three, None, three]
     with pytest.raises(RuntimeError, match="reported"):
-        line_up([1], [(4, -0.1)], pieces)
+        line_up([1], [four], pieces)
 
 
 def test_a_stop_string_may_come_in_parts() -> None:

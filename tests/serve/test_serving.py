@@ -32,8 +32,9 @@ def server(ray_cluster: str, text_package: Path) -> Iterator[httpx.Client]:
 
 
 def _events(server: httpx.Client, body: dict[str, Any]) -> list[dict[str, Any]]:
-    """The events of a streamed completion, without the closing mark."""
-    with server.stream("POST", "/v1/completions", json=body | {"stream": True}) as reply:
+    """The events of a streamed completion; the last one has the usage."""
+    asked = body | {"stream": True, "stream_options": {"include_usage": True}}
+    with server.stream("POST", "/v1/completions", json=asked) as reply:
         assert reply.status_code == 200
         assert reply.headers["content-type"].startswith("text/event-stream")
         lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
@@ -50,16 +51,17 @@ def _complete(server: httpx.Client, **body: Any) -> dict[str, Any]:
 def test_streamed_pieces_join_to_the_unary_text(server: httpx.Client, seed: int) -> None:
     """Greedy and hot: a hot model of bytes writes broken characters, which both must cut the same way."""
     body = {"prompt": [0, 70 + seed], "max_tokens": 20 + seed, "temperature": seed % 3 / 1.5, "seed": seed}
-    whole, events = _complete(server, **body), _events(server, body)
+    whole, (*events, last) = _complete(server, **body), _events(server, body)
     assert "".join(event["choices"][0]["text"] for event in events) == whole["choices"][0]["text"]
-    assert [event["usage"] for event in events] == [None] * (len(events) - 1) + [whole["usage"]]
+    assert [event["usage"] for event in events] == [None] * len(events)
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
     assert events[-1]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
-    assert len({event["id"] for event in events}) == 1
+    assert len({event["id"] for event in (*events, last)}) == 1
 
 
 def test_a_stop_string_ends_both(server: httpx.Client) -> None:
     body = {"prompt": "import os\n", "max_tokens": 64, "temperature": 1.0, "seed": 3, "stop": ["e", "\n\n"]}
-    whole, events = _complete(server, **body), _events(server, body)
+    whole, (*events, _) = _complete(server, **body), _events(server, body)
     text = "".join(event["choices"][0]["text"] for event in events)
     assert text == whole["choices"][0]["text"]
     assert (whole["choices"][0]["finish_reason"], "e" in text) == ("stop", False)
@@ -143,6 +145,8 @@ def test_only_proven_packages_are_served(text_package: Path, tmp_path: Path) -> 
         ({}, "args.package: found None"),
         ({"package": "/nowhere"}, "no package there"),
         ({"package": "PACKAGE", "port": 1}, "args.port: belongs to http_options"),
+        ({"package": "PACKAGE", "tls_key": "x"}, "move it there, as ssl_keyfile"),
+        ({"package": "PACKAGE", "tls_certificate": "x"}, "move it there, as ssl_certfile"),
         ({"package": "PACKAGE", "slotz": 1}, "slotz: unknown field"),
         ({"package": "PACKAGE", "min_replicas": 3}, "max_replicas 2 is below min_replicas 3"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,14 @@ import torch
 from pyarrow import fs
 from tiny_data import VIT
 
+from overproof.artifact import Store
 from overproof.data.manifest import Manifest
 from overproof.errors import InputError
 from overproof.files import filesystem
-from overproof.models import build, load, save
+from overproof.models import build, chat_template, load, save
+from overproof.recipe import Pretrained
 from overproof.train import pretrained
+from overproof.train.launch import keep_chat_template
 
 
 @pytest.fixture
@@ -44,3 +48,14 @@ def test_one_behind_a_uri_is_fetched_once_and_again_when_it_changes(saved: Path,
 def test_none_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere: no such folder"):
         pretrained.listing(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("layout", ["chat_template.jinja", "tokenizer_config.json"])
+def test_its_chat_template_stays_with_what_is_trained_from_it(saved: Path, tmp_path: Path, layout: str) -> None:
+    """Hugging Face directories have it in a file of its own or, older ones, in the tokenizer's."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert chat_template(saved) is None
+    (saved / layout).write_text(template if layout.endswith("jinja") else json.dumps({"chat_template": template}))
+    draft = Store(str(tmp_path / "store")).begin("x", "train", "0" * 64, {}, {})
+    keep_chat_template(Pretrained(path=str(saved)), draft)
+    assert chat_template(Path(draft.uri) / "model") == template

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ def compress(context: Context) -> dict[str, Any]:
     with context.draft.directory() as root:
         if isinstance(settings, Gguf):
             tokenizer = context.parents["prepare"].local() / TOKENIZER
-            _export_text(references, students, tokenizer, settings, context.recipe.name, root, add)
+            template = settings.chat_template or models.chat_template(references["teacher"])
+            write = partial(export_gguf, tokenizer=tokenizer, chat_template=template)
+            _export_text(references, students, settings, context.recipe.name, root, write, add)
             shutil.copyfile(tokenizer, root / TOKENIZER)
         else:
             _export_images(references, students, settings, root, add)
@@ -87,21 +90,21 @@ def compress(context: Context) -> dict[str, Any]:
 def _export_text(
     references: dict[str, Path],
     students: dict[str, Path],
-    tokenizer: Path,
     settings: Gguf,
     recipe: str,
     root: Path,
+    write: Callable[..., None],
     add: Add,
 ) -> None:
     for name, source in (references | students).items():
         file = root / f"{name}.gguf"
-        export_gguf(source, tokenizer, file, "f16", f"{recipe} {name}")
+        write(source, path=file, format="f16", name=f"{recipe} {name}")
         check_gguf(source, file)
         add(name, name if name in students else None, file, "f16")
     for name, source in students.items():
         for format in settings.formats:
             file = root / f"{name}-{format}.gguf"
-            export_gguf(source, tokenizer, file, format, f"{recipe} {name} {format}")
+            write(source, path=file, format=format, name=f"{recipe} {name} {format}")
             add(f"{name}-{format}", name, file, format)
 
 

@@ -45,8 +45,12 @@ class _Tensor:
     type: Ggml
 
 
-def export_gguf(model: Path, tokenizer: Path, path: Path, format: Format, name: str) -> None:
+def export_gguf(
+    model: Path, tokenizer: Path, path: Path, format: Format, name: str, chat_template: str | None = None
+) -> None:
     """Write a Hugging Face Llama directory as one GGUF file, a tensor at a time; ``path`` appears when complete.
+
+    ``chat_template`` (Jinja) goes into the file.
 
     Raises:
         InputError: the model or its tokenizer has a feature that this export does not cover.
@@ -60,6 +64,8 @@ def export_gguf(model: Path, tokenizer: Path, path: Path, format: Format, name: 
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_tokenizer(writer, tokenizer, config)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
     tensors = list(_tensors(model, config, base))
     for tensor in tensors:
         dtype, bytes_shape = _layout(tensor)

@@ -114,16 +114,17 @@ def _resident_mb() -> float:
 
 
 def _measure_text(request: TextRequest) -> TextAnswer:
+    from overproof.serve.engines.base import Sampling
     from overproof.serve.engines.llamacpp import LlamaCpp
 
     before_mb = _resident_mb()
     engine = LlamaCpp(Path(request.file), threads=request.threads, slots=1)
     prompts = request.timed_prompts
-    engine.complete(prompts[0], WARM_UP_TOKENS)
+    engine.complete(prompts[0], Sampling(WARM_UP_TOKENS))
     latency_s, first_token_s, tokens_per_s = [], [], []
     for i in range(request.timed_requests):
         began = time.perf_counter()
-        done = engine.complete(prompts[i % len(prompts)], request.decode_tokens)
+        done = engine.complete(prompts[i % len(prompts)], Sampling(request.decode_tokens))
         latency_s.append(time.perf_counter() - began)
         first_token_s.append(done.first_token_s)
         if len(done.tokens) > 1:
@@ -131,9 +132,9 @@ def _measure_text(request: TextRequest) -> TextAnswer:
     resident_mb = _resident_mb()
     answers = []
     for prompt in request.prompts:
-        done = engine.complete(prompt, request.probe_tokens, logprobs=1)
-        assert done.logprobs is not None
-        answers.append(Answer(tokens=done.tokens, logprobs=done.logprobs))
+        done = engine.complete(prompt, Sampling(request.probe_tokens, logprobs=0))
+        assert done.taken is not None
+        answers.append(Answer(tokens=done.tokens, logprobs=[token.logprob for token in done.taken]))
     splits = [engine.tokenize(text) for text in request.texts]
     engine.close()
     return TextAnswer(

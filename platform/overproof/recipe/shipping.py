@@ -14,6 +14,10 @@ class Gguf(Section):
 
     kind: Literal["gguf"] = "gguf"
     formats: tuple[Literal["q8_0", "q4_0"], ...] = Field(("q8_0", "q4_0"), min_length=1)
+    chat_template: str | None = Field(
+        None,
+        description="Jinja text that makes a prompt of chat messages; null takes the teacher's own, if any.",
+    )
 
 
 class Onnx(Section):
@@ -101,15 +105,22 @@ class Serve(Section):
 
     host: str = Field("127.0.0.1", description="Address to listen on; any but loopback needs OVERPROOF_API_KEY.")
     port: int = Field(8000, ge=0, le=65535, description="Port; 0 takes a free one.")
-    min_replicas: Count = 1
-    max_replicas: Count = 2
+    min_replicas: int = Field(1, ge=0, description="Fewest replicas; 0 stops the last one when nobody asks.")
+    max_replicas: Count = Field(2, description="Most replicas.")
+    upscale_delay_s: float = Field(1.0, ge=0, description="Seconds of higher load before a replica is added.")
+    downscale_delay_s: float = Field(60.0, ge=0, description="Seconds of lower load before one is stopped.")
     cpus_per_replica: Cpus = Field(1, description="Logical CPUs reserved by each replica.")
     threads: Count = Field(1, description="Engine threads in each replica.")
     slots: Count = Field(4, description="Sequences a replica decodes at once.")
     max_tokens: Count = Field(256, description="Most tokens a completion may ask for.")
 
+    tls_certificate: str | None = Field(None, description="PEM file of the certificate chain, for HTTPS.")
+    tls_key: str | None = Field(None, description="PEM file of its private key.")
+
     @model_validator(mode="after")
     def _range(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together; expected both or none")
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
         return self

@@ -34,7 +34,8 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # nev
 class Contents(Frozen):
     """The content of ``package.json``."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
+    id: str  # of the artifact, as `overproof show` takes it
     name: str
     kind: Literal["text", "digits"]
     candidate: str  # the export that was chosen
@@ -100,6 +101,7 @@ def package(context: Context) -> dict[str, Any]:
         card = render(context, manifest, report, verdict, model, file_sha256(folder / model))
         (folder / CARD).write_text(card, encoding="utf-8")
         content = Contents(
+            id=context.draft.id,
             name=context.recipe.name,
             kind=manifest.kind,
             candidate=export.name,

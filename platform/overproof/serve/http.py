@@ -4,65 +4,48 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from datetime import datetime
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from overproof.errors import InputError
-from overproof.registry.package import Package
-from overproof.serve.engines.base import ClassifierEngine, Piece, Pieces, TextEngine
-from overproof.serve.limits import Access, Gatekeeper, error
-from overproof.serve.schema import (
-    DEFAULT_MAX_TOKENS,
-    Choice,
+from overproof.serve.answers import FAILED, asks, streamed, whole
+from overproof.serve.beside import Beside
+from overproof.serve.limits import KEY_IN_SCOPE, Access, Gatekeeper, error
+from overproof.serve.replies import (
+    ChatReply,
     Classified,
     ClassifyReply,
-    ClassifyRequest,
     CompletionReply,
-    CompletionRequest,
+    ErrorReply,
     Model,
     ModelList,
-    Proof,
-    Usage,
 )
+from overproof.serve.schema import ChatRequest, ClassifyRequest, CompletionRequest
+from overproof.serve.shapes import Chat, Completions, Served, model_of
 
 Result = TypeVar("Result")
-FIELDS = {*CompletionRequest.model_fields, *ClassifyRequest.model_fields}
+FIELDS = {*CompletionRequest.model_fields, *ChatRequest.model_fields, *ClassifyRequest.model_fields}
 ROUTES = {"text": "/v1/completions", "digits": "/v1/classify"}
+REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
 
 
-@dataclass(frozen=True)
-class Served:
-    """A package, the engine that has loaded it, and what a request may ask."""
+def build_http(served: Served, access: Access, beside: Beside | None = None) -> FastAPI:
+    """/v1/models, /v1/completions, /v1/chat/completions, /v1/classify, /healthz, and /docs to try them.
 
-    package: Package
-    engine: TextEngine | ClassifierEngine
-    max_tokens: int
-    calls: int  # engine calls at the same time; more wait
-
-    @property
-    def id(self) -> str:
-        return self.package.content.name
-
-    @property
-    def fingerprint(self) -> str:
-        return self.package.sha256[:16]
-
-
-def build_http(served: Served, access: Access) -> FastAPI:
-    """/healthz, /v1/models, /v1/completions, /v1/classify. Engine calls run in threads of their own."""
+    Engine calls run in threads of their own.
+    """
+    beside = beside or Beside()
     pool = ThreadPoolExecutor(served.calls, thread_name_prefix="engine")
 
     async def call(function: Callable[[], Result]) -> Result:
@@ -74,8 +57,8 @@ def build_http(served: Served, access: Access) -> FastAPI:
         await asyncio.to_thread(served.engine.close)
         pool.shutdown()
 
-    app = FastAPI(title="overproof", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Gatekeeper, access=access)
+    app = FastAPIOffline(title="overproof", lifespan=lifespan, redoc_url=None, responses=REFUSALS)
+    app.add_middleware(Gatekeeper, access=access, beside=beside)
     _explain_errors(app)
 
     @app.get("/healthz")
@@ -83,20 +66,43 @@ def build_http(served: Served, access: Access) -> FastAPI:
         await asyncio.to_thread(served.engine.check)  # also when every engine thread is taken
         return {"status": "ok"}
 
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> str:
+        return await beside.metrics()
+
     @app.get("/v1/models")
     async def models() -> ModelList:
-        return ModelList(data=[_model(served.package)])
+        return ModelList(data=[model_of(served.package)])
+
+    @app.get("/v1/models/{model}")
+    async def model(model: str) -> Model:
+        _engine(served, served.package.content.kind, model)
+        return model_of(served.package)
+
+    async def respond(shape: Completions | Chat, prompts: list[Any], http: Request) -> Any:
+        engine, asked = served.engine, asks(served, shape.request, prompts, shape.logprobs)
+        used, began_s = partial(beside.used, http.scope.get(KEY_IN_SCOPE)), time.perf_counter()
+        if shape.request.stream:
+            events = streamed(shape, engine, asked, call, used)
+            first = await anext(events)  # what is wrong with the request shows before the reply begins
+            beside.began(time.perf_counter() - began_s)
+            return StreamingResponse(_chain(first, events), media_type="text/event-stream")
+        done = await asyncio.gather(*(call(partial(engine.complete, *ask)) for ask in asked))  # type: ignore[union-attr]
+        reply, usage = whole(shape, done)
+        await used(usage)
+        return reply
 
     @app.post("/v1/completions", response_model=CompletionReply)
-    async def completions(request: CompletionRequest) -> Any:
+    async def completions(request: CompletionRequest, http: Request) -> Any:
+        _engine(served, "text", request.model)
+        return await respond(Completions(served, request), request.prompt, http)
+
+    @app.post("/v1/chat/completions", response_model=ChatReply)
+    async def chat_completions(request: ChatRequest, http: Request) -> Any:
         engine = _engine(served, "text", request.model)
-        ask = _completion_arguments(request, served)
-        reply = partial(_reply, served, f"cmpl-{uuid.uuid4().hex}", int(time.time()))
-        if request.stream:
-            pieces = await call(partial(engine.stream, **ask))
-            return StreamingResponse(_events(pieces, reply, call), media_type="text/event-stream")
-        done = await call(partial(engine.complete, **ask))
-        return reply(Piece(done.text, done.finish_reason, done.prompt_tokens, len(done.tokens)))
+        messages = [{"role": m.role.replace("developer", "system"), "content": m.content} for m in request.messages]
+        prompt = await call(partial(engine.chat_prompt, messages))
+        return await respond(Chat(served, request), [prompt], http)
 
     @app.post("/v1/classify")
     async def classify(request: ClassifyRequest) -> ClassifyReply:
@@ -109,9 +115,16 @@ def build_http(served: Served, access: Access) -> FastAPI:
             Classified(index=i, label=int(row.argmax()), probabilities=row.tolist())
             for i, row in enumerate(probabilities_BC)
         ]
-        return ClassifyReply(model=served.id, system_fingerprint=served.fingerprint, data=data)
+        return ClassifyReply(**served.named, data=data)
 
     return app
+
+
+async def _chain(first: str, events: AsyncGenerator[str]) -> AsyncIterator[str]:
+    async with aclosing(events):
+        yield first
+        async for event in events:
+            yield event
 
 
 def _engine(served: Served, kind: str, model: str | None) -> Any:
@@ -122,56 +135,6 @@ def _engine(served: Served, kind: str, model: str | None) -> Any:
     if model is not None and model != content.name:
         raise HTTPException(404, f"model {model!r} is not served here; expected {content.name!r}")
     return served.engine
-
-
-def _completion_arguments(request: CompletionRequest, served: Served) -> dict[str, Any]:
-    asked = min(DEFAULT_MAX_TOKENS, served.max_tokens) if request.max_tokens is None else request.max_tokens
-    if asked > served.max_tokens:
-        raise InputError(f"max_tokens: found {asked}; this server gives at most {served.max_tokens}")
-    return {"max_tokens": asked} | request.model_dump(include={"prompt", "temperature", "top_p", "seed", "stop"})
-
-
-def _reply(served: Served, id_: str, created: int, piece: Piece) -> CompletionReply:
-    usage = None
-    if piece.finish_reason is not None:
-        total = piece.prompt_tokens + piece.completion_tokens
-        usage = Usage(prompt_tokens=piece.prompt_tokens, completion_tokens=piece.completion_tokens, total_tokens=total)
-    return CompletionReply(
-        id=id_,
-        created=created,
-        model=served.id,
-        system_fingerprint=served.fingerprint,
-        choices=[Choice(text=piece.text, finish_reason=piece.finish_reason)],
-        usage=usage,
-    )
-
-
-async def _events(pieces: Pieces, reply: Callable[[Piece], CompletionReply], call: Any) -> AsyncIterator[str]:
-    """Server-sent events; generation ends when the client goes."""
-    try:
-        while (piece := await call(partial(next, pieces, None))) is not None:
-            yield f"data: {reply(piece).model_dump_json()}\n\n"
-        yield "data: [DONE]\n\n"
-    finally:
-        pieces.close()
-
-
-def _model(package: Package) -> Model:
-    content = package.content
-    reasons = next(c.reasons for c in package.verdict.candidates if c.name == content.candidate)
-    return Model(
-        id=content.name,
-        created=int(datetime.fromisoformat(content.created).timestamp()),
-        overproof=Proof(
-            kind=content.kind,
-            candidate=content.candidate,
-            format=content.model_format,
-            sha256=package.sha256,
-            size_bytes=package.size_bytes,
-            verdict=[reason.text for reason in reasons],
-            parents=content.parents,
-        ),
-    )
 
 
 def _explain_errors(app: FastAPI) -> None:
@@ -190,10 +153,12 @@ def _explain_errors(app: FastAPI) -> None:
             return error(400, f"the body is not JSON: {first['ctx']['error']}")
         if first["type"] == "extra_forbidden":
             return error(400, f"{place[0]}: unknown field; leave it out", param=place[0])
-        if not place:
-            return error(400, "expected a JSON object as the body, with Content-Type: application/json")
         message = first["msg"].removeprefix("Value error, ")
-        return error(400, f"{'.'.join(place)}: {message[0].lower()}{message[1:]}", param=place[0])
+        if place:
+            return error(400, f"{'.'.join(place)}: {message[0].lower()}{message[1:]}", param=place[0])
+        if first["type"] == "value_error":  # of several fields
+            return error(400, message)
+        return error(400, "expected a JSON object as the body, with Content-Type: application/json")
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, refused: HTTPException) -> Response:
@@ -202,4 +167,4 @@ def _explain_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, __: Exception) -> JSONResponse:
-        return error(500, "the server failed; its log says why", kind="server_error")
+        return error(500, FAILED, kind="server_error")

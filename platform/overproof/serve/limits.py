@@ -5,43 +5,64 @@ The one file of `serve` that reads the environment.
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import hmac
 import ipaddress
+import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from overproof.serve.schema import ErrorDetail, ErrorReply
+from overproof.errors import InputError
+from overproof.serve.beside import Beside
+from overproof.serve.keys import Keys, digest, read
+from overproof.serve.replies import ErrorDetail, ErrorReply
 
 KEY_VARIABLE = "OVERPROOF_API_KEY"
+KEYS_VARIABLE = "OVERPROOF_KEYS"
 MOST_BODY_BYTES = 4 << 20
 TOO_LARGE = f"the body is larger than {MOST_BODY_BYTES} bytes; send less at a time"
+KEY_IN_SCOPE = "overproof.key"  # of an ASGI request: the key that pays for its tokens
 OPEN_PATHS = ("/healthz",)
+DOCS = ("/docs", "/openapi.json", "/static-offline-docs/")  # no secret, and a browser sends no key for them
 # Ray Serve lets a client lift its time limit and outlive its disconnection.
 REFUSED_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
 
 
 @dataclass(frozen=True)
 class Access:
-    """The sha256 of the API key, so that the key itself stays in the process that was given it; None means no key."""
+    """What a request must carry: the key with this hash (the key itself stays where it was set), or one of a file."""
 
-    key_sha256: str | None
+    key_sha256: str | None = None
+    keys_uri: str | None = None
+
+    @property
+    def keyed(self) -> bool:
+        return not (self.key_sha256 is None and self.keys_uri is None)
 
 
 def api_key() -> str | None:
-    """The key that requests must carry, from the environment; None where it is not set or empty."""
+    """The key that requests may carry, from the environment; None where it is not set or empty."""
     return os.environ.get(KEY_VARIABLE) or None
 
 
 def access() -> Access:
-    """What the environment asks for."""
-    key = api_key()
-    return Access(None if key is None else hashlib.sha256(key.encode()).hexdigest())
+    """What the environment asks for.
+
+    Raises:
+        InputError: the file of keys cannot be read, or holds none.
+    """
+    key, uri = api_key(), os.environ.get(KEYS_VARIABLE) or None
+    if uri is not None:
+        uri = uri if "://" in uri else str(Path(uri).expanduser().absolute())
+        if not read(uri).keys:
+            raise InputError(f"{KEYS_VARIABLE}: {uri} holds no key; make one: `overproof keys add NAME`")
+    return Access(None if key is None else digest(key), uri)
 
 
 def is_loopback(host: str) -> bool:
@@ -57,26 +78,27 @@ def is_loopback(host: str) -> bool:
 class Gatekeeper:
     """ASGI middleware that refuses with one JSON error.
 
-    With a key, every path but ``/healthz`` needs it. Without one, clients of other machines are refused, whatever
-    address Serve was told to listen on.
+    With a key, every path but ``/healthz`` and the docs needs it. Without one, clients of other machines are refused,
+    whatever address Serve was told to listen on.
     """
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
-        self._app, self._access = app, access
+    def __init__(self, app: ASGIApp, access: Access, beside: Beside) -> None:
+        self._app, self._access, self._beside = app, access, beside
+        self._keys = None if access.keys_uri is None else Keys(access.keys_uri)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it here."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = self._refusal(scope)
+        refusal = self._malformed(scope) or await self._refusal(scope)
         if refusal is None:
             body = _Body(receive)
             await self._app(scope, body.receive, send)
         else:
             await refusal(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> JSONResponse | None:
+    def _malformed(self, scope: Scope) -> JSONResponse | None:
         headers = dict(scope["headers"])
         for name in REFUSED_HEADERS:
             if name in headers:
@@ -84,22 +106,40 @@ class Gatekeeper:
         announced = headers.get(b"content-length", b"0")
         if not announced.isdigit() or int(announced) > MOST_BODY_BYTES:
             return error(413, TOO_LARGE)
+        return None
+
+    async def _refusal(self, scope: Scope) -> JSONResponse | None:
         if scope["path"] in OPEN_PATHS:
             return None
-        if self._access.key_sha256 is None:
+        if not self._access.keyed:
             host = (scope["client"] or ("an unknown address",))[0]
-            if not is_loopback(host):
-                message = (
-                    f"requests from {host} need an API key, and none is set; set {KEY_VARIABLE} where Serve starts"
-                )
-                return error(403, message, kind="permission_error")
-        elif not hmac.compare_digest(_presented_sha256(headers), self._access.key_sha256):
+            if is_loopback(host):
+                return None
+            message = f"requests from {host} need an API key, and none is set; set {KEY_VARIABLE} where Serve starts"
+            return error(403, message, kind="permission_error")
+        if scope["path"].startswith(DOCS):
+            return None
+        presented = _presented_sha256(dict(scope["headers"]))
+        if hmac.compare_digest(presented, self._access.key_sha256 or ""):
+            return None
+        key = await asyncio.to_thread(self._keys.find, presented) if self._keys else None
+        if key is None:
             return error(
                 401,
-                "expected the header 'Authorization: Bearer KEY' with this server's API key",
+                "expected the header 'Authorization: Bearer KEY' with an API key of this server",
                 kind="authentication_error",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        if key.limits:
+            wait_s = await self._beside.admit(key)
+            if wait_s > 0:
+                return error(
+                    429,
+                    f"key {key.name!r} has used up its limit of a minute; ask again in {wait_s:.0f} s",
+                    kind="rate_limit_error",
+                    headers={"Retry-After": str(math.ceil(wait_s))},
+                )
+            scope[KEY_IN_SCOPE] = key
         return None
 
 
@@ -131,4 +171,4 @@ def error(
 
 def _presented_sha256(headers: dict[bytes, bytes]) -> str:
     scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-    return hashlib.sha256(key.strip() if scheme.lower() == b"bearer" else b"").hexdigest()
+    return digest(key.strip().decode("latin-1") if scheme.lower() == b"bearer" else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import ssl
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from overproof.errors import InputError
 from overproof.recipe import Serve
 from overproof.registry.package import locate, open_package
 from overproof.serve.app import application
-from overproof.serve.limits import KEY_VARIABLE, access, api_key, is_loopback
+from overproof.serve.limits import KEY_VARIABLE, KEYS_VARIABLE, access, api_key, is_loopback
 from overproof.serve.port import free_port
 
 __all__ = ["api_key", "start", "stop"]
@@ -39,23 +40,43 @@ def start(package: Path | str, settings: Serve) -> str:
         InputError: the package may not be served, a host that others reach has no API key, the port is taken, or
             the cluster already serves something else.
     """
-    if not is_loopback(settings.host) and api_key() is None:
+    allowed = access()
+    if not is_loopback(settings.host) and not allowed.keyed:
         raise InputError(
             f"serve.host: {settings.host} can be reached from other machines; set {KEY_VARIABLE} to a secret that "
-            "requests must carry, or take 127.0.0.1"
+            f"requests must carry, or {KEYS_VARIABLE} to a file of keys (`overproof keys add NAME`), or take 127.0.0.1"
         )
+    trusted(settings)
     name = open_package(locate(str(package))).content.name
-    app = application(str(package), settings, access())
+    app = application(str(package), settings, allowed)
     LOG.setLevel(logging.WARNING)
     host, port = _listen(settings, name)
     try:
         serve.run(app, name=name, route_prefix="/")
-        base = f"http://{_reachable(host)}:{port}"
-        _wait(base)
+        base = f"{'http' if trusted(settings) is True else 'https'}://{_reachable(host)}:{port}"
+        _wait(base, trusted(settings))
     except BaseException:
         stop()
         raise
     return base
+
+
+def trusted(settings: Serve) -> ssl.SSLContext | bool:
+    """What a client verifies: the server's own certificate, whatever host it names; True where there is none.
+
+    Raises:
+        InputError: the certificate or its key cannot be read.
+    """
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return True
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(settings.tls_certificate, settings.tls_key)
+        context = ssl.create_default_context(cafile=settings.tls_certificate)
+    except OSError as error:  # an ssl.SSLError is one
+        files = f"{settings.tls_certificate}, {settings.tls_key}"
+        raise InputError(f"serve.tls_certificate, serve.tls_key: {files}: {error}; expected a pair in PEM") from None
+    context.check_hostname = False
+    return context
 
 
 def stop() -> None:
@@ -75,10 +96,11 @@ def _listen(settings: Serve, name: str) -> tuple[str, int]:
     running = _running()
     if running is None:
         port = free_port(settings.host, settings.port)
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": settings.host, "port": port, "request_timeout_s": REQUEST_TIMEOUT_S},
-        )
+        options = {"host": settings.host, "port": port, "request_timeout_s": REQUEST_TIMEOUT_S}
+        if settings.tls_certificate and settings.tls_key:
+            files = {"ssl_certfile": settings.tls_certificate, "ssl_keyfile": settings.tls_key}
+            options |= {name: str(Path(file).expanduser().absolute()) for name, file in files.items()}
+        serve.start(proxy_location="HeadOnly", http_options=options)
         return settings.host, port
     others = sorted(set(serve.status().applications) - {name})
     if others:
@@ -103,11 +125,11 @@ def _reachable(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _wait(base: str) -> None:
+def _wait(base: str, verify: ssl.SSLContext | bool) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while True:
         try:
-            reply = httpx.get(f"{base}/healthz", trust_env=False)
+            reply = httpx.get(f"{base}/healthz", trust_env=False, verify=verify)
             if reply.status_code == httpx.codes.OK:
                 return
             found = f"status {reply.status_code}"

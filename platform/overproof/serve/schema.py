@@ -1,21 +1,53 @@
-"""What goes over HTTP, in the shape of OpenAI's API (https://platform.openai.com/docs/api-reference/completions)."""
+"""What is asked over HTTP, in the shape of OpenAI's API (https://platform.openai.com/docs/api-reference)."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 DEFAULT_MAX_TOKENS = 16
 MOST_STOPS = 4
 MOST_IMAGES = 1024
+MOST_CHOICES = 16
+MOST_BIASES = 300
+MOST_MESSAGES = 1024
+MOST_GRAMMAR = 16384  # characters
 
 
-def _prompt(value: Any) -> Any:
-    ids = isinstance(value, list) and all(type(i) is int for i in value)
-    if not value or not (isinstance(value, str) or ids):
-        raise ValueError("expected text or a list of token ids, not empty")
+def _prompts(value: Any) -> Any:
+    alone = isinstance(value, str) or (isinstance(value, list) and all(type(i) is int for i in value))
+    prompts = [value] if alone else value
+    if not isinstance(prompts, list) or not all(_prompt(prompt) for prompt in prompts):
+        raise ValueError("expected text or a list of token ids, or a list of such, none empty")
+    return prompts
+
+
+def _prompt(value: Any) -> bool:
+    return bool(value) and (isinstance(value, str) or (isinstance(value, list) and all(type(i) is int for i in value)))
+
+
+def _bias(value: Any) -> Any:
+    """JSON has text as keys."""
+    ids = value if isinstance(value, dict) else {"": ""}
+    if len(ids) > MOST_BIASES or not all(str(key).isdecimal() and _within(bias) for key, bias in ids.items()):
+        raise ValueError(f"expected token ids with numbers from -100 to 100, {MOST_BIASES} at most")
+    return {int(key): float(bias) for key, bias in ids.items()}
+
+
+def _within(bias: Any) -> bool:
+    return type(bias) in (int, float) and -100 <= bias <= 100
+
+
+def _content(value: Any) -> Any:
+    """Text, as it is or in parts."""
+    if isinstance(value, list):
+        parts = [part if isinstance(part, dict) and part.get("type") == "text" else {} for part in value]
+        texts = [text for part in parts if isinstance(text := part.get("text"), str)]
+        if len(texts) != len(value):
+            raise ValueError("expected text, or parts of type 'text'")
+        return "".join(texts)
     return value
 
 
@@ -40,18 +72,109 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     model: str | None = Field(None, description="Id of the served package; may be left out.")
+    user: str | None = Field(None, description="Taken, and not looked at.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        """Clients send null for what they leave out."""
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
-class CompletionRequest(Request):
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    include_usage: bool = Field(False, description="One more event at the end, with the usage and no choices.")
+
+
+class Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str = Field(description="Taken, and not looked at.")
+    description: str | None = None
+    json_schema: dict[str, Any] = Field({}, alias="schema", description="What the JSON must be (JSON Schema).")
+    strict: bool | None = Field(None, description="The schema is kept to in any case.")
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: Schema | None = None
+
+    @model_validator(mode="after")
+    def _with_schema(self) -> Self:
+        if (self.json_schema is None) != (self.type != "json_schema"):
+            raise ValueError("json_schema belongs to type 'json_schema', and to no other")
+        return self
+
+
+class Generated(Request):
+    """What completions and chats have in common."""
+
+    temperature: float = Field(1.0, ge=0, le=2, description="0 takes the likeliest token each time.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Samples from the likeliest tokens with this much mass.")
+    seed: int | None = Field(None, ge=0, lt=2**32 - MOST_CHOICES, description="Repeats a sample.")
+    stop: Annotated[list[str], BeforeValidator(_stop)] = Field([], description="Ends the text before these.")
+    n: int = Field(1, ge=1, le=MOST_CHOICES, description="Choices; with a seed, each has its own.")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Off the logit of every token that occurred.")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="Off the logit, for each time that it occurred.")
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias)] = Field(
+        {}, description="Added to the logits of these token ids, -100 to 100."
+    )
+    response_format: ResponseFormat = Field(ResponseFormat(), description="Text, JSON, or JSON of a schema.")
+    grammar: str | None = Field(
+        None, max_length=MOST_GRAMMAR, description="What the text must be: llama.cpp's GBNF, or llguidance's Lark."
+    )
+    stream: bool = Field(False, description="Server-sent events instead of one reply.")
+    stream_options: StreamOptions = StreamOptions()
+
+
+class CompletionRequest(Generated):
     """Body of POST /v1/completions."""
 
-    prompt: Annotated[str | list[int], BeforeValidator(_prompt)] = Field(description="Text or token ids.")
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)] = Field(
+        description="Text or token ids, or a list of those; choices come prompt by prompt."
+    )
     max_tokens: int | None = Field(None, ge=1, description="Most tokens to generate; 16 unless given.")
-    temperature: float = Field(0.0, ge=0, le=2, description="0 takes the likeliest token each time.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Samples from the likeliest tokens with this much mass.")
-    seed: int | None = Field(None, ge=0, lt=2**32 - 1, description="Repeats a sample.")
-    stop: Annotated[list[str], BeforeValidator(_stop)] = Field([], description="Ends the text before these.")
-    stream: bool = Field(False, description="Server-sent events instead of one reply.")
+    logprobs: int | None = Field(
+        None, ge=0, le=5,
+        description="Likeliest tokens named at each place; streamed, the events come when the text is whole.",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _few(self) -> Self:
+        if len(self.prompt) * self.n > MOST_CHOICES:
+            raise ValueError(f"{len(self.prompt)} prompts with n {self.n}: expected at most {MOST_CHOICES} choices")
+        return self
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_content)]
+    name: str | None = Field(None, description="Taken, and not looked at.")
+
+
+class ChatRequest(Generated):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    max_tokens: int | None = Field(None, ge=1, description="As max_completion_tokens.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="Most tokens to generate; all unless given.")
+    logprobs: bool = Field(
+        False, description="Log-probabilities; streamed, the events come when the text is whole."
+    )  # fmt: skip
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="Likeliest tokens named at each place.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise ValueError("max_tokens and max_completion_tokens are one thing; give one")
+        return self
 
 
 class ClassifyRequest(Request):
@@ -60,76 +183,3 @@ class ClassifyRequest(Request):
     images: list[Annotated[list[float], BeforeValidator(_image)]] = Field(
         min_length=1, max_length=MOST_IMAGES, description="Pixels from 0 to 1, flat or as rows."
     )
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class Choice(BaseModel):
-    index: int = 0
-    text: str
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"] | None
-
-
-class CompletionReply(BaseModel):
-    """A whole completion, or one event of a streamed one: usage comes with the last."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int  # seconds since 1970
-    model: str
-    system_fingerprint: str  # start of the served file's sha256
-    choices: list[Choice]
-    usage: Usage | None = None
-
-
-class Classified(BaseModel):
-    index: int
-    label: int
-    probabilities: list[float]
-
-
-class ClassifyReply(BaseModel):
-    object: Literal["list"] = "list"
-    model: str
-    system_fingerprint: str
-    data: list[Classified]
-
-
-class Proof(BaseModel):
-    """Why this package is served."""
-
-    kind: Literal["text", "digits"]
-    candidate: str
-    format: str
-    sha256: str
-    size_bytes: int
-    verdict: list[str]
-    parents: dict[str, str]
-
-
-class Model(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "overproof"
-    overproof: Proof
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None = None
-
-
-class ErrorReply(BaseModel):
-    error: ErrorDetail

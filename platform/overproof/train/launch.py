@@ -18,6 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
+from overproof.artifact import Draft
 from overproof.cluster import own_interrupt
 from overproof.data.manifest import Manifest
 from overproof.errors import InputError
@@ -126,7 +127,20 @@ def train(context: Context) -> dict[str, Any]:
     context.progress("train", checkpoints.committed(), settings.steps, f"starting {size} workers")
     with tempfile.TemporaryDirectory(prefix="overproof-train-") as scratch:
         metrics: dict[str, Any] = run(Trainer(job, scratch))
-        return metrics
+    if isinstance(settings.model, Pretrained):
+        keep_chat_template(settings.model, draft)
+    return metrics
+
+
+def keep_chat_template(starting: Pretrained, draft: Draft) -> None:
+    """What the model is asked with stays with it, for its students."""
+    from overproof.models import CHAT_TEMPLATE, chat_template
+
+    template = chat_template(pretrained.local(starting.path))
+    if template is not None:
+        with draft.directory() as folder:
+            (folder / "model").mkdir(exist_ok=True)
+            (folder / "model" / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def run(trainer: Trainer) -> Any:

@@ -5,8 +5,8 @@ Shapes: B images in a batch, D pixels, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, Self
 
 import numpy as np
@@ -16,18 +16,44 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How a prompt is continued. Temperature 0 takes the likeliest token each time."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    logprobs: int | None = None  # the likeliest tokens to name at each place, beside the one taken; None asks for none
+    presence_penalty: float = 0.0  # off the logit of every token that occurred
+    frequency_penalty: float = 0.0  # off it each time that it occurred
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of token ids
+    grammar: str | None = None  # what the text must be, in the engine's language
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that was taken: its log-probability (nats, before temperature and every sampler), and the likeliest."""
+
+    id: int
+    piece: bytes
+    logprob: float
+    likeliest: tuple[tuple[int, bytes, float], ...]  # id, bytes, log-probability; falling
+
+
+@dataclass(frozen=True)
 class Completion:
     """A finished completion.
 
     ``tokens`` are all ids generated, with a closing end-of-text token and the tokens of a stop string; ``text`` ends
-    before those, and before a character that the last token left unfinished. ``logprobs`` (nats, before temperature
-    and every sampler) line up with ``tokens``. Times are the engine's own, without queueing: ``first_token_s`` reads
-    the prompt and picks the first token, ``decode_s`` picks the others.
+    before those, and before a character that the last token left unfinished. ``taken`` lines up with ``tokens``. Times
+    are the engine's own, without queueing: ``first_token_s`` reads the prompt and picks the first token, ``decode_s``
+    picks the others.
     """
 
     text: str
     tokens: list[int]
-    logprobs: list[float] | None
+    taken: list[Token] | None  # where log-probabilities were asked for
     finish_reason: FinishReason
     prompt_tokens: int
     first_token_s: float
@@ -36,7 +62,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a streamed completion. The last one has a finish reason and the counts, and may have no text."""
+    """Part of a streamed completion, with the tokens so far. The last one has a finish reason, and may have no text."""
 
     text: str
     finish_reason: FinishReason | None = None
@@ -57,38 +83,27 @@ class TextEngine(Protocol):
     """A language model. Every method may be called from several threads."""
 
     context_length: int  # most tokens of prompt and completion together
+    chats: bool  # whether the model has a chat template
 
-    def complete(
-        self,
-        prompt: str | Sequence[int],
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        logprobs: int = 0,
-        top_p: float = 1.0,
-    ) -> Completion:
+    def complete(self, prompt: str | Sequence[int], sampling: Sampling) -> Completion:
         """Continue a prompt, given as text or token ids, until done.
-
-        Temperature 0 takes the likeliest token each time. ``logprobs`` other than 0 asks for log-probabilities.
 
         Raises:
             InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
         """
 
-    def stream(
-        self,
-        prompt: str | Sequence[int],
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        top_p: float = 1.0,
-    ) -> Pieces:
-        """Continue a prompt piece by piece.
+    def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> Pieces:
+        """Continue a prompt piece by piece; pieces carry no log-probabilities.
 
         Raises:
             InputError: as ``complete``, before the first piece.
+        """
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Messages (role and content) as a prompt that asks for the assistant's next one, by the model's own template.
+
+        Raises:
+            InputError: the model has no template, or it does not take these messages.
         """
 
     def tokenize(self, text: str) -> list[int]:

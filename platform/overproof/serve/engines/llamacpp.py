@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import xllamacpp
 
 from overproof.errors import InputError
-from overproof.serve.engines.base import Completion
+from overproof.serve.engines.base import Completion, Sampling, Token
 from overproof.serve.engines.server import Http, checked, settings_of
 from overproof.serve.engines.stream import LlamaCppPieces
 from overproof.serve.engines.vocabulary import line_up, open_tail, read_header
@@ -50,6 +50,7 @@ class LlamaCpp:
             raise InputError(
                 f"{path}: context length {self.context_length}; expected 2 to the model's {header.context_length}"
             )
+        self.chats = header.chats
         self._pieces = header.pieces
         self._reuse_prefix = reuse_prefix
         self._calls = 0
@@ -62,16 +63,7 @@ class LlamaCpp:
             raise InputError(f"{path}: llama.cpp cannot load it: {error}; expected a whole GGUF file") from None
         self._http = Http(self._server.listening_address, key)
 
-    def complete(
-        self,
-        prompt: str | Sequence[int],
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        logprobs: int = 0,
-        top_p: float = 1.0,
-    ) -> Completion:
+    def complete(self, prompt: str | Sequence[int], sampling: Sampling) -> Completion:
         """Continue a prompt until done. See ``TextEngine``; a token that ends inside a character costs one more call
         when its log-probability is asked for, since llama.cpp does not report it.
 
@@ -79,8 +71,9 @@ class LlamaCpp:
             InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
         """
         with self._calling():
-            request = self._request(prompt, max_tokens, temperature, seed, top_p)
-            extra = {"stop": _stops(stop), "n_probs": int(bool(logprobs)), "return_tokens": True, "verbose": True}
+            request = self._request(prompt, sampling)
+            wanted = 0 if sampling.logprobs is None else max(1, sampling.logprobs)
+            extra = {"stop": _stops(sampling.stop), "n_probs": wanted, "return_tokens": True, "verbose": True}
             reply = checked(self._server.handle_completions({**request, **extra}))
             choice, details, timings = reply["choices"][0], reply["__verbose"], reply["timings"]
             tokens: list[int] = details["tokens"]
@@ -89,39 +82,48 @@ class LlamaCpp:
             unfinished = open_tail(generated)
             if unfinished and details["stop_type"] != "word":
                 text = text[: -len(generated[-unfinished:].decode(errors="replace"))]
+            asked = sampling.logprobs
             return Completion(
                 text=text,
                 tokens=tokens,
-                logprobs=self._logprobs(request["prompt"], tokens, choice) if logprobs else None,
+                taken=None if asked is None else self._taken(request["prompt"], tokens, choice, asked),
                 finish_reason=choice["finish_reason"],
                 prompt_tokens=len(request["prompt"]),
                 first_token_s=timings["prompt_ms"] / 1e3,
                 decode_s=timings["predicted_ms"] / 1e3,
             )
 
-    def stream(
-        self,
-        prompt: str | Sequence[int],
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        top_p: float = 1.0,
-    ) -> LlamaCppPieces:
+    def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> LlamaCppPieces:
         """Continue a prompt piece by piece.
 
         Raises:
             InputError: as ``complete``, before the first piece.
         """
         with self._calling():
-            request = self._request(prompt, max_tokens, temperature, seed, top_p)
-            stops = _stops(stop)
+            request = self._request(prompt, sampling)
+            stops = _stops(sampling.stop)
 
         def run(callback: Any) -> None:
             with self._calling():
                 self._server.handle_completions({**request, "stream": True, "timings_per_token": True}, callback)
 
         return LlamaCppPieces(run, len(request["prompt"]), stops)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Messages as a prompt, by the template in the file.
+
+        Raises:
+            InputError: there is none (llama.cpp would take one of its own), or it does not take these messages.
+        """
+        if not self.chats:
+            raise InputError("messages: this model has no chat template; ask it at POST /v1/completions")
+        with self._calling():
+            try:
+                reply = self._http.ask("POST", "/apply-template", {"messages": list(messages)})
+            except RuntimeError as error:
+                raise InputError(f"messages: the model's chat template does not take them: {error}") from None
+            text: str = reply["prompt"]
+            return text
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, as llama.cpp splits it, with no start token added.
@@ -157,37 +159,43 @@ class LlamaCpp:
                 self._calls -= 1
                 self._changed.notify_all()
 
-    def _request(
-        self, prompt: str | Sequence[int], max_tokens: int, temperature: float, seed: int | None, top_p: float
-    ) -> dict[str, Any]:
+    def _request(self, prompt: str | Sequence[int], sampling: Sampling) -> dict[str, Any]:
         ids = self._tokenize(prompt, start=True) if isinstance(prompt, str) else list(prompt)
         if not prompt:
             raise InputError("prompt: empty; expected text or token ids")
-        if not all(0 <= i < len(self._pieces) for i in ids):
-            bad = next(i for i in ids if not 0 <= i < len(self._pieces))
-            raise InputError(f"prompt: found token id {bad}; expected 0 to {len(self._pieces) - 1}")
+        self._check_ids("prompt", ids)
         if len(ids) >= self.context_length:
             raise InputError(
                 f"prompt: {len(ids)} tokens long; expected at most {self.context_length - 1}, "
                 f"since the model's context holds {self.context_length} with the answer"
             )
-        if max_tokens < 1:
-            raise InputError(f"max_tokens: found {max_tokens}; expected 1 or more")
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise InputError(f"temperature: found {temperature}; expected 0 or more")
-        if not 0 < top_p <= 1:
-            raise InputError(f"top_p: found {top_p}; expected more than 0, at most 1")
-        if seed is not None and not 0 <= seed <= LARGEST_SEED:
-            raise InputError(f"seed: found {seed}; expected 0 to {LARGEST_SEED}")
-        return {
+        check(sampling)
+        self._check_ids("logit_bias", list(sampling.logit_bias))
+        request = {
             "prompt": ids,
-            "max_tokens": min(max_tokens, self.context_length - len(ids)),
-            "temperature": temperature,
+            "max_tokens": min(sampling.max_tokens, self.context_length - len(ids)),
+            "temperature": sampling.temperature,
             "top_k": 0,  # llama.cpp truncates the distribution unless told not to
             "min_p": 0.0,
-            "top_p": top_p,
+            "top_p": sampling.top_p,
             "cache_prompt": self._reuse_prefix,
-        } | ({} if seed is None else {"seed": seed})
+        }
+        if sampling.seed is not None:
+            request["seed"] = sampling.seed
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            request["presence_penalty"] = sampling.presence_penalty
+            request["frequency_penalty"] = sampling.frequency_penalty
+            request["repeat_last_n"] = self.context_length  # of the whole text, not of the last 64 tokens
+        if sampling.logit_bias:
+            request["logit_bias"] = [[token, bias] for token, bias in sampling.logit_bias.items()]
+        if sampling.grammar is not None:
+            request["grammar"] = sampling.grammar
+        return request
+
+    def _check_ids(self, field: str, ids: Sequence[int]) -> None:
+        if not all(0 <= i < len(self._pieces) for i in ids):
+            bad = next(i for i in ids if not 0 <= i < len(self._pieces))
+            raise InputError(f"{field}: found token id {bad}; expected 0 to {len(self._pieces) - 1}")
 
     def _tokenize(self, text: str, start: bool) -> list[int]:
         try:
@@ -198,19 +206,43 @@ class LlamaCpp:
         ids: list[int] = self._http.ask("POST", "/tokenize", body)["tokens"]
         return ids
 
-    def _logprobs(self, prompt: list[int], tokens: list[int], choice: dict[str, Any]) -> list[float]:
-        entries = (choice["logprobs"] or {"content": []})["content"]
-        found = line_up(tokens, [(e["id"], e["logprob"]) for e in entries], self._pieces)
-        return [self._ask_logprob(prompt + tokens[:i], tokens[i]) if p is None else p for i, p in enumerate(found)]
+    def _taken(self, prompt: list[int], tokens: list[int], choice: dict[str, Any], likeliest: int) -> list[Token]:
+        reported = line_up(tokens, (choice["logprobs"] or {"content": []})["content"], self._pieces)
+        entries = [self._ask(prompt + tokens[:i], tokens[i]) if e is None else e for i, e in enumerate(reported)]
+        return [
+            Token(
+                entry["id"],
+                self._pieces[entry["id"]],
+                entry["logprob"],
+                tuple((e["id"], self._pieces[e["id"]], e["logprob"]) for e in entry["top_logprobs"][:likeliest]),
+            )
+            for entry in entries
+        ]
 
-    def _ask_logprob(self, prefix: list[int], token: int) -> float:
-        """Log-probability of a token after a prefix, from the whole vocabulary's, behind a token that is reported."""
+    def _ask(self, prefix: list[int], token: int) -> dict[str, Any]:
+        """What llama.cpp says of a token after a prefix, from the whole vocabulary, behind one that it reports."""
         plain = next(i for i, piece in enumerate(self._pieces) if piece.isalnum() and piece.isascii())
         request = {"prompt": prefix, "max_tokens": 1, "temperature": 0, "cache_prompt": self._reuse_prefix}
         extra = {"n_probs": len(self._pieces), "logit_bias": [[plain, FORCED]]}
         reply = checked(self._server.handle_completions(request | extra))
         top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        return next(float(entry["logprob"]) for entry in top if entry["id"] == token)
+        return {**next(entry for entry in top if entry["id"] == token), "top_logprobs": top}
+
+
+def check(sampling: Sampling) -> None:
+    """Refuse settings that llama.cpp would take otherwise than they are meant.
+
+    Raises:
+        InputError: one is out of range.
+    """
+    if sampling.max_tokens < 1:
+        raise InputError(f"max_tokens: found {sampling.max_tokens}; expected 1 or more")
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        raise InputError(f"temperature: found {sampling.temperature}; expected 0 or more")
+    if not 0 < sampling.top_p <= 1:
+        raise InputError(f"top_p: found {sampling.top_p}; expected more than 0, at most 1")
+    if sampling.seed is not None and not 0 <= sampling.seed <= LARGEST_SEED:
+        raise InputError(f"seed: found {sampling.seed}; expected 0 to {LARGEST_SEED}")
 
 
 def _stops(stop: Sequence[str]) -> list[str]:

@@ -37,6 +37,8 @@ def checked(reply: dict[str, Any]) -> dict[str, Any]:
     """An answer of llama.cpp, or its error raised."""
     if "error" in reply:
         error = reply["error"]
+        if "grammar" in error["message"]:
+            raise InputError("grammar: llama.cpp cannot read it; expected GBNF whose first rule is root")
         raise (InputError if error["code"] == 400 else RuntimeError)(f"llama.cpp: {error['message']}")
     return reply
 

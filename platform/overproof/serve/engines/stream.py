@@ -95,4 +95,4 @@ class LlamaCppPieces:
         if choice["finish_reason"] is not None:
             self._ended = True
             return Piece(text + self._filter.flush(), choice["finish_reason"], self._prompt_tokens, self._tokens)
-        return Piece(text) if text else None
+        return Piece(text, None, self._prompt_tokens, self._tokens) if text else None

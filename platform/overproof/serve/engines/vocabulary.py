@@ -14,6 +14,7 @@ import gguf
 
 from overproof.errors import InputError
 
+CHAT_TEMPLATE = "tokenizer.chat_template"
 PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE} | {
     chr(0x100 + i): byte for i, byte in enumerate(b for b in range(0x100) if b not in PRINTABLE)
@@ -22,10 +23,11 @@ BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE} | {
 
 @dataclass(frozen=True)
 class Header:
-    """The context a model was trained for, and the bytes each token adds to a text."""
+    """The context a model was trained for, the bytes each token adds to a text, and whether it has a chat template."""
 
     context_length: int
     pieces: tuple[bytes, ...]
+    chats: bool
 
 
 def read_header(path: Path) -> Header:
@@ -51,7 +53,8 @@ def read_header(path: Path) -> Header:
         raise InputError(f"{path}: tokenizer is {model!r}; expected byte-level BPE, which GGUF calls 'gpt2'")
     names, types = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type")
     length = value(f"{value('general.architecture')}.context_length")
-    return Header(length, tuple(_piece(n, t) for n, t in zip(names, types, strict=True)))
+    pieces = tuple(_piece(n, t) for n, t in zip(names, types, strict=True))
+    return Header(length, pieces, chats=CHAT_TEMPLATE in fields)
 
 
 def _piece(name: str, kind: int) -> bytes:
@@ -76,19 +79,20 @@ def open_tail(data: bytes) -> int:
 
 
 def line_up(
-    tokens: Sequence[int], reported: Sequence[tuple[int, float]], pieces: Sequence[bytes]
-) -> list[float | None]:
-    """The reported (id, log-probability) of each token; None where the engine reported none.
+    tokens: Sequence[int], reported: Sequence[dict[str, Any]], pieces: Sequence[bytes]
+) -> list[dict[str, Any] | None]:
+    """What the engine reported of each token (its ``id``, ``logprob`` and so on); None where it reported nothing.
 
-    It reports none for a token that ends inside a character, nor for those of a stop string.
+    It reports nothing of a token that ends inside a character, nor of those of a stop string.
     """
-    found: list[float | None] = []
+    found: list[dict[str, Any] | None] = []
     tail, taken = b"", 0
     for token in tokens:
         tail = (tail + pieces[token])[-4:]
-        matches = not open_tail(tail) and taken < len(reported) and reported[taken][0] == token
-        found.append(reported[taken][1] if matches else None)
+        matches = not open_tail(tail) and taken < len(reported) and reported[taken]["id"] == token
+        found.append(reported[taken] if matches else None)
         taken += matches
     if taken != len(reported):
-        raise RuntimeError(f"the engine reported log-probabilities of {list(reported)} for tokens {list(tokens)}")
+        told = [entry["id"] for entry in reported]
+        raise RuntimeError(f"the engine reported log-probabilities of {told} for tokens {list(tokens)}")
     return found

@@ -1,0 +1,29 @@
+"""What stands beside the HTTP API of one process: here nothing does; in a replica, what it shares with the others."""
+
+from __future__ import annotations
+
+from overproof.serve.keys import Key, Meter
+from overproof.serve.replies import Usage
+
+
+class Beside:
+    """The process alone."""
+
+    def __init__(self, meter: Meter | None = None) -> None:
+        self._meter = meter or Meter()
+
+    async def admit(self, key: Key) -> float:
+        """0 where a request with this key may pass, else the seconds to wait."""
+        return self._meter.admit(key)
+
+    async def used(self, key: Key | None, usage: Usage) -> None:
+        """What a request came to, however it ended."""
+        if key is not None:
+            self._meter.charge(key, usage.total_tokens)
+
+    def began(self, seconds: float) -> None:
+        """A stream sent its first event so long after the request."""
+
+    async def metrics(self) -> str:
+        """Figures in Prometheus' text format."""
+        return ""

@@ -1,0 +1,69 @@
+"""Figures of all replicas in Prometheus' text format, gathered from Ray's agents on every node."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import httpx
+import ray
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from ray.util.metrics import Counter, Histogram
+
+OURS = ("ray_serve_", "ray_overproof_")
+TIMEOUT_S = 5
+FIRST_EVENT_S = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
+
+
+class Tally:
+    """What this replica adds to Serve's own figures."""
+
+    def __init__(self, package: str) -> None:
+        self._package = {"package": package}
+        self._tokens = Counter("overproof_tokens", "Tokens read and generated.", ("package", "kind"))
+        self._first = Histogram(
+            "overproof_first_event_seconds", "From a request to its first event.", FIRST_EVENT_S, ("package",)
+        )
+
+    def used(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count what a request came to."""
+        for kind, count in (("prompt", prompt_tokens), ("completion", completion_tokens)):
+            if count:
+                self._tokens.inc(count, {**self._package, "kind": kind})
+
+    def began(self, seconds: float) -> None:
+        """Note when a stream began."""
+        self._first.observe(seconds, self._package)
+
+
+async def gather() -> str:
+    """The figures of every node, as one text."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
+        asked = (client.get(f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics") for n in nodes)
+        replies = await asyncio.gather(*asked, return_exceptions=True)
+    return merged(reply.text for reply in replies if isinstance(reply, httpx.Response))  # a node may be going
+
+
+def merged(texts: Iterable[str]) -> str:
+    """Serve's figures and ours out of several texts, each family once."""
+    families: dict[str, Metric] = {}
+    for text in texts:
+        for family in text_string_to_metric_families(text):
+            if family.name.startswith(OURS):
+                found = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                found.samples += family.samples
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collected(families))
+    return generate_latest(registry).decode()
+
+
+class _Collected:
+    def __init__(self, families: dict[str, Any]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Any]:
+        yield from self._families.values()

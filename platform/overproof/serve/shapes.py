@@ -1,0 +1,207 @@
+"""How what is generated is written: as OpenAI's completions, or as its chats."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from overproof.registry.package import Package
+from overproof.serve.engines.base import ClassifierEngine, Completion, TextEngine, Token
+from overproof.serve.engines.vocabulary import open_tail
+from overproof.serve.replies import (
+    AssistantMessage,
+    ChatChoice,
+    ChatEvent,
+    ChatEventChoice,
+    ChatLogprobs,
+    ChatReply,
+    Choice,
+    CompletionReply,
+    ContentLogprob,
+    Delta,
+    FinishReason,
+    Model,
+    Proof,
+    TokenLogprobs,
+    TopLogprob,
+    Usage,
+)
+from overproof.serve.schema import ChatRequest, CompletionRequest
+
+
+@dataclass(frozen=True)
+class Served:
+    """A package, the engine that has loaded it, and what a request may ask."""
+
+    package: Package
+    engine: TextEngine | ClassifierEngine
+    max_tokens: int
+    calls: int  # engine calls at the same time; more wait
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The fields of a ``Reply``."""
+        content = self.package.content
+        return {"model": content.name, "package": content.id, "system_fingerprint": self.package.sha256[:16]}
+
+
+@dataclass(frozen=True)
+class Told:
+    """A token of a text: as it is written in a reply, and where it begins, in characters."""
+
+    token: Token
+    text: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One choice, or a part of one that is streamed."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason
+    told: tuple[Told, ...] | None = None  # where log-probabilities were asked for
+
+
+@dataclass(frozen=True)
+class Completions:
+    """The replies of /v1/completions."""
+
+    served: Served
+    request: CompletionRequest
+    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def logprobs(self) -> int | None:
+        return self.request.logprobs
+
+    def reply(self, answers: list[Answer], usage: Usage | None) -> CompletionReply:
+        choices = [
+            Choice(index=a.index, text=a.text, finish_reason=a.finish_reason, logprobs=_token_logprobs(a.told))
+            for a in answers
+        ]
+        return CompletionReply(**self.served.named, id=self.id, created=self.created, choices=choices, usage=usage)
+
+    def event(self, answers: list[Answer], usage: Usage | None, _begun: Container[int]) -> CompletionReply:
+        return self.reply(answers, usage)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The replies of /v1/chat/completions."""
+
+    served: Served
+    request: ChatRequest
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def logprobs(self) -> int | None:
+        return (self.request.top_logprobs or 0) if self.request.logprobs else None
+
+    def reply(self, answers: list[Answer], usage: Usage) -> ChatReply:
+        choices = [
+            ChatChoice(
+                index=a.index,
+                message=AssistantMessage(content=a.text),
+                finish_reason=a.finish_reason,
+                logprobs=_chat_logprobs(a.told),
+            )
+            for a in answers
+        ]
+        return ChatReply(**self.served.named, id=self.id, created=self.created, choices=choices, usage=usage)
+
+    def event(self, answers: list[Answer], usage: Usage | None, begun: Container[int]) -> ChatEvent:
+        """``begun`` are the choices of which an event was sent before."""
+        choices = [
+            ChatEventChoice(
+                index=a.index,
+                delta=Delta(role=None if a.index in begun else "assistant", content=a.text or None),
+                finish_reason=a.finish_reason,
+                logprobs=_chat_logprobs(a.told),
+            )
+            for a in answers
+        ]
+        return ChatEvent(**self.served.named, id=self.id, created=self.created, choices=choices, usage=usage)
+
+
+def told(done: Completion) -> Iterator[Told]:
+    """The tokens that are in the text: not one that ends it, nor those of a stop string."""
+    assert done.taken is not None
+    before, offset = b"", 0
+    for token in done.taken:
+        if offset >= len(done.text):
+            return
+        yield Told(token, _written(token.piece), offset)
+        before += token.piece
+        closed = before[: len(before) - open_tail(before)]
+        offset = len(closed.decode(errors="replace"))
+
+
+def _written(piece: bytes) -> str:
+    """A token as OpenAI writes it."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def _token_logprobs(told: Sequence[Told] | None) -> TokenLogprobs | None:
+    if told is None:
+        return None
+    return TokenLogprobs(
+        tokens=[part.text for part in told],
+        token_logprobs=[part.token.logprob for part in told],
+        top_logprobs=[{_written(piece): value for _, piece, value in part.token.likeliest} for part in told],
+        text_offset=[part.offset for part in told],
+    )
+
+
+def _chat_logprobs(told: Sequence[Told] | None) -> ChatLogprobs | None:
+    if told is None:
+        return None
+    return ChatLogprobs(
+        content=[
+            ContentLogprob(
+                token=part.text,
+                logprob=part.token.logprob,
+                bytes=list(part.token.piece),
+                top_logprobs=[
+                    TopLogprob(token=_written(piece), logprob=value, bytes=list(piece))
+                    for _, piece, value in part.token.likeliest
+                ],
+            )
+            for part in told
+        ]
+    )
+
+
+def usage_of(counts: Sequence[tuple[int, int]], n: int) -> Usage:
+    """A prompt counts once, however many choices it has."""
+    prompt, completion = sum(count for count, _ in counts[::n]), sum(count for _, count in counts)
+    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+
+def model_of(package: Package) -> Model:
+    """A package as /v1/models lists it."""
+    content = package.content
+    reasons = next(c.reasons for c in package.verdict.candidates if c.name == content.candidate)
+    return Model(
+        id=content.name,
+        created=int(datetime.fromisoformat(content.created).timestamp()),
+        overproof=Proof(
+            kind=content.kind,
+            package=content.id,
+            candidate=content.candidate,
+            format=content.model_format,
+            sha256=package.sha256,
+            size_bytes=package.size_bytes,
+            verdict=[reason.text for reason in reasons],
+            parents=content.parents,
+        ),
+    )
