@@ -41,6 +41,7 @@ from overproof.recipe.shipping import (
     Rule,
     Serve,
     Smaller,
+    Traffic,
 )
 from overproof.recipe.training import Checkpoint, Optimization, Train, Training, Zero
 from overproof.recipe.whole import Recipe, load
@@ -94,6 +95,7 @@ __all__ = [
     "TokenizerFile",
     "TopK",
     "Tpe",
+    "Traffic",
     "Train",
     "Training",
     "Tune",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from overproof.recipe.section import Count, Cpus, Fraction, Section
 
@@ -100,6 +101,28 @@ class Gate(Section):
     )
 
 
+class Traffic(Section):
+    """Requests and replies of language models kept for later, as Parquet files; `prepare` reads folder/replies."""
+
+    folder: str = Field(description="Folder that all replicas share, or a URI.")
+    sample: float = Field(1.0, gt=0, le=1, description="Share of the replies that are kept.")
+    redact: tuple[str, ...] = Field(
+        (), description="Patterns (Python's re) that are taken out, as addresses, numbers and secrets always are."
+    )
+    rows_per_file: Count = Field(1000, description="Rows that make a file.")
+    seconds_per_file: float = Field(60.0, gt=0, description="Seconds after which fewer rows make one.")
+
+    @field_validator("redact")
+    @classmethod
+    def _patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r}: {error}") from None
+        return patterns
+
+
 class Serve(Section):
     """Autoscaling replicas behind HTTP."""
 
@@ -114,6 +137,7 @@ class Serve(Section):
     slots: Count = Field(4, description="Sequences a replica decodes at once.")
     max_tokens: Count = Field(256, description="Most tokens a completion may ask for.")
 
+    traffic: Traffic | None = Field(None, description="What is kept of requests and replies; null keeps nothing.")
     tls_certificate: str | None = Field(None, description="PEM file of the certificate chain, for HTTPS.")
     tls_key: str | None = Field(None, description="PEM file of its private key.")
 

@@ -4,21 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 from overproof.errors import InputError
 from overproof.serve.engines.base import Completion, Piece, Sampling, TextEngine
 from overproof.serve.grammar import grammar_of
-from overproof.serve.replies import ErrorDetail, ErrorReply, Reply, Usage
+from overproof.serve.replies import ErrorDetail, ErrorReply, FinishReason, Reply
 from overproof.serve.schema import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, Generated
 from overproof.serve.shapes import Answer, Chat, Completions, Served, told, usage_of
+from overproof.serve.traffic import Exchange
 
 LOG = logging.getLogger("overproof.serve")
 FAILED = "the server failed; its log says why"
+
+
+@dataclass
+class Outcome:
+    """What came of every choice so far."""
+
+    asked: int
+    counts: list[tuple[int, int]] = field(init=False)  # tokens of the prompt and of the completion
+    texts: list[str] = field(init=False)
+    reasons: list[FinishReason] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts, self.texts, self.reasons = [(0, 0)] * self.asked, [""] * self.asked, [None] * self.asked
+
+    def add(self, answer: Answer, prompt_tokens: int, completion_tokens: int) -> None:
+        """One more part of a choice; the counts are of all its parts."""
+        self.counts[answer.index] = prompt_tokens, completion_tokens
+        self.texts[answer.index] += answer.text
+        self.reasons[answer.index] = answer.finish_reason
+
+
+Done = Callable[[Outcome], Awaitable[None]]
 Call = Callable[[Callable[[], Any]], Any]  # runs an engine call in a thread, and is awaited
 Ask = tuple[Any, Sampling]  # a prompt, and how it is continued
 
@@ -49,32 +73,47 @@ def asks(served: Served, request: Generated, prompts: Sequence[Any], logprobs: i
     return [(prompt, replace(sampling, seed=seed)) for prompt in prompts for seed in seeds]
 
 
-def whole(shape: Completions | Chat, done: Sequence[Completion]) -> tuple[Reply, Usage]:
-    """The reply of completions that are done, and what they came to."""
+def whole(shape: Completions | Chat, done: Sequence[Completion]) -> tuple[Reply, Outcome]:
+    """The reply of completions that are done, and what came of them."""
     answers = [
         Answer(index, each.text, each.finish_reason, None if each.taken is None else tuple(told(each)))
         for index, each in enumerate(done)
     ]
-    counts = [(each.prompt_tokens, len(each.tokens)) for each in done]
-    usage = usage_of(counts, shape.request.n)
-    return shape.reply(answers, usage), usage
+    outcome = Outcome(len(done))
+    for answer, each in zip(answers, done, strict=True):
+        outcome.add(answer, each.prompt_tokens, len(each.tokens))
+    return shape.reply(answers, usage_of(outcome.counts, shape.request.n)), outcome
+
+
+def exchanges(
+    shape: Completions | Chat, asked: list[Ask], outcome: Outcome, seconds: float, first_event_s: float | None
+) -> Iterator[Exchange]:
+    """Every choice with its prompt, as traffic is kept."""
+    served, created = shape.served, datetime.now(UTC)
+    for index, (prompt, _) in enumerate(asked):
+        text = prompt if isinstance(prompt, str) else served.engine.detokenize(prompt)  # type: ignore[union-attr]
+        counts, reason = outcome.counts[index], outcome.reasons[index]
+        yield Exchange(
+            shape.id, created, served.package.content.id, served.package.content.name, index, text,
+            outcome.texts[index], reason, *counts, seconds, first_event_s,
+        )  # fmt: skip
 
 
 async def streamed(
-    shape: Completions | Chat, engine: Any, asked: list[Ask], call: Call, used: Callable[[Usage], Awaitable[None]]
+    shape: Completions | Chat, engine: Any, asked: list[Ask], call: Call, done: Done
 ) -> AsyncGenerator[str]:
     """Server-sent events of all choices, as their pieces come; generation ends when the client goes.
 
-    ``used`` is told what it came to, however it ends.
+    ``done`` is told what came of it, however it ends.
 
     Raises:
         InputError: before the first event, what is wrong with the request.
     """
-    counts, begun = [(0, 0)] * len(asked), set[int]()
+    outcome, begun = Outcome(len(asked)), set[int]()
     try:
         async with aclosing(_pieces(engine, asked, call)) as pieces:
             async for answer, piece in pieces:
-                counts[answer.index] = (piece.prompt_tokens, piece.completion_tokens)
+                outcome.add(answer, piece.prompt_tokens, piece.completion_tokens)
                 yield _sse(shape.event([answer], None, begun))
                 begun.add(answer.index)
     except Exception as error:
@@ -84,9 +123,9 @@ async def streamed(
         yield _sse(ErrorReply(error=ErrorDetail(message=FAILED, type="server_error")))
         return
     finally:
-        await used(usage_of(counts, shape.request.n))
+        await done(outcome)
     if shape.request.stream_options.include_usage:
-        yield _sse(shape.event([], usage_of(counts, shape.request.n), begun))
+        yield _sse(shape.event([], usage_of(outcome.counts, shape.request.n), begun))
     yield "data: [DONE]\n\n"
 
 

@@ -15,7 +15,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from overproof.errors import InputError
-from overproof.recipe import Serve
+from overproof.recipe import Serve, Traffic
 from overproof.registry.package import Package, locate, open_package
 from overproof.serve.beside import Beside
 from overproof.serve.engines.base import ClassifierEngine, TextEngine
@@ -27,6 +27,7 @@ from overproof.serve.limits import Access, access
 from overproof.serve.metrics import Tally, gather
 from overproof.serve.replies import Usage
 from overproof.serve.shapes import Served
+from overproof.serve.traffic import Recorder, anywhere
 
 ONGOING_PER_SLOT = 4  # requests a replica holds: one decodes in each slot, the others wait in the engine
 QUEUED_PER_SLOT = 16  # requests that wait outside before more are refused
@@ -61,7 +62,11 @@ def application(where: str, settings: Serve, access: Access) -> Application:
     Raises:
         InputError: the package may not be served.
     """
-    open_package(locate(where))
+    package = open_package(locate(where))
+    if settings.traffic is not None:
+        if package.content.kind != "text":
+            raise InputError(f"serve.traffic: {where} is a {package.content.kind} package; it is kept of text alone")
+        settings = settings.model_copy(update={"traffic": anywhere(settings.traffic)})
     place = where if "://" in where else str(Path(where).expanduser().absolute())
     ongoing = ONGOING_PER_SLOT * settings.slots
     deployment = Replica.options(  # type: ignore[attr-defined]
@@ -103,8 +108,8 @@ class SharedMeter:
 class Shared(Beside):
     """What a replica shares with the others."""
 
-    def __init__(self, package: str, meter: DeploymentHandle[Any] | None) -> None:
-        super().__init__()
+    def __init__(self, package: str, meter: DeploymentHandle[Any] | None, traffic: Traffic | None) -> None:
+        super().__init__(recorder=None if traffic is None else Recorder(traffic))
         self._shared, self._tally = meter, Tally(package)
 
     async def admit(self, key: Key) -> float:
@@ -133,7 +138,7 @@ class Replica:
         package = open_package(locate(where))
         self._engine = load_engine(package, settings)
         self._served = Served(package, self._engine, settings.max_tokens, calls)
-        self._access, self._beside = access, Shared(package.content.id, meter)
+        self._access, self._beside = access, Shared(package.content.id, meter, settings.traffic)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve calls for the HTTP application."""

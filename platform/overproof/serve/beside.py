@@ -1,16 +1,17 @@
-"""What stands beside the HTTP API of one process: here nothing does; in a replica, what it shares with the others."""
+"""What stands beside the HTTP API of one process. Replicas share some of it, see ``serve.app``."""
 
 from __future__ import annotations
 
 from overproof.serve.keys import Key, Meter
 from overproof.serve.replies import Usage
+from overproof.serve.traffic import Exchange, Rating, Recorder
 
 
 class Beside:
     """The process alone."""
 
-    def __init__(self, meter: Meter | None = None) -> None:
-        self._meter = meter or Meter()
+    def __init__(self, meter: Meter | None = None, recorder: Recorder | None = None) -> None:
+        self._meter, self._recorder = meter or Meter(), recorder
 
     async def admit(self, key: Key) -> float:
         """0 where a request with this key may pass, else the seconds to wait."""
@@ -27,3 +28,19 @@ class Beside:
     async def metrics(self) -> str:
         """Figures in Prometheus' text format."""
         return ""
+
+    def keep(self, exchange: Exchange) -> None:
+        """A prompt and a reply, for later, where traffic is kept."""
+        if self._recorder is not None:
+            self._recorder.keep(exchange)
+
+    def rate(self, rating: Rating) -> bool:
+        """What a user thought of a reply; false where no traffic is kept."""
+        if self._recorder is not None:
+            self._recorder.rate(rating)
+        return self._recorder is not None
+
+    def close(self) -> None:
+        """Serving ends."""
+        if self._recorder is not None:
+            self._recorder.close()

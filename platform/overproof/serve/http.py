@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from overproof.errors import InputError
-from overproof.serve.answers import FAILED, asks, streamed, whole
+from overproof.serve.answers import FAILED, Outcome, asks, exchanges, streamed, whole
 from overproof.serve.beside import Beside
 from overproof.serve.limits import KEY_IN_SCOPE, Access, Gatekeeper, error
 from overproof.serve.replies import (
@@ -31,11 +32,13 @@ from overproof.serve.replies import (
     Model,
     ModelList,
 )
-from overproof.serve.schema import ChatRequest, ClassifyRequest, CompletionRequest
-from overproof.serve.shapes import Chat, Completions, Served, model_of
+from overproof.serve.schema import ChatRequest, ClassifyRequest, CompletionRequest, RatingRequest
+from overproof.serve.shapes import Chat, Completions, Served, model_of, usage_of
+from overproof.serve.traffic import Rating
 
 Result = TypeVar("Result")
-FIELDS = {*CompletionRequest.model_fields, *ChatRequest.model_fields, *ClassifyRequest.model_fields}
+BODIES = (CompletionRequest, ChatRequest, ClassifyRequest, RatingRequest)
+FIELDS = {name for body in BODIES for name in body.model_fields}
 ROUTES = {"text": "/v1/completions", "digits": "/v1/classify"}
 REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
 
@@ -55,6 +58,7 @@ def build_http(served: Served, access: Access, beside: Beside | None = None) -> 
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(served.engine.close)
+        await asyncio.to_thread(beside.close)
         pool.shutdown()
 
     app = FastAPIOffline(title="overproof", lifespan=lifespan, redoc_url=None, responses=REFUSALS)
@@ -81,15 +85,22 @@ def build_http(served: Served, access: Access, beside: Beside | None = None) -> 
 
     async def respond(shape: Completions | Chat, prompts: list[Any], http: Request) -> Any:
         engine, asked = served.engine, asks(served, shape.request, prompts, shape.logprobs)
-        used, began_s = partial(beside.used, http.scope.get(KEY_IN_SCOPE)), time.perf_counter()
+        began_s, first_event_s = time.perf_counter(), None
+
+        async def done(outcome: Outcome) -> None:
+            await beside.used(http.scope.get(KEY_IN_SCOPE), usage_of(outcome.counts, shape.request.n))
+            for exchange in exchanges(shape, asked, outcome, time.perf_counter() - began_s, first_event_s):
+                beside.keep(exchange)
+
         if shape.request.stream:
-            events = streamed(shape, engine, asked, call, used)
+            events = streamed(shape, engine, asked, call, done)
             first = await anext(events)  # what is wrong with the request shows before the reply begins
-            beside.began(time.perf_counter() - began_s)
+            first_event_s = time.perf_counter() - began_s
+            beside.began(first_event_s)
             return StreamingResponse(_chain(first, events), media_type="text/event-stream")
-        done = await asyncio.gather(*(call(partial(engine.complete, *ask)) for ask in asked))  # type: ignore[union-attr]
-        reply, usage = whole(shape, done)
-        await used(usage)
+        completions = await asyncio.gather(*(call(partial(engine.complete, *ask)) for ask in asked))  # type: ignore[union-attr]
+        reply, outcome = whole(shape, completions)
+        await done(outcome)
         return reply
 
     @app.post("/v1/completions", response_model=CompletionReply)
@@ -103,6 +114,13 @@ def build_http(served: Served, access: Access, beside: Beside | None = None) -> 
         messages = [{"role": m.role.replace("developer", "system"), "content": m.content} for m in request.messages]
         prompt = await call(partial(engine.chat_prompt, messages))
         return await respond(Chat(served, request), [prompt], http)
+
+    @app.post("/v1/ratings")
+    async def ratings(request: RatingRequest) -> dict[str, str]:
+        rated = Rating(request.id, datetime.now(UTC), request.rating, request.comment)
+        if not beside.rate(rated):
+            raise HTTPException(404, "no traffic is kept here, so there is nothing to rate; set serve.traffic")
+        return {"status": "ok"}
 
     @app.post("/v1/classify")
     async def classify(request: ClassifyRequest) -> ClassifyReply:

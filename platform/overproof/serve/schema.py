@@ -183,3 +183,13 @@ class ClassifyRequest(Request):
     images: list[Annotated[list[float], BeforeValidator(_image)]] = Field(
         min_length=1, max_length=MOST_IMAGES, description="Pixels from 0 to 1, flat or as rows."
     )
+
+
+class RatingRequest(BaseModel):
+    """Body of POST /v1/ratings."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    id: str = Field(min_length=1, max_length=64, description="Of the reply.")
+    rating: float = Field(ge=-1, le=1, description="From -1, of no use, to 1, very good.")
+    comment: str = Field("", max_length=4096, description="Why.")

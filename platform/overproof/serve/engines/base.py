@@ -109,6 +109,9 @@ class TextEngine(Protocol):
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, as the engine itself splits it, with no start token added."""
 
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids; broken characters are replaced."""
+
     def check(self) -> None:
         """Return when the engine is alive, raise when it is not. Quick, and does not wait for a free slot."""
 

@@ -134,6 +134,10 @@ class LlamaCpp:
         with self._calling():
             return self._tokenize(text, start=False)
 
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids; broken characters are replaced."""
+        return b"".join(self._pieces[id_] for id_ in ids).decode(errors="replace")
+
     def check(self) -> None:
         """Return when llama.cpp's loop is alive; raise when it is not."""
         with self._calling():
