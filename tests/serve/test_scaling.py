@@ -1,0 +1,69 @@
+"""Replicas that come and go with the load, down to none."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from ray import serve
+
+from overproof.recipe import Serve
+from overproof.serve import run
+
+SETTINGS = Serve(
+    port=0, min_replicas=0, max_replicas=2, cpus_per_replica=0.2, slots=1, upscale_delay_s=0.5, downscale_delay_s=2.0
+)
+WAIT_S = 90
+BODY = {"prompt": [0, 70], "max_tokens": 256, "temperature": 2.0}
+
+
+def replicas() -> int:
+    """Those that answer."""
+    return int(serve.status().applications["stdlib-lm"].deployments["model"].replica_states.get("RUNNING", 0))
+
+
+def until(count: int) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while replicas() != count:
+        assert time.monotonic() < deadline, f"{replicas()} replicas, {count} expected"
+        time.sleep(0.2)
+
+
+@contextmanager
+def load(base: str, clients: int) -> Iterator[list[int]]:
+    """So many clients that ask all the time; yields the status codes that they get."""
+    over, codes = threading.Event(), list[int]()
+
+    def ask() -> None:
+        with httpx.Client(timeout=WAIT_S, trust_env=False) as client:
+            while not over.is_set():
+                codes.append(client.post(f"{base}/v1/completions", json=BODY).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield codes
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_replicas_follow_the_load_down_to_none_and_back(ray_cluster: str, text_package: Path) -> None:
+    base = run.start(text_package, SETTINGS)
+    try:
+        until(0)
+        reply = httpx.post(f"{base}/v1/completions", json=BODY | {"max_tokens": 1}, timeout=WAIT_S, trust_env=False)
+        assert reply.status_code == 200  # it waited for a replica of its own
+        with load(base, clients=6) as codes:
+            until(2)
+        assert codes
+        assert set(codes) == {200}
+        until(0)
+    finally:
+        run.stop()
