@@ -18,7 +18,7 @@ SETTINGS = Serve(
     port=0, min_replicas=0, max_replicas=2, cpus_per_replica=0.2, slots=1, upscale_delay_s=0.5, downscale_delay_s=2.0
 )
 WAIT_S = 90
-BODY = {"prompt": [0, 70], "max_tokens": 256, "temperature": 2.0}
+BODY = {"prompt": [0, 70], "max_tokens": 200, "temperature": 2.0}
 
 
 def replicas() -> int:
@@ -64,6 +64,30 @@ def test_replicas_follow_the_load_down_to_none_and_back(ray_cluster: str, text_p
             until(2)
         assert codes
         assert set(codes) == {200}
+        with load(base, clients=60) as codes:  # two replicas hold 4 and 16 wait: the others are told to come back
+            deadline = time.monotonic() + WAIT_S
+            while 429 not in codes:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        assert set(codes) == {200, 429}
         until(0)
+    finally:
+        run.stop()
+
+
+def test_an_update_fails_no_request(ray_cluster: str, text_package: Path) -> None:
+    """A new replica answers before the old one goes, and the old one ends what it has begun."""
+    always = SETTINGS.model_copy(update={"min_replicas": 1, "max_replicas": 1})
+    base = run.start(text_package, always)
+    try:
+        with load(base, clients=3) as codes:
+            for most in (255, 254):
+                assert run.start(text_package, always.model_copy(update={"max_tokens": most})) == base
+                count = len(codes)
+                while len(codes) < count + 20:
+                    time.sleep(0.05)
+        assert set(codes) == {200}
+        too_many = httpx.post(f"{base}/v1/completions", json=BODY | {"max_tokens": 255}, trust_env=False)
+        assert too_many.status_code == 400  # the last update is the one that answers
     finally:
         run.stop()
