@@ -160,6 +160,8 @@ def test_replies_of_every_kind_are_kept_and_rated(text_package: Path, engine: Ll
             chat = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
             streamed = (await http.post("/v1/chat/completions", json=asked | chat)).text
             rated = await http.post("/v1/ratings", json={"id": one["id"], "rating": 1, "comment": "good"})
+            refused = {"prompt": "x" * 9999, "stream": True}
+            assert (await http.post("/v1/completions", json=refused)).status_code == 400  # and is not kept
             bad = await http.post("/v1/ratings", json={"id": one["id"], "rating": 2})
             events = [json.loads(line.removeprefix("data: ")) for line in streamed.splitlines() if "{" in line]
             return [one, events, rated.status_code, bad.status_code]

@@ -104,7 +104,7 @@ async def streamed(
 ) -> AsyncGenerator[str]:
     """Server-sent events of all choices, as their pieces come; generation ends when the client goes.
 
-    ``done`` is told what came of it, however it ends.
+    ``done`` is told what came of it, however it ends, once it has begun.
 
     Raises:
         InputError: before the first event, what is wrong with the request.
@@ -123,7 +123,8 @@ async def streamed(
         yield _sse(ErrorReply(error=ErrorDetail(message=FAILED, type="server_error")))
         return
     finally:
-        await done(outcome)
+        if begun:
+            await done(outcome)
     if shape.request.stream_options.include_usage:
         yield _sse(shape.event([], usage_of(outcome.counts, shape.request.n), begun))
     yield "data: [DONE]\n\n"

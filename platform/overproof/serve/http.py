@@ -84,7 +84,8 @@ def build_http(served: Served, access: Access, beside: Beside | None = None) -> 
         return model_of(served.package)
 
     async def respond(shape: Completions | Chat, prompts: list[Any], http: Request) -> Any:
-        engine, asked = served.engine, asks(served, shape.request, prompts, shape.logprobs)
+        engine = served.engine
+        asked = await call(partial(asks, served, shape.request, prompts, shape.logprobs))  # a schema may be large
         began_s, first_event_s = time.perf_counter(), None
 
         async def done(outcome: Outcome) -> None:
@@ -98,8 +99,8 @@ def build_http(served: Served, access: Access, beside: Beside | None = None) -> 
             first_event_s = time.perf_counter() - began_s
             beside.began(first_event_s)
             return StreamingResponse(_chain(first, events), media_type="text/event-stream")
-        completions = await asyncio.gather(*(call(partial(engine.complete, *ask)) for ask in asked))  # type: ignore[union-attr]
-        reply, outcome = whole(shape, completions)
+        ended = await asyncio.gather(*(call(partial(engine.complete, *ask)) for ask in asked))  # type: ignore[union-attr]
+        reply, outcome = whole(shape, ended)
         await done(outcome)
         return reply
 
