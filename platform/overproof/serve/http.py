@@ -67,19 +67,23 @@ def build_http(served: Served, access: Access, beside: Beside | None = None) -> 
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
+        """Whether the engine answers."""
         await asyncio.to_thread(served.engine.check)  # also when every engine thread is taken
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> str:
+        """Figures of all replicas, for Prometheus."""
         return await beside.metrics()
 
     @app.get("/v1/models")
     async def models() -> ModelList:
+        """The package that is served, and what proves it."""
         return ModelList(data=[model_of(served.package)])
 
     @app.get("/v1/models/{model}")
     async def model(model: str) -> Model:
+        """The package of this name."""
         _engine(served, served.package.content.kind, model)
         return model_of(served.package)
 
@@ -106,11 +110,13 @@ def build_http(served: Served, access: Access, beside: Beside | None = None) -> 
 
     @app.post("/v1/completions", response_model=CompletionReply)
     async def completions(request: CompletionRequest, http: Request) -> Any:
+        """Continue one prompt or several."""
         _engine(served, "text", request.model)
         return await respond(Completions(served, request), request.prompt, http)
 
     @app.post("/v1/chat/completions", response_model=ChatReply)
     async def chat_completions(request: ChatRequest, http: Request) -> Any:
+        """Answer messages, by the model's own chat template."""
         engine = _engine(served, "text", request.model)
         messages = [{"role": m.role.replace("developer", "system"), "content": m.content} for m in request.messages]
         prompt = await call(partial(engine.chat_prompt, messages))
@@ -118,6 +124,7 @@ def build_http(served: Served, access: Access, beside: Beside | None = None) -> 
 
     @app.post("/v1/ratings")
     async def ratings(request: RatingRequest) -> dict[str, str]:
+        """Say what a reply was worth, where traffic is kept."""
         rated = Rating(request.id, datetime.now(UTC), request.rating, request.comment)
         if not beside.rate(rated):
             raise HTTPException(404, "no traffic is kept here, so there is nothing to rate; set serve.traffic")
@@ -125,6 +132,7 @@ def build_http(served: Served, access: Access, beside: Beside | None = None) -> 
 
     @app.post("/v1/classify")
     async def classify(request: ClassifyRequest) -> ClassifyReply:
+        """The class of each image."""
         engine = _engine(served, "digits", request.model)
         if len({len(image) for image in request.images}) > 1:
             raise InputError("images: they differ in size; expected one size")
