@@ -20,7 +20,8 @@ from overproof.registry.package import open_package
 from overproof.serve import run
 from overproof.serve.metrics import OURS, merged
 
-SETTINGS = Serve(port=0, max_replicas=1, cpus_per_replica=0.5, slots=4, max_tokens=256)
+# One slot: sequences that share a step may differ in the last digits, and then in a sampled token.
+SETTINGS = Serve(port=0, max_replicas=1, cpus_per_replica=0.5, slots=1, max_tokens=256)
 MESSAGES: Any = [{"role": "system", "content": "Write Python."}, {"role": "user", "content": "import os"}]
 ANSWER = {
     "type": "object",
