@@ -25,7 +25,16 @@ from pyarrow import fs
 from pydantic import BaseModel, ConfigDict
 
 from overproof.errors import InputError
-from overproof.files import FileEntry, file_entries, filesystem, join, once_here, verify_files, write_at_once
+from overproof.files import (
+    FileEntry,
+    file_entries,
+    filesystem,
+    from_anywhere,
+    join,
+    once_here,
+    verify_files,
+    write_at_once,
+)
 
 RECORD = "artifact.json"
 TOOLS = ("overproof", "ray", "deepspeed", "torch", "transformers", "pyarrow", "gguf", "xllamacpp", "onnxruntime")
@@ -171,8 +180,7 @@ class Store:
     uri: str
 
     def __post_init__(self) -> None:
-        if "://" not in self.uri:  # workers have other working directories
-            object.__setattr__(self, "uri", str(Path(self.uri).expanduser().absolute()))
+        object.__setattr__(self, "uri", from_anywhere(self.uri))  # workers have other working directories
 
     @cached_property
     def _opened(self) -> tuple[fs.FileSystem, str]:

@@ -47,6 +47,11 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     return found, path
 
 
+def from_anywhere(uri: str) -> str:
+    """The same folder, file or URI, whatever folder a process starts in."""
+    return uri if "://" in uri else filesystem(uri)[1]
+
+
 def join(uri: str, name: str) -> str:
     """A path below a folder or URI; what follows a ``?`` (endpoint, region) stays at the end."""
     head, mark, query = uri.partition("?")
@@ -136,6 +141,12 @@ def unlike(files: fs.FileSystem, root: str, entries: Mapping[str, FileEntry]) ->
                 yield name, found
 
 
+def first_fault(error: ValidationError) -> str:
+    """Where the first fault of a JSON file lies, and what it is."""
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+
+
 def read_json(model: type[Parsed], path: Path) -> Parsed:
     """Read one JSON part of an artifact.
 
@@ -147,8 +158,6 @@ def read_json(model: type[Parsed], path: Path) -> Parsed:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; delete its folder and run again") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"{path}: {where}: {first['msg']}; expected what this version writes: delete its folder and run again"
+            f"{path}: {first_fault(error)}; expected what this version writes: delete its folder and run again"
         ) from None

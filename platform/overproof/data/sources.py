@@ -18,7 +18,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from overproof.errors import InputError
-from overproof.files import file_sha256, filesystem
+from overproof.files import file_sha256, filesystem, from_anywhere
 from overproof.recipe import (
     DigitsData,
     FolderSource,
@@ -78,9 +78,9 @@ def tokenizer_path(tokenizer: TokenizerFile) -> Path:
 
 def absolute(source: Source) -> Source:
     """The same source, whatever folder a worker starts in."""
-    if isinstance(source, StdlibSource) or "://" in source.path:
+    if isinstance(source, StdlibSource):
         return source
-    return source.model_copy(update={"path": filesystem(source.path)[1]})
+    return source.model_copy(update={"path": from_anywhere(source.path)})
 
 
 @lru_cache(maxsize=4)

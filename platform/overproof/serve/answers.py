@@ -6,17 +6,17 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 from overproof.errors import InputError
-from overproof.serve.engines.base import Completion, Piece, Sampling, TextEngine
+from overproof.serve.engines.base import Completion, FinishReason, Piece, Sampling, TextEngine
 from overproof.serve.grammar import grammar_of
-from overproof.serve.replies import ErrorDetail, ErrorReply, FinishReason, Reply
+from overproof.serve.replies import ErrorDetail, ErrorReply, Reply, Usage
 from overproof.serve.schema import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, Generated
-from overproof.serve.shapes import Answer, Chat, Completions, Served, told, usage_of
+from overproof.serve.shapes import Answer, Chat, Completions, Served, told
 from overproof.serve.traffic import Exchange
 
 LOG = logging.getLogger("overproof.serve")
@@ -25,24 +25,21 @@ FAILED = "the server failed; its log says why"
 
 @dataclass
 class Outcome:
-    """What came of every choice so far."""
+    """What came of one choice so far."""
 
-    asked: int
-    counts: list[tuple[int, int]] = field(init=False)  # tokens of the prompt and of the completion
-    texts: list[str] = field(init=False)
-    reasons: list[FinishReason] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.counts, self.texts, self.reasons = [(0, 0)] * self.asked, [""] * self.asked, [None] * self.asked
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
     def add(self, answer: Answer, prompt_tokens: int, completion_tokens: int) -> None:
-        """One more part of a choice; the counts are of all its parts."""
-        self.counts[answer.index] = prompt_tokens, completion_tokens
-        self.texts[answer.index] += answer.text
-        self.reasons[answer.index] = answer.finish_reason
+        """One more part; the counts are of all parts."""
+        self.text += answer.text
+        self.finish_reason = answer.finish_reason
+        self.prompt_tokens, self.completion_tokens = prompt_tokens, completion_tokens
 
 
-Done = Callable[[Outcome], Awaitable[None]]
+Done = Callable[[list[Outcome]], Awaitable[None]]
 Call = Callable[[Callable[[], Any]], Any]  # runs an engine call in a thread, and is awaited
 Ask = tuple[Any, Sampling]  # a prompt, and how it is continued
 
@@ -73,29 +70,32 @@ def asks(served: Served, request: Generated, prompts: Sequence[Any], logprobs: i
     return [(prompt, replace(sampling, seed=seed)) for prompt in prompts for seed in seeds]
 
 
-def whole(shape: Completions | Chat, done: Sequence[Completion]) -> tuple[Reply, Outcome]:
+def whole(shape: Completions | Chat, done: Sequence[Completion]) -> tuple[Reply, list[Outcome]]:
     """The reply of completions that are done, and what came of them."""
     answers = [
         Answer(index, each.text, each.finish_reason, None if each.taken is None else tuple(told(each)))
         for index, each in enumerate(done)
     ]
-    outcome = Outcome(len(done))
-    for answer, each in zip(answers, done, strict=True):
-        outcome.add(answer, each.prompt_tokens, len(each.tokens))
-    return shape.reply(answers, usage_of(outcome.counts, shape.request.n)), outcome
+    outcomes = [Outcome(e.text, e.finish_reason, e.prompt_tokens, len(e.tokens)) for e in done]
+    return shape.reply(answers, usage_of(outcomes, shape.request.n)), outcomes
+
+
+def usage_of(outcomes: Sequence[Outcome], n: int) -> Usage:
+    """A prompt counts once, however many choices it has."""
+    prompt, completion = sum(o.prompt_tokens for o in outcomes[::n]), sum(o.completion_tokens for o in outcomes)
+    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
 def exchanges(
-    shape: Completions | Chat, asked: list[Ask], outcome: Outcome, seconds: float, first_event_s: float | None
+    shape: Completions | Chat, asked: list[Ask], outcomes: list[Outcome], seconds: float, first_event_s: float | None
 ) -> Iterator[Exchange]:
     """Every choice with its prompt, as traffic is kept."""
     served, created = shape.served, datetime.now(UTC)
-    for index, (prompt, _) in enumerate(asked):
+    for index, ((prompt, _), outcome) in enumerate(zip(asked, outcomes, strict=True)):
         text = prompt if isinstance(prompt, str) else served.engine.detokenize(prompt)  # type: ignore[union-attr]
-        counts, reason = outcome.counts[index], outcome.reasons[index]
         yield Exchange(
-            shape.id, created, served.package.content.id, served.package.content.name, index, text,
-            outcome.texts[index], reason, *counts, seconds, first_event_s,
+            shape.id, created, served.package.content.id, served.package.content.name, index, text, outcome.text,
+            outcome.finish_reason, outcome.prompt_tokens, outcome.completion_tokens, seconds, first_event_s,
         )  # fmt: skip
 
 
@@ -109,11 +109,11 @@ async def streamed(
     Raises:
         InputError: before the first event, what is wrong with the request.
     """
-    outcome, begun = Outcome(len(asked)), set[int]()
+    outcomes, begun = [Outcome() for _ in asked], set[int]()
     try:
         async with aclosing(_pieces(engine, asked, call)) as pieces:
             async for answer, piece in pieces:
-                outcome.add(answer, piece.prompt_tokens, piece.completion_tokens)
+                outcomes[answer.index].add(answer, piece.prompt_tokens, piece.completion_tokens)
                 yield _sse(shape.event([answer], None, begun))
                 begun.add(answer.index)
     except Exception as error:
@@ -124,9 +124,9 @@ async def streamed(
         return
     finally:
         if begun:
-            await done(outcome)
+            await done(outcomes)
     if shape.request.stream_options.include_usage:
-        yield _sse(shape.event([], usage_of(outcome.counts, shape.request.n), begun))
+        yield _sse(shape.event([], usage_of(outcomes, shape.request.n), begun))
     yield "data: [DONE]\n\n"
 
 

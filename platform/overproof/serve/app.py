@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,6 +14,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from overproof.errors import InputError
+from overproof.files import from_anywhere
 from overproof.recipe import Serve, Traffic
 from overproof.registry.package import Package, locate, open_package
 from overproof.serve.beside import Beside
@@ -27,7 +27,7 @@ from overproof.serve.limits import Access, access
 from overproof.serve.metrics import Tally, gather
 from overproof.serve.replies import Usage
 from overproof.serve.shapes import Served
-from overproof.serve.traffic import Recorder, anywhere
+from overproof.serve.traffic import Recorder, ready
 
 ONGOING_PER_SLOT = 4  # requests a replica holds: one decodes in each slot, the others wait in the engine
 QUEUED_PER_SLOT = 16  # requests that wait outside before more are refused
@@ -66,8 +66,7 @@ def application(where: str, settings: Serve, access: Access) -> Application:
     if settings.traffic is not None:
         if package.content.kind != "text":
             raise InputError(f"serve.traffic: {where} is a {package.content.kind} package; it is kept of text alone")
-        settings = settings.model_copy(update={"traffic": anywhere(settings.traffic)})
-    place = where if "://" in where else str(Path(where).expanduser().absolute())
+        settings = settings.model_copy(update={"traffic": ready(settings.traffic)})
     ongoing = ONGOING_PER_SLOT * settings.slots
     deployment = Replica.options(  # type: ignore[attr-defined]
         autoscaling_config={
@@ -88,7 +87,7 @@ def application(where: str, settings: Serve, access: Access) -> Application:
         ray_actor_options={"num_cpus": settings.cpus_per_replica},
     )
     meter = SharedMeter.bind() if access.keys_uri else None  # type: ignore[attr-defined]
-    return deployment.bind(place, settings, access, ongoing, meter)  # type: ignore[no-any-return]
+    return deployment.bind(from_anywhere(where), settings, access, ongoing, meter)  # type: ignore[no-any-return]
 
 
 @serve.deployment(name="meter", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)

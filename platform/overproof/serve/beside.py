@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from overproof.serve.keys import Key, Meter
 from overproof.serve.replies import Usage
-from overproof.serve.traffic import Exchange, Rating, Recorder
+from overproof.serve.traffic import Recorder
 
 
 class Beside:
     """The process alone."""
 
     def __init__(self, meter: Meter | None = None, recorder: Recorder | None = None) -> None:
-        self._meter, self._recorder = meter or Meter(), recorder
+        self._meter, self.recorder = meter or Meter(), recorder  # of traffic, where it is kept
 
     async def admit(self, key: Key) -> float:
         """0 where a request with this key may pass, else the seconds to wait."""
@@ -29,18 +29,7 @@ class Beside:
         """Figures in Prometheus' text format."""
         return ""
 
-    def keep(self, exchange: Exchange) -> None:
-        """A prompt and a reply, for later, where traffic is kept."""
-        if self._recorder is not None:
-            self._recorder.keep(exchange)
-
-    def rate(self, rating: Rating) -> bool:
-        """What a user thought of a reply; false where no traffic is kept."""
-        if self._recorder is not None:
-            self._recorder.rate(rating)
-        return self._recorder is not None
-
     def close(self) -> None:
         """Serving ends."""
-        if self._recorder is not None:
-            self._recorder.close()
+        if self.recorder is not None:
+            self.recorder.close()

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from overproof.errors import InputError
-from overproof.serve.answers import FAILED, Outcome, asks, exchanges, streamed, whole
+from overproof.serve.answers import FAILED, Outcome, asks, exchanges, streamed, usage_of, whole
 from overproof.serve.beside import Beside
 from overproof.serve.limits import KEY_IN_SCOPE, Access, Gatekeeper, error
 from overproof.serve.replies import (
@@ -33,7 +33,7 @@ from overproof.serve.replies import (
     ModelList,
 )
 from overproof.serve.schema import ChatRequest, ClassifyRequest, CompletionRequest, RatingRequest
-from overproof.serve.shapes import Chat, Completions, Served, model_of, usage_of
+from overproof.serve.shapes import Chat, Completions, Served, model_of
 from overproof.serve.traffic import Rating
 
 Result = TypeVar("Result")
@@ -89,13 +89,15 @@ def build_http(served: Served, access: Access, beside: Beside | None = None) -> 
 
     async def respond(shape: Completions | Chat, prompts: list[Any], http: Request) -> Any:
         engine = served.engine
-        asked = await call(partial(asks, served, shape.request, prompts, shape.logprobs))  # a schema may be large
+        asking = partial(asks, served, shape.request, prompts, shape.logprobs)
+        asked = await call(asking) if shape.request.constrained else asking()  # a schema may be large
         began_s, first_event_s = time.perf_counter(), None
 
-        async def done(outcome: Outcome) -> None:
-            await beside.used(http.scope.get(KEY_IN_SCOPE), usage_of(outcome.counts, shape.request.n))
-            for exchange in exchanges(shape, asked, outcome, time.perf_counter() - began_s, first_event_s):
-                beside.keep(exchange)
+        async def done(outcomes: list[Outcome]) -> None:
+            await beside.used(http.scope.get(KEY_IN_SCOPE), usage_of(outcomes, shape.request.n))
+            if beside.recorder is not None:
+                for exchange in exchanges(shape, asked, outcomes, time.perf_counter() - began_s, first_event_s):
+                    beside.recorder.keep(exchange)
 
         if shape.request.stream:
             events = streamed(shape, engine, asked, call, done)
@@ -104,8 +106,8 @@ def build_http(served: Served, access: Access, beside: Beside | None = None) -> 
             beside.began(first_event_s)
             return StreamingResponse(_chain(first, events), media_type="text/event-stream")
         ended = await asyncio.gather(*(call(partial(engine.complete, *ask)) for ask in asked))  # type: ignore[union-attr]
-        reply, outcome = whole(shape, ended)
-        await done(outcome)
+        reply, outcomes = whole(shape, ended)
+        await done(outcomes)
         return reply
 
     @app.post("/v1/completions", response_model=CompletionReply)
@@ -125,9 +127,9 @@ def build_http(served: Served, access: Access, beside: Beside | None = None) -> 
     @app.post("/v1/ratings")
     async def ratings(request: RatingRequest) -> dict[str, str]:
         """Say what a reply was worth, where traffic is kept."""
-        rated = Rating(request.id, datetime.now(UTC), request.rating, request.comment)
-        if not beside.rate(rated):
+        if beside.recorder is None:
             raise HTTPException(404, "no traffic is kept here, so there is nothing to rate; set serve.traffic")
+        beside.recorder.rate(Rating(request.id, datetime.now(UTC), request.rating, request.comment))
         return {"status": "ok"}
 
     @app.post("/v1/classify")

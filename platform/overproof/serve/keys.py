@@ -17,7 +17,7 @@ from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from overproof.errors import InputError
-from overproof.files import filesystem, write_at_once
+from overproof.files import filesystem, first_fault, write_at_once
 
 PREFIX = "op-"  # so that a key is known for one where it leaks
 SECRET_BYTES = 32  # as much as sha256 holds: no slow hash is needed against guessing
@@ -70,9 +70,7 @@ def read(uri: str) -> Ring:
     try:
         return Ring.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{uri}: {where}: {first['msg']}; expected what `overproof keys` writes") from None
+        raise InputError(f"{uri}: {first_fault(error)}; expected what `overproof keys` writes") from None
 
 
 def add(uri: str, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> str:

@@ -11,7 +11,6 @@ import ipaddress
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -19,6 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from overproof.errors import InputError
+from overproof.files import from_anywhere
 from overproof.serve.beside import Beside
 from overproof.serve.keys import Keys, digest, read
 from overproof.serve.replies import ErrorDetail, ErrorReply
@@ -59,7 +59,7 @@ def access() -> Access:
     """
     key, uri = api_key(), os.environ.get(KEYS_VARIABLE) or None
     if uri is not None:
-        uri = uri if "://" in uri else str(Path(uri).expanduser().absolute())
+        uri = from_anywhere(uri)
         if not read(uri).keys:
             raise InputError(f"{KEYS_VARIABLE}: {uri} holds no key; make one: `overproof keys add NAME`")
     return Access(None if key is None else digest(key), uri)

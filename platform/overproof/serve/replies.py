@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-FinishReason = Literal["stop", "length"] | None  # None while a stream goes on
+from overproof.serve.engines.base import FinishReason
 
 
 class Usage(BaseModel):
@@ -23,6 +23,14 @@ class Reply(BaseModel):
     system_fingerprint: str  # start of the served file's sha256
 
 
+class GeneratedReply(Reply):
+    """What completions and chats say, whole or in events."""
+
+    id: str
+    created: int  # seconds since 1970
+    usage: Usage | None = None
+
+
 class TokenLogprobs(BaseModel):
     """Of each token of a completion; a token that is not text by itself is written as ``bytes:\\xc3``."""
 
@@ -36,17 +44,14 @@ class Choice(BaseModel):
     index: int
     text: str
     logprobs: TokenLogprobs | None = None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None  # None while a stream goes on
 
 
-class CompletionReply(Reply):
+class CompletionReply(GeneratedReply):
     """A whole completion, or one event of a streamed one."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int  # seconds since 1970
     choices: list[Choice]
-    usage: Usage | None = None
 
 
 class TopLogprob(BaseModel):
@@ -74,15 +79,12 @@ class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None  # None while a stream goes on
 
 
-class ChatReply(Reply):
-    id: str
+class ChatReply(GeneratedReply):
     object: Literal["chat.completion"] = "chat.completion"
-    created: int  # seconds since 1970
     choices: list[ChatChoice]
-    usage: Usage | None = None
 
 
 class Delta(BaseModel):
@@ -94,17 +96,14 @@ class ChatEventChoice(BaseModel):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None  # None while a stream goes on
 
 
-class ChatEvent(Reply):
+class ChatEvent(GeneratedReply):
     """One event of a streamed chat."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int  # seconds since 1970
     choices: list[ChatEventChoice]
-    usage: Usage | None = None
 
 
 class Classified(BaseModel):

@@ -16,13 +16,14 @@ from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 
 from overproof.errors import InputError
+from overproof.files import from_anywhere
 from overproof.recipe import Serve
 from overproof.registry.package import locate, open_package
 from overproof.serve.app import application
 from overproof.serve.limits import KEY_VARIABLE, KEYS_VARIABLE, access, api_key, is_loopback
 from overproof.serve.port import free_port
 
-__all__ = ["api_key", "start", "stop"]
+__all__ = ["api_key", "start", "stop", "trusted"]
 
 LOG = logging.getLogger("ray.serve")
 REQUEST_TIMEOUT_S = 300
@@ -46,15 +47,15 @@ def start(package: Path | str, settings: Serve) -> str:
             f"serve.host: {settings.host} can be reached from other machines; set {KEY_VARIABLE} to a secret that "
             f"requests must carry, or {KEYS_VARIABLE} to a file of keys (`overproof keys add NAME`), or take 127.0.0.1"
         )
-    trusted(settings)
+    verify = trusted(settings)
     name = open_package(locate(str(package))).content.name
     app = application(str(package), settings, allowed)
     LOG.setLevel(logging.WARNING)
     host, port = _listen(settings, name)
     try:
         serve.run(app, name=name, route_prefix="/")
-        base = f"{'http' if trusted(settings) is True else 'https'}://{_reachable(host)}:{port}"
-        _wait(base, trusted(settings))
+        base = f"{'http' if verify is True else 'https'}://{_reachable(host)}:{port}"
+        _wait(base, verify)
     except BaseException:
         stop()
         raise
@@ -99,7 +100,7 @@ def _listen(settings: Serve, name: str) -> tuple[str, int]:
         options = {"host": settings.host, "port": port, "request_timeout_s": REQUEST_TIMEOUT_S}
         if settings.tls_certificate and settings.tls_key:
             files = {"ssl_certfile": settings.tls_certificate, "ssl_keyfile": settings.tls_key}
-            options |= {name: str(Path(file).expanduser().absolute()) for name, file in files.items()}
+            options |= {name: from_anywhere(file) for name, file in files.items()}
         serve.start(proxy_location="HeadOnly", http_options=options)
         return settings.host, port
     others = sorted(set(serve.status().applications) - {name})

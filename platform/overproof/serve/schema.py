@@ -129,6 +129,11 @@ class Generated(Request):
     stream: bool = Field(False, description="Server-sent events instead of one reply.")
     stream_options: StreamOptions = StreamOptions()
 
+    @property
+    def constrained(self) -> bool:
+        """Whether the text must be of some form."""
+        return self.grammar is not None or self.response_format.type != "text"
+
 
 class CompletionRequest(Generated):
     """Body of POST /v1/completions."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
+from typing import Any, ClassVar, Generic, TypeVar
 
 from overproof.registry.package import Package
-from overproof.serve.engines.base import ClassifierEngine, Completion, TextEngine, Token
+from overproof.serve.engines.base import ClassifierEngine, Completion, FinishReason, TextEngine, Token
 from overproof.serve.engines.vocabulary import open_tail
 from overproof.serve.replies import (
     AssistantMessage,
@@ -22,14 +23,13 @@ from overproof.serve.replies import (
     CompletionReply,
     ContentLogprob,
     Delta,
-    FinishReason,
     Model,
     Proof,
     TokenLogprobs,
     TopLogprob,
     Usage,
 )
-from overproof.serve.schema import ChatRequest, CompletionRequest
+from overproof.serve.schema import ChatRequest, CompletionRequest, Generated
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,28 @@ class Answer:
 
     index: int
     text: str
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
     told: tuple[Told, ...] | None = None  # where log-probabilities were asked for
 
 
-@dataclass(frozen=True)
-class Completions:
+Asked = TypeVar("Asked", bound=Generated)
+
+
+class Shape(Generic[Asked]):
+    """The replies to one request."""
+
+    PREFIX: ClassVar[str]  # of ids
+
+    def __init__(self, served: Served, request: Asked) -> None:
+        self.served, self.request = served, request
+        self.id = f"{self.PREFIX}-{uuid.uuid4().hex}"
+        self.head: dict[str, Any] = {**served.named, "id": self.id, "created": int(time.time())}  # of every reply
+
+
+class Completions(Shape[CompletionRequest]):
     """The replies of /v1/completions."""
 
-    served: Served
-    request: CompletionRequest
-    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
+    PREFIX = "cmpl"
 
     @property
     def logprobs(self) -> int | None:
@@ -85,20 +95,16 @@ class Completions:
             Choice(index=a.index, text=a.text, finish_reason=a.finish_reason, logprobs=_token_logprobs(a.told))
             for a in answers
         ]
-        return CompletionReply(**self.served.named, id=self.id, created=self.created, choices=choices, usage=usage)
+        return CompletionReply(**self.head, choices=choices, usage=usage)
 
     def event(self, answers: list[Answer], usage: Usage | None, _begun: Container[int]) -> CompletionReply:
         return self.reply(answers, usage)
 
 
-@dataclass(frozen=True)
-class Chat:
+class Chat(Shape[ChatRequest]):
     """The replies of /v1/chat/completions."""
 
-    served: Served
-    request: ChatRequest
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
+    PREFIX = "chatcmpl"
 
     @property
     def logprobs(self) -> int | None:
@@ -114,7 +120,7 @@ class Chat:
             )
             for a in answers
         ]
-        return ChatReply(**self.served.named, id=self.id, created=self.created, choices=choices, usage=usage)
+        return ChatReply(**self.head, choices=choices, usage=usage)
 
     def event(self, answers: list[Answer], usage: Usage | None, begun: Container[int]) -> ChatEvent:
         """``begun`` are the choices of which an event was sent before."""
@@ -127,7 +133,7 @@ class Chat:
             )
             for a in answers
         ]
-        return ChatEvent(**self.served.named, id=self.id, created=self.created, choices=choices, usage=usage)
+        return ChatEvent(**self.head, choices=choices, usage=usage)
 
 
 def told(done: Completion) -> Iterator[Told]:
@@ -179,12 +185,6 @@ def _chat_logprobs(told: Sequence[Told] | None) -> ChatLogprobs | None:
             for part in told
         ]
     )
-
-
-def usage_of(counts: Sequence[tuple[int, int]], n: int) -> Usage:
-    """A prompt counts once, however many choices it has."""
-    prompt, completion = sum(count for count, _ in counts[::n]), sum(count for _, count in counts)
-    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
 def model_of(package: Package) -> Model:

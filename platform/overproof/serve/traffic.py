@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from overproof.errors import InputError
-from overproof.files import filesystem, join, write_at_once
+from overproof.files import filesystem, from_anywhere, join, write_at_once
 from overproof.recipe import Traffic
 
 LOG = logging.getLogger("overproof.serve")
@@ -77,18 +77,18 @@ SCHEMAS = {
 }  # fmt: skip
 
 
-def anywhere(settings: Traffic) -> Traffic:
-    """The same folder, whatever folder a replica starts in; it can be written, for one was just made there.
+def ready(settings: Traffic) -> Traffic:
+    """The same folder, made and named for replicas wherever they start.
 
     Raises:
-        InputError: it cannot.
+        InputError: it cannot be written.
     """
     files, path = filesystem(settings.folder)
     try:
         files.create_dir(path, recursive=True)
     except OSError as error:
         raise InputError(f"serve.traffic.folder: {settings.folder}: {error}; expected one you may write to") from None
-    return settings if "://" in settings.folder else settings.model_copy(update={"folder": path})
+    return settings.model_copy(update={"folder": from_anywhere(settings.folder)})
 
 
 def sampled(id_: str, share: float) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from overproof.errors import InputError
-from overproof.files import filesystem, once_here
+from overproof.files import filesystem, from_anywhere, once_here
 from overproof.recipe import Pretrained
 
 
@@ -33,7 +33,7 @@ def listing(path: str) -> list[tuple[str, int, int]]:
 
 def anywhere(model: Pretrained) -> Pretrained:
     """The same directory, named so that processes with other working directories find it."""
-    return model if "://" in model.path else Pretrained(path=str(Path(model.path).expanduser().absolute()))
+    return Pretrained(path=from_anywhere(model.path))
 
 
 def local(path: str) -> Path:
