@@ -56,7 +56,7 @@ def make_parents(recipe: Recipe) -> dict[str, Artifact]:
     tokenizer = done["prepare"].local() / "tokenizer.json" if manifest.kind == "text" else None
 
     def save(folder: Path, seed: int) -> None:
-        model = models.build(recipe.sweep.students[0].model, manifest, seed)
+        model = models.build(recipe.sweep.students[0].model, manifest, seed + 10 * recipe.seed)
         if tokenizer is not None:
             _train(model, Tokenizer.from_file(str(tokenizer)))
         models.save(model, model.config, folder, tokenizer)
@@ -78,7 +78,9 @@ def make_package(kind: str, store: Path, *overrides: str) -> Path:
 
 def pack(recipe: Recipe, parents: dict[str, Artifact]) -> Artifact:
     """Run the package stage."""
-    draft = Store(recipe.store).begin(recipe.name, "package", hashlib.sha256(b"package").hexdigest(), {}, {})
+    draft = Store(recipe.store).begin(
+        recipe.name, "package", hashlib.sha256(f"package {recipe.seed}".encode()).hexdigest(), {}, {}
+    )
     return draft.commit(package(Context(recipe, parents, draft, quiet)), 1.0)
 
 
@@ -97,6 +99,31 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 def copy(package_folder: Path, folder: Path) -> Path:
     """A package to spoil."""
     return Path(shutil.copytree(package_folder, folder / "package"))
+
+
+def break_model(package_folder: Path, folder: Path) -> Path:
+    """A copy that every check of the package lets pass and llama.cpp does not: its model is cut off."""
+    broken = copy(package_folder, folder)
+    model = broken / json.loads((broken / "package.json").read_text())["model"]
+    model.write_bytes(model.read_bytes()[: model.stat().st_size // 2])
+    now = {"sha256": file_sha256(model), "size_bytes": model.stat().st_size}
+    before = file_sha256(package_folder / model.name)
+
+    def measured(report: Any) -> None:
+        for each in report["measured"]:
+            if each["sha256"] == before:
+                each.update(now)
+
+    def listed(content: Any) -> None:
+        content["files"][model.name].update(now)
+        content["id"] += "-broken"
+
+    edit(broken / "package.json", listed)
+    edit(broken / "report.json", measured)
+    report = broken / "report.json"
+    size = {"size_bytes": report.stat().st_size}
+    edit(broken / "package.json", lambda content: content["files"][report.name].update(size))
+    return broken
 
 
 def _prepare(recipe: Recipe, folder: Path) -> None:

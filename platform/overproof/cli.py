@@ -99,6 +99,28 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("package", help="package directory, or its id in --store")
     serve.add_argument("--store", default="store", help="folder or URI (default: store)")
     serve.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field of serve")
+    deploy = verb(
+        "deploy", "serve a package on the running cluster (RAY_ADDRESS), or try it there", "serve", recipe=False
+    )
+    deploy.add_argument("package", help="package directory or URI, or its id in --store")
+    deploy.add_argument("--store", default="store", help="folder or URI (default: store)")
+    deploy.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field of serve")
+    tried = deploy.add_mutually_exclusive_group()
+    tried.add_argument("--canary", action="store_const", const="canary", dest="place", default="stable",
+                       help="let it answer a share of the sessions")  # fmt: skip
+    tried.add_argument("--shadow", action="store_const", const="shadow", dest="place",
+                       help="let it read what comes in, and answer nobody")  # fmt: skip
+    for name, text in (
+        ("promote", "let the version that is tried answer"),
+        ("rollback", "take back what is tried, or return to the version before"),
+        ("undeploy", "serve a model no longer"),
+    ):
+        added = verb(name, text, recipe=False)
+        added.add_argument("model", help="as `overproof deployments` names it")
+        if name == "rollback":
+            added.add_argument("--reason", default="", help="why, for the record")
+    history = verb("deployments", "who serves what, and every change", recipe=False)
+    history.add_argument("--file", help="read this file or URI instead of asking the running cluster")
     keys = verb("keys", "make, list and revoke API keys of a file that servers read (OVERPROOF_KEYS)", recipe=False)
     keys.add_argument("what", choices=("add", "ls", "revoke"))
     keys.add_argument("name", nargs="?", help="whose key it is")
@@ -130,6 +152,8 @@ def _run(options: argparse.Namespace) -> int:
         return live.serve(options.package, options.store, tuple(options.set))
     if options.verb == "keys":
         return _keys(options)
+    if options.verb in ("deploy", "promote", "rollback", "undeploy", "deployments"):
+        return _deploying(options)
     if options.verb == "dashboard":
         from overproof import dashboard
         from overproof.files import join
@@ -164,6 +188,20 @@ def _run(options: argparse.Namespace) -> int:
 
         return live.demo(recipe, keep=options.keep)
     return _build(recipe, options.until if options.verb == "run" else options.verb)
+
+
+def _deploying(options: argparse.Namespace) -> int:
+    from overproof import deploying
+
+    if options.verb == "deploy":
+        return deploying.deploy(options.package, options.store, options.set, options.place)
+    if options.verb == "promote":
+        return deploying.promote(options.model)
+    if options.verb == "rollback":
+        return deploying.roll_back(options.model, options.reason)
+    if options.verb == "undeploy":
+        return deploying.withdraw(options.model)
+    return deploying.deployments(options.file)
 
 
 def _keys(options: argparse.Namespace) -> int:

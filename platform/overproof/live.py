@@ -7,17 +7,15 @@ import shlex
 import signal
 import threading
 from pathlib import Path
-from typing import Any
 
 import httpx
-import yaml
 from rich.markup import escape
 
 from overproof import cluster, pipeline, views
 from overproof.artifact import RECORD, Store
 from overproof.console import out, waiting
-from overproof.errors import GateRefused, InputError
-from overproof.recipe import Recipe, Serve
+from overproof.errors import GateRefused
+from overproof.recipe import Recipe, Serve, assignments
 from overproof.serve.port import free_port
 
 ASK_TIMEOUT_S = 60
@@ -47,16 +45,11 @@ def serve(package: str, store: str, overrides: tuple[str, ...]) -> int:
     Raises:
         InputError: there is no such package, it was changed, or it has no passing verdict.
     """
-    settings: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise InputError(f"--set {override}: expected a field of serve, such as port=8001")
-        settings[key.removeprefix("serve.")] = yaml.safe_load(value)
+    settings = Serve.parse(assignments(overrides, "serve"))
     path = Path(package)
     if not (path / RECORD).is_file() and not (path / "package.json").is_file():
         path = Store(store).get(package).local()
-    _serve(path, Serve.parse(settings), keep=True)
+    _serve(path, settings, keep=True)
     return 0
 
 
@@ -65,7 +58,7 @@ def _serve(package: Path, settings: Serve, keep: bool) -> None:
 
     with waiting("connecting to Ray"):
         cluster.connect()
-    with waiting("starting Ray Serve and its replicas"):
+    with waiting("starting replicas"):
         base = run.start(package, settings)
     try:
         ask(base, settings)

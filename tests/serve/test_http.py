@@ -15,30 +15,33 @@ import pytest
 from fastapi import FastAPI
 
 from overproof.registry.package import open_package
+from overproof.serve import limits
 from overproof.serve.engines.base import Piece
 from overproof.serve.engines.llamacpp import LlamaCpp
 from overproof.serve.engines.onnx import OnnxClassifier
+from overproof.serve.house import One
 from overproof.serve.http import build_http
 from overproof.serve.limits import MOST_BODY_BYTES, Access, is_loopback
 from overproof.serve.replies import ChatEvent, ChatReply, ClassifyReply, CompletionReply, ErrorReply, ModelList
 from overproof.serve.schema import ChatRequest, ClassifyRequest, CompletionRequest
-from overproof.serve.shapes import Served
 from packing import make_package
+from serving import one
 
 OPEN, KEYED = Access(None), Access(hashlib.sha256(b"secret").hexdigest())
 BLANK = [0.0] * 64
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def text(text_package: Path) -> Iterator[Served]:
+def text(text_package: Path) -> Iterator[One]:
     engine = LlamaCpp(text_package / "model.gguf", slots=2)
-    yield Served(open_package(text_package), engine, max_tokens=32, calls=4)
+    yield one(text_package, engine)
     engine.close()
 
 
 @pytest.fixture(scope="module")
-def digits(digits_package: Path) -> Served:
-    return Served(open_package(digits_package), OnnxClassifier(digits_package / "model.onnx"), max_tokens=32, calls=4)
+def digits(digits_package: Path) -> One:
+    return one(digits_package, OnnxClassifier(digits_package / "model.onnx"))
 
 
 def ask(app: FastAPI, method: str, path: str, client: str = "127.0.0.1", **request: Any) -> httpx.Response:
@@ -50,22 +53,22 @@ def ask(app: FastAPI, method: str, path: str, client: str = "127.0.0.1", **reque
     return asyncio.run(send())
 
 
-def test_a_reply_says_which_file_gave_it(text: Served) -> None:
+def test_a_reply_says_which_file_gave_it(text: One, text_package: Path) -> None:
     app = build_http(text, OPEN)
     reply = ask(app, "POST", "/v1/completions", json={"prompt": "import os\n", "max_tokens": 8}).json()
     assert reply["model"] == "stdlib-lm"
-    assert text.package.sha256.startswith(reply["system_fingerprint"])
-    assert reply["package"] == text.package.content.id
+    assert text.served.model.overproof.sha256.startswith(reply["system_fingerprint"])
+    assert reply["package"] == text.served.model.overproof.package
     usage = reply["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     (model,) = ask(app, "GET", "/v1/models").json()["data"]
-    assert model["overproof"]["sha256"] == text.package.sha256
-    assert len(model["overproof"]["verdict"]) == len(text.package.content.policy.rules)
-    assert model["overproof"]["parents"] == text.package.content.parents
+    assert model["overproof"]["sha256"] == text.served.model.overproof.sha256
+    assert len(model["overproof"]["verdict"]) == len(open_package(text_package).content.policy.rules)
+    assert model["overproof"]["parents"] == text.served.model.overproof.parents
     assert ask(app, "GET", "/healthz").json() == {"status": "ok"}
 
 
-def test_rows_and_flat_pixels_are_the_same_image(digits: Served) -> None:
+def test_rows_and_flat_pixels_are_the_same_image(digits: One) -> None:
     image = [i / 64 for i in range(64)]
     rows = [image[i : i + 8] for i in range(0, 64, 8)]
     flat, nested = ask(build_http(digits, OPEN), "POST", "/v1/classify", json={"images": [image, rows]}).json()["data"]
@@ -111,6 +114,15 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "grammar": "root ::= nothing", "stream": True}, "grammar", "GBNF"),
     ({"prompt": "x", "grammar": "%llguidance {}\nstart: nothing"}, "grammar", "unknown name"),
     ({"prompt": "x", "grammar": "x" * 16385}, "grammar", "at most 16384"),
+    ({"prompt": "x", "grammar": "root ::= " + '"i"? ' * 2000}, "grammar", "items; max is"),
+    ({"prompt": "x", "grammar": ""}, "grammar", "at least 1"),
+    ({"prompt": "x", "grammar": "%llguidance {}\nstart: <|nosuch|>"}, "grammar", "nosuch"),
+    ({"prompt": "x", "grammar": "root ::= " + "(" * 8000 + '"x"' + ")" * 8000}, "grammar", "expected GBNF"),
+    ({"prompt": "x", "response_format": schema({"$ref": "#"})}, "response_format", ""),
+    ({"prompt": "x", "response_format": schema({"type": "array", "minItems": 10**9})}, "response_format", "minItems"),
+    ({"prompt": "x", "stop": "\ud800"}, "stop", "valid Unicode"),
+    ({"prompt": "x", "user": "\ud800"}, "user", "valid Unicode"),
+    ({"prompt": " " * 4_000_000}, "prompt", "tokens hold fewer"),
     ({"prompt": "x", "response_format": {"type": "json_schema"}}, "response_format", "belongs to type"),
     ({"prompt": "x", "response_format": {"type": "xml"}}, "response_format", "'text', 'json_object' or"),
     ({"prompt": "x", "response_format": schema({"type": "nope"})}, "response_format", "invalid type: nope"),
@@ -122,9 +134,9 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("body", "param", "message"), COMPLETIONS)
 def test_a_bad_completion_request_gets_one_clear_error(
-    text: Served, body: dict[str, Any], param: str, message: str
+    text: One, body: dict[str, Any], param: str, message: str
 ) -> None:
-    reply = ask(build_http(text, OPEN), "POST", "/v1/completions", json=body)
+    reply = ask(build_http(text, OPEN), "POST", "/v1/completions", content=json.dumps(body), headers=JSON)
     assert reply.status_code == 400
     error = ErrorReply.model_validate(reply.json()).error
     assert (error.param, error.type) == (param, "invalid_request_error")
@@ -137,7 +149,7 @@ def test_a_bad_completion_request_gets_one_clear_error(
     [None, [], "x", [5], [[]], [BLANK[:-1]], [[2.0] * 64], [["a"] * 64], [[[0.0] * 8] * 7], [[BLANK[:8]] * 7 + [[0.0]]],
      [BLANK, [0.0]], [BLANK] * 1025, [[True] * 64]],
 )  # fmt: skip
-def test_a_bad_image_gets_one_clear_error(digits: Served, images: Any) -> None:
+def test_a_bad_image_gets_one_clear_error(digits: One, images: Any) -> None:
     reply = ask(build_http(digits, OPEN), "POST", "/v1/classify", json={"images": images})
     error = ErrorReply.model_validate(reply.json()).error
     assert (reply.status_code, error.param) == (400, "images"), error
@@ -145,14 +157,22 @@ def test_a_bad_image_gets_one_clear_error(digits: Served, images: Any) -> None:
 
 
 @pytest.mark.parametrize("content", [b"{bad", b'"text"', b"[]", b"", b"\xff\xfe"])
-def test_a_body_that_is_no_json_object_is_refused(text: Served, content: bytes) -> None:
+def test_a_body_that_is_no_json_object_is_refused(text: One, content: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     reply = ask(build_http(text, OPEN), "POST", "/v1/completions", content=content, headers=headers)
     assert reply.status_code == 400
     assert "JSON" in ErrorReply.model_validate(reply.json()).error.message
 
 
-def test_wrong_routes_and_models_say_what_is_right(text: Served, digits: Served) -> None:
+def test_a_grammar_that_llama_cpp_is_slow_with_is_kept_to(text: One) -> None:
+    """By itself it takes seconds with the first, in which nobody gets an answer, and a minute with the second."""
+    for grammar in ("root ::= " + '("i"* "i"*)* ' * 50, "root ::= " + '"i"? ' * 600):
+        reply = ask(build_http(text, OPEN), "POST", "/v1/completions", json={"prompt": "x", "grammar": grammar})
+        assert reply.status_code == 200
+        assert set(reply.json()["choices"][0]["text"]) <= {"i"}
+
+
+def test_wrong_routes_and_models_say_what_is_right(text: One, digits: One) -> None:
     app = build_http(text, OPEN)
     for reply, message in (
         (ask(app, "POST", "/v1/classify", json={"images": [BLANK]}), "ask it at POST /v1/completions"),
@@ -167,7 +187,7 @@ def test_wrong_routes_and_models_say_what_is_right(text: Served, digits: Served)
     assert ask(app, "GET", "/v1/completions").status_code == 405
 
 
-def test_large_bodies_are_refused_announced_or_not(text: Served) -> None:
+def test_large_bodies_are_refused_announced_or_not(text: One) -> None:
     async def chunks() -> Any:
         for _ in range(MOST_BODY_BYTES // 65536 + 1):
             yield b"x" * 65536
@@ -179,7 +199,51 @@ def test_large_bodies_are_refused_announced_or_not(text: Served) -> None:
         assert "larger than" in ErrorReply.model_validate(reply.json()).error.message
 
 
-def test_with_a_key_everything_but_health_needs_it(text: Served) -> None:
+def test_a_body_that_does_not_come_is_not_waited_for(text: One, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def drops() -> Any:
+        for _ in range(100):
+            yield b" "
+            await asyncio.sleep(0.05)
+
+    monkeypatch.setattr(limits, "MOST_BODY_SECONDS", 0.2)
+    headers = {"Content-Type": "application/json"}
+    reply = ask(build_http(text, OPEN), "POST", "/v1/completions", content=drops(), headers=headers)
+    assert (reply.status_code, list(reply.json())) == (408, ["error"])
+
+
+class Endless:
+    """Pieces until closed."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+
+    def stream(self, *_: Any) -> Any:
+        return self
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Piece:
+        if self.closed.wait(0.01):
+            raise StopIteration
+        return Piece("x")
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reply_that_takes_too_long_ends(text_package: Path, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    monkeypatch.setattr(limits, "MOST_SECONDS", 0.3)
+    engine = Endless()
+    body = {"prompt": "x", "stream": stream}
+    reply = ask(build_http(one(text_package, engine), OPEN), "POST", "/v1/completions", json=body)
+    assert reply.status_code == (200 if stream else 408)
+    assert ("timeout_error" in reply.text, "[DONE]" in reply.text) == (True, False)
+    assert engine.closed.is_set()
+
+
+def test_with_a_key_everything_but_health_needs_it(text: One) -> None:
     app = build_http(text, KEYED)
     assert ask(app, "GET", "/healthz").status_code == 200
     for value in (None, "secret", "Bearer", "Bearer ", "Bearer Secret", "Basic secret", "Bearer secretx"):
@@ -193,7 +257,7 @@ def test_with_a_key_everything_but_health_needs_it(text: Served) -> None:
     assert ask(app, "POST", "/v1/completions", content=b"{bad").status_code == 401  # before the body is looked at
 
 
-def test_without_a_key_other_machines_are_refused(text: Served) -> None:
+def test_without_a_key_other_machines_are_refused(text: One) -> None:
     app = build_http(text, OPEN)
     assert ask(app, "GET", "/v1/models", client="::1").status_code == 200
     for client in ("10.1.2.3", "testclient", "2001:db8::1"):
@@ -203,19 +267,18 @@ def test_without_a_key_other_machines_are_refused(text: Served) -> None:
     assert [is_loopback(h) for h in ("localhost", "127.0.0.2", "0.0.0.0", "::", "example.org")] == [1, 1, 0, 0, 0]
 
 
-def test_headers_that_lift_serves_limits_are_refused(text: Served) -> None:
+def test_headers_that_lift_serves_limits_are_refused(text: One) -> None:
     for name in ("x-request-timeout-seconds", "X-Request-Disconnect-Disabled"):
         reply = ask(build_http(text, OPEN), "GET", "/v1/models", headers={name: "0"})
         assert reply.status_code == 400
 
 
-def test_a_failing_engine_is_a_500_that_tells_nothing(digits: Served) -> None:
+def test_a_failing_engine_is_a_500_that_tells_nothing(digits_package: Path) -> None:
     class Broken:
         def classify(self, _: Any) -> Any:
             raise RuntimeError("a secret path")
 
-    served = Served(digits.package, Broken(), 1, 1)  # type: ignore[arg-type]
-    reply = ask(build_http(served, OPEN), "POST", "/v1/classify", json={"images": [BLANK]})
+    reply = ask(build_http(one(digits_package, Broken()), OPEN), "POST", "/v1/classify", json={"images": [BLANK]})
     assert reply.status_code == 500
     assert ErrorReply.model_validate(reply.json()).error.type == "server_error"
     assert "secret" not in reply.text
@@ -236,7 +299,7 @@ CHATS: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("body", "param", "message"), CHATS)
 def test_a_bad_chat_request_gets_one_clear_error(
-    text: Served, body: dict[str, Any], param: str | None, message: str
+    text: One, body: dict[str, Any], param: str | None, message: str
 ) -> None:
     reply = ask(build_http(text, OPEN), "POST", "/v1/chat/completions", json=body)
     error = ErrorReply.model_validate(reply.json()).error
@@ -247,14 +310,14 @@ def test_a_bad_chat_request_gets_one_clear_error(
 def test_a_model_without_a_chat_template_does_not_chat(tmp_path: Path) -> None:
     package = make_package("text", tmp_path)
     engine = LlamaCpp(package / "model.gguf")
-    app = build_http(Served(open_package(package), engine, 32, 4), OPEN)
+    app = build_http(one(package, engine), OPEN)
     reply = ask(app, "POST", "/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
     assert reply.status_code == 400
     assert "no chat template" in ErrorReply.model_validate(reply.json()).error.message
     engine.close()
 
 
-def test_a_stream_that_fails_says_so_at_its_end(text: Served) -> None:
+def test_a_stream_that_fails_says_so_at_its_end(text_package: Path) -> None:
     class Breaks:
         def stream(self, *_: Any) -> Any:
             return self
@@ -269,43 +332,30 @@ def test_a_stream_that_fails_says_so_at_its_end(text: Served) -> None:
 
         def close(self) -> None: ...
 
-    app = build_http(Served(text.package, Breaks(), 32, 2), OPEN)  # type: ignore[arg-type]
+    app = build_http(one(text_package, Breaks()), OPEN)
     reply = ask(app, "POST", "/v1/completions", json={"prompt": "x", "stream": True})
     *_, last = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
     assert ErrorReply.model_validate_json(last).error.type == "server_error"
     assert "secret" not in reply.text
 
 
-def test_generation_ends_when_the_client_goes(text: Served) -> None:
-    class Endless:
-        """Pieces until closed."""
-
-        def __init__(self) -> None:
-            self.closed = threading.Event()
-
-        def stream(self, *_: Any) -> Any:
-            return self
-
-        def __next__(self) -> Piece:
-            if self.closed.wait(0.01):
-                raise StopIteration
-            return Piece("x")
-
-        def close(self) -> None:
-            self.closed.set()
-
+@pytest.mark.parametrize("stream", [True, False])
+def test_generation_ends_when_the_client_goes(text_package: Path, stream: bool) -> None:
     engine = Endless()
-    app = build_http(Served(text.package, engine, 32, 2), OPEN)  # type: ignore[arg-type]
+    app = build_http(one(text_package, engine), OPEN)
     sent: list[Any] = []
 
     async def client() -> None:
-        body, gone = json.dumps({"prompt": "x", "stream": True}).encode(), asyncio.Event()
+        body, gone = json.dumps({"prompt": "x", "stream": stream}).encode(), asyncio.Event()
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
         async def receive() -> Any:
             for message in messages:
                 return message
-            await gone.wait()
+            if stream:
+                await gone.wait()
+            else:
+                await asyncio.sleep(0.1)
             return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
@@ -324,7 +374,7 @@ def test_generation_ends_when_the_client_goes(text: Served) -> None:
         await asyncio.wait_for(app(scope, receive, send), 10)
 
     asyncio.run(client())
-    assert sent[0]["status"] == 200
+    assert sent[0]["status"] == (200 if stream else 499)
     assert engine.closed.is_set()
 
 

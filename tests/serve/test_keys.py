@@ -22,14 +22,13 @@ from cryptography.x509.oid import NameOID
 from overproof.cli import main
 from overproof.errors import InputError
 from overproof.recipe import Serve
-from overproof.registry.package import open_package
 from overproof.serve import keys, run
 from overproof.serve.beside import Beside
 from overproof.serve.engines.onnx import OnnxClassifier
 from overproof.serve.http import build_http
 from overproof.serve.keys import Key, Keys, Meter, digest
 from overproof.serve.limits import Access, access
-from overproof.serve.shapes import Served
+from serving import one
 
 IMAGE = {"images": [[0.0] * 64]}
 
@@ -156,8 +155,8 @@ def test_tokens_are_paid_for_when_they_are_counted() -> None:
 def test_requests_are_let_in_by_any_key_and_refused_beyond_its_limit(digits_package: Path, tmp_path: Path) -> None:
     file = str(tmp_path / "keys.json")
     free, few = keys.add(file, "free", None, None), keys.add(file, "few", 2, None)
-    served = Served(open_package(digits_package), OnnxClassifier(digits_package / "model.onnx"), 1, 2)
-    app = build_http(served, Access(digest("own"), file), Beside(Meter(lambda: 0.0)))
+    house = one(digits_package, OnnxClassifier(digits_package / "model.onnx"))
+    app = build_http(house, Access(digest("own"), file), Beside(Meter(lambda: 0.0)))
 
     def ask(key: str) -> httpx.Response:
         async def send() -> httpx.Response:

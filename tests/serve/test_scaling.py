@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from ray import serve
 
 from overproof.recipe import Serve
 from overproof.serve import run
@@ -23,7 +22,8 @@ BODY = {"prompt": [0, 70], "max_tokens": 200, "temperature": 2.0}
 
 def replicas() -> int:
     """Those that answer."""
-    return int(serve.status().applications["stdlib-lm"].deployments["model"].replica_states.get("RUNNING", 0))
+    (package,) = run.at_desk("book").lines["stdlib-lm"].live
+    return run.replicas(package.package)
 
 
 def until(count: int) -> None:

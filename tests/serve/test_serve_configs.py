@@ -41,7 +41,7 @@ def _config(name: str, package: Path, folder: Path) -> tuple[Path, str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    tree["http_options"]["port"] = port
+    tree["applications"][0]["args"]["port"] = port
     tree["applications"][0]["args"]["package"] = str(package)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -64,13 +64,6 @@ def _model(base: str) -> Any:
     return reply.json()["data"][0] if reply.status_code == 200 else None
 
 
-def _own_address() -> str:
-    """The address by which other machines know this one."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing
-        return str(probe.getsockname()[0])
-
-
 def test_serve_run_serves_until_interrupted(ray_cluster: str, text_package: Path, tmp_path: Path) -> None:
     path, base = _config("stdlib-lm", text_package.parent, tmp_path)  # the recipe's folder in the store
     log = tmp_path / "log"
@@ -89,27 +82,33 @@ def test_serve_run_serves_until_interrupted(ray_cluster: str, text_package: Path
 
 
 def test_serve_deploy_serves_this_machine_and_refuses_the_unproven(
-    ray_cluster: str, digits_package: Path, tmp_path: Path
+    ray_cluster: str, digits_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("OVERPROOF_API_KEY", raising=False)
     dashboard = f"http://{ray._private.worker.global_worker.node.address_info['webui_url']}"
     path, base = _config("digits", digits_package, tmp_path)
     tree = yaml.safe_load(path.read_text())
-    tree["http_options"]["host"] = "0.0.0.0"  # an open door, and no key
-    path.write_text(yaml.safe_dump(tree))
     done = subprocess.run([COMMAND, "deploy", "-a", dashboard, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert _until(lambda: _model(base))["overproof"]["kind"] == "digits"
     reply = httpx.post(f"{base}/v1/classify", json={"images": [[0.0] * 64]})
     assert 0 <= reply.json()["data"][0]["label"] < 10
-    outside = httpx.get(f"http://{_own_address()}:{base.rpartition(':')[2]}/v1/models")
-    assert outside.status_code == 403
-    assert "OVERPROOF_API_KEY" in outside.json()["error"]["message"]
+    tree["applications"][0]["args"]["host"] = "0.0.0.0"  # an open door, and no key
+    ServeSubmissionClient(dashboard).deploy_applications(tree)
+    failed = _until(lambda: (a := serve.status().applications["overproof"]).status == "DEPLOY_FAILED" and a)
+    assert "can be reached from other machines; set OVERPROOF_API_KEY" in failed.message
+    assert _model(base)["overproof"]["kind"] == "digits"  # what was there goes on
 
+    tree["applications"][0]["args"]["host"] = "127.0.0.1"
     spoiled = copy(digits_package, tmp_path)
     edit(spoiled / "verdict.json", lambda verdict: verdict.update(passed=False, chosen=None))
     tree["applications"][0]["args"]["package"] = str(spoiled)
     ServeSubmissionClient(dashboard).deploy_applications(tree)
-    failed = _until(lambda: (a := serve.status().applications["digits"]).status == "DEPLOY_FAILED" and a)
+    failed = _until(
+        lambda: (
+            (a := serve.status().applications["overproof"]).status == "DEPLOY_FAILED" and "verdict" in a.message and a
+        )
+    )
     assert "has no passing verdict; only what passed its gate is served" in failed.message
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-from ray import serve
 from ray.serve.context import _get_global_client
 
 from overproof.errors import InputError
@@ -100,7 +99,7 @@ def test_a_client_that_goes_away_leaves_its_slot(server: httpx.Client) -> None:
     assert _complete(server, prompt="x", max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
-def test_errors_arrive_through_the_proxy(server: httpx.Client) -> None:
+def test_errors_arrive_through_the_gateway(server: httpx.Client) -> None:
     long = {"prompt": "x" * 9999, "stream": True}
     for body in ({"prompt": ""}, {"prompt": "x", "max_tokens": 257}, long):
         reply = server.post("/v1/completions", json=body)
@@ -110,23 +109,18 @@ def test_errors_arrive_through_the_proxy(server: httpx.Client) -> None:
 
 
 def test_the_autoscaling_that_was_asked_for_is_applied(server: httpx.Client) -> None:
-    client = _get_global_client()
-    (deployment,) = client.get_serve_details()["applications"]["stdlib-lm"]["deployments"].values()
+    client, (version,) = _get_global_client(), run.at_desk("book").lines["stdlib-lm"].live
+    (deployment,) = client.get_serve_details()["applications"][version.application]["deployments"].values()
     config = deployment["deployment_config"]
     scaling = config["autoscaling_config"]
     assert (scaling["min_replicas"], scaling["max_replicas"], scaling["target_ongoing_requests"]) == (1, 2, 2)
     assert config["max_ongoing_requests"] == 8
     assert config["max_queued_requests"] == 32
     assert config["ray_actor_options"]["num_cpus"] == 0.5
-    assert serve.status().applications["stdlib-lm"].status == "RUNNING"
 
 
-def test_a_cluster_that_serves_is_not_taken_over(
-    server: httpx.Client, digits_package: Path, text_package: Path
-) -> None:
-    with pytest.raises(InputError, match="already serves stdlib-lm"):
-        run.start(digits_package, SETTINGS)
-    with pytest.raises(InputError, match=r"Ray Serve listens at 127\.0\.0\.1:\d+ on this cluster"):
+def test_an_open_house_keeps_its_address(server: httpx.Client, text_package: Path) -> None:
+    with pytest.raises(InputError, match=r"serve\.port: found 1, and the house that is open has \d+"):
         run.start(text_package, Serve(port=1))
     assert server.get("/healthz").status_code == 200
 
@@ -144,9 +138,8 @@ def test_only_proven_packages_are_served(text_package: Path, tmp_path: Path) -> 
     [
         ({}, "args.package: found None"),
         ({"package": "/nowhere"}, "no package there"),
-        ({"package": "PACKAGE", "port": 1}, "args.port: belongs to http_options"),
-        ({"package": "PACKAGE", "tls_key": "x"}, "move it there, as ssl_keyfile"),
-        ({"package": "PACKAGE", "tls_certificate": "x"}, "move it there, as ssl_certfile"),
+        ({"package": ["PACKAGE", 1]}, "expected a package's folder or URI, or a list of such"),
+        ({"package": "PACKAGE", "host": "0.0.0.0"}, "can be reached from other machines"),
         ({"package": "PACKAGE", "slotz": 1}, "slotz: unknown field"),
         ({"package": "PACKAGE", "min_replicas": 3}, "max_replicas 2 is below min_replicas 3"),
     ],
@@ -160,4 +153,4 @@ def test_an_address_others_reach_needs_a_key(text_package: Path, monkeypatch: py
     monkeypatch.delenv("OVERPROOF_API_KEY", raising=False)
     for host in ("0.0.0.0", "192.0.2.7"):
         with pytest.raises(InputError, match=r"can be reached from other machines; set OVERPROOF_API_KEY"):
-            run.start(text_package, Serve(host=host))
+            run.open_house({str(text_package): Serve()}, Serve(host=host))

@@ -25,13 +25,13 @@ from overproof.files import filesystem, join
 from overproof.recipe import ParquetSource, Serve, Traffic
 from overproof.registry.package import open_package
 from overproof.serve import run
-from overproof.serve.app import application
+from overproof.serve.app import in_the_house
 from overproof.serve.beside import Beside
 from overproof.serve.engines.llamacpp import LlamaCpp
 from overproof.serve.http import build_http
 from overproof.serve.limits import Access
-from overproof.serve.shapes import Served
 from overproof.serve.traffic import REPLIES, Exchange, Rating, Recorder, Redactor, sampled
+from serving import one as alone
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 EXCHANGE = Exchange("cmpl-1", NOW, "x/package-1", "x", 0, "a ", "b", "stop", 1, 1, 0.5, None)
@@ -150,7 +150,7 @@ def engine(text_package: Path) -> Iterator[LlamaCpp]:
 
 def test_replies_of_every_kind_are_kept_and_rated(text_package: Path, engine: LlamaCpp, tmp_path: Path) -> None:
     recorder = Recorder(settings(tmp_path))
-    app = build_http(Served(open_package(text_package), engine, 32, 4), Access(), Beside(recorder=recorder))
+    app = build_http(alone(text_package, engine), Access(), Beside(recorder=recorder))
 
     async def ask() -> list[Any]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
@@ -197,7 +197,7 @@ def test_a_replica_that_is_stopped_has_written_everything(ray_cluster: str, text
 
 
 def test_nothing_is_kept_unless_it_is_asked_for(text_package: Path, engine: LlamaCpp) -> None:
-    app = build_http(Served(open_package(text_package), engine, 32, 4), Access())
+    app = build_http(alone(text_package, engine), Access())
 
     async def rate() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
@@ -210,10 +210,10 @@ def test_nothing_is_kept_unless_it_is_asked_for(text_package: Path, engine: Llam
 def test_what_cannot_be_kept_is_refused(text_package: Path, digits_package: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for package, traffic, message in (
-        (digits_package, settings(tmp_path), "kept of text alone"),
+        (digits_package, settings(tmp_path), "traffic is kept of text"),
         (text_package, settings(tmp_path / "file" / "folder"), "expected one you may write to"),
     ):
         with pytest.raises(InputError, match=message):
-            application(str(package), Serve(traffic=traffic), Access())
+            in_the_house({str(package): Serve()}, Serve(traffic=traffic))
     with pytest.raises(InputError, match=r"traffic\.redact"):
         Serve.parse({"traffic": {"folder": "x", "redact": ["(("]}}, "serve")

@@ -30,7 +30,9 @@ from overproof.recipe.models import Llama, Model, Pretrained, StudentModel, Teac
 from overproof.recipe.search import Asha, Grid, Hyperband, Median, NoStop, Pbt, Random, Space, Tpe, Tune
 from overproof.recipe.section import Section
 from overproof.recipe.shipping import (
+    HOUSE,
     Agreement,
+    Canary,
     Evaluate,
     Gate,
     Gguf,
@@ -44,13 +46,15 @@ from overproof.recipe.shipping import (
     Traffic,
 )
 from overproof.recipe.training import Checkpoint, Optimization, Train, Training, Zero
-from overproof.recipe.whole import Recipe, load
+from overproof.recipe.whole import Recipe, assignments, load
 
 __all__ = [
+    "HOUSE",
     "Agreement",
     "Asha",
     "BpeTokenizer",
     "Cache",
+    "Canary",
     "Checkpoint",
     "Dense",
     "DigitsData",
@@ -101,5 +105,6 @@ __all__ = [
     "Tune",
     "Vit",
     "Zero",
+    "assignments",
     "load",
 ]

@@ -123,6 +123,23 @@ class Traffic(Section):
         return patterns
 
 
+class Canary(Section):
+    """How a new version is tried on live requests, and when it is taken back by itself."""
+
+    share: float = Field(0.1, ge=0, le=1, description="Share of the sessions that a canary answers.")
+    compare: float = Field(
+        0.2, ge=0, le=1,
+        description="Share of a canary's requests that both versions continue by one greedy token, or classify.",
+    )  # fmt: skip
+    min_requests: Count = Field(50, description="Requests, and comparisons, before either is judged.")
+    max_failed: float = Field(0.01, ge=0, le=1, description="Share of requests that may fail in the server.")
+    max_slowdown: float = Field(1.5, gt=0, description="Median seconds a request, as times the other version's.")
+    min_agreement: float = Field(0.5, ge=0, le=1, description="Share of comparisons in which both say the same.")
+
+
+HOUSE = ("host", "port", "memory_mb", "deployments", "traffic", "log_prompts", "tls_certificate", "tls_key")
+
+
 class Serve(Section):
     """Autoscaling replicas behind HTTP."""
 
@@ -136,7 +153,17 @@ class Serve(Section):
     threads: Count = Field(1, description="Engine threads in each replica.")
     slots: Count = Field(4, description="Sequences a replica decodes at once.")
     max_tokens: Count = Field(256, description="Most tokens a completion may ask for.")
+    max_prompt_tokens: Count | None = Field(
+        None, description="Most tokens of a prompt; null takes what the context holds."
+    )
+    node_labels: dict[str, str] = Field({}, description="Labels of the Ray nodes that replicas may start on.")
+    canary: Canary = Canary()
 
+    memory_mb: float | None = Field(
+        None, gt=0, description="Of all loaded models, as measured; beyond it those least used go until asked for."
+    )
+    deployments: str | None = Field(None, description="File or URI of what is deployed, and its history.")
+    log_prompts: bool = Field(False, description="Write prompts and replies into the access log.")
     traffic: Traffic | None = Field(None, description="What is kept of requests and replies; null keeps nothing.")
     tls_certificate: str | None = Field(None, description="PEM file of the certificate chain, for HTTPS.")
     tls_key: str | None = Field(None, description="PEM file of its private key.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -182,6 +183,18 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     for override in overrides:
         _set(tree, override)
     return Recipe.parse(tree, str(path))
+
+
+def assignments(overrides: Sequence[str], section: str) -> dict[str, Any]:
+    """Overrides of one section, with its name before them or not, as a mapping.
+
+    Raises:
+        InputError: one is no assignment.
+    """
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _set(tree, override.removeprefix(f"{section}."))
+    return tree
 
 
 def read_mapping(path: str | Path, file: str, content: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.errors import GateRefused, InputError
 from overproof.evaluate.gate import Verdict, judge
 from overproof.evaluate.metrics import Frozen, Measured, Report
-from overproof.files import FileEntry, file_sha256, filesystem, read_json, verify_files
+from overproof.files import FileEntry, file_sha256, filesystem, from_anywhere, read_json, verify_files
 from overproof.recipe import Gate
 from overproof.registry.card import render
 from overproof.stage import Context
@@ -133,24 +133,34 @@ def insist(verdict: Verdict) -> str:
     return verdict.chosen
 
 
-def locate(where: str) -> Path:
-    """A package's folder on this machine, fetched where it is remote.
-
-    ``where`` is a package, or a folder or URI that holds some, such as a recipe's folder in a store: then the newest.
+def pin(where: str) -> str:
+    """The folder or URI of one package, the newest of those that a folder or URI such as a recipe's in a store holds.
 
     Raises:
         InputError: there is none.
     """
     files, root = filesystem(where)
-    if files.get_file_info(f"{root}/{RECORD}").type == fs.FileType.File:
-        with files.open_input_stream(f"{root}/{RECORD}") as stream:
-            return Artifact(where, Record.model_validate_json(stream.read())).local()
-    if isinstance(files, fs.LocalFileSystem) and (Path(root) / PACKAGE).is_file():
-        return Path(root)
+    local = isinstance(files, fs.LocalFileSystem)
+    if files.get_file_info(f"{root}/{RECORD}").type == fs.FileType.File or (local and (Path(root) / PACKAGE).is_file()):
+        return from_anywhere(where)
     packages = [artifact for artifact in Store(where).artifacts() if artifact.record.stage == "package"]
     if not packages:
         raise InputError(f"{root}: no package there; expected a folder with {PACKAGE}: `overproof run` makes one")
-    return packages[-1].local()
+    return packages[-1].uri
+
+
+def locate(where: str) -> Path:
+    """A package's folder on this machine, fetched where it is remote; ``where`` is as ``pin`` takes it.
+
+    Raises:
+        InputError: there is none.
+    """
+    pinned = pin(where)
+    files, root = filesystem(pinned)
+    if isinstance(files, fs.LocalFileSystem):
+        return Path(root)
+    with files.open_input_stream(f"{root}/{RECORD}") as stream:
+        return Artifact(pinned, Record.model_validate_json(stream.read())).local()
 
 
 def open_package(path: Path) -> Package:

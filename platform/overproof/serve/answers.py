@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Seque
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 from overproof.errors import InputError
-from overproof.serve.engines.base import Completion, FinishReason, Piece, Sampling, TextEngine
+from overproof.serve.backend import Backend, Whole
+from overproof.serve.engines.base import Completion, FinishReason, Piece, Sampling
 from overproof.serve.grammar import grammar_of
 from overproof.serve.replies import ErrorDetail, ErrorReply, Reply, Usage
 from overproof.serve.schema import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, Generated
@@ -39,8 +39,7 @@ class Outcome:
         self.prompt_tokens, self.completion_tokens = prompt_tokens, completion_tokens
 
 
-Done = Callable[[list[Outcome]], Awaitable[None]]
-Call = Callable[[Callable[[], Any]], Any]  # runs an engine call in a thread, and is awaited
+Done = Callable[[list[Outcome], bool], Awaitable[None]]  # told what came of it, and whether the server failed
 Ask = tuple[Any, Sampling]  # a prompt, and how it is continued
 
 
@@ -70,13 +69,13 @@ def asks(served: Served, request: Generated, prompts: Sequence[Any], logprobs: i
     return [(prompt, replace(sampling, seed=seed)) for prompt in prompts for seed in seeds]
 
 
-def whole(shape: Completions | Chat, done: Sequence[Completion]) -> tuple[Reply, list[Outcome]]:
+def whole(shape: Completions | Chat, done: Sequence[Whole]) -> tuple[Reply, list[Outcome]]:
     """The reply of completions that are done, and what came of them."""
     answers = [
-        Answer(index, each.text, each.finish_reason, None if each.taken is None else tuple(told(each)))
+        Answer(index, each.text, each.finish_reason, None if each.done is None else tuple(told(each.done)))
         for index, each in enumerate(done)
     ]
-    outcomes = [Outcome(e.text, e.finish_reason, e.prompt_tokens, len(e.tokens)) for e in done]
+    outcomes = [Outcome(e.text, e.finish_reason, e.prompt_tokens, e.completion_tokens) for e in done]
     return shape.reply(answers, usage_of(outcomes, shape.request.n)), outcomes
 
 
@@ -86,22 +85,32 @@ def usage_of(outcomes: Sequence[Outcome], n: int) -> Usage:
     return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
-def exchanges(
+async def exchanges(
     shape: Completions | Chat, asked: list[Ask], outcomes: list[Outcome], seconds: float, first_event_s: float | None
-) -> Iterator[Exchange]:
+) -> list[Exchange]:
     """Every choice with its prompt, as traffic is kept."""
     served, created = shape.served, datetime.now(UTC)
-    for index, ((prompt, _), outcome) in enumerate(zip(asked, outcomes, strict=True)):
-        text = prompt if isinstance(prompt, str) else served.engine.detokenize(prompt)  # type: ignore[union-attr]
-        yield Exchange(
-            shape.id, created, served.package.content.id, served.package.content.name, index, text, outcome.text,
-            outcome.finish_reason, outcome.prompt_tokens, outcome.completion_tokens, seconds, first_event_s,
-        )  # fmt: skip
+    texts = [prompt if isinstance(prompt, str) else await served.backend.detokenize(prompt) for prompt, _ in asked]
+    return [
+        Exchange(
+            shape.id,
+            created,
+            served.model.overproof.package,
+            served.model.id,
+            index,
+            text,
+            outcome.text,
+            outcome.finish_reason,
+            outcome.prompt_tokens,
+            outcome.completion_tokens,
+            seconds,
+            first_event_s,
+        )
+        for index, (text, outcome) in enumerate(zip(texts, outcomes, strict=True))
+    ]
 
 
-async def streamed(
-    shape: Completions | Chat, engine: Any, asked: list[Ask], call: Call, done: Done
-) -> AsyncGenerator[str]:
+async def streamed(shape: Completions | Chat, asked: list[Ask], done: Done) -> AsyncGenerator[str]:
     """Server-sent events of all choices, as their pieces come; generation ends when the client goes.
 
     ``done`` is told what came of it, however it ends, once it has begun.
@@ -109,9 +118,9 @@ async def streamed(
     Raises:
         InputError: before the first event, what is wrong with the request.
     """
-    outcomes, begun = [Outcome() for _ in asked], set[int]()
+    outcomes, begun, failed = [Outcome() for _ in asked], set[int](), False
     try:
-        async with aclosing(_pieces(engine, asked, call)) as pieces:
+        async with aclosing(_pieces(shape.served.backend, asked)) as pieces:
             async for answer, piece in pieces:
                 outcomes[answer.index].add(answer, piece.prompt_tokens, piece.completion_tokens)
                 yield _sse(shape.event([answer], None, begun))
@@ -119,31 +128,32 @@ async def streamed(
     except Exception as error:
         if not begun:
             raise
+        failed = True
         LOG.exception("a stream failed", exc_info=error)
         yield _sse(ErrorReply(error=ErrorDetail(message=FAILED, type="server_error")))
         return
     finally:
         if begun:
-            await done(outcomes)
+            await done(outcomes, failed)
     if shape.request.stream_options.include_usage:
         yield _sse(shape.event([], usage_of(outcomes, shape.request.n), begun))
     yield "data: [DONE]\n\n"
 
 
-async def _pieces(engine: Any, asked: list[Ask], call: Call) -> AsyncGenerator[tuple[Answer, Piece]]:
+async def _pieces(backend: Backend, asked: list[Ask]) -> AsyncGenerator[tuple[Answer, Piece]]:
     """The parts of every choice, in the order in which they are generated."""
+    if len(asked) == 1:
+        async with aclosing(_parts(backend, 0, *asked[0])) as parts:
+            async for part in parts:
+                yield part
+        return
     arrived: asyncio.Queue[tuple[Answer, Piece] | Exception | None] = asyncio.Queue()
-    sources: list[Any] = []
-    over = asyncio.Event()
 
     async def pump(index: int, ask: Ask) -> None:
         try:
-            source = await call(partial(_source, engine, index, *ask))
-            sources.append(source)
-            if over.is_set():
-                source.close()
-            while (part := await call(partial(next, source, None))) is not None:
-                arrived.put_nowait(part)
+            async with aclosing(_parts(backend, index, *ask)) as parts:
+                async for part in parts:
+                    arrived.put_nowait(part)
         except Exception as error:
             arrived.put_nowait(error)
         else:
@@ -153,58 +163,39 @@ async def _pieces(engine: Any, asked: list[Ask], call: Call) -> AsyncGenerator[t
     left = len(pumps)
     try:
         while left:
-            part = await arrived.get()
-            if part is None:
+            came = await arrived.get()
+            if came is None:
                 left -= 1
-            elif isinstance(part, Exception):
-                raise part
+            elif isinstance(came, Exception):
+                raise came
             else:
-                yield part
+                yield came
     finally:
-        over.set()  # the pumps end by themselves: a thread that begins to generate cannot be called back
-        for source in sources:
-            source.close()
+        for each in pumps:
+            each.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
 
 
-class _Source:
-    """One choice, piece by piece, while it is generated."""
-
-    def __init__(self, engine: TextEngine, index: int, prompt: Any, sampling: Sampling) -> None:
-        self.index, self.pieces = index, engine.stream(prompt, sampling)
-
-    def __next__(self) -> tuple[Answer, Piece]:
-        piece = next(self.pieces)
-        return Answer(self.index, piece.text, piece.finish_reason), piece
-
-    def close(self) -> None:
-        self.pieces.close()
-
-
-class _Known:
-    """One choice, token by token, when it is whole: what llama.cpp streams leaves out log-probabilities."""
-
-    def __init__(self, index: int, done: Completion) -> None:
-        known = list(told(done))
-        ends = [part.offset for part in known[1:]] + [len(done.text)]
-        self.parts = [
-            (Answer(index, done.text[part.offset : end], None, (part,)), Piece("", None, done.prompt_tokens, number))
-            for number, (part, end) in enumerate(zip(known, ends, strict=True), 1)
-        ]
-        last = Piece("", done.finish_reason, done.prompt_tokens, len(done.tokens))
-        self.parts.append((Answer(index, "", done.finish_reason), last))
-        self.left = iter(self.parts)
-
-    def __next__(self) -> tuple[Answer, Piece]:
-        return next(self.left)
-
-    def close(self) -> None:
-        """Nothing goes on."""
+async def _parts(backend: Backend, index: int, prompt: Any, sampling: Sampling) -> AsyncGenerator[tuple[Answer, Piece]]:
+    """One choice, piece by piece; with log-probabilities when it is whole, for what llama.cpp streams has none."""
+    if sampling.logprobs is not None:
+        done = (await backend.complete(prompt, sampling)).done
+        assert done is not None
+        for part in _known(index, done):
+            yield part
+        return
+    async with aclosing(backend.stream(prompt, sampling)) as pieces:
+        async for piece in pieces:
+            yield Answer(index, piece.text, piece.finish_reason), piece
 
 
-def _source(engine: TextEngine, index: int, prompt: Any, sampling: Sampling) -> _Source | _Known:
-    if sampling.logprobs is None:
-        return _Source(engine, index, prompt, sampling)
-    return _Known(index, engine.complete(prompt, sampling))
+def _known(index: int, done: Completion) -> Iterator[tuple[Answer, Piece]]:
+    """A whole choice, token by token."""
+    known = list(told(done))
+    ends = [part.offset for part in known[1:]] + [len(done.text)]
+    for number, (part, end) in enumerate(zip(known, ends, strict=True), 1):
+        yield Answer(index, done.text[part.offset : end], None, (part,)), Piece("", None, done.prompt_tokens, number)
+    yield Answer(index, "", done.finish_reason), Piece("", done.finish_reason, done.prompt_tokens, len(done.tokens))
 
 
 def _sse(event: Reply | ErrorReply) -> str:

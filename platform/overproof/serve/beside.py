@@ -1,4 +1,4 @@
-"""What stands beside the HTTP API of one process. Replicas share some of it, see ``serve.app``."""
+"""What stands beside the HTTP API of one process."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ class Beside:
     def __init__(self, meter: Meter | None = None, recorder: Recorder | None = None) -> None:
         self._meter, self.recorder = meter or Meter(), recorder  # of traffic, where it is kept
 
-    async def admit(self, key: Key) -> float:
+    def admit(self, key: Key) -> float:
         """0 where a request with this key may pass, else the seconds to wait."""
         return self._meter.admit(key)
 
-    async def used(self, key: Key | None, usage: Usage) -> None:
+    def used(self, package: str, key: Key | None, usage: Usage) -> None:  # noqa: ARG002
         """What a request came to, however it ended."""
         if key is not None:
             self._meter.charge(key, usage.total_tokens)
 
-    def began(self, seconds: float) -> None:
+    def began(self, package: str, seconds: float) -> None:
         """A stream sent its first event so long after the request."""
 
     async def metrics(self) -> str:

@@ -1,12 +1,11 @@
-"""The HTTP API of one package and its engine. Knows nothing of Ray: any ASGI server, or a test, can run it."""
+"""The HTTP API of a house of models. Knows nothing of Ray: any ASGI server, or a test, can run it."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
@@ -15,13 +14,17 @@ import numpy as np
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
+from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from overproof.errors import InputError
-from overproof.serve.answers import FAILED, Outcome, asks, exchanges, streamed, usage_of, whole
+from overproof.serve.answers import FAILED, Ask, Outcome, asks, exchanges, streamed, usage_of, whole
+from overproof.serve.backend import Backend, Busy
 from overproof.serve.beside import Beside
+from overproof.serve.engines.base import Sampling
+from overproof.serve.house import Asked, House
 from overproof.serve.limits import KEY_IN_SCOPE, Access, Gatekeeper, error
 from overproof.serve.replies import (
     ChatReply,
@@ -32,43 +35,45 @@ from overproof.serve.replies import (
     Model,
     ModelList,
 )
-from overproof.serve.schema import ChatRequest, ClassifyRequest, CompletionRequest, RatingRequest
-from overproof.serve.shapes import Chat, Completions, Served, model_of
+from overproof.serve.schema import ChatRequest, ClassifyRequest, CompletionRequest, RatingRequest, Request
+from overproof.serve.shapes import Chat, Completions, Served
 from overproof.serve.traffic import Rating
 
 Result = TypeVar("Result")
 BODIES = (CompletionRequest, ChatRequest, ClassifyRequest, RatingRequest)
 FIELDS = {name for body in BODIES for name in body.model_fields}
 ROUTES = {"text": "/v1/completions", "digits": "/v1/classify"}
+SESSION = "x-session-id"  # keeps a client with one version, as its `user` does
+CLIENT_GONE = 499  # nobody reads it
+KINDS = {404: "not_found_error", 408: "timeout_error", 503: "server_error"}
+AGAIN = {"Retry-After": "1"}
 REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
 
 
-def build_http(served: Served, access: Access, beside: Beside | None = None) -> FastAPI:
-    """/v1/models, /v1/completions, /v1/chat/completions, /v1/classify, /healthz, and /docs to try them.
-
-    Engine calls run in threads of their own.
-    """
+def build_http(house: House, access: Access, beside: Beside | None = None) -> FastAPI:
+    """/v1/models, /v1/completions, /v1/chat/completions, /v1/classify, /healthz, and /docs to try them."""
     beside = beside or Beside()
-    pool = ThreadPoolExecutor(served.calls, thread_name_prefix="engine")
-
-    async def call(function: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(pool, function)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(served.engine.close)
         await asyncio.to_thread(beside.close)
-        pool.shutdown()
 
     app = FastAPIOffline(title="overproof", lifespan=lifespan, redoc_url=None, responses=REFUSALS)
     app.add_middleware(Gatekeeper, access=access, beside=beside)
     _explain_errors(app)
 
+    async def find(kind: str, request: Request, http: HttpRequest) -> Served:
+        served = await house.find(request.model, http.headers.get(SESSION) or request.user)
+        found = served.model.overproof.kind
+        if found != kind:
+            raise HTTPException(404, f"{served.model.id} is a {found} package; ask it at POST {ROUTES[found]}")
+        return served
+
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
-        """Whether the engine answers."""
-        await asyncio.to_thread(served.engine.check)  # also when every engine thread is taken
+        """Whether every model answers."""
+        await house.check()
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -78,50 +83,54 @@ def build_http(served: Served, access: Access, beside: Beside | None = None) -> 
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        """The package that is served, and what proves it."""
-        return ModelList(data=[model_of(served.package)])
+        """The packages that are served, and what proves them."""
+        return ModelList(data=[served.model for served in house.models()])
 
-    @app.get("/v1/models/{model}")
+    @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Model:
-        """The package of this name."""
-        _engine(served, served.package.content.kind, model)
-        return model_of(served.package)
+        """The package of this name or id."""
+        return (await house.find(model, None)).model
 
-    async def respond(shape: Completions | Chat, prompts: list[Any], http: Request) -> Any:
-        engine = served.engine
-        asking = partial(asks, served, shape.request, prompts, shape.logprobs)
-        asked = await call(asking) if shape.request.constrained else asking()  # a schema may be large
+    async def respond(shape: Completions | Chat, prompts: list[Any], http: HttpRequest) -> Any:
+        served, request = shape.served, shape.request
+        asking = partial(asks, served, request, prompts, shape.logprobs)
+        asked = await asyncio.to_thread(asking) if request.constrained else asking()  # a schema may be large
+        house.asked(served, _text(asked))
         began_s, first_event_s = time.perf_counter(), None
 
-        async def done(outcomes: list[Outcome]) -> None:
-            await beside.used(http.scope.get(KEY_IN_SCOPE), usage_of(outcomes, shape.request.n))
+        async def done(outcomes: list[Outcome], failed: bool) -> None:
+            seconds = time.perf_counter() - began_s
+            house.ended(served, seconds, failed)
+            usage = usage_of(outcomes, request.n)
+            beside.used(served.model.overproof.package, http.scope.get(KEY_IN_SCOPE), usage)
             if beside.recorder is not None:
-                for exchange in exchanges(shape, asked, outcomes, time.perf_counter() - began_s, first_event_s):
+                for exchange in await exchanges(shape, asked, outcomes, seconds, first_event_s):
                     beside.recorder.keep(exchange)
 
-        if shape.request.stream:
-            events = streamed(shape, engine, asked, call, done)
-            first = await anext(events)  # what is wrong with the request shows before the reply begins
-            first_event_s = time.perf_counter() - began_s
-            beside.began(first_event_s)
-            return StreamingResponse(_chain(first, events), media_type="text/event-stream")
-        ended = await asyncio.gather(*(call(partial(engine.complete, *ask)) for ask in asked))  # type: ignore[union-attr]
+        with _counted(house, served, began_s):
+            if request.stream:
+                events = streamed(shape, asked, done)
+                first = await anext(events)  # what is wrong with the request shows before the reply begins
+                first_event_s = time.perf_counter() - began_s
+                beside.began(served.model.overproof.package, first_event_s)
+                return StreamingResponse(_chain(first, events), media_type="text/event-stream")
+            ended = await _while_there(http, asyncio.gather(*(served.backend.complete(*ask) for ask in asked)))
         reply, outcomes = whole(shape, ended)
-        await done(outcomes)
+        await done(outcomes, False)
         return reply
 
     @app.post("/v1/completions", response_model=CompletionReply)
-    async def completions(request: CompletionRequest, http: Request) -> Any:
+    async def completions(request: CompletionRequest, http: HttpRequest) -> Any:
         """Continue one prompt or several."""
-        _engine(served, "text", request.model)
+        served = await find("text", request, http)
         return await respond(Completions(served, request), request.prompt, http)
 
     @app.post("/v1/chat/completions", response_model=ChatReply)
-    async def chat_completions(request: ChatRequest, http: Request) -> Any:
+    async def chat_completions(request: ChatRequest, http: HttpRequest) -> Any:
         """Answer messages, by the model's own chat template."""
-        engine = _engine(served, "text", request.model)
+        served = await find("text", request, http)
         messages = [{"role": m.role.replace("developer", "system"), "content": m.content} for m in request.messages]
-        prompt = await call(partial(engine.chat_prompt, messages))
+        prompt = await served.backend.chat_prompt(messages)
         return await respond(Chat(served, request), [prompt], http)
 
     @app.post("/v1/ratings")
@@ -133,13 +142,17 @@ def build_http(served: Served, access: Access, beside: Beside | None = None) -> 
         return {"status": "ok"}
 
     @app.post("/v1/classify")
-    async def classify(request: ClassifyRequest) -> ClassifyReply:
+    async def classify(request: ClassifyRequest, http: HttpRequest) -> ClassifyReply:
         """The class of each image."""
-        engine = _engine(served, "digits", request.model)
+        served = await find("digits", request, http)
         if len({len(image) for image in request.images}) > 1:
             raise InputError("images: they differ in size; expected one size")
         pixels_BD = np.array(request.images, dtype=np.float32)
-        probabilities_BC = np.exp(await call(partial(engine.classify, pixels_BD)))
+        house.asked(served, _images(pixels_BD))
+        began_s = time.perf_counter()
+        with _counted(house, served, began_s):
+            probabilities_BC = np.exp(await served.backend.classify(pixels_BD))
+        house.ended(served, time.perf_counter() - began_s, False)
         data = [
             Classified(index=i, label=int(row.argmax()), probabilities=row.tolist())
             for i, row in enumerate(probabilities_BC)
@@ -149,6 +162,53 @@ def build_http(served: Served, access: Access, beside: Beside | None = None) -> 
     return app
 
 
+@contextmanager
+def _counted(house: House, served: Served, began_s: float) -> Iterator[None]:
+    """A fault of the server is told to the house; one of the request, or too many of them, is none."""
+    try:
+        yield
+    except (InputError, HTTPException, Busy):
+        raise
+    except Exception:
+        house.ended(served, time.perf_counter() - began_s, True)
+        raise
+
+
+def _text(asked: list[Ask]) -> Asked:
+    async def everything(backend: Backend) -> Any:
+        return await asyncio.gather(*(backend.complete(*ask) for ask in asked))
+
+    async def next_token(backend: Backend) -> Any:
+        return (await backend.complete(asked[0][0], Sampling(1))).text
+
+    return Asked(everything, next_token)
+
+
+def _images(pixels_BD: NDArray[np.float32]) -> Asked:
+    async def labels(backend: Backend) -> Any:
+        return (await backend.classify(pixels_BD)).argmax(axis=1).tolist()
+
+    return Asked(labels, labels)
+
+
+async def _while_there(http: HttpRequest, work: asyncio.Future[Result]) -> Result:
+    """What comes of the work, which ends early when its client goes."""
+    gone = asyncio.ensure_future(_gone(http))
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise HTTPException(CLIENT_GONE, "the client went away")
+        return work.result()
+    finally:
+        work.cancel()
+        gone.cancel()
+
+
+async def _gone(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
 async def _chain(first: str, events: AsyncGenerator[str]) -> AsyncIterator[str]:
     async with aclosing(events):
         yield first
@@ -156,26 +216,16 @@ async def _chain(first: str, events: AsyncGenerator[str]) -> AsyncIterator[str]:
             yield event
 
 
-def _engine(served: Served, kind: str, model: str | None) -> Any:
-    """The engine, where the package is of this kind and the one that was asked for."""
-    content = served.package.content
-    if content.kind != kind:
-        raise HTTPException(404, f"{content.name} is a {content.kind} package; ask it at POST {ROUTES[content.kind]}")
-    if model is not None and model != content.name:
-        raise HTTPException(404, f"model {model!r} is not served here; expected {content.name!r}")
-    return served.engine
-
-
 def _explain_errors(app: FastAPI) -> None:
     """Give every refusal one shape and one message."""
 
     @app.exception_handler(InputError)
-    async def unusable(_: Request, refused: InputError) -> JSONResponse:
+    async def unusable(_: HttpRequest, refused: InputError) -> JSONResponse:
         field = str(refused).partition(":")[0]
         return error(400, str(refused), param=field if field in FIELDS else None)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, refused: RequestValidationError) -> JSONResponse:
+    async def invalid(_: HttpRequest, refused: RequestValidationError) -> JSONResponse:
         first = refused.errors()[0]
         place = [str(part) for part in first["loc"][1:]]
         if first["type"] == "json_invalid":
@@ -190,10 +240,14 @@ def _explain_errors(app: FastAPI) -> None:
         return error(400, "expected a JSON object as the body, with Content-Type: application/json")
 
     @app.exception_handler(HTTPException)
-    async def refused(_: Request, refused: HTTPException) -> Response:
-        kind = "not_found_error" if refused.status_code == 404 else "invalid_request_error"
+    async def refused(_: HttpRequest, refused: HTTPException) -> Response:
+        kind = KINDS.get(refused.status_code, "invalid_request_error")
         return error(refused.status_code, refused.detail, kind, headers=dict(refused.headers or {}))
 
+    @app.exception_handler(Busy)
+    async def busy(_: HttpRequest, __: Busy) -> JSONResponse:
+        return error(429, "every replica is busy; ask again in a second", "rate_limit_error", headers=AGAIN)
+
     @app.exception_handler(Exception)
-    async def failed(_: Request, __: Exception) -> JSONResponse:
+    async def failed(_: HttpRequest, __: Exception) -> JSONResponse:
         return error(500, FAILED, kind="server_error")

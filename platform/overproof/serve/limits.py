@@ -26,6 +26,8 @@ from overproof.serve.replies import ErrorDetail, ErrorReply
 KEY_VARIABLE = "OVERPROOF_API_KEY"
 KEYS_VARIABLE = "OVERPROOF_KEYS"
 MOST_BODY_BYTES = 4 << 20
+MOST_BODY_SECONDS = 30
+MOST_SECONDS = 300
 TOO_LARGE = f"the body is larger than {MOST_BODY_BYTES} bytes; send less at a time"
 KEY_IN_SCOPE = "overproof.key"  # of an ASGI request: the key that pays for its tokens
 OPEN_PATHS = ("/healthz",)
@@ -93,10 +95,27 @@ class Gatekeeper:
             return
         refusal = self._malformed(scope) or await self._refusal(scope)
         if refusal is None:
-            body = _Body(receive)
-            await self._app(scope, body.receive, send)
+            await self._pass_on(scope, _Body(receive), send)
         else:
             await refusal(scope, receive, send)
+
+    async def _pass_on(self, scope: Scope, body: _Body, send: Send) -> None:
+        begun = False
+
+        async def sent(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            async with asyncio.timeout(MOST_SECONDS):
+                await self._app(scope, body.receive, sent)
+        except TimeoutError:
+            late = error(408, f"not done in {MOST_SECONDS} s; ask for less at a time", "timeout_error")
+            if begun:  # a stream, which then says it in its last event
+                await send({"type": "http.response.body", "body": b"data: " + bytes(late.body) + b"\n\n"})
+            else:
+                await late(scope, body.receive, send)
 
     def _malformed(self, scope: Scope) -> JSONResponse | None:
         headers = dict(scope["headers"])
@@ -131,7 +150,7 @@ class Gatekeeper:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         if key.limits:
-            wait_s = await self._beside.admit(key)
+            wait_s = self._beside.admit(key)
             if wait_s > 0:
                 return error(
                     429,
@@ -144,13 +163,19 @@ class Gatekeeper:
 
 
 class _Body:
-    """Counts a body that announced no length."""
+    """Counts a body that announced no length, and waits for none for long."""
 
     def __init__(self, receive: Receive) -> None:
-        self._receive, self._read_bytes = receive, 0
+        self._receive, self._read_bytes, self._whole = receive, 0, False
+        self._due = asyncio.get_running_loop().time() + MOST_BODY_SECONDS
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        try:
+            async with asyncio.timeout_at(None if self._whole else self._due):
+                message = await self._receive()
+        except TimeoutError:
+            raise HTTPException(408, f"the body did not come in {MOST_BODY_SECONDS} s") from None
+        self._whole = not message.get("more_body", False)
         self._read_bytes += len(message.get("body", b""))
         if self._read_bytes > MOST_BODY_BYTES:
             raise HTTPException(413, TOO_LARGE)

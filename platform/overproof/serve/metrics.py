@@ -13,30 +13,31 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from ray.util.metrics import Counter, Histogram
 
+from overproof.serve.replies import Usage
+
 OURS = ("ray_serve_", "ray_overproof_")
 TIMEOUT_S = 5
 FIRST_EVENT_S = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
 
 
 class Tally:
-    """What this replica adds to Serve's own figures."""
+    """What is added to Serve's own figures."""
 
-    def __init__(self, package: str) -> None:
-        self._package = {"package": package}
+    def __init__(self) -> None:
         self._tokens = Counter("overproof_tokens", "Tokens read and generated.", ("package", "kind"))
         self._first = Histogram(
             "overproof_first_event_seconds", "From a request to its first event.", FIRST_EVENT_S, ("package",)
         )
 
-    def used(self, prompt_tokens: int, completion_tokens: int) -> None:
+    def used(self, package: str, usage: Usage) -> None:
         """Count what a request came to."""
-        for kind, count in (("prompt", prompt_tokens), ("completion", completion_tokens)):
+        for kind, count in (("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens)):
             if count:
-                self._tokens.inc(count, {**self._package, "kind": kind})
+                self._tokens.inc(count, {"package": package, "kind": kind})
 
-    def began(self, seconds: float) -> None:
+    def began(self, package: str, seconds: float) -> None:
         """Note when a stream began."""
-        self._first.observe(seconds, self._package)
+        self._first.observe(seconds, {"package": package})
 
 
 async def gather() -> str:

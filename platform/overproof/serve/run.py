@@ -1,65 +1,94 @@
-"""Start and stop serving from Python: what `overproof serve` and the demo call."""
+"""Open and close the house from Python: what `overproof serve`, `overproof deploy` and the demo call."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import ssl
-import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import httpx
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 
 from overproof.errors import InputError
 from overproof.files import from_anywhere
-from overproof.recipe import Serve
-from overproof.registry.package import locate, open_package
-from overproof.serve.app import application
-from overproof.serve.limits import KEY_VARIABLE, KEYS_VARIABLE, access, api_key, is_loopback
+from overproof.recipe import HOUSE, Serve
+from overproof.serve.app import NAME, house, in_the_house, told
+from overproof.serve.book import application_of
+from overproof.serve.desk import NAME as DESK
+from overproof.serve.desk import NAMESPACE, begin, hire, running, until_running
+from overproof.serve.limits import access, api_key
 from overproof.serve.port import free_port
+from overproof.serve.remote import explained
 
-__all__ = ["api_key", "start", "stop", "trusted"]
+__all__ = ["address", "api_key", "at_desk", "is_open", "open_house", "replicas", "start", "stop", "trusted"]
 
 LOG = logging.getLogger("ray.serve")
-REQUEST_TIMEOUT_S = 300
-READY_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 30
-POLL_S = 0.1
 
 
 def start(package: Path | str, settings: Serve) -> str:
     """Serve a package on the connected cluster, from its head node, and return the base URL once it answers.
 
-    Replicas on other machines read the package themselves: give a shared folder or a URI then.
+    A house that is open already takes it in. Replicas on other machines read the package themselves: give a shared
+    folder or a URI then.
 
     Raises:
         InputError: the package may not be served, a host that others reach has no API key, the port is taken, or
-            the cluster already serves something else.
+            the house that is open has another address.
     """
-    allowed = access()
-    if not is_loopback(settings.host) and not allowed.keyed:
-        raise InputError(
-            f"serve.host: {settings.host} can be reached from other machines; set {KEY_VARIABLE} to a secret that "
-            f"requests must carry, or {KEYS_VARIABLE} to a file of keys (`overproof keys add NAME`), or take 127.0.0.1"
-        )
-    verify = trusted(settings)
-    name = open_package(locate(str(package))).content.name
-    app = application(str(package), settings, allowed)
     LOG.setLevel(logging.WARNING)
-    host, port = _listen(settings, name)
+    if is_open():
+        base = _address(settings)
+        at_desk("deploy", from_anywhere(str(package)), settings, "stable", "overproof")
+        return base
+    return open_house({str(package): settings}, settings)
+
+
+def open_house(packages: Mapping[str, Serve], settings: Serve) -> str:
+    """Start the gateway and the desk with these packages, and what the book has; gives the base URL.
+
+    Raises:
+        InputError: as ``start``.
+    """
+    trusted(settings)
+    settings = settings.model_copy(update={"port": free_port(settings.host, settings.port)})
+    settings = in_the_house(packages, settings)
+    app = house(packages, settings, access())
+    LOG.setLevel(logging.WARNING)
+    serve.start(proxy_location="Disabled")
     try:
-        serve.run(app, name=name, route_prefix="/")
-        base = f"{'http' if verify is True else 'https'}://{_reachable(host)}:{port}"
-        _wait(base, verify)
+        opening = hire(settings).open.remote(settings, told(packages))
+        begin(app, NAME)  # meanwhile; it then asks for the same, and finds it done
+        with explained():
+            ray.get(opening)
+        until_running(NAME)
     except BaseException:
         stop()
         raise
-    return base
+    return _base(settings)
+
+
+def is_open() -> bool:
+    """Whether a house is open on the connected cluster."""
+    return NAME in serve.status().applications
+
+
+def at_desk(what: str, *args: Any) -> Any:
+    """Ask the desk of the house that is open.
+
+    Raises:
+        InputError: none is, or the desk refuses.
+    """
+    if not is_open():
+        raise InputError("nothing is served on this cluster; `overproof serve` or `overproof deploy` begins")
+    desk = ray.get_actor(DESK, namespace=NAMESPACE)
+    with explained():
+        return ray.get(getattr(desk, what).remote(*args))
 
 
 def trusted(settings: Serve) -> ssl.SSLContext | bool:
@@ -81,61 +110,59 @@ def trusted(settings: Serve) -> ssl.SSLContext | bool:
 
 
 def stop() -> None:
-    """End every replica, and Ray Serve with them; the cluster stays."""
+    """Close the house: end the gateway and every replica, and Ray Serve where nobody else uses it."""
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
         return
     LOG.setLevel(logging.WARNING)
-    # As serve.shutdown() does, but without retries: those have Ray print a warning at every stop.
-    with contextlib.suppress(RayActorError):  # the controller answers by ending
-        ray.get(client._controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=STOP_TIMEOUT_S)
-    serve.shutdown()  # type: ignore[no-untyped-call]
+    ours = sorted((name for name in serve.status().applications if name.startswith(NAME)), key=len)  # the house first
+    if len(ours) < len(serve.status().applications):
+        for name in ours:
+            serve.delete(name)
+    else:
+        # As serve.shutdown() does, but without retries: those have Ray print a warning at every stop.
+        with contextlib.suppress(RayActorError):  # the controller answers by ending
+            ending = client._controller.graceful_shutdown.options(max_task_retries=0)
+            ray.get(ending.remote(), timeout=STOP_TIMEOUT_S)
+        serve.shutdown()  # type: ignore[no-untyped-call]
+    with contextlib.suppress(ValueError):  # there is no desk
+        ray.kill(ray.get_actor(DESK, namespace=NAMESPACE))
 
 
-def _listen(settings: Serve, name: str) -> tuple[str, int]:
-    """Where Serve listens: as it already does on this cluster, else as the settings say."""
-    running = _running()
-    if running is None:
-        port = free_port(settings.host, settings.port)
-        options = {"host": settings.host, "port": port, "request_timeout_s": REQUEST_TIMEOUT_S}
-        if settings.tls_certificate and settings.tls_key:
-            files = {"ssl_certfile": settings.tls_certificate, "ssl_keyfile": settings.tls_key}
-            options |= {name: from_anywhere(file) for name, file in files.items()}
-        serve.start(proxy_location="HeadOnly", http_options=options)
-        return settings.host, port
-    others = sorted(set(serve.status().applications) - {name})
-    if others:
-        raise InputError(f"this cluster already serves {', '.join(others)}; stop it first, or use another cluster")
-    found = (str(running.host), running.port)
-    if found != (settings.host, settings.port or running.port):
-        raise InputError(
-            f"Ray Serve listens at {found[0]}:{found[1]} on this cluster; expected {settings.host}:{settings.port}. "
-            "Ask for that address, or stop Serve first: `serve shutdown`"
-        )
+def address() -> str:
+    """Base URL of the house that is open."""
+    return _base(_opened())
+
+
+def replicas(package: str) -> int:
+    """Those of a package that answer."""
+    return running().get(application_of(package), 0)
+
+
+def _address(settings: Serve) -> str:
+    """Of the house that is open.
+
+    Raises:
+        InputError: another one is asked for.
+    """
+    opened = _opened()
+    for name in HOUSE:
+        asked, found = getattr(settings, name), getattr(opened, name)
+        if name in settings.model_fields_set and asked not in (found, 0):
+            raise InputError(f"serve.{name}: found {asked!r}, and the house that is open has {found!r}; leave it out")
+    return _base(opened)
+
+
+def _opened() -> Serve:
+    found: Serve = at_desk("settings")
     return found
 
 
-def _running() -> HTTPOptions | None:
-    client = _get_global_client(raise_if_no_controller_running=False)
-    return None if client is None else client.http_config
+def _base(settings: Serve) -> str:
+    return f"{'https' if settings.tls_certificate else 'http'}://{_reachable(settings.host)}:{settings.port}"
 
 
 def _reachable(host: str) -> str:
     if host in ("0.0.0.0", "::"):
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host
-
-
-def _wait(base: str, verify: ssl.SSLContext | bool) -> None:
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while True:
-        try:
-            reply = httpx.get(f"{base}/healthz", trust_env=False, verify=verify)
-            if reply.status_code == httpx.codes.OK:
-                return
-            found = f"status {reply.status_code}"
-        except httpx.TransportError as error:
-            found = repr(error)
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{base}/healthz did not answer in {READY_TIMEOUT_S} s: {found}")
-        time.sleep(POLL_S)

@@ -16,6 +16,15 @@ MOST_MESSAGES = 1024
 MOST_GRAMMAR = 16384  # characters
 
 
+def _unicode(text: Any) -> Any:
+    if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("expected valid Unicode")
+    return text
+
+
+Text = Annotated[str, BeforeValidator(_unicode)]
+
+
 def _prompts(value: Any) -> Any:
     alone = isinstance(value, str) or (isinstance(value, list) and all(type(i) is int for i in value))
     prompts = [value] if alone else value
@@ -55,7 +64,7 @@ def _stop(value: Any) -> Any:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise ValueError(f"expected a string, or up to {MOST_STOPS}, none empty")
-    return stops
+    return [_unicode(stop) for stop in stops]
 
 
 def _image(value: Any) -> list[float]:
@@ -71,8 +80,10 @@ def _image(value: Any) -> list[float]:
 class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    model: str | None = Field(None, description="Id of the served package; may be left out.")
-    user: str | None = Field(None, description="Taken, and not looked at.")
+    model: Text | None = Field(
+        None, description="Name of the model, or the package's id of one version; may be left out where there is one."
+    )
+    user: Text | None = Field(None, description="Keeps its requests with one version, where several are tried.")
 
     @model_validator(mode="before")
     @classmethod
@@ -123,8 +134,11 @@ class Generated(Request):
         {}, description="Added to the logits of these token ids, -100 to 100."
     )
     response_format: ResponseFormat = Field(ResponseFormat(), description="Text, JSON, or JSON of a schema.")
-    grammar: str | None = Field(
-        None, max_length=MOST_GRAMMAR, description="What the text must be: llama.cpp's GBNF, or llguidance's Lark."
+    grammar: Text | None = Field(
+        None,
+        min_length=1,
+        max_length=MOST_GRAMMAR,
+        description="What the text must be: llama.cpp's GBNF, or llguidance's Lark.",
     )
     stream: bool = Field(False, description="Server-sent events instead of one reply.")
     stream_options: StreamOptions = StreamOptions()
@@ -195,6 +209,6 @@ class RatingRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    id: str = Field(min_length=1, max_length=64, description="Of the reply.")
+    id: Text = Field(min_length=1, max_length=64, description="Of the reply.")
     rating: float = Field(ge=-1, le=1, description="From -1, of no use, to 1, very good.")
-    comment: str = Field("", max_length=4096, description="Why.")
+    comment: Text = Field("", max_length=4096, description="Why.")

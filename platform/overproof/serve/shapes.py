@@ -10,7 +10,8 @@ from datetime import datetime
 from typing import Any, ClassVar, Generic, TypeVar
 
 from overproof.registry.package import Package
-from overproof.serve.engines.base import ClassifierEngine, Completion, FinishReason, TextEngine, Token
+from overproof.serve.backend import Backend
+from overproof.serve.engines.base import Completion, FinishReason, Token
 from overproof.serve.engines.vocabulary import open_tail
 from overproof.serve.replies import (
     AssistantMessage,
@@ -34,18 +35,17 @@ from overproof.serve.schema import ChatRequest, CompletionRequest, Generated
 
 @dataclass(frozen=True)
 class Served:
-    """A package, the engine that has loaded it, and what a request may ask."""
+    """A package as /v1/models tells of it, what has loaded it, and what a request may ask."""
 
-    package: Package
-    engine: TextEngine | ClassifierEngine
+    model: Model
+    backend: Backend
     max_tokens: int
-    calls: int  # engine calls at the same time; more wait
 
     @property
     def named(self) -> dict[str, str]:
         """The fields of a ``Reply``."""
-        content = self.package.content
-        return {"model": content.name, "package": content.id, "system_fingerprint": self.package.sha256[:16]}
+        proof = self.model.overproof
+        return {"model": self.model.id, "package": proof.package, "system_fingerprint": proof.sha256[:16]}
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class LlamaCpp:
         slots: int = 1,
         context_length: int | None = None,
         reuse_prefix: bool = False,
+        max_prompt_tokens: int | None = None,
     ) -> None:
         """Load a file.
 
@@ -51,7 +52,9 @@ class LlamaCpp:
                 f"{path}: context length {self.context_length}; expected 2 to the model's {header.context_length}"
             )
         self.chats = header.chats
+        self._most_prompt = min(self.context_length - 1, max_prompt_tokens or self.context_length)
         self._pieces = header.pieces
+        self._most_characters = self.context_length * header.longest
         self._reuse_prefix = reuse_prefix
         self._calls = 0
         self._open = True
@@ -164,14 +167,16 @@ class LlamaCpp:
                 self._changed.notify_all()
 
     def _request(self, prompt: str | Sequence[int], sampling: Sampling) -> dict[str, Any]:
+        if isinstance(prompt, str) and len(prompt) > self._most_characters:  # which take long to split
+            raise InputError(f"prompt: {len(prompt)} characters; {self.context_length} tokens hold fewer")
         ids = self._tokenize(prompt, start=True) if isinstance(prompt, str) else list(prompt)
         if not prompt:
             raise InputError("prompt: empty; expected text or token ids")
         self._check_ids("prompt", ids)
-        if len(ids) >= self.context_length:
+        if len(ids) > self._most_prompt:
             raise InputError(
-                f"prompt: {len(ids)} tokens long; expected at most {self.context_length - 1}, "
-                f"since the model's context holds {self.context_length} with the answer"
+                f"prompt: {len(ids)} tokens long; expected at most {self._most_prompt}, "
+                f"and the model's context holds {self.context_length} with the answer"
             )
         check(sampling)
         self._check_ids("logit_bias", list(sampling.logit_bias))

@@ -39,7 +39,7 @@ class OnnxClassifier:
         expected = [(name, "tensor(float)", 2) for name in ("pixels", "logprobs")]
         if found != expected:
             raise InputError(f"{path}: inputs and outputs are {found}; expected {expected}")
-        self._pixels = values[0].shape[1]
+        self.pixels = values[0].shape[1]
 
     def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
         """Log-probabilities in nats, shape (B, C).
@@ -47,8 +47,8 @@ class OnnxClassifier:
         Raises:
             InputError: the pixels have another shape than the model takes.
         """
-        if pixels_BD.ndim != 2 or pixels_BD.shape[1] != self._pixels or len(pixels_BD) == 0:
-            raise InputError(f"images: found shape {pixels_BD.shape}; expected (images, {self._pixels}), one at least")
+        if pixels_BD.ndim != 2 or pixels_BD.shape[1] != self.pixels or len(pixels_BD) == 0:
+            raise InputError(f"images: found shape {pixels_BD.shape}; expected (images, {self.pixels}), one at least")
         logprobs_BC: NDArray[np.float32] = self._session.run(None, {"pixels": pixels_BD.astype(np.float32)})[0]
         return logprobs_BC
 

@@ -28,6 +28,7 @@ class Header:
     context_length: int
     pieces: tuple[bytes, ...]
     chats: bool
+    longest: int  # characters of the longest token's name; no token stands for more of a text
 
 
 def read_header(path: Path) -> Header:
@@ -54,7 +55,7 @@ def read_header(path: Path) -> Header:
     names, types = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type")
     length = value(f"{value('general.architecture')}.context_length")
     pieces = tuple(_piece(n, t) for n, t in zip(names, types, strict=True))
-    return Header(length, pieces, chats=CHAT_TEMPLATE in fields)
+    return Header(length, pieces, chats=CHAT_TEMPLATE in fields, longest=max(map(len, names)))
 
 
 def _piece(name: str, kind: int) -> bytes:

@@ -1,0 +1,87 @@
+"""Clients that the trials of serving share, and the processes that serve them."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import psutil
+from ray.serve.context import _get_global_client
+
+WAIT_S = 120
+BODY = {"prompt": "import os\n", "max_tokens": 32, "temperature": 1.0}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One reply."""
+
+    status: int
+    package: str
+    seconds: float
+
+
+def until(reached: Callable[[], bool], what: str) -> float:
+    """The seconds that it took."""
+    began_s = time.perf_counter()
+    while not reached():
+        if time.perf_counter() - began_s > WAIT_S:
+            raise SystemExit(f"{what}: not in {WAIT_S} s")
+        time.sleep(0.02)
+    return time.perf_counter() - began_s
+
+
+@contextmanager
+def load(url: str, clients: int, body: dict[str, Any] = BODY) -> Iterator[list[Seen]]:
+    """Clients that ask all the time over kept connections; yields what they get, 0 for a broken connection."""
+    over, seen = threading.Event(), list[Seen]()
+
+    def ask() -> None:
+        with httpx.Client(timeout=WAIT_S, trust_env=False) as client:
+            while not over.is_set():
+                began_s = time.perf_counter()
+                try:
+                    reply = client.post(url, json=body)
+                    status, package = reply.status_code, reply.json().get("package", "")
+                except httpx.TransportError:
+                    status, package = 0, ""
+                seen.append(Seen(status, package, time.perf_counter() - began_s))
+
+    threads = [threading.Thread(target=ask) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def processes() -> dict[str, list[int]]:
+    """Process ids of what serves: replicas by deployment, and Ray Serve's controller."""
+    client: Any = _get_global_client()
+    details = client.get_serve_details()
+    found = {"controller": [details["controller_info"]["pid"]]}
+    for application in details["applications"].values():
+        for name, deployment in application["deployments"].items():
+            pids = [r["pid"] for r in deployment["replicas"] if r["state"] == "RUNNING" and r["pid"]]
+            found.setdefault(name, []).extend(pids)
+    return found
+
+
+def resident_mb() -> float:
+    """Of all processes that serve."""
+    total = 0
+    for pid in {pid for pids in processes().values() for pid in pids if pid != os.getpid()}:
+        try:
+            total += psutil.Process(pid).memory_info().rss
+        except psutil.Error:
+            continue
+    return total / 1e6

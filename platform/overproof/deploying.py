@@ -1,0 +1,135 @@
+"""Change what a running cluster serves: deploy, try, promote, roll back, and read how it came to that."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from overproof import cluster
+from overproof.artifact import RECORD, Store
+from overproof.console import out, waiting
+from overproof.errors import InputError
+from overproof.files import join
+from overproof.recipe import HOUSE, Serve, assignments
+
+PLACES = ("stable", "canary", "shadow")
+
+
+def deploy(package: str, store: str, overrides: Sequence[str], place: str) -> int:
+    """Serve a package on the running cluster, from now on or beside the version that answers.
+
+    Raises:
+        InputError: the package may not be served, does not start, or has no place; what was served goes on.
+    """
+    settings = Serve.parse(assignments(overrides, "serve"))
+    where = find(package, store)
+    _connect()
+    from overproof.serve import run
+    from overproof.serve.desk import described
+
+    version = described(where, settings)  # what is wrong shows before anything starts
+    with waiting(f"starting {version.package}"):
+        if run.is_open():
+            misplaced = [name for name in HOUSE if name in settings.model_fields_set]
+            if misplaced:
+                raise InputError(
+                    f"serve.{misplaced[0]}: is the same for all models, and was set at the first; leave it out"
+                )
+            run.at_desk("deploy", version.where, settings, place, who())
+        elif place != "stable":
+            raise InputError(f"nothing is served on this cluster that a {place} could stand beside; deploy it without")
+        else:
+            book = settings.deployments or join(store, "deployments.json")
+            run.open_house({}, settings.model_copy(update={"deployments": book}))
+            run.at_desk("deploy", version.where, settings, place, who())
+    share = f" for {settings.canary.share:.0%} of the sessions" if place == "canary" else ""
+    out.print(f"{version.package} is {place}{share} at {run.address()}")
+    return 0
+
+
+def promote(model: str) -> int:
+    """Let the version that is tried answer."""
+    _connect()
+    from overproof.serve import run
+
+    out.print(f"{run.at_desk('promote', model, who())} answers for {model}")
+    return 0
+
+
+def roll_back(model: str, reason: str) -> int:
+    """Take back what is tried, or return to the version before."""
+    _connect()
+    from overproof.serve import run
+
+    with waiting(f"rolling {model} back"):
+        package = run.at_desk("roll_back", model, who(), reason)
+    out.print(f"{package} answers for {model}")
+    return 0
+
+
+def withdraw(model: str) -> int:
+    """Serve a model no longer."""
+    _connect()
+    from overproof.serve import run
+
+    run.at_desk("withdraw", model, who())
+    out.print(f"{model} is served no longer")
+    return 0
+
+
+def deployments(file: str | None) -> int:
+    """Print who serves what, and every change; of a file, also where nothing runs."""
+    from overproof.serve.book import read
+
+    counts: dict[str, int] = {}
+    if file is not None:
+        book = read(file)
+    else:
+        _connect()
+        from overproof.serve import run
+
+        book = run.at_desk("book")
+        counts = {version.package: run.replicas(version.package) for version in book.live}
+    live = Table("model", "place", "package", "replicas", box=None, pad_edge=False)
+    for name, line in book.lines.items():
+        for place in PLACES:
+            version = getattr(line, place)
+            if version is not None:
+                live.add_row(name, place, version.package, str(counts.get(version.package, "")))
+    events = Table("at (UTC)", "who", "what", "package", "reason", box=None, pad_edge=False)
+    for event in book.events:
+        events.add_row(event.at[:19], event.who, event.what, event.package, event.reason)
+    out.print(live)
+    out.print(events)
+    return 0
+
+
+def find(package: str, store: str) -> str:
+    """A package by folder or URI, or by its id in a store.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(package)
+    if "://" in package or (path / RECORD).is_file() or (path / "package.json").is_file():
+        return package
+    return Store(store).get(package).uri
+
+
+def who() -> str:
+    """Who makes a change, as far as this machine knows."""
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
+
+def _connect() -> None:
+    if not cluster.elsewhere():
+        raise InputError(
+            "RAY_ADDRESS is not set; expected the address of a running cluster, such as RAY_ADDRESS=auto, "
+            "that outlives this command"
+        )
+    with waiting("connecting to Ray"):
+        cluster.connect()

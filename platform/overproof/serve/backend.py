@@ -1,0 +1,128 @@
+"""An engine as the HTTP API asks it: from an event loop, and wherever it runs.
+
+Shapes: B images in a batch, D pixels, C classes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from overproof.serve.engines.base import (
+    ClassifierEngine,
+    Completion,
+    FinishReason,
+    Piece,
+    Pieces,
+    Sampling,
+    TextEngine,
+)
+
+Result = TypeVar("Result")
+Prompt = str | Sequence[int]
+
+
+class Busy(Exception):
+    """No replica can take one more request now."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What came of a prompt."""
+
+    text: str
+    finish_reason: FinishReason | None
+    prompt_tokens: int
+    completion_tokens: int
+    done: Completion | None = None  # where log-probabilities were asked for
+
+
+class Backend(Protocol):
+    """What ``TextEngine`` and ``ClassifierEngine`` do; each raises as they do, or ``Busy``."""
+
+    async def complete(self, prompt: Prompt, sampling: Sampling) -> Whole:
+        """Continue a prompt until done; generation ends with the task that waits for it."""
+
+    def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
+        """Continue a prompt piece by piece; generation ends when the generator is closed."""
+
+    async def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str: ...
+
+    async def detokenize(self, ids: Sequence[int]) -> str: ...
+
+    async def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]: ...
+
+    async def check(self) -> None:
+        """Return when the engine answers, raise when it does not."""
+
+
+class Threads:
+    """An engine of this process, called from ``calls`` threads at most; more calls wait."""
+
+    def __init__(self, engine: TextEngine | ClassifierEngine, calls: int) -> None:
+        self._engine: Any = engine
+        self._pool = ThreadPoolExecutor(calls, thread_name_prefix="engine")
+
+    async def _call(self, function: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+
+    async def complete(self, prompt: Prompt, sampling: Sampling) -> Whole:
+        if sampling.logprobs is not None:  # llama.cpp streams none, and cannot be called back
+            done: Completion = await self._call(partial(self._engine.complete, prompt, sampling))
+            return Whole(done.text, done.finish_reason, done.prompt_tokens, len(done.tokens), done)
+        async with self._begun(prompt, sampling) as pieces:
+            return await self._call(partial(_joined, pieces))
+
+    async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
+        async with self._begun(prompt, sampling) as pieces:
+            while (piece := await self._call(partial(next, pieces, None))) is not None:
+                yield piece
+
+    @asynccontextmanager
+    async def _begun(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Pieces]:
+        """Pieces that are closed at the end, be they begun only after it: a thread cannot be called back."""
+        begun = asyncio.ensure_future(self._call(partial(self._engine.stream, prompt, sampling)))
+        try:
+            yield await asyncio.shield(begun)
+        finally:
+            begun.add_done_callback(_close)
+
+    async def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        prompt: str = await self._call(partial(self._engine.chat_prompt, messages))
+        return prompt
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        text: str = self._engine.detokenize(ids)
+        return text
+
+    async def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
+        logprobs_BC: NDArray[np.float32] = await self._call(partial(self._engine.classify, pixels_BD))
+        return logprobs_BC
+
+    async def check(self) -> None:
+        await asyncio.to_thread(self._engine.check)  # also when every engine thread is taken
+
+    async def close(self) -> None:
+        """Wait for the calls in progress, then free the model."""
+        await asyncio.to_thread(self._engine.close)
+        self._pool.shutdown()
+
+
+def _joined(pieces: Pieces) -> Whole:
+    texts, last = [], Piece("")
+    for last in pieces:
+        texts.append(last.text)
+    return Whole("".join(texts), last.finish_reason, last.prompt_tokens, last.completion_tokens)
+
+
+def _close(begun: asyncio.Future[Any]) -> None:
+    if not begun.cancelled() and begun.exception() is None:
+        begun.result().close()

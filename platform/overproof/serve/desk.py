@@ -1,0 +1,335 @@
+"""The one place that changes what is deployed: it starts versions, moves traffic, and takes failing ones back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+from ray.serve._private.common import ReplicaState
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
+
+from overproof.errors import InputError
+from overproof.recipe import Serve
+from overproof.registry.package import locate, open_package, pin
+from overproof.serve.book import Book, Place, Version, application_of, read, write
+from overproof.serve.judge import Tally, fault
+from overproof.serve.replica import replicas
+from overproof.serve.shapes import model_of
+
+LOG = logging.getLogger("ray.serve")
+POLL_S = 1.0  # a gateway is answered at the latest
+ALONE_S = 120.0
+HEARD_S = 10.0  # the longest that a change waits for the gateway
+START_S, STATUS_S = 300, 0.1
+GRACE_S = 0.5  # for requests between finding a version and asking it
+ITSELF = "overproof"
+NAME = NAMESPACE = "overproof-desk"
+ON_HEAD = {"node:__internal_head__": 0.001}  # where people look for the address
+
+
+def hire(settings: Serve) -> Any:
+    """The desk of this cluster, new where there is none."""
+    return (
+        ray.remote(Desk)
+        .options(
+            name=NAME,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            resources=ON_HEAD,
+            max_restarts=-1,
+            max_concurrency=1000,
+        )
+        .remote(settings)
+    )
+
+
+@dataclass(frozen=True)
+class Routes:
+    """What the gateway goes by."""
+
+    number: int
+    book: Book
+    loaded: frozenset[str]  # packages that have replicas, or may have them at once
+
+
+class Desk:
+    """An actor beside the gateway; it is alone, and all its changes come one after the other."""
+
+    def __init__(self, settings: Serve) -> None:
+        self._book, self._settings = Book(), settings
+        self._number, self._heard = time.time_ns(), 0  # a desk that starts anew goes on counting
+        self._used: dict[str, float] = {}  # loaded packages, and when each was last asked
+        self._tallies: dict[str, Tally] = {}
+        self._changed, self._one = asyncio.Condition(), asyncio.Lock()
+        self._polled_s = time.monotonic()
+        self._opened: asyncio.Future[None] | None = None
+        self._leaving: asyncio.Future[None] | None = None
+
+    async def open(self, settings: Serve, packages: Mapping[str, Serve]) -> None:
+        """Have what is in the book answer, and these packages; the gateway asks for it when it starts.
+
+        Raises:
+            InputError: a package cannot be served, or the book cannot be read.
+        """
+        self._settings, self._polled_s = settings, time.monotonic()
+        self._leaving = self._leaving or asyncio.ensure_future(self._leave())
+        self._opened = asyncio.ensure_future(self._restore(packages))
+        await asyncio.shield(self._opened)
+
+    async def settings(self) -> Serve:
+        """Those of the house."""
+        return self._settings
+
+    async def deploy(self, where: str, settings: Serve, place: Place, who: str) -> Version:
+        """Start a version, and when it answers let traffic come to it.
+
+        Raises:
+            InputError: the package may not be served, or there is no place for it; nothing has changed.
+        """
+        async with self._one:
+            version = await asyncio.to_thread(described, where, settings)
+            book = self._book.deployed(version, place, who)
+            await self._start(version, who)
+            await self._go_by(book)
+            return version
+
+    async def promote(self, name: str, who: str) -> str:
+        """Let the version that is tried answer; gives its package."""
+        async with self._one:
+            await self._go_by(self._book.promoted(name, who))
+            return self._book.lines[name].stable.package
+
+    async def roll_back(self, name: str, who: str, reason: str = "") -> str:
+        """Take back what is tried, or return to the version before; gives the package that answers."""
+        async with self._one:
+            book = self._book.rolled_back(name, who, reason)
+            await self._start(book.lines[name].stable, who)
+            await self._go_by(book)
+            return book.lines[name].stable.package
+
+    async def withdraw(self, name: str, who: str) -> None:
+        """Serve a model no longer."""
+        async with self._one:
+            await self._go_by(self._book.withdrawn(name, who))
+
+    async def load(self, package: str) -> None:
+        """Start a version that was evicted."""
+        async with self._one:
+            version = next((v for v in self._book.live if v.package == package), None)
+            if version is not None:
+                await self._start(version, ITSELF)
+                await self._tell()
+
+    async def book(self) -> Book:
+        return self._book
+
+    async def tallies(self) -> dict[str, Tally]:
+        """What was seen of each package since it was started."""
+        return self._tallies
+
+    async def poll(self, seen: int, tallies: Mapping[str, Tally]) -> Routes:
+        """Take what the gateway counted; answer when the routes are other than those it has seen, or a while passed."""
+        if self._opened is None:
+            raise RuntimeError("this desk is new and has not been opened")
+        await asyncio.wait([self._opened])
+        now = self._polled_s = time.monotonic()
+        for package, tally in tallies.items():
+            self._tallies.setdefault(package, Tally()).add(tally)
+            if package in self._used:
+                self._used[package] = now
+        self._judge()
+        async with self._changed:
+            self._heard = max(self._heard, seen)
+            self._changed.notify_all()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    await self._changed.wait_for(lambda: self._number > seen)
+        return Routes(self._number, self._book, frozenset(self._used))
+
+    async def _restore(self, packages: Mapping[str, Serve]) -> None:
+        async with self._one:
+            self._book = book = await asyncio.to_thread(read, self._uri)
+            running = await asyncio.to_thread(serve.status)
+            self._used = {v.package: time.monotonic() for v in book.live if v.application in running.applications}
+            for where, settings in packages.items():
+                version = await asyncio.to_thread(described, where, settings)
+                line = book.lines.get(version.model.id)
+                if line is None or line.stable != version:
+                    book = book.deployed(version, "stable", ITSELF)
+            for version in book.live:
+                await self._start(version, ITSELF)
+            await self._go_by(book, wait=False)
+
+    async def _leave(self) -> None:
+        """End when no gateway has asked for long: the house is closed."""
+        while time.monotonic() - self._polled_s < ALONE_S:
+            await asyncio.sleep(POLL_S)
+        ray.actor.exit_actor()  # type: ignore[no-untyped-call]
+
+    @property
+    def _uri(self) -> str:
+        assert self._settings.deployments is not None
+        return self._settings.deployments
+
+    def _judge(self) -> None:
+        """Ask for the removal of what is tried and fails its limits."""
+        for name, line in self._book.lines.items():
+            tried = line.tried
+            if tried is not None:
+                old, new = (self._tallies.setdefault(v.package, Tally()) for v in (line.stable, tried))
+                reason = fault(tried.settings.canary, old, new)
+                if reason is not None and not self._one.locked():
+                    task = asyncio.ensure_future(self._take_back(name, tried, reason))
+                    task.add_done_callback(_logged)
+
+    async def _take_back(self, name: str, tried: Version, reason: str) -> None:
+        async with self._one:
+            line = self._book.lines.get(name)
+            if line is not None and line.tried == tried:
+                await self._go_by(self._book.rolled_back(name, ITSELF, reason, "automatic rollback"))
+
+    async def _start(self, version: Version, who: str) -> None:
+        """Have replicas of a version answer; one that was there is replaced by one with these settings.
+
+        Raises:
+            InputError: it does not start; what was there before goes on.
+        """
+        before = next((v for v in self._book.live if v.package == version.package), None)
+        if version.package in self._used and before == version:
+            return
+        await self._make_room(version)
+        try:
+            await asyncio.to_thread(_run, version)
+        except RuntimeError as error:
+            if before is not None and version.package in self._used:
+                await asyncio.to_thread(_run, before)
+            else:
+                await asyncio.to_thread(serve.delete, version.application)
+            await self._write(self._book.noted(version.model.id, who, "failed", version.package, str(error)))
+            raise InputError(f"{version.package} does not start, and nothing has changed: {error}") from None
+        self._used[version.package] = time.monotonic()
+        self._tallies.pop(version.package, None)
+
+    async def _make_room(self, version: Version) -> None:
+        """Evict the versions that were longest not asked for, until this one fits."""
+        memory_mb = self._settings.memory_mb
+        if memory_mb is None:
+            return
+        known = {v.package: v for v in self._book.live} | {version.package: version}
+        if version.resident_mb > memory_mb:
+            raise InputError(
+                f"serve.memory_mb: {version.package} takes {version.resident_mb:.0f} MB; expected "
+                f"{memory_mb:.0f} at most"
+            )
+        for package in sorted(self._used, key=self._used.__getitem__):
+            others = sum(known[p].resident_mb for p in self._used if p in known and p != version.package)
+            if others + version.resident_mb <= memory_mb:
+                return
+            if package != version.package:
+                await self._stop({package})
+
+    async def _go_by(self, book: Book, wait: bool = True) -> None:
+        """Make a book the one that holds: write it, wait until the gateway goes by it, stop what it leaves out."""
+        await self._write(book)
+        await self._tell(wait)
+        await self._stop(set(self._used) - {version.package for version in book.live})
+
+    async def _write(self, book: Book) -> None:
+        await asyncio.to_thread(write, self._uri, book)
+        self._book = book
+
+    async def _tell(self, wait: bool = True) -> None:
+        async with self._changed:
+            self._number += 1
+            number = self._number
+            self._changed.notify_all()
+            if wait:
+                with contextlib.suppress(TimeoutError):  # a gateway that is being replaced asks when it is there
+                    async with asyncio.timeout(HEARD_S):
+                        await self._changed.wait_for(lambda: self._heard >= number)
+
+    async def _stop(self, packages: set[str]) -> None:
+        if packages and self._number:
+            for package in packages:
+                del self._used[package]
+            await self._tell()
+            await asyncio.sleep(GRACE_S)
+        for package in packages:
+            stop = partial(serve.delete, application_of(package), _blocking=False)
+            await asyncio.to_thread(stop)  # streams may take their time
+
+
+def described(where: str, settings: Serve) -> Version:
+    """A package, verified, as a version.
+
+    Raises:
+        InputError: it may not be served.
+    """
+    where = pin(where)
+    package = open_package(locate(where))
+    measured = package.measured.metrics.get("resident_mb")
+    resident = package.size_bytes / 1e6 if measured is None else measured.value
+    return Version(model=model_of(package), where=where, settings=settings, resident_mb=resident)
+
+
+def _run(version: Version) -> None:
+    begin(replicas(version), version.application)
+    until_running(version.application)
+
+
+def begin(application: Application, name: str) -> None:
+    """Have Ray Serve start or update an application, of which its own proxies know nothing."""
+    target = serve.RunTarget(application, name, route_prefix=None)
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+def until_running(name: str) -> None:
+    """Wait until an application answers.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    deadline = time.monotonic() + START_S
+    while True:
+        found = serve.status().applications[name]
+        if found.status == ApplicationStatus.RUNNING:
+            return
+        if found.status == ApplicationStatus.DEPLOY_FAILED:
+            raise RuntimeError(why(found))
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no replica in {START_S} s; is there a node for it? {why(found)}")
+        time.sleep(STATUS_S)
+
+
+def running() -> dict[str, int]:
+    """Replicas that answer, by the application that has them."""
+    found = serve.status().applications
+    return {
+        name: application.deployments["model"].replica_states.get(ReplicaState.RUNNING, 0)
+        for name, application in found.items()
+        if "model" in application.deployments  # which goes before its application does
+    }
+
+
+def why(application: ApplicationStatusOverview) -> str:
+    """Why an application does not run: what was wrong with the input, or else the last that Ray Serve says."""
+    said = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    lines = [line.strip() for each in said for line in each.splitlines() if line.strip()]
+    wrong = [line.partition(f"{InputError.__name__}: ")[2] for line in lines if f"{InputError.__name__}: " in line]
+    return (wrong or lines or ["Ray Serve does not say why"])[-1]
+
+
+def _logged(task: asyncio.Future[Any]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        LOG.error("a rollback failed", exc_info=task.exception())

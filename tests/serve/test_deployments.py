@@ -1,0 +1,293 @@
+"""What is deployed and how it changes: as plain values, and on real replicas under load."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+from scipy.stats import binomtest
+
+from overproof.cli import main
+from overproof.errors import InputError
+from overproof.recipe import Canary, Serve
+from overproof.serve import book as books
+from overproof.serve import run
+from overproof.serve.book import Book, Line, Version
+from overproof.serve.desk import described
+from overproof.serve.gateway import chosen
+from overproof.serve.judge import Tally, fault, interval
+from packing import break_model, copy, edit, make_package
+
+SETTINGS = Serve(port=0, max_replicas=1, cpus_per_replica=0.2, slots=2)
+BODY = {"model": "stdlib-lm", "prompt": [0, 70], "max_tokens": 8, "temperature": 0.0}
+WAIT_S = 60
+
+
+@pytest.fixture(scope="session")
+def second_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another version of the text package: other weights, and so another id."""
+    return make_package("text", tmp_path_factory.mktemp("second"), "seed=1")
+
+
+def version(package: Path, **settings: Any) -> Version:
+    return described(str(package), SETTINGS.model_copy(update=settings))
+
+
+def test_every_change_is_an_event_and_bad_ones_are_refused(text_package: Path, second_package: Path) -> None:
+    one, two = version(text_package), version(second_package)
+    assert one.package != two.package
+    empty = Book()
+    with pytest.raises(InputError, match="nothing is deployed that a canary could stand beside"):
+        empty.deployed(one, "canary", "ada")
+    first = empty.deployed(one, "stable", "ada")
+    for attempt in (lambda: first.promoted("stdlib-lm", "ada"), lambda: first.rolled_back("stdlib-lm", "ada")):
+        with pytest.raises(InputError, match=r"no version is being tried|nothing to roll back to"):
+            attempt()
+    with pytest.raises(InputError, match="answers already"):
+        first.deployed(one, "canary", "ada")
+    with pytest.raises(InputError, match="other: not deployed; found stdlib-lm"):
+        first.withdrawn("other", "ada")
+    tried = first.deployed(two, "canary", "bo")
+    with pytest.raises(InputError, match=r"is being tried; first `overproof promote stdlib-lm`"):
+        tried.deployed(two, "stable", "ada")
+    promoted = tried.promoted("stdlib-lm", "cy")
+    assert promoted.lines["stdlib-lm"] == Line(stable=two, before=one)
+    back = promoted.rolled_back("stdlib-lm", "cy", "slow")
+    assert back.lines["stdlib-lm"] == Line(stable=one, before=two)
+    assert [(e.who, e.what, e.package) for e in back.events] == [
+        ("ada", "deploy", one.package),
+        ("bo", "canary", two.package),
+        ("cy", "promote", two.package),
+        ("cy", "rollback", two.package),
+    ]
+    assert back.events[-1].reason == "slow"
+    assert back.withdrawn("stdlib-lm", "ada").lines == {}
+    assert first.lines["stdlib-lm"].canary is None  # values do not change
+
+
+def test_a_book_outlives_its_process_and_a_broken_one_is_refused(text_package: Path, s3_uri: str) -> None:
+    from overproof.files import join
+
+    uri = join(s3_uri, "deployments.json")
+    assert books.read(uri) == Book()
+    book = Book().deployed(version(text_package), "stable", "ada")
+    books.write(uri, book)
+    assert books.read(uri) == book
+
+
+def test_a_broken_book_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "deployments.json"
+    path.write_text('{"lines": {"a": {}}}')
+    with pytest.raises(InputError, match=r"lines\.a\.stable"):
+        books.read(str(path))
+
+
+def test_a_canary_gets_its_share_and_keeps_its_sessions(text_package: Path, second_package: Path) -> None:
+    canary = version(second_package, canary=Canary(share=0.2))
+    line = Line(stable=version(text_package), canary=canary)
+    picked = {f"s{i}": chosen(line, f"s{i}") for i in range(2000)}
+    share = sum(v == canary for v in picked.values()) / 2000
+    assert 0.17 < share < 0.23  # 3 standard deviations
+    assert all(chosen(line, session) == v for session, v in picked.items())
+    more = line.model_copy(update={"canary": version(second_package, canary=Canary(share=0.4))})
+    assert all(chosen(more, s).package == canary.package for s, v in picked.items() if v == canary)  # none moves back
+    assert {chosen(line, None).package for _ in range(200)} == {v.package for v in line.live}
+
+
+def test_limits_are_judged_with_what_is_known() -> None:
+    limits = Canary(min_requests=50, max_failed=0.01, max_slowdown=1.5, min_agreement=0.5)
+
+    def tally(requests: int, failed: int = 0, compared: int = 0, alike: int = 0, s: float = 0.1) -> Tally:
+        made = Tally(requests, failed, compared, alike)
+        made.seconds.extend([s] * (requests - failed))
+        return made
+
+    old = tally(500)
+    assert fault(limits, old, tally(49, 49)) is None  # too early to say
+    assert fault(limits, old, tally(100, 1)) is None  # may be chance
+    assert "50 of 100 requests failed; at most 1.0% may" in str(fault(limits, old, tally(100, 50)))
+    assert fault(limits, old, tally(100, s=0.14)) is None
+    assert "160.0 ms against 100.0 ms" in str(fault(limits, old, tally(100, s=0.16)))
+    assert fault(limits, old, tally(60, 0, 60, 28)) is None
+    assert "agrees in 10 of 60 comparisons" in str(fault(limits, old, tally(60, 0, 60, 10)))
+    assert fault(limits, tally(3), tally(100, s=9.0)) is None  # nothing to compare with
+    for count, of in ((0, 50), (10, 60), (60, 60)):
+        known = binomtest(count, of).proportion_ci(method="wilson")
+        assert interval(count, of) == pytest.approx((known.low, known.high), abs=1e-4)
+
+
+@contextmanager
+def load(base: str, clients: int = 2, **body: Any) -> Iterator[list[tuple[int, str]]]:
+    """Clients that ask over connections they keep; yields status codes and the packages that answered."""
+    over, seen = threading.Event(), list[tuple[int, str]]()
+
+    def ask(number: int) -> None:
+        with httpx.Client(base_url=base, timeout=WAIT_S, trust_env=False) as client:
+            count = 0
+            while not over.is_set():
+                headers = {"X-Session-ID": f"{number}-{count}"}
+                reply = client.post("/v1/completions", json=BODY | body, headers=headers)
+                seen.append((reply.status_code, reply.json().get("package", "")))
+                count += 1
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def until(reached: Any) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def book(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory, text_package: Path) -> Iterator[Path]:
+    """An open house with the first version, to which every test returns; yields its book."""
+    path = tmp_path_factory.mktemp("house") / "deployments.json"
+    run.open_house({str(text_package): SETTINGS}, SETTINGS.model_copy(update={"deployments": str(path)}))
+    yield path
+    run.stop()
+
+
+def overproof(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    code = main(words)
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def test_a_canary_is_promoted_and_rolled_back_under_load(
+    ray_cluster: str,
+    book: Path,
+    text_package: Path,
+    second_package: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = run.address()
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
+    one, two = version(text_package).package, version(second_package).package
+    spoiled = copy(second_package, tmp_path)
+    edit(spoiled / "verdict.json", lambda verdict: verdict.update(passed=False, chosen=None))
+    code, said = overproof(capsys, "deploy", str(spoiled))
+    assert (code, "no passing verdict" in said) == (2, True), said
+
+    with load(base) as seen:
+        loose = ["--set", "canary.share=0.5", "--set", "canary.max_slowdown=100", "--set", "canary.min_agreement=0"]
+        sizes = ["--set", "cpus_per_replica=0.2", "--set", "max_replicas=1"]
+        code, said = overproof(capsys, "deploy", str(second_package), "--canary", *loose, *sizes)
+        assert code == 0, said
+        count = len(seen)
+        until(lambda: len(seen) > count + 60)
+        assert {package for _, package in seen[count:]} == {one, two}
+        code, said = overproof(capsys, "promote", "stdlib-lm")
+        assert (code, two in said) == (0, True), said
+        count = len(seen) + 2  # two are on their way
+        until(lambda: len(seen) > count + 20)
+        assert {package for _, package in seen[count:]} == {two}
+        until(lambda: run.replicas(one) == 0)
+        code, said = overproof(capsys, "rollback", "stdlib-lm", "--reason", "too blue")
+        assert (code, one in said) == (0, True), said
+        count = len(seen) + 2
+        until(lambda: len(seen) > count + 20)
+        assert {package for _, package in seen[count:]} == {one}
+    assert {status for status, _ in seen} == {200}
+    code, said = overproof(capsys, "deployments")
+    assert code == 0
+    for word in ("deploy", "canary", "promote", "rollback", "too blue"):
+        assert word in said
+    kept = json.loads(book.read_text())
+    assert [event["what"] for event in kept["events"]] == ["deploy", "canary", "promote", "rollback"]
+    assert all(event["who"] for event in kept["events"])
+
+
+def test_a_canary_that_disagrees_is_taken_back_and_the_record_says_why(
+    book: Path, text_package: Path, second_package: Path
+) -> None:
+    base = run.address()
+    picky = SETTINGS.model_copy(
+        update={"canary": Canary(share=0.5, compare=1.0, min_requests=10, min_agreement=1.0, max_slowdown=1000)}
+    )
+    with load(base, prompt="import os\n", temperature=1.0) as seen:
+        run.at_desk("deploy", str(second_package), picky, "canary", "ada")
+        until(lambda: run.at_desk("book").lines["stdlib-lm"].canary is None)
+        count = len(seen) + 2
+        until(lambda: len(seen) > count + 10)
+        assert {package for _, package in seen[count:]} == {version(text_package).package}
+    assert {status for status, _ in seen} == {200}
+    last = books.read(str(book)).events[-1]
+    assert (last.what, last.package) == ("automatic rollback", version(second_package).package)
+    assert "comparisons" in last.reason
+
+
+def test_a_shadow_sees_the_traffic_and_answers_nobody(book: Path, text_package: Path, second_package: Path) -> None:
+    base = run.address()
+    loose = SETTINGS.model_copy(update={"canary": Canary(min_requests=100_000)})
+    with load(base) as seen:
+        run.at_desk("deploy", str(second_package), loose, "shadow", "ada")
+        two = version(second_package).package
+        until(lambda: run.at_desk("tallies").get(two, Tally()).compared > 10)
+        assert run.at_desk("tallies")[two].requests > 10
+    assert {package for _, package in seen} == {version(text_package).package}
+    with httpx.Client(base_url=base, timeout=WAIT_S, trust_env=False) as client:
+        named = client.post("/v1/completions", json=BODY | {"model": two}).json()
+        assert named["package"] == two  # who asks for it by its id gets it
+    run.at_desk("roll_back", "stdlib-lm", "ada")
+
+
+def test_a_version_that_does_not_start_changes_nothing(
+    book: Path, text_package: Path, second_package: Path, tmp_path: Path
+) -> None:
+    base, broken = run.address(), break_model(second_package, tmp_path)
+    with (
+        load(base) as seen,
+        pytest.raises(InputError, match=r"does not start, and nothing has changed: .*cannot be read"),
+    ):
+        run.at_desk("deploy", str(broken), SETTINGS, "stable", "ada")
+    assert set(seen) == {(200, version(text_package).package)}
+    last = books.read(str(book)).events[-1]
+    assert (last.what, last.who, "cannot be read" in last.reason) == ("failed", "ada", True)
+    assert version(broken).application not in serve.status().applications
+
+
+def test_several_models_share_the_memory_and_come_when_asked(
+    ray_cluster: str, text_package: Path, digits_package: Path, tmp_path: Path
+) -> None:
+    sizes = [version(text_package).resident_mb, version(digits_package).resident_mb]
+    room = max(sizes) + min(sizes) / 2  # for either, not for both
+    run.stop()
+    base = run.open_house({str(text_package): SETTINGS}, SETTINGS.model_copy(update={"memory_mb": room}))
+    try:
+        run.start(digits_package, Serve(max_replicas=1, cpus_per_replica=0.2))
+        image = {"model": "digits", "images": [[0.0] * 64]}
+        with httpx.Client(base_url=base, timeout=WAIT_S, trust_env=False) as client:
+            assert {m["id"] for m in client.get("/v1/models").json()["data"]} == {"stdlib-lm", "digits"}
+            for _ in range(2):
+                assert client.post("/v1/classify", json=image).status_code == 200
+                until(lambda: run.replicas(version(text_package).package) == 0)
+                assert client.post("/v1/completions", json=BODY).status_code == 200  # loaded again
+                until(lambda: run.replicas(version(digits_package).package) == 0)
+            unnamed = client.post("/v1/completions", json={"prompt": "x"})
+            assert unnamed.status_code == 404
+            assert "name one" in unnamed.json()["error"]["message"]
+        run.stop()
+        with pytest.raises(InputError, match=r"serve\.memory_mb: .* takes"):
+            run.open_house({str(text_package): SETTINGS}, SETTINGS.model_copy(update={"memory_mb": 0.001}))
+    finally:
+        run.stop()
