@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/peers.py FOLDER
 
-Makes FOLDER/hf (datasets, accelerate), FOLDER/trl (the same and TRL) and FOLDER/mosaic (mosaicml-streaming, with older
-numpy and transformers) with pip, in about two minutes, and nothing where they are there already.
+Makes FOLDER/hf (datasets, accelerate), FOLDER/trl (the same and TRL), FOLDER/mosaic (mosaicml-streaming, with older
+numpy and transformers), and of servers FOLDER/transformers-serve, FOLDER/litserve and FOLDER/bentoml, with pip, in
+about three minutes, and nothing where they are there already.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ MOSAIC_NEEDS = (
     "python-snappy", "tqdm", "xxhash", "zstd", "oci", "azure-storage-blob", "azure-storage-file-datalake",
     "azure-identity", "catalogue",
 )  # fmt: skip
+# `transformers serve` needs openai, fastapi and uvicorn too, which are here already.
+TRANSFORMERS_SERVE = ("accelerate>=1.15,<2",)
+LITSERVE = ("litserve>=0.2.19,<0.3",)
+BENTOML = ("bentoml>=1.4.40,<1.5",)
 # Its image data sets alone use torchvision; the one that pip finds would not fit a torch without CUDA.
 STAND_INS = {
     "torchvision/__init__.py": "",
@@ -41,7 +46,8 @@ def make(folder: Path, needs: tuple[str, ...], alone: tuple[str, ...], stand_ins
     install = [str(python), "-m", "pip", "install", "--quiet"]
     if needs:
         subprocess.run([*install, *needs], check=True, stdout=sys.stderr)
-    subprocess.run([*install, "--no-deps", *alone], check=True, stdout=sys.stderr)
+    if alone:
+        subprocess.run([*install, "--no-deps", *alone], check=True, stdout=sys.stderr)
     own = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
     for name, text in stand_ins.items():
         (own / name).parent.mkdir(parents=True, exist_ok=True)
@@ -66,5 +72,21 @@ def mosaic(folder: Path) -> Path:
     return make(folder / "mosaic", MOSAIC_NEEDS, MOSAIC, STAND_INS)
 
 
+def transformers_serve(folder: Path) -> Path:
+    """The Python that has what `transformers serve` needs."""
+    return make(folder / "transformers-serve", (), TRANSFORMERS_SERVE, {})
+
+
+def litserve(folder: Path) -> Path:
+    """The Python that has `litserve`, with the uvicorn, uvloop and httptools that it asks for."""
+    return make(folder / "litserve", LITSERVE, (), {})
+
+
+def bentoml(folder: Path) -> Path:
+    """The Python that has `bentoml`, with all that it asks for."""
+    return make(folder / "bentoml", BENTOML, (), {})
+
+
 if __name__ == "__main__":
-    print(*(made(Path(sys.argv[1]).absolute()) for made in (hugging_face, trl, mosaic)))
+    everyone = (hugging_face, trl, mosaic, transformers_serve, litserve, bentoml)
+    print(*(made(Path(sys.argv[1]).absolute()) for made in everyone))

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
+from alone import one
 from overproof.cli import main
 from overproof.errors import InputError
 from overproof.recipe import Serve
@@ -28,7 +29,6 @@ from overproof.serve.engines.onnx import OnnxClassifier
 from overproof.serve.http import build_http
 from overproof.serve.keys import Key, Keys, Meter, digest
 from overproof.serve.limits import Access, access
-from serving import one
 
 IMAGE = {"images": [[0.0] * 64]}
 

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alone import one as alone
 from overproof.data.documents import read
 from overproof.data.sources import list_files
 from overproof.errors import InputError
@@ -31,7 +32,6 @@ from overproof.serve.engines.llamacpp import LlamaCpp
 from overproof.serve.http import build_http
 from overproof.serve.limits import Access
 from overproof.serve.traffic import REPLIES, Exchange, Rating, Recorder, Redactor, sampled
-from serving import one as alone
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 EXCHANGE = Exchange("cmpl-1", NOW, "x/package-1", "x", 0, "a ", "b", "stop", 1, 1, 0.5, None)

@@ -13,7 +13,7 @@ from typing import Any
 from overproof.errors import InputError
 from overproof.serve.backend import Backend, Whole
 from overproof.serve.engines.base import Completion, FinishReason, Piece, Sampling
-from overproof.serve.grammar import grammar_of
+from overproof.serve.grammar import Kept, grammar_of
 from overproof.serve.replies import ErrorDetail, ErrorReply, Reply, Usage
 from overproof.serve.schema import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, Generated
 from overproof.serve.shapes import Answer, Chat, Completions, Served, told
@@ -79,6 +79,17 @@ def whole(shape: Completions | Chat, done: Sequence[Whole]) -> tuple[Reply, list
     return shape.reply(answers, usage_of(outcomes, shape.request.n)), outcomes
 
 
+def insist_on_grammar(asked: list[Ask], done: Sequence[Whole]) -> None:
+    """Let no text pass that is not what its grammar allows.
+
+    Raises:
+        InputError: a text is not.
+    """
+    for (_, sampling), each in zip(asked, done, strict=True):
+        if sampling.grammar is not None:
+            Kept(sampling.grammar).add(each.text)
+
+
 def usage_of(outcomes: Sequence[Outcome], n: int) -> Usage:
     """A prompt counts once, however many choices it has."""
     prompt, completion = sum(o.prompt_tokens for o in outcomes[::n]), sum(o.completion_tokens for o in outcomes)
@@ -128,9 +139,9 @@ async def streamed(shape: Completions | Chat, asked: list[Ask], done: Done) -> A
     except Exception as error:
         if not begun:
             raise
-        failed = True
+        failed = not isinstance(error, InputError)
         LOG.exception("a stream failed", exc_info=error)
-        yield _sse(ErrorReply(error=ErrorDetail(message=FAILED, type="server_error")))
+        yield _sse(ErrorReply(error=ErrorDetail(message=FAILED if failed else str(error), type="server_error")))
         return
     finally:
         if begun:
@@ -184,8 +195,11 @@ async def _parts(backend: Backend, index: int, prompt: Any, sampling: Sampling) 
         for part in _known(index, done):
             yield part
         return
+    kept = None if sampling.grammar is None else Kept(sampling.grammar)
     async with aclosing(backend.stream(prompt, sampling)) as pieces:
         async for piece in pieces:
+            if kept is not None:
+                kept.add(piece.text)
             yield Answer(index, piece.text, piece.finish_reason), piece
 
 

@@ -76,11 +76,7 @@ def house(packages: Mapping[str, Serve], settings: Serve, access: Access) -> App
     Raises:
         InputError: a host that others reach has no API key.
     """
-    if not is_loopback(settings.host) and not access.keyed:
-        raise InputError(
-            f"serve.host: {settings.host} can be reached from other machines; set {KEY_VARIABLE} to a secret that "
-            f"requests must carry, or {KEYS_VARIABLE} to a file of keys (`overproof keys add NAME`), or take 127.0.0.1"
-        )
+    insist_on_keys(settings, access)
     gateway: Any = serve.deployment(
         Gateway,
         name="gateway",
@@ -91,3 +87,16 @@ def house(packages: Mapping[str, Serve], settings: Serve, access: Access) -> App
     )
     bound: Application = gateway.bind(told(packages), settings, access)
     return bound
+
+
+def insist_on_keys(settings: Serve, access: Access) -> None:
+    """Let nobody in from other machines without a key.
+
+    Raises:
+        InputError: a host that others reach has no API key.
+    """
+    if not is_loopback(settings.host) and not access.keyed:
+        raise InputError(
+            f"serve.host: {settings.host} can be reached from other machines; set {KEY_VARIABLE} to a secret that "
+            f"requests must carry, or {KEYS_VARIABLE} to a file of keys (`overproof keys add NAME`), or take 127.0.0.1"
+        )

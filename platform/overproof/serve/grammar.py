@@ -62,6 +62,22 @@ def _check(field: str, grammar: str) -> None:
         raise InputError(f"{field}: {first.partition(': ')[2] or first}")
 
 
+class Kept:
+    """Holds a text against its grammar: llama.cpp goes on without one that becomes too complex on the way."""
+
+    def __init__(self, grammar: str) -> None:
+        self._matcher = LLMatcher(BYTES, grammar, log_level=0)
+
+    def add(self, text: str) -> None:
+        """Take the next part of the text.
+
+        Raises:
+            InputError: it is not what the grammar allows.
+        """
+        if text and not (self._matcher.consume_tokens(list(text.encode())) or self._matcher.is_accepting()):
+            raise InputError("grammar: too complex for the engine, which does not keep to it; expected a simpler one")
+
+
 def _check_counts(part: Any) -> None:
     parts = [part]
     while parts:

@@ -20,7 +20,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from overproof.errors import InputError
-from overproof.serve.answers import FAILED, Ask, Outcome, asks, exchanges, streamed, usage_of, whole
+from overproof.serve.answers import FAILED, Ask, Outcome, asks, exchanges, insist_on_grammar, streamed, usage_of, whole
 from overproof.serve.backend import Backend, Busy
 from overproof.serve.beside import Beside
 from overproof.serve.engines.base import Sampling
@@ -115,6 +115,7 @@ def build_http(house: House, access: Access, beside: Beside | None = None) -> Fa
                 beside.began(served.model.overproof.package, first_event_s)
                 return StreamingResponse(_chain(first, events), media_type="text/event-stream")
             ended = await _while_there(http, asyncio.gather(*(served.backend.complete(*ask) for ask in asked)))
+        insist_on_grammar(asked, ended)
         reply, outcomes = whole(shape, ended)
         await done(outcomes, False)
         return reply

@@ -17,7 +17,7 @@ from ray.serve.context import _get_global_client
 from overproof.errors import InputError
 from overproof.files import from_anywhere
 from overproof.recipe import HOUSE, Serve
-from overproof.serve.app import NAME, house, in_the_house, told
+from overproof.serve.app import NAME, house, in_the_house, insist_on_keys, told
 from overproof.serve.book import application_of
 from overproof.serve.desk import NAME as DESK
 from overproof.serve.desk import NAMESPACE, begin, hire, running, until_running
@@ -55,6 +55,7 @@ def open_house(packages: Mapping[str, Serve], settings: Serve) -> str:
     Raises:
         InputError: as ``start``.
     """
+    insist_on_keys(settings, access())
     trusted(settings)
     settings = settings.model_copy(update={"port": free_port(settings.host, settings.port)})
     settings = in_the_house(packages, settings)

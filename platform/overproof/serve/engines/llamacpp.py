@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import secrets
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,16 @@ from overproof.serve.engines.vocabulary import line_up, open_tail, read_header
 
 LARGEST_SEED = 2**32 - 2  # the next one means "random" to llama.cpp
 FORCED = 1e4  # a bias that decides the choice and leaves the reported log-probabilities alone
+
+
+_open: weakref.WeakSet[LlamaCpp] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """llama.cpp calls back into Python while it generates, and ends a process whose Python has ended."""
+    for engine in list(_open):
+        engine.close()
 
 
 class LlamaCpp:
@@ -65,6 +77,7 @@ class LlamaCpp:
         except RuntimeError as error:
             raise InputError(f"{path}: llama.cpp cannot load it: {error}; expected a whole GGUF file") from None
         self._http = Http(self._server.listening_address, key)
+        _open.add(self)
 
     def complete(self, prompt: str | Sequence[int], sampling: Sampling) -> Completion:
         """Continue a prompt until done. See ``TextEngine``; a token that ends inside a character costs one more call

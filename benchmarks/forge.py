@@ -1,0 +1,123 @@
+"""Packages of a chosen size for the benchmarks: fresh weights, really exported, behind a report and a verdict by hand.
+
+What such a model says is worth nothing; how long it takes to say it is what a trained one takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sysconfig
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from overproof import models
+from overproof.artifact import TOOLS
+from overproof.compress.gguf import Format, export_gguf
+from overproof.compress.onnx import export_onnx
+from overproof.data.manifest import TOKENIZER, Manifest, Split
+from overproof.data.tokens import END_ID, train_bpe
+from overproof.evaluate.gate import judge
+from overproof.evaluate.metrics import Measured, Metric, Report
+from overproof.files import FileEntry, file_sha256
+from overproof.recipe import Gate, Llama, Parity, Vit
+from overproof.registry.package import CARD, PACKAGE, REPORT, VERDICT, Contents, open_package
+
+VOCABULARY, LENGTH, SEED = 8192, 512, 1
+HUGGING_FACE = "hugging-face"  # the folder beside the package with the same weights in fp32
+LLAMA = Llama(hidden_size=768, intermediate_size=2048, layers=12, heads=12, kv_heads=4)  # 82 million parameters
+VIT = Vit(hidden_size=256, intermediate_size=1024, layers=4, heads=4)
+
+
+def texts() -> list[str]:
+    """Modules of the standard library, which every machine has."""
+    return [file.read_text(encoding="utf-8") for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
+
+
+def forge_text(folder: Path, config: Llama = LLAMA, format: Format = "q8_0") -> Path:
+    """A language model's package, and beside it the same weights as a Hugging Face directory.
+
+    Token 0, which ends a text, and those that are no whole ASCII characters have rows of zeros: they are never the
+    likeliest, so every text is as long as it may be, and each token shows as soon as it is there.
+    """
+    source = folder / HUGGING_FACE
+    source.mkdir(parents=True)
+    tokenizer = train_bpe(texts(), VOCABULARY)
+    tokenizer.save(str(folder / TOKENIZER))
+    model = models.build(config, _manifest("text"), SEED)
+    with torch.no_grad():
+        silent = [END_ID, *(i for i in range(VOCABULARY) if not tokenizer.decode([i]).isascii())]
+        model.get_input_embeddings().weight[silent] = 0
+    models.save(model, model.config, source, folder / TOKENIZER)
+    package = folder / "package"
+    package.mkdir()
+    export_gguf(source, folder / TOKENIZER, package / "model.gguf", format, "forged")
+    shutil.copyfile(folder / TOKENIZER, package / TOKENIZER)
+    return _seal(package, "text", "model.gguf", format)
+
+
+def forge_digits(folder: Path, config: Vit = VIT) -> Path:
+    """A classifier's package, fp32."""
+    source, package = folder / HUGGING_FACE, folder / "package"
+    model: PreTrainedModel = models.build(config, _manifest("digits"), SEED)
+    models.save(model, model.config, source)
+    package.mkdir()
+    export_onnx(source, package / "model.onnx")
+    return _seal(package, "digits", "model.onnx", "fp32")
+
+
+def _manifest(kind: Literal["text", "digits"]) -> Manifest:
+    text = kind == "text"
+    return Manifest(
+        kind=kind,
+        splits={name: Split(shards=(), rows=0, tokens=0, documents=0) for name in ("train", "validation", "test")},
+        rows_per_group=1,
+        sequence_length=LENGTH if text else None,
+        vocab_size=VOCABULARY if text else None,
+        classes=None if text else 10,
+        tokenizer_sha256="" if text else None,
+        dropped={},
+    )
+
+
+def _seal(package: Path, kind: Literal["text", "digits"], model: str, format: str) -> Path:
+    """Write what proves a model file, as if its gate had passed it."""
+    file = package / model
+    measured = Measured(
+        name="forged",
+        student="forged",
+        format=format,
+        size_bytes=file.stat().st_size,
+        sha256=file_sha256(file),
+        candidate=True,
+        metrics={"parity_nats": Metric(value=0.0, unit="nats", n=1)},
+    )
+    quality: Literal["bits_per_byte", "accuracy"] = "bits_per_byte" if kind == "text" else "accuracy"
+    report = Report(kind=kind, quality=quality, confidence=0.95, measured=(measured,), comparisons=())
+    gate = Gate(rules=(Parity(at_most=1.0),))
+    (package / REPORT).write_text(report.model_dump_json(), encoding="utf-8")
+    (package / VERDICT).write_text(judge(gate, report).model_dump_json(), encoding="utf-8")
+    (package / CARD).write_text("Forged for a benchmark; nothing was measured.\n", encoding="utf-8")
+    content = Contents(
+        id=f"forged/package/{hashlib.sha256(measured.sha256.encode()).hexdigest()[:12]}",
+        name="forged",
+        kind=kind,
+        candidate="forged",
+        model=model,
+        model_format=format,
+        policy=gate,
+        files={
+            part.name: FileEntry(sha256=file_sha256(part), size_bytes=part.stat().st_size)
+            for part in sorted(package.iterdir())
+        },
+        parents={},
+        shards={},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=dict.fromkeys(TOOLS, "0"),
+    )
+    (package / PACKAGE).write_text(content.model_dump_json(indent=1), encoding="utf-8")
+    return open_package(package).path

@@ -1,0 +1,46 @@
+"""A package behind overproof's own HTTP, until the standard input ends.
+
+    python over_http.py PACKAGE THREADS SLOTS REPLICAS
+
+Prints ``{"url": ...}`` when it answers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import ray
+
+from overproof.recipe import Serve
+from overproof.serve import run
+
+CPUS_PER_REPLICA = 0.25  # reserved, not used: replicas are placed whatever the machine has
+
+
+def main() -> None:
+    package, (threads, slots, replicas) = sys.argv[1], map(int, sys.argv[2:])
+    ray.init(
+        address="local",
+        num_cpus=replicas + 1,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    settings = Serve(
+        port=0,
+        threads=threads,
+        slots=slots,
+        min_replicas=replicas,
+        max_replicas=replicas,
+        cpus_per_replica=CPUS_PER_REPLICA,
+    )
+    print(json.dumps({"url": run.start(package, settings)}), flush=True)
+    sys.stdin.read()
+    run.stop()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
