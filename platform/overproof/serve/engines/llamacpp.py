@@ -12,15 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import xllamacpp
-
 from overproof.errors import InputError
 from overproof.serve.engines.base import Completion, Sampling, Token
-from overproof.serve.engines.server import Http, checked, settings_of
+from overproof.serve.engines.server import Draft, Http, checked, settings_of, start
 from overproof.serve.engines.stream import LlamaCppPieces
 from overproof.serve.engines.vocabulary import line_up, open_tail, read_header
 
 LARGEST_SEED = 2**32 - 2  # the next one means "random" to llama.cpp
+DRAFT_TOKENS = 3  # guessed at a time; llama.cpp's own default
 FORCED = 1e4  # a bias that decides the choice and leaves the reported log-probabilities alone
 
 
@@ -41,6 +40,12 @@ class LlamaCpp:
     object knows; it is used for tokenisation and the liveness check alone. A sequence that decodes alone gives the
     same numbers each time; sequences that share a step may differ in the last digits. Prompts are not kept between
     calls unless ``reuse_prefix`` asks for it.
+
+    A draft guesses tokens, and the model reads several guesses at once (speculative decoding, arXiv 2211.17192). A
+    guess is taken where it is what the model's own sampler took, by its own seed: the text and its distribution are
+    the model's, at any temperature. Last digits are those of shared steps, which in q8_0 and q4_0 files are no
+    others. llama.cpp reports no log-probabilities of such text (ggml-org/llama.cpp issue 27972): who asks for them
+    takes turns at one slot without the draft.
     """
 
     def __init__(
@@ -51,11 +56,14 @@ class LlamaCpp:
         context_length: int | None = None,
         reuse_prefix: bool = False,
         max_prompt_tokens: int | None = None,
+        draft: Path | None = None,
+        draft_tokens: int = DRAFT_TOKENS,
     ) -> None:
-        """Load a file.
+        """Load a file, and perhaps a draft's.
 
         Raises:
-            InputError: it is missing or no GGUF language model, or the context is longer than the model's.
+            InputError: one is missing or no GGUF language model, the context is longer than the model's, the draft has
+                another vocabulary, or it is to guess no token.
         """
         header = read_header(path)
         self.context_length = header.context_length if context_length is None else context_length
@@ -71,12 +79,15 @@ class LlamaCpp:
         self._calls = 0
         self._open = True
         self._changed = threading.Condition()
+        self.drafted = self.accepted = 0  # guesses of the draft in completions so far, and those that were right
         key = secrets.token_urlsafe(32)
-        try:
-            self._server: Any = xllamacpp.Server(settings_of(path, threads, slots, self.context_length, key))
-        except RuntimeError as error:
-            raise InputError(f"{path}: llama.cpp cannot load it: {error}; expected a whole GGUF file") from None
+        guesses = None if draft is None else Draft.of(draft, draft_tokens, header)
+        self._server: Any = start(path, settings_of(path, threads, slots, self.context_length, key, guesses))
         self._http = Http(self._server.listening_address, key)
+        self._plain: Any = self._server
+        if guesses is not None:
+            guesses.insist(self._http)
+            self._plain = start(path, settings_of(path, threads, 1, self.context_length, key))
         _open.add(self)
 
     def complete(self, prompt: str | Sequence[int], sampling: Sampling) -> Completion:
@@ -90,8 +101,12 @@ class LlamaCpp:
             request = self._request(prompt, sampling)
             wanted = 0 if sampling.logprobs is None else max(1, sampling.logprobs)
             extra = {"stop": _stops(sampling.stop), "n_probs": wanted, "return_tokens": True, "verbose": True}
-            reply = checked(self._server.handle_completions({**request, **extra}))
+            server = self._plain if wanted else self._server
+            reply = checked(server.handle_completions({**request, **extra}))
             choice, details, timings = reply["choices"][0], reply["__verbose"], reply["timings"]
+            with self._changed:
+                self.drafted += timings.get("draft_n", 0)
+                self.accepted += timings.get("draft_n_accepted", 0)
             tokens: list[int] = details["tokens"]
             text: str = choice["text"]
             generated = b"".join(self._pieces[t] for t in tokens)
@@ -164,7 +179,7 @@ class LlamaCpp:
         with self._changed:
             self._open = False
             self._changed.wait_for(lambda: self._calls == 0)
-        self._server = None
+        self._server = self._plain = None
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
@@ -246,7 +261,7 @@ class LlamaCpp:
         plain = next(i for i, piece in enumerate(self._pieces) if piece.isalnum() and piece.isascii())
         request = {"prompt": prefix, "max_tokens": 1, "temperature": 0, "cache_prompt": self._reuse_prefix}
         extra = {"n_probs": len(self._pieces), "logit_bias": [[plain, FORCED]]}
-        reply = checked(self._server.handle_completions(request | extra))
+        reply = checked(self._plain.handle_completions(request | extra))
         top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         return {**next(entry for entry in top if entry["id"] == token), "top_logprobs": top}
 

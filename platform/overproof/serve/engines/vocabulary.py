@@ -5,6 +5,8 @@ A byte-level vocabulary spells each byte as one printable character (GPT-2's tab
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +25,16 @@ BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE} | {
 
 @dataclass(frozen=True)
 class Header:
-    """The context a model was trained for, the bytes each token adds to a text, and whether it has a chat template."""
+    """The context a model was trained for, the bytes each token adds to a text, and whether it has a chat template.
+
+    Models whose ``vocabulary`` is the same mean the same by a token id.
+    """
 
     context_length: int
     pieces: tuple[bytes, ...]
     chats: bool
     longest: int  # characters of the longest token's name; no token stands for more of a text
+    vocabulary: str  # sha256 of the tokens' names and types
 
 
 def read_header(path: Path) -> Header:
@@ -55,7 +61,8 @@ def read_header(path: Path) -> Header:
     names, types = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type")
     length = value(f"{value('general.architecture')}.context_length")
     pieces = tuple(_piece(n, t) for n, t in zip(names, types, strict=True))
-    return Header(length, pieces, chats=CHAT_TEMPLATE in fields, longest=max(map(len, names)))
+    vocabulary = hashlib.sha256(json.dumps([names, types]).encode()).hexdigest()
+    return Header(length, pieces, CHAT_TEMPLATE in fields, max(map(len, names)), vocabulary)
 
 
 def _piece(name: str, kind: int) -> bytes:
