@@ -24,6 +24,7 @@ STAGE_VERBS = {
     "gate": ("gate", "judge the measurements by the recipe's policy"),
     "report": ("name", "draw the picture and the HTML report"),
     "package": ("name", "pack the file that passed, with its proof"),
+    "speculate": ("speculate", "pack the teacher with that file as its draft, if its text then comes sooner"),
 }
 
 
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("recipe", type=Path, nargs="?", default=DEMO_RECIPE, help="recipe (default: stdlib-lm)")
     demo.add_argument("--keep", action="store_true", help="leave the server up until Ctrl-C")
     run = verb("run", "run every stage that is not done yet", "")
-    run.add_argument("--until", choices=STAGE_VERBS, default="package", help="last stage to run")
+    run.add_argument("--until", choices=STAGE_VERBS, help="last stage to run (default: all)")
     plan = verb("plan", "say what would run, what it holds and asks for, and whether it can ever start", "")
     plan.add_argument("--cluster", type=Path, metavar="FILE", help="plan for what this `ray up` file may grow to")
     plan.add_argument("--tokens-per-s", type=float, metavar="N", help="throughput, for the hours of a language model")
@@ -221,7 +222,7 @@ def _keys(options: argparse.Namespace) -> int:
     return 0
 
 
-def _build(recipe: Recipe, until: str) -> int:
+def _build(recipe: Recipe, until: str | None) -> int:
     from overproof import pipeline, views
 
     try:
@@ -232,6 +233,8 @@ def _build(recipe: Recipe, until: str) -> int:
     if "package" in done:
         views.summary(recipe)
         console.out.print(f"package  {done['package'].uri}")
+    if "speculate" in done:
+        console.out.print(f"with its teacher, as the draft  {done['speculate'].uri}")
     return 0
 
 

@@ -65,6 +65,11 @@ def _beyond_sweep(sweep: Sweep) -> dict[str, Any]:
     return {"student_files": found} if found else {}
 
 
+def _beyond_compress(recipe: Recipe) -> dict[str, Any]:
+    """What else is exported."""
+    return {} if recipe.speculate is None else {"teacher_format": recipe.speculate.teacher_format}
+
+
 STAGES = (
     Stage("prepare", "overproof.data.prepare:prepare", (),
           lambda r: {"seed": r.seed, "data": _dump(r.data), "source": source_digest(r.data)}, format=3),
@@ -78,7 +83,7 @@ STAGES = (
           lambda r: {"seed": r.seed, "sweep": _dump(r.sweep), "tune": _dump(r.tune), **_beyond_sweep(r.sweep)},
           format=3),
     Stage("compress", "overproof.compress.export:compress", ("prepare", "train", "sweep"),
-          lambda r: {"compress": _dump(r.compress)}, format=2),
+          lambda r: {"compress": _dump(r.compress), **_beyond_compress(r)}, format=2),
     Stage("evaluate", "overproof.evaluate.runner:evaluate", ("prepare", "compress"),
           lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate)}, format=2),
     Stage("gate", "overproof.evaluate.runner:gate", ("evaluate",),
@@ -89,19 +94,24 @@ STAGES = (
     Stage("package", "overproof.registry.package:package",
           ("prepare", "train", "generate", "cache", "sweep", "compress", "evaluate", "gate"),
           lambda r: {"name": r.name}, format=3),
+    Stage("speculate", "overproof.evaluate.speculate:speculate", ("prepare", "compress", "evaluate", "package"),
+          lambda r: {"speculate": _dump(r.speculate), "threads": r.evaluate.threads},
+          wanted=lambda r: r.speculate is not None),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
-UNWANTED = {"generate": "the recipe has no such section", "cache": "no student of the sweep reads it"}
+NO_SECTION = "the recipe has no such section"
+UNWANTED = {"generate": NO_SECTION, "cache": "no student of the sweep reads it", "speculate": NO_SECTION}
 
 
-def stages(recipe: Recipe, until: str = NAMES[-1]) -> list[Stage]:
+def stages(recipe: Recipe, until: str | None = None) -> list[Stage]:
     """Those that a recipe asks for, up to ``until``.
 
     Raises:
         InputError: it does not ask for that one.
     """
-    found = [stage for stage in STAGES[: NAMES.index(until) + 1] if stage.wanted(recipe)]
-    if found[-1].name != until:
+    upto = STAGES if until is None else STAGES[: NAMES.index(until) + 1]
+    found = [stage for stage in upto if stage.wanted(recipe)]
+    if until is not None and found[-1].name != until:
         raise InputError(f"{until}: {UNWANTED[until]}; expected one of {', '.join(s.name for s in stages(recipe))}")
     return found
 
@@ -117,7 +127,7 @@ class Step:
     artifact: Artifact | None
 
 
-def resolve(recipe: Recipe, store: Store, until: str = NAMES[-1]) -> list[Step]:
+def resolve(recipe: Recipe, store: Store, until: str | None = None) -> list[Step]:
     """The stages up to ``until``, and which of them are done. Starts nothing.
 
     Raises:
@@ -132,12 +142,12 @@ def resolve(recipe: Recipe, store: Store, until: str = NAMES[-1]) -> list[Step]:
     return list(steps.values())
 
 
-def run(recipe: Recipe, until: str = NAMES[-1]) -> dict[str, Artifact]:
+def run(recipe: Recipe, until: str | None = None) -> dict[str, Artifact]:
     """Run what is not done yet, up to and including ``until``.
 
     Raises:
         InputError: bad input, before anything starts where it can be known.
-        GateRefused: no candidate passed; every stage before the package is done and stays.
+        GateRefused: no candidate passed, or the draft does not pay; every stage before that is done and stays.
     """
     store = Store(recipe.store)
     with store.lock():

@@ -17,7 +17,7 @@ from overproof import models
 from overproof.compress.gguf import export_gguf, read_gguf
 from overproof.compress.onnx import PIXELS, Reference, export_onnx, quantize_onnx
 from overproof.data.manifest import TOKENIZER
-from overproof.recipe import Gguf, Onnx
+from overproof.recipe import Gguf, Onnx, Recipe
 from overproof.stage import Context
 
 EXPORTS = "exports.json"
@@ -53,6 +53,8 @@ def read_exports(root: Path) -> tuple[Export, ...]:
 def compress(context: Context) -> dict[str, Any]:
     """Write teacher, control and every kept student unquantised, and those students in every format of the recipe.
 
+    The teacher that is to answer with a draft is written in its own format, too.
+
     Raises:
         InputError: a model or tokenizer has a feature that the format does not cover.
         RuntimeError: an unquantised file, read back, is not the model it was made from.
@@ -61,7 +63,8 @@ def compress(context: Context) -> dict[str, Any]:
     kept: list[str] = json.loads((swept / "trials.json").read_text(encoding="utf-8"))["kept"]
     references = {"teacher": context.parents["train"].local() / "model", "control": swept / "control"}
     students = {name: swept / "students" / name for name in kept}
-    total = len(references) + len(students) * (1 + len(settings.formats))
+    answering = context.recipe.speculate is not None and context.recipe.speculate.teacher not in references
+    total = len(references) + len(students) * (1 + len(settings.formats)) + answering
     exports: list[Export] = []
 
     def add(name: str, student: str | None, file: Path, format: str) -> None:
@@ -79,7 +82,7 @@ def compress(context: Context) -> dict[str, Any]:
             tokenizer = context.parents["prepare"].local() / TOKENIZER
             template = settings.chat_template or models.chat_template(references["teacher"])
             write = partial(export_gguf, tokenizer=tokenizer, chat_template=template)
-            _export_text(references, students, settings, context.recipe.name, root, write, add)
+            _export_text(references, students, settings, context.recipe, root, write, add)
             shutil.copyfile(tokenizer, root / TOKENIZER)
         else:
             _export_images(references, students, settings, root, add)
@@ -91,21 +94,26 @@ def _export_text(
     references: dict[str, Path],
     students: dict[str, Path],
     settings: Gguf,
-    recipe: str,
+    recipe: Recipe,
     root: Path,
     write: Callable[..., None],
     add: Add,
 ) -> None:
     for name, source in (references | students).items():
         file = root / f"{name}.gguf"
-        write(source, path=file, format="f16", name=f"{recipe} {name}")
+        write(source, path=file, format="f16", name=f"{recipe.name} {name}")
         check_gguf(source, file)
         add(name, name if name in students else None, file, "f16")
     for name, source in students.items():
         for format in settings.formats:
             file = root / f"{name}-{format}.gguf"
-            write(source, path=file, format=format, name=f"{recipe} {name} {format}")
+            write(source, path=file, format=format, name=f"{recipe.name} {name} {format}")
             add(f"{name}-{format}", name, file, format)
+    drafted = recipe.speculate
+    if drafted is not None and drafted.teacher not in references:
+        file = root / f"{drafted.teacher}.gguf"
+        write(references["teacher"], path=file, format=drafted.teacher_format, name=f"{recipe.name} {drafted.teacher}")
+        add(drafted.teacher, None, file, drafted.teacher_format)
 
 
 def _export_images(

@@ -58,11 +58,12 @@ def judge(gate: Gate, report: Report) -> Verdict:
 
 
 def _judge_one(gate: Gate, report: Report, candidate: Measured) -> CandidateVerdict:
-    reasons = tuple(_hold(rule, report, candidate) for rule in gate.rules)
+    reasons = tuple(hold(rule, report, candidate) for rule in gate.rules)
     return CandidateVerdict(name=candidate.name, passed=all(r.passed for r in reasons), reasons=reasons)
 
 
-def _hold(rule: Rule, report: Report, candidate: Measured) -> Reason:
+def hold(rule: Rule, report: Report, candidate: Measured) -> Reason:
+    """What one rule finds of one file."""
     match rule:
         case Regression() | Improvement():
             passed, text = _compared(rule, report, candidate)

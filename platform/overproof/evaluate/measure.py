@@ -79,6 +79,34 @@ class ImageAnswer(_Message):
     logprobs: list[list[float]]
 
 
+class DraftRequest(_Message):
+    """A language model to time with a draft and without."""
+
+    kind: Literal["draft"] = "draft"
+    file: str
+    draft: str
+    draft_tokens: int
+    threads: int
+    prompts: list[list[int]]
+    new_tokens: int
+    repeats: int
+
+
+class DraftAnswer(_Message):
+    """What a language model did, alone and with a draft, in turn."""
+
+    identical: list[bool]  # for each prompt, in every run
+    drafted: int  # tokens that the draft guessed
+    accepted: int  # and those of them that were right
+    alone_tokens_per_s: list[float]  # of each run over all prompts, without reading them
+    drafted_tokens_per_s: list[float]
+
+
+def ask_draft(request: DraftRequest) -> DraftAnswer:
+    """Run a request in a fresh process."""
+    return DraftAnswer.model_validate_json(_ask(request, request.threads))
+
+
 def ask_text(request: TextRequest) -> TextAnswer:
     """Run a request in a fresh process."""
     return TextAnswer.model_validate_json(_ask(request, request.threads))
@@ -170,14 +198,49 @@ def _measure_images(request: ImageRequest) -> ImageAnswer:
     )
 
 
+def _measure_draft(request: DraftRequest) -> DraftAnswer:
+    from overproof.serve.engines.base import Completion, Sampling
+    from overproof.serve.engines.llamacpp import LlamaCpp
+
+    def rate(run: list[Completion]) -> float:
+        return sum(len(done.tokens) - 1 for done in run) / sum(done.decode_s for done in run)
+
+    model, draft = Path(request.file), Path(request.draft)
+    alone = LlamaCpp(model, request.threads)
+    drafted = LlamaCpp(model, request.threads, draft=draft, draft_tokens=request.draft_tokens)
+    for engine in (alone, drafted):
+        engine.complete(request.prompts[0], Sampling(WARM_UP_TOKENS))
+    identical, rates = [True] * len(request.prompts), []
+    for _ in range(request.repeats):
+        both = [
+            [engine.complete(prompt, Sampling(request.new_tokens)) for engine in (alone, drafted)]
+            for prompt in request.prompts
+        ]
+        identical = [same and one.tokens == two.tokens for same, (one, two) in zip(identical, both, strict=True)]
+        if any(len(done.tokens) > 1 for done, _ in both):  # a model may end every answer at once
+            rates.append([rate([done[which] for done in both]) for which in (0, 1)])
+    alone.close()
+    drafted.close()
+    return DraftAnswer(
+        identical=identical,
+        drafted=drafted.drafted,
+        accepted=drafted.accepted,
+        alone_tokens_per_s=[one for one, _ in rates],
+        drafted_tokens_per_s=[two for _, two in rates],
+    )
+
+
 def main(folder: str) -> None:
     """Answer the request in a folder."""
     text = Path(folder, "request.json").read_text(encoding="utf-8")
     answer: _Message
-    if json.loads(text)["kind"] == "text":
-        answer = _measure_text(TextRequest.model_validate_json(text))
-    else:
-        answer = _measure_images(ImageRequest.model_validate_json(text))
+    match json.loads(text)["kind"]:
+        case "text":
+            answer = _measure_text(TextRequest.model_validate_json(text))
+        case "draft":
+            answer = _measure_draft(DraftRequest.model_validate_json(text))
+        case _:
+            answer = _measure_images(ImageRequest.model_validate_json(text))
     Path(folder, "answer.json").write_text(answer.model_dump_json(), encoding="utf-8")
 
 

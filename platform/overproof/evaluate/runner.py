@@ -163,7 +163,7 @@ def _probe_images(compressed: Artifact, prepared: Artifact, file: str, settings:
 def probe_text(file: Path, root: Path, settings: Evaluate) -> dict[str, Metric]:
     """Speed, memory and parity of the serving engine on the beginnings of test documents."""
     rows = HeldOut.of(root, settings.max_documents)
-    prompts = _prompts(rows, Shards(root, "test"), max(settings.probe_prompts, TIMED_PROMPTS))
+    prompts = prompts_of(rows, Shards(root, "test"), max(settings.probe_prompts, TIMED_PROMPTS))
     tokenizer = Tokenizer.from_file(str(root / TOKENIZER))
     probed = prompts[: settings.probe_prompts]
     texts = [tokenizer.decode(prompt) for prompt in probed]
@@ -241,7 +241,7 @@ def _latency(latency_s: Sequence[float]) -> dict[str, Metric]:
     }
 
 
-def _prompts(rows: HeldOut, shards: Shards, count: int) -> list[list[int]]:
+def prompts_of(rows: HeldOut, shards: Shards, count: int) -> list[list[int]]:
     """The first tokens of ``count`` rows, evenly spread over the chosen documents."""
     picked = chosen_units(rows.sample_ids, count)
     columns = shards.take(picked)

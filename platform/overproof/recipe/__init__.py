@@ -43,6 +43,7 @@ from overproof.recipe.shipping import (
     Rule,
     Serve,
     Smaller,
+    Speculate,
     Traffic,
 )
 from overproof.recipe.training import Checkpoint, Optimization, Train, Training, Zero
@@ -89,6 +90,7 @@ __all__ = [
     "Serve",
     "Smaller",
     "Space",
+    "Speculate",
     "States",
     "StdlibSource",
     "Student",

@@ -15,7 +15,7 @@ from overproof.recipe.distillation import Cache, Generate, Student, Sweep
 from overproof.recipe.models import Pretrained, TeacherLayers
 from overproof.recipe.search import Tune
 from overproof.recipe.section import Name, Section
-from overproof.recipe.shipping import Evaluate, Gate, Gguf, Onnx, Serve
+from overproof.recipe.shipping import Evaluate, Gate, Gguf, Onnx, Serve, Speculate
 from overproof.recipe.training import Train
 
 
@@ -34,6 +34,7 @@ class Recipe(Section):
     compress: Gguf | Onnx = Field(discriminator="kind")
     evaluate: Evaluate = Evaluate()
     gate: Gate
+    speculate: Speculate | None = Field(None, description="The teacher served with the student as its draft.")
     serve: Serve = Serve()
 
     @model_validator(mode="after")
@@ -69,6 +70,11 @@ class Recipe(Section):
         taken = sorted(f"{name}-{format}" for name in names for format in self.compress.formats)
         if twice := next((name for name in taken if name in names), None):
             raise ValueError(f"a student is named {twice!r}, as a compressed file of another would be; rename it")
+        if self.speculate is not None:
+            if not text:
+                raise ValueError(f"speculate: data.kind {self.data.kind!r} has no text to draft; expected text")
+            if self.speculate.teacher in names:
+                raise ValueError(f"a student is named {self.speculate.teacher!r}, as the teacher's file is; rename it")
         if self.train.steps == 0 and not isinstance(self.train.model, Pretrained):
             raise ValueError("train.steps is 0; only a pretrained model may go untrained")
         return self

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from overproof.data.manifest import Manifest
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import Measured, Metric, Report
+from overproof.evaluate.speculation import Judged
 from overproof.recipe import Section
 from overproof.recipe.search import with_values
 from overproof.stage import Context
@@ -72,6 +73,21 @@ def render(context: Context, manifest: Manifest, report: Report, verdict: Verdic
         port=recipe.serve.port or 8000,
         parents=context.parents.values(),
     )
+
+
+def render_drafted(name: str, report: Report, judged: Judged) -> str:
+    """The card of a teacher that answers with a draft."""
+    measured = next(m for m in report.measured if m.name == judged.found.model)
+    lines = "\n".join(f"- {reason.text}" for reason in judged.verdict.reasons)
+    return f"""{_front_matter(name, report.kind, report, measured)}
+# {name}: {measured.name}, drafted by {judged.found.draft}
+
+`model.gguf` is the teacher, and every text is its own; `draft.gguf`, the student that passed its gate
+(`verdict.json`), guesses {judged.found.draft_tokens} tokens at a time, which the teacher reads at once and takes where
+they are what it would have written. `overproof serve` loads both. As measured (`speculation.json`):
+
+{lines}
+"""
 
 
 def _front_matter(name: str, kind: str, report: Report, measured: Measured) -> str:

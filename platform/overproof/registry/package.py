@@ -19,16 +19,26 @@ from pydantic import Field
 from overproof.artifact import RECORD, TOOLS, Artifact, Record, Store
 from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.errors import GateRefused, InputError
-from overproof.evaluate.gate import Verdict, judge
+from overproof.evaluate.gate import CandidateVerdict, Verdict, judge
 from overproof.evaluate.metrics import Frozen, Measured, Report
+from overproof.evaluate.speculation import Judged, judge_draft
 from overproof.files import FileEntry, file_sha256, filesystem, from_anywhere, read_json, verify_files
-from overproof.recipe import Gate
+from overproof.recipe import Gate, Speculate
 from overproof.registry.card import render
 from overproof.stage import Context
 
 PACKAGE, REPORT, VERDICT, CARD = "package.json", "report.json", "verdict.json", "README.md"
+SPECULATION = "speculation.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # never a path
+
+
+class Drafting(Frozen):
+    """What a package has beside another when its model answers with a draft."""
+
+    draft: str  # the export that passed the gate
+    file: FileName = "draft.gguf"
+    policy: Speculate
 
 
 class Contents(Frozen):
@@ -42,6 +52,7 @@ class Contents(Frozen):
     model: FileName
     model_format: str
     policy: Gate
+    speculate: Drafting | None = None
     files: dict[FileName, FileEntry]
     parents: dict[str, str]  # stage -> fingerprint
     shards: dict[str, str]  # path in the prepared data -> sha256
@@ -61,6 +72,12 @@ class Package:
     @property
     def model(self) -> Path:
         return self.path / self.content.model
+
+    @property
+    def drafting(self) -> dict[str, Any]:
+        """What an engine is told of the model that drafts, if one does."""
+        of = self.content.speculate
+        return {} if of is None else {"draft": self.path / of.file, "draft_tokens": of.policy.draft_tokens}
 
     @property
     def measured(self) -> Measured:
@@ -108,7 +125,7 @@ def package(context: Context) -> dict[str, Any]:
             model=model,
             model_format=export.format,
             policy=context.recipe.gate,
-            files={file.name: _entry(file) for file in sorted(folder.iterdir())},
+            files=listed(folder),
             parents={stage: artifact.record.fingerprint for stage, artifact in context.parents.items()},
             shards={shard.path: shard.sha256 for split in manifest.splits.values() for shard in split.shards},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -176,31 +193,56 @@ def open_package(path: Path) -> Package:
         if file.suffix.lower() in PICKLES:
             raise InputError(f"{file}: may be a pickle, which runs code when read; a package holds none: delete it")
     content = read_json(Contents, path / PACKAGE)
-    for part in (content.model, REPORT, VERDICT, CARD, *((TOKENIZER,) if content.kind == "text" else ())):
+    drafting = content.speculate
+    drafted = () if drafting is None else (drafting.file, SPECULATION)
+    for part in (content.model, REPORT, VERDICT, CARD, *((TOKENIZER,) if content.kind == "text" else ()), *drafted):
         if part not in content.files:
             raise InputError(f"{path / PACKAGE}: lists no {part}; package again")
     verify_files(str(path), content.files)
     report, written = read_json(Report, path / REPORT), read_json(Verdict, path / VERDICT)
-    if not written.passed or written.chosen != content.candidate:
-        raise InputError(f"{path}: {content.candidate} has no passing verdict; only what passed its gate is served")
+    passed = content.candidate if drafting is None else drafting.draft
+    if not written.passed or written.chosen != passed:
+        raise InputError(f"{path}: {passed} has no passing verdict; only what passed its gate is served")
     verdict = judge(content.policy, report)
     if _outcome(verdict) != _outcome(written):
         raise InputError(f"{path}: the policy and the report do not give the verdict in {VERDICT}; package again")
-    opened = Package(path, content, report, verdict)
-    measured = opened.measured
-    if (measured.sha256, measured.size_bytes) != (opened.sha256, opened.size_bytes):
+    if drafting is not None:
+        _insist_on_text(content, drafting, report, read_json(Judged, path / SPECULATION))
+        _insist_on_measured(path / drafting.file, content.files[drafting.file], report.find(drafting.draft))
+    _insist_on_measured(path / content.model, content.files[content.model], report.find(content.candidate))
+    return Package(path, content, report, verdict)
+
+
+def _insist_on_measured(file: Path, entry: FileEntry, measured: Measured | None) -> None:
+    if measured is None or (measured.sha256, measured.size_bytes) != (entry.sha256, entry.size_bytes):
+        was = "nothing" if measured is None else f"{measured.sha256[:12]}… with {measured.size_bytes}"
         raise InputError(
-            f"{opened.model}: sha256 {opened.sha256[:12]}… and {opened.size_bytes} bytes; measured was "
-            f"{measured.sha256[:12]}… with {measured.size_bytes}; only the measured file is served: evaluate again"
+            f"{file}: sha256 {entry.sha256[:12]}… and {entry.size_bytes} bytes; measured was {was}; "
+            "only the measured file is served: evaluate again"
         )
-    return opened
+
+
+def _insist_on_text(content: Contents, drafting: Drafting, report: Report, written: Judged) -> None:
+    """The draft leaves the text as it is, by what was measured of these very files."""
+    found, verdict, files = written.found, judge_draft(drafting.policy, report, written.found), content.files
+    model, draft = files[content.model].sha256, files[drafting.file].sha256
+    of = (found.model, found.model_sha256, found.draft, found.draft_sha256)
+    if of != (content.candidate, model, drafting.draft, draft):
+        raise InputError(f"{SPECULATION}: is of {found.draft} for {found.model}, or of other files; package again")
+    if not verdict.passed or _reasons(verdict) != _reasons(written.verdict):
+        raise InputError(f"{SPECULATION}: {content.candidate} has no passing verdict with this draft; package again")
 
 
 def _outcome(verdict: Verdict) -> Any:
     """What was decided, without the wording, which may differ between versions."""
-    rules = [(c.name, c.passed, [(r.rule, r.passed) for r in c.reasons]) for c in verdict.candidates]
-    return verdict.passed, verdict.chosen, rules
+    return verdict.passed, verdict.chosen, [_reasons(c) for c in verdict.candidates]
 
 
-def _entry(file: Path) -> FileEntry:
-    return FileEntry(sha256=file_sha256(file), size_bytes=file.stat().st_size)
+def _reasons(verdict: CandidateVerdict) -> Any:
+    return verdict.name, verdict.passed, [(r.rule, r.passed) for r in verdict.reasons]
+
+
+def listed(folder: Path) -> dict[str, FileEntry]:
+    """Every part of a package that is being made."""
+    files = sorted(folder.iterdir())
+    return {file.name: FileEntry(sha256=file_sha256(file), size_bytes=file.stat().st_size) for file in files}

@@ -125,5 +125,6 @@ def load_engine(package: Package, settings: Serve) -> LlamaCpp | OnnxClassifier:
             settings.slots,
             reuse_prefix=True,
             max_prompt_tokens=settings.max_prompt_tokens,
+            **package.drafting,
         )
     return OnnxClassifier(package.model, settings.threads)

@@ -1,0 +1,10 @@
+"""`ray job submit --working-dir . -- python jobs/speculate.py jobs/recipes/stdlib-lm.yaml`"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
+
+from overproof.cli import main
+
+sys.exit(main(["speculate", *sys.argv[1:]]))
