@@ -26,6 +26,7 @@ from overproof.registry.package import open_package, package
 from overproof.serve.engines.base import Sampling
 from overproof.serve.engines.llamacpp import LlamaCpp
 from overproof.serve.replica import load_engine
+from overproof.serve.shapes import model_of
 from overproof.stage import Context
 from packing import copy, edit
 
@@ -87,6 +88,7 @@ def test_the_teacher_answers_and_the_packaged_student_drafts(packed: Path, done:
 
 
 def test_it_is_served_like_any_other(packed: Path) -> None:
+    assert any("text identical on 12 of 12" in why for why in model_of(open_package(packed)).overproof.verdict)
     engine, alone = load_engine(open_package(packed), Serve()), LlamaCpp(packed / "model.gguf")
     assert isinstance(engine, LlamaCpp)
     for prompt in ([0, 70 + i] for i in range(16)):

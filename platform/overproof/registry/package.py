@@ -19,7 +19,7 @@ from pydantic import Field
 from overproof.artifact import RECORD, TOOLS, Artifact, Record, Store
 from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.errors import GateRefused, InputError
-from overproof.evaluate.gate import CandidateVerdict, Verdict, judge
+from overproof.evaluate.gate import CandidateVerdict, Reason, Verdict, judge
 from overproof.evaluate.metrics import Frozen, Measured, Report
 from overproof.evaluate.speculation import Judged, judge_draft
 from overproof.files import FileEntry, file_sha256, filesystem, from_anywhere, read_json, verify_files
@@ -68,6 +68,13 @@ class Package:
     content: Contents
     report: Report
     verdict: Verdict
+    drafted: CandidateVerdict | None = None  # of a model with a draft
+
+    @property
+    def reasons(self) -> tuple[Reason, ...]:
+        """Why the packaged file may be served."""
+        of = self.drafted or next(c for c in self.verdict.candidates if c.name == self.content.candidate)
+        return of.reasons
 
     @property
     def model(self) -> Path:
@@ -206,11 +213,12 @@ def open_package(path: Path) -> Package:
     verdict = judge(content.policy, report)
     if _outcome(verdict) != _outcome(written):
         raise InputError(f"{path}: the policy and the report do not give the verdict in {VERDICT}; package again")
+    drafted_verdict = None
     if drafting is not None:
-        _insist_on_text(content, drafting, report, read_json(Judged, path / SPECULATION))
+        drafted_verdict = _insist_on_text(content, drafting, report, read_json(Judged, path / SPECULATION))
         _insist_on_measured(path / drafting.file, content.files[drafting.file], report.find(drafting.draft))
     _insist_on_measured(path / content.model, content.files[content.model], report.find(content.candidate))
-    return Package(path, content, report, verdict)
+    return Package(path, content, report, verdict, drafted_verdict)
 
 
 def _insist_on_measured(file: Path, entry: FileEntry, measured: Measured | None) -> None:
@@ -222,7 +230,7 @@ def _insist_on_measured(file: Path, entry: FileEntry, measured: Measured | None)
         )
 
 
-def _insist_on_text(content: Contents, drafting: Drafting, report: Report, written: Judged) -> None:
+def _insist_on_text(content: Contents, drafting: Drafting, report: Report, written: Judged) -> CandidateVerdict:
     """The draft leaves the text as it is, by what was measured of these very files."""
     found, verdict, files = written.found, judge_draft(drafting.policy, report, written.found), content.files
     model, draft = files[content.model].sha256, files[drafting.file].sha256
@@ -231,6 +239,7 @@ def _insist_on_text(content: Contents, drafting: Drafting, report: Report, writt
         raise InputError(f"{SPECULATION}: is of {found.draft} for {found.model}, or of other files; package again")
     if not verdict.passed or _reasons(verdict) != _reasons(written.verdict):
         raise InputError(f"{SPECULATION}: {content.candidate} has no passing verdict with this draft; package again")
+    return verdict
 
 
 def _outcome(verdict: Verdict) -> Any:

@@ -190,7 +190,6 @@ def _chat_logprobs(told: Sequence[Told] | None) -> ChatLogprobs | None:
 def model_of(package: Package) -> Model:
     """A package as /v1/models lists it."""
     content = package.content
-    reasons = next(c.reasons for c in package.verdict.candidates if c.name == content.candidate)
     return Model(
         id=content.name,
         created=int(datetime.fromisoformat(content.created).timestamp()),
@@ -201,7 +200,7 @@ def model_of(package: Package) -> Model:
             format=content.model_format,
             sha256=package.sha256,
             size_bytes=package.size_bytes,
-            verdict=[reason.text for reason in reasons],
+            verdict=[reason.text for reason in package.reasons],
             parents=content.parents,
         ),
     )
