@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import httpx
 import ray
+from asking import WAIT_S, load, until
 from measuring import machine, say, spread, table
-from ray import serve
 
 from overproof.recipe import Serve
 from overproof.serve import run
@@ -26,24 +23,14 @@ from overproof.serve import run
 SETTINGS = Serve(
     port=0, min_replicas=0, max_replicas=2, cpus_per_replica=0.5, slots=1, upscale_delay_s=0.5, downscale_delay_s=2.0
 )
-CLIENTS, WAIT_S = 6, 120
+CLIENTS = 6
 BODY = {"prompt": "import os\n", "max_tokens": 200, "temperature": 1.0}
 
 
 def replicas() -> int:
     """Those that answer."""
-    (application,) = serve.status().applications.values()
-    return int(application.deployments["model"].replica_states.get("RUNNING", 0))
-
-
-def until(reached: Callable[[], bool]) -> float:
-    """The seconds that it took."""
-    began_s = time.perf_counter()
-    while not reached():
-        if time.perf_counter() - began_s > WAIT_S:
-            raise SystemExit(f"{replicas()} replicas after {WAIT_S} s")
-        time.sleep(0.05)
-    return time.perf_counter() - began_s
+    (line,) = run.at_desk("book").lines.values()
+    return run.replicas(line.stable.package)
 
 
 def first_token_s(url: str) -> float:
@@ -54,34 +41,13 @@ def first_token_s(url: str) -> float:
         return time.perf_counter() - began_s
 
 
-@contextmanager
-def load(url: str) -> Iterator[list[int]]:
-    """Clients that ask all the time; yields the status codes that they get."""
-    over, codes = threading.Event(), list[int]()
-
-    def ask() -> None:
-        with httpx.Client(timeout=WAIT_S, trust_env=False) as client:
-            while not over.is_set():
-                codes.append(client.post(url, json=BODY).status_code)
-
-    threads = [threading.Thread(target=ask) for _ in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield codes
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
-
-
 def once(url: str) -> dict[str, float]:
-    until(lambda: replicas() == 0)
+    until(lambda: replicas() == 0, "no replica")
     found = {"first token, from none": first_token_s(url), "first token, replica there": first_token_s(url)}
-    with load(url) as codes:
-        found["second replica"] = until(lambda: replicas() == 2)
-    found["none again"] = until(lambda: replicas() == 0)
-    found["replies other than 200"] = sum(code != 200 for code in codes)
+    with load(url, CLIENTS, BODY) as seen:
+        found["second replica"] = until(lambda: replicas() == 2, "two replicas")
+    found["none again"] = until(lambda: replicas() == 0, "no replica")
+    found["replies other than 200"] = sum(each.status != 200 for each in seen)
     return found
 
 
