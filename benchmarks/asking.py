@@ -65,7 +65,7 @@ def load(url: str, clients: int, body: dict[str, Any] = BODY) -> Iterator[list[S
 
 
 def processes() -> dict[str, list[int]]:
-    """Process ids of what serves: replicas by deployment, and Ray Serve's controller."""
+    """Process ids of what serves: replicas by deployment, the desk, and Ray Serve's controller."""
     client: Any = _get_global_client()
     details = client.get_serve_details()
     found = {"controller": [details["controller_info"]["pid"]]}
@@ -73,6 +73,8 @@ def processes() -> dict[str, list[int]]:
         for name, deployment in application["deployments"].items():
             pids = [r["pid"] for r in deployment["replicas"] if r["state"] == "RUNNING" and r["pid"]]
             found.setdefault(name, []).extend(pids)
+    below = psutil.Process().children(recursive=True)
+    found["desk"] = [p.pid for p in below if p.is_running() and " ".join(p.cmdline()).startswith("ray::Desk")]
     return found
 
 
