@@ -73,9 +73,15 @@ def processes() -> dict[str, list[int]]:
         for name, deployment in application["deployments"].items():
             pids = [r["pid"] for r in deployment["replicas"] if r["state"] == "RUNNING" and r["pid"]]
             found.setdefault(name, []).extend(pids)
-    below = psutil.Process().children(recursive=True)
-    found["desk"] = [p.pid for p in below if p.is_running() and " ".join(p.cmdline()).startswith("ray::Desk")]
+    found["desk"] = [p.pid for p in psutil.Process().children(recursive=True) if _command(p).startswith("ray::Desk")]
     return found
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended meanwhile
+        return ""
 
 
 def resident_mb() -> float:
