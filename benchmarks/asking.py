@@ -67,13 +67,14 @@ def load(url: str, clients: int, body: dict[str, Any] = BODY) -> Iterator[list[S
 def processes() -> dict[str, list[int]]:
     """Process ids of what serves: replicas by deployment, the desk, and Ray Serve's controller."""
     client: Any = _get_global_client()
-    details = client.get_serve_details()
-    found = {"controller": [details["controller_info"]["pid"]]}
-    for application in details["applications"].values():
+    found: dict[str, list[int]] = {}
+    for application in client.get_serve_details()["applications"].values():
         for name, deployment in application["deployments"].items():
             pids = [r["pid"] for r in deployment["replicas"] if r["state"] == "RUNNING" and r["pid"]]
             found.setdefault(name, []).extend(pids)
-    found["desk"] = [p.pid for p in psutil.Process().children(recursive=True) if _command(p).startswith("ray::Desk")]
+    commands = {p.pid: _command(p) for p in psutil.Process().children(recursive=True)}
+    for name, command in (("desk", "ray::Desk"), ("controller", "ray::ServeController")):
+        found[name] = [pid for pid, said in commands.items() if said.startswith(command)]
     return found
 
 

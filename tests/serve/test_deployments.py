@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+import ray
 from ray import serve
 from scipy.stats import binomtest
 
@@ -249,6 +250,26 @@ def test_a_shadow_sees_the_traffic_and_answers_nobody(book: Path, text_package: 
         named = client.post("/v1/completions", json=BODY | {"model": two}).json()
         assert named["package"] == two  # who asks for it by its id gets it
     run.at_desk("roll_back", "stdlib-lm", "ada")
+
+
+def test_a_desk_that_is_killed_comes_back_from_its_book(book: Path, text_package: Path, second_package: Path) -> None:
+    base, before = run.address(), run.at_desk("book")
+    with load(base) as seen:
+        ray.kill(ray.get_actor("overproof-desk", namespace="overproof-desk"), no_restart=False)
+
+        def back() -> bool:
+            try:
+                return bool(run.at_desk("book") == before)
+            except InputError:  # it is on its way
+                return False
+
+        until(back)
+        run.at_desk("deploy", str(second_package), SETTINGS, "stable", "ada")
+        count = len(seen) + 2
+        until(lambda: len(seen) > count + 10)
+        assert {package for _, package in seen[count:]} == {version(second_package).package}
+        run.at_desk("roll_back", "stdlib-lm", "ada")
+    assert {status for status, _ in seen} == {200}
 
 
 def test_a_version_that_does_not_start_changes_nothing(

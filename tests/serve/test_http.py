@@ -123,6 +123,8 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "grammar": "root ::= " + "(" * 8000 + '"x"' + ")" * 8000}, "grammar", "expected GBNF"),
     ({"prompt": "x", "response_format": schema({"$ref": "#"})}, "response_format", ""),
     ({"prompt": "x", "response_format": schema({"type": "array", "minItems": 10**9})}, "response_format", "minItems"),
+    ({"prompt": [[0], [10**6]], "stream": True}, "prompt", "token id 1000000"),
+    ({"prompt": ["x", " " * 4_000_000], "stream": True, "n": 2}, "prompt", "tokens hold fewer"),
     ({"prompt": "x", "stop": "\ud800"}, "stop", "valid Unicode"),
     ({"prompt": "x", "user": "\ud800"}, "user", "valid Unicode"),
     ({"prompt": " " * 4_000_000}, "prompt", "tokens hold fewer"),

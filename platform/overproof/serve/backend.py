@@ -51,6 +51,9 @@ class Backend(Protocol):
     async def complete(self, prompt: Prompt, sampling: Sampling) -> Whole:
         """Continue a prompt until done; generation ends with the task that waits for it."""
 
+    async def accept(self, prompt: Prompt, sampling: Sampling) -> None:
+        """Return where ``complete`` would begin."""
+
     def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
         """Continue a prompt piece by piece; generation ends when the generator is closed."""
 
@@ -80,6 +83,9 @@ class Threads:
             return Whole(done.text, done.finish_reason, done.prompt_tokens, len(done.tokens), done)
         async with self._begun(prompt, sampling) as pieces:
             return await self._call(partial(_joined, pieces))
+
+    async def accept(self, prompt: Prompt, sampling: Sampling) -> None:
+        await self._call(partial(self._engine.accept, prompt, sampling))
 
     async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
         async with self._begun(prompt, sampling) as pieces:

@@ -74,6 +74,7 @@ class Desk:
         self._changed, self._one = asyncio.Condition(), asyncio.Lock()
         self._polled_s = time.monotonic()
         self._opened: asyncio.Future[None] | None = None
+        self._asked: tuple[Serve, Mapping[str, Serve]] | None = None
         self._leaving: asyncio.Future[None] | None = None
 
     async def open(self, settings: Serve, packages: Mapping[str, Serve]) -> None:
@@ -82,10 +83,19 @@ class Desk:
         Raises:
             InputError: a package cannot be served, or the book cannot be read.
         """
-        self._settings, self._polled_s = settings, time.monotonic()
+        self._polled_s = time.monotonic()
         self._leaving = self._leaving or asyncio.ensure_future(self._leave())
-        self._opened = asyncio.ensure_future(self._restore(packages))
+        if self._opened is None or self._asked != (settings, packages) or not await self._is_open():
+            self._settings, self._asked = settings, (settings, packages)
+            self._opened = asyncio.ensure_future(self._restore(packages))
         await asyncio.shield(self._opened)
+
+    async def _is_open(self) -> bool:
+        """Whether what was asked for is being started, or is there: a new gateway waits for no change in progress."""
+        if self._opened is None or not self._opened.done():
+            return self._opened is not None
+        present = await asyncio.to_thread(applications)
+        return self._opened.exception() is None and {application_of(package) for package in self._used} <= present
 
     async def settings(self) -> Serve:
         """Those of the house."""
@@ -160,8 +170,10 @@ class Desk:
     async def _restore(self, packages: Mapping[str, Serve]) -> None:
         async with self._one:
             self._book = book = await asyncio.to_thread(read, self._uri)
-            running = await asyncio.to_thread(serve.status)
-            self._used = {v.package: time.monotonic() for v in book.live if v.application in running.applications}
+            present = await asyncio.to_thread(applications)
+            self._used = {v.package: time.monotonic() for v in book.live if v.application in present}
+            for orphan in present - {version.application for version in book.live}:  # of a change that was cut off
+                await asyncio.to_thread(partial(serve.delete, orphan, _blocking=False))
             for where, settings in packages.items():
                 version = await asyncio.to_thread(described, where, settings)
                 line = book.lines.get(version.model.id)
@@ -260,7 +272,7 @@ class Desk:
                         await self._changed.wait_for(lambda: self._heard >= number)
 
     async def _stop(self, packages: set[str]) -> None:
-        if packages and self._number:
+        if packages:
             for package in packages:
                 del self._used[package]
             await self._tell()
@@ -310,6 +322,11 @@ def until_running(name: str) -> None:
         if time.monotonic() > deadline:
             raise RuntimeError(f"no replica in {START_S} s; is there a node for it? {why(found)}")
         time.sleep(STATUS_S)
+
+
+def applications() -> set[str]:
+    """Those of Ray Serve that hold a package."""
+    return {name for name in serve.status().applications if name.startswith(application_of(""))}
 
 
 def running() -> dict[str, int]:

@@ -21,9 +21,10 @@ import uvicorn
 from ray import serve
 from starlette.exceptions import HTTPException
 
+from overproof.errors import InputError
 from overproof.recipe import Serve
 from overproof.serve.access_log import AccessLog
-from overproof.serve.backend import Backend
+from overproof.serve.backend import Backend, Busy
 from overproof.serve.beside import Beside
 from overproof.serve.book import Line, Version
 from overproof.serve.desk import Routes, hire, running
@@ -70,8 +71,11 @@ class Routed:
     async def find(self, model: str | None, session: str | None) -> Served:
         version = self._version(model, session)
         if version.package not in self._loaded:
-            with explained():
-                await self._desk.load.remote(version.package)
+            try:
+                with explained():
+                    await self._desk.load.remote(version.package)
+            except InputError as error:
+                raise HTTPException(503, str(error)) from None
         return self._of(version)
 
     async def check(self) -> None:
@@ -162,6 +166,8 @@ class Routed:
         began_s, failed = time.perf_counter(), False
         try:
             await asked.whole(self._of(shadow).backend)
+        except Busy:
+            return
         except Exception:
             failed = True
             LOG.exception("a shadow failed")
@@ -182,6 +188,8 @@ class Routed:
             try:
                 seen = -1 if self._routes is None else self._routes.number
                 self._routes = await self._desk.poll.remote(seen, tallies)
+                live = {version.package for version in self._routes.book.live}
+                self._served = {package: found for package, found in self._served.items() if package in live}
                 self.ready.set()
             except Exception:  # the desk is being replaced: what is known goes on
                 LOG.exception("the desk does not answer")

@@ -108,6 +108,8 @@ def build_http(house: House, access: Access, beside: Beside | None = None) -> Fa
                     beside.recorder.keep(exchange)
 
         with _counted(house, served, began_s):
+            if request.stream and len(prompts) > 1:  # else the first may be begun when another turns out to be bad
+                await asyncio.gather(*(served.backend.accept(*ask) for ask in asked[:: request.n]))
             if request.stream:
                 events = streamed(shape, asked, done)
                 first = await anext(events)  # what is wrong with the request shows before the reply begins

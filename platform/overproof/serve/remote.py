@@ -32,6 +32,9 @@ class Replicas:
         done: Whole = await self._ask("complete", prompt, sampling)
         return done
 
+    async def accept(self, prompt: Prompt, sampling: Sampling) -> None:
+        await self._ask("accept", prompt, sampling)
+
     async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
         for attempt in range(TRIES):
             begun = False

@@ -81,6 +81,9 @@ class Replica:
     async def complete(self, prompt: Prompt, sampling: Sampling) -> Whole:
         return await self._backend.complete(prompt, sampling)
 
+    async def accept(self, prompt: Prompt, sampling: Sampling) -> None:
+        await self._backend.accept(prompt, sampling)
+
     async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
         async with aclosing(self._backend.stream(prompt, sampling)) as pieces:
             async for piece in pieces:

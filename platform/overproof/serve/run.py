@@ -88,8 +88,11 @@ def at_desk(what: str, *args: Any) -> Any:
     if not is_open():
         raise InputError("nothing is served on this cluster; `overproof serve` or `overproof deploy` begins")
     desk = ray.get_actor(DESK, namespace=NAMESPACE)
-    with explained():
-        return ray.get(getattr(desk, what).remote(*args))
+    try:
+        with explained():
+            return ray.get(getattr(desk, what).remote(*args))
+    except RayActorError:
+        raise InputError(f"the desk ended before it had done {what!r}, and is being replaced; ask again") from None
 
 
 def trusted(settings: Serve) -> ssl.SSLContext | bool:

@@ -92,6 +92,9 @@ class TextEngine(Protocol):
             InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
         """
 
+    def accept(self, prompt: str | Sequence[int], sampling: Sampling) -> None:
+        """Return where ``complete`` would begin, and raise as it does."""
+
     def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> Pieces:
         """Continue a prompt piece by piece; pieces carry no log-probabilities.
 

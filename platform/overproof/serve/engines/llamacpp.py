@@ -124,6 +124,15 @@ class LlamaCpp:
                 decode_s=timings["predicted_ms"] / 1e3,
             )
 
+    def accept(self, prompt: str | Sequence[int], sampling: Sampling) -> None:
+        """Return where ``complete`` would begin.
+
+        Raises:
+            InputError: as ``complete``.
+        """
+        with self._calling():
+            self._request(prompt, sampling)
+
     def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> LlamaCppPieces:
         """Continue a prompt piece by piece.
 
