@@ -38,11 +38,26 @@ def until(reached: Callable[[], bool], what: str) -> float:
 
 
 @contextmanager
+def at_once(clients: int, work: Callable[[int, threading.Event], None]) -> Iterator[None]:
+    """Clients in threads, each told its number, and when it is over."""
+    over = threading.Event()
+    threads = [threading.Thread(target=work, args=(number, over)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+@contextmanager
 def load(url: str, clients: int, body: dict[str, Any] = BODY) -> Iterator[list[Seen]]:
     """Clients that ask all the time over kept connections; yields what they get, 0 for a broken connection."""
-    over, seen = threading.Event(), list[Seen]()
+    seen = list[Seen]()
 
-    def ask() -> None:
+    def ask(_: int, over: threading.Event) -> None:
         with httpx.Client(timeout=WAIT_S, trust_env=False) as client:
             while not over.is_set():
                 began_s = time.perf_counter()
@@ -53,15 +68,8 @@ def load(url: str, clients: int, body: dict[str, Any] = BODY) -> Iterator[list[S
                     status, package = 0, ""
                 seen.append(Seen(status, package, time.perf_counter() - began_s))
 
-    threads = [threading.Thread(target=ask) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    try:
+    with at_once(clients, ask):
         yield seen
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
 
 
 def processes() -> dict[str, list[int]]:

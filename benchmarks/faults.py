@@ -28,7 +28,7 @@ from typing import Any
 import httpx
 import openai
 import ray
-from asking import BODY, WAIT_S, load, processes, resident_mb, until
+from asking import BODY, WAIT_S, at_once, load, processes, resident_mb, until
 from measuring import machine, say, spread, table
 
 from overproof.recipe import Serve
@@ -43,7 +43,7 @@ VICTIMS = {"replica": "model", "gateway": "gateway", "desk": "desk", "controller
 @contextmanager
 def patient(base: str) -> Iterator[dict[str, list[Any]]]:
     """Clients that ask all the time and try again; yields what went well, what was tried again, and what failed."""
-    over, seen = threading.Event(), {"done": list[Any](), "again": list[Any](), "failed": list[Any]()}
+    seen = {"done": list[Any](), "again": list[Any](), "failed": list[Any]()}
 
     def once(client: openai.OpenAI, stream: bool) -> None:
         asked: Any = {"model": client.models.list().data[0].id, **BODY}
@@ -53,7 +53,7 @@ def patient(base: str) -> Iterator[dict[str, list[Any]]]:
         else:
             assert client.completions.create(**asked).choices[0].finish_reason
 
-    def ask(number: int) -> None:
+    def ask(number: int, over: threading.Event) -> None:
         with openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=RETRIES, timeout=WAIT_S) as client:
             while not over.is_set():
                 for attempt in range(RETRIES):
@@ -67,15 +67,8 @@ def patient(base: str) -> Iterator[dict[str, list[Any]]]:
                 else:
                     seen["failed"].append(seen["again"][-1])
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    try:
+    with at_once(CLIENTS, ask):
         yield seen
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
 
 
 def answers(base: str) -> bool:

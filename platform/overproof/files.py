@@ -161,3 +161,20 @@ def read_json(model: type[Parsed], path: Path) -> Parsed:
         raise InputError(
             f"{path}: {first_fault(error)}; expected what this version writes: delete its folder and run again"
         ) from None
+
+
+def read_or_new(model: type[Parsed], uri: str, writer: str) -> Parsed:
+    """Read a JSON file or URI that ``writer`` writes; where there is none, what an empty one would hold.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    files, path = filesystem(uri)
+    if files.get_file_info(path).type != fs.FileType.File:
+        return model()
+    with files.open_input_stream(path) as stream:
+        content = stream.read()
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as error:
+        raise InputError(f"{uri}: {first_fault(error)}; expected what `{writer}` writes") from None

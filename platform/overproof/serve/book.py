@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 
-from pyarrow import fs
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from overproof.errors import InputError
-from overproof.files import filesystem, first_fault, write_at_once
+from overproof.files import filesystem, read_or_new, write_at_once
 from overproof.recipe import Serve
 from overproof.serve.replies import Model
 
@@ -172,15 +171,7 @@ def read(uri: str) -> Book:
     Raises:
         InputError: it cannot be read.
     """
-    files, path = filesystem(uri)
-    if files.get_file_info(path).type != fs.FileType.File:
-        return Book()
-    with files.open_input_stream(path) as stream:
-        content: Any = stream.read()
-    try:
-        return Book.model_validate_json(content)
-    except ValidationError as error:
-        raise InputError(f"{uri}: {first_fault(error)}; expected what `overproof deploy` writes") from None
+    return read_or_new(Book, uri, "overproof deploy")
 
 
 def write(uri: str, book: Book) -> None:

@@ -17,7 +17,7 @@ from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from overproof.errors import InputError
-from overproof.files import filesystem, first_fault, write_at_once
+from overproof.files import filesystem, read_or_new, write_at_once
 
 PREFIX = "op-"  # so that a key is known for one where it leaks
 SECRET_BYTES = 32  # as much as sha256 holds: no slow hash is needed against guessing
@@ -62,15 +62,7 @@ def read(uri: str) -> Ring:
     Raises:
         InputError: it cannot be read.
     """
-    files, path = filesystem(uri)
-    if files.get_file_info(path).type != fs.FileType.File:
-        return Ring()
-    with files.open_input_stream(path) as stream:
-        content = stream.read()
-    try:
-        return Ring.model_validate_json(content)
-    except ValidationError as error:
-        raise InputError(f"{uri}: {first_fault(error)}; expected what `overproof keys` writes") from None
+    return read_or_new(Ring, uri, "overproof keys")
 
 
 def add(uri: str, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> str:
