@@ -37,6 +37,7 @@ from overproof.serve import run
 SETTINGS = Serve(port=0, min_replicas=2, max_replicas=2, cpus_per_replica=0.5, slots=2, downscale_delay_s=600)
 CLIENTS, RETRIES, TIMES = 4, 10, 5
 PAUSE_S = 3.0
+LONG = BODY | {"max_tokens": 250}  # so that five times as many are not too many for the clients
 VICTIMS = {"replica": "model", "gateway": "gateway", "desk": "desk", "controller": "controller"}
 
 
@@ -114,7 +115,7 @@ async def flood(url: str, rate: float, seconds: float) -> list[tuple[int, float]
     async def ask(client: httpx.AsyncClient) -> None:
         began_s = time.perf_counter()
         try:
-            status = (await client.post(url, json=BODY)).status_code
+            status = (await client.post(url, json=LONG)).status_code
         except httpx.TransportError:
             status = 0
         found.append((status, time.perf_counter() - began_s))
@@ -132,7 +133,7 @@ async def flood(url: str, rate: float, seconds: float) -> list[tuple[int, float]
 
 def overload(base: str, seconds: float) -> tuple[list[tuple[object, ...]], bool]:
     url = f"{base}/v1/completions"
-    with load(url, SETTINGS.slots * SETTINGS.max_replicas) as seen:
+    with load(url, SETTINGS.slots * SETTINGS.max_replicas, LONG) as seen:
         time.sleep(10)
     rate, usual_s = len(seen) / 10, statistics.median(each.seconds for each in seen)
     before_mb, peaks, over = resident_mb(), [0.0], threading.Event()
@@ -172,11 +173,11 @@ def main() -> None:
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     base = run.start(given.package, SETTINGS)
     rows, failed = kills(base, given.kills)
-    more, other = overload(base, given.seconds)
-    run.stop()
     print(f"{machine(SETTINGS.threads)}; {CLIENTS} clients, {SETTINGS.max_replicas} replicas\n")
     table(("killed", "times", "s until all is back", "requests done", "tried again", "failed"), rows)
-    print()
+    print(flush=True)
+    more, other = overload(base, given.seconds)
+    run.stop()
     table(("overload", ""), more)
     sys.exit(failed or other)
 
