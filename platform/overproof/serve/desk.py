@@ -27,7 +27,7 @@ from overproof.serve.shapes import model_of
 
 LOG = logging.getLogger("ray.serve")
 POLL_S = 1.0  # a gateway is answered at the latest
-ALONE_S = 120.0
+ALONE_S = 30.0
 HEARD_S = 10.0  # the longest that a change waits for the gateway
 START_S, STATUS_S = 300, 0.1
 GRACE_S = 0.5  # for requests between finding a version and asking it

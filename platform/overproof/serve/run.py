@@ -114,23 +114,25 @@ def trusted(settings: Serve) -> ssl.SSLContext | bool:
 
 
 def stop() -> None:
-    """Close the house: end the gateway and every replica, and Ray Serve where nobody else uses it."""
+    """Close the house: end the gateway and every replica, Ray Serve where nobody else uses it, and the desk."""
     client = _get_global_client(raise_if_no_controller_running=False)
-    if client is None:
-        return
-    LOG.setLevel(logging.WARNING)
+    if client is not None:
+        LOG.setLevel(logging.WARNING)
+        _stop_applications(client)
+    with contextlib.suppress(ValueError):  # there is no desk
+        ray.kill(ray.get_actor(DESK, namespace=NAMESPACE))
+
+
+def _stop_applications(client: Any) -> None:
     ours = sorted((name for name in serve.status().applications if name.startswith(NAME)), key=len)  # the house first
     if len(ours) < len(serve.status().applications):
         for name in ours:
             serve.delete(name)
-    else:
-        # As serve.shutdown() does, but without retries: those have Ray print a warning at every stop.
-        with contextlib.suppress(RayActorError):  # the controller answers by ending
-            ending = client._controller.graceful_shutdown.options(max_task_retries=0)
-            ray.get(ending.remote(), timeout=STOP_TIMEOUT_S)
-        serve.shutdown()  # type: ignore[no-untyped-call]
-    with contextlib.suppress(ValueError):  # there is no desk
-        ray.kill(ray.get_actor(DESK, namespace=NAMESPACE))
+        return
+    # As serve.shutdown() does, but without retries: those have Ray print a warning at every stop.
+    with contextlib.suppress(RayActorError):  # the controller answers by ending
+        ray.get(client._controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=STOP_TIMEOUT_S)
+    serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def address() -> str:
