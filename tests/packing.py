@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 
@@ -20,12 +21,13 @@ from overproof.compress.gguf import export_gguf
 from overproof.compress.onnx import export_onnx, quantize_onnx
 from overproof.data import tokens as bpe
 from overproof.data.manifest import Manifest, Shard, Split
+from overproof.errors import InputError
 from overproof.evaluate.gate import judge
 from overproof.evaluate.metrics import Comparison, Measured, Metric, Report
 from overproof.files import file_sha256
 from overproof.progress import quiet
 from overproof.recipe import Recipe, load
-from overproof.registry.package import package
+from overproof.registry.package import open_package, package
 from overproof.stage import Context
 
 RECIPES = Path(__file__).parents[1] / "jobs/recipes"
@@ -99,6 +101,15 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 def copy(package_folder: Path, folder: Path) -> Path:
     """A package to spoil."""
     return Path(shutil.copytree(package_folder, folder / "package"))
+
+
+def insist_on_refusal(package_folder: Path, folder: Path, spoil: Callable[[Path], Any], message: str) -> None:
+    """A package that opens is refused once it is spoiled."""
+    copied = copy(package_folder, folder)
+    open_package(copied)
+    spoil(copied)
+    with pytest.raises(InputError, match=message):
+        open_package(copied)
 
 
 def break_model(package_folder: Path, folder: Path) -> Path:

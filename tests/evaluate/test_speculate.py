@@ -13,7 +13,7 @@ import pytest
 
 from overproof.artifact import Artifact, Store
 from overproof.compress.export import compress, read_exports
-from overproof.errors import GateRefused, InputError
+from overproof.errors import GateRefused
 from overproof.evaluate.gate import judge
 from overproof.evaluate.metrics import Report
 from overproof.evaluate.runner import evaluate, gate
@@ -28,7 +28,7 @@ from overproof.serve.engines.llamacpp import LlamaCpp
 from overproof.serve.replica import load_engine
 from overproof.serve.shapes import model_of
 from overproof.stage import Context
-from packing import copy, edit
+from packing import edit, insist_on_refusal
 
 POLICY = Speculate(prompts=12, new_tokens=16, at_least=0.01, at_most=0.05)
 FOUND = Speculation(
@@ -154,12 +154,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_package_that_does_not_hold_together_is_refused(packed: Path, tmp_path: Path, name: str) -> None:
-    spoil, message = REFUSALS[name]
-    folder = copy(packed, tmp_path)
-    open_package(folder)
-    spoil(folder)
-    with pytest.raises(InputError, match=message):
-        open_package(folder)
+    insist_on_refusal(packed, tmp_path, *REFUSALS[name])
 
 
 def test_every_rule_speaks_for_itself(done: dict[str, Artifact]) -> None:

@@ -13,13 +13,11 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve import Application
-from ray.serve._private.common import ReplicaState
-from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from overproof.errors import InputError
 from overproof.recipe import Serve
 from overproof.registry.package import locate, open_package, pin
+from overproof.serve.applications import applications, begin, until_running
 from overproof.serve.book import Book, Place, Version, application_of, read, write
 from overproof.serve.judge import Tally, fault
 from overproof.serve.replica import replicas
@@ -29,7 +27,6 @@ LOG = logging.getLogger("ray.serve")
 POLL_S = 1.0  # a gateway is answered at the latest
 ALONE_S = 30.0
 HEARD_S = 10.0  # the longest that a change waits for the gateway
-START_S, STATUS_S = 300, 0.1
 GRACE_S = 0.5  # for requests between finding a version and asking it
 ITSELF = "overproof"
 NAME = NAMESPACE = "overproof-desk"
@@ -92,8 +89,9 @@ class Desk:
 
     async def _is_open(self) -> bool:
         """Whether what was asked for is being started, or is there: a new gateway waits for no change in progress."""
-        if self._opened is None or not self._opened.done():
-            return self._opened is not None
+        assert self._opened is not None
+        if not self._opened.done():
+            return True
         present = await asyncio.to_thread(applications)
         return self._opened.exception() is None and {application_of(package) for package in self._used} <= present
 
@@ -298,53 +296,6 @@ def described(where: str, settings: Serve) -> Version:
 def _run(version: Version) -> None:
     begin(replicas(version), version.application)
     until_running(version.application)
-
-
-def begin(application: Application, name: str) -> None:
-    """Have Ray Serve start or update an application, of which its own proxies know nothing."""
-    target = serve.RunTarget(application, name, route_prefix=None)
-    serve.run_many([target], wait_for_applications_running=False)
-
-
-def until_running(name: str) -> None:
-    """Wait until an application answers.
-
-    Raises:
-        RuntimeError: it does not.
-    """
-    deadline = time.monotonic() + START_S
-    while True:
-        found = serve.status().applications[name]
-        if found.status == ApplicationStatus.RUNNING:
-            return
-        if found.status == ApplicationStatus.DEPLOY_FAILED:
-            raise RuntimeError(why(found))
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"no replica in {START_S} s; is there a node for it? {why(found)}")
-        time.sleep(STATUS_S)
-
-
-def applications() -> set[str]:
-    """Those of Ray Serve that hold a package."""
-    return {name for name in serve.status().applications if name.startswith(application_of(""))}
-
-
-def running() -> dict[str, int]:
-    """Replicas that answer, by the application that has them."""
-    found = serve.status().applications
-    return {
-        name: application.deployments["model"].replica_states.get(ReplicaState.RUNNING, 0)
-        for name, application in found.items()
-        if "model" in application.deployments  # which goes before its application does
-    }
-
-
-def why(application: ApplicationStatusOverview) -> str:
-    """Why an application does not run: what was wrong with the input, or else the last that Ray Serve says."""
-    said = [application.message, *(deployment.message for deployment in application.deployments.values())]
-    lines = [line.strip() for each in said for line in each.splitlines() if line.strip()]
-    wrong = [line.partition(f"{InputError.__name__}: ")[2] for line in lines if f"{InputError.__name__}: " in line]
-    return (wrong or lines or ["Ray Serve does not say why"])[-1]
 
 
 def _logged(task: asyncio.Future[Any]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import random
 import secrets
@@ -24,10 +23,11 @@ from starlette.exceptions import HTTPException
 from overproof.errors import InputError
 from overproof.recipe import Serve
 from overproof.serve.access_log import AccessLog
+from overproof.serve.applications import running
 from overproof.serve.backend import Backend, Busy
 from overproof.serve.beside import Beside
 from overproof.serve.book import Line, Version
-from overproof.serve.desk import Routes, hire, running
+from overproof.serve.desk import Routes, hire
 from overproof.serve.house import Asked, unknown
 from overproof.serve.http import build_http
 from overproof.serve.judge import Tally
@@ -39,7 +39,7 @@ from overproof.serve.protocol import Bounded
 from overproof.serve.remote import Replicas, explained
 from overproof.serve.replies import Usage
 from overproof.serve.shapes import Served
-from overproof.serve.traffic import Recorder
+from overproof.serve.traffic import Recorder, sampled
 
 LOG = logging.getLogger("ray.serve")
 TOLD_EVERY_S = 0.5
@@ -203,8 +203,7 @@ def chosen(line: Line, session: str | None) -> Version:
     if line.canary is None:
         return line.stable
     ticket = f"{line.canary.package} {secrets.token_hex(8) if session is None else session}"
-    place = int.from_bytes(hashlib.sha256(ticket.encode()).digest()[:8], "big") / 2**64
-    return line.canary if place < line.canary.settings.canary.share else line.stable
+    return line.canary if sampled(ticket, line.canary.settings.canary.share) else line.stable
 
 
 class Counted(Beside):

@@ -18,9 +18,10 @@ from overproof.errors import InputError
 from overproof.files import from_anywhere
 from overproof.recipe import HOUSE, Serve
 from overproof.serve.app import NAME, house, in_the_house, insist_on_keys, told
+from overproof.serve.applications import begin, running, until_running
 from overproof.serve.book import application_of
 from overproof.serve.desk import NAME as DESK
-from overproof.serve.desk import NAMESPACE, begin, hire, running, until_running
+from overproof.serve.desk import NAMESPACE, hire
 from overproof.serve.limits import access, api_key
 from overproof.serve.port import free_port
 from overproof.serve.remote import explained

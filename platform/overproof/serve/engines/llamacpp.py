@@ -23,13 +23,13 @@ DRAFT_TOKENS = 3  # guessed at a time; llama.cpp's own default
 FORCED = 1e4  # a bias that decides the choice and leaves the reported log-probabilities alone
 
 
-_open: weakref.WeakSet[LlamaCpp] = weakref.WeakSet()
+_engines: weakref.WeakSet[LlamaCpp] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
     """llama.cpp calls back into Python while it generates, and ends a process whose Python has ended."""
-    for engine in list(_open):
+    for engine in list(_engines):
         engine.close()
 
 
@@ -88,7 +88,7 @@ class LlamaCpp:
         if guesses is not None:
             guesses.insist(self._http)
             self._plain = start(path, settings_of(path, threads, 1, self.context_length, key))
-        _open.add(self)
+        _engines.add(self)
 
     def complete(self, prompt: str | Sequence[int], sampling: Sampling) -> Completion:
         """Continue a prompt until done. See ``TextEngine``; a token that ends inside a character costs one more call

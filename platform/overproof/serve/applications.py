@@ -1,0 +1,62 @@
+"""Applications of Ray Serve: begun, waited for, counted, and why one does not run."""
+
+from __future__ import annotations
+
+import time
+
+from ray import serve
+from ray.serve import Application
+from ray.serve._private.common import ReplicaState
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
+
+from overproof.errors import InputError
+from overproof.serve.book import application_of
+
+START_S, STATUS_S = 300, 0.1
+
+
+def begin(application: Application, name: str) -> None:
+    """Have Ray Serve start or update an application, of which its own proxies know nothing."""
+    target = serve.RunTarget(application, name, route_prefix=None)
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+def until_running(name: str) -> None:
+    """Wait until an application answers.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    deadline = time.monotonic() + START_S
+    while True:
+        found = serve.status().applications[name]
+        if found.status == ApplicationStatus.RUNNING:
+            return
+        if found.status == ApplicationStatus.DEPLOY_FAILED:
+            raise RuntimeError(why(found))
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no replica in {START_S} s; is there a node for it? {why(found)}")
+        time.sleep(STATUS_S)
+
+
+def applications() -> set[str]:
+    """Those of Ray Serve that hold a package."""
+    return {name for name in serve.status().applications if name.startswith(application_of(""))}
+
+
+def running() -> dict[str, int]:
+    """Replicas that answer, by the application that has them."""
+    found = serve.status().applications
+    return {
+        name: application.deployments["model"].replica_states.get(ReplicaState.RUNNING, 0)
+        for name, application in found.items()
+        if "model" in application.deployments  # which goes before its application does
+    }
+
+
+def why(application: ApplicationStatusOverview) -> str:
+    """Why an application does not run: what was wrong with the input, or else the last that Ray Serve says."""
+    said = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    lines = [line.strip() for each in said for line in each.splitlines() if line.strip()]
+    wrong = [line.partition(f"{InputError.__name__}: ")[2] for line in lines if f"{InputError.__name__}: " in line]
+    return (wrong or lines or ["Ray Serve does not say why"])[-1]
