@@ -26,7 +26,7 @@ def ray_cluster() -> Iterator[str]:
 
     node = {"num_cpus": 4, "object_store_memory": 300 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": True, "dashboard_port": 0})
-    cluster.add_node(**node)
+    cluster.add_node(**node, labels={"group": "serve"})
     ray.init(address=cluster.address, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield cluster.address

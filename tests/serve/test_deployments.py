@@ -287,6 +287,22 @@ def test_a_version_that_does_not_start_changes_nothing(
     assert version(broken).application not in serve.status().applications
 
 
+def test_a_model_without_a_replica_is_not_healthy_and_its_requests_wait_for_the_next(book: Path) -> None:
+    with httpx.Client(base_url=run.address(), timeout=WAIT_S, trust_env=False) as client:
+        assert client.get("/healthz").status_code == 200
+        (name,) = [name for name in named_replicas() if "stdlib-lm" in name]
+        ray.kill(ray.get_actor(name, namespace="serve"))
+        until(lambda: client.get("/healthz").status_code == 503)
+        assert "has no replica that answers" in client.get("/healthz").json()["error"]["message"]
+        assert client.post("/v1/completions", json=BODY).status_code == 200
+        assert client.get("/healthz").status_code == 200
+
+
+def named_replicas() -> list[str]:
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in named if actor["name"].startswith("SERVE_REPLICA::overproof-")]
+
+
 def test_several_models_share_the_memory_and_come_when_asked(
     ray_cluster: str, text_package: Path, digits_package: Path, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import ray
 from ray.serve.context import _get_global_client
 
 from overproof.errors import InputError
@@ -19,7 +20,15 @@ from overproof.serve import run
 from overproof.serve.app import build
 from packing import copy, edit
 
-SETTINGS = Serve(port=0, min_replicas=1, max_replicas=2, cpus_per_replica=0.5, slots=2, max_tokens=256)
+SETTINGS = Serve(
+    port=0,
+    min_replicas=1,
+    max_replicas=2,
+    cpus_per_replica=0.5,
+    slots=2,
+    max_tokens=256,
+    node_labels={"group": "serve"},
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +117,12 @@ def test_errors_arrive_through_the_gateway(server: httpx.Client) -> None:
     assert server.get("/v1/models", headers={"x-request-timeout-seconds": "0"}).status_code == 400
 
 
-def test_the_autoscaling_that_was_asked_for_is_applied(server: httpx.Client) -> None:
+def test_replicas_take_what_was_reserved_on_the_nodes_that_were_named(server: httpx.Client) -> None:
     client, (version,) = _get_global_client(), run.at_desk("book").lines["stdlib-lm"].live
     (deployment,) = client.get_serve_details()["applications"][version.application]["deployments"].values()
-    config = deployment["deployment_config"]
-    scaling = config["autoscaling_config"]
-    assert (scaling["min_replicas"], scaling["max_replicas"], scaling["target_ongoing_requests"]) == (1, 2, 2)
-    assert config["max_ongoing_requests"] == 8
-    assert config["max_queued_requests"] == 32
-    assert config["ray_actor_options"]["num_cpus"] == 0.5
+    assert deployment["deployment_config"]["ray_actor_options"]["num_cpus"] == 0.5
+    (labelled,) = [node["NodeID"] for node in ray.nodes() if node["Labels"].get("group") == "serve"]
+    assert {replica["node_id"] for replica in deployment["replicas"]} == {labelled}
 
 
 def test_an_open_house_keeps_its_address(server: httpx.Client, text_package: Path) -> None:

@@ -1,19 +1,25 @@
-"""One line of JSON for every request: who asked what, when, and how it ended."""
+"""One line of JSON for every request: who asked what, when, and how it ended.
+
+Lines are written together, a few times a second: one by one they would cost a tenth of a small request.
+"""
 
 from __future__ import annotations
 
-import json
+import asyncio
 import logging
+import secrets
 import time
-import uuid
+from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from overproof.serve.limits import KEY_IN_SCOPE
 
 LOG = logging.getLogger("ray.serve")  # whose lines Ray Serve writes into the replica's own file
 KEPT_BYTES = 1 << 16  # of a body, where it is written at all
+WRITTEN_S = 0.1
 
 
 class AccessLog:
@@ -21,14 +27,16 @@ class AccessLog:
 
     def __init__(self, app: ASGIApp, with_bodies: bool = False) -> None:
         self._app, self._with_bodies = app, with_bodies
+        self._lines: list[bytes] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and write how it ended."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began_s, request = time.perf_counter(), uuid.uuid4().hex
-        said: dict[str, Any] = {"request": request, "method": scope["method"], "path": scope["path"], "status": 499}
+        began_s, request = time.perf_counter(), secrets.token_hex(16)
+        said: dict[str, Any] = {"at": datetime.now(UTC), "request": request, "status": 499}
+        said |= {"method": scope["method"], "path": scope["path"]}
         bodies = {"body": b"", "reply": b""}
 
         async def received() -> Message:
@@ -56,4 +64,15 @@ class AccessLog:
             }
             if self._with_bodies:
                 said |= {name: body[:KEPT_BYTES].decode(errors="replace") for name, body in bodies.items()}
-            LOG.info("access %s", json.dumps(said))
+            self._write(msgspec.json.encode(said))
+
+    def _write(self, line: bytes) -> None:
+        if not self._lines:
+            asyncio.get_running_loop().call_later(WRITTEN_S, self.flush)
+        self._lines.append(line)
+
+    def flush(self) -> None:
+        """Write what is not written yet."""
+        if self._lines:
+            LOG.info("access\n%s", b"\n".join(self._lines).decode())
+            self._lines.clear()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 
+import ray
 from ray import serve
 from ray.serve import Application
-from ray.serve._private.common import ReplicaState
+from ray.serve._private.common import DeploymentID, ReplicaState
+from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from overproof.errors import InputError
@@ -16,9 +18,16 @@ START_S, STATUS_S = 300, 0.1
 
 
 def begin(application: Application, name: str) -> None:
-    """Have Ray Serve start or update an application, of which its own proxies know nothing."""
-    target = serve.RunTarget(application, name, route_prefix=None)
+    """Have Ray Serve start or update an application, of which its own proxies know nothing, and we say how large."""
+    target = serve.RunTarget(application, name, route_prefix=None, external_scaler_enabled=True)
     serve.run_many([target], wait_for_applications_running=False)
+
+
+def rescale(name: str, count: int) -> None:
+    """Have an application of a package keep so many replicas."""
+    client = _get_global_client()
+    assert client is not None
+    ray.get(client._controller.update_deployment_replicas.remote(DeploymentID("model", name), count))
 
 
 def until_running(name: str) -> None:

@@ -28,6 +28,8 @@ from overproof.serve.engines.base import (
 
 Result = TypeVar("Result")
 Prompt = str | Sequence[int]
+Waiting = tuple[NDArray[np.float32], asyncio.Future[NDArray[np.float32]]]
+MOST_TOGETHER = 16  # requests classified at once: a core gains little beyond, and meanwhile others come and go
 
 
 class Busy(Exception):
@@ -88,9 +90,13 @@ class Threads:
         await self._call(partial(self._engine.accept, prompt, sampling))
 
     async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
+        loop, come = asyncio.get_running_loop(), asyncio.Queue[Piece | None]()
         async with self._begun(prompt, sampling) as pieces:
-            while (piece := await self._call(partial(next, pieces, None))) is not None:
+            passing = asyncio.ensure_future(self._call(partial(_pass_on, pieces, loop, come)))
+            passing.add_done_callback(lambda _: come.put_nowait(None))
+            while (piece := await come.get()) is not None:
                 yield piece
+            await passing  # which may have failed
 
     @asynccontextmanager
     async def _begun(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Pieces]:
@@ -122,11 +128,58 @@ class Threads:
         self._pool.shutdown()
 
 
+class Together(Threads):
+    """A classifier of this process that takes together what came in while the requests before were classified. (Ray
+    Serve's ``batch`` makes up its batches before the one in progress ends: of single requests, under steady load.)
+    """
+
+    def __init__(self, engine: ClassifierEngine, pixels: int) -> None:
+        super().__init__(engine, 1)
+        self._pixels = pixels
+        self._waiting: list[Waiting] = []
+        self._working: asyncio.Task[None] | None = None
+
+    async def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
+        if pixels_BD.shape[1] != self._pixels:
+            return await super().classify(pixels_BD)  # which says what is wrong, of this request alone
+        answer: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((pixels_BD, answer))
+        if self._working is None:
+            self._working = asyncio.ensure_future(self._work())
+        return await answer
+
+    async def _work(self) -> None:
+        while self._waiting:
+            several, self._waiting = self._waiting[:MOST_TOGETHER], self._waiting[MOST_TOGETHER:]
+            await self._answer([pair for pair in several if not pair[1].done()])
+        self._working = None
+
+    async def _answer(self, several: list[Waiting]) -> None:
+        if not several:
+            return
+        try:
+            logprobs_BC = await super().classify(np.concatenate([pixels_BD for pixels_BD, _ in several]))
+        except Exception as error:
+            for _, answer in several:
+                if not answer.done():
+                    answer.set_exception(error)
+            return
+        ends = np.cumsum([len(pixels_BD) for pixels_BD, _ in several])
+        for (_, answer), part in zip(several, np.split(logprobs_BC, ends[:-1]), strict=True):
+            if not answer.done():
+                answer.set_result(part)
+
+
 def _joined(pieces: Pieces) -> Whole:
     texts, last = [], Piece("")
     for last in pieces:
         texts.append(last.text)
     return Whole("".join(texts), last.finish_reason, last.prompt_tokens, last.completion_tokens)
+
+
+def _pass_on(pieces: Pieces, loop: asyncio.AbstractEventLoop, come: asyncio.Queue[Piece | None]) -> None:
+    for piece in pieces:
+        loop.call_soon_threadsafe(come.put_nowait, piece)
 
 
 def _close(begun: asyncio.Future[Any]) -> None:

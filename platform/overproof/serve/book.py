@@ -13,6 +13,7 @@ from overproof.files import filesystem, read_or_new, write_at_once
 from overproof.recipe import Serve
 from overproof.serve.replies import Model
 
+DESK = "overproof-desk"  # the actor that keeps it: its name, and its namespace
 Place = Literal["stable", "canary", "shadow"]
 Deed = Literal["deploy", "canary", "shadow", "promote", "rollback", "automatic rollback", "failed", "undeploy"]
 

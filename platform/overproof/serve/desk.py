@@ -6,31 +6,42 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayTaskError
 
 from overproof.errors import InputError
 from overproof.recipe import Serve
 from overproof.registry.package import locate, open_package, pin
-from overproof.serve.applications import applications, begin, until_running
-from overproof.serve.book import Book, Place, Version, application_of, read, write
+from overproof.serve.applications import applications, begin, rescale, running, until_running
+from overproof.serve.book import DESK, Book, Place, Version, application_of, read, write
 from overproof.serve.judge import Tally, fault
 from overproof.serve.replica import replicas
+from overproof.serve.scale import Scale
 from overproof.serve.shapes import model_of
+from overproof.serve.wire import Door
 
 LOG = logging.getLogger("ray.serve")
-POLL_S = 1.0  # a gateway is answered at the latest
+POLL_S = 0.5  # a gateway is answered at the latest, and so often tells the load
 ALONE_S = 30.0
 HEARD_S = 10.0  # the longest that a change waits for the gateway
 GRACE_S = 0.5  # for requests between finding a version and asking it
 ITSELF = "overproof"
-NAME = NAMESPACE = "overproof-desk"
 ON_HEAD = {"node:__internal_head__": 0.001}  # where people look for the address
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """What went wrong in an actor, as if it had gone wrong here."""
+    try:
+        yield
+    except RayTaskError as error:
+        raise error.cause from None
 
 
 def hire(settings: Serve) -> Any:
@@ -38,8 +49,8 @@ def hire(settings: Serve) -> Any:
     return (
         ray.remote(Desk)
         .options(
-            name=NAME,
-            namespace=NAMESPACE,
+            name=DESK,
+            namespace=DESK,
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
@@ -68,20 +79,28 @@ class Desk:
         self._number, self._heard = time.time_ns(), 0  # a desk that starts anew goes on counting
         self._used: dict[str, float] = {}  # loaded packages, and when each was last asked
         self._tallies: dict[str, Tally] = {}
+        self._scales: dict[str, Scale] = {}
+        self._starting: str | None = None
+        self._door: Door | None = None
         self._changed, self._one = asyncio.Condition(), asyncio.Lock()
         self._polled_s = time.monotonic()
         self._opened: asyncio.Future[None] | None = None
         self._asked: tuple[Serve, Mapping[str, Serve]] | None = None
         self._leaving: asyncio.Future[None] | None = None
 
-    async def open(self, settings: Serve, packages: Mapping[str, Serve]) -> None:
-        """Have what is in the book answer, and these packages; the gateway asks for it when it starts.
+    async def open(self, settings: Serve, packages: Mapping[str, Serve], door: Door | None = None) -> None:
+        """Have what is in the book answer, and these packages; the gateway asks for it when it starts, and says where
+        replicas find it.
 
         Raises:
             InputError: a package cannot be served, or the book cannot be read.
         """
         self._polled_s = time.monotonic()
         self._leaving = self._leaving or asyncio.ensure_future(self._leave())
+        if door is not None:
+            async with self._changed:
+                self._door = door
+                self._changed.notify_all()
         if self._opened is None or self._asked != (settings, packages) or not await self._is_open():
             self._settings, self._asked = settings, (settings, packages)
             self._opened = asyncio.ensure_future(self._restore(packages))
@@ -94,6 +113,14 @@ class Desk:
             return True
         present = await asyncio.to_thread(applications)
         return self._opened.exception() is None and {application_of(package) for package in self._used} <= present
+
+    async def door(self, seen: Door | None) -> Door | None:
+        """Where the gateway takes calls of replicas; answered when it is not what was seen, or a while passed."""
+        async with self._changed:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEARD_S):
+                    await self._changed.wait_for(lambda: self._door is not None and self._door != seen)
+        return self._door
 
     async def settings(self) -> Serve:
         """Those of the house."""
@@ -146,8 +173,10 @@ class Desk:
         """What was seen of each package since it was started."""
         return self._tallies
 
-    async def poll(self, seen: int, tallies: Mapping[str, Tally]) -> Routes:
-        """Take what the gateway counted; answer when the routes are other than those it has seen, or a while passed."""
+    async def poll(self, seen: int, tallies: Mapping[str, Tally], loads: Mapping[str, int]) -> Routes:
+        """Take what the gateway counted, and the requests that each package has now; answer when the routes are other
+        than those it has seen, or a while passed.
+        """
         if self._opened is None:
             raise RuntimeError("this desk is new and has not been opened")
         await asyncio.wait([self._opened])
@@ -157,6 +186,7 @@ class Desk:
             if package in self._used:
                 self._used[package] = now
         self._judge()
+        self._rescale(loads, now)
         async with self._changed:
             self._heard = max(self._heard, seen)
             self._changed.notify_all()
@@ -170,6 +200,8 @@ class Desk:
             self._book = book = await asyncio.to_thread(read, self._uri)
             present = await asyncio.to_thread(applications)
             self._used = {v.package: time.monotonic() for v in book.live if v.application in present}
+            counts = await asyncio.to_thread(running)
+            self._scales = {v.package: Scale(v.settings, counts.get(v.application, 0)) for v in book.live}
             for orphan in present - {version.application for version in book.live}:  # of a change that was cut off
                 await asyncio.to_thread(partial(serve.delete, orphan, _blocking=False))
             for where, settings in packages.items():
@@ -203,6 +235,25 @@ class Desk:
                     task = asyncio.ensure_future(self._take_back(name, tried, reason))
                     task.add_done_callback(_logged)
 
+    def _rescale(self, loads: Mapping[str, int], now_s: float) -> None:
+        """Have as many replicas as the load asks for."""
+        for version in self._book.live:
+            scale = self._scales.get(version.package)
+            if version.package not in self._used or version.package == self._starting or scale is None:
+                continue
+            before = scale.replicas
+            if scale.see(loads.get(version.package, 0), now_s) != before:
+                LOG.info("%s: %d to %d replicas", version.package, before, scale.replicas)
+                task = asyncio.ensure_future(self._resize(version, scale, before))
+                task.add_done_callback(_logged)
+
+    async def _resize(self, version: Version, scale: Scale, before: int) -> None:
+        try:
+            await asyncio.to_thread(rescale, version.application, scale.replicas)
+        except BaseException:
+            scale.replicas = before  # and asked for again, if it is still wanted
+            raise
+
     async def _take_back(self, name: str, tried: Version, reason: str) -> None:
         async with self._one:
             line = self._book.lines.get(name)
@@ -219,16 +270,22 @@ class Desk:
         if version.package in self._used and before == version:
             return
         await self._make_room(version)
+        known = None if before is None else self._scales.get(version.package)
+        scale = Scale(version.settings, 1 if known is None else max(1, known.replicas))
+        self._starting = version.package
         try:
-            await asyncio.to_thread(_run, version)
+            await asyncio.to_thread(_run, version, scale.replicas)
         except RuntimeError as error:
             if before is not None and version.package in self._used:
-                await asyncio.to_thread(_run, before)
+                await asyncio.to_thread(_run, before, self._scales[before.package].replicas)
             else:
                 await asyncio.to_thread(serve.delete, version.application)
             await self._write(self._book.noted(version.model.id, who, "failed", version.package, str(error)))
             raise InputError(f"{version.package} does not start, and nothing has changed: {error}") from None
+        finally:
+            self._starting = None
         self._used[version.package] = time.monotonic()
+        self._scales[version.package] = scale
         self._tallies.pop(version.package, None)
 
     async def _make_room(self, version: Version) -> None:
@@ -293,11 +350,11 @@ def described(where: str, settings: Serve) -> Version:
     return Version(model=model_of(package), where=where, settings=settings, resident_mb=resident)
 
 
-def _run(version: Version) -> None:
-    begin(replicas(version), version.application)
+def _run(version: Version, count: int) -> None:
+    begin(replicas(version, count), version.application)
     until_running(version.application)
 
 
 def _logged(task: asyncio.Future[Any]) -> None:
     if not task.cancelled() and task.exception() is not None:
-        LOG.error("a rollback failed", exc_info=task.exception())
+        LOG.error("a change that the desk began failed", exc_info=task.exception())

@@ -17,17 +17,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import uvicorn
-from ray import serve
+from ray.util import get_node_ip_address
 from starlette.exceptions import HTTPException
 
 from overproof.errors import InputError
 from overproof.recipe import Serve
 from overproof.serve.access_log import AccessLog
-from overproof.serve.applications import running
-from overproof.serve.backend import Backend, Busy
+from overproof.serve.backend import Busy
 from overproof.serve.beside import Beside
 from overproof.serve.book import Line, Version
-from overproof.serve.desk import Routes, hire
+from overproof.serve.crew import Switchboard
+from overproof.serve.desk import Routes, explained, hire
 from overproof.serve.house import Asked, unknown
 from overproof.serve.http import build_http
 from overproof.serve.judge import Tally
@@ -36,7 +36,6 @@ from overproof.serve.limits import Access
 from overproof.serve.metrics import Tally as Figures
 from overproof.serve.metrics import gather
 from overproof.serve.protocol import Bounded
-from overproof.serve.remote import Replicas, explained
 from overproof.serve.replies import Usage
 from overproof.serve.shapes import Served
 from overproof.serve.traffic import Recorder, sampled
@@ -48,20 +47,19 @@ BACKLOG = 2048
 DRAIN_S = 300
 KEEP_ALIVE_S = 75  # longer than what stands in front of a server usually keeps a connection
 RETRY_S = 0.5
-COUNT_S = 1.0  # replicas are counted so often at most
+QUEUED_PER_SLOT = 16  # requests that wait for a replica before more are refused
 
 
 class Routed:
     """The house that the desk keeps: models with versions, of which some are tried."""
 
-    def __init__(self, settings: Serve) -> None:
+    def __init__(self, settings: Serve, figures: Figures) -> None:
         self._settings, self._desk = settings, hire(settings)
         self._routes: Routes | None = None
         self._served: dict[str, tuple[Version, Served]] = {}  # by package
         self._tallies: dict[str, Tally] = {}
         self._copies: set[asyncio.Task[None]] = set()
-        self._counts: dict[str, int] = {}
-        self._counted_s = float("-inf")
+        self._switchboard, self._figures = Switchboard(), figures
         self.ready = asyncio.Event()
         self._following = asyncio.ensure_future(self._follow())
 
@@ -80,14 +78,10 @@ class Routed:
 
     async def check(self) -> None:
         """Every model has a replica that has answered, or starts one when it is asked."""
-        now = time.monotonic()
-        if now - self._counted_s > COUNT_S:
-            self._counted_s = now
-            self._counts = await asyncio.to_thread(running)
         for line in self._lines.values():
             version = line.stable
             waits = version.settings.min_replicas == 0 or version.package not in self._loaded
-            if not waits and self._counts.get(version.application, 0) == 0:
+            if not waits and self._switchboard.crew(version.package).load.replicas == 0:
                 raise HTTPException(503, f"{version.package} has no replica that answers; one is being started")
 
     def asked(self, served: Served, asked: Asked) -> None:
@@ -107,16 +101,18 @@ class Routed:
     def close(self) -> None:
         """Follow no longer."""
         self._following.cancel()
+        self._switchboard.close()
 
     async def _hire_again(self) -> None:
         """A desk that starts anew opens the house from its book."""
         with contextlib.suppress(Exception):  # tried again, until there is one
             self._desk = await asyncio.to_thread(hire, self._settings)
-            await self._desk.open.remote(self._settings, {})
+            await self._desk.open.remote(self._settings, {}, self._door)
 
     async def open(self, packages: Mapping[str, Serve]) -> None:
         """Return when everything that is deployed answers."""
-        await self._desk.open.remote(self._settings, packages)
+        self._door = await self._switchboard.open(get_node_ip_address())  # type: ignore[no-untyped-call]
+        await self._desk.open.remote(self._settings, packages, self._door)
         await self.ready.wait()
 
     @property
@@ -142,8 +138,9 @@ class Routed:
     def _of(self, version: Version) -> Served:
         found = self._served.get(version.package)
         if found is None or found[0] != version:
-            backend: Backend = Replicas(serve.get_deployment_handle("model", version.application, _check_exists=False))
-            found = version, Served(version.model, backend, version.settings.max_tokens)
+            crew = self._switchboard.crew(version.package)
+            crew.most_waiting = QUEUED_PER_SLOT * version.settings.slots
+            found = version, Served(version.model, crew, version.settings.max_tokens)
             self._served[version.package] = found
         return found[1]
 
@@ -185,11 +182,15 @@ class Routed:
         """Hear of every change, and tell what was counted."""
         while True:
             tallies, self._tallies = self._tallies, {}
+            loads = self._switchboard.loads
+            self._figures.loads(loads)
             try:
                 seen = -1 if self._routes is None else self._routes.number
-                self._routes = await self._desk.poll.remote(seen, tallies)
+                requests = {package: load.requests for package, load in loads.items()}
+                self._routes = await self._desk.poll.remote(seen, tallies, requests)
                 live = {version.package for version in self._routes.book.live}
                 self._served = {package: found for package, found in self._served.items() if package in live}
+                self._switchboard.keep(live)
                 self.ready.set()
             except Exception:  # the desk is being replaced: what is known goes on
                 LOG.exception("the desk does not answer")
@@ -209,9 +210,9 @@ def chosen(line: Line, session: str | None) -> Version:
 class Counted(Beside):
     """What stands beside the gateway."""
 
-    def __init__(self, recorder: Recorder | None) -> None:
+    def __init__(self, recorder: Recorder | None, figures: Figures) -> None:
         super().__init__(recorder=recorder)
-        self._figures = Figures()
+        self._figures = figures
 
     def used(self, package: str, key: Key | None, usage: Usage) -> None:
         super().used(package, key, usage)
@@ -230,13 +231,14 @@ class Gateway:
     async def __init__(  # type: ignore[misc]
         self, packages: Mapping[str, Serve], settings: Serve, access: Access
     ) -> None:
-        self._house = Routed(settings)
+        figures = Figures()
+        self._house = Routed(settings, figures)
         await self._house.open(packages)
         recorder = None if settings.traffic is None else Recorder(settings.traffic)
-        app = build_http(self._house, access, Counted(recorder))
+        self._log = AccessLog(build_http(self._house, access, Counted(recorder, figures)), settings.log_prompts)
         self._server = uvicorn.Server(
             uvicorn.Config(
-                AccessLog(app, settings.log_prompts),
+                self._log,
                 http=Bounded,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 log_config=None,
@@ -263,6 +265,7 @@ class Gateway:
         """What Ray Serve calls at the end: streams that go on are finished."""
         self._server.should_exit = True
         await self._serving
+        self._log.flush()
         self._house.close()
 
 

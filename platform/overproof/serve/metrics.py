@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import httpx
@@ -11,8 +11,9 @@ import ray
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from ray.util.metrics import Counter, Histogram
+from ray.util.metrics import Counter, Gauge, Histogram
 
+from overproof.serve.crew import Load
 from overproof.serve.replies import Usage
 
 OURS = ("ray_serve_", "ray_overproof_")
@@ -28,12 +29,21 @@ class Tally:
         self._first = Histogram(
             "overproof_first_event_seconds", "From a request to its first event.", FIRST_EVENT_S, ("package",)
         )
+        self._replicas = Gauge("overproof_replicas", "Replicas that take requests.", ("package",))
+        self._requests = Gauge("overproof_requests", "Requests that run, or wait for a replica.", ("package", "state"))
 
     def used(self, package: str, usage: Usage) -> None:
         """Count what a request came to."""
         for kind, count in (("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens)):
             if count:
                 self._tokens.inc(count, {"package": package, "kind": kind})
+
+    def loads(self, loads: Mapping[str, Load]) -> None:
+        """Note what there is to do."""
+        for package, load in loads.items():
+            self._replicas.set(load.replicas, {"package": package})
+            self._requests.set(load.running, {"package": package, "state": "running"})
+            self._requests.set(load.waiting, {"package": package, "state": "waiting"})
 
     def began(self, package: str, seconds: float) -> None:
         """Note when a stream began."""

@@ -19,12 +19,10 @@ from overproof.files import from_anywhere
 from overproof.recipe import HOUSE, Serve
 from overproof.serve.app import NAME, house, in_the_house, insist_on_keys, told
 from overproof.serve.applications import begin, running, until_running
-from overproof.serve.book import application_of
-from overproof.serve.desk import NAME as DESK
-from overproof.serve.desk import NAMESPACE, hire
+from overproof.serve.book import DESK, application_of
+from overproof.serve.desk import explained, hire
 from overproof.serve.limits import access, api_key
 from overproof.serve.port import free_port
-from overproof.serve.remote import explained
 
 __all__ = ["address", "api_key", "at_desk", "is_open", "open_house", "replicas", "start", "stop", "trusted"]
 
@@ -88,7 +86,7 @@ def at_desk(what: str, *args: Any) -> Any:
     """
     if not is_open():
         raise InputError("nothing is served on this cluster; `overproof serve` or `overproof deploy` begins")
-    desk = ray.get_actor(DESK, namespace=NAMESPACE)
+    desk = ray.get_actor(DESK, namespace=DESK)
     try:
         with explained():
             return ray.get(getattr(desk, what).remote(*args))
@@ -121,7 +119,7 @@ def stop() -> None:
         LOG.setLevel(logging.WARNING)
         _stop_applications(client)
     with contextlib.suppress(ValueError):  # there is no desk
-        ray.kill(ray.get_actor(DESK, namespace=NAMESPACE))
+        ray.kill(ray.get_actor(DESK, namespace=DESK))
 
 
 def _stop_applications(client: Any) -> None:

@@ -1,0 +1,319 @@
+"""The replicas as the gateway has them: who is there, who has room, and who waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from overproof.errors import InputError
+from overproof.serve.backend import Busy, Prompt, Whole
+from overproof.serve.engines.base import Piece, Sampling
+from overproof.serve.wire import (
+    MOST_BYTES,
+    STRANGER_BYTES,
+    Accept,
+    Array,
+    Ask,
+    Cancel,
+    ChatPrompt,
+    Check,
+    Classify,
+    Complete,
+    Detokenize,
+    Done,
+    Door,
+    Fault,
+    FromReplica,
+    Hello,
+    Leave,
+    Left,
+    Link,
+    Part,
+    Stream,
+    Work,
+)
+
+TRIES = 4  # of a request that no part of an answer was sent of, when its replica dies
+STRANGER_S = 5.0  # a connection that has not said who it is
+IDS = count()
+
+
+class Gone(Exception):
+    """A replica died."""
+
+
+Arrived = asyncio.Queue[Part | Done | Fault | None]  # None, the replica is gone
+
+
+@dataclass(eq=False)
+class Member:
+    """A replica that has called."""
+
+    link: Link
+    room: int
+    taken: int = 0
+    leaving: bool = False
+    doing: dict[int, tuple[Arrived, bool]] = field(default_factory=dict)  # and whether it takes room
+
+    @property
+    def free(self) -> bool:
+        return not self.leaving and self.taken < self.room
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a package's replicas have to do."""
+
+    replicas: int
+    running: int
+    waiting: int
+
+    @property
+    def requests(self) -> int:
+        return self.running + self.waiting
+
+
+class Crew:
+    """The ``Backend`` that all replicas of a package are together: the one with the least to do takes the next
+    request, and where none has room requests wait in their order, ``most_waiting`` of them.
+    """
+
+    def __init__(self) -> None:
+        self.most_waiting = 0
+        self._members: list[Member] = []
+        self._waiting: deque[asyncio.Future[Member]] = deque()
+        self._somebody = asyncio.Event()
+        self._hoping = 0  # those that take no room and wait for any replica
+
+    @property
+    def load(self) -> Load:
+        waiting = sum(not each.done() for each in self._waiting) + self._hoping
+        return Load(sum(not m.leaving for m in self._members), sum(m.taken for m in self._members), waiting)
+
+    async def complete(self, prompt: Prompt, sampling: Sampling) -> Whole:
+        done: Whole = await self._one(Complete(prompt, sampling))
+        return done
+
+    async def accept(self, prompt: Prompt, sampling: Sampling) -> None:
+        await self._one(Accept(prompt, sampling), takes_room=False)
+
+    async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
+        for attempt in range(TRIES):
+            begun = False
+            try:
+                async with self._asked(Stream(prompt, sampling), takes_room=True) as arrived:
+                    while isinstance(came := _sound(await arrived.get()), Part):
+                        begun = True
+                        yield came.piece
+                return
+            except Gone:
+                if begun or attempt == TRIES - 1:
+                    raise
+
+    async def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        prompt: str = await self._one(ChatPrompt([dict(message) for message in messages]), takes_room=False)
+        return prompt
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        text: str = await self._one(Detokenize(ids), takes_room=False)
+        return text
+
+    async def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
+        logprobs: Array = await self._one(Classify(Array.of(pixels_BD)))
+        return logprobs.numpy()
+
+    async def check(self) -> None:
+        await self._one(Check(), takes_room=False)
+
+    def join(self, member: Member) -> None:
+        self._members.append(member)
+        self._changed()
+
+    def hear(self, member: Member, message: Part | Done | Fault) -> None:
+        """Something of the work of a member."""
+        if isinstance(message, Part):
+            if message.id in member.doing:
+                member.doing[message.id][0].put_nowait(message)
+            return
+        arrived, takes_room = member.doing.pop(message.id)
+        arrived.put_nowait(message)
+        if takes_room:
+            self._give_back(member)
+
+    def leave(self, member: Member) -> None:
+        """A member goes when it has done what it has begun."""
+        member.leaving = True
+        self._changed()
+        member.link.send(Left())
+
+    def lose(self, member: Member) -> None:
+        self._members.remove(member)
+        for arrived, _ in member.doing.values():
+            arrived.put_nowait(None)
+        self._changed()
+
+    async def _one(self, work: Work, takes_room: bool = True) -> Any:
+        for attempt in range(TRIES):
+            try:
+                async with self._asked(work, takes_room) as arrived:
+                    came = _sound(await arrived.get())
+                    assert isinstance(came, Done)
+                    return came.value
+            except Gone:
+                if attempt == TRIES - 1:
+                    raise
+        raise AssertionError
+
+    @asynccontextmanager
+    async def _asked(self, work: Work, takes_room: bool) -> AsyncIterator[Arrived]:
+        member = await self._with_room() if takes_room else await self._any()
+        id_, arrived = next(IDS), Arrived()
+        if not member.link.open:
+            raise Gone
+        member.doing[id_] = arrived, takes_room
+        member.link.send(Ask(id_, work))
+        try:
+            yield arrived
+        finally:
+            if id_ in member.doing:  # its room is free when the replica says so
+                member.link.send(Cancel(id_))
+
+    async def _with_room(self) -> Member:
+        free = [member for member in self._members if member.free]
+        if free and not self._waiting:
+            member = min(free, key=lambda each: each.taken / each.room)
+            member.taken += 1
+            return member
+        self._insist_on_place()
+        turn: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._give_back(turn.result())
+            raise
+
+    async def _any(self) -> Member:
+        while True:
+            staying = [member for member in self._members if not member.leaving]
+            if staying:
+                return min(staying, key=lambda each: len(each.doing))
+            self._insist_on_place()
+            self._hoping += 1
+            try:
+                await self._somebody.wait()
+            finally:
+                self._hoping -= 1
+
+    def _insist_on_place(self) -> None:
+        load = self.load
+        if load.waiting >= self.most_waiting:
+            raise Busy(f"{load.running} requests are being answered and {load.waiting} wait; ask again")
+
+    def _give_back(self, member: Member) -> None:
+        member.taken -= 1
+        self._changed()
+
+    def _changed(self) -> None:
+        """Let those that wait have what room there is."""
+        if any(not member.leaving for member in self._members):
+            self._somebody.set()
+        else:
+            self._somebody.clear()
+        while self._waiting:
+            if self._waiting[0].done():
+                self._waiting.popleft()
+                continue
+            free = [member for member in self._members if member.free]
+            if not free:
+                return
+            member = min(free, key=lambda each: each.taken / each.room)
+            member.taken += 1
+            self._waiting.popleft().set_result(member)
+
+
+class Switchboard:
+    """Where replicas call."""
+
+    def __init__(self) -> None:
+        self._crews: dict[str, Crew] = {}
+        self._known: dict[Link, tuple[Crew, Member]] = {}
+        self._secret = secrets.token_urlsafe(32)
+        self._server: asyncio.Server | None = None
+
+    async def open(self, host: str) -> Door:
+        """Listen, at any free port."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._link, host, 0)
+        return Door(host, self._server.sockets[0].getsockname()[1], self._secret)
+
+    def crew(self, package: str) -> Crew:
+        return self._crews.setdefault(package, Crew())
+
+    @property
+    def loads(self) -> dict[str, Load]:
+        return {package: crew.load for package, crew in self._crews.items()}
+
+    def keep(self, packages: set[str]) -> None:
+        """Forget the crews of others, of which nobody is left."""
+        for package in set(self._crews) - packages:
+            if self._crews[package].load == Load(0, 0, 0):
+                del self._crews[package]
+
+    def close(self) -> None:
+        """Listen no longer."""
+        if self._server is not None:
+            self._server.close()
+        for link in list(self._known):
+            link.close()
+
+    def _link(self) -> Link:
+        link = Link(FromReplica, self._received, self._lost, STRANGER_BYTES)
+        asyncio.get_running_loop().call_later(STRANGER_S, partial(self._insist_on_hello, link))
+        return link
+
+    def _insist_on_hello(self, link: Link) -> None:
+        if link not in self._known:
+            link.close()
+
+    def _received(self, link: Link, message: FromReplica) -> None:
+        if link not in self._known:
+            if not isinstance(message, Hello) or not secrets.compare_digest(message.secret, self._secret):
+                link.close()
+                return
+            link.most_bytes = MOST_BYTES
+            crew, member = self.crew(message.package), Member(link, message.room)
+            self._known[link] = crew, member
+            crew.join(member)
+            return
+        crew, member = self._known[link]
+        if isinstance(message, Leave):
+            crew.leave(member)
+        elif not isinstance(message, Hello):
+            crew.hear(member, message)
+
+    def _lost(self, link: Link) -> None:
+        known = self._known.pop(link, None)
+        if known is not None:
+            crew, member = known
+            crew.lose(member)
+
+
+def _sound(came: Part | Done | Fault | None) -> Part | Done:
+    """What arrived, unless it is that something went wrong."""
+    if came is None:
+        raise Gone("the replica died before it had answered")
+    if isinstance(came, Fault):
+        raise (InputError if came.of_the_request else RuntimeError)(came.message)
+    return came

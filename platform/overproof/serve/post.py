@@ -1,0 +1,161 @@
+"""A replica at its post: it calls the gateway, and does what it is asked until it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing
+from typing import Any
+
+from overproof.errors import InputError
+from overproof.serve.backend import Backend
+from overproof.serve.wire import (
+    Accept,
+    Array,
+    Ask,
+    Cancel,
+    ChatPrompt,
+    Check,
+    Classify,
+    Complete,
+    Detokenize,
+    Done,
+    Door,
+    Fault,
+    FromGateway,
+    Hello,
+    Leave,
+    Left,
+    Link,
+    Part,
+    Stream,
+    Value,
+    Work,
+)
+
+LOG = logging.getLogger("ray.serve")
+RETRY_S = 0.2
+
+
+FindDoor = Callable[[Door | None], Coroutine[Any, Any, Door | None]]  # answered when it is another, or after a while
+
+
+class Post:
+    """Keeps a connection to the gateway there is; one that is being replaced is served until it hangs up."""
+
+    def __init__(self, backend: Backend, package: str, room: int, door: FindDoor) -> None:
+        self._backend, self._package, self._room, self._door = backend, package, room, door
+        self._links: set[Link] = set()
+        self._tasks: dict[tuple[Link, int], asyncio.Task[None]] = {}
+        self._hung_up, self._done = asyncio.Event(), asyncio.Event()
+        self._unanswered: set[Link] = set()  # of those that were told of leaving
+        self._calling = asyncio.ensure_future(self._call())
+
+    async def leave(self) -> None:
+        """Return when no more work comes, and what was begun is done."""
+        self._calling.cancel()
+        self._unanswered = set(self._links)
+        for link in self._links:
+            link.send(Leave())
+        while self._unanswered or self._tasks:
+            self._done.clear()
+            await self._done.wait()
+        for link in list(self._links):
+            link.close()
+
+    async def _call(self) -> None:
+        seen: Door | None = None
+        while True:
+            self._hung_up.clear()
+            try:
+                found = await self._next(seen)
+                if found is not None and found != seen:
+                    await self._dial(found)
+                    seen = found
+                    continue
+            except Exception as error:  # whom we call is being replaced
+                LOG.info("calling the gateway: %s", error)
+            if not self._links:
+                seen = None
+                await asyncio.sleep(RETRY_S)
+
+    async def _next(self, seen: Door | None) -> Door | None:
+        """The gateway's door, when it is another or nobody is on the line."""
+        asked = asyncio.ensure_future(self._door(seen))
+        hung_up = asyncio.ensure_future(self._hung_up.wait())
+        try:
+            await asyncio.wait((asked, hung_up), return_when=asyncio.FIRST_COMPLETED)
+            return asked.result() if asked.done() else None
+        finally:
+            asked.cancel()
+            hung_up.cancel()
+
+    async def _dial(self, found: Door) -> None:
+        loop = asyncio.get_running_loop()
+        _, link = await loop.create_connection(
+            lambda: Link(FromGateway, self._received, self._lost), found.host, found.port
+        )
+        self._links.add(link)
+        link.send(Hello(found.secret, self._package, self._room))
+
+    def _received(self, link: Link, message: FromGateway) -> None:
+        match message:
+            case Ask(id_, work):
+                task = asyncio.ensure_future(self._do(link, id_, work))
+                self._tasks[link, id_] = task
+                task.add_done_callback(lambda _: self._ended(link, id_))
+            case Cancel(id_):
+                task_or_none = self._tasks.get((link, id_))
+                if task_or_none is not None:
+                    task_or_none.cancel()
+            case Left():
+                self._unanswered.discard(link)
+                self._done.set()
+
+    def _ended(self, link: Link, id_: int) -> None:
+        del self._tasks[link, id_]
+        self._done.set()
+
+    def _lost(self, link: Link) -> None:
+        self._links.discard(link)
+        self._unanswered.discard(link)
+        for (asker, _), task in list(self._tasks.items()):
+            if asker is link:
+                task.cancel()
+        self._hung_up.set()
+        self._done.set()
+
+    async def _do(self, link: Link, id_: int, work: Work) -> None:
+        try:
+            if isinstance(work, Stream):
+                async with aclosing(self._backend.stream(work.prompt, work.sampling)) as pieces:
+                    async for piece in pieces:
+                        link.send(Part(id_, piece))
+                link.send(Done(id_))
+            else:
+                link.send(Done(id_, await self._value(work)))
+        except asyncio.CancelledError:
+            link.send(Fault(id_, "nobody waits for it any more", False))
+        except InputError as error:
+            link.send(Fault(id_, str(error), True))
+        except Exception as error:
+            LOG.exception("a request failed")
+            link.send(Fault(id_, f"{type(error).__name__}: {error}", False))
+
+    async def _value(self, work: Work) -> Value:
+        backend = self._backend
+        match work:
+            case Complete(prompt, sampling):
+                return await backend.complete(prompt, sampling)
+            case Accept(prompt, sampling):
+                await backend.accept(prompt, sampling)
+            case ChatPrompt(messages):
+                return await backend.chat_prompt(messages)
+            case Detokenize(ids):
+                return await backend.detokenize(ids)
+            case Classify(pixels):
+                return Array.of(await backend.classify(pixels.numpy()))
+            case Check():
+                await backend.check()
+        return None

@@ -1,0 +1,334 @@
+"""The gateway's replicas without Ray: over real connections, with real engines, and with backends that do as told."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from overproof.errors import InputError
+from overproof.serve.backend import Backend, Busy, Prompt, Threads, Together, Whole
+from overproof.serve.crew import Crew, Gone, Load, Switchboard
+from overproof.serve.engines.base import Piece, Sampling
+from overproof.serve.engines.llamacpp import LlamaCpp
+from overproof.serve.engines.onnx import OnnxClassifier
+from overproof.serve.post import Post
+from overproof.serve.wire import LENGTH, STRANGER_BYTES, Door
+
+NAME, HOST, ONE = "package", "127.0.0.1", Sampling(1)
+SOON_S = 10
+
+
+@dataclass
+class Told:
+    """A backend whose requests end when the test says so."""
+
+    begun: list[Any] = field(default_factory=list)
+    ended: list[Any] = field(default_factory=list)
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def complete(self, prompt: Prompt, sampling: Sampling) -> Whole:
+        self.begun.append(prompt)
+        try:
+            await self.go_on.wait()
+        finally:
+            self.ended.append(prompt)
+        return Whole(str(prompt), "stop", 1, 1)
+
+    async def accept(self, prompt: Prompt, sampling: Sampling) -> None:
+        raise RuntimeError(f"no room for {prompt} of {sampling.max_tokens}")
+
+    async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
+        self.begun.append(prompt)
+        try:
+            yield Piece("first")
+            await self.go_on.wait()
+            yield Piece("last", "stop", 1, 2)
+        finally:
+            self.ended.append(prompt)
+
+    async def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return messages[-1]["content"]
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+    async def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
+        return pixels_BD
+
+    async def check(self) -> None:
+        """It answers."""
+
+
+class Doors:
+    """Where replicas find the gateway; what the desk is in a cluster."""
+
+    def __init__(self) -> None:
+        self._door: Door | None = None
+        self._changed = asyncio.Condition()
+
+    async def move(self, door: Door) -> None:
+        async with self._changed:
+            self._door = door
+            self._changed.notify_all()
+
+    async def find(self, seen: Door | None) -> Door | None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._door is not None and self._door != seen)
+        return self._door
+
+
+@asynccontextmanager
+async def gateway(doors: Doors, most_waiting: int = 8) -> AsyncIterator[tuple[Switchboard, Crew]]:
+    board = Switchboard()
+    crew = board.crew(NAME)
+    crew.most_waiting = most_waiting
+    await doors.move(await board.open(HOST))
+    yield board, crew
+    board.close()
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    async with asyncio.timeout(SOON_S):
+        while not reached():
+            await asyncio.sleep(0.01)
+
+
+def timeless(whole: Whole) -> Whole:
+    done = whole.done
+    return whole if done is None else replace(whole, done=replace(done, first_token_s=0, decode_s=0))
+
+
+def run(test: Awaitable[None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(60):
+            await test
+
+    asyncio.run(bounded())
+
+
+def test_a_replica_answers_as_its_engine_does(text_package: Path, digits_package: Path) -> None:
+    async def test() -> None:
+        doors, engine = Doors(), LlamaCpp(text_package / "model.gguf", slots=2)
+        local = Threads(engine, 4)
+        async with gateway(doors) as (board, crew):
+            Post(local, NAME, 2, doors.find)
+            for sampling in (
+                Sampling(8, seed=3, temperature=1.0, stop=("x",), logit_bias={5: -1.0}),
+                Sampling(4, logprobs=3),
+                Sampling(6, grammar='root ::= "yes" | "no"'),
+            ):
+                expected = await local.complete("import os\n", sampling)
+                assert timeless(await crew.complete("import os\n", sampling)) == timeless(expected)
+            async with aclosing(crew.stream([0, 70], Sampling(8))) as pieces:
+                texts = [piece.text async for piece in pieces]
+            assert "".join(texts) == (await local.complete([0, 70], Sampling(8))).text
+            messages = [{"role": "user", "content": "hello"}]
+            assert await crew.chat_prompt(messages) == await local.chat_prompt(messages)
+            assert await crew.detokenize([70, 71]) == engine.detokenize([70, 71])
+            await crew.accept("x", ONE)
+            await crew.check()
+            for call in (crew.complete("", ONE), crew.accept("", ONE), anext(crew.stream("", ONE))):
+                with pytest.raises(InputError, match="prompt: empty"):
+                    await call
+            images = OnnxClassifier(digits_package / "model.onnx")
+            Post(Together(images, images.pixels), "digits", 2, doors.find)
+            pixels_BD = np.linspace(0, 1, 192, dtype=np.float32).reshape(3, 64)
+            classes = board.crew("digits")
+            classes.most_waiting = 1
+            np.testing.assert_array_equal(await classes.classify(pixels_BD), images.classify(pixels_BD))
+            with pytest.raises(InputError, match="64"):
+                await classes.classify(pixels_BD[:, :3])
+        await local.close()
+
+    run(test())
+
+
+def test_work_waits_for_room_in_its_order_and_the_least_busy_takes_it() -> None:
+    async def test() -> None:
+        doors, one, two = Doors(), Told(), Told()
+        async with gateway(doors, most_waiting=2) as (_, crew):
+            Post(one, NAME, 2, doors.find)
+            await until(lambda: crew.load.replicas == 1)
+            asked = [asyncio.ensure_future(crew.complete(str(i), ONE)) for i in range(4)]
+            await until(lambda: one.begun == ["0", "1"])
+            assert crew.load == Load(1, 2, 2)
+            with pytest.raises(Busy, match="2 requests are being answered and 2 wait"):
+                await crew.complete("one too many", ONE)
+            assert await crew.chat_prompt([{"role": "user", "content": "?"}]) == "?"  # takes no room
+            Post(two, NAME, 2, doors.find)
+            await until(lambda: two.begun == ["2", "3"])
+            two.go_on.set()
+            assert [(await each).text for each in asked[2:]] == ["2", "3"]
+            assert (await crew.complete("4", ONE)).text == "4"
+            assert (one.begun, two.begun) == (["0", "1"], ["2", "3", "4"])
+            one.go_on.set()
+            await asyncio.gather(*asked)
+            assert crew.load == Load(2, 0, 0)
+
+    run(test())
+
+
+def test_what_is_given_up_leaves_its_room() -> None:
+    async def test() -> None:
+        doors, backend = Doors(), Told()
+        async with gateway(doors) as (_, crew):
+            Post(backend, NAME, 1, doors.find)
+            asked = [asyncio.ensure_future(crew.complete(str(i), ONE)) for i in range(3)]
+            await until(lambda: backend.begun == ["0"])
+            asked[1].cancel()  # while it waits
+            asked[0].cancel()  # while it runs
+            await until(lambda: backend.begun == ["0", "2"])
+            assert backend.ended == ["0"]
+            backend.go_on.set()
+            assert (await asked[2]).text == "2"
+            backend.go_on.clear()
+            async with aclosing(crew.stream("3", ONE)) as pieces:
+                assert (await anext(pieces)).text == "first"
+            await until(lambda: backend.ended == ["0", "2", "3"] and crew.load == Load(1, 0, 0))
+            with pytest.raises(RuntimeError, match="no room for x of 1"):
+                await crew.accept("x", ONE)
+
+    run(test())
+
+
+def test_a_replica_that_dies_is_replaced_by_another() -> None:
+    async def test() -> None:
+        doors, dying, next_one = Doors(), Told(), Told()
+        async with gateway(doors) as (board, crew):
+            Post(dying, NAME, 4, doors.find)
+            whole = asyncio.ensure_future(crew.complete("whole", ONE))
+            stream = crew.stream("stream", ONE)
+            assert (await anext(stream)).text == "first"
+            await until(lambda: len(dying.begun) == 2)
+            (link,) = board._known
+            assert link._transport is not None
+            link._transport.abort()
+            with pytest.raises(Gone, match="died before it had answered"):
+                await anext(stream)  # its client has a part of the answer
+            await until(lambda: len(dying.ended) == 2)
+            next_one.go_on.set()
+            dying.go_on.set()
+            Post(next_one, NAME, 4, doors.find)
+            assert (await whole).text == "whole"  # by whichever called first
+
+    run(test())
+
+
+def test_who_leaves_ends_what_was_begun_and_gets_no_more() -> None:
+    async def test() -> None:
+        doors, leaving, staying = Doors(), Told(), Told()
+        async with gateway(doors) as (_, crew):
+            post = Post(leaving, NAME, 2, doors.find)
+            stream = crew.stream("long", ONE)
+            assert (await anext(stream)).text == "first"
+            left = asyncio.ensure_future(post.leave())
+            await until(lambda: crew.load.replicas == 0)
+            waits = asyncio.ensure_future(crew.complete("next", ONE))
+            Post(staying, NAME, 2, doors.find)
+            await until(lambda: staying.begun == ["next"])
+            assert not left.done()
+            leaving.go_on.set()
+            assert [piece.text async for piece in stream] == ["last"]
+            await asyncio.wait_for(left, SOON_S)
+            staying.go_on.set()
+            assert (await waits).text == "next"
+            assert leaving.begun == ["long"]
+
+    run(test())
+
+
+def test_a_gateway_that_is_replaced_ends_its_streams_while_the_next_one_is_called() -> None:
+    async def test() -> None:
+        doors, backend = Doors(), Told()
+        async with gateway(doors) as (old, before):
+            Post(backend, NAME, 2, doors.find)
+            stream = before.stream("old", ONE)
+            assert (await anext(stream)).text == "first"
+            async with gateway(doors) as (_, after):
+                asked = asyncio.ensure_future(after.complete("new", ONE))
+                await until(lambda: backend.begun == ["old", "new"])
+                backend.go_on.set()
+                assert [piece.text async for piece in stream] == ["last"]
+                assert (await asked).text == "new"
+                old.close()
+                await until(lambda: before.load.replicas == 0)
+                assert (await after.complete("newer", ONE)).text == "newer"
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        (STRANGER_BYTES + 1).to_bytes(LENGTH, "big"),
+        (3).to_bytes(LENGTH, "big") + b"\xc1\xc1\xc1",
+        # a Hello with a secret that is not the gateway's
+        (lambda m: len(m).to_bytes(LENGTH, "big") + m)(
+            b"\x84\xa4type\xa5Hello\xa6secret\xa5wrong\xa7package\xa1p\xa4room\x01"
+        ),
+        # a Leave of somebody who has not said who it is
+        (lambda m: len(m).to_bytes(LENGTH, "big") + m)(b"\x81\xa4type\xa5Leave"),
+    ],
+)
+def test_strangers_are_hung_up_on(said: bytes) -> None:
+    async def test() -> None:
+        board = Switchboard()
+        door = await board.open(HOST)
+        with socket.create_connection((door.host, door.port), timeout=SOON_S) as stranger:
+            stranger.sendall(said)
+            assert await asyncio.to_thread(gone, stranger)
+        assert board.loads == {}
+        board.close()
+
+    def gone(stranger: socket.socket) -> bool:
+        try:
+            return stranger.recv(1) == b""
+        except ConnectionResetError:
+            return True
+
+    run(test())
+
+
+def test_images_that_wait_are_classified_together() -> None:
+    class Slow:
+        """Notes the size of every batch."""
+
+        def __init__(self) -> None:
+            self.sizes: list[int] = []
+
+        def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
+            self.sizes.append(len(pixels_BD))
+            if pixels_BD.max() > 1:
+                raise RuntimeError("too bright")
+            return pixels_BD * 2
+
+        def check(self) -> None:
+            """It answers."""
+
+        def close(self) -> None:
+            """Nothing to free."""
+
+    async def test() -> None:
+        engine = Slow()
+        backend: Backend = Together(engine, 4)
+        images = [np.full((1, 4), i / 64, np.float32) for i in range(40)]
+        found = await asyncio.gather(*(backend.classify(image) for image in images))
+        assert engine.sizes == [16, 16, 8]
+        for image, twice in zip(images, found, strict=True):
+            np.testing.assert_array_equal(twice, image * 2)
+        bright = np.full((1, 4), 2, np.float32)
+        failed = await asyncio.gather(backend.classify(bright), backend.classify(images[0]), return_exceptions=True)
+        assert [str(each) for each in failed] == ["too bright", "too bright"]
+        np.testing.assert_array_equal(await backend.classify(images[1]), images[1] * 2)
+
+    run(test())
