@@ -5,7 +5,7 @@
 
 Prints one Markdown table. The peak is the best rate of a square matrix product in the same number format, with the
 same threads, measured here between the blocks of steps. `--largest` looks for the largest Llama that ZeRO-Offload
-(arXiv 2101.06840) trains on the card. The preset 1b is a Llama of 1.1 billion parameters at bf16, for a GPU. On two
+(arXiv 2101.06840) trains on the card. The preset 1b is a Llama of 1.0 billion parameters at bf16, for a GPU. On two
 cores `small` takes about 3 minutes; on a GPU `1b` about 4, and `--largest` up to 15 more.
 """
 
@@ -207,7 +207,7 @@ def main() -> None:
         sys.exit("the measurement failed; its error stands above")
     lines = [found]
     if not torch.cuda.is_available():
-        lines.append(["1,100M, bf16", "GPU", *["not measured"] * 5])
+        lines.append(["1,035M, bf16", "GPU", *["not measured"] * 5])
     print(f"medians of {given.repeats} blocks of {given.steps} steps, one process, no Ray\n")
     head = ("model", "where", "tokens/s", "model TFLOP/s", "peak of a matrix product, TFLOP/s", "utilisation", "GiB")
     table(head, lines)
