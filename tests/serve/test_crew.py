@@ -190,10 +190,20 @@ def test_what_is_given_up_leaves_its_room() -> None:
             assert backend.ended == ["0"]
             backend.go_on.set()
             assert (await asked[2]).text == "2"
+            for _ in range(3):  # the replica hears of both at once
+                hasty = asyncio.ensure_future(crew.complete("never begun", ONE))
+                await asyncio.sleep(0)
+                hasty.cancel()
+            await until(lambda: crew.load == Load(1, 0, 0))
+            assert backend.begun == ["0", "2"]
             backend.go_on.clear()
             async with aclosing(crew.stream("3", ONE)) as pieces:
                 assert (await anext(pieces)).text == "first"
             await until(lambda: backend.ended == ["0", "2", "3"] and crew.load == Load(1, 0, 0))
+            for prompt in ([2**64], [10**100], "\ud800"):
+                with pytest.raises(InputError, match="cannot be passed on"):
+                    await crew.complete(prompt, ONE)
+            assert crew.load == Load(1, 0, 0)
             with pytest.raises(RuntimeError, match="no room for x of 1"):
                 await crew.accept("x", ONE)
 

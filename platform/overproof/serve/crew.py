@@ -16,32 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overproof.errors import InputError
+from overproof.serve import wire
 from overproof.serve.backend import Busy, Prompt, Whole
 from overproof.serve.engines.base import Piece, Sampling
-from overproof.serve.wire import (
-    MOST_BYTES,
-    STRANGER_BYTES,
-    Accept,
-    Array,
-    Ask,
-    Cancel,
-    ChatPrompt,
-    Check,
-    Classify,
-    Complete,
-    Detokenize,
-    Done,
-    Door,
-    Fault,
-    FromReplica,
-    Hello,
-    Leave,
-    Left,
-    Link,
-    Part,
-    Stream,
-    Work,
-)
 
 TRIES = 4  # of a request that no part of an answer was sent of, when its replica dies
 STRANGER_S = 5.0  # a connection that has not said who it is
@@ -52,14 +29,14 @@ class Gone(Exception):
     """A replica died."""
 
 
-Arrived = asyncio.Queue[Part | Done | Fault | None]  # None, the replica is gone
+Arrived = asyncio.Queue[wire.Part | wire.Done | wire.Fault | None]  # None, the replica is gone
 
 
 @dataclass(eq=False)
 class Member:
     """A replica that has called."""
 
-    link: Link
+    link: wire.Link
     room: int
     taken: int = 0
     leaving: bool = False
@@ -101,18 +78,18 @@ class Crew:
         return Load(sum(not m.leaving for m in self._members), sum(m.taken for m in self._members), waiting)
 
     async def complete(self, prompt: Prompt, sampling: Sampling) -> Whole:
-        done: Whole = await self._one(Complete(prompt, sampling))
+        done: Whole = await self._one(wire.Complete(prompt, sampling))
         return done
 
     async def accept(self, prompt: Prompt, sampling: Sampling) -> None:
-        await self._one(Accept(prompt, sampling), takes_room=False)
+        await self._one(wire.Accept(prompt, sampling), takes_room=False)
 
     async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
         for attempt in range(TRIES):
             begun = False
             try:
-                async with self._asked(Stream(prompt, sampling), takes_room=True) as arrived:
-                    while isinstance(came := _sound(await arrived.get()), Part):
+                async with self._asked(wire.Stream(prompt, sampling), takes_room=True) as arrived:
+                    while isinstance(came := _sound(await arrived.get()), wire.Part):
                         begun = True
                         yield came.piece
                 return
@@ -121,27 +98,27 @@ class Crew:
                     raise
 
     async def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        prompt: str = await self._one(ChatPrompt([dict(message) for message in messages]), takes_room=False)
+        prompt: str = await self._one(wire.ChatPrompt([dict(message) for message in messages]), takes_room=False)
         return prompt
 
     async def detokenize(self, ids: Sequence[int]) -> str:
-        text: str = await self._one(Detokenize(ids), takes_room=False)
+        text: str = await self._one(wire.Detokenize(ids), takes_room=False)
         return text
 
     async def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
-        logprobs: Array = await self._one(Classify(Array.of(pixels_BD)))
+        logprobs: wire.Array = await self._one(wire.Classify(wire.Array.of(pixels_BD)))
         return logprobs.numpy()
 
     async def check(self) -> None:
-        await self._one(Check(), takes_room=False)
+        await self._one(wire.Check(), takes_room=False)
 
     def join(self, member: Member) -> None:
         self._members.append(member)
         self._changed()
 
-    def hear(self, member: Member, message: Part | Done | Fault) -> None:
+    def hear(self, member: Member, message: wire.Part | wire.Done | wire.Fault) -> None:
         """Something of the work of a member."""
-        if isinstance(message, Part):
+        if isinstance(message, wire.Part):
             if message.id in member.doing:
                 member.doing[message.id][0].put_nowait(message)
             return
@@ -154,7 +131,7 @@ class Crew:
         """A member goes when it has done what it has begun."""
         member.leaving = True
         self._changed()
-        member.link.send(Left())
+        member.link.send(wire.Left())
 
     def lose(self, member: Member) -> None:
         self._members.remove(member)
@@ -162,12 +139,12 @@ class Crew:
             arrived.put_nowait(None)
         self._changed()
 
-    async def _one(self, work: Work, takes_room: bool = True) -> Any:
+    async def _one(self, work: wire.Work, takes_room: bool = True) -> Any:
         for attempt in range(TRIES):
             try:
                 async with self._asked(work, takes_room) as arrived:
                     came = _sound(await arrived.get())
-                    assert isinstance(came, Done)
+                    assert isinstance(came, wire.Done)
                     return came.value
             except Gone:
                 if attempt == TRIES - 1:
@@ -175,18 +152,19 @@ class Crew:
         raise AssertionError
 
     @asynccontextmanager
-    async def _asked(self, work: Work, takes_room: bool) -> AsyncIterator[Arrived]:
-        member = await self._with_room() if takes_room else await self._any()
+    async def _asked(self, work: wire.Work, takes_room: bool) -> AsyncIterator[Arrived]:
         id_, arrived = next(IDS), Arrived()
+        framed = wire.frame(wire.Ask(id_, work))  # what cannot be sent takes no room
+        member = await self._with_room() if takes_room else await self._any()
         if not member.link.open:
             raise Gone
         member.doing[id_] = arrived, takes_room
-        member.link.send(Ask(id_, work))
+        member.link.send_frame(framed)
         try:
             yield arrived
         finally:
             if id_ in member.doing:  # its room is free when the replica says so
-                member.link.send(Cancel(id_))
+                member.link.send(wire.Cancel(id_))
 
     async def _with_room(self) -> Member:
         free = [member for member in self._members if member.free]
@@ -248,15 +226,15 @@ class Switchboard:
 
     def __init__(self) -> None:
         self._crews: dict[str, Crew] = {}
-        self._known: dict[Link, tuple[Crew, Member]] = {}
+        self._known: dict[wire.Link, tuple[Crew, Member]] = {}
         self._secret = secrets.token_urlsafe(32)
         self._server: asyncio.Server | None = None
 
-    async def open(self, host: str) -> Door:
+    async def open(self, host: str) -> wire.Door:
         """Listen, at any free port."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(self._link, host, 0)
-        return Door(host, self._server.sockets[0].getsockname()[1], self._secret)
+        return wire.Door(host, self._server.sockets[0].getsockname()[1], self._secret)
 
     def crew(self, package: str) -> Crew:
         return self._crews.setdefault(package, Crew())
@@ -278,42 +256,42 @@ class Switchboard:
         for link in list(self._known):
             link.close()
 
-    def _link(self) -> Link:
-        link = Link(FromReplica, self._received, self._lost, STRANGER_BYTES)
+    def _link(self) -> wire.Link:
+        link = wire.Link(wire.FromReplica, self._received, self._lost, wire.STRANGER_BYTES)
         asyncio.get_running_loop().call_later(STRANGER_S, partial(self._insist_on_hello, link))
         return link
 
-    def _insist_on_hello(self, link: Link) -> None:
+    def _insist_on_hello(self, link: wire.Link) -> None:
         if link not in self._known:
             link.close()
 
-    def _received(self, link: Link, message: FromReplica) -> None:
+    def _received(self, link: wire.Link, message: wire.FromReplica) -> None:
         if link not in self._known:
-            if not isinstance(message, Hello) or not secrets.compare_digest(message.secret, self._secret):
+            if not isinstance(message, wire.Hello) or not secrets.compare_digest(message.secret, self._secret):
                 link.close()
                 return
-            link.most_bytes = MOST_BYTES
+            link.most_bytes = wire.MOST_BYTES
             crew, member = self.crew(message.package), Member(link, message.room)
             self._known[link] = crew, member
             crew.join(member)
             return
         crew, member = self._known[link]
-        if isinstance(message, Leave):
+        if isinstance(message, wire.Leave):
             crew.leave(member)
-        elif not isinstance(message, Hello):
+        elif not isinstance(message, wire.Hello):
             crew.hear(member, message)
 
-    def _lost(self, link: Link) -> None:
+    def _lost(self, link: wire.Link) -> None:
         known = self._known.pop(link, None)
         if known is not None:
             crew, member = known
             crew.lose(member)
 
 
-def _sound(came: Part | Done | Fault | None) -> Part | Done:
+def _sound(came: wire.Part | wire.Done | wire.Fault | None) -> wire.Part | wire.Done:
     """What arrived, unless it is that something went wrong."""
     if came is None:
         raise Gone("the replica died before it had answered")
-    if isinstance(came, Fault):
+    if isinstance(came, wire.Fault):
         raise (InputError if came.of_the_request else RuntimeError)(came.message)
     return came

@@ -9,36 +9,15 @@ from contextlib import aclosing
 from typing import Any
 
 from overproof.errors import InputError
+from overproof.serve import wire
 from overproof.serve.backend import Backend
-from overproof.serve.wire import (
-    Accept,
-    Array,
-    Ask,
-    Cancel,
-    ChatPrompt,
-    Check,
-    Classify,
-    Complete,
-    Detokenize,
-    Done,
-    Door,
-    Fault,
-    FromGateway,
-    Hello,
-    Leave,
-    Left,
-    Link,
-    Part,
-    Stream,
-    Value,
-    Work,
-)
 
 LOG = logging.getLogger("ray.serve")
-RETRY_S = 0.2
+RETRY_S, DIAL_S = 0.2, 5.0
 
 
-FindDoor = Callable[[Door | None], Coroutine[Any, Any, Door | None]]  # answered when it is another, or after a while
+# Answered when the door is another than the one seen, or after a while.
+FindDoor = Callable[[wire.Door | None], Coroutine[Any, Any, wire.Door | None]]
 
 
 class Post:
@@ -46,10 +25,10 @@ class Post:
 
     def __init__(self, backend: Backend, package: str, room: int, door: FindDoor) -> None:
         self._backend, self._package, self._room, self._door = backend, package, room, door
-        self._links: set[Link] = set()
-        self._tasks: dict[tuple[Link, int], asyncio.Task[None]] = {}
+        self._links: set[wire.Link] = set()
+        self._tasks: dict[tuple[wire.Link, int], asyncio.Task[None]] = {}
         self._hung_up, self._done = asyncio.Event(), asyncio.Event()
-        self._unanswered: set[Link] = set()  # of those that were told of leaving
+        self._unanswered: set[wire.Link] = set()  # of those that were told of leaving
         self._calling = asyncio.ensure_future(self._call())
 
     async def leave(self) -> None:
@@ -57,7 +36,7 @@ class Post:
         self._calling.cancel()
         self._unanswered = set(self._links)
         for link in self._links:
-            link.send(Leave())
+            link.send(wire.Leave())
         while self._unanswered or self._tasks:
             self._done.clear()
             await self._done.wait()
@@ -65,8 +44,10 @@ class Post:
             link.close()
 
     async def _call(self) -> None:
-        seen: Door | None = None
+        seen: wire.Door | None = None
         while True:
+            if not self._links:
+                seen = None
             self._hung_up.clear()
             try:
                 found = await self._next(seen)
@@ -77,10 +58,9 @@ class Post:
             except Exception as error:  # whom we call is being replaced
                 LOG.info("calling the gateway: %s", error)
             if not self._links:
-                seen = None
                 await asyncio.sleep(RETRY_S)
 
-    async def _next(self, seen: Door | None) -> Door | None:
+    async def _next(self, seen: wire.Door | None) -> wire.Door | None:
         """The gateway's door, when it is another or nobody is on the line."""
         asked = asyncio.ensure_future(self._door(seen))
         hung_up = asyncio.ensure_future(self._hung_up.wait())
@@ -91,33 +71,36 @@ class Post:
             asked.cancel()
             hung_up.cancel()
 
-    async def _dial(self, found: Door) -> None:
+    async def _dial(self, found: wire.Door) -> None:
         loop = asyncio.get_running_loop()
-        _, link = await loop.create_connection(
-            lambda: Link(FromGateway, self._received, self._lost), found.host, found.port
-        )
+        async with asyncio.timeout(DIAL_S):  # a machine that is gone does not even refuse
+            _, link = await loop.create_connection(
+                lambda: wire.Link(wire.FromGateway, self._received, self._lost), found.host, found.port
+            )
         self._links.add(link)
-        link.send(Hello(found.secret, self._package, self._room))
+        link.send(wire.Hello(found.secret, self._package, self._room))
 
-    def _received(self, link: Link, message: FromGateway) -> None:
+    def _received(self, link: wire.Link, message: wire.FromGateway) -> None:
         match message:
-            case Ask(id_, work):
+            case wire.Ask(id_, work):
                 task = asyncio.ensure_future(self._do(link, id_, work))
                 self._tasks[link, id_] = task
-                task.add_done_callback(lambda _: self._ended(link, id_))
-            case Cancel(id_):
+                task.add_done_callback(lambda ended: self._ended(link, id_, ended))
+            case wire.Cancel(id_):
                 task_or_none = self._tasks.get((link, id_))
                 if task_or_none is not None:
                     task_or_none.cancel()
-            case Left():
+            case wire.Left():
                 self._unanswered.discard(link)
                 self._done.set()
 
-    def _ended(self, link: Link, id_: int) -> None:
+    def _ended(self, link: wire.Link, id_: int, task: asyncio.Task[None]) -> None:
+        if task.cancelled():  # perhaps before it had begun: every piece of work has an end that is told
+            link.send(wire.Fault(id_, "nobody waits for it any more", False))
         del self._tasks[link, id_]
         self._done.set()
 
-    def _lost(self, link: Link) -> None:
+    def _lost(self, link: wire.Link) -> None:
         self._links.discard(link)
         self._unanswered.discard(link)
         for (asker, _), task in list(self._tasks.items()):
@@ -126,36 +109,34 @@ class Post:
         self._hung_up.set()
         self._done.set()
 
-    async def _do(self, link: Link, id_: int, work: Work) -> None:
+    async def _do(self, link: wire.Link, id_: int, work: wire.Work) -> None:
         try:
-            if isinstance(work, Stream):
+            if isinstance(work, wire.Stream):
                 async with aclosing(self._backend.stream(work.prompt, work.sampling)) as pieces:
                     async for piece in pieces:
-                        link.send(Part(id_, piece))
-                link.send(Done(id_))
+                        link.send(wire.Part(id_, piece))
+                link.send(wire.Done(id_))
             else:
-                link.send(Done(id_, await self._value(work)))
-        except asyncio.CancelledError:
-            link.send(Fault(id_, "nobody waits for it any more", False))
+                link.send(wire.Done(id_, await self._value(work)))
         except InputError as error:
-            link.send(Fault(id_, str(error), True))
+            link.send(wire.Fault(id_, str(error), True))
         except Exception as error:
             LOG.exception("a request failed")
-            link.send(Fault(id_, f"{type(error).__name__}: {error}", False))
+            link.send(wire.Fault(id_, f"{type(error).__name__}: {error}", False))
 
-    async def _value(self, work: Work) -> Value:
+    async def _value(self, work: wire.Work) -> wire.Value:
         backend = self._backend
         match work:
-            case Complete(prompt, sampling):
+            case wire.Complete(prompt, sampling):
                 return await backend.complete(prompt, sampling)
-            case Accept(prompt, sampling):
+            case wire.Accept(prompt, sampling):
                 await backend.accept(prompt, sampling)
-            case ChatPrompt(messages):
+            case wire.ChatPrompt(messages):
                 return await backend.chat_prompt(messages)
-            case Detokenize(ids):
+            case wire.Detokenize(ids):
                 return await backend.detokenize(ids)
-            case Classify(pixels):
-                return Array.of(await backend.classify(pixels.numpy()))
-            case Check():
+            case wire.Classify(pixels):
+                return wire.Array.of(await backend.classify(pixels.numpy()))
+            case wire.Check():
                 await backend.check()
         return None

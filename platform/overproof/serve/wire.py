@@ -17,9 +17,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from overproof.errors import InputError
 from overproof.serve.backend import Prompt, Whole
 from overproof.serve.engines.base import Piece, Sampling
 
+ENCODER = msgspec.msgpack.Encoder()
 LENGTH = 4
 MOST_BYTES = 1 << 28
 STRANGER_BYTES = 4096  # of what is not known yet
@@ -34,19 +36,21 @@ class Door(msgspec.Struct, frozen=True):
     secret: str
 
 
-class Complete(msgspec.Struct, tag=True):
+class Generation(msgspec.Struct):
     prompt: Prompt
     sampling: Sampling
 
 
-class Stream(msgspec.Struct, tag=True):
-    prompt: Prompt
-    sampling: Sampling
+class Complete(Generation, tag=True):
+    pass
 
 
-class Accept(msgspec.Struct, tag=True):
-    prompt: Prompt
-    sampling: Sampling
+class Stream(Generation, tag=True):
+    pass
+
+
+class Accept(Generation, tag=True):
+    pass
 
 
 class ChatPrompt(msgspec.Struct, tag=True):
@@ -128,6 +132,19 @@ FromReplica = Hello | Part | Done | Fault | Leave
 Message = FromGateway | FromReplica
 
 
+def frame(message: Message) -> bytes:
+    """A message as it is sent.
+
+    Raises:
+        InputError: it has a number or a text that cannot be.
+    """
+    try:
+        encoded = ENCODER.encode(message)
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise InputError(f"the request cannot be passed on: {error}; expected 64-bit numbers, valid Unicode") from None
+    return len(encoded).to_bytes(LENGTH, "big") + encoded
+
+
 class Link(asyncio.Protocol):
     """One end of a connection: whole messages of one type, in their order."""
 
@@ -138,7 +155,7 @@ class Link(asyncio.Protocol):
         lost: Callable[[Link], None],
         most_bytes: int = MOST_BYTES,
     ) -> None:
-        self._decoder, self._encoder = msgspec.msgpack.Decoder(expected), msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(expected)
         self._received, self._lost, self.most_bytes = received, lost, most_bytes
         self._in, self._out = bytearray(), bytearray()
         self._transport: asyncio.Transport | None = None
@@ -148,13 +165,15 @@ class Link(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def send(self, message: Message) -> None:
-        """Say something, together with all that is said this turn; nobody hears it where the connection is lost."""
-        if not self.open:
-            return
-        if not self._out:
-            asyncio.get_running_loop().call_soon(self._flush)
-        encoded = self._encoder.encode(message)
-        self._out += len(encoded).to_bytes(LENGTH, "big") + encoded
+        """Say something; see ``send_frame``."""
+        self.send_frame(frame(message))
+
+    def send_frame(self, framed: bytes) -> None:
+        """Send a message together with all that is said this turn; where the connection is lost nobody hears it."""
+        if self.open:
+            if not self._out:
+                asyncio.get_running_loop().call_soon(self._flush)
+            self._out += framed
 
     def close(self) -> None:
         """End it when what was said is sent."""
