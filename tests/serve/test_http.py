@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import re
 import threading
 from collections.abc import Iterator
@@ -13,12 +14,12 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 
 from alone import one
 from overproof.errors import InputError
 from overproof.registry.package import open_package
 from overproof.serve import limits
+from overproof.serve.access_log import AccessLog
 from overproof.serve.engines.base import Piece
 from overproof.serve.engines.llamacpp import LlamaCpp
 from overproof.serve.engines.onnx import OnnxClassifier
@@ -47,7 +48,7 @@ def digits(digits_package: Path) -> One:
     return one(digits_package, OnnxClassifier(digits_package / "model.onnx"))
 
 
-def ask(app: FastAPI, method: str, path: str, client: str = "127.0.0.1", **request: Any) -> httpx.Response:
+def ask(app: Any, method: str, path: str, client: str = "127.0.0.1", **request: Any) -> httpx.Response:
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=(client, 1))
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
@@ -341,6 +342,9 @@ def test_a_stream_that_fails_says_so_at_its_end(text_package: Path) -> None:
         def __init__(self) -> None:
             self.pieces = iter([Piece("x")])
 
+        def __iter__(self) -> Any:
+            return self
+
         def __next__(self) -> Piece:
             for piece in self.pieces:
                 return piece
@@ -350,9 +354,46 @@ def test_a_stream_that_fails_says_so_at_its_end(text_package: Path) -> None:
 
     app = build_http(one(text_package, Breaks()), OPEN)
     reply = ask(app, "POST", "/v1/completions", json={"prompt": "x", "stream": True})
-    *_, last = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
+    first, last = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
+    assert (reply.status_code, json.loads(first)["choices"][0]["text"]) == (200, "x")
     assert ErrorReply.model_validate_json(last).error.type == "server_error"
     assert "secret" not in reply.text
+
+
+def test_where_one_choice_cannot_be_had_the_others_end_too(text_package: Path) -> None:
+    class Picky(Endless):
+        def stream(self, prompt: Any, _: Any) -> Any:
+            if prompt == "bad":
+                raise InputError("prompt: bad")
+            return self
+
+    engine = Picky()
+    reply = ask(build_http(one(text_package, engine), OPEN), "POST", "/v1/completions", json={"prompt": ["x", "bad"]})
+    assert (reply.status_code, reply.json()["error"]["message"]) == (400, "prompt: bad")
+    assert engine.closed.is_set()
+
+
+def test_every_request_is_a_line_of_json_without_its_prompt_unless_asked_for(
+    text: One, caplog: pytest.LogCaptureFixture
+) -> None:
+    access_log = logging.getLogger("ray.serve")
+    for with_bodies in (False, True):
+        caplog.clear()
+        log: Any = AccessLog(build_http(text, OPEN), with_bodies)
+        with caplog.at_level(logging.INFO, "ray.serve"):
+            access_log.addHandler(caplog.handler)
+            good = ask(log, "POST", "/v1/completions", json={"prompt": "a secret", "max_tokens": 1})
+            bad = ask(log, "GET", "/nowhere?key=secret")
+            log.flush()
+            access_log.removeHandler(caplog.handler)
+        lines = [json.loads(line) for record in caplog.records for line in record.getMessage().split("\n")[1:]]
+        said = [(line["request"], line["method"], line["path"], line["status"], line["client"]) for line in lines]
+        assert list(dict.fromkeys(said)) == [
+            (good.headers["x-request-id"], "POST", "/v1/completions", 200, "127.0.0.1"),
+            (bad.headers["x-request-id"], "GET", "/nowhere", 404, "127.0.0.1"),
+        ]
+        assert ("secret" in caplog.text) == with_bodies
+        assert all(line["seconds"] >= 0 and line["at"].endswith("Z") for line in lines)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 
 from overproof.errors import InputError
 from overproof.serve.answers import FAILED, Ask, Outcome, asks, exchanges, insist_on_grammar, streamed, usage_of, whole
-from overproof.serve.backend import Backend, Busy
+from overproof.serve.backend import Backend, Busy, Whole
 from overproof.serve.beside import Beside
 from overproof.serve.engines.base import Sampling
 from overproof.serve.house import Asked, House
@@ -116,7 +116,7 @@ def build_http(house: House, access: Access, beside: Beside | None = None) -> Fa
                 first_event_s = time.perf_counter() - began_s
                 beside.began(served.model.overproof.package, first_event_s)
                 return StreamingResponse(_chain(first, events), media_type="text/event-stream")
-            ended = await _while_there(http, asyncio.gather(*(served.backend.complete(*ask) for ask in asked)))
+            ended = await _while_there(http, asyncio.ensure_future(_all(served.backend, asked)))
         insist_on_grammar(asked, ended)
         reply, outcomes = whole(shape, ended)
         await done(outcomes, False)
@@ -179,7 +179,7 @@ def _counted(house: House, served: Served, began_s: float) -> Iterator[None]:
 
 def _text(asked: list[Ask]) -> Asked:
     async def everything(backend: Backend) -> Any:
-        return await asyncio.gather(*(backend.complete(*ask) for ask in asked))
+        return await _all(backend, asked)
 
     async def next_token(backend: Backend) -> Any:
         return (await backend.complete(asked[0][0], Sampling(1))).text
@@ -192,6 +192,16 @@ def _images(pixels_BD: NDArray[np.float32]) -> Asked:
         return (await backend.classify(pixels_BD)).argmax(axis=1).tolist()
 
     return Asked(labels, labels)
+
+
+async def _all(backend: Backend, asked: list[Ask]) -> list[Whole]:
+    """Every choice; where one cannot be had, the others end too."""
+    tasks = [asyncio.ensure_future(backend.complete(*ask)) for ask in asked]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _while_there(http: HttpRequest, work: asyncio.Future[Result]) -> Result:
