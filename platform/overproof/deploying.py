@@ -14,7 +14,7 @@ from overproof.artifact import RECORD, Store
 from overproof.console import out, waiting
 from overproof.errors import InputError
 from overproof.files import join
-from overproof.recipe import HOUSE, Serve, assignments
+from overproof.recipe import Serve, assignments
 
 PLACES = ("stable", "canary", "shadow")
 
@@ -34,11 +34,7 @@ def deploy(package: str, store: str, overrides: Sequence[str], place: str) -> in
     version = described(where, settings)  # what is wrong shows before anything starts
     with waiting(f"starting {version.package}"):
         if run.is_open():
-            misplaced = [name for name in HOUSE if name in settings.model_fields_set]
-            if misplaced:
-                raise InputError(
-                    f"serve.{misplaced[0]}: is the same for all models, and was set at the first; leave it out"
-                )
+            run.address(settings)
             run.at_desk("deploy", version.where, settings, place, who())
         elif place != "stable":
             raise InputError(f"nothing is served on this cluster that a {place} could stand beside; deploy it without")

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayTaskError
+from ray.serve.context import _set_global_client
 
 from overproof.errors import InputError
 from overproof.recipe import Serve
@@ -96,6 +97,7 @@ class Desk:
             InputError: a package cannot be served, or the book cannot be read.
         """
         self._polled_s = time.monotonic()
+        _set_global_client(None)  # type: ignore[no-untyped-call]  # it may be of a Ray Serve that has ended since
         self._leaving = self._leaving or asyncio.ensure_future(self._leave())
         if door is not None:
             async with self._changed:

@@ -42,7 +42,7 @@ def start(package: Path | str, settings: Serve) -> str:
     """
     LOG.setLevel(logging.WARNING)
     if is_open():
-        base = _address(settings)
+        base = address(settings)
         at_desk("deploy", from_anywhere(str(package)), settings, "stable", "overproof")
         return base
     return open_house({str(package): settings}, settings)
@@ -134,33 +134,24 @@ def _stop_applications(client: Any) -> None:
     serve.shutdown()  # type: ignore[no-untyped-call]
 
 
-def address() -> str:
-    """Base URL of the house that is open."""
-    return _base(_opened())
+def address(settings: Serve | None = None) -> str:
+    """Base URL of the house that is open, which serves all models with the same port, certificate, budget and so on.
+
+    Raises:
+        InputError: none is open, or these settings ask for another.
+    """
+    opened: Serve = at_desk("settings")
+    for name in HOUSE:
+        found = getattr(opened, name)
+        if settings is not None and name in settings.model_fields_set and getattr(settings, name) not in (found, 0):
+            asked = getattr(settings, name)
+            raise InputError(f"serve.{name}: found {asked!r}, and the house that is open has {found!r}; leave it out")
+    return _base(opened)
 
 
 def replicas(package: str) -> int:
     """Those of a package that answer."""
     return running().get(application_of(package), 0)
-
-
-def _address(settings: Serve) -> str:
-    """Of the house that is open.
-
-    Raises:
-        InputError: another one is asked for.
-    """
-    opened = _opened()
-    for name in HOUSE:
-        asked, found = getattr(settings, name), getattr(opened, name)
-        if name in settings.model_fields_set and asked not in (found, 0):
-            raise InputError(f"serve.{name}: found {asked!r}, and the house that is open has {found!r}; leave it out")
-    return _base(opened)
-
-
-def _opened() -> Serve:
-    found: Serve = at_desk("settings")
-    return found
 
 
 def _base(settings: Serve) -> str:
