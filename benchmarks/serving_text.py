@@ -36,7 +36,7 @@ from overproof.models import LEAST_POSITIONS
 
 PROMPT, FIRST_PROMPT, FIRST_TOKENS = 63, 7, 4  # behind the token that starts every text
 ENGINE, STREAMED, LLAMA_CPP = "the engine, called directly", "the same, streamed", "llama.cpp's own server"
-OVERPROOF, GENERATE = "overproof", "`generate`, one batch"
+OVERPROOF, GENERATE, GENERATE_ALONE = "overproof", "`generate`, one batch", "`generate`, text by text"
 TRANSFORMERS, TRANSFORMERS_CB = "`transformers serve`", "`transformers serve --continuous-batching`"
 PAGE, BATCH_TOKENS = 32, 512  # of `transformers serve`; llama.cpp reads as many tokens of prompts at once
 WHOLE_VOCABULARY = {"top_k": 0, "min_p": 0.0}  # as overproof asks llama.cpp
@@ -118,7 +118,8 @@ def measured(folder: Path, given: argparse.Namespace) -> dict[str, list[dict[str
         STREAMED: (engine, {}),
         OVERPROOF: (partial(ours, "over_http.py", package, threads, given.streams, 1, threads=threads), {}),
         LLAMA_CPP: (partial(ours, "llama_cpp.py", gguf, threads, given.streams, threads=threads), WHOLE_VOCABULARY),
-        GENERATE: (partial(ours, "generate.py", model, threads, threads=threads), {"first_tokens": 1}),
+        GENERATE: (partial(ours, "generate.py", model, threads, given.streams, threads=threads), {"first_tokens": 1}),
+        GENERATE_ALONE: (partial(ours, "generate.py", model, threads, 1, threads=threads), {"first_tokens": 1}),
         TRANSFORMERS: (partial(hugging_face, serve), {}),
         TRANSFORMERS_CB: (partial(hugging_face, [*serve, "--continuous-batching", *pages]), {}),
     }

@@ -1,9 +1,9 @@
 """Hugging Face's `generate` on padded batches, fp32, with no server in front of it.
 
-    python generate.py MODEL THREADS
+    python generate.py MODEL THREADS BATCH
 
 Prints ``{"url": ""}`` when it is ready, and an answer to each line of its standard input, which is a plan as
-``clients.py`` takes it: as many prompts as there are clients make a batch, which ends when its last text does.
+``clients.py`` takes it: BATCH prompts make a batch, which ends when its last text does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    folder, threads = sys.argv[1], int(sys.argv[2])
+    folder, (threads, size) = sys.argv[1], map(int, sys.argv[2:])
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
@@ -34,9 +34,9 @@ def main() -> None:
 
     def run(plan: dict[str, Any]) -> dict[str, Any]:
         began_s, tokens, each_s = time.perf_counter(), 0, []
-        for start in range(0, len(plan["bodies"]), plan["clients"]):
+        for start in range(0, len(plan["bodies"]), size):
             batch_s = time.perf_counter()
-            tokens += batch(plan["bodies"][start : start + plan["clients"]])
+            tokens += batch(plan["bodies"][start : start + size])
             each_s.append(time.perf_counter() - batch_s)
         wall_s = time.perf_counter() - began_s
         return {"wall_s": wall_s, "cpu_s": 0.0, "tokens": tokens, "first_s": each_s, "whole_s": each_s}
