@@ -213,6 +213,10 @@ def test_figures_of_all_nodes_are_one_text(client: OpenAI, text_package: Path) -
         }
         time.sleep(0.5)
     assert found["completion"] >= 8
+    told = {tuple(sample.labels.get(key) for key in ("package", "state")): sample.value for sample in samples
+            if sample.name in ("ray_overproof_replicas", "ray_overproof_requests")}  # fmt: skip
+    assert told[package, None] >= 1
+    assert {told[package, "running"], told[package, "waiting"]} == {0}
     assert all(line.split()[2].startswith(OURS) for line in text.splitlines() if line.startswith("# TYPE"))
     assert any(sample.name.startswith("ray_serve_") for sample in samples)
 
