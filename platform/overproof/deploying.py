@@ -34,16 +34,16 @@ def deploy(package: str, store: str, overrides: Sequence[str], place: str) -> in
     version = described(where, settings)  # what is wrong shows before anything starts
     with waiting(f"starting {version.package}"):
         if run.is_open():
-            run.address(settings)
+            base = run.address(settings)
             run.at_desk("deploy", version.where, settings, place, who())
         elif place != "stable":
             raise InputError(f"nothing is served on this cluster that a {place} could stand beside; deploy it without")
         else:
             book = settings.deployments or join(store, "deployments.json")
-            run.open_house({}, settings.model_copy(update={"deployments": book}))
+            base = run.open_house({}, settings.model_copy(update={"deployments": book}))
             run.at_desk("deploy", version.where, settings, place, who())
     share = f" for {settings.canary.share:.0%} of the sessions" if place == "canary" else ""
-    out.print(f"{version.package} is {place}{share} at {run.address()}")
+    out.print(f"{version.package} is {place}{share} at {base}")
     return 0
 
 

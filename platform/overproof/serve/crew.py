@@ -167,14 +167,11 @@ class Crew:
                 member.link.send(wire.Cancel(id_))
 
     async def _with_room(self) -> Member:
-        free = [member for member in self._members if member.free]
-        if free and not self._waiting:
-            member = min(free, key=lambda each: each.taken / each.room)
-            member.taken += 1
-            return member
-        self._insist_on_place()
+        if not any(member.free for member in self._members):
+            self._insist_on_place()
         turn: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
+        self._changed()
         try:
             return await turn
         except asyncio.CancelledError:
