@@ -45,6 +45,16 @@ def _refused(capsys: pytest.CaptureFixture[str], store: Path, *argv: str, words:
         assert half == []
 
 
+def test_vllm_where_there_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OVERPROOF_VLLM", str(tmp_path / "python"))
+    run = ("run", str(RECIPES / "stdlib-lm.yaml"), "--set", f"store={tmp_path}", "--set", "evaluate.engine=vllm")
+    _refused(capsys, tmp_path, *run, words=("OVERPROOF_VLLM", "expected the Python of an environment that has vLLM"))
+    images = ("run", DIGITS, "--set", f"store={tmp_path}", "--set", "evaluate.engine=vllm")
+    _refused(capsys, tmp_path, *images, words=("evaluate.engine", "measures language models"))
+
+
 def test_unknown_field_and_value_out_of_range(tmp_path: Path) -> None:
     for override, word in (("train.stepz=1", "unknown field"), ("train.zero_stage=7", "0, 1, 2 or 3")):
         command = [

@@ -21,7 +21,7 @@ from overproof.train.pretrained import listing
 # How many machines share the work does not change the result.
 RESOURCES = {
     "actors", "concurrent_tasks", "cpus_per_actor", "cpus_per_trial", "cpus_per_worker", "concurrent_trials",
-    "gpus_per_actor", "gpus_per_trial", "gpus_per_worker",
+    "gpus", "gpus_per_actor", "gpus_per_trial", "gpus_per_worker",
     "workers", "micro_batch_size", "checkpoint", "max_failures", "wait_s",
 }  # fmt: skip
 
@@ -154,6 +154,8 @@ def run(recipe: Recipe, until: str | None = None) -> dict[str, Artifact]:
         steps = resolve(recipe, store, until)
         if not cluster.elsewhere():
             check(recipe, cluster.local_capacity())
+            if recipe.evaluate.engine == "vllm":
+                _insist_on_vllm()
         done: dict[str, Artifact] = {}
         connected = False
         for step in steps:
@@ -216,6 +218,12 @@ def _brief(metrics: Mapping[str, Any]) -> str:
         if isinstance(v, int | float | str)
     )
     return " · ".join(f"{key} {value}" for key, value in flat)
+
+
+def _insist_on_vllm() -> None:
+    from overproof.serve.engines.vllm_server import interpreter
+
+    interpreter()
 
 
 def _insist_on_pass(gate: Artifact) -> None:

@@ -149,9 +149,9 @@ def needs(recipe: Recipe) -> tuple[Need, ...]:
         Need("sweep", together * each, trial_cpus, trial_gpus, most=trials * each,
              why=_count(f"{together} to {trials}" if trials > together else trials, "trial") + of),
         *_teachers(sweep, together),
-        Need("evaluate", 1, 1, most=evaluate.concurrent_tasks,
+        Need("evaluate", 1, 1, evaluate.gpus, most=evaluate.concurrent_tasks,
              why=_count(f"1 to {evaluate.concurrent_tasks}" if evaluate.concurrent_tasks > 1 else 1, "task")),
-        Need("serve", serve.min_replicas, serve.cpus_per_replica, most=serve.max_replicas,
+        Need("serve", serve.min_replicas, serve.cpus_per_replica, serve.gpus_per_replica, most=serve.max_replicas,
              why=_count(replicas, "replica")),
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -18,18 +19,28 @@ from tokenizers import Tokenizer
 from overproof.compress.gguf import read_gguf
 from overproof.compress.onnx import Reference
 from overproof.errors import InputError
-from overproof.serve.engines.base import Sampling
+from overproof.recipe import Serve
+from overproof.registry.package import open_package
+from overproof.serve.engines import text_engine
+from overproof.serve.engines.base import Sampling, TextEngine
 from overproof.serve.engines.llamacpp import LlamaCpp
 from overproof.serve.engines.onnx import OnnxClassifier
 from overproof.serve.engines.stream import StopFilter
+from overproof.serve.engines.vllm_server import PYTHON, interpreter
 from overproof.serve.engines.vocabulary import line_up, open_tail, read_header
+from overproof.serve.replica import load_engine
+from packing import copy, edit
 
 PROMPT = [0, 70, 71, 72]
 
 
-@pytest.fixture(scope="module")
-def engine(text_package: Path) -> Iterator[LlamaCpp]:
-    made = LlamaCpp(text_package / "model.gguf", threads=1, slots=4)
+# vLLM where an environment has it: see docs/serving.md.
+ENGINES = ["llama.cpp", *(["vllm"] if PYTHON in os.environ else [])]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest, text_package: Path) -> Iterator[TextEngine]:
+    made = text_engine(request.param, text_package / "model.gguf", threads=1, slots=4)
     yield made
     made.close()
 
@@ -39,7 +50,7 @@ def tokenizer(text_package: Path) -> Tokenizer:
     return Tokenizer.from_file(str(text_package / "tokenizer.json"))
 
 
-def test_logprobs_are_the_models_own_for_every_token(engine: LlamaCpp, text_package: Path) -> None:
+def test_logprobs_are_the_models_own_for_every_token(engine: TextEngine, text_package: Path) -> None:
     """Sampled hot, so that many tokens end inside a character: those llama.cpp itself does not report."""
     reference, header = read_gguf(text_package / "model.gguf"), read_header(text_package / "model.gguf")
     inside = 0
@@ -65,7 +76,7 @@ def test_logprobs_are_the_models_own_for_every_token(engine: LlamaCpp, text_pack
 
 
 @pytest.mark.parametrize("stop", [(), ("e",), ("\n", "in", "self."), ("\n    never",)])
-def test_pieces_join_to_the_whole(engine: LlamaCpp, stop: tuple[str, ...]) -> None:
+def test_pieces_join_to_the_whole(engine: TextEngine, stop: tuple[str, ...]) -> None:
     for seed in range(12):
         asked = Sampling(5 + 3 * seed, temperature=seed % 3, seed=seed, stop=stop)
         whole = engine.complete([0, 70 + seed], asked)
@@ -78,7 +89,7 @@ def test_pieces_join_to_the_whole(engine: LlamaCpp, stop: tuple[str, ...]) -> No
         whole.text.encode()
 
 
-def test_a_text_is_the_start_token_and_its_ids(engine: LlamaCpp, tokenizer: Tokenizer) -> None:
+def test_a_text_is_the_start_token_and_its_ids(engine: TextEngine, tokenizer: Tokenizer) -> None:
     text = "def café():\n    return '日本 🎉'<|endoftext|>x"
     ids = tokenizer.encode(text).ids
     assert engine.tokenize(text) == ids
@@ -91,13 +102,13 @@ def test_a_text_is_the_start_token_and_its_ids(engine: LlamaCpp, tokenizer: Toke
     assert by_text.decode_s > 0
 
 
-def test_greedy_repeats_and_seeds_repeat(engine: LlamaCpp) -> None:
+def test_greedy_repeats_and_seeds_repeat(engine: TextEngine) -> None:
     assert engine.complete(PROMPT, Sampling(20)).tokens == engine.complete(PROMPT, Sampling(20, seed=5)).tokens
     first, again, other = (engine.complete(PROMPT, Sampling(20, temperature=1.0, seed=s)).tokens for s in (1, 1, 2))
     assert first == again != other
 
 
-def test_more_callers_than_slots_all_get_their_own_answer(engine: LlamaCpp) -> None:
+def test_more_callers_than_slots_all_get_their_own_answer(engine: TextEngine) -> None:
     alone = [engine.complete([0, 70 + i], Sampling(24)) for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda i: engine.complete([0, 70 + i], Sampling(24)), range(8)))
@@ -125,7 +136,7 @@ def test_more_callers_than_slots_all_get_their_own_answer(engine: LlamaCpp) -> N
         ({"logit_bias": {512: 1.0}}, "logit_bias: found token id 512"),
     ],
 )
-def test_bad_requests_are_refused_before_the_first_piece(engine: LlamaCpp, asked: Any, message: str) -> None:
+def test_bad_requests_are_refused_before_the_first_piece(engine: TextEngine, asked: Any, message: str) -> None:
     settings = {"max_tokens": 4} | asked
     prompt = settings.pop("prompt", "x")
     for ask in (engine.complete, engine.stream):
@@ -133,12 +144,12 @@ def test_bad_requests_are_refused_before_the_first_piece(engine: LlamaCpp, asked
             ask(prompt, Sampling(**settings))
 
 
-def test_a_long_answer_ends_where_the_context_does(engine: LlamaCpp) -> None:
+def test_a_long_answer_ends_where_the_context_does(engine: TextEngine) -> None:
     done = engine.complete([1] * 2040, Sampling(100))
     assert (len(done.tokens), done.finish_reason) == (8, "length")
 
 
-def test_closing_a_stream_ends_the_generation(engine: LlamaCpp) -> None:
+def test_closing_a_stream_ends_the_generation(engine: TextEngine) -> None:
     pieces = engine.stream(PROMPT, Sampling(2000))
     next(pieces)
     pieces.close()
@@ -160,10 +171,12 @@ def test_close_waits_for_calls_and_ends_the_engine(text_package: Path) -> None:
         engine.complete(PROMPT, Sampling(1))
 
 
-def test_the_port_inside_answers_nobody_else(engine: LlamaCpp) -> None:
+def test_the_port_inside_answers_nobody_else(text_package: Path) -> None:
+    engine = LlamaCpp(text_package / "model.gguf")
     address = f"http://{engine._http._address}"
     for path in ("/tokenize", "/completion", "/v1/completions"):
         assert httpx.post(f"{address}{path}", json={"content": "x", "prompt": "x"}).status_code == 401
+    engine.close()
 
 
 def test_many_texts_at_once_are_all_read(text_package: Path, tokenizer: Tokenizer) -> None:
@@ -187,6 +200,38 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path, text_package: Path
     for path in (tmp_path / "none.onnx", text_package / "model.gguf"):
         with pytest.raises(InputError, match=path.name):
             OnnxClassifier(path)
+
+
+def test_a_grammar_is_kept_to(engine: TextEngine) -> None:
+    done = engine.complete(PROMPT, Sampling(16, grammar='%llguidance {}\nstart: "yes" | "no"'))
+    assert done.text in ("yes", "no")
+    assert done.finish_reason == "stop"
+
+
+def test_a_chat_is_written_by_the_models_template(engine: TextEngine) -> None:
+    assert engine.chats
+    said = [{"role": "assistant", "content": "a\n"}, {"role": "user", "content": "b"}]
+    assert engine.chat_prompt(said) == "# assistant\na\n\n# user\nb\n# assistant\n"
+
+
+def test_a_package_is_served_by_the_engine_that_measured_it(
+    text_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(PYTHON, raising=False)
+    other = copy(text_package, tmp_path)
+    edit(other / "report.json", lambda report: report.update(engine="vllm"))
+    engine = load_engine(open_package(text_package), Serve())
+    assert isinstance(engine, LlamaCpp)
+    engine.close()
+    with pytest.raises(InputError, match=PYTHON):
+        load_engine(open_package(other), Serve())
+
+
+def test_vllm_is_asked_for_where_it_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for named in (None, str(tmp_path / "python")):
+        monkeypatch.delenv(PYTHON, raising=False) if named is None else monkeypatch.setenv(PYTHON, named)
+        with pytest.raises(InputError, match=r"OVERPROOF_VLLM: found .*; expected the Python of an environment"):
+            interpreter()
 
 
 def test_a_classifier_gives_what_its_file_means(digits_package: Path) -> None:

@@ -20,7 +20,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 
 WARM_UP_TOKENS = 8
-TIMEOUT_S = 600
+TIMEOUT_S = 1800
 
 
 class _Message(BaseModel):
@@ -31,6 +31,7 @@ class TextRequest(_Message):
     """What to ask a language model."""
 
     kind: Literal["text"] = "text"
+    engine: str
     file: str
     threads: int
     prompts: list[list[int]]  # for the parity probe
@@ -138,15 +139,17 @@ def _ask(request: _Message, threads: int) -> str:
 
 
 def _resident_mb() -> float:
-    return float(psutil.Process().memory_info().rss) / 1e6
+    """Of this process and of those that an engine runs in."""
+    this = psutil.Process()
+    return float(sum(each.memory_info().rss for each in (this, *this.children(recursive=True)))) / 1e6
 
 
 def _measure_text(request: TextRequest) -> TextAnswer:
+    from overproof.serve.engines import text_engine
     from overproof.serve.engines.base import Sampling
-    from overproof.serve.engines.llamacpp import LlamaCpp
 
     before_mb = _resident_mb()
-    engine = LlamaCpp(Path(request.file), threads=request.threads, slots=1)
+    engine = text_engine(request.engine, Path(request.file), threads=request.threads, slots=1)
     prompts = request.timed_prompts
     engine.complete(prompts[0], Sampling(WARM_UP_TOKENS))
     latency_s, first_token_s, tokens_per_s = [], [], []

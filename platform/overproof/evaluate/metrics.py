@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 Quality = Literal["bits_per_byte", "accuracy"]
+Engine = Literal["llama.cpp", "vllm", "ONNX Runtime"]
 CHUNK_COUNTS = 1 << 22  # resample counts held at once
 
 
@@ -66,6 +67,7 @@ class Report(Frozen):
 
     kind: Literal["text", "digits"]
     quality: Quality
+    engine: Engine | None = None  # that was measured, and that serves; None in reports from before there was a choice
     confidence: float
     measured: tuple[Measured, ...]
     comparisons: tuple[Comparison, ...]

@@ -47,7 +47,8 @@ def evaluate(context: Context) -> dict[str, Any]:
     for i, export in enumerate(exports):
         context.progress("engine", i, len(exports), export.file)
         task = _probe_text if manifest.kind == "text" else _probe_images
-        engines[export.name] = ray.get(task.remote(compressed, prepared, export.file, settings))
+        probed = task.options(num_gpus=settings.gpus).remote(compressed, prepared, export.file, settings)
+        engines[export.name] = ray.get(probed)
     context.progress("engine", len(exports), len(exports))
     report = make_report(manifest.kind, exports, scores, engines, settings, context.recipe.seed)
     with context.draft.directory() as root:
@@ -96,6 +97,7 @@ def make_report(
     return Report(
         kind=kind,
         quality=QUALITY[kind],
+        engine=settings.engine if kind == "text" else "ONNX Runtime",
         confidence=settings.confidence,
         measured=measured,
         comparisons=comparisons,
@@ -168,6 +170,7 @@ def probe_text(file: Path, root: Path, settings: Evaluate) -> dict[str, Metric]:
     probed = prompts[: settings.probe_prompts]
     texts = [tokenizer.decode(prompt) for prompt in probed]
     request = measure.TextRequest(
+        engine=settings.engine,
         file=str(file),
         threads=settings.threads,
         prompts=probed,

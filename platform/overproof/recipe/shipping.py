@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from overproof.recipe.section import Count, Cpus, Fraction, Section
 
+TextEngineName = Literal["llama.cpp", "vllm"]
+
 
 class Gguf(Section):
     """llama.cpp's file format, for language models."""
@@ -31,6 +33,11 @@ class Onnx(Section):
 class Evaluate(Section):
     """What is measured on each exported file."""
 
+    engine: TextEngineName = Field(
+        "llama.cpp",
+        description="What measures language models, and serves what passed: vllm, for GPUs, is the one whose Python "
+        "OVERPROOF_VLLM names on each node.",
+    )
     max_documents: Count | None = Field(None, description="Test documents used; null uses all.")
     concurrent_tasks: Count = Field(2, description="Exported files scored at the same time.")
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples behind each interval.")
@@ -42,6 +49,7 @@ class Evaluate(Section):
         60, description="Requests behind each latency; of 59 or more, the slowest bounds the true p95 at 95 %."
     )
     threads: Count = Field(2, description="Engine threads while measuring.")
+    gpus: float = Field(0, ge=0, description="GPUs reserved while an engine is measured.")
 
 
 Against = Literal["student", "teacher", "control"]  # student: the candidate's own, unquantised
@@ -176,6 +184,7 @@ class Serve(Section):
     upscale_delay_s: float = Field(1.0, ge=0, description="Seconds of higher load before a replica is added.")
     downscale_delay_s: float = Field(60.0, ge=0, description="Seconds of lower load before one is stopped.")
     cpus_per_replica: Cpus = Field(1, description="Logical CPUs reserved by each replica.")
+    gpus_per_replica: float = Field(0, ge=0, description="GPUs reserved by each replica.")
     threads: Count = Field(1, description="Engine threads in each replica.")
     slots: Count = Field(4, description="Sequences a replica decodes at once.")
     max_tokens: Count = Field(256, description="Most tokens a completion may ask for.")

@@ -15,8 +15,8 @@ from overproof.recipe import Serve
 from overproof.registry.package import Package, locate, open_package
 from overproof.serve.backend import Threads, Together
 from overproof.serve.book import DESK, Version
-from overproof.serve.engines.base import Sampling
-from overproof.serve.engines.llamacpp import LlamaCpp
+from overproof.serve.engines import text_engine
+from overproof.serve.engines.base import Sampling, TextEngine
 from overproof.serve.engines.onnx import OnnxClassifier
 from overproof.serve.post import Post
 from overproof.serve.wire import Door
@@ -40,6 +40,7 @@ def replicas(version: Version, count: int) -> Application:
         graceful_shutdown_wait_loop_s=0.1,
         ray_actor_options={
             "num_cpus": settings.cpus_per_replica,
+            "num_gpus": settings.gpus_per_replica,
             **({"label_selector": settings.node_labels} if settings.node_labels else {}),
         },
     )
@@ -83,13 +84,14 @@ async def door(seen: Door | None) -> Door | None:
     return found
 
 
-def load_engine(package: Package, settings: Serve) -> LlamaCpp | OnnxClassifier:
-    """The engine for the package's kind, with its model loaded."""
+def load_engine(package: Package, settings: Serve) -> TextEngine | OnnxClassifier:
+    """The engine that the package was measured with, and its model loaded."""
     if package.content.kind == "text":
-        return LlamaCpp(
+        return text_engine(
+            package.report.engine or "llama.cpp",
             package.model,
-            settings.threads,
-            settings.slots,
+            threads=settings.threads,
+            slots=settings.slots,
             reuse_prefix=True,
             max_prompt_tokens=settings.max_prompt_tokens,
             **package.drafting,

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import atexit
-import math
 import secrets
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from overproof.errors import InputError
+from overproof.serve.engines.asked import Calls, Room, valid
 from overproof.serve.engines.base import Completion, Sampling, Token
 from overproof.serve.engines.server import Draft, Http, checked, settings_of, start
 from overproof.serve.engines.stream import LlamaCppPieces
 from overproof.serve.engines.vocabulary import line_up, open_tail, read_header
 
-LARGEST_SEED = 2**32 - 2  # the next one means "random" to llama.cpp
 DRAFT_TOKENS = 3  # guessed at a time; llama.cpp's own default
 FORCED = 1e4  # a bias that decides the choice and leaves the reported log-probabilities alone
 
@@ -66,19 +64,13 @@ class LlamaCpp:
                 another vocabulary, or it is to guess no token.
         """
         header = read_header(path)
-        self.context_length = header.context_length if context_length is None else context_length
-        if not 2 <= self.context_length <= header.context_length:
-            raise InputError(
-                f"{path}: context length {self.context_length}; expected 2 to the model's {header.context_length}"
-            )
-        self.chats = header.chats
-        self._most_prompt = min(self.context_length - 1, max_prompt_tokens or self.context_length)
+        self._room = Room.of(header, path, context_length, max_prompt_tokens)
+        self.context_length = self._room.context_length
+        self.chats = header.template is not None
         self._pieces = header.pieces
-        self._most_characters = self.context_length * header.longest
         self._reuse_prefix = reuse_prefix
-        self._calls = 0
-        self._open = True
-        self._changed = threading.Condition()
+        self._calls = Calls()
+        self._counting = threading.Lock()
         self.drafted = self.accepted = 0  # guesses of the draft in completions so far, and those that were right
         key = secrets.token_urlsafe(32)
         guesses = None if draft is None else Draft.of(draft, draft_tokens, header)
@@ -97,14 +89,14 @@ class LlamaCpp:
         Raises:
             InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
         """
-        with self._calling():
+        with self._calls.one():
             request = self._request(prompt, sampling)
             wanted = 0 if sampling.logprobs is None else max(1, sampling.logprobs)
-            extra = {"stop": _stops(sampling.stop), "n_probs": wanted, "return_tokens": True, "verbose": True}
+            extra = {"stop": list(sampling.stop), "n_probs": wanted, "return_tokens": True, "verbose": True}
             server = self._plain if wanted else self._server
             reply = checked(server.handle_completions({**request, **extra}))
             choice, details, timings = reply["choices"][0], reply["__verbose"], reply["timings"]
-            with self._changed:
+            with self._counting:
                 self.drafted += timings.get("draft_n", 0)
                 self.accepted += timings.get("draft_n_accepted", 0)
             tokens: list[int] = details["tokens"]
@@ -130,7 +122,7 @@ class LlamaCpp:
         Raises:
             InputError: as ``complete``.
         """
-        with self._calling():
+        with self._calls.one():
             self._request(prompt, sampling)
 
     def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> LlamaCppPieces:
@@ -139,15 +131,14 @@ class LlamaCpp:
         Raises:
             InputError: as ``complete``, before the first piece.
         """
-        with self._calling():
+        with self._calls.one():
             request = self._request(prompt, sampling)
-            stops = _stops(sampling.stop)
 
         def run(callback: Any) -> None:
-            with self._calling():
+            with self._calls.one():
                 self._server.handle_completions({**request, "stream": True, "timings_per_token": True}, callback)
 
-        return LlamaCppPieces(run, len(request["prompt"]), stops)
+        return LlamaCppPieces(run, len(request["prompt"]), sampling.stop)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Messages as a prompt, by the template in the file.
@@ -157,7 +148,7 @@ class LlamaCpp:
         """
         if not self.chats:
             raise InputError("messages: this model has no chat template; ask it at POST /v1/completions")
-        with self._calling():
+        with self._calls.one():
             try:
                 reply = self._http.ask("POST", "/apply-template", {"messages": list(messages)})
             except RuntimeError as error:
@@ -171,8 +162,8 @@ class LlamaCpp:
         Raises:
             InputError: the text is not valid Unicode.
         """
-        with self._calling():
-            return self._tokenize(text, start=False)
+        with self._calls.one():
+            return self._tokenize(valid(text), start=False)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids; broken characters are replaced."""
@@ -180,46 +171,19 @@ class LlamaCpp:
 
     def check(self) -> None:
         """Return when llama.cpp's loop is alive; raise when it is not."""
-        with self._calling():
+        with self._calls.one():
             self._http.ask("GET", "/health")
 
     def close(self) -> None:
         """Wait for the calls in progress, then free the model. llama.cpp must not be torn down during a call."""
-        with self._changed:
-            self._open = False
-            self._changed.wait_for(lambda: self._calls == 0)
+        self._calls.end()
         self._server = self._plain = None
 
-    @contextmanager
-    def _calling(self) -> Iterator[None]:
-        with self._changed:
-            if not self._open:
-                raise RuntimeError("the engine is closed")
-            self._calls += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._calls -= 1
-                self._changed.notify_all()
-
     def _request(self, prompt: str | Sequence[int], sampling: Sampling) -> dict[str, Any]:
-        if isinstance(prompt, str) and len(prompt) > self._most_characters:  # which take long to split
-            raise InputError(f"prompt: {len(prompt)} characters; {self.context_length} tokens hold fewer")
-        ids = self._tokenize(prompt, start=True) if isinstance(prompt, str) else list(prompt)
-        if not prompt:
-            raise InputError("prompt: empty; expected text or token ids")
-        self._check_ids("prompt", ids)
-        if len(ids) > self._most_prompt:
-            raise InputError(
-                f"prompt: {len(ids)} tokens long; expected at most {self._most_prompt}, "
-                f"and the model's context holds {self.context_length} with the answer"
-            )
-        check(sampling)
-        self._check_ids("logit_bias", list(sampling.logit_bias))
+        ids, most = self._room.take(prompt, sampling, lambda text: self._tokenize(text, start=True))
         request = {
             "prompt": ids,
-            "max_tokens": min(sampling.max_tokens, self.context_length - len(ids)),
+            "max_tokens": most,
             "temperature": sampling.temperature,
             "top_k": 0,  # llama.cpp truncates the distribution unless told not to
             "min_p": 0.0,
@@ -238,16 +202,7 @@ class LlamaCpp:
             request["grammar"] = sampling.grammar
         return request
 
-    def _check_ids(self, field: str, ids: Sequence[int]) -> None:
-        if not all(0 <= i < len(self._pieces) for i in ids):
-            bad = next(i for i in ids if not 0 <= i < len(self._pieces))
-            raise InputError(f"{field}: found token id {bad}; expected 0 to {len(self._pieces) - 1}")
-
     def _tokenize(self, text: str, start: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"prompt: {error.reason} at character {error.start}; expected valid Unicode") from None
         body = {"content": text, "add_special": start, "parse_special": True}
         ids: list[int] = self._http.ask("POST", "/tokenize", body)["tokens"]
         return ids
@@ -273,25 +228,3 @@ class LlamaCpp:
         reply = checked(self._plain.handle_completions(request | extra))
         top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         return {**next(entry for entry in top if entry["id"] == token), "top_logprobs": top}
-
-
-def check(sampling: Sampling) -> None:
-    """Refuse settings that llama.cpp would take otherwise than they are meant.
-
-    Raises:
-        InputError: one is out of range.
-    """
-    if sampling.max_tokens < 1:
-        raise InputError(f"max_tokens: found {sampling.max_tokens}; expected 1 or more")
-    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
-        raise InputError(f"temperature: found {sampling.temperature}; expected 0 or more")
-    if not 0 < sampling.top_p <= 1:
-        raise InputError(f"top_p: found {sampling.top_p}; expected more than 0, at most 1")
-    if sampling.seed is not None and not 0 <= sampling.seed <= LARGEST_SEED:
-        raise InputError(f"seed: found {sampling.seed}; expected 0 to {LARGEST_SEED}")
-
-
-def _stops(stop: Sequence[str]) -> list[str]:
-    if isinstance(stop, str) or not all(stop):
-        raise InputError(f"stop: found {stop!r}; expected strings that are not empty")
-    return list(stop)

@@ -25,14 +25,16 @@ BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE} | {
 
 @dataclass(frozen=True)
 class Header:
-    """The context a model was trained for, the bytes each token adds to a text, and whether it has a chat template.
+    """The context a model was trained for, the bytes each token adds to a text, and how a text and a chat begin.
 
     Models whose ``vocabulary`` is the same mean the same by a token id.
     """
 
     context_length: int
     pieces: tuple[bytes, ...]
-    chats: bool
+    start: int  # the token before every text
+    end: str  # the name of the token after it
+    template: str | None  # Jinja text that makes a prompt of messages
     longest: int  # characters of the longest token's name; no token stands for more of a text
     vocabulary: str  # sha256 of the tokens' names and types
 
@@ -62,7 +64,15 @@ def read_header(path: Path) -> Header:
     length = value(f"{value('general.architecture')}.context_length")
     pieces = tuple(_piece(n, t) for n, t in zip(names, types, strict=True))
     vocabulary = hashlib.sha256(json.dumps([names, types]).encode()).hexdigest()
-    return Header(length, pieces, CHAT_TEMPLATE in fields, max(map(len, names)), vocabulary)
+    return Header(
+        context_length=length,
+        pieces=pieces,
+        start=value("tokenizer.ggml.bos_token_id"),
+        end=names[value("tokenizer.ggml.eos_token_id")],
+        template=value(CHAT_TEMPLATE) if CHAT_TEMPLATE in fields else None,
+        longest=max(map(len, names)),
+        vocabulary=vocabulary,
+    )
 
 
 def _piece(name: str, kind: int) -> bytes:
