@@ -48,18 +48,14 @@ def until_running(name: str) -> None:
         time.sleep(STATUS_S)
 
 
-def applications() -> set[str]:
-    """Those of Ray Serve that hold a package."""
-    return {name for name in serve.status().applications if name.startswith(application_of(""))}
-
-
-def running() -> dict[str, int]:
-    """Replicas that answer, by the application that has them."""
-    found = serve.status().applications
+def applications() -> dict[str, int]:
+    """Those of Ray Serve that hold a package, and how many replicas of each answer."""
     return {
         name: application.deployments["model"].replica_states.get(ReplicaState.RUNNING, 0)
-        for name, application in found.items()
-        if "model" in application.deployments  # which goes before its application does
+        if "model" in application.deployments  # which comes after its application, and goes before it
+        else 0
+        for name, application in serve.status().applications.items()
+        if name.startswith(application_of(""))
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,15 +18,14 @@ from ray.serve.context import _set_global_client
 from overproof.errors import InputError
 from overproof.recipe import Serve
 from overproof.registry.package import locate, open_package, pin
-from overproof.serve.applications import applications, begin, rescale, running, until_running
+from overproof.serve.applications import applications, begin, until_running
 from overproof.serve.book import DESK, Book, Place, Version, application_of, read, write
+from overproof.serve.fleet import Fleet, logged
 from overproof.serve.judge import Tally, fault
 from overproof.serve.replica import replicas
-from overproof.serve.scale import Scale
 from overproof.serve.shapes import model_of
 from overproof.serve.wire import Door
 
-LOG = logging.getLogger("ray.serve")
 POLL_S = 0.5  # a gateway is answered at the latest, and so often tells the load
 ALONE_S = 30.0
 HEARD_S = 10.0  # the longest that a change waits for the gateway
@@ -80,8 +78,7 @@ class Desk:
         self._number, self._heard = time.time_ns(), 0  # a desk that starts anew goes on counting
         self._used: dict[str, float] = {}  # loaded packages, and when each was last asked
         self._tallies: dict[str, Tally] = {}
-        self._scales: dict[str, Scale] = {}
-        self._starting: str | None = None
+        self._fleet = Fleet()
         self._door: Door | None = None
         self._changed, self._one = asyncio.Condition(), asyncio.Lock()
         self._polled_s = time.monotonic()
@@ -114,7 +111,7 @@ class Desk:
         if not self._opened.done():
             return True
         present = await asyncio.to_thread(applications)
-        return self._opened.exception() is None and {application_of(package) for package in self._used} <= present
+        return self._opened.exception() is None and all(application_of(package) in present for package in self._used)
 
     async def door(self, seen: Door | None) -> Door | None:
         """Where the gateway takes calls of replicas; answered when it is not what was seen, or a while passed."""
@@ -188,7 +185,8 @@ class Desk:
             if package in self._used:
                 self._used[package] = now
         self._judge()
-        self._rescale(loads, now)
+        for version in self._book.live:
+            self._fleet.see(version, loads.get(version.package, 0), now)
         async with self._changed:
             self._heard = max(self._heard, seen)
             self._changed.notify_all()
@@ -202,9 +200,11 @@ class Desk:
             self._book = book = await asyncio.to_thread(read, self._uri)
             present = await asyncio.to_thread(applications)
             self._used = {v.package: time.monotonic() for v in book.live if v.application in present}
-            counts = await asyncio.to_thread(running)
-            self._scales = {v.package: Scale(v.settings, counts.get(v.application, 0)) for v in book.live}
-            for orphan in present - {version.application for version in book.live}:  # of a change that was cut off
+            for version in book.live:
+                if version.application in present:
+                    self._fleet.put(version, present[version.application])
+            of_the_book = {version.application for version in book.live}
+            for orphan in set(present) - of_the_book:  # of a change that was cut off
                 await asyncio.to_thread(partial(serve.delete, orphan, _blocking=False))
             for where, settings in packages.items():
                 version = await asyncio.to_thread(described, where, settings)
@@ -234,27 +234,7 @@ class Desk:
                 old, new = (self._tallies.setdefault(v.package, Tally()) for v in (line.stable, tried))
                 reason = fault(tried.settings.canary, old, new)
                 if reason is not None and not self._one.locked():
-                    task = asyncio.ensure_future(self._take_back(name, tried, reason))
-                    task.add_done_callback(_logged)
-
-    def _rescale(self, loads: Mapping[str, int], now_s: float) -> None:
-        """Have as many replicas as the load asks for."""
-        for version in self._book.live:
-            scale = self._scales.get(version.package)
-            if version.package not in self._used or version.package == self._starting or scale is None:
-                continue
-            before = scale.replicas
-            if scale.see(loads.get(version.package, 0), now_s) != before:
-                LOG.info("%s: %d to %d replicas", version.package, before, scale.replicas)
-                task = asyncio.ensure_future(self._resize(version, scale, before))
-                task.add_done_callback(_logged)
-
-    async def _resize(self, version: Version, scale: Scale, before: int) -> None:
-        try:
-            await asyncio.to_thread(rescale, version.application, scale.replicas)
-        except BaseException:
-            scale.replicas = before  # and asked for again, if it is still wanted
-            raise
+                    logged(asyncio.ensure_future(self._take_back(name, tried, reason)))
 
     async def _take_back(self, name: str, tried: Version, reason: str) -> None:
         async with self._one:
@@ -272,22 +252,23 @@ class Desk:
         if version.package in self._used and before == version:
             return
         await self._make_room(version)
-        known = None if before is None else self._scales.get(version.package)
-        scale = Scale(version.settings, 1 if known is None else max(1, known.replicas))
-        self._starting = version.package
+        known = self._fleet.take(version.package)
+        count = min(max(known, version.settings.min_replicas, 1), version.settings.max_replicas)
+        kept = None if before is None or version.package not in self._used else (before, known)
         try:
-            await asyncio.to_thread(_run, version, scale.replicas)
+            await asyncio.to_thread(_run, version, count)
+            kept = version, count
         except RuntimeError as error:
-            if before is not None and version.package in self._used:
-                await asyncio.to_thread(_run, before, self._scales[before.package].replicas)
+            if kept is not None:
+                await asyncio.to_thread(_run, *kept)
             else:
                 await asyncio.to_thread(serve.delete, version.application)
             await self._write(self._book.noted(version.model.id, who, "failed", version.package, str(error)))
             raise InputError(f"{version.package} does not start, and nothing has changed: {error}") from None
         finally:
-            self._starting = None
+            if kept is not None:
+                self._fleet.put(*kept)
         self._used[version.package] = time.monotonic()
-        self._scales[version.package] = scale
         self._tallies.pop(version.package, None)
 
     async def _make_room(self, version: Version) -> None:
@@ -332,6 +313,7 @@ class Desk:
         if packages:
             for package in packages:
                 del self._used[package]
+                self._fleet.take(package)
             await self._tell()
             await asyncio.sleep(GRACE_S)
         for package in packages:
@@ -355,8 +337,3 @@ def described(where: str, settings: Serve) -> Version:
 def _run(version: Version, count: int) -> None:
     begin(replicas(version, count), version.application)
     until_running(version.application)
-
-
-def _logged(task: asyncio.Future[Any]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        LOG.error("a change that the desk began failed", exc_info=task.exception())

@@ -18,7 +18,7 @@ from overproof.errors import InputError
 from overproof.files import from_anywhere
 from overproof.recipe import HOUSE, Serve
 from overproof.serve.app import NAME, house, in_the_house, insist_on_keys, told
-from overproof.serve.applications import begin, running, until_running
+from overproof.serve.applications import applications, begin, until_running
 from overproof.serve.book import DESK, application_of
 from overproof.serve.desk import explained, hire
 from overproof.serve.limits import access, api_key
@@ -151,7 +151,7 @@ def address(settings: Serve | None = None) -> str:
 
 def replicas(package: str) -> int:
     """Those of a package that answer."""
-    return running().get(application_of(package), 0)
+    return applications().get(application_of(package), 0)
 
 
 def _base(settings: Serve) -> str:
