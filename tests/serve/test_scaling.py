@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,24 +36,31 @@ def until(count: int) -> None:
 
 
 @contextmanager
-def load(base: str, clients: int) -> Iterator[list[int]]:
-    """So many clients that ask all the time; yields the status codes that they get."""
-    over, codes = threading.Event(), list[int]()
+def asking(ask: Callable[[httpx.Client], None], clients: int) -> Iterator[None]:
+    """So many clients that ask all the time; one that fails fails the test."""
+    over = threading.Event()
 
-    def ask() -> None:
+    def go() -> None:
         with httpx.Client(timeout=WAIT_S, trust_env=False) as client:
             while not over.is_set():
-                codes.append(client.post(f"{base}/v1/completions", json=BODY).status_code)
+                ask(client)
 
-    threads = [threading.Thread(target=ask) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    try:
+    with ThreadPoolExecutor(clients) as pool:
+        going = [pool.submit(go) for _ in range(clients)]
+        try:
+            yield
+        finally:
+            over.set()
+        for each in going:
+            each.result()
+
+
+@contextmanager
+def load(base: str, clients: int) -> Iterator[list[int]]:
+    """So many clients that ask all the time; yields the status codes that they get."""
+    codes = list[int]()
+    with asking(lambda client: codes.append(client.post(f"{base}/v1/completions", json=BODY).status_code), clients):
         yield codes
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
 
 
 def test_replicas_follow_the_load_down_to_none_and_back(ray_cluster: str, text_package: Path) -> None:
@@ -75,19 +84,33 @@ def test_replicas_follow_the_load_down_to_none_and_back(ray_cluster: str, text_p
         run.stop()
 
 
-def test_an_update_fails_no_request(ray_cluster: str, text_package: Path) -> None:
+def test_an_update_fails_no_request_and_breaks_no_stream(ray_cluster: str, text_package: Path) -> None:
     """A new replica answers before the old one goes, and the old one ends what it has begun."""
-    always = SETTINGS.model_copy(update={"min_replicas": 1, "max_replicas": 1})
+    most = 1900
+    always = SETTINGS.model_copy(update={"min_replicas": 1, "max_replicas": 1, "max_tokens": most + 2})
     base = run.start(text_package, always)
+    events = list[list[str]]()
+    long = BODY | {"stream": True, "max_tokens": most, "logit_bias": {"0": -100}}  # and no end before that
+
+    def stream(client: httpx.Client) -> None:
+        with client.stream("POST", f"{base}/v1/completions", json=long) as reply:
+            assert reply.status_code == 200
+            events.append([line.removeprefix("data: ") for line in reply.iter_lines() if line])
+
     try:
-        with load(base, clients=3) as codes:
-            for most in (255, 254):
-                assert run.start(text_package, always.model_copy(update={"max_tokens": most})) == base
+        with load(base, clients=2) as codes, asking(stream, 2):
+            for other in (most + 1, most):
+                before = len(events)
+                assert run.start(text_package, always.model_copy(update={"max_tokens": other})) == base
+                assert len(events) > before  # one after the other, so one was going on when the old replica went
                 count = len(codes)
                 while len(codes) < count + 20:
                     time.sleep(0.05)
         assert set(codes) == {200}
-        too_many = httpx.post(f"{base}/v1/completions", json=BODY | {"max_tokens": 255}, trust_env=False)
+        for *_, last, done in events:
+            assert done == "[DONE]"
+            assert json.loads(last)["choices"][0]["finish_reason"] == "length"
+        too_many = httpx.post(f"{base}/v1/completions", json=BODY | {"max_tokens": most + 1}, trust_env=False)
         assert too_many.status_code == 400  # the last update is the one that answers
     finally:
         run.stop()
