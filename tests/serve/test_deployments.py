@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -20,9 +21,9 @@ from overproof.cli import main
 from overproof.errors import InputError
 from overproof.recipe import Canary, Serve
 from overproof.serve import book as books
-from overproof.serve import run
+from overproof.serve import desk, run
 from overproof.serve.book import Book, Line, Version
-from overproof.serve.desk import described
+from overproof.serve.desk import POLL_S, Desk, described
 from overproof.serve.gateway import chosen
 from overproof.serve.judge import Tally, fault, interval
 from packing import break_model, copy, edit, make_package
@@ -123,6 +124,24 @@ def test_limits_are_judged_with_what_is_known() -> None:
     for count, of in ((0, 50), (10, 60), (60, 60)):
         known = binomtest(count, of).proportion_ci(method="wilson")
         assert interval(count, of) == pytest.approx((known.low, known.high), abs=1e-4)
+
+
+def test_a_desk_stays_while_a_model_loads_and_goes_when_it_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end() -> None:  # there is no actor
+        raise EOFError
+
+    async def watch() -> None:
+        own = Desk(Serve())
+        async with own._one:  # as every change holds it
+            leaving = asyncio.ensure_future(own._leave())
+            await asyncio.sleep(5 * POLL_S)
+            assert not leaving.done()
+        with pytest.raises(EOFError):
+            await asyncio.wait_for(leaving, WAIT_S)
+
+    monkeypatch.setattr(desk, "ALONE_S", 2 * POLL_S)
+    monkeypatch.setattr(ray.actor, "exit_actor", end)
+    asyncio.run(watch())
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 from overproof.errors import InputError
 from overproof.serve.book import application_of
 
-START_S, STATUS_S = 300, 0.1
+START_S, STATUS_S = 900, 0.1  # a node may have to be rented first, and a large model loads for minutes
 
 
 def begin(application: Application, name: str) -> None:

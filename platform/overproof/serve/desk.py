@@ -218,6 +218,8 @@ class Desk:
     async def _leave(self) -> None:
         """End when no gateway has asked for long: the house is closed."""
         while time.monotonic() - self._polled_s < ALONE_S:
+            if self._one.locked():  # a gateway that opens waits for its models, which may take minutes to load
+                self._polled_s = time.monotonic()
             await asyncio.sleep(POLL_S)
         ray.actor.exit_actor()  # type: ignore[no-untyped-call]
 
