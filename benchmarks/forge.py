@@ -30,7 +30,8 @@ from overproof.registry.package import CARD, PACKAGE, REPORT, VERDICT, Contents,
 VOCABULARY, LENGTH, SEED = 8192, 512, 1
 HUGGING_FACE = "hugging-face"  # the folder beside the package with the same weights in fp32
 LLAMA = Llama(hidden_size=768, intermediate_size=2048, layers=12, heads=12, kv_heads=4)  # 82 million parameters
-VIT = Vit(hidden_size=256, intermediate_size=1024, layers=4, heads=4)
+DEEP = Vit(hidden_size=256, intermediate_size=1024, layers=4, heads=4)  # 17 tokens of an image, 13 MB
+WIDE = Vit(hidden_size=1536, intermediate_size=6144, layers=2, heads=8, patch_size=4)  # 5 tokens of an image, 227 MB
 
 
 def texts() -> list[str]:
@@ -60,7 +61,7 @@ def forge_text(folder: Path, config: Llama = LLAMA, format: Format = "q8_0") -> 
     return _seal(package, "text", "model.gguf", format)
 
 
-def forge_digits(folder: Path, config: Vit = VIT) -> Path:
+def forge_digits(folder: Path, config: Vit = DEEP) -> Path:
     """A classifier's package, fp32."""
     source, package = folder / HUGGING_FACE, folder / "package"
     model: PreTrainedModel = models.build(config, _manifest("digits"), SEED)

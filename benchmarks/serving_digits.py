@@ -1,16 +1,20 @@
 """What a server in front of a classifier costs: overproof's, LitServe, BentoML, and plain FastAPI under uvicorn.
 
     .venv/bin/python benchmarks/serving_digits.py [--repeats 5] [--threads 1] [--clients 32] [--requests 1500]
-                                                  [--alone 200] [--only NAME...] [--peers /tmp/overproof-peers]
+                                                  [--alone 200] [--model deep] [--only NAME...]
+                                                  [--peers /tmp/overproof-peers]
 
-Prints one Markdown table. All run one ONNX file with overproof's engine: a vision transformer of 3.2 million parameters
-with fresh weights, which takes 2 to 4 ms of one core for an image of 8x8 pixels, about what a served classifier takes;
-the recipe's own is done in 0.1 ms, which would leave only the servers to be compared, as the rows of `GET /v1/models`
-do. Every request has one image; LitServe and BentoML put those that wait into batches of at most --clients. Each server
-is started for its turn alone and warmed, has one worker, and --threads for each call of the engine; clients are one
-process for all servers (`clients.py`). FastAPI makes as many calls at once as it has requests (40 at most), those that
-batch make one. CPU is the server's, with every process of Ray's. About five minutes; needs the environments that
-`benchmarks/peers.py` makes, or makes them.
+Prints one Markdown table. All run one ONNX file with overproof's engine, a vision transformer with fresh weights for
+images of 8x8 pixels. --model deep has 3.2 million parameters and 17 tokens an image, 2 to 4 ms of one core, about what
+a served classifier takes; one image keeps a core as busy as a batch does. --model wide has 57 million and 5 tokens: a
+call waits for its 227 MB of weights, whether it is for one image or for many, which is what batches are for. The
+recipe's own is done in 0.1 ms, which would leave only the servers to be compared, as the rows of `GET /v1/models` do.
+
+Every request has one image; LitServe and BentoML put those that wait into batches of at most --clients. Each server is
+started for its turn alone and warmed, has one worker, and --threads for each call of the engine; clients are one
+process for all servers (`clients.py`). FastAPI makes as many calls at once as it has requests (40 at most), and so
+takes more than one core, or one at a time; those that batch make one. CPU is the server's, with every process of
+Ray's. About ten minutes; needs the environments that `benchmarks/peers.py` makes, or makes them.
 """
 
 from __future__ import annotations
@@ -26,12 +30,14 @@ from statistics import median as middle
 from typing import Any
 
 import peers
-from forge import forge_digits
+from forge import DEEP, WIDE, forge_digits
 from measuring import interleaved, machine, median, spread, table
 from serving import SERVERS, Server, ours, theirs
 
 PIXELS, SLOTS, WAIT_S = 64, 8, 0.005
-OVERPROOF, FASTAPI, LITSERVE, BENTOML = "overproof", "FastAPI, uvicorn", "LitServe", "BentoML"
+THREADS_OF_FASTAPI = 40  # its own default
+OVERPROOF, LITSERVE, BENTOML = "overproof", "LitServe", "BentoML"
+FASTAPI, SERIAL = "FastAPI, uvicorn: one image a call", "the same, one call at a time"
 CLASSIFY, MODELS = "POST classify", "GET models"
 
 
@@ -67,10 +73,16 @@ def once(
 
 
 def measured(folder: Path, given: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    package, threads, own = forge_digits(folder), given.threads, given.peers.absolute()
+    package, threads, own = (
+        forge_digits(folder, WIDE if given.model == "wide" else DEEP),
+        given.threads,
+        given.peers.absolute(),
+    )
     onnx, log = package / "model.onnx", folder / "log"
     lit, bento = peers.litserve(own), peers.bentoml(own)
-    fast = [lit, SERVERS / "fast_digits.py", onnx, threads, "{port}"]  # where uvloop and httptools are, as for LitServe
+    fast, serial = (  # where uvloop and httptools are, as for LitServe
+        [lit, SERVERS / "fast_digits.py", onnx, threads, calls, "{port}"] for calls in (THREADS_OF_FASTAPI, 1)
+    )
     batched = [lit, SERVERS / "lit_digits.py", onnx, threads, "{port}", given.clients, WAIT_S]
     adaptive = [bento, "-m", "bentoml", "serve", "bento_digits:Digits", "--working-dir", SERVERS]
     adaptive += ["--host", "127.0.0.1", "--port", "{port}"]
@@ -82,6 +94,7 @@ def measured(folder: Path, given: argparse.Namespace) -> dict[str, list[dict[str
     starts: dict[str, tuple[Callable[[], AbstractContextManager[Server]], Any]] = {
         OVERPROOF: (partial(ours, "over_http.py", package, threads, SLOTS, 1, threads=threads), both),
         FASTAPI: (partial(started, fast, "/v1/models"), both),
+        SERIAL: (partial(started, serial, "/v1/models"), one),
         LITSERVE: (partial(started, batched, "/health"), one),
         BENTOML: (partial(started, adaptive, "/readyz", **settings), one),
     }
@@ -99,12 +112,13 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--requests", type=int, default=1500)
     parser.add_argument("--alone", type=int, default=200)
+    parser.add_argument("--model", choices=("deep", "wide"), default="deep")
     parser.add_argument("--only", nargs="*", help="parts of the names of rows; the first row is what others divide by")
     parser.add_argument("--peers", type=Path, default=Path("/tmp/overproof-peers"))
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         found = measured(Path(scratch), given)
-    print(f"{machine(given.threads)}; {given.requests} requests; medians of {given.repeats}\n")
+    print(f"{machine(given.threads)}; {given.model}; {given.requests} requests; medians of {given.repeats}\n")
     lines = []
     for asked in (CLASSIFY, MODELS):
         base = [row[asked] for row in next(iter(found.values()))]

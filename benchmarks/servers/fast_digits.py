@@ -1,15 +1,18 @@
 """A classifier in plain FastAPI under uvicorn: an endpoint that is no coroutine, so each request has a thread.
 
-    python fast_digits.py ONNX THREADS PORT
+    python fast_digits.py ONNX THREADS CALLS PORT
 
-The engine is overproof's. `GET /v1/models` does nothing.
+The engine is overproof's, in CALLS calls at once at most. `GET /v1/models` does nothing.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import anyio.to_thread
 import numpy as np
 import uvicorn
 from fastapi import FastAPI
@@ -37,8 +40,13 @@ class Reply(BaseModel):
     data: list[Classified]
 
 
-def build(engine: OnnxClassifier) -> FastAPI:
-    app = FastAPI()
+def build(engine: OnnxClassifier, calls: int) -> FastAPI:
+    @asynccontextmanager
+    async def limited(_: FastAPI) -> AsyncIterator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = calls
+        yield
+
+    app = FastAPI(lifespan=limited)
 
     @app.post("/v1/classify")
     def classify(asked: Images) -> Reply:
@@ -54,5 +62,6 @@ def build(engine: OnnxClassifier) -> FastAPI:
 
 
 if __name__ == "__main__":
-    engine = OnnxClassifier(Path(sys.argv[1]), int(sys.argv[2]))
-    uvicorn.run(build(engine), host="127.0.0.1", port=int(sys.argv[3]), access_log=False, log_level="warning")
+    threads, calls, port = map(int, sys.argv[2:])
+    app = build(OnnxClassifier(Path(sys.argv[1]), threads), calls)
+    uvicorn.run(app, host="127.0.0.1", port=port, access_log=False, log_level="warning")
