@@ -23,6 +23,7 @@ from overproof.files import file_sha256
 from overproof.progress import quiet
 from overproof.recipe import Recipe, Serve, Speculate
 from overproof.registry.package import open_package, package
+from overproof.serve.desk import described
 from overproof.serve.engines.base import Sampling
 from overproof.serve.engines.llamacpp import LlamaCpp
 from overproof.serve.replica import load_engine
@@ -89,6 +90,9 @@ def test_the_teacher_answers_and_the_packaged_student_drafts(packed: Path, done:
 
 def test_it_is_served_like_any_other(packed: Path) -> None:
     assert any("text identical on 12 of 12" in why for why in model_of(open_package(packed)).overproof.verdict)
+    assert described(str(packed), Serve()).resident_mb == pytest.approx(
+        open_package(packed).measured.metrics["resident_mb"].value + (packed / "draft.gguf").stat().st_size / 1e6
+    )
     engine, alone = load_engine(open_package(packed), Serve()), LlamaCpp(packed / "model.gguf")
     assert isinstance(engine, LlamaCpp)
     for prompt in ([0, 70 + i] for i in range(16)):

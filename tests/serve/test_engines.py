@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 from overproof.compress.gguf import read_gguf
 from overproof.compress.onnx import Reference
@@ -26,7 +29,7 @@ from overproof.serve.engines.base import Sampling, TextEngine
 from overproof.serve.engines.llamacpp import LlamaCpp
 from overproof.serve.engines.onnx import OnnxClassifier
 from overproof.serve.engines.stream import StopFilter
-from overproof.serve.engines.vllm_server import PYTHON, interpreter
+from overproof.serve.engines.vllm_server import PYTHON, interpreter, unpacked
 from overproof.serve.engines.vocabulary import line_up, open_tail, read_header
 from overproof.serve.replica import load_engine
 from packing import copy, edit
@@ -232,6 +235,26 @@ def test_vllm_is_asked_for_where_it_is_not(monkeypatch: pytest.MonkeyPatch, tmp_
         monkeypatch.delenv(PYTHON, raising=False) if named is None else monkeypatch.setenv(PYTHON, named)
         with pytest.raises(InputError, match=r"OVERPROOF_VLLM: found .*; expected the Python of an environment"):
             interpreter()
+
+
+def test_an_environment_without_vllm_is_told_by_its_own_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text_package: Path
+) -> None:
+    monkeypatch.setenv(PYTHON, sys.executable)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with pytest.raises(InputError, match=r"vLLM cannot load it: .*No module named 'vllm'"):
+        text_engine("vllm", text_package / "model.gguf")
+    assert not list(tmp_path.glob("vllm-*"))
+
+
+def test_what_vllm_reads_is_what_the_file_means(text_package: Path) -> None:
+    file, tokens_BS = text_package / "model.gguf", torch.tensor([[0, *range(70, 100)]])
+    found = AutoModelForCausalLM.from_pretrained(unpacked(file), dtype=torch.float32)
+    with torch.inference_mode():
+        one, two = (model(input_ids=tokens_BS).logits.log_softmax(-1) for model in (read_gguf(file), found))
+    assert (one - two).abs().max() < 0.01  # nats, of weights rounded to half precision
+    assert unpacked(file) == unpacked(file)
 
 
 def test_a_classifier_gives_what_its_file_means(digits_package: Path) -> None:

@@ -28,7 +28,7 @@ class Version(Frozen):
     model: Model
     where: str  # folder or URI
     settings: Serve
-    resident_mb: float  # of the engine's process, as the package's report has it
+    resident_mb: float  # of the engine's process, as the package's report has it, and of a draft's file
 
     @property
     def package(self) -> str:

@@ -333,6 +333,7 @@ def described(where: str, settings: Serve) -> Version:
     package = open_package(locate(where))
     measured = package.measured.metrics.get("resident_mb")
     resident = package.size_bytes / 1e6 if measured is None else measured.value
+    resident += package.drafting["draft"].stat().st_size / 1e6 if package.drafting else 0.0
     return Version(model=model_of(package), where=where, settings=settings, resident_mb=resident)
 
 
