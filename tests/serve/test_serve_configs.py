@@ -73,7 +73,9 @@ def test_serve_run_serves_until_interrupted(ray_cluster: str, text_package: Path
     try:
         model = _until(lambda: _model(base) or (process.poll() is not None and pytest.fail(log.read_text())))
         assert model["id"] == "stdlib-lm"
-        reply = httpx.post(f"{base}/v1/completions", json={"prompt": "import os\n", "max_tokens": 4})
+        reply = httpx.post(
+            f"{base}/v1/completions", json={"prompt": "import os\n", "max_tokens": 4, "logit_bias": {"0": -100}}
+        )
         assert reply.json()["usage"]["completion_tokens"] == 4
     finally:
         process.send_signal(signal.SIGINT)
