@@ -73,11 +73,8 @@ def once(
 
 
 def measured(folder: Path, given: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    package, threads, own = (
-        forge_digits(folder, WIDE if given.model == "wide" else DEEP),
-        given.threads,
-        given.peers.absolute(),
-    )
+    package = forge_digits(folder, WIDE if given.model == "wide" else DEEP)
+    threads, own = given.threads, given.peers.absolute()
     onnx, log = package / "model.onnx", folder / "log"
     lit, bento = peers.litserve(own), peers.bentoml(own)
     fast, serial = (  # where uvloop and httptools are, as for LitServe

@@ -28,9 +28,9 @@ from overproof.serve.engines import text_engine
 from overproof.serve.engines.base import Sampling, TextEngine
 from overproof.serve.engines.llamacpp import LlamaCpp
 from overproof.serve.engines.onnx import OnnxClassifier
-from overproof.serve.engines.stream import StopFilter
 from overproof.serve.engines.vllm_server import PYTHON, interpreter, unpacked
 from overproof.serve.engines.vocabulary import line_up, open_tail, read_header
+from overproof.serve.engines.written import StopFilter
 from overproof.serve.replica import load_engine
 from packing import copy, edit
 

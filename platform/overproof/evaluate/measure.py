@@ -7,8 +7,6 @@ costs. Reads ``request.json`` from the folder and writes ``answer.json`` there.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +16,8 @@ from typing import Literal
 import numpy as np
 import psutil
 from pydantic import BaseModel, ConfigDict
+
+from overproof.apart import run_apart
 
 WARM_UP_TOKENS = 8
 TIMEOUT_S = 1800
@@ -121,18 +121,7 @@ def ask_images(request: ImageRequest) -> ImageAnswer:
 def _ask(request: _Message, threads: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "request.json").write_text(request.model_dump_json(), encoding="utf-8")
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "OMP_NUM_THREADS": str(threads),
-        }
-        done = subprocess.run(
-            [sys.executable, "-m", "overproof.evaluate.measure", folder],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
+        done = run_apart("overproof.evaluate.measure", folder, timeout_s=TIMEOUT_S, OMP_NUM_THREADS=str(threads))
         if done.returncode != 0:
             raise RuntimeError(f"the serving engine ended with {done.returncode}: {done.stderr[-2000:]}")
         return Path(folder, "answer.json").read_text(encoding="utf-8")

@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from overproof.recipe.shipping import TextEngineName
+
 Quality = Literal["bits_per_byte", "accuracy"]
-Engine = Literal["llama.cpp", "vllm", "ONNX Runtime"]
+Engine = TextEngineName | Literal["ONNX Runtime"]
 CHUNK_COUNTS = 1 << 22  # resample counts held at once
 
 

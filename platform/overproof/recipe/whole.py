@@ -70,9 +70,9 @@ class Recipe(Section):
         taken = sorted(f"{name}-{format}" for name in names for format in self.compress.formats)
         if twice := next((name for name in taken if name in names), None):
             raise ValueError(f"a student is named {twice!r}, as a compressed file of another would be; rename it")
-        if self.evaluate.engine == "vllm" and (self.data.kind != "text" or self.speculate is not None):
+        if self.evaluate.engine == "vllm" and (not text or self.speculate is not None):
             raise ValueError(
-                f"evaluate.engine: found 'vllm' with {'images' if self.data.kind != 'text' else 'speculate'}; expected "
+                f"evaluate.engine: found 'vllm' with {'speculate' if text else 'images'}; expected "
                 "'llama.cpp', for vLLM measures language models, without a draft"
             )
         if self.speculate is not None:

@@ -23,6 +23,7 @@ from overproof.serve.book import DESK, Book, Place, Version, application_of, rea
 from overproof.serve.fleet import Fleet, logged
 from overproof.serve.judge import Tally, fault
 from overproof.serve.replica import replicas
+from overproof.serve.scale import within
 from overproof.serve.shapes import model_of
 from overproof.serve.wire import Door
 
@@ -255,7 +256,7 @@ class Desk:
             return
         await self._make_room(version)
         known = self._fleet.take(version.package)
-        count = min(max(known, version.settings.min_replicas, 1), version.settings.max_replicas)
+        count = within(version.settings, max(known, 1))
         kept = None if before is None or version.package not in self._used else (before, known)
         try:
             await asyncio.to_thread(_run, version, count)

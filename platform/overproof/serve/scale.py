@@ -11,13 +11,18 @@ LOOK_BACK_S = 2.0  # over which the load is averaged
 TOLERANCE = 0.1  # as in Kubernetes' HPA: load that is this close to what the replicas are for moves nothing
 
 
+def within(settings: Serve, replicas: int) -> int:
+    """As many as are asked for, or the nearest number that the settings allow."""
+    return min(max(replicas, settings.min_replicas), settings.max_replicas)
+
+
 class Scale:
     """Follows the load of one version: up after ``upscale_delay_s`` of more than ``slots`` requests a replica, down
     after ``downscale_delay_s`` of fewer, then to the most that was wanted meanwhile. From none it is up at once.
     """
 
     def __init__(self, settings: Serve, replicas: int) -> None:
-        self.replicas = min(max(replicas, settings.min_replicas), settings.max_replicas)
+        self.replicas = within(settings, replicas)
         self._settings = settings
         self._seen: deque[tuple[float, float]] = deque()  # time, load
         self._above_s: float | None = None  # since when more replicas are wanted
@@ -54,4 +59,4 @@ class Scale:
         wanted = ceil(mean / slots)
         if now and abs(mean / (slots * now) - 1) <= TOLERANCE:
             wanted = now
-        return min(max(wanted, self._settings.min_replicas), self._settings.max_replicas)
+        return within(self._settings, wanted)

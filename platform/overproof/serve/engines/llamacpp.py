@@ -67,7 +67,7 @@ class LlamaCpp:
         self._room = Room.of(header, path, context_length, max_prompt_tokens)
         self.context_length = self._room.context_length
         self.chats = header.template is not None
-        self._pieces = header.pieces
+        self._header, self._pieces = header, header.pieces
         self._reuse_prefix = reuse_prefix
         self._calls = Calls()
         self._counting = threading.Lock()
@@ -146,8 +146,7 @@ class LlamaCpp:
         Raises:
             InputError: there is none (llama.cpp would take one of its own), or it does not take these messages.
         """
-        if not self.chats:
-            raise InputError("messages: this model has no chat template; ask it at POST /v1/completions")
+        self._header.chat_template()
         with self._calls.one():
             try:
                 reply = self._http.ask("POST", "/apply-template", {"messages": list(messages)})
@@ -167,7 +166,7 @@ class LlamaCpp:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids; broken characters are replaced."""
-        return b"".join(self._pieces[id_] for id_ in ids).decode(errors="replace")
+        return self._header.text(ids)
 
     def check(self) -> None:
         """Return when llama.cpp's loop is alive; raise when it is not."""

@@ -9,34 +9,9 @@ from typing import Any
 
 from overproof.serve.engines.base import Piece
 from overproof.serve.engines.server import checked
+from overproof.serve.engines.written import StopFilter
 
 Run = Callable[[Callable[[dict[str, Any]], bool]], None]  # calls back with each chunk until done or told to stop
-
-
-class StopFilter:
-    """Ends a streamed text before the first stop string, and holds back what may be the start of one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """Take the next text; give what may be shown, and whether a stop string was met."""
-        self._held += text
-        cuts = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if cuts:
-            return self._held[: min(cuts)], True
-        longest = min(len(self._held), max((len(stop) - 1 for stop in self._stops), default=0))
-        keep = next((n for n in range(longest, 0, -1) if self._may_begin(self._held[-n:])), 0)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return shown, False
-
-    def flush(self) -> str:
-        """What was held back, once no more text follows."""
-        return self._held
-
-    def _may_begin(self, text: str) -> bool:
-        return any(stop.startswith(text) for stop in self._stops)
 
 
 class LlamaCppPieces:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import codecs
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from overproof.data.manifest import TOKENIZER
 from overproof.errors import InputError
 from overproof.serve.engines.asked import Calls, Room, valid
 from overproof.serve.engines.base import Completion, FinishReason, Piece, Sampling, Token
-from overproof.serve.engines.stream import StopFilter
 from overproof.serve.engines.vllm_server import VllmServer
 from overproof.serve.engines.vocabulary import read_header
+from overproof.serve.engines.written import Written
 
 Reported = tuple[str, float, Mapping[str, float]]  # token, log-probability, those of the likeliest; by name
 
@@ -47,7 +48,7 @@ class Vllm:
             InputError: the file is missing or no GGUF language model, its tokenizer is not beside it, the context is
                 longer than the model's, or there is no vLLM.
         """
-        header, tokenizer = read_header(path), path.with_name("tokenizer.json")
+        header, tokenizer = read_header(path), path.with_name(TOKENIZER)
         self._room = Room.of(header, path, context_length, max_prompt_tokens)
         self.context_length = self._room.context_length
         self.chats = header.template is not None
@@ -70,13 +71,14 @@ class Vllm:
         for step in self._steps(request, sampling.stop):
             steps.append(step)
             times_s.append(time.perf_counter())
-        likeliest = sampling.logprobs
+        likeliest, reason = sampling.logprobs, steps[-1].finish_reason
+        assert reason is not None
         reported = [each for step in steps for each in step.reported]
         return Completion(
             text="".join(step.text for step in steps),
             tokens=[token for step in steps for token in step.tokens],
             taken=None if likeliest is None else [self._token(each, likeliest) for each in reported],
-            finish_reason=steps[-1].finish_reason or "length",
+            finish_reason=reason,
             prompt_tokens=len(request["prompt"]),
             first_token_s=times_s[0] - began_s,
             decode_s=times_s[-1] - times_s[0],
@@ -105,14 +107,9 @@ class Vllm:
         Raises:
             InputError: there is none, or it does not take these messages.
         """
-        if self._header.template is None:
-            raise InputError("messages: this model has no chat template; ask it at POST /v1/completions")
-        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        sandbox.globals["raise_exception"] = _refuse
         try:
-            template = sandbox.from_string(self._header.template)
             # A text that is asked gets its start token anyway.
-            return template.render(
+            return self._template.render(
                 messages=list(messages), add_generation_prompt=True, bos_token="", eos_token=self._header.end
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
@@ -129,7 +126,7 @@ class Vllm:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids; broken characters are replaced."""
-        return b"".join(self._header.pieces[id_] for id_ in ids).decode(errors="replace")
+        return self._header.text(ids)
 
     def check(self) -> None:
         """Return when vLLM says that it is well; raise when it does not."""
@@ -141,6 +138,12 @@ class Vllm:
         """Wait for the calls in progress, then end vLLM."""
         self._calls.end()
         self._server.close()
+
+    @cached_property
+    def _template(self) -> Template:
+        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        sandbox.globals["raise_exception"] = _refuse
+        return sandbox.from_string(self._header.chat_template())
 
     def _request(self, prompt: str | Sequence[int], sampling: Sampling) -> dict[str, Any]:
         ids, most = self._room.take(prompt, sampling, lambda text: [self._header.start, *self.tokenize(text)])
@@ -204,25 +207,6 @@ def _step(choice: dict[str, Any], written: Written) -> _Step:
     found = choice["logprobs"] or {"tokens": (), "token_logprobs": (), "top_logprobs": ()}
     reported = zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
     return _Step(text if reason is None else text + written.flush(), tokens, list(reported)[: len(tokens)], reason)
-
-
-class Written:
-    """The text of tokens as they come, without a character whose bytes are not all there."""
-
-    def __init__(self, pieces: Sequence[bytes], stops: Sequence[str]) -> None:
-        self._pieces = pieces
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._filter = StopFilter(stops)
-        self.stopped = False
-
-    def push(self, token: int) -> str:
-        """What may be shown after one more token; ``stopped`` once a stop string was met."""
-        shown, self.stopped = self._filter.push(self._decode(self._pieces[token]))
-        return shown
-
-    def flush(self) -> str:
-        """What was held back, once no more tokens follow."""
-        return "" if self.stopped else self._filter.flush()
 
 
 class VllmPieces:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from overproof.apart import run_apart
 from overproof.errors import InputError
 from overproof.files import file_sha256, once_here
 
@@ -61,9 +62,7 @@ def unpacked(path: Path) -> Path:
     """
 
     def make(folder: Path) -> None:
-        command = [sys.executable, "-m", "overproof.compress.unpack", str(path), str(folder)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = run_apart("overproof.compress.unpack", path, folder)
         if done.returncode != 0:
             raise InputError(f"{path}: cannot be unpacked for vLLM: {done.stderr.strip().splitlines()[-1]}")
 
@@ -153,28 +152,17 @@ class VllmServer:
         """End it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOPS_S)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            if _alive(self._process.pid):  # of its session, the engine's own process too
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._http.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(ProcessLookupError):  # the engine's own processes, where any are left
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._http.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _last_words(self) -> str:
         lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         return " / ".join(lines[-3:]) or "no word of it"
-
-
-def _alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _refusal(said: dict[str, Any], code: int) -> Exception:

@@ -38,6 +38,20 @@ class Header:
     longest: int  # characters of the longest token's name; no token stands for more of a text
     vocabulary: str  # sha256 of the tokens' names and types
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of token ids; broken characters are replaced."""
+        return b"".join(self.pieces[id_] for id_ in ids).decode(errors="replace")
+
+    def chat_template(self) -> str:
+        """The template.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.template is None:
+            raise InputError("messages: this model has no chat template; ask it at POST /v1/completions")
+        return self.template
+
 
 def read_header(path: Path) -> Header:
     """Read a language model's metadata.
