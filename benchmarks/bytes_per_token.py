@@ -20,8 +20,8 @@ import pyarrow as pa
 from measuring import machine, say, table
 from students import Teaching, Trial, cache, made, options, scores, text, train
 
-from overproof.artifact import Artifact
-from overproof.recipe import Cache, Recipe
+from overproof.artifacts import Artifact
+from overproof.config import Cache, Recipe
 
 PROCESSES, ZSTD_LEVEL = 2, 3
 

@@ -22,13 +22,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.distributed as dist
 
+from overproof.config import CheckpointPolicy, Llama, Train
 from overproof.data.manifest import Manifest, Split
-from overproof.models import build, parameters
-from overproof.recipe import Checkpoint, Llama, Train
+from overproof.models.hf_directory import build_model, count_parameters
 from overproof.train.checkpoint import Checkpoints
+from overproof.train.checkpoint_writer import AsyncCheckpointWriter
+from overproof.train.deepspeed_engine import DeepSpeedEngine
 from overproof.train.objective import CrossEntropy
-from overproof.train.saver import Saver
-from overproof.train.zero import ZeroEngine
 
 VOCABULARY, LENGTH, ROWS = 2048, 64, 2
 STEPS_BETWEEN = 4
@@ -42,21 +42,21 @@ def manifest() -> Manifest:
                     vocab_size=VOCABULARY, classes=None, tokenizer_sha256=None, dropped={})  # fmt: skip
 
 
-def engine(width: int) -> ZeroEngine:
+def engine(width: int) -> DeepSpeedEngine:
     """One rank under ZeRO 2."""
     meeting = Path(tempfile.mkdtemp()) / "rendezvous"
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     model = Llama(hidden_size=width, intermediate_size=3 * width, layers=6, heads=8, kv_heads=8)
     train = Train(model=model, steps=10_000, batch_size=ROWS, learning_rate=1e-4, workers=1, zero_stage=2)
-    return ZeroEngine(build(model, manifest(), 0), train)
+    return DeepSpeedEngine(build_model(model, manifest(), 0), train)
 
 
-def pauses(trained: ZeroEngine, found: Checkpoints, repeats: int) -> tuple[dict[str, list[float]], list[float]]:
+def pauses(trained: DeepSpeedEngine, found: Checkpoints, repeats: int) -> tuple[dict[str, list[float]], list[float]]:
     """Seconds the loop stood still, by kind; and of each step made meanwhile."""
     tokens = torch.randint(0, VOCABULARY, (ROWS, LENGTH + 1))
     batch = {"tokens": tokens, "length": torch.full((ROWS,), LENGTH)}
-    saver = Saver(found, "bench000", 0, 1)
+    saver = AsyncCheckpointWriter(found, "bench000", 0, 1)
     taken: dict[str, list[float]] = {"overproof": [], "synchronous": []}
     steps: list[float] = []
     step = 0
@@ -123,11 +123,11 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         trained = engine(options.width)
-        found = Checkpoints(f"{folder}/work", "f" * 64, {}, {}, Checkpoint(keep_last=2))
+        found = Checkpoints(f"{folder}/work", "f" * 64, {}, {}, CheckpointPolicy(keep_last=2))
         found.begin()
         taken, steps = pauses(trained, found, options.repeats)
         size = sum(entry.size_bytes for entry in found.all()[-1].files.values())
-        count = parameters(trained.engine.module)
+        count = count_parameters(trained.engine.module)
         print(f"{count / 1e6:.1f}M parameters, {size / 1e6:.0f} MB a checkpoint, "
               f"median step {statistics.median(steps):.2f} s\n")  # fmt: skip
         print("| save | pause s, median | least | most | of a synchronous one |\n|---|---|---|---|---|")
@@ -136,9 +136,9 @@ def main() -> None:
             middle = statistics.median(seconds)
             print(f"| {kind} | {middle:.3f} | {min(seconds):.3f} | {max(seconds):.3f} | {middle / whole:.1%} |")
     with tempfile.TemporaryDirectory() as folder:
-        small = Checkpoints(f"{folder}/work", "f" * 64, {}, {}, Checkpoint(keep_last=2))
+        small = Checkpoints(f"{folder}/work", "f" * 64, {}, {}, CheckpointPolicy(keep_last=2))
         small.begin()
-        saver = Saver(small, "bench000", 0, 1)
+        saver = AsyncCheckpointWriter(small, "bench000", 0, 1)
         for step in (1, 2):
             state = {"weights": torch.randn(20_000), "step": step}
             saver.save(step, None, lambda write, state=state: write("state.pt", state), {"curve.jsonl": b"{}\n" * 50})  # type: ignore[misc]

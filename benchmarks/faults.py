@@ -32,8 +32,8 @@ import ray
 from asking import BODY, WAIT_S, at_once, load, processes, resident_mb, until
 from measuring import machine, say, spread, table
 
-from overproof.recipe import Serve
-from overproof.serve import run
+from overproof.config import Serve
+from overproof.serve import server
 
 SETTINGS = Serve(port=0, min_replicas=2, max_replicas=2, cpus_per_replica=0.5, slots=2, downscale_delay_s=600)
 CLIENTS, RETRIES, TIMES = 4, 10, 5
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     given = parser.parse_args()
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    base = run.start(given.package, SETTINGS)
+    base = server.start_serving(given.package, SETTINGS)
     failed = False
     print(f"{machine(SETTINGS.threads)}; {CLIENTS} clients, {SETTINGS.max_replicas} replicas\n")
     if given.kills:
@@ -183,7 +183,7 @@ def main() -> None:
         table(("killed", "times", "s until all is back", "requests done", "tried again", "failed"), rows)
         print(flush=True)
     more, other = overload(base, given.seconds)
-    run.stop()
+    server.stop_serving()
     table(("overload", ""), more)
     sys.exit(failed or other)
 

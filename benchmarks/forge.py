@@ -15,17 +15,17 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from overproof import models
-from overproof.artifact import TOOLS
-from overproof.compress.gguf import Format, export_gguf
-from overproof.compress.onnx import export_onnx
+from overproof.artifacts import TOOLS
+from overproof.config import Gate, Llama, Parity, Vit
 from overproof.data.manifest import TOKENIZER, Manifest, Split
-from overproof.data.tokens import END_ID, train_bpe
+from overproof.data.tokenization import END_ID, train_bpe
 from overproof.evaluate.gate import judge
-from overproof.evaluate.metrics import Measured, Metric, Report
+from overproof.evaluate.metrics import MeasuredFile, Metric, Report
+from overproof.export.gguf import GgufFormat, export_gguf
+from overproof.export.onnx import export_onnx
 from overproof.files import FileEntry, file_sha256
-from overproof.recipe import Gate, Llama, Parity, Vit
-from overproof.registry.package import CARD, PACKAGE, REPORT, VERDICT, Contents, open_package
+from overproof.models import hf_directory
+from overproof.package.package import CARD, PACKAGE, REPORT, VERDICT, PackageContents, open_package
 
 VOCABULARY, LENGTH, SEED = 8192, 512, 1
 HUGGING_FACE = "hugging-face"  # the folder beside the package with the same weights in fp32
@@ -39,7 +39,7 @@ def texts() -> list[str]:
     return [file.read_text(encoding="utf-8") for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
 
 
-def forge_text(folder: Path, config: Llama = LLAMA, format: Format = "q8_0") -> Path:
+def forge_text(folder: Path, config: Llama = LLAMA, format: GgufFormat = "q8_0") -> Path:
     """A language model's package, and beside it the same weights as a Hugging Face directory.
 
     Token 0, which ends a text, and those that are no whole ASCII characters have rows of zeros: they are never the
@@ -49,11 +49,11 @@ def forge_text(folder: Path, config: Llama = LLAMA, format: Format = "q8_0") -> 
     source.mkdir(parents=True)
     tokenizer = train_bpe(texts(), VOCABULARY)
     tokenizer.save(str(folder / TOKENIZER))
-    model = models.build(config, _manifest("text"), SEED)
+    model = hf_directory.build_model(config, _manifest("text"), SEED)
     with torch.no_grad():
         silent = [END_ID, *(i for i in range(VOCABULARY) if not tokenizer.decode([i]).isascii())]
         model.get_input_embeddings().weight[silent] = 0
-    models.save(model, model.config, source, folder / TOKENIZER)
+    hf_directory.save_model(model, model.config, source, folder / TOKENIZER)
     package = folder / "package"
     package.mkdir()
     export_gguf(source, folder / TOKENIZER, package / "model.gguf", format, "forged")
@@ -64,8 +64,8 @@ def forge_text(folder: Path, config: Llama = LLAMA, format: Format = "q8_0") -> 
 def forge_digits(folder: Path, config: Vit = DEEP) -> Path:
     """A classifier's package, fp32."""
     source, package = folder / HUGGING_FACE, folder / "package"
-    model: PreTrainedModel = models.build(config, _manifest("digits"), SEED)
-    models.save(model, model.config, source)
+    model: PreTrainedModel = hf_directory.build_model(config, _manifest("digits"), SEED)
+    hf_directory.save_model(model, model.config, source)
     package.mkdir()
     export_onnx(source, package / "model.onnx")
     return _seal(package, "digits", "model.onnx", "fp32")
@@ -88,7 +88,7 @@ def _manifest(kind: Literal["text", "digits"]) -> Manifest:
 def _seal(package: Path, kind: Literal["text", "digits"], model: str, format: str) -> Path:
     """Write what proves a model file, as if its gate had passed it."""
     file = package / model
-    measured = Measured(
+    measured = MeasuredFile(
         name="forged",
         student="forged",
         format=format,
@@ -103,7 +103,7 @@ def _seal(package: Path, kind: Literal["text", "digits"], model: str, format: st
     (package / REPORT).write_text(report.model_dump_json(), encoding="utf-8")
     (package / VERDICT).write_text(judge(gate, report).model_dump_json(), encoding="utf-8")
     (package / CARD).write_text("Forged for a benchmark; nothing was measured.\n", encoding="utf-8")
-    content = Contents(
+    content = PackageContents(
         id=f"forged/package/{hashlib.sha256(measured.sha256.encode()).hexdigest()[:12]}",
         name="forged",
         kind=kind,

@@ -36,8 +36,8 @@ import ray
 from attacks import COMPLETIONS, GOOD, Ask, drawn, encoded, request
 from measuring import machine, say, table
 
-from overproof.recipe import Serve
-from overproof.serve import run
+from overproof.config import Serve
+from overproof.serve import server
 
 SLOTS, CLIENTS, WAIT_S, PROMPT_S, ROUNDS = 4, 16, 60, 15, 10
 MOST_GROWTH_MIB, MOST_STUCK, SHOWN = 256, 3 * CLIENTS, 20
@@ -183,7 +183,7 @@ def main() -> None:
     _st()
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     settings = Serve(port=0, min_replicas=1, max_replicas=1, slots=SLOTS, max_tokens=256)
-    base = run.start(given.package, settings)
+    base = server.start_serving(given.package, settings)
     address = (urlsplit(base).hostname or "", urlsplit(base).port or 0)
     free_slots(address)  # so that memory is counted of a server at work
     before, began_s = serving(address[1]), time.perf_counter()
@@ -201,7 +201,7 @@ def main() -> None:
     seconds = time.perf_counter() - began_s
     cases, failures = schemathesis(base, given.seed, given.examples)
     free, after = free_slots(address), serving(address[1])
-    run.stop()
+    server.stop_serving()
     faults = [wrong for _, _, wrong, _ in results if wrong]
     for wrong in faults[:SHOWN]:
         say(wrong)

@@ -65,19 +65,18 @@ def alone(kills: int, dice: random.Random) -> list[Kill]:
     """Two ranks forked from this process; one is killed at a random moment, which ends the other too."""
     import deepspeed  # noqa: F401  # once for all that are forked
 
-    from overproof.artifact import Store
+    from overproof.artifacts import Store
+    from overproof.config import DigitsData, load_recipe
     from overproof.data.digits import prepare_digits
     from overproof.data.manifest import MANIFEST
-    from overproof.progress import quiet
-    from overproof.recipe import DigitsData, load
-    from overproof.train.alone import Group
+    from overproof.stage_context import no_progress
     from overproof.train.checkpoint import Checkpoints
-    from overproof.train.job import Job
-    from overproof.train.lesson import Labels
+    from overproof.train.local_launcher import LocalWorkers
+    from overproof.train.train_job import SupervisedSpec, TrainJob
 
     done: list[Kill] = []
     with tempfile.TemporaryDirectory() as folder:
-        recipe = load(RECIPE, (f"store={folder}", *(f"{k}={v}" for k, v in SETTINGS.items())))
+        recipe = load_recipe(RECIPE, (f"store={folder}", *(f"{k}={v}" for k, v in SETTINGS.items())))
         store = Store(folder)
         prepared_draft = store.begin("digits", "prepare", "a" * 64, {}, {})
         assert isinstance(recipe.data, DigitsData)
@@ -86,10 +85,12 @@ def alone(kills: int, dice: random.Random) -> list[Kill]:
         prepared = prepared_draft.commit({}, 0.0)
         draft = store.begin("digits", "train", "b" * 64, {}, {})
         checkpoints = Checkpoints(draft.workspace, "b" * 64, {}, {}, recipe.train.checkpoint)
-        job = Job(recipe.train, recipe.seed, prepared, draft, checkpoints, quiet, Labels(recipe.train.model))
+        job = TrainJob(
+            recipe.train, recipe.seed, prepared, draft, checkpoints, no_progress, SupervisedSpec(recipe.train.model)
+        )
         curve, reached, killed_s = Path(draft.uri) / "curve.jsonl", 0, 0.0
         for index in range(kills + 1):
-            group = Group.begin(job, 2)
+            group = LocalWorkers.begin(job, 2)
             began_s = time.monotonic()
             while last_step(curve) <= group.start.step and time.monotonic() - began_s < WAIT_S:
                 time.sleep(0.02)
@@ -129,7 +130,7 @@ def under_ray(kills: int, dice: random.Random) -> list[Kill]:
 
     with tempfile.TemporaryDirectory() as folder, cluster_of(3) as cluster:
         chosen = {**SETTINGS, "store": folder, "train.workers": "[1, 3]", "train.cpus_per_worker": 2.4}
-        command = [sys.executable, "-m", "overproof.cli", "train", str(RECIPE)]
+        command = [sys.executable, "-m", "overproof.cli.main", "train", str(RECIPE)]
         command += [part for name, value in chosen.items() for part in ("--set", f"{name}={value}")]
         environment = os.environ | {"RAY_ADDRESS": cluster.address}
 

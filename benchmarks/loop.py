@@ -62,7 +62,7 @@ def measure(command: list[str]) -> Measured:
 def main() -> None:
     recipe = sys.argv[1] if len(sys.argv) > 1 else "jobs/recipes/stdlib-lm.yaml"
     with tempfile.TemporaryDirectory() as store:
-        overproof = [sys.executable, "-m", "overproof.cli"]
+        overproof = [sys.executable, "-m", "overproof.cli.main"]
         common = [recipe, "--set", f"store={store}", "--set", "serve.port=0"]
         runs = {
             "first run": measure([*overproof, "demo", *common]),

@@ -26,12 +26,12 @@ import torch
 import torch.distributed as dist
 from measuring import environment, say, table
 
+from overproof.config import Llama, Train
 from overproof.data.manifest import Manifest
-from overproof.models import Batch, build, parameters
-from overproof.recipe import Llama, Train
-from overproof.train.loop import rows
+from overproof.models.hf_directory import Batch, build_model, count_parameters
+from overproof.train.deepspeed_engine import DeepSpeedEngine
+from overproof.train.loop import train_steps
 from overproof.train.objective import CrossEntropy
-from overproof.train.zero import ZeroEngine
 
 VOCABULARY = 32_000
 WARMING_STEPS = 3
@@ -47,7 +47,7 @@ def model_flops(model: torch.nn.Module, llama: Llama, sequence: int) -> float:
 
     N leaves the embedding out where it is only looked up; here it is tied to the output layer, which multiplies by it.
     """
-    return 6 * parameters(model) + 12 * llama.layers * llama.hidden_size * sequence
+    return 6 * count_parameters(model) + 12 * llama.layers * llama.hidden_size * sequence
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -109,10 +109,10 @@ def utilisation(given: argparse.Namespace) -> None:
     train = train_settings(given, llama, precision, given.steps * given.repeats, "none")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = build(llama, manifest_for(sequence), 0)
-    count, flops = parameters(model), model_flops(model, llama, sequence)
-    engine = ZeroEngine(model, train)
-    trained = rows(engine, CrossEntropy(), train, random_batches(train.batch_size, sequence), lambda: 0.0)
+    model = build_model(llama, manifest_for(sequence), 0)
+    count, flops = count_parameters(model), model_flops(model, llama, sequence)
+    engine = DeepSpeedEngine(model, train)
+    trained = train_steps(engine, CrossEntropy(), train, random_batches(train.batch_size, sequence), lambda: 0.0)
     peaks, speeds = [], []
     for repeat in range(given.repeats):
         say(f"repeat {repeat + 1} of {given.repeats}")
@@ -137,10 +137,10 @@ def fits(given: argparse.Namespace, layers: int) -> None:
     sequence = 1024
     given.micro_batch, given.accumulation = 1, 1
     train = train_settings(given, llama, "bf16", 3, given.offload)
-    model = build(llama, manifest_for(sequence), 0)
-    count = parameters(model)
-    engine = ZeroEngine(model, train)
-    list(rows(engine, CrossEntropy(), train, random_batches(1, sequence), lambda: 0.0))
+    model = build_model(llama, manifest_for(sequence), 0)
+    count = count_parameters(model)
+    engine = DeepSpeedEngine(model, train)
+    list(train_steps(engine, CrossEntropy(), train, random_batches(1, sequence), lambda: 0.0))
     print(json.dumps([count, torch.cuda.max_memory_allocated()]))
 
 

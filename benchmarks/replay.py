@@ -15,9 +15,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 
-from overproof.distill.search import Study
-from overproof.recipe import Random, Space, Sweep, Tpe, Tune
-from overproof.recipe.search import Choice
+from overproof.config import Random, Space, Sweep, Tpe, Tune
+from overproof.config.search import Choice
+from overproof.distill.optuna_study import OptunaStudy
 
 Values = Mapping[str, Any]
 ENDLESS = 100_000  # trials
@@ -86,7 +86,7 @@ class Product:
     """The product's own study: random, or its tree-structured Parzen estimator."""
 
     def __init__(self, table: Table, seed: int, search: Random | Tpe) -> None:
-        self.study = Study(table.tune(search), table.sweep, seed)
+        self.study = OptunaStudy(table.tune(search), table.sweep, seed)
 
     def ask(self, key: int) -> Values | None:
         return self.study.ask(str(key))

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from overproof.data.columns import text_schema
 from overproof.data.manifest import MANIFEST, Manifest, Split
-from overproof.data.read import Columns
-from overproof.data.schema import text_schema
-from overproof.data.tokens import columns
-from overproof.data.write import parquet_bytes, put, to_table, write_shard
+from overproof.data.parquet_reader import Columns
+from overproof.data.parquet_writer import parquet_bytes, to_table, write_file, write_shard
+from overproof.data.tokenization import token_columns
 
 SHARDS = 4
 HELD_OUT_ROWS = 64
@@ -33,7 +33,7 @@ def write_rows(root: Path, rows: int, sequence_length: int, rows_per_group: int,
         for index, size in enumerate(sizes):
             draws = np.random.default_rng([index, split == "train"]).random((size, sequence_length + 1))
             tokens_RS = np.minimum(np.searchsorted(edges, draws), vocab_size - 1).astype(np.int32)
-            part = columns(index * per_shard, tokens_RS, sequence_length, -1)
+            part = token_columns(index * per_shard, tokens_RS, sequence_length, -1)
             name = f"{split}/{index:05d}.parquet"
             shards.append(write_shard(str(root), name, part, text_schema(sequence_length, vocab_size), rows_per_group))
             if split == "train":
@@ -58,7 +58,7 @@ def write_lists(root: Path, index: int, part: Columns, rows_per_group: int) -> N
     """The same rows as others would keep them: tokens as lists of 32-bit integers."""
     width = part["tokens"].shape[1]
     fields = pa.schema([pa.field("tokens", pa.list_(pa.int32(), width)), pa.field("length", pa.int32())])
-    put(str(root), f"{LISTS}/{index:05d}.parquet", parquet_bytes(to_table(part, fields), rows_per_group))
+    write_file(str(root), f"{LISTS}/{index:05d}.parquet", parquet_bytes(to_table(part, fields), rows_per_group))
 
 
 if __name__ == "__main__":

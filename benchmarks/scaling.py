@@ -17,8 +17,8 @@ import ray
 from asking import WAIT_S, load, until
 from measuring import machine, say, spread, table
 
-from overproof.recipe import Serve
-from overproof.serve import run
+from overproof.config import Serve
+from overproof.serve import server
 
 SETTINGS = Serve(
     port=0, min_replicas=0, max_replicas=2, cpus_per_replica=0.5, slots=1, upscale_delay_s=0.5, downscale_delay_s=2.0
@@ -29,8 +29,8 @@ BODY = {"prompt": "import os\n", "max_tokens": 200, "temperature": 1.0}
 
 def replicas() -> int:
     """Those that answer."""
-    (line,) = run.at_desk("book").lines.values()
-    return run.replicas(line.stable.package)
+    (line,) = server.call_controller("book").lines.values()
+    return server.count_replicas(line.stable.package)
 
 
 def first_token_s(url: str) -> float:
@@ -57,12 +57,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    base = run.start(given.package, SETTINGS)
+    base = server.start_serving(given.package, SETTINGS)
     rows = []
     for repeat in range(given.repeats):
         say(f"repeat {repeat + 1} of {given.repeats}")
         rows.append(once(f"{base}/v1/completions"))
-    run.stop()
+    server.stop_serving()
     print(f"{machine(SETTINGS.threads)}; {given.repeats} times, seconds, medians (least to most)\n")
     table(("what", "s"), [(name, spread(rows, name, 2)) for name in rows[0]])
 

@@ -26,8 +26,8 @@ from measuring import HERE, machine, say, table
 from replay import SEARCHERS, Asha, Table, replay
 from students import Trial, digits, made, options, text, train
 
+from overproof.config import Recipe
 from overproof.errors import InputError
-from overproof.recipe import Recipe
 
 TABLES = HERE / "results" / "search"
 PROCESSES, EVERY = 2, 10  # steps between validations

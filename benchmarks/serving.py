@@ -21,7 +21,7 @@ from typing import IO, Any
 import psutil
 from measuring import HERE, TreeCpu, environment, printed
 
-from overproof.serve.port import free_port
+from overproof.serve.net import free_port
 
 SERVERS = HERE / "servers"
 START_S, END_S = 120, 30

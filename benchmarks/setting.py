@@ -11,7 +11,7 @@ from typing import Any
 from measuring import HERE, environment, printed
 from rows import write_rows
 
-from overproof.recipe import Train, load
+from overproof.config import Train, load_recipe
 
 RECIPE = HERE.parent / "jobs" / "recipes" / "stdlib-lm.yaml"
 ROWS, ROWS_PER_GROUP, SEQUENCE, VOCABULARY = 8192, 16, 128, 2048
@@ -20,7 +20,9 @@ ROWS, ROWS_PER_GROUP, SEQUENCE, VOCABULARY = 8192, 16, 128, 2048
 def write_setting(folder: Path, threads: int, **changes: Any) -> Train:
     """Random rows and the teacher of stdlib-lm.yaml; what the children read."""
     write_rows(folder, ROWS, SEQUENCE, ROWS_PER_GROUP, VOCABULARY)
-    train = load(RECIPE).train.model_copy(update={"cpus_per_worker": threads, "validate_every": 10**9, **changes})
+    train = load_recipe(RECIPE).train.model_copy(
+        update={"cpus_per_worker": threads, "validate_every": 10**9, **changes}
+    )
     (folder / "train.json").write_text(train.model_dump_json())
     return train
 

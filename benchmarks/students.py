@@ -27,20 +27,19 @@ from measuring import HERE, TreeCpu, child
 from numpy.typing import NDArray
 from torch.nn.functional import log_softmax
 
-from overproof.artifact import Artifact, Store
+from overproof.artifacts import Artifact, Store
+from overproof.config import Cache, Llama, Recipe, Student, Sweep, Tune, Vit
+from overproof.config import load_recipe as load_recipe
+from overproof.config.search import TrialValues
 from overproof.data.manifest import DOCUMENTS, Manifest
-from overproof.data.read import Shards
-from overproof.distill.job import Job
-from overproof.distill.journal import Journal
-from overproof.distill.sweep import job as job_of
-from overproof.evaluate.score import HeldOut
-from overproof.models import build, forward, load, parameters, save, to_tensors
-from overproof.pipeline import resolve
-from overproof.progress import quiet
-from overproof.recipe import Cache, Llama, Recipe, Student, Sweep, Tune, Vit
-from overproof.recipe import load as load_recipe
-from overproof.recipe.search import Values
-from overproof.stage import Context
+from overproof.data.parquet_reader import Shards
+from overproof.distill.sweep import make_trial_job as job_of
+from overproof.distill.sweep_state import SweepState
+from overproof.distill.trial_job import TrialJob
+from overproof.evaluate.scoring import TestDocuments
+from overproof.models.hf_directory import build_model, count_parameters, forward, load_model, save_model, to_tensors
+from overproof.pipeline import resolve_stages
+from overproof.stage_context import StageContext, no_progress
 
 SOURCES = f"{HERE.parent / 'platform'}{os.pathsep}{HERE}"  # what every process of a benchmark imports from
 RECIPES = HERE.parent / "jobs" / "recipes"
@@ -115,18 +114,18 @@ def sweep(recipe: Recipe, students: tuple[Student, ...], steps: int, threads: in
 
 def made(recipe: Recipe, until: str) -> dict[str, Artifact]:
     """The artifacts up to a stage; what the store lacks is made first."""
-    found = [step.artifact for step in resolve(recipe, Store(recipe.store), until)]
+    found = [step.artifact for step in resolve_stages(recipe, Store(recipe.store), until)]
     if not all(found):
         run_stages(recipe, until)
-        found = [step.artifact for step in resolve(recipe, Store(recipe.store), until)]
+        found = [step.artifact for step in resolve_stages(recipe, Store(recipe.store), until)]
     return {artifact.record.stage: artifact for artifact in found if artifact}
 
 
 def remade(recipe: Recipe, stages: tuple[str, ...]) -> dict[str, Any]:
     """Make these stages anew, and measure it; what comes before them is made first where it is missing."""
-    before = [step.stage.name for step in resolve(recipe, Store(recipe.store), stages[0])][-2]
+    before = [step.stage.name for step in resolve_stages(recipe, Store(recipe.store), stages[0])][-2]
     made(recipe, before)
-    for step in resolve(recipe, Store(recipe.store), stages[-1]):
+    for step in resolve_stages(recipe, Store(recipe.store), stages[-1]):
         if step.stage.name in stages and step.artifact:
             shutil.rmtree(step.artifact.local())
     return run_stages(recipe, stages[-1])
@@ -149,7 +148,7 @@ class Trial:
     teaching: Teaching
     seed: int  # of the initial weights; the rows are those of the recipe's seed
     out: str  # folder of the weights
-    values: Values = field(default_factory=dict)  # what differs from the recipe, see tune.space
+    values: TrialValues = field(default_factory=dict)  # what differs from the recipe, see tune.space
 
 
 def train(trial: Trial) -> dict[str, Any]:
@@ -157,14 +156,14 @@ def train(trial: Trial) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         model, curve, cpu_s = _train(job(trial, scratch), trial.seed)
     if trial.out:
-        save(model, model.config, Path(trial.out))
-    return {"cpu_s": cpu_s, "parameters": parameters(model), "curve": curve}
+        save_model(model, model.config, Path(trial.out))
+    return {"cpu_s": cpu_s, "parameters": count_parameters(model), "curve": curve}
 
 
-def job(trial: Trial, store: str, name: str = "only") -> Job:
+def job(trial: Trial, store: str, name: str = "only") -> TrialJob:
     """What the product's sweep would hand to the process of a trial."""
     draft = Store(store).begin("bench", "sweep", "c" * 64, {}, {})
-    context, journal = Context(trial.recipe, trial.parents, draft, quiet), Journal(draft)
+    context, journal = StageContext(trial.recipe, trial.parents, draft, no_progress), SweepState(draft)
     values = {"student": trial.recipe.sweep.students[0].name, **trial.values}
     made = job_of(context, journal, name, values)
     made.checkpoints.begin()
@@ -173,13 +172,13 @@ def job(trial: Trial, store: str, name: str = "only") -> Job:
     return replace(made, distilled=True, student=made.student.model_copy(update={"teacher": trial.teaching}))
 
 
-def _train(own: Job, seed: int) -> tuple[Any, dict[int, float], float]:
+def _train(own: TrialJob, seed: int) -> tuple[Any, dict[int, float], float]:
     """As the product trains a student of a sweep."""
-    from overproof.distill.student import Run
+    from overproof.distill.student_trainer import StudentTrainer
 
     began, curve = time.process_time(), {}
-    run = Run(own)
-    run.model.load_state_dict(build(own.student.model, run.manifest, seed).state_dict())  # type: ignore[arg-type]
+    run = StudentTrainer(own)
+    run.model.load_state_dict(build_model(own.student.model, run.manifest, seed).state_dict())  # type: ignore[arg-type]
     while max(curve, default=0) < own.settings.steps:
         chunk = run.advance()
         curve[chunk.steps] = chunk.validation_loss
@@ -216,8 +215,8 @@ def scores(parents: dict[str, Artifact], folders: dict[str, str], documents: int
     """Every model and, under "teacher", the teacher on the same units of the test split; on every thread there is."""
     torch.set_num_threads(os.cpu_count() or 1)
     root = parents["prepare"].local()
-    teacher = load(parents["train"].local() / "model")
-    known = {"teacher": teacher} | {name: load(Path(folder)) for name, folder in folders.items()}
+    teacher = load_model(parents["train"].local() / "model")
+    known = {"teacher": teacher} | {name: load_model(Path(folder)) for name, folder in folders.items()}
     ids, places, sizes = _units(root, documents)
     sums = {name: np.zeros((4, len(sizes))) for name in known}
     shards = Shards(root, "test")
@@ -243,7 +242,7 @@ def _units(root: Path, most: int | None) -> tuple[NDArray[np.int64], NDArray[np.
     if Manifest.read(root).kind == "digits":
         count = Manifest.read(root).splits["test"].rows
         return np.arange(count), np.arange(count), np.ones(count)
-    rows = HeldOut.of(root, most)
+    rows = TestDocuments.of(root, most)
     table = pq.read_table(root / DOCUMENTS, columns=["document", "size_bytes"]).to_pydict()
     size_bytes = dict(zip(table["document"], table["size_bytes"], strict=True))
     return rows.sample_ids, rows.places, np.array([size_bytes[int(d)] for d in rows.documents], np.float64)

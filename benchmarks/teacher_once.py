@@ -24,10 +24,10 @@ from measuring import HERE, child, interleaved, machine, median, say, spread, ta
 from peers import trl
 from students import SOURCES, Scores, Trial, cache, made, options, parameters, remade, scores, text, train
 
-from overproof.artifact import Artifact
+from overproof.artifacts import Artifact
+from overproof.config import Recipe
 from overproof.data.manifest import TOKENIZER, Manifest
-from overproof.models import build, load, save
-from overproof.recipe import Recipe
+from overproof.models.hf_directory import build_model, load_model, save_model
 
 NAMES = {
     "cached": "ours, teacher's targets cached",
@@ -40,8 +40,8 @@ def starts(recipe: Recipe, parents: dict[str, Artifact], seeds: int, scratch: Pa
     """A folder of fresh weights for each seed."""
     root, shape = parents["prepare"].local(), recipe.sweep.students[0].model
     for seed in range(seeds):
-        model = build(shape, Manifest.read(root), seed)  # type: ignore[arg-type]
-        save(model, model.config, scratch / f"start-{seed}", root / TOKENIZER)
+        model = build_model(shape, Manifest.read(root), seed)  # type: ignore[arg-type]
+        save_model(model, model.config, scratch / f"start-{seed}", root / TOKENIZER)
     return {seed: scratch / f"start-{seed}" for seed in range(seeds)}
 
 
@@ -100,7 +100,7 @@ def main() -> None:
         say("scoring")
         folders = {f"{who}/{n}": str(scratch / f"{who}-{n}") for who in NAMES for n in range(given.seeds)}
         quality = scores(parents, folders, given.documents)
-    teacher = parameters(load(parents["train"].local() / "model"))
+    teacher = parameters(load_model(parents["train"].local() / "model"))
     student = found["cached"][0]["parameters"]
     print(
         f"{machine(given.threads)}; teacher {teacher / 1e6:.2f}M, student {student / 1e6:.2f}M parameters; "

@@ -23,11 +23,11 @@ import ray
 from asking import load, until
 from measuring import machine, say, table
 
+from overproof.config import Canary, Serve
 from overproof.errors import InputError
 from overproof.files import file_sha256
-from overproof.recipe import Canary, Serve
-from overproof.registry.package import PACKAGE, REPORT, open_package
-from overproof.serve import run
+from overproof.package.package import PACKAGE, REPORT, open_package
+from overproof.serve import server
 
 CLIENTS = 4
 SETTINGS = Serve(port=0, max_replicas=1, cpus_per_replica=0.5, slots=4)
@@ -70,7 +70,7 @@ def main() -> None:
     one = variant(given.package, folder / "one", f"{name}/package-one")
     two = variant(given.other, folder / "two", f"{name}/package-two")
     cut = variant(given.package, folder / "cut", f"{name}/package-cut", cut=True)
-    base = run.start(one, SETTINGS)
+    base = server.start_serving(one, SETTINGS)
     rows = []
     with load(f"{base}/v1/completions", CLIENTS) as seen:
 
@@ -86,7 +86,8 @@ def main() -> None:
             new = (two, one)[number % 2]
             package = open_package(new).content.id
             took = until(
-                lambda new=new: bool(run.at_desk("deploy", str(new), SETTINGS, "stable", "trial")), "an update"
+                lambda new=new: bool(server.call_controller("deploy", str(new), SETTINGS, "stable", "trial")),
+                "an update",
             )
             until(lambda package=package: seen[-1].package == package, "the new version")
             seconds.append(took)
@@ -98,7 +99,7 @@ def main() -> None:
             say(f"update that does not start, {number + 1} of {given.updates // 2}")
             began_s = time.perf_counter()
             try:
-                run.at_desk("deploy", str(cut), SETTINGS, "stable", "trial")
+                server.call_controller("deploy", str(cut), SETTINGS, "stable", "trial")
             except InputError:
                 seconds.append(time.perf_counter() - began_s)
             else:
@@ -110,13 +111,13 @@ def main() -> None:
         strict = SETTINGS.model_copy(update={"canary": STRICT})
         for number in range(given.updates - given.updates // 2):
             say(f"canary that fails, {number + 1} of {given.updates - given.updates // 2}")
-            run.at_desk("deploy", str(tried), strict, "canary", "trial")
-            seconds.append(until(lambda: run.at_desk("book").lines[name].canary is None, "a rollback"))
+            server.call_controller("deploy", str(tried), strict, "canary", "trial")
+            seconds.append(until(lambda: server.call_controller("book").lines[name].canary is None, "a rollback"))
         counted("canary that fails its limits", begun, seconds)
         if seen[-1].package != stable:
             say("the version before does not answer")
-    events = Counter(event.what for event in run.at_desk("book").events)
-    run.stop()
+    events = Counter(event.what for event in server.call_controller("book").events)
+    server.stop_serving()
     say(str(dict(events)))
     print(f"{machine(SETTINGS.threads)}; {CLIENTS} clients over connections that they keep\n")
     table(("what", "times", "median s", "replies", "other than 2xx"), rows)

@@ -38,10 +38,10 @@ from students import (
     vit,
 )  # fmt: skip
 
-from overproof.artifact import Artifact
+from overproof.artifacts import Artifact
+from overproof.config import Llama, Recipe, Student, Vit
 from overproof.evaluate.metrics import Bootstrap, percentiles, resampled_sums
-from overproof.models import load
-from overproof.recipe import Llama, Recipe, Student, Vit
+from overproof.models.hf_directory import load_model
 
 PROCESSES = 2
 DIGITS_STEPS = 150
@@ -111,7 +111,7 @@ class Task:
         self.train((shape, "none", longer) for (shape, _), longer in against.items())
         say(f"{self.name}: scoring")
         found = scores(self.parents, self.folders, self.given.documents)
-        teacher_size = parameters(load(self.parents["train"].local() / "model"))
+        teacher_size = parameters(load_model(self.parents["train"].local() / "model"))
         lines = []
         for (shape, name), longer in against.items():
             students = [found[f"{shape}-cached-{steps}-{seed}"] for seed in range(self.given.seeds)]

@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from overproof.cli import main
+from overproof.cli.main import main
 
 sys.exit(main(["run", *sys.argv[1:]]))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 from finished import RECIPES, Run
-from overproof.recipe import load
+from overproof.config import load_recipe
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -57,5 +57,5 @@ def digits(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The digits recipe, run once from data to package."""
     from overproof import pipeline
 
-    recipe = load(RECIPES / "digits.yaml", (f"store={tmp_path_factory.mktemp('store')}",))
+    recipe = load_recipe(RECIPES / "digits.yaml", (f"store={tmp_path_factory.mktemp('store')}",))
     return Run(recipe, pipeline.run(recipe))

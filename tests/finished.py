@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from overproof.artifact import Artifact
-from overproof.recipe import Recipe
+from overproof.artifacts import Artifact
+from overproof.config import Recipe
 
 RECIPES = Path(__file__).parents[1] / "jobs/recipes"
 

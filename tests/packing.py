@@ -15,20 +15,19 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from overproof import models
-from overproof.artifact import Artifact, Store
-from overproof.compress.gguf import export_gguf
-from overproof.compress.onnx import export_onnx, quantize_onnx
-from overproof.data import tokens as bpe
+from overproof.artifacts import Artifact, Store
+from overproof.config import Recipe, load_recipe
+from overproof.data import tokenization as bpe
 from overproof.data.manifest import Manifest, Shard, Split
 from overproof.errors import InputError
 from overproof.evaluate.gate import judge
-from overproof.evaluate.metrics import Comparison, Measured, Metric, Report
+from overproof.evaluate.metrics import Comparison, MeasuredFile, Metric, Report
+from overproof.export.gguf import export_gguf
+from overproof.export.onnx import export_onnx, quantize_onnx
 from overproof.files import file_sha256
-from overproof.progress import quiet
-from overproof.recipe import Recipe, load
-from overproof.registry.package import open_package, package
-from overproof.stage import Context
+from overproof.models import hf_directory
+from overproof.package.package import build_package, open_package
+from overproof.stage_context import StageContext, no_progress
 
 RECIPES = Path(__file__).parents[1] / "jobs/recipes"
 LENGTH, VOCABULARY, STEPS = 32, 512, 60
@@ -41,7 +40,7 @@ def make_recipe(kind: str, store: Path, *overrides: str) -> Recipe:
     name, model = ("stdlib-lm", TEXT_MODEL) if kind == "text" else ("digits", IMAGE_MODEL)
     student = {"name": "student", "model": model, "temperature": 1.0}
     settings = (f"store={store}", f"sweep.students={json.dumps([student])}", f"train.model={json.dumps(model)}")
-    return load(RECIPES / f"{name}.yaml", (*settings, *overrides))
+    return load_recipe(RECIPES / f"{name}.yaml", (*settings, *overrides))
 
 
 def make_parents(recipe: Recipe) -> dict[str, Artifact]:
@@ -58,10 +57,10 @@ def make_parents(recipe: Recipe) -> dict[str, Artifact]:
     tokenizer = done["prepare"].local() / "tokenizer.json" if manifest.kind == "text" else None
 
     def save(folder: Path, seed: int) -> None:
-        model = models.build(recipe.sweep.students[0].model, manifest, seed + 10 * recipe.seed)
+        model = hf_directory.build_model(recipe.sweep.students[0].model, manifest, seed + 10 * recipe.seed)
         if tokenizer is not None:
             _train(model, Tokenizer.from_file(str(tokenizer)))
-        models.save(model, model.config, folder, tokenizer)
+        hf_directory.save_model(model, model.config, folder, tokenizer)
 
     add("train", lambda folder: save(folder / "model", 0))
     add("cache", lambda folder: (folder / "cache.json").write_text("{}"))
@@ -83,7 +82,7 @@ def pack(recipe: Recipe, parents: dict[str, Artifact]) -> Artifact:
     draft = Store(recipe.store).begin(
         recipe.name, "package", hashlib.sha256(f"package {recipe.seed}".encode()).hexdigest(), {}, {}
     )
-    return draft.commit(package(Context(recipe, parents, draft, quiet)), 1.0)
+    return draft.commit(build_package(StageContext(recipe, parents, draft, no_progress)), 1.0)
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> None:
@@ -220,7 +219,7 @@ def _evaluate(recipe: Recipe, compressed: Path, folder: Path) -> None:
     quality = "bits_per_byte" if recipe.data.kind == "text" else "accuracy"
     exports = json.loads((compressed / "exports.json").read_text())
     measured = [
-        Measured(
+        MeasuredFile(
             **{key: export[key] for key in ("name", "student", "format", "size_bytes", "candidate")}
             | ({"size_bytes": 100 * export["size_bytes"]} if export["name"] == "teacher" else {}),
             sha256=file_sha256(compressed / export["file"]),

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from overproof.artifact import RECORD, Artifact, Store, fingerprint
+from overproof.artifacts import RECORD, Artifact, Store, compute_fingerprint
 from overproof.errors import InputError
 
 
 def _make(store: Store, content: bytes = b"hello", recipe: str = "r", stage: str = "prepare") -> Artifact:
-    print_ = fingerprint(stage, 1, {"x": content.hex()}, {})
+    print_ = compute_fingerprint(stage, 1, {"x": content.hex()}, {})
     draft = store.begin(recipe, stage, print_, {"x": 1}, {})
     with draft.directory() as folder:
         (folder / "sub").mkdir()
@@ -23,21 +23,21 @@ def _make(store: Store, content: bytes = b"hello", recipe: str = "r", stage: str
 
 
 def test_the_fingerprint_is_pinned_and_depends_on_each_part() -> None:
-    base = fingerprint("train", 1, {"steps": 2, "a": [1.5, None]}, {"prepare": "ab"})
+    base = compute_fingerprint("train", 1, {"steps": 2, "a": [1.5, None]}, {"prepare": "ab"})
     assert base == "b1d1c4611d2a3448855cc06076526f0b206d0ba4cca85be3fd8ac8dc48743e42"
-    assert base == fingerprint("train", 1, {"a": [1.5, None], "steps": 2}, {"prepare": "ab"})
+    assert base == compute_fingerprint("train", 1, {"a": [1.5, None], "steps": 2}, {"prepare": "ab"})
     others = [
-        fingerprint("sweep", 1, {"steps": 2, "a": [1.5, None]}, {"prepare": "ab"}),
-        fingerprint("train", 2, {"steps": 2, "a": [1.5, None]}, {"prepare": "ab"}),
-        fingerprint("train", 1, {"steps": 3, "a": [1.5, None]}, {"prepare": "ab"}),
-        fingerprint("train", 1, {"steps": 2, "a": [1.5, None]}, {"prepare": "ac"}),
+        compute_fingerprint("sweep", 1, {"steps": 2, "a": [1.5, None]}, {"prepare": "ab"}),
+        compute_fingerprint("train", 2, {"steps": 2, "a": [1.5, None]}, {"prepare": "ab"}),
+        compute_fingerprint("train", 1, {"steps": 3, "a": [1.5, None]}, {"prepare": "ab"}),
+        compute_fingerprint("train", 1, {"steps": 2, "a": [1.5, None]}, {"prepare": "ac"}),
     ]
     assert len({base, *others}) == 5
 
 
 def test_without_a_record_an_artifact_does_not_exist_and_the_next_attempt_starts_clean(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    print_ = fingerprint("prepare", 1, {}, {})
+    print_ = compute_fingerprint("prepare", 1, {}, {})
     draft = store.begin("r", "prepare", print_, {}, {})
     with draft.directory() as folder:
         (folder / "half").write_text("half")
@@ -73,7 +73,7 @@ def test_get_finds_by_id_or_unique_part(tmp_path: Path) -> None:
 
 def test_the_lock_is_exclusive_and_dies_with_its_process(tmp_path: Path) -> None:
     hold = (
-        "import sys, time; from overproof.artifact import Store\n"
+        "import sys, time; from overproof.artifacts import Store\n"
         f"with Store({str(tmp_path)!r}).lock():\n print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)

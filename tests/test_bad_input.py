@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from finished import RECIPES, Run
-from overproof.artifact import Store
-from overproof.cli import main
+from overproof.artifacts import Store
+from overproof.cli.main import main
 
 DIGITS = str(RECIPES / "digits.yaml")
 
@@ -60,7 +60,7 @@ def test_unknown_field_and_value_out_of_range(tmp_path: Path) -> None:
         command = [
             sys.executable,
             "-m",
-            "overproof.cli",
+            "overproof.cli.main",
             "run",
             DIGITS,
             "--set",

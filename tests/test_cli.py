@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from finished import RECIPES, Run
-from overproof.cli import STAGE_VERBS, main
-from overproof.pipeline import NAMES, stages
-from overproof.recipe import load
+from overproof.cli.main import STAGE_VERBS, main
+from overproof.config import load_recipe
+from overproof.pipeline import NAMES, stages_of
 
 DIGITS = str(RECIPES / "digits.yaml")
 FLAGS = {
@@ -57,20 +57,20 @@ def test_a_stage_explains_its_part_of_the_recipe(capsys: pytest.CaptureFixture[s
 
 def test_help_and_plan_load_neither_torch_nor_ray(tmp_path: Path) -> None:
     code = (
-        "import sys; from overproof.cli import main\n"
+        "import sys; from overproof.cli.main import main\n"
         f"assert main(['plan', {DIGITS!r}, '--set', 'store={tmp_path}']) == 0\n"
         "heavy = {'torch', 'ray', 'transformers', 'deepspeed'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("to do") == len(stages(load(DIGITS)))
+    assert done.stdout.count("to do") == len(stages_of(load_recipe(DIGITS)))
 
 
 def test_plan_says_what_is_done_and_what_it_asks(digits: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", DIGITS, "--set", f"store={digits.recipe.store}", "--set", "sweep.learning_rate=0.001"]) == 0
     out = capsys.readouterr().out
     assert out.count("done in") == 3
-    assert out.count("to do") == len(stages(digits.recipe)) - 3
+    assert out.count("to do") == len(stages_of(digits.recipe)) - 3
     assert "150 steps, 9,600 images, ZeRO 1" in out
     assert "2 workers + 1 reader" in out
 

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from finished import RECIPES, Run
-from overproof.cli import main
+from overproof.cli.main import main
 
 START_S = 90
 
@@ -27,7 +27,7 @@ START_S = 90
 def board(log: Path, *argv: str, **environment: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The running command and what it says."""
     inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, "-m", "overproof.cli", "dashboard", *argv, "--port", "0"]
+    command = [sys.executable, "-m", "overproof.cli.main", "dashboard", *argv, "--port", "0"]
     with log.open("w") as said:
         process = subprocess.Popen(command, env=inherited | environment, stdout=said, stderr=said)
     try:

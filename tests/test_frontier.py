@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overproof.frontier import hypervolume, non_dominated, standings
+from overproof.report.pareto import hypervolume, non_dominated, standings
 
 SIDE = 6  # of the grid that points lie on: ties are common, and volumes can be counted
 

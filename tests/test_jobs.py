@@ -17,8 +17,8 @@ import httpx
 import psutil
 import pytest
 
-from overproof import cli
-from overproof.artifact import Store
+from overproof.artifacts import Store
+from overproof.cli import main
 
 REPOSITORY = Path(__file__).parents[1]
 JOBS = sorted(p for p in (REPOSITORY / "jobs").glob("*.py"))
@@ -116,4 +116,4 @@ def test_every_job_runs_the_verb_of_its_name(job: Path) -> None:
 
 
 def test_every_stage_has_its_job() -> None:
-    assert {p.stem for p in JOBS} >= set(cli.STAGE_VERBS) | {"run", "plan", "serve"}
+    assert {p.stem for p in JOBS} >= set(main.STAGE_VERBS) | {"run", "plan", "serve"}

@@ -10,12 +10,20 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
+from overproof.config import Llama, Vit
 from overproof.data.manifest import Manifest
-from overproof.data.tokens import encode, train_bpe
+from overproof.data.tokenization import encode, train_bpe
 from overproof.errors import InputError
 from overproof.files import file_sha256
-from overproof.models import build, check_tokenizer, forward, load, parameters, save, to_tensors
-from overproof.recipe import Llama, Vit
+from overproof.models.hf_directory import (
+    build_model,
+    check_tokenizer,
+    count_parameters,
+    forward,
+    load_model,
+    save_model,
+    to_tensors,
+)
 
 LLAMA = Llama(hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2)
 VIT = Vit(hidden_size=24, intermediate_size=48, layers=2, heads=2)
@@ -38,7 +46,7 @@ def manifest(kind: str = "text", vocab_size: int = 320, tokenizer_sha256: str | 
 def test_weights_are_a_function_of_the_seed() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one, same, other = (build(LLAMA, manifest(), seed) for seed in (1, 1, 2))
+    one, same, other = (build_model(LLAMA, manifest(), seed) for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
     for (name, a), b, c in zip(
         one.state_dict().items(), same.state_dict().values(), other.state_dict().values(), strict=True
@@ -48,19 +56,19 @@ def test_weights_are_a_function_of_the_seed() -> None:
 
 
 def test_a_llama_is_what_the_recipe_says() -> None:
-    model = build(LLAMA, manifest(), 0)
+    model = build_model(LLAMA, manifest(), 0)
     embedding, attention, mlp = 320 * 64, 64 * 64 * 2 + 64 * 32 * 2, 3 * 64 * 96
-    assert parameters(model) == embedding + 2 * (attention + mlp + 2 * 64) + 64  # tied: embeddings count once
+    assert count_parameters(model) == embedding + 2 * (attention + mlp + 2 * 64) + 64  # tied: embeddings count once
     assert model.config.max_position_embeddings == 2048
     assert (model.config.bos_token_id, model.config.eos_token_id) == (0, 0)
     std = model.model.embed_tokens.weight.std().item()
     assert std == pytest.approx(LLAMA.initializer_range, rel=0.05)
-    wide = build(LLAMA.model_copy(update={"initializer_range": 0.06}), manifest(), 0)
+    wide = build_model(LLAMA.model_copy(update={"initializer_range": 0.06}), manifest(), 0)
     assert wide.model.embed_tokens.weight.std().item() == pytest.approx(0.06, rel=0.05)
 
 
 def test_text_predictions() -> None:
-    model = build(LLAMA, manifest(), 0).eval()
+    model = build_model(LLAMA, manifest(), 0).eval()
     tokens_BS = np.random.default_rng(0).integers(1, 320, (3, 17)).astype(np.int32)
     batch = to_tensors({"tokens": tokens_BS, "length": np.array([16, 5, 1], np.int32)})
     found = forward(model, batch)
@@ -74,7 +82,7 @@ def test_text_predictions() -> None:
 
 
 def test_image_predictions() -> None:
-    model = build(VIT, manifest("digits"), 0).eval()
+    model = build_model(VIT, manifest("digits"), 0).eval()
     batch = to_tensors(
         {"pixels": np.random.default_rng(0).random((5, 64), np.float32), "label": np.arange(5, dtype=np.int32)}
     )
@@ -95,9 +103,9 @@ def test_tensors_own_their_memory() -> None:
 
 def test_a_model_that_does_not_fit_the_data_is_refused() -> None:
     with pytest.raises(InputError, match=r"model\.kind 'llama': the data is digits"):
-        build(LLAMA, manifest("digits"), 0)
+        build_model(LLAMA, manifest("digits"), 0)
     with pytest.raises(InputError, match=r"model\.kind 'vit': the data is text"):
-        build(VIT, manifest(), 0)
+        build_model(VIT, manifest(), 0)
 
 
 @pytest.fixture
@@ -105,8 +113,8 @@ def saved(tmp_path: Path) -> Path:
     """A language model with its tokenizer, as a plain Hugging Face directory."""
     tokenizer = train_bpe(["def f(x):\n    return x + 1\n"] * 3, 320)
     tokenizer.save(str(tmp_path / "source.json"))
-    model = build(LLAMA, manifest(vocab_size=tokenizer.get_vocab_size()), 0)
-    save(model, model.config, tmp_path / "model", tmp_path / "source.json")
+    model = build_model(LLAMA, manifest(vocab_size=tokenizer.get_vocab_size()), 0)
+    save_model(model, model.config, tmp_path / "model", tmp_path / "source.json")
     return tmp_path / "model"
 
 
@@ -118,7 +126,7 @@ def test_other_programs_read_the_directory(saved: Path) -> None:
         "tokenizer_config.json",
     ]
     assert AutoConfig.from_pretrained(saved).architectures == ["LlamaForCausalLM"]
-    theirs, ours = AutoModelForCausalLM.from_pretrained(saved).eval(), load(saved)
+    theirs, ours = AutoModelForCausalLM.from_pretrained(saved).eval(), load_model(saved)
     tokens_BS = torch.arange(20)[None]
     assert torch.equal(theirs(tokens_BS).logits, ours(tokens_BS).logits)
     auto, own = AutoTokenizer.from_pretrained(saved), Tokenizer.from_file(str(saved / "tokenizer.json"))
@@ -130,14 +138,14 @@ def test_other_programs_read_the_directory(saved: Path) -> None:
 
 def test_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
     for config, made in ((LLAMA, manifest()), (VIT, manifest("digits"))):
-        model = build(config, made, 3)
+        model = build_model(config, made, 3)
         path, again = tmp_path / config.kind, tmp_path / f"{config.kind}-state"
-        save(model, model.config, path)
-        save(dict(model.state_dict()), model.config, again)
+        save_model(model, model.config, path)
+        save_model(dict(model.state_dict()), model.config, again)
         assert file_sha256(path / "model.safetensors") == file_sha256(again / "model.safetensors")
-        found = load(path)
+        found = load_model(path)
         assert not found.training
-        assert parameters(found) == parameters(model)
+        assert count_parameters(found) == count_parameters(model)
         for name, value in model.state_dict().items():
             assert torch.equal(found.state_dict()[name], value)
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "vit").config.num_labels == 10
@@ -145,34 +153,34 @@ def test_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_what_must_not_be_loaded_is_refused(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
-        load(tmp_path / "none")
+        load_model(tmp_path / "none")
     for name in ("pytorch_model.bin", "sub/optimizer.pt", "a.pth", "a.pkl", "a.ckpt"):
         pickle = saved / name
         pickle.parent.mkdir(exist_ok=True)
         pickle.write_bytes(b"")
         with pytest.raises(InputError, match=f"found {pickle.name}, a pickle, which runs code when read"):
-            load(saved)
+            load_model(saved)
         pickle.unlink()
     config = (saved / "config.json").read_text()
     (saved / "config.json").write_text(config.replace("LlamaForCausalLM", "GPT2LMHeadModel"))
     with pytest.raises(InputError, match="architecture GPT2LMHeadModel; expected LlamaForCausalLM or"):
-        load(saved)
+        load_model(saved)
     (saved / "config.json").write_text("{}")
     with pytest.raises(InputError, match="no architecture"):
-        load(saved)
+        load_model(saved)
     (saved / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
     with pytest.raises(InputError, match=r"weights do not fit config\.json: missing keys: model\.layers\.2"):
-        load(saved)
+        load_model(saved)
     (saved / "config.json").write_text(config.replace('"intermediate_size": 96', '"intermediate_size": 64'))
     with pytest.raises(InputError, match=r"weights do not fit config\.json"):
-        load(saved)
+        load_model(saved)
     (saved / "config.json").write_text(config)
     (saved / "model.safetensors").write_bytes(b"\x80\x04pickle")
     with pytest.raises(InputError, match="not safetensors"):
-        load(saved)
+        load_model(saved)
     (saved / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"no \*\.safetensors file"):
-        load(saved)
+        load_model(saved)
 
 
 def test_another_tokenizer_is_refused(saved: Path) -> None:

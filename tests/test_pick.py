@@ -8,34 +8,34 @@ from typing import Any
 import pytest
 
 from finished import RECIPES, Run
-from overproof.artifact import Store
-from overproof.cli import main
+from overproof.artifacts import Store
+from overproof.cli.main import main
+from overproof.cli.select import Budget, Candidate, rank_candidates
+from overproof.config import load_recipe
 from overproof.errors import InputError
 from overproof.evaluate.gate import CandidateVerdict, Verdict
-from overproof.evaluate.metrics import Measured, Metric, Report
+from overproof.evaluate.metrics import MeasuredFile, Metric, Report
 from overproof.files import read_json
-from overproof.pick import Budget, Choice, choose
-from overproof.pipeline import resolve
-from overproof.recipe import load
+from overproof.pipeline import resolve_stages
 
 DIGITS = str(RECIPES / "digits.yaml")
 SIZES_MB = {"big": 40.0, "middle": 20.0, "small": 10.0, "bad": 1.0}
 QUALITY = {"big": 2.0, "middle": 2.1, "small": 2.2, "bad": 9.0}
 
 
-def measured(name: str, quality: str, value: float) -> Measured:
+def measured(name: str, quality: str, value: float) -> MeasuredFile:
     def metric(value: float) -> Metric:
         return Metric(value=value, unit="any", n=10)
 
     size_mb = SIZES_MB[name]
     figures = {"latency_p50_s": size_mb / 1e3, "latency_p95_s": 2 * size_mb / 1e3, "resident_mb": 100 + size_mb}
-    return Measured(
+    return MeasuredFile(
         name=name, student=name[0], format="any", size_bytes=int(size_mb * 1e6), sha256="0" * 64, candidate=True,
         metrics={quality: metric(value), **{figure: metric(value) for figure, value in figures.items()}},
     )  # fmt: skip
 
 
-def chosen(budget: Budget, quality: Any = "bits_per_byte") -> tuple[Choice, ...]:
+def chosen(budget: Budget, quality: Any = "bits_per_byte") -> tuple[Candidate, ...]:
     values = QUALITY if quality == "bits_per_byte" else {name: 1 - q / 10 for name, q in QUALITY.items()}
     report = Report(
         kind="text",
@@ -45,7 +45,7 @@ def chosen(budget: Budget, quality: Any = "bits_per_byte") -> tuple[Choice, ...]
         comparisons=(),
     )
     verdicts = tuple(CandidateVerdict(name=name, passed=name != "bad", reasons=()) for name in QUALITY)
-    return choose(report, Verdict(passed=True, chosen="small", candidates=verdicts), budget.limits(quality))
+    return rank_candidates(report, Verdict(passed=True, chosen="small", candidates=verdicts), budget.limits(quality))
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_the_command_that_is_named_packages_what_was_picked(digits: Run, capsys:
     for candidate in (m for m in report.measured if m.candidate):
         assert f"│ {candidate.name} " in said
     command = shlex.split(said.splitlines()[-1])
-    recipe = load(command[2], tuple(command[4::2]))
-    todo = [s.stage.name for s in resolve(recipe, Store(recipe.store)) if s.artifact is None]
+    recipe = load_recipe(command[2], tuple(command[4::2]))
+    todo = [s.stage.name for s in resolve_stages(recipe, Store(recipe.store)) if s.artifact is None]
     assert command[:2] == ["overproof", "package"]
     assert todo == ["gate", "report", "package"]
     name = recipe.gate.candidate

@@ -15,19 +15,19 @@ import httpx
 import pytest
 
 from finished import RECIPES, Run
-from overproof.artifact import RECORD, Store
-from overproof.compress.export import read_exports
-from overproof.pipeline import resolve, stages
-from overproof.recipe import load
+from overproof.artifacts import RECORD, Store
+from overproof.config import load_recipe
+from overproof.export.stage import read_exports
+from overproof.pipeline import resolve_stages, stages_of
 
 DIGITS = str(RECIPES / "digits.yaml")
-NAMES = tuple(stage.name for stage in stages(load(DIGITS)))
+NAMES = tuple(stage.name for stage in stages_of(load_recipe(DIGITS)))
 STAGE_S = 240
 
 
 def _command(verb: str, recipe: str, *overrides: str) -> list[str]:
     sets = [word for override in overrides for word in ("--set", override)]
-    return [sys.executable, "-m", "overproof.cli", verb, recipe, *sets]
+    return [sys.executable, "-m", "overproof.cli.main", verb, recipe, *sets]
 
 
 def _own_ray() -> dict[str, str]:
@@ -60,15 +60,15 @@ def test_every_stage_leaves_a_record_with_its_parents(digits: Run) -> None:
     ],
 )
 def test_an_edit_rebuilds_what_follows_and_nothing_else(digits: Run, override: str, first: str | None) -> None:
-    recipe = load(DIGITS, (f"store={digits.recipe.store}", override))
-    todo = [step.stage.name for step in resolve(recipe, Store(recipe.store)) if step.artifact is None]
+    recipe = load_recipe(DIGITS, (f"store={digits.recipe.store}", override))
+    todo = [step.stage.name for step in resolve_stages(recipe, Store(recipe.store)) if step.artifact is None]
     rebuilt = NAMES[NAMES.index(first) :] if first else ()
     assert tuple(todo) == rebuilt
 
 
 def test_a_second_run_does_nothing_and_starts_nothing(digits: Run) -> None:
     code = (
-        "import sys; from overproof.cli import main\n"
+        "import sys; from overproof.cli.main import main\n"
         f"assert main(['run', {DIGITS!r}, '--set', 'store={digits.recipe.store}']) == 0\n"
         "assert not {'ray', 'torch'} & set(sys.modules)"
     )
@@ -91,7 +91,9 @@ def test_the_report_is_one_page_with_the_picture_inside(digits: Run) -> None:
 
 def test_the_refused_recipe_ends_with_reasons_and_serves_nothing(digits: Run, tmp_path: Path) -> None:
     """It is the digits under another policy: beside them, only the gate is new."""
-    recipes = [load(RECIPES / f"{name}.yaml").model_dump(exclude={"name", "gate"}) for name in ("digits", "refused")]
+    recipes = [
+        load_recipe(RECIPES / f"{name}.yaml").model_dump(exclude={"name", "gate"}) for name in ("digits", "refused")
+    ]
     assert recipes[0] == recipes[1]
     shutil.copytree(digits.recipe.store, tmp_path, dirs_exist_ok=True)
     packages = set(tmp_path.glob("digits/package-*"))

@@ -12,27 +12,34 @@ from hypothesis import strategies as st
 from ray.autoscaler._private.util import prepare_config
 
 from finished import RECIPES
-from overproof.cluster_file import read
+from overproof.cluster.cluster_yaml import read_cluster_yaml
+from overproof.cluster.placement import (
+    Capacity,
+    NodeShape,
+    ResourceRequest,
+    require_placeable,
+    resource_requests,
+    why_unplaceable,
+)
+from overproof.config import Recipe, load_recipe
 from overproof.errors import InputError
-from overproof.placement import Capacity, Need, Node, check, needs, refusal
-from overproof.recipe import Recipe, load
 
 REPOSITORY = Path(__file__).parents[1]
 
 
 def recipe(*overrides: str) -> Recipe:
-    return load(RECIPES / "digits.yaml", overrides)
+    return load_recipe(RECIPES / "digits.yaml", overrides)
 
 
 def capacity(*nodes: tuple[float, float, int], head: tuple[float, float] = (0, 0), most: int | None = None) -> Capacity:
-    kinds = [Node(f"kind{i}", cpus, gpus, count) for i, (cpus, gpus, count) in enumerate(nodes)]
-    return Capacity((Node("head", *head, 1, always=1), *kinds), "the cluster", most)
+    kinds = [NodeShape(f"kind{i}", cpus, gpus, count) for i, (cpus, gpus, count) in enumerate(nodes)]
+    return Capacity((NodeShape("head", *head, 1, always=1), *kinds), "the cluster", most)
 
 
 def test_two_workers_of_eight_cpus_never_start_on_nodes_of_four_although_the_sum_fits() -> None:
-    where = Capacity((Node("small", 4, 0, 8, always=8),), "this cluster has 8 nodes of 4 CPUs")
+    where = Capacity((NodeShape("small", 4, 0, 8, always=8),), "this cluster has 8 nodes of 4 CPUs")
     with pytest.raises(InputError) as refused:
-        check(recipe("train.cpus_per_worker=8"), where)
+        require_placeable(recipe("train.cpus_per_worker=8"), where)
     words = str(refused.value)
     assert "each bundle of 8 CPUs must fit one node, and 2 are needed beside a reader of 1 CPU" in words
     assert "8 x 0 on small (4 CPUs)" in words
@@ -40,7 +47,7 @@ def test_two_workers_of_eight_cpus_never_start_on_nodes_of_four_although_the_sum
 
 
 def test_a_reader_needs_a_cpu_beside_the_workers() -> None:
-    need = Need("train", 2, 4, reader=True)
+    need = ResourceRequest("train", 2, 4, reader=True)
     assert capacity((4, 0, 2)).fits(need) == 1
     assert capacity((4, 0, 3)).fits(need) == 2
     assert capacity((4, 0, 2), head=(1, 0)).fits(need) == 2
@@ -49,7 +56,7 @@ def test_a_reader_needs_a_cpu_beside_the_workers() -> None:
 
 
 def test_a_limit_on_all_nodes_together_counts_no_head() -> None:
-    need = Need("train", 2, 1, gpus=1)
+    need = ResourceRequest("train", 2, 1, gpus=1)
     assert capacity((16, 1, 8), most=8).fits(need) == 8
     assert capacity((16, 1, 8), most=3).fits(need) == 3
     assert capacity((16, 1, 8), head=(4, 2), most=3).fits(need) == 5
@@ -69,7 +76,7 @@ def test_it_finds_the_most_bundles_there_can_be(
     nodes: list[tuple[int, int, int]], head: tuple[int, int], most: int | None, cpus: int, gpus: int, reader: bool
 ) -> None:
     """Against every choice of nodes and every node for the reader."""
-    need = Need("train", 1, cpus, gpus, reader)
+    need = ResourceRequest("train", 1, cpus, gpus, reader)
     single = [(c, g) for c, g, count in nodes for _ in range(count)]
     limit = len(single) if most is None else min(most, len(single))
     best = -1 if reader else 0
@@ -84,7 +91,7 @@ def test_it_finds_the_most_bundles_there_can_be(
 
 
 def test_what_each_stage_asks_for() -> None:
-    asked = {need.stage: need for need in needs(recipe("train.workers=[2,8]", "train.batch_size=64"))}
+    asked = {need.stage: need for need in resource_requests(recipe("train.workers=[2,8]", "train.batch_size=64"))}
     assert list(asked) == ["prepare", "train", "cache", "sweep", "evaluate", "serve"]
     train = asked["train"]
     assert (train.bundles, train.wanted, train.why) == (2, 8, "2 to 8 workers + 1 reader")
@@ -96,9 +103,9 @@ def test_what_each_stage_asks_for() -> None:
 def test_elastic_training_needs_the_fewest_workers_alone() -> None:
     elastic, fixed = (recipe(f"train.workers={workers}", "train.batch_size=64") for workers in ("[2,16]", "16"))
     where = capacity(head=(4, 0))
-    check(elastic, where)
+    require_placeable(elastic, where)
     with pytest.raises(InputError, match=r"16 x 1 \+ 1 = 17 CPUs"):
-        check(fixed, where)
+        require_placeable(fixed, where)
 
 
 def test_cluster_yaml_may_grow_to_what_ray_makes_of_it(tmp_path: Path) -> None:
@@ -108,20 +115,20 @@ def test_cluster_yaml_may_grow_to_what_ray_makes_of_it(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text(yaml.safe_dump(tree))
     filled = prepare_config(tree)
-    found = {node.name: node for node in read(file).nodes}
+    found = {node.name: node for node in read_cluster_yaml(file).nodes}
     for name, kind in filled["available_node_types"].items():
         head = name == filled["head_node_type"]
         assert found[name].count == kind["max_workers"] + head
         assert found[name].always == head
         assert (found[name].cpus, found[name].gpus) == (kind["resources"]["CPU"], kind["resources"].get("GPU", 0))
-    assert read(file).most_nodes == filled["max_workers"]
+    assert read_cluster_yaml(file).most_nodes == filled["max_workers"]
 
 
 def test_gpus_of_cluster_yaml_are_spread_one_a_node() -> None:
-    where = read(REPOSITORY / "cluster.yaml")
+    where = read_cluster_yaml(REPOSITORY / "cluster.yaml")
     assert (where.cpus, where.gpus, where.count) == (4 * 16 + 8 * 16 + 2 * 8, 8, 15)
-    assert where.fits(Need("train", 1, 8, 1, True)) == 8
-    words = refusal(Need("train", 2, 8, 2, True, why="2 workers + 1 reader"), where)
+    assert where.fits(ResourceRequest("train", 1, 8, 1, True)) == 8
+    words = why_unplaceable(ResourceRequest("train", 2, 8, 2, True, why="2 workers + 1 reader"), where)
     assert words is not None
     assert "8 x 0 on gpu (16 CPUs, 1 GPU)" in words
 
@@ -141,7 +148,7 @@ def test_a_cluster_file_that_says_nothing_is_refused(tmp_path: Path, text: str, 
     file = tmp_path / "cluster.yaml"
     file.write_text(text)
     with pytest.raises(InputError) as refused:
-        read(file)
+        read_cluster_yaml(file)
     assert words in str(refused.value)
     with pytest.raises(InputError, match="No such file"):
-        read(tmp_path / "none.yaml")
+        read_cluster_yaml(tmp_path / "none.yaml")

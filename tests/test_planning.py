@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from finished import RECIPES
-from overproof.cli import main
+from overproof.cli.main import main
 
 REPOSITORY = Path(__file__).parents[1]
 DIGITS, TEXT = str(RECIPES / "digits.yaml"), str(RECIPES / "stdlib-lm.yaml")
@@ -191,7 +191,7 @@ def test_a_pretrained_teacher_is_sized_by_its_headers_and_torch_stays_out(tmp_pa
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
     change = json.dumps({"kind": "pretrained", "path": str(tmp_path / "model")})
     code = (
-        "import sys; from overproof.cli import main\n"
+        "import sys; from overproof.cli.main import main\n"
         f"assert main(['plan', {TEXT!r}, '--set', {'train.model=' + change!r}, '--set', 'store={tmp_path}/s']) == 0\n"
         "heavy = {'torch', 'ray', 'transformers', 'deepspeed'} & set(sys.modules); assert not heavy, heavy"
     )

@@ -11,16 +11,16 @@ from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE, get_runtime_en
 from ray._private.runtime_env.packaging import create_package
 
 from finished import RECIPES, Run
-from overproof import preflight, storage, upload
-from overproof.cluster import _attached_capacity
+from overproof.cluster import preflight, store_probe, upload
+from overproof.cluster.placement import Capacity, NodeShape
+from overproof.cluster.preflight import Throughput
+from overproof.cluster.ray_cluster import _attached_capacity
+from overproof.config import load_recipe
 from overproof.files import filesystem
-from overproof.placement import Capacity, Node
-from overproof.preflight import Rate
-from overproof.recipe import load
-from overproof.units import duration, size
+from overproof.units import format_bytes, format_seconds
 
 DIGITS = RECIPES / "digits.yaml"
-HERE = Capacity((Node("this machine", 4, 0, 1, always=1),), "a local cluster here has 1 node of 4 CPUs")
+HERE = Capacity((NodeShape("this machine", 4, 0, 1, always=1),), "a local cluster here has 1 node of 4 CPUs")
 
 
 def everything(folder: Path) -> set[str]:
@@ -30,14 +30,14 @@ def everything(folder: Path) -> set[str]:
 @pytest.mark.parametrize("deep", ["", "store", "a/b/store"])
 def test_a_probe_writes_reads_and_leaves_nothing(tmp_path: Path, deep: str) -> None:
     before = everything(tmp_path)
-    with storage.probe(str(tmp_path / deep)) as (file, text):
+    with store_probe.probe_store(str(tmp_path / deep)) as (file, text):
         assert Path(file).read_text() == text
     assert everything(tmp_path) == before
 
 
 def test_a_probe_of_an_object_store_leaves_nothing(s3_uri: str) -> None:
     files, root = filesystem(s3_uri)
-    with storage.probe(s3_uri) as (file, text):
+    with store_probe.probe_store(s3_uri) as (file, text):
         store, path = filesystem(file)
         with store.open_input_stream(path) as stream:
             assert stream.read().decode() == text
@@ -46,32 +46,32 @@ def test_a_probe_of_an_object_store_leaves_nothing(s3_uri: str) -> None:
     assert files.get_file_info(fs.FileSelector(bucket, recursive=True)) == []
     with files.open_output_stream(f"{root}/kept") as stream:
         stream.write(b"kept")
-    with storage.probe(s3_uri):
+    with store_probe.probe_store(s3_uri):
         pass
     assert [info.path for info in files.get_file_info(fs.FileSelector(root, recursive=True))] == [f"{root}/kept"]
 
 
 def test_what_another_run_writes_meanwhile_stays(tmp_path: Path) -> None:
-    with storage.probe(str(tmp_path / "store")):
+    with store_probe.probe_store(str(tmp_path / "store")):
         (tmp_path / "store/theirs").write_text("kept")
     assert everything(tmp_path) == {str(tmp_path / "store"), str(tmp_path / "store/theirs")}
 
 
 def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    recipe = load(DIGITS, (f"store={tmp_path / 'file/store'}",))
-    found = preflight.stored(recipe, HERE, attached=False)
+    recipe = load_recipe(DIGITS, (f"store={tmp_path / 'file/store'}",))
+    found = preflight.check_storage(recipe, HERE, attached=False)
     assert found.state == "refused"
     assert "cannot be written" in found.text
     assert "--set store=" in found.text
-    missing = load(DIGITS, ("store=s3://no-such-bucket-of-anyone/x?scheme=http&endpoint_override=127.0.0.1:1",))
-    assert preflight.stored(missing, HERE, attached=False).state == "refused"
+    missing = load_recipe(DIGITS, ("store=s3://no-such-bucket-of-anyone/x?scheme=http&endpoint_override=127.0.0.1:1",))
+    assert preflight.check_storage(missing, HERE, attached=False).state == "refused"
 
 
 def test_every_node_of_a_cluster_is_asked_for_the_store(ray_cluster: str, tmp_path: Path) -> None:
     where = _attached_capacity()
     assert where.count == 2
-    shared = preflight.stored(load(DIGITS, (f"store={tmp_path}",)), where, attached=True)
+    shared = preflight.check_storage(load_recipe(DIGITS, (f"store={tmp_path}",)), where, attached=True)
     assert (shared.state, "every node" in shared.text) == ("ok", True)
     assert list(tmp_path.iterdir()) == []
 
@@ -80,8 +80,8 @@ def test_a_folder_that_other_nodes_do_not_see_is_refused(
     ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    own = load(DIGITS, ("store=/proc/self/cwd/store",))  # a path that is another folder in every process
-    found = preflight.stored(own, _attached_capacity(), attached=True)
+    own = load_recipe(DIGITS, ("store=/proc/self/cwd/store",))  # a path that is another folder in every process
+    found = preflight.check_storage(own, _attached_capacity(), attached=True)
     assert found.state == "refused"
     assert "is not seen on" in found.text
     assert "s3://bucket/store" in found.text
@@ -89,8 +89,8 @@ def test_a_folder_that_other_nodes_do_not_see_is_refused(
 
 
 def test_a_local_store_for_several_nodes_is_a_warning(tmp_path: Path) -> None:
-    many = Capacity((Node("cpu", 4, 0, 4),), "cluster.yaml may grow to 4 nodes")
-    found = preflight.stored(load(DIGITS, (f"store={tmp_path}",)), many, attached=False)
+    many = Capacity((NodeShape("cpu", 4, 0, 4),), "cluster.yaml may grow to 4 nodes")
+    found = preflight.check_storage(load_recipe(DIGITS, (f"store={tmp_path}",)), many, attached=False)
     assert found.state == "warning"
     assert "on 4 nodes it must be a folder that all of them share" in found.text
 
@@ -137,7 +137,7 @@ def test_an_upload_is_counted_to_the_byte_as_ray_packs_it(
         str(folder), package, include_gitignore=gitignore, excludes=get_runtime_env_default_excludes(),
         logger=logging.getLogger("quiet"),
     )  # fmt: skip
-    found = upload.measure(folder)
+    found = upload.measure_upload(folder)
     assert found.size_bytes == package.stat().st_size
     assert found.fits
     assert upload.LIMIT_BYTES == DASHBOARD_CLIENT_MAX_SIZE
@@ -150,7 +150,9 @@ def test_the_upload_of_this_repository_too(tmp_path: Path, monkeypatch: pytest.M
         str(repository), package, include_gitignore=True, excludes=get_runtime_env_default_excludes(),
         logger=logging.getLogger("quiet"),
     )  # fmt: skip
-    assert upload.measure(repository).size_bytes == pytest.approx(package.stat().st_size, rel=0.05)  # caches change
+    assert upload.measure_upload(repository).size_bytes == pytest.approx(
+        package.stat().st_size, rel=0.05
+    )  # caches change
 
 
 def test_an_upload_over_the_limit_names_what_is_large(tmp_path: Path) -> None:
@@ -158,21 +160,21 @@ def test_an_upload_over_the_limit_names_what_is_large(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         with (tmp_path / name).open("wb") as file:
             file.truncate(bytes_)
-    found = preflight.packed(tmp_path)
+    found = preflight.check_upload(tmp_path)
     assert found.state == "warning"
     assert "checkpoints 94.4 MB, data.bin 21.0 MB" in found.text
     assert ".rayignore" in found.text
     (tmp_path / ".rayignore").write_text("checkpoints/\n")
-    assert preflight.packed(tmp_path).state == "ok"
+    assert preflight.check_upload(tmp_path).state == "ok"
 
 
 def test_time_from_a_given_rate_and_what_to_do_without_one() -> None:
-    recipe = load(RECIPES / "stdlib-lm.yaml")
+    recipe = load_recipe(RECIPES / "stdlib-lm.yaml")
     tokens = recipe.train.steps * recipe.train.batch_size * 128
-    found = preflight.time(recipe, Rate(tokens / 7200, "as given"))
+    found = preflight.training_time(recipe, Throughput(tokens / 7200, "as given"))
     assert found.text.endswith("(as given): 2.0 hours")
     assert f"{tokens:,} tokens" in found.text
-    assert "--tokens-per-s N" in preflight.time(recipe, None).text
+    assert "--tokens-per-s N" in preflight.training_time(recipe, None).text
 
 
 def test_time_from_an_earlier_run_of_the_same_model(digits: Run) -> None:
@@ -181,29 +183,29 @@ def test_time_from_an_earlier_run_of_the_same_model(digits: Run) -> None:
     assert rate is not None
     assert rate.per_s == pytest.approx(digits.recipe.train.batch_size / record.metrics["seconds_per_step"])
     assert digits.artifacts["train"].id in rate.source
-    other = load(DIGITS, (f"store={digits.recipe.store}", "train.model.layers=2"))
+    other = load_recipe(DIGITS, (f"store={digits.recipe.store}", "train.model.layers=2"))
     assert preflight.measured_rate(other) is None
-    longer = load(DIGITS, (f"store={digits.recipe.store}", "train.steps=15000"))
+    longer = load_recipe(DIGITS, (f"store={digits.recipe.store}", "train.steps=15000"))
     assert preflight.measured_rate(longer) == rate
 
 
 def test_units() -> None:
-    assert [size(n) for n in (0, 999, 1_500, 104_857_600, 3_200_000_000, 1.2e13)] == [
+    assert [format_bytes(n) for n in (0, 999, 1_500, 104_857_600, 3_200_000_000, 1.2e13)] == [
         "0 B", "999 B", "1.50 kB", "105 MB", "3.20 GB", "12.0 TB",
     ]  # fmt: skip
-    assert [duration(s) for s in (35, 720, 12_240, 181_440)] == ["35 s", "12 min", "3.4 hours", "2.1 days"]
+    assert [format_seconds(s) for s in (35, 720, 12_240, 181_440)] == ["35 s", "12 min", "3.4 hours", "2.1 days"]
 
 
 def test_elastic_training_is_told_how_many_workers_fit() -> None:
-    recipe = load(DIGITS, ("train.workers=[2,16]",))
-    train = next(found for found in preflight.placed(recipe, HERE) if found.about == "train")
+    recipe = load_recipe(DIGITS, ("train.workers=[2,16]",))
+    train = next(found for found in preflight.check_placement(recipe, HERE) if found.about == "train")
     assert train.state == "warning"
     assert "2 x 1 + 1 = 3 of 4 CPUs" in train.text  # three would fit, and do not divide the batch of 64
     assert "16 do not fit: 2 at a time" in train.text
 
 
 def test_a_run_beside_replicas_is_counted() -> None:
-    recipe = load(DIGITS, ("serve.min_replicas=2",))
-    together = [found for found in preflight.placed(recipe, HERE) if found.about == "together"]
+    recipe = load_recipe(DIGITS, ("serve.min_replicas=2",))
+    together = [found for found in preflight.check_placement(recipe, HERE) if found.about == "together"]
     assert [found.state for found in together] == ["warning"]
     assert "train 3 + serve 2 = 5 of 4 CPUs" in together[0].text

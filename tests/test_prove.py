@@ -13,7 +13,7 @@ RECIPE = Path(__file__).parents[1] / "jobs/recipes/digits.yaml"
 def prove(what: str, *options: str) -> list[str]:
     """The lines it prints; it must succeed."""
     done = subprocess.run(
-        [sys.executable, "-m", "overproof.cli", "prove", what, str(RECIPE), *options],
+        [sys.executable, "-m", "overproof.cli.main", "prove", what, str(RECIPE), *options],
         capture_output=True,
         text=True,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from overproof.cli import _parser
+from overproof.cli.main import _parser
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

@@ -9,9 +9,8 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from overproof import reference
+from overproof.config import Recipe, load_recipe, schema_docs
 from overproof.errors import InputError
-from overproof.recipe import Recipe, load
 
 RECIPES = sorted((Path(__file__).parents[1] / "jobs/recipes").glob("*.yaml"))
 DIGITS = Path(__file__).parents[1] / "jobs/recipes/digits.yaml"
@@ -19,13 +18,13 @@ DIGITS = Path(__file__).parents[1] / "jobs/recipes/digits.yaml"
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_is_valid_and_fits_the_editor_schema(path: Path) -> None:
-    recipe = load(path)
+    recipe = load_recipe(path)
     assert recipe.name == path.stem
-    Draft202012Validator(json.loads(reference.json_schema())).validate(yaml.safe_load(path.read_text()))
+    Draft202012Validator(json.loads(schema_docs.json_schema())).validate(yaml.safe_load(path.read_text()))
 
 
 def test_the_editor_schema_file_is_current() -> None:
-    assert (DIGITS.parent / "recipe.schema.json").read_text() == reference.json_schema()
+    assert (DIGITS.parent / "recipe.schema.json").read_text() == schema_docs.json_schema()
 
 
 @pytest.mark.parametrize(
@@ -55,7 +54,7 @@ def test_the_editor_schema_file_is_current() -> None:
 )
 def test_a_bad_field_is_named_with_what_was_found_and_expected(override: str, words: list[str]) -> None:
     with pytest.raises(InputError) as error:
-        load(DIGITS, (override,))
+        load_recipe(DIGITS, (override,))
     for word in words:
         assert word in str(error.value)
 
@@ -63,12 +62,12 @@ def test_a_bad_field_is_named_with_what_was_found_and_expected(override: str, wo
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
 def test_drawn_outputs_teach_forward_kl_alone(divergence: str) -> None:
     sampled, other = "cache.scheme={kind: sampled}", f"sweep.students.1.divergence={divergence}"
-    load(DIGITS, (sampled,))
-    load(DIGITS, ("cache.scheme={kind: dense}", other))
+    load_recipe(DIGITS, (sampled,))
+    load_recipe(DIGITS, ("cache.scheme={kind: dense}", other))
     with pytest.raises(InputError, match=r"asks for reverse_kl"):
-        load(DIGITS, (sampled, "tune={space: {divergence: {kind: choice, values: [forward_kl, reverse_kl]}}}"))
+        load_recipe(DIGITS, (sampled, "tune={space: {divergence: {kind: choice, values: [forward_kl, reverse_kl]}}}"))
     with pytest.raises(InputError, match=rf"asks for {divergence}, .*probabilities of outputs that were not drawn"):
-        load(DIGITS, (sampled, other))
+        load_recipe(DIGITS, (sampled, other))
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
@@ -77,24 +76,24 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
         if content is not None:
             path.write_text(content)
         with pytest.raises(InputError, match=word):
-            load(path)
+            load_recipe(path)
 
 
 def test_overrides_reach_nested_fields_and_lists() -> None:
-    recipe = load(DIGITS, ("train.steps=7", "sweep.students.0.teacher_weight=0.25", "evaluate.threads=1"))
+    recipe = load_recipe(DIGITS, ("train.steps=7", "sweep.students.0.teacher_weight=0.25", "evaluate.threads=1"))
     assert (recipe.train.steps, recipe.sweep.students[0].teacher_weight, recipe.evaluate.threads) == (7, 0.25, 1)
 
 
 def test_a_recipe_survives_its_own_serialisation_and_is_frozen() -> None:
-    recipe = load(DIGITS)
+    recipe = load_recipe(DIGITS)
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 1  # type: ignore[misc]
 
 
 def test_help_names_every_field_once_with_its_meaning() -> None:
-    text = reference.fields("train")
+    text = schema_docs.describe_fields("train")
     assert "train.steps " in text
     assert "0 keeps the starting weights" in text
     assert "sweep" not in text.split()[0]
-    assert len(reference.fields().splitlines()) > 100
+    assert len(schema_docs.describe_fields().splitlines()) > 100

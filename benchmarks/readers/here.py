@@ -13,9 +13,9 @@ from timing import Batches, Epoch, main
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from overproof.data.manifest import Manifest
-from overproof.data.plan import Order
-from overproof.data.read import Shards, to_numpy
-from overproof.models import to_tensors
+from overproof.data.order import Order
+from overproof.data.parquet_reader import Shards, table_to_numpy
+from overproof.models.hf_directory import to_tensors
 
 COLUMNS = ["tokens", "length"]
 SEED = 1
@@ -51,7 +51,7 @@ def ours(root: Path, batch_size: int) -> Epoch:
 
 
 def to_arrays(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    columns = to_numpy(table)
+    columns = table_to_numpy(table)
     return columns["tokens"], columns["length"]
 
 

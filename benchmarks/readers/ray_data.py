@@ -20,11 +20,11 @@ from ray.data import DataContext, DataIterator, Dataset
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from measuring import TreeCpu
 
-from overproof.data.ingest import planned_dataset
+from overproof.data.feed import planned_dataset
 from overproof.data.manifest import Manifest
-from overproof.data.plan import Order
-from overproof.data.read import BATCH_COLUMNS, to_numpy
-from overproof.models import to_tensors
+from overproof.data.order import Order
+from overproof.data.parquet_reader import BATCH_COLUMNS, table_to_numpy
+from overproof.models.hf_directory import to_tensors
 
 CONSUMERS = 2
 CPUS = 4  # logical, as the product starts its own local cluster
@@ -50,7 +50,7 @@ class Consumer:
 
 def planned_batches(shard: DataIterator, share: int) -> Iterator[dict[str, Any]]:
     tables = shard.iter_batches(batch_size=share, batch_format="pyarrow", prefetch_batches=2)
-    for columns in map(to_numpy, tables):
+    for columns in map(table_to_numpy, tables):
         yield to_tensors({name: columns[name] for name in NAMES})
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import bentoml
 import numpy as np
 
-from overproof.serve.engines.onnx import OnnxClassifier
+from overproof.engines.onnx_runtime import OnnxClassifier
 
 
 @bentoml.service(workers=1, traffic={"timeout": 60}, metrics={"enabled": False})

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from overproof.serve.engines.base import Sampling
-from overproof.serve.engines.llamacpp import LlamaCpp
+from overproof.engines.base import Sampling
+from overproof.engines.llamacpp import LlamaCpp
 
 
 def run(engine: LlamaCpp, plan: dict[str, Any]) -> dict[str, Any]:

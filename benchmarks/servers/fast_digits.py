@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from overproof.serve.engines.onnx import OnnxClassifier
+from overproof.engines.onnx_runtime import OnnxClassifier
 
 MODELS: dict[str, object] = {
     "object": "list",

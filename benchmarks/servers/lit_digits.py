@@ -15,7 +15,7 @@ import litserve
 import numpy as np
 from numpy.typing import NDArray
 
-from overproof.serve.engines.onnx import OnnxClassifier
+from overproof.engines.onnx_runtime import OnnxClassifier
 
 
 class Digits(litserve.LitAPI):

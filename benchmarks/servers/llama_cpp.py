@@ -13,13 +13,13 @@ from pathlib import Path
 
 import xllamacpp
 
-from overproof.serve.engines.server import settings_of
-from overproof.serve.engines.vocabulary import read_header
+from overproof.engines.gguf_tokens import read_gguf_header
+from overproof.engines.llamacpp_server import server_params
 
 
 def main() -> None:
     file, (threads, slots) = Path(sys.argv[1]), map(int, sys.argv[2:])
-    settings = settings_of(file, threads, slots, read_header(file).context_length, "none")
+    settings = server_params(file, threads, slots, read_gguf_header(file).context_length, "none")
     settings.api_keys = []
     server = xllamacpp.Server(settings)
     print(json.dumps({"url": server.listening_address}), flush=True)

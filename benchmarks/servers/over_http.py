@@ -15,8 +15,8 @@ import sys
 
 import ray
 
-from overproof.recipe import Serve
-from overproof.serve import run
+from overproof.config import Serve
+from overproof.serve import server
 
 CPUS_PER_REPLICA = 0.25  # reserved, not used: replicas are placed whatever the machine has
 
@@ -39,9 +39,9 @@ def main() -> None:
         max_replicas=replicas,
         cpus_per_replica=CPUS_PER_REPLICA,
     )
-    print(json.dumps({"url": run.start(package, settings)}), flush=True)
+    print(json.dumps({"url": server.start_serving(package, settings)}), flush=True)
     sys.stdin.read()
-    run.stop()
+    server.stop_serving()
     ray.shutdown()
 
 

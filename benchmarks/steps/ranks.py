@@ -21,16 +21,16 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
+from overproof.config import Train
 from overproof.data.manifest import Manifest
-from overproof.data.plan import Order
-from overproof.data.read import Shards
-from overproof.models import Batch, build, to_tensors
-from overproof.recipe import Train
-from overproof.train.configuration import deepspeed_config, parameter_groups
-from overproof.train.curve import Curve
-from overproof.train.loop import rows
+from overproof.data.order import Order
+from overproof.data.parquet_reader import Shards
+from overproof.models.hf_directory import Batch, build_model, to_tensors
+from overproof.train.deepspeed_engine import DeepSpeedEngine
+from overproof.train.loop import train_steps
+from overproof.train.metrics_logger import MetricsLogger
 from overproof.train.objective import CrossEntropy
-from overproof.train.zero import ZeroEngine
+from overproof.train.optim import deepspeed_config, parameter_groups
 
 SEED = 1
 Block = Callable[[], dict[str, Any]]
@@ -55,7 +55,7 @@ def ours(root: Path, train: Train, steps: int) -> Block:
     """The product's engine, loop, reading and curve files (a validation costs nothing here)."""
     manifest = Manifest.read(root)
     rank, world = dist.get_rank(), dist.get_world_size()
-    engine = ZeroEngine(build(train.model, manifest, SEED), train)  # type: ignore[arg-type]
+    engine = DeepSpeedEngine(build_model(train.model, manifest, SEED), train)  # type: ignore[arg-type]
     order, shards = Order(manifest.groups, manifest.rows_per_group, SEED), Shards(root, "train")
     waited = [0.0]
 
@@ -67,8 +67,8 @@ def ours(root: Path, train: Train, steps: int) -> Block:
             waited[0] += time.perf_counter() - began
             yield batch
 
-    trained = rows(engine, CrossEntropy(), train, batches(), lambda: 0.0)
-    curve = Curve(root / "curve.jsonl", root / "events") if rank == 0 else lambda _: None
+    trained = train_steps(engine, CrossEntropy(), train, batches(), lambda: 0.0)
+    curve = MetricsLogger(root / "curve.jsonl", root / "events") if rank == 0 else lambda _: None
 
     def block() -> dict[str, Any]:
         clock, waited[0] = Clock(), 0.0
@@ -86,7 +86,7 @@ def bare(root: Path, train: Train, steps: int) -> Block:
 
     deepspeed.ops.__compatible_ops__ = {}  # else a kernel that nobody uses is compiled first, for minutes
     engine, *_ = deepspeed.initialize(
-        model=(model := build(train.model, Manifest.read(root), SEED)),  # type: ignore[arg-type]
+        model=(model := build_model(train.model, Manifest.read(root), SEED)),  # type: ignore[arg-type]
         model_parameters=parameter_groups(model, train.weight_decay),  # the same optimizer's work
         config=peer_config(train),
         dist_init_required=False,
@@ -148,7 +148,7 @@ def trainer(root: Path, train: Train, steps: int) -> Block:
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 clocks[0]()
 
-        model = build(train.model, manifest, SEED)  # type: ignore[arg-type]
+        model = build_model(train.model, manifest, SEED)  # type: ignore[arg-type]
         AcceleratorState._reset_state()  # it refuses a second DeepSpeed training in one process otherwise
         Trainer(model, TrainingArguments(**settings), train_dataset=examples, callbacks=[Ticks()]).train()
         return clocks[0].found()

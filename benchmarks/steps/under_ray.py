@@ -23,10 +23,10 @@ import psutil
 import ray
 from ray.data import DataContext
 
-from overproof.artifact import Store
+from overproof.artifacts import Store
+from overproof.config import Train, load_recipe
 from overproof.data.manifest import Manifest
-from overproof.recipe import Train, load
-from overproof.stage import Context
+from overproof.stage_context import StageContext
 
 SEED = 1
 LISTS = "lists"  # the rows as others would keep them, see rows.py
@@ -47,7 +47,7 @@ class Notes:
 
 
 def ours(folder: Path, train: Train, scratch: Path) -> dict[str, Any]:
-    from overproof.train import launch
+    from overproof.train import ray_trainer
 
     store = Store(str(scratch / "store"))
     draft = store.begin("bench", "prepare", "a" * 64, {}, {})
@@ -56,11 +56,11 @@ def ours(folder: Path, train: Train, scratch: Path) -> dict[str, Any]:
             (root / name).symlink_to(folder / name)
         (root / "tokenizer.json").write_text("{}")
     prepared = draft.commit({}, 0.0)
-    recipe = load(RECIPE).model_copy(update={"train": train, "seed": SEED})
+    recipe = load_recipe(RECIPE).model_copy(update={"train": train, "seed": SEED})
     own = store.begin("bench", "train", "b" * 64, {}, {})
     notes = Notes(scratch / "notes.jsonl")
     began = time.time()
-    metrics = launch.train(Context(recipe, {"prepare": prepared}, own, notes))
+    metrics = ray_trainer.train_teacher(StageContext(recipe, {"prepare": prepared}, own, notes))
     words = [json.loads(line) for line in notes.file.read_text().splitlines()]
     first = next(word for word in words if word["done"] == 1)
     curve = [json.loads(line) for line in (Path(own.uri) / "curve.jsonl").read_text().splitlines()]
@@ -90,12 +90,12 @@ def stock_loop(settings: dict[str, Any]) -> None:
     os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
     import deepspeed
 
-    from overproof.models import build
-    from overproof.train.configuration import deepspeed_config
+    from overproof.models.hf_directory import build_model
+    from overproof.train.optim import deepspeed_config
 
     deepspeed.ops.__compatible_ops__ = {}
     torch.set_num_threads(max(1, int(train.cpus_per_worker)))
-    model = build(train.model, Manifest.read(Path(settings["folder"])), SEED)  # type: ignore[arg-type]
+    model = build_model(train.model, Manifest.read(Path(settings["folder"])), SEED)  # type: ignore[arg-type]
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=model.parameters(),

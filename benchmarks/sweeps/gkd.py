@@ -25,10 +25,10 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from overproof.data.read import planned_shards
-from overproof.models import load
-from overproof.recipe import Sweep
-from overproof.train.configuration import ADAM_EPSILON, learning_rate, parameter_groups
+from overproof.config import Sweep
+from overproof.data.parquet_reader import planned_shards
+from overproof.models.hf_directory import load_model
+from overproof.train.optim import ADAM_EPSILON, learning_rate, parameter_groups
 
 IGNORED = -100
 
@@ -98,7 +98,7 @@ def main(file: Path) -> None:
     setting = json.loads(file.read_text())
     torch.set_num_threads(setting["threads"])
     settings = Sweep.model_validate(setting["train"])
-    teacher = load(Path(setting["teacher"]))
+    teacher = load_model(Path(setting["teacher"]))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(setting["teacher"])
     tokenizer.pad_token = tokenizer.eos_token
     start_s, trained_s = time.process_time(), []

@@ -21,10 +21,10 @@ from typing import Any
 import psutil
 from students import Trial, job, made
 
-from overproof.artifact import Store
-from overproof.distill.job import CONTROL
-from overproof.recipe import Recipe, Space, Tpe, Tune
-from overproof.recipe.search import Uniform
+from overproof.artifacts import Store
+from overproof.config import Recipe, Space, Tpe, Tune
+from overproof.config.search import Uniform
+from overproof.distill.trial_job import CONTROL
 
 PROCESSES = 2
 LEAST, MOST = 0.5, 0.95  # of the teacher's weight
@@ -33,10 +33,10 @@ WEIGHT = "teacher_weight"
 
 def one(recipe: Recipe, scratch: str, number: int, weight: float) -> dict[str, Any]:
     """The training function of every peer: what an actor of the product's sweep does."""
-    from overproof.distill.student import Run
+    from overproof.distill.student_trainer import StudentTrainer
 
     trial = Trial(recipe, made(recipe, "cache"), "cached", recipe.seed, "", {WEIGHT: weight})
-    run = Run(job(trial, f"{scratch}/{number}"))
+    run = StudentTrainer(job(trial, f"{scratch}/{number}"))
     while (chunk := run.advance()).steps < recipe.sweep.steps:
         pass
     run.save()
@@ -49,13 +49,13 @@ def alone(recipe: Recipe, trials: int, scratch: str) -> dict[str, Any]:
 
 
 def ours(recipe: Recipe, trials: int, scratch: str) -> dict[str, Any]:
-    from overproof import cluster
+    from overproof.cluster import ray_cluster
     from overproof.distill.sweep import sweep
-    from overproof.stage import Context
+    from overproof.stage_context import StageContext
 
     search = Tune(space=Space(teacher_weight=Uniform(low=LEAST, high=MOST)), search=Tpe(trials=trials))
     own = recipe.model_copy(update={"tune": search})
-    cluster.connect()
+    ray_cluster.connect()
     ends: list[float] = []
     over: list[float] = []
 
@@ -66,7 +66,7 @@ def ours(recipe: Recipe, trials: int, scratch: str) -> dict[str, Any]:
             ends.extend([time.time()] * (done // recipe.sweep.steps - len(ends)))
 
     draft = Store(scratch).begin("bench", "sweep", "c" * 64, {}, {})
-    sweep(Context(own, made(recipe, "cache"), draft, note))
+    sweep(StageContext(own, made(recipe, "cache"), draft, note))
     listed = json.loads((Path(draft.uri) / "trials.json").read_text())["trials"]
     return {"ends": ends, "over": over[0], "seconds": [trial["seconds"] for trial in listed]}
 
@@ -85,7 +85,7 @@ def stock(recipe: Recipe, trials: int, scratch: str) -> dict[str, Any]:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from overproof import cluster
+    from overproof.cluster import ray_cluster
 
     def trial(config: dict[str, Any]) -> None:
         TorchTrainer(
@@ -96,7 +96,7 @@ def stock(recipe: Recipe, trials: int, scratch: str) -> dict[str, Any]:
         ).fit()
         tune.report({"loss": json.loads(Path(scratch, f"{config['number']}.json").read_text())["loss"]})
 
-    cluster.connect()
+    ray_cluster.connect()
     tune.Tuner(
         tune.with_resources(trial, {"cpu": 0.5}),
         param_space={

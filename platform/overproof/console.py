@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.status import Status
 
-from overproof.progress import NOTICE, Progress
+from overproof.stage_context import NOTICE, Progress
 
 LINE_EVERY_S = 5.0  # without a terminal a bar becomes a line now and then
 
@@ -38,7 +38,7 @@ def notice(text: str) -> None:
 
 
 @contextmanager
-def bars() -> Iterator[Progress]:
+def progress_bars() -> Iterator[Progress]:
     """Draw the progress of named tasks until the block ends."""
     columns = (
         TextColumn("  {task.description:<10}"),

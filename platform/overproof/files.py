@@ -47,12 +47,12 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     return found, path
 
 
-def from_anywhere(uri: str) -> str:
+def absolute_uri(uri: str) -> str:
     """The same folder, file or URI, whatever folder a process starts in."""
     return uri if "://" in uri else filesystem(uri)[1]
 
 
-def join(uri: str, name: str) -> str:
+def join_uri(uri: str, name: str) -> str:
     """A path below a folder or URI; what follows a ``?`` (endpoint, region) stays at the end."""
     head, mark, query = uri.partition("?")
     return f"{head.rstrip('/')}/{name}{mark}{query}"
@@ -77,7 +77,7 @@ def _fetched() -> Path:
     return folder
 
 
-def once_here(key: str, make: Callable[[Path], None]) -> Path:
+def local_cache(key: str, make: Callable[[Path], None]) -> Path:
     """A folder of this machine under that key, which the first process to ask makes; the others wait for it."""
     root = _fetched()
     with (root / f"{key}.lock").open("w") as lock:
@@ -92,7 +92,7 @@ def once_here(key: str, make: Callable[[Path], None]) -> Path:
     return root / key
 
 
-def write_at_once(files: fs.FileSystem, path: str, content: bytes) -> None:
+def atomic_write(files: fs.FileSystem, path: str, content: bytes) -> None:
     """Write a small file so that readers see all of it or none, whoever else writes it at the same time."""
     part = f"{path}.{secrets.token_hex(4)}.part"
     with files.open_output_stream(part) as stream:
@@ -117,7 +117,7 @@ def verify_files(uri: str, entries: Mapping[str, FileEntry]) -> None:
         InputError: naming the first file that is missing or differs.
     """
     files, root = filesystem(uri)
-    for name, found in unlike(files, root, entries):
+    for name, found in mismatched_files(files, root, entries):
         path = f"{root}/{name}"
         if found is None:
             raise InputError(f"{path}: missing, though its record lists it; delete {root} and run again")
@@ -127,7 +127,9 @@ def verify_files(uri: str, entries: Mapping[str, FileEntry]) -> None:
         )
 
 
-def unlike(files: fs.FileSystem, root: str, entries: Mapping[str, FileEntry]) -> Iterator[tuple[str, str | None]]:
+def mismatched_files(
+    files: fs.FileSystem, root: str, entries: Mapping[str, FileEntry]
+) -> Iterator[tuple[str, str | None]]:
     """The files below a directory whose sha256 is not the listed one, by name; with what it is, None if missing."""
 
     def look(name: str) -> str | None:
@@ -141,7 +143,7 @@ def unlike(files: fs.FileSystem, root: str, entries: Mapping[str, FileEntry]) ->
                 yield name, found
 
 
-def first_fault(error: ValidationError) -> str:
+def first_validation_error(error: ValidationError) -> str:
     """Where the first fault of a JSON file lies, and what it is."""
     first = error.errors()[0]
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
@@ -159,11 +161,12 @@ def read_json(model: type[Parsed], path: Path) -> Parsed:
         raise InputError(f"{path}: {error.strerror}; delete its folder and run again") from None
     except ValidationError as error:
         raise InputError(
-            f"{path}: {first_fault(error)}; expected what this version writes: delete its folder and run again"
+            f"{path}: {first_validation_error(error)}; expected what this version writes: delete its "
+            "folder and run again"
         ) from None
 
 
-def read_or_new(model: type[Parsed], uri: str, writer: str) -> Parsed:
+def read_json_or_default(model: type[Parsed], uri: str, writer: str) -> Parsed:
     """Read a JSON file or URI that ``writer`` writes; where there is none, what an empty one would hold.
 
     Raises:
@@ -177,4 +180,4 @@ def read_or_new(model: type[Parsed], uri: str, writer: str) -> Parsed:
     try:
         return model.model_validate_json(content)
     except ValidationError as error:
-        raise InputError(f"{uri}: {first_fault(error)}; expected what `{writer}` writes") from None
+        raise InputError(f"{uri}: {first_validation_error(error)}; expected what `{writer}` writes") from None

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from overproof import cluster, console
-from overproof.artifact import Artifact, Store, fingerprint
+from overproof import console
+from overproof.artifacts import Artifact, Store, compute_fingerprint
+from overproof.cluster import ray_cluster
+from overproof.cluster.placement import require_placeable
+from overproof.config import Pretrained, Recipe, Section, Sweep, Train
 from overproof.data.sources import source_digest
 from overproof.errors import InputError
 from overproof.files import read_json
-from overproof.placement import check
-from overproof.recipe import Pretrained, Recipe, Section, Sweep, Train
-from overproof.stage import Context
-from overproof.train.pretrained import listing
+from overproof.models.pretrained import list_directory
+from overproof.stage_context import StageContext
 
 # How many machines share the work does not change the result.
 RESOURCES = {
@@ -37,7 +38,7 @@ class Stage:
     format: int = 1
     wanted: Callable[[Recipe], bool] = lambda _: True
 
-    def function(self) -> Callable[[Context], dict[str, Any]]:
+    def function(self) -> Callable[[StageContext], dict[str, Any]]:
         """Import what the stage runs; torch and Ray are not loaded before they are needed."""
         module, name = self.runs.split(":")
         return getattr(import_module(module), name)  # type: ignore[no-any-return]
@@ -55,13 +56,13 @@ def _without_resources(tree: Any) -> Any:
 
 def _beyond_train(train: Train) -> dict[str, Any]:
     """What else the teacher follows from: the files it starts from, and which checkpoints may be the best."""
-    starting = {"model_files": listing(train.model.path)} if isinstance(train.model, Pretrained) else {}
+    starting = {"model_files": list_directory(train.model.path)} if isinstance(train.model, Pretrained) else {}
     return starting | ({"checkpoint": _dump(train.checkpoint)} if train.result == "best" else {})
 
 
 def _beyond_sweep(sweep: Sweep) -> dict[str, Any]:
     """What else the students follow from: the files that some start from."""
-    found = {s.name: listing(s.model.path) for s in sweep.students if isinstance(s.model, Pretrained)}
+    found = {s.name: list_directory(s.model.path) for s in sweep.students if isinstance(s.model, Pretrained)}
     return {"student_files": found} if found else {}
 
 
@@ -73,28 +74,29 @@ def _beyond_compress(recipe: Recipe) -> dict[str, Any]:
 STAGES = (
     Stage("prepare", "overproof.data.prepare:prepare", (),
           lambda r: {"seed": r.seed, "data": _dump(r.data), "source": source_digest(r.data)}, format=3),
-    Stage("train", "overproof.train.launch:train", ("prepare",),
+    Stage("train", "overproof.train.ray_trainer:train_teacher", ("prepare",),
           lambda r: {"seed": r.seed, "train": _dump(r.train), **_beyond_train(r.train)}),
-    Stage("generate", "overproof.distill.teacher:generate", ("prepare", "train"),
+    Stage("generate", "overproof.distill.teacher_stages:generate_text", ("prepare", "train"),
           lambda r: {"seed": r.seed, "generate": _dump(r.generate)}, wanted=lambda r: r.generate is not None),
-    Stage("cache", "overproof.distill.teacher:cache", ("prepare", "train", "generate"),
+    Stage("cache", "overproof.distill.teacher_stages:cache_targets", ("prepare", "train", "generate"),
           lambda r: {"seed": r.seed, "cache": _dump(r.cache)}, format=3, wanted=lambda r: r.reads_cache),
     Stage("sweep", "overproof.distill.sweep:sweep", ("prepare", "train", "generate", "cache"),
           lambda r: {"seed": r.seed, "sweep": _dump(r.sweep), "tune": _dump(r.tune), **_beyond_sweep(r.sweep)},
           format=3),
-    Stage("compress", "overproof.compress.export:compress", ("prepare", "train", "sweep"),
+    Stage("compress", "overproof.export.stage:export_models", ("prepare", "train", "sweep"),
           lambda r: {"compress": _dump(r.compress), **_beyond_compress(r)}, format=2),
-    Stage("evaluate", "overproof.evaluate.runner:evaluate", ("prepare", "compress"),
+    Stage("evaluate", "overproof.evaluate.stage:evaluate_exports", ("prepare", "compress"),
           lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate)}, format=2),
-    Stage("gate", "overproof.evaluate.runner:gate", ("evaluate",),
+    Stage("gate", "overproof.evaluate.stage:judge_report", ("evaluate",),
           lambda r: {"gate": _dump(r.gate)}, format=2),
-    Stage("report", "overproof.report.stage:report",
+    Stage("report", "overproof.report.stage:write_report",
           ("prepare", "train", "generate", "cache", "sweep", "evaluate", "gate"),
           lambda r: {"name": r.name}, format=2),
-    Stage("package", "overproof.registry.package:package",
+    Stage("package", "overproof.package.package:build_package",
           ("prepare", "train", "generate", "cache", "sweep", "compress", "evaluate", "gate"),
           lambda r: {"name": r.name}, format=3),
-    Stage("speculate", "overproof.evaluate.speculate:speculate", ("prepare", "compress", "evaluate", "package"),
+    Stage("speculate", "overproof.package.speculative_stage:pack_with_draft",
+          ("prepare", "compress", "evaluate", "package"),
           lambda r: {"speculate": _dump(r.speculate), "threads": r.evaluate.threads},
           wanted=lambda r: r.speculate is not None),
 )  # fmt: skip
@@ -103,7 +105,7 @@ NO_SECTION = "the recipe has no such section"
 UNWANTED = {"generate": NO_SECTION, "cache": "no student of the sweep reads it", "speculate": NO_SECTION}
 
 
-def stages(recipe: Recipe, until: str | None = None) -> list[Stage]:
+def stages_of(recipe: Recipe, until: str | None = None) -> list[Stage]:
     """Those that a recipe asks for, up to ``until``.
 
     Raises:
@@ -112,12 +114,12 @@ def stages(recipe: Recipe, until: str | None = None) -> list[Stage]:
     upto = STAGES if until is None else STAGES[: NAMES.index(until) + 1]
     found = [stage for stage in upto if stage.wanted(recipe)]
     if until is not None and found[-1].name != until:
-        raise InputError(f"{until}: {UNWANTED[until]}; expected one of {', '.join(s.name for s in stages(recipe))}")
+        raise InputError(f"{until}: {UNWANTED[until]}; expected one of {', '.join(s.name for s in stages_of(recipe))}")
     return found
 
 
 @dataclass(frozen=True)
-class Step:
+class PlannedStage:
     """A stage of one recipe: its fingerprint, and its artifact where it is done."""
 
     stage: Stage
@@ -127,18 +129,18 @@ class Step:
     artifact: Artifact | None
 
 
-def resolve(recipe: Recipe, store: Store, until: str | None = None) -> list[Step]:
+def resolve_stages(recipe: Recipe, store: Store, until: str | None = None) -> list[PlannedStage]:
     """The stages up to ``until``, and which of them are done. Starts nothing.
 
     Raises:
         InputError: the source of the data is missing or empty, or the recipe has no use for that stage.
     """
-    steps: dict[str, Step] = {}
-    for stage in stages(recipe, until):
+    steps: dict[str, PlannedStage] = {}
+    for stage in stages_of(recipe, until):
         parents = {name: steps[name].fingerprint for name in stage.parents if name in steps}
         config = stage.part(recipe)
-        print_ = fingerprint(stage.name, stage.format, config, parents)
-        steps[stage.name] = Step(stage, config, print_, parents, store.find(recipe.name, stage.name, print_))
+        print_ = compute_fingerprint(stage.name, stage.format, config, parents)
+        steps[stage.name] = PlannedStage(stage, config, print_, parents, store.find(recipe.name, stage.name, print_))
     return list(steps.values())
 
 
@@ -151,9 +153,9 @@ def run(recipe: Recipe, until: str | None = None) -> dict[str, Artifact]:
     """
     store = Store(recipe.store)
     with store.lock():
-        steps = resolve(recipe, store, until)
-        if not cluster.elsewhere():
-            check(recipe, cluster.local_capacity())
+        steps = resolve_stages(recipe, store, until)
+        if not ray_cluster.is_remote():
+            require_placeable(recipe, ray_cluster.local_capacity())
             if recipe.evaluate.engine == "vllm":
                 _insist_on_vllm()
         done: dict[str, Artifact] = {}
@@ -167,14 +169,14 @@ def run(recipe: Recipe, until: str | None = None) -> dict[str, Artifact]:
                 continue
             if not connected:
                 with console.waiting("starting Ray"):
-                    capacity = cluster.connect()
-                check(recipe, capacity)
+                    capacity = ray_cluster.connect()
+                require_placeable(recipe, capacity)
                 connected = True
             done[step.stage.name] = run_step(step, recipe, store, done)
         return done
 
 
-def run_step(step: Step, recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> Artifact:
+def run_step(step: PlannedStage, recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> Artifact:
     """Run one stage, or take what another job of this cluster has left meanwhile.
 
     A local store is held for the whole run. Of others, which have no locks, the cluster lets one job at a time make an
@@ -182,7 +184,7 @@ def run_step(step: Step, recipe: Recipe, store: Store, done: Mapping[str, Artifa
     """
     if store.local:
         return _make(step, recipe, store, done)
-    with cluster.alone(store.uri, f"{recipe.name}/{step.stage.name}-{step.fingerprint[:8]}", console.notice):
+    with ray_cluster.cluster_lock(store.uri, f"{recipe.name}/{step.stage.name}-{step.fingerprint[:8]}", console.notice):
         artifact = store.find(recipe.name, step.stage.name, step.fingerprint)
         if artifact is None:
             return _make(step, recipe, store, done)
@@ -190,7 +192,7 @@ def run_step(step: Step, recipe: Recipe, store: Store, done: Mapping[str, Artifa
     return artifact
 
 
-def _make(step: Step, recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> Artifact:
+def _make(step: PlannedStage, recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> Artifact:
     name = step.stage.name
     parents = {parent: done[parent] for parent in step.parents}
     for parent in parents.values():
@@ -198,9 +200,9 @@ def _make(step: Step, recipe: Recipe, store: Store, done: Mapping[str, Artifact]
     draft = store.begin(recipe.name, name, step.fingerprint, step.config, step.parents)
     began = time.monotonic()
     try:
-        with console.bars() as show, cluster.relay(show) as progress:
+        with console.progress_bars() as show, ray_cluster.relay(show) as progress:
             show(name, 0, 1, "starting")
-            metrics = step.stage.function()(Context(recipe, parents, draft, progress))
+            metrics = step.stage.function()(StageContext(recipe, parents, draft, progress))
     except BaseException:
         draft.discard()
         raise
@@ -221,13 +223,13 @@ def _brief(metrics: Mapping[str, Any]) -> str:
 
 
 def _insist_on_vllm() -> None:
-    from overproof.serve.engines.vllm_server import interpreter
+    from overproof.engines.vllm_server import vllm_python
 
-    interpreter()
+    vllm_python()
 
 
 def _insist_on_pass(gate: Artifact) -> None:
     from overproof.evaluate.gate import Verdict
-    from overproof.registry.package import VERDICT, insist
+    from overproof.package.package import VERDICT, require_pass
 
-    insist(read_json(Verdict, gate.local() / VERDICT))
+    require_pass(read_json(Verdict, gate.local() / VERDICT))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def size(bytes_: float) -> str:
+def format_bytes(bytes_: float) -> str:
     """``3.20 GB``, in powers of 1000."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if bytes_ >= factor:
@@ -14,7 +14,7 @@ def size(bytes_: float) -> str:
     return f"{bytes_:.0f} B"
 
 
-def duration(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """``35 s``, ``12 min``, ``3.4 hours`` or ``2.1 days``."""
     if seconds < 90:
         return f"{seconds:.0f} s"

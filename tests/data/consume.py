@@ -11,10 +11,10 @@ from typing import Any
 import ray
 from ray.data import DataIterator
 
-from overproof.data.ingest import planned_dataset
+from overproof.data.feed import planned_dataset
 from overproof.data.manifest import Manifest
-from overproof.data.plan import Order
-from overproof.data.read import to_numpy
+from overproof.data.order import Order
+from overproof.data.parquet_reader import table_to_numpy
 
 
 @ray.remote(num_cpus=0)
@@ -27,7 +27,7 @@ class Rank:
         began, first_s = time.monotonic(), 0.0
         ids: list[list[int]] = []
         shapes: dict[str, list[int]] = {}
-        for columns in map(to_numpy, shard.iter_batches(batch_size=rows, batch_format="pyarrow")):
+        for columns in map(table_to_numpy, shard.iter_batches(batch_size=rows, batch_format="pyarrow")):
             first_s = first_s or time.monotonic() - began
             ids.append(columns["sample_id"].tolist())
             shapes = {name: list(values.shape) for name, values in columns.items()}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from overproof.artifact import Draft, Store
-from overproof.progress import Progress, quiet
-from overproof.recipe import Recipe, load
-from overproof.stage import Context
+from overproof.artifacts import ArtifactWriter, Store
+from overproof.config import Recipe, load_recipe
+from overproof.stage_context import Progress, StageContext, no_progress
 
 RECIPES = Path(__file__).parents[2] / "jobs/recipes"
 TEXT = (
@@ -26,10 +25,10 @@ def write_corpus(folder: Path, documents: int = 40, prefix: str = "") -> None:
 def text_recipe(store: str | Path, source: str, *changes: str) -> Recipe:
     """The language-model recipe on a small scale, over a source given as YAML."""
     data = f"data={{kind: text, source: {source}, tokenizer: {{kind: bpe, {TEXT}}}"
-    return load(RECIPES / "stdlib-lm.yaml", (f"store={store}", data, *changes))
+    return load_recipe(RECIPES / "stdlib-lm.yaml", (f"store={store}", data, *changes))
 
 
-def context(recipe: Recipe, name: str = "a", progress: Progress = quiet) -> Context:
+def context(recipe: Recipe, name: str = "a", progress: Progress = no_progress) -> StageContext:
     """What prepare is given; ``name`` tells drafts of one store apart."""
-    draft: Draft = Store(recipe.store).begin(recipe.name, "prepare", name.encode().hex().ljust(8, "0"), {}, {})
-    return Context(recipe, {}, draft, progress)
+    draft: ArtifactWriter = Store(recipe.store).begin(recipe.name, "prepare", name.encode().hex().ljust(8, "0"), {}, {})
+    return StageContext(recipe, {}, draft, progress)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overproof.data import clean
+from overproof.data import cleaning
 
 
 @pytest.mark.parametrize(
@@ -17,14 +17,14 @@ from overproof.data import clean
     [
         (b"text", ""),
         ("\u00e9\U0001f600".encode(), ""),
-        (b"", clean.EMPTY),
-        (b" \n\t", clean.EMPTY),
-        (b"\xff\xfe", clean.UNDECODABLE),
-        ("a\ud800".encode("utf-8", "surrogatepass"), clean.UNDECODABLE),
+        (b"", cleaning.EMPTY),
+        (b" \n\t", cleaning.EMPTY),
+        (b"\xff\xfe", cleaning.UNDECODABLE),
+        ("a\ud800".encode("utf-8", "surrogatepass"), cleaning.UNDECODABLE),
     ],
 )
 def test_fault(content: bytes, fault: str) -> None:
-    assert clean.fault(content) == fault
+    assert cleaning.document_fault(content) == fault
 
 
 documents = st.lists(st.tuples(st.text("abc", min_size=1), st.binary(max_size=3)), unique_by=lambda d: d[0])
@@ -32,12 +32,12 @@ documents = st.lists(st.tuples(st.text("abc", min_size=1), st.binary(max_size=3)
 
 @given(documents, st.randoms(use_true_random=False))
 def test_the_order_of_the_documents_does_not_matter(found: list[tuple[str, bytes]], random: object) -> None:
-    def decide(rows: list[tuple[str, bytes]]) -> clean.Kept:
-        return clean.decide(
+    def decide(rows: list[tuple[str, bytes]]) -> cleaning.KeptDocuments:
+        return cleaning.select_documents(
             [name for name, _ in rows],
-            [clean.content_hash(content) for _, content in rows],
+            [cleaning.content_hash(content) for _, content in rows],
             [len(content) for _, content in rows],
-            [clean.fault(content) for _, content in rows],
+            [cleaning.document_fault(content) for _, content in rows],
         )
 
     shuffled = list(found)
@@ -50,8 +50,8 @@ def test_the_order_of_the_documents_does_not_matter(found: list[tuple[str, bytes
 
 
 def test_of_exact_duplicates_the_first_name_stays() -> None:
-    digest = clean.content_hash(b"same")
-    kept = clean.decide(["b", "a", "c"], [digest] * 3, [4] * 3, [""] * 3)
+    digest = cleaning.content_hash(b"same")
+    kept = cleaning.select_documents(["b", "a", "c"], [digest] * 3, [4] * 3, [""] * 3)
     assert kept.names_N.tolist() == ["a"]
     assert kept.sizes_N.tolist() == [4]
     assert kept.dropped == {"empty": 0, "undecodable": 0, "duplicate": 2}
@@ -59,20 +59,20 @@ def test_of_exact_duplicates_the_first_name_stays() -> None:
 
 def test_a_split_depends_on_the_content_alone() -> None:
     hashes = [hashlib.sha256(b"%d" % i).hexdigest() for i in range(4000)]
-    splits = clean.split_of(hashes, 0.05, 0.1)
-    assert np.array_equal(splits[:10], clean.split_of(hashes[:10], 0.05, 0.1))
+    splits = cleaning.split_of(hashes, 0.05, 0.1)
+    assert np.array_equal(splits[:10], cleaning.split_of(hashes[:10], 0.05, 0.1))
     assert abs(np.mean(splits == "validation") - 0.05) < 0.02
     assert abs(np.mean(splits == "test") - 0.1) < 0.02
 
 
 def test_split_and_shard_are_pinned() -> None:
     low, middle, high = "00" * 32, "0f" + "ff" * 31, "ff" * 32
-    assert clean.split_of([low, middle, high], 0.05, 0.05).tolist() == ["test", "validation", "train"]
-    assert clean.shard_of([low, "00" * 31 + "07", high], 4).tolist() == [0, 3, 3]
+    assert cleaning.split_of([low, middle, high], 0.05, 0.05).tolist() == ["test", "validation", "train"]
+    assert cleaning.shard_of([low, "00" * 31 + "07", high], 4).tolist() == [0, 3, 3]
 
 
 def test_shards_fill_evenly_within_the_train_split() -> None:
     hashes = np.array([hashlib.sha256(b"%d" % i).hexdigest() for i in range(8000)])
-    train = hashes[clean.split_of(hashes, 0.25, 0.25) == "train"]
-    counts = np.bincount(clean.shard_of(train, 4), minlength=4)
+    train = hashes[cleaning.split_of(hashes, 0.25, 0.25) == "train"]
+    counts = np.bincount(cleaning.shard_of(train, 4), minlength=4)
     assert counts.min() > 0.85 * len(train) / 4

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 from corpus import RECIPES, context, text_recipe, write_corpus
 
-from overproof.data.ingest import BLOCK_STEPS, planned_dataset
+from overproof.config import load_recipe
+from overproof.data.feed import BLOCK_STEPS, planned_dataset
 from overproof.data.manifest import Manifest
-from overproof.data.plan import Order
+from overproof.data.order import Order
 from overproof.data.prepare import prepare
-from overproof.recipe import load
 
 CONSUME = Path(__file__).parent / "consume.py"
 
 
 @pytest.fixture(scope="module")
 def digits_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    given = context(load(RECIPES / "digits.yaml", (f"store={tmp_path_factory.mktemp('store')}",)))
+    given = context(load_recipe(RECIPES / "digits.yaml", (f"store={tmp_path_factory.mktemp('store')}",)))
     prepare(given)
     return Path(given.draft.uri)
 
@@ -52,7 +52,7 @@ def test_every_rank_gets_the_planned_rows(digits_root: Path, cpus: int) -> None:
 def test_text_rows_arrive_whole(tmp_path: Path) -> None:
     import numpy as np
 
-    from overproof.data.read import Shards, to_numpy
+    from overproof.data.parquet_reader import Shards, table_to_numpy
 
     write_corpus(tmp_path / "corpus")
     given = context(text_recipe(tmp_path, f"{{kind: folder, path: {tmp_path / 'corpus'}}}"))
@@ -63,7 +63,7 @@ def test_text_rows_arrive_whole(tmp_path: Path) -> None:
     shards = Shards(root, "train")
     found = planned_dataset(root, order, 6, 2, 12, 1).iter_batches(batch_size=6, batch_format="pyarrow")
     for step, table in zip(range(2, 12), found, strict=True):
-        columns, ids = to_numpy(table), order.step_rows(step, 6)
+        columns, ids = table_to_numpy(table), order.step_rows(step, 6)
         assert np.array_equal(columns["sample_id"], ids)
         for name, values in shards.take(ids).items():
             assert np.array_equal(columns[name], values)

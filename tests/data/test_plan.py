@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overproof.data.plan import Order, permutation
+from overproof.data.order import Order, permutation
 
 orders = st.builds(Order, groups=st.integers(1, 12), rows_per_group=st.integers(1, 9), seed=st.integers(0, 2**64 - 1))
 

@@ -11,11 +11,11 @@ import pytest
 from corpus import context, text_recipe, write_corpus
 from tokenizers import Tokenizer
 
-from overproof.artifact import Artifact, Record
+from overproof.artifacts import Artifact, Record
 from overproof.data import prepare as stage
 from overproof.data.manifest import Manifest
+from overproof.data.parquet_reader import Shards
 from overproof.data.prepare import prepare
-from overproof.data.read import Shards
 from overproof.errors import InputError
 from overproof.files import file_sha256
 

@@ -9,17 +9,17 @@ import pytest
 from corpus import RECIPES, context
 from sklearn.datasets import load_digits
 
+from overproof.config import Recipe, load_recipe
 from overproof.data.digits import stratified
 from overproof.data.manifest import Manifest
+from overproof.data.parquet_reader import Shards
 from overproof.data.prepare import prepare
-from overproof.data.read import Shards
 from overproof.errors import InputError
 from overproof.files import file_sha256
-from overproof.recipe import Recipe, load
 
 
 def recipe(store: Path, *changes: str) -> Recipe:
-    return load(RECIPES / "digits.yaml", (f"store={store}", *changes))
+    return load_recipe(RECIPES / "digits.yaml", (f"store={store}", *changes))
 
 
 def test_every_image_is_in_one_split(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from overproof.data import read
+from overproof.data import parquet_reader
+from overproof.data.columns import digits_schema, shard_schema, text_schema
 from overproof.data.manifest import MANIFEST, Manifest, Split
-from overproof.data.plan import Order
-from overproof.data.read import Shards, open_shard, to_numpy
-from overproof.data.schema import digits_schema, schema, text_schema
-from overproof.data.write import parquet_bytes, to_table, write_shard
+from overproof.data.order import Order
+from overproof.data.parquet_reader import Shards, open_shard, table_to_numpy
+from overproof.data.parquet_writer import parquet_bytes, to_table, write_shard
 from overproof.errors import InputError
 from overproof.files import file_sha256
 
@@ -59,7 +59,7 @@ def test_a_shard_is_what_its_entry_says(root: Path) -> None:
         found = pq.ParquetFile(path)
         sizes = {found.metadata.row_group(i).num_rows for i in range(found.num_row_groups)}
         assert sizes == {GROUP}
-        assert found.schema_arrow.equals(schema(manifest))
+        assert found.schema_arrow.equals(shard_schema(manifest))
 
 
 def test_rows_come_in_the_order_asked_for(root: Path) -> None:
@@ -76,7 +76,7 @@ def test_rows_come_in_the_order_asked_for(root: Path) -> None:
 def test_mapped_values_are_those_that_parquet_gives(root: Path) -> None:
     """In every row group, the last of which is shorter, of tokens, numbers and pixels alike."""
     for split, shard in ((split, shard) for split, of in Manifest.read(root).splits.items() for shard in of.shards):
-        table = to_numpy(pq.read_table(root / shard.path))
+        table = table_to_numpy(pq.read_table(root / shard.path))
         shards = Shards(root, split, list(table))
         found = shards.take(table["sample_id"])
         for name, values in table.items():
@@ -105,7 +105,7 @@ def test_values_that_do_not_lie_plain_are_refused(root: Path, how: dict[str, Any
 @pytest.mark.parametrize("ahead_bytes", [1, 500, 1 << 20])
 def test_planned_steps_are_the_rows_of_each_step(root: Path, ahead_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On each of two ranks, from inside the first epoch into the third."""
-    monkeypatch.setattr(read, "AHEAD_BYTES", ahead_bytes)
+    monkeypatch.setattr(parquet_reader, "AHEAD_BYTES", ahead_bytes)
     shards, order = Shards(root, "train", ("sample_id", "tokens")), Order(16, GROUP, 3)
     for rank in range(2):
         steps = list(shards.steps(order, 12, 3, 14, rank, 2))
@@ -136,7 +136,7 @@ def test_tokens_take_two_bytes_where_they_can(vocab_size: int, width: int) -> No
     table = to_table(columns, text_schema(1, vocab_size))
     assert table.schema.field("tokens").type == pa.binary(2 * width)
     for part in (slice(0, 3), slice(1, 3)):
-        found = to_numpy(table.slice(part.start, part.stop - part.start))["tokens"]
+        found = table_to_numpy(table.slice(part.start, part.stop - part.start))["tokens"]
         assert found.dtype.itemsize == width
         assert np.array_equal(found, ids_RS[part])
     if width == 2:

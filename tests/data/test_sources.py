@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from overproof.config import DigitsData, FolderSource, JsonlSource, ParquetSource, StdlibSource, TextData, TokenizerFile
 from overproof.data import documents
 from overproof.data.sources import list_files, source_digest
 from overproof.errors import InputError
-from overproof.recipe import DigitsData, FolderSource, JsonlSource, ParquetSource, StdlibSource, TextData, TokenizerFile
 
 
 def names(source: FolderSource | JsonlSource | ParquetSource | StdlibSource) -> list[str]:
@@ -27,7 +27,7 @@ def test_a_folder_is_listed_with_what_lies_below(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     source = FolderSource(path=str(tmp_path))
     assert names(source) == ["a.txt", "b.txt", "sub/c.txt"]
-    assert list(documents.read(source, "sub/c.txt")) == [("sub/c.txt", b"sub/c.txt")]
+    assert list(documents.iter_documents(source, "sub/c.txt")) == [("sub/c.txt", b"sub/c.txt")]
 
 
 def test_the_standard_library_comes_without_tests() -> None:
@@ -95,7 +95,7 @@ def test_json_lines(tmp_path: Path) -> None:
     )
     source = JsonlSource(path=str(path), field="body")
     assert names(source) == ["a.jsonl"]
-    found = dict(documents.read(source, "a.jsonl"))
+    found = dict(documents.iter_documents(source, "a.jsonl"))
     assert list(found) == [f"a.jsonl:{line}" for line in (1, 3, 4, 5, 6)]
     assert [found[f"a.jsonl:{line}"] for line in (1, 3, 4)] == [b"one", "\u00e9\n".encode(), b""]
     for line in (5, 6):
@@ -115,12 +115,12 @@ def test_json_lines(tmp_path: Path) -> None:
 def test_bad_json_lines_are_refused(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(InputError, match=message):
-        list(documents.read(JsonlSource(path=str(tmp_path)), "a.jsonl"))
+        list(documents.iter_documents(JsonlSource(path=str(tmp_path)), "a.jsonl"))
 
 
 def test_parquet_rows(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["one", None, "\u00e9"], "other": [1, 2, 3]}), tmp_path / "a.parquet")
-    found = list(documents.read(ParquetSource(path=str(tmp_path)), "a.parquet"))
+    found = list(documents.iter_documents(ParquetSource(path=str(tmp_path)), "a.parquet"))
     assert found == [("a.parquet:0", b"one"), ("a.parquet:1", b""), ("a.parquet:2", "\u00e9".encode())]
 
 
@@ -140,7 +140,7 @@ def test_parquet_that_is_not_text_is_refused(tmp_path: Path) -> None:
     def refused(table: pa.Table, message: str) -> None:
         pq.write_table(table, path)
         with pytest.raises(InputError, match=message):
-            list(documents.read(source, "a.parquet"))
+            list(documents.iter_documents(source, "a.parquet"))
 
     refused(pa.table({"body": ["x"]}), "columns are body; expected a column 'text'")
     refused(pa.table({"text": [1]}), "column 'text' is int64; expected string")
@@ -151,7 +151,7 @@ def test_parquet_that_is_not_text_is_refused(tmp_path: Path) -> None:
     )
     path.write_text("text")
     with pytest.raises(InputError, match="not Parquet"):
-        list(documents.read(source, "a.parquet"))
+        list(documents.iter_documents(source, "a.parquet"))
 
 
 def test_rays_own_object_columns_are_refused(tmp_path: Path) -> None:
@@ -160,4 +160,4 @@ def test_rays_own_object_columns_are_refused(tmp_path: Path) -> None:
     objects = ArrowPythonObjectArray.from_objects([{"a": object}])
     pq.write_table(pa.table({"text": ["x"], "extra": objects}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match="column 'extra' holds objects"):
-        list(documents.read(ParquetSource(path=str(tmp_path)), "a.parquet"))
+        list(documents.iter_documents(ParquetSource(path=str(tmp_path)), "a.parquet"))

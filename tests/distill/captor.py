@@ -16,20 +16,20 @@ from pathlib import Path
 
 import ray
 
-from overproof import cluster
-from overproof.pipeline import STAGES, Step, run_step
+from overproof.cluster import ray_cluster
+from overproof.pipeline import STAGES, PlannedStage, run_step
 
 
 def main(address: str, what: str, *pickled: str) -> None:
     ray.init(address=address, log_to_driver=False)
     if what == "hold":
-        with cluster.alone("here", "a thing", print):
+        with ray_cluster.cluster_lock("here", "a thing", print):
             print("held", flush=True)
             time.sleep(float(sys.stdin.readline()))  # what it does when another has begun to wait
             os.kill(os.getpid(), signal.SIGKILL)
     config, print_, parents, recipe, store, done = pickle.loads(Path(pickled[0]).read_bytes())
     stage = next(stage for stage in STAGES if stage.name == "cache")
-    artifact = run_step(Step(stage, config, print_, parents, None), recipe, store, done)
+    artifact = run_step(PlannedStage(stage, config, print_, parents, None), recipe, store, done)
     print(json.dumps({"id": artifact.id, "record": artifact.record.model_dump()}))
 
 

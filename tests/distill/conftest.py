@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from distill_world import World, capture, make
 
-from overproof.artifact import Artifact, Store
+from overproof.artifacts import Artifact, Store
 
 
 @pytest.fixture(scope="session")

@@ -10,28 +10,27 @@ from typing import Any
 
 import numpy as np
 
-from overproof.artifact import Artifact, Draft, Store
+from overproof.artifacts import Artifact, ArtifactWriter, Store
+from overproof.config import DigitsData, Generate, Llama, Optimization, Recipe, Vit
+from overproof.data.columns import text_schema
 from overproof.data.digits import prepare_digits
 from overproof.data.manifest import MANIFEST, TOKENIZER, Manifest, Split
-from overproof.data.plan import Order
-from overproof.data.read import Shards
-from overproof.data.schema import text_schema
-from overproof.data.write import write_shard
-from overproof.distill.capture import publish
-from overproof.distill.covered import origin
-from overproof.distill.job import Job
-from overproof.distill.journal import Journal
-from overproof.distill.replica import Job as Capture
-from overproof.distill.replica import Replica, Teacher
-from overproof.distill.search import STUDENT
-from overproof.distill.sweep import job
-from overproof.distill.targets import CacheIndex, identity
-from overproof.distill.text import TextIdentity, TextIndex
-from overproof.distill.writer import Writer
-from overproof.models import build, save, to_tensors
-from overproof.progress import Progress, quiet
-from overproof.recipe import DigitsData, Generate, Llama, Optimization, Recipe, Vit
-from overproof.stage import Context
+from overproof.data.order import Order
+from overproof.data.parquet_reader import Shards
+from overproof.data.parquet_writer import write_shard
+from overproof.distill.optuna_study import STUDENT
+from overproof.distill.row_cache import cache_key_fields
+from overproof.distill.sweep import make_trial_job
+from overproof.distill.sweep_state import SweepState
+from overproof.distill.target_cache import TargetIndex, target_key
+from overproof.distill.teacher_pool import publish_files
+from overproof.distill.teacher_text import TextIndex, TextKey
+from overproof.distill.teacher_worker import CaptureJob as Capture
+from overproof.distill.teacher_worker import TargetWorker, TeacherWorker
+from overproof.distill.text_worker import TextWorker
+from overproof.distill.trial_job import TrialJob
+from overproof.models.hf_directory import build_model, save_model, to_tensors
+from overproof.stage_context import Progress, StageContext, no_progress
 from overproof.train.engine import TorchEngine
 from overproof.train.loop import fit
 from overproof.train.objective import CrossEntropy
@@ -115,7 +114,7 @@ class World:
     def root(self) -> Path:
         return self.artifacts["prepare"].local()
 
-    def draft(self, stage: str, store: Store | None = None) -> Draft:
+    def draft(self, stage: str, store: Store | None = None) -> ArtifactWriter:
         """A fresh draft in its own folder, with a workspace of its own."""
         number = next(self.numbers)
         name = hashlib.sha256(f"{stage} {number}".encode()).hexdigest()
@@ -124,25 +123,25 @@ class World:
     def context(
         self,
         stage: str,
-        progress: Progress = quiet,
+        progress: Progress = no_progress,
         cached: Artifact | None = None,
         written: Artifact | None = None,
         **changes: Any,
-    ) -> Context:
+    ) -> StageContext:
         """What the stage is given; ``changes`` are sections of the recipe."""
         beside = {"generate": written, "cache": cached}
         parents = self.artifacts | {name: artifact for name, artifact in beside.items() if artifact}
-        return Context(recipe_of(self.kind, **changes), parents, self.draft(stage), progress)
+        return StageContext(recipe_of(self.kind, **changes), parents, self.draft(stage), progress)
 
 
 def train_teacher(kind: str, root: Path, folder: Path, steps: int = 60) -> None:
     manifest, shards = Manifest.read(root), Shards(root, "train")
     settings = Optimization(steps=steps, batch_size=32, learning_rate=5e-3, warmup_steps=5, validate_every=1000)
-    model = build(TEACHERS[kind], manifest, 0)
+    model = build_model(TEACHERS[kind], manifest, 0)
     order = Order(manifest.groups, manifest.rows_per_group, 0)
     batches = (to_tensors(shards.take(order.step_rows(step, 32))) for step in range(steps))
     fit(TorchEngine(model, settings), CrossEntropy(), settings, batches, lambda: 0.0, lambda _: None)
-    save(model, model.config, folder / "model", root / TOKENIZER if kind == "text" else None)
+    save_model(model, model.config, folder / "model", root / TOKENIZER if kind == "text" else None)
 
 
 def make(kind: str, store: Store) -> World:
@@ -165,22 +164,22 @@ def make(kind: str, store: Store) -> World:
 
 def replica(
     world: World, rows: int | None, written: Artifact | None = None, **changes: Any
-) -> tuple[Teacher, CacheIndex]:
+) -> tuple[TargetWorker, TargetIndex]:
     """A teacher as an actor has it, and the plan of the first ``rows`` rows; ``changes`` are to the cache's section."""
     recipe, draft = recipe_of(world.kind, cache=changes), world.draft("cache")
     prepared, trained = world.artifacts["prepare"], world.artifacts["train"]
-    index = CacheIndex.of(identity(recipe, prepared, trained, written), Manifest.read(world.root), rows)
-    return Teacher(Capture(recipe.cache, index, prepared, trained, draft, written)), index
+    index = TargetIndex.of(target_key(recipe, prepared, trained, written), Manifest.read(world.root), rows)
+    return TargetWorker(Capture(recipe.cache, index, prepared, trained, draft, written)), index
 
 
-def writer(world: World, rows: int | None, seed: int = SEED, **changes: Any) -> Writer:
+def writer(world: World, rows: int | None, seed: int = SEED, **changes: Any) -> TextWorker:
     """A teacher that writes, as an actor has it; ``changes`` are to the section that asks for it."""
     settings = Generate.model_validate({**WRITING, **changes})
-    origins = origin(seed, world.artifacts["prepare"], world.artifacts["train"])
-    whole = TextIdentity(**origins, prompt_tokens=settings.prompt_tokens, temperature=settings.temperature)
+    origins = cache_key_fields(seed, world.artifacts["prepare"], world.artifacts["train"])
+    whole = TextKey(**origins, prompt_tokens=settings.prompt_tokens, temperature=settings.temperature)
     index = TextIndex.of(whole, Manifest.read(world.root), rows)
     parents = world.artifacts["prepare"], world.artifacts["train"]
-    return Writer(Capture(settings, index, *parents, world.draft("generate")))
+    return TextWorker(Capture(settings, index, *parents, world.draft("generate")))
 
 
 def capture(world: World, rows: int | None, written: Artifact | None = None, **changes: Any) -> Artifact:
@@ -188,16 +187,16 @@ def capture(world: World, rows: int | None, written: Artifact | None = None, **c
     return finish(replica(world, rows, written, **changes)[0])
 
 
-def finish(one: Replica) -> Artifact:
+def finish(one: TeacherWorker) -> Artifact:
     """Every file of its index, as an artifact."""
     reports = list(one({"file": np.arange(len(one.index.files))}))
     assert sum(int(report["rows"][0]) for report in reports) == one.index.rows
     assert not any(report["fault"][0] for report in reports)
-    publish(one.job)
+    publish_files(one.job)
     return one.job.draft.commit({}, 0)
 
 
-def jobs(context: Context) -> list[Job]:
+def jobs(context: StageContext) -> list[TrialJob]:
     """Of the recipe's students, as the sweep makes them."""
-    journal = Journal(context.draft)
-    return [job(context, journal, each.name, {STUDENT: each.name}) for each in context.recipe.sweep.students]
+    journal = SweepState(context.draft)
+    return [make_trial_job(context, journal, each.name, {STUDENT: each.name}) for each in context.recipe.sweep.students]

@@ -15,16 +15,16 @@ from typing import Any
 
 import ray
 
-from overproof.distill import sweep, teacher
-from overproof.distill.journal import Journal
-from overproof.stage import Context
+from overproof.distill import sweep, teacher_stages
+from overproof.distill.sweep_state import SweepState
+from overproof.stage_context import StageContext
 
 
-def finished(context: Context) -> bool:
+def finished(context: StageContext) -> bool:
     """Whether a file is captured, or a student trained to the end."""
     if context.draft.stage != "sweep":
         return any(Path(context.draft.workspace).glob("*/*.parquet.json"))
-    names, journal = Path(context.draft.workspace, "trials").glob("*"), Journal(context.draft)
+    names, journal = Path(context.draft.workspace, "trials").glob("*"), SweepState(context.draft)
     return any(journal.checkpoints(name.name).committed() == context.recipe.sweep.steps for name in names)
 
 
@@ -36,7 +36,7 @@ def main(address: str, pickled: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     ray.init(address=address, log_to_driver=False)
-    stages = {"generate": teacher.generate, "cache": teacher.cache, "sweep": sweep.sweep}
+    stages = {"generate": teacher_stages.generate_text, "cache": teacher_stages.cache_targets, "sweep": sweep.sweep}
     stages[context.draft.stage](dataclasses.replace(context, progress=progress))
 
 

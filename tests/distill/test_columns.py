@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overproof.data.write import to_table
-from overproof.distill.columns import Layout, pack, packed_bytes, unpack
-from overproof.recipe import Dense, Sampled, Scheme, TopK
+from overproof.config import Dense, Sampled, Scheme, TopK
+from overproof.data.parquet_writer import to_table
+from overproof.distill.target_codec import TargetLayout, pack, packed_bytes, unpack
 
 
 @given(st.integers(1, 31).filter(lambda bits: bits != 16), st.integers(1, 5), st.integers(1, 40), st.integers(0, 2**31))
@@ -44,7 +44,7 @@ def test_numbers_that_do_not_fit_are_refused(value: int) -> None:
 @pytest.mark.parametrize("text", [True, False])
 def test_columns_come_back_as_they_were_given(outputs: int, bits: int, scheme: Scheme, text: bool) -> None:
     rows, positions, temperatures = 2, 11, 3
-    layout = Layout(scheme, text, positions, outputs, temperatures)
+    layout = TargetLayout(scheme, text, positions, outputs, temperatures)
     rng = np.random.default_rng(outputs)
     places = (rows, positions)
     slots = layout.slots if not isinstance(scheme, Dense) else outputs
@@ -74,6 +74,6 @@ def test_columns_come_back_as_they_were_given(outputs: int, bits: int, scheme: S
 
 
 def test_narrow_indices_take_as_many_bits_as_they_need() -> None:
-    by_outputs = {v: Layout(TopK(k=32), True, 128, v, 1).schema.field("indices").type.byte_width for v in
+    by_outputs = {v: TargetLayout(TopK(k=32), True, 128, v, 1).schema.field("indices").type.byte_width for v in
                   (1 << 16, 1 << 17, 1 << 18)}  # fmt: skip
     assert {v: width * 8 / (128 * 32) for v, width in by_outputs.items()} == {1 << 16: 16, 1 << 17: 17, 1 << 18: 18}

@@ -18,25 +18,25 @@ from test_sweep import STUDENTS, SWEEP, job_of
 from test_targets import rewrite
 
 from overproof import pipeline
-from overproof.artifact import Artifact, Store, fingerprint
+from overproof.artifacts import Artifact, Store, compute_fingerprint
+from overproof.cluster.placement import resource_requests
+from overproof.config import Recipe
+from overproof.config import load_recipe as load_recipe
 from overproof.data.manifest import Manifest
-from overproof.data.plan import uniforms
-from overproof.data.read import Shards
-from overproof.distill import keep
-from overproof.distill.agree import check_rows, check_text
-from overproof.distill.job import Job
-from overproof.distill.student import Run
+from overproof.data.order import uniforms
+from overproof.data.parquet_reader import Shards
+from overproof.distill import target_encoder
+from overproof.distill.cache_checks import check_rows, check_text
+from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.sweep import check_cache, sweep
-from overproof.distill.targets import Targets
-from overproof.distill.teacher import generate
-from overproof.distill.text import Text, TextIndex
-from overproof.distill.writer import WRITTEN, draw, write
+from overproof.distill.target_cache import TargetCache
+from overproof.distill.teacher_stages import generate_text
+from overproof.distill.teacher_text import TeacherText, TextIndex
+from overproof.distill.text_worker import GENERATION_KEY, generate, sample_token
+from overproof.distill.trial_job import TrialJob
 from overproof.errors import InputError
-from overproof.models import load, save
-from overproof.placement import needs
-from overproof.progress import NOTICE
-from overproof.recipe import Recipe
-from overproof.recipe import load as load_recipe
+from overproof.models.hf_directory import load_model, save_model
+from overproof.stage_context import NOTICE
 
 SMALL = {"kind": "llama", "hidden_size": 32, "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 2}
 ALONE = student(SMALL, name="alone", teacher_weight=0.0, text="teacher")  # pure sequence-level distillation
@@ -83,11 +83,11 @@ def test_what_is_written_is_a_function_of_seed_and_row_whatever_the_batch(text_w
 
 
 def test_the_numbers_behind_it_are_of_the_row_alone_and_no_others_draws() -> None:
-    whole = uniforms(7, WRITTEN, np.arange(100), 16)
-    np.testing.assert_array_equal(whole[[90, 3], :4], uniforms(7, WRITTEN, np.array([90, 3]), 4))
+    whole = uniforms(7, GENERATION_KEY, np.arange(100), 16)
+    np.testing.assert_array_equal(whole[[90, 3], :4], uniforms(7, GENERATION_KEY, np.array([90, 3]), 4))
     assert len(np.unique(whole)) == whole.size
     assert 0 <= whole.min() < 1e-3 < 1 - 1e-3 < whole.max() < 1
-    assert not np.isin(whole, uniforms(7, keep.DRAWS, np.arange(100), 16)).any()
+    assert not np.isin(whole, uniforms(7, target_encoder.DRAW_KEY, np.arange(100), 16)).any()
 
 
 def test_at_temperature_0_it_is_the_likeliest_of_a_run_without_the_cache_of_keys(text_world: World) -> None:
@@ -101,10 +101,10 @@ def test_at_temperature_0_it_is_the_likeliest_of_a_run_without_the_cache_of_keys
 
 def test_what_is_drawn_follows_the_teachers_distribution(text_world: World) -> None:
     """The first token, and the second after the commonest first; every output within five standard deviations."""
-    model, rows, temperature = load(text_world.artifacts["train"].local() / "model"), 8000, 0.7
+    model, rows, temperature = load_model(text_world.artifacts["train"].local() / "model"), 8000, 0.7
     prompt = torch.tensor([[9, 11, 13]])
-    found = write(
-        model, prompt.expand(rows, -1), torch.from_numpy(uniforms(0, WRITTEN, np.arange(rows), 2)), temperature
+    found = generate(
+        model, prompt.expand(rows, -1), torch.from_numpy(uniforms(0, GENERATION_KEY, np.arange(rows), 2)), temperature
     )
     first = found[:, 3].mode().values
     for seen, drawn in ((found[:1, :3], found[:, 3]), (torch.cat([prompt, first.view(1, 1)], 1),
@@ -120,16 +120,16 @@ def test_what_is_drawn_follows_the_teachers_distribution(text_world: World) -> N
 
 def test_an_output_that_cannot_be_is_never_drawn() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0]]).expand(3, -1)
-    drawn = draw(logits, torch.tensor([[0.0], [0.5], [1 - 2.0**-53]], dtype=torch.float64), 1.0)
+    drawn = sample_token(logits, torch.tensor([[0.0], [0.5], [1 - 2.0**-53]], dtype=torch.float64), 1.0)
     assert drawn.flatten().tolist() == [1, 3, 3]
 
 
 def test_a_teacher_that_is_not_finite_is_reported(text_world: World, tmp_path: Path) -> None:
-    model = load(text_world.artifacts["train"].local() / "model")
+    model = load_model(text_world.artifacts["train"].local() / "model")
     with torch.no_grad():
         model.model.norm.weight[0] = torch.inf
     draft = text_world.draft("train")
-    save(model, model.config, Path(draft.uri) / "model", text_world.root / "tokenizer.json")
+    save_model(model, model.config, Path(draft.uri) / "model", text_world.root / "tokenizer.json")
     broken = dataclasses.replace(text_world, artifacts=text_world.artifacts | {"train": draft.commit({}, 0)})
     (report,) = writer(broken, None)({"file": np.array([0])})
     assert "not finite while it writes; train it anew" in str(report["fault"][0])
@@ -144,7 +144,7 @@ def test_a_stage_whose_driver_is_killed_writes_no_finished_file_again(
     kill(context, ray_cluster, tmp_path)
     files = half_written(context)
     again = anew(text_world, context)
-    metrics = generate(dataclasses.replace(context, draft=again))
+    metrics = generate_text(dataclasses.replace(context, draft=again))
     assert words[0][::3] == (NOTICE, f"{len(files)} of 3 files were captured before")
     assert words[1][::3] == ("generate", "starting 1 teachers")
     assert words[-1][3].endswith(" tokens/s")
@@ -154,17 +154,19 @@ def test_a_stage_whose_driver_is_killed_writes_no_finished_file_again(
         "text.json"
     ]
     ids = np.arange(96)
-    np.testing.assert_array_equal(Text(Path(again.uri)).take(ids)["tokens"], Text(written.local()).take(ids)["tokens"])
+    np.testing.assert_array_equal(
+        TeacherText(Path(again.uri)).take(ids)["tokens"], TeacherText(written.local()).take(ids)["tokens"]
+    )
 
 
 def test_the_cache_is_of_the_text_and_is_checked_against_it(
     text_world: World, written: Artifact, text_cache: Artifact
 ) -> None:
     ids = Manifest.read(text_world.root).order(SEED).rows_at(0, 40)
-    text = Text(written.local()).take(ids)["tokens"]
-    found = Targets(text_cache.local(), ("tokens", "logprobs", "indices")).take(ids)
+    text = TeacherText(written.local()).take(ids)["tokens"]
+    found = TargetCache(text_cache.local(), ("tokens", "logprobs", "indices")).take(ids)
     np.testing.assert_array_equal(found["tokens"], text)
-    model = load(text_world.artifacts["train"].local() / "model")
+    model = load_model(text_world.artifacts["train"].local() / "model")
     with torch.no_grad():
         logits = model(input_ids=torch.from_numpy(text[:, :-1].astype(np.int64)), use_cache=False).logits
     top = logits.log_softmax(-1).gather(-1, torch.from_numpy(found["indices"].astype(np.int64)))
@@ -176,8 +178,8 @@ def test_the_cache_is_of_the_text_and_is_checked_against_it(
         check_rows(capture(text_world, 40).local(), text_world.root, ids, written.local())
 
 
-def run_of(job: Job) -> tuple[Run, list[dict[str, float]]]:
-    run, rows = Run(job), list[dict[str, float]]()
+def run_of(job: TrialJob) -> tuple[StudentTrainer, list[dict[str, float]]]:
+    run, rows = StudentTrainer(job), list[dict[str, float]]()
     while not rows or rows[-1]["step"] < job.settings.steps:
         rows += run.advance().curve
     return run, rows
@@ -188,9 +190,9 @@ def test_students_learn_from_the_text_and_controls_from_the_data(
     text_world: World, written: Artifact, text_cache: Artifact
 ) -> None:
     context = text_world.context("sweep", cached=text_cache, written=written, **with_text(ALONE, WORDS))
-    text = Text(written.local())
+    text = TeacherText(written.local())
     for name in ("alone", "words"):
-        run = Run(job_of(context, name))
+        run = StudentTrainer(job_of(context, name))
         ids = run.order.step_rows(0, 16)
         first = next(run._batches())
         np.testing.assert_array_equal(first["tokens"], text.take(ids)["tokens"])
@@ -222,13 +224,18 @@ def test_a_student_of_the_text_needs_no_cache_and_nor_does_its_sweep(text_world:
 
 def test_a_live_teacher_reads_the_text_too(text_world: World, written: Artifact) -> None:
     live = {**WORDS, "teacher": "live", "name": "live"}
-    run = Run(job_of(text_world.context("sweep", written=written, **with_text(live)), "live"))
+    run = StudentTrainer(job_of(text_world.context("sweep", written=written, **with_text(live)), "live"))
     batch = next(run._batches())
-    np.testing.assert_array_equal(batch["tokens"], Text(written.local()).take(run.order.step_rows(0, 16))["tokens"])
+    np.testing.assert_array_equal(
+        batch["tokens"], TeacherText(written.local()).take(run.order.step_rows(0, 16))["tokens"]
+    )
     assert "divergence" in run.advance().curve[0]
     silent = {**ALONE, "teacher": "live"}
     assert (
-        Run(job_of(text_world.context("sweep", written=written, **with_text(silent)), "alone")).lesson.teacher is None
+        StudentTrainer(
+            job_of(text_world.context("sweep", written=written, **with_text(silent)), "alone")
+        ).lesson.teacher
+        is None
     )
 
 
@@ -259,9 +266,9 @@ def test_text_that_goes_on_from_other_rows_is_caught(text_world: World, written:
         rewrite(written.local() / file.path, tmp_path / "rolled" / file.path,
                 lambda columns: columns | {"tokens": np.roll(columns["tokens"], 1, 0)})  # fmt: skip
     ids = np.arange(40)
-    check_text(Text(written.local()), text_world.root, ids)
+    check_text(TeacherText(written.local()), text_world.root, ids)
     with pytest.raises(InputError, match="row 0 does not begin with the 5 tokens of the prepared data"):
-        check_text(Text(tmp_path / "rolled"), text_world.root, ids)
+        check_text(TeacherText(tmp_path / "rolled"), text_world.root, ids)
 
 
 def test_too_little_text_and_text_of_other_rows_is_refused(text_world: World) -> None:
@@ -273,7 +280,7 @@ def test_too_little_text_and_text_of_other_rows_is_refused(text_world: World) ->
     forged = index.model_copy(update={"files": moved})
     (little.local() / TextIndex.FILE).write_text(forged.model_dump_json())
     with pytest.raises(InputError, match=r"does not hold the rows that text\.json says; run `generate` again"):
-        Text(little.local()).take(np.array([index.files[0].groups[0] * 8 + 8]))
+        TeacherText(little.local()).take(np.array([index.files[0].groups[0] * 8 + 8]))
 
 
 @pytest.mark.parametrize(
@@ -305,7 +312,7 @@ def test_students_of_the_data_may_stand_beside_those_of_the_text() -> None:
 
 
 def names(recipe: Recipe) -> list[str]:
-    return [stage.name for stage in pipeline.stages(recipe)]
+    return [stage.name for stage in pipeline.stages_of(recipe)]
 
 
 def test_stages_are_there_where_a_recipe_asks_for_them() -> None:
@@ -316,9 +323,9 @@ def test_stages_are_there_where_a_recipe_asks_for_them() -> None:
     live = {"students": [{**each, "teacher": "live"} for each in STUDENTS]}
     assert names(recipe_of("digits", sweep={**SWEEP, **live}))[:3] == ["prepare", "train", "sweep"]
     with pytest.raises(InputError, match=r"generate: the recipe has no such section; expected one of prep"):
-        pipeline.stages(digits, "generate")
+        pipeline.stages_of(digits, "generate")
     with pytest.raises(InputError, match="cache: no student of the sweep reads it"):
-        pipeline.stages(recipe_of("text", **with_text(ALONE)), "cache")
+        pipeline.stages_of(recipe_of("text", **with_text(ALONE)), "cache")
 
 
 def test_recipes_without_the_section_keep_their_fingerprints() -> None:
@@ -328,10 +335,10 @@ def test_recipes_without_the_section_keep_their_fingerprints() -> None:
     assert all("text" not in told for told in tree["sweep"]["students"])
     by_name = {stage.name: stage for stage in pipeline.STAGES}
     parents = dict[str, str]()
-    for step in pipeline.resolve(recipe, Store(recipe.store)):
+    for step in pipeline.resolve_stages(recipe, Store(recipe.store)):
         stage = by_name[step.stage.name]
         own = {name: parents[name] for name in stage.parents if name != "generate"}
-        assert step.fingerprint == fingerprint(stage.name, stage.format, stage.part(recipe), own)
+        assert step.fingerprint == compute_fingerprint(stage.name, stage.format, stage.part(recipe), own)
         parents[stage.name] = step.fingerprint
     assert parents["cache"]
 
@@ -347,7 +354,7 @@ def test_how_many_teachers_write_changes_no_fingerprint() -> None:
 
 def test_writers_are_placed_like_the_caches_teachers() -> None:
     recipe = recipe_of("text", **with_text(ALONE, actors=3, cpus_per_actor=2))
-    asked = {need.stage: need for need in needs(recipe)}
+    asked = {need.stage: need for need in resource_requests(recipe)}
     assert "cache" not in asked
     assert asked["generate"].cpus_of(3) == 7
     assert asked["generate"].why == "3 actors + 1 reader"

@@ -15,14 +15,14 @@ from distill_world import World, recipe_of
 from ray._private.state import actors
 from test_sweep import STEPS, STUDENTS, SWEEP, TUNE, job_of
 
-from overproof.artifact import Artifact
-from overproof.cluster import relay
-from overproof.data.read import Shards
-from overproof.distill.student import Run
-from overproof.distill.sweep import slots, sweep
+from overproof.artifacts import Artifact
+from overproof.cluster.placement import Capacity, NodeShape, resource_requests, why_unplaceable
+from overproof.cluster.ray_cluster import relay
+from overproof.data.parquet_reader import Shards
+from overproof.distill.student_trainer import StudentTrainer
+from overproof.distill.sweep import sweep, trial_slots
 from overproof.errors import InputError
-from overproof.models import load, to_tensors
-from overproof.placement import Capacity, Node, needs, refusal
+from overproof.models.hf_directory import load_model, to_tensors
 from overproof.train.loop import validation_ids, validation_loss
 
 GROUP = {**SWEEP, "students": STUDENTS[:2], "group": {"workers": 2, "zero_stage": 2}}
@@ -31,7 +31,7 @@ SAME = 1e-3  # relative: sums over two ranks round otherwise
 
 def alone(world: World, cached: Artifact) -> list[float]:
     """Validation losses of the first student, trained by one process without Ray."""
-    run = Run(job_of(world.context("sweep", cached=cached, sweep=SWEEP, tune=TUNE), "wide"))
+    run = StudentTrainer(job_of(world.context("sweep", cached=cached, sweep=SWEEP, tune=TUNE), "wide"))
     losses = []
     while not losses or losses[-1][0] < STEPS:
         part = run.advance()
@@ -80,7 +80,7 @@ def test_a_group_trains_what_one_process_trains_and_goes_on_after_its_trial_was_
         assert found[STEPS] == pytest.approx(expected[-1], rel=SAME)
         assert trials[name]["cpu_seconds"] > 0
     assert metrics["control_validation_loss"] > 0
-    model = load(folder / "students" / metrics["winner"])
+    model = load_model(folder / "students" / metrics["winner"])
     shards = Shards(digits_world.root, "validation")
     rows = to_tensors(shards.take(validation_ids(shards.rows, 64)))
     assert validation_loss(model, [rows]) == pytest.approx(metrics["validation_loss"], rel=SAME)
@@ -125,17 +125,20 @@ def test_what_a_group_cannot_do_is_refused(changes: dict[str, Any], message: str
 
 def test_as_many_groups_run_as_there_is_room_for() -> None:
     nodes = [{"CPU": 4.0}, {"CPU": 3.0, "GPU": 1.0}]
-    assert slots(recipe_of("digits", sweep=GROUP).sweep, nodes) == 3
+    assert trial_slots(recipe_of("digits", sweep=GROUP).sweep, nodes) == 3
     wide = {**GROUP, "group": {"workers": 2, "cpus_per_worker": 2}}
-    assert slots(recipe_of("digits", sweep=wide).sweep, nodes) == 1
-    assert slots(recipe_of("digits", sweep={**GROUP, "group": {"workers": 4, "cpus_per_worker": 2}}).sweep, nodes) == 0
+    assert trial_slots(recipe_of("digits", sweep=wide).sweep, nodes) == 1
+    assert (
+        trial_slots(recipe_of("digits", sweep={**GROUP, "group": {"workers": 4, "cpus_per_worker": 2}}).sweep, nodes)
+        == 0
+    )
 
 
 def test_a_cluster_too_small_for_one_group_is_refused() -> None:
     recipe = recipe_of("digits", sweep={**GROUP, "group": {"workers": 4}}, tune=TUNE)
     found = {
-        need.stage: refusal(need, Capacity((Node("here", 3, 0, 1),), "this cluster has 3 CPUs"))
-        for need in needs(recipe)
+        need.stage: why_unplaceable(need, Capacity((NodeShape("here", 3, 0, 1),), "this cluster has 3 CPUs"))
+        for need in resource_requests(recipe)
     }
     assert found["sweep"] is not None
     assert "sweep: 1 to 2 trials of 4 workers need 4 x 1 = 4 CPUs at the same time" in found["sweep"]

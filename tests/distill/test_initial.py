@@ -15,17 +15,26 @@ from test_killed import to_end
 from test_sweep import NARROW, STUDENTS, SWEEP, job_of
 from torch import nn
 
-from overproof import pipeline, preflight
-from overproof.artifact import Artifact, Store
+from overproof import pipeline
+from overproof.artifacts import Artifact, Store
+from overproof.cluster import preflight
+from overproof.config import Llama, Pretrained, Student, TeacherLayers, Vit
 from overproof.data.manifest import TOKENIZER, Manifest
-from overproof.distill.initial import initial, with_layers
-from overproof.distill.job import CONTROL
-from overproof.distill.starts import check_start
-from overproof.distill.student import Run
+from overproof.distill.student_init import initial_student, keep_layers
+from overproof.distill.student_trainer import StudentTrainer
+from overproof.distill.student_validation import check_student
+from overproof.distill.trial_job import CONTROL
 from overproof.errors import InputError
-from overproof.models import Batch, build, forward, load, parameters, save, to_tensors
-from overproof.recipe import Llama, Pretrained, Student, TeacherLayers, Vit
-from overproof.train.dimensions import dimensions, student_dimensions
+from overproof.models.hf_directory import (
+    Batch,
+    build_model,
+    count_parameters,
+    forward,
+    load_model,
+    save_model,
+    to_tensors,
+)
+from overproof.models.sizes import model_size, student_size
 
 DEEP: dict[str, Llama | Vit] = {kind: teacher.model_copy(update={"layers": 4}) for kind, teacher in TEACHERS.items()}
 
@@ -72,10 +81,10 @@ def test_layers_that_the_teacher_lacks_are_refused() -> None:
 
 
 def test_the_layers_that_stay_are_the_teachers(world: World) -> None:
-    whole = build(DEEP[world.kind], Manifest.read(world.root), 5).eval()
+    whole = build_model(DEEP[world.kind], Manifest.read(world.root), 5).eval()
     batch = some_rows(world)
-    both = with_layers(whole, (0, 2)).eval()
-    found, same = forward(both, batch).logits_BPV, forward(with_layers(whole, range(4)).eval(), batch).logits_BPV
+    both = keep_layers(whole, (0, 2)).eval()
+    found, same = forward(both, batch).logits_BPV, forward(keep_layers(whole, range(4)).eval(), batch).logits_BPV
     assert torch.equal(same, forward(whole, batch).logits_BPV)
     whole.base_model.layers = nn.ModuleList(whole.base_model.layers[index] for index in (0, 2))
     assert torch.equal(found, forward(whole, batch).logits_BPV)
@@ -85,46 +94,49 @@ def test_the_layers_that_stay_are_the_teachers(world: World) -> None:
 
 def test_a_student_of_layers_is_as_large_as_the_plan_says(world: World, tmp_path: Path) -> None:
     manifest, deep = Manifest.read(world.root), DEEP[world.kind]
-    model = build(deep, manifest, 0)
-    save(model, model.config, tmp_path / "deep")
+    model = build_model(deep, manifest, 0)
+    save_model(model, model.config, tmp_path / "deep")
     for layers in (TeacherLayers(layers=3), TeacherLayers(layers=(1, 3))):
-        made = parameters(with_layers(model, layers.of(4)))
+        made = count_parameters(keep_layers(model, layers.of(4)))
         for teacher in (deep, Pretrained(path=str(tmp_path / "deep"))):
-            found = student_dimensions(layers, teacher, manifest.outputs, manifest.positions)
+            found = student_size(layers, teacher, manifest.outputs, manifest.positions)
             assert (found.parameters, found.layers) == (made, layers.count)
-    whole = dimensions(deep, manifest.outputs, manifest.positions).parameters
-    [warning] = preflight.smaller({"less": whole - 1, "same": whole}, whole)
+    whole = model_size(deep, manifest.outputs, manifest.positions).parameters
+    [warning] = preflight.warn_not_smaller({"less": whole - 1, "same": whole}, whole)
     assert (warning.about, warning.state) == ("student same", "warning")
 
 
 def test_the_control_starts_from_the_same_weights(digits_world: World, digits_cache: Artifact) -> None:
     begun = student(TeacherLayers(layers=1))
     context = digits_world.context("sweep", cached=digits_cache, sweep={**SWEEP, "students": [begun]})
-    teacher = load(digits_world.artifacts["train"].local() / "model").state_dict()
+    teacher = load_model(digits_world.artifacts["train"].local() / "model").state_dict()
     job = job_of(context, "begun")
-    taught, alone = Run(job), Run(dataclasses.replace(job_of(context, "begun"), name=CONTROL, distilled=False))
+    taught, alone = (
+        StudentTrainer(job),
+        StudentTrainer(dataclasses.replace(job_of(context, "begun"), name=CONTROL, distilled=False)),
+    )
     for run in (taught, alone):
         for name, value in run.model.state_dict().items():
             assert torch.equal(value, teacher[name])
     first = taught.advance().curve[0], alone.advance().curve[0]
     assert first[0]["cross_entropy"] == pytest.approx(first[1]["loss"], rel=1e-6)
     taught.saver.wait()
-    second = Run(job)
+    second = StudentTrainer(job)
     assert second.began_at == 7
-    assert to_end(second) == to_end(Run(job_of(context, "begun")))
+    assert to_end(second) == to_end(StudentTrainer(job_of(context, "begun")))
 
 
 def test_a_directory_is_taken_as_it_is(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Manifest.read(world.root)
-    model = build(DEEP[world.kind], manifest, 8)
-    save(model, model.config, tmp_path / "pruned", world.root / TOKENIZER if world.kind == "text" else None)
+    model = build_model(DEEP[world.kind], manifest, 8)
+    save_model(model, model.config, tmp_path / "pruned", world.root / TOKENIZER if world.kind == "text" else None)
     monkeypatch.chdir(tmp_path)
     context = world.context("sweep", cached=world.artifacts["prepare"], sweep={
         "students": [student(Pretrained(path="pruned"), temperature=2.0)]})  # fmt: skip
     job = job_of(context, "begun")
     assert job.student.model == Pretrained(path=str(tmp_path / "pruned"))
-    check_start(job.student, job.prepared, job.trained)
-    found = initial(job.student.model, manifest, SEED, tmp_path)
+    check_student(job.student, job.prepared, job.trained)
+    found = initial_student(job.student.model, manifest, SEED, tmp_path)
     assert found.training
     for name, value in model.state_dict().items():
         assert torch.equal(found.state_dict()[name], value)
@@ -133,17 +145,17 @@ def test_a_directory_is_taken_as_it_is(world: World, tmp_path: Path, monkeypatch
 def test_a_student_with_dropout_goes_on_to_the_last_bit(
     digits_world: World, digits_cache: Artifact, tmp_path: Path
 ) -> None:
-    model = build(DEEP["digits"], Manifest.read(digits_world.root), 8)
+    model = build_model(DEEP["digits"], Manifest.read(digits_world.root), 8)
     model.config.hidden_dropout_prob = 0.2
-    save(model, model.config, tmp_path / "dropping")
+    save_model(model, model.config, tmp_path / "dropping")
     begun = student(Pretrained(path=str(tmp_path / "dropping")))
     context = digits_world.context("sweep", cached=digits_cache, sweep={**SWEEP, "students": [begun]})
-    job, whole = job_of(context, "begun"), to_end(Run(job_of(context, "begun")))
-    first = Run(job)
+    job, whole = job_of(context, "begun"), to_end(StudentTrainer(job_of(context, "begun")))
+    first = StudentTrainer(job)
     first.advance()
     first.saver.wait()
     torch.manual_seed(99)
-    second = Run(job)
+    second = StudentTrainer(job)
     assert second.model.vit.layers[0].dropout.p == 0.2
     assert second.began_at == 7
     assert to_end(second) == whole
@@ -155,16 +167,16 @@ def test_a_directory_that_does_not_fit_is_refused(text_world: World, digits_worl
 
     def refusal(path: Path) -> str:
         with pytest.raises(InputError) as refused:
-            check_start(Student.model_validate(student(Pretrained(path=str(path)))), prepared, trained)
+            check_student(Student.model_validate(student(Pretrained(path=str(path)))), prepared, trained)
         return str(refused.value)
 
     assert refusal(tmp_path / "none").startswith("student begun: ")
     assert "a vit with 10 outputs; the data is text" in refusal(digits_world.artifacts["train"].local() / "model")
-    small = build(TEACHERS["text"], manifest.model_copy(update={"vocab_size": 300}), 0)
-    save(small, small.config, tmp_path / "small", text_world.root / TOKENIZER)
+    small = build_model(TEACHERS["text"], manifest.model_copy(update={"vocab_size": 300}), 0)
+    save_model(small, small.config, tmp_path / "small", text_world.root / TOKENIZER)
     assert "a llama with 300 outputs; the data is text and needs 320" in refusal(tmp_path / "small")
-    model = build(TEACHERS["text"], manifest, 0)
-    save(model, model.config, tmp_path / "mute")
+    model = build_model(TEACHERS["text"], manifest, 0)
+    save_model(model, model.config, tmp_path / "mute")
     assert "tokenizer.json: missing" in refusal(tmp_path / "mute")
     (tmp_path / "mute" / TOKENIZER).write_text("{}")
     assert "the data was tokenised with" in refusal(tmp_path / "mute")
@@ -179,7 +191,7 @@ def test_files_that_a_student_starts_from_are_part_of_the_sweep(tmp_path: Path) 
     )
 
     def prints() -> dict[str, str]:
-        steps = pipeline.resolve(recipe, Store(str(tmp_path / "store")), "sweep")
+        steps = pipeline.resolve_stages(recipe, Store(str(tmp_path / "store")), "sweep")
         return {step.stage.name: step.fingerprint for step in steps}
 
     before = prints()

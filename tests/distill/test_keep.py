@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from overproof.config import Dense, Sampled, Scheme, TopK
 from overproof.distill import losses
-from overproof.distill.keep import keep
-from overproof.recipe import Dense, Sampled, Scheme, TopK
+from overproof.distill.target_encoder import encode_targets
 
 TEMPERATURES = (0.5, 1.0, 3.0)
 LOGITS = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)) * 8
@@ -20,7 +20,7 @@ CHANCE = torch.rand(2, 3, generator=torch.Generator().manual_seed(2), dtype=torc
 
 @pytest.mark.parametrize("scheme", [TopK(k=1), TopK(k=5), TopK(k=40), SAMPLED, Dense()])
 def test_every_scheme_keeps_the_labels_and_what_softens_the_teacher(scheme: Scheme) -> None:
-    found = keep(LOGITS, LABELS, scheme, TEMPERATURES, CHANCE)
+    found = encode_targets(LOGITS, LABELS, scheme, TEMPERATURES, CHANCE)
     logprobs = torch.log_softmax(LOGITS.double(), -1)
     label = logprobs.gather(-1, LABELS[..., None])[..., 0]
     torch.testing.assert_close(found["label_logprob"].double(), label, rtol=1e-5, atol=1e-5)
@@ -30,7 +30,7 @@ def test_every_scheme_keeps_the_labels_and_what_softens_the_teacher(scheme: Sche
 
 @pytest.mark.parametrize("k", [1, 5, 40])
 def test_top_k_keeps_what_defines_the_teacher(k: int) -> None:
-    found = keep(LOGITS, LABELS, TopK(k=k), TEMPERATURES)
+    found = encode_targets(LOGITS, LABELS, TopK(k=k), TEMPERATURES)
     logprobs = torch.log_softmax(LOGITS.double(), -1)
     top, indices = logprobs.topk(k, -1)
     rest = logprobs.scatter(-1, indices, -torch.inf).logsumexp(-1)
@@ -41,7 +41,7 @@ def test_top_k_keeps_what_defines_the_teacher(k: int) -> None:
 
 
 def test_dense_keeps_all() -> None:
-    found = keep(LOGITS, LABELS, Dense(), TEMPERATURES)
+    found = encode_targets(LOGITS, LABELS, Dense(), TEMPERATURES)
     torch.testing.assert_close(found["logprobs"], torch.log_softmax(LOGITS, -1), rtol=1e-5, atol=1e-5)
 
 
@@ -49,7 +49,7 @@ def test_dense_keeps_all() -> None:
 def test_draws_are_those_of_the_mean_distribution(temperatures: tuple[float, ...]) -> None:
     chance = CHANCE.clone()
     chance[0, :2] = torch.tensor([0.0, 1 - 2**-53])
-    found = keep(LOGITS, LABELS, SAMPLED, temperatures, chance)
+    found = encode_targets(LOGITS, LABELS, SAMPLED, temperatures, chance)
     logprobs = torch.log_softmax(LOGITS.double(), -1)
     top, indices = logprobs.topk(SAMPLED.k, -1)
     assert torch.equal(found["indices"], indices)
@@ -78,7 +78,7 @@ def test_an_output_without_probability_is_never_drawn() -> None:
     logits[..., [2, 4, 5]] = torch.tensor([0.0, 0.0, 1.0])
     for chance in (0.0, 0.5, 1 - 2**-53):
         given = torch.full((1, 1), chance, dtype=torch.float64)
-        found = keep(logits, torch.full((1, 1), 2), Sampled(k=1, draws=101), (1.0, 2.0), given)
+        found = encode_targets(logits, torch.full((1, 1), 2), Sampled(k=1, draws=101), (1.0, 2.0), given)
         assert found["indices"].tolist() == [[[5]]]
         outputs, counts = found["drawn"].unique(return_counts=True)
         assert outputs.tolist() == [2, 4]
@@ -87,7 +87,7 @@ def test_an_output_without_probability_is_never_drawn() -> None:
 
 @pytest.mark.parametrize("scheme", [TopK(k=5), SAMPLED, Dense()])
 def test_chunks_do_not_change_what_is_kept(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = keep(LOGITS, LABELS, scheme, TEMPERATURES, CHANCE)
+    whole = encode_targets(LOGITS, LABELS, scheme, TEMPERATURES, CHANCE)
     monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 1)
-    for name, values in keep(LOGITS, LABELS, scheme, TEMPERATURES, CHANCE).items():
+    for name, values in encode_targets(LOGITS, LABELS, scheme, TEMPERATURES, CHANCE).items():
         assert torch.equal(values, whole[name])

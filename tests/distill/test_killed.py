@@ -18,20 +18,19 @@ from distill_world import World, capture, jobs, replica
 from ray._private.state import actors
 from test_sweep import STEPS, STUDENTS, SWEEP, TUNE, job_of
 
-from overproof.artifact import Artifact, Draft
-from overproof.distill.capture import finished
-from overproof.distill.journal import Journal
-from overproof.distill.search import STUDENT
-from overproof.distill.student import Chunk, Run
+from overproof.artifacts import Artifact, ArtifactWriter
+from overproof.distill.optuna_study import STUDENT
+from overproof.distill.student_trainer import Chunk, StudentTrainer
 from overproof.distill.sweep import sweep
-from overproof.distill.targets import CacheIndex, Targets
-from overproof.distill.teacher import cache
+from overproof.distill.sweep_state import SweepState
+from overproof.distill.target_cache import TargetCache, TargetIndex
+from overproof.distill.teacher_pool import finished_files
+from overproof.distill.teacher_stages import cache_targets
 from overproof.errors import InputError
-from overproof.progress import NOTICE
-from overproof.stage import Context
+from overproof.stage_context import NOTICE, StageContext
 
 
-def to_end(run: Run) -> list[Chunk]:
+def to_end(run: StudentTrainer) -> list[Chunk]:
     chunks = [run.advance()]
     while chunks[-1].steps < STEPS:
         chunks.append(run.advance())
@@ -42,11 +41,11 @@ def to_end(run: Run) -> list[Chunk]:
 def whole_curves(digits_world: World, digits_cache: Artifact) -> dict[str, list[str]]:
     """Of every student, trained alone to the end."""
     context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune=TUNE)
-    chunks = {job.name: to_end(Run(job_of(context, job.name))) for job in jobs(context)}
+    chunks = {job.name: to_end(StudentTrainer(job_of(context, job.name))) for job in jobs(context)}
     return {name: [json.dumps(row) for chunk in of for row in chunk.curve] for name, of in chunks.items()}
 
 
-def kill(context: Context, address: str, folder: Path) -> None:
+def kill(context: StageContext, address: str, folder: Path) -> None:
     """Run a stage in a process that is killed when a part of it is finished."""
     pickled = folder / "context"
     pickled.write_bytes(pickle.dumps(dataclasses.replace(context, progress=None)))
@@ -59,7 +58,7 @@ def kill(context: Context, address: str, folder: Path) -> None:
     raise AssertionError("trials outlive their driver")
 
 
-def half_written(context: Context) -> dict[str, int]:
+def half_written(context: StageContext) -> dict[str, int]:
     """The finished files of a killed capture of three, and when each was written; never all of them."""
     files = {path.name: path.stat().st_mtime_ns for path in Path(context.draft.workspace).glob("*/*.parquet")}
     if len(files) == 3:  # the teacher was faster than the kill
@@ -67,7 +66,7 @@ def half_written(context: Context) -> dict[str, int]:
     return files
 
 
-def anew(world: World, context: Context) -> Draft:
+def anew(world: World, context: StageContext) -> ArtifactWriter:
     """As the pipeline makes it: the unfinished draft is emptied, and its workspace stays."""
     draft = context.draft
     return world.store.begin(draft.recipe, draft.stage, draft.fingerprint, draft.config, draft.parents)
@@ -87,17 +86,17 @@ def same_steps(found: dict[str, list[str]], expected: dict[str, list[str]]) -> b
 
 def test_a_student_goes_on_from_its_checkpoint_to_the_last_bit(digits_world: World, digits_cache: Artifact) -> None:
     context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune=TUNE)
-    whole, job = Run(job_of(context, "wide")), job_of(context, "wide")
+    whole, job = StudentTrainer(job_of(context, "wide")), job_of(context, "wide")
     expected = to_end(whole)
-    first = Run(job)
+    first = StudentTrainer(job)
     done = [first.advance() for _ in range(3)]
     first.saver.wait()
-    second = Run(job)
+    second = StudentTrainer(job)
     assert second.began_at == done[-1].steps
     assert to_end(second) == expected
     assert all(a.equal(b) for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True))
     second.saver.wait()
-    third = Run(job)
+    third = StudentTrainer(job)
     assert third.began_at == STEPS
     assert to_end(third) == expected
     assert third.seconds == second.seconds
@@ -106,12 +105,12 @@ def test_a_student_goes_on_from_its_checkpoint_to_the_last_bit(digits_world: Wor
 def test_a_damaged_checkpoint_is_not_used(digits_world: World, digits_cache: Artifact) -> None:
     context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune=TUNE)
     job = job_of(context, "wide")
-    first = Run(job)
+    first = StudentTrainer(job)
     done = [first.advance() for _ in range(3)]
     first.saver.wait()
     state = Path(job.checkpoints.all()[-1].uri) / "state.pt"
     state.write_bytes(state.read_bytes()[:-9])
-    second = Run(job)
+    second = StudentTrainer(job)
     assert second.began_at == done[1].steps
     assert "state.pt has" in second.faults[0]
 
@@ -183,7 +182,7 @@ def test_a_search_whose_driver_is_killed_goes_on_with_the_trials_it_had(
     }
     context = digits_world.context("sweep", cached=digits_cache, sweep={**SWEEP, "students": STUDENTS[:1]}, tune=tune)
     kill(context, ray_cluster, tmp_path)
-    journal = Journal(context.draft)
+    journal = SweepState(context.draft)
     begun = journal.begin()
     reached = {name: journal.checkpoints(name).committed() for name in begun}
     assert list(begun) == [f"wide-{number:03d}" for number in range(len(begun))]
@@ -206,36 +205,36 @@ def test_a_capture_whose_driver_is_killed_does_no_finished_file_again(
     kill(context, ray_cluster, tmp_path)
     files = half_written(context)
     again = anew(digits_world, context)
-    metrics = cache(dataclasses.replace(context, draft=again))
+    metrics = cache_targets(dataclasses.replace(context, draft=again))
     assert words[0][0] == NOTICE
     assert words[0][3] == f"{len(files)} of 3 files were captured before"
     assert words[1][1] == words[0][1] > 0
     assert {name: (Path(again.uri) / name).stat().st_mtime_ns for name in files} == files
     whole = capture(digits_world, None).local()
-    assert metrics["rows"] == words[-1][1] == CacheIndex.read(whole).rows
+    assert metrics["rows"] == words[-1][1] == TargetIndex.read(whole).rows
     ids = np.arange(metrics["rows"])
-    for name, values in Targets(Path(again.uri)).take(ids).items():
-        np.testing.assert_allclose(values, Targets(whole).take(ids)[name], rtol=1e-3, atol=1e-4)
+    for name, values in TargetCache(Path(again.uri)).take(ids).items():
+        np.testing.assert_allclose(values, TargetCache(whole).take(ids)[name], rtol=1e-3, atol=1e-4)
 
 
 def test_a_captured_file_that_was_damaged_is_captured_again(digits_world: World) -> None:
     teacher, index = replica(digits_world, None)
     list(teacher({"file": np.array([0, 1])}))
-    assert list(finished(teacher.job)) == [file.path for file in index.files[:2]]
+    assert list(finished_files(teacher.job)) == [file.path for file in index.files[:2]]
     path = Path(teacher.job.uri) / index.files[0].path
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert list(finished(teacher.job)) == [index.files[1].path]
+    assert list(finished_files(teacher.job)) == [index.files[1].path]
 
 
 def test_a_changed_sweep_does_not_go_on_from_anothers_trials(digits_world: World, digits_cache: Artifact) -> None:
     context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune=TUNE)
     job = jobs(context)[0]
-    Journal(context.draft).note({job.name: {STUDENT: job.name}})
+    SweepState(context.draft).note({job.name: {STUDENT: job.name}})
     job.checkpoints.begin()
-    first = Run(job)
+    first = StudentTrainer(job)
     first.advance()
     first.saver.wait()
     draft = digits_world.store.begin(context.draft.recipe, "sweep", "f" * 64, {"number": "other"}, {})
-    changed = Context(context.recipe, context.parents, draft, context.progress)
+    changed = StageContext(context.recipe, context.parents, draft, context.progress)
     with pytest.raises(InputError, match=r"unfinished training, at step 7, whose recipe differs: number \d+, now"):
         sweep(changed)

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from overproof.config import TopK
 from overproof.distill import losses
-from overproof.distill.keep import keep
-from overproof.distill.losses import Divergence, distillation
-from overproof.distill.objective import Distill
-from overproof.models import Batch
-from overproof.recipe import TopK
+from overproof.distill.losses import Divergence, distillation_loss
+from overproof.distill.objectives import DistillObjective
+from overproof.distill.target_encoder import encode_targets
+from overproof.models.hf_directory import Batch
 
 ROWS, PLACES, OUTPUTS = 2, 3, 12
 FORWARD = Divergence()
@@ -88,9 +88,9 @@ def buckets(
 def ours(
     student: Tensor, teacher: Tensor, targets: Tensor, mask: Tensor, temperature: float, weight: float, k: int,
     measure: Divergence = FORWARD,
-) -> losses.Terms:  # fmt: skip
+) -> losses.LossTerms:  # fmt: skip
     top, indices = torch.log_softmax(teacher / temperature, -1).topk(k, -1)
-    return distillation(student, targets, mask, indices, top, temperature, weight, measure)
+    return distillation_loss(student, targets, mask, indices, top, temperature, weight, measure)
 
 
 @given(cases)
@@ -107,7 +107,7 @@ def test_all_outputs_kept_is_the_dense_divergence(case: dict[str, Any]) -> None:
     torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-9)
     c = student.clone().requires_grad_()
     logits = teacher / case["temperature"]
-    every = distillation(c, targets, mask, None, logits, case["temperature"], case["weight"], case["measure"])
+    every = distillation_loss(c, targets, mask, None, logits, case["temperature"], case["weight"], case["measure"])
     every.loss.backward()
     torch.testing.assert_close(every.loss, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(c.grad, a.grad, rtol=1e-9, atol=1e-9)
@@ -163,13 +163,13 @@ def test_from_the_cache_in_single_precision_all_stays_finite_and_close(case: dic
         x.float() if x.is_floating_point() else x for x in draw(case["seed"], case["spread"])
     )
     temperatures = sorted({1.0, case["temperature"]})
-    columns = keep(teacher, targets, TopK(k=case["k"]), temperatures)
+    columns = encode_targets(teacher, targets, TopK(k=case["k"]), temperatures)
     batch = {"teacher_logprobs": columns["logprobs"].half().float()}
     batch |= {"teacher_logsumexp": columns["logsumexp"]} if "logsumexp" in columns else {}
     cached = softened(batch, tuple(temperatures), case["temperature"])
     student.requires_grad_()
     measure = case["measure"]
-    terms = distillation(
+    terms = distillation_loss(
         student, targets, mask, columns["indices"], cached, case["temperature"], case["weight"], measure
     )
     terms.loss.backward()
@@ -249,13 +249,13 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def softened(batch: Batch, temperatures: tuple[float, ...], temperature: float) -> Tensor:
-    return Distill(temperature, 1.0, temperatures, Divergence())._soften(batch, "logprobs", temperature)
+    return DistillObjective(temperature, 1.0, temperatures, Divergence())._soften(batch, "logprobs", temperature)
 
 
 def test_softening_recovers_the_teacher_at_a_temperature() -> None:
     _, teacher, _, _ = draw(7, 3.0)
     temperatures = [0.5, 1.0, 3.0]
-    kept = keep(teacher, torch.zeros(teacher.shape[:2], dtype=torch.int64), TopK(k=4), temperatures)
+    kept = encode_targets(teacher, torch.zeros(teacher.shape[:2], dtype=torch.int64), TopK(k=4), temperatures)
     batch = {f"teacher_{name}": values for name, values in kept.items()}
     for temperature in temperatures:
         expected = torch.log_softmax(teacher / temperature, -1).gather(-1, kept["indices"])

@@ -18,16 +18,16 @@ from test_initial import student
 from test_sweep import STUDENTS, SWEEP, job_of
 
 from overproof import pipeline
-from overproof.artifact import Artifact
+from overproof.artifacts import Artifact
+from overproof.config import OnPolicy
 from overproof.data.manifest import Manifest
-from overproof.data.read import Columns
-from overproof.distill.job import Job
-from overproof.distill.on_policy import Judge, write, written_at
-from overproof.distill.student import Run
+from overproof.data.parquet_reader import Columns
+from overproof.distill.on_policy import TeacherScorer, is_on_policy_step, sample_continuations
+from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.sweep import sweep
+from overproof.distill.trial_job import TrialJob
 from overproof.errors import InputError
-from overproof.models import build, load
-from overproof.recipe import OnPolicy
+from overproof.models.hf_directory import build_model, load_model
 
 SMALL = {"kind": "llama", "hidden_size": 32, "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 2}
 ASKED = {"k": 4, "prompt_tokens": 6, "new_tokens": 9, "rows": 2 * SWEEP["batch_size"], "wait_s": 60.0}  # type: ignore[operator]
@@ -46,38 +46,38 @@ def writers(**changes: Any) -> dict[str, Any]:
     return {**SWEEP, **settings, "students": students, "on_policy": ASKED}
 
 
-def judge(world: World, k: int = 4) -> Judge:
+def judge(world: World, k: int = 4) -> TeacherScorer:
     asked = OnPolicy.model_validate({**ASKED, "k": k})
-    return Judge(world.artifacts["train"].local() / "model", asked, (1.0, 2.0), threads=1)
+    return TeacherScorer(world.artifacts["train"].local() / "model", asked, (1.0, 2.0), threads=1)
 
 
 def test_steps_are_spread_evenly() -> None:
-    assert [written_at(step, 0.5) for step in range(6)] == [False, True] * 3
+    assert [is_on_policy_step(step, 0.5) for step in range(6)] == [False, True] * 3
     for share in (0.0, 0.1, 0.3, 1 / 3, 0.5, 0.9, 1.0):
-        flags = [written_at(step, share) for step in range(300)]
+        flags = [is_on_policy_step(step, share) for step in range(300)]
         for done in range(301):
             assert abs(sum(flags[:done]) - done * share) < 1
 
 
 def test_what_is_written_is_a_function_of_weights_seed_and_step(text_world: World) -> None:
-    model = build(TEACHERS["text"], Manifest.read(text_world.root), 4)
+    model = build_model(TEACHERS["text"], Manifest.read(text_world.root), 4)
     prompts = torch.arange(12).view(3, 4)
     before = torch.get_rng_state()
-    found = write(model, prompts, 7, seed=1, step=5)
+    found = sample_continuations(model, prompts, 7, seed=1, step=5)
     assert torch.equal(before, torch.get_rng_state())
     assert model.training
     assert found.shape == (3, 11)
     assert torch.equal(found[:, :4], prompts)
     torch.manual_seed(77)
-    assert torch.equal(write(model, prompts, 7, seed=1, step=5), found)
+    assert torch.equal(sample_continuations(model, prompts, 7, seed=1, step=5), found)
     for other in ({"seed": 2, "step": 5}, {"seed": 1, "step": 6}):
-        assert not torch.equal(write(model, prompts, 7, **other), found)
+        assert not torch.equal(sample_continuations(model, prompts, 7, **other), found)
 
 
 def test_what_is_written_follows_the_students_distribution(text_world: World) -> None:
-    model = load(text_world.artifacts["train"].local() / "model")
+    model = load_model(text_world.artifacts["train"].local() / "model")
     prompt = torch.tensor([[9, 11, 13]])
-    drawn = write(model, prompt.expand(4000, -1), 1, seed=0, step=0)[:, -1]
+    drawn = sample_continuations(model, prompt.expand(4000, -1), 1, seed=0, step=0)[:, -1]
     with torch.no_grad():
         p = model(prompt, use_cache=False).logits[0, -1].softmax(-1)
     found = torch.bincount(drawn, minlength=len(p)) / len(drawn)
@@ -107,7 +107,7 @@ def test_no_answer_depends_on_what_else_is_asked(text_world: World) -> None:
 class Watched:
     """A judge, and what it was asked."""
 
-    def __init__(self, of: Judge) -> None:
+    def __init__(self, of: TeacherScorer) -> None:
         self.of, self.asked = of, list[np.ndarray]()
 
     def judge(self, tokens_BS: np.ndarray) -> Columns:
@@ -115,11 +115,11 @@ class Watched:
         return self.of.judge(tokens_BS)
 
 
-def begun(world: World, cached: Artifact, name: str, **changes: Any) -> Job:
+def begun(world: World, cached: Artifact, name: str, **changes: Any) -> TrialJob:
     return job_of(world.context("sweep", cached=cached, sweep=writers(**changes)), name)
 
 
-def steps(run: Run) -> list[dict[str, float]]:
+def steps(run: StudentTrainer) -> list[dict[str, float]]:
     rows = list[dict[str, float]]()
     while not rows or rows[-1]["step"] < STEPS:
         rows += run.advance().curve
@@ -128,13 +128,13 @@ def steps(run: Run) -> list[dict[str, float]]:
 
 def test_the_loss_is_the_divergence_of_what_was_written(text_world: World, text_cache: Artifact) -> None:
     everything = Watched(judge(text_world, k=320))
-    run = Run(begun(text_world, text_cache, "one", on_policy=1.0), everything)
+    run = StudentTrainer(begun(text_world, text_cache, "one", on_policy=1.0), everything)
     state = {name: value.clone() for name, value in run.model.state_dict().items()}
     row = run.advance().curve[0]
     tokens = torch.from_numpy(everything.asked[0])
-    start = build(run.job.student.model, run.manifest, SEED)  # type: ignore[arg-type]
+    start = build_model(run.job.student.model, run.manifest, SEED)  # type: ignore[arg-type]
     start.load_state_dict(state)
-    assert torch.equal(write(start, tokens[:, :6], 9, SEED, 0), tokens)
+    assert torch.equal(sample_continuations(start, tokens[:, :6], 9, SEED, 0), tokens)
     with torch.no_grad():
         log_p, log_q = (
             (model(tokens[:, :-1], use_cache=False).logits[:, 5:].double() / 2).log_softmax(-1)
@@ -150,16 +150,18 @@ def test_the_loss_is_the_divergence_of_what_was_written(text_world: World, text_
 def test_a_student_that_writes_goes_on_to_the_last_bit(text_world: World, text_cache: Artifact) -> None:
     asked = Watched(judge(text_world))
     job = begun(text_world, text_cache, "one", relations={"heads": 2, "weight": 0.1})
-    whole = steps(Run(dataclasses.replace(job, checkpoints=begun(text_world, text_cache, "one").checkpoints), asked))
+    whole = steps(
+        StudentTrainer(dataclasses.replace(job, checkpoints=begun(text_world, text_cache, "one").checkpoints), asked)
+    )
     assert [row["step"] for row in whole if row.get("on_policy")] == [2, 4, 6, 8]
     assert len(asked.asked) == 4
-    first = Run(job, asked)
+    first = StudentTrainer(job, asked)
     first.advance()
     first.saver.wait()
-    second = Run(job, judge(text_world))
+    second = StudentTrainer(job, judge(text_world))
     assert second.began_at == 3
     assert steps(second) == whole
-    alone = Run(dataclasses.replace(job, distilled=False, name="control", checkpoints=begun(
+    alone = StudentTrainer(dataclasses.replace(job, distilled=False, name="control", checkpoints=begun(
         text_world, text_cache, "one").checkpoints))  # fmt: skip
     assert not any("on_policy" in row for row in steps(alone))
 
@@ -174,7 +176,7 @@ def test_two_trials_share_one_pool_and_get_what_a_teacher_of_their_own_would_tel
     folder = Path(context.draft.uri)
     for name in ("one", "two"):
         found = [json.loads(line) for line in (folder / "curves" / f"{name}.jsonl").read_text().splitlines()]
-        assert found == steps(Run(job_of(context, name), judge(text_world)))
+        assert found == steps(StudentTrainer(job_of(context, name), judge(text_world)))
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -196,7 +198,7 @@ def test_teachers_and_trials_that_are_killed_change_nothing(text_world: World, t
     assert (metrics["failed"], metrics["stopped_early"]) == (0, 0)
     for name in ("one", "two"):
         curve = (Path(context.draft.uri) / "curves" / f"{name}.jsonl").read_text().splitlines()
-        assert [json.loads(line) for line in curve] == steps(Run(job_of(context, name), judge(text_world)))
+        assert [json.loads(line) for line in curve] == steps(StudentTrainer(job_of(context, name), judge(text_world)))
     assert not [a for a in actors().values() if a["State"] == "ALIVE" and a["ActorClassName"] in ("Replica", "Broker")]
 
 

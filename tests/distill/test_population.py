@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_sweep import STEPS, STUDENTS, SWEEP, WIDE
 
-from overproof.artifact import Artifact
-from overproof.distill.student import Run
+from overproof.artifacts import Artifact
+from overproof.config import Space
+from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.sweep import sweep
-from overproof.distill.tuning import explored
+from overproof.distill.tune_search import perturbed
 from overproof.errors import InputError
-from overproof.recipe import Space
 
 RATES = {"kind": "log_uniform", "low": 1e-8, "high": 3e-2}
 LEARNER = {**STUDENTS[0], "model": {**WIDE, "initializer_range": 0.2}}
@@ -34,23 +34,25 @@ def test_what_is_explored_stays_in_its_domain_and_moves(seed: int, rate: float, 
     weights = {"kind": "choice", "values": [0.25, 0.5, 0.75]}
     space = Space.parse({"learning_rate": RATES, "teacher_weight": weights})
     random, before = np.random.default_rng(seed), {"learning_rate": rate, "teacher_weight": weight}
-    found = [explored(before, space, random) for _ in range(20)]
+    found = [perturbed(before, space, random) for _ in range(20)]
     assert all(1e-8 <= values["learning_rate"] <= 3e-2 and values["teacher_weight"] in (0.25, 0.5, 0.75)
                for values in found)  # fmt: skip
     assert len({values["learning_rate"] for values in found}) > 1
-    assert explored(before, space, np.random.default_rng(seed)) == explored(before, space, np.random.default_rng(seed))
+    assert perturbed(before, space, np.random.default_rng(seed)) == perturbed(
+        before, space, np.random.default_rng(seed)
+    )
 
 
 def test_a_trial_goes_on_from_anothers_state_with_its_own_settings(
     digits_world: World, digits_cache: Artifact, tmp_path: Path
 ) -> None:
     context = digits_world.context("sweep", cached=digits_cache, sweep=ALONE)
-    donor = Run(jobs(context)[0])
+    donor = StudentTrainer(jobs(context)[0])
     while donor.advance().steps < STEPS // 2:
         pass
     donor.write(tmp_path)
     same, other = (
-        Run(jobs(digits_world.context("sweep", cached=digits_cache, sweep=ALONE))[0].changed(values))
+        StudentTrainer(jobs(digits_world.context("sweep", cached=digits_cache, sweep=ALONE))[0].changed(values))
         for values in ({}, {"learning_rate": 1e-3, "weight_decay": 0.0, "beta2": 0.5})
     )
     same.load(tmp_path)

@@ -16,14 +16,14 @@ from test_killed import to_end
 from test_sweep import NARROW, SWEEP, WIDE, job_of
 from torch import Tensor
 
-from overproof.artifact import Artifact
+from overproof.artifacts import Artifact
+from overproof.config import Llama
 from overproof.data.manifest import Manifest
-from overproof.distill.job import Job
-from overproof.distill.relations import Shown, relation_loss, shown, state_loss
-from overproof.distill.student import Run
+from overproof.distill.feature_losses import LayerOutputs, capture_layers, relation_loss, state_loss
+from overproof.distill.student_trainer import StudentTrainer
+from overproof.distill.trial_job import TrialJob
 from overproof.errors import InputError
-from overproof.models import build, forward, load
-from overproof.recipe import Llama
+from overproof.models.hf_directory import build_model, forward, load_model
 
 ROWS, PLACES = 2, 5
 cases = st.fixed_dictionaries(
@@ -31,14 +31,14 @@ cases = st.fixed_dictionaries(
 )
 
 
-def draw(seed: int, width: int, spread: float, keys: int | None = None) -> Shown:
+def draw(seed: int, width: int, spread: float, keys: int | None = None) -> LayerOutputs:
     generator = torch.Generator().manual_seed(seed)
     widths = (width, keys or width, keys or width, width)
     parts = (torch.randn(ROWS, PLACES, w, generator=generator, dtype=torch.float64) * spread for w in widths)
-    return Shown(*parts)
+    return LayerOutputs(*parts)
 
 
-def by_definition(student: Shown, teacher: Shown, heads: int, mask: Tensor) -> Tensor:
+def by_definition(student: LayerOutputs, teacher: LayerOutputs, heads: int, mask: Tensor) -> Tensor:
     """Equations 5 and 6 of arXiv 2012.15828, a place at a time."""
     total = torch.zeros((), dtype=torch.float64)
     for ours, theirs in zip(student[:3], teacher[:3], strict=True):
@@ -60,7 +60,7 @@ def by_definition(student: Shown, teacher: Shown, heads: int, mask: Tensor) -> T
 def test_value_and_gradient_are_those_of_the_paper(case: dict[str, Any]) -> None:
     student, teacher = draw(case["seed"], 8, case["spread"]), draw(case["seed"] + 1, 12, case["spread"], keys=4)
     mask = torch.tensor([[True] * PLACES, [True, True, True, False, False]])
-    a, b = (Shown(*(part.clone().requires_grad_() for part in student)) for _ in range(2))
+    a, b = (LayerOutputs(*(part.clone().requires_grad_() for part in student)) for _ in range(2))
     expected, found = by_definition(a, teacher, case["heads"], mask), relation_loss(b, teacher, case["heads"], mask)
     expected.backward()
     found.backward()
@@ -74,14 +74,14 @@ def test_value_and_gradient_are_those_of_the_paper(case: dict[str, Any]) -> None
 def test_a_student_like_its_teacher_has_nothing_to_learn(case: dict[str, Any]) -> None:
     teacher = draw(case["seed"], 8, case["spread"])
     mask = torch.tensor([[True] * PLACES, [True, False, False, False, False]])
-    same = Shown(*(part.clone().requires_grad_() for part in teacher))
+    same = LayerOutputs(*(part.clone().requires_grad_() for part in teacher))
     loss = relation_loss(same, teacher, case["heads"], mask) + state_loss(same.states, teacher.states, mask)
     loss.backward()
     assert float(loss.detach()) == 0
     for part in same:
         assert part.grad is not None
         assert float(part.grad.abs().max()) < 1e-12
-    turned = Shown(*(part @ torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0] for part in teacher))
+    turned = LayerOutputs(*(part @ torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0] for part in teacher))
     assert float(relation_loss(turned, teacher, 1, mask)) == pytest.approx(0, abs=1e-9)  # relations alone count
     assert float(relation_loss(draw(case["seed"] + 1, 8, 1.0), teacher, case["heads"], mask)) > 0
 
@@ -89,7 +89,7 @@ def test_a_student_like_its_teacher_has_nothing_to_learn(case: dict[str, Any]) -
 def test_what_lies_behind_the_mask_changes_nothing() -> None:
     student, teacher = draw(1, 8, 1.0), draw(2, 8, 1.0)
     mask = torch.tensor([[True] * 3 + [False] * 2] * ROWS)
-    other = Shown(*(torch.where(mask[..., None], part, 1e3) for part in student))
+    other = LayerOutputs(*(torch.where(mask[..., None], part, 1e3) for part in student))
     assert torch.equal(relation_loss(student, teacher, 2, mask), relation_loss(other, teacher, 2, mask))
     assert torch.equal(state_loss(student.states, teacher.states, mask), state_loss(other.states, teacher.states, mask))
 
@@ -98,9 +98,9 @@ def test_what_lies_behind_the_mask_changes_nothing() -> None:
 def test_a_layer_shows_its_queries_keys_values_and_states(kind: str, request: pytest.FixtureRequest) -> None:
     world: World = request.getfixturevalue(f"{kind}_world")
     config = DEEP[kind]
-    model = build(config, Manifest.read(world.root), 5).eval()
+    model = build_model(config, Manifest.read(world.root), 5).eval()
     batch = some_rows(world)
-    with shown(model, {1, 3}) as found:
+    with capture_layers(model, {1, 3}) as found:
         prediction = forward(model, batch)
     assert set(found) == {1, 3}
     keys = config.kv_heads * config.hidden_size // config.heads if isinstance(config, Llama) else config.hidden_size
@@ -133,7 +133,7 @@ RELATIONS = {"relations": {"heads": 2, "weight": 0.5, "teacher_layer": 0}}
 STATES = {"states": {"weight": 0.1}}
 
 
-def begun(world: World, cached: Artifact, model: dict[str, Any], **changes: Any) -> Job:
+def begun(world: World, cached: Artifact, model: dict[str, Any], **changes: Any) -> TrialJob:
     told = student(model, temperature=2.0, **changes)
     return job_of(world.context("sweep", cached=cached, sweep={**SWEEP, "students": [told]}), "begun")
 
@@ -147,23 +147,23 @@ def test_a_student_beside_its_teacher_goes_on_to_the_last_bit(
     changes: dict[str, Any], digits_world: World, digits_cache: Artifact
 ) -> None:
     job = begun(digits_world, digits_cache, NARROW, **changes)
-    whole = Run(dataclasses.replace(job, checkpoints=begun(digits_world, digits_cache, NARROW).checkpoints))
+    whole = StudentTrainer(dataclasses.replace(job, checkpoints=begun(digits_world, digits_cache, NARROW).checkpoints))
     expected = to_end(whole)
-    first = Run(job)
+    first = StudentTrainer(job)
     done = [first.advance() for _ in range(2)]
     first.saver.wait()
-    second = Run(job)
+    second = StudentTrainer(job)
     assert second.began_at == done[-1].steps
     assert to_end(second) == expected
     assert all(a.equal(b) for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True))
     for name in {"relations", "states"} & set(changes):
         values = [row[name] for row in expected[0].curve + expected[-1].curve if name in row]
         assert values[-1] < values[0]
-    teacher = load(digits_world.artifacts["train"].local() / "model").state_dict()
+    teacher = load_model(digits_world.artifacts["train"].local() / "model").state_dict()
     if whole.lesson.teacher is not None:
         assert all(torch.equal(value, teacher[name]) for name, value in whole.lesson.teacher.state_dict().items())
     whole.save()
-    assert set(load(Path(job.draft.uri) / job.folder).state_dict()) == set(whole.model.state_dict())
+    assert set(load_model(Path(job.draft.uri) / job.folder).state_dict()) == set(whole.model.state_dict())
 
 
 def test_text_students_of_another_width_learn_relations(text_world: World) -> None:
@@ -171,14 +171,14 @@ def test_text_students_of_another_width_learn_relations(text_world: World) -> No
     shape = {"kind": "llama", "hidden_size": 64, "intermediate_size": 64, "layers": 2, "heads": 4, "kv_heads": 4}
     job = begun(text_world, cached, shape, **{"relations": {"heads": 4, "weight": 1.0}, "teacher": "live"})
     job = dataclasses.replace(job, settings=job.settings.model_copy(update={"steps": 6, "validation_rows": 8}))
-    rows = Run(job).advance().curve
+    rows = StudentTrainer(job).advance().curve
     relations = [row["relations"] for row in rows if "relations" in row]
     assert relations[-1] < relations[0]
 
 
 def test_live_outputs_are_those_of_a_cache_of_everything(digits_world: World) -> None:
     cached = capture(digits_world, 400, scheme={"kind": "dense"})
-    runs = [Run(begun(digits_world, cached, WIDE, teacher=how)) for how in ("cached", "live")]
+    runs = [StudentTrainer(begun(digits_world, cached, WIDE, teacher=how)) for how in ("cached", "live")]
     kept, live = (to_end(run)[0].curve for run in runs)
     for here, there in zip(kept, live, strict=True):
         assert here == pytest.approx(there, rel=2e-3)  # the cache rounds to half precision
@@ -187,7 +187,7 @@ def test_live_outputs_are_those_of_a_cache_of_everything(digits_world: World) ->
 
 
 def test_the_teacher_is_asked_once_a_step(digits_world: World, digits_cache: Artifact) -> None:
-    run = Run(begun(digits_world, digits_cache, NARROW, **RELATIONS, **STATES, teacher="live"))
+    run = StudentTrainer(begun(digits_world, digits_cache, NARROW, **RELATIONS, **STATES, teacher="live"))
     asked = []
     assert run.lesson.teacher is not None
     run.lesson.teacher.register_forward_hook(lambda *_: asked.append(1))
@@ -196,7 +196,7 @@ def test_the_teacher_is_asked_once_a_step(digits_world: World, digits_cache: Art
 
 def test_a_control_has_no_teacher(digits_world: World, digits_cache: Artifact) -> None:
     job = begun(digits_world, digits_cache, NARROW, **RELATIONS)
-    run = Run(dataclasses.replace(job, distilled=False))
+    run = StudentTrainer(dataclasses.replace(job, distilled=False))
     assert (run.lesson.teacher, run.lesson.targets, run.projection) == (None, None, None)
     assert set(run.advance().curve[0]) == {"step", "loss", "learning_rate", "grad_norm"}
 
@@ -204,7 +204,7 @@ def test_a_control_has_no_teacher(digits_world: World, digits_cache: Artifact) -
 def test_what_cannot_be_compared_is_refused(digits_world: World, digits_cache: Artifact) -> None:
     def refusal(model: dict[str, Any], **relations: Any) -> str:
         with pytest.raises(InputError) as refused:
-            Run(begun(digits_world, digits_cache, model, relations={"heads": 2, "weight": 1.0, **relations}))
+            StudentTrainer(begun(digits_world, digits_cache, model, relations={"heads": 2, "weight": 1.0, **relations}))
         return str(refused.value)
 
     assert "relations.teacher_layer 2: the teacher has 2 layers" in refusal(NARROW, teacher_layer=2)

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from test_losses import dense, draw, ours
 from torch import Tensor
 
-from overproof.data.plan import uniforms
+from overproof.config import Dense, Sampled, Scheme, TopK
+from overproof.data.order import uniforms
 from overproof.distill import losses
-from overproof.distill.columns import Layout
-from overproof.distill.keep import DRAWS, keep
-from overproof.distill.losses import Divergence, Terms
-from overproof.distill.objective import Distill
-from overproof.distill.sampled import sampled_distillation
-from overproof.models import Batch, Prediction
-from overproof.recipe import Dense, Sampled, Scheme, TopK
+from overproof.distill.losses import Divergence, LossTerms
+from overproof.distill.objectives import DistillObjective
+from overproof.distill.sampled_loss import sampled_distillation_loss
+from overproof.distill.target_codec import TargetLayout
+from overproof.distill.target_encoder import DRAW_KEY, encode_targets
+from overproof.models.hf_directory import Batch, Prediction
 
 OUTPUTS, REPEATS = 12, 40_000
 SAMPLED = Sampled(k=2, draws=3)
@@ -32,15 +32,17 @@ SWEPT = (0.5, 1.0, 2.0)
 def cached(teacher: Tensor, targets: Tensor, scheme: Scheme, temperatures: tuple[float, ...], seed: int = 0) -> Batch:
     """The columns a student learns from, through the bytes of a cache file."""
     rows, positions, outputs = teacher.shape
-    layout = Layout(scheme, True, positions, outputs, len(temperatures))
-    uniform = torch.from_numpy(uniforms(seed, DRAWS, np.arange(rows), positions))
-    kept = {n: v.numpy() for n, v in keep(teacher, targets, scheme, temperatures, uniform).items()}
+    layout = TargetLayout(scheme, True, positions, outputs, len(temperatures))
+    uniform = torch.from_numpy(uniforms(seed, DRAW_KEY, np.arange(rows), positions))
+    kept = {n: v.numpy() for n, v in encode_targets(teacher, targets, scheme, temperatures, uniform).items()}
     unread = {"sample_id": np.arange(rows), "mask": np.ones((rows, positions), bool)}
     flat = layout.encode(unread | kept)
     return {f"teacher_{name}": torch.from_numpy(layout.decode(name, flat[name])) for name in layout.loss_columns}
 
 
-def learn(student: Tensor, targets: Tensor, mask: Tensor, batch: Batch, objective: Distill) -> tuple[Terms, Tensor]:
+def learn(
+    student: Tensor, targets: Tensor, mask: Tensor, batch: Batch, objective: DistillObjective
+) -> tuple[LossTerms, Tensor]:
     student = student.clone().requires_grad_()
     ints = {name: values.long() if not values.is_floating_point() else values for name, values in batch.items()}
     terms = objective.terms(Prediction(student, targets, mask), ints)
@@ -54,7 +56,7 @@ def gradients(student: Tensor, teacher: Tensor, temperatures: tuple[float, ...],
     many = [x.double().expand(REPEATS, 1, OUTPUTS) for x in (student, teacher)]
     targets, mask = torch.zeros(REPEATS, 1, dtype=torch.int64), torch.ones(REPEATS, 1, dtype=torch.bool)
     batch = cached(many[1].float(), targets, SAMPLED, temperatures)
-    objective = Distill(temperature, 1.0, temperatures, Divergence())
+    objective = DistillObjective(temperature, 1.0, temperatures, Divergence())
     return learn(many[0], targets, mask, batch, objective)[1][:, 0] * REPEATS  # not their mean's share
 
 
@@ -116,7 +118,7 @@ def test_the_value_is_the_divergence_in_the_mean() -> None:
             many = teacher.expand(200, 1, OUTPUTS)
             targets, mask = torch.zeros(200, 1, dtype=torch.int64), torch.ones(200, 1, dtype=torch.bool)
             batch = cached(many, targets, SAMPLED, (1.0, 2.0), seed)
-            objective = Distill(temperature, 1.0, (1.0, 2.0), Divergence())
+            objective = DistillObjective(temperature, 1.0, (1.0, 2.0), Divergence())
             values.append(
                 float(learn(student.double().expand(200, 1, OUTPUTS), targets, mask, batch, objective)[0].divergence)
             )
@@ -142,7 +144,7 @@ def test_value_and_gradient_are_those_of_the_drawn_outputs(
     ce = torch.logsumexp(a, -1) - a.gather(-1, targets[..., None])[..., 0]
     far = (-(importance * p).sum(-1) - entropy) * temperature**2
     expected = (weight * far + (1 - weight) * ce)[mask].mean()
-    found = sampled_distillation(b, targets, mask, indices, importance, entropy, temperature, weight).loss
+    found = sampled_distillation_loss(b, targets, mask, indices, importance, entropy, temperature, weight).loss
     expected.backward()
     found.backward()
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -157,7 +159,7 @@ def test_a_cache_of_all_outputs_teaches_as_the_teacher_itself(scheme: Scheme, ki
     measure = Divergence(kind)  # type: ignore[arg-type]
     student, teacher, targets, mask = draw(11, 1.0)
     batch = cached(teacher.float(), targets, scheme, (1.0, 2.0))
-    terms, gradient = learn(student, targets, mask, batch, Distill(temperature, 0.7, (1.0, 2.0), measure))
+    terms, gradient = learn(student, targets, mask, batch, DistillObjective(temperature, 0.7, (1.0, 2.0), measure))
     expected = student.clone().requires_grad_()
     loss = dense(expected, teacher, targets, mask, temperature, 0.7, measure)
     loss.backward()
@@ -173,7 +175,7 @@ def test_a_sure_teacher_is_sampled_without_error() -> None:
     student[..., 1] = 300.0
     targets, mask = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool)
     batch = cached(teacher, targets, Sampled(k=1, draws=4), (1.0, 2.0))
-    terms, gradient = learn(student, targets, mask, batch, Distill(2.0, 0.5, (1.0, 2.0), Divergence()))
+    terms, gradient = learn(student, targets, mask, batch, DistillObjective(2.0, 0.5, (1.0, 2.0), Divergence()))
     expected = ours(student, teacher, targets, mask, 2.0, 0.5, OUTPUTS)
     torch.testing.assert_close(terms.loss, expected.loss)
     assert torch.isfinite(gradient).all()
@@ -187,6 +189,6 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     results = []
     for size in (1, 1 << 20):
         monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", size)
-        terms, gradient = learn(student, targets, mask, batch, Distill(2.0, 0.5, (1.0, 2.0), Divergence()))
+        terms, gradient = learn(student, targets, mask, batch, DistillObjective(2.0, 0.5, (1.0, 2.0), Divergence()))
         results.append(torch.cat([torch.stack([*terms]).detach(), gradient.flatten()]))
     torch.testing.assert_close(results[0], results[1])

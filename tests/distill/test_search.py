@@ -10,10 +10,10 @@ from distill_world import recipe_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overproof.distill.search import STUDENT, Study
+from overproof.config import Recipe
+from overproof.config.search import TrialValues, apply_values, current_values
+from overproof.distill.optuna_study import STUDENT, OptunaStudy
 from overproof.errors import InputError
-from overproof.recipe import Recipe
-from overproof.recipe.search import Values, values_of, with_values
 
 BASE = {"kind": "vit", "hidden_size": 8, "intermediate_size": 16, "layers": 1, "heads": 2}
 STUDENTS = [{"name": "a", "temperature": 2.0, "model": BASE}, {"name": "b", "temperature": 2.0, "model": BASE}]
@@ -24,15 +24,15 @@ def searching(**tune: Any) -> Recipe:
     return recipe_of("digits", sweep={"students": STUDENTS}, tune=tune)
 
 
-def study_of(recipe: Recipe, before: tuple[Values, ...] = ()) -> Study:
-    return Study(recipe.tune, recipe.sweep, recipe.seed, before)
+def study_of(recipe: Recipe, before: tuple[TrialValues, ...] = ()) -> OptunaStudy:
+    return OptunaStudy(recipe.tune, recipe.sweep, recipe.seed, before)
 
 
 def result(loss: float, **more: float) -> dict[str, float]:
     return {"validation_loss": loss, **more}
 
 
-def everything(study: Study) -> list[Values]:
+def everything(study: OptunaStudy) -> list[TrialValues]:
     found = []
     while (values := study.ask(str(len(found)))) is not None:
         found.append(values)
@@ -69,13 +69,13 @@ def test_what_is_proposed_lies_in_the_space_and_makes_a_trial(seed: int, kind: s
         "divergence": {"kind": "choice", "values": ["forward_kl", "jsd"]},
     }
     recipe = searching(space=space, search={"kind": kind, "trials": 12})
-    study, found = Study(recipe.tune, recipe.sweep, seed), []
+    study, found = OptunaStudy(recipe.tune, recipe.sweep, seed), []
     while (values := study.ask(str(len(found)))) is not None:
         found.append(values)
-        changed, student = with_values(recipe.sweep, recipe.sweep.students[0], values)
+        changed, student = apply_values(recipe.sweep, recipe.sweep.students[0], values)
         assert 1e-4 <= changed.learning_rate <= 1e-1
         assert student.model.hidden_size in (4, 8, 12, 16)  # type: ignore[union-attr]
-        assert {**values_of(changed, student), STUDENT: values[STUDENT]}.items() >= values.items()
+        assert {**current_values(changed, student), STUDENT: values[STUDENT]}.items() >= values.items()
         study.tell(str(len(found) - 1), result(float(len(found))))
     assert len(found) == 12
 
@@ -83,8 +83,8 @@ def test_what_is_proposed_lies_in_the_space_and_makes_a_trial(seed: int, kind: s
 def test_a_search_is_a_function_of_its_seed_and_of_what_it_is_told() -> None:
     recipe = searching(space={"learning_rate": RATE}, search={"kind": "tpe", "trials": 14})
 
-    def run(before: tuple[Values, ...] = ()) -> list[Values]:
-        study, found = study_of(recipe, before), list[Values]()
+    def run(before: tuple[TrialValues, ...] = ()) -> list[TrialValues]:
+        study, found = study_of(recipe, before), list[TrialValues]()
         while (values := study.ask("x")) is not None:
             found.append(values)
             study.tell("x", result(abs(values["learning_rate"] - 0.01)))
@@ -112,7 +112,7 @@ def test_tpe_comes_near_the_best_more_often_than_chance() -> None:
     for kind in near:
         for seed in range(8):
             recipe = searching(space={"learning_rate": RATE}, search={"kind": kind, "trials": 30})
-            study = Study(recipe.tune, recipe.sweep, seed)
+            study = OptunaStudy(recipe.tune, recipe.sweep, seed)
             for number in range(30):
                 values = study.ask(str(number))
                 assert values
@@ -159,8 +159,8 @@ FINITE = {
 def test_no_combination_is_tried_twice(kind: str) -> None:
     recipe = searching(space=FINITE, search={"kind": kind, "trials": 100})
 
-    def run(before: tuple[Values, ...] = ()) -> list[Values]:
-        study, found = study_of(recipe, before), list[Values]()
+    def run(before: tuple[TrialValues, ...] = ()) -> list[TrialValues]:
+        study, found = study_of(recipe, before), list[TrialValues]()
         while (values := study.ask("x")) is not None:
             found.append(values)
             study.tell("x", result(values["layers"]))
@@ -180,7 +180,7 @@ def test_listed_numbers_lie_in_a_row() -> None:
     recipe = searching(space=space, search={"kind": "tpe", "trials": 96, "startup_trials": 6})
     sweep = recipe.sweep.model_copy(update={"students": recipe.sweep.students[:1]})
     for seed in range(12):
-        study, off, tried = Study(recipe.tune, sweep, seed), 1.0, 0
+        study, off, tried = OptunaStudy(recipe.tune, sweep, seed), 1.0, 0
         while off > 1e-9:
             values = study.ask("x")
             assert values

@@ -17,18 +17,18 @@ import pytest
 from distill_world import World, capture, jobs, make
 from ray._private.state import actors
 
-from overproof.artifact import Artifact, Store
-from overproof.data.read import Shards
-from overproof.distill.job import Job, rungs
-from overproof.distill.student import Run
-from overproof.distill.survivors import survivors
-from overproof.distill.sweep import check_cache, slots, sweep
-from overproof.distill.targets import CacheIndex
-from overproof.distill.teacher import cache
+from overproof.artifacts import Artifact, Store
+from overproof.config import Asha, NoStop, Sweep
+from overproof.data.parquet_reader import Shards
+from overproof.distill.pareto_selection import pareto_students
+from overproof.distill.student_trainer import StudentTrainer
+from overproof.distill.sweep import check_cache, sweep, trial_slots
+from overproof.distill.target_cache import TargetIndex
+from overproof.distill.teacher_stages import cache_targets
+from overproof.distill.trial_job import TrialJob, rung_steps
 from overproof.errors import InputError
-from overproof.models import load, parameters
-from overproof.recipe import Asha, NoStop, Sweep
-from overproof.stage import Context
+from overproof.models.hf_directory import count_parameters, load_model
+from overproof.stage_context import StageContext
 from overproof.train.loop import validation_loss
 
 STEPS, GRACE = 24, 8
@@ -57,7 +57,7 @@ TUNE = {"scheduler": {"kind": "asha", "grace_steps": GRACE}}
 class Swept:
     """A finished sweep."""
 
-    context: Context
+    context: StageContext
     folder: Path
     metrics: dict[str, Any]
     words: list[tuple[str, int, int, str]]
@@ -149,7 +149,7 @@ def test_the_control_differs_by_the_teacher_alone(swept: Swept, digits_world: Wo
     winner = next(trial for trial in swept.trials["trials"] if trial["name"] == name)
     assert control["parameters"] == winner["parameters"]
     assert (control["steps"], control["status"], control["teacher_weight"]) == (STEPS, "finished", 0.0)
-    alone = Run(dataclasses.replace(job_of(swept.context, name), distilled=False, name="control"))
+    alone = StudentTrainer(dataclasses.replace(job_of(swept.context, name), distilled=False, name="control"))
     rows = [row for _ in range(6) for row in alone.advance().curve]
     assert [row["step"] for row in rows] == [row["step"] for row in swept.curve("control")]
     for here, there in zip(rows, swept.curve("control"), strict=True):
@@ -161,13 +161,13 @@ def test_the_control_differs_by_the_teacher_alone(swept: Swept, digits_world: Wo
 
 def test_the_written_models_are_the_ones_that_were_judged(swept: Swept, digits_world: World) -> None:
     rows = Shards(digits_world.root, "validation")
-    run = Run(job_of(swept.context, "wide"))
+    run = StudentTrainer(job_of(swept.context, "wide"))
     for folder, trial in (
         *((f"students/{t['name']}", t) for t in swept.trials["trials"] if t["name"] in swept.trials["kept"]),
         ("control", swept.trials["control"]),
     ):
-        model = load(swept.folder / folder)
-        assert parameters(model) == trial["parameters"]
+        model = load_model(swept.folder / folder)
+        assert count_parameters(model) == trial["parameters"]
         found = validation_loss(model, run.validation)
         assert found == pytest.approx(trial["validation_loss"], rel=1e-5)
     assert rows.rows > 64  # the losses above are of a part, spread over the split
@@ -175,7 +175,7 @@ def test_the_written_models_are_the_ones_that_were_judged(swept: Swept, digits_w
 
 def test_a_trial_is_its_run_alone(swept: Swept) -> None:
     name = swept.trials["winner"]
-    run = Run(job_of(swept.context, name))
+    run = StudentTrainer(job_of(swept.context, name))
     rows = [row for _ in range(6) for row in run.advance().curve]
     assert rows == swept.curve(name)
 
@@ -200,7 +200,7 @@ def test_progress_is_told_all_along(swept: Swept) -> None:
     assert (control[0][1], control[-1][1]) == (0, STEPS)
 
 
-def job_of(context: Context, name: str) -> Job:
+def job_of(context: StageContext, name: str) -> TrialJob:
     """A student's job as the sweep has it, from the start."""
     job = next(job for job in jobs(context) if job.name == name)
     fresh = dataclasses.replace(job.checkpoints, uri=f"{job.checkpoints.uri}-{secrets.token_hex(4)}")
@@ -217,7 +217,7 @@ def test_a_student_learns_alike_from_every_scheme(digits_world: World, digits_ca
             "sweep", cached=cached, cache={"scheme": scheme}, sweep={**SWEEP, "students": students}, tune=TUNE
         )
         check_cache(context)
-        run = Run(job_of(context, "wide"))
+        run = StudentTrainer(job_of(context, "wide"))
         ends[scheme["kind"]] = [run.advance() for _ in range(4)][-1].curve[-1]["validation_loss"]
     assert ends["dense"] == pytest.approx(ends["topk"], rel=1e-4)
     assert ends["sampled"] == pytest.approx(ends["topk"], rel=0.02)
@@ -296,7 +296,7 @@ def test_every_student_may_have_a_control_of_its_own(digits_world: World, digits
     names = {control["name"] for control in trials["controls"].values()}
     assert names == {"control", "control-narrow" if trials["winner"] == "wide" else "control-wide"}
     for name, control in trials["controls"].items():
-        alone = Run(dataclasses.replace(job_of(context, name), distilled=False))
+        alone = StudentTrainer(dataclasses.replace(job_of(context, name), distilled=False))
         rows = [row for _ in range(4) for row in alone.advance().curve]
         curve = (folder / "curves" / f"{control['name']}.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in curve] == rows  # bit for bit, the killed one as well
@@ -324,7 +324,7 @@ def test_text_is_cached_and_swept_on_an_object_store(s3_uri: str) -> None:
     # The workers do not have this process's environment.
     world = make("text", Store(s3_uri.replace("s3://", "s3://testing:testing@")))
     context = world.context("cache", cache={"actors": 1})
-    cached = context.draft.commit(cache(context), 0)
+    cached = context.draft.commit(cache_targets(context), 0)
     assert set(cached.record.files) == {"00000.parquet", "00001.parquet", "00002.parquet", "cache.json"}
     assert cached.record.metrics["positions"] == 96 * 16
     context = world.context("sweep", cached=cached)
@@ -334,13 +334,13 @@ def test_text_is_cached_and_swept_on_an_object_store(s3_uri: str) -> None:
     files = {name for name in artifact.record.files if not name.startswith("events/")}
     assert {name.split("/")[1] for name in set(artifact.record.files) - files} == {"only", "control"}
     assert files == models | {"curves/only.jsonl", "curves/control.jsonl", "trials.json"}
-    load(artifact.local() / "students/only")
+    load_model(artifact.local() / "students/only")
 
 
 def test_a_cache_of_another_teacher_is_refused(digits_world: World) -> None:
     cached = capture(digits_world, 400)
-    index = cached.local() / CacheIndex.FILE
-    index.write_text(index.read_text().replace(CacheIndex.read(cached.local()).identity.teacher_sha256, "a" * 64))
+    index = cached.local() / TargetIndex.FILE
+    index.write_text(index.read_text().replace(TargetIndex.read(cached.local()).identity.teacher_sha256, "a" * 64))
     with pytest.raises(InputError, match=r"cache\.json: made with another teacher"):
         sweep(digits_world.context("sweep", cached=cached, sweep=SWEEP, tune=TUNE))
 
@@ -357,22 +357,22 @@ def test_slots_count_what_fits_each_node() -> None:
     def settings(**changes: Any) -> Sweep:
         return Sweep.model_validate({**SWEEP, **changes})
 
-    assert slots(settings(cpus_per_trial=1), nodes) == 7
-    assert slots(settings(cpus_per_trial=2), nodes) == 3
-    assert slots(settings(cpus_per_trial=0.5), nodes) == 14
-    assert slots(settings(cpus_per_trial=1, gpus_per_trial=0.5), nodes) == 2
-    assert slots(settings(cpus_per_trial=8), nodes) == 0
+    assert trial_slots(settings(cpus_per_trial=1), nodes) == 7
+    assert trial_slots(settings(cpus_per_trial=2), nodes) == 3
+    assert trial_slots(settings(cpus_per_trial=0.5), nodes) == 14
+    assert trial_slots(settings(cpus_per_trial=1, gpus_per_trial=0.5), nodes) == 2
+    assert trial_slots(settings(cpus_per_trial=8), nodes) == 0
 
 
 def test_rungs_are_before_the_last_step() -> None:
     def at(grace: int, factor: int, steps: int) -> list[int]:
-        return list(rungs(Asha(grace_steps=grace, reduction_factor=factor), steps))
+        return list(rung_steps(Asha(grace_steps=grace, reduction_factor=factor), steps))
 
     assert at(8, 2, 24) == [8, 16]
     assert at(8, 2, 32) == [8, 16]
     assert at(10, 3, 100) == [10, 30, 90]
     assert at(100, 2, 50) == []
-    assert list(rungs(NoStop(), 50)) == []
+    assert list(rung_steps(NoStop(), 50)) == []
 
 
 @pytest.mark.parametrize("name", ["control", "control-wide", "teacher"])
@@ -390,7 +390,7 @@ def test_kept_are_the_best_and_the_smaller_ones_that_none_beats() -> None:
         trial("beaten", 2.0, 30), trial("small", 3.0, 5), trial("best", 1.0, 20), trial("equal", 1.0, 20),
         trial("middle", 2.0, 10), trial("stopped", 0.5, 1, "stopped"), trial("failed", None, 1, "failed"),
     ]  # fmt: skip
-    assert survivors(trials, "best", 9) == ["best", "middle", "small"]
-    assert survivors(trials, "equal", 2) == ["equal", "middle"]
-    assert survivors(trials, "best", 1) == ["best"]
-    assert survivors([*trials, trial("tie", 1.0, 7)], "best", 9) == ["best", "tie", "small"]
+    assert pareto_students(trials, "best", 9) == ["best", "middle", "small"]
+    assert pareto_students(trials, "equal", 2) == ["equal", "middle"]
+    assert pareto_students(trials, "best", 1) == ["best"]
+    assert pareto_students([*trials, trial("tie", 1.0, 7)], "best", 9) == ["best", "tie", "small"]

@@ -16,19 +16,19 @@ from distill_world import SEED, World, capture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overproof.artifact import Artifact
+from overproof.artifacts import Artifact
+from overproof.config import Dense, Sampled, Scheme, TopK
 from overproof.data.manifest import Manifest, Shard, Split
-from overproof.data.plan import Order, uniforms
-from overproof.data.read import Shards
-from overproof.data.write import open_writer, to_table
-from overproof.distill.agree import check_rows
-from overproof.distill.columns import pack, unpack
-from overproof.distill.covered import cover
-from overproof.distill.keep import DRAWS, keep
-from overproof.distill.targets import CacheIndex, Targets
+from overproof.data.order import Order, uniforms
+from overproof.data.parquet_reader import Shards
+from overproof.data.parquet_writer import open_writer, to_table
+from overproof.distill.cache_checks import check_rows
+from overproof.distill.row_cache import plan_cached_files
+from overproof.distill.target_cache import TargetCache, TargetIndex
+from overproof.distill.target_codec import pack, unpack
+from overproof.distill.target_encoder import DRAW_KEY, encode_targets
 from overproof.errors import InputError
-from overproof.models import forward, load, to_tensors
-from overproof.recipe import Dense, Sampled, Scheme, TopK
+from overproof.models.hf_directory import forward, load_model, to_tensors
 
 SCHEMES: dict[str, Scheme] = {"topk": TopK(k=4), "sampled": Sampled(k=4, draws=20), "dense": Dense()}
 TEMPERATURES = (0.5, 1.0, 2.0)
@@ -66,31 +66,33 @@ def test_the_cover_is_every_row_group_the_first_rows_touch(
         dropped={},
     )
     order = Order(manifest.groups, rows_per_group, seed)
-    files = cover(manifest, order, rows)
+    files = plan_cached_files(manifest, order, rows)
     covered = [group for file in files for group in file.groups]
     assert covered == sorted(set((order.rows_at(0, min(rows, total)) // rows_per_group).tolist()))
     starts = np.cumsum([0, *groups_of_shards])
     for file in files:
         shard = int(file.path.removesuffix(".parquet"))
         assert all(starts[shard] <= group < starts[shard + 1] for group in file.groups)
-    assert [group for file in cover(manifest, order, None) for group in file.groups] == list(range(manifest.groups))
+    assert [group for file in plan_cached_files(manifest, order, None) for group in file.groups] == list(
+        range(manifest.groups)
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_targets_come_back_for_the_rows_asked_for(text_world: World, caches: dict[str, Artifact], scheme: str) -> None:
-    layout = CacheIndex.read(caches[scheme].local()).identity.layout
+    layout = TargetIndex.read(caches[scheme].local()).identity.layout
     everything = [name for name in layout.schema.names if name != "sample_id"]
-    targets, shards = Targets(caches[scheme].local(), everything), Shards(text_world.root, "train")
+    targets, shards = TargetCache(caches[scheme].local(), everything), Shards(text_world.root, "train")
     order = Order(12, 8, SEED)
     ids = np.concatenate([order.rows_at(0, 40)[::-1], order.rows_at(3, 9)])  # any order, some twice
     found, rows = targets.take(ids), shards.take(ids)
     np.testing.assert_array_equal(found.pop("tokens"), rows["tokens"])
     assert found.pop("mask").all()
-    model = load(text_world.artifacts["train"].local() / "model")
+    model = load_model(text_world.artifacts["train"].local() / "model")
     with torch.inference_mode():
         prediction = forward(model, to_tensors(rows))
-        uniform = torch.from_numpy(uniforms(SEED, DRAWS, ids, 16)) if scheme == "sampled" else None
-        kept = keep(prediction.logits_BPV, prediction.targets_BP, SCHEMES[scheme], TEMPERATURES, uniform)
+        uniform = torch.from_numpy(uniforms(SEED, DRAW_KEY, ids, 16)) if scheme == "sampled" else None
+        kept = encode_targets(prediction.logits_BPV, prediction.targets_BP, SCHEMES[scheme], TEMPERATURES, uniform)
     expected = {name: value.numpy() for name, value in kept.items()}
     assert {name: value.shape for name, value in found.items()} == {n: value.shape for n, value in expected.items()}
     assert found["logprobs"].shape == (46, 16, layout.slots)
@@ -100,12 +102,12 @@ def test_targets_come_back_for_the_rows_asked_for(text_world: World, caches: dic
             np.testing.assert_allclose(values, expected[name], rtol=1e-3, atol=1e-3)
         else:
             assert (values == expected[name]).mean() > 0.99  # ties may swap
-    assert set(Targets(caches[scheme].local()).take(ids)) == set(layout.loss_columns)
+    assert set(TargetCache(caches[scheme].local()).take(ids)) == set(layout.loss_columns)
 
 
 def test_files_are_plain_and_their_row_groups_full(caches: dict[str, Artifact]) -> None:
     for artifact in caches.values():
-        index = CacheIndex.read(artifact.local())
+        index = TargetIndex.read(artifact.local())
         assert not list(artifact.local().glob("*.part"))
         for file in index.files:
             parquet = pq.ParquetFile(artifact.local() / file.path)
@@ -116,7 +118,7 @@ def test_files_are_plain_and_their_row_groups_full(caches: dict[str, Artifact]) 
 
 def test_the_bytes_of_a_row_are_those_of_the_file(caches: dict[str, Artifact]) -> None:
     for artifact in caches.values():
-        index = CacheIndex.read(artifact.local())
+        index = TargetIndex.read(artifact.local())
         file = index.files[0]
         metadata = pq.ParquetFile(artifact.local() / file.path).metadata
         content = sum(metadata.row_group(i).total_byte_size for i in range(len(file.groups)))
@@ -125,12 +127,12 @@ def test_the_bytes_of_a_row_are_those_of_the_file(caches: dict[str, Artifact]) -
 
 
 def test_what_was_drawn_depends_on_no_batch_and_no_other_row() -> None:
-    whole = uniforms(7, DRAWS, np.arange(100), 16)
-    np.testing.assert_array_equal(whole[[90, 3]], uniforms(7, DRAWS, np.array([90, 3]), 16))
-    np.testing.assert_array_equal(whole[:, :4], uniforms(7, DRAWS, np.arange(100), 4))
+    whole = uniforms(7, DRAW_KEY, np.arange(100), 16)
+    np.testing.assert_array_equal(whole[[90, 3]], uniforms(7, DRAW_KEY, np.array([90, 3]), 16))
+    np.testing.assert_array_equal(whole[:, :4], uniforms(7, DRAW_KEY, np.arange(100), 4))
     assert 0 <= whole.min() < 1e-3 < 1 - 1e-3 < whole.max() < 1
     assert len(np.unique(whole)) == whole.size
-    assert not np.isin(uniforms(8, DRAWS, np.arange(100), 16), whole).any()
+    assert not np.isin(uniforms(8, DRAW_KEY, np.arange(100), 16), whole).any()
 
 
 def test_a_capture_done_again_gives_the_same_bits(text_world: World, caches: dict[str, Artifact]) -> None:
@@ -139,14 +141,14 @@ def test_a_capture_done_again_gives_the_same_bits(text_world: World, caches: dic
 
 
 def test_rows_the_cache_lacks_are_refused(cached: Path) -> None:
-    targets = Targets(cached)
+    targets = TargetCache(cached)
     beyond = Order(12, 8, SEED).rows_at(40, 41)
     with pytest.raises(InputError, match=r"1 of 1 row groups .* covers 40 rows; raise cache\.rows"):
         targets.take(beyond)
 
 
 def test_targets_travel_without_what_they_opened(cached: Path) -> None:
-    targets = Targets(cached)
+    targets = TargetCache(cached)
     ids = Order(12, 8, SEED).rows_at(0, 40)
     everything = targets.take(ids)
     again = pickle.loads(pickle.dumps(targets))
@@ -156,25 +158,25 @@ def test_targets_travel_without_what_they_opened(cached: Path) -> None:
 
 def test_a_cache_that_is_not_what_its_index_says_is_refused(cached: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cache\.json: No such file"):
-        Targets(tmp_path)
+        TargetCache(tmp_path)
     broken = tmp_path / "broken"
     shutil.copytree(cached, broken)
-    index = CacheIndex.read(cached)
+    index = TargetIndex.read(cached)
     first = max(index.files, key=lambda file: len(file.groups))
     row = np.array([first.groups[0] * 8])
     table = pq.read_table(broken / first.path)
     pq.write_table(table.append_column("more", pa.array(range(len(table)))), broken / first.path)
     with pytest.raises(InputError, match=r"columns are .*more.*expected .*run `cache` again"):
-        Targets(broken).take(row)
+        TargetCache(broken).take(row)
     rewrite(cached / first.path, broken / first.path, lambda columns: columns | {"sample_id": columns["sample_id"] + 8})
     with pytest.raises(InputError, match=r"does not hold the rows that cache\.json says"):
-        Targets(broken).take(row)
+        TargetCache(broken).take(row)
     rewrite(cached / first.path, broken / first.path, lambda columns: {n: v[8:] for n, v in columns.items()})
     with pytest.raises(InputError, match=rf"{len(first.groups) - 1} row groups, cache\.json lists"):
-        Targets(broken).take(row)
-    (broken / CacheIndex.FILE).write_text(index.model_dump_json().replace('"k":4', '"k":"many"'))
+        TargetCache(broken).take(row)
+    (broken / TargetIndex.FILE).write_text(index.model_dump_json().replace('"k":4', '"k":"many"'))
     with pytest.raises(InputError, match=r"cache\.json: identity\.scheme\.topk\.k: "):
-        Targets(broken)
+        TargetCache(broken)
 
 
 def rewrite(source: Path, target: Path, change: Any) -> None:
@@ -208,14 +210,14 @@ def rewrite(source: Path, target: Path, change: Any) -> None:
     ],
 )
 def test_a_cache_for_something_else_is_refused(cached: Path, field: str, other: Any, words: str) -> None:
-    index = CacheIndex.read(cached)
+    index = TargetIndex.read(cached)
     index.check(index.identity)
     with pytest.raises(InputError, match=words):
         index.check(index.identity.model_copy(update={field: other}))
 
 
 def test_a_temperature_that_was_not_kept_is_refused(cached: Path) -> None:
-    index = CacheIndex.read(cached)
+    index = TargetIndex.read(cached)
     index.require_temperature(2.0)
     with pytest.raises(InputError, match=r"temperature 3: .*add it to cache\.temperatures"):
         index.require_temperature(3.0)
@@ -227,7 +229,7 @@ def test_a_permuted_vocabulary_and_other_tokens_are_caught(
 ) -> None:
     whole, ids = caches[scheme].local(), Order(12, 8, SEED).rows_at(0, 40)
     check_rows(whole, text_world.root, ids)
-    layout = CacheIndex.read(whole).identity.layout
+    layout = TargetIndex.read(whole).identity.layout
     to = np.random.default_rng(0).permutation(layout.outputs)
 
     def permute(columns: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +244,7 @@ def test_a_permuted_vocabulary_and_other_tokens_are_caught(
 
     for name, change, words in (("permuted", permute, "permuted vocabulary"), ("shifted", shift, "from other tokens")):
         shutil.copytree(whole, tmp_path / name)
-        for file in CacheIndex.read(whole).files:
+        for file in TargetIndex.read(whole).files:
             rewrite(whole / file.path, tmp_path / name / file.path, change)
         with pytest.raises(InputError, match=words):
             check_rows(tmp_path / name, text_world.root, ids)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from distill_world import SEED, World, replica
 
+from overproof.config import Llama
 from overproof.data.manifest import MANIFEST, TOKENIZER, Manifest
-from overproof.data.plan import Order
-from overproof.distill.covered import TEACHER
-from overproof.distill.targets import CacheIndex, Targets
-from overproof.distill.teacher import cache, check_fits
+from overproof.data.order import Order
+from overproof.distill.row_cache import TEACHER_WEIGHTS
+from overproof.distill.target_cache import TargetCache, TargetIndex
+from overproof.distill.teacher_stages import cache_targets, check_scheme
 from overproof.errors import InputError
-from overproof.models import build, save
-from overproof.recipe import Llama
+from overproof.models.hf_directory import build_model, save_model
 
 
 class Said:
@@ -35,14 +35,14 @@ def test_the_teacher_sees_each_row_group_of_the_order_once(
 ) -> None:
     said = Said()
     context = digits_world.context("cache", said, cache={"scheme": {"kind": "topk", "k": 10}, "rows": 500, "actors": 2})
-    metrics = cache(context)
+    metrics = cache_targets(context)
     folder = Path(context.draft.uri)
-    manifest, index = Manifest.read(digits_world.root), CacheIndex.read(folder)
+    manifest, index = Manifest.read(digits_world.root), TargetIndex.read(folder)
     order = Order(manifest.groups, manifest.rows_per_group, SEED)
     covered = sorted(set((order.rows_at(0, 500) // 8).tolist()))
     assert [group for file in index.files for group in file.groups] == covered
     assert index.identity.temperatures == (0.5, 1.0, 2.0)
-    assert index.identity.teacher_sha256 == digits_world.artifacts["train"].record.files[TEACHER].sha256
+    assert index.identity.teacher_sha256 == digits_world.artifacts["train"].record.files[TEACHER_WEIGHTS].sha256
     assert index.identity.manifest_sha256 == digits_world.artifacts["prepare"].record.files[MANIFEST].sha256
     assert sorted(p.name for p in folder.iterdir()) == [*(file.path for file in index.files), "cache.json"]
     assert metrics["rows"] == metrics["positions"] == len(covered) * 8 == index.rows
@@ -50,7 +50,7 @@ def test_the_teacher_sees_each_row_group_of_the_order_once(
     size = sum((folder / file.path).stat().st_size for file in index.files)
     assert metrics["bytes_per_position"] == pytest.approx(size / metrics["positions"])
 
-    found = Targets(folder, ("logprobs", "tail")).take(order.rows_at(0, 500))
+    found = TargetCache(folder, ("logprobs", "tail")).take(order.rows_at(0, 500))
     mass = np.exp(found["logprobs"]).sum(-1)
     np.testing.assert_allclose(mass, 1, atol=2e-3)
     assert np.isneginf(found["tail"]).all()
@@ -66,21 +66,21 @@ def test_the_teacher_sees_each_row_group_of_the_order_once(
 def test_a_teacher_of_another_tokenizer_is_refused(text_world: World, tmp_path: Path) -> None:
     other = make_other_teacher(text_world, tmp_path, tokenizer='{"made": "elsewhere"}')
     with pytest.raises(InputError, match=r"tokenizer\.json: sha256 is .*the data was tokenised with"):
-        cache(other.context("cache"))
+        cache_targets(other.context("cache"))
 
 
 def test_more_targets_than_outputs_are_refused(digits_world: World) -> None:
     with pytest.raises(InputError, match=r"cache\.scheme\.k: found 11; the data has 10 outputs"):
-        cache(digits_world.context("cache", cache={"scheme": {"kind": "topk", "k": 11}}))
+        cache_targets(digits_world.context("cache", cache={"scheme": {"kind": "topk", "k": 11}}))
 
 
 def test_a_row_group_beyond_a_page_is_refused(text_world: World) -> None:
     whole = replica(text_world, None, scheme={"kind": "dense"})[1].identity
-    check_fits(whole)
+    check_scheme(whole)
     with pytest.raises(
         InputError, match=r"whole distribution of 8 rows of 2048 positions take 4\.98 GB; expected at most"
     ):
-        check_fits(whole.model_copy(update={"outputs": 151_936, "positions": 2048}))
+        check_scheme(whole.model_copy(update={"outputs": 151_936, "positions": 2048}))
 
 
 def test_a_teacher_of_other_outputs_is_reported(text_world: World, tmp_path: Path) -> None:
@@ -100,6 +100,6 @@ def make_other_teacher(world: World, folder: Path, tokenizer: str | None = None,
         file = folder / TOKENIZER
         file.write_text(tokenizer)
     draft = world.draft("train")
-    model = build(config, manifest, 0)
-    save(model, model.config, Path(draft.uri) / "model", file)
+    model = build_model(config, manifest, 0)
+    save_model(model, model.config, Path(draft.uri) / "model", file)
     return dataclasses.replace(world, artifacts=world.artifacts | {"train": draft.commit({}, 0)})

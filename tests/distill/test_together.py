@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from distill_world import capture, make, recipe_of, replica
 
-from overproof import cluster
-from overproof.artifact import Store, fingerprint
-from overproof.distill.capture import finished
-from overproof.distill.targets import Targets
+from overproof.artifacts import Store, compute_fingerprint
+from overproof.cluster.ray_cluster import cluster_lock
+from overproof.distill.target_cache import TargetCache
+from overproof.distill.teacher_pool import finished_files
 from overproof.pipeline import STAGES
 
 CAPTOR = str(Path(__file__).with_name("captor.py"))
@@ -31,7 +31,7 @@ def test_two_jobs_at_once_capture_once(ray_cluster: str, s3_uri: str, tmp_path: 
     recipe, stage = recipe_of("digits", cache={"actors": 1}), next(s for s in STAGES if s.name == "cache")
     parents = {name: artifact.record.fingerprint for name, artifact in world.artifacts.items()}
     config = {"test": "together"}
-    print_ = fingerprint(stage.name, stage.format, config, parents)
+    print_ = compute_fingerprint(stage.name, stage.format, config, parents)
     pickled = tmp_path / "arguments"
     pickled.write_bytes(pickle.dumps((config, print_, parents, recipe, world.store, world.artifacts)))
     jobs = [start(ray_cluster, "make", str(pickled)) for _ in range(2)]
@@ -47,8 +47,8 @@ def test_two_jobs_at_once_capture_once(ray_cluster: str, s3_uri: str, tmp_path: 
     assert artifact is not None
     artifact.verify()
     ids = np.arange(artifact.record.metrics["rows"])
-    alone = Targets(capture(world, None).local()).take(ids)
-    for name, values in Targets(artifact.local()).take(ids).items():
+    alone = TargetCache(capture(world, None).local()).take(ids)
+    for name, values in TargetCache(artifact.local()).take(ids).items():
         np.testing.assert_allclose(values, alone[name], rtol=1e-3, atol=1e-4)
 
 
@@ -63,10 +63,10 @@ def test_a_job_that_is_killed_leaves_its_place(ray_cluster: str) -> None:
         said.append(text)
         print("0", file=holder.stdin, flush=True)
 
-    with cluster.alone("here", "a thing", say), cluster.alone("elsewhere", "a thing", say):
+    with cluster_lock("here", "a thing", say), cluster_lock("elsewhere", "a thing", say):
         assert said == ["a thing: another job of this cluster is making it; waiting for it"]
         assert holder.wait(timeout=60) < 0
-    with cluster.alone("here", "a thing", say):
+    with cluster_lock("here", "a thing", say):
         pass
 
 
@@ -77,10 +77,10 @@ def test_two_captures_of_one_file_at_the_same_time_end_as_one(digits_world: Any)
     second.job = first.job
     writers = [teacher({"file": np.array([0])}) for teacher in (first, second)]
     reports = [[next(writer)] for writer in writers]
-    assert not finished(first.job)
+    assert not finished_files(first.job)
     for report, writer in zip(reports, writers, strict=True):
         report.extend(writer)
-        assert list(finished(first.job)) == [index.files[0].path]
+        assert list(finished_files(first.job)) == [index.files[0].path]
     assert not any(part["fault"][0] for report in reports for part in report)
     names = sorted(path.name for path in Path(first.job.uri).iterdir())
     assert names == [index.files[0].path, f"{index.files[0].path}.json"]

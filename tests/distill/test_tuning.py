@@ -7,9 +7,9 @@ from typing import Any
 from distill_world import recipe_of
 from ray.tune.search import Searcher
 
-from overproof.distill.search import STUDENT, Study
-from overproof.distill.tuning import Trials
-from overproof.recipe.search import Values
+from overproof.config.search import TrialValues
+from overproof.distill.optuna_study import STUDENT, OptunaStudy
+from overproof.distill.tune_search import OptunaSearcher
 
 BASE = {"kind": "vit", "hidden_size": 8, "intermediate_size": 16, "layers": 1, "heads": 2}
 
@@ -21,16 +21,16 @@ class Named:
         self.name = name
 
 
-def trials_of(given_up: set[str]) -> tuple[Trials, list[str]]:
+def trials_of(given_up: set[str]) -> tuple[OptunaSearcher, list[str]]:
     students = [{"name": name, "temperature": 2.0, "model": BASE} for name in "ab"]
     recipe = recipe_of("digits", sweep={"students": students})
     begun: list[str] = []
 
-    def begin(values: Values) -> Any:
+    def begin(values: TrialValues) -> Any:
         begun.append(values[STUDENT])
         return Named(values[STUDENT])
 
-    return Trials(Study(recipe.tune, recipe.sweep, 0), begin, given_up.__contains__), begun
+    return OptunaSearcher(OptunaStudy(recipe.tune, recipe.sweep, 0), begin, given_up.__contains__), begun
 
 
 def result(loss: float) -> dict[str, Any]:

@@ -16,17 +16,16 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from overproof import models
-from overproof.artifact import Artifact, Store
-from overproof.compress.export import compress
-from overproof.data import tokens as bpe
+from overproof.artifacts import Artifact, Store
+from overproof.config import Llama, Recipe, Vit
+from overproof.data import tokenization as bpe
+from overproof.data.columns import digits_schema, text_schema
 from overproof.data.manifest import Manifest, Split
-from overproof.data.read import Shards
-from overproof.data.schema import digits_schema, text_schema
-from overproof.data.write import write_shard
-from overproof.progress import quiet
-from overproof.recipe import Llama, Recipe, Vit
-from overproof.stage import Context
+from overproof.data.parquet_reader import Shards
+from overproof.data.parquet_writer import write_shard
+from overproof.export.stage import export_models
+from overproof.models import hf_directory
+from overproof.stage_context import StageContext, no_progress
 
 LENGTH, GROUP, VOCABULARY = 64, 4, 512
 BATCH = {"text": 16, "digits": 64}
@@ -54,8 +53,8 @@ def prepare_text(root: Path) -> Manifest:
     held_out = [bpe.pack_document(document, LENGTH) for document in bpe.encode(tokenizer, test)]
     documents = np.repeat(np.arange(len(test)), [len(lengths) for _, lengths in held_out])
     columns = {
-        "train": bpe.columns(0, packed, LENGTH, -1),
-        "test": bpe.columns(
+        "train": bpe.token_columns(0, packed, LENGTH, -1),
+        "test": bpe.token_columns(
             0, np.concatenate([r for r, _ in held_out]), np.concatenate([n for _, n in held_out]), documents
         ),
     }
@@ -107,13 +106,13 @@ def prepare_digits(root: Path) -> Manifest:
 def train(config: Llama | Vit, root: Path, path: Path, steps: int) -> Path:
     """Train a model for a few steps and write it as a Hugging Face directory."""
     manifest, shards = Manifest.read(root), Shards(root, "train")
-    model = models.build(config, manifest, seed=1)
+    model = hf_directory.build_model(config, manifest, seed=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=15)
     generator = np.random.default_rng(0)
     for _ in range(steps):
-        batch = models.to_tensors(shards.take(generator.integers(0, shards.rows, BATCH[manifest.kind])))
-        prediction = models.forward(model, batch)
+        batch = hf_directory.to_tensors(shards.take(generator.integers(0, shards.rows, BATCH[manifest.kind])))
+        prediction = hf_directory.forward(model, batch)
         chosen = prediction.mask_BP
         loss = torch.nn.functional.cross_entropy(prediction.logits_BPV[chosen], prediction.targets_BP[chosen])
         optimizer.zero_grad()
@@ -121,7 +120,7 @@ def train(config: Llama | Vit, root: Path, path: Path, steps: int) -> Path:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         warm_up.step()
-    models.save(model, model.config, path, root / "tokenizer.json" if manifest.kind == "text" else None)
+    hf_directory.save_model(model, model.config, path, root / "tokenizer.json" if manifest.kind == "text" else None)
     return path
 
 
@@ -169,7 +168,7 @@ def _compressed(kind: str, store: Store) -> dict[str, Artifact]:
     train(small, root, folder / "control", 40)
     done["sweep"] = draft.commit({}, 0.0)
     draft, _ = artifact(store, "compress", kind)
-    metrics = compress(Context(recipe(kind), done, draft, quiet))
+    metrics = export_models(StageContext(recipe(kind), done, draft, no_progress))
     done["compress"] = draft.commit(metrics, 0.0)
     return done
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from overproof.config import Gate
 from overproof.errors import InputError
 from overproof.evaluate.gate import Verdict, judge
-from overproof.evaluate.metrics import Comparison, Measured, Metric, Report
-from overproof.recipe import Gate
+from overproof.evaluate.metrics import Comparison, MeasuredFile, Metric, Report
 
 REGRESSION = {"kind": "regression", "against": "student", "at_most": 0.03}
 STUDENT = dict.fromkeys(("student", "big", "small", "q", "bare"), "student")
@@ -20,8 +20,8 @@ def metric(value: float, low: float | None = None, high: float | None = None) ->
     return Metric(value=value, low=low, high=high, unit="any", n=10)
 
 
-def measured(name: str, size_bytes: int, candidate: bool, **metrics: Metric) -> Measured:
-    return Measured(
+def measured(name: str, size_bytes: int, candidate: bool, **metrics: Metric) -> MeasuredFile:
+    return MeasuredFile(
         name=name,
         student=STUDENT.get(name),
         format="any",
@@ -143,7 +143,7 @@ def test_accuracy_is_told_in_points() -> None:
 def test_each_candidate_is_held_against_its_own_student() -> None:
     sizes = (("wide", "wide", 400), ("slim", "slim", 150), ("wide-q", "wide", 100), ("slim-q", "slim", 90))
     pair = tuple(
-        Measured(name=n, student=s, format="any", size_bytes=b, sha256="0" * 64, candidate=n != s, metrics={})
+        MeasuredFile(name=n, student=s, format="any", size_bytes=b, sha256="0" * 64, candidate=n != s, metrics={})
         for n, s, b in sizes
     )
     both = report(("wide-q", "wide", 0.01, 0.0, 0.02), ("slim-q", "slim", 0.05, 0.04, 0.06),

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from overproof.evaluate.metrics import Bootstrap, Metric, Report, Units, quality_metrics, resampled_sums
+from overproof.evaluate.metrics import Bootstrap, Metric, PerExampleSums, Report, quality_metrics, resampled_sums
 
 
-def units_of(quality: np.ndarray, size: np.ndarray) -> Units:
-    return Units(quality.astype(float), size.astype(float), np.zeros(len(size)), np.ones(len(size)))
+def units_of(quality: np.ndarray, size: np.ndarray) -> PerExampleSums:
+    return PerExampleSums(quality.astype(float), size.astype(float), np.zeros(len(size)), np.ones(len(size)))
 
 
 def documents(count: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

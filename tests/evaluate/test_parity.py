@@ -12,14 +12,14 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from overproof.artifact import Artifact
-from overproof.compress import export, gguf
-from overproof.compress.onnx import Reference
-from overproof.data.tokens import train_bpe
+from overproof.artifacts import Artifact
+from overproof.config import Evaluate
+from overproof.data.tokenization import train_bpe
+from overproof.engines.onnx_runtime import OnnxClassifier
 from overproof.evaluate.parity import text_parity_nats
-from overproof.evaluate.runner import probe_images, probe_text
-from overproof.recipe import Evaluate
-from overproof.serve.engines.onnx import OnnxClassifier
+from overproof.evaluate.stage import measure_images, measure_text
+from overproof.export import gguf, stage
+from overproof.export.onnx import Reference
 
 SETTINGS = Evaluate(threads=1, decode_tokens=16, timed_requests=20, probe_prompts=4, probe_tokens=16)
 # llama.cpp rounds keys, values and activations to half precision beside f16 weights, activations to 8 bits beside
@@ -29,7 +29,7 @@ ROUNDING_NATS = {"f16": 0.01, "q8_0": 0.15, "q4_0": 0.15}
 
 @pytest.mark.parametrize("name", ["student", "student-q8_0", "student-q4_0"])
 def test_engine_gives_the_references_logprobs(text: dict[str, Artifact], name: str) -> None:
-    found = probe_text(text["compress"].local() / f"{name}.gguf", text["prepare"].local(), SETTINGS)
+    found = measure_text(text["compress"].local() / f"{name}.gguf", text["prepare"].local(), SETTINGS)
     assert found["parity_nats"].value < ROUNDING_NATS[name.removeprefix("student-") if "-" in name else "f16"]
     assert found["parity_nats"].n == 4 * 16
     assert found["tokenizer_mismatches"].value == 0
@@ -49,16 +49,16 @@ def test_rotary_rows_in_the_wrong_order_are_caught(
     source, file = text["train"].local() / "model", tmp_path / "broken.gguf"
     gguf.export_gguf(source, source / "tokenizer.json", file, "f16", "broken")
     with pytest.raises(RuntimeError, match="the export is wrong"):
-        export.check_gguf(source, file)
+        stage.check_gguf(source, file)
     monkeypatch.setattr(gguf, "split_rotary", lambda weights, _: weights)
-    export.check_gguf(source, file)
-    assert probe_text(file, text["prepare"].local(), SETTINGS)["parity_nats"].value > 0.3
+    stage.check_gguf(source, file)
+    assert measure_text(file, text["prepare"].local(), SETTINGS)["parity_nats"].value > 0.3
 
 
 def test_other_tokens_are_caught(text: dict[str, Artifact], tmp_path: Path) -> None:
     root = shutil.copytree(text["prepare"].local(), tmp_path / "prepared")
     train_bpe(["an entirely other corpus, with other pairs"], 300).save(str(root / "tokenizer.json"))
-    found = probe_text(text["compress"].local() / "student.gguf", root, SETTINGS)
+    found = measure_text(text["compress"].local() / "student.gguf", root, SETTINGS)
     assert found["tokenizer_mismatches"].value > 0
     assert found["parity_nats"].value < ROUNDING_NATS["f16"]
 
@@ -86,7 +86,7 @@ def test_another_choice_costs_half_its_gap() -> None:
 
 @pytest.mark.parametrize("name", ["student", "student-int8"])
 def test_onnx_runtime_gives_the_references_logprobs(digits: dict[str, Artifact], name: str) -> None:
-    found = probe_images(digits["compress"].local() / f"{name}.onnx", digits["prepare"].local(), SETTINGS)
+    found = measure_images(digits["compress"].local() / f"{name}.onnx", digits["prepare"].local(), SETTINGS)
     assert 0 < found["parity_nats"].value < 1e-4
     assert found["images_per_s"].value > 50
 

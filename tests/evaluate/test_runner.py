@@ -11,15 +11,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from overproof.artifact import Artifact, Store
-from overproof.compress.export import read_exports
+from overproof.artifacts import Artifact, Store
+from overproof.config import Recipe
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import Report
-from overproof.evaluate.runner import evaluate, gate
+from overproof.evaluate.stage import evaluate_exports, judge_report
+from overproof.export.stage import read_exports
 from overproof.files import file_sha256
-from overproof.progress import quiet
-from overproof.recipe import Recipe
-from overproof.stage import Context
+from overproof.stage_context import StageContext, no_progress
 
 KEPT = {"text": ["student"], "digits": ["student", "brief"]}
 STUDENTS = {"text": ["student-q8_0", "student-q4_0"], "digits": ["student-int8", "brief-int8"]}
@@ -28,7 +27,7 @@ STUDENTS = {"text": ["student-q8_0", "student-q4_0"], "digits": ["student-int8",
 def run(stage: Any, of: Recipe, parents: dict[str, Artifact], folder: Path) -> Artifact:
     store = Store(str(folder))
     draft = store.begin("test", stage.__name__, hashlib.sha256(stage.__name__.encode()).hexdigest(), None, {})
-    return draft.commit(stage(Context(of, parents, draft, quiet)), 0.0)
+    return draft.commit(stage(StageContext(of, parents, draft, no_progress)), 0.0)
 
 
 @pytest.mark.parametrize("kind", ["text", "digits"])
@@ -38,7 +37,7 @@ def test_report_and_verdict(
 ) -> None:
     parents: dict[str, Artifact] = request.getfixturevalue(kind)
     asked = make_recipe(kind)
-    evaluated = run(evaluate, asked, parents, tmp_path)
+    evaluated = run(evaluate_exports, asked, parents, tmp_path)
     report = Report.model_validate_json((evaluated.local() / "report.json").read_bytes())
     assert [m.name for m in report.measured] == ["teacher", "control", *KEPT[kind], *STUDENTS[kind]]
     assert report.winner == "student"
@@ -71,7 +70,7 @@ def test_report_and_verdict(
     assert agreement == pytest.approx(by_name["student"]["agreement"].value)
     assert evaluated.record.metrics["student"] == by_name["student"][report.quality].value
 
-    judged = run(gate, asked, {"evaluate": evaluated}, tmp_path)
+    judged = run(judge_report, asked, {"evaluate": evaluated}, tmp_path)
     verdict = Verdict.model_validate_json((judged.local() / "verdict.json").read_bytes())
     assert verdict.passed, verdict
     smallest = min((m for m in report.measured if m.candidate), key=lambda m: (m.size_bytes, m.name))
@@ -81,7 +80,7 @@ def test_report_and_verdict(
     assert judged.record.metrics == {"passed": True, "chosen": verdict.chosen}
 
     strict = make_recipe(kind, [{"kind": "smaller", "against": "teacher", "at_least": 1000}])
-    refused = run(gate, strict, {"evaluate": evaluated}, tmp_path / "refused")
+    refused = run(judge_report, strict, {"evaluate": evaluated}, tmp_path / "refused")
     assert refused.record.metrics == {"passed": False, "chosen": None}
 
 

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from overproof import models
-from overproof.artifact import Artifact
-from overproof.compress.gguf import read_gguf
-from overproof.data.read import Shards
-from overproof.evaluate import score
-from overproof.evaluate.score import Scores, agreed, chosen_units, score_images, score_text
+from overproof.artifacts import Artifact
+from overproof.data.parquet_reader import Shards
+from overproof.evaluate import scoring
+from overproof.evaluate.scoring import FileScores, agreements, score_images, score_text, spread_units
+from overproof.export.gguf import read_gguf
 from overproof.files import file_sha256
+from overproof.models import hf_directory
 
 
 def test_text_scores_are_sums_over_documents(text: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
     file, root = text["compress"].local() / "student-q4_0.gguf", text["prepare"].local()
-    monkeypatch.setattr(score, "BATCH_LOGITS", 5 * 64 * 512)  # batches that cross documents
+    monkeypatch.setattr(scoring, "BATCH_LOGITS", 5 * 64 * 512)  # batches that cross documents
     found = score_text(file, root, None)
     shards, model = Shards(root, "test", ("document", "tokens", "length")), read_gguf(file)
     columns = shards.take(np.arange(shards.rows))
@@ -49,22 +49,22 @@ def test_image_scores_are_torchs(digits: dict[str, Artifact]) -> None:
     root = digits["prepare"].local()
     found = score_images(digits["compress"].local() / "student.onnx", root, None)
     shards = Shards(root, "test")
-    batch = models.to_tensors(shards.take(np.arange(shards.rows)))
+    batch = hf_directory.to_tensors(shards.take(np.arange(shards.rows)))
     with torch.inference_mode():
-        prediction = models.forward(models.load(digits["sweep"].local() / "students/student"), batch)
+        prediction = hf_directory.forward(hf_directory.load_model(digits["sweep"].local() / "students/student"), batch)
     right_B = prediction.logits_BPV[:, 0].argmax(-1) == batch["label"]
     assert found.quality.mean() == pytest.approx(float(right_B.double().mean()), abs=0.004)
     assert found.quality.mean() > 0.3  # of ten classes
 
 
 def test_agreement_is_counted_unit_by_unit() -> None:
-    def scores(*choices: int) -> Scores:
+    def scores(*choices: int) -> FileScores:
         ones = np.ones(2)
-        return Scores("", np.arange(2), ones, ones.astype(int), np.array([2, 3]), np.array(choices, np.int32))
+        return FileScores("", np.arange(2), ones, ones.astype(int), np.array([2, 3]), np.array(choices, np.int32))
 
-    assert agreed(scores(1, 2, 3, 4, 5), scores(1, 0, 3, 4, 0)).tolist() == [1, 2]
+    assert agreements(scores(1, 2, 3, 4, 5), scores(1, 0, 3, 4, 0)).tolist() == [1, 2]
 
 
 def test_chosen_units_are_spread() -> None:
-    assert chosen_units(np.arange(10), 4).tolist() == [0, 3, 6, 9]
-    assert chosen_units(np.arange(3), 9).tolist() == [0, 1, 2]
+    assert spread_units(np.arange(10), 4).tolist() == [0, 3, 6, 9]
+    assert spread_units(np.arange(3), 9).tolist() == [0, 1, 2]

@@ -11,28 +11,27 @@ from typing import Any
 
 import pytest
 
-from overproof.artifact import Artifact, Store
-from overproof.compress.export import compress, read_exports
+from overproof.artifacts import Artifact, Store
+from overproof.config import Recipe, Serve, Speculate
+from overproof.engines.base import Sampling
+from overproof.engines.llamacpp import LlamaCpp
 from overproof.errors import GateRefused
 from overproof.evaluate.gate import judge
 from overproof.evaluate.metrics import Report
-from overproof.evaluate.runner import evaluate, gate
-from overproof.evaluate.speculate import speculate
-from overproof.evaluate.speculation import Judged, Speculation, judge_draft
+from overproof.evaluate.stage import evaluate_exports, judge_report
+from overproof.export.stage import export_models, read_exports
 from overproof.files import file_sha256
-from overproof.progress import quiet
-from overproof.recipe import Recipe, Serve, Speculate
-from overproof.registry.package import open_package, package
-from overproof.serve.desk import described
-from overproof.serve.engines.base import Sampling
-from overproof.serve.engines.llamacpp import LlamaCpp
+from overproof.package.package import build_package, open_package
+from overproof.package.speculation import SpeculationMeasurement, SpeculationResult, judge_draft
+from overproof.package.speculative_stage import pack_with_draft
+from overproof.serve.controller import describe_version
 from overproof.serve.replica import load_engine
-from overproof.serve.shapes import model_of
-from overproof.stage import Context
+from overproof.serve.response_builder import model_info
+from overproof.stage_context import StageContext, no_progress
 from packing import edit, insist_on_refusal
 
 POLICY = Speculate(prompts=12, new_tokens=16, at_least=0.01, at_most=0.05)
-FOUND = Speculation(
+FOUND = SpeculationMeasurement(
     model="teacher-q8_0", draft="student-q4_0", model_sha256="a", draft_sha256="b", draft_tokens=3, threads=1,
     prompts=9, identical=9, new_tokens=16, drafted=90, accepted=40,
     alone_tokens_per_s=(100.0, 90.0, 110.0, 100.0, 100.0), drafted_tokens_per_s=(150.0, 99.0, 165.0, 150.0, 150.0),
@@ -42,7 +41,7 @@ FOUND = Speculation(
 def run(stage: Any, of: Recipe, parents: dict[str, Artifact], folder: Path) -> Artifact:
     name = stage.__name__
     draft = Store(str(folder)).begin("test", name, hashlib.sha256(name.encode()).hexdigest(), None, {})
-    return draft.commit(stage(Context(of, parents, draft, quiet)), 0.0)
+    return draft.commit(stage(StageContext(of, parents, draft, no_progress)), 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +61,14 @@ def done(
     shutil.copytree(text["sweep"].local(), swept.uri, dirs_exist_ok=True)
     (Path(swept.uri) / "trials.json").write_text(json.dumps(trials))
     parents = text | {"sweep": swept.commit({}, 0.0)}
-    for stage in (compress, evaluate, gate, package):
+    for stage in (export_models, evaluate_exports, judge_report, build_package):
         parents[stage.__name__] = run(stage, asked, parents, store)
     return parents
 
 
 @pytest.fixture(scope="module")
 def packed(asked: Recipe, done: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(speculate, asked, done, tmp_path_factory.mktemp("speculate")).local()
+    return run(pack_with_draft, asked, done, tmp_path_factory.mktemp("speculate")).local()
 
 
 def test_the_teacher_answers_and_the_packaged_student_drafts(packed: Path, done: dict[str, Artifact]) -> None:
@@ -79,7 +78,7 @@ def test_the_teacher_answers_and_the_packaged_student_drafts(packed: Path, done:
     assert opened.sha256 == file_sha256(exports["teacher-q8_0"])
     assert file_sha256(packed / "draft.gguf") == shipped.sha256
     assert opened.content.parents["package"] == done["package"].record.fingerprint
-    judged = Judged.model_validate_json((packed / "speculation.json").read_bytes())
+    judged = SpeculationResult.model_validate_json((packed / "speculation.json").read_bytes())
     assert (judged.found.identical, judged.found.prompts) == (12, 12)
     assert len(judged.found.times) == 5
     assert 0 < judged.found.accepted < judged.found.drafted
@@ -89,8 +88,8 @@ def test_the_teacher_answers_and_the_packaged_student_drafts(packed: Path, done:
 
 
 def test_it_is_served_like_any_other(packed: Path) -> None:
-    assert any("text identical on 12 of 12" in why for why in model_of(open_package(packed)).overproof.verdict)
-    assert described(str(packed), Serve()).resident_mb == pytest.approx(
+    assert any("text identical on 12 of 12" in why for why in model_info(open_package(packed)).overproof.verdict)
+    assert describe_version(str(packed), Serve()).resident_mb == pytest.approx(
         open_package(packed).measured.metrics["resident_mb"].value + (packed / "draft.gguf").stat().st_size / 1e6
     )
     engine, alone = load_engine(open_package(packed), Serve()), LlamaCpp(packed / "model.gguf")
@@ -105,7 +104,7 @@ def test_it_is_served_like_any_other(packed: Path) -> None:
 def test_a_draft_that_is_too_slow_is_refused(asked: Recipe, done: dict[str, Artifact], tmp_path: Path) -> None:
     policy = POLICY.model_copy(update={"at_least": 1000.0, "prompts": 2})
     with pytest.raises(GateRefused, match=r"is done:\n  .* times as fast as alone .*, needed 1000 times"):
-        run(speculate, asked.model_copy(update={"speculate": policy}), done, tmp_path)
+        run(pack_with_draft, asked.model_copy(update={"speculate": policy}), done, tmp_path)
 
 
 def _flip(file: Path) -> None:

@@ -9,15 +9,15 @@ import pytest
 from matplotlib.text import Text
 
 from overproof.evaluate.gate import CandidateVerdict, Verdict
-from overproof.evaluate.metrics import Measured, Metric, Report
-from overproof.report.figure import Curve, draw, picture
+from overproof.evaluate.metrics import MeasuredFile, Metric, Report
+from overproof.report.figure import PlottedCurve, draw_report, picture
 
-CURVE = Curve("teacher", "teacher", [(1, 3.0), (2, 2.0)], [(2, 2.5)])
+CURVE = PlottedCurve("teacher", "teacher", [(1, 3.0), (2, 2.0)], [(2, 2.5)])
 
 
-def measured(name: str, size_bytes: int, quality: float) -> Measured:
+def measured(name: str, size_bytes: int, quality: float) -> MeasuredFile:
     metric = Metric(value=quality, low=quality - 0.05, high=quality + 0.05, unit="bits", n=10)
-    return Measured(
+    return MeasuredFile(
         name=name, student=None if name == "teacher" else "student", format="any", size_bytes=size_bytes,
         sha256="0" * 64, candidate=name.startswith("q"), metrics={"bits_per_byte": metric},
     )  # fmt: skip
@@ -56,4 +56,4 @@ def test_sizes_and_names_that_lie_close_hide_nothing(sizes_mb: tuple[float, ...]
     points = [text for text in plane.texts if text.get_text().startswith(tuple(names))]
     assert len(points) == len(names)
     assert apart(points)
-    assert draw([CURVE], report, verdict).startswith(b"\x89PNG")
+    assert draw_report([CURVE], report, verdict).startswith(b"\x89PNG")

@@ -13,11 +13,11 @@ from playwright.sync_api import Page
 
 from browser import opened
 from finished import Run
-from overproof.artifact import Artifact
-from overproof.cli import main
+from overproof.artifacts import Artifact
+from overproof.cli.main import main
 from overproof.evaluate.gate import CandidateVerdict, Reason, Verdict
-from overproof.report.content import thinned
-from overproof.report.stage import embedded, render
+from overproof.report.content import thin_curve
+from overproof.report.stage import embed_json, render_page
 
 EVIL = "</script><script>document.title='run'</script><img src=x onerror=\"document.title='run'\">"
 
@@ -136,7 +136,7 @@ def test_hundreds_of_trials_and_words_that_look_like_code(page_file: Path, tmp_p
     text = page_file.read_text(encoding="utf-8")
     start, end = text.index('id="data">') + len('id="data">'), text.index("</script>", text.index('id="data">'))
     file = tmp_path / "many.html"
-    file.write_text(text[:start] + embedded(data) + text[end:], encoding="utf-8")
+    file.write_text(text[:start] + embed_json(data) + text[end:], encoding="utf-8")
     with opened(file.as_uri(), tmp_path / "profile") as (page, heard):
         page.wait_for_selector("#plane .point")
         title = page.title()
@@ -157,7 +157,7 @@ def test_the_words_of_a_verdict_are_escaped(digits: Run, tmp_path: Path) -> None
     folder.mkdir()
     (folder / "verdict.json").write_text(verdict.model_dump_json())
     gate = type(digits.artifacts["gate"])(str(folder), digits.artifacts["gate"].record)
-    page = render(EVIL, digits.artifacts | {"gate": gate})
+    page = render_page(EVIL, digits.artifacts | {"gate": gate})
     assert EVIL not in page
     assert page.count("&lt;/script&gt;") >= 4
     assert "No file that may be packaged met every rule" in page
@@ -166,7 +166,7 @@ def test_the_words_of_a_verdict_are_escaped(digits: Run, tmp_path: Path) -> None
 def test_a_sweep_alone_has_a_page_without_files(digits: Run, tmp_path: Path) -> None:
     stages = ("prepare", "train", "cache", "sweep")
     file = tmp_path / "page.html"
-    file.write_text(render("alone", {stage: digits.artifacts[stage] for stage in stages}))
+    file.write_text(render_page("alone", {stage: digits.artifacts[stage] for stage in stages}))
     assert data_of(file)["files"] is None
     with opened(file.as_uri(), tmp_path / "profile") as (page, heard):
         page.wait_for_selector("#curves .curve", state="attached")
@@ -178,13 +178,13 @@ def test_a_sweep_alone_has_a_page_without_files(digits: Run, tmp_path: Path) -> 
 def test_a_sweep_without_a_cache_says_nothing_of_one(digits: Run) -> None:
     stages = ("prepare", "train", "cache", "sweep", "evaluate", "gate")
     whole = {stage: digits.artifacts[stage] for stage in stages}
-    assert "What the shared cache saved" in render("whole", whole)
-    page = render("without", {stage: artifact for stage, artifact in whole.items() if stage != "cache"})
+    assert "What the shared cache saved" in render_page("whole", whole)
+    page = render_page("without", {stage: artifact for stage, artifact in whole.items() if stage != "cache"})
     assert "What the shared cache saved" not in page
     assert "of wall time).</p>" in page
     record = digits.artifacts["cache"].record
     written = Artifact("", record.model_copy(update={"metrics": {"teacher_seconds": 3.0}}))
-    assert "each of its text (3.00 s of writing), and" in render("written", whole | {"generate": written})
+    assert "each of its text (3.00 s of writing), and" in render_page("written", whole | {"generate": written})
 
 
 def test_what_is_no_sweep_is_refused(digits: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,10 +210,10 @@ def test_the_costs_are_sums_over_the_trials(digits: Run, page_file: Path) -> Non
 
 def test_a_long_curve_is_thinned_to_means_and_keeps_its_last_step() -> None:
     points = [(step, float(step)) for step in range(1, 1001)]
-    found = thinned(points)
+    found = thin_curve(points)
     assert len(found) <= 120
     assert found[-1][0] == 1000
     for (before, _), (step, loss) in pairwise([(0, 0.0), *found]):
         assert loss == (before + 1 + step) / 2
-    assert thinned(points[:5]) == points[:5]
-    assert thinned([]) == []
+    assert thin_curve(points[:5]) == points[:5]
+    assert thin_curve([]) == []

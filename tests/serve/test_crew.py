@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from overproof.engines.base import Piece, Sampling
+from overproof.engines.llamacpp import LlamaCpp
+from overproof.engines.onnx_runtime import OnnxClassifier
 from overproof.errors import InputError
-from overproof.serve.backend import Backend, Busy, Prompt, Threads, Together, Whole
-from overproof.serve.crew import Crew, Gone, Load, Switchboard
-from overproof.serve.engines.base import Piece, Sampling
-from overproof.serve.engines.llamacpp import LlamaCpp
-from overproof.serve.engines.onnx import OnnxClassifier
-from overproof.serve.post import Post
-from overproof.serve.wire import LENGTH, STRANGER_BYTES, Door
+from overproof.serve.async_engine import AsyncEngine, BatchingClassifier, Busy, Generation, Prompt, ThreadedEngine
+from overproof.serve.replica_worker import ReplicaWorker
+from overproof.serve.router import ReplicaDied, ReplicaLoad, ReplicaPool, ReplicaServer
+from overproof.serve.rpc import LENGTH, STRANGER_BYTES, GatewayAddress
 
 NAME, HOST, ONE = "package", "127.0.0.1", Sampling(1)
 SOON_S = 10
@@ -35,13 +35,13 @@ class Told:
     ended: list[Any] = field(default_factory=list)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def complete(self, prompt: Prompt, sampling: Sampling) -> Whole:
+    async def complete(self, prompt: Prompt, sampling: Sampling) -> Generation:
         self.begun.append(prompt)
         try:
             await self.go_on.wait()
         finally:
             self.ended.append(prompt)
-        return Whole(str(prompt), "stop", 1, 1)
+        return Generation(str(prompt), "stop", 1, 1)
 
     async def accept(self, prompt: Prompt, sampling: Sampling) -> None:
         raise RuntimeError(f"no room for {prompt} of {sampling.max_tokens}")
@@ -72,23 +72,23 @@ class Doors:
     """Where replicas find the gateway; what the desk is in a cluster."""
 
     def __init__(self) -> None:
-        self._door: Door | None = None
+        self._door: GatewayAddress | None = None
         self._changed = asyncio.Condition()
 
-    async def move(self, door: Door) -> None:
+    async def move(self, door: GatewayAddress) -> None:
         async with self._changed:
             self._door = door
             self._changed.notify_all()
 
-    async def find(self, seen: Door | None) -> Door | None:
+    async def find(self, seen: GatewayAddress | None) -> GatewayAddress | None:
         async with self._changed:
             await self._changed.wait_for(lambda: self._door is not None and self._door != seen)
         return self._door
 
 
 @asynccontextmanager
-async def gateway(doors: Doors, most_waiting: int = 8) -> AsyncIterator[tuple[Switchboard, Crew]]:
-    board = Switchboard()
+async def gateway(doors: Doors, most_waiting: int = 8) -> AsyncIterator[tuple[ReplicaServer, ReplicaPool]]:
+    board = ReplicaServer()
     crew = board.crew(NAME)
     crew.most_waiting = most_waiting
     await doors.move(await board.open(HOST))
@@ -102,7 +102,7 @@ async def until(reached: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-def timeless(whole: Whole) -> Whole:
+def timeless(whole: Generation) -> Generation:
     done = whole.done
     return whole if done is None else replace(whole, done=replace(done, first_token_s=0, decode_s=0))
 
@@ -118,9 +118,9 @@ def run(test: Awaitable[None]) -> None:
 def test_a_replica_answers_as_its_engine_does(text_package: Path, digits_package: Path) -> None:
     async def test() -> None:
         doors, engine = Doors(), LlamaCpp(text_package / "model.gguf", slots=2)
-        local = Threads(engine, 4)
+        local = ThreadedEngine(engine, 4)
         async with gateway(doors) as (board, crew):
-            Post(local, NAME, 2, doors.find)
+            ReplicaWorker(local, NAME, 2, doors.find)
             for sampling in (
                 Sampling(8, seed=3, temperature=1.0, stop=("x",), logit_bias={5: -1.0}),
                 Sampling(4, logprobs=3),
@@ -140,7 +140,7 @@ def test_a_replica_answers_as_its_engine_does(text_package: Path, digits_package
                 with pytest.raises(InputError, match="prompt: empty"):
                     await call
             images = OnnxClassifier(digits_package / "model.onnx")
-            Post(Together(images, images.pixels), "digits", 2, doors.find)
+            ReplicaWorker(BatchingClassifier(images, images.pixels), "digits", 2, doors.find)
             pixels_BD = np.linspace(0, 1, 192, dtype=np.float32).reshape(3, 64)
             classes = board.crew("digits")
             classes.most_waiting = 1
@@ -156,15 +156,15 @@ def test_work_waits_for_room_in_its_order_and_the_least_busy_takes_it() -> None:
     async def test() -> None:
         doors, one, two = Doors(), Told(), Told()
         async with gateway(doors, most_waiting=2) as (_, crew):
-            Post(one, NAME, 2, doors.find)
+            ReplicaWorker(one, NAME, 2, doors.find)
             await until(lambda: crew.load.replicas == 1)
             asked = [asyncio.ensure_future(crew.complete(str(i), ONE)) for i in range(4)]
             await until(lambda: one.begun == ["0", "1"])
-            assert crew.load == Load(1, 2, 2)
+            assert crew.load == ReplicaLoad(1, 2, 2)
             with pytest.raises(Busy, match="2 requests are being answered and 2 wait"):
                 await crew.complete("one too many", ONE)
             assert await crew.chat_prompt([{"role": "user", "content": "?"}]) == "?"  # takes no room
-            Post(two, NAME, 2, doors.find)
+            ReplicaWorker(two, NAME, 2, doors.find)
             await until(lambda: two.begun == ["2", "3"])
             two.go_on.set()
             assert [(await each).text for each in asked[2:]] == ["2", "3"]
@@ -172,7 +172,7 @@ def test_work_waits_for_room_in_its_order_and_the_least_busy_takes_it() -> None:
             assert (one.begun, two.begun) == (["0", "1"], ["2", "3", "4"])
             one.go_on.set()
             await asyncio.gather(*asked)
-            assert crew.load == Load(2, 0, 0)
+            assert crew.load == ReplicaLoad(2, 0, 0)
 
     run(test())
 
@@ -181,7 +181,7 @@ def test_what_is_given_up_leaves_its_room() -> None:
     async def test() -> None:
         doors, backend = Doors(), Told()
         async with gateway(doors) as (_, crew):
-            Post(backend, NAME, 1, doors.find)
+            ReplicaWorker(backend, NAME, 1, doors.find)
             asked = [asyncio.ensure_future(crew.complete(str(i), ONE)) for i in range(3)]
             await until(lambda: backend.begun == ["0"])
             asked[1].cancel()  # while it waits
@@ -194,16 +194,16 @@ def test_what_is_given_up_leaves_its_room() -> None:
                 hasty = asyncio.ensure_future(crew.complete("never begun", ONE))
                 await asyncio.sleep(0)
                 hasty.cancel()
-            await until(lambda: crew.load == Load(1, 0, 0))
+            await until(lambda: crew.load == ReplicaLoad(1, 0, 0))
             assert backend.begun == ["0", "2"]
             backend.go_on.clear()
             async with aclosing(crew.stream("3", ONE)) as pieces:
                 assert (await anext(pieces)).text == "first"
-            await until(lambda: backend.ended == ["0", "2", "3"] and crew.load == Load(1, 0, 0))
+            await until(lambda: backend.ended == ["0", "2", "3"] and crew.load == ReplicaLoad(1, 0, 0))
             for prompt in ([2**64], [10**100], "\ud800"):
                 with pytest.raises(InputError, match="cannot be passed on"):
                     await crew.complete(prompt, ONE)
-            assert crew.load == Load(1, 0, 0)
+            assert crew.load == ReplicaLoad(1, 0, 0)
             with pytest.raises(RuntimeError, match="no room for x of 1"):
                 await crew.accept("x", ONE)
 
@@ -214,7 +214,7 @@ def test_a_replica_that_dies_is_replaced_by_another() -> None:
     async def test() -> None:
         doors, dying, next_one = Doors(), Told(), Told()
         async with gateway(doors) as (board, crew):
-            Post(dying, NAME, 4, doors.find)
+            ReplicaWorker(dying, NAME, 4, doors.find)
             whole = asyncio.ensure_future(crew.complete("whole", ONE))
             stream = crew.stream("stream", ONE)
             assert (await anext(stream)).text == "first"
@@ -222,12 +222,12 @@ def test_a_replica_that_dies_is_replaced_by_another() -> None:
             (link,) = board._known
             assert link._transport is not None
             link._transport.abort()
-            with pytest.raises(Gone, match="died before it had answered"):
+            with pytest.raises(ReplicaDied, match="died before it had answered"):
                 await anext(stream)  # its client has a part of the answer
             await until(lambda: len(dying.ended) == 2)
             next_one.go_on.set()
             dying.go_on.set()
-            Post(next_one, NAME, 4, doors.find)
+            ReplicaWorker(next_one, NAME, 4, doors.find)
             assert (await whole).text == "whole"  # by whichever called first
 
     run(test())
@@ -237,13 +237,13 @@ def test_who_leaves_ends_what_was_begun_and_gets_no_more() -> None:
     async def test() -> None:
         doors, leaving, staying = Doors(), Told(), Told()
         async with gateway(doors) as (_, crew):
-            post = Post(leaving, NAME, 2, doors.find)
+            post = ReplicaWorker(leaving, NAME, 2, doors.find)
             stream = crew.stream("long", ONE)
             assert (await anext(stream)).text == "first"
             left = asyncio.ensure_future(post.leave())
             await until(lambda: crew.load.replicas == 0)
             waits = asyncio.ensure_future(crew.complete("next", ONE))
-            Post(staying, NAME, 2, doors.find)
+            ReplicaWorker(staying, NAME, 2, doors.find)
             await until(lambda: staying.begun == ["next"])
             assert not left.done()
             leaving.go_on.set()
@@ -260,7 +260,7 @@ def test_a_gateway_that_is_replaced_ends_its_streams_while_the_next_one_is_calle
     async def test() -> None:
         doors, backend = Doors(), Told()
         async with gateway(doors) as (old, before):
-            Post(backend, NAME, 2, doors.find)
+            ReplicaWorker(backend, NAME, 2, doors.find)
             stream = before.stream("old", ONE)
             assert (await anext(stream)).text == "first"
             async with gateway(doors) as (_, after):
@@ -292,7 +292,7 @@ def test_a_gateway_that_is_replaced_ends_its_streams_while_the_next_one_is_calle
 )
 def test_strangers_are_hung_up_on(said: bytes) -> None:
     async def test() -> None:
-        board = Switchboard()
+        board = ReplicaServer()
         door = await board.open(HOST)
         with socket.create_connection((door.host, door.port), timeout=SOON_S) as stranger:
             stranger.sendall(said)
@@ -330,7 +330,7 @@ def test_images_that_wait_are_classified_together() -> None:
 
     async def test() -> None:
         engine = Slow()
-        backend: Backend = Together(engine, 4)
+        backend: AsyncEngine = BatchingClassifier(engine, 4)
         images = [np.full((1, 4), i / 64, np.float32) for i in range(40)]
         found = await asyncio.gather(*(backend.classify(image) for image in images))
         assert engine.sizes == [16, 16, 8]

@@ -17,15 +17,15 @@ import ray
 from ray import serve
 from scipy.stats import binomtest
 
-from overproof.cli import main
+from overproof.cli.main import main
+from overproof.config import Canary, Serve
 from overproof.errors import InputError
-from overproof.recipe import Canary, Serve
-from overproof.serve import book as books
-from overproof.serve import desk, run
-from overproof.serve.book import Book, Line, Version
-from overproof.serve.desk import POLL_S, Desk, described
-from overproof.serve.gateway import chosen
-from overproof.serve.judge import Tally, fault, interval
+from overproof.serve import controller, server
+from overproof.serve import deployments as books
+from overproof.serve.canary import VersionStats, rollback_reason, wilson_interval
+from overproof.serve.controller import POLL_S, Controller, describe_version
+from overproof.serve.deployments import Deployments, ModelDeployment, Version
+from overproof.serve.gateway import pick_version
 from packing import break_model, copy, edit, make_package
 
 SETTINGS = Serve(port=0, max_replicas=1, cpus_per_replica=0.2, slots=2)
@@ -40,13 +40,13 @@ def second_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def version(package: Path, **settings: Any) -> Version:
-    return described(str(package), SETTINGS.model_copy(update=settings))
+    return describe_version(str(package), SETTINGS.model_copy(update=settings))
 
 
 def test_every_change_is_an_event_and_bad_ones_are_refused(text_package: Path, second_package: Path) -> None:
     one, two = version(text_package), version(second_package)
     assert one.package != two.package
-    empty = Book()
+    empty = Deployments()
     with pytest.raises(InputError, match="nothing is deployed that a canary could stand beside"):
         empty.deployed(one, "canary", "ada")
     first = empty.deployed(one, "stable", "ada")
@@ -61,9 +61,9 @@ def test_every_change_is_an_event_and_bad_ones_are_refused(text_package: Path, s
     with pytest.raises(InputError, match=r"is being tried; first `overproof promote stdlib-lm`"):
         tried.deployed(two, "stable", "ada")
     promoted = tried.promoted("stdlib-lm", "cy")
-    assert promoted.lines["stdlib-lm"] == Line(stable=two, before=one)
+    assert promoted.lines["stdlib-lm"] == ModelDeployment(stable=two, before=one)
     back = promoted.rolled_back("stdlib-lm", "cy", "slow")
-    assert back.lines["stdlib-lm"] == Line(stable=one, before=two)
+    assert back.lines["stdlib-lm"] == ModelDeployment(stable=one, before=two)
     assert [(e.who, e.what, e.package) for e in back.events] == [
         ("ada", "deploy", one.package),
         ("bo", "canary", two.package),
@@ -76,54 +76,56 @@ def test_every_change_is_an_event_and_bad_ones_are_refused(text_package: Path, s
 
 
 def test_a_book_outlives_its_process_and_a_broken_one_is_refused(text_package: Path, s3_uri: str) -> None:
-    from overproof.files import join
+    from overproof.files import join_uri
 
-    uri = join(s3_uri, "deployments.json")
-    assert books.read(uri) == Book()
-    book = Book().deployed(version(text_package), "stable", "ada")
-    books.write(uri, book)
-    assert books.read(uri) == book
+    uri = join_uri(s3_uri, "deployments.json")
+    assert books.read_deployments(uri) == Deployments()
+    book = Deployments().deployed(version(text_package), "stable", "ada")
+    books.write_deployments(uri, book)
+    assert books.read_deployments(uri) == book
 
 
 def test_a_broken_book_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "deployments.json"
     path.write_text('{"lines": {"a": {}}}')
     with pytest.raises(InputError, match=r"lines\.a\.stable"):
-        books.read(str(path))
+        books.read_deployments(str(path))
 
 
 def test_a_canary_gets_its_share_and_keeps_its_sessions(text_package: Path, second_package: Path) -> None:
     canary = version(second_package, canary=Canary(share=0.2))
-    line = Line(stable=version(text_package), canary=canary)
-    picked = {f"s{i}": chosen(line, f"s{i}") for i in range(2000)}
+    line = ModelDeployment(stable=version(text_package), canary=canary)
+    picked = {f"s{i}": pick_version(line, f"s{i}") for i in range(2000)}
     share = sum(v == canary for v in picked.values()) / 2000
     assert 0.17 < share < 0.23  # 3 standard deviations
-    assert all(chosen(line, session) == v for session, v in picked.items())
+    assert all(pick_version(line, session) == v for session, v in picked.items())
     more = line.model_copy(update={"canary": version(second_package, canary=Canary(share=0.4))})
-    assert all(chosen(more, s).package == canary.package for s, v in picked.items() if v == canary)  # none moves back
-    assert {chosen(line, None).package for _ in range(200)} == {v.package for v in line.live}
+    assert all(
+        pick_version(more, s).package == canary.package for s, v in picked.items() if v == canary
+    )  # none moves back
+    assert {pick_version(line, None).package for _ in range(200)} == {v.package for v in line.live}
 
 
 def test_limits_are_judged_with_what_is_known() -> None:
     limits = Canary(min_requests=50, max_failed=0.01, max_slowdown=1.5, min_agreement=0.5)
 
-    def tally(requests: int, failed: int = 0, compared: int = 0, alike: int = 0, s: float = 0.1) -> Tally:
-        made = Tally(requests, failed, compared, alike)
+    def tally(requests: int, failed: int = 0, compared: int = 0, alike: int = 0, s: float = 0.1) -> VersionStats:
+        made = VersionStats(requests, failed, compared, alike)
         made.seconds.extend([s] * (requests - failed))
         return made
 
     old = tally(500)
-    assert fault(limits, old, tally(49, 49)) is None  # too early to say
-    assert fault(limits, old, tally(100, 1)) is None  # may be chance
-    assert "50 of 100 requests failed; at most 1.0% may" in str(fault(limits, old, tally(100, 50)))
-    assert fault(limits, old, tally(100, s=0.14)) is None
-    assert "160.0 ms against 100.0 ms" in str(fault(limits, old, tally(100, s=0.16)))
-    assert fault(limits, old, tally(60, 0, 60, 28)) is None
-    assert "agrees in 10 of 60 comparisons" in str(fault(limits, old, tally(60, 0, 60, 10)))
-    assert fault(limits, tally(3), tally(100, s=9.0)) is None  # nothing to compare with
+    assert rollback_reason(limits, old, tally(49, 49)) is None  # too early to say
+    assert rollback_reason(limits, old, tally(100, 1)) is None  # may be chance
+    assert "50 of 100 requests failed; at most 1.0% may" in str(rollback_reason(limits, old, tally(100, 50)))
+    assert rollback_reason(limits, old, tally(100, s=0.14)) is None
+    assert "160.0 ms against 100.0 ms" in str(rollback_reason(limits, old, tally(100, s=0.16)))
+    assert rollback_reason(limits, old, tally(60, 0, 60, 28)) is None
+    assert "agrees in 10 of 60 comparisons" in str(rollback_reason(limits, old, tally(60, 0, 60, 10)))
+    assert rollback_reason(limits, tally(3), tally(100, s=9.0)) is None  # nothing to compare with
     for count, of in ((0, 50), (10, 60), (60, 60)):
         known = binomtest(count, of).proportion_ci(method="wilson")
-        assert interval(count, of) == pytest.approx((known.low, known.high), abs=1e-4)
+        assert wilson_interval(count, of) == pytest.approx((known.low, known.high), abs=1e-4)
 
 
 def test_a_desk_stays_while_a_model_loads_and_goes_when_it_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +133,7 @@ def test_a_desk_stays_while_a_model_loads_and_goes_when_it_is_alone(monkeypatch:
         raise EOFError
 
     async def watch() -> None:
-        own = Desk(Serve())
+        own = Controller(Serve())
         async with own._one:  # as every change holds it
             leaving = asyncio.ensure_future(own._leave())
             await asyncio.sleep(5 * POLL_S)
@@ -139,7 +141,7 @@ def test_a_desk_stays_while_a_model_loads_and_goes_when_it_is_alone(monkeypatch:
         with pytest.raises(EOFError):
             await asyncio.wait_for(leaving, WAIT_S)
 
-    monkeypatch.setattr(desk, "ALONE_S", 2 * POLL_S)
+    monkeypatch.setattr(controller, "ALONE_S", 2 * POLL_S)
     monkeypatch.setattr(ray.actor, "exit_actor", end)
     asyncio.run(watch())
 
@@ -180,9 +182,9 @@ def until(reached: Any) -> None:
 def book(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory, text_package: Path) -> Iterator[Path]:
     """An open house with the first version, to which every test returns; yields its book."""
     path = tmp_path_factory.mktemp("house") / "deployments.json"
-    run.open_house({str(text_package): SETTINGS}, SETTINGS.model_copy(update={"deployments": str(path)}))
+    server.start_gateway({str(text_package): SETTINGS}, SETTINGS.model_copy(update={"deployments": str(path)}))
     yield path
-    run.stop()
+    server.stop_serving()
 
 
 def overproof(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
@@ -200,7 +202,7 @@ def test_a_canary_is_promoted_and_rolled_back_under_load(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    base = run.address()
+    base = server.base_url()
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
     one, two = version(text_package).package, version(second_package).package
     spoiled = copy(second_package, tmp_path)
@@ -221,7 +223,7 @@ def test_a_canary_is_promoted_and_rolled_back_under_load(
         count = len(seen) + 2  # two are on their way
         until(lambda: len(seen) > count + 20)
         assert {package for _, package in seen[count:]} == {two}
-        until(lambda: run.replicas(one) == 0)
+        until(lambda: server.count_replicas(one) == 0)
         code, said = overproof(capsys, "rollback", "stdlib-lm", "--reason", "too blue")
         assert (code, one in said) == (0, True), said
         count = len(seen) + 2
@@ -240,74 +242,74 @@ def test_a_canary_is_promoted_and_rolled_back_under_load(
 def test_a_canary_that_disagrees_is_taken_back_and_the_record_says_why(
     book: Path, text_package: Path, second_package: Path
 ) -> None:
-    base = run.address()
+    base = server.base_url()
     picky = SETTINGS.model_copy(
         update={"canary": Canary(share=0.5, compare=1.0, min_requests=10, min_agreement=1.0, max_slowdown=1000)}
     )
     with load(base, prompt="import os\n", temperature=1.0) as seen:
-        run.at_desk("deploy", str(second_package), picky, "canary", "ada")
-        until(lambda: run.at_desk("book").lines["stdlib-lm"].canary is None)
+        server.call_controller("deploy", str(second_package), picky, "canary", "ada")
+        until(lambda: server.call_controller("book").lines["stdlib-lm"].canary is None)
         count = len(seen) + 2
         until(lambda: len(seen) > count + 10)
         assert {package for _, package in seen[count:]} == {version(text_package).package}
     assert {status for status, _ in seen} == {200}
-    last = books.read(str(book)).events[-1]
+    last = books.read_deployments(str(book)).events[-1]
     assert (last.what, last.package) == ("automatic rollback", version(second_package).package)
     assert "comparisons" in last.reason
 
 
 def test_a_shadow_sees_the_traffic_and_answers_nobody(book: Path, text_package: Path, second_package: Path) -> None:
-    base = run.address()
+    base = server.base_url()
     loose = SETTINGS.model_copy(update={"canary": Canary(min_requests=100_000)})
     with load(base) as seen:
-        run.at_desk("deploy", str(second_package), loose, "shadow", "ada")
+        server.call_controller("deploy", str(second_package), loose, "shadow", "ada")
         two = version(second_package).package
-        until(lambda: run.at_desk("tallies").get(two, Tally()).compared > 10)
-        assert run.at_desk("tallies")[two].requests > 10
+        until(lambda: server.call_controller("tallies").get(two, VersionStats()).compared > 10)
+        assert server.call_controller("tallies")[two].requests > 10
     assert {package for _, package in seen} == {version(text_package).package}
     with httpx.Client(base_url=base, timeout=WAIT_S, trust_env=False) as client:
         named = client.post("/v1/completions", json=BODY | {"model": two}).json()
         assert named["package"] == two  # who asks for it by its id gets it
-    run.at_desk("roll_back", "stdlib-lm", "ada")
+    server.call_controller("roll_back", "stdlib-lm", "ada")
 
 
 def test_a_desk_that_is_killed_comes_back_from_its_book(book: Path, text_package: Path, second_package: Path) -> None:
-    base, before = run.address(), run.at_desk("book")
+    base, before = server.base_url(), server.call_controller("book")
     with load(base) as seen:
         ray.kill(ray.get_actor("overproof-desk", namespace="overproof-desk"), no_restart=False)
 
         def back() -> bool:
             try:
-                return bool(run.at_desk("book") == before)
+                return bool(server.call_controller("book") == before)
             except InputError:  # it is on its way
                 return False
 
         until(back)
-        run.at_desk("deploy", str(second_package), SETTINGS, "stable", "ada")
+        server.call_controller("deploy", str(second_package), SETTINGS, "stable", "ada")
         count = len(seen) + 2
         until(lambda: len(seen) > count + 10)
         assert {package for _, package in seen[count:]} == {version(second_package).package}
-        run.at_desk("roll_back", "stdlib-lm", "ada")
+        server.call_controller("roll_back", "stdlib-lm", "ada")
     assert {status for status, _ in seen} == {200}
 
 
 def test_a_version_that_does_not_start_changes_nothing(
     book: Path, text_package: Path, second_package: Path, tmp_path: Path
 ) -> None:
-    base, broken = run.address(), break_model(second_package, tmp_path)
+    base, broken = server.base_url(), break_model(second_package, tmp_path)
     with (
         load(base) as seen,
         pytest.raises(InputError, match=r"does not start, and nothing has changed: .*cannot be read"),
     ):
-        run.at_desk("deploy", str(broken), SETTINGS, "stable", "ada")
+        server.call_controller("deploy", str(broken), SETTINGS, "stable", "ada")
     assert set(seen) == {(200, version(text_package).package)}
-    last = books.read(str(book)).events[-1]
+    last = books.read_deployments(str(book)).events[-1]
     assert (last.what, last.who, "cannot be read" in last.reason) == ("failed", "ada", True)
     assert version(broken).application not in serve.status().applications
 
 
 def test_a_model_without_a_replica_is_not_healthy_and_its_requests_wait_for_the_next(book: Path) -> None:
-    with httpx.Client(base_url=run.address(), timeout=WAIT_S, trust_env=False) as client:
+    with httpx.Client(base_url=server.base_url(), timeout=WAIT_S, trust_env=False) as client:
         assert client.get("/healthz").status_code == 200
         (name,) = [name for name in named_replicas() if "stdlib-lm" in name]
         ray.kill(ray.get_actor(name, namespace="serve"))
@@ -327,23 +329,23 @@ def test_several_models_share_the_memory_and_come_when_asked(
 ) -> None:
     sizes = [version(text_package).resident_mb, version(digits_package).resident_mb]
     room = max(sizes) + min(sizes) / 2  # for either, not for both
-    run.stop()
-    base = run.open_house({str(text_package): SETTINGS}, SETTINGS.model_copy(update={"memory_mb": room}))
+    server.stop_serving()
+    base = server.start_gateway({str(text_package): SETTINGS}, SETTINGS.model_copy(update={"memory_mb": room}))
     try:
-        run.start(digits_package, Serve(max_replicas=1, cpus_per_replica=0.2))
+        server.start_serving(digits_package, Serve(max_replicas=1, cpus_per_replica=0.2))
         image = {"model": "digits", "images": [[0.0] * 64]}
         with httpx.Client(base_url=base, timeout=WAIT_S, trust_env=False) as client:
             assert {m["id"] for m in client.get("/v1/models").json()["data"]} == {"stdlib-lm", "digits"}
             for _ in range(2):
                 assert client.post("/v1/classify", json=image).status_code == 200
-                until(lambda: run.replicas(version(text_package).package) == 0)
+                until(lambda: server.count_replicas(version(text_package).package) == 0)
                 assert client.post("/v1/completions", json=BODY).status_code == 200  # loaded again
-                until(lambda: run.replicas(version(digits_package).package) == 0)
+                until(lambda: server.count_replicas(version(digits_package).package) == 0)
             unnamed = client.post("/v1/completions", json={"prompt": "x"})
             assert unnamed.status_code == 404
             assert "name one" in unnamed.json()["error"]["message"]
-        run.stop()
+        server.stop_serving()
         with pytest.raises(InputError, match=r"serve\.memory_mb: .* takes"):
-            run.open_house({str(text_package): SETTINGS}, SETTINGS.model_copy(update={"memory_mb": 0.001}))
+            server.start_gateway({str(text_package): SETTINGS}, SETTINGS.model_copy(update={"memory_mb": 0.001}))
     finally:
-        run.stop()
+        server.stop_serving()

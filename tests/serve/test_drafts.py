@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from overproof.compress.gguf import export_gguf
-from overproof.data.tokens import train_bpe
+from overproof.data.tokenization import train_bpe
+from overproof.engines.base import Sampling
+from overproof.engines.llamacpp import LlamaCpp
 from overproof.errors import InputError
-from overproof.serve.engines.base import Sampling
-from overproof.serve.engines.llamacpp import LlamaCpp
+from overproof.export.gguf import export_gguf
 from packing import VOCABULARY
 
 PROMPTS = [[0, 70 + i] for i in range(32)]

@@ -19,18 +19,18 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from overproof.compress.gguf import read_gguf
-from overproof.compress.onnx import Reference
+from overproof.config import Serve
+from overproof.engines import text_engine
+from overproof.engines.base import Sampling, TextEngine
+from overproof.engines.detokenizer import StopFilter
+from overproof.engines.gguf_tokens import align_logprobs, incomplete_utf8_tail, read_gguf_header
+from overproof.engines.llamacpp import LlamaCpp
+from overproof.engines.onnx_runtime import OnnxClassifier
+from overproof.engines.vllm_server import PYTHON, unpacked_directory, vllm_python
 from overproof.errors import InputError
-from overproof.recipe import Serve
-from overproof.registry.package import open_package
-from overproof.serve.engines import text_engine
-from overproof.serve.engines.base import Sampling, TextEngine
-from overproof.serve.engines.llamacpp import LlamaCpp
-from overproof.serve.engines.onnx import OnnxClassifier
-from overproof.serve.engines.vllm_server import PYTHON, interpreter, unpacked
-from overproof.serve.engines.vocabulary import line_up, open_tail, read_header
-from overproof.serve.engines.written import StopFilter
+from overproof.export.gguf import read_gguf
+from overproof.export.onnx import Reference
+from overproof.package.package import open_package
 from overproof.serve.replica import load_engine
 from packing import copy, edit
 
@@ -55,7 +55,7 @@ def tokenizer(text_package: Path) -> Tokenizer:
 
 def test_logprobs_are_the_models_own_for_every_token(engine: TextEngine, text_package: Path) -> None:
     """Sampled hot, so that many tokens end inside a character: those llama.cpp itself does not report."""
-    reference, header = read_gguf(text_package / "model.gguf"), read_header(text_package / "model.gguf")
+    reference, header = read_gguf(text_package / "model.gguf"), read_gguf_header(text_package / "model.gguf")
     inside = 0
     for seed in range(4):
         done = engine.complete(PROMPT, Sampling(24, temperature=2.0, seed=seed, logprobs=3))
@@ -74,7 +74,7 @@ def test_logprobs_are_the_models_own_for_every_token(engine: TextEngine, text_pa
         text = b""
         for token in done.tokens:
             text += header.pieces[token]
-            inside += bool(open_tail(text))
+            inside += bool(incomplete_utf8_tail(text))
     assert inside
 
 
@@ -234,7 +234,7 @@ def test_vllm_is_asked_for_where_it_is_not(monkeypatch: pytest.MonkeyPatch, tmp_
     for named in (None, str(tmp_path / "python")):
         monkeypatch.delenv(PYTHON, raising=False) if named is None else monkeypatch.setenv(PYTHON, named)
         with pytest.raises(InputError, match=r"OVERPROOF_VLLM: found .*; expected the Python of an environment"):
-            interpreter()
+            vllm_python()
 
 
 def test_an_environment_without_vllm_is_told_by_its_own_words(
@@ -250,11 +250,11 @@ def test_an_environment_without_vllm_is_told_by_its_own_words(
 
 def test_what_vllm_reads_is_what_the_file_means(text_package: Path) -> None:
     file, tokens_BS = text_package / "model.gguf", torch.tensor([[0, *range(70, 100)]])
-    found = AutoModelForCausalLM.from_pretrained(unpacked(file), dtype=torch.float32)
+    found = AutoModelForCausalLM.from_pretrained(unpacked_directory(file), dtype=torch.float32)
     with torch.inference_mode():
         one, two = (model(input_ids=tokens_BS).logits.log_softmax(-1) for model in (read_gguf(file), found))
     assert (one - two).abs().max() < 0.01  # nats, of weights rounded to half precision
-    assert unpacked(file) == unpacked(file)
+    assert unpacked_directory(file) == unpacked_directory(file)
 
 
 def test_a_classifier_gives_what_its_file_means(digits_package: Path) -> None:
@@ -272,16 +272,16 @@ def test_a_classifier_gives_what_its_file_means(digits_package: Path) -> None:
     [(b"", 0), (b"a", 0), ("é".encode(), 0), (b"\xc3", 1), (b"a\xe6\x97", 2), (b"\xf0\x9f\x8e", 3), (b"\x80", 0)],
 )
 def test_the_start_of_a_character_is_held_back(data: bytes, held: int) -> None:
-    assert open_tail(data) == held
+    assert incomplete_utf8_tail(data) == held
 
 
 def test_what_was_not_reported_stays_open() -> None:
     pieces = [b"", b"a", b"\xc3", b"\xa9", b"\n"]
     one, three, four = ({"id": token} for token in (1, 3, 4))
-    assert line_up([1, 2, 3, 4], [one, three], pieces) == [one, None, three, None]
-    assert line_up([3, 2, 3], [three, three], pieces) == [three, None, three]
+    assert align_logprobs([1, 2, 3, 4], [one, three], pieces) == [one, None, three, None]
+    assert align_logprobs([3, 2, 3], [three, three], pieces) == [three, None, three]
     with pytest.raises(RuntimeError, match="reported"):
-        line_up([1], [four], pieces)
+        align_logprobs([1], [four], pieces)
 
 
 def test_a_stop_string_may_come_in_parts() -> None:

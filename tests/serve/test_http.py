@@ -15,20 +15,20 @@ from typing import Any
 import httpx
 import pytest
 
-from alone import one
+from single_model import one
+from overproof.engines.base import Piece
+from overproof.engines.llamacpp import LlamaCpp
+from overproof.engines.onnx_runtime import OnnxClassifier
 from overproof.errors import InputError
-from overproof.registry.package import open_package
-from overproof.serve import limits
+from overproof.package.package import open_package
+from overproof.serve import middleware
 from overproof.serve.access_log import AccessLog
-from overproof.serve.engines.base import Piece
-from overproof.serve.engines.llamacpp import LlamaCpp
-from overproof.serve.engines.onnx import OnnxClassifier
-from overproof.serve.grammar import Kept
-from overproof.serve.house import One
-from overproof.serve.http import build_http
-from overproof.serve.limits import MOST_BODY_BYTES, Access, is_loopback
-from overproof.serve.replies import ChatEvent, ChatReply, ClassifyReply, CompletionReply, ErrorReply, ModelList
-from overproof.serve.schema import ChatRequest, ClassifyRequest, CompletionRequest
+from overproof.serve.grammar import GrammarChecker
+from overproof.serve.middleware import MOST_BODY_BYTES, Access, is_loopback
+from overproof.serve.model_registry import SingleModel
+from overproof.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest
+from overproof.serve.responses import ChatEvent, ChatReply, ClassifyReply, CompletionReply, ErrorReply, ModelList
+from overproof.serve.routes import build_app
 from packing import make_package
 
 OPEN, KEYED = Access(None), Access(hashlib.sha256(b"secret").hexdigest())
@@ -37,14 +37,14 @@ JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def text(text_package: Path) -> Iterator[One]:
+def text(text_package: Path) -> Iterator[SingleModel]:
     engine = LlamaCpp(text_package / "model.gguf", slots=2)
     yield one(text_package, engine)
     engine.close()
 
 
 @pytest.fixture(scope="module")
-def digits(digits_package: Path) -> One:
+def digits(digits_package: Path) -> SingleModel:
     return one(digits_package, OnnxClassifier(digits_package / "model.onnx"))
 
 
@@ -57,8 +57,8 @@ def ask(app: Any, method: str, path: str, client: str = "127.0.0.1", **request: 
     return asyncio.run(send())
 
 
-def test_a_reply_says_which_file_gave_it(text: One, text_package: Path) -> None:
-    app = build_http(text, OPEN)
+def test_a_reply_says_which_file_gave_it(text: SingleModel, text_package: Path) -> None:
+    app = build_app(text, OPEN)
     reply = ask(app, "POST", "/v1/completions", json={"prompt": "import os\n", "max_tokens": 8}).json()
     assert reply["model"] == "stdlib-lm"
     assert text.served.model.overproof.sha256.startswith(reply["system_fingerprint"])
@@ -72,10 +72,10 @@ def test_a_reply_says_which_file_gave_it(text: One, text_package: Path) -> None:
     assert ask(app, "GET", "/healthz").json() == {"status": "ok"}
 
 
-def test_rows_and_flat_pixels_are_the_same_image(digits: One) -> None:
+def test_rows_and_flat_pixels_are_the_same_image(digits: SingleModel) -> None:
     image = [i / 64 for i in range(64)]
     rows = [image[i : i + 8] for i in range(0, 64, 8)]
-    flat, nested = ask(build_http(digits, OPEN), "POST", "/v1/classify", json={"images": [image, rows]}).json()["data"]
+    flat, nested = ask(build_app(digits, OPEN), "POST", "/v1/classify", json={"images": [image, rows]}).json()["data"]
     assert flat["probabilities"] == nested["probabilities"]
     assert flat["label"] == max(range(10), key=flat["probabilities"].__getitem__)
     assert sum(flat["probabilities"]) == pytest.approx(1, abs=1e-5)
@@ -140,9 +140,9 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("body", "param", "message"), COMPLETIONS)
 def test_a_bad_completion_request_gets_one_clear_error(
-    text: One, body: dict[str, Any], param: str, message: str
+    text: SingleModel, body: dict[str, Any], param: str, message: str
 ) -> None:
-    reply = ask(build_http(text, OPEN), "POST", "/v1/completions", content=json.dumps(body), headers=JSON)
+    reply = ask(build_app(text, OPEN), "POST", "/v1/completions", content=json.dumps(body), headers=JSON)
     assert reply.status_code == 400
     error = ErrorReply.model_validate(reply.json()).error
     assert (error.param, error.type) == (param, "invalid_request_error")
@@ -155,45 +155,45 @@ def test_a_bad_completion_request_gets_one_clear_error(
     [None, [], "x", [5], [[]], [BLANK[:-1]], [[2.0] * 64], [["a"] * 64], [[[0.0] * 8] * 7], [[BLANK[:8]] * 7 + [[0.0]]],
      [BLANK, [0.0]], [BLANK] * 1025, [[True] * 64]],
 )  # fmt: skip
-def test_a_bad_image_gets_one_clear_error(digits: One, images: Any) -> None:
-    reply = ask(build_http(digits, OPEN), "POST", "/v1/classify", json={"images": images})
+def test_a_bad_image_gets_one_clear_error(digits: SingleModel, images: Any) -> None:
+    reply = ask(build_app(digits, OPEN), "POST", "/v1/classify", json={"images": images})
     error = ErrorReply.model_validate(reply.json()).error
     assert (reply.status_code, error.param) == (400, "images"), error
     assert error.message.startswith("images")
 
 
 @pytest.mark.parametrize("content", [b"{bad", b'"text"', b"[]", b"", b"\xff\xfe"])
-def test_a_body_that_is_no_json_object_is_refused(text: One, content: bytes) -> None:
+def test_a_body_that_is_no_json_object_is_refused(text: SingleModel, content: bytes) -> None:
     headers = {"Content-Type": "application/json"}
-    reply = ask(build_http(text, OPEN), "POST", "/v1/completions", content=content, headers=headers)
+    reply = ask(build_app(text, OPEN), "POST", "/v1/completions", content=content, headers=headers)
     assert reply.status_code == 400
     assert "JSON" in ErrorReply.model_validate(reply.json()).error.message
 
 
 @pytest.mark.parametrize("grammar", ["root ::= " + '("i"* "i"*)* ' * 50, "root ::= " + '"i"? ' * 600])
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_grammar_with_many_ways_to_go_on_is_kept_to_or_refused(text: One, grammar: str, stream: bool) -> None:
+def test_a_grammar_with_many_ways_to_go_on_is_kept_to_or_refused(text: SingleModel, grammar: str, stream: bool) -> None:
     """By itself llama.cpp takes seconds with them, in which nobody gets an answer, or lets go of them on the way."""
     body = {"prompt": "x", "grammar": grammar, "max_tokens": 32, "stream": stream}
-    reply = ask(build_http(text, OPEN), "POST", "/v1/completions", json=body)
+    reply = ask(build_app(text, OPEN), "POST", "/v1/completions", json=body)
     assert reply.status_code == 200 or "too complex for the engine" in reply.text
     assert set("".join(re.findall(r'"text":"([^"]*)"', reply.text))) <= {"i"}
 
 
 def test_text_that_a_grammar_does_not_allow_is_found() -> None:
-    kept = Kept('%llguidance {}\nstart: "yes" | "no"')
+    kept = GrammarChecker('%llguidance {}\nstart: "yes" | "no"')
     kept.add("y")
     kept.add("es")
     for text in ("yo", "no more", "x"):
         with pytest.raises(InputError, match="does not keep to it"):
-            Kept('%llguidance {}\nstart: "yes" | "no"').add(text)
+            GrammarChecker('%llguidance {}\nstart: "yes" | "no"').add(text)
 
 
-def test_wrong_routes_and_models_say_what_is_right(text: One, digits: One) -> None:
-    app = build_http(text, OPEN)
+def test_wrong_routes_and_models_say_what_is_right(text: SingleModel, digits: SingleModel) -> None:
+    app = build_app(text, OPEN)
     for reply, message in (
         (ask(app, "POST", "/v1/classify", json={"images": [BLANK]}), "ask it at POST /v1/completions"),
-        (ask(build_http(digits, OPEN), "POST", "/v1/completions", json={"prompt": "x"}), "ask it at POST /v1/classify"),
+        (ask(build_app(digits, OPEN), "POST", "/v1/completions", json={"prompt": "x"}), "ask it at POST /v1/classify"),
         (ask(app, "POST", "/v1/completions", json={"prompt": "x", "model": "gpt"}), "expected 'stdlib-lm'"),
         (ask(app, "GET", "/v1/models/gpt"), "expected 'stdlib-lm'"),
         (ask(app, "POST", "/v1/embeddings", json={"input": "x"}), "Not Found"),
@@ -204,27 +204,27 @@ def test_wrong_routes_and_models_say_what_is_right(text: One, digits: One) -> No
     assert ask(app, "GET", "/v1/completions").status_code == 405
 
 
-def test_large_bodies_are_refused_announced_or_not(text: One) -> None:
+def test_large_bodies_are_refused_announced_or_not(text: SingleModel) -> None:
     async def chunks() -> Any:
         for _ in range(MOST_BODY_BYTES // 65536 + 1):
             yield b"x" * 65536
 
-    app = build_http(text, OPEN)
+    app = build_app(text, OPEN)
     for content in (b"x" * (MOST_BODY_BYTES + 1), chunks()):
         reply = ask(app, "POST", "/v1/completions", content=content, headers={"Content-Type": "application/json"})
         assert reply.status_code == 413
         assert "larger than" in ErrorReply.model_validate(reply.json()).error.message
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(text: One, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_that_does_not_come_is_not_waited_for(text: SingleModel, monkeypatch: pytest.MonkeyPatch) -> None:
     async def drops() -> Any:
         for _ in range(100):
             yield b" "
             await asyncio.sleep(0.05)
 
-    monkeypatch.setattr(limits, "MOST_BODY_SECONDS", 0.2)
+    monkeypatch.setattr(middleware, "MOST_BODY_SECONDS", 0.2)
     headers = {"Content-Type": "application/json"}
-    reply = ask(build_http(text, OPEN), "POST", "/v1/completions", content=drops(), headers=headers)
+    reply = ask(build_app(text, OPEN), "POST", "/v1/completions", content=drops(), headers=headers)
     assert (reply.status_code, list(reply.json())) == (408, ["error"])
 
 
@@ -251,17 +251,17 @@ class Endless:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_reply_that_takes_too_long_ends(text_package: Path, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
-    monkeypatch.setattr(limits, "MOST_SECONDS", 0.3)
+    monkeypatch.setattr(middleware, "MOST_SECONDS", 0.3)
     engine = Endless()
     body = {"prompt": "x", "stream": stream}
-    reply = ask(build_http(one(text_package, engine), OPEN), "POST", "/v1/completions", json=body)
+    reply = ask(build_app(one(text_package, engine), OPEN), "POST", "/v1/completions", json=body)
     assert reply.status_code == (200 if stream else 408)
     assert ("timeout_error" in reply.text, "[DONE]" in reply.text) == (True, False)
     assert engine.closed.is_set()
 
 
-def test_with_a_key_everything_but_health_needs_it(text: One) -> None:
-    app = build_http(text, KEYED)
+def test_with_a_key_everything_but_health_needs_it(text: SingleModel) -> None:
+    app = build_app(text, KEYED)
     assert ask(app, "GET", "/healthz").status_code == 200
     for value in (None, "secret", "Bearer", "Bearer ", "Bearer Secret", "Basic secret", "Bearer secretx"):
         reply = ask(app, "GET", "/v1/models", headers={} if value is None else {"Authorization": value})
@@ -274,8 +274,8 @@ def test_with_a_key_everything_but_health_needs_it(text: One) -> None:
     assert ask(app, "POST", "/v1/completions", content=b"{bad").status_code == 401  # before the body is looked at
 
 
-def test_without_a_key_other_machines_are_refused(text: One) -> None:
-    app = build_http(text, OPEN)
+def test_without_a_key_other_machines_are_refused(text: SingleModel) -> None:
+    app = build_app(text, OPEN)
     assert ask(app, "GET", "/v1/models", client="::1").status_code == 200
     for client in ("10.1.2.3", "testclient", "2001:db8::1"):
         reply = ask(app, "GET", "/v1/models", client=client)
@@ -284,9 +284,9 @@ def test_without_a_key_other_machines_are_refused(text: One) -> None:
     assert [is_loopback(h) for h in ("localhost", "127.0.0.2", "0.0.0.0", "::", "example.org")] == [1, 1, 0, 0, 0]
 
 
-def test_headers_that_lift_serves_limits_are_refused(text: One) -> None:
+def test_headers_that_lift_serves_limits_are_refused(text: SingleModel) -> None:
     for name in ("x-request-timeout-seconds", "X-Request-Disconnect-Disabled"):
-        reply = ask(build_http(text, OPEN), "GET", "/v1/models", headers={name: "0"})
+        reply = ask(build_app(text, OPEN), "GET", "/v1/models", headers={name: "0"})
         assert reply.status_code == 400
 
 
@@ -295,7 +295,7 @@ def test_a_failing_engine_is_a_500_that_tells_nothing(digits_package: Path) -> N
         def classify(self, _: Any) -> Any:
             raise RuntimeError("a secret path")
 
-    reply = ask(build_http(one(digits_package, Broken()), OPEN), "POST", "/v1/classify", json={"images": [BLANK]})
+    reply = ask(build_app(one(digits_package, Broken()), OPEN), "POST", "/v1/classify", json={"images": [BLANK]})
     assert reply.status_code == 500
     assert ErrorReply.model_validate(reply.json()).error.type == "server_error"
     assert "secret" not in reply.text
@@ -316,9 +316,9 @@ CHATS: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("body", "param", "message"), CHATS)
 def test_a_bad_chat_request_gets_one_clear_error(
-    text: One, body: dict[str, Any], param: str | None, message: str
+    text: SingleModel, body: dict[str, Any], param: str | None, message: str
 ) -> None:
-    reply = ask(build_http(text, OPEN), "POST", "/v1/chat/completions", json=body)
+    reply = ask(build_app(text, OPEN), "POST", "/v1/chat/completions", json=body)
     error = ErrorReply.model_validate(reply.json()).error
     assert (reply.status_code, error.param) == (400, param), error
     assert message in error.message
@@ -327,7 +327,7 @@ def test_a_bad_chat_request_gets_one_clear_error(
 def test_a_model_without_a_chat_template_does_not_chat(tmp_path: Path) -> None:
     package = make_package("text", tmp_path)
     engine = LlamaCpp(package / "model.gguf")
-    app = build_http(one(package, engine), OPEN)
+    app = build_app(one(package, engine), OPEN)
     reply = ask(app, "POST", "/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
     assert reply.status_code == 400
     assert "no chat template" in ErrorReply.model_validate(reply.json()).error.message
@@ -352,7 +352,7 @@ def test_a_stream_that_fails_says_so_at_its_end(text_package: Path) -> None:
 
         def close(self) -> None: ...
 
-    app = build_http(one(text_package, Breaks()), OPEN)
+    app = build_app(one(text_package, Breaks()), OPEN)
     reply = ask(app, "POST", "/v1/completions", json={"prompt": "x", "stream": True})
     first, last = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
     assert (reply.status_code, json.loads(first)["choices"][0]["text"]) == (200, "x")
@@ -368,18 +368,18 @@ def test_where_one_choice_cannot_be_had_the_others_end_too(text_package: Path) -
             return self
 
     engine = Picky()
-    reply = ask(build_http(one(text_package, engine), OPEN), "POST", "/v1/completions", json={"prompt": ["x", "bad"]})
+    reply = ask(build_app(one(text_package, engine), OPEN), "POST", "/v1/completions", json={"prompt": ["x", "bad"]})
     assert (reply.status_code, reply.json()["error"]["message"]) == (400, "prompt: bad")
     assert engine.closed.is_set()
 
 
 def test_every_request_is_a_line_of_json_without_its_prompt_unless_asked_for(
-    text: One, caplog: pytest.LogCaptureFixture
+    text: SingleModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     access_log = logging.getLogger("ray.serve")
     for with_bodies in (False, True):
         caplog.clear()
-        log: Any = AccessLog(build_http(text, OPEN), with_bodies)
+        log: Any = AccessLog(build_app(text, OPEN), with_bodies)
         with caplog.at_level(logging.INFO, "ray.serve"):
             access_log.addHandler(caplog.handler)
             good = ask(log, "POST", "/v1/completions", json={"prompt": "a secret", "max_tokens": 1})
@@ -399,7 +399,7 @@ def test_every_request_is_a_line_of_json_without_its_prompt_unless_asked_for(
 @pytest.mark.parametrize("stream", [True, False])
 def test_generation_ends_when_the_client_goes(text_package: Path, stream: bool) -> None:
     engine = Endless()
-    app = build_http(one(text_package, engine), OPEN)
+    app = build_app(one(text_package, engine), OPEN)
     sent: list[Any] = []
 
     async def client() -> None:

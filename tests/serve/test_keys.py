@@ -19,16 +19,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from alone import one
-from overproof.cli import main
+from single_model import one
+from overproof.cli.main import main
+from overproof.config import Serve
+from overproof.engines.onnx_runtime import OnnxClassifier
 from overproof.errors import InputError
-from overproof.recipe import Serve
-from overproof.serve import keys, run
-from overproof.serve.beside import Beside
-from overproof.serve.engines.onnx import OnnxClassifier
-from overproof.serve.http import build_http
-from overproof.serve.keys import Key, Keys, Meter, digest
-from overproof.serve.limits import Access, access
+from overproof.serve import api_keys, server
+from overproof.serve.api_keys import ApiKey, KeyStore, RateLimiter, hash_key
+from overproof.serve.middleware import Access, Telemetry, load_access
+from overproof.serve.routes import build_app
 
 IMAGE = {"images": [[0.0] * 64]}
 
@@ -41,34 +40,34 @@ class Clock:
         return self.s
 
 
-def limited(requests: int | None = None, tokens: int | None = None) -> Key:
-    return Key(name="team", sha256="0", created="", requests_per_minute=requests, tokens_per_minute=tokens)
+def limited(requests: int | None = None, tokens: int | None = None) -> ApiKey:
+    return ApiKey(name="team", sha256="0", created="", requests_per_minute=requests, tokens_per_minute=tokens)
 
 
 def test_the_file_never_holds_a_key(tmp_path: Path) -> None:
     file = tmp_path / "folder" / "keys.json"
-    made = [keys.add(str(file), name, None, None) for name in ("a", "b")]
+    made = [api_keys.add_key(str(file), name, None, None) for name in ("a", "b")]
     assert len(set(made)) == 2
     assert all(len(key) > 40 and key not in file.read_text() for key in made)
-    assert [key.sha256 for key in keys.read(str(file)).keys] == [digest(key) for key in made]
+    assert [key.sha256 for key in api_keys.read_keys(str(file)).keys] == [hash_key(key) for key in made]
 
 
 def test_keys_added_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
     file = str(tmp_path / "keys.json")
-    adders = [threading.Thread(target=keys.add, args=(file, f"n{i}", None, None)) for i in range(16)]
+    adders = [threading.Thread(target=api_keys.add_key, args=(file, f"n{i}", None, None)) for i in range(16)]
     for adder in adders:
         adder.start()
     for adder in adders:
         adder.join()
-    assert len(keys.read(file).keys) == 16
+    assert len(api_keys.read_keys(file).keys) == 16
 
 
 def test_keys_lie_behind_a_uri_too(s3_uri: str) -> None:
-    from overproof.files import join
+    from overproof.files import join_uri
 
-    uri = join(s3_uri, "keys.json")
-    key = keys.add(uri, "a", 5, None)
-    assert Keys(uri).find(digest(key)) == keys.read(uri).keys[0]
+    uri = join_uri(s3_uri, "keys.json")
+    key = api_keys.add_key(uri, "a", 5, None)
+    assert KeyStore(uri).find(hash_key(key)) == api_keys.read_keys(uri).keys[0]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +85,7 @@ def test_bad_words_are_refused_and_nothing_is_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     file = tmp_path / "keys.json"
-    keys.add(str(file), "a", None, None)
+    api_keys.add_key(str(file), "a", None, None)
     before = file.read_text()
     assert main(["keys", *words, "--file", str(file)]) == 2
     assert message in capsys.readouterr().err
@@ -97,38 +96,38 @@ def test_the_command_makes_lists_and_revokes(tmp_path: Path, capsys: pytest.Capt
     file = str(tmp_path / "keys.json")
     assert main(["keys", "add", "team", "--file", file, "--requests-per-minute", "60"]) == 0
     key = capsys.readouterr().out.strip()
-    assert Keys(file).find(digest(key))
+    assert KeyStore(file).find(hash_key(key))
     assert main(["keys", "ls", "--file", file]) == 0
     listed = capsys.readouterr().out
     assert "team" in listed
     assert "60 requests a minute" in listed
     assert main(["keys", "revoke", "team", "--file", file]) == 0
-    assert Keys(file).find(digest(key)) is None
+    assert KeyStore(file).find(hash_key(key)) is None
 
 
 def test_a_broken_or_empty_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys.json"
     monkeypatch.setenv("OVERPROOF_KEYS", str(file))
     with pytest.raises(InputError, match="holds no key"):
-        access()
+        load_access()
     file.write_text('{"keys": [{"name": "a"}]}')
     with pytest.raises(InputError, match=r"keys\.0\.sha256"):
-        access()
+        load_access()
 
 
 def test_a_change_of_the_file_is_seen_within_seconds(tmp_path: Path) -> None:
     file, clock = str(tmp_path / "keys.json"), Clock()
-    found, key = Keys(file, clock), keys.add(file, "a", None, None)
-    assert found.find(digest(key))
-    keys.revoke(file, "a")
-    assert found.find(digest(key))
-    clock.s = keys.READ_AGAIN_S + 0.1
-    assert found.find(digest(key)) is None
+    found, key = KeyStore(file, clock), api_keys.add_key(file, "a", None, None)
+    assert found.find(hash_key(key))
+    api_keys.revoke_key(file, "a")
+    assert found.find(hash_key(key))
+    clock.s = api_keys.READ_AGAIN_S + 0.1
+    assert found.find(hash_key(key)) is None
 
 
 def test_requests_fill_up_evenly() -> None:
     clock = Clock()
-    meter, key = Meter(clock), limited(requests=6)
+    meter, key = RateLimiter(clock), limited(requests=6)
     assert [meter.admit(key) for _ in range(6)] == [0] * 6
     assert meter.admit(key) == pytest.approx(10)
     assert meter.admit(key) == pytest.approx(10)  # being refused costs nothing
@@ -141,7 +140,7 @@ def test_requests_fill_up_evenly() -> None:
 
 def test_tokens_are_paid_for_when_they_are_counted() -> None:
     clock = Clock()
-    meter, key = Meter(clock), limited(tokens=60)
+    meter, key = RateLimiter(clock), limited(tokens=60)
     assert meter.admit(key) == 0
     meter.charge(key, 90)
     assert meter.admit(key) == pytest.approx(30)
@@ -154,9 +153,9 @@ def test_tokens_are_paid_for_when_they_are_counted() -> None:
 
 def test_requests_are_let_in_by_any_key_and_refused_beyond_its_limit(digits_package: Path, tmp_path: Path) -> None:
     file = str(tmp_path / "keys.json")
-    free, few = keys.add(file, "free", None, None), keys.add(file, "few", 2, None)
+    free, few = api_keys.add_key(file, "free", None, None), api_keys.add_key(file, "few", 2, None)
     house = one(digits_package, OnnxClassifier(digits_package / "model.onnx"))
-    app = build_http(house, Access(digest("own"), file), Beside(Meter(lambda: 0.0)))
+    app = build_app(house, Access(hash_key("own"), file), Telemetry(RateLimiter(lambda: 0.0)))
 
     def ask(key: str) -> httpx.Response:
         async def send() -> httpx.Response:
@@ -190,9 +189,9 @@ def test_replicas_share_one_count_and_answer_over_tls(
     ray_cluster: str, digits_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, (chain, secret) = str(tmp_path / "keys.json"), certificate(tmp_path)
-    key = keys.add(file, "team", 12, None)
+    key = api_keys.add_key(file, "team", 12, None)
     monkeypatch.setenv("OVERPROOF_KEYS", file)
-    base = run.start(
+    base = server.start_serving(
         digits_package,
         Serve(port=0, min_replicas=2, cpus_per_replica=0.2, tls_certificate=chain, tls_key=secret),
     )
@@ -205,19 +204,19 @@ def test_replicas_share_one_count_and_answer_over_tls(
             assert 429 in found[12:]
             assert client.get("/docs").status_code == 200
             assert client.get("/v1/models").status_code == 401
-            keys.revoke(file, "team")
-            time.sleep(keys.READ_AGAIN_S + 0.5)
+            api_keys.revoke_key(file, "team")
+            time.sleep(api_keys.READ_AGAIN_S + 0.5)
             assert {client.get("/v1/models", headers=headers).status_code for _ in range(6)} == {401}
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{base}/healthz")  # a certificate that nobody vouches for
     finally:
-        run.stop()
+        server.stop_serving()
 
 
 def test_a_certificate_that_cannot_be_used_is_refused(digits_package: Path, tmp_path: Path) -> None:
     chain, secret = certificate(tmp_path)
     for files in ({"tls_certificate": chain, "tls_key": chain}, {"tls_certificate": "/none", "tls_key": secret}):
         with pytest.raises(InputError, match="expected a pair in PEM"):
-            run.start(digits_package, Serve(port=0, **files))
+            server.start_serving(digits_package, Serve(port=0, **files))
     with pytest.raises(InputError, match="belong together"):
         Serve.parse({"tls_key": secret}, "serve")

@@ -15,10 +15,10 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from browser import opened
-from overproof.recipe import Serve
-from overproof.registry.package import open_package
-from overproof.serve import run
-from overproof.serve.metrics import OURS, merged
+from overproof.config import Serve
+from overproof.package.package import open_package
+from overproof.serve import server
+from overproof.serve.metrics import OURS, merge_metrics
 
 # One slot: sequences that share a step may differ in the last digits, and then in a sampled token.
 SETTINGS = Serve(port=0, max_replicas=1, cpus_per_replica=0.5, slots=1, max_tokens=256)
@@ -33,10 +33,10 @@ ANSWER = {
 
 @pytest.fixture(scope="module")
 def client(ray_cluster: str, text_package: Path) -> Iterator[OpenAI]:
-    base = run.start(text_package, SETTINGS)
+    base = server.start_serving(text_package, SETTINGS)
     with OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0) as client:
         yield client
-    run.stop()
+    server.stop_serving()
 
 
 def test_models(client: OpenAI, text_package: Path) -> None:
@@ -224,4 +224,4 @@ def test_figures_of_all_nodes_are_one_text(client: OpenAI, text_package: Path) -
 def test_families_of_several_texts_are_joined() -> None:
     one, two = (f'# HELP ray_serve_x X.\n# TYPE ray_serve_x gauge\nray_serve_x{{node="{n}"}} 1.0\n' for n in "ab")
     other = "# TYPE ray_node_y gauge\nray_node_y 1.0\n"
-    assert merged([one + other, two]) == one + two.splitlines()[-1] + "\n"
+    assert merge_metrics([one + other, two]) == one + two.splitlines()[-1] + "\n"

@@ -6,28 +6,28 @@ import random
 from collections.abc import Iterable
 from itertools import pairwise
 
-from overproof.recipe import Serve
-from overproof.serve.scale import Scale
+from overproof.config import Serve
+from overproof.serve.autoscaler import ReplicaTarget
 
 SETTINGS = Serve(min_replicas=1, max_replicas=4, slots=4, upscale_delay_s=1.0, downscale_delay_s=60.0)
 TICK_S = 0.5
 
 
-def follow(scale: Scale, loads: Iterable[float], begin_s: float = 0.0) -> list[int]:
+def follow(scale: ReplicaTarget, loads: Iterable[float], begin_s: float = 0.0) -> list[int]:
     return [scale.see(load, begin_s + TICK_S * tick) for tick, load in enumerate(loads)]
 
 
 def test_a_step_in_load_has_replicas_added_after_its_delay_and_no_more_than_are_allowed() -> None:
-    counts = follow(Scale(SETTINGS, 1), [0] * 10 + [12] * 20)
+    counts = follow(ReplicaTarget(SETTINGS, 1), [0] * 10 + [12] * 20)
     assert counts[:11] == [1] * 11
     added_s = next(i for i, count in enumerate(counts) if count > 1) * TICK_S - 5.0
     assert 1.0 <= added_s <= 2.0
     assert counts[-1] == 3
-    assert follow(Scale(SETTINGS, 1), [100] * 20)[-1] == 4
+    assert follow(ReplicaTarget(SETTINGS, 1), [100] * 20)[-1] == 4
 
 
 def test_replicas_go_after_their_delay_to_the_most_that_was_wanted_meanwhile() -> None:
-    scale = Scale(SETTINGS, 4)
+    scale = ReplicaTarget(SETTINGS, 4)
     counts = follow(scale, [1] * 60 + [7] * 10 + [1] * 61)  # 65 s with a wave of two replicas' worth
     removed = next(i for i, count in enumerate(counts) if count < 4)
     assert removed * TICK_S >= 60
@@ -39,7 +39,7 @@ def test_steady_load_moves_nothing() -> None:
     """An hour of noise around what two replicas are for, and right at the border between two and three."""
     draw = random.Random(0)
     for mean in (6.0, 8.0):
-        scale = Scale(SETTINGS, 2)
+        scale = ReplicaTarget(SETTINGS, 2)
         counts = follow(scale, (max(0.0, draw.gauss(mean, 0.3)) for _ in range(7200)))
         assert set(counts) == {2}
 
@@ -47,7 +47,7 @@ def test_steady_load_moves_nothing() -> None:
 def test_noise_of_single_requests_does_not_flap() -> None:
     """Requests that come and go one by one, four replicas' worth at most: after it has grown it stays."""
     draw = random.Random(1)
-    scale = Scale(SETTINGS, 1)
+    scale = ReplicaTarget(SETTINGS, 1)
     counts = follow(scale, (sum(draw.random() < 0.5 for _ in range(16)) for _ in range(7200)))
     changes = sum(a != b for a, b in pairwise(counts))
     assert changes <= 8
@@ -55,7 +55,7 @@ def test_noise_of_single_requests_does_not_flap() -> None:
 
 
 def test_from_none_the_first_request_has_one_at_once_and_silence_has_none_again() -> None:
-    scale = Scale(SETTINGS.model_copy(update={"min_replicas": 0, "downscale_delay_s": 2.0}), 0)
+    scale = ReplicaTarget(SETTINGS.model_copy(update={"min_replicas": 0, "downscale_delay_s": 2.0}), 0)
     assert follow(scale, [0] * 5) == [0] * 5
     assert scale.see(1, 3.0) == 1
     counts = follow(scale, [0] * 20, begin_s=3.5)
@@ -65,5 +65,5 @@ def test_from_none_the_first_request_has_one_at_once_and_silence_has_none_again(
 
 
 def test_a_count_out_of_its_limits_is_brought_into_them() -> None:
-    assert Scale(SETTINGS, 9).replicas == 4
-    assert Scale(SETTINGS, 0).replicas == 1
+    assert ReplicaTarget(SETTINGS, 9).replicas == 4
+    assert ReplicaTarget(SETTINGS, 0).replicas == 1

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import httpx
 
-from overproof.recipe import Serve
-from overproof.serve import run
+from overproof.config import Serve
+from overproof.serve import server
 
 SETTINGS = Serve(
     port=0, min_replicas=0, max_replicas=2, cpus_per_replica=0.2, slots=1, upscale_delay_s=0.5, downscale_delay_s=2.0
@@ -24,8 +24,8 @@ BODY = {"prompt": [0, 70], "max_tokens": 200, "temperature": 2.0}
 
 def replicas() -> int:
     """Those that answer."""
-    (package,) = run.at_desk("book").lines["stdlib-lm"].live
-    return run.replicas(package.package)
+    (package,) = server.call_controller("book").lines["stdlib-lm"].live
+    return server.count_replicas(package.package)
 
 
 def until(count: int) -> None:
@@ -64,7 +64,7 @@ def load(base: str, clients: int) -> Iterator[list[int]]:
 
 
 def test_replicas_follow_the_load_down_to_none_and_back(ray_cluster: str, text_package: Path) -> None:
-    base = run.start(text_package, SETTINGS)
+    base = server.start_serving(text_package, SETTINGS)
     try:
         until(0)
         reply = httpx.post(f"{base}/v1/completions", json=BODY | {"max_tokens": 1}, timeout=WAIT_S, trust_env=False)
@@ -81,14 +81,14 @@ def test_replicas_follow_the_load_down_to_none_and_back(ray_cluster: str, text_p
         assert set(codes) == {200, 429}
         until(0)
     finally:
-        run.stop()
+        server.stop_serving()
 
 
 def test_an_update_fails_no_request_and_breaks_no_stream(ray_cluster: str, text_package: Path) -> None:
     """A new replica answers before the old one goes, and the old one ends what it has begun."""
     most = 1900
     always = SETTINGS.model_copy(update={"min_replicas": 1, "max_replicas": 1, "max_tokens": most + 2})
-    base = run.start(text_package, always)
+    base = server.start_serving(text_package, always)
     events = list[list[str]]()
     long = BODY | {"stream": True, "max_tokens": most, "logit_bias": {"0": -100}}  # and no end before that
 
@@ -101,7 +101,7 @@ def test_an_update_fails_no_request_and_breaks_no_stream(ray_cluster: str, text_
         with load(base, clients=2) as codes, asking(stream, 2):
             for other in (most + 1, most):
                 before = len(events)
-                assert run.start(text_package, always.model_copy(update={"max_tokens": other})) == base
+                assert server.start_serving(text_package, always.model_copy(update={"max_tokens": other})) == base
                 assert len(events) > before  # one after the other, so one was going on when the old replica went
                 count = len(codes)
                 while len(codes) < count + 20:
@@ -113,4 +113,4 @@ def test_an_update_fails_no_request_and_breaks_no_stream(ray_cluster: str, text_
         too_many = httpx.post(f"{base}/v1/completions", json=BODY | {"max_tokens": most + 1}, trust_env=False)
         assert too_many.status_code == 400  # the last update is the one that answers
     finally:
-        run.stop()
+        server.stop_serving()

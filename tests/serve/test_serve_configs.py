@@ -19,9 +19,9 @@ import yaml
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
+from overproof.config import Serve
 from overproof.errors import InputError
-from overproof.recipe import Serve
-from overproof.serve import run
+from overproof.serve import server
 from packing import copy, edit
 
 CONFIGS = Path(__file__).parents[2] / "serve_configs"
@@ -32,7 +32,7 @@ START_S = 90
 @pytest.fixture(autouse=True)
 def _stopped(ray_cluster: str) -> Iterator[None]:
     yield
-    run.stop()
+    server.stop_serving()
 
 
 def _config(name: str, package: Path, folder: Path) -> tuple[Path, str]:
@@ -116,7 +116,7 @@ def test_serve_deploy_serves_this_machine_and_refuses_the_unproven(
 
 def test_the_key_of_the_environment_guards_the_replicas(digits_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERPROOF_API_KEY", "a-secret")
-    base = run.start(digits_package, Serve(host="0.0.0.0", port=0))
+    base = server.start_serving(digits_package, Serve(host="0.0.0.0", port=0))
     body = {"images": [[0.0] * 64]}
     assert httpx.get(f"{base}/healthz").status_code == 200
     assert httpx.post(f"{base}/v1/classify", json=body).status_code == 401
@@ -132,4 +132,4 @@ def test_a_taken_port_is_refused_before_anything_starts(digits_package: Path) ->
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"cannot listen at 127.0.0.1:{port}"):
-            run.start(digits_package, Serve(port=port))
+            server.start_serving(digits_package, Serve(port=port))

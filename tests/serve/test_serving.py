@@ -14,10 +14,10 @@ import pytest
 import ray
 from ray.serve.context import _get_global_client
 
+from overproof.config import Serve
 from overproof.errors import InputError
-from overproof.recipe import Serve
-from overproof.serve import run
-from overproof.serve.app import build
+from overproof.serve.application import build
+from overproof.serve.server import call_controller, start_gateway, start_serving, stop_serving
 from packing import copy, edit
 
 SETTINGS = Serve(
@@ -33,10 +33,10 @@ SETTINGS = Serve(
 
 @pytest.fixture(scope="module")
 def server(ray_cluster: str, text_package: Path) -> Iterator[httpx.Client]:
-    base = run.start(text_package, SETTINGS)
+    base = start_serving(text_package, SETTINGS)
     with httpx.Client(base_url=base, timeout=60) as client:
         yield client
-    run.stop()
+    stop_serving()
 
 
 def _events(server: httpx.Client, body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -118,7 +118,7 @@ def test_errors_arrive_through_the_gateway(server: httpx.Client) -> None:
 
 
 def test_replicas_take_what_was_reserved_on_the_nodes_that_were_named(server: httpx.Client) -> None:
-    client, (version,) = _get_global_client(), run.at_desk("book").lines["stdlib-lm"].live
+    client, (version,) = _get_global_client(), call_controller("book").lines["stdlib-lm"].live
     (deployment,) = client.get_serve_details()["applications"][version.application]["deployments"].values()
     assert deployment["deployment_config"]["ray_actor_options"]["num_cpus"] == 0.5
     (labelled,) = [node["NodeID"] for node in ray.nodes() if node["Labels"].get("group") == "serve"]
@@ -127,14 +127,14 @@ def test_replicas_take_what_was_reserved_on_the_nodes_that_were_named(server: ht
 
 def test_an_open_house_keeps_its_address(server: httpx.Client, text_package: Path) -> None:
     with pytest.raises(InputError, match=r"serve\.port: found 1, and the house that is open has \d+"):
-        run.start(text_package, Serve(port=1))
+        start_serving(text_package, Serve(port=1))
     assert server.get("/healthz").status_code == 200
 
 
 def test_only_proven_packages_are_served(text_package: Path, tmp_path: Path) -> None:
     folder = copy(text_package, tmp_path)
     edit(folder / "verdict.json", lambda verdict: verdict.update(passed=False, chosen=None))
-    for attempt in (lambda: run.start(folder, SETTINGS), lambda: build({"package": str(folder)})):
+    for attempt in (lambda: start_serving(folder, SETTINGS), lambda: build({"package": str(folder)})):
         with pytest.raises(InputError, match="no passing verdict"):
             attempt()
 
@@ -159,4 +159,4 @@ def test_an_address_others_reach_needs_a_key(text_package: Path, monkeypatch: py
     monkeypatch.delenv("OVERPROOF_API_KEY", raising=False)
     for host in ("0.0.0.0", "192.0.2.7"):
         with pytest.raises(InputError, match=r"can be reached from other machines; set OVERPROOF_API_KEY"):
-            run.open_house({str(text_package): Serve()}, Serve(host=host))
+            start_gateway({str(text_package): Serve()}, Serve(host=host))

@@ -18,20 +18,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alone import one as alone
-from overproof.data.documents import read
+from single_model import one as alone
+from overproof.config import ParquetSource, Serve, Traffic
+from overproof.data.documents import iter_documents
 from overproof.data.sources import list_files
+from overproof.engines.llamacpp import LlamaCpp
 from overproof.errors import InputError
-from overproof.files import filesystem, join
-from overproof.recipe import ParquetSource, Serve, Traffic
-from overproof.registry.package import open_package
-from overproof.serve import run
-from overproof.serve.app import in_the_house
-from overproof.serve.beside import Beside
-from overproof.serve.engines.llamacpp import LlamaCpp
-from overproof.serve.http import build_http
-from overproof.serve.limits import Access
-from overproof.serve.traffic import REPLIES, Exchange, Rating, Recorder, Redactor, sampled
+from overproof.files import filesystem, join_uri
+from overproof.package.package import open_package
+from overproof.serve import server
+from overproof.serve.application import resolve_settings
+from overproof.serve.middleware import Access, Telemetry
+from overproof.serve.routes import build_app
+from overproof.serve.traffic import REPLIES, Exchange, Rating, Recorder, Redactor, in_sample
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 EXCHANGE = Exchange("cmpl-1", NOW, "x/package-1", "x", 0, "a ", "b", "stop", 1, 1, 0.5, None)
@@ -43,8 +42,8 @@ def settings(folder: Path | str, **changes: Any) -> Traffic:
 
 def rows(folder: Path | str, kind: str = REPLIES) -> list[dict[str, Any]]:
     """In the order of the files, as `prepare` lists them."""
-    files, root = filesystem(join(str(folder), kind))
-    names = [file.name for file in list_files(ParquetSource(path=join(str(folder), kind)))]
+    files, root = filesystem(join_uri(str(folder), kind))
+    names = [file.name for file in list_files(ParquetSource(path=join_uri(str(folder), kind)))]
     return [row for name in names for row in pq.read_table(f"{root}/{name}", filesystem=files).to_pylist()]
 
 
@@ -133,12 +132,12 @@ def test_what_lies_across_prompt_and_reply_is_taken_out_of_their_text(tmp_path: 
 
 @given(st.floats(0.01, 1), st.integers(0, 50))
 def test_a_larger_sample_has_all_of_a_smaller_one(share: float, number: int) -> None:
-    assert sampled(f"{number}", 1.0)
-    assert sampled(f"{number}", share) <= sampled(f"{number}", min(1.0, share * 1.5))
+    assert in_sample(f"{number}", 1.0)
+    assert in_sample(f"{number}", share) <= in_sample(f"{number}", min(1.0, share * 1.5))
 
 
 def test_a_sample_is_of_its_size() -> None:
-    assert 420 < sum(sampled(f"cmpl-{number}", 0.25) for number in range(2000)) < 580
+    assert 420 < sum(in_sample(f"cmpl-{number}", 0.25) for number in range(2000)) < 580
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +149,7 @@ def engine(text_package: Path) -> Iterator[LlamaCpp]:
 
 def test_replies_of_every_kind_are_kept_and_rated(text_package: Path, engine: LlamaCpp, tmp_path: Path) -> None:
     recorder = Recorder(settings(tmp_path))
-    app = build_http(alone(text_package, engine), Access(), Beside(recorder=recorder))
+    app = build_app(alone(text_package, engine), Access(), Telemetry(recorder=recorder))
 
     async def ask() -> list[Any]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
@@ -183,21 +182,24 @@ def test_replies_of_every_kind_are_kept_and_rated(text_package: Path, engine: Ll
 
 def test_a_replica_that_is_stopped_has_written_everything(ray_cluster: str, text_package: Path, tmp_path: Path) -> None:
     """And `prepare`'s reader takes it."""
-    base, texts = run.start(text_package, Serve(port=0, cpus_per_replica=0.2, traffic=settings(tmp_path))), []
+    base, texts = (
+        server.start_serving(text_package, Serve(port=0, cpus_per_replica=0.2, traffic=settings(tmp_path))),
+        [],
+    )
     try:
         for seed in range(3):
             body = {"prompt": "import os\n", "max_tokens": 8, "seed": seed}
             reply = httpx.post(f"{base}/v1/completions", json=body, trust_env=False).raise_for_status().json()
             texts.append(f"{body['prompt']}{reply['choices'][0]['text']}")
     finally:
-        run.stop()
+        server.stop_serving()
     source = ParquetSource(path=str(tmp_path / REPLIES))
-    found = [content.decode() for file in list_files(source) for _, content in read(source, file.name)]
+    found = [content.decode() for file in list_files(source) for _, content in iter_documents(source, file.name)]
     assert sorted(found) == sorted(texts)
 
 
 def test_nothing_is_kept_unless_it_is_asked_for(text_package: Path, engine: LlamaCpp) -> None:
-    app = build_http(alone(text_package, engine), Access())
+    app = build_app(alone(text_package, engine), Access())
 
     async def rate() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
@@ -214,6 +216,6 @@ def test_what_cannot_be_kept_is_refused(text_package: Path, digits_package: Path
         (text_package, settings(tmp_path / "file" / "folder"), "expected one you may write to"),
     ):
         with pytest.raises(InputError, match=message):
-            in_the_house({str(package): Serve()}, Serve(traffic=traffic))
+            resolve_settings({str(package): Serve()}, Serve(traffic=traffic))
     with pytest.raises(InputError, match=r"traffic\.redact"):
         Serve.parse({"traffic": {"folder": "x", "redact": ["(("]}}, "serve")

@@ -25,11 +25,10 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from tiny_data import LLAMA, settings, text_like
 
-from overproof.artifact import Draft, Store
-from overproof.progress import NOTICE
-from overproof.recipe import load as read_recipe
-from overproof.stage import Context
-from overproof.train.launch import train
+from overproof.artifacts import ArtifactWriter, Store
+from overproof.config import load_recipe as read_recipe
+from overproof.stage_context import NOTICE, StageContext
+from overproof.train.ray_trainer import train_teacher
 
 DIGITS = Path(__file__).parents[2] / "jobs" / "recipes" / "digits.yaml"
 SEED = 3
@@ -74,7 +73,7 @@ class Run:
     def said(self) -> Path:
         return self.folder / f"{self.name}.said"
 
-    def context(self) -> Context:
+    def context(self) -> StageContext:
         """As the pipeline makes it: prepared data, a fresh draft."""
         store = Store(str(self.folder / "store"))
         prepared = store.find("text", "prepare", "a" * 64)
@@ -82,9 +81,9 @@ class Run:
         recipe = read_recipe(DIGITS).model_copy(
             update={"train": settings(**COMMON, **RUNS[self.name]), "seed": SEED, "name": self.name}
         )
-        return Context(recipe, {"prepare": prepared}, self.draft(store), Pace(str(self.said)))
+        return StageContext(recipe, {"prepare": prepared}, self.draft(store), Pace(str(self.said)))
 
-    def draft(self, store: Store) -> Draft:
+    def draft(self, store: Store) -> ArtifactWriter:
         return store.begin(self.name, "train", "b" * 64, {}, {})
 
     def words(self) -> list[dict[str, Any]]:
@@ -186,7 +185,7 @@ def moved(folder: Path, cluster: Cluster, nodes: list[Any]) -> dict[str, Any]:
 
     def drive() -> None:
         try:
-            train(run.context())
+            train_teacher(run.context())
         except BaseException as error:
             failed.append(error)
             raise
@@ -250,7 +249,7 @@ def main(folder: Path) -> None:
 
 def drive(folder: Path, address: str) -> None:
     ray.init(address=address, log_to_driver=False)
-    train(Run(folder, "killed").context())
+    train_teacher(Run(folder, "killed").context())
 
 
 if __name__ == "__main__":

@@ -15,20 +15,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from overproof.config import Train
 from overproof.data.manifest import Manifest
-from overproof.data.plan import Order
-from overproof.data.read import Shards
-from overproof.models import build, to_tensors
-from overproof.recipe import Train
-from overproof.train.engine import Engine, TorchEngine
-from overproof.train.loop import Row, fit, shares, validation_ids, validation_loss
+from overproof.data.order import Order
+from overproof.data.parquet_reader import Shards
+from overproof.models.hf_directory import build_model, to_tensors
+from overproof.train.deepspeed_engine import DeepSpeedEngine, consolidated_weights
+from overproof.train.engine import TorchEngine, TrainingEngine
+from overproof.train.loop import CurveRow, fit, shard_batches, validation_ids, validation_loss
 from overproof.train.objective import CrossEntropy
-from overproof.train.zero import ZeroEngine, weights
 
 SEED = 3
 
 
-def train(engine: Engine, settings: Train, root: Path, rank: int, world: int) -> list[Row]:
+def train(engine: TrainingEngine, settings: Train, root: Path, rank: int, world: int) -> list[CurveRow]:
     """The rows ``fit`` reports; the global batches are the same at any world size."""
     manifest = Manifest.read(root)
     order, rows, held_out = (
@@ -39,13 +39,13 @@ def train(engine: Engine, settings: Train, root: Path, rank: int, world: int) ->
     batches = (
         to_tensors(rows.take(order.step_rows(step, settings.batch_size, rank, world))) for step in range(settings.steps)
     )
-    parts = shares(validation_ids(held_out.rows, settings.validation_rows), 4, rank, world)
+    parts = shard_batches(validation_ids(held_out.rows, settings.validation_rows), 4, rank, world)
 
     def validate() -> float:
         with engine.evaluating() as model:
             return validation_loss(model, (to_tensors(held_out.take(part)) for part in parts), engine.total)
 
-    reported: list[Row] = []
+    reported: list[CurveRow] = []
     fit(engine, CrossEntropy(), settings, batches, validate, reported.append)
     return reported
 
@@ -58,22 +58,22 @@ def main(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> No
     for case in cases:
         settings = Train.model_validate(case["train"])
         root = Path(case["root"])
-        model = build(settings.model, Manifest.read(root), SEED)  # type: ignore[arg-type]
+        model = build_model(settings.model, Manifest.read(root), SEED)  # type: ignore[arg-type]
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = case["dropout"]
         zero = case["engine"] == "zero"
-        engine = ZeroEngine(model, settings, SEED) if zero else TorchEngine(model, settings)
+        engine = DeepSpeedEngine(model, settings, SEED) if zero else TorchEngine(model, settings)
         rows = train(engine, settings, root, rank, world)
         compiler[case["name"]] = "torch._dynamo.repro.after_dynamo" in sys.modules  # a part that any compiling needs
-        if isinstance(engine, ZeroEngine):
+        if isinstance(engine, DeepSpeedEngine):
             saved = folder / case["name"]
             saved.mkdir(exist_ok=True)
             engine.save(lambda name, state, to=saved: torch.save(state, to / name))
             dist.barrier()
         if rank == 0:
             (folder / f"{case['name']}.json").write_text(json.dumps(rows))
-            state = weights(saved) if isinstance(engine, ZeroEngine) else engine.state_dict()
+            state = consolidated_weights(saved) if isinstance(engine, DeepSpeedEngine) else engine.state_dict()
             torch.save(state, folder / f"{case['name']}.pt")
     (folder / f"compiler.{rank}.json").write_text(json.dumps(compiler))
     dist.destroy_process_group()

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from overproof.config import Train
 from overproof.data.manifest import Manifest
-from overproof.models import build
-from overproof.recipe import Train
+from overproof.models.hf_directory import build_model
+from overproof.train.deepspeed_engine import DeepSpeedEngine
 from overproof.train.objective import CrossEntropy
-from overproof.train.zero import ZeroEngine
 
 STEPS = 2  # Adam's averages exist after the first
 GRADIENTS = ("averaged_gradients", "grad_partitions_flat_buffer", "offload_gradient_dict")
@@ -49,7 +49,7 @@ def storages(tensors: Any) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in found if storage.data_ptr()}
 
 
-def held(engine: ZeroEngine) -> dict[str, int]:
+def held(engine: DeepSpeedEngine) -> dict[str, int]:
     """Bytes of each kind now; a storage belongs to the first kind that owns it."""
     optimizer, module = engine.engine.optimizer, engine.engine.module
     attributes = vars(optimizer)
@@ -82,7 +82,7 @@ def live() -> list[Tensor]:
 
 def measure(train: Train, manifest: Manifest, before: int) -> dict[str, Any]:
     """The most bytes of each kind over the moments of a step, and all tensors after it."""
-    engine = ZeroEngine(build(train.model, manifest, 0), train)  # type: ignore[arg-type]
+    engine = DeepSpeedEngine(build_model(train.model, manifest, 0), train)  # type: ignore[arg-type]
     inner = getattr(engine.engine.optimizer, "optimizer", engine.engine.optimizer)
     largest: dict[str, int] = {}
     moments: dict[str, dict[str, int]] = {}

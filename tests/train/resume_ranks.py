@@ -18,12 +18,11 @@ import deepspeed  # noqa: F401  # once, for all ranks forked from here; so is th
 import torch.utils.tensorboard  # noqa: F401
 from tiny_data import digits_like, settings, text_like
 
-from overproof.artifact import Artifact, Store
+from overproof.artifacts import Artifact, Store
 from overproof.errors import InputError
-from overproof.train.alone import Group, GroupDied
 from overproof.train.checkpoint import Checkpoints
-from overproof.train.job import Job
-from overproof.train.lesson import Labels
+from overproof.train.local_launcher import LocalWorkers, WorkersDied
+from overproof.train.train_job import SupervisedSpec, TrainJob
 
 SEED = 3
 BROKEN_ROW = 37
@@ -52,11 +51,13 @@ class Said:
             file.write(f"{note}\n")
 
 
-def job_of(store: Store, prepared: Artifact, name: str, train: dict[str, Any]) -> Job:
+def job_of(store: Store, prepared: Artifact, name: str, train: dict[str, Any]) -> TrainJob:
     draft = store.begin(name, "train", PRINT, {"train": train}, {"prepare": prepared.record.fingerprint})
     plan = settings(**train)
     checkpoints = Checkpoints(draft.workspace, PRINT, draft.config, draft.parents, plan.checkpoint)
-    return Job(plan, SEED, prepared, draft, checkpoints, Said(Path(store.uri) / f"{name}.said"), Labels(plan.model))
+    return TrainJob(
+        plan, SEED, prepared, draft, checkpoints, Said(Path(store.uri) / f"{name}.said"), SupervisedSpec(plan.model)
+    )
 
 
 def run(store: Store, prepared: Artifact, case: dict[str, Any]) -> dict[str, Any]:
@@ -65,12 +66,12 @@ def run(store: Store, prepared: Artifact, case: dict[str, Any]) -> dict[str, Any
     starts = []
     for attempt in case["attempts"]:
         kill = attempt.get("kill")
-        group = Group.begin(replace(job, progress=KillAt(kill)) if kill else job, attempt["world"])
+        group = LocalWorkers.begin(replace(job, progress=KillAt(kill)) if kill else job, attempt["world"])
         starts.append(group.start.step)
         try:
             metrics = group.join()
             assert not kill
-        except GroupDied:
+        except WorkersDied:
             assert kill
         except InputError as error:
             return {"error": str(error), "starts": starts, "committed": job.checkpoints.committed()}

@@ -15,18 +15,18 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as tries
 from hypothesis import strategies as st
 
+from overproof.config import CheckpointPolicy
 from overproof.errors import InputError
 from overproof.files import filesystem
-from overproof.recipe import Checkpoint
-from overproof.train.checkpoint import LEDGER, MANIFEST, Checkpoints, Kept, differences, keep
-from overproof.train.saver import Saver
+from overproof.train.checkpoint import CHECKPOINT_MANIFEST, LEDGER, Checkpoint, Checkpoints, differences, retained
+from overproof.train.checkpoint_writer import AsyncCheckpointWriter
 
 CONFIG = {"train": {"learning_rate": 0.003, "steps": 30}}
 PARENTS = {"prepare": "a" * 64}
 
 
 def checkpoints(folder: Path | str, **policy: int) -> Checkpoints:
-    return Checkpoints(str(folder), "f" * 64, CONFIG, PARENTS, Checkpoint(**policy))
+    return Checkpoints(str(folder), "f" * 64, CONFIG, PARENTS, CheckpointPolicy(**policy))
 
 
 def state_of(rank: int, step: int) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def state_of(rank: int, step: int) -> dict[str, Any]:
 
 def save(found: Checkpoints, step: int, attempt: str = "aaaa0000", world: int = 2, score: float | None = None) -> None:
     """What the ranks of a group do at a step."""
-    savers = [Saver(found, attempt, rank, world) for rank in reversed(range(world))]
+    savers = [AsyncCheckpointWriter(found, attempt, rank, world) for rank in reversed(range(world))]
     for saver in savers:
         extra = {"curve.jsonl": b'{"step": 1}\n'} if saver.rank == 0 else {}
         saver.save(step, score, lambda write, s=saver: write(f"rank{s.rank}.pt", state_of(s.rank, step)), extra)
@@ -83,7 +83,7 @@ def test_the_newest_is_what_was_saved(three: Checkpoints) -> None:
 def test_what_changes_after_the_call_is_not_saved(tmp_path: Path) -> None:
     found = checkpoints(tmp_path / "work")
     found.begin()
-    saver = Saver(found, "aaaa0000", 0, 1)
+    saver = AsyncCheckpointWriter(found, "aaaa0000", 0, 1)
     state = {"weights": torch.zeros(1000), "scale": [torch.ones(2)]}
     for step in (1, 2):  # the second copy goes into the memory of the first
         saver.save(step, None, lambda write: write("s.pt", state), {})
@@ -98,14 +98,14 @@ def test_what_changes_after_the_call_is_not_saved(tmp_path: Path) -> None:
 def test_tensors_that_are_one_stay_one(tmp_path: Path) -> None:
     found = checkpoints(tmp_path / "work")
     found.begin()
-    saver, tied = Saver(found, "aaaa0000", 0, 1), torch.ones(50_000)
+    saver, tied = AsyncCheckpointWriter(found, "aaaa0000", 0, 1), torch.ones(50_000)
     saver.save(1, None, lambda write: write("s.pt", {"head": tied, "embedding": tied}), {})
     saver.wait()
     assert found.all()[0].files["s.pt"].size_bytes < 1.2 * 50_000 * 4
 
 
 def test_a_rank_that_never_came_leaves_no_checkpoint(three: Checkpoints) -> None:
-    saver = Saver(three, "bbbb0000", 1, 2)
+    saver = AsyncCheckpointWriter(three, "bbbb0000", 1, 2)
     saver.save(40, None, lambda write: write("rank1.pt", state_of(1, 40)), {})
     saver.wait()
     said: list[str] = []
@@ -116,7 +116,7 @@ def test_a_rank_that_never_came_leaves_no_checkpoint(three: Checkpoints) -> None
 
 
 def test_attempts_do_not_mix(three: Checkpoints) -> None:
-    other = Saver(three, "bbbb0000", 1, 2)
+    other = AsyncCheckpointWriter(three, "bbbb0000", 1, 2)
     other.save(40, None, lambda write: write("rank1.pt", state_of(1, -1)), {})
     other.wait()
     save(three, 40, "cccc0000")
@@ -136,9 +136,12 @@ BREAK: dict[str, tuple[Callable[[Path], None], str]] = {
     "flipped": (lambda at: flip(at / "rank1.pt"), "rank1.pt was changed: its sha256 is"),
     "cut": (lambda at: (at / "rank0.pt").write_bytes((at / "rank0.pt").read_bytes()[:-1]), "rank0.pt has"),
     "gone": (lambda at: (at / "rank1.pt").unlink(), "rank1.pt is missing"),
-    "no manifest": (lambda at: (at / MANIFEST).unlink(), f"{MANIFEST} is missing"),
-    "flipped manifest": (lambda at: flip(at / MANIFEST), f"{MANIFEST} "),
-    "empty manifest": (lambda at: (at / MANIFEST).write_bytes(b""), f"{MANIFEST} is not what was written"),
+    "no manifest": (lambda at: (at / CHECKPOINT_MANIFEST).unlink(), f"{CHECKPOINT_MANIFEST} is missing"),
+    "flipped manifest": (lambda at: flip(at / CHECKPOINT_MANIFEST), f"{CHECKPOINT_MANIFEST} "),
+    "empty manifest": (
+        lambda at: (at / CHECKPOINT_MANIFEST).write_bytes(b""),
+        f"{CHECKPOINT_MANIFEST} is not what was written",
+    ),
 }
 
 
@@ -251,13 +254,15 @@ def test_differences_name_every_field() -> None:
     assert list(differences(before, now)) == ["a.b 1, now 2", 'e null, now "x"']
 
 
-def kept_at(step: int, score: float | None) -> Kept:
-    return Kept(f"{step}", step, 1, score, {})
+def kept_at(step: int, score: float | None) -> Checkpoint:
+    return Checkpoint(f"{step}", step, 1, score, {})
 
 
 def test_the_last_and_the_best_are_kept() -> None:
     scores = {10: 3.0, 20: 1.0, 30: None, 40: 2.0, 50: 2.5, 60: 2.2}
-    kept = keep([kept_at(step, score) for step, score in scores.items()], Checkpoint(keep_last=2, keep_best=2))
+    kept = retained(
+        [kept_at(step, score) for step, score in scores.items()], CheckpointPolicy(keep_last=2, keep_best=2)
+    )
     assert sorted(each.step for each in kept) == [20, 40, 50, 60]
 
 

@@ -21,7 +21,7 @@ from tiny_data import settings
 
 from overproof.errors import InputError
 from overproof.train.checkpoint import Checkpoints
-from overproof.train.elastic import Leaving, Patience, largest
+from overproof.train.ray_elastic import PlannedRestart, RetryPolicy, largest_world
 
 TOLERANCE = 1e-5
 
@@ -113,7 +113,7 @@ def test_other_numbers_of_workers_train_the_same(ran: dict[str, Any], whole: dic
 
 DIED = WorkerHealthCheckFailedError("health", failure=ActorDiedError())
 MOVES = [
-    WorkerGroupError("", {0: Leaving("there is room for more workers"), 1: Leaving("")}),
+    WorkerGroupError("", {0: PlannedRestart("there is room for more workers"), 1: PlannedRestart("")}),
     PreemptionError(PreemptionInfo(None, {"node": [1]})),
     ControllerError(WorkerGroupStartupTimeoutError(3)),
 ]
@@ -128,7 +128,7 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
 
 def test_failures_count_until_a_checkpoint_is_committed(checkpoints: Checkpoints) -> None:
     said: list[str] = []
-    patience = Patience(checkpoints, 3, said.append)
+    patience = RetryPolicy(checkpoints, 3, said.append)
     failure = WorkerGroupError("", {0: RuntimeError("Connection closed by peer"), 1: DIED})
     decisions = [patience.make_decision(failure) for _ in range(2)]
     checkpoints.note(10)
@@ -139,13 +139,13 @@ def test_failures_count_until_a_checkpoint_is_committed(checkpoints: Checkpoints
 
 
 def test_moves_are_no_failures(checkpoints: Checkpoints) -> None:
-    patience = Patience(checkpoints, 1, [].append)
+    patience = RetryPolicy(checkpoints, 1, [].append)
     assert [patience.make_decision(move) for move in MOVES] == [FailureDecision.RETRY] * 3
 
 
 @pytest.mark.parametrize("hopeless", [InputError("step 3: loss is nan"), OutOfMemoryError("the node ran low")])
 def test_what_cannot_get_better_ends_the_run(checkpoints: Checkpoints, hopeless: Exception) -> None:
-    patience = Patience(checkpoints, 8, [].append)
+    patience = RetryPolicy(checkpoints, 8, [].append)
     wrapped = WorkerHealthCheckFailedError("health", failure=hopeless)
     for failure in (hopeless, wrapped):
         decision = patience.make_decision(WorkerGroupError("", {0: RuntimeError("gloo"), 1: failure}))
@@ -166,4 +166,4 @@ def test_what_cannot_get_better_ends_the_run(checkpoints: Checkpoints, hopeless:
 def test_the_largest_number_of_workers_that_fits(
     worlds: Sequence[int], nodes: list[int], limit: int, expected: int | None
 ) -> None:
-    assert largest(worlds, [{"CPU": float(cpus)} for cpus in nodes], {"CPU": 3, "GPU": 0}, limit) == expected
+    assert largest_world(worlds, [{"CPU": float(cpus)} for cpus in nodes], {"CPU": 3, "GPU": 0}, limit) == expected

@@ -13,11 +13,11 @@ import pytest
 import torch
 from tiny_data import LLAMA, VIT, settings
 
+from overproof.config import Optimization
 from overproof.data.manifest import Manifest
-from overproof.models import build
-from overproof.recipe import Optimization
-from overproof.train.configuration import deepspeed_config, learning_rate, parameter_groups
-from overproof.train.loop import Row
+from overproof.models.hf_directory import build_model
+from overproof.train.loop import CurveRow
+from overproof.train.optim import deepspeed_config, learning_rate, parameter_groups
 
 STAGES = (0, 1, 2, 3)
 TOLERANCE = 1e-5
@@ -92,7 +92,7 @@ def test_bf16_is_cast_activations_without_zero_and_weights_with_masters_under_it
 
 
 def test_vectors_are_not_decayed(digits_root: Path) -> None:
-    model = build(VIT, Manifest.read(digits_root), 0)
+    model = build_model(VIT, Manifest.read(digits_root), 0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, kept = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.1))
     assert decayed | kept == set(names.values())
@@ -154,8 +154,8 @@ def trained(digits_root: Path, text_root: Path, tmp_path_factory: pytest.TempPat
     return out
 
 
-def curve(trained: Path, name: str) -> list[Row]:
-    rows: list[Row] = json.loads(next(trained.glob(f"*/{name}.json")).read_text())
+def curve(trained: Path, name: str) -> list[CurveRow]:
+    rows: list[CurveRow] = json.loads(next(trained.glob(f"*/{name}.json")).read_text())
     return rows
 
 

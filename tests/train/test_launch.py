@@ -17,19 +17,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_data import VIT, digits_like, settings
 from transformers import AutoModelForImageClassification
 
-from overproof.artifact import Store
-from overproof.cluster import relay
+from overproof.artifacts import Store
+from overproof.cluster.ray_cluster import relay
+from overproof.config import Pretrained, Train
+from overproof.config import load_recipe as read_recipe
 from overproof.data.manifest import Manifest
 from overproof.errors import InputError
-from overproof.models import build, load, save
-from overproof.progress import Progress, quiet
-from overproof.recipe import Pretrained, Train
-from overproof.recipe import load as read_recipe
-from overproof.stage import Context
+from overproof.models.hf_directory import build_model, load_model, save_model
+from overproof.stage_context import Progress, StageContext, no_progress
 from overproof.train.checkpoint import Checkpoints
-from overproof.train.job import Job
-from overproof.train.launch import Trainer, train
-from overproof.train.lesson import Labels
+from overproof.train.ray_trainer import RayTrainer, train_teacher
+from overproof.train.train_job import SupervisedSpec, TrainJob
 
 DIGITS = Path(__file__).parents[2] / "jobs" / "recipes" / "digits.yaml"
 SEED = 5
@@ -49,10 +47,10 @@ def stage(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Stage:
     prepared = draft.commit({}, 0.0)
     runs = count()
 
-    def run(plan: Train, progress: Progress = quiet) -> tuple[dict[str, Any], Path]:
+    def run(plan: Train, progress: Progress = no_progress) -> tuple[dict[str, Any], Path]:
         recipe = read_recipe(DIGITS).model_copy(update={"train": plan, "seed": SEED})
         own = store.begin(f"tiny-{next(runs)}", "train", "b" * 64, {}, {})
-        return train(Context(recipe, {"prepare": prepared}, own, progress)), Path(own.uri)
+        return train_teacher(StageContext(recipe, {"prepare": prepared}, own, progress)), Path(own.uri)
 
     return run
 
@@ -123,11 +121,11 @@ def test_one_worker_trains_the_same(stage: Stage, two_workers: Run) -> None:
 def test_no_steps_pass_the_weights_through(
     stage: Stage, tmp_path: Path, digits_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = build(VIT, Manifest.read(digits_root), 9)
-    save(model, model.config, tmp_path / "given")
+    model = build_model(VIT, Manifest.read(digits_root), 9)
+    save_model(model, model.config, tmp_path / "given")
     monkeypatch.chdir(tmp_path)
     metrics, folder = stage(settings(model=Pretrained(path="given"), steps=0, workers=2))
-    kept = load(folder / "model").state_dict()
+    kept = load_model(folder / "model").state_dict()
     assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
     assert metrics["steps"] == metrics["rows"] == 0
     assert metrics["validation_loss"] == lines(folder, "validation_loss")[0] > 0
@@ -172,7 +170,7 @@ def test_no_process_looks_for_the_run_in_another_cluster(ray_cluster: str, tmp_p
     draft = store.begin("tiny", "train", "b" * 64, {}, {})
     plan = settings()
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, {}, {}, plan.checkpoint)
-    job = Job(plan, SEED, draft.commit({}, 0.0), draft, checkpoints, quiet, Labels(plan.model))
-    used = {type(callback).__name__ for callback in Trainer(job, str(tmp_path))._create_default_callbacks()}
+    job = TrainJob(plan, SEED, draft.commit({}, 0.0), draft, checkpoints, no_progress, SupervisedSpec(plan.model))
+    used = {type(callback).__name__ for callback in RayTrainer(job, str(tmp_path))._create_default_callbacks()}
     assert "DatasetsCallback" in used
     assert "PlacementGroupCleanerCallback" not in used

@@ -21,12 +21,12 @@ from tiny_data import LLAMA, settings
 from torch import Tensor, nn
 
 from overproof.data.manifest import Manifest
-from overproof.data.read import Shards
+from overproof.data.parquet_reader import Shards
 from overproof.errors import InputError
-from overproof.models import Batch, Prediction, build, to_tensors
-from overproof.train.curve import Curve
+from overproof.models.hf_directory import Batch, Prediction, build_model, to_tensors
 from overproof.train.engine import Metrics
-from overproof.train.loop import Row, fit, rows, shares, validation_ids, validation_loss
+from overproof.train.loop import CurveRow, fit, shard_batches, train_steps, validation_ids, validation_loss
+from overproof.train.metrics_logger import MetricsLogger
 from overproof.train.objective import CrossEntropy, Objective, masked_mean, nll
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "train-digits-like.json"
@@ -34,7 +34,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "train-digits-like.json"
 
 @pytest.fixture(scope="module")
 def alone(digits_root: Path) -> dict[str, Any]:
-    script = Path(__file__).with_name("alone.py")
+    script = Path(__file__).with_name("without_ray.py")
     done = subprocess.run([sys.executable, script, digits_root], capture_output=True, text=True, check=True)
     said: dict[str, Any] = json.loads(done.stdout)
     return said
@@ -82,24 +82,28 @@ class Fixed:
 
 
 def test_a_loss_that_is_not_finite_is_refused_with_what_to_do() -> None:
-    seen: list[Row] = []
+    seen: list[CurveRow] = []
     with pytest.raises(InputError, match=r"step 2: loss is nan .*lower learning_rate \(at most 0\.003"):
         fit(Fixed([1.0, math.nan]), CrossEntropy(), settings(steps=3), iter([{}] * 3), lambda: 0.0, seen.append)
     assert [row["step"] for row in seen] == [1]
 
 
 def test_validates_every_so_often_and_at_the_end() -> None:
-    given = rows(Fixed([1.0] * 5), CrossEntropy(), settings(steps=5, validate_every=2), iter([{}] * 5), lambda: 7.0)
+    given = train_steps(
+        Fixed([1.0] * 5), CrossEntropy(), settings(steps=5, validate_every=2), iter([{}] * 5), lambda: 7.0
+    )
     assert [row["step"] for row in given if "validation_loss" in row] == [2, 4, 5]
 
 
 def test_no_steps_still_validate() -> None:
     plan = settings(steps=0)
-    assert list(rows(Fixed([]), CrossEntropy(), plan, iter([]), lambda: 7.0)) == [{"step": 0, "validation_loss": 7.0}]
+    assert list(train_steps(Fixed([]), CrossEntropy(), plan, iter([]), lambda: 7.0)) == [
+        {"step": 0, "validation_loss": 7.0}
+    ]
 
 
 def test_padding_does_not_count(text_root: Path) -> None:
-    model = build(LLAMA, Manifest.read(text_root), 0).eval()
+    model = build_model(LLAMA, Manifest.read(text_root), 0).eval()
     held_out = Shards(text_root, "validation").take(np.arange(23))
     losses, count = 0.0, 0
     with torch.no_grad():
@@ -123,7 +127,7 @@ def test_mean_over_what_counts_in_fp32() -> None:
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 9))
 def test_ranks_share_validation_in_equally_many_batches(rows: int, batch_size: int, world: int) -> None:
     ids = validation_ids(rows, rows)
-    parts = [shares(ids, batch_size, rank, world) for rank in range(world)]
+    parts = [shard_batches(ids, batch_size, rank, world) for rank in range(world)]
     assert len({len(mine) for mine in parts}) == 1
     assert all(0 < len(part) <= max(2, batch_size) for mine in parts for part in mine)
     taken = np.concatenate([part for mine in parts for part in mine])
@@ -136,11 +140,11 @@ def test_validation_rows_are_spread_over_the_split() -> None:
 
 
 def test_curve_is_readable_by_people_and_machines(tmp_path: Path) -> None:
-    written: list[Row] = [
+    written: list[CurveRow] = [
         {"step": 1, "loss": 2.0, "learning_rate": 0.1, "grad_norm": 1.5},
         {"step": 1, "validation_loss": 1.75},
     ]
-    with Curve(tmp_path / "curve.jsonl", tmp_path / "events") as curve:
+    with MetricsLogger(tmp_path / "curve.jsonl", tmp_path / "events") as curve:
         for row in written:
             curve(row)
     assert [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()] == written

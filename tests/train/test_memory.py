@@ -14,14 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from overproof.config import Llama, Pretrained, Train, Vit
 from overproof.data.manifest import Manifest
 from overproof.errors import InputError
-from overproof.models import build, parameters, save
-from overproof.recipe import Llama, Pretrained, Train, Vit
-from overproof.train import memory
-from overproof.train.configuration import BUCKET_ELEMENTS
-from overproof.train.dimensions import dimensions
+from overproof.models import zero_memory
+from overproof.models.hf_directory import build_model, count_parameters, save_model
+from overproof.models.sizes import model_size
 from overproof.train.objective import CrossEntropy
+from overproof.train.optim import BUCKET_ELEMENTS
 
 RANKS_S = 600
 WORLD, VOCABULARY, LENGTH, CLASSES = 2, 1024, 12, 10
@@ -57,26 +57,26 @@ def training(**changes: object) -> Train:
 
 @pytest.mark.parametrize("model", [*LLAMAS, *VITS], ids=lambda m: f"{m.kind}-{m.hidden_size}x{m.layers}")
 def test_every_tensor_of_a_model_is_counted(model: Llama | Vit, tmp_path: Path) -> None:
-    real = build(model, manifest(model), 0)
-    size = dimensions(model, manifest(model).outputs, LENGTH)
+    real = build_model(model, manifest(model), 0)
+    size = model_size(model, manifest(model).outputs, LENGTH)
     assert sorted(size.tensors) == sorted(p.numel() for p in real.parameters())
-    assert size.parameters == parameters(real)
-    save(real, real.config, tmp_path)
-    assert dimensions(Pretrained(path=str(tmp_path)), 0, LENGTH).parameters == size.parameters
-    read = dimensions(Pretrained(path=f"file://{tmp_path}"), 0, size.predictions)
+    assert size.parameters == count_parameters(real)
+    save_model(real, real.config, tmp_path)
+    assert model_size(Pretrained(path=str(tmp_path)), 0, LENGTH).parameters == size.parameters
+    read = model_size(Pretrained(path=f"file://{tmp_path}"), 0, size.predictions)
     assert (read.places, read.outputs, read.key_width) == (size.places, size.outputs, size.key_width)
     assert sorted(read.tensors) == sorted(size.tensors)
 
 
 def test_what_is_no_model_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json"):
-        dimensions(Pretrained(path=str(tmp_path)), 0, 1)
+        model_size(Pretrained(path=str(tmp_path)), 0, 1)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(InputError, match="safetensors"):
-        dimensions(Pretrained(path=str(tmp_path)), 0, 1)
+        model_size(Pretrained(path=str(tmp_path)), 0, 1)
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(InputError, match="not safetensors: a header of"):
-        dimensions(Pretrained(path=str(tmp_path)), 0, 1)
+        model_size(Pretrained(path=str(tmp_path)), 0, 1)
 
 
 CASES: dict[str, dict[str, object]] = {
@@ -123,8 +123,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_formulas_give_the_bytes_that_workers_hold(measured: Path, name: str, rank: int) -> None:
     found: dict[str, Any] = json.loads((measured / f"{name}.{rank}.json").read_text())
     train = training(**CASES[name])
-    size = dimensions(TEACHER, VOCABULARY, LENGTH)
-    held = memory.states(size, train, train.zero_stage, WORLD)
+    size = model_size(TEACHER, VOCABULARY, LENGTH)
+    held = zero_memory.state_memory(size, train, train.zero_stage, WORLD)
     for part in ("weights", "gradients", "optimizer", "buffers"):
         expected = getattr(held.device, part) + getattr(held.host, part)
         tolerance = SLACK_BYTES + (ONE_TENSOR if part == "gradients" else 0)
@@ -133,21 +133,21 @@ def test_formulas_give_the_bytes_that_workers_hold(measured: Path, name: str, ra
 
 
 def test_the_bucket_is_the_one_deepspeed_is_told() -> None:
-    assert memory.BUCKET == BUCKET_ELEMENTS
+    assert zero_memory.BUCKET == BUCKET_ELEMENTS
 
 
 def test_the_papers_table_at_7_5_billion_parameters() -> None:
     """Figure 1 of arXiv 1910.02054: 7.5 billion parameters, 64 workers, 16 bits: 120, 31.4, 16.6 and 1.9 GB."""
     paper = {1: 31.4e9, 2: 16.6e9, 3: 1.9e9}
     billions = Llama(hidden_size=4096, intermediate_size=16_384, layers=28, heads=32, kv_heads=32)
-    size = dimensions(billions, 50_000, 1024)
+    size = model_size(billions, 50_000, 1024)
     scale = 7.5e9 / size.parameters
     assert scale == pytest.approx(1, abs=0.05)
     train = training(batch_size=64, workers=64, precision="bf16")
     for stage, bytes_ in paper.items():
-        device = memory.states(size, train, stage, 64).device
-        gathered = memory.HALF * memory.LIVE if stage == 3 else 0
-        copies = memory.FP32 * size.parameters / 64 if stage > 1 else 0  # fp32 gradients of the update
+        device = zero_memory.state_memory(size, train, stage, 64).device
+        gathered = zero_memory.HALF * zero_memory.LIVE if stage == 3 else 0
+        copies = zero_memory.FP32 * size.parameters / 64 if stage > 1 else 0  # fp32 gradients of the update
         plain = device.total - device.buffers - gathered - copies
         assert plain * scale == pytest.approx(bytes_, abs=0.05e9)
 
@@ -161,15 +161,18 @@ def test_the_papers_table_at_7_5_billion_parameters() -> None:
 def test_more_workers_and_higher_stages_never_ask_for_more(
     stage: int, world: int, precision: str, offload: str
 ) -> None:
-    size = dimensions(TEACHER, VOCABULARY, LENGTH)
+    size = model_size(TEACHER, VOCABULARY, LENGTH)
     train = training(workers=8, zero_stage=stage, precision=precision, offload=offload)
-    here, wider = (memory.states(size, train, stage, n) for n in (world, 2 * world))
+    here, wider = (zero_memory.state_memory(size, train, stage, n) for n in (world, 2 * world))
     for where in ("device", "host"):
         assert getattr(wider, where).total <= getattr(here, where).total
     assert here.total == here.device.total + here.host.total
     if offload == "optimizer":
         assert here.device.optimizer == 0
-        assert here.device.total < memory.states(size, training(workers=8, precision=precision), stage, world).total
+        assert (
+            here.device.total
+            < zero_memory.state_memory(size, training(workers=8, precision=precision), stage, world).total
+        )
 
 
 def saved_bytes(train: Train, autocast: bool = False) -> int:
@@ -177,7 +180,7 @@ def saved_bytes(train: Train, autocast: bool = False) -> int:
     model = train.model
     assert isinstance(model, Llama | Vit)
     half = train.precision != "fp32" and not autocast
-    built = build(model, manifest(model), 0).to(torch.bfloat16 if half else torch.float32)
+    built = build_model(model, manifest(model), 0).to(torch.bfloat16 if half else torch.float32)
     if train.activation_checkpointing:
         built.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     rows = train.batch_size // WORLD // train.accumulation(WORLD)
@@ -208,36 +211,36 @@ def saved_bytes(train: Train, autocast: bool = False) -> int:
 @pytest.mark.parametrize("model", [*LLAMAS, VITS[0], VITS[2]], ids=lambda m: f"{m.kind}-{m.hidden_size}x{m.layers}")
 def test_activations_are_what_autograd_keeps(model: Llama | Vit, precision: str) -> None:
     train = training(model=model, precision=precision, batch_size=64, zero_stage=1)
-    size = dimensions(model, manifest(model).outputs, LENGTH)
+    size = model_size(model, manifest(model).outputs, LENGTH)
     assert saved_bytes(train) == pytest.approx(kept_of(size, train), rel=0.02)
 
 
 def kept_of(size: Any, train: Train, stage: int = 1) -> int:
     """The estimate less the logits that are gone when the loss is known: all but the log-softmax."""
-    number = memory.FP32 if train.precision == "fp32" else memory.HALF
+    number = zero_memory.FP32 if train.precision == "fp32" else zero_memory.HALF
     rows = train.batch_size // WORLD // train.accumulation(WORLD)
-    gone = rows * size.predictions * (memory.logits(size.outputs, number) - memory.FP32 * size.outputs)
-    return memory.activations(size, train, WORLD, stage) - gone
+    gone = rows * size.predictions * (zero_memory.logits_memory(size.outputs, number) - zero_memory.FP32 * size.outputs)
+    return zero_memory.activation_memory(size, train, WORLD, stage) - gone
 
 
 def test_autocast_keeps_16_bit_copies_of_the_weights_too() -> None:
     train = training(precision="bf16", batch_size=64, zero_stage=0)
-    size = dimensions(TEACHER, VOCABULARY, LENGTH)
+    size = model_size(TEACHER, VOCABULARY, LENGTH)
     assert saved_bytes(train, autocast=True) == pytest.approx(kept_of(size, train, 0), rel=0.25)
 
 
 def test_checkpointed_layers_keep_their_inputs() -> None:
     model = Llama(hidden_size=64, intermediate_size=160, layers=6, heads=4, kv_heads=2)
     train = training(model=model, batch_size=64, activation_checkpointing=True)
-    size = dimensions(model, VOCABULARY, LENGTH)
-    one_layer = 32 * LENGTH * memory.layer(size, memory.FP32)  # computed again in the backward pass
+    size = model_size(model, VOCABULARY, LENGTH)
+    one_layer = 32 * LENGTH * zero_memory.layer_memory(size, zero_memory.FP32)  # computed again in the backward pass
     assert saved_bytes(train) == pytest.approx(kept_of(size, train) - one_layer, rel=0.02)
-    assert memory.activations(size, train, WORLD) < memory.activations(
+    assert zero_memory.activation_memory(size, train, WORLD) < zero_memory.activation_memory(
         size, training(model=model, batch_size=64), WORLD
     )
 
 
 def test_smaller_micro_batches_keep_less() -> None:
-    size = dimensions(TEACHER, VOCABULARY, LENGTH)
+    size = model_size(TEACHER, VOCABULARY, LENGTH)
     whole, halves = (training(batch_size=64, micro_batch_size=limit) for limit in (None, 16))
-    assert memory.activations(size, whole, WORLD) == 2 * memory.activations(size, halves, WORLD)
+    assert zero_memory.activation_memory(size, whole, WORLD) == 2 * zero_memory.activation_memory(size, halves, WORLD)

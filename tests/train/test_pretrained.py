@@ -10,44 +10,44 @@ import torch
 from pyarrow import fs
 from tiny_data import VIT
 
-from overproof.artifact import Store
+from overproof.artifacts import Store
+from overproof.config import Pretrained
 from overproof.data.manifest import Manifest
 from overproof.errors import InputError
 from overproof.files import filesystem
-from overproof.models import build, chat_template, load, save
-from overproof.recipe import Pretrained
-from overproof.train import pretrained
-from overproof.train.launch import keep_chat_template
+from overproof.models import pretrained
+from overproof.models.hf_directory import build_model, chat_template, load_model, save_model
+from overproof.train.ray_trainer import keep_chat_template
 
 
 @pytest.fixture
 def saved(digits_root: Path, tmp_path: Path) -> Path:
-    model = build(VIT, Manifest.read(digits_root), 9)
-    save(model, model.config, tmp_path / "model")
+    model = build_model(VIT, Manifest.read(digits_root), 9)
+    save_model(model, model.config, tmp_path / "model")
     return tmp_path / "model"
 
 
 def test_a_local_one_is_used_where_it_lies(saved: Path) -> None:
-    assert pretrained.local(str(saved)) == saved
+    assert pretrained.fetch_pretrained(str(saved)) == saved
 
 
 def test_one_behind_a_uri_is_fetched_once_and_again_when_it_changes(saved: Path, s3_uri: str) -> None:
     uri = s3_uri.replace("/store?", "/model?")
     files, root = filesystem(uri)
     fs.copy_files(str(saved), root, destination_filesystem=files)
-    fetched = pretrained.local(uri)
-    assert pretrained.local(uri) == fetched
-    here, there = load(saved).state_dict(), load(fetched).state_dict()
+    fetched = pretrained.fetch_pretrained(uri)
+    assert pretrained.fetch_pretrained(uri) == fetched
+    here, there = load_model(saved).state_dict(), load_model(fetched).state_dict()
     assert all(torch.equal(there[name], value) for name, value in here.items())
-    assert [name for name, *_ in pretrained.listing(uri)] == sorted(path.name for path in saved.iterdir())
+    assert [name for name, *_ in pretrained.list_directory(uri)] == sorted(path.name for path in saved.iterdir())
     with files.open_output_stream(f"{root}/notes.txt") as stream:
         stream.write(b"new")
-    assert pretrained.local(uri) != fetched
+    assert pretrained.fetch_pretrained(uri) != fetched
 
 
 def test_none_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere: no such folder"):
-        pretrained.listing(str(tmp_path / "nowhere"))
+        pretrained.list_directory(str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("layout", ["chat_template.jinja", "tokenizer_config.json"])

@@ -14,7 +14,7 @@ import pytest
 from resume_ranks import BROKEN_ROW, SEED
 from tiny_data import LLAMA, ROWS, ROWS_PER_GROUP, VIT
 
-from overproof.data.plan import Order
+from overproof.data.order import Order
 
 TOLERANCE = 1e-5
 # Epochs end inside each run; a step takes half a row group, one, or two.

@@ -7,11 +7,11 @@ from typing import Literal
 
 import numpy as np
 
+from overproof.config import Llama, Train, Vit
+from overproof.data.columns import digits_schema, text_schema
 from overproof.data.manifest import MANIFEST, TOKENIZER, Manifest, Split
-from overproof.data.read import Columns
-from overproof.data.schema import digits_schema, text_schema
-from overproof.data.write import write_shard
-from overproof.recipe import Llama, Train, Vit
+from overproof.data.parquet_reader import Columns
+from overproof.data.parquet_writer import write_shard
 
 ROWS = {"train": 96, "validation": 23, "test": 8}
 ROWS_PER_GROUP = 8

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
+from overproof.config import DigitsData
+from overproof.data.columns import digits_schema
 from overproof.data.manifest import SPLITS, Manifest, Shard, Split
-from overproof.data.plan import permutation
-from overproof.data.schema import digits_schema
-from overproof.data.write import write_shard
+from overproof.data.order import permutation
+from overproof.data.parquet_writer import write_shard
 from overproof.errors import InputError
-from overproof.recipe import DigitsData
 
 BRIGHTEST = 16.0
 CLASSES = 10

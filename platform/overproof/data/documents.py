@@ -10,21 +10,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from overproof.data.read import refuse_objects
-from overproof.data.sources import Source, root
+from overproof.config import JsonlSource, ParquetSource
+from overproof.data.parquet_reader import refuse_objects
+from overproof.data.sources import Source, source_root
 from overproof.errors import InputError
-from overproof.recipe import JsonlSource, ParquetSource
 
 Document = tuple[str, bytes]
 
 
-def read(source: Source, name: str) -> Iterator[Document]:
+def iter_documents(source: Source, name: str) -> Iterator[Document]:
     """The documents of one file: the file itself, its lines, or its rows.
 
     Raises:
         InputError: naming the file and the line or column that is not what the recipe says.
     """
-    files, folder = root(source)
+    files, folder = source_root(source)
     path = f"{folder}/{name}"
     if isinstance(source, ParquetSource):
         with files.open_input_file(path) as handle:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from overproof.data.plan import Order
+from overproof.data.order import Order
 from overproof.files import read_json
 
 MANIFEST = "manifest.json"

@@ -20,21 +20,28 @@ from ray.data import DataContext, Dataset
 from ray.data.context import ShuffleStrategy
 from tokenizers import Tokenizer
 
-from overproof.data import clean, tokens
-from overproof.data.blocks import Part, Placement, fixed, read_documents, tokenise, write_part
+from overproof.config import BpeTokenizer, DigitsData, TextData
+from overproof.data import cleaning, tokenization
+from overproof.data.document_blocks import (
+    ShardAssignment,
+    ShardPlan,
+    fixed_width_strings,
+    read_block,
+    tokenise_block,
+    write_planned_shard,
+)
 from overproof.data.manifest import DOCUMENTS, MANIFEST, SPLITS, TOKENIZER, Manifest, Shard, Split
-from overproof.data.sources import File, Source, absolute, list_files, tokenizer_path
-from overproof.data.write import parquet_bytes, put
+from overproof.data.parquet_writer import parquet_bytes, write_file
+from overproof.data.sources import Source, SourceFile, absolute_source, list_files, tokenizer_path
 from overproof.errors import InputError
-from overproof.recipe import BpeTokenizer, DigitsData, TextData
-from overproof.stage import Context
+from overproof.stage_context import StageContext
 
 BLOCK_BYTES = 32 << 20  # of text read by one task
 DOCUMENTS_PER_GROUP = 1 << 16
 FACTS = ("name", "sha256", "size_bytes", "fault", "error")
 
 
-def prepare(context: Context) -> dict[str, Any]:
+def prepare(context: StageContext) -> dict[str, Any]:
     """Read, clean, split, tokenise, pack and write; returns counts.
 
     Raises:
@@ -47,7 +54,7 @@ def prepare(context: Context) -> dict[str, Any]:
     else:
         with DataContext.current(_data_context()):
             manifest = _text(context, context.recipe.data)
-    put(context.draft.uri, MANIFEST, manifest.model_dump_json(indent=1).encode())
+    write_file(context.draft.uri, MANIFEST, manifest.model_dump_json(indent=1).encode())
     return _metrics(manifest)
 
 
@@ -73,28 +80,28 @@ def _metrics(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _text(context: Context, data: TextData) -> Manifest:
+def _text(context: StageContext, data: TextData) -> Manifest:
     def say(done: int, note: str) -> None:
         context.progress("prepare", done, 4, note)
 
     uri, seed = context.draft.uri, context.recipe.seed
     files = list_files(data.source)
     say(0, f"reading {len(files)} files")
-    found = _read(absolute(data.source), files)
+    found = _read(absolute_source(data.source), files)
     kept = _clean(found, data)
-    splits_N = clean.split_of(kept.hashes_N, data.validation_fraction, data.test_fraction)
+    splits_N = cleaning.split_of(kept.hashes_N, data.validation_fraction, data.test_fraction)
     _insist_on_splits(splits_N, kept, data)
     placement = _place(kept, splits_N, data)
     say(1, f"tokenizer, from {np.sum(splits_N == 'train')} documents")
     tokenizer_json = _tokenizer(found, placement, data)
     say(2, f"tokenising {len(splits_N)} documents")
-    encoded = _each_block(found, partial(tokenise, placement=placement, tokenizer_json=tokenizer_json))
+    encoded = _each_block(found, partial(tokenise_block, placement=placement, tokenizer_json=tokenizer_json))
     parts = _layout(_facts(encoded, ("part", "tokens_count")), data)
     say(3, f"writing {len(parts)} shards")
     vocab_size = Tokenizer.from_str(tokenizer_json).get_vocab_size()
     shards = _write(encoded, parts, data, vocab_size, seed, uri)
-    put(uri, TOKENIZER, tokenizer_json.encode())
-    put(uri, DOCUMENTS, _documents(kept, splits_N))
+    write_file(uri, TOKENIZER, tokenizer_json.encode())
+    write_file(uri, DOCUMENTS, _documents(kept, splits_N))
     say(4, "")
     return Manifest(
         kind="text",
@@ -108,7 +115,7 @@ def _text(context: Context, data: TextData) -> Manifest:
     )
 
 
-def _split(name: str, parts: Sequence[Part], shards: Sequence[Shard], documents: int) -> Split:
+def _split(name: str, parts: Sequence[ShardPlan], shards: Sequence[Shard], documents: int) -> Split:
     own = tuple(shard for part, shard in zip(parts, shards, strict=True) if part.split == name)
     return Split(shards=own, rows=sum(s.rows for s in own), tokens=sum(s.tokens for s in own), documents=documents)
 
@@ -116,7 +123,7 @@ def _split(name: str, parts: Sequence[Part], shards: Sequence[Shard], documents:
 # --- reading and cleaning -------------------------------------------------------------------------
 
 
-def _read(source: Source, files: Sequence[File]) -> Dataset:
+def _read(source: Source, files: Sequence[SourceFile]) -> Dataset:
     """Every document of the source with its facts, in blocks of about ``BLOCK_BYTES``."""
     total = sum(file.size_bytes for file in files)
     readers = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
@@ -125,9 +132,7 @@ def _read(source: Source, files: Sequence[File]) -> Dataset:
     block_of = np.minimum((np.cumsum(sizes) - sizes) * blocks // max(total, 1), blocks - 1)
     names = np.array([file.name for file in files], dtype=object)
     items = [{"files": own.tolist()} for own in np.split(names, np.flatnonzero(np.diff(block_of)) + 1)]
-    return _each_block(
-        ray.data.from_items(items, override_num_blocks=len(items)), partial(read_documents, source=source)
-    )
+    return _each_block(ray.data.from_items(items, override_num_blocks=len(items)), partial(read_block, source=source))
 
 
 def _each_block(dataset: Dataset, function: Callable[[pa.Table], Any]) -> Dataset:
@@ -140,19 +145,21 @@ def _facts(dataset: Dataset, columns: Sequence[str]) -> pa.Table:
     return pa.concat_tables(ray.get(dataset.select_columns(list(columns)).to_arrow_refs()))
 
 
-def _clean(found: Dataset, data: TextData) -> clean.Kept:
+def _clean(found: Dataset, data: TextData) -> cleaning.KeptDocuments:
     facts = _facts(found, FACTS)
     errors = sorted((n, e) for n, e in zip(*(facts[c].to_pylist() for c in ("name", "error")), strict=True) if e)
     if errors:
         raise InputError(errors[0][1])
-    kept = clean.decide(*(facts[column].to_pylist() for column in ("name", "sha256", "size_bytes", "fault")))
+    kept = cleaning.select_documents(
+        *(facts[column].to_pylist() for column in ("name", "sha256", "size_bytes", "fault"))
+    )
     if not len(kept.hashes_N):
         why = ", ".join(f"{count} {reason}" for reason, count in kept.dropped.items())
         raise InputError(f"data.source ({data.source.kind}): no document is left ({why}); expected some text")
     return kept
 
 
-def _insist_on_splits(splits_N: NDArray[np.str_], kept: clean.Kept, data: TextData) -> None:
+def _insist_on_splits(splits_N: NDArray[np.str_], kept: cleaning.KeptDocuments, data: TextData) -> None:
     counts = {name: int(np.sum(splits_N == name)) for name in SPLITS}
     for name, count in counts.items():
         if not count:
@@ -163,18 +170,20 @@ def _insist_on_splits(splits_N: NDArray[np.str_], kept: clean.Kept, data: TextDa
             )
 
 
-def _place(kept: clean.Kept, splits_N: NDArray[np.str_], data: TextData) -> Placement:
-    shards_N = clean.shard_of(kept.hashes_N, data.shards)
+def _place(kept: cleaning.KeptDocuments, splits_N: NDArray[np.str_], data: TextData) -> ShardAssignment:
+    shards_N = cleaning.shard_of(kept.hashes_N, data.shards)
     parts_N = np.where(splits_N == "train", shards_N, data.shards + (splits_N == "test"))
-    return Placement(fixed(kept.hashes_N), fixed(kept.names_N), parts_N.astype(np.int32), data.shards)
+    return ShardAssignment(
+        fixed_width_strings(kept.hashes_N), fixed_width_strings(kept.names_N), parts_N.astype(np.int32), data.shards
+    )
 
 
 # --- tokens ---------------------------------------------------------------------------------------
 
 
-def _tokenizer(found: Dataset, placement: Placement, data: TextData) -> str:
+def _tokenizer(found: Dataset, placement: ShardAssignment, data: TextData) -> str:
     if not isinstance(data.tokenizer, BpeTokenizer):
-        return tokens.read_tokenizer(tokenizer_path(data.tokenizer))
+        return tokenization.read_tokenizer(tokenizer_path(data.tokenizer))
 
     def train_texts() -> Iterator[str]:
         for block in found.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -183,10 +192,10 @@ def _tokenizer(found: Dataset, placement: Placement, data: TextData) -> str:
             for content in own["content"].filter(train):
                 yield content.as_py().decode()
 
-    return tokens.train_bpe(train_texts(), data.tokenizer.vocab_size).to_str()
+    return tokenization.train_bpe(train_texts(), data.tokenizer.vocab_size).to_str()
 
 
-def _layout(counts: pa.Table, data: TextData) -> list[Part]:
+def _layout(counts: pa.Table, data: TextData) -> list[ShardPlan]:
     """Where every row goes, from the token counts alone.
 
     Raises:
@@ -196,18 +205,18 @@ def _layout(counts: pa.Table, data: TextData) -> list[Part]:
     parts, first = [], 0
     for shard in range(data.shards):
         own = tokens_N[part_N == shard]
-        rows = tokens.train_rows(int(own.sum()), len(own), data.sequence_length, data.rows_per_group)
+        rows = tokenization.train_rows(int(own.sum()), len(own), data.sequence_length, data.rows_per_group)
         if not rows:
             raise InputError(
                 f"train shard {shard} has {own.sum()} tokens in {len(own)} documents; expected enough for one row "
                 f"group, {data.rows_per_group} rows of {data.sequence_length}: lower data.shards ({data.shards}), "
                 "data.rows_per_group or data.sequence_length, or give more text"
             )
-        parts.append(Part("train", shard, first, rows))
+        parts.append(ShardPlan("train", shard, first, rows))
         first += rows
     for held_out, split in enumerate(SPLITS[1:]):
         own = tokens_N[part_N == data.shards + held_out]
-        parts.append(Part(split, 0, 0, sum(tokens.document_rows(int(n), data.sequence_length) for n in own)))
+        parts.append(ShardPlan(split, 0, 0, sum(tokenization.document_rows(int(n), data.sequence_length) for n in own)))
     return parts
 
 
@@ -215,16 +224,16 @@ def _layout(counts: pa.Table, data: TextData) -> list[Part]:
 
 
 def _write(
-    encoded: Dataset, parts: Sequence[Part], data: TextData, vocab_size: int, seed: int, uri: str
+    encoded: Dataset, parts: Sequence[ShardPlan], data: TextData, vocab_size: int, seed: int, uri: str
 ) -> list[Shard]:
-    write = partial(write_part, parts=parts, data=data, vocab_size=vocab_size, seed=seed, uri=uri)
+    write = partial(write_planned_shard, parts=parts, data=data, vocab_size=vocab_size, seed=seed, uri=uri)
     groups = encoded.groupby("part")
     written = pa.concat_tables(ray.get(groups.map_groups(write, batch_format="pyarrow").to_arrow_refs()))
     shards = dict(zip(written["part"].to_pylist(), written["shard"].to_pylist(), strict=True))
     return [Shard.model_validate_json(shards[i]) for i in range(len(parts))]
 
 
-def _documents(kept: clean.Kept, splits_N: NDArray[np.str_]) -> bytes:
+def _documents(kept: cleaning.KeptDocuments, splits_N: NDArray[np.str_]) -> bytes:
     table = pa.table(
         {
             "document": pa.array(np.arange(len(kept.hashes_N)), pa.int32()),

@@ -17,9 +17,7 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from overproof.errors import InputError
-from overproof.files import file_sha256, filesystem, from_anywhere
-from overproof.recipe import (
+from overproof.config import (
     DigitsData,
     FolderSource,
     JsonlSource,
@@ -28,15 +26,17 @@ from overproof.recipe import (
     TextData,
     TokenizerFile,
 )
+from overproof.errors import InputError
+from overproof.files import absolute_uri, file_sha256, filesystem
 
 Source = StdlibSource | FolderSource | JsonlSource | ParquetSource
 
 # Tests are left out of the standard library: many installations do not ship them.
-LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
+EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
 
 @dataclass(frozen=True, order=True)
-class File:
+class SourceFile:
     """One file of a source; the name is relative to the source's root."""
 
     name: str
@@ -76,15 +76,15 @@ def tokenizer_path(tokenizer: TokenizerFile) -> Path:
     return path
 
 
-def absolute(source: Source) -> Source:
+def absolute_source(source: Source) -> Source:
     """The same source, whatever folder a worker starts in."""
     if isinstance(source, StdlibSource):
         return source
-    return source.model_copy(update={"path": from_anywhere(source.path)})
+    return source.model_copy(update={"path": absolute_uri(source.path)})
 
 
 @lru_cache(maxsize=4)
-def root(source: Source) -> tuple[fs.FileSystem, str]:
+def source_root(source: Source) -> tuple[fs.FileSystem, str]:
     """Where the names of a source start, on the machine that asks."""
     if isinstance(source, StdlibSource):
         return fs.LocalFileSystem(), sysconfig.get_paths()["stdlib"]
@@ -93,7 +93,7 @@ def root(source: Source) -> tuple[fs.FileSystem, str]:
     return files, path.rpartition("/")[0] if is_file else path.rstrip("/")
 
 
-def list_files(source: Source) -> list[File]:
+def list_files(source: Source) -> list[SourceFile]:
     """The files of a source, by name.
 
     Raises:
@@ -107,13 +107,13 @@ def list_files(source: Source) -> list[File]:
     if info.type == fs.FileType.File:
         if isinstance(source, FolderSource):
             raise InputError(f"data.source.path: {source.path} is a file; expected a folder")
-        return [File(info.base_name, info.size, info.mtime_ns or 0)]
+        return [SourceFile(info.base_name, info.size, info.mtime_ns or 0)]
     if info.type == fs.FileType.NotFound:
         raise InputError(f"data.source.path: {source.path}: not found; expected a folder that holds {pattern}")
     below = f"{path.rstrip('/')}/"
     listing = files.get_file_info(fs.FileSelector(path, recursive=True))
     found = sorted(
-        File(i.path.removeprefix(below), i.size, i.mtime_ns or 0)
+        SourceFile(i.path.removeprefix(below), i.size, i.mtime_ns or 0)
         for i in listing
         if i.type == fs.FileType.File and fnmatch(i.base_name, pattern)
     )
@@ -125,12 +125,12 @@ def list_files(source: Source) -> list[File]:
     return found
 
 
-def _stdlib(folder: Path, prefix: str = "") -> list[File]:
-    found: list[File] = []
+def _stdlib(folder: Path, prefix: str = "") -> list[SourceFile]:
+    found: list[SourceFile] = []
     for entry in folder.iterdir():
-        if entry.is_dir() and entry.name not in LEFT_OUT:
+        if entry.is_dir() and entry.name not in EXCLUDED_FOLDERS:
             found += _stdlib(entry, f"{prefix}{entry.name}/")
         elif entry.suffix == ".py" and entry.is_file():
             stat = entry.stat()
-            found.append(File(prefix + entry.name, stat.st_size, stat.st_mtime_ns))
+            found.append(SourceFile(prefix + entry.name, stat.st_size, stat.st_mtime_ns))
     return found

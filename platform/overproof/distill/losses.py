@@ -20,10 +20,10 @@ LEAST_LOGPROB = -1e5  # of the teacher, where its own is infinitely small
 
 # Of the predictions in a slice, whose logits are given: the gradient of their share of the loss by these logits, and
 # their weighted sums of the divergence, not yet times T^2, and of the cross-entropy.
-Part = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+ChunkFunction = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 
 
-class Terms(NamedTuple):
+class LossTerms(NamedTuple):
     """Scalars; only ``loss`` has a gradient."""
 
     loss: Tensor
@@ -57,7 +57,7 @@ class Divergence:
         return self.beta * q * (log_q - log_m) + part, part
 
 
-def distillation(
+def distillation_loss(
     logits_BPV: Tensor,
     targets_BP: Tensor,
     mask_BP: Tensor,
@@ -66,7 +66,7 @@ def distillation(
     temperature: float,
     teacher_weight: float,
     divergence: Divergence = Divergence(),
-) -> Terms:
+) -> LossTerms:
     """``teacher_weight * T^2 * divergence + (1 - teacher_weight) * cross-entropy`` (arXiv 1503.02531).
 
     The mean over the predictions that count. The divergence is over K + 1 buckets at temperature T: the K outputs
@@ -74,7 +74,7 @@ def distillation(
     V outputs, and equal to it where K is V. ``teacher_BPK`` are log-probabilities at T and take no gradient. Without
     indices they are of every output in order, up to a constant.
     """
-    weight_N, targets_N1 = weights(mask_BP, logits_BPV.dtype), targets_BP.reshape(-1, 1)
+    weight_N, targets_N1 = prediction_weights(mask_BP, logits_BPV.dtype), targets_BP.reshape(-1, 1)
     indices_NK = None if indices_BPK is None else indices_BPK.flatten(0, 1)
     teacher_NK = teacher_BPK.flatten(0, 1)
     whole = teacher_BPK.shape[-1] == logits_BPV.shape[-1]
@@ -94,16 +94,18 @@ def distillation(
     return one_pass(logits_BPV, weight_N.dtype, part, temperature, teacher_weight)
 
 
-def weights(mask_BP: Tensor, dtype: torch.dtype) -> Tensor:
+def prediction_weights(mask_BP: Tensor, dtype: torch.dtype) -> Tensor:
     """Each prediction's share of the mean, (N), in the precision to work in: single at least."""
     counted_N = mask_BP.flatten().to(torch.promote_types(dtype, torch.float32))
     return counted_N / counted_N.sum().clamp(min=1)
 
 
-def one_pass(logits_BPV: Tensor, dtype: torch.dtype, part: Part, temperature: float, teacher_weight: float) -> Terms:
+def one_pass(
+    logits_BPV: Tensor, dtype: torch.dtype, part: ChunkFunction, temperature: float, teacher_weight: float
+) -> LossTerms:
     """The loss and its gradient from one pass over the logits, which stay in the processor's cache."""
     logits_NV = logits_BPV.flatten(0, 1)
-    return Terms(*_OnePass.apply(logits_NV, dtype, part, temperature, teacher_weight))  # type: ignore[no-untyped-call]
+    return LossTerms(*_OnePass.apply(logits_NV, dtype, part, temperature, teacher_weight))  # type: ignore[no-untyped-call]
 
 
 class _OnePass(torch.autograd.Function):
@@ -111,11 +113,11 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: Tensor, dtype: torch.dtype, part: Part, temperature: float, teacher_weight: float
+        ctx: Any, logits_NV: Tensor, dtype: torch.dtype, part: ChunkFunction, temperature: float, teacher_weight: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradient_NV = torch.empty_like(logits_NV)
         sums = torch.zeros(2, dtype=dtype, device=logits_NV.device)
-        for here in chunks(logits_NV):
+        for here in logit_chunks(logits_NV):
             gradient_NV[here], terms = part(here, logits_NV[here].to(dtype))
             sums += terms
         divergence, cross_entropy = sums[0] * temperature**2, sums[1]
@@ -157,7 +159,7 @@ def _chunk(
     label_weight_C = (1 - teacher_weight) * weight_C
     kl_weight_C = teacher_weight * temperature * weight_C  # T^2, and 1 / T from the derivative
     softened_CV = logits_CV if temperature == 1 else logits_CV / temperature
-    student_CV, logsumexp_C1 = softmax(softened_CV)
+    student_CV, logsumexp_C1 = softmax_logsumexp(softened_CV)
     if indices_CK is None:
         log_p_CK, p_CK = softened_CV - logsumexp_C1, student_CV
     else:
@@ -176,14 +178,14 @@ def _chunk(
     rest_scale_C = (rest_scale_C - slope_C) * kl_weight_C
     top_CK = (slopes_CK - p_CK * slope_C[:, None]) * kl_weight_C[:, None]
     if indices_CK is None:
-        plain_CV, plain_logsumexp_C1 = (p_CK, logsumexp_C1) if temperature == 1 else softmax(logits_CV)
+        plain_CV, plain_logsumexp_C1 = (p_CK, logsumexp_C1) if temperature == 1 else softmax_logsumexp(logits_CV)
         gradient_CV = top_CK.addcmul_(plain_CV, label_weight_C[:, None])
     elif temperature == 1:
         plain_logsumexp_C1 = logsumexp_C1
         gradient_CV = student_CV.mul_((rest_scale_C + label_weight_C)[:, None])
         gradient_CV.scatter_(1, indices_CK, top_CK.addcmul_(p_CK, label_weight_C[:, None]))
     else:
-        plain_CV, plain_logsumexp_C1 = softmax(logits_CV)
+        plain_CV, plain_logsumexp_C1 = softmax_logsumexp(logits_CV)
         gradient_CV = student_CV.mul_(rest_scale_C[:, None]).scatter_(1, indices_CK, top_CK)
         gradient_CV.addcmul_(plain_CV, label_weight_C[:, None])
     gradient_CV.scatter_add_(1, targets_C1, -label_weight_C[:, None])
@@ -191,13 +193,13 @@ def _chunk(
     return gradient_CV, torch.stack([divergence_C @ weight_C, cross_entropy_C @ weight_C])
 
 
-def chunks(logits_NV: Tensor) -> Iterator[slice]:
+def logit_chunks(logits_NV: Tensor) -> Iterator[slice]:
     """Rows of logits that are best worked on at once: on a CPU every pass after the first hits the cache."""
     rows = max(1, CHUNK_BYTES[logits_NV.device.type] // (logits_NV.shape[1] * logits_NV.element_size()))
     return (slice(start, start + rows) for start in range(0, len(logits_NV), rows))
 
 
-def softmax(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_logsumexp(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax and logsumexp from one exponentiation: the largest probability is exp(largest logit - logsumexp)."""
     p_CV = torch.softmax(logits_CV, 1)
     return p_CV, logits_CV.amax(1, keepdim=True) - p_CV.amax(1, keepdim=True).log()

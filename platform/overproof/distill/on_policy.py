@@ -1,7 +1,7 @@
 """On-policy distillation (arXiv 2306.13649): students write, and the teacher judges what they wrote.
 
 One process and no Ray: which steps, what is written, and a teacher that judges. All three are functions of integers
-and weights, to the last bit, whoever else asks the same teacher: see ``Judge``.
+and weights, to the last bit, whoever else asks the same teacher: see ``TeacherScorer``.
 
 Shapes: B rows, Q tokens of a prompt, G generated tokens, S = Q + G, V outputs.
 """
@@ -18,29 +18,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from overproof.data.read import Columns
-from overproof.distill.keep import keep
-from overproof.models import load
-from overproof.recipe import OnPolicy, TopK
+from overproof.config import OnPolicy, TopK
+from overproof.data.parquet_reader import Columns
+from overproof.distill.target_encoder import encode_targets
+from overproof.models.hf_directory import load_model
 from overproof.train.engine import default_device
 
 TEMPERATURE = 1.0  # of sampling: the student's own distribution
 
 
-class Asked(Protocol):
+class Scorer(Protocol):
     """A teacher, or a pool of them."""
 
     def judge(self, tokens_BS: NDArray[np.int64]) -> Columns:
         """Of every generated token: indices, logprobs (B, G, K) and, at other temperatures than 1, logsumexp."""
 
 
-def written_at(step: int, share: float) -> bool:
+def is_on_policy_step(step: int, share: float) -> bool:
     """Whether the student writes the rows of a step, counted from 0: evenly spaced, ``share`` of all."""
     return int((step + 1) * share + 1e-9) > int(step * share + 1e-9)
 
 
 @torch.no_grad()
-def write(model: PreTrainedModel, prompts_BQ: Tensor, count: int, seed: int, step: int) -> Tensor:
+def sample_continuations(model: PreTrainedModel, prompts_BQ: Tensor, count: int, seed: int, step: int) -> Tensor:
     """Prompts, and ``count`` tokens after each, drawn from the model with a seed that is a function of the step.
 
     The end of a document is a token like any other, as it is in training.
@@ -67,7 +67,7 @@ def write(model: PreTrainedModel, prompts_BQ: Tensor, count: int, seed: int, ste
     return tokens_BS
 
 
-class Judge:
+class TeacherScorer:
     """One teacher. Its forward passes have one shape, so that no answer depends on what else is asked with it.
 
     Requests are cut into passes of ``rows`` rows, and the last is filled up.
@@ -77,7 +77,7 @@ class Judge:
         """``temperatures`` ascend, and 1.0 is among them."""
         torch.set_num_threads(threads)
         self.settings, self.temperatures, self.device = settings, temperatures, default_device()
-        self.model = load(teacher).to(self.device)
+        self.model = load_model(teacher).to(self.device)
 
     @torch.inference_mode()
     def judge(self, tokens_BS: NDArray[np.int64]) -> Columns:
@@ -94,5 +94,5 @@ class Judge:
         logits_BGV = self.model(input_ids=inputs_BS, use_cache=False).logits[:, -self.settings.new_tokens :]
         labels_BG = torch.from_numpy(tokens_BS[:, -self.settings.new_tokens :]).to(self.device)
         scheme = TopK(k=min(self.settings.k, logits_BGV.shape[-1]))
-        found = keep(logits_BGV, labels_BG, scheme, self.temperatures)
+        found = encode_targets(logits_BGV, labels_BG, scheme, self.temperatures)
         return {name: found[name].cpu().numpy() for name in ("indices", "logprobs", "logsumexp") if name in found}

@@ -15,34 +15,33 @@ import ray
 from pyarrow import fs
 from ray import tune
 
-from overproof.cluster import own_interrupt
+from overproof.cluster.placement import Resources, count_fitting
+from overproof.cluster.ray_cluster import preserve_sigint
+from overproof.config import Grid, Pbt, Sweep
+from overproof.config.search import TrialValues, apply_values
 from overproof.data.manifest import Manifest
-from overproof.distill.agree import ROWS_CHECKED, check_rows, check_text
-from overproof.distill.control import control_of, train_controls
-from overproof.distill.events import EVENTS, Live, append
-from overproof.distill.job import CONTROL, FINISHED, MAX_DEATHS, Job, rungs
-from overproof.distill.journal import Journal
-from overproof.distill.pool import Pool, teachers
-from overproof.distill.search import STUDENT, Study
-from overproof.distill.starts import anywhere, check_start
-from overproof.distill.survivors import keep, survivors
-from overproof.distill.targets import Targets, identity
-from overproof.distill.text import Text, text_identity
-from overproof.distill.trial import Trial
-from overproof.distill.tuning import Trials, scheduler
-from overproof.distill.watch import Watch
+from overproof.distill.cache_checks import ROWS_CHECKED, check_rows, check_text
+from overproof.distill.controls import control_job, train_controls
+from overproof.distill.optuna_study import STUDENT, OptunaStudy
+from overproof.distill.pareto_selection import pareto_students, publish_students
+from overproof.distill.scorer_pool import ScorerPool, scorer_pool
+from overproof.distill.student_validation import absolute_student, check_student
+from overproof.distill.sweep_state import SweepState
+from overproof.distill.sweep_tracker import SweepTracker
+from overproof.distill.target_cache import TargetCache, target_key
+from overproof.distill.teacher_text import TeacherText, text_key
+from overproof.distill.tensorboard import EVENTS, TensorBoardCallback, append_events
+from overproof.distill.trial_job import CONTROL, FINISHED, MAX_DEATHS, TrialJob, rung_steps
+from overproof.distill.tune_search import OptunaSearcher, tune_scheduler
+from overproof.distill.tune_trial import TuneTrial
 from overproof.errors import InputError
-from overproof.files import filesystem, join
-from overproof.placement import Resources, fitting
-from overproof.progress import quiet
-from overproof.recipe import Grid, Pbt, Sweep
-from overproof.recipe.search import Values, with_values
-from overproof.stage import Context
+from overproof.files import filesystem, join_uri
+from overproof.stage_context import StageContext, no_progress
 
 QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
 
 
-def sweep(context: Context) -> dict[str, Any]:
+def sweep(context: StageContext) -> dict[str, Any]:
     """Train the students and the control; writes trials.json, curves/, events/, students/NAME/ of those kept, control/.
 
     What trials of an attempt that was killed have done is taken from their checkpoints in the draft's workspace. A
@@ -55,13 +54,13 @@ def sweep(context: Context) -> dict[str, Any]:
     settings, tune_ = context.recipe.sweep, context.recipe.tune
     check_cache(context)
     for student in settings.students:
-        check_start(student, context.parents["prepare"], context.parents["train"])
-    journal = Journal(context.draft)
+        check_student(student, context.parents["prepare"], context.parents["train"])
+    journal = SweepState(context.draft)
     before = journal.begin()
     total = tune_.trials(settings)
     proposals = 0 if isinstance(tune_.scheduler, Pbt) else MAX_DEATHS  # a population is proposed once
-    watch = Watch(context.progress, settings.steps, total, proposals)
-    with teachers(context.recipe, context.parents["train"]) as pool:
+    watch = SweepTracker(context.progress, settings.steps, total, proposals)
+    with scorer_pool(context.recipe, context.parents["train"]) as pool:
         students = _tune(context, journal, before, watch, pool)
         judged = pool.counts() if pool else {}
     winner = watch.winner()
@@ -72,11 +71,11 @@ def sweep(context: Context) -> dict[str, Any]:
     chosen = next(job for job in students if job.name == winner["name"])
     finished = watch.finished()
     compared = [job for job in students if job.name in finished] if settings.controls == "every" else [chosen]
-    controls = {job.name: control_of(job, journal, best=job is chosen) for job in compared}
+    controls = {job.name: control_job(job, journal, best=job is chosen) for job in compared}
     train_controls(list(controls.values()), _at_once(settings), watch)
     trials = [watch.trial(job) for job in students]
-    kept = survivors(trials, chosen.name, settings.keep)
-    keep(context.draft.uri, kept)
+    kept = pareto_students(trials, chosen.name, settings.keep)
+    publish_students(context.draft.uri, kept)
     with context.draft.directory() as folder:
         watch.write(folder / "curves")
         alone = {name: watch.trial(job) for name, job in controls.items()}
@@ -84,7 +83,7 @@ def sweep(context: Context) -> dict[str, Any]:
                    "controls": alone}  # fmt: skip
         for entry in (*trials, *alone.values()):
             values = entry["values"] | {"teacher_weight": entry["teacher_weight"]}
-            append(folder / EVENTS / entry["name"], watch.curves.get(entry["name"], ()), values, entry["status"])
+            append_events(folder / EVENTS / entry["name"], watch.curves.get(entry["name"], ()), values, entry["status"])
         (folder / "trials.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return {
         "winner": chosen.name,
@@ -100,7 +99,7 @@ def sweep(context: Context) -> dict[str, Any]:
     }
 
 
-def check_cache(context: Context) -> None:
+def check_cache(context: StageContext) -> None:
     """Refuse a cache, or a text, that is not of this teacher and data, or that lacks something the sweep reads.
 
     Raises:
@@ -111,14 +110,14 @@ def check_cache(context: Context) -> None:
     order = Manifest.read(prepared.local()).order(recipe.seed)
     ids = order.rows_at(0, min(order.rows, recipe.rows_read))
     if written:
-        text = Text(written.local())
-        text.index.check(text_identity(recipe, prepared, parents["train"]))
+        text = TeacherText(written.local())
+        text.index.check(text_key(recipe, prepared, parents["train"]))
         text.require(ids)
         check_text(text, prepared.local(), ids[:ROWS_CHECKED])
     if not recipe.reads_cache:
         return
-    targets = Targets(parents["cache"].local())
-    targets.index.check(identity(recipe, prepared, parents["train"], written))
+    targets = TargetCache(parents["cache"].local())
+    targets.index.check(target_key(recipe, prepared, parents["train"], written))
     for temperature in recipe.temperatures:
         targets.index.require_temperature(temperature)
     targets.require(ids)
@@ -128,26 +127,28 @@ def check_cache(context: Context) -> None:
 def _at_once(settings: Sweep) -> int:
     """Trials to run at the same time on the cluster as it is."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    return min(settings.concurrent_trials, max(1, slots(settings, nodes)))
+    return min(settings.concurrent_trials, max(1, trial_slots(settings, nodes)))
 
 
-def slots(settings: Sweep, nodes: Sequence[Resources]) -> int:
+def trial_slots(settings: Sweep, nodes: Sequence[Resources]) -> int:
     """Trials that fit the nodes (their resources) at the same time; each bundle of one lies within a node."""
     each, cpus, gpus = settings.bundles
-    return fitting(nodes, {"CPU": cpus, "GPU": gpus}) // each
+    return count_fitting(nodes, {"CPU": cpus, "GPU": gpus}) // each
 
 
-def job(context: Context, journal: Journal, name: str, values: Values, pool: Pool | None = None) -> Job:
+def make_trial_job(
+    context: StageContext, journal: SweepState, name: str, values: TrialValues, pool: ScorerPool | None = None
+) -> TrialJob:
     """A trial: the student that ``values`` name, with the others of them in place of its own."""
     sweep, parents = context.recipe.sweep, context.parents
     base = next(student for student in sweep.students if student.name == values[STUDENT])
-    settings, student = with_values(sweep, base, values)
-    return Job(
+    settings, student = apply_values(sweep, base, values)
+    return TrialJob(
         name=name,
-        student=anywhere(student),
+        student=absolute_student(student),
         distilled=student.distilled,
         settings=settings,
-        rungs=frozenset(rungs(context.recipe.tune.scheduler, settings.steps)),
+        rungs=frozenset(rung_steps(context.recipe.tune.scheduler, settings.steps)),
         seed=context.recipe.seed,
         threads=max(1, int(settings.cpus_per_trial)),
         prepared=parents["prepare"],
@@ -159,7 +160,7 @@ def job(context: Context, journal: Journal, name: str, values: Values, pool: Poo
         retold=not isinstance(context.recipe.tune.scheduler, Pbt),
         judged=context.recipe.judged_temperatures,
         pool=pool,
-        progress=context.progress if settings.group else quiet,
+        progress=context.progress if settings.group else no_progress,
         written=parents.get("generate"),
     )
 
@@ -172,39 +173,43 @@ def _resources(settings: Sweep) -> Any:
 
 
 def _tune(
-    context: Context, journal: Journal, before: Mapping[str, Values], watch: Watch, pool: Pool | None
-) -> list[Job]:
+    context: StageContext,
+    journal: SweepState,
+    before: Mapping[str, TrialValues],
+    watch: SweepTracker,
+    pool: ScorerPool | None,
+) -> list[TrialJob]:
     """Run trial after trial until the scheduler stops it, it fails, or it has run every step; gives their jobs.
 
     A trial whose process dies is started again, and goes on from its checkpoint.
     """
     settings, search = context.recipe.sweep, context.recipe.tune
     named = not search.space.domains and isinstance(search.search, Grid)  # trials are the students themselves
-    begun: dict[str, Values] = {}
-    jobs: list[Job] = []
+    begun: dict[str, TrialValues] = {}
+    jobs: list[TrialJob] = []
 
-    def begin(values: Values) -> Job:
+    def begin(values: TrialValues) -> TrialJob:
         name = values[STUDENT] if named else f"{values[STUDENT]}-{len(jobs):03d}"
         begun[name] = values
         if name not in before:
             journal.note(dict(begun))
-        jobs.append(job(context, journal, name, values, pool))
+        jobs.append(make_trial_job(context, journal, name, values, pool))
         jobs[-1].checkpoints.begin()
         watch.begin(name)
         return jobs[-1]
 
-    study = Study(search, settings, context.recipe.seed, list(before.values()))
+    study = OptunaStudy(search, settings, context.recipe.seed, list(before.values()))
     population: dict[str, Any] = {}
     if isinstance(search.scheduler, Pbt):  # Ray's takes trials from no search
         study_of = iter(lambda: study.ask(""), None)
         population = {"job": tune.grid_search([begin(values) for values in study_of if values])}
     with _scratch(context, shared=bool(population)) as scratch, _tame():
         tune.Tuner(
-            tune.with_resources(Trial, _resources(settings)),
+            tune.with_resources(TuneTrial, _resources(settings)),
             param_space=population,
             tune_config=tune.TuneConfig(
-                search_alg=None if population else Trials(study, begin, watch.failed.__contains__),
-                scheduler=scheduler(search, settings.steps, context.recipe.seed),
+                search_alg=None if population else OptunaSearcher(study, begin, watch.failed.__contains__),
+                scheduler=tune_scheduler(search, settings.steps, context.recipe.seed),
                 num_samples=1 if population else watch.trials * (1 + MAX_DEATHS),
                 max_concurrent_trials=_at_once(settings),
                 reuse_actors=settings.group is None,  # a group ends with its trial
@@ -214,7 +219,7 @@ def _tune(
                 storage_path=scratch[1],
                 storage_filesystem=scratch[0],
                 verbose=0,
-                callbacks=[watch, Live(context.draft)],
+                callbacks=[watch, TensorBoardCallback(context.draft)],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a finished trial wrote its weights
                 failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
             ),
@@ -225,13 +230,13 @@ def _tune(
 
 
 @contextmanager
-def _scratch(context: Context, shared: bool) -> Iterator[tuple[fs.FileSystem | None, str]]:
+def _scratch(context: StageContext, shared: bool) -> Iterator[tuple[fs.FileSystem | None, str]]:
     """Where Tune keeps its notes; states that trials take over from each other must be seen from every node."""
     if not shared:
         with tempfile.TemporaryDirectory(prefix="overproof-sweep-") as folder:
             yield None, folder
         return
-    store, path = filesystem(join(context.draft.workspace, f"tune-{secrets.token_hex(4)}"))
+    store, path = filesystem(join_uri(context.draft.workspace, f"tune-{secrets.token_hex(4)}"))
     store.create_dir(path, recursive=True)
     yield (None if isinstance(store, fs.LocalFileSystem) else store), path
     store.delete_dir(path)
@@ -245,7 +250,7 @@ def _tame() -> Iterator[None]:
     os.environ.update(QUIET)
     logger.setLevel(logging.CRITICAL)  # errors are raised, with the student's name
     try:
-        with own_interrupt():
+        with preserve_sigint():
             yield
     finally:
         logger.setLevel(level)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import assert_never
 
+from overproof.config import Agreement, Gate, Improvement, Parity, Regression, Rule, Smaller
 from overproof.errors import InputError
-from overproof.evaluate.metrics import Comparison, Frozen, Measured, Metric, Quality, Report
-from overproof.recipe import Agreement, Gate, Improvement, Parity, Regression, Rule, Smaller
+from overproof.evaluate.metrics import Comparison, FrozenModel, MeasuredFile, Metric, QualityMetric, Report
 
 
-class Reason(Frozen):
+class Reason(FrozenModel):
     """What one rule found, in words with figures."""
 
     rule: str
@@ -21,7 +21,7 @@ class Reason(Frozen):
     text: str
 
 
-class CandidateVerdict(Frozen):
+class CandidateVerdict(FrozenModel):
     """One compressed file: it passes when every rule does."""
 
     name: str
@@ -29,7 +29,7 @@ class CandidateVerdict(Frozen):
     reasons: tuple[Reason, ...]
 
 
-class Verdict(Frozen):
+class Verdict(FrozenModel):
     """``passed`` when a candidate may be packaged: ``chosen`` is the one the policy names, else the smallest."""
 
     passed: bool
@@ -57,12 +57,12 @@ def judge(gate: Gate, report: Report) -> Verdict:
     return Verdict(passed=chosen is not None, chosen=chosen, candidates=verdicts)
 
 
-def _judge_one(gate: Gate, report: Report, candidate: Measured) -> CandidateVerdict:
-    reasons = tuple(hold(rule, report, candidate) for rule in gate.rules)
+def _judge_one(gate: Gate, report: Report, candidate: MeasuredFile) -> CandidateVerdict:
+    reasons = tuple(check_rule(rule, report, candidate) for rule in gate.rules)
     return CandidateVerdict(name=candidate.name, passed=all(r.passed for r in reasons), reasons=reasons)
 
 
-def hold(rule: Rule, report: Report, candidate: Measured) -> Reason:
+def check_rule(rule: Rule, report: Report, candidate: MeasuredFile) -> Reason:
     """What one rule finds of one file."""
     match rule:
         case Regression() | Improvement():
@@ -78,7 +78,7 @@ def hold(rule: Rule, report: Report, candidate: Measured) -> Reason:
     return Reason(rule=rule.kind, passed=passed, text=text)
 
 
-def _compared(rule: Regression | Improvement, report: Report, candidate: Measured) -> tuple[bool, str]:
+def _compared(rule: Regression | Improvement, report: Report, candidate: MeasuredFile) -> tuple[bool, str]:
     against, quality = _reference(rule, candidate), report.quality
     found = report.compare(candidate.name, against)
     if found is None:
@@ -91,12 +91,12 @@ def _compared(rule: Regression | Improvement, report: Report, candidate: Measure
     return -found.high > rule.at_least, f"{text}, must be better by more than {_amount(rule.at_least, quality)}"
 
 
-def _reference(rule: Regression | Improvement | Smaller, candidate: Measured) -> str:
+def _reference(rule: Regression | Improvement | Smaller, candidate: MeasuredFile) -> str:
     """The export a rule holds the candidate against: its own student's unquantised file, the teacher or the control."""
     return candidate.student or rule.against if rule.against == "student" else rule.against
 
 
-def _smaller(rule: Smaller, report: Report, candidate: Measured) -> tuple[bool, str]:
+def _smaller(rule: Smaller, report: Report, candidate: MeasuredFile) -> tuple[bool, str]:
     against = _reference(rule, candidate)
     reference = report.find(against)
     if reference is None:
@@ -105,7 +105,7 @@ def _smaller(rule: Smaller, report: Report, candidate: Measured) -> tuple[bool, 
     return times >= rule.at_least, f"{times:.2f} times smaller than {against}, needed {rule.at_least:g} times"
 
 
-def _agreement(rule: Agreement, candidate: Measured) -> tuple[bool, str]:
+def _agreement(rule: Agreement, candidate: MeasuredFile) -> tuple[bool, str]:
     found: Metric | None = candidate.metrics.get("agreement")
     if found is None:
         return False, "agreement with teacher is not in the report"
@@ -116,7 +116,7 @@ def _agreement(rule: Agreement, candidate: Measured) -> tuple[bool, str]:
     return found.low >= rule.at_least, text
 
 
-def _parity(rule: Parity, candidate: Measured) -> tuple[bool, str]:
+def _parity(rule: Parity, candidate: MeasuredFile) -> tuple[bool, str]:
     found = candidate.metrics.get("parity_nats")
     if found is None:
         return False, "parity_nats of the serving engine is not in the report"
@@ -127,7 +127,7 @@ def _parity(rule: Parity, candidate: Measured) -> tuple[bool, str]:
     return found.value <= rule.at_most, text
 
 
-def _difference(found: Comparison, quality: Quality) -> str:
+def _difference(found: Comparison, quality: QualityMetric) -> str:
     """Such as ``1.40 % worse than student (interval 1.10 to 1.70 %)``; a negative end means the other direction."""
     assert found.low is not None
     assert found.high is not None
@@ -138,5 +138,5 @@ def _difference(found: Comparison, quality: Quality) -> str:
     return f"{100 * abs(found.value):.2f} {unit} {words[0] if worse else words[1]} than {found.against} ({interval})"
 
 
-def _amount(value: float, quality: Quality) -> str:
+def _amount(value: float, quality: QualityMetric) -> str:
     return f"{100 * value:g} {'%' if quality == 'bits_per_byte' else 'points'}"

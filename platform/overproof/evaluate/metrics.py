@@ -15,18 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from overproof.recipe.shipping import TextEngineName
+from overproof.config.shipping import TextEngineName
 
-Quality = Literal["bits_per_byte", "accuracy"]
-Engine = TextEngineName | Literal["ONNX Runtime"]
+QualityMetric = Literal["bits_per_byte", "accuracy"]
+EngineName = TextEngineName | Literal["ONNX Runtime"]
 CHUNK_COUNTS = 1 << 22  # resample counts held at once
 
 
-class Frozen(BaseModel):
+class FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Metric(Frozen):
+class Metric(FrozenModel):
     """One figure; ``low`` and ``high`` bound it where resampling can say so, ``n`` is what it was measured on."""
 
     value: float
@@ -36,7 +36,7 @@ class Metric(Frozen):
     n: int
 
 
-class Measured(Frozen):
+class MeasuredFile(FrozenModel):
     """One exported file, known by its hash: what was measured is what may be served.
 
     ``student`` is the one it was made from, None for teacher and control; its unquantised file bears its name.
@@ -51,7 +51,7 @@ class Measured(Frozen):
     metrics: dict[str, Metric]
 
 
-class Comparison(Frozen):
+class Comparison(FrozenModel):
     """How much worse ``name`` is than ``against`` on the same units; negative is better.
 
     Bits per byte: relative increase, a / b - 1. Accuracy: drop, b - a. There is no interval of a single unit.
@@ -64,17 +64,19 @@ class Comparison(Frozen):
     high: float | None
 
 
-class Report(Frozen):
+class Report(FrozenModel):
     """Everything the gate may look at; the best student comes first of the students."""
 
     kind: Literal["text", "digits"]
-    quality: Quality
-    engine: Engine | None = None  # that was measured, and that serves; None in reports from before there was a choice
+    quality: QualityMetric
+    engine: EngineName | None = (
+        None  # that was measured, and that serves; None in reports from before there was a choice
+    )
     confidence: float
-    measured: tuple[Measured, ...]
+    measured: tuple[MeasuredFile, ...]
     comparisons: tuple[Comparison, ...]
 
-    def find(self, name: str) -> Measured | None:
+    def find(self, name: str) -> MeasuredFile | None:
         """The export with this name."""
         return next((m for m in self.measured if m.name == name), None)
 
@@ -98,7 +100,7 @@ class Bootstrap:
 
 
 @dataclass(frozen=True)
-class Units:
+class PerExampleSums:
     """One export's sums over each test unit, shape (U,); all exports share units and their order.
 
     ``quality`` holds nats (text) or right answers (images), ``size`` the bytes or answers they are divided by;
@@ -145,7 +147,7 @@ def percentiles(values_S: NDArray[np.float64], units: int, confidence: float) ->
 
 
 def quality_metrics(
-    quality: Quality, exports: Mapping[str, Units], bootstrap: Bootstrap
+    quality: QualityMetric, exports: Mapping[str, PerExampleSums], bootstrap: Bootstrap
 ) -> tuple[dict[str, dict[str, Metric]], tuple[Comparison, ...]]:
     """Each export's quality and agreement, and its comparison with every other, from one set of resamples."""
     names = list(exports)
@@ -172,12 +174,12 @@ def quality_metrics(
     return metrics, tuple(_comparisons(quality, names, quality_E, quality_SE, units, bootstrap.confidence))
 
 
-def _columns(units: Units) -> tuple[NDArray[np.float64], ...]:
+def _columns(units: PerExampleSums) -> tuple[NDArray[np.float64], ...]:
     return units.quality, units.size, units.agreed, units.predictions
 
 
 def _comparisons(
-    quality: Quality,
+    quality: QualityMetric,
     names: Sequence[str],
     quality_E: NDArray[np.float64],
     quality_SE: NDArray[np.float64],

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from overproof.artifact import Artifact
+from overproof.artifacts import Artifact
 from overproof.evaluate.gate import Verdict
-from overproof.evaluate.metrics import Measured, Report
-from overproof.frontier import hypervolume, non_dominated, standings
-from overproof.report.figure import Curve
-from overproof.train.watch import WATTS_PER_CORE
+from overproof.evaluate.metrics import MeasuredFile, Report
+from overproof.report.figure import PlottedCurve
+from overproof.report.pareto import hypervolume, non_dominated, standings
+from overproof.train.throughput import WATTS_PER_CORE
 
 CURVE_POINTS = 120  # of a training curve in the page: each is the mean of its neighbours
 BEYOND = 1.05  # the hypervolume's reference point: the worst figure of all files, and this much
@@ -32,14 +32,16 @@ AXES = {  # cost -> its name in the page
 
 
 @dataclass(frozen=True)
-class Judged:
+class EvaluatedFiles:
     """What was measured of a sweep's files, and the verdict where there is one yet."""
 
     report: Report
     verdict: Verdict | None
 
 
-def content(name: str, artifacts: Mapping[str, Artifact], curves: list[Curve], judged: Judged | None) -> dict[str, Any]:
+def report_content(
+    name: str, artifacts: Mapping[str, Artifact], curves: list[PlottedCurve], judged: EvaluatedFiles | None
+) -> dict[str, Any]:
     """The tree. ``artifacts`` has the sweep, its teacher and what that left for it."""
     swept = json.loads((artifacts["sweep"].local() / "trials.json").read_text(encoding="utf-8"))
     return {
@@ -48,7 +50,7 @@ def content(name: str, artifacts: Mapping[str, Artifact], curves: list[Curve], j
         "control": _trial(swept["control"], swept),
         "curves": [_curve(curve) for curve in curves],
         "costs": costs(swept, artifacts),
-        "files": files(judged, swept) if judged else None,
+        "files": file_rows(judged, swept) if judged else None,
     }
 
 
@@ -58,16 +60,16 @@ def _trial(trial: Mapping[str, Any], swept: Mapping[str, Any]) -> dict[str, Any]
     return {"name": trial["name"], "role": role, **{figure: trial.get(figure) for figure in figures}}
 
 
-def _curve(curve: Curve) -> dict[str, Any]:
+def _curve(curve: PlottedCurve) -> dict[str, Any]:
     return {
         "name": curve.name,
         "role": curve.role,
-        "train": thinned(curve.train),
+        "train": thin_curve(curve.train),
         "validation": [(step, _digits(loss)) for step, loss in curve.validation],
     }
 
 
-def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+def thin_curve(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     """At most ``CURVE_POINTS`` points: the last step and the mean loss of each run of neighbours."""
     parts = np.array_split(np.array(points, float).reshape(-1, 2), min(CURVE_POINTS, len(points)) or 1)
     return [(int(part[-1, 0]), _digits(part[:, 1].mean())) for part in parts if len(part)]
@@ -110,7 +112,7 @@ def _saved(swept: Mapping[str, Any], cached: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def files(judged: Judged, swept: Mapping[str, Any]) -> dict[str, Any]:
+def file_rows(judged: EvaluatedFiles, swept: Mapping[str, Any]) -> dict[str, Any]:
     """Every exported file, where it stands against each cost, and what the several students add to one."""
     report, verdict = judged.report, judged.verdict
     passed = {c.name: c.passed for c in verdict.candidates} if verdict else {}
@@ -137,7 +139,7 @@ def files(judged: Judged, swept: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _file(m: Measured, report: Report, passed: bool | None, trial: Mapping[str, Any] | None) -> dict[str, Any]:
+def _file(m: MeasuredFile, report: Report, passed: bool | None, trial: Mapping[str, Any] | None) -> dict[str, Any]:
     quality = m.metrics[report.quality]
     rate = m.metrics.get("decode_tokens_per_s" if report.kind == "text" else "images_per_s")
     return {
@@ -189,7 +191,7 @@ def _volumes(report: Report, costs_N2: np.ndarray) -> dict[str, Any]:
     }
 
 
-def curves_of(train: Path, sweep: Path) -> list[Curve]:
+def read_curves(train: Path, sweep: Path) -> list[PlottedCurve]:
     """The loss curves of teacher, trials and control."""
     swept = json.loads((sweep / "trials.json").read_text(encoding="utf-8"))
     roles = dict.fromkeys(swept["kept"], "kept") | {swept["winner"]: "student", "control": "control"}
@@ -197,9 +199,9 @@ def curves_of(train: Path, sweep: Path) -> list[Curve]:
     return found + [_read(p.stem, p, roles.get(p.stem, "trial")) for p in sorted((sweep / "curves").glob("*.jsonl"))]
 
 
-def _read(name: str, path: Path, role: str) -> Curve:
+def _read(name: str, path: Path, role: str) -> PlottedCurve:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return Curve(name, role, _points(rows, "loss"), _points(rows, "validation_loss"))
+    return PlottedCurve(name, role, _points(rows, "loss"), _points(rows, "validation_loss"))
 
 
 def _points(rows: list[dict[str, float]], name: str) -> list[tuple[int, float]]:

@@ -27,7 +27,7 @@ NAMED_TRIALS = 8  # more of them have no name in the legend
 
 
 @dataclass(frozen=True)
-class Curve:
+class PlottedCurve:
     """The losses of one run: (step, nats per prediction)."""
 
     name: str
@@ -36,14 +36,14 @@ class Curve:
     validation: list[tuple[int, float]]
 
 
-def draw(curves: list[Curve], report: Report, verdict: Verdict) -> bytes:
+def draw_report(curves: list[PlottedCurve], report: Report, verdict: Verdict) -> bytes:
     """The picture as PNG bytes, 1,800 by 720 pixels."""
     buffer = io.BytesIO()
     picture(curves, report, verdict).savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def picture(curves: list[Curve], report: Report, verdict: Verdict) -> Figure:
+def picture(curves: list[PlottedCurve], report: Report, verdict: Verdict) -> Figure:
     """The picture, laid out."""
     figure = Figure(figsize=(15, 6), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -58,7 +58,7 @@ def picture(curves: list[Curve], report: Report, verdict: Verdict) -> Figure:
     return figure
 
 
-def _losses(axes: Axes, curves: list[Curve]) -> None:
+def _losses(axes: Axes, curves: list[PlottedCurve]) -> None:
     order = {"trial": 0, "kept": 1, "teacher": 2, "control": 3, "student": 4}
     dashes = cycle(("--", ":", "-."))
     many = sum(curve.role in ("trial", "kept") for curve in curves) > NAMED_TRIALS

@@ -8,33 +8,33 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from overproof.artifact import Artifact, Store
+from overproof.artifacts import Artifact, Store
 from overproof.errors import InputError
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import Report
 from overproof.files import read_json
-from overproof.report.content import Judged, content, curves_of
-from overproof.report.figure import draw
-from overproof.stage import Context
+from overproof.report.content import EvaluatedFiles, read_curves, report_content
+from overproof.report.figure import draw_report
+from overproof.stage_context import StageContext
 
 ABOVE = ("prepare", "train", "generate", "cache")
 BELOW = ("compress", "sweep"), ("evaluate", "compress"), ("gate", "evaluate")
 
 
-def report(context: Context) -> dict[str, Any]:
+def write_report(context: StageContext) -> dict[str, Any]:
     """Write report.png and report.html."""
     judged = _judged(context.parents)
     assert judged is not None
     assert judged.verdict is not None
-    curves = curves_of(context.parents["train"].local(), context.parents["sweep"].local())
-    page = render(context.recipe.name, context.parents)
+    curves = read_curves(context.parents["train"].local(), context.parents["sweep"].local())
+    page = render_page(context.recipe.name, context.parents)
     with context.draft.directory() as folder:
-        (folder / "report.png").write_bytes(draw(curves, judged.report, judged.verdict))
+        (folder / "report.png").write_bytes(draw_report(curves, judged.report, judged.verdict))
         (folder / "report.html").write_text(page, encoding="utf-8")
     return {"curves": len(curves), "exports": len(judged.report.measured)}
 
 
-def of_sweep(store: Store, name: str) -> tuple[Artifact, str]:
+def sweep_report(store: Store, name: str) -> tuple[Artifact, str]:
     """The sweep with this id (or a unique part of it), and its page with what is measured and judged of it so far.
 
     Raises:
@@ -55,23 +55,23 @@ def of_sweep(store: Store, name: str) -> tuple[Artifact, str]:
         match = [a for a in everything if a.record.stage == stage and a.record.parents.get(parent) == above]
         if above and match:
             found[stage] = match[-1]  # the newest
-    return sweep, render(sweep.record.recipe, found)
+    return sweep, render_page(sweep.record.recipe, found)
 
 
-def _judged(artifacts: Mapping[str, Artifact]) -> Judged | None:
+def _judged(artifacts: Mapping[str, Artifact]) -> EvaluatedFiles | None:
     if "evaluate" not in artifacts:
         return None
     measured = read_json(Report, artifacts["evaluate"].local() / "report.json")
     if "gate" not in artifacts:
-        return Judged(measured, None)
-    return Judged(measured, read_json(Verdict, artifacts["gate"].local() / "verdict.json"))
+        return EvaluatedFiles(measured, None)
+    return EvaluatedFiles(measured, read_json(Verdict, artifacts["gate"].local() / "verdict.json"))
 
 
-def render(name: str, artifacts: Mapping[str, Artifact]) -> str:
+def render_page(name: str, artifacts: Mapping[str, Artifact]) -> str:
     """The page. ``artifacts`` are by stage: those of the sweep and above it, and what there is of those after it."""
     judged = _judged(artifacts)
-    curves = curves_of(artifacts["train"].local(), artifacts["sweep"].local())
-    tree = content(name, artifacts, curves, judged)
+    curves = read_curves(artifacts["train"].local(), artifacts["sweep"].local())
+    tree = report_content(name, artifacts, curves, judged)
     environment = Environment(
         loader=PackageLoader("overproof.report", "page"),
         autoescape=select_autoescape(("html",)),
@@ -87,11 +87,11 @@ def render(name: str, artifacts: Mapping[str, Artifact]) -> str:
         costs=tree["costs"],
         trials=tree["trials"],
         lineage=_in_order(artifacts.values()),
-        data=embedded(tree),
+        data=embed_json(tree),
     )
 
 
-def embedded(tree: Any) -> str:
+def embed_json(tree: Any) -> str:
     """JSON that may stand within a script element: nothing in it ends the element or starts a comment."""
     text = json.dumps(tree, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from overproof.serve.limits import KEY_IN_SCOPE
+from overproof.serve.middleware import KEY_IN_SCOPE
 
 LOG = logging.getLogger("ray.serve")  # whose lines Ray Serve writes into the replica's own file
 KEPT_BYTES = 1 << 16  # of a body, where it is written at all
-WRITTEN_S = 0.1
+FLUSH_S = 0.1
 
 
 class AccessLog:
@@ -68,7 +68,7 @@ class AccessLog:
 
     def _write(self, line: bytes) -> None:
         if not self._lines:
-            asyncio.get_running_loop().call_later(WRITTEN_S, self.flush)
+            asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
         self._lines.append(line)
 
     def flush(self) -> None:

@@ -20,25 +20,24 @@ import uvicorn
 from ray.util import get_node_ip_address
 from starlette.exceptions import HTTPException
 
+from overproof.config import Serve
 from overproof.errors import InputError
-from overproof.recipe import Serve
 from overproof.serve.access_log import AccessLog
-from overproof.serve.backend import Busy
-from overproof.serve.beside import Beside
-from overproof.serve.book import Line, Version
-from overproof.serve.crew import Switchboard
-from overproof.serve.desk import Routes, explained, hire
-from overproof.serve.house import Asked, unknown
-from overproof.serve.http import build_http
-from overproof.serve.judge import Tally
-from overproof.serve.keys import Key
-from overproof.serve.limits import Access
-from overproof.serve.metrics import Tally as Figures
-from overproof.serve.metrics import gather
-from overproof.serve.protocol import Bounded
-from overproof.serve.replies import Usage
-from overproof.serve.shapes import Served
-from overproof.serve.traffic import Recorder, sampled
+from overproof.serve.api_keys import ApiKey
+from overproof.serve.async_engine import Busy
+from overproof.serve.canary import VersionStats
+from overproof.serve.controller import RoutingTable, get_or_create_controller, unwrap_remote_errors
+from overproof.serve.deployments import ModelDeployment, Version
+from overproof.serve.http_limits import LimitedHttpProtocol
+from overproof.serve.metrics import ServeMetrics as Figures
+from overproof.serve.metrics import gather_metrics
+from overproof.serve.middleware import Access, Telemetry
+from overproof.serve.model_registry import ShadowRequest, unknown_model
+from overproof.serve.response_builder import ServedModel
+from overproof.serve.responses import Usage
+from overproof.serve.router import ReplicaServer
+from overproof.serve.routes import build_app
+from overproof.serve.traffic import Recorder, in_sample
 
 LOG = logging.getLogger("ray.serve")
 TOLD_EVERY_S = 0.5
@@ -50,27 +49,27 @@ RETRY_S = 0.5
 QUEUED_PER_SLOT = 16  # requests that wait for a replica before more are refused
 
 
-class Routed:
+class ModelRouter:
     """The house that the desk keeps: models with versions, of which some are tried."""
 
     def __init__(self, settings: Serve, figures: Figures) -> None:
-        self._settings, self._desk = settings, hire(settings)
-        self._routes: Routes | None = None
-        self._served: dict[str, tuple[Version, Served]] = {}  # by package
-        self._tallies: dict[str, Tally] = {}
+        self._settings, self._desk = settings, get_or_create_controller(settings)
+        self._routes: RoutingTable | None = None
+        self._served: dict[str, tuple[Version, ServedModel]] = {}  # by package
+        self._tallies: dict[str, VersionStats] = {}
         self._copies: set[asyncio.Task[None]] = set()
-        self._switchboard, self._figures = Switchboard(), figures
+        self._switchboard, self._figures = ReplicaServer(), figures
         self.ready = asyncio.Event()
         self._following = asyncio.ensure_future(self._follow())
 
-    def models(self) -> list[Served]:
+    def models(self) -> list[ServedModel]:
         return [self._of(line.stable) for line in self._lines.values()]
 
-    async def find(self, model: str | None, session: str | None) -> Served:
+    async def find(self, model: str | None, session: str | None) -> ServedModel:
         version = self._version(model, session)
         if version.package not in self._loaded:
             try:
-                with explained():
+                with unwrap_remote_errors():
                     await self._desk.load.remote(version.package)
             except InputError as error:
                 raise HTTPException(503, str(error)) from None
@@ -84,7 +83,7 @@ class Routed:
             if not waits and self._switchboard.crew(version.package).load.replicas == 0:
                 raise HTTPException(503, f"{version.package} has no replica that answers; one is being started")
 
-    def asked(self, served: Served, asked: Asked) -> None:
+    def asked(self, served: ServedModel, asked: ShadowRequest) -> None:
         package = served.model.overproof.package
         line = self._lines.get(served.model.id)
         if line is None:
@@ -95,7 +94,7 @@ class Routed:
         if tried is not None and package == tried.package and random.random() < tried.settings.canary.compare:
             self._beside(self._compare(line.stable, tried, asked))
 
-    def ended(self, served: Served, seconds: float, failed: bool) -> None:
+    def ended(self, served: ServedModel, seconds: float, failed: bool) -> None:
         self._count(served.model.overproof.package, seconds, failed)
 
     def close(self) -> None:
@@ -106,7 +105,7 @@ class Routed:
     async def _hire_again(self) -> None:
         """A desk that starts anew opens the house from its book."""
         with contextlib.suppress(Exception):  # tried again, until there is one
-            self._desk = await asyncio.to_thread(hire, self._settings)
+            self._desk = await asyncio.to_thread(get_or_create_controller, self._settings)
             await self._desk.open.remote(self._settings, {}, self._door)
 
     async def open(self, packages: Mapping[str, Serve]) -> None:
@@ -120,7 +119,7 @@ class Routed:
         return frozenset() if self._routes is None else self._routes.loaded
 
     @property
-    def _lines(self) -> dict[str, Line]:
+    def _lines(self) -> dict[str, ModelDeployment]:
         return {} if self._routes is None else self._routes.book.lines
 
     def _version(self, model: str | None, session: str | None) -> Version:
@@ -128,24 +127,24 @@ class Routed:
         if model is None and len(lines) == 1:
             model = next(iter(lines))
         if model in lines:
-            return chosen(lines[model], session)
+            return pick_version(lines[model], session)
         for line in lines.values():
             for version in line.live:
                 if version.package == model:
                     return version
-        raise unknown(model, self.models())
+        raise unknown_model(model, self.models())
 
-    def _of(self, version: Version) -> Served:
+    def _of(self, version: Version) -> ServedModel:
         found = self._served.get(version.package)
         if found is None or found[0] != version:
             crew = self._switchboard.crew(version.package)
             crew.most_waiting = QUEUED_PER_SLOT * version.settings.slots
-            found = version, Served(version.model, crew, version.settings.max_tokens)
+            found = version, ServedModel(version.model, crew, version.settings.max_tokens)
             self._served[version.package] = found
         return found[1]
 
     def _count(self, package: str, seconds: float, failed: bool) -> None:
-        tally = self._tallies.setdefault(package, Tally())
+        tally = self._tallies.setdefault(package, VersionStats())
         tally.requests += 1
         tally.failed += failed
         if not failed:
@@ -159,7 +158,7 @@ class Routed:
         self._copies.add(task)
         task.add_done_callback(self._copies.discard)
 
-    async def _shadow(self, stable: Version, shadow: Version, asked: Asked) -> None:
+    async def _shadow(self, stable: Version, shadow: Version, asked: ShadowRequest) -> None:
         began_s, failed = time.perf_counter(), False
         try:
             await asked.whole(self._of(shadow).backend)
@@ -171,10 +170,10 @@ class Routed:
         self._count(shadow.package, time.perf_counter() - began_s, failed)
         await self._compare(stable, shadow, asked)
 
-    async def _compare(self, stable: Version, tried: Version, asked: Asked) -> None:
+    async def _compare(self, stable: Version, tried: Version, asked: ShadowRequest) -> None:
         with contextlib.suppress(Exception):  # what fails is counted where it answers
             old, new = await asyncio.gather(*(asked.alike(self._of(v).backend) for v in (stable, tried)))
-            tally = self._tallies.setdefault(tried.package, Tally())
+            tally = self._tallies.setdefault(tried.package, VersionStats())
             tally.compared += 1
             tally.alike += old == new
 
@@ -199,22 +198,22 @@ class Routed:
                     await self._hire_again()
 
 
-def chosen(line: Line, session: str | None) -> Version:
+def pick_version(line: ModelDeployment, session: str | None) -> Version:
     """The version that answers: a canary gets its share of the sessions, and always the same ones."""
     if line.canary is None:
         return line.stable
     ticket = f"{line.canary.package} {secrets.token_hex(8) if session is None else session}"
-    return line.canary if sampled(ticket, line.canary.settings.canary.share) else line.stable
+    return line.canary if in_sample(ticket, line.canary.settings.canary.share) else line.stable
 
 
-class Counted(Beside):
+class GatewayTelemetry(Telemetry):
     """What stands beside the gateway."""
 
     def __init__(self, recorder: Recorder | None, figures: Figures) -> None:
         super().__init__(recorder=recorder)
         self._figures = figures
 
-    def used(self, package: str, key: Key | None, usage: Usage) -> None:
+    def used(self, package: str, key: ApiKey | None, usage: Usage) -> None:
         super().used(package, key, usage)
         self._figures.used(package, usage)
 
@@ -222,7 +221,7 @@ class Counted(Beside):
         self._figures.began(package, seconds)
 
     async def metrics(self) -> str:
-        return await gather()
+        return await gather_metrics()
 
 
 class Gateway:
@@ -232,14 +231,14 @@ class Gateway:
         self, packages: Mapping[str, Serve], settings: Serve, access: Access
     ) -> None:
         figures = Figures()
-        self._house = Routed(settings, figures)
+        self._house = ModelRouter(settings, figures)
         await self._house.open(packages)
         recorder = None if settings.traffic is None else Recorder(settings.traffic)
-        self._log = AccessLog(build_http(self._house, access, Counted(recorder, figures)), settings.log_prompts)
+        self._log = AccessLog(build_app(self._house, access, GatewayTelemetry(recorder, figures)), settings.log_prompts)
         self._server = uvicorn.Server(
             uvicorn.Config(
                 self._log,
-                http=Bounded,
+                http=LimitedHttpProtocol,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 log_config=None,
                 access_log=False,
@@ -249,7 +248,7 @@ class Gateway:
                 ssl_keyfile=settings.tls_key,
             )
         )
-        self._serving = asyncio.ensure_future(self._server.serve([listening(settings.host, settings.port)]))
+        self._serving = asyncio.ensure_future(self._server.serve([listening_socket(settings.host, settings.port)]))
         while not self._server.started:
             if self._serving.done():
                 await self._serving
@@ -269,7 +268,7 @@ class Gateway:
         self._house.close()
 
 
-def listening(host: str, port: int) -> socket.socket:
+def listening_socket(host: str, port: int) -> socket.socket:
     """A socket; the gateway before it may still listen, until its streams are done."""
     opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):

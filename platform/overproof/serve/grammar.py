@@ -9,7 +9,7 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from overproof.errors import InputError
-from overproof.serve.schema import MOST_GRAMMAR, Generated
+from overproof.serve.requests import MOST_GRAMMAR, GenerationRequest
 
 LARK = "%llguidance"  # how a grammar in llguidance's language begins
 COMPACT = {"x-guidance": {"whitespace_flexible": False}}  # a small model may write spaces until it has no token left
@@ -18,7 +18,7 @@ MOST_REPEATS = 100_000  # of what a schema counts; llama.cpp is long busy with m
 BYTES = LLTokenizer("byte")
 
 
-def grammar_of(request: Generated) -> str | None:
+def grammar_of(request: GenerationRequest) -> str | None:
     """The grammar, None where any text will do. llama.cpp drops one that llguidance cannot read: it is read here first.
 
     Raises:
@@ -62,7 +62,7 @@ def _check(field: str, grammar: str) -> None:
         raise InputError(f"{field}: {first.partition(': ')[2] or first}")
 
 
-class Kept:
+class GrammarChecker:
     """Holds a text against its grammar: llama.cpp goes on without one that becomes too complex on the way."""
 
     def __init__(self, grammar: str) -> None:

@@ -13,15 +13,15 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from overproof.serve.crew import Load
-from overproof.serve.replies import Usage
+from overproof.serve.responses import Usage
+from overproof.serve.router import ReplicaLoad
 
 OURS = ("ray_serve_", "ray_overproof_")
 TIMEOUT_S = 5
 FIRST_EVENT_S = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
 
 
-class Tally:
+class ServeMetrics:
     """What is added to Serve's own figures."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Tally:
             if count:
                 self._tokens.inc(count, {"package": package, "kind": kind})
 
-    def loads(self, loads: Mapping[str, Load]) -> None:
+    def loads(self, loads: Mapping[str, ReplicaLoad]) -> None:
         """Note what there is to do."""
         for package, load in loads.items():
             self._replicas.set(load.replicas, {"package": package})
@@ -50,16 +50,16 @@ class Tally:
         self._first.observe(seconds, {"package": package})
 
 
-async def gather() -> str:
+async def gather_metrics() -> str:
     """The figures of every node, as one text."""
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
         asked = (client.get(f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics") for n in nodes)
         replies = await asyncio.gather(*asked, return_exceptions=True)
-    return merged(reply.text for reply in replies if isinstance(reply, httpx.Response))  # a node may be going
+    return merge_metrics(reply.text for reply in replies if isinstance(reply, httpx.Response))  # a node may be going
 
 
-def merged(texts: Iterable[str]) -> str:
+def merge_metrics(texts: Iterable[str]) -> str:
     """Serve's figures and ours out of several texts, each family once."""
     families: dict[str, Metric] = {}
     for text in texts:

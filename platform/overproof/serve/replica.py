@@ -10,16 +10,16 @@ import ray
 from ray import serve
 from ray.serve import Application
 
+from overproof.config import Serve
+from overproof.engines import text_engine
+from overproof.engines.base import Sampling, TextEngine
+from overproof.engines.onnx_runtime import OnnxClassifier
 from overproof.errors import InputError
-from overproof.recipe import Serve
-from overproof.registry.package import Package, locate, open_package
-from overproof.serve.backend import Threads, Together
-from overproof.serve.book import DESK, Version
-from overproof.serve.engines import text_engine
-from overproof.serve.engines.base import Sampling, TextEngine
-from overproof.serve.engines.onnx import OnnxClassifier
-from overproof.serve.post import Post
-from overproof.serve.wire import Door
+from overproof.package.package import Package, fetch_package, open_package
+from overproof.serve.async_engine import BatchingClassifier, ThreadedEngine
+from overproof.serve.deployments import CONTROLLER, Version
+from overproof.serve.replica_worker import ReplicaWorker
+from overproof.serve.rpc import GatewayAddress
 
 ROOM_PER_SLOT = {"text": 1, "digits": 16}  # requests a replica is given at once: a batch of images is made of many
 CALLS_PER_SLOT = 2  # engine threads for what takes no room, too
@@ -28,10 +28,10 @@ HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 10, 30
 DRAIN_S = 300  # a stream that goes on is finished
 
 
-def replicas(version: Version, count: int) -> Application:
+def replica_application(version: Version, count: int) -> Application:
     """The Serve application of a version; the desk says later how many replicas it has."""
     settings = version.settings
-    deployment = Replica.options(  # type: ignore[attr-defined]
+    deployment = ModelReplica.options(  # type: ignore[attr-defined]
         num_replicas=count,
         max_surge_percent=SURGE_PERCENT,
         health_check_period_s=HEALTH_PERIOD_S,
@@ -49,23 +49,25 @@ def replicas(version: Version, count: int) -> Application:
 
 
 @serve.deployment(name="model")
-class Replica:
+class ModelReplica:
     """One package. Ray Serve places it and looks after it; its work it gets from the gateway."""
 
     async def __init__(self, where: str, id_: str, settings: Serve) -> None:  # type: ignore[misc]
-        package = open_package(locate(where))
+        package = open_package(fetch_package(where))
         if package.content.id != id_:  # a folder of packages may have a newer one
             raise InputError(f"{where}: found {package.content.id}; expected {id_}")
         engine = load_engine(package, settings)
         calls = CALLS_PER_SLOT * settings.slots
         # A replica is there when its model has answered.
         if isinstance(engine, OnnxClassifier):
-            self._backend: Threads = Together(engine, engine.pixels)
+            self._backend: ThreadedEngine = BatchingClassifier(engine, engine.pixels)
             await self._backend.classify(np.zeros((1, engine.pixels), np.float32))
         else:
-            self._backend = Threads(engine, calls)
+            self._backend = ThreadedEngine(engine, calls)
             await self._backend.complete(" ", Sampling(1))
-        self._post = Post(self._backend, id_, ROOM_PER_SLOT[package.content.kind] * settings.slots, door)
+        self._post = ReplicaWorker(
+            self._backend, id_, ROOM_PER_SLOT[package.content.kind] * settings.slots, gateway_address
+        )
 
     async def check_health(self) -> None:
         """What Ray Serve calls now and then; an error has the replica replaced."""
@@ -77,10 +79,10 @@ class Replica:
         await self._backend.close()
 
 
-async def door(seen: Door | None) -> Door | None:
+async def gateway_address(seen: GatewayAddress | None) -> GatewayAddress | None:
     """Where the gateway takes calls of replicas, as the desk has it."""
-    desk: Any = await asyncio.to_thread(ray.get_actor, DESK, DESK)
-    found: Door | None = await desk.door.remote(seen)
+    desk: Any = await asyncio.to_thread(ray.get_actor, CONTROLLER, CONTROLLER)
+    found: GatewayAddress | None = await desk.door.remote(seen)
     return found
 
 

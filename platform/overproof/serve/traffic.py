@@ -17,9 +17,9 @@ from datetime import UTC, datetime
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from overproof.config import Traffic
 from overproof.errors import InputError
-from overproof.files import filesystem, from_anywhere, join, write_at_once
-from overproof.recipe import Traffic
+from overproof.files import absolute_uri, atomic_write, filesystem, join_uri
 
 LOG = logging.getLogger("overproof.serve")
 REPLIES, RATINGS = "replies", "ratings"  # folders
@@ -77,7 +77,7 @@ SCHEMAS = {
 }  # fmt: skip
 
 
-def ready(settings: Traffic) -> Traffic:
+def prepare_traffic(settings: Traffic) -> Traffic:
     """The same folder, made and named for replicas wherever they start.
 
     Raises:
@@ -88,10 +88,10 @@ def ready(settings: Traffic) -> Traffic:
         files.create_dir(path, recursive=True)
     except OSError as error:
         raise InputError(f"serve.traffic.folder: {settings.folder}: {error}; expected one you may write to") from None
-    return settings.model_copy(update={"folder": from_anywhere(settings.folder)})
+    return settings.model_copy(update={"folder": absolute_uri(settings.folder)})
 
 
-def sampled(id_: str, share: float) -> bool:
+def in_sample(id_: str, share: float) -> bool:
     """Whether a reply is among those that are kept; every replica says the same of the same reply."""
     return int.from_bytes(hashlib.sha256(id_.encode()).digest()[:8], "big") < share * 2**64
 
@@ -125,12 +125,12 @@ class Recorder:
 
     def keep(self, exchange: Exchange) -> None:
         """Take a reply, if it is one of the sample."""
-        if sampled(exchange.id, self._settings.sample):
+        if in_sample(exchange.id, self._settings.sample):
             self._add(REPLIES, exchange)
 
     def rate(self, rating: Rating) -> None:
         """Take a rating, if it is of one of the sample."""
-        if sampled(rating.id, self._settings.sample):
+        if in_sample(rating.id, self._settings.sample):
             self._add(RATINGS, rating)
 
     def close(self) -> None:
@@ -181,10 +181,10 @@ class Recorder:
         sink = pa.BufferOutputStream()
         table = pa.Table.from_pylist([self._redacted(row) for row in rows], SCHEMAS[kind])
         pq.write_table(table, sink, compression="zstd")
-        files, folder = filesystem(join(self._settings.folder, kind))
+        files, folder = filesystem(join_uri(self._settings.folder, kind))
         files.create_dir(folder, recursive=True)
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{self._name}-{self._files:06d}.parquet"
-        write_at_once(files, f"{folder}/{name}", sink.getvalue().to_pybytes())
+        atomic_write(files, f"{folder}/{name}", sink.getvalue().to_pybytes())
         self._files += 1
 
     def _redacted(self, row: Exchange | Rating) -> dict[str, object]:

@@ -21,18 +21,18 @@ from typing import Any
 
 from pyarrow import fs
 
+from overproof.config import CheckpointPolicy
 from overproof.errors import InputError
-from overproof.files import FileEntry, filesystem, join, once_here, unlike, write_at_once
-from overproof.recipe import Checkpoint
+from overproof.files import FileEntry, atomic_write, filesystem, join_uri, local_cache, mismatched_files
 
 LEDGER = "ledger.json"
-MANIFEST = "checkpoint.json"
+CHECKPOINT_MANIFEST = "checkpoint.json"
 FORMAT = 1
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Kept:
+class Checkpoint:
     """A committed checkpoint."""
 
     uri: str
@@ -59,7 +59,7 @@ class Kept:
             if fault:
                 raise InputError(f"{self.uri}: {fault}, as fetched; expected what was written: run again")
 
-        yield once_here(self.key, fetch)
+        yield local_cache(self.key, fetch)
 
     def fault(self) -> str | None:
         """What is wrong with it where it lies, or None; every file is hashed."""
@@ -81,7 +81,7 @@ class Checkpoints:
     fingerprint: str  # of the artifact that the training makes
     config: Any
     parents: Mapping[str, str]
-    policy: Checkpoint
+    policy: CheckpointPolicy
 
     def begin(self) -> None:
         """Take the folder for this training.
@@ -92,7 +92,7 @@ class Checkpoints:
         files, root = self._opened()
         ledger = self._ledger()
         if ledger and ledger["fingerprint"] != self.fingerprint and ledger["committed"]:
-            raise another(self.uri, ledger, self.config, self.parents, ledger["committed"])
+            raise unfinished_training_error(self.uri, ledger, self.config, self.parents, ledger["committed"])
         if ledger is None or ledger["fingerprint"] != self.fingerprint:
             if ledger is None and self._found():
                 return  # the checkpoints speak for themselves
@@ -100,7 +100,7 @@ class Checkpoints:
             files.delete_dir_contents(root, missing_dir_ok=True)
             self.note(0)
 
-    def newest(self, say: Say) -> Kept | None:
+    def newest(self, say: Notify) -> Checkpoint | None:
         """The newest checkpoint whose files are all what was written, or None where none was ever committed.
 
         Every file is hashed. What is wrong with a newer one is told through ``say``.
@@ -112,7 +112,7 @@ class Checkpoints:
         for name in sorted(self._found(), reverse=True):
             kept = self._read(name)
             fault = kept if isinstance(kept, str) else kept.fault()
-            if fault is None and isinstance(kept, Kept):
+            if fault is None and isinstance(kept, Checkpoint):
                 for each in faults:
                     say(f"{each}; going on from step {kept.step}")
                 return kept
@@ -136,21 +136,21 @@ class Checkpoints:
         files, root = self._opened()
         content = {"format": FORMAT, "fingerprint": self.fingerprint, "config": self.config,
                    "parents": dict(self.parents), "committed": step}  # fmt: skip
-        write_at_once(files, f"{root}/{LEDGER}", seal(content))
+        atomic_write(files, f"{root}/{LEDGER}", with_checksum(content))
 
     def folder(self, step: int, attempt: str) -> str:
         """Where an attempt writes its checkpoint after ``step`` steps."""
-        return join(self.uri, f"{step:08d}-{attempt}")
+        return join_uri(self.uri, f"{step:08d}-{attempt}")
 
-    def all(self) -> list[Kept]:
+    def all(self) -> list[Checkpoint]:
         """Every committed checkpoint, oldest first; files are not hashed."""
-        return [kept for kept in map(self._read, sorted(self._found())) if isinstance(kept, Kept)]
+        return [kept for kept in map(self._read, sorted(self._found())) if isinstance(kept, Checkpoint)]
 
-    def best(self) -> Kept | None:
+    def best(self) -> Checkpoint | None:
         """The committed checkpoint of lowest score."""
-        return next(iter(ranked(self.all())), None)
+        return next(iter(rank_by_score(self.all())), None)
 
-    def prune(self, newest: Kept) -> None:
+    def prune(self, newest: Checkpoint) -> None:
         """Delete what the policy does not keep, now that ``newest`` is committed.
 
         What dead attempts left goes too, and so does whatever claims to be further on: it was found bad, or training
@@ -158,9 +158,9 @@ class Checkpoints:
         """
         files, root = self._opened()
         others = [each for each in self.all() if each.step < newest.step]
-        kept = {each.uri for each in keep([*others, newest], self.policy)}
+        kept = {each.uri for each in retained([*others, newest], self.policy)}
         for name in self._found():
-            if join(self.uri, name) not in kept:
+            if join_uri(self.uri, name) not in kept:
                 files.delete_dir(f"{root}/{name}")
 
     def _opened(self) -> tuple[fs.FileSystem, str]:
@@ -172,38 +172,38 @@ class Checkpoints:
         names = [info.base_name for info in listing if info.type == fs.FileType.Directory]
         return [name for name in names if name.partition("-")[0].isdigit()]
 
-    def _read(self, name: str) -> Kept | str:
+    def _read(self, name: str) -> Checkpoint | str:
         """A checkpoint, or why it is none."""
-        uri = join(self.uri, name)
+        uri = join_uri(self.uri, name)
         files, root = filesystem(uri)
-        content = unseal(files, f"{root}/{MANIFEST}")
+        content = read_checksummed(files, f"{root}/{CHECKPOINT_MANIFEST}")
         if isinstance(content, str):
             return UNFINISHED if content == MISSING and int(name.partition("-")[0]) > self.committed() else content
         if content["fingerprint"] != self.fingerprint:
-            return f"{MANIFEST} is of another recipe"
+            return f"{CHECKPOINT_MANIFEST} is of another recipe"
         entries = {file: FileEntry(**entry) for file, entry in content["files"].items()}
-        return Kept(uri, content["step"], content["world"], content["score"], entries)
+        return Checkpoint(uri, content["step"], content["world"], content["score"], entries)
 
     def _ledger(self) -> dict[str, Any] | None:
         files, root = self._opened()
-        content = unseal(files, f"{root}/{LEDGER}")
+        content = read_checksummed(files, f"{root}/{LEDGER}")
         return None if isinstance(content, str) else content
 
 
-MISSING = f"{MANIFEST} is missing"
+MISSING = f"{CHECKPOINT_MANIFEST} is missing"
 UNFINISHED = "was never finished"
 
 
-def ranked(kept: Iterable[Kept]) -> list[Kept]:
+def rank_by_score(kept: Iterable[Checkpoint]) -> list[Checkpoint]:
     """Those that have a score, lowest first."""
     scored = [(each.score, each.step, each) for each in kept if each.score is not None]
     return [each for *_, each in sorted(scored, key=lambda item: item[:2])]
 
 
-def keep(kept: Iterable[Kept], policy: Checkpoint) -> list[Kept]:
+def retained(kept: Iterable[Checkpoint], policy: CheckpointPolicy) -> list[Checkpoint]:
     """What the policy keeps: the last ones, and the best."""
     ordered = sorted(kept, key=lambda each: each.step, reverse=True)
-    last, best = ordered[: policy.keep_last], ranked(ordered)[: policy.keep_best]
+    last, best = ordered[: policy.keep_last], rank_by_score(ordered)[: policy.keep_best]
     return last + [each for each in best if each not in last]
 
 
@@ -213,14 +213,16 @@ def find_fault(files: fs.FileSystem, root: str, entries: Mapping[str, FileEntry]
         info = files.get_file_info(f"{root}/{name}")
         if info.type == fs.FileType.File and info.size != entry.size_bytes:  # no need to hash the others
             return f"{name} has {info.size} bytes instead of {entry.size_bytes}"
-    for name, found in unlike(files, root, entries):
+    for name, found in mismatched_files(files, root, entries):
         if found is None:
             return f"{name} is missing"
         return f"{name} was changed: its sha256 is {found[:12]}…, not {entries[name].sha256[:12]}…"
     return None
 
 
-def another(uri: str, ledger: Mapping[str, Any], config: Any, parents: Mapping[str, str], step: int) -> InputError:
+def unfinished_training_error(
+    uri: str, ledger: Mapping[str, Any], config: Any, parents: Mapping[str, str], step: int
+) -> InputError:
     """What to say where a folder holds what another recipe, or other parents, left unfinished."""
     found = list(differences(ledger["config"], config))
     for stage, print_ in parents.items():
@@ -242,12 +244,12 @@ def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
         yield f"{path} {json.dumps(before)}, now {json.dumps(now)}"
 
 
-def seal(content: Mapping[str, Any]) -> bytes:
+def with_checksum(content: Mapping[str, Any]) -> bytes:
     """JSON that carries the hash of itself."""
     return json.dumps({**content, "sha256": hashlib.sha256(_canonical(content)).hexdigest()}, indent=1).encode()
 
 
-def unseal(files: fs.FileSystem, path: str) -> dict[str, Any] | str:
+def read_checksummed(files: fs.FileSystem, path: str) -> dict[str, Any] | str:
     """What ``seal`` wrote, or what is wrong with it."""
     name = path.rpartition("/")[2]
     if files.get_file_info(path).type != fs.FileType.File:

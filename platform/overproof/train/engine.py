@@ -11,17 +11,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from overproof.models import Batch
-from overproof.recipe import Optimization
-from overproof.train.configuration import ADAM_EPSILON, learning_rate, parameter_groups
+from overproof.config import Optimization
+from overproof.models.hf_directory import Batch
 from overproof.train.objective import Objective
+from overproof.train.optim import ADAM_EPSILON, learning_rate, parameter_groups
 
 STATE = "state.pt"  # of the engine that needs no others
 Metrics = dict[str, float]
-Writer = Callable[[str, Any], None]  # takes a file's name and what belongs into it
+StateWriter = Callable[[str, Any], None]  # takes a file's name and what belongs into it
 
 
-class Engine(Protocol):
+class TrainingEngine(Protocol):
     """A model in training. Every rank calls the same methods in the same order."""
 
     def step(self, objective: Objective, batch: Batch) -> Metrics:
@@ -74,9 +74,9 @@ class TorchEngine:
 
     def step(self, objective: Objective, batch: Batch) -> Metrics:
         rate = learning_rate(self.optimization, self.steps_done)
-        set_rate(self.optimizer, rate)
-        seed_draws(self.seed, self.steps_done, self.device)
-        loss, scalars = objective.loss(self.model, place(batch, self.device))
+        set_learning_rate(self.optimizer, rate)
+        seed_rng(self.seed, self.steps_done, self.device)
+        loss, scalars = objective.loss(self.model, to_device(batch, self.device))
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), self.optimization.clip_norm)
         if torch.isfinite(norm):
@@ -98,7 +98,7 @@ class TorchEngine:
     def total(self, values: Tensor) -> Tensor:
         return values
 
-    def save(self, write: Writer) -> None:
+    def save(self, write: StateWriter) -> None:
         """Hand the whole state to ``write``, as one file."""
         write(STATE, {"model": self.trained.state_dict(), "optimizer": self.optimizer.state_dict()})
 
@@ -114,10 +114,10 @@ class TorchEngine:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Full weights, fp32 on the CPU."""
-        return {name: fp32(value) for name, value in self.model.state_dict().items()}
+        return {name: to_fp32_cpu(value) for name, value in self.model.state_dict().items()}
 
 
-def seed_draws(seed: int, position: int, device: torch.device) -> None:
+def seed_rng(seed: int, position: int, device: torch.device) -> None:
     """Have what draws next draw a function of both."""
     mixed = int.from_bytes(hashlib.sha256(f"{seed}/{position}".encode()).digest()[:7], "big")
     torch.default_generator.manual_seed(mixed)  # torch.manual_seed asks every kind of device, for milliseconds
@@ -125,14 +125,14 @@ def seed_draws(seed: int, position: int, device: torch.device) -> None:
         torch.cuda.manual_seed(mixed)
 
 
-def set_rate(optimizer: Any, rate: float) -> None:
+def set_learning_rate(optimizer: Any, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
-def place(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
-def fp32(value: Tensor) -> Tensor:
+def to_fp32_cpu(value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float32, copy=True)

@@ -12,16 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from overproof.config import Optimization
 from overproof.errors import InputError
-from overproof.models import Batch, forward
-from overproof.recipe import Optimization
-from overproof.train.engine import Engine, Metrics
+from overproof.models.hf_directory import Batch, forward
+from overproof.train.engine import Metrics, TrainingEngine
 from overproof.train.objective import Objective, nll
 
-Row = dict[str, float]  # "step" counts finished steps; then what was measured at it
+CurveRow = dict[str, float]  # "step" counts finished steps; then what was measured at it
 
 
-class Keeper(Protocol):
+class CheckpointHook(Protocol):
     """Saves the state of a training as it goes. Every rank has one and calls it alike."""
 
     def after(self, step: int, score: float | None) -> None:
@@ -29,41 +29,41 @@ class Keeper(Protocol):
 
 
 @dataclass(frozen=True)
-class Hooks:
+class LoopHooks:
     """What a training does beside its steps: where it begins, who saves, what happens to a step gone wrong."""
 
     start: int = 0  # finished steps
-    keeper: Keeper | None = None
+    keeper: CheckpointHook | None = None
     nonfinite: Callable[[int, InputError], None] | None = None  # takes step and error; returns to leave the step out
     validated: frozenset[int] = frozenset()  # steps with a validation beside those of the optimization
 
 
 def fit(
-    engine: Engine,
+    engine: TrainingEngine,
     objective: Objective,
     optimization: Optimization,
     batches: Iterator[Batch],
     validate: Callable[[], float],
-    report: Callable[[Row], None],
-    hooks: Hooks = Hooks(),
+    report: Callable[[CurveRow], None],
+    hooks: LoopHooks = LoopHooks(),
 ) -> None:
     """Train to ``optimization.steps`` steps, one batch each; ``report`` gets a row after each step.
 
     Raises:
         InputError: the loss or the gradient is no longer finite.
     """
-    for row in rows(engine, objective, optimization, batches, validate, hooks):
+    for row in train_steps(engine, objective, optimization, batches, validate, hooks):
         report(row)
 
 
-def rows(
-    engine: Engine,
+def train_steps(
+    engine: TrainingEngine,
     objective: Objective,
     optimization: Optimization,
     batches: Iterator[Batch],
     validate: Callable[[], float],
-    hooks: Hooks = Hooks(),
-) -> Iterator[Row]:
+    hooks: LoopHooks = LoopHooks(),
+) -> Iterator[CurveRow]:
     """What ``fit`` does, a row at a time, for callers that stop early.
 
     Yields ``{"step", "loss", "learning_rate", "grad_norm"}`` after each step and ``{"step", "validation_loss"}``
@@ -123,7 +123,7 @@ def validation_ids(rows: int, wanted: int) -> NDArray[np.int64]:
     return np.arange(count, dtype=np.int64) * rows // count
 
 
-def shares(ids: NDArray[np.int64], batch_size: int, rank: int, world: int) -> list[NDArray[np.int64]]:
+def shard_batches(ids: NDArray[np.int64], batch_size: int, rank: int, world: int) -> list[NDArray[np.int64]]:
     """A rank's part of the ids in batches of at most ``batch_size`` (2 at least); every rank has equally many.
 
     With fewer ids than ranks every rank takes them all, which leaves the mean over the ranks the same.

@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from overproof.models import Batch, Prediction, forward
+from overproof.models.hf_directory import Batch, Prediction, forward
 
 
 class Objective(Protocol):

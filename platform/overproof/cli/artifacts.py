@@ -1,0 +1,105 @@
+"""What the command line prints about artifacts: listing, record and the closing table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from overproof import pipeline
+from overproof.artifacts import RECORD, Artifact, Record, Store
+from overproof.config import Recipe
+from overproof.console import out
+from overproof.errors import InputError
+from overproof.files import read_json
+
+if TYPE_CHECKING:
+    from overproof.evaluate.metrics import MeasuredFile
+
+
+def list_artifacts(store: str) -> int:
+    """List every artifact of a store, oldest first."""
+    table = Table("artifact", "created (UTC)", "seconds", "MB", box=None, pad_edge=False)
+    for artifact in Store(store).artifacts():
+        record = artifact.record
+        size = sum(f.size_bytes for f in record.files.values())
+        table.add_row(artifact.id, record.created[:19], f"{record.seconds:.1f}", f"{size / 1e6:.2f}")
+    out.print(table)
+    return 0
+
+
+def show_artifact(store: str, name: str) -> int:
+    """Print one artifact's record, and its parents back to the shards."""
+    everything = Store(store)
+    path = Path(name) / RECORD
+    artifact = Artifact(name, Record.model_validate_json(path.read_text())) if path.is_file() else everything.get(name)
+    out.print_json(artifact.record.model_dump_json())
+    known = {a.record.fingerprint: a for a in everything.artifacts()}
+
+    def tree(record: Record, depth: int) -> None:
+        for stage, print_ in record.parents.items():
+            parent = known.get(print_)
+            out.print(f"{'  ' * depth}└ {parent.id if parent else f'{stage}-{print_[:8]} (not in {store})'}")
+
+    out.print(artifact.id)
+    tree(artifact.record, 1)
+    return 0
+
+
+def sweep_page(store: str, name: str, to: Path | None) -> int:
+    """Write the page of a finished sweep, with what is measured and judged of it so far.
+
+    Raises:
+        InputError: it is no finished sweep of the store, or the page cannot be written.
+    """
+    from overproof.report.stage import sweep_report
+
+    sweep, page = sweep_report(Store(store), name)
+    path = to or Path(f"{sweep.id.replace('/', '-')}.html")
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give a file you may write: --out FILE") from None
+    out.print(f"report   {path}")
+    return 0
+
+
+def print_summary(recipe: Recipe) -> None:
+    """Print the closing table: every export with its quality, size, speed and verdict."""
+    from overproof.evaluate.gate import Verdict
+    from overproof.evaluate.metrics import Report
+
+    found = {s.stage.name: s.artifact for s in pipeline.resolve_stages(recipe, Store(recipe.store))}
+    if not (found["evaluate"] and found["gate"]):
+        return
+    report = read_json(Report, found["evaluate"].local() / "report.json")
+    verdict = read_json(Verdict, found["gate"].local() / "verdict.json")
+    passed = {c.name: c.passed for c in verdict.candidates}
+    text = report.quality == "bits_per_byte"
+    speed, unit = ("decode_tokens_per_s", "tokens/s") if text else ("images_per_s", "images/s")
+    table = Table("model", "bits per byte" if text else "accuracy", "agreement", "MB", "p50 / p95 ms", unit, "verdict",
+                  title=recipe.name)  # fmt: skip
+    for measured in report.measured:
+        quality, agreement = measured.metrics[report.quality], measured.metrics["agreement"]
+        half = ((quality.high or quality.value) - (quality.low or quality.value)) / 2
+        word = "" if measured.name not in passed else "[green]passed[/]" if passed[measured.name] else "[red]refused[/]"
+        rate = measured.metrics.get(speed)  # a model may end every answer at once
+        table.add_row(measured.name, f"{quality.value:.4f} ± {half:.4f}", f"{agreement.value:.1%}",
+                      f"{measured.size_bytes / 1e6:.2f}", _latency(measured), f"{rate.value:,.0f}" if rate else "",
+                      f"{word}{' · shipped' if measured.name == verdict.chosen else ''}")  # fmt: skip
+    out.print(table)
+    gain = report.compare(report.winner, "control")
+    if gain and gain.low is not None and gain.high is not None:
+        unit = "%" if text else "points"
+        out.print(
+            f"{report.winner} is {-100 * gain.value:+.2f} {unit} better than the control, at equal steps "
+            f"(interval {-100 * gain.high:+.2f} to {-100 * gain.low:+.2f} {unit}): what distillation bought"
+        )
+    if found["report"]:
+        out.print(f"picture  {found['report'].uri}/report.png\nreport   {found['report'].uri}/report.html")
+
+
+def _latency(measured: MeasuredFile) -> str:
+    p50, p95 = (1000 * measured.metrics[f"latency_p{share}_s"].value for share in (50, 95))
+    return f"{p50:.3g} / {p95:.3g}"

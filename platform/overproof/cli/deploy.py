@@ -1,0 +1,131 @@
+"""Change what a running cluster serves: deploy, try, promote, roll back, and read how it came to that."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from overproof.artifacts import RECORD, Store
+from overproof.cluster import ray_cluster
+from overproof.config import Serve, parse_overrides
+from overproof.console import out, waiting
+from overproof.errors import InputError
+from overproof.files import join_uri
+
+PLACES = ("stable", "canary", "shadow")
+
+
+def deploy(package: str, store: str, overrides: Sequence[str], place: str) -> int:
+    """Serve a package on the running cluster, from now on or beside the version that answers.
+
+    Raises:
+        InputError: the package may not be served, does not start, or has no place; what was served goes on.
+    """
+    settings = Serve.parse(parse_overrides(overrides, "serve"))
+    where = find_package(package, store)
+    _connect()
+    from overproof.serve import server
+    from overproof.serve.controller import describe_version
+
+    version = describe_version(where, settings)  # what is wrong shows before anything starts
+    with waiting(f"starting {version.package}"):
+        if server.is_serving():
+            base = server.base_url(settings)
+            server.call_controller("deploy", version.where, settings, place, current_user())
+        elif place != "stable":
+            raise InputError(f"nothing is served on this cluster that a {place} could stand beside; deploy it without")
+        else:
+            book = settings.deployments or join_uri(store, "deployments.json")
+            base = server.start_gateway({}, settings.model_copy(update={"deployments": book}))
+            server.call_controller("deploy", version.where, settings, place, current_user())
+    share = f" for {settings.canary.share:.0%} of the sessions" if place == "canary" else ""
+    out.print(f"{version.package} is {place}{share} at {base}")
+    return 0
+
+
+def promote(model: str) -> int:
+    """Let the version that is tried answer."""
+    _connect()
+    from overproof.serve import server
+
+    out.print(f"{server.call_controller('promote', model, current_user())} answers for {model}")
+    return 0
+
+
+def roll_back(model: str, reason: str) -> int:
+    """Take back what is tried, or return to the version before."""
+    _connect()
+    from overproof.serve import server
+
+    with waiting(f"rolling {model} back"):
+        package = server.call_controller("roll_back", model, current_user(), reason)
+    out.print(f"{package} answers for {model}")
+    return 0
+
+
+def undeploy(model: str) -> int:
+    """Serve a model no longer."""
+    _connect()
+    from overproof.serve import server
+
+    server.call_controller("withdraw", model, current_user())
+    out.print(f"{model} is served no longer")
+    return 0
+
+
+def print_deployments(file: str | None) -> int:
+    """Print who serves what, and every change; of a file, also where nothing runs."""
+    from overproof.serve.deployments import read_deployments
+
+    counts: dict[str, int] = {}
+    if file is not None:
+        book = read_deployments(file)
+    else:
+        _connect()
+        from overproof.serve import server
+
+        book = server.call_controller("book")
+        counts = {version.package: server.count_replicas(version.package) for version in book.live}
+    live = Table("model", "place", "package", "replicas", box=None, pad_edge=False)
+    for name, line in book.lines.items():
+        for place in PLACES:
+            version = getattr(line, place)
+            if version is not None:
+                live.add_row(name, place, version.package, str(counts.get(version.package, "")))
+    events = Table("at (UTC)", "who", "what", "package", "reason", box=None, pad_edge=False)
+    for event in book.events:
+        events.add_row(event.at[:19], event.who, event.what, event.package, event.reason)
+    out.print(live)
+    out.print(events)
+    return 0
+
+
+def find_package(package: str, store: str) -> str:
+    """A package by folder or URI, or by its id in a store.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(package)
+    if "://" in package or (path / RECORD).is_file() or (path / "package.json").is_file():
+        return package
+    return Store(store).get(package).uri
+
+
+def current_user() -> str:
+    """Who makes a change, as far as this machine knows."""
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
+
+def _connect() -> None:
+    if not ray_cluster.is_remote():
+        raise InputError(
+            "RAY_ADDRESS is not set; expected the address of a running cluster, such as RAY_ADDRESS=auto, "
+            "that outlives this command"
+        )
+    with waiting("connecting to Ray"):
+        ray_cluster.connect()

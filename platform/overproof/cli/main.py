@@ -1,0 +1,252 @@
+"""The command line. Exit codes: 0 done, 1 the gate refused or nothing fits, 2 bad input, 130 stopped with Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from overproof import console
+from overproof.config import Recipe, load_recipe, schema_docs
+from overproof.errors import GateRefused, InputError
+
+DEMO_RECIPE = Path(__file__).parents[3] / "jobs/recipes/stdlib-lm.yaml"
+# Which section of the recipe each stage reads: its fields are the stage's help.
+STAGE_VERBS = {
+    "prepare": ("data", "clean, split, tokenise and shard the data"),
+    "train": ("train", "train the teacher with DeepSpeed ZeRO"),
+    "generate": ("generate", "let the teacher write the text that students read"),
+    "cache": ("cache", "compute the teacher's targets once"),
+    "sweep": ("sweep", "distil students, and a control without the teacher"),
+    "compress": ("compress", "export and quantise the students that are kept"),
+    "evaluate": ("evaluate", "measure every exported file"),
+    "gate": ("gate", "judge the measurements by the recipe's policy"),
+    "report": ("name", "draw the picture and the HTML report"),
+    "package": ("name", "pack the file that passed, with its proof"),
+    "speculate": ("speculate", "pack the teacher with that file as its draft, if its text then comes sooner"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        return int(_run(options))
+    except InputError as error:
+        print(f"overproof: {error}", file=sys.stderr)
+        return 2
+    except GateRefused as refused:
+        print(f"overproof: {refused}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("overproof: stopped; finished stages stay, run the same command to go on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="overproof", description="From sharded data to a small model you can trust.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, text: str, section: str | None = None, recipe: bool = True) -> argparse.ArgumentParser:
+        fields = (
+            f"recipe fields (--set a.b=c):\n{schema_docs.describe_fields(section)}" if section is not None else None
+        )
+        added = verbs.add_parser(name, help=text, description=text, epilog=fields,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        if recipe:
+            added.add_argument("recipe", type=Path, help="recipe in YAML")
+        if recipe or name == "demo":
+            added.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a recipe field")
+        return added
+
+    demo = verb("demo", "run the whole loop on one machine and ask the served model", "", recipe=False)
+    demo.add_argument("recipe", type=Path, nargs="?", default=DEMO_RECIPE, help="recipe (default: stdlib-lm)")
+    demo.add_argument("--keep", action="store_true", help="leave the server up until Ctrl-C")
+    run = verb("run", "run every stage that is not done yet", "")
+    run.add_argument("--until", choices=STAGE_VERBS, help="last stage to run (default: all)")
+    plan = verb("plan", "say what would run, what it holds and asks for, and whether it can ever start", "")
+    plan.add_argument("--cluster", type=Path, metavar="FILE", help="plan for what this `ray up` file may grow to")
+    plan.add_argument("--tokens-per-s", type=float, metavar="N", help="throughput, for the hours of a language model")
+    plan.add_argument("--rows-per-s", type=float, metavar="N", help="throughput in rows (images) instead")
+    prove = verb("prove", "train twice, once with workers killed or moved, and compare", "", recipe=False)
+    prove.add_argument("what", choices=("resume", "elastic"), help="workers killed; or nodes that die and join")
+    prove.add_argument("recipe", type=Path, help="recipe in YAML")
+    prove.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a recipe field")
+    prove.add_argument("--kills", type=int, default=3, metavar="N", help="workers killed by `resume` (default: 3)")
+    prove.add_argument("--seed", type=int, default=0, metavar="N", help="of the steps at which it happens")
+    for name, (section, text) in STAGE_VERBS.items():
+        added = verb(name, f"{text}, after what must come before", section)
+        if name == "report":
+            _takes_a_sweep(added)
+    pick = verb("pick", "the best file that passed the gate within limits, and why the others were left out", "")
+    for flag, unit, text in (
+        ("--max-mb", "MB", "file size at most"),
+        ("--max-p50-ms", "MS", "latency of half of the requests at most"),
+        ("--max-p95-ms", "MS", "latency of 95 in 100 requests at most"),
+        ("--max-resident-mb", "MB", "memory of the engine's process at most"),
+        ("--min-quality", "Q", "accuracy at least (a share), or bits per byte at most"),
+    ):
+        pick.add_argument(flag, type=float, metavar=unit, help=text)
+    board = verb("dashboard", "TensorBoard over the trials, and Ray's dashboard, until Ctrl-C", recipe=False)
+    board.add_argument("recipe", type=Path, nargs="?", help="recipe in YAML (default: everything in --store)")
+    board.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a recipe field")
+    board.add_argument("--store", default="store", help="folder (default: store)")
+    board.add_argument("--port", type=int, default=6006, metavar="N", help="of TensorBoard; 0 takes a free one")
+    listing = verb("ls", "list the artifacts of a store", recipe=False)
+    show = verb("show", "print an artifact's record and parents", recipe=False)
+    show.add_argument("artifact", help="id as `ls` prints it, a unique part of it, or a directory")
+    for added in (listing, show):
+        added.add_argument("--store", default="store", help="folder or URI (default: store)")
+    serve = verb("serve", "serve a package over HTTP until Ctrl-C", "serve", recipe=False)
+    serve.add_argument("package", help="package directory, or its id in --store")
+    serve.add_argument("--store", default="store", help="folder or URI (default: store)")
+    serve.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field of serve")
+    deploy = verb(
+        "deploy", "serve a package on the running cluster (RAY_ADDRESS), or try it there", "serve", recipe=False
+    )
+    deploy.add_argument("package", help="package directory or URI, or its id in --store")
+    deploy.add_argument("--store", default="store", help="folder or URI (default: store)")
+    deploy.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field of serve")
+    tried = deploy.add_mutually_exclusive_group()
+    tried.add_argument("--canary", action="store_const", const="canary", dest="place", default="stable",
+                       help="let it answer a share of the sessions")  # fmt: skip
+    tried.add_argument("--shadow", action="store_const", const="shadow", dest="place",
+                       help="let it read what comes in, and answer nobody")  # fmt: skip
+    for name, text in (
+        ("promote", "let the version that is tried answer"),
+        ("rollback", "take back what is tried, or return to the version before"),
+        ("undeploy", "serve a model no longer"),
+    ):
+        added = verb(name, text, recipe=False)
+        added.add_argument("model", help="as `overproof deployments` names it")
+        if name == "rollback":
+            added.add_argument("--reason", default="", help="why, for the record")
+    history = verb("deployments", "who serves what, and every change", recipe=False)
+    history.add_argument("--file", help="read this file or URI instead of asking the running cluster")
+    keys = verb("keys", "make, list and revoke API keys of a file that servers read (OVERPROOF_KEYS)", recipe=False)
+    keys.add_argument("what", choices=("add", "ls", "revoke"))
+    keys.add_argument("name", nargs="?", help="whose key it is")
+    keys.add_argument("--file", default="keys.json", help="file or URI (default: keys.json)")
+    keys.add_argument("--requests-per-minute", type=int, metavar="N", help="most requests")
+    keys.add_argument("--tokens-per-minute", type=int, metavar="N", help="most tokens of prompts and completions")
+    schema = verb("schema", "print the JSON schema of recipes", recipe=False)
+    schema.add_argument("--text", action="store_true", help="one line for each field instead")
+    return parser
+
+
+def _takes_a_sweep(report: argparse.ArgumentParser) -> None:
+    next(action for action in report._actions if action.dest == "recipe").help = "recipe in YAML, or a sweep's id"
+    report.add_argument("--store", default="store", help="where the sweep lies: folder or URI (default: store)")
+    report.add_argument("--out", type=Path, metavar="FILE", help="where a sweep's page goes (default: its id.html)")
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.verb == "schema":
+        print(
+            schema_docs.describe_fields() if options.text else schema_docs.json_schema(),
+            end="\n" if options.text else "",
+        )
+        return 0
+    if options.verb in ("ls", "show"):
+        from overproof.cli import artifacts
+
+        return (
+            artifacts.list_artifacts(options.store)
+            if options.verb == "ls"
+            else artifacts.show_artifact(options.store, options.artifact)
+        )
+    if options.verb == "serve":
+        from overproof.cli import serve
+
+        return serve.serve_until_stopped(options.package, options.store, tuple(options.set))
+    if options.verb == "keys":
+        return _keys(options)
+    if options.verb in ("deploy", "promote", "rollback", "undeploy", "deployments"):
+        return _deploying(options)
+    if options.verb == "dashboard":
+        from overproof.cli import dashboard
+        from overproof.files import join_uri
+
+        recipe = load_recipe(options.recipe, tuple(options.set)) if options.recipe else None
+        return dashboard.dashboard(join_uri(recipe.store, recipe.name) if recipe else options.store, options.port)
+    if options.verb == "report" and not (options.recipe.is_file() or options.recipe.suffix in (".yaml", ".yml")):
+        from overproof.cli import artifacts
+
+        return artifacts.sweep_page(options.store, str(options.recipe), options.out)
+    recipe = load_recipe(options.recipe, tuple(options.set))
+    if options.verb == "plan":
+        from overproof.cli import plan
+
+        question = plan.PlanOptions(options.cluster, options.tokens_per_s, options.rows_per_s)
+        return plan.plan(recipe, question)
+    if options.verb == "pick":
+        from overproof.cli import select
+
+        budget = select.Budget(
+            options.max_mb, options.max_p50_ms, options.max_p95_ms, options.max_resident_mb, options.min_quality
+        )
+        return select.select(recipe, options.recipe, tuple(options.set), budget)
+    if options.verb == "prove":
+        from overproof.cli import prove
+
+        if options.what == "resume":
+            return prove.prove_resume(recipe, options.kills, options.seed)
+        return prove.prove_elastic(recipe, options.seed)
+    if options.verb == "demo":
+        from overproof.cli import serve
+
+        return serve.demo(recipe, keep=options.keep)
+    return _build(recipe, options.until if options.verb == "run" else options.verb)
+
+
+def _deploying(options: argparse.Namespace) -> int:
+    from overproof.cli import deploy
+
+    if options.verb == "deploy":
+        return deploy.deploy(options.package, options.store, options.set, options.place)
+    if options.verb == "promote":
+        return deploy.promote(options.model)
+    if options.verb == "rollback":
+        return deploy.roll_back(options.model, options.reason)
+    if options.verb == "undeploy":
+        return deploy.undeploy(options.model)
+    return deploy.print_deployments(options.file)
+
+
+def _keys(options: argparse.Namespace) -> int:
+    from overproof.serve import api_keys
+
+    if (options.name is None) != (options.what == "ls"):
+        raise InputError(f"keys {options.what}: found name {options.name!r}; expected one to add or revoke, else none")
+    if options.what == "add":
+        print(api_keys.add_key(options.file, options.name, options.requests_per_minute, options.tokens_per_minute))
+        print(f"overproof: shown this once, {options.file} holds its hash alone", file=sys.stderr)
+    elif options.what == "revoke":
+        api_keys.revoke_key(options.file, options.name)
+    else:
+        for key in api_keys.read_keys(options.file).keys:
+            limits = [f"{most:,} {what} a minute" for most, what in key.limits]
+            console.out.print("  ".join([key.name, key.created, *limits]), markup=False)
+    return 0
+
+
+def _build(recipe: Recipe, until: str | None) -> int:
+    from overproof import pipeline
+    from overproof.cli import artifacts
+
+    try:
+        done = pipeline.run(recipe, until)
+    except GateRefused:
+        artifacts.print_summary(recipe)
+        raise
+    if "package" in done:
+        artifacts.print_summary(recipe)
+        console.out.print(f"package  {done['package'].uri}")
+    if "speculate" in done:
+        console.out.print(f"with its teacher, as the draft  {done['speculate'].uri}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

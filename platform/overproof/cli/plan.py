@@ -1,0 +1,252 @@
+"""`overproof plan`: what a run would do, hold and ask for, one line a finding, before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from overproof import pipeline
+from overproof.artifacts import Artifact, Store
+from overproof.cluster import preflight
+from overproof.cluster.placement import resource_requests
+from overproof.cluster.preflight import Finding, Throughput
+from overproof.config import Recipe, TextData
+from overproof.console import out
+from overproof.data.columns import row_bytes
+from overproof.data.manifest import Manifest
+from overproof.distill.target_codec import TargetLayout
+from overproof.distill.teacher_text import generate_settings, text_cache_schema
+from overproof.errors import InputError
+from overproof.models import zero_memory
+from overproof.models.sizes import ModelSize
+from overproof.units import format_bytes, format_seconds
+
+WRITING = 4  # a token that is written takes the time of so many that are looked at; measured at 32 rows (9 at 8 rows)
+COLOURS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "refused": "[red]refused[/]"}
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What `plan` was asked beside the recipe."""
+
+    cluster_file: Path | None = None
+    tokens_per_s: float | None = None
+    rows_per_s: float | None = None
+
+
+def plan(recipe: Recipe, question: PlanOptions) -> int:
+    """Print the plan and return 0 where the recipe can run.
+
+    Raises:
+        InputError: what was asked makes no sense, or the recipe could never run there, with the arithmetic.
+    """
+    rate = _rate(recipe, question)
+    capacity, attached = preflight.target_capacity(question.cluster_file)
+    stored = preflight.check_storage(recipe, capacity, attached)
+    if stored.state == "refused":  # nor can it be looked up what is done
+        raise InputError(f"storage: {stored.text}")
+    steps = pipeline.resolve_stages(recipe, Store(recipe.store))
+    out.print(_stages(recipe, steps))
+    prepared = next(step.artifact for step in steps if step.stage.name == "prepare")
+    model = preflight.teacher_size(recipe, prepared)
+    out.print()
+    students = preflight.student_sizes(recipe, prepared)
+    for line in _model(recipe, model, students, known=prepared is not None):
+        out.print(line)
+    out.print(_memory(recipe, model))
+    out.print(_activations(recipe, model))
+    told = (_text(recipe, model, prepared, rate), _targets(recipe, model, prepared, rate), _beside(recipe, model))
+    for line in filter(None, told):
+        out.print(line)
+    out.print(f"\n{capacity.where}")
+    findings = [
+        *preflight.check_placement(recipe, capacity),
+        stored,
+        *preflight.warn_not_smaller(students, model.parameters),
+    ]
+    if not attached and question.cluster_file is None and not recipe.train.gpus_per_worker:
+        findings.append(preflight.check_local_memory(_worker(recipe, model), recipe.train.fewest))
+    findings += [preflight.check_upload(Path.cwd()), preflight.training_time(recipe, rate)]
+    out.print(_findings(findings))
+    refused = [finding for finding in findings if finding.state == "refused"]
+    if refused:
+        raise InputError("\n".join(f"{finding.about}: {finding.text}" for finding in refused))
+    return 0
+
+
+def _rate(recipe: Recipe, question: PlanOptions) -> Throughput | None:
+    text = isinstance(recipe.data, TextData)
+    positions = recipe.data.positions
+    if question.tokens_per_s is not None and not text:
+        raise InputError(f"--tokens-per-s {question.tokens_per_s:g}: the data is images; give --rows-per-s")
+    for name, value in (("--tokens-per-s", question.tokens_per_s), ("--rows-per-s", question.rows_per_s)):
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"{name} {value:g}: expected a rate above 0")
+    if question.tokens_per_s is not None:
+        return Throughput(question.tokens_per_s, "as given")
+    if question.rows_per_s is not None:
+        return Throughput(question.rows_per_s * positions, "as given")
+    return preflight.measured_rate(recipe)
+
+
+def _stages(recipe: Recipe, steps: list[pipeline.PlannedStage]) -> Table:
+    asked = {need.stage: need for need in resource_requests(recipe)}
+    table = Table("stage", "state", "work", "CPUs", "GPUs", "for", "artifact", box=None, pad_edge=False)
+    for step in steps:
+        name = step.stage.name
+        need = asked.get(name)
+        asks = (
+            (f"{need.cpus_of(need.bundles):g}", f"{need.gpus_of(need.bundles):g}", need.why)
+            if need
+            else ("", "", "this process")
+        )
+        state = f"[dim]done in {step.artifact.record.seconds:.1f} s[/]" if step.artifact else "[bold]to do[/]"
+        table.add_row(name, state, _work(recipe, name), *asks, f"{name}-{step.fingerprint[:8]}")
+    return table
+
+
+def _work(recipe: Recipe, stage: str) -> str:
+    positions = recipe.data.positions
+    unit = "tokens" if positions > 1 else "images"
+    train, sweep = recipe.train, recipe.sweep
+    if stage == "train":
+        return f"{train.steps} steps, {train.steps * train.batch_size * positions:,} {unit}, ZeRO {train.zero_stage}"
+    if stage == "generate":
+        written = generate_settings(recipe)
+        rows = "every row" if written.rows is None else f"{written.rows:,} rows"
+        return f"{rows} from {written.prompt_tokens} tokens on, temperature {written.temperature:g}"
+    if stage == "cache":
+        rows = "every row" if recipe.rows_cached is None else f"{recipe.rows_cached * positions:,} {unit}"
+        return f"{rows}, {recipe.cache.scheme.words}"
+    if stage == "sweep":
+        search, most = recipe.tune, recipe.rows_read * positions
+        how = f"{search.trials(sweep)} trials ({search.search.kind}, {search.scheduler.kind}) + control"
+        return f"{how}, {sweep.steps} steps, {most:,} {unit} each at most"
+    if stage == "compress":
+        return ", ".join(recipe.compress.formats)
+    if stage == "gate":
+        return f"{len(recipe.gate.rules)} rules"
+    return ""
+
+
+def _model(recipe: Recipe, model: ModelSize, students: dict[str, int], known: bool) -> list[str]:
+    train = recipe.train
+    most = "" if known or model.kind == "vit" else f" (with all {model.outputs:,} entries of the vocabulary)"
+    workers = f"{train.fewest}" if train.fewest == train.most else f"{train.fewest} to {train.most}"
+    return [
+        f"teacher: {model.parameters:,} parameters{most}; {workers} worker{'s' if workers != '1' else ''}, "
+        f"{train.precision}, ZeRO {train.zero_stage}, offload {train.offload}",
+        "students: " + ", ".join(f"{name} {count:,}" for name, count in students.items()) + " parameters",
+        f"each of {train.fewest} workers holds at most, by ZeRO stage:",
+    ]
+
+
+def _memory(recipe: Recipe, model: ModelSize) -> Table:
+    train = recipe.train
+    device = "GPU" if train.gpus_per_worker else "in all"
+    offloads = train.offload != "none"
+    columns = ["ZeRO", "weights", "gradients", "optimizer", "buffers", device]
+    table = Table(*columns, *(["in CPU memory"] if offloads else []), box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for stage in range(4):
+        held = zero_memory.state_memory(model, train, stage, train.fewest)
+        parts = (
+            held.device.weights,
+            held.device.gradients,
+            held.device.optimizer,
+            held.device.buffers,
+            held.device.total,
+        )
+        here = stage == train.zero_stage
+        row = [f"{stage}{' ◄ this recipe' if here else ''}", *map(format_bytes, parts)]
+        table.add_row(*row, *([format_bytes(held.host.total)] if offloads else []), style="bold" if here else "dim")
+    return table
+
+
+def _activations(recipe: Recipe, model: ModelSize) -> str:
+    train = recipe.train
+    rows = train.batch_size // train.fewest // train.accumulation(train.fewest)
+    kept = zero_memory.activation_memory(model, train, train.fewest)
+    outputs = rows * model.predictions * zero_memory.logits_memory(model.outputs, 4 if train.precision == "fp32" else 2)
+    checkpointed = "layers' inputs alone" if train.activation_checkpointing else "every layer's"
+    where = "GPU" if train.gpus_per_worker else "worker"
+    device = zero_memory.peak_worker_memory(model, train, train.fewest)
+    return (
+        f"and activations of {rows} rows of {model.predictions:,} ({checkpointed}): about {format_bytes(kept)}, "
+        f"{format_bytes(outputs)} of it logits; at most {format_bytes(device)} a {where}, and what the libraries take"
+    )
+
+
+def _text(recipe: Recipe, model: ModelSize, prepared: Artifact | None, rate: Throughput | None) -> str | None:
+    """What the teacher's text takes, and how long it writes."""
+    if recipe.generate is None:
+        return None
+    each = model.predictions + 1 - recipe.generate.prompt_tokens
+    rows = _rows(recipe.generate.rows, prepared)
+    if rows is None:
+        return f"text of the teacher: {each:,} tokens of every row, once the data is prepared"
+    bytes_ = rows * row_bytes(text_cache_schema(model.predictions, model.outputs))
+    held = f"text of the teacher: {rows:,} rows, {rows * each:,} tokens to be written, {format_bytes(bytes_)}"
+    if rate is None:
+        return held
+    return f"{held}; the teacher writes for about {format_seconds(WRITING * rows * each / (3 * rate.per_s))}"
+
+
+def _targets(recipe: Recipe, model: ModelSize, prepared: Artifact | None, rate: Throughput | None) -> str | None:
+    """What the teacher's cache takes, and how long the teacher looks: a forward pass is a third of a step's FLOPs."""
+    if not recipe.reads_cache:
+        return None
+    cache, unit = recipe.cache, "token" if isinstance(recipe.data, TextData) else "image"
+    text, temperatures = unit == "token", len({1.0, *cache.temperatures})
+    layout = TargetLayout(cache.scheme, text, model.predictions, model.outputs, temperatures)
+    each = layout.row_bytes / model.predictions
+    kept = f"targets of the teacher, {cache.scheme.words}: {each:,.1f} bytes a {unit}"
+    rows = _rows(recipe.rows_cached, prepared)
+    if rows is None:
+        return f"{kept}; of every row, once the data is prepared"
+    held = f"{kept}, {rows * model.predictions:,} {unit}s, {format_bytes(rows * layout.row_bytes)}"
+    return (
+        f"{held}; the teacher looks for about {format_seconds(rows * model.predictions / (3 * rate.per_s))}"
+        if rate
+        else held
+    )
+
+
+def _beside(recipe: Recipe, model: ModelSize) -> str | None:
+    """What the teacher takes in a trial where it runs at each step: its weights in fp32, and a batch's logits."""
+    names = ", ".join(student.name for student in recipe.sweep.students if student.live)
+    if not names:
+        return None
+    batch = recipe.rows_read // recipe.sweep.steps
+    logits = zero_memory.FP32 * batch * model.predictions * model.outputs
+    return (
+        f"the teacher runs beside {names}: each of these trials also holds its weights, "
+        f"{format_bytes(zero_memory.FP32 * model.parameters)}, and at each step its logits, {format_bytes(logits)}"
+    )
+
+
+def _rows(asked: int | None, prepared: Artifact | None) -> int | None:
+    """Train rows that are covered, where that is known; None of ``asked`` is every row."""
+    if prepared is None:
+        return asked
+    train = Manifest.read(prepared.local()).splits["train"].rows
+    return min(asked or train, train)
+
+
+def _worker(recipe: Recipe, model: ModelSize) -> int:
+    train = recipe.train
+    return (
+        zero_memory.peak_worker_memory(model, train, train.fewest)
+        + zero_memory.state_memory(model, train, train.zero_stage, train.fewest).host.total
+    )
+
+
+def _findings(findings: list[Finding]) -> Table:
+    table = Table("check", "", "", box=None, pad_edge=False, show_header=False)
+    for finding in findings:
+        table.add_row(f"{finding.about}", COLOURS[finding.state], escape(finding.text))
+    return table

@@ -1,0 +1,130 @@
+"""The end of the loop: serve a package, ask it something real, show how to ask again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import threading
+from pathlib import Path
+
+import httpx
+from rich.markup import escape
+
+from overproof import pipeline
+from overproof.artifacts import RECORD, Store
+from overproof.cli import artifacts
+from overproof.cluster import ray_cluster
+from overproof.config import Recipe, Serve, parse_overrides
+from overproof.console import out, waiting
+from overproof.errors import GateRefused
+from overproof.serve.net import free_port
+
+ASK_TIMEOUT_S = 60
+
+
+def demo(recipe: Recipe, keep: bool) -> int:
+    """Run the whole loop, serve what comes out, and print a real answer and the line to repeat it.
+
+    Raises:
+        GateRefused: no candidate passed; nothing is served.
+        InputError: bad input, or the port is taken, before anything runs.
+    """
+    free_port(recipe.serve.host, recipe.serve.port)
+    try:
+        done = pipeline.run(recipe)
+    except GateRefused:
+        artifacts.print_summary(recipe)
+        raise
+    artifacts.print_summary(recipe)
+    _serve(done["package"].local(), recipe.serve, keep)
+    return 0
+
+
+def serve_until_stopped(package: str, store: str, overrides: tuple[str, ...]) -> int:
+    """Serve a package by directory or id until Ctrl-C.
+
+    Raises:
+        InputError: there is no such package, it was changed, or it has no passing verdict.
+    """
+    settings = Serve.parse(parse_overrides(overrides, "serve"))
+    path = Path(package)
+    if not (path / RECORD).is_file() and not (path / "package.json").is_file():
+        path = Store(store).get(package).local()
+    _serve(path, settings, keep=True)
+    return 0
+
+
+def _serve(package: Path, settings: Serve, keep: bool) -> None:
+    from overproof.serve import server
+
+    with waiting("connecting to Ray"):
+        ray_cluster.connect()
+    with waiting("starting replicas"):
+        base = server.start_serving(package, settings)
+    try:
+        ask_once(base, settings)
+        if keep:
+            out.print(f"serving {package} at {base} until Ctrl-C")
+            _wait_for_signal()
+    finally:
+        server.stop_serving()
+
+
+def ask_once(base: str, settings: Serve) -> None:
+    """Send one real request and print the answer and the `curl` line that repeats it."""
+    if _keys_alone():
+        out.print("requests need one of the keys in OVERPROOF_KEYS")
+        return
+    from overproof.serve.server import tls_trust
+
+    with httpx.Client(base_url=base, timeout=ASK_TIMEOUT_S, headers=_auth(), verify=tls_trust(settings)) as client:
+        model = client.get("/v1/models").raise_for_status().json()["data"][0]
+        text = model["overproof"]["kind"] == "text"
+        path = "/v1/completions" if text else "/v1/classify"
+        body = (
+            {"model": model["id"], "prompt": "import os\n\ndef ", "max_tokens": 48, "temperature": 0.7, "seed": 0}
+            if text
+            else {"images": [_a_digit()]}
+        )
+        reply = client.post(path, json=body).raise_for_status().json()
+    if text:
+        out.print(f"[bold]{body['prompt']}[/]{escape(reply['choices'][0]['text'])}", markup=True)
+        body |= {"stream": True}
+    else:
+        out.print(f"a handwritten 7 is read as {reply['data'][0]['label']}")
+    auth = '-H "Authorization: Bearer $OVERPROOF_API_KEY" ' if _auth() else ""
+    if settings.tls_certificate:
+        auth = f"--cacert {shlex.quote(settings.tls_certificate)} {auth}"
+    out.print(
+        f"curl -N {base}{path} {auth}-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}",
+        markup=False,
+    )
+
+
+def _keys_alone() -> bool:
+    from overproof.serve.middleware import api_key, load_access
+
+    return api_key() is None and load_access().keyed
+
+
+def _auth() -> dict[str, str]:
+    from overproof.serve.server import api_key
+
+    key = api_key()
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _a_digit() -> list[float]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    first = int((digits.target == 7).nonzero()[0][0])
+    return [float(p) for p in digits.data[first] / 16]
+
+
+def _wait_for_signal() -> None:
+    ended = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: ended.set())
+    ended.wait()

@@ -1,0 +1,236 @@
+"""What can be known of a run before anything starts: its size, its memory, its time, and what would stop it.
+
+Every check gives one `Finding`; nothing here prints, and only `placed` and `stored` look beyond this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from overproof.artifacts import Artifact, Store
+from overproof.cluster import ray_cluster, store_probe, upload
+from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
+from overproof.config import BpeTokenizer, Recipe, TextData
+from overproof.data.manifest import MANIFEST, Manifest
+from overproof.errors import InputError
+from overproof.files import filesystem, join_uri, read_json
+from overproof.models.sizes import ModelSize, model_size, student_size
+from overproof.units import format_bytes, format_seconds
+
+CLASSES = 10  # of the digits
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the plan."""
+
+    about: str
+    state: Literal["ok", "warning", "refused"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Predictions in a second, and how that is known."""
+
+    per_s: float
+    source: str
+
+
+def teacher_size(recipe: Recipe, prepared: Artifact | None) -> ModelSize:
+    """Of the teacher; the vocabulary is the recipe's limit until the data is prepared.
+
+    Raises:
+        InputError: a pretrained model's directory is not one.
+    """
+    return model_size(recipe.train.model, _outputs(recipe, prepared), recipe.data.positions)
+
+
+def student_sizes(recipe: Recipe, prepared: Artifact | None) -> dict[str, int]:
+    """Parameters of each student, by name.
+
+    Raises:
+        InputError: one cannot be made from what it names.
+    """
+    outputs, sizes = _outputs(recipe, prepared), {}
+    for student in recipe.sweep.students:
+        try:
+            found = student_size(student.model, recipe.train.model, outputs, recipe.data.positions)
+        except InputError as error:
+            raise InputError(f"student {student.name}: {error}") from None
+        sizes[student.name] = found.parameters
+    return sizes
+
+
+def warn_not_smaller(sizes: Mapping[str, int], teacher: int) -> Iterator[Finding]:
+    """A warning for each student that is no smaller than its teacher."""
+    for name, size_ in sizes.items():
+        if size_ >= teacher:
+            yield Finding(
+                f"student {name}", "warning", f"{size_:,} parameters are not fewer than the teacher's {teacher:,}"
+            )
+
+
+def _outputs(recipe: Recipe, prepared: Artifact | None) -> int:
+    if prepared is not None:
+        return read_json(Manifest, prepared.local() / MANIFEST).outputs
+    if not isinstance(recipe.data, TextData):
+        return CLASSES
+    if isinstance(recipe.data.tokenizer, BpeTokenizer):
+        return recipe.data.tokenizer.vocab_size
+    from tokenizers import Tokenizer
+
+    from overproof.data.sources import tokenizer_path
+    from overproof.data.tokenization import read_tokenizer
+
+    return int(Tokenizer.from_str(read_tokenizer(tokenizer_path(recipe.data.tokenizer))).get_vocab_size())
+
+
+def measured_rate(recipe: Recipe) -> Throughput | None:
+    """The rate at which this recipe's newest teacher of the same model trained, out of its record."""
+    model = recipe.train.model.model_dump(mode="json")
+    with suppress(InputError, OSError):
+        for artifact in reversed(Store(join_uri(Store(recipe.store).uri, recipe.name)).artifacts()):
+            record = artifact.record
+            if record.stage != "train" or record.config["train"]["model"] != model:
+                continue
+            metrics = record.metrics
+            steps, seconds = metrics.get("steps"), metrics.get("seconds_per_step")
+            predictions = metrics.get("tokens") or metrics.get("rows")
+            if steps and seconds and predictions:
+                return Throughput(predictions / steps / seconds, f"measured by {artifact.id}")
+    return None
+
+
+def training_time(recipe: Recipe, rate: Throughput | None) -> Finding:
+    """How long the teacher trains."""
+    text = isinstance(recipe.data, TextData)
+    unit, flag = ("tokens", "--tokens-per-s") if text else ("images", "--rows-per-s")
+    steps = recipe.train.steps
+    total = steps * recipe.train.batch_size * recipe.data.positions
+    work = f"{total:,} {unit} in {steps:,} steps"
+    if rate is None:
+        few = f"`overproof train RECIPE --set train.steps=20 --set store={Path('trial')}`"
+        return Finding(
+            "time", "ok", f"{work}; give {flag} N for the hours, or measure: {few}, then plan with that store"
+        )
+    return Finding(
+        "time", "ok", f"{work} at {rate.per_s:,.0f} {unit}/s ({rate.source}): {format_seconds(total / rate.per_s)}"
+    )
+
+
+def check_placement(recipe: Recipe, capacity: Capacity) -> Iterator[Finding]:
+    """Whether each stage can ever start on a cluster, and how much of what it wants it gets."""
+    for need in resource_requests(recipe):
+        if need.stage in ("prepare", "evaluate") and capacity.fits(need) >= need.wanted:
+            continue  # one CPU each
+        refused = why_unplaceable(need, capacity)
+        if refused:
+            yield Finding(need.stage, "refused", refused.removeprefix(f"{need.stage}: "))
+            continue
+        yield _sufficient(need, capacity, recipe)
+    yield _together(recipe, capacity)
+
+
+def _sufficient(need: ResourceRequest, capacity: Capacity, recipe: Recipe) -> Finding:
+    found = capacity.fits(need)
+    bundles = min(found, need.wanted)
+    if need.stage == "train":
+        bundles = max(world for world in recipe.train.worlds if world <= bundles)
+    beside = " + 1" if need.reader else ""
+    cpus = f"{bundles} x {need.cpus:g}{beside} = {need.cpus_of(bundles):g} of {capacity.cpus:g} CPUs"
+    gpus = f", {bundles} x {need.gpus:g} = {need.gpus_of(bundles):g} of {capacity.gpus:g} GPUs" if need.gpus else ""
+    nodes = capacity.nodes_for(need, bundles)
+    text = f"{need.why}: {cpus}{gpus}, on {nodes} node{'s' if nodes != 1 else ''} or more"
+    if bundles < need.wanted:
+        return Finding(need.stage, "warning", f"{text}; {need.wanted} do not fit: {bundles} at a time")
+    return Finding(need.stage, "ok", text)
+
+
+def _together(recipe: Recipe, capacity: Capacity) -> Finding:
+    """Replicas that go on serving take their CPUs from the next run."""
+    by_stage = {need.stage: need for need in resource_requests(recipe)}
+    serve = by_stage.pop("serve")
+    largest = max(by_stage.values(), key=lambda need: need.cpus_of(need.bundles))
+    taken, wanted = serve.cpus_of(serve.bundles), largest.cpus_of(largest.bundles)
+    sum_ = f"{largest.stage} {wanted:g} + serve {taken:g} = {wanted + taken:g} of {capacity.cpus:g} CPUs"
+    if wanted + taken <= capacity.cpus:
+        return Finding("together", "ok", f"a run beside replicas that serve: {sum_}")
+    return Finding("together", "warning", f"{sum_}: a run while replicas serve would wait; stop them first")
+
+
+def check_storage(recipe: Recipe, capacity: Capacity, attached: bool) -> Finding:
+    """Whether the store can be written, and seen wherever it must be."""
+    uri = Store(recipe.store).uri
+    local = not _remote(uri)
+    try:
+        with store_probe.probe_store(uri) as (file, text):
+            if local and attached and capacity.count > 1:
+                without = store_probe.nodes_without(filesystem(file)[1], text)
+                if without:
+                    return Finding("storage", "refused", _unshared(uri, without))
+                return Finding("storage", "ok", f"{uri}: written and read, and seen from every node up now")
+    except InputError as error:
+        return Finding("storage", "refused", str(error))
+    if local and not attached and capacity.count > 1:
+        return Finding(
+            "storage", "warning",
+            f"{uri}: written and read here; on {capacity.count} nodes it must be a folder that all of them share, or a "
+            "URI such as s3://bucket/store",
+        )  # fmt: skip
+    return Finding("storage", "ok", f"{uri}: written, read and emptied again")
+
+
+def _remote(uri: str) -> bool:
+    return "://" in uri and not uri.startswith("file://")
+
+
+def _unshared(uri: str, nodes: list[str]) -> str:
+    return (
+        f"{uri}: a file written here is not seen on {', '.join(sorted(nodes))}; on several nodes the store must be a "
+        "folder that they share, or a URI: --set store=s3://bucket/store"
+    )
+
+
+def check_upload(folder: Path) -> Finding:
+    """What `ray job submit --working-dir .` would upload from here."""
+    found = upload.measure_upload(folder)
+    limit = format_bytes(upload.LIMIT_BYTES)
+    about = f"{format_bytes(found.size_bytes)} in {found.files:,} files of at most {limit} (100 MiB)"
+    if found.fits:
+        return Finding("upload", "ok", f"`ray job submit --working-dir .` from here sends {about}")
+    named = ", ".join(f"{name} {format_bytes(bytes_)}" for name, bytes_ in found.largest)
+    more = "" if found.whole else f"more than {upload.MOST_FILES:,} files, at least "
+    return Finding(
+        "upload", "warning",
+        f"`ray job submit --working-dir .` from here would be turned away: {more}{about}; the largest: {named}. List "
+        "what no job needs in .rayignore",
+    )  # fmt: skip
+
+
+def check_local_memory(bytes_: int, workers: int) -> Finding:
+    """Whether this machine's memory holds the workers of a local run."""
+    import psutil
+
+    total, sum_ = psutil.virtual_memory().total, bytes_ * workers
+    text = f"{workers} x {format_bytes(bytes_)} = {format_bytes(sum_)} of this machine's {format_bytes(total)}"
+    return Finding("memory", "ok" if sum_ < total else "warning", text + ("" if sum_ < total else ": too much"))
+
+
+def target_capacity(file: Path | None) -> tuple[Capacity, bool]:
+    """The cluster to plan for, and whether this process is attached to it.
+
+    Raises:
+        InputError: the file or the cluster cannot be used.
+    """
+    if file is not None:
+        from overproof.cluster.cluster_yaml import read_cluster_yaml
+
+        return read_cluster_yaml(file), False
+    if ray_cluster.is_remote():
+        return ray_cluster.connect(), True
+    return ray_cluster.local_capacity(), False

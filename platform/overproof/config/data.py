@@ -1,0 +1,100 @@
+"""The data section: where rows come from, how they are split and laid out."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from overproof.config.base import Count, Fraction, Section
+
+
+class StdlibSource(Section):
+    """The source files of the running Python's standard library, without its tests."""
+
+    kind: Literal["stdlib"] = "stdlib"
+
+
+class FolderSource(Section):
+    """Every file below a folder that matches a pattern; one file is one document."""
+
+    kind: Literal["folder"] = "folder"
+    path: str = Field(description="Folder, or a URI such as s3://bucket/folder.")
+    pattern: str = Field("*.txt", description="File name pattern, as in fnmatch.")
+
+
+class JsonlSource(Section):
+    """JSON Lines; one line is one document."""
+
+    kind: Literal["jsonl"] = "jsonl"
+    path: str = Field(description="A .jsonl file or a folder of them.")
+    field: str = Field("text", description="Key that holds the text.")
+
+
+class ParquetSource(Section):
+    """Parquet; one row is one document."""
+
+    kind: Literal["parquet"] = "parquet"
+    path: str = Field(description="A .parquet file or a folder of them.")
+    field: str = Field("text", description="Column that holds the text.")
+
+
+TextSource = Annotated[StdlibSource | FolderSource | JsonlSource | ParquetSource, Field(discriminator="kind")]
+
+
+class BpeTokenizer(Section):
+    """A byte-level BPE tokenizer trained on the train split."""
+
+    kind: Literal["bpe"] = "bpe"
+    vocab_size: int = Field(2048, ge=288, le=65536, multiple_of=32, description="Entries.")
+
+
+class TokenizerFile(Section):
+    """An existing byte-level BPE tokenizer."""
+
+    kind: Literal["file"] = "file"
+    path: str = Field(description="A tokenizer.json of the `tokenizers` library.")
+
+
+class Splits(Section):
+    """How rows are split and laid out in shards."""
+
+    validation_fraction: Fraction = Field(0.05, description="Share of documents held out for validation.")
+    test_fraction: Fraction = Field(0.05, description="Share of documents held out for the gate.")
+    shards: Count = Field(4, description="Train shards written.")
+    rows_per_group: Count = Field(16, description="Rows in every Parquet row group.")
+
+    @model_validator(mode="after")
+    def _leaves_train(self) -> Self:
+        held_out = self.validation_fraction + self.test_fraction
+        if held_out >= 1:
+            raise ValueError(
+                f"validation_fraction + test_fraction is {held_out:g}; expected less than 1, "
+                "so that a train split is left"
+            )
+        return self
+
+
+class TextData(Splits):
+    """Documents, cleaned, split by content hash, tokenised and packed to one length."""
+
+    kind: Literal["text"] = "text"
+    source: TextSource = StdlibSource()
+    tokenizer: BpeTokenizer | TokenizerFile = Field(BpeTokenizer(), discriminator="kind")
+    sequence_length: int = Field(128, ge=8, le=1_048_576, description="Predicted tokens in a row.")
+
+    @property
+    def positions(self) -> int:
+        """Predictions in a row."""
+        return self.sequence_length
+
+
+class DigitsData(Splits):
+    """scikit-learn's bundled handwritten digits: 1,797 grey images of 8x8 pixels, ten classes."""
+
+    kind: Literal["digits"] = "digits"
+
+    @property
+    def positions(self) -> int:
+        """Predictions in a row."""
+        return 1

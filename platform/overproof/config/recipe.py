@@ -1,0 +1,248 @@
+"""A whole recipe, and how one is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import Field, model_validator
+
+from overproof.config.base import Identifier, Section
+from overproof.config.data import DigitsData, TextData
+from overproof.config.distillation import Cache, Generate, Student, Sweep
+from overproof.config.models import Pretrained, TeacherLayers
+from overproof.config.search import Tune
+from overproof.config.shipping import Evaluate, Gate, Gguf, Onnx, Serve, Speculate
+from overproof.config.training import Train
+from overproof.errors import InputError
+
+
+class Recipe(Section):
+    """One run from data to replicas."""
+
+    name: Identifier = Field(description="Folder of this run's artifacts in the store.")
+    store: str = Field("store", description="Folder or URI (s3://, gs://, ...) that holds the artifacts.")
+    seed: int = Field(0, ge=0, description="Seed of the order of rows, of initial weights and of the bootstrap.")
+    data: TextData | DigitsData = Field(discriminator="kind")
+    train: Train
+    generate: Generate | None = Field(None, description="Text that the teacher writes for students to read.")
+    cache: Cache = Cache()
+    sweep: Sweep
+    tune: Tune = Tune()
+    compress: Gguf | Onnx = Field(discriminator="kind")
+    evaluate: Evaluate = Evaluate()
+    gate: Gate
+    speculate: Speculate | None = Field(None, description="The teacher served with the student as its draft.")
+    serve: Serve = Serve()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        text = isinstance(self.data, TextData)
+        model, fmt = ("llama", "gguf") if text else ("vit", "onnx")
+        found = {"train.model": self.train.model.kind, "compress": self.compress.kind} | {
+            f"sweep.students.{i}.model": s.model.kind for i, s in enumerate(self.sweep.students)
+        }
+        for where, kind in found.items():
+            expected = fmt if where == "compress" else model
+            if kind not in (expected, "pretrained", "teacher_layers"):
+                raise ValueError(f"{where}.kind is {kind!r}; data.kind {self.data.kind!r} needs {expected!r}")
+        self._layers_are_there()
+        self._prompts_fit()
+        self._text_is_written()
+        self.tune.check(self.sweep)
+        missing = self.temperatures - set(self.cache.temperatures)
+        if missing:
+            raise ValueError(
+                f"the sweep asks for temperature {min(missing):g}, which cache.temperatures "
+                f"{list(self.cache.temperatures)} lacks; add it there"
+            )
+        other = self.divergences - {"forward_kl"}
+        if other and self.cache.scheme.kind == "sampled":
+            raise ValueError(
+                f"the sweep asks for {min(other)}, and cache.scheme.kind is 'sampled', which lacks the teacher's "
+                "probabilities of outputs that were not drawn; expected forward_kl, or scheme topk or dense"
+            )
+        if self.reads_cache:
+            self._covers("cache.rows", self.cache.rows, "cover")
+        names = {student.name for student in self.sweep.students}
+        taken = sorted(f"{name}-{format}" for name in names for format in self.compress.formats)
+        if twice := next((name for name in taken if name in names), None):
+            raise ValueError(f"a student is named {twice!r}, as a compressed file of another would be; rename it")
+        if self.evaluate.engine == "vllm" and (not text or self.speculate is not None):
+            raise ValueError(
+                f"evaluate.engine: found 'vllm' with {'speculate' if text else 'images'}; expected "
+                "'llama.cpp', for vLLM measures language models, without a draft"
+            )
+        if self.speculate is not None:
+            if not text:
+                raise ValueError(f"speculate: data.kind {self.data.kind!r} has no text to draft; expected text")
+            if self.speculate.teacher in names:
+                raise ValueError(f"a student is named {self.speculate.teacher!r}, as the teacher's file is; rename it")
+        if self.train.steps == 0 and not isinstance(self.train.model, Pretrained):
+            raise ValueError("train.steps is 0; only a pretrained model may go untrained")
+        return self
+
+    def _layers_are_there(self) -> None:
+        """A directory's layers are counted when there is need to look into it."""
+        if isinstance(self.train.model, Pretrained):
+            return
+        for index, student in enumerate(self.sweep.students):
+            if isinstance(student.model, TeacherLayers):
+                try:
+                    student.model.of(self.train.model.layers)
+                except InputError as error:
+                    raise ValueError(f"sweep.students.{index}.model.{error}") from None
+
+    def _prompts_fit(self) -> None:
+        written = self.sweep.on_policy
+        if written is None:
+            return
+        if not isinstance(self.data, TextData):
+            raise ValueError(f"sweep.on_policy: data.kind {self.data.kind!r} has nothing to write; expected text")
+        places = written.prompt_tokens + written.new_tokens
+        if places > self.data.sequence_length + 1:
+            raise ValueError(
+                f"sweep.on_policy: prompt_tokens {written.prompt_tokens} + new_tokens {written.new_tokens} = {places} "
+                f"is more than a row of sequence_length {self.data.sequence_length} + 1 tokens"
+            )
+
+    def _covers(self, field: str, rows: int | None, verb: str) -> None:
+        needed = self.rows_read
+        if rows is not None and needed > rows:
+            raise ValueError(
+                f"sweep reads {self.sweep.steps} x {needed // self.sweep.steps} = {needed} rows, and {field} "
+                f"is {rows}; raise {field}, or set it to null to {verb} every row"
+            )
+
+    def _text_is_written(self) -> None:
+        """Whether what students read is there, and the cache is of the rows that its readers train on."""
+        settings, students = self.generate, list(enumerate(self.sweep.students))
+        readers = [student for _, student in students if student.text == "teacher"]
+        if settings is None:
+            if readers:
+                raise ValueError(f"student {readers[0].name} has text: teacher; expected a section generate")
+            return
+        if not isinstance(self.data, TextData):
+            raise ValueError(f"generate: data.kind {self.data.kind!r} has nothing to write; expected text")
+        if settings.prompt_tokens >= self.data.sequence_length:
+            raise ValueError(
+                f"generate.prompt_tokens is {settings.prompt_tokens}; expected less than data.sequence_length "
+                f"{self.data.sequence_length}"
+            )
+        if not readers:
+            raise ValueError("generate: no student has text: teacher; give one that, or leave the section out")
+        self._covers("generate.rows", settings.rows, "write")
+        if settings.rows is not None and (self.cache.rows or 0) > settings.rows:
+            raise ValueError(f"cache.rows is {self.cache.rows}, and generate.rows {settings.rows}; expected no more")
+        for index, student in students:
+            if self._reads_cache(student) and student.text == "data":
+                raise ValueError(
+                    f"sweep.students.{index}.text is 'data'; with a section generate the cache holds what the teacher "
+                    "thinks of its own text: expected text: teacher, or teacher: live"
+                )
+
+    def _reads_cache(self, student: Student) -> bool:
+        """Whether some trial of a student learns from the cached outputs."""
+        searched = self.tune.space.teacher_weight is not None
+        return student.teacher == "cached" and (searched or student.reads_cache)
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether some trial of the sweep does."""
+        return any(self._reads_cache(student) for student in self.sweep.students)
+
+    @property
+    def rows_cached(self) -> int | None:
+        """Rows that the cache covers; None is every row."""
+        return self.generate.rows if self.cache.rows is None and self.generate else self.cache.rows
+
+    @property
+    def judged_temperatures(self) -> tuple[float, ...]:
+        """Those at which teachers tell what they think of what students wrote."""
+        listed = self.tune.space.temperature
+        asked = listed.values if listed else [student.temperature for student in self.sweep.students]
+        return tuple(sorted({1.0, *asked}))
+
+    @property
+    def temperatures(self) -> set[float]:
+        """Those at which trials of the sweep read the cache."""
+        listed, readers = self.tune.space.temperature, [s for s in self.sweep.students if self._reads_cache(s)]
+        return set(listed.values) if listed and readers else {student.temperature for student in readers}
+
+    @property
+    def divergences(self) -> set[str]:
+        """Those by which trials of the sweep learn from the cache."""
+        listed, readers = self.tune.space.divergence, [s for s in self.sweep.students if self._reads_cache(s)]
+        return set(listed.values) if listed and readers else {student.divergence for student in readers}
+
+    @property
+    def rows_read(self) -> int:
+        """Rows in training order that the trial with the largest batch reads."""
+        batches = self.tune.space.batch_size
+        return self.sweep.steps * (max(batches.values) if batches else self.sweep.batch_size)
+
+
+def load_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe from YAML and apply ``a.b=value`` overrides.
+
+    Raises:
+        InputError: the file cannot be read, is not YAML, or does not fit the schema.
+    """
+    tree = read_yaml_mapping(path, "a recipe, such as jobs/recipes/digits.yaml", "a mapping of sections")
+    for override in overrides:
+        _set(tree, override)
+    return Recipe.parse(tree, str(path))
+
+
+def parse_overrides(overrides: Sequence[str], section: str) -> dict[str, Any]:
+    """Overrides of one section, with its name before them or not, as a mapping.
+
+    Raises:
+        InputError: one is no assignment.
+    """
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _set(tree, override.removeprefix(f"{section}."))
+    return tree
+
+
+def read_yaml_mapping(path: str | Path, file: str, content: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping; ``file`` and ``content`` say what was expected.
+
+    Raises:
+        InputError: it cannot be read, is not YAML, or holds something else.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected {file}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: found {type(tree).__name__} at the top level, expected {content}")
+    return tree
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise InputError(f"--set {override}: expected a.b=value, such as train.steps=200")
+    *parents, last = path.split(".")
+    node: Any = tree
+    for i, part in enumerate([*parents, last]):
+        key: Any = part
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise InputError(f"--set {override}: {part!r} is no index of a list of {len(node)}")
+            key = int(part)
+        elif not isinstance(node, dict):
+            raise InputError(f"--set {override}: {'.'.join(path.split('.')[:i])} holds {node!r}, not a section")
+        if i == len(parents):
+            try:
+                node[key] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise InputError(f"--set {override}: the value is not YAML: {error}") from None
+        else:
+            node = node.setdefault(key, {}) if isinstance(node, dict) else node[key]

@@ -1,0 +1,123 @@
+"""The sections that train a model: optimisation, checkpoints, groups of workers, the teacher."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from overproof.config.base import Count, Cpus, Section
+from overproof.config.models import Model
+
+
+class Optimization(Section):
+    """AdamW (arXiv 1711.05101) under a learning-rate schedule with linear warm-up."""
+
+    steps: int = Field(ge=0, description="Optimizer steps; 0 keeps the starting weights.")
+    batch_size: Count = Field(description="Rows in a global batch.")
+    learning_rate: float = Field(gt=0, description="Peak rate.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after warm-up.")
+    final_fraction: float = Field(0.1, ge=0, le=1, description="Last rate as a share of the peak.")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled decay of matrices; vectors are not decayed.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient average.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the squared-gradient average.")
+    clip_norm: float = Field(1.0, gt=0, description="Largest global gradient norm.")
+    validate_every: Count = Field(50, description="Steps between validation losses.")
+    validation_rows: Count = Field(256, description="Rows of the validation split used each time.")
+
+
+class CheckpointPolicy(Section):
+    """What a stopped run goes on from."""
+
+    every_steps: Count = Field(
+        100, description="Steps between checkpoints: what a kill may cost, and the steps made while one is written."
+    )
+    keep_last: Count = Field(2, description="Newest checkpoints kept.")
+    keep_best: int = Field(0, ge=0, description="Further checkpoints kept, those of lowest validation loss.")
+
+
+class ZeroSettings(Section):
+    """How each worker of a group trains: DeepSpeed ZeRO (arXiv 1910.02054)."""
+
+    micro_batch_size: Count | None = Field(
+        None, description="Most rows in a forward pass; more of a worker's share are accumulated. null: no limit."
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="What is sharded: 1 optimizer, 2 gradients, 3 weights.")
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none", description="What lies in CPU memory: the optimizer (stages 1 to 3), or weights too (stage 3)."
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Number format of the forward pass.")
+    activation_checkpointing: bool = Field(False, description="Compute activations again in the backward pass.")
+    compile: bool = Field(False, description="Run the model through torch.compile.")
+    cpus_per_worker: Cpus = Field(1, description="Logical CPUs reserved by each worker.")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs reserved by each worker.")
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> Self:
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload 'optimizer' needs zero_stage 1, 2 or 3; found 0")
+        if self.offload == "parameters" and self.zero_stage != 3:
+            raise ValueError(f"offload 'parameters' needs zero_stage 3; found {self.zero_stage}")
+        return self
+
+
+class Training(Optimization, ZeroSettings):
+    """A model trained by a group of workers."""
+
+    workers: Count | tuple[Count, Count] = Field(2, description="Training processes, or [fewest, most] if elastic.")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="A loss or gradient that is not finite ends the run, or its step is left out."
+    )
+    checkpoint: CheckpointPolicy = CheckpointPolicy()
+    result: Literal["last", "best"] = Field(
+        "last", description="Weights given on: after the last step, or of the best checkpoint kept."
+    )
+    max_failures: Count = Field(8, description="Failures in a row without a new checkpoint that end the run.")
+
+    @property
+    def fewest(self) -> int:
+        """Workers that suffice."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        """Workers at most."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def worlds(self) -> tuple[int, ...]:
+        """The numbers of workers it may run on: those between the limits that divide the batch."""
+        return tuple(n for n in range(self.fewest, self.most + 1) if self.batch_size % n == 0)
+
+    def accumulation(self, world: int) -> int:
+        """Forward passes in a step: the fewest equal ones within ``micro_batch_size``."""
+        share = self.batch_size // world
+        limit = self.micro_batch_size or share
+        return next(count for count in range(1, share + 1) if share % count == 0 and share // count <= limit)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.fewest > self.most:
+            raise ValueError(f"workers {list(self.workers)} starts above its end; expected [fewest, most]")  # type: ignore[arg-type]
+        for world in (self.fewest, self.most):
+            if self.batch_size % world:
+                raise ValueError(
+                    f"batch_size {self.batch_size} is not a multiple of workers {world}; "
+                    "every worker takes an equal share"
+                )
+        if self.result == "best":
+            if self.checkpoint.keep_best == 0:
+                raise ValueError("result 'best' needs checkpoint.keep_best of at least 1; found 0")
+            if self.checkpoint.every_steps % self.validate_every:
+                raise ValueError(
+                    f"result 'best' needs a validation loss at each checkpoint: checkpoint.every_steps "
+                    f"{self.checkpoint.every_steps} is not a multiple of validate_every {self.validate_every}"
+                )
+        return self
+
+
+class Train(Training):
+    """The teacher: DeepSpeed ZeRO under Ray Train."""
+
+    model: Model

@@ -1,0 +1,240 @@
+"""Reading the rows of a prepared split by their ids, straight from the mapped files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from overproof.data.columns import DTYPE, packed_dtype, row_bytes, shard_schema
+from overproof.data.manifest import Manifest
+from overproof.data.order import Order
+from overproof.errors import InputError
+
+Columns = dict[str, NDArray[Any]]
+
+AHEAD_BYTES = 1 << 20
+PLAIN = {"PLAIN", "RLE"}  # values; levels, of which there are none
+PAGE_HEADER_BYTES = 32  # at most; two pages' headers are longer
+BATCH_COLUMNS = {"text": ("tokens", "length"), "digits": ("pixels", "label")}
+
+
+def refuse_objects(found: pa.Schema, where: str) -> None:
+    """Refuse a schema that holds an extension type: reading one may unpickle, and so run, what a stranger wrote.
+
+    Raises:
+        InputError: naming the column.
+    """
+    for field in found:
+        if _is_extension(field):
+            raise InputError(
+                f"{where}: column {field.name!r} holds objects ({_extension_name(field)}); expected plain numbers, "
+                "strings or lists of them: write the file again without that column"
+            )
+
+
+def _is_extension(field: pa.Field) -> bool:
+    # A type nobody registered arrives as its storage, with the name in the field's metadata.
+    if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
+        return True
+    return any(_is_extension(field.type.field(i)) for i in range(field.type.num_fields))
+
+
+def _extension_name(field: pa.Field) -> str:
+    if isinstance(field.type, pa.BaseExtensionType):
+        return str(field.type)
+    name: bytes = (field.metadata or {}).get(b"ARROW:extension:name", str(field.type).encode())
+    return name.decode()
+
+
+def open_shard(path: Path) -> pq.ParquetFile:
+    """Open a Parquet file that holds no objects.
+
+    Raises:
+        InputError: it is missing, not Parquet, or holds an extension column.
+    """
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"{path}: {error}; expected a Parquet shard that `prepare` or `cache` wrote") from None
+    refuse_objects(file.schema_arrow, str(path))
+    return file
+
+
+def table_to_numpy(table: pa.Table) -> Columns:
+    """Columns as arrays, without nulls; fixed-size lists and bytes become 2-D, bytes as the numbers they are."""
+    return {field.name: _array(table.column(field.name).combine_chunks(), field) for field in table.schema}
+
+
+def _array(values: pa.Array, field: pa.Field) -> NDArray[Any]:
+    if pa.types.is_fixed_size_binary(values.type):
+        kind, shape = packed_dtype(field)
+        return np.ndarray((len(values), *shape), kind, values.buffers()[1], values.offset * values.type.byte_width)
+    if pa.types.is_fixed_size_list(values.type):
+        flat: NDArray[Any] = values.flatten().to_numpy(zero_copy_only=False)
+        return flat.reshape(len(values), values.type.list_size)
+    plain: NDArray[Any] = values.to_numpy(zero_copy_only=False)
+    return plain
+
+
+def read_row_group(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> Columns:
+    """One row group of an opened file, in file order."""
+    return table_to_numpy(file.read_row_group(group, columns=list(columns), use_threads=False))
+
+
+@dataclass(frozen=True)
+class MappedShard:
+    """The rows of one shard as they lie in the file, which is mapped into memory and shared by all who read it."""
+
+    content: NDArray[np.uint8]
+    starts: dict[str, NDArray[np.int64]]  # of a column: where the values of each row group begin
+    fields: dict[str, pa.Field]
+    rows_per_group: int
+
+    @classmethod
+    def of(cls, path: Path, file: pq.ParquetFile, columns: Sequence[str], rows_per_group: int) -> MappedShard:
+        """Find the values in a file that ``data.write`` wrote.
+
+        Raises:
+            InputError: the values are not plain ones of one page for each column of a row group.
+        """
+        fields = {name: file.schema_arrow.field(name) for name in columns}
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        starts = {}
+        for name, field in fields.items():
+            index, width = file.schema_arrow.get_field_index(name), field.type.bit_width // 8
+            chunks = [group.column(index) for group in groups]
+            sizes = np.array([group.num_rows for group in groups], np.int64) * width
+            begins = np.array([chunk.data_page_offset for chunk in chunks], np.int64)
+            ends = begins + np.array([chunk.total_compressed_size for chunk in chunks], np.int64)
+            plain = all(c.compression == "UNCOMPRESSED" and set(c.encodings) <= PLAIN for c in chunks)
+            headers = ends - begins - sizes
+            if not plain or (headers <= 0).any() or (headers > PAGE_HEADER_BYTES).any():
+                raise InputError(
+                    f"{path}: column {name!r} is not plain values of one page in a row group: prepare again"
+                )
+            starts[name] = ends - sizes
+        return cls(np.memmap(path, np.uint8, "r"), starts, fields, rows_per_group)
+
+    def take(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Values of a column, by row of this shard; the caller's own."""
+        (kind, shape), width = packed_dtype(self.fields[name]), self.fields[name].type.bit_width // 8
+        group, place = np.divmod(rows, self.rows_per_group)
+        anywhere = as_strided(self.content, (len(self.content) - width + 1, width), (1, 1), writeable=False)
+        values: NDArray[Any] = anywhere[self.starts[name][group] + place * width].view(kind)
+        return values.reshape(len(rows), *shape)
+
+
+class Shards:
+    """The rows of one split by ``sample_id``. Picklable: what it opened stays behind."""
+
+    def __init__(self, root: Path, split: str, columns: Sequence[str] | None = None) -> None:
+        """Columns default to those a model reads.
+
+        Raises:
+            InputError: no manifest, no such split or column.
+        """
+        self.root, self.split = Path(root), split
+        self.manifest = Manifest.read(self.root)
+        if split not in self.manifest.splits:
+            raise InputError(f"{root}: no split {split!r}; expected one of {', '.join(self.manifest.splits)}")
+        self.columns = tuple(columns) if columns is not None else BATCH_COLUMNS[self.manifest.kind]
+        known = shard_schema(self.manifest).names
+        unknown = set(self.columns) - set(known)
+        if unknown:
+            raise InputError(f"{root}: no column {min(unknown)!r}; expected some of {', '.join(known)}")
+        self.shards = self.manifest.splits[split].shards
+        self.starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
+        self._mapped: dict[int, MappedShard] = {}
+
+    @property
+    def rows(self) -> int:
+        return self.manifest.splits[self.split].rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_mapped": {}}
+
+    def take(self, sample_ids: NDArray[np.int64]) -> Columns:
+        """The rows with these ids, in the order given; lists are 2-D.
+
+        Raises:
+            InputError: an id is out of range, or a shard is not what the manifest says.
+        """
+        ids = np.asarray(sample_ids, np.int64)
+        if ids.size == 0:
+            raise InputError(f"{self.root}/{self.split}: no rows were asked for")
+        if ids.min() < 0 or ids.max() >= self.rows:
+            raise InputError(
+                f"{self.root}/{self.split}: row {ids.min() if ids.min() < 0 else ids.max()} was asked for; "
+                f"expected 0 to {self.rows - 1}"
+            )
+        shard = np.searchsorted(self.starts, ids, side="right") - 1
+        taken: Columns = {}
+        for number in np.unique(shard):
+            here = np.flatnonzero(shard == number)
+            mapped = self._map(int(number))
+            for name in self.columns:
+                values = mapped.take(name, ids[here] - self.starts[number])
+                if len(here) == len(ids):
+                    taken[name] = values
+                else:
+                    taken.setdefault(name, np.empty((len(ids), *values.shape[1:]), values.dtype))[here] = values
+        return taken
+
+    def steps(
+        self, order: Order, batch_size: int, first: int, last: int, rank: int = 0, world: int = 1
+    ) -> Iterator[Columns]:
+        """A rank's planned rows of the steps ``[first, last)``, counted from 0, one step after the other.
+
+        Some steps are read together, which costs less than reading each alone.
+        """
+        share = batch_size // world
+        together = max(1, AHEAD_BYTES // (share * row_bytes(shard_schema(self.manifest, self.columns))))
+        for start in range(first, last, together):
+            stop = min(start + together, last)
+            rows = self.take(order.steps_rows(start, stop, batch_size, rank, world))
+            for step in range(stop - start):
+                yield {name: values[step * share : (step + 1) * share] for name, values in rows.items()}
+
+    def _map(self, number: int) -> MappedShard:
+        if number not in self._mapped:
+            expected, shard = shard_schema(self.manifest), self.shards[number]
+            path = self.root / shard.path
+            file = open_shard(path)
+            if not file.schema_arrow.equals(expected) or _stored(file.schema_arrow) != _stored(expected):
+                raise InputError(
+                    f"{path}: columns are {_names(file.schema_arrow)}; expected {_names(expected)}: prepare again"
+                )
+            if file.metadata.num_rows != shard.rows:
+                raise InputError(
+                    f"{path}: {file.metadata.num_rows} rows, the manifest says {shard.rows}: prepare again"
+                )
+            self._mapped[number] = MappedShard.of(path, file, self.columns, self.manifest.rows_per_group)
+        return self._mapped[number]
+
+
+def _names(found: pa.Schema) -> str:
+    stored = _stored(found)
+    return ", ".join(f"{f.name} {f.type}" + (f" of {stored[f.name]}" if f.name in stored else "") for f in found)
+
+
+def _stored(found: pa.Schema) -> dict[str, str]:
+    """The columns of bytes and the numbers they hold."""
+    return {f.name: f.metadata[DTYPE].decode() for f in found if f.metadata and DTYPE in f.metadata}
+
+
+def planned_shards(root: Path) -> Shards:
+    """The train split with what a model reads and, to tell that it is what was planned, ``sample_id``."""
+    return Shards(root, "train", planned_columns(Manifest.read(root)))
+
+
+def planned_columns(manifest: Manifest) -> tuple[str, ...]:
+    """The columns of ``planned_shards``."""
+    return ("sample_id", *BATCH_COLUMNS[manifest.kind])

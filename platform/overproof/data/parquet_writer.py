@@ -1,0 +1,100 @@
+"""Writing shards: the one place that decides what a Parquet file of this product looks like."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from overproof.data.columns import packed_dtype
+from overproof.data.manifest import Shard
+from overproof.files import filesystem, join_uri
+
+PAGE_BYTES = 1 << 30  # more than any column of a row group
+
+
+def write_file(uri: str, name: str, content: bytes) -> None:
+    """Write one file below a folder or URI, making the folders above it."""
+    files, path = filesystem(join_uri(uri, name))
+    files.create_dir(path.rpartition("/")[0], recursive=True)
+    with files.open_output_stream(path) as stream:
+        stream.write(content)
+
+
+def to_table(columns: Mapping[str, NDArray[Any]], expected: pa.Schema) -> pa.Table:
+    """Arrays as a table of this schema; 2-D arrays fill fixed-size lists or bytes.
+
+    Raises:
+        ValueError: a number does not fit into the bytes that the schema has for it.
+    """
+    arrays = []
+    for field in expected:
+        values = np.ascontiguousarray(columns[field.name])
+        if pa.types.is_fixed_size_binary(field.type):
+            arrays.append(_bytes(values, field))
+        elif values.ndim == 2:
+            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=field.type))
+        else:
+            arrays.append(pa.array(values, field.type))
+    return pa.Table.from_arrays(arrays, schema=expected)
+
+
+def _bytes(values: NDArray[Any], field: pa.Field) -> pa.Array:
+    kind, shape = packed_dtype(field)
+    numbers = values.astype(kind, copy=False)
+    if values.shape[1:] != shape or not np.array_equal(numbers, values, equal_nan=True):
+        raise ValueError(
+            f"{field.name}: {values.shape[1]} numbers from {values.min()} to {values.max()} in a row; "
+            f"expected numbers of type {kind} that fill {field.type}"
+        )
+    return pa.FixedSizeBinaryArray.from_buffers(field.type, len(values), [None, pa.py_buffer(numbers)])
+
+
+def open_writer(sink: Any, expected: pa.Schema, rows_per_group: int) -> pq.ParquetWriter:
+    """Writes Parquet in which each column of a row group is one page of plain values.
+
+    They are neither compressed nor encoded, so that a reader finds every value in the mapped file.
+    """
+    return pq.ParquetWriter(
+        sink,
+        expected,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+        data_page_size=PAGE_BYTES,
+        max_rows_per_page=rows_per_group,
+    )
+
+
+def parquet_bytes(table: pa.Table, rows_per_group: int) -> bytes:
+    """A Parquet file whose row groups hold ``rows_per_group`` rows; the same table gives the same bytes."""
+    sink = pa.BufferOutputStream()
+    with open_writer(sink, table.schema, rows_per_group) as writer:
+        writer.write_table(table, row_group_size=rows_per_group)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def write_shard(
+    uri: str,
+    name: str,
+    columns: Mapping[str, NDArray[Any]],
+    expected: pa.Schema,
+    rows_per_group: int,
+) -> Shard:
+    """Write one shard of this schema below ``uri`` and say what it is."""
+    table = to_table(columns, expected)
+    content = parquet_bytes(table, rows_per_group)
+    write_file(uri, name, content)
+    return Shard(
+        path=name,
+        sha256=hashlib.sha256(content).hexdigest(),
+        size_bytes=len(content),
+        rows=table.num_rows,
+        tokens=int(columns["length"].sum()) if "length" in columns else table.num_rows,
+    )

@@ -1,0 +1,71 @@
+"""Controls: what students become without their teacher. Only the difference to them is what distillation bought."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from overproof.distill.sweep_state import SweepState
+from overproof.distill.sweep_tracker import SweepTracker
+from overproof.distill.trial_job import CONTROL, FINISHED, MAX_DEATHS, TrialJob
+from overproof.distill.tune_trial import trainer_for
+from overproof.errors import InputError
+
+
+def control_job(job: TrialJob, journal: SweepState, best: bool) -> TrialJob:
+    """A student's shape, start, rows, seed, steps and threads without the teacher; the best one's is kept."""
+    name = CONTROL if best else f"{CONTROL}-{job.name}"
+    kept = journal.checkpoints(f"{CONTROL}/{job.name}")
+    folder = CONTROL if best else f"{FINISHED}/{name}"
+    return replace(job, name=name, distilled=False, folder=folder, checkpoints=kept)
+
+
+def train_controls(jobs: Sequence[TrialJob], at_once: int, watch: SweepTracker) -> None:
+    """Train every control to the end; one whose process dies goes on from its checkpoint in another.
+
+    Raises:
+        InputError: one failed.
+        RayActorError: the process of one died again and again.
+    """
+    for job in jobs:
+        job.checkpoints.begin()
+    settings, total = jobs[0].settings, jobs[0].settings.steps * len(jobs)
+    waiting, actors, running = list(jobs), dict[str, Any](), dict[Any, TrialJob]()  # by what each was last asked
+    deaths, steps = Counter[str](), Counter[str]()
+    cpus, gpus = (0.0, 0.0) if settings.group else (settings.cpus_per_trial, settings.gpus_per_trial)
+    remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(type(trainer_for(jobs[0])))
+    watch.progress(CONTROL, 0, total, "starting")
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                actors[job.name] = actor = remote.remote()
+                actor.start.remote(job)
+                running[actor.advance.remote()] = job
+            (answer, *_), _ = ray.wait(list(running))
+            job = running.pop(answer)
+            try:
+                result = ray.get(answer)
+            except RayActorError:
+                deaths[job.name] += 1
+                if deaths[job.name] > MAX_DEATHS:
+                    raise
+                waiting.insert(0, job)
+                continue
+            if result["failed"] is not None:
+                raise InputError(f"{job.name}: {result['failed']}")
+            watch.take(result)
+            steps[job.name] = result["steps"]
+            watch.progress(CONTROL, steps.total(), total, f"validation {result['validation_loss']:.3f}")
+            if result["steps"] < settings.steps:
+                running[actors[job.name].advance.remote()] = job
+            else:
+                ray.kill(actors.pop(job.name))
+    finally:
+        for actor in actors.values():
+            ray.kill(actor)

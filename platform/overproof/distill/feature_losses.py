@@ -1,0 +1,87 @@
+"""What a teacher's layer shows beside its outputs: self-attention relations (MiniLMv2, arXiv 2012.15828) and states.
+
+Shapes: B rows, P places in a row, D width of the queries, keys or values of all heads, R relation heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+from transformers import PreTrainedModel
+
+
+class LayerOutputs(NamedTuple):
+    """What one layer computed in a forward pass: (B, P, D) each. Queries and keys are those before rotary positions."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    states: Tensor  # what the layer hands on
+
+
+NAMES = {"q_proj": "queries", "k_proj": "keys", "v_proj": "values"}
+
+
+@contextmanager
+def capture_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, LayerOutputs]]:
+    """What these layers show in the forward pass within; filled when the block ends."""
+    found: dict[int, LayerOutputs] = {}
+    seen: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
+    hooks = []
+    for layer, values in seen.items():
+        module = model.base_model.layers[layer]
+        hooks.append(module.register_forward_hook(_note(values, "states")))
+        for name, part in module.named_modules():
+            if name.rpartition(".")[2] in NAMES:
+                hooks.append(part.register_forward_hook(_note(values, NAMES[name.rpartition(".")[2]])))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found.update({layer: LayerOutputs(**values) for layer, values in seen.items()})
+
+
+def _note(into: dict[str, Tensor], name: str) -> Any:
+    def hook(_module: Any, _inputs: Any, output: Tensor) -> None:
+        into[name] = output
+
+    return hook
+
+
+def relation_loss(student: LayerOutputs, teacher: LayerOutputs, heads: int, mask_BP: Tensor) -> Tensor:
+    """KL from the teacher's relations to the student's, summed over queries, keys and values; nats.
+
+    A relation is softmax(X X^T / sqrt(D / R)) in each of R heads, into which the width is cut anew, whatever the
+    number of attention heads and the width: both models must have R divide theirs. It is the mean over heads and over
+    the places in ``mask_BP``; other places are neither compared nor related to. The teacher takes no gradient.
+    """
+    pairs = zip(student[:3], teacher[:3], strict=True)
+    parts = [_divergence(ours, theirs.detach(), heads, mask_BP) for ours, theirs in pairs]
+    return torch.stack(parts).sum()
+
+
+def _divergence(student_BPD: Tensor, teacher_BPD: Tensor, heads: int, mask_BP: Tensor) -> Tensor:
+    log_p_BRPP, log_q_BRPP = (_relation(x, heads, mask_BP) for x in (student_BPD, teacher_BPD))
+    kl_BRP = kl_div(log_p_BRPP, log_q_BRPP, reduction="none", log_target=True).sum(-1)
+    return (kl_BRP * mask_BP[:, None]).sum() / (heads * mask_BP.sum())
+
+
+def _relation(values_BPD: Tensor, heads: int, mask_BP: Tensor) -> Tensor:
+    """Log of the relation matrices: (B, R, P, P)."""
+    values_BRPD = values_BPD.reshape(*values_BPD.shape[:2], heads, -1).transpose(1, 2)
+    scores_BRPP: Tensor = values_BRPD @ values_BRPD.transpose(-1, -2) / math.sqrt(values_BRPD.shape[-1])
+    least = torch.finfo(scores_BRPP.dtype).min / 2  # finite, so that 0 times it is 0
+    return scores_BRPP.masked_fill(~mask_BP[:, None, None, :], least).log_softmax(-1)
+
+
+def state_loss(student_BPD: Tensor, teacher_BPD: Tensor, mask_BP: Tensor) -> Tensor:
+    """Mean squared difference over the places in ``mask_BP`` (arXiv 1412.6550); the teacher takes no gradient."""
+    squares_BP = (student_BPD - teacher_BPD.detach()).square().mean(-1)
+    return (squares_BP * mask_BP).sum() / mask_BP.sum()

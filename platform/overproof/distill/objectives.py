@@ -1,0 +1,141 @@
+"""The distillation objective: what a student learns from the teacher's outputs, cached or live.
+
+Shapes: B rows, P predictions in a row, V outputs, K kept, D drawn, S = K + D, L temperatures of the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from overproof.config import AttentionRelationLoss, HiddenStateLoss
+from overproof.distill.feature_losses import capture_layers, relation_loss, state_loss
+from overproof.distill.losses import Divergence, LossTerms, distillation_loss
+from overproof.distill.sampled_loss import importance_weights, sampled_distillation_loss
+from overproof.models.hf_directory import Batch, Prediction, forward
+from overproof.train.objective import Objective
+
+TEACHER_LOGITS = "teacher_logits"  # of a teacher that sees the batch: (B, P, V)
+
+
+@dataclass(frozen=True)
+class DistillObjective:
+    """``weight * T^2 * divergence + (1 - weight) * cross-entropy``, see ``losses.distillation``."""
+
+    temperature: float
+    teacher_weight: float
+    temperatures: tuple[float, ...]  # of the cache, ascending
+    divergence: Divergence
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over the predictions that count, in nats, and its two terms."""
+        terms = self.terms(forward(model, batch), batch)
+        return terms.loss, {"divergence": terms.divergence, "cross_entropy": terms.cross_entropy}
+
+    def terms(self, prediction: Prediction, batch: Batch) -> LossTerms:
+        """By the columns there are: logits of a live teacher; what was drawn of it; no indices if all is kept."""
+        common = (self.temperature, self.teacher_weight)
+        given = (prediction.logits_BPV, prediction.targets_BP, prediction.mask_BP)
+        if TEACHER_LOGITS in batch:
+            return distillation_loss(*given, None, batch[TEACHER_LOGITS] / self.temperature, *common, self.divergence)
+        indices_BPK, kept_BPK = batch.get("teacher_indices"), self._soften(batch, "logprobs", self.temperature)
+        if indices_BPK is None or "teacher_drawn" not in batch:
+            return distillation_loss(*given, indices_BPK, kept_BPK, *common, self.divergence)
+        drawn_BPD, column, drawn_BPDL = batch["teacher_drawn"], self.temperatures.index(self.temperature), None
+        if len(self.temperatures) > 1:
+            drawn_BPDL = torch.stack([self._soften(batch, "drawn_logprobs", t) for t in self.temperatures], -1)
+        importance_BPS = importance_weights(kept_BPK, batch["teacher_tail"], drawn_BPD.shape[-1], drawn_BPDL, column)
+        indices_BPS = torch.cat([indices_BPK, drawn_BPD], -1)
+        return sampled_distillation_loss(
+            *given, indices_BPS, importance_BPS, batch["teacher_entropy"][..., column], *common
+        )
+
+    def _soften(self, batch: Batch, name: str, temperature: float) -> Tensor:
+        """Log-probabilities at a temperature."""
+        logprobs_BPK = batch[f"teacher_{name}"]
+        if temperature == 1:
+            return logprobs_BPK
+        column = [t for t in self.temperatures if t != 1].index(temperature)
+        return logprobs_BPK / temperature - batch["teacher_logsumexp"][..., column, None]
+
+
+ON_POLICY = "written"  # column of batches that the student wrote
+
+
+@dataclass(frozen=True)
+class OnPolicyObjective:
+    """Another objective; but of rows that the student wrote, the divergence alone (arXiv 2306.13649).
+
+    Of these the batch holds what the teacher tells of the last G tokens, those that were generated.
+    """
+
+    inner: Objective
+    judged: DistillObjective
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over the predictions that count, or over the generated tokens; nats."""
+        if ON_POLICY not in batch:
+            return self.inner.loss(model, batch)
+        whole, count = forward(model, batch), batch["teacher_logprobs"].shape[1]
+        generated = Prediction(whole.logits_BPV[:, -count:], whole.targets_BP[:, -count:], whole.mask_BP[:, -count:])
+        terms = self.judged.terms(generated, batch)
+        return terms.loss, {"divergence": terms.divergence, "on_policy": torch.ones(())}
+
+
+@dataclass(frozen=True)
+class LiveTeacherObjective:
+    """Another objective, while a live teacher looks at the same rows; ``outputs`` adds its logits to the batch.
+
+    ``relations`` and ``states`` draw the student's last layer to one of the teacher's; ``projection`` takes the
+    student's states to the teacher's width.
+    """
+
+    teacher: PreTrainedModel
+    inner: Objective
+    outputs: bool
+    relations: AttentionRelationLoss | None = None
+    states: HiddenStateLoss | None = None
+    projection: nn.Linear | None = None
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The inner loss and the weighted others; each is a scalar beside the inner ones."""
+        assert isinstance(model, PreTrainedModel)
+        asked = [part for part in (self.relations, self.states) if part]
+        with (
+            torch.no_grad(),
+            capture_layers(self.teacher, {layer_index(self.teacher, part.teacher_layer) for part in asked}) as theirs,
+        ):
+            logits_BPV = forward(self.teacher, batch).logits_BPV
+        with capture_layers(model, {layer_index(model)} if asked else ()) as ours:
+            seen = batch | {TEACHER_LOGITS: logits_BPV} if self.outputs and ON_POLICY not in batch else batch
+            loss, scalars = self.inner.loss(model, seen)
+        if not asked:
+            return loss, scalars
+        student = ours[layer_index(model)]
+        mask_BP = _places(batch, student.states)
+        if self.relations:
+            teacher = theirs[layer_index(self.teacher, self.relations.teacher_layer)]
+            far = relation_loss(student, teacher, self.relations.heads, mask_BP)
+            loss, scalars = loss + self.relations.weight * far, scalars | {"relations": far.detach()}
+        if self.states:
+            assert self.projection is not None
+            teacher = theirs[layer_index(self.teacher, self.states.teacher_layer)]
+            far = state_loss(self.projection(student.states), teacher.states, mask_BP)
+            loss, scalars = loss + self.states.weight * far, scalars | {"states": far.detach()}
+        return loss, scalars
+
+
+def layer_index(model: PreTrainedModel, layer: int | None = None) -> int:
+    """The layer's number, or the last one's."""
+    return int(model.config.num_hidden_layers) - 1 if layer is None else layer
+
+
+def _places(batch: Batch, states_BPD: Tensor) -> Tensor:
+    """Which places hold something: (B, P)."""
+    places_P = torch.arange(states_BPD.shape[1], device=states_BPD.device)
+    if "tokens" in batch:
+        return places_P < batch["length"][:, None]
+    return torch.ones(states_BPD.shape[:2], dtype=torch.bool, device=states_BPD.device)

@@ -1,0 +1,220 @@
+"""What a teacher leaves for train rows: what it follows from, which rows it covers, and a reader of its mapped files.
+
+`targets` are what it thinks of the rows, `text` is how it goes on from their beginnings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from overproof.artifacts import Artifact
+from overproof.data.manifest import MANIFEST, Manifest
+from overproof.data.order import Order
+from overproof.data.parquet_reader import Columns, MappedShard, open_shard
+from overproof.errors import InputError
+from overproof.files import read_json
+
+TEACHER_WEIGHTS = "model/model.safetensors"  # within the artifact of `train`
+
+
+class CacheKey(BaseModel):
+    """What everything that a teacher leaves follows from. Kinds of it add what they follow from beside."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    WORDS: ClassVar[dict[str, str]] = {  # the most telling first
+        "teacher_sha256": "teacher (model.safetensors)",
+        "tokenizer_sha256": "tokenizer",
+        "kind": "kind of data",
+        "outputs": "number of outputs",
+        "positions": "packing (positions in a row)",
+        "rows_per_group": "packing (rows in a row group)",
+        "manifest_sha256": "prepared data (manifest.json)",
+        "seed": "seed",
+    }
+    teacher_sha256: str  # of model.safetensors
+    tokenizer_sha256: str | None
+    kind: Literal["text", "digits"]
+    outputs: int
+    positions: int
+    rows_per_group: int
+    manifest_sha256: str
+    seed: int
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of a file, each flat and of one width; none may be null."""
+        raise NotImplementedError
+
+    def decode(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
+        """A column of a file in the shape it is read in."""
+        del name
+        return values
+
+
+def cache_key_fields(seed: int, prepared: Artifact, trained: Artifact) -> dict[str, Any]:
+    """The fields of ``CacheKey``, of this data and this teacher."""
+    manifest = Manifest.read(prepared.local())
+    return {
+        "teacher_sha256": trained.record.files[TEACHER_WEIGHTS].sha256,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "kind": manifest.kind,
+        "outputs": manifest.outputs,
+        "positions": manifest.positions,
+        "rows_per_group": manifest.rows_per_group,
+        "manifest_sha256": prepared.record.files[MANIFEST].sha256,
+        "seed": seed,
+    }
+
+
+class CachedFile(BaseModel):
+    """One Parquet file and the train row groups it holds, in the order of its row groups."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    path: str
+    groups: tuple[int, ...]
+
+
+def plan_cached_files(manifest: Manifest, order: Order, rows: int | None) -> tuple[CachedFile, ...]:
+    """The row groups that the first ``rows`` rows of the order touch, by train shard; a shard without any is out."""
+    wanted = order.rows_at(0, order.rows if rows is None else min(rows, order.rows))
+    groups = np.unique(wanted // order.rows_per_group)
+    files, first = [], 0
+    for number, shard in enumerate(manifest.splits["train"].shards):
+        last = first + shard.rows // order.rows_per_group
+        here = groups[(first <= groups) & (groups < last)]
+        if len(here):
+            files.append(CachedFile(path=f"{number:05d}.parquet", groups=tuple(here.tolist())))
+        first = last
+    return tuple(files)
+
+
+KeyT = TypeVar("KeyT", bound=CacheKey)
+
+
+class CacheIndex(BaseModel, Generic[KeyT]):
+    """What lies beside the files: what they follow from and which rows they hold."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    FILE: ClassVar[str]  # its own name
+    STAGE: ClassVar[str]  # which writes it, and the section of the recipe that it reads
+    WHAT: ClassVar[str]
+    identity: KeyT
+    rows: int
+    files: tuple[CachedFile, ...]
+
+    @classmethod
+    def of(cls, identity: KeyT, manifest: Manifest, rows: int | None) -> Self:
+        """Of the first ``rows`` rows in training order."""
+        files = plan_cached_files(manifest, manifest.order(identity.seed), rows)
+        covered = sum(len(file.groups) for file in files) * manifest.rows_per_group
+        return cls(identity=identity, rows=covered, files=files)
+
+    @classmethod
+    def read(cls, root: Path) -> Self:
+        """Read it from the folder of the files.
+
+        Raises:
+            InputError: it is missing or not of this format.
+        """
+        return read_json(cls, Path(root) / cls.FILE)
+
+    def check(self, expected: KeyT) -> None:
+        """Refuse what was made by another teacher, or of other data, or otherwise.
+
+        Raises:
+            InputError: the first difference, most telling first.
+        """
+        for field, what in self.identity.WORDS.items():
+            found, wanted = _words(getattr(self.identity, field)), _words(getattr(expected, field))
+            if found != wanted:
+                raise InputError(
+                    f"{self.FILE}: made with another {what}: {found}, expected {wanted}; "
+                    f"run `{self.STAGE}` again for this teacher and this data"
+                )
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, str) and len(value) == 64:
+        return f"sha256 {value[:12]}…"
+    return str(value.model_dump()) if isinstance(value, BaseModel) else str(value)
+
+
+class RowCache(Generic[KeyT]):
+    """What is there for train rows, by ``sample_id``. Picklable: what it opened stays behind."""
+
+    def __init__(self, root: Path, index: CacheIndex[KeyT], columns: Sequence[str]) -> None:
+        self.root, self.index, self.columns = Path(root), index, tuple(columns)
+        files = index.files
+        groups = np.array([group for file in files for group in file.groups], np.int64)
+        self._groups, by_group = np.sort(groups), np.argsort(groups, kind="stable")
+        self._file = np.repeat(np.arange(len(files)), [len(file.groups) for file in files])[by_group]
+        self._place = np.concatenate([np.arange(len(file.groups)) for file in files])[by_group]
+        self._mapped: dict[int, MappedShard] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_mapped": {}}
+
+    def require(self, sample_ids: NDArray[np.int64]) -> None:
+        """Refuse rows that are not covered.
+
+        Raises:
+            InputError: naming the first.
+        """
+        index, groups = self.index, np.unique(np.asarray(sample_ids) // self.index.identity.rows_per_group)
+        missing = groups[~np.isin(groups, self._groups)]
+        if len(missing):
+            raise InputError(
+                f"{self.root}: {len(missing)} of {len(groups)} row groups asked for are not in {index.WHAT} "
+                f"(the first is {missing[0]}), which covers {index.rows} rows; raise {index.STAGE}.rows, "
+                "or set it to null to cover every row"
+            )
+
+    def take(self, sample_ids: NDArray[np.int64]) -> Columns:
+        """The columns in the order given, shaped as ``CacheKey.decode`` has it.
+
+        Raises:
+            InputError: a row is not covered, or a file is not what the index says.
+        """
+        ids, identity = np.asarray(sample_ids, np.int64), self.index.identity
+        self.require(ids)
+        group, row = np.divmod(ids, identity.rows_per_group)
+        at = np.searchsorted(self._groups, group)
+        file, row = self._file[at], row + self._place[at] * identity.rows_per_group
+        taken: Columns = {}
+        for number in np.unique(file):
+            here = np.flatnonzero(file == number)
+            mapped = self._map(int(number))
+            if not np.array_equal(mapped.take("sample_id", row[here]), ids[here]):
+                raise self._wrong(int(number), f"does not hold the rows that {self.index.FILE} says;")
+            for name in self.columns:
+                values = mapped.take(name, row[here])
+                taken.setdefault(name, np.empty((len(ids), *values.shape[1:]), values.dtype))[here] = values
+        return {name: identity.decode(name, values) for name, values in taken.items()}
+
+    def _map(self, number: int) -> MappedShard:
+        if number not in self._mapped:
+            listed, expected = self.index.files[number], self.index.identity.schema
+            path = self.root / listed.path
+            file = open_shard(path)
+            if not file.schema_arrow.equals(expected, check_metadata=True):
+                found, wanted = (
+                    ", ".join(f"{f.name} {f.type}" for f in names) for names in (file.schema_arrow, expected)
+                )
+                raise self._wrong(number, f"columns are {found}; expected {wanted}:")
+            if file.num_row_groups != len(listed.groups):
+                raise self._wrong(
+                    number, f"{file.num_row_groups} row groups, {self.index.FILE} lists {len(listed.groups)}:"
+                )
+            names, rows_per_group = ("sample_id", *self.columns), self.index.identity.rows_per_group
+            self._mapped[number] = MappedShard.of(path, file, names, rows_per_group)
+        return self._mapped[number]
+
+    def _wrong(self, number: int, words: str) -> InputError:
+        return InputError(f"{self.root / self.index.files[number].path}: {words} run `{self.index.STAGE}` again")

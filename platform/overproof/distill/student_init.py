@@ -1,0 +1,52 @@
+"""The weights a student starts from. The control of a student starts from the same ones."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from overproof.config import Pretrained, StudentModel, TeacherLayers
+from overproof.data.manifest import Manifest
+from overproof.models import pretrained
+from overproof.models.hf_directory import build_model, load_model
+
+
+def initial_student(chosen: StudentModel, manifest: Manifest, seed: int, teacher: Path) -> PreTrainedModel:
+    """Fresh weights, layers of the teacher in its directory, or another directory's; a function of its arguments.
+
+    Raises:
+        InputError: the model does not fit the data, a directory cannot be loaded, or the teacher has too few layers.
+    """
+    if isinstance(chosen, Pretrained):
+        return load_model(pretrained.fetch_pretrained(chosen.path)).train()
+    if isinstance(chosen, TeacherLayers):
+        whole = load_model(teacher)
+        return keep_layers(whole, chosen.of(whole.config.num_hidden_layers)).train()
+    return build_model(chosen, manifest, seed)
+
+
+def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """A copy that has these layers alone; all that lies outside the layers stays as it is."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(layers)
+    places = {old: new for new, old in enumerate(layers)}
+    state = {}
+    for name, value in model.state_dict().items():
+        prefix, found, rest = _split(name)
+        if found is None:
+            state[name] = value
+        elif found in places:
+            state[f"{prefix}{places[found]}{rest}"] = value
+    kept = type(model)(config)
+    kept.load_state_dict(state)
+    return kept
+
+
+def _split(name: str) -> tuple[str, int | None, str]:
+    """A tensor's name around the number of its layer."""
+    found = re.fullmatch(r"(\w+\.layers\.)(\d+)(\..+)", name)
+    return (found[1], int(found[2]), found[3]) if found else (name, None, "")

@@ -1,0 +1,69 @@
+"""What students start from, made sure of before anything runs. Light to import: no model is loaded."""
+
+from __future__ import annotations
+
+from overproof.artifacts import Artifact
+from overproof.config import Pretrained, Student
+from overproof.data.manifest import Manifest
+from overproof.errors import InputError
+from overproof.models import pretrained
+from overproof.models.sizes import ModelSize, model_size, student_size
+
+KINDS = {"llama": "text", "vit": "digits"}
+
+
+def absolute_student(student: Student) -> Student:
+    """The same student, as processes with other working directories find what it starts from."""
+    if not isinstance(student.model, Pretrained):
+        return student
+    return student.model_copy(update={"model": pretrained.absolute_pretrained(student.model)})
+
+
+def check_student(student: Student, prepared: Artifact, trained: Artifact) -> None:
+    """Refuse a student that cannot start from what it names, or cannot be compared with the teacher as it asks.
+
+    Raises:
+        InputError: its directory is none, is of another kind of model, has another number of outputs or another
+            tokenizer; or the teacher lacks a layer that it asks for, or widths or places of theirs do not fit.
+    """
+    manifest = Manifest.read(prepared.local())
+    teacher = Pretrained(path=str(trained.local() / "model"))
+    try:
+        found = student_size(student.model, teacher, manifest.outputs, manifest.positions)
+        if isinstance(student.model, Pretrained):
+            _check_directory(student.model.path, found, manifest)
+        if student.relations or student.states:
+            _check_comparable(student, found, model_size(teacher, manifest.outputs, manifest.positions))
+    except InputError as error:
+        raise InputError(f"student {student.name}: {error}") from None
+
+
+def _check_directory(path: str, found: ModelSize, manifest: Manifest) -> None:
+    from overproof.models.hf_directory import (
+        check_tokenizer,  # transformers: seconds to import, and not needed otherwise
+    )
+
+    if (KINDS[found.kind], found.outputs) != (manifest.kind, manifest.outputs):
+        raise InputError(
+            f"{path}: a {found.kind} with {found.outputs} outputs; the data is {manifest.kind} and needs "
+            f"{manifest.outputs}"
+        )
+    check_tokenizer(pretrained.fetch_pretrained(path), manifest)
+
+
+def _check_comparable(student: Student, found: ModelSize, teacher: ModelSize) -> None:
+    for name, part in (("relations", student.relations), ("states", student.states)):
+        if part and part.teacher_layer is not None and part.teacher_layer >= teacher.layers:
+            raise InputError(f"{name}.teacher_layer {part.teacher_layer}: the teacher has {teacher.layers} layers")
+    if found.places != teacher.places:
+        raise InputError(
+            f"it has {found.places} places in a row and the teacher {teacher.places}; expected equally many to compare "
+            "them: give both one patch_size"
+        )
+    for model, who in ((found, "it"), (teacher, "the teacher")):
+        for width in (model.query_width, model.key_width):
+            if student.relations and width % student.relations.heads:
+                raise InputError(
+                    f"relations.heads {student.relations.heads} does not divide {width}, the width of queries or keys "
+                    f"that {who} has"
+                )

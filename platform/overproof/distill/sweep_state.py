@@ -1,0 +1,67 @@
+"""What a sweep remembers of itself while it runs: the values of each trial, written before the trial begins.
+
+With a trial's own checkpoints this is all that a sweep needs to go on after its driver was killed: the search is told
+again what came of the trials there were, and no trial is trained twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from overproof.artifacts import ArtifactWriter
+from overproof.config import CheckpointPolicy
+from overproof.config.search import TrialValues
+from overproof.errors import InputError
+from overproof.files import atomic_write, filesystem, join_uri
+from overproof.train.checkpoint import Checkpoints, read_checksummed, unfinished_training_error, with_checksum
+
+SWEEP_STATE_FILE = "sweep.json"
+
+
+@dataclass(frozen=True)
+class SweepState:
+    """Lies in the workspace of a sweep's draft."""
+
+    draft: ArtifactWriter
+
+    def checkpoints(self, name: str) -> Checkpoints:
+        """A trial's own."""
+        draft = self.draft
+        return Checkpoints(
+            join_uri(draft.workspace, f"trials/{name}"),
+            draft.fingerprint,
+            draft.config,
+            draft.parents,
+            CheckpointPolicy(),
+        )
+
+    def begin(self) -> dict[str, TrialValues]:
+        """The trials of an attempt that was killed, by name, in their order.
+
+        Raises:
+            InputError: the workspace holds trials of another recipe (what differs), or the journal is damaged.
+        """
+        draft = self.draft
+        files, path = filesystem(join_uri(draft.workspace, SWEEP_STATE_FILE))
+        found = read_checksummed(files, path)
+        if found == f"{SWEEP_STATE_FILE} is missing":
+            draft.clear_workspace()
+            return {}
+        if isinstance(found, str):
+            raise InputError(f"{draft.workspace}: {found}; restore it, or delete the folder to start anew")
+        trials: dict[str, TrialValues] = found["trials"]
+        if found["fingerprint"] == draft.fingerprint:
+            return trials
+        step = max((self.checkpoints(name).committed() for name in trials), default=0)
+        if step:
+            raise unfinished_training_error(draft.workspace, found, draft.config, draft.parents, step)
+        draft.clear_workspace()
+        return {}
+
+    def note(self, trials: dict[str, TrialValues]) -> None:
+        """Write down every trial so far."""
+        draft = self.draft
+        files, path = filesystem(join_uri(draft.workspace, SWEEP_STATE_FILE))
+        files.create_dir(path.rpartition("/")[0], recursive=True)
+        content = {"fingerprint": draft.fingerprint, "config": draft.config, "parents": dict(draft.parents)}
+        atomic_write(files, path, with_checksum({**content, "trials": trials}))

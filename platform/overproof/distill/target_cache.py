@@ -1,0 +1,88 @@
+"""The teacher's cached targets: what they belong to, and rows of them by id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import Field
+
+from overproof.artifacts import Artifact
+from overproof.config import Recipe, Scheme
+from overproof.distill.row_cache import CacheIndex, CacheKey, RowCache, cache_key_fields
+from overproof.distill.target_codec import TargetLayout
+from overproof.errors import InputError
+
+
+class TargetKey(CacheKey):
+    """All that a cache's targets follow from; which rows it covers beside."""
+
+    WORDS: ClassVar[dict[str, str]] = CacheKey.WORDS | {
+        "scheme": "scheme",
+        "temperatures": "temperatures",
+        "text_sha256": "text of the teacher (null: the data's own)",
+    }
+    scheme: Annotated[Scheme, Field(discriminator="kind")]
+    temperatures: tuple[float, ...]  # ascending; 1.0 is among them
+    text_sha256: str | None = None  # of what the teacher wrote in place of the rows, where it did
+
+    @property
+    def layout(self) -> TargetLayout:
+        return TargetLayout(self.scheme, self.kind == "text", self.positions, self.outputs, len(self.temperatures))
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self.layout.schema
+
+    def decode(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
+        return self.layout.decode(name, values)
+
+
+def target_key(recipe: Recipe, prepared: Artifact, trained: Artifact, written: Artifact | None = None) -> TargetKey:
+    """Of the cache that a recipe asks for, with this data and this teacher, of its own text where it has written."""
+    return TargetKey(
+        **cache_key_fields(recipe.seed, prepared, trained),
+        scheme=recipe.cache.scheme,
+        temperatures=tuple(sorted({1.0, *recipe.cache.temperatures})),
+        text_sha256=written.content_sha256 if written else None,
+    )
+
+
+class TargetIndex(CacheIndex[TargetKey]):
+    """The content of ``cache.json``."""
+
+    FILE = "cache.json"
+    STAGE = "cache"
+    WHAT = "the teacher's cache"
+    format: Literal[2] = 2
+
+    def require_temperature(self, temperature: float) -> None:
+        """Refuse a temperature whose logsumexp was not kept.
+
+        Raises:
+            InputError: naming those there are.
+        """
+        if temperature not in self.identity.temperatures:
+            raise InputError(
+                f"temperature {temperature:g}: the teacher's cache holds {list(self.identity.temperatures)}; "
+                "add it to cache.temperatures"
+            )
+
+
+class TargetCache(RowCache[TargetKey]):
+    """The cached targets of train rows."""
+
+    index: TargetIndex
+
+    def __init__(self, root: Path, columns: Sequence[str] | None = None) -> None:
+        """Open a cache directory; columns default to those a student learns from.
+
+        Raises:
+            InputError: there is no index.
+        """
+        index = TargetIndex.read(root)
+        self.layout = index.identity.layout
+        super().__init__(root, index, self.layout.loss_columns if columns is None else columns)

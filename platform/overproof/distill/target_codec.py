@@ -1,0 +1,181 @@
+"""What a row of the teacher's cache holds: its columns for each scheme, and indices of as many bits as it takes.
+
+Shapes: B rows, N numbers in a row, P predictions in a row, V outputs, K kept for each prediction, D drawn,
+L temperatures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from overproof.config import Dense, Sampled, Scheme, TopK
+from overproof.data.columns import UINT16_VOCABULARY, packed_field
+from overproof.data.parquet_reader import Columns
+
+LOW_BITS = 16
+INDICES = {"indices", "drawn"}
+HALVES = {"logprobs", "label_logprob", "tail", "drawn_logprobs", "entropy"}
+
+
+@dataclass(frozen=True)
+class TargetLayout:
+    """The columns of a cache, which follow from what is kept for each prediction.
+
+    Every column is flat and of one width, so that a row's place in the file is arithmetic:
+
+    ==============  ==========  =====  ======================================================================
+    column          numbers     a row  what
+    ==============  ==========  =====  ======================================================================
+    sample_id       int64       1      of the train row
+    tokens          u2, u4      P + 1  text: the row as the teacher read it
+    label           u2, u4      1      images: the class
+    mask            bits        P      whether a prediction counts; bytes filled from the lowest bit
+    label_logprob   f2          P      of the token that follows, or of the class
+    logsumexp       f4          P * .  of log-probabilities / T over all V outputs, for every temperature T but 1,
+                                       where it is 0: so many for each prediction as there are others
+    logprobs        f2          P * K  natural, at temperature 1; the largest come first, or all V in their order
+    indices         u2, packed  P * K  topk, sampled: which outputs they are of; see ``pack``
+    tail            f2          P      topk, sampled: log of the mass that is in none of the K, -inf for none; of
+                                       sampled in the mean of the distributions at the L temperatures
+    drawn           u2, packed  P * D  sampled: outputs drawn from that mass, each for 1 / D of it
+    drawn_logprobs  f2          P * D  sampled, where L is not 1: as logprobs
+    entropy         f2          P * L  sampled: of the teacher at every temperature, nats
+    ==============  ==========  =====  ======================================================================
+    """
+
+    scheme: Scheme
+    text: bool
+    positions: int
+    outputs: int
+    temperatures: int
+
+    @property
+    def slots(self) -> int:
+        """K: V where the scheme is dense."""
+        match self.scheme:
+            case TopK(k=slots) | Sampled(k=slots):
+                return slots
+            case Dense():
+                return self.outputs
+
+    @property
+    def draws(self) -> int:
+        """D."""
+        return self.scheme.draws if isinstance(self.scheme, Sampled) else 0
+
+    @property
+    def bits(self) -> int:
+        """Of an index: what V needs."""
+        return max(1, (self.outputs - 1).bit_length())
+
+    @property
+    def columns(self) -> dict[str, tuple[np.dtype[Any], int]]:
+        """Which numbers each column holds, and how many a row, `sample_id` left out."""
+        entries, drawn = self.positions * self.slots, self.positions * self.draws
+        output = "<u2" if self.outputs <= UINT16_VOCABULARY else "<u4"
+        columns = {"tokens": (output, self.positions + 1)} if self.text else {"label": (output, 1)}
+        columns |= {
+            "mask": ("u1", -(-self.positions // 8)),
+            "label_logprob": ("<f2", self.positions),
+            "logprobs": ("<f2", entries),
+        }
+        if self.temperatures > 1:
+            columns["logsumexp"] = ("<f4", self.positions * (self.temperatures - 1))
+        if not isinstance(self.scheme, Dense):
+            columns |= {"indices": self._indices(entries), "tail": ("<f2", self.positions)}
+        if isinstance(self.scheme, Sampled):
+            columns |= {"drawn": self._indices(drawn), "entropy": ("<f2", self.positions * self.temperatures)}
+            if self.temperatures > 1:
+                columns["drawn_logprobs"] = ("<f2", drawn)
+        return {name: (np.dtype(kind), count) for name, (kind, count) in columns.items()}
+
+    def _indices(self, count: int) -> tuple[str, int]:
+        return ("u1", packed_bytes(count, self.bits)) if self.bits != LOW_BITS else ("<u2", count)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of a file; none may be null."""
+        fields = [packed_field(name, kind, count) for name, (kind, count) in self.columns.items()]
+        return pa.schema([pa.field("sample_id", pa.int64(), nullable=False), *fields])
+
+    @property
+    def loss_columns(self) -> tuple[str, ...]:
+        """Those a student learns from."""
+        drawn = ("indices", "tail", "drawn", "entropy")
+        names = ("logprobs", *{TopK: ("indices",), Sampled: drawn, Dense: ()}[type(self.scheme)])
+        return names + tuple(name for name in ("logsumexp", "drawn_logprobs") if name in self.columns)
+
+    @property
+    def column_bytes(self) -> dict[str, int]:
+        """Of a row in each column."""
+        return {"sample_id": 8} | {name: kind.itemsize * count for name, (kind, count) in self.columns.items()}
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(self.column_bytes.values())
+
+    def encode(self, values: Columns) -> Columns:
+        """Arrays of any shape (B, ...) as the flat columns of a file; a mask is bool, indices are integers."""
+        flat = {name: array.reshape(len(array), -1) for name, array in values.items()}
+        flat["mask"] = np.packbits(flat["mask"], axis=1, bitorder="little")
+        for name in INDICES & flat.keys() if self.bits != LOW_BITS else ():
+            flat[name] = pack(flat[name], self.bits)
+        for name in HALVES & flat.keys():
+            flat[name] = flat[name].astype(np.float16)
+        return {name: array[:, 0] if name == "sample_id" else array for name, array in flat.items()}
+
+    def decode(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
+        """A column of a file as (B, P), (B, P, K, D or L) or, of tokens, (B, P + 1); floats are float32."""
+        if name == "mask":
+            return np.unpackbits(values, axis=1, count=self.positions, bitorder="little").astype(bool)
+        last = {"logprobs": self.slots, "indices": self.slots, "drawn": self.draws, "drawn_logprobs": self.draws,
+                "logsumexp": self.temperatures - 1, "entropy": self.temperatures}  # fmt: skip
+        if name in INDICES and self.bits != LOW_BITS:
+            values = unpack(values, self.positions * last[name], self.bits)
+        if name in last:
+            values = values.reshape(len(values), self.positions, last[name])
+        return values.astype(np.float32, copy=False) if values.dtype.kind == "f" else values
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of so many numbers as ``pack`` lays them out."""
+    low = LOW_BITS if bits > LOW_BITS else 0
+    return count * low // 8 + -(-count * (bits - low) // 8)
+
+
+def pack(values_BN: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """Numbers below ``2 ** bits``, of 1 to 31 bits, as bytes: the low 16 bits of each, then the other bits of each.
+
+    Of fewer than 16 bits there are the other bits alone. Little-endian, and bytes are filled from the lowest bit. The
+    16 bits are read as they lie; a bit or two of each number is all that must be taken apart for a large vocabulary.
+
+    Raises:
+        ValueError: a number does not fit.
+    """
+    if values_BN.size and not 0 <= values_BN.min() <= values_BN.max() < 1 << bits:
+        raise ValueError(f"numbers from {values_BN.min()} to {values_BN.max()}; expected 0 to {(1 << bits) - 1}")
+    whole = LOW_BITS if bits > LOW_BITS else 0
+    rest_BNH = (values_BN[..., None] >> np.arange(whole, bits)) & 1
+    rest = np.packbits(rest_BNH.reshape(len(values_BN), -1).astype(np.uint8), axis=1, bitorder="little")
+    if not whole:
+        return rest
+    low_BN = np.ascontiguousarray(values_BN & 0xFFFF, "<u2")
+    return np.concatenate([low_BN.view(np.uint8), rest], axis=1)
+
+
+def unpack(packed: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.int64]:
+    """The ``count`` numbers of each row that ``pack`` packed: (B, N)."""
+    whole, low_bytes = (LOW_BITS, 2 * count) if bits > LOW_BITS else (0, 0)
+    first_N = np.arange(count) * (bits - whole)  # bit of each number's rest, which lies within three bytes
+    byte_N, shift_N = first_N >> 3, first_N & 7
+    wide = np.pad(packed[:, low_bytes:], ((0, 0), (0, 2))).astype(np.int32)
+    three_BN = wide[:, byte_N] | wide[:, byte_N + 1] << 8 | wide[:, byte_N + 2] << 16
+    values_BN = (three_BN >> shift_N & (1 << (bits - whole)) - 1).astype(np.int64)
+    if whole:
+        values_BN = values_BN << LOW_BITS | np.ascontiguousarray(packed[:, :low_bytes]).view("<u2")
+    return values_BN

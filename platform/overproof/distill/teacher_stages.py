@@ -1,0 +1,89 @@
+"""The stages in which the teacher runs once for all trials: `generate` writes text, `cache` what it thinks of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from overproof.config import Dense
+from overproof.data.manifest import Manifest
+from overproof.data.parquet_writer import PAGE_BYTES
+from overproof.distill.target_cache import TargetIndex, TargetKey, target_key
+from overproof.distill.teacher_pool import capture
+from overproof.distill.teacher_text import TextIndex, generate_settings, text_key
+from overproof.distill.teacher_worker import CaptureJob, TargetWorker
+from overproof.distill.text_worker import TextWorker
+from overproof.errors import InputError
+from overproof.models.hf_directory import check_tokenizer
+from overproof.stage_context import StageContext
+from overproof.units import format_bytes
+
+
+def generate_text(context: StageContext) -> dict[str, Any]:
+    """Write one Parquet file of the teacher's text for each train shard, and text.json.
+
+    Raises:
+        InputError: the teacher's tokenizer or outputs are not those of the data.
+    """
+    settings, prepared, trained = (
+        generate_settings(context.recipe),
+        context.parents["prepare"],
+        context.parents["train"],
+    )
+    manifest = Manifest.read(prepared.local())
+    check_tokenizer(trained.local() / "model", manifest)
+    index = TextIndex.of(text_key(context.recipe, prepared, trained), manifest, settings.rows)
+    each = index.identity.tokens
+    done = capture(context, CaptureJob(settings, index, prepared, trained, context.draft), TextWorker, each, "tokens")
+    return {
+        "rows": index.rows,
+        "tokens": index.rows * each,
+        "teacher_seconds": done.seconds,
+        "actors": done.actors,
+    }
+
+
+def cache_targets(context: StageContext) -> dict[str, Any]:
+    """Write one Parquet file of targets for each train shard, and cache.json.
+
+    Where the teacher has written, its text stands in place of the rows.
+
+    Raises:
+        InputError: the teacher's tokenizer or outputs are not those of the data, or the scheme does not fit them.
+    """
+    recipe, prepared, trained = context.recipe, context.parents["prepare"], context.parents["train"]
+    written = context.parents.get("generate")
+    manifest = Manifest.read(prepared.local())
+    check_tokenizer(trained.local() / "model", manifest)
+    whole = target_key(recipe, prepared, trained, written)
+    check_scheme(whole)
+    index = TargetIndex.of(whole, manifest, recipe.rows_cached)
+    job = CaptureJob(recipe.cache, index, prepared, trained, context.draft, written)
+    done = capture(context, job, TargetWorker, whole.positions, "positions")
+    positions = index.rows * whole.positions
+    return {
+        "rows": index.rows,
+        "positions": positions,
+        "bytes_per_position": done.size_bytes / positions,
+        "teacher_seconds": done.seconds,
+        "actors": done.actors,
+    }
+
+
+def check_scheme(cache: TargetKey) -> None:
+    """Refuse a scheme that cannot be written.
+
+    Raises:
+        InputError: it keeps more than there are outputs, or than one page of Parquet holds.
+    """
+    scheme, layout = cache.scheme, cache.layout
+    if not isinstance(scheme, Dense) and scheme.k > cache.outputs:
+        raise InputError(
+            f"cache.scheme.k: found {scheme.k}; the data has {cache.outputs} outputs: expected at most that"
+        )
+    page = max(layout.column_bytes.values()) * cache.rows_per_group
+    if page > PAGE_BYTES:
+        raise InputError(
+            f"cache.scheme: {scheme.words} of {cache.rows_per_group} rows of {cache.positions} positions take "
+            f"{format_bytes(page)}; expected at most {format_bytes(PAGE_BYTES)}: keep fewer, or lower "
+            "data.rows_per_group"
+        )

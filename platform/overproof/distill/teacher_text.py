@@ -1,0 +1,80 @@
+"""What the teacher wrote in place of train rows, from their beginnings on: what it follows from, and rows of it by id.
+
+Students that train on it learn the teacher's distribution over whole sequences (arXiv 1606.07947).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pyarrow as pa
+
+from overproof.artifacts import Artifact
+from overproof.config import Generate, Recipe
+from overproof.data.columns import text_schema
+from overproof.distill.row_cache import CacheIndex, CacheKey, RowCache, cache_key_fields
+
+
+class TextKey(CacheKey):
+    """All that the text follows from; which rows it covers beside."""
+
+    WORDS: ClassVar[dict[str, str]] = CacheKey.WORDS | {
+        "prompt_tokens": "prompt (tokens of a row)",
+        "temperature": "temperature",
+    }
+    prompt_tokens: int
+    temperature: float  # 0: the likeliest token
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written in a row."""
+        return self.positions + 1 - self.prompt_tokens
+
+    @property
+    def schema(self) -> pa.Schema:
+        """``sample_id`` int64, and the row's P + 1 ``tokens``, those of the prompt among them, as a shard has them."""
+        return text_cache_schema(self.positions, self.outputs)
+
+
+def text_cache_schema(positions: int, outputs: int) -> pa.Schema:
+    """The columns of a file."""
+    whole = text_schema(positions, outputs)
+    return pa.schema([whole.field(name) for name in ("sample_id", "tokens")])
+
+
+def text_key(recipe: Recipe, prepared: Artifact, trained: Artifact) -> TextKey:
+    """Of the text that a recipe asks for, with this data and this teacher."""
+    settings = generate_settings(recipe)
+    return TextKey(
+        **cache_key_fields(recipe.seed, prepared, trained),
+        prompt_tokens=settings.prompt_tokens,
+        temperature=settings.temperature,
+    )
+
+
+def generate_settings(recipe: Recipe) -> Generate:
+    """The section that asks for text; the stage is there only where it is."""
+    assert recipe.generate is not None
+    return recipe.generate
+
+
+class TextIndex(CacheIndex[TextKey]):
+    """The content of ``text.json``."""
+
+    FILE = "text.json"
+    STAGE = "generate"
+    WHAT = "the teacher's text"
+    format: Literal[1] = 1
+
+
+class TeacherText(RowCache[TextKey]):
+    """The tokens of train rows as the teacher wrote them: {"tokens": (B, P + 1)}."""
+
+    def __init__(self, root: Path) -> None:
+        """Open the directory.
+
+        Raises:
+            InputError: there is no index.
+        """
+        super().__init__(root, TextIndex.read(root), ("tokens",))

@@ -1,0 +1,71 @@
+"""The teacher as a writer: it goes on from the beginnings of train rows, for students to read (arXiv 1606.07947).
+
+What it writes is a function of its weights, the seed and the row: each row has random words of its own, and every
+forward pass has one shape, so that no row's text depends on those beside it.
+
+Shapes: B rows, Q tokens of a prompt, G written tokens, S = Q + G = P + 1, V outputs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from overproof.data.order import uniforms
+from overproof.data.parquet_reader import Columns
+from overproof.distill.target_encoder import inverse_cdf
+from overproof.distill.teacher_text import TextIndex
+from overproof.distill.teacher_worker import TeacherWorker
+from overproof.errors import InputError
+from overproof.models.hf_directory import to_tensors
+
+GENERATION_KEY = (
+    1 << 63
+) + 1  # key of the random words: no epoch of an order has this number, nor have the cache's draws
+
+
+class TextWorker(TeacherWorker):
+    """What it writes in place of the rows."""
+
+    index: TextIndex
+
+    def made(self, sample_ids: NDArray[np.int64]) -> Columns:
+        identity, count = self.index.identity, len(sample_ids)
+        filled = np.resize(sample_ids, self.job.settings.batch_size)  # a pass of fewer rows might round otherwise
+        prompts_BQ = to_tensors(self.rows.take(filled))["tokens"][:, : identity.prompt_tokens].to(self.device)
+        uniform_BG = torch.from_numpy(uniforms(identity.seed, GENERATION_KEY, filled, identity.tokens)).to(self.device)
+        self.check_outputs(self.model.config.vocab_size)
+        tokens_BS = generate(self.model, prompts_BQ, uniform_BG, identity.temperature)
+        return {"sample_id": sample_ids, "tokens": tokens_BS[:count].cpu().numpy()}
+
+
+@torch.inference_mode()
+def generate(model: PreTrainedModel, prompts_BQ: Tensor, uniform_BG: Tensor, temperature: float) -> Tensor:
+    """The prompts and a token for each number in [0, 1); the end of a document is a token like any other.
+
+    Raises:
+        InputError: the model's outputs are not finite.
+    """
+    prompt = prompts_BQ.shape[1]
+    tokens_BS = torch.cat([prompts_BQ, torch.zeros_like(uniform_BG, dtype=prompts_BQ.dtype)], 1)
+    finite = torch.ones((), dtype=torch.bool, device=prompts_BQ.device)
+    new_BN, seen = prompts_BQ, DynamicCache(config=model.config)  # N: the tokens that the model has not seen yet
+    for place in range(uniform_BG.shape[1]):
+        # By place: the fourth is `past_key_values` in one release of transformers and `cache` in the next.
+        logits_BV = model(new_BN, None, None, seen, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        finite &= logits_BV.isfinite().all()
+        new_BN = sample_token(logits_BV, uniform_BG[:, place : place + 1], temperature)
+        tokens_BS[:, prompt + place] = new_BN[:, 0]
+    if not finite:
+        raise InputError("the teacher's outputs are not finite while it writes; train it anew")
+    return tokens_BS
+
+
+def sample_token(logits_BV: Tensor, uniform_B1: Tensor, temperature: float) -> Tensor:
+    """One output a row, by the inverse of the distribution function: (B, 1). At temperature 0 the likeliest."""
+    if temperature == 0:
+        return logits_BV.argmax(1, keepdim=True)
+    return inverse_cdf(torch.softmax(logits_BV / temperature, 1), uniform_B1)[0]

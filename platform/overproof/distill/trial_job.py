@@ -1,0 +1,112 @@
+"""What the actor that trains a student is given. Light to import: Ray reads it before the model code is there."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from overproof.artifacts import Artifact, ArtifactWriter
+from overproof.config import Asha, Hyperband, Pbt, Student, Sweep
+from overproof.config.search import Scheduler, TrialValues, apply_values, current_values
+from overproof.stage_context import Progress, no_progress
+from overproof.train.checkpoint import Checkpoints
+
+if TYPE_CHECKING:
+    from overproof.distill.scorer_pool import ScorerPool  # which imports Ray
+
+FINISHED = "finished"  # folder of the draft: weights of the trials that ran every step
+CONTROL = "control"
+MAX_DEATHS = 3  # of the process of one trial or control, or its node
+
+
+@dataclass(frozen=True)
+class TrialJob:
+    """One student, or the control: the same rows, seed and steps, without the teacher."""
+
+    name: str
+    student: Student
+    distilled: bool
+    settings: Sweep
+    rungs: frozenset[int]  # steps with a validation beside those of settings
+    seed: int
+    threads: int
+    prepared: Artifact
+    trained: Artifact
+    cached: Artifact | None
+    draft: ArtifactWriter
+    folder: str  # of the draft, for the weights
+    checkpoints: Checkpoints
+    retold: bool = True  # what an attempt that was killed has done is told again from its start, not from its end
+    judged: tuple[float, ...] = ()  # temperatures at which the pool answers
+    pool: ScorerPool | None = None  # of teachers, who judge what students write
+    progress: Progress = no_progress
+    written: Artifact | None = None  # text of the teacher
+
+    def changed(self, values: TrialValues) -> TrialJob:
+        """The same trial with other settings."""
+        settings, student = apply_values(self.settings, self.student, values)
+        return replace(self, settings=settings, student=student)
+
+
+def rung_steps(scheduler: Scheduler, steps: int) -> Iterator[int]:
+    """The steps at which the scheduler compares trials, before the last."""
+    if isinstance(scheduler, Pbt):
+        yield from range(scheduler.interval_steps, steps, scheduler.interval_steps)
+    if isinstance(scheduler, Asha | Hyperband):
+        step = scheduler.grace_steps
+        while step < steps:
+            yield step
+            step *= scheduler.reduction_factor
+
+
+def trial_result(job: TrialJob, steps: int, **measured: Any) -> dict[str, Any]:
+    """What Tune, the watch and the search are given: after ``steps`` steps, with what was measured."""
+    return {
+        "name": job.name,
+        "steps": steps,
+        "parameters": None,
+        "seconds": 0.0,
+        "cpu_seconds": 0.0,
+        "began_at": 0,
+        "faults": (),
+        "pid": os.getpid(),
+        "import_seconds": 0.0,
+        "values": current_values(job.settings, job.student),
+        "failed": None,
+        **measured,
+    }
+
+
+def failed_result(job: TrialJob, steps: int, reason: str) -> dict[str, Any]:
+    """The result of a trial that cannot go on."""
+    return trial_result(job, steps, validation_loss=math.inf, curve=(), failed=reason)
+
+
+CurveRow = dict[str, float]  # of a curve, as the loop gives it
+
+
+@dataclass(frozen=True)
+class CurveSegment:
+    """What came of some steps."""
+
+    steps: int  # finished since the start
+    validation_loss: float  # of the labels alone, nats: comparable between temperatures and weights
+    curve: tuple[CurveRow, ...]
+
+
+def curve_segment(curve: Sequence[CurveRow]) -> CurveSegment:
+    """Rows of which the last has a validation loss."""
+    return CurveSegment(int(curve[-1]["step"]), curve[-1]["validation_loss"], tuple(curve))
+
+
+def split_at_validations(curve: Iterable[CurveRow]) -> Iterator[CurveSegment]:
+    """A curve, cut after each validation; what comes after the last is left out."""
+    part: list[CurveRow] = []
+    for row in curve:
+        part.append(row)
+        if "validation_loss" in row:
+            yield curve_segment(part)
+            part = []

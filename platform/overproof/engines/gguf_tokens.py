@@ -1,0 +1,130 @@
+"""What the engine does not say about a GGUF file: the bytes of each token.
+
+A byte-level vocabulary spells each byte as one printable character (GPT-2's table, openai/gpt-2 `encoder.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from overproof.errors import InputError
+
+CHAT_TEMPLATE = "tokenizer.chat_template"
+PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE} | {
+    chr(0x100 + i): byte for i, byte in enumerate(b for b in range(0x100) if b not in PRINTABLE)
+}
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """The context a model was trained for, the bytes each token adds to a text, and how a text and a chat begin.
+
+    Models whose ``vocabulary`` is the same mean the same by a token id.
+    """
+
+    context_length: int
+    pieces: tuple[bytes, ...]
+    start: int  # the token before every text
+    end: str  # the name of the token after it
+    template: str | None  # Jinja text that makes a prompt of messages
+    longest: int  # characters of the longest token's name; no token stands for more of a text
+    vocabulary: str  # sha256 of the tokens' names and types
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of token ids; broken characters are replaced."""
+        return b"".join(self.pieces[id_] for id_ in ids).decode(errors="replace")
+
+    def chat_template(self) -> str:
+        """The template.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.template is None:
+            raise InputError("messages: this model has no chat template; ask it at POST /v1/completions")
+        return self.template
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Read a language model's metadata.
+
+    Raises:
+        InputError: the file is missing, not GGUF, or its vocabulary is not byte-level BPE.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: missing; expected a GGUF file")
+    try:
+        fields = gguf.GGUFReader(path).fields
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{path}: cannot be read: {error}; expected a GGUF file") from None
+
+    def value(key: str) -> Any:
+        if key not in fields:
+            raise InputError(f"{path}: lacks {key}; expected a GGUF language model with its tokenizer")
+        return fields[key].contents()
+
+    model = value("tokenizer.ggml.model")
+    if model != "gpt2":
+        raise InputError(f"{path}: tokenizer is {model!r}; expected byte-level BPE, which GGUF calls 'gpt2'")
+    names, types = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type")
+    length = value(f"{value('general.architecture')}.context_length")
+    pieces = tuple(_piece(n, t) for n, t in zip(names, types, strict=True))
+    vocabulary = hashlib.sha256(json.dumps([names, types]).encode()).hexdigest()
+    return GgufHeader(
+        context_length=length,
+        pieces=pieces,
+        start=value("tokenizer.ggml.bos_token_id"),
+        end=names[value("tokenizer.ggml.eos_token_id")],
+        template=value(CHAT_TEMPLATE) if CHAT_TEMPLATE in fields else None,
+        longest=max(map(len, names)),
+        vocabulary=vocabulary,
+    )
+
+
+def _piece(name: str, kind: int) -> bytes:
+    if kind in (gguf.TokenType.CONTROL, gguf.TokenType.UNUSED):
+        return b""
+    if kind == gguf.TokenType.USER_DEFINED:
+        return name.encode()
+    return bytes(BYTE_OF_CHARACTER[c] for c in name)
+
+
+def incomplete_utf8_tail(data: bytes) -> int:
+    """How many closing bytes the engine holds back because they may be the start of a character.
+
+    As llama.cpp decides it: a lead byte among the last four that is not yet followed by as many bytes as it announces.
+    """
+    for back in range(1, min(4, len(data)) + 1):
+        lead = data[-back]
+        announced = 2 if lead & 0xE0 == 0xC0 else 3 if lead & 0xF0 == 0xE0 else 4 if lead & 0xF8 == 0xF0 else 0
+        if back < announced:
+            return back
+    return 0
+
+
+def align_logprobs(
+    tokens: Sequence[int], reported: Sequence[dict[str, Any]], pieces: Sequence[bytes]
+) -> list[dict[str, Any] | None]:
+    """What the engine reported of each token (its ``id``, ``logprob`` and so on); None where it reported nothing.
+
+    It reports nothing of a token that ends inside a character, nor of those of a stop string.
+    """
+    found: list[dict[str, Any] | None] = []
+    tail, taken = b"", 0
+    for token in tokens:
+        tail = (tail + pieces[token])[-4:]
+        matches = not incomplete_utf8_tail(tail) and taken < len(reported) and reported[taken]["id"] == token
+        found.append(reported[taken] if matches else None)
+        taken += matches
+    if taken != len(reported):
+        told = [entry["id"] for entry in reported]
+        raise RuntimeError(f"the engine reported log-probabilities of {told} for tokens {list(tokens)}")
+    return found

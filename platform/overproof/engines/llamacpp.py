@@ -1,0 +1,229 @@
+"""Language models in llama.cpp, inside this process (`xllamacpp`)."""
+
+from __future__ import annotations
+
+import atexit
+import secrets
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from overproof.engines.base import Completion, Sampling, Token
+from overproof.engines.gguf_tokens import align_logprobs, incomplete_utf8_tail, read_gguf_header
+from overproof.engines.llamacpp_server import LlamaCppDraft, LlamaCppHttp, check_reply, server_params, start_server
+from overproof.engines.llamacpp_stream import LlamaCppPieces
+from overproof.engines.prompt_limits import InFlight, PromptLimits, require_unicode
+from overproof.errors import InputError
+
+DRAFT_TOKENS = 3  # guessed at a time; llama.cpp's own default
+FORCED = 1e4  # a bias that decides the choice and leaves the reported log-probabilities alone
+
+
+_engines: weakref.WeakSet[LlamaCpp] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """llama.cpp calls back into Python while it generates, and ends a process whose Python has ended."""
+    for engine in list(_engines):
+        engine.close()
+
+
+class LlamaCpp:
+    """One GGUF file, decoding up to ``slots`` sequences at once; more callers wait for a slot.
+
+    llama.cpp's server loop runs in this process. Its own HTTP port is on loopback, behind a key that only this
+    object knows; it is used for tokenisation and the liveness check alone. A sequence that decodes alone gives the
+    same numbers each time; sequences that share a step may differ in the last digits. Prompts are not kept between
+    calls unless ``reuse_prefix`` asks for it.
+
+    A draft guesses tokens, and the model reads several guesses at once (speculative decoding, arXiv 2211.17192). A
+    guess is taken where it is what the model's own sampler took, by its own seed: the text and its distribution are
+    the model's, at any temperature. Last digits are those of shared steps, which in q8_0 and q4_0 files are no
+    others. llama.cpp reports no log-probabilities of such text (ggml-org/llama.cpp issue 27972): who asks for them
+    takes turns at one slot without the draft.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        threads: int = 1,
+        slots: int = 1,
+        context_length: int | None = None,
+        reuse_prefix: bool = False,
+        max_prompt_tokens: int | None = None,
+        draft: Path | None = None,
+        draft_tokens: int = DRAFT_TOKENS,
+    ) -> None:
+        """Load a file, and perhaps a draft's.
+
+        Raises:
+            InputError: one is missing or no GGUF language model, the context is longer than the model's, the draft has
+                another vocabulary, or it is to guess no token.
+        """
+        header = read_gguf_header(path)
+        self._room = PromptLimits.of(header, path, context_length, max_prompt_tokens)
+        self.context_length = self._room.context_length
+        self.chats = header.template is not None
+        self._header, self._pieces = header, header.pieces
+        self._reuse_prefix = reuse_prefix
+        self._calls = InFlight()
+        self._counting = threading.Lock()
+        self.drafted = self.accepted = 0  # guesses of the draft in completions so far, and those that were right
+        key = secrets.token_urlsafe(32)
+        guesses = None if draft is None else LlamaCppDraft.of(draft, draft_tokens, header)
+        self._server: Any = start_server(path, server_params(path, threads, slots, self.context_length, key, guesses))
+        self._http = LlamaCppHttp(self._server.listening_address, key)
+        self._plain: Any = self._server
+        if guesses is not None:
+            guesses.insist(self._http)
+            self._plain = start_server(path, server_params(path, threads, 1, self.context_length, key))
+        _engines.add(self)
+
+    def complete(self, prompt: str | Sequence[int], sampling: Sampling) -> Completion:
+        """Continue a prompt until done. See ``TextEngine``; a token that ends inside a character costs one more call
+        when its log-probability is asked for, since llama.cpp does not report it.
+
+        Raises:
+            InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
+        """
+        with self._calls.one():
+            request = self._request(prompt, sampling)
+            wanted = 0 if sampling.logprobs is None else max(1, sampling.logprobs)
+            extra = {"stop": list(sampling.stop), "n_probs": wanted, "return_tokens": True, "verbose": True}
+            server = self._plain if wanted else self._server
+            reply = check_reply(server.handle_completions({**request, **extra}))
+            choice, details, timings = reply["choices"][0], reply["__verbose"], reply["timings"]
+            with self._counting:
+                self.drafted += timings.get("draft_n", 0)
+                self.accepted += timings.get("draft_n_accepted", 0)
+            tokens: list[int] = details["tokens"]
+            text: str = choice["text"]
+            generated = b"".join(self._pieces[t] for t in tokens)
+            unfinished = incomplete_utf8_tail(generated)
+            if unfinished and details["stop_type"] != "word":
+                text = text[: -len(generated[-unfinished:].decode(errors="replace"))]
+            asked = sampling.logprobs
+            return Completion(
+                text=text,
+                tokens=tokens,
+                taken=None if asked is None else self._taken(request["prompt"], tokens, choice, asked),
+                finish_reason=choice["finish_reason"],
+                prompt_tokens=len(request["prompt"]),
+                first_token_s=timings["prompt_ms"] / 1e3,
+                decode_s=timings["predicted_ms"] / 1e3,
+            )
+
+    def accept(self, prompt: str | Sequence[int], sampling: Sampling) -> None:
+        """Return where ``complete`` would begin.
+
+        Raises:
+            InputError: as ``complete``.
+        """
+        with self._calls.one():
+            self._request(prompt, sampling)
+
+    def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> LlamaCppPieces:
+        """Continue a prompt piece by piece.
+
+        Raises:
+            InputError: as ``complete``, before the first piece.
+        """
+        with self._calls.one():
+            request = self._request(prompt, sampling)
+
+        def run(callback: Any) -> None:
+            with self._calls.one():
+                self._server.handle_completions({**request, "stream": True, "timings_per_token": True}, callback)
+
+        return LlamaCppPieces(run, len(request["prompt"]), sampling.stop)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Messages as a prompt, by the template in the file.
+
+        Raises:
+            InputError: there is none (llama.cpp would take one of its own), or it does not take these messages.
+        """
+        self._header.chat_template()
+        with self._calls.one():
+            try:
+                reply = self._http.ask("POST", "/apply-template", {"messages": list(messages)})
+            except RuntimeError as error:
+                raise InputError(f"messages: the model's chat template does not take them: {error}") from None
+            text: str = reply["prompt"]
+            return text
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, as llama.cpp splits it, with no start token added.
+
+        Raises:
+            InputError: the text is not valid Unicode.
+        """
+        with self._calls.one():
+            return self._tokenize(require_unicode(text), start=False)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids; broken characters are replaced."""
+        return self._header.text(ids)
+
+    def check(self) -> None:
+        """Return when llama.cpp's loop is alive; raise when it is not."""
+        with self._calls.one():
+            self._http.ask("GET", "/health")
+
+    def close(self) -> None:
+        """Wait for the calls in progress, then free the model. llama.cpp must not be torn down during a call."""
+        self._calls.end()
+        self._server = self._plain = None
+
+    def _request(self, prompt: str | Sequence[int], sampling: Sampling) -> dict[str, Any]:
+        ids, most = self._room.take(prompt, sampling, lambda text: self._tokenize(text, start=True))
+        request = {
+            "prompt": ids,
+            "max_tokens": most,
+            "temperature": sampling.temperature,
+            "top_k": 0,  # llama.cpp truncates the distribution unless told not to
+            "min_p": 0.0,
+            "top_p": sampling.top_p,
+            "cache_prompt": self._reuse_prefix,
+        }
+        if sampling.seed is not None:
+            request["seed"] = sampling.seed
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            request["presence_penalty"] = sampling.presence_penalty
+            request["frequency_penalty"] = sampling.frequency_penalty
+            request["repeat_last_n"] = self.context_length  # of the whole text, not of the last 64 tokens
+        if sampling.logit_bias:
+            request["logit_bias"] = [[token, bias] for token, bias in sampling.logit_bias.items()]
+        if sampling.grammar is not None:
+            request["grammar"] = sampling.grammar
+        return request
+
+    def _tokenize(self, text: str, start: bool) -> list[int]:
+        body = {"content": text, "add_special": start, "parse_special": True}
+        ids: list[int] = self._http.ask("POST", "/tokenize", body)["tokens"]
+        return ids
+
+    def _taken(self, prompt: list[int], tokens: list[int], choice: dict[str, Any], likeliest: int) -> list[Token]:
+        reported = align_logprobs(tokens, (choice["logprobs"] or {"content": []})["content"], self._pieces)
+        entries = [self._ask(prompt + tokens[:i], tokens[i]) if e is None else e for i, e in enumerate(reported)]
+        return [
+            Token(
+                entry["id"],
+                self._pieces[entry["id"]],
+                entry["logprob"],
+                tuple((e["id"], self._pieces[e["id"]], e["logprob"]) for e in entry["top_logprobs"][:likeliest]),
+            )
+            for entry in entries
+        ]
+
+    def _ask(self, prefix: list[int], token: int) -> dict[str, Any]:
+        """What llama.cpp says of a token after a prefix, from the whole vocabulary, behind one that it reports."""
+        plain = next(i for i, piece in enumerate(self._pieces) if piece.isalnum() and piece.isascii())
+        request = {"prompt": prefix, "max_tokens": 1, "temperature": 0, "cache_prompt": self._reuse_prefix}
+        extra = {"n_probs": len(self._pieces), "logit_bias": [[plain, FORCED]]}
+        reply = check_reply(self._plain.handle_completions(request | extra))
+        top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        return {**next(entry for entry in top if entry["id"] == token), "top_logprobs": top}

@@ -1,0 +1,73 @@
+"""Streamed completions of llama.cpp, as an iterator."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+from overproof.engines.base import Piece
+from overproof.engines.detokenizer import StopFilter
+from overproof.engines.llamacpp_server import check_reply
+
+RunStream = Callable[[Callable[[dict[str, Any]], bool]], None]  # calls back with each chunk until done or told to stop
+
+
+class LlamaCppPieces:
+    """A completion being generated in a thread of its own."""
+
+    def __init__(self, run: RunStream, prompt_tokens: int, stops: Sequence[str]) -> None:
+        self._chunks: SimpleQueue[dict[str, Any] | BaseException | None] = SimpleQueue()
+        self._cancelled = threading.Event()
+        self._prompt_tokens = prompt_tokens
+        self._filter = StopFilter(stops)
+        self._tokens = 0
+        self._ended = False
+        threading.Thread(target=self._produce, args=(run,), daemon=True, name="llama.cpp stream").start()
+
+    def __iter__(self) -> LlamaCppPieces:
+        return self
+
+    def __next__(self) -> Piece:
+        while not self._ended:
+            chunk = self._chunks.get()
+            if chunk is None or isinstance(chunk, BaseException):
+                self._ended = True
+                if chunk is None:
+                    break
+                raise chunk
+            piece = self._piece(check_reply(chunk))
+            if piece is not None:
+                return piece
+        raise StopIteration
+
+    def close(self) -> None:
+        """Generate no further; llama.cpp hears of it at its next token."""
+        self._cancelled.set()
+        self._chunks.put(None)
+
+    def _produce(self, run: RunStream) -> None:
+        def callback(chunk: dict[str, Any]) -> bool:  # true asks llama.cpp to stop
+            self._chunks.put(chunk)
+            return self._cancelled.is_set()
+
+        try:
+            run(callback)
+        except BaseException as error:
+            self._chunks.put(error)
+        else:
+            self._chunks.put(None)
+
+    def _piece(self, chunk: dict[str, Any]) -> Piece | None:
+        choice = chunk["choices"][0]
+        self._tokens = chunk["timings"]["predicted_n"]
+        text, stopped = self._filter.push(choice["text"])
+        if stopped:
+            self._ended = True
+            self.close()
+            return Piece(text, "stop", self._prompt_tokens, self._tokens)
+        if choice["finish_reason"] is not None:
+            self._ended = True
+            return Piece(text + self._filter.flush(), choice["finish_reason"], self._prompt_tokens, self._tokens)
+        return Piece(text, None, self._prompt_tokens, self._tokens) if text else None

@@ -1,0 +1,240 @@
+"""Ask the serving engine itself, in a process of its own: ``python -m overproof.evaluate.engine_probe FOLDER``.
+
+The process holds the engine and little else (no torch, no Ray), so its resident memory is what a replica's engine
+costs. Reads ``request.json`` from the folder and writes ``answer.json`` there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import psutil
+from pydantic import BaseModel, ConfigDict
+
+from overproof.subprocesses import run_module
+
+WARM_UP_TOKENS = 8
+TIMEOUT_S = 1800
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TextRequest(_Message):
+    """What to ask a language model."""
+
+    kind: Literal["text"] = "text"
+    engine: str
+    file: str
+    threads: int
+    prompts: list[list[int]]  # for the parity probe
+    probe_tokens: int
+    texts: list[str]  # to split into tokens
+    timed_prompts: list[list[int]]  # asked in turn; the first warms up, too
+    timed_requests: int
+    decode_tokens: int
+
+
+class ProbeCompletion(_Message):
+    """One greedy completion."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+class TextAnswer(_Message):
+    """What a language model and its engine did."""
+
+    before_mb: float  # resident before the file was loaded
+    resident_mb: float  # and after the timed decoding
+    latency_s: list[float]  # of each timed request, from the call to the whole answer
+    first_token_s: list[float]  # of each timed request
+    tokens_per_s: list[float]  # of each timed request that gave at least two tokens
+    answers: list[ProbeCompletion]
+    splits: list[list[int]]  # token ids of each text
+
+
+class ImageRequest(_Message):
+    """What to ask a classifier."""
+
+    kind: Literal["digits"] = "digits"
+    file: str
+    threads: int
+    images: list[list[float]]  # for the parity probe, and timed in turn
+    timed_requests: int
+
+
+class ImageAnswer(_Message):
+    """What a classifier and its engine did."""
+
+    before_mb: float
+    resident_mb: float
+    latency_s: list[float]  # of each timed image, one at a time
+    logprobs: list[list[float]]
+
+
+class DraftRequest(_Message):
+    """A language model to time with a draft and without."""
+
+    kind: Literal["draft"] = "draft"
+    file: str
+    draft: str
+    draft_tokens: int
+    threads: int
+    prompts: list[list[int]]
+    new_tokens: int
+    repeats: int
+
+
+class DraftAnswer(_Message):
+    """What a language model did, alone and with a draft, in turn."""
+
+    identical: list[bool]  # for each prompt, in every run
+    drafted: int  # tokens that the draft guessed
+    accepted: int  # and those of them that were right
+    alone_tokens_per_s: list[float]  # of each run over all prompts, without reading them
+    drafted_tokens_per_s: list[float]
+
+
+def probe_draft(request: DraftRequest) -> DraftAnswer:
+    """Run a request in a fresh process."""
+    return DraftAnswer.model_validate_json(_ask(request, request.threads))
+
+
+def probe_text(request: TextRequest) -> TextAnswer:
+    """Run a request in a fresh process."""
+    return TextAnswer.model_validate_json(_ask(request, request.threads))
+
+
+def probe_images(request: ImageRequest) -> ImageAnswer:
+    """Run a request in a fresh process."""
+    return ImageAnswer.model_validate_json(_ask(request, request.threads))
+
+
+def _ask(request: _Message, threads: int) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "request.json").write_text(request.model_dump_json(), encoding="utf-8")
+        done = run_module("overproof.evaluate.engine_probe", folder, timeout_s=TIMEOUT_S, OMP_NUM_THREADS=str(threads))
+        if done.returncode != 0:
+            raise RuntimeError(f"the serving engine ended with {done.returncode}: {done.stderr[-2000:]}")
+        return Path(folder, "answer.json").read_text(encoding="utf-8")
+
+
+def _resident_mb() -> float:
+    """Of this process and of those that an engine runs in."""
+    this = psutil.Process()
+    return float(sum(each.memory_info().rss for each in (this, *this.children(recursive=True)))) / 1e6
+
+
+def _measure_text(request: TextRequest) -> TextAnswer:
+    from overproof.engines import text_engine
+    from overproof.engines.base import Sampling
+
+    before_mb = _resident_mb()
+    engine = text_engine(request.engine, Path(request.file), threads=request.threads, slots=1)
+    prompts = request.timed_prompts
+    engine.complete(prompts[0], Sampling(WARM_UP_TOKENS))
+    latency_s, first_token_s, tokens_per_s = [], [], []
+    for i in range(request.timed_requests):
+        began = time.perf_counter()
+        done = engine.complete(prompts[i % len(prompts)], Sampling(request.decode_tokens))
+        latency_s.append(time.perf_counter() - began)
+        first_token_s.append(done.first_token_s)
+        if len(done.tokens) > 1:
+            tokens_per_s.append((len(done.tokens) - 1) / done.decode_s)
+    resident_mb = _resident_mb()
+    answers = []
+    for prompt in request.prompts:
+        done = engine.complete(prompt, Sampling(request.probe_tokens, logprobs=0))
+        assert done.taken is not None
+        answers.append(ProbeCompletion(tokens=done.tokens, logprobs=[token.logprob for token in done.taken]))
+    splits = [engine.tokenize(text) for text in request.texts]
+    engine.close()
+    return TextAnswer(
+        before_mb=before_mb,
+        resident_mb=resident_mb,
+        latency_s=latency_s,
+        first_token_s=first_token_s,
+        tokens_per_s=tokens_per_s,
+        answers=answers,
+        splits=splits,
+    )
+
+
+def _measure_images(request: ImageRequest) -> ImageAnswer:
+    from overproof.engines.onnx_runtime import OnnxClassifier
+
+    before_mb = _resident_mb()
+    engine = OnnxClassifier(Path(request.file), threads=request.threads)
+    images_BD = np.array(request.images, np.float32)
+    logprobs = [engine.classify(image[None])[0].tolist() for image in images_BD]  # warms up too
+    latency_s: list[float] = []
+    for i in range(request.timed_requests):
+        began = time.perf_counter()
+        engine.classify(images_BD[i % len(images_BD)][None])
+        latency_s.append(time.perf_counter() - began)
+    resident_mb = _resident_mb()
+    engine.close()
+    return ImageAnswer(
+        before_mb=before_mb,
+        resident_mb=resident_mb,
+        latency_s=latency_s,
+        logprobs=logprobs,
+    )
+
+
+def _measure_draft(request: DraftRequest) -> DraftAnswer:
+    from overproof.engines.base import Completion, Sampling
+    from overproof.engines.llamacpp import LlamaCpp
+
+    def rate(run: list[Completion]) -> float:
+        return sum(len(done.tokens) - 1 for done in run) / sum(done.decode_s for done in run)
+
+    model, draft = Path(request.file), Path(request.draft)
+    alone = LlamaCpp(model, request.threads)
+    drafted = LlamaCpp(model, request.threads, draft=draft, draft_tokens=request.draft_tokens)
+    for engine in (alone, drafted):
+        engine.complete(request.prompts[0], Sampling(WARM_UP_TOKENS))
+    identical, rates = [True] * len(request.prompts), []
+    for _ in range(request.repeats):
+        both = [
+            [engine.complete(prompt, Sampling(request.new_tokens)) for engine in (alone, drafted)]
+            for prompt in request.prompts
+        ]
+        identical = [same and one.tokens == two.tokens for same, (one, two) in zip(identical, both, strict=True)]
+        if any(len(done.tokens) > 1 for done, _ in both):  # a model may end every answer at once
+            rates.append([rate([done[which] for done in both]) for which in (0, 1)])
+    alone.close()
+    drafted.close()
+    return DraftAnswer(
+        identical=identical,
+        drafted=drafted.drafted,
+        accepted=drafted.accepted,
+        alone_tokens_per_s=[one for one, _ in rates],
+        drafted_tokens_per_s=[two for _, two in rates],
+    )
+
+
+def main(folder: str) -> None:
+    """Answer the request in a folder."""
+    text = Path(folder, "request.json").read_text(encoding="utf-8")
+    answer: _Message
+    match json.loads(text)["kind"]:
+        case "text":
+            answer = _measure_text(TextRequest.model_validate_json(text))
+        case "draft":
+            answer = _measure_draft(DraftRequest.model_validate_json(text))
+        case _:
+            answer = _measure_images(ImageRequest.model_validate_json(text))
+    Path(folder, "answer.json").write_text(answer.model_dump_json(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

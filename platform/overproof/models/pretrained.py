@@ -1,0 +1,45 @@
+"""The Hugging Face directory a model starts from, local or behind a URI."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from pyarrow import fs
+
+from overproof.config import Pretrained
+from overproof.errors import InputError
+from overproof.files import absolute_uri, filesystem, local_cache
+
+
+def list_directory(path: str) -> list[tuple[str, int, int]]:
+    """Name, size in bytes and time of change (ns) of each file: what an artifact's identity covers.
+
+    Raises:
+        InputError: there is no such folder, or it is empty.
+    """
+    files, root = filesystem(path)
+    found = files.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+    names = sorted(
+        (info.path.removeprefix(root).lstrip("/"), info.size, info.mtime_ns or 0)
+        for info in found
+        if info.type == fs.FileType.File
+    )
+    if not names:
+        raise InputError(f"{path}: no such folder; expected a Hugging Face model directory")
+    return names
+
+
+def absolute_pretrained(model: Pretrained) -> Pretrained:
+    """The same directory, named so that processes with other working directories find it."""
+    return Pretrained(path=absolute_uri(model.path))
+
+
+def fetch_pretrained(path: str) -> Path:
+    """The directory on this machine; from a URI it is fetched once."""
+    files, root = filesystem(path)
+    if isinstance(files, fs.LocalFileSystem):
+        return Path(root)
+    key = hashlib.sha256(json.dumps([path, list_directory(path)]).encode()).hexdigest()
+    return local_cache(key, lambda folder: fs.copy_files(root, str(folder), source_filesystem=files))

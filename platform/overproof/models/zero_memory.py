@@ -1,0 +1,151 @@
+"""The bytes one worker holds in training, told before it starts: pure functions, checked against real workers.
+
+ZeRO (arXiv 1910.02054, section 3 and figure 1) counts, for P parameters, N workers and 16-bit training with Adam:
+2P weights, 2P gradients and 12P optimizer state (fp32 master weights and two averages), of which stage 1 divides the
+optimizer state by N, stage 2 the gradients too and stage 3 the weights too. What DeepSpeed 0.19 really holds differs
+in a few places, all counted here:
+
+- fp32: weights and gradients take 4P, and stages 1 to 3 keep a master copy beside the weights although it is equal.
+- Without ZeRO, bf16 casts activations alone, so it holds what fp32 holds, and fp16 keeps its own fp32 masters.
+- The update copies gradients to fp32 next to the reduced ones: another 4P/N for a moment.
+- Stages 1 to 3 have one bucket of fixed size in which gradients travel, however small the model.
+- Stage 3 gathers weights while it computes and lets them go only beyond ``LIVE`` parameters.
+
+Each figure is the most its part takes at any moment of a step. They do not all peak together: a sum is an upper bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from overproof.config import Training
+from overproof.models.sizes import ModelSize
+
+FP32, HALF = 4, 2  # bytes
+ADAM = 8  # bytes of the two averages of a parameter
+BUCKET = 20_000_000  # elements that travel at once; what train/configuration.py tells DeepSpeed
+PLAIN_BUCKET = 500_000_000  # elements, without ZeRO; DeepSpeed's own
+LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered; DeepSpeed's own
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """Bytes by what they are for."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    buffers: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.buffers
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """What one worker holds at a ZeRO stage, and where: on its device, and in the CPU's memory if offloaded."""
+
+    stage: int
+    device: MemoryParts
+    host: MemoryParts
+
+    @property
+    def total(self) -> int:
+        """On one machine without a GPU both are the same memory."""
+        return self.device.total + self.host.total
+
+
+def state_memory(size: ModelSize, train: Training, stage: int, world: int) -> WorkerMemory:
+    """Weights, gradients, optimizer state and buffers of one of ``world`` workers at a ZeRO stage.
+
+    Offload is the recipe's where the stage allows it.
+    """
+    count, share = size.parameters, -(-size.parameters // world)
+    number = HALF if keeps_16bit_weights(train, stage) else FP32
+    if stage == 0:
+        master = FP32 * count if number == HALF else 0
+        gradients = (number + (FP32 if number == HALF else 0)) * count
+        plain = MemoryParts(
+            number * count, gradients, ADAM * count + master, number * min(count, PLAIN_BUCKET) * (world > 1)
+        )
+        return WorkerMemory(stage, plain, MemoryParts())
+    optimizer = (FP32 + ADAM) * share
+    updating = (number + FP32) * share
+    gradients = max(number * count, updating) if stage == 1 else updating
+    weights = number * count if stage < 3 else number * (share + min(count, LIVE))
+    bucket = number * BUCKET
+    if train.offload == "none":
+        return WorkerMemory(stage, MemoryParts(weights, gradients, optimizer, bucket), MemoryParts())
+    return _offloaded(size, train, stage, share, number)
+
+
+def keeps_16bit_weights(train: Training, stage: int) -> bool:
+    """Whether weights are kept in 16 bits: bf16 without ZeRO casts activations alone."""
+    return train.precision == "fp16" or (train.precision == "bf16" and stage > 0)
+
+
+def _offloaded(size: ModelSize, train: Training, stage: int, share: int, number: int) -> WorkerMemory:
+    """The optimizer's part, and the gradients it reads, lie in the CPU's memory; with stage 3 the weights may too."""
+    count, largest = size.parameters, max(size.tensors)
+    optimizer = (FP32 + ADAM) * share
+    bucket = number * BUCKET
+    if stage == 3:
+        kept = number * share if train.offload == "parameters" else 0
+        weights = number * (share + min(count, LIVE)) - kept
+        device = MemoryParts(weights, 0, 0, bucket)
+        return WorkerMemory(stage, device, MemoryParts(kept, (number + FP32) * share, optimizer))
+    device = MemoryParts(number * count, number * count if stage == 1 else 0, 0, bucket + number * largest)
+    host = MemoryParts(0, FP32 * share, optimizer, number * share + number * largest)
+    return WorkerMemory(stage, device, host)
+
+
+def activation_memory(size: ModelSize, train: Training, world: int, stage: int | None = None) -> int:
+    """Bytes kept from a forward pass for the backward pass of one worker's micro-batch, logits included.
+
+    Counted as arXiv 2205.05198 (section 4) does, tensor by tensor, for the layers used here: SDPA keeps no scores,
+    RMSNorm and SiLU keep what the paper's LayerNorm and GELU do not, and nothing is dropped out. With checkpointing
+    (its section 5) every layer keeps its input alone, and one layer at a time is computed again.
+    """
+    stage = train.zero_stage if stage is None else stage
+    rows = train.batch_size // world // train.accumulation(world)
+    number = HALF if train.precision != "fp32" else FP32
+    each, inputs = layer_memory(size, number), number * size.hidden
+    layers = inputs * size.layers + each if train.activation_checkpointing else each * size.layers
+    outside = 3 * number + (FP32 - number) if size.kind == "llama" else 2 * number  # by feature
+    casts = (
+        HALF * size.parameters if number == HALF and not keeps_16bit_weights(train, stage) else 0
+    )  # autocast's 16-bit weights
+    return (
+        rows * (size.places * (layers + outside * size.hidden) + size.predictions * logits_memory(size.outputs, number))
+        + casts
+    )
+
+
+def layer_memory(size: ModelSize, number: int) -> int:
+    """Bytes that one layer keeps for one token, its numbers taking ``number`` bytes."""
+    h, f, softmax = size.hidden, size.intermediate, FP32 * size.heads
+    if size.kind == "vit":  # two norms and their means, q k v, attention out and in, two of the feed-forward
+        return number * (8 * h + 2 * f) + softmax + 4 * number
+    wide, copies = (8, 0) if number == FP32 else (6, 2)  # RMSNorm computes in fp32: 16-bit inputs are copied, twice
+    return number * (wide * h + 2 * size.key_width + 4 * f) + FP32 * copies * h + softmax + 2 * FP32
+
+
+def logits_memory(outputs: int, number: int) -> int:
+    """Bytes for one prediction: the logits, in 16-bit training their fp32 copy, and the fp32 log-softmax."""
+    return outputs * (number + FP32 + (FP32 if number == HALF else 0))
+
+
+def update_memory(size: ModelSize, train: Training, stage: int, world: int) -> int:
+    """Bytes that Adam's arithmetic takes for a moment: two fp32 vectors of the largest part it updates at once."""
+    if train.offload != "none" and stage > 0:
+        return 0  # its own kernel, number by number
+    part = max(size.tensors) if stage == 0 else -(-size.parameters // world)
+    return 2 * FP32 * part
+
+
+def peak_worker_memory(size: ModelSize, train: Training, world: int, stage: int | None = None) -> int:
+    """An upper bound of the bytes a worker's device takes: activations are gone when the optimizer computes."""
+    stage = train.zero_stage if stage is None else stage
+    device = state_memory(size, train, stage, world).device.total
+    return device + max(activation_memory(size, train, world, stage), update_memory(size, train, stage, world))

@@ -1,0 +1,142 @@
+"""The model card: what a package is, how it was made, what was measured, how to run it.
+
+Markdown with the front matter of the Hugging Face Hub (https://huggingface.co/docs/hub/model-cards), so that a package
+may be uploaded there as it is. The words are in ``card.md.j2``.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from overproof.config import Section
+from overproof.config.search import apply_values
+from overproof.data.manifest import Manifest
+from overproof.evaluate.gate import Verdict
+from overproof.evaluate.metrics import MeasuredFile, Metric, Report
+from overproof.package.speculation import SpeculationResult
+from overproof.stage_context import StageContext
+
+TASKS = {"text": "text-generation", "digits": "image-classification"}
+LIBRARIES = {"text": "gguf", "digits": "onnx"}
+COLUMNS = {  # metric -> title, factor, decimals
+    "bits_per_byte": ("bits per byte", 1, 4),
+    "accuracy": ("accuracy, %", 100, 2),
+    "agreement": ("agrees with teacher, %", 100, 1),
+    "time_to_first_token_s": ("first token, ms", 1000, 1),
+    "decode_tokens_per_s": ("tokens/s", 1, 0),
+    "images_per_s": ("images/s", 1, 0),
+    "latency_p50_s": ("p50, ms", 1000, 2),
+    "latency_p95_s": ("p95, ms", 1000, 2),
+    "resident_mb": ("resident MB", 1, 1),
+    "parity_nats": ("parity, nats", 1, 4),
+}
+
+
+def render_card(
+    context: StageContext, manifest: Manifest, report: Report, verdict: Verdict, model: str, sha256: str
+) -> str:
+    """The card of the chosen export, from the recipe and the records of every stage."""
+    recipe = context.recipe
+    sweep = json.loads((context.parents["sweep"].local() / "trials.json").read_text(encoding="utf-8"))
+    measured = next(m for m in report.measured if m.name == verdict.chosen)
+    environment = Environment(
+        loader=PackageLoader("overproof.package", "."),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    mine = next(trial for trial in sweep["trials"] if trial["name"] == measured.student)
+    base = next(student for student in recipe.sweep.students if student.name == mine["student"])
+    settings, student = apply_values(recipe.sweep, base, mine["values"])
+    return environment.get_template("card.md.j2").render(
+        front_matter=_front_matter(recipe.name, manifest.kind, report, measured),
+        recipe=recipe,
+        text=manifest.kind == "text",
+        manifest=manifest,
+        dropped={reason: count for reason, count in manifest.dropped.items() if count},
+        report=report,
+        verdict=verdict,
+        table=_table(report, verdict),
+        units=measured.metrics[report.quality].n,
+        student=student,
+        settings=settings,
+        mine=mine,
+        winner=sweep["winner"],
+        control=sweep["control"],
+        trials=sweep["trials"],
+        shape=_shape,
+        trial=_trial,
+        model=model,
+        sha256=sha256,
+        port=recipe.serve.port or 8000,
+        parents=context.parents.values(),
+    )
+
+
+def render_draft_card(name: str, report: Report, judged: SpeculationResult) -> str:
+    """The card of a teacher that answers with a draft."""
+    measured = next(m for m in report.measured if m.name == judged.found.model)
+    lines = "\n".join(f"- {reason.text}" for reason in judged.verdict.reasons)
+    return f"""{_front_matter(name, report.kind, report, measured)}
+# {name}: {measured.name}, drafted by {judged.found.draft}
+
+`model.gguf` is the teacher, and every text is its own; `draft.gguf`, the student that passed its gate
+(`verdict.json`), guesses {judged.found.draft_tokens} tokens at a time, which the teacher reads at once and takes where
+they are what it would have written. `overproof serve` loads both. As measured (`speculation.json`):
+
+{lines}
+"""
+
+
+def _front_matter(name: str, kind: str, report: Report, measured: MeasuredFile) -> str:
+    quality = measured.metrics[report.quality]
+    result = {
+        "task": {"type": TASKS[kind]},
+        "dataset": {"name": f"{name}, test split", "type": kind},
+        "metrics": [{"type": report.quality, "value": quality.value}],
+    }
+    head = {
+        "library_name": LIBRARIES[kind],
+        "pipeline_tag": TASKS[kind],
+        "tags": ["overproof", "distillation", "quantization", measured.format],
+        "model-index": [{"name": f"{name}-{measured.name}", "results": [result]}],
+    }
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---"
+
+
+def _table(report: Report, verdict: Verdict) -> list[tuple[str, ...]]:
+    names = [name for name in COLUMNS if any(name in m.metrics for m in report.measured)]
+    words = {c.name: "passed" if c.passed else "refused" for c in verdict.candidates}
+    if verdict.chosen is not None:
+        words[verdict.chosen] = "**packaged**"
+    head = ("export", "format", "MB", *(COLUMNS[name][0] for name in names), "verdict")
+    rows = [
+        (f"`{m.name}`", m.format, f"{m.size_bytes / 1e6:.2f}", *_cells(m, names), words.get(m.name, ""))
+        for m in report.measured
+    ]
+    return [head, tuple("---" for _ in head), *rows]
+
+
+def _cells(measured: MeasuredFile, names: list[str]) -> list[str]:
+    return [_cell(measured.metrics.get(name), *COLUMNS[name][1:]) for name in names]
+
+
+def _cell(metric: Metric | None, factor: float, decimals: int) -> str:
+    if metric is None:
+        return ""
+    bounds = [metric.low, metric.high] if metric.low is not None and metric.high is not None else []
+    value, *interval = [f"{factor * figure:,.{decimals}f}" for figure in (metric.value, *bounds)]
+    return f"{value} ({' to '.join(interval)})" if interval else value
+
+
+def _shape(model: Section) -> str:
+    return ", ".join(f"{name} {value}" for name, value in model.model_dump(exclude={"path"}).items())
+
+
+def _trial(trial: dict[str, Any]) -> str:
+    loss = f"validation loss {trial['validation_loss']:.4f} nats"
+    return f"{trial['parameters']:,} parameters, {trial['steps']:,} steps, {loss}"

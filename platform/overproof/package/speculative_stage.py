@@ -1,0 +1,130 @@
+"""The speculate stage: the teacher with the shipped student as its draft, compared with itself, timed and packed."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ray
+
+from overproof.artifacts import TOOLS, Artifact
+from overproof.config import Evaluate, Speculate
+from overproof.data.manifest import TOKENIZER
+from overproof.data.parquet_reader import Shards
+from overproof.errors import GateRefused
+from overproof.evaluate import engine_probe
+from overproof.evaluate.scoring import TestDocuments
+from overproof.evaluate.stage import test_prompts
+from overproof.export.stage import read_exports
+from overproof.files import file_sha256
+from overproof.package.model_card import render_draft_card
+from overproof.package.package import (
+    CARD,
+    PACKAGE,
+    REPORT,
+    SPECULATION,
+    VERDICT,
+    DraftModel,
+    Package,
+    PackageContents,
+    hash_files,
+    open_package,
+)
+from overproof.package.speculation import SpeculationMeasurement, SpeculationResult, judge_draft
+from overproof.stage_context import StageContext
+
+
+def pack_with_draft(context: StageContext) -> dict[str, Any]:
+    """Pack the teacher with the packaged student as its draft.
+
+    Raises:
+        GateRefused: some text differs, or it comes no sooner, with the figures.
+    """
+    policy, shipped = context.recipe.speculate, open_package(context.parents["package"].local())
+    assert policy is not None
+    compressed, prepared = context.parents["compress"], context.parents["prepare"]
+    draft = shipped.content.candidate
+    context.progress("speculate", 0, 1, f"{draft} drafts for {policy.teacher}")
+    found = ray.get(_measure.remote(compressed, prepared, draft, policy, context.recipe.evaluate))
+    verdict = judge_draft(policy, shipped.report, found)
+    if not verdict.passed:
+        lines = "\n".join(f"  {reason.text}" for reason in verdict.reasons if not reason.passed)
+        raise GateRefused(f"{draft} is no draft for {policy.teacher}; the package of {draft} is done:\n{lines}")
+    with context.draft.directory() as folder:
+        _pack(context, shipped, policy, SpeculationResult(found=found, verdict=verdict), folder)
+        open_package(folder)
+    context.progress("speculate", 1, 1)
+    return {
+        "times": median(found.times),
+        "identical": found.identical,
+        "prompts": found.prompts,
+        "accepted": found.accepted / max(1, found.drafted),
+    }
+
+
+@ray.remote(num_cpus=1)
+def _measure(
+    compressed: Artifact, prepared: Artifact, draft: str, policy: Speculate, settings: Evaluate
+) -> SpeculationMeasurement:
+    files = {export.name: compressed.local() / export.file for export in read_exports(compressed.local())}
+    return measure_draft(files[policy.teacher], files[draft], prepared.local(), policy, settings)
+
+
+def measure_draft(
+    model: Path, draft: Path, root: Path, policy: Speculate, settings: Evaluate
+) -> SpeculationMeasurement:
+    """Continue the beginnings of test documents by the serving engine, with and without the draft in turn."""
+    prompts = test_prompts(TestDocuments.of(root, settings.max_documents), Shards(root, "test"), policy.prompts)
+    request = engine_probe.DraftRequest(
+        file=str(model),
+        draft=str(draft),
+        draft_tokens=policy.draft_tokens,
+        threads=settings.threads,
+        prompts=prompts,
+        new_tokens=policy.new_tokens,
+        repeats=policy.repeats,
+    )
+    answer = engine_probe.probe_draft(request)
+    return SpeculationMeasurement(
+        model=model.stem,
+        draft=draft.stem,
+        model_sha256=file_sha256(model),
+        draft_sha256=file_sha256(draft),
+        draft_tokens=policy.draft_tokens,
+        threads=settings.threads,
+        prompts=len(prompts),
+        identical=sum(answer.identical),
+        new_tokens=policy.new_tokens,
+        drafted=answer.drafted,
+        accepted=answer.accepted,
+        alone_tokens_per_s=tuple(answer.alone_tokens_per_s),
+        drafted_tokens_per_s=tuple(answer.drafted_tokens_per_s),
+    )
+
+
+def _pack(context: StageContext, shipped: Package, policy: Speculate, judged: SpeculationResult, folder: Path) -> None:
+    compressed = context.parents["compress"].local()
+    teacher = next(export for export in read_exports(compressed) if export.name == judged.found.model)
+    drafting = DraftModel(draft=judged.found.draft, policy=policy)
+    shutil.copyfile(compressed / teacher.file, folder / shipped.content.model)
+    shutil.copyfile(shipped.model, folder / drafting.file)
+    for part in (REPORT, VERDICT, TOKENIZER):
+        shutil.copyfile(shipped.path / part, folder / part)
+    (folder / SPECULATION).write_text(judged.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(render_draft_card(context.recipe.name, shipped.report, judged), encoding="utf-8")
+    changed = {
+        "id": context.draft.id,
+        "candidate": teacher.name,
+        "model_format": teacher.format,
+        "speculate": drafting,
+        "files": hash_files(folder),
+        "parents": {stage: artifact.record.fingerprint for stage, artifact in context.parents.items()},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {tool: version(tool) for tool in TOOLS},
+    }
+    content = PackageContents.model_validate(dict(shipped.content) | changed)
+    (folder / PACKAGE).write_text(content.model_dump_json(indent=1), encoding="utf-8")

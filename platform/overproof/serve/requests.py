@@ -1,0 +1,214 @@
+"""What is asked over HTTP, in the shape of OpenAI's API (https://platform.openai.com/docs/api-reference)."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+DEFAULT_MAX_TOKENS = 16
+MOST_STOPS = 4
+MOST_IMAGES = 1024
+MOST_CHOICES = 16
+MOST_BIASES = 300
+MOST_MESSAGES = 1024
+MOST_GRAMMAR = 16384  # characters
+
+
+def _unicode(text: Any) -> Any:
+    if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("expected valid Unicode")
+    return text
+
+
+UnicodeText = Annotated[str, BeforeValidator(_unicode)]
+
+
+def _prompts(value: Any) -> Any:
+    alone = isinstance(value, str) or (isinstance(value, list) and all(type(i) is int for i in value))
+    prompts = [value] if alone else value
+    if not isinstance(prompts, list) or not all(_prompt(prompt) for prompt in prompts):
+        raise ValueError("expected text or a list of token ids, or a list of such, none empty")
+    return prompts
+
+
+def _prompt(value: Any) -> bool:
+    return bool(value) and (isinstance(value, str) or (isinstance(value, list) and all(type(i) is int for i in value)))
+
+
+def _bias(value: Any) -> Any:
+    """JSON has text as keys."""
+    ids = value if isinstance(value, dict) else {"": ""}
+    if len(ids) > MOST_BIASES or not all(str(key).isdecimal() and _within(bias) for key, bias in ids.items()):
+        raise ValueError(f"expected token ids with numbers from -100 to 100, {MOST_BIASES} at most")
+    return {int(key): float(bias) for key, bias in ids.items()}
+
+
+def _within(bias: Any) -> bool:
+    return type(bias) in (int, float) and -100 <= bias <= 100
+
+
+def _content(value: Any) -> Any:
+    """Text, as it is or in parts."""
+    if isinstance(value, list):
+        parts = [part if isinstance(part, dict) and part.get("type") == "text" else {} for part in value]
+        texts = [text for part in parts if isinstance(text := part.get("text"), str)]
+        if len(texts) != len(value):
+            raise ValueError("expected text, or parts of type 'text'")
+        return "".join(texts)
+    return value
+
+
+def _stop(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise ValueError(f"expected a string, or up to {MOST_STOPS}, none empty")
+    return [_unicode(stop) for stop in stops]
+
+
+def _image(value: Any) -> list[float]:
+    rows = value if isinstance(value, list) else []
+    flat = [pixel for row in rows for pixel in (row if isinstance(row, list) else [row])]
+    if not flat or not all(type(p) in (int, float) and math.isfinite(p) and 0 <= p <= 1 for p in flat):
+        raise ValueError("expected numbers from 0 to 1, as one list or as a list of rows")
+    if len({len(row) if isinstance(row, list) else -1 for row in rows}) != 1:
+        raise ValueError("rows differ in length; expected a list of numbers, or rows of one length")
+    return [float(pixel) for pixel in flat]
+
+
+class ModelRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    model: UnicodeText | None = Field(
+        None, description="Name of the model, or the package's id of one version; may be left out where there is one."
+    )
+    user: UnicodeText | None = Field(None, description="Keeps its requests with one version, where several are tried.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        """Clients send null for what they leave out."""
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    include_usage: bool = Field(False, description="One more event at the end, with the usage and no choices.")
+
+
+class JsonSchemaFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str = Field(description="Taken, and not looked at.")
+    description: str | None = None
+    json_schema: dict[str, Any] = Field({}, alias="schema", description="What the JSON must be (JSON Schema).")
+    strict: bool | None = Field(None, description="The schema is kept to in any case.")
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _with_schema(self) -> Self:
+        if (self.json_schema is None) != (self.type != "json_schema"):
+            raise ValueError("json_schema belongs to type 'json_schema', and to no other")
+        return self
+
+
+class GenerationRequest(ModelRequest):
+    """What completions and chats have in common."""
+
+    temperature: float = Field(1.0, ge=0, le=2, description="0 takes the likeliest token each time.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Samples from the likeliest tokens with this much mass.")
+    seed: int | None = Field(None, ge=0, lt=2**32 - MOST_CHOICES, description="Repeats a sample.")
+    stop: Annotated[list[str], BeforeValidator(_stop)] = Field([], description="Ends the text before these.")
+    n: int = Field(1, ge=1, le=MOST_CHOICES, description="Choices; with a seed, each has its own.")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Off the logit of every token that occurred.")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="Off the logit, for each time that it occurred.")
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias)] = Field(
+        {}, description="Added to the logits of these token ids, -100 to 100."
+    )
+    response_format: ResponseFormat = Field(ResponseFormat(), description="Text, JSON, or JSON of a schema.")
+    grammar: UnicodeText | None = Field(
+        None,
+        min_length=1,
+        max_length=MOST_GRAMMAR,
+        description="What the text must be: llama.cpp's GBNF, or llguidance's Lark.",
+    )
+    stream: bool = Field(False, description="Server-sent events instead of one reply.")
+    stream_options: StreamOptions = StreamOptions()
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the text must be of some form."""
+        return self.grammar is not None or self.response_format.type != "text"
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)] = Field(
+        description="Text or token ids, or a list of those; choices come prompt by prompt."
+    )
+    max_tokens: int | None = Field(None, ge=1, description="Most tokens to generate; 16 unless given.")
+    logprobs: int | None = Field(
+        None, ge=0, le=5,
+        description="Likeliest tokens named at each place; streamed, the events come when the text is whole.",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _few(self) -> Self:
+        if len(self.prompt) * self.n > MOST_CHOICES:
+            raise ValueError(f"{len(self.prompt)} prompts with n {self.n}: expected at most {MOST_CHOICES} choices")
+        return self
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_content)]
+    name: str | None = Field(None, description="Taken, and not looked at.")
+
+
+class ChatRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
+    max_tokens: int | None = Field(None, ge=1, description="As max_completion_tokens.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="Most tokens to generate; all unless given.")
+    logprobs: bool = Field(
+        False, description="Log-probabilities; streamed, the events come when the text is whole."
+    )  # fmt: skip
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="Likeliest tokens named at each place.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise ValueError("max_tokens and max_completion_tokens are one thing; give one")
+        return self
+
+
+class ClassifyRequest(ModelRequest):
+    """Body of POST /v1/classify."""
+
+    images: list[Annotated[list[float], BeforeValidator(_image)]] = Field(
+        min_length=1, max_length=MOST_IMAGES, description="Pixels from 0 to 1, flat or as rows."
+    )
+
+
+class RatingRequest(BaseModel):
+    """Body of POST /v1/ratings."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    id: UnicodeText = Field(min_length=1, max_length=64, description="Of the reply.")
+    rating: float = Field(ge=-1, le=1, description="From -1, of no use, to 1, very good.")
+    comment: UnicodeText = Field("", max_length=4096, description="Why.")

@@ -1,0 +1,153 @@
+"""What is answered over HTTP, in the shape of OpenAI's API (https://platform.openai.com/docs/api-reference)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from overproof.engines.base import FinishReason
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Reply(BaseModel):
+    """What every reply about a model says: ``package`` is the id that `overproof show` takes."""
+
+    model: str
+    package: str
+    system_fingerprint: str  # start of the served file's sha256
+
+
+class GeneratedReply(Reply):
+    """What completions and chats say, whole or in events."""
+
+    id: str
+    created: int  # seconds since 1970
+    usage: Usage | None = None
+
+
+class TokenLogprobs(BaseModel):
+    """Of each token of a completion; a token that is not text by itself is written as ``bytes:\\xc3``."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]  # characters
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None  # None while a stream goes on
+
+
+class CompletionReply(GeneratedReply):
+    """A whole completion, or one event of a streamed one."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ContentLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ContentLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None  # None while a stream goes on
+
+
+class ChatReply(GeneratedReply):
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatEventChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None  # None while a stream goes on
+
+
+class ChatEvent(GeneratedReply):
+    """One event of a streamed chat."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatEventChoice]
+
+
+class Classified(BaseModel):
+    index: int
+    label: int
+    probabilities: list[float]
+
+
+class ClassifyReply(Reply):
+    object: Literal["list"] = "list"
+    data: list[Classified]
+
+
+class Proof(BaseModel):
+    """Why this package is served."""
+
+    kind: Literal["text", "digits"]
+    package: str
+    candidate: str
+    format: str
+    sha256: str
+    size_bytes: int
+    verdict: list[str]
+    parents: dict[str, str]
+
+
+class ModelInfo(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "overproof"
+    overproof: Proof
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelInfo]
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+
+
+class ErrorReply(BaseModel):
+    error: ErrorDetail

@@ -1,0 +1,254 @@
+"""The engine that DeepSpeed ZeRO shards over several processes, and what its files hold.
+
+DeepSpeed is imported inside functions alone: a driver without a compiler or GPU never loads it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from overproof.config import Training
+from overproof.models.hf_directory import Batch
+from overproof.train.engine import Metrics, StateWriter, seed_rng, set_learning_rate, to_device, to_fp32_cpu
+from overproof.train.objective import Objective
+from overproof.train.optim import clips_by_itself, deepspeed_config, learning_rate, parameter_groups
+
+NO_DYNAMO = "TORCHDYNAMO_DISABLE"  # torch reads it whenever torch.compile is called
+
+
+class DeepSpeedEngine:
+    """One rank of a DeepSpeed ZeRO group (arXiv 1910.02054), stages 0 to 3, over gloo on CPUs or nccl on GPUs.
+
+    The process group must be up. Weights start from rank 0's. Gradients and losses are means over the ranks, so
+    ranks bring equally many predictions that count. Dropout and the like draw from a seed that is a function of
+    ``seed`` and of the rows' place in the order: the same after a restart.
+    """
+
+    def __init__(self, model: PreTrainedModel, train: Training, seed: int = 0, universal: bool = False) -> None:
+        """``universal``: ``load`` will be given a universal checkpoint."""
+        self.train, self.seed = train, seed
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.accumulation = train.accumulation(self.world)
+        deepspeed = _deepspeed()
+        if train.activation_checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=model.train(),
+            model_parameters=parameter_groups(model, train.weight_decay),
+            config=deepspeed_config(train, self.world, universal),
+            dist_init_required=False,
+        )
+        if train.compile:
+            self.engine.compile()
+        self.device = torch.device(self.engine.device)
+        self.steps_done = 0
+
+    def step(self, objective: Objective, batch: Batch) -> Metrics:
+        rate = learning_rate(self.train, self.steps_done)
+        set_learning_rate(self.optimizer, rate)
+        names, sums, norm = list[str](), torch.zeros((), device=self.device), None
+        for index, part in enumerate(_parts(batch, self.accumulation)):
+            self._seed_rows(index)
+            loss, scalars = objective.loss(self.engine, to_device(part, self.device))
+            names, sums = ["loss", *scalars], sums + torch.stack([loss.detach(), *scalars.values()]).double()
+            last = index == self.accumulation - 1
+            if last:
+                total = self.totalling(sums)
+            self.engine.backward(loss)
+            if last:
+                norm = self._clip()
+                if self.train.offload != "none":
+                    _forget_bias_correction(self.optimizer.optimizer)
+            self.engine.step()
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        self.steps_done += 1
+        means = total() / (self.world * self.accumulation)
+        values = dict(zip(names, means.tolist(), strict=True))
+        overflow = {"overflow": 1.0} if self.train.precision == "fp16" and not math.isfinite(float(norm)) else {}
+        return {"loss": values.pop("loss"), "learning_rate": rate, "grad_norm": float(norm), **overflow, **values}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        self.engine.eval()
+        try:
+            with torch.no_grad():
+                yield self.engine
+        finally:
+            self.engine.train()
+
+    def total(self, values: Tensor) -> Tensor:
+        return self.totalling(values)()
+
+    def totalling(self, values: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum over the ranks; the sum is given when asked for, so that no rank waits meanwhile."""
+        values = values.clone()
+        work = dist.all_reduce(values, async_op=True)
+
+        def total() -> Tensor:
+            work.wait()
+            return values
+
+        return total
+
+    def save(self, write: StateWriter) -> None:
+        """Hand this rank's part of the state to ``write``; all ranks call it at the same step."""
+        self.engine.checkpoint_engine = _Files(write)
+        with tempfile.TemporaryDirectory() as scratch:  # DeepSpeed insists on a folder for its recovery script
+            self.engine.save_checkpoint(scratch, tag="state", save_latest=False)
+
+    def load(self, folder: Path, step: int) -> None:
+        """Go on from the files that ``save`` gave after ``step`` steps, or from ``to_universal`` of them.
+
+        They are unpickled: give only files whose hashes were checked.
+        """
+        self.engine.checkpoint_engine = _Files()
+        with _own_settings(self.optimizer):
+            path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
+            raise RuntimeError(f"{folder}: DeepSpeed found nothing to load")
+        self.steps_done = step
+
+    def _seed_rows(self, index: int) -> None:
+        """Seed a forward pass by where its rows stand in the order, whatever the number of workers."""
+        share = self.train.batch_size // self.world
+        position = self.steps_done * self.train.batch_size + self.rank * share + index * share // self.accumulation
+        seed_rng(self.seed, position, self.device)
+
+    def _clip(self) -> float | None:
+        """Without ZeRO: clip the gradients, which every rank has whole, and give their norm before.
+
+        DeepSpeed would do it, but neither tell the norm nor leave a step out whose gradients are not finite.
+        """
+        if clips_by_itself(self.train):
+            return None
+        parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if torch.isfinite(norm):
+            nn.utils.clip_grads_with_norm_(parameters, self.train.clip_norm, norm)
+        else:
+            for parameter in parameters:
+                parameter.grad = None
+        return float(norm)
+
+
+class _Files:
+    """DeepSpeed's way to files, led to a function."""
+
+    def __init__(self, write: StateWriter | None = None) -> None:
+        self.write = write
+
+    def save(self, state_dict: Any, path: str) -> None:
+        assert self.write
+        self.write(Path(path).name, state_dict)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return torch.load(path, map_location=map_location, weights_only=False)
+
+    def create(self, info: Any) -> None: ...
+
+    def commit(self, info: Any) -> bool:  # noqa: ARG002
+        return True
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
+
+    def is_decoupled(self) -> bool:
+        return False
+
+
+def _forget_bias_correction(adam: Any) -> None:
+    """Have DeepSpeed's CPU Adam take its bias correction from the step alone.
+
+    It multiplies the correction up from step to step, and after a restart begins with a power, which differs in the
+    last bits. A step 0 on a tensor of its own breaks the row, so that it is a power every time.
+    """
+    group, nothing = adam.param_groups[0], torch.zeros(1)
+    adam.ds_opt_adam.adam_update(
+        adam.opt_id, 0, 0.0, *group["betas"], group["eps"], 0.0, True, nothing, nothing, nothing, nothing
+    )
+
+
+@contextmanager
+def _own_settings(optimizer: Any) -> Iterator[None]:
+    """Mend what DeepSpeed 0.19.8 does to an optimizer when ZeRO-3 loads a universal checkpoint.
+
+    It gives every group the first one's settings, so that vectors decay, and every parameter one and the same step
+    counter, which then counts once for each parameter.
+    """
+    base = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+    before = [{name: value for name, value in group.items() if name != "params"} for group in base.param_groups]
+    yield
+    for group, own in zip(base.param_groups, before, strict=True):
+        group.update(own)
+    for state in base.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
+
+
+def _deepspeed() -> Any:
+    os.environ["DS_ACCELERATOR"] = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.ops.__compatible_ops__ = {}  # else a kernel for tensor-parallel inference is compiled, for minutes
+    _load_muon()
+    return deepspeed
+
+
+def _load_muon() -> None:
+    """Load DeepSpeed's Muon, which its ZeRO always does, without TorchDynamo.
+
+    Nothing here uses that optimizer, but it is decorated with ``torch.compile``, which loads the whole compiler: over
+    2 s of CPU time in each worker.
+    """
+    before = os.environ.get(NO_DYNAMO)
+    os.environ[NO_DYNAMO] = "1"
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        del os.environ[NO_DYNAMO]
+        if before is not None:
+            os.environ[NO_DYNAMO] = before
+
+
+def to_universal(folder: Path, out: Path) -> None:
+    """Rewrite a checkpoint of ZeRO stages 1 to 3 as one that any number of workers can load (arXiv 2406.18820)."""
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False}
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        main(SimpleNamespace(input_folder=str(folder), output_folder=str(out), strict=True,
+                             inject_missing_state=True, **options))  # fmt: skip
+
+
+def consolidated_weights(folder: Path) -> dict[str, Tensor]:
+    """Full weights, fp32 on the CPU, out of the files that ``save`` gave (under ZeRO: its fp32 masters).
+
+    They are unpickled: give only files whose hashes were checked.
+    """
+    if not any(folder.glob("*_optim_states.pt")):
+        state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+        return {name: to_fp32_cpu(value) for name, value in state.items()}
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        found = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name)
+    return {name: to_fp32_cpu(value) for name, value in found.items()}
+
+
+def _parts(batch: Batch, count: int) -> Iterator[Batch]:
+    """A batch in equal parts, row by row."""
+    size = len(next(iter(batch.values()))) // count
+    for start in range(0, size * count, size):
+        yield {name: values[start : start + size] for name, values in batch.items()}

@@ -1,0 +1,91 @@
+"""What a recipe means to an optimizer and to DeepSpeed: pure functions of its training section."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from overproof.config import Optimization, Training
+
+ADAM_EPSILON = 1e-8
+BUCKET_ELEMENTS = 20_000_000  # of a collective; DeepSpeed reserves the memory of one at the start
+FIRST_LOSS_SCALE_POWER = 16
+
+
+def learning_rate(optimization: Optimization, step: int) -> float:
+    """The rate of a step, counted from 0: linear warm-up to the peak at ``warmup_steps``, then the schedule.
+
+    The last step, ``steps - 1``, has ``final_fraction`` of the peak (unless the schedule is constant).
+    """
+    peak, warmup = optimization.learning_rate, optimization.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    done = min(1.0, (step - warmup) / max(1, optimization.steps - 1 - warmup))
+    left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[optimization.schedule]
+    return peak * (optimization.final_fraction + (1 - optimization.final_fraction) * left)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; vectors (biases, norms, class tokens) do not."""
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        is_matrix = sum(size > 1 for size in parameter.shape) > 1
+        (matrices if is_matrix else vectors).append(parameter)
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def deepspeed_config(train: Training, world: int, universal: bool = False) -> dict[str, Any]:
+    """What DeepSpeed is told by ``world`` workers. The rate is set from outside at every step: no scheduler here.
+
+    ``universal`` makes it load a universal checkpoint, which any number of workers can.
+    """
+    accumulation = train.accumulation(world)
+    return {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": train.batch_size // world // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.clip_norm if clips_by_itself(train) else 0.0,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": train.learning_rate,
+                "betas": [train.beta1, train.beta2],
+                "eps": ADAM_EPSILON,
+                "weight_decay": train.weight_decay,
+                # DeepSpeed's own would be compiled first; beside offload it is what makes a step bearable.
+                "torch_adam": train.offload == "none",
+            },
+        },
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+            **({"offload_optimizer": {"device": "cpu"}} if train.offload != "none" else {}),
+            **({"offload_param": {"device": "cpu"}} if train.offload == "parameters" else {}),
+        },
+        **_precision(train),
+        **({"checkpoint": {"load_universal": True}} if universal else {}),
+    }
+
+
+def clips_by_itself(train: Training) -> bool:
+    """Whether DeepSpeed clips so that it tells the norm and leaves a step out whose gradients are not finite."""
+    return train.zero_stage > 0 or train.precision == "fp16"
+
+
+def _precision(train: Training) -> dict[str, Any]:
+    """ZeRO keeps fp32 masters of 16-bit weights.
+
+    Without ZeRO, DeepSpeed 0.19's bf16 optimizer takes an empty Adam step before the first, which bends the start of
+    training, so stage 0 casts activations alone.
+    """
+    if train.precision == "bf16":
+        if train.zero_stage == 0:
+            return {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+        return {"bf16": {"enabled": True}}
+    if train.precision == "fp16":
+        return {"fp16": {"enabled": True, "initial_scale_power": FIRST_LOSS_SCALE_POWER}}
+    return {}

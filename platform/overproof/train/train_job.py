@@ -1,0 +1,89 @@
+"""What every training worker is given."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from overproof.artifacts import Artifact, ArtifactWriter
+from overproof.config import Model, Pretrained, Training
+from overproof.data.manifest import Manifest
+from overproof.data.parquet_reader import Columns
+from overproof.models import pretrained
+from overproof.stage_context import Progress
+from overproof.train.checkpoint import Checkpoint, Checkpoints
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One training: its settings, its data, what it learns, where it writes. Picklable."""
+
+    train: Training
+    seed: int
+    prepared: Artifact
+    draft: ArtifactWriter
+    checkpoints: Checkpoints
+    progress: Progress
+    lesson: TrainSpec
+    validated: frozenset[int] = frozenset()  # steps with a validation beside those of train
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """One attempt at a training; every restart of the workers is a new one."""
+
+    checkpoint: Checkpoint | None = None
+    attempt: str = field(default_factory=lambda: secrets.token_hex(4))
+
+    @property
+    def step(self) -> int:
+        """Finished steps."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from overproof.train.objective import Objective
+
+
+class TrainSpec(Protocol):
+    """Picklable. Its methods are called in a worker, on every rank alike."""
+
+    def model(self, manifest: Manifest, seed: int) -> PreTrainedModel:
+        """The model with its weights from before the first step."""
+
+    def objective(self, device: torch.device) -> Objective:
+        """What is minimised."""
+
+    def columns(self, sample_ids: NDArray[np.int64]) -> Columns:
+        """What the objective reads of these rows of the train split beside the data's own columns."""
+
+
+@dataclass(frozen=True)
+class SupervisedSpec:
+    """The labels alone."""
+
+    chosen: Model
+
+    def model(self, manifest: Manifest, seed: int) -> PreTrainedModel:
+        from overproof.models.hf_directory import build_model, load_model
+
+        if isinstance(self.chosen, Pretrained):
+            return load_model(pretrained.fetch_pretrained(self.chosen.path))
+        return build_model(self.chosen, manifest, seed)
+
+    def objective(self, device: torch.device) -> Objective:
+        from overproof.train.objective import CrossEntropy
+
+        del device
+        return CrossEntropy()
+
+    def columns(self, sample_ids: NDArray[np.int64]) -> Columns:
+        del sample_ids
+        return {}

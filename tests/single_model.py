@@ -1,0 +1,16 @@
+"""One package in this process, as the HTTP API takes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from overproof.package.package import open_package
+from overproof.serve.async_engine import ThreadedEngine
+from overproof.serve.model_registry import SingleModel
+from overproof.serve.response_builder import ServedModel, model_info
+
+
+def one(package: Path, engine: Any, max_tokens: int = 32, calls: int = 4) -> SingleModel:
+    """A house with this package alone."""
+    return SingleModel(ServedModel(model_info(open_package(package)), ThreadedEngine(engine, calls), max_tokens))
