@@ -20,17 +20,18 @@ from test_sweep import STEPS, STUDENTS, SWEEP, TUNE, job_of
 
 from overproof.artifacts import Artifact, ArtifactWriter
 from overproof.distill.optuna_study import STUDENT
-from overproof.distill.student_trainer import Chunk, StudentTrainer
+from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.sweep import sweep
 from overproof.distill.sweep_state import SweepState
 from overproof.distill.target_cache import TargetCache, TargetIndex
 from overproof.distill.teacher_pool import finished_files
 from overproof.distill.teacher_stages import cache_targets
+from overproof.distill.trial_job import CurveSegment
 from overproof.errors import InputError
 from overproof.stage_context import NOTICE, StageContext
 
 
-def to_end(run: StudentTrainer) -> list[Chunk]:
+def to_end(run: StudentTrainer) -> list[CurveSegment]:
     chunks = [run.advance()]
     while chunks[-1].steps < STEPS:
         chunks.append(run.advance())

@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 import pytest
 
-from single_model import one
 from overproof.engines.base import Piece
 from overproof.engines.llamacpp import LlamaCpp
 from overproof.engines.onnx_runtime import OnnxClassifier
@@ -30,6 +29,7 @@ from overproof.serve.requests import ChatRequest, ClassifyRequest, CompletionReq
 from overproof.serve.responses import ChatEvent, ChatReply, ClassifyReply, CompletionReply, ErrorReply, ModelList
 from overproof.serve.routes import build_app
 from packing import make_package
+from single_model import one
 
 OPEN, KEYED = Access(None), Access(hashlib.sha256(b"secret").hexdigest())
 BLANK = [0.0] * 64

@@ -19,7 +19,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from single_model import one
 from overproof.cli.main import main
 from overproof.config import Serve
 from overproof.engines.onnx_runtime import OnnxClassifier
@@ -28,6 +27,7 @@ from overproof.serve import api_keys, server
 from overproof.serve.api_keys import ApiKey, KeyStore, RateLimiter, hash_key
 from overproof.serve.middleware import Access, Telemetry, load_access
 from overproof.serve.routes import build_app
+from single_model import one
 
 IMAGE = {"images": [[0.0] * 64]}
 

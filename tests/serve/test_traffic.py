@@ -18,7 +18,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from single_model import one as alone
 from overproof.config import ParquetSource, Serve, Traffic
 from overproof.data.documents import iter_documents
 from overproof.data.sources import list_files
@@ -31,6 +30,7 @@ from overproof.serve.application import resolve_settings
 from overproof.serve.middleware import Access, Telemetry
 from overproof.serve.routes import build_app
 from overproof.serve.traffic import REPLIES, Exchange, Rating, Recorder, Redactor, in_sample
+from single_model import one as alone
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 EXCHANGE = Exchange("cmpl-1", NOW, "x/package-1", "x", 0, "a ", "b", "stop", 1, 1, 0.5, None)
