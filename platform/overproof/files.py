@@ -24,10 +24,15 @@ HASHING_THREADS = 4
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
-class FileEntry(BaseModel):
+class FrozenModel(BaseModel):
+    """A value in a JSON file of an artifact: closed, and never changed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class FileEntry(FrozenModel):
     """The identity of one file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     sha256: str
     size_bytes: int
 

@@ -13,10 +13,10 @@ from overproof.artifacts import Artifact, Store, compute_fingerprint
 from overproof.cluster import ray_cluster
 from overproof.cluster.placement import require_placeable
 from overproof.config import Pretrained, Recipe, Section, Sweep, Train
-from overproof.data.sources import source_digest
 from overproof.errors import InputError
 from overproof.files import read_json
 from overproof.models.pretrained import list_directory
+from overproof.registry import ENGINES, TASKS
 from overproof.stage_context import StageContext
 
 # How many machines share the work does not change the result.
@@ -73,7 +73,8 @@ def _beyond_compress(recipe: Recipe) -> dict[str, Any]:
 
 STAGES = (
     Stage("prepare", "overproof.data.prepare:prepare", (),
-          lambda r: {"seed": r.seed, "data": _dump(r.data), "source": source_digest(r.data)}, format=3),
+          lambda r: {"seed": r.seed, "data": _dump(r.data), "source": TASKS[r.data.kind].source_digest(r.data)},
+          format=4),
     Stage("train", "overproof.train.ray_trainer:train_teacher", ("prepare",),
           lambda r: {"seed": r.seed, "train": _dump(r.train), **_beyond_train(r.train)}),
     Stage("generate", "overproof.distill.teacher_stages:generate_text", ("prepare", "train"),
@@ -86,7 +87,7 @@ STAGES = (
     Stage("compress", "overproof.export.stage:export_models", ("prepare", "train", "sweep"),
           lambda r: {"compress": _dump(r.compress), **_beyond_compress(r)}, format=2),
     Stage("evaluate", "overproof.evaluate.stage:evaluate_exports", ("prepare", "compress"),
-          lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate)}, format=2),
+          lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate)}, format=3),
     Stage("gate", "overproof.evaluate.stage:judge_report", ("evaluate",),
           lambda r: {"gate": _dump(r.gate)}, format=2),
     Stage("report", "overproof.report.stage:write_report",
@@ -156,8 +157,7 @@ def run(recipe: Recipe, until: str | None = None) -> dict[str, Artifact]:
         steps = resolve_stages(recipe, store, until)
         if not ray_cluster.is_remote():
             require_placeable(recipe, ray_cluster.local_capacity())
-            if recipe.evaluate.engine == "vllm":
-                _insist_on_vllm()
+            ENGINES[recipe.engine].require()
         done: dict[str, Artifact] = {}
         connected = False
         for step in steps:
@@ -220,12 +220,6 @@ def _brief(metrics: Mapping[str, Any]) -> str:
         if isinstance(v, int | float | str)
     )
     return " · ".join(f"{key} {value}" for key, value in flat)
-
-
-def _insist_on_vllm() -> None:
-    from overproof.engines.vllm_server import vllm_python
-
-    vllm_python()
 
 
 def _insist_on_pass(gate: Artifact) -> None:

@@ -13,6 +13,7 @@ from overproof.config import Recipe
 from overproof.console import out
 from overproof.errors import InputError
 from overproof.files import read_json
+from overproof.registry import TASKS
 
 if TYPE_CHECKING:
     from overproof.evaluate.metrics import MeasuredFile
@@ -76,22 +77,21 @@ def print_summary(recipe: Recipe) -> None:
     report = read_json(Report, found["evaluate"].local() / "report.json")
     verdict = read_json(Verdict, found["gate"].local() / "verdict.json")
     passed = {c.name: c.passed for c in verdict.candidates}
-    text = report.quality == "bits_per_byte"
-    speed, unit = ("decode_tokens_per_s", "tokens/s") if text else ("images_per_s", "images/s")
-    table = Table("model", "bits per byte" if text else "accuracy", "agreement", "MB", "p50 / p95 ms", unit, "verdict",
+    task = TASKS[report.task]
+    table = Table("model", task.quality.title, "agreement", "MB", "p50 / p95 ms", task.speed_unit, "verdict",
                   title=recipe.name)  # fmt: skip
     for measured in report.measured:
         quality, agreement = measured.metrics[report.quality], measured.metrics["agreement"]
         half = ((quality.high or quality.value) - (quality.low or quality.value)) / 2
         word = "" if measured.name not in passed else "[green]passed[/]" if passed[measured.name] else "[red]refused[/]"
-        rate = measured.metrics.get(speed)  # a model may end every answer at once
+        rate = measured.metrics.get(task.speed)  # a model may end every answer at once
         table.add_row(measured.name, f"{quality.value:.4f} ± {half:.4f}", f"{agreement.value:.1%}",
                       f"{measured.size_bytes / 1e6:.2f}", _latency(measured), f"{rate.value:,.0f}" if rate else "",
                       f"{word}{' · shipped' if measured.name == verdict.chosen else ''}")  # fmt: skip
     out.print(table)
     gain = report.compare(report.winner, "control")
     if gain and gain.low is not None and gain.high is not None:
-        unit = "%" if text else "points"
+        unit = task.quality.difference_unit
         out.print(
             f"{report.winner} is {-100 * gain.value:+.2f} {unit} better than the control, at equal steps "
             f"(interval {-100 * gain.high:+.2f} to {-100 * gain.low:+.2f} {unit}): what distillation bought"

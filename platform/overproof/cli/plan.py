@@ -13,7 +13,7 @@ from overproof.artifacts import Artifact, Store
 from overproof.cluster import preflight
 from overproof.cluster.placement import resource_requests
 from overproof.cluster.preflight import Finding, Throughput
-from overproof.config import Recipe, TextData
+from overproof.config import Recipe
 from overproof.console import out
 from overproof.data.columns import row_bytes
 from overproof.data.manifest import Manifest
@@ -21,7 +21,8 @@ from overproof.distill.target_codec import TargetLayout
 from overproof.distill.teacher_text import generate_settings, text_cache_schema
 from overproof.errors import InputError
 from overproof.models import zero_memory
-from overproof.models.sizes import ModelSize
+from overproof.models.sizes import FP32, ModelSize
+from overproof.registry import TASKS
 from overproof.units import format_bytes, format_seconds
 
 WRITING = 4  # a token that is written takes the time of so many that are looked at; measured at 32 rows (9 at 8 rows)
@@ -78,10 +79,9 @@ def plan(recipe: Recipe, question: PlanOptions) -> int:
 
 
 def _rate(recipe: Recipe, question: PlanOptions) -> Throughput | None:
-    text = isinstance(recipe.data, TextData)
-    positions = recipe.data.positions
-    if question.tokens_per_s is not None and not text:
-        raise InputError(f"--tokens-per-s {question.tokens_per_s:g}: the data is images; give --rows-per-s")
+    unit, positions = TASKS[recipe.data.kind].unit, recipe.data.positions
+    if question.tokens_per_s is not None and unit != "token":
+        raise InputError(f"--tokens-per-s {question.tokens_per_s:g}: the data is {unit}s; give --rows-per-s")
     for name, value in (("--tokens-per-s", question.tokens_per_s), ("--rows-per-s", question.rows_per_s)):
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"{name} {value:g}: expected a rate above 0")
@@ -110,7 +110,7 @@ def _stages(recipe: Recipe, steps: list[pipeline.PlannedStage]) -> Table:
 
 def _work(recipe: Recipe, stage: str) -> str:
     positions = recipe.data.positions
-    unit = "tokens" if positions > 1 else "images"
+    unit = f"{TASKS[recipe.data.kind].unit}s"
     train, sweep = recipe.train, recipe.sweep
     if stage == "train":
         return f"{train.steps} steps, {train.steps * train.batch_size * positions:,} {unit}, ZeRO {train.zero_stage}"
@@ -134,7 +134,7 @@ def _work(recipe: Recipe, stage: str) -> str:
 
 def _model(recipe: Recipe, model: ModelSize, students: dict[str, int], known: bool) -> list[str]:
     train = recipe.train
-    most = "" if known or model.kind == "vit" else f" (with all {model.outputs:,} entries of the vocabulary)"
+    most = "" if known or model.predictions == 1 else f" (with all {model.outputs:,} entries of the vocabulary)"
     workers = f"{train.fewest}" if train.fewest == train.most else f"{train.fewest} to {train.most}"
     return [
         f"teacher: {model.parameters:,} parameters{most}; {workers} worker{'s' if workers != '1' else ''}, "
@@ -200,9 +200,9 @@ def _targets(recipe: Recipe, model: ModelSize, prepared: Artifact | None, rate: 
     """What the teacher's cache takes, and how long the teacher looks: a forward pass is a third of a step's FLOPs."""
     if not recipe.reads_cache:
         return None
-    cache, unit = recipe.cache, "token" if isinstance(recipe.data, TextData) else "image"
-    text, temperatures = unit == "token", len({1.0, *cache.temperatures})
-    layout = TargetLayout(cache.scheme, text, model.predictions, model.outputs, temperatures)
+    cache, task = recipe.cache, TASKS[recipe.data.kind]
+    unit, temperatures = task.unit, len({1.0, *cache.temperatures})
+    layout = TargetLayout(cache.scheme, task.label_column, model.predictions, model.outputs, temperatures)
     each = layout.row_bytes / model.predictions
     kept = f"targets of the teacher, {cache.scheme.words}: {each:,.1f} bytes a {unit}"
     rows = _rows(recipe.rows_cached, prepared)
@@ -222,10 +222,10 @@ def _beside(recipe: Recipe, model: ModelSize) -> str | None:
     if not names:
         return None
     batch = recipe.rows_read // recipe.sweep.steps
-    logits = zero_memory.FP32 * batch * model.predictions * model.outputs
+    logits = FP32 * batch * model.predictions * model.outputs
     return (
         f"the teacher runs beside {names}: each of these trials also holds its weights, "
-        f"{format_bytes(zero_memory.FP32 * model.parameters)}, and at each step its logits, {format_bytes(logits)}"
+        f"{format_bytes(FP32 * model.parameters)}, and at each step its logits, {format_bytes(logits)}"
     )
 
 

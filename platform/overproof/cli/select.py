@@ -16,10 +16,10 @@ from overproof.config import Recipe
 from overproof.console import out
 from overproof.errors import InputError
 from overproof.evaluate.gate import Verdict
-from overproof.evaluate.metrics import MeasuredFile, QualityMetric, Report
+from overproof.evaluate.metrics import MeasuredFile, Report
 from overproof.files import read_json
-
-NAMES: dict[QualityMetric, str] = {"bits_per_byte": "bits per byte", "accuracy": "accuracy"}
+from overproof.registry import TASKS
+from overproof.tasks.base import Quality
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Budget:
     max_resident_mb: float | None = None
     min_quality: float | None = None
 
-    def limits(self, quality: QualityMetric) -> tuple[Limit, ...]:
+    def limits(self, quality: Quality) -> tuple[Limit, ...]:
         """The limits that are set.
 
         Raises:
@@ -71,7 +71,7 @@ class Budget:
             ("--max-p50-ms", "latency_p50_s", self.max_p50_ms, 1e3, False),
             ("--max-p95-ms", "latency_p95_s", self.max_p95_ms, 1e3, False),
             ("--max-resident-mb", "resident_mb", self.max_resident_mb, 1.0, False),
-            ("--min-quality", quality, self.min_quality, 1.0, quality == "accuracy"),
+            ("--min-quality", quality.name, self.min_quality, 1.0, quality.higher_is_better),
         )
         for flag, _, bound, _, share in every:
             if bound is not None and not (0 < bound < math.inf and (bound <= 1 or not share)):
@@ -106,7 +106,7 @@ class Candidate:
 def rank_candidates(report: Report, verdict: Verdict, limits: Sequence[Limit]) -> tuple[Candidate, ...]:
     """Every candidate: those that fit first, the best quality first, then the smaller file."""
     passed = {c.name: c.passed for c in verdict.candidates}
-    sign = 1 if report.quality == "bits_per_byte" else -1
+    quality = TASKS[report.task].quality
     choices = (
         Candidate(m, not passed[m.name], tuple(limit for limit in limits if limit.excess(m) > 0))
         for m in report.measured
@@ -115,7 +115,7 @@ def rank_candidates(report: Report, verdict: Verdict, limits: Sequence[Limit]) -
 
     def rank(choice: Candidate) -> tuple[bool, float, int, str]:
         m = choice.measured
-        return not choice.fits, sign * m.metrics[report.quality].value, m.size_bytes, m.name
+        return not choice.fits, quality.sort_key(m.metrics[report.quality].value), m.size_bytes, m.name
 
     return tuple(sorted(choices, key=rank))
 
@@ -131,7 +131,7 @@ def select(recipe: Recipe, path: Path, overrides: Sequence[str], budget: Budget)
     if not (done["evaluate"] and done["gate"]):
         raise InputError(f"{path}: nothing is measured and judged yet; run `overproof gate {command}` first")
     report = read_json(Report, done["evaluate"].local() / "report.json")
-    limits = budget.limits(report.quality)
+    limits = budget.limits(TASKS[report.task].quality)
     choices = rank_candidates(report, read_json(Verdict, done["gate"].local() / "verdict.json"), limits)
     out.print(_table(recipe.name, report, choices))
     best = choices[0] if choices else None
@@ -144,7 +144,9 @@ def select(recipe: Recipe, path: Path, overrides: Sequence[str], budget: Budget)
 
 
 def _table(name: str, report: Report, choices: Sequence[Candidate]) -> Table:
-    table = Table("candidate", NAMES[report.quality], "MB", "p50 ms", "p95 ms", "resident MB", "", title=name)
+    table = Table(
+        "candidate", TASKS[report.task].quality.title, "MB", "p50 ms", "p95 ms", "resident MB", "", title=name
+    )
     for i, choice in enumerate(choices):
         m = choice.measured
         word = "[green]taken[/]" if i == 0 and choice.fits else "" if choice.fits else f"[red]{_why(choice)}[/]"

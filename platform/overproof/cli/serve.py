@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 
 import httpx
-from rich.markup import escape
 
 from overproof import pipeline
 from overproof.artifacts import RECORD, Store
@@ -18,6 +17,7 @@ from overproof.cluster import ray_cluster
 from overproof.config import Recipe, Serve, parse_overrides
 from overproof.console import out, waiting
 from overproof.errors import GateRefused
+from overproof.registry import TASKS
 from overproof.serve.net import free_port
 
 ASK_TIMEOUT_S = 60
@@ -80,24 +80,18 @@ def ask_once(base: str, settings: Serve) -> None:
 
     with httpx.Client(base_url=base, timeout=ASK_TIMEOUT_S, headers=_auth(), verify=tls_trust(settings)) as client:
         model = client.get("/v1/models").raise_for_status().json()["data"][0]
-        text = model["overproof"]["kind"] == "text"
-        path = "/v1/completions" if text else "/v1/classify"
-        body = (
-            {"model": model["id"], "prompt": "import os\n\ndef ", "max_tokens": 48, "temperature": 0.7, "seed": 0}
-            if text
-            else {"images": [_a_digit()]}
-        )
-        reply = client.post(path, json=body).raise_for_status().json()
-    if text:
-        out.print(f"[bold]{body['prompt']}[/]{escape(reply['choices'][0]['text'])}", markup=True)
+        told = model["overproof"]
+        task = TASKS[told["task"]]
+        body = {"model": model["id"], **task.example(told["details"])}
+        reply = client.post(task.route, json=body).raise_for_status().json()
+    out.print(task.describe_reply(body, reply), markup=False)
+    if "prompt" in body:
         body |= {"stream": True}
-    else:
-        out.print(f"a handwritten 7 is read as {reply['data'][0]['label']}")
     auth = '-H "Authorization: Bearer $OVERPROOF_API_KEY" ' if _auth() else ""
     if settings.tls_certificate:
         auth = f"--cacert {shlex.quote(settings.tls_certificate)} {auth}"
     out.print(
-        f"curl -N {base}{path} {auth}-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}",
+        f"curl -N {base}{task.route} {auth}-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}",
         markup=False,
     )
 
@@ -113,14 +107,6 @@ def _auth() -> dict[str, str]:
 
     key = api_key()
     return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def _a_digit() -> list[float]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    first = int((digits.target == 7).nonzero()[0][0])
-    return [float(p) for p in digits.data[first] / 16]
 
 
 def _wait_for_signal() -> None:

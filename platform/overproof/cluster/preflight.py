@@ -14,14 +14,14 @@ from typing import Literal
 from overproof.artifacts import Artifact, Store
 from overproof.cluster import ray_cluster, store_probe, upload
 from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
-from overproof.config import BpeTokenizer, Recipe, TextData
+from overproof.config import Recipe
 from overproof.data.manifest import MANIFEST, Manifest
 from overproof.errors import InputError
 from overproof.files import filesystem, join_uri, read_json
+from overproof.models.base import DataShape
 from overproof.models.sizes import ModelSize, model_size, student_size
+from overproof.registry import TASKS
 from overproof.units import format_bytes, format_seconds
-
-CLASSES = 10  # of the digits
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def teacher_size(recipe: Recipe, prepared: Artifact | None) -> ModelSize:
     Raises:
         InputError: a pretrained model's directory is not one.
     """
-    return model_size(recipe.train.model, _outputs(recipe, prepared), recipe.data.positions)
+    return model_size(recipe.train.model, _shape(recipe, prepared))
 
 
 def student_sizes(recipe: Recipe, prepared: Artifact | None) -> dict[str, int]:
@@ -56,10 +56,10 @@ def student_sizes(recipe: Recipe, prepared: Artifact | None) -> dict[str, int]:
     Raises:
         InputError: one cannot be made from what it names.
     """
-    outputs, sizes = _outputs(recipe, prepared), {}
+    shape, sizes = _shape(recipe, prepared), {}
     for student in recipe.sweep.students:
         try:
-            found = student_size(student.model, recipe.train.model, outputs, recipe.data.positions)
+            found = student_size(student.model, recipe.train.model, shape)
         except InputError as error:
             raise InputError(f"student {student.name}: {error}") from None
         sizes[student.name] = found.parameters
@@ -75,19 +75,11 @@ def warn_not_smaller(sizes: Mapping[str, int], teacher: int) -> Iterator[Finding
             )
 
 
-def _outputs(recipe: Recipe, prepared: Artifact | None) -> int:
-    if prepared is not None:
-        return read_json(Manifest, prepared.local() / MANIFEST).outputs
-    if not isinstance(recipe.data, TextData):
-        return CLASSES
-    if isinstance(recipe.data.tokenizer, BpeTokenizer):
-        return recipe.data.tokenizer.vocab_size
-    from tokenizers import Tokenizer
-
-    from overproof.data.sources import tokenizer_path
-    from overproof.data.tokenization import read_tokenizer
-
-    return int(Tokenizer.from_str(read_tokenizer(tokenizer_path(recipe.data.tokenizer))).get_vocab_size())
+def _shape(recipe: Recipe, prepared: Artifact | None) -> DataShape:
+    if prepared is None:
+        return TASKS[recipe.data.kind].shape(recipe.data)
+    manifest = read_json(Manifest, prepared.local() / MANIFEST)
+    return DataShape(manifest.task, manifest.outputs, manifest.positions, manifest.details)
 
 
 def measured_rate(recipe: Recipe) -> Throughput | None:
@@ -100,7 +92,7 @@ def measured_rate(recipe: Recipe) -> Throughput | None:
                 continue
             metrics = record.metrics
             steps, seconds = metrics.get("steps"), metrics.get("seconds_per_step")
-            predictions = metrics.get("tokens") or metrics.get("rows")
+            predictions = metrics.get(f"{TASKS[recipe.data.kind].unit}s")
             if steps and seconds and predictions:
                 return Throughput(predictions / steps / seconds, f"measured by {artifact.id}")
     return None
@@ -108,8 +100,8 @@ def measured_rate(recipe: Recipe) -> Throughput | None:
 
 def training_time(recipe: Recipe, rate: Throughput | None) -> Finding:
     """How long the teacher trains."""
-    text = isinstance(recipe.data, TextData)
-    unit, flag = ("tokens", "--tokens-per-s") if text else ("images", "--rows-per-s")
+    unit = f"{TASKS[recipe.data.kind].unit}s"
+    flag = "--tokens-per-s" if unit == "tokens" else "--rows-per-s"
     steps = recipe.train.steps
     total = steps * recipe.train.batch_size * recipe.data.positions
     work = f"{total:,} {unit} in {steps:,} steps"

@@ -6,7 +6,7 @@ YAML is only its serialised form. Python users build ``Recipe(...)`` directly; e
 from overproof.config.base import Section
 from overproof.config.data import (
     BpeTokenizer,
-    DigitsData,
+    DataSection,
     FolderSource,
     JsonlSource,
     ParquetSource,
@@ -27,26 +27,21 @@ from overproof.config.distillation import (
     Sweep,
     TopK,
 )
-from overproof.config.models import Llama, Model, Pretrained, StudentModel, TeacherLayers, Vit
-from overproof.config.recipe import Recipe, load_recipe, parse_overrides
-from overproof.config.search import Asha, Grid, Hyperband, Median, NoStop, Pbt, Random, Space, Tpe, Tune
-from overproof.config.shipping import (
-    SERVER_FIELDS,
+from overproof.config.evaluation import (
     Agreement,
-    Canary,
     Evaluate,
     Gate,
-    Gguf,
     Improvement,
-    Onnx,
     Parity,
     Regression,
     Rule,
-    Serve,
     Smaller,
-    Speculate,
-    Traffic,
 )
+from overproof.config.export import FormatSection, Speculate
+from overproof.config.models import LayeredModel, ModelSection, Pretrained, TeacherLayers
+from overproof.config.recipe import Recipe, load_recipe, parse_overrides
+from overproof.config.search import Asha, Grid, Hyperband, Median, NoStop, Pbt, Random, Space, Tpe, Tune
+from overproof.config.serving import SERVER_FIELDS, Canary, Serve, Traffic
 from overproof.config.training import CheckpointPolicy, Optimization, Train, Training, ZeroSettings
 
 __all__ = [
@@ -58,24 +53,23 @@ __all__ = [
     "Cache",
     "Canary",
     "CheckpointPolicy",
+    "DataSection",
     "Dense",
-    "DigitsData",
     "Evaluate",
     "FolderSource",
+    "FormatSection",
     "Gate",
     "Generate",
-    "Gguf",
     "Grid",
     "HiddenStateLoss",
     "Hyperband",
     "Improvement",
     "JsonlSource",
-    "Llama",
+    "LayeredModel",
     "Median",
-    "Model",
+    "ModelSection",
     "NoStop",
     "OnPolicy",
-    "Onnx",
     "Optimization",
     "Parity",
     "ParquetSource",
@@ -94,7 +88,6 @@ __all__ = [
     "Speculate",
     "StdlibSource",
     "Student",
-    "StudentModel",
     "Sweep",
     "TeacherLayers",
     "TextData",
@@ -105,7 +98,6 @@ __all__ = [
     "Train",
     "Training",
     "Tune",
-    "Vit",
     "ZeroSettings",
     "load_recipe",
     "parse_overrides",

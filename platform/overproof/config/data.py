@@ -56,13 +56,19 @@ class TokenizerFile(Section):
     path: str = Field(description="A tokenizer.json of the `tokenizers` library.")
 
 
-class Splits(Section):
-    """How rows are split and laid out in shards."""
+class DataSection(Section):
+    """What every task's data has: how rows are split and laid out in shards. ``kind`` names the task."""
 
-    validation_fraction: Fraction = Field(0.05, description="Share of documents held out for validation.")
-    test_fraction: Fraction = Field(0.05, description="Share of documents held out for the gate.")
+    kind: str
+    validation_fraction: Fraction = Field(0.05, description="Share of documents or rows held out for validation.")
+    test_fraction: Fraction = Field(0.05, description="Share of documents or rows held out for the gate.")
     shards: Count = Field(4, description="Train shards written.")
     rows_per_group: Count = Field(16, description="Rows in every Parquet row group.")
+
+    @property
+    def positions(self) -> int:
+        """Predictions in a row."""
+        return 1
 
     @model_validator(mode="after")
     def _leaves_train(self) -> Self:
@@ -75,10 +81,9 @@ class Splits(Section):
         return self
 
 
-class TextData(Splits):
+class TextData(DataSection):
     """Documents, cleaned, split by content hash, tokenised and packed to one length."""
 
-    kind: Literal["text"] = "text"
     source: TextSource = StdlibSource()
     tokenizer: BpeTokenizer | TokenizerFile = Field(BpeTokenizer(), discriminator="kind")
     sequence_length: int = Field(128, ge=8, le=1_048_576, description="Predicted tokens in a row.")
@@ -87,14 +92,3 @@ class TextData(Splits):
     def positions(self) -> int:
         """Predictions in a row."""
         return self.sequence_length
-
-
-class DigitsData(Splits):
-    """scikit-learn's bundled handwritten digits: 1,797 grey images of 8x8 pixels, ten classes."""
-
-    kind: Literal["digits"] = "digits"
-
-    @property
-    def positions(self) -> int:
-        """Predictions in a row."""
-        return 1

@@ -6,59 +6,33 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from overproof.config.base import Count, Section
+from overproof.config.base import Count, OneOf, Section
 from overproof.errors import InputError
+from overproof.registry import FAMILIES
 
 
-class Llama(Section):
-    """A Llama-architecture language model with tied embeddings, from its configuration."""
+class ModelSection(Section):
+    """What every description of a model has; ``kind`` names its family, or where its weights come from."""
 
-    kind: Literal["llama"] = "llama"
-    hidden_size: int = Field(ge=32, multiple_of=32, description="Width of the residual stream.")
-    intermediate_size: int = Field(ge=32, multiple_of=32, description="Width of the feed-forward layer.")
-    layers: Count = Field(description="Decoder layers.")
-    heads: Count = Field(description="Query heads.")
-    kv_heads: Count = Field(description="Key and value heads; divides heads.")
-    initializer_range: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} over heads {self.heads} is "
-                f"{self.hidden_size / self.heads:g}; expected an even whole number"
-            )
-        if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
-        return self
+    kind: str
 
 
-class Vit(Section):
-    """A vision transformer for 8x8 grey images, from its configuration (arXiv 2010.11929)."""
+class LayeredModel(ModelSection):
+    """The shape of a model made of equal layers, with fresh weights."""
 
-    kind: Literal["vit"] = "vit"
     hidden_size: Count = Field(description="Width of the residual stream.")
-    intermediate_size: Count = Field(description="Width of the feed-forward layer.")
-    layers: Count = Field(description="Encoder layers.")
-    heads: Count = Field(description="Attention heads; divides hidden_size.")
-    patch_size: Literal[1, 2, 4] = Field(2, description="Patch edge in pixels.")
+    layers: Count = Field(description="Layers.")
     initializer_range: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")
 
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.hidden_size % self.heads:
-            raise ValueError(f"heads {self.heads} does not divide hidden_size {self.hidden_size}")
-        return self
 
-
-class Pretrained(Section):
+class Pretrained(ModelSection):
     """A Hugging Face directory with safetensors and, for text, the tokenizer.json of the data."""
 
     kind: Literal["pretrained"] = "pretrained"
     path: str = Field(description="Folder or URI (s3://, gs://, ...).")
 
 
-class TeacherLayers(Section):
+class TeacherLayers(ModelSection):
     """The teacher with fewer layers; those, the embeddings and the head keep its weights (arXiv 1910.01108)."""
 
     kind: Literal["teacher_layers"] = "teacher_layers"
@@ -93,5 +67,5 @@ class TeacherLayers(Section):
         return tuple((2 * i * (teacher - 1) + gaps) // (2 * gaps) for i in range(self.layers))
 
 
-Model = Annotated[Llama | Vit | Pretrained, Field(discriminator="kind")]
-StudentModel = Annotated[Llama | Vit | TeacherLayers | Pretrained, Field(discriminator="kind")]
+Model = Annotated[ModelSection, OneOf(FAMILIES, Pretrained)]
+StudentModel = Annotated[ModelSection, OneOf(FAMILIES, TeacherLayers, Pretrained)]

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import Field, model_validator
 
-from overproof.config.base import Identifier, Section
-from overproof.config.data import DigitsData, TextData
+from overproof.config.base import Identifier, OneOf, Section
+from overproof.config.data import DataSection
 from overproof.config.distillation import Cache, Generate, Student, Sweep
-from overproof.config.models import Pretrained, TeacherLayers
+from overproof.config.evaluation import Evaluate, Gate
+from overproof.config.export import FormatSection, Speculate
+from overproof.config.models import LayeredModel, Pretrained, TeacherLayers
 from overproof.config.search import Tune
-from overproof.config.shipping import Evaluate, Gate, Gguf, Onnx, Serve, Speculate
+from overproof.config.serving import Serve
 from overproof.config.training import Train
 from overproof.errors import InputError
+from overproof.registry import FAMILIES, FORMATS, TASKS
+
+WRITES = "generated_text"  # the loss of tasks whose models write rows themselves
 
 
 class Recipe(Section):
@@ -25,13 +30,13 @@ class Recipe(Section):
     name: Identifier = Field(description="Folder of this run's artifacts in the store.")
     store: str = Field("store", description="Folder or URI (s3://, gs://, ...) that holds the artifacts.")
     seed: int = Field(0, ge=0, description="Seed of the order of rows, of initial weights and of the bootstrap.")
-    data: TextData | DigitsData = Field(discriminator="kind")
+    data: Annotated[DataSection, OneOf(TASKS)]
     train: Train
     generate: Generate | None = Field(None, description="Text that the teacher writes for students to read.")
     cache: Cache = Cache()
     sweep: Sweep
     tune: Tune = Tune()
-    compress: Gguf | Onnx = Field(discriminator="kind")
+    compress: Annotated[FormatSection, OneOf(FORMATS)]
     evaluate: Evaluate = Evaluate()
     gate: Gate
     speculate: Speculate | None = Field(None, description="The teacher served with the student as its draft.")
@@ -39,15 +44,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        text = isinstance(self.data, TextData)
-        model, fmt = ("llama", "gguf") if text else ("vit", "onnx")
-        found = {"train.model": self.train.model.kind, "compress": self.compress.kind} | {
-            f"sweep.students.{i}.model": s.model.kind for i, s in enumerate(self.sweep.students)
-        }
-        for where, kind in found.items():
-            expected = fmt if where == "compress" else model
-            if kind not in (expected, "pretrained", "teacher_layers"):
-                raise ValueError(f"{where}.kind is {kind!r}; data.kind {self.data.kind!r} needs {expected!r}")
+        self._kinds_fit()
         self._layers_are_there()
         self._prompts_fit()
         self._text_is_written()
@@ -70,23 +67,60 @@ class Recipe(Section):
         taken = sorted(f"{name}-{format}" for name in names for format in self.compress.formats)
         if twice := next((name for name in taken if name in names), None):
             raise ValueError(f"a student is named {twice!r}, as a compressed file of another would be; rename it")
-        if self.evaluate.engine == "vllm" and (not text or self.speculate is not None):
-            raise ValueError(
-                f"evaluate.engine: found 'vllm' with {'speculate' if text else 'images'}; expected "
-                "'llama.cpp', for vLLM measures language models, without a draft"
-            )
-        if self.speculate is not None:
-            if not text:
-                raise ValueError(f"speculate: data.kind {self.data.kind!r} has no text to draft; expected text")
-            if self.speculate.teacher in names:
-                raise ValueError(f"a student is named {self.speculate.teacher!r}, as the teacher's file is; rename it")
         if self.train.steps == 0 and not isinstance(self.train.model, Pretrained):
             raise ValueError("train.steps is 0; only a pretrained model may go untrained")
         return self
 
+    def _kinds_fit(self) -> None:
+        """Whether the families are for the task, and the format and its engine for the families."""
+        models = {"train.model": self.train.model} | {
+            f"sweep.students.{i}.model": student.model for i, student in enumerate(self.sweep.students)
+        }
+        fitting = {kind: family for kind, family in FAMILIES.items() if self.data.kind in family.tasks}
+        written = FORMATS[self.compress.kind]
+        for where, model in models.items():
+            if model.kind not in FAMILIES:
+                continue
+            if model.kind not in fitting:
+                needed = " or ".join(map(repr, fitting))
+                raise ValueError(f"{where}.kind is {model.kind!r}; data.kind {self.data.kind!r} needs {needed}")
+            if model.kind not in written.families:
+                able = [kind for kind, each in FORMATS.items() if model.kind in each.families]
+                raise ValueError(
+                    f"compress.kind is {self.compress.kind!r}; {where}.kind {model.kind!r} needs "
+                    f"{' or '.join(map(repr, able))}"
+                )
+        if self.engine not in written.engines:
+            raise ValueError(
+                f"evaluate.engine: found {self.engine!r}; compress.kind {self.compress.kind!r} is served by "
+                f"{' or '.join(map(repr, written.engines))}"
+            )
+        if self.speculate is not None:
+            if written.drafting_engine is None:
+                raise ValueError(
+                    f"speculate: compress.kind {self.compress.kind!r} holds models that write no text; expected none"
+                )
+            if self.engine != written.drafting_engine:
+                raise ValueError(
+                    f"evaluate.engine: found {self.engine!r} with speculate; expected {written.drafting_engine!r}, "
+                    "which answers with a draft"
+                )
+            if self.speculate.teacher in {student.name for student in self.sweep.students}:
+                raise ValueError(f"a student is named {self.speculate.teacher!r}, as the teacher's file is; rename it")
+
+    @property
+    def engine(self) -> str:
+        """What measures the exported files, and serves what passed."""
+        return self.evaluate.engine or FORMATS[self.compress.kind].engines[0]
+
+    @property
+    def writes(self) -> bool:
+        """Whether the task's models write rows themselves."""
+        return WRITES in TASKS[self.data.kind].losses
+
     def _layers_are_there(self) -> None:
         """A directory's layers are counted when there is need to look into it."""
-        if isinstance(self.train.model, Pretrained):
+        if not isinstance(self.train.model, LayeredModel):
             return
         for index, student in enumerate(self.sweep.students):
             if isinstance(student.model, TeacherLayers):
@@ -99,13 +133,13 @@ class Recipe(Section):
         written = self.sweep.on_policy
         if written is None:
             return
-        if not isinstance(self.data, TextData):
-            raise ValueError(f"sweep.on_policy: data.kind {self.data.kind!r} has nothing to write; expected text")
+        if not self.writes:
+            raise ValueError(f"sweep.on_policy: models of {self.data.kind} write no rows; expected no such section")
         places = written.prompt_tokens + written.new_tokens
-        if places > self.data.sequence_length + 1:
+        if places > self.data.positions + 1:
             raise ValueError(
                 f"sweep.on_policy: prompt_tokens {written.prompt_tokens} + new_tokens {written.new_tokens} = {places} "
-                f"is more than a row of sequence_length {self.data.sequence_length} + 1 tokens"
+                f"is more than a row of sequence_length {self.data.positions} + 1 tokens"
             )
 
     def _covers(self, field: str, rows: int | None, verb: str) -> None:
@@ -124,12 +158,12 @@ class Recipe(Section):
             if readers:
                 raise ValueError(f"student {readers[0].name} has text: teacher; expected a section generate")
             return
-        if not isinstance(self.data, TextData):
-            raise ValueError(f"generate: data.kind {self.data.kind!r} has nothing to write; expected text")
-        if settings.prompt_tokens >= self.data.sequence_length:
+        if not self.writes:
+            raise ValueError(f"generate: models of {self.data.kind} write no rows; expected no such section")
+        if settings.prompt_tokens >= self.data.positions:
             raise ValueError(
                 f"generate.prompt_tokens is {settings.prompt_tokens}; expected less than data.sequence_length "
-                f"{self.data.sequence_length}"
+                f"{self.data.positions}"
             )
         if not readers:
             raise ValueError("generate: no student has text: teacher; give one that, or leave the section out")

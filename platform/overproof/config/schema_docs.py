@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from overproof.config import Recipe, Section
+from overproof.config.base import OneOf
 
 
 def json_schema() -> str:
@@ -33,7 +34,8 @@ def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, str, str, 
         if name == "kind":
             continue
         path = f"{prefix}{name}"
-        nested = list(_sections(field.annotation))
+        nested = [s for mark in field.metadata if isinstance(mark, OneOf) for s in mark.sections]
+        nested = nested or list(_sections(field.annotation))
         if nested:
             several = "[]" if get_origin(field.annotation) is tuple else ""
             for inner in nested:

@@ -1,66 +1,35 @@
-"""The columns of a prepared shard, as Parquet and Arrow hold them."""
+"""Columns of many numbers a row, as Parquet and Arrow hold them: bytes of one width, so that places are arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from overproof.data.manifest import Manifest
-
-DTYPE = b"dtype"  # in a field's metadata: the numpy type of the numbers whose bytes a row holds
+DTYPE, SHAPE = b"dtype", b"shape"  # in a field's metadata: which numbers a row's bytes hold, and how they are laid out
 UINT16_VOCABULARY = 1 << 16
 
 
-def text_schema(sequence_length: int, vocab_size: int) -> pa.Schema:
-    """The columns of a text shard; none may be null.
-
-    A row's sequence_length + 1 tokens are unsigned numbers, two bytes each where the vocabulary allows it.
-    """
-    tokens = np.dtype("<u2" if vocab_size <= UINT16_VOCABULARY else "<u4")
-    return pa.schema(
-        [
-            pa.field("sample_id", pa.int64(), nullable=False),
-            pa.field("document", pa.int32(), nullable=False),
-            packed_field("tokens", tokens, sequence_length + 1),
-            pa.field("length", pa.int32(), nullable=False),
-        ]
-    )
+def token_dtype(vocab_size: int) -> str:
+    """Two bytes for a token where the vocabulary allows it."""
+    return "<u2" if vocab_size <= UINT16_VOCABULARY else "<u4"
 
 
-def digits_schema() -> pa.Schema:
-    """The columns of a shard of images; none may be null."""
-    return pa.schema(
-        [
-            pa.field("sample_id", pa.int64(), nullable=False),
-            packed_field("pixels", np.dtype("<f4"), 64),
-            pa.field("label", pa.int32(), nullable=False),
-        ]
-    )
-
-
-def packed_field(name: str, kind: np.dtype[Any], count: int) -> pa.Field:
-    """Many numbers in a row, as their bytes: every value of a column then has one width, and its place is arithmetic.
-
-    The field says which numbers they are.
-    """
-    return pa.field(name, pa.binary(count * kind.itemsize), nullable=False, metadata={DTYPE: kind.str.encode()})
+def packed_field(name: str, dtype: np.dtype[Any], shape: int | tuple[int, ...]) -> pa.Field:
+    """Many numbers in a row, as their bytes: every value of the column has one width. The field says which they are."""
+    sizes = (shape,) if isinstance(shape, int) else shape
+    metadata = {DTYPE: dtype.str.encode(), SHAPE: json.dumps(sizes).encode()}
+    return pa.field(name, pa.binary(math.prod(sizes) * dtype.itemsize), nullable=False, metadata=metadata)
 
 
 def packed_dtype(field: pa.Field) -> tuple[np.dtype[Any], tuple[int, ...]]:
     """The type and the shape of one row's value in a column of a shard."""
     if pa.types.is_fixed_size_binary(field.type):
-        kind = np.dtype(field.metadata[DTYPE].decode())
-        return kind, (field.type.byte_width // kind.itemsize,)
+        return np.dtype(field.metadata[DTYPE].decode()), tuple(json.loads(field.metadata[SHAPE]))
     return np.dtype(field.type.to_pandas_dtype()).newbyteorder("<"), ()
-
-
-def shard_schema(manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Schema:
-    """Some columns of the shards that a manifest lists, or all of them."""
-    whole = text_schema(manifest.positions, manifest.outputs) if manifest.kind == "text" else digits_schema()
-    return whole if columns is None else pa.schema([whole.field(name) for name in columns])
 
 
 def row_bytes(fields: pa.Schema) -> int:

@@ -18,8 +18,9 @@ from tokenizers import Tokenizer
 
 from overproof.config import TextData
 from overproof.data import cleaning, tokenization
-from overproof.data.columns import text_schema
+from overproof.data.columns import token_dtype
 from overproof.data.documents import iter_documents
+from overproof.data.manifest import Column, shard_schema
 from overproof.data.order import permutation
 from overproof.data.parquet_writer import write_shard
 from overproof.data.sources import Source
@@ -118,6 +119,15 @@ def tokenise_block(block: pa.Table, placement: ShardAssignment, tokenizer_json: 
     )
 
 
+def text_columns(sequence_length: int, vocab_size: int) -> tuple[Column, ...]:
+    """Of a text shard: a row's sequence_length + 1 tokens, of which ``length`` + 1 are there; its document, or -1."""
+    return (
+        Column(name="document", dtype="<i4", batch=False),
+        Column(name="tokens", dtype=token_dtype(vocab_size), shape=(sequence_length + 1,)),
+        Column(name="length", dtype="<i4"),
+    )
+
+
 def write_planned_shard(
     group: pa.Table, parts: Sequence[ShardPlan], data: TextData, vocab_size: int, seed: int, uri: str
 ) -> pa.Table:
@@ -135,5 +145,6 @@ def write_planned_shard(
         owners_R = np.repeat(group["document"].to_numpy(), [len(rows) for rows, _ in packed])
         rows_RS, lengths_R = (np.concatenate(values) for values in zip(*packed, strict=True))
         columns = tokenization.token_columns(part.first_sample, rows_RS, lengths_R, owners_R)
-    shard = write_shard(uri, part.path, columns, text_schema(length, vocab_size), data.rows_per_group)
+    fields, predictions = shard_schema(text_columns(length, vocab_size)), int(columns["length"].sum())
+    shard = write_shard(uri, part.path, columns, fields, data.rows_per_group, predictions)
     return pa.table({"part": pa.array([index], pa.int32()), "shard": [shard.model_dump_json()]})

@@ -21,7 +21,7 @@ import ray
 from ray.data import Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from overproof.data.columns import row_bytes, shard_schema
+from overproof.data.columns import row_bytes
 from overproof.data.manifest import Manifest
 from overproof.data.order import Order
 from overproof.data.parquet_reader import planned_columns, planned_shards
@@ -54,7 +54,7 @@ class FeedPlan:
         """The rows of one block."""
         shards = _shards(self.root)
         ids = self.order.steps_rows(block.first, block.last, self.batch_size, block.rank, self.world)
-        yield to_table(shards.take(ids), shard_schema(shards.manifest, shards.columns))
+        yield to_table(shards.take(ids), shards.schema)
 
 
 _shards = lru_cache(maxsize=2)(planned_shards)
@@ -102,7 +102,7 @@ def planned_dataset(root: Path, order: Order, batch_size: int, first_step: int, 
         raise ValueError(f"batch_size {batch_size} is not a multiple of {world} ranks")
     if first_step >= last_step:
         raise ValueError(f"steps [{first_step}, {last_step}): expected at least one")
-    size_bytes = row_bytes(shard_schema(manifest, planned_columns(manifest)))
+    size_bytes = row_bytes(pa.schema([manifest.schema.field(name) for name in planned_columns(manifest)]))
     steps = min(max(BLOCK_BYTES // (size_bytes * batch_size // world), 1), BLOCK_STEPS)
     blocks = [
         PlannedBlock(rank, first, min(first + steps, last_step))

@@ -1,20 +1,23 @@
-"""What a prepared data set holds: shards, rows, tokens and the identity of its tokenizer."""
+"""What a prepared data set holds: its task, shards, columns, rows, and the identity of its tokenizer."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
+from overproof.data.columns import packed_field
 from overproof.data.order import Order
 from overproof.files import read_json
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 DOCUMENTS = "documents.parquet"
-FORMAT: Literal[3] = 3
 SPLITS = ("train", "validation", "test")
+SAMPLE_ID = "sample_id"
 
 
 class _Frozen(BaseModel):
@@ -28,7 +31,7 @@ class Shard(_Frozen):
     sha256: str
     size_bytes: int
     rows: int
-    tokens: int  # predictions: what a pass over the shard is trained or scored on
+    predictions: int  # what a pass over the shard is trained or scored on
 
 
 class Split(_Frozen):
@@ -36,22 +39,32 @@ class Split(_Frozen):
 
     shards: tuple[Shard, ...]
     rows: int
-    tokens: int
-    documents: int
+    predictions: int
+    documents: int  # that the rows come from; as many as rows where a row is one
+
+
+class Column(_Frozen):
+    """One column of every shard: the numbers that each row has in it."""
+
+    name: str
+    dtype: str  # numpy's, such as "<f4"
+    shape: tuple[int, ...] = ()  # of one row's value; () is a single number
+    batch: bool = True  # whether models read it
 
 
 class Manifest(_Frozen):
     """The content of ``manifest.json``. Row ``i`` of a split has ``sample_id`` i, counted through its shards."""
 
-    format: Literal[3] = FORMAT
-    kind: Literal["text", "digits"]
+    format: Literal[4] = 4
+    task: str
+    columns: tuple[Column, ...]  # beside sample_id
     splits: dict[str, Split]
     rows_per_group: int
-    sequence_length: int | None
-    vocab_size: int | None
-    classes: int | None
-    tokenizer_sha256: str | None
-    dropped: dict[str, int]  # documents left out, per reason
+    positions: int  # P: predictions in a row
+    outputs: int  # V: entries of the vocabulary, classes, or bins
+    tokenizer_sha256: str | None = None
+    dropped: dict[str, int] = {}  # documents left out, per reason
+    details: dict[str, Any] = {}  # what the task says of its rows, such as the names of classes
 
     @classmethod
     def read(cls, root: Path) -> Manifest:
@@ -72,18 +85,26 @@ class Manifest(_Frozen):
         return self.splits["train"].rows // self.rows_per_group
 
     @property
-    def outputs(self) -> int:
-        """V: entries of the vocabulary, or classes."""
-        if self.kind == "text":
-            assert self.vocab_size is not None
-            return self.vocab_size
-        assert self.classes is not None
-        return self.classes
+    def batch_columns(self) -> tuple[str, ...]:
+        """The columns that models read."""
+        return tuple(column.name for column in self.columns if column.batch)
+
+    def tokenizer(self, root: Path) -> Path | None:
+        """The tokenizer.json that lies beside the manifest, where the rows are of tokens."""
+        return root / TOKENIZER if self.tokenizer_sha256 is not None else None
 
     @property
-    def positions(self) -> int:
-        """P: predictions in a row."""
-        if self.kind == "text":
-            assert self.sequence_length is not None
-            return self.sequence_length
-        return 1
+    def schema(self) -> pa.Schema:
+        """The columns of every shard, as Parquet and Arrow hold them; none may be null."""
+        return shard_schema(self.columns)
+
+
+def shard_schema(columns: tuple[Column, ...]) -> pa.Schema:
+    """``sample_id`` and these columns."""
+    fields = [
+        packed_field(column.name, np.dtype(column.dtype), column.shape)
+        if column.shape
+        else pa.field(column.name, pa.from_numpy_dtype(np.dtype(column.dtype)), nullable=False)
+        for column in columns
+    ]
+    return pa.schema([pa.field(SAMPLE_ID, pa.int64(), nullable=False), *fields])

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from overproof.data.columns import DTYPE, packed_dtype, row_bytes, shard_schema
-from overproof.data.manifest import Manifest
+from overproof.data.columns import DTYPE, packed_dtype, row_bytes
+from overproof.data.manifest import SAMPLE_ID, Manifest
 from overproof.data.order import Order
 from overproof.errors import InputError
 
@@ -23,7 +23,6 @@ Columns = dict[str, NDArray[Any]]
 AHEAD_BYTES = 1 << 20
 PLAIN = {"PLAIN", "RLE"}  # values; levels, of which there are none
 PAGE_HEADER_BYTES = 32  # at most; two pages' headers are longer
-BATCH_COLUMNS = {"text": ("tokens", "length"), "digits": ("pixels", "label")}
 
 
 def refuse_objects(found: pa.Schema, where: str) -> None:
@@ -145,8 +144,8 @@ class Shards:
         self.manifest = Manifest.read(self.root)
         if split not in self.manifest.splits:
             raise InputError(f"{root}: no split {split!r}; expected one of {', '.join(self.manifest.splits)}")
-        self.columns = tuple(columns) if columns is not None else BATCH_COLUMNS[self.manifest.kind]
-        known = shard_schema(self.manifest).names
+        self.columns = tuple(columns) if columns is not None else self.manifest.batch_columns
+        known = self.manifest.schema.names
         unknown = set(self.columns) - set(known)
         if unknown:
             raise InputError(f"{root}: no column {min(unknown)!r}; expected some of {', '.join(known)}")
@@ -157,6 +156,11 @@ class Shards:
     @property
     def rows(self) -> int:
         return self.manifest.splits[self.split].rows
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the columns that are read."""
+        return pa.schema([self.manifest.schema.field(name) for name in self.columns])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_mapped": {}}
@@ -196,7 +200,7 @@ class Shards:
         Some steps are read together, which costs less than reading each alone.
         """
         share = batch_size // world
-        together = max(1, AHEAD_BYTES // (share * row_bytes(shard_schema(self.manifest, self.columns))))
+        together = max(1, AHEAD_BYTES // (share * row_bytes(self.schema)))
         for start in range(first, last, together):
             stop = min(start + together, last)
             rows = self.take(order.steps_rows(start, stop, batch_size, rank, world))
@@ -205,7 +209,7 @@ class Shards:
 
     def _map(self, number: int) -> MappedShard:
         if number not in self._mapped:
-            expected, shard = shard_schema(self.manifest), self.shards[number]
+            expected, shard = self.manifest.schema, self.shards[number]
             path = self.root / shard.path
             file = open_shard(path)
             if not file.schema_arrow.equals(expected) or _stored(file.schema_arrow) != _stored(expected):
@@ -237,4 +241,4 @@ def planned_shards(root: Path) -> Shards:
 
 def planned_columns(manifest: Manifest) -> tuple[str, ...]:
     """The columns of ``planned_shards``."""
-    return ("sample_id", *BATCH_COLUMNS[manifest.kind])
+    return (SAMPLE_ID, *manifest.batch_columns)

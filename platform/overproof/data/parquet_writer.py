@@ -49,7 +49,7 @@ def _bytes(values: NDArray[Any], field: pa.Field) -> pa.Array:
     numbers = values.astype(kind, copy=False)
     if values.shape[1:] != shape or not np.array_equal(numbers, values, equal_nan=True):
         raise ValueError(
-            f"{field.name}: {values.shape[1]} numbers from {values.min()} to {values.max()} in a row; "
+            f"{field.name}: values of shape {values.shape[1:]} from {values.min()} to {values.max()} in a row; "
             f"expected numbers of type {kind} that fill {field.type}"
         )
     return pa.FixedSizeBinaryArray.from_buffers(field.type, len(values), [None, pa.py_buffer(numbers)])
@@ -86,8 +86,9 @@ def write_shard(
     columns: Mapping[str, NDArray[Any]],
     expected: pa.Schema,
     rows_per_group: int,
+    predictions: int | None = None,
 ) -> Shard:
-    """Write one shard of this schema below ``uri`` and say what it is."""
+    """Write one shard of this schema below ``uri`` and say what it is; it has a prediction a row unless it is told."""
     table = to_table(columns, expected)
     content = parquet_bytes(table, rows_per_group)
     write_file(uri, name, content)
@@ -96,5 +97,5 @@ def write_shard(
         sha256=hashlib.sha256(content).hexdigest(),
         size_bytes=len(content),
         rows=table.num_rows,
-        tokens=int(columns["length"].sum()) if "length" in columns else table.num_rows,
+        predictions=table.num_rows if predictions is None else predictions,
     )

@@ -20,13 +20,14 @@ from ray.data import DataContext, Dataset
 from ray.data.context import ShuffleStrategy
 from tokenizers import Tokenizer
 
-from overproof.config import BpeTokenizer, DigitsData, TextData
+from overproof.config import BpeTokenizer, TextData
 from overproof.data import cleaning, tokenization
 from overproof.data.document_blocks import (
     ShardAssignment,
     ShardPlan,
     fixed_width_strings,
     read_block,
+    text_columns,
     tokenise_block,
     write_planned_shard,
 )
@@ -34,6 +35,7 @@ from overproof.data.manifest import DOCUMENTS, MANIFEST, SPLITS, TOKENIZER, Mani
 from overproof.data.parquet_writer import parquet_bytes, write_file
 from overproof.data.sources import Source, SourceFile, absolute_source, list_files, tokenizer_path
 from overproof.errors import InputError
+from overproof.registry import TASKS
 from overproof.stage_context import StageContext
 
 BLOCK_BYTES = 32 << 20  # of text read by one task
@@ -47,13 +49,7 @@ def prepare(context: StageContext) -> dict[str, Any]:
     Raises:
         InputError: the source is missing, empty or not what the recipe says, or it leaves a split or shard empty.
     """
-    if isinstance(context.recipe.data, DigitsData):
-        from overproof.data.digits import prepare_digits
-
-        manifest = prepare_digits(context.recipe.data, context.recipe.seed, context.draft.uri)
-    else:
-        with DataContext.current(_data_context()):
-            manifest = _text(context, context.recipe.data)
+    manifest = TASKS[context.recipe.data.kind].prepare(context)
     write_file(context.draft.uri, MANIFEST, manifest.model_dump_json(indent=1).encode())
     return _metrics(manifest)
 
@@ -74,13 +70,23 @@ def _metrics(manifest: Manifest) -> dict[str, Any]:
         "documents": sum(split.documents for split in splits),
         "dropped": manifest.dropped,
         "rows": {name: split.rows for name, split in manifest.splits.items()},
-        "tokens": {name: split.tokens for name, split in manifest.splits.items()},
+        "predictions": {name: split.predictions for name, split in manifest.splits.items()},
         "size_bytes": sum(shard.size_bytes for split in splits for shard in split.shards),
         "outputs": manifest.outputs,
     }
 
 
-def _text(context: StageContext, data: TextData) -> Manifest:
+def prepare_documents(context: StageContext, data: TextData) -> Manifest:
+    """Text of any source as packed rows of tokens: the data of every task that reads documents.
+
+    Raises:
+        InputError: as ``prepare``.
+    """
+    with DataContext.current(_data_context()):
+        return _prepare_documents(context, data)
+
+
+def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
     def say(done: int, note: str) -> None:
         context.progress("prepare", done, 4, note)
 
@@ -104,12 +110,12 @@ def _text(context: StageContext, data: TextData) -> Manifest:
     write_file(uri, DOCUMENTS, _documents(kept, splits_N))
     say(4, "")
     return Manifest(
-        kind="text",
+        task=data.kind,
+        columns=text_columns(data.sequence_length, vocab_size),
         splits={name: _split(name, parts, shards, int(np.sum(splits_N == name))) for name in SPLITS},
         rows_per_group=data.rows_per_group,
-        sequence_length=data.sequence_length,
-        vocab_size=vocab_size,
-        classes=None,
+        positions=data.sequence_length,
+        outputs=vocab_size,
         tokenizer_sha256=hashlib.sha256(tokenizer_json.encode()).hexdigest(),
         dropped=kept.dropped,
     )
@@ -117,7 +123,9 @@ def _text(context: StageContext, data: TextData) -> Manifest:
 
 def _split(name: str, parts: Sequence[ShardPlan], shards: Sequence[Shard], documents: int) -> Split:
     own = tuple(shard for part, shard in zip(parts, shards, strict=True) if part.split == name)
-    return Split(shards=own, rows=sum(s.rows for s in own), tokens=sum(s.tokens for s in own), documents=documents)
+    return Split(
+        shards=own, rows=sum(s.rows for s in own), predictions=sum(s.predictions for s in own), documents=documents
+    )
 
 
 # --- reading and cleaning -------------------------------------------------------------------------

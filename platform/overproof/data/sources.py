@@ -12,13 +12,11 @@ import sysconfig
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 
 from pyarrow import fs
 
 from overproof.config import (
-    DigitsData,
     FolderSource,
     JsonlSource,
     ParquetSource,
@@ -44,23 +42,22 @@ class SourceFile:
     mtime_ns: int
 
 
-def source_digest(data: TextData | DigitsData) -> str:
+def text_digest(data: TextData) -> str:
     """Sha256, in hex, over what the data is made from: names, sizes and times, and the tokenizer file's content.
 
     Raises:
         InputError: the source or the tokenizer file is missing, or nothing matches.
     """
-    if isinstance(data, DigitsData):
-        return _sha256(["scikit-learn", version("scikit-learn")])
     parts: list[object] = [asdict(file) for file in list_files(data.source)]
     if isinstance(data.source, StdlibSource):
         parts.append(platform.python_version())
     if isinstance(data.tokenizer, TokenizerFile):
         parts.append(file_sha256(tokenizer_path(data.tokenizer)))
-    return _sha256(parts)
+    return sha256_of(parts)
 
 
-def _sha256(value: object) -> str:
+def sha256_of(value: object) -> str:
+    """Sha256, in hex, of a value as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

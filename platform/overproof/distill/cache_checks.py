@@ -45,8 +45,8 @@ def check_rows(cached: Path, prepared: Path, sample_ids: NDArray[np.int64], writ
         InputError: the first row that does not agree.
     """
     shards = Shards(prepared, "train")
-    own = "tokens" if "tokens" in shards.columns else "label"
     targets = TargetCache(cached)
+    own = targets.layout.label_column
     targets = TargetCache(cached, (own, "mask", "label_logprob", *targets.layout.loss_columns))
     found, expected = targets.take(sample_ids), shards.take(sample_ids)
     expected |= TeacherText(written).take(sample_ids) if written else {}

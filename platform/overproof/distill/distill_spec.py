@@ -24,6 +24,7 @@ from overproof.distill.target_cache import TargetCache
 from overproof.distill.teacher_text import TeacherText
 from overproof.distill.trial_job import TrialJob
 from overproof.models.hf_directory import load_model
+from overproof.tasks.base import Task
 from overproof.train.objective import CrossEntropy, Objective
 
 
@@ -42,23 +43,25 @@ class DistillSpec:
         check_student(self.job.student, self.job.prepared, self.job.trained)
         return initial_student(self.job.student.model, manifest, seed, self._folder)
 
-    def objective(self, device: torch.device, projection: nn.Linear | None = None) -> Objective:
+    def objective(self, task: Task, device: torch.device, projection: nn.Linear | None = None) -> Objective:
         """``projection`` takes the student's states to the teacher's width, where it learns from states."""
         student = self.job.student
         if not self.job.distilled:
-            return CrossEntropy()
+            return CrossEntropy(task.predict)
         temperature, weight = student.temperature, student.teacher_weight
         kept = self.targets.index.identity.temperatures if self.targets is not None else ()
         measure = Divergence(student.divergence, student.jsd_beta)
         outputs = self.teacher is not None and student.teacher == "live"
         told = outputs or self.targets is not None  # of the teacher's distribution
-        plain: Objective = DistillObjective(temperature, weight, kept, measure) if told else CrossEntropy()
+        plain: Objective = (
+            DistillObjective(task.predict, temperature, weight, kept, measure) if told else CrossEntropy(task.predict)
+        )
         if student.on_policy:
-            plain = OnPolicyObjective(plain, DistillObjective(temperature, 1.0, self.job.judged, measure))
+            plain = OnPolicyObjective(plain, DistillObjective(task.predict, temperature, 1.0, self.job.judged, measure))
         if self.teacher is None:
             return plain
         return LiveTeacherObjective(
-            self.teacher.to(device), plain, outputs, student.relations, student.states, projection
+            task, self.teacher.to(device), plain, outputs, student.relations, student.states, projection
         )
 
     def columns(self, sample_ids: NDArray[np.int64]) -> Columns:

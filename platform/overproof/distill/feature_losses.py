@@ -15,31 +15,39 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
+from overproof.models.hf_directory import layer_names
+
 
 class LayerOutputs(NamedTuple):
     """What one layer computed in a forward pass: (B, P, D) each. Queries and keys are those before rotary positions."""
 
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
     states: Tensor  # what the layer hands on
+    queries: Tensor | None = None  # None where the family has no attention
+    keys: Tensor | None = None
+    values: Tensor | None = None
 
-
-NAMES = {"q_proj": "queries", "k_proj": "keys", "v_proj": "values"}
+    @property
+    def attention(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values."""
+        assert self.queries is not None
+        assert self.keys is not None
+        assert self.values is not None
+        return self.queries, self.keys, self.values
 
 
 @contextmanager
 def capture_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, LayerOutputs]]:
     """What these layers show in the forward pass within; filled when the block ends."""
+    names = layer_names(model)
     found: dict[int, LayerOutputs] = {}
     seen: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
     hooks = []
     for layer, values in seen.items():
-        module = model.base_model.layers[layer]
+        module = model.get_submodule(f"{names.layers}.{layer}")
         hooks.append(module.register_forward_hook(_note(values, "states")))
-        for name, part in module.named_modules():
-            if name.rpartition(".")[2] in NAMES:
-                hooks.append(part.register_forward_hook(_note(values, NAMES[name.rpartition(".")[2]])))
+        for part, where in (("queries", names.queries), ("keys", names.keys), ("values", names.values)):
+            if where is not None:
+                hooks.append(module.get_submodule(where).register_forward_hook(_note(values, part)))
     try:
         yield found
     finally:
@@ -62,7 +70,7 @@ def relation_loss(student: LayerOutputs, teacher: LayerOutputs, heads: int, mask
     number of attention heads and the width: both models must have R divide theirs. It is the mean over heads and over
     the places in ``mask_BP``; other places are neither compared nor related to. The teacher takes no gradient.
     """
-    pairs = zip(student[:3], teacher[:3], strict=True)
+    pairs = zip(student.attention, teacher.attention, strict=True)
     parts = [_divergence(ours, theirs.detach(), heads, mask_BP) for ours, theirs in pairs]
     return torch.stack(parts).sum()
 

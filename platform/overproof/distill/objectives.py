@@ -15,8 +15,10 @@ from overproof.config import AttentionRelationLoss, HiddenStateLoss
 from overproof.distill.feature_losses import capture_layers, relation_loss, state_loss
 from overproof.distill.losses import Divergence, LossTerms, distillation_loss
 from overproof.distill.sampled_loss import importance_weights, sampled_distillation_loss
-from overproof.models.hf_directory import Batch, Prediction, forward
-from overproof.train.objective import Objective
+from overproof.models.base import Prediction
+from overproof.models.hf_directory import Batch
+from overproof.tasks.base import Task
+from overproof.train.objective import Objective, Predict
 
 TEACHER_LOGITS = "teacher_logits"  # of a teacher that sees the batch: (B, P, V)
 
@@ -25,6 +27,7 @@ TEACHER_LOGITS = "teacher_logits"  # of a teacher that sees the batch: (B, P, V)
 class DistillObjective:
     """``weight * T^2 * divergence + (1 - weight) * cross-entropy``, see ``losses.distillation``."""
 
+    predict: Predict
     temperature: float
     teacher_weight: float
     temperatures: tuple[float, ...]  # of the cache, ascending
@@ -32,7 +35,7 @@ class DistillObjective:
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over the predictions that count, in nats, and its two terms."""
-        terms = self.terms(forward(model, batch), batch)
+        terms = self.terms(self.predict(model, batch), batch)
         return terms.loss, {"divergence": terms.divergence, "cross_entropy": terms.cross_entropy}
 
     def terms(self, prediction: Prediction, batch: Batch) -> LossTerms:
@@ -79,7 +82,7 @@ class OnPolicyObjective:
         """The mean over the predictions that count, or over the generated tokens; nats."""
         if ON_POLICY not in batch:
             return self.inner.loss(model, batch)
-        whole, count = forward(model, batch), batch["teacher_logprobs"].shape[1]
+        whole, count = self.judged.predict(model, batch), batch["teacher_logprobs"].shape[1]
         generated = Prediction(whole.logits_BPV[:, -count:], whole.targets_BP[:, -count:], whole.mask_BP[:, -count:])
         terms = self.judged.terms(generated, batch)
         return terms.loss, {"divergence": terms.divergence, "on_policy": torch.ones(())}
@@ -93,6 +96,7 @@ class LiveTeacherObjective:
     student's states to the teacher's width.
     """
 
+    task: Task
     teacher: PreTrainedModel
     inner: Objective
     outputs: bool
@@ -108,14 +112,14 @@ class LiveTeacherObjective:
             torch.no_grad(),
             capture_layers(self.teacher, {layer_index(self.teacher, part.teacher_layer) for part in asked}) as theirs,
         ):
-            logits_BPV = forward(self.teacher, batch).logits_BPV
+            logits_BPV = self.task.predict(self.teacher, batch).logits_BPV
         with capture_layers(model, {layer_index(model)} if asked else ()) as ours:
             seen = batch | {TEACHER_LOGITS: logits_BPV} if self.outputs and ON_POLICY not in batch else batch
             loss, scalars = self.inner.loss(model, seen)
         if not asked:
             return loss, scalars
         student = ours[layer_index(model)]
-        mask_BP = _places(batch, student.states)
+        mask_BP = self.task.feature_mask(batch, student.states)
         if self.relations:
             teacher = theirs[layer_index(self.teacher, self.relations.teacher_layer)]
             far = relation_loss(student, teacher, self.relations.heads, mask_BP)
@@ -131,11 +135,3 @@ class LiveTeacherObjective:
 def layer_index(model: PreTrainedModel, layer: int | None = None) -> int:
     """The layer's number, or the last one's."""
     return int(model.config.num_hidden_layers) - 1 if layer is None else layer
-
-
-def _places(batch: Batch, states_BPD: Tensor) -> Tensor:
-    """Which places hold something: (B, P)."""
-    places_P = torch.arange(states_BPD.shape[1], device=states_BPD.device)
-    if "tokens" in batch:
-        return places_P < batch["length"][:, None]
-    return torch.ones(states_BPD.shape[:2], dtype=torch.bool, device=states_BPD.device)

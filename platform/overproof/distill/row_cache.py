@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +31,7 @@ class CacheKey(BaseModel):
     WORDS: ClassVar[dict[str, str]] = {  # the most telling first
         "teacher_sha256": "teacher (model.safetensors)",
         "tokenizer_sha256": "tokenizer",
-        "kind": "kind of data",
+        "task": "task",
         "outputs": "number of outputs",
         "positions": "packing (positions in a row)",
         "rows_per_group": "packing (rows in a row group)",
@@ -40,7 +40,7 @@ class CacheKey(BaseModel):
     }
     teacher_sha256: str  # of model.safetensors
     tokenizer_sha256: str | None
-    kind: Literal["text", "digits"]
+    task: str
     outputs: int
     positions: int
     rows_per_group: int
@@ -64,7 +64,7 @@ def cache_key_fields(seed: int, prepared: Artifact, trained: Artifact) -> dict[s
     return {
         "teacher_sha256": trained.record.files[TEACHER_WEIGHTS].sha256,
         "tokenizer_sha256": manifest.tokenizer_sha256,
-        "kind": manifest.kind,
+        "task": manifest.task,
         "outputs": manifest.outputs,
         "positions": manifest.positions,
         "rows_per_group": manifest.rows_per_group,

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from overproof.config import Pretrained, StudentModel, TeacherLayers
+from overproof.config import ModelSection, Pretrained, TeacherLayers
 from overproof.data.manifest import Manifest
 from overproof.models import pretrained
-from overproof.models.hf_directory import build_model, load_model
+from overproof.models.hf_directory import build_model, layer_names, load_model
 
 
-def initial_student(chosen: StudentModel, manifest: Manifest, seed: int, teacher: Path) -> PreTrainedModel:
+def initial_student(chosen: ModelSection, manifest: Manifest, seed: int, teacher: Path) -> PreTrainedModel:
     """Fresh weights, layers of the teacher in its directory, or another directory's; a function of its arguments.
 
     Raises:
@@ -34,19 +34,13 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(layers)
     places = {old: new for new, old in enumerate(layers)}
-    state = {}
+    state, prefix = {}, layer_names(model).layers
     for name, value in model.state_dict().items():
-        prefix, found, rest = _split(name)
-        if found is None:
+        within = re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.+)", name)
+        if within is None:
             state[name] = value
-        elif found in places:
-            state[f"{prefix}{places[found]}{rest}"] = value
+        elif int(within[1]) in places:
+            state[f"{prefix}.{places[int(within[1])]}.{within[2]}"] = value
     kept = type(model)(config)
     kept.load_state_dict(state)
     return kept
-
-
-def _split(name: str) -> tuple[str, int | None, str]:
-    """A tensor's name around the number of its layer."""
-    found = re.fullmatch(r"(\w+\.layers\.)(\d+)(\..+)", name)
-    return (found[1], int(found[2]), found[3]) if found else (name, None, "")

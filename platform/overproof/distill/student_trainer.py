@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from overproof.config.search import current_values
-from overproof.data.manifest import TOKENIZER
 from overproof.data.parquet_reader import Columns as Read
 from overproof.data.parquet_reader import Shards, planned_shards
 from overproof.distill.distill_spec import DistillSpec
@@ -20,6 +19,7 @@ from overproof.distill.objectives import ON_POLICY
 from overproof.distill.on_policy import Scorer, is_on_policy_step, sample_continuations
 from overproof.distill.trial_job import CurveSegment, TrialJob, split_at_validations
 from overproof.models.hf_directory import Batch, count_parameters, save_model, to_tensors
+from overproof.registry import TASKS
 from overproof.train.checkpoint_writer import AsyncCheckpointWriter
 from overproof.train.engine import TorchEngine
 from overproof.train.loop import CurveRow, LoopHooks, shard_batches, train_steps, validation_ids, validation_loss
@@ -65,7 +65,7 @@ class StudentTrainer:
         self.model = self.lesson.model(self.manifest, self.job.seed)
         self.projection = self._projection()
         self.engine = TorchEngine(self.model, self.job.settings, seed=self.job.seed, beside=self.projection)
-        self.objective = self.lesson.objective(self.engine.device, self.projection)
+        self.objective = self.lesson.objective(TASKS[self.manifest.task], self.engine.device, self.projection)
 
     def _go_on(self, step: int, curve: list[CurveRow], spent: tuple[float, float] = (0.0, 0.0)) -> None:
         self.began_at, self._curve = step, curve
@@ -103,7 +103,7 @@ class StudentTrainer:
             InputError: the last checkpoint could not be written.
         """
         self.saver.wait()
-        tokenizer = self.root / TOKENIZER if self.manifest.kind == "text" else None
+        tokenizer = self.manifest.tokenizer(self.root)
         with self.job.draft.directory() as folder:
             save_model(self.engine.state_dict(), self.model.config, folder / self.job.folder, tokenizer)
 
@@ -161,4 +161,4 @@ class StudentTrainer:
 
     def _validate(self) -> float:
         with self.engine.evaluating() as model:
-            return validation_loss(model, self.validation)
+            return validation_loss(model, TASKS[self.manifest.task].predict, self.validation)

@@ -7,9 +7,9 @@ from overproof.config import Pretrained, Student
 from overproof.data.manifest import Manifest
 from overproof.errors import InputError
 from overproof.models import pretrained
+from overproof.models.base import DataShape
 from overproof.models.sizes import ModelSize, model_size, student_size
-
-KINDS = {"llama": "text", "vit": "digits"}
+from overproof.registry import FAMILIES
 
 
 def absolute_student(student: Student) -> Student:
@@ -27,13 +27,14 @@ def check_student(student: Student, prepared: Artifact, trained: Artifact) -> No
             tokenizer; or the teacher lacks a layer that it asks for, or widths or places of theirs do not fit.
     """
     manifest = Manifest.read(prepared.local())
+    shape = DataShape(manifest.task, manifest.outputs, manifest.positions, manifest.details)
     teacher = Pretrained(path=str(trained.local() / "model"))
     try:
-        found = student_size(student.model, teacher, manifest.outputs, manifest.positions)
+        found = student_size(student.model, teacher, shape)
         if isinstance(student.model, Pretrained):
             _check_directory(student.model.path, found, manifest)
         if student.relations or student.states:
-            _check_comparable(student, found, model_size(teacher, manifest.outputs, manifest.positions))
+            _check_comparable(student, found, model_size(teacher, shape))
     except InputError as error:
         raise InputError(f"student {student.name}: {error}") from None
 
@@ -43,9 +44,9 @@ def _check_directory(path: str, found: ModelSize, manifest: Manifest) -> None:
         check_tokenizer,  # transformers: seconds to import, and not needed otherwise
     )
 
-    if (KINDS[found.kind], found.outputs) != (manifest.kind, manifest.outputs):
+    if manifest.task not in FAMILIES[found.family].tasks or found.outputs != manifest.outputs:
         raise InputError(
-            f"{path}: a {found.kind} with {found.outputs} outputs; the data is {manifest.kind} and needs "
+            f"{path}: a {found.family} with {found.outputs} outputs; the data is for {manifest.task} and needs "
             f"{manifest.outputs}"
         )
     check_tokenizer(pretrained.fetch_pretrained(path), manifest)
@@ -55,6 +56,8 @@ def _check_comparable(student: Student, found: ModelSize, teacher: ModelSize) ->
     for name, part in (("relations", student.relations), ("states", student.states)):
         if part and part.teacher_layer is not None and part.teacher_layer >= teacher.layers:
             raise InputError(f"{name}.teacher_layer {part.teacher_layer}: the teacher has {teacher.layers} layers")
+    if student.relations and None in (FAMILIES[size.family].names.queries for size in (found, teacher)):
+        raise InputError(f"relations: a {found.family} has no attention; expected none, or states")
     if found.places != teacher.places:
         raise InputError(
             f"it has {found.places} places in a row and the teacher {teacher.places}; expected equally many to compare "

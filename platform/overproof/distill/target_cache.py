@@ -15,6 +15,7 @@ from overproof.config import Recipe, Scheme
 from overproof.distill.row_cache import CacheIndex, CacheKey, RowCache, cache_key_fields
 from overproof.distill.target_codec import TargetLayout
 from overproof.errors import InputError
+from overproof.registry import TASKS
 
 
 class TargetKey(CacheKey):
@@ -31,7 +32,8 @@ class TargetKey(CacheKey):
 
     @property
     def layout(self) -> TargetLayout:
-        return TargetLayout(self.scheme, self.kind == "text", self.positions, self.outputs, len(self.temperatures))
+        column = TASKS[self.task].label_column
+        return TargetLayout(self.scheme, column, self.positions, self.outputs, len(self.temperatures))
 
     @property
     def schema(self) -> pa.Schema:

@@ -18,6 +18,7 @@ from overproof.data.columns import UINT16_VOCABULARY, packed_field
 from overproof.data.parquet_reader import Columns
 
 LOW_BITS = 16
+TOKENS = "tokens"  # the label column of sequences
 INDICES = {"indices", "drawn"}
 HALVES = {"logprobs", "label_logprob", "tail", "drawn_logprobs", "entropy"}
 
@@ -32,8 +33,8 @@ class TargetLayout:
     column          numbers     a row  what
     ==============  ==========  =====  ======================================================================
     sample_id       int64       1      of the train row
-    tokens          u2, u4      P + 1  text: the row as the teacher read it
-    label           u2, u4      1      images: the class
+    tokens          u2, u4      P + 1  of sequences: the row as the teacher read it
+    label           u2, u4      1      of other rows: the class
     mask            bits        P      whether a prediction counts; bytes filled from the lowest bit
     label_logprob   f2          P      of the token that follows, or of the class
     logsumexp       f4          P * .  of log-probabilities / T over all V outputs, for every temperature T but 1,
@@ -49,10 +50,15 @@ class TargetLayout:
     """
 
     scheme: Scheme
-    text: bool
+    label_column: str  # of the data: tokens, each of which is the label of those before it, or one label a row
     positions: int
     outputs: int
     temperatures: int
+
+    @property
+    def labels(self) -> int:
+        """Numbers a row in the label column."""
+        return self.positions + 1 if self.label_column == TOKENS else 1
 
     @property
     def slots(self) -> int:
@@ -78,7 +84,7 @@ class TargetLayout:
         """Which numbers each column holds, and how many a row, `sample_id` left out."""
         entries, drawn = self.positions * self.slots, self.positions * self.draws
         output = "<u2" if self.outputs <= UINT16_VOCABULARY else "<u4"
-        columns = {"tokens": (output, self.positions + 1)} if self.text else {"label": (output, 1)}
+        columns = {self.label_column: (output, self.labels)}
         columns |= {
             "mask": ("u1", -(-self.positions // 8)),
             "label_logprob": ("<f2", self.positions),

@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from overproof.artifacts import Artifact
 from overproof.config import Generate, Recipe
-from overproof.data.columns import text_schema
+from overproof.data.document_blocks import text_columns
+from overproof.data.manifest import shard_schema
 from overproof.distill.row_cache import CacheIndex, CacheKey, RowCache, cache_key_fields
 
 
@@ -39,8 +40,7 @@ class TextKey(CacheKey):
 
 def text_cache_schema(positions: int, outputs: int) -> pa.Schema:
     """The columns of a file."""
-    whole = text_schema(positions, outputs)
-    return pa.schema([whole.field(name) for name in ("sample_id", "tokens")])
+    return shard_schema(tuple(column for column in text_columns(positions, outputs) if column.name == "tokens"))
 
 
 def text_key(recipe: Recipe, prepared: Artifact, trained: Artifact) -> TextKey:

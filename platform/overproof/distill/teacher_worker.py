@@ -30,7 +30,8 @@ from overproof.distill.target_encoder import DRAW_KEY, encode_targets
 from overproof.distill.teacher_text import TeacherText
 from overproof.errors import InputError
 from overproof.files import FileEntry, atomic_write, file_sha256, filesystem, join_uri
-from overproof.models.hf_directory import check_tokenizer, forward, load_model, to_tensors
+from overproof.models.hf_directory import check_tokenizer, load_model, to_tensors
+from overproof.registry import TASKS
 from overproof.train.checkpoint import with_checksum
 from overproof.train.engine import default_device
 
@@ -135,7 +136,8 @@ class TargetWorker(TeacherWorker):
         cache, rows = self.index.identity, self.rows.take(sample_ids)
         if self.text is not None:
             rows |= self.text.take(sample_ids)
-        prediction = forward(self.model, {name: value.to(self.device) for name, value in to_tensors(rows).items()})
+        predict = TASKS[cache.task].predict
+        prediction = predict(self.model, {name: value.to(self.device) for name, value in to_tensors(rows).items()})
         self.check_outputs(prediction.logits_BPV.shape[-1])
         uniform_BP = None
         if isinstance(cache.scheme, Sampled):
@@ -146,7 +148,7 @@ class TargetWorker(TeacherWorker):
         found = {name: value.cpu().numpy() for name, value in kept.items()}
         if np.isnan(found["label_logprob"]).any():
             raise InputError(f"the teacher's outputs for row {sample_ids[0]} and after are not finite; train it anew")
-        own = {name: values for name, values in rows.items() if name in ("tokens", "label")}
+        own = {cache.layout.label_column: rows[cache.layout.label_column]}
         mask = prediction.mask_BP.cpu().numpy()
         return cache.layout.encode({"sample_id": sample_ids, **own, "mask": mask, **found})
 

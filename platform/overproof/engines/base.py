@@ -1,13 +1,14 @@
 """What a serving engine is. The gate measures a file through the same engine that later serves it.
 
-Shapes: B images in a batch, D pixels, C classes.
+Shapes: B rows in a batch, D numbers in a row, V outputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, Self
+from pathlib import Path
+from typing import Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +80,7 @@ class Pieces(Iterator[Piece], Protocol):
         """Generate no further. May be called from any thread, at any time."""
 
 
+@runtime_checkable
 class TextEngine(Protocol):
     """A language model. Every method may be called from several threads."""
 
@@ -122,14 +124,17 @@ class TextEngine(Protocol):
         """Wait for the calls in progress, then free the model."""
 
 
-class ClassifierEngine(Protocol):
-    """An image classifier. Every method may be called from several threads."""
+@runtime_checkable
+class ArrayEngine(Protocol):
+    """A model that takes one array of numbers a row. Every method may be called from several threads."""
 
-    def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Log-probabilities in nats, shape (B, C).
+    width: int  # D: numbers in a row
+
+    def logprobs(self, inputs_BD: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Log-probabilities of the outputs in nats, shape (B, V).
 
         Raises:
-            InputError: the pixels have another shape than the model takes.
+            InputError: the rows have another width than the model takes.
         """
 
     def check(self) -> None:
@@ -137,3 +142,35 @@ class ClassifierEngine(Protocol):
 
     def close(self) -> None:
         """Free the model."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How a model is loaded; an engine takes what it has a use for."""
+
+    threads: int = 1
+    slots: int = 1  # sequences decoded at once
+    reuse_prefix: bool = False  # keep prompts between calls
+    max_prompt_tokens: int | None = None
+    draft: Path | None = None  # a model that guesses tokens
+    draft_tokens: int = 3  # guessed at a time
+
+
+class EngineLoader(Protocol):
+    """What the registry has of an engine."""
+
+    computes_with: str  # what it takes from a file, for the report and the card
+
+    def require(self) -> None:
+        """Return where the engine is installed.
+
+        Raises:
+            InputError: it is not, and what to do.
+        """
+
+    def load(self, path: Path, settings: EngineSettings) -> TextEngine | ArrayEngine:
+        """A model in the engine.
+
+        Raises:
+            InputError: it cannot be loaded.
+        """

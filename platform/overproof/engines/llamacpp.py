@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from overproof.engines.base import Completion, Sampling, Token
+from overproof.engines.base import Completion, EngineSettings, Sampling, Token
 from overproof.engines.gguf_tokens import align_logprobs, incomplete_utf8_tail, read_gguf_header
 from overproof.engines.llamacpp_server import LlamaCppDraft, LlamaCppHttp, check_reply, server_params, start_server
 from overproof.engines.llamacpp_stream import LlamaCppPieces
@@ -227,3 +227,26 @@ class LlamaCpp:
         reply = check_reply(self._plain.handle_completions(request | extra))
         top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         return {**next(entry for entry in top if entry["id"] == token), "top_logprobs": top}
+
+
+class LlamaCppLoader:
+    """See ``EngineLoader``."""
+
+    computes_with = "the file's own bytes"
+
+    def require(self) -> None:
+        """It is a dependency of this package."""
+
+    def load(self, path: Path, settings: EngineSettings) -> LlamaCpp:
+        return LlamaCpp(
+            path,
+            threads=settings.threads,
+            slots=settings.slots,
+            reuse_prefix=settings.reuse_prefix,
+            max_prompt_tokens=settings.max_prompt_tokens,
+            draft=settings.draft,
+            draft_tokens=settings.draft_tokens,
+        )
+
+
+ENGINE = LlamaCppLoader()

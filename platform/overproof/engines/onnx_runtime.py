@@ -1,6 +1,6 @@
-"""Classifiers in ONNX Runtime.
+"""Models that take one array a row, in ONNX Runtime.
 
-Shapes: B images in a batch, D pixels, C classes.
+Shapes: B rows in a batch, D numbers in a row, V outputs.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from overproof.engines.base import EngineSettings
 from overproof.errors import InputError
 
 
-class OnnxClassifier:
-    """One ONNX file that takes ``pixels`` (B, D) and gives ``logprobs`` (B, C), both float32."""
+class OnnxRuntime:
+    """One ONNX file that takes ``inputs`` (B, D) and gives ``logprobs`` (B, V), both float32."""
 
     def __init__(self, path: Path, threads: int = 1) -> None:
         """Load a file.
@@ -36,21 +37,21 @@ class OnnxClassifier:
             raise InputError(f"{path}: cannot be loaded: {error}; expected an ONNX file") from None
         values = (*self._session.get_inputs(), *self._session.get_outputs())
         found = [(value.name, value.type, len(value.shape)) for value in values]
-        expected = [(name, "tensor(float)", 2) for name in ("pixels", "logprobs")]
+        expected = [(name, "tensor(float)", 2) for name in ("inputs", "logprobs")]
         if found != expected:
             raise InputError(f"{path}: inputs and outputs are {found}; expected {expected}")
-        self.pixels = values[0].shape[1]
+        self.width = int(values[0].shape[1])
 
-    def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Log-probabilities in nats, shape (B, C).
+    def logprobs(self, inputs_BD: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Log-probabilities in nats, shape (B, V).
 
         Raises:
-            InputError: the pixels have another shape than the model takes.
+            InputError: the rows have another width than the model takes.
         """
-        if pixels_BD.ndim != 2 or pixels_BD.shape[1] != self.pixels or len(pixels_BD) == 0:
-            raise InputError(f"images: found shape {pixels_BD.shape}; expected (images, {self.pixels}), one at least")
-        logprobs_BC: NDArray[np.float32] = self._session.run(None, {"pixels": pixels_BD.astype(np.float32)})[0]
-        return logprobs_BC
+        if inputs_BD.ndim != 2 or inputs_BD.shape[1] != self.width or len(inputs_BD) == 0:
+            raise InputError(f"inputs: found shape {inputs_BD.shape}; expected (rows, {self.width}), one row at least")
+        logprobs_BV: NDArray[np.float32] = self._session.run(None, {"inputs": inputs_BD.astype(np.float32)})[0]
+        return logprobs_BV
 
     def check(self) -> None:
         """Nothing to ask: a session holds no state between calls."""
@@ -58,3 +59,18 @@ class OnnxClassifier:
     def close(self) -> None:
         """Free the model."""
         del self._session
+
+
+class OnnxRuntimeLoader:
+    """See ``EngineLoader``."""
+
+    computes_with = "the file's own bytes"
+
+    def require(self) -> None:
+        """It is a dependency of this package."""
+
+    def load(self, path: Path, settings: EngineSettings) -> OnnxRuntime:
+        return OnnxRuntime(path, settings.threads)
+
+
+ENGINE = OnnxRuntimeLoader()

@@ -15,11 +15,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from overproof.data.manifest import TOKENIZER
-from overproof.engines.base import Completion, FinishReason, Piece, Sampling, Token
+from overproof.engines.base import Completion, EngineSettings, FinishReason, Piece, Sampling, Token
 from overproof.engines.detokenizer import Detokenizer
 from overproof.engines.gguf_tokens import read_gguf_header
 from overproof.engines.prompt_limits import InFlight, PromptLimits, require_unicode
-from overproof.engines.vllm_server import VllmServer
+from overproof.engines.vllm_server import VllmServer, vllm_python
 from overproof.errors import InputError
 
 Reported = tuple[str, float, Mapping[str, float]]  # token, log-probability, those of the likeliest; by name
@@ -241,3 +241,24 @@ def _id(name: str) -> int:
 
 def _refuse(message: str) -> None:
     raise TemplateError(message)
+
+
+class VllmLoader:
+    """See ``EngineLoader``."""
+
+    computes_with = "the file's weights unpacked to fp16, not its own bytes"
+
+    def require(self) -> None:
+        vllm_python()
+
+    def load(self, path: Path, settings: EngineSettings) -> Vllm:
+        return Vllm(
+            path,
+            threads=settings.threads,
+            slots=settings.slots,
+            reuse_prefix=settings.reuse_prefix,
+            max_prompt_tokens=settings.max_prompt_tokens,
+        )
+
+
+ENGINE = VllmLoader()

@@ -10,7 +10,10 @@ from typing import assert_never
 
 from overproof.config import Agreement, Gate, Improvement, Parity, Regression, Rule, Smaller
 from overproof.errors import InputError
-from overproof.evaluate.metrics import Comparison, FrozenModel, MeasuredFile, Metric, QualityMetric, Report
+from overproof.evaluate.metrics import Comparison, MeasuredFile, Report
+from overproof.files import FrozenModel
+from overproof.registry import TASKS
+from overproof.tasks.base import Metric, Quality
 
 
 class Reason(FrozenModel):
@@ -79,16 +82,16 @@ def check_rule(rule: Rule, report: Report, candidate: MeasuredFile) -> Reason:
 
 
 def _compared(rule: Regression | Improvement, report: Report, candidate: MeasuredFile) -> tuple[bool, str]:
-    against, quality = _reference(rule, candidate), report.quality
+    against, quality = _reference(rule, candidate), TASKS[report.task].quality
     found = report.compare(candidate.name, against)
     if found is None:
-        return False, f"{quality} against {against} is not in the report"
+        return False, f"{quality.name} against {against} is not in the report"
     if found.low is None or found.high is None:
-        return False, f"{quality} against {against} has no interval: more than one test unit is needed"
-    text = f"{quality} {_difference(found, quality)}"
+        return False, f"{quality.name} against {against} has no interval: more than one test unit is needed"
+    text = f"{quality.name} {_difference(found, quality)}"
     if isinstance(rule, Regression):
-        return found.high <= rule.at_most, f"{text}, allowed {_amount(rule.at_most, quality)}"
-    return -found.high > rule.at_least, f"{text}, must be better by more than {_amount(rule.at_least, quality)}"
+        return found.high <= rule.at_most, f"{text}, allowed {quality.amount(rule.at_most)}"
+    return -found.high > rule.at_least, f"{text}, must be better by more than {quality.amount(rule.at_least)}"
 
 
 def _reference(rule: Regression | Improvement | Smaller, candidate: MeasuredFile) -> str:
@@ -127,16 +130,12 @@ def _parity(rule: Parity, candidate: MeasuredFile) -> tuple[bool, str]:
     return found.value <= rule.at_most, text
 
 
-def _difference(found: Comparison, quality: QualityMetric) -> str:
+def _difference(found: Comparison, quality: Quality) -> str:
     """Such as ``1.40 % worse than student (interval 1.10 to 1.70 %)``; a negative end means the other direction."""
     assert found.low is not None
     assert found.high is not None
     worse = found.value > 0
     near, far = (found.low, found.high) if worse else (-found.high, -found.low)
-    unit, words = ("%", ("worse", "better")) if quality == "bits_per_byte" else ("points", ("lower", "higher"))
+    unit, words = quality.difference_unit, quality.comparatives
     interval = f"interval {100 * near:.2f} to {100 * far:.2f} {unit}"
     return f"{100 * abs(found.value):.2f} {unit} {words[0] if worse else words[1]} than {found.against} ({interval})"
-
-
-def _amount(value: float, quality: QualityMetric) -> str:
-    return f"{100 * value:g} {'%' if quality == 'bits_per_byte' else 'points'}"

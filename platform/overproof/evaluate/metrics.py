@@ -7,33 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import log, sqrt
+from math import sqrt
 from statistics import NormalDist
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
-from overproof.config.shipping import TextEngineName
+from overproof.files import FrozenModel
+from overproof.tasks.base import Metric, Quality
 
-QualityMetric = Literal["bits_per_byte", "accuracy"]
-EngineName = TextEngineName | Literal["ONNX Runtime"]
 CHUNK_COUNTS = 1 << 22  # resample counts held at once
-
-
-class FrozenModel(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Metric(FrozenModel):
-    """One figure; ``low`` and ``high`` bound it where resampling can say so, ``n`` is what it was measured on."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-    unit: str
-    n: int
 
 
 class MeasuredFile(FrozenModel):
@@ -54,7 +37,7 @@ class MeasuredFile(FrozenModel):
 class Comparison(FrozenModel):
     """How much worse ``name`` is than ``against`` on the same units; negative is better.
 
-    Bits per byte: relative increase, a / b - 1. Accuracy: drop, b - a. There is no interval of a single unit.
+    See ``Quality.worse``. There is no interval of a single unit.
     """
 
     name: str
@@ -67,11 +50,10 @@ class Comparison(FrozenModel):
 class Report(FrozenModel):
     """Everything the gate may look at; the best student comes first of the students."""
 
-    kind: Literal["text", "digits"]
-    quality: QualityMetric
-    engine: EngineName | None = (
-        None  # that was measured, and that serves; None in reports from before there was a choice
-    )
+    task: str
+    quality: str  # the metric that the gate judges
+    engine: str  # that was measured, and that serves
+    computes_with: str  # what the engine takes from a file
     confidence: float
     measured: tuple[MeasuredFile, ...]
     comparisons: tuple[Comparison, ...]
@@ -103,11 +85,11 @@ class Bootstrap:
 class PerExampleSums:
     """One export's sums over each test unit, shape (U,); all exports share units and their order.
 
-    ``quality`` holds nats (text) or right answers (images), ``size`` the bytes or answers they are divided by;
+    ``total`` is what the metric adds up (nats, right answers), ``size`` what it is divided by (bytes, answers);
     ``agreed`` of ``predictions`` predictions have the teacher's first choice.
     """
 
-    quality: NDArray[np.float64]
+    total: NDArray[np.float64]
     size: NDArray[np.float64]
     agreed: NDArray[np.float64]
     predictions: NDArray[np.float64]
@@ -147,7 +129,7 @@ def percentiles(values_S: NDArray[np.float64], units: int, confidence: float) ->
 
 
 def quality_metrics(
-    quality: QualityMetric, exports: Mapping[str, PerExampleSums], bootstrap: Bootstrap
+    quality: Quality, exports: Mapping[str, PerExampleSums], bootstrap: Bootstrap
 ) -> tuple[dict[str, dict[str, Metric]], tuple[Comparison, ...]]:
     """Each export's quality and agreement, and its comparison with every other, from one set of resamples."""
     names = list(exports)
@@ -155,10 +137,8 @@ def quality_metrics(
     units = len(columns_UC)
     point_E4 = columns_UC.sum(axis=0).reshape(len(names), 4)
     drawn_SE4 = resampled_sums(columns_UC, bootstrap).reshape(bootstrap.samples, len(names), 4)
-    scale = 1 / log(2) if quality == "bits_per_byte" else 1.0
-    quality_E, quality_SE = (scale * a[..., 0] / a[..., 1] for a in (point_E4, drawn_SE4))
+    quality_E, quality_SE = (quality.value(a[..., 0], a[..., 1]) for a in (point_E4, drawn_SE4))
     agreement_E, agreement_SE = (a[..., 2] / a[..., 3] for a in (point_E4, drawn_SE4))
-    unit = "bits/byte" if quality == "bits_per_byte" else "share"
 
     def metric(value: float, values_S: NDArray[np.float64], unit: str) -> Metric:
         low, high = percentiles(values_S, units, bootstrap.confidence)
@@ -166,7 +146,7 @@ def quality_metrics(
 
     metrics = {
         name: {
-            quality: metric(quality_E[i], quality_SE[:, i], unit),
+            quality.name: metric(quality_E[i], quality_SE[:, i], quality.unit),
             "agreement": metric(agreement_E[i], agreement_SE[:, i], "share"),
         }
         for i, name in enumerate(names)
@@ -175,26 +155,23 @@ def quality_metrics(
 
 
 def _columns(units: PerExampleSums) -> tuple[NDArray[np.float64], ...]:
-    return units.quality, units.size, units.agreed, units.predictions
+    return units.total, units.size, units.agreed, units.predictions
 
 
 def _comparisons(
-    quality: QualityMetric,
+    quality: Quality,
     names: Sequence[str],
     quality_E: NDArray[np.float64],
     quality_SE: NDArray[np.float64],
     units: int,
     confidence: float,
 ) -> list[Comparison]:
-    def worse(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-        return a / b - 1 if quality == "bits_per_byte" else b - a
-
     found = []
     for a, name in enumerate(names):
         for b, against in enumerate(names):
             if a == b:
                 continue
-            low, high = percentiles(worse(quality_SE[:, a], quality_SE[:, b]), units, confidence)
-            value = float(worse(quality_E[a], quality_E[b]))
+            low, high = percentiles(quality.worse(quality_SE[:, a], quality_SE[:, b]), units, confidence)
+            value = float(quality.worse(quality_E[a], quality_E[b]))
             found.append(Comparison(name=name, against=against, value=value, low=low, high=high))
     return found

@@ -1,132 +1,74 @@
-"""Classifiers as ONNX, for ONNX Runtime.
-
-Every file takes ``pixels`` (B, 64) float32 and gives ``logprobs`` (B, classes) float32, for any B.
-"""
+"""ONNX for ONNX Runtime, for models that take one array a row; the file itself is written in ``onnx_file``."""
 
 from __future__ import annotations
 
-import logging
-import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
-import onnx
-import torch
-from numpy.typing import NDArray
-from onnx.reference import ReferenceEvaluator
-from onnxruntime.quantization import QuantType, quantize_dynamic
-from torch import Tensor, nn
+from pydantic import Field
 
-from overproof.models import hf_directory
+from overproof.config.export import FormatSection
+from overproof.export.base import ExportContext
+from overproof.registry import FAMILIES
 
-PIXELS = hf_directory.IMAGE_EDGE**2
-OPSET = 20
-# Of the patch convolution there is little to gain: it is small, and ONNX Runtime has no fast int8 kernel for it.
-QUANTIZED = ["MatMul", "Gemm"]
-LOUD = ("torch.onnx", "onnxscript", "onnx_ir", "root")
+CHECKED_ROWS = 2
+SINGLE_PRECISION_NATS = 1e-4  # measured on small models: 1e-6
 
 
-class _Classifier(nn.Module):
-    """A vision transformer from flat pixels to log-probabilities."""
+class Onnx(FormatSection):
+    """ONNX for ONNX Runtime, for models that take one array a row; int8 is dynamic, per output channel."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        images_BCHW = pixels.reshape(-1, 1, hf_directory.IMAGE_EDGE, hf_directory.IMAGE_EDGE)
-        logits_BV: Tensor = self.model(pixel_values=images_BCHW).logits
-        return logits_BV.log_softmax(-1)
+    kind: Literal["onnx"] = "onnx"
+    formats: tuple[Literal["int8"], ...] = Field(("int8",), min_length=1)
 
 
-def export_onnx(model: Path, path: Path) -> None:
-    """Write a Hugging Face vision transformer as one fp32 ONNX file; ``path`` appears when complete.
+class OnnxFormat:
+    """See ``Format``."""
 
-    The exporter that captures graphs takes 2 to 4 s; the tracing one takes 0.2 s and leaves dead weights in the file.
-    """
-    loaded = hf_directory.load_model(model)
-    loaded.set_attn_implementation("eager")  # the fused kernel's graph guards against masks that a classifier lacks
-    classifier = _Classifier(loaded).eval()
-    with _quiet():
-        program = torch.onnx.export(
-            classifier,
-            (torch.zeros(2, PIXELS),),
-            input_names=["pixels"],
-            output_names=["logprobs"],
-            dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None
-    _write(program.model_proto, path)
+    section = Onnx
+    suffix = ".onnx"
+    unquantised = "fp32"
+    engines = ("onnxruntime",)
+    library = "onnx"
+    drafting_engine = None
 
+    @property
+    def families(self) -> tuple[str, ...]:
+        from overproof.models.base import ArrayFamily
 
-def quantize_onnx(source: Path, path: Path) -> None:
-    """Write an fp32 file again with int8 weights, one scale for each output channel.
+        return tuple(kind for kind, family in FAMILIES.items() if isinstance(family, ArrayFamily))
 
-    Activations are quantised while running, one scale for a whole batch: an image's answer depends a little
-    on the images it is asked about with. Weights keep seven bits, since AVX2's int8 products overflow on eight.
-    """
-    with tempfile.TemporaryDirectory() as scratch, _quiet():
-        quantized = Path(scratch) / "int8.onnx"
-        quantize_dynamic(
-            source,
-            quantized,
-            op_types_to_quantize=QUANTIZED,
-            per_channel=True,
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
-        )
-        _write(onnx.load(quantized), path)
+    def write(self, source: Path, file: Path, variant: str, context: ExportContext, unquantised: Path) -> None:
+        del context
+        from overproof.export.onnx_file import export_onnx, quantize_onnx
 
+        if variant == self.unquantised:
+            export_onnx(source, file)
+        else:
+            quantize_onnx(unquantised, file)
 
-class Reference:
-    """ONNX's own executable specification, in numpy: slow, and independent of ONNX Runtime's kernels and rewrites.
+    def difference_nats(self, source: Path, file: Path) -> tuple[float, float]:
+        import numpy as np
+        import torch
 
-    It runs a file's bytes operator by operator, integers included, so it says what the file means. That the
-    file means the trained model is for ``export.py`` to check, once, against torch.
-    """
+        from overproof.export.onnx_file import flat_classifier
 
-    def __init__(self, path: Path) -> None:
-        self._evaluator = ReferenceEvaluator(onnx.load(path))
+        classifier = flat_classifier(source)
+        inputs_BD = np.random.default_rng(0).random((CHECKED_ROWS, classifier.width), np.float32)
+        with torch.inference_mode():
+            expected_BV = classifier(torch.from_numpy(inputs_BD)).numpy()
+        return float(np.abs(expected_BV - self.read_back(file)(inputs_BD)).max()), SINGLE_PRECISION_NATS
 
-    def __call__(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Log-probabilities (B, classes)."""
-        logprobs_BV: NDArray[np.float32] = self._evaluator.run(["logprobs"], {"pixels": pixels_BD})[0]
-        return logprobs_BV
+    def read_back(self, file: Path) -> Any:
+        """ONNX's own evaluator of the file: a function of flat rows (B, D) that gives log-probabilities (B, V)."""
+        from overproof.export.onnx_file import Reference
+
+        return Reference(file)
+
+    def companions(self, context: ExportContext) -> Mapping[str, Path]:
+        del context
+        return {}
 
 
-def _write(proto: onnx.ModelProto, path: Path) -> None:
-    """Save in one file, without the exporter's notes: they hold this machine's paths and outweigh a small model."""
-    for node in proto.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
-        del value.metadata_props[:]
-        value.doc_string = ""
-    del proto.metadata_props[:]
-    del proto.graph.metadata_props[:]
-    proto.graph.doc_string = ""
-    onnx.checker.check_model(proto, full_check=True)
-    part = path.with_name(f"{path.name}.part")
-    onnx.save(proto, part)
-    part.replace(path)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back what exporters log about every model; their errors still rise."""
-    before = {name: logging.getLogger(name).level for name in LOUD}
-    for name in LOUD:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
+FORMAT = OnnxFormat()

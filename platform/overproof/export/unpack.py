@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from overproof.data.manifest import TOKENIZER
-from overproof.export.gguf import read_gguf
+from overproof.export.gguf_file import read_gguf
 from overproof.models import hf_directory
 
 

@@ -1,7 +1,4 @@
-"""Models: built from a recipe, read from and written to plain Hugging Face directories, and called alike.
-
-Shapes: B rows, S = P + 1 tokens, P predictions in a row (1 for images), V outputs, D pixels.
-"""
+"""Models: built from a recipe, and read from and written to plain Hugging Face directories."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,89 +15,53 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from overproof.config import Llama, Vit
+from overproof.config.models import ModelSection
 from overproof.data.manifest import TOKENIZER, Manifest
-from overproof.data.tokenization import END, END_ID
+from overproof.data.tokenization import END
 from overproof.errors import InputError
 from overproof.files import file_sha256
+from overproof.models.base import DataShape, LayerNames
+from overproof.models.sizes import family_of
+from overproof.registry import FAMILIES
 
 Batch = dict[str, Tensor]
 
-IMAGE_EDGE = 8
-LEAST_POSITIONS = 2048
 WEIGHTS = "model.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
-ARCHITECTURES: dict[str, Any] = {
-    "LlamaForCausalLM": LlamaForCausalLM,
-    "ViTForImageClassification": ViTForImageClassification,
-}
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """A model's outputs for a batch, what they should be, and which of them count."""
-
-    logits_BPV: Tensor
-    targets_BP: Tensor
-    mask_BP: Tensor  # bool
-
-
-def build_model(config: Llama | Vit, manifest: Manifest, seed: int) -> PreTrainedModel:
+def build_model(section: ModelSection, manifest: Manifest, seed: int) -> PreTrainedModel:
     """A model with fresh weights, a function of its arguments alone; the caller's generators stay untouched.
 
     Raises:
         InputError: the model does not fit the data.
     """
-    expected = "text" if isinstance(config, Llama) else "digits"
-    if manifest.kind != expected:
-        raise InputError(f"model.kind {config.kind!r}: the data is {manifest.kind}; expected {expected} data")
-    made = _llama(config, manifest) if isinstance(config, Llama) else _vit(config, manifest)
-    made.architectures = ["LlamaForCausalLM" if isinstance(config, Llama) else "ViTForImageClassification"]
+    family, shape = FAMILIES[section.kind], shape_of(manifest)
+    if shape.task not in family.tasks:
+        raise InputError(
+            f"model.kind {section.kind!r}: the data is for {shape.task}; expected data for {' or '.join(family.tasks)}"
+        )
+    config = family.configuration(section, shape)
+    config.architectures = [family.architectures[0]]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ARCHITECTURES[made.architectures[0]](made)
+        model: PreTrainedModel = family.model_class()(config)
     return model.train()
 
 
-def _llama(config: Llama, manifest: Manifest) -> Any:
-    # Rotary positions have no table, so a longer limit costs nothing and lets an engine serve past the
-    # training length; how good the model is out there is for the user to measure.
-    return LlamaConfig(
-        vocab_size=manifest.outputs,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        max_position_embeddings=max(LEAST_POSITIONS, manifest.positions),
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        initializer_range=config.initializer_range,
-        bos_token_id=END_ID,
-        eos_token_id=END_ID,
-        attn_implementation="sdpa",
-    )
+def shape_of(manifest: Manifest) -> DataShape:
+    """What a model of this data must fit."""
+    return DataShape(manifest.task, manifest.outputs, manifest.positions, manifest.details)
 
 
-def _vit(config: Vit, manifest: Manifest) -> Any:
-    return ViTConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        image_size=IMAGE_EDGE,
-        patch_size=config.patch_size,
-        num_channels=1,
-        num_labels=manifest.outputs,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=config.initializer_range,
-        attn_implementation="sdpa",
-    )
+def layer_names(model: PreTrainedModel) -> LayerNames:
+    """Where a model keeps its parts."""
+    _, family = family_of({"architectures": model.config.architectures}, model.config.name_or_path)
+    return family.names
 
 
 def load_model(path: Path) -> PreTrainedModel:
@@ -121,7 +81,8 @@ def load_model(path: Path) -> PreTrainedModel:
         )
     if not any(path.glob("*.safetensors")):
         raise InputError(f"{path}: no *.safetensors file; expected a Hugging Face model directory")
-    model_class = ARCHITECTURES[_architecture(path)]
+    _, family = family_of(_config(path), path)
+    model_class: Any = family.model_class()
     try:
         with _quiet():
             model, info = model_class.from_pretrained(
@@ -155,14 +116,12 @@ def _quiet() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def _architecture(path: Path) -> str:
+def _config(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads((path / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        raise InputError(f"{path}/config.json: no architecture; expected a Hugging Face model configuration") from None
-    if found not in ARCHITECTURES:
-        raise InputError(f"{path}/config.json: architecture {found}; expected {' or '.join(ARCHITECTURES)}")
-    return str(found)
+        config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = {}
+    return config
 
 
 def save_model(
@@ -174,9 +133,9 @@ def save_model(
     """
     path.mkdir(parents=True, exist_ok=True)
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    if config.model_type == "llama" and config.tie_word_embeddings:
-        state = {name: value for name, value in state.items() if name != "lm_head.weight"}
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+    _, family = family_of({"architectures": config.architectures}, path)
+    written = family.untied(config, list(state))
+    tensors = {name: state[name].detach().cpu().clone().contiguous() for name in written}
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(path)
     if tokenizer is not None:
@@ -217,19 +176,6 @@ def check_tokenizer(path: Path, manifest: Manifest) -> None:
             f"{file}: sha256 is {found[:12]}…, the data was tokenised with {manifest.tokenizer_sha256[:12]}…; "
             "expected one tokenizer for both: set data.tokenizer to {kind: file, path: the model's tokenizer.json}"
         )
-
-
-def forward(model: nn.Module, batch: Batch) -> Prediction:
-    """Call a model on a text batch (tokens_BS, length_B) or an image batch (pixels_BD, label_B)."""
-    if "tokens" in batch:
-        tokens_BS, length_B = batch["tokens"], batch["length"]
-        logits_BPV = model(input_ids=tokens_BS[:, :-1], use_cache=False).logits
-        places_P = torch.arange(tokens_BS.shape[1] - 1, device=tokens_BS.device)
-        return Prediction(logits_BPV, tokens_BS[:, 1:], places_P < length_B[:, None])
-    pixels_BCHW = batch["pixels"].view(-1, 1, IMAGE_EDGE, IMAGE_EDGE)
-    targets_BP = batch["label"][:, None]
-    logits_BPV = model(pixel_values=pixels_BCHW).logits[:, None, :]
-    return Prediction(logits_BPV, targets_BP, torch.ones_like(targets_BP, dtype=torch.bool))
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -19,9 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from overproof.config import Training
-from overproof.models.sizes import ModelSize
+from overproof.models.sizes import FP32, ModelSize
+from overproof.registry import FAMILIES
 
-FP32, HALF = 4, 2  # bytes
+HALF = 2  # bytes
 ADAM = 8  # bytes of the two averages of a parameter
 BUCKET = 20_000_000  # elements that travel at once; what train/configuration.py tells DeepSpeed
 PLAIN_BUCKET = 500_000_000  # elements, without ZeRO; DeepSpeed's own
@@ -112,7 +113,7 @@ def activation_memory(size: ModelSize, train: Training, world: int, stage: int |
     number = HALF if train.precision != "fp32" else FP32
     each, inputs = layer_memory(size, number), number * size.hidden
     layers = inputs * size.layers + each if train.activation_checkpointing else each * size.layers
-    outside = 3 * number + (FP32 - number) if size.kind == "llama" else 2 * number  # by feature
+    outside = FAMILIES[size.family].outer_memory(number)  # by feature
     casts = (
         HALF * size.parameters if number == HALF and not keeps_16bit_weights(train, stage) else 0
     )  # autocast's 16-bit weights
@@ -123,12 +124,8 @@ def activation_memory(size: ModelSize, train: Training, world: int, stage: int |
 
 
 def layer_memory(size: ModelSize, number: int) -> int:
-    """Bytes that one layer keeps for one token, its numbers taking ``number`` bytes."""
-    h, f, softmax = size.hidden, size.intermediate, FP32 * size.heads
-    if size.kind == "vit":  # two norms and their means, q k v, attention out and in, two of the feed-forward
-        return number * (8 * h + 2 * f) + softmax + 4 * number
-    wide, copies = (8, 0) if number == FP32 else (6, 2)  # RMSNorm computes in fp32: 16-bit inputs are copied, twice
-    return number * (wide * h + 2 * size.key_width + 4 * f) + FP32 * copies * h + softmax + 2 * FP32
+    """Bytes that one layer keeps for one token or patch, its numbers taking ``number`` bytes."""
+    return FAMILIES[size.family].layer_memory(size, number)
 
 
 def logits_memory(outputs: int, number: int) -> int:

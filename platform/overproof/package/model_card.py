@@ -16,21 +16,16 @@ from overproof.config import Section
 from overproof.config.search import apply_values
 from overproof.data.manifest import Manifest
 from overproof.evaluate.gate import Verdict
-from overproof.evaluate.metrics import MeasuredFile, Metric, Report
+from overproof.evaluate.metrics import MeasuredFile, Report
 from overproof.package.speculation import SpeculationResult
+from overproof.registry import FORMATS, TASKS
 from overproof.stage_context import StageContext
+from overproof.tasks.base import Metric
 
-TASKS = {"text": "text-generation", "digits": "image-classification"}
-LIBRARIES = {"text": "gguf", "digits": "onnx"}
-COLUMNS = {  # metric -> title, factor, decimals
-    "bits_per_byte": ("bits per byte", 1, 4),
-    "accuracy": ("accuracy, %", 100, 2),
-    "agreement": ("agrees with teacher, %", 100, 1),
-    "time_to_first_token_s": ("first token, ms", 1000, 1),
-    "decode_tokens_per_s": ("tokens/s", 1, 0),
-    "images_per_s": ("images/s", 1, 0),
+COSTS = {  # metric -> title, factor, decimals
     "latency_p50_s": ("p50, ms", 1000, 2),
     "latency_p95_s": ("p95, ms", 1000, 2),
+    "time_to_first_token_s": ("first token, ms", 1000, 1),
     "resident_mb": ("resident MB", 1, 1),
     "parity_nats": ("parity, nats", 1, 4),
 }
@@ -52,10 +47,13 @@ def render_card(
     mine = next(trial for trial in sweep["trials"] if trial["name"] == measured.student)
     base = next(student for student in recipe.sweep.students if student.name == mine["student"])
     settings, student = apply_values(recipe.sweep, base, mine["values"])
+    task, library = TASKS[manifest.task], FORMATS[recipe.compress.kind].library
     return environment.get_template("card.md.j2").render(
-        front_matter=_front_matter(recipe.name, manifest.kind, report, measured),
+        front_matter=_front_matter(recipe.name, library, report, measured),
         recipe=recipe,
-        text=manifest.kind == "text",
+        task=task,
+        words=task.card(manifest, recipe.evaluate),
+        body=json.dumps(task.example(manifest.details)),
         manifest=manifest,
         dropped={reason: count for reason, count in manifest.dropped.items() if count},
         report=report,
@@ -77,11 +75,11 @@ def render_card(
     )
 
 
-def render_draft_card(name: str, report: Report, judged: SpeculationResult) -> str:
+def render_draft_card(name: str, library: str, report: Report, judged: SpeculationResult) -> str:
     """The card of a teacher that answers with a draft."""
     measured = next(m for m in report.measured if m.name == judged.found.model)
     lines = "\n".join(f"- {reason.text}" for reason in judged.verdict.reasons)
-    return f"""{_front_matter(name, report.kind, report, measured)}
+    return f"""{_front_matter(name, library, report, measured)}
 # {name}: {measured.name}, drafted by {judged.found.draft}
 
 `model.gguf` is the teacher, and every text is its own; `draft.gguf`, the student that passed its gate
@@ -92,16 +90,16 @@ they are what it would have written. `overproof serve` loads both. As measured (
 """
 
 
-def _front_matter(name: str, kind: str, report: Report, measured: MeasuredFile) -> str:
-    quality = measured.metrics[report.quality]
+def _front_matter(name: str, library: str, report: Report, measured: MeasuredFile) -> str:
+    quality, tag = measured.metrics[report.quality], TASKS[report.task].pipeline_tag
     result = {
-        "task": {"type": TASKS[kind]},
-        "dataset": {"name": f"{name}, test split", "type": kind},
+        "task": {"type": tag},
+        "dataset": {"name": f"{name}, test split", "type": report.task},
         "metrics": [{"type": report.quality, "value": quality.value}],
     }
     head = {
-        "library_name": LIBRARIES[kind],
-        "pipeline_tag": TASKS[kind],
+        "library_name": library,
+        "pipeline_tag": tag,
         "tags": ["overproof", "distillation", "quantization", measured.format],
         "model-index": [{"name": f"{name}-{measured.name}", "results": [result]}],
     }
@@ -109,20 +107,34 @@ def _front_matter(name: str, kind: str, report: Report, measured: MeasuredFile) 
 
 
 def _table(report: Report, verdict: Verdict) -> list[tuple[str, ...]]:
-    names = [name for name in COLUMNS if any(name in m.metrics for m in report.measured)]
+    columns = {n: c for n, c in _columns(report).items() if any(n in m.metrics for m in report.measured)}
     words = {c.name: "passed" if c.passed else "refused" for c in verdict.candidates}
     if verdict.chosen is not None:
         words[verdict.chosen] = "**packaged**"
-    head = ("export", "format", "MB", *(COLUMNS[name][0] for name in names), "verdict")
+    head = ("export", "format", "MB", *(title for title, _, _ in columns.values()), "verdict")
     rows = [
-        (f"`{m.name}`", m.format, f"{m.size_bytes / 1e6:.2f}", *_cells(m, names), words.get(m.name, ""))
+        (
+            f"`{m.name}`",
+            m.format,
+            f"{m.size_bytes / 1e6:.2f}",
+            *(_cell(m.metrics.get(n), factor, decimals) for n, (_, factor, decimals) in columns.items()),
+            words.get(m.name, ""),
+        )
         for m in report.measured
     ]
     return [head, tuple("---" for _ in head), *rows]
 
 
-def _cells(measured: MeasuredFile, names: list[str]) -> list[str]:
-    return [_cell(measured.metrics.get(name), *COLUMNS[name][1:]) for name in names]
+def _columns(report: Report) -> dict[str, tuple[str, float, int]]:
+    """The metrics that are shown: title, factor and decimals of each."""
+    task = TASKS[report.task]
+    share = task.quality.unit == "share"
+    return {
+        report.quality: (f"{task.quality.title}{', %' if share else ''}", 100 if share else 1, 2 if share else 4),
+        "agreement": ("agrees with teacher, %", 100, 1),
+        task.speed: (task.speed_unit, 1, 0),
+        **COSTS,
+    }
 
 
 def _cell(metric: Metric | None, factor: float, decimals: int) -> str:

@@ -18,11 +18,11 @@ from pydantic import Field
 
 from overproof.artifacts import RECORD, TOOLS, Artifact, Record, Store
 from overproof.config import Gate, Speculate
-from overproof.data.manifest import TOKENIZER, Manifest
+from overproof.data.manifest import Manifest
 from overproof.errors import GateRefused, InputError
 from overproof.evaluate.gate import CandidateVerdict, Reason, Verdict, judge
-from overproof.evaluate.metrics import FrozenModel, MeasuredFile, Report
-from overproof.files import FileEntry, absolute_uri, file_sha256, filesystem, read_json, verify_files
+from overproof.evaluate.metrics import MeasuredFile, Report
+from overproof.files import FileEntry, FrozenModel, absolute_uri, file_sha256, filesystem, read_json, verify_files
 from overproof.package.model_card import render_card
 from overproof.package.speculation import SpeculationResult, judge_draft
 from overproof.stage_context import StageContext
@@ -44,13 +44,15 @@ class DraftModel(FrozenModel):
 class PackageContents(FrozenModel):
     """The content of ``package.json``."""
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     id: str  # of the artifact, as `overproof show` takes it
     name: str
-    kind: Literal["text", "digits"]
+    task: str
+    details: dict[str, Any]  # what the task says of a row: what a request must hold, and what answers mean
     candidate: str  # the export that was chosen
     model: FileName
     model_format: str
+    companions: tuple[FileName, ...] = ()  # files that the engine reads beside the model
     policy: Gate
     speculate: DraftModel | None = None
     files: dict[FileName, FileEntry]
@@ -81,10 +83,10 @@ class Package:
         return self.path / self.content.model
 
     @property
-    def drafting(self) -> dict[str, Any]:
-        """What an engine is told of the model that drafts, if one does."""
+    def draft(self) -> tuple[Path, int] | None:
+        """The file of the model that drafts, if one does, and how many tokens it guesses at a time."""
         of = self.content.speculate
-        return {} if of is None else {"draft": self.path / of.file, "draft_tokens": of.policy.draft_tokens}
+        return None if of is None else (self.path / of.file, of.policy.draft_tokens)
 
     @property
     def measured(self) -> MeasuredFile:
@@ -120,14 +122,16 @@ def build_package(context: StageContext) -> dict[str, Any]:
         shutil.copyfile(parents["compress"] / export.file, folder / model)
         shutil.copyfile(parents["evaluate"] / REPORT, folder / REPORT)
         shutil.copyfile(parents["gate"] / VERDICT, folder / VERDICT)
-        if manifest.kind == "text":
-            shutil.copyfile(parents["compress"] / TOKENIZER, folder / TOKENIZER)
+        for companion in export.companions:
+            shutil.copyfile(parents["compress"] / companion, folder / companion)
         card = render_card(context, manifest, report, verdict, model, file_sha256(folder / model))
         (folder / CARD).write_text(card, encoding="utf-8")
         content = PackageContents(
             id=context.draft.id,
             name=context.recipe.name,
-            kind=manifest.kind,
+            task=manifest.task,
+            details=manifest.details,
+            companions=export.companions,
             candidate=export.name,
             model=model,
             model_format=export.format,
@@ -202,7 +206,7 @@ def open_package(path: Path) -> Package:
     content = read_json(PackageContents, path / PACKAGE)
     drafting = content.speculate
     drafted = () if drafting is None else (drafting.file, SPECULATION)
-    for part in (content.model, REPORT, VERDICT, CARD, *((TOKENIZER,) if content.kind == "text" else ()), *drafted):
+    for part in (content.model, REPORT, VERDICT, CARD, *content.companions, *drafted):
         if part not in content.files:
             raise InputError(f"{path / PACKAGE}: lists no {part}; package again")
     verify_files(str(path), content.files)

@@ -9,7 +9,8 @@ from pydantic import model_validator
 
 from overproof.config import Regression, Speculate
 from overproof.evaluate.gate import CandidateVerdict, Reason, check_rule
-from overproof.evaluate.metrics import FrozenModel, Report
+from overproof.evaluate.metrics import Report
+from overproof.files import FrozenModel
 
 
 class SpeculationMeasurement(FrozenModel):

@@ -13,12 +13,9 @@ import ray
 
 from overproof.artifacts import TOOLS, Artifact
 from overproof.config import Evaluate, Speculate
-from overproof.data.manifest import TOKENIZER
 from overproof.data.parquet_reader import Shards
+from overproof.engines import probe
 from overproof.errors import GateRefused
-from overproof.evaluate import engine_probe
-from overproof.evaluate.scoring import TestDocuments
-from overproof.evaluate.stage import test_prompts
 from overproof.export.stage import read_exports
 from overproof.files import file_sha256
 from overproof.package.model_card import render_draft_card
@@ -35,7 +32,8 @@ from overproof.package.package import (
     open_package,
 )
 from overproof.package.speculation import SpeculationMeasurement, SpeculationResult, judge_draft
-from overproof.stage_context import StageContext
+from overproof.registry import FORMATS
+from overproof.stage_context import Progress, StageContext
 
 
 def pack_with_draft(context: StageContext) -> dict[str, Any]:
@@ -49,7 +47,8 @@ def pack_with_draft(context: StageContext) -> dict[str, Any]:
     compressed, prepared = context.parents["compress"], context.parents["prepare"]
     draft = shipped.content.candidate
     context.progress("speculate", 0, 1, f"{draft} drafts for {policy.teacher}")
-    found = ray.get(_measure.remote(compressed, prepared, draft, policy, context.recipe.evaluate))
+    measuring = _measure.remote(compressed, prepared, draft, policy, context.recipe.evaluate, context.progress)
+    found = ray.get(measuring)
     verdict = judge_draft(policy, shipped.report, found)
     if not verdict.passed:
         lines = "\n".join(f"  {reason.text}" for reason in verdict.reasons if not reason.passed)
@@ -68,18 +67,24 @@ def pack_with_draft(context: StageContext) -> dict[str, Any]:
 
 @ray.remote(num_cpus=1)
 def _measure(
-    compressed: Artifact, prepared: Artifact, draft: str, policy: Speculate, settings: Evaluate
+    compressed: Artifact, prepared: Artifact, draft: str, policy: Speculate, settings: Evaluate, progress: Progress
 ) -> SpeculationMeasurement:
     files = {export.name: compressed.local() / export.file for export in read_exports(compressed.local())}
-    return measure_draft(files[policy.teacher], files[draft], prepared.local(), policy, settings)
+
+    def say(note: str) -> None:
+        progress("speculate", 0, 1, note)
+
+    return measure_draft(files[policy.teacher], files[draft], prepared.local(), policy, settings, say)
 
 
 def measure_draft(
-    model: Path, draft: Path, root: Path, policy: Speculate, settings: Evaluate
+    model: Path, draft: Path, root: Path, policy: Speculate, settings: Evaluate, say: probe.Say
 ) -> SpeculationMeasurement:
     """Continue the beginnings of test documents by the serving engine, with and without the draft in turn."""
+    from overproof.tasks.text_evaluation import TestDocuments, test_prompts
+
     prompts = test_prompts(TestDocuments.of(root, settings.max_documents), Shards(root, "test"), policy.prompts)
-    request = engine_probe.DraftRequest(
+    request = probe.DraftRequest(
         file=str(model),
         draft=str(draft),
         draft_tokens=policy.draft_tokens,
@@ -88,7 +93,7 @@ def measure_draft(
         new_tokens=policy.new_tokens,
         repeats=policy.repeats,
     )
-    answer = engine_probe.probe_draft(request)
+    answer = probe.probe_draft(request, say)
     return SpeculationMeasurement(
         model=model.stem,
         draft=draft.stem,
@@ -112,10 +117,13 @@ def _pack(context: StageContext, shipped: Package, policy: Speculate, judged: Sp
     drafting = DraftModel(draft=judged.found.draft, policy=policy)
     shutil.copyfile(compressed / teacher.file, folder / shipped.content.model)
     shutil.copyfile(shipped.model, folder / drafting.file)
-    for part in (REPORT, VERDICT, TOKENIZER):
+    for part in (REPORT, VERDICT, *shipped.content.companions):
         shutil.copyfile(shipped.path / part, folder / part)
     (folder / SPECULATION).write_text(judged.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(render_draft_card(context.recipe.name, shipped.report, judged), encoding="utf-8")
+    (folder / CARD).write_text(
+        render_draft_card(context.recipe.name, FORMATS[context.recipe.compress.kind].library, shipped.report, judged),
+        encoding="utf-8",
+    )
     changed = {
         "id": context.draft.id,
         "candidate": teacher.name,

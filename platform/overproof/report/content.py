@@ -17,6 +17,7 @@ import numpy as np
 from overproof.artifacts import Artifact
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import MeasuredFile, Report
+from overproof.registry import TASKS
 from overproof.report.figure import PlottedCurve
 from overproof.report.pareto import hypervolume, non_dominated, standings
 from overproof.train.throughput import WATTS_PER_CORE
@@ -118,7 +119,8 @@ def file_rows(judged: EvaluatedFiles, swept: Mapping[str, Any]) -> dict[str, Any
     passed = {c.name: c.passed for c in verdict.candidates} if verdict else {}
     spent = {trial["name"]: trial for trial in (*swept["trials"], swept["control"])}
     rows = [_file(m, report, passed.get(m.name), spent.get(m.student or m.name)) for m in report.measured]
-    sign = 1.0 if report.quality == "bits_per_byte" else -1.0
+    task = TASKS[report.task]
+    sign = -1.0 if task.quality.higher_is_better else 1.0
     lost_N = np.array([sign * row["quality"] for row in rows])
     planes = {}
     for axis in AXES:
@@ -131,7 +133,9 @@ def file_rows(judged: EvaluatedFiles, swept: Mapping[str, Any]) -> dict[str, Any
             "volume": _volumes(report, costs_N2),
         }
     return {
-        "quality": report.quality,
+        "quality": {"title": task.quality.title, "higher_is_better": task.quality.higher_is_better},
+        "speed_unit": task.speed_unit,
+        "engine": f"{report.engine}, which computes with {report.computes_with}",
         "confidence": report.confidence,
         "chosen": verdict.chosen if verdict else None,
         "rows": rows,
@@ -141,7 +145,7 @@ def file_rows(judged: EvaluatedFiles, swept: Mapping[str, Any]) -> dict[str, Any
 
 def _file(m: MeasuredFile, report: Report, passed: bool | None, trial: Mapping[str, Any] | None) -> dict[str, Any]:
     quality = m.metrics[report.quality]
-    rate = m.metrics.get("decode_tokens_per_s" if report.kind == "text" else "images_per_s")
+    rate = m.metrics.get(TASKS[report.task].speed)
     return {
         "name": m.name,
         "role": m.name if m.student is None else "winner" if m.student == report.winner else "kept",

@@ -15,6 +15,7 @@ from matplotlib.transforms import Bbox
 
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import Report
+from overproof.registry import TASKS
 
 # Okabe and Ito's palette, told apart by people who see colours differently.
 COLOURS = {"teacher": "#000000", "student": "#0072B2", "control": "#D55E00", "trial": "#56B4E9", "kept": "#56B4E9"}
@@ -105,9 +106,10 @@ def _plane(axes: Axes, report: Report, verdict: Verdict) -> list[Annotation]:
                                    textcoords="offset points", color=colour, parse_math=False))  # fmt: skip
     note = "the gate compares files on the same test units: far narrower than these intervals"
     axes.text(0.01, 0.01, note, transform=axes.transAxes, fontsize=8, alpha=0.7)
-    better = "lower is better" if report.quality == "bits_per_byte" else "higher is better"
+    quality_metric = TASKS[report.task].quality
+    better = "higher is better" if quality_metric.higher_is_better else "lower is better"
     axes.set(xscale="log", xlabel="file size (MB, log scale; smaller is better)",
-             ylabel=f"{report.quality.replace('_', ' ')} on the test split ({better})",
+             ylabel=f"{quality_metric.title} on the test split ({better})",
              title=f"Size and quality, each with its own {report.confidence:.0%} interval")  # fmt: skip
     sizes = sorted({measured.size_bytes / 1e6 for measured in report.measured})
     axes.xaxis.set_minor_locator(NullLocator())

@@ -83,7 +83,6 @@ def render_page(name: str, artifacts: Mapping[str, Artifact]) -> str:
         name=name,
         files=tree["files"],
         verdict=judged.verdict if judged else None,
-        text=judged is not None and judged.report.kind == "text",
         costs=tree["costs"],
         trials=tree["trials"],
         lineage=_in_order(artifacts.values()),

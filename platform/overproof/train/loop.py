@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from overproof.config import Optimization
 from overproof.errors import InputError
-from overproof.models.hf_directory import Batch, forward
+from overproof.models.hf_directory import Batch
 from overproof.train.engine import Metrics, TrainingEngine
-from overproof.train.objective import Objective, nll
+from overproof.train.objective import Objective, Predict, nll
 
 CurveRow = dict[str, float]  # "step" counts finished steps; then what was measured at it
 
@@ -100,7 +100,10 @@ def _diverged(step: int, metrics: Metrics, optimization: Optimization) -> InputE
 
 
 def validation_loss(
-    model: nn.Module, batches: Iterable[Batch], total: Callable[[Tensor], Tensor] = lambda values: values
+    model: nn.Module,
+    predict: Predict,
+    batches: Iterable[Batch],
+    total: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> float:
     """Mean negative log-likelihood of the predictions that count, nats.
 
@@ -110,7 +113,7 @@ def validation_loss(
     device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        prediction = forward(model, {name: value.to(device) for name, value in batch.items()})
+        prediction = predict(model, {name: value.to(device) for name, value in batch.items()})
         counted_BP = nll(prediction) * prediction.mask_BP
         sums += torch.stack([counted_BP.sum(dtype=torch.float64), prediction.mask_BP.sum().double()])
     loss, count = total(sums).tolist()

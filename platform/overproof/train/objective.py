@@ -5,13 +5,17 @@ Shapes: B rows, P predictions in a row, V outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from overproof.models.hf_directory import Batch, Prediction, forward
+from overproof.models.base import Prediction
+from overproof.models.hf_directory import Batch
+
+Predict = Callable[[nn.Module, Batch], Prediction]  # a task's
 
 
 class Objective(Protocol):
@@ -25,8 +29,10 @@ class Objective(Protocol):
 class CrossEntropy:
     """The labels' negative log-likelihood, averaged over the predictions that count."""
 
+    predict: Predict
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        prediction = forward(model, batch)
+        prediction = self.predict(model, batch)
         return masked_mean(nll(prediction), prediction.mask_BP), {}
 
 

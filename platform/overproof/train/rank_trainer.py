@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from overproof.data.manifest import TOKENIZER, Manifest
+from overproof.data.manifest import Manifest
 from overproof.data.order import rows_hash
-from overproof.data.parquet_reader import BATCH_COLUMNS, Columns, Shards, planned_shards
+from overproof.data.parquet_reader import Columns, Shards, planned_shards
 from overproof.errors import InputError
 from overproof.files import local_cache
 from overproof.models.hf_directory import Batch, count_parameters, save_model, to_tensors
+from overproof.registry import TASKS
 from overproof.stage_context import NOTICE
 from overproof.train.checkpoint import Checkpoint
 from overproof.train.checkpoint_callback import CheckpointCallback, CheckpointSignal
@@ -41,6 +42,7 @@ class RankTrainer:
         self.job, self.start, self.rank, self.world = job, start, rank, world
         self.root = job.prepared.local()
         self.manifest = Manifest.read(self.root)
+        self.task = TASKS[self.manifest.task]
         self.order = self.manifest.order(job.seed)
         torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
         found = start.checkpoint
@@ -49,7 +51,7 @@ class RankTrainer:
             self.model = job.lesson.model(self.manifest, job.seed)
             self.parameters = count_parameters(self.model)  # before ZeRO-3 takes them apart
             self.engine = DeepSpeedEngine(self.model, job.train, job.seed, universal)
-            self.objective = job.lesson.objective(self.engine.device)
+            self.objective = job.lesson.objective(self.task, self.engine.device)
         self.rows = self._restore(found, universal) if found else []
         self.batch: Batch = {}
         self.held_out = Shards(self.root, "validation")
@@ -100,10 +102,10 @@ class RankTrainer:
         """The validation loss over all ranks; the same rows each time."""
         batches = (to_tensors(self.held_out.take(part)) for part in self.parts)
         with self.engine.evaluating() as model:
-            return validation_loss(model, batches, self.engine.total)
+            return validation_loss(model, self.task.predict, batches, self.engine.total)
 
     def _batches(self, rows: Iterator[Columns], seen: Callable[[int], None]) -> Iterator[Batch]:
-        names = BATCH_COLUMNS[self.manifest.kind]
+        names = self.manifest.batch_columns
         for columns in rows:
             further = self.job.lesson.columns(columns["sample_id"])
             self.batch = to_tensors({name: columns[name] for name in names} | further)
@@ -130,7 +132,7 @@ class RankTrainer:
             InputError: that checkpoint is damaged.
         """
         train, checkpoints = self.job.train, self.job.checkpoints
-        tokenizer = self.root / TOKENIZER if self.manifest.kind == "text" else None
+        tokenizer = self.manifest.tokenizer(self.root)
         if train.steps == 0:
             save_model(self.job.lesson.model(self.manifest, self.job.seed), self.model.config, folder, tokenizer)
             return
@@ -153,7 +155,9 @@ class RankTrainer:
         with self.engine.evaluating() as model:
             for index in range(share):
                 row = {name: values[index : index + 1] for name, values in self.batch.items()}
-                bad[self.rank * share + index] = not torch.isfinite(torch.tensor(validation_loss(model, [row])))
+                bad[self.rank * share + index] = not torch.isfinite(
+                    torch.tensor(validation_loss(model, self.task.predict, [row]))
+                )
         flags = self.engine.total(bad).cpu().numpy() > 0
         ids = self.order.step_rows(step - 1, size)
         named = ids[flags] if flags.any() else ids

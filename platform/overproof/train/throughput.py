@@ -12,6 +12,7 @@ import torch
 
 from overproof.data.manifest import Manifest
 from overproof.models.hf_directory import Batch
+from overproof.registry import TASKS
 from overproof.train.loop import CurveRow
 from overproof.train.train_job import TrainJob
 
@@ -42,7 +43,8 @@ class ThroughputMeter:
     def measure(self, row: CurveRow) -> CurveRow:
         """The row with what its step cost; a validation's row passes as it is.
 
-        Adds ``tokens_per_s`` (or ``rows_per_s``) of the whole group, ``data_wait_s``, ``memory_bytes`` (this rank's
+        Adds ``tokens_per_s`` (or ``images_per_s``: the task's unit) of the whole group, ``data_wait_s``,
+        ``memory_bytes`` (this rank's
         peak so far, on the GPU where there is one) and, for the group as this rank has it, ``cpu_s`` and the estimate
         ``energy_j``: CPU time at ``WATTS_PER_CORE``, and the power each GPU says it draws.
         """
@@ -70,9 +72,8 @@ class ThroughputMeter:
             return
         per_step = self.job.train.batch_size * self.manifest.positions
         rate = per_step / statistics.mean(self._seconds[-RECENT_STEPS:])
-        unit = "tok/s" if self.manifest.kind == "text" else "images/s"
         loss = f"loss {row['loss']:.2f}" if "loss" in row else "step left out"
-        note = f"{loss} · {_short(rate)} {unit} · {self.world} workers"
+        note = f"{loss} · {_short(rate)} {TASKS[self.manifest.task].unit}s/s · {self.world} workers"
         self.job.progress("train", int(row["step"]), self.job.train.steps, note)
 
     def metrics(self, rows: Sequence[CurveRow]) -> dict[str, Any]:
@@ -83,7 +84,7 @@ class ThroughputMeter:
             return next((row[name] for row in reversed(rows) if name in row), None)
 
         return {
-            **({"tokens": count * self.manifest.positions} if self.manifest.kind == "text" else {"rows": count}),
+            f"{TASKS[self.manifest.task].unit}s": count * self.manifest.positions,
             "train_loss": last("loss"),
             "validation_loss": last("validation_loss"),
             "seconds_per_step": statistics.median(self._seconds) if self._seconds else None,
@@ -94,7 +95,7 @@ class ThroughputMeter:
 
     @property
     def _unit(self) -> str:
-        return "tokens_per_s" if self.manifest.kind == "text" else "rows_per_s"
+        return f"{TASKS[self.manifest.task].unit}s_per_s"
 
 
 def gpu_watts() -> float:

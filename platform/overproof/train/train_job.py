@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overproof.artifacts import Artifact, ArtifactWriter
-from overproof.config import Model, Pretrained, Training
+from overproof.config import ModelSection, Pretrained, Training
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Columns
 from overproof.models import pretrained
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from overproof.tasks.base import Task
     from overproof.train.objective import Objective
 
 
@@ -58,7 +59,7 @@ class TrainSpec(Protocol):
     def model(self, manifest: Manifest, seed: int) -> PreTrainedModel:
         """The model with its weights from before the first step."""
 
-    def objective(self, device: torch.device) -> Objective:
+    def objective(self, task: Task, device: torch.device) -> Objective:
         """What is minimised."""
 
     def columns(self, sample_ids: NDArray[np.int64]) -> Columns:
@@ -69,7 +70,7 @@ class TrainSpec(Protocol):
 class SupervisedSpec:
     """The labels alone."""
 
-    chosen: Model
+    chosen: ModelSection
 
     def model(self, manifest: Manifest, seed: int) -> PreTrainedModel:
         from overproof.models.hf_directory import build_model, load_model
@@ -78,11 +79,11 @@ class SupervisedSpec:
             return load_model(pretrained.fetch_pretrained(self.chosen.path))
         return build_model(self.chosen, manifest, seed)
 
-    def objective(self, device: torch.device) -> Objective:
+    def objective(self, task: Task, device: torch.device) -> Objective:
         from overproof.train.objective import CrossEntropy
 
         del device
-        return CrossEntropy()
+        return CrossEntropy(task.predict)
 
     def columns(self, sample_ids: NDArray[np.int64]) -> Columns:
         del sample_ids

@@ -1,7 +1,7 @@
 // Quality against a cost. Members of the frontier are joined; what another file beats is faint.
 if (DATA.files) {
   const { rows, planes, quality, chosen } = DATA.files;
-  const less = quality === "bits_per_byte";
+  const less = !quality.higher_is_better;
   const words = { certain: "on the frontier for certain", open: "more test units would tell", beaten: "beaten for certain" };
 
   const draw = (svg, box) => {
@@ -12,7 +12,7 @@ if (DATA.files) {
     const x = scale(along.domain, [box.left, box.right], along.log);
     const y = scale(span(ends, false).domain, [box.bottom, box.top + 8]);
     const better = less ? "less is better" : "more is better";
-    frame(svg, x, y, box, { x: plane.label + (along.log ? " (log scale)" : ""), y: `${less ? "bits per byte" : "accuracy"}, ${better}` });
+    frame(svg, x, y, box, { x: plane.label + (along.log ? " (log scale)" : ""), y: `${quality.title}, ${better}` });
     staircase(svg, box, x, y, axis);
     const labels = [];
     for (const row of [...rows].sort((a, b) => plane.frontier.includes(a.name) - plane.frontier.includes(b.name))) {

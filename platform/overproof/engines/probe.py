@@ -1,4 +1,4 @@
-"""Ask the serving engine itself, in a process of its own: ``python -m overproof.evaluate.engine_probe FOLDER``.
+"""Ask the serving engine itself, in a process of its own: ``python -m overproof.engines.probe FOLDER``.
 
 The process holds the engine and little else (no torch, no Ray), so its resident memory is what a replica's engine
 costs. Reads ``request.json`` from the folder and writes ``answer.json`` there.
@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -17,10 +18,16 @@ import numpy as np
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from overproof.registry import ENGINES
 from overproof.subprocesses import run_module
 
 WARM_UP_TOKENS = 8
-TIMEOUT_S = 1800
+TIMEOUT_S = 7200
+FEWEST = 3  # requests timed, however long they take
+PROGRESS = "progress"  # a file of the folder
+Say = Callable[[str], None]
+
+_folder: str | None = None  # of the request that this process answers
 
 
 class _Message(BaseModel):
@@ -38,7 +45,8 @@ class TextRequest(_Message):
     probe_tokens: int
     texts: list[str]  # to split into tokens
     timed_prompts: list[list[int]]  # asked in turn; the first warms up, too
-    timed_requests: int
+    timed_requests: int  # at most
+    probe_s: float  # after which no further one is begun
     decode_tokens: int
 
 
@@ -61,22 +69,24 @@ class TextAnswer(_Message):
     splits: list[list[int]]  # token ids of each text
 
 
-class ImageRequest(_Message):
-    """What to ask a classifier."""
+class ArrayRequest(_Message):
+    """What to ask a model that takes one array a row."""
 
-    kind: Literal["digits"] = "digits"
+    kind: Literal["arrays"] = "arrays"
+    engine: str
     file: str
     threads: int
-    images: list[list[float]]  # for the parity probe, and timed in turn
-    timed_requests: int
+    rows: list[list[float]]  # for the parity probe, and timed in turn
+    timed_requests: int  # at most
+    probe_s: float  # after which no further one is begun
 
 
-class ImageAnswer(_Message):
-    """What a classifier and its engine did."""
+class ArrayAnswer(_Message):
+    """What such a model and its engine did."""
 
     before_mb: float
     resident_mb: float
-    latency_s: list[float]  # of each timed image, one at a time
+    latency_s: list[float]  # of each timed row, one at a time
     logprobs: list[list[float]]
 
 
@@ -103,28 +113,53 @@ class DraftAnswer(_Message):
     drafted_tokens_per_s: list[float]
 
 
-def probe_draft(request: DraftRequest) -> DraftAnswer:
-    """Run a request in a fresh process."""
-    return DraftAnswer.model_validate_json(_ask(request, request.threads))
+def probe_draft(request: DraftRequest, say: Say) -> DraftAnswer:
+    """Run a request in a fresh process; ``say`` is told about once a second how far it is."""
+    return DraftAnswer.model_validate_json(_ask(request, request.threads, say))
 
 
-def probe_text(request: TextRequest) -> TextAnswer:
-    """Run a request in a fresh process."""
-    return TextAnswer.model_validate_json(_ask(request, request.threads))
+def probe_text(request: TextRequest, say: Say) -> TextAnswer:
+    """Run a request in a fresh process; ``say`` is told about once a second how far it is."""
+    return TextAnswer.model_validate_json(_ask(request, request.threads, say))
 
 
-def probe_images(request: ImageRequest) -> ImageAnswer:
-    """Run a request in a fresh process."""
-    return ImageAnswer.model_validate_json(_ask(request, request.threads))
+def probe_arrays(request: ArrayRequest, say: Say) -> ArrayAnswer:
+    """Run a request in a fresh process; ``say`` is told about once a second how far it is."""
+    return ArrayAnswer.model_validate_json(_ask(request, request.threads, say))
 
 
-def _ask(request: _Message, threads: int) -> str:
+def _ask(request: _Message, threads: int, say: Say) -> str:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "request.json").write_text(request.model_dump_json(), encoding="utf-8")
-        done = run_module("overproof.evaluate.engine_probe", folder, timeout_s=TIMEOUT_S, OMP_NUM_THREADS=str(threads))
+        told = Path(folder, PROGRESS)
+        began_s = time.monotonic()
+
+        def poll() -> None:
+            where = told.read_text(encoding="utf-8") if told.exists() else "loading"
+            say(f"{where}, {time.monotonic() - began_s:.0f} s")
+
+        done = run_module(
+            "overproof.engines.probe", folder, timeout_s=TIMEOUT_S, poll=poll, OMP_NUM_THREADS=str(threads)
+        )
         if done.returncode != 0:
             raise RuntimeError(f"the serving engine ended with {done.returncode}: {done.stderr[-2000:]}")
         return Path(folder, "answer.json").read_text(encoding="utf-8")
+
+
+def _timed(count: int, probe_s: float) -> Iterator[int]:
+    """Numbers of the requests to time: ``count`` at most, and after ``probe_s`` seconds no more than ``FEWEST``."""
+    began_s = time.monotonic()
+    for number in range(count):
+        if number >= FEWEST and time.monotonic() - began_s > probe_s:
+            return
+        _tell(f"request {number + 1} of {count}")
+        yield number
+
+
+def _tell(where: str) -> None:
+    """Leave a note of how far the probe is for the process that waits."""
+    if _folder is not None:
+        Path(_folder, PROGRESS).write_text(where, encoding="utf-8")
 
 
 def _resident_mb() -> float:
@@ -134,15 +169,15 @@ def _resident_mb() -> float:
 
 
 def _measure_text(request: TextRequest) -> TextAnswer:
-    from overproof.engines import text_engine
-    from overproof.engines.base import Sampling
+    from overproof.engines.base import EngineSettings, Sampling, TextEngine
 
     before_mb = _resident_mb()
-    engine = text_engine(request.engine, Path(request.file), threads=request.threads, slots=1)
+    engine = ENGINES[request.engine].load(Path(request.file), EngineSettings(threads=request.threads))
+    assert isinstance(engine, TextEngine)
     prompts = request.timed_prompts
     engine.complete(prompts[0], Sampling(WARM_UP_TOKENS))
     latency_s, first_token_s, tokens_per_s = [], [], []
-    for i in range(request.timed_requests):
+    for i in _timed(request.timed_requests, request.probe_s):
         began = time.perf_counter()
         done = engine.complete(prompts[i % len(prompts)], Sampling(request.decode_tokens))
         latency_s.append(time.perf_counter() - began)
@@ -151,7 +186,8 @@ def _measure_text(request: TextRequest) -> TextAnswer:
             tokens_per_s.append((len(done.tokens) - 1) / done.decode_s)
     resident_mb = _resident_mb()
     answers = []
-    for prompt in request.prompts:
+    for number, prompt in enumerate(request.prompts):
+        _tell(f"parity prompt {number + 1} of {len(request.prompts)}")
         done = engine.complete(prompt, Sampling(request.probe_tokens, logprobs=0))
         assert done.taken is not None
         answers.append(ProbeCompletion(tokens=done.tokens, logprobs=[token.logprob for token in done.taken]))
@@ -168,26 +204,22 @@ def _measure_text(request: TextRequest) -> TextAnswer:
     )
 
 
-def _measure_images(request: ImageRequest) -> ImageAnswer:
-    from overproof.engines.onnx_runtime import OnnxClassifier
+def _measure_arrays(request: ArrayRequest) -> ArrayAnswer:
+    from overproof.engines.base import ArrayEngine, EngineSettings
 
     before_mb = _resident_mb()
-    engine = OnnxClassifier(Path(request.file), threads=request.threads)
-    images_BD = np.array(request.images, np.float32)
-    logprobs = [engine.classify(image[None])[0].tolist() for image in images_BD]  # warms up too
+    engine = ENGINES[request.engine].load(Path(request.file), EngineSettings(threads=request.threads))
+    assert isinstance(engine, ArrayEngine)
+    rows_BD = np.array(request.rows, np.float32)
+    logprobs = [engine.logprobs(row_D[None])[0].tolist() for row_D in rows_BD]  # warms up too
     latency_s: list[float] = []
-    for i in range(request.timed_requests):
+    for i in _timed(request.timed_requests, request.probe_s):
         began = time.perf_counter()
-        engine.classify(images_BD[i % len(images_BD)][None])
+        engine.logprobs(rows_BD[i % len(rows_BD)][None])
         latency_s.append(time.perf_counter() - began)
     resident_mb = _resident_mb()
     engine.close()
-    return ImageAnswer(
-        before_mb=before_mb,
-        resident_mb=resident_mb,
-        latency_s=latency_s,
-        logprobs=logprobs,
-    )
+    return ArrayAnswer(before_mb=before_mb, resident_mb=resident_mb, latency_s=latency_s, logprobs=logprobs)
 
 
 def _measure_draft(request: DraftRequest) -> DraftAnswer:
@@ -203,7 +235,8 @@ def _measure_draft(request: DraftRequest) -> DraftAnswer:
     for engine in (alone, drafted):
         engine.complete(request.prompts[0], Sampling(WARM_UP_TOKENS))
     identical, rates = [True] * len(request.prompts), []
-    for _ in range(request.repeats):
+    for repeat in range(request.repeats):
+        _tell(f"run {repeat + 1} of {request.repeats}, with and without the draft")
         both = [
             [engine.complete(prompt, Sampling(request.new_tokens)) for engine in (alone, drafted)]
             for prompt in request.prompts
@@ -224,6 +257,8 @@ def _measure_draft(request: DraftRequest) -> DraftAnswer:
 
 def main(folder: str) -> None:
     """Answer the request in a folder."""
+    global _folder
+    _folder = folder
     text = Path(folder, "request.json").read_text(encoding="utf-8")
     answer: _Message
     match json.loads(text)["kind"]:
@@ -232,7 +267,7 @@ def main(folder: str) -> None:
         case "draft":
             answer = _measure_draft(DraftRequest.model_validate_json(text))
         case _:
-            answer = _measure_images(ImageRequest.model_validate_json(text))
+            answer = _measure_arrays(ArrayRequest.model_validate_json(text))
     Path(folder, "answer.json").write_text(answer.model_dump_json(), encoding="utf-8")
 
 

@@ -1,0 +1,87 @@
+"""Replicas behind HTTP: how many, what is tried on them, and what is kept of their traffic."""
+
+from __future__ import annotations
+
+import re
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
+
+from overproof.config.base import Count, Cpus, Section
+
+
+class Traffic(Section):
+    """Requests and replies of language models kept for later, as Parquet files; `prepare` reads folder/replies."""
+
+    folder: str = Field(description="Folder that all replicas share, or a URI.")
+    sample: float = Field(1.0, gt=0, le=1, description="Share of the replies that are kept.")
+    redact: tuple[str, ...] = Field(
+        (), description="Patterns (Python's re) that are taken out, as addresses, numbers and secrets always are."
+    )
+    rows_per_file: Count = Field(1000, description="Rows that make a file.")
+    seconds_per_file: float = Field(60.0, gt=0, description="Seconds after which fewer rows make one.")
+
+    @field_validator("redact")
+    @classmethod
+    def _patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r}: {error}") from None
+        return patterns
+
+
+class Canary(Section):
+    """How a new version is tried on live requests, and when it is taken back by itself."""
+
+    share: float = Field(0.1, ge=0, le=1, description="Share of the sessions that a canary answers.")
+    compare: float = Field(
+        0.2, ge=0, le=1,
+        description="Share of a canary's requests that both versions continue by one greedy token, or classify.",
+    )  # fmt: skip
+    min_requests: Count = Field(50, description="Requests, and comparisons, before either is judged.")
+    max_failed: float = Field(0.01, ge=0, le=1, description="Share of requests that may fail in the server.")
+    max_slowdown: float = Field(1.5, gt=0, description="Median seconds a request, as times the other version's.")
+    min_agreement: float = Field(0.5, ge=0, le=1, description="Share of comparisons in which both say the same.")
+
+
+SERVER_FIELDS = ("host", "port", "memory_mb", "deployments", "traffic", "log_prompts", "tls_certificate", "tls_key")
+
+
+class Serve(Section):
+    """Autoscaling replicas behind HTTP."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; any but loopback needs OVERPROOF_API_KEY.")
+    port: int = Field(8000, ge=0, le=65535, description="Port; 0 takes a free one.")
+    min_replicas: int = Field(1, ge=0, description="Fewest replicas; 0 stops the last one when nobody asks.")
+    max_replicas: Count = Field(2, description="Most replicas.")
+    upscale_delay_s: float = Field(1.0, ge=0, description="Seconds of higher load before a replica is added.")
+    downscale_delay_s: float = Field(60.0, ge=0, description="Seconds of lower load before one is stopped.")
+    cpus_per_replica: Cpus = Field(1, description="Logical CPUs reserved by each replica.")
+    gpus_per_replica: float = Field(0, ge=0, description="GPUs reserved by each replica.")
+    threads: Count = Field(1, description="Engine threads in each replica.")
+    slots: Count = Field(4, description="Sequences a replica decodes at once.")
+    max_tokens: Count = Field(256, description="Most tokens a completion may ask for.")
+    max_prompt_tokens: Count | None = Field(
+        None, description="Most tokens of a prompt; null takes what the context holds."
+    )
+    node_labels: dict[str, str] = Field({}, description="Labels of the Ray nodes that replicas may start on.")
+    canary: Canary = Canary()
+
+    memory_mb: float | None = Field(
+        None, gt=0, description="Of all loaded models, as measured; beyond it those least used go until asked for."
+    )
+    deployments: str | None = Field(None, description="File or URI of what is deployed, and its history.")
+    log_prompts: bool = Field(False, description="Write prompts and replies into the access log.")
+    traffic: Traffic | None = Field(None, description="What is kept of requests and replies; null keeps nothing.")
+    tls_certificate: str | None = Field(None, description="PEM file of the certificate chain, for HTTPS.")
+    tls_key: str | None = Field(None, description="PEM file of its private key.")
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together; expected both or none")
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
+        return self

@@ -1,0 +1,57 @@
+"""What an export format is: what it writes, how that is read back, and which engines serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from overproof.config.export import FormatSection
+
+
+@dataclass(frozen=True)
+class ExportContext:
+    """What a format may need beside a model's directory."""
+
+    settings: Any  # the recipe's section of this format
+    recipe: str  # its name
+    teacher: Path  # the teacher's directory
+    tokenizer: Path | None  # tokenizer.json, where the rows are of tokens
+
+
+class Format(Protocol):
+    """One file format. Methods import torch and the like themselves: a recipe is read without."""
+
+    section: type[FormatSection]
+    suffix: str  # of its files, such as ".gguf"
+    unquantised: str  # the variant that references are written in, such as "f16"
+    engines: tuple[str, ...]  # kinds of the engines that serve it; the first is the default
+    library: str  # as the Hugging Face Hub names it
+    drafting_engine: str | None  # the engine that answers with a draft of this format, if one does
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Kinds of the model families that it can hold."""
+
+    def write(self, source: Path, file: Path, variant: str, context: ExportContext, unquantised: Path) -> None:
+        """Write a Hugging Face directory as one file of a variant; ``file`` appears when it is complete.
+
+        ``unquantised`` is the same model's file in the unquantised variant, which is written first.
+
+        Raises:
+            InputError: the model or its tokenizer has a feature that the format does not cover.
+        """
+
+    def difference_nats(self, source: Path, file: Path) -> tuple[float, float]:
+        """How far an unquantised file, read back, is from the model it was made from, on random rows: the largest
+        difference of a log-probability, and the most that rounding explains.
+
+        Reader and writer could share a mistake, which this cannot see; the parity probe, which asks the engine, can.
+        """
+
+    def read_back(self, file: Path) -> Any:
+        """What a file means, apart from any engine: a torch model, or a function of flat rows (B, D)."""
+
+    def companions(self, context: ExportContext) -> Mapping[str, Path]:
+        """Files that a package needs beside the model, by name."""

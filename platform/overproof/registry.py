@@ -1,0 +1,86 @@
+"""What is open: tasks, model families, export formats and engines. A new one is one file, and one line here.
+
+Each line names a kind and the object that implements it, which is imported when it is first asked for. What such an
+object offers is a protocol: ``tasks/base.py``, ``models/base.py``, ``export/base.py`` and ``engines/base.py``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from overproof.errors import InputError
+
+if TYPE_CHECKING:
+    from overproof.engines.base import EngineLoader
+    from overproof.export.base import Format
+    from overproof.models.base import ModelFamily
+    from overproof.tasks.base import Task
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Implementations by kind. Iterating gives the kinds and imports nothing."""
+
+    def __init__(self, what: str, where: Mapping[str, str]) -> None:
+        """``where`` maps a kind to ``package.module:object``, below ``overproof``."""
+        self.what, self._where = what, dict(where)
+
+    def __getitem__(self, kind: str) -> T:
+        if kind not in self._where:
+            raise InputError(f"{self.what} {kind!r}: unknown{nearest(kind, self._where)}")
+        module, name = self._where[kind].split(":")
+        found: T = getattr(import_module(f"overproof.{module}"), name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self._where
+
+
+def nearest(found: str, known: Mapping[str, Any] | Registry[Any]) -> str:
+    """The end of a message about an unknown name: the one that was meant, perhaps, and those there are."""
+    close = difflib.get_close_matches(found, list(known), n=1)
+    return f"; {f'did you mean {close[0]!r}? ' if close else ''}expected one of {', '.join(known)}"
+
+
+TASKS: Registry[Task] = Registry(
+    "task",
+    {
+        "language_modeling": "tasks.language_modeling:TASK",
+        "image_classification": "tasks.image_classification:TASK",
+    },
+)
+
+FAMILIES: Registry[ModelFamily] = Registry(
+    "model family",
+    {
+        "llama": "models.llama:FAMILY",
+        "vit": "models.vit:FAMILY",
+    },
+)
+
+FORMATS: Registry[Format] = Registry(
+    "export format",
+    {
+        "gguf": "export.gguf:FORMAT",
+        "onnx": "export.onnx:FORMAT",
+    },
+)
+
+ENGINES: Registry[EngineLoader] = Registry(
+    "engine",
+    {
+        "llama.cpp": "engines.llamacpp:ENGINE",
+        "vllm": "engines.vllm:ENGINE",
+        "onnxruntime": "engines.onnx_runtime:ENGINE",
+    },
+)

@@ -1,0 +1,84 @@
+"""Models that take one array a row on the test split: quality, speed, memory and parity, all in the engine.
+
+Rows are asked one at a time, as a lone request is: int8 activations share one scale for a batch. Parity is held against
+what the file means, run operator by operator and integers included, so only float rounding remains.
+
+Shapes: B rows, D numbers in a row, V outputs, U test units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from overproof.config import Evaluate
+from overproof.data.parquet_reader import Columns, Shards
+from overproof.engines import probe
+from overproof.engines.base import ArrayEngine, EngineSettings
+from overproof.engines.probe import Say
+from overproof.files import file_sha256
+from overproof.registry import ENGINES
+from overproof.tasks.base import FileScores, Metric, cost_metrics, spread_units
+
+TIMED_AT_LEAST = 300  # a row is quick, and its latency is cheap to know well
+
+# Of log-probabilities (U, V) and the columns of the rows: what ``Quality`` adds up of each, and the first choices.
+Judge = Callable[[NDArray[np.float32], Columns], tuple[NDArray[np.float64], NDArray[np.int32]]]
+
+
+def score_arrays(file: Path, root: Path, most: int | None, engine: str, column: str, judge: Judge) -> FileScores:
+    """A file on ``most`` rows of the test split, in the engine that will serve it."""
+    shards = Shards(root, "test")
+    units = spread_units(np.arange(shards.rows), most)
+    columns = shards.take(units)
+    loaded = ENGINES[engine].load(file, EngineSettings())
+    assert isinstance(loaded, ArrayEngine)
+    logprobs_UV = np.concatenate([loaded.logprobs(row_D[None]) for row_D in flat(columns[column])])
+    loaded.close()
+    total, choices_N = judge(logprobs_UV, columns)
+    ones = np.ones(len(units), np.int64)
+    return FileScores(file_sha256(file), units, total, ones, ones, choices_N)
+
+
+def first_choices(logprobs_UV: NDArray[np.float32], columns: Columns) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
+    """A ``Judge``: 1 for a right answer, by the column ``label``."""
+    choices_N = logprobs_UV.argmax(1).astype(np.int32)
+    return (choices_N == columns["label"]).astype(np.float64), choices_N
+
+
+def measure_arrays(
+    file: Path, root: Path, settings: Evaluate, engine: str, column: str,
+    reference: Callable[[NDArray[np.float32]], NDArray[np.float32]], speed: str, unit: str, say: Say,
+) -> dict[str, Metric]:  # fmt: skip
+    """Speed, memory and parity of an engine on test rows; ``speed`` names the metric of ``unit`` a second."""
+    shards = Shards(root, "test")
+    rows_BD = flat(shards.take(spread_units(np.arange(shards.rows), settings.probe_prompts))[column])
+    request = probe.ArrayRequest(
+        engine=engine,
+        file=str(file),
+        threads=settings.threads,
+        rows=rows_BD.tolist(),
+        timed_requests=max(settings.timed_requests, TIMED_AT_LEAST),
+        probe_s=settings.probe_s,
+    )
+    answer = probe.probe_arrays(request, say)
+    reference_BV = np.concatenate([reference(row_D[None]) for row_D in rows_BD])  # one at a time, as they were asked
+    nats = array_parity_nats(reference_BV, np.array(answer.logprobs, np.float32))
+    return cost_metrics(answer) | {
+        speed: Metric(value=1 / median(answer.latency_s), unit=f"{unit}/s", n=len(answer.latency_s)),
+        "parity_nats": Metric(value=nats, unit="nats", n=len(rows_BD)),
+    }
+
+
+def array_parity_nats(reference_BV: NDArray[np.float32], engine_BV: NDArray[np.float32]) -> float:
+    """The largest difference of any output's log-probability, in nats."""
+    return float(np.abs(reference_BV - engine_BV).max())
+
+
+def flat(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows with their numbers one after the other: (B, D)."""
+    return values.reshape(len(values), -1)

@@ -1,0 +1,217 @@
+"""What a task is: everything that differs between kinds of data, from the rows of a shard to the words of the card.
+
+Shapes: B rows, P predictions in a row, V outputs, U test units, N predictions of all units in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from overproof.config.data import DataSection
+from overproof.files import FrozenModel
+from overproof.models.base import DataShape, Prediction
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from overproof.config import Evaluate
+    from overproof.data.manifest import Manifest
+    from overproof.engines.probe import ArrayAnswer, Say, TextAnswer
+    from overproof.export.base import Format
+    from overproof.stage_context import StageContext
+
+    Batch = dict[str, Tensor]
+
+# What a student may learn from beside the labels.
+Loss = Literal["outputs", "attention", "hidden_states", "generated_text"]
+
+
+class Metric(FrozenModel):
+    """One figure; ``low`` and ``high`` bound it where resampling can say so, ``n`` is what it was measured on."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    unit: str
+    n: int
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The metric that the gate judges: of sums over test units, ``scale * (total / size) ** power``."""
+
+    name: str  # in reports, such as "bits_per_byte"
+    title: str  # for people
+    unit: str
+    higher_is_better: bool
+    relative: bool  # a difference is a relative increase, in %; else a difference, in points
+    scale: float = 1.0
+    power: float = 1.0
+
+    def value(self, total: Any, size: Any) -> Any:
+        """The metric of sums; arrays give arrays."""
+        return self.scale * (total / size) ** self.power
+
+    def worse(self, found: Any, reference: Any) -> Any:
+        """How much worse ``found`` is than ``reference``: above 0 is worse whatever the metric's direction."""
+        if self.relative:
+            return (reference / found if self.higher_is_better else found / reference) - 1
+        return reference - found if self.higher_is_better else found - reference
+
+    @property
+    def difference_unit(self) -> str:
+        return "%" if self.relative else "points"
+
+    @property
+    def comparatives(self) -> tuple[str, str]:
+        """What something worse and something better is called."""
+        return ("lower", "higher") if self.higher_is_better and not self.relative else ("worse", "better")
+
+    def amount(self, value: float) -> str:
+        """A difference as people read it: ``3 %`` or ``2 points``."""
+        return f"{100 * value:g} {self.difference_unit}"
+
+    def sort_key(self, value: float) -> float:
+        """The smaller, the better."""
+        return -value if self.higher_is_better else value
+
+
+@dataclass(frozen=True)
+class FileScores:
+    """One exported file on every unit of the test split, the units in ascending order of their ids.
+
+    ``choices_N`` holds the first choice of each prediction, unit after unit; unit u has ``predictions[u]`` of them.
+    """
+
+    sha256: str  # of the file that was scored
+    units: NDArray[np.int64]
+    total: NDArray[np.float64]  # of each unit: what ``Quality`` adds up
+    size: NDArray[np.int64]  # and what it divides by
+    predictions: NDArray[np.int64]
+    choices_N: NDArray[np.int32]
+
+
+def agreements(scores: FileScores, teacher: FileScores) -> NDArray[np.int64]:
+    """Of each unit's predictions, how many have the teacher's first choice."""
+    starts = np.cumsum(scores.predictions) - scores.predictions
+    return np.add.reduceat((scores.choices_N == teacher.choices_N).astype(np.int64), starts)
+
+
+def spread_units(units: NDArray[np.int64], most: int | None) -> NDArray[np.int64]:
+    """All units, or ``most`` of them evenly spread."""
+    if most is None or most >= len(units):
+        return units
+    return units[np.linspace(0, len(units) - 1, most).round().astype(np.int64)]
+
+
+def cost_metrics(answer: TextAnswer | ArrayAnswer) -> dict[str, Metric]:
+    """Memory, and the latency that half of the requests, and 95 in 100, stay within: what a client of an idle engine
+    waits.
+    """
+    return {
+        "resident_mb": Metric(value=answer.resident_mb, unit="MB", n=1),
+        "resident_before_load_mb": Metric(value=answer.before_mb, unit="MB", n=1),
+        **{
+            f"latency_p{share}_s": Metric(
+                value=float(np.percentile(answer.latency_s, share, method="inverted_cdf")),
+                unit="s",
+                n=len(answer.latency_s),
+            )
+            for share in (50, 95)
+        },
+    }
+
+
+@dataclass(frozen=True)
+class CardWords:
+    """What a model card says of a task."""
+
+    summary: str  # "A language model over byte-level BPE tokens"
+    intended_use: str  # and its limits
+    latency: str  # what one timed request is
+
+
+class Task(Protocol):
+    """One kind of data and of answers. Methods import what is heavy themselves: a recipe is read without torch."""
+
+    section: type[DataSection]
+    unit: str  # what one prediction is of, such as "token"
+    test_unit: str  # what is resampled, such as "document"
+    quality: Quality
+    losses: frozenset[Loss]
+    speed: str  # the metric of an engine's speed, such as "decode_tokens_per_s"
+    speed_unit: str
+    label_column: str  # of a shard: what the cache repeats, to be held against the data
+    pipeline_tag: str  # as the Hugging Face Hub names the task
+    route: str  # of the HTTP API
+
+    # --- data -------------------------------------------------------------------------------------
+
+    def source_digest(self, data: Any) -> str:
+        """Sha256, in hex, over what the data is made from.
+
+        Raises:
+            InputError: a source is missing or empty.
+        """
+
+    def shape(self, data: Any) -> DataShape:
+        """What a model must fit, as far as it is known before the data is prepared (the vocabulary is its limit)."""
+
+    def prepare(self, context: StageContext) -> Manifest:
+        """Read the source, split it and write the shards below the context's artifact.
+
+        Raises:
+            InputError: the source is not what the recipe says, or leaves a split or shard empty.
+        """
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def predict(self, model: nn.Module, batch: Batch) -> Prediction:
+        """Call a model on the columns of a shard."""
+
+    def feature_mask(self, batch: Batch, states_BPD: Tensor) -> Tensor:
+        """Which places of a layer's states hold something: (B, P)."""
+
+    # --- evaluation -------------------------------------------------------------------------------
+
+    def score(self, file: Path, root: Path, most_units: int | None, engine: str, format: Format) -> FileScores:
+        """An exported file on the test split of the data at ``root``."""
+
+    def probe(
+        self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
+    ) -> dict[str, Metric]:
+        """Speed, memory and parity of an exported file in the engine that will serve it; ``say`` hears of progress."""
+
+    # --- serving ----------------------------------------------------------------------------------
+
+    def example(self, details: Mapping[str, Any]) -> dict[str, Any]:
+        """The body of a request that shows what the model does; the model's name is put in beside."""
+
+    def describe_reply(self, body: Mapping[str, Any], reply: Mapping[str, Any]) -> str:
+        """What a reply says, on a line."""
+
+    def card(self, manifest: Manifest, settings: Evaluate) -> CardWords:
+        """The words of the model card."""
+
+
+class ArrayTask(Task, Protocol):
+    """A task whose rows are one array of numbers each, and whose answers come from the log-probabilities of outputs."""
+
+    request: type[BaseModel]  # the body of POST ``route``
+
+    def inputs(self, request: Any, details: Mapping[str, Any]) -> NDArray[np.float32]:
+        """The rows of a request, flat: (B, D).
+
+        Raises:
+            InputError: a row is not what the package's model takes.
+        """
+
+    def answers(self, logprobs_BV: NDArray[np.float32], details: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+        """What is replied for each row."""

@@ -1,0 +1,43 @@
+"""What requests and replies about one model have in common, in the shape of OpenAI's API."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+MOST_ROWS = 1024  # in a request
+
+
+def _unicode(text: Any) -> Any:
+    if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("expected valid Unicode")
+    return text
+
+
+UnicodeText = Annotated[str, BeforeValidator(_unicode)]
+
+
+class ModelRequest(BaseModel):
+    """The body of a request to a model."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    model: UnicodeText | None = Field(
+        None, description="Name of the model, or the package's id of one version; may be left out where there is one."
+    )
+    user: UnicodeText | None = Field(None, description="Keeps its requests with one version, where several are tried.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        """Clients send null for what they leave out."""
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
+
+class ModelReply(BaseModel):
+    """What every reply about a model says: ``package`` is the id that `overproof show` takes."""
+
+    model: str
+    package: str
+    system_fingerprint: str  # start of the served file's sha256

@@ -1,0 +1,207 @@
+"""Images of any source as shards: read, scaled where the recipe asks for it, split class by class, and written.
+
+Shapes: R images, C channels, H rows, W columns of pixels.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pyarrow import fs
+
+from overproof.data.columns import row_bytes
+from overproof.data.manifest import Column, Manifest, shard_schema
+from overproof.data.sources import sha256_of
+from overproof.data.stratified import write_stratified
+from overproof.errors import InputError
+from overproof.files import filesystem
+from overproof.stage_context import StageContext
+
+if TYPE_CHECKING:
+    from overproof.tasks.image_classification import ImageClassificationData, ImageSource
+
+BRIGHTEST_DIGIT = 16.0
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+SAY_EVERY = 500  # images
+LARGEST_EXAMPLE = 4096  # numbers of a test image that goes with the model as an example
+Encoded = tuple[str, bytes, str]  # where it is from, an image file's content, its class
+
+
+def image_digest(source: ImageSource) -> str:
+    """Sha256, in hex, over the names, sizes and times of a source's files.
+
+    Raises:
+        InputError: there are none.
+    """
+    if source.kind == "digits":
+        return sha256_of(["scikit-learn", version("scikit-learn")])
+    return sha256_of([[info.path, info.size, info.mtime_ns or 0] for info in _files(source)])
+
+
+def describe_images(data: ImageClassificationData) -> dict[str, Any]:
+    """What models must fit: channels, height, width and the names of the classes, in the order of their numbers.
+
+    Raises:
+        InputError: an image cannot be read.
+    """
+    if data.source.kind == "digits":
+        found = {"channels": 1, "height": 8, "width": 8}
+        classes = [str(digit) for digit in range(10)]
+    else:
+        first = next(_encoded(data.source), None)
+        if first is None:
+            raise InputError(f"data.source.path: {data.source.path}: no image; expected one at least")
+        decoded = _decoded(first, data, None)
+        found = dict(zip(("channels", "height", "width"), decoded.shape, strict=True))
+        classes = _classes(data.source)
+    found |= {"channels": data.channels or found["channels"], "height": data.height or found["height"]}
+    return found | {"width": data.width or found["width"], "classes": classes}
+
+
+def prepare_images(context: StageContext) -> Manifest:
+    """Read, scale, split by class, permute and write.
+
+    Raises:
+        InputError: an image is not one or differs in size, a split is left empty, or there are more shards than row
+            groups.
+    """
+    data: Any = context.recipe.data
+    details = describe_images(data)
+    shape = (details["channels"], details["height"], details["width"])
+    columns = (Column(name="pixels", dtype="<f4", shape=shape), Column(name="label", dtype="<i4"))
+    if data.source.kind == "digits":
+        pixels_RCHW, labels_R = _digits(data, shape)
+    else:
+        numbers = {name: number for number, name in enumerate(details["classes"])}
+        pixels, labels = [], []
+        for encoded in _encoded(data.source):
+            pixels.append(_decoded(encoded, data, shape))
+            labels.append(numbers[encoded[2]])
+            if len(pixels) % SAY_EVERY == 0:
+                size = len(pixels) * row_bytes(shard_schema(columns)) / 1e6
+                context.progress("prepare", 0, 2, f"{len(pixels):,} images read, {size:,.0f} MB")
+        pixels_RCHW, labels_R = np.stack(pixels), np.array(labels, np.int32)
+    context.progress("prepare", 1, 2, f"writing {len(labels_R):,} images")
+    rows = {"pixels": pixels_RCHW, "label": labels_R}
+    written = write_stratified(rows, labels_R, columns, data, context.recipe.seed, context.draft.uri, "images")
+    pixels_N = written.example["pixels"].ravel()
+    example = {"example": pixels_N.tolist()} if len(pixels_N) <= LARGEST_EXAMPLE else {}
+    return Manifest(
+        task=data.kind,
+        columns=columns,
+        splits=written.splits,
+        rows_per_group=data.rows_per_group,
+        positions=1,
+        outputs=len(details["classes"]),
+        details=details | example,
+    )
+
+
+def _digits(data: ImageClassificationData, shape: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    from sklearn.datasets import load_digits
+
+    bundled = load_digits()
+    images_RHW = (bundled.images / BRIGHTEST_DIGIT).astype(np.float32)
+    labels_R = bundled.target.astype(np.int32)
+    if shape == (1, 8, 8):
+        return images_RHW[:, None], labels_R
+    from PIL import Image
+
+    scaled = [
+        _pixels(Image.fromarray((255 * image_HW).astype(np.uint8)), data, shape[0], shape[1:])
+        for image_HW in images_RHW
+    ]
+    return np.stack(scaled), labels_R
+
+
+def _files(source: Any) -> list[fs.FileInfo]:
+    files, root = filesystem(source.path)
+    if files.get_file_info(root).type == fs.FileType.File:
+        return [files.get_file_info(root)]
+    suffixes = (".parquet",) if source.kind == "parquet" else SUFFIXES
+    listing = files.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+    found = [i for i in listing if i.type == fs.FileType.File and i.path.lower().endswith(suffixes)]
+    if not found:
+        raise InputError(
+            f"data.source.path: {source.path}: nothing matches {' '.join(suffixes)}; expected one at least"
+        )
+    return sorted(found, key=lambda info: info.path)
+
+
+def _encoded(source: Any) -> Iterator[Encoded]:
+    """Every image of a source, in the order of files and rows."""
+    files, root = filesystem(source.path)
+    for info in _files(source):
+        if source.kind == "parquet":
+            yield from _parquet_images(files, info.path, source)
+            continue
+        name = info.path.removeprefix(root).strip("/").split("/")
+        if len(name) < 2:
+            raise InputError(f"{info.path}: lies beside the classes' folders; expected {source.path}/CLASS/{name[-1]}")
+        with files.open_input_stream(info.path) as stream:
+            yield info.path, stream.read(), name[0]
+
+
+def _parquet_images(files: fs.FileSystem, path: str, source: Any) -> Iterator[Encoded]:
+    import pyarrow.parquet as pq
+
+    from overproof.data.parquet_reader import refuse_objects
+
+    with files.open_input_file(path) as handle:
+        file = pq.ParquetFile(handle)
+        refuse_objects(file.schema_arrow, path)
+        for name in (source.image, source.label):
+            if name not in file.schema_arrow.names:
+                raise InputError(f"{path}: columns are {', '.join(file.schema_arrow.names)}; expected {name!r}")
+        row = 0
+        for batch in file.iter_batches(columns=[source.image, source.label]):
+            for image, label in zip(*(batch.column(n).to_pylist() for n in (source.image, source.label)), strict=True):
+                content = image.get("bytes") if isinstance(image, dict) else image
+                if not isinstance(content, bytes) or label is None:
+                    raise InputError(f"{path}, row {row}: no image bytes or no class; expected both")
+                yield f"{path}, row {row}", content, str(label)
+                row += 1
+
+
+def _classes(source: Any) -> list[str]:
+    """Names of the classes: numbers in their order, else by name."""
+    if source.kind == "folder":
+        _, root = filesystem(source.path)
+        names = {info.path.removeprefix(root).strip("/").split("/")[0] for info in _files(source)}
+    else:
+        names = {label for _, _, label in _encoded(source)}
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+
+
+def _decoded(encoded: Encoded, data: Any, shape: tuple[int, ...] | None) -> NDArray[np.float32]:
+    """An image (C, H, W) with values from 0 to 1; ``shape`` is what it must come to."""
+    from PIL import Image, UnidentifiedImageError
+
+    where, content, _ = encoded
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            opened.load()
+            channels = data.channels or (shape[0] if shape else 1 if opened.mode in ("1", "L", "I;16") else 3)
+            found = _pixels(opened, data, channels, None)
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise InputError(f"{where}: not an image: {error}; expected one of {' '.join(SUFFIXES)}") from None
+    if shape is not None and found.shape != shape:
+        raise InputError(
+            f"{where}: {found.shape[1]} x {found.shape[2]} pixels, the first has {shape[1]} x {shape[2]}; expected "
+            "images of one size: set data.height and data.width to have them scaled"
+        )
+    return found
+
+
+def _pixels(image: Any, data: Any, channels: int, size: tuple[int, ...] | None) -> NDArray[np.float32]:
+    converted = image.convert("L" if channels == 1 else "RGB")
+    height, width = size or (data.height, data.width)
+    if height is not None:
+        converted = converted.resize((width, height))
+    values_HWC = np.asarray(converted, np.float32).reshape(converted.height, converted.width, channels) / 255
+    return np.ascontiguousarray(values_HWC.transpose(2, 0, 1))

@@ -1,0 +1,120 @@
+"""Language modeling: documents as packed rows of tokens, judged by bits per byte."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from overproof.config.data import BpeTokenizer, TextData
+from overproof.models.base import DataShape, Prediction
+from overproof.tasks.base import CardWords, FileScores, Loss, Metric, Quality
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from overproof.config import Evaluate
+    from overproof.data.manifest import Manifest
+    from overproof.engines.probe import Say
+    from overproof.export.base import Format
+    from overproof.stage_context import StageContext
+
+    Batch = dict[str, Tensor]
+
+BITS_PER_NAT = 1.4426950408889634
+
+
+class LanguageModelingData(TextData):
+    """Documents, cleaned, split by content hash, tokenised and packed to one length."""
+
+    kind: Literal["language_modeling"] = "language_modeling"
+
+
+class LanguageModeling:
+    """See ``Task``."""
+
+    section = LanguageModelingData
+    unit, test_unit = "token", "document"
+    quality = Quality(
+        name="bits_per_byte",
+        title="bits per byte",
+        unit="bits/byte",
+        higher_is_better=False,
+        relative=True,
+        scale=BITS_PER_NAT,  # of nats over bytes
+    )
+    losses: frozenset[Loss] = frozenset({"outputs", "attention", "hidden_states", "generated_text"})
+    speed, speed_unit = "decode_tokens_per_s", "tokens/s"
+    label_column = "tokens"  # each predicts the next
+    pipeline_tag = "text-generation"
+    route = "/v1/completions"
+
+    def source_digest(self, data: LanguageModelingData) -> str:
+        from overproof.data.sources import text_digest
+
+        return text_digest(data)
+
+    def shape(self, data: LanguageModelingData) -> DataShape:
+        if isinstance(data.tokenizer, BpeTokenizer):
+            return DataShape(data.kind, data.tokenizer.vocab_size, data.positions)
+        from tokenizers import Tokenizer
+
+        from overproof.data.sources import tokenizer_path
+        from overproof.data.tokenization import read_tokenizer
+
+        tokenizer = Tokenizer.from_str(read_tokenizer(tokenizer_path(data.tokenizer)))
+        return DataShape(data.kind, int(tokenizer.get_vocab_size()), data.positions)
+
+    def prepare(self, context: StageContext) -> Manifest:
+        from overproof.data.prepare import prepare_documents
+
+        assert isinstance(context.recipe.data, TextData)
+        return prepare_documents(context, context.recipe.data)
+
+    def predict(self, model: nn.Module, batch: Batch) -> Prediction:
+        """A causal model on the columns ``tokens`` (B, P + 1) and ``length`` (B)."""
+        from overproof.tasks.text_evaluation import predict
+
+        return predict(model, batch)
+
+    def feature_mask(self, batch: Batch, states_BPD: Tensor) -> Tensor:
+        import torch
+
+        places_P = torch.arange(states_BPD.shape[1], device=states_BPD.device)
+        return places_P < batch["length"][:, None]
+
+    def score(self, file: Path, root: Path, most_units: int | None, engine: str, format: Format) -> FileScores:
+        """By torch over the file's own weights, for engines report no log-probabilities of a prompt."""
+        from overproof.tasks.text_evaluation import score_text
+
+        del engine
+        return score_text(file, root, most_units, format.read_back(file))
+
+    def probe(
+        self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
+    ) -> dict[str, Metric]:
+        from overproof.tasks.text_evaluation import measure_text
+
+        return measure_text(file, root, settings, engine, format.read_back, say)
+
+    def example(self, details: Mapping[str, Any]) -> dict[str, Any]:
+        del details
+        return {"prompt": "import os\n\ndef ", "max_tokens": 48, "temperature": 0.7, "seed": 0}
+
+    def describe_reply(self, body: Mapping[str, Any], reply: Mapping[str, Any]) -> str:
+        return f"{body['prompt']}{reply['choices'][0]['text']}"
+
+    def card(self, manifest: Manifest, settings: Evaluate) -> CardWords:
+        return CardWords(
+            summary="A language model over byte-level BPE tokens",
+            intended_use=(
+                "It continues text that resembles its training data. It follows no instructions, and repeats what lies "
+                "in that data, with its licences and its errors. It was measured on contexts of "
+                f"{manifest.positions} tokens; longer ones are accepted and were not measured. It was not tested for "
+                "harmful output."
+            ),
+            latency=f"32 prompt tokens at most, {settings.decode_tokens} generated at most",
+        )
+
+
+TASK = LanguageModeling()
