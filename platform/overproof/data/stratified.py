@@ -26,30 +26,30 @@ class Written:
     example: dict[str, NDArray[Any]]
 
 
-def write_stratified(
-    rows: Mapping[str, NDArray[Any]], strata_R: NDArray[np.int32], columns: tuple[Column, ...], data: DataSection,
-    seed: int, uri: str, noun: str,
+def write_splits(
+    rows: Mapping[str, NDArray[Any]], splits: Mapping[str, NDArray[np.int64]], columns: tuple[Column, ...],
+    data: DataSection, uri: str, noun: str,
 ) -> Written:  # fmt: skip
-    """Split, permute and write; what does not fill a row group of the train split is left out.
+    """Write the rows of each split; what does not fill a row group of the train split is left out.
 
     Raises:
         InputError: a split is left empty, or there are more shards than row groups.
     """
-    splits, example = {}, dict[str, NDArray[Any]]()
-    for name, chosen in stratified(strata_R, data.validation_fraction, data.test_fraction, seed).items():
+    written, example = {}, dict[str, NDArray[Any]]()
+    for name, chosen in splits.items():
         if name == "train":
             chosen = chosen[: len(chosen) // data.rows_per_group * data.rows_per_group]
         if not len(chosen):
             raise InputError(
-                f"data: {len(strata_R)} {noun} leave no {name} split; "
+                f"data: {sum(map(len, splits.values()))} {noun} leave no {name} split; "
                 "set data.validation_fraction, data.test_fraction and data.rows_per_group"
             )
         own = {column: values[chosen] for column, values in rows.items()}
         shards = _write(name, own, columns, data, uri)
-        splits[name] = Split(shards=shards, rows=len(chosen), predictions=len(chosen), documents=len(chosen))
+        written[name] = Split(shards=shards, rows=len(chosen), predictions=len(chosen), documents=len(chosen))
         if name == "test":
             example = {column: values[0] for column, values in own.items()}
-    return Written(splits, example)
+    return Written(written, example)
 
 
 def stratified(

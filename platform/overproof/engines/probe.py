@@ -76,7 +76,7 @@ class ArrayRequest(_Message):
     engine: str
     file: str
     threads: int
-    rows: list[list[float]]  # for the parity probe, and timed in turn
+    rows: list[list[float | None]]  # for the parity probe, and timed in turn; None is a missing number
     timed_requests: int  # at most
     probe_s: float  # after which no further one is begun
 

@@ -8,6 +8,7 @@ Shapes: B rows, D numbers in a row, V outputs, U test units.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -61,7 +62,7 @@ def measure_arrays(
         engine=engine,
         file=str(file),
         threads=settings.threads,
-        rows=rows_BD.tolist(),
+        rows=[[None if math.isnan(x) else x for x in row] for row in rows_BD.tolist()],
         timed_requests=max(settings.timed_requests, TIMED_AT_LEAST),
         probe_s=settings.probe_s,
     )

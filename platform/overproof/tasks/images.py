@@ -17,7 +17,7 @@ from pyarrow import fs
 from overproof.data.columns import row_bytes
 from overproof.data.manifest import Column, Manifest, shard_schema
 from overproof.data.sources import sha256_of
-from overproof.data.stratified import write_stratified
+from overproof.data.stratified import stratified, write_splits
 from overproof.errors import InputError
 from overproof.files import filesystem
 from overproof.stage_context import StageContext
@@ -88,7 +88,8 @@ def prepare_images(context: StageContext) -> Manifest:
         pixels_RCHW, labels_R = np.stack(pixels), np.array(labels, np.int32)
     context.progress("prepare", 1, 2, f"writing {len(labels_R):,} images")
     rows = {"pixels": pixels_RCHW, "label": labels_R}
-    written = write_stratified(rows, labels_R, columns, data, context.recipe.seed, context.draft.uri, "images")
+    splits = stratified(labels_R, data.validation_fraction, data.test_fraction, context.recipe.seed)
+    written = write_splits(rows, splits, columns, data, context.draft.uri, "images")
     pixels_N = written.example["pixels"].ravel()
     example = {"example": pixels_N.tolist()} if len(pixels_N) <= LARGEST_EXAMPLE else {}
     return Manifest(
