@@ -7,7 +7,7 @@ object offers is a protocol: ``tasks/base.py``, ``models/base.py``, ``export/bas
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -46,10 +46,11 @@ class Registry(Mapping[str, T], Generic[T]):
         return kind in self._where
 
 
-def nearest(found: str, known: Mapping[str, Any] | Registry[Any]) -> str:
+def nearest(found: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the one that was meant, perhaps, and those there are."""
-    close = difflib.get_close_matches(found, list(known), n=1)
-    return f"; {f'did you mean {close[0]!r}? ' if close else ''}expected one of {', '.join(known)}"
+    names = list(known)
+    close = difflib.get_close_matches(found, names, n=1)
+    return f"; {f'did you mean {close[0]!r}? ' if close else ''}expected one of {', '.join(names)}"
 
 
 TASKS: Registry[Task] = Registry(

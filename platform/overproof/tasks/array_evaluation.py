@@ -9,7 +9,7 @@ Shapes: B rows, D numbers in a row, V outputs, U test units.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overproof.config import Evaluate
+from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Columns, Shards
 from overproof.engines import probe
 from overproof.engines.base import ArrayEngine, EngineSettings
@@ -31,9 +32,11 @@ TIMED_AT_LEAST = 300  # a row is quick, and its latency is cheap to know well
 Judge = Callable[[NDArray[np.float32], Columns], tuple[NDArray[np.float64], NDArray[np.int32]]]
 
 
-def score_arrays(file: Path, root: Path, most: int | None, engine: str, column: str, judge: Judge) -> FileScores:
-    """A file on ``most`` rows of the test split, in the engine that will serve it."""
-    shards = Shards(root, "test")
+def score_arrays(
+    file: Path, root: Path, most: int | None, engine: str, column: str, judge: Judge, further: Sequence[str] = ()
+) -> FileScores:
+    """A file on ``most`` rows of the test split, in the engine that will serve it; ``judge`` gets ``further`` columns."""
+    shards = Shards(root, "test", (*Manifest.read(root).batch_columns, *further))
     units = spread_units(np.arange(shards.rows), most)
     columns = shards.take(units)
     loaded = ENGINES[engine].load(file, EngineSettings())
