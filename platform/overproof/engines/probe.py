@@ -135,7 +135,7 @@ def _ask(request: _Message, threads: int, say: Say) -> str:
         began_s = time.monotonic()
 
         def poll() -> None:
-            where = told.read_text(encoding="utf-8") if told.exists() else "loading"
+            where = (told.read_text(encoding="utf-8") if told.exists() else "") or "loading"
             say(f"{where}, {time.monotonic() - began_s:.0f} s")
 
         done = run_module(
