@@ -1,4 +1,4 @@
-"""Engines: what runs a model. Each is imported where it is used, for none is small."""
+"""Engines run a model's file. Each is imported only where it is used, for none is small."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from overproof.engines.base import TextEngine
 
 
 def text_engine(name: str, path: Path, **settings: Any) -> TextEngine:
-    """A language model in the engine of that name: "llama.cpp" or "vllm".
+    """A language model, loaded by the engine of that name: "llama.cpp" or "vllm".
 
     Raises:
         InputError: it cannot be loaded.
