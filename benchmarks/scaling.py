@@ -18,7 +18,7 @@ from asking import WAIT_S, load, until
 from measuring import machine, say, spread, table
 
 from overproof.config import Serve
-from overproof.serve import server
+from overproof.serve import controller, server
 
 SETTINGS = Serve(
     port=0, min_replicas=0, max_replicas=2, cpus_per_replica=0.5, slots=1, upscale_delay_s=0.5, downscale_delay_s=2.0
@@ -29,8 +29,8 @@ BODY = {"prompt": "import os\n", "max_tokens": 200, "temperature": 1.0}
 
 def replicas() -> int:
     """Those that answer."""
-    (line,) = server.call_controller("book").lines.values()
-    return server.count_replicas(line.stable.package)
+    (line,) = server.call_controller("deployments").models.values()
+    return controller.count_replicas(line.stable.package)
 
 
 def first_token_s(url: str) -> float:

@@ -112,11 +112,13 @@ def main() -> None:
         for number in range(given.updates - given.updates // 2):
             say(f"canary that fails, {number + 1} of {given.updates - given.updates // 2}")
             server.call_controller("deploy", str(tried), strict, "canary", "trial")
-            seconds.append(until(lambda: server.call_controller("book").lines[name].canary is None, "a rollback"))
+            seconds.append(
+                until(lambda: server.call_controller("deployments").models[name].canary is None, "a rollback")
+            )
         counted("canary that fails its limits", begun, seconds)
         if seen[-1].package != stable:
             say("the version before does not answer")
-    events = Counter(event.what for event in server.call_controller("book").events)
+    events = Counter(event.change for event in server.call_controller("deployments").events)
     server.stop_serving()
     say(str(dict(events)))
     print(f"{machine(SETTINGS.threads)}; {CLIENTS} clients over connections that they keep\n")

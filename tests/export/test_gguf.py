@@ -140,8 +140,8 @@ def test_llama_cpp_reads_it_the_same_way(tmp_path: Path, tied: bool) -> None:
         == Tokenizer.from_file(str(tmp_path / "source/tokenizer.json")).encode("for name").ids
     )
     engine.close()
-    assert given.taken is not None
-    logprobs = [token.logprob for token in given.taken]
+    assert given.token_logprobs is not None
+    logprobs = [token.logprob for token in given.token_logprobs]
     assert text_parity_nats(read_gguf(file), prompt, given.tokens, logprobs) < 0.05
 
 

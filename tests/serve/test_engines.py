@@ -26,7 +26,7 @@ from overproof.engines.detokenizer import StopFilter
 from overproof.engines.gguf_tokens import align_logprobs, incomplete_utf8_tail, read_gguf_header
 from overproof.engines.llamacpp import LlamaCpp
 from overproof.engines.onnx_runtime import OnnxClassifier
-from overproof.engines.vllm_server import PYTHON, unpacked_directory, vllm_python
+from overproof.engines.vllm_server import PYTHON_VARIABLE, unpacked_directory, vllm_python
 from overproof.errors import InputError
 from overproof.export.gguf import read_gguf
 from overproof.export.onnx import Reference
@@ -38,7 +38,7 @@ PROMPT = [0, 70, 71, 72]
 
 
 # vLLM where an environment has it: see docs/serving.md.
-ENGINES = ["llama.cpp", *(["vllm"] if PYTHON in os.environ else [])]
+ENGINES = ["llama.cpp", *(["vllm"] if PYTHON_VARIABLE in os.environ else [])]
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -59,16 +59,16 @@ def test_logprobs_are_the_models_own_for_every_token(engine: TextEngine, text_pa
     inside = 0
     for seed in range(4):
         done = engine.complete(PROMPT, Sampling(24, temperature=2.0, seed=seed, logprobs=3))
-        assert done.taken is not None
-        assert [token.id for token in done.taken] == done.tokens
+        assert done.token_logprobs is not None
+        assert [token.id for token in done.token_logprobs] == done.tokens
         with torch.inference_mode():
             logits_SV = reference(input_ids=torch.tensor([[*PROMPT, *done.tokens]])).logits[0]
         places = range(len(PROMPT) - 1, len(PROMPT) + len(done.tokens) - 1)
         expected_SV = logits_SV[list(places)].log_softmax(-1).numpy()
-        for token, expected_V in zip(done.taken, expected_SV, strict=True):
+        for token, expected_V in zip(done.token_logprobs, expected_SV, strict=True):
             assert token.piece == header.pieces[token.id]
             assert abs(token.logprob - expected_V[token.id]) < 0.25  # llama.cpp rounds activations to 8 bits
-            likeliest = [value for _, _, value in token.likeliest]
+            likeliest = [value for _, _, value in token.top]
             assert len(likeliest) == 3
             assert np.abs(np.array(likeliest) - np.sort(expected_V)[:-4:-1]).max() < 0.25
         text = b""
@@ -213,26 +213,28 @@ def test_a_grammar_is_kept_to(engine: TextEngine) -> None:
 
 def test_a_chat_is_written_by_the_models_template(engine: TextEngine) -> None:
     assert engine.chats
-    said = [{"role": "assistant", "content": "a\n"}, {"role": "user", "content": "b"}]
-    assert engine.chat_prompt(said) == "# assistant\na\n\n# user\nb\n# assistant\n"
+    output = [{"role": "assistant", "content": "a\n"}, {"role": "user", "content": "b"}]
+    assert engine.chat_prompt(output) == "# assistant\na\n\n# user\nb\n# assistant\n"
 
 
 def test_a_package_is_served_by_the_engine_that_measured_it(
     text_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(PYTHON, raising=False)
+    monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
     other = copy(text_package, tmp_path)
     edit(other / "report.json", lambda report: report.update(engine="vllm"))
     engine = load_engine(open_package(text_package), Serve())
     assert isinstance(engine, LlamaCpp)
     engine.close()
-    with pytest.raises(InputError, match=PYTHON):
+    with pytest.raises(InputError, match=PYTHON_VARIABLE):
         load_engine(open_package(other), Serve())
 
 
 def test_vllm_is_asked_for_where_it_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for named in (None, str(tmp_path / "python")):
-        monkeypatch.delenv(PYTHON, raising=False) if named is None else monkeypatch.setenv(PYTHON, named)
+        monkeypatch.delenv(PYTHON_VARIABLE, raising=False) if named is None else monkeypatch.setenv(
+            PYTHON_VARIABLE, named
+        )
         with pytest.raises(InputError, match=r"OVERPROOF_VLLM: found .*; expected the Python of an environment"):
             vllm_python()
 
@@ -240,7 +242,7 @@ def test_vllm_is_asked_for_where_it_is_not(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_an_environment_without_vllm_is_told_by_its_own_words(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text_package: Path
 ) -> None:
-    monkeypatch.setenv(PYTHON, sys.executable)
+    monkeypatch.setenv(PYTHON_VARIABLE, sys.executable)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     with pytest.raises(InputError, match=r"vLLM cannot load it: .*No module named 'vllm'"):

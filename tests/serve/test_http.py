@@ -23,8 +23,9 @@ from overproof.package.package import open_package
 from overproof.serve import middleware
 from overproof.serve.access_log import AccessLog
 from overproof.serve.grammar import GrammarChecker
-from overproof.serve.middleware import MOST_BODY_BYTES, Access, is_loopback
+from overproof.serve.middleware import MAX_BODY_BYTES, Access
 from overproof.serve.model_registry import SingleModel
+from overproof.serve.net import is_loopback
 from overproof.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest
 from overproof.serve.responses import ChatEvent, ChatReply, ClassifyReply, CompletionReply, ErrorReply, ModelList
 from overproof.serve.routes import build_app
@@ -185,7 +186,7 @@ def test_text_that_a_grammar_does_not_allow_is_found() -> None:
     kept.add("y")
     kept.add("es")
     for text in ("yo", "no more", "x"):
-        with pytest.raises(InputError, match="does not keep to it"):
+        with pytest.raises(InputError, match="which dropped it"):
             GrammarChecker('%llguidance {}\nstart: "yes" | "no"').add(text)
 
 
@@ -206,11 +207,11 @@ def test_wrong_routes_and_models_say_what_is_right(text: SingleModel, digits: Si
 
 def test_large_bodies_are_refused_announced_or_not(text: SingleModel) -> None:
     async def chunks() -> Any:
-        for _ in range(MOST_BODY_BYTES // 65536 + 1):
+        for _ in range(MAX_BODY_BYTES // 65536 + 1):
             yield b"x" * 65536
 
     app = build_app(text, OPEN)
-    for content in (b"x" * (MOST_BODY_BYTES + 1), chunks()):
+    for content in (b"x" * (MAX_BODY_BYTES + 1), chunks()):
         reply = ask(app, "POST", "/v1/completions", content=content, headers={"Content-Type": "application/json"})
         assert reply.status_code == 413
         assert "larger than" in ErrorReply.model_validate(reply.json()).error.message
@@ -387,8 +388,8 @@ def test_every_request_is_a_line_of_json_without_its_prompt_unless_asked_for(
             log.flush()
             access_log.removeHandler(caplog.handler)
         lines = [json.loads(line) for record in caplog.records for line in record.getMessage().split("\n")[1:]]
-        said = [(line["request"], line["method"], line["path"], line["status"], line["client"]) for line in lines]
-        assert list(dict.fromkeys(said)) == [
+        output = [(line["request"], line["method"], line["path"], line["status"], line["client"]) for line in lines]
+        assert list(dict.fromkeys(output)) == [
             (good.headers["x-request-id"], "POST", "/v1/completions", 200, "127.0.0.1"),
             (bad.headers["x-request-id"], "GET", "/nowhere", 404, "127.0.0.1"),
         ]

@@ -121,41 +121,41 @@ def test_a_change_of_the_file_is_seen_within_seconds(tmp_path: Path) -> None:
     assert found.find(hash_key(key))
     api_keys.revoke_key(file, "a")
     assert found.find(hash_key(key))
-    clock.s = api_keys.READ_AGAIN_S + 0.1
+    clock.s = api_keys.REFRESH_S + 0.1
     assert found.find(hash_key(key)) is None
 
 
 def test_requests_fill_up_evenly() -> None:
     clock = Clock()
-    meter, key = RateLimiter(clock), limited(requests=6)
-    assert [meter.admit(key) for _ in range(6)] == [0] * 6
-    assert meter.admit(key) == pytest.approx(10)
-    assert meter.admit(key) == pytest.approx(10)  # being refused costs nothing
+    limiter, key = RateLimiter(clock), limited(requests=6)
+    assert [limiter.admit(key) for _ in range(6)] == [0] * 6
+    assert limiter.admit(key) == pytest.approx(10)
+    assert limiter.admit(key) == pytest.approx(10)  # being refused costs nothing
     clock.s = 10.01
-    assert meter.admit(key) == 0
-    assert meter.admit(key) > 9
+    assert limiter.admit(key) == 0
+    assert limiter.admit(key) > 9
     clock.s = 1000
-    assert [meter.admit(key) for _ in range(7)][:6] == [0] * 6  # not more than a minute's
+    assert [limiter.admit(key) for _ in range(7)][:6] == [0] * 6  # not more than a minute's
 
 
 def test_tokens_are_paid_for_when_they_are_counted() -> None:
     clock = Clock()
-    meter, key = RateLimiter(clock), limited(tokens=60)
-    assert meter.admit(key) == 0
-    meter.charge(key, 90)
-    assert meter.admit(key) == pytest.approx(30)
+    limiter, key = RateLimiter(clock), limited(tokens=60)
+    assert limiter.admit(key) == 0
+    limiter.charge(key, 90)
+    assert limiter.admit(key) == pytest.approx(30)
     clock.s = 30
-    assert meter.admit(key) == 0
+    assert limiter.admit(key) == 0
     other = key.model_copy(update={"name": "other"})
-    meter.charge(key, 60)
-    assert meter.admit(other) == 0
+    limiter.charge(key, 60)
+    assert limiter.admit(other) == 0
 
 
 def test_requests_are_let_in_by_any_key_and_refused_beyond_its_limit(digits_package: Path, tmp_path: Path) -> None:
     file = str(tmp_path / "keys.json")
     free, few = api_keys.add_key(file, "free", None, None), api_keys.add_key(file, "few", 2, None)
-    house = one(digits_package, OnnxClassifier(digits_package / "model.onnx"))
-    app = build_app(house, Access(hash_key("own"), file), Telemetry(RateLimiter(lambda: 0.0)))
+    registry = one(digits_package, OnnxClassifier(digits_package / "model.onnx"))
+    app = build_app(registry, Access(hash_key("own"), file), Telemetry(RateLimiter(lambda: 0.0)))
 
     def ask(key: str) -> httpx.Response:
         async def send() -> httpx.Response:
@@ -205,7 +205,7 @@ def test_replicas_share_one_count_and_answer_over_tls(
             assert client.get("/docs").status_code == 200
             assert client.get("/v1/models").status_code == 401
             api_keys.revoke_key(file, "team")
-            time.sleep(api_keys.READ_AGAIN_S + 0.5)
+            time.sleep(api_keys.REFRESH_S + 0.5)
             assert {client.get("/v1/models", headers=headers).status_code for _ in range(6)} == {401}
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{base}/healthz")  # a certificate that nobody vouches for

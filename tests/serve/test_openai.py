@@ -18,7 +18,7 @@ from browser import opened
 from overproof.config import Serve
 from overproof.package.package import open_package
 from overproof.serve import server
-from overproof.serve.metrics import OURS, merge_metrics
+from overproof.serve.metrics import METRIC_PREFIXES, merge_metrics
 
 # One slot: sequences that share a step may differ in the last digits, and then in a sampled token.
 SETTINGS = Serve(port=0, max_replicas=1, cpus_per_replica=0.5, slots=1, max_tokens=256)
@@ -153,14 +153,14 @@ def test_log_probabilities_of_chats(client: OpenAI) -> None:
 def test_json_is_what_its_schema_says(client: OpenAI, seed: int) -> None:
     schema: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": ANSWER, "strict": True}}
     asked: Any = {"model": "stdlib-lm", "messages": MESSAGES, "max_tokens": 256, "seed": seed}
-    said = client.chat.completions.create(**asked, response_format=schema).choices[0]
-    assert said.finish_reason == "stop"
-    answer = json.loads(said.message.content or "")
+    output = client.chat.completions.create(**asked, response_format=schema).choices[0]
+    assert output.finish_reason == "stop"
+    answer = json.loads(output.message.content or "")
     assert sorted(answer) == ["ok", "size"]
     assert answer["ok"] in (True, False)
     assert answer["size"] in (1, 2)
     streamed = client.chat.completions.create(**asked, response_format=schema, stream=True)
-    assert "".join(event.choices[0].delta.content or "" for event in streamed) == said.message.content
+    assert "".join(event.choices[0].delta.content or "" for event in streamed) == output.message.content
 
 
 def test_a_grammar_is_kept_to(client: OpenAI) -> None:
@@ -217,7 +217,7 @@ def test_figures_of_all_nodes_are_one_text(client: OpenAI, text_package: Path) -
             if sample.name in ("ray_overproof_replicas", "ray_overproof_requests")}  # fmt: skip
     assert told[package, None] >= 1
     assert {told[package, "running"], told[package, "waiting"]} == {0}
-    assert all(line.split()[2].startswith(OURS) for line in text.splitlines() if line.startswith("# TYPE"))
+    assert all(line.split()[2].startswith(METRIC_PREFIXES) for line in text.splitlines() if line.startswith("# TYPE"))
     assert any(sample.name.startswith("ray_serve_") for sample in samples)
 
 

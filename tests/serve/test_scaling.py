@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 
 from overproof.config import Serve
-from overproof.serve import server
+from overproof.serve import controller, server
 
 SETTINGS = Serve(
     port=0, min_replicas=0, max_replicas=2, cpus_per_replica=0.2, slots=1, upscale_delay_s=0.5, downscale_delay_s=2.0
@@ -24,8 +24,8 @@ BODY = {"prompt": [0, 70], "max_tokens": 200, "temperature": 2.0}
 
 def replicas() -> int:
     """Those that answer."""
-    (package,) = server.call_controller("book").lines["stdlib-lm"].live
-    return server.count_replicas(package.package)
+    (package,) = server.call_controller("deployments").models["stdlib-lm"].versions
+    return controller.count_replicas(package.package)
 
 
 def until(count: int) -> None:

@@ -118,7 +118,7 @@ def test_errors_arrive_through_the_gateway(server: httpx.Client) -> None:
 
 
 def test_replicas_take_what_was_reserved_on_the_nodes_that_were_named(server: httpx.Client) -> None:
-    client, (version,) = _get_global_client(), call_controller("book").lines["stdlib-lm"].live
+    client, (version,) = _get_global_client(), call_controller("deployments").models["stdlib-lm"].versions
     (deployment,) = client.get_serve_details()["applications"][version.application]["deployments"].values()
     assert deployment["deployment_config"]["ray_actor_options"]["num_cpus"] == 0.5
     (labelled,) = [node["NodeID"] for node in ray.nodes() if node["Labels"].get("group") == "serve"]
@@ -126,7 +126,7 @@ def test_replicas_take_what_was_reserved_on_the_nodes_that_were_named(server: ht
 
 
 def test_an_open_house_keeps_its_address(server: httpx.Client, text_package: Path) -> None:
-    with pytest.raises(InputError, match=r"serve\.port: found 1, and the house that is open has \d+"):
+    with pytest.raises(InputError, match=r"serve\.port: found 1, and the running server has \d+"):
         start_serving(text_package, Serve(port=1))
     assert server.get("/healthz").status_code == 200
 

@@ -64,9 +64,9 @@ CODE = "x = [1, 2, 3]  # 10 of 12, v1.2.3, 2026-01-02 12:30:45"
 def test_a_file_comes_with_enough_rows_and_the_rest_at_the_end(tmp_path: Path) -> None:
     recorder = Recorder(settings(tmp_path, rows_per_file=4))
     for number in range(4):
-        recorder.keep(replace(EXCHANGE, id=f"cmpl-{number}"))
+        recorder.record(replace(EXCHANGE, id=f"cmpl-{number}"))
     until(lambda: written(tmp_path))
-    recorder.keep(replace(EXCHANGE, id="cmpl-4"))
+    recorder.record(replace(EXCHANGE, id="cmpl-4"))
     recorder.close()
     assert [row["id"] for row in rows(tmp_path)] == [f"cmpl-{number}" for number in range(5)]
     assert {path.suffix for path in (tmp_path / REPLIES).iterdir()} == {".parquet"}
@@ -76,7 +76,7 @@ def test_a_file_comes_with_enough_rows_and_the_rest_at_the_end(tmp_path: Path) -
 
 def test_a_file_comes_after_a_while(tmp_path: Path) -> None:
     recorder = Recorder(settings(tmp_path, seconds_per_file=0.1))
-    recorder.keep(EXCHANGE)
+    recorder.record(EXCHANGE)
     recorder.rate(Rating("cmpl-1", NOW, -1.0, "mail me: a@example.org"))
     until(lambda: written(tmp_path) and written(tmp_path, "ratings"))
     (row,) = rows(tmp_path, "ratings")
@@ -86,7 +86,7 @@ def test_a_file_comes_after_a_while(tmp_path: Path) -> None:
 
 def test_the_folder_may_be_a_uri(s3_uri: str) -> None:
     recorder = Recorder(settings(s3_uri))
-    recorder.keep(EXCHANGE)
+    recorder.record(EXCHANGE)
     recorder.close()
     assert [row["id"] for row in rows(s3_uri)] == ["cmpl-1"]
 
@@ -95,7 +95,7 @@ def test_rows_wait_for_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / REPLIES).write_text("in the way")
     recorder = Recorder(settings(tmp_path, rows_per_file=2, seconds_per_file=0.05))
     for number in range(30):
-        recorder.keep(replace(EXCHANGE, id=f"cmpl-{number}"))
+        recorder.record(replace(EXCHANGE, id=f"cmpl-{number}"))
         time.sleep(0.01)
     (tmp_path / REPLIES).unlink()
     until(lambda: written(tmp_path))
@@ -125,7 +125,7 @@ def test_what_is_private_is_taken_out(text: str, expected: str) -> None:
 
 def test_what_lies_across_prompt_and_reply_is_taken_out_of_their_text(tmp_path: Path) -> None:
     recorder = Recorder(settings(tmp_path))
-    recorder.keep(replace(EXCHANGE, prompt="4111 1111 ", reply="1111 1111"))
+    recorder.record(replace(EXCHANGE, prompt="4111 1111 ", reply="1111 1111"))
     recorder.close()
     assert rows(tmp_path)[0]["text"] == "[number]"
 

@@ -34,14 +34,14 @@ def deploy(package: str, store: str, overrides: Sequence[str], place: str) -> in
     version = describe_version(where, settings)  # what is wrong shows before anything starts
     with waiting(f"starting {version.package}"):
         if server.is_serving():
-            base = server.base_url(settings)
-            server.call_controller("deploy", version.where, settings, place, current_user())
+            base = server.running_url(settings)
+            server.call_controller("deploy", version.location, settings, place, current_user())
         elif place != "stable":
-            raise InputError(f"nothing is served on this cluster that a {place} could stand beside; deploy it without")
+            raise InputError(f"nothing is served on this cluster to try a {place} beside; deploy it as stable")
         else:
             book = settings.deployments or join_uri(store, "deployments.json")
             base = server.start_gateway({}, settings.model_copy(update={"deployments": book}))
-            server.call_controller("deploy", version.where, settings, place, current_user())
+            server.call_controller("deploy", version.location, settings, place, current_user())
     share = f" for {settings.canary.share:.0%} of the sessions" if place == "canary" else ""
     out.print(f"{version.package} is {place}{share} at {base}")
     return 0
@@ -72,7 +72,7 @@ def undeploy(model: str) -> int:
     _connect()
     from overproof.serve import server
 
-    server.call_controller("withdraw", model, current_user())
+    server.call_controller("undeploy", model, current_user())
     out.print(f"{model} is served no longer")
     return 0
 
@@ -87,18 +87,19 @@ def print_deployments(file: str | None) -> int:
     else:
         _connect()
         from overproof.serve import server
+        from overproof.serve.controller import count_replicas
 
-        book = server.call_controller("book")
-        counts = {version.package: server.count_replicas(version.package) for version in book.live}
+        book = server.call_controller("deployments")
+        counts = {version.package: count_replicas(version.package) for version in book.versions}
     live = Table("model", "place", "package", "replicas", box=None, pad_edge=False)
-    for name, line in book.lines.items():
+    for name, line in book.models.items():
         for place in PLACES:
             version = getattr(line, place)
             if version is not None:
                 live.add_row(name, place, version.package, str(counts.get(version.package, "")))
     events = Table("at (UTC)", "who", "what", "package", "reason", box=None, pad_edge=False)
     for event in book.events:
-        events.add_row(event.at[:19], event.who, event.what, event.package, event.reason)
+        events.add_row(event.time[:19], event.user, event.change, event.package, event.reason)
     out.print(live)
     out.print(events)
     return 0

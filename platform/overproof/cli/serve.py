@@ -76,7 +76,7 @@ def ask_once(base: str, settings: Serve) -> None:
     if _keys_alone():
         out.print("requests need one of the keys in OVERPROOF_KEYS")
         return
-    from overproof.serve.server import tls_trust
+    from overproof.serve.net import tls_trust
 
     with httpx.Client(base_url=base, timeout=ASK_TIMEOUT_S, headers=_auth(), verify=tls_trust(settings)) as client:
         model = client.get("/v1/models").raise_for_status().json()["data"][0]
@@ -99,11 +99,11 @@ def ask_once(base: str, settings: Serve) -> None:
 def _keys_alone() -> bool:
     from overproof.serve.middleware import api_key, load_access
 
-    return api_key() is None and load_access().keyed
+    return api_key() is None and load_access().needs_key
 
 
 def _auth() -> dict[str, str]:
-    from overproof.serve.server import api_key
+    from overproof.serve.middleware import api_key
 
     key = api_key()
     return {"Authorization": f"Bearer {key}"} if key else {}

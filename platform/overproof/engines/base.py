@@ -1,4 +1,4 @@
-"""What a serving engine is. The gate measures a file through the same engine that later serves it.
+"""The interfaces of engines. The gate measures a file through the same engine that later serves it.
 
 Shapes: B rows in a batch, D numbers in a row, V outputs.
 """
@@ -25,21 +25,23 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     stop: Sequence[str] = ()
-    logprobs: int | None = None  # the likeliest tokens to name at each place, beside the one taken; None asks for none
-    presence_penalty: float = 0.0  # off the logit of every token that occurred
-    frequency_penalty: float = 0.0  # off it each time that it occurred
+    logprobs: int | None = (
+        None  # how many of the likeliest tokens to report at each place; None reports no log-probabilities
+    )
+    presence_penalty: float = 0.0  # taken off the logit of every token that occurred
+    frequency_penalty: float = 0.0  # taken off it for each time that it occurred
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of token ids
-    grammar: str | None = None  # what the text must be, in the engine's language
+    grammar: str | None = None  # which the text must follow, in llguidance's Lark
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was taken: its log-probability (nats, before temperature and every sampler), and the likeliest."""
+    """A generated token, its log-probability (nats, before temperature and every sampler), and the likeliest ones."""
 
     id: int
     piece: bytes
     logprob: float
-    likeliest: tuple[tuple[int, bytes, float], ...]  # id, bytes, log-probability; falling
+    top: tuple[tuple[int, bytes, float], ...]  # id, bytes, log-probability; likeliest first
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,14 @@ class Completion:
     """A finished completion.
 
     ``tokens`` are all ids generated, with a closing end-of-text token and the tokens of a stop string; ``text`` ends
-    before those, and before a character that the last token left unfinished. ``taken`` lines up with ``tokens``. Times
-    are the engine's own, without queueing: ``first_token_s`` reads the prompt and picks the first token, ``decode_s``
-    picks the others.
+    before those, and before a character that the last token left unfinished. ``token_logprobs`` lines up with
+    ``tokens``. Times are the engine's own, without queueing: ``first_token_s`` reads the prompt and samples the first
+    token, ``decode_s`` samples the others.
     """
 
     text: str
     tokens: list[int]
-    taken: list[Token] | None  # where log-probabilities were asked for
+    token_logprobs: list[Token] | None  # where log-probabilities were asked for
     finish_reason: FinishReason
     prompt_tokens: int
     first_token_s: float
@@ -71,7 +73,7 @@ class Piece:
     completion_tokens: int = 0
 
 
-class Pieces(Iterator[Piece], Protocol):
+class PieceStream(Iterator[Piece], Protocol):
     """A completion being generated; the texts join to what ``complete`` gives."""
 
     def __iter__(self) -> Self: ...
@@ -94,10 +96,10 @@ class TextEngine(Protocol):
             InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
         """
 
-    def accept(self, prompt: str | Sequence[int], sampling: Sampling) -> None:
-        """Return where ``complete`` would begin, and raise as it does."""
+    def validate(self, prompt: str | Sequence[int], sampling: Sampling) -> None:
+        """Raise where ``complete`` would, without generating."""
 
-    def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> Pieces:
+    def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> PieceStream:
         """Continue a prompt piece by piece; pieces carry no log-probabilities.
 
         Raises:

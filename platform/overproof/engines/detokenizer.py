@@ -1,4 +1,4 @@
-"""Text as tokens come: no half character, nothing of a stop string."""
+"""Streamed text from tokens: without incomplete characters, and ended before the first stop string."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class StopFilter:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Take the next text; give what may be shown, and whether a stop string was met."""
+        """Take the next text; give what may be sent, and whether a stop string was found."""
         self._held += text
         cuts = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if cuts:
@@ -25,7 +25,7 @@ class StopFilter:
         return shown, False
 
     def flush(self) -> str:
-        """What was held back, once no more text follows."""
+        """What was held back; call it when no more text follows."""
         return self._held
 
     def _may_begin(self, text: str) -> bool:
@@ -33,7 +33,7 @@ class StopFilter:
 
 
 class Detokenizer:
-    """The text of tokens as they come, without a character whose bytes are not all there."""
+    """Turns tokens into text as they come, and holds back a character until all its bytes are there."""
 
     def __init__(self, pieces: Sequence[bytes], stops: Sequence[str]) -> None:
         self._pieces = pieces
@@ -42,10 +42,10 @@ class Detokenizer:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """What may be shown after one more token; ``stopped`` once a stop string was met."""
+        """The text that one more token completes; sets ``stopped`` when a stop string is found."""
         shown, self.stopped = self._filter.push(self._decode(self._pieces[token]))
         return shown
 
     def flush(self) -> str:
-        """What was held back, once no more tokens follow."""
+        """What was held back; call it when no more tokens follow."""
         return "" if self.stopped else self._filter.flush()

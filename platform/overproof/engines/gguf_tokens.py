@@ -1,4 +1,4 @@
-"""What the engine does not say about a GGUF file: the bytes of each token.
+"""A GGUF file's metadata that the engine does not give: the bytes of each token, its chat template, its context.
 
 A byte-level vocabulary spells each byte as one printable character (GPT-2's table, openai/gpt-2 `encoder.py`).
 """
@@ -18,39 +18,36 @@ from overproof.errors import InputError
 
 CHAT_TEMPLATE = "tokenizer.chat_template"
 PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE} | {
+BYTE_BY_CHARACTER = {chr(byte): byte for byte in PRINTABLE} | {
     chr(0x100 + i): byte for i, byte in enumerate(b for b in range(0x100) if b not in PRINTABLE)
 }
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """The context a model was trained for, the bytes each token adds to a text, and how a text and a chat begin.
-
-    Models whose ``vocabulary`` is the same mean the same by a token id.
-    """
+    """Metadata of a language model. Models of equal ``vocabulary_sha256`` have the same tokens by id."""
 
     context_length: int
-    pieces: tuple[bytes, ...]
-    start: int  # the token before every text
-    end: str  # the name of the token after it
-    template: str | None  # Jinja text that makes a prompt of messages
-    longest: int  # characters of the longest token's name; no token stands for more of a text
-    vocabulary: str  # sha256 of the tokens' names and types
+    pieces: tuple[bytes, ...]  # the bytes that each token adds to a text
+    bos_id: int  # of the token before every text
+    eos_token: str  # name of the token after a text
+    chat_template: str | None  # Jinja template that makes a prompt of messages
+    max_token_characters: int  # of the longest token's name; no token stands for more of a text
+    vocabulary_sha256: str  # of the tokens' names and types
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of token ids; broken characters are replaced."""
         return b"".join(self.pieces[id_] for id_ in ids).decode(errors="replace")
 
-    def chat_template(self) -> str:
-        """The template.
+    def require_chat_template(self) -> str:
+        """The chat template.
 
         Raises:
             InputError: there is none.
         """
-        if self.template is None:
+        if self.chat_template is None:
             raise InputError("messages: this model has no chat template; ask it at POST /v1/completions")
-        return self.template
+        return self.chat_template
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -77,15 +74,14 @@ def read_gguf_header(path: Path) -> GgufHeader:
     names, types = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type")
     length = value(f"{value('general.architecture')}.context_length")
     pieces = tuple(_piece(n, t) for n, t in zip(names, types, strict=True))
-    vocabulary = hashlib.sha256(json.dumps([names, types]).encode()).hexdigest()
     return GgufHeader(
         context_length=length,
         pieces=pieces,
-        start=value("tokenizer.ggml.bos_token_id"),
-        end=names[value("tokenizer.ggml.eos_token_id")],
-        template=value(CHAT_TEMPLATE) if CHAT_TEMPLATE in fields else None,
-        longest=max(map(len, names)),
-        vocabulary=vocabulary,
+        bos_id=value("tokenizer.ggml.bos_token_id"),
+        eos_token=names[value("tokenizer.ggml.eos_token_id")],
+        chat_template=value(CHAT_TEMPLATE) if CHAT_TEMPLATE in fields else None,
+        max_token_characters=max(map(len, names)),
+        vocabulary_sha256=hashlib.sha256(json.dumps([names, types]).encode()).hexdigest(),
     )
 
 
@@ -94,11 +90,11 @@ def _piece(name: str, kind: int) -> bytes:
         return b""
     if kind == gguf.TokenType.USER_DEFINED:
         return name.encode()
-    return bytes(BYTE_OF_CHARACTER[c] for c in name)
+    return bytes(BYTE_BY_CHARACTER[c] for c in name)
 
 
 def incomplete_utf8_tail(data: bytes) -> int:
-    """How many closing bytes the engine holds back because they may be the start of a character.
+    """How many bytes at the end the engine holds back because they may be the start of a character.
 
     As llama.cpp decides it: a lead byte among the last four that is not yet followed by as many bytes as it announces.
     """
@@ -113,18 +109,18 @@ def incomplete_utf8_tail(data: bytes) -> int:
 def align_logprobs(
     tokens: Sequence[int], reported: Sequence[dict[str, Any]], pieces: Sequence[bytes]
 ) -> list[dict[str, Any] | None]:
-    """What the engine reported of each token (its ``id``, ``logprob`` and so on); None where it reported nothing.
+    """The engine's report of each token (``id``, ``logprob`` and so on), None where it has none.
 
-    It reports nothing of a token that ends inside a character, nor of those of a stop string.
+    It has none of a token that ends inside a character, and none of the tokens of a stop string.
     """
-    found: list[dict[str, Any] | None] = []
-    tail, taken = b"", 0
+    aligned: list[dict[str, Any] | None] = []
+    tail, used = b"", 0
     for token in tokens:
         tail = (tail + pieces[token])[-4:]
-        matches = not incomplete_utf8_tail(tail) and taken < len(reported) and reported[taken]["id"] == token
-        found.append(reported[taken] if matches else None)
-        taken += matches
-    if taken != len(reported):
-        told = [entry["id"] for entry in reported]
-        raise RuntimeError(f"the engine reported log-probabilities of {told} for tokens {list(tokens)}")
-    return found
+        matches = not incomplete_utf8_tail(tail) and used < len(reported) and reported[used]["id"] == token
+        aligned.append(reported[used] if matches else None)
+        used += matches
+    if used != len(reported):
+        reported_ids = [entry["id"] for entry in reported]
+        raise RuntimeError(f"the engine reported log-probabilities of {reported_ids} for tokens {list(tokens)}")
+    return aligned

@@ -17,8 +17,8 @@ from overproof.engines.llamacpp_stream import LlamaCppPieces
 from overproof.engines.prompt_limits import InFlight, PromptLimits, require_unicode
 from overproof.errors import InputError
 
-DRAFT_TOKENS = 3  # guessed at a time; llama.cpp's own default
-FORCED = 1e4  # a bias that decides the choice and leaves the reported log-probabilities alone
+DRAFT_TOKENS = 3  # that a draft guesses at a time; llama.cpp's own default
+FORCING_BIAS = 1e4  # makes a token the one that is sampled; reported log-probabilities stay as they were
 
 
 _engines: weakref.WeakSet[LlamaCpp] = weakref.WeakSet()
@@ -26,7 +26,7 @@ _engines: weakref.WeakSet[LlamaCpp] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """llama.cpp calls back into Python while it generates, and ends a process whose Python has ended."""
+    """llama.cpp calls back into Python while it generates, and would abort a process whose interpreter has ended."""
     for engine in list(_engines):
         engine.close()
 
@@ -35,15 +35,15 @@ class LlamaCpp:
     """One GGUF file, decoding up to ``slots`` sequences at once; more callers wait for a slot.
 
     llama.cpp's server loop runs in this process. Its own HTTP port is on loopback, behind a key that only this
-    object knows; it is used for tokenisation and the liveness check alone. A sequence that decodes alone gives the
-    same numbers each time; sequences that share a step may differ in the last digits. Prompts are not kept between
-    calls unless ``reuse_prefix`` asks for it.
+    object knows; it is used only for tokenisation, chat templates and the liveness check. A sequence that decodes
+    alone gives the same numbers each time; sequences that share a step may differ in the last digits. Prompts stay
+    cached between calls only with ``reuse_prefix``.
 
     A draft guesses tokens, and the model reads several guesses at once (speculative decoding, arXiv 2211.17192). A
     guess is taken where it is what the model's own sampler took, by its own seed: the text and its distribution are
     the model's, at any temperature. Last digits are those of shared steps, which in q8_0 and q4_0 files are no
-    others. llama.cpp reports no log-probabilities of such text (ggml-org/llama.cpp issue 27972): who asks for them
-    takes turns at one slot without the draft.
+    others. llama.cpp reports no log-probabilities of such text (ggml-org/llama.cpp issue 27972): such requests
+    take turns at one slot without the draft.
     """
 
     def __init__(
@@ -61,25 +61,25 @@ class LlamaCpp:
 
         Raises:
             InputError: one is missing or no GGUF language model, the context is longer than the model's, the draft has
-                another vocabulary, or it is to guess no token.
+                another vocabulary, or ``draft_tokens`` is below 1.
         """
         header = read_gguf_header(path)
-        self._room = PromptLimits.of(header, path, context_length, max_prompt_tokens)
-        self.context_length = self._room.context_length
-        self.chats = header.template is not None
+        self._limits = PromptLimits.of_model(header, path, context_length, max_prompt_tokens)
+        self.context_length = self._limits.context_length
+        self.chats = header.chat_template is not None
         self._header, self._pieces = header, header.pieces
         self._reuse_prefix = reuse_prefix
-        self._calls = InFlight()
-        self._counting = threading.Lock()
+        self._in_flight = InFlight()
+        self._stats_lock = threading.Lock()
         self.drafted = self.accepted = 0  # guesses of the draft in completions so far, and those that were right
         key = secrets.token_urlsafe(32)
-        guesses = None if draft is None else LlamaCppDraft.of(draft, draft_tokens, header)
-        self._server: Any = start_server(path, server_params(path, threads, slots, self.context_length, key, guesses))
+        drafting = None if draft is None else LlamaCppDraft.of(draft, draft_tokens, header)
+        self._server: Any = start_server(path, server_params(path, threads, slots, self.context_length, key, drafting))
         self._http = LlamaCppHttp(self._server.listening_address, key)
-        self._plain: Any = self._server
-        if guesses is not None:
-            guesses.insist(self._http)
-            self._plain = start_server(path, server_params(path, threads, 1, self.context_length, key))
+        self._undrafted: Any = self._server
+        if drafting is not None:
+            drafting.require_drafting(self._http)
+            self._undrafted = start_server(path, server_params(path, threads, 1, self.context_length, key))
         _engines.add(self)
 
     def complete(self, prompt: str | Sequence[int], sampling: Sampling) -> Completion:
@@ -89,14 +89,14 @@ class LlamaCpp:
         Raises:
             InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
         """
-        with self._calls.one():
+        with self._in_flight.call():
             request = self._request(prompt, sampling)
-            wanted = 0 if sampling.logprobs is None else max(1, sampling.logprobs)
-            extra = {"stop": list(sampling.stop), "n_probs": wanted, "return_tokens": True, "verbose": True}
-            server = self._plain if wanted else self._server
+            n_probs = 0 if sampling.logprobs is None else max(1, sampling.logprobs)
+            extra = {"stop": list(sampling.stop), "n_probs": n_probs, "return_tokens": True, "verbose": True}
+            server = self._undrafted if n_probs else self._server
             reply = check_reply(server.handle_completions({**request, **extra}))
             choice, details, timings = reply["choices"][0], reply["__verbose"], reply["timings"]
-            with self._counting:
+            with self._stats_lock:
                 self.drafted += timings.get("draft_n", 0)
                 self.accepted += timings.get("draft_n_accepted", 0)
             tokens: list[int] = details["tokens"]
@@ -105,24 +105,25 @@ class LlamaCpp:
             unfinished = incomplete_utf8_tail(generated)
             if unfinished and details["stop_type"] != "word":
                 text = text[: -len(generated[-unfinished:].decode(errors="replace"))]
-            asked = sampling.logprobs
             return Completion(
                 text=text,
                 tokens=tokens,
-                taken=None if asked is None else self._taken(request["prompt"], tokens, choice, asked),
+                token_logprobs=None
+                if sampling.logprobs is None
+                else self._token_logprobs(request["prompt"], tokens, choice, sampling.logprobs),
                 finish_reason=choice["finish_reason"],
                 prompt_tokens=len(request["prompt"]),
                 first_token_s=timings["prompt_ms"] / 1e3,
                 decode_s=timings["predicted_ms"] / 1e3,
             )
 
-    def accept(self, prompt: str | Sequence[int], sampling: Sampling) -> None:
-        """Return where ``complete`` would begin.
+    def validate(self, prompt: str | Sequence[int], sampling: Sampling) -> None:
+        """Raise where ``complete`` would, without generating.
 
         Raises:
             InputError: as ``complete``.
         """
-        with self._calls.one():
+        with self._in_flight.call():
             self._request(prompt, sampling)
 
     def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> LlamaCppPieces:
@@ -131,11 +132,11 @@ class LlamaCpp:
         Raises:
             InputError: as ``complete``, before the first piece.
         """
-        with self._calls.one():
+        with self._in_flight.call():
             request = self._request(prompt, sampling)
 
         def run(callback: Any) -> None:
-            with self._calls.one():
+            with self._in_flight.call():
                 self._server.handle_completions({**request, "stream": True, "timings_per_token": True}, callback)
 
         return LlamaCppPieces(run, len(request["prompt"]), sampling.stop)
@@ -146,10 +147,10 @@ class LlamaCpp:
         Raises:
             InputError: there is none (llama.cpp would take one of its own), or it does not take these messages.
         """
-        self._header.chat_template()
-        with self._calls.one():
+        self._header.require_chat_template()
+        with self._in_flight.call():
             try:
-                reply = self._http.ask("POST", "/apply-template", {"messages": list(messages)})
+                reply = self._http.request("POST", "/apply-template", {"messages": list(messages)})
             except RuntimeError as error:
                 raise InputError(f"messages: the model's chat template does not take them: {error}") from None
             text: str = reply["prompt"]
@@ -161,7 +162,7 @@ class LlamaCpp:
         Raises:
             InputError: the text is not valid Unicode.
         """
-        with self._calls.one():
+        with self._in_flight.call():
             return self._tokenize(require_unicode(text), start=False)
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -170,19 +171,19 @@ class LlamaCpp:
 
     def check(self) -> None:
         """Return when llama.cpp's loop is alive; raise when it is not."""
-        with self._calls.one():
-            self._http.ask("GET", "/health")
+        with self._in_flight.call():
+            self._http.request("GET", "/health")
 
     def close(self) -> None:
         """Wait for the calls in progress, then free the model. llama.cpp must not be torn down during a call."""
-        self._calls.end()
-        self._server = self._plain = None
+        self._in_flight.close()
+        self._server = self._undrafted = None
 
     def _request(self, prompt: str | Sequence[int], sampling: Sampling) -> dict[str, Any]:
-        ids, most = self._room.take(prompt, sampling, lambda text: self._tokenize(text, start=True))
+        ids, max_tokens = self._limits.resolve(prompt, sampling, lambda text: self._tokenize(text, start=True))
         request = {
             "prompt": ids,
-            "max_tokens": most,
+            "max_tokens": max_tokens,
             "temperature": sampling.temperature,
             "top_k": 0,  # llama.cpp truncates the distribution unless told not to
             "min_p": 0.0,
@@ -203,28 +204,32 @@ class LlamaCpp:
 
     def _tokenize(self, text: str, start: bool) -> list[int]:
         body = {"content": text, "add_special": start, "parse_special": True}
-        ids: list[int] = self._http.ask("POST", "/tokenize", body)["tokens"]
+        ids: list[int] = self._http.request("POST", "/tokenize", body)["tokens"]
         return ids
 
-    def _taken(self, prompt: list[int], tokens: list[int], choice: dict[str, Any], likeliest: int) -> list[Token]:
+    def _token_logprobs(self, prompt: list[int], tokens: list[int], choice: dict[str, Any], top: int) -> list[Token]:
         reported = align_logprobs(tokens, (choice["logprobs"] or {"content": []})["content"], self._pieces)
-        entries = [self._ask(prompt + tokens[:i], tokens[i]) if e is None else e for i, e in enumerate(reported)]
+        entries = [
+            self._logprob_after(prompt + tokens[:i], tokens[i]) if e is None else e for i, e in enumerate(reported)
+        ]
         return [
             Token(
                 entry["id"],
                 self._pieces[entry["id"]],
                 entry["logprob"],
-                tuple((e["id"], self._pieces[e["id"]], e["logprob"]) for e in entry["top_logprobs"][:likeliest]),
+                tuple((e["id"], self._pieces[e["id"]], e["logprob"]) for e in entry["top_logprobs"][:top]),
             )
             for entry in entries
         ]
 
-    def _ask(self, prefix: list[int], token: int) -> dict[str, Any]:
-        """What llama.cpp says of a token after a prefix, from the whole vocabulary, behind one that it reports."""
-        plain = next(i for i, piece in enumerate(self._pieces) if piece.isalnum() and piece.isascii())
+    def _logprob_after(self, prefix: list[int], token: int) -> dict[str, Any]:
+        """llama.cpp's report of a token of which it reports nothing when it samples it: taken from its report of the
+        whole vocabulary when it samples another one.
+        """
+        reported = next(i for i, piece in enumerate(self._pieces) if piece.isalnum() and piece.isascii())
         request = {"prompt": prefix, "max_tokens": 1, "temperature": 0, "cache_prompt": self._reuse_prefix}
-        extra = {"n_probs": len(self._pieces), "logit_bias": [[plain, FORCED]]}
-        reply = check_reply(self._plain.handle_completions(request | extra))
+        extra = {"n_probs": len(self._pieces), "logit_bias": [[reported, FORCING_BIAS]]}
+        reply = check_reply(self._undrafted.handle_completions(request | extra))
         top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         return {**next(entry for entry in top if entry["id"] == token), "top_logprobs": top}
 

@@ -1,4 +1,4 @@
-"""llama.cpp's server as `xllamacpp` runs it: its settings, its answers, and its HTTP port."""
+"""llama.cpp's server as `xllamacpp` runs it: its parameters, its replies, and its HTTP port."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from overproof.engines.gguf_tokens import GgufHeader, read_gguf_header
 from overproof.errors import InputError
 
 TIMEOUT_S = 10
-CONNECTIONS = 2
+MAX_CONNECTIONS = 2
 
 
 @dataclass(frozen=True)
 class LlamaCppDraft:
-    """A small model with the vocabulary of a large one, which guesses the next ``tokens`` of its text each time."""
+    """A small model with the vocabulary of a large one, which guesses the next ``tokens`` of its text."""
 
     path: Path
     tokens: int
@@ -32,62 +32,62 @@ class LlamaCppDraft:
         """A draft for a model.
 
         Raises:
-            InputError: it has another vocabulary, which llama.cpp would not refuse, or is to guess no token.
+            InputError: it has another vocabulary, which llama.cpp would not refuse, or ``tokens`` is below 1.
         """
         if tokens < 1:
             raise InputError(f"draft_tokens: found {tokens}; expected 1 or more")
-        if read_gguf_header(path).vocabulary != model.vocabulary:
+        if read_gguf_header(path).vocabulary_sha256 != model.vocabulary_sha256:
             raise InputError(f"{path}: has another vocabulary than the model; expected one with the same tokenizer")
         return cls(path, tokens)
 
-    def insist(self, http: LlamaCppHttp) -> None:
-        """Hold a server to drafting: one that cannot load the draft goes on without.
+    def require_drafting(self, http: LlamaCppHttp) -> None:
+        """Check that a server drafts: one that cannot load the draft runs without it.
 
         Raises:
-            InputError: it does not draft.
+            InputError: it does not.
         """
-        if not all(slot["speculative"] for slot in http.ask("GET", "/slots")):
+        if not all(slot["speculative"] for slot in http.request("GET", "/slots")):
             raise InputError(f"{self.path}: llama.cpp does not take it as a draft; expected a whole GGUF file")
 
 
 def server_params(
     path: Path, threads: int, slots: int, context_length: int, key: str, draft: LlamaCppDraft | None = None
 ) -> Any:
-    """A silent server for one file, whose HTTP port answers only to the key."""
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(path)
-    settings.n_ctx = context_length * slots  # divided between the slots
-    settings.n_parallel = slots
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
-    settings.verbosity = -1
-    settings.cache_ram_mib = 0  # else up to 8 GiB of past prompts
-    settings.fit_params = False
-    settings.ui = settings.endpoint_slots = False
-    settings.api_keys = [key]
+    """Parameters of a server for one file that logs nothing, and whose HTTP port needs the key."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = context_length * slots  # divided between the slots
+    params.n_parallel = slots
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.verbosity = -1
+    params.cache_ram_mib = 0  # else up to 8 GiB of past prompts
+    params.fit_params = False
+    params.ui = params.endpoint_slots = False
+    params.api_keys = [key]
     if draft is not None:
-        settings.endpoint_slots = True  # where it says whether it drafts
-        settings.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
-        guesses = settings.speculative.draft
-        guesses.mparams.path = str(draft.path)
-        guesses.n_max = draft.tokens
-        guesses.cpuparams.n_threads = guesses.cpuparams_batch.n_threads = threads
-    return settings
+        params.endpoint_slots = True  # which report whether it drafts
+        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        drafting = params.speculative.draft
+        drafting.mparams.path = str(draft.path)
+        drafting.n_max = draft.tokens
+        drafting.cpuparams.n_threads = drafting.cpuparams_batch.n_threads = threads
+    return params
 
 
-def start_server(path: Path, settings: Any) -> Any:
+def start_server(path: Path, params: Any) -> Any:
     """A running server.
 
     Raises:
         InputError: llama.cpp cannot load the file.
     """
     try:
-        return xllamacpp.Server(settings)
+        return xllamacpp.Server(params)
     except RuntimeError as error:
         raise InputError(f"{path}: llama.cpp cannot load it: {error}; expected a whole GGUF file") from None
 
 
 def check_reply(reply: dict[str, Any]) -> dict[str, Any]:
-    """An answer of llama.cpp, or its error raised."""
+    """The reply, raised where it is an error."""
     if "error" in reply:
         error = reply["error"]
         if "grammar" in error["message"]:
@@ -97,19 +97,19 @@ def check_reply(reply: dict[str, Any]) -> dict[str, Any]:
 
 
 class LlamaCppHttp:
-    """llama.cpp's HTTP port, for what the binding has no call for.
+    """A client of llama.cpp's HTTP port, for what the binding has no call for.
 
-    Each call has its own connection: one that stays open would keep one of the server's few threads.
+    Each call has its own connection: one that stays open would occupy one of the server's few threads.
     """
 
     def __init__(self, address: str, key: str) -> None:
         self._address = address.removeprefix("http://")
         self._headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", "Connection": "close"}
-        self._turn = threading.Semaphore(CONNECTIONS)
+        self._connection_slots = threading.Semaphore(MAX_CONNECTIONS)
 
-    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """One request and its JSON answer."""
-        with self._turn, closing(HTTPConnection(self._address, timeout=TIMEOUT_S)) as connection:
+    def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The JSON reply to one request."""
+        with self._connection_slots, closing(HTTPConnection(self._address, timeout=TIMEOUT_S)) as connection:
             connection.request(method, path, None if body is None else json.dumps(body), self._headers)
             reply = connection.getresponse()
             content = json.loads(reply.read())

@@ -1,4 +1,4 @@
-"""Streamed completions of llama.cpp, as an iterator."""
+"""Streamed completions of llama.cpp, whose callbacks become an iterator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from overproof.engines.base import Piece
 from overproof.engines.detokenizer import StopFilter
 from overproof.engines.llamacpp_server import check_reply
 
-RunStream = Callable[[Callable[[dict[str, Any]], bool]], None]  # calls back with each chunk until done or told to stop
+RunStream = Callable[
+    [Callable[[dict[str, Any]], bool]], None
+]  # calls back with each chunk until done, or until the callback returns True
 
 
 class LlamaCppPieces:
@@ -43,7 +45,7 @@ class LlamaCppPieces:
         raise StopIteration
 
     def close(self) -> None:
-        """Generate no further; llama.cpp hears of it at its next token."""
+        """Generate no further; llama.cpp stops at its next token."""
         self._cancelled.set()
         self._chunks.put(None)
 

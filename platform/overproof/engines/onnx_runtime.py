@@ -28,7 +28,7 @@ class OnnxRuntime:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # replicas share their cores
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # replicas share the cores
         if not path.is_file():
             raise InputError(f"{path}: missing; expected an ONNX file")
         try:
@@ -54,7 +54,7 @@ class OnnxRuntime:
         return logprobs_BV
 
     def check(self) -> None:
-        """Nothing to ask: a session holds no state between calls."""
+        """Nothing to check: a session holds no state between calls."""
 
     def close(self) -> None:
         """Free the model."""

@@ -189,8 +189,8 @@ def _measure_text(request: TextRequest) -> TextAnswer:
     for number, prompt in enumerate(request.prompts):
         _tell(f"parity prompt {number + 1} of {len(request.prompts)}")
         done = engine.complete(prompt, Sampling(request.probe_tokens, logprobs=0))
-        assert done.taken is not None
-        answers.append(ProbeCompletion(tokens=done.tokens, logprobs=[token.logprob for token in done.taken]))
+        assert done.token_logprobs is not None
+        answers.append(ProbeCompletion(tokens=done.tokens, logprobs=[token.logprob for token in done.token_logprobs]))
     splits = [engine.tokenize(text) for text in request.texts]
     engine.close()
     return TextAnswer(

@@ -1,4 +1,4 @@
-"""What a language model is asked, held against what it takes before its engine hears of it."""
+"""Checks of a request before it reaches a language engine, and the calls that an engine has in progress."""
 
 from __future__ import annotations
 
@@ -12,50 +12,50 @@ from overproof.engines.base import Sampling
 from overproof.engines.gguf_tokens import GgufHeader
 from overproof.errors import InputError
 
-LARGEST_SEED = 2**32 - 2  # the next one means "random" to llama.cpp
+MAX_SEED = 2**32 - 2  # the next one means "random" to llama.cpp
 
 
 @dataclass(frozen=True)
 class PromptLimits:
-    """How long prompts may be, in tokens, and which tokens there are."""
+    """The lengths that a model takes, in tokens, and the size of its vocabulary."""
 
     context_length: int  # of prompt and completion together
-    prompt: int
-    vocabulary: int
-    characters: int  # no prompt that fits is longer
+    max_prompt_tokens: int
+    vocabulary_size: int
+    max_characters: int  # of a prompt; no text that fits is longer
 
     @classmethod
-    def of(
+    def of_model(
         cls, header: GgufHeader, where: object, context_length: int | None, max_prompt_tokens: int | None
     ) -> PromptLimits:
-        """The room in a model.
+        """The limits of a model, with the context and the prompt length narrowed where given.
 
         Raises:
             InputError: the context is longer than the model's.
         """
-        length = header.context_length if context_length is None else context_length
-        if not 2 <= length <= header.context_length:
-            raise InputError(f"{where}: context length {length}; expected 2 to the model's {header.context_length}")
-        prompt = min(length - 1, max_prompt_tokens or length)
-        return cls(length, prompt, len(header.pieces), length * header.longest)
+        context = header.context_length if context_length is None else context_length
+        if not 2 <= context <= header.context_length:
+            raise InputError(f"{where}: context length {context}; expected 2 to the model's {header.context_length}")
+        prompt_tokens = min(context - 1, max_prompt_tokens or context)
+        return cls(context, prompt_tokens, len(header.pieces), context * header.max_token_characters)
 
-    def take(
+    def resolve(
         self, prompt: str | Sequence[int], sampling: Sampling, tokenize: Callable[[str], list[int]]
     ) -> tuple[list[int], int]:
-        """The prompt's ids, and the most tokens that may follow; ``tokenize`` puts the start token before a text's.
+        """The prompt's token ids, and how many tokens may follow; ``tokenize`` puts the start token before a text's.
 
         Raises:
             InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
         """
-        if isinstance(prompt, str) and len(prompt) > self.characters:  # which take long to split
+        if isinstance(prompt, str) and len(prompt) > self.max_characters:  # first, for long texts take long to tokenize
             raise InputError(f"prompt: {len(prompt)} characters; {self.context_length} tokens hold fewer")
         ids = tokenize(require_unicode(prompt)) if isinstance(prompt, str) else list(prompt)
         if not prompt:
             raise InputError("prompt: empty; expected text or token ids")
         self._check_ids("prompt", ids)
-        if len(ids) > self.prompt:
+        if len(ids) > self.max_prompt_tokens:
             raise InputError(
-                f"prompt: {len(ids)} tokens long; expected at most {self.prompt}, "
+                f"prompt: {len(ids)} tokens long; expected at most {self.max_prompt_tokens}, "
                 f"and the model's context holds {self.context_length} with the answer"
             )
         check_sampling(sampling)
@@ -63,9 +63,9 @@ class PromptLimits:
         return ids, min(sampling.max_tokens, self.context_length - len(ids))
 
     def _check_ids(self, field: str, ids: Sequence[int]) -> None:
-        if not all(0 <= i < self.vocabulary for i in ids):
-            bad = next(i for i in ids if not 0 <= i < self.vocabulary)
-            raise InputError(f"{field}: found token id {bad}; expected 0 to {self.vocabulary - 1}")
+        if not all(0 <= i < self.vocabulary_size for i in ids):
+            bad = next(i for i in ids if not 0 <= i < self.vocabulary_size)
+            raise InputError(f"{field}: found token id {bad}; expected 0 to {self.vocabulary_size - 1}")
 
 
 def require_unicode(text: str) -> str:
@@ -82,7 +82,7 @@ def require_unicode(text: str) -> str:
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Refuse settings that an engine would take otherwise than they are meant.
+    """Refuse settings that an engine would take to mean something else.
 
     Raises:
         InputError: one is out of range.
@@ -93,8 +93,8 @@ def check_sampling(sampling: Sampling) -> None:
         raise InputError(f"temperature: found {sampling.temperature}; expected 0 or more")
     if not 0 < sampling.top_p <= 1:
         raise InputError(f"top_p: found {sampling.top_p}; expected more than 0, at most 1")
-    if sampling.seed is not None and not 0 <= sampling.seed <= LARGEST_SEED:
-        raise InputError(f"seed: found {sampling.seed}; expected 0 to {LARGEST_SEED}")
+    if sampling.seed is not None and not 0 <= sampling.seed <= MAX_SEED:
+        raise InputError(f"seed: found {sampling.seed}; expected 0 to {MAX_SEED}")
     if isinstance(sampling.stop, str) or not all(sampling.stop):
         raise InputError(f"stop: found {sampling.stop!r}; expected strings that are not empty")
 
@@ -108,8 +108,8 @@ class InFlight:
         self._changed = threading.Condition()
 
     @contextmanager
-    def one(self) -> Iterator[None]:
-        """A call; RuntimeError where the engine is closed."""
+    def call(self) -> Iterator[None]:
+        """Count a call while it runs; RuntimeError where the engine is closed."""
         with self._changed:
             if not self._open:
                 raise RuntimeError("the engine is closed")
@@ -121,8 +121,8 @@ class InFlight:
                 self._count -= 1
                 self._changed.notify_all()
 
-    def end(self) -> None:
-        """Wait for those in progress; there are no more."""
+    def close(self) -> None:
+        """Let no more calls begin, and wait for those in progress."""
         with self._changed:
             self._open = False
             self._changed.wait_for(lambda: self._count == 0)

@@ -22,14 +22,14 @@ from overproof.engines.prompt_limits import InFlight, PromptLimits, require_unic
 from overproof.engines.vllm_server import VllmServer, vllm_python
 from overproof.errors import InputError
 
-Reported = tuple[str, float, Mapping[str, float]]  # token, log-probability, those of the likeliest; by name
+TokenReport = tuple[str, float, Mapping[str, float]]  # token's name, log-probability, those of the likeliest by name
 
 
 class Vllm:
     """One GGUF file, its weights unpacked to half precision, decoding up to ``slots`` sequences at once.
 
-    vLLM is given token ids and gives token ids: texts are split by the tokenizer beside the file, and made from the
-    bytes of its tokens, as llama.cpp makes them. Sequences that share a step may differ in the last digits. Penalties
+    vLLM takes and gives token ids: texts are split by the tokenizer beside the file, and joined from the bytes of its
+    tokens, as llama.cpp does. Sequences that share a step may differ in the last digits. Penalties
     count the tokens that were generated, not those of the prompt.
     """
 
@@ -49,14 +49,14 @@ class Vllm:
                 longer than the model's, or there is no vLLM.
         """
         header, tokenizer = read_gguf_header(path), path.with_name(TOKENIZER)
-        self._room = PromptLimits.of(header, path, context_length, max_prompt_tokens)
-        self.context_length = self._room.context_length
-        self.chats = header.template is not None
+        self._limits = PromptLimits.of_model(header, path, context_length, max_prompt_tokens)
+        self.context_length = self._limits.context_length
+        self.chats = header.chat_template is not None
         self._header = header
         if not tokenizer.is_file():
             raise InputError(f"{tokenizer}: missing; expected the tokenizer beside its model")
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
-        self._calls = InFlight()
+        self._in_flight = InFlight()
         self._server = VllmServer(path, threads, slots, self.context_length, reuse_prefix)
 
     def complete(self, prompt: str | Sequence[int], sampling: Sampling) -> Completion:
@@ -71,21 +71,21 @@ class Vllm:
         for step in self._steps(request, sampling.stop):
             steps.append(step)
             times_s.append(time.perf_counter())
-        likeliest, reason = sampling.logprobs, steps[-1].finish_reason
+        top, reason = sampling.logprobs, steps[-1].finish_reason
         assert reason is not None
-        reported = [each for step in steps for each in step.reported]
+        reports = [report for step in steps for report in step.reports]
         return Completion(
             text="".join(step.text for step in steps),
             tokens=[token for step in steps for token in step.tokens],
-            taken=None if likeliest is None else [self._token(each, likeliest) for each in reported],
+            token_logprobs=None if top is None else [self._token(report, top) for report in reports],
             finish_reason=reason,
             prompt_tokens=len(request["prompt"]),
             first_token_s=times_s[0] - began_s,
             decode_s=times_s[-1] - times_s[0],
         )
 
-    def accept(self, prompt: str | Sequence[int], sampling: Sampling) -> None:
-        """Return where ``complete`` would begin.
+    def validate(self, prompt: str | Sequence[int], sampling: Sampling) -> None:
+        """Raise where ``complete`` would, without generating.
 
         Raises:
             InputError: as ``complete``.
@@ -108,9 +108,9 @@ class Vllm:
             InputError: there is none, or it does not take these messages.
         """
         try:
-            # A text that is asked gets its start token anyway.
+            # Without the start token, which every prompt gets later.
             return self._template.render(
-                messages=list(messages), add_generation_prompt=True, bos_token="", eos_token=self._header.end
+                messages=list(messages), add_generation_prompt=True, bos_token="", eos_token=self._header.eos_token
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise InputError(f"messages: the model's chat template does not take them: {error}") from None
@@ -129,27 +129,29 @@ class Vllm:
         return self._header.text(ids)
 
     def check(self) -> None:
-        """Return when vLLM says that it is well; raise when it does not."""
-        with self._calls.one():
-            if not self._server.answers():
-                raise RuntimeError("vLLM does not answer")
+        """Return when vLLM is healthy, raise when it is not."""
+        with self._in_flight.call():
+            if not self._server.is_healthy():
+                raise RuntimeError("vLLM is not healthy")
 
     def close(self) -> None:
         """Wait for the calls in progress, then end vLLM."""
-        self._calls.end()
+        self._in_flight.close()
         self._server.close()
 
     @cached_property
     def _template(self) -> Template:
         sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        sandbox.globals["raise_exception"] = _refuse
-        return sandbox.from_string(self._header.chat_template())
+        sandbox.globals["raise_exception"] = _raise_template_error
+        return sandbox.from_string(self._header.require_chat_template())
 
     def _request(self, prompt: str | Sequence[int], sampling: Sampling) -> dict[str, Any]:
-        ids, most = self._room.take(prompt, sampling, lambda text: [self._header.start, *self.tokenize(text)])
+        ids, max_tokens = self._limits.resolve(
+            prompt, sampling, lambda text: [self._header.bos_id, *self.tokenize(text)]
+        )
         request = {
             "prompt": ids,
-            "max_tokens": most,
+            "max_tokens": max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": sampling.seed,
@@ -164,49 +166,51 @@ class Vllm:
         return request
 
     def _steps(self, request: dict[str, Any], stops: Sequence[str]) -> Generator[_Step]:
-        """What is generated, up to a stop string; generation ends with the generator."""
-        written = Detokenizer(self._header.pieces, stops)
-        with self._calls.one():
-            for said in self._server.stream(request):
-                for choice in said["choices"]:
-                    step = _step(choice, written)
+        """Generate up to a stop string; closing the generator ends generation."""
+        detokenizer = Detokenizer(self._header.pieces, stops)
+        with self._in_flight.call():
+            for event in self._server.stream(request):
+                for choice in event["choices"]:
+                    step = _step(choice, detokenizer)
                     yield step
                     if step.finish_reason is not None:
                         return
         raise RuntimeError("vLLM ended a text before its end")
 
-    def _token(self, reported: Reported, likeliest: int) -> Token:
-        name, logprob, top = reported
-        ranked = sorted(((value, _id(other)) for other, value in top.items()), key=lambda pair: (-pair[0], pair[1]))
+    def _token(self, report: TokenReport, count: int) -> Token:
+        name, logprob, top = report
+        ranked = sorted(
+            ((value, _token_id(other)) for other, value in top.items()), key=lambda pair: (-pair[0], pair[1])
+        )
         return Token(
-            _id(name),
-            self._header.pieces[_id(name)],
+            _token_id(name),
+            self._header.pieces[_token_id(name)],
             logprob,
-            tuple((id_, self._header.pieces[id_], value) for value, id_ in ranked[:likeliest]),
+            tuple((id_, self._header.pieces[id_], value) for value, id_ in ranked[:count]),
         )
 
 
 @dataclass(frozen=True)
 class _Step:
-    """Tokens, their text so far as it may be shown, what vLLM reports of each, and why they ended, if they did."""
+    """Tokens that vLLM generated at once: their text, as far as it may be sent, and the report of each."""
 
     text: str
     tokens: list[int]
-    reported: list[Reported]
+    reports: list[TokenReport]
     finish_reason: FinishReason | None
 
 
-def _step(choice: dict[str, Any], written: Detokenizer) -> _Step:
+def _step(choice: dict[str, Any], detokenizer: Detokenizer) -> _Step:
     text, tokens = "", list[int]()
     for token in choice["token_ids"] or ():
         tokens.append(token)
-        text += written.push(token)
-        if written.stopped:
+        text += detokenizer.push(token)
+        if detokenizer.stopped:
             break
-    reason: FinishReason | None = "stop" if written.stopped else choice["finish_reason"]
+    reason: FinishReason | None = "stop" if detokenizer.stopped else choice["finish_reason"]
     found = choice["logprobs"] or {"tokens": (), "token_logprobs": (), "top_logprobs": ()}
     reported = zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
-    return _Step(text if reason is None else text + written.flush(), tokens, list(reported)[: len(tokens)], reason)
+    return _Step(text if reason is None else text + detokenizer.flush(), tokens, list(reported)[: len(tokens)], reason)
 
 
 class VllmPieces:
@@ -231,15 +235,15 @@ class VllmPieces:
         raise StopIteration
 
     def close(self) -> None:
-        """Generate no further; vLLM hears of it at its next token."""
+        """Generate no further; vLLM stops at its next token."""
         self._closed.set()
 
 
-def _id(name: str) -> int:
+def _token_id(name: str) -> int:
     return int(name.removeprefix("token_id:"))
 
 
-def _refuse(message: str) -> None:
+def _raise_template_error(message: str) -> None:
     raise TemplateError(message)
 
 

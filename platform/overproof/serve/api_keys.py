@@ -1,4 +1,4 @@
-"""API keys in a file that every replica reads: hashed, revocable, each with limits of its own."""
+"""API keys: a file of their hashes, which can be changed while servers run, and the rate limits of each."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from overproof.errors import InputError
 from overproof.files import atomic_write, filesystem, read_json_or_default
 
-PREFIX = "op-"  # so that a key is known for one where it leaks
-SECRET_BYTES = 32  # as much as sha256 holds: no slow hash is needed against guessing
-READ_AGAIN_S = 2.0
-LEAST = {"requests": 1.0, "tokens": 0.0}  # left of a bucket, for a request to pass
+KEY_PREFIX = "op-"  # by which scanners for leaked secrets recognise a key
+SECRET_BYTES = 32  # as many as sha256 has: too many to guess, so a fast hash will do
+REFRESH_S = 2.0  # between two readings of the file
+MIN_LEVEL = {"requests": 1.0, "tokens": 0.0}  # of a bucket, for a request to pass
 KeyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
 
 
 class ApiKey(BaseModel):
-    """One key; the key itself is known only to the one it was given to."""
+    """What is stored of a key: its hash, and its limits."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: KeyName
@@ -38,9 +38,9 @@ class ApiKey(BaseModel):
 
     @property
     def limits(self) -> tuple[tuple[int, str], ...]:
-        """The most of what, in a minute."""
-        named = ((self.requests_per_minute, "requests"), (self.tokens_per_minute, "tokens"))
-        return tuple((most, what) for most, what in named if most is not None)
+        """Amounts a minute, and of what: requests or tokens."""
+        limits = ((self.requests_per_minute, "requests"), (self.tokens_per_minute, "tokens"))
+        return tuple((limit, unit) for limit, unit in limits if limit is not None)
 
 
 class KeyFile(BaseModel):
@@ -66,15 +66,15 @@ def read_keys(uri: str) -> KeyFile:
 
 
 def add_key(uri: str, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> str:
-    """Make a key and give it back; nobody can read it from the file.
+    """Add a new key to a file and give it back: it cannot be read from the file again.
 
     Raises:
-        InputError: the name is taken or none, a limit is less than 1, or the file cannot be read or written.
+        InputError: the name is taken or malformed, a limit is less than 1, or the file cannot be read or written.
     """
-    key = PREFIX + secrets.token_urlsafe(SECRET_BYTES)
+    key = KEY_PREFIX + secrets.token_urlsafe(SECRET_BYTES)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     try:
-        made = ApiKey(
+        new_key = ApiKey(
             name=name,
             sha256=hash_key(key),
             created=created,
@@ -84,30 +84,30 @@ def add_key(uri: str, name: str, requests_per_minute: int | None, tokens_per_min
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{first['loc'][0]}: found {first['input']!r}; {first['msg']}") from None
-    with _changing(uri) as ring:
-        if any(each.name == name for each in ring.keys):
+    with _locked(uri) as key_file:
+        if any(each.name == name for each in key_file.keys):
             raise InputError(f"{uri}: has a key {name!r}; revoke it first, or take another name")
-        _write(uri, KeyFile(keys=(*ring.keys, made)))
+        _write(uri, KeyFile(keys=(*key_file.keys, new_key)))
     return key
 
 
 def revoke_key(uri: str, name: str) -> None:
-    """Take a key away; replicas refuse it within seconds.
+    """Remove a key; servers refuse it within seconds.
 
     Raises:
         InputError: there is none of that name.
     """
-    with _changing(uri) as ring:
-        left = tuple(each for each in ring.keys if each.name != name)
-        if len(left) == len(ring.keys):
-            known = ", ".join(each.name for each in ring.keys) or "none"
+    with _locked(uri) as key_file:
+        remaining = tuple(each for each in key_file.keys if each.name != name)
+        if len(remaining) == len(key_file.keys):
+            known = ", ".join(each.name for each in key_file.keys) or "none"
             raise InputError(f"{uri}: no key {name!r}; found {known}")
-        _write(uri, KeyFile(keys=left))
+        _write(uri, KeyFile(keys=remaining))
 
 
 @contextmanager
-def _changing(uri: str) -> Iterator[KeyFile]:
-    """The ring, to be written anew; of a file on a disk one process at a time has it."""
+def _locked(uri: str) -> Iterator[KeyFile]:
+    """The content of a file that is to be changed; of a local file one process at a time has it."""
     files, path = filesystem(uri)
     if not isinstance(files, fs.LocalFileSystem):
         yield read_keys(uri)
@@ -122,19 +122,19 @@ def _changing(uri: str) -> Iterator[KeyFile]:
         yield read_keys(uri)
 
 
-def _write(uri: str, ring: KeyFile) -> None:
+def _write(uri: str, key_file: KeyFile) -> None:
     files, path = filesystem(uri)
-    atomic_write(files, path, ring.model_dump_json(indent=1).encode() + b"\n")
+    atomic_write(files, path, key_file.model_dump_json(indent=1).encode() + b"\n")
 
 
 @dataclass
 class KeyStore:
-    """The keys of a file, read again when a while has passed, so that a change needs no restart."""
+    """The keys of a file, read again every ``REFRESH_S``, so that a change needs no restart."""
 
     uri: str
-    now: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = time.monotonic
     _by_sha256: dict[str, ApiKey] = field(default_factory=dict)
-    _read_at: float = float("-inf")
+    _read_at_s: float = float("-inf")
 
     def find(self, sha256: str) -> ApiKey | None:
         """The key with this hash.
@@ -142,44 +142,46 @@ class KeyStore:
         Raises:
             InputError: the file cannot be read.
         """
-        if self.now() - self._read_at > READ_AGAIN_S:
+        if self.clock() - self._read_at_s > REFRESH_S:
             self._by_sha256 = {key.sha256: key for key in read_keys(self.uri).keys}
-            self._read_at = self.now()
+            self._read_at_s = self.clock()
         return self._by_sha256.get(sha256)
 
 
 @dataclass
 class RateLimiter:
-    """Requests and tokens of each key in the last minute: buckets that fill up evenly.
+    """Token buckets of each key, which fill up evenly to what its limits allow in a minute.
 
-    A request is let in while its key has anything left, and pays for its tokens when they are counted; what it takes
-    beyond its bucket, the key waits for.
+    A request is admitted while its key's buckets are not empty, and charged for its tokens when they are counted; a
+    bucket may go below zero, and the key then waits until it has filled up.
     """
 
-    now: Callable[[], float] = time.monotonic
-    _left: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)  # and when
+    clock: Callable[[], float] = time.monotonic
+    _buckets: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)  # by key, unit: level, at time
 
     def admit(self, key: ApiKey) -> float:
-        """0 where a request may pass, which it then has; else the seconds to wait."""
-        waits = [max(0.0, (LEAST[what] - self._fill(key.name, what, most)) * 60 / most) for most, what in key.limits]
+        """0 where a request may pass, which is then counted; else the seconds to wait."""
+        waits = [
+            max(0.0, (MIN_LEVEL[unit] - self._refill(key.name, unit, limit)) * 60 / limit) for limit, unit in key.limits
+        ]
         wait_s = max(waits, default=0.0)
         if wait_s == 0 and key.requests_per_minute is not None:
-            self._take(key.name, "requests", 1)
+            self._spend(key.name, "requests", 1)
         return wait_s
 
     def charge(self, key: ApiKey, tokens: int) -> None:
-        """What a request came to."""
+        """Take the tokens of a finished request from the key's bucket."""
         if key.tokens_per_minute is not None:
-            self._fill(key.name, "tokens", key.tokens_per_minute)
-            self._take(key.name, "tokens", tokens)
+            self._refill(key.name, "tokens", key.tokens_per_minute)
+            self._spend(key.name, "tokens", tokens)
 
-    def _fill(self, name: str, kind: str, limit: int) -> float:
-        now = self.now()
-        left, before = self._left.get((name, kind), (float(limit), now))
-        left = min(limit, left + (now - before) * limit / 60)
-        self._left[name, kind] = left, now
-        return left
+    def _refill(self, name: str, unit: str, limit: int) -> float:
+        now_s = self.clock()
+        level, filled_s = self._buckets.get((name, unit), (float(limit), now_s))
+        level = min(limit, level + (now_s - filled_s) * limit / 60)
+        self._buckets[name, unit] = level, now_s
+        return level
 
-    def _take(self, name: str, kind: str, amount: int) -> None:
-        left, now = self._left[name, kind]
-        self._left[name, kind] = left - amount, now
+    def _spend(self, name: str, unit: str, amount: int) -> None:
+        level, filled_s = self._buckets[name, unit]
+        self._buckets[name, unit] = level - amount, filled_s

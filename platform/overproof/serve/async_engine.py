@@ -1,4 +1,4 @@
-"""An engine as the HTTP API asks it: from an event loop, and wherever it runs.
+"""Engines behind an asynchronous interface: what the HTTP routes call, be the engine in this process or in a replica.
 
 Shapes: B images in a batch, D pixels, C classes.
 """
@@ -21,43 +21,43 @@ from overproof.engines.base import (
     Completion,
     FinishReason,
     Piece,
-    Pieces,
+    PieceStream,
     Sampling,
     TextEngine,
 )
 
 ResultT = TypeVar("ResultT")
 Prompt = str | Sequence[int]
-Waiting = tuple[NDArray[np.float32], asyncio.Future[NDArray[np.float32]]]
-MOST_TOGETHER = 16  # requests classified at once: a core gains little beyond, and meanwhile others come and go
+QueuedImages = tuple[NDArray[np.float32], asyncio.Future[NDArray[np.float32]]]  # pixels_BD, their logprobs_BC
+MAX_BATCH_REQUESTS = 16  # more gain a core little, and make those that come meanwhile wait longer
 
 
 class Busy(Exception):
-    """No replica can take one more request now."""
+    """Every replica is at its capacity, and the queue is full."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What came of a prompt."""
+    """A finished text."""
 
     text: str
     finish_reason: FinishReason | None
     prompt_tokens: int
     completion_tokens: int
-    done: Completion | None = None  # where log-probabilities were asked for
+    completion: Completion | None = None  # where log-probabilities were asked for
 
 
 class AsyncEngine(Protocol):
-    """What ``TextEngine`` and ``ClassifierEngine`` do; each raises as they do, or ``Busy``."""
+    """What ``TextEngine`` and ``ClassifierEngine`` do; each method raises as they do, or ``Busy``."""
 
     async def complete(self, prompt: Prompt, sampling: Sampling) -> Generation:
-        """Continue a prompt until done; generation ends with the task that waits for it."""
+        """Continue a prompt until done; cancelling the call ends generation."""
 
-    async def accept(self, prompt: Prompt, sampling: Sampling) -> None:
-        """Return where ``complete`` would begin."""
+    async def validate(self, prompt: Prompt, sampling: Sampling) -> None:
+        """Raise where ``complete`` would refuse the request."""
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
-        """Continue a prompt piece by piece; generation ends when the generator is closed."""
+        """Continue a prompt piece by piece; closing the generator ends generation."""
 
     async def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str: ...
 
@@ -70,42 +70,36 @@ class AsyncEngine(Protocol):
 
 
 class ThreadedEngine:
-    """An engine of this process, called from ``calls`` threads at most; more calls wait."""
+    """An engine of this process, called from a pool of so many threads; more calls wait."""
 
-    def __init__(self, engine: TextEngine | ClassifierEngine, calls: int) -> None:
+    def __init__(self, engine: TextEngine | ClassifierEngine, threads: int) -> None:
         self._engine: Any = engine
-        self._pool = ThreadPoolExecutor(calls, thread_name_prefix="engine")
-
-    async def _call(self, function: Callable[[], ResultT]) -> ResultT:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="engine")
 
     async def complete(self, prompt: Prompt, sampling: Sampling) -> Generation:
-        if sampling.logprobs is not None:  # llama.cpp streams none, and cannot be called back
-            done: Completion = await self._call(partial(self._engine.complete, prompt, sampling))
-            return Generation(done.text, done.finish_reason, done.prompt_tokens, len(done.tokens), done)
-        async with self._begun(prompt, sampling) as pieces:
-            return await self._call(partial(_joined, pieces))
+        if sampling.logprobs is not None:  # llama.cpp streams none, and so the call cannot be ended early
+            completion: Completion = await self._call(partial(self._engine.complete, prompt, sampling))
+            return Generation(
+                completion.text,
+                completion.finish_reason,
+                completion.prompt_tokens,
+                len(completion.tokens),
+                completion,
+            )
+        async with self._open_stream(prompt, sampling) as pieces:
+            return await self._call(partial(_join, pieces))
 
-    async def accept(self, prompt: Prompt, sampling: Sampling) -> None:
-        await self._call(partial(self._engine.accept, prompt, sampling))
+    async def validate(self, prompt: Prompt, sampling: Sampling) -> None:
+        await self._call(partial(self._engine.validate, prompt, sampling))
 
     async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
-        loop, come = asyncio.get_running_loop(), asyncio.Queue[Piece | None]()
-        async with self._begun(prompt, sampling) as pieces:
-            passing = asyncio.ensure_future(self._call(partial(_pass_on, pieces, loop, come)))
-            passing.add_done_callback(lambda _: come.put_nowait(None))
-            while (piece := await come.get()) is not None:
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece | None]()
+        async with self._open_stream(prompt, sampling) as pieces:
+            forwarding = asyncio.ensure_future(self._call(partial(_forward, pieces, loop, queue)))
+            forwarding.add_done_callback(lambda _: queue.put_nowait(None))
+            while (piece := await queue.get()) is not None:
                 yield piece
-            await passing  # which may have failed
-
-    @asynccontextmanager
-    async def _begun(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Pieces]:
-        """Pieces that are closed at the end, be they begun only after it: a thread cannot be called back."""
-        begun = asyncio.ensure_future(self._call(partial(self._engine.stream, prompt, sampling)))
-        try:
-            yield await asyncio.shield(begun)
-        finally:
-            begun.add_done_callback(_close)
+            await forwarding  # raises where it failed
 
     async def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
         prompt: str = await self._call(partial(self._engine.chat_prompt, messages))
@@ -120,68 +114,81 @@ class ThreadedEngine:
         return logprobs_BC
 
     async def check(self) -> None:
-        await asyncio.to_thread(self._engine.check)  # also when every engine thread is taken
+        await asyncio.to_thread(self._engine.check)  # also while every thread of the pool is busy
 
     async def close(self) -> None:
         """Wait for the calls in progress, then free the model."""
         await asyncio.to_thread(self._engine.close)
         self._pool.shutdown()
 
+    async def _call(self, function: Callable[[], ResultT]) -> ResultT:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+
+    @asynccontextmanager
+    async def _open_stream(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[PieceStream]:
+        """A stream that is closed at the end, also one that its thread opens only after the caller was cancelled."""
+        opening = asyncio.ensure_future(self._call(partial(self._engine.stream, prompt, sampling)))
+        try:
+            yield await asyncio.shield(opening)
+        finally:
+            opening.add_done_callback(_close_stream)
+
 
 class BatchingClassifier(ThreadedEngine):
-    """A classifier of this process that takes together what came in while the requests before were classified. (Ray
-    Serve's ``batch`` makes up its batches before the one in progress ends: of single requests, under steady load.)
+    """A classifier of this process that puts the requests which came while the last batch ran into the next one.
+
+    (Ray Serve's ``batch`` makes up its batches before the one in progress ends: of single requests, under steady load.)
     """
 
     def __init__(self, engine: ClassifierEngine, pixels: int) -> None:
-        super().__init__(engine, 1)
+        super().__init__(engine, threads=1)
         self._pixels = pixels
-        self._waiting: list[Waiting] = []
-        self._working: asyncio.Task[None] | None = None
+        self._queue: list[QueuedImages] = []
+        self._task: asyncio.Task[None] | None = None
 
     async def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
         if pixels_BD.shape[1] != self._pixels:
-            return await super().classify(pixels_BD)  # which says what is wrong, of this request alone
-        answer: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((pixels_BD, answer))
-        if self._working is None:
-            self._working = asyncio.ensure_future(self._work())
-        return await answer
+            return await super().classify(pixels_BD)  # alone, so that the error is of this request
+        result: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
+        self._queue.append((pixels_BD, result))
+        if self._task is None:
+            self._task = asyncio.ensure_future(self._run_batches())
+        return await result
 
-    async def _work(self) -> None:
-        while self._waiting:
-            several, self._waiting = self._waiting[:MOST_TOGETHER], self._waiting[MOST_TOGETHER:]
-            await self._answer([pair for pair in several if not pair[1].done()])
-        self._working = None
+    async def _run_batches(self) -> None:
+        while self._queue:
+            batch, self._queue = self._queue[:MAX_BATCH_REQUESTS], self._queue[MAX_BATCH_REQUESTS:]
+            await self._classify_batch([queued for queued in batch if not queued[1].done()])
+        self._task = None
 
-    async def _answer(self, several: list[Waiting]) -> None:
-        if not several:
+    async def _classify_batch(self, batch: list[QueuedImages]) -> None:
+        if not batch:
             return
         try:
-            logprobs_BC = await super().classify(np.concatenate([pixels_BD for pixels_BD, _ in several]))
+            logprobs_BC = await super().classify(np.concatenate([pixels_BD for pixels_BD, _ in batch]))
         except Exception as error:
-            for _, answer in several:
-                if not answer.done():
-                    answer.set_exception(error)
+            for _, result in batch:
+                if not result.done():
+                    result.set_exception(error)
             return
-        ends = np.cumsum([len(pixels_BD) for pixels_BD, _ in several])
-        for (_, answer), part in zip(several, np.split(logprobs_BC, ends[:-1]), strict=True):
-            if not answer.done():
-                answer.set_result(part)
+        ends = np.cumsum([len(pixels_BD) for pixels_BD, _ in batch])
+        for (_, result), rows in zip(batch, np.split(logprobs_BC, ends[:-1]), strict=True):
+            if not result.done():
+                result.set_result(rows)
 
 
-def _joined(pieces: Pieces) -> Generation:
+def _join(pieces: PieceStream) -> Generation:
     texts, last = [], Piece("")
     for last in pieces:
         texts.append(last.text)
     return Generation("".join(texts), last.finish_reason, last.prompt_tokens, last.completion_tokens)
 
 
-def _pass_on(pieces: Pieces, loop: asyncio.AbstractEventLoop, come: asyncio.Queue[Piece | None]) -> None:
+def _forward(pieces: PieceStream, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Piece | None]) -> None:
     for piece in pieces:
-        loop.call_soon_threadsafe(come.put_nowait, piece)
+        loop.call_soon_threadsafe(queue.put_nowait, piece)
 
 
-def _close(begun: asyncio.Future[Any]) -> None:
-    if not begun.cancelled() and begun.exception() is None:
-        begun.result().close()
+def _close_stream(opening: asyncio.Future[Any]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()

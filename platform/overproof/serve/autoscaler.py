@@ -1,4 +1,4 @@
-"""Replicas of the versions that are loaded, as many as the load of each asks for."""
+"""Replicas follow the load: how many a version should have, and the loop that has Ray Serve keep so many."""
 
 from __future__ import annotations
 
@@ -13,101 +13,99 @@ from overproof.serve.deployments import Version
 from overproof.serve.ray_serve import set_replicas
 
 LOG = logging.getLogger("ray.serve")
+WINDOW_S = 2.0  # over which the load is averaged
+TOLERANCE = 0.1  # as in Kubernetes' HPA: load within a tenth of what the replicas are for changes nothing
 
 
 class Autoscaler:
-    """The versions whose replicas follow their load: not those that are being started or stopped."""
+    """Resizes the versions that it tracks; a version that is being started or stopped is not tracked."""
 
     def __init__(self) -> None:
-        self._scales: dict[str, ReplicaTarget] = {}
+        self._targets: dict[str, ReplicaTarget] = {}  # by package
 
-    def put(self, version: Version, replicas: int) -> None:
-        """Let a version follow its load, from as many replicas as it has."""
-        self._scales[version.package] = ReplicaTarget(version.settings, replicas)
+    def track(self, version: Version, replicas: int) -> None:
+        """Have a version follow its load, from as many replicas as it has."""
+        self._targets[version.package] = ReplicaTarget(version.settings, replicas)
 
-    def take(self, package: str) -> int:
-        """Leave a version alone; gives how many replicas it should have now, none where it followed nothing."""
-        scale = self._scales.pop(package, None)
-        return 0 if scale is None else scale.replicas
+    def untrack(self, package: str) -> int:
+        """Resize a version no longer; gives its target, 0 where it was not tracked."""
+        target = self._targets.pop(package, None)
+        return 0 if target is None else target.replicas
 
-    def see(self, version: Version, requests: int, now_s: float) -> None:
-        """Take in the requests that a version has now, and have it keep the replicas that they ask for."""
-        scale = self._scales.get(version.package)
-        if scale is None:
+    def observe(self, version: Version, requests: int, now_s: float) -> None:
+        """Take in how many requests a version has now, and resize it where the load asks for it."""
+        target = self._targets.get(version.package)
+        if target is None:
             return
-        before = scale.replicas
-        if scale.see(requests, now_s) != before:
-            LOG.info("%s: %d to %d replicas", version.package, before, scale.replicas)
-            log_failure(asyncio.ensure_future(self._resize(version, scale, before)))
+        previous = target.replicas
+        if target.observe(requests, now_s) != previous:
+            LOG.info("%s: %d to %d replicas", version.package, previous, target.replicas)
+            log_failure(asyncio.ensure_future(self._resize(version, target, previous)))
 
-    async def _resize(self, version: Version, scale: ReplicaTarget, before: int) -> None:
+    async def _resize(self, version: Version, target: ReplicaTarget, previous: int) -> None:
         try:
-            await asyncio.to_thread(set_replicas, version.application, scale.replicas)
+            await asyncio.to_thread(set_replicas, version.application, target.replicas)
         except BaseException:
-            scale.replicas = before  # and asked for again, if it is still wanted
+            target.replicas = previous  # the next observation tries again, if it is still wanted
             raise
 
 
-def log_failure(task: asyncio.Future[Any]) -> None:
-    """Have a failure of a task that nobody waits for in the log."""
-
-    def log(done: asyncio.Future[Any]) -> None:
-        if not done.cancelled() and done.exception() is not None:
-            LOG.error("a change that the desk began failed", exc_info=done.exception())
-
-    task.add_done_callback(log)
-
-
-LOOK_BACK_S = 2.0  # over which the load is averaged
-TOLERANCE = 0.1  # as in Kubernetes' HPA: load that is this close to what the replicas are for moves nothing
-
-
-def clamp_replicas(settings: Serve, replicas: int) -> int:
-    """As many as are asked for, or the nearest number that the settings allow."""
-    return min(max(replicas, settings.min_replicas), settings.max_replicas)
-
-
 class ReplicaTarget:
-    """Follows the load of one version: up after ``upscale_delay_s`` of more than ``slots`` requests a replica, down
-    after ``downscale_delay_s`` of fewer, then to the most that was wanted meanwhile. From none it is up at once.
+    """The number of replicas that one version should have: up after ``upscale_delay_s`` of more than ``slots`` requests
+    a replica, down after ``downscale_delay_s`` of fewer, then to the most that was wanted meanwhile. From 0 it is up at
+    once.
     """
 
     def __init__(self, settings: Serve, replicas: int) -> None:
         self.replicas = clamp_replicas(settings, replicas)
         self._settings = settings
-        self._seen: deque[tuple[float, float]] = deque()  # time, load
-        self._above_s: float | None = None  # since when more replicas are wanted
+        self._samples: deque[tuple[float, float]] = deque()  # time, requests
+        self._above_since_s: float | None = None  # more replicas are wanted since then
         self._below: deque[tuple[float, int]] = deque()  # time, replicas wanted, since fewer are
 
-    def see(self, requests: float, now_s: float) -> int:
-        """Take in how many requests are being answered or wait now; gives the replicas there should be."""
-        self._seen.append((now_s, requests))
-        while self._seen[0][0] < now_s - LOOK_BACK_S:
-            self._seen.popleft()
+    def observe(self, requests: float, now_s: float) -> int:
+        """Take in how many requests run or wait now; gives the number of replicas there should be."""
+        self._samples.append((now_s, requests))
+        while self._samples[0][0] < now_s - WINDOW_S:
+            self._samples.popleft()
         wanted = self._wanted(requests)
         if wanted > self.replicas:
             self._below.clear()
-            if self._above_s is None:
-                self._above_s = now_s
-            if self.replicas == 0 or now_s - self._above_s >= self._settings.upscale_delay_s:
-                self.replicas, self._above_s = wanted, None
+            if self._above_since_s is None:
+                self._above_since_s = now_s
+            if self.replicas == 0 or now_s - self._above_since_s >= self._settings.upscale_delay_s:
+                self.replicas, self._above_since_s = wanted, None
             return self.replicas
-        self._above_s = None
+        self._above_since_s = None
         if wanted == self.replicas:
             self._below.clear()
             return self.replicas
         self._below.append((now_s, wanted))
         if now_s - self._below[0][0] >= self._settings.downscale_delay_s:
-            self.replicas = max(each for _, each in self._below)
+            self.replicas = max(replicas for _, replicas in self._below)
             self._below.clear()
         return self.replicas
 
     def _wanted(self, requests: float) -> int:
-        slots, now = self._settings.slots, self.replicas
-        mean = sum(load for _, load in self._seen) / len(self._seen)
-        if now == 0:
-            mean = requests
-        wanted = ceil(mean / slots)
-        if now and abs(mean / (slots * now) - 1) <= TOLERANCE:
-            wanted = now
-        return clamp_replicas(self._settings, wanted)
+        slots = self._settings.slots
+        if self.replicas == 0:
+            return clamp_replicas(self._settings, ceil(requests / slots))
+        mean = sum(load for _, load in self._samples) / len(self._samples)
+        if abs(mean / (slots * self.replicas) - 1) <= TOLERANCE:
+            return clamp_replicas(self._settings, self.replicas)
+        return clamp_replicas(self._settings, ceil(mean / slots))
+
+
+def clamp_replicas(settings: Serve, replicas: int) -> int:
+    """As many as asked for, or the nearest number that the settings allow."""
+    return min(max(replicas, settings.min_replicas), settings.max_replicas)
+
+
+def log_failure(task: asyncio.Future[Any]) -> None:
+    """Have a failure of a background task in the log; nobody awaits it."""
+
+    def log(finished: asyncio.Future[Any]) -> None:
+        if not finished.cancelled() and finished.exception() is not None:
+            LOG.error("a background change failed", exc_info=finished.exception())
+
+    task.add_done_callback(log)

@@ -1,27 +1,28 @@
-"""The one place that changes what is deployed: it starts versions, moves traffic, and takes failing ones back."""
+"""The one actor that changes what is deployed: it starts versions, moves traffic to them, and rolls failing ones back.
+
+The gateway polls it for the routing table; replicas ask it for the gateway's address.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import ray
-from ray import serve
-from ray.exceptions import RayTaskError
-from ray.serve.context import _set_global_client
+from ray.exceptions import RayActorError, RayTaskError
 
 from overproof.config import Serve
 from overproof.errors import InputError
 from overproof.package.package import fetch_package, open_package, resolve_package
+from overproof.serve import ray_serve
 from overproof.serve.autoscaler import Autoscaler, clamp_replicas, log_failure
 from overproof.serve.canary import VersionStats, rollback_reason
 from overproof.serve.deployments import (
-    CONTROLLER,
+    CONTROLLER_NAME,
     Deployments,
     Role,
     Version,
@@ -29,39 +30,29 @@ from overproof.serve.deployments import (
     read_deployments,
     write_deployments,
 )
-from overproof.serve.ray_serve import replica_counts, start_application, wait_until_running
 from overproof.serve.replica import replica_application
 from overproof.serve.response_builder import model_info
 from overproof.serve.rpc import GatewayAddress
 
-POLL_S = 0.5  # a gateway is answered at the latest, and so often tells the load
-ALONE_S = 30.0
-HEARD_S = 10.0  # the longest that a change waits for the gateway
-GRACE_S = 0.5  # for requests between finding a version and asking it
-ITSELF = "overproof"
-ON_HEAD = {"node:__internal_head__": 0.001}  # where people look for the address
-
-
-@contextlib.contextmanager
-def unwrap_remote_errors() -> Iterator[None]:
-    """What went wrong in an actor, as if it had gone wrong here."""
-    try:
-        yield
-    except RayTaskError as error:
-        raise error.cause from None
+POLL_S = 0.5  # the longest that a poll waits for a change, and so how often the gateway reports its load
+GATEWAY_TIMEOUT_S = 30.0  # without a poll, after which the controller ends
+ACK_TIMEOUT_S = 10.0  # the longest that a change waits for the gateway to route by it
+GRACE_S = 0.5  # for requests that have found a version and are not sent to it yet
+SYSTEM_USER = "overproof"
+HEAD_NODE = {"node:__internal_head__": 0.001}  # Ray's resource of the head node, whose address clients know
 
 
 def get_or_create_controller(settings: Serve) -> Any:
-    """The desk of this cluster, new where there is none."""
+    """Handle of the cluster's controller, started where there is none."""
     return (
         ray.remote(Controller)
         .options(
-            name=CONTROLLER,
-            namespace=CONTROLLER,
+            name=CONTROLLER_NAME,
+            namespace=CONTROLLER_NAME,
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
-            resources=ON_HEAD,
+            resources=HEAD_NODE,
             max_restarts=-1,
             max_concurrency=1000,
         )
@@ -69,282 +60,346 @@ def get_or_create_controller(settings: Serve) -> Any:
     )
 
 
+def get_controller() -> Any:
+    """Handle of the cluster's controller.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return ray.get_actor(CONTROLLER_NAME, namespace=CONTROLLER_NAME)
+    except ValueError:
+        raise InputError("the controller is not there; it is being started, or serving is being stopped") from None
+
+
+def wait_for_controller(result: Any) -> Any:
+    """The result of a call to the controller.
+
+    Raises:
+        InputError: it refuses, or it ended before it was done.
+    """
+    try:
+        with unwrap_remote_errors():
+            return ray.get(result)
+    except RayActorError:
+        raise InputError("the controller ended before the change was done, and is being replaced; try again") from None
+
+
+def kill_controller() -> None:
+    """End the controller, where there is one."""
+    with contextlib.suppress(InputError):
+        ray.kill(get_controller())
+
+
+@contextlib.contextmanager
+def unwrap_remote_errors() -> Iterator[None]:
+    """Raise an actor's own error in place of the one that Ray wraps it in."""
+    try:
+        yield
+    except RayTaskError as error:
+        raise error.cause from None
+
+
 @dataclass(frozen=True)
 class RoutingTable:
-    """What the gateway goes by."""
+    """What the gateway routes by; a later one has a higher revision."""
 
-    number: int
-    book: Deployments
-    loaded: frozenset[str]  # packages that have replicas, or may have them at once
+    revision: int
+    deployments: Deployments
+    loaded: frozenset[str]  # packages that have replicas, or get them without being loaded again
 
 
 class Controller:
-    """An actor beside the gateway; it is alone, and all its changes come one after the other."""
+    """Keeps the deployments and carries out their changes, one at a time."""
 
     def __init__(self, settings: Serve) -> None:
-        self._book, self._settings = Deployments(), settings
-        self._number, self._heard = time.time_ns(), 0  # a desk that starts anew goes on counting
-        self._used: dict[str, float] = {}  # loaded packages, and when each was last asked
-        self._tallies: dict[str, VersionStats] = {}
-        self._fleet = Autoscaler()
-        self._door: GatewayAddress | None = None
-        self._changed, self._one = asyncio.Condition(), asyncio.Lock()
-        self._polled_s = time.monotonic()
-        self._opened: asyncio.Future[None] | None = None
-        self._asked: tuple[Serve, Mapping[str, Serve]] | None = None
-        self._leaving: asyncio.Future[None] | None = None
+        self._deployments, self._settings = Deployments(), settings
+        self._revision, self._acknowledged = time.time_ns(), 0  # so that a restarted controller counts on from higher
+        self._last_used_s: dict[str, float] = {}  # by loaded package
+        self._stats: dict[str, VersionStats] = {}  # by package, since it was started
+        self._autoscaler = Autoscaler()
+        self._gateway: GatewayAddress | None = None
+        self._changed, self._change_lock = asyncio.Condition(), asyncio.Lock()
+        self._last_poll_s = time.monotonic()
+        self._restored: asyncio.Future[None] | None = None
+        self._started_with: tuple[Serve, Mapping[str, Serve]] | None = None
+        self._exit: asyncio.Future[None] | None = None
 
-    async def open(self, settings: Serve, packages: Mapping[str, Serve], door: GatewayAddress | None = None) -> None:
-        """Have what is in the book answer, and these packages; the gateway asks for it when it starts, and says where
-        replicas find it.
+    async def start(
+        self, settings: Serve, packages: Mapping[str, Serve], gateway: GatewayAddress | None = None
+    ) -> None:
+        """Start what the deployments file names and these packages; return when all of it answers.
+
+        Called by whoever starts the gateway, and by the gateway with its address: the second call waits for the first.
 
         Raises:
-            InputError: a package cannot be served, or the book cannot be read.
+            InputError: a package cannot be served, or the file cannot be read.
         """
-        self._polled_s = time.monotonic()
-        _set_global_client(None)  # type: ignore[no-untyped-call]  # it may be of a Ray Serve that has ended since
-        self._leaving = self._leaving or asyncio.ensure_future(self._leave())
-        if door is not None:
+        self._last_poll_s = time.monotonic()
+        ray_serve.forget_serve_client()  # it may be of a Ray Serve that has ended since
+        self._exit = self._exit or asyncio.ensure_future(self._exit_when_unused())
+        if gateway is not None:
             async with self._changed:
-                self._door = door
+                self._gateway = gateway
                 self._changed.notify_all()
-        if self._opened is None or self._asked != (settings, packages) or not await self._is_open():
-            self._settings, self._asked = settings, (settings, packages)
-            self._opened = asyncio.ensure_future(self._restore(packages))
-        await asyncio.shield(self._opened)
+        if self._restored is None or self._started_with != (settings, packages) or not await self._is_restored():
+            self._settings, self._started_with = settings, (settings, packages)
+            self._restored = asyncio.ensure_future(self._restore(packages))
+        await asyncio.shield(self._restored)
 
-    async def _is_open(self) -> bool:
-        """Whether what was asked for is being started, or is there: a new gateway waits for no change in progress."""
-        assert self._opened is not None
-        if not self._opened.done():
-            return True
-        present = await asyncio.to_thread(replica_counts)
-        return self._opened.exception() is None and all(application_name(package) in present for package in self._used)
-
-    async def door(self, seen: GatewayAddress | None) -> GatewayAddress | None:
-        """Where the gateway takes calls of replicas; answered when it is not what was seen, or a while passed."""
-        async with self._changed:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(HEARD_S):
-                    await self._changed.wait_for(lambda: self._door is not None and self._door != seen)
-        return self._door
+    async def gateway_address(self, known: GatewayAddress | None) -> GatewayAddress | None:
+        """Where the gateway takes connections of replicas; a long poll that ends when it differs from the known one."""
+        await self._wait_for_change(ACK_TIMEOUT_S, lambda: self._gateway is not None and self._gateway != known)
+        return self._gateway
 
     async def settings(self) -> Serve:
-        """Those of the house."""
+        """Settings of the server."""
         return self._settings
 
-    async def deploy(self, where: str, settings: Serve, place: Role, who: str) -> Version:
-        """Start a version, and when it answers let traffic come to it.
+    async def deployments(self) -> Deployments:
+        """What is deployed."""
+        return self._deployments
+
+    async def stats(self) -> dict[str, VersionStats]:
+        """What was measured of each package since it was started."""
+        return self._stats
+
+    async def deploy(self, location: str, settings: Serve, role: Role, user: str) -> Version:
+        """Start a version, and route traffic to it once it answers.
 
         Raises:
-            InputError: the package may not be served, or there is no place for it; nothing has changed.
+            InputError: the package may not be served in this role, or does not start; nothing has changed.
         """
-        async with self._one:
-            version = await asyncio.to_thread(describe_version, where, settings)
-            book = self._book.deployed(version, place, who)
-            await self._start(version, who)
-            await self._go_by(book)
+        async with self._change_lock:
+            version = await asyncio.to_thread(describe_version, location, settings)
+            deployments = self._deployments.deployed(version, role, user)
+            await self._start_version(version, user)
+            await self._apply(deployments)
             return version
 
-    async def promote(self, name: str, who: str) -> str:
-        """Let the version that is tried answer; gives its package."""
-        async with self._one:
-            await self._go_by(self._book.promoted(name, who))
-            return self._book.lines[name].stable.package
+    async def promote(self, name: str, user: str) -> str:
+        """Make a model's candidate its stable version; gives its package."""
+        async with self._change_lock:
+            await self._apply(self._deployments.promoted(name, user))
+            return self._deployments.models[name].stable.package
 
-    async def roll_back(self, name: str, who: str, reason: str = "") -> str:
-        """Take back what is tried, or return to the version before; gives the package that answers."""
-        async with self._one:
-            book = self._book.rolled_back(name, who, reason)
-            await self._start(book.lines[name].stable, who)
-            await self._go_by(book)
-            return book.lines[name].stable.package
+    async def roll_back(self, name: str, user: str, reason: str = "") -> str:
+        """Remove a model's candidate, else return to its previous version; gives the package that answers."""
+        async with self._change_lock:
+            deployments = self._deployments.rolled_back(name, user, reason)
+            await self._start_version(deployments.models[name].stable, user)
+            await self._apply(deployments)
+            return deployments.models[name].stable.package
 
-    async def withdraw(self, name: str, who: str) -> None:
-        """Serve a model no longer."""
-        async with self._one:
-            await self._go_by(self._book.withdrawn(name, who))
+    async def undeploy(self, name: str, user: str) -> None:
+        """Stop serving a model."""
+        async with self._change_lock:
+            await self._apply(self._deployments.undeployed(name, user))
 
     async def load(self, package: str) -> None:
         """Start a version that was evicted."""
-        async with self._one:
-            version = next((v for v in self._book.live if v.package == package), None)
+        async with self._change_lock:
+            version = next((v for v in self._deployments.versions if v.package == package), None)
             if version is not None:
-                await self._start(version, ITSELF)
-                await self._tell()
+                await self._start_version(version, SYSTEM_USER)
+                await self._notify()
 
-    async def book(self) -> Deployments:
-        return self._book
-
-    async def tallies(self) -> dict[str, VersionStats]:
-        """What was seen of each package since it was started."""
-        return self._tallies
-
-    async def poll(self, seen: int, tallies: Mapping[str, VersionStats], loads: Mapping[str, int]) -> RoutingTable:
-        """Take what the gateway counted, and the requests that each package has now; answer when the routes are other
-        than those it has seen, or a while passed.
+    async def poll(self, revision: int, stats: Mapping[str, VersionStats], loads: Mapping[str, int]) -> RoutingTable:
+        """Take in what the gateway measured since its last poll and the requests that each package has now, and give
+        the routing table: a long poll that ends when there is a later one than ``revision``.
         """
-        if self._opened is None:
-            raise RuntimeError("this desk is new and has not been opened")
-        await asyncio.wait([self._opened])
-        now = self._polled_s = time.monotonic()
-        for package, tally in tallies.items():
-            self._tallies.setdefault(package, VersionStats()).add(tally)
-            if package in self._used:
-                self._used[package] = now
-        self._judge()
-        for version in self._book.live:
-            self._fleet.see(version, loads.get(version.package, 0), now)
+        if self._restored is None:
+            raise RuntimeError("this controller has been restarted, and nobody has called start() yet")
+        await asyncio.wait([self._restored])
+        now_s = self._last_poll_s = time.monotonic()
+        for package, measured in stats.items():
+            self._stats.setdefault(package, VersionStats()).add(measured)
+            if package in self._last_used_s:
+                self._last_used_s[package] = now_s
+        self._check_candidates()
+        for version in self._deployments.versions:
+            self._autoscaler.observe(version, loads.get(version.package, 0), now_s)
         async with self._changed:
-            self._heard = max(self._heard, seen)
+            self._acknowledged = max(self._acknowledged, revision)
             self._changed.notify_all()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(POLL_S):
-                    await self._changed.wait_for(lambda: self._number > seen)
-        return RoutingTable(self._number, self._book, frozenset(self._used))
+        await self._wait_for_change(POLL_S, lambda: self._revision > revision)
+        return RoutingTable(self._revision, self._deployments, frozenset(self._last_used_s))
+
+    async def _is_restored(self) -> bool:
+        """Whether the last ``start`` goes on or has succeeded and holds: a new gateway then need not wait for a change
+        in progress.
+        """
+        assert self._restored is not None
+        if not self._restored.done():
+            return True
+        present = await _replica_counts()
+        return self._restored.exception() is None and all(
+            application_name(package) in present for package in self._last_used_s
+        )
 
     async def _restore(self, packages: Mapping[str, Serve]) -> None:
-        async with self._one:
-            self._book = book = await asyncio.to_thread(read_deployments, self._uri)
-            present = await asyncio.to_thread(replica_counts)
-            self._used = {v.package: time.monotonic() for v in book.live if v.application in present}
-            for version in book.live:
+        async with self._change_lock:
+            self._deployments = deployments = await asyncio.to_thread(read_deployments, self._deployments_uri)
+            present = await _replica_counts()
+            self._last_used_s = {v.package: time.monotonic() for v in deployments.versions if v.application in present}
+            for version in deployments.versions:
                 if version.application in present:
-                    self._fleet.put(version, present[version.application])
-            of_the_book = {version.application for version in book.live}
-            for orphan in set(present) - of_the_book:  # of a change that was cut off
-                await asyncio.to_thread(partial(serve.delete, orphan, _blocking=False))
-            for where, settings in packages.items():
-                version = await asyncio.to_thread(describe_version, where, settings)
-                line = book.lines.get(version.model.id)
-                if line is None or line.stable != version:
-                    book = book.deployed(version, "stable", ITSELF)
-            for version in book.live:
-                await self._start(version, ITSELF)
-            await self._go_by(book, wait=False)
+                    self._autoscaler.track(version, present[version.application])
+            for orphan in set(present) - {version.application for version in deployments.versions}:
+                # left by a change that was interrupted
+                await asyncio.to_thread(ray_serve.delete_application, orphan, wait=False)
+            for location, settings in packages.items():
+                version = await asyncio.to_thread(describe_version, location, settings)
+                deployment = deployments.models.get(version.model.id)
+                if deployment is None or deployment.stable != version:
+                    deployments = deployments.deployed(version, "stable", SYSTEM_USER)
+            for version in deployments.versions:
+                await self._start_version(version, SYSTEM_USER)
+            await self._apply(deployments, wait=False)
 
-    async def _leave(self) -> None:
-        """End when no gateway has asked for long: the house is closed."""
-        while time.monotonic() - self._polled_s < ALONE_S:
-            if self._one.locked():  # a gateway that opens waits for its models, which may take minutes to load
-                self._polled_s = time.monotonic()
+    async def _exit_when_unused(self) -> None:
+        """End this actor when no gateway has polled for long: serving was stopped without a word to it."""
+        while time.monotonic() - self._last_poll_s < GATEWAY_TIMEOUT_S:
+            if self._change_lock.locked():  # a gateway that starts waits for its models, which may load for minutes
+                self._last_poll_s = time.monotonic()
             await asyncio.sleep(POLL_S)
         ray.actor.exit_actor()  # type: ignore[no-untyped-call]
 
     @property
-    def _uri(self) -> str:
+    def _deployments_uri(self) -> str:
         assert self._settings.deployments is not None
         return self._settings.deployments
 
-    def _judge(self) -> None:
-        """Ask for the removal of what is tried and fails its limits."""
-        for name, line in self._book.lines.items():
-            tried = line.tried
-            if tried is not None:
-                old, new = (self._tallies.setdefault(v.package, VersionStats()) for v in (line.stable, tried))
-                reason = rollback_reason(tried.settings.canary, old, new)
-                if reason is not None and not self._one.locked():
-                    log_failure(asyncio.ensure_future(self._take_back(name, tried, reason)))
+    def _check_candidates(self) -> None:
+        """Roll back, in the background, every candidate that breaks its limits."""
+        for name, deployment in self._deployments.models.items():
+            candidate = deployment.candidate
+            if candidate is None:
+                continue
+            stable, tried = (
+                self._stats.setdefault(version.package, VersionStats()) for version in (deployment.stable, candidate)
+            )
+            reason = rollback_reason(candidate.settings.canary, stable, tried)
+            if reason is not None and not self._change_lock.locked():
+                log_failure(asyncio.ensure_future(self._roll_back_candidate(name, candidate, reason)))
 
-    async def _take_back(self, name: str, tried: Version, reason: str) -> None:
-        async with self._one:
-            line = self._book.lines.get(name)
-            if line is not None and line.tried == tried:
-                await self._go_by(self._book.rolled_back(name, ITSELF, reason, "automatic rollback"))
+    async def _roll_back_candidate(self, name: str, candidate: Version, reason: str) -> None:
+        async with self._change_lock:
+            deployment = self._deployments.models.get(name)
+            if deployment is not None and deployment.candidate == candidate:
+                await self._apply(self._deployments.rolled_back(name, SYSTEM_USER, reason, "automatic rollback"))
 
-    async def _start(self, version: Version, who: str) -> None:
-        """Have replicas of a version answer; one that was there is replaced by one with these settings.
+    async def _start_version(self, version: Version, user: str) -> None:
+        """Have replicas of a version run; replicas of its package with other settings are replaced.
 
         Raises:
-            InputError: it does not start; what was there before goes on.
+            InputError: it does not start; what ran before goes on.
         """
-        before = next((v for v in self._book.live if v.package == version.package), None)
-        if version.package in self._used and before == version:
+        package = version.package
+        running = next((v for v in self._deployments.versions if v.package == package), None)
+        if package not in self._last_used_s:
+            running = None
+        elif running == version:
             return
-        await self._make_room(version)
-        known = self._fleet.take(version.package)
-        count = clamp_replicas(version.settings, max(known, 1))
-        kept = None if before is None or version.package not in self._used else (before, known)
+        await self._evict_until_fits(version)
+        running_count = self._autoscaler.untrack(package)
+        count = clamp_replicas(version.settings, max(running_count, 1))
+        tracked = None if running is None else (running, running_count)
         try:
-            await asyncio.to_thread(_run, version, count)
-            kept = version, count
+            await asyncio.to_thread(_run_replicas, version, count)
+            tracked = version, count
         except RuntimeError as error:
-            if kept is not None:
-                await asyncio.to_thread(_run, *kept)
+            if tracked is not None:
+                await asyncio.to_thread(_run_replicas, *tracked)
             else:
-                await asyncio.to_thread(serve.delete, version.application)
-            await self._write(self._book.noted(version.model.id, who, "failed", version.package, str(error)))
-            raise InputError(f"{version.package} does not start, and nothing has changed: {error}") from None
+                await asyncio.to_thread(ray_serve.delete_application, version.application)
+            await self._save(self._deployments.with_event(version.model.id, user, "failed", package, str(error)))
+            raise InputError(f"{package} does not start, and nothing has changed: {error}") from None
         finally:
-            if kept is not None:
-                self._fleet.put(*kept)
-        self._used[version.package] = time.monotonic()
-        self._tallies.pop(version.package, None)
+            if tracked is not None:
+                self._autoscaler.track(*tracked)
+        self._last_used_s[package] = time.monotonic()
+        self._stats.pop(package, None)
 
-    async def _make_room(self, version: Version) -> None:
-        """Evict the versions that were longest not asked for, until this one fits."""
+    async def _evict_until_fits(self, version: Version) -> None:
+        """Stop the versions that were least recently used, until this one fits into ``memory_mb``."""
         memory_mb = self._settings.memory_mb
         if memory_mb is None:
             return
-        known = {v.package: v for v in self._book.live} | {version.package: version}
         if version.resident_mb > memory_mb:
             raise InputError(
                 f"serve.memory_mb: {version.package} takes {version.resident_mb:.0f} MB; expected "
                 f"{memory_mb:.0f} at most"
             )
-        for package in sorted(self._used, key=self._used.__getitem__):
-            others = sum(known[p].resident_mb for p in self._used if p in known and p != version.package)
-            if others + version.resident_mb <= memory_mb:
+        resident_mb = {v.package: v.resident_mb for v in self._deployments.versions}
+        for package in sorted(self._last_used_s, key=self._last_used_s.__getitem__):
+            others_mb = sum(resident_mb.get(p, 0.0) for p in self._last_used_s if p != version.package)
+            if others_mb + version.resident_mb <= memory_mb:
                 return
             if package != version.package:
-                await self._stop({package})
+                await self._stop_packages({package})
 
-    async def _go_by(self, book: Deployments, wait: bool = True) -> None:
-        """Make a book the one that holds: write it, wait until the gateway goes by it, stop what it leaves out."""
-        await self._write(book)
-        await self._tell(wait)
-        await self._stop(set(self._used) - {version.package for version in book.live})
+    async def _apply(self, deployments: Deployments, wait: bool = True) -> None:
+        """Save the deployments, have the gateway route by them, and stop the packages that they leave out."""
+        await self._save(deployments)
+        await self._notify(wait)
+        await self._stop_packages(set(self._last_used_s) - {version.package for version in deployments.versions})
 
-    async def _write(self, book: Deployments) -> None:
-        await asyncio.to_thread(write_deployments, self._uri, book)
-        self._book = book
+    async def _save(self, deployments: Deployments) -> None:
+        await asyncio.to_thread(write_deployments, self._deployments_uri, deployments)
+        self._deployments = deployments
 
-    async def _tell(self, wait: bool = True) -> None:
+    async def _notify(self, wait: bool = True) -> None:
+        """Publish a new revision of the routing table, and wait until the gateway routes by it."""
         async with self._changed:
-            self._number += 1
-            number = self._number
+            self._revision += 1
+            revision = self._revision
             self._changed.notify_all()
-            if wait:
-                with contextlib.suppress(TimeoutError):  # a gateway that is being replaced asks when it is there
-                    async with asyncio.timeout(HEARD_S):
-                        await self._changed.wait_for(lambda: self._heard >= number)
+        if wait:  # no longer than this: a gateway that is being replaced polls when it is there
+            await self._wait_for_change(ACK_TIMEOUT_S, lambda: self._acknowledged >= revision)
 
-    async def _stop(self, packages: set[str]) -> None:
-        if packages:
-            for package in packages:
-                del self._used[package]
-                self._fleet.take(package)
-            await self._tell()
-            await asyncio.sleep(GRACE_S)
+    async def _wait_for_change(self, timeout_s: float, happened: Callable[[], bool]) -> None:
+        """Wait until something happened, or for so long."""
+        async with self._changed:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._changed.wait_for(happened)
+
+    async def _stop_packages(self, packages: set[str]) -> None:
+        if not packages:
+            return
         for package in packages:
-            stop = partial(serve.delete, application_name(package), _blocking=False)
-            await asyncio.to_thread(stop)  # streams may take their time
+            del self._last_used_s[package]
+            self._autoscaler.untrack(package)
+        await self._notify()
+        await asyncio.sleep(GRACE_S)
+        for package in packages:  # without a wait: their streams may go on for minutes
+            await asyncio.to_thread(ray_serve.delete_application, application_name(package), wait=False)
 
 
-def describe_version(where: str, settings: Serve) -> Version:
+def describe_version(location: str, settings: Serve) -> Version:
     """A package, verified, as a version.
 
     Raises:
         InputError: it may not be served.
     """
-    where = resolve_package(where)
-    package = open_package(fetch_package(where))
+    location = resolve_package(location)
+    package = open_package(fetch_package(location))
     measured = package.measured.metrics.get("resident_mb")
-    resident = package.size_bytes / 1e6 if measured is None else measured.value
-    resident += package.drafting["draft"].stat().st_size / 1e6 if package.drafting else 0.0
-    return Version(model=model_info(package), where=where, settings=settings, resident_mb=resident)
+    resident_mb = package.size_bytes / 1e6 if measured is None else measured.value
+    resident_mb += package.drafting["draft"].stat().st_size / 1e6 if package.drafting else 0.0
+    return Version(model=model_info(package), location=location, settings=settings, resident_mb=resident_mb)
 
 
-def _run(version: Version, count: int) -> None:
-    start_application(replica_application(version, count), version.application)
-    wait_until_running(version.application)
+def count_replicas(package: str) -> int:
+    """Replicas of a package that run."""
+    return ray_serve.replica_counts(application_name(package)).get(application_name(package), 0)
+
+
+async def _replica_counts() -> dict[str, int]:
+    return await asyncio.to_thread(ray_serve.replica_counts, application_name(""))
+
+
+def _run_replicas(version: Version, count: int) -> None:
+    ray_serve.start_application(replica_application(version, count), version.application)
+    ray_serve.wait_until_running(version.application)

@@ -1,19 +1,20 @@
-"""What is deployed, and how it came to that: plain values, in a file that outlives the cluster."""
+"""The deployed versions of each model and the log of changes: frozen values, in a file that outlives the cluster."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from overproof.config import Serve
 from overproof.errors import InputError
 from overproof.files import atomic_write, filesystem, read_json_or_default
 from overproof.serve.responses import ModelInfo
 
-CONTROLLER = "overproof-desk"  # the actor that keeps it: its name, and its namespace
+CONTROLLER_NAME = "overproof-controller"  # name and namespace of the Ray actor that keeps the deployments
+FORMAT = 2  # of the file
 Role = Literal["stable", "canary", "shadow"]
 ChangeKind = Literal["deploy", "canary", "shadow", "promote", "rollback", "automatic rollback", "failed", "undeploy"]
 
@@ -23,12 +24,12 @@ class Frozen(BaseModel):
 
 
 class Version(Frozen):
-    """A package and how it is served."""
+    """A package and the settings it is served with."""
 
     model: ModelInfo
-    where: str  # folder or URI
+    location: str  # folder or URI of the package
     settings: Serve
-    resident_mb: float  # of the engine's process, as the package's report has it, and of a draft's file
+    resident_mb: float  # of the engine's process as measured in the package's report, plus a draft's file
 
     @property
     def package(self) -> str:
@@ -36,151 +37,172 @@ class Version(Frozen):
 
     @property
     def application(self) -> str:
-        """Of Ray Serve."""
+        """Name of its Ray Serve application."""
         return application_name(self.package)
 
 
 def application_name(package: str) -> str:
-    """The Serve application that holds a package."""
+    """Name of the Ray Serve application that holds a package's replicas."""
     return f"overproof-{package.replace('/', '-')}"
 
 
 class ModelDeployment(Frozen):
-    """The versions of one model: who answers, who is tried, and who answered before."""
+    """The versions of one model: ``stable`` answers, a canary or a shadow is the candidate, ``previous`` answered
+    before.
+    """
 
     stable: Version
     canary: Version | None = None
     shadow: Version | None = None
-    before: Version | None = None
+    previous: Version | None = None
 
     @property
-    def live(self) -> tuple[Version, ...]:
+    def versions(self) -> tuple[Version, ...]:
+        """Those that have replicas."""
         return tuple(v for v in (self.stable, self.canary, self.shadow) if v is not None)
 
     @property
-    def tried(self) -> Version | None:
+    def candidate(self) -> Version | None:
         return self.canary or self.shadow
 
 
 class DeploymentEvent(Frozen):
-    """One change."""
+    """One change of what is deployed."""
 
-    at: str  # UTC, ISO 8601
-    who: str
-    what: ChangeKind
+    time: str  # UTC, ISO 8601
+    user: str
+    change: ChangeKind
     model: str
     package: str
     reason: str = ""
 
 
 class Deployments(Frozen):
-    """Every line, and every change, oldest first."""
+    """Every model by name, and every change, oldest first. Each change gives a new value."""
 
-    format: Literal[1] = 1
-    lines: dict[str, ModelDeployment] = {}
+    format: Literal[2] = 2
+    models: dict[str, ModelDeployment] = {}
     events: tuple[DeploymentEvent, ...] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_format(cls, fields: Any) -> Any:
+        """Refuse a file of another format before its fields are looked at."""
+        if isinstance(fields, dict) and fields.get("format", 1 if fields else FORMAT) != FORMAT:
+            raise ValueError(
+                f"deployments of format {fields.get('format', 1)}, and this version reads {FORMAT}; move the file away "
+                "and deploy again"
+            )
+        return fields
+
     @property
-    def live(self) -> Iterator[Version]:
-        for line in self.lines.values():
-            yield from line.live
+    def versions(self) -> Iterator[Version]:
+        """Those of all models that have replicas."""
+        for deployment in self.models.values():
+            yield from deployment.versions
 
-    def _with(
-        self, name: str, line: ModelDeployment | None, who: str, what: ChangeKind, package: str, reason: str = ""
-    ) -> Deployments:
-        lines = {**self.lines, name: line} if line else {k: v for k, v in self.lines.items() if k != name}
-        return self.model_copy(update={"lines": lines}).noted(name, who, what, package, reason)
-
-    def noted(self, name: str, who: str, what: ChangeKind, package: str, reason: str) -> Deployments:
-        """The book with one more event, and nothing else changed."""
-        at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        event = DeploymentEvent(at=at, who=who, what=what, model=name, package=package, reason=reason)
-        return self.model_copy(update={"events": (*self.events, event)})
-
-    def line(self, name: str) -> ModelDeployment:
-        """The line of a model.
+    def model(self, name: str) -> ModelDeployment:
+        """The versions of a model.
 
         Raises:
-            InputError: there is none.
+            InputError: it is not deployed.
         """
-        if name not in self.lines:
-            raise InputError(f"{name}: not deployed; found {', '.join(self.lines) or 'nothing deployed'}")
-        return self.lines[name]
+        if name not in self.models:
+            raise InputError(f"{name}: not deployed; found {', '.join(self.models) or 'nothing deployed'}")
+        return self.models[name]
 
-    def deployed(self, version: Version, place: Role, who: str) -> Deployments:
-        """With a version that answers, or is tried beside the one that does.
+    def deployed(self, version: Version, role: Role, user: str) -> Deployments:
+        """With a version as the stable one of its model, or as a candidate beside it.
 
         Raises:
-            InputError: another version is tried already, or there is none yet that it could be tried beside.
+            InputError: there is another candidate already, or no stable version yet to compare a candidate with.
         """
-        name, line = version.model.id, self.lines.get(version.model.id)
-        if line is None:
-            if place != "stable":
-                raise InputError(f"{name}: nothing is deployed that a {place} could stand beside; deploy it without")
-            return self._with(name, ModelDeployment(stable=version), who, "deploy", version.package)
-        again = version.package == line.stable.package
-        if line.tried is not None and not (place == "stable" and again):
+        name, deployment = version.model.id, self.models.get(version.model.id)
+        if deployment is None:
+            if role != "stable":
+                raise InputError(f"{name}: no stable version is deployed to try a {role} beside; deploy it as stable")
+            return self._changed(name, ModelDeployment(stable=version), user, "deploy", version.package)
+        same_package = version.package == deployment.stable.package
+        if deployment.candidate is not None and not (role == "stable" and same_package):
             raise InputError(
-                f"{name}: {line.tried.package} is being tried; first `overproof promote {name}` or "
+                f"{name}: {deployment.candidate.package} is being tried; first `overproof promote {name}` or "
                 f"`overproof rollback {name}`"
             )
-        if place == "stable":
-            before = line.before if again else line.stable
-            return self._with(
-                name, line.model_copy(update={"stable": version, "before": before}), who, "deploy", version.package
-            )
-        if again:
-            raise InputError(f"{name}: {version.package} answers already; expected another version to try")
-        return self._with(name, line.model_copy(update={place: version}), who, place, version.package)
+        if role == "stable":
+            previous = deployment.previous if same_package else deployment.stable
+            changed = deployment.model_copy(update={"stable": version, "previous": previous})
+            return self._changed(name, changed, user, "deploy", version.package)
+        if same_package:
+            raise InputError(f"{name}: {version.package} is the stable version; expected another version as {role}")
+        return self._changed(name, deployment.model_copy(update={role: version}), user, role, version.package)
 
-    def promoted(self, name: str, who: str) -> Deployments:
-        """The version that was tried answers from now on.
+    def promoted(self, name: str, user: str) -> Deployments:
+        """With a model's candidate as its stable version.
 
         Raises:
-            InputError: none is tried.
+            InputError: there is no candidate.
         """
-        line = self.line(name)
-        if line.tried is None:
+        deployment = self.model(name)
+        candidate = deployment.candidate
+        if candidate is None:
             raise InputError(f"{name}: no version is being tried; `overproof deploy PACKAGE --canary` tries one")
-        return self._with(
-            name, ModelDeployment(stable=line.tried, before=line.stable), who, "promote", line.tried.package
-        )
+        changed = ModelDeployment(stable=candidate, previous=deployment.stable)
+        return self._changed(name, changed, user, "promote", candidate.package)
 
-    def rolled_back(self, name: str, who: str, reason: str = "", what: ChangeKind = "rollback") -> Deployments:
-        """Without the version that is tried, or else with the one that answered before.
+    def rolled_back(self, name: str, user: str, reason: str = "", change: ChangeKind = "rollback") -> Deployments:
+        """Without a model's candidate; where there is none, with its previous version as the stable one.
 
         Raises:
             InputError: there is neither.
         """
-        line = self.line(name)
-        if line.tried is not None:
-            back = ModelDeployment(stable=line.stable, before=line.before)
-            return self._with(name, back, who, what, line.tried.package, reason)
-        if line.before is None:
-            raise InputError(f"{name}: {line.stable.package} is the first version; nothing to roll back to")
-        back = ModelDeployment(stable=line.before, before=line.stable)
-        return self._with(name, back, who, what, line.stable.package, reason)
+        deployment = self.model(name)
+        if deployment.candidate is not None:
+            changed = ModelDeployment(stable=deployment.stable, previous=deployment.previous)
+            return self._changed(name, changed, user, change, deployment.candidate.package, reason)
+        if deployment.previous is None:
+            raise InputError(f"{name}: {deployment.stable.package} is the first version; nothing to roll back to")
+        changed = ModelDeployment(stable=deployment.previous, previous=deployment.stable)
+        return self._changed(name, changed, user, change, deployment.stable.package, reason)
 
-    def withdrawn(self, name: str, who: str) -> Deployments:
+    def undeployed(self, name: str, user: str) -> Deployments:
         """Without a model.
 
         Raises:
             InputError: it is not deployed.
         """
-        return self._with(name, None, who, "undeploy", self.line(name).stable.package)
+        return self._changed(name, None, user, "undeploy", self.model(name).stable.package)
+
+    def with_event(self, name: str, user: str, change: ChangeKind, package: str, reason: str) -> Deployments:
+        """The same versions with one more event."""
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        event = DeploymentEvent(time=time, user=user, change=change, model=name, package=package, reason=reason)
+        return self.model_copy(update={"events": (*self.events, event)})
+
+    def _changed(
+        self,
+        name: str,
+        deployment: ModelDeployment | None,
+        user: str,
+        change: ChangeKind,
+        package: str,
+        reason: str = "",
+    ) -> Deployments:
+        others = {other: value for other, value in self.models.items() if other != name}
+        models = others if deployment is None else {**self.models, name: deployment}
+        return self.model_copy(update={"models": models}).with_event(name, user, change, package, reason)
 
 
 def read_deployments(uri: str) -> Deployments:
-    """A book, empty where there is no such file.
+    """The deployments in a file or URI, empty where there is no such file.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or is of another format.
     """
     return read_json_or_default(Deployments, uri, "overproof deploy")
 
 
-def write_deployments(uri: str, book: Deployments) -> None:
-    """Put a book in the place of the one before, at once.
+def write_deployments(uri: str, deployments: Deployments) -> None:
+    """Replace the deployments in a file or URI, atomically.
 
     Raises:
         InputError: it cannot be written.
@@ -188,6 +210,6 @@ def write_deployments(uri: str, book: Deployments) -> None:
     files, path = filesystem(uri)
     try:
         files.create_dir(path.rpartition("/")[0], recursive=True)
-        atomic_write(files, path, book.model_dump_json(indent=1).encode() + b"\n")
+        atomic_write(files, path, deployments.model_dump_json(indent=1).encode() + b"\n")
     except OSError as error:
         raise InputError(f"{uri}: cannot be written: {error}; give a file you may write") from None

@@ -1,7 +1,7 @@
 """The HTTP server in front of all replicas: an ASGI application in a process that holds no model.
 
-It listens by itself, for Ray Serve's own proxies cost more than twice as much time, know no TLS behind their fast
-variant, and leave their limits to the client.
+It listens itself, without Ray Serve's own proxies: they cost more than twice as much time, know no TLS behind their
+fast variant, and leave their limits to the client.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ import contextlib
 import logging
 import random
 import secrets
-import socket
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Coroutine, Mapping
 
 import uvicorn
-from ray.util import get_node_ip_address
 from starlette.exceptions import HTTPException
 
 from overproof.config import Serve
@@ -29,10 +26,11 @@ from overproof.serve.canary import VersionStats
 from overproof.serve.controller import RoutingTable, get_or_create_controller, unwrap_remote_errors
 from overproof.serve.deployments import ModelDeployment, Version
 from overproof.serve.http_limits import LimitedHttpProtocol
-from overproof.serve.metrics import ServeMetrics as Figures
-from overproof.serve.metrics import gather_metrics
+from overproof.serve.metrics import ServeMetrics, gather_metrics
 from overproof.serve.middleware import Access, Telemetry
 from overproof.serve.model_registry import ShadowRequest, unknown_model
+from overproof.serve.net import listening_socket
+from overproof.serve.ray_serve import node_ip_address
 from overproof.serve.response_builder import ServedModel
 from overproof.serve.responses import Usage
 from overproof.serve.router import ReplicaServer
@@ -40,210 +38,34 @@ from overproof.serve.routes import build_app
 from overproof.serve.traffic import Recorder, in_sample
 
 LOG = logging.getLogger("ray.serve")
-TOLD_EVERY_S = 0.5
-COPIES = 8  # requests at once that go to a shadow, or are compared; more are not
-BACKLOG = 2048
-DRAIN_S = 300
-KEEP_ALIVE_S = 75  # longer than what stands in front of a server usually keeps a connection
+MAX_SHADOW_REQUESTS = 8  # replayed or compared at once; more are left out
+DRAIN_TIMEOUT_S = 300
+KEEP_ALIVE_S = 75  # longer than proxies in front of a server usually keep a connection
 RETRY_S = 0.5
 QUEUED_PER_SLOT = 16  # requests that wait for a replica before more are refused
 
 
-class ModelRouter:
-    """The house that the desk keeps: models with versions, of which some are tried."""
-
-    def __init__(self, settings: Serve, figures: Figures) -> None:
-        self._settings, self._desk = settings, get_or_create_controller(settings)
-        self._routes: RoutingTable | None = None
-        self._served: dict[str, tuple[Version, ServedModel]] = {}  # by package
-        self._tallies: dict[str, VersionStats] = {}
-        self._copies: set[asyncio.Task[None]] = set()
-        self._switchboard, self._figures = ReplicaServer(), figures
-        self.ready = asyncio.Event()
-        self._following = asyncio.ensure_future(self._follow())
-
-    def models(self) -> list[ServedModel]:
-        return [self._of(line.stable) for line in self._lines.values()]
-
-    async def find(self, model: str | None, session: str | None) -> ServedModel:
-        version = self._version(model, session)
-        if version.package not in self._loaded:
-            try:
-                with unwrap_remote_errors():
-                    await self._desk.load.remote(version.package)
-            except InputError as error:
-                raise HTTPException(503, str(error)) from None
-        return self._of(version)
-
-    async def check(self) -> None:
-        """Every model has a replica that has answered, or starts one when it is asked."""
-        for line in self._lines.values():
-            version = line.stable
-            waits = version.settings.min_replicas == 0 or version.package not in self._loaded
-            if not waits and self._switchboard.crew(version.package).load.replicas == 0:
-                raise HTTPException(503, f"{version.package} has no replica that answers; one is being started")
-
-    def asked(self, served: ServedModel, asked: ShadowRequest) -> None:
-        package = served.model.overproof.package
-        line = self._lines.get(served.model.id)
-        if line is None:
-            return
-        if line.shadow is not None and package == line.stable.package:
-            self._beside(self._shadow(line.stable, line.shadow, asked))
-        tried = line.canary
-        if tried is not None and package == tried.package and random.random() < tried.settings.canary.compare:
-            self._beside(self._compare(line.stable, tried, asked))
-
-    def ended(self, served: ServedModel, seconds: float, failed: bool) -> None:
-        self._count(served.model.overproof.package, seconds, failed)
-
-    def close(self) -> None:
-        """Follow no longer."""
-        self._following.cancel()
-        self._switchboard.close()
-
-    async def _hire_again(self) -> None:
-        """A desk that starts anew opens the house from its book."""
-        with contextlib.suppress(Exception):  # tried again, until there is one
-            self._desk = await asyncio.to_thread(get_or_create_controller, self._settings)
-            await self._desk.open.remote(self._settings, {}, self._door)
-
-    async def open(self, packages: Mapping[str, Serve]) -> None:
-        """Return when everything that is deployed answers."""
-        self._door = await self._switchboard.open(get_node_ip_address())  # type: ignore[no-untyped-call]
-        await self._desk.open.remote(self._settings, packages, self._door)
-        await self.ready.wait()
-
-    @property
-    def _loaded(self) -> frozenset[str]:
-        return frozenset() if self._routes is None else self._routes.loaded
-
-    @property
-    def _lines(self) -> dict[str, ModelDeployment]:
-        return {} if self._routes is None else self._routes.book.lines
-
-    def _version(self, model: str | None, session: str | None) -> Version:
-        lines = self._lines
-        if model is None and len(lines) == 1:
-            model = next(iter(lines))
-        if model in lines:
-            return pick_version(lines[model], session)
-        for line in lines.values():
-            for version in line.live:
-                if version.package == model:
-                    return version
-        raise unknown_model(model, self.models())
-
-    def _of(self, version: Version) -> ServedModel:
-        found = self._served.get(version.package)
-        if found is None or found[0] != version:
-            crew = self._switchboard.crew(version.package)
-            crew.most_waiting = QUEUED_PER_SLOT * version.settings.slots
-            found = version, ServedModel(version.model, crew, version.settings.max_tokens)
-            self._served[version.package] = found
-        return found[1]
-
-    def _count(self, package: str, seconds: float, failed: bool) -> None:
-        tally = self._tallies.setdefault(package, VersionStats())
-        tally.requests += 1
-        tally.failed += failed
-        if not failed:
-            tally.seconds.append(seconds)
-
-    def _beside(self, work: Any) -> None:
-        if len(self._copies) >= COPIES:
-            work.close()
-            return
-        task = asyncio.ensure_future(work)
-        self._copies.add(task)
-        task.add_done_callback(self._copies.discard)
-
-    async def _shadow(self, stable: Version, shadow: Version, asked: ShadowRequest) -> None:
-        began_s, failed = time.perf_counter(), False
-        try:
-            await asked.whole(self._of(shadow).backend)
-        except Busy:
-            return
-        except Exception:
-            failed = True
-            LOG.exception("a shadow failed")
-        self._count(shadow.package, time.perf_counter() - began_s, failed)
-        await self._compare(stable, shadow, asked)
-
-    async def _compare(self, stable: Version, tried: Version, asked: ShadowRequest) -> None:
-        with contextlib.suppress(Exception):  # what fails is counted where it answers
-            old, new = await asyncio.gather(*(asked.alike(self._of(v).backend) for v in (stable, tried)))
-            tally = self._tallies.setdefault(tried.package, VersionStats())
-            tally.compared += 1
-            tally.alike += old == new
-
-    async def _follow(self) -> None:
-        """Hear of every change, and tell what was counted."""
-        while True:
-            tallies, self._tallies = self._tallies, {}
-            loads = self._switchboard.loads
-            self._figures.loads(loads)
-            try:
-                seen = -1 if self._routes is None else self._routes.number
-                requests = {package: load.requests for package, load in loads.items()}
-                self._routes = await self._desk.poll.remote(seen, tallies, requests)
-                live = {version.package for version in self._routes.book.live}
-                self._served = {package: found for package, found in self._served.items() if package in live}
-                self._switchboard.keep(live)
-                self.ready.set()
-            except Exception:  # the desk is being replaced: what is known goes on
-                LOG.exception("the desk does not answer")
-                await asyncio.sleep(RETRY_S)
-                if self._routes is not None:
-                    await self._hire_again()
-
-
-def pick_version(line: ModelDeployment, session: str | None) -> Version:
-    """The version that answers: a canary gets its share of the sessions, and always the same ones."""
-    if line.canary is None:
-        return line.stable
-    ticket = f"{line.canary.package} {secrets.token_hex(8) if session is None else session}"
-    return line.canary if in_sample(ticket, line.canary.settings.canary.share) else line.stable
-
-
-class GatewayTelemetry(Telemetry):
-    """What stands beside the gateway."""
-
-    def __init__(self, recorder: Recorder | None, figures: Figures) -> None:
-        super().__init__(recorder=recorder)
-        self._figures = figures
-
-    def used(self, package: str, key: ApiKey | None, usage: Usage) -> None:
-        super().used(package, key, usage)
-        self._figures.used(package, usage)
-
-    def began(self, package: str, seconds: float) -> None:
-        self._figures.began(package, seconds)
-
-    async def metrics(self) -> str:
-        return await gather_metrics()
-
-
 class Gateway:
-    """The deployment that listens."""
+    """The Serve deployment that listens; one replica, on the head node."""
 
     async def __init__(  # type: ignore[misc]
         self, packages: Mapping[str, Serve], settings: Serve, access: Access
     ) -> None:
-        figures = Figures()
-        self._house = ModelRouter(settings, figures)
-        await self._house.open(packages)
+        metrics = ServeMetrics()
+        self._router = ModelRouter(settings, metrics)
+        await self._router.start(packages)
         recorder = None if settings.traffic is None else Recorder(settings.traffic)
-        self._log = AccessLog(build_app(self._house, access, GatewayTelemetry(recorder, figures)), settings.log_prompts)
+        app = build_app(self._router, access, GatewayTelemetry(recorder, metrics))
+        self._access_log = AccessLog(app, settings.log_prompts)
         self._server = uvicorn.Server(
             uvicorn.Config(
-                self._log,
+                self._access_log,
                 http=LimitedHttpProtocol,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=DRAIN_S,
+                timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
                 ssl_certfile=settings.tls_certificate,
                 ssl_keyfile=settings.tls_key,
             )
@@ -256,24 +78,191 @@ class Gateway:
             await asyncio.sleep(0.01)
 
     async def check_health(self) -> None:
-        """What Ray Serve calls now and then; an error has the gateway replaced."""
+        """Called by Ray Serve now and then; after an error it replaces the gateway."""
         if self._serving.done():
             raise RuntimeError("the HTTP server ended")
 
     async def __del__(self) -> None:
-        """What Ray Serve calls at the end: streams that go on are finished."""
+        """Called by Ray Serve at the end: open streams are finished."""
         self._server.should_exit = True
         await self._serving
-        self._log.flush()
-        self._house.close()
+        self._access_log.flush()
+        self._router.close()
 
 
-def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket; the gateway before it may still listen, until its streams are done."""
-    opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
-        opened.setsockopt(socket.SOL_SOCKET, option, 1)
-    opened.bind((host, port))
-    opened.listen(BACKLOG)
-    opened.setblocking(False)
-    return opened
+class ModelRouter:
+    """The ``ModelRegistry`` of all that is deployed: follows the controller, and sends requests to replicas."""
+
+    def __init__(self, settings: Serve, metrics: ServeMetrics) -> None:
+        self._settings, self._metrics = settings, metrics
+        self._controller = get_or_create_controller(settings)
+        self._replica_server = ReplicaServer()
+        self._table: RoutingTable | None = None
+        self._served: dict[str, tuple[Version, ServedModel]] = {}  # by package
+        self._stats: dict[str, VersionStats] = {}  # by package, since the last poll
+        self._shadow_tasks: set[asyncio.Task[None]] = set()
+        self.ready = asyncio.Event()
+        self._polling = asyncio.ensure_future(self._poll_forever())
+
+    async def start(self, packages: Mapping[str, Serve]) -> None:
+        """Have the controller start these packages; return when everything that is deployed answers."""
+        self._address = await self._replica_server.listen(node_ip_address())
+        await self._controller.start.remote(self._settings, packages, self._address)
+        await self.ready.wait()
+
+    def close(self) -> None:
+        """Stop following the controller, and hang up on the replicas."""
+        self._polling.cancel()
+        self._replica_server.close()
+
+    def models(self) -> list[ServedModel]:
+        return [self._served_model(deployment.stable) for deployment in self._models.values()]
+
+    async def find(self, model: str | None, session: str | None) -> ServedModel:
+        version = self._select_version(model, session)
+        if version.package not in self._loaded:
+            try:
+                with unwrap_remote_errors():
+                    await self._controller.load.remote(version.package)
+            except InputError as error:
+                raise HTTPException(503, str(error)) from None
+        return self._served_model(version)
+
+    async def check(self) -> None:
+        """Every stable version has a replica, or gets one at the next request."""
+        for deployment in self._models.values():
+            version = deployment.stable
+            on_demand = version.settings.min_replicas == 0 or version.package not in self._loaded
+            if not on_demand and self._replica_server.pool(version.package).load.replicas == 0:
+                raise HTTPException(503, f"{version.package} has no replica that answers; one is being started")
+
+    def on_request(self, served: ServedModel, request: ShadowRequest) -> None:
+        package = served.model.overproof.package
+        deployment = self._models.get(served.model.id)
+        if deployment is None:
+            return
+        stable, shadow, canary = deployment.stable, deployment.shadow, deployment.canary
+        if shadow is not None and package == stable.package:
+            self._in_background(self._replay(stable, shadow, request))
+        if canary is not None and package == canary.package and random.random() < canary.settings.canary.compare:
+            self._in_background(self._compare(stable, canary, request))
+
+    def on_complete(self, served: ServedModel, seconds: float, failed: bool) -> None:
+        self._count(served.model.overproof.package, seconds, failed)
+
+    @property
+    def _loaded(self) -> frozenset[str]:
+        return frozenset() if self._table is None else self._table.loaded
+
+    @property
+    def _models(self) -> dict[str, ModelDeployment]:
+        return {} if self._table is None else self._table.deployments.models
+
+    def _select_version(self, model: str | None, session: str | None) -> Version:
+        models = self._models
+        if model is None and len(models) == 1:
+            model = next(iter(models))
+        if model in models:
+            return pick_version(models[model], session)
+        for deployment in models.values():
+            for version in deployment.versions:
+                if version.package == model:
+                    return version
+        raise unknown_model(model, self.models())
+
+    def _served_model(self, version: Version) -> ServedModel:
+        cached = self._served.get(version.package)
+        if cached is None or cached[0] != version:
+            pool = self._replica_server.pool(version.package)
+            pool.max_queued = QUEUED_PER_SLOT * version.settings.slots
+            cached = version, ServedModel(version.model, pool, version.settings.max_tokens)
+            self._served[version.package] = cached
+        return cached[1]
+
+    def _count(self, package: str, seconds: float, failed: bool) -> None:
+        stats = self._stats.setdefault(package, VersionStats())
+        stats.requests += 1
+        stats.failed += failed
+        if not failed:
+            stats.seconds.append(seconds)
+
+    def _in_background(self, coroutine: Coroutine[None, None, None]) -> None:
+        if len(self._shadow_tasks) >= MAX_SHADOW_REQUESTS:
+            coroutine.close()
+            return
+        task = asyncio.ensure_future(coroutine)
+        self._shadow_tasks.add(task)
+        task.add_done_callback(self._shadow_tasks.discard)
+
+    async def _replay(self, stable: Version, shadow: Version, request: ShadowRequest) -> None:
+        start_s, failed = time.perf_counter(), False
+        try:
+            await request.replay(self._served_model(shadow).engine)
+        except Busy:
+            return
+        except Exception:
+            failed = True
+            LOG.exception("a shadow failed")
+        self._count(shadow.package, time.perf_counter() - start_s, failed)
+        await self._compare(stable, shadow, request)
+
+    async def _compare(self, stable: Version, candidate: Version, request: ShadowRequest) -> None:
+        with contextlib.suppress(Exception):  # failures are counted where they are answered
+            answers = await asyncio.gather(
+                *(request.compare(self._served_model(version).engine) for version in (stable, candidate))
+            )
+            stats = self._stats.setdefault(candidate.package, VersionStats())
+            stats.compared += 1
+            stats.agreed += answers[0] == answers[1]
+
+    async def _poll_forever(self) -> None:
+        """Route by the controller's latest table, and report what was measured."""
+        while True:
+            stats, self._stats = self._stats, {}
+            loads = self._replica_server.loads
+            self._metrics.on_loads(loads)
+            try:
+                revision = -1 if self._table is None else self._table.revision
+                requests = {package: load.requests for package, load in loads.items()}
+                self._table = await self._controller.poll.remote(revision, stats, requests)
+                deployed = {version.package for version in self._table.deployments.versions}
+                self._served = {package: cached for package, cached in self._served.items() if package in deployed}
+                self._replica_server.discard_others(deployed)
+                self.ready.set()
+            except Exception:  # while the controller is being replaced the last table holds
+                LOG.exception("the controller does not answer")
+                await asyncio.sleep(RETRY_S)
+                if self._table is not None:
+                    await self._restart_controller()
+
+    async def _restart_controller(self) -> None:
+        """Have a controller that has started anew restore what is deployed from its file."""
+        with contextlib.suppress(Exception):  # the next poll tries again
+            self._controller = await asyncio.to_thread(get_or_create_controller, self._settings)
+            await self._controller.start.remote(self._settings, {}, self._address)
+
+
+def pick_version(deployment: ModelDeployment, session: str | None) -> Version:
+    """The version that answers: a canary gets its share of the sessions, always the same ones."""
+    if deployment.canary is None:
+        return deployment.stable
+    key = f"{deployment.canary.package} {secrets.token_hex(8) if session is None else session}"
+    return deployment.canary if in_sample(key, deployment.canary.settings.canary.share) else deployment.stable
+
+
+class GatewayTelemetry(Telemetry):
+    """Adds the metrics of Ray to what every server counts."""
+
+    def __init__(self, recorder: Recorder | None, metrics: ServeMetrics) -> None:
+        super().__init__(recorder=recorder)
+        self._metrics = metrics
+
+    def on_usage(self, package: str, key: ApiKey | None, usage: Usage) -> None:
+        super().on_usage(package, key, usage)
+        self._metrics.on_usage(package, usage)
+
+    def on_first_event(self, package: str, seconds: float) -> None:
+        self._metrics.on_first_event(package, seconds)
+
+    async def metrics(self) -> str:
+        return await gather_metrics()

@@ -1,4 +1,4 @@
-"""From a request to what the engine is asked, and from what it generates to replies and events."""
+"""Text generation: from an HTTP request to requests of the engine, and from what it generates to replies and events."""
 
 from __future__ import annotations
 
@@ -13,218 +13,225 @@ from typing import Any
 from overproof.engines.base import Completion, FinishReason, Piece, Sampling
 from overproof.errors import InputError
 from overproof.serve.async_engine import AsyncEngine, Generation
-from overproof.serve.grammar import GrammarChecker, grammar_of
+from overproof.serve.grammar import GrammarChecker, request_grammar
 from overproof.serve.requests import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, GenerationRequest
 from overproof.serve.response_builder import ChatResponses, ChoicePart, CompletionResponses, ServedModel, token_infos
 from overproof.serve.responses import ErrorDetail, ErrorReply, Reply, Usage
 from overproof.serve.traffic import Exchange
 
 LOG = logging.getLogger("overproof.serve")
-FAILED = "the server failed; its log says why"
+SERVER_ERROR = "the server failed; its log says why"
 
 
 @dataclass
 class ChoiceResult:
-    """What came of one choice so far."""
+    """One choice of a reply, as far as it is generated."""
 
     text: str = ""
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
-    def add(self, answer: ChoicePart, prompt_tokens: int, completion_tokens: int) -> None:
-        """One more part; the counts are of all parts."""
-        self.text += answer.text
-        self.finish_reason = answer.finish_reason
+    def add(self, part: ChoicePart, prompt_tokens: int, completion_tokens: int) -> None:
+        """Append a part; the counts are of all parts together."""
+        self.text += part.text
+        self.finish_reason = part.finish_reason
         self.prompt_tokens, self.completion_tokens = prompt_tokens, completion_tokens
 
 
-OnDone = Callable[[list[ChoiceResult], bool], Awaitable[None]]  # told what came of it, and whether the server failed
-EngineRequest = tuple[Any, Sampling]  # a prompt, and how it is continued
+OnComplete = Callable[[list[ChoiceResult], bool], Awaitable[None]]  # the choices, and whether the server failed
+EngineRequest = tuple[Any, Sampling]  # prompt, and how to continue it
 
 
 def build_requests(
     served: ServedModel, request: GenerationRequest, prompts: Sequence[Any], logprobs: int | None
 ) -> list[EngineRequest]:
-    """What the engine is asked for each choice, prompt by prompt; with a seed, each choice has its own.
+    """One request of the engine for each choice, prompt by prompt; with a seed, each choice has its own.
 
     Raises:
-        InputError: more tokens are asked for than this server gives, or the grammar cannot be kept to.
+        InputError: ``max_tokens`` is above this server's limit, or the grammar is invalid.
     """
-    most = served.max_tokens
+    limit = served.max_tokens
     if isinstance(request, ChatRequest):
-        name, asked = "max_completion_tokens", request.max_completion_tokens or request.max_tokens or most
+        name, max_tokens = "max_completion_tokens", request.max_completion_tokens or request.max_tokens or limit
     else:
         assert isinstance(request, CompletionRequest)
-        name, asked = "max_tokens", request.max_tokens or min(DEFAULT_MAX_TOKENS, most)
-    if asked > most:
-        raise InputError(f"{name}: found {asked}; this server gives at most {most}")
+        name, max_tokens = "max_tokens", request.max_tokens or min(DEFAULT_MAX_TOKENS, limit)
+    if max_tokens > limit:
+        raise InputError(f"{name}: found {max_tokens}; this server gives at most {limit}")
     sampling = Sampling(
-        asked,
+        max_tokens,
         **request.model_dump(
             include={"temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "logit_bias"}
         ),
         logprobs=logprobs,
-        grammar=grammar_of(request),
+        grammar=request_grammar(request),
     )
     seeds = [None if request.seed is None else request.seed + number for number in range(request.n)]
     return [(prompt, replace(sampling, seed=seed)) for prompt in prompts for seed in seeds]
 
 
-def complete(
-    shape: CompletionResponses | ChatResponses, done: Sequence[Generation]
+def build_reply(
+    builder: CompletionResponses | ChatResponses, generations: Sequence[Generation]
 ) -> tuple[Reply, list[ChoiceResult]]:
-    """The reply of completions that are done, and what came of them."""
-    answers = [
-        ChoicePart(index, each.text, each.finish_reason, None if each.done is None else tuple(token_infos(each.done)))
-        for index, each in enumerate(done)
+    """The reply made of all its choices, and the choices."""
+    parts = [
+        ChoicePart(
+            index,
+            each.text,
+            each.finish_reason,
+            None if each.completion is None else tuple(token_infos(each.completion)),
+        )
+        for index, each in enumerate(generations)
     ]
-    outcomes = [ChoiceResult(e.text, e.finish_reason, e.prompt_tokens, e.completion_tokens) for e in done]
-    return shape.reply(answers, total_usage(outcomes, shape.request.n)), outcomes
+    results = [ChoiceResult(e.text, e.finish_reason, e.prompt_tokens, e.completion_tokens) for e in generations]
+    return builder.reply(parts, total_usage(results, builder.request.n)), results
 
 
-def require_grammar(asked: list[EngineRequest], done: Sequence[Generation]) -> None:
-    """Let no text pass that is not what its grammar allows.
+def require_grammar(requests: list[EngineRequest], generations: Sequence[Generation]) -> None:
+    """Check every text that was generated with a grammar.
 
     Raises:
-        InputError: a text is not.
+        InputError: a text does not follow it.
     """
-    for (_, sampling), each in zip(asked, done, strict=True):
+    for (_, sampling), each in zip(requests, generations, strict=True):
         if sampling.grammar is not None:
             GrammarChecker(sampling.grammar).add(each.text)
 
 
-def total_usage(outcomes: Sequence[ChoiceResult], n: int) -> Usage:
-    """A prompt counts once, however many choices it has."""
-    prompt, completion = sum(o.prompt_tokens for o in outcomes[::n]), sum(o.completion_tokens for o in outcomes)
+def total_usage(results: Sequence[ChoiceResult], n: int) -> Usage:
+    """Tokens of a reply; a prompt counts once for its ``n`` choices."""
+    prompt = sum(result.prompt_tokens for result in results[::n])
+    completion = sum(result.completion_tokens for result in results)
     return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
 async def traffic_exchanges(
-    shape: CompletionResponses | ChatResponses,
-    asked: list[EngineRequest],
-    outcomes: list[ChoiceResult],
+    builder: CompletionResponses | ChatResponses,
+    requests: list[EngineRequest],
+    results: list[ChoiceResult],
     seconds: float,
     first_event_s: float | None,
 ) -> list[Exchange]:
-    """Every choice with its prompt, as traffic is kept."""
-    served, created = shape.served, datetime.now(UTC)
-    texts = [prompt if isinstance(prompt, str) else await served.backend.detokenize(prompt) for prompt, _ in asked]
+    """Every choice with its prompt, as a row of recorded traffic."""
+    served, created = builder.served, datetime.now(UTC)
+    texts = [prompt if isinstance(prompt, str) else await served.engine.detokenize(prompt) for prompt, _ in requests]
     return [
         Exchange(
-            shape.id,
+            builder.id,
             created,
             served.model.overproof.package,
             served.model.id,
             index,
             text,
-            outcome.text,
-            outcome.finish_reason,
-            outcome.prompt_tokens,
-            outcome.completion_tokens,
+            result.text,
+            result.finish_reason,
+            result.prompt_tokens,
+            result.completion_tokens,
             seconds,
             first_event_s,
         )
-        for index, (text, outcome) in enumerate(zip(texts, outcomes, strict=True))
+        for index, (text, result) in enumerate(zip(texts, results, strict=True))
     ]
 
 
 async def stream_events(
-    shape: CompletionResponses | ChatResponses, asked: list[EngineRequest], done: OnDone
+    builder: CompletionResponses | ChatResponses, requests: list[EngineRequest], on_complete: OnComplete
 ) -> AsyncGenerator[str]:
-    """Server-sent events of all choices, as their pieces come; generation ends when the client goes.
+    """Server-sent events of all choices as they are generated; closing the generator ends generation.
 
-    ``done`` is told what came of it, however it ends, once it has begun.
+    After a first event ``on_complete`` is called however the stream ends.
 
     Raises:
-        InputError: before the first event, what is wrong with the request.
+        InputError: before the first event, the engine refuses the request.
     """
-    outcomes, begun, failed = [ChoiceResult() for _ in asked], set[int](), False
+    results, started, failed = [ChoiceResult() for _ in requests], set[int](), False
     try:
-        async with aclosing(_pieces(shape.served.backend, asked)) as pieces:
-            async for answer, piece in pieces:
-                outcomes[answer.index].add(answer, piece.prompt_tokens, piece.completion_tokens)
-                yield _sse(shape.event([answer], None, begun))
-                begun.add(answer.index)
+        async with aclosing(_merged_parts(builder.served.engine, requests)) as pieces:
+            async for part, piece in pieces:
+                results[part.index].add(part, piece.prompt_tokens, piece.completion_tokens)
+                yield _sse(builder.event([part], None, started))
+                started.add(part.index)
     except Exception as error:
-        if not begun:
+        if not started:
             raise
         failed = not isinstance(error, InputError)
         LOG.exception("a stream failed", exc_info=error)
-        yield _sse(ErrorReply(error=ErrorDetail(message=FAILED if failed else str(error), type="server_error")))
+        yield _sse(ErrorReply(error=ErrorDetail(message=SERVER_ERROR if failed else str(error), type="server_error")))
         return
     finally:
-        if begun:
-            await done(outcomes, failed)
-    if shape.request.stream_options.include_usage:
-        yield _sse(shape.event([], total_usage(outcomes, shape.request.n), begun))
+        if started:
+            await on_complete(results, failed)
+    if builder.request.stream_options.include_usage:
+        yield _sse(builder.event([], total_usage(results, builder.request.n), started))
     yield "data: [DONE]\n\n"
 
 
-async def _pieces(backend: AsyncEngine, asked: list[EngineRequest]) -> AsyncGenerator[tuple[ChoicePart, Piece]]:
+async def _merged_parts(engine: AsyncEngine, requests: list[EngineRequest]) -> AsyncGenerator[tuple[ChoicePart, Piece]]:
     """The parts of every choice, in the order in which they are generated."""
-    if len(asked) == 1:
-        async with aclosing(_parts(backend, 0, *asked[0])) as parts:
+    if len(requests) == 1:
+        async with aclosing(_choice_parts(engine, 0, *requests[0])) as parts:
             async for part in parts:
                 yield part
         return
-    arrived: asyncio.Queue[tuple[ChoicePart, Piece] | Exception | None] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[ChoicePart, Piece] | Exception | None] = asyncio.Queue()
 
-    async def pump(index: int, ask: EngineRequest) -> None:
+    async def pump(index: int, request: EngineRequest) -> None:
         try:
-            async with aclosing(_parts(backend, index, *ask)) as parts:
+            async with aclosing(_choice_parts(engine, index, *request)) as parts:
                 async for part in parts:
-                    arrived.put_nowait(part)
+                    queue.put_nowait(part)
         except Exception as error:
-            arrived.put_nowait(error)
+            queue.put_nowait(error)
         else:
-            arrived.put_nowait(None)
+            queue.put_nowait(None)
 
-    pumps = [asyncio.create_task(pump(index, ask)) for index, ask in enumerate(asked)]
-    left = len(pumps)
+    pumps = [asyncio.create_task(pump(index, request)) for index, request in enumerate(requests)]
+    running = len(pumps)
     try:
-        while left:
-            came = await arrived.get()
-            if came is None:
-                left -= 1
-            elif isinstance(came, Exception):
-                raise came
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, Exception):
+                raise item
             else:
-                yield came
+                yield item
     finally:
         for each in pumps:
             each.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
-async def _parts(
-    backend: AsyncEngine, index: int, prompt: Any, sampling: Sampling
+async def _choice_parts(
+    engine: AsyncEngine, index: int, prompt: Any, sampling: Sampling
 ) -> AsyncGenerator[tuple[ChoicePart, Piece]]:
-    """One choice, piece by piece; with log-probabilities when it is whole, for what llama.cpp streams has none."""
+    """The parts of one choice; those with log-probabilities come when it is complete, for llama.cpp streams none."""
     if sampling.logprobs is not None:
-        done = (await backend.complete(prompt, sampling)).done
-        assert done is not None
-        for part in _known(index, done):
+        completion = (await engine.complete(prompt, sampling)).completion
+        assert completion is not None
+        for part in _token_parts(index, completion):
             yield part
         return
-    kept = None if sampling.grammar is None else GrammarChecker(sampling.grammar)
-    async with aclosing(backend.stream(prompt, sampling)) as pieces:
+    checker = None if sampling.grammar is None else GrammarChecker(sampling.grammar)
+    async with aclosing(engine.stream(prompt, sampling)) as pieces:
         async for piece in pieces:
-            if kept is not None:
-                kept.add(piece.text)
+            if checker is not None:
+                checker.add(piece.text)
             yield ChoicePart(index, piece.text, piece.finish_reason), piece
 
 
-def _known(index: int, done: Completion) -> Iterator[tuple[ChoicePart, Piece]]:
-    """A whole choice, token by token."""
-    known = list(token_infos(done))
-    ends = [part.offset for part in known[1:]] + [len(done.text)]
-    for number, (part, end) in enumerate(zip(known, ends, strict=True), 1):
+def _token_parts(index: int, completion: Completion) -> Iterator[tuple[ChoicePart, Piece]]:
+    """A part for each token of a complete choice, and one for its end."""
+    tokens = list(token_infos(completion))
+    ends = [token.offset for token in tokens[1:]] + [len(completion.text)]
+    for count, (token, end) in enumerate(zip(tokens, ends, strict=True), 1):
         yield (
-            ChoicePart(index, done.text[part.offset : end], None, (part,)),
-            Piece("", None, done.prompt_tokens, number),
+            ChoicePart(index, completion.text[token.offset : end], None, (token,)),
+            Piece("", None, completion.prompt_tokens, count),
         )
-    yield ChoicePart(index, "", done.finish_reason), Piece("", done.finish_reason, done.prompt_tokens, len(done.tokens))
+    last = Piece("", completion.finish_reason, completion.prompt_tokens, len(completion.tokens))
+    yield ChoicePart(index, "", completion.finish_reason), last
 
 
 def _sse(event: Reply | ErrorReply) -> str:

@@ -1,4 +1,4 @@
-"""What a request asks its text to be, as a grammar that the engine keeps to."""
+"""Structured output: a request's JSON schema or grammar, as a grammar that engines decode by."""
 
 from __future__ import annotations
 
@@ -9,76 +9,81 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from overproof.errors import InputError
-from overproof.serve.requests import MOST_GRAMMAR, GenerationRequest
+from overproof.serve.requests import MAX_GRAMMAR_CHARACTERS, GenerationRequest
 
 LARK = "%llguidance"  # how a grammar in llguidance's language begins
-COMPACT = {"x-guidance": {"whitespace_flexible": False}}  # a small model may write spaces until it has no token left
-COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties", "minLength", "maxLength")
-MOST_REPEATS = 100_000  # of what a schema counts; llama.cpp is long busy with more, and every slot with it
-BYTES = LLTokenizer("byte")
+# A small model may otherwise write spaces until it has no token left.
+COMPACT_JSON = {"x-guidance": {"whitespace_flexible": False}}
+COUNT_KEYWORDS = ("minItems", "maxItems", "minProperties", "maxProperties", "minLength", "maxLength")
+MAX_REPEATS = 100_000  # of COUNT_KEYWORDS; with more, llama.cpp is busy for long, and every slot waits
+BYTE_TOKENIZER = LLTokenizer("byte")
 
 
-def grammar_of(request: GenerationRequest) -> str | None:
-    """The grammar, None where any text will do. llama.cpp drops one that llguidance cannot read: it is read here first.
+def request_grammar(request: GenerationRequest) -> str | None:
+    """The grammar of a request, None where any text will do. Validated here, for llama.cpp ignores one that llguidance
+    cannot read.
 
     Raises:
-        InputError: the schema or the grammar is too large or cannot be kept to, or both are given.
+        InputError: the schema or the grammar is too large or invalid, or both are given.
     """
-    wanted = request.response_format
-    if wanted.type == "text":
-        return None if request.grammar is None else _lark(request.grammar.lstrip())
+    response_format = request.response_format
+    if response_format.type == "text":
+        return None if request.grammar is None else _to_lark(request.grammar.lstrip())
     if request.grammar is not None:
-        raise InputError("grammar: found beside response_format; give one of the two")
-    asked = wanted.json_schema.json_schema if wanted.json_schema else {"type": "object"}
-    schema = json.dumps(COMPACT | asked)
-    if len(schema) > MOST_GRAMMAR:
-        raise InputError(f"response_format: a schema of {len(schema)} characters; expected at most {MOST_GRAMMAR}")
-    _check_counts(asked)
-    grammar = f"{LARK} {{}}\nstart: %json {schema}"
-    _check("response_format", grammar)
+        raise InputError("grammar: found together with response_format; give one of the two")
+    schema = response_format.json_schema.json_schema if response_format.json_schema else {"type": "object"}
+    encoded = json.dumps(COMPACT_JSON | schema)
+    if len(encoded) > MAX_GRAMMAR_CHARACTERS:
+        raise InputError(
+            f"response_format: a schema of {len(encoded)} characters; expected at most {MAX_GRAMMAR_CHARACTERS}"
+        )
+    _check_counts(schema)
+    grammar = f"{LARK} {{}}\nstart: %json {encoded}"
+    _validate("response_format", grammar)
     return grammar
 
 
-def _lark(text: str) -> str:
-    """A grammar in llguidance's language; llama.cpp's own engine takes seconds for some small GBNF."""
+def _to_lark(text: str) -> str:
+    """A grammar in llguidance's Lark, for llama.cpp's own grammar engine takes seconds for some small GBNF."""
     try:
         lark = text if text.startswith(LARK) else str(gbnf_to_lark(text))
-    except Exception as error:  # of any class: the converter raises a bare one too
+    except Exception as error:  # the converter raises bare ones
         raise InputError(f"grammar: {error}; expected GBNF whose first rule is root") from None
-    _check("grammar", lark)
+    _validate("grammar", lark)
     return lark
 
 
-def _check(field: str, grammar: str) -> None:
-    fault = LLMatcher.validate_grammar(grammar)
-    if not fault:
-        matcher = LLMatcher(BYTES, grammar, log_level=0)
+def _validate(field: str, grammar: str) -> None:
+    problem = LLMatcher.validate_grammar(grammar)
+    if not problem:
+        matcher = LLMatcher(BYTE_TOKENIZER, grammar, log_level=0)
         allowed = next((token for token, bias in enumerate(matcher.compute_logit_bias()) if bias), None)
         if allowed is not None:
             matcher.consume_token(allowed)
-        fault = matcher.get_error()  # a reference to itself, or more choices than are kept, show at the first token
-    if fault:
-        first = fault.splitlines()[0]
+        problem = matcher.get_error()  # endless recursion or too many alternatives show at the first token
+    if problem:
+        first = problem.splitlines()[0]
         raise InputError(f"{field}: {first.partition(': ')[2] or first}")
 
 
 class GrammarChecker:
-    """Holds a text against its grammar: llama.cpp goes on without one that becomes too complex on the way."""
+    """Checks that a text follows its grammar: llama.cpp drops one that becomes too complex while it decodes."""
 
     def __init__(self, grammar: str) -> None:
-        self._matcher = LLMatcher(BYTES, grammar, log_level=0)
+        self._matcher = LLMatcher(BYTE_TOKENIZER, grammar, log_level=0)
 
     def add(self, text: str) -> None:
         """Take the next part of the text.
 
         Raises:
-            InputError: it is not what the grammar allows.
+            InputError: the grammar does not allow it.
         """
         if text and not (self._matcher.consume_tokens(list(text.encode())) or self._matcher.is_accepting()):
-            raise InputError("grammar: too complex for the engine, which does not keep to it; expected a simpler one")
+            raise InputError("grammar: too complex for the engine, which dropped it; expected a simpler one")
 
 
 def _check_counts(part: Any) -> None:
+    """Refuse counts in a schema that are too large."""
     parts = [part]
     while parts:
         part = parts.pop()
@@ -86,6 +91,6 @@ def _check_counts(part: Any) -> None:
             parts += part
         elif isinstance(part, dict):
             parts += part.values()
-            for name in COUNTS:
-                if isinstance(part.get(name), int) and part[name] > MOST_REPEATS:
-                    raise InputError(f"response_format: {name} of {part[name]}; expected at most {MOST_REPEATS}")
+            for name in COUNT_KEYWORDS:
+                if isinstance(part.get(name), int) and part[name] > MAX_REPEATS:
+                    raise InputError(f"response_format: {name} of {part[name]}; expected at most {MAX_REPEATS}")

@@ -1,4 +1,4 @@
-"""Figures of all replicas in Prometheus' text format, gathered from Ray's agents on every node."""
+"""Metrics of the gateway, and those of every node, gathered from Ray's agents, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -16,63 +16,63 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from overproof.serve.responses import Usage
 from overproof.serve.router import ReplicaLoad
 
-OURS = ("ray_serve_", "ray_overproof_")
+METRIC_PREFIXES = ("ray_serve_", "ray_overproof_")
 TIMEOUT_S = 5
-FIRST_EVENT_S = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
+FIRST_EVENT_BUCKETS_S = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
 
 
 class ServeMetrics:
-    """What is added to Serve's own figures."""
+    """What the gateway adds to Ray Serve's own metrics."""
 
     def __init__(self) -> None:
         self._tokens = Counter("overproof_tokens", "Tokens read and generated.", ("package", "kind"))
-        self._first = Histogram(
-            "overproof_first_event_seconds", "From a request to its first event.", FIRST_EVENT_S, ("package",)
+        self._first_event = Histogram(
+            "overproof_first_event_seconds", "From a request to its first event.", FIRST_EVENT_BUCKETS_S, ("package",)
         )
         self._replicas = Gauge("overproof_replicas", "Replicas that take requests.", ("package",))
         self._requests = Gauge("overproof_requests", "Requests that run, or wait for a replica.", ("package", "state"))
 
-    def used(self, package: str, usage: Usage) -> None:
-        """Count what a request came to."""
+    def on_usage(self, package: str, usage: Usage) -> None:
+        """Count the tokens of a request."""
         for kind, count in (("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens)):
             if count:
                 self._tokens.inc(count, {"package": package, "kind": kind})
 
-    def loads(self, loads: Mapping[str, ReplicaLoad]) -> None:
-        """Note what there is to do."""
+    def on_loads(self, loads: Mapping[str, ReplicaLoad]) -> None:
+        """Set the load of each package."""
         for package, load in loads.items():
             self._replicas.set(load.replicas, {"package": package})
             self._requests.set(load.running, {"package": package, "state": "running"})
             self._requests.set(load.waiting, {"package": package, "state": "waiting"})
 
-    def began(self, package: str, seconds: float) -> None:
-        """Note when a stream began."""
-        self._first.observe(seconds, {"package": package})
+    def on_first_event(self, package: str, seconds: float) -> None:
+        """Observe the seconds to the first event of a stream."""
+        self._first_event.observe(seconds, {"package": package})
 
 
 async def gather_metrics() -> str:
-    """The figures of every node, as one text."""
+    """The metrics of every node, as one text."""
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
-        asked = (client.get(f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics") for n in nodes)
-        replies = await asyncio.gather(*asked, return_exceptions=True)
-    return merge_metrics(reply.text for reply in replies if isinstance(reply, httpx.Response))  # a node may be going
+        requests = (client.get(f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics") for n in nodes)
+        replies = await asyncio.gather(*requests, return_exceptions=True)
+    return merge_metrics(reply.text for reply in replies if isinstance(reply, httpx.Response))  # a node may be stopping
 
 
 def merge_metrics(texts: Iterable[str]) -> str:
-    """Serve's figures and ours out of several texts, each family once."""
+    """Ray Serve's metrics and ours out of several texts, each family once."""
     families: dict[str, Metric] = {}
     for text in texts:
         for family in text_string_to_metric_families(text):
-            if family.name.startswith(OURS):
+            if family.name.startswith(METRIC_PREFIXES):
                 found = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 found.samples += family.samples
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collected(families))
+    registry.register(_FamilyCollector(families))
     return generate_latest(registry).decode()
 
 
-class _Collected:
+class _FamilyCollector:
     def __init__(self, families: dict[str, Any]) -> None:
         self._families = families
 

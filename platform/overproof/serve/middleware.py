@@ -1,4 +1,4 @@
-"""Who may ask, and how much: checked before a request reaches an engine.
+"""ASGI middleware that decides who may ask and how much, before a request reaches an engine.
 
 The one file of `serve` that reads the environment.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import math
 import os
 from dataclasses import dataclass
@@ -20,37 +19,33 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from overproof.errors import InputError
 from overproof.files import absolute_uri
 from overproof.serve.api_keys import ApiKey, KeyStore, RateLimiter, hash_key, read_keys
+from overproof.serve.net import is_loopback
 from overproof.serve.responses import ErrorDetail, ErrorReply, Usage
 from overproof.serve.traffic import Recorder
 
 KEY_VARIABLE = "OVERPROOF_API_KEY"
 KEYS_VARIABLE = "OVERPROOF_KEYS"
-MOST_BODY_BYTES = 4 << 20
-MOST_BODY_SECONDS = 30
-MOST_SECONDS = 300
-TOO_LARGE = f"the body is larger than {MOST_BODY_BYTES} bytes; send less at a time"
-KEY_IN_SCOPE = "overproof.key"  # of an ASGI request: the key that pays for its tokens
+MAX_BODY_BYTES = 4 << 20
+BODY_TIMEOUT_S = 30
+REQUEST_TIMEOUT_S = 300
+BODY_TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES} bytes; send less at a time"
+KEY_IN_SCOPE = "overproof.key"  # of an ASGI request: the key whose limits it counts against
 OPEN_PATHS = ("/healthz",)
-DOCS = ("/docs", "/openapi.json", "/static-offline-docs/")  # no secret, and a browser sends no key for them
-# Ray Serve lets a client lift its time limit and outlive its disconnection.
+DOCS_PATHS = ("/docs", "/openapi.json", "/static-offline-docs/")  # no secret, and a browser sends no key for them
+# By these Ray Serve would let a client lift its time limit and outlive its disconnection.
 REFUSED_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
 
 
 @dataclass(frozen=True)
 class Access:
-    """What a request must carry: the key with this hash (the key itself stays where it was set), or one of a file."""
+    """The keys that requests may carry: one by its hash (the key itself stays where it was set), or those of a file."""
 
     key_sha256: str | None = None
     keys_uri: str | None = None
 
     @property
-    def keyed(self) -> bool:
+    def needs_key(self) -> bool:
         return not (self.key_sha256 is None and self.keys_uri is None)
-
-
-def api_key() -> str | None:
-    """The key that requests may carry, from the environment; None where it is not set or empty."""
-    return os.environ.get(KEY_VARIABLE) or None
 
 
 def load_access() -> Access:
@@ -67,76 +62,81 @@ def load_access() -> Access:
     return Access(None if key is None else hash_key(key), uri)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address reaches this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def api_key() -> str | None:
+    """The key that requests may carry, from the environment; None where it is not set or empty."""
+    return os.environ.get(KEY_VARIABLE) or None
+
+
+class Telemetry:
+    """What a server counts beside its answers: limits of keys, and recorded traffic. The gateway adds metrics."""
+
+    def __init__(self, limiter: RateLimiter | None = None, recorder: Recorder | None = None) -> None:
+        self._limiter, self.recorder = limiter or RateLimiter(), recorder
+
+    def admit(self, key: ApiKey) -> float:
+        """0 where a request with this key may pass, else the seconds to wait."""
+        return self._limiter.admit(key)
+
+    def on_usage(self, package: str, key: ApiKey | None, usage: Usage) -> None:  # noqa: ARG002
+        """Called with the tokens of a request, however it ended."""
+        if key is not None:
+            self._limiter.charge(key, usage.total_tokens)
+
+    def on_first_event(self, package: str, seconds: float) -> None:
+        """Called when a stream sends its first event, with the seconds since the request."""
+
+    async def metrics(self) -> str:
+        """Metrics in Prometheus' text format."""
+        return ""
+
+    def close(self) -> None:
+        """Called when serving ends."""
+        if self.recorder is not None:
+            self.recorder.close()
 
 
 class AuthMiddleware:
-    """ASGI middleware that refuses with one JSON error.
+    """Passes a request on, or answers it with one JSON error.
 
     With a key, every path but ``/healthz`` and the docs needs it. Without one, clients of other machines are refused,
     whatever address Serve was told to listen on.
     """
 
-    def __init__(self, app: ASGIApp, access: Access, beside: Telemetry) -> None:
-        self._app, self._access, self._beside = app, access, beside
+    def __init__(self, app: ASGIApp, access: Access, telemetry: Telemetry) -> None:
+        self._app, self._access, self._telemetry = app, access, telemetry
         self._keys = None if access.keys_uri is None else KeyStore(access.keys_uri)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it here."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = self._malformed(scope) or await self._refusal(scope)
-        if refusal is None:
-            await self._pass_on(scope, _Body(receive), send)
+        error = self._check_headers(scope) or await self._authorize(scope)
+        if error is None:
+            await self._forward(scope, _LimitedBody(receive), send)
         else:
-            await refusal(scope, receive, send)
+            await error(scope, receive, send)
 
-    async def _pass_on(self, scope: Scope, body: _Body, send: Send) -> None:
-        begun = False
-
-        async def sent(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
-        try:
-            async with asyncio.timeout(MOST_SECONDS):
-                await self._app(scope, body.receive, sent)
-        except TimeoutError:
-            late = error_response(408, f"not done in {MOST_SECONDS} s; ask for less at a time", "timeout_error")
-            if begun:  # a stream, which then says it in its last event
-                await send({"type": "http.response.body", "body": b"data: " + bytes(late.body) + b"\n\n"})
-            else:
-                await late(scope, body.receive, send)
-
-    def _malformed(self, scope: Scope) -> JSONResponse | None:
+    def _check_headers(self, scope: Scope) -> JSONResponse | None:
         headers = dict(scope["headers"])
         for name in REFUSED_HEADERS:
             if name in headers:
                 return error_response(400, f"header {name.decode()} is not accepted; leave it out")
-        announced = headers.get(b"content-length", b"0")
-        if not announced.isdigit() or int(announced) > MOST_BODY_BYTES:
-            return error_response(413, TOO_LARGE)
+        content_length = headers.get(b"content-length", b"0")
+        if not content_length.isdigit() or int(content_length) > MAX_BODY_BYTES:
+            return error_response(413, BODY_TOO_LARGE)
         return None
 
-    async def _refusal(self, scope: Scope) -> JSONResponse | None:
+    async def _authorize(self, scope: Scope) -> JSONResponse | None:
+        """The refusal of a request; None where it may pass, with its key in the scope where that has limits."""
         if scope["path"] in OPEN_PATHS:
             return None
-        if not self._access.keyed:
+        if not self._access.needs_key:
             host = (scope["client"] or ("an unknown address",))[0]
             if is_loopback(host):
                 return None
             message = f"requests from {host} need an API key, and none is set; set {KEY_VARIABLE} where Serve starts"
             return error_response(403, message, kind="permission_error")
-        if scope["path"].startswith(DOCS):
+        if scope["path"].startswith(DOCS_PATHS):
             return None
         presented = _presented_sha256(dict(scope["headers"]))
         if hmac.compare_digest(presented, self._access.key_sha256 or ""):
@@ -150,7 +150,7 @@ class AuthMiddleware:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         if key.limits:
-            wait_s = self._beside.admit(key)
+            wait_s = self._telemetry.admit(key)
             if wait_s > 0:
                 return error_response(
                     429,
@@ -161,24 +161,43 @@ class AuthMiddleware:
             scope[KEY_IN_SCOPE] = key
         return None
 
+    async def _forward(self, scope: Scope, body: _LimitedBody, send: Send) -> None:
+        started = False
 
-class _Body:
-    """Counts a body that announced no length, and waits for none for long."""
+        async def send_and_note_start(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                await self._app(scope, body.receive, send_and_note_start)
+        except TimeoutError:
+            message = f"not done in {REQUEST_TIMEOUT_S} s; ask for less at a time"
+            error = error_response(408, message, "timeout_error")
+            if started:  # a stream, whose last event is the error
+                await send({"type": "http.response.body", "body": b"data: " + bytes(error.body) + b"\n\n"})
+            else:
+                await error(scope, body.receive, send)
+
+
+class _LimitedBody:
+    """Ends a body that is too large without having said so, or too slow."""
 
     def __init__(self, receive: Receive) -> None:
-        self._receive, self._read_bytes, self._whole = receive, 0, False
-        self._due = asyncio.get_running_loop().time() + MOST_BODY_SECONDS
+        self._receive, self._read_bytes, self._complete = receive, 0, False
+        self._deadline_s = asyncio.get_running_loop().time() + BODY_TIMEOUT_S
 
     async def receive(self) -> Message:
         try:
-            async with asyncio.timeout_at(None if self._whole else self._due):
+            async with asyncio.timeout_at(None if self._complete else self._deadline_s):
                 message = await self._receive()
         except TimeoutError:
-            raise HTTPException(408, f"the body did not come in {MOST_BODY_SECONDS} s") from None
-        self._whole = not message.get("more_body", False)
+            raise HTTPException(408, f"the body did not come in {BODY_TIMEOUT_S} s") from None
+        self._complete = not message.get("more_body", False)
         self._read_bytes += len(message.get("body", b""))
-        if self._read_bytes > MOST_BODY_BYTES:
-            raise HTTPException(413, TOO_LARGE)
+        if self._read_bytes > MAX_BODY_BYTES:
+            raise HTTPException(413, BODY_TOO_LARGE)
         return message
 
 
@@ -189,7 +208,7 @@ def error_response(
     param: str | None = None,
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
-    """The one shape of every refusal."""
+    """An error as OpenAI's API writes it."""
     content: dict[str, Any] = ErrorReply(error=ErrorDetail(message=message, type=kind, param=param)).model_dump()
     return JSONResponse(content, status, headers)
 
@@ -197,31 +216,3 @@ def error_response(
 def _presented_sha256(headers: dict[bytes, bytes]) -> str:
     scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
     return hash_key(key.strip().decode("latin-1") if scheme.lower() == b"bearer" else "")
-
-
-class Telemetry:
-    """The process alone."""
-
-    def __init__(self, meter: RateLimiter | None = None, recorder: Recorder | None = None) -> None:
-        self._meter, self.recorder = meter or RateLimiter(), recorder  # of traffic, where it is kept
-
-    def admit(self, key: ApiKey) -> float:
-        """0 where a request with this key may pass, else the seconds to wait."""
-        return self._meter.admit(key)
-
-    def used(self, package: str, key: ApiKey | None, usage: Usage) -> None:  # noqa: ARG002
-        """What a request came to, however it ended."""
-        if key is not None:
-            self._meter.charge(key, usage.total_tokens)
-
-    def began(self, package: str, seconds: float) -> None:
-        """A stream sent its first event so long after the request."""
-
-    async def metrics(self) -> str:
-        """Figures in Prometheus' text format."""
-        return ""
-
-    def close(self) -> None:
-        """Serving ends."""
-        if self.recorder is not None:
-            self.recorder.close()

@@ -1,4 +1,4 @@
-"""Which model answers a request. One process may hold one model; a gateway finds it among many."""
+"""Which model answers a request: an interface for the HTTP routes, and its simplest form, one model in this process."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from overproof.serve.response_builder import ServedModel
 
 @dataclass(frozen=True)
 class ShadowRequest:
-    """A request as any version of its model can answer it."""
+    """A request that another version of its model can be asked too.
 
-    whole: Callable[[AsyncEngine], Awaitable[Any]]
-    alike: Callable[[AsyncEngine], Awaitable[Any]]  # gives what two versions that agree have in common
+    ``replay`` asks all of it; ``compare`` asks a small part, and two versions agree where it gives them the same.
+    """
+
+    replay: Callable[[AsyncEngine], Awaitable[Any]]
+    compare: Callable[[AsyncEngine], Awaitable[Any]]
 
 
 class ModelRegistry(Protocol):
@@ -27,7 +30,7 @@ class ModelRegistry(Protocol):
         """Those that /v1/models lists."""
 
     async def find(self, model: str | None, session: str | None) -> ServedModel:
-        """The one that was asked for; what may serve several versions keeps a session with one.
+        """The model of a name or package id; where several versions share the traffic, a session stays with one.
 
         Raises:
             HTTPException: 404, there is none.
@@ -36,16 +39,16 @@ class ModelRegistry(Protocol):
     async def check(self) -> None:
         """Return when every model can answer, raise when one cannot."""
 
-    def asked(self, served: ServedModel, asked: ShadowRequest) -> None:
-        """A request goes to this model."""
+    def on_request(self, served: ServedModel, request: ShadowRequest) -> None:
+        """Called when a request goes to this model."""
 
-    def ended(self, served: ServedModel, seconds: float, failed: bool) -> None:
-        """A request came to its end, or the server failed."""
+    def on_complete(self, served: ServedModel, seconds: float, failed: bool) -> None:
+        """Called when a request has ended; ``failed`` where the server is to blame."""
 
 
 @dataclass(frozen=True)
 class SingleModel:
-    """A house with one model."""
+    """A registry of one model."""
 
     served: ServedModel
 
@@ -53,23 +56,23 @@ class SingleModel:
         return [self.served]
 
     async def find(self, model: str | None, session: str | None) -> ServedModel:  # noqa: ARG002
-        known = (None, self.served.model.id, self.served.model.overproof.package)
-        if model not in known:
+        names = (None, self.served.model.id, self.served.model.overproof.package)
+        if model not in names:
             raise unknown_model(model, [self.served])
         return self.served
 
     async def check(self) -> None:
-        await self.served.backend.check()
+        await self.served.engine.check()
 
-    def asked(self, served: ServedModel, asked: ShadowRequest) -> None:
-        """Nobody compares."""
+    def on_request(self, served: ServedModel, request: ShadowRequest) -> None:
+        """There is no other version to ask."""
 
-    def ended(self, served: ServedModel, seconds: float, failed: bool) -> None:
-        """Nobody counts."""
+    def on_complete(self, served: ServedModel, seconds: float, failed: bool) -> None:
+        """There is no other version to compare with."""
 
 
 def unknown_model(model: str | None, models: list[ServedModel]) -> HTTPException:
-    """The refusal of a model that is not there."""
+    """The error for a model that is not served."""
     names = ", ".join(repr(each.model.id) for each in models) or "none yet"
     if model is None:
         return HTTPException(404, f"model: left out, and this server has {names}; name one")

@@ -1,10 +1,25 @@
-"""Whether an address can be listened at: asked before a long run as well as before serving."""
+"""Addresses and TLS: what a server listens on, and how its clients reach and verify it."""
 
 from __future__ import annotations
 
+import ipaddress
 import socket
+import ssl
 
+from overproof.config import Serve
 from overproof.errors import InputError
+
+BACKLOG = 2048  # connections that wait to be accepted
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address reaches this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def free_port(host: str, port: int) -> int:
@@ -13,8 +28,7 @@ def free_port(host: str, port: int) -> int:
     Raises:
         InputError: it is taken.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
+    with socket.socket(_family(host)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -23,3 +37,43 @@ def free_port(host: str, port: int) -> int:
                 f"serve: cannot listen at {host}:{port}: {error.strerror}; take another: --set serve.port=0 finds one"
             ) from None
         return int(probe.getsockname()[1])
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket that shares its port, for a replaced gateway listens until its streams are done."""
+    listening = socket.socket(_family(host))
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        listening.setsockopt(socket.SOL_SOCKET, option, 1)
+    listening.bind((host, port))
+    listening.listen(BACKLOG)
+    listening.setblocking(False)
+    return listening
+
+
+def base_url(settings: Serve) -> str:
+    """The base URL at which a client on this machine reaches a server with these settings."""
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    scheme = "https" if settings.tls_certificate else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"
+
+
+def tls_trust(settings: Serve) -> ssl.SSLContext | bool:
+    """What a client verifies: the server's own certificate, whatever host it names; True where there is none.
+
+    Raises:
+        InputError: the certificate or its key cannot be read.
+    """
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return True
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(settings.tls_certificate, settings.tls_key)
+        context = ssl.create_default_context(cafile=settings.tls_certificate)
+    except OSError as error:  # an ssl.SSLError is one
+        files = f"{settings.tls_certificate}, {settings.tls_key}"
+        raise InputError(f"serve.tls_certificate, serve.tls_key: {files}: {error}; expected a pair in PEM") from None
+    context.check_hostname = False
+    return context
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -1,67 +1,132 @@
-"""Applications of Ray Serve: begun, waited for, counted, and why one does not run."""
+"""Applications of Ray Serve: started, resized, counted, stopped, and why one does not run.
+
+The one file of the package with private parts of Ray Serve, each behind a function that says why it is needed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve._private.common import DeploymentID, ReplicaState
-from ray.serve.context import _get_global_client
+from ray.serve.context import _get_global_client, _set_global_client
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
+from ray.util import get_node_ip_address
 
 from overproof.errors import InputError
-from overproof.serve.deployments import application_name
 
-START_S, STATUS_S = 900, 0.1  # a node may have to be rented first, and a large model loads for minutes
+MODEL_DEPLOYMENT = "model"  # the one deployment of an application that holds a package
+START_TIMEOUT_S, STATUS_POLL_S = 900, 0.1  # a node may have to be rented first, and a large model loads for minutes
+STOP_TIMEOUT_S = 30
+
+
+def start_serve() -> None:
+    """Start Ray Serve where it does not run; its own HTTP proxies are not used."""
+    serve.start(proxy_location="Disabled")
+
+
+def node_ip_address() -> str:
+    """Address at which the cluster's other nodes reach this one."""
+    address: str = get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
 
 
 def start_application(application: Application, name: str) -> None:
-    """Have Ray Serve start or update an application, of which its own proxies know nothing, and we say how large."""
+    """Start or update an application whose number of replicas ``set_replicas`` decides; return at once."""
     target = serve.RunTarget(application, name, route_prefix=None, external_scaler_enabled=True)
     serve.run_many([target], wait_for_applications_running=False)
 
 
-def set_replicas(name: str, count: int) -> None:
-    """Have an application of a package keep so many replicas."""
-    client = _get_global_client()
-    assert client is not None
-    ray.get(client._controller.update_deployment_replicas.remote(DeploymentID("model", name), count))
-
-
 def wait_until_running(name: str) -> None:
-    """Wait until an application answers.
+    """Wait until an application runs.
 
     Raises:
-        RuntimeError: it does not.
+        RuntimeError: it does not; the message says why.
     """
-    deadline = time.monotonic() + START_S
+    deadline_s = time.monotonic() + START_TIMEOUT_S
     while True:
         found = serve.status().applications[name]
         if found.status == ApplicationStatus.RUNNING:
             return
         if found.status == ApplicationStatus.DEPLOY_FAILED:
             raise RuntimeError(failure_reason(found))
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"no replica in {START_S} s; is there a node for it? {failure_reason(found)}")
-        time.sleep(STATUS_S)
+        if time.monotonic() > deadline_s:
+            raise RuntimeError(f"no replica in {START_TIMEOUT_S} s; is there a node for it? {failure_reason(found)}")
+        time.sleep(STATUS_POLL_S)
 
 
-def replica_counts() -> dict[str, int]:
-    """Those of Ray Serve that hold a package, and how many replicas of each answer."""
-    return {
-        name: application.deployments["model"].replica_states.get(ReplicaState.RUNNING, 0)
-        if "model" in application.deployments  # which comes after its application, and goes before it
-        else 0
-        for name, application in serve.status().applications.items()
-        if name.startswith(application_name(""))
-    }
+def delete_application(name: str, wait: bool = True) -> None:
+    """Stop an application once its replicas have finished what they have begun."""
+    serve.delete(name, _blocking=wait)
+
+
+def running_applications() -> list[str]:
+    """Names of all applications, whatever their state; none where Ray Serve does not run."""
+    return list(serve.status().applications)
 
 
 def failure_reason(application: ApplicationStatusOverview) -> str:
-    """Why an application does not run: what was wrong with the input, or else the last that Ray Serve says."""
-    said = [application.message, *(deployment.message for deployment in application.deployments.values())]
-    lines = [line.strip() for each in said for line in each.splitlines() if line.strip()]
-    wrong = [line.partition(f"{InputError.__name__}: ")[2] for line in lines if f"{InputError.__name__}: " in line]
-    return (wrong or lines or ["Ray Serve does not say why"])[-1]
+    """Why an application does not run: what was wrong with the input, else the last line that Ray Serve reports."""
+    messages = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    lines = [line.strip() for each in messages for line in each.splitlines() if line.strip()]
+    input_errors = [
+        line.partition(f"{InputError.__name__}: ")[2] for line in lines if f"{InputError.__name__}: " in line
+    ]
+    return (input_errors or lines or ["Ray Serve does not say why"])[-1]
+
+
+def set_replicas(name: str, count: int) -> None:
+    """Have an application of a package keep so many replicas.
+
+    Private, for Serve's public ways to do so are its own autoscaler, which does not see the gateway's queue, and a
+    dashboard request, which a cluster without a dashboard does not take.
+    """
+    client = _get_global_client()
+    assert client is not None
+    ray.get(client._controller.update_deployment_replicas.remote(DeploymentID(MODEL_DEPLOYMENT, name), count))
+
+
+def replica_counts(prefix: str) -> dict[str, int]:
+    """Applications of packages whose names have a prefix, and how many replicas of each run.
+
+    ``ReplicaState`` is private, for the public status has it as a key and under no other name.
+    """
+    return {
+        name: application.deployments[MODEL_DEPLOYMENT].replica_states.get(ReplicaState.RUNNING, 0)
+        if MODEL_DEPLOYMENT in application.deployments  # which comes after its application, and goes before it
+        else 0
+        for name, application in serve.status().applications.items()
+        if name.startswith(prefix)
+    }
+
+
+def is_serve_running() -> bool:
+    """Whether Ray Serve runs on the connected cluster.
+
+    Private, for every public question starts it, or raises in a process that has never asked before.
+    """
+    return _get_global_client(raise_if_no_controller_running=False) is not None
+
+
+def forget_serve_client() -> None:
+    """Have this process find Ray Serve anew at its next call.
+
+    Private: an actor that outlives Ray Serve holds a client whose controller is gone, and nothing public drops it.
+    """
+    _set_global_client(None)  # type: ignore[no-untyped-call]
+
+
+def shutdown_serve() -> None:
+    """Stop Ray Serve and all its applications, as ``serve.shutdown()`` does.
+
+    Private, to ask the controller without retries: it answers by ending, and a retry has Ray print a warning each time.
+    """
+    client: Any = _get_global_client()
+    with contextlib.suppress(RayActorError):  # the answer of a controller that has ended
+        ray.get(client._controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=STOP_TIMEOUT_S)
+    serve.shutdown()  # type: ignore[no-untyped-call]

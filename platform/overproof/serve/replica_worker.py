@@ -1,4 +1,4 @@
-"""A replica at its post: it calls the gateway, and does what it is asked until it leaves."""
+"""A replica's side of the connection: it connects to the gateway, and answers its requests until it is drained."""
 
 from __future__ import annotations
 
@@ -13,130 +13,132 @@ from overproof.serve import rpc
 from overproof.serve.async_engine import AsyncEngine
 
 LOG = logging.getLogger("ray.serve")
-RETRY_S, DIAL_S = 0.2, 5.0
+RETRY_S, CONNECT_TIMEOUT_S = 0.2, 5.0
 
-
-# Answered when the door is another than the one seen, or after a while.
+# Takes the known address; returns when there is another one, or after a while.
 FindGateway = Callable[[rpc.GatewayAddress | None], Coroutine[Any, Any, rpc.GatewayAddress | None]]
 
 
 class ReplicaWorker:
-    """Keeps a connection to the gateway there is; one that is being replaced is served until it hangs up."""
+    """Stays connected to the current gateway; one that is being replaced is answered until it closes the connection.
 
-    def __init__(self, backend: AsyncEngine, package: str, room: int, door: FindGateway) -> None:
-        self._backend, self._package, self._room, self._door = backend, package, room, door
-        self._links: set[rpc.Connection] = set()
-        self._tasks: dict[tuple[rpc.Connection, int], asyncio.Task[None]] = {}
-        self._hung_up, self._done = asyncio.Event(), asyncio.Event()
-        self._unanswered: set[rpc.Connection] = set()  # of those that were told of leaving
-        self._calling = asyncio.ensure_future(self._call())
+    ``capacity`` is the number of requests that it takes at once.
+    """
 
-    async def leave(self) -> None:
-        """Return when no more work comes, and what was begun is done."""
-        self._calling.cancel()
-        self._unanswered = set(self._links)
-        for link in self._links:
-            link.send(rpc.Drain())
-        while self._unanswered or self._tasks:
-            self._done.clear()
-            await self._done.wait()
-        for link in list(self._links):
-            link.close()
+    def __init__(self, engine: AsyncEngine, package: str, capacity: int, find_gateway: FindGateway) -> None:
+        self._engine, self._package, self._capacity, self._find_gateway = engine, package, capacity, find_gateway
+        self._connections: set[rpc.Connection] = set()
+        self._tasks: dict[tuple[rpc.Connection, int], asyncio.Task[None]] = {}  # by request id
+        self._connection_closed, self._progress = asyncio.Event(), asyncio.Event()
+        self._undrained: set[rpc.Connection] = set()  # whose gateways have not confirmed that they send no more
+        self._connecting = asyncio.ensure_future(self._stay_connected())
 
-    async def _call(self) -> None:
-        seen: rpc.GatewayAddress | None = None
+    async def drain(self) -> None:
+        """Return when no more requests come and all that came are answered."""
+        self._connecting.cancel()
+        self._undrained = set(self._connections)
+        for connection in self._connections:
+            connection.send(rpc.Drain())
+        while self._undrained or self._tasks:
+            self._progress.clear()
+            await self._progress.wait()
+        for connection in list(self._connections):
+            connection.close()
+
+    async def _stay_connected(self) -> None:
+        known: rpc.GatewayAddress | None = None
         while True:
-            if not self._links:
-                seen = None
-            self._hung_up.clear()
+            if not self._connections:
+                known = None
+            self._connection_closed.clear()
             try:
-                found = await self._next(seen)
-                if found is not None and found != seen:
-                    await self._dial(found)
-                    seen = found
+                address = await self._next_address(known)
+                if address is not None and address != known:
+                    await self._connect(address)
+                    known = address
                     continue
-            except Exception as error:  # whom we call is being replaced
-                LOG.info("calling the gateway: %s", error)
-            if not self._links:
+            except Exception as error:  # the controller or the gateway is being replaced
+                LOG.info("connecting to the gateway: %s", error)
+            if not self._connections:
                 await asyncio.sleep(RETRY_S)
 
-    async def _next(self, seen: rpc.GatewayAddress | None) -> rpc.GatewayAddress | None:
-        """The gateway's door, when it is another or nobody is on the line."""
-        asked = asyncio.ensure_future(self._door(seen))
-        hung_up = asyncio.ensure_future(self._hung_up.wait())
+    async def _next_address(self, known: rpc.GatewayAddress | None) -> rpc.GatewayAddress | None:
+        """The gateway's address once it has changed; None where a connection was closed before that."""
+        lookup = asyncio.ensure_future(self._find_gateway(known))
+        closed = asyncio.ensure_future(self._connection_closed.wait())
         try:
-            await asyncio.wait((asked, hung_up), return_when=asyncio.FIRST_COMPLETED)
-            return asked.result() if asked.done() else None
+            await asyncio.wait((lookup, closed), return_when=asyncio.FIRST_COMPLETED)
+            return lookup.result() if lookup.done() else None
         finally:
-            asked.cancel()
-            hung_up.cancel()
+            lookup.cancel()
+            closed.cancel()
 
-    async def _dial(self, found: rpc.GatewayAddress) -> None:
+    async def _connect(self, address: rpc.GatewayAddress) -> None:
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(DIAL_S):  # a machine that is gone does not even refuse
-            _, link = await loop.create_connection(
-                lambda: rpc.Connection(rpc.FromGateway, self._received, self._lost), found.host, found.port
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):  # a machine that is gone does not even refuse
+            _, connection = await loop.create_connection(
+                lambda: rpc.Connection(rpc.FromGateway, self._on_message, self._on_close), address.host, address.port
             )
-        self._links.add(link)
-        link.send(rpc.Hello(found.secret, self._package, self._room))
+        self._connections.add(connection)
+        connection.send(rpc.Hello(address.secret, self._package, self._capacity))
 
-    def _received(self, link: rpc.Connection, message: rpc.FromGateway) -> None:
+    def _on_message(self, connection: rpc.Connection, message: rpc.FromGateway) -> None:
         match message:
-            case rpc.Request(id_, work):
-                task = asyncio.ensure_future(self._do(link, id_, work))
-                self._tasks[link, id_] = task
-                task.add_done_callback(lambda ended: self._ended(link, id_, ended))
+            case rpc.Request(id_, operation):
+                task = asyncio.ensure_future(self._answer(connection, id_, operation))
+                self._tasks[connection, id_] = task
+                task.add_done_callback(lambda finished: self._on_task_done(connection, id_, finished))
             case rpc.Cancel(id_):
-                task_or_none = self._tasks.get((link, id_))
+                task_or_none = self._tasks.get((connection, id_))
                 if task_or_none is not None:
                     task_or_none.cancel()
             case rpc.Drained():
-                self._unanswered.discard(link)
-                self._done.set()
+                self._undrained.discard(connection)
+                self._progress.set()
 
-    def _ended(self, link: rpc.Connection, id_: int, task: asyncio.Task[None]) -> None:
-        if task.cancelled():  # perhaps before it had begun: every piece of work has an end that is told
-            link.send(rpc.Error(id_, "nobody waits for it any more", False))
-        del self._tasks[link, id_]
-        self._done.set()
+    def _on_task_done(self, connection: rpc.Connection, id_: int, task: asyncio.Task[None]) -> None:
+        if task.cancelled():  # perhaps before it had started: the gateway waits for an end of every request
+            connection.send(rpc.Error(id_, "the request was cancelled", False))
+        del self._tasks[connection, id_]
+        self._progress.set()
 
-    def _lost(self, link: rpc.Connection) -> None:
-        self._links.discard(link)
-        self._unanswered.discard(link)
-        for (asker, _), task in list(self._tasks.items()):
-            if asker is link:
+    def _on_close(self, connection: rpc.Connection) -> None:
+        self._connections.discard(connection)
+        self._undrained.discard(connection)
+        for (owner, _), task in list(self._tasks.items()):
+            if owner is connection:
                 task.cancel()
-        self._hung_up.set()
-        self._done.set()
+        self._connection_closed.set()
+        self._progress.set()
 
-    async def _do(self, link: rpc.Connection, id_: int, work: rpc.Work) -> None:
+    async def _answer(self, connection: rpc.Connection, id_: int, operation: rpc.Operation) -> None:
         try:
-            if isinstance(work, rpc.Stream):
-                async with aclosing(self._backend.stream(work.prompt, work.sampling)) as pieces:
+            if isinstance(operation, rpc.Stream):
+                async with aclosing(self._engine.stream(operation.prompt, operation.sampling)) as pieces:
                     async for piece in pieces:
-                        link.send(rpc.Chunk(id_, piece))
-                link.send(rpc.Result(id_))
+                        connection.send(rpc.Chunk(id_, piece))
+                connection.send(rpc.Result(id_))
             else:
-                link.send(rpc.Result(id_, await self._value(work)))
+                connection.send(rpc.Result(id_, await self._execute(operation)))
         except InputError as error:
-            link.send(rpc.Error(id_, str(error), True))
+            connection.send(rpc.Error(id_, str(error), True))
         except Exception as error:
             LOG.exception("a request failed")
-            link.send(rpc.Error(id_, f"{type(error).__name__}: {error}", False))
+            connection.send(rpc.Error(id_, f"{type(error).__name__}: {error}", False))
 
-    async def _value(self, work: rpc.Work) -> rpc.Value:
-        backend = self._backend
-        match work:
+    async def _execute(self, operation: rpc.Operation) -> rpc.ResultValue:
+        engine = self._engine
+        match operation:
             case rpc.Complete(prompt, sampling):
-                return await backend.complete(prompt, sampling)
+                return await engine.complete(prompt, sampling)
             case rpc.Validate(prompt, sampling):
-                await backend.accept(prompt, sampling)
+                await engine.validate(prompt, sampling)
             case rpc.ChatPrompt(messages):
-                return await backend.chat_prompt(messages)
+                return await engine.chat_prompt(messages)
             case rpc.Detokenize(ids):
-                return await backend.detokenize(ids)
+                return await engine.detokenize(ids)
             case rpc.Classify(pixels):
-                return rpc.Matrix.of(await backend.classify(pixels.numpy()))
+                return rpc.Matrix.from_numpy(await engine.classify(pixels.to_numpy()))
             case rpc.Check():
-                await backend.check()
+                await engine.check()
         return None

@@ -1,4 +1,4 @@
-"""How what is generated is written: as OpenAI's completions, or as its chats."""
+"""Builds HTTP replies from generated text, in the shape of OpenAI's completions and chats."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from overproof.serve.responses import (
     ContentLogprob,
     Delta,
     ModelInfo,
-    Proof,
+    Provenance,
     TokenLogprobs,
     TopLogprob,
     Usage,
@@ -35,14 +35,14 @@ from overproof.serve.responses import (
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A package as /v1/models tells of it, what has loaded it, and what a request may ask."""
+    """A model as /v1/models lists it, the engine that has it loaded, and the limit of its requests."""
 
     model: ModelInfo
-    backend: AsyncEngine
+    engine: AsyncEngine
     max_tokens: int
 
     @property
-    def named(self) -> dict[str, str]:
+    def reply_fields(self) -> dict[str, str]:
         """The fields of a ``Reply``."""
         proof = self.model.overproof
         return {"model": self.model.id, "package": proof.package, "system_fingerprint": proof.sha256[:16]}
@@ -50,7 +50,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """A token of a text: as it is written in a reply, and where it begins, in characters."""
+    """A token as it is written in a reply, and where in the text it begins, in characters."""
 
     token: Token
     text: str
@@ -59,12 +59,12 @@ class TokenInfo:
 
 @dataclass(frozen=True)
 class ChoicePart:
-    """One choice, or a part of one that is streamed."""
+    """A choice, or a part of one that is streamed."""
 
     index: int
     text: str
     finish_reason: FinishReason | None
-    told: tuple[TokenInfo, ...] | None = None  # where log-probabilities were asked for
+    tokens: tuple[TokenInfo, ...] | None = None  # where log-probabilities were asked for
 
 
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
@@ -73,85 +73,88 @@ RequestT = TypeVar("RequestT", bound=GenerationRequest)
 class ResponseBuilder(Generic[RequestT]):
     """The replies to one request."""
 
-    PREFIX: ClassVar[str]  # of ids
+    ID_PREFIX: ClassVar[str]
 
     def __init__(self, served: ServedModel, request: RequestT) -> None:
         self.served, self.request = served, request
-        self.id = f"{self.PREFIX}-{uuid.uuid4().hex}"
-        self.head: dict[str, Any] = {**served.named, "id": self.id, "created": int(time.time())}  # of every reply
+        self.id = f"{self.ID_PREFIX}-{uuid.uuid4().hex}"
+        self.common_fields: dict[str, Any] = {**served.reply_fields, "id": self.id, "created": int(time.time())}
 
 
 class CompletionResponses(ResponseBuilder[CompletionRequest]):
     """The replies of /v1/completions."""
 
-    PREFIX = "cmpl"
+    ID_PREFIX = "cmpl"
 
     @property
     def logprobs(self) -> int | None:
         return self.request.logprobs
 
-    def reply(self, answers: list[ChoicePart], usage: Usage | None) -> CompletionReply:
+    def reply(self, parts: list[ChoicePart], usage: Usage | None) -> CompletionReply:
         choices = [
             CompletionChoice(
-                index=a.index, text=a.text, finish_reason=a.finish_reason, logprobs=_token_logprobs(a.told)
+                index=part.index,
+                text=part.text,
+                finish_reason=part.finish_reason,
+                logprobs=_token_logprobs(part.tokens),
             )
-            for a in answers
+            for part in parts
         ]
-        return CompletionReply(**self.head, choices=choices, usage=usage)
+        return CompletionReply(**self.common_fields, choices=choices, usage=usage)
 
-    def event(self, answers: list[ChoicePart], usage: Usage | None, _begun: Container[int]) -> CompletionReply:
-        return self.reply(answers, usage)
+    def event(self, parts: list[ChoicePart], usage: Usage | None, _started: Container[int]) -> CompletionReply:
+        return self.reply(parts, usage)
 
 
 class ChatResponses(ResponseBuilder[ChatRequest]):
     """The replies of /v1/chat/completions."""
 
-    PREFIX = "chatcmpl"
+    ID_PREFIX = "chatcmpl"
 
     @property
     def logprobs(self) -> int | None:
         return (self.request.top_logprobs or 0) if self.request.logprobs else None
 
-    def reply(self, answers: list[ChoicePart], usage: Usage) -> ChatReply:
+    def reply(self, parts: list[ChoicePart], usage: Usage) -> ChatReply:
         choices = [
             ChatChoice(
-                index=a.index,
-                message=AssistantMessage(content=a.text),
-                finish_reason=a.finish_reason,
-                logprobs=_chat_logprobs(a.told),
+                index=part.index,
+                message=AssistantMessage(content=part.text),
+                finish_reason=part.finish_reason,
+                logprobs=_chat_logprobs(part.tokens),
             )
-            for a in answers
+            for part in parts
         ]
-        return ChatReply(**self.head, choices=choices, usage=usage)
+        return ChatReply(**self.common_fields, choices=choices, usage=usage)
 
-    def event(self, answers: list[ChoicePart], usage: Usage | None, begun: Container[int]) -> ChatEvent:
-        """``begun`` are the choices of which an event was sent before."""
+    def event(self, parts: list[ChoicePart], usage: Usage | None, started: Container[int]) -> ChatEvent:
+        """``started`` are the choices of which an event was sent before."""
         choices = [
             ChatEventChoice(
-                index=a.index,
-                delta=Delta(role=None if a.index in begun else "assistant", content=a.text or None),
-                finish_reason=a.finish_reason,
-                logprobs=_chat_logprobs(a.told),
+                index=part.index,
+                delta=Delta(role=None if part.index in started else "assistant", content=part.text or None),
+                finish_reason=part.finish_reason,
+                logprobs=_chat_logprobs(part.tokens),
             )
-            for a in answers
+            for part in parts
         ]
-        return ChatEvent(**self.head, choices=choices, usage=usage)
+        return ChatEvent(**self.common_fields, choices=choices, usage=usage)
 
 
-def token_infos(done: Completion) -> Iterator[TokenInfo]:
-    """The tokens that are in the text: not one that ends it, nor those of a stop string."""
-    assert done.taken is not None
+def token_infos(completion: Completion) -> Iterator[TokenInfo]:
+    """The tokens of the text, without a closing end-of-text token and those of a stop string."""
+    assert completion.token_logprobs is not None
     before, offset = b"", 0
-    for token in done.taken:
-        if offset >= len(done.text):
+    for token in completion.token_logprobs:
+        if offset >= len(completion.text):
             return
-        yield TokenInfo(token, _written(token.piece), offset)
+        yield TokenInfo(token, _token_text(token.piece), offset)
         before += token.piece
         closed = before[: len(before) - incomplete_utf8_tail(before)]
         offset = len(closed.decode(errors="replace"))
 
 
-def _written(piece: bytes) -> str:
+def _token_text(piece: bytes) -> str:
     """A token as OpenAI writes it."""
     try:
         return piece.decode()
@@ -159,19 +162,19 @@ def _written(piece: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
-def _token_logprobs(told: Sequence[TokenInfo] | None) -> TokenLogprobs | None:
-    if told is None:
+def _token_logprobs(tokens: Sequence[TokenInfo] | None) -> TokenLogprobs | None:
+    if tokens is None:
         return None
     return TokenLogprobs(
-        tokens=[part.text for part in told],
-        token_logprobs=[part.token.logprob for part in told],
-        top_logprobs=[{_written(piece): value for _, piece, value in part.token.likeliest} for part in told],
-        text_offset=[part.offset for part in told],
+        tokens=[part.text for part in tokens],
+        token_logprobs=[part.token.logprob for part in tokens],
+        top_logprobs=[{_token_text(piece): value for _, piece, value in part.token.top} for part in tokens],
+        text_offset=[part.offset for part in tokens],
     )
 
 
-def _chat_logprobs(told: Sequence[TokenInfo] | None) -> ChatLogprobs | None:
-    if told is None:
+def _chat_logprobs(tokens: Sequence[TokenInfo] | None) -> ChatLogprobs | None:
+    if tokens is None:
         return None
     return ChatLogprobs(
         content=[
@@ -180,11 +183,11 @@ def _chat_logprobs(told: Sequence[TokenInfo] | None) -> ChatLogprobs | None:
                 logprob=part.token.logprob,
                 bytes=list(part.token.piece),
                 top_logprobs=[
-                    TopLogprob(token=_written(piece), logprob=value, bytes=list(piece))
-                    for _, piece, value in part.token.likeliest
+                    TopLogprob(token=_token_text(piece), logprob=value, bytes=list(piece))
+                    for _, piece, value in part.token.top
                 ],
             )
-            for part in told
+            for part in tokens
         ]
     )
 
@@ -195,7 +198,7 @@ def model_info(package: Package) -> ModelInfo:
     return ModelInfo(
         id=content.name,
         created=int(datetime.fromisoformat(content.created).timestamp()),
-        overproof=Proof(
+        overproof=Provenance(
             kind=content.kind,
             package=content.id,
             candidate=content.candidate,

@@ -1,4 +1,4 @@
-"""What is answered over HTTP, in the shape of OpenAI's API (https://platform.openai.com/docs/api-reference)."""
+"""Bodies of HTTP replies, in the shape of OpenAI's API (https://platform.openai.com/docs/api-reference)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Usage(BaseModel):
 
 
 class Reply(BaseModel):
-    """What every reply about a model says: ``package`` is the id that `overproof show` takes."""
+    """Fields of every reply of a model: ``package`` is the id that `overproof show` takes."""
 
     model: str
     package: str
@@ -24,7 +24,7 @@ class Reply(BaseModel):
 
 
 class GeneratedReply(Reply):
-    """What completions and chats say, whole or in events."""
+    """Fields of completions and chats, and of their events."""
 
     id: str
     created: int  # seconds since 1970
@@ -32,7 +32,7 @@ class GeneratedReply(Reply):
 
 
 class TokenLogprobs(BaseModel):
-    """Of each token of a completion; a token that is not text by itself is written as ``bytes:\\xc3``."""
+    """One entry for each token of a completion; a token that is not text by itself is written as ``bytes:\\xc3``."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -106,7 +106,7 @@ class ChatEvent(GeneratedReply):
     choices: list[ChatEventChoice]
 
 
-class Classified(BaseModel):
+class ImageClass(BaseModel):
     index: int
     label: int
     probabilities: list[float]
@@ -114,11 +114,11 @@ class Classified(BaseModel):
 
 class ClassifyReply(Reply):
     object: Literal["list"] = "list"
-    data: list[Classified]
+    data: list[ImageClass]
 
 
-class Proof(BaseModel):
-    """Why this package is served."""
+class Provenance(BaseModel):
+    """What proves a package: its file, its verdict and its parents."""
 
     kind: Literal["text", "digits"]
     package: str
@@ -135,7 +135,7 @@ class ModelInfo(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "overproof"
-    overproof: Proof
+    overproof: Provenance
 
 
 class ModelList(BaseModel):

@@ -1,4 +1,4 @@
-"""The replicas as the gateway has them: who is there, who has room, and who waits for it."""
+"""The gateway's side of the connections to replicas: which are there, which has capacity, and the queue for it."""
 
 from __future__ import annotations
 
@@ -20,36 +20,44 @@ from overproof.errors import InputError
 from overproof.serve import rpc
 from overproof.serve.async_engine import Busy, Generation, Prompt
 
-TRIES = 4  # of a request that no part of an answer was sent of, when its replica dies
-STRANGER_S = 5.0  # a connection that has not said who it is
-IDS = count()
+MAX_ATTEMPTS = 4  # at a request when its replica dies before a part of the answer was sent
+HELLO_TIMEOUT_S = 5.0  # for a new connection to authenticate
+REQUEST_IDS = count()
 
 
 class ReplicaDied(Exception):
-    """A replica died."""
+    """The connection to a replica was lost."""
 
 
-Arrived = asyncio.Queue[rpc.Chunk | rpc.Result | rpc.Error | None]  # None, the replica is gone
+ResponseQueue = asyncio.Queue[rpc.Chunk | rpc.Result | rpc.Error | None]  # None: the replica is gone
+
+
+@dataclass(frozen=True)
+class PendingRequest:
+    """A request that a replica has not finished."""
+
+    responses: ResponseQueue
+    takes_slot: bool
 
 
 @dataclass(eq=False)
 class ReplicaConnection:
-    """A replica that has called."""
+    """A connected replica."""
 
-    link: rpc.Connection
-    room: int
-    taken: int = 0
-    leaving: bool = False
-    doing: dict[int, tuple[Arrived, bool]] = field(default_factory=dict)  # and whether it takes room
+    connection: rpc.Connection
+    capacity: int
+    in_flight: int = 0  # requests that take a slot
+    draining: bool = False
+    pending: dict[int, PendingRequest] = field(default_factory=dict)  # by request id
 
     @property
-    def free(self) -> bool:
-        return not self.leaving and self.taken < self.room
+    def has_capacity(self) -> bool:
+        return not self.draining and self.in_flight < self.capacity
 
 
 @dataclass(frozen=True)
 class ReplicaLoad:
-    """What a package's replicas have to do."""
+    """The replicas of a package, and its requests that run or wait."""
 
     replicas: int
     running: int
@@ -61,234 +69,241 @@ class ReplicaLoad:
 
 
 class ReplicaPool:
-    """The ``Backend`` that all replicas of a package are together: the one with the least to do takes the next
-    request, and where none has room requests wait in their order, ``most_waiting`` of them.
+    """All replicas of a package as one ``AsyncEngine``: the least busy one takes the next request, and where none has
+    capacity requests wait in their order, ``max_queued`` of them.
+
+    Requests that cost little (a check, a chat template) take no slot and go to any replica.
     """
 
     def __init__(self) -> None:
-        self.most_waiting = 0
-        self._members: list[ReplicaConnection] = []
-        self._waiting: deque[asyncio.Future[ReplicaConnection]] = deque()
-        self._somebody = asyncio.Event()
-        self._hoping = 0  # those that take no room and wait for any replica
+        self.max_queued = 0
+        self._replicas: list[ReplicaConnection] = []
+        self._queue: deque[asyncio.Future[ReplicaConnection]] = deque()
+        self._available = asyncio.Event()  # set while a replica is there that does not drain
+        self._waiting_without_slot = 0
 
     @property
     def load(self) -> ReplicaLoad:
-        waiting = sum(not each.done() for each in self._waiting) + self._hoping
-        return ReplicaLoad(sum(not m.leaving for m in self._members), sum(m.taken for m in self._members), waiting)
+        replicas = sum(not replica.draining for replica in self._replicas)
+        running = sum(replica.in_flight for replica in self._replicas)
+        waiting = sum(not slot.done() for slot in self._queue) + self._waiting_without_slot
+        return ReplicaLoad(replicas, running, waiting)
 
     async def complete(self, prompt: Prompt, sampling: Sampling) -> Generation:
-        done: Generation = await self._one(rpc.Complete(prompt, sampling))
-        return done
+        generation: Generation = await self._call(rpc.Complete(prompt, sampling))
+        return generation
 
-    async def accept(self, prompt: Prompt, sampling: Sampling) -> None:
-        await self._one(rpc.Validate(prompt, sampling), takes_room=False)
+    async def validate(self, prompt: Prompt, sampling: Sampling) -> None:
+        await self._call(rpc.Validate(prompt, sampling), takes_slot=False)
 
     async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
-        for attempt in range(TRIES):
-            begun = False
+        for attempt in range(MAX_ATTEMPTS):
+            started = False
             try:
-                async with self._asked(rpc.Stream(prompt, sampling), takes_room=True) as arrived:
-                    while isinstance(came := _sound(await arrived.get()), rpc.Chunk):
-                        begun = True
-                        yield came.piece
+                async with self._dispatched(rpc.Stream(prompt, sampling), takes_slot=True) as responses:
+                    while isinstance(response := _raise_error(await responses.get()), rpc.Chunk):
+                        started = True
+                        yield response.piece
                 return
             except ReplicaDied:
-                if begun or attempt == TRIES - 1:
+                if started or attempt == MAX_ATTEMPTS - 1:
                     raise
 
     async def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        prompt: str = await self._one(rpc.ChatPrompt([dict(message) for message in messages]), takes_room=False)
+        prompt: str = await self._call(rpc.ChatPrompt([dict(message) for message in messages]), takes_slot=False)
         return prompt
 
     async def detokenize(self, ids: Sequence[int]) -> str:
-        text: str = await self._one(rpc.Detokenize(ids), takes_room=False)
+        text: str = await self._call(rpc.Detokenize(ids), takes_slot=False)
         return text
 
     async def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
-        logprobs: rpc.Matrix = await self._one(rpc.Classify(rpc.Matrix.of(pixels_BD)))
-        return logprobs.numpy()
+        logprobs_BC: rpc.Matrix = await self._call(rpc.Classify(rpc.Matrix.from_numpy(pixels_BD)))
+        return logprobs_BC.to_numpy()
 
     async def check(self) -> None:
-        await self._one(rpc.Check(), takes_room=False)
+        await self._call(rpc.Check(), takes_slot=False)
 
-    def join(self, member: ReplicaConnection) -> None:
-        self._members.append(member)
-        self._changed()
+    def add(self, replica: ReplicaConnection) -> None:
+        self._replicas.append(replica)
+        self._assign_queued()
 
-    def hear(self, member: ReplicaConnection, message: rpc.Chunk | rpc.Result | rpc.Error) -> None:
-        """Something of the work of a member."""
+    def on_message(self, replica: ReplicaConnection, message: rpc.Chunk | rpc.Result | rpc.Error) -> None:
+        """Hand a response on to the request that waits for it."""
         if isinstance(message, rpc.Chunk):
-            if message.id in member.doing:
-                member.doing[message.id][0].put_nowait(message)
+            if message.id in replica.pending:
+                replica.pending[message.id].responses.put_nowait(message)
             return
-        arrived, takes_room = member.doing.pop(message.id)
-        arrived.put_nowait(message)
-        if takes_room:
-            self._give_back(member)
+        request = replica.pending.pop(message.id)
+        request.responses.put_nowait(message)
+        if request.takes_slot:
+            self._release_slot(replica)
 
-    def leave(self, member: ReplicaConnection) -> None:
-        """A member goes when it has done what it has begun."""
-        member.leaving = True
-        self._changed()
-        member.link.send(rpc.Drained())
+    def drain(self, replica: ReplicaConnection) -> None:
+        """Send a replica no more requests; it goes when it has answered those it has."""
+        replica.draining = True
+        self._assign_queued()
+        replica.connection.send(rpc.Drained())
 
-    def lose(self, member: ReplicaConnection) -> None:
-        self._members.remove(member)
-        for arrived, _ in member.doing.values():
-            arrived.put_nowait(None)
-        self._changed()
+    def remove(self, replica: ReplicaConnection) -> None:
+        self._replicas.remove(replica)
+        for request in replica.pending.values():
+            request.responses.put_nowait(None)
+        self._assign_queued()
 
-    async def _one(self, work: rpc.Work, takes_room: bool = True) -> Any:
-        for attempt in range(TRIES):
+    async def _call(self, operation: rpc.Operation, takes_slot: bool = True) -> Any:
+        for attempt in range(MAX_ATTEMPTS):
             try:
-                async with self._asked(work, takes_room) as arrived:
-                    came = _sound(await arrived.get())
-                    assert isinstance(came, rpc.Result)
-                    return came.value
+                async with self._dispatched(operation, takes_slot) as responses:
+                    response = _raise_error(await responses.get())
+                    assert isinstance(response, rpc.Result)
+                    return response.value
             except ReplicaDied:
-                if attempt == TRIES - 1:
+                if attempt == MAX_ATTEMPTS - 1:
                     raise
         raise AssertionError
 
     @asynccontextmanager
-    async def _asked(self, work: rpc.Work, takes_room: bool) -> AsyncIterator[Arrived]:
-        id_, arrived = next(IDS), Arrived()
-        framed = rpc.encode_frame(rpc.Request(id_, work))  # what cannot be sent takes no room
-        member = await self._with_room() if takes_room else await self._any()
-        if not member.link.open:
+    async def _dispatched(self, operation: rpc.Operation, takes_slot: bool) -> AsyncIterator[ResponseQueue]:
+        """The responses of a request that was sent to a replica; leaving early cancels it there."""
+        id_, responses = next(REQUEST_IDS), ResponseQueue()
+        frame = rpc.encode_frame(rpc.Request(id_, operation))  # first: what cannot be sent must take no slot
+        replica = await self._acquire_slot() if takes_slot else await self._any_replica()
+        if not replica.connection.open:
             raise ReplicaDied
-        member.doing[id_] = arrived, takes_room
-        member.link.send_frame(framed)
+        replica.pending[id_] = PendingRequest(responses, takes_slot)
+        replica.connection.send_frame(frame)
         try:
-            yield arrived
+            yield responses
         finally:
-            if id_ in member.doing:  # its room is free when the replica says so
-                member.link.send(rpc.Cancel(id_))
+            if id_ in replica.pending:  # its slot is free when the replica confirms
+                replica.connection.send(rpc.Cancel(id_))
 
-    async def _with_room(self) -> ReplicaConnection:
-        if not any(member.free for member in self._members):
-            self._insist_on_place()
-        turn: asyncio.Future[ReplicaConnection] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        self._changed()
+    async def _acquire_slot(self) -> ReplicaConnection:
+        if not any(replica.has_capacity for replica in self._replicas):
+            self._require_queue_space()
+        slot: asyncio.Future[ReplicaConnection] = asyncio.get_running_loop().create_future()
+        self._queue.append(slot)
+        self._assign_queued()
         try:
-            return await turn
+            return await slot
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._give_back(turn.result())
+            if slot.done() and not slot.cancelled():
+                self._release_slot(slot.result())
             raise
 
-    async def _any(self) -> ReplicaConnection:
+    async def _any_replica(self) -> ReplicaConnection:
         while True:
-            staying = [member for member in self._members if not member.leaving]
-            if staying:
-                return min(staying, key=lambda each: len(each.doing))
-            self._insist_on_place()
-            self._hoping += 1
+            available = [replica for replica in self._replicas if not replica.draining]
+            if available:
+                return min(available, key=lambda replica: len(replica.pending))
+            self._require_queue_space()
+            self._waiting_without_slot += 1
             try:
-                await self._somebody.wait()
+                await self._available.wait()
             finally:
-                self._hoping -= 1
+                self._waiting_without_slot -= 1
 
-    def _insist_on_place(self) -> None:
+    def _require_queue_space(self) -> None:
         load = self.load
-        if load.waiting >= self.most_waiting:
+        if load.waiting >= self.max_queued:
             raise Busy(f"{load.running} requests are being answered and {load.waiting} wait; ask again")
 
-    def _give_back(self, member: ReplicaConnection) -> None:
-        member.taken -= 1
-        self._changed()
+    def _release_slot(self, replica: ReplicaConnection) -> None:
+        replica.in_flight -= 1
+        self._assign_queued()
 
-    def _changed(self) -> None:
-        """Let those that wait have what room there is."""
-        if any(not member.leaving for member in self._members):
-            self._somebody.set()
+    def _assign_queued(self) -> None:
+        """Give the slots there are to the requests that wait for one."""
+        if any(not replica.draining for replica in self._replicas):
+            self._available.set()
         else:
-            self._somebody.clear()
-        while self._waiting:
-            if self._waiting[0].done():
-                self._waiting.popleft()
+            self._available.clear()
+        while self._queue:
+            if self._queue[0].done():
+                self._queue.popleft()
                 continue
-            free = [member for member in self._members if member.free]
+            free = [replica for replica in self._replicas if replica.has_capacity]
             if not free:
                 return
-            member = min(free, key=lambda each: each.taken / each.room)
-            member.taken += 1
-            self._waiting.popleft().set_result(member)
+            replica = min(free, key=lambda each: each.in_flight / each.capacity)
+            replica.in_flight += 1
+            self._queue.popleft().set_result(replica)
 
 
 class ReplicaServer:
-    """Where replicas call."""
+    """Accepts the connections of replicas, and keeps one pool for each package."""
 
     def __init__(self) -> None:
-        self._crews: dict[str, ReplicaPool] = {}
-        self._known: dict[rpc.Connection, tuple[ReplicaPool, ReplicaConnection]] = {}
+        self._pools: dict[str, ReplicaPool] = {}
+        self._replicas: dict[rpc.Connection, tuple[ReplicaPool, ReplicaConnection]] = {}  # authenticated ones
         self._secret = secrets.token_urlsafe(32)
         self._server: asyncio.Server | None = None
 
-    async def open(self, host: str) -> rpc.GatewayAddress:
+    async def listen(self, host: str) -> rpc.GatewayAddress:
         """Listen, at any free port."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._link, host, 0)
+        self._server = await loop.create_server(self._accept, host, 0)
         return rpc.GatewayAddress(host, self._server.sockets[0].getsockname()[1], self._secret)
 
-    def crew(self, package: str) -> ReplicaPool:
-        return self._crews.setdefault(package, ReplicaPool())
+    def close(self) -> None:
+        """Listen no longer, and close every connection."""
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._replicas):
+            connection.close()
+
+    def pool(self, package: str) -> ReplicaPool:
+        """The replicas of a package, be there any or not yet."""
+        return self._pools.setdefault(package, ReplicaPool())
 
     @property
     def loads(self) -> dict[str, ReplicaLoad]:
-        return {package: crew.load for package, crew in self._crews.items()}
+        """By package."""
+        return {package: pool.load for package, pool in self._pools.items()}
 
-    def keep(self, packages: set[str]) -> None:
-        """Forget the crews of others, of which nobody is left."""
-        for package in set(self._crews) - packages:
-            if self._crews[package].load == ReplicaLoad(0, 0, 0):
-                del self._crews[package]
+    def discard_others(self, packages: set[str]) -> None:
+        """Drop the pools of other packages that have neither replicas nor requests."""
+        for package in set(self._pools) - packages:
+            if self._pools[package].load == ReplicaLoad(0, 0, 0):
+                del self._pools[package]
 
-    def close(self) -> None:
-        """Listen no longer."""
-        if self._server is not None:
-            self._server.close()
-        for link in list(self._known):
-            link.close()
+    def _accept(self) -> rpc.Connection:
+        connection = rpc.Connection(rpc.FromReplica, self._on_message, self._on_close, rpc.MAX_HELLO_BYTES)
+        asyncio.get_running_loop().call_later(HELLO_TIMEOUT_S, partial(self._require_hello, connection))
+        return connection
 
-    def _link(self) -> rpc.Connection:
-        link = rpc.Connection(rpc.FromReplica, self._received, self._lost, rpc.STRANGER_BYTES)
-        asyncio.get_running_loop().call_later(STRANGER_S, partial(self._insist_on_hello, link))
-        return link
+    def _require_hello(self, connection: rpc.Connection) -> None:
+        if connection not in self._replicas:
+            connection.close()
 
-    def _insist_on_hello(self, link: rpc.Connection) -> None:
-        if link not in self._known:
-            link.close()
-
-    def _received(self, link: rpc.Connection, message: rpc.FromReplica) -> None:
-        if link not in self._known:
+    def _on_message(self, connection: rpc.Connection, message: rpc.FromReplica) -> None:
+        if connection not in self._replicas:
             if not isinstance(message, rpc.Hello) or not secrets.compare_digest(message.secret, self._secret):
-                link.close()
+                connection.close()
                 return
-            link.most_bytes = rpc.MOST_BYTES
-            crew, member = self.crew(message.package), ReplicaConnection(link, message.room)
-            self._known[link] = crew, member
-            crew.join(member)
+            connection.max_frame_bytes = rpc.MAX_FRAME_BYTES
+            pool, replica = self.pool(message.package), ReplicaConnection(connection, message.capacity)
+            self._replicas[connection] = pool, replica
+            pool.add(replica)
             return
-        crew, member = self._known[link]
+        pool, replica = self._replicas[connection]
         if isinstance(message, rpc.Drain):
-            crew.leave(member)
+            pool.drain(replica)
         elif not isinstance(message, rpc.Hello):
-            crew.hear(member, message)
+            pool.on_message(replica, message)
 
-    def _lost(self, link: rpc.Connection) -> None:
-        known = self._known.pop(link, None)
-        if known is not None:
-            crew, member = known
-            crew.lose(member)
+    def _on_close(self, connection: rpc.Connection) -> None:
+        authenticated = self._replicas.pop(connection, None)
+        if authenticated is not None:
+            pool, replica = authenticated
+            pool.remove(replica)
 
 
-def _sound(came: rpc.Chunk | rpc.Result | rpc.Error | None) -> rpc.Chunk | rpc.Result:
-    """What arrived, unless it is that something went wrong."""
-    if came is None:
+def _raise_error(response: rpc.Chunk | rpc.Result | rpc.Error | None) -> rpc.Chunk | rpc.Result:
+    """The response, raised where it is an error or the replica is gone."""
+    if response is None:
         raise ReplicaDied("the replica died before it had answered")
-    if isinstance(came, rpc.Error):
-        raise (InputError if came.of_the_request else RuntimeError)(came.message)
-    return came
+    if isinstance(response, rpc.Error):
+        raise (InputError if response.is_request_error else RuntimeError)(response.message)
+    return response

@@ -1,4 +1,4 @@
-"""The HTTP API of a house of models. Knows nothing of Ray: any ASGI server, or a test, can run it."""
+"""The HTTP API: routes, and errors in one shape. Knows nothing of Ray: any ASGI server, or a test, can run it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from overproof.engines.base import Sampling
 from overproof.errors import InputError
 from overproof.serve.async_engine import AsyncEngine, Busy, Generation
 from overproof.serve.generation import (
-    FAILED,
+    SERVER_ERROR,
     ChoiceResult,
     EngineRequest,
+    build_reply,
     build_requests,
-    complete,
     require_grammar,
     stream_events,
     total_usage,
@@ -39,41 +39,41 @@ from overproof.serve.requests import ChatRequest, ClassifyRequest, CompletionReq
 from overproof.serve.response_builder import ChatResponses, CompletionResponses, ServedModel
 from overproof.serve.responses import (
     ChatReply,
-    Classified,
     ClassifyReply,
     CompletionReply,
     ErrorReply,
+    ImageClass,
     ModelInfo,
     ModelList,
 )
 from overproof.serve.traffic import Rating
 
 ResultT = TypeVar("ResultT")
-BODIES = (CompletionRequest, ChatRequest, ClassifyRequest, RatingRequest)
-FIELDS = {name for body in BODIES for name in body.model_fields}
+REQUEST_MODELS = (CompletionRequest, ChatRequest, ClassifyRequest, RatingRequest)
+REQUEST_FIELDS = {name for body in REQUEST_MODELS for name in body.model_fields}
 ROUTES = {"text": "/v1/completions", "digits": "/v1/classify"}
-SESSION = "x-session-id"  # keeps a client with one version, as its `user` does
-CLIENT_GONE = 499  # nobody reads it
-KINDS = {404: "not_found_error", 408: "timeout_error", 503: "server_error"}
-AGAIN = {"Retry-After": "1"}
-REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
+SESSION_HEADER = "x-session-id"  # keeps a client with one version, as its `user` does
+CLIENT_CLOSED_REQUEST = 499  # as nginx has it; nobody reads the reply
+ERROR_TYPES = {404: "not_found_error", 408: "timeout_error", 503: "server_error"}
+RETRY_HEADERS = {"Retry-After": "1"}
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
 
 
-def build_app(house: ModelRegistry, access: Access, beside: Telemetry | None = None) -> FastAPI:
+def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | None = None) -> FastAPI:
     """/v1/models, /v1/completions, /v1/chat/completions, /v1/classify, /healthz, and /docs to try them."""
-    beside = beside or Telemetry()
+    telemetry = telemetry or Telemetry()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(beside.close)
+        await asyncio.to_thread(telemetry.close)
 
-    app = FastAPIOffline(title="overproof", lifespan=lifespan, redoc_url=None, responses=REFUSALS)
-    app.add_middleware(AuthMiddleware, access=access, beside=beside)
-    _explain_errors(app)
+    app = FastAPIOffline(title="overproof", lifespan=lifespan, redoc_url=None, responses=ERROR_RESPONSES)
+    app.add_middleware(AuthMiddleware, access=access, telemetry=telemetry)
+    _add_error_handlers(app)
 
     async def find(kind: str, request: ModelRequest, http: HttpRequest) -> ServedModel:
-        served = await house.find(request.model, http.headers.get(SESSION) or request.user)
+        served = await registry.find(request.model, http.headers.get(SESSION_HEADER) or request.user)
         found = served.model.overproof.kind
         if found != kind:
             raise HTTPException(404, f"{served.model.id} is a {found} package; ask it at POST {ROUTES[found]}")
@@ -82,53 +82,55 @@ def build_app(house: ModelRegistry, access: Access, beside: Telemetry | None = N
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Whether every model answers."""
-        await house.check()
+        await registry.check()
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> str:
-        """Figures of all replicas, for Prometheus."""
-        return await beside.metrics()
+        """Metrics of all replicas, for Prometheus."""
+        return await telemetry.metrics()
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        """The packages that are served, and what proves them."""
-        return ModelList(data=[served.model for served in house.models()])
+        """The models that are served, and what proves them."""
+        return ModelList(data=[served.model for served in registry.models()])
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> ModelInfo:
-        """The package of this name or id."""
-        return (await house.find(model, None)).model
+        """The model of this name or package id."""
+        return (await registry.find(model, None)).model
 
-    async def respond(shape: CompletionResponses | ChatResponses, prompts: list[Any], http: HttpRequest) -> Any:
-        served, request = shape.served, shape.request
-        asking = partial(build_requests, served, request, prompts, shape.logprobs)
-        asked = await asyncio.to_thread(asking) if request.constrained else asking()  # a schema may be large
-        house.asked(served, _text(asked))
-        began_s, first_event_s = time.perf_counter(), None
+    async def respond(builder: CompletionResponses | ChatResponses, prompts: list[Any], http: HttpRequest) -> Any:
+        served, request = builder.served, builder.request
+        build = partial(build_requests, served, request, prompts, builder.logprobs)
+        requests = await asyncio.to_thread(build) if request.constrained else build()  # a schema may be large
+        registry.on_request(served, _text_shadow(requests))
+        start_s, first_event_s = time.perf_counter(), None
 
-        async def done(outcomes: list[ChoiceResult], failed: bool) -> None:
-            seconds = time.perf_counter() - began_s
-            house.ended(served, seconds, failed)
-            usage = total_usage(outcomes, request.n)
-            beside.used(served.model.overproof.package, http.scope.get(KEY_IN_SCOPE), usage)
-            if beside.recorder is not None:
-                for exchange in await traffic_exchanges(shape, asked, outcomes, seconds, first_event_s):
-                    beside.recorder.keep(exchange)
+        async def on_complete(results: list[ChoiceResult], failed: bool) -> None:
+            seconds = time.perf_counter() - start_s
+            registry.on_complete(served, seconds, failed)
+            usage = total_usage(results, request.n)
+            telemetry.on_usage(served.model.overproof.package, http.scope.get(KEY_IN_SCOPE), usage)
+            if telemetry.recorder is not None:
+                for exchange in await traffic_exchanges(builder, requests, results, seconds, first_event_s):
+                    telemetry.recorder.record(exchange)
 
-        with _counted(house, served, began_s):
-            if request.stream and len(prompts) > 1:  # else the first may be begun when another turns out to be bad
-                await asyncio.gather(*(served.backend.accept(*ask) for ask in asked[:: request.n]))
+        with _count_failures(registry, served, start_s):
+            if request.stream and len(prompts) > 1:  # before any starts, for one may be bad
+                await asyncio.gather(*(served.engine.validate(*each) for each in requests[:: request.n]))
             if request.stream:
-                events = stream_events(shape, asked, done)
-                first = await anext(events)  # what is wrong with the request shows before the reply begins
-                first_event_s = time.perf_counter() - began_s
-                beside.began(served.model.overproof.package, first_event_s)
-                return StreamingResponse(_chain(first, events), media_type="text/event-stream")
-            ended = await _while_there(http, asyncio.ensure_future(_all(served.backend, asked)))
-        require_grammar(asked, ended)
-        reply, outcomes = complete(shape, ended)
-        await done(outcomes, False)
+                events = stream_events(builder, requests, on_complete)
+                first = await anext(events)  # an error of the request shows here, before the reply begins
+                first_event_s = time.perf_counter() - start_s
+                telemetry.on_first_event(served.model.overproof.package, first_event_s)
+                return StreamingResponse(_prepend(first, events), media_type="text/event-stream")
+            generations = await _unless_disconnected(
+                http, asyncio.ensure_future(_complete_all(served.engine, requests))
+            )
+        require_grammar(requests, generations)
+        reply, results = build_reply(builder, generations)
+        await on_complete(results, False)
         return reply
 
     @app.post("/v1/completions", response_model=CompletionReply)
@@ -142,15 +144,15 @@ def build_app(house: ModelRegistry, access: Access, beside: Telemetry | None = N
         """Answer messages, by the model's own chat template."""
         served = await find("text", request, http)
         messages = [{"role": m.role.replace("developer", "system"), "content": m.content} for m in request.messages]
-        prompt = await served.backend.chat_prompt(messages)
+        prompt = await served.engine.chat_prompt(messages)
         return await respond(ChatResponses(served, request), [prompt], http)
 
     @app.post("/v1/ratings")
     async def ratings(request: RatingRequest) -> dict[str, str]:
-        """Say what a reply was worth, where traffic is kept."""
-        if beside.recorder is None:
-            raise HTTPException(404, "no traffic is kept here, so there is nothing to rate; set serve.traffic")
-        beside.recorder.rate(Rating(request.id, datetime.now(UTC), request.rating, request.comment))
+        """Rate a reply, where traffic is recorded."""
+        if telemetry.recorder is None:
+            raise HTTPException(404, "traffic is not recorded here, so there is nothing to rate; set serve.traffic")
+        telemetry.recorder.rate(Rating(request.id, datetime.now(UTC), request.rating, request.comment))
         return {"status": "ok"}
 
     @app.post("/v1/classify")
@@ -160,52 +162,52 @@ def build_app(house: ModelRegistry, access: Access, beside: Telemetry | None = N
         if len({len(image) for image in request.images}) > 1:
             raise InputError("images: they differ in size; expected one size")
         pixels_BD = np.array(request.images, dtype=np.float32)
-        house.asked(served, _images(pixels_BD))
-        began_s = time.perf_counter()
-        with _counted(house, served, began_s):
-            probabilities_BC = np.exp(await served.backend.classify(pixels_BD))
-        house.ended(served, time.perf_counter() - began_s, False)
+        registry.on_request(served, _image_shadow(pixels_BD))
+        start_s = time.perf_counter()
+        with _count_failures(registry, served, start_s):
+            probabilities_BC = np.exp(await served.engine.classify(pixels_BD))
+        registry.on_complete(served, time.perf_counter() - start_s, False)
         data = [
-            Classified(index=i, label=int(row.argmax()), probabilities=row.tolist())
+            ImageClass(index=i, label=int(row.argmax()), probabilities=row.tolist())
             for i, row in enumerate(probabilities_BC)
         ]
-        return ClassifyReply(**served.named, data=data)
+        return ClassifyReply(**served.reply_fields, data=data)
 
     return app
 
 
 @contextmanager
-def _counted(house: ModelRegistry, served: ServedModel, began_s: float) -> Iterator[None]:
-    """A fault of the server is told to the house; one of the request, or too many of them, is none."""
+def _count_failures(registry: ModelRegistry, served: ServedModel, start_s: float) -> Iterator[None]:
+    """Tell the registry of a failure of the server; an error of the request, or a full queue, is none."""
     try:
         yield
     except (InputError, HTTPException, Busy):
         raise
     except Exception:
-        house.ended(served, time.perf_counter() - began_s, True)
+        registry.on_complete(served, time.perf_counter() - start_s, True)
         raise
 
 
-def _text(asked: list[EngineRequest]) -> ShadowRequest:
-    async def everything(backend: AsyncEngine) -> Any:
-        return await _all(backend, asked)
+def _text_shadow(requests: list[EngineRequest]) -> ShadowRequest:
+    async def complete_all(engine: AsyncEngine) -> Any:
+        return await _complete_all(engine, requests)
 
-    async def next_token(backend: AsyncEngine) -> Any:
-        return (await backend.complete(asked[0][0], Sampling(1))).text
+    async def next_token(engine: AsyncEngine) -> Any:
+        return (await engine.complete(requests[0][0], Sampling(1))).text
 
-    return ShadowRequest(everything, next_token)
+    return ShadowRequest(complete_all, next_token)
 
 
-def _images(pixels_BD: NDArray[np.float32]) -> ShadowRequest:
-    async def labels(backend: AsyncEngine) -> Any:
-        return (await backend.classify(pixels_BD)).argmax(axis=1).tolist()
+def _image_shadow(pixels_BD: NDArray[np.float32]) -> ShadowRequest:
+    async def labels(engine: AsyncEngine) -> Any:
+        return (await engine.classify(pixels_BD)).argmax(axis=1).tolist()
 
     return ShadowRequest(labels, labels)
 
 
-async def _all(backend: AsyncEngine, asked: list[EngineRequest]) -> list[Generation]:
-    """Every choice; where one cannot be had, the others end too."""
-    tasks = [asyncio.ensure_future(backend.complete(*ask)) for ask in asked]
+async def _complete_all(engine: AsyncEngine, requests: list[EngineRequest]) -> list[Generation]:
+    """Every choice; where one fails, the others are cancelled."""
+    tasks = [asyncio.ensure_future(engine.complete(*request)) for request in requests]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -213,63 +215,65 @@ async def _all(backend: AsyncEngine, asked: list[EngineRequest]) -> list[Generat
             task.cancel()
 
 
-async def _while_there(http: HttpRequest, work: asyncio.Future[ResultT]) -> ResultT:
-    """What comes of the work, which ends early when its client goes."""
-    gone = asyncio.ensure_future(_gone(http))
+async def _unless_disconnected(http: HttpRequest, work: asyncio.Future[ResultT]) -> ResultT:
+    """The result of the work, which is cancelled when the client disconnects."""
+    disconnected = asyncio.ensure_future(_disconnected(http))
     try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((work, disconnected), return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise HTTPException(CLIENT_GONE, "the client went away")
+            raise HTTPException(CLIENT_CLOSED_REQUEST, "the client went away")
         return work.result()
     finally:
         work.cancel()
-        gone.cancel()
+        disconnected.cancel()
 
 
-async def _gone(http: HttpRequest) -> None:
+async def _disconnected(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
-async def _chain(first: str, events: AsyncGenerator[str]) -> AsyncIterator[str]:
+async def _prepend(first: str, events: AsyncGenerator[str]) -> AsyncIterator[str]:
     async with aclosing(events):
         yield first
         async for event in events:
             yield event
 
 
-def _explain_errors(app: FastAPI) -> None:
-    """Give every refusal one shape and one message."""
+def _add_error_handlers(app: FastAPI) -> None:
+    """Give every error one shape and one message."""
 
     @app.exception_handler(InputError)
-    async def unusable(_: HttpRequest, refused: InputError) -> JSONResponse:
-        field = str(refused).partition(":")[0]
-        return error_response(400, str(refused), param=field if field in FIELDS else None)
+    async def on_input_error(_: HttpRequest, error: InputError) -> JSONResponse:
+        field = str(error).partition(":")[0]
+        return error_response(400, str(error), param=field if field in REQUEST_FIELDS else None)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: HttpRequest, refused: RequestValidationError) -> JSONResponse:
-        first = refused.errors()[0]
-        place = [str(part) for part in first["loc"][1:]]
+    async def on_validation_error(_: HttpRequest, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"][1:]]
         if first["type"] == "json_invalid":
             return error_response(400, f"the body is not JSON: {first['ctx']['error']}")
         if first["type"] == "extra_forbidden":
-            return error_response(400, f"{place[0]}: unknown field; leave it out", param=place[0])
+            return error_response(400, f"{path[0]}: unknown field; leave it out", param=path[0])
         message = first["msg"].removeprefix("Value error, ")
-        if place:
-            return error_response(400, f"{'.'.join(place)}: {message[0].lower()}{message[1:]}", param=place[0])
+        if path:
+            return error_response(400, f"{'.'.join(path)}: {message[0].lower()}{message[1:]}", param=path[0])
         if first["type"] == "value_error":  # of several fields
             return error_response(400, message)
         return error_response(400, "expected a JSON object as the body, with Content-Type: application/json")
 
     @app.exception_handler(HTTPException)
-    async def refused(_: HttpRequest, refused: HTTPException) -> Response:
-        kind = KINDS.get(refused.status_code, "invalid_request_error")
-        return error_response(refused.status_code, refused.detail, kind, headers=dict(refused.headers or {}))
+    async def on_http_exception(_: HttpRequest, error: HTTPException) -> Response:
+        kind = ERROR_TYPES.get(error.status_code, "invalid_request_error")
+        return error_response(error.status_code, error.detail, kind, headers=dict(error.headers or {}))
 
     @app.exception_handler(Busy)
-    async def busy(_: HttpRequest, __: Busy) -> JSONResponse:
-        return error_response(429, "every replica is busy; ask again in a second", "rate_limit_error", headers=AGAIN)
+    async def on_busy(_: HttpRequest, __: Busy) -> JSONResponse:
+        return error_response(
+            429, "every replica is busy; ask again in a second", "rate_limit_error", headers=RETRY_HEADERS
+        )
 
     @app.exception_handler(Exception)
-    async def failed(_: HttpRequest, __: Exception) -> JSONResponse:
-        return error_response(500, FAILED, kind="server_error")
+    async def on_failure(_: HttpRequest, __: Exception) -> JSONResponse:
+        return error_response(500, SERVER_ERROR, kind="server_error")

@@ -1,8 +1,8 @@
-"""What the gateway and the replicas say to each other: msgpack messages over one TCP connection for each replica.
+"""The protocol between the gateway and the replicas: msgpack messages over one TCP connection for each replica.
 
-A replica calls the gateway, whose address it has from the desk, through Ray; the secret that came with the address is
-the first thing it says. A frame is its length in four bytes, big-endian, and the message. What is said within one turn
-of the event loop is sent together: tokens of all streams that share an engine's step leave in one write.
+A replica connects to the gateway, whose address it has from the controller, through Ray; the secret that came with the
+address is the first thing it sends. A frame is its length in four bytes, big-endian, and the message. Messages of one
+turn of the event loop are sent together: tokens of all streams that share an engine's step leave in one write.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from overproof.errors import InputError
 from overproof.serve.async_engine import Generation, Prompt
 
 ENCODER = msgspec.msgpack.Encoder()
-LENGTH = 4
-MOST_BYTES = 1 << 28
-STRANGER_BYTES = 4096  # of what is not known yet
-KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}  # s, s, -, ms
+LENGTH_BYTES = 4
+MAX_FRAME_BYTES = 1 << 28
+MAX_HELLO_BYTES = 4096  # of a connection that is not authenticated
+TCP_KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}  # s, s, -, ms
 
 
 class GatewayAddress(msgspec.Struct, frozen=True):
-    """Where a gateway takes calls of replicas."""
+    """Where a gateway takes connections of replicas."""
 
     host: str
     port: int
     secret: str
 
 
-class GenerationWork(msgspec.Struct):
+class GenerationOperation(msgspec.Struct):
     prompt: Prompt
     sampling: Sampling
 
 
-class Complete(GenerationWork, tag=True):
+class Complete(GenerationOperation, tag=True):
     pass
 
 
-class Stream(GenerationWork, tag=True):
+class Stream(GenerationOperation, tag=True):
     pass
 
 
-class Validate(GenerationWork, tag=True):
+class Validate(GenerationOperation, tag=True):
     pass
 
 
@@ -72,11 +72,11 @@ class Matrix(msgspec.Struct, tag=True, array_like=True):
     data: bytes
 
     @classmethod
-    def of(cls, matrix: NDArray[np.float32]) -> Matrix:
+    def from_numpy(cls, matrix: NDArray[np.float32]) -> Matrix:
         rows, columns = matrix.shape
         return cls((rows, columns), matrix.astype("<f4", copy=False).tobytes())
 
-    def numpy(self) -> NDArray[np.float32]:
+    def to_numpy(self) -> NDArray[np.float32]:
         return np.frombuffer(self.data, "<f4").reshape(self.shape)
 
 
@@ -84,27 +84,33 @@ class Classify(msgspec.Struct, tag=True):
     pixels: Matrix
 
 
-Work = Complete | Stream | Validate | ChatPrompt | Detokenize | Check | Classify
-Value = Generation | Matrix | str | None
+Operation = Complete | Stream | Validate | ChatPrompt | Detokenize | Check | Classify  # of an ``AsyncEngine``
+ResultValue = Generation | Matrix | str | None
 
 
 class Request(msgspec.Struct, tag=True):
+    """Answered by chunks of a stream, and one result or error."""
+
     id: int
-    work: Work
+    operation: Operation
 
 
 class Cancel(msgspec.Struct, tag=True):
+    """Nobody waits for this request any more; the replica answers with an error when it has ended."""
+
     id: int
 
 
 class Drained(msgspec.Struct, tag=True):
-    """No more work comes, as was asked."""
+    """Answer to ``Drain``: no more requests come."""
 
 
 class Hello(msgspec.Struct, tag=True):
+    """A replica's first message."""
+
     secret: str
     package: str
-    room: int  # pieces of work it does at once
+    capacity: int  # requests that it takes at once
 
 
 class Chunk(msgspec.Struct, tag=True):
@@ -114,17 +120,17 @@ class Chunk(msgspec.Struct, tag=True):
 
 class Result(msgspec.Struct, tag=True):
     id: int
-    value: Value = None
+    value: ResultValue = None
 
 
 class Error(msgspec.Struct, tag=True):
     id: int
     message: str
-    of_the_request: bool
+    is_request_error: bool  # else the server is to blame
 
 
 class Drain(msgspec.Struct, tag=True):
-    """Give me no more work."""
+    """The replica stops: send it no more requests."""
 
 
 FromGateway = Request | Cancel | Drained
@@ -136,28 +142,30 @@ def encode_frame(message: RpcMessage) -> bytes:
     """A message as it is sent.
 
     Raises:
-        InputError: it has a number or a text that cannot be.
+        InputError: it holds a number or a text that msgpack cannot encode.
     """
     try:
         encoded = ENCODER.encode(message)
     except (OverflowError, UnicodeEncodeError) as error:
         raise InputError(f"the request cannot be passed on: {error}; expected 64-bit numbers, valid Unicode") from None
-    return len(encoded).to_bytes(LENGTH, "big") + encoded
+    return len(encoded).to_bytes(LENGTH_BYTES, "big") + encoded
 
 
 class Connection(asyncio.Protocol):
-    """One end of a connection: whole messages of one type, in their order."""
+    """One end of a connection. ``on_message`` gets messages of the expected type, whole and in their order; a peer that
+    sends anything else is disconnected.
+    """
 
     def __init__(
         self,
         expected: Any,
-        received: Callable[[Connection, Any], None],
-        lost: Callable[[Connection], None],
-        most_bytes: int = MOST_BYTES,
+        on_message: Callable[[Connection, Any], None],
+        on_close: Callable[[Connection], None],
+        max_frame_bytes: int = MAX_FRAME_BYTES,
     ) -> None:
         self._decoder = msgspec.msgpack.Decoder(expected)
-        self._received, self._lost, self.most_bytes = received, lost, most_bytes
-        self._in, self._out = bytearray(), bytearray()
+        self._on_message, self._on_close, self.max_frame_bytes = on_message, on_close, max_frame_bytes
+        self._read_buffer, self._write_buffer = bytearray(), bytearray()
         self._transport: asyncio.Transport | None = None
 
     @property
@@ -165,60 +173,60 @@ class Connection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def send(self, message: RpcMessage) -> None:
-        """Say something; see ``send_frame``."""
+        """Encode and send a message; see ``send_frame``."""
         self.send_frame(encode_frame(message))
 
-    def send_frame(self, framed: bytes) -> None:
-        """Send a message together with all that is said this turn; where the connection is lost nobody hears it."""
+    def send_frame(self, frame: bytes) -> None:
+        """Send a frame with all others of this turn of the loop; where the connection is lost it is dropped."""
         if self.open:
-            if not self._out:
+            if not self._write_buffer:
                 asyncio.get_running_loop().call_soon(self._flush)
-            self._out += framed
+            self._write_buffer += frame
 
     def close(self) -> None:
-        """End it when what was said is sent."""
+        """Close the connection once everything is sent."""
         self._flush()
         if self._transport is not None:
             self._transport.close()
 
-    def _flush(self) -> None:
-        if self._out and self.open:
-            assert self._transport is not None
-            self._transport.write(bytes(self._out))
-        self._out.clear()
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        opened: socket.socket = transport.get_extra_info("socket")
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in KEEP_ALIVE.items():  # a machine that is gone says no goodbye
+        sock: socket.socket = transport.get_extra_info("socket")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in TCP_KEEPALIVE.items():  # for a machine that is gone sends nothing, not even an end
             with contextlib.suppress(AttributeError):  # not every system has all
-                opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def data_received(self, data: bytes) -> None:
-        self._in += data
-        at = 0
-        while len(self._in) - at >= LENGTH:
-            size = int.from_bytes(self._in[at : at + LENGTH], "big")
-            if size > self.most_bytes:
-                return self._refuse()
-            if len(self._in) - at - LENGTH < size:
+        self._read_buffer += data
+        end = 0  # of the frames that are decoded
+        while len(self._read_buffer) - end >= LENGTH_BYTES:
+            size = int.from_bytes(self._read_buffer[end : end + LENGTH_BYTES], "big")
+            if size > self.max_frame_bytes:
+                return self._abort()
+            if len(self._read_buffer) - end - LENGTH_BYTES < size:
                 break
-            at += LENGTH + size
+            end += LENGTH_BYTES + size
             try:
-                message = self._decoder.decode(memoryview(self._in)[at - size : at])
+                message = self._decoder.decode(memoryview(self._read_buffer)[end - size : end])
             except msgspec.MsgspecError:
-                return self._refuse()
-            self._received(self, message)
+                return self._abort()
+            self._on_message(self, message)
             if not self.open:
                 return None
-        del self._in[:at]
+        del self._read_buffer[:end]
         return None
 
     def connection_lost(self, _: Exception | None) -> None:
-        self._lost(self)
+        self._on_close(self)
 
-    def _refuse(self) -> None:
+    def _flush(self) -> None:
+        if self._write_buffer and self.open:
+            assert self._transport is not None
+            self._transport.write(bytes(self._write_buffer))
+        self._write_buffer.clear()
+
+    def _abort(self) -> None:
         assert self._transport is not None
         self._transport.abort()

@@ -21,7 +21,7 @@ from overproof.errors import InputError
 from overproof.serve.async_engine import AsyncEngine, BatchingClassifier, Busy, Generation, Prompt, ThreadedEngine
 from overproof.serve.replica_worker import ReplicaWorker
 from overproof.serve.router import ReplicaDied, ReplicaLoad, ReplicaPool, ReplicaServer
-from overproof.serve.rpc import LENGTH, STRANGER_BYTES, GatewayAddress
+from overproof.serve.rpc import LENGTH_BYTES, MAX_HELLO_BYTES, Drain, GatewayAddress, Hello, encode_frame
 
 NAME, HOST, ONE = "package", "127.0.0.1", Sampling(1)
 SOON_S = 10
@@ -43,7 +43,7 @@ class Told:
             self.ended.append(prompt)
         return Generation(str(prompt), "stop", 1, 1)
 
-    async def accept(self, prompt: Prompt, sampling: Sampling) -> None:
+    async def validate(self, prompt: Prompt, sampling: Sampling) -> None:
         raise RuntimeError(f"no room for {prompt} of {sampling.max_tokens}")
 
     async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
@@ -75,9 +75,9 @@ class Doors:
         self._door: GatewayAddress | None = None
         self._changed = asyncio.Condition()
 
-    async def move(self, door: GatewayAddress) -> None:
+    async def move(self, address: GatewayAddress) -> None:
         async with self._changed:
-            self._door = door
+            self._door = address
             self._changed.notify_all()
 
     async def find(self, seen: GatewayAddress | None) -> GatewayAddress | None:
@@ -87,13 +87,13 @@ class Doors:
 
 
 @asynccontextmanager
-async def gateway(doors: Doors, most_waiting: int = 8) -> AsyncIterator[tuple[ReplicaServer, ReplicaPool]]:
-    board = ReplicaServer()
-    crew = board.crew(NAME)
-    crew.most_waiting = most_waiting
-    await doors.move(await board.open(HOST))
-    yield board, crew
-    board.close()
+async def gateway(directory: Doors, max_queued: int = 8) -> AsyncIterator[tuple[ReplicaServer, ReplicaPool]]:
+    replica_server = ReplicaServer()
+    pool = replica_server.pool(NAME)
+    pool.max_queued = max_queued
+    await directory.move(await replica_server.open(HOST))
+    yield replica_server, pool
+    replica_server.close()
 
 
 async def until(reached: Callable[[], bool]) -> None:
@@ -117,33 +117,33 @@ def run(test: Awaitable[None]) -> None:
 
 def test_a_replica_answers_as_its_engine_does(text_package: Path, digits_package: Path) -> None:
     async def test() -> None:
-        doors, engine = Doors(), LlamaCpp(text_package / "model.gguf", slots=2)
+        directory, engine = Doors(), LlamaCpp(text_package / "model.gguf", slots=2)
         local = ThreadedEngine(engine, 4)
-        async with gateway(doors) as (board, crew):
-            ReplicaWorker(local, NAME, 2, doors.find)
+        async with gateway(directory) as (replica_server, pool):
+            ReplicaWorker(local, NAME, 2, directory.find)
             for sampling in (
                 Sampling(8, seed=3, temperature=1.0, stop=("x",), logit_bias={5: -1.0}),
                 Sampling(4, logprobs=3),
                 Sampling(6, grammar='root ::= "yes" | "no"'),
             ):
                 expected = await local.complete("import os\n", sampling)
-                assert timeless(await crew.complete("import os\n", sampling)) == timeless(expected)
-            async with aclosing(crew.stream([0, 70], Sampling(8))) as pieces:
+                assert timeless(await pool.complete("import os\n", sampling)) == timeless(expected)
+            async with aclosing(pool.stream([0, 70], Sampling(8))) as pieces:
                 texts = [piece.text async for piece in pieces]
             assert "".join(texts) == (await local.complete([0, 70], Sampling(8))).text
             messages = [{"role": "user", "content": "hello"}]
-            assert await crew.chat_prompt(messages) == await local.chat_prompt(messages)
-            assert await crew.detokenize([70, 71]) == engine.detokenize([70, 71])
-            await crew.accept("x", ONE)
-            await crew.check()
-            for call in (crew.complete("", ONE), crew.accept("", ONE), anext(crew.stream("", ONE))):
+            assert await pool.chat_prompt(messages) == await local.chat_prompt(messages)
+            assert await pool.detokenize([70, 71]) == engine.detokenize([70, 71])
+            await pool.validate("x", ONE)
+            await pool.check()
+            for call in (pool.complete("", ONE), pool.validate("", ONE), anext(pool.stream("", ONE))):
                 with pytest.raises(InputError, match="prompt: empty"):
                     await call
             images = OnnxClassifier(digits_package / "model.onnx")
-            ReplicaWorker(BatchingClassifier(images, images.pixels), "digits", 2, doors.find)
+            ReplicaWorker(BatchingClassifier(images, images.pixels), "digits", 2, directory.find)
             pixels_BD = np.linspace(0, 1, 192, dtype=np.float32).reshape(3, 64)
-            classes = board.crew("digits")
-            classes.most_waiting = 1
+            classes = replica_server.pool("digits")
+            classes.max_queued = 1
             np.testing.assert_array_equal(await classes.classify(pixels_BD), images.classify(pixels_BD))
             with pytest.raises(InputError, match="64"):
                 await classes.classify(pixels_BD[:, :3])
@@ -154,35 +154,35 @@ def test_a_replica_answers_as_its_engine_does(text_package: Path, digits_package
 
 def test_work_waits_for_room_in_its_order_and_the_least_busy_takes_it() -> None:
     async def test() -> None:
-        doors, one, two = Doors(), Told(), Told()
-        async with gateway(doors, most_waiting=2) as (_, crew):
-            ReplicaWorker(one, NAME, 2, doors.find)
-            await until(lambda: crew.load.replicas == 1)
-            asked = [asyncio.ensure_future(crew.complete(str(i), ONE)) for i in range(4)]
+        directory, one, two = Doors(), Told(), Told()
+        async with gateway(directory, max_queued=2) as (_, pool):
+            ReplicaWorker(one, NAME, 2, directory.find)
+            await until(lambda: pool.load.replicas == 1)
+            asked = [asyncio.ensure_future(pool.complete(str(i), ONE)) for i in range(4)]
             await until(lambda: one.begun == ["0", "1"])
-            assert crew.load == ReplicaLoad(1, 2, 2)
+            assert pool.load == ReplicaLoad(1, 2, 2)
             with pytest.raises(Busy, match="2 requests are being answered and 2 wait"):
-                await crew.complete("one too many", ONE)
-            assert await crew.chat_prompt([{"role": "user", "content": "?"}]) == "?"  # takes no room
-            ReplicaWorker(two, NAME, 2, doors.find)
+                await pool.complete("one too many", ONE)
+            assert await pool.chat_prompt([{"role": "user", "content": "?"}]) == "?"  # takes no room
+            ReplicaWorker(two, NAME, 2, directory.find)
             await until(lambda: two.begun == ["2", "3"])
             two.go_on.set()
             assert [(await each).text for each in asked[2:]] == ["2", "3"]
-            assert (await crew.complete("4", ONE)).text == "4"
+            assert (await pool.complete("4", ONE)).text == "4"
             assert (one.begun, two.begun) == (["0", "1"], ["2", "3", "4"])
             one.go_on.set()
             await asyncio.gather(*asked)
-            assert crew.load == ReplicaLoad(2, 0, 0)
+            assert pool.load == ReplicaLoad(2, 0, 0)
 
     run(test())
 
 
 def test_what_is_given_up_leaves_its_room() -> None:
     async def test() -> None:
-        doors, backend = Doors(), Told()
-        async with gateway(doors) as (_, crew):
-            ReplicaWorker(backend, NAME, 1, doors.find)
-            asked = [asyncio.ensure_future(crew.complete(str(i), ONE)) for i in range(3)]
+        directory, backend = Doors(), Told()
+        async with gateway(directory) as (_, pool):
+            ReplicaWorker(backend, NAME, 1, directory.find)
+            asked = [asyncio.ensure_future(pool.complete(str(i), ONE)) for i in range(3)]
             await until(lambda: backend.begun == ["0"])
             asked[1].cancel()  # while it waits
             asked[0].cancel()  # while it runs
@@ -191,43 +191,43 @@ def test_what_is_given_up_leaves_its_room() -> None:
             backend.go_on.set()
             assert (await asked[2]).text == "2"
             for _ in range(3):  # the replica hears of both at once
-                hasty = asyncio.ensure_future(crew.complete("never begun", ONE))
+                hasty = asyncio.ensure_future(pool.complete("never begun", ONE))
                 await asyncio.sleep(0)
                 hasty.cancel()
-            await until(lambda: crew.load == ReplicaLoad(1, 0, 0))
+            await until(lambda: pool.load == ReplicaLoad(1, 0, 0))
             assert backend.begun == ["0", "2"]
             backend.go_on.clear()
-            async with aclosing(crew.stream("3", ONE)) as pieces:
+            async with aclosing(pool.stream("3", ONE)) as pieces:
                 assert (await anext(pieces)).text == "first"
-            await until(lambda: backend.ended == ["0", "2", "3"] and crew.load == ReplicaLoad(1, 0, 0))
+            await until(lambda: backend.ended == ["0", "2", "3"] and pool.load == ReplicaLoad(1, 0, 0))
             for prompt in ([2**64], [10**100], "\ud800"):
                 with pytest.raises(InputError, match="cannot be passed on"):
-                    await crew.complete(prompt, ONE)
-            assert crew.load == ReplicaLoad(1, 0, 0)
+                    await pool.complete(prompt, ONE)
+            assert pool.load == ReplicaLoad(1, 0, 0)
             with pytest.raises(RuntimeError, match="no room for x of 1"):
-                await crew.accept("x", ONE)
+                await pool.validate("x", ONE)
 
     run(test())
 
 
 def test_a_replica_that_dies_is_replaced_by_another() -> None:
     async def test() -> None:
-        doors, dying, next_one = Doors(), Told(), Told()
-        async with gateway(doors) as (board, crew):
-            ReplicaWorker(dying, NAME, 4, doors.find)
-            whole = asyncio.ensure_future(crew.complete("whole", ONE))
-            stream = crew.stream("stream", ONE)
+        directory, dying, next_one = Doors(), Told(), Told()
+        async with gateway(directory) as (replica_server, pool):
+            ReplicaWorker(dying, NAME, 4, directory.find)
+            whole = asyncio.ensure_future(pool.complete("whole", ONE))
+            stream = pool.stream("stream", ONE)
             assert (await anext(stream)).text == "first"
             await until(lambda: len(dying.begun) == 2)
-            (link,) = board._known
-            assert link._transport is not None
-            link._transport.abort()
+            (connection,) = replica_server._replicas
+            assert connection._transport is not None
+            connection._transport.abort()
             with pytest.raises(ReplicaDied, match="died before it had answered"):
                 await anext(stream)  # its client has a part of the answer
             await until(lambda: len(dying.ended) == 2)
             next_one.go_on.set()
             dying.go_on.set()
-            ReplicaWorker(next_one, NAME, 4, doors.find)
+            ReplicaWorker(next_one, NAME, 4, directory.find)
             assert (await whole).text == "whole"  # by whichever called first
 
     run(test())
@@ -235,15 +235,15 @@ def test_a_replica_that_dies_is_replaced_by_another() -> None:
 
 def test_who_leaves_ends_what_was_begun_and_gets_no_more() -> None:
     async def test() -> None:
-        doors, leaving, staying = Doors(), Told(), Told()
-        async with gateway(doors) as (_, crew):
-            post = ReplicaWorker(leaving, NAME, 2, doors.find)
-            stream = crew.stream("long", ONE)
+        directory, leaving, staying = Doors(), Told(), Told()
+        async with gateway(directory) as (_, pool):
+            worker = ReplicaWorker(leaving, NAME, 2, directory.find)
+            stream = pool.stream("long", ONE)
             assert (await anext(stream)).text == "first"
-            left = asyncio.ensure_future(post.leave())
-            await until(lambda: crew.load.replicas == 0)
-            waits = asyncio.ensure_future(crew.complete("next", ONE))
-            ReplicaWorker(staying, NAME, 2, doors.find)
+            left = asyncio.ensure_future(worker.drain())
+            await until(lambda: pool.load.replicas == 0)
+            waits = asyncio.ensure_future(pool.complete("next", ONE))
+            ReplicaWorker(staying, NAME, 2, directory.find)
             await until(lambda: staying.begun == ["next"])
             assert not left.done()
             leaving.go_on.set()
@@ -258,12 +258,12 @@ def test_who_leaves_ends_what_was_begun_and_gets_no_more() -> None:
 
 def test_a_gateway_that_is_replaced_ends_its_streams_while_the_next_one_is_called() -> None:
     async def test() -> None:
-        doors, backend = Doors(), Told()
-        async with gateway(doors) as (old, before):
-            ReplicaWorker(backend, NAME, 2, doors.find)
+        directory, backend = Doors(), Told()
+        async with gateway(directory) as (old, before):
+            ReplicaWorker(backend, NAME, 2, directory.find)
             stream = before.stream("old", ONE)
             assert (await anext(stream)).text == "first"
-            async with gateway(doors) as (_, after):
+            async with gateway(directory) as (_, after):
                 asked = asyncio.ensure_future(after.complete("new", ONE))
                 await until(lambda: backend.begun == ["old", "new"])
                 backend.go_on.set()
@@ -280,25 +280,21 @@ def test_a_gateway_that_is_replaced_ends_its_streams_while_the_next_one_is_calle
     "said",
     [
         b"GET / HTTP/1.1\r\n\r\n",
-        (STRANGER_BYTES + 1).to_bytes(LENGTH, "big"),
-        (3).to_bytes(LENGTH, "big") + b"\xc1\xc1\xc1",
-        # a Hello with a secret that is not the gateway's
-        (lambda m: len(m).to_bytes(LENGTH, "big") + m)(
-            b"\x84\xa4type\xa5Hello\xa6secret\xa5wrong\xa7package\xa1p\xa4room\x01"
-        ),
-        # a Leave of somebody who has not said who it is
-        (lambda m: len(m).to_bytes(LENGTH, "big") + m)(b"\x81\xa4type\xa5Leave"),
+        (MAX_HELLO_BYTES + 1).to_bytes(LENGTH_BYTES, "big"),
+        (3).to_bytes(LENGTH_BYTES, "big") + b"\xc1\xc1\xc1",
+        encode_frame(Hello("wrong", "package", 1)),  # not the gateway's secret
+        encode_frame(Drain()),  # before a Hello
     ],
 )
-def test_strangers_are_hung_up_on(said: bytes) -> None:
+def test_strangers_are_hung_up_on(output: bytes) -> None:
     async def test() -> None:
-        board = ReplicaServer()
-        door = await board.open(HOST)
-        with socket.create_connection((door.host, door.port), timeout=SOON_S) as stranger:
-            stranger.sendall(said)
+        replica_server = ReplicaServer()
+        address = await replica_server.open(HOST)
+        with socket.create_connection((address.host, address.port), timeout=SOON_S) as stranger:
+            stranger.sendall(output)
             assert await asyncio.to_thread(gone, stranger)
-        assert board.loads == {}
-        board.close()
+        assert replica_server.loads == {}
+        replica_server.close()
 
     def gone(stranger: socket.socket) -> bool:
         try:

@@ -14,7 +14,7 @@ TICK_S = 0.5
 
 
 def follow(scale: ReplicaTarget, loads: Iterable[float], begin_s: float = 0.0) -> list[int]:
-    return [scale.see(load, begin_s + TICK_S * tick) for tick, load in enumerate(loads)]
+    return [scale.observe(load, begin_s + TICK_S * tick) for tick, load in enumerate(loads)]
 
 
 def test_a_step_in_load_has_replicas_added_after_its_delay_and_no_more_than_are_allowed() -> None:
@@ -57,7 +57,7 @@ def test_noise_of_single_requests_does_not_flap() -> None:
 def test_from_none_the_first_request_has_one_at_once_and_silence_has_none_again() -> None:
     scale = ReplicaTarget(SETTINGS.model_copy(update={"min_replicas": 0, "downscale_delay_s": 2.0}), 0)
     assert follow(scale, [0] * 5) == [0] * 5
-    assert scale.see(1, 3.0) == 1
+    assert scale.observe(1, 3.0) == 1
     counts = follow(scale, [0] * 20, begin_s=3.5)
     gone_s = counts.index(0) * TICK_S
     assert 2.0 <= gone_s <= 2.0 + 2.5
