@@ -1,4 +1,4 @@
-"""What students start from, made sure of before anything runs. Light to import: no model is loaded."""
+"""Checks of what students start from, before anything runs. Light to import: no model is loaded."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ def check_student(student: Student, prepared: Artifact, trained: Artifact) -> No
 
 
 def _check_directory(path: str, found: ModelSize, manifest: Manifest) -> None:
-    from overproof.models.hf_directory import (
-        check_tokenizer,  # transformers: seconds to import, and not needed otherwise
-    )
+    from overproof.models.hf_directory import check_tokenizer  # with transformers: seconds to import
 
     if (KINDS[found.kind], found.outputs) != (manifest.kind, manifest.outputs):
         raise InputError(
