@@ -36,7 +36,7 @@ class DistillObjective:
         return terms.loss, {"divergence": terms.divergence, "cross_entropy": terms.cross_entropy}
 
     def terms(self, prediction: Prediction, batch: Batch) -> LossTerms:
-        """By the batch's columns: a live teacher's logits; or cached targets, with or without draws, or of all outputs."""
+        """By the batch: logits of a live teacher, or cached targets, with or without draws, or of every output."""
         common = (self.temperature, self.teacher_weight)
         given = (prediction.logits_BPV, prediction.targets_BP, prediction.mask_BP)
         if TEACHER_LOGITS in batch:

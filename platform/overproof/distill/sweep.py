@@ -197,7 +197,8 @@ def publish_students(uri: str, names: Sequence[str]) -> None:
 
 
 def _write_events(folder: Path, trial: Mapping[str, Any], tracker: SweepTracker) -> None:
-    settings = trial["values"] | {"teacher_weight": trial["teacher_weight"]}
+    settings = trial["values"] | {"teacher_weight": trial["teacher_weight"], "status": trial["status"]}
     with TrialEvents(folder / trial["name"], settings) as events:
         events.add(tracker.curves.get(trial["name"], ()))
-        events.end(trial["status"])
+        if trial["status"] != "failed":
+            events.succeed()

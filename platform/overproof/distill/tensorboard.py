@@ -1,4 +1,4 @@
-"""Trials as TensorBoard shows them: losses by step, and each trial's settings and status in its HParams tab."""
+"""Trials as TensorBoard shows them: losses by step, and each trial's settings in its HParams tab."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class TrialEvents:
     """The event file of one trial, in a folder of its own. A context manager."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """``settings`` are the trial's; the trial is called as its folder is."""
-        from tensorboard.plugins.hparams.api import hparams_pb
         from torch.utils.tensorboard import SummaryWriter  # with torch: seconds to import
+        from torch.utils.tensorboard.summary import hparams
 
         self.writer = SummaryWriter(str(folder))
         shown = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
-        self._add_summary(hparams_pb(shown, trial_id=folder.name))
+        experiment, start, self._success = hparams(shown, {"validation_loss": 0.0})  # type: ignore[no-untyped-call]
+        self._add_summaries(experiment, start)
 
     def add(self, rows: Iterable[Mapping[str, float]]) -> None:
         """The losses of these rows of the trial's curve; readers see them at once."""
@@ -30,19 +30,17 @@ class TrialEvents:
                     self.writer.add_scalar(tag, row[tag], int(row["step"]))
         self.writer.flush()
 
-    def end(self, status: str) -> None:
-        """How the trial ended: finished, stopped (by a scheduler, as it should be) or failed."""
-        from tensorboard.plugins.hparams.api_pb2 import STATUS_FAILURE, STATUS_SUCCESS
-        from tensorboard.plugins.hparams.summary import session_end_pb
-
-        self._add_summary(session_end_pb(STATUS_FAILURE if status == "failed" else STATUS_SUCCESS))
-
-    def _add_summary(self, summary: Any) -> None:
-        writer: Any = self.writer.file_writer
-        writer.add_summary(summary)
+    def succeed(self) -> None:
+        """The trial has ended as it should; the status of one without this is unknown."""
+        self._add_summaries(self._success)
 
     def close(self) -> None:
         self.writer.close()
+
+    def _add_summaries(self, *summaries: Any) -> None:
+        writer: Any = self.writer.file_writer
+        for summary in summaries:
+            writer.add_summary(summary)
 
     def __enter__(self) -> Self:
         return self
