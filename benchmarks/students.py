@@ -180,9 +180,9 @@ def _train(own: TrialJob, seed: int) -> tuple[Any, dict[int, float], float]:
     run = StudentTrainer(own)
     run.model.load_state_dict(build_model(own.student.model, run.manifest, seed).state_dict())  # type: ignore[arg-type]
     while max(curve, default=0) < own.settings.steps:
-        chunk = run.advance()
+        chunk = run.run_to_validation()
         curve[chunk.steps] = chunk.validation_loss
-    run.saver.wait()
+    run.checkpoint_writer.wait()
     return run.model, curve, time.process_time() - began
 
 

@@ -37,9 +37,9 @@ def one(recipe: Recipe, scratch: str, number: int, weight: float) -> dict[str, A
 
     trial = Trial(recipe, made(recipe, "cache"), "cached", recipe.seed, "", {WEIGHT: weight})
     run = StudentTrainer(job(trial, f"{scratch}/{number}"))
-    while (chunk := run.advance()).steps < recipe.sweep.steps:
+    while (chunk := run.run_to_validation()).steps < recipe.sweep.steps:
         pass
-    run.save()
+    run.save_weights()
     return {"seconds": run.seconds, "loss": chunk.validation_loss, "end": time.time()}
 
 

@@ -70,15 +70,15 @@ def tokens_of(world: World, ids: np.ndarray) -> np.ndarray:
 
 def test_what_is_written_is_a_function_of_seed_and_row_whatever_the_batch(text_world: World) -> None:
     one, ids = writer(text_world, None), np.arange(24)
-    whole = one.made(ids)["tokens"]
+    whole = one.compute(ids)["tokens"]
     assert whole.shape == (24, 17)
     np.testing.assert_array_equal(whole[:, :5], tokens_of(text_world, ids)[:, :5])
     assert (whole[:, 5:] != tokens_of(text_world, ids)[:, 5:]).any(1).all()
     order = np.random.default_rng(0).permutation(24)
-    np.testing.assert_array_equal(one.made(order)["tokens"], whole[order])
-    np.testing.assert_array_equal(one.made(np.array([90, 7, 55]))["tokens"][1], whole[7])
-    np.testing.assert_array_equal(writer(text_world, None, batch_size=5).made(ids[:5])["tokens"], whole[:5])
-    again = writer(text_world, None, seed=SEED + 1).made(ids)["tokens"]
+    np.testing.assert_array_equal(one.compute(order)["tokens"], whole[order])
+    np.testing.assert_array_equal(one.compute(np.array([90, 7, 55]))["tokens"][1], whole[7])
+    np.testing.assert_array_equal(writer(text_world, None, batch_size=5).compute(ids[:5])["tokens"], whole[:5])
+    again = writer(text_world, None, seed=SEED + 1).compute(ids)["tokens"]
     assert (again != whole)[:, 5:].any(1).all()
 
 
@@ -92,7 +92,7 @@ def test_the_numbers_behind_it_are_of_the_row_alone_and_no_others_draws() -> Non
 
 def test_at_temperature_0_it_is_the_likeliest_of_a_run_without_the_cache_of_keys(text_world: World) -> None:
     one, ids = writer(text_world, None, temperature=0.0), np.arange(24)
-    tokens = torch.from_numpy(one.made(ids)["tokens"].astype(np.int64))
+    tokens = torch.from_numpy(one.compute(ids)["tokens"].astype(np.int64))
     with torch.no_grad():
         logits = one.model(input_ids=tokens[:, :-1], use_cache=False).logits
     assert torch.equal(logits.argmax(-1)[:, 4:], tokens[:, 5:])
@@ -132,7 +132,7 @@ def test_a_teacher_that_is_not_finite_is_reported(text_world: World, tmp_path: P
     save_model(model, model.config, Path(draft.uri) / "model", text_world.root / "tokenizer.json")
     broken = dataclasses.replace(text_world, artifacts=text_world.artifacts | {"train": draft.commit({}, 0)})
     (report,) = writer(broken, None)({"file": np.array([0])})
-    assert "not finite while it writes; train it anew" in str(report["fault"][0])
+    assert "not finite while it writes; train it again" in str(report["fault"][0])
 
 
 def test_a_stage_whose_driver_is_killed_writes_no_finished_file_again(
@@ -181,7 +181,7 @@ def test_the_cache_is_of_the_text_and_is_checked_against_it(
 def run_of(job: TrialJob) -> tuple[StudentTrainer, list[dict[str, float]]]:
     run, rows = StudentTrainer(job), list[dict[str, float]]()
     while not rows or rows[-1]["step"] < job.settings.steps:
-        rows += run.advance().curve
+        rows += run.run_to_validation().curve
     return run, rows
 
 
@@ -229,12 +229,10 @@ def test_a_live_teacher_reads_the_text_too(text_world: World, written: Artifact)
     np.testing.assert_array_equal(
         batch["tokens"], TeacherText(written.local()).take(run.order.step_rows(0, 16))["tokens"]
     )
-    assert "divergence" in run.advance().curve[0]
+    assert "divergence" in run.run_to_validation().curve[0]
     silent = {**ALONE, "teacher": "live"}
     assert (
-        StudentTrainer(
-            job_of(text_world.context("sweep", written=written, **with_text(silent)), "alone")
-        ).lesson.teacher
+        StudentTrainer(job_of(text_world.context("sweep", written=written, **with_text(silent)), "alone")).spec.teacher
         is None
     )
 

@@ -20,7 +20,8 @@ from overproof.cluster.placement import Capacity, NodeShape, resource_requests, 
 from overproof.cluster.ray_cluster import relay
 from overproof.data.parquet_reader import Shards
 from overproof.distill.student_trainer import StudentTrainer
-from overproof.distill.sweep import sweep, trial_slots
+from overproof.distill.sweep import sweep
+from overproof.distill.tune_search import trial_slots
 from overproof.errors import InputError
 from overproof.models.hf_directory import load_model, to_tensors
 from overproof.train.loop import validation_ids, validation_loss
@@ -34,7 +35,7 @@ def alone(world: World, cached: Artifact) -> list[float]:
     run = StudentTrainer(job_of(world.context("sweep", cached=cached, sweep=SWEEP, tune=TUNE), "wide"))
     losses = []
     while not losses or losses[-1][0] < STEPS:
-        part = run.advance()
+        part = run.run_to_validation()
         losses.append((part.steps, part.validation_loss))
     return [loss for _, loss in losses]
 

@@ -118,11 +118,11 @@ def test_the_control_starts_from_the_same_weights(digits_world: World, digits_ca
     for run in (taught, alone):
         for name, value in run.model.state_dict().items():
             assert torch.equal(value, teacher[name])
-    first = taught.advance().curve[0], alone.advance().curve[0]
+    first = taught.run_to_validation().curve[0], alone.run_to_validation().curve[0]
     assert first[0]["cross_entropy"] == pytest.approx(first[1]["loss"], rel=1e-6)
-    taught.saver.wait()
+    taught.checkpoint_writer.wait()
     second = StudentTrainer(job)
-    assert second.began_at == 7
+    assert second.resumed_step == 7
     assert to_end(second) == to_end(StudentTrainer(job_of(context, "begun")))
 
 
@@ -152,12 +152,12 @@ def test_a_student_with_dropout_goes_on_to_the_last_bit(
     context = digits_world.context("sweep", cached=digits_cache, sweep={**SWEEP, "students": [begun]})
     job, whole = job_of(context, "begun"), to_end(StudentTrainer(job_of(context, "begun")))
     first = StudentTrainer(job)
-    first.advance()
-    first.saver.wait()
+    first.run_to_validation()
+    first.checkpoint_writer.wait()
     torch.manual_seed(99)
     second = StudentTrainer(job)
     assert second.model.vit.layers[0].dropout.p == 0.2
-    assert second.began_at == 7
+    assert second.resumed_step == 7
     assert to_end(second) == whole
 
 

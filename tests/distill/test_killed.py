@@ -32,9 +32,9 @@ from overproof.stage_context import NOTICE, StageContext
 
 
 def to_end(run: StudentTrainer) -> list[CurveSegment]:
-    chunks = [run.advance()]
+    chunks = [run.run_to_validation()]
     while chunks[-1].steps < STEPS:
-        chunks.append(run.advance())
+        chunks.append(run.run_to_validation())
     return chunks
 
 
@@ -90,15 +90,15 @@ def test_a_student_goes_on_from_its_checkpoint_to_the_last_bit(digits_world: Wor
     whole, job = StudentTrainer(job_of(context, "wide")), job_of(context, "wide")
     expected = to_end(whole)
     first = StudentTrainer(job)
-    done = [first.advance() for _ in range(3)]
-    first.saver.wait()
+    done = [first.run_to_validation() for _ in range(3)]
+    first.checkpoint_writer.wait()
     second = StudentTrainer(job)
-    assert second.began_at == done[-1].steps
+    assert second.resumed_step == done[-1].steps
     assert to_end(second) == expected
     assert all(a.equal(b) for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True))
-    second.saver.wait()
+    second.checkpoint_writer.wait()
     third = StudentTrainer(job)
-    assert third.began_at == STEPS
+    assert third.resumed_step == STEPS
     assert to_end(third) == expected
     assert third.seconds == second.seconds
 
@@ -107,12 +107,12 @@ def test_a_damaged_checkpoint_is_not_used(digits_world: World, digits_cache: Art
     context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune=TUNE)
     job = job_of(context, "wide")
     first = StudentTrainer(job)
-    done = [first.advance() for _ in range(3)]
-    first.saver.wait()
+    done = [first.run_to_validation() for _ in range(3)]
+    first.checkpoint_writer.wait()
     state = Path(job.checkpoints.all()[-1].uri) / "state.pt"
     state.write_bytes(state.read_bytes()[:-9])
     second = StudentTrainer(job)
-    assert second.began_at == done[1].steps
+    assert second.resumed_step == done[1].steps
     assert "state.pt has" in second.faults[0]
 
 
@@ -153,7 +153,7 @@ def test_a_sweep_whose_driver_is_killed_trains_no_student_twice(
     again = anew(digits_world, context)
     sweep(dataclasses.replace(context, draft=again))
     trials = json.loads((Path(again.uri) / "trials.json").read_text())["trials"]
-    assert {trial["name"]: trial["began_at"] for trial in trials} == before
+    assert {trial["name"]: trial["resumed_step"] for trial in trials} == before
     assert all(f"{name}: going on from step {step}" in said for name, step in before.items() if step)
     assert same_steps(curves(Path(again.uri)), whole_curves)
 
@@ -184,7 +184,7 @@ def test_a_search_whose_driver_is_killed_goes_on_with_the_trials_it_had(
     context = digits_world.context("sweep", cached=digits_cache, sweep={**SWEEP, "students": STUDENTS[:1]}, tune=tune)
     kill(context, ray_cluster, tmp_path)
     journal = SweepState(context.draft)
-    begun = journal.begin()
+    begun = journal.load_trials()
     reached = {name: journal.checkpoints(name).committed() for name in begun}
     assert list(begun) == [f"wide-{number:03d}" for number in range(len(begun))]
     assert max(reached.values()) == STEPS
@@ -192,7 +192,7 @@ def test_a_search_whose_driver_is_killed_goes_on_with_the_trials_it_had(
     metrics = sweep(dataclasses.replace(context, draft=again))
     trials = json.loads((Path(again.uri) / "trials.json").read_text())["trials"]
     assert metrics["trials"] == len(trials) == 6
-    assert {trial["name"]: trial["began_at"] for trial in trials[: len(begun)]} == reached
+    assert {trial["name"]: trial["resumed_step"] for trial in trials[: len(begun)]} == reached
     rates = [trial["values"]["learning_rate"] for trial in trials]
     assert rates[: len(begun)] == [values["learning_rate"] for values in begun.values()]
     assert len(set(rates)) == 6
@@ -230,11 +230,11 @@ def test_a_captured_file_that_was_damaged_is_captured_again(digits_world: World)
 def test_a_changed_sweep_does_not_go_on_from_anothers_trials(digits_world: World, digits_cache: Artifact) -> None:
     context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune=TUNE)
     job = jobs(context)[0]
-    SweepState(context.draft).note({job.name: {STUDENT: job.name}})
+    SweepState(context.draft).record_trials({job.name: {STUDENT: job.name}})
     job.checkpoints.begin()
     first = StudentTrainer(job)
-    first.advance()
-    first.saver.wait()
+    first.run_to_validation()
+    first.checkpoint_writer.wait()
     draft = digits_world.store.begin(context.draft.recipe, "sweep", "f" * 64, {"number": "other"}, {})
     changed = StageContext(context.recipe, context.parents, draft, context.progress)
     with pytest.raises(InputError, match=r"unfinished training, at step 7, whose recipe differs: number \d+, now"):

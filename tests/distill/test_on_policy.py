@@ -89,11 +89,11 @@ def test_what_is_written_follows_the_students_distribution(text_world: World) ->
 def test_no_answer_depends_on_what_else_is_asked(text_world: World) -> None:
     one, rng = judge(text_world), np.random.default_rng(0)
     rows, others = rng.integers(1, 320, (16, 15)), rng.integers(1, 320, (30, 15))
-    alone = one.judge(rows)
+    alone = one.score(rows)
     assert {name: value.shape for name, value in alone.items()} == {
         "indices": (16, 9, 4), "logprobs": (16, 9, 4), "logsumexp": (16, 9, 1)}  # fmt: skip
     for before in (1, 7, 16, 30):
-        together = one.judge(np.concatenate([others[:before], rows, others]))
+        together = one.score(np.concatenate([others[:before], rows, others]))
         for name, value in alone.items():
             assert np.array_equal(together[name][before : before + 16], value)  # to the last bit
     with torch.no_grad():
@@ -110,9 +110,9 @@ class Watched:
     def __init__(self, of: TeacherScorer) -> None:
         self.of, self.asked = of, list[np.ndarray]()
 
-    def judge(self, tokens_BS: np.ndarray) -> Columns:
+    def score(self, tokens_BS: np.ndarray) -> Columns:
         self.asked.append(tokens_BS)
-        return self.of.judge(tokens_BS)
+        return self.of.score(tokens_BS)
 
 
 def begun(world: World, cached: Artifact, name: str, **changes: Any) -> TrialJob:
@@ -122,7 +122,7 @@ def begun(world: World, cached: Artifact, name: str, **changes: Any) -> TrialJob
 def steps(run: StudentTrainer) -> list[dict[str, float]]:
     rows = list[dict[str, float]]()
     while not rows or rows[-1]["step"] < STEPS:
-        rows += run.advance().curve
+        rows += run.run_to_validation().curve
     return rows
 
 
@@ -130,7 +130,7 @@ def test_the_loss_is_the_divergence_of_what_was_written(text_world: World, text_
     everything = Watched(judge(text_world, k=320))
     run = StudentTrainer(begun(text_world, text_cache, "one", on_policy=1.0), everything)
     state = {name: value.clone() for name, value in run.model.state_dict().items()}
-    row = run.advance().curve[0]
+    row = run.run_to_validation().curve[0]
     tokens = torch.from_numpy(everything.asked[0])
     start = build_model(run.job.student.model, run.manifest, SEED)  # type: ignore[arg-type]
     start.load_state_dict(state)
@@ -156,10 +156,10 @@ def test_a_student_that_writes_goes_on_to_the_last_bit(text_world: World, text_c
     assert [row["step"] for row in whole if row.get("on_policy")] == [2, 4, 6, 8]
     assert len(asked.asked) == 4
     first = StudentTrainer(job, asked)
-    first.advance()
-    first.saver.wait()
+    first.run_to_validation()
+    first.checkpoint_writer.wait()
     second = StudentTrainer(job, judge(text_world))
-    assert second.began_at == 3
+    assert second.resumed_step == 3
     assert steps(second) == whole
     alone = StudentTrainer(dataclasses.replace(job, distilled=False, name="control", checkpoints=begun(
         text_world, text_cache, "one").checkpoints))  # fmt: skip
@@ -172,7 +172,7 @@ def test_two_trials_share_one_pool_and_get_what_a_teacher_of_their_own_would_tel
 ) -> None:
     context = text_world.context("sweep", cached=text_cache, sweep=writers())
     metrics = sweep(context)
-    assert (metrics["judged_requests"], metrics["judged_batches"]) == (8, 4)  # each batch has a request of both
+    assert (metrics["scorer_requests"], metrics["scorer_batches"]) == (8, 4)  # each batch has a request of both
     folder = Path(context.draft.uri)
     for name in ("one", "two"):
         found = [json.loads(line) for line in (folder / "curves" / f"{name}.jsonl").read_text().splitlines()]
@@ -187,7 +187,7 @@ def test_teachers_and_trials_that_are_killed_change_nothing(text_world: World, t
         if task == "sweep" and done:
             for actor in actors().values():
                 kind = actor["ActorClassName"]
-                if actor["State"] == "ALIVE" and ("Trainable" in kind or kind == "Replica") and kind not in killed:
+                if actor["State"] == "ALIVE" and ("Trainable" in kind or kind == "ScorerWorker") and kind not in killed:
                     killed[kind] = actor["Pid"]
                     os.kill(actor["Pid"], signal.SIGKILL)
 
@@ -199,7 +199,9 @@ def test_teachers_and_trials_that_are_killed_change_nothing(text_world: World, t
     for name in ("one", "two"):
         curve = (Path(context.draft.uri) / "curves" / f"{name}.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in curve] == steps(StudentTrainer(job_of(context, name), judge(text_world)))
-    assert not [a for a in actors().values() if a["State"] == "ALIVE" and a["ActorClassName"] in ("Replica", "Broker")]
+    assert not [
+        a for a in actors().values() if a["State"] == "ALIVE" and a["ActorClassName"] in ("ScorerWorker", "Batcher")
+    ]
 
 
 def test_what_cannot_be_written_is_refused() -> None:

@@ -48,17 +48,17 @@ def test_a_trial_goes_on_from_anothers_state_with_its_own_settings(
 ) -> None:
     context = digits_world.context("sweep", cached=digits_cache, sweep=ALONE)
     donor = StudentTrainer(jobs(context)[0])
-    while donor.advance().steps < STEPS // 2:
+    while donor.run_to_validation().steps < STEPS // 2:
         pass
     donor.write(tmp_path)
     same, other = (
-        StudentTrainer(jobs(digits_world.context("sweep", cached=digits_cache, sweep=ALONE))[0].changed(values))
+        StudentTrainer(jobs(digits_world.context("sweep", cached=digits_cache, sweep=ALONE))[0].with_values(values))
         for values in ({}, {"learning_rate": 1e-3, "weight_decay": 0.0, "beta2": 0.5})
     )
     same.load(tmp_path)
     other.load(tmp_path)
     assert {group["betas"] for group in other.engine.optimizer.param_groups} == {(0.9, 0.5)}
-    expected, found, changed = donor.advance(), same.advance(), other.advance()
+    expected, found, changed = donor.run_to_validation(), same.run_to_validation(), other.run_to_validation()
     assert found == expected
     assert changed.curve[0]["loss"] == expected.curve[0]["loss"]  # the same weights and rows
     assert changed.curve[0]["learning_rate"] == pytest.approx(expected.curve[0]["learning_rate"] / 20)

@@ -150,18 +150,18 @@ def test_a_student_beside_its_teacher_goes_on_to_the_last_bit(
     whole = StudentTrainer(dataclasses.replace(job, checkpoints=begun(digits_world, digits_cache, NARROW).checkpoints))
     expected = to_end(whole)
     first = StudentTrainer(job)
-    done = [first.advance() for _ in range(2)]
-    first.saver.wait()
+    done = [first.run_to_validation() for _ in range(2)]
+    first.checkpoint_writer.wait()
     second = StudentTrainer(job)
-    assert second.began_at == done[-1].steps
+    assert second.resumed_step == done[-1].steps
     assert to_end(second) == expected
     assert all(a.equal(b) for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True))
     for name in {"relations", "states"} & set(changes):
         values = [row[name] for row in expected[0].curve + expected[-1].curve if name in row]
         assert values[-1] < values[0]
     teacher = load_model(digits_world.artifacts["train"].local() / "model").state_dict()
-    if whole.lesson.teacher is not None:
-        assert all(torch.equal(value, teacher[name]) for name, value in whole.lesson.teacher.state_dict().items())
+    if whole.spec.teacher is not None:
+        assert all(torch.equal(value, teacher[name]) for name, value in whole.spec.teacher.state_dict().items())
     whole.save()
     assert set(load_model(Path(job.draft.uri) / job.folder).state_dict()) == set(whole.model.state_dict())
 
@@ -171,7 +171,7 @@ def test_text_students_of_another_width_learn_relations(text_world: World) -> No
     shape = {"kind": "llama", "hidden_size": 64, "intermediate_size": 64, "layers": 2, "heads": 4, "kv_heads": 4}
     job = begun(text_world, cached, shape, **{"relations": {"heads": 4, "weight": 1.0}, "teacher": "live"})
     job = dataclasses.replace(job, settings=job.settings.model_copy(update={"steps": 6, "validation_rows": 8}))
-    rows = StudentTrainer(job).advance().curve
+    rows = StudentTrainer(job).run_to_validation().curve
     relations = [row["relations"] for row in rows if "relations" in row]
     assert relations[-1] < relations[0]
 
@@ -183,22 +183,22 @@ def test_live_outputs_are_those_of_a_cache_of_everything(digits_world: World) ->
     for here, there in zip(kept, live, strict=True):
         assert here == pytest.approx(there, rel=2e-3)  # the cache rounds to half precision
     assert kept != live
-    assert runs[1].lesson.targets is None
+    assert runs[1].spec.targets is None
 
 
 def test_the_teacher_is_asked_once_a_step(digits_world: World, digits_cache: Artifact) -> None:
     run = StudentTrainer(begun(digits_world, digits_cache, NARROW, **RELATIONS, **STATES, teacher="live"))
     asked = []
-    assert run.lesson.teacher is not None
-    run.lesson.teacher.register_forward_hook(lambda *_: asked.append(1))
-    assert len([row for row in run.advance().curve if "loss" in row]) == len(asked)
+    assert run.spec.teacher is not None
+    run.spec.teacher.register_forward_hook(lambda *_: asked.append(1))
+    assert len([row for row in run.run_to_validation().curve if "loss" in row]) == len(asked)
 
 
 def test_a_control_has_no_teacher(digits_world: World, digits_cache: Artifact) -> None:
     job = begun(digits_world, digits_cache, NARROW, **RELATIONS)
     run = StudentTrainer(dataclasses.replace(job, distilled=False))
-    assert (run.lesson.teacher, run.lesson.targets, run.projection) == (None, None, None)
-    assert set(run.advance().curve[0]) == {"step", "loss", "learning_rate", "grad_norm"}
+    assert (run.spec.teacher, run.spec.targets, run.projection) == (None, None, None)
+    assert set(run.run_to_validation().curve[0]) == {"step", "loss", "learning_rate", "grad_norm"}
 
 
 def test_what_cannot_be_compared_is_refused(digits_world: World, digits_cache: Artifact) -> None:

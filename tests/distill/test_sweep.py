@@ -20,12 +20,12 @@ from ray._private.state import actors
 from overproof.artifacts import Artifact, Store
 from overproof.config import Asha, NoStop, Sweep
 from overproof.data.parquet_reader import Shards
-from overproof.distill.pareto_selection import pareto_students
 from overproof.distill.student_trainer import StudentTrainer
-from overproof.distill.sweep import check_cache, sweep, trial_slots
+from overproof.distill.sweep import check_cache, pareto_students, sweep
 from overproof.distill.target_cache import TargetIndex
 from overproof.distill.teacher_stages import cache_targets
 from overproof.distill.trial_job import TrialJob, rung_steps
+from overproof.distill.tune_search import trial_slots
 from overproof.errors import InputError
 from overproof.models.hf_directory import count_parameters, load_model
 from overproof.stage_context import StageContext
@@ -150,7 +150,7 @@ def test_the_control_differs_by_the_teacher_alone(swept: Swept, digits_world: Wo
     assert control["parameters"] == winner["parameters"]
     assert (control["steps"], control["status"], control["teacher_weight"]) == (STEPS, "finished", 0.0)
     alone = StudentTrainer(dataclasses.replace(job_of(swept.context, name), distilled=False, name="control"))
-    rows = [row for _ in range(6) for row in alone.advance().curve]
+    rows = [row for _ in range(6) for row in alone.run_to_validation().curve]
     assert [row["step"] for row in rows] == [row["step"] for row in swept.curve("control")]
     for here, there in zip(rows, swept.curve("control"), strict=True):
         assert here == there  # bit for bit
@@ -176,7 +176,7 @@ def test_the_written_models_are_the_ones_that_were_judged(swept: Swept, digits_w
 def test_a_trial_is_its_run_alone(swept: Swept) -> None:
     name = swept.trials["winner"]
     run = StudentTrainer(job_of(swept.context, name))
-    rows = [row for _ in range(6) for row in run.advance().curve]
+    rows = [row for _ in range(6) for row in run.run_to_validation().curve]
     assert rows == swept.curve(name)
 
 
@@ -218,7 +218,7 @@ def test_a_student_learns_alike_from_every_scheme(digits_world: World, digits_ca
         )
         check_cache(context)
         run = StudentTrainer(job_of(context, "wide"))
-        ends[scheme["kind"]] = [run.advance() for _ in range(4)][-1].curve[-1]["validation_loss"]
+        ends[scheme["kind"]] = [run.run_to_validation() for _ in range(4)][-1].curve[-1]["validation_loss"]
     assert ends["dense"] == pytest.approx(ends["topk"], rel=1e-4)
     assert ends["sampled"] == pytest.approx(ends["topk"], rel=0.02)
     with pytest.raises(InputError, match=r"made with another scheme"):
@@ -281,7 +281,9 @@ def test_every_student_may_have_a_control_of_its_own(digits_world: World, digits
 
     def progress(task: str, done: int, total: int, note: str = "") -> None:
         if task == "control" and done and not killed:
-            alive = [a for a in actors().values() if a["State"] == "ALIVE" and a["ActorClassName"] == "Trainer"]
+            alive = [
+                a for a in actors().values() if a["State"] == "ALIVE" and a["ActorClassName"] == "InProcessTrainer"
+            ]
             killed.append(alive[0]["Pid"])
             os.kill(killed[0], signal.SIGKILL)
 
@@ -297,7 +299,7 @@ def test_every_student_may_have_a_control_of_its_own(digits_world: World, digits
     assert names == {"control", "control-narrow" if trials["winner"] == "wide" else "control-wide"}
     for name, control in trials["controls"].items():
         alone = StudentTrainer(dataclasses.replace(job_of(context, name), distilled=False))
-        rows = [row for _ in range(4) for row in alone.advance().curve]
+        rows = [row for _ in range(4) for row in alone.run_to_validation().curve]
         curve = (folder / "curves" / f"{control['name']}.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in curve] == rows  # bit for bit, the killed one as well
         assert control["parameters"] == alone.parameters

@@ -120,7 +120,7 @@ def _work(recipe: Recipe, stage: str) -> str:
         return f"{rows} from {written.prompt_tokens} tokens on, temperature {written.temperature:g}"
     if stage == "cache":
         rows = "every row" if recipe.rows_cached is None else f"{recipe.rows_cached * positions:,} {unit}"
-        return f"{rows}, {recipe.cache.scheme.words}"
+        return f"{rows}, {recipe.cache.scheme.description}"
     if stage == "sweep":
         search, most = recipe.tune, recipe.rows_read * positions
         how = f"{search.trials(sweep)} trials ({search.search.kind}, {search.scheduler.kind}) + control"
@@ -204,7 +204,7 @@ def _targets(recipe: Recipe, model: ModelSize, prepared: Artifact | None, rate: 
     unit, temperatures = task.unit, len({1.0, *cache.temperatures})
     layout = TargetLayout(cache.scheme, task.label_column, model.predictions, model.outputs, temperatures)
     each = layout.row_bytes / model.predictions
-    kept = f"targets of the teacher, {cache.scheme.words}: {each:,.1f} bytes a {unit}"
+    kept = f"targets of the teacher, {cache.scheme.description}: {each:,.1f} bytes a {unit}"
     rows = _rows(recipe.rows_cached, prepared)
     if rows is None:
         return f"{kept}; of every row, once the data is prepared"
@@ -218,7 +218,7 @@ def _targets(recipe: Recipe, model: ModelSize, prepared: Artifact | None, rate: 
 
 def _beside(recipe: Recipe, model: ModelSize) -> str | None:
     """What the teacher takes in a trial where it runs at each step: its weights in fp32, and a batch's logits."""
-    names = ", ".join(student.name for student in recipe.sweep.students if student.live)
+    names = ", ".join(student.name for student in recipe.sweep.students if student.needs_live_teacher)
     if not names:
         return None
     batch = recipe.rows_read // recipe.sweep.steps

@@ -159,7 +159,7 @@ def resource_requests(recipe: Recipe) -> tuple[ResourceRequest, ...]:
 
 def _teachers(sweep: Sweep, trials: int) -> Iterator[ResourceRequest]:
     """The pool that judges what students write, and room for trials beside it where both take the same units."""
-    pool = sweep.judged
+    pool = sweep.teacher_pool
     if pool is None:
         return
     why = f"{_count(pool.actors, 'teacher')} of the sweep's pool"

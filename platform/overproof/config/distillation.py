@@ -1,4 +1,4 @@
-"""The sections that distil: the teacher's cache, students, the sweep."""
+"""The recipe's sections for distillation: the teacher's text and cache, students, the sweep."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TopK(Section):
     k: Count = Field(32, description="Log-probabilities kept for each position.")
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         return f"{self.k} likeliest outputs"
 
 
@@ -33,7 +33,7 @@ class Sampled(Section):
     draws: Count = Field(32, description="Outputs drawn from the others, for each position.")
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         return f"{self.k} likeliest and {self.draws} drawn outputs"
 
 
@@ -43,7 +43,7 @@ class Dense(Section):
     kind: Literal["dense"] = "dense"
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         return "whole distribution"
 
 
@@ -127,11 +127,11 @@ class Student(Section):
     @property
     def distilled(self) -> bool:
         """Whether the teacher has any part in it."""
-        return self.teacher_weight > 0 or self.on_policy > 0 or self.text == "teacher" or self.beside
+        return self.teacher_weight > 0 or self.on_policy > 0 or self.text == "teacher" or self.uses_features
 
     @property
-    def beside(self) -> bool:
-        """Whether it learns from what only a teacher that runs beside it can show."""
+    def uses_features(self) -> bool:
+        """Whether it learns from features inside the teacher, which no cache holds."""
         return self.relations is not None or self.states is not None
 
     @property
@@ -140,17 +140,17 @@ class Student(Section):
         return self.teacher == "cached" and self.teacher_weight > 0
 
     @property
-    def live(self) -> bool:
-        """Whether the teacher runs beside it."""
-        return self.beside or (self.teacher == "live" and self.teacher_weight > 0)
+    def needs_live_teacher(self) -> bool:
+        """Whether the teacher runs at each of its steps."""
+        return self.uses_features or (self.teacher == "live" and self.teacher_weight > 0)
 
 
 class OnPolicy(Section):
-    """Students go on from prompts, and one pool of teachers judges what all of them wrote (arXiv 2306.13649)."""
+    """Students write after prompts, and one pool of teachers scores what all of them wrote (arXiv 2306.13649)."""
 
     prompt_tokens: Count = Field(description="Tokens of a train row, from its start, that a student goes on from.")
     new_tokens: Count = Field(description="Tokens it writes; the loss is over these.")
-    k: Count = Field(32, description="Largest log-probabilities told of each token; at most the vocabulary is.")
+    k: Count = Field(32, description="Largest log-probabilities kept of each token; all of a smaller vocabulary.")
     rows: Count = Field(32, description="Rows in a teacher's forward pass; requests of several trials share one.")
     wait_s: float = Field(0.02, ge=0, description="Most seconds that a request waits for others to fill the pass.")
     actors: Count = Field(1, description="Teacher replicas in the pool.")
@@ -159,20 +159,22 @@ class OnPolicy(Section):
 
 
 class DataParallel(ZeroSettings):
-    """Workers that train one student together, under Ray Train, where one process or GPU does not do."""
+    """Workers that train one student together, under Ray Train, where one process or GPU is not enough."""
 
     workers: Annotated[int, Field(ge=2)] = Field(2, description="Training processes of each trial.")
 
 
 class Sweep(Optimization):
-    """Students distilled from the one cache, and controls: the same students trained without the teacher."""
+    """Students distilled from one cache, and controls: the same students trained without the teacher."""
 
     students: tuple[Student, ...] = Field(min_length=1)
     keep: Count = Field(2, description="Students exported at most: the best, and smaller ones at a higher loss.")
     controls: Literal["best", "every"] = Field(
         "best", description="Which students have a control: the best one, or every one that runs all steps."
     )
-    on_policy: OnPolicy | None = Field(None, description="What students with a share on_policy write, and who judges.")
+    on_policy: OnPolicy | None = Field(
+        None, description="What students with a share on_policy write, and the teachers that score it."
+    )
     concurrent_trials: Count = Field(2, description="Trials that run at the same time.")
     cpus_per_trial: Cpus = Field(1, description="Logical CPUs reserved by each trial.")
     gpus_per_trial: float = Field(0, ge=0, description="GPUs reserved by each trial.")
@@ -188,16 +190,16 @@ class Sweep(Optimization):
         return 1, self.cpus_per_trial, self.gpus_per_trial
 
     @property
-    def judged(self) -> OnPolicy | None:
-        """What is written and who judges, where some student writes."""
+    def teacher_pool(self) -> OnPolicy | None:
+        """The settings of the teachers that score what students write, where some student does."""
         return self.on_policy if any(student.on_policy for student in self.students) else None
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
         names = [student.name for student in self.students]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"students share the name {twice[0]!r}; expected every name once")
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        if duplicates:
+            raise ValueError(f"students share the name {duplicates[0]!r}; expected every name once")
         for name in names:
             if name in ("control", "teacher") or name.startswith("control-"):
                 raise ValueError(f"a student is named {name!r}, as another model of the sweep is; rename it")
@@ -218,9 +220,9 @@ class Sweep(Optimization):
                 "takes an equal share"
             )
         for student in self.students:
-            beyond = {"relations": student.relations, "states": student.states, "on_policy": student.on_policy}
-            if alone := next((name for name, value in beyond.items() if value), None):
+            unsupported = {"relations": student.relations, "states": student.states, "on_policy": student.on_policy}
+            if field := next((name for name, value in unsupported.items() if value), None):
                 raise ValueError(
-                    f"student {student.name} has {alone}, which one process alone can learn from; expected no group"
+                    f"student {student.name} has {field}, which one process alone can learn from; expected no group"
                 )
         return self

@@ -193,7 +193,7 @@ class Recipe(Section):
         return self.generate.rows if self.cache.rows is None and self.generate else self.cache.rows
 
     @property
-    def judged_temperatures(self) -> tuple[float, ...]:
+    def scorer_temperatures(self) -> tuple[float, ...]:
         """Those at which teachers tell what they think of what students wrote."""
         listed = self.tune.space.temperature
         asked = listed.values if listed else [student.temperature for student in self.sweep.students]

@@ -1,4 +1,4 @@
-"""Whether cached rows agree with the data and with themselves, which no hash can tell.
+"""Checks that cached rows agree with the data and with themselves, which no hash can tell.
 
 Shapes: B rows, P predictions in a row, V outputs, K slots for each prediction.
 """
@@ -26,38 +26,38 @@ def check_text(text: TeacherText, prepared: Path, sample_ids: NDArray[np.int64])
     Raises:
         InputError: the first row that does not.
     """
-    count = text.index.identity.prompt_tokens
+    prompt_tokens = text.index.identity.prompt_tokens
     expected_BS = Shards(prepared, "train", ("tokens",)).take(sample_ids)["tokens"]
-    other_B = (text.take(sample_ids)["tokens"][:, :count] != expected_BS[:, :count]).any(1)
+    other_B = (text.take(sample_ids)["tokens"][:, :prompt_tokens] != expected_BS[:, :prompt_tokens]).any(1)
     if other_B.any():
         raise InputError(
-            f"{text.root}: row {sample_ids[other_B][0]} does not begin with the {count} tokens of the prepared data; "
-            "run `generate` again for this data"
+            f"{text.root}: row {sample_ids[other_B][0]} does not begin with the {prompt_tokens} tokens of the prepared "
+            "data; run `generate` again for this data"
         )
 
 
-def check_rows(cached: Path, prepared: Path, sample_ids: NDArray[np.int64], written: Path | None = None) -> None:
+def check_rows(cached: Path, prepared: Path, sample_ids: NDArray[np.int64], teacher_text: Path | None = None) -> None:
     """Refuse a cache whose rows are of other tokens, or whose entries are of other outputs than they say.
 
-    The tokens that students read are the prepared data's or, where the teacher has written, those.
+    The tokens are the prepared data's or, where there is text of the teacher, those.
 
     Raises:
         InputError: the first row that does not agree.
     """
     shards = Shards(prepared, "train")
     targets = TargetCache(cached)
-    own = targets.layout.label_column
-    targets = TargetCache(cached, (own, "mask", "label_logprob", *targets.layout.loss_columns))
+    input_column = targets.layout.label_column
+    targets = TargetCache(cached, (input_column, "mask", "label_logprob", *targets.layout.loss_columns))
     found, expected = targets.take(sample_ids), shards.take(sample_ids)
-    expected |= TeacherText(written).take(sample_ids) if written else {}
-    rows, holder = len(sample_ids), "the teacher's text" if written else "the prepared data"
-    other_B = (found[own].reshape(rows, -1) != expected[own].reshape(rows, -1)).any(1)
+    expected |= TeacherText(teacher_text).take(sample_ids) if teacher_text else {}
+    rows, holder = len(sample_ids), "the teacher's text" if teacher_text else "the prepared data"
+    other_B = (found[input_column].reshape(rows, -1) != expected[input_column].reshape(rows, -1)).any(1)
     if other_B.any():
         raise InputError(
-            f"{cached}: row {sample_ids[other_B][0]} was captured from other {own} than {holder} holds; "
+            f"{cached}: row {sample_ids[other_B][0]} was captured from other {input_column} than {holder} holds; "
             "run `cache` again for this data"
         )
-    labels_BP = found[own].reshape(rows, -1)[:, -targets.layout.positions :].astype(np.int64)
+    labels_BP = found[input_column].reshape(rows, -1)[:, -targets.layout.positions :].astype(np.int64)
     wrong_B = (~labels_consistent(targets.layout, found, labels_BP) & found["mask"]).any(1)
     if wrong_B.any():
         raise InputError(

@@ -17,15 +17,15 @@ from overproof.distill.tune_trial import trainer_for
 from overproof.errors import InputError
 
 
-def control_job(job: TrialJob, journal: SweepState, best: bool) -> TrialJob:
+def control_job(job: TrialJob, state: SweepState, best: bool) -> TrialJob:
     """A student's shape, start, rows, seed, steps and threads without the teacher; the best one's is kept."""
     name = CONTROL if best else f"{CONTROL}-{job.name}"
-    kept = journal.checkpoints(f"{CONTROL}/{job.name}")
+    checkpoints = state.checkpoints(f"{CONTROL}/{job.name}")
     folder = CONTROL if best else f"{FINISHED}/{name}"
-    return replace(job, name=name, distilled=False, folder=folder, checkpoints=kept)
+    return replace(job, name=name, distilled=False, folder=folder, checkpoints=checkpoints)
 
 
-def train_controls(jobs: Sequence[TrialJob], at_once: int, watch: SweepTracker) -> None:
+def train_controls(jobs: Sequence[TrialJob], max_concurrent: int, tracker: SweepTracker) -> None:
     """Train every control to the end; one whose process dies goes on from its checkpoint in another.
 
     Raises:
@@ -35,22 +35,22 @@ def train_controls(jobs: Sequence[TrialJob], at_once: int, watch: SweepTracker) 
     for job in jobs:
         job.checkpoints.begin()
     settings, total = jobs[0].settings, jobs[0].settings.steps * len(jobs)
-    waiting, actors, running = list(jobs), dict[str, Any](), dict[Any, TrialJob]()  # by what each was last asked
+    waiting, actors, running = list(jobs), dict[str, Any](), dict[Any, TrialJob]()  # by the pending result of each
     deaths, steps = Counter[str](), Counter[str]()
     cpus, gpus = (0.0, 0.0) if settings.group else (settings.cpus_per_trial, settings.gpus_per_trial)
     remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(type(trainer_for(jobs[0])))
-    watch.progress(CONTROL, 0, total, "starting")
+    tracker.progress(CONTROL, 0, total, "starting")
     try:
         while waiting or running:
-            while waiting and len(running) < at_once:
+            while waiting and len(running) < max_concurrent:
                 job = waiting.pop(0)
                 actors[job.name] = actor = remote.remote()
                 actor.start.remote(job)
-                running[actor.advance.remote()] = job
-            (answer, *_), _ = ray.wait(list(running))
-            job = running.pop(answer)
+                running[actor.run_to_validation.remote()] = job
+            (ready, *_), _ = ray.wait(list(running))
+            job = running.pop(ready)
             try:
-                result = ray.get(answer)
+                result = ray.get(ready)
             except RayActorError:
                 deaths[job.name] += 1
                 if deaths[job.name] > MAX_DEATHS:
@@ -59,11 +59,11 @@ def train_controls(jobs: Sequence[TrialJob], at_once: int, watch: SweepTracker) 
                 continue
             if result["failed"] is not None:
                 raise InputError(f"{job.name}: {result['failed']}")
-            watch.take(result)
+            tracker.record_result(result)
             steps[job.name] = result["steps"]
-            watch.progress(CONTROL, steps.total(), total, f"validation {result['validation_loss']:.3f}")
+            tracker.progress(CONTROL, steps.total(), total, f"validation {result['validation_loss']:.3f}")
             if result["steps"] < settings.steps:
-                running[actors[job.name].advance.remote()] = job
+                running[actors[job.name].run_to_validation.remote()] = job
             else:
                 ray.kill(actors.pop(job.name))
     finally:

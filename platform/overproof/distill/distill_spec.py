@@ -1,4 +1,4 @@
-"""What a student learns: from its teacher or, as a control, from the labels alone. For one process and for groups."""
+"""A student's ``TrainSpec``: it learns from its teacher or, as a control, from the labels alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from overproof.train.objective import CrossEntropy, Objective
 
 @dataclass(frozen=True)
 class DistillSpec:
-    """A ``train.lesson.TrainSpec``."""
+    """A ``train.train_job.TrainSpec``, of students in one process and of those that several train."""
 
     job: TrialJob
 
@@ -41,7 +41,7 @@ class DistillSpec:
             InputError: it cannot start from what its settings name.
         """
         check_student(self.job.student, self.job.prepared, self.job.trained)
-        return initial_student(self.job.student.model, manifest, seed, self._folder)
+        return initial_student(self.job.student.model, manifest, seed, self._teacher_folder)
 
     def objective(self, task: Task, device: torch.device, projection: nn.Linear | None = None) -> Objective:
         """``projection`` takes the student's states to the teacher's width, where it learns from states."""
@@ -49,51 +49,53 @@ class DistillSpec:
         if not self.job.distilled:
             return CrossEntropy(task.predict)
         temperature, weight = student.temperature, student.teacher_weight
-        kept = self.targets.index.identity.temperatures if self.targets is not None else ()
-        measure = Divergence(student.divergence, student.jsd_beta)
-        outputs = self.teacher is not None and student.teacher == "live"
-        told = outputs or self.targets is not None  # of the teacher's distribution
-        plain: Objective = (
-            DistillObjective(task.predict, temperature, weight, kept, measure) if told else CrossEntropy(task.predict)
-        )
+        cached_temperatures = self.targets.index.identity.temperatures if self.targets is not None else ()
+        divergence = Divergence(student.divergence, student.jsd_beta)
+        use_logits = self.teacher is not None and student.teacher == "live"
+        objective: Objective = CrossEntropy(task.predict)
+        if use_logits or self.targets is not None:
+            objective = DistillObjective(task.predict, temperature, weight, cached_temperatures, divergence)
         if student.on_policy:
-            plain = OnPolicyObjective(plain, DistillObjective(task.predict, temperature, 1.0, self.job.judged, measure))
+            scored = DistillObjective(task.predict, temperature, 1.0, self.job.scorer_temperatures, divergence)
+            objective = OnPolicyObjective(objective, scored)
         if self.teacher is None:
-            return plain
-        return LiveTeacherObjective(
-            task, self.teacher.to(device), plain, outputs, student.relations, student.states, projection
-        )
+            return objective
+        teacher = self.teacher.to(device)
+        return LiveTeacherObjective(task, teacher, objective, use_logits, student.relations, student.states, projection)
 
     def columns(self, sample_ids: NDArray[np.int64]) -> Columns:
-        """Of these rows the teacher's text in place of theirs, and its cached targets, where the student reads them."""
+        """The teacher's text in place of these rows, and its cached targets, where the student reads them."""
         text = self.text.take(sample_ids) if self.text is not None else {}
-        found = self.targets.take(sample_ids) if self.targets is not None else {}
-        return text | {f"teacher_{name}": values for name, values in found.items()}
+        targets = self.targets.take(sample_ids) if self.targets is not None else {}
+        return text | {f"teacher_{name}": values for name, values in targets.items()}
 
     @cached_property
     def targets(self) -> TargetCache | None:
         """The cache, where the student reads it."""
-        return TargetCache(_there(self.job.cached)) if self.job.distilled and self.job.student.reads_cache else None
+        if not (self.job.distilled and self.job.student.reads_cache):
+            return None
+        return TargetCache(_local_folder(self.job.target_cache))
 
     @cached_property
     def text(self) -> TeacherText | None:
         """What the teacher wrote, where the student reads it."""
-        return (
-            TeacherText(_there(self.job.written)) if self.job.distilled and self.job.student.text == "teacher" else None
-        )
+        if not (self.job.distilled and self.job.student.text == "teacher"):
+            return None
+        return TeacherText(_local_folder(self.job.teacher_text))
 
     @cached_property
     def teacher(self) -> PreTrainedModel | None:
         """The teacher, where it runs beside the student."""
-        live = self.job.distilled and self.job.student.live
-        return load_model(self._folder).requires_grad_(False) if live else None
+        if not (self.job.distilled and self.job.student.needs_live_teacher):
+            return None
+        return load_model(self._teacher_folder).requires_grad_(False)
 
     @property
-    def _folder(self) -> Path:
+    def _teacher_folder(self) -> Path:
         return self.job.trained.local() / Path(TEACHER_WEIGHTS).parent
 
 
-def _there(artifact: Artifact | None) -> Path:
-    """The folder of what the recipe made sure of."""
+def _local_folder(artifact: Artifact | None) -> Path:
+    """The folder of an artifact that the recipe's checks have made sure of."""
     assert artifact is not None
     return artifact.local()

@@ -1,8 +1,8 @@
 """Students that several workers train together: DeepSpeed ZeRO under Ray Train, inside a trial of Ray Tune.
 
-The trial's own process takes no CPU: it starts the group and hands on what rank 0 tells. The group is placed as a whole
-or not at all, and the sweep begins no more trials at a time than there is room for, so that none waits for another.
-Rows are those that a student in one process reads, in parts: every rank reads its own from the mapped files.
+The trial's own process takes no CPU: it starts the workers and hands on what rank 0 reports. They are placed all or
+none, and the sweep starts no more trials at a time than fit the cluster, so that none waits for another's. The rows are
+those that a student in one process reads; every rank reads its share of them from the mapped files.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from overproof.stage_context import NOTICE, Progress
 from overproof.train.ray_elastic import WorkerCheckpointSignal
 from overproof.train.ray_trainer import RayTrainer, run_trainer
 from overproof.train.ray_worker import join_group
-from overproof.train.train_job import TrainJob as Group
+from overproof.train.train_job import TrainJob
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """What rank 0 tells of a training."""
+    """What rank 0 reports at each validation."""
 
     parameters: int
-    began_at: int
-    chunk: CurveSegment
+    resumed_step: int
+    segment: CurveSegment
 
 
 @dataclass(frozen=True)
 class StudentNotices:
-    """Of a group's progress what happens to it, under its student's name; how far it is its results say."""
+    """Passes on the notices of a training under its student's name; how far it is its results say."""
 
     name: str
     progress: Progress
@@ -56,68 +56,65 @@ class StudentNotices:
 
 
 class DistributedStudentTrainer:
-    """As ``trial.Trainer``, with a group of workers in place of this process."""
+    """As ``InProcessTrainer``, with a group of workers in place of this process."""
 
     def start(self, job: TrialJob) -> None:
-        self.job, self.reached, self.cpu_s, self.began = job, 0, 0.0, time.perf_counter()
+        self.job, self.steps_done, self.cpu_s, self.began = job, 0, 0.0, time.perf_counter()
         self.error: BaseException | None = None
         self.queue = Queue(actor_options={"num_cpus": 0})
         self.thread = threading.Thread(target=self._run, name=job.name, daemon=True)
         self.thread.start()
 
-    def advance(self) -> dict[str, Any]:
+    def run_to_validation(self) -> dict[str, Any]:
         """Wait for the next validation; after that of the last step the weights are written.
 
         Raises:
             RuntimeError: workers died again and again.
         """
         while True:
-            told: RankReport | None = self.queue.get()
-            if told is None:
-                return self._over()
-            if told.chunk.steps > self.reached:  # workers that start again tell of all there was before
+            report: RankReport | None = self.queue.get()
+            if report is None:
+                return self._final_result()
+            if report.segment.steps > self.steps_done:  # restarted workers report their whole history again
                 break
-        self.reached = told.chunk.steps
-        self.cpu_s += sum(row.get("cpu_s", 0.0) for row in told.chunk.curve)
-        if self.reached == self.job.settings.steps:
+        self.steps_done = report.segment.steps
+        self.cpu_s += sum(row.get("cpu_s", 0.0) for row in report.segment.curve)
+        if self.steps_done == self.job.settings.steps:
             self.thread.join()
             if self.error:
-                return self._over()
+                return self._final_result()
         return trial_result(
             self.job,
-            steps=self.reached,
-            parameters=told.parameters,
+            steps=self.steps_done,
+            parameters=report.parameters,
             seconds=time.perf_counter() - self.began,
             cpu_seconds=self.cpu_s,
-            began_at=told.began_at,
-            validation_loss=told.chunk.validation_loss,
-            curve=told.chunk.curve,
+            resumed_step=report.resumed_step,
+            validation_loss=report.segment.validation_loss,
+            curve=report.segment.curve,
         )
 
-    def _over(self) -> dict[str, Any]:
+    def _final_result(self) -> dict[str, Any]:
         assert self.error
         if isinstance(self.error, InputError):
-            return failed_result(self.job, self.reached, str(self.error))
+            return failed_result(self.job, self.steps_done, str(self.error))
         raise self.error
 
     def _run(self) -> None:
         try:
             with tempfile.TemporaryDirectory(prefix="overproof-group-") as scratch:
-                run_trainer(
-                    RayTrainer(
-                        distributed_job(self.job), scratch, partial(train_student_rank, job=self.job, queue=self.queue)
-                    )
-                )
-        except BaseException as error:  # surfaces in ``advance``
+                train_rank = partial(train_student_rank, job=self.job, queue=self.queue)
+                run_trainer(RayTrainer(distributed_job(self.job), scratch, train_rank))
+        except BaseException as error:  # raised by ``run_to_validation``
             self.error = error
         self.queue.put(None)
 
 
-def distributed_job(job: TrialJob) -> Group:
+def distributed_job(job: TrialJob) -> TrainJob:
     """The student as a training of several workers."""
     from overproof.distill.distill_spec import DistillSpec
 
-    return Group(
+    return TrainJob(
         train=training_settings(job.settings),
         seed=job.seed,
         prepared=job.prepared,
@@ -132,33 +129,32 @@ def distributed_job(job: TrialJob) -> Group:
 def training_settings(settings: Sweep) -> Training:
     """The settings of a student's training, with a checkpoint at every validation."""
     assert settings.group
-    steps = {name: getattr(settings, name) for name in Optimization.model_fields}
-    kept = CheckpointPolicy(every_steps=settings.validate_every)
-    return Training(**steps, **settings.group.model_dump(), checkpoint=kept, max_failures=1 + MAX_DEATHS)
+    optimization = {name: getattr(settings, name) for name in Optimization.model_fields}
+    policy = CheckpointPolicy(every_steps=settings.validate_every)
+    return Training(**optimization, **settings.group.model_dump(), checkpoint=policy, max_failures=1 + MAX_DEATHS)
 
 
-def train_student_rank(given: Group, job: TrialJob, queue: Queue) -> None:
-    """Train as one rank from the newest checkpoint; rank 0 tells the curve, and at the end writes the weights."""
-    start, rank, world = join_group(given)
+def train_student_rank(train_job: TrainJob, job: TrialJob, queue: Queue) -> None:
+    """Train as one rank from the newest checkpoint; rank 0 reports the curve, and at the end writes the weights."""
+    start, rank, world = join_group(train_job)
     from overproof.train.rank_trainer import RankTrainer, read_own_rows  # seconds of imports
     from overproof.train.throughput import ThroughputMeter
 
-    trainee = RankTrainer(given, start, rank, world)
-    part: list[CurveRow] = []
+    trainer = RankTrainer(train_job, start, rank, world)
+    rows: list[CurveRow] = []
 
-    def tell(row: CurveRow) -> None:
-        part.append(row)
+    def report(row: CurveRow) -> None:
+        rows.append(row)
         if "validation_loss" in row:
-            queue.put(RankReport(trainee.parameters, start.step, curve_segment(part)))
-            part.clear()
+            queue.put(RankReport(trainer.parameters, start.step, curve_segment(rows)))
+            rows.clear()
 
     if rank == 0:
-        for row in trainee.rows:
-            tell(row)
-    watch = ThroughputMeter(given, trainee.manifest, world)
-    trainee.train(
-        read_own_rows(given, start, rank, world), WorkerCheckpointSignal(), watch, (tell,) if rank == 0 else ()
-    )
+        for row in trainer.rows:
+            report(row)
+    own_rows = read_own_rows(train_job, start, rank, world)
+    meter = ThroughputMeter(train_job, trainer.manifest, world)
+    trainer.train(own_rows, WorkerCheckpointSignal(), meter, (report,) if rank == 0 else ())
     if rank == 0:
-        with given.draft.directory() as folder:
-            trainee.write(folder / job.folder)
+        with train_job.draft.directory() as folder:
+            trainer.write(folder / job.folder)

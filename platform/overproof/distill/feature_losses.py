@@ -1,6 +1,6 @@
-"""What a teacher's layer shows beside its outputs: self-attention relations (MiniLMv2, arXiv 2012.15828) and states.
+"""Losses on a layer's features: self-attention relations (MiniLMv2, arXiv 2012.15828) and hidden states.
 
-Shapes: B rows, P places in a row, D width of the queries, keys or values of all heads, R relation heads.
+Shapes: B rows, P positions in a row, D width of the queries, keys or values of all heads, R relation heads.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ class LayerOutputs(NamedTuple):
 
 @contextmanager
 def capture_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, LayerOutputs]]:
-    """What these layers show in the forward pass within; filled when the block ends."""
+    """The outputs of these layers in the forward pass within the block; filled when the block ends."""
     names = layer_names(model)
     found: dict[int, LayerOutputs] = {}
     seen: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
     hooks = []
     for layer, values in seen.items():
         module = model.get_submodule(f"{names.layers}.{layer}")
-        hooks.append(module.register_forward_hook(_note(values, "states")))
+        hooks.append(module.register_forward_hook(_record_output(values, "states")))
         for part, where in (("queries", names.queries), ("keys", names.keys), ("values", names.values)):
             if where is not None:
-                hooks.append(module.get_submodule(where).register_forward_hook(_note(values, part)))
+                hooks.append(module.get_submodule(where).register_forward_hook(_record_output(values, part)))
     try:
         yield found
     finally:
@@ -56,7 +56,7 @@ def capture_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[di
     found.update({layer: LayerOutputs(**values) for layer, values in seen.items()})
 
 
-def _note(into: dict[str, Tensor], name: str) -> Any:
+def _record_output(into: dict[str, Tensor], name: str) -> Any:
     def hook(_module: Any, _inputs: Any, output: Tensor) -> None:
         into[name] = output
 
@@ -67,15 +67,15 @@ def relation_loss(student: LayerOutputs, teacher: LayerOutputs, heads: int, mask
     """KL from the teacher's relations to the student's, summed over queries, keys and values; nats.
 
     A relation is softmax(X X^T / sqrt(D / R)) in each of R heads, into which the width is cut anew, whatever the
-    number of attention heads and the width: both models must have R divide theirs. It is the mean over heads and over
-    the places in ``mask_BP``; other places are neither compared nor related to. The teacher takes no gradient.
+    number of attention heads and the width: R must divide the widths of both models. It is the mean over heads and over
+    the positions in ``mask_BP``; other positions are neither compared nor related to. The teacher takes no gradient.
     """
     pairs = zip(student.attention, teacher.attention, strict=True)
-    parts = [_divergence(ours, theirs.detach(), heads, mask_BP) for ours, theirs in pairs]
-    return torch.stack(parts).sum()
+    terms = [_relation_kl(own, target.detach(), heads, mask_BP) for own, target in pairs]
+    return torch.stack(terms).sum()
 
 
-def _divergence(student_BPD: Tensor, teacher_BPD: Tensor, heads: int, mask_BP: Tensor) -> Tensor:
+def _relation_kl(student_BPD: Tensor, teacher_BPD: Tensor, heads: int, mask_BP: Tensor) -> Tensor:
     log_p_BRPP, log_q_BRPP = (_relation(x, heads, mask_BP) for x in (student_BPD, teacher_BPD))
     kl_BRP = kl_div(log_p_BRPP, log_q_BRPP, reduction="none", log_target=True).sum(-1)
     return (kl_BRP * mask_BP[:, None]).sum() / (heads * mask_BP.sum())
@@ -90,6 +90,6 @@ def _relation(values_BPD: Tensor, heads: int, mask_BP: Tensor) -> Tensor:
 
 
 def state_loss(student_BPD: Tensor, teacher_BPD: Tensor, mask_BP: Tensor) -> Tensor:
-    """Mean squared difference over the places in ``mask_BP`` (arXiv 1412.6550); the teacher takes no gradient."""
+    """Mean squared difference over the positions in ``mask_BP`` (arXiv 1412.6550); the teacher takes no gradient."""
     squares_BP = (student_BPD - teacher_BPD.detach()).square().mean(-1)
     return (squares_BP * mask_BP).sum() / mask_BP.sum()

@@ -1,4 +1,4 @@
-"""The distillation loss: the teacher's top k and one bucket for the rest, beside the labels.
+"""The distillation loss: divergence from the teacher's top k and one bucket for the rest, plus cross-entropy.
 
 Shapes: B rows, P predictions in a row, C of the N = B * P, V outputs, K kept by the teacher.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}  # of logits at a time
-LEAST_LOGPROB = -1e5  # of the teacher, where its own is infinitely small
+MIN_LOGPROB = -1e5  # of the teacher, where its own is infinitely small
 
 
 # Of the predictions in a slice, whose logits are given: the gradient of their share of the loss by these logits, and
@@ -48,7 +48,7 @@ class Divergence:
         p, q = log_p.exp(), log_q.exp()
         if self.kind == "forward_kl":
             return torch.where(q > 0, q * (log_q - log_p), 0.0), -q
-        log_q = log_q.clamp(min=LEAST_LOGPROB)
+        log_q = log_q.clamp(min=MIN_LOGPROB)
         if self.kind == "reverse_kl":
             part = torch.where(p > 0, p * (log_p - log_q), 0.0)
             return part, part
@@ -85,13 +85,13 @@ def distillation_loss(
             targets_N1[here],
             weight_N[here],
             None if indices_NK is None else indices_NK[here],
-            _normal(teacher_NK[here].to(weight_N.dtype), whole),
+            _normalise(teacher_NK[here].to(weight_N.dtype), whole),
             temperature,
             teacher_weight,
             divergence,
         )
 
-    return one_pass(logits_BPV, weight_N.dtype, part, temperature, teacher_weight)
+    return loss_in_one_pass(logits_BPV, weight_N.dtype, part, temperature, teacher_weight)
 
 
 def prediction_weights(mask_BP: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,15 +100,15 @@ def prediction_weights(mask_BP: Tensor, dtype: torch.dtype) -> Tensor:
     return counted_N / counted_N.sum().clamp(min=1)
 
 
-def one_pass(
+def loss_in_one_pass(
     logits_BPV: Tensor, dtype: torch.dtype, part: ChunkFunction, temperature: float, teacher_weight: float
 ) -> LossTerms:
     """The loss and its gradient from one pass over the logits, which stay in the processor's cache."""
     logits_NV = logits_BPV.flatten(0, 1)
-    return LossTerms(*_OnePass.apply(logits_NV, dtype, part, temperature, teacher_weight))  # type: ignore[no-untyped-call]
+    return LossTerms(*_LossInOnePass.apply(logits_NV, dtype, part, temperature, teacher_weight))  # type: ignore[no-untyped-call]
 
 
-class _OnePass(torch.autograd.Function):
+class _LossInOnePass(torch.autograd.Function):
     """Backward may run once."""
 
     @staticmethod
@@ -133,7 +133,7 @@ class _OnePass(torch.autograd.Function):
         return gradient_NV.mul_(scale), None, None, None, None
 
 
-def _normal(teacher_CK: Tensor, whole: bool) -> Tensor:
+def _normalise(teacher_CK: Tensor, whole: bool) -> Tensor:
     """Undo the rounding of cached values where they sum to more than 1, or ought to sum to 1."""
     excess_C1 = torch.logsumexp(teacher_CK, -1, keepdim=True)
     return teacher_CK - (excess_C1 if whole else excess_C1.clamp(min=0))
@@ -147,9 +147,9 @@ def _chunk(
     teacher_CK: Tensor,
     temperature: float,
     teacher_weight: float,
-    measure: Divergence,
+    divergence: Divergence,
 ) -> tuple[Tensor, Tensor]:
-    """The ``Part`` of C predictions.
+    """The ``ChunkFunction`` of C predictions.
 
     With p the student's distribution at T over buckets and s_i = p_i * dD/dp_i, the gradient of the divergence D by a
     logit of bucket i is ``(s_i - p_i * sum(s)) / T``, shared in the bucket of the rest by each output's part of it (for
@@ -166,13 +166,13 @@ def _chunk(
         log_p_CK = softened_CV.gather(1, indices_CK) - logsumexp_C1
         p_CK = student_CV.gather(1, indices_CK)
         student_CV.scatter_(1, indices_CK, 0.0)  # what is left is the rest
-    parts_CK, slopes_CK = measure.parts(log_p_CK, teacher_CK)
+    parts_CK, slopes_CK = divergence.parts(log_p_CK, teacher_CK)
     divergence_C, slope_C, rest_scale_C = parts_CK.sum(1), slopes_CK.sum(1), torch.zeros_like(weight_C)
     if teacher_CK.shape[1] < logits_CV.shape[1]:
         least = torch.finfo(logits_CV.dtype)
         log_p_rest_C = student_CV.sum(1).clamp(min=least.tiny).log()
         log_q_rest_C = (1 - teacher_CK.exp().sum(1)).clamp(min=least.eps).log()
-        part_C, rest_slope_C = measure.parts(log_p_rest_C, log_q_rest_C)
+        part_C, rest_slope_C = divergence.parts(log_p_rest_C, log_q_rest_C)
         divergence_C, slope_C = divergence_C + part_C, slope_C + rest_slope_C
         rest_scale_C = rest_slope_C / log_p_rest_C.exp()
     rest_scale_C = (rest_scale_C - slope_C) * kl_weight_C

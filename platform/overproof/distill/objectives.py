@@ -1,4 +1,4 @@
-"""The distillation objective: what a student learns from the teacher's outputs, cached or live.
+"""Objectives of distillation: from cached outputs, from a live teacher, and from what the student wrote itself.
 
 Shapes: B rows, P predictions in a row, V outputs, K kept, D drawn, S = K + D, L temperatures of the cache.
 """
@@ -25,7 +25,7 @@ TEACHER_LOGITS = "teacher_logits"  # of a teacher that sees the batch: (B, P, V)
 
 @dataclass(frozen=True)
 class DistillObjective:
-    """``weight * T^2 * divergence + (1 - weight) * cross-entropy``, see ``losses.distillation``."""
+    """``weight * T^2 * divergence + (1 - weight) * cross-entropy``, see ``losses.distillation_loss``."""
 
     predict: Predict
     temperature: float
@@ -39,7 +39,7 @@ class DistillObjective:
         return terms.loss, {"divergence": terms.divergence, "cross_entropy": terms.cross_entropy}
 
     def terms(self, prediction: Prediction, batch: Batch) -> LossTerms:
-        """By the columns there are: logits of a live teacher; what was drawn of it; no indices if all is kept."""
+        """By the batch: logits of a live teacher, or cached targets, with or without draws, or of every output."""
         common = (self.temperature, self.teacher_weight)
         given = (prediction.logits_BPV, prediction.targets_BP, prediction.mask_BP)
         if TEACHER_LOGITS in batch:
@@ -65,32 +65,32 @@ class DistillObjective:
         return logprobs_BPK / temperature - batch["teacher_logsumexp"][..., column, None]
 
 
-ON_POLICY = "written"  # column of batches that the student wrote
+ON_POLICY = "on_policy"  # column of batches that the student wrote
 
 
 @dataclass(frozen=True)
 class OnPolicyObjective:
     """Another objective; but of rows that the student wrote, the divergence alone (arXiv 2306.13649).
 
-    Of these the batch holds what the teacher tells of the last G tokens, those that were generated.
+    Of these the batch holds the teacher's scores of the last G tokens, those that were generated.
     """
 
     inner: Objective
-    judged: DistillObjective
+    generated: DistillObjective
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over the predictions that count, or over the generated tokens; nats."""
         if ON_POLICY not in batch:
             return self.inner.loss(model, batch)
-        whole, count = self.judged.predict(model, batch), batch["teacher_logprobs"].shape[1]
-        generated = Prediction(whole.logits_BPV[:, -count:], whole.targets_BP[:, -count:], whole.mask_BP[:, -count:])
-        terms = self.judged.terms(generated, batch)
+        row, count = self.generated.predict(model, batch), batch["teacher_logprobs"].shape[1]
+        generated = Prediction(row.logits_BPV[:, -count:], row.targets_BP[:, -count:], row.mask_BP[:, -count:])
+        terms = self.generated.terms(generated, batch)
         return terms.loss, {"divergence": terms.divergence, "on_policy": torch.ones(())}
 
 
 @dataclass(frozen=True)
 class LiveTeacherObjective:
-    """Another objective, while a live teacher looks at the same rows; ``outputs`` adds its logits to the batch.
+    """Another objective, with a live teacher on the same rows; ``use_logits`` adds its logits to the batch.
 
     ``relations`` and ``states`` draw the student's last layer to one of the teacher's; ``projection`` takes the
     student's states to the teacher's width.
@@ -99,36 +99,38 @@ class LiveTeacherObjective:
     task: Task
     teacher: PreTrainedModel
     inner: Objective
-    outputs: bool
+    use_logits: bool
     relations: AttentionRelationLoss | None = None
     states: HiddenStateLoss | None = None
     projection: nn.Linear | None = None
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The inner loss and the weighted others; each is a scalar beside the inner ones."""
+        """The inner loss plus the weighted feature losses, each also a scalar of its own."""
         assert isinstance(model, PreTrainedModel)
-        asked = [part for part in (self.relations, self.states) if part]
+        features = [feature for feature in (self.relations, self.states) if feature]
+        teacher_layers = {layer_index(self.teacher, feature.teacher_layer) for feature in features}
         with (
             torch.no_grad(),
-            capture_layers(self.teacher, {layer_index(self.teacher, part.teacher_layer) for part in asked}) as theirs,
+            capture_layers(self.teacher, teacher_layers) as teacher_outputs,
         ):
             logits_BPV = self.task.predict(self.teacher, batch).logits_BPV
-        with capture_layers(model, {layer_index(model)} if asked else ()) as ours:
-            seen = batch | {TEACHER_LOGITS: logits_BPV} if self.outputs and ON_POLICY not in batch else batch
-            loss, scalars = self.inner.loss(model, seen)
-        if not asked:
+        with capture_layers(model, {layer_index(model)} if features else ()) as student_outputs:
+            if self.use_logits and ON_POLICY not in batch:
+                batch = batch | {TEACHER_LOGITS: logits_BPV}
+            loss, scalars = self.inner.loss(model, batch)
+        if not features:
             return loss, scalars
-        student = ours[layer_index(model)]
+        student = student_outputs[layer_index(model)]
         mask_BP = self.task.feature_mask(batch, student.states)
         if self.relations:
-            teacher = theirs[layer_index(self.teacher, self.relations.teacher_layer)]
-            far = relation_loss(student, teacher, self.relations.heads, mask_BP)
-            loss, scalars = loss + self.relations.weight * far, scalars | {"relations": far.detach()}
+            teacher = teacher_outputs[layer_index(self.teacher, self.relations.teacher_layer)]
+            feature_loss = relation_loss(student, teacher, self.relations.heads, mask_BP)
+            loss, scalars = loss + self.relations.weight * feature_loss, scalars | {"relations": feature_loss.detach()}
         if self.states:
             assert self.projection is not None
-            teacher = theirs[layer_index(self.teacher, self.states.teacher_layer)]
-            far = state_loss(self.projection(student.states), teacher.states, mask_BP)
-            loss, scalars = loss + self.states.weight * far, scalars | {"states": far.detach()}
+            teacher = teacher_outputs[layer_index(self.teacher, self.states.teacher_layer)]
+            feature_loss = state_loss(self.projection(student.states), teacher.states, mask_BP)
+            loss, scalars = loss + self.states.weight * feature_loss, scalars | {"states": feature_loss.detach()}
         return loss, scalars
 
 

@@ -1,7 +1,7 @@
-"""On-policy distillation (arXiv 2306.13649): students write, and the teacher judges what they wrote.
+"""On-policy distillation (arXiv 2306.13649): students write, and the teacher scores what they wrote.
 
-One process and no Ray: which steps, what is written, and a teacher that judges. All three are functions of integers
-and weights, to the last bit, whoever else asks the same teacher: see ``TeacherScorer``.
+One process and no Ray: which steps, what is written, and a teacher that scores. All three are functions of integers
+and weights, to the last bit, whatever else the same teacher scores: see ``TeacherScorer``.
 
 Shapes: B rows, Q tokens of a prompt, G generated tokens, S = Q + G, V outputs.
 """
@@ -28,10 +28,10 @@ TEMPERATURE = 1.0  # of sampling: the student's own distribution
 
 
 class Scorer(Protocol):
-    """A teacher, or a pool of them."""
+    """A teacher, or a pool of them, that scores generated tokens."""
 
-    def judge(self, tokens_BS: NDArray[np.int64]) -> Columns:
-        """Of every generated token: indices, logprobs (B, G, K) and, at other temperatures than 1, logsumexp."""
+    def score(self, tokens_BS: NDArray[np.int64]) -> Columns:
+        """Of every generated token: indices and logprobs (B, G, K) and, at other temperatures than 1, logsumexp."""
 
 
 def is_on_policy_step(step: int, share: float) -> bool:
@@ -45,12 +45,12 @@ def sample_continuations(model: PreTrainedModel, prompts_BQ: Tensor, count: int,
 
     The end of a document is a token like any other, as it is in training.
     """
-    mixed = int.from_bytes(hashlib.sha256(f"{seed}/written/{step}".encode()).digest()[:7], "big")
+    step_seed = int.from_bytes(hashlib.sha256(f"{seed}/written/{step}".encode()).digest()[:7], "big")
     devices = [prompts_BQ.device] if prompts_BQ.device.type == "cuda" else []
     training = model.training
     model.eval()
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(mixed)
+        torch.manual_seed(step_seed)
         tokens_BS = model.generate(
             prompts_BQ,
             attention_mask=torch.ones_like(prompts_BQ),
@@ -68,7 +68,7 @@ def sample_continuations(model: PreTrainedModel, prompts_BQ: Tensor, count: int,
 
 
 class TeacherScorer:
-    """One teacher. Its forward passes have one shape, so that no answer depends on what else is asked with it.
+    """One teacher. Its forward passes have one shape, so that no score depends on what else is scored with it.
 
     Requests are cut into passes of ``rows`` rows, and the last is filled up.
     """
@@ -80,19 +80,20 @@ class TeacherScorer:
         self.model = load_model(teacher).to(self.device)
 
     @torch.inference_mode()
-    def judge(self, tokens_BS: NDArray[np.int64]) -> Columns:
-        rows, parts = self.settings.rows, []
+    def score(self, tokens_BS: NDArray[np.int64]) -> Columns:
+        rows, passes = self.settings.rows, []
         for start in range(0, len(tokens_BS), rows):
-            here = tokens_BS[start : start + rows]
-            filled = np.zeros((rows, tokens_BS.shape[1]), np.int64)
-            filled[: len(here)] = here
-            parts.append({name: value[: len(here)] for name, value in self._pass(filled).items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            request_BS = tokens_BS[start : start + rows]
+            filled_BS = np.zeros((rows, tokens_BS.shape[1]), np.int64)
+            filled_BS[: len(request_BS)] = request_BS
+            scores = self._forward(filled_BS)
+            passes.append({name: values[: len(request_BS)] for name, values in scores.items()})
+        return {name: np.concatenate([scores[name] for scores in passes]) for name in passes[0]}
 
-    def _pass(self, tokens_BS: NDArray[np.int64]) -> Columns:
+    def _forward(self, tokens_BS: NDArray[np.int64]) -> Columns:
         inputs_BS = torch.from_numpy(tokens_BS[:, :-1]).to(self.device)
         logits_BGV = self.model(input_ids=inputs_BS, use_cache=False).logits[:, -self.settings.new_tokens :]
         labels_BG = torch.from_numpy(tokens_BS[:, -self.settings.new_tokens :]).to(self.device)
         scheme = TopK(k=min(self.settings.k, logits_BGV.shape[-1]))
-        found = encode_targets(logits_BGV, labels_BG, scheme, self.temperatures)
-        return {name: found[name].cpu().numpy() for name in ("indices", "logprobs", "logsumexp") if name in found}
+        targets = encode_targets(logits_BGV, labels_BG, scheme, self.temperatures)
+        return {name: targets[name].cpu().numpy() for name in ("indices", "logprobs", "logsumexp") if name in targets}

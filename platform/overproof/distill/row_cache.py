@@ -1,6 +1,6 @@
-"""What a teacher leaves for train rows: what it follows from, which rows it covers, and a reader of its mapped files.
+"""Files of what a teacher computed for train rows: their key, their index, and a reader that maps them.
 
-`targets` are what it thinks of the rows, `text` is how it goes on from their beginnings.
+Two kinds build on it: `target_cache` (its distribution at each position), `teacher_text` (rows that it wrote).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ TEACHER_WEIGHTS = "model/model.safetensors"  # within the artifact of `train`
 
 
 class CacheKey(BaseModel):
-    """What everything that a teacher leaves follows from. Kinds of it add what they follow from beside."""
+    """All that the content follows from; each kind of cache adds its own settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    WORDS: ClassVar[dict[str, str]] = {  # the most telling first
+    LABELS: ClassVar[dict[str, str]] = {  # the most telling first
         "teacher_sha256": "teacher (model.safetensors)",
         "tokenizer_sha256": "tokenizer",
         "task": "task",
@@ -74,7 +74,7 @@ def cache_key_fields(seed: int, prepared: Artifact, trained: Artifact) -> dict[s
 
 
 class CachedFile(BaseModel):
-    """One Parquet file and the train row groups it holds, in the order of its row groups."""
+    """One Parquet file, and the train row groups it holds in their order."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     path: str
@@ -82,15 +82,15 @@ class CachedFile(BaseModel):
 
 
 def plan_cached_files(manifest: Manifest, order: Order, rows: int | None) -> tuple[CachedFile, ...]:
-    """The row groups that the first ``rows`` rows of the order touch, by train shard; a shard without any is out."""
+    """The row groups that the first ``rows`` rows of the order touch; a train shard without any has no file."""
     wanted = order.rows_at(0, order.rows if rows is None else min(rows, order.rows))
     groups = np.unique(wanted // order.rows_per_group)
     files, first = [], 0
     for number, shard in enumerate(manifest.splits["train"].shards):
         last = first + shard.rows // order.rows_per_group
-        here = groups[(first <= groups) & (groups < last)]
-        if len(here):
-            files.append(CachedFile(path=f"{number:05d}.parquet", groups=tuple(here.tolist())))
+        in_shard = groups[(first <= groups) & (groups < last)]
+        if len(in_shard):
+            files.append(CachedFile(path=f"{number:05d}.parquet", groups=tuple(in_shard.tolist())))
         first = last
     return tuple(files)
 
@@ -99,12 +99,12 @@ KeyT = TypeVar("KeyT", bound=CacheKey)
 
 
 class CacheIndex(BaseModel, Generic[KeyT]):
-    """What lies beside the files: what they follow from and which rows they hold."""
+    """The index beside the files: their key, and which rows they hold."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    FILE: ClassVar[str]  # its own name
+    FILE: ClassVar[str]  # name of the index
     STAGE: ClassVar[str]  # which writes it, and the section of the recipe that it reads
-    WHAT: ClassVar[str]
+    DESCRIPTION: ClassVar[str]  # in messages
     identity: KeyT
     rows: int
     files: tuple[CachedFile, ...]
@@ -126,43 +126,43 @@ class CacheIndex(BaseModel, Generic[KeyT]):
         return read_json(cls, Path(root) / cls.FILE)
 
     def check(self, expected: KeyT) -> None:
-        """Refuse what was made by another teacher, or of other data, or otherwise.
+        """Refuse files made by another teacher, of other data or with other settings.
 
         Raises:
             InputError: the first difference, most telling first.
         """
-        for field, what in self.identity.WORDS.items():
-            found, wanted = _words(getattr(self.identity, field)), _words(getattr(expected, field))
+        for field, label in self.identity.LABELS.items():
+            found, wanted = _format_value(getattr(self.identity, field)), _format_value(getattr(expected, field))
             if found != wanted:
                 raise InputError(
-                    f"{self.FILE}: made with another {what}: {found}, expected {wanted}; "
+                    f"{self.FILE}: made with another {label}: {found}, expected {wanted}; "
                     f"run `{self.STAGE}` again for this teacher and this data"
                 )
 
 
-def _words(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, str) and len(value) == 64:
         return f"sha256 {value[:12]}…"
     return str(value.model_dump()) if isinstance(value, BaseModel) else str(value)
 
 
 class RowCache(Generic[KeyT]):
-    """What is there for train rows, by ``sample_id``. Picklable: what it opened stays behind."""
+    """Cached rows by ``sample_id``. Picklable: mapped files are not pickled with it."""
 
     def __init__(self, root: Path, index: CacheIndex[KeyT], columns: Sequence[str]) -> None:
         self.root, self.index, self.columns = Path(root), index, tuple(columns)
         files = index.files
         groups = np.array([group for file in files for group in file.groups], np.int64)
         self._groups, by_group = np.sort(groups), np.argsort(groups, kind="stable")
-        self._file = np.repeat(np.arange(len(files)), [len(file.groups) for file in files])[by_group]
-        self._place = np.concatenate([np.arange(len(file.groups)) for file in files])[by_group]
+        self._file_of_group = np.repeat(np.arange(len(files)), [len(file.groups) for file in files])[by_group]
+        self._index_in_file = np.concatenate([np.arange(len(file.groups)) for file in files])[by_group]
         self._mapped: dict[int, MappedShard] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_mapped": {}}
 
     def require(self, sample_ids: NDArray[np.int64]) -> None:
-        """Refuse rows that are not covered.
+        """Refuse rows that the cache does not hold.
 
         Raises:
             InputError: naming the first.
@@ -171,7 +171,7 @@ class RowCache(Generic[KeyT]):
         missing = groups[~np.isin(groups, self._groups)]
         if len(missing):
             raise InputError(
-                f"{self.root}: {len(missing)} of {len(groups)} row groups asked for are not in {index.WHAT} "
+                f"{self.root}: {len(missing)} of {len(groups)} requested row groups are not in {index.DESCRIPTION} "
                 f"(the first is {missing[0]}), which covers {index.rows} rows; raise {index.STAGE}.rows, "
                 "or set it to null to cover every row"
             )
@@ -186,17 +186,17 @@ class RowCache(Generic[KeyT]):
         self.require(ids)
         group, row = np.divmod(ids, identity.rows_per_group)
         at = np.searchsorted(self._groups, group)
-        file, row = self._file[at], row + self._place[at] * identity.rows_per_group
-        taken: Columns = {}
+        file, row = self._file_of_group[at], row + self._index_in_file[at] * identity.rows_per_group
+        columns: Columns = {}
         for number in np.unique(file):
-            here = np.flatnonzero(file == number)
+            in_file = np.flatnonzero(file == number)
             mapped = self._map(int(number))
-            if not np.array_equal(mapped.take("sample_id", row[here]), ids[here]):
-                raise self._wrong(int(number), f"does not hold the rows that {self.index.FILE} says;")
+            if not np.array_equal(mapped.take("sample_id", row[in_file]), ids[in_file]):
+                raise self._invalid_file(int(number), f"does not hold the rows that {self.index.FILE} says;")
             for name in self.columns:
-                values = mapped.take(name, row[here])
-                taken.setdefault(name, np.empty((len(ids), *values.shape[1:]), values.dtype))[here] = values
-        return {name: identity.decode(name, values) for name, values in taken.items()}
+                values = mapped.take(name, row[in_file])
+                columns.setdefault(name, np.empty((len(ids), *values.shape[1:]), values.dtype))[in_file] = values
+        return {name: identity.decode(name, values) for name, values in columns.items()}
 
     def _map(self, number: int) -> MappedShard:
         if number not in self._mapped:
@@ -207,14 +207,14 @@ class RowCache(Generic[KeyT]):
                 found, wanted = (
                     ", ".join(f"{f.name} {f.type}" for f in names) for names in (file.schema_arrow, expected)
                 )
-                raise self._wrong(number, f"columns are {found}; expected {wanted}:")
+                raise self._invalid_file(number, f"columns are {found}; expected {wanted}:")
             if file.num_row_groups != len(listed.groups):
-                raise self._wrong(
+                raise self._invalid_file(
                     number, f"{file.num_row_groups} row groups, {self.index.FILE} lists {len(listed.groups)}:"
                 )
             names, rows_per_group = ("sample_id", *self.columns), self.index.identity.rows_per_group
             self._mapped[number] = MappedShard.of(path, file, names, rows_per_group)
         return self._mapped[number]
 
-    def _wrong(self, number: int, words: str) -> InputError:
-        return InputError(f"{self.root / self.index.files[number].path}: {words} run `{self.index.STAGE}` again")
+    def _invalid_file(self, number: int, fault: str) -> InputError:
+        return InputError(f"{self.root / self.index.files[number].path}: {fault} run `{self.index.STAGE}` again")

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from overproof.distill.losses import LossTerms, one_pass, prediction_weights, softmax_logsumexp
+from overproof.distill.losses import LossTerms, loss_in_one_pass, prediction_weights, softmax_logsumexp
 
 
 def importance_weights(kept_BPK: Tensor, tail_BP: Tensor, draws: int, drawn_BPDL: Tensor | None, column: int) -> Tensor:
@@ -40,7 +40,7 @@ def sampled_distillation_loss(
     temperature: float,
     teacher_weight: float,
 ) -> LossTerms:
-    """As ``losses.distillation`` with forward KL over all V outputs, whose loss and gradient are right in the mean.
+    """As ``losses.distillation_loss`` with forward KL over all V outputs; loss and gradient are right in the mean.
 
     ``entropy_BP`` is the teacher's at T, nats. An output whose importance is 0 contributes nothing.
     """
@@ -51,7 +51,7 @@ def sampled_distillation_loss(
         drawn = (indices_NS[here], importance_NS[here].to(weight_N.dtype), entropy_N[here].to(weight_N.dtype))
         return _chunk(logits_CV, targets_N1[here], weight_N[here], *drawn, temperature, teacher_weight)
 
-    return one_pass(logits_BPV, weight_N.dtype, part, temperature, teacher_weight)
+    return loss_in_one_pass(logits_BPV, weight_N.dtype, part, temperature, teacher_weight)
 
 
 def _chunk(
@@ -64,7 +64,7 @@ def _chunk(
     temperature: float,
     teacher_weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """The ``Part`` of C predictions.
+    """The ``ChunkFunction`` of C predictions.
 
     The divergence is ``-sum(w_i * log p_i)`` less the entropy, with w the importances and p the student at T. Its
     gradient by the logits, ``(p * sum(w) - w) / T``, sums to 0 as that of forward KL does, whatever sum(w) is.

@@ -1,4 +1,4 @@
-"""The weights a student starts from. The control of a student starts from the same ones."""
+"""The weights that a student, and its control, starts from."""
 
 from __future__ import annotations
 

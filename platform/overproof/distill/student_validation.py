@@ -1,4 +1,4 @@
-"""What students start from, made sure of before anything runs. Light to import: no model is loaded."""
+"""Checks of what students start from, before anything runs. Light to import: no model is loaded."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ def check_student(student: Student, prepared: Artifact, trained: Artifact) -> No
 
 
 def _check_directory(path: str, found: ModelSize, manifest: Manifest) -> None:
-    from overproof.models.hf_directory import (
-        check_tokenizer,  # transformers: seconds to import, and not needed otherwise
-    )
+    from overproof.models.hf_directory import check_tokenizer  # with transformers: seconds to import
 
     if manifest.task not in FAMILIES[found.family].tasks or found.outputs != manifest.outputs:
         raise InputError(

@@ -1,12 +1,14 @@
-"""What a sweep remembers of itself while it runs: the values of each trial, written before the trial begins.
+"""The state of a running sweep on the store: the values of each trial, written before the trial starts.
 
-With a trial's own checkpoints this is all that a sweep needs to go on after its driver was killed: the search is told
-again what came of the trials there were, and no trial is trained twice.
+With each trial's checkpoints this is all that a sweep needs to go on after its driver was killed: the search learns
+the results of the finished trials again, and no trial is trained twice.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from pyarrow import fs
 
 from overproof.artifacts import ArtifactWriter
 from overproof.config import CheckpointPolicy
@@ -20,7 +22,7 @@ SWEEP_STATE_FILE = "sweep.json"
 
 @dataclass(frozen=True)
 class SweepState:
-    """Lies in the workspace of a sweep's draft."""
+    """A file in the workspace of a sweep's draft."""
 
     draft: ArtifactWriter
 
@@ -35,18 +37,18 @@ class SweepState:
             CheckpointPolicy(),
         )
 
-    def begin(self) -> dict[str, TrialValues]:
+    def load_trials(self) -> dict[str, TrialValues]:
         """The trials of an attempt that was killed, by name, in their order.
 
         Raises:
-            InputError: the workspace holds trials of another recipe (what differs), or the journal is damaged.
+            InputError: the workspace holds trials of another recipe (what differs), or the file is damaged.
         """
         draft = self.draft
         files, path = filesystem(join_uri(draft.workspace, SWEEP_STATE_FILE))
-        found = read_checksummed(files, path)
-        if found == f"{SWEEP_STATE_FILE} is missing":
+        if files.get_file_info(path).type == fs.FileType.NotFound:
             draft.clear_workspace()
             return {}
+        found = read_checksummed(files, path)
         if isinstance(found, str):
             raise InputError(f"{draft.workspace}: {found}; restore it, or delete the folder to start anew")
         trials: dict[str, TrialValues] = found["trials"]
@@ -58,8 +60,8 @@ class SweepState:
         draft.clear_workspace()
         return {}
 
-    def note(self, trials: dict[str, TrialValues]) -> None:
-        """Write down every trial so far."""
+    def record_trials(self, trials: dict[str, TrialValues]) -> None:
+        """Replace the file by one of every trial so far."""
         draft = self.draft
         files, path = filesystem(join_uri(draft.workspace, SWEEP_STATE_FILE))
         files.create_dir(path.rpartition("/")[0], recursive=True)

@@ -1,4 +1,4 @@
-"""What a sweep has seen of its trials: curves, last results, who failed and why."""
+"""What a sweep has seen of its trials: curves, last results, who failed and why. Knows nothing of Ray."""
 
 from __future__ import annotations
 
@@ -9,120 +9,125 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ray import tune
-from ray.exceptions import RayTaskError
-
 from overproof.config.search import current_values
 from overproof.distill.trial_job import CONTROL, TrialJob
 from overproof.stage_context import NOTICE, Progress
 
 TrialResult = Mapping[str, Any]
-TRIAL = (
+TRIAL_FIELDS = (
     "name", "student", "values", "temperature", "teacher_weight", "parameters", "steps", "validation_loss", "status",
-    "reason", "seconds", "cpu_seconds", "began_at", "pid", "import_seconds",
+    "reason", "seconds", "cpu_seconds", "resumed_step", "pid", "import_seconds",
 )  # fmt: skip
 
 
-class SweepTracker(tune.Callback):
-    """Follows the trials: their curves, their last results, the bar."""
+class SweepTracker:
+    """Follows the trials and the controls, and reports their progress."""
 
-    def __init__(self, progress: Progress, steps: int, trials: int, most_deaths: int) -> None:
-        """``steps`` are a whole trial's; one that Tune gave up ``most_deaths`` times may still be proposed again."""
-        self.progress, self.steps, self.trials, self.most_deaths = progress, steps, trials, most_deaths
+    def __init__(self, progress: Progress, steps: int, trials: int, max_deaths: int) -> None:
+        """``steps`` are a whole trial's; one whose process died ``max_deaths`` times may still be proposed again."""
+        self.progress, self.steps, self.trials, self.max_deaths = progress, steps, trials, max_deaths
         self.deaths = Counter[str]()
+        self.death_reasons: dict[str, str] = {}  # the last one's
         self.curves: dict[str, list[Mapping[str, float]]] = {}
-        self.last: dict[str, TrialResult] = {}
-        self.failed: dict[str, str] = {}  # why
-        self.over: set[str] = set()
-        self.show()
+        self.last_results: dict[str, TrialResult] = {}
+        self.failures: dict[str, str] = {}  # why
+        self.ended: set[str] = set()
+        self.report_progress()
 
-    def begin(self, name: str) -> None:
-        """A trial is there."""
+    def add_trial(self, name: str) -> None:
+        """A trial has been started."""
         self.curves[name] = []
 
-    def on_trial_result(self, *, result: TrialResult, **_: Any) -> None:  # type: ignore[override]
-        self.take(result)
-        self.show()
-
-    def on_trial_complete(self, *, trial: Any, **_: Any) -> None:  # type: ignore[override]
-        self.over.add(trial.config["job"].name)
-        self.show()
-
-    def on_trial_error(self, *, trial: Any, **_: Any) -> None:  # type: ignore[override]
-        """Tune gave it up. One whose process died may have been lost before it ran, and is proposed again."""
-        name, error = trial.config["job"].name, trial.get_error() or trial.get_pickled_error()
-        self.deaths[name] += 1
-        if isinstance(error, RayTaskError) or self.deaths[name] > self.most_deaths:
-            self.fail(name, _brief(error))
-            self.on_trial_complete(trial=trial)
-
-    def take(self, result: TrialResult) -> None:
-        """Note a result; one that another process gave before it died comes twice, and changes nothing."""
-        name, before = result["name"], self.last.get(result["name"])
+    def record_result(self, result: TrialResult) -> None:
+        """A result; one that another process gave before it died comes twice, and changes nothing."""
+        name, before = result["name"], self.last_results.get(result["name"])
         if result["failed"] is not None:
-            self.fail(name, result["failed"])
+            self.record_failure(name, result["failed"])
         if before is None or before["pid"] != result["pid"]:
             for fault in result["faults"]:
-                self._say(f"{name}: {fault}")
-            if result["began_at"]:
-                self._say(f"{name}: going on from step {result['began_at']}")
+                self._notify(f"{name}: {fault}")
+            if result["resumed_step"]:
+                self._notify(f"{name}: going on from step {result['resumed_step']}")
         if before is None or result["steps"] > before["steps"]:
             self.curves.setdefault(name, []).extend(result["curve"])
-            self.last[name] = result
+            self.last_results[name] = result
 
-    def fail(self, name: str, reason: str) -> None:
-        """Record that a trial cannot go on."""
-        self.failed[name] = reason
-        self._say(f"{name} failed: {reason}")
+    def record_end(self, name: str) -> None:
+        """A trial takes no further step: it ran all, failed, or was stopped."""
+        self.ended.add(name)
+        self.report_progress()
 
-    def show(self) -> None:
+    def record_death(self, name: str, reason: str, retry: bool) -> None:
+        """A trial's process has ended; with ``retry`` the trial may be proposed again, if it has not died too often."""
+        self.deaths[name] += 1
+        self.death_reasons[name] = reason
+        if not retry or self.deaths[name] > self.max_deaths:
+            self.record_failure(name, reason)
+            self.record_end(name)
+
+    def record_failure(self, name: str, reason: str) -> None:
+        """A trial cannot go on."""
+        self.failures[name] = reason
+        self._notify(f"{name} failed: {reason}")
+
+    def report_progress(self) -> None:
         names = [name for name in self.curves if name != CONTROL]
-        reached = {name: int(self.last[name]["steps"]) if name in self.last else 0 for name in names}
-        sound = [result for result in self.last.values() if result["failed"] is None]
+        reached = {name: int(self.last_results[name]["steps"]) if name in self.last_results else 0 for name in names}
+        sound = [result for result in self.last_results.values() if result["failed"] is None]
         best = min(sound, key=lambda result: float(result["validation_loss"]), default=None)
         note = f"best {best['validation_loss']:.3f} ({best['name']})" if best else "starting trials"
-        done = sum(self.steps if name in self.over else reached[name] for name in names)
+        done = sum(self.steps if name in self.ended else reached[name] for name in names)
         self.progress("sweep", done, self.steps * self.trials, note)
 
     def finished(self) -> dict[str, TrialResult]:
         """The last results of those that ran every step, by name."""
-        return {n: r for n, r in self.last.items() if r["steps"] == self.steps and n not in self.failed}
+        return {
+            name: result
+            for name, result in self.last_results.items()
+            if result["steps"] == self.steps and name not in self.failures
+        }
 
     def winner(self) -> TrialResult | None:
         """The best of those that ran every step, if any did."""
         return min(self.finished().values(), key=lambda result: float(result["validation_loss"]), default=None)
 
-    def trial(self, job: TrialJob) -> dict[str, Any]:
+    def unfinished(self) -> list[str]:
+        """Of every trial that has not ended, how far it is and, where its process died, why; in their order."""
+        lines = []
+        for name in self.curves:
+            if name in self.ended:
+                continue
+            reached = self.last_results[name]["steps"] if name in self.last_results else 0
+            why = f", its process died: {self.death_reasons[name]}" if name in self.death_reasons else ""
+            lines.append(f"{name} (at step {reached} of {self.steps}{why})")
+        if never := self.trials - len(self.curves):
+            lines.append(f"{never} that never started")
+        return lines
+
+    def trial_entry(self, job: TrialJob) -> dict[str, Any]:
         """A job's entry in trials.json; what was never measured is null."""
-        result, failed = self.last.get(job.name, {"steps": 0}), self.failed.get(job.name)
+        result, failure = self.last_results.get(job.name, {"steps": 0}), self.failures.get(job.name)
         ended = "finished" if result["steps"] == job.settings.steps else "stopped"
         loss = result.get("validation_loss", math.inf)
-        about = {
+        entry = {
             "name": job.name,
             "student": job.student.name,
             "values": result.get("values") or current_values(job.settings, job.student),
             "temperature": job.student.temperature,
             "teacher_weight": job.student.teacher_weight if job.distilled else 0.0,
             "validation_loss": loss if math.isfinite(loss) else None,
-            "status": "failed" if failed else ended,
-            "reason": failed,
+            "status": "failed" if failure else ended,
+            "reason": failure,
         }
-        return {name: about[name] if name in about else result.get(name) for name in TRIAL}
+        return {name: entry[name] if name in entry else result.get(name) for name in TRIAL_FIELDS}
 
-    def _say(self, line: str) -> None:
-        done = sum(int(result["steps"]) for result in self.last.values())
-        self.progress(NOTICE, done, self.steps * self.trials, line)
-
-    def write(self, folder: Path) -> None:
+    def write_curves(self, folder: Path) -> None:
         """A file of JSON lines for each curve."""
         folder.mkdir()
         for name, rows in self.curves.items():
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
-
-def _brief(error: BaseException | None) -> str:
-    """The last line of what Ray wrapped around an error."""
-    while isinstance(error, RayTaskError) and error.cause is not None:
-        error = error.cause
-    return (str(error or "").strip() or "its process died again and again").splitlines()[-1]
+    def _notify(self, line: str) -> None:
+        done = sum(int(result["steps"]) for result in self.last_results.values())
+        self.progress(NOTICE, done, self.steps * self.trials, line)

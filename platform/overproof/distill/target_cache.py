@@ -1,4 +1,4 @@
-"""The teacher's cached targets: what they belong to, and rows of them by id."""
+"""The teacher's cached targets: their key, their index, and rows of them by id."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from overproof.registry import TASKS
 
 
 class TargetKey(CacheKey):
-    """All that a cache's targets follow from; which rows it covers beside."""
+    """All that cached targets follow from."""
 
-    WORDS: ClassVar[dict[str, str]] = CacheKey.WORDS | {
+    LABELS: ClassVar[dict[str, str]] = CacheKey.LABELS | {
         "scheme": "scheme",
         "temperatures": "temperatures",
         "text_sha256": "text of the teacher (null: the data's own)",
     }
     scheme: Annotated[Scheme, Field(discriminator="kind")]
     temperatures: tuple[float, ...]  # ascending; 1.0 is among them
-    text_sha256: str | None = None  # of what the teacher wrote in place of the rows, where it did
+    text_sha256: str | None = None  # of the text that the teacher wrote in place of the rows
 
     @property
     def layout(self) -> TargetLayout:
@@ -43,13 +43,15 @@ class TargetKey(CacheKey):
         return self.layout.decode(name, values)
 
 
-def target_key(recipe: Recipe, prepared: Artifact, trained: Artifact, written: Artifact | None = None) -> TargetKey:
-    """Of the cache that a recipe asks for, with this data and this teacher, of its own text where it has written."""
+def target_key(
+    recipe: Recipe, prepared: Artifact, trained: Artifact, teacher_text: Artifact | None = None
+) -> TargetKey:
+    """The key of a recipe's cache with this data and this teacher; of the teacher's text, where there is one."""
     return TargetKey(
         **cache_key_fields(recipe.seed, prepared, trained),
         scheme=recipe.cache.scheme,
         temperatures=tuple(sorted({1.0, *recipe.cache.temperatures})),
-        text_sha256=written.content_sha256 if written else None,
+        text_sha256=teacher_text.content_sha256 if teacher_text else None,
     )
 
 
@@ -58,7 +60,7 @@ class TargetIndex(CacheIndex[TargetKey]):
 
     FILE = "cache.json"
     STAGE = "cache"
-    WHAT = "the teacher's cache"
+    DESCRIPTION = "the teacher's cache"
     format: Literal[2] = 2
 
     def require_temperature(self, temperature: float) -> None:

@@ -1,4 +1,4 @@
-"""What a row of the teacher's cache holds: its columns for each scheme, and indices of as many bits as it takes.
+"""How targets are stored: a cached row's columns for each scheme, and indices packed to as many bits as they need.
 
 Shapes: B rows, N numbers in a row, P predictions in a row, V outputs, K kept for each prediction, D drawn,
 L temperatures.
@@ -19,8 +19,8 @@ from overproof.data.parquet_reader import Columns
 
 LOW_BITS = 16
 TOKENS = "tokens"  # the label column of sequences
-INDICES = {"indices", "drawn"}
-HALVES = {"logprobs", "label_logprob", "tail", "drawn_logprobs", "entropy"}
+INDEX_COLUMNS = {"indices", "drawn"}
+FLOAT16_COLUMNS = {"logprobs", "label_logprob", "tail", "drawn_logprobs", "entropy"}
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,9 @@ class TargetLayout:
         """Arrays of any shape (B, ...) as the flat columns of a file; a mask is bool, indices are integers."""
         flat = {name: array.reshape(len(array), -1) for name, array in values.items()}
         flat["mask"] = np.packbits(flat["mask"], axis=1, bitorder="little")
-        for name in INDICES & flat.keys() if self.bits != LOW_BITS else ():
+        for name in INDEX_COLUMNS & flat.keys() if self.bits != LOW_BITS else ():
             flat[name] = pack(flat[name], self.bits)
-        for name in HALVES & flat.keys():
+        for name in FLOAT16_COLUMNS & flat.keys():
             flat[name] = flat[name].astype(np.float16)
         return {name: array[:, 0] if name == "sample_id" else array for name, array in flat.items()}
 
@@ -141,7 +141,7 @@ class TargetLayout:
             return np.unpackbits(values, axis=1, count=self.positions, bitorder="little").astype(bool)
         last = {"logprobs": self.slots, "indices": self.slots, "drawn": self.draws, "drawn_logprobs": self.draws,
                 "logsumexp": self.temperatures - 1, "entropy": self.temperatures}  # fmt: skip
-        if name in INDICES and self.bits != LOW_BITS:
+        if name in INDEX_COLUMNS and self.bits != LOW_BITS:
             values = unpack(values, self.positions * last[name], self.bits)
         if name in last:
             values = values.reshape(len(values), self.positions, last[name])

@@ -1,4 +1,4 @@
-"""What the cache keeps of a teacher's logits: the top k, with or without draws from the others, or all.
+"""Targets from a teacher's logits: the top k, with or without draws from the others, or every log-probability.
 
 Shapes: B rows, P predictions in a row, C of the N = B * P, V outputs, K kept as they are, D drawn, L temperatures.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from overproof.config import Sampled, Scheme, TopK
 from overproof.distill.losses import logit_chunks, softmax_logsumexp
 
-DRAW_KEY = 1 << 63  # key of the random words, one a position: no epoch of an order has this number
+DRAW_KEY = 1 << 63  # of the random numbers, one a position: no epoch of an order has it
 
 
 def encode_targets(

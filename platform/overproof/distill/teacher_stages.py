@@ -1,4 +1,4 @@
-"""The stages in which the teacher runs once for all trials: `generate` writes text, `cache` what it thinks of rows."""
+"""The stages in which the teacher runs once for all trials: `generate` writes its text, `cache` its targets."""
 
 from __future__ import annotations
 
@@ -24,19 +24,17 @@ def generate_text(context: StageContext) -> dict[str, Any]:
     Raises:
         InputError: the teacher's tokenizer or outputs are not those of the data.
     """
-    settings, prepared, trained = (
-        generate_settings(context.recipe),
-        context.parents["prepare"],
-        context.parents["train"],
-    )
+    settings = generate_settings(context.recipe)
+    prepared, trained = context.parents["prepare"], context.parents["train"]
     manifest = Manifest.read(prepared.local())
     check_tokenizer(trained.local() / "model", manifest)
     index = TextIndex.of(text_key(context.recipe, prepared, trained), manifest, settings.rows)
-    each = index.identity.tokens
-    done = capture(context, CaptureJob(settings, index, prepared, trained, context.draft), TextWorker, each, "tokens")
+    tokens_per_row = index.identity.tokens
+    job = CaptureJob(settings, index, prepared, trained, context.draft)
+    done = capture(context, job, TextWorker, tokens_per_row, "tokens")
     return {
         "rows": index.rows,
-        "tokens": index.rows * each,
+        "tokens": index.rows * tokens_per_row,
         "teacher_seconds": done.seconds,
         "actors": done.actors,
     }
@@ -45,21 +43,21 @@ def generate_text(context: StageContext) -> dict[str, Any]:
 def cache_targets(context: StageContext) -> dict[str, Any]:
     """Write one Parquet file of targets for each train shard, and cache.json.
 
-    Where the teacher has written, its text stands in place of the rows.
+    Where there is text of the teacher, it takes the place of the rows.
 
     Raises:
         InputError: the teacher's tokenizer or outputs are not those of the data, or the scheme does not fit them.
     """
     recipe, prepared, trained = context.recipe, context.parents["prepare"], context.parents["train"]
-    written = context.parents.get("generate")
+    teacher_text = context.parents.get("generate")
     manifest = Manifest.read(prepared.local())
     check_tokenizer(trained.local() / "model", manifest)
-    whole = target_key(recipe, prepared, trained, written)
-    check_scheme(whole)
-    index = TargetIndex.of(whole, manifest, recipe.rows_cached)
-    job = CaptureJob(recipe.cache, index, prepared, trained, context.draft, written)
-    done = capture(context, job, TargetWorker, whole.positions, "positions")
-    positions = index.rows * whole.positions
+    key = target_key(recipe, prepared, trained, teacher_text)
+    check_scheme(key)
+    index = TargetIndex.of(key, manifest, recipe.rows_cached)
+    job = CaptureJob(recipe.cache, index, prepared, trained, context.draft, teacher_text)
+    done = capture(context, job, TargetWorker, key.positions, "positions")
+    positions = index.rows * key.positions
     return {
         "rows": index.rows,
         "positions": positions,
@@ -83,7 +81,7 @@ def check_scheme(cache: TargetKey) -> None:
     page = max(layout.column_bytes.values()) * cache.rows_per_group
     if page > PAGE_BYTES:
         raise InputError(
-            f"cache.scheme: {scheme.words} of {cache.rows_per_group} rows of {cache.positions} positions take "
+            f"cache.scheme: {scheme.description} of {cache.rows_per_group} rows of {cache.positions} positions take "
             f"{format_bytes(page)}; expected at most {format_bytes(PAGE_BYTES)}: keep fewer, or lower "
             "data.rows_per_group"
         )

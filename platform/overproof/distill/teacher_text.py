@@ -1,4 +1,4 @@
-"""What the teacher wrote in place of train rows, from their beginnings on: what it follows from, and rows of it by id.
+"""Text that the teacher wrote from the beginnings of train rows: its key, its index, and rows of it by id.
 
 Students that train on it learn the teacher's distribution over whole sequences (arXiv 1606.07947).
 """
@@ -18,9 +18,9 @@ from overproof.distill.row_cache import CacheIndex, CacheKey, RowCache, cache_ke
 
 
 class TextKey(CacheKey):
-    """All that the text follows from; which rows it covers beside."""
+    """All that the text follows from."""
 
-    WORDS: ClassVar[dict[str, str]] = CacheKey.WORDS | {
+    LABELS: ClassVar[dict[str, str]] = CacheKey.LABELS | {
         "prompt_tokens": "prompt (tokens of a row)",
         "temperature": "temperature",
     }
@@ -44,7 +44,7 @@ def text_cache_schema(positions: int, outputs: int) -> pa.Schema:
 
 
 def text_key(recipe: Recipe, prepared: Artifact, trained: Artifact) -> TextKey:
-    """Of the text that a recipe asks for, with this data and this teacher."""
+    """The key of a recipe's text with this data and this teacher."""
     settings = generate_settings(recipe)
     return TextKey(
         **cache_key_fields(recipe.seed, prepared, trained),
@@ -54,7 +54,7 @@ def text_key(recipe: Recipe, prepared: Artifact, trained: Artifact) -> TextKey:
 
 
 def generate_settings(recipe: Recipe) -> Generate:
-    """The section that asks for text; the stage is there only where it is."""
+    """The recipe's section `generate`, which there is where the stage runs."""
     assert recipe.generate is not None
     return recipe.generate
 
@@ -64,7 +64,7 @@ class TextIndex(CacheIndex[TextKey]):
 
     FILE = "text.json"
     STAGE = "generate"
-    WHAT = "the teacher's text"
+    DESCRIPTION = "the teacher's text"
     format: Literal[1] = 1
 
 

@@ -1,6 +1,6 @@
-"""A replica of the teacher: what it makes of train rows, written as whole files. Knows nothing of Ray.
+"""A teacher that computes columns of train rows and writes them as whole files. Knows nothing of Ray.
 
-`Teacher` writes what it sees of the rows, the files of the cache; `writer.Writer` goes on from their beginnings.
+`TargetWorker` writes the files of the cache; `text_worker.TextWorker` those of the teacher's text.
 
 Shapes: B rows in a forward pass, P predictions in a row, V outputs, K slots for each prediction.
 """
@@ -38,18 +38,18 @@ from overproof.train.engine import default_device
 
 @dataclass(frozen=True)
 class CaptureJob:
-    """What every teacher replica is given."""
+    """What every worker of a capture is given."""
 
     settings: Cache | Generate
     index: CacheIndex[Any]
     prepared: Artifact
     trained: Artifact
     draft: ArtifactWriter
-    written: Artifact | None = None  # what the teacher reads in place of the rows
+    teacher_text: Artifact | None = None  # what the teacher reads in place of the rows
 
     @property
     def uri(self) -> str:
-        """Where finished files wait for the others: what a killed attempt has captured is not captured again."""
+        """Where finished files lie until all are: what a killed attempt has captured is not captured again."""
         return join_uri(self.draft.workspace, self.draft.fingerprint)
 
 
@@ -61,7 +61,7 @@ class TeacherWorker:
         torch.set_num_threads(max(1, int(job.settings.cpus_per_actor)))
         self.device = default_device()
 
-    def made(self, sample_ids: NDArray[np.int64]) -> Columns:
+    def compute(self, sample_ids: NDArray[np.int64]) -> Columns:
         """The columns of a file for these rows, ``settings.batch_size`` at most."""
         raise NotImplementedError
 
@@ -93,46 +93,46 @@ class TeacherWorker:
             raise InputError(f"the teacher has {outputs} outputs; expected the data's {self.index.identity.outputs}")
 
     def _write(self, file: CachedFile) -> Iterator[dict[str, NDArray[Any]]]:
-        rows_per_group, columns = self.index.identity.rows_per_group, self.index.identity.schema
+        rows_per_group, schema = self.index.identity.rows_per_group, self.index.identity.schema
         store, root = filesystem(self.job.uri)
         store.create_dir(root, recursive=True)
-        path, in_all = f"{root}/{file.path}", 0.0
-        part = f"{path}.{secrets.token_hex(4)}.part"  # nobody else's: another job may capture the same file
+        path, total_s = f"{root}/{file.path}", 0.0
+        part = f"{path}.{secrets.token_hex(4)}.part"  # another job may capture the same file
         groups = np.asarray(file.groups, np.int64)
         ids = (groups[:, None] * rows_per_group + np.arange(rows_per_group)).ravel()
         # As many whole row groups at a time as fit a forward pass, and at least one.
         rows = max(1, self.job.settings.batch_size // rows_per_group) * rows_per_group
-        with store.open_output_stream(part) as stream, open_writer(stream, columns, rows_per_group) as writer:
+        with store.open_output_stream(part) as stream, open_writer(stream, schema, rows_per_group) as writer:
             for start in range(0, len(ids), rows):
-                here = ids[start : start + rows]
+                batch_ids = ids[start : start + rows]
                 began = time.perf_counter()
-                found = self._made(here)
+                columns = self._compute_batched(batch_ids)
                 seconds = time.perf_counter() - began
-                in_all += seconds
-                writer.write_table(to_table(found, columns), row_group_size=rows_per_group)
-                yield _report(rows=len(here), seconds=seconds)
+                total_s += seconds
+                writer.write_table(to_table(columns, schema), row_group_size=rows_per_group)
+                yield _report(rows=len(batch_ids), seconds=seconds)
         entry = FileEntry(sha256=file_sha256(part, store), size_bytes=store.get_file_info(part).size)
         store.move(part, path)
-        atomic_write(store, f"{path}.json", with_checksum({"entry": entry.model_dump(), "seconds": in_all}))
+        atomic_write(store, f"{path}.json", with_checksum({"entry": entry.model_dump(), "seconds": total_s}))
         yield _report(size_bytes=entry.size_bytes)
 
-    def _made(self, sample_ids: NDArray[np.int64]) -> Columns:
+    def _compute_batched(self, sample_ids: NDArray[np.int64]) -> Columns:
         size = self.job.settings.batch_size
-        parts = [self.made(sample_ids[start : start + size]) for start in range(0, len(sample_ids), size)]
+        parts = [self.compute(sample_ids[start : start + size]) for start in range(0, len(sample_ids), size)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 class TargetWorker(TeacherWorker):
-    """What it sees of the rows, as the cache keeps it."""
+    """Computes the teacher's targets, as the cache keeps them."""
 
     index: TargetIndex
 
     @cached_property
     def text(self) -> TeacherText | None:
-        return TeacherText(self.job.written.local()) if self.job.written else None
+        return TeacherText(self.job.teacher_text.local()) if self.job.teacher_text else None
 
     @torch.inference_mode()
-    def made(self, sample_ids: NDArray[np.int64]) -> Columns:
+    def compute(self, sample_ids: NDArray[np.int64]) -> Columns:
         cache, rows = self.index.identity, self.rows.take(sample_ids)
         if self.text is not None:
             rows |= self.text.take(sample_ids)
@@ -142,15 +142,15 @@ class TargetWorker(TeacherWorker):
         uniform_BP = None
         if isinstance(cache.scheme, Sampled):
             uniform_BP = torch.from_numpy(uniforms(cache.seed, DRAW_KEY, sample_ids, cache.positions)).to(self.device)
-        kept = encode_targets(
+        targets = encode_targets(
             prediction.logits_BPV, prediction.targets_BP, cache.scheme, cache.temperatures, uniform_BP
         )
-        found = {name: value.cpu().numpy() for name, value in kept.items()}
+        found = {name: value.cpu().numpy() for name, value in targets.items()}
         if np.isnan(found["label_logprob"]).any():
-            raise InputError(f"the teacher's outputs for row {sample_ids[0]} and after are not finite; train it anew")
-        own = {cache.layout.label_column: rows[cache.layout.label_column]}
+            raise InputError(f"the teacher's outputs for row {sample_ids[0]} and after are not finite; train it again")
+        inputs = {cache.layout.label_column: rows[cache.layout.label_column]}
         mask = prediction.mask_BP.cpu().numpy()
-        return cache.layout.encode({"sample_id": sample_ids, **own, "mask": mask, **found})
+        return cache.layout.encode({"sample_id": sample_ids, **inputs, "mask": mask, **found})
 
 
 def _report(rows: int = 0, seconds: float = 0.0, size_bytes: int = 0, fault: str = "") -> dict[str, NDArray[Any]]:

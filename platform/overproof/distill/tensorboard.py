@@ -1,94 +1,49 @@
-"""Trials as TensorBoard reads them: scalars by step, and each trial's settings for its HParams tab.
-
-The records are written with TensorBoard's own writer, which needs neither torch nor TensorFlow.
-"""
+"""Trials as TensorBoard shows them: losses by step, and each trial's settings in its HParams tab."""
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Iterable, Mapping
-from itertools import count
 from pathlib import Path
-from typing import Any
-
-from pyarrow import fs
-from ray import tune
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
-from tensorboard.summary.writer.record_writer import RecordWriter
-
-from overproof.artifacts import ArtifactWriter
-from overproof.files import filesystem
+from typing import Any, Self
 
 EVENTS = "events"  # folder of the sweep artifact, and of the workspace while the sweep runs
 SCALARS = ("loss", "validation_loss")
-STATUS = {"finished": api_pb2.STATUS_SUCCESS, "stopped": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
-_files = count()  # of this process: several of one trial are read in the order of their names
 
 
-def append_events(
-    folder: Path, rows: Iterable[Mapping[str, float]], settings: Mapping[str, Any], status: str | None
-) -> None:
-    """Add a file of events to one trial's folder: its settings, the losses of these rows, and how it ended."""
-    settings = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"events.out.tfevents.{int(time.time()):010d}.{next(_files):06d}.overproof"
-    with path.open("wb") as stream:
-        writer = RecordWriter(stream)
-        for event in _events(rows, settings, status):
-            writer.write(event.SerializeToString())
-        writer.flush()
+class TrialEvents:
+    """The event file of one trial, in a folder of its own. A context manager."""
 
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # with torch: seconds to import
+        from torch.utils.tensorboard.summary import hparams
 
-def _events(rows: Iterable[Mapping[str, float]], settings: Mapping[str, Any], status: str | None) -> Iterable[Event]:
-    now = time.time()
-    yield Event(wall_time=now, file_version="brain.Event:2")
-    yield _hparams(now, metadata.EXPERIMENT_TAG, experiment=_experiment(settings, now))
-    start = plugin_data_pb2.SessionStartInfo(start_time_secs=now)
-    for name, value in settings.items():
-        if isinstance(value, bool):
-            start.hparams[name].bool_value = value
-        elif isinstance(value, str):
-            start.hparams[name].string_value = value
-        else:
-            start.hparams[name].number_value = value
-    yield _hparams(now, metadata.SESSION_START_INFO_TAG, session_start_info=start)
-    for row in rows:
-        values = [Summary.Value(tag=tag, simple_value=row[tag]) for tag in SCALARS if tag in row]
-        if values:
-            yield Event(wall_time=now, step=int(row["step"]), summary=Summary(value=values))
-    if status is not None:
-        end = plugin_data_pb2.SessionEndInfo(status=STATUS[status], end_time_secs=now)
-        yield _hparams(now, metadata.SESSION_END_INFO_TAG, session_end_info=end)
+        self.writer = SummaryWriter(str(folder))
+        shown = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
+        experiment, start, self._success = hparams(shown, {"validation_loss": 0.0})  # type: ignore[no-untyped-call]
+        self._add_summaries(experiment, start)
 
+    def add(self, rows: Iterable[Mapping[str, float]]) -> None:
+        """The losses of these rows of the trial's curve; readers see them at once."""
+        for row in rows:
+            for tag in SCALARS:
+                if tag in row:
+                    self.writer.add_scalar(tag, row[tag], int(row["step"]))
+        self.writer.flush()
 
-def _experiment(settings: Mapping[str, Any], now: float) -> api_pb2.Experiment:
-    kinds = {bool: api_pb2.DATA_TYPE_BOOL, str: api_pb2.DATA_TYPE_STRING}
-    hparams = [
-        api_pb2.HParamInfo(name=name, type=kinds.get(type(value), api_pb2.DATA_TYPE_FLOAT64))
-        for name, value in settings.items()
-    ]
-    metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag="validation_loss"))]
-    return api_pb2.Experiment(name="sweep", time_created_secs=now, hparam_infos=hparams, metric_infos=metrics)
+    def succeed(self) -> None:
+        """The trial has ended as it should; the status of one without this is unknown."""
+        self._add_summaries(self._success)
 
+    def close(self) -> None:
+        self.writer.close()
 
-def _hparams(now: float, tag: str, **content: Any) -> Event:
-    data = plugin_data_pb2.HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content)
-    value = Summary.Value(tag=tag, metadata=metadata.create_summary_metadata(data), tensor=metadata.NULL_TENSOR)
-    return Event(wall_time=now, summary=Summary(value=[value]))
+    def _add_summaries(self, *summaries: Any) -> None:
+        writer: Any = self.writer.file_writer
+        for summary in summaries:
+            writer.add_summary(summary)
 
+    def __enter__(self) -> Self:
+        return self
 
-class TensorBoardCallback(tune.Callback):
-    """Writes the trials' events into the workspace while they run, where that lies on a disk."""
-
-    def __init__(self, draft: ArtifactWriter) -> None:
-        store, root = filesystem(draft.workspace)
-        self.folder = Path(root) / EVENTS if isinstance(store, fs.LocalFileSystem) else None
-        if self.folder is not None and self.folder.exists():  # of an attempt that was killed
-            shutil.rmtree(self.folder)
-
-    def on_trial_result(self, *, result: Mapping[str, Any], **_: Any) -> None:  # type: ignore[override]
-        if self.folder is not None:
-            append_events(self.folder / result["name"], result["curve"], result["values"], None)
+    def __exit__(self, *_: object) -> None:
+        self.close()

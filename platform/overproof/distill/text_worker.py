@@ -1,7 +1,7 @@
-"""The teacher as a writer: it goes on from the beginnings of train rows, for students to read (arXiv 1606.07947).
+"""The teacher writes text from the beginnings of train rows, for students to train on (arXiv 1606.07947).
 
-What it writes is a function of its weights, the seed and the row: each row has random words of its own, and every
-forward pass has one shape, so that no row's text depends on those beside it.
+The text is a function of its weights, the seed and the row: each row has random numbers of its own, and every forward
+pass has one shape, so that no row's text depends on those beside it.
 
 Shapes: B rows, Q tokens of a prompt, G written tokens, S = Q + G = P + 1, V outputs.
 """
@@ -22,17 +22,15 @@ from overproof.distill.teacher_worker import TeacherWorker
 from overproof.errors import InputError
 from overproof.models.hf_directory import to_tensors
 
-GENERATION_KEY = (
-    1 << 63
-) + 1  # key of the random words: no epoch of an order has this number, nor have the cache's draws
+GENERATION_KEY = (1 << 63) + 1  # of the random numbers: no epoch of an order has it, nor have the cache's draws
 
 
 class TextWorker(TeacherWorker):
-    """What it writes in place of the rows."""
+    """Computes rows of the teacher's text."""
 
     index: TextIndex
 
-    def made(self, sample_ids: NDArray[np.int64]) -> Columns:
+    def compute(self, sample_ids: NDArray[np.int64]) -> Columns:
         identity, count = self.index.identity, len(sample_ids)
         filled = np.resize(sample_ids, self.job.settings.batch_size)  # a pass of fewer rows might round otherwise
         prompts_BQ = to_tensors(self.rows.take(filled))["tokens"][:, : identity.prompt_tokens].to(self.device)
@@ -49,18 +47,18 @@ def generate(model: PreTrainedModel, prompts_BQ: Tensor, uniform_BG: Tensor, tem
     Raises:
         InputError: the model's outputs are not finite.
     """
-    prompt = prompts_BQ.shape[1]
+    prompt_tokens = prompts_BQ.shape[1]
     tokens_BS = torch.cat([prompts_BQ, torch.zeros_like(uniform_BG, dtype=prompts_BQ.dtype)], 1)
     finite = torch.ones((), dtype=torch.bool, device=prompts_BQ.device)
-    new_BN, seen = prompts_BQ, DynamicCache(config=model.config)  # N: the tokens that the model has not seen yet
-    for place in range(uniform_BG.shape[1]):
-        # By place: the fourth is `past_key_values` in one release of transformers and `cache` in the next.
-        logits_BV = model(new_BN, None, None, seen, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+    new_BN, keys_values = prompts_BQ, DynamicCache(config=model.config)  # N: the tokens that are not in it yet
+    for index in range(uniform_BG.shape[1]):
+        # By position: the fourth is `past_key_values` in one release of transformers and `cache` in the next.
+        logits_BV = model(new_BN, None, None, keys_values, use_cache=True, logits_to_keep=1).logits[:, -1].float()
         finite &= logits_BV.isfinite().all()
-        new_BN = sample_token(logits_BV, uniform_BG[:, place : place + 1], temperature)
-        tokens_BS[:, prompt + place] = new_BN[:, 0]
+        new_BN = sample_token(logits_BV, uniform_BG[:, index : index + 1], temperature)
+        tokens_BS[:, prompt_tokens + index] = new_BN[:, 0]
     if not finite:
-        raise InputError("the teacher's outputs are not finite while it writes; train it anew")
+        raise InputError("the teacher's outputs are not finite while it writes; train it again")
     return tokens_BS
 
 

@@ -1,4 +1,7 @@
-"""What the actor that trains a student is given. Light to import: Ray reads it before the model code is there."""
+"""What goes in and out of the actor that trains a student: its job, its results, and curves cut at validations.
+
+Light to import: Ray unpickles a job before the model code is there.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from overproof.stage_context import Progress, no_progress
 from overproof.train.checkpoint import Checkpoints
 
 if TYPE_CHECKING:
-    from overproof.distill.scorer_pool import ScorerPool  # which imports Ray
+    from overproof.distill.teacher_pool import ScorerPool  # which imports Ray
 
 FINISHED = "finished"  # folder of the draft: weights of the trials that ran every step
 CONTROL = "control"
@@ -24,7 +27,7 @@ MAX_DEATHS = 3  # of the process of one trial or control, or its node
 
 @dataclass(frozen=True)
 class TrialJob:
-    """One student, or the control: the same rows, seed and steps, without the teacher."""
+    """One student; or its control: the same rows, seed and steps, without the teacher."""
 
     name: str
     student: Student
@@ -35,17 +38,17 @@ class TrialJob:
     threads: int
     prepared: Artifact
     trained: Artifact
-    cached: Artifact | None
     draft: ArtifactWriter
     folder: str  # of the draft, for the weights
     checkpoints: Checkpoints
-    retold: bool = True  # what an attempt that was killed has done is told again from its start, not from its end
-    judged: tuple[float, ...] = ()  # temperatures at which the pool answers
-    pool: ScorerPool | None = None  # of teachers, who judge what students write
+    target_cache: Artifact | None = None
+    teacher_text: Artifact | None = None
+    scorer: ScorerPool | None = None  # of what the student writes
+    scorer_temperatures: tuple[float, ...] = ()  # at which it answers; ascending
+    replay_history: bool = True  # a resumed trial reports every segment since its first step, not the last one alone
     progress: Progress = no_progress
-    written: Artifact | None = None  # text of the teacher
 
-    def changed(self, values: TrialValues) -> TrialJob:
+    def with_values(self, values: TrialValues) -> TrialJob:
         """The same trial with other settings."""
         settings, student = apply_values(self.settings, self.student, values)
         return replace(self, settings=settings, student=student)
@@ -63,7 +66,7 @@ def rung_steps(scheduler: Scheduler, steps: int) -> Iterator[int]:
 
 
 def trial_result(job: TrialJob, steps: int, **measured: Any) -> dict[str, Any]:
-    """What Tune, the watch and the search are given: after ``steps`` steps, with what was measured."""
+    """What Tune, the tracker and the search are given: after ``steps`` steps, with what was ``measured``."""
     return {
         "name": job.name,
         "steps": steps,
@@ -85,28 +88,28 @@ def failed_result(job: TrialJob, steps: int, reason: str) -> dict[str, Any]:
     return trial_result(job, steps, validation_loss=math.inf, curve=(), failed=reason)
 
 
-CurveRow = dict[str, float]  # of a curve, as the loop gives it
+CurveRow = dict[str, float]  # of a step or of a validation, as the loop gives it
 
 
 @dataclass(frozen=True)
 class CurveSegment:
-    """What came of some steps."""
+    """The rows of a curve up to and with a validation."""
 
-    steps: int  # finished since the start
+    steps: int  # since the trial's first
     validation_loss: float  # of the labels alone, nats: comparable between temperatures and weights
     curve: tuple[CurveRow, ...]
 
 
 def curve_segment(curve: Sequence[CurveRow]) -> CurveSegment:
-    """Rows of which the last has a validation loss."""
+    """Of rows of which the last has a validation loss."""
     return CurveSegment(int(curve[-1]["step"]), curve[-1]["validation_loss"], tuple(curve))
 
 
 def split_at_validations(curve: Iterable[CurveRow]) -> Iterator[CurveSegment]:
     """A curve, cut after each validation; what comes after the last is left out."""
-    part: list[CurveRow] = []
+    rows: list[CurveRow] = []
     for row in curve:
-        part.append(row)
+        rows.append(row)
         if "validation_loss" in row:
-            yield curve_segment(part)
-            part = []
+            yield curve_segment(rows)
+            rows = []

@@ -1,13 +1,28 @@
-"""Ray Tune's view of the search: its trials come from a study, and the recipe's schedulers are Tune's."""
+"""The sweep's search under Ray Tune: trials come from a study, and the recipe's schedulers are Tune's.
+
+All that the product knows of Tune's internals is here, `_get_new_config` of its population-based training among them.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, assert_never
 
 import numpy as np
+import ray
+from pyarrow import fs
+from ray import tune
+from ray.exceptions import RayTaskError
 from ray.tune.schedulers import (
     ASHAScheduler,
     FIFOScheduler,
@@ -17,14 +32,208 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import Searcher
 
-from overproof.config import Asha, Hyperband, Median, NoStop, Pbt, Space, Tune
+from overproof.artifacts import ArtifactWriter
+from overproof.cluster.placement import Resources, count_fitting
+from overproof.config import Asha, Hyperband, Median, NoStop, Pbt, Space, Sweep, Tune
 from overproof.config.search import Domain, LogUniform, TrialValues, Uniform, current_values
 from overproof.distill.optuna_study import OptunaStudy
-from overproof.distill.trial_job import TrialJob
+from overproof.distill.sweep_tracker import SweepTracker
+from overproof.distill.tensorboard import EVENTS, TrialEvents
+from overproof.distill.trial_job import MAX_DEATHS, TrialJob
+from overproof.distill.tune_trial import TuneTrial
+from overproof.files import filesystem, join_uri
+from overproof.stage_context import StageContext
 
 STEPS, LOSS = "steps", "validation_loss"
-COMPARED: dict[str, Any] = {"time_attr": STEPS, "metric": LOSS, "mode": "min"}
-RESAMPLED, FACTOR = 0.25, 1.25  # of population-based training: chance of a new draw, size of a move
+COMPARISON: dict[str, Any] = {"time_attr": STEPS, "metric": LOSS, "mode": "min"}
+RESAMPLE_PROBABILITY = 0.25  # of population-based training: that a value is drawn anew
+PERTURBATION_FACTOR = 1.25  # of population-based training: how far a value in a range moves
+QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
+
+
+def run_trials(
+    context: StageContext, study: OptunaStudy, start_trial: Callable[[TrialValues], TrialJob], tracker: SweepTracker
+) -> None:
+    """Run trial after trial until the scheduler stops it, it fails, or it has run every step.
+
+    A trial whose process dies is started again, and goes on from its checkpoint.
+
+    Raises:
+        KeyboardInterrupt: the user interrupted.
+        RuntimeError: Tune ended before its trials did; names them.
+    """
+    settings, search = context.recipe.sweep, context.recipe.tune
+    population: dict[str, Any] = {}
+    if isinstance(search.scheduler, Pbt):  # Tune's takes trials from no searcher
+        suggestions = iter(lambda: study.ask(""), None)
+        population = {"job": tune.grid_search([start_trial(values) for values in suggestions if values])}
+    interrupt = InterruptStopper()
+    with _tune_storage(context, shared=bool(population)) as (store, path), _quiet_tune(), interrupt.on_sigint():
+        tune.Tuner(
+            tune.with_resources(TuneTrial, _trial_resources(settings)),
+            param_space=population,
+            tune_config=tune.TuneConfig(
+                search_alg=None if population else OptunaSearcher(study, start_trial, tracker.failures.__contains__),
+                scheduler=tune_scheduler(search, settings.steps, context.recipe.seed),
+                num_samples=1 if population else tracker.trials * (1 + MAX_DEATHS),
+                max_concurrent_trials=max_concurrent_trials(settings),
+                reuse_actors=settings.group is None,  # a group ends with its trial
+            ),
+            run_config=tune.RunConfig(
+                name="sweep",
+                storage_path=path,
+                storage_filesystem=store,
+                verbose=0,
+                stop=interrupt,
+                callbacks=[TrackerCallback(tracker), TensorBoardCallback(context.draft)],
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a finished trial wrote its weights
+                failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
+            ),
+        ).fit()
+    if interrupt.received:
+        raise KeyboardInterrupt
+    if unfinished := tracker.unfinished():
+        raise RuntimeError(f"Ray Tune ended the sweep before these trials: {'; '.join(unfinished)}")
+
+
+def max_concurrent_trials(settings: Sweep) -> int:
+    """Trials to run at the same time on the cluster as it is."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return min(settings.concurrent_trials, max(1, trial_slots(settings, nodes)))
+
+
+def trial_slots(settings: Sweep, nodes: Sequence[Resources]) -> int:
+    """Trials that fit the nodes (their resources) at the same time; each bundle of one lies within a node."""
+    bundles, cpus, gpus = settings.bundles
+    return count_fitting(nodes, {"CPU": cpus, "GPU": gpus}) // bundles
+
+
+def _trial_resources(settings: Sweep) -> Any:
+    """What Tune reserves for a trial; a group reserves its own, and Tune insists on something."""
+    if settings.group:
+        return tune.PlacementGroupFactory([{"memory": 1}])
+    return {"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial}
+
+
+@contextmanager
+def _tune_storage(context: StageContext, shared: bool) -> Iterator[tuple[fs.FileSystem | None, str]]:
+    """Where Tune keeps its files; states that trials load from each other must be seen from every node."""
+    if not shared:
+        with tempfile.TemporaryDirectory(prefix="overproof-sweep-") as folder:
+            yield None, folder
+        return
+    store, path = filesystem(join_uri(context.draft.workspace, f"tune-{secrets.token_hex(4)}"))
+    store.create_dir(path, recursive=True)
+    yield (None if isinstance(store, fs.LocalFileSystem) else store), path
+    store.delete_dir(path)
+
+
+@contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """Tune prints tables at any verbosity, logs each trial to files, and keeps Ctrl-C for ever."""
+    logger = logging.getLogger("ray.tune")
+    before, level = {name: os.environ.get(name) for name in QUIET}, logger.level
+    os.environ.update(QUIET)
+    logger.setLevel(logging.CRITICAL)  # errors are raised, with the student's name
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+class InterruptStopper(tune.Stopper):
+    """Ends every trial after Ctrl-C; whether the user interrupted is known by this, not by how much is unfinished."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        """No single trial is stopped."""
+        del trial_id, result
+        return False
+
+    def stop_all(self) -> bool:
+        return self.received
+
+    @contextmanager
+    def on_sigint(self) -> Iterator[None]:
+        """Take the first Ctrl-C within; a second has its usual effect. Signals come to the main thread alone."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        original = signal.getsignal(signal.SIGINT)
+
+        def receive(_number: int, _frame: Any) -> None:
+            self.received = True
+            signal.signal(signal.SIGINT, original)
+
+        signal.signal(signal.SIGINT, receive)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, original)
+
+
+class TrackerCallback(tune.Callback):
+    """Hands on to the tracker what Tune sees."""
+
+    def __init__(self, tracker: SweepTracker) -> None:
+        self.tracker = tracker
+
+    def on_trial_result(self, *, result: Mapping[str, Any], **_: Any) -> None:  # type: ignore[override]
+        self.tracker.record_result(result)
+        self.tracker.report_progress()
+
+    def on_trial_complete(self, *, trial: Any, **_: Any) -> None:  # type: ignore[override]
+        self.tracker.record_end(trial.config["job"].name)
+
+    def on_trial_error(self, *, trial: Any, **_: Any) -> None:  # type: ignore[override]
+        """Tune gave it up. One whose process died may have been lost before it ran, and is proposed again."""
+        error = trial.get_error() or trial.get_pickled_error()
+        raised = isinstance(error, RayTaskError)
+        self.tracker.record_death(trial.config["job"].name, _error_line(error), retry=not raised)
+
+
+def _error_line(error: BaseException | None) -> str:
+    """The last line of what Ray wrapped around an error."""
+    while isinstance(error, RayTaskError) and error.cause is not None:
+        error = error.cause
+    return (str(error or "").strip() or "its process died again and again").splitlines()[-1]
+
+
+class TensorBoardCallback(tune.Callback):
+    """Writes the trials' events into the workspace while they run, where that lies on a disk."""
+
+    def __init__(self, draft: ArtifactWriter) -> None:
+        store, root = filesystem(draft.workspace)
+        self.folder = Path(root) / EVENTS if isinstance(store, fs.LocalFileSystem) else None
+        if self.folder is not None and self.folder.exists():  # of an attempt that was killed
+            shutil.rmtree(self.folder)
+        self.events: dict[str, TrialEvents] = {}
+
+    def on_trial_result(self, *, result: Mapping[str, Any], **_: Any) -> None:  # type: ignore[override]
+        if self.folder is None:
+            return
+        name = result["name"]
+        if name not in self.events:
+            self.events[name] = TrialEvents(self.folder / name, result["values"])
+        self.events[name].add(result["curve"])
+
+    def on_trial_complete(self, *, trial: Any, **_: Any) -> None:  # type: ignore[override]
+        self._close(trial.config["job"].name)
+
+    def on_trial_error(self, *, trial: Any, **_: Any) -> None:  # type: ignore[override]
+        self._close(trial.config["job"].name)
+
+    def on_experiment_end(self, **_: Any) -> None:  # type: ignore[override]
+        for name in tuple(self.events):
+            self._close(name)
+
+    def _close(self, name: str) -> None:
+        if name in self.events:
+            self.events.pop(name).close()
 
 
 class OptunaSearcher(Searcher):
@@ -34,16 +243,16 @@ class OptunaSearcher(Searcher):
     """
 
     def __init__(
-        self, study: OptunaStudy, begin: Callable[[TrialValues], TrialJob], given_up: Callable[[str], bool]
+        self, study: OptunaStudy, start_trial: Callable[[TrialValues], TrialJob], given_up: Callable[[str], bool]
     ) -> None:
-        """``begin`` makes the next trial's job; ``given_up`` is asked by name."""
+        """``start_trial`` makes the next trial's job; ``given_up`` says by name whether a trial may not come again."""
         super().__init__(metric=LOSS, mode="min")
-        self.study, self.begin, self.given_up = study, begin, given_up
-        self.open: dict[str, tuple[str, TrialJob]] = {}  # by Tune's id: the study's key, and the job
+        self.study, self.start_trial, self.given_up = study, start_trial, given_up
+        self.running: dict[str, tuple[str, TrialJob]] = {}  # by Tune's id: the study's key, and the job
         self.lost: list[tuple[str, TrialJob]] = []
 
     def suggest(self, trial_id: str) -> Any:
-        """A job; nothing for now, while one that is under way may yet be lost; or that there are no more."""
+        """A job; None for now, while one that is running may yet be lost; or that there are no more."""
         while self.lost:
             key, job = self.lost.pop()
             if not self.given_up(job.name):
@@ -51,79 +260,81 @@ class OptunaSearcher(Searcher):
             self.study.tell(key, None)
         values = self.study.ask(trial_id)
         if values is None:
-            return None if self.open else Searcher.FINISHED
-        return self._propose(trial_id, trial_id, self.begin(values))
+            return None if self.running else Searcher.FINISHED
+        return self._propose(trial_id, trial_id, self.start_trial(values))
 
     def _propose(self, trial_id: str, key: str, job: TrialJob) -> dict[str, Any]:
-        self.open[trial_id] = key, job
+        self.running[trial_id] = key, job
         return {"job": job}
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        key, job = self.open.pop(trial_id)
+        key, job = self.running.pop(trial_id)
         if error:
             self.lost.append((key, job))
             return
         self.study.tell(key, result if result and result["failed"] is None else None)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the journal of the sweep remembers what was suggested."""
+        """An empty file: ``SweepState`` holds what was suggested."""
         Path(checkpoint_path).touch()
 
 
 class PopulationScheduler(PopulationBasedTraining):
-    """Ray's, with the recipe's space: a trial keeps its own job, and values stay within their domains."""
+    """Tune's, with the recipe's space: a trial keeps its own job, and values stay within their domains."""
 
     def __init__(self, settings: Pbt, space: Space, seed: int) -> None:
         super().__init__(
-            **COMPARED,
+            **COMPARISON,
             perturbation_interval=settings.interval_steps,
             quantile_fraction=settings.quantile,
-            custom_explore_fn=dict,  # none of Ray's is used
+            custom_explore_fn=dict,  # Tune's own exploration is not used
             log_config=False,
         )
         self.space, self.random = space, np.random.default_rng(seed)
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        best: TrialJob = trial_to_clone.config["job"]
-        values = current_values(best.settings, best.student)
+        donor: TrialJob = trial_to_clone.config["job"]
+        values = current_values(donor.settings, donor.student)
         searched = {name: values[name] for name in self.space.domains}
-        return {"job": trial.config["job"].changed(perturbed(searched, self.space, self.random))}, {}
+        return {"job": trial.config["job"].with_values(perturbed(searched, self.space, self.random))}, {}
 
 
 def perturbed(values: TrialValues, space: Space, random: np.random.Generator) -> TrialValues:
-    """Each value drawn anew, or moved a little: by a fifth in a range, to a neighbour in a list."""
-    return {name: _moved(space.domains[name], value, random) for name, value in values.items()}
+    """Each value drawn anew, or moved: in a range by PERTURBATION_FACTOR, in a list to a neighbour."""
+    return {name: _perturb(space.domains[name], value, random) for name, value in values.items()}
 
 
-def _moved(domain: Domain, value: Any, random: np.random.Generator) -> Any:
-    anew = random.random() < RESAMPLED
+def _perturb(domain: Domain, value: Any, random: np.random.Generator) -> Any:
+    resample = random.random() < RESAMPLE_PROBABILITY
     if isinstance(domain, Uniform | LogUniform):
-        if not anew:
-            return min(max(value * random.choice([1 / FACTOR, FACTOR]), domain.low), domain.high)
+        if not resample:
+            return min(
+                max(value * random.choice([1 / PERTURBATION_FACTOR, PERTURBATION_FACTOR]), domain.low), domain.high
+            )
         if isinstance(domain, Uniform):
             return random.uniform(domain.low, domain.high)
         return math.exp(random.uniform(math.log(domain.low), math.log(domain.high)))
-    places = len(domain.values)
-    place = random.integers(places) if anew else domain.values.index(value) + random.choice([-1, 1])
-    return domain.values[min(max(int(place), 0), places - 1)]
+    count = len(domain.values)
+    index = random.integers(count) if resample else domain.values.index(value) + random.choice([-1, 1])
+    return domain.values[min(max(int(index), 0), count - 1)]
 
 
 def tune_scheduler(search: Tune, steps: int, seed: int) -> TrialScheduler:
-    """Who stops trials; ``steps`` are a whole trial's."""
+    """What stops trials; ``steps`` are a whole trial's."""
     settings = search.scheduler
     match settings:
         case NoStop():
             return FIFOScheduler()  # type: ignore[no-untyped-call]
         case Asha() | Hyperband():
             return ASHAScheduler(
-                **COMPARED,
+                **COMPARISON,
                 max_t=steps,
                 grace_period=min(settings.grace_steps, steps),
                 reduction_factor=settings.reduction_factor,
                 brackets=settings.brackets if isinstance(settings, Hyperband) else 1,
             )
         case Median(grace_steps=grace, least_trials=least):
-            return MedianStoppingRule(**COMPARED, grace_period=grace, min_samples_required=least)
+            return MedianStoppingRule(**COMPARISON, grace_period=grace, min_samples_required=least)
         case Pbt():
             return PopulationScheduler(settings, search.space, seed)
         case _:

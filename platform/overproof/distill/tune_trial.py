@@ -1,4 +1,7 @@
-"""The actors of the sweep. Light to import: the model code comes with the first job of a process, and is timed."""
+"""The actor that trains students under Ray Tune, one after another.
+
+Light to import: the model code comes with the first job of a process, and is timed.
+"""
 
 from __future__ import annotations
 
@@ -26,20 +29,25 @@ class InProcessTrainer:
     """Trains one job after another in one process; the model code is imported with the first."""
 
     def start(self, job: TrialJob) -> None:
-        began, paid = time.perf_counter(), MODEL_CODE not in sys.modules
+        began, first = time.perf_counter(), MODEL_CODE not in sys.modules
         importlib.import_module(MODEL_CODE)
-        self.import_seconds = round(time.perf_counter() - began, 3) if paid else 0.0
-        self.job, self.reached = job, 0
-        self.run: StudentTrainer | None = None
+        self.import_seconds = round(time.perf_counter() - began, 3) if first else 0.0
+        self.job, self.steps_done = job, 0
+        self.student: StudentTrainer | None = None
 
-    def take_over(self, folder: Path) -> None:
+    def load_state(self, folder: Path) -> None:
         """Go on from another trial's state."""
         from overproof.distill.student_trainer import StudentTrainer
 
-        self.run = StudentTrainer(self.job, self.job.pool)
-        self.run.load(folder)
+        self.student = StudentTrainer(self.job, self.job.scorer)
+        self.student.load_state(folder)
 
-    def advance(self) -> dict[str, Any]:
+    def write_state(self, folder: Path) -> None:
+        """The state as it is, for another trial to go on from."""
+        assert self.student
+        self.student.write_state(folder)
+
+    def run_to_validation(self) -> dict[str, Any]:
         """Train up to the next validation; after the last step the weights are written.
 
         What a student brings upon itself (a loss that is not finite, too little memory) is its result: the reason
@@ -50,33 +58,33 @@ class InProcessTrainer:
 
         try:
             with explain_memory("training a student", MEMORY_ADVICE):
-                run = self.run = self.run or StudentTrainer(self.job, self.job.pool)
-                chunk = run.advance()
-                if chunk.steps == self.job.settings.steps:
-                    run.save()
+                student = self.student = self.student or StudentTrainer(self.job, self.job.scorer)
+                segment = student.run_to_validation()
+                if segment.steps == self.job.settings.steps:
+                    student.save_weights()
         except InputError as error:
-            return failed_result(self.job, self.reached, str(error)) | self._about()
-        self.reached = chunk.steps
-        measured = {"validation_loss": chunk.validation_loss, "curve": chunk.curve}
-        return trial_result(self.job, chunk.steps, **measured) | self._about()
+            return failed_result(self.job, self.steps_done, str(error)) | self._measured()
+        self.steps_done = segment.steps
+        result = trial_result(self.job, segment.steps, validation_loss=segment.validation_loss, curve=segment.curve)
+        return result | self._measured()
 
-    def _about(self) -> dict[str, Any]:
-        found, run = {"import_seconds": self.import_seconds}, self.run
-        if run is None:
-            return found
+    def _measured(self) -> dict[str, Any]:
+        measured, student = {"import_seconds": self.import_seconds}, self.student
+        if student is None:
+            return measured
         return {
-            **found,
-            "parameters": run.parameters,
-            "seconds": run.seconds,
-            "cpu_seconds": run.cpu_seconds,
-            "began_at": run.began_at,
-            "faults": tuple(run.faults),
-            "values": current_values(run.job.settings, run.job.student),
+            **measured,
+            "parameters": student.parameters,
+            "seconds": student.seconds,
+            "cpu_seconds": student.cpu_seconds,
+            "resumed_step": student.resumed_step,
+            "faults": tuple(student.faults),
+            "values": current_values(student.job.settings, student.job.student),
         }
 
 
 def trainer_for(job: TrialJob) -> InProcessTrainer | DistributedStudentTrainer:
-    """Who trains a student as its settings ask: this process, or a group of workers."""
+    """What trains a student as its settings ask: this process, or a group of workers."""
     if job.settings.group is None:
         return InProcessTrainer()
     from overproof.distill.distributed_student import DistributedStudentTrainer
@@ -85,7 +93,7 @@ def trainer_for(job: TrialJob) -> InProcessTrainer | DistributedStudentTrainer:
 
 
 class TuneTrial(tune.Trainable):
-    """What Tune runs; one actor takes one student after another."""
+    """What Tune runs; with ``reuse_actors`` one actor takes one student after another."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.trainer = trainer_for(config["job"])
@@ -96,15 +104,14 @@ class TuneTrial(tune.Trainable):
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        assert isinstance(self.trainer, InProcessTrainer)
-        assert self.trainer.run
-        self.trainer.run.write(Path(checkpoint_dir))
+        assert isinstance(self.trainer, InProcessTrainer)  # a population has no groups
+        self.trainer.write_state(Path(checkpoint_dir))
 
     def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]
         assert isinstance(self.trainer, InProcessTrainer)
-        self.trainer.take_over(Path(checkpoint))
+        self.trainer.load_state(Path(checkpoint))
 
     def step(self) -> dict[str, Any]:
-        result = self.trainer.advance()
-        over = result["failed"] is not None or result["steps"] == self.trainer.job.settings.steps
-        return result | {"done": over}
+        result = self.trainer.run_to_validation()
+        done = result["failed"] is not None or result["steps"] == self.trainer.job.settings.steps
+        return result | {"done": done}
