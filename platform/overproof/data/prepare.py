@@ -34,7 +34,7 @@ from overproof.data.manifest import DOCUMENTS, MANIFEST, SPLITS, TOKENIZER, Mani
 from overproof.data.parquet_writer import parquet_bytes, write_file
 from overproof.data.sources import Source, SourceFile, absolute_source, list_files, tokenizer_path
 from overproof.errors import InputError
-from overproof.stage_context import StageContext
+from overproof.stage_context import StageContext, TaskProgress
 
 BLOCK_BYTES = 32 << 20  # of text read by one task
 DOCUMENTS_PER_GROUP = 1 << 16
@@ -82,7 +82,7 @@ def _metrics(manifest: Manifest) -> dict[str, Any]:
 
 def _text(context: StageContext, data: TextData) -> Manifest:
     def say(done: int, note: str) -> None:
-        context.progress("prepare", done, 4, note)
+        context.progress(TaskProgress("prepare", done, 4, note))
 
     uri, seed = context.draft.uri, context.recipe.seed
     files = list_files(data.source)

@@ -29,7 +29,7 @@ from overproof.train.objective import CrossEntropy, Objective
 
 @dataclass(frozen=True)
 class DistillSpec:
-    """A ``train.lesson.TrainSpec``."""
+    """A ``TrainSpec``."""
 
     job: TrialJob
 

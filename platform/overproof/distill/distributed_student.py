@@ -7,10 +7,9 @@ Rows are those that a student in one process reads, in parts: every rank reads i
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,10 +26,9 @@ from overproof.distill.trial_job import (
     trial_result,
 )
 from overproof.errors import InputError
-from overproof.stage_context import NOTICE, Progress
+from overproof.stage_context import Notice, Progress, ProgressEvent
 from overproof.train.ray_elastic import WorkerCheckpointSignal
-from overproof.train.ray_trainer import RayTrainer, run_trainer
-from overproof.train.ray_worker import join_group
+from overproof.train.ray_trainer import join_group, run_workers
 from overproof.train.train_job import TrainJob as Group
 
 
@@ -50,9 +48,9 @@ class StudentNotices:
     name: str
     progress: Progress
 
-    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
-        if task == NOTICE:
-            self.progress(NOTICE, done, total, f"{self.name}: {note}")
+    def __call__(self, event: ProgressEvent) -> None:
+        if isinstance(event, Notice):
+            self.progress(replace(event, text=f"{self.name}: {event.text}"))
 
 
 class DistributedStudentTrainer:
@@ -102,12 +100,7 @@ class DistributedStudentTrainer:
 
     def _run(self) -> None:
         try:
-            with tempfile.TemporaryDirectory(prefix="overproof-group-") as scratch:
-                run_trainer(
-                    RayTrainer(
-                        distributed_job(self.job), scratch, partial(train_student_rank, job=self.job, queue=self.queue)
-                    )
-                )
+            run_workers(distributed_job(self.job), partial(train_student_rank, job=self.job, queue=self.queue))
         except BaseException as error:  # surfaces in ``advance``
             self.error = error
         self.queue.put(None)
@@ -124,8 +117,8 @@ def distributed_job(job: TrialJob) -> Group:
         draft=job.draft,
         checkpoints=job.checkpoints,
         progress=StudentNotices(job.name, job.progress),
-        lesson=DistillSpec(job),
-        validated=job.rungs,
+        spec=DistillSpec(job),
+        extra_validation_steps=job.rungs,
     )
 
 
@@ -140,8 +133,8 @@ def training_settings(settings: Sweep) -> Training:
 def train_student_rank(given: Group, job: TrialJob, queue: Queue) -> None:
     """Train as one rank from the newest checkpoint; rank 0 tells the curve, and at the end writes the weights."""
     start, rank, world = join_group(given)
-    from overproof.train.rank_trainer import RankTrainer, read_own_rows  # seconds of imports
-    from overproof.train.throughput import ThroughputMeter
+    from overproof.train.metrics import ThroughputMeter
+    from overproof.train.rank_trainer import RankTrainer, read_rank_rows  # seconds of imports
 
     trainee = RankTrainer(given, start, rank, world)
     part: list[CurveRow] = []
@@ -153,12 +146,12 @@ def train_student_rank(given: Group, job: TrialJob, queue: Queue) -> None:
             part.clear()
 
     if rank == 0:
-        for row in trainee.rows:
+        for row in trainee.curve:
             tell(row)
     watch = ThroughputMeter(given, trainee.manifest, world)
     trainee.train(
-        read_own_rows(given, start, rank, world), WorkerCheckpointSignal(), watch, (tell,) if rank == 0 else ()
+        read_rank_rows(given, start, rank, world), WorkerCheckpointSignal(), watch, (tell,) if rank == 0 else ()
     )
     if rank == 0:
         with given.draft.directory() as folder:
-            trainee.write(folder / job.folder)
+            trainee.write_model(folder / job.folder)

@@ -194,7 +194,7 @@ def _tune(
         if name not in before:
             journal.note(dict(begun))
         jobs.append(make_trial_job(context, journal, name, values, pool))
-        jobs[-1].checkpoints.begin()
+        jobs[-1].checkpoints.claim_folder()
         watch.begin(name)
         return jobs[-1]
 

@@ -14,7 +14,7 @@ from ray.exceptions import RayTaskError
 
 from overproof.config.search import current_values
 from overproof.distill.trial_job import CONTROL, TrialJob
-from overproof.stage_context import NOTICE, Progress
+from overproof.stage_context import Notice, Progress, TaskProgress
 
 TrialResult = Mapping[str, Any]
 TRIAL = (
@@ -82,7 +82,7 @@ class SweepTracker(tune.Callback):
         best = min(sound, key=lambda result: float(result["validation_loss"]), default=None)
         note = f"best {best['validation_loss']:.3f} ({best['name']})" if best else "starting trials"
         done = sum(self.steps if name in self.over else reached[name] for name in names)
-        self.progress("sweep", done, self.steps * self.trials, note)
+        self.progress(TaskProgress("sweep", done, self.steps * self.trials, note))
 
     def finished(self) -> dict[str, TrialResult]:
         """The last results of those that ran every step, by name."""
@@ -110,8 +110,7 @@ class SweepTracker(tune.Callback):
         return {name: about[name] if name in about else result.get(name) for name in TRIAL}
 
     def _say(self, line: str) -> None:
-        done = sum(int(result["steps"]) for result in self.last.values())
-        self.progress(NOTICE, done, self.steps * self.trials, line)
+        self.progress(Notice(line))
 
     def write(self, folder: Path) -> None:
         """A file of JSON lines for each curve."""

@@ -14,8 +14,8 @@ from ray.data import ActorPoolStrategy, DataContext
 from overproof.distill.teacher_worker import CaptureJob, TeacherWorker
 from overproof.errors import InputError
 from overproof.files import FileEntry, filesystem, mismatched_files
-from overproof.stage_context import NOTICE, StageContext
-from overproof.train.checkpoint import read_checksummed
+from overproof.stage_context import Notice, StageContext, TaskProgress
+from overproof.train.checkpoint import Damage, read_checksummed
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ def capture(
     seconds, size = (sum(part[name] for part in before.values()) for name in ("seconds", "size_bytes"))
     done = sum(len(file.groups) for file in index.files if file.path in before) * rows_per_group
     if before:
-        context.progress(NOTICE, done, index.rows, f"{len(before)} of {len(index.files)} files were captured before")
-    context.progress(task, done, index.rows, f"starting {actors} teachers")
+        context.progress(Notice(f"{len(before)} of {len(index.files)} files were captured before"))
+    context.progress(TaskProgress(task, done, index.rows, f"starting {actors} teachers"))
     for part in _reports(job, replica, todo, actors) if todo else ():
         done, seconds, size = done + part["rows"], seconds + part["seconds"], size + part["size_bytes"]
         rate = done * each / max(seconds, 1e-9) * actors
-        context.progress(task, done, index.rows, f"{rate:,.0f} {unit}/s")
+        context.progress(TaskProgress(task, done, index.rows, f"{rate:,.0f} {unit}/s"))
     publish_files(job)
     return CaptureResult(seconds, size, actors)
 
@@ -60,7 +60,7 @@ def finished_files(job: CaptureJob) -> dict[str, dict[str, Any]]:
     found = {}
     for file in job.index.files:
         sealed = read_checksummed(store, f"{root}/{file.path}.json")
-        if not isinstance(sealed, str) and not any(
+        if not isinstance(sealed, Damage) and not any(
             mismatched_files(store, root, {file.path: FileEntry(**sealed["entry"])})
         ):
             found[file.path] = {"seconds": sealed["seconds"], "size_bytes": sealed["entry"]["size_bytes"]}

@@ -35,7 +35,7 @@ from overproof.export.gguf import read_gguf
 from overproof.export.onnx import Reference
 from overproof.export.stage import Export, read_exports
 from overproof.files import read_json
-from overproof.stage_context import StageContext
+from overproof.stage_context import StageContext, TaskProgress
 
 REPORT, UNITS, VERDICT = "report.json", "units.parquet", "verdict.json"
 QUALITY: dict[str, QualityMetric] = {"text": "bits_per_byte", "digits": "accuracy"}
@@ -53,11 +53,11 @@ def evaluate_exports(context: StageContext) -> dict[str, Any]:
     scores = _score_all(context, exports)
     engines: dict[str, dict[str, Metric]] = {}
     for i, export in enumerate(exports):
-        context.progress("engine", i, len(exports), export.file)
+        context.progress(TaskProgress("engine", i, len(exports), export.file))
         task = _probe_text if manifest.kind == "text" else _probe_images
         probed = task.options(num_gpus=settings.gpus).remote(compressed, prepared, export.file, settings)
         engines[export.name] = ray.get(probed)
-    context.progress("engine", len(exports), len(exports))
+    context.progress(TaskProgress("engine", len(exports), len(exports)))
     report = make_report(manifest.kind, exports, scores, engines, settings, context.recipe.seed)
     with context.draft.directory() as root:
         pq.write_table(units_table(manifest.kind, scores), root / UNITS, compression="zstd")
@@ -145,13 +145,13 @@ def _score_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, 
         while todo and len(waiting) < settings.concurrent_tasks:  # a process that is used again has its imports paid
             export = todo.pop()
             waiting[_score.remote(compressed, prepared, export.file, settings.max_documents)] = export.name
-        context.progress("score", len(scores), len(exports), f"{note}{time.monotonic() - begun:.0f} s")
+        context.progress(TaskProgress("score", len(scores), len(exports), f"{note}{time.monotonic() - begun:.0f} s"))
         finished, _ = ray.wait(list(waiting), timeout=HEARTBEAT_S)
         for reference in finished:
             name = waiting.pop(reference)
             scores[name] = ray.get(reference)
             note = f"{name} done, "
-    context.progress("score", len(exports), len(exports), f"{time.monotonic() - begun:.0f} s")
+    context.progress(TaskProgress("score", len(exports), len(exports), f"{time.monotonic() - begun:.0f} s"))
     return {export.name: scores[export.name] for export in exports}
 
 

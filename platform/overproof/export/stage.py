@@ -18,7 +18,7 @@ from overproof.data.manifest import TOKENIZER
 from overproof.export.gguf import export_gguf, read_gguf
 from overproof.export.onnx import PIXELS, Reference, export_onnx, quantize_onnx
 from overproof.models import hf_directory
-from overproof.stage_context import StageContext
+from overproof.stage_context import StageContext, TaskProgress
 
 EXPORTS = "exports.json"
 PROBE_SHAPE = (2, 32)  # rows and tokens (or images) of the check after an export
@@ -74,9 +74,9 @@ def export_models(context: StageContext) -> dict[str, Any]:
                 name=name, student=student, file=file.name, format=format, size_bytes=size_bytes, candidate=candidate
             )
         )
-        context.progress("compress", len(exports), total, f"{file.name} {size_bytes / 1e6:.2f} MB")
+        context.progress(TaskProgress("compress", len(exports), total, f"{file.name} {size_bytes / 1e6:.2f} MB"))
 
-    context.progress("compress", 0, total, f"teacher to {settings.kind}")
+    context.progress(TaskProgress("compress", 0, total, f"teacher to {settings.kind}"))
     with context.draft.directory() as root:
         if isinstance(settings, Gguf):
             tokenizer = context.parents["prepare"].local() / TOKENIZER

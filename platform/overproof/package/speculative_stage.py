@@ -35,7 +35,7 @@ from overproof.package.package import (
     open_package,
 )
 from overproof.package.speculation import SpeculationMeasurement, SpeculationResult, judge_draft
-from overproof.stage_context import StageContext
+from overproof.stage_context import StageContext, TaskProgress
 
 
 def pack_with_draft(context: StageContext) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def pack_with_draft(context: StageContext) -> dict[str, Any]:
     assert policy is not None
     compressed, prepared = context.parents["compress"], context.parents["prepare"]
     draft = shipped.content.candidate
-    context.progress("speculate", 0, 1, f"{draft} drafts for {policy.teacher}")
+    context.progress(TaskProgress("speculate", 0, 1, f"{draft} drafts for {policy.teacher}"))
     found = ray.get(_measure.remote(compressed, prepared, draft, policy, context.recipe.evaluate))
     verdict = judge_draft(policy, shipped.report, found)
     if not verdict.passed:
@@ -57,7 +57,7 @@ def pack_with_draft(context: StageContext) -> dict[str, Any]:
     with context.draft.directory() as folder:
         _pack(context, shipped, policy, SpeculationResult(found=found, verdict=verdict), folder)
         open_package(folder)
-    context.progress("speculate", 1, 1)
+    context.progress(TaskProgress("speculate", 1, 1))
     return {
         "times": median(found.times),
         "identical": found.identical,
