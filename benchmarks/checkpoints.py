@@ -25,6 +25,7 @@ import torch.distributed as dist
 from overproof.config import CheckpointPolicy, Llama, Train
 from overproof.data.manifest import Manifest, Split
 from overproof.models.hf_directory import build_model, count_parameters
+from overproof.stage_context import TrainingResumed
 from overproof.train.checkpoint import Checkpoints
 from overproof.train.checkpoint_writer import AsyncCheckpointWriter
 from overproof.train.deepspeed_engine import DeepSpeedEngine
@@ -99,17 +100,17 @@ def damage(file: Path, kind: str, dice: random.Random) -> None:
 def damages(found: Checkpoints, count: int, dice: random.Random) -> tuple[Counter[str], Counter[str]]:
     """How often each kind was tried, and caught: the checkpoint before was chosen, with a line that says so."""
     tried, caught = Counter[str](), Counter[str]()
-    newest = found.all()[-1]
+    newest = found.all_committed()[-1]
     files = sorted(Path(newest.uri).iterdir())
     listed = [file for file in files if file.name in newest.files or file.name == "checkpoint.json"]
     for index in range(count):
         file, kind = dice.choice(listed), KINDS[index % len(KINDS)]
         before = file.read_bytes()
         damage(file, kind, dice)
-        said: list[str] = []
-        kept = found.newest(said.append)
+        resumed: list[TrainingResumed] = []
+        kept = found.newest_sound(resumed.append)
         tried[kind] += 1
-        caught[kind] += bool(kept and kept.step < newest.step and len(said) == 1)
+        caught[kind] += bool(kept and kept.step < newest.step and len(resumed) == 1)
         file.write_bytes(before)
     return tried, caught
 
@@ -124,9 +125,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trained = engine(options.width)
         found = Checkpoints(f"{folder}/work", "f" * 64, {}, {}, CheckpointPolicy(keep_last=2))
-        found.begin()
+        found.claim_folder()
         taken, steps = pauses(trained, found, options.repeats)
-        size = sum(entry.size_bytes for entry in found.all()[-1].files.values())
+        size = sum(entry.size_bytes for entry in found.all_committed()[-1].files.values())
         count = count_parameters(trained.engine.module)
         print(f"{count / 1e6:.1f}M parameters, {size / 1e6:.0f} MB a checkpoint, "
               f"median step {statistics.median(steps):.2f} s\n")  # fmt: skip
@@ -137,7 +138,7 @@ def main() -> None:
             print(f"| {kind} | {middle:.3f} | {min(seconds):.3f} | {max(seconds):.3f} | {middle / whole:.1%} |")
     with tempfile.TemporaryDirectory() as folder:
         small = Checkpoints(f"{folder}/work", "f" * 64, {}, {}, CheckpointPolicy(keep_last=2))
-        small.begin()
+        small.claim_folder()
         saver = AsyncCheckpointWriter(small, "bench000", 0, 1)
         for step in (1, 2):
             state = {"weights": torch.randn(20_000), "step": step}

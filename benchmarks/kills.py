@@ -90,16 +90,16 @@ def alone(kills: int, dice: random.Random) -> list[Kill]:
         )
         curve, reached, killed_s = Path(draft.uri) / "curve.jsonl", 0, 0.0
         for index in range(kills + 1):
-            group = LocalWorkers.begin(job, 2)
+            group = LocalWorkers.start(job, 2)
             began_s = time.monotonic()
-            while last_step(curve) <= group.start.step and time.monotonic() - began_s < WAIT_S:
+            while last_step(curve) <= group.resume.step and time.monotonic() - began_s < WAIT_S:
                 time.sleep(0.02)
             if index:
-                went_on = last_step(curve) > group.start.step
-                done.append(Kill("rank", reached - group.start.step if went_on else None, time.monotonic() - killed_s))
+                went_on = last_step(curve) > group.resume.step
+                done.append(Kill("rank", reached - group.resume.step if went_on else None, time.monotonic() - killed_s))
                 print(f"kill {index}: {done[-1]}", file=sys.stderr)
             time.sleep(dice.uniform(0.05, 1.5))
-            group.ranks[dice.randrange(2)].kill()
+            group.processes[dice.randrange(2)].kill()
             killed_s = time.monotonic()
             group.kill()
             reached = last_step(curve)

@@ -166,7 +166,7 @@ def job(trial: Trial, store: str, name: str = "only") -> TrialJob:
     context, journal = StageContext(trial.recipe, trial.parents, draft, no_progress), SweepState(draft)
     values = {"student": trial.recipe.sweep.students[0].name, **trial.values}
     made = job_of(context, journal, name, values)
-    made.checkpoints.begin()
+    made.checkpoints.claim_folder()
     if trial.teaching == "none":
         return replace(made, distilled=False)
     return replace(made, distilled=True, student=made.student.model_copy(update={"teacher": trial.teaching}))

@@ -28,7 +28,7 @@ from overproof.data.parquet_reader import Shards
 from overproof.models.hf_directory import Batch, build_model, to_tensors
 from overproof.train.deepspeed_engine import DeepSpeedEngine
 from overproof.train.loop import train_steps
-from overproof.train.metrics_logger import MetricsLogger
+from overproof.train.metrics import MetricsLogger
 from overproof.train.objective import CrossEntropy
 from overproof.train.optim import deepspeed_config, parameter_groups
 

@@ -26,7 +26,7 @@ from ray.data import DataContext
 from overproof.artifacts import Store
 from overproof.config import Train, load_recipe
 from overproof.data.manifest import Manifest
-from overproof.stage_context import StageContext
+from overproof.stage_context import ProgressEvent, StageContext, TaskProgress
 
 SEED = 1
 LISTS = "lists"  # the rows as others would keep them, see rows.py
@@ -40,8 +40,10 @@ class Notes:
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:  # noqa: ARG002
-        word = {"done": done, "at": time.time(), "pid": os.getpid(), "up": psutil.Process().create_time()}
+    def __call__(self, event: ProgressEvent) -> None:
+        if not isinstance(event, TaskProgress):
+            return
+        word = {"done": event.done, "at": time.time(), "pid": os.getpid(), "up": psutil.Process().create_time()}
         with self.file.open("a") as out:
             out.write(json.dumps(word) + "\n")
 

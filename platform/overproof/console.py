@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
+from rich.progress import Progress as RichProgress
 from rich.status import Status
 
-from overproof.stage_context import NOTICE, Progress
+from overproof.stage_context import Notice, Progress, ProgressEvent, TaskProgress
 
-LINE_EVERY_S = 5.0  # without a terminal a bar becomes a line now and then
-
+LINE_EVERY_S = 4.0  # without a terminal: a line this often, news or not, so that no five seconds pass in silence
 LOG_WIDTH = 160  # where there is no terminal to ask
 
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
@@ -27,19 +27,26 @@ def waiting(text: str) -> Iterator[None]:
     if out.is_terminal:
         with Status(text, console=out):
             yield
-    else:
-        out.print(text)
+        return
+    began_s = time.monotonic()
+    out.print(text)
+    with _repeating(lambda: out.print(f"{text} ({time.monotonic() - began_s:.0f} s)")):
         yield
 
 
 def notice(text: str) -> None:
-    """Tell of an event, on a line that stays."""
+    """Print an event on a line that stays."""
     out.print(f"! {text}", style="yellow", markup=False)
 
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
     """Draw the progress of named tasks until the block ends."""
+    if not out.is_terminal:
+        lines = ProgressLines()
+        with _repeating(lines.print_stale):
+            yield lines
+        return
     columns = (
         TextColumn("  {task.description:<10}"),
         BarColumn(30),
@@ -47,19 +54,63 @@ def progress_bars() -> Iterator[Progress]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Bars(*columns, console=out, transient=True, disable=not out.is_terminal) as drawn:
+    with RichProgress(*columns, console=out, transient=True) as bars:
         ids: dict[str, int] = {}
-        spoken: dict[str, float] = {}
 
-        def show(task: str, done: int, total: int, note: str = "") -> None:
-            if task == NOTICE:
-                notice(note)
+        def show(event: ProgressEvent) -> None:
+            if isinstance(event, Notice):
+                notice(event.text)
                 return
-            if task not in ids:
-                ids[task] = int(drawn.add_task(task, total=total, note=note))
-            drawn.update(ids[task], completed=done, total=total, note=note)  # type: ignore[arg-type]
-            if not out.is_terminal and time.monotonic() - spoken.get(task, 0) > LINE_EVERY_S:
-                spoken[task] = time.monotonic()
-                out.print(f"  {task} {done}/{total} {note}".rstrip())
+            if event.task not in ids:
+                ids[event.task] = int(bars.add_task(event.task, total=event.total, note=event.note))
+            bars.update(ids[event.task], completed=event.done, total=event.total, note=event.note)  # type: ignore[arg-type]
 
         yield show
+
+
+class ProgressLines:
+    """Progress where there is no terminal: a line for a task now and then, and one that says that nothing is new."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._printed_s: dict[str, float] = {}
+        self._newest: TaskProgress | None = None
+        self._heard_s = self._line_s = time.monotonic()
+
+    def __call__(self, event: ProgressEvent) -> None:
+        with self._lock:
+            if isinstance(event, Notice):
+                notice(event.text)
+                return
+            self._newest, self._heard_s = event, time.monotonic()
+            if self._heard_s - self._printed_s.get(event.task, 0) > LINE_EVERY_S:
+                self._print(event, "")
+
+    def print_stale(self) -> None:
+        """Repeat the newest line if there was none for a while."""
+        with self._lock:
+            now_s = time.monotonic()
+            if self._newest and now_s - self._line_s >= LINE_EVERY_S:
+                self._print(self._newest, f" (for {now_s - self._heard_s:.0f} s)")
+
+    def _print(self, event: TaskProgress, age: str) -> None:
+        self._line_s = self._printed_s[event.task] = time.monotonic()
+        out.print(f"  {event.task} {event.done}/{event.total} {event.note}".rstrip() + age)
+
+
+@contextmanager
+def _repeating(print_line: Callable[[], None]) -> Iterator[None]:
+    """Call it every so often, from a thread, until the block ends."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(LINE_EVERY_S):
+            print_line()
+
+    thread = threading.Thread(target=repeat, name="console", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

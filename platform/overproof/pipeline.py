@@ -17,7 +17,7 @@ from overproof.errors import InputError
 from overproof.files import read_json
 from overproof.models.pretrained import list_directory
 from overproof.registry import ENGINES, TASKS
-from overproof.stage_context import StageContext
+from overproof.stage_context import StageContext, TaskProgress
 
 # How many machines share the work does not change the result.
 RESOURCES = {
@@ -200,8 +200,8 @@ def _make(step: PlannedStage, recipe: Recipe, store: Store, done: Mapping[str, A
     draft = store.begin(recipe.name, name, step.fingerprint, step.config, step.parents)
     began = time.monotonic()
     try:
-        with console.progress_bars() as show, ray_cluster.relay(show) as progress:
-            show(name, 0, 1, "starting")
+        with console.progress_bars() as show, ray_cluster.relay_progress(show) as progress:
+            show(TaskProgress(name, 0, 1, "starting"))
             metrics = step.stage.function()(StageContext(recipe, parents, draft, progress))
     except BaseException:
         draft.discard()

@@ -1,4 +1,4 @@
-"""What a stage is given: ``stage(context) -> metrics``."""
+"""What a stage is given, ``stage(context) -> metrics``, and the events by which it tells how far it is."""
 
 from __future__ import annotations
 
@@ -20,15 +20,52 @@ class StageContext:
     progress: Progress
 
 
-NOTICE = "notice"  # a task whose words are events: each is shown, on a line that stays
+@dataclass(frozen=True)
+class TaskProgress:
+    """``done`` of ``total`` units of a task are over; ``note`` is for people alone, and stands beside the bar."""
+
+    task: str
+    done: int
+    total: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class StepTrained(TaskProgress):
+    """A training has made step ``done``."""
+
+    loss: float | None = None  # None: not finite, and the step was left out
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something happened that stays worth reading: shown on a line of its own."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class TrainingResumed(Notice):
+    """A training was interrupted and goes on from the checkpoint of a step."""
+
+    step: int
+
+    @classmethod
+    def after(cls, cause: str, step: int) -> TrainingResumed:
+        """With the cause and the step for a text."""
+        return cls(f"{cause}; going on from step {step}", step)
+
+
+ProgressEvent = TaskProgress | Notice
 
 
 class Progress(Protocol):
     """Picklable, cheap and safe to call from any process."""
 
-    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
-        """Say that ``done`` of ``total`` units of a task are over; ``note`` stands beside the bar."""
+    def __call__(self, event: ProgressEvent) -> None:
+        """Tell an event."""
 
 
-def no_progress(task: str, done: int, total: int, note: str = "") -> None:
+def no_progress(event: ProgressEvent) -> None:
     """Show nothing."""

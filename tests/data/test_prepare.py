@@ -18,6 +18,7 @@ from overproof.data.parquet_reader import Shards
 from overproof.data.prepare import prepare
 from overproof.errors import InputError
 from overproof.files import file_sha256
+from overproof.stage_context import ProgressEvent, TaskProgress
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -40,12 +41,10 @@ def prepared(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tupl
     (corpus / "empty.txt").write_text(" \n")
     (corpus / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     (corpus / "zz-copy.txt").write_bytes((corpus / "003.txt").read_bytes())
-    said: list[tuple[str, int, int, str]] = []
-    given = context(
-        text_recipe(tmp_path_factory.mktemp("store"), folder(corpus)), progress=lambda *word: said.append(word)
-    )
+    events: list[ProgressEvent] = []
+    given = context(text_recipe(tmp_path_factory.mktemp("store"), folder(corpus)), progress=events.append)
     metrics = prepare(given)
-    assert [done for _, done, _, _ in said] == [0, 1, 2, 3, 4]
+    assert [event.done for event in events if isinstance(event, TaskProgress)] == [0, 1, 2, 3, 4]
     return corpus, Path(given.draft.uri), metrics
 
 

@@ -25,7 +25,7 @@ def finished(context: StageContext) -> bool:
     if context.draft.stage != "sweep":
         return any(Path(context.draft.workspace).glob("*/*.parquet.json"))
     names, journal = Path(context.draft.workspace, "trials").glob("*"), SweepState(context.draft)
-    return any(journal.checkpoints(name.name).committed() == context.recipe.sweep.steps for name in names)
+    return any(journal.checkpoints(name.name).committed_step() == context.recipe.sweep.steps for name in names)
 
 
 def main(address: str, pickled: Path) -> None:

@@ -17,6 +17,7 @@ from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
 from overproof.distill.sweep import sweep
+from overproof.stage_context import ProgressEvent, TaskProgress
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 
@@ -30,8 +31,9 @@ class Harm:
     steps: int
     killed: list[str] = dataclasses.field(default_factory=list)
 
-    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
-        if task == "sweep" and done > self.steps // 2 and not self.killed:
+    def __call__(self, event: ProgressEvent) -> None:
+        late = isinstance(event, TaskProgress) and event.task == "sweep" and event.done > self.steps // 2
+        if late and not self.killed:
             alive = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
             training = {a["Address"]["NodeID"] for a in alive if "Trainable" in a["ActorClassName"]}
             node = next(node for node in self.nodes if node.node_id in training)

@@ -36,7 +36,7 @@ from overproof.distill.text_worker import GENERATION_KEY, generate, sample_token
 from overproof.distill.trial_job import TrialJob
 from overproof.errors import InputError
 from overproof.models.hf_directory import load_model, save_model
-from overproof.stage_context import NOTICE
+from overproof.stage_context import Notice, ProgressEvent, TaskProgress
 
 SMALL = {"kind": "llama", "hidden_size": 32, "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 2}
 ALONE = student(SMALL, name="alone", teacher_weight=0.0, text="teacher")  # pure sequence-level distillation
@@ -138,16 +138,17 @@ def test_a_teacher_that_is_not_finite_is_reported(text_world: World, tmp_path: P
 def test_a_stage_whose_driver_is_killed_writes_no_finished_file_again(
     ray_cluster: str, text_world: World, written: Artifact, tmp_path: Path
 ) -> None:
-    words: list[tuple[str, int, int, str]] = []
+    events: list[ProgressEvent] = []
     sections = with_text(ALONE, actors=1)
-    context = text_world.context("generate", lambda *word: words.append(word), **sections)
+    context = text_world.context("generate", events.append, **sections)
     kill(context, ray_cluster, tmp_path)
     files = half_written(context)
     again = anew(text_world, context)
     metrics = generate_text(dataclasses.replace(context, draft=again))
-    assert words[0][::3] == (NOTICE, f"{len(files)} of 3 files were captured before")
-    assert words[1][::3] == ("generate", "starting 1 teachers")
-    assert words[-1][3].endswith(" tokens/s")
+    assert events[0] == Notice(f"{len(files)} of 3 files were captured before")
+    progress = [event for event in events if isinstance(event, TaskProgress)]
+    assert (progress[0].task, progress[0].note) == ("generate", "starting 1 teachers")
+    assert progress[-1].note.endswith(" tokens/s")
     assert {name: (Path(again.uri) / name).stat().st_mtime_ns for name in files} == files
     assert (metrics["rows"], metrics["tokens"], metrics["actors"]) == (96, 96 * 12, 1)
     assert sorted(path.name for path in Path(again.uri).iterdir()) == [f"0000{n}.parquet" for n in range(3)] + [

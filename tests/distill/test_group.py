@@ -17,13 +17,14 @@ from test_sweep import STEPS, STUDENTS, SWEEP, TUNE, job_of
 
 from overproof.artifacts import Artifact
 from overproof.cluster.placement import Capacity, NodeShape, resource_requests, why_unplaceable
-from overproof.cluster.ray_cluster import relay
+from overproof.cluster.ray_cluster import relay_progress
 from overproof.data.parquet_reader import Shards
 from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.sweep import sweep
 from overproof.distill.tune_search import trial_slots
 from overproof.errors import InputError
 from overproof.models.hf_directory import load_model, to_tensors
+from overproof.stage_context import ProgressEvent, TaskProgress
 from overproof.train.loop import validation_ids, validation_loss
 
 GROUP = {**SWEEP, "students": STUDENTS[:2], "group": {"workers": 2, "zero_stage": 2}}
@@ -60,13 +61,12 @@ def test_a_group_trains_what_one_process_trains_and_goes_on_after_its_trial_was_
     """While both trials run, a process of one of them is killed: the trial's own, with which its workers end."""
     killed: list[int] = []
 
-    def progress(task: str, done: int, total: int, note: str = "") -> None:
-        del total, note
-        if task == "sweep" and done and not killed:
+    def progress(event: ProgressEvent) -> None:
+        if isinstance(event, TaskProgress) and event.task == "sweep" and event.done and not killed:
             killed.append(alive("Trainable")[-1])
             os.kill(killed[0], signal.SIGKILL)
 
-    with relay(progress) as relayed:  # as the pipeline does: workers tell what happens to them
+    with relay_progress(progress) as relayed:  # as the pipeline does: workers tell what happens to them
         context = digits_world.context("sweep", relayed, digits_cache, sweep=GROUP, tune={})
         metrics = sweep(context)
     folder = Path(context.draft.uri)

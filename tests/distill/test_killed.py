@@ -28,7 +28,7 @@ from overproof.distill.teacher_pool import finished_files
 from overproof.distill.teacher_stages import cache_targets
 from overproof.distill.trial_job import CurveSegment
 from overproof.errors import InputError
-from overproof.stage_context import NOTICE, StageContext
+from overproof.stage_context import Notice, ProgressEvent, StageContext, TaskProgress
 
 
 def to_end(run: StudentTrainer) -> list[CurveSegment]:
@@ -122,10 +122,10 @@ def test_a_trial_whose_process_is_killed_goes_on(whole_curves: dict[str, list[st
     killed: list[int] = []
     said: list[str] = []
 
-    def progress(task: str, done: int, total: int, note: str = "") -> None:
-        if task == NOTICE:
-            said.append(note)
-        if task == "sweep" and done >= STEPS and not killed:
+    def progress(event: ProgressEvent) -> None:
+        if isinstance(event, Notice):
+            said.append(event.text)
+        elif event.task == "sweep" and event.done >= STEPS and not killed:
             alive = [a for a in actors().values() if a["State"] == "ALIVE" and "Trainable" in a["ActorClassName"]]
             killed.append(alive[0]["Pid"])
             os.kill(killed[0], signal.SIGKILL)
@@ -142,13 +142,13 @@ def test_a_sweep_whose_driver_is_killed_trains_no_student_twice(
 ) -> None:
     said: list[str] = []
 
-    def progress(task: str, done: int, total: int, note: str = "") -> None:
-        if task == NOTICE:
-            said.append(note)
+    def progress(event: ProgressEvent) -> None:
+        if isinstance(event, Notice):
+            said.append(event.text)
 
     context = digits_world.context("sweep", progress, digits_cache, sweep=SWEEP, tune=TUNE)
     kill(context, ray_cluster, tmp_path)
-    before = {job.name: job.checkpoints.committed() for job in jobs(context)}
+    before = {job.name: job.checkpoints.committed_step() for job in jobs(context)}
     assert max(before.values()) == STEPS
     again = anew(digits_world, context)
     sweep(dataclasses.replace(context, draft=again))
@@ -185,7 +185,7 @@ def test_a_search_whose_driver_is_killed_goes_on_with_the_trials_it_had(
     kill(context, ray_cluster, tmp_path)
     journal = SweepState(context.draft)
     begun = journal.load_trials()
-    reached = {name: journal.checkpoints(name).committed() for name in begun}
+    reached = {name: journal.checkpoints(name).committed_step() for name in begun}
     assert list(begun) == [f"wide-{number:03d}" for number in range(len(begun))]
     assert max(reached.values()) == STEPS
     again = anew(digits_world, context)
@@ -201,18 +201,18 @@ def test_a_search_whose_driver_is_killed_goes_on_with_the_trials_it_had(
 def test_a_capture_whose_driver_is_killed_does_no_finished_file_again(
     ray_cluster: str, digits_world: World, tmp_path: Path
 ) -> None:
-    words: list[tuple[str, int, int, str]] = []
-    context = digits_world.context("cache", lambda *word: words.append(word), cache={"actors": 1})
+    events: list[ProgressEvent] = []
+    context = digits_world.context("cache", events.append, cache={"actors": 1})
     kill(context, ray_cluster, tmp_path)
     files = half_written(context)
     again = anew(digits_world, context)
     metrics = cache_targets(dataclasses.replace(context, draft=again))
-    assert words[0][0] == NOTICE
-    assert words[0][3] == f"{len(files)} of 3 files were captured before"
-    assert words[1][1] == words[0][1] > 0
+    assert events[0] == Notice(f"{len(files)} of 3 files were captured before")
+    progress = [event for event in events if isinstance(event, TaskProgress)]
+    assert progress[0].done > 0
     assert {name: (Path(again.uri) / name).stat().st_mtime_ns for name in files} == files
     whole = capture(digits_world, None).local()
-    assert metrics["rows"] == words[-1][1] == TargetIndex.read(whole).rows
+    assert metrics["rows"] == progress[-1].done == TargetIndex.read(whole).rows
     ids = np.arange(metrics["rows"])
     for name, values in TargetCache(Path(again.uri)).take(ids).items():
         np.testing.assert_allclose(values, TargetCache(whole).take(ids)[name], rtol=1e-3, atol=1e-4)
@@ -231,7 +231,7 @@ def test_a_changed_sweep_does_not_go_on_from_anothers_trials(digits_world: World
     context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune=TUNE)
     job = jobs(context)[0]
     SweepState(context.draft).record_trials({job.name: {STUDENT: job.name}})
-    job.checkpoints.begin()
+    job.checkpoints.claim_folder()
     first = StudentTrainer(job)
     first.run_to_validation()
     first.checkpoint_writer.wait()

@@ -28,6 +28,7 @@ from overproof.distill.sweep import sweep
 from overproof.distill.trial_job import TrialJob
 from overproof.errors import InputError
 from overproof.models.hf_directory import build_model, load_model
+from overproof.stage_context import ProgressEvent, TaskProgress
 
 SMALL = {"kind": "llama", "hidden_size": 32, "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 2}
 ASKED = {"k": 4, "prompt_tokens": 6, "new_tokens": 9, "rows": 2 * SWEEP["batch_size"], "wait_s": 60.0}  # type: ignore[operator]
@@ -183,8 +184,8 @@ def test_two_trials_share_one_pool_and_get_what_a_teacher_of_their_own_would_tel
 def test_teachers_and_trials_that_are_killed_change_nothing(text_world: World, text_cache: Artifact) -> None:
     killed: dict[str, int] = {}
 
-    def progress(task: str, done: int, total: int, note: str = "") -> None:
-        if task == "sweep" and done:
+    def progress(event: ProgressEvent) -> None:
+        if isinstance(event, TaskProgress) and event.task == "sweep" and event.done:
             for actor in actors().values():
                 kind = actor["ActorClassName"]
                 if actor["State"] == "ALIVE" and ("Trainable" in kind or kind == "ScorerWorker") and kind not in killed:

@@ -28,7 +28,7 @@ from overproof.distill.trial_job import TrialJob, rung_steps
 from overproof.distill.tune_search import trial_slots
 from overproof.errors import InputError
 from overproof.models.hf_directory import count_parameters, load_model
-from overproof.stage_context import StageContext
+from overproof.stage_context import ProgressEvent, StageContext, TaskProgress
 from overproof.train.loop import validation_loss
 
 STEPS, GRACE = 24, 8
@@ -60,7 +60,7 @@ class Swept:
     context: StageContext
     folder: Path
     metrics: dict[str, Any]
-    words: list[tuple[str, int, int, str]]
+    events: list[ProgressEvent]
     printed: str
     junk: set[str]
 
@@ -90,13 +90,13 @@ def printing(into: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def swept(ray_cluster: str, digits_world: World, digits_cache: Artifact, tmp_path_factory: Any) -> Swept:
-    words: list[tuple[str, int, int, str]] = []
+    events: list[ProgressEvent] = []
     output = tmp_path_factory.mktemp("printed") / "output"
-    context = digits_world.context("sweep", lambda *word: words.append(word), digits_cache, sweep=SWEEP, tune=TUNE)
+    context = digits_world.context("sweep", events.append, digits_cache, sweep=SWEEP, tune=TUNE)
     before = scratch()
     with printing(output):
         metrics = sweep(context)
-    return Swept(context, Path(context.draft.uri), metrics, words, output.read_text(), scratch() - before)
+    return Swept(context, Path(context.draft.uri), metrics, events, output.read_text(), scratch() - before)
 
 
 def scratch() -> set[str]:
@@ -191,13 +191,14 @@ def test_nothing_else_is_left_or_printed(swept: Swept) -> None:
 
 
 def test_progress_is_told_all_along(swept: Swept) -> None:
-    trials = [word for word in swept.words if word[0] == "sweep"]
-    assert trials[0] == ("sweep", 0, 4 * STEPS, "starting trials")
-    assert trials[-1][1] == 4 * STEPS
-    assert [word[1] for word in trials] == sorted(word[1] for word in trials)
-    assert "best " in trials[-1][3]
-    control = [word for word in swept.words if word[0] == "control"]
-    assert (control[0][1], control[-1][1]) == (0, STEPS)
+    told = [event for event in swept.events if isinstance(event, TaskProgress)]
+    trials = [event for event in told if event.task == "sweep"]
+    assert trials[0] == TaskProgress("sweep", 0, 4 * STEPS, "starting trials")
+    assert trials[-1].done == 4 * STEPS
+    assert [event.done for event in trials] == sorted(event.done for event in trials)
+    assert "best " in trials[-1].note
+    control = [event for event in told if event.task == "control"]
+    assert (control[0].done, control[-1].done) == (0, STEPS)
 
 
 def job_of(context: StageContext, name: str) -> TrialJob:

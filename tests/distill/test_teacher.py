@@ -17,24 +17,17 @@ from overproof.distill.target_cache import TargetCache, TargetIndex
 from overproof.distill.teacher_stages import cache_targets, check_scheme
 from overproof.errors import InputError
 from overproof.models.hf_directory import build_model, save_model
-
-
-class Said:
-    """What a stage told of its progress."""
-
-    def __init__(self) -> None:
-        self.words: list[tuple[str, int, int, str]] = []
-
-    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
-        self.words.append((task, done, total, note))
+from overproof.stage_context import ProgressEvent, TaskProgress
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_teacher_sees_each_row_group_of_the_order_once(
     digits_world: World, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    said = Said()
-    context = digits_world.context("cache", said, cache={"scheme": {"kind": "topk", "k": 10}, "rows": 500, "actors": 2})
+    events: list[ProgressEvent] = []
+    context = digits_world.context(
+        "cache", events.append, cache={"scheme": {"kind": "topk", "k": 10}, "rows": 500, "actors": 2}
+    )
     metrics = cache_targets(context)
     folder = Path(context.draft.uri)
     manifest, index = Manifest.read(digits_world.root), TargetIndex.read(folder)
@@ -55,8 +48,8 @@ def test_the_teacher_sees_each_row_group_of_the_order_once(
     np.testing.assert_allclose(mass, 1, atol=2e-3)
     assert np.isneginf(found["tail"]).all()
 
-    assert said.words[0] == ("cache", 0, index.rows, "starting 2 teachers")
-    done = [word[1] for word in said.words]
+    assert events[0] == TaskProgress("cache", 0, index.rows, "starting 2 teachers")
+    done = [event.done for event in events if isinstance(event, TaskProgress)]
     assert done == sorted(done)
     assert done[-1] == index.rows
     assert len(set(done)) > index.rows / 24  # one word a forward pass, while the pool runs

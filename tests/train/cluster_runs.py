@@ -6,6 +6,7 @@ python cluster_runs.py FOLDER ADDRESS    one driver of the run that is killed, a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ from tiny_data import LLAMA, settings, text_like
 
 from overproof.artifacts import ArtifactWriter, Store
 from overproof.config import load_recipe as read_recipe
-from overproof.stage_context import NOTICE, StageContext
+from overproof.stage_context import ProgressEvent, StageContext, StepTrained, TrainingResumed
 from overproof.train.ray_trainer import train_teacher
 
 DIGITS = Path(__file__).parents[2] / "jobs" / "recipes" / "digits.yaml"
@@ -50,15 +51,15 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Pace:
-    """A progress that writes down what it is told, by whom and when, and makes steps slow."""
+    """A progress that writes down events, from which process and when, and makes steps slow."""
 
     file: str
 
-    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
-        word = {"time": time.time(), "pid": os.getpid(), "task": task, "done": done, "note": note}
+    def __call__(self, event: ProgressEvent) -> None:
+        entry = {"time": time.time(), "pid": os.getpid(), "kind": type(event).__name__, **dataclasses.asdict(event)}
         with open(self.file, "a") as file:  # noqa: PTH123  # seen by processes that pickle it by value
-            file.write(json.dumps(word) + "\n")
-        if note.startswith("loss") and not os.path.exists(f"{self.file}.hurry"):  # noqa: PTH110
+            file.write(json.dumps(entry) + "\n")
+        if isinstance(event, StepTrained) and not os.path.exists(f"{self.file}.hurry"):  # noqa: PTH110
             time.sleep(STEP_S)
 
 
@@ -109,10 +110,13 @@ class Run:
         """The first step from there on that so many workers have made."""
 
         def wanted(word: dict[str, Any]) -> bool:
-            note = word["note"]
-            return bool(word["done"] >= at_least and note.startswith("loss") and note.endswith(f"{workers} workers"))
+            return is_step(word) and word["done"] >= at_least and word["workers"] == workers
 
         return self.until(wanted, since)
+
+
+def is_step(word: dict[str, Any]) -> bool:
+    return bool(word["kind"] == StepTrained.__name__)
 
 
 def alive(kind: str) -> list[dict[str, Any]]:
@@ -203,7 +207,7 @@ def moved(folder: Path, cluster: Cluster, nodes: list[Any]) -> dict[str, Any]:
     t_join = time.time()
     cluster.add_node(**NODE)
     after = run.step(1, workers=3, since=t_join)
-    last = [word for word in run.words() if t_join < word["time"] < after["time"] and word["note"].startswith("loss")]
+    last = [word for word in run.words() if t_join < word["time"] < after["time"] and is_step(word)]
     seconds["join"], steps["join"] = after["time"] - last[-1]["time"], [last[-1]["done"], after["done"]]
 
     run.step(after["done"] + 3, workers=3, since=t_join)
@@ -212,7 +216,7 @@ def moved(folder: Path, cluster: Cluster, nodes: list[Any]) -> dict[str, Any]:
     t_drain = time.time()
     drain(cluster, node, 600)
     after = run.step(1, workers=2, since=t_drain)
-    last = [word for word in run.words() if t_drain < word["time"] < after["time"] and word["note"].startswith("loss")]
+    last = [word for word in run.words() if t_drain < word["time"] < after["time"] and is_step(word)]
     seconds["drain"], steps["drain"] = after["time"] - t_drain, [last[-1]["done"], after["done"]]
     seconds["drain notice"] = last[-1]["time"] - t_drain
     on = [where for _, where in workers()]
@@ -243,7 +247,7 @@ def main(folder: Path) -> None:
         cluster.shutdown()
     for name, result in results.items():
         result["rows"] = curve(folder, name)
-        result["said"] = [word["note"] for word in Run(folder, name).words() if word["task"] == NOTICE]
+        result["resumed"] = [word for word in Run(folder, name).words() if word["kind"] == TrainingResumed.__name__]
     (folder / "results.json").write_text(json.dumps(results))
 
 

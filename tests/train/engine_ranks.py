@@ -42,8 +42,8 @@ def train(engine: TrainingEngine, settings: Train, root: Path, rank: int, world:
     parts = shard_batches(validation_ids(held_out.rows, settings.validation_rows), 4, rank, world)
 
     def validate() -> float:
-        with engine.evaluating() as model:
-            return validation_loss(model, (to_tensors(held_out.take(part)) for part in parts), engine.total)
+        with engine.eval_mode() as model:
+            return validation_loss(model, (to_tensors(held_out.take(part)) for part in parts), engine.all_reduce)
 
     reported: list[CurveRow] = []
     fit(engine, CrossEntropy(), settings, batches, validate, reported.append)

@@ -20,6 +20,7 @@ from tiny_data import digits_like, settings, text_like
 
 from overproof.artifacts import Artifact, Store
 from overproof.errors import InputError
+from overproof.stage_context import ProgressEvent, StepTrained, no_progress
 from overproof.train.checkpoint import Checkpoints
 from overproof.train.local_launcher import LocalWorkers, WorkersDied
 from overproof.train.train_job import SupervisedSpec, TrainJob
@@ -35,29 +36,16 @@ class KillAt:
 
     step: int
 
-    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
-        if done == self.step:
+    def __call__(self, event: ProgressEvent) -> None:
+        if isinstance(event, StepTrained) and event.done == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-@dataclass(frozen=True)
-class Said:
-    """A progress that keeps in a file what was said."""
-
-    file: Path
-
-    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
-        with self.file.open("a") as file:
-            file.write(f"{note}\n")
 
 
 def job_of(store: Store, prepared: Artifact, name: str, train: dict[str, Any]) -> TrainJob:
     draft = store.begin(name, "train", PRINT, {"train": train}, {"prepare": prepared.record.fingerprint})
     plan = settings(**train)
     checkpoints = Checkpoints(draft.workspace, PRINT, draft.config, draft.parents, plan.checkpoint)
-    return TrainJob(
-        plan, SEED, prepared, draft, checkpoints, Said(Path(store.uri) / f"{name}.said"), SupervisedSpec(plan.model)
-    )
+    return TrainJob(plan, SEED, prepared, draft, checkpoints, no_progress, SupervisedSpec(plan.model))
 
 
 def run(store: Store, prepared: Artifact, case: dict[str, Any]) -> dict[str, Any]:
@@ -66,15 +54,15 @@ def run(store: Store, prepared: Artifact, case: dict[str, Any]) -> dict[str, Any
     starts = []
     for attempt in case["attempts"]:
         kill = attempt.get("kill")
-        group = LocalWorkers.begin(replace(job, progress=KillAt(kill)) if kill else job, attempt["world"])
-        starts.append(group.start.step)
+        group = LocalWorkers.start(replace(job, progress=KillAt(kill)) if kill else job, attempt["world"])
+        starts.append(group.resume.step)
         try:
             metrics = group.join()
             assert not kill
         except WorkersDied:
             assert kill
         except InputError as error:
-            return {"error": str(error), "starts": starts, "committed": job.checkpoints.committed()}
+            return {"error": str(error), "starts": starts, "committed": job.checkpoints.committed_step()}
     folder = Path(job.draft.uri)
     return {
         "starts": starts,

@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 from overproof.config import CheckpointPolicy
 from overproof.errors import InputError
 from overproof.files import filesystem
-from overproof.train.checkpoint import CHECKPOINT_MANIFEST, LEDGER, Checkpoint, Checkpoints, differences, retained
+from overproof.stage_context import TrainingResumed
+from overproof.train.checkpoint import (
+    CHECKPOINT_MANIFEST,
+    LEDGER,
+    Checkpoint,
+    Checkpoints,
+    config_differences,
+    select_retained,
+)
 from overproof.train.checkpoint_writer import AsyncCheckpointWriter
 
 CONFIG = {"train": {"learning_rate": 0.003, "steps": 30}}
@@ -35,14 +43,14 @@ def state_of(rank: int, step: int) -> dict[str, Any]:
 
 def save(found: Checkpoints, step: int, attempt: str = "aaaa0000", world: int = 2, score: float | None = None) -> None:
     """What the ranks of a group do at a step."""
-    savers = [AsyncCheckpointWriter(found, attempt, rank, world) for rank in reversed(range(world))]
-    for saver in savers:
-        extra = {"curve.jsonl": b'{"step": 1}\n'} if saver.rank == 0 else {}
-        saver.save(step, score, lambda write, s=saver: write(f"rank{s.rank}.pt", state_of(s.rank, step)), extra)
+    writers = [AsyncCheckpointWriter(found, attempt, rank, world) for rank in reversed(range(world))]
+    for writer in writers:
+        extra = {"curve.jsonl": b'{"step": 1}\n'} if writer.rank == 0 else {}
+        writer.save(step, score, lambda write, s=writer: write(f"rank{s.rank}.pt", state_of(s.rank, step)), extra)
     errors = []
-    for saver in savers:  # all of them: in a process of its own each rank tidies up after itself
+    for writer in writers:  # all of them: in a process of its own each rank tidies up after itself
         try:
-            saver.wait()
+            writer.wait()
         except InputError as error:
             errors.append(error)
     if errors:
@@ -52,27 +60,27 @@ def save(found: Checkpoints, step: int, attempt: str = "aaaa0000", world: int = 
 @pytest.fixture
 def three(tmp_path: Path) -> Checkpoints:
     found = checkpoints(tmp_path / "work", keep_last=3)
-    found.begin()
+    found.claim_folder()
     for step in (10, 20, 30):
         save(found, step)
     return found
 
 
-def refuse(said: str) -> None:
-    raise AssertionError(f"nothing was to be said: {said}")
+def refuse(event: TrainingResumed) -> None:
+    raise AssertionError(f"nothing was to be reported: {event}")
 
 
 def test_nothing_was_ever_committed(tmp_path: Path) -> None:
     found = checkpoints(tmp_path / "work")
-    found.begin()
-    assert found.newest(refuse) is None
-    assert found.committed() == 0
+    found.claim_folder()
+    assert found.newest_sound(refuse) is None
+    assert found.committed_step() == 0
 
 
 def test_the_newest_is_what_was_saved(three: Checkpoints) -> None:
-    kept = three.newest(refuse)
+    kept = three.newest_sound(refuse)
     assert kept
-    assert (kept.step, kept.world, three.committed()) == (30, 2, 30)
+    assert (kept.step, kept.world, three.committed_step()) == (30, 2, 30)
     assert sorted(kept.files) == ["curve.jsonl", "rank0.pt", "rank1.pt"]
     with kept.local() as folder:
         for rank in range(2):
@@ -82,14 +90,14 @@ def test_the_newest_is_what_was_saved(three: Checkpoints) -> None:
 
 def test_what_changes_after_the_call_is_not_saved(tmp_path: Path) -> None:
     found = checkpoints(tmp_path / "work")
-    found.begin()
-    saver = AsyncCheckpointWriter(found, "aaaa0000", 0, 1)
+    found.claim_folder()
+    writer = AsyncCheckpointWriter(found, "aaaa0000", 0, 1)
     state = {"weights": torch.zeros(1000), "scale": [torch.ones(2)]}
     for step in (1, 2):  # the second copy goes into the memory of the first
-        saver.save(step, None, lambda write: write("s.pt", state), {})
+        writer.save(step, None, lambda write: write("s.pt", state), {})
         state["weights"] += 1
-        saver.wait()
-        kept = found.newest(refuse)
+        writer.wait()
+        kept = found.newest_sound(refuse)
         assert kept
         with kept.local() as folder:
             assert torch.load(folder / "s.pt")["weights"].unique().tolist() == [step - 1.0]
@@ -97,22 +105,23 @@ def test_what_changes_after_the_call_is_not_saved(tmp_path: Path) -> None:
 
 def test_tensors_that_are_one_stay_one(tmp_path: Path) -> None:
     found = checkpoints(tmp_path / "work")
-    found.begin()
-    saver, tied = AsyncCheckpointWriter(found, "aaaa0000", 0, 1), torch.ones(50_000)
-    saver.save(1, None, lambda write: write("s.pt", {"head": tied, "embedding": tied}), {})
-    saver.wait()
-    assert found.all()[0].files["s.pt"].size_bytes < 1.2 * 50_000 * 4
+    found.claim_folder()
+    writer, tied = AsyncCheckpointWriter(found, "aaaa0000", 0, 1), torch.ones(50_000)
+    writer.save(1, None, lambda write: write("s.pt", {"head": tied, "embedding": tied}), {})
+    writer.wait()
+    assert found.all_committed()[0].files["s.pt"].size_bytes < 1.2 * 50_000 * 4
 
 
 def test_a_rank_that_never_came_leaves_no_checkpoint(three: Checkpoints) -> None:
-    saver = AsyncCheckpointWriter(three, "bbbb0000", 1, 2)
-    saver.save(40, None, lambda write: write("rank1.pt", state_of(1, 40)), {})
-    saver.wait()
-    said: list[str] = []
-    kept = three.newest(said.append)
+    writer = AsyncCheckpointWriter(three, "bbbb0000", 1, 2)
+    writer.save(40, None, lambda write: write("rank1.pt", state_of(1, 40)), {})
+    writer.wait()
+    resumed: list[TrainingResumed] = []
+    kept = three.newest_sound(resumed.append)
     assert kept
     assert kept.step == 30
-    assert said == ["checkpoint 00000040-bbbb0000: was never finished; going on from step 30"]
+    text = "checkpoint 00000040-bbbb0000: was never finished; going on from step 30"
+    assert resumed == [TrainingResumed(text, 30)]
 
 
 def test_attempts_do_not_mix(three: Checkpoints) -> None:
@@ -120,7 +129,7 @@ def test_attempts_do_not_mix(three: Checkpoints) -> None:
     other.save(40, None, lambda write: write("rank1.pt", state_of(1, -1)), {})
     other.wait()
     save(three, 40, "cccc0000")
-    kept = three.newest(refuse)
+    kept = three.newest_sound(refuse)
     assert kept
     assert kept.uri.endswith("00000040-cccc0000")
     assert not list(Path(three.uri).glob("*bbbb0000"))
@@ -147,28 +156,27 @@ BREAK: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("how", BREAK)
 def test_a_bad_one_is_said_and_the_one_before_is_used(three: Checkpoints, how: str) -> None:
-    damage, words = BREAK[how]
+    damage, text = BREAK[how]
     damage(next(Path(three.uri).glob("00000030-*")))
-    said: list[str] = []
-    kept = three.newest(said.append)
+    resumed: list[TrainingResumed] = []
+    kept = three.newest_sound(resumed.append)
     assert kept
     assert kept.step == 20
-    assert len(said) == 1
-    assert words in said[0]
-    assert said[0].endswith("going on from step 20")
+    assert [event.step for event in resumed] == [20]
+    assert text in resumed[0].text
 
 
 def test_a_bad_one_goes_when_training_has_passed_it(three: Checkpoints) -> None:
     flip(next(Path(three.uri).glob("00000030-*")) / "rank1.pt")
     save(three, 25, "bbbb0000")
-    assert [kept.step for kept in three.all()] == [10, 20, 25]
+    assert [kept.step for kept in three.all_committed()] == [10, 20, 25]
 
 
 def test_none_left_where_there_was_one_is_an_error(three: Checkpoints) -> None:
     for folder in Path(three.uri).glob("0*"):
         flip(folder / "rank0.pt")
     with pytest.raises(InputError, match=r"reached step 30, and no good checkpoint is left: .*rank0\.pt was"):
-        three.newest(refuse)
+        three.newest_sound(refuse)
 
 
 def test_a_folder_emptied_by_hand_is_an_error(three: Checkpoints) -> None:
@@ -177,14 +185,14 @@ def test_a_folder_emptied_by_hand_is_an_error(three: Checkpoints) -> None:
             file.unlink()
         folder.rmdir()
     with pytest.raises(InputError, match="none was found"):
-        three.newest(refuse)
+        three.newest_sound(refuse)
 
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink])
 def test_the_ledger_is_not_needed_to_find_a_good_one(three: Checkpoints, damage: Callable[[Path], None]) -> None:
     damage(Path(three.uri) / LEDGER)
-    three.begin()
-    kept = three.newest(refuse)
+    three.claim_folder()
+    kept = three.newest_sound(refuse)
     assert kept
     assert kept.step == 30
 
@@ -193,9 +201,9 @@ def test_without_ledger_a_bad_one_is_still_no_fresh_start(three: Checkpoints) ->
     (Path(three.uri) / LEDGER).unlink()
     for folder in Path(three.uri).glob("0*"):
         flip(folder / "rank0.pt")
-    three.begin()
+    three.claim_folder()
     with pytest.raises(InputError, match="no good checkpoint is left"):
-        three.newest(refuse)
+        three.newest_sound(refuse)
 
 
 @tries(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -219,7 +227,7 @@ def test_no_damage_goes_unseen(three: Checkpoints, data: st.DataObject) -> None:
             after[place : place + 512] = bytes(len(after[place : place + 512]))
     try:
         file.write_bytes(after)
-        kept = three.newest([].append)
+        kept = three.newest_sound([].append)
         assert kept
         assert kept.step == 20 or file.name not in kept.files or bytes(after) == before
     finally:
@@ -234,24 +242,24 @@ def test_another_recipe_is_refused_with_the_difference(three: Checkpoints) -> No
         parents={"prepare": "b" * 64},
     )
     with pytest.raises(InputError) as refused:
-        other.begin()
+        other.claim_folder()
     said = str(refused.value)
     assert "at step 30" in said
     assert "train.learning_rate 0.003, now 0.001" in said
     assert "prepare aaaaaaaa, now bbbbbbbb" in said
-    assert three.newest(refuse) is not None
+    assert three.newest_sound(refuse) is not None
 
 
 def test_another_recipe_may_take_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
-    checkpoints(tmp_path / "work").begin()
+    checkpoints(tmp_path / "work").claim_folder()
     other = replace(checkpoints(tmp_path / "work"), fingerprint="e" * 64)
-    other.begin()
-    assert other.newest(refuse) is None
+    other.claim_folder()
+    assert other.newest_sound(refuse) is None
 
 
 def test_differences_name_every_field() -> None:
     before, now = {"a": {"b": 1, "c": [1, 2]}, "d": None}, {"a": {"b": 2, "c": [1, 2]}, "e": "x"}
-    assert list(differences(before, now)) == ["a.b 1, now 2", 'e null, now "x"']
+    assert list(config_differences(before, now)) == ["a.b 1, now 2", 'e null, now "x"']
 
 
 def kept_at(step: int, score: float | None) -> Checkpoint:
@@ -260,7 +268,7 @@ def kept_at(step: int, score: float | None) -> Checkpoint:
 
 def test_the_last_and_the_best_are_kept() -> None:
     scores = {10: 3.0, 20: 1.0, 30: None, 40: 2.0, 50: 2.5, 60: 2.2}
-    kept = retained(
+    kept = select_retained(
         [kept_at(step, score) for step, score in scores.items()], CheckpointPolicy(keep_last=2, keep_best=2)
     )
     assert sorted(each.step for each in kept) == [20, 40, 50, 60]
@@ -268,10 +276,10 @@ def test_the_last_and_the_best_are_kept() -> None:
 
 def test_old_ones_go(tmp_path: Path) -> None:
     found = checkpoints(tmp_path / "work", keep_last=2, keep_best=1)
-    found.begin()
+    found.claim_folder()
     for step, score in [(1, 2.0), (2, 1.0), (3, 3.0), (4, 4.0), (5, 5.0)]:
         save(found, step, score=score)
-    assert [kept.step for kept in found.all()] == [2, 4, 5]
+    assert [kept.step for kept in found.all_committed()] == [2, 4, 5]
     best = found.best()
     assert best
     assert best.step == 2
@@ -280,17 +288,17 @@ def test_old_ones_go(tmp_path: Path) -> None:
 def test_on_an_object_store(s3_uri: str) -> None:
     uri = s3_uri.replace("/store?", "/store/tiny/train.work?")
     found = checkpoints(uri)
-    found.begin()
+    found.claim_folder()
     for step in (10, 20):
         save(found, step)
-    files, root = filesystem(found.folder(20, "aaaa0000"))
+    files, root = filesystem(found.directory(20, "aaaa0000"))
     with files.open_output_stream(f"{root}/rank0.pt") as stream:
         stream.write(b"torn")
-    said: list[str] = []
-    kept = found.newest(said.append)
+    resumed: list[TrainingResumed] = []
+    kept = found.newest_sound(resumed.append)
     assert kept
     assert kept.step == 10
-    assert "rank0.pt has 4 bytes" in said[0]
+    assert "rank0.pt has 4 bytes" in resumed[0].text
     with kept.local() as folder:
         assert torch.load(folder / "rank1.pt")["step"] == 10
 
@@ -304,7 +312,7 @@ sys.path.insert(0, {here!r})
 from test_checkpoint import *
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 found = checkpoints({folder!r})
-found.begin()
+found.claim_folder()
 save(found, 10)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 save(found, 20)
@@ -321,7 +329,7 @@ def test_storage_that_fills_up_loses_nothing(tmp_path: Path) -> None:
     assert "the checkpoint of step 20 could not be written" in last
     assert "training goes on from step 10" in last
     found = checkpoints(tmp_path / "work")
-    kept = found.newest(refuse)
+    kept = found.newest_sound(refuse)
     assert kept
     assert kept.step == 10
     assert len(list(Path(found.uri).glob("0*"))) == 1

@@ -13,15 +13,21 @@ from typing import Any
 import pytest
 from cluster_runs import COMMON, RUNS
 from ray.exceptions import ActorDiedError, OutOfMemoryError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
-from ray.train.v2._internal.execution.failure_handling import FailureDecision
-from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 from tiny_data import settings
 
 from overproof.errors import InputError
+from overproof.stage_context import ProgressEvent, TrainingResumed
 from overproof.train.checkpoint import Checkpoints
 from overproof.train.ray_elastic import PlannedRestart, RetryPolicy, largest_world
+from overproof.train.ray_train_private import (
+    ControllerError,
+    FailureDecision,
+    PreemptionError,
+    WorkerGroupError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 
 TOLERANCE = 1e-5
 
@@ -75,7 +81,7 @@ def test_kills_of_a_worker_the_controller_and_the_driver_leave_no_trace(
 def test_a_kill_costs_no_more_than_the_steps_since_the_last_checkpoint(ran: dict[str, Any]) -> None:
     for before, after in ran["killed"]["steps"].values():
         assert after == before // 10 * 10 + 1
-    assert any("a worker died" in line and "going on from step 10" in line for line in ran["killed"]["said"])
+    assert any("a worker died" in event["text"] and event["step"] == 10 for event in ran["killed"]["resumed"])
 
 
 def test_a_run_whose_controller_is_killed_ends_and_says_what_to_do(ran: dict[str, Any]) -> None:
@@ -101,7 +107,9 @@ def test_a_drained_node_is_left_at_the_next_step(ran: dict[str, Any]) -> None:
     last, first = ran["moved"]["steps"]["drain"]
     assert first == last + 1
     assert ran["moved"]["drained_is_left"]
-    assert ran["moved"]["said"][-1].endswith(f"checkpoint of step {last} committed; going on from step {last}")
+    resumed = ran["moved"]["resumed"][-1]
+    assert resumed["step"] == last
+    assert f"checkpoint of step {last} committed" in resumed["text"]
 
 
 def test_other_numbers_of_workers_train_the_same(ran: dict[str, Any], whole: dict[str, Any]) -> None:
@@ -122,33 +130,35 @@ MOVES = [
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Checkpoints:
     found = Checkpoints(str(tmp_path / "train.work"), "f" * 64, {}, {}, settings().checkpoint)
-    found.begin()
+    found.claim_folder()
     return found
 
 
 def test_failures_count_until_a_checkpoint_is_committed(checkpoints: Checkpoints) -> None:
-    said: list[str] = []
-    patience = RetryPolicy(checkpoints, 3, said.append)
+    events: list[ProgressEvent] = []
+    policy = RetryPolicy(checkpoints, 3, events.append)
     failure = WorkerGroupError("", {0: RuntimeError("Connection closed by peer"), 1: DIED})
-    decisions = [patience.make_decision(failure) for _ in range(2)]
-    checkpoints.note(10)
-    decisions += [patience.make_decision(failure) for _ in range(3)]
+    decisions = [policy.make_decision(failure) for _ in range(2)]
+    checkpoints.record_step(10)
+    decisions += [policy.make_decision(failure) for _ in range(3)]
     assert decisions == [FailureDecision.RETRY] * 4 + [FailureDecision.RAISE]
-    assert said[2].startswith("a worker died: ")
-    assert said[2].endswith("going on from step 10 (failure 1 of 3 without a new checkpoint)")
+    resumed = [event for event in events if isinstance(event, TrainingResumed)]
+    assert [event.step for event in resumed] == [0, 0, 10, 10]
+    assert resumed[2].text.startswith("a worker died: ")
+    assert "(failure 1 of 3 without a new checkpoint)" in resumed[2].text
 
 
 def test_moves_are_no_failures(checkpoints: Checkpoints) -> None:
-    patience = RetryPolicy(checkpoints, 1, [].append)
-    assert [patience.make_decision(move) for move in MOVES] == [FailureDecision.RETRY] * 3
+    policy = RetryPolicy(checkpoints, 1, [].append)
+    assert [policy.make_decision(move) for move in MOVES] == [FailureDecision.RETRY] * 3
 
 
 @pytest.mark.parametrize("hopeless", [InputError("step 3: loss is nan"), OutOfMemoryError("the node ran low")])
 def test_what_cannot_get_better_ends_the_run(checkpoints: Checkpoints, hopeless: Exception) -> None:
-    patience = RetryPolicy(checkpoints, 8, [].append)
+    policy = RetryPolicy(checkpoints, 8, [].append)
     wrapped = WorkerHealthCheckFailedError("health", failure=hopeless)
     for failure in (hopeless, wrapped):
-        decision = patience.make_decision(WorkerGroupError("", {0: RuntimeError("gloo"), 1: failure}))
+        decision = policy.make_decision(WorkerGroupError("", {0: RuntimeError("gloo"), 1: failure}))
         assert decision == FailureDecision.RAISE
 
 

@@ -18,15 +18,23 @@ from tiny_data import VIT, digits_like, settings
 from transformers import AutoModelForImageClassification
 
 from overproof.artifacts import Store
-from overproof.cluster.ray_cluster import relay
+from overproof.cluster.ray_cluster import relay_progress
 from overproof.config import Pretrained, Train
 from overproof.config import load_recipe as read_recipe
 from overproof.data.manifest import Manifest
 from overproof.errors import InputError
 from overproof.models.hf_directory import build_model, load_model, save_model
-from overproof.stage_context import Progress, StageContext, no_progress
+from overproof.stage_context import (
+    Progress,
+    ProgressEvent,
+    StageContext,
+    StepTrained,
+    TaskProgress,
+    TrainingResumed,
+    no_progress,
+)
 from overproof.train.checkpoint import Checkpoints
-from overproof.train.ray_trainer import RayTrainer, train_teacher
+from overproof.train.ray_trainer import make_trainer, train_rank, train_teacher
 from overproof.train.train_job import SupervisedSpec, TrainJob
 
 DIGITS = Path(__file__).parents[2] / "jobs" / "recipes" / "digits.yaml"
@@ -59,7 +67,7 @@ def stage(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Stage:
 class Run:
     metrics: dict[str, Any]
     folder: Path
-    words: list[tuple[str, int, int, str]]
+    events: list[ProgressEvent]
     on_interrupt: tuple[Any, Any]  # who answers Ctrl-C, before and after
 
     def lines(self, key: str) -> list[float]:
@@ -73,11 +81,11 @@ def lines(folder: Path, key: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def two_workers(stage: Stage) -> Run:
-    words: list[tuple[str, int, int, str]] = []
+    events: list[ProgressEvent] = []
     before = signal.getsignal(signal.SIGINT)
-    with relay(lambda *word: words.append(word)) as progress:
+    with relay_progress(events.append) as progress:
         metrics, folder = stage(settings(workers=2, zero_stage=3, **PLAN), progress)
-    return Run(metrics, folder, words, (before, signal.getsignal(signal.SIGINT)))
+    return Run(metrics, folder, events, (before, signal.getsignal(signal.SIGINT)))
 
 
 def test_leaves_a_model_that_transformers_loads(two_workers: Run) -> None:
@@ -102,9 +110,11 @@ def test_leaves_events_that_tensorboard_reads(two_workers: Run) -> None:
 
 
 def test_says_how_far_it_is(two_workers: Run) -> None:
-    assert two_workers.words[0] == ("train", 0, 30, "starting 2 workers")
-    assert two_workers.words[-1][:3] == ("train", 30, 30)
-    assert two_workers.words[-1][3].startswith(f"loss {two_workers.lines('loss')[-1]:.2f} · ")
+    assert two_workers.events[0] == TaskProgress("train", 0, 30, "starting 2 workers")
+    last = [event for event in two_workers.events if isinstance(event, StepTrained)][-1]
+    assert (last.task, last.done, last.total, last.workers) == ("train", 30, 30, 2)
+    assert last.loss == two_workers.lines("loss")[-1]
+    assert last.note.startswith(f"loss {last.loss:.2f} · ")
 
 
 def test_gives_ctrl_c_back(two_workers: Run) -> None:
@@ -146,8 +156,8 @@ def test_a_loss_that_blows_up_is_refused(stage: Stage) -> None:
 
 
 def test_failures_that_nothing_comes_of_end_the_run(stage: Stage) -> None:
-    def die(task: str, done: int, total: int, note: str = "") -> None:
-        if note.startswith("loss"):
+    def die(event: ProgressEvent) -> None:
+        if isinstance(event, StepTrained):
             os.kill(os.getpid(), signal.SIGKILL)
 
     ends = "train: 2 failures in a row without a new checkpoint after step 0; the last one: a worker died: "
@@ -156,8 +166,8 @@ def test_failures_that_nothing_comes_of_end_the_run(stage: Stage) -> None:
 
 
 def test_ctrl_c_ends_a_run_that_waits_for_nodes(stage: Stage) -> None:
-    def interrupt(task: str, done: int, total: int, note: str = "") -> None:
-        if "no room for 1 workers yet" in note:
+    def interrupt(event: ProgressEvent) -> None:
+        if isinstance(event, TrainingResumed):  # no room for 1 workers yet
             os.kill(driver, signal.SIGINT)
 
     driver = os.getpid()
@@ -171,6 +181,8 @@ def test_no_process_looks_for_the_run_in_another_cluster(ray_cluster: str, tmp_p
     plan = settings()
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, {}, {}, plan.checkpoint)
     job = TrainJob(plan, SEED, draft.commit({}, 0.0), draft, checkpoints, no_progress, SupervisedSpec(plan.model))
-    used = {type(callback).__name__ for callback in RayTrainer(job, str(tmp_path))._create_default_callbacks()}
+    used = {
+        type(callback).__name__ for callback in make_trainer(job, train_rank, str(tmp_path))._create_default_callbacks()
+    }
     assert "DatasetsCallback" in used
     assert "PlacementGroupCleanerCallback" not in used

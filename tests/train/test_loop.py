@@ -26,7 +26,7 @@ from overproof.errors import InputError
 from overproof.models.hf_directory import Batch, Prediction, build_model, to_tensors
 from overproof.train.engine import Metrics
 from overproof.train.loop import CurveRow, fit, shard_batches, train_steps, validation_ids, validation_loss
-from overproof.train.metrics_logger import MetricsLogger
+from overproof.train.metrics import MetricsLogger
 from overproof.train.objective import CrossEntropy, Objective, masked_mean, nll
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "train-digits-like.json"
@@ -71,10 +71,10 @@ class Fixed:
         return {"loss": next(self.losses), "learning_rate": 0.1, "grad_norm": 1.0}
 
     @contextmanager
-    def evaluating(self) -> Iterator[nn.Module]:
+    def eval_mode(self) -> Iterator[nn.Module]:
         yield nn.Identity()
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         return values
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A training on a Ray cluster of its own, for one who wants to see what becomes of it when harm is done."""
+"""A training on a Ray cluster of its own that can be followed, held at a step and disturbed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -24,58 +23,87 @@ from overproof.cluster import ray_cluster
 from overproof.config import Recipe, Train
 from overproof.data.manifest import Manifest
 from overproof.data.order import rows_hash
-from overproof.stage_context import Progress, StageContext
-from overproof.train.metrics_logger import CURVE_FILE, ROWS_HASH
+from overproof.stage_context import Progress, ProgressEvent, StageContext, StepTrained, TrainingResumed
+from overproof.train.checkpoint import CURVE_FILE
 
 OBJECT_STORE_BYTES = 200 << 20
 WAIT_S = 300.0
-HELD_S = 0.01
-
-
-@dataclass(frozen=True)
-class ProgressRecord:
-    """What a training said."""
-
-    time_s: float
-    done: int
-    note: str
-
-    @property
-    def step(self) -> bool:
-        """Whether a step was made, and not something told about the run."""
-        return self.note.startswith(("loss", "step left out"))
+HELD_POLL_S = 0.01
+NO_LIMIT = sys.maxsize
 
 
 @dataclass
 class ProgressLog:
-    """A progress that remembers, for one who waits for something to happen and holds the training meanwhile."""
+    """A progress that remembers events and when they came, for one who waits for them."""
 
     show: Progress
-    leash: Path
-    words: list[ProgressRecord] = field(default_factory=list)
-    over: threading.Event = field(default_factory=threading.Event)
+    events: list[tuple[float, ProgressEvent]] = field(default_factory=list)  # seconds of the monotonic clock
+    finished: bool = False
+    _changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
-        self.words.append(ProgressRecord(time.monotonic(), done, note))
-        self.show(task, done, total, note)
+    def __call__(self, event: ProgressEvent) -> None:
+        self.show(event)
+        with self._changed:
+            self.events.append((time.monotonic(), event))
+            self._changed.notify_all()
 
-    def until(
-        self, wanted: Callable[[ProgressRecord], bool], since_s: float = 0.0, wait_s: float = WAIT_S
-    ) -> ProgressRecord | None:
-        """The first word that is wanted; None when the time or the training is over without."""
-        limit_s = time.monotonic() + wait_s
-        while time.monotonic() < limit_s and not self.over.is_set():
-            for word in self.words:
-                if word.time_s > since_s and wanted(word):
-                    return word
-            time.sleep(0.05)
-        return None
+    def finish(self) -> None:
+        """The training is over; nobody waits any longer."""
+        with self._changed:
+            self.finished = True
+            self._changed.notify_all()
 
-    def let(self, step: int = sys.maxsize) -> None:
+    def wait_finished(self) -> None:
+        """Until the training is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.finished)
+
+    def wait_step(
+        self, since_s: float = 0.0, at_least: int = 0, workers: int | None = None, timeout_s: float = WAIT_S
+    ) -> tuple[float, StepTrained] | None:
+        """When the first such step was made, and the step; None when the time or the training is over without."""
+
+        def find() -> tuple[float, StepTrained] | None:
+            return next(
+                (
+                    (time_s, event)
+                    for time_s, event in self.events
+                    if time_s > since_s
+                    and isinstance(event, StepTrained)
+                    and event.done >= at_least
+                    and workers in (None, event.workers)
+                ),
+                None,
+            )
+
+        with self._changed:
+            self._changed.wait_for(lambda: self.finished or find() is not None, timeout_s)
+            return find()
+
+    def resumed_step(self, since_s: float, until_s: float) -> int:
+        """The step that a training went on from between two times; of several restarts the last."""
+        steps = [
+            event.step
+            for time_s, event in self.events
+            if since_s < time_s <= until_s and isinstance(event, TrainingResumed)
+        ]
+        return steps[-1] if steps else 0
+
+
+@dataclass(frozen=True)
+class StepLimit:
+    """The step at which a training waits, in a file that its workers read."""
+
+    file: Path
+
+    def set(self, step: int = NO_LIMIT) -> None:
         """Let the training make so many steps and then wait, so that it is not over before all has happened."""
-        fresh = self.leash.with_suffix(".new")
+        fresh = self.file.with_suffix(".new")
         fresh.write_text(str(step))
-        fresh.replace(self.leash)
+        fresh.replace(self.file)
+
+    def reached(self, step: int) -> bool:
+        return step >= int(self.file.read_text())
 
 
 @dataclass(frozen=True)
@@ -83,12 +111,12 @@ class PausedProgress:
     """A progress that gives a training back only when it may make another step."""
 
     progress: Progress
-    leash: Path
+    limit: StepLimit
 
-    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
-        self.progress(task, done, total, note)
-        while ProgressRecord(0.0, done, note).step and done >= int(self.leash.read_text()):
-            time.sleep(HELD_S)
+    def __call__(self, event: ProgressEvent) -> None:
+        self.progress(event)
+        while isinstance(event, StepTrained) and self.limit.reached(event.done):
+            time.sleep(HELD_POLL_S)
 
 
 @dataclass(frozen=True)
@@ -97,14 +125,14 @@ class Disruption:
 
     what: str
     at_step: int
-    went_on_from: int
-    seconds: float  # from the deed to the next step
+    resumed_from: int
+    seconds: float  # from the disruption to the next step
     workers: str = ""
 
     @property
     def lost(self) -> int:
         """Steps that were made again."""
-        return max(0, self.at_step - self.went_on_from)
+        return max(0, self.at_step - self.resumed_from)
 
 
 @dataclass(frozen=True)
@@ -112,7 +140,7 @@ class TrainingRecord:
     """What came of a training, in numbers that can be compared."""
 
     rows: list[dict[str, float]]
-    weights: str  # sha256
+    weights_sha256: str
 
     @classmethod
     def read(cls, artifact: Artifact) -> TrainingRecord:
@@ -129,14 +157,30 @@ class TrainingRecord:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
-    def multiset(self) -> int:
-        """Hash of all rows that came, as the workers counted them."""
+    def rows_hash(self) -> int:
+        """Hash of the multiset of rows that came, as the workers counted them."""
+        from overproof.train.metrics import ROWS_HASH  # torch: seconds to import
+
         return int(sum(self.values(ROWS_HASH)))
 
 
-FaultScript = Callable[
-    [ProgressLog, Any], Iterator[Disruption]
-]  # done to a training on a ``cluster_utils.Cluster`` while it runs
+@dataclass(frozen=True)
+class RunningTraining:
+    """What a fault script may do to a training: follow it, hold it, and harm its workers and nodes."""
+
+    log: ProgressLog
+    limit: StepLimit
+    cluster: Any  # ray.cluster_utils.Cluster
+
+    def recovery(self, what: str, at_step: int, began_s: float, workers: str = "") -> Disruption | None:
+        """Wait for the next step after a disruption; None when there was none."""
+        step = self.log.wait_step(began_s)
+        if step is None:
+            return None
+        return Disruption(what, at_step, self.log.resumed_step(began_s, step[0]), step[0] - began_s, workers)
+
+
+FaultScript = Callable[[RunningTraining], Iterator[Disruption]]  # runs beside a training and disturbs it
 
 
 @dataclass(frozen=True)
@@ -145,96 +189,83 @@ class FaultTestbed:
 
     recipe: Recipe
     prepared: Artifact
-    nodes: Any  # ray.cluster_utils.Cluster
+    cluster: Any  # ray.cluster_utils.Cluster
 
     @classmethod
     @contextmanager
-    def of(cls, recipe: Recipe, cpus: list[int]) -> Iterator[FaultTestbed]:
+    def start(cls, recipe: Recipe, cpus: list[int]) -> Iterator[FaultTestbed]:
         """With a node for each number of logical CPUs."""
-        with tempfile.TemporaryDirectory(prefix="overproof-proof-") as store, _nodes(cpus) as nodes:
+        with tempfile.TemporaryDirectory(prefix="overproof-proof-") as store, _start_cluster(cpus) as cluster:
             own = recipe.model_copy(update={"store": store})
-            yield cls(own, pipeline.run(own, "prepare")["prepare"], nodes)
+            yield cls(own, pipeline.run(own, "prepare")["prepare"], cluster)
 
     def train(
-        self, name: str, train: Train, harm: FaultScript | None = None
+        self, name: str, train: Train, script: FaultScript | None = None
     ) -> tuple[TrainingRecord, list[Disruption]]:
-        """Train under a name of its own, while harm is done to it; gives what was done, too."""
+        """Train under a name of its own while the script disturbs it; gives the disruptions, too."""
         from overproof.train import ray_trainer
 
         draft = Store(self.recipe.store).begin(f"{self.recipe.name}-{name}", "train", "0" * 64, {}, {})
         own = self.recipe.model_copy(update={"train": train})
-        events: list[Disruption] = []
+        disruptions: list[Disruption] = []
         began_s = time.monotonic()
         with console.progress_bars() as show:
-            log = ProgressLog(show, Path(self.recipe.store) / "leash")
-            log.let()
+            running = RunningTraining(
+                ProgressLog(show), StepLimit(Path(self.recipe.store) / f"{name}.limit"), self.cluster
+            )
+            running.limit.set()
 
-            def do() -> None:
+            def disturb() -> None:
                 try:
-                    events.extend(harm(log, self.nodes) if harm else ())
+                    disruptions.extend(script(running) if script else ())
                 finally:
-                    log.let()
+                    running.limit.set()
 
-            doer = threading.Thread(target=do, daemon=True)
-            with ray_cluster.relay(log) as progress:
-                doer.start()
+            thread = threading.Thread(target=disturb, daemon=True)
+            with ray_cluster.relay_progress(running.log) as progress:
+                thread.start()
                 try:
-                    context = StageContext(own, {"prepare": self.prepared}, draft, PausedProgress(progress, log.leash))
-                    metrics = ray_trainer.train_teacher(context)
+                    paused = PausedProgress(progress, running.limit)
+                    metrics = ray_trainer.train_teacher(StageContext(own, {"prepare": self.prepared}, draft, paused))
                 finally:
-                    log.over.set()
-            doer.join()
+                    running.log.finish()
+            thread.join()
         artifact = draft.commit(metrics, time.monotonic() - began_s)
         console.out.print(f"[green]✓[/] {name:<13} {artifact.record.seconds:6.1f} s")
-        return TrainingRecord.read(artifact), events
+        return TrainingRecord.read(artifact), disruptions
 
     @property
-    def planned(self) -> int:
+    def planned_rows_hash(self) -> int:
         """Hash of the rows that all steps should have."""
         order = Manifest.read(Path(self.prepared.uri)).order(self.recipe.seed)
         return rows_hash(order.rows_at(0, self.recipe.train.steps * self.recipe.train.batch_size))
 
 
-def await_recovery(log: ProgressLog, what: str, at_step: int, began_s: float, workers: str = "") -> Disruption | None:
-    """Wait for the next step after a deed."""
-    word = log.until(lambda word: word.step, began_s)
-    return Disruption(what, at_step, resumed_from(log, began_s) or 0, word.time_s - began_s, workers) if word else None
-
-
-def resumed_from(log: ProgressLog, since_s: float) -> int | None:
-    """The step from which a training said that it goes on."""
-    for word in log.words:
-        found = re.search(r"going on from step (\d+)", word.note)
-        if found and word.time_s > since_s:
-            return int(found.group(1))
-    return None
-
-
 @contextmanager
-def _nodes(cpus: list[int]) -> Iterator[Any]:
-    """A Ray cluster of that many nodes on this machine."""
+def _start_cluster(cpus: list[int]) -> Iterator[Any]:
+    """A Ray cluster on this machine, with a node for each number of CPUs."""
     import ray
     from ray.cluster_utils import Cluster
 
     with console.waiting(f"starting Ray: {len(cpus)} nodes"):
         head = {"num_cpus": cpus[0], "object_store_memory": OBJECT_STORE_BYTES}
-        nodes = Cluster(initialize_head=True, head_node_args={**head, "include_dashboard": False})
+        cluster = Cluster(initialize_head=True, head_node_args={**head, "include_dashboard": False})
         for count in cpus[1:]:
-            nodes.add_node(num_cpus=count, object_store_memory=OBJECT_STORE_BYTES)
-        os.environ["RAY_ADDRESS"] = nodes.address  # so that nothing looks at this machine for room
-        ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.WARNING)
+            cluster.add_node(num_cpus=count, object_store_memory=OBJECT_STORE_BYTES)
+        os.environ["RAY_ADDRESS"] = cluster.address  # so that nothing looks at this machine for room
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
     try:
-        yield nodes
+        yield cluster
     finally:
         del os.environ["RAY_ADDRESS"]
         ray.shutdown()
-        nodes.shutdown()  # type: ignore[no-untyped-call]
+        cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def extra_node(nodes: Any, cpus: int) -> Iterator[None]:
+def extra_node(cluster: Any, cpus: int) -> Iterator[None]:
     """One more node, from any thread; ``Cluster.add_node`` works in the main one alone."""
-    ray_start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={nodes.address}",
+    ray_start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={cluster.address}",
                  f"--num-cpus={cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]  # fmt: skip
     node = subprocess.Popen(ray_start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -246,7 +277,7 @@ def extra_node(nodes: Any, cpus: int) -> Iterator[None]:
 
 def training_worker_pids() -> list[int]:
     """Process ids of the training workers that live."""
-    from ray._private.state import actors
+    from overproof.cluster.ray_private import living_actors
+    from overproof.train.ray_train_private import WORKER_CLASS
 
-    living = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
-    return [int(actor["Pid"]) for actor in living if actor["ActorClassName"] == "RayTrainWorker"]
+    return [actor.pid for actor in living_actors(WORKER_CLASS)]

@@ -18,19 +18,17 @@ from overproof import console
 from overproof.cli.fault_injection import (
     Disruption,
     FaultTestbed,
-    ProgressLog,
+    RunningTraining,
     TrainingRecord,
-    await_recovery,
     extra_node,
-    resumed_from,
     training_worker_pids,
 )
 from overproof.config import Recipe
 from overproof.errors import InputError
 
-ROOMY_CPUS = 8  # logical, of one node
-NARROW_CPUS, NARROW_WORKER_CPUS = 3, 1.9  # one worker a node, and a CPU for the readers even on one node
-GROWING_S = 120.0  # over which the steps that are left are spread while a node joins
+LARGE_NODE_CPUS = 8  # logical
+SMALL_NODE_CPUS, WORKER_CPUS = 3, 1.9  # one worker a node, and a CPU for the readers even on one node
+GROW_TIMEOUT_S = 120.0  # over which the steps that are left are spread while a node joins
 TOLERANCE = 1e-5
 
 
@@ -39,45 +37,45 @@ def prove_resume(recipe: Recipe, kills: int, seed: int) -> int:
 
     Returns 0 if losses, gradient norms, rows and weights are the same to the last bit, else 1.
     """
-    dice = random.Random(seed)
-    steps = sorted(dice.sample(range(2, max(recipe.train.steps, kills + 3)), kills))
+    rng = random.Random(seed)
+    steps = sorted(rng.sample(range(2, max(recipe.train.steps, kills + 3)), kills))
 
-    def harm(log: ProgressLog, _: Any) -> Iterator[Disruption]:
+    def kill_workers(training: RunningTraining) -> Iterator[Disruption]:
         since_s = 0.0
         for step in steps:
-            log.let(step)
-            word = log.until(lambda word, step=step: word.step and word.done >= step, since_s)  # type: ignore[misc]
-            if word is None:
+            training.limit.set(step)
+            reached = training.log.wait_step(since_s, at_least=step)
+            if reached is None:
                 return
-            victim = dice.choice(training_worker_pids())
+            pid = rng.choice(training_worker_pids())
             began_s = time.monotonic()
-            os.kill(victim, signal.SIGKILL)
-            if event := await_recovery(log, f"kill -9 of worker {victim}", word.done, began_s):
-                yield event
+            os.kill(pid, signal.SIGKILL)
+            if disruption := training.recovery(f"kill -9 of worker {pid}", reached[1].done, began_s):
+                yield disruption
             since_s = began_s
 
-    with FaultTestbed.of(recipe, [ROOMY_CPUS]) as ground:
-        whole, _ = ground.train("uninterrupted", recipe.train)
-        killed, events = ground.train("killed", recipe.train, harm)
-        planned = ground.planned
-    _print_events(events)
+    with FaultTestbed.start(recipe, [LARGE_NODE_CPUS]) as testbed:
+        reference, _ = testbed.train("uninterrupted", recipe.train)
+        killed, disruptions = testbed.train("killed", recipe.train, kill_workers)
+        planned = testbed.planned_rows_hash
+    _print_disruptions(disruptions)
     pairs = [
-        ("steps", len(whole.values("loss")), len(killed.values("loss"))),
-        ("last loss", whole.values("loss")[-1].hex(), killed.values("loss")[-1].hex()),
+        ("steps", len(reference.values("loss")), len(killed.values("loss"))),
+        ("last loss", reference.values("loss")[-1].hex(), killed.values("loss")[-1].hex()),
         *(
-            (f"sha256 of {label}", whole.digest(name)[:16], killed.digest(name)[:16])
+            (f"sha256 of {label}", reference.digest(name)[:16], killed.digest(name)[:16])
             for label, name in {
                 "losses": "loss",
                 "gradient norms": "grad_norm",
                 "validation losses": "validation_loss",
             }.items()
         ),
-        *_rows(planned, whole, killed),
-        ("sha256 of the weights", whole.weights[:16], killed.weights[:16]),
+        *_row_pairs(planned, reference, killed),
+        ("sha256 of the weights", reference.weights_sha256[:16], killed.weights_sha256[:16]),
     ]
-    proven = all(a == b for _, a, b in pairs) and killed.multiset == planned and len(events) == kills
+    proven = all(a == b for _, a, b in pairs) and killed.rows_hash == planned and len(disruptions) == kills
     _print_pairs("resumed", pairs)
-    return _verdict(proven, f"{len(events)} kills, and nothing differs", f"{len(events)} of {kills} kills")
+    return _verdict(proven, f"{len(disruptions)} kills, and nothing differs", f"{len(disruptions)} of {kills} kills")
 
 
 def prove_elastic(recipe: Recipe, seed: int) -> int:
@@ -92,78 +90,83 @@ def prove_elastic(recipe: Recipe, seed: int) -> int:
     most = next((world for world in (3, 2) if batch % world == 0), None)
     if most is None:
         raise InputError(f"train.batch_size {batch}: divides by neither 3 nor 2; expected one that does: --set it")
-    dice = random.Random(seed)
-    changed = {"workers": (1, most), "cpus_per_worker": NARROW_WORKER_CPUS}
+    rng = random.Random(seed)
+    changed = {"workers": (1, most), "cpus_per_worker": WORKER_CPUS}
     train = recipe.train.model_copy(update=changed)
-    first = dice.randint(2, max(2, train.steps // 4))
+    first = rng.randint(2, max(2, train.steps // 4))
 
-    def harm(log: ProgressLog, nodes: Any) -> Iterator[Disruption]:
-        log.let(first)
-        word = log.until(lambda word: word.step and word.done >= first)
-        if word is None:
+    def move_nodes(training: RunningTraining) -> Iterator[Disruption]:
+        log, limit, cluster = training.log, training.limit, training.cluster
+        limit.set(first)
+        reached = log.wait_step(at_least=first)
+        if reached is None:
             return
         began_s = time.monotonic()
-        nodes.remove_node(dice.choice(nodes.list_all_nodes()[1:]), allow_graceful=False)
-        event = await_recovery(log, "a node died", word.done, began_s, f"{most} to {most - 1}")
-        if event is None:
+        cluster.remove_node(rng.choice(cluster.list_all_nodes()[1:]), allow_graceful=False)
+        disruption = training.recovery("a node died", reached[1].done, began_s, f"{most} to {most - 1}")
+        if disruption is None:
             return
-        yield event
+        yield disruption
         began_s = time.monotonic()
-        pace_s = GROWING_S / (train.steps - word.done)
-        with extra_node(nodes, NARROW_CPUS):
-            for step in range(word.done, train.steps):
-                log.let(step)
-                if grown := log.until(lambda word: word.note.endswith(f"{most} workers"), began_s, pace_s):
-                    found = resumed_from(log, began_s) or 0
-                    yield Disruption("a node joined", found, found, grown.time_s - began_s, f"{most - 1} to {most}")
+        step_s = GROW_TIMEOUT_S / (train.steps - reached[1].done)
+        with extra_node(cluster, SMALL_NODE_CPUS):
+            for step in range(reached[1].done, train.steps):  # slowly, so that steps are left when the node is there
+                limit.set(step)
+                if grown := log.wait_step(began_s, workers=most, timeout_s=step_s):
+                    step = log.resumed_step(began_s, grown[0])
+                    yield Disruption("a node joined", step, step, grown[0] - began_s, f"{most - 1} to {most}")
                     break
-            log.let()
-            log.over.wait()
+            limit.set()
+            log.wait_finished()
 
-    with FaultTestbed.of(recipe, [NARROW_CPUS] * most) as ground:
-        whole, _ = ground.train("fixed", train.model_copy(update={"workers": most}))
-        moved, events = ground.train("moved", train, harm)
-        planned = ground.planned
-    _print_events(events)
-    gaps = {name: _gap(whole, moved, name) for name in ("loss", "validation_loss")}
+    with FaultTestbed.start(recipe, [SMALL_NODE_CPUS] * most) as testbed:
+        reference, _ = testbed.train("fixed", train.model_copy(update={"workers": most}))
+        moved, disruptions = testbed.train("moved", train, move_nodes)
+        planned = testbed.planned_rows_hash
+    _print_disruptions(disruptions)
+    gaps = {name: _largest_gap(reference, moved, name) for name in ("loss", "validation_loss")}
     pairs: list[tuple[str, Any, Any]] = [
-        ("steps", len(whole.values("loss")), len(moved.values("loss"))),
-        ("last loss", f"{whole.values('loss')[-1]:.8f}", f"{moved.values('loss')[-1]:.8f}"),
+        ("steps", len(reference.values("loss")), len(moved.values("loss"))),
+        ("last loss", f"{reference.values('loss')[-1]:.8f}", f"{moved.values('loss')[-1]:.8f}"),
         *((f"largest difference of {name}", "", f"{gap:.1e}") for name, gap in gaps.items()),
-        *_rows(planned, whole, moved),
+        *_row_pairs(planned, reference, moved),
     ]
     _print_pairs("moved", pairs)
-    proven = max(gaps.values()) <= TOLERANCE and whole.multiset == moved.multiset == planned and len(events) == 2
-    instead = f"{len(events)} of 2 events; a loss differs by {max(gaps.values()):.1e}, expected {TOLERANCE:g} at most"
+    rows_match = reference.rows_hash == moved.rows_hash == planned
+    proven = max(gaps.values()) <= TOLERANCE and rows_match and len(disruptions) == 2
+    failure = (
+        f"{len(disruptions)} of 2 events; a loss differs by {max(gaps.values()):.1e}, expected {TOLERANCE:g} at most"
+    )
     if max(gaps.values()) > TOLERANCE:
-        instead += (
+        failure += (
             ". Other numbers of workers add gradients up in another order, and a high learning_rate or many steps make "
             "much of the last bits: try fewer steps, or a lower rate"
         )
-    return _verdict(proven, f"losses within {TOLERANCE:g}, every row as planned", instead)
+    return _verdict(proven, f"losses within {TOLERANCE:g}, every row as planned", failure)
 
 
-def _gap(one: TrainingRecord, other: TrainingRecord, name: str) -> float:
+def _largest_gap(one: TrainingRecord, other: TrainingRecord, name: str) -> float:
     pairs = zip(one.values(name), other.values(name), strict=True)
     return max(abs(a - b) for a, b in pairs)
 
 
-def _rows(planned: int, one: TrainingRecord, other: TrainingRecord) -> list[tuple[str, str, str]]:
-    """What came, and whether it is what was planned."""
-    said = {True: "yes", False: "no"}
+def _row_pairs(planned: int, one: TrainingRecord, other: TrainingRecord) -> list[tuple[str, str, str]]:
+    """The rows that came, and whether they are those that were planned."""
+    yes_no = {True: "yes", False: "no"}
     return [
-        ("rows, as a multiset", f"{one.multiset:x}", f"{other.multiset:x}"),
-        ("rows, as planned", said[one.multiset == planned], said[other.multiset == planned]),
+        ("rows, as a multiset", f"{one.rows_hash:x}", f"{other.rows_hash:x}"),
+        ("rows, as planned", yes_no[one.rows_hash == planned], yes_no[other.rows_hash == planned]),
     ]
 
 
-def _print_events(events: list[Disruption]) -> None:
+def _print_disruptions(disruptions: list[Disruption]) -> None:
     table = Table(
-        "what", "at step", "went on from", "steps lost", "s to the next step", "workers", box=None, pad_edge=False
+        "what", "at step", "resumed from", "steps lost", "s to the next step", "workers", box=None, pad_edge=False
     )
-    for event in events:
-        table.add_row(event.what, str(event.at_step), str(event.went_on_from), str(event.lost), f"{event.seconds:.1f}",
-                      event.workers)  # fmt: skip
+    for each in disruptions:
+        table.add_row(
+            each.what, str(each.at_step), str(each.resumed_from), str(each.lost), f"{each.seconds:.1f}", each.workers
+        )
     console.out.print(table)
 
 
@@ -174,6 +177,6 @@ def _print_pairs(name: str, pairs: list[tuple[str, Any, Any]]) -> None:
     console.out.print(table)
 
 
-def _verdict(proven: bool, why: str, instead: str) -> int:
-    console.out.print(f"[green]proven[/]: {why}" if proven else f"[red]not proven[/]: {instead}")
+def _verdict(proven: bool, evidence: str, failure: str) -> int:
+    console.out.print(f"[green]proven[/]: {evidence}" if proven else f"[red]not proven[/]: {failure}")
     return 0 if proven else 1

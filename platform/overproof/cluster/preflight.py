@@ -162,7 +162,7 @@ def check_storage(recipe: Recipe, capacity: Capacity, attached: bool) -> Finding
     try:
         with store_probe.probe_store(uri) as (file, text):
             if local and attached and capacity.count > 1:
-                without = store_probe.nodes_without(filesystem(file)[1], text)
+                without = ray_cluster.nodes_without_file(filesystem(file)[1], text)
                 if without:
                     return Finding("storage", "refused", _unshared(uri, without))
                 return Finding("storage", "ok", f"{uri}: written and read, and seen from every node up now")

@@ -16,12 +16,14 @@ from typing import Any
 
 from overproof.cluster.placement import Capacity, NodeShape, describe
 from overproof.errors import InputError
-from overproof.stage_context import NOTICE, Progress
+from overproof.stage_context import Notice, Progress, ProgressEvent
 
 LOCAL_MIN_CPUS = 4  # logical: workers and readers share the cores of a small machine
 OBJECT_STORE_BYTES = 1 << 30
 POLL_S = 0.2
-LOCK_NAMESPACE = "overproof-held"  # the namespace of what jobs hold
+FILE_CHECK_TIMEOUT_S = 60
+NOTICE_EVERY_S = 4.0  # while another job is waited for
+LOCK_NAMESPACE = "overproof-locks"  # of the actors whose names are the locks
 
 
 def local_capacity() -> Capacity:
@@ -51,7 +53,7 @@ def connect() -> Capacity:
         except (ConnectionError, RuntimeError) as error:
             raise InputError(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}: {error}") from None
     elif not ray.is_initialized():
-        # On one machine the token that Ray makes for itself is no news to a user.
+        # On one machine the token that Ray makes is of no interest to a user.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         ray.init(
             address="local",  # not whatever else runs on this machine
@@ -84,53 +86,77 @@ def dashboard_url() -> str | None:
 
 def _attached_capacity() -> Capacity:
     import ray
-    from ray._private.state import state
+
+    from overproof.cluster import ray_private
 
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    shapes = Counter((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive)
-    now = [NodeShape("nodes up now", *size, count, always=count) for size, count in sorted(shapes.items())]
-    config = state.get_cluster_config()  # of its autoscaler, if it has one
-    grown = []
-    for group in config.node_group_configs if config else ():
+    counts = Counter((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive)
+    present = [NodeShape("nodes up now", *size, count, always=count) for size, count in sorted(counts.items())]
+    addable = []
+    for group in ray_private.autoscaler_groups():
         cpus, gpus = float(group.resources.get("CPU", 0)), float(group.resources.get("GPU", 0))
-        more = max(0, group.max_count - shapes[cpus, gpus])
+        more = max(0, group.max_count - counts[cpus, gpus])
         if more:
-            grown.append(NodeShape(group.name, cpus, gpus, more))
-    where = f"this cluster has {describe(now)}" + (f" and may add {describe(grown)}" if grown else "")
-    return Capacity((*now, *grown), where)
+            addable.append(NodeShape(group.name, cpus, gpus, more))
+    where = f"this cluster has {describe(present)}" + (f" and may add {describe(addable)}" if addable else "")
+    return Capacity((*present, *addable), where)
 
 
-class _Lock:
-    """Its name is the lock."""
+def nodes_without_file(path: str, text: str) -> list[str]:
+    """Addresses of the connected cluster's nodes on which a local file is not there with this text."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=1)(_file_has_text)
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    checks = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(path, text)
+        for node in nodes
+    ]
+    found = ray.get(checks, timeout=FILE_CHECK_TIMEOUT_S)
+    return [node["NodeManagerAddress"] for node, has_text in zip(nodes, found, strict=True) if not has_text]
+
+
+def _file_has_text(path: str, text: str) -> bool:
+    try:
+        return Path(path).read_text(encoding="utf-8") == text
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+class _LockHolder:
+    """An actor whose name is the lock."""
 
 
 @contextmanager
-def cluster_lock(where: str, what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold something for this job among all jobs of the cluster, and wait while another one does.
+def cluster_lock(scope: str, resource: str, notify: Callable[[str], None]) -> Iterator[None]:
+    """Hold a resource, such as an artifact of the store ``scope``, for this job; wait while another job holds it.
 
     Ray gives a name to one actor at a time, and frees it when the actor's job ends, however it ends.
     """
     import ray
 
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # as long as this process lives
-    name = f"{what} {hashlib.sha256(where.encode()).hexdigest()[:16]}"  # a URI may hold a secret
-    asking = ray.remote(num_cpus=0, max_restarts=-1, label_selector=here)(_Lock).options(
+    this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # as long as this process lives
+    name = f"{resource} {hashlib.sha256(scope.encode()).hexdigest()[:16]}"  # a URI may hold a secret
+    named_actor = ray.remote(num_cpus=0, max_restarts=-1, label_selector=this_node)(_LockHolder).options(
         name=name, namespace=LOCK_NAMESPACE
     )
-    held: Any = None
-    waited = False
-    while held is None:
+    holder: Any = None
+    began_s = time.monotonic()
+    next_notice_s = 0.0
+    while holder is None:
         try:
-            held = asking.remote()
-        except ValueError:  # another job's has the name
-            if not waited:
-                say(f"{what}: another job of this cluster is making it; waiting for it")
-            waited = True
+            holder = named_actor.remote()
+        except ValueError:  # the name is taken by another job
+            waited_s = time.monotonic() - began_s
+            if waited_s >= next_notice_s:
+                notify(f"{resource}: another job of this cluster is making it; waiting for it ({waited_s:.0f} s)")
+                next_notice_s = waited_s + NOTICE_EVERY_S
             time.sleep(POLL_S)
     try:
         yield
     finally:
-        ray.kill(held)
+        ray.kill(holder)
 
 
 @contextmanager
@@ -144,61 +170,57 @@ def preserve_sigint() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
 
 
-ProgressEvent = tuple[Any, ...]  # what a Progress was called with
-
-
-class _Relay:
+class _QueuedProgress:
     """A `Progress` that any process of the cluster may call."""
 
-    def __init__(self, mailbox: Any) -> None:
-        self.mailbox = mailbox
+    def __init__(self, queue: Any) -> None:
+        self.queue = queue
 
-    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
-        self.mailbox.put.remote(task, done, total, note)
+    def __call__(self, event: ProgressEvent) -> None:
+        self.queue.put.remote(event)
 
 
 class _ProgressQueue:
-    """Keeps the newest word on each task, and every notice."""
+    """Keeps the newest event of each task, and every notice."""
 
     def __init__(self) -> None:
-        self.news: dict[str, ProgressEvent] = {}
+        self.newest: dict[str, ProgressEvent] = {}
         self.notices: list[ProgressEvent] = []
 
-    def put(self, *word: Any) -> None:
-        if word[0] == NOTICE:
-            self.notices.append(word)
+    def put(self, event: ProgressEvent) -> None:
+        if isinstance(event, Notice):
+            self.notices.append(event)
         else:
-            self.news[word[0]] = word
+            self.newest[event.task] = event
 
-    def take(self) -> list[ProgressEvent]:
-        words = [*self.notices, *self.news.values()]
-        self.news, self.notices = {}, []
-        return words
+    def drain(self) -> list[ProgressEvent]:
+        events = [*self.notices, *self.newest.values()]
+        self.newest, self.notices = {}, []
+        return events
 
 
 @contextmanager
-def relay(show: Progress) -> Iterator[Progress]:
-    """A picklable `Progress` whose words reach ``show`` in this process."""
+def relay_progress(show: Progress) -> Iterator[Progress]:
+    """A picklable `Progress` whose events reach ``show`` in this process."""
     import ray
 
-    # Here, for it must not go with another node.
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    mailbox: Any = ray.remote(num_cpus=0, label_selector=here)(_ProgressQueue).remote()
+    this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # it must not go with another one
+    queue: Any = ray.remote(num_cpus=0, label_selector=this_node)(_ProgressQueue).remote()
     done = threading.Event()
 
-    def pump() -> None:
+    def forward() -> None:
         while True:
             last = done.wait(POLL_S)
-            for word in ray.get(mailbox.take.remote()):
-                show(*word)
+            for event in ray.get(queue.drain.remote()):
+                show(event)
             if last:
                 return
 
-    thread = threading.Thread(target=pump, daemon=True, name="progress")
+    thread = threading.Thread(target=forward, daemon=True, name="progress")
     thread.start()
     try:
-        yield _Relay(mailbox)
+        yield _QueuedProgress(queue)
     finally:
         done.set()
         thread.join(timeout=5)
-        ray.kill(mailbox)
+        ray.kill(queue)

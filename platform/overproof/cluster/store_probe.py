@@ -1,4 +1,4 @@
-"""Whether the store can be written, read and emptied again from here, and seen from every node of a cluster."""
+"""Whether the store can be written, read and emptied again from here."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from pyarrow import fs
 from overproof.errors import InputError
 from overproof.files import filesystem, join_uri
 
-PROBE = ".overproof-probe-"
-LOOK_TIMEOUT_S = 60
+PROBE_PREFIX = ".overproof-probe-"
 
 
 @contextmanager
@@ -25,13 +24,13 @@ def probe_store(uri: str) -> Iterator[tuple[str, str]]:
     """
     text = secrets.token_hex(16)
     files, root = filesystem(uri)
-    name = f"{PROBE}{text[:8]}"
+    name = f"{PROBE_PREFIX}{text[:8]}"
     path = f"{root.rstrip('/')}/{name}"
     local = isinstance(files, fs.LocalFileSystem)
     missing: list[str] = []
     try:
         try:
-            missing = _missing(files, root, local)
+            missing = _missing_folders(files, root, local)
             found = _write_and_read(files, root if local else None, path, text)
         except OSError as error:
             raise InputError(
@@ -41,7 +40,7 @@ def probe_store(uri: str) -> Iterator[tuple[str, str]]:
             raise InputError(f"{uri}: {text!r} was written and {found!r} read back; expected a sound store")
         yield join_uri(uri, name), text
     finally:
-        _clean(files, path, missing, local)
+        _remove_probe(files, path, missing, local)
 
 
 def _write_and_read(files: fs.FileSystem, folder: str | None, path: str, text: str) -> str:
@@ -53,22 +52,22 @@ def _write_and_read(files: fs.FileSystem, folder: str | None, path: str, text: s
         return str(stream.read().decode(errors="replace"))
 
 
-def _missing(files: fs.FileSystem, root: str, local: bool) -> list[str]:
+def _missing_folders(files: fs.FileSystem, root: str, local: bool) -> list[str]:
     """The folders of a path that are not there yet, deepest first; never a bucket."""
-    found = []
+    missing = []
     while root.strip("/") and (local or "/" in root.strip("/")):
         if files.get_file_info(root).type != fs.FileType.NotFound:
             break
-        found.append(root)
+        missing.append(root)
         root = root.rsplit("/", 1)[0]
-    return found
+    return missing
 
 
-def _clean(files: fs.FileSystem, path: str, missing: list[str], local: bool) -> None:
+def _remove_probe(files: fs.FileSystem, path: str, missing: list[str], local: bool) -> None:
     try:
         if files.get_file_info(path).type == fs.FileType.File:
             files.delete_file(path)
-        for folder in missing:  # which only the probe brought about, unless another run began meanwhile
+        for folder in missing:  # made by the probe, unless another run began meanwhile
             if local:
                 Path(folder).rmdir()
             elif files.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
@@ -77,25 +76,3 @@ def _clean(files: fs.FileSystem, path: str, missing: list[str], local: bool) -> 
                 files.delete_dir(folder)
     except OSError:
         return  # another run writes there already, or what failed above fails again
-
-
-def nodes_without(path: str, text: str) -> list[str]:
-    """Addresses of the connected cluster's nodes on which a local file is not there with this text."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    task = ray.remote(num_cpus=0, max_retries=1)(_sees)
-    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    looks = [
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(path, text)
-        for node in nodes
-    ]
-    found = ray.get(looks, timeout=LOOK_TIMEOUT_S)
-    return [node["NodeManagerAddress"] for node, seen in zip(nodes, found, strict=True) if not seen]
-
-
-def _sees(path: str, text: str) -> bool:
-    try:
-        return Path(path).read_text(encoding="utf-8") == text
-    except (OSError, UnicodeDecodeError):
-        return False

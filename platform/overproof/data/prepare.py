@@ -36,7 +36,7 @@ from overproof.data.parquet_writer import parquet_bytes, write_file
 from overproof.data.sources import Source, SourceFile, absolute_source, list_files, tokenizer_path
 from overproof.errors import InputError
 from overproof.registry import TASKS
-from overproof.stage_context import StageContext
+from overproof.stage_context import StageContext, TaskProgress
 
 BLOCK_BYTES = 32 << 20  # of text read by one task
 DOCUMENTS_PER_GROUP = 1 << 16
@@ -88,7 +88,7 @@ def prepare_documents(context: StageContext, data: TextData) -> Manifest:
 
 def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
     def say(done: int, note: str) -> None:
-        context.progress("prepare", done, 4, note)
+        context.progress(TaskProgress("prepare", done, 4, note))
 
     uri, seed = context.draft.uri, context.recipe.seed
     files = list_files(data.source)

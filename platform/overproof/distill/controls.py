@@ -15,6 +15,7 @@ from overproof.distill.sweep_tracker import SweepTracker
 from overproof.distill.trial_job import CONTROL, FINISHED, MAX_DEATHS, TrialJob
 from overproof.distill.tune_trial import trainer_for
 from overproof.errors import InputError
+from overproof.stage_context import TaskProgress
 
 
 def control_job(job: TrialJob, state: SweepState, best: bool) -> TrialJob:
@@ -33,13 +34,13 @@ def train_controls(jobs: Sequence[TrialJob], max_concurrent: int, tracker: Sweep
         RayActorError: the process of one died again and again.
     """
     for job in jobs:
-        job.checkpoints.begin()
+        job.checkpoints.claim_folder()
     settings, total = jobs[0].settings, jobs[0].settings.steps * len(jobs)
     waiting, actors, running = list(jobs), dict[str, Any](), dict[Any, TrialJob]()  # by the pending result of each
     deaths, steps = Counter[str](), Counter[str]()
     cpus, gpus = (0.0, 0.0) if settings.group else (settings.cpus_per_trial, settings.gpus_per_trial)
     remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(type(trainer_for(jobs[0])))
-    tracker.progress(CONTROL, 0, total, "starting")
+    tracker.progress(TaskProgress(CONTROL, 0, total, "starting"))
     try:
         while waiting or running:
             while waiting and len(running) < max_concurrent:
@@ -61,7 +62,7 @@ def train_controls(jobs: Sequence[TrialJob], max_concurrent: int, tracker: Sweep
                 raise InputError(f"{job.name}: {result['failed']}")
             tracker.record_result(result)
             steps[job.name] = result["steps"]
-            tracker.progress(CONTROL, steps.total(), total, f"validation {result['validation_loss']:.3f}")
+            tracker.progress(TaskProgress(CONTROL, steps.total(), total, f"validation {result['validation_loss']:.3f}"))
             if result["steps"] < settings.steps:
                 running[actors[job.name].run_to_validation.remote()] = job
             else:

@@ -7,10 +7,9 @@ those that a student in one process reads; every rank reads its share of them fr
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,10 +26,9 @@ from overproof.distill.trial_job import (
     trial_result,
 )
 from overproof.errors import InputError
-from overproof.stage_context import NOTICE, Progress
+from overproof.stage_context import Notice, Progress, ProgressEvent
 from overproof.train.ray_elastic import WorkerCheckpointSignal
-from overproof.train.ray_trainer import RayTrainer, run_trainer
-from overproof.train.ray_worker import join_group
+from overproof.train.ray_trainer import join_group, run_workers
 from overproof.train.train_job import TrainJob
 
 
@@ -50,9 +48,9 @@ class StudentNotices:
     name: str
     progress: Progress
 
-    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
-        if task == NOTICE:
-            self.progress(NOTICE, done, total, f"{self.name}: {note}")
+    def __call__(self, event: ProgressEvent) -> None:
+        if isinstance(event, Notice):
+            self.progress(replace(event, text=f"{self.name}: {event.text}"))
 
 
 class DistributedStudentTrainer:
@@ -102,9 +100,7 @@ class DistributedStudentTrainer:
 
     def _run(self) -> None:
         try:
-            with tempfile.TemporaryDirectory(prefix="overproof-group-") as scratch:
-                train_rank = partial(train_student_rank, job=self.job, queue=self.queue)
-                run_trainer(RayTrainer(distributed_job(self.job), scratch, train_rank))
+            run_workers(distributed_job(self.job), partial(train_student_rank, job=self.job, queue=self.queue))
         except BaseException as error:  # raised by ``run_to_validation``
             self.error = error
         self.queue.put(None)
@@ -121,8 +117,8 @@ def distributed_job(job: TrialJob) -> TrainJob:
         draft=job.draft,
         checkpoints=job.checkpoints,
         progress=StudentNotices(job.name, job.progress),
-        lesson=DistillSpec(job),
-        validated=job.rungs,
+        spec=DistillSpec(job),
+        extra_validation_steps=job.rungs,
     )
 
 
@@ -137,8 +133,8 @@ def training_settings(settings: Sweep) -> Training:
 def train_student_rank(train_job: TrainJob, job: TrialJob, queue: Queue) -> None:
     """Train as one rank from the newest checkpoint; rank 0 reports the curve, and at the end writes the weights."""
     start, rank, world = join_group(train_job)
-    from overproof.train.rank_trainer import RankTrainer, read_own_rows  # seconds of imports
-    from overproof.train.throughput import ThroughputMeter
+    from overproof.train.metrics import ThroughputMeter
+    from overproof.train.rank_trainer import RankTrainer, read_rank_rows  # seconds of imports
 
     trainer = RankTrainer(train_job, start, rank, world)
     rows: list[CurveRow] = []
@@ -150,11 +146,11 @@ def train_student_rank(train_job: TrainJob, job: TrialJob, queue: Queue) -> None
             rows.clear()
 
     if rank == 0:
-        for row in trainer.rows:
+        for row in trainer.curve:
             report(row)
-    own_rows = read_own_rows(train_job, start, rank, world)
+    rank_rows = read_rank_rows(train_job, start, rank, world)
     meter = ThroughputMeter(train_job, trainer.manifest, world)
-    trainer.train(own_rows, WorkerCheckpointSignal(), meter, (report,) if rank == 0 else ())
+    trainer.train(rank_rows, WorkerCheckpointSignal(), meter, (report,) if rank == 0 else ())
     if rank == 0:
         with train_job.draft.directory() as folder:
-            trainer.write(folder / job.folder)
+            trainer.write_model(folder / job.folder)

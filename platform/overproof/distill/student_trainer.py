@@ -19,10 +19,10 @@ from overproof.distill.on_policy import Scorer, is_on_policy_step, sample_contin
 from overproof.distill.trial_job import CurveSegment, TrialJob, split_at_validations
 from overproof.models.hf_directory import Batch, count_parameters, save_model, to_tensors
 from overproof.registry import TASKS
+from overproof.train.checkpoint import CURVE_FILE
 from overproof.train.checkpoint_writer import AsyncCheckpointWriter
 from overproof.train.engine import TorchEngine
 from overproof.train.loop import CurveRow, LoopHooks, shard_batches, train_steps, validation_ids, validation_loss
-from overproof.train.metrics_logger import CURVE_FILE
 from overproof.train.train_job import ResumePoint
 
 # Files of each checkpoint, beside the engine's state and the curve:
@@ -47,7 +47,7 @@ class StudentTrainer:
         batches = shard_batches(ids, job.settings.batch_size, rank=0, world=1)
         self.validation = [to_tensors(validation.take(batch)) for batch in batches]
         self.faults: list[str] = []  # of checkpoints that could not be used
-        start = ResumePoint(job.checkpoints.newest(self.faults.append))
+        start = ResumePoint(job.checkpoints.newest_sound(lambda event: self.faults.append(event.text)))
         self.checkpoint_writer = AsyncCheckpointWriter(job.checkpoints, start.attempt, rank=0, world=1)
         checkpoint = start.checkpoint
         with checkpoint.local() if checkpoint else nullcontext() as folder:
@@ -64,14 +64,14 @@ class StudentTrainer:
     def _build(self) -> None:
         self.model = self.spec.model(self.manifest, self.job.seed)
         self.projection = self._projection()
-        self.engine = TorchEngine(self.model, self.job.settings, seed=self.job.seed, beside=self.projection)
+        self.engine = TorchEngine(self.model, self.job.settings, seed=self.job.seed, auxiliary=self.projection)
         self.objective = self.spec.objective(TASKS[self.manifest.task], self.engine.device, self.projection)
 
     def _start_from(self, step: int, curve: list[CurveRow], spent: tuple[float, float] = (0.0, 0.0)) -> None:
         self.resumed_step, self._curve = step, curve
         self.seconds, self.cpu_seconds = spent
         self._replayed = list[CurveSegment]()
-        batches, hooks = self._batches(), LoopHooks(step, validated=self.job.rungs)
+        batches, hooks = self._batches(), LoopHooks(step, extra_validation_steps=self.job.rungs)
         self._rows = train_steps(self.engine, self.objective, self.job.settings, batches, self._validate, hooks)
 
     @property
@@ -160,5 +160,5 @@ class StudentTrainer:
         return batch | {f"teacher_{name}": values for name, values in scores.items()}
 
     def _validate(self) -> float:
-        with self.engine.evaluating() as model:
+        with self.engine.eval_mode() as model:
             return validation_loss(model, TASKS[self.manifest.task].predict, self.validation)

@@ -162,7 +162,7 @@ def _train_students(
         if name not in previous:
             state.record_trials(dict(started))
         job = make_trial_job(context, state, name, values, scorer)
-        job.checkpoints.begin()
+        job.checkpoints.claim_folder()
         jobs.append(job)
         tracker.add_trial(name)
         return job

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyarrow import fs
-
 from overproof.artifacts import ArtifactWriter
 from overproof.config import CheckpointPolicy
 from overproof.config.search import TrialValues
 from overproof.errors import InputError
 from overproof.files import atomic_write, filesystem, join_uri
-from overproof.train.checkpoint import Checkpoints, read_checksummed, unfinished_training_error, with_checksum
+from overproof.train.checkpoint import (
+    Checkpoints,
+    Damage,
+    DamageKind,
+    read_checksummed,
+    unfinished_training_error,
+    with_checksum,
+)
 
 SWEEP_STATE_FILE = "sweep.json"
 
@@ -45,16 +50,16 @@ class SweepState:
         """
         draft = self.draft
         files, path = filesystem(join_uri(draft.workspace, SWEEP_STATE_FILE))
-        if files.get_file_info(path).type == fs.FileType.NotFound:
-            draft.clear_workspace()
-            return {}
         found = read_checksummed(files, path)
-        if isinstance(found, str):
+        if isinstance(found, Damage):
+            if found.kind == DamageKind.MISSING:
+                draft.clear_workspace()
+                return {}
             raise InputError(f"{draft.workspace}: {found}; restore it, or delete the folder to start anew")
         trials: dict[str, TrialValues] = found["trials"]
         if found["fingerprint"] == draft.fingerprint:
             return trials
-        step = max((self.checkpoints(name).committed() for name in trials), default=0)
+        step = max((self.checkpoints(name).committed_step() for name in trials), default=0)
         if step:
             raise unfinished_training_error(draft.workspace, found, draft.config, draft.parents, step)
         draft.clear_workspace()

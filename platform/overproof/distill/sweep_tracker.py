@@ -11,7 +11,7 @@ from typing import Any
 
 from overproof.config.search import current_values
 from overproof.distill.trial_job import CONTROL, TrialJob
-from overproof.stage_context import NOTICE, Progress
+from overproof.stage_context import Notice, Progress, TaskProgress
 
 TrialResult = Mapping[str, Any]
 TRIAL_FIELDS = (
@@ -77,7 +77,7 @@ class SweepTracker:
         best = min(sound, key=lambda result: float(result["validation_loss"]), default=None)
         note = f"best {best['validation_loss']:.3f} ({best['name']})" if best else "starting trials"
         done = sum(self.steps if name in self.ended else reached[name] for name in names)
-        self.progress("sweep", done, self.steps * self.trials, note)
+        self.progress(TaskProgress("sweep", done, self.steps * self.trials, note))
 
     def finished(self) -> dict[str, TrialResult]:
         """The last results of those that ran every step, by name."""
@@ -129,5 +129,4 @@ class SweepTracker:
             (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
     def _notify(self, line: str) -> None:
-        done = sum(int(result["steps"]) for result in self.last_results.values())
-        self.progress(NOTICE, done, self.steps * self.trials, line)
+        self.progress(Notice(line))

@@ -25,8 +25,8 @@ from overproof.data.parquet_reader import Columns
 from overproof.distill.row_cache import TEACHER_WEIGHTS
 from overproof.errors import InputError
 from overproof.files import FileEntry, filesystem, mismatched_files
-from overproof.stage_context import NOTICE, StageContext
-from overproof.train.checkpoint import read_checksummed
+from overproof.stage_context import Notice, StageContext, TaskProgress
+from overproof.train.checkpoint import Damage, read_checksummed
 
 if TYPE_CHECKING:
     from overproof.distill.teacher_worker import CaptureJob, TeacherWorker  # which import transformers
@@ -60,12 +60,12 @@ def capture(
     seconds, size = (sum(file[name] for file in finished.values()) for name in ("seconds", "size_bytes"))
     done = sum(len(file.groups) for file in index.files if file.path in finished) * rows_per_group
     if finished:
-        context.progress(NOTICE, done, index.rows, f"{len(finished)} of {len(index.files)} files were captured before")
-    context.progress(task, done, index.rows, f"starting {actors} teachers")
+        context.progress(Notice(f"{len(finished)} of {len(index.files)} files were captured before"))
+    context.progress(TaskProgress(task, done, index.rows, f"starting {actors} teachers"))
     for report in _reports(job, worker, todo, actors) if todo else ():
         done, seconds, size = done + report["rows"], seconds + report["seconds"], size + report["size_bytes"]
         rate = done * units_per_row / max(seconds, 1e-9) * actors
-        context.progress(task, done, index.rows, f"{rate:,.0f} {unit}/s")
+        context.progress(TaskProgress(task, done, index.rows, f"{rate:,.0f} {unit}/s"))
     publish_files(job)
     return CaptureResult(seconds, size, actors)
 
@@ -76,7 +76,7 @@ def finished_files(job: CaptureJob) -> dict[str, dict[str, Any]]:
     found = {}
     for file in job.index.files:
         record = read_checksummed(store, f"{root}/{file.path}.json")
-        if isinstance(record, str):
+        if isinstance(record, Damage):
             continue
         if not any(mismatched_files(store, root, {file.path: FileEntry(**record["entry"])})):
             found[file.path] = {"seconds": record["seconds"], "size_bytes": record["entry"]["size_bytes"]}

@@ -54,7 +54,7 @@ class InProcessTrainer:
         stands in ``failed``, and its loss is infinite.
         """
         from overproof.distill.student_trainer import StudentTrainer
-        from overproof.train.memory_errors import explain_memory
+        from overproof.train.engine import explain_memory
 
         try:
             with explain_memory("training a student", MEMORY_ADVICE):

@@ -18,7 +18,7 @@ from overproof.evaluate.metrics import Bootstrap, MeasuredFile, PerExampleSums, 
 from overproof.export.stage import Export, read_exports
 from overproof.files import read_json
 from overproof.registry import ENGINES, FORMATS, TASKS
-from overproof.stage_context import Progress, StageContext
+from overproof.stage_context import Progress, StageContext, TaskProgress
 from overproof.tasks.base import FileScores, Metric, agreements
 
 REPORT, UNITS, VERDICT = "report.json", "units.parquet", "verdict.json"
@@ -114,13 +114,13 @@ def _score_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, 
         while todo and len(waiting) < settings.concurrent_tasks:  # a process that is used again has its imports paid
             export = todo.pop()
             waiting[_score.remote(compressed, prepared, export.file, context.recipe)] = export.name
-        context.progress("score", len(scores), len(exports), f"{note}{time.monotonic() - began_s:.0f} s")
+        context.progress(TaskProgress("score", len(scores), len(exports), f"{note}{time.monotonic() - began_s:.0f} s"))
         finished, _ = ray.wait(list(waiting), timeout=HEARTBEAT_S)
         for reference in finished:
             name = waiting.pop(reference)
             scores[name] = ray.get(reference)
             note = f"{name} done, "
-    context.progress("score", len(exports), len(exports), f"{time.monotonic() - began_s:.0f} s")
+    context.progress(TaskProgress("score", len(exports), len(exports), f"{time.monotonic() - began_s:.0f} s"))
     return {export.name: scores[export.name] for export in exports}
 
 
@@ -129,12 +129,12 @@ def _probe_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, 
     prepared, compressed = context.parents["prepare"], context.parents["compress"]
     found: dict[str, dict[str, Metric]] = {}
     for number, export in enumerate(exports):
-        context.progress("engine", number, len(exports), export.file)
+        context.progress(TaskProgress("engine", number, len(exports), export.file))
         probed = _probe.options(num_gpus=context.recipe.evaluate.gpus).remote(
             compressed, prepared, export.file, context.recipe, context.progress, number, len(exports)
         )
         found[export.name] = ray.get(probed)
-    context.progress("engine", len(exports), len(exports))
+    context.progress(TaskProgress("engine", len(exports), len(exports)))
     return found
 
 
@@ -153,6 +153,6 @@ def _probe(
     task, format = TASKS[Manifest.read(root).task], FORMATS[recipe.compress.kind]
 
     def say(note: str) -> None:
-        progress("engine", number, total, f"{file}: {note}")
+        progress(TaskProgress("engine", number, total, f"{file}: {note}"))
 
     return task.probe(path, root, recipe.evaluate, recipe.engine, format, say)

@@ -13,7 +13,7 @@ from overproof.data.manifest import Manifest
 from overproof.export.base import ExportContext, Format
 from overproof.files import FrozenModel
 from overproof.registry import FORMATS
-from overproof.stage_context import StageContext
+from overproof.stage_context import StageContext, TaskProgress
 
 EXPORTS = "exports.json"
 
@@ -56,7 +56,7 @@ def export_models(context: StageContext) -> dict[str, Any]:
     planned = list(_planned(context, written))
     companions = written.companions(given)
     exports: list[Export] = []
-    context.progress("compress", 0, len(planned), f"teacher to {settings.kind}")
+    context.progress(TaskProgress("compress", 0, len(planned), f"teacher to {settings.kind}"))
     with context.draft.directory() as root:
         for name, student, variant, source in planned:
             file = root / f"{name}{written.suffix}"
@@ -69,7 +69,7 @@ def export_models(context: StageContext) -> dict[str, Any]:
                 candidate=student not in (None, name), companions=tuple(companions),
             )  # fmt: skip
             exports.append(export)
-            context.progress("compress", len(exports), len(planned), f"{file.name} {export.size_bytes / 1e6:.2f} MB")
+            context.progress(TaskProgress("compress", len(exports), len(planned), f"{file.name} {export.size_bytes / 1e6:.2f} MB"))
         for name, source in companions.items():
             shutil.copyfile(source, root / name)
         (root / EXPORTS).write_text(json.dumps([e.model_dump() for e in exports], indent=1) + "\n", encoding="utf-8")

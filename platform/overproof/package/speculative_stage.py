@@ -33,7 +33,7 @@ from overproof.package.package import (
 )
 from overproof.package.speculation import SpeculationMeasurement, SpeculationResult, judge_draft
 from overproof.registry import FORMATS
-from overproof.stage_context import Progress, StageContext
+from overproof.stage_context import Progress, StageContext, TaskProgress
 
 
 def pack_with_draft(context: StageContext) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def pack_with_draft(context: StageContext) -> dict[str, Any]:
     assert policy is not None
     compressed, prepared = context.parents["compress"], context.parents["prepare"]
     draft = shipped.content.candidate
-    context.progress("speculate", 0, 1, f"{draft} drafts for {policy.teacher}")
+    context.progress(TaskProgress("speculate", 0, 1, f"{draft} drafts for {policy.teacher}"))
     measuring = _measure.remote(compressed, prepared, draft, policy, context.recipe.evaluate, context.progress)
     found = ray.get(measuring)
     verdict = judge_draft(policy, shipped.report, found)
@@ -56,7 +56,7 @@ def pack_with_draft(context: StageContext) -> dict[str, Any]:
     with context.draft.directory() as folder:
         _pack(context, shipped, policy, SpeculationResult(found=found, verdict=verdict), folder)
         open_package(folder)
-    context.progress("speculate", 1, 1)
+    context.progress(TaskProgress("speculate", 1, 1))
     return {
         "times": median(found.times),
         "identical": found.identical,
@@ -72,7 +72,7 @@ def _measure(
     files = {export.name: compressed.local() / export.file for export in read_exports(compressed.local())}
 
     def say(note: str) -> None:
-        progress("speculate", 0, 1, note)
+        progress(TaskProgress("speculate", 0, 1, note))
 
     return measure_draft(files[policy.teacher], files[draft], prepared.local(), policy, settings, say)
 

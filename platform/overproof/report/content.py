@@ -20,7 +20,7 @@ from overproof.evaluate.metrics import MeasuredFile, Report
 from overproof.registry import TASKS
 from overproof.report.figure import PlottedCurve
 from overproof.report.pareto import hypervolume, non_dominated, standings
-from overproof.train.throughput import WATTS_PER_CORE
+from overproof.train.metrics import WATTS_PER_CORE
 
 CURVE_POINTS = 120  # of a training curve in the page: each is the mean of its neighbours
 BEYOND = 1.05  # the hypervolume's reference point: the worst figure of all files, and this much
@@ -83,17 +83,17 @@ def _digits(value: float) -> float:
 def costs(swept: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     """What the teacher, its text and its cache cost, and what trials would have cost with the teacher beside each.
 
-    What concerns a cache is there only where one is. Its seconds are the teacher's forward passes; energy is those at
-    one core's share of the power.
+    What concerns a cache is there only where one is. Its seconds are the teacher's forward passes. Energy is nowhere
+    measured: it is estimated as those seconds at one core's share of a processor's power.
     """
     training, written = artifacts["train"].record, artifacts.get("generate")
     return {
         "trials": len(swept["trials"]),
         "train_s": training.seconds,
-        "train_j": training.metrics["energy_j"],
+        "train_energy_estimate_j": training.metrics["energy_estimate_j"],
         "text_s": written.record.metrics["teacher_seconds"] if written else None,
         "cached": None,
-        "watts": WATTS_PER_CORE,
+        "watts_per_core": WATTS_PER_CORE,
         **(_saved(swept, artifacts["cache"].record.metrics) if "cache" in artifacts else {}),
     }
 
@@ -109,7 +109,7 @@ def _saved(swept: Mapping[str, Any], cached: Mapping[str, Any]) -> dict[str, Any
         "cache_s": seconds,
         "asked": asked,
         "live_s": live_s,
-        "saved_j": (live_s - seconds) * WATTS_PER_CORE,
+        "saved_energy_estimate_j": (live_s - seconds) * WATTS_PER_CORE,
     }
 
 

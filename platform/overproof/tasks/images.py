@@ -20,7 +20,7 @@ from overproof.data.sources import sha256_of
 from overproof.data.stratified import stratified, write_splits
 from overproof.errors import InputError
 from overproof.files import filesystem
-from overproof.stage_context import StageContext
+from overproof.stage_context import StageContext, TaskProgress
 
 if TYPE_CHECKING:
     from overproof.tasks.image_classification import ImageClassificationData, ImageSource
@@ -84,9 +84,9 @@ def prepare_images(context: StageContext) -> Manifest:
             labels.append(numbers[encoded[2]])
             if len(pixels) % SAY_EVERY == 0:
                 size = len(pixels) * row_bytes(shard_schema(columns)) / 1e6
-                context.progress("prepare", 0, 2, f"{len(pixels):,} images read, {size:,.0f} MB")
+                context.progress(TaskProgress("prepare", 0, 2, f"{len(pixels):,} images read, {size:,.0f} MB"))
         pixels_RCHW, labels_R = np.stack(pixels), np.array(labels, np.int32)
-    context.progress("prepare", 1, 2, f"writing {len(labels_R):,} images")
+    context.progress(TaskProgress("prepare", 1, 2, f"writing {len(labels_R):,} images"))
     rows = {"pixels": pixels_RCHW, "label": labels_R}
     splits = stratified(labels_R, data.validation_fraction, data.test_fraction, context.recipe.seed)
     written = write_splits(rows, splits, columns, data, context.draft.uri, "images")

@@ -1,7 +1,8 @@
-"""Checkpoints of a training: which there are, which is good, which to keep.
+"""Checkpoints of a training: which there are, which is sound, which to keep.
 
     <folder>/ledger.json              whose checkpoints these are, and the highest step ever committed
     <folder>/00000300-<attempt>/      one checkpoint: the files of all ranks, and
+        curve.jsonl                   the learning curve up to here
         rank-00000.json ...           what each rank wrote, with hashes: its last file
         checkpoint.json               everything of all ranks, written last by rank 0
 
@@ -16,6 +17,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,32 @@ from pyarrow import fs
 from overproof.config import CheckpointPolicy
 from overproof.errors import InputError
 from overproof.files import FileEntry, atomic_write, filesystem, join_uri, local_cache, mismatched_files
+from overproof.stage_context import TrainingResumed
 
 LEDGER = "ledger.json"
 CHECKPOINT_MANIFEST = "checkpoint.json"
+CURVE_FILE = "curve.jsonl"  # the learning curve: in a checkpoint up to its step, in the artifact to the end
 FORMAT = 1
-Notify = Callable[[str], None]
+
+
+class DamageKind(Enum):
+    """Why a file or a checkpoint cannot be used."""
+
+    MISSING = auto()
+    CHANGED = auto()
+    UNFINISHED = auto()  # an attempt ended while it wrote: nothing that was ever promised is lost
+    OTHER_RECIPE = auto()
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with a file or a checkpoint; its text for people."""
+
+    kind: DamageKind
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -55,22 +78,22 @@ class Checkpoint:
 
         def fetch(folder: Path) -> None:
             fs.copy_files(root, str(folder), source_filesystem=files)
-            fault = find_fault(fs.LocalFileSystem(), str(folder), self.files)
-            if fault:
-                raise InputError(f"{self.uri}: {fault}, as fetched; expected what was written: run again")
+            damage = find_damage(fs.LocalFileSystem(), str(folder), self.files)
+            if damage:
+                raise InputError(f"{self.uri}: {damage}, as fetched; expected what was written: run again")
 
-        yield local_cache(self.key, fetch)
+        yield local_cache(self.content_sha256, fetch)
 
-    def fault(self) -> str | None:
+    def find_damage(self) -> Damage | None:
         """What is wrong with it where it lies, or None; every file is hashed."""
         files, root = filesystem(self.uri)
-        return find_fault(files, root, self.files)
+        return find_damage(files, root, self.files)
 
     @property
-    def key(self) -> str:
-        """A name that no other content has."""
+    def content_sha256(self) -> str:
+        """A hash of every file's name and hash."""
         entries = {name: entry.sha256 for name, entry in self.files.items()}
-        return hashlib.sha256(_canonical(entries)).hexdigest()
+        return hashlib.sha256(_canonical_json(entries)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -83,140 +106,138 @@ class Checkpoints:
     parents: Mapping[str, str]
     policy: CheckpointPolicy
 
-    def begin(self) -> None:
+    def claim_folder(self) -> None:
         """Take the folder for this training.
 
         Raises:
             InputError: it holds an unfinished training of another recipe or of other data; what differs.
         """
-        files, root = self._opened()
-        ledger = self._ledger()
+        files, root = filesystem(self.uri)
+        ledger = self._read_ledger()
         if ledger and ledger["fingerprint"] != self.fingerprint and ledger["committed"]:
             raise unfinished_training_error(self.uri, ledger, self.config, self.parents, ledger["committed"])
         if ledger is None or ledger["fingerprint"] != self.fingerprint:
-            if ledger is None and self._found():
-                return  # the checkpoints speak for themselves
+            if ledger is None and self._directories():
+                return  # without a ledger, the checkpoints say themselves whose they are
             files.create_dir(root, recursive=True)
             files.delete_dir_contents(root, missing_dir_ok=True)
-            self.note(0)
+            self.record_step(0)
 
-    def newest(self, say: Notify) -> Checkpoint | None:
+    def newest_sound(self, report: Callable[[TrainingResumed], None]) -> Checkpoint | None:
         """The newest checkpoint whose files are all what was written, or None where none was ever committed.
 
-        Every file is hashed. What is wrong with a newer one is told through ``say``.
+        Every file is hashed. What is wrong with a newer one is reported, with the step of the one that is used.
 
         Raises:
-            InputError: there should be one, and none is good.
+            InputError: there should be one, and none is sound.
         """
-        faults: list[str] = []
-        for name in sorted(self._found(), reverse=True):
-            kept = self._read(name)
-            fault = kept if isinstance(kept, str) else kept.fault()
-            if fault is None and isinstance(kept, Checkpoint):
-                for each in faults:
-                    say(f"{each}; going on from step {kept.step}")
-                return kept
-            if fault:
-                faults.append(f"checkpoint {name}: {fault}")
-        committed = self.committed()
-        if committed or any(not fault.endswith(UNFINISHED) for fault in faults):
+        damages: list[tuple[str, Damage]] = []
+        for name in sorted(self._directories(), reverse=True):
+            found = self._read(name)
+            damage = found if isinstance(found, Damage) else found.find_damage()
+            if damage:
+                damages.append((f"checkpoint {name}: {damage}", damage))
+            elif isinstance(found, Checkpoint):
+                for text, _ in damages:
+                    report(TrainingResumed.after(text, found.step))
+                return found
+        committed = self.committed_step()
+        if committed or any(damage.kind != DamageKind.UNFINISHED for _, damage in damages):
+            listed = "; ".join(text for text, _ in damages) or "none was found"
             raise InputError(
                 f"{self.uri}: training had reached step {committed or 'an unknown one'}, and no good checkpoint is "
-                f"left: {'; '.join(faults) or 'none was found'}. Restore one, or delete the folder to start anew"
+                f"left: {listed}. Restore one, or delete the folder to start anew"
             )
         return None
 
-    def committed(self) -> int:
+    def committed_step(self) -> int:
         """The highest step ever committed; 0 before the first."""
-        ledger = self._ledger()
+        ledger = self._read_ledger()
         return int(ledger["committed"]) if ledger else 0
 
-    def note(self, step: int) -> None:
-        """Write down that a step was committed."""
-        files, root = self._opened()
+    def record_step(self, step: int) -> None:
+        """Write into the ledger that a step was committed."""
+        files, root = filesystem(self.uri)
         content = {"format": FORMAT, "fingerprint": self.fingerprint, "config": self.config,
                    "parents": dict(self.parents), "committed": step}  # fmt: skip
         atomic_write(files, f"{root}/{LEDGER}", with_checksum(content))
 
-    def folder(self, step: int, attempt: str) -> str:
+    def directory(self, step: int, attempt: str) -> str:
         """Where an attempt writes its checkpoint after ``step`` steps."""
         return join_uri(self.uri, f"{step:08d}-{attempt}")
 
-    def all(self) -> list[Checkpoint]:
+    def all_committed(self) -> list[Checkpoint]:
         """Every committed checkpoint, oldest first; files are not hashed."""
-        return [kept for kept in map(self._read, sorted(self._found())) if isinstance(kept, Checkpoint)]
+        found = map(self._read, sorted(self._directories()))
+        return [checkpoint for checkpoint in found if isinstance(checkpoint, Checkpoint)]
 
     def best(self) -> Checkpoint | None:
         """The committed checkpoint of lowest score."""
-        return next(iter(rank_by_score(self.all())), None)
+        return next(iter(rank_by_score(self.all_committed())), None)
 
     def prune(self, newest: Checkpoint) -> None:
         """Delete what the policy does not keep, now that ``newest`` is committed.
 
-        What dead attempts left goes too, and so does whatever claims to be further on: it was found bad, or training
-        would have gone on from there.
+        What dead attempts left goes too, and so does whatever claims to be further on: it was found damaged, or
+        training would have gone on from there.
         """
-        files, root = self._opened()
-        others = [each for each in self.all() if each.step < newest.step]
-        kept = {each.uri for each in retained([*others, newest], self.policy)}
-        for name in self._found():
-            if join_uri(self.uri, name) not in kept:
+        files, root = filesystem(self.uri)
+        older = [checkpoint for checkpoint in self.all_committed() if checkpoint.step < newest.step]
+        retained = {checkpoint.uri for checkpoint in select_retained([*older, newest], self.policy)}
+        for name in self._directories():
+            if join_uri(self.uri, name) not in retained:
                 files.delete_dir(f"{root}/{name}")
 
-    def _opened(self) -> tuple[fs.FileSystem, str]:
-        return filesystem(self.uri)
-
-    def _found(self) -> list[str]:
-        files, root = self._opened()
+    def _directories(self) -> list[str]:
+        files, root = filesystem(self.uri)
         listing = files.get_file_info(fs.FileSelector(root, allow_not_found=True))
         names = [info.base_name for info in listing if info.type == fs.FileType.Directory]
         return [name for name in names if name.partition("-")[0].isdigit()]
 
-    def _read(self, name: str) -> Checkpoint | str:
+    def _read(self, name: str) -> Checkpoint | Damage:
         """A checkpoint, or why it is none."""
         uri = join_uri(self.uri, name)
         files, root = filesystem(uri)
         content = read_checksummed(files, f"{root}/{CHECKPOINT_MANIFEST}")
-        if isinstance(content, str):
-            return UNFINISHED if content == MISSING and int(name.partition("-")[0]) > self.committed() else content
+        if isinstance(content, Damage):
+            if content.kind == DamageKind.MISSING and int(name.partition("-")[0]) > self.committed_step():
+                return Damage(DamageKind.UNFINISHED, "was never finished")
+            return content
         if content["fingerprint"] != self.fingerprint:
-            return f"{CHECKPOINT_MANIFEST} is of another recipe"
+            return Damage(DamageKind.OTHER_RECIPE, f"{CHECKPOINT_MANIFEST} is of another recipe")
         entries = {file: FileEntry(**entry) for file, entry in content["files"].items()}
         return Checkpoint(uri, content["step"], content["world"], content["score"], entries)
 
-    def _ledger(self) -> dict[str, Any] | None:
-        files, root = self._opened()
+    def _read_ledger(self) -> dict[str, Any] | None:
+        files, root = filesystem(self.uri)
         content = read_checksummed(files, f"{root}/{LEDGER}")
-        return None if isinstance(content, str) else content
+        return None if isinstance(content, Damage) else content
 
 
-MISSING = f"{CHECKPOINT_MANIFEST} is missing"
-UNFINISHED = "was never finished"
-
-
-def rank_by_score(kept: Iterable[Checkpoint]) -> list[Checkpoint]:
+def rank_by_score(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     """Those that have a score, lowest first."""
-    scored = [(each.score, each.step, each) for each in kept if each.score is not None]
+    scored = [(each.score, each.step, each) for each in checkpoints if each.score is not None]
     return [each for *_, each in sorted(scored, key=lambda item: item[:2])]
 
 
-def retained(kept: Iterable[Checkpoint], policy: CheckpointPolicy) -> list[Checkpoint]:
+def select_retained(checkpoints: Iterable[Checkpoint], policy: CheckpointPolicy) -> list[Checkpoint]:
     """What the policy keeps: the last ones, and the best."""
-    ordered = sorted(kept, key=lambda each: each.step, reverse=True)
+    ordered = sorted(checkpoints, key=lambda each: each.step, reverse=True)
     last, best = ordered[: policy.keep_last], rank_by_score(ordered)[: policy.keep_best]
     return last + [each for each in best if each not in last]
 
 
-def find_fault(files: fs.FileSystem, root: str, entries: Mapping[str, FileEntry]) -> str | None:
+def find_damage(files: fs.FileSystem, root: str, entries: Mapping[str, FileEntry]) -> Damage | None:
     """What is wrong with the first file that is not as it was written, or None."""
     for name, entry in entries.items():
         info = files.get_file_info(f"{root}/{name}")
         if info.type == fs.FileType.File and info.size != entry.size_bytes:  # no need to hash the others
-            return f"{name} has {info.size} bytes instead of {entry.size_bytes}"
+            return Damage(DamageKind.CHANGED, f"{name} has {info.size} bytes instead of {entry.size_bytes}")
     for name, found in mismatched_files(files, root, entries):
         if found is None:
-            return f"{name} is missing"
-        return f"{name} was changed: its sha256 is {found[:12]}…, not {entries[name].sha256[:12]}…"
+            return Damage(DamageKind.MISSING, f"{name} is missing")
+        expected = entries[name].sha256
+        return Damage(DamageKind.CHANGED, f"{name} was changed: its sha256 is {found[:12]}…, not {expected[:12]}…")
     return None
 
 
@@ -224,48 +245,48 @@ def unfinished_training_error(
     uri: str, ledger: Mapping[str, Any], config: Any, parents: Mapping[str, str], step: int
 ) -> InputError:
     """What to say where a folder holds what another recipe, or other parents, left unfinished."""
-    found = list(differences(ledger["config"], config))
-    for stage, print_ in parents.items():
+    changes = list(config_differences(ledger["config"], config))
+    for stage, fingerprint in parents.items():
         before = ledger["parents"].get(stage, "none")
-        if before != print_:
-            found.append(f"{stage} {before[:8]}, now {print_[:8]}")
+        if before != fingerprint:
+            changes.append(f"{stage} {before[:8]}, now {fingerprint[:8]}")
     return InputError(
-        f"{uri}: holds an unfinished training, at step {step}, whose recipe differs: {'; '.join(found)}. Run that "
+        f"{uri}: holds an unfinished training, at step {step}, whose recipe differs: {'; '.join(changes)}. Run that "
         "recipe to go on with it, or delete the folder to start anew"
     )
 
 
-def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
+def config_differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
     """Each field in which two trees of JSON values differ."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in [*before, *(key for key in now if key not in before)]:
-            yield from differences(before.get(name), now.get(name), f"{path}.{name}" if path else name)
+            yield from config_differences(before.get(name), now.get(name), f"{path}.{name}" if path else name)
     elif before != now:
         yield f"{path} {json.dumps(before)}, now {json.dumps(now)}"
 
 
 def with_checksum(content: Mapping[str, Any]) -> bytes:
     """JSON that carries the hash of itself."""
-    return json.dumps({**content, "sha256": hashlib.sha256(_canonical(content)).hexdigest()}, indent=1).encode()
+    return json.dumps({**content, "sha256": hashlib.sha256(_canonical_json(content)).hexdigest()}, indent=1).encode()
 
 
-def read_checksummed(files: fs.FileSystem, path: str) -> dict[str, Any] | str:
-    """What ``seal`` wrote, or what is wrong with it."""
+def read_checksummed(files: fs.FileSystem, path: str) -> dict[str, Any] | Damage:
+    """A file that holds ``with_checksum`` of something, or what is wrong with it."""
     name = path.rpartition("/")[2]
     if files.get_file_info(path).type != fs.FileType.File:
-        return f"{name} is missing"
+        return Damage(DamageKind.MISSING, f"{name} is missing")
     with files.open_input_stream(path) as stream:
         raw = stream.read()
     try:
         content = json.loads(raw)
-        found = content.pop("sha256")
+        checksum = content.pop("sha256")
     except (ValueError, AttributeError, KeyError, TypeError):
-        return f"{name} is not what was written"
-    if found != hashlib.sha256(_canonical(content)).hexdigest():
-        return f"{name} was changed"
+        return Damage(DamageKind.CHANGED, f"{name} is not what was written")
+    if checksum != hashlib.sha256(_canonical_json(content)).hexdigest():
+        return Damage(DamageKind.CHANGED, f"{name} was changed")
     assert isinstance(content, dict)
     return content
 
 
-def _canonical(content: Any) -> bytes:
+def _canonical_json(content: Any) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()

@@ -23,9 +23,9 @@ from overproof.config import Training
 from overproof.models.hf_directory import Batch
 from overproof.train.engine import Metrics, StateWriter, seed_rng, set_learning_rate, to_device, to_fp32_cpu
 from overproof.train.objective import Objective
-from overproof.train.optim import clips_by_itself, deepspeed_config, learning_rate, parameter_groups
+from overproof.train.optim import deepspeed_clips, deepspeed_config, learning_rate, parameter_groups
 
-NO_DYNAMO = "TORCHDYNAMO_DISABLE"  # torch reads it whenever torch.compile is called
+DISABLE_DYNAMO = "TORCHDYNAMO_DISABLE"  # torch reads it whenever torch.compile is called
 
 
 class DeepSpeedEngine:
@@ -41,7 +41,7 @@ class DeepSpeedEngine:
         self.train, self.seed = train, seed
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.accumulation = train.accumulation(self.world)
-        deepspeed = _deepspeed()
+        deepspeed = _import_deepspeed()
         if train.activation_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.engine, self.optimizer, *_ = deepspeed.initialize(
@@ -59,28 +59,28 @@ class DeepSpeedEngine:
         rate = learning_rate(self.train, self.steps_done)
         set_learning_rate(self.optimizer, rate)
         names, sums, norm = list[str](), torch.zeros((), device=self.device), None
-        for index, part in enumerate(_parts(batch, self.accumulation)):
+        for index, micro_batch in enumerate(_micro_batches(batch, self.accumulation)):
             self._seed_rows(index)
-            loss, scalars = objective.loss(self.engine, to_device(part, self.device))
+            loss, scalars = objective.loss(self.engine, to_device(micro_batch, self.device))
             names, sums = ["loss", *scalars], sums + torch.stack([loss.detach(), *scalars.values()]).double()
             last = index == self.accumulation - 1
             if last:
-                total = self.totalling(sums)
+                reduced = self.all_reduce_async(sums)
             self.engine.backward(loss)
             if last:
-                norm = self._clip()
+                norm = self._clip_gradients()
                 if self.train.offload != "none":
-                    _forget_bias_correction(self.optimizer.optimizer)
+                    _reset_bias_correction(self.optimizer.optimizer)
             self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         self.steps_done += 1
-        means = total() / (self.world * self.accumulation)
+        means = reduced() / (self.world * self.accumulation)
         values = dict(zip(names, means.tolist(), strict=True))
         overflow = {"overflow": 1.0} if self.train.precision == "fp16" and not math.isfinite(float(norm)) else {}
         return {"loss": values.pop("loss"), "learning_rate": rate, "grad_norm": float(norm), **overflow, **values}
 
     @contextmanager
-    def evaluating(self) -> Iterator[nn.Module]:
+    def eval_mode(self) -> Iterator[nn.Module]:
         self.engine.eval()
         try:
             with torch.no_grad():
@@ -88,23 +88,23 @@ class DeepSpeedEngine:
         finally:
             self.engine.train()
 
-    def total(self, values: Tensor) -> Tensor:
-        return self.totalling(values)()
+    def all_reduce(self, values: Tensor) -> Tensor:
+        return self.all_reduce_async(values)()
 
-    def totalling(self, values: Tensor) -> Callable[[], Tensor]:
-        """Begin to sum over the ranks; the sum is given when asked for, so that no rank waits meanwhile."""
+    def all_reduce_async(self, values: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum over the ranks; what is returned waits for the sum, so that no rank waits meanwhile."""
         values = values.clone()
         work = dist.all_reduce(values, async_op=True)
 
-        def total() -> Tensor:
+        def wait() -> Tensor:
             work.wait()
             return values
 
-        return total
+        return wait
 
     def save(self, write: StateWriter) -> None:
         """Hand this rank's part of the state to ``write``; all ranks call it at the same step."""
-        self.engine.checkpoint_engine = _Files(write)
+        self.engine.checkpoint_engine = _StateFiles(write)
         with tempfile.TemporaryDirectory() as scratch:  # DeepSpeed insists on a folder for its recovery script
             self.engine.save_checkpoint(scratch, tag="state", save_latest=False)
 
@@ -113,8 +113,8 @@ class DeepSpeedEngine:
 
         They are unpickled: give only files whose hashes were checked.
         """
-        self.engine.checkpoint_engine = _Files()
-        with _own_settings(self.optimizer):
+        self.engine.checkpoint_engine = _StateFiles()
+        with _preserve_group_settings(self.optimizer):
             path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found nothing to load")
@@ -126,12 +126,12 @@ class DeepSpeedEngine:
         position = self.steps_done * self.train.batch_size + self.rank * share + index * share // self.accumulation
         seed_rng(self.seed, position, self.device)
 
-    def _clip(self) -> float | None:
-        """Without ZeRO: clip the gradients, which every rank has whole, and give their norm before.
+    def _clip_gradients(self) -> float | None:
+        """Without ZeRO: clip the gradients, which every rank has whole, and return their norm from before.
 
-        DeepSpeed would do it, but neither tell the norm nor leave a step out whose gradients are not finite.
+        DeepSpeed would clip, but neither return the norm nor leave a step out whose gradients are not finite.
         """
-        if clips_by_itself(self.train):
+        if deepspeed_clips(self.train):
             return None
         parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -143,8 +143,8 @@ class DeepSpeedEngine:
         return float(norm)
 
 
-class _Files:
-    """DeepSpeed's way to files, led to a function."""
+class _StateFiles:
+    """A checkpoint engine for DeepSpeed that hands every file to a function instead of writing it."""
 
     def __init__(self, write: StateWriter | None = None) -> None:
         self.write = write
@@ -167,20 +167,20 @@ class _Files:
         return False
 
 
-def _forget_bias_correction(adam: Any) -> None:
+def _reset_bias_correction(adam: Any) -> None:
     """Have DeepSpeed's CPU Adam take its bias correction from the step alone.
 
     It multiplies the correction up from step to step, and after a restart begins with a power, which differs in the
     last bits. A step 0 on a tensor of its own breaks the row, so that it is a power every time.
     """
-    group, nothing = adam.param_groups[0], torch.zeros(1)
+    group, dummy = adam.param_groups[0], torch.zeros(1)
     adam.ds_opt_adam.adam_update(
-        adam.opt_id, 0, 0.0, *group["betas"], group["eps"], 0.0, True, nothing, nothing, nothing, nothing
+        adam.opt_id, 0, 0.0, *group["betas"], group["eps"], 0.0, True, dummy, dummy, dummy, dummy
     )
 
 
 @contextmanager
-def _own_settings(optimizer: Any) -> Iterator[None]:
+def _preserve_group_settings(optimizer: Any) -> Iterator[None]:
     """Mend what DeepSpeed 0.19.8 does to an optimizer when ZeRO-3 loads a universal checkpoint.
 
     It gives every group the first one's settings, so that vectors decay, and every parameter one and the same step
@@ -189,37 +189,37 @@ def _own_settings(optimizer: Any) -> Iterator[None]:
     base = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
     before = [{name: value for name, value in group.items() if name != "params"} for group in base.param_groups]
     yield
-    for group, own in zip(base.param_groups, before, strict=True):
-        group.update(own)
+    for group, settings in zip(base.param_groups, before, strict=True):
+        group.update(settings)
     for state in base.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"] = state["step"].clone()
 
 
-def _deepspeed() -> Any:
+def _import_deepspeed() -> Any:
     os.environ["DS_ACCELERATOR"] = "cuda" if dist.get_backend() == "nccl" else "cpu"
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.ops.__compatible_ops__ = {}  # else a kernel for tensor-parallel inference is compiled, for minutes
-    _load_muon()
+    _import_muon_without_dynamo()
     return deepspeed
 
 
-def _load_muon() -> None:
+def _import_muon_without_dynamo() -> None:
     """Load DeepSpeed's Muon, which its ZeRO always does, without TorchDynamo.
 
     Nothing here uses that optimizer, but it is decorated with ``torch.compile``, which loads the whole compiler: over
     2 s of CPU time in each worker.
     """
-    before = os.environ.get(NO_DYNAMO)
-    os.environ[NO_DYNAMO] = "1"
+    before = os.environ.get(DISABLE_DYNAMO)
+    os.environ[DISABLE_DYNAMO] = "1"
     try:
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     finally:
-        del os.environ[NO_DYNAMO]
+        del os.environ[DISABLE_DYNAMO]
         if before is not None:
-            os.environ[NO_DYNAMO] = before
+            os.environ[DISABLE_DYNAMO] = before
 
 
 def to_universal(folder: Path, out: Path) -> None:
@@ -227,7 +227,7 @@ def to_universal(folder: Path, out: Path) -> None:
     from deepspeed.checkpoint.ds_to_universal import main
 
     options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False}
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+    with Path(os.devnull).open("w") as devnull, redirect_stdout(devnull):
         main(SimpleNamespace(input_folder=str(folder), output_folder=str(out), strict=True,
                              inject_missing_state=True, **options))  # fmt: skip
 
@@ -242,12 +242,12 @@ def consolidated_weights(folder: Path) -> dict[str, Tensor]:
         return {name: to_fp32_cpu(value) for name, value in state.items()}
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+    with Path(os.devnull).open("w") as devnull, redirect_stdout(devnull):
         found = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name)
     return {name: to_fp32_cpu(value) for name, value in found.items()}
 
 
-def _parts(batch: Batch, count: int) -> Iterator[Batch]:
+def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
     """A batch in equal parts, row by row."""
     size = len(next(iter(batch.values()))) // count
     for start in range(0, size * count, size):

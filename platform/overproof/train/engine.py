@@ -1,4 +1,7 @@
-"""What an engine is, one optimizer step behind one interface, and that of one process; see ``zero`` for several."""
+"""What a training engine is, one optimizer step behind one interface, and that of one process.
+
+``deepspeed_engine`` has that of several processes.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from overproof.config import Optimization
+from overproof.errors import InputError
 from overproof.models.hf_directory import Batch
 from overproof.train.objective import Objective
 from overproof.train.optim import ADAM_EPSILON, learning_rate, parameter_groups
 
-STATE = "state.pt"  # of the engine that needs no others
+STATE_FILE = "state.pt"  # of the engine of one process
+MEMORY_ADVICE = (
+    "ask for less: a smaller micro_batch_size, activation_checkpointing: true, a higher zero_stage, offload, or more "
+    "workers (`overproof plan` says what each takes)"
+)
 Metrics = dict[str, float]
-StateWriter = Callable[[str, Any], None]  # takes a file's name and what belongs into it
+StateWriter = Callable[[str, Any], None]  # takes a file's name and its content
 
 
 class TrainingEngine(Protocol):
@@ -33,11 +41,11 @@ class TrainingEngine(Protocol):
         """
 
     @contextmanager
-    def evaluating(self) -> Iterator[nn.Module]:
+    def eval_mode(self) -> Iterator[nn.Module]:
         """The model to call, in evaluation mode and without gradients, until the block ends."""
 
-    def total(self, values: Tensor) -> Tensor:
-        """Sum over the ranks."""
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """The sum over the ranks."""
 
 
 def default_device() -> torch.device:
@@ -57,13 +65,13 @@ class TorchEngine:
         optimization: Optimization,
         device: torch.device | None = None,
         seed: int = 0,
-        beside: nn.Module | None = None,
+        auxiliary: nn.Module | None = None,
     ) -> None:
-        """``beside`` is trained and saved with the model, and no part of it."""
+        """``auxiliary`` is trained and saved with the model without being a part of it."""
         self.optimization, self.seed = optimization, seed
         self.device = device or default_device()
         self.model = model.to(self.device).train()
-        self.trained = nn.ModuleList([self.model, *([beside.to(self.device)] if beside else [])])
+        self.trained = nn.ModuleList([self.model, *([auxiliary.to(self.device)] if auxiliary else [])])
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.trained, optimization.weight_decay),
             lr=optimization.learning_rate,
@@ -87,7 +95,7 @@ class TorchEngine:
         return {"loss": loss.item(), "learning_rate": rate, "grad_norm": norm.item(), **values}
 
     @contextmanager
-    def evaluating(self) -> Iterator[nn.Module]:
+    def eval_mode(self) -> Iterator[nn.Module]:
         self.model.eval()
         try:
             with torch.inference_mode():
@@ -95,16 +103,16 @@ class TorchEngine:
         finally:
             self.model.train()
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         return values
 
     def save(self, write: StateWriter) -> None:
         """Hand the whole state to ``write``, as one file."""
-        write(STATE, {"model": self.trained.state_dict(), "optimizer": self.optimizer.state_dict()})
+        write(STATE_FILE, {"model": self.trained.state_dict(), "optimizer": self.optimizer.state_dict()})
 
     def load(self, folder: Path, step: int) -> None:
         """Go on from the file that ``save`` gave after ``step`` steps, with this engine's own settings."""
-        state = torch.load(folder / STATE, map_location=self.device, weights_only=True)
+        state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True)
         self.trained.load_state_dict(state["model"])
         own = [{name: group[name] for name in ("betas", "weight_decay")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -118,7 +126,7 @@ class TorchEngine:
 
 
 def seed_rng(seed: int, position: int, device: torch.device) -> None:
-    """Have what draws next draw a function of both."""
+    """Make what is drawn next a function of both: the same after a restart."""
     mixed = int.from_bytes(hashlib.sha256(f"{seed}/{position}".encode()).digest()[:7], "big")
     torch.default_generator.manual_seed(mixed)  # torch.manual_seed asks every kind of device, for milliseconds
     if device.type == "cuda":
@@ -136,3 +144,30 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def to_fp32_cpu(value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float32, copy=True)
+
+
+@contextmanager
+def explain_memory(phase: str, advice: str = MEMORY_ADVICE) -> Iterator[None]:
+    """Turn what torch raises when memory runs out into bad input.
+
+    Raises:
+        InputError: naming what was under way and what to change.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first_line = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"out of memory in {phase}: {first_line}; {advice}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out.
+
+    torch has a type for this on GPUs alone. Its CPU allocator raises a bare RuntimeError (c10/core/impl/
+    alloc_cpu.cpp), so there its message is all that there is to go by; a test allocates too much to keep this true.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return type(error) is RuntimeError and "can't allocate memory" in str(error)

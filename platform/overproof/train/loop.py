@@ -24,18 +24,18 @@ CurveRow = dict[str, float]  # "step" counts finished steps; then what was measu
 class CheckpointHook(Protocol):
     """Saves the state of a training as it goes. Every rank has one and calls it alike."""
 
-    def after(self, step: int, score: float | None) -> None:
+    def after_step(self, step: int, score: float | None) -> None:
         """A step is over; ``score`` is the validation loss, if there was a validation at it."""
 
 
 @dataclass(frozen=True)
 class LoopHooks:
-    """What a training does beside its steps: where it begins, who saves, what happens to a step gone wrong."""
+    """What a training does beside its steps: where it begins, what saves it, what becomes of a step gone wrong."""
 
-    start: int = 0  # finished steps
-    keeper: CheckpointHook | None = None
-    nonfinite: Callable[[int, InputError], None] | None = None  # takes step and error; returns to leave the step out
-    validated: frozenset[int] = frozenset()  # steps with a validation beside those of the optimization
+    start_step: int = 0  # finished steps
+    checkpoint: CheckpointHook | None = None
+    on_nonfinite: Callable[[int, InputError], None] | None = None  # takes step and error; returns to leave it out
+    extra_validation_steps: frozenset[int] = frozenset()  # beside those of the optimization
 
 
 def fit(
@@ -68,30 +68,34 @@ def train_steps(
 
     Yields ``{"step", "loss", "learning_rate", "grad_norm"}`` after each step and ``{"step", "validation_loss"}``
     every ``validate_every`` steps, at those the hooks name, and after the last. A step that was left out has
-    ``skipped`` 1 in place of what is not finite. The keeper is called when the caller has taken a step's rows and asks
-    for more.
+    ``skipped`` 1 in place of what is not finite. The checkpoint hook is called when the caller has taken a step's rows
+    and asks for more.
     """
     if optimization.steps == 0:
         yield {"step": 0, "validation_loss": validate()}
-    for step in range(hooks.start + 1, optimization.steps + 1):
+    for step in range(hooks.start_step + 1, optimization.steps + 1):
         metrics = engine.step(objective, next(batches))
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             if not metrics.get("overflow"):
-                error = _diverged(step, metrics, optimization)
-                if hooks.nonfinite is None:
+                error = _nonfinite_error(step, metrics, optimization)
+                if hooks.on_nonfinite is None:
                     raise error
-                hooks.nonfinite(step, error)
+                hooks.on_nonfinite(step, error)
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)} | {"skipped": 1.0}
         yield {"step": step, **metrics}
         score = None
-        if step % optimization.validate_every == 0 or step == optimization.steps or step in hooks.validated:
+        if (
+            step % optimization.validate_every == 0
+            or step == optimization.steps
+            or step in hooks.extra_validation_steps
+        ):
             score = validate()
             yield {"step": step, "validation_loss": score}
-        if hooks.keeper:
-            hooks.keeper.after(step, score)
+        if hooks.checkpoint:
+            hooks.checkpoint.after_step(step, score)
 
 
-def _diverged(step: int, metrics: Metrics, optimization: Optimization) -> InputError:
+def _nonfinite_error(step: int, metrics: Metrics, optimization: Optimization) -> InputError:
     return InputError(
         f"step {step}: loss is {metrics['loss']} and the gradient's norm {metrics['grad_norm']}; expected "
         f"finite numbers: lower learning_rate (at most {optimization.learning_rate:g} now) or raise "
@@ -103,11 +107,11 @@ def validation_loss(
     model: nn.Module,
     predict: Predict,
     batches: Iterable[Batch],
-    total: Callable[[Tensor], Tensor] = lambda values: values,
+    all_reduce: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> float:
     """Mean negative log-likelihood of the predictions that count, nats.
 
-    ``model`` comes from ``engine.evaluating()``. Where ranks share the batches, ``total`` is ``engine.total`` and
+    ``model`` comes from ``engine.eval_mode()``. Where ranks share the batches, ``all_reduce`` is the engine's and
     every rank brings equally many: ZeRO-3 gathers weights in each forward pass.
     """
     device = next(model.parameters()).device
@@ -116,13 +120,13 @@ def validation_loss(
         prediction = predict(model, {name: value.to(device) for name, value in batch.items()})
         counted_BP = nll(prediction) * prediction.mask_BP
         sums += torch.stack([counted_BP.sum(dtype=torch.float64), prediction.mask_BP.sum().double()])
-    loss, count = total(sums).tolist()
+    loss, count = all_reduce(sums).tolist()
     return float(loss / count)
 
 
-def validation_ids(rows: int, wanted: int) -> NDArray[np.int64]:
-    """``wanted`` sample ids spread evenly over a split's ``rows``, or every one: the same at every validation."""
-    count = min(rows, wanted)
+def validation_ids(rows: int, limit: int) -> NDArray[np.int64]:
+    """``limit`` sample ids spread evenly over a split's ``rows``, or every one: the same at every validation."""
+    count = min(rows, limit)
     return np.arange(count, dtype=np.int64) * rows // count
 
 

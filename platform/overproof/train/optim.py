@@ -1,4 +1,4 @@
-"""What a recipe means to an optimizer and to DeepSpeed: pure functions of its training section."""
+"""Learning rate, parameter groups and DeepSpeed's configuration: pure functions of a recipe's training section."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def deepspeed_config(train: Training, world: int, universal: bool = False) -> dict[str, Any]:
-    """What DeepSpeed is told by ``world`` workers. The rate is set from outside at every step: no scheduler here.
+    """DeepSpeed's configuration for ``world`` workers. The rate is set from outside at every step: no scheduler here.
 
     ``universal`` makes it load a universal checkpoint, which any number of workers can.
     """
@@ -47,7 +47,7 @@ def deepspeed_config(train: Training, world: int, universal: bool = False) -> di
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.batch_size // world // accumulation,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": train.clip_norm if clips_by_itself(train) else 0.0,
+        "gradient_clipping": train.clip_norm if deepspeed_clips(train) else 0.0,
         "optimizer": {
             "type": "AdamW",
             "params": {
@@ -71,8 +71,8 @@ def deepspeed_config(train: Training, world: int, universal: bool = False) -> di
     }
 
 
-def clips_by_itself(train: Training) -> bool:
-    """Whether DeepSpeed clips so that it tells the norm and leaves a step out whose gradients are not finite."""
+def deepspeed_clips(train: Training) -> bool:
+    """Whether DeepSpeed clips gradients, returns their norm and leaves a step out that is not finite."""
     return train.zero_stage > 0 or train.precision == "fp16"
 
 

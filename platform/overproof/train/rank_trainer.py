@@ -18,114 +18,93 @@ from overproof.errors import InputError
 from overproof.files import local_cache
 from overproof.models.hf_directory import Batch, count_parameters, save_model, to_tensors
 from overproof.registry import TASKS
-from overproof.stage_context import NOTICE
-from overproof.train.checkpoint import Checkpoint
-from overproof.train.checkpoint_callback import CheckpointCallback, CheckpointSignal
-from overproof.train.checkpoint_writer import AsyncCheckpointWriter
+from overproof.stage_context import Notice, TaskProgress
+from overproof.train.checkpoint import CURVE_FILE, Checkpoint
+from overproof.train.checkpoint_writer import AsyncCheckpointWriter, CheckpointCallback, CheckpointSignal
 from overproof.train.deepspeed_engine import DeepSpeedEngine, consolidated_weights, to_universal
+from overproof.train.engine import explain_memory
 from overproof.train.loop import CurveRow, LoopHooks, fit, shard_batches, validation_ids, validation_loss
-from overproof.train.memory_errors import explain_memory
-from overproof.train.metrics_logger import CURVE_FILE, ROWS_HASH, MetricsLogger
-from overproof.train.throughput import ThroughputMeter
+from overproof.train.metrics import ROWS_HASH, MetricsLogger, ThroughputMeter
 from overproof.train.train_job import ResumePoint, TrainJob
 
-ROWS_NAMED = 8
+LISTED_ROWS = 8  # of a step that went wrong, in a message
 
 
 class RankTrainer:
     """A rank's model, ready to train."""
 
-    def __init__(self, job: TrainJob, start: ResumePoint, rank: int, world: int) -> None:
+    def __init__(self, job: TrainJob, resume: ResumePoint, rank: int, world: int) -> None:
         """Raises:
         InputError: the starting model or the checkpoint cannot be used, or memory ran out.
         """
-        self.job, self.start, self.rank, self.world = job, start, rank, world
+        self.job, self.resume, self.rank, self.world = job, resume, rank, world
         self.root = job.prepared.local()
         self.manifest = Manifest.read(self.root)
         self.task = TASKS[self.manifest.task]
         self.order = self.manifest.order(job.seed)
         torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
-        found = start.checkpoint
-        universal = found is not None and found.world != world and job.train.zero_stage > 0
+        checkpoint = resume.checkpoint
+        universal = checkpoint is not None and checkpoint.world != world and job.train.zero_stage > 0
+        self._report_phase("building the model")
         with explain_memory("building the model and the optimizer"):
-            self.model = job.lesson.model(self.manifest, job.seed)
+            self.model = job.spec.model(self.manifest, job.seed)
             self.parameters = count_parameters(self.model)  # before ZeRO-3 takes them apart
             self.engine = DeepSpeedEngine(self.model, job.train, job.seed, universal)
-            self.objective = job.lesson.objective(self.task, self.engine.device)
-        self.rows = self._restore(found, universal) if found else []
+            self.objective = job.spec.objective(self.task, self.engine.device)
+        self.curve = self._restore(checkpoint, universal) if checkpoint else []
         self.batch: Batch = {}
-        self.held_out = Shards(self.root, "validation")
-        ids = validation_ids(self.held_out.rows, job.train.validation_rows)
-        self.parts = shard_batches(ids, job.train.batch_size // world, rank, world)
+        self.validation_shards = Shards(self.root, "validation")
+        ids = validation_ids(self.validation_shards.rows, job.train.validation_rows)
+        self.validation_batches = shard_batches(ids, job.train.batch_size // world, rank, world)
 
-    def fit(self, rows: Iterator[Columns], bell: CheckpointSignal) -> dict[str, Any] | None:
+    def fit(self, rows: Iterator[Columns], signal: CheckpointSignal) -> dict[str, Any] | None:
         """Train to the end. Rank 0 writes model/, curve.jsonl and events/ and gives back metrics."""
-        watch = ThroughputMeter(self.job, self.manifest, self.world)
+        meter = ThroughputMeter(self.job, self.manifest, self.world)
         if self.rank > 0:
-            self.train(rows, bell, watch, ())
+            self.train(rows, signal, meter, ())
             return None
         with (
             self.job.draft.directory() as folder,
-            MetricsLogger(_existing(folder) / CURVE_FILE, folder / "events") as curve,
+            MetricsLogger(_require_shared(folder) / CURVE_FILE, folder / "events") as logger,
         ):
-            for row in self.rows:
-                curve(row)
-            self.train(rows, bell, watch, (curve, watch))
-            self.write(folder / "model")
-        return {"parameters": self.parameters, "steps": self.job.train.steps, **watch.metrics(self.rows)}
+            for row in self.curve:
+                logger(row)
+            self.train(rows, signal, meter, (logger, meter.report))
+            self.write_model(folder / "model")
+        return {"parameters": self.parameters, "steps": self.job.train.steps, **meter.metrics(self.curve)}
 
     def train(
         self,
         rows: Iterator[Columns],
-        bell: CheckpointSignal,
-        watch: ThroughputMeter,
-        reports: Sequence[Callable[[CurveRow], None]],
+        signal: CheckpointSignal,
+        meter: ThroughputMeter,
+        listeners: Sequence[Callable[[CurveRow], None]],
     ) -> None:
-        """Train to the end, until the last checkpoint is committed; ``reports`` are given every row of the curve."""
-        saver = AsyncCheckpointWriter(self.job.checkpoints, self.start.attempt, self.rank, self.world)
-        saving = CheckpointCallback(self.engine, self.job.train, saver, bell, self.rows)
+        """Train to the end, until the last checkpoint is committed; ``listeners`` are given every row of the curve."""
+        writer = AsyncCheckpointWriter(self.job.checkpoints, self.resume.attempt, self.rank, self.world)
+        callback = CheckpointCallback(self.engine, self.job.train, writer, signal, self.curve)
 
         def report(row: CurveRow) -> None:
-            measured = watch.measure(row)
+            measured = meter.measure(row)
             if "validation_loss" not in row:
-                measured = {**measured, ROWS_HASH: float(saving.agree())}
-            for each in (self.rows.append, *reports):
-                each(measured)
+                measured = {**measured, ROWS_HASH: float(callback.finish_sync())}
+            for listener in (self.curve.append, *listeners):
+                listener(measured)
 
-        hooks = LoopHooks(self.start.step, saving, self._nonfinite, self.job.validated)
+        hooks = LoopHooks(self.resume.step, callback, self._handle_nonfinite, self.job.extra_validation_steps)
         with explain_memory("a training step"):
-            batches = watch.timed(self._batches(rows, saving.tell))
+            batches = meter.timed(self._batches(rows, callback.start_sync))
             fit(self.engine, self.objective, self.job.train, batches, self.validate, report, hooks)
-        saving.finish()
+        self._report_phase("writing the last checkpoint", self.job.train.steps)
+        callback.flush()
 
     def validate(self) -> float:
         """The validation loss over all ranks; the same rows each time."""
-        batches = (to_tensors(self.held_out.take(part)) for part in self.parts)
-        with self.engine.evaluating() as model:
-            return validation_loss(model, self.task.predict, batches, self.engine.total)
+        batches = (to_tensors(self.validation_shards.take(ids)) for ids in self.validation_batches)
+        with self.engine.eval_mode() as model:
+            return validation_loss(model, self.task.predict, batches, self.engine.all_reduce)
 
-    def _batches(self, rows: Iterator[Columns], seen: Callable[[int], None]) -> Iterator[Batch]:
-        names = self.manifest.batch_columns
-        for columns in rows:
-            further = self.job.lesson.columns(columns["sample_id"])
-            self.batch = to_tensors({name: columns[name] for name in names} | further)
-            seen(rows_hash(columns["sample_id"]))
-            yield self.batch
-
-    def _restore(self, found: Checkpoint, universal: bool) -> list[CurveRow]:
-        """Load the checkpoint; gives the curve up to it."""
-        with found.local() as folder, explain_memory("loading the checkpoint"):
-            converted = None
-            if universal:
-                converted = local_cache(f"universal-{found.key}", lambda out: to_universal(folder, out / "state"))
-            self.engine.load(converted / "state" if converted else folder, found.step)
-            lines = (folder / CURVE_FILE).read_text().splitlines()
-        dist.barrier()
-        if converted:
-            shutil.rmtree(converted, ignore_errors=True)
-        return [json.loads(line) for line in lines]
-
-    def write(self, folder: Path) -> None:
+    def write_model(self, folder: Path) -> None:
         """The model as a Hugging Face directory: the weights of the last checkpoint, or of the best.
 
         Raises:
@@ -133,17 +112,46 @@ class RankTrainer:
         """
         train, checkpoints = self.job.train, self.job.checkpoints
         tokenizer = self.manifest.tokenizer(self.root)
+        self._report_phase("writing the model", train.steps)
         if train.steps == 0:
-            save_model(self.job.lesson.model(self.manifest, self.job.seed), self.model.config, folder, tokenizer)
+            save_model(self.job.spec.model(self.manifest, self.job.seed), self.model.config, folder, tokenizer)
             return
-        kept = checkpoints.best() if train.result == "best" else checkpoints.all()[-1]
-        assert kept
-        if fault := kept.fault():
-            raise InputError(f"{kept.uri}: {fault}; run again: training goes on from the checkpoint before")
-        with kept.local() as source:
+        checkpoint = checkpoints.best() if train.result == "best" else checkpoints.all_committed()[-1]
+        assert checkpoint
+        if damage := checkpoint.find_damage():
+            raise InputError(f"{checkpoint.uri}: {damage}; run again: training goes on from the checkpoint before")
+        with checkpoint.local() as source:
             save_model(consolidated_weights(source), self.model.config, folder, tokenizer)
 
-    def _nonfinite(self, step: int, error: InputError) -> None:
+    def _batches(self, rows: Iterator[Columns], start_sync: Callable[[int], None]) -> Iterator[Batch]:
+        names = self.manifest.batch_columns
+        for columns in rows:
+            further = self.job.spec.columns(columns["sample_id"])
+            self.batch = to_tensors({name: columns[name] for name in names} | further)
+            start_sync(rows_hash(columns["sample_id"]))
+            yield self.batch
+
+    def _restore(self, checkpoint: Checkpoint, universal: bool) -> list[CurveRow]:
+        """Load the checkpoint; gives the curve up to it."""
+        self._report_phase(f"restoring the checkpoint of step {checkpoint.step}")
+        with checkpoint.local() as folder, explain_memory("loading the checkpoint"):
+            converted = None
+            if universal:
+                key = f"universal-{checkpoint.content_sha256}"
+                converted = local_cache(key, lambda out: to_universal(folder, out / "state"))
+            self.engine.load(converted / "state" if converted else folder, checkpoint.step)
+            lines = (folder / CURVE_FILE).read_text().splitlines()
+        dist.barrier()
+        if converted:
+            shutil.rmtree(converted, ignore_errors=True)
+        return [json.loads(line) for line in lines]
+
+    def _report_phase(self, note: str, step: int | None = None) -> None:
+        if self.rank == 0:
+            done = self.resume.step if step is None else step
+            self.job.progress(TaskProgress("train", done, self.job.train.steps, note))
+
+    def _handle_nonfinite(self, step: int, error: InputError) -> None:
         """Name the rows of a step that went wrong; every rank gets here.
 
         Raises:
@@ -151,34 +159,33 @@ class RankTrainer:
         """
         size = self.job.train.batch_size
         share = size // self.world
-        bad = torch.zeros(size, device=self.engine.device)
-        with self.engine.evaluating() as model:
+        nonfinite_B = torch.zeros(size, device=self.engine.device)
+        with self.engine.eval_mode() as model:
             for index in range(share):
                 row = {name: values[index : index + 1] for name, values in self.batch.items()}
-                bad[self.rank * share + index] = not torch.isfinite(
-                    torch.tensor(validation_loss(model, self.task.predict, [row]))
-                )
-        flags = self.engine.total(bad).cpu().numpy() > 0
-        ids = self.order.step_rows(step - 1, size)
-        named = ids[flags] if flags.any() else ids
-        shown = ", ".join(map(str, named[:ROWS_NAMED])) + (", ..." if len(named) > ROWS_NAMED else "")
-        which = f"at fault by itself: row {shown}" if flags.any() else f"no row alone is at fault: {shown}"
+                loss = validation_loss(model, self.task.predict, [row])
+                nonfinite_B[self.rank * share + index] = not torch.isfinite(torch.tensor(loss))
+        flags_B = self.engine.all_reduce(nonfinite_B).cpu().numpy() > 0
+        ids_B = self.order.step_rows(step - 1, size)
+        listed = ids_B[flags_B] if flags_B.any() else ids_B
+        shown = ", ".join(map(str, listed[:LISTED_ROWS])) + (", ..." if len(listed) > LISTED_ROWS else "")
+        rows = f"at fault by itself: row {shown}" if flags_B.any() else f"no row alone is at fault: {shown}"
         if self.job.train.on_nonfinite == "stop":
             raise InputError(
-                f"{error}; {which} (sample_id of the train split). on_nonfinite: skip leaves such steps out"
+                f"{error}; {rows} (sample_id of the train split). on_nonfinite: skip leaves such steps out"
             )
         if self.rank == 0:
-            self.job.progress(NOTICE, step, self.job.train.steps, f"step {step} left out: {which}")
+            self.job.progress(Notice(f"step {step} left out: {rows}"))
 
 
-def read_own_rows(job: TrainJob, start: ResumePoint, rank: int, world: int) -> Iterator[Columns]:
+def read_rank_rows(job: TrainJob, resume: ResumePoint, rank: int, world: int) -> Iterator[Columns]:
     """A rank's planned rows of every step that is left, read by this process."""
     shards = planned_shards(job.prepared.local())
     order = shards.manifest.order(job.seed)
-    return shards.steps(order, job.train.batch_size, start.step, job.train.steps, rank, world)
+    return shards.steps(order, job.train.batch_size, resume.step, job.train.steps, rank, world)
 
 
-def _existing(folder: Path) -> Path:
+def _require_shared(folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(
             f"{folder}: not on the node of rank 0; on a cluster of several nodes the store must be a folder that "

@@ -1,104 +1,57 @@
-"""The train stage: starts the workers under Ray Train, and starts them again until the last step is done."""
+"""The train stage: starts the workers under Ray Train, starts them again until the last step is done; and what each
+worker does.
+
+A worker begins with its first rows, which it reads itself while Ray Data has not yet begun to stream.
+"""
 
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import ray.train
-from ray.data import DataContext
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
-from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _TorchBackend
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.data import DataContext, DataIterator
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.train import RunConfig
+from ray.train.collective import broadcast_from_rank_zero
 
 from overproof.artifacts import ArtifactWriter
 from overproof.cluster.ray_cluster import preserve_sigint
 from overproof.config import Pretrained
+from overproof.data.feed import planned_dataset
 from overproof.data.manifest import Manifest
+from overproof.data.order import Order
+from overproof.data.parquet_reader import Columns, planned_shards, table_to_numpy
 from overproof.errors import InputError
 from overproof.models import pretrained
-from overproof.stage_context import StageContext
+from overproof.stage_context import StageContext, TaskProgress
 from overproof.train.checkpoint import Checkpoints
-from overproof.train.ray_elastic import ElasticScaling, RetryPolicy, describe_error, notify, root_causes
-from overproof.train.ray_worker import train_rank
-from overproof.train.train_job import SupervisedSpec, TrainJob
+from overproof.train.ray_elastic import (
+    ElasticScaling,
+    RetryPolicy,
+    WorkerCheckpointSignal,
+    describe_error,
+    root_causes,
+)
+from overproof.train.ray_train_private import PolicyTrainer, QuietTorchConfig, ScalingConfig
+from overproof.train.train_job import ResumePoint, SupervisedSpec, TrainJob
 
-RAY_TRAIN = {
+RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # at 2 s the end of a short run, or a kill, is noticed late
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # of the seconds that a drained node has left
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # to find room, nothing else; then the nodes are counted again
 }
-ABORT_TIMEOUT_S = 3
-
-
-class QuietTorchBackend(_TorchBackend):
-    """Ray's torch backend without its farewell, which waits 30 s for ranks that wait for a dead one.
-
-    The processes are killed next, whatever they answer.
-    """
-
-    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        del worker_group, backend_config
-
-
-class QuietTorchConfig(TorchConfig):
-    """A torch process group that ends with its processes."""
-
-    @property
-    def backend_cls(self) -> type[QuietTorchBackend]:
-        return QuietTorchBackend
-
-
-class RayTrainer(TorchTrainer):
-    """Ray's trainer with this product's patience and choice of workers, without its placement-group cleaner.
-
-    The cleaner looks for the controller in the newest Ray cluster of the machine and kills the run when it is not
-    there, which is so wherever a second cluster was started meanwhile. Without it the group ends with the driver.
-    """
-
-    def __init__(self, job: TrainJob, scratch: str, work: Callable[[TrainJob], Any] = train_rank) -> None:
-        """Each worker does ``work``. Ray keeps its own notes of the run in ``scratch``; none is needed afterwards."""
-        settings = self.settings = job.train
-        self.job = job
-        super().__init__(
-            partial(work, job),  # Train V2 hands on what it returns
-            torch_config=QuietTorchConfig(backend="nccl" if settings.gpus_per_worker else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=(settings.fewest, settings.most),  # type: ignore[arg-type]
-                use_gpu=settings.gpus_per_worker > 0,
-                resources_per_worker={"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker},
-            ),
-            run_config=RunConfig(name="train", storage_path=scratch),
-        )
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
-        return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
-
-    def _initialize_and_run_controller(self, **given: Any) -> Any:
-        given["failure_policy"] = RetryPolicy(
-            self.job.checkpoints, self.settings.max_failures, partial(notify, self.job)
-        )
-        given["scaling_policy"] = ElasticScaling(self.scaling_config, self.settings.worlds)  # type: ignore[arg-type]
-        return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """End on Ctrl-C. Ray's handler waits for the controller, which does not answer while it waits for nodes."""
-
-        def stop(*_: Any) -> None:
-            with suppress(RayActorError, GetTimeoutError):
-                ray.get(controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
-            ray.kill(controller)
-            raise KeyboardInterrupt
-
-        signal.signal(signal.SIGINT, stop)
+PREFETCHED_BATCHES = 2
+STREAM_STEPS = 8192  # of one stream; the next is opened half-way. Ray Data holds a task for each block of a stream
+OWN_STEPS = 16  # whose rows a rank reads itself: Ray Data starts meanwhile, and its processes want the same cores
 
 
 def train_teacher(context: StageContext) -> dict[str, Any]:
@@ -108,7 +61,7 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
 
     Raises:
         InputError: the starting model does not fit the data, a shard cannot be read, the loss is not finite, memory
-            does not suffice, or the workspace holds a training of another recipe or no good checkpoint.
+            does not suffice, or the workspace holds a training of another recipe or no sound checkpoint.
         RuntimeError: the workers failed ``max_failures`` times in a row without a new checkpoint.
     """
     settings, prepared, draft = context.recipe.train, context.parents["prepare"], context.draft
@@ -117,66 +70,165 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
             check_tokenizer,  # transformers: seconds to import, and not needed otherwise
         )
 
-        starting = pretrained.absolute_pretrained(settings.model)
-        check_tokenizer(pretrained.fetch_pretrained(starting.path), Manifest.read(prepared.local()))
-        settings = settings.model_copy(update={"model": starting})
+        context.progress(TaskProgress("train", 0, settings.steps, f"fetching {settings.model.path}"))
+        start = pretrained.absolute_pretrained(settings.model)
+        check_tokenizer(pretrained.fetch_pretrained(start.path), Manifest.read(prepared.local()))
+        settings = settings.model_copy(update={"model": start})
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, draft.config, draft.parents, settings.checkpoint)
-    checkpoints.begin()
+    checkpoints.claim_folder()
     job = TrainJob(
         settings, context.recipe.seed, prepared, draft, checkpoints, context.progress, SupervisedSpec(settings.model)
     )
-    for name, value in RAY_TRAIN.items():
-        os.environ.setdefault(name, value)
-    DataContext.get_current().enable_progress_bars = False
-    size = f"{settings.fewest} to {settings.most}" if settings.fewest < settings.most else settings.most
-    context.progress("train", checkpoints.committed(), settings.steps, f"starting {size} workers")
-    with tempfile.TemporaryDirectory(prefix="overproof-train-") as scratch:
-        metrics: dict[str, Any] = run_trainer(RayTrainer(job, scratch))
+    metrics: dict[str, Any] = run_workers(job, train_rank)
     if isinstance(settings.model, Pretrained):
         keep_chat_template(settings.model, draft)
     return metrics
 
 
-def keep_chat_template(starting: Pretrained, draft: ArtifactWriter) -> None:
-    """What the model is asked with stays with it, for its students."""
+def keep_chat_template(start: Pretrained, draft: ArtifactWriter) -> None:
+    """Copy the starting model's chat template, so that students are asked in the same words."""
     from overproof.models.hf_directory import CHAT_TEMPLATE, chat_template
 
-    template = chat_template(pretrained.fetch_pretrained(starting.path))
+    template = chat_template(pretrained.fetch_pretrained(start.path))
     if template is not None:
         with draft.directory() as folder:
             (folder / "model").mkdir(exist_ok=True)
             (folder / "model" / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
 
-def run_trainer(trainer: RayTrainer) -> Any:
-    """Train, and give back what rank 0 returned.
+def run_workers(job: TrainJob, work: Callable[[TrainJob], Any]) -> Any:
+    """Have a group of workers each do ``work``, started again as the job says; gives what rank 0 returned.
 
     Raises:
         InputError: as a worker raised it, out of what Ray wrapped around it; or for what Ray killed a worker.
-        RuntimeError: the end of patience, or of Ray's controller.
+        RuntimeError: the workers failed ``max_failures`` times in a row, or Ray's controller died.
     """
+    settings = job.train
+    for name, value in RAY_TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    DataContext.get_current().enable_progress_bars = False
+    size = f"{settings.fewest} to {settings.most}" if settings.fewest < settings.most else settings.most
+    committed = job.checkpoints.committed_step()
+    job.progress(TaskProgress("train", committed, settings.steps, f"starting {size} workers"))
     try:
-        with preserve_sigint():
-            return trainer.fit().return_value  # type: ignore[attr-defined]
+        # Ray's own files of the run; none is needed afterwards.
+        with tempfile.TemporaryDirectory(prefix="overproof-train-") as scratch, preserve_sigint():
+            return make_trainer(job, work, scratch).fit().return_value  # type: ignore[attr-defined]
     except RayActorError as error:
         raise RuntimeError(
             f"train: the controller of the run died: {describe_error([error])}; run again: training goes on from step "
-            f"{trainer.job.checkpoints.committed()}"
+            f"{job.checkpoints.committed_step()}"
         ) from error
     except ray.train.TrainingFailedError as error:
-        found = root_causes(error)
-        for cause in found:
+        causes = root_causes(error)
+        for cause in causes:
             if isinstance(cause, InputError):
                 raise cause from None
             if isinstance(cause, OutOfMemoryError):
                 raise InputError(_out_of_memory(cause)) from None
         raise RuntimeError(
-            f"train: {trainer.settings.max_failures} failures in a row without a new checkpoint after step "
-            f"{trainer.job.checkpoints.committed()}; the last one: {describe_error(found)}"
+            f"train: {settings.max_failures} failures in a row without a new checkpoint after step "
+            f"{job.checkpoints.committed_step()}; the last one: {describe_error(causes)}"
         ) from error
 
 
-def _out_of_memory(error: OutOfMemoryError) -> str:
-    from overproof.train.memory_errors import ADVICE
+def make_trainer(job: TrainJob, work: Callable[[TrainJob], Any], scratch: str) -> PolicyTrainer:
+    """Ray's trainer with the job's numbers of workers and its patience."""
+    settings = job.train
+    scaling = ScalingConfig(
+        num_workers=(settings.fewest, settings.most),
+        use_gpu=settings.gpus_per_worker > 0,
+        resources_per_worker={"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker},
+    )
+    return PolicyTrainer(
+        partial(work, job),  # Train V2 hands on what it returns
+        RetryPolicy(job.checkpoints, settings.max_failures, job.progress),
+        ElasticScaling(scaling, settings.worlds),
+        torch_config=QuietTorchConfig(backend="nccl" if settings.gpus_per_worker else "gloo"),
+        scaling_config=scaling,
+        run_config=RunConfig(name="train", storage_path=scratch),
+    )
 
-    return f"out of memory in a training worker: a node's memory was nearly full: {describe_error([error])}; {ADVICE}"
+
+def _out_of_memory(error: OutOfMemoryError) -> str:
+    from overproof.train.engine import MEMORY_ADVICE
+
+    reason = describe_error([error])
+    return f"out of memory in a training worker: a node's memory was nearly full: {reason}; {MEMORY_ADVICE}"
+
+
+def train_rank(job: TrainJob) -> dict[str, Any] | None:
+    """Train as one rank from the newest checkpoint; rank 0 writes the artifact and returns the stage's metrics."""
+    began_s = time.monotonic()
+    resume, rank, world = join_group(job)
+    rows = planned_rows(job, resume.step, rank, world)
+    first_rows, first_batch_s = list(islice(rows, 1)), time.monotonic() - began_s
+    from overproof.train.rank_trainer import RankTrainer  # seconds of imports
+
+    trainer = RankTrainer(job, resume, rank, world)
+    metrics = trainer.fit(chain(first_rows, rows), WorkerCheckpointSignal())
+    return None if metrics is None else {"first_batch_s": first_batch_s, **metrics}
+
+
+def join_group(job: TrainJob) -> tuple[ResumePoint, int, int]:
+    """Where this group begins, as rank 0 found it; this worker's rank and the size of its world."""
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    resume = None
+    if rank == 0:
+        steps = job.train.steps
+        job.progress(TaskProgress("train", job.checkpoints.committed_step(), steps, f"{world} workers are up"))
+        resume = ResumePoint(job.checkpoints.newest_sound(job.progress))
+    return broadcast_from_rank_zero(resume), rank, world
+
+
+def planned_rows(job: TrainJob, first: int, rank: int, world: int) -> Iterator[Columns]:
+    """This rank's rows of every step from ``first`` on; they must be the planned ones.
+
+    The first ``OWN_STEPS`` are read here, and after the first of them Ray Data is started to bring the others, a stream
+    of ``STREAM_STEPS`` at a time.
+    """
+    steps, batch_size = job.train.steps, job.train.batch_size
+    shards = planned_shards(job.prepared.local())
+    order = shards.manifest.order(job.seed)
+    step, stop = first, min(steps, first + OWN_STEPS)
+    tables = shards.steps(order, batch_size, step, stop, rank, world)
+    while step < steps:
+        next_tables: Future[Iterator[Columns]] = Future()
+        for columns in tables:
+            planned = order.step_rows(step, batch_size, rank, world)
+            if not np.array_equal(columns["sample_id"], planned):
+                raise RuntimeError(f"step {step}, rank {rank}: rows {columns['sample_id']}, {planned} were planned")
+            yield columns
+            if step == max(first, stop - STREAM_STEPS // 2) and stop < steps:
+                stream = (job, order, stop, min(steps, stop + STREAM_STEPS), rank, world)
+                threading.Thread(target=_open_stream, args=(next_tables, *stream), name="feed", daemon=True).start()
+            step += 1
+        if step < steps:
+            tables, stop = next_tables.result(), min(steps, stop + STREAM_STEPS)
+
+
+def _open_stream(opened: Future[Iterator[Columns]], *stream: Any) -> None:
+    try:
+        opened.set_result(_stream_rows(*stream))
+    except BaseException as error:  # surfaces in the thread that trains
+        opened.set_exception(error)
+
+
+def _stream_rows(job: TrainJob, order: Order, first: int, last: int, rank: int, world: int) -> Iterator[Columns]:
+    """A rank's rows of the steps ``[first, last)``; those of the first have arrived.
+
+    Rank 0 opens the stream and hands out the parts. It belongs to rank 0's process and ends with it, so that no
+    reader outlives its group of workers.
+    """
+    parts: list[DataIterator] | None = None
+    if rank == 0:
+        rows = planned_dataset(job.prepared.local(), order, job.train.batch_size, first, last, world)
+        parts = list(rows.streaming_split(world, equal=True))
+    feed = broadcast_from_rank_zero(parts)[rank]
+    tables = iter(
+        feed.iter_batches(
+            batch_size=job.train.batch_size // world, batch_format="pyarrow", prefetch_batches=PREFETCHED_BATCHES
+        )
+    )
+    return map(table_to_numpy, chain(list(islice(tables, 1)), tables))

@@ -1,4 +1,4 @@
-"""What every training worker is given."""
+"""One training as its workers are given it: the job, the checkpoint it goes on from, and what it learns."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ from overproof.models import pretrained
 from overproof.stage_context import Progress
 from overproof.train.checkpoint import Checkpoint, Checkpoints
 
+if TYPE_CHECKING:  # seconds of imports, which a worker spends after it has asked for its first rows
+    import torch
+    from transformers import PreTrainedModel
+
+    from overproof.tasks.base import Task
+    from overproof.train.objective import Objective
+
 
 @dataclass(frozen=True)
 class TrainJob:
@@ -28,13 +35,13 @@ class TrainJob:
     draft: ArtifactWriter
     checkpoints: Checkpoints
     progress: Progress
-    lesson: TrainSpec
-    validated: frozenset[int] = frozenset()  # steps with a validation beside those of train
+    spec: TrainSpec
+    extra_validation_steps: frozenset[int] = frozenset()  # beside those of ``train``
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """One attempt at a training; every restart of the workers is a new one."""
+    """Where one attempt at a training begins; every restart of the workers is a new attempt."""
 
     checkpoint: Checkpoint | None = None
     attempt: str = field(default_factory=lambda: secrets.token_hex(4))
@@ -45,16 +52,8 @@ class ResumePoint:
         return self.checkpoint.step if self.checkpoint else 0
 
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-    from overproof.tasks.base import Task
-    from overproof.train.objective import Objective
-
-
 class TrainSpec(Protocol):
-    """Picklable. Its methods are called in a worker, on every rank alike."""
+    """What a training learns. Picklable; its methods are called in a worker, on every rank alike."""
 
     def model(self, manifest: Manifest, seed: int) -> PreTrainedModel:
         """The model with its weights from before the first step."""
@@ -70,14 +69,14 @@ class TrainSpec(Protocol):
 class SupervisedSpec:
     """The labels alone."""
 
-    chosen: ModelSection
+    start: ModelSection
 
     def model(self, manifest: Manifest, seed: int) -> PreTrainedModel:
         from overproof.models.hf_directory import build_model, load_model
 
-        if isinstance(self.chosen, Pretrained):
-            return load_model(pretrained.fetch_pretrained(self.chosen.path))
-        return build_model(self.chosen, manifest, seed)
+        if isinstance(self.start, Pretrained):
+            return load_model(pretrained.fetch_pretrained(self.start.path))
+        return build_model(self.start, manifest, seed)
 
     def objective(self, task: Task, device: torch.device) -> Objective:
         from overproof.train.objective import CrossEntropy

@@ -1,0 +1,58 @@
+"""The parts of Ray core's private API that are used, in one place, as any release of Ray may move them.
+
+Its public API does not say what an autoscaler may add, which nodes are drained, what is free on each node, or where
+an actor's process is. tests/test_ray_private.py holds every function to what it is used for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ray._private.state import actors, available_resources_per_node, state
+
+from overproof.cluster.placement import Resources
+
+
+@dataclass(frozen=True)
+class NodeGroup:
+    """Nodes of one kind that an autoscaler may start."""
+
+    name: str
+    resources: Resources
+    max_count: int
+
+
+@dataclass(frozen=True)
+class ActorProcess:
+    """The process of a living actor."""
+
+    pid: int
+    node_id: str
+
+
+def autoscaler_groups() -> list[NodeGroup]:
+    """What the cluster's autoscaler may start; nothing where there is none."""
+    config = state.get_cluster_config()
+    groups = config.node_group_configs if config else ()
+    return [NodeGroup(group.name, dict(group.resources), group.max_count) for group in groups]
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that are about to be taken away."""
+    return set(state.get_draining_nodes())
+
+
+def free_resources() -> dict[str, Resources]:
+    """What nobody uses on each node, by its id; as of some seconds ago."""
+    free: dict[str, Resources] = available_resources_per_node()  # type: ignore[no-untyped-call]
+    return free
+
+
+def living_actors(class_name: str) -> list[ActorProcess]:
+    """The processes of the actors of one class."""
+    found = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
+    return [
+        ActorProcess(int(actor["Pid"]), str(actor["Address"]["NodeID"]))
+        for actor in found
+        if actor["ActorClassName"] == class_name
+    ]

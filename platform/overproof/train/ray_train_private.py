@@ -1,0 +1,122 @@
+"""The parts of Ray Train's private API that are used, in one place, as any release of Ray may move them.
+
+Ray Train V2 has no public way to say when a run starts again, on how many workers, or whether a node is being drained
+(without a round trip to an actor at each step). tests/train/test_ray_train_private.py holds every name to what it is
+used for.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.controller.state import ReschedulingState, RunningState, TrainControllerState
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
+from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
+from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor as is_preempted_actor
+from ray.train.v2.api.config import FailureConfig, ScalingConfig
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
+
+__all__ = [
+    "ABORT_TIMEOUT_S",
+    "WORKER_CLASS",
+    "ControllerError",
+    "DrainWatch",
+    "ElasticScalingPolicy",
+    "FailureConfig",
+    "FailureDecision",
+    "FailurePolicy",
+    "NoopDecision",
+    "PolicyTrainer",
+    "PreemptionError",
+    "QuietTorchConfig",
+    "ReschedulingState",
+    "RunningState",
+    "ScalingConfig",
+    "ScalingDecision",
+    "TrainControllerState",
+    "TrainingFailedError",
+    "WorkerGroupError",
+    "WorkerGroupPollStatus",
+    "WorkerGroupStartupTimeoutError",
+    "WorkerGroupState",
+    "WorkerHealthCheckFailedError",
+    "is_preempted_actor",
+]
+
+ABORT_TIMEOUT_S = 3
+WORKER_CLASS = "RayTrainWorker"  # the actor class of a training worker
+
+
+class DrainWatch:
+    """Whether the node of this training worker is being drained: a look at memory, no call."""
+
+    def __init__(self) -> None:
+        self._context = get_train_context().preemption_context
+
+    @property
+    def draining(self) -> bool:
+        """Ranks may differ for a moment."""
+        return self._context.preemption_info is not None
+
+
+class QuietTorchBackend(_TorchBackend):
+    """Ray's torch backend, whose shutdown would wait 30 s for ranks that wait for a dead one.
+
+    The processes are killed next, whatever they answer.
+    """
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        del worker_group, backend_config
+
+
+class QuietTorchConfig(TorchConfig):
+    """A torch process group that ends with its processes."""
+
+    @property
+    def backend_cls(self) -> type[QuietTorchBackend]:
+        return QuietTorchBackend
+
+
+class PolicyTrainer(TorchTrainer):
+    """Ray's trainer with policies of one's own for failures and scaling, and without its placement-group cleaner.
+
+    The cleaner looks for the controller in the newest Ray cluster of the machine and kills the run when it is not
+    there, which is so wherever a second cluster was started meanwhile. Without it the group ends with the driver.
+    """
+
+    def __init__(
+        self, work: Callable[[], Any], failure_policy: FailurePolicy, scaling_policy: ElasticScalingPolicy, **given: Any
+    ) -> None:
+        """Each worker does ``work``; ``given`` is what a ``TorchTrainer`` takes."""
+        self.failure_policy, self.scaling_policy = failure_policy, scaling_policy
+        super().__init__(work, **given)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+        return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        policies = {"failure_policy": self.failure_policy, "scaling_policy": self.scaling_policy}
+        return super()._initialize_and_run_controller(**given | policies)  # type: ignore[misc]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """End on Ctrl-C. Ray's handler waits for the controller, which does not answer while it waits for nodes."""
+
+        def stop(*_: Any) -> None:
+            with suppress(RayActorError, GetTimeoutError):
+                ray.get(controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
+            ray.kill(controller)
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, stop)
