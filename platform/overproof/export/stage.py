@@ -69,7 +69,9 @@ def export_models(context: StageContext) -> dict[str, Any]:
                 candidate=student not in (None, name), companions=tuple(companions),
             )  # fmt: skip
             exports.append(export)
-            context.progress(TaskProgress("compress", len(exports), len(planned), f"{file.name} {export.size_bytes / 1e6:.2f} MB"))
+            context.progress(
+                TaskProgress("compress", len(exports), len(planned), f"{file.name} {export.size_bytes / 1e6:.2f} MB")
+            )
         for name, source in companions.items():
             shutil.copyfile(source, root / name)
         (root / EXPORTS).write_text(json.dumps([e.model_dump() for e in exports], indent=1) + "\n", encoding="utf-8")
