@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 import threading
-import time
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 from overproof.cli.main import main
-from overproof.config import Serve
 from overproof.engines.onnx_runtime import OnnxClassifier
 from overproof.errors import InputError
-from overproof.serve import api_keys, server
+from overproof.serve import api_keys
 from overproof.serve.api_keys import ApiKey, KeyStore, RateLimiter, hash_key
 from overproof.serve.middleware import Access, Telemetry, load_access
 from overproof.serve.routes import build_app
@@ -170,53 +160,3 @@ def test_requests_are_let_in_by_any_key_and_refused_beyond_its_limit(digits_pack
     assert refused.status_code == 429
     assert refused.headers["Retry-After"] == "30"
     assert refused.json()["error"]["type"] == "rate_limit_error"
-
-
-def certificate(folder: Path) -> tuple[str, str]:
-    """Files of a fresh one for this machine, and of its key."""
-    secret, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-    here, now = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), datetime.now(UTC)
-    builder = x509.CertificateBuilder(name, name, secret.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
-    signed = builder.add_extension(here, critical=False).sign(secret, hashes.SHA256())
-    chain, key = folder / "certificate.pem", folder / "key.pem"
-    chain.write_bytes(signed.public_bytes(Encoding.PEM))
-    key.write_bytes(secret.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    return str(chain), str(key)
-
-
-def test_replicas_share_one_count_and_answer_over_tls(
-    ray_cluster: str, digits_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file, (chain, secret) = str(tmp_path / "keys.json"), certificate(tmp_path)
-    key = api_keys.add_key(file, "team", 12, None)
-    monkeypatch.setenv("OVERPROOF_KEYS", file)
-    base = server.start_serving(
-        digits_package,
-        Serve(port=0, min_replicas=2, cpus_per_replica=0.2, tls_certificate=chain, tls_key=secret),
-    )
-    try:
-        assert base.startswith("https://")
-        with httpx.Client(base_url=base, verify=ssl.create_default_context(cafile=chain)) as client:
-            headers = {"Authorization": f"Bearer {key}"}
-            found = [client.post("/v1/classify", json=IMAGE, headers=headers).status_code for _ in range(15)]
-            assert found[:12] == [200] * 12
-            assert 429 in found[12:]
-            assert client.get("/docs").status_code == 200
-            assert client.get("/v1/models").status_code == 401
-            api_keys.revoke_key(file, "team")
-            time.sleep(api_keys.REFRESH_S + 0.5)
-            assert {client.get("/v1/models", headers=headers).status_code for _ in range(6)} == {401}
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{base}/healthz")  # a certificate that nobody vouches for
-    finally:
-        server.stop_serving()
-
-
-def test_a_certificate_that_cannot_be_used_is_refused(digits_package: Path, tmp_path: Path) -> None:
-    chain, secret = certificate(tmp_path)
-    for files in ({"tls_certificate": chain, "tls_key": chain}, {"tls_certificate": "/none", "tls_key": secret}):
-        with pytest.raises(InputError, match="expected a pair in PEM"):
-            server.start_serving(digits_package, Serve(port=0, **files))
-    with pytest.raises(InputError, match="belong together"):
-        Serve.parse({"tls_key": secret}, "serve")

@@ -1,4 +1,4 @@
-"""The gateway's replicas without Ray: over real connections, with real engines, and with backends that do as told."""
+"""The router and the replica worker without Ray: over real connections, with real engines and scripted ones."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SOON_S = 10
 
 
 @dataclass
-class Told:
-    """A backend whose requests end when the test says so."""
+class ScriptedEngine:
+    """An engine whose requests end when the test sets ``go_on``."""
 
     begun: list[Any] = field(default_factory=list)
     ended: list[Any] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Told:
         return Generation(str(prompt), "stop", 1, 1)
 
     async def validate(self, prompt: Prompt, sampling: Sampling) -> None:
-        raise RuntimeError(f"no room for {prompt} of {sampling.max_tokens}")
+        raise RuntimeError(f"not accepted: {prompt} of {sampling.max_tokens}")
 
     async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
         self.begun.append(prompt)
@@ -68,30 +68,30 @@ class Told:
         """It answers."""
 
 
-class Doors:
-    """Where replicas find the gateway; what the desk is in a cluster."""
+class Directory:
+    """Where replicas find the gateway: the controller's part in a cluster."""
 
     def __init__(self) -> None:
-        self._door: GatewayAddress | None = None
+        self._address: GatewayAddress | None = None
         self._changed = asyncio.Condition()
 
-    async def move(self, address: GatewayAddress) -> None:
+    async def publish(self, address: GatewayAddress) -> None:
         async with self._changed:
-            self._door = address
+            self._address = address
             self._changed.notify_all()
 
     async def find(self, seen: GatewayAddress | None) -> GatewayAddress | None:
         async with self._changed:
-            await self._changed.wait_for(lambda: self._door is not None and self._door != seen)
-        return self._door
+            await self._changed.wait_for(lambda: self._address is not None and self._address != seen)
+        return self._address
 
 
 @asynccontextmanager
-async def gateway(directory: Doors, max_queued: int = 8) -> AsyncIterator[tuple[ReplicaServer, ReplicaPool]]:
+async def gateway(directory: Directory, max_queued: int = 8) -> AsyncIterator[tuple[ReplicaServer, ReplicaPool]]:
     replica_server = ReplicaServer()
     pool = replica_server.pool(NAME)
     pool.max_queued = max_queued
-    await directory.move(await replica_server.open(HOST))
+    await directory.publish(await replica_server.listen(HOST))
     yield replica_server, pool
     replica_server.close()
 
@@ -117,7 +117,7 @@ def run(test: Awaitable[None]) -> None:
 
 def test_a_replica_answers_as_its_engine_does(text_package: Path, digits_package: Path) -> None:
     async def test() -> None:
-        directory, engine = Doors(), LlamaCpp(text_package / "model.gguf", slots=2)
+        directory, engine = Directory(), LlamaCpp(text_package / "model.gguf", slots=2)
         local = ThreadedEngine(engine, 4)
         async with gateway(directory) as (replica_server, pool):
             ReplicaWorker(local, NAME, 2, directory.find)
@@ -152,9 +152,9 @@ def test_a_replica_answers_as_its_engine_does(text_package: Path, digits_package
     run(test())
 
 
-def test_work_waits_for_room_in_its_order_and_the_least_busy_takes_it() -> None:
+def test_requests_wait_for_capacity_in_their_order_and_the_least_busy_takes_them() -> None:
     async def test() -> None:
-        directory, one, two = Doors(), Told(), Told()
+        directory, one, two = Directory(), ScriptedEngine(), ScriptedEngine()
         async with gateway(directory, max_queued=2) as (_, pool):
             ReplicaWorker(one, NAME, 2, directory.find)
             await until(lambda: pool.load.replicas == 1)
@@ -163,7 +163,7 @@ def test_work_waits_for_room_in_its_order_and_the_least_busy_takes_it() -> None:
             assert pool.load == ReplicaLoad(1, 2, 2)
             with pytest.raises(Busy, match="2 requests are being answered and 2 wait"):
                 await pool.complete("one too many", ONE)
-            assert await pool.chat_prompt([{"role": "user", "content": "?"}]) == "?"  # takes no room
+            assert await pool.chat_prompt([{"role": "user", "content": "?"}]) == "?"  # takes no slot
             ReplicaWorker(two, NAME, 2, directory.find)
             await until(lambda: two.begun == ["2", "3"])
             two.go_on.set()
@@ -177,34 +177,34 @@ def test_work_waits_for_room_in_its_order_and_the_least_busy_takes_it() -> None:
     run(test())
 
 
-def test_what_is_given_up_leaves_its_room() -> None:
+def test_a_cancelled_request_frees_its_slot() -> None:
     async def test() -> None:
-        directory, backend = Doors(), Told()
+        directory, engine = Directory(), ScriptedEngine()
         async with gateway(directory) as (_, pool):
-            ReplicaWorker(backend, NAME, 1, directory.find)
+            ReplicaWorker(engine, NAME, 1, directory.find)
             asked = [asyncio.ensure_future(pool.complete(str(i), ONE)) for i in range(3)]
-            await until(lambda: backend.begun == ["0"])
+            await until(lambda: engine.begun == ["0"])
             asked[1].cancel()  # while it waits
             asked[0].cancel()  # while it runs
-            await until(lambda: backend.begun == ["0", "2"])
-            assert backend.ended == ["0"]
-            backend.go_on.set()
+            await until(lambda: engine.begun == ["0", "2"])
+            assert engine.ended == ["0"]
+            engine.go_on.set()
             assert (await asked[2]).text == "2"
             for _ in range(3):  # the replica hears of both at once
                 hasty = asyncio.ensure_future(pool.complete("never begun", ONE))
                 await asyncio.sleep(0)
                 hasty.cancel()
             await until(lambda: pool.load == ReplicaLoad(1, 0, 0))
-            assert backend.begun == ["0", "2"]
-            backend.go_on.clear()
+            assert engine.begun == ["0", "2"]
+            engine.go_on.clear()
             async with aclosing(pool.stream("3", ONE)) as pieces:
                 assert (await anext(pieces)).text == "first"
-            await until(lambda: backend.ended == ["0", "2", "3"] and pool.load == ReplicaLoad(1, 0, 0))
+            await until(lambda: engine.ended == ["0", "2", "3"] and pool.load == ReplicaLoad(1, 0, 0))
             for prompt in ([2**64], [10**100], "\ud800"):
                 with pytest.raises(InputError, match="cannot be passed on"):
                     await pool.complete(prompt, ONE)
             assert pool.load == ReplicaLoad(1, 0, 0)
-            with pytest.raises(RuntimeError, match="no room for x of 1"):
+            with pytest.raises(RuntimeError, match="not accepted: x of 1"):
                 await pool.validate("x", ONE)
 
     run(test())
@@ -212,7 +212,7 @@ def test_what_is_given_up_leaves_its_room() -> None:
 
 def test_a_replica_that_dies_is_replaced_by_another() -> None:
     async def test() -> None:
-        directory, dying, next_one = Doors(), Told(), Told()
+        directory, dying, next_one = Directory(), ScriptedEngine(), ScriptedEngine()
         async with gateway(directory) as (replica_server, pool):
             ReplicaWorker(dying, NAME, 4, directory.find)
             whole = asyncio.ensure_future(pool.complete("whole", ONE))
@@ -233,9 +233,9 @@ def test_a_replica_that_dies_is_replaced_by_another() -> None:
     run(test())
 
 
-def test_who_leaves_ends_what_was_begun_and_gets_no_more() -> None:
+def test_a_draining_replica_finishes_its_requests_and_gets_no_more() -> None:
     async def test() -> None:
-        directory, leaving, staying = Doors(), Told(), Told()
+        directory, leaving, staying = Directory(), ScriptedEngine(), ScriptedEngine()
         async with gateway(directory) as (_, pool):
             worker = ReplicaWorker(leaving, NAME, 2, directory.find)
             stream = pool.stream("long", ONE)
@@ -256,17 +256,17 @@ def test_who_leaves_ends_what_was_begun_and_gets_no_more() -> None:
     run(test())
 
 
-def test_a_gateway_that_is_replaced_ends_its_streams_while_the_next_one_is_called() -> None:
+def test_a_replaced_gateway_finishes_its_streams_while_replicas_connect_to_the_next() -> None:
     async def test() -> None:
-        directory, backend = Doors(), Told()
+        directory, engine = Directory(), ScriptedEngine()
         async with gateway(directory) as (old, before):
-            ReplicaWorker(backend, NAME, 2, directory.find)
+            ReplicaWorker(engine, NAME, 2, directory.find)
             stream = before.stream("old", ONE)
             assert (await anext(stream)).text == "first"
             async with gateway(directory) as (_, after):
                 asked = asyncio.ensure_future(after.complete("new", ONE))
-                await until(lambda: backend.begun == ["old", "new"])
-                backend.go_on.set()
+                await until(lambda: engine.begun == ["old", "new"])
+                engine.go_on.set()
                 assert [piece.text async for piece in stream] == ["last"]
                 assert (await asked).text == "new"
                 old.close()
@@ -277,7 +277,7 @@ def test_a_gateway_that_is_replaced_ends_its_streams_while_the_next_one_is_calle
 
 
 @pytest.mark.parametrize(
-    "said",
+    "sent",
     [
         b"GET / HTTP/1.1\r\n\r\n",
         (MAX_HELLO_BYTES + 1).to_bytes(LENGTH_BYTES, "big"),
@@ -286,12 +286,12 @@ def test_a_gateway_that_is_replaced_ends_its_streams_while_the_next_one_is_calle
         encode_frame(Drain()),  # before a Hello
     ],
 )
-def test_strangers_are_hung_up_on(output: bytes) -> None:
+def test_a_connection_that_does_not_authenticate_is_closed(sent: bytes) -> None:
     async def test() -> None:
         replica_server = ReplicaServer()
-        address = await replica_server.open(HOST)
+        address = await replica_server.listen(HOST)
         with socket.create_connection((address.host, address.port), timeout=SOON_S) as stranger:
-            stranger.sendall(output)
+            stranger.sendall(sent)
             assert await asyncio.to_thread(gone, stranger)
         assert replica_server.loads == {}
         replica_server.close()
@@ -326,15 +326,15 @@ def test_images_that_wait_are_classified_together() -> None:
 
     async def test() -> None:
         engine = Slow()
-        backend: AsyncEngine = BatchingClassifier(engine, 4)
+        batching: AsyncEngine = BatchingClassifier(engine, 4)
         images = [np.full((1, 4), i / 64, np.float32) for i in range(40)]
-        found = await asyncio.gather(*(backend.classify(image) for image in images))
+        found = await asyncio.gather(*(batching.classify(image) for image in images))
         assert engine.sizes == [16, 16, 8]
         for image, twice in zip(images, found, strict=True):
             np.testing.assert_array_equal(twice, image * 2)
         bright = np.full((1, 4), 2, np.float32)
-        failed = await asyncio.gather(backend.classify(bright), backend.classify(images[0]), return_exceptions=True)
+        failed = await asyncio.gather(batching.classify(bright), batching.classify(images[0]), return_exceptions=True)
         assert [str(each) for each in failed] == ["too bright", "too bright"]
-        np.testing.assert_array_equal(await backend.classify(images[1]), images[1] * 2)
+        np.testing.assert_array_equal(await batching.classify(images[1]), images[1] * 2)
 
     run(test())

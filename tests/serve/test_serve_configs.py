@@ -1,4 +1,4 @@
-"""The Serve YAML of the repository, run as its comments say; and the API key on real replicas."""
+"""The Serve YAML of the repository, run as its comments say."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +21,13 @@ from overproof.config import Serve
 from overproof.errors import InputError
 from overproof.serve import server
 from packing import copy, edit
+from shared_server import wait_until
 
 CONFIGS = Path(__file__).parents[2] / "serve_configs"
 COMMAND = str(Path(sys.executable).parent / "serve")
-START_S = 90
 
 
-@pytest.fixture(autouse=True)
-def _stopped(ray_cluster: str) -> Iterator[None]:
-    yield
-    server.stop_serving()
+pytestmark = pytest.mark.usefixtures("no_server")
 
 
 def _config(name: str, package: Path, folder: Path) -> tuple[Path, str]:
@@ -46,14 +41,6 @@ def _config(name: str, package: Path, folder: Path) -> tuple[Path, str]:
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path, f"http://127.0.0.1:{port}"
-
-
-def _until(ready: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + START_S
-    while not (found := ready()):
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
-    return found
 
 
 def _model(base: str) -> Any:
@@ -71,7 +58,7 @@ def test_serve_run_serves_until_interrupted(ray_cluster: str, text_package: Path
         process = subprocess.Popen([COMMAND, "run", str(path)], env=os.environ | {"RAY_ADDRESS": ray_cluster},
                                    stdout=out, stderr=out)  # fmt: skip
     try:
-        model = _until(lambda: _model(base) or (process.poll() is not None and pytest.fail(log.read_text())))
+        model = wait_until(lambda: _model(base) or (process.poll() is not None and pytest.fail(log.read_text())))
         assert model["id"] == "stdlib-lm"
         reply = httpx.post(
             f"{base}/v1/completions", json={"prompt": "import os\n", "max_tokens": 4, "logit_bias": {"0": -100}}
@@ -80,7 +67,7 @@ def test_serve_run_serves_until_interrupted(ray_cluster: str, text_package: Path
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
-    _until(lambda: _model(base) is None)
+    wait_until(lambda: _model(base) is None)
 
 
 def test_serve_deploy_serves_this_machine_and_refuses_the_unproven(
@@ -92,12 +79,12 @@ def test_serve_deploy_serves_this_machine_and_refuses_the_unproven(
     tree = yaml.safe_load(path.read_text())
     done = subprocess.run([COMMAND, "deploy", "-a", dashboard, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert _until(lambda: _model(base))["overproof"]["kind"] == "digits"
+    assert wait_until(lambda: _model(base))["overproof"]["kind"] == "digits"
     reply = httpx.post(f"{base}/v1/classify", json={"images": [[0.0] * 64]})
     assert 0 <= reply.json()["data"][0]["label"] < 10
     tree["applications"][0]["args"]["host"] = "0.0.0.0"  # an open door, and no key
     ServeSubmissionClient(dashboard).deploy_applications(tree)
-    failed = _until(lambda: (a := serve.status().applications["overproof"]).status == "DEPLOY_FAILED" and a)
+    failed = wait_until(lambda: (a := serve.status().applications["overproof"]).status == "DEPLOY_FAILED" and a)
     assert "can be reached from other machines; set OVERPROOF_API_KEY" in failed.message
     assert _model(base)["overproof"]["kind"] == "digits"  # what was there goes on
 
@@ -106,24 +93,12 @@ def test_serve_deploy_serves_this_machine_and_refuses_the_unproven(
     edit(spoiled / "verdict.json", lambda verdict: verdict.update(passed=False, chosen=None))
     tree["applications"][0]["args"]["package"] = str(spoiled)
     ServeSubmissionClient(dashboard).deploy_applications(tree)
-    failed = _until(
+    failed = wait_until(
         lambda: (
             (a := serve.status().applications["overproof"]).status == "DEPLOY_FAILED" and "verdict" in a.message and a
         )
     )
     assert "has no passing verdict; only what passed its gate is served" in failed.message
-
-
-def test_the_key_of_the_environment_guards_the_replicas(digits_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OVERPROOF_API_KEY", "a-secret")
-    base = server.start_serving(digits_package, Serve(host="0.0.0.0", port=0))
-    body = {"images": [[0.0] * 64]}
-    assert httpx.get(f"{base}/healthz").status_code == 200
-    assert httpx.post(f"{base}/v1/classify", json=body).status_code == 401
-    bearer = {"Authorization": "Bearer a-secret"}
-    assert httpx.post(f"{base}/v1/classify", json=body, headers=bearer).status_code == 200
-    with pytest.raises(httpx.HTTPStatusError, match="401"):
-        httpx.get(f"{base}/v1/models", headers={"Authorization": "Bearer a-Secret"}).raise_for_status()
 
 
 def test_a_taken_port_is_refused_before_anything_starts(digits_package: Path) -> None:

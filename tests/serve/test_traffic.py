@@ -19,13 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overproof.config import ParquetSource, Serve, Traffic
-from overproof.data.documents import iter_documents
 from overproof.data.sources import list_files
 from overproof.engines.llamacpp import LlamaCpp
 from overproof.errors import InputError
 from overproof.files import filesystem, join_uri
 from overproof.package.package import open_package
-from overproof.serve import server
 from overproof.serve.application import resolve_settings
 from overproof.serve.middleware import Access, Telemetry
 from overproof.serve.routes import build_app
@@ -178,24 +176,6 @@ def test_replies_of_every_kind_are_kept_and_rated(text_package: Path, engine: Ll
     assert all(row["text"] == row["prompt"] + row["reply"] and row["completion_tokens"] == 4 for row in kept)
     assert {row["package"] for row in kept} == {open_package(text_package).content.id}
     assert [row["id"] for row in rows(tmp_path, "ratings")] == [one["id"]]
-
-
-def test_a_replica_that_is_stopped_has_written_everything(ray_cluster: str, text_package: Path, tmp_path: Path) -> None:
-    """And `prepare`'s reader takes it."""
-    base, texts = (
-        server.start_serving(text_package, Serve(port=0, cpus_per_replica=0.2, traffic=settings(tmp_path))),
-        [],
-    )
-    try:
-        for seed in range(3):
-            body = {"prompt": "import os\n", "max_tokens": 8, "seed": seed}
-            reply = httpx.post(f"{base}/v1/completions", json=body, trust_env=False).raise_for_status().json()
-            texts.append(f"{body['prompt']}{reply['choices'][0]['text']}")
-    finally:
-        server.stop_serving()
-    source = ParquetSource(path=str(tmp_path / REPLIES))
-    found = [content.decode() for file in list_files(source) for _, content in iter_documents(source, file.name)]
-    assert sorted(found) == sorted(texts)
 
 
 def test_nothing_is_kept_unless_it_is_asked_for(text_package: Path, engine: LlamaCpp) -> None:

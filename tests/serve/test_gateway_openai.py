@@ -15,13 +15,10 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from browser import opened
-from overproof.config import Serve
 from overproof.package.package import open_package
-from overproof.serve import server
 from overproof.serve.metrics import METRIC_PREFIXES, merge_metrics
+from shared_server import SharedServer
 
-# One slot: sequences that share a step may differ in the last digits, and then in a sampled token.
-SETTINGS = Serve(port=0, max_replicas=1, cpus_per_replica=0.5, slots=1, max_tokens=256)
 MESSAGES: Any = [{"role": "system", "content": "Write Python."}, {"role": "user", "content": "import os"}]
 ANSWER = {
     "type": "object",
@@ -31,12 +28,10 @@ ANSWER = {
 }
 
 
-@pytest.fixture(scope="module")
-def client(ray_cluster: str, text_package: Path) -> Iterator[OpenAI]:
-    base = server.start_serving(text_package, SETTINGS)
-    with OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0) as client:
+@pytest.fixture
+def client(shared_server: SharedServer) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{shared_server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
-    server.stop_serving()
 
 
 def test_models(client: OpenAI, text_package: Path) -> None:
@@ -197,7 +192,7 @@ def test_the_interactive_docs_work_in_a_browser(client: OpenAI, tmp_path: Path) 
     assert heard.complaints == []
 
 
-def test_figures_of_all_nodes_are_one_text(client: OpenAI, text_package: Path) -> None:
+def test_metrics_of_all_nodes_are_one_text(client: OpenAI, text_package: Path) -> None:
     """Ray's agents hand them on every few seconds."""
     package = open_package(text_package).content.id
     client.completions.create(model="stdlib-lm", prompt="import os\n", max_tokens=8)
@@ -211,7 +206,7 @@ def test_figures_of_all_nodes_are_one_text(client: OpenAI, text_package: Path) -
             for sample in samples
             if sample.name == "ray_overproof_tokens_total" and sample.labels["package"] == package
         }
-        time.sleep(0.5)
+        time.sleep(0.1)
     assert found["completion"] >= 8
     told = {tuple(sample.labels.get(key) for key in ("package", "state")): sample.value for sample in samples
             if sample.name in ("ray_overproof_replicas", "ray_overproof_requests")}  # fmt: skip

@@ -1,4 +1,4 @@
-"""A language model on real Ray Serve replicas, asked over real HTTP."""
+"""A language model on real Ray Serve replicas over real HTTP: streams, load and errors; what is refused at the start."""
 
 from __future__ import annotations
 
@@ -12,31 +12,20 @@ from typing import Any
 import httpx
 import pytest
 import ray
-from ray.serve.context import _get_global_client
+from ray.util.state import list_actors
 
 from overproof.config import Serve
 from overproof.errors import InputError
 from overproof.serve.application import build
-from overproof.serve.server import call_controller, start_gateway, start_serving, stop_serving
+from overproof.serve.server import call_controller, start_gateway, start_serving
 from packing import copy, edit
-
-SETTINGS = Serve(
-    port=0,
-    min_replicas=1,
-    max_replicas=2,
-    cpus_per_replica=0.5,
-    slots=2,
-    max_tokens=256,
-    node_labels={"group": "serve"},
-)
+from shared_server import SETTINGS, SharedServer
 
 
-@pytest.fixture(scope="module")
-def server(ray_cluster: str, text_package: Path) -> Iterator[httpx.Client]:
-    base = start_serving(text_package, SETTINGS)
-    with httpx.Client(base_url=base, timeout=60) as client:
+@pytest.fixture
+def server(shared_server: SharedServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=shared_server.url, timeout=60) as client:
         yield client
-    stop_serving()
 
 
 def _events(server: httpx.Client, body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -118,14 +107,15 @@ def test_errors_arrive_through_the_gateway(server: httpx.Client) -> None:
 
 
 def test_replicas_take_what_was_reserved_on_the_nodes_that_were_named(server: httpx.Client) -> None:
-    client, (version,) = _get_global_client(), call_controller("deployments").models["stdlib-lm"].versions
-    (deployment,) = client.get_serve_details()["applications"][version.application]["deployments"].values()
-    assert deployment["deployment_config"]["ray_actor_options"]["num_cpus"] == 0.5
+    (version,) = call_controller("deployments").models["stdlib-lm"].versions
+    (replica,) = [actor for actor in list_actors() if version.application in (actor.name or "") and actor.node_id]
+    (detailed,) = list_actors(filters=[("actor_id", "=", replica.actor_id)], detail=True)
+    assert detailed.required_resources["CPU"] == SETTINGS.cpus_per_replica
     (labelled,) = [node["NodeID"] for node in ray.nodes() if node["Labels"].get("group") == "serve"]
-    assert {replica["node_id"] for replica in deployment["replicas"]} == {labelled}
+    assert replica.node_id == labelled
 
 
-def test_an_open_house_keeps_its_address(server: httpx.Client, text_package: Path) -> None:
+def test_a_running_server_keeps_its_address(server: httpx.Client, text_package: Path) -> None:
     with pytest.raises(InputError, match=r"serve\.port: found 1, and the running server has \d+"):
         start_serving(text_package, Serve(port=1))
     assert server.get("/healthz").status_code == 200

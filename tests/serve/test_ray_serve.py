@@ -1,0 +1,88 @@
+"""Every private part of Ray Serve that is used, on a real Ray Serve: an upgrade that changes one fails here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+from ray import serve
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatusOverview
+
+from overproof.errors import InputError
+from overproof.serve import ray_serve
+from shared_server import wait_until
+
+NAME = "overproof-trial"
+
+
+@serve.deployment(name=ray_serve.MODEL_DEPLOYMENT, ray_actor_options={"num_cpus": 0.1})
+class Idle:
+    """Answers nothing."""
+
+
+@serve.deployment(name=ray_serve.MODEL_DEPLOYMENT, ray_actor_options={"num_cpus": 0.1})
+class Refusing:
+    def __init__(self) -> None:
+        raise InputError("x: found 1; expected 2")
+
+
+@pytest.fixture(scope="module")
+def application(ray_cluster: str) -> Iterator[str]:
+    """Ray Serve with one application of one replica."""
+    ray_serve.start_serve()
+    ray_serve.start_application(Idle.bind(), NAME)  # type: ignore[attr-defined]
+    ray_serve.wait_until_running(NAME)
+    yield NAME
+    if ray_serve.is_serve_running():
+        ray_serve.shutdown_serve()
+
+
+def test_replicas_are_set_and_counted(application: str) -> None:
+    assert ray_serve.replica_counts("overproof-") == {application: 1}
+    assert ray_serve.replica_counts("other-") == {}
+    for count in (2, 0, 1):
+        ray_serve.set_replicas(application, count)
+        wait_until(lambda count=count: ray_serve.replica_counts("overproof-")[application] == count)  # type: ignore[misc]
+
+
+def test_a_forgotten_client_is_found_again(application: str) -> None:
+    ray_serve.forget_serve_client()
+    assert ray_serve.is_serve_running()
+    assert ray_serve.replica_counts("overproof-") == {application: 1}
+
+
+def test_the_address_of_this_node_is_one_of_the_cluster(ray_cluster: str) -> None:
+    assert ray_serve.node_ip_address() in {node["NodeManagerAddress"] for node in ray.nodes()}
+
+
+def test_an_application_that_fails_says_what_was_wrong_with_the_input(application: str) -> None:
+    ray_serve.start_application(Refusing.bind(), "overproof-refusing")  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match=r"^x: found 1; expected 2$"):
+        ray_serve.wait_until_running("overproof-refusing")
+    ray_serve.delete_application("overproof-refusing")
+    assert ray_serve.running_applications() == [application]
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (["", "line\nRayTaskError: overproof.errors.InputError: x: bad\nmore"], "x: bad"),
+        (["Deploying", "The deployment failed to start 3 times.\n\n"], "The deployment failed to start 3 times."),
+        (["", ""], "Ray Serve does not say why"),
+    ],
+)
+def test_the_reason_is_the_input_error_or_the_last_line(messages: list[str], reason: str) -> None:
+    deployment = DeploymentStatusOverview.model_construct(message=messages[1])
+    overview = ApplicationStatusOverview.model_construct(
+        status=ApplicationStatus.DEPLOY_FAILED, message=messages[0], deployments={"model": deployment}
+    )
+    assert ray_serve.failure_reason(overview) == reason
+
+
+def test_shutting_down_ends_ray_serve_and_it_can_be_started_again(application: str) -> None:
+    """The last test of this file: it ends what the others share."""
+    ray_serve.shutdown_serve()
+    assert not ray_serve.is_serve_running()
+    ray_serve.start_serve()
+    assert ray_serve.running_applications() == []

@@ -1,0 +1,131 @@
+"""A server with TLS, keys and recorded traffic, that other machines may reach: started once, asked, and stopped."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from overproof.config import ParquetSource, Serve, Traffic
+from overproof.data.documents import iter_documents
+from overproof.data.sources import list_files
+from overproof.errors import InputError
+from overproof.serve import api_keys, server
+from overproof.serve.traffic import REPLIES
+
+IMAGE = {"model": "digits", "images": [[0.0] * 64]}
+
+
+def certificate(folder: Path) -> tuple[str, str]:
+    """Files of a fresh one for this machine, and of its key."""
+    secret, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    here, now = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, secret.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    signed = builder.add_extension(here, critical=False).sign(secret, hashes.SHA256())
+    chain, key = folder / "certificate.pem", folder / "key.pem"
+    chain.write_bytes(signed.public_bytes(Encoding.PEM))
+    key.write_bytes(secret.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return str(chain), str(key)
+
+
+@dataclass(frozen=True)
+class GuardedServer:
+    url: str
+    certificate: str
+    keys_file: str
+    team_key: str  # of the file, with 12 requests a minute
+    traffic: Path
+
+    def client(self, key: str | None) -> httpx.Client:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        verify = ssl.create_default_context(cafile=self.certificate)
+        return httpx.Client(base_url=self.url, verify=verify, headers=headers, timeout=60, trust_env=False)
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    ray_cluster: str, text_package: Path, digits_package: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GuardedServer]:
+    folder = tmp_path_factory.mktemp("guarded")
+    file, (chain, secret) = str(folder / "keys.json"), certificate(folder)
+    key = api_keys.add_key(file, "team", 12, None)
+    settings = Serve(
+        host="0.0.0.0",
+        port=0,
+        max_replicas=1,
+        cpus_per_replica=0.2,
+        tls_certificate=chain,
+        tls_key=secret,
+        traffic=Traffic(folder=str(folder / "traffic"), seconds_per_file=60.0),
+    )
+    two = settings.model_copy(update={"min_replicas": 2, "max_replicas": 2})
+    server.stop_serving()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OVERPROOF_KEYS", file)
+        environment.setenv("OVERPROOF_API_KEY", "a-secret")
+        url = server.start_gateway({str(text_package): settings, str(digits_package): two}, settings)
+        yield GuardedServer(url, chain, file, key, folder / "traffic")
+    server.stop_serving()
+
+
+def test_the_key_of_the_environment_guards_the_replicas(guarded: GuardedServer) -> None:
+    assert guarded.url.startswith("https://127.0.0.1:")
+    with guarded.client(None) as client:
+        assert client.get("/healthz").status_code == 200
+        assert client.get("/docs").status_code == 200
+        assert client.post("/v1/classify", json=IMAGE).status_code == 401
+    with guarded.client("a-secret") as client:
+        assert client.post("/v1/classify", json=IMAGE).status_code == 200
+    with guarded.client("a-Secret") as client, pytest.raises(httpx.HTTPStatusError, match="401"):
+        client.get("/v1/models").raise_for_status()
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused_by_clients(guarded: GuardedServer) -> None:
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{guarded.url}/healthz", trust_env=False)
+
+
+def test_replicas_share_one_count_and_a_revoked_key_is_refused(guarded: GuardedServer) -> None:
+    with guarded.client(guarded.team_key) as client:
+        found = [client.post("/v1/classify", json=IMAGE).status_code for _ in range(15)]
+        assert found[:12] == [200] * 12
+        assert 429 in found[12:]
+        api_keys.revoke_key(guarded.keys_file, "team")
+        time.sleep(api_keys.REFRESH_S + 0.1)
+        assert {client.get("/v1/models").status_code for _ in range(6)} == {401}
+
+
+def test_a_gateway_that_is_stopped_has_written_its_traffic(guarded: GuardedServer) -> None:
+    """And `prepare`'s reader takes it. The last test of this file: it stops the server."""
+    texts = []
+    with guarded.client("a-secret") as client:
+        for seed in range(3):
+            body = {"model": "stdlib-lm", "prompt": "import os\n", "max_tokens": 8, "seed": seed}
+            reply = client.post("/v1/completions", json=body).raise_for_status().json()
+            texts.append(f"{body['prompt']}{reply['choices'][0]['text']}")
+    server.stop_serving()
+    source = ParquetSource(path=str(guarded.traffic / REPLIES))
+    found = [content.decode() for file in list_files(source) for _, content in iter_documents(source, file.name)]
+    assert sorted(found) == sorted(texts)
+
+
+def test_a_certificate_that_cannot_be_used_is_refused(digits_package: Path, tmp_path: Path) -> None:
+    chain, secret = certificate(tmp_path)
+    for files in ({"tls_certificate": chain, "tls_key": chain}, {"tls_certificate": "/none", "tls_key": secret}):
+        with pytest.raises(InputError, match="expected a pair in PEM"):
+            server.start_serving(digits_package, Serve(port=0, **files))
+    with pytest.raises(InputError, match="belong together"):
+        Serve.parse({"tls_key": secret}, "serve")

@@ -1,0 +1,32 @@
+"""The settings of the server that tests/serve/test_gateway_*.py share, and how they wait for something there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from overproof.config import Serve
+
+# One slot: sequences that share a step may differ in the last digits, and then in a sampled token.
+SETTINGS = Serve(port=0, max_replicas=1, cpus_per_replica=0.5, slots=1, max_tokens=256, node_labels={"group": "serve"})
+WAIT_S = 90
+
+
+@dataclass(frozen=True)
+class SharedServer:
+    """A server of the text package with ``SETTINGS``."""
+
+    url: str
+    deployments_file: Path
+
+
+def wait_until(reached: Callable[[], Any]) -> Any:
+    """Poll until something holds, and give it."""
+    deadline_s = time.monotonic() + WAIT_S
+    while not (found := reached()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    return found
