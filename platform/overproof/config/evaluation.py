@@ -14,8 +14,8 @@ class Evaluate(Section):
 
     engine: str | None = Field(
         None,
-        description="What measures the files, and serves what passed; null takes the format's first. vllm, for GPUs, is "
-        "the one whose Python OVERPROOF_VLLM names on each node.",
+        description="What measures the files, and serves what passed; null takes the format's first. vllm, for GPUs, "
+        "is the one whose Python OVERPROOF_VLLM names on each node.",
     )
     max_documents: Count | None = Field(None, description="Test documents used; null uses all.")
     concurrent_tasks: Count = Field(2, description="Exported files scored at the same time.")

@@ -14,8 +14,10 @@ from ray import serve
 from ray.serve import Application
 
 from overproof.config import Serve
+from overproof.config.recipe import WRITES
 from overproof.errors import InputError
 from overproof.files import absolute_uri
+from overproof.registry import TASKS
 from overproof.serve.controller import HEAD_NODE, describe_version
 from overproof.serve.gateway import Gateway
 from overproof.serve.middleware import KEY_VARIABLE, KEYS_VARIABLE, Access, load_access
@@ -55,10 +57,12 @@ def resolve_settings(packages: Mapping[str, Serve], settings: Serve) -> Serve:
     update: dict[str, Any] = {
         name: absolute_uri(file) for name in ("tls_certificate", "tls_key") if (file := getattr(settings, name))
     }
-    kinds = {describe_version(location, each).model.overproof.kind for location, each in packages.items()}
+    tasks = {describe_version(location, each).model.overproof.task for location, each in packages.items()}
     if settings.traffic is not None:
-        if kinds and "text" not in kinds:
-            raise InputError(f"serve.traffic: found only {', '.join(kinds)} packages; traffic is kept of text")
+        if tasks and not any(WRITES in TASKS[task].losses for task in tasks):
+            raise InputError(
+                f"serve.traffic: found only {', '.join(sorted(tasks))}; traffic is kept of models that write"
+            )
         update["traffic"] = prepare_traffic(settings.traffic)
     update["deployments"] = absolute_uri(
         settings.deployments or str(Path(tempfile.mkdtemp(prefix="overproof-")) / "deployments.json")

@@ -1,6 +1,6 @@
 """Engines behind an asynchronous interface: what the HTTP routes call, be the engine in this process or in a replica.
 
-Shapes: B images in a batch, D pixels, C classes.
+Shapes: B rows in a batch, D numbers in a row, V outputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overproof.engines.base import (
-    ClassifierEngine,
+    ArrayEngine,
     Completion,
     FinishReason,
     Piece,
@@ -28,7 +28,7 @@ from overproof.engines.base import (
 
 ResultT = TypeVar("ResultT")
 Prompt = str | Sequence[int]
-QueuedImages = tuple[NDArray[np.float32], asyncio.Future[NDArray[np.float32]]]  # pixels_BD, their logprobs_BC
+QueuedRows = tuple[NDArray[np.float32], asyncio.Future[NDArray[np.float32]]]  # inputs_BD, their logprobs_BV
 MAX_BATCH_REQUESTS = 16  # more gain a core little, and make those that come meanwhile wait longer
 
 
@@ -48,7 +48,7 @@ class Generation:
 
 
 class AsyncEngine(Protocol):
-    """What ``TextEngine`` and ``ClassifierEngine`` do; each method raises as they do, or ``Busy``."""
+    """What ``TextEngine`` and ``ArrayEngine`` do; each method raises as they do, or ``Busy``."""
 
     async def complete(self, prompt: Prompt, sampling: Sampling) -> Generation:
         """Continue a prompt until done; cancelling the call ends generation."""
@@ -63,7 +63,7 @@ class AsyncEngine(Protocol):
 
     async def detokenize(self, ids: Sequence[int]) -> str: ...
 
-    async def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    async def logprobs(self, inputs_BD: NDArray[np.float32]) -> NDArray[np.float32]: ...
 
     async def check(self) -> None:
         """Return when the engine answers, raise when it does not."""
@@ -72,7 +72,7 @@ class AsyncEngine(Protocol):
 class ThreadedEngine:
     """An engine of this process, called from a pool of so many threads; more calls wait."""
 
-    def __init__(self, engine: TextEngine | ClassifierEngine, threads: int) -> None:
+    def __init__(self, engine: TextEngine | ArrayEngine, threads: int) -> None:
         self._engine: Any = engine
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="engine")
 
@@ -109,9 +109,9 @@ class ThreadedEngine:
         text: str = self._engine.detokenize(ids)
         return text
 
-    async def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
-        logprobs_BC: NDArray[np.float32] = await self._call(partial(self._engine.classify, pixels_BD))
-        return logprobs_BC
+    async def logprobs(self, inputs_BD: NDArray[np.float32]) -> NDArray[np.float32]:
+        logprobs_BV: NDArray[np.float32] = await self._call(partial(self._engine.logprobs, inputs_BD))
+        return logprobs_BV
 
     async def check(self) -> None:
         await asyncio.to_thread(self._engine.check)  # also while every thread of the pool is busy
@@ -134,23 +134,23 @@ class ThreadedEngine:
             opening.add_done_callback(_close_stream)
 
 
-class BatchingClassifier(ThreadedEngine):
-    """A classifier of this process that puts the requests which came while the last batch ran into the next one.
+class BatchingEngine(ThreadedEngine):
+    """An array engine of this process that puts the requests which came while the last batch ran into the next one.
 
     (Ray Serve's ``batch`` makes up its batches before the one in progress ends: of single requests, under steady load.)
     """
 
-    def __init__(self, engine: ClassifierEngine, pixels: int) -> None:
+    def __init__(self, engine: ArrayEngine) -> None:
         super().__init__(engine, threads=1)
-        self._pixels = pixels
-        self._queue: list[QueuedImages] = []
+        self._width = engine.width
+        self._queue: list[QueuedRows] = []
         self._task: asyncio.Task[None] | None = None
 
-    async def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
-        if pixels_BD.shape[1] != self._pixels:
-            return await super().classify(pixels_BD)  # alone, so that the error is of this request
+    async def logprobs(self, inputs_BD: NDArray[np.float32]) -> NDArray[np.float32]:
+        if inputs_BD.shape[1] != self._width:
+            return await super().logprobs(inputs_BD)  # alone, so that the error is of this request
         result: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
-        self._queue.append((pixels_BD, result))
+        self._queue.append((inputs_BD, result))
         if self._task is None:
             self._task = asyncio.ensure_future(self._run_batches())
         return await result
@@ -158,21 +158,21 @@ class BatchingClassifier(ThreadedEngine):
     async def _run_batches(self) -> None:
         while self._queue:
             batch, self._queue = self._queue[:MAX_BATCH_REQUESTS], self._queue[MAX_BATCH_REQUESTS:]
-            await self._classify_batch([queued for queued in batch if not queued[1].done()])
+            await self._run_batch([queued for queued in batch if not queued[1].done()])
         self._task = None
 
-    async def _classify_batch(self, batch: list[QueuedImages]) -> None:
+    async def _run_batch(self, batch: list[QueuedRows]) -> None:
         if not batch:
             return
         try:
-            logprobs_BC = await super().classify(np.concatenate([pixels_BD for pixels_BD, _ in batch]))
+            logprobs_BV = await super().logprobs(np.concatenate([inputs_BD for inputs_BD, _ in batch]))
         except Exception as error:
             for _, result in batch:
                 if not result.done():
                     result.set_exception(error)
             return
-        ends = np.cumsum([len(pixels_BD) for pixels_BD, _ in batch])
-        for (_, result), rows in zip(batch, np.split(logprobs_BC, ends[:-1]), strict=True):
+        ends = np.cumsum([len(inputs_BD) for inputs_BD, _ in batch])
+        for (_, result), rows in zip(batch, np.split(logprobs_BV, ends[:-1]), strict=True):
             if not result.done():
                 result.set_result(rows)
 

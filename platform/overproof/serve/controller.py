@@ -387,7 +387,7 @@ def describe_version(location: str, settings: Serve) -> Version:
     package = open_package(fetch_package(location))
     measured = package.measured.metrics.get("resident_mb")
     resident_mb = package.size_bytes / 1e6 if measured is None else measured.value
-    resident_mb += package.drafting["draft"].stat().st_size / 1e6 if package.drafting else 0.0
+    resident_mb += package.draft[0].stat().st_size / 1e6 if package.draft else 0.0
     return Version(model=model_info(package), location=location, settings=settings, resident_mb=resident_mb)
 
 

@@ -16,7 +16,7 @@ from overproof.serve.async_engine import AsyncEngine, Generation
 from overproof.serve.grammar import GrammarChecker, request_grammar
 from overproof.serve.requests import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, GenerationRequest
 from overproof.serve.response_builder import ChatResponses, ChoicePart, CompletionResponses, ServedModel, token_infos
-from overproof.serve.responses import ErrorDetail, ErrorReply, Reply, Usage
+from overproof.serve.responses import ErrorDetail, ErrorReply, GeneratedReply, Usage
 from overproof.serve.traffic import Exchange
 
 LOG = logging.getLogger("overproof.serve")
@@ -73,7 +73,7 @@ def build_requests(
 
 def build_reply(
     builder: CompletionResponses | ChatResponses, generations: Sequence[Generation]
-) -> tuple[Reply, list[ChoiceResult]]:
+) -> tuple[GeneratedReply, list[ChoiceResult]]:
     """The reply made of all its choices, and the choices."""
     parts = [
         ChoicePart(
@@ -234,5 +234,5 @@ def _token_parts(index: int, completion: Completion) -> Iterator[tuple[ChoicePar
     yield ChoicePart(index, "", completion.finish_reason), last
 
 
-def _sse(event: Reply | ErrorReply) -> str:
+def _sse(event: GeneratedReply | ErrorReply) -> str:
     return f"data: {event.model_dump_json()}\n\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,17 @@ from ray import serve
 from ray.serve import Application
 
 from overproof.config import Serve
-from overproof.engines import text_engine
-from overproof.engines.base import Sampling, TextEngine
-from overproof.engines.onnx_runtime import OnnxClassifier
+from overproof.engines.base import ArrayEngine, EngineSettings, Sampling, TextEngine
 from overproof.errors import InputError
 from overproof.package.package import Package, fetch_package, open_package
-from overproof.serve.async_engine import BatchingClassifier, ThreadedEngine
+from overproof.registry import ENGINES
+from overproof.serve.async_engine import BatchingEngine, ThreadedEngine
 from overproof.serve.deployments import CONTROLLER_NAME, Version
 from overproof.serve.ray_serve import MODEL_DEPLOYMENT
 from overproof.serve.replica_worker import ReplicaWorker
 from overproof.serve.rpc import GatewayAddress
 
-REQUESTS_PER_SLOT = {"text": 1, "digits": 16}  # sent to a replica at once; images of several share a batch
+BATCHED_REQUESTS_PER_SLOT = 16  # sent at once to a replica that puts rows of several into one batch
 THREADS_PER_SLOT = 2  # of the engine, so that requests that need no slot do not wait for one
 SURGE_PERCENT = 100  # an update starts a new replica for each before it stops an old one
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 10, 30
@@ -59,13 +59,14 @@ class ModelReplica:
             raise InputError(f"{location}: found {package.content.id}; expected {id_}")
         engine = load_engine(package, settings)
         # A replica counts as started once its model has answered.
-        if isinstance(engine, OnnxClassifier):
-            self._engine: ThreadedEngine = BatchingClassifier(engine, engine.pixels)
-            await self._engine.classify(np.zeros((1, engine.pixels), np.float32))
+        capacity = settings.slots
+        if isinstance(engine, ArrayEngine):
+            self._engine: ThreadedEngine = BatchingEngine(engine)
+            await self._engine.logprobs(np.zeros((1, engine.width), np.float32))
+            capacity *= BATCHED_REQUESTS_PER_SLOT
         else:
             self._engine = ThreadedEngine(engine, THREADS_PER_SLOT * settings.slots)
             await self._engine.complete(" ", Sampling(1))
-        capacity = REQUESTS_PER_SLOT[package.content.kind] * settings.slots
         self._worker = ReplicaWorker(self._engine, id_, capacity, gateway_address)
 
     async def check_health(self) -> None:
@@ -85,16 +86,21 @@ async def gateway_address(known: GatewayAddress | None) -> GatewayAddress | None
     return address
 
 
-def load_engine(package: Package, settings: Serve) -> TextEngine | OnnxClassifier:
-    """The engine that the package was measured with, its model loaded."""
-    if package.content.kind == "text":
-        return text_engine(
-            package.report.engine or "llama.cpp",
-            package.model,
-            threads=settings.threads,
-            slots=settings.slots,
-            reuse_prefix=True,
-            max_prompt_tokens=settings.max_prompt_tokens,
-            **package.drafting,
-        )
-    return OnnxClassifier(package.model, settings.threads)
+def load_engine(package: Package, settings: Serve) -> TextEngine | ArrayEngine:
+    """The engine that the package was measured with, its model loaded.
+
+    Raises:
+        InputError: that engine is not installed here, or cannot load the file.
+    """
+    loader = ENGINES[package.report.engine]
+    loader.require()
+    loaded_with = EngineSettings(
+        threads=settings.threads,
+        slots=settings.slots,
+        reuse_prefix=True,
+        max_prompt_tokens=settings.max_prompt_tokens,
+    )
+    if package.draft:
+        draft, draft_tokens = package.draft
+        loaded_with = replace(loaded_with, draft=draft, draft_tokens=draft_tokens)
+    return loader.load(package.model, loaded_with)

@@ -137,8 +137,8 @@ class ReplicaWorker:
                 return await engine.chat_prompt(messages)
             case rpc.Detokenize(ids):
                 return await engine.detokenize(ids)
-            case rpc.Classify(pixels):
-                return rpc.Matrix.from_numpy(await engine.classify(pixels.to_numpy()))
+            case rpc.Logprobs(inputs):
+                return rpc.Matrix.from_numpy(await engine.logprobs(inputs.to_numpy()))
             case rpc.Check():
                 await engine.check()
         return None

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from overproof.tasks.http import ModelRequest, UnicodeText, check_unicode
+
 DEFAULT_MAX_TOKENS = 16
 MAX_STOPS = 4
-MAX_IMAGES = 1024
 MAX_CHOICES = 16
 MAX_BIASES = 300
 MAX_MESSAGES = 1024
 MAX_GRAMMAR_CHARACTERS = 16384
-
-
-def _check_unicode(text: Any) -> Any:
-    if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("expected valid Unicode")
-    return text
-
-
-UnicodeText = Annotated[str, BeforeValidator(_check_unicode)]
 
 
 def _parse_prompts(value: Any) -> Any:
@@ -64,32 +55,7 @@ def _parse_stops(value: Any) -> Any:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise ValueError(f"expected a string, or up to {MAX_STOPS}, none empty")
-    return [_check_unicode(stop) for stop in stops]
-
-
-def _parse_image(value: Any) -> list[float]:
-    rows = value if isinstance(value, list) else []
-    flat = [pixel for row in rows for pixel in (row if isinstance(row, list) else [row])]
-    if not flat or not all(type(p) in (int, float) and math.isfinite(p) and 0 <= p <= 1 for p in flat):
-        raise ValueError("expected numbers from 0 to 1, as one list or as a list of rows")
-    if len({len(row) if isinstance(row, list) else -1 for row in rows}) != 1:
-        raise ValueError("rows differ in length; expected a list of numbers, or rows of one length")
-    return [float(pixel) for pixel in flat]
-
-
-class ModelRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    model: UnicodeText | None = Field(
-        None, description="Name of the model, or the package's id of one version; may be left out where there is one."
-    )
-    user: UnicodeText | None = Field(None, description="Keeps its requests with one version, where several are tried.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, body: Any) -> Any:
-        """Clients send null for what they leave out."""
-        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+    return [check_unicode(stop) for stop in stops]
 
 
 class StreamOptions(BaseModel):
@@ -194,14 +160,6 @@ class ChatRequest(GenerationRequest):
         if None not in (self.max_tokens, self.max_completion_tokens):
             raise ValueError("max_tokens and max_completion_tokens mean the same; give one")
         return self
-
-
-class ClassifyRequest(ModelRequest):
-    """Body of POST /v1/classify."""
-
-    images: list[Annotated[list[float], BeforeValidator(_parse_image)]] = Field(
-        min_length=1, max_length=MAX_IMAGES, description="Pixels from 0 to 1, flat or as rows."
-    )
 
 
 class RatingRequest(BaseModel):

@@ -43,7 +43,7 @@ class ServedModel:
 
     @property
     def reply_fields(self) -> dict[str, str]:
-        """The fields of a ``Reply``."""
+        """The fields of a ``ModelReply``."""
         proof = self.model.overproof
         return {"model": self.model.id, "package": proof.package, "system_fingerprint": proof.sha256[:16]}
 
@@ -199,7 +199,8 @@ def model_info(package: Package) -> ModelInfo:
         id=content.name,
         created=int(datetime.fromisoformat(content.created).timestamp()),
         overproof=Provenance(
-            kind=content.kind,
+            task=content.task,
+            details=content.details,
             package=content.id,
             candidate=content.candidate,
             format=content.model_format,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from overproof.engines.base import FinishReason
+from overproof.tasks.http import ModelReply
 
 
 class Usage(BaseModel):
@@ -15,15 +16,7 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class Reply(BaseModel):
-    """Fields of every reply of a model: ``package`` is the id that `overproof show` takes."""
-
-    model: str
-    package: str
-    system_fingerprint: str  # start of the served file's sha256
-
-
-class GeneratedReply(Reply):
+class GeneratedReply(ModelReply):
     """Fields of completions and chats, and of their events."""
 
     id: str
@@ -106,21 +99,18 @@ class ChatEvent(GeneratedReply):
     choices: list[ChatEventChoice]
 
 
-class ImageClass(BaseModel):
-    index: int
-    label: int
-    probabilities: list[float]
+class RowsReply(ModelReply):
+    """What a task answers for each row of a request: see its ``answers``."""
 
-
-class ClassifyReply(Reply):
     object: Literal["list"] = "list"
-    data: list[ImageClass]
+    data: list[dict[str, Any]]
 
 
 class Provenance(BaseModel):
     """What proves a package: its file, its verdict and its parents."""
 
-    kind: Literal["text", "digits"]
+    task: str
+    details: dict[str, Any]  # of its data: see the task
     package: str
     candidate: str
     format: str

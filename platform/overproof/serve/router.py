@@ -117,9 +117,9 @@ class ReplicaPool:
         text: str = await self._call(rpc.Detokenize(ids), takes_slot=False)
         return text
 
-    async def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
-        logprobs_BC: rpc.Matrix = await self._call(rpc.Classify(rpc.Matrix.from_numpy(pixels_BD)))
-        return logprobs_BC.to_numpy()
+    async def logprobs(self, inputs_BD: NDArray[np.float32]) -> NDArray[np.float32]:
+        logprobs_BV: rpc.Matrix = await self._call(rpc.Logprobs(rpc.Matrix.from_numpy(inputs_BD)))
+        return logprobs_BV.to_numpy()
 
     async def check(self) -> None:
         await self._call(rpc.Check(), takes_slot=False)

@@ -8,19 +8,21 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from fastapi import FastAPI
+from fastapi import Body, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from overproof.engines.base import Sampling
 from overproof.errors import InputError
+from overproof.registry import TASKS
 from overproof.serve.async_engine import AsyncEngine, Busy, Generation
 from overproof.serve.generation import (
     SERVER_ERROR,
@@ -35,23 +37,23 @@ from overproof.serve.generation import (
 )
 from overproof.serve.middleware import KEY_IN_SCOPE, Access, AuthMiddleware, Telemetry, error_response
 from overproof.serve.model_registry import ModelRegistry, ShadowRequest
-from overproof.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest, ModelRequest, RatingRequest
+from overproof.serve.requests import ChatRequest, CompletionRequest, RatingRequest
 from overproof.serve.response_builder import ChatResponses, CompletionResponses, ServedModel
 from overproof.serve.responses import (
     ChatReply,
-    ClassifyReply,
     CompletionReply,
     ErrorReply,
-    ImageClass,
     ModelInfo,
     ModelList,
+    RowsReply,
 )
 from overproof.serve.traffic import Rating
+from overproof.tasks.base import ArrayTask
+from overproof.tasks.http import ModelRequest
 
 ResultT = TypeVar("ResultT")
-REQUEST_MODELS = (CompletionRequest, ChatRequest, ClassifyRequest, RatingRequest)
-REQUEST_FIELDS = {name for body in REQUEST_MODELS for name in body.model_fields}
-ROUTES = {"text": "/v1/completions", "digits": "/v1/classify"}
+RequestT = TypeVar("RequestT", bound=BaseModel)
+COMPLETIONS = "/v1/completions"
 SESSION_HEADER = "x-session-id"  # keeps a client with one version, as its `user` does
 CLIENT_CLOSED_REQUEST = 499  # as nginx has it; nobody reads the reply
 ERROR_TYPES = {404: "not_found_error", 408: "timeout_error", 503: "server_error"}
@@ -60,8 +62,9 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}
 
 
 def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | None = None) -> FastAPI:
-    """/v1/models, /v1/completions, /v1/chat/completions, /v1/classify, /healthz, and /docs to try them."""
+    """/v1/models, the routes of every task, /healthz, and /docs to try them."""
     telemetry = telemetry or Telemetry()
+    array_tasks = [task for task in TASKS.values() if isinstance(task, ArrayTask)]
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -70,13 +73,13 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
 
     app = FastAPIOffline(title="overproof", lifespan=lifespan, redoc_url=None, responses=ERROR_RESPONSES)
     app.add_middleware(AuthMiddleware, access=access, telemetry=telemetry)
-    _add_error_handlers(app)
+    _add_error_handlers(app, {CompletionRequest, ChatRequest, RatingRequest, *(task.request for task in array_tasks)})
 
-    async def find(kind: str, request: ModelRequest, http: HttpRequest) -> ServedModel:
+    async def find(route: str, request: ModelRequest, http: HttpRequest) -> ServedModel:
         served = await registry.find(request.model, http.headers.get(SESSION_HEADER) or request.user)
-        found = served.model.overproof.kind
-        if found != kind:
-            raise HTTPException(404, f"{served.model.id} is a {found} package; ask it at POST {ROUTES[found]}")
+        task = served.model.overproof.task
+        if TASKS[task].route != route:
+            raise HTTPException(404, f"{served.model.id} does {task}; ask it at POST {TASKS[task].route}")
         return served
 
     @app.get("/healthz")
@@ -133,16 +136,16 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
         await on_complete(results, False)
         return reply
 
-    @app.post("/v1/completions", response_model=CompletionReply)
+    @app.post(COMPLETIONS, response_model=CompletionReply)
     async def completions(request: CompletionRequest, http: HttpRequest) -> Any:
         """Continue one prompt or several."""
-        served = await find("text", request, http)
+        served = await find(COMPLETIONS, request, http)
         return await respond(CompletionResponses(served, request), request.prompt, http)
 
     @app.post("/v1/chat/completions", response_model=ChatReply)
     async def chat_completions(request: ChatRequest, http: HttpRequest) -> Any:
         """Answer messages, by the model's own chat template."""
-        served = await find("text", request, http)
+        served = await find(COMPLETIONS, request, http)
         messages = [{"role": m.role.replace("developer", "system"), "content": m.content} for m in request.messages]
         prompt = await served.engine.chat_prompt(messages)
         return await respond(ChatResponses(served, request), [prompt], http)
@@ -155,24 +158,24 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
         telemetry.recorder.rate(Rating(request.id, datetime.now(UTC), request.rating, request.comment))
         return {"status": "ok"}
 
-    @app.post("/v1/classify")
-    async def classify(request: ClassifyRequest, http: HttpRequest) -> ClassifyReply:
-        """The class of each image."""
-        served = await find("digits", request, http)
-        if len({len(image) for image in request.images}) > 1:
-            raise InputError("images: they differ in size; expected one size")
-        pixels_BD = np.array(request.images, dtype=np.float32)
-        registry.on_request(served, _image_shadow(pixels_BD))
-        start_s = time.perf_counter()
-        with _count_failures(registry, served, start_s):
-            probabilities_BC = np.exp(await served.engine.classify(pixels_BD))
-        registry.on_complete(served, time.perf_counter() - start_s, False)
-        data = [
-            ImageClass(index=i, label=int(row.argmax()), probabilities=row.tolist())
-            for i, row in enumerate(probabilities_BC)
-        ]
-        return ClassifyReply(**served.reply_fields, data=data)
+    def add_rows_route(route: str, requests: list[type[BaseModel]]) -> None:
+        @app.post(route, response_model=RowsReply, openapi_extra=_one_of(requests))
+        async def answer_rows(body: Annotated[dict[str, Any], Body()], http: HttpRequest) -> Any:
+            """What the model says of each row of the request."""
+            chosen = {name: body[name] for name in ModelRequest.model_fields if name in body}
+            served = await find(route, _parse(ModelRequest, chosen), http)
+            task, details = TASKS[served.model.overproof.task], served.model.overproof.details
+            assert isinstance(task, ArrayTask)
+            inputs_BD = task.inputs(_parse(task.request, body), details)
+            registry.on_request(served, _rows_shadow(inputs_BD))
+            start_s = time.perf_counter()
+            with _count_failures(registry, served, start_s):
+                logprobs_BV = await served.engine.logprobs(inputs_BD)
+            registry.on_complete(served, time.perf_counter() - start_s, False)
+            return RowsReply(**served.reply_fields, data=list(task.answers(logprobs_BV, details)))
 
+    for route in sorted({task.route for task in array_tasks}):
+        add_rows_route(route, [task.request for task in array_tasks if task.route == route])
     return app
 
 
@@ -198,11 +201,29 @@ def _text_shadow(requests: list[EngineRequest]) -> ShadowRequest:
     return ShadowRequest(complete_all, next_token)
 
 
-def _image_shadow(pixels_BD: NDArray[np.float32]) -> ShadowRequest:
-    async def labels(engine: AsyncEngine) -> Any:
-        return (await engine.classify(pixels_BD)).argmax(axis=1).tolist()
+def _rows_shadow(inputs_BD: NDArray[np.float32]) -> ShadowRequest:
+    async def first_choices(engine: AsyncEngine) -> Any:
+        return (await engine.logprobs(inputs_BD)).argmax(axis=1).tolist()
 
-    return ShadowRequest(labels, labels)
+    return ShadowRequest(first_choices, first_choices)
+
+
+def _parse(request: type[RequestT], body: dict[str, Any]) -> RequestT:
+    """The body as the request of a task, which the model that it names decides.
+
+    Raises:
+        RequestValidationError: it is not such a request; answered as those of every other route.
+    """
+    try:
+        return request.model_validate(body)
+    except ValidationError as error:
+        raise RequestValidationError([{**found, "loc": ("body", *found["loc"])} for found in error.errors()]) from None
+
+
+def _one_of(requests: list[type[BaseModel]]) -> dict[str, Any]:
+    """The body for /docs: one of these."""
+    schemas = [request.model_json_schema() for request in requests]
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": {"anyOf": schemas}}}}}
 
 
 async def _complete_all(engine: AsyncEngine, requests: list[EngineRequest]) -> list[Generation]:
@@ -240,13 +261,14 @@ async def _prepend(first: str, events: AsyncGenerator[str]) -> AsyncIterator[str
             yield event
 
 
-def _add_error_handlers(app: FastAPI) -> None:
-    """Give every error one shape and one message."""
+def _add_error_handlers(app: FastAPI, requests: set[type[BaseModel]]) -> None:
+    """Give every error one shape and one message; fields of these requests are named in it."""
+    fields = {name for request in requests for name in request.model_fields}
 
     @app.exception_handler(InputError)
     async def on_input_error(_: HttpRequest, error: InputError) -> JSONResponse:
         field = str(error).partition(":")[0]
-        return error_response(400, str(error), param=field if field in REQUEST_FIELDS else None)
+        return error_response(400, str(error), param=field if field in fields else None)
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(_: HttpRequest, error: RequestValidationError) -> JSONResponse:

@@ -80,11 +80,11 @@ class Matrix(msgspec.Struct, tag=True, array_like=True):
         return np.frombuffer(self.data, "<f4").reshape(self.shape)
 
 
-class Classify(msgspec.Struct, tag=True):
-    pixels: Matrix
+class Logprobs(msgspec.Struct, tag=True):
+    inputs: Matrix
 
 
-Operation = Complete | Stream | Validate | ChatPrompt | Detokenize | Check | Classify  # of an ``AsyncEngine``
+Operation = Complete | Stream | Validate | ChatPrompt | Detokenize | Check | Logprobs  # of an ``AsyncEngine``
 ResultValue = Generation | Matrix | str | None
 
 

@@ -35,7 +35,7 @@ Judge = Callable[[NDArray[np.float32], Columns], tuple[NDArray[np.float64], NDAr
 def score_arrays(
     file: Path, root: Path, most: int | None, engine: str, column: str, judge: Judge, further: Sequence[str] = ()
 ) -> FileScores:
-    """A file on ``most`` rows of the test split, in the engine that will serve it; ``judge`` gets ``further`` columns."""
+    """A file on ``most`` test rows, in the engine that will serve it; ``judge`` gets ``further`` columns."""
     shards = Shards(root, "test", (*Manifest.read(root).batch_columns, *further))
     units = spread_units(np.arange(shards.rows), most)
     columns = shards.take(units)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -201,6 +201,7 @@ class Task(Protocol):
         """The words of the model card."""
 
 
+@runtime_checkable
 class ArrayTask(Task, Protocol):
     """A task whose rows are one array of numbers each, and whose answers come from the log-probabilities of outputs."""
 

@@ -9,13 +9,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 MOST_ROWS = 1024  # in a request
 
 
-def _unicode(text: Any) -> Any:
+def check_unicode(text: Any) -> Any:
+    """The text, if it can be written as UTF-8."""
     if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("expected valid Unicode")
     return text
 
 
-UnicodeText = Annotated[str, BeforeValidator(_unicode)]
+UnicodeText = Annotated[str, BeforeValidator(check_unicode)]
 
 
 class ModelRequest(BaseModel):

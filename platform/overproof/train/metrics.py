@@ -80,8 +80,9 @@ class ThroughputMeter:
     def measure(self, row: CurveRow) -> CurveRow:
         """The row with what its step cost; a validation's row passes as it is.
 
-        Adds ``tokens_per_s`` (or ``images_per_s``: the task's unit) of the whole group, ``data_wait_s``, ``memory_bytes`` (this rank's
-        peak so far, on the GPU where there is one) and, for the group as this rank has it, ``cpu_s`` and
+        Adds ``tokens_per_s`` (or ``images_per_s``: the task's unit) of the whole group, ``data_wait_s``,
+        ``memory_bytes`` (this rank's peak so far, on the GPU where there is one) and, for the group as this rank has
+        it, ``cpu_s`` and
         ``energy_estimate_j``: CPU time at ``WATTS_PER_CORE``, and the power that each GPU's driver gives.
         """
         now_s, cpu_s = time.monotonic(), time.process_time()
