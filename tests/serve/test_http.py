@@ -29,7 +29,6 @@ from overproof.serve.net import is_loopback
 from overproof.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest
 from overproof.serve.responses import ChatEvent, ChatReply, ClassifyReply, CompletionReply, ErrorReply, ModelList
 from overproof.serve.routes import build_app
-from packing import make_package
 from single_model import one
 
 OPEN, KEYED = Access(None), Access(hashlib.sha256(b"secret").hexdigest())
@@ -329,10 +328,9 @@ def test_a_bad_chat_request_gets_one_clear_error(
     assert message in error.message
 
 
-def test_a_model_without_a_chat_template_does_not_chat(tmp_path: Path) -> None:
-    package = make_package("text", tmp_path)
-    engine = LlamaCpp(package / "model.gguf")
-    app = build_app(one(package, engine), OPEN)
+def test_a_model_without_a_chat_template_does_not_chat(second_package: Path) -> None:
+    engine = LlamaCpp(second_package / "model.gguf")
+    app = build_app(one(second_package, engine), OPEN)
     reply = ask(app, "POST", "/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
     assert reply.status_code == 400
     assert "no chat template" in ErrorReply.model_validate(reply.json()).error.message
