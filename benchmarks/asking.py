@@ -73,7 +73,7 @@ def load(url: str, clients: int, body: dict[str, Any] = BODY) -> Iterator[list[S
 
 
 def processes() -> dict[str, list[int]]:
-    """Process ids of what serves: replicas by deployment, the desk, and Ray Serve's controller."""
+    """Process ids of what serves: replicas by deployment, our controller, and Ray Serve's."""
     client: Any = _get_global_client()
     found: dict[str, list[int]] = {}
     for application in client.get_serve_details()["applications"].values():
@@ -81,8 +81,8 @@ def processes() -> dict[str, list[int]]:
             pids = [r["pid"] for r in deployment["replicas"] if r["state"] == "RUNNING" and r["pid"]]
             found.setdefault(name, []).extend(pids)
     commands = {p.pid: _command(p) for p in psutil.Process().children(recursive=True)}
-    for name, command in (("desk", "ray::Desk"), ("controller", "ray::ServeController")):
-        found[name] = [pid for pid, said in commands.items() if said.startswith(command)]
+    for name, command in (("controller", "ray::Controller"), ("serve controller", "ray::ServeController")):
+        found[name] = [pid for pid, line in commands.items() if line.startswith(command)]
     return found
 
 

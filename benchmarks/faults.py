@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/faults.py PACKAGE [--kills 5] [--seconds 60]
 
-PACKAGE is a language model's, such as `make demo` leaves in the store. First a replica, the gateway, the desk and Ray
-Serve's controller are killed in turn, ``--kills`` times each, while clients of OpenAI's Python package ask, half of
+PACKAGE is a language model's, such as `make demo` leaves in the store. First a replica, the gateway, our controller
+and Ray Serve's are killed in turn, ``--kills`` times each, while clients of OpenAI's Python package ask, half of
 them for streams; they try again as docs/serving.md says. Then requests come at five times the rate that the server
 keeps up with. Prints two Markdown tables, and exits with 1 where a client sees a failure, or a reply is neither 2xx
 nor 429.
@@ -39,7 +39,7 @@ SETTINGS = Serve(port=0, min_replicas=2, max_replicas=2, cpus_per_replica=0.5, s
 CLIENTS, RETRIES, TIMES = 4, 10, 5
 PAUSE_S = 3.0
 LONG = BODY | {"max_tokens": 250}  # so that five times as many are not too many for the clients
-VICTIMS = {"replica": "model", "gateway": "gateway", "desk": "desk", "controller": "controller"}
+VICTIMS = {"replica": "model", "gateway": "gateway", "controller": "controller", "Serve controller": "serve controller"}
 
 
 @contextmanager

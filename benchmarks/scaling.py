@@ -29,8 +29,8 @@ BODY = {"prompt": "import os\n", "max_tokens": 200, "temperature": 1.0}
 
 def replicas() -> int:
     """Those that answer."""
-    (line,) = server.call_controller("deployments").models.values()
-    return controller.count_replicas(line.stable.package)
+    (deployment,) = server.call_controller("deployments").models.values()
+    return controller.count_replicas(deployment.stable.package)
 
 
 def first_token_s(url: str) -> float:

@@ -4,7 +4,7 @@
 
 PACKAGE and OTHER are two packages of one language model, or the same one twice. First so many updates from one to the
 other and back. Then so many that must fail: a model that is cut off and does not load, and a canary that breaks its
-limits and is rolled back by itself. Prints one Markdown table, and exits with 1 where a reply is no 2xx.
+limits and is rolled back automatically. Prints one Markdown table, and exits with 1 where a reply is no 2xx.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A language model on real Ray Serve replicas over real HTTP: streams, load and errors; what is refused at the start."""
+"""A language model on real replicas over real HTTP: streams, load, errors, and what is refused at the start."""
 
 from __future__ import annotations
 

@@ -29,7 +29,6 @@ from overproof.serve.net import is_loopback
 from overproof.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest
 from overproof.serve.responses import ChatEvent, ChatReply, ClassifyReply, CompletionReply, ErrorReply, ModelList
 from overproof.serve.routes import build_app
-from packing import make_package
 from single_model import one
 
 OPEN, KEYED = Access(None), Access(hashlib.sha256(b"secret").hexdigest())
@@ -135,7 +134,11 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "response_format": schema({"type": "nope"})}, "response_format", "invalid type: nope"),
     ({"prompt": "x", "response_format": schema({"$ref": "http://x"})}, "response_format", "not present"),
     ({"prompt": "x", "response_format": schema({"enum": ["x" * 17000]})}, "response_format", "at most 16384"),
-    ({"prompt": "x", "response_format": {"type": "json_object"}, "grammar": 'root ::= "x"'}, "grammar", "beside"),
+    (
+        {"prompt": "x", "response_format": {"type": "json_object"}, "grammar": 'root ::= "x"'},
+        "grammar",
+        "together with",
+    ),
 ]
 
 
@@ -223,7 +226,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(text: SingleModel, monkeypa
             yield b" "
             await asyncio.sleep(0.05)
 
-    monkeypatch.setattr(middleware, "MOST_BODY_SECONDS", 0.2)
+    monkeypatch.setattr(middleware, "BODY_TIMEOUT_S", 0.2)
     headers = {"Content-Type": "application/json"}
     reply = ask(build_app(text, OPEN), "POST", "/v1/completions", content=drops(), headers=headers)
     assert (reply.status_code, list(reply.json())) == (408, ["error"])
@@ -252,7 +255,7 @@ class Endless:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_reply_that_takes_too_long_ends(text_package: Path, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
-    monkeypatch.setattr(middleware, "MOST_SECONDS", 0.3)
+    monkeypatch.setattr(middleware, "REQUEST_TIMEOUT_S", 0.3)
     engine = Endless()
     body = {"prompt": "x", "stream": stream}
     reply = ask(build_app(one(text_package, engine), OPEN), "POST", "/v1/completions", json=body)
@@ -325,10 +328,9 @@ def test_a_bad_chat_request_gets_one_clear_error(
     assert message in error.message
 
 
-def test_a_model_without_a_chat_template_does_not_chat(tmp_path: Path) -> None:
-    package = make_package("text", tmp_path)
-    engine = LlamaCpp(package / "model.gguf")
-    app = build_app(one(package, engine), OPEN)
+def test_a_model_without_a_chat_template_does_not_chat(second_package: Path) -> None:
+    engine = LlamaCpp(second_package / "model.gguf")
+    app = build_app(one(second_package, engine), OPEN)
     reply = ask(app, "POST", "/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
     assert reply.status_code == 400
     assert "no chat template" in ErrorReply.model_validate(reply.json()).error.message

@@ -102,9 +102,11 @@ async def until(reached: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-def timeless(whole: Generation) -> Generation:
-    done = whole.done
-    return whole if done is None else replace(whole, done=replace(done, first_token_s=0, decode_s=0))
+def timeless(generation: Generation) -> Generation:
+    completion = generation.completion
+    if completion is None:
+        return generation
+    return replace(generation, completion=replace(completion, first_token_s=0, decode_s=0))
 
 
 def run(test: Awaitable[None]) -> None:
