@@ -54,9 +54,11 @@ def test_every_stage_leaves_a_record_with_its_parents(digits: Run) -> None:
         ("gate.rules.0.at_most=0.5", "gate"),
         ("gate.candidate=wide-t2-int8", "gate"),
         ("sweep.keep=3", "sweep"),
+        ("evaluate.gpus=1", "evaluate"),  # it is the device that is measured
         ("serve.port=0", None),
         ("sweep.concurrent_trials=1", None),
         ("train.cpus_per_worker=0.5", None),
+        ("train.gpus_per_worker=1", None),
     ],
 )
 def test_an_edit_rebuilds_what_follows_and_nothing_else(digits: Run, override: str, first: str | None) -> None:
@@ -64,6 +66,16 @@ def test_an_edit_rebuilds_what_follows_and_nothing_else(digits: Run, override: s
     todo = [step.stage.name for step in resolve_stages(recipe, Store(recipe.store)) if step.artifact is None]
     rebuilt = NAMES[NAMES.index(first) :] if first else ()
     assert tuple(todo) == rebuilt
+
+
+def test_what_trials_run_on_counts_where_their_time_does(tmp_path: Path) -> None:
+    def fingerprint(*overrides: str) -> str:
+        recipe = load_recipe(DIGITS, (f"store={tmp_path}", *overrides))
+        return next(s.fingerprint for s in resolve_stages(recipe, Store(recipe.store)) if s.stage.name == "sweep")
+
+    timed = "tune={objectives: [validation_loss, seconds]}"
+    assert fingerprint("tune={}") == fingerprint("tune={}", "sweep.gpus_per_trial=1")
+    assert len({fingerprint("tune={}"), fingerprint(timed), fingerprint(timed, "sweep.gpus_per_trial=1")}) == 3
 
 
 def test_a_second_run_does_nothing_and_starts_nothing(digits: Run) -> None:

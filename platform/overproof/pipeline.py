@@ -12,19 +12,12 @@ from overproof import console
 from overproof.artifacts import Artifact, Store, compute_fingerprint
 from overproof.cluster import ray_cluster
 from overproof.cluster.placement import require_placeable
-from overproof.config import Pretrained, Recipe, Section, Sweep, Train
+from overproof.config import Pretrained, Recipe, Section, Train
 from overproof.data.sources import source_digest
 from overproof.errors import InputError
 from overproof.files import read_json
 from overproof.models.pretrained import list_directory
 from overproof.stage_context import StageContext
-
-# How many machines share the work does not change the result.
-RESOURCES = {
-    "actors", "concurrent_tasks", "cpus_per_actor", "cpus_per_trial", "cpus_per_worker", "concurrent_trials",
-    "gpus", "gpus_per_actor", "gpus_per_trial", "gpus_per_worker",
-    "workers", "micro_batch_size", "checkpoint", "max_failures", "wait_s",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,13 +38,7 @@ class Stage:
 
 
 def _dump(section: Section | None) -> Any:
-    return None if section is None else _without_resources(section.model_dump(mode="json"))
-
-
-def _without_resources(tree: Any) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    return {name: _without_resources(value) for name, value in tree.items() if name not in RESOURCES}
+    return None if section is None else section.without_resources()
 
 
 def _beyond_train(train: Train) -> dict[str, Any]:
@@ -60,10 +47,12 @@ def _beyond_train(train: Train) -> dict[str, Any]:
     return starting | ({"checkpoint": _dump(train.checkpoint)} if train.result == "best" else {})
 
 
-def _beyond_sweep(sweep: Sweep) -> dict[str, Any]:
-    """What else the students follow from: the files that some start from."""
-    found = {s.name: list_directory(s.model.path) for s in sweep.students if isinstance(s.model, Pretrained)}
-    return {"student_files": found} if found else {}
+def _beyond_sweep(recipe: Recipe) -> dict[str, Any]:
+    """What else the students follow from: the files that some start from, and what trials run on where time counts."""
+    students = recipe.sweep.students
+    found = {s.name: list_directory(s.model.path) for s in students if isinstance(s.model, Pretrained)}
+    starting = {"student_files": found} if found else {}
+    return starting | ({"bundles": recipe.sweep.bundles} if "seconds" in recipe.tune.objectives else {})
 
 
 def _beyond_compress(recipe: Recipe) -> dict[str, Any]:
@@ -81,7 +70,7 @@ STAGES = (
     Stage("cache", "overproof.distill.teacher_stages:cache_targets", ("prepare", "train", "generate"),
           lambda r: {"seed": r.seed, "cache": _dump(r.cache)}, format=3, wanted=lambda r: r.reads_cache),
     Stage("sweep", "overproof.distill.sweep:sweep", ("prepare", "train", "generate", "cache"),
-          lambda r: {"seed": r.seed, "sweep": _dump(r.sweep), "tune": _dump(r.tune), **_beyond_sweep(r.sweep)},
+          lambda r: {"seed": r.seed, "sweep": _dump(r.sweep), "tune": _dump(r.tune), **_beyond_sweep(r)},
           format=3),
     Stage("compress", "overproof.export.stage:export_models", ("prepare", "train", "sweep"),
           lambda r: {"compress": _dump(r.compress), **_beyond_compress(r)}, format=2),

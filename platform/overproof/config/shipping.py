@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from overproof.config.base import Count, Cpus, Fraction, Section
+from overproof.config.base import RESOURCE, Count, Cpus, Fraction, Section
 
 TextEngineName = Literal["llama.cpp", "vllm"]
 
@@ -39,7 +39,7 @@ class Evaluate(Section):
         "OVERPROOF_VLLM names on each node.",
     )
     max_documents: Count | None = Field(None, description="Test documents used; null uses all.")
-    concurrent_tasks: Count = Field(2, description="Exported files scored at the same time.")
+    concurrent_tasks: Annotated[Count, RESOURCE] = Field(2, description="Exported files scored at the same time.")
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples behind each interval.")
     confidence: Fraction = Field(0.95, description="Coverage of each interval.")
     probe_prompts: Count = Field(4, description="Test documents (or images) the parity probe asks the engine about.")
