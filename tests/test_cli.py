@@ -83,7 +83,16 @@ def test_ls_and_show_trace_a_package_to_its_shards(digits: Run, capsys: pytest.C
     shown = capsys.readouterr().out
     record = json.loads(shown[: shown.index("\n}") + 2])
     assert set(record["parents"]) >= {"prepare", "train", "cache", "sweep", "compress", "evaluate", "gate"}
-    assert f"└ {digits.artifacts['prepare'].id}" in shown
+    lineage = shown[shown.index("\n}") + 2 :].splitlines()
+    for artifact in digits.artifacts.values():
+        if artifact.record.stage != "report":  # the picture is no part of a package
+            assert sum(line.strip(" └").startswith(artifact.id) for line in lineage) >= 1
+    assert f"  └ {digits.artifacts['prepare'].id}" in lineage
+    for name, entry in digits.artifacts["prepare"].record.files.items():
+        listed = [line for line in lineage if line.startswith(f"    └ {name}  ")]
+        assert len(listed) == name.endswith(".parquet")
+        assert all(line.endswith(f"sha256 {entry.sha256[:12]}") for line in listed)
+    assert len([line for line in lineage if ".parquet" in line]) >= 4
 
 
 def test_show_of_something_unknown(digits: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,8 +128,10 @@ def resolve_stages(recipe: Recipe, store: Store, until: str | None = None) -> li
     for stage in stages_of(recipe, until):
         parents = {name: steps[name].fingerprint for name in stage.parents if name in steps}
         config = stage.part(recipe)
-        print_ = compute_fingerprint(stage.name, stage.format, config, parents)
-        steps[stage.name] = PlannedStage(stage, config, print_, parents, store.find(recipe.name, stage.name, print_))
+        fingerprint = compute_fingerprint(stage.name, stage.format, config, parents)
+        steps[stage.name] = PlannedStage(
+            stage, config, fingerprint, parents, store.lookup(recipe.name, stage.name, fingerprint)
+        )
     return list(steps.values())
 
 
@@ -174,7 +176,7 @@ def run_step(step: PlannedStage, recipe: Recipe, store: Store, done: Mapping[str
     if store.local:
         return _make(step, recipe, store, done)
     with ray_cluster.cluster_lock(store.uri, f"{recipe.name}/{step.stage.name}-{step.fingerprint[:8]}", console.notice):
-        artifact = store.find(recipe.name, step.stage.name, step.fingerprint)
+        artifact = store.lookup(recipe.name, step.stage.name, step.fingerprint)
         if artifact is None:
             return _make(step, recipe, store, done)
     console.out.print(f"[dim]· {step.stage.name:<9} done by another job   {artifact.id}[/]")
@@ -186,7 +188,7 @@ def _make(step: PlannedStage, recipe: Recipe, store: Store, done: Mapping[str, A
     parents = {parent: done[parent] for parent in step.parents}
     for parent in parents.values():
         parent.verify()
-    draft = store.begin(recipe.name, name, step.fingerprint, step.config, step.parents)
+    draft = store.new_writer(recipe.name, name, step.fingerprint, step.config, step.parents)
     began = time.monotonic()
     try:
         with console.progress_bars() as show, ray_cluster.relay(show) as progress:

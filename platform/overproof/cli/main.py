@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +29,19 @@ STAGE_VERBS = {
 }
 
 
+class _WarningLines(logging.Handler):
+    """Warnings of the package, each on a line of standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"overproof: warning: {record.getMessage()}", file=sys.stderr)
+
+
+WARNINGS = _WarningLines(logging.WARNING)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
+    logging.getLogger("overproof").addHandler(WARNINGS)
     options = _parser().parse_args(argv)
     try:
         return int(_run(options))
