@@ -29,6 +29,13 @@ def test_a_documented_command_parses(command: str) -> None:
         assert (REPOSITORY / options.recipe).is_file()
 
 
+def test_documented_jobs_parse() -> None:
+    jobs = [line for text in TEXT.values() for line in re.findall(r"python jobs/run\.py (.+)", text)]
+    assert len(jobs) >= 2
+    for job in jobs:
+        assert (REPOSITORY / _parser().parse_args(shlex.split(job)).recipe).is_file()
+
+
 @pytest.mark.parametrize("name", TEXT)
 def test_links_and_named_files_exist(name: str) -> None:
     text, folder = TEXT[name], next(p.parent for p in DOCUMENTS if p.name == name)
