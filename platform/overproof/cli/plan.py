@@ -43,11 +43,12 @@ def plan(recipe: Recipe, question: PlanOptions) -> int:
     Raises:
         InputError: what was asked makes no sense, or the recipe could never run there, with the arithmetic.
     """
-    rate = _rate(recipe, question)
+    given = _given_rate(recipe, question)
     capacity, attached = preflight.target_capacity(question.cluster_file)
     stored = preflight.check_storage(recipe, capacity, attached)
     if stored.state == "refused":  # nor can it be looked up what is done
         raise InputError(f"storage: {stored.text}")
+    rate = given or preflight.measured_rate(recipe)
     steps = pipeline.resolve_stages(recipe, Store(recipe.store))
     out.print(_stages(recipe, steps))
     prepared = next(step.artifact for step in steps if step.stage.name == "prepare")
@@ -77,7 +78,7 @@ def plan(recipe: Recipe, question: PlanOptions) -> int:
     return 0
 
 
-def _rate(recipe: Recipe, question: PlanOptions) -> Throughput | None:
+def _given_rate(recipe: Recipe, question: PlanOptions) -> Throughput | None:
     text = isinstance(recipe.data, TextData)
     positions = recipe.data.positions
     if question.tokens_per_s is not None and not text:
@@ -89,7 +90,7 @@ def _rate(recipe: Recipe, question: PlanOptions) -> Throughput | None:
         return Throughput(question.tokens_per_s, "as given")
     if question.rows_per_s is not None:
         return Throughput(question.rows_per_s * positions, "as given")
-    return preflight.measured_rate(recipe)
+    return None
 
 
 def _stages(recipe: Recipe, steps: list[pipeline.PlannedStage]) -> Table:
