@@ -308,7 +308,7 @@ class Store:
     def lock(self) -> Iterator[None]:
         """Hold the store for one run. The kernel lets go when the process ends, however it ends.
 
-        Object stores have no such lock: there, a cluster lets its jobs take turns (``pipeline.run_step``).
+        Object stores have no such lock: there, a cluster lets its jobs take turns (``pipeline.run_stage``).
 
         Raises:
             InputError: the store cannot be written, or another run holds it.
