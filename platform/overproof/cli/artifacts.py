@@ -98,11 +98,13 @@ def print_summary(recipe: Recipe) -> None:
     for measured in report.measured:
         quality, agreement = measured.metrics[report.quality], measured.metrics["agreement"]
         half = ((quality.high or quality.value) - (quality.low or quality.value)) / 2
-        word = "" if measured.name not in passed else "[green]passed[/]" if passed[measured.name] else "[red]refused[/]"
+        outcome = (
+            "" if measured.name not in passed else "[green]passed[/]" if passed[measured.name] else "[red]refused[/]"
+        )
         rate = measured.metrics.get(speed)  # a model may end every answer at once
         table.add_row(measured.name, f"{quality.value:.4f} ± {half:.4f}", f"{agreement.value:.1%}",
                       f"{measured.size_bytes / 1e6:.2f}", _latency(measured), f"{rate.value:,.0f}" if rate else "",
-                      f"{word}{' · shipped' if measured.name == verdict.chosen else ''}")  # fmt: skip
+                      f"{outcome}{' · shipped' if measured.name == verdict.chosen else ''}")  # fmt: skip
     out.print(table)
     gain = report.compare(report.winner, "control")
     if gain and gain.low is not None and gain.high is not None:

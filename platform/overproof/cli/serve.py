@@ -63,7 +63,7 @@ def _serve(package: Path, settings: Serve, keep: bool) -> None:
     with waiting("starting replicas"):
         base = server.start_serving(package, settings)
     try:
-        ask_once(base, settings)
+        send_example(base, settings)
         if keep:
             out.print(f"serving {package} at {base} until Ctrl-C")
             _wait_for_signal()
@@ -71,9 +71,9 @@ def _serve(package: Path, settings: Serve, keep: bool) -> None:
         server.stop_serving()
 
 
-def ask_once(base: str, settings: Serve) -> None:
+def send_example(base: str, settings: Serve) -> None:
     """Send one real request and print the answer and the `curl` line that repeats it."""
-    if _keys_alone():
+    if _needs_an_unknown_key():
         out.print("requests need one of the keys in OVERPROOF_KEYS")
         return
     from overproof.serve.server import tls_trust
@@ -85,7 +85,7 @@ def ask_once(base: str, settings: Serve) -> None:
         body = (
             {"model": model["id"], "prompt": "import os\n\ndef ", "max_tokens": 48, "temperature": 0.7, "seed": 0}
             if text
-            else {"images": [_a_digit()]}
+            else {"images": [_example_digit()]}
         )
         reply = client.post(path, json=body).raise_for_status().json()
     if text:
@@ -102,7 +102,7 @@ def ask_once(base: str, settings: Serve) -> None:
     )
 
 
-def _keys_alone() -> bool:
+def _needs_an_unknown_key() -> bool:
     from overproof.serve.middleware import api_key, load_access
 
     return api_key() is None and load_access().keyed
@@ -115,7 +115,7 @@ def _auth() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _a_digit() -> list[float]:
+def _example_digit() -> list[float]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
