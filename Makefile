@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test chromium check clean
+.PHONY: demo test trials chromium check clean
 
 demo: $(INSTALLED)  ## the whole loop, ending with a table and a live answer; ARGS=--keep leaves the server up
 	$(BIN)/overproof demo $(ARGS)
 
-test: $(INSTALLED) chromium  ## all tests, on a real cluster of several nodes on this machine
+test: $(INSTALLED) chromium  ## the suite, on a real cluster of several nodes on this machine
 	$(BIN)/pytest $(ARGS)
+
+trials: $(INSTALLED)  ## what is long by nature: many kills, whole loops; ends with a table
+	$(BIN)/pytest -m trial tests/trials $(ARGS)
 
 chromium:  # the browser that the report's test opens
 	@command -v chromium >/dev/null || { \

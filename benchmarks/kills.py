@@ -78,12 +78,12 @@ def alone(kills: int, dice: random.Random) -> list[Kill]:
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(RECIPE, (f"store={folder}", *(f"{k}={v}" for k, v in SETTINGS.items())))
         store = Store(folder)
-        prepared_draft = store.begin("digits", "prepare", "a" * 64, {}, {})
+        prepared_draft = store.new_writer("digits", "prepare", "a" * 64, {}, {})
         assert isinstance(recipe.data, DigitsData)
         manifest = prepare_digits(recipe.data, recipe.seed, prepared_draft.uri)
         (Path(prepared_draft.uri) / MANIFEST).write_text(manifest.model_dump_json())
         prepared = prepared_draft.commit({}, 0.0)
-        draft = store.begin("digits", "train", "b" * 64, {}, {})
+        draft = store.new_writer("digits", "train", "b" * 64, {}, {})
         checkpoints = Checkpoints(draft.workspace, "b" * 64, {}, {}, recipe.train.checkpoint)
         job = TrainJob(
             recipe.train, recipe.seed, prepared, draft, checkpoints, no_progress, SupervisedSpec(recipe.train.model)

@@ -162,7 +162,7 @@ def train(trial: Trial) -> dict[str, Any]:
 
 def job(trial: Trial, store: str, name: str = "only") -> TrialJob:
     """What the product's sweep would hand to the process of a trial."""
-    draft = Store(store).begin("bench", "sweep", "c" * 64, {}, {})
+    draft = Store(store).new_writer("bench", "sweep", "c" * 64, {}, {})
     context, journal = StageContext(trial.recipe, trial.parents, draft, no_progress), SweepState(draft)
     values = {"student": trial.recipe.sweep.students[0].name, **trial.values}
     made = job_of(context, journal, name, values)

@@ -1,4 +1,7 @@
-"""`ray job submit --working-dir . -- python jobs/run.py jobs/recipes/stdlib-lm.yaml`"""
+"""Any verb of the command line as a job of a Ray cluster.
+
+ray job submit --working-dir . -- python jobs/run.py train jobs/recipes/stdlib-lm.yaml --set store=s3://BUCKET/PATH
+"""
 
 import sys
 from pathlib import Path
@@ -7,4 +10,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 from overproof.cli.main import main
 
-sys.exit(main(["run", *sys.argv[1:]]))
+sys.exit(main())

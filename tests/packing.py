@@ -48,7 +48,7 @@ def make_parents(recipe: Recipe) -> dict[str, Artifact]:
     store, done = Store(recipe.store), dict[str, Artifact]()
 
     def add(stage: str, write: Callable[[Path], Any]) -> None:
-        draft = store.begin(recipe.name, stage, hashlib.sha256(stage.encode()).hexdigest(), {}, {})
+        draft = store.new_writer(recipe.name, stage, hashlib.sha256(stage.encode()).hexdigest(), {}, {})
         write(Path(draft.uri))
         done[stage] = draft.commit({}, 1.0)
 
@@ -79,7 +79,7 @@ def make_package(kind: str, store: Path, *overrides: str) -> Path:
 
 def pack(recipe: Recipe, parents: dict[str, Artifact]) -> Artifact:
     """Run the package stage."""
-    draft = Store(recipe.store).begin(
+    draft = Store(recipe.store).new_writer(
         recipe.name, "package", hashlib.sha256(f"package {recipe.seed}".encode()).hexdigest(), {}, {}
     )
     return draft.commit(build_package(StageContext(recipe, parents, draft, no_progress)), 1.0)

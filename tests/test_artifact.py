@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,20 +11,21 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from overproof.artifacts import RECORD, Artifact, Store, compute_fingerprint
+from overproof.artifacts import RECORD, RECORD_FORMAT, Artifact, Store, compute_fingerprint
+from overproof.cli.main import main
 from overproof.errors import InputError
 
 
 def _make(store: Store, content: bytes = b"hello", recipe: str = "r", stage: str = "prepare") -> Artifact:
-    print_ = compute_fingerprint(stage, 1, {"x": content.hex()}, {})
-    draft = store.begin(recipe, stage, print_, {"x": 1}, {})
+    fingerprint = compute_fingerprint(stage, 1, {"x": content.hex()}, {})
+    draft = store.new_writer(recipe, stage, fingerprint, {"x": 1}, {})
     with draft.directory() as folder:
         (folder / "sub").mkdir()
         (folder / "sub/part.bin").write_bytes(content)
     return draft.commit({"rows": 3}, 1.25)
 
 
-def test_the_fingerprint_is_pinned_and_depends_on_each_part() -> None:
+def test_the_fingerfingerprintis_pinned_and_depends_on_each_part() -> None:
     base = compute_fingerprint("train", 1, {"steps": 2, "a": [1.5, None]}, {"prepare": "ab"})
     assert base == "b1d1c4611d2a3448855cc06076526f0b206d0ba4cca85be3fd8ac8dc48743e42"
     assert base == compute_fingerprint("train", 1, {"a": [1.5, None], "steps": 2}, {"prepare": "ab"})
@@ -37,15 +40,15 @@ def test_the_fingerprint_is_pinned_and_depends_on_each_part() -> None:
 
 def test_without_a_record_an_artifact_does_not_exist_and_the_next_attempt_starts_clean(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    print_ = compute_fingerprint("prepare", 1, {}, {})
-    draft = store.begin("r", "prepare", print_, {}, {})
+    fingerprint = compute_fingerprint("prepare", 1, {}, {})
+    draft = store.new_writer("r", "prepare", fingerprint, {}, {})
     with draft.directory() as folder:
         (folder / "half").write_text("half")
-    assert store.find("r", "prepare", print_) is None
+    assert store.lookup("r", "prepare", fingerprint) is None
     assert store.artifacts() == []
-    again = store.begin("r", "prepare", print_, {}, {}).commit({}, 0)
+    again = store.new_writer("r", "prepare", fingerprint, {}, {}).commit({}, 0)
     assert list(again.record.files) == []
-    assert store.find("r", "prepare", print_) == again
+    assert store.lookup("r", "prepare", fingerprint) == again
 
 
 def test_a_changed_or_missing_file_is_named(tmp_path: Path) -> None:
@@ -69,6 +72,87 @@ def test_get_finds_by_id_or_unique_part(tmp_path: Path) -> None:
         store.get("r/")
     with pytest.raises(InputError, match="found none"):
         store.get("nothing")
+    for name, near in (("r/prepaer", "r/prepare"), ("trian", "train"), (f"{one.id[:-1]}z", one.id)):
+        with pytest.raises(InputError, match=f"found none in {tmp_path}, did you mean '{near}'?"):
+            store.get(name)
+
+
+def _record(**changes: object) -> bytes:
+    record = {
+        "format": RECORD_FORMAT, "recipe": "broken", "stage": "train", "fingerprint": "0" * 64, "config": None,
+        "parents": {}, "files": {}, "metrics": {}, "seconds": 1.0, "created": "2026-01-01", "versions": {},
+    }  # fmt: skip
+    return json.dumps(record | changes).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "found 0 bytes, all of them NUL"),
+        (b"\0" * 700, "found 700 bytes, all of them NUL"),
+        (b"\xff\xfe", r"which is no JSON"),
+        (_record()[:-40], "which is no JSON"),
+        (b"[" * 100_000, "which is no JSON"),
+        (b"[1, 2]", "JSON without a format"),
+        (_record(color="red"), "color: Extra inputs are not permitted"),
+        (_record(files={"a": {"sha256": "0"}}), "files.a.size_bytes: Field required"),
+        (_record(format=RECORD_FORMAT + 1), f"found format {RECORD_FORMAT + 1}, and this version reads"),
+        (_record(format=1, color="red"), "found format 1, and this version reads 2; run its recipe again"),
+        (_record(format="x"), "found format 'x'"),
+    ],
+)  # fmt: skip
+def test_a_record_that_cannot_be_read_is_told_of_on_one_line_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, found: str
+) -> None:
+    store = Store(str(tmp_path))
+    sound = _make(store)
+    path = tmp_path / "broken/train-00000000" / RECORD
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    for argv in (["ls"], ["show", "prepare"]):
+        assert main([*argv, "--store", str(tmp_path)]) == 0
+        printed = capsys.readouterr()
+        assert sound.id in printed.out
+        assert printed.err.startswith(f"overproof: warning: {path}: ")
+        assert found in printed.err
+        assert printed.err.count("\n") == 1
+    assert store.artifacts() == [sound]
+    assert store.get("prepare") == sound
+    assert store.lookup("broken", "train", "0" * 64) is None
+    capsys.readouterr()
+    for named in ("broken/train", str(path.parent)):  # asked for by name, it is the answer
+        assert main(["show", named, "--store", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"overproof: {path}: ")
+        assert found in error
+    draft = store.new_writer("broken", "train", "0" * 64, None, {})
+    assert store.lookup("broken", "train", "0" * 64) is None
+    assert draft.commit({}, 0) == store.lookup("broken", "train", "0" * 64)
+
+
+def test_a_record_that_may_not_be_opened_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(str(tmp_path))
+    sound = _make(store)
+    (tmp_path / "r/train-00000000").mkdir()
+    (tmp_path / "r/train-00000000" / RECORD).symlink_to("/proc/self/mem")  # opened, it cannot be read at its start
+    assert store.artifacts() == [sound]
+    assert "cannot be read" in caplog.text
+
+
+def test_everything_is_on_the_disk_before_the_record_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    really_flush = os.fsync
+
+    def fsync(handle: int) -> None:
+        flushed.append(str(Path(f"/proc/self/fd/{handle}").readlink().relative_to(tmp_path)))
+        really_flush(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    artifact = _make(Store(str(tmp_path)))
+    record = next(i for i, name in enumerate(flushed) if RECORD in name)
+    folder = artifact.id
+    assert set(flushed[:record]) == {"r", folder, f"{folder}/sub", f"{folder}/sub/part.bin"}
+    assert flushed[record + 1 :] == [folder]  # and with it the name of the record
 
 
 def test_the_lock_is_exclusive_and_dies_with_its_process(tmp_path: Path) -> None:

@@ -11,10 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from finished import RECIPES, Run
 from overproof.artifacts import Store
 from overproof.cli.main import main
+from overproof.data.tokenization import train_bpe
+from overproof.models.hf_directory import save_model
 
 DIGITS = str(RECIPES / "digits.yaml")
 
@@ -55,23 +58,17 @@ def test_vllm_where_there_is_none(
     _refused(capsys, tmp_path, *images, words=("evaluate.engine", "measures language models"))
 
 
-def test_unknown_field_and_value_out_of_range(tmp_path: Path) -> None:
+def test_unknown_field_and_value_out_of_range(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for override, word in (("train.stepz=1", "unknown field"), ("train.zero_stage=7", "0, 1, 2 or 3")):
-        command = [
-            sys.executable,
-            "-m",
-            "overproof.cli.main",
-            "run",
-            DIGITS,
-            "--set",
-            override,
-            "--set",
-            f"store={tmp_path}",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert word in done.stderr
+        _refused(capsys, tmp_path, "run", DIGITS, "--set", override, "--set", f"store={tmp_path}", words=(word,))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_exit_code_is_the_processes_own(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "overproof.cli.main", "run", str(tmp_path / "none.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "No such file" in done.stderr
 
 
 def test_a_missing_or_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,23 +133,20 @@ def _prepared(digits: Run, tmp_path: Path) -> None:
 
 
 def test_a_teacher_with_another_tokenizer(ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    corpora = {name: tmp_path / name for name in ("one", "two")}
-    for name, folder in corpora.items():
-        folder.mkdir()
-        for i in range(60):
-            (folder / f"{i}.txt").write_text(f"{name} document number {i} about {name} " * 8)
-    first = tmp_path / "first"
-    first.mkdir()
-    recipe = _text_recipe(first, {"kind": "folder", "path": str(corpora["one"])})
-    assert main(["train", recipe]) == 0
-    teacher = next((first / "store/stdlib-lm").glob("train-*/model"))
-    second = tmp_path / "second"
-    second.mkdir()
+    (tmp_path / "corpus").mkdir()
+    for i in range(60):
+        (tmp_path / f"corpus/{i}.txt").write_text(f"document number {i} of this corpus " * 8)
+    tokenizer = train_bpe(["another text altogether"], 288)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = LlamaConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)
+    teacher = tmp_path / "teacher"
+    save_model(LlamaForCausalLM(config), config, teacher, tmp_path / "tokenizer.json")
     model = {"kind": "pretrained", "path": str(teacher)}
-    recipe = _text_recipe(second, {"kind": "folder", "path": str(corpora["two"])}, model=model)
+    recipe = _text_recipe(tmp_path, {"kind": "folder", "path": str(tmp_path / "corpus")}, model=model)
     assert main(["prepare", recipe]) == 0
     capsys.readouterr()
-    _refused(capsys, second / "store", "train", recipe, words=("tokenizer", str(teacher)))
+    _refused(capsys, tmp_path / "store", "train", recipe, words=("tokenizer", str(teacher)))
 
 
 def test_a_store_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,12 +83,45 @@ def test_ls_and_show_trace_a_package_to_its_shards(digits: Run, capsys: pytest.C
     shown = capsys.readouterr().out
     record = json.loads(shown[: shown.index("\n}") + 2])
     assert set(record["parents"]) >= {"prepare", "train", "cache", "sweep", "compress", "evaluate", "gate"}
-    assert f"└ {digits.artifacts['prepare'].id}" in shown
+    lineage = shown[shown.index("\n}") + 2 :].splitlines()
+    for artifact in digits.artifacts.values():
+        if artifact.record.stage != "report":  # the picture is no part of a package
+            assert sum(line.strip(" └").startswith(artifact.id) for line in lineage) >= 1
+    assert f"  └ {digits.artifacts['prepare'].id}" in lineage
+    for name, entry in digits.artifacts["prepare"].record.files.items():
+        listed = [line for line in lineage if line.startswith(f"    └ {name}  ")]
+        assert len(listed) == name.endswith(".parquet")
+        assert all(line.endswith(f"sha256 {entry.sha256[:12]}") for line in listed)
+    assert len([line for line in lineage if ".parquet" in line]) >= 4
 
 
 def test_show_of_something_unknown(digits: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["show", "no-such-thing", "--store", digits.recipe.store]) == 2
-    assert "expected one artifact" in capsys.readouterr().err
+    for name, near in (
+        ("no-such-thing", "; expected one artifact"),
+        ("digits/pakage", ", did you mean 'digits/package'?"),
+    ):
+        assert main(["show", name, "--store", digits.recipe.store]) == 2
+        assert f"found none in {digits.recipe.store}{near}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["trian", DIGITS], "trian: no such verb, did you mean 'train'?; expected one that `overproof --help` lists"),
+        (["serv"], "serv: no such verb, did you mean 'serve'?"),
+        (["xyzzy"], "xyzzy: no such verb; expected"),
+        (
+            ["run", DIGITS, "--until", "swep"],
+            "swep: there is no such stage, did you mean 'sweep'?; expected one of pre",
+        ),
+        (["run", DIGITS, "--until", "speculate"], "speculate: the recipe has no such section; expected one of prepare"),
+    ],
+)
+def test_an_unknown_verb_or_stage_suggests_the_nearest(
+    argv: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*argv, *(("--set", f"store={tmp_path}") if DIGITS in argv else ())]) == 2
+    assert capsys.readouterr().err.startswith(f"overproof: {told}")
 
 
 def test_serving_what_is_no_package(digits: Run, capsys: pytest.CaptureFixture[str]) -> None:

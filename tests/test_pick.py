@@ -74,7 +74,7 @@ def test_every_other_has_its_reasons() -> None:
     found = {c.measured.name: c for c in chosen(Budget(max_mb=20, max_p95_ms=30))}
     assert found["small"].fits
     assert found["bad"].refused
-    assert [str(limit) for limit in found["big"].broken] == ["--max-mb 20", "--max-p95-ms 30"]
+    assert [str(limit) for limit in found["big"].exceeded] == ["--max-mb 20", "--max-p95-ms 30"]
     assert found["big"].excess == pytest.approx(80 / 30 - 1)
     assert found["middle"].excess == pytest.approx(1 / 3)
 

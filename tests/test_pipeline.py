@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import httpx
 import pytest
 
 from finished import RECIPES, Run
+from overproof import pipeline
 from overproof.artifacts import RECORD, Store
+from overproof.cli.main import main
 from overproof.config import load_recipe
 from overproof.export.stage import read_exports
 from overproof.pipeline import resolve_stages, stages_of
@@ -25,14 +24,8 @@ NAMES = tuple(stage.name for stage in stages_of(load_recipe(DIGITS)))
 STAGE_S = 240
 
 
-def _command(verb: str, recipe: str, *overrides: str) -> list[str]:
-    sets = [word for override in overrides for word in ("--set", override)]
-    return [sys.executable, "-m", "overproof.cli.main", verb, recipe, *sets]
-
-
-def _own_ray() -> dict[str, str]:
-    """An environment in which a command starts a cluster of its own."""
-    return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+def _sets(overrides: tuple[str, ...]) -> list[str]:
+    return [word for override in overrides for word in ("--set", override)]
 
 
 def test_every_stage_leaves_a_record_with_its_parents(digits: Run) -> None:
@@ -54,9 +47,11 @@ def test_every_stage_leaves_a_record_with_its_parents(digits: Run) -> None:
         ("gate.rules.0.at_most=0.5", "gate"),
         ("gate.candidate=wide-t2-int8", "gate"),
         ("sweep.keep=3", "sweep"),
+        ("evaluate.gpus=1", "evaluate"),  # it is the device that is measured
         ("serve.port=0", None),
         ("sweep.concurrent_trials=1", None),
         ("train.cpus_per_worker=0.5", None),
+        ("train.gpus_per_worker=1", None),
     ],
 )
 def test_an_edit_rebuilds_what_follows_and_nothing_else(digits: Run, override: str, first: str | None) -> None:
@@ -64,6 +59,16 @@ def test_an_edit_rebuilds_what_follows_and_nothing_else(digits: Run, override: s
     todo = [step.stage.name for step in resolve_stages(recipe, Store(recipe.store)) if step.artifact is None]
     rebuilt = NAMES[NAMES.index(first) :] if first else ()
     assert tuple(todo) == rebuilt
+
+
+def test_what_trials_run_on_counts_where_their_time_does(tmp_path: Path) -> None:
+    def fingerprint(*overrides: str) -> str:
+        recipe = load_recipe(DIGITS, (f"store={tmp_path}", *overrides))
+        return next(s.fingerprint for s in resolve_stages(recipe, Store(recipe.store)) if s.stage.name == "sweep")
+
+    timed = "tune={objectives: [validation_loss, seconds]}"
+    assert fingerprint("tune={}") == fingerprint("tune={}", "sweep.gpus_per_trial=1")
+    assert len({fingerprint("tune={}"), fingerprint(timed), fingerprint(timed, "sweep.gpus_per_trial=1")}) == 3
 
 
 def test_a_second_run_does_nothing_and_starts_nothing(digits: Run) -> None:
@@ -89,7 +94,9 @@ def test_the_report_is_one_page_with_the_picture_inside(digits: Run) -> None:
         assert f'"name":"{name}"' in page
 
 
-def test_the_refused_recipe_ends_with_reasons_and_serves_nothing(digits: Run, tmp_path: Path) -> None:
+def test_the_refused_recipe_ends_with_reasons_and_serves_nothing(
+    digits: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It is the digits under another policy: beside them, only the gate is new."""
     recipes = [
         load_recipe(RECIPES / f"{name}.yaml").model_dump(exclude={"name", "gate"}) for name in ("digits", "refused")
@@ -97,88 +104,64 @@ def test_the_refused_recipe_ends_with_reasons_and_serves_nothing(digits: Run, tm
     assert recipes[0] == recipes[1]
     shutil.copytree(digits.recipe.store, tmp_path, dirs_exist_ok=True)
     packages = set(tmp_path.glob("digits/package-*"))
-    command = _command("demo", str(RECIPES / "refused.yaml"), f"store={tmp_path}", "serve.port=0", "name=digits")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=STAGE_S)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stdout.count("done before") == NAMES.index("gate")
-    assert "the gate refused every candidate" in done.stderr
-    assert "needed 100 times" in done.stderr
-    assert "refused" in done.stdout
-    assert "curl" not in done.stdout
+    overrides = (f"store={tmp_path}", "serve.port=0", "name=digits")
+    assert main(["demo", str(RECIPES / "refused.yaml"), *_sets(overrides)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.count("done before") == NAMES.index("gate")
+    assert "the gate refused every candidate" in printed.err
+    assert "needed 100 times" in printed.err
+    assert "refused" in printed.out
+    assert "curl" not in printed.out
     assert set(tmp_path.glob("digits/package-*")) == packages
     assert len(list(tmp_path.glob(f"digits/gate-*/{RECORD}"))) == 2
 
 
-def test_killed_at_any_stage_only_that_stage_is_lost(ray_cluster: str, tmp_path: Path) -> None:
-    """On a cluster that stays, where the next run meets what the last one left; and once with the run's own cluster."""
-    shared = os.environ | {"RAY_ADDRESS": ray_cluster}
-    few = ("train.steps=30", "sweep.steps=30", "tune.scheduler.grace_steps=10", "evaluate.timed_requests=20")
-    command = _command("run", DIGITS, f"store={tmp_path}", *few)
-    finished: dict[str, str] = {}
-    for stage in ("prepare", "train", "cache", "sweep", "compress", "evaluate"):
-        process = subprocess.Popen(
-            command,
-            env=_own_ray() if stage == "sweep" else shared,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + STAGE_S
-        while not list(tmp_path.glob(f"digits/{stage}-*")):
-            assert process.poll() is None, f"ended before {stage}"
-            assert time.monotonic() < deadline, f"never reached {stage}"
-            time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        found = {a.record.stage: a.record.created for a in Store(str(tmp_path)).artifacts()}
-        assert set(found) >= set(NAMES[: NAMES.index(stage)])
-        assert {name: created for name, created in found.items() if name in finished} == finished
-        finished = found
-    done = subprocess.run(command, env=shared, capture_output=True, text=True, check=False, timeout=STAGE_S)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done before") == len(finished)
-    for artifact in Store(str(tmp_path)).artifacts():
-        artifact.verify()
+def test_killed_within_a_stage_only_that_stage_is_lost(ray_cluster: str, digits: Run, tmp_path: Path) -> None:
+    """Every stage in turn is a trial; the cluster stays, so that the next run meets what the killed one left."""
+    for stage in ("prepare", "train"):
+        done = digits.artifacts[stage]
+        shutil.copytree(done.local(), tmp_path / done.id)
+    before = Store(str(tmp_path)).artifacts()
+    command = [sys.executable, "-m", "overproof.cli.main", "cache", DIGITS, "--set", f"store={tmp_path}"]
+    process = subprocess.Popen(
+        command, env=os.environ | {"RAY_ADDRESS": ray_cluster}, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + STAGE_S
+    while not list(tmp_path.glob("digits/cache-*")):
+        assert process.poll() is None, "ended before the stage"
+        assert time.monotonic() < deadline, "never reached the stage"
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert Store(str(tmp_path)).artifacts() == before
+    again = pipeline.run(load_recipe(DIGITS, (f"store={tmp_path}",)), "cache")
+    assert [again["prepare"], again["train"]] == before
+    again["cache"].verify()
+    assert again["cache"].content_sha256 == digits.artifacts["cache"].content_sha256
 
 
-def test_the_language_model_from_source_code_to_a_streamed_answer(tmp_path: Path) -> None:
-    """The demo with smaller models and fewer steps: every stage is real, and the answer comes over HTTP."""
-    shape = "kind: llama, intermediate_size: 192, layers: 1"
+def test_a_language_model_goes_from_documents_to_an_answer(
+    ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every stage of the demo, on a few documents; the demo itself, to a streamed answer, is a trial."""
+    (tmp_path / "corpus").mkdir()
+    for i in range(120):
+        (tmp_path / f"corpus/{i}.txt").write_text(f"document {i} tells of {i * i} things, one by one. " * 12)
+    shape = "kind: llama, hidden_size: 32, intermediate_size: 64, layers: 1, heads: 2, kv_heads: 2"
     overrides = (
-        f"store={tmp_path}", "serve.port=0", "data.tokenizer.vocab_size=1024",
-        f"train.model={{{shape}, hidden_size: 128, heads: 4, kv_heads: 4}}",
-        "train.steps=32", "train.validate_every=16",
-        f"sweep.students=[{{name: deep, model: {{{shape}, hidden_size: 64, heads: 2, kv_heads: 2}}}},"
-        f" {{name: wide, model: {{{shape}, hidden_size: 96, heads: 3, kv_heads: 3}}}}]",
-        "sweep.steps=20", "sweep.validate_every=10", "sweep.keep=1", "cache.rows=160",
-        "tune.scheduler.grace_steps=10", "tune.search={kind: tpe, trials: 4, startup_trials: 2}",
-        "evaluate.max_documents=4", "evaluate.timed_requests=10",
-        "gate.rules=[{kind: smaller, against: teacher, at_least: 2}, {kind: parity, at_most: 0.5}]",
+        f"store={tmp_path / 'store'}", "serve.port=0", f"data.source={{kind: folder, path: {tmp_path / 'corpus'}}}",
+        "data.sequence_length=32", "data.tokenizer.vocab_size=288", "data.validation_fraction=0.2",
+        "data.test_fraction=0.2", "data.shards=2", f"train.model={{{shape}}}", "train.steps=4", "train.workers=1",
+        "train.warmup_steps=1", "train.validate_every=2", "train.validation_rows=16", "sweep.steps=4",
+        "sweep.warmup_steps=1", "sweep.validate_every=2", "sweep.validation_rows=16", "sweep.keep=1", "cache.rows=32",
+        f"sweep.students=[{{name: small, model: {{{shape}}}}}]", "tune={}", "compress.formats=[q8_0]",
+        "evaluate.max_documents=4", "evaluate.timed_requests=3", "evaluate.probe_prompts=1",
+        "evaluate.decode_tokens=8", "evaluate.bootstrap_samples=100", "gate.rules=[{kind: parity, at_most: 0.5}]",
     )  # fmt: skip
-    command = [*_command("demo", str(RECIPES / "stdlib-lm.yaml"), *overrides), "--keep"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, env=_own_ray(), stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 3 * STAGE_S
-        while "until Ctrl-C" not in (tmp_path / "log").read_text():
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.2)
-        said = (tmp_path / "log").read_text()
-        curl = next(line for line in said.splitlines() if line.startswith("curl "))
-        streamed = subprocess.run(curl, shell=True, capture_output=True, text=True, check=True, timeout=60).stdout
-        events = [line.removeprefix("data: ") for line in streamed.splitlines() if line.startswith("data: ")]
-        assert events[-1] == "[DONE]"
-        text = "".join(choice["text"] for event in events[:-1] for choice in json.loads(event)["choices"])
-        assert text
-        assert len(events) > 3
-        base = curl.split()[2].removesuffix("/v1/completions")
-        assert httpx.get(f"{base}/healthz").status_code == 200
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0, (tmp_path / "log").read_text()
-        (compressed,) = (tmp_path / "stdlib-lm").glob("compress-*")
-        for export in read_exports(compressed):
-            assert f"│ {export.name} " in said
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    assert main(["demo", str(RECIPES / "stdlib-lm.yaml"), *_sets(overrides)]) == 0
+    printed = capsys.readouterr().out
+    (compressed,) = (tmp_path / "store/stdlib-lm").glob("compress-*")
+    for export in read_exports(compressed):
+        assert f"│ {export.name} " in printed
+    assert "import os" in printed
+    assert printed.splitlines()[-1].startswith("curl -N http://127.0.0.1:")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from overproof.cli.main import _parser
+from overproof.cli.main import parse_arguments
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -23,10 +23,17 @@ def test_there_are_commands_to_check() -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(".venv/bin/overproof ")])
 def test_a_documented_command_parses(command: str) -> None:
-    options = _parser().parse_args(shlex.split(command)[1:])
+    options = parse_arguments(shlex.split(command)[1:])
     by_id = options.verb == "report" and "/sweep" in str(options.recipe)  # a sweep of a store
     if "recipe" in vars(options) and not by_id:
         assert (REPOSITORY / options.recipe).is_file()
+
+
+def test_documented_jobs_parse() -> None:
+    jobs = [line for text in TEXT.values() for line in re.findall(r"python jobs/run\.py (.+)", text)]
+    assert len(jobs) >= 2
+    for job in jobs:
+        assert (REPOSITORY / parse_arguments(shlex.split(job)).recipe).is_file()
 
 
 @pytest.mark.parametrize("name", TEXT)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from overproof.config import Recipe, load_recipe, schema_docs
+from overproof.config import Recipe, Section, load_recipe, schema_docs
+from overproof.config.base import RESOURCE, sections_in
 from overproof.errors import InputError
 
 RECIPES = sorted((Path(__file__).parents[1] / "jobs/recipes").glob("*.yaml"))
@@ -30,7 +33,13 @@ def test_the_editor_schema_file_is_current() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.stepz=1", ["train.stepz", "unknown field"]),
+        ("train.stepz=1", ["train.stepz: unknown field, did you mean 'steps'?"]),
+        ("trian.steps=1", ["trian: unknown field, did you mean 'train'?"]),
+        ("train.checkpoint.evry_steps=1", ["train.checkpoint.evry_steps: ", "did you mean 'every_steps'?"]),
+        ("sweep.students.0.model.patchsize=2", ["sweep.students.0.model.patchsize: ", "did you mean 'patch_size'?"]),
+        ("tune.space.temperature={kind: choice, valuse: [1]}", ["temperature.valuse: ", "did you mean 'values'?"]),
+        ("sweep.zzz=1", ["sweep.zzz: unknown field; `overproof schema"]),
+        ("train.workers=[2, 4, x]", ["train.workers: found [2, 4, 'x']"]),
         ("train.steps=many", ["train.steps", "'many'", "integer"]),
         ("train.steps=-1", ["train.steps", "-1", "greater than or equal to 0"]),
         ("train.learning_rate=.nan", ["train.learning_rate", "finite"]),
@@ -41,7 +50,7 @@ def test_the_editor_schema_file_is_current() -> None:
         ("sweep.students.1.name=narrow-t2", ["'narrow-t2'", "every name once"]),
         ("sweep.students.1.name=wide-t2-int8", ["'wide-t2-int8'", "compressed file of another"]),
         ("cache.rows=10", ["cache.rows is 10", "raise cache.rows"]),
-        ("cache.scheme={kind: topq}", ["cache.scheme", "topq", "'topk', 'sampled', 'dense'"]),
+        ("cache.scheme={kind: topq}", ["cache.scheme", "topq", "'topk', 'sampled', 'dense', did you mean 'topk'?"]),
         ("cache.scheme={kind: topk, draws: 3}", ["cache.scheme.draws: unknown field"]),
         ("cache.scheme={kind: sampled, draws: 0}", ["cache.scheme.draws: found 0"]),
         ("data.test_fraction=0.95", ["validation_fraction + test_fraction", "less than 1"]),
@@ -89,6 +98,45 @@ def test_a_recipe_survives_its_own_serialisation_and_is_frozen() -> None:
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 1  # type: ignore[misc]
+
+
+def _resources(section: type[Section]) -> Iterator[str]:
+    """Every field at any depth that is marked as a resource."""
+    for name, field in section.model_fields.items():
+        if RESOURCE in field.metadata:
+            yield f"{section.__name__}.{name}"
+        for inner in sections_in(field.annotation):
+            yield from _resources(inner)
+
+
+def test_the_resources_are_pinned() -> None:
+    pool = ("actors", "cpus_per_actor", "gpus_per_actor")
+    worker = ("micro_batch_size", "cpus_per_worker", "gpus_per_worker", "workers")
+    assert set(_resources(Recipe)) == {
+        *(f"{section}.{name}" for section in ("Generate", "Cache", "OnPolicy") for name in pool), "OnPolicy.wait_s",
+        *(f"{section}.{name}" for section in ("Train", "DataParallel") for name in worker),
+        "Train.checkpoint", "Train.max_failures", "Sweep.concurrent_trials", "Sweep.cpus_per_trial",
+        "Sweep.gpus_per_trial", "Evaluate.concurrent_tasks",
+    }  # fmt: skip
+
+
+def test_only_a_marked_field_is_left_out_whatever_others_are_called() -> None:
+    class Inner(Section):
+        workers: int
+        checkpoint: str
+
+    class Outer(Section):
+        workers: Annotated[int, RESOURCE]
+        gpus: float = 0
+        inner: Annotated[Inner, RESOURCE]
+        inners: tuple[Inner, ...]
+        labels: dict[str, int]
+
+    inner = {"workers": 1, "checkpoint": "folder"}
+    found = Outer.parse({"workers": 2, "inner": inner, "inners": [inner], "labels": {"workers": 3}})
+    expected = {"gpus": 0.0, "inners": [inner], "labels": {"workers": 3}}
+    assert found.without_resources() == expected
+    assert json.dumps(found.without_resources()) == json.dumps(expected)  # a default is as if it were written
 
 
 def test_help_names_every_field_once_with_its_meaning() -> None:

@@ -52,14 +52,14 @@ def ours(folder: Path, train: Train, scratch: Path) -> dict[str, Any]:
     from overproof.train import ray_trainer
 
     store = Store(str(scratch / "store"))
-    draft = store.begin("bench", "prepare", "a" * 64, {}, {})
+    draft = store.new_writer("bench", "prepare", "a" * 64, {}, {})
     with draft.directory() as root:
         for name in ("manifest.json", "train", "validation"):
             (root / name).symlink_to(folder / name)
         (root / "tokenizer.json").write_text("{}")
     prepared = draft.commit({}, 0.0)
     recipe = load_recipe(RECIPE).model_copy(update={"train": train, "seed": SEED})
-    own = store.begin("bench", "train", "b" * 64, {}, {})
+    own = store.new_writer("bench", "train", "b" * 64, {}, {})
     notes = Notes(scratch / "notes.jsonl")
     began = time.time()
     metrics = ray_trainer.train_teacher(StageContext(recipe, {"prepare": prepared}, own, notes))

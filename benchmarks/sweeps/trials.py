@@ -65,7 +65,7 @@ def ours(recipe: Recipe, trials: int, scratch: str) -> dict[str, Any]:
         elif task == "sweep":
             ends.extend([time.time()] * (done // recipe.sweep.steps - len(ends)))
 
-    draft = Store(scratch).begin("bench", "sweep", "c" * 64, {}, {})
+    draft = Store(scratch).new_writer("bench", "sweep", "c" * 64, {}, {})
     sweep(StageContext(own, made(recipe, "cache"), draft, note))
     listed = json.loads((Path(draft.uri) / "trials.json").read_text())["trials"]
     return {"ends": ends, "over": over[0], "seconds": [trial["seconds"] for trial in listed]}

@@ -1,7 +1,7 @@
 """Artifacts: what a stage leaves behind, with its identity, its record and its parents.
 
 An artifact is the directory ``<store>/<recipe name>/<stage>-<8 hex of the fingerprint>/``. Its record,
-``artifact.json``, is written last and at once: a directory without a record does not exist. A store is a
+``artifact.json``, is written last and atomically: a directory without a record does not exist. A store is a
 local folder or any URI that ``pyarrow.fs`` opens.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,21 +23,26 @@ from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from overproof.errors import InputError
+from overproof.errors import InputError, suggest_name
 from overproof.files import (
     FileEntry,
     absolute_uri,
     atomic_write,
     file_entries,
     filesystem,
+    first_validation_error,
+    flush_tree_to_disk,
     join_uri,
     local_cache,
     verify_files,
 )
 
+logger = logging.getLogger(__name__)
+
 RECORD = "artifact.json"
+RECORD_FORMAT = 2  # goes up with what a record holds, and with what fingerprints are made of
 TOOLS = ("overproof", "ray", "deepspeed", "torch", "transformers", "pyarrow", "gguf", "xllamacpp", "onnxruntime")
 
 
@@ -44,7 +50,7 @@ class Record(BaseModel):
     """The content of ``artifact.json``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    format: int = 1
+    format: int = RECORD_FORMAT
     recipe: str
     stage: str
     fingerprint: str
@@ -55,6 +61,41 @@ class Record(BaseModel):
     seconds: float
     created: str  # UTC, ISO 8601
     versions: dict[str, str]
+
+
+def read_record(uri: str) -> Record | None:
+    """The record of the artifact at a folder or URI; None where there is none.
+
+    Raises:
+        InputError: there is a file, and it is not what this version writes.
+    """
+    files, folder = filesystem(uri)
+    path = f"{folder}/{RECORD}"
+    expected = "expected the record of a finished artifact: run its recipe again"
+    try:
+        with files.open_input_stream(path) as stream:
+            content = stream.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}; {expected}") from None
+    if not content.strip(b"\0"):
+        raise InputError(f"{path}: found {len(content)} bytes, all of them NUL; {expected}")
+    try:
+        tree = json.loads(content)
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: found {content[:20]!r}…, which is no JSON; {expected}") from None
+    if not isinstance(tree, dict) or "format" not in tree:
+        raise InputError(f"{path}: found JSON without a format; {expected}")
+    if tree["format"] != RECORD_FORMAT:
+        raise InputError(
+            f"{path}: found format {tree['format']!r}, and this version reads {RECORD_FORMAT}; run its recipe again, "
+            "or use the version that wrote it"
+        )
+    try:
+        return Record.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_validation_error(error)}; {expected}") from None
 
 
 def compute_fingerprint(stage: str, format: int, config: Any, parents: Mapping[str, str]) -> str:
@@ -102,9 +143,9 @@ class Artifact:
         verify_files(self.uri, self.record.files)
 
 
-def artifact_id(recipe: str, stage: str, print_: str) -> str:
+def artifact_id(recipe: str, stage: str, fingerprint: str) -> str:
     """An artifact's name and its place in a store."""
-    return f"{recipe}/{stage}-{print_[:8]}"
+    return f"{recipe}/{stage}-{fingerprint[:8]}"
 
 
 @dataclass(frozen=True)
@@ -148,8 +189,10 @@ class ArtifactWriter:
         files.delete_dir(path)
 
     def commit(self, metrics: Mapping[str, Any], seconds: float) -> Artifact:
-        """Hash every file and write the record, last and at once."""
+        """Hash every file and write the record, last and atomically."""
         files, root = filesystem(self.uri)
+        if isinstance(files, fs.LocalFileSystem):
+            flush_tree_to_disk(Path(root))  # or, after a power cut, a record might stand beside empty files
         record = Record(
             recipe=self.recipe,
             stage=self.stage,
@@ -191,60 +234,81 @@ class Store:
         """Whether it is a folder, which can be held by ``lock``."""
         return isinstance(self._opened[0], fs.LocalFileSystem)
 
-    def _uri(self, recipe: str, stage: str, print_: str) -> str:
-        return join_uri(self.uri, artifact_id(recipe, stage, print_))
+    def _uri(self, recipe: str, stage: str, fingerprint: str) -> str:
+        return join_uri(self.uri, artifact_id(recipe, stage, fingerprint))
 
-    def find(self, recipe: str, stage: str, print_: str) -> Artifact | None:
-        """The finished artifact with this fingerprint, or None."""
-        artifact = self._read(self._uri(recipe, stage, print_))
-        return artifact if artifact and artifact.record.fingerprint == print_ else None
+    def lookup(self, recipe: str, stage: str, fingerprint: str) -> Artifact | None:
+        """The finished artifact with this fingerprint, or None; a warning where its record cannot be read."""
+        uri = self._uri(recipe, stage, fingerprint)
+        try:
+            record = read_record(uri)
+        except InputError as error:
+            logger.warning("%s", error)
+            return None
+        return Artifact(uri, record) if record and record.fingerprint == fingerprint else None
 
-    def begin(self, recipe: str, stage: str, print_: str, config: Any, parents: Mapping[str, str]) -> ArtifactWriter:
+    def new_writer(
+        self, recipe: str, stage: str, fingerprint: str, config: Any, parents: Mapping[str, str]
+    ) -> ArtifactWriter:
         """An empty directory for a new artifact; what an unfinished attempt left there is deleted."""
-        uri = self._uri(recipe, stage, print_)
+        uri = self._uri(recipe, stage, fingerprint)
         files, path = filesystem(uri)
         try:
             files.create_dir(path, recursive=True)
             files.delete_dir_contents(path, missing_dir_ok=True)
         except OSError as error:
             raise InputError(f"{uri}: cannot be written: {error}; expected a store you may write to") from None
-        return ArtifactWriter(uri, recipe, stage, print_, config, parents)
+        return ArtifactWriter(uri, recipe, stage, fingerprint, config, parents)
 
     def artifacts(self) -> list[Artifact]:
-        """Every finished artifact, oldest first."""
-        files, root = self._opened
-        selector = fs.FileSelector(root, recursive=True, allow_not_found=True)
-        records = [i.path for i in files.get_file_info(selector) if i.path.endswith(f"/{RECORD}")]
-        found = (
-            self._read(join_uri(self.uri, path.removeprefix(root).removesuffix(f"/{RECORD}").lstrip("/")))
-            for path in records
-        )
-        return sorted((a for a in found if a), key=lambda a: (a.record.created, a.id))
+        """Every finished artifact, oldest first; a warning for each whose record cannot be read."""
+        readable, unreadable = self._read_all()
+        for error in unreadable.values():
+            logger.warning("%s", error)
+        return readable
 
     def get(self, name: str) -> Artifact:
         """The artifact with this id (``stdlib-lm/train-1a2b3c4d``), or part of one that only one has.
 
         Raises:
-            InputError: none or several match.
+            InputError: none or several match, or the record of the one that matches cannot be read.
         """
-        matches = [a for a in self.artifacts() if a.id == name] or [a for a in self.artifacts() if name in a.id]
+        readable, unreadable = self._read_all()
+        matches = [a for a in readable if a.id == name] or [a for a in readable if name in a.id]
+        refused = [error for id, error in unreadable.items() if name in id]
+        if refused and not matches:
+            raise refused[0]
+        for error in unreadable.values():
+            logger.warning("%s", error)
         if len(matches) != 1:
             found = ", ".join(a.id for a in matches) or "none"
-            raise InputError(f"{name}: found {found} in {self.uri}; expected one artifact, see `overproof ls`")
+            names = {n for a in readable for n in (a.id, a.id.rpartition("-")[0], a.record.recipe, a.record.stage)}
+            near = "" if matches else suggest_name(name, sorted(names))
+            raise InputError(f"{name}: found {found} in {self.uri}{near}; expected one artifact, see `overproof ls`")
         return matches[0]
 
-    def _read(self, uri: str) -> Artifact | None:
-        files, path = filesystem(uri)
-        if files.get_file_info(f"{path}/{RECORD}").type != fs.FileType.File:
-            return None
-        with files.open_input_stream(f"{path}/{RECORD}") as stream:
-            return Artifact(uri, Record.model_validate_json(stream.read()))
+    def _read_all(self) -> tuple[list[Artifact], dict[str, InputError]]:
+        """The artifacts, oldest first; and of those whose record cannot be read, by their place, why."""
+        files, root = self._opened
+        selector = fs.FileSelector(root, recursive=True, allow_not_found=True)
+        readable, unreadable = [], {}
+        for path in sorted(i.path for i in files.get_file_info(selector) if i.path.endswith(f"/{RECORD}")):
+            place = path.removeprefix(root).removesuffix(f"/{RECORD}").lstrip("/")
+            uri = join_uri(self.uri, place)
+            try:
+                record = read_record(uri)
+            except InputError as error:
+                unreadable[place] = error
+                continue
+            if record:
+                readable.append(Artifact(uri, record))
+        return sorted(readable, key=lambda a: (a.record.created, a.id)), unreadable
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the store for one run. The kernel lets go when the process ends, however it ends.
 
-        Object stores have no such lock: there, a cluster lets its jobs take turns (``pipeline.run_step``).
+        Object stores have no such lock: there, a cluster lets its jobs take turns (``pipeline.run_stage``).
 
         Raises:
             InputError: the store cannot be written, or another run holds it.

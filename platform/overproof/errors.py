@@ -1,4 +1,9 @@
-"""The two ways a run ends early, and the exit code of each."""
+"""The two ways a run ends early, with the exit code of each; and the nearest name to one that does not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class InputError(Exception):
@@ -10,3 +15,9 @@ class InputError(Exception):
 
 class GateRefused(Exception):
     """No candidate passed the gate. The message lists the reasons; the command line exits with 1."""
+
+
+def suggest_name(name: str, names: Iterable[str]) -> str:
+    """``, did you mean 'steps'?`` for a message about an unknown name; nothing where no name is near."""
+    near = get_close_matches(name.lower(), list(names), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""

@@ -1,4 +1,4 @@
-"""Files wherever they lie, on a disk or behind a URI that ``pyarrow.fs`` opens: their identity, and writing at once."""
+"""Files wherever they lie, on a disk or behind a URI that ``pyarrow.fs`` opens: their identity, and atomic writes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def file_sha256(path: str | Path, files: fs.FileSystem | None = None) -> str:
     return digest.hexdigest()
 
 
-def _fetched() -> Path:
+def _cache_root() -> Path:
     """This user's folder of fetched artifacts, which no other user may write to."""
     folder = Path(tempfile.gettempdir()) / f"overproof-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -83,8 +83,8 @@ def _fetched() -> Path:
 
 
 def local_cache(key: str, make: Callable[[Path], None]) -> Path:
-    """A folder of this machine under that key, which the first process to ask makes; the others wait for it."""
-    root = _fetched()
+    """A folder of this machine under that key; the first process that needs it makes it, the others wait for it."""
+    root = _cache_root()
     with (root / f"{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / key).exists():
@@ -98,11 +98,30 @@ def local_cache(key: str, make: Callable[[Path], None]) -> Path:
 
 
 def atomic_write(files: fs.FileSystem, path: str, content: bytes) -> None:
-    """Write a small file so that readers see all of it or none, whoever else writes it at the same time."""
+    """Write a small file so that readers see all of it or none, whoever else writes it, and after a power cut too."""
     part = f"{path}.{secrets.token_hex(4)}.part"
     with files.open_output_stream(part) as stream:
         stream.write(content)
+    local = isinstance(files, fs.LocalFileSystem)
+    if local:
+        _flush_to_disk(Path(part))
     files.move(part, path)
+    if local:
+        _flush_to_disk(Path(path).parent)
+
+
+def flush_tree_to_disk(folder: Path) -> None:
+    """Have every file and folder below a local folder, and its own entry, survive a power cut from here on."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
+        _flush_to_disk(path)
+
+
+def _flush_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def file_entries(files: fs.FileSystem, root: str) -> dict[str, FileEntry]:
@@ -137,13 +156,13 @@ def mismatched_files(
 ) -> Iterator[tuple[str, str | None]]:
     """The files below a directory whose sha256 is not the listed one, by name; with what it is, None if missing."""
 
-    def look(name: str) -> str | None:
+    def sha256_of(name: str) -> str | None:
         path = f"{root}/{name}"
         return file_sha256(path, files) if files.get_file_info(path).type == fs.FileType.File else None
 
     names = sorted(entries)
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        for name, found in zip(names, pool.map(look, names), strict=True):
+        for name, found in zip(names, pool.map(sha256_of, names), strict=True):
             if found != entries[name].sha256:
                 yield name, found
 

@@ -12,19 +12,12 @@ from overproof import console
 from overproof.artifacts import Artifact, Store, compute_fingerprint
 from overproof.cluster import ray_cluster
 from overproof.cluster.placement import require_placeable
-from overproof.config import Pretrained, Recipe, Section, Sweep, Train
-from overproof.errors import InputError
+from overproof.config import Pretrained, Recipe, Section, Train
+from overproof.errors import InputError, suggest_name
 from overproof.files import read_json
 from overproof.models.pretrained import list_directory
 from overproof.registry import ENGINES, TASKS
 from overproof.stage_context import StageContext, TaskProgress
-
-# How many machines share the work does not change the result.
-RESOURCES = {
-    "actors", "concurrent_tasks", "cpus_per_actor", "cpus_per_trial", "cpus_per_worker", "concurrent_trials",
-    "gpus", "gpus_per_actor", "gpus_per_trial", "gpus_per_worker",
-    "workers", "micro_batch_size", "checkpoint", "max_failures", "wait_s",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,41 +25,37 @@ class Stage:
     """One step of the loop. Its identity is its name, its format, its part of the recipe and its parents."""
 
     name: str
-    runs: str
+    entry_point: str  # "module:function"
     parents: tuple[str, ...]
-    part: Callable[[Recipe], Any]
+    part: Callable[[Recipe], Any]  # what of a recipe its result follows from
     format: int = 1
-    wanted: Callable[[Recipe], bool] = lambda _: True
+    used_by: Callable[[Recipe], bool] = lambda _: True
 
     def function(self) -> Callable[[StageContext], dict[str, Any]]:
         """Import what the stage runs; torch and Ray are not loaded before they are needed."""
-        module, name = self.runs.split(":")
+        module, name = self.entry_point.split(":")
         return getattr(import_module(module), name)  # type: ignore[no-any-return]
 
 
 def _dump(section: Section | None) -> Any:
-    return None if section is None else _without_resources(section.model_dump(mode="json"))
+    return None if section is None else section.without_resources()
 
 
-def _without_resources(tree: Any) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    return {name: _without_resources(value) for name, value in tree.items() if name not in RESOURCES}
-
-
-def _beyond_train(train: Train) -> dict[str, Any]:
+def _train_inputs(train: Train) -> dict[str, Any]:
     """What else the teacher follows from: the files it starts from, and which checkpoints may be the best."""
     starting = {"model_files": list_directory(train.model.path)} if isinstance(train.model, Pretrained) else {}
     return starting | ({"checkpoint": _dump(train.checkpoint)} if train.result == "best" else {})
 
 
-def _beyond_sweep(sweep: Sweep) -> dict[str, Any]:
-    """What else the students follow from: the files that some start from."""
-    found = {s.name: list_directory(s.model.path) for s in sweep.students if isinstance(s.model, Pretrained)}
-    return {"student_files": found} if found else {}
+def _sweep_inputs(recipe: Recipe) -> dict[str, Any]:
+    """What else the students follow from: the files that some start from, and what trials run on where time counts."""
+    students = recipe.sweep.students
+    found = {s.name: list_directory(s.model.path) for s in students if isinstance(s.model, Pretrained)}
+    starting = {"student_files": found} if found else {}
+    return starting | ({"bundles": recipe.sweep.bundles} if "seconds" in recipe.tune.objectives else {})
 
 
-def _beyond_compress(recipe: Recipe) -> dict[str, Any]:
+def _compress_inputs(recipe: Recipe) -> dict[str, Any]:
     """What else is exported."""
     return {} if recipe.speculate is None else {"teacher_format": recipe.speculate.teacher_format}
 
@@ -76,16 +65,16 @@ STAGES = (
           lambda r: {"seed": r.seed, "data": _dump(r.data), "source": TASKS[r.data.kind].source_digest(r.data)},
           format=4),
     Stage("train", "overproof.train.ray_trainer:train_teacher", ("prepare",),
-          lambda r: {"seed": r.seed, "train": _dump(r.train), **_beyond_train(r.train)}),
+          lambda r: {"seed": r.seed, "train": _dump(r.train), **_train_inputs(r.train)}),
     Stage("generate", "overproof.distill.teacher_stages:generate_text", ("prepare", "train"),
-          lambda r: {"seed": r.seed, "generate": _dump(r.generate)}, wanted=lambda r: r.generate is not None),
+          lambda r: {"seed": r.seed, "generate": _dump(r.generate)}, used_by=lambda r: r.generate is not None),
     Stage("cache", "overproof.distill.teacher_stages:cache_targets", ("prepare", "train", "generate"),
-          lambda r: {"seed": r.seed, "cache": _dump(r.cache)}, format=3, wanted=lambda r: r.reads_cache),
+          lambda r: {"seed": r.seed, "cache": _dump(r.cache)}, format=3, used_by=lambda r: r.reads_cache),
     Stage("sweep", "overproof.distill.sweep:sweep", ("prepare", "train", "generate", "cache"),
-          lambda r: {"seed": r.seed, "sweep": _dump(r.sweep), "tune": _dump(r.tune), **_beyond_sweep(r.sweep)},
+          lambda r: {"seed": r.seed, "sweep": _dump(r.sweep), "tune": _dump(r.tune), **_sweep_inputs(r)},
           format=3),
     Stage("compress", "overproof.export.stage:export_models", ("prepare", "train", "sweep"),
-          lambda r: {"compress": _dump(r.compress), **_beyond_compress(r)}, format=2),
+          lambda r: {"compress": _dump(r.compress), **_compress_inputs(r)}, format=2),
     Stage("evaluate", "overproof.evaluate.stage:evaluate_exports", ("prepare", "compress"),
           lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate)}, format=3),
     Stage("gate", "overproof.evaluate.stage:judge_report", ("evaluate",),
@@ -99,24 +88,27 @@ STAGES = (
     Stage("speculate", "overproof.package.speculative_stage:pack_with_draft",
           ("prepare", "compress", "evaluate", "package"),
           lambda r: {"speculate": _dump(r.speculate), "threads": r.evaluate.threads},
-          wanted=lambda r: r.speculate is not None),
+          used_by=lambda r: r.speculate is not None),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
 NO_SECTION = "the recipe has no such section"
-UNWANTED = {"generate": NO_SECTION, "cache": "no student of the sweep reads it", "speculate": NO_SECTION}
+WHY_UNUSED = {"generate": NO_SECTION, "cache": "no student of the sweep reads it", "speculate": NO_SECTION}
 
 
 def stages_of(recipe: Recipe, until: str | None = None) -> list[Stage]:
-    """Those that a recipe asks for, up to ``until``.
+    """Those that a recipe uses, up to ``until``.
 
     Raises:
-        InputError: it does not ask for that one.
+        InputError: there is no such stage, or the recipe has no use for it.
     """
-    upto = STAGES if until is None else STAGES[: NAMES.index(until) + 1]
-    found = [stage for stage in upto if stage.wanted(recipe)]
-    if until is not None and found[-1].name != until:
-        raise InputError(f"{until}: {UNWANTED[until]}; expected one of {', '.join(s.name for s in stages_of(recipe))}")
-    return found
+    used = [stage for stage in STAGES if stage.used_by(recipe)]
+    if until is None:
+        return used
+    names = [stage.name for stage in used]
+    if until not in names:
+        why = WHY_UNUSED.get(until, "there is no such stage" + suggest_name(until, names))
+        raise InputError(f"{until}: {why}; expected one of {', '.join(names)}")
+    return used[: names.index(until) + 1]
 
 
 @dataclass(frozen=True)
@@ -140,8 +132,10 @@ def resolve_stages(recipe: Recipe, store: Store, until: str | None = None) -> li
     for stage in stages_of(recipe, until):
         parents = {name: steps[name].fingerprint for name in stage.parents if name in steps}
         config = stage.part(recipe)
-        print_ = compute_fingerprint(stage.name, stage.format, config, parents)
-        steps[stage.name] = PlannedStage(stage, config, print_, parents, store.find(recipe.name, stage.name, print_))
+        fingerprint = compute_fingerprint(stage.name, stage.format, config, parents)
+        steps[stage.name] = PlannedStage(
+            stage, config, fingerprint, parents, store.lookup(recipe.name, stage.name, fingerprint)
+        )
     return list(steps.values())
 
 
@@ -162,7 +156,7 @@ def run(recipe: Recipe, until: str | None = None) -> dict[str, Artifact]:
         connected = False
         for step in steps:
             if step.stage.name == "package":
-                _insist_on_pass(done["gate"])
+                _require_pass(done["gate"])
             if step.artifact:
                 done[step.stage.name] = step.artifact
                 console.out.print(f"[dim]· {step.stage.name:<9} done before   {step.artifact.id}[/]")
@@ -172,32 +166,32 @@ def run(recipe: Recipe, until: str | None = None) -> dict[str, Artifact]:
                     capacity = ray_cluster.connect()
                 require_placeable(recipe, capacity)
                 connected = True
-            done[step.stage.name] = run_step(step, recipe, store, done)
+            done[step.stage.name] = run_stage(step, recipe, store, done)
         return done
 
 
-def run_step(step: PlannedStage, recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> Artifact:
-    """Run one stage, or take what another job of this cluster has left meanwhile.
+def run_stage(step: PlannedStage, recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> Artifact:
+    """Run one stage, or take the artifact that another job of this cluster has finished meanwhile.
 
-    A local store is held for the whole run. Of others, which have no locks, the cluster lets one job at a time make an
-    artifact; one that is killed leaves its place, and what it has finished, to the next.
+    A local store is locked for the whole run. Others have no locks: there the cluster lets one job at a time write an
+    artifact; when a job is killed, the next one goes on from what it has finished.
     """
     if store.local:
-        return _make(step, recipe, store, done)
+        return _run_and_commit(step, recipe, store, done)
     with ray_cluster.cluster_lock(store.uri, f"{recipe.name}/{step.stage.name}-{step.fingerprint[:8]}", console.notice):
-        artifact = store.find(recipe.name, step.stage.name, step.fingerprint)
+        artifact = store.lookup(recipe.name, step.stage.name, step.fingerprint)
         if artifact is None:
-            return _make(step, recipe, store, done)
+            return _run_and_commit(step, recipe, store, done)
     console.out.print(f"[dim]· {step.stage.name:<9} done by another job   {artifact.id}[/]")
     return artifact
 
 
-def _make(step: PlannedStage, recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> Artifact:
+def _run_and_commit(step: PlannedStage, recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> Artifact:
     name = step.stage.name
     parents = {parent: done[parent] for parent in step.parents}
     for parent in parents.values():
         parent.verify()
-    draft = store.begin(recipe.name, name, step.fingerprint, step.config, step.parents)
+    draft = store.new_writer(recipe.name, name, step.fingerprint, step.config, step.parents)
     began = time.monotonic()
     try:
         with console.progress_bars() as show, ray_cluster.relay_progress(show) as progress:
@@ -208,12 +202,12 @@ def _make(step: PlannedStage, recipe: Recipe, store: Store, done: Mapping[str, A
         raise
     artifact = draft.commit(metrics, time.monotonic() - began)
     console.out.print(
-        f"[green]✓[/] {name:<9} {artifact.record.seconds:6.1f} s      {artifact.id}  [dim]{_brief(metrics)}[/]"
+        f"[green]✓[/] {name:<9} {artifact.record.seconds:6.1f} s      {artifact.id}  [dim]{_one_line(metrics)}[/]"
     )
     return artifact
 
 
-def _brief(metrics: Mapping[str, Any]) -> str:
+def _one_line(metrics: Mapping[str, Any]) -> str:
     flat = (
         (k, f"{v:.4g}" if isinstance(v, float) else str(v))
         for k, v in metrics.items()
@@ -222,7 +216,7 @@ def _brief(metrics: Mapping[str, Any]) -> str:
     return " · ".join(f"{key} {value}" for key, value in flat)
 
 
-def _insist_on_pass(gate: Artifact) -> None:
+def _require_pass(gate: Artifact) -> None:
     from overproof.evaluate.gate import Verdict
     from overproof.package.package import VERDICT, require_pass
 

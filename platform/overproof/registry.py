@@ -6,12 +6,11 @@ object offers is a protocol: ``tasks/base.py``, ``models/base.py``, ``export/bas
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from overproof.errors import InputError
+from overproof.errors import InputError, suggest_name
 
 if TYPE_CHECKING:
     from overproof.engines.base import EngineLoader
@@ -31,7 +30,8 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __getitem__(self, kind: str) -> T:
         if kind not in self._where:
-            raise InputError(f"{self.what} {kind!r}: unknown{nearest(kind, self._where)}")
+            near = suggest_name(kind, self._where)
+            raise InputError(f"{self.what} {kind!r}: there is none{near}; expected one of {', '.join(self._where)}")
         module, name = self._where[kind].split(":")
         found: T = getattr(import_module(f"overproof.{module}"), name)
         return found
@@ -44,13 +44,6 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __contains__(self, kind: object) -> bool:
         return kind in self._where
-
-
-def nearest(found: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the one that was meant, perhaps, and those there are."""
-    names = list(known)
-    close = difflib.get_close_matches(found, names, n=1)
-    return f"; {f'did you mean {close[0]!r}? ' if close else ''}expected one of {', '.join(names)}"
 
 
 TASKS: Registry[Task] = Registry(

@@ -30,5 +30,7 @@ def text_recipe(store: str | Path, source: str, *changes: str) -> Recipe:
 
 def context(recipe: Recipe, name: str = "a", progress: Progress = no_progress) -> StageContext:
     """What prepare is given; ``name`` tells drafts of one store apart."""
-    draft: ArtifactWriter = Store(recipe.store).begin(recipe.name, "prepare", name.encode().hex().ljust(8, "0"), {}, {})
+    draft: ArtifactWriter = Store(recipe.store).new_writer(
+        recipe.name, "prepare", name.encode().hex().ljust(8, "0"), {}, {}
+    )
     return StageContext(recipe, {}, draft, progress)

@@ -17,7 +17,7 @@ from pathlib import Path
 import ray
 
 from overproof.cluster import ray_cluster
-from overproof.pipeline import STAGES, PlannedStage, run_step
+from overproof.pipeline import STAGES, PlannedStage, run_stage
 
 
 def main(address: str, what: str, *pickled: str) -> None:
@@ -29,7 +29,7 @@ def main(address: str, what: str, *pickled: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
     config, print_, parents, recipe, store, done = pickle.loads(Path(pickled[0]).read_bytes())
     stage = next(stage for stage in STAGES if stage.name == "cache")
-    artifact = run_step(PlannedStage(stage, config, print_, parents, None), recipe, store, done)
+    artifact = run_stage(PlannedStage(stage, config, print_, parents, None), recipe, store, done)
     print(json.dumps({"id": artifact.id, "record": artifact.record.model_dump()}))
 
 

@@ -118,7 +118,7 @@ class World:
         """A fresh draft in its own folder, with a workspace of its own."""
         number = next(self.numbers)
         name = hashlib.sha256(f"{stage} {number}".encode()).hexdigest()
-        return (store or self.store).begin(f"test-{self.kind}-{number}", stage, name, {"number": number}, {})
+        return (store or self.store).new_writer(f"test-{self.kind}-{number}", stage, name, {"number": number}, {})
 
     def context(
         self,

@@ -70,7 +70,7 @@ def half_written(context: StageContext) -> dict[str, int]:
 def anew(world: World, context: StageContext) -> ArtifactWriter:
     """As the pipeline makes it: the unfinished draft is emptied, and its workspace stays."""
     draft = context.draft
-    return world.store.begin(draft.recipe, draft.stage, draft.fingerprint, draft.config, draft.parents)
+    return world.store.new_writer(draft.recipe, draft.stage, draft.fingerprint, draft.config, draft.parents)
 
 
 def curves(folder: Path) -> dict[str, list[str]]:
@@ -235,7 +235,7 @@ def test_a_changed_sweep_does_not_go_on_from_anothers_trials(digits_world: World
     first = StudentTrainer(job)
     first.run_to_validation()
     first.checkpoint_writer.wait()
-    draft = digits_world.store.begin(context.draft.recipe, "sweep", "f" * 64, {"number": "other"}, {})
+    draft = digits_world.store.new_writer(context.draft.recipe, "sweep", "f" * 64, {"number": "other"}, {})
     changed = StageContext(context.recipe, context.parents, draft, context.progress)
     with pytest.raises(InputError, match=r"unfinished training, at step 7, whose recipe differs: number \d+, now"):
         sweep(changed)

@@ -148,7 +148,7 @@ def make_recipe() -> Callable[..., Recipe]:
 
 def artifact(store: Store, stage: str, config: Any = None) -> tuple[Any, Path]:
     """A draft and the folder to fill."""
-    draft = store.begin("test", stage, hashlib.sha256(f"{stage} {config}".encode()).hexdigest(), config, {})
+    draft = store.new_writer("test", stage, hashlib.sha256(f"{stage} {config}".encode()).hexdigest(), config, {})
     return draft, Path(draft.uri)
 
 

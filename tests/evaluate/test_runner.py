@@ -26,7 +26,7 @@ STUDENTS = {"text": ["student-q8_0", "student-q4_0"], "digits": ["student-int8",
 
 def run(stage: Any, of: Recipe, parents: dict[str, Artifact], folder: Path) -> Artifact:
     store = Store(str(folder))
-    draft = store.begin("test", stage.__name__, hashlib.sha256(stage.__name__.encode()).hexdigest(), None, {})
+    draft = store.new_writer("test", stage.__name__, hashlib.sha256(stage.__name__.encode()).hexdigest(), None, {})
     return draft.commit(stage(StageContext(of, parents, draft, no_progress)), 0.0)
 
 

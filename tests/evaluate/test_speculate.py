@@ -40,7 +40,7 @@ FOUND = SpeculationMeasurement(
 
 def run(stage: Any, of: Recipe, parents: dict[str, Artifact], folder: Path) -> Artifact:
     name = stage.__name__
-    draft = Store(str(folder)).begin("test", name, hashlib.sha256(name.encode()).hexdigest(), None, {})
+    draft = Store(str(folder)).new_writer("test", name, hashlib.sha256(name.encode()).hexdigest(), None, {})
     return draft.commit(stage(StageContext(of, parents, draft, no_progress)), 0.0)
 
 
@@ -57,7 +57,7 @@ def done(
     store = tmp_path_factory.mktemp("store")
     trial = {"name": "student", "student": "student", "values": {}, "parameters": 1, "steps": 1, "validation_loss": 1.5}
     trials = {"winner": "student", "kept": ["student"], "trials": [trial], "control": trial | {"name": "control"}}
-    swept = Store(str(store)).begin("test", "sweep", hashlib.sha256(b"sweep").hexdigest(), None, {})
+    swept = Store(str(store)).new_writer("test", "sweep", hashlib.sha256(b"sweep").hexdigest(), None, {})
     shutil.copytree(text["sweep"].local(), swept.uri, dirs_exist_ok=True)
     (Path(swept.uri) / "trials.json").write_text(json.dumps(trials))
     parents = text | {"sweep": swept.commit({}, 0.0)}

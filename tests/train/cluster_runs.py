@@ -85,7 +85,7 @@ class Run:
         return StageContext(recipe, {"prepare": prepared}, self.draft(store), Pace(str(self.said)))
 
     def draft(self, store: Store) -> ArtifactWriter:
-        return store.begin(self.name, "train", "b" * 64, {}, {})
+        return store.new_writer(self.name, "train", "b" * 64, {}, {})
 
     def words(self) -> list[dict[str, Any]]:
         if not self.said.exists():
@@ -233,7 +233,7 @@ def curve(folder: Path, name: str) -> list[dict[str, float]]:
 
 def main(folder: Path) -> None:
     store = Store(str(folder / "store"))
-    draft = store.begin("text", "prepare", "a" * 64, {}, {})
+    draft = store.new_writer("text", "prepare", "a" * 64, {}, {})
     with draft.directory() as data:
         text_like(data)
     draft.commit({}, 0.0)

@@ -42,7 +42,7 @@ class KillAt:
 
 
 def job_of(store: Store, prepared: Artifact, name: str, train: dict[str, Any]) -> TrainJob:
-    draft = store.begin(name, "train", PRINT, {"train": train}, {"prepare": prepared.record.fingerprint})
+    draft = store.new_writer(name, "train", PRINT, {"train": train}, {"prepare": prepared.record.fingerprint})
     plan = settings(**train)
     checkpoints = Checkpoints(draft.workspace, PRINT, draft.config, draft.parents, plan.checkpoint)
     return TrainJob(plan, SEED, prepared, draft, checkpoints, no_progress, SupervisedSpec(plan.model))
@@ -77,7 +77,7 @@ def main(folder: Path, cases: list[dict[str, Any]]) -> None:
     store = Store(str(folder / "store"))
     prepared = {}
     for name, make in {"text": text_like, "broken": lambda root: digits_like(root, BROKEN_ROW)}.items():
-        draft = store.begin(name, "prepare", "a" * 64, {}, {})
+        draft = store.new_writer(name, "prepare", "a" * 64, {}, {})
         with draft.directory() as data:
             make(data)
         prepared[name] = draft.commit({}, 0.0)

@@ -49,7 +49,7 @@ Stage = Callable[..., tuple[dict[str, Any], Path]]
 def stage(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """Runs the stage, each time into a folder of its own; gives its metrics and that folder."""
     store = Store(str(tmp_path_factory.mktemp("store")))
-    draft = store.begin("tiny", "prepare", "a" * 64, {}, {})
+    draft = store.new_writer("tiny", "prepare", "a" * 64, {}, {})
     with draft.directory() as folder:
         digits_like(folder)
     prepared = draft.commit({}, 0.0)
@@ -57,7 +57,7 @@ def stage(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
     def run(plan: Train, progress: Progress = no_progress) -> tuple[dict[str, Any], Path]:
         recipe = read_recipe(DIGITS).model_copy(update={"train": plan, "seed": SEED})
-        own = store.begin(f"tiny-{next(runs)}", "train", "b" * 64, {}, {})
+        own = store.new_writer(f"tiny-{next(runs)}", "train", "b" * 64, {}, {})
         return train_teacher(StageContext(recipe, {"prepare": prepared}, own, progress)), Path(own.uri)
 
     return run
@@ -177,7 +177,7 @@ def test_ctrl_c_ends_a_run_that_waits_for_nodes(stage: Stage) -> None:
 
 def test_no_process_looks_for_the_run_in_another_cluster(ray_cluster: str, tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    draft = store.begin("tiny", "train", "b" * 64, {}, {})
+    draft = store.new_writer("tiny", "train", "b" * 64, {}, {})
     plan = settings()
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, {}, {}, plan.checkpoint)
     job = TrainJob(plan, SEED, draft.commit({}, 0.0), draft, checkpoints, no_progress, SupervisedSpec(plan.model))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from overproof import pipeline
-from overproof.artifacts import RECORD, Artifact, Record, Store
+from overproof.artifacts import Artifact, Store, artifact_id, read_record
 from overproof.config import Recipe
 from overproof.console import out
 from overproof.errors import InputError
 from overproof.files import read_json
 from overproof.registry import TASKS
+from overproof.units import format_bytes
 
 if TYPE_CHECKING:
     from overproof.evaluate.metrics import MeasuredFile
@@ -31,21 +33,34 @@ def list_artifacts(store: str) -> int:
 
 
 def show_artifact(store: str, name: str) -> int:
-    """Print one artifact's record, and its parents back to the shards."""
-    everything = Store(store)
-    path = Path(name) / RECORD
-    artifact = Artifact(name, Record.model_validate_json(path.read_text())) if path.is_file() else everything.get(name)
+    """Print one artifact's record, and its parents back to the shards.
+
+    Raises:
+        InputError: there is no such artifact, or its record cannot be read.
+    """
+    record = read_record(name) if Path(name).is_dir() else None
+    artifact = Artifact(name, record) if record else Store(store).get(name)
     out.print_json(artifact.record.model_dump_json())
-    known = {a.record.fingerprint: a for a in everything.artifacts()}
-
-    def tree(record: Record, depth: int) -> None:
-        for stage, print_ in record.parents.items():
-            parent = known.get(print_)
-            out.print(f"{'  ' * depth}└ {parent.id if parent else f'{stage}-{print_[:8]} (not in {store})'}")
-
     out.print(artifact.id)
-    tree(artifact.record, 1)
+    for line in _lineage(Store(store), artifact, depth=1, shown=set()):
+        out.print(line, markup=False)
     return 0
+
+
+def _lineage(store: Store, artifact: Artifact, depth: int, shown: set[str]) -> Iterator[str]:
+    """A line for each parent and, below it, its own; what was shown further up is not opened again."""
+    branch = f"{'  ' * depth}└ "
+    for stage, fingerprint in artifact.record.parents.items():
+        id = artifact_id(artifact.record.recipe, stage, fingerprint)
+        parent = None if id in shown else store.lookup(artifact.record.recipe, stage, fingerprint)
+        yield f"{branch}{id}{' (see above)' if id in shown else '' if parent else f' (not in {store.uri})'}"
+        shown.add(id)
+        if parent:
+            yield from _lineage(store, parent, depth + 1, shown)
+    if not artifact.record.parents:
+        for name, entry in artifact.record.files.items():
+            if name.endswith(".parquet"):
+                yield f"{branch}{name}  {format_bytes(entry.size_bytes)}  sha256 {entry.sha256[:12]}"
 
 
 def sweep_page(store: str, name: str, to: Path | None) -> int:
@@ -83,11 +98,13 @@ def print_summary(recipe: Recipe) -> None:
     for measured in report.measured:
         quality, agreement = measured.metrics[report.quality], measured.metrics["agreement"]
         half = ((quality.high or quality.value) - (quality.low or quality.value)) / 2
-        word = "" if measured.name not in passed else "[green]passed[/]" if passed[measured.name] else "[red]refused[/]"
+        outcome = (
+            "" if measured.name not in passed else "[green]passed[/]" if passed[measured.name] else "[red]refused[/]"
+        )
         rate = measured.metrics.get(task.speed)  # a model may end every answer at once
         table.add_row(measured.name, f"{quality.value:.4f} ± {half:.4f}", f"{agreement.value:.1%}",
                       f"{measured.size_bytes / 1e6:.2f}", _latency(measured), f"{rate.value:,.0f}" if rate else "",
-                      f"{word}{' · shipped' if measured.name == verdict.chosen else ''}")  # fmt: skip
+                      f"{outcome}{' · shipped' if measured.name == verdict.chosen else ''}")  # fmt: skip
     out.print(table)
     gain = report.compare(report.winner, "control")
     if gain and gain.low is not None and gain.high is not None:

@@ -205,7 +205,7 @@ class FaultTestbed:
         """Train under a name of its own while the script disturbs it; gives the disruptions, too."""
         from overproof.train import ray_trainer
 
-        draft = Store(self.recipe.store).begin(f"{self.recipe.name}-{name}", "train", "0" * 64, {}, {})
+        draft = Store(self.recipe.store).new_writer(f"{self.recipe.name}-{name}", "train", "0" * 64, {}, {})
         own = self.recipe.model_copy(update={"train": train})
         disruptions: list[Disruption] = []
         began_s = time.monotonic()

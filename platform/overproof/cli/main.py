@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from overproof import console
 from overproof.config import Recipe, load_recipe, schema_docs
-from overproof.errors import GateRefused, InputError
+from overproof.errors import GateRefused, InputError, suggest_name
 
 DEMO_RECIPE = Path(__file__).parents[3] / "jobs/recipes/stdlib-lm.yaml"
 # Which section of the recipe each stage reads: its fields are the stage's help.
@@ -28,11 +29,21 @@ STAGE_VERBS = {
 }
 
 
+class _WarningLines(logging.Handler):
+    """Warnings of the package, each on a line of standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"overproof: warning: {record.getMessage()}", file=sys.stderr)
+
+
+WARNINGS = _WarningLines(logging.WARNING)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
-    options = _parser().parse_args(argv)
+    logging.getLogger("overproof").addHandler(WARNINGS)
     try:
-        return int(_run(options))
+        return _run(parse_arguments(sys.argv[1:] if argv is None else argv))
     except InputError as error:
         print(f"overproof: {error}", file=sys.stderr)
         return 2
@@ -44,7 +55,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The verb and its options.
+
+    Raises:
+        InputError: there is no such verb.
+        SystemExit: help was asked for, or an option is unknown or malformed.
+    """
+    parser, verbs = _build_parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in verbs:
+        near = suggest_name(argv[0], verbs)
+        raise InputError(f"{argv[0]}: no such verb{near}; expected one that `overproof --help` lists")
+    return parser.parse_args(argv)
+
+
+def _build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
+    """The parser, and the names of its verbs."""
     parser = argparse.ArgumentParser(prog="overproof", description="From sharded data to a small model you can trust.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -64,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("recipe", type=Path, nargs="?", default=DEMO_RECIPE, help="recipe (default: stdlib-lm)")
     demo.add_argument("--keep", action="store_true", help="leave the server up until Ctrl-C")
     run = verb("run", "run every stage that is not done yet", "")
-    run.add_argument("--until", choices=STAGE_VERBS, help="last stage to run (default: all)")
+    run.add_argument("--until", metavar="STAGE", help=f"last stage to run (default: all): {', '.join(STAGE_VERBS)}")
     plan = verb("plan", "say what would run, what it holds and asks for, and whether it can ever start", "")
     plan.add_argument("--cluster", type=Path, metavar="FILE", help="plan for what this `ray up` file may grow to")
     plan.add_argument("--tokens-per-s", type=float, metavar="N", help="throughput, for the hours of a language model")
@@ -76,9 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     prove.add_argument("--kills", type=int, default=3, metavar="N", help="workers killed by `resume` (default: 3)")
     prove.add_argument("--seed", type=int, default=0, metavar="N", help="of the steps at which it happens")
     for name, (section, text) in STAGE_VERBS.items():
-        added = verb(name, f"{text}, after what must come before", section)
+        added = verb(name, f"{text} (and the stages it needs, where they are not done)", section)
         if name == "report":
-            _takes_a_sweep(added)
+            _accept_sweep_ids(added)
     pick = verb("pick", "the best file that passed the gate within limits, and why the others were left out", "")
     for flag, unit, text in (
         ("--max-mb", "MB", "file size at most"),
@@ -132,10 +158,10 @@ def _parser() -> argparse.ArgumentParser:
     keys.add_argument("--tokens-per-minute", type=int, metavar="N", help="most tokens of prompts and completions")
     schema = verb("schema", "print the JSON schema of recipes", recipe=False)
     schema.add_argument("--text", action="store_true", help="one line for each field instead")
-    return parser
+    return parser, verbs.choices
 
 
-def _takes_a_sweep(report: argparse.ArgumentParser) -> None:
+def _accept_sweep_ids(report: argparse.ArgumentParser) -> None:
     next(action for action in report._actions if action.dest == "recipe").help = "recipe in YAML, or a sweep's id"
     report.add_argument("--store", default="store", help="where the sweep lies: folder or URI (default: store)")
     report.add_argument("--out", type=Path, metavar="FILE", help="where a sweep's page goes (default: its id.html)")
@@ -163,7 +189,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.verb == "keys":
         return _keys(options)
     if options.verb in ("deploy", "promote", "rollback", "undeploy", "deployments"):
-        return _deploying(options)
+        return _change_deployment(options)
     if options.verb == "dashboard":
         from overproof.cli import dashboard
         from overproof.files import join_uri
@@ -197,10 +223,10 @@ def _run(options: argparse.Namespace) -> int:
         from overproof.cli import serve
 
         return serve.demo(recipe, keep=options.keep)
-    return _build(recipe, options.until if options.verb == "run" else options.verb)
+    return _run_stages(recipe, options.until if options.verb == "run" else options.verb)
 
 
-def _deploying(options: argparse.Namespace) -> int:
+def _change_deployment(options: argparse.Namespace) -> int:
     from overproof.cli import deploy
 
     if options.verb == "deploy":
@@ -231,7 +257,7 @@ def _keys(options: argparse.Namespace) -> int:
     return 0
 
 
-def _build(recipe: Recipe, until: str | None) -> int:
+def _run_stages(recipe: Recipe, until: str | None) -> int:
     from overproof import pipeline
     from overproof.cli import artifacts
 

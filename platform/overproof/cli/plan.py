@@ -25,7 +25,9 @@ from overproof.models.sizes import FP32, ModelSize
 from overproof.registry import TASKS
 from overproof.units import format_bytes, format_seconds
 
-WRITING = 4  # a token that is written takes the time of so many that are looked at; measured at 32 rows (9 at 8 rows)
+WRITE_COST = (
+    4  # a token that is written takes the time of so many that are looked at; measured at 32 rows (9 at 8 rows)
+)
 COLOURS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "refused": "[red]refused[/]"}
 
 
@@ -38,17 +40,18 @@ class PlanOptions:
     rows_per_s: float | None = None
 
 
-def plan(recipe: Recipe, question: PlanOptions) -> int:
+def plan(recipe: Recipe, options: PlanOptions) -> int:
     """Print the plan and return 0 where the recipe can run.
 
     Raises:
         InputError: what was asked makes no sense, or the recipe could never run there, with the arithmetic.
     """
-    rate = _rate(recipe, question)
-    capacity, attached = preflight.target_capacity(question.cluster_file)
+    given = _given_rate(recipe, options)
+    capacity, attached = preflight.target_capacity(options.cluster_file)
     stored = preflight.check_storage(recipe, capacity, attached)
     if stored.state == "refused":  # nor can it be looked up what is done
         raise InputError(f"storage: {stored.text}")
+    rate = given or preflight.measured_rate(recipe)
     steps = pipeline.resolve_stages(recipe, Store(recipe.store))
     out.print(_stages(recipe, steps))
     prepared = next(step.artifact for step in steps if step.stage.name == "prepare")
@@ -59,8 +62,12 @@ def plan(recipe: Recipe, question: PlanOptions) -> int:
         out.print(line)
     out.print(_memory(recipe, model))
     out.print(_activations(recipe, model))
-    told = (_text(recipe, model, prepared, rate), _targets(recipe, model, prepared, rate), _beside(recipe, model))
-    for line in filter(None, told):
+    lines = (
+        _teacher_text(recipe, model, prepared, rate),
+        _teacher_targets(recipe, model, prepared, rate),
+        _live_teacher(recipe, model),
+    )
+    for line in filter(None, lines):
         out.print(line)
     out.print(f"\n{capacity.where}")
     findings = [
@@ -68,8 +75,8 @@ def plan(recipe: Recipe, question: PlanOptions) -> int:
         stored,
         *preflight.warn_not_smaller(students, model.parameters),
     ]
-    if not attached and question.cluster_file is None and not recipe.train.gpus_per_worker:
-        findings.append(preflight.check_local_memory(_worker(recipe, model), recipe.train.fewest))
+    if not attached and options.cluster_file is None and not recipe.train.gpus_per_worker:
+        findings.append(preflight.check_local_memory(_worker_bytes(recipe, model), recipe.train.fewest))
     findings += [preflight.check_upload(Path.cwd()), preflight.training_time(recipe, rate)]
     out.print(_findings(findings))
     refused = [finding for finding in findings if finding.state == "refused"]
@@ -78,26 +85,26 @@ def plan(recipe: Recipe, question: PlanOptions) -> int:
     return 0
 
 
-def _rate(recipe: Recipe, question: PlanOptions) -> Throughput | None:
+def _given_rate(recipe: Recipe, options: PlanOptions) -> Throughput | None:
     unit, positions = TASKS[recipe.data.kind].unit, recipe.data.positions
-    if question.tokens_per_s is not None and unit != "token":
-        raise InputError(f"--tokens-per-s {question.tokens_per_s:g}: the data is {unit}s; give --rows-per-s")
-    for name, value in (("--tokens-per-s", question.tokens_per_s), ("--rows-per-s", question.rows_per_s)):
+    if options.tokens_per_s is not None and unit != "token":
+        raise InputError(f"--tokens-per-s {options.tokens_per_s:g}: the data is {unit}s; give --rows-per-s")
+    for name, value in (("--tokens-per-s", options.tokens_per_s), ("--rows-per-s", options.rows_per_s)):
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"{name} {value:g}: expected a rate above 0")
-    if question.tokens_per_s is not None:
-        return Throughput(question.tokens_per_s, "as given")
-    if question.rows_per_s is not None:
-        return Throughput(question.rows_per_s * positions, "as given")
-    return preflight.measured_rate(recipe)
+    if options.tokens_per_s is not None:
+        return Throughput(options.tokens_per_s, "as given")
+    if options.rows_per_s is not None:
+        return Throughput(options.rows_per_s * positions, "as given")
+    return None
 
 
 def _stages(recipe: Recipe, steps: list[pipeline.PlannedStage]) -> Table:
-    asked = {need.stage: need for need in resource_requests(recipe)}
+    requests = {need.stage: need for need in resource_requests(recipe)}
     table = Table("stage", "state", "work", "CPUs", "GPUs", "for", "artifact", box=None, pad_edge=False)
     for step in steps:
         name = step.stage.name
-        need = asked.get(name)
+        need = requests.get(name)
         asks = (
             (f"{need.cpus_of(need.bundles):g}", f"{need.gpus_of(need.bundles):g}", need.why)
             if need
@@ -181,7 +188,7 @@ def _activations(recipe: Recipe, model: ModelSize) -> str:
     )
 
 
-def _text(recipe: Recipe, model: ModelSize, prepared: Artifact | None, rate: Throughput | None) -> str | None:
+def _teacher_text(recipe: Recipe, model: ModelSize, prepared: Artifact | None, rate: Throughput | None) -> str | None:
     """What the teacher's text takes, and how long it writes."""
     if recipe.generate is None:
         return None
@@ -193,10 +200,12 @@ def _text(recipe: Recipe, model: ModelSize, prepared: Artifact | None, rate: Thr
     held = f"text of the teacher: {rows:,} rows, {rows * each:,} tokens to be written, {format_bytes(bytes_)}"
     if rate is None:
         return held
-    return f"{held}; the teacher writes for about {format_seconds(WRITING * rows * each / (3 * rate.per_s))}"
+    return f"{held}; the teacher writes for about {format_seconds(WRITE_COST * rows * each / (3 * rate.per_s))}"
 
 
-def _targets(recipe: Recipe, model: ModelSize, prepared: Artifact | None, rate: Throughput | None) -> str | None:
+def _teacher_targets(
+    recipe: Recipe, model: ModelSize, prepared: Artifact | None, rate: Throughput | None
+) -> str | None:
     """What the teacher's cache takes, and how long the teacher looks: a forward pass is a third of a step's FLOPs."""
     if not recipe.reads_cache:
         return None
@@ -216,7 +225,7 @@ def _targets(recipe: Recipe, model: ModelSize, prepared: Artifact | None, rate: 
     )
 
 
-def _beside(recipe: Recipe, model: ModelSize) -> str | None:
+def _live_teacher(recipe: Recipe, model: ModelSize) -> str | None:
     """What the teacher takes in a trial where it runs at each step: its weights in fp32, and a batch's logits."""
     names = ", ".join(student.name for student in recipe.sweep.students if student.needs_live_teacher)
     if not names:
@@ -229,15 +238,15 @@ def _beside(recipe: Recipe, model: ModelSize) -> str | None:
     )
 
 
-def _rows(asked: int | None, prepared: Artifact | None) -> int | None:
+def _rows(requests: int | None, prepared: Artifact | None) -> int | None:
     """Train rows that are covered, where that is known; None of ``asked`` is every row."""
     if prepared is None:
-        return asked
+        return requests
     train = Manifest.read(prepared.local()).splits["train"].rows
-    return min(asked or train, train)
+    return min(requests or train, train)
 
 
-def _worker(recipe: Recipe, model: ModelSize) -> int:
+def _worker_bytes(recipe: Recipe, model: ModelSize) -> int:
     train = recipe.train
     return (
         zero_memory.peak_worker_memory(model, train, train.fewest)

@@ -91,16 +91,16 @@ class Candidate:
 
     measured: MeasuredFile
     refused: bool  # by the gate
-    broken: tuple[Limit, ...]
+    exceeded: tuple[Limit, ...]
 
     @property
     def fits(self) -> bool:
-        return not self.refused and not self.broken
+        return not self.refused and not self.exceeded
 
     @property
     def excess(self) -> float:
         """The share by which it misses the limit it is furthest from."""
-        return max((limit.excess(self.measured) for limit in self.broken), default=0.0)
+        return max((limit.excess(self.measured) for limit in self.exceeded), default=0.0)
 
 
 def rank_candidates(report: Report, verdict: Verdict, limits: Sequence[Limit]) -> tuple[Candidate, ...]:
@@ -127,7 +127,7 @@ def select(recipe: Recipe, path: Path, overrides: Sequence[str], budget: Budget)
         InputError: a limit makes no sense, or the recipe's files were not measured and judged yet.
     """
     done = {s.stage.name: s.artifact for s in pipeline.resolve_stages(recipe, Store(recipe.store), "gate")}
-    command = shlex.join([str(path), *(word for override in overrides for word in ("--set", override))])
+    command = shlex.join([str(path), *(outcome for override in overrides for outcome in ("--set", override))])
     if not (done["evaluate"] and done["gate"]):
         raise InputError(f"{path}: nothing is measured and judged yet; run `overproof gate {command}` first")
     report = read_json(Report, done["evaluate"].local() / "report.json")
@@ -136,7 +136,7 @@ def select(recipe: Recipe, path: Path, overrides: Sequence[str], budget: Budget)
     out.print(_table(recipe.name, report, choices))
     best = choices[0] if choices else None
     if best is None or not best.fits:
-        out.print(_closest(choices))
+        out.print(_closest_text(choices))
         return 1
     out.print(f"{best.measured.name} is the best within the limits; this packages it:")
     out.print(f"overproof package {command} --set gate.candidate={best.measured.name}", markup=False)
@@ -149,7 +149,7 @@ def _table(name: str, report: Report, choices: Sequence[Candidate]) -> Table:
     )
     for i, choice in enumerate(choices):
         m = choice.measured
-        word = "[green]taken[/]" if i == 0 and choice.fits else "" if choice.fits else f"[red]{_why(choice)}[/]"
+        outcome = "[green]taken[/]" if i == 0 and choice.fits else "" if choice.fits else f"[red]{_reasons(choice)}[/]"
         milliseconds = (f"{1e3 * m.metrics[f'latency_p{share}_s'].value:.3g}" for share in (50, 95))
         table.add_row(
             m.name,
@@ -157,22 +157,22 @@ def _table(name: str, report: Report, choices: Sequence[Candidate]) -> Table:
             f"{m.size_bytes / 1e6:.2f}",
             *milliseconds,
             f"{m.metrics['resident_mb'].value:.0f}",
-            word,
+            outcome,
         )
     return table
 
 
-def _why(choice: Candidate) -> str:
+def _reasons(choice: Candidate) -> str:
     reasons = ["the gate refused it"] if choice.refused else []
-    return "; ".join(reasons + [f"{limit} missed by {limit.excess(choice.measured):.1%}" for limit in choice.broken])
+    return "; ".join(reasons + [f"{limit} missed by {limit.excess(choice.measured):.1%}" for limit in choice.exceeded])
 
 
-def _closest(choices: Sequence[Candidate]) -> str:
+def _closest_text(choices: Sequence[Candidate]) -> str:
     passed = [choice for choice in choices if not choice.refused]
     if not passed:
         return "nothing fits: the gate refused every candidate"
-    near = min(passed, key=lambda choice: choice.excess)
-    limit = max(near.broken, key=lambda limit: limit.excess(near.measured))
-    found = limit.found(near.measured)
+    closest = min(passed, key=lambda choice: choice.excess)
+    limit = max(closest.exceeded, key=lambda limit: limit.excess(closest.measured))
+    found = limit.found(closest.measured)
     measured = "was not measured" if found is None else f"has {found:.4g}"
-    return f"nothing fits; the closest is {near.measured.name}, which {measured} where {limit} was asked for"
+    return f"nothing fits; the closest is {closest.measured.name}, which {measured} where {limit} was asked for"

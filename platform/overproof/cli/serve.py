@@ -63,7 +63,7 @@ def _serve(package: Path, settings: Serve, keep: bool) -> None:
     with waiting("starting replicas"):
         base = server.start_serving(package, settings)
     try:
-        ask_once(base, settings)
+        send_example(base, settings)
         if keep:
             out.print(f"serving {package} at {base} until Ctrl-C")
             _wait_for_signal()
@@ -71,9 +71,9 @@ def _serve(package: Path, settings: Serve, keep: bool) -> None:
         server.stop_serving()
 
 
-def ask_once(base: str, settings: Serve) -> None:
+def send_example(base: str, settings: Serve) -> None:
     """Send one real request and print the answer and the `curl` line that repeats it."""
-    if _keys_alone():
+    if _needs_an_unknown_key():
         out.print("requests need one of the keys in OVERPROOF_KEYS")
         return
     from overproof.serve.net import tls_trust
@@ -96,7 +96,7 @@ def ask_once(base: str, settings: Serve) -> None:
     )
 
 
-def _keys_alone() -> bool:
+def _needs_an_unknown_key() -> bool:
     from overproof.serve.middleware import api_key, load_access
 
     return api_key() is None and load_access().needs_key

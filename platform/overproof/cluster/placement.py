@@ -137,7 +137,7 @@ def resource_requests(recipe: Recipe) -> tuple[ResourceRequest, ...]:
         if serve.min_replicas == serve.max_replicas
         else (f"{serve.min_replicas} to {serve.max_replicas}")
     )
-    trials, together = min(sweep.concurrent_trials, recipe.tune.trials(sweep)), recipe.tune.together(sweep)
+    trials, together = min(sweep.concurrent_trials, recipe.tune.trials(sweep)), recipe.tune.min_concurrent(sweep)
     each, trial_cpus, trial_gpus = sweep.bundles
     of = f" of {_count(each, 'worker')}" if sweep.group else ""
     return (

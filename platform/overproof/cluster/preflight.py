@@ -196,7 +196,7 @@ def check_upload(folder: Path) -> Finding:
     if found.fits:
         return Finding("upload", "ok", f"`ray job submit --working-dir .` from here sends {about}")
     named = ", ".join(f"{name} {format_bytes(bytes_)}" for name, bytes_ in found.largest)
-    more = "" if found.whole else f"more than {upload.MOST_FILES:,} files, at least "
+    more = "" if found.complete else f"more than {upload.MOST_FILES:,} files, at least "
     return Finding(
         "upload", "warning",
         f"`ray job submit --working-dir .` from here would be turned away: {more}{about}; the largest: {named}. List "

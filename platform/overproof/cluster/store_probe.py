@@ -27,20 +27,24 @@ def probe_store(uri: str) -> Iterator[tuple[str, str]]:
     name = f"{PROBE_PREFIX}{text[:8]}"
     path = f"{root.rstrip('/')}/{name}"
     local = isinstance(files, fs.LocalFileSystem)
-    missing: list[str] = []
+    try:
+        missing = _missing_folders(files, root, local)
+    except OSError as error:
+        raise _unwritable(uri, error) from None  # a store that is out of reach holds nothing to clean up
     try:
         try:
-            missing = _missing_folders(files, root, local)
             found = _write_and_read(files, root if local else None, path, text)
         except OSError as error:
-            raise InputError(
-                f"{uri}: cannot be written: {error}; give a store you may write to: --set store=FOLDER or URI"
-            ) from None
+            raise _unwritable(uri, error) from None
         if found != text:
             raise InputError(f"{uri}: {text!r} was written and {found!r} read back; expected a sound store")
         yield join_uri(uri, name), text
     finally:
         _remove_probe(files, path, missing, local)
+
+
+def _unwritable(uri: str, error: OSError) -> InputError:
+    return InputError(f"{uri}: cannot be written: {error}; give a store you may write to: --set store=FOLDER or URI")
 
 
 def _write_and_read(files: fs.FileSystem, folder: str | None, path: str, text: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Self, Union
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_jsonable_python
 
-from overproof.errors import InputError
+from overproof.errors import InputError, suggest_name
 from overproof.registry import Registry
 
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
@@ -16,10 +17,17 @@ Count = Annotated[int, Field(ge=1)]
 Cpus = Annotated[float, Field(gt=0)]
 
 
+class Resource:
+    """Marks a field of a section as part of no result: it says which machines share the work, and how they share it."""
+
+
+RESOURCE = Resource()
+
+
 class Section(BaseModel):
     """A frozen part of a recipe that refuses unknown fields. Its schema is built when it is first used."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, defer_build=True)
 
     @classmethod
     def parse(cls, tree: Any, where: str = "") -> Self:
@@ -32,7 +40,12 @@ class Section(BaseModel):
             return cls.model_validate(tree)
         except ValidationError as error:
             prefix = f"{where or cls.__name__.lower()}: "
-            raise InputError("\n".join(prefix + _explain(e) for e in error.errors())) from None
+            raise InputError("\n".join(prefix + _explain(cls, e) for e in error.errors())) from None
+
+    def without_resources(self) -> dict[str, Any]:
+        """The fields that results follow from, as JSON: those marked RESOURCE are left out, at any depth."""
+        fields = type(self).model_fields.items()
+        return {name: _result_part(getattr(self, name)) for name, field in fields if RESOURCE not in field.metadata}
 
 
 class OneOf:
@@ -54,22 +67,63 @@ class OneOf:
         return handler.generate_schema(Annotated[Union[self.sections], Field(discriminator="kind")])  # noqa: UP007
 
 
-def _explain(error: Any) -> str:
-    tags = set(_tags(Section))
-    path = ".".join(str(part) for part in error["loc"] if part not in tags) or "recipe"
+def _result_part(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.without_resources()
+    if isinstance(value, list | tuple):
+        return [_result_part(each) for each in value]
+    return to_jsonable_python(value)
+
+
+def sections_in(annotation: Any, marks: Sequence[Any] = ()) -> Iterator[type[Section]]:
+    """The sections that a field's type names: several where it is a union of kinds. ``marks`` are its metadata."""
+    kinds = next((mark for mark in marks if isinstance(mark, OneOf)), None)
+    if kinds:
+        yield from kinds.sections
+    elif get_origin(annotation) is Annotated:
+        yield from sections_in(annotation.__origin__, annotation.__metadata__)
+    elif isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    else:
+        for inner in get_args(annotation):
+            yield from sections_in(inner)
+
+
+def _explain(section: type[Section], error: Any) -> str:
+    path, fields = _field_path(section, error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{path}: unknown field; `overproof schema --text` lists the fields there are"
+        name = str(error["loc"][-1])
+        return (
+            f"{path}: unknown field{suggest_name(name, fields)}; `overproof schema --text` lists the fields there are"
+        )
     if error["type"] == "missing":
         return f"{path}: missing; expected a value"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{path}: {message}" if error["loc"] else message
+    if error["type"] == "union_tag_invalid":
+        kinds = [kind.strip(" '") for kind in error["ctx"]["expected_tags"].split(",")]
+        message += suggest_name(error["ctx"]["tag"], kinds)
     return f"{path}: found {error['input']!r}; {message[0].lower()}{message[1:]}"
 
 
-def _tags(section: type[Section]) -> Iterator[str]:
-    """Every ``kind`` there is: pydantic puts the one that was chosen into the path of an error."""
-    for each in section.__subclasses__():
-        if "kind" in each.model_fields:
-            yield each.model_fields["kind"].default
-        yield from _tags(each)
+def _field_path(section: type[Section], loc: Sequence[str | int]) -> tuple[str, list[str]]:
+    """A dotted path to where an error lies, and the fields of the section around it.
+
+    Pydantic also names which kind or type of a union was chosen: that is no part of the path.
+    """
+    path: list[str] = []
+    choices, around, mapping = [section], section, False
+    for part in loc:
+        kinds = {choice.model_fields["kind"].default: choice for choice in choices} if len(choices) > 1 else {}
+        if part in kinds:
+            choices = [kinds[part]]
+        elif isinstance(part, int) or mapping:
+            path.append(str(part))
+        elif choices:
+            path.append(part)
+            around = choices[0]
+            field = around.model_fields.get(part)
+            choices = list(sections_in(field.annotation, field.metadata)) if field else []
+            mapping = field is not None and get_origin(field.annotation) is dict
+    return ".".join(path) or "recipe", list(around.model_fields)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from overproof.config.base import Count, Cpus, Identifier, Section
+from overproof.config.base import RESOURCE, Count, Cpus, Identifier, Section
 from overproof.config.models import StudentModel
 from overproof.config.training import Optimization, ZeroSettings
 
@@ -57,9 +57,9 @@ class Generate(Section):
     temperature: float = Field(1.0, ge=0, description="Of its sampling; 0 takes the likeliest token.")
     rows: Count | None = Field(None, description="Rows written, in training order; null writes every row.")
     batch_size: Count = Field(32, description="Rows written together.")
-    actors: Count = Field(2, description="Teacher replicas in the actor pool.")
-    cpus_per_actor: Cpus = Field(1, description="Logical CPUs reserved by each replica.")
-    gpus_per_actor: float = Field(0, ge=0, description="GPUs reserved by each replica.")
+    actors: Annotated[Count, RESOURCE] = Field(2, description="Teacher replicas in the actor pool.")
+    cpus_per_actor: Annotated[Cpus, RESOURCE] = Field(1, description="Logical CPUs reserved by each replica.")
+    gpus_per_actor: Annotated[float, RESOURCE] = Field(0, ge=0, description="GPUs reserved by each replica.")
 
 
 class Cache(Section):
@@ -75,9 +75,9 @@ class Cache(Section):
         None, description="Rows covered, in training order; null covers every row, or with `generate` those written."
     )
     batch_size: Count = Field(32, description="Rows in a forward pass.")
-    actors: Count = Field(2, description="Teacher replicas in the actor pool.")
-    cpus_per_actor: Cpus = Field(1, description="Logical CPUs reserved by each replica.")
-    gpus_per_actor: float = Field(0, ge=0, description="GPUs reserved by each replica.")
+    actors: Annotated[Count, RESOURCE] = Field(2, description="Teacher replicas in the actor pool.")
+    cpus_per_actor: Annotated[Cpus, RESOURCE] = Field(1, description="Logical CPUs reserved by each replica.")
+    gpus_per_actor: Annotated[float, RESOURCE] = Field(0, ge=0, description="GPUs reserved by each replica.")
 
 
 class AttentionRelationLoss(Section):
@@ -114,7 +114,6 @@ class Student(Section):
     text: Literal["data", "teacher"] = Field(
         "data",
         description="Rows it trains on: the data's, or what the teacher wrote in their place: see generate.",
-        exclude_if=lambda text: text == "data",  # recipes from before this field keep their fingerprints
     )
     relations: AttentionRelationLoss | None = Field(
         None, description="Also learn from its attention; it then runs at each step."
@@ -152,16 +151,18 @@ class OnPolicy(Section):
     new_tokens: Count = Field(description="Tokens it writes; the loss is over these.")
     k: Count = Field(32, description="Largest log-probabilities kept of each token; all of a smaller vocabulary.")
     rows: Count = Field(32, description="Rows in a teacher's forward pass; requests of several trials share one.")
-    wait_s: float = Field(0.02, ge=0, description="Most seconds that a request waits for others to fill the pass.")
-    actors: Count = Field(1, description="Teacher replicas in the pool.")
-    cpus_per_actor: Cpus = Field(1, description="Logical CPUs reserved by each replica.")
-    gpus_per_actor: float = Field(0, ge=0, description="GPUs reserved by each replica.")
+    wait_s: Annotated[float, RESOURCE] = Field(
+        0.02, ge=0, description="Most seconds that a request waits for others to fill the pass."
+    )
+    actors: Annotated[Count, RESOURCE] = Field(1, description="Teacher replicas in the pool.")
+    cpus_per_actor: Annotated[Cpus, RESOURCE] = Field(1, description="Logical CPUs reserved by each replica.")
+    gpus_per_actor: Annotated[float, RESOURCE] = Field(0, ge=0, description="GPUs reserved by each replica.")
 
 
 class DataParallel(ZeroSettings):
     """Workers that train one student together, under Ray Train, where one process or GPU is not enough."""
 
-    workers: Annotated[int, Field(ge=2)] = Field(2, description="Training processes of each trial.")
+    workers: Annotated[int, Field(ge=2), RESOURCE] = Field(2, description="Training processes of each trial.")
 
 
 class Sweep(Optimization):
@@ -175,9 +176,9 @@ class Sweep(Optimization):
     on_policy: OnPolicy | None = Field(
         None, description="What students with a share on_policy write, and the teachers that score it."
     )
-    concurrent_trials: Count = Field(2, description="Trials that run at the same time.")
-    cpus_per_trial: Cpus = Field(1, description="Logical CPUs reserved by each trial.")
-    gpus_per_trial: float = Field(0, ge=0, description="GPUs reserved by each trial.")
+    concurrent_trials: Annotated[Count, RESOURCE] = Field(2, description="Trials that run at the same time.")
+    cpus_per_trial: Annotated[Cpus, RESOURCE] = Field(1, description="Logical CPUs reserved by each trial.")
+    gpus_per_trial: Annotated[float, RESOURCE] = Field(0, ge=0, description="GPUs reserved by each trial.")
     group: DataParallel | None = Field(
         None, description="Train each student by several workers, which reserve their own CPUs and GPUs."
     )

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from overproof.config.base import Count, Fraction, Section
+from overproof.config.base import RESOURCE, Count, Fraction, Section
 
 
 class Evaluate(Section):
@@ -18,7 +18,7 @@ class Evaluate(Section):
         "is the one whose Python OVERPROOF_VLLM names on each node.",
     )
     max_documents: Count | None = Field(None, description="Test documents used; null uses all.")
-    concurrent_tasks: Count = Field(2, description="Exported files scored at the same time.")
+    concurrent_tasks: Annotated[Count, RESOURCE] = Field(2, description="Exported files scored at the same time.")
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples behind each interval.")
     confidence: Fraction = Field(0.95, description="Coverage of each interval.")
     probe_prompts: Count = Field(4, description="Test documents (or images) the parity probe asks the engine about.")

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from overproof.config import Recipe, Section
-from overproof.config.base import OneOf
+from overproof.config.base import sections_in
 
 
 def json_schema() -> str:
@@ -34,8 +34,7 @@ def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, str, str, 
         if name == "kind":
             continue
         path = f"{prefix}{name}"
-        nested = [s for mark in field.metadata if isinstance(mark, OneOf) for s in mark.sections]
-        nested = nested or list(_sections(field.annotation))
+        nested = list(sections_in(field.annotation, field.metadata))
         if nested:
             several = "[]" if get_origin(field.annotation) is tuple else ""
             for inner in nested:
@@ -44,14 +43,6 @@ def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, str, str, 
                 yield from _walk(inner, f"{path}{several}{kind}.")
         else:
             yield path, _type(field.annotation), _default(field), field.description or ""
-
-
-def _sections(annotation: Any) -> Iterator[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation
-    else:
-        for inner in get_args(annotation):
-            yield from _sections(inner)
 
 
 def _kind(section: type[Section]) -> str:

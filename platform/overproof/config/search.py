@@ -226,7 +226,7 @@ class Tune(Section):
             return combinations
         return self.search.trials if len(finite) < len(self.space.domains) else min(self.search.trials, combinations)
 
-    def together(self, sweep: Sweep) -> int:
+    def min_concurrent(self, sweep: Sweep) -> int:
         """Trials that must run at the same time."""
         return self.trials(sweep) if isinstance(self.scheduler, Pbt) else 1
 
@@ -257,26 +257,26 @@ class Tune(Section):
                     f"time, and sweep.concurrent_trials is {sweep.concurrent_trials}; raise it, or ask for fewer"
                 )
         for student in sweep.students:
-            absent = next((name for name in domains if not _has(student, name)), None)
+            absent = next((name for name in domains if not _has_field(student, name)), None)
             if absent:
                 raise ValueError(f"tune.space.{absent}: the model of student {student.name} has no such field")
             for name, domain in domains.items():
                 ends = (domain.low, domain.high) if isinstance(domain, Uniform | LogUniform) else domain.values
                 if name not in type(student.model).model_fields:
                     for value in ends:
-                        _possible(sweep, student, {name: value})
+                        _require_valid(sweep, student, {name: value})
             shapes = {n: v for n, v in self._finite().items() if n in type(student.model).model_fields}
             if prod(map(len, shapes.values())) > MOST_SHAPES:
                 raise ValueError(f"tune.space: more than {MOST_SHAPES:,} shapes of models; list fewer")
             for chosen in product(*shapes.values()):
-                _possible(sweep, student, dict(zip(shapes, chosen, strict=True)))
+                _require_valid(sweep, student, dict(zip(shapes, chosen, strict=True)))
 
 
-def _has(student: Student, name: str) -> bool:
+def _has_field(student: Student, name: str) -> bool:
     return name in Sweep.model_fields or name in Student.model_fields or name in type(student.model).model_fields
 
 
-def _possible(sweep: Sweep, student: Student, values: TrialValues) -> None:
+def _require_valid(sweep: Sweep, student: Student, values: TrialValues) -> None:
     try:
         apply_values(sweep, student, values)
     except ValidationError as error:

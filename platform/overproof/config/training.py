@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from overproof.config.base import Count, Cpus, Section
+from overproof.config.base import RESOURCE, Count, Cpus, Section
 from overproof.config.models import Model
 
 
@@ -40,7 +40,7 @@ class CheckpointPolicy(Section):
 class ZeroSettings(Section):
     """How each worker of a group trains: DeepSpeed ZeRO (arXiv 1910.02054)."""
 
-    micro_batch_size: Count | None = Field(
+    micro_batch_size: Annotated[Count | None, RESOURCE] = Field(
         None, description="Most rows in a forward pass; more of a worker's share are accumulated. null: no limit."
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="What is sharded: 1 optimizer, 2 gradients, 3 weights.")
@@ -50,8 +50,8 @@ class ZeroSettings(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Number format of the forward pass.")
     activation_checkpointing: bool = Field(False, description="Compute activations again in the backward pass.")
     compile: bool = Field(False, description="Run the model through torch.compile.")
-    cpus_per_worker: Cpus = Field(1, description="Logical CPUs reserved by each worker.")
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs reserved by each worker.")
+    cpus_per_worker: Annotated[Cpus, RESOURCE] = Field(1, description="Logical CPUs reserved by each worker.")
+    gpus_per_worker: Annotated[float, RESOURCE] = Field(0, ge=0, description="GPUs reserved by each worker.")
 
     @model_validator(mode="after")
     def _offload_fits(self) -> Self:
@@ -65,15 +65,19 @@ class ZeroSettings(Section):
 class Training(Optimization, ZeroSettings):
     """A model trained by a group of workers."""
 
-    workers: Count | tuple[Count, Count] = Field(2, description="Training processes, or [fewest, most] if elastic.")
+    workers: Annotated[Count | tuple[Count, Count], RESOURCE] = Field(
+        2, description="Training processes, or [fewest, most] if elastic."
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="A loss or gradient that is not finite ends the run, or its step is left out."
     )
-    checkpoint: CheckpointPolicy = CheckpointPolicy()
+    checkpoint: Annotated[CheckpointPolicy, RESOURCE] = CheckpointPolicy()
     result: Literal["last", "best"] = Field(
         "last", description="Weights given on: after the last step, or of the best checkpoint kept."
     )
-    max_failures: Count = Field(8, description="Failures in a row without a new checkpoint that end the run.")
+    max_failures: Annotated[Count, RESOURCE] = Field(
+        8, description="Failures in a row without a new checkpoint that end the run."
+    )
 
     @property
     def fewest(self) -> int:

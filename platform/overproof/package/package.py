@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pyarrow import fs
 from pydantic import Field
 
-from overproof.artifacts import RECORD, TOOLS, Artifact, Record, Store
+from overproof.artifacts import RECORD, TOOLS, Artifact, Store, read_record
 from overproof.config import Gate, Speculate
 from overproof.data.manifest import Manifest
 from overproof.errors import GateRefused, InputError
@@ -187,8 +187,9 @@ def fetch_package(where: str) -> Path:
     files, root = filesystem(pinned)
     if isinstance(files, fs.LocalFileSystem):
         return Path(root)
-    with files.open_input_stream(f"{root}/{RECORD}") as stream:
-        return Artifact(pinned, Record.model_validate_json(stream.read())).local()
+    record = read_record(pinned)
+    assert record  # or it would not have been resolved
+    return Artifact(pinned, record).local()
 
 
 def open_package(path: Path) -> Package:
