@@ -73,7 +73,7 @@ def _beyond_compress(recipe: Recipe) -> dict[str, Any]:
 
 STAGES = (
     Stage("prepare", "overproof.data.prepare:prepare", (),
-          lambda r: {"seed": r.seed, "data": _dump(r.data), "source": source_digest(r.data)}, format=3),
+          lambda r: {"seed": r.seed, "data": _dump(r.data), "source": source_digest(r.data)}, format=4),
     Stage("train", "overproof.train.ray_trainer:train_teacher", ("prepare",),
           lambda r: {"seed": r.seed, "train": _dump(r.train), **_beyond_train(r.train)}),
     Stage("generate", "overproof.distill.teacher_stages:generate_text", ("prepare", "train"),

@@ -194,7 +194,9 @@ def test_a_replica_that_is_stopped_has_written_everything(ray_cluster: str, text
     finally:
         server.stop_serving()
     source = ParquetSource(path=str(tmp_path / REPLIES))
-    found = [content.decode() for file in list_files(source) for _, content in iter_documents(source, file.name)]
+    found = [
+        b"".join(content).decode() for file in list_files(source) for _, content in iter_documents(source, file.name)
+    ]
     assert sorted(found) == sorted(texts)
 
 
