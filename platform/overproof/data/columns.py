@@ -1,4 +1,4 @@
-"""The columns of a prepared shard, as Parquet and Arrow hold them."""
+"""Which columns each kind of shard has, and how many numbers of one row are packed into one value of fixed width."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def text_schema(sequence_length: int, vocab_size: int) -> pa.Schema:
 
     A row's sequence_length + 1 tokens are unsigned numbers, two bytes each where the vocabulary allows it.
     """
-    tokens = np.dtype("<u2" if vocab_size <= UINT16_VOCABULARY else "<u4")
+    token_dtype = np.dtype("<u2" if vocab_size <= UINT16_VOCABULARY else "<u4")
     return pa.schema(
         [
             pa.field("sample_id", pa.int64(), nullable=False),
             pa.field("document", pa.int32(), nullable=False),
-            packed_field("tokens", tokens, sequence_length + 1),
+            packed_field("tokens", token_dtype, sequence_length + 1),
             pa.field("length", pa.int32(), nullable=False),
         ]
     )
@@ -41,28 +41,28 @@ def digits_schema() -> pa.Schema:
     )
 
 
-def packed_field(name: str, kind: np.dtype[Any], count: int) -> pa.Field:
-    """Many numbers in a row, as their bytes: every value of a column then has one width, and its place is arithmetic.
+def packed_field(name: str, dtype: np.dtype[Any], count: int) -> pa.Field:
+    """A column of ``count`` numbers a row, as their bytes: every value has one width, so its offset is arithmetic.
 
-    The field says which numbers they are.
+    The field's metadata has their type.
     """
-    return pa.field(name, pa.binary(count * kind.itemsize), nullable=False, metadata={DTYPE: kind.str.encode()})
+    return pa.field(name, pa.binary(count * dtype.itemsize), nullable=False, metadata={DTYPE: dtype.str.encode()})
 
 
 def packed_dtype(field: pa.Field) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    """The type and the shape of one row's value in a column of a shard."""
+    """The numpy type of a column and the shape of one row's value in it."""
     if pa.types.is_fixed_size_binary(field.type):
-        kind = np.dtype(field.metadata[DTYPE].decode())
-        return kind, (field.type.byte_width // kind.itemsize,)
+        dtype = np.dtype(field.metadata[DTYPE].decode())
+        return dtype, (field.type.byte_width // dtype.itemsize,)
     return np.dtype(field.type.to_pandas_dtype()).newbyteorder("<"), ()
 
 
 def shard_schema(manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Schema:
     """Some columns of the shards that a manifest lists, or all of them."""
-    whole = text_schema(manifest.positions, manifest.outputs) if manifest.kind == "text" else digits_schema()
-    return whole if columns is None else pa.schema([whole.field(name) for name in columns])
+    schema = text_schema(manifest.positions, manifest.outputs) if manifest.kind == "text" else digits_schema()
+    return schema if columns is None else pa.schema([schema.field(name) for name in columns])
 
 
-def row_bytes(fields: pa.Schema) -> int:
+def row_bytes(schema: pa.Schema) -> int:
     """Bytes of one row of a shard."""
-    return sum(field.type.bit_width // 8 for field in fields)
+    return sum(field.type.bit_width // 8 for field in schema)
