@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpus import context, text_recipe, write_corpus
 from tokenizers import Tokenizer
 
 from overproof.artifacts import Artifact, Record
+from overproof.config import FolderSource
+from overproof.data import heartbeat
 from overproof.data import prepare as stage
+from overproof.data.document_blocks import TABLE_BYTES, read_block
+from overproof.data.documents import PIECE_BYTES
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.data.prepare import prepare
@@ -41,10 +48,8 @@ def prepared(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tupl
     (corpus / "empty.txt").write_text(" \n")
     (corpus / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     (corpus / "zz-copy.txt").write_bytes((corpus / "003.txt").read_bytes())
-    events: list[ProgressEvent] = []
-    given = context(text_recipe(tmp_path_factory.mktemp("store"), folder(corpus)), progress=events.append)
+    given = context(text_recipe(tmp_path_factory.mktemp("store"), folder(corpus)))
     metrics = prepare(given)
-    assert [event.done for event in events if isinstance(event, TaskProgress)] == [0, 1, 2, 3, 4]
     return corpus, Path(given.draft.uri), metrics
 
 
@@ -172,6 +177,48 @@ def test_a_remote_store_and_a_remote_source(
     assert found == hashes(root)
 
 
+def test_one_large_document_among_four_is_prepared_evenly_and_never_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is longer than a piece, and lies in every train shard. Every phase reports while it goes on."""
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.02)
+    corpus = tmp_path / "corpus"
+    write_corpus(corpus, documents=3)
+    large = "".join(f"def f{i}(q):\n    return {i} * q\n\n" for i in range(36_000))
+    (corpus / "large.txt").write_text(large)
+    assert len(large) > PIECE_BYTES
+    events: list[ProgressEvent] = []
+    store, source = tmp_path / "store", folder(corpus)
+    given = context(text_recipe(store, source), progress=events.append)
+    prepare(given)
+    reports = [event for event in events if isinstance(event, TaskProgress)]
+    assert [report.done for report in reports] == sorted(report.done for report in reports)
+    for phase, work in enumerate(("reading 4 files", "tokenizer, merging", "tokenising 4 documents", "packing")):
+        notes = [report.note for report in reports if report.done == phase]
+        assert any(re.fullmatch(rf"{work}.*, \d+ s", note) for note in notes), notes
+    root = Path(given.draft.uri)
+    splits = {row["name"]: row["split"] for row in pq.read_table(root / "documents.parquet").to_pylist()}
+    assert set(splits.values()) == {"train", "validation", "test"}
+    assert splits["large.txt"] == "train"
+    rows = [shard.rows for shard in Manifest.read(root).splits["train"].shards]
+    assert len(rows) == 2
+    assert max(rows) - min(rows) <= Manifest.read(root).rows_per_group
+
+
+def test_reading_holds_little_of_a_large_document(tmp_path: Path) -> None:
+    (tmp_path / "large.txt").write_text("def f(x):\n    return x\n\n" * (6 * TABLE_BYTES // 24))
+    source = FolderSource(path=str(tmp_path))
+    tracemalloc.start()
+    tables = read_block(pa.table({"files": [["large.txt"]]}), source)
+    rows = [(len(table), table["content"].nbytes, table["sha256"].to_pylist()[-1]) for table in tables]
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most_bytes < 2 * TABLE_BYTES
+    assert len(rows) >= 6
+    assert [digest for _, _, digest in rows[:-1]] == [None] * (len(rows) - 1)
+    assert rows[-1][2] == file_sha256(tmp_path / "large.txt")
+
+
 def refused(store: Path, source: str, message: str, *changes: str) -> None:
     given = context(text_recipe(store, source, *changes))
     with pytest.raises(InputError, match=message) as caught:
@@ -185,29 +232,27 @@ def test_a_corpus_without_text_is_refused(tmp_path: Path) -> None:
     corpus.mkdir()
     (corpus / "a.txt").write_text("")
     (corpus / "b.txt").write_bytes(b"\xff")
-    refused(tmp_path, folder(corpus), r"no document is left \(1 empty, 1 undecodable, 0 duplicate\)")
+    refused(tmp_path, folder(corpus), r"0 documents are left \(1 empty, 1 undecodable, 0 duplicate\)")
 
 
-@pytest.mark.parametrize("split", ["test", "validation", "train"])
-def test_a_corpus_that_leaves_no_split_is_refused(tmp_path: Path, split: str) -> None:
+@pytest.mark.parametrize("documents", [1, 2])
+def test_fewer_documents_than_splits_are_refused(tmp_path: Path, documents: int) -> None:
     corpus = tmp_path / "corpus"
-    write_corpus(corpus, documents=4)
-    big = {"test": "validation", "validation": "test", "train": "test"}[split]
-    rest = {"test": "train", "validation": "train", "train": "validation"}[split]
-    share = {"train": 0.0001, "validation": 0.0001, "test": 0.0001} | {big: 0.5, rest: 0.4999}
+    write_corpus(corpus, documents)
+    (corpus / "zz-copy.txt").write_bytes((corpus / "000.txt").read_bytes())
+    message = rf"{documents} documents are left \(0 empty, 0 undecodable, 1 duplicate\); expected at least 3"
+    refused(tmp_path, folder(corpus), message)
+
+
+def test_a_corpus_too_small_for_its_shards_is_refused(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    write_corpus(corpus)
     refused(
         tmp_path,
         folder(corpus),
-        f"4 documents leave no {split} split",
-        f"data.validation_fraction={share['validation']}",
-        f"data.test_fraction={share['test']}",
+        r"the train split has \d+ tokens in \d+ documents, which fill 0 row groups",
+        "data.rows_per_group=1000",
     )
-
-
-def test_a_shard_that_fills_no_row_group_is_refused(tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus"
-    write_corpus(corpus)
-    refused(tmp_path, folder(corpus), r"train shard 0 has \d+ tokens in \d+ documents", "data.rows_per_group=1000")
 
 
 def test_bad_files_are_named_without_a_traceback(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_values_that_do_not_lie_plain_are_refused(root: Path, how: dict[str, Any
 @pytest.mark.parametrize("ahead_bytes", [1, 500, 1 << 20])
 def test_planned_steps_are_the_rows_of_each_step(root: Path, ahead_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On each of two ranks, from inside the first epoch into the third."""
-    monkeypatch.setattr(parquet_reader, "AHEAD_BYTES", ahead_bytes)
+    monkeypatch.setattr(parquet_reader, "READ_AHEAD_BYTES", ahead_bytes)
     shards, order = Shards(root, "train", ("sample_id", "tokens")), Order(16, GROUP, 3)
     for rank in range(2):
         steps = list(shards.steps(order, 12, 3, 14, rank, 2))

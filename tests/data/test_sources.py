@@ -7,14 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from overproof.config import DigitsData, FolderSource, JsonlSource, ParquetSource, StdlibSource, TextData, TokenizerFile
-from overproof.data import documents
+from overproof.data import documents, tokenization
 from overproof.data.sources import list_files, source_digest
 from overproof.errors import InputError
+
+
+def read(source: FolderSource | JsonlSource | ParquetSource, file: str) -> list[tuple[str, bytes]]:
+    return [(name, b"".join(content)) for name, content in documents.iter_documents(source, file)]
 
 
 def names(source: FolderSource | JsonlSource | ParquetSource | StdlibSource) -> list[str]:
@@ -27,7 +32,7 @@ def test_a_folder_is_listed_with_what_lies_below(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     source = FolderSource(path=str(tmp_path))
     assert names(source) == ["a.txt", "b.txt", "sub/c.txt"]
-    assert list(documents.iter_documents(source, "sub/c.txt")) == [("sub/c.txt", b"sub/c.txt")]
+    assert read(source, "sub/c.txt") == [("sub/c.txt", b"sub/c.txt")]
 
 
 def test_the_standard_library_comes_without_tests() -> None:
@@ -95,7 +100,7 @@ def test_json_lines(tmp_path: Path) -> None:
     )
     source = JsonlSource(path=str(path), field="body")
     assert names(source) == ["a.jsonl"]
-    found = dict(documents.iter_documents(source, "a.jsonl"))
+    found = dict(read(source, "a.jsonl"))
     assert list(found) == [f"a.jsonl:{line}" for line in (1, 3, 4, 5, 6)]
     assert [found[f"a.jsonl:{line}"] for line in (1, 3, 4)] == [b"one", "\u00e9\n".encode(), b""]
     for line in (5, 6):
@@ -120,7 +125,7 @@ def test_bad_json_lines_are_refused(tmp_path: Path, line: str, message: str) -> 
 
 def test_parquet_rows(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["one", None, "\u00e9"], "other": [1, 2, 3]}), tmp_path / "a.parquet")
-    found = list(documents.iter_documents(ParquetSource(path=str(tmp_path)), "a.parquet"))
+    found = read(ParquetSource(path=str(tmp_path)), "a.parquet")
     assert found == [("a.parquet:0", b"one"), ("a.parquet:1", b""), ("a.parquet:2", "\u00e9".encode())]
 
 
@@ -161,3 +166,43 @@ def test_rays_own_object_columns_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["x"], "extra": objects}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match="column 'extra' holds objects"):
         list(documents.iter_documents(ParquetSource(path=str(tmp_path)), "a.parquet"))
+
+
+LINES = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(90))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 64, 5000])
+@pytest.mark.parametrize(
+    "text", [LINES, "", "short", "\u00e9\U0001f600\u20ac" * 400, "x" * 1000, "\n" * 1000, "a\r\n" * 300]
+)
+def test_a_long_document_is_cut_where_its_bytes_say(
+    text: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 100)
+    content = text.encode()
+    chunks = [content[start : start + chunk_bytes] for start in range(0, len(content), chunk_bytes)]
+    pieces = list(documents.iter_pieces(chunks))
+    assert b"".join(pieces) == content
+    assert pieces == list(documents.iter_pieces([content]))
+    assert all(len(piece) <= 100 for piece in pieces)
+    assert all(len(piece) > 45 for piece in pieces[:-1])
+    assert "".join(piece.decode() for piece in pieces) == text  # no character is cut
+    if text == LINES:
+        assert {piece.split(maxsplit=1)[0] for piece in pieces[1:]} <= {b"return", b"x"} | {
+            b"f%d(x):" % i for i in range(90)
+        }
+
+
+def test_the_pieces_of_a_text_have_the_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 100)
+    tokenizer = tokenization.train_bpe([LINES], 512)
+    (whole,) = tokenization.encode(tokenizer, [LINES])
+    pieces = [piece.decode() for piece in documents.iter_pieces([LINES.encode()])]
+    assert len(pieces) > 20
+    assert np.array_equal(np.concatenate(tokenization.encode(tokenizer, pieces)), whole)
+
+
+def test_bytes_that_are_no_text_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 100)
+    content = b"\x80" * 1000
+    assert b"".join(documents.iter_pieces([content])) == content

@@ -47,9 +47,8 @@ def prepare_text(root: Path) -> Manifest:
     test, train = texts[:12], texts[12:]
     tokenizer = bpe.train_bpe(train, VOCABULARY)
     tokenizer.save(str(root / "tokenizer.json"))
-    stream = bpe.encode(tokenizer, train)
-    rows = bpe.train_rows(sum(map(len, stream)), len(stream), LENGTH, GROUP)
-    packed = bpe.pack_stream(stream, LENGTH, rows)
+    stream = np.concatenate([np.insert(ids, 0, bpe.END_ID) for ids in bpe.encode(tokenizer, train)])
+    packed = bpe.pack_stream(stream, LENGTH, bpe.train_rows(len(stream), LENGTH, GROUP))
     held_out = [bpe.pack_document(document, LENGTH) for document in bpe.encode(tokenizer, test)]
     documents = np.repeat(np.arange(len(test)), [len(lengths) for _, lengths in held_out])
     columns = {

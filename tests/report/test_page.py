@@ -200,10 +200,10 @@ def test_what_is_no_sweep_is_refused(digits: Run, tmp_path: Path, capsys: pytest
 def test_the_costs_are_sums_over_the_trials(digits: Run, page_file: Path) -> None:
     data, cached = data_of(page_file), digits.artifacts["cache"].record.metrics
     steps = sum(trial["steps"] for trial in data["trials"])
-    assert data["costs"]["asked"] == steps * digits.recipe.sweep.batch_size  # one prediction an image
-    assert data["costs"]["cached"] == cached["positions"]
+    assert data["costs"]["live_predictions"] == steps * digits.recipe.sweep.batch_size  # one prediction an image
+    assert data["costs"]["cached_predictions"] == cached["positions"]
     assert data["costs"]["live_s"] == pytest.approx(
-        cached["teacher_seconds"] * data["costs"]["asked"] / cached["positions"]
+        cached["teacher_seconds"] * data["costs"]["live_predictions"] / cached["positions"]
     )
     assert all(trial["cpu_seconds"] > 0 for trial in data["trials"])
 

@@ -1,10 +1,11 @@
-"""Which documents are kept, and where each goes: rules on bytes and on hashes, the same in any order.
+"""Which documents are kept, and the split of each: rules on bytes and on hashes, the same in any order.
 
 N documents; hashes are sha256 of a document's bytes, as hex.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,38 +21,68 @@ REASONS = (EMPTY, UNDECODABLE, DUPLICATE)
 
 Strings = Sequence[str] | NDArray[Any]
 
-SPLIT_NAMES = np.array(["train", "validation", "test"])
+SPLITS_BY_HASH = np.array(["test", "validation", "train"])  # from the lowest hashes to the highest
 
 
-def document_fault(content: bytes) -> str:
-    """Why a document cannot be used by itself: ``empty`` (white space alone), ``undecodable`` as UTF-8, or ``""``."""
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:
-        return UNDECODABLE
-    return "" if text.strip() else EMPTY
+class DocumentCheck:
+    """What the rules say of one document by itself; its bytes come in pieces, none of which is held."""
 
+    def __init__(self) -> None:
+        self.size_bytes = 0
+        self._hash = hashlib.sha256()
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._decodable, self._blank = True, True
 
-def content_hash(content: bytes) -> str:
-    """Sha256 in hex."""
-    return hashlib.sha256(content).hexdigest()
+    def update(self, content: bytes) -> None:
+        """Take the next bytes of the document."""
+        self.size_bytes += len(content)
+        self._hash.update(content)
+        self._decode(content, final=False)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the bytes so far, in hex."""
+        return self._hash.hexdigest()
+
+    def finish(self) -> str:
+        """Why the whole document cannot be used: ``empty`` (white space alone), ``undecodable`` as UTF-8, or ``""``."""
+        self._decode(b"", final=True)
+        if not self._decodable:
+            return UNDECODABLE
+        return EMPTY if self._blank else ""
+
+    def _decode(self, content: bytes, final: bool) -> None:
+        if self._decodable:
+            try:
+                text = self._decoder.decode(content, final)
+            except UnicodeDecodeError:
+                self._decodable = False
+            else:
+                self._blank = self._blank and not text.strip()
 
 
 def split_of(hashes_N: Strings, validation_fraction: float, test_fraction: float) -> NDArray[np.str_]:
-    """The split of each hash. The first 8 bytes decide, so that no document moves when others are added."""
-    shares_N = _words(hashes_N)[:, 0].astype(np.float64) / 2.0**64
-    held_out_N = (shares_N < test_fraction).astype(np.int64) + (shares_N < test_fraction + validation_fraction)
-    names: NDArray[np.str_] = SPLIT_NAMES[held_out_N]
-    return names
+    """The split of each of at least three distinct hashes, wherever it stands among them.
 
+    The first 8 bytes of a hash are a number in [0, 1). Below ``test_fraction`` it is a test document, in the
+    ``validation_fraction`` above that one for validation, else for training: no document moves when others are
+    added. Only where that leaves a split without a document (there are few documents, or a fraction is tiny) the
+    border beside it moves by as few documents, in the order of the hashes, as give every split one.
 
-def shard_of(hashes_N: Strings, shards: int) -> NDArray[np.int64]:
-    """The train shard of each hash. The last 8 bytes decide: the first ones are spent on the split."""
-    return (_words(hashes_N)[:, 3] % np.uint64(shards)).astype(np.int64)
-
-
-def _words(hashes_N: Strings) -> NDArray[np.uint64]:
-    return np.frombuffer(bytes.fromhex("".join(hashes_N)), ">u8").reshape(-1, 4).astype(np.uint64)
+    Raises:
+        ValueError: there are fewer hashes than splits.
+    """
+    count = len(hashes_N)
+    if count < len(SPLITS_BY_HASH):
+        raise ValueError(f"{count} documents; expected at least {len(SPLITS_BY_HASH)}, one for each split")
+    words_N4 = np.frombuffer(bytes.fromhex("".join(hashes_N)), ">u8").reshape(count, -1)
+    shares_N = words_N4[:, 0].astype(np.float64) / 2.0**64
+    test = int(np.clip(np.sum(shares_N < test_fraction), 1, count - 2))
+    held_out = int(np.clip(np.sum(shares_N < test_fraction + validation_fraction), test + 1, count - 1))
+    ranks_N = np.empty(count, np.int64)
+    ranks_N[np.argsort(np.asarray(hashes_N, np.str_))] = np.arange(count)
+    splits_N: NDArray[np.str_] = SPLITS_BY_HASH[(ranks_N >= test).astype(np.int64) + (ranks_N >= held_out)]
+    return splits_N
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,22 @@ def token_dtype(vocab_size: int) -> str:
 
 
 def packed_field(name: str, dtype: np.dtype[Any], shape: int | tuple[int, ...]) -> pa.Field:
-    """Many numbers in a row, as their bytes: every value of the column has one width. The field says which they are."""
+    """A column of many numbers a row, as their bytes: every value has one width, so its offset is arithmetic.
+
+    The field's metadata has their type and shape.
+    """
     sizes = (shape,) if isinstance(shape, int) else shape
     metadata = {DTYPE: dtype.str.encode(), SHAPE: json.dumps(sizes).encode()}
     return pa.field(name, pa.binary(math.prod(sizes) * dtype.itemsize), nullable=False, metadata=metadata)
 
 
 def packed_dtype(field: pa.Field) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    """The type and the shape of one row's value in a column of a shard."""
+    """The numpy type of a column and the shape of one row's value in it."""
     if pa.types.is_fixed_size_binary(field.type):
         return np.dtype(field.metadata[DTYPE].decode()), tuple(json.loads(field.metadata[SHAPE]))
     return np.dtype(field.type.to_pandas_dtype()).newbyteorder("<"), ()
 
 
-def row_bytes(fields: pa.Schema) -> int:
+def row_bytes(schema: pa.Schema) -> int:
     """Bytes of one row of a shard."""
-    return sum(field.type.bit_width // 8 for field in fields)
+    return sum(field.type.bit_width // 8 for field in schema)

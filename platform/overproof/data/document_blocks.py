@@ -1,6 +1,6 @@
 """What one Ray Data task does with one block of documents. No Ray here: blocks in, blocks out.
 
-N documents, R rows, S = T + 1 tokens in a row.
+Documents come in pieces (``documents.iter_pieces``), one row each. N documents, R rows, S = T + 1 tokens in a row.
 """
 
 from __future__ import annotations
@@ -9,114 +9,122 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from overproof.config import TextData
-from overproof.data import cleaning, tokenization
+from overproof.data import tokenization
+from overproof.data.cleaning import DocumentCheck
 from overproof.data.columns import token_dtype
-from overproof.data.documents import iter_documents
+from overproof.data.documents import iter_documents, iter_pieces
 from overproof.data.manifest import Column, shard_schema
 from overproof.data.order import permutation
 from overproof.data.parquet_writer import write_shard
+from overproof.data.shard_layout import ShardPlan
 from overproof.data.sources import Source
 from overproof.errors import InputError
 
 TABLE_BYTES = 8 << 20  # of text handed on at once
 SHARD_STREAM = 1 << 32  # sets the permutation inside a shard apart from those of `Order`
 
+PIECE_SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("piece", pa.int32()),
+        ("content", pa.large_binary()),
+        # Of the whole document, and so in the row of its last piece alone:
+        ("sha256", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("fault", pa.string()),
+        # Of the file, in a row of its own:
+        ("error", pa.string()),
+    ]
+)
+
 
 def read_block(block: pa.Table, source: Source) -> Iterator[pa.Table]:
-    """The documents of the files that a block lists: their content and what the rules say of each alone.
+    """The documents of the files that a block lists: their pieces and what the rules say of each document alone.
 
     A file that is not what the recipe says becomes a row with its ``error``: raised here, it would reach the
     driver as a traceback.
     """
-    rows: list[tuple[str, bytes, str]] = []
-    size_bytes = 0
+    rows: list[dict[str, Any]] = []
+    held_bytes = 0
     for file in chain.from_iterable(block["files"].to_pylist()):
         try:
             for name, content in iter_documents(source, file):
-                rows.append((name, content, ""))
-                size_bytes += len(content)
-                if size_bytes >= TABLE_BYTES:
-                    yield _found(rows)
-                    rows, size_bytes = [], 0
+                check = DocumentCheck()
+                for number, piece in enumerate(iter_pieces(content)):
+                    if held_bytes >= TABLE_BYTES:
+                        yield pa.Table.from_pylist(rows, PIECE_SCHEMA)
+                        rows, held_bytes = [], 0
+                    check.update(piece)
+                    rows.append({"name": name, "piece": number, "content": piece})
+                    held_bytes += len(piece)
+                fault = check.finish()
+                rows[-1] |= {"sha256": check.sha256, "size_bytes": check.size_bytes, "fault": fault}
         except InputError as error:
-            rows.append((file, b"", str(error)))
-    yield _found(rows)
-
-
-def _found(rows: Sequence[tuple[str, bytes, str]]) -> pa.Table:
-    return pa.table(
-        {
-            "name": pa.array([name for name, _, _ in rows], pa.string()),
-            "content": pa.array([content for _, content, _ in rows], pa.large_binary()),
-            "sha256": pa.array([cleaning.content_hash(content) for _, content, _ in rows], pa.string()),
-            "size_bytes": pa.array([len(content) for _, content, _ in rows], pa.int64()),
-            "fault": pa.array([cleaning.document_fault(content) for _, content, _ in rows], pa.string()),
-            "error": pa.array([error for _, _, error in rows], pa.string()),
-        }
-    )
+            rows.append({"name": file, "error": str(error)})
+    yield pa.Table.from_pylist(rows, PIECE_SCHEMA)
 
 
 @dataclass(frozen=True)
-class ShardAssignment:
-    """Where each kept document goes; sorted by hash, so that document i is the i-th."""
+class DocumentIndex:
+    """The documents that are kept, by name."""
 
-    hashes_N: NDArray[np.bytes_]
-    names_N: NDArray[np.bytes_]
-    parts_N: NDArray[np.int32]  # train shards first, then validation, then test
-    shards: int
+    names_N: NDArray[np.bytes_]  # ascending
+    documents_N: NDArray[np.int64]
 
-    def find(self, block: pa.Table) -> tuple[pa.Table, NDArray[np.int64]]:
-        """The rows of a block that are kept, and their documents."""
-        hashes, names = (fixed_width_strings(block[column].to_pylist()) for column in ("sha256", "name"))
-        document = np.minimum(np.searchsorted(self.hashes_N, hashes), len(self.hashes_N) - 1)
-        kept = (self.hashes_N[document] == hashes) & (self.names_N[document] == names)
-        return block.filter(pa.array(kept)), document[kept]
+    @classmethod
+    def of(cls, names_N: NDArray[Any]) -> Self:
+        """From the name of document 0, 1 and so on."""
+        names = _flat_strings(names_N.tolist())
+        order = np.argsort(names, kind="stable")
+        return cls(names[order], order)
 
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One shard before it is written."""
-
-    split: str
-    index: int  # in its split
-    first_sample: int
-    rows: int
-
-    @property
-    def path(self) -> str:
-        return f"{self.split}/{self.index:05d}.parquet"
+    def select(self, block: pa.Table) -> tuple[pa.Table, NDArray[np.int64]]:
+        """The rows of a block whose document is kept, and the number of that document."""
+        names = _flat_strings(block["name"].to_pylist())
+        place = np.minimum(np.searchsorted(self.names_N, names), len(self.names_N) - 1)
+        kept = self.names_N[place] == names
+        return block.filter(pa.array(kept)), self.documents_N[place[kept]]
 
 
-def fixed_width_strings(values: Sequence[str] | NDArray[Any]) -> NDArray[np.bytes_]:
+def _flat_strings(values: Sequence[str]) -> NDArray[np.bytes_]:
     """Strings as one flat array, which tasks share without a copy."""
     return np.array([value.encode() for value in values], np.bytes_)
 
 
 @lru_cache(maxsize=1)
-def _from_json(tokenizer_json: str) -> Tokenizer:
+def _tokenizer(tokenizer_json: str) -> Tokenizer:
     return Tokenizer.from_str(tokenizer_json)
 
 
-def tokenise_block(block: pa.Table, placement: ShardAssignment, tokenizer_json: str) -> pa.Table:
-    """The kept documents of a block as tokens, with the part each goes to."""
-    own, documents = placement.find(block)
-    encoded = tokenization.encode(_from_json(tokenizer_json), [content.as_py().decode() for content in own["content"]])
-    return pa.table(
-        {
-            "part": pa.array(placement.parts_N[documents], pa.int32()),
-            "document": pa.array(documents, pa.int32()),
-            "tokens": pa.array(encoded, pa.large_list(pa.int32())),
-            "tokens_count": pa.array([len(ids) for ids in encoded], pa.int64()),
-        }
-    )
+def tokenise_block(block: pa.Table, index: DocumentIndex, tokenizer_json: str) -> Iterator[pa.Table]:
+    """The kept documents of a block as tokens; the first piece of each begins with the end token."""
+    block, documents = index.select(block)
+    sizes = np.array([len(content.as_buffer()) for content in block["content"]], np.int64)
+    table_of = (np.cumsum(sizes) - sizes) // TABLE_BYTES
+    for rows in np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(table_of)) + 1):
+        texts = [content.as_py().decode() for content in block["content"].take(rows)]
+        pieces = block["piece"].take(rows).to_numpy()
+        tokens = tokenization.encode(_tokenizer(tokenizer_json), texts)
+        tokens = [
+            ids if piece else np.insert(ids, 0, tokenization.END_ID) for ids, piece in zip(tokens, pieces, strict=True)
+        ]
+        yield pa.table(
+            {
+                "document": pa.array(documents[rows], pa.int32()),
+                "piece": pa.array(pieces, pa.int32()),
+                "tokens": pa.array(tokens, pa.large_list(pa.int32())),
+                "tokens_count": pa.array([len(ids) for ids in tokens], pa.int64()),
+            }
+        )
 
 
 def text_columns(sequence_length: int, vocab_size: int) -> tuple[Column, ...]:
@@ -129,22 +137,25 @@ def text_columns(sequence_length: int, vocab_size: int) -> tuple[Column, ...]:
 
 
 def write_planned_shard(
-    group: pa.Table, parts: Sequence[ShardPlan], data: TextData, vocab_size: int, seed: int, uri: str
+    group: pa.Table, shards: Sequence[ShardPlan], data: TextData, vocab_size: int, seed: int, uri: str
 ) -> pa.Table:
-    """Pack and write one shard from its documents, whatever order they arrive in."""
-    index = group["part"][0].as_py()
-    part, length = parts[index], data.sequence_length
-    group = group.take(np.argsort(group["document"].to_numpy(), kind="stable"))
-    documents = [value.values.to_numpy() for value in group["tokens"]]
-    if part.split == "train":
-        rows_RS = tokenization.pack_stream(documents, length, part.rows)
-        order_R = permutation(seed, 0, SHARD_STREAM + part.index, part.rows)
-        columns = tokenization.token_columns(part.first_sample, rows_RS[order_R], length, -1)
+    """Pack and write one shard from its pieces of documents, whatever order they arrive in."""
+    index = group["shard"][0].as_py()
+    plan, length = shards[index], data.sequence_length
+    group = group.sort_by([("document", "ascending"), ("piece", "ascending")])
+    stream = np.concatenate([tokens.values.to_numpy() for tokens in group["tokens"]])
+    if plan.split == "train":
+        rows_RS = tokenization.pack_stream(stream, length, plan.rows)
+        order_R = permutation(seed, 0, SHARD_STREAM + plan.index, plan.rows)
+        columns = tokenization.token_columns(plan.first_sample, rows_RS[order_R], length, -1)
     else:
-        packed = [tokenization.pack_document(document, length) for document in documents]
-        owners_R = np.repeat(group["document"].to_numpy(), [len(rows) for rows, _ in packed])
+        firsts = np.flatnonzero(group["piece"].to_numpy() == 0)
+        counts = pc.list_value_length(group["tokens"]).to_numpy()
+        starts = (np.cumsum(counts) - counts)[firsts]
+        packed = [tokenization.pack_document(ids[1:], length) for ids in np.split(stream, starts[1:])]
+        owners_R = np.repeat(group["document"].to_numpy()[firsts], [len(rows_RS) for rows_RS, _ in packed])
         rows_RS, lengths_R = (np.concatenate(values) for values in zip(*packed, strict=True))
-        columns = tokenization.token_columns(part.first_sample, rows_RS, lengths_R, owners_R)
-    fields, predictions = shard_schema(text_columns(length, vocab_size)), int(columns["length"].sum())
-    shard = write_shard(uri, part.path, columns, fields, data.rows_per_group, predictions)
-    return pa.table({"part": pa.array([index], pa.int32()), "shard": [shard.model_dump_json()]})
+        columns = tokenization.token_columns(plan.first_sample, rows_RS, lengths_R, owners_R)
+    schema, predictions = shard_schema(text_columns(length, vocab_size)), int(columns["length"].sum())
+    shard = write_shard(uri, plan.path, columns, schema, data.rows_per_group, predictions)
+    return pa.table({"shard": pa.array([index], pa.int32()), "entry": [shard.model_dump_json()]})

@@ -27,8 +27,8 @@ from overproof.data.order import Order
 from overproof.data.parquet_reader import planned_columns, planned_shards
 from overproof.data.parquet_writer import to_table
 
-BLOCK_BYTES = 1 << 20  # small, so that the first batch comes soon and little is read ahead
-BLOCK_STEPS = 64
+BLOCK_BYTES = 1 << 20  # at most, small, so that the first batch comes soon and little is read ahead
+BLOCK_STEPS = 64  # at most
 CONCURRENT_READS = 2  # each starts a process, and the first batch waits for them
 
 
@@ -43,7 +43,7 @@ class PlannedBlock:
 
 @dataclass(frozen=True)
 class FeedPlan:
-    """Which rows each block of a run holds; small, and all a reader needs."""
+    """Which rows each block of a run holds: all that a reader process is sent."""
 
     root: Path  # of the prepared data, on every node
     order: Order
@@ -52,12 +52,12 @@ class FeedPlan:
 
     def read(self, block: PlannedBlock) -> Iterator[pa.Table]:
         """The rows of one block."""
-        shards = _shards(self.root)
+        shards = _planned_shards(self.root)
         ids = self.order.steps_rows(block.first, block.last, self.batch_size, block.rank, self.world)
         yield to_table(shards.take(ids), shards.schema)
 
 
-_shards = lru_cache(maxsize=2)(planned_shards)
+_planned_shards = lru_cache(maxsize=2)(planned_shards)
 
 
 class PlannedDatasource(Datasource):
@@ -71,23 +71,23 @@ class PlannedDatasource(Datasource):
         return "Planned"
 
     def estimate_inmemory_data_size(self) -> int:
-        return sum(self._rows(block) for block in self.blocks) * self.row_bytes
+        return sum(self._row_count(block) for block in self.blocks) * self.row_bytes
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        """One task for a block, whatever parallelism Ray would like: the number of blocks is the plan."""
+        """One task for a block, whatever parallelism Ray proposes: the plan fixes the number of blocks."""
         del parallelism, data_context
         return [
             ReadTask(
                 partial(self.plan.read, block),
-                BlockMetadata(self._rows(block), self._rows(block) * self.row_bytes, None, None),
+                BlockMetadata(self._row_count(block), self._row_count(block) * self.row_bytes, None, None),
                 per_task_row_limit=per_task_row_limit,
             )
             for block in self.blocks
         ]
 
-    def _rows(self, block: PlannedBlock) -> int:
+    def _row_count(self, block: PlannedBlock) -> int:
         return (block.last - block.first) * self.plan.batch_size // self.plan.world
 
 
@@ -103,10 +103,10 @@ def planned_dataset(root: Path, order: Order, batch_size: int, first_step: int, 
     if first_step >= last_step:
         raise ValueError(f"steps [{first_step}, {last_step}): expected at least one")
     size_bytes = row_bytes(pa.schema([manifest.schema.field(name) for name in planned_columns(manifest)]))
-    steps = min(max(BLOCK_BYTES // (size_bytes * batch_size // world), 1), BLOCK_STEPS)
+    steps_per_block = min(max(BLOCK_BYTES // (size_bytes * batch_size // world), 1), BLOCK_STEPS)
     blocks = [
-        PlannedBlock(rank, first, min(first + steps, last_step))
-        for first in range(first_step, last_step, steps)
+        PlannedBlock(rank, first, min(first + steps_per_block, last_step))
+        for first in range(first_step, last_step, steps_per_block)
         for rank in range(world)
     ]
     source = PlannedDatasource(FeedPlan(Path(root), order, batch_size, world), blocks, size_bytes)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
-BLOCK_ROWS = 4096  # whose order is worked out together and kept: whole row groups, one at least
+BLOCK_ROWS = 4096  # about as many have their order worked out and cached together: whole row groups, one at least
 
 
 def permutation(seed: int, epoch: int, stream: int, size: int) -> Ids:
@@ -30,13 +30,13 @@ def permutations(seed: int, epoch: int, streams_N: Ids, size: int) -> Ids:
 
 def random_words(seed: int, key: int, streams_N: Ids, size: int) -> NDArray[np.uint64]:
     """Raw Philox words of each stream, a function of the arguments alone; those of a stream begin alike at any size."""
-    bits = np.random.Philox(key=np.array([seed, key], np.uint64))
-    start = bits.state  # set back for each stream, which costs a fourth of a new generator
+    generator = np.random.Philox(key=np.array([seed, key], np.uint64))
+    start = generator.state  # set back for each stream, which costs a fourth of a new generator
     words_NS = np.empty((len(streams_N), size), np.uint64)
     for words_S, stream in zip(words_NS, streams_N.tolist(), strict=True):
         start["state"]["counter"][:] = (0, 0, 0, stream)
-        bits.state = start
-        words_S[:] = bits.random_raw(size)
+        generator.state = start
+        words_S[:] = generator.random_raw(size)
     return words_NS
 
 
@@ -73,9 +73,9 @@ class Order:
             return np.empty(0, np.int64)
         parts = []
         while start < stop:
-            epoch, place = divmod(start, self.rows)
-            block, offset = divmod(place, self._together * self.rows_per_group)
-            parts.append(_block(self, epoch, block)[offset : offset + stop - start])
+            epoch, position = divmod(start, self.rows)
+            block, offset = divmod(position, self.groups_per_block * self.rows_per_group)
+            parts.append(_block_rows(self, epoch, block)[offset : offset + stop - start])
             start += len(parts[-1])
         return np.concatenate(parts)
 
@@ -95,7 +95,8 @@ class Order:
         return ids.reshape(last - first, world, share)[:, rank].reshape(-1)
 
     @property
-    def _together(self) -> int:
+    def groups_per_block(self) -> int:
+        """Row groups whose order is worked out together."""
         return max(1, BLOCK_ROWS // self.rows_per_group)
 
 
@@ -106,13 +107,13 @@ def _share(batch_size: int, rank: int, world: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def _block(order: Order, epoch: int, block: int) -> Ids:
-    """The rows of a block of an epoch: its row groups that are worked out together, or those that are left."""
-    first = block * order._together
-    groups_N = _group_order(order.seed, epoch, order.groups)[first : first + order._together]
+def _block_rows(order: Order, epoch: int, block: int) -> Ids:
+    """The rows of a block of an epoch: ``groups_per_block`` row groups, or those that are left."""
+    first = block * order.groups_per_block
+    groups_N = _group_order(order.seed, epoch, order.groups)[first : first + order.groups_per_block]
     rows_NR = permutations(order.seed, epoch, 1 + groups_N, order.rows_per_group)
     ids = (groups_N[:, None] * order.rows_per_group + rows_NR).reshape(-1)
-    ids.flags.writeable = False  # shared by all who ask
+    ids.flags.writeable = False  # the cache gives every caller the same array
     return ids
 
 

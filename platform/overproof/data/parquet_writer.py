@@ -26,43 +26,43 @@ def write_file(uri: str, name: str, content: bytes) -> None:
         stream.write(content)
 
 
-def to_table(columns: Mapping[str, NDArray[Any]], expected: pa.Schema) -> pa.Table:
+def to_table(columns: Mapping[str, NDArray[Any]], schema: pa.Schema) -> pa.Table:
     """Arrays as a table of this schema; 2-D arrays fill fixed-size lists or bytes.
 
     Raises:
         ValueError: a number does not fit into the bytes that the schema has for it.
     """
     arrays = []
-    for field in expected:
+    for field in schema:
         values = np.ascontiguousarray(columns[field.name])
         if pa.types.is_fixed_size_binary(field.type):
-            arrays.append(_bytes(values, field))
+            arrays.append(_pack(values, field))
         elif values.ndim == 2:
             arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=field.type))
         else:
             arrays.append(pa.array(values, field.type))
-    return pa.Table.from_arrays(arrays, schema=expected)
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _bytes(values: NDArray[Any], field: pa.Field) -> pa.Array:
-    kind, shape = packed_dtype(field)
-    numbers = values.astype(kind, copy=False)
+def _pack(values: NDArray[Any], field: pa.Field) -> pa.Array:
+    dtype, shape = packed_dtype(field)
+    numbers = values.astype(dtype, copy=False)
     if values.shape[1:] != shape or not np.array_equal(numbers, values, equal_nan=True):
         raise ValueError(
             f"{field.name}: values of shape {values.shape[1:]} from {values.min()} to {values.max()} in a row; "
-            f"expected numbers of type {kind} that fill {field.type}"
+            f"expected numbers of type {dtype} that fill {field.type}"
         )
     return pa.FixedSizeBinaryArray.from_buffers(field.type, len(values), [None, pa.py_buffer(numbers)])
 
 
-def open_writer(sink: Any, expected: pa.Schema, rows_per_group: int) -> pq.ParquetWriter:
+def open_writer(sink: Any, schema: pa.Schema, rows_per_group: int) -> pq.ParquetWriter:
     """Writes Parquet in which each column of a row group is one page of plain values.
 
     They are neither compressed nor encoded, so that a reader finds every value in the mapped file.
     """
     return pq.ParquetWriter(
         sink,
-        expected,
+        schema,
         compression="none",
         use_dictionary=False,
         write_statistics=False,
@@ -84,12 +84,15 @@ def write_shard(
     uri: str,
     name: str,
     columns: Mapping[str, NDArray[Any]],
-    expected: pa.Schema,
+    schema: pa.Schema,
     rows_per_group: int,
     predictions: int | None = None,
 ) -> Shard:
-    """Write one shard of this schema below ``uri`` and say what it is; it has a prediction a row unless it is told."""
-    table = to_table(columns, expected)
+    """Write one shard of this schema below ``uri``; returns its entry in the manifest.
+
+    It has a prediction in each row unless ``predictions`` counts them.
+    """
+    table = to_table(columns, schema)
     content = parquet_bytes(table, rows_per_group)
     write_file(uri, name, content)
     return Shard(

@@ -48,12 +48,12 @@ def text_digest(data: TextData) -> str:
     Raises:
         InputError: the source or the tokenizer file is missing, or nothing matches.
     """
-    parts: list[object] = [asdict(file) for file in list_files(data.source)]
+    identity: list[object] = [asdict(file) for file in list_files(data.source)]
     if isinstance(data.source, StdlibSource):
-        parts.append(platform.python_version())
+        identity.append(platform.python_version())
     if isinstance(data.tokenizer, TokenizerFile):
-        parts.append(file_sha256(tokenizer_path(data.tokenizer)))
-    return sha256_of(parts)
+        identity.append(file_sha256(tokenizer_path(data.tokenizer)))
+    return sha256_of(identity)
 
 
 def sha256_of(value: object) -> str:
@@ -74,7 +74,7 @@ def tokenizer_path(tokenizer: TokenizerFile) -> Path:
 
 
 def absolute_source(source: Source) -> Source:
-    """The same source, whatever folder a worker starts in."""
+    """The same source with an absolute path: workers start in other folders."""
     if isinstance(source, StdlibSource):
         return source
     return source.model_copy(update={"path": absolute_uri(source.path)})
@@ -82,7 +82,7 @@ def absolute_source(source: Source) -> Source:
 
 @lru_cache(maxsize=4)
 def source_root(source: Source) -> tuple[fs.FileSystem, str]:
-    """Where the names of a source start, on the machine that asks."""
+    """The file system and folder that a source's file names are relative to, on this machine."""
     if isinstance(source, StdlibSource):
         return fs.LocalFileSystem(), sysconfig.get_paths()["stdlib"]
     files, path = filesystem(source.path)
@@ -109,25 +109,25 @@ def list_files(source: Source) -> list[SourceFile]:
         raise InputError(f"data.source.path: {source.path}: not found; expected a folder that holds {pattern}")
     below = f"{path.rstrip('/')}/"
     listing = files.get_file_info(fs.FileSelector(path, recursive=True))
-    found = sorted(
+    matching = sorted(
         SourceFile(i.path.removeprefix(below), i.size, i.mtime_ns or 0)
         for i in listing
         if i.type == fs.FileType.File and fnmatch(i.base_name, pattern)
     )
-    if not found:
+    if not matching:
         raise InputError(
             f"data.source.path: {source.path}: none of its {len(listing)} entries matches {pattern}; "
             "expected at least one such file"
         )
-    return found
+    return matching
 
 
 def _stdlib(folder: Path, prefix: str = "") -> list[SourceFile]:
-    found: list[SourceFile] = []
+    listed: list[SourceFile] = []
     for entry in folder.iterdir():
         if entry.is_dir() and entry.name not in EXCLUDED_FOLDERS:
-            found += _stdlib(entry, f"{prefix}{entry.name}/")
+            listed += _stdlib(entry, f"{prefix}{entry.name}/")
         elif entry.suffix == ".py" and entry.is_file():
             stat = entry.stat()
-            found.append(SourceFile(prefix + entry.name, stat.st_size, stat.st_mtime_ns))
-    return found
+            listed.append(SourceFile(prefix + entry.name, stat.st_size, stat.st_mtime_ns))
+    return listed

@@ -51,9 +51,9 @@ def read_tokenizer(path: Path) -> str:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more precise
         raise InputError(f"{path}: not a tokenizer.json: {error}") from None
-    kind = json.loads(text)["model"]["type"]
-    if kind != "BPE" or "ByteLevel" not in json.dumps(json.loads(text)["pre_tokenizer"]):
-        raise InputError(f"{path}: a {kind} tokenizer; expected byte-level BPE, which can write any bytes")
+    model_type = json.loads(text)["model"]["type"]
+    if model_type != "BPE" or "ByteLevel" not in json.dumps(json.loads(text)["pre_tokenizer"]):
+        raise InputError(f"{path}: a {model_type} tokenizer; expected byte-level BPE, which can write any bytes")
     if tokenizer.id_to_token(END_ID) != END:
         raise InputError(f"{path}: token 0 is {tokenizer.id_to_token(END_ID)!r}; expected {END!r}, the end of a text")
     return text
@@ -62,13 +62,13 @@ def read_tokenizer(path: Path) -> str:
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tokens]:
     """The tokens of each text. A text that spells a special token is text: it cannot end its own document."""
     tokenizer.encode_special_tokens = True
-    found = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [np.array(encoding.ids, np.int32) for encoding in found]
+    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
 
-def train_rows(tokens: int, documents: int, sequence_length: int, rows_per_group: int) -> int:
-    """Rows of a train shard: whole row groups, so that every group is full."""
-    rows = max(tokens + documents - 1, 0) // sequence_length
+def train_rows(tokens: int, sequence_length: int, rows_per_group: int) -> int:
+    """Rows that a stream of tokens, end tokens among them, fills: whole row groups, so that every group is full."""
+    rows = max(tokens - 1, 0) // sequence_length
     return rows // rows_per_group * rows_per_group
 
 
@@ -77,21 +77,17 @@ def document_rows(tokens: int, sequence_length: int) -> int:
     return -(-tokens // sequence_length)
 
 
-def pack_stream(documents: Iterable[Tokens], sequence_length: int, rows: int) -> Tokens:
-    """Documents end to end, each after token 0, cut with stride T: (rows, T + 1), each token predicted once."""
-    needed = rows * sequence_length + 1
-    stream = np.empty(needed, np.int32)
-    filled = 0
-    for document in documents:
-        for part in (np.array([END_ID], np.int32), document):
-            part = part[: needed - filled]
-            stream[filled : filled + len(part)] = part
-            filled += len(part)
-    if filled < needed:
-        raise ValueError(f"{filled} tokens do not fill {rows} rows of {sequence_length}")
+def pack_stream(stream: Tokens, sequence_length: int, rows: int) -> Tokens:
+    """The start of a stream, documents each after token 0, cut with stride T: (rows, T + 1), each token predicted once.
+
+    Raises:
+        ValueError: the stream is too short.
+    """
+    if len(stream) < rows * sequence_length + 1:
+        raise ValueError(f"{len(stream)} tokens do not fill {rows} rows of {sequence_length}")
     starts_R1 = np.arange(rows)[:, None] * sequence_length
-    packed: Tokens = stream[starts_R1 + np.arange(sequence_length + 1)]
-    return packed
+    rows_RS: Tokens = stream[starts_R1 + np.arange(sequence_length + 1)]
+    return rows_RS
 
 
 def pack_document(document: Tokens, sequence_length: int) -> tuple[Tokens, Tokens]:

@@ -213,7 +213,7 @@ class RowCache(Generic[KeyT]):
                     number, f"{file.num_row_groups} row groups, {self.index.FILE} lists {len(listed.groups)}:"
                 )
             names, rows_per_group = ("sample_id", *self.columns), self.index.identity.rows_per_group
-            self._mapped[number] = MappedShard.of(path, file, names, rows_per_group)
+            self._mapped[number] = MappedShard.open(path, file, names, rows_per_group)
         return self._mapped[number]
 
     def _invalid_file(self, number: int, fault: str) -> InputError:

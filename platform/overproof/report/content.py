@@ -1,4 +1,4 @@
-"""What the report's page shows, as one plain tree: files with their standing, trials, curves, costs.
+"""The content of the report's page as plain JSON values: files with their standing, trials, curves, costs.
 
 Shapes: N files, O objectives.
 """
@@ -23,8 +23,8 @@ from overproof.report.pareto import hypervolume, non_dominated, standings
 from overproof.train.metrics import WATTS_PER_CORE
 
 CURVE_POINTS = 120  # of a training curve in the page: each is the mean of its neighbours
-BEYOND = 1.05  # the hypervolume's reference point: the worst figure of all files, and this much
-AXES = {  # cost -> its name in the page
+REFERENCE_MARGIN = 1.05  # the hypervolume's reference point is the worst figure of all files times this
+COST_AXES = {  # cost -> its label in the page
     "size_mb": "file size, MB",
     "p50_ms": "p50 latency, ms",
     "p95_ms": "p95 latency, ms",
@@ -41,23 +41,29 @@ class EvaluatedFiles:
 
 
 def report_content(
-    name: str, artifacts: Mapping[str, Artifact], curves: list[PlottedCurve], judged: EvaluatedFiles | None
+    name: str, artifacts: Mapping[str, Artifact], curves: list[PlottedCurve], evaluated: EvaluatedFiles | None
 ) -> dict[str, Any]:
-    """The tree. ``artifacts`` has the sweep, its teacher and what that left for it."""
-    swept = json.loads((artifacts["sweep"].local() / "trials.json").read_text(encoding="utf-8"))
+    """The content. ``artifacts`` by stage: the sweep, what it was made from, and what was made of it so far."""
+    sweep_results = json.loads((artifacts["sweep"].local() / "trials.json").read_text(encoding="utf-8"))
     return {
         "name": name,
-        "trials": [_trial(trial, swept) for trial in swept["trials"]],
-        "control": _trial(swept["control"], swept),
+        "trials": [_trial(trial, sweep_results) for trial in sweep_results["trials"]],
+        "control": _trial(sweep_results["control"], sweep_results),
         "curves": [_curve(curve) for curve in curves],
-        "costs": costs(swept, artifacts),
-        "files": file_rows(judged, swept) if judged else None,
+        "costs": costs(sweep_results, artifacts),
+        "files": file_rows(evaluated, sweep_results) if evaluated else None,
     }
 
 
-def _trial(trial: Mapping[str, Any], swept: Mapping[str, Any]) -> dict[str, Any]:
+def _trial(trial: Mapping[str, Any], sweep_results: Mapping[str, Any]) -> dict[str, Any]:
     figures = ("values", "status", "reason", "steps", "validation_loss", "parameters", "seconds", "cpu_seconds")
-    role = "winner" if trial["name"] == swept["winner"] else "kept" if trial["name"] in swept["kept"] else "trial"
+    role = (
+        "winner"
+        if trial["name"] == sweep_results["winner"]
+        else "kept"
+        if trial["name"] in sweep_results["kept"]
+        else "trial"
+    )
     return {"name": trial["name"], "role": role, **{figure: trial.get(figure) for figure in figures}}
 
 
@@ -66,70 +72,70 @@ def _curve(curve: PlottedCurve) -> dict[str, Any]:
         "name": curve.name,
         "role": curve.role,
         "train": thin_curve(curve.train),
-        "validation": [(step, _digits(loss)) for step, loss in curve.validation],
+        "validation": [(step, _round(loss)) for step, loss in curve.validation],
     }
 
 
 def thin_curve(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     """At most ``CURVE_POINTS`` points: the last step and the mean loss of each run of neighbours."""
     parts = np.array_split(np.array(points, float).reshape(-1, 2), min(CURVE_POINTS, len(points)) or 1)
-    return [(int(part[-1, 0]), _digits(part[:, 1].mean())) for part in parts if len(part)]
+    return [(int(part[-1, 0]), _round(part[:, 1].mean())) for part in parts if len(part)]
 
 
-def _digits(value: float) -> float:
+def _round(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def costs(swept: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
+def costs(sweep_results: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     """What the teacher, its text and its cache cost, and what trials would have cost with the teacher beside each.
 
     What concerns a cache is there only where one is. Its seconds are the teacher's forward passes. Energy is nowhere
     measured: it is estimated as those seconds at one core's share of a processor's power.
     """
-    training, written = artifacts["train"].record, artifacts.get("generate")
+    training, generated = artifacts["train"].record, artifacts.get("generate")
     return {
-        "trials": len(swept["trials"]),
+        "trials": len(sweep_results["trials"]),
         "train_s": training.seconds,
         "train_energy_estimate_j": training.metrics["energy_estimate_j"],
-        "text_s": written.record.metrics["teacher_seconds"] if written else None,
-        "cached": None,
+        "text_s": generated.record.metrics["teacher_seconds"] if generated else None,
+        "cached_predictions": None,
         "watts_per_core": WATTS_PER_CORE,
-        **(_saved(swept, artifacts["cache"].record.metrics) if "cache" in artifacts else {}),
+        **(_cache_costs(sweep_results, artifacts["cache"].record.metrics) if "cache" in artifacts else {}),
     }
 
 
-def _saved(swept: Mapping[str, Any], cached: Mapping[str, Any]) -> dict[str, Any]:
+def _cache_costs(sweep_results: Mapping[str, Any], cached: Mapping[str, Any]) -> dict[str, Any]:
     positions, seconds = cached["positions"], cached["teacher_seconds"]
-    distilled = [trial for trial in swept["trials"] if trial["teacher_weight"] > 0]
+    distilled = [trial for trial in sweep_results["trials"] if trial["teacher_weight"] > 0]
     rows = sum(trial["steps"] * trial["values"]["batch_size"] for trial in distilled)
-    asked = round(rows * positions / cached["rows"])
-    live_s = seconds / positions * asked
+    live_predictions = round(rows * positions / cached["rows"])
+    live_s = seconds / positions * live_predictions
     return {
-        "cached": positions,
+        "cached_predictions": positions,
         "cache_s": seconds,
-        "asked": asked,
+        "live_predictions": live_predictions,
         "live_s": live_s,
         "saved_energy_estimate_j": (live_s - seconds) * WATTS_PER_CORE,
     }
 
 
-def file_rows(judged: EvaluatedFiles, swept: Mapping[str, Any]) -> dict[str, Any]:
+def file_rows(evaluated: EvaluatedFiles, sweep_results: Mapping[str, Any]) -> dict[str, Any]:
     """Every exported file, where it stands against each cost, and what the several students add to one."""
-    report, verdict = judged.report, judged.verdict
+    report, verdict = evaluated.report, evaluated.verdict
     passed = {c.name: c.passed for c in verdict.candidates} if verdict else {}
-    spent = {trial["name"]: trial for trial in (*swept["trials"], swept["control"])}
-    rows = [_file(m, report, passed.get(m.name), spent.get(m.student or m.name)) for m in report.measured]
+    trials = {trial["name"]: trial for trial in (*sweep_results["trials"], sweep_results["control"])}
+    rows = [_file(m, report, passed.get(m.name), trials.get(m.student or m.name)) for m in report.measured]
     task = TASKS[report.task]
     sign = -1.0 if task.quality.higher_is_better else 1.0
-    lost_N = np.array([sign * row["quality"] for row in rows])
+    quality_cost_N = np.array([sign * row["quality"] for row in rows])
     planes = {}
-    for axis in AXES:
-        costs_N2 = np.column_stack([[row[axis] for row in rows], lost_N])
-        found = standings(costs_N2[:, :1], *_paired(report))
+    for axis in COST_AXES:
+        costs_N2 = np.column_stack([[row[axis] for row in rows], quality_cost_N])
+        file_standings = standings(costs_N2[:, :1], *_paired_bounds(report))
         planes[axis] = {
-            "label": AXES[axis],
-            "frontier": [row["name"] for row, on in zip(rows, non_dominated(costs_N2), strict=True) if on],
-            "standing": {row["name"]: standing for row, standing in zip(rows, found, strict=True)},
+            "label": COST_AXES[axis],
+            "frontier": [row["name"] for row, member in zip(rows, non_dominated(costs_N2), strict=True) if member],
+            "standing": {row["name"]: standing for row, standing in zip(rows, file_standings, strict=True)},
             "volume": _volumes(report, costs_N2),
         }
     return {
@@ -143,30 +149,36 @@ def file_rows(judged: EvaluatedFiles, swept: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def _file(m: MeasuredFile, report: Report, passed: bool | None, trial: Mapping[str, Any] | None) -> dict[str, Any]:
-    quality = m.metrics[report.quality]
-    rate = m.metrics.get(TASKS[report.task].speed)
+def _file(
+    measured: MeasuredFile, report: Report, passed: bool | None, trial: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    quality = measured.metrics[report.quality]
+    rate = measured.metrics.get(TASKS[report.task].speed)
     return {
-        "name": m.name,
-        "role": m.name if m.student is None else "winner" if m.student == report.winner else "kept",
-        "candidate": m.candidate,
+        "name": measured.name,
+        "role": measured.name
+        if measured.student is None
+        else "winner"
+        if measured.student == report.winner
+        else "kept",
+        "candidate": measured.candidate,
         "passed": passed,
-        "format": m.format,
+        "format": measured.format,
         "quality": quality.value,
         "low": quality.low,
         "high": quality.high,
-        "agreement": m.metrics["agreement"].value,
-        "size_mb": m.size_bytes / 1e6,
-        "p50_ms": 1e3 * m.metrics["latency_p50_s"].value,
-        "p95_ms": 1e3 * m.metrics["latency_p95_s"].value,
-        "resident_mb": m.metrics["resident_mb"].value,
+        "agreement": measured.metrics["agreement"].value,
+        "size_mb": measured.size_bytes / 1e6,
+        "p50_ms": 1e3 * measured.metrics["latency_p50_s"].value,
+        "p95_ms": 1e3 * measured.metrics["latency_p95_s"].value,
+        "resident_mb": measured.metrics["resident_mb"].value,
         "rate": rate.value if rate else None,
-        "requests": m.metrics["latency_p95_s"].n,
+        "requests": measured.metrics["latency_p95_s"].n,
         "trained_s": trial.get("cpu_seconds") if trial else None,
     }
 
 
-def _paired(report: Report) -> tuple[np.ndarray, np.ndarray]:
+def _paired_bounds(report: Report) -> tuple[np.ndarray, np.ndarray]:
     """How much worse each file is than each other: the ends of the intervals, NaN where there is none."""
     place = {m.name: i for i, m in enumerate(report.measured)}
     low_NN, high_NN = np.full((2, len(place), len(place)), np.nan)
@@ -180,30 +192,32 @@ def _paired(report: Report) -> tuple[np.ndarray, np.ndarray]:
 def _volumes(report: Report, costs_N2: np.ndarray) -> dict[str, Any]:
     """The volume that all students' files reach, and the shares that the winner's files or the control do alone."""
     worst_2 = costs_N2.max(axis=0)
-    reference_2 = np.where(worst_2 > 0, worst_2 * BEYOND, worst_2 / BEYOND)
-    picked = {
+    reference_2 = np.where(worst_2 > 0, worst_2 * REFERENCE_MARGIN, worst_2 / REFERENCE_MARGIN)
+    masks = {
         "all": [m.student is not None for m in report.measured],
         "winner": [m.student == report.winner for m in report.measured],
         "control": [m.name == "control" for m in report.measured],
     }
-    found = {name: hypervolume(costs_N2[np.array(mask)], reference_2) for name, mask in picked.items()}
-    whole = found["all"]
+    volumes = {name: hypervolume(costs_N2[np.array(mask)], reference_2) for name, mask in masks.items()}
+    whole = volumes["all"]
     return {
         "reference": [reference_2[0], abs(reference_2[1])],
         "volume": whole,
-        **{name: found[name] / whole if whole else None for name in ("winner", "control")},
+        **{name: volumes[name] / whole if whole else None for name in ("winner", "control")},
     }
 
 
 def read_curves(train: Path, sweep: Path) -> list[PlottedCurve]:
     """The loss curves of teacher, trials and control."""
-    swept = json.loads((sweep / "trials.json").read_text(encoding="utf-8"))
-    roles = dict.fromkeys(swept["kept"], "kept") | {swept["winner"]: "student", "control": "control"}
-    found = [_read("teacher", train / "curve.jsonl", "teacher")]
-    return found + [_read(p.stem, p, roles.get(p.stem, "trial")) for p in sorted((sweep / "curves").glob("*.jsonl"))]
+    sweep_results = json.loads((sweep / "trials.json").read_text(encoding="utf-8"))
+    roles = dict.fromkeys(sweep_results["kept"], "kept") | {sweep_results["winner"]: "student", "control": "control"}
+    teacher = [_read_curve("teacher", train / "curve.jsonl", "teacher")]
+    return teacher + [
+        _read_curve(p.stem, p, roles.get(p.stem, "trial")) for p in sorted((sweep / "curves").glob("*.jsonl"))
+    ]
 
 
-def _read(name: str, path: Path, role: str) -> PlottedCurve:
+def _read_curve(name: str, path: Path, role: str) -> PlottedCurve:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return PlottedCurve(name, role, _points(rows, "loss"), _points(rows, "validation_loss"))
 

@@ -1,6 +1,6 @@
-"""What is worth choosing from when more than one thing counts. Pure numpy.
+"""The Pareto frontier: the points that no other dominates, how sure that is, and the volume they cover. Pure numpy.
 
-Every objective is a cost: less is better. Turn the sign of one that is to be large.
+Every objective is a cost: less is better. Negate one that is to be large.
 
 Shapes: N points, O objectives.
 """
@@ -17,16 +17,16 @@ Standing = Literal["certain", "open", "beaten"]
 
 
 def non_dominated(costs_NO: Floats) -> NDArray[np.bool_]:
-    """The points that no other beats, shape (N,): none is at most as dear in every objective and less in one.
+    """The points that no other dominates, shape (N,): none costs at most as much in every objective and less in one.
 
-    Equal points do not beat each other.
+    Equal points do not dominate each other.
 
     Raises:
         ValueError: a cost is not a number, which no order holds for.
     """
     if np.isnan(costs_NO).any():
         raise ValueError("a cost is not a number; leave the point out, or give it an infinite cost")
-    return np.array([not _beats(costs_NO, point_O).any() for point_O in costs_NO], bool)
+    return np.array([not _dominates(costs_NO, point_O).any() for point_O in costs_NO], bool)
 
 
 def standings(costs_NO: Floats, low_NN: Floats, high_NN: Floats) -> list[Standing]:
@@ -34,23 +34,23 @@ def standings(costs_NO: Floats, low_NN: Floats, high_NN: Floats) -> list[Standin
 
     ``low_NN[i, j]`` and ``high_NN[i, j]`` bound how much worse i is than j in the uncertain cost. A point is
 
-    - ``certain``: nothing at most as dear in the exact costs could be as good, even at the interval's far end;
-    - ``beaten``: something at most as dear is better, even at the interval's near end;
+    - ``certain``: nothing at most as large in the exact costs could be as good, even at the interval's far end;
+    - ``beaten``: something at most as large there is better, even at the interval's near end;
     - ``open`` otherwise: more test units would tell.
 
     An interval that is not known (NaN) proves neither.
     """
-    found: list[Standing] = []
+    standing_N: list[Standing] = []
     for i, point_O in enumerate(costs_NO):
         rivals = (costs_NO <= point_O).all(axis=1)
         rivals[i] = False
         if (low_NN[i, rivals] > 0).any():
-            found.append("beaten")
+            standing_N.append("beaten")
         elif (high_NN[i, rivals] < 0).all():
-            found.append("certain")
+            standing_N.append("certain")
         else:
-            found.append("open")
-    return found
+            standing_N.append("open")
+    return standing_N
 
 
 def hypervolume(costs_NO: Floats, reference_O: Floats) -> float:
@@ -75,7 +75,7 @@ def hypervolume(costs_NO: Floats, reference_O: Floats) -> float:
     return float(sum(depth * _area(inside_NO[:n, :2], reference_O[:2]) for n, depth in slabs if depth > 0))
 
 
-def _beats(costs_NO: Floats, point_O: Floats) -> NDArray[np.bool_]:
+def _dominates(costs_NO: Floats, point_O: Floats) -> NDArray[np.bool_]:
     return np.asarray((costs_NO <= point_O).all(axis=1) & (costs_NO < point_O).any(axis=1))
 
 

@@ -40,10 +40,10 @@ def test_token_zero_ends_a_text_and_cannot_be_spelled_by_one() -> None:
 @given(documents, st.integers(1, 9), st.integers(1, 4))
 def test_train_rows_predict_each_token_once(found: list[np.ndarray], length: int, group: int) -> None:
     stream = np.concatenate([np.concatenate([[0], document]) for document in found])
-    rows = tokenization.train_rows(len(stream) - len(found), len(found), length, group)
+    rows = tokenization.train_rows(len(stream), length, group)
     assert rows % group == 0
     assert rows * length <= len(stream) - 1 < (rows + group) * length
-    packed_RS = tokenization.pack_stream(found, length, rows)
+    packed_RS = tokenization.pack_stream(stream, length, rows)
     assert packed_RS.shape == (rows, length + 1)
     assert np.array_equal(packed_RS[:, 1:].reshape(-1), stream[1 : 1 + rows * length])
     assert np.array_equal(packed_RS[:, :-1].reshape(-1), stream[: rows * length])
@@ -63,7 +63,7 @@ def test_a_held_out_document_is_predicted_whole_and_alone(document: np.ndarray, 
 
 def test_too_few_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="do not fill 3 rows of 4"):
-        tokenization.pack_stream([np.int32([1, 2, 3])], 4, 3)
+        tokenization.pack_stream(np.int32([0, 1, 2, 3]), 4, 3)
 
 
 def test_an_existing_tokenizer_is_read_as_it_is(tmp_path: Path) -> None:
