@@ -45,7 +45,7 @@ def test_every_rank_gets_the_planned_rows(digits_root: Path, cpus: int) -> None:
     for rank in range(2):
         planned = [order.step_rows(step, batch_size, rank, 2).tolist() for step in range(first, last)]
         assert found["rows"][rank] == planned
-    assert found["columns"] == {"sample_id": [12], "pixels": [12, 64], "label": [12]}
+    assert found["columns"] == {"sample_id": [12], "pixels": [12, 1, 8, 8], "label": [12]}
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from overproof.artifacts import Artifact, ArtifactWriter, Store
 from overproof.config import Generate, Optimization, Recipe
@@ -28,7 +29,8 @@ from overproof.distill.teacher_worker import CaptureJob as Capture
 from overproof.distill.teacher_worker import TargetWorker, TeacherWorker
 from overproof.distill.text_worker import TextWorker
 from overproof.distill.trial_job import TrialJob
-from overproof.models.hf_directory import build_model, save_model, to_tensors
+from overproof.models.base import Prediction
+from overproof.models.hf_directory import Batch, build_model, save_model, to_tensors
 from overproof.models.llama import Llama
 from overproof.models.vit import Vit
 from overproof.registry import TASKS
@@ -68,7 +70,9 @@ def text_like(root: Path) -> Manifest:
                 "tokens": (tokens[part] % VOCABULARY).astype(np.int32),
                 "length": lengths[part].astype(np.int32),
             }
-            shards.append(write_shard(str(root), f"{split}/{number:05d}.parquet", columns, fields, 8, int(lengths[part].sum())))
+            shards.append(
+                write_shard(str(root), f"{split}/{number:05d}.parquet", columns, fields, 8, int(lengths[part].sum()))
+            )
         splits[split] = Split(shards=tuple(shards), rows=rows, predictions=int(lengths.sum()), documents=1)
     return Manifest(
         task="language_modeling",
@@ -118,6 +122,10 @@ class World:
     def root(self) -> Path:
         return self.artifacts["prepare"].local()
 
+    def predict(self, model: PreTrainedModel, batch: Batch) -> Prediction:
+        """A model on columns of this world's rows."""
+        return TASKS[TASK[self.kind]].predict(model, batch)
+
     def draft(self, stage: str, store: Store | None = None) -> ArtifactWriter:
         """A fresh draft in its own folder, with a workspace of its own."""
         number = next(self.numbers)
@@ -144,7 +152,14 @@ def train_teacher(kind: str, root: Path, folder: Path, steps: int = 60) -> None:
     model = build_model(TEACHERS[kind], manifest, 0)
     order = Order(manifest.groups, manifest.rows_per_group, 0)
     batches = (to_tensors(shards.take(order.step_rows(step, 32))) for step in range(steps))
-    fit(TorchEngine(model, settings), CrossEntropy(TASKS[manifest.task].predict), settings, batches, lambda: 0.0, lambda _: None)
+    fit(
+        TorchEngine(model, settings),
+        CrossEntropy(TASKS[manifest.task].predict),
+        settings,
+        batches,
+        lambda: 0.0,
+        lambda _: None,
+    )
     save_model(model, model.config, folder / "model", root / TOKENIZER if kind == "text" else None)
 
 

@@ -9,8 +9,9 @@ import pytest
 from matplotlib.text import Text
 
 from overproof.evaluate.gate import CandidateVerdict, Verdict
-from overproof.evaluate.metrics import MeasuredFile, Metric, Report
+from overproof.evaluate.metrics import MeasuredFile, Report
 from overproof.report.figure import PlottedCurve, draw_report, picture
+from overproof.tasks.base import Metric
 
 CURVE = PlottedCurve("teacher", "teacher", [(1, 3.0), (2, 2.0)], [(2, 2.5)])
 
@@ -45,7 +46,10 @@ def test_sizes_and_names_that_lie_close_hide_nothing(sizes_mb: tuple[float, ...]
     )
     candidates = tuple(CandidateVerdict(name=m.name, passed=m.name != "q1 $_$", reasons=()) for m in files[2:])
     verdict = Verdict(passed=True, chosen="q0 $_$", candidates=candidates)
-    report = Report(kind="text", quality="bits_per_byte", confidence=0.95, measured=files, comparisons=())
+    report = Report(
+        task="language_modeling", quality="bits_per_byte", engine="any", computes_with="any", confidence=0.95,
+        measured=files, comparisons=(),
+    )  # fmt: skip
     figure = picture([CURVE], report, verdict)
     figure.savefig(io.BytesIO(), format="png")
     _, plane = figure.axes

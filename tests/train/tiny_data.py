@@ -67,9 +67,7 @@ def text_like(root: Path) -> Path:
         shard = write_shard(str(root), f"{split}/00000.parquet", columns, fields, ROWS_PER_GROUP, predictions)
         splits[split] = Split(shards=(shard,), rows=rows, predictions=predictions, documents=1)
     (root / TOKENIZER).write_text("{}")
-    return _described(
-        root, splits, task="language_modeling", columns=TOKENS, positions=LENGTH, outputs=VOCABULARY
-    )
+    return _described(root, splits, task="language_modeling", columns=TOKENS, positions=LENGTH, outputs=VOCABULARY)
 
 
 def _described(root: Path, splits: dict[str, Split], **data: Any) -> Path:
