@@ -22,9 +22,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.distributed as dist
 
-from overproof.config import CheckpointPolicy, Llama, Train
+from overproof.config import CheckpointPolicy, Train
 from overproof.data.manifest import Manifest, Split
 from overproof.models.hf_directory import build_model, count_parameters
+from overproof.models.llama import Llama
+from overproof.registry import TASKS
 from overproof.stage_context import TrainingResumed
 from overproof.train.checkpoint import Checkpoints
 from overproof.train.checkpoint_writer import AsyncCheckpointWriter
@@ -38,9 +40,9 @@ KINDS = ("bit flipped", "cut short", "bytes zeroed", "grown", "deleted")
 
 def manifest() -> Manifest:
     """What a model has to know of data."""
-    split = Split(shards=(), rows=0, tokens=0, documents=0)
-    return Manifest(kind="text", splits={"train": split}, rows_per_group=1, sequence_length=LENGTH,
-                    vocab_size=VOCABULARY, classes=None, tokenizer_sha256=None, dropped={})  # fmt: skip
+    split = Split(shards=(), rows=0, predictions=0, documents=0)
+    return Manifest(task="language_modeling", columns=(), splits={"train": split}, rows_per_group=1, positions=LENGTH,
+                    outputs=VOCABULARY)  # fmt: skip
 
 
 def engine(width: int) -> DeepSpeedEngine:
@@ -65,7 +67,7 @@ def pauses(trained: DeepSpeedEngine, found: Checkpoints, repeats: int) -> tuple[
         for kind, seconds in taken.items():
             for _ in range(STEPS_BETWEEN):
                 began = time.monotonic()
-                trained.step(CrossEntropy(), batch)
+                trained.step(CrossEntropy(TASKS["language_modeling"].predict), batch)
                 steps.append(time.monotonic() - began)
             saver.wait()
             step += STEPS_BETWEEN

@@ -16,18 +16,23 @@ import torch
 from transformers import PreTrainedModel
 
 from overproof.artifacts import TOOLS
-from overproof.config import Gate, Llama, Parity, Vit
+from overproof.config import Gate, Parity
 from overproof.data.manifest import TOKENIZER, Manifest, Split
 from overproof.data.tokenization import END_ID, train_bpe
 from overproof.evaluate.gate import judge
-from overproof.evaluate.metrics import MeasuredFile, Metric, Report
-from overproof.export.gguf import GgufFormat, export_gguf
-from overproof.export.onnx import export_onnx
+from overproof.evaluate.metrics import MeasuredFile, Report
+from overproof.export.gguf_file import GgufVariant, export_gguf
+from overproof.export.onnx_file import export_onnx
 from overproof.files import FileEntry, file_sha256
 from overproof.models import hf_directory
+from overproof.models.llama import Llama
+from overproof.models.vit import Vit
 from overproof.package.package import CARD, PACKAGE, REPORT, VERDICT, PackageContents, open_package
+from overproof.registry import ENGINES, TASKS
+from overproof.tasks.base import Metric
 
 VOCABULARY, LENGTH, SEED = 8192, 512, 1
+TaskKind = Literal["language_modeling", "image_classification"]
 HUGGING_FACE = "hugging-face"  # the folder beside the package with the same weights in fp32
 LLAMA = Llama(hidden_size=768, intermediate_size=2048, layers=12, heads=12, kv_heads=4)  # 82 million parameters
 DEEP = Vit(hidden_size=256, intermediate_size=1024, layers=4, heads=4)  # 17 tokens of an image, 13 MB
@@ -39,7 +44,7 @@ def texts() -> list[str]:
     return [file.read_text(encoding="utf-8") for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
 
 
-def forge_text(folder: Path, config: Llama = LLAMA, format: GgufFormat = "q8_0") -> Path:
+def forge_text(folder: Path, config: Llama = LLAMA, format: GgufVariant = "q8_0") -> Path:
     """A language model's package, and beside it the same weights as a Hugging Face directory.
 
     Token 0, which ends a text, and those that are no whole ASCII characters have rows of zeros: they are never the
@@ -49,7 +54,7 @@ def forge_text(folder: Path, config: Llama = LLAMA, format: GgufFormat = "q8_0")
     source.mkdir(parents=True)
     tokenizer = train_bpe(texts(), VOCABULARY)
     tokenizer.save(str(folder / TOKENIZER))
-    model = hf_directory.build_model(config, _manifest("text"), SEED)
+    model = hf_directory.build_model(config, _manifest("language_modeling"), SEED)
     with torch.no_grad():
         silent = [END_ID, *(i for i in range(VOCABULARY) if not tokenizer.decode([i]).isascii())]
         model.get_input_embeddings().weight[silent] = 0
@@ -58,34 +63,34 @@ def forge_text(folder: Path, config: Llama = LLAMA, format: GgufFormat = "q8_0")
     package.mkdir()
     export_gguf(source, folder / TOKENIZER, package / "model.gguf", format, "forged")
     shutil.copyfile(folder / TOKENIZER, package / TOKENIZER)
-    return _seal(package, "text", "model.gguf", format)
+    return _seal(package, "language_modeling", "model.gguf", format)
 
 
 def forge_digits(folder: Path, config: Vit = DEEP) -> Path:
     """A classifier's package, fp32."""
     source, package = folder / HUGGING_FACE, folder / "package"
-    model: PreTrainedModel = hf_directory.build_model(config, _manifest("digits"), SEED)
+    model: PreTrainedModel = hf_directory.build_model(config, _manifest("image_classification"), SEED)
     hf_directory.save_model(model, model.config, source)
     package.mkdir()
     export_onnx(source, package / "model.onnx")
-    return _seal(package, "digits", "model.onnx", "fp32")
+    return _seal(package, "image_classification", "model.onnx", "fp32")
 
 
-def _manifest(kind: Literal["text", "digits"]) -> Manifest:
-    text = kind == "text"
+def _manifest(task: TaskKind) -> Manifest:
+    text = task == "language_modeling"
     return Manifest(
-        kind=kind,
-        splits={name: Split(shards=(), rows=0, tokens=0, documents=0) for name in ("train", "validation", "test")},
+        task=task,
+        columns=(),
+        splits={name: Split(shards=(), rows=0, predictions=0, documents=0) for name in ("train", "validation", "test")},
         rows_per_group=1,
-        sequence_length=LENGTH if text else None,
-        vocab_size=VOCABULARY if text else None,
-        classes=None if text else 10,
+        positions=LENGTH if text else 1,
+        outputs=VOCABULARY if text else 10,
         tokenizer_sha256="" if text else None,
-        dropped={},
+        details={} if text else {"channels": 1, "height": 8, "width": 8, "classes": [str(n) for n in range(10)]},
     )
 
 
-def _seal(package: Path, kind: Literal["text", "digits"], model: str, format: str) -> Path:
+def _seal(package: Path, task: TaskKind, model: str, format: str) -> Path:
     """Write what proves a model file, as if its gate had passed it."""
     file = package / model
     measured = MeasuredFile(
@@ -97,8 +102,16 @@ def _seal(package: Path, kind: Literal["text", "digits"], model: str, format: st
         candidate=True,
         metrics={"parity_nats": Metric(value=0.0, unit="nats", n=1)},
     )
-    quality: Literal["bits_per_byte", "accuracy"] = "bits_per_byte" if kind == "text" else "accuracy"
-    report = Report(kind=kind, quality=quality, confidence=0.95, measured=(measured,), comparisons=())
+    engine = "llama.cpp" if task == "language_modeling" else "onnxruntime"
+    report = Report(
+        task=task,
+        quality=TASKS[task].quality.name,
+        engine=engine,
+        computes_with=ENGINES[engine].computes_with,
+        confidence=0.95,
+        measured=(measured,),
+        comparisons=(),
+    )
     gate = Gate(rules=(Parity(at_most=1.0),))
     (package / REPORT).write_text(report.model_dump_json(), encoding="utf-8")
     (package / VERDICT).write_text(judge(gate, report).model_dump_json(), encoding="utf-8")
@@ -106,7 +119,9 @@ def _seal(package: Path, kind: Literal["text", "digits"], model: str, format: st
     content = PackageContents(
         id=f"forged/package/{hashlib.sha256(measured.sha256.encode()).hexdigest()[:12]}",
         name="forged",
-        kind=kind,
+        task=task,
+        details=_manifest(task).details,
+        companions=(TOKENIZER,) if task == "language_modeling" else (),
         candidate="forged",
         model=model,
         model_format=format,

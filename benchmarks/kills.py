@@ -66,10 +66,10 @@ def alone(kills: int, dice: random.Random) -> list[Kill]:
     import deepspeed  # noqa: F401  # once for all that are forked
 
     from overproof.artifacts import Store
-    from overproof.config import DigitsData, load_recipe
-    from overproof.data.digits import prepare_digits
+    from overproof.config import load_recipe
     from overproof.data.manifest import MANIFEST
-    from overproof.stage_context import no_progress
+    from overproof.registry import TASKS
+    from overproof.stage_context import StageContext, no_progress
     from overproof.train.checkpoint import Checkpoints
     from overproof.train.local_launcher import LocalWorkers
     from overproof.train.train_job import SupervisedSpec, TrainJob
@@ -79,8 +79,7 @@ def alone(kills: int, dice: random.Random) -> list[Kill]:
         recipe = load_recipe(RECIPE, (f"store={folder}", *(f"{k}={v}" for k, v in SETTINGS.items())))
         store = Store(folder)
         prepared_draft = store.new_writer("digits", "prepare", "a" * 64, {}, {})
-        assert isinstance(recipe.data, DigitsData)
-        manifest = prepare_digits(recipe.data, recipe.seed, prepared_draft.uri)
+        manifest = TASKS[recipe.data.kind].prepare(StageContext(recipe, {}, prepared_draft, no_progress))
         (Path(prepared_draft.uri) / MANIFEST).write_text(manifest.model_dump_json())
         prepared = prepared_draft.commit({}, 0.0)
         draft = store.new_writer("digits", "train", "b" * 64, {}, {})

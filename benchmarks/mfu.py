@@ -26,15 +26,18 @@ import torch
 import torch.distributed as dist
 from measuring import environment, say, table
 
-from overproof.config import Llama, Train
+from overproof.config import Train
 from overproof.data.manifest import Manifest
 from overproof.models.hf_directory import Batch, build_model, count_parameters
+from overproof.models.llama import Llama
+from overproof.registry import TASKS
 from overproof.train.deepspeed_engine import DeepSpeedEngine
 from overproof.train.loop import train_steps
 from overproof.train.objective import CrossEntropy
 
 VOCABULARY = 32_000
 WARMING_STEPS = 3
+OBJECTIVE = CrossEntropy(TASKS["language_modeling"].predict)
 PRESETS = {
     "small": (Llama(hidden_size=256, intermediate_size=704, layers=4, heads=8, kv_heads=8), 256, "fp32"),
     "1b": (Llama(hidden_size=2048, intermediate_size=5632, layers=22, heads=32, kv_heads=4), 2048, "bf16"),
@@ -75,8 +78,7 @@ def _wait(device: torch.device) -> None:
 def manifest_for(sequence: int) -> Manifest:
     """Only what a model is built from."""
     return Manifest(
-        kind="text", splits={}, rows_per_group=1, sequence_length=sequence, vocab_size=VOCABULARY, classes=None,
-        tokenizer_sha256=None, dropped={},
+        task="language_modeling", columns=(), splits={}, rows_per_group=1, positions=sequence, outputs=VOCABULARY,
     )  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def utilisation(given: argparse.Namespace) -> None:
     model = build_model(llama, manifest_for(sequence), 0)
     count, flops = count_parameters(model), model_flops(model, llama, sequence)
     engine = DeepSpeedEngine(model, train)
-    trained = train_steps(engine, CrossEntropy(), train, random_batches(train.batch_size, sequence), lambda: 0.0)
+    trained = train_steps(engine, OBJECTIVE, train, random_batches(train.batch_size, sequence), lambda: 0.0)
     peaks, speeds = [], []
     for repeat in range(given.repeats):
         say(f"repeat {repeat + 1} of {given.repeats}")
@@ -140,7 +142,7 @@ def fits(given: argparse.Namespace, layers: int) -> None:
     model = build_model(llama, manifest_for(sequence), 0)
     count = count_parameters(model)
     engine = DeepSpeedEngine(model, train)
-    list(train_steps(engine, CrossEntropy(), train, random_batches(1, sequence), lambda: 0.0))
+    list(train_steps(engine, OBJECTIVE, train, random_batches(1, sequence), lambda: 0.0))
     print(json.dumps([count, torch.cuda.max_memory_allocated()]))
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from overproof.data.columns import text_schema
-from overproof.data.manifest import MANIFEST, Manifest, Split
+from overproof.data.document_blocks import text_columns
+from overproof.data.manifest import MANIFEST, Manifest, Split, shard_schema
 from overproof.data.parquet_reader import Columns
 from overproof.data.parquet_writer import parquet_bytes, to_table, write_file, write_shard
 from overproof.data.tokenization import token_columns
@@ -27,6 +27,7 @@ def write_rows(root: Path, rows: int, sequence_length: int, rows_per_group: int,
     per_shard = max(1, rows // SHARDS // rows_per_group) * rows_per_group
     chances = 1 / np.arange(2, vocab_size + 2)
     edges = np.cumsum(chances / chances.sum())
+    columns = text_columns(sequence_length, vocab_size)
     splits = {}
     for split, sizes in {"train": [per_shard] * SHARDS, "validation": [HELD_OUT_ROWS]}.items():
         shards = []
@@ -35,20 +36,19 @@ def write_rows(root: Path, rows: int, sequence_length: int, rows_per_group: int,
             tokens_RS = np.minimum(np.searchsorted(edges, draws), vocab_size - 1).astype(np.int32)
             part = token_columns(index * per_shard, tokens_RS, sequence_length, -1)
             name = f"{split}/{index:05d}.parquet"
-            shards.append(write_shard(str(root), name, part, text_schema(sequence_length, vocab_size), rows_per_group))
+            fields, predictions = shard_schema(columns), size * sequence_length
+            shards.append(write_shard(str(root), name, part, fields, rows_per_group, predictions))
             if split == "train":
                 write_lists(root, index, part, rows_per_group)
         total = sum(sizes)
-        splits[split] = Split(shards=tuple(shards), rows=total, tokens=total * sequence_length, documents=1)
+        splits[split] = Split(shards=tuple(shards), rows=total, predictions=total * sequence_length, documents=1)
     manifest = Manifest(
-        kind="text",
+        task="language_modeling",
+        columns=columns,
         splits=splits,
         rows_per_group=rows_per_group,
-        sequence_length=sequence_length,
-        vocab_size=vocab_size,
-        classes=None,
-        tokenizer_sha256=None,
-        dropped={},
+        positions=sequence_length,
+        outputs=vocab_size,
     )
     (root / MANIFEST).write_text(manifest.model_dump_json())
     return manifest

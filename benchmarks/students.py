@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import log_softmax
 
 from overproof.artifacts import Artifact, Store
-from overproof.config import Cache, Llama, Recipe, Student, Sweep, Tune, Vit
+from overproof.config import Cache, Recipe, Student, Sweep, Tune
 from overproof.config import load_recipe as load_recipe
 from overproof.config.search import TrialValues
 from overproof.data.manifest import DOCUMENTS, Manifest
@@ -36,10 +36,13 @@ from overproof.data.parquet_reader import Shards
 from overproof.distill.sweep import make_trial_job as job_of
 from overproof.distill.sweep_state import SweepState
 from overproof.distill.trial_job import TrialJob
-from overproof.evaluate.scoring import TestDocuments
-from overproof.models.hf_directory import build_model, count_parameters, forward, load_model, save_model, to_tensors
+from overproof.models.hf_directory import build_model, count_parameters, load_model, save_model, to_tensors
+from overproof.models.llama import Llama
+from overproof.models.vit import Vit
 from overproof.pipeline import resolve_stages
+from overproof.registry import TASKS
 from overproof.stage_context import StageContext, no_progress
+from overproof.tasks.text_evaluation import TestDocuments
 
 SOURCES = f"{HERE.parent / 'platform'}{os.pathsep}{HERE}"  # what every process of a benchmark imports from
 RECIPES = HERE.parent / "jobs" / "recipes"
@@ -215,6 +218,7 @@ def scores(parents: dict[str, Artifact], folders: dict[str, str], documents: int
     """Every model and, under "teacher", the teacher on the same units of the test split; on every thread there is."""
     torch.set_num_threads(os.cpu_count() or 1)
     root = parents["prepare"].local()
+    predict = TASKS[Manifest.read(root).task].predict
     teacher = load_model(parents["train"].local() / "model")
     known = {"teacher": teacher} | {name: load_model(Path(folder)) for name, folder in folders.items()}
     ids, places, sizes = _units(root, documents)
@@ -223,11 +227,11 @@ def scores(parents: dict[str, Artifact], folders: dict[str, str], documents: int
     for start in range(0, len(ids), SCORED_ROWS):
         here = slice(start, start + SCORED_ROWS)
         batch, place = to_tensors(shards.take(ids[here])), places[here]
-        log_q_BPV = log_softmax(forward(teacher, batch).logits_BPV, -1)
+        log_q_BPV = log_softmax(predict(teacher, batch).logits_BPV, -1)
         q_BPV = log_q_BPV.exp()
         negative_entropy_BP = torch.einsum("bpv,bpv->bp", q_BPV, log_q_BPV)
         for name, model in known.items():
-            prediction = forward(model, batch)
+            prediction = predict(model, batch)
             log_p_BPV = log_softmax(prediction.logits_BPV, -1)
             nats_BP = -log_p_BPV.gather(-1, prediction.targets_BP[..., None])[..., 0]
             kl_BP = negative_entropy_BP - torch.einsum("bpv,bpv->bp", q_BPV, log_p_BPV)
@@ -239,7 +243,7 @@ def scores(parents: dict[str, Artifact], folders: dict[str, str], documents: int
 
 def _units(root: Path, most: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Row ids of the test split, the unit that each belongs to, and every unit's size."""
-    if Manifest.read(root).kind == "digits":
+    if Manifest.read(root).task == "image_classification":
         count = Manifest.read(root).splits["test"].rows
         return np.arange(count), np.arange(count), np.ones(count)
     rows = TestDocuments.of(root, most)

@@ -39,9 +39,11 @@ from students import (
 )  # fmt: skip
 
 from overproof.artifacts import Artifact
-from overproof.config import Llama, Recipe, Student, Vit
+from overproof.config import Recipe, Student
 from overproof.evaluate.metrics import Bootstrap, percentiles, resampled_sums
 from overproof.models.hf_directory import load_model
+from overproof.models.llama import Llama
+from overproof.models.vit import Vit
 
 PROCESSES = 2
 DIGITS_STEPS = 150

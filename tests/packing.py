@@ -18,21 +18,26 @@ from tokenizers import Tokenizer
 from overproof.artifacts import Artifact, Store
 from overproof.config import Recipe, load_recipe
 from overproof.data import tokenization as bpe
-from overproof.data.manifest import Manifest, Shard, Split
+from overproof.data.document_blocks import text_columns
+from overproof.data.manifest import Column, Manifest, Shard, Split
 from overproof.errors import InputError
 from overproof.evaluate.gate import judge
-from overproof.evaluate.metrics import Comparison, MeasuredFile, Metric, Report
-from overproof.export.gguf import export_gguf
-from overproof.export.onnx import export_onnx, quantize_onnx
+from overproof.evaluate.metrics import Comparison, MeasuredFile, Report
+from overproof.export.gguf_file import export_gguf
+from overproof.export.onnx_file import export_onnx, quantize_onnx
 from overproof.files import file_sha256
 from overproof.models import hf_directory
 from overproof.package.package import build_package, open_package
+from overproof.registry import ENGINES
 from overproof.stage_context import StageContext, no_progress
+from overproof.tasks.base import Metric
 
 RECIPES = Path(__file__).parents[1] / "jobs/recipes"
 LENGTH, VOCABULARY, STEPS = 32, 512, 60
 TEXT_MODEL = {"kind": "llama", "hidden_size": 64, "intermediate_size": 96, "layers": 1, "heads": 2, "kv_heads": 1}
 IMAGE_MODEL = {"kind": "vit", "hidden_size": 16, "intermediate_size": 32, "layers": 1, "heads": 2}
+PIXELS = (Column(name="pixels", dtype="<f4", shape=(1, 8, 8)), Column(name="label", dtype="<i4"))
+DIGITS = {"channels": 1, "height": 8, "width": 8, "classes": [str(number) for number in range(10)]}
 
 
 def make_recipe(kind: str, store: Path, *overrides: str) -> Recipe:
@@ -54,7 +59,7 @@ def make_parents(recipe: Recipe) -> dict[str, Artifact]:
 
     add("prepare", lambda folder: _prepare(recipe, folder))
     manifest = Manifest.read(done["prepare"].local())
-    tokenizer = done["prepare"].local() / "tokenizer.json" if manifest.kind == "text" else None
+    tokenizer = manifest.tokenizer(done["prepare"].local())
 
     def save(folder: Path, seed: int) -> None:
         model = hf_directory.build_model(recipe.sweep.students[0].model, manifest, seed + 10 * recipe.seed)
@@ -137,20 +142,21 @@ def break_model(package_folder: Path, folder: Path) -> Path:
 
 
 def _prepare(recipe: Recipe, folder: Path) -> None:
-    text = recipe.data.kind == "text"
+    text = recipe.data.kind == "language_modeling"
     if text:
         bpe.train_bpe(_texts(), VOCABULARY).save(str(folder / "tokenizer.json"))
-    shards = {name: (Shard(path=f"{name}/00000.parquet", sha256=name * 8, size_bytes=9, rows=4, tokens=128),)
+    shards = {name: (Shard(path=f"{name}/00000.parquet", sha256=name * 8, size_bytes=9, rows=4, predictions=128),)
               for name in ("train", "validation", "test")}  # fmt: skip
     manifest = Manifest(
-        kind="text" if text else "digits",
-        splits={name: Split(shards=shard, rows=4, tokens=128, documents=4) for name, shard in shards.items()},
+        task=recipe.data.kind,
+        columns=text_columns(LENGTH, VOCABULARY) if text else PIXELS,
+        splits={name: Split(shards=shard, rows=4, predictions=128, documents=4) for name, shard in shards.items()},
         rows_per_group=4,
-        sequence_length=LENGTH if text else None,
-        vocab_size=VOCABULARY if text else None,
-        classes=None if text else 10,
+        positions=LENGTH if text else 1,
+        outputs=VOCABULARY if text else 10,
         tokenizer_sha256=file_sha256(folder / "tokenizer.json") if text else None,
         dropped={"empty": 2, "duplicate": 0},
+        details={} if text else DIGITS,
     )
     (folder / "manifest.json").write_text(manifest.model_dump_json())
 
@@ -184,7 +190,7 @@ def _trials(folder: Path) -> None:
 
 def _compress(recipe: Recipe, done: dict[str, Artifact], folder: Path) -> None:
     """As the compress stage does, with one slow export where that makes three."""
-    text, student = recipe.data.kind == "text", done["sweep"].local() / "students/student"
+    text, student = recipe.data.kind == "language_modeling", done["sweep"].local() / "students/student"
     tokenizer, exports = done["prepare"].local() / "tokenizer.json", []
     whole = folder / ("student.gguf" if text else "student.onnx")
     if text:
@@ -210,13 +216,14 @@ def _compress(recipe: Recipe, done: dict[str, Artifact], folder: Path) -> None:
             "file": file.name,
             "format": format or ("f16" if text else "fp32"),
         }
+        listed |= {"companions": ["tokenizer.json"] if text else []}
         exports.append(listed | {"size_bytes": file.stat().st_size, "candidate": bool(format)})
     (folder / "exports.json").write_text(json.dumps(exports))
 
 
 def _evaluate(recipe: Recipe, compressed: Path, folder: Path) -> None:
     """A report in which every candidate is a little worse and far smaller than the teacher."""
-    quality = "bits_per_byte" if recipe.data.kind == "text" else "accuracy"
+    quality = "bits_per_byte" if recipe.data.kind == "language_modeling" else "accuracy"
     exports = json.loads((compressed / "exports.json").read_text())
     measured = [
         MeasuredFile(
@@ -237,8 +244,10 @@ def _evaluate(recipe: Recipe, compressed: Path, folder: Path) -> None:
         for against, value in (("student", 0.01), ("control", -0.05))
     ]
     report = Report(
-        kind=recipe.data.kind,
+        task=recipe.data.kind,
         quality=quality,
+        engine=recipe.engine,
+        computes_with=ENGINES[recipe.engine].computes_with,
         confidence=0.95,
         measured=tuple(measured),
         comparisons=tuple(comparisons),

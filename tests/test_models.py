@@ -10,7 +10,6 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
-from overproof.config import Llama, Vit
 from overproof.data.manifest import Manifest
 from overproof.data.tokenization import encode, train_bpe
 from overproof.errors import InputError
@@ -19,11 +18,13 @@ from overproof.models.hf_directory import (
     build_model,
     check_tokenizer,
     count_parameters,
-    forward,
     load_model,
     save_model,
     to_tensors,
 )
+from overproof.models.llama import Llama
+from overproof.models.vit import Vit
+from overproof.registry import TASKS
 
 LLAMA = Llama(hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2)
 VIT = Vit(hidden_size=24, intermediate_size=48, layers=2, heads=2)
@@ -32,14 +33,14 @@ VIT = Vit(hidden_size=24, intermediate_size=48, layers=2, heads=2)
 def manifest(kind: str = "text", vocab_size: int = 320, tokenizer_sha256: str | None = None) -> Manifest:
     text = kind == "text"
     return Manifest(
-        kind=kind,  # type: ignore[arg-type]
+        task="language_modeling" if text else "image_classification",
+        columns=(),
         splits={},
         rows_per_group=4,
-        sequence_length=16 if text else None,
-        vocab_size=vocab_size if text else None,
-        classes=None if text else 10,
+        positions=16 if text else 1,
+        outputs=vocab_size if text else 10,
         tokenizer_sha256=tokenizer_sha256,
-        dropped={},
+        details={} if text else {"channels": 1, "height": 8, "width": 8},
     )
 
 
@@ -71,22 +72,23 @@ def test_text_predictions() -> None:
     model = build_model(LLAMA, manifest(), 0).eval()
     tokens_BS = np.random.default_rng(0).integers(1, 320, (3, 17)).astype(np.int32)
     batch = to_tensors({"tokens": tokens_BS, "length": np.array([16, 5, 1], np.int32)})
-    found = forward(model, batch)
+    predict = TASKS["language_modeling"].predict
+    found = predict(model, batch)
     assert found.logits_BPV.shape == (3, 16, 320)
     assert torch.equal(found.targets_BP, batch["tokens"][:, 1:])
     assert found.mask_BP.sum(1).tolist() == [16, 5, 1]
     assert found.mask_BP[1, :5].all()
     changed = batch | {"tokens": batch["tokens"].clone()}
     changed["tokens"][:, 9:] = 0  # later tokens change nothing before them
-    assert torch.allclose(forward(model, changed).logits_BPV[:, :9], found.logits_BPV[:, :9], atol=1e-6)
+    assert torch.allclose(predict(model, changed).logits_BPV[:, :9], found.logits_BPV[:, :9], atol=1e-6)
 
 
 def test_image_predictions() -> None:
     model = build_model(VIT, manifest("digits"), 0).eval()
     batch = to_tensors(
-        {"pixels": np.random.default_rng(0).random((5, 64), np.float32), "label": np.arange(5, dtype=np.int32)}
+        {"pixels": np.random.default_rng(0).random((5, 1, 8, 8), np.float32), "label": np.arange(5, dtype=np.int32)}
     )
-    found = forward(model, batch)
+    found = TASKS["image_classification"].predict(model, batch)
     assert found.logits_BPV.shape == (5, 1, 10)
     assert found.targets_BP.tolist() == [[0], [1], [2], [3], [4]]
     assert found.mask_BP.all()
@@ -102,9 +104,13 @@ def test_tensors_own_their_memory() -> None:
 
 
 def test_a_model_that_does_not_fit_the_data_is_refused() -> None:
-    with pytest.raises(InputError, match=r"model\.kind 'llama': the data is digits"):
+    with pytest.raises(
+        InputError, match=r"model\.kind 'llama': the data is for image_classification; expected .*language_modeling"
+    ):
         build_model(LLAMA, manifest("digits"), 0)
-    with pytest.raises(InputError, match=r"model\.kind 'vit': the data is text"):
+    with pytest.raises(
+        InputError, match=r"model\.kind 'vit': the data is for language_modeling; expected .*image_classification"
+    ):
         build_model(VIT, manifest(), 0)
 
 

@@ -14,12 +14,15 @@ from overproof.cli.select import Budget, Candidate, rank_candidates
 from overproof.config import load_recipe
 from overproof.errors import InputError
 from overproof.evaluate.gate import CandidateVerdict, Verdict
-from overproof.evaluate.metrics import MeasuredFile, Metric, Report
+from overproof.evaluate.metrics import MeasuredFile, Report
 from overproof.files import read_json
 from overproof.pipeline import resolve_stages
+from overproof.registry import TASKS
+from overproof.tasks.base import Metric, Quality
 
 DIGITS = str(RECIPES / "digits.yaml")
 SIZES_MB = {"big": 40.0, "middle": 20.0, "small": 10.0, "bad": 1.0}
+TASK = {"bits_per_byte": "language_modeling", "accuracy": "image_classification"}
 QUALITY = {"big": 2.0, "middle": 2.1, "small": 2.2, "bad": 9.0}
 
 
@@ -35,17 +38,25 @@ def measured(name: str, quality: str, value: float) -> MeasuredFile:
     )  # fmt: skip
 
 
+def judged(quality: str) -> Quality:
+    return TASKS[TASK[quality]].quality
+
+
 def chosen(budget: Budget, quality: Any = "bits_per_byte") -> tuple[Candidate, ...]:
     values = QUALITY if quality == "bits_per_byte" else {name: 1 - q / 10 for name, q in QUALITY.items()}
     report = Report(
-        kind="text",
+        task=TASK[quality],
         quality=quality,
+        engine="any",
+        computes_with="any",
         confidence=0.95,
         measured=tuple(measured(name, quality, value) for name, value in values.items()),
         comparisons=(),
     )
     verdicts = tuple(CandidateVerdict(name=name, passed=name != "bad", reasons=()) for name in QUALITY)
-    return rank_candidates(report, Verdict(passed=True, chosen="small", candidates=verdicts), budget.limits(quality))
+    return rank_candidates(
+        report, Verdict(passed=True, chosen="small", candidates=verdicts), budget.limits(judged(quality))
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,9 +94,9 @@ def test_every_other_has_its_reasons() -> None:
 @pytest.mark.parametrize("name", ["max_mb", "max_p50_ms", "max_p95_ms", "max_resident_mb", "min_quality"])
 def test_a_limit_that_makes_no_sense_is_refused(name: str, bound: float) -> None:
     with pytest.raises(InputError, match=f"--{name.replace('_', '-')}: found .*; expected a number above 0"):
-        Budget(**{name: bound}).limits("bits_per_byte")
+        Budget(**{name: bound}).limits(judged("bits_per_byte"))
     with pytest.raises(InputError, match="share of up to 1"):
-        Budget(min_quality=1.5).limits("accuracy")
+        Budget(min_quality=1.5).limits(judged("accuracy"))
 
 
 def test_the_command_that_is_named_packages_what_was_picked(digits: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,14 +23,14 @@ from measuring import TreeCpu
 from overproof.data.feed import planned_dataset
 from overproof.data.manifest import Manifest
 from overproof.data.order import Order
-from overproof.data.parquet_reader import BATCH_COLUMNS, table_to_numpy
+from overproof.data.parquet_reader import table_to_numpy
 from overproof.models.hf_directory import to_tensors
 
 CONSUMERS = 2
 CPUS = 4  # logical, as the product starts its own local cluster
 SEED = 1
 BUFFER_ROWS = 1000
-NAMES = BATCH_COLUMNS["text"]
+NAMES = ("tokens", "length")
 
 
 @ray.remote(num_cpus=0)

@@ -11,14 +11,14 @@ from pathlib import Path
 import bentoml
 import numpy as np
 
-from overproof.engines.onnx_runtime import OnnxClassifier
+from overproof.engines.onnx_runtime import OnnxRuntime
 
 
 @bentoml.service(workers=1, traffic={"timeout": 60}, metrics={"enabled": False})
 class Digits:
     def __init__(self) -> None:
-        self.engine = OnnxClassifier(Path(os.environ["ONNX"]), int(os.environ["THREADS"]))
+        self.engine = OnnxRuntime(Path(os.environ["ONNX"]), int(os.environ["THREADS"]))
 
     @bentoml.api(batchable=True, max_batch_size=int(os.environ["MOST_IMAGES"]), route="/v1/classify")
     def classify(self, images: np.ndarray) -> np.ndarray:
-        return np.exp(self.engine.classify(images.astype(np.float32)))
+        return np.exp(self.engine.logprobs(images.astype(np.float32)))

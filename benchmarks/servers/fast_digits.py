@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from overproof.engines.onnx_runtime import OnnxClassifier
+from overproof.engines.onnx_runtime import OnnxRuntime
 
 MODELS: dict[str, object] = {
     "object": "list",
@@ -40,7 +40,7 @@ class Reply(BaseModel):
     data: list[Classified]
 
 
-def build(engine: OnnxClassifier, calls: int) -> FastAPI:
+def build(engine: OnnxRuntime, calls: int) -> FastAPI:
     @asynccontextmanager
     async def limited(_: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = calls
@@ -50,7 +50,7 @@ def build(engine: OnnxClassifier, calls: int) -> FastAPI:
 
     @app.post("/v1/classify")
     def classify(asked: Images) -> Reply:
-        probabilities_BC = np.exp(engine.classify(np.array(asked.images, np.float32)))
+        probabilities_BC = np.exp(engine.logprobs(np.array(asked.images, np.float32)))
         rows = enumerate(probabilities_BC)
         return Reply(data=[Classified(index=i, label=row.argmax(), probabilities=row.tolist()) for i, row in rows])
 
@@ -63,5 +63,5 @@ def build(engine: OnnxClassifier, calls: int) -> FastAPI:
 
 if __name__ == "__main__":
     threads, calls, port = map(int, sys.argv[2:])
-    app = build(OnnxClassifier(Path(sys.argv[1]), threads), calls)
+    app = build(OnnxRuntime(Path(sys.argv[1]), threads), calls)
     uvicorn.run(app, host="127.0.0.1", port=port, access_log=False, log_level="warning")

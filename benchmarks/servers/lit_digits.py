@@ -15,12 +15,12 @@ import litserve
 import numpy as np
 from numpy.typing import NDArray
 
-from overproof.engines.onnx_runtime import OnnxClassifier
+from overproof.engines.onnx_runtime import OnnxRuntime
 
 
 class Digits(litserve.LitAPI):
     def setup(self, device: str) -> None:  # noqa: ARG002
-        self.engine = OnnxClassifier(Path(sys.argv[1]), int(sys.argv[2]))
+        self.engine = OnnxRuntime(Path(sys.argv[1]), int(sys.argv[2]))
 
     def decode_request(self, request) -> NDArray[np.float32]:  # type: ignore[no-untyped-def]  # it would be a query
         return np.array(request["images"][0], np.float32)
@@ -29,7 +29,7 @@ class Digits(litserve.LitAPI):
         return np.stack(inputs)
 
     def predict(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.exp(self.engine.classify(pixels_BD))
+        return np.exp(self.engine.logprobs(pixels_BD))
 
     def unbatch(self, output: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         return list(output)

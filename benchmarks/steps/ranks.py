@@ -26,6 +26,7 @@ from overproof.data.manifest import Manifest
 from overproof.data.order import Order
 from overproof.data.parquet_reader import Shards
 from overproof.models.hf_directory import Batch, build_model, to_tensors
+from overproof.registry import TASKS
 from overproof.train.deepspeed_engine import DeepSpeedEngine
 from overproof.train.loop import train_steps
 from overproof.train.metrics import MetricsLogger
@@ -67,7 +68,8 @@ def ours(root: Path, train: Train, steps: int) -> Block:
             waited[0] += time.perf_counter() - began
             yield batch
 
-    trained = train_steps(engine, CrossEntropy(), train, batches(), lambda: 0.0)
+    objective = CrossEntropy(TASKS[manifest.task].predict)
+    trained = train_steps(engine, objective, train, batches(), lambda: 0.0)
     curve = MetricsLogger(root / "curve.jsonl", root / "events") if rank == 0 else lambda _: None
 
     def block() -> dict[str, Any]:

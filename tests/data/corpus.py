@@ -24,7 +24,7 @@ def write_corpus(folder: Path, documents: int = 40, prefix: str = "") -> None:
 
 def text_recipe(store: str | Path, source: str, *changes: str) -> Recipe:
     """The language-model recipe on a small scale, over a source given as YAML."""
-    data = f"data={{kind: text, source: {source}, tokenizer: {{kind: bpe, {TEXT}}}"
+    data = f"data={{kind: language_modeling, source: {source}, tokenizer: {{kind: bpe, {TEXT}}}"
     return load_recipe(RECIPES / "stdlib-lm.yaml", (f"store={store}", data, *changes))
 
 

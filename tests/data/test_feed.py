@@ -58,7 +58,7 @@ def test_every_rank_gets_the_planned_rows(digits_root: Path, ranks: list[Any], c
     found = ray.get([rank.consume.remote(split, batch_size // 2) for rank, split in zip(ranks, splits, strict=True)])
     for rank, (rows, shapes) in enumerate(found):
         assert rows == [order.step_rows(step, batch_size, rank, 2).tolist() for step in range(first, last)]
-        assert shapes == {"sample_id": [12], "pixels": [12, 64], "label": [12]}
+        assert shapes == {"sample_id": [12], "pixels": [12, 1, 8, 8], "label": [12]}
 
 
 @pytest.mark.usefixtures("ray_cluster")

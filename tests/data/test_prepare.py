@@ -60,7 +60,7 @@ def test_counts(prepared: tuple[Path, Path, dict[str, object]]) -> None:
     assert metrics["dropped"] == manifest.dropped == {"empty": 1, "undecodable": 1, "duplicate": 1}
     assert manifest.rows_per_group * manifest.groups == manifest.splits["train"].rows
     assert manifest.tokenizer_sha256 == file_sha256(root / "tokenizer.json")
-    assert manifest.vocab_size == Tokenizer.from_file(str(root / "tokenizer.json")).get_vocab_size() <= 320
+    assert manifest.outputs == Tokenizer.from_file(str(root / "tokenizer.json")).get_vocab_size() <= 320
     files = [shard for split in manifest.splits.values() for shard in split.shards]
     assert metrics["size_bytes"] == sum(shard.size_bytes for shard in files)
     for shard in files:
@@ -102,7 +102,7 @@ def test_train_rows_are_the_train_documents(prepared: tuple[Path, Path, dict[str
     for tokens_S in rows["tokens"]:
         for piece in tokenizer.decode(tokens_S.tolist(), skip_special_tokens=False).split("<|endoftext|>"):
             assert piece in whole
-    predicted = manifest.splits["train"].tokens
+    predicted = manifest.splits["train"].predictions
     everything = sum(len(tokenizer.encode(text).ids) + 1 for text in texts)
     most_lost = len(manifest.splits["train"].shards) * manifest.rows_per_group * manifest.positions + 2
     assert 0 <= everything - predicted <= most_lost

@@ -10,10 +10,10 @@ from corpus import RECIPES, context
 from sklearn.datasets import load_digits
 
 from overproof.config import Recipe, load_recipe
-from overproof.data.digits import stratified
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.data.prepare import prepare
+from overproof.data.stratified import stratified
 from overproof.errors import InputError
 from overproof.files import file_sha256
 
@@ -27,7 +27,7 @@ def test_every_image_is_in_one_split(tmp_path: Path) -> None:
     metrics = prepare(given)
     root = Path(given.draft.uri)
     manifest = Manifest.read(root)
-    assert (manifest.kind, manifest.outputs, manifest.positions) == ("digits", 10, 1)
+    assert (manifest.task, manifest.outputs, manifest.positions) == ("image_classification", 10, 1)
     assert manifest.splits["train"].rows == manifest.groups * manifest.rows_per_group
     assert metrics["rows"] == {name: split.rows for name, split in manifest.splits.items()}
     images = {name: Shards(root, name, ("sample_id", "pixels", "label")) for name in manifest.splits}
@@ -39,7 +39,9 @@ def test_every_image_is_in_one_split(tmp_path: Path) -> None:
     source = load_digits()
     known = {(tuple(p), int(t)) for p, t in zip(source.data, source.target, strict=True)}
     seen = [
-        (tuple(p * 16), int(t)) for rows in taken.values() for p, t in zip(rows["pixels"], rows["label"], strict=True)
+        (tuple(p.ravel() * 16), int(t))
+        for rows in taken.values()
+        for p, t in zip(rows["pixels"], rows["label"], strict=True)
     ]
     assert set(seen) <= known
     assert len(set(seen)) == len(seen) == sum(metrics["rows"].values())

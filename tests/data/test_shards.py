@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from overproof.data import parquet_reader
-from overproof.data.columns import digits_schema, shard_schema, text_schema
-from overproof.data.manifest import MANIFEST, Manifest, Split
+from overproof.data.document_blocks import text_columns
+from overproof.data.manifest import MANIFEST, Column, Manifest, Split, shard_schema
 from overproof.data.order import Order
 from overproof.data.parquet_reader import Shards, open_shard, table_to_numpy
 from overproof.data.parquet_writer import parquet_bytes, to_table, write_shard
@@ -26,7 +26,7 @@ T, GROUP, ROWS, VOCABULARY = 8, 4, (40, 24), 9999
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Two train shards and one that ends in a part of a row group; tokens tell the row."""
-    splits, fields = {}, text_schema(T, VOCABULARY)
+    splits, fields = {}, shard_schema(text_columns(T, VOCABULARY))
     for split, sizes in {"train": ROWS, "validation": (6,)}.items():
         shards, start = [], 0
         for index, rows in enumerate(sizes):
@@ -37,12 +37,12 @@ def root(tmp_path: Path) -> Path:
                 "tokens": (ids[:, None] * 100 + np.arange(T + 1)).astype(np.int32),
                 "length": np.full(rows, T, np.int32),
             }
-            shards.append(write_shard(str(tmp_path), f"{split}/{index:05d}.parquet", columns, fields, GROUP))
+            shards.append(write_shard(str(tmp_path), f"{split}/{index:05d}.parquet", columns, fields, GROUP, rows * T))
             start += rows
-        splits[split] = Split(shards=tuple(shards), rows=start, tokens=start * T, documents=1)
+        splits[split] = Split(shards=tuple(shards), rows=start, predictions=start * T, documents=1)
     manifest = Manifest(
-        kind="text", splits=splits, rows_per_group=GROUP, sequence_length=T, vocab_size=VOCABULARY, classes=None,
-        tokenizer_sha256="0" * 64, dropped={},
+        task="language_modeling", columns=text_columns(T, VOCABULARY), splits=splits, rows_per_group=GROUP,
+        positions=T, outputs=VOCABULARY, tokenizer_sha256="0" * 64,
     )  # fmt: skip
     (tmp_path / MANIFEST).write_text(manifest.model_dump_json())
     return tmp_path
@@ -55,11 +55,11 @@ def test_a_shard_is_what_its_entry_says(root: Path) -> None:
         path = root / shard.path
         assert shard.sha256 == file_sha256(path)
         assert shard.size_bytes == path.stat().st_size
-        assert shard.tokens == shard.rows * T
+        assert shard.predictions == shard.rows * T
         found = pq.ParquetFile(path)
         sizes = {found.metadata.row_group(i).num_rows for i in range(found.num_row_groups)}
         assert sizes == {GROUP}
-        assert found.schema_arrow.equals(shard_schema(manifest))
+        assert found.schema_arrow.equals(manifest.schema)
 
 
 def test_rows_come_in_the_order_asked_for(root: Path) -> None:
@@ -133,7 +133,7 @@ def test_tokens_take_two_bytes_where_they_can(vocab_size: int, width: int) -> No
     """Every token of the vocabulary comes back, from inside a table too; one beyond it is refused, never cut off."""
     ids_RS = np.array([[0, 1], [vocab_size - 1, 2], [3, vocab_size - 2]], np.int32)
     columns = {"sample_id": np.arange(3), "document": np.arange(3), "tokens": ids_RS, "length": np.arange(3)}
-    table = to_table(columns, text_schema(1, vocab_size))
+    table = to_table(columns, shard_schema(text_columns(1, vocab_size)))
     assert table.schema.field("tokens").type == pa.binary(2 * width)
     for part in (slice(0, 3), slice(1, 3)):
         found = table_to_numpy(table.slice(part.start, part.stop - part.start))["tokens"]
@@ -141,7 +141,7 @@ def test_tokens_take_two_bytes_where_they_can(vocab_size: int, width: int) -> No
         assert np.array_equal(found, ids_RS[part])
     if width == 2:
         with pytest.raises(ValueError, match="from 0 to 65536 in a row; expected numbers of type uint16"):
-            to_table(columns | {"tokens": ids_RS + (ids_RS == 65_535)}, text_schema(1, vocab_size))
+            to_table(columns | {"tokens": ids_RS + (ids_RS == 65_535)}, shard_schema(text_columns(1, vocab_size)))
 
 
 def test_bytes_that_do_not_say_what_they_hold_are_refused(root: Path) -> None:
@@ -154,8 +154,9 @@ def test_bytes_that_do_not_say_what_they_hold_are_refused(root: Path) -> None:
 
 
 def test_the_same_rows_give_the_same_bytes() -> None:
-    columns = {"sample_id": np.arange(9), "pixels": np.ones((9, 64), np.float32), "label": np.arange(9)}
-    tables = [to_table(columns, digits_schema()) for _ in range(2)]
+    columns = {"sample_id": np.arange(9), "pixels": np.ones((9, 1, 8, 8), np.float32), "label": np.arange(9)}
+    fields = shard_schema((Column(name="pixels", dtype="<f4", shape=(1, 8, 8)), Column(name="label", dtype="<i4")))
+    tables = [to_table(columns, fields) for _ in range(2)]
     assert parquet_bytes(tables[0], 4) == parquet_bytes(tables[1], 4)
 
 
@@ -173,7 +174,7 @@ def test_unknown_names_are_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"manifest\.json: No such file"):
         Manifest.read(tmp_path / "none")
     (tmp_path / MANIFEST).write_text('{"format": 1}')
-    with pytest.raises(InputError, match="format: Input should be 3; expected what this version writes"):
+    with pytest.raises(InputError, match="format: Input should be 4; expected what this version writes"):
         Manifest.read(tmp_path)
 
 

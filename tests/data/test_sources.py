@@ -12,10 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from overproof.config import DigitsData, FolderSource, JsonlSource, ParquetSource, StdlibSource, TextData, TokenizerFile
+from overproof.config import DataSection, FolderSource, JsonlSource, ParquetSource, StdlibSource, TokenizerFile
 from overproof.data import documents, tokenization
-from overproof.data.sources import list_files, source_digest
+from overproof.data.sources import list_files
 from overproof.errors import InputError
+from overproof.registry import TASKS
+from overproof.tasks.image_classification import ImageClassificationData
+from overproof.tasks.language_modeling import LanguageModelingData
+
+
+def source_digest(data: DataSection) -> str:
+    return TASKS[data.kind].source_digest(data)
 
 
 def read(source: FolderSource | JsonlSource | ParquetSource, file: str) -> list[tuple[str, bytes]]:
@@ -45,7 +52,7 @@ def test_the_standard_library_comes_without_tests() -> None:
 def test_the_digest_follows_names_sizes_and_times(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("one")
-    data = TextData(source=FolderSource(path=str(tmp_path)))
+    data = LanguageModelingData(source=FolderSource(path=str(tmp_path)))
     seen = [source_digest(data), source_digest(data)]
     assert seen[0] == seen[1]
     os.utime(file, ns=(1, 1))
@@ -60,7 +67,7 @@ def test_the_digest_follows_names_sizes_and_times(tmp_path: Path) -> None:
 def test_the_digest_covers_a_tokenizer_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     tokenizer = tmp_path / "tokenizer.json"
-    data = TextData(source=FolderSource(path=str(tmp_path)), tokenizer=TokenizerFile(path=str(tokenizer)))
+    data = LanguageModelingData(source=FolderSource(path=str(tmp_path)), tokenizer=TokenizerFile(path=str(tokenizer)))
     with pytest.raises(InputError, match=r"data\.tokenizer\.path: .* no such file"):
         source_digest(data)
     tokenizer.write_text("{}")
@@ -70,7 +77,7 @@ def test_the_digest_covers_a_tokenizer_file(tmp_path: Path) -> None:
 
 
 def test_digits_and_the_standard_library_have_digests() -> None:
-    assert len({source_digest(DigitsData()), source_digest(TextData())}) == 2
+    assert len({source_digest(ImageClassificationData()), source_digest(LanguageModelingData())}) == 2
 
 
 def test_listing_loads_neither_ray_nor_torch() -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from overproof.artifacts import Artifact, ArtifactWriter, Store
-from overproof.config import DigitsData, Generate, Llama, Optimization, Recipe, Vit
-from overproof.data.columns import text_schema
-from overproof.data.digits import prepare_digits
-from overproof.data.manifest import MANIFEST, TOKENIZER, Manifest, Split
+from overproof.config import Generate, Optimization, Recipe
+from overproof.data.document_blocks import text_columns
+from overproof.data.manifest import MANIFEST, TOKENIZER, Manifest, Split, shard_schema
 from overproof.data.order import Order
 from overproof.data.parquet_reader import Shards
 from overproof.data.parquet_writer import write_shard
@@ -29,7 +29,11 @@ from overproof.distill.teacher_worker import CaptureJob as Capture
 from overproof.distill.teacher_worker import TargetWorker, TeacherWorker
 from overproof.distill.text_worker import TextWorker
 from overproof.distill.trial_job import TrialJob
-from overproof.models.hf_directory import build_model, save_model, to_tensors
+from overproof.models.base import Prediction
+from overproof.models.hf_directory import Batch, build_model, save_model, to_tensors
+from overproof.models.llama import Llama
+from overproof.models.vit import Vit
+from overproof.registry import TASKS
 from overproof.stage_context import Progress, StageContext, no_progress
 from overproof.train.engine import TorchEngine
 from overproof.train.loop import fit
@@ -37,6 +41,8 @@ from overproof.train.objective import CrossEntropy
 
 SEED = 3
 LENGTH, VOCABULARY = 16, 320
+TASK = {"digits": "image_classification", "text": "language_modeling"}
+DIGITS = {"validation_fraction": 0.1, "test_fraction": 0.1, "shards": 3, "rows_per_group": 8}
 WRITING = {"prompt_tokens": 5, "batch_size": 24}
 ROWS = {"train": 96, "validation": 24, "test": 8}
 TEACHERS: dict[str, Llama | Vit] = {
@@ -50,7 +56,8 @@ def text_like(root: Path) -> Manifest:
     rng = np.random.default_rng(0)
     (root / TOKENIZER).write_text('{"made": "for a test"}')
     splits: dict[str, Split] = {}
-    fields = text_schema(LENGTH, VOCABULARY)
+    described = text_columns(LENGTH, VOCABULARY)
+    fields = shard_schema(described)
     for split, rows in ROWS.items():
         strides = rng.integers(1, 4, (rows, LENGTH)).cumsum(1)
         tokens = np.concatenate([np.zeros((rows, 1)), strides], 1) + rng.integers(1, VOCABULARY, (rows, 1))
@@ -63,17 +70,18 @@ def text_like(root: Path) -> Manifest:
                 "tokens": (tokens[part] % VOCABULARY).astype(np.int32),
                 "length": lengths[part].astype(np.int32),
             }
-            shards.append(write_shard(str(root), f"{split}/{number:05d}.parquet", columns, fields, 8))
-        splits[split] = Split(shards=tuple(shards), rows=rows, tokens=int(lengths.sum()), documents=1)
+            shards.append(
+                write_shard(str(root), f"{split}/{number:05d}.parquet", columns, fields, 8, int(lengths[part].sum()))
+            )
+        splits[split] = Split(shards=tuple(shards), rows=rows, predictions=int(lengths.sum()), documents=1)
     return Manifest(
-        kind="text",
+        task="language_modeling",
+        columns=described,
         splits=splits,
         rows_per_group=8,
-        sequence_length=LENGTH,
-        vocab_size=VOCABULARY,
-        classes=None,
+        positions=LENGTH,
+        outputs=VOCABULARY,
         tokenizer_sha256=hashlib.sha256((root / TOKENIZER).read_bytes()).hexdigest(),
-        dropped={},
     )
 
 
@@ -84,7 +92,7 @@ def recipe_of(kind: str, **changes: Any) -> Recipe:
     tree: dict[str, Any] = {
         "name": f"test-{kind}",
         "seed": SEED,
-        "data": {"kind": kind},
+        "data": {"kind": TASK[kind]},
         "train": {**steps, "model": teacher},
         "generate": changes.get("generate"),
         "cache": {"scheme": {"kind": "topk", "k": 4}, "temperatures": [0.5, 2.0], "batch_size": 24},
@@ -114,6 +122,10 @@ class World:
     def root(self) -> Path:
         return self.artifacts["prepare"].local()
 
+    def predict(self, model: PreTrainedModel, batch: Batch) -> Prediction:
+        """A model on columns of this world's rows."""
+        return TASKS[TASK[self.kind]].predict(model, batch)
+
     def draft(self, stage: str, store: Store | None = None) -> ArtifactWriter:
         """A fresh draft in its own folder, with a workspace of its own."""
         number = next(self.numbers)
@@ -140,7 +152,14 @@ def train_teacher(kind: str, root: Path, folder: Path, steps: int = 60) -> None:
     model = build_model(TEACHERS[kind], manifest, 0)
     order = Order(manifest.groups, manifest.rows_per_group, 0)
     batches = (to_tensors(shards.take(order.step_rows(step, 32))) for step in range(steps))
-    fit(TorchEngine(model, settings), CrossEntropy(), settings, batches, lambda: 0.0, lambda _: None)
+    fit(
+        TorchEngine(model, settings),
+        CrossEntropy(TASKS[manifest.task].predict),
+        settings,
+        batches,
+        lambda: 0.0,
+        lambda _: None,
+    )
     save_model(model, model.config, folder / "model", root / TOKENIZER if kind == "text" else None)
 
 
@@ -151,8 +170,8 @@ def make(kind: str, store: Store) -> World:
         if kind == "text":
             manifest = text_like(root)
         else:
-            data = DigitsData(validation_fraction=0.1, test_fraction=0.1, shards=3, rows_per_group=8)
-            manifest = prepare_digits(data, SEED, str(root))
+            context = StageContext(recipe_of(kind, data=DIGITS), {}, draft, no_progress)
+            manifest = TASKS[TASK[kind]].prepare(context)
         (root / MANIFEST).write_text(manifest.model_dump_json())
     world.artifacts["prepare"] = draft.commit({}, 0)
     draft = world.draft("train")

@@ -41,10 +41,10 @@ def test_numbers_that_do_not_fit_are_refused(value: int) -> None:
     ("outputs", "bits"), [(10, 4), (2048, 11), (1 << 16, 16), ((1 << 16) + 1, 17), (1 << 17, 17), (151_936, 18)]
 )
 @pytest.mark.parametrize("scheme", [TopK(k=5), Sampled(k=3, draws=5), Dense()])
-@pytest.mark.parametrize("text", [True, False])
-def test_columns_come_back_as_they_were_given(outputs: int, bits: int, scheme: Scheme, text: bool) -> None:
+@pytest.mark.parametrize("label", ["tokens", "label"])
+def test_columns_come_back_as_they_were_given(outputs: int, bits: int, scheme: Scheme, label: str) -> None:
     rows, positions, temperatures = 2, 11, 3
-    layout = TargetLayout(scheme, text, positions, outputs, temperatures)
+    layout = TargetLayout(scheme, label, positions, outputs, temperatures)
     rng = np.random.default_rng(outputs)
     places = (rows, positions)
     slots = layout.slots if not isinstance(scheme, Dense) else outputs
@@ -55,7 +55,8 @@ def test_columns_come_back_as_they_were_given(outputs: int, bits: int, scheme: S
         "logsumexp": rng.normal(size=(*places, temperatures - 1)).astype(np.float32),
         "logprobs": rng.normal(size=(*places, slots)).astype(np.float16).astype(np.float32),
     }
-    given |= {"tokens": rng.integers(0, outputs, (rows, positions + 1))} if text else {"label": np.array([[1], [7]])}
+    tokens = rng.integers(0, outputs, (rows, positions + 1))
+    given[label] = tokens if label == "tokens" else np.array([[1], [7]])
     if not isinstance(scheme, Dense):
         given["indices"] = rng.integers(0, outputs, (*places, slots))
         given["indices"][0, 0, 0] = outputs - 1
@@ -74,6 +75,6 @@ def test_columns_come_back_as_they_were_given(outputs: int, bits: int, scheme: S
 
 
 def test_narrow_indices_take_as_many_bits_as_they_need() -> None:
-    by_outputs = {v: TargetLayout(TopK(k=32), True, 128, v, 1).schema.field("indices").type.byte_width for v in
+    by_outputs = {v: TargetLayout(TopK(k=32), "tokens", 128, v, 1).schema.field("indices").type.byte_width for v in
                   (1 << 16, 1 << 17, 1 << 18)}  # fmt: skip
     assert {v: width * 8 / (128 * 32) for v, width in by_outputs.items()} == {1 << 16: 16, 1 << 17: 17, 1 << 18: 18}

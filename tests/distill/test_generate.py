@@ -285,7 +285,7 @@ def test_too_little_text_and_text_of_other_rows_is_refused(text_world: World) ->
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
-        ("digits", {"generate": WRITING}, r"generate: data\.kind 'digits' has nothing to write; expected text"),
+        ("digits", {"generate": WRITING}, r"generate: models of image_classification write no rows; expected no such"),
         ("text", {"sweep": {**QUICK, "students": [ALONE]}}, r"alone has text: teacher; expected a section generate"),
         ("text", with_text(PLAIN), r"generate: no student has text: teacher; give one that, or leave"),
         ("text", with_text(ALONE, prompt_tokens=128), r"prompt_tokens is 128; expected less than .*length 128"),

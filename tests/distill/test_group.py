@@ -84,7 +84,7 @@ def test_a_group_trains_what_one_process_trains_and_goes_on_after_its_trial_was_
     model = load_model(folder / "students" / metrics["winner"])
     shards = Shards(digits_world.root, "validation")
     rows = to_tensors(shards.take(validation_ids(shards.rows, 64)))
-    assert validation_loss(model, [rows]) == pytest.approx(metrics["validation_loss"], rel=SAME)
+    assert validation_loss(model, digits_world.predict, [rows]) == pytest.approx(metrics["validation_loss"], rel=SAME)
     for _ in range(100):  # nothing of a group outlives its trial
         if not alive("RayTrainWorker") and not alive("TrainController"):
             return

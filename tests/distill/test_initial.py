@@ -18,7 +18,7 @@ from torch import nn
 from overproof import pipeline
 from overproof.artifacts import Artifact, Store
 from overproof.cluster import preflight
-from overproof.config import Llama, Pretrained, Student, TeacherLayers, Vit
+from overproof.config import Pretrained, Student, TeacherLayers
 from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.distill.student_init import initial_student, keep_layers
 from overproof.distill.student_trainer import StudentTrainer
@@ -29,12 +29,14 @@ from overproof.models.hf_directory import (
     Batch,
     build_model,
     count_parameters,
-    forward,
     load_model,
     save_model,
+    shape_of,
     to_tensors,
 )
+from overproof.models.llama import Llama
 from overproof.models.sizes import model_size, student_size
+from overproof.models.vit import Vit
 
 DEEP: dict[str, Llama | Vit] = {kind: teacher.model_copy(update={"layers": 4}) for kind, teacher in TEACHERS.items()}
 
@@ -48,7 +50,7 @@ def world(request: pytest.FixtureRequest) -> World:
 def some_rows(world: World) -> Batch:
     rng, manifest = np.random.default_rng(0), Manifest.read(world.root)
     if world.kind == "digits":
-        return to_tensors({"pixels": rng.random((3, 64), np.float32), "label": np.arange(3)})
+        return to_tensors({"pixels": rng.random((3, 1, 8, 8), np.float32), "label": np.arange(3)})
     tokens_BS = rng.integers(1, manifest.outputs, (3, manifest.positions + 1))
     return to_tensors({"tokens": tokens_BS, "length": np.full(3, manifest.positions)})
 
@@ -84,10 +86,13 @@ def test_the_layers_that_stay_are_the_teachers(world: World) -> None:
     whole = build_model(DEEP[world.kind], Manifest.read(world.root), 5).eval()
     batch = some_rows(world)
     both = keep_layers(whole, (0, 2)).eval()
-    found, same = forward(both, batch).logits_BPV, forward(keep_layers(whole, range(4)).eval(), batch).logits_BPV
-    assert torch.equal(same, forward(whole, batch).logits_BPV)
+    found, same = (
+        world.predict(both, batch).logits_BPV,
+        world.predict(keep_layers(whole, range(4)).eval(), batch).logits_BPV,
+    )
+    assert torch.equal(same, world.predict(whole, batch).logits_BPV)
     whole.base_model.layers = nn.ModuleList(whole.base_model.layers[index] for index in (0, 2))
-    assert torch.equal(found, forward(whole, batch).logits_BPV)
+    assert torch.equal(found, world.predict(whole, batch).logits_BPV)
     assert both.config.num_hidden_layers == 2
     assert [layer.layer_idx for name, layer in both.named_modules() if name.endswith("self_attn")] in ([], [0, 1])
 
@@ -99,9 +104,9 @@ def test_a_student_of_layers_is_as_large_as_the_plan_says(world: World, tmp_path
     for layers in (TeacherLayers(layers=3), TeacherLayers(layers=(1, 3))):
         made = count_parameters(keep_layers(model, layers.of(4)))
         for teacher in (deep, Pretrained(path=str(tmp_path / "deep"))):
-            found = student_size(layers, teacher, manifest.outputs, manifest.positions)
+            found = student_size(layers, teacher, shape_of(manifest))
             assert (found.parameters, found.layers) == (made, layers.count)
-    whole = model_size(deep, manifest.outputs, manifest.positions).parameters
+    whole = model_size(deep, shape_of(manifest)).parameters
     [warning] = preflight.warn_not_smaller({"less": whole - 1, "same": whole}, whole)
     assert (warning.about, warning.state) == ("student same", "warning")
 
@@ -171,10 +176,12 @@ def test_a_directory_that_does_not_fit_is_refused(text_world: World, digits_worl
         return str(refused.value)
 
     assert refusal(tmp_path / "none").startswith("student begun: ")
-    assert "a vit with 10 outputs; the data is text" in refusal(digits_world.artifacts["train"].local() / "model")
-    small = build_model(TEACHERS["text"], manifest.model_copy(update={"vocab_size": 300}), 0)
+    assert "a vit with 10 outputs; the data is for language_modeling" in refusal(
+        digits_world.artifacts["train"].local() / "model"
+    )
+    small = build_model(TEACHERS["text"], manifest.model_copy(update={"outputs": 300}), 0)
     save_model(small, small.config, tmp_path / "small", text_world.root / TOKENIZER)
-    assert "a llama with 300 outputs; the data is text and needs 320" in refusal(tmp_path / "small")
+    assert "a llama with 300 outputs; the data is for language_modeling and needs 320" in refusal(tmp_path / "small")
     model = build_model(TEACHERS["text"], manifest, 0)
     save_model(model, model.config, tmp_path / "mute")
     assert "tokenizer.json: missing" in refusal(tmp_path / "mute")

@@ -17,9 +17,11 @@ from overproof.distill.losses import Divergence, distillation_loss
 from overproof.distill.objectives import DistillObjective
 from overproof.distill.target_encoder import encode_targets
 from overproof.models.hf_directory import Batch
+from overproof.registry import TASKS
 
 ROWS, PLACES, OUTPUTS = 2, 3, 12
 FORWARD = Divergence()
+PREDICT = TASKS["language_modeling"].predict
 
 cases = st.fixed_dictionaries(
     {
@@ -249,7 +251,8 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def softened(batch: Batch, temperatures: tuple[float, ...], temperature: float) -> Tensor:
-    return DistillObjective(temperature, 1.0, temperatures, Divergence())._soften(batch, "logprobs", temperature)
+    objective = DistillObjective(PREDICT, temperature, 1.0, temperatures, Divergence())
+    return objective._soften(batch, "logprobs", temperature)
 
 
 def test_softening_recovers_the_teacher_at_a_temperature() -> None:

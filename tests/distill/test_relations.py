@@ -17,13 +17,13 @@ from test_sweep import NARROW, SWEEP, WIDE, job_of
 from torch import Tensor
 
 from overproof.artifacts import Artifact
-from overproof.config import Llama
 from overproof.data.manifest import Manifest
 from overproof.distill.feature_losses import LayerOutputs, capture_layers, relation_loss, state_loss
 from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.trial_job import TrialJob
 from overproof.errors import InputError
-from overproof.models.hf_directory import build_model, forward, load_model
+from overproof.models.hf_directory import build_model, load_model
+from overproof.models.llama import Llama
 
 ROWS, PLACES = 2, 5
 cases = st.fixed_dictionaries(
@@ -33,7 +33,7 @@ cases = st.fixed_dictionaries(
 
 def draw(seed: int, width: int, spread: float, keys: int | None = None) -> LayerOutputs:
     generator = torch.Generator().manual_seed(seed)
-    widths = (width, keys or width, keys or width, width)
+    widths = (width, width, keys or width, keys or width)
     parts = (torch.randn(ROWS, PLACES, w, generator=generator, dtype=torch.float64) * spread for w in widths)
     return LayerOutputs(*parts)
 
@@ -41,7 +41,7 @@ def draw(seed: int, width: int, spread: float, keys: int | None = None) -> Layer
 def by_definition(student: LayerOutputs, teacher: LayerOutputs, heads: int, mask: Tensor) -> Tensor:
     """Equations 5 and 6 of arXiv 2012.15828, a place at a time."""
     total = torch.zeros((), dtype=torch.float64)
-    for ours, theirs in zip(student[:3], teacher[:3], strict=True):
+    for ours, theirs in zip(student.attention, teacher.attention, strict=True):
         for row in range(ROWS):
             real = mask[row]
             for head in range(heads):
@@ -65,7 +65,7 @@ def test_value_and_gradient_are_those_of_the_paper(case: dict[str, Any]) -> None
     expected.backward()
     found.backward()
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    for ours, theirs in zip(b[:3], a[:3], strict=True):
+    for ours, theirs in zip(b.attention, a.attention, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
 
 
@@ -101,11 +101,11 @@ def test_a_layer_shows_its_queries_keys_values_and_states(kind: str, request: py
     model = build_model(config, Manifest.read(world.root), 5).eval()
     batch = some_rows(world)
     with capture_layers(model, {1, 3}) as found:
-        prediction = forward(model, batch)
+        prediction = world.predict(model, batch)
     assert set(found) == {1, 3}
     keys = config.kv_heads * config.hidden_size // config.heads if isinstance(config, Llama) else config.hidden_size
     for layer in found.values():
-        assert [part.shape[-1] for part in layer] == [config.hidden_size, keys, keys, config.hidden_size]
+        assert [part.shape[-1] for part in layer] == [config.hidden_size, config.hidden_size, keys, keys]
     with torch.no_grad():
         if kind == "text":
             again = model.lm_head(model.model.norm(found[3].states))
@@ -115,16 +115,16 @@ def test_a_layer_shows_its_queries_keys_values_and_states(kind: str, request: py
     attention = next(
         part for name, part in model.base_model.layers[3].named_modules() if name.endswith(("self_attn", "attention"))
     )
-    assert torch.equal(found[3].values, attention.v_proj(_seen(model, batch, attention)))
-    forward(model, batch)
+    assert torch.equal(found[3].values, attention.v_proj(_seen(world, model, batch, attention)))
+    world.predict(model, batch)
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def _seen(model: Any, batch: dict[str, Tensor], attention: Any) -> Tensor:
+def _seen(world: World, model: Any, batch: dict[str, Tensor], attention: Any) -> Tensor:
     """What goes into an attention."""
     held: list[Tensor] = []
     hook = attention.q_proj.register_forward_pre_hook(lambda _, inputs: held.append(inputs[0]))
-    forward(model, batch)
+    world.predict(model, batch)
     hook.remove()
     return held[0]
 

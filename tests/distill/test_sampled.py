@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_losses import dense, draw, ours
+from test_losses import PREDICT, dense, draw, ours
 from torch import Tensor
 
 from overproof.config import Dense, Sampled, Scheme, TopK
@@ -20,7 +20,8 @@ from overproof.distill.objectives import DistillObjective
 from overproof.distill.sampled_loss import sampled_distillation_loss
 from overproof.distill.target_codec import TargetLayout
 from overproof.distill.target_encoder import DRAW_KEY, encode_targets
-from overproof.models.hf_directory import Batch, Prediction
+from overproof.models.base import Prediction
+from overproof.models.hf_directory import Batch
 
 OUTPUTS, REPEATS = 12, 40_000
 SAMPLED = Sampled(k=2, draws=3)
@@ -32,7 +33,7 @@ SWEPT = (0.5, 1.0, 2.0)
 def cached(teacher: Tensor, targets: Tensor, scheme: Scheme, temperatures: tuple[float, ...], seed: int = 0) -> Batch:
     """The columns a student learns from, through the bytes of a cache file."""
     rows, positions, outputs = teacher.shape
-    layout = TargetLayout(scheme, True, positions, outputs, len(temperatures))
+    layout = TargetLayout(scheme, "tokens", positions, outputs, len(temperatures))
     uniform = torch.from_numpy(uniforms(seed, DRAW_KEY, np.arange(rows), positions))
     kept = {n: v.numpy() for n, v in encode_targets(teacher, targets, scheme, temperatures, uniform).items()}
     unread = {"sample_id": np.arange(rows), "mask": np.ones((rows, positions), bool)}
@@ -56,7 +57,7 @@ def gradients(student: Tensor, teacher: Tensor, temperatures: tuple[float, ...],
     many = [x.double().expand(REPEATS, 1, OUTPUTS) for x in (student, teacher)]
     targets, mask = torch.zeros(REPEATS, 1, dtype=torch.int64), torch.ones(REPEATS, 1, dtype=torch.bool)
     batch = cached(many[1].float(), targets, SAMPLED, temperatures)
-    objective = DistillObjective(temperature, 1.0, temperatures, Divergence())
+    objective = DistillObjective(PREDICT, temperature, 1.0, temperatures, Divergence())
     return learn(many[0], targets, mask, batch, objective)[1][:, 0] * REPEATS  # not their mean's share
 
 
@@ -118,7 +119,7 @@ def test_the_value_is_the_divergence_in_the_mean() -> None:
             many = teacher.expand(200, 1, OUTPUTS)
             targets, mask = torch.zeros(200, 1, dtype=torch.int64), torch.ones(200, 1, dtype=torch.bool)
             batch = cached(many, targets, SAMPLED, (1.0, 2.0), seed)
-            objective = DistillObjective(temperature, 1.0, (1.0, 2.0), Divergence())
+            objective = DistillObjective(PREDICT, temperature, 1.0, (1.0, 2.0), Divergence())
             values.append(
                 float(learn(student.double().expand(200, 1, OUTPUTS), targets, mask, batch, objective)[0].divergence)
             )
@@ -159,7 +160,9 @@ def test_a_cache_of_all_outputs_teaches_as_the_teacher_itself(scheme: Scheme, ki
     measure = Divergence(kind)  # type: ignore[arg-type]
     student, teacher, targets, mask = draw(11, 1.0)
     batch = cached(teacher.float(), targets, scheme, (1.0, 2.0))
-    terms, gradient = learn(student, targets, mask, batch, DistillObjective(temperature, 0.7, (1.0, 2.0), measure))
+    terms, gradient = learn(
+        student, targets, mask, batch, DistillObjective(PREDICT, temperature, 0.7, (1.0, 2.0), measure)
+    )
     expected = student.clone().requires_grad_()
     loss = dense(expected, teacher, targets, mask, temperature, 0.7, measure)
     loss.backward()
@@ -175,7 +178,9 @@ def test_a_sure_teacher_is_sampled_without_error() -> None:
     student[..., 1] = 300.0
     targets, mask = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool)
     batch = cached(teacher, targets, Sampled(k=1, draws=4), (1.0, 2.0))
-    terms, gradient = learn(student, targets, mask, batch, DistillObjective(2.0, 0.5, (1.0, 2.0), Divergence()))
+    terms, gradient = learn(
+        student, targets, mask, batch, DistillObjective(PREDICT, 2.0, 0.5, (1.0, 2.0), Divergence())
+    )
     expected = ours(student, teacher, targets, mask, 2.0, 0.5, OUTPUTS)
     torch.testing.assert_close(terms.loss, expected.loss)
     assert torch.isfinite(gradient).all()
@@ -189,6 +194,8 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     results = []
     for size in (1, 1 << 20):
         monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", size)
-        terms, gradient = learn(student, targets, mask, batch, DistillObjective(2.0, 0.5, (1.0, 2.0), Divergence()))
+        terms, gradient = learn(
+            student, targets, mask, batch, DistillObjective(PREDICT, 2.0, 0.5, (1.0, 2.0), Divergence())
+        )
         results.append(torch.cat([torch.stack([*terms]).detach(), gradient.flatten()]))
     torch.testing.assert_close(results[0], results[1])

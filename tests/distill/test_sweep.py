@@ -168,7 +168,7 @@ def test_the_written_models_are_the_ones_that_were_judged(swept: Swept, digits_w
     ):
         model = load_model(swept.folder / folder)
         assert count_parameters(model) == trial["parameters"]
-        found = validation_loss(model, run.validation)
+        found = validation_loss(model, digits_world.predict, run.validation)
         assert found == pytest.approx(trial["validation_loss"], rel=1e-5)
     assert rows.rows > 64  # the losses above are of a part, spread over the split
 

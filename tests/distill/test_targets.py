@@ -28,7 +28,7 @@ from overproof.distill.target_cache import TargetCache, TargetIndex
 from overproof.distill.target_codec import pack, unpack
 from overproof.distill.target_encoder import DRAW_KEY, encode_targets
 from overproof.errors import InputError
-from overproof.models.hf_directory import forward, load_model, to_tensors
+from overproof.models.hf_directory import load_model, to_tensors
 
 SCHEMES: dict[str, Scheme] = {"topk": TopK(k=4), "sampled": Sampled(k=4, draws=20), "dense": Dense()}
 TEMPERATURES = (0.5, 1.0, 2.0)
@@ -51,19 +51,17 @@ def test_the_cover_is_every_row_group_the_first_rows_touch(
     seed: int, groups_of_shards: list[int], rows_per_group: int, rows: int
 ) -> None:
     shards = tuple(
-        Shard(path=str(i), sha256="", size_bytes=0, rows=groups * rows_per_group, tokens=0)
+        Shard(path=str(i), sha256="", size_bytes=0, rows=groups * rows_per_group, predictions=0)
         for i, groups in enumerate(groups_of_shards)
     )
     total = sum(shard.rows for shard in shards)
     manifest = Manifest(
-        kind="digits",
-        splits={"train": Split(shards=shards, rows=total, tokens=0, documents=0)},
+        task="image_classification",
+        columns=(),
+        splits={"train": Split(shards=shards, rows=total, predictions=0, documents=0)},
         rows_per_group=rows_per_group,
-        sequence_length=None,
-        vocab_size=None,
-        classes=10,
-        tokenizer_sha256=None,
-        dropped={},
+        positions=1,
+        outputs=10,
     )
     order = Order(manifest.groups, rows_per_group, seed)
     files = plan_cached_files(manifest, order, rows)
@@ -90,7 +88,7 @@ def test_targets_come_back_for_the_rows_asked_for(text_world: World, caches: dic
     assert found.pop("mask").all()
     model = load_model(text_world.artifacts["train"].local() / "model")
     with torch.inference_mode():
-        prediction = forward(model, to_tensors(rows))
+        prediction = text_world.predict(model, to_tensors(rows))
         uniform = torch.from_numpy(uniforms(SEED, DRAW_KEY, ids, 16)) if scheme == "sampled" else None
         kept = encode_targets(prediction.logits_BPV, prediction.targets_BP, SCHEMES[scheme], TEMPERATURES, uniform)
     expected = {name: value.numpy() for name, value in kept.items()}

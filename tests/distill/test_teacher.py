@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from distill_world import SEED, World, replica
 
-from overproof.config import Llama
 from overproof.data.manifest import MANIFEST, TOKENIZER, Manifest
 from overproof.data.order import Order
 from overproof.distill.row_cache import TEACHER_WEIGHTS
@@ -17,6 +16,7 @@ from overproof.distill.target_cache import TargetCache, TargetIndex
 from overproof.distill.teacher_stages import cache_targets, check_scheme
 from overproof.errors import InputError
 from overproof.models.hf_directory import build_model, save_model
+from overproof.models.llama import Llama
 from overproof.stage_context import ProgressEvent, TaskProgress
 
 
@@ -87,7 +87,7 @@ def test_a_teacher_of_other_outputs_is_reported(text_world: World, tmp_path: Pat
 def make_other_teacher(world: World, folder: Path, tokenizer: str | None = None, vocab_size: int = 320) -> World:
     """The same data with a teacher that does not fit it."""
     config = Llama(hidden_size=32, intermediate_size=32, layers=1, heads=2, kv_heads=1)
-    manifest = Manifest.read(world.root).model_copy(update={"vocab_size": vocab_size})
+    manifest = Manifest.read(world.root).model_copy(update={"outputs": vocab_size})
     file = world.root / TOKENIZER
     if tokenizer:
         file = folder / TOKENIZER

@@ -17,18 +17,24 @@ import torch
 from sklearn.datasets import load_digits
 
 from overproof.artifacts import Artifact, Store
-from overproof.config import Llama, Recipe, Vit
+from overproof.config import Recipe
 from overproof.data import tokenization as bpe
-from overproof.data.columns import digits_schema, text_schema
-from overproof.data.manifest import Manifest, Split
+from overproof.data.document_blocks import text_columns
+from overproof.data.manifest import Column, Manifest, Split, shard_schema
 from overproof.data.parquet_reader import Shards
 from overproof.data.parquet_writer import write_shard
 from overproof.export.stage import export_models
 from overproof.models import hf_directory
+from overproof.models.llama import Llama
+from overproof.models.vit import Vit
+from overproof.registry import TASKS
 from overproof.stage_context import StageContext, no_progress
 
 LENGTH, GROUP, VOCABULARY = 64, 4, 512
-BATCH = {"text": 16, "digits": 64}
+TASK = {"text": "language_modeling", "digits": "image_classification"}
+BATCH = {"language_modeling": 16, "image_classification": 64}
+PIXELS = (Column(name="pixels", dtype="<f4", shape=(1, 8, 8)), Column(name="label", dtype="<i4"))
+TOKENS = text_columns(LENGTH, VOCABULARY)
 TEXT_TEACHER = Llama(hidden_size=96, intermediate_size=192, layers=2, heads=4, kv_heads=2)
 TEXT_STUDENT = Llama(hidden_size=64, intermediate_size=96, layers=1, heads=2, kv_heads=1)
 IMAGE_TEACHER = Vit(hidden_size=32, intermediate_size=64, layers=2, heads=4)
@@ -59,20 +65,20 @@ def prepare_text(root: Path) -> Manifest:
     }
     splits = {}
     for name, values in columns.items():
-        shard = write_shard(str(root), f"{name}/00000.parquet", values, text_schema(LENGTH, VOCABULARY), GROUP)
-        splits[name] = Split(shards=(shard,), rows=shard.rows, tokens=shard.tokens, documents=len(test))
+        path, tokens = f"{name}/00000.parquet", int(values["length"].sum())
+        shard = write_shard(str(root), path, values, shard_schema(TOKENS), GROUP, tokens)
+        splits[name] = Split(shards=(shard,), rows=shard.rows, predictions=tokens, documents=len(test))
     sizes = [len(text.encode()) for text in test]
     table = {"document": pa.array(range(len(test)), pa.int32()), "split": ["test"] * len(test), "size_bytes": sizes}
     pq.write_table(pa.table(table), root / "documents.parquet")
     manifest = Manifest(
-        kind="text",
+        task="language_modeling",
+        columns=TOKENS,
         splits=splits,
         rows_per_group=GROUP,
-        sequence_length=LENGTH,
-        vocab_size=tokenizer.get_vocab_size(),
-        classes=None,
+        positions=LENGTH,
+        outputs=tokenizer.get_vocab_size(),
         tokenizer_sha256=hashlib.sha256((root / "tokenizer.json").read_bytes()).hexdigest(),
-        dropped={},
     )
     (root / "manifest.json").write_text(manifest.model_dump_json())
     return manifest
@@ -81,22 +87,21 @@ def prepare_text(root: Path) -> Manifest:
 def prepare_digits(root: Path) -> Manifest:
     """The bundled digits: 1,200 to train on, 597 held out."""
     digits = load_digits()
-    pixels = (digits.data / 16).astype(np.float32)
+    pixels = (digits.images[:, None] / 16).astype(np.float32)
     splits = {}
     for name, part in {"train": slice(0, 1200), "test": slice(1200, None)}.items():
         labels = digits.target[part].astype(np.int32)
         columns = {"sample_id": np.arange(len(labels)), "pixels": pixels[part], "label": labels}
-        shard = write_shard(str(root), f"{name}/00000.parquet", columns, digits_schema(), GROUP)
-        splits[name] = Split(shards=(shard,), rows=shard.rows, tokens=shard.tokens, documents=shard.rows)
+        shard = write_shard(str(root), f"{name}/00000.parquet", columns, shard_schema(PIXELS), GROUP)
+        splits[name] = Split(shards=(shard,), rows=shard.rows, predictions=shard.rows, documents=shard.rows)
     manifest = Manifest(
-        kind="digits",
+        task="image_classification",
+        columns=PIXELS,
         splits=splits,
         rows_per_group=GROUP,
-        sequence_length=None,
-        vocab_size=None,
-        classes=10,
-        tokenizer_sha256=None,
-        dropped={},
+        positions=1,
+        outputs=10,
+        details={"channels": 1, "height": 8, "width": 8, "classes": [str(number) for number in range(10)]},
     )
     (root / "manifest.json").write_text(manifest.model_dump_json())
     return manifest
@@ -110,8 +115,8 @@ def train(config: Llama | Vit, root: Path, path: Path, steps: int) -> Path:
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=15)
     generator = np.random.default_rng(0)
     for _ in range(steps):
-        batch = hf_directory.to_tensors(shards.take(generator.integers(0, shards.rows, BATCH[manifest.kind])))
-        prediction = hf_directory.forward(model, batch)
+        batch = hf_directory.to_tensors(shards.take(generator.integers(0, shards.rows, BATCH[manifest.task])))
+        prediction = TASKS[manifest.task].predict(model, batch)
         chosen = prediction.mask_BP
         loss = torch.nn.functional.cross_entropy(prediction.logits_BPV[chosen], prediction.targets_BP[chosen])
         optimizer.zero_grad()
@@ -119,7 +124,7 @@ def train(config: Llama | Vit, root: Path, path: Path, steps: int) -> Path:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         warm_up.step()
-    hf_directory.save_model(model, model.config, path, root / "tokenizer.json" if manifest.kind == "text" else None)
+    hf_directory.save_model(model, model.config, path, manifest.tokenizer(root))
     return path
 
 
@@ -130,7 +135,7 @@ def recipe(kind: str, rules: Sequence[dict[str, Any]] = RULES) -> Recipe:
     return Recipe.model_validate(
         {
             "name": f"test-{kind}",
-            "data": {"kind": kind},
+            "data": {"kind": TASK[kind]},
             "train": {**optimization, "model": model},
             "sweep": {**optimization, "students": [{"name": "student", "model": model}]},
             "compress": {"kind": "gguf" if kind == "text" else "onnx"},

@@ -9,7 +9,8 @@ import pytest
 from overproof.config import Gate
 from overproof.errors import InputError
 from overproof.evaluate.gate import Verdict, judge
-from overproof.evaluate.metrics import Comparison, MeasuredFile, Metric, Report
+from overproof.evaluate.metrics import Comparison, MeasuredFile, Report
+from overproof.tasks.base import Metric
 
 REGRESSION = {"kind": "regression", "against": "student", "at_most": 0.03}
 STUDENT = dict.fromkeys(("student", "big", "small", "q", "bare"), "student")
@@ -35,8 +36,10 @@ def measured(name: str, size_bytes: int, candidate: bool, **metrics: Metric) -> 
 def report(*comparisons: tuple[str, str, float, float | None, float | None], **changes: Any) -> Report:
     parity = {"parity_nats": metric(0.02)}
     full: dict[str, Any] = {
-        "kind": "text",
+        "task": "language_modeling",
         "quality": "bits_per_byte",
+        "engine": "any",
+        "computes_with": "any",
         "confidence": 0.95,
         "measured": (
             measured("teacher", 1000, False),
@@ -132,7 +135,7 @@ def test_without_candidates_nothing_passes() -> None:
 
 
 def test_accuracy_is_told_in_points() -> None:
-    drop = report(("small", "student", 0.012, 0.002, 0.021), quality="accuracy", kind="digits")
+    drop = report(("small", "student", 0.012, 0.002, 0.021), quality="accuracy", task="image_classification")
     found = verdict([{**REGRESSION, "at_most": 0.02}], drop)
     assert not found.passed
     assert found.candidates[1].reasons[0].text == (

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from overproof.evaluate.metrics import Bootstrap, Metric, PerExampleSums, Report, quality_metrics, resampled_sums
+from overproof.evaluate.metrics import Bootstrap, PerExampleSums, Report, quality_metrics, resampled_sums
+from overproof.registry import TASKS
+from overproof.tasks.base import Metric
+
+BITS_PER_BYTE, ACCURACY = (TASKS[kind].quality for kind in ("language_modeling", "image_classification"))
 
 
 def units_of(quality: np.ndarray, size: np.ndarray) -> PerExampleSums:
@@ -27,7 +31,7 @@ def test_interval_covers_the_truth_as_often_as_it_says(count: int) -> None:
     generator, covered, trials = np.random.default_rng(7), 0, 400
     for trial in range(trials):
         size, nats = documents(count, generator)
-        metrics, _ = quality_metrics("bits_per_byte", {"a": units_of(nats, size)}, Bootstrap(300, 0.9, trial))
+        metrics, _ = quality_metrics(BITS_PER_BYTE, {"a": units_of(nats, size)}, Bootstrap(300, 0.9, trial))
         found = metrics["a"]["bits_per_byte"]
         assert found.low is not None
         assert found.high is not None
@@ -37,7 +41,7 @@ def test_interval_covers_the_truth_as_often_as_it_says(count: int) -> None:
 
 def test_bits_per_byte_is_the_ratio_of_sums() -> None:
     metrics, comparisons = quality_metrics(
-        "bits_per_byte",
+        BITS_PER_BYTE,
         {
             "student": units_of(np.array([8.0, 2.0]) * log(2), np.array([4, 1])),
             "small": units_of(np.array([9.0, 2.0]) * log(2), np.array([4, 1])),
@@ -59,7 +63,7 @@ def test_accuracy_drop_is_positive_when_worse() -> None:
         "student": units_of(np.array([1, 1, 1, 0]), ones),
         "small": units_of(np.array([1, 1, 0, 0]), ones),
     }
-    metrics, (_, drop) = quality_metrics("accuracy", exports, Bootstrap(100, 0.95, 0))
+    metrics, (_, drop) = quality_metrics(ACCURACY, exports, Bootstrap(100, 0.95, 0))
     assert metrics["student"]["accuracy"].value == 0.75
     assert drop.value == 0.25
 
@@ -68,7 +72,7 @@ def test_pairing_is_narrower_than_two_separate_intervals() -> None:
     generator = np.random.default_rng(3)
     size, nats = documents(60, generator)
     exports = {"student": units_of(nats, size), "small": units_of(nats * 1.01, size)}
-    metrics, (_, paired) = quality_metrics("bits_per_byte", exports, Bootstrap(500, 0.95, 0))
+    metrics, (_, paired) = quality_metrics(BITS_PER_BYTE, exports, Bootstrap(500, 0.95, 0))
     alone = [metrics[name]["bits_per_byte"] for name in ("small", "student")]
     assert paired.low == pytest.approx(0.01)
     assert paired.high == pytest.approx(0.01)
@@ -78,7 +82,7 @@ def test_pairing_is_narrower_than_two_separate_intervals() -> None:
 def test_same_seed_same_report_other_seed_another() -> None:
     size, nats = documents(30, np.random.default_rng(0))
     first, again, other = (
-        quality_metrics("bits_per_byte", {"a": units_of(nats, size)}, Bootstrap(200, 0.95, seed)) for seed in (1, 1, 2)
+        quality_metrics(BITS_PER_BYTE, {"a": units_of(nats, size)}, Bootstrap(200, 0.95, seed)) for seed in (1, 1, 2)
     )
     assert first == again
     assert first != other
@@ -86,7 +90,7 @@ def test_same_seed_same_report_other_seed_another() -> None:
 
 def test_one_unit_has_no_interval() -> None:
     one = {"student": units_of(np.array([2.0]), np.array([1])), "small": units_of(np.array([2.0]), np.array([1]))}
-    metrics, (_, comparison) = quality_metrics("bits_per_byte", one, Bootstrap(100, 0.95, 0))
+    metrics, (_, comparison) = quality_metrics(BITS_PER_BYTE, one, Bootstrap(100, 0.95, 0))
     assert metrics["small"]["bits_per_byte"].low is None
     assert comparison.low is None
     assert comparison.high is None
@@ -105,5 +109,8 @@ def test_memory_does_not_grow_with_samples_times_units() -> None:
 def test_report_refuses_what_is_no_figure_or_no_field() -> None:
     with pytest.raises(ValidationError):
         Metric(value=float("nan"), unit="s", n=1)
-    with pytest.raises(ValidationError):
-        Report.model_validate({"kind": "text", "quality": "bits_per_byte", "confidence": 0.9, "extra": 1})
+    told = {"task": "language_modeling", "quality": "bits_per_byte", "engine": "any", "computes_with": "any"}
+    whole = told | {"confidence": 0.9, "measured": [], "comparisons": []}
+    Report.model_validate(whole)
+    with pytest.raises(ValidationError, match="extra"):
+        Report.model_validate(whole | {"extra": 1})

@@ -15,11 +15,12 @@ from onnx import numpy_helper
 from overproof.artifacts import Artifact
 from overproof.config import Evaluate
 from overproof.data.tokenization import train_bpe
-from overproof.engines.onnx_runtime import OnnxClassifier
-from overproof.evaluate.parity import text_parity_nats
-from overproof.evaluate.stage import measure_images, measure_text
-from overproof.export import gguf, stage
-from overproof.export.onnx import Reference
+from overproof.engines.onnx_runtime import OnnxRuntime
+from overproof.export import gguf_file, stage
+from overproof.export.onnx_file import Reference
+from overproof.registry import FORMATS, TASKS
+from overproof.tasks.base import Metric
+from overproof.tasks.text_evaluation import text_parity_nats
 
 SETTINGS = Evaluate(threads=1, decode_tokens=16, timed_requests=20, probe_prompts=4, probe_tokens=16)
 # llama.cpp rounds keys, values and activations to half precision beside f16 weights, activations to 8 bits beside
@@ -27,9 +28,13 @@ SETTINGS = Evaluate(threads=1, decode_tokens=16, timed_requests=20, probe_prompt
 ROUNDING_NATS = {"f16": 0.01, "q8_0": 0.15, "q4_0": 0.15}
 
 
+def measure_text(file: Path, root: Path) -> dict[str, Metric]:
+    return TASKS["language_modeling"].probe(file, root, SETTINGS, "llama.cpp", FORMATS["gguf"], lambda _: None)
+
+
 @pytest.mark.parametrize("name", ["student", "student-q8_0", "student-q4_0"])
 def test_engine_gives_the_references_logprobs(text: dict[str, Artifact], name: str) -> None:
-    found = measure_text(text["compress"].local() / f"{name}.gguf", text["prepare"].local(), SETTINGS)
+    found = measure_text(text["compress"].local() / f"{name}.gguf", text["prepare"].local())
     assert found["parity_nats"].value < ROUNDING_NATS[name.removeprefix("student-") if "-" in name else "f16"]
     assert found["parity_nats"].n == 4 * 16
     assert found["tokenizer_mismatches"].value == 0
@@ -45,20 +50,20 @@ def test_rotary_rows_in_the_wrong_order_are_caught(
     text: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mistake that writer and reader share passes the check after the export, and not the engine."""
-    monkeypatch.setattr(gguf, "interleave_rotary", lambda weights, _: weights)
+    monkeypatch.setattr(gguf_file, "interleave_rotary", lambda weights, _: weights)
     source, file = text["train"].local() / "model", tmp_path / "broken.gguf"
-    gguf.export_gguf(source, source / "tokenizer.json", file, "f16", "broken")
+    gguf_file.export_gguf(source, source / "tokenizer.json", file, "f16", "broken")
     with pytest.raises(RuntimeError, match="the export is wrong"):
-        stage.check_gguf(source, file)
-    monkeypatch.setattr(gguf, "split_rotary", lambda weights, _: weights)
-    stage.check_gguf(source, file)
-    assert measure_text(file, text["prepare"].local(), SETTINGS)["parity_nats"].value > 0.3
+        stage.require_same_model(FORMATS["gguf"], source, file)
+    monkeypatch.setattr(gguf_file, "split_rotary", lambda weights, _: weights)
+    stage.require_same_model(FORMATS["gguf"], source, file)
+    assert measure_text(file, text["prepare"].local())["parity_nats"].value > 0.3
 
 
 def test_other_tokens_are_caught(text: dict[str, Artifact], tmp_path: Path) -> None:
     root = shutil.copytree(text["prepare"].local(), tmp_path / "prepared")
     train_bpe(["an entirely other corpus, with other pairs"], 300).save(str(root / "tokenizer.json"))
-    found = measure_text(text["compress"].local() / "student.gguf", root, SETTINGS)
+    found = measure_text(text["compress"].local() / "student.gguf", root)
     assert found["tokenizer_mismatches"].value > 0
     assert found["parity_nats"].value < ROUNDING_NATS["f16"]
 
@@ -86,7 +91,8 @@ def test_another_choice_costs_half_its_gap() -> None:
 
 @pytest.mark.parametrize("name", ["student", "student-int8"])
 def test_onnx_runtime_gives_the_references_logprobs(digits: dict[str, Artifact], name: str) -> None:
-    found = measure_images(digits["compress"].local() / f"{name}.onnx", digits["prepare"].local(), SETTINGS)
+    file, root = digits["compress"].local() / f"{name}.onnx", digits["prepare"].local()
+    found = TASKS["image_classification"].probe(file, root, SETTINGS, "onnxruntime", FORMATS["onnx"], lambda _: None)
     assert 0 < found["parity_nats"].value < 1e-4
     assert found["images_per_s"].value > 50
 
@@ -99,6 +105,6 @@ def test_other_bytes_are_other_answers(digits: dict[str, Artifact], tmp_path: Pa
     scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(1.5), scale.name))
     onnx.save(proto, tmp_path / "broken.onnx")
     pixels_BD = np.random.default_rng(0).random((1, 64), np.float32)
-    engine = OnnxClassifier(file)
-    assert np.abs(engine.classify(pixels_BD) - Reference(file)(pixels_BD)).max() < 1e-4
-    assert np.abs(engine.classify(pixels_BD) - Reference(tmp_path / "broken.onnx")(pixels_BD)).max() > 1e-2
+    engine = OnnxRuntime(file)
+    assert np.abs(engine.logprobs(pixels_BD) - Reference(file)(pixels_BD)).max() < 1e-4
+    assert np.abs(engine.logprobs(pixels_BD) - Reference(tmp_path / "broken.onnx")(pixels_BD)).max() > 1e-2

@@ -18,8 +18,10 @@ from overproof.evaluate.metrics import Report
 from overproof.evaluate.stage import evaluate_exports, judge_report
 from overproof.export.stage import read_exports
 from overproof.files import file_sha256
+from overproof.registry import ENGINES, TASKS
 from overproof.stage_context import StageContext, no_progress
 
+ENGINE = {"text": "llama.cpp", "digits": "onnxruntime"}
 KEPT = {"text": ["student"], "digits": ["student", "brief"]}
 STUDENTS = {"text": ["student-q8_0", "student-q4_0"], "digits": ["student-int8", "brief-int8"]}
 
@@ -41,6 +43,8 @@ def test_report_and_verdict(
     report = Report.model_validate_json((evaluated.local() / "report.json").read_bytes())
     assert [m.name for m in report.measured] == ["teacher", "control", *KEPT[kind], *STUDENTS[kind]]
     assert report.winner == "student"
+    assert (report.task, report.engine) == (asked.data.kind, ENGINE[kind])
+    assert report.computes_with == ENGINES[report.engine].computes_with
     names = [m.name for m in report.measured]
     assert {(c.name, c.against) for c in report.comparisons} == {(a, b) for a in names for b in names if a != b}
     by_name = {m.name: m.metrics for m in report.measured}
@@ -66,6 +70,8 @@ def test_report_and_verdict(
     units = pq.read_table(evaluated.local() / "units.parquet").to_pandas()
     mine = units[units.export == "student"]
     assert len(mine) == by_name["student"][report.quality].n
+    value = TASKS[report.task].quality.value(mine["total"].sum(), mine["size"].sum())
+    assert value == pytest.approx(by_name["student"][report.quality].value)
     agreement = mine.agreed.sum() / mine.predictions.sum()
     assert agreement == pytest.approx(by_name["student"]["agreement"].value)
     assert evaluated.record.metrics["student"] == by_name["student"][report.quality].value
@@ -95,6 +101,7 @@ def test_compress_writes_what_is_listed(text: dict[str, Artifact], digits: dict[
         listed = {e.file: e.size_bytes for e in exports} | {
             name: (root / name).stat().st_size for name in ("exports.json", "artifact.json")
         }
+        assert {e.companions for e in exports} == ({("tokenizer.json",)} if kind == "text" else {()})
         if kind == "text":
             listed["tokenizer.json"] = (done["prepare"].local() / "tokenizer.json").stat().st_size
         assert {file.name: file.stat().st_size for file in root.iterdir()} == listed

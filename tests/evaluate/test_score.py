@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from overproof.artifacts import Artifact
 from overproof.data.parquet_reader import Shards
-from overproof.evaluate import scoring
-from overproof.evaluate.scoring import FileScores, agreements, score_images, score_text, spread_units
-from overproof.export.gguf import read_gguf
+from overproof.export.gguf_file import read_gguf
 from overproof.files import file_sha256
 from overproof.models import hf_directory
+from overproof.registry import FORMATS, TASKS
+from overproof.tasks import text_evaluation
+from overproof.tasks.base import FileScores, agreements, spread_units
+
+
+def score_text(file: Path, root: Path, most: int | None) -> FileScores:
+    return TASKS["language_modeling"].score(file, root, most, "llama.cpp", FORMATS["gguf"])
 
 
 def test_text_scores_are_sums_over_documents(text: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
     file, root = text["compress"].local() / "student-q4_0.gguf", text["prepare"].local()
-    monkeypatch.setattr(scoring, "BATCH_LOGITS", 5 * 64 * 512)  # batches that cross documents
+    monkeypatch.setattr(text_evaluation, "BATCH_LOGITS", 5 * 64 * 512)  # batches that cross documents
     found = score_text(file, root, None)
     shards, model = Shards(root, "test", ("document", "tokens", "length")), read_gguf(file)
     columns = shards.take(np.arange(shards.rows))
@@ -29,7 +36,7 @@ def test_text_scores_are_sums_over_documents(text: dict[str, Artifact], monkeypa
         nats[document] -= float(logprobs_PV.gather(1, ids[1:, None]).sum())
         counts[document] += length
         choices.append(logprobs_PV.argmax(-1).numpy())
-    np.testing.assert_allclose(found.quality, nats, rtol=1e-5)
+    np.testing.assert_allclose(found.total, nats, rtol=1e-5)
     np.testing.assert_array_equal(found.predictions, counts)
     assert (found.choices_N == np.concatenate(choices)).mean() > 0.999  # batches may break near ties the other way
     assert found.sha256 == file_sha256(file)
@@ -40,21 +47,23 @@ def test_some_documents_are_the_same_as_among_all(text: dict[str, Artifact]) -> 
     file, root = text["compress"].local() / "student.gguf", text["prepare"].local()
     every, some = score_text(file, root, None), score_text(file, root, 3)
     np.testing.assert_array_equal(some.units, [0, 6, 11])
-    np.testing.assert_allclose(some.quality, every.quality[some.units], rtol=1e-5)
+    np.testing.assert_allclose(some.total, every.total[some.units], rtol=1e-5)
     np.testing.assert_array_equal(some.size, every.size[some.units])
     assert len(some.choices_N) == some.predictions.sum()
 
 
 def test_image_scores_are_torchs(digits: dict[str, Artifact]) -> None:
     root = digits["prepare"].local()
-    found = score_images(digits["compress"].local() / "student.onnx", root, None)
+    file = digits["compress"].local() / "student.onnx"
+    found = TASKS["image_classification"].score(file, root, None, "onnxruntime", FORMATS["onnx"])
     shards = Shards(root, "test")
     batch = hf_directory.to_tensors(shards.take(np.arange(shards.rows)))
     with torch.inference_mode():
-        prediction = hf_directory.forward(hf_directory.load_model(digits["sweep"].local() / "students/student"), batch)
+        model = hf_directory.load_model(digits["sweep"].local() / "students/student")
+        prediction = TASKS["image_classification"].predict(model, batch)
     right_B = prediction.logits_BPV[:, 0].argmax(-1) == batch["label"]
-    assert found.quality.mean() == pytest.approx(float(right_B.double().mean()), abs=0.004)
-    assert found.quality.mean() > 0.3  # of ten classes
+    assert found.total.mean() == pytest.approx(float(right_B.double().mean()), abs=0.004)
+    assert found.total.mean() > 0.3  # of ten classes
 
 
 def test_agreement_is_counted_unit_by_unit() -> None:

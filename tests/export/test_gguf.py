@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from overproof.engines.base import Sampling
 from overproof.engines.llamacpp import LlamaCpp
 from overproof.errors import InputError
-from overproof.evaluate.parity import text_parity_nats
-from overproof.export.gguf import export_gguf, interleave_rotary, read_gguf, split_rotary
+from overproof.export.gguf_file import export_gguf, interleave_rotary, read_gguf, split_rotary
 from overproof.models import hf_directory
+from overproof.tasks.text_evaluation import text_parity_nats
 
 HEADS, KV_HEADS, VOCABULARY, LAYERS = 4, 2, 288, 2
 

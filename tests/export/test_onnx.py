@@ -12,8 +12,9 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from overproof.export import stage
-from overproof.export.onnx import Reference, export_onnx, quantize_onnx
+from overproof.export.onnx_file import Reference, export_onnx, quantize_onnx
 from overproof.models import hf_directory
+from overproof.registry import FORMATS, TASKS
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +41,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def run(file: Path, pixels_BD: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    logprobs_BV: np.ndarray = session.run(["logprobs"], {"pixels": pixels_BD})[0]
+    logprobs_BV: np.ndarray = session.run(["logprobs"], {"inputs": pixels_BD})[0]
     return logprobs_BV
 
 
 @pytest.mark.parametrize("count", [1, 3, 17])
 def test_fp32_is_torch(files: dict[str, Path], count: int) -> None:
     pixels_BD = np.random.default_rng(count).random((count, 64), np.float32)
-    batch = {"pixels": torch.from_numpy(pixels_BD), "label": torch.zeros(count, dtype=torch.int64)}
+    batch = {"pixels": torch.from_numpy(pixels_BD).view(-1, 1, 8, 8), "label": torch.zeros(count, dtype=torch.int64)}
     with torch.inference_mode():
         expected = (
-            hf_directory.forward(hf_directory.load_model(files["model"]), batch)
+            TASKS["image_classification"]
+            .predict(hf_directory.load_model(files["model"]), batch)
             .logits_BPV[:, 0]
             .log_softmax(-1)
             .numpy()
@@ -88,7 +90,7 @@ def test_one_file_without_this_machines_paths(files: dict[str, Path]) -> None:
 
 
 def test_check_after_the_export_can_fail(files: dict[str, Path], tmp_path: Path) -> None:
-    stage.check_onnx(files["model"], files["fp32"])
+    stage.require_same_model(FORMATS["onnx"], files["model"], files["fp32"])
     proto = onnx.load(files["fp32"])
     weight = next(i for i in proto.graph.initializer if len(i.dims) == 2)
     values = onnx.numpy_helper.to_array(weight).copy()
@@ -96,7 +98,7 @@ def test_check_after_the_export_can_fail(files: dict[str, Path], tmp_path: Path)
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
     onnx.save(proto, tmp_path / "broken.onnx")
     with pytest.raises(RuntimeError, match="the export is wrong"):
-        stage.check_onnx(files["model"], tmp_path / "broken.onnx")
+        stage.require_same_model(FORMATS["onnx"], files["model"], tmp_path / "broken.onnx")
 
 
 def test_exporting_says_nothing(files: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

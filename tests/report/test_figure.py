@@ -11,9 +11,10 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from overproof.evaluate.gate import CandidateVerdict, Verdict
-from overproof.evaluate.metrics import MeasuredFile, Metric, Report
+from overproof.evaluate.metrics import MeasuredFile, Report
 from overproof.report.figure import DPI, MARKER_POINTS, PlottedCurve, draw_report, plot_report
 from overproof.report.label_placement import place_labels
+from overproof.tasks.base import Metric
 
 CURVE = PlottedCurve("teacher", "teacher", [(1, 3.0), (2, 2.0)], [(2, 2.5)])
 
@@ -35,7 +36,11 @@ def report_of(sizes_mb: tuple[float, ...], step: float, interval: float = 0.05) 
     )
     candidates = tuple(CandidateVerdict(name=m.name, passed=m.name != "q1 $_$", reasons=()) for m in files[2:])
     verdict = Verdict(passed=True, chosen="q0 $_$", candidates=candidates)
-    return Report(kind="text", quality="bits_per_byte", confidence=0.95, measured=files, comparisons=()), verdict
+    report = Report(
+        task="language_modeling", quality="bits_per_byte", engine="any", computes_with="any", confidence=0.95,
+        measured=files, comparisons=(),
+    )  # fmt: skip
+    return report, verdict
 
 
 def boxes_of(texts: list[Text]) -> list[Bbox]:

@@ -20,6 +20,7 @@ from overproof.data.manifest import Manifest
 from overproof.data.order import Order
 from overproof.data.parquet_reader import Shards
 from overproof.models.hf_directory import build_model, to_tensors
+from overproof.registry import TASKS
 from overproof.train.deepspeed_engine import DeepSpeedEngine, consolidated_weights
 from overproof.train.engine import TorchEngine, TrainingEngine
 from overproof.train.loop import CurveRow, fit, shard_batches, validation_ids, validation_loss
@@ -31,6 +32,7 @@ SEED = 3
 def train(engine: TrainingEngine, settings: Train, root: Path, rank: int, world: int) -> list[CurveRow]:
     """The rows ``fit`` reports; the global batches are the same at any world size."""
     manifest = Manifest.read(root)
+    predict = TASKS[manifest.task].predict
     order, rows, held_out = (
         Order(manifest.groups, manifest.rows_per_group, SEED),
         Shards(root, "train"),
@@ -43,10 +45,11 @@ def train(engine: TrainingEngine, settings: Train, root: Path, rank: int, world:
 
     def validate() -> float:
         with engine.eval_mode() as model:
-            return validation_loss(model, (to_tensors(held_out.take(part)) for part in parts), engine.all_reduce)
+            batches = (to_tensors(held_out.take(part)) for part in parts)
+            return validation_loss(model, predict, batches, engine.all_reduce)
 
     reported: list[CurveRow] = []
-    fit(engine, CrossEntropy(), settings, batches, validate, reported.append)
+    fit(engine, CrossEntropy(predict), settings, batches, validate, reported.append)
     return reported
 
 

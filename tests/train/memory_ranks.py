@@ -20,6 +20,7 @@ from torch import Tensor
 from overproof.config import Train
 from overproof.data.manifest import Manifest
 from overproof.models.hf_directory import build_model
+from overproof.registry import TASKS
 from overproof.train.deepspeed_engine import DeepSpeedEngine
 from overproof.train.objective import CrossEntropy
 
@@ -124,7 +125,10 @@ def measure(train: Train, manifest: Manifest, before: int) -> dict[str, Any]:
         if number == STEPS - 1:
             inner.step = update
         tokens = torch.randint(0, manifest.outputs, (rows, manifest.positions + 1))
-        engine.step(Objective(), {"tokens": tokens, "length": torch.full((rows,), manifest.positions)})
+        engine.step(
+            Objective(TASKS[manifest.task].predict),
+            {"tokens": tokens, "length": torch.full((rows,), manifest.positions)},
+        )
     look("after")
     found = {
         "parts": largest,

@@ -23,12 +23,15 @@ from torch import Tensor, nn
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.errors import InputError
-from overproof.models.hf_directory import Batch, Prediction, build_model, to_tensors
+from overproof.models.base import Prediction
+from overproof.models.hf_directory import Batch, build_model, to_tensors
+from overproof.registry import TASKS
 from overproof.train.engine import Metrics
 from overproof.train.loop import CurveRow, fit, shard_batches, train_steps, validation_ids, validation_loss
 from overproof.train.metrics import MetricsLogger
 from overproof.train.objective import CrossEntropy, Objective, masked_mean, nll
 
+PREDICT = TASKS["language_modeling"].predict
 GOLDEN = Path(__file__).parents[1] / "golden" / "train-digits-like.json"
 
 
@@ -84,20 +87,20 @@ class Fixed:
 def test_a_loss_that_is_not_finite_is_refused_with_what_to_do() -> None:
     seen: list[CurveRow] = []
     with pytest.raises(InputError, match=r"step 2: loss is nan .*lower learning_rate \(at most 0\.003"):
-        fit(Fixed([1.0, math.nan]), CrossEntropy(), settings(steps=3), iter([{}] * 3), lambda: 0.0, seen.append)
+        fit(Fixed([1.0, math.nan]), CrossEntropy(PREDICT), settings(steps=3), iter([{}] * 3), lambda: 0.0, seen.append)
     assert [row["step"] for row in seen] == [1]
 
 
 def test_validates_every_so_often_and_at_the_end() -> None:
     given = train_steps(
-        Fixed([1.0] * 5), CrossEntropy(), settings(steps=5, validate_every=2), iter([{}] * 5), lambda: 7.0
+        Fixed([1.0] * 5), CrossEntropy(PREDICT), settings(steps=5, validate_every=2), iter([{}] * 5), lambda: 7.0
     )
     assert [row["step"] for row in given if "validation_loss" in row] == [2, 4, 5]
 
 
 def test_no_steps_still_validate() -> None:
     plan = settings(steps=0)
-    assert list(train_steps(Fixed([]), CrossEntropy(), plan, iter([]), lambda: 7.0)) == [
+    assert list(train_steps(Fixed([]), CrossEntropy(PREDICT), plan, iter([]), lambda: 7.0)) == [
         {"step": 0, "validation_loss": 7.0}
     ]
 
@@ -107,7 +110,7 @@ def test_padding_does_not_count(text_root: Path) -> None:
     held_out = Shards(text_root, "validation").take(np.arange(23))
     losses, count = 0.0, 0
     with torch.no_grad():
-        whole = validation_loss(model, [to_tensors(held_out)])
+        whole = validation_loss(model, PREDICT, [to_tensors(held_out)])
         for tokens, length in zip(held_out["tokens"], held_out["length"], strict=True):
             alone_BS = torch.from_numpy(tokens[: length + 1].astype(np.int64))[None]
             logits_BPV = model(input_ids=alone_BS[:, :-1]).logits

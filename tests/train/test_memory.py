@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overproof.config import Llama, Pretrained, Train, Vit
+from overproof.config import Pretrained, Train
 from overproof.data.manifest import Manifest
 from overproof.errors import InputError
 from overproof.models import zero_memory
-from overproof.models.hf_directory import build_model, count_parameters, save_model
+from overproof.models.base import DataShape
+from overproof.models.hf_directory import build_model, count_parameters, save_model, shape_of
+from overproof.models.llama import Llama
 from overproof.models.sizes import model_size
+from overproof.models.vit import Vit
+from overproof.registry import TASKS
 from overproof.train.objective import CrossEntropy
 from overproof.train.optim import BUCKET_ELEMENTS
 
 RANKS_S = 600
 WORLD, VOCABULARY, LENGTH, CLASSES = 2, 1024, 12, 10
+TEXT = DataShape("language_modeling", VOCABULARY, LENGTH)
 TEACHER = Llama(hidden_size=256, intermediate_size=512, layers=3, heads=4, kv_heads=2)
 LLAMAS = (
     TEACHER,
@@ -44,9 +50,9 @@ SLACK_BYTES = 100_000  # alignment of shares, norms and flags: under 2 % of the 
 def manifest(model: Llama | Vit | str = "llama") -> Manifest:
     text = isinstance(model, Llama) or model == "llama"
     return Manifest(
-        kind="text" if text else "digits", splits={}, rows_per_group=8,
-        sequence_length=LENGTH if text else None, vocab_size=VOCABULARY if text else None,
-        classes=None if text else CLASSES, tokenizer_sha256=None, dropped={},
+        task="language_modeling" if text else "image_classification", columns=(), splits={}, rows_per_group=8,
+        positions=LENGTH if text else 1, outputs=VOCABULARY if text else CLASSES,
+        details={} if text else {"channels": 1, "height": 8, "width": 8},
     )  # fmt: skip
 
 
@@ -58,25 +64,27 @@ def training(**changes: object) -> Train:
 @pytest.mark.parametrize("model", [*LLAMAS, *VITS], ids=lambda m: f"{m.kind}-{m.hidden_size}x{m.layers}")
 def test_every_tensor_of_a_model_is_counted(model: Llama | Vit, tmp_path: Path) -> None:
     real = build_model(model, manifest(model), 0)
-    size = model_size(model, manifest(model).outputs, LENGTH)
+    shape = shape_of(manifest(model))
+    size = model_size(model, shape)
     assert sorted(size.tensors) == sorted(p.numel() for p in real.parameters())
     assert size.parameters == count_parameters(real)
     save_model(real, real.config, tmp_path)
-    assert model_size(Pretrained(path=str(tmp_path)), 0, LENGTH).parameters == size.parameters
-    read = model_size(Pretrained(path=f"file://{tmp_path}"), 0, size.predictions)
+    unknown = replace(shape, outputs=0)
+    assert model_size(Pretrained(path=str(tmp_path)), unknown).parameters == size.parameters
+    read = model_size(Pretrained(path=f"file://{tmp_path}"), unknown)
     assert (read.places, read.outputs, read.key_width) == (size.places, size.outputs, size.key_width)
     assert sorted(read.tensors) == sorted(size.tensors)
 
 
 def test_what_is_no_model_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json"):
-        model_size(Pretrained(path=str(tmp_path)), 0, 1)
+        model_size(Pretrained(path=str(tmp_path)), DataShape("language_modeling", 0, 1))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(InputError, match="safetensors"):
-        model_size(Pretrained(path=str(tmp_path)), 0, 1)
+        model_size(Pretrained(path=str(tmp_path)), DataShape("language_modeling", 0, 1))
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(InputError, match="not safetensors: a header of"):
-        model_size(Pretrained(path=str(tmp_path)), 0, 1)
+        model_size(Pretrained(path=str(tmp_path)), DataShape("language_modeling", 0, 1))
 
 
 CASES: dict[str, dict[str, object]] = {
@@ -123,7 +131,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_formulas_give_the_bytes_that_workers_hold(measured: Path, name: str, rank: int) -> None:
     found: dict[str, Any] = json.loads((measured / f"{name}.{rank}.json").read_text())
     train = training(**CASES[name])
-    size = model_size(TEACHER, VOCABULARY, LENGTH)
+    size = model_size(TEACHER, TEXT)
     held = zero_memory.state_memory(size, train, train.zero_stage, WORLD)
     for part in ("weights", "gradients", "optimizer", "buffers"):
         expected = getattr(held.device, part) + getattr(held.host, part)
@@ -140,7 +148,7 @@ def test_the_papers_table_at_7_5_billion_parameters() -> None:
     """Figure 1 of arXiv 1910.02054: 7.5 billion parameters, 64 workers, 16 bits: 120, 31.4, 16.6 and 1.9 GB."""
     paper = {1: 31.4e9, 2: 16.6e9, 3: 1.9e9}
     billions = Llama(hidden_size=4096, intermediate_size=16_384, layers=28, heads=32, kv_heads=32)
-    size = model_size(billions, 50_000, 1024)
+    size = model_size(billions, DataShape("language_modeling", 50_000, 1024))
     scale = 7.5e9 / size.parameters
     assert scale == pytest.approx(1, abs=0.05)
     train = training(batch_size=64, workers=64, precision="bf16")
@@ -161,7 +169,7 @@ def test_the_papers_table_at_7_5_billion_parameters() -> None:
 def test_more_workers_and_higher_stages_never_ask_for_more(
     stage: int, world: int, precision: str, offload: str
 ) -> None:
-    size = model_size(TEACHER, VOCABULARY, LENGTH)
+    size = model_size(TEACHER, TEXT)
     train = training(workers=8, zero_stage=stage, precision=precision, offload=offload)
     here, wider = (zero_memory.state_memory(size, train, stage, n) for n in (world, 2 * world))
     for where in ("device", "host"):
@@ -197,13 +205,13 @@ def saved_bytes(train: Train, autocast: bool = False) -> int:
     batch = (
         {"tokens": torch.randint(0, VOCABULARY, (rows, LENGTH + 1)), "length": torch.full((rows,), LENGTH)}
         if text
-        else {"pixels": torch.rand(rows, 64).to(built.dtype), "label": torch.zeros(rows, dtype=torch.long)}
+        else {"pixels": torch.rand(rows, 1, 8, 8).to(built.dtype), "label": torch.zeros(rows, dtype=torch.long)}
     )
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
     ):
-        CrossEntropy().loss(built, batch)
+        CrossEntropy(TASKS[manifest(model).task].predict).loss(built, batch)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -211,7 +219,7 @@ def saved_bytes(train: Train, autocast: bool = False) -> int:
 @pytest.mark.parametrize("model", [*LLAMAS, VITS[0], VITS[2]], ids=lambda m: f"{m.kind}-{m.hidden_size}x{m.layers}")
 def test_activations_are_what_autograd_keeps(model: Llama | Vit, precision: str) -> None:
     train = training(model=model, precision=precision, batch_size=64, zero_stage=1)
-    size = model_size(model, manifest(model).outputs, LENGTH)
+    size = model_size(model, shape_of(manifest(model)))
     assert saved_bytes(train) == pytest.approx(kept_of(size, train), rel=0.02)
 
 
@@ -225,14 +233,14 @@ def kept_of(size: Any, train: Train, stage: int = 1) -> int:
 
 def test_autocast_keeps_16_bit_copies_of_the_weights_too() -> None:
     train = training(precision="bf16", batch_size=64, zero_stage=0)
-    size = model_size(TEACHER, VOCABULARY, LENGTH)
+    size = model_size(TEACHER, TEXT)
     assert saved_bytes(train, autocast=True) == pytest.approx(kept_of(size, train, 0), rel=0.25)
 
 
 def test_checkpointed_layers_keep_their_inputs() -> None:
     model = Llama(hidden_size=64, intermediate_size=160, layers=6, heads=4, kv_heads=2)
     train = training(model=model, batch_size=64, activation_checkpointing=True)
-    size = model_size(model, VOCABULARY, LENGTH)
+    size = model_size(model, TEXT)
     one_layer = 32 * LENGTH * zero_memory.layer_memory(size, zero_memory.FP32)  # computed again in the backward pass
     assert saved_bytes(train) == pytest.approx(kept_of(size, train) - one_layer, rel=0.02)
     assert zero_memory.activation_memory(size, train, WORLD) < zero_memory.activation_memory(
@@ -241,6 +249,6 @@ def test_checkpointed_layers_keep_their_inputs() -> None:
 
 
 def test_smaller_micro_batches_keep_less() -> None:
-    size = model_size(TEACHER, VOCABULARY, LENGTH)
+    size = model_size(TEACHER, TEXT)
     whole, halves = (training(batch_size=64, micro_batch_size=limit) for limit in (None, 16))
     assert zero_memory.activation_memory(size, whole, WORLD) == 2 * zero_memory.activation_memory(size, halves, WORLD)

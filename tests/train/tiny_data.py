@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
-from overproof.config import Llama, Train, Vit
-from overproof.data.columns import digits_schema, text_schema
-from overproof.data.manifest import MANIFEST, TOKENIZER, Manifest, Split
+from overproof.config import Train
+from overproof.data.document_blocks import text_columns
+from overproof.data.manifest import MANIFEST, TOKENIZER, Column, Manifest, Split, shard_schema
 from overproof.data.parquet_reader import Columns
 from overproof.data.parquet_writer import write_shard
+from overproof.models.llama import Llama
+from overproof.models.vit import Vit
 
 ROWS = {"train": 96, "validation": 23, "test": 8}
 ROWS_PER_GROUP = 8
 CLASSES = 4
 VOCABULARY = 64
 LENGTH = 12
+PIXELS = (Column(name="pixels", dtype="<f4", shape=(1, 8, 8)), Column(name="label", dtype="<i4"))
+TOKENS = text_columns(LENGTH, VOCABULARY)
 
 VIT = Vit(hidden_size=16, intermediate_size=32, layers=1, heads=2, patch_size=4)
 LLAMA = Llama(hidden_size=32, intermediate_size=64, layers=2, heads=4, kv_heads=2)
@@ -35,18 +39,21 @@ def digits_like(root: Path, broken_row: int | None = None) -> Path:
             pixels_BHW[broken_row] = np.nan
         columns: Columns = {
             "sample_id": np.arange(rows),
-            "pixels": pixels_BHW.reshape(rows, 64).astype(np.float32),
+            "pixels": pixels_BHW[:, None].astype(np.float32),
             "label": label.astype(np.int32),
         }
-        shard = write_shard(str(root), f"{split}/00000.parquet", columns, digits_schema(), ROWS_PER_GROUP)
-        splits[split] = Split(shards=(shard,), rows=rows, tokens=rows, documents=rows)
-    return _described(root, "digits", splits)
+        shard = write_shard(str(root), f"{split}/00000.parquet", columns, shard_schema(PIXELS), ROWS_PER_GROUP)
+        splits[split] = Split(shards=(shard,), rows=rows, predictions=rows, documents=rows)
+    details = {"channels": 1, "height": 8, "width": 8, "classes": [str(number) for number in range(CLASSES)]}
+    return _described(
+        root, splits, task="image_classification", columns=PIXELS, positions=1, outputs=CLASSES, details=details
+    )
 
 
 def text_like(root: Path) -> Path:
     """Counting modulo the vocabulary, from anywhere; held-out rows differ in length."""
     rng = np.random.default_rng(0)
-    splits, fields = {}, text_schema(LENGTH, VOCABULARY)
+    splits, fields = {}, shard_schema(TOKENS)
     for split, rows in ROWS.items():
         tokens_BS = (rng.integers(1, VOCABULARY, (rows, 1)) + np.arange(LENGTH + 1)) % VOCABULARY
         length_B = np.full(rows, LENGTH) if split == "train" else 1 + np.arange(rows) % LENGTH
@@ -56,23 +63,15 @@ def text_like(root: Path) -> Path:
             "tokens": tokens_BS.astype(np.int32),
             "length": length_B.astype(np.int32),
         }
-        shard = write_shard(str(root), f"{split}/00000.parquet", columns, fields, ROWS_PER_GROUP)
-        splits[split] = Split(shards=(shard,), rows=rows, tokens=int(length_B.sum()), documents=1)
+        predictions = int(length_B.sum())
+        shard = write_shard(str(root), f"{split}/00000.parquet", columns, fields, ROWS_PER_GROUP, predictions)
+        splits[split] = Split(shards=(shard,), rows=rows, predictions=predictions, documents=1)
     (root / TOKENIZER).write_text("{}")
-    return _described(root, "text", splits)
+    return _described(root, splits, task="language_modeling", columns=TOKENS, positions=LENGTH, outputs=VOCABULARY)
 
 
-def _described(root: Path, kind: Literal["text", "digits"], splits: dict[str, Split]) -> Path:
-    manifest = Manifest(
-        kind=kind,
-        splits=splits,
-        rows_per_group=ROWS_PER_GROUP,
-        sequence_length=LENGTH if kind == "text" else None,
-        vocab_size=VOCABULARY if kind == "text" else None,
-        classes=CLASSES if kind == "digits" else None,
-        tokenizer_sha256=None,
-        dropped={},
-    )
+def _described(root: Path, splits: dict[str, Split], **data: Any) -> Path:
+    manifest = Manifest(splits=splits, rows_per_group=ROWS_PER_GROUP, **data)
     (root / MANIFEST).write_text(manifest.model_dump_json())
     return root
 
