@@ -185,9 +185,9 @@ def test_a_grammar_with_many_ways_to_go_on_is_kept_to_or_refused(text: SingleMod
 
 
 def test_text_that_a_grammar_does_not_allow_is_found() -> None:
-    kept = GrammarChecker('%llguidance {}\nstart: "yes" | "no"')
-    kept.add("y")
-    kept.add("es")
+    checker = GrammarChecker('%llguidance {}\nstart: "yes" | "no"')
+    checker.add("y")
+    checker.add("es")
     for text in ("yo", "no more", "x"):
         with pytest.raises(InputError, match="which dropped it"):
             GrammarChecker('%llguidance {}\nstart: "yes" | "no"').add(text)
