@@ -12,5 +12,5 @@ from overproof.serve.response_builder import ServedModel, model_info
 
 
 def one(package: Path, engine: Any, max_tokens: int = 32, calls: int = 4) -> SingleModel:
-    """A house with this package alone."""
+    """A registry of this package alone, answered by this engine."""
     return SingleModel(ServedModel(model_info(open_package(package)), ThreadedEngine(engine, calls), max_tokens))

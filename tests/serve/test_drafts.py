@@ -79,8 +79,8 @@ def test_streams_are_drafted_too(alone: LlamaCpp, drafted: LlamaCpp) -> None:
 def test_log_probabilities_are_the_models(alone: LlamaCpp, drafted: LlamaCpp) -> None:
     """llama.cpp reports none of what a draft had guessed."""
     for seed, prompt in enumerate(PROMPTS[:6]):
-        asked = Sampling(12, temperature=seed % 3, seed=seed, logprobs=2)
-        assert drafted.complete(prompt, asked).token_logprobs == alone.complete(prompt, asked).token_logprobs
+        arguments = Sampling(12, temperature=seed % 3, seed=seed, logprobs=2)
+        assert drafted.complete(prompt, arguments).token_logprobs == alone.complete(prompt, arguments).token_logprobs
 
 
 def test_an_answer_that_fills_the_context_is_the_same(text_package: Path, draft: Path) -> None:

@@ -81,9 +81,9 @@ def test_logprobs_are_the_models_own_for_every_token(engine: TextEngine, text_pa
 @pytest.mark.parametrize("stop", [(), ("e",), ("\n", "in", "self."), ("\n    never",)])
 def test_pieces_join_to_the_whole(engine: TextEngine, stop: tuple[str, ...]) -> None:
     for seed in range(12):
-        asked = Sampling(5 + 3 * seed, temperature=seed % 3, seed=seed, stop=stop)
-        whole = engine.complete([0, 70 + seed], asked)
-        *pieces, last = engine.stream([0, 70 + seed], asked)
+        arguments = Sampling(5 + 3 * seed, temperature=seed % 3, seed=seed, stop=stop)
+        whole = engine.complete([0, 70 + seed], arguments)
+        *pieces, last = engine.stream([0, 70 + seed], arguments)
         assert "".join(p.text for p in (*pieces, last)) == whole.text
         assert all(p.finish_reason is None for p in pieces)
         assert last.finish_reason == whole.finish_reason
@@ -120,7 +120,7 @@ def test_more_callers_than_slots_all_get_their_own_answer(engine: TextEngine) ->
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("arguments", "message"),
     [
         ({"prompt": ""}, "prompt: empty"),
         ({"prompt": []}, "prompt: empty"),
@@ -139,8 +139,8 @@ def test_more_callers_than_slots_all_get_their_own_answer(engine: TextEngine) ->
         ({"logit_bias": {512: 1.0}}, "logit_bias: found token id 512"),
     ],
 )
-def test_bad_requests_are_refused_before_the_first_piece(engine: TextEngine, asked: Any, message: str) -> None:
-    settings = {"max_tokens": 4} | asked
+def test_bad_requests_are_refused_before_the_first_piece(engine: TextEngine, arguments: Any, message: str) -> None:
+    settings = {"max_tokens": 4} | arguments
     prompt = settings.pop("prompt", "x")
     for ask in (engine.complete, engine.stream):
         with pytest.raises(InputError, match=message):

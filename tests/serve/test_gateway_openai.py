@@ -63,9 +63,16 @@ def test_prompts_and_choices_come_in_order_and_seeds_repeat_them(client: OpenAI)
 
 
 def test_streams_of_several_choices_join_to_the_whole(client: OpenAI) -> None:
-    asked: Any = {"model": "stdlib-lm", "prompt": "import os\n", "n": 3, "max_tokens": 24, "seed": 1, "stop": ["\n\n"]}
-    whole = client.completions.create(**asked)
-    *events, last = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    arguments: Any = {
+        "model": "stdlib-lm",
+        "prompt": "import os\n",
+        "n": 3,
+        "max_tokens": 24,
+        "seed": 1,
+        "stop": ["\n\n"],
+    }
+    whole = client.completions.create(**arguments)
+    *events, last = client.completions.create(**arguments, stream=True, stream_options={"include_usage": True})
     joined = {choice.index: "" for choice in whole.choices}
     reasons = {}
     for event in events:
@@ -79,8 +86,8 @@ def test_streams_of_several_choices_join_to_the_whole(client: OpenAI) -> None:
 
 
 def test_log_probabilities_of_completions(client: OpenAI) -> None:
-    asked: Any = {"model": "stdlib-lm", "prompt": "import os\n", "max_tokens": 12, "temperature": 0, "logprobs": 2}
-    choice = client.completions.create(**asked).choices[0]
+    arguments: Any = {"model": "stdlib-lm", "prompt": "import os\n", "max_tokens": 12, "temperature": 0, "logprobs": 2}
+    choice = client.completions.create(**arguments).choices[0]
     found = choice.logprobs
     assert found
     assert found.tokens
@@ -94,17 +101,17 @@ def test_log_probabilities_of_completions(client: OpenAI) -> None:
         assert choice.text[offset:].startswith(token)
         assert len(top) == 2
         assert top[token] == value == max(top.values())  # greedy
-    events = [event.choices[0] for event in client.completions.create(**asked, stream=True)]
+    events = [event.choices[0] for event in client.completions.create(**arguments, stream=True)]
     assert "".join(event.text for event in events) == choice.text
-    told = [value for event in events if event.logprobs for value in event.logprobs.token_logprobs or ()]
-    assert told == found.token_logprobs
+    reported = [value for event in events if event.logprobs for value in event.logprobs.token_logprobs or ()]
+    assert reported == found.token_logprobs
 
 
 def test_biases_decide_and_penalties_forbid_to_repeat(client: OpenAI) -> None:
-    asked: Any = {"model": "stdlib-lm", "prompt": [0, 70], "max_tokens": 8, "temperature": 0}
-    assert client.completions.create(**asked, logit_bias={"70": 100}).choices[0].text == "f" * 8
+    arguments: Any = {"model": "stdlib-lm", "prompt": [0, 70], "max_tokens": 8, "temperature": 0}
+    assert client.completions.create(**arguments, logit_bias={"70": 100}).choices[0].text == "f" * 8
     plain, other = (
-        client.completions.create(**asked, logprobs=0, frequency_penalty=penalty).choices[0].logprobs
+        client.completions.create(**arguments, logprobs=0, frequency_penalty=penalty).choices[0].logprobs
         for penalty in (0.0, 2.0)
     )
     assert plain
@@ -123,9 +130,9 @@ def test_a_chat_is_the_completion_of_the_models_own_template(client: OpenAI) -> 
 
 
 def test_a_chat_streams(client: OpenAI) -> None:
-    asked: Any = {"model": "stdlib-lm", "messages": MESSAGES, "max_tokens": 16, "seed": 3, "n": 2}
-    whole = client.chat.completions.create(**asked)
-    *events, last = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    arguments: Any = {"model": "stdlib-lm", "messages": MESSAGES, "max_tokens": 16, "seed": 3, "n": 2}
+    whole = client.chat.completions.create(**arguments)
+    *events, last = client.chat.completions.create(**arguments, stream=True, stream_options={"include_usage": True})
     for choice in whole.choices:
         deltas = [event.choices[0].delta for event in events if event.choices[0].index == choice.index]
         assert [delta.role for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
@@ -134,8 +141,8 @@ def test_a_chat_streams(client: OpenAI) -> None:
 
 
 def test_log_probabilities_of_chats(client: OpenAI) -> None:
-    asked: Any = {"model": "stdlib-lm", "messages": MESSAGES, "max_tokens": 8, "logprobs": True, "top_logprobs": 3}
-    found = client.chat.completions.create(**asked, temperature=0).choices[0]
+    arguments: Any = {"model": "stdlib-lm", "messages": MESSAGES, "max_tokens": 8, "logprobs": True, "top_logprobs": 3}
+    found = client.chat.completions.create(**arguments, temperature=0).choices[0]
     assert found.logprobs
     assert found.logprobs.content
     text = b"".join(bytes(token.bytes or ()) for token in found.logprobs.content)
@@ -147,14 +154,14 @@ def test_log_probabilities_of_chats(client: OpenAI) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_json_is_what_its_schema_says(client: OpenAI, seed: int) -> None:
     schema: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": ANSWER, "strict": True}}
-    asked: Any = {"model": "stdlib-lm", "messages": MESSAGES, "max_tokens": 256, "seed": seed}
-    output = client.chat.completions.create(**asked, response_format=schema).choices[0]
+    arguments: Any = {"model": "stdlib-lm", "messages": MESSAGES, "max_tokens": 256, "seed": seed}
+    output = client.chat.completions.create(**arguments, response_format=schema).choices[0]
     assert output.finish_reason == "stop"
     answer = json.loads(output.message.content or "")
     assert sorted(answer) == ["ok", "size"]
     assert answer["ok"] in (True, False)
     assert answer["size"] in (1, 2)
-    streamed = client.chat.completions.create(**asked, response_format=schema, stream=True)
+    streamed = client.chat.completions.create(**arguments, response_format=schema, stream=True)
     assert "".join(event.choices[0].delta.content or "" for event in streamed) == output.message.content
 
 
@@ -208,10 +215,10 @@ def test_metrics_of_all_nodes_are_one_text(client: OpenAI, text_package: Path) -
         }
         time.sleep(0.1)
     assert found["completion"] >= 8
-    told = {tuple(sample.labels.get(key) for key in ("package", "state")): sample.value for sample in samples
+    reported = {tuple(sample.labels.get(key) for key in ("package", "state")): sample.value for sample in samples
             if sample.name in ("ray_overproof_replicas", "ray_overproof_requests")}  # fmt: skip
-    assert told[package, None] >= 1
-    assert {told[package, "running"], told[package, "waiting"]} == {0}
+    assert reported[package, None] >= 1
+    assert {reported[package, "running"], reported[package, "waiting"]} == {0}
     assert all(line.split()[2].startswith(METRIC_PREFIXES) for line in text.splitlines() if line.startswith("# TYPE"))
     assert any(sample.name.startswith("ray_serve_") for sample in samples)
 

@@ -30,8 +30,8 @@ def server(shared_server: SharedServer) -> Iterator[httpx.Client]:
 
 def _events(server: httpx.Client, body: dict[str, Any]) -> list[dict[str, Any]]:
     """The events of a streamed completion; the last one has the usage."""
-    asked = body | {"stream": True, "stream_options": {"include_usage": True}}
-    with server.stream("POST", "/v1/completions", json=asked) as reply:
+    arguments = body | {"stream": True, "stream_options": {"include_usage": True}}
+    with server.stream("POST", "/v1/completions", json=arguments) as reply:
         assert reply.status_code == 200
         assert reply.headers["content-type"].startswith("text/event-stream")
         lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]

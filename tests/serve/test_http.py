@@ -25,7 +25,6 @@ from overproof.serve.access_log import AccessLog
 from overproof.serve.grammar import GrammarChecker
 from overproof.serve.middleware import MAX_BODY_BYTES, Access
 from overproof.serve.model_registry import SingleModel
-from overproof.serve.net import is_loopback
 from overproof.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest
 from overproof.serve.responses import ChatEvent, ChatReply, ClassifyReply, CompletionReply, ErrorReply, ModelList
 from overproof.serve.routes import build_app
@@ -185,9 +184,9 @@ def test_a_grammar_with_many_ways_to_go_on_is_kept_to_or_refused(text: SingleMod
 
 
 def test_text_that_a_grammar_does_not_allow_is_found() -> None:
-    kept = GrammarChecker('%llguidance {}\nstart: "yes" | "no"')
-    kept.add("y")
-    kept.add("es")
+    checker = GrammarChecker('%llguidance {}\nstart: "yes" | "no"')
+    checker.add("y")
+    checker.add("es")
     for text in ("yo", "no more", "x"):
         with pytest.raises(InputError, match="which dropped it"):
             GrammarChecker('%llguidance {}\nstart: "yes" | "no"').add(text)
@@ -285,7 +284,6 @@ def test_without_a_key_other_machines_are_refused(text: SingleModel) -> None:
         reply = ask(app, "GET", "/v1/models", client=client)
         assert reply.status_code == 403
         assert "OVERPROOF_API_KEY" in ErrorReply.model_validate(reply.json()).error.message
-    assert [is_loopback(h) for h in ("localhost", "127.0.0.2", "0.0.0.0", "::", "example.org")] == [1, 1, 0, 0, 0]
 
 
 def test_headers_that_lift_serves_limits_are_refused(text: SingleModel) -> None:

@@ -10,7 +10,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatusOverview
 
 from overproof.errors import InputError
-from overproof.serve import ray_serve
+from overproof.serve import ray_serve, server
 from shared_server import wait_until
 
 NAME = "overproof-trial"
@@ -30,6 +30,7 @@ class Refusing:
 @pytest.fixture(scope="module")
 def application(ray_cluster: str) -> Iterator[str]:
     """Ray Serve with one application of one replica."""
+    server.stop_serving()  # one that another file has left
     ray_serve.start_serve()
     ray_serve.start_application(Idle.bind(), NAME)  # type: ignore[attr-defined]
     ray_serve.wait_until_running(NAME)

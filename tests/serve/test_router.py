@@ -160,7 +160,7 @@ def test_requests_wait_for_capacity_in_their_order_and_the_least_busy_takes_them
         async with gateway(directory, max_queued=2) as (_, pool):
             ReplicaWorker(one, NAME, 2, directory.find)
             await until(lambda: pool.load.replicas == 1)
-            asked = [asyncio.ensure_future(pool.complete(str(i), ONE)) for i in range(4)]
+            calls = [asyncio.ensure_future(pool.complete(str(i), ONE)) for i in range(4)]
             await until(lambda: one.begun == ["0", "1"])
             assert pool.load == ReplicaLoad(1, 2, 2)
             with pytest.raises(Busy, match="2 requests are being answered and 2 wait"):
@@ -169,11 +169,11 @@ def test_requests_wait_for_capacity_in_their_order_and_the_least_busy_takes_them
             ReplicaWorker(two, NAME, 2, directory.find)
             await until(lambda: two.begun == ["2", "3"])
             two.go_on.set()
-            assert [(await each).text for each in asked[2:]] == ["2", "3"]
+            assert [(await each).text for each in calls[2:]] == ["2", "3"]
             assert (await pool.complete("4", ONE)).text == "4"
             assert (one.begun, two.begun) == (["0", "1"], ["2", "3", "4"])
             one.go_on.set()
-            await asyncio.gather(*asked)
+            await asyncio.gather(*calls)
             assert pool.load == ReplicaLoad(2, 0, 0)
 
     run(test())
@@ -184,14 +184,14 @@ def test_a_cancelled_request_frees_its_slot() -> None:
         directory, engine = Directory(), ScriptedEngine()
         async with gateway(directory) as (_, pool):
             ReplicaWorker(engine, NAME, 1, directory.find)
-            asked = [asyncio.ensure_future(pool.complete(str(i), ONE)) for i in range(3)]
+            calls = [asyncio.ensure_future(pool.complete(str(i), ONE)) for i in range(3)]
             await until(lambda: engine.begun == ["0"])
-            asked[1].cancel()  # while it waits
-            asked[0].cancel()  # while it runs
+            calls[1].cancel()  # while it waits
+            calls[0].cancel()  # while it runs
             await until(lambda: engine.begun == ["0", "2"])
             assert engine.ended == ["0"]
             engine.go_on.set()
-            assert (await asked[2]).text == "2"
+            assert (await calls[2]).text == "2"
             for _ in range(3):  # the replica hears of both at once
                 hasty = asyncio.ensure_future(pool.complete("never begun", ONE))
                 await asyncio.sleep(0)
@@ -266,11 +266,11 @@ def test_a_replaced_gateway_finishes_its_streams_while_replicas_connect_to_the_n
             stream = before.stream("old", ONE)
             assert (await anext(stream)).text == "first"
             async with gateway(directory) as (_, after):
-                asked = asyncio.ensure_future(after.complete("new", ONE))
+                calls = asyncio.ensure_future(after.complete("new", ONE))
                 await until(lambda: engine.begun == ["old", "new"])
                 engine.go_on.set()
                 assert [piece.text async for piece in stream] == ["last"]
-                assert (await asked).text == "new"
+                assert (await calls).text == "new"
                 old.close()
                 await until(lambda: before.load.replicas == 0)
                 assert (await after.complete("newer", ONE)).text == "newer"

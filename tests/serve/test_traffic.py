@@ -151,11 +151,11 @@ def test_replies_of_every_kind_are_kept_and_rated(text_package: Path, engine: Ll
 
     async def ask() -> list[Any]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
-            asked = {"max_tokens": 4, "seed": 1}
+            arguments = {"max_tokens": 4, "seed": 1}
             prompts = {"prompt": ["import os\n", [0, 70]], "n": 2}
-            one = (await http.post("/v1/completions", json=asked | prompts)).json()
+            one = (await http.post("/v1/completions", json=arguments | prompts)).json()
             chat = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
-            streamed = (await http.post("/v1/chat/completions", json=asked | chat)).text
+            streamed = (await http.post("/v1/chat/completions", json=arguments | chat)).text
             rated = await http.post("/v1/ratings", json={"id": one["id"], "rating": 1, "comment": "good"})
             refused = {"prompt": "x" * 9999, "stream": True}
             assert (await http.post("/v1/completions", json=refused)).status_code == 400  # and is not kept
