@@ -13,7 +13,6 @@ import pytest
 import torch
 from distill_world import SEED, VOCABULARY, WRITING, World, capture, finish, jobs, recipe_of, writer
 from test_initial import student
-from test_killed import anew, half_written, kill
 from test_sweep import STUDENTS, SWEEP, job_of
 from test_targets import rewrite
 
@@ -30,13 +29,11 @@ from overproof.distill.cache_checks import check_rows, check_text
 from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.sweep import check_cache, sweep
 from overproof.distill.target_cache import TargetCache
-from overproof.distill.teacher_stages import generate_text
 from overproof.distill.teacher_text import TeacherText, TextIndex
 from overproof.distill.text_worker import GENERATION_KEY, generate, sample_token
 from overproof.distill.trial_job import TrialJob
 from overproof.errors import InputError
 from overproof.models.hf_directory import load_model, save_model
-from overproof.stage_context import NOTICE
 
 SMALL = {"kind": "llama", "hidden_size": 32, "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 2}
 ALONE = student(SMALL, name="alone", teacher_weight=0.0, text="teacher")  # pure sequence-level distillation
@@ -133,30 +130,6 @@ def test_a_teacher_that_is_not_finite_is_reported(text_world: World, tmp_path: P
     broken = dataclasses.replace(text_world, artifacts=text_world.artifacts | {"train": draft.commit({}, 0)})
     (report,) = writer(broken, None)({"file": np.array([0])})
     assert "not finite while it writes; train it again" in str(report["fault"][0])
-
-
-def test_a_stage_whose_driver_is_killed_writes_no_finished_file_again(
-    ray_cluster: str, text_world: World, written: Artifact, tmp_path: Path
-) -> None:
-    words: list[tuple[str, int, int, str]] = []
-    sections = with_text(ALONE, actors=1)
-    context = text_world.context("generate", lambda *word: words.append(word), **sections)
-    kill(context, ray_cluster, tmp_path)
-    files = half_written(context)
-    again = anew(text_world, context)
-    metrics = generate_text(dataclasses.replace(context, draft=again))
-    assert words[0][::3] == (NOTICE, f"{len(files)} of 3 files were captured before")
-    assert words[1][::3] == ("generate", "starting 1 teachers")
-    assert words[-1][3].endswith(" tokens/s")
-    assert {name: (Path(again.uri) / name).stat().st_mtime_ns for name in files} == files
-    assert (metrics["rows"], metrics["tokens"], metrics["actors"]) == (96, 96 * 12, 1)
-    assert sorted(path.name for path in Path(again.uri).iterdir()) == [f"0000{n}.parquet" for n in range(3)] + [
-        "text.json"
-    ]
-    ids = np.arange(96)
-    np.testing.assert_array_equal(
-        TeacherText(Path(again.uri)).take(ids)["tokens"], TeacherText(written.local()).take(ids)["tokens"]
-    )
 
 
 def test_the_cache_is_of_the_text_and_is_checked_against_it(

@@ -46,6 +46,9 @@ def test_two_jobs_at_once_capture_once(ray_cluster: str, s3_uri: str, tmp_path: 
     artifact = world.store.find(recipe.name, "cache", print_)
     assert artifact is not None
     artifact.verify()
+    names = [f"0000{number}.parquet" for number in range(3)]
+    assert sorted(artifact.record.files) == [*names, "cache.json"]
+    assert artifact.record.metrics["positions"] == artifact.record.metrics["rows"]
     ids = np.arange(artifact.record.metrics["rows"])
     alone = TargetCache(capture(world, None).local()).take(ids)
     for name, values in TargetCache(artifact.local()).take(ids).items():
