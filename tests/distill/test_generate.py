@@ -189,7 +189,7 @@ def test_a_student_of_the_text_needs_no_cache_and_nor_does_its_sweep(text_world:
     context = text_world.context("sweep", written=written, **with_text(ALONE))
     check_cache(context)
     (job,) = jobs(context)
-    assert job.cached is None
+    assert job.target_cache is None
     assert job.distilled
     _, rows = run_of(job)
     assert rows[-1]["step"] == STEPS
