@@ -29,11 +29,13 @@ from overproof.distill.cache_checks import check_rows, check_text
 from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.sweep import check_cache, sweep
 from overproof.distill.target_cache import TargetCache
+from overproof.distill.teacher_stages import generate_text
 from overproof.distill.teacher_text import TeacherText, TextIndex
 from overproof.distill.text_worker import GENERATION_KEY, generate, sample_token
 from overproof.distill.trial_job import TrialJob
 from overproof.errors import InputError
 from overproof.models.hf_directory import load_model, save_model
+from overproof.stage_context import NOTICE
 
 SMALL = {"kind": "llama", "hidden_size": 32, "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 2}
 ALONE = student(SMALL, name="alone", teacher_weight=0.0, text="teacher")  # pure sequence-level distillation
@@ -130,6 +132,33 @@ def test_a_teacher_that_is_not_finite_is_reported(text_world: World, tmp_path: P
     broken = dataclasses.replace(text_world, artifacts=text_world.artifacts | {"train": draft.commit({}, 0)})
     (report,) = writer(broken, None)({"file": np.array([0])})
     assert "not finite while it writes; train it again" in str(report["fault"][0])
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_stage_writes_no_finished_file_of_a_killed_attempt_again(text_world: World, written: Artifact) -> None:
+    """What such an attempt leaves, on a real cluster; drivers are really killed among the trials."""
+    events: list[tuple[str, int, int, str]] = []
+    context = text_world.context("generate", lambda *event: events.append(event), **with_text(ALONE, actors=1))
+    earlier = writer(text_world, None)
+    earlier.job = dataclasses.replace(earlier.job, draft=context.draft)
+    list(earlier({"file": np.array([1])}))
+    unfinished = earlier({"file": np.array([0])})
+    next(unfinished)
+    (file,) = Path(earlier.job.uri).glob("*.parquet")
+    before = file.stat().st_mtime_ns
+    metrics = generate_text(context)
+    folder = Path(context.draft.uri)
+    assert events[0][::3] == (NOTICE, "1 of 3 files were captured before")
+    assert events[1][::3] == ("generate", "starting 1 teachers")
+    assert events[1][1] == events[0][1] == 32
+    assert events[-1][3].endswith(" tokens/s")
+    assert (folder / file.name).stat().st_mtime_ns == before
+    assert (metrics["rows"], metrics["tokens"], metrics["actors"]) == (96, 96 * 12, 1)
+    assert sorted(path.name for path in folder.iterdir()) == [f"0000{n}.parquet" for n in range(3)] + ["text.json"]
+    ids = np.arange(96)
+    np.testing.assert_array_equal(
+        TeacherText(folder).take(ids)["tokens"], TeacherText(written.local()).take(ids)["tokens"]
+    )
 
 
 def test_the_cache_is_of_the_text_and_is_checked_against_it(

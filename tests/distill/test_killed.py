@@ -1,30 +1,23 @@
-"""Trials that go on from checkpoints, and a search and a capture whose driver is killed for real."""
+"""What a killed attempt leaves: trials, searches and captures go on from it."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import pickle
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from distill_world import World, alive, capture, jobs, replica
+from distill_world import SEED, World, jobs, replica
 from test_sweep import STEPS, STUDENTS, SWEEP, TUNE, job_of
 
 from overproof.artifacts import Artifact, ArtifactWriter
-from overproof.distill.optuna_study import STUDENT
+from overproof.distill.optuna_study import STUDENT, OptunaStudy
 from overproof.distill.student_trainer import StudentTrainer
-from overproof.distill.sweep import sweep
+from overproof.distill.sweep import make_trial_job, sweep, train_students
 from overproof.distill.sweep_state import SweepState
-from overproof.distill.target_cache import TargetCache, TargetIndex
+from overproof.distill.sweep_tracker import SweepTracker
 from overproof.distill.teacher_pool import finished_files
-from overproof.distill.teacher_stages import cache_targets
-from overproof.distill.trial_job import CurveSegment
+from overproof.distill.trial_job import MAX_DEATHS, CurveSegment
 from overproof.errors import InputError
 from overproof.stage_context import NOTICE, StageContext
 
@@ -34,27 +27,6 @@ def to_end(run: StudentTrainer) -> list[CurveSegment]:
     while segments[-1].steps < STEPS:
         segments.append(run.run_to_validation())
     return segments
-
-
-def kill(context: StageContext, address: str, folder: Path) -> None:
-    """Run a stage in a process that is killed when a part of it is finished."""
-    pickled = folder / "context"
-    pickled.write_bytes(pickle.dumps(dataclasses.replace(context, progress=None)))
-    driver = [sys.executable, str(Path(__file__).with_name("killed_driver.py")), address, str(pickled)]
-    assert subprocess.run(driver, capture_output=True).returncode == -signal.SIGKILL
-    for _ in range(300):  # its trials save until Ray ends them
-        if not alive("Trainable"):
-            return
-        time.sleep(0.1)
-    raise AssertionError("trials outlive their driver")
-
-
-def half_written(context: StageContext) -> dict[str, int]:
-    """The finished files of a killed capture of three, and when each was written; never all of them."""
-    files = {path.name: path.stat().st_mtime_ns for path in Path(context.draft.workspace).glob("*/*.parquet")}
-    if len(files) == 3:  # the teacher was faster than the kill
-        Path(context.draft.workspace, context.draft.fingerprint, f"{files.popitem()[0]}.json").unlink()
-    return files
 
 
 def anew(world: World, context: StageContext) -> ArtifactWriter:
@@ -99,9 +71,11 @@ def test_a_damaged_checkpoint_is_not_used(digits_world: World, digits_cache: Art
     assert "state.pt has" in second.faults[0]
 
 
-def test_a_search_whose_driver_is_killed_goes_on_and_trains_no_trial_twice(
-    ray_cluster: str, digits_world: World, digits_cache: Artifact, tmp_path: Path
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_search_goes_on_from_what_a_killed_driver_left_and_trains_no_trial_twice(
+    digits_world: World, digits_cache: Artifact
 ) -> None:
+    """One trial done, one begun; drivers are really killed among the trials."""
     notices: list[str] = []
 
     def progress(task: str, done: int, total: int, note: str = "") -> None:
@@ -110,51 +84,40 @@ def test_a_search_whose_driver_is_killed_goes_on_and_trains_no_trial_twice(
 
     search = {
         **TUNE,
-        "search": {"kind": "tpe", "trials": 4, "startup_trials": 2},
+        "search": {"kind": "tpe", "trials": 3, "startup_trials": 2},
         "space": {"learning_rate": {"kind": "log_uniform", "low": 1e-3, "high": 1e-1}},
     }
-    changes = {"sweep": {**SWEEP, "students": STUDENTS[:1]}, "tune": search}
-    context = digits_world.context("sweep", progress, digits_cache, **changes)
-    kill(context, ray_cluster, tmp_path)
-    state = SweepState(context.draft)
-    begun = state.load_trials()
-    reached = {name: state.checkpoints(name).committed() for name in begun}
-    assert list(begun) == [f"wide-{number:03d}" for number in range(len(begun))]
-    assert max(reached.values()) == STEPS
-    again = anew(digits_world, context)
-    metrics = sweep(dataclasses.replace(context, draft=again))
-    trials = json.loads((Path(again.uri) / "trials.json").read_text())["trials"]
-    assert metrics["trials"] == len(trials) == 4
-    assert {trial["name"]: trial["resumed_step"] for trial in trials[: len(begun)]} == reached
-    assert all(f"{name}: going on from step {step}" in notices for name, step in reached.items() if step)
-    rates = [trial["values"]["learning_rate"] for trial in trials]
-    assert rates[: len(begun)] == [values["learning_rate"] for values in begun.values()]
-    assert len(set(rates)) == 4
-    for name, rate in zip(begun, rates, strict=False):  # as one that nobody disturbed, to the last bit
-        whole = to_end(StudentTrainer(job_of(context, "wide").with_values({"learning_rate": rate})))
-        found, expected = curves(Path(again.uri))[name], [json.dumps(row) for part in whole for row in part.curve]
-        assert found
-        assert found == expected[: len(found)]
-
-
-def test_a_capture_whose_driver_is_killed_does_no_finished_file_again(
-    ray_cluster: str, digits_world: World, tmp_path: Path
-) -> None:
-    events: list[tuple[str, int, int, str]] = []
-    context = digits_world.context("cache", lambda *event: events.append(event), cache={"actors": 1})
-    kill(context, ray_cluster, tmp_path)
-    files = half_written(context)
-    again = anew(digits_world, context)
-    metrics = cache_targets(dataclasses.replace(context, draft=again))
-    assert events[0][0] == NOTICE
-    assert events[0][3] == f"{len(files)} of 3 files were captured before"
-    assert events[1][1] == events[0][1] > 0
-    assert {name: (Path(again.uri) / name).stat().st_mtime_ns for name in files} == files
-    whole = capture(digits_world, None).local()
-    assert metrics["rows"] == events[-1][1] == TargetIndex.read(whole).rows
-    ids = np.arange(metrics["rows"])
-    for name, values in TargetCache(Path(again.uri)).take(ids).items():
-        np.testing.assert_allclose(values, TargetCache(whole).take(ids)[name], rtol=1e-3, atol=1e-4)
+    one = {**SWEEP, "students": STUDENTS[:1], "concurrent_trials": 1}
+    context = digits_world.context("sweep", progress, digits_cache, sweep=one, tune=search)
+    state, study = SweepState(context.draft), OptunaStudy(context.recipe.tune, context.recipe.sweep, SEED)
+    names = ("wide-000", "wide-001")
+    values = {name: study.ask(name) or {} for name in names}
+    state.record_trials(values)
+    left: dict[str, list[CurveSegment]] = {}
+    for name in names:
+        job = make_trial_job(context, state, name, values[name])
+        job.checkpoints.begin()
+        student = StudentTrainer(job)
+        left[name] = to_end(student) if name == "wide-000" else [student.run_to_validation()]
+        student.checkpoint_writer.wait()
+    again = dataclasses.replace(context, draft=anew(digits_world, context))
+    before = SweepState(again.draft).load_trials()
+    assert before == values
+    tracker = SweepTracker(progress, STEPS, 3, MAX_DEATHS)
+    entries = [
+        tracker.trial_entry(job) for job in train_students(again, SweepState(again.draft), before, tracker, None)
+    ]
+    assert [(entry["name"], entry["resumed_step"]) for entry in entries] == [
+        ("wide-000", STEPS), ("wide-001", 7), ("wide-002", 0),
+    ]  # fmt: skip
+    assert all(f"{name}: going on from step {step}" in notices for name, step in zip(names, (STEPS, 7), strict=True))
+    assert [entry["values"]["learning_rate"] for entry in entries[:2]] == [
+        values[name]["learning_rate"] for name in names
+    ]
+    assert len({entry["values"]["learning_rate"] for entry in entries}) == 3
+    for name, segments in left.items():  # its rows are those that were there before
+        rows = [row for segment in segments for row in segment.curve]
+        assert tracker.curves[name][: len(rows)] == rows[: len(tracker.curves[name])]
 
 
 def test_a_captured_file_that_was_damaged_is_captured_again(digits_world: World) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,9 @@ from test_sweep import STEPS, STUDENTS, SWEEP, WIDE
 from overproof.artifacts import Artifact
 from overproof.config import Space
 from overproof.distill.student_trainer import StudentTrainer
-from overproof.distill.sweep import sweep
+from overproof.distill.sweep import train_students
+from overproof.distill.sweep_state import SweepState
+from overproof.distill.sweep_tracker import SweepTracker
 from overproof.distill.tune_search import perturbed
 from overproof.errors import InputError
 
@@ -68,13 +69,10 @@ def test_a_trial_goes_on_from_anothers_state_with_its_own_settings(
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_worst_take_over_from_the_best(digits_world: World, digits_cache: Artifact) -> None:
     context = digits_world.context("sweep", cached=digits_cache, sweep=ALONE, tune=POPULATION)
-    metrics = sweep(context)
-    folder = Path(context.draft.uri)
-    trials: list[dict[str, Any]] = json.loads((folder / "trials.json").read_text())["trials"]
-    assert metrics["trials"] == 2
-    assert {trial["status"] for trial in trials} == {"finished"}
-    curves = [(folder / "curves" / f"{trial['name']}.jsonl").read_text().splitlines() for trial in trials]
-    first = [json.loads(curve[0])["learning_rate"] for curve in curves]
+    tracker = SweepTracker(context.progress, STEPS, 2, 0)
+    trials = [tracker.trial_entry(job) for job in train_students(context, SweepState(context.draft), {}, tracker, None)]
+    assert [trial["status"] for trial in trials] == ["finished", "finished"]
+    first = [tracker.curves[trial["name"]][0]["learning_rate"] for trial in trials]
     assert sorted(first) == pytest.approx([1e-8 / 5, 3e-2 / 5])  # of the first step of a warm-up of 4
     # The one that learned nothing by itself would stay at 2.8.
     assert max(trial["validation_loss"] for trial in trials) < 2.3

@@ -1,4 +1,4 @@
-"""Sweeps of which a node, the driver, the teachers or a whole group of workers are killed while they train."""
+"""Sweeps and captures of which a node, the driver, the teachers or a group of workers are killed while they run."""
 
 from __future__ import annotations
 
@@ -18,22 +18,45 @@ import pytest
 from distill_world import World, alive, capture, finish, jobs, writer
 from test_generate import ALONE, with_text
 from test_group import GROUP, SAME, curve, validation_losses_alone
-from test_killed import anew, curves, half_written, kill, to_end
+from test_killed import anew, curves, to_end
 from test_on_policy import ASKED, scorer, steps, writers
-from test_sweep import STEPS, STUDENTS, SWEEP, TUNE, job_of
+from test_sweep import STEPS, STUDENTS, SWEEP, TUNE, check_that_laggards_are_stopped, job_of
 
 from overproof.artifacts import Artifact
 from overproof.cluster.ray_cluster import relay
 from overproof.data.parquet_reader import Shards
 from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.sweep import sweep
-from overproof.distill.teacher_stages import generate_text
+from overproof.distill.sweep_state import SweepState
+from overproof.distill.target_cache import TargetCache, TargetIndex
+from overproof.distill.teacher_stages import cache_targets, generate_text
 from overproof.distill.teacher_text import TeacherText
 from overproof.models.hf_directory import load_model, to_tensors
-from overproof.stage_context import NOTICE
+from overproof.stage_context import NOTICE, StageContext
 from overproof.train.loop import validation_ids, validation_loss
 
 pytestmark = pytest.mark.trial
+
+
+def kill(context: StageContext, address: str, folder: Path) -> None:
+    """Run a stage in a process that is killed when a part of it is finished."""
+    pickled = folder / "context"
+    pickled.write_bytes(pickle.dumps(dataclasses.replace(context, progress=None)))
+    driver = [sys.executable, str(Path(__file__).with_name("killed_driver.py")), address, str(pickled)]
+    assert subprocess.run(driver, capture_output=True).returncode == -signal.SIGKILL
+    for _ in range(300):  # its trials save until Ray ends them
+        if not alive("Trainable"):
+            return
+        time.sleep(0.1)
+    raise AssertionError("trials outlive their driver")
+
+
+def half_written(context: StageContext) -> dict[str, int]:
+    """The finished files of a killed capture of three, and when each was written; never all of them."""
+    files = {path.name: path.stat().st_mtime_ns for path in Path(context.draft.workspace).glob("*/*.parquet")}
+    if len(files) == 3:  # the teacher was faster than the kill
+        Path(context.draft.workspace, context.draft.fingerprint, f"{files.popitem()[0]}.json").unlink()
+    return files
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +108,64 @@ def test_a_sweep_goes_on_without_a_node_that_dies(
     assert len(found["killed"]) == 1
     assert (found["trials"], found["failed"]) == (len(STUDENTS), 0)
     assert same_steps(curves(Path(context.draft.uri)), whole_curves)
+
+
+def test_a_search_whose_driver_is_killed_goes_on_and_trains_no_trial_twice(
+    ray_cluster: str, digits_world: World, digits_cache: Artifact, tmp_path: Path
+) -> None:
+    notices: list[str] = []
+
+    def progress(task: str, done: int, total: int, note: str = "") -> None:
+        if task == NOTICE:
+            notices.append(note)
+
+    search = {
+        **TUNE,
+        "search": {"kind": "tpe", "trials": 4, "startup_trials": 2},
+        "space": {"learning_rate": {"kind": "log_uniform", "low": 1e-3, "high": 1e-1}},
+    }
+    changes = {"sweep": {**SWEEP, "students": STUDENTS[:1]}, "tune": search}
+    context = digits_world.context("sweep", progress, digits_cache, **changes)
+    kill(context, ray_cluster, tmp_path)
+    state = SweepState(context.draft)
+    begun = state.load_trials()
+    reached = {name: state.checkpoints(name).committed() for name in begun}
+    assert list(begun) == [f"wide-{number:03d}" for number in range(len(begun))]
+    assert max(reached.values()) == STEPS
+    again = anew(digits_world, context)
+    metrics = sweep(dataclasses.replace(context, draft=again))
+    trials = json.loads((Path(again.uri) / "trials.json").read_text())["trials"]
+    assert metrics["trials"] == len(trials) == 4
+    assert {trial["name"]: trial["resumed_step"] for trial in trials[: len(begun)]} == reached
+    assert all(f"{name}: going on from step {step}" in notices for name, step in reached.items() if step)
+    rates = [trial["values"]["learning_rate"] for trial in trials]
+    assert rates[: len(begun)] == [values["learning_rate"] for values in begun.values()]
+    assert len(set(rates)) == 4
+    for name, rate in zip(begun, rates, strict=False):  # as one that nobody disturbed, to the last bit
+        whole = to_end(StudentTrainer(job_of(context, "wide").with_values({"learning_rate": rate})))
+        found, expected = curves(Path(again.uri))[name], [json.dumps(row) for part in whole for row in part.curve]
+        assert found
+        assert found == expected[: len(found)]
+
+
+def test_a_capture_whose_driver_is_killed_does_no_finished_file_again(
+    ray_cluster: str, digits_world: World, tmp_path: Path
+) -> None:
+    events: list[tuple[str, int, int, str]] = []
+    context = digits_world.context("cache", lambda *event: events.append(event), cache={"actors": 1})
+    kill(context, ray_cluster, tmp_path)
+    files = half_written(context)
+    again = anew(digits_world, context)
+    metrics = cache_targets(dataclasses.replace(context, draft=again))
+    assert events[0][0] == NOTICE
+    assert events[0][3] == f"{len(files)} of 3 files were captured before"
+    assert events[1][1] == events[0][1] > 0
+    assert {name: (Path(again.uri) / name).stat().st_mtime_ns for name in files} == files
+    whole = capture(digits_world, None).local()
+    assert metrics["rows"] == events[-1][1] == TargetIndex.read(whole).rows
+    ids = np.arange(metrics["rows"])
+    for name, values in TargetCache(Path(again.uri)).take(ids).items():
+        np.testing.assert_allclose(values, TargetCache(whole).take(ids)[name], rtol=1e-3, atol=1e-4)
 
 
 def test_text_whose_driver_is_killed_writes_no_finished_file_again(
@@ -168,3 +249,8 @@ def test_a_group_goes_on_after_its_trial_was_killed(digits_world: World, digits_
             return
         time.sleep(0.1)
     raise AssertionError("workers outlive their trials")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_hyperband_stops_what_lags_behind(digits_world: World, digits_cache: Artifact) -> None:
+    check_that_laggards_are_stopped({"kind": "hyperband", "grace_steps": 7, "brackets": 2}, digits_world, digits_cache)
