@@ -1,4 +1,7 @@
-"""Small prepared data, a teacher really trained on it, and what a stage is given, as artifacts of a store."""
+"""Small prepared data, a teacher really trained on it, and what a stage is given, as artifacts of a store.
+
+Helpers of every test of distillation, and the fixtures that those of tests/trials share.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from ray._private.state import actors
 from transformers import PreTrainedModel
 
 from overproof.artifacts import Artifact, ArtifactWriter, Store
@@ -25,8 +30,7 @@ from overproof.distill.sweep_state import SweepState
 from overproof.distill.target_cache import TargetIndex, target_key
 from overproof.distill.teacher_pool import publish_files
 from overproof.distill.teacher_text import TextIndex, TextKey
-from overproof.distill.teacher_worker import CaptureJob as Capture
-from overproof.distill.teacher_worker import TargetWorker, TeacherWorker
+from overproof.distill.teacher_worker import CaptureJob, TargetWorker, TeacherWorker
 from overproof.distill.text_worker import TextWorker
 from overproof.distill.trial_job import TrialJob
 from overproof.models.base import Prediction
@@ -188,7 +192,7 @@ def replica(
     recipe, draft = recipe_of(world.kind, cache=changes), world.draft("cache")
     prepared, trained = world.artifacts["prepare"], world.artifacts["train"]
     index = TargetIndex.of(target_key(recipe, prepared, trained, written), Manifest.read(world.root), rows)
-    return TargetWorker(Capture(recipe.cache, index, prepared, trained, draft, written)), index
+    return TargetWorker(CaptureJob(recipe.cache, index, prepared, trained, draft, written)), index
 
 
 def writer(world: World, rows: int | None, seed: int = SEED, **changes: Any) -> TextWorker:
@@ -198,7 +202,7 @@ def writer(world: World, rows: int | None, seed: int = SEED, **changes: Any) -> 
     whole = TextKey(**origins, prompt_tokens=settings.prompt_tokens, temperature=settings.temperature)
     index = TextIndex.of(whole, Manifest.read(world.root), rows)
     parents = world.artifacts["prepare"], world.artifacts["train"]
-    return TextWorker(Capture(settings, index, *parents, world.draft("generate")))
+    return TextWorker(CaptureJob(settings, index, *parents, world.draft("generate")))
 
 
 def capture(world: World, rows: int | None, written: Artifact | None = None, **changes: Any) -> Artifact:
@@ -217,5 +221,26 @@ def finish(one: TeacherWorker) -> Artifact:
 
 def jobs(context: StageContext) -> list[TrialJob]:
     """Of the recipe's students, as the sweep makes them."""
-    journal = SweepState(context.draft)
-    return [make_trial_job(context, journal, each.name, {STUDENT: each.name}) for each in context.recipe.sweep.students]
+    state = SweepState(context.draft)
+    return [make_trial_job(context, state, each.name, {STUDENT: each.name}) for each in context.recipe.sweep.students]
+
+
+def alive(*names: str) -> list[int]:
+    """Processes of the cluster's living actors whose class has one of these names in its own."""
+    living = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
+    return [actor["Pid"] for actor in living if any(name in actor["ActorClassName"] for name in names)]
+
+
+@pytest.fixture(scope="session")
+def digits_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make("digits", Store(str(tmp_path_factory.mktemp("digits"))))
+
+
+@pytest.fixture(scope="session")
+def text_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make("text", Store(str(tmp_path_factory.mktemp("text"))))
+
+
+@pytest.fixture(scope="session")
+def digits_cache(digits_world: World) -> Artifact:
+    return capture(digits_world, 400)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from distill_world import SEED, VOCABULARY, WRITING, World, capture, finish, jobs, recipe_of, writer
 from test_initial import student
-from test_killed import anew, half_written, kill
 from test_sweep import STUDENTS, SWEEP, job_of
 from test_targets import rewrite
 
@@ -135,28 +134,30 @@ def test_a_teacher_that_is_not_finite_is_reported(text_world: World, tmp_path: P
     assert "not finite while it writes; train it again" in str(report["fault"][0])
 
 
-def test_a_stage_whose_driver_is_killed_writes_no_finished_file_again(
-    ray_cluster: str, text_world: World, written: Artifact, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_stage_writes_no_finished_file_of_a_killed_attempt_again(text_world: World, written: Artifact) -> None:
+    """What such an attempt leaves, on a real cluster; drivers are really killed among the trials."""
     events: list[ProgressEvent] = []
-    sections = with_text(ALONE, actors=1)
-    context = text_world.context("generate", events.append, **sections)
-    kill(context, ray_cluster, tmp_path)
-    files = half_written(context)
-    again = anew(text_world, context)
-    metrics = generate_text(dataclasses.replace(context, draft=again))
-    assert events[0] == Notice(f"{len(files)} of 3 files were captured before")
-    progress = [event for event in events if isinstance(event, TaskProgress)]
-    assert (progress[0].task, progress[0].note) == ("generate", "starting 1 teachers")
-    assert progress[-1].note.endswith(" tokens/s")
-    assert {name: (Path(again.uri) / name).stat().st_mtime_ns for name in files} == files
+    context = text_world.context("generate", events.append, **with_text(ALONE, actors=1))
+    earlier = writer(text_world, None)
+    earlier.job = dataclasses.replace(earlier.job, draft=context.draft)
+    list(earlier({"file": np.array([1])}))
+    unfinished = earlier({"file": np.array([0])})
+    next(unfinished)
+    (file,) = Path(earlier.job.uri).glob("*.parquet")
+    before = file.stat().st_mtime_ns
+    metrics = generate_text(context)
+    folder = Path(context.draft.uri)
+    assert events[0] == Notice("1 of 3 files were captured before")
+    assert events[1] == TaskProgress("generate", 32, 96, "starting 1 teachers")
+    assert isinstance(events[-1], TaskProgress)
+    assert events[-1].note.endswith(" tokens/s")
+    assert (folder / file.name).stat().st_mtime_ns == before
     assert (metrics["rows"], metrics["tokens"], metrics["actors"]) == (96, 96 * 12, 1)
-    assert sorted(path.name for path in Path(again.uri).iterdir()) == [f"0000{n}.parquet" for n in range(3)] + [
-        "text.json"
-    ]
+    assert sorted(path.name for path in folder.iterdir()) == [f"0000{n}.parquet" for n in range(3)] + ["text.json"]
     ids = np.arange(96)
     np.testing.assert_array_equal(
-        TeacherText(Path(again.uri)).take(ids)["tokens"], TeacherText(written.local()).take(ids)["tokens"]
+        TeacherText(folder).take(ids)["tokens"], TeacherText(written.local()).take(ids)["tokens"]
     )
 
 
@@ -217,7 +218,7 @@ def test_a_student_of_the_text_needs_no_cache_and_nor_does_its_sweep(text_world:
     context = text_world.context("sweep", written=written, **with_text(ALONE))
     check_cache(context)
     (job,) = jobs(context)
-    assert job.cached is None
+    assert job.target_cache is None
     assert job.distilled
     _, rows = run_of(job)
     assert rows[-1]["step"] == STEPS

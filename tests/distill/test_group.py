@@ -1,95 +1,72 @@
-"""Students that several workers train together: real ZeRO groups under Ray Train, in trials of a real sweep."""
+"""Students that several workers train together: a real ZeRO group under Ray Train."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distill_world import World, recipe_of
-from ray._private.state import actors
+from distill_world import World, alive, jobs, recipe_of
 from test_sweep import STEPS, STUDENTS, SWEEP, TUNE, job_of
 
 from overproof.artifacts import Artifact
 from overproof.cluster.placement import Capacity, NodeShape, resource_requests, why_unplaceable
-from overproof.cluster.ray_cluster import relay_progress
 from overproof.data.parquet_reader import Shards
+from overproof.distill.distributed_student import DistributedStudentTrainer
 from overproof.distill.student_trainer import StudentTrainer
-from overproof.distill.sweep import sweep
 from overproof.distill.tune_search import trial_slots
 from overproof.errors import InputError
 from overproof.models.hf_directory import load_model, to_tensors
-from overproof.stage_context import ProgressEvent, TaskProgress
 from overproof.train.loop import validation_ids, validation_loss
 
 GROUP = {**SWEEP, "students": STUDENTS[:2], "group": {"workers": 2, "zero_stage": 2}}
 SAME = 1e-3  # relative: sums over two ranks round otherwise
 
 
-def alone(world: World, cached: Artifact) -> list[float]:
-    """Validation losses of the first student, trained by one process without Ray."""
-    run = StudentTrainer(job_of(world.context("sweep", cached=cached, sweep=SWEEP, tune=TUNE), "wide"))
-    losses = []
-    while not losses or losses[-1][0] < STEPS:
-        part = run.run_to_validation()
-        losses.append((part.steps, part.validation_loss))
-    return [loss for _, loss in losses]
+def validation_losses_alone(world: World, cached: Artifact) -> dict[int, float]:
+    """Of the first student, trained by one process without Ray, by step."""
+    student = StudentTrainer(job_of(world.context("sweep", cached=cached, sweep=SWEEP, tune=TUNE), "wide"))
+    losses = dict[int, float]()
+    while max(losses, default=0) < STEPS:
+        segment = student.run_to_validation()
+        losses[segment.steps] = segment.validation_loss
+    return losses
 
 
 def curve(folder: Path, name: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "curves" / f"{name}.jsonl").read_text().splitlines()]
 
 
-def losses(rows: list[dict[str, float]]) -> list[float]:
-    return [row["validation_loss"] for row in rows if "validation_loss" in row]
-
-
-def alive(name: str) -> list[int]:
-    """Processes of the cluster's actors of a class."""
-    return [a["Pid"] for a in actors().values() if a["State"] == "ALIVE" and name in a["ActorClassName"]]
-
-
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_group_trains_what_one_process_trains_and_goes_on_after_its_trial_was_killed(
-    digits_world: World, digits_cache: Artifact
-) -> None:
-    """While both trials run, a process of one of them is killed: the trial's own, with which its workers end."""
-    killed: list[int] = []
-
-    def progress(event: ProgressEvent) -> None:
-        if isinstance(event, TaskProgress) and event.task == "sweep" and event.done and not killed:
-            killed.append(alive("Trainable")[-1])
-            os.kill(killed[0], signal.SIGKILL)
-
-    with relay_progress(progress) as relayed:  # as the pipeline does: workers tell what happens to them
-        context = digits_world.context("sweep", relayed, digits_cache, sweep=GROUP, tune={})
-        metrics = sweep(context)
-    folder = Path(context.draft.uri)
-    assert killed
-    assert (metrics["trials"], metrics["failed"]) == (2, 0)
-    expected = alone(digits_world, digits_cache)
-    trials: dict[str, Any] = {t["name"]: t for t in json.loads((folder / "trials.json").read_text())["trials"]}
-    for name in ("wide", "twin"):
-        rows = curve(folder, name)
-        assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
-        found = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
-        assert found[STEPS] == pytest.approx(expected[-1], rel=SAME)
-        assert trials[name]["cpu_seconds"] > 0
-    assert metrics["control_validation_loss"] > 0
-    model = load_model(folder / "students" / metrics["winner"])
+def test_a_group_trains_what_one_process_trains(digits_world: World, digits_cache: Artifact) -> None:
+    """As a trial of a sweep runs it; the sweep of groups, with a kill, is among the trials."""
+    (job,) = jobs(digits_world.context("sweep", cached=digits_cache, sweep={**GROUP, "students": STUDENTS[:1]}))
+    trainer = DistributedStudentTrainer()
+    trainer.start(job)
+    results = [trainer.run_to_validation()]
+    while results[-1]["steps"] < STEPS:
+        results.append(trainer.run_to_validation())
+    rows = [row for result in results for row in result["curve"]]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    expected = validation_losses_alone(digits_world, digits_cache)
+    assert {result["steps"]: result["validation_loss"] for result in results} == {
+        step: pytest.approx(expected[step], rel=SAME) for step in (7, 14, 21, STEPS)
+    }
+    assert results[-1]["cpu_seconds"] > 0
+    model = load_model(Path(job.draft.uri) / job.folder)
     shards = Shards(digits_world.root, "validation")
-    rows = to_tensors(shards.take(validation_ids(shards.rows, 64)))
-    assert validation_loss(model, digits_world.predict, [rows]) == pytest.approx(metrics["validation_loss"], rel=SAME)
+    batch = to_tensors(shards.take(validation_ids(shards.rows, 64)))
+    assert validation_loss(model, digits_world.predict, [batch]) == pytest.approx(
+        results[-1]["validation_loss"], rel=SAME
+    )
     for _ in range(100):  # nothing of a group outlives its trial
-        if not alive("RayTrainWorker") and not alive("TrainController"):
+        if not alive("RayTrainWorker", "TrainController"):
             return
         time.sleep(0.1)
-    raise AssertionError("workers outlive their trials")
+    raise AssertionError("workers outlive their trial")
 
 
 @pytest.mark.parametrize(

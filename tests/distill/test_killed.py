@@ -1,70 +1,32 @@
-"""A sweep whose trials, and a sweep and a capture whose driver, are killed for real."""
+"""What a killed attempt leaves: trials, searches and captures go on from it."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import pickle
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from distill_world import World, capture, jobs, replica
-from ray._private.state import actors
+from distill_world import SEED, World, jobs, replica
 from test_sweep import STEPS, STUDENTS, SWEEP, TUNE, job_of
 
 from overproof.artifacts import Artifact, ArtifactWriter
-from overproof.distill.optuna_study import STUDENT
+from overproof.distill.optuna_study import STUDENT, OptunaStudy
 from overproof.distill.student_trainer import StudentTrainer
-from overproof.distill.sweep import sweep
+from overproof.distill.sweep import make_trial_job, sweep, train_students
 from overproof.distill.sweep_state import SweepState
-from overproof.distill.target_cache import TargetCache, TargetIndex
+from overproof.distill.sweep_tracker import SweepTracker
 from overproof.distill.teacher_pool import finished_files
-from overproof.distill.teacher_stages import cache_targets
-from overproof.distill.trial_job import CurveSegment
+from overproof.distill.trial_job import MAX_DEATHS, CurveSegment
 from overproof.errors import InputError
-from overproof.stage_context import Notice, ProgressEvent, StageContext, TaskProgress
+from overproof.stage_context import Notice, ProgressEvent, StageContext
 
 
 def to_end(run: StudentTrainer) -> list[CurveSegment]:
-    chunks = [run.run_to_validation()]
-    while chunks[-1].steps < STEPS:
-        chunks.append(run.run_to_validation())
-    return chunks
-
-
-@pytest.fixture(scope="module")
-def whole_curves(digits_world: World, digits_cache: Artifact) -> dict[str, list[str]]:
-    """Of every student, trained alone to the end."""
-    context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune=TUNE)
-    chunks = {job.name: to_end(StudentTrainer(job_of(context, job.name))) for job in jobs(context)}
-    return {name: [json.dumps(row) for chunk in of for row in chunk.curve] for name, of in chunks.items()}
-
-
-def kill(context: StageContext, address: str, folder: Path) -> None:
-    """Run a stage in a process that is killed when a part of it is finished."""
-    pickled = folder / "context"
-    pickled.write_bytes(pickle.dumps(dataclasses.replace(context, progress=None)))
-    driver = [sys.executable, str(Path(__file__).with_name("killed_driver.py")), address, str(pickled)]
-    assert subprocess.run(driver, capture_output=True).returncode == -signal.SIGKILL
-    for _ in range(300):  # its trials save until Ray ends them
-        if not any(a["State"] == "ALIVE" and "Trainable" in a["ActorClassName"] for a in actors().values()):
-            return
-        time.sleep(0.1)
-    raise AssertionError("trials outlive their driver")
-
-
-def half_written(context: StageContext) -> dict[str, int]:
-    """The finished files of a killed capture of three, and when each was written; never all of them."""
-    files = {path.name: path.stat().st_mtime_ns for path in Path(context.draft.workspace).glob("*/*.parquet")}
-    if len(files) == 3:  # the teacher was faster than the kill
-        Path(context.draft.workspace, context.draft.fingerprint, f"{files.popitem()[0]}.json").unlink()
-    return files
+    segments = [run.run_to_validation()]
+    while segments[-1].steps < STEPS:
+        segments.append(run.run_to_validation())
+    return segments
 
 
 def anew(world: World, context: StageContext) -> ArtifactWriter:
@@ -76,13 +38,6 @@ def anew(world: World, context: StageContext) -> ArtifactWriter:
 def curves(folder: Path) -> dict[str, list[str]]:
     files = (folder / "curves").glob("*.jsonl")
     return {path.stem: path.read_text().splitlines() for path in files if path.stem != "control"}
-
-
-def same_steps(found: dict[str, list[str]], expected: dict[str, list[str]]) -> bool:
-    """Whether each curve begins as the other one does, to the last bit; where trials are stopped may differ."""
-    assert found.keys() == expected.keys()
-    both = {name: min(len(found[name]), len(expected[name])) for name in found}
-    return all(found[name][:n] == expected[name][:n] and n for name, n in both.items())
 
 
 def test_a_student_goes_on_from_its_checkpoint_to_the_last_bit(digits_world: World, digits_cache: Artifact) -> None:
@@ -117,105 +72,52 @@ def test_a_damaged_checkpoint_is_not_used(digits_world: World, digits_cache: Art
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_trial_whose_process_is_killed_goes_on(whole_curves: dict[str, list[str]], digits_world: World,
-                                                 digits_cache: Artifact) -> None:  # fmt: skip
-    killed: list[int] = []
-    said: list[str] = []
+def test_a_search_goes_on_from_what_a_killed_driver_left_and_trains_no_trial_twice(
+    digits_world: World, digits_cache: Artifact
+) -> None:
+    """One trial done, one begun; drivers are really killed among the trials."""
+    notices: list[str] = []
 
     def progress(event: ProgressEvent) -> None:
         if isinstance(event, Notice):
-            said.append(event.text)
-        elif event.task == "sweep" and event.done >= STEPS and not killed:
-            alive = [a for a in actors().values() if a["State"] == "ALIVE" and "Trainable" in a["ActorClassName"]]
-            killed.append(alive[0]["Pid"])
-            os.kill(killed[0], signal.SIGKILL)
+            notices.append(event.text)
 
-    context = digits_world.context("sweep", progress, digits_cache, sweep=SWEEP, tune=TUNE)
-    metrics = sweep(context)
-    assert killed
-    assert metrics["failed"] == 0
-    assert same_steps(curves(Path(context.draft.uri)), whole_curves)
-
-
-def test_a_sweep_whose_driver_is_killed_trains_no_student_twice(
-    ray_cluster: str, whole_curves: dict[str, list[str]], digits_world: World, digits_cache: Artifact, tmp_path: Path
-) -> None:
-    said: list[str] = []
-
-    def progress(event: ProgressEvent) -> None:
-        if isinstance(event, Notice):
-            said.append(event.text)
-
-    context = digits_world.context("sweep", progress, digits_cache, sweep=SWEEP, tune=TUNE)
-    kill(context, ray_cluster, tmp_path)
-    before = {job.name: job.checkpoints.committed_step() for job in jobs(context)}
-    assert max(before.values()) == STEPS
-    again = anew(digits_world, context)
-    sweep(dataclasses.replace(context, draft=again))
-    trials = json.loads((Path(again.uri) / "trials.json").read_text())["trials"]
-    assert {trial["name"]: trial["resumed_step"] for trial in trials} == before
-    assert all(f"{name}: going on from step {step}" in said for name, step in before.items() if step)
-    assert same_steps(curves(Path(again.uri)), whole_curves)
-
-
-def test_a_sweep_goes_on_without_a_node_that_dies(
-    whole_curves: dict[str, list[str]], digits_world: World, digits_cache: Artifact, tmp_path: Path
-) -> None:
-    context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune=TUNE)
-    pickled = tmp_path / "context"
-    pickled.write_bytes(pickle.dumps(dataclasses.replace(context, progress=None)))
-    driver = [sys.executable, str(Path(__file__).with_name("node_driver.py")), str(pickled)]
-    done = subprocess.run(driver, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"killed"'))
-    assert len(found["killed"]) == 1
-    assert (found["trials"], found["failed"]) == (len(STUDENTS), 0)
-    assert same_steps(curves(Path(context.draft.uri)), whole_curves)
-
-
-def test_a_search_whose_driver_is_killed_goes_on_with_the_trials_it_had(
-    ray_cluster: str, digits_world: World, digits_cache: Artifact, tmp_path: Path
-) -> None:
-    tune = {
+    search = {
         **TUNE,
-        "search": {"kind": "tpe", "trials": 6, "startup_trials": 2},
+        "search": {"kind": "tpe", "trials": 3, "startup_trials": 2},
         "space": {"learning_rate": {"kind": "log_uniform", "low": 1e-3, "high": 1e-1}},
     }
-    context = digits_world.context("sweep", cached=digits_cache, sweep={**SWEEP, "students": STUDENTS[:1]}, tune=tune)
-    kill(context, ray_cluster, tmp_path)
-    journal = SweepState(context.draft)
-    begun = journal.load_trials()
-    reached = {name: journal.checkpoints(name).committed_step() for name in begun}
-    assert list(begun) == [f"wide-{number:03d}" for number in range(len(begun))]
-    assert max(reached.values()) == STEPS
-    again = anew(digits_world, context)
-    metrics = sweep(dataclasses.replace(context, draft=again))
-    trials = json.loads((Path(again.uri) / "trials.json").read_text())["trials"]
-    assert metrics["trials"] == len(trials) == 6
-    assert {trial["name"]: trial["resumed_step"] for trial in trials[: len(begun)]} == reached
-    rates = [trial["values"]["learning_rate"] for trial in trials]
-    assert rates[: len(begun)] == [values["learning_rate"] for values in begun.values()]
-    assert len(set(rates)) == 6
-
-
-def test_a_capture_whose_driver_is_killed_does_no_finished_file_again(
-    ray_cluster: str, digits_world: World, tmp_path: Path
-) -> None:
-    events: list[ProgressEvent] = []
-    context = digits_world.context("cache", events.append, cache={"actors": 1})
-    kill(context, ray_cluster, tmp_path)
-    files = half_written(context)
-    again = anew(digits_world, context)
-    metrics = cache_targets(dataclasses.replace(context, draft=again))
-    assert events[0] == Notice(f"{len(files)} of 3 files were captured before")
-    progress = [event for event in events if isinstance(event, TaskProgress)]
-    assert progress[0].done > 0
-    assert {name: (Path(again.uri) / name).stat().st_mtime_ns for name in files} == files
-    whole = capture(digits_world, None).local()
-    assert metrics["rows"] == progress[-1].done == TargetIndex.read(whole).rows
-    ids = np.arange(metrics["rows"])
-    for name, values in TargetCache(Path(again.uri)).take(ids).items():
-        np.testing.assert_allclose(values, TargetCache(whole).take(ids)[name], rtol=1e-3, atol=1e-4)
+    one = {**SWEEP, "students": STUDENTS[:1], "concurrent_trials": 1}
+    context = digits_world.context("sweep", progress, digits_cache, sweep=one, tune=search)
+    state, study = SweepState(context.draft), OptunaStudy(context.recipe.tune, context.recipe.sweep, SEED)
+    names = ("wide-000", "wide-001")
+    values = {name: study.ask(name) or {} for name in names}
+    state.record_trials(values)
+    left: dict[str, list[CurveSegment]] = {}
+    for name in names:
+        job = make_trial_job(context, state, name, values[name])
+        job.checkpoints.claim_folder()
+        student = StudentTrainer(job)
+        left[name] = to_end(student) if name == "wide-000" else [student.run_to_validation()]
+        student.checkpoint_writer.wait()
+    again = dataclasses.replace(context, draft=anew(digits_world, context))
+    before = SweepState(again.draft).load_trials()
+    assert before == values
+    tracker = SweepTracker(progress, STEPS, 3, MAX_DEATHS)
+    entries = [
+        tracker.trial_entry(job) for job in train_students(again, SweepState(again.draft), before, tracker, None)
+    ]
+    assert [(entry["name"], entry["resumed_step"]) for entry in entries] == [
+        ("wide-000", STEPS), ("wide-001", 7), ("wide-002", 0),
+    ]  # fmt: skip
+    assert all(f"{name}: going on from step {step}" in notices for name, step in zip(names, (STEPS, 7), strict=True))
+    assert [entry["values"]["learning_rate"] for entry in entries[:2]] == [
+        values[name]["learning_rate"] for name in names
+    ]
+    assert len({entry["values"]["learning_rate"] for entry in entries}) == 3
+    for name, segments in left.items():  # its rows are those that were there before
+        rows = [row for segment in segments for row in segment.curve]
+        assert tracker.curves[name][: len(rows)] == rows[: len(tracker.curves[name])]
 
 
 def test_a_captured_file_that_was_damaged_is_captured_again(digits_world: World) -> None:

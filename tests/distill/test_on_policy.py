@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distill_world import SEED, TEACHERS, World, capture, recipe_of
-from ray._private.state import actors
+from distill_world import SEED, TEACHERS, World, alive, capture, recipe_of
 from test_initial import student
 from test_sweep import STUDENTS, SWEEP, job_of
 
@@ -41,15 +40,15 @@ def text_cache(text_world: World) -> Artifact:
 
 
 def writers(**changes: Any) -> dict[str, Any]:
-    told = {**student(SMALL, temperature=2.0, on_policy=0.5), **changes}
-    students = [{**told, "name": "one"}, {**told, "name": "two", "divergence": "reverse_kl"}]
+    one = {**student(SMALL, temperature=2.0, on_policy=0.5), **changes}
+    students = [{**one, "name": "one"}, {**one, "name": "two", "divergence": "reverse_kl"}]
     settings = {"steps": STEPS, "validate_every": 3, "validation_rows": 8, "warmup_steps": 1}
     return {**SWEEP, **settings, "students": students, "on_policy": ASKED}
 
 
-def judge(world: World, k: int = 4) -> TeacherScorer:
-    asked = OnPolicy.model_validate({**ASKED, "k": k})
-    return TeacherScorer(world.artifacts["train"].local() / "model", asked, (1.0, 2.0), threads=1)
+def scorer(world: World, k: int = 4) -> TeacherScorer:
+    settings = OnPolicy.model_validate({**ASKED, "k": k})
+    return TeacherScorer(world.artifacts["train"].local() / "model", settings, (1.0, 2.0), threads=1)
 
 
 def test_steps_are_spread_evenly() -> None:
@@ -88,7 +87,7 @@ def test_what_is_written_follows_the_students_distribution(text_world: World) ->
 
 
 def test_no_answer_depends_on_what_else_is_asked(text_world: World) -> None:
-    one, rng = judge(text_world), np.random.default_rng(0)
+    one, rng = scorer(text_world), np.random.default_rng(0)
     rows, others = rng.integers(1, 320, (16, 15)), rng.integers(1, 320, (30, 15))
     alone = one.score(rows)
     assert {name: value.shape for name, value in alone.items()} == {
@@ -105,15 +104,15 @@ def test_no_answer_depends_on_what_else_is_asked(text_world: World) -> None:
     np.testing.assert_allclose(alone["logsumexp"][..., 0], expected.numpy(), rtol=1e-5)
 
 
-class Watched:
-    """A judge, and what it was asked."""
+class RecordingScorer:
+    """A scorer, and the tokens that it was asked about."""
 
-    def __init__(self, of: TeacherScorer) -> None:
-        self.of, self.asked = of, list[np.ndarray]()
+    def __init__(self, scorer: TeacherScorer) -> None:
+        self.scorer, self.requests = scorer, list[np.ndarray]()
 
     def score(self, tokens_BS: np.ndarray) -> Columns:
-        self.asked.append(tokens_BS)
-        return self.of.score(tokens_BS)
+        self.requests.append(tokens_BS)
+        return self.scorer.score(tokens_BS)
 
 
 def begun(world: World, cached: Artifact, name: str, **changes: Any) -> TrialJob:
@@ -128,38 +127,40 @@ def steps(run: StudentTrainer) -> list[dict[str, float]]:
 
 
 def test_the_loss_is_the_divergence_of_what_was_written(text_world: World, text_cache: Artifact) -> None:
-    everything = Watched(judge(text_world, k=320))
+    everything = RecordingScorer(scorer(text_world, k=320))
     run = StudentTrainer(begun(text_world, text_cache, "one", on_policy=1.0), everything)
     state = {name: value.clone() for name, value in run.model.state_dict().items()}
     row = run.run_to_validation().curve[0]
-    tokens = torch.from_numpy(everything.asked[0])
+    tokens = torch.from_numpy(everything.requests[0])
     start = build_model(run.job.student.model, run.manifest, SEED)  # type: ignore[arg-type]
     start.load_state_dict(state)
     assert torch.equal(sample_continuations(start, tokens[:, :6], 9, SEED, 0), tokens)
     with torch.no_grad():
         log_p, log_q = (
             (model(tokens[:, :-1], use_cache=False).logits[:, 5:].double() / 2).log_softmax(-1)
-            for model in (start, everything.of.model)
+            for model in (start, everything.scorer.model)
         )
     expected = (log_q.exp() * (log_q - log_p)).sum(-1).mean() * 4  # T squared
     assert row["loss"] == pytest.approx(float(expected), rel=1e-4)
     assert row["on_policy"] == 1
     first = next(run.train.steps(run.order, 16, 0, 1))
-    assert np.array_equal(everything.asked[0][:, :6], first["tokens"][:, :6])
+    assert np.array_equal(everything.requests[0][:, :6], first["tokens"][:, :6])
 
 
 def test_a_student_that_writes_goes_on_to_the_last_bit(text_world: World, text_cache: Artifact) -> None:
-    asked = Watched(judge(text_world))
+    recording = RecordingScorer(scorer(text_world))
     job = begun(text_world, text_cache, "one", relations={"heads": 2, "weight": 0.1})
     whole = steps(
-        StudentTrainer(dataclasses.replace(job, checkpoints=begun(text_world, text_cache, "one").checkpoints), asked)
+        StudentTrainer(
+            dataclasses.replace(job, checkpoints=begun(text_world, text_cache, "one").checkpoints), recording
+        )
     )
     assert [row["step"] for row in whole if row.get("on_policy")] == [2, 4, 6, 8]
-    assert len(asked.asked) == 4
-    first = StudentTrainer(job, asked)
+    assert len(recording.requests) == 4
+    first = StudentTrainer(job, recording)
     first.run_to_validation()
     first.checkpoint_writer.wait()
-    second = StudentTrainer(job, judge(text_world))
+    second = StudentTrainer(job, scorer(text_world))
     assert second.resumed_step == 3
     assert steps(second) == whole
     alone = StudentTrainer(dataclasses.replace(job, distilled=False, name="control", checkpoints=begun(
@@ -168,41 +169,26 @@ def test_a_student_that_writes_goes_on_to_the_last_bit(text_world: World, text_c
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_two_trials_share_one_pool_and_get_what_a_teacher_of_their_own_would_tell(
+def test_two_trials_share_one_pool_whose_teacher_is_killed_and_get_what_their_own_would_tell(
     text_world: World, text_cache: Artifact
 ) -> None:
-    context = text_world.context("sweep", cached=text_cache, sweep=writers())
+    killed: list[int] = []
+
+    def progress(event: ProgressEvent) -> None:
+        if isinstance(event, TaskProgress) and event.task == "sweep" and event.done and not killed:
+            killed.extend(alive("ScorerWorker"))
+            os.kill(killed[0], signal.SIGKILL)
+
+    context = text_world.context("sweep", progress, text_cache, sweep=writers())
     metrics = sweep(context)
+    assert len(killed) == 1
+    assert metrics["failed"] == 0
     assert (metrics["scorer_requests"], metrics["scorer_batches"]) == (8, 4)  # each batch has a request of both
     folder = Path(context.draft.uri)
     for name in ("one", "two"):
         found = [json.loads(line) for line in (folder / "curves" / f"{name}.jsonl").read_text().splitlines()]
-        assert found == steps(StudentTrainer(job_of(context, name), judge(text_world)))
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_teachers_and_trials_that_are_killed_change_nothing(text_world: World, text_cache: Artifact) -> None:
-    killed: dict[str, int] = {}
-
-    def progress(event: ProgressEvent) -> None:
-        if isinstance(event, TaskProgress) and event.task == "sweep" and event.done:
-            for actor in actors().values():
-                kind = actor["ActorClassName"]
-                if actor["State"] == "ALIVE" and ("Trainable" in kind or kind == "ScorerWorker") and kind not in killed:
-                    killed[kind] = actor["Pid"]
-                    os.kill(actor["Pid"], signal.SIGKILL)
-
-    hasty = {**writers(), "on_policy": {**ASKED, "wait_s": 0.01}}
-    context = text_world.context("sweep", progress, text_cache, sweep=hasty)
-    metrics = sweep(context)
-    assert len(killed) == 2
-    assert (metrics["failed"], metrics["stopped_early"]) == (0, 0)
-    for name in ("one", "two"):
-        curve = (Path(context.draft.uri) / "curves" / f"{name}.jsonl").read_text().splitlines()
-        assert [json.loads(line) for line in curve] == steps(StudentTrainer(job_of(context, name), judge(text_world)))
-    assert not [
-        a for a in actors().values() if a["State"] == "ALIVE" and a["ActorClassName"] in ("ScorerWorker", "Batcher")
-    ]
+        assert found == steps(StudentTrainer(job_of(context, name), scorer(text_world)))
+    assert not alive("ScorerWorker", "Batcher")
 
 
 def test_what_cannot_be_written_is_refused() -> None:
@@ -214,7 +200,7 @@ def test_what_cannot_be_written_is_refused() -> None:
         recipe_of("digits", sweep={**SWEEP, "students": STUDENTS, "on_policy": ASKED})
 
 
-def test_how_many_teachers_judge_changes_no_fingerprint() -> None:
+def test_how_many_teachers_score_changes_no_fingerprint() -> None:
     stage = next(stage for stage in pipeline.STAGES if stage.name == "sweep")
     sections = [
         stage.part(recipe_of("text", sweep={**writers(), "on_policy": {**ASKED, **changes}}))

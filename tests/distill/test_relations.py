@@ -162,7 +162,7 @@ def test_a_student_beside_its_teacher_goes_on_to_the_last_bit(
     teacher = load_model(digits_world.artifacts["train"].local() / "model").state_dict()
     if whole.spec.teacher is not None:
         assert all(torch.equal(value, teacher[name]) for name, value in whole.spec.teacher.state_dict().items())
-    whole.save()
+    whole.save_weights()
     assert set(load_model(Path(job.draft.uri) / job.folder).state_dict()) == set(whole.model.state_dict())
 
 

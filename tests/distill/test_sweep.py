@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distill_world import World, capture, jobs, make
-from ray._private.state import actors
+from distill_world import World, alive, capture, jobs, make
 
 from overproof.artifacts import Artifact, Store
 from overproof.config import Asha, NoStop, Sweep
 from overproof.data.parquet_reader import Shards
 from overproof.distill.student_trainer import StudentTrainer
-from overproof.distill.sweep import check_cache, pareto_students, sweep
+from overproof.distill.sweep import check_cache, pareto_students, sweep, train_students
+from overproof.distill.sweep_state import SweepState
+from overproof.distill.sweep_tracker import SweepTracker
 from overproof.distill.target_cache import TargetIndex
-from overproof.distill.teacher_stages import cache_targets
-from overproof.distill.trial_job import TrialJob, rung_steps
+from overproof.distill.trial_job import MAX_DEATHS, TrialJob, rung_steps
 from overproof.distill.tune_search import trial_slots
 from overproof.errors import InputError
 from overproof.models.hf_directory import count_parameters, load_model
-from overproof.stage_context import ProgressEvent, StageContext, TaskProgress
+from overproof.stage_context import ProgressEvent, StageContext, TaskProgress, no_progress
 from overproof.train.loop import validation_loss
 
 STEPS, GRACE = 24, 8
@@ -240,96 +240,144 @@ def test_a_sweep_without_a_student_that_finishes_ends_with_the_reason(
         sweep(context)
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_student_that_fails_is_recorded_and_the_others_go_on(digits_world: World, digits_cache: Artifact) -> None:
-    context = digits_world.context("sweep", cached=digits_cache, sweep={**SWEEP, "students": [WILD, STUDENTS[0]]})
+@pytest.fixture(scope="module")
+def disturbed(ray_cluster: str, digits_world: World, digits_cache: Artifact) -> Swept:
+    """A sweep with a student that fails, of which a process that trains and one that trains a control are killed."""
+    killed: dict[str, int] = {}
+
+    def progress(event: ProgressEvent) -> None:
+        if not isinstance(event, TaskProgress):
+            return
+        if (
+            event.task == "sweep" and event.done > STEPS and "Trainable" not in killed
+        ):  # one has failed, another has begun
+            killed["Trainable"] = alive("Trainable")[0]
+            os.kill(killed["Trainable"], signal.SIGKILL)
+        if event.task == "control" and event.done and "InProcessTrainer" not in killed:
+            killed["InProcessTrainer"] = alive("InProcessTrainer")[0]
+            os.kill(killed["InProcessTrainer"], signal.SIGKILL)
+
+    changes = {**SWEEP, "students": [STUDENTS[0], WILD, STUDENTS[3]], "controls": "every"}
+    context = digits_world.context("sweep", progress, digits_cache, sweep=changes)
     metrics = sweep(context)
-    trials = json.loads((Path(context.draft.uri) / "trials.json").read_text())
-    wild, wide = trials["trials"]
+    assert len(killed) == 2
+    return Swept(context, Path(context.draft.uri), metrics, [], "", set())
+
+
+def test_a_student_that_fails_is_recorded_and_the_others_go_on(disturbed: Swept) -> None:
+    wide, wild, narrow = disturbed.trials["trials"]
     assert (wild["status"], wild["steps"], wild["validation_loss"]) == ("failed", 0, None)
     assert wild["reason"].startswith("step 1: loss is")
-    assert (wide["status"], wide["reason"], trials["winner"]) == ("finished", None, "wide")
-    assert (metrics["failed"], metrics["trials"]) == (1, 2)
+    for trial in (wide, narrow):
+        assert (trial["status"], trial["reason"]) == ("finished", None)
+    assert disturbed.trials["winner"] in ("wide", "narrow")
+    assert (disturbed.metrics["failed"], disturbed.metrics["trials"]) == (1, 3)
+
+
+def test_a_trial_whose_process_is_killed_goes_on(disturbed: Swept) -> None:
+    for name in ("wide", "narrow"):
+        student = StudentTrainer(job_of(disturbed.context, name))
+        assert disturbed.curve(name) == [row for _ in range(4) for row in student.run_to_validation().curve]
+
+
+def test_every_student_may_have_a_control_of_its_own(disturbed: Swept) -> None:
+    trials = disturbed.trials
+    assert list(trials["controls"]) == ["wide", "narrow"]
+    assert trials["controls"][trials["winner"]] == trials["control"]
+    names = {control["name"] for control in trials["controls"].values()}
+    assert names == {"control", "control-narrow" if trials["winner"] == "wide" else "control-wide"}
+    for name, control in trials["controls"].items():
+        alone = StudentTrainer(dataclasses.replace(job_of(disturbed.context, name), distilled=False))
+        rows = [row for _ in range(4) for row in alone.run_to_validation().curve]
+        assert disturbed.curve(control["name"]) == rows  # bit for bit, the killed one as well
+        assert control["parameters"] == alone.parameters
+    found = {path.name for path in disturbed.folder.iterdir()}
+    assert found == {"students", "control", "curves", "events", "trials.json"}
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize(
-    "scheduler",
-    [{"kind": "median", "grace_steps": 7, "least_trials": 2}, {"kind": "hyperband", "grace_steps": 7, "brackets": 2}],
-    ids=["median", "hyperband"],
-)
-def test_schedulers_stop_what_lags_behind(
-    scheduler: dict[str, Any], digits_world: World, digits_cache: Artifact
-) -> None:
+def test_the_median_rule_stops_what_lags_behind(digits_world: World, digits_cache: Artifact) -> None:
+    rule = {"kind": "median", "grace_steps": 7, "least_trials": 2}
+    check_that_laggards_are_stopped(rule, digits_world, digits_cache)
+
+
+def check_that_laggards_are_stopped(scheduler: dict[str, Any], digits_world: World, digits_cache: Artifact) -> None:
     learner = {**STUDENTS[0], "model": {**WIDE, "initializer_range": 0.2}}
     rates = {"learning_rate": {"kind": "choice", "values": [3e-2, 1e-2, 1e-6, 1e-7, 1e-8]}}
     context = digits_world.context(
         "sweep", cached=digits_cache, sweep={**SWEEP, "students": [learner], "concurrent_trials": 1},
         tune={"space": rates, "scheduler": scheduler},
     )  # fmt: skip
-    metrics = sweep(context)
-    trials = json.loads((Path(context.draft.uri) / "trials.json").read_text())
-    statuses = {trial["values"]["learning_rate"]: trial["status"] for trial in trials["trials"]}
-    assert metrics["trials"] == 5
+    tracker = SweepTracker(context.progress, STEPS, 5, MAX_DEATHS)
+    trials = train_students(context, SweepState(context.draft), {}, tracker, None)
+    entries = {entry["values"]["learning_rate"]: entry for entry in map(tracker.trial_entry, trials)}
+    statuses = {rate: entry["status"] for rate, entry in entries.items()}
+    assert len(entries) == 5
     assert statuses[3e-2] == "finished"
     assert "stopped" in {statuses[rate] for rate in (1e-6, 1e-7, 1e-8)}
-    assert next(t for t in trials["trials"] if t["name"] == trials["winner"])["values"]["learning_rate"] == 3e-2
+    winner = tracker.winner()
+    assert winner is not None
+    assert winner["values"]["learning_rate"] == 3e-2
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_every_student_may_have_a_control_of_its_own(digits_world: World, digits_cache: Artifact) -> None:
-    killed: list[int] = []
+def end_by(number: signal.Signals, world: World, cached: Artifact) -> None:
+    """A sweep whose process gets a signal after the first validation of its one student."""
+    sent: list[int] = []
 
-    def progress(task: str, done: int, total: int, note: str = "") -> None:
-        if task == "control" and done and not killed:
-            alive = [
-                a for a in actors().values() if a["State"] == "ALIVE" and a["ActorClassName"] == "InProcessTrainer"
-            ]
-            killed.append(alive[0]["Pid"])
-            os.kill(killed[0], signal.SIGKILL)
+    def progress(event: ProgressEvent) -> None:
+        if isinstance(event, TaskProgress) and event.done and not sent:
+            sent.append(event.done)
+            os.kill(os.getpid(), number)
 
-    changes = {**SWEEP, "students": [STUDENTS[0], WILD, STUDENTS[3]], "controls": "every"}
-    context = digits_world.context("sweep", progress, digits_cache, sweep=changes)
-    sweep(context)
-    folder = Path(context.draft.uri)
-    trials = json.loads((folder / "trials.json").read_text())
-    assert killed
-    assert list(trials["controls"]) == ["wide", "narrow"]
-    assert trials["controls"][trials["winner"]] == trials["control"]
-    names = {control["name"] for control in trials["controls"].values()}
-    assert names == {"control", "control-narrow" if trials["winner"] == "wide" else "control-wide"}
-    for name, control in trials["controls"].items():
-        alone = StudentTrainer(dataclasses.replace(job_of(context, name), distilled=False))
-        rows = [row for _ in range(4) for row in alone.run_to_validation().curve]
-        curve = (folder / "curves" / f"{control['name']}.jsonl").read_text().splitlines()
-        assert [json.loads(line) for line in curve] == rows  # bit for bit, the killed one as well
-        assert control["parameters"] == alone.parameters
-    assert {path.name for path in folder.iterdir()} == {"students", "control", "curves", "events", "trials.json"}
+    sweep(world.context("sweep", progress, cached, sweep={**SWEEP, "students": STUDENTS[:1]}))
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_ctrl_c_ends_the_sweep(digits_world: World, digits_cache: Artifact) -> None:
-    sent: list[int] = []
-
-    def interrupt(task: str, done: int, total: int, note: str = "") -> None:
-        if done and not sent:
-            sent.append(done)
-            os.kill(os.getpid(), signal.SIGINT)
-
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        sweep(digits_world.context("sweep", interrupt, digits_cache, sweep=SWEEP, tune=TUNE))
+        end_by(signal.SIGINT, digits_world, digits_cache)
     assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_a_sweep_that_tune_ends_short_is_a_fault_and_not_the_users_wish(
+    digits_world: World, digits_cache: Artifact
+) -> None:
+    """Tune ends its run at SIGUSR1 as well, and as quietly."""
+    handler = signal.getsignal(signal.SIGUSR1)
+    try:
+        message = r"Ray Tune ended the sweep before these trials: wide \(at step (7|14|21) of 24\)$"
+        with pytest.raises(RuntimeError, match=message):
+            end_by(signal.SIGUSR1, digits_world, digits_cache)
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+
+
+def test_which_trials_did_not_end_is_said_with_what_is_known_of_them() -> None:
+    tracker = SweepTracker(no_progress, STEPS, 5, MAX_DEATHS)
+    for name in ("ended", "dead", "young"):
+        tracker.add_trial(name)
+    tracker.record_end("ended")
+    tracker.record_death("dead", "its node is gone", retry=True)
+    assert tracker.unfinished() == [
+        "dead (at step 0 of 24, its process died: its node is gone)",
+        "young (at step 0 of 24)",
+        "2 that never started",
+    ]
+    for _ in range(MAX_DEATHS):
+        tracker.record_death("dead", "its node is gone", retry=True)
+    assert tracker.failures == {"dead": "its node is gone"}
+    assert [line.split()[0] for line in tracker.unfinished()] == ["young", "2"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_text_is_cached_and_swept_on_an_object_store(s3_uri: str) -> None:
+    """The stage `cache` itself runs on one among the trials: two jobs that make it at once."""
     # The workers do not have this process's environment.
     world = make("text", Store(s3_uri.replace("s3://", "s3://testing:testing@")))
-    context = world.context("cache", cache={"actors": 1})
-    cached = context.draft.commit(cache_targets(context), 0)
+    cached = capture(world, None)
     assert set(cached.record.files) == {"00000.parquet", "00001.parquet", "00002.parquet", "cache.json"}
-    assert cached.record.metrics["positions"] == 96 * 16
     context = world.context("sweep", cached=cached)
     artifact = context.draft.commit(sweep(context), 0)
     parts = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")

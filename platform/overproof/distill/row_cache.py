@@ -171,7 +171,7 @@ class RowCache(Generic[KeyT]):
         missing = groups[~np.isin(groups, self._groups)]
         if len(missing):
             raise InputError(
-                f"{self.root}: {len(missing)} of {len(groups)} requested row groups are not in {index.DESCRIPTION} "
+                f"{self.root}: {len(missing)} of {len(groups)} row groups needed are not in {index.DESCRIPTION} "
                 f"(the first is {missing[0]}), which covers {index.rows} rows; raise {index.STAGE}.rows, "
                 "or set it to null to cover every row"
             )

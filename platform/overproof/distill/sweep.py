@@ -51,7 +51,7 @@ def sweep(context: StageContext) -> dict[str, Any]:
     max_deaths = 0 if isinstance(search.scheduler, Pbt) else MAX_DEATHS  # a population is proposed once
     tracker = SweepTracker(context.progress, settings.steps, search.trials(settings), max_deaths)
     with scorer_pool(context.recipe, context.parents["train"]) as scorer:
-        jobs = _train_students(context, state, previous, tracker, scorer)
+        jobs = train_students(context, state, previous, tracker, scorer)
         scorer_counts = scorer.counts() if scorer else {}
     winner = tracker.winner()
     if winner is None:
@@ -143,7 +143,7 @@ def make_trial_job(
     )
 
 
-def _train_students(
+def train_students(
     context: StageContext,
     state: SweepState,
     previous: Mapping[str, TrialValues],

@@ -1,4 +1,4 @@
-"""Runs a sweep that was pickled on three nodes of its own, and kills a node that trains. Run by test_killed.py.
+"""Runs a sweep that was pickled on three nodes of its own, and kills a node that trains. Run by test_kills.py.
 
 python node_driver.py CONTEXT
 """
