@@ -132,7 +132,7 @@ def test_no_steps_pass_the_weights_through(
     model = build_model(VIT, Manifest.read(digits_root), 9)
     save_model(model, model.config, tmp_path / "given")
     monkeypatch.chdir(tmp_path)
-    metrics, folder = stage(settings(model=Pretrained(path="given"), steps=0, workers=2))
+    metrics, folder = stage(settings(model=Pretrained(path="given"), steps=0))
     kept = load_model(folder / "model").state_dict()
     assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
     assert metrics["steps"] == metrics["rows"] == 0
@@ -143,7 +143,7 @@ def test_a_pickle_in_a_worker_is_refused_as_what_it_is(stage: Stage, tmp_path: P
     (tmp_path / "given").mkdir()
     (tmp_path / "given" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(InputError, match=r"pytorch_model\.bin, a pickle") as refused:
-        stage(settings(model=Pretrained(path=str(tmp_path / "given")), workers=2))
+        stage(settings(model=Pretrained(path=str(tmp_path / "given"))))
     assert type(refused.value) is InputError
     assert "Traceback" not in str(refused.value)
 

@@ -33,9 +33,9 @@ def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
 
 
 def test_it_becomes_bad_input_that_names_the_phase_and_what_to_change() -> None:
-    with pytest.raises(InputError, match=r"out of memory in a training step: .*smaller micro_batch_size"):
-        with explain_memory("a training step"):
-            torch.empty(TOO_MUCH, dtype=torch.uint8)
+    message = r"out of memory in a training step: .*smaller micro_batch_size"
+    with pytest.raises(InputError, match=message), explain_memory("a training step"):
+        torch.empty(TOO_MUCH, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="another fault") as raised, explain_memory("a training step"):
         raise RuntimeError("another fault")
     assert type(raised.value) is RuntimeError
