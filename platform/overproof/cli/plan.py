@@ -222,10 +222,11 @@ def _beside(recipe: Recipe, model: ModelSize) -> str | None:
     if not names:
         return None
     batch = recipe.rows_read // recipe.sweep.steps
-    logits = zero_memory.FP32 * batch * model.predictions * model.outputs
+    logits = zero_memory.FP32_BYTES * batch * model.predictions * model.outputs
     return (
         f"the teacher runs beside {names}: each of these trials also holds its weights, "
-        f"{format_bytes(zero_memory.FP32 * model.parameters)}, and at each step its logits, {format_bytes(logits)}"
+        f"{format_bytes(zero_memory.FP32_BYTES * model.parameters)}, "
+        f"and at each step its logits, {format_bytes(logits)}"
     )
 
 
