@@ -9,15 +9,14 @@ are paid once.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked_ranks import run_forked
 from torch import nn
 
 from overproof.config import Train
@@ -84,26 +83,6 @@ def main(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> No
     dist.destroy_process_group()
 
 
-def fork_groups(folder: Path, cases: dict[int, list[dict[str, Any]]]) -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # noqa: F401  # once, for all ranks
-
-    context = multiprocessing.get_context("fork")
-    ranks = [
-        context.Process(target=main, args=(folder / str(world), rank, world, cases[world]))
-        for world in cases
-        for rank in range(world)
-    ]
-    for rank in ranks:
-        rank.start()
-    while any(rank.is_alive() for rank in ranks):
-        wait([rank.sentinel for rank in ranks if rank.is_alive()])
-        if any(rank.exitcode not in (None, 0) for rank in ranks):  # the others would wait for it
-            for rank in ranks:
-                rank.kill()
-    if any(rank.exitcode for rank in ranks):
-        raise SystemExit(f"ranks ended with {[rank.exitcode for rank in ranks]}")
-
-
 if __name__ == "__main__":
-    fork_groups(Path(sys.argv[1]), {int(world): cases for world, cases in json.loads(sys.argv[2]).items()})
+    out, groups = Path(sys.argv[1]), {int(world): cases for world, cases in json.loads(sys.argv[2]).items()}
+    run_forked(main, [(out / str(world), rank, world, groups[world]) for world in groups for rank in range(world)])

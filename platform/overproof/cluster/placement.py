@@ -182,9 +182,9 @@ def require_placeable(recipe: Recipe, capacity: Capacity) -> None:
         InputError: a stage needs more than the cluster can ever give, with the arithmetic.
     """
     for request in resource_requests(recipe):
-        words = why_unplaceable(request, capacity)
-        if words:
-            raise InputError(words)
+        refusal = why_unplaceable(request, capacity)
+        if refusal:
+            raise InputError(refusal)
 
 
 def why_unplaceable(request: ResourceRequest, capacity: Capacity) -> str | None:

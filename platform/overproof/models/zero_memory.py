@@ -96,10 +96,10 @@ def _offloaded(size: ModelSize, train: Training, stage: int, shard: int, element
     optimizer = (FP32_BYTES + ADAM_BYTES) * shard
     bucket = element_bytes * ZERO_BUCKET_ELEMENTS
     if stage == 3:
-        kept = element_bytes * shard if train.offload == "parameters" else 0
-        weights = element_bytes * (shard + min(parameters, MAX_LIVE_PARAMETERS)) - kept
+        on_host = element_bytes * shard if train.offload == "parameters" else 0
+        weights = element_bytes * (shard + min(parameters, MAX_LIVE_PARAMETERS)) - on_host
         device = MemoryParts(weights, 0, 0, bucket)
-        return WorkerMemory(stage, device, MemoryParts(kept, (element_bytes + FP32_BYTES) * shard, optimizer))
+        return WorkerMemory(stage, device, MemoryParts(on_host, (element_bytes + FP32_BYTES) * shard, optimizer))
     device = MemoryParts(
         element_bytes * parameters, element_bytes * parameters if stage == 1 else 0, 0, bucket + element_bytes * largest
     )

@@ -107,6 +107,13 @@ def test_other_numbers_of_workers_train_the_same(ran: dict[str, Any], whole: dic
         assert max(abs(a - b) for (_, a), (_, b) in zip(found, expected, strict=True)) < TOLERANCE
 
 
+def test_twenty_kills_change_not_one_bit() -> None:
+    sets = ("--set", "train.steps=240", "--set", "train.checkpoint.every_steps=8")
+    lines = _python("-m", "overproof.cli.main", "prove", "resume", str(RECIPE), "--kills", "20", *sets).splitlines()
+    assert sum("kill -9 of worker" in line for line in lines) == 20
+    assert "proven: 20 kills, and nothing differs" in lines
+
+
 def test_nodes_that_die_and_join_change_no_more_than_rounding() -> None:
     small = ("train.steps=150", "train.batch_size=48", "train.learning_rate=2e-4", "train.checkpoint.every_steps=20")
     sets = [part for value in small for part in ("--set", value)]
