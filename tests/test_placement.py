@@ -37,13 +37,13 @@ def capacity(*nodes: tuple[float, float, int], head: tuple[float, float] = (0, 0
 
 
 def test_two_workers_of_eight_cpus_never_start_on_nodes_of_four_although_the_sum_fits() -> None:
-    where = Capacity((NodeShape("small", 4, 0, 8, always=8),), "this cluster has 8 nodes of 4 CPUs")
+    place = Capacity((NodeShape("small", 4, 0, 8, always=8),), "this cluster has 8 nodes of 4 CPUs")
     with pytest.raises(InputError) as refused:
-        require_placeable(recipe("train.cpus_per_worker=8"), where)
-    words = str(refused.value)
-    assert "each bundle of 8 CPUs must fit one node, and 2 are needed beside a reader of 1 CPU" in words
-    assert "8 x 0 on small (4 CPUs)" in words
-    assert "could never start although the sum would fit" in words
+        require_placeable(recipe("train.cpus_per_worker=8"), place)
+    text = str(refused.value)
+    assert "each bundle of 8 CPUs must fit one node, and 2 are needed beside a reader of 1 CPU" in text
+    assert "8 x 0 on small (4 CPUs)" in text
+    assert "could never start although the sum would fit" in text
 
 
 def test_a_reader_needs_a_cpu_beside_the_workers() -> None:
@@ -91,21 +91,21 @@ def test_it_finds_the_most_bundles_there_can_be(
 
 
 def test_what_each_stage_asks_for() -> None:
-    asked = {need.stage: need for need in resource_requests(recipe("train.workers=[2,8]", "train.batch_size=64"))}
-    assert list(asked) == ["prepare", "train", "cache", "sweep", "evaluate", "serve"]
-    train = asked["train"]
+    requests = {need.stage: need for need in resource_requests(recipe("train.workers=[2,8]", "train.batch_size=64"))}
+    assert list(requests) == ["prepare", "train", "cache", "sweep", "evaluate", "serve"]
+    train = requests["train"]
     assert (train.bundles, train.wanted, train.why) == (2, 8, "2 to 8 workers + 1 reader")
     assert (train.cpus_of(8), train.gpus_of(8)) == (9, 0)
-    assert (asked["sweep"].bundles, asked["sweep"].wanted) == (1, 2)
-    assert (asked["serve"].bundles, asked["serve"].wanted) == (1, 2)
+    assert (requests["sweep"].bundles, requests["sweep"].wanted) == (1, 2)
+    assert (requests["serve"].bundles, requests["serve"].wanted) == (1, 2)
 
 
 def test_elastic_training_needs_the_fewest_workers_alone() -> None:
     elastic, fixed = (recipe(f"train.workers={workers}", "train.batch_size=64") for workers in ("[2,16]", "16"))
-    where = capacity(head=(4, 0))
-    require_placeable(elastic, where)
+    place = capacity(head=(4, 0))
+    require_placeable(elastic, place)
     with pytest.raises(InputError, match=r"16 x 1 \+ 1 = 17 CPUs"):
-        require_placeable(fixed, where)
+        require_placeable(fixed, place)
 
 
 def test_cluster_yaml_may_grow_to_what_ray_makes_of_it(tmp_path: Path) -> None:
@@ -125,16 +125,16 @@ def test_cluster_yaml_may_grow_to_what_ray_makes_of_it(tmp_path: Path) -> None:
 
 
 def test_gpus_of_cluster_yaml_are_spread_one_a_node() -> None:
-    where = read_cluster_yaml(REPOSITORY / "cluster.yaml")
-    assert (where.cpus, where.gpus, where.count) == (4 * 16 + 8 * 16 + 2 * 8, 8, 15)
-    assert where.fits(ResourceRequest("train", 1, 8, 1, True)) == 8
-    words = why_unplaceable(ResourceRequest("train", 2, 8, 2, True, why="2 workers + 1 reader"), where)
-    assert words is not None
-    assert "8 x 0 on gpu (16 CPUs, 1 GPU)" in words
+    place = read_cluster_yaml(REPOSITORY / "cluster.yaml")
+    assert (place.cpus, place.gpus, place.count) == (4 * 16 + 8 * 16 + 2 * 8, 8, 15)
+    assert place.fits(ResourceRequest("train", 1, 8, 1, True)) == 8
+    text = why_unplaceable(ResourceRequest("train", 2, 8, 2, True, why="2 workers + 1 reader"), place)
+    assert text is not None
+    assert "8 x 0 on gpu (16 CPUs, 1 GPU)" in text
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "refusal"),
     [
         ("]", "not YAML"),
         ("a", "found str at the top level"),
@@ -144,11 +144,11 @@ def test_gpus_of_cluster_yaml_are_spread_one_a_node() -> None:
         ("{head_node_type: h, available_node_types: {h: {resources: {CPU: -1}}}}", "found -1"),
     ],
 )
-def test_a_cluster_file_that_says_nothing_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_a_cluster_file_that_says_nothing_is_refused(tmp_path: Path, text: str, refusal: str) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text(text)
     with pytest.raises(InputError) as refused:
         read_cluster_yaml(file)
-    assert words in str(refused.value)
+    assert refusal in str(refused.value)
     with pytest.raises(InputError, match="No such file"):
         read_cluster_yaml(tmp_path / "none.yaml")

@@ -24,10 +24,13 @@ from overproof.train.checkpoint import (
     LEDGER,
     Checkpoint,
     Checkpoints,
+    Damage,
+    DamageKind,
     config_differences,
+    read_checksummed,
     select_retained,
 )
-from overproof.train.checkpoint_writer import AsyncCheckpointWriter
+from overproof.train.checkpoint_writer import AsyncCheckpointWriter, RankLostError
 
 CONFIG = {"train": {"learning_rate": 0.003, "steps": 30}}
 PARENTS = {"prepare": "a" * 64}
@@ -122,6 +125,59 @@ def test_a_rank_that_never_came_leaves_no_checkpoint(three: Checkpoints) -> None
     assert kept.step == 30
     text = "checkpoint 00000040-bbbb0000: was never finished; going on from step 30"
     assert resumed == [TrainingResumed(text, 30)]
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_rank_that_is_gone_ends_the_wait_and_is_named(three: Checkpoints, missing: int) -> None:
+    """The others have written their parts; rank 0 waits for the list that never comes, and not for ever."""
+    for rank in {1, 2} - {missing}:
+        other = AsyncCheckpointWriter(three, "bbbb0000", rank, 3)
+        other.save(40, None, lambda write, r=rank: write(f"rank{r}.pt", state_of(r, 40)), {})  # type: ignore[misc]
+        other.wait()
+    writer = AsyncCheckpointWriter(three, "bbbb0000", 0, 3, rank_timeout_s=0.01)
+    writer.save(40, None, lambda write: write("rank0.pt", state_of(0, 40)), {})
+    if missing == 0:  # rank 0 itself is not gone: all three are there
+        writer.wait()
+        assert three.committed_step() == 40
+        return
+    with pytest.raises(RankLostError) as lost:
+        writer.wait()
+    text = str(lost.value)
+    assert f"rank {missing} of 3 has not written its part (rank-{missing:05d}.json is missing)" in text
+    assert "the checkpoint of step 40 was not committed" in text
+    assert "training can go on from step 30" in text
+    assert three.committed_step() == 30
+    resumed: list[TrainingResumed] = []
+    found = three.newest_sound(resumed.append)
+    assert found
+    assert (found.step, [event.step for event in resumed]) == (30, [30])
+
+
+def test_a_torn_list_of_a_rank_counts_as_none(three: Checkpoints) -> None:
+    other = AsyncCheckpointWriter(three, "bbbb0000", 1, 2)
+    other.save(40, None, lambda write: write("rank1.pt", state_of(1, 40)), {})
+    other.wait()
+    listing = next(Path(three.uri).glob("*bbbb0000")) / "rank-00001.json"
+    listing.write_bytes(listing.read_bytes()[:-5])
+    writer = AsyncCheckpointWriter(three, "bbbb0000", 0, 2, rank_timeout_s=0.01)
+    writer.save(40, None, lambda write: write("rank0.pt", state_of(0, 40)), {})
+    with pytest.raises(RankLostError, match=r"rank 1 of 2 .*rank-00001\.json is not what was written"):
+        writer.wait()
+
+
+def test_damage_is_known_by_its_kind(three: Checkpoints) -> None:
+    newest = three.all_committed()[-1]
+    folder = Path(newest.uri)
+    assert newest.find_damage() is None
+    flip(folder / "rank1.pt")
+    assert newest.find_damage().kind is DamageKind.CHANGED  # type: ignore[union-attr]
+    (folder / "rank1.pt").unlink()
+    assert newest.find_damage().kind is DamageKind.MISSING  # type: ignore[union-attr]
+    files, root = filesystem(newest.uri)
+    for path, kind in {"none.json": DamageKind.MISSING, "curve.jsonl": DamageKind.CHANGED}.items():
+        found = read_checksummed(files, f"{root}/{path}")
+        assert isinstance(found, Damage)
+        assert found.kind is kind
 
 
 def test_attempts_do_not_mix(three: Checkpoints) -> None:

@@ -33,9 +33,7 @@ from overproof.stage_context import (
     TrainingResumed,
     no_progress,
 )
-from overproof.train.checkpoint import Checkpoints
-from overproof.train.ray_trainer import make_trainer, train_rank, train_teacher
-from overproof.train.train_job import SupervisedSpec, TrainJob
+from overproof.train.ray_trainer import train_teacher
 
 DIGITS = Path(__file__).parents[2] / "jobs" / "recipes" / "digits.yaml"
 SEED = 5
@@ -134,7 +132,7 @@ def test_no_steps_pass_the_weights_through(
     model = build_model(VIT, Manifest.read(digits_root), 9)
     save_model(model, model.config, tmp_path / "given")
     monkeypatch.chdir(tmp_path)
-    metrics, folder = stage(settings(model=Pretrained(path="given"), steps=0, workers=2))
+    metrics, folder = stage(settings(model=Pretrained(path="given"), steps=0))
     kept = load_model(folder / "model").state_dict()
     assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
     assert metrics["steps"] == metrics["rows"] == 0
@@ -145,7 +143,7 @@ def test_a_pickle_in_a_worker_is_refused_as_what_it_is(stage: Stage, tmp_path: P
     (tmp_path / "given").mkdir()
     (tmp_path / "given" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(InputError, match=r"pytorch_model\.bin, a pickle") as refused:
-        stage(settings(model=Pretrained(path=str(tmp_path / "given")), workers=2))
+        stage(settings(model=Pretrained(path=str(tmp_path / "given"))))
     assert type(refused.value) is InputError
     assert "Traceback" not in str(refused.value)
 
@@ -173,16 +171,3 @@ def test_ctrl_c_ends_a_run_that_waits_for_nodes(stage: Stage) -> None:
     driver = os.getpid()
     with pytest.raises(KeyboardInterrupt):
         stage(settings(workers=1, cpus_per_worker=64), interrupt)
-
-
-def test_no_process_looks_for_the_run_in_another_cluster(ray_cluster: str, tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
-    draft = store.new_writer("tiny", "train", "b" * 64, {}, {})
-    plan = settings()
-    checkpoints = Checkpoints(draft.workspace, draft.fingerprint, {}, {}, plan.checkpoint)
-    job = TrainJob(plan, SEED, draft.commit({}, 0.0), draft, checkpoints, no_progress, SupervisedSpec(plan.model))
-    used = {
-        type(callback).__name__ for callback in make_trainer(job, train_rank, str(tmp_path))._create_default_callbacks()
-    }
-    assert "DatasetsCallback" in used
-    assert "PlacementGroupCleanerCallback" not in used

@@ -22,7 +22,7 @@ from overproof.models import zero_memory
 from overproof.models.base import DataShape
 from overproof.models.hf_directory import build_model, count_parameters, save_model, shape_of
 from overproof.models.llama import Llama
-from overproof.models.sizes import model_size
+from overproof.models.sizes import FP32_BYTES, model_size
 from overproof.models.vit import Vit
 from overproof.registry import TASKS
 from overproof.train.objective import CrossEntropy
@@ -106,23 +106,14 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, changes in CASES.items()
     ]
     script = Path(__file__).parent / "memory_ranks.py"
-    commands = [
-        [sys.executable, str(script), str(folder), str(rank), str(WORLD), json.dumps(cases)] for rank in range(WORLD)
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    logs = [(folder / f"{rank}.log").open("w") for rank in range(WORLD)]
-    ranks = [
-        subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        for command, log in zip(commands, logs, strict=True)
-    ]
-    try:
-        codes = [rank.wait(timeout=RANKS_S) for rank in ranks]
-    finally:
-        for rank in ranks:  # one that failed leaves the other waiting
-            rank.kill()
-    for log in logs:
-        log.close()
-    assert codes == [0] * WORLD, (folder / "0.log").read_text()[-3000:]
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), str(WORLD), json.dumps(cases)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=RANKS_S,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
@@ -141,7 +132,7 @@ def test_formulas_give_the_bytes_that_workers_hold(measured: Path, name: str, ra
 
 
 def test_the_bucket_is_the_one_deepspeed_is_told() -> None:
-    assert zero_memory.BUCKET == BUCKET_ELEMENTS
+    assert zero_memory.ZERO_BUCKET_ELEMENTS == BUCKET_ELEMENTS
 
 
 def test_the_papers_table_at_7_5_billion_parameters() -> None:
@@ -154,8 +145,8 @@ def test_the_papers_table_at_7_5_billion_parameters() -> None:
     train = training(batch_size=64, workers=64, precision="bf16")
     for stage, bytes_ in paper.items():
         device = zero_memory.state_memory(size, train, stage, 64).device
-        gathered = zero_memory.HALF * zero_memory.LIVE if stage == 3 else 0
-        copies = zero_memory.FP32 * size.parameters / 64 if stage > 1 else 0  # fp32 gradients of the update
+        gathered = zero_memory.HALF_BYTES * zero_memory.MAX_LIVE_PARAMETERS if stage == 3 else 0
+        copies = FP32_BYTES * size.parameters / 64 if stage > 1 else 0  # fp32 gradients of the update
         plain = device.total - device.buffers - gathered - copies
         assert plain * scale == pytest.approx(bytes_, abs=0.05e9)
 
@@ -225,9 +216,9 @@ def test_activations_are_what_autograd_keeps(model: Llama | Vit, precision: str)
 
 def kept_of(size: Any, train: Train, stage: int = 1) -> int:
     """The estimate less the logits that are gone when the loss is known: all but the log-softmax."""
-    number = zero_memory.FP32 if train.precision == "fp32" else zero_memory.HALF
+    number = FP32_BYTES if train.precision == "fp32" else zero_memory.HALF_BYTES
     rows = train.batch_size // WORLD // train.accumulation(WORLD)
-    gone = rows * size.predictions * (zero_memory.logits_memory(size.outputs, number) - zero_memory.FP32 * size.outputs)
+    gone = rows * size.predictions * (zero_memory.logits_memory(size.outputs, number) - FP32_BYTES * size.outputs)
     return zero_memory.activation_memory(size, train, WORLD, stage) - gone
 
 
@@ -241,7 +232,8 @@ def test_checkpointed_layers_keep_their_inputs() -> None:
     model = Llama(hidden_size=64, intermediate_size=160, layers=6, heads=4, kv_heads=2)
     train = training(model=model, batch_size=64, activation_checkpointing=True)
     size = model_size(model, TEXT)
-    one_layer = 32 * LENGTH * zero_memory.layer_memory(size, zero_memory.FP32)  # computed again in the backward pass
+    # The layer that is computed again in the backward pass.
+    one_layer = 32 * LENGTH * zero_memory.layer_memory(size, FP32_BYTES)
     assert saved_bytes(train) == pytest.approx(kept_of(size, train) - one_layer, rel=0.02)
     assert zero_memory.activation_memory(size, train, WORLD) < zero_memory.activation_memory(
         size, training(model=model, batch_size=64), WORLD

@@ -35,7 +35,7 @@ def case(name: str, attempts: list[dict[str, int]], data: str = "text", **train:
 
 
 def cases() -> list[dict[str, Any]]:
-    killed = [{"world": 2, "kill": 3}, {"world": 2, "kill": 13}, {"world": 2, "kill": 21}, {"world": 2}]
+    killed = [{"world": 2, "kill": 3}, {"world": 2, "kill": 13}, {"world": 2}]
     moved = [{"world": 2, "kill": 12}, {"world": 1, "kill": 19}, {"world": 4}]
     found = []
     for name, train in RUNS.items():
@@ -90,7 +90,7 @@ def check_starts(starts: list[int], kills: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(results: dict[str, Any], name: str) -> None:
     whole, killed = results[f"{name}-whole"], results[f"{name}-killed"]
-    check_starts(killed["starts"], (3, 13, 21))
+    check_starts(killed["starts"], (3, 13))
     for key in ("loss", "grad_norm", "learning_rate", "validation_loss"):
         assert column(killed, key) == column(whole, key)
         assert column(whole, key)
@@ -134,10 +134,10 @@ def broken_steps() -> list[int]:
 
 
 def test_a_row_that_is_not_a_number_is_named(results: dict[str, Any]) -> None:
-    said = results["nan-stop"]["error"]
-    assert f"step {broken_steps()[0]}: loss is nan" in said
-    assert f"at fault by itself: row {BROKEN_ROW} (sample_id of the train split)" in said
-    assert "on_nonfinite: skip" in said
+    error = results["nan-stop"]["error"]
+    assert f"step {broken_steps()[0]}: loss is nan" in error
+    assert f"at fault by itself: row {BROKEN_ROW} (sample_id of the train split)" in error
+    assert "on_nonfinite: skip" in error
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -263,9 +263,9 @@ def _start_cluster(cpus: list[int]) -> Iterator[Any]:
 
 
 @contextmanager
-def extra_node(cluster: Any, cpus: int) -> Iterator[None]:
-    """One more node, from any thread; ``Cluster.add_node`` works in the main one alone."""
-    ray_start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={cluster.address}",
+def extra_node(address: str, cpus: int) -> Iterator[None]:
+    """One more node of the cluster there, from any thread; ``Cluster.add_node`` works in the main one alone."""
+    ray_start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={address}",
                  f"--num-cpus={cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]  # fmt: skip
     node = subprocess.Popen(ray_start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

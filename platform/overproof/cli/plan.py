@@ -21,7 +21,7 @@ from overproof.distill.target_codec import TargetLayout
 from overproof.distill.teacher_text import generate_settings, text_cache_schema
 from overproof.errors import InputError
 from overproof.models import zero_memory
-from overproof.models.sizes import FP32, ModelSize
+from overproof.models.sizes import FP32_BYTES, ModelSize
 from overproof.registry import TASKS
 from overproof.units import format_bytes, format_seconds
 
@@ -231,10 +231,10 @@ def _live_teacher(recipe: Recipe, model: ModelSize) -> str | None:
     if not names:
         return None
     batch = recipe.rows_read // recipe.sweep.steps
-    logits = FP32 * batch * model.predictions * model.outputs
+    logits = FP32_BYTES * batch * model.predictions * model.outputs
     return (
         f"the teacher runs beside {names}: each of these trials also holds its weights, "
-        f"{format_bytes(FP32 * model.parameters)}, and at each step its logits, {format_bytes(logits)}"
+        f"{format_bytes(FP32_BYTES * model.parameters)}, and at each step its logits, {format_bytes(logits)}"
     )
 
 

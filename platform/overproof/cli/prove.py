@@ -109,7 +109,7 @@ def prove_elastic(recipe: Recipe, seed: int) -> int:
         yield disruption
         began_s = time.monotonic()
         step_s = GROW_TIMEOUT_S / (train.steps - reached[1].done)
-        with extra_node(cluster, SMALL_NODE_CPUS):
+        with extra_node(cluster.address, SMALL_NODE_CPUS):
             for step in range(reached[1].done, train.steps):  # slowly, so that steps are left when the node is there
                 limit.set(step)
                 if grown := log.wait_step(began_s, workers=most, timeout_s=step_s):

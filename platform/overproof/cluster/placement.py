@@ -48,10 +48,10 @@ class NodeShape:
     count: int
     always: int = 0  # of these, up whatever happens, and outside the limit on the others
 
-    def slots(self, need: ResourceRequest, taken_cpus: float = 0) -> int:
+    def slots(self, request: ResourceRequest, taken_cpus: float = 0) -> int:
         """Bundles that fit one node of which some CPUs are taken."""
-        rooms = [(self.cpus - taken_cpus) / need.cpus] if need.cpus else []
-        rooms += [self.gpus / need.gpus] if need.gpus else []
+        rooms = [(self.cpus - taken_cpus) / request.cpus] if request.cpus else []
+        rooms += [self.gpus / request.gpus] if request.gpus else []
         return max(0, int(min(rooms) + 1e-9))
 
 
@@ -81,11 +81,11 @@ class Capacity:
         """GPUs at most."""
         return self._most(lambda node: node.gpus)
 
-    def fits(self, need: ResourceRequest) -> int:
+    def fits(self, request: ResourceRequest) -> int:
         """Bundles of a need that can be held at the same time, its reader beside them; -1 if not even the reader."""
         best = -1
-        if not need.reader:
-            return int(self._most(lambda node: node.slots(need)))
+        if not request.reader:
+            return int(self._most(lambda node: node.slots(request)))
         for index, host in enumerate(self.nodes):
             if host.cpus < 1 or host.count == 0:
                 continue
@@ -98,13 +98,13 @@ class Capacity:
                     continue
                 limit -= 1
             room = replace(self, nodes=(rest, *others), most_nodes=limit)
-            best = max(best, taken.slots(need) + int(room._most(lambda node: node.slots(need))))
+            best = max(best, taken.slots(request) + int(room._most(lambda node: node.slots(request))))
         return best
 
-    def nodes_for(self, need: ResourceRequest, bundles: int) -> int:
+    def nodes_for(self, request: ResourceRequest, bundles: int) -> int:
         """The fewest nodes that hold so many bundles; the reader may need one more."""
         left, nodes = bundles, 0
-        for slots, count in sorted(((node.slots(need), node.count) for node in self.nodes), reverse=True):
+        for slots, count in sorted(((node.slots(request), node.count) for node in self.nodes), reverse=True):
             while left > 0 and count > 0 and slots > 0:
                 left, count, nodes = left - slots, count - 1, nodes + 1
         return max(nodes, 1)
@@ -181,47 +181,47 @@ def require_placeable(recipe: Recipe, capacity: Capacity) -> None:
     Raises:
         InputError: a stage needs more than the cluster can ever give, with the arithmetic.
     """
-    for need in resource_requests(recipe):
-        words = why_unplaceable(need, capacity)
-        if words:
-            raise InputError(words)
+    for request in resource_requests(recipe):
+        refusal = why_unplaceable(request, capacity)
+        if refusal:
+            raise InputError(refusal)
 
 
-def why_unplaceable(need: ResourceRequest, capacity: Capacity) -> str | None:
+def why_unplaceable(request: ResourceRequest, capacity: Capacity) -> str | None:
     """Why a stage could never start there, or None if it can."""
-    found = capacity.fits(need)
-    if found >= need.bundles:
+    found = capacity.fits(request)
+    if found >= request.bundles:
         return None
     for unit, wanted, given, each in (
-        ("CPUs", need.cpus_of(need.bundles), capacity.cpus, need.cpus),
-        ("GPUs", need.gpus_of(need.bundles), capacity.gpus, need.gpus),
+        ("CPUs", request.cpus_of(request.bundles), capacity.cpus, request.cpus),
+        ("GPUs", request.gpus_of(request.bundles), capacity.gpus, request.gpus),
     ):
         if wanted > given:
-            beside = " + 1" if unit == "CPUs" and need.reader else ""
-            sum_ = f"{need.bundles} x {each:g}{beside} = {wanted:g} {unit}"
+            beside = " + 1" if unit == "CPUs" and request.reader else ""
+            sum_ = f"{request.bundles} x {each:g}{beside} = {wanted:g} {unit}"
             return (
-                f"{need.stage}: {need.why} need {sum_} at the same time; {capacity.where}; it could never start. "
+                f"{request.stage}: {request.why} need {sum_} at the same time; {capacity.where}; it could never start. "
                 "Ask for less, or give the cluster more"
             )
-    bundle = f"{need.cpus:g} CPUs" + (f" and {need.gpus:g} GPUs" if need.gpus else "")
+    bundle = f"{request.cpus:g} CPUs" + (f" and {request.gpus:g} GPUs" if request.gpus else "")
     return (
-        f"{need.stage}: {need.why}: each bundle of {bundle} must fit one node, and {need.bundles} are needed"
-        f"{' beside a reader of 1 CPU' if need.reader else ''}; {capacity.where}: "
-        f"{_room(need, capacity)} = {max(found, 0)} at most; it could never start although the sum would fit. "
+        f"{request.stage}: {request.why}: each bundle of {bundle} must fit one node, and {request.bundles} are needed"
+        f"{' beside a reader of 1 CPU' if request.reader else ''}; {capacity.where}: "
+        f"{_room(request, capacity)} = {max(found, 0)} at most; it could never start although the sum would fit. "
         "Ask for smaller bundles, or give the cluster larger nodes"
     )
 
 
-def _room(need: ResourceRequest, capacity: Capacity) -> str:
+def _room(request: ResourceRequest, capacity: Capacity) -> str:
     parts = [
-        f"{node.count} x {node.slots(need)} on {node.name} ({describe_node(node)})"
+        f"{node.count} x {node.slots(request)} on {node.name} ({describe_node(node)})"
         for node in capacity.nodes
         if node.count
     ]
     limit = (
         f", of them {capacity.most_nodes} nodes beside the head at a time" if capacity.most_nodes is not None else ""
     )
-    return " + ".join(parts) + limit + (", less the reader's place" if need.reader else "")
+    return " + ".join(parts) + limit + (", less the reader's place" if request.reader else "")
 
 
 def describe_node(node: NodeShape) -> str:

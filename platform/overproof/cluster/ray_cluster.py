@@ -59,7 +59,7 @@ def connect() -> Capacity:
             address="local",  # not whatever else runs on this machine
             num_cpus=int(local_capacity().cpus),
             object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,  # nobody is told where it is, and it takes 5 CPU seconds to start
+            include_dashboard=False,  # nobody learns its address, and it takes 5 CPU seconds to start
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
@@ -181,17 +181,18 @@ class _QueuedProgress:
 
 
 class _ProgressQueue:
-    """Keeps the newest event of each task, and every notice."""
+    """Keeps every notice and, of each task, the newest event of each type: a step is not hidden by what follows it."""
 
     def __init__(self) -> None:
-        self.newest: dict[str, ProgressEvent] = {}
+        self.newest: dict[tuple[type, str], ProgressEvent] = {}
         self.notices: list[ProgressEvent] = []
 
     def put(self, event: ProgressEvent) -> None:
         if isinstance(event, Notice):
             self.notices.append(event)
         else:
-            self.newest[event.task] = event
+            self.newest.pop((type(event), event.task), None)  # so that the newest comes last
+            self.newest[type(event), event.task] = event
 
     def drain(self) -> list[ProgressEvent]:
         events = [*self.notices, *self.newest.values()]

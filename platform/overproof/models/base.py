@@ -82,10 +82,10 @@ class ModelFamily(Protocol):
             KeyError, TypeError, ValueError: a field is missing or is no number.
         """
 
-    def layer_memory(self, size: ModelSize, number_bytes: int) -> int:
+    def layer_memory(self, size: ModelSize, element_bytes: int) -> int:
         """Bytes that one layer keeps for one place from the forward pass to the backward pass."""
 
-    def outer_memory(self, number_bytes: int) -> int:
+    def outer_memory(self, element_bytes: int) -> int:
         """The same outside the layers, for each feature of the residual stream."""
 
 

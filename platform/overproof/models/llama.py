@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from overproof.config.base import Count
 from overproof.config.models import LayeredModel
 from overproof.models.base import DataShape, LayerNames
-from overproof.models.sizes import FP32, ModelSize
+from overproof.models.sizes import FP32_BYTES, ModelSize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,14 +110,14 @@ class LlamaFamily:
             outputs=int(config["vocab_size"]), predictions=shape.positions, tensors=tuple(once.values()),
         )  # fmt: skip
 
-    def layer_memory(self, size: ModelSize, number_bytes: int) -> int:
+    def layer_memory(self, size: ModelSize, element_bytes: int) -> int:
         """RMSNorm computes in fp32: 16-bit inputs are copied, twice."""
-        wide, copies = (8, 0) if number_bytes == FP32 else (6, 2)
-        kept = number_bytes * (wide * size.hidden + 2 * size.key_width + 4 * size.intermediate)
-        return kept + FP32 * copies * size.hidden + FP32 * size.heads + 2 * FP32
+        wide, copies = (8, 0) if element_bytes == FP32_BYTES else (6, 2)
+        kept = element_bytes * (wide * size.hidden + 2 * size.key_width + 4 * size.intermediate)
+        return kept + FP32_BYTES * copies * size.hidden + FP32_BYTES * size.heads + 2 * FP32_BYTES
 
-    def outer_memory(self, number_bytes: int) -> int:
-        return 3 * number_bytes + (FP32 - number_bytes)
+    def outer_memory(self, element_bytes: int) -> int:
+        return 3 * element_bytes + (FP32_BYTES - element_bytes)
 
 
 FAMILY = LlamaFamily()

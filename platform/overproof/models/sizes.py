@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from overproof.models.base import DataShape, ModelFamily
 
 HEADER_LIMIT_BYTES = 100_000_000  # as the safetensors library has it
-FP32 = 4  # bytes
+FP32_BYTES = 4  # bytes
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from overproof.config.base import Count
 from overproof.config.models import LayeredModel
 from overproof.errors import InputError
 from overproof.models.base import DataShape, LayerNames
-from overproof.models.sizes import FP32, ModelSize
+from overproof.models.sizes import FP32_BYTES, ModelSize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,12 +102,12 @@ class VitFamily:
             tensors=tuple(tensors.values()),
         )  # fmt: skip
 
-    def layer_memory(self, size: ModelSize, number_bytes: int) -> int:
+    def layer_memory(self, size: ModelSize, element_bytes: int) -> int:
         """Two norms and their means, q k v, attention out and in, two of the feed-forward."""
-        return number_bytes * (8 * size.hidden + 2 * size.intermediate) + FP32 * size.heads + 4 * number_bytes
+        return element_bytes * (8 * size.hidden + 2 * size.intermediate) + FP32_BYTES * size.heads + 4 * element_bytes
 
-    def outer_memory(self, number_bytes: int) -> int:
-        return 2 * number_bytes
+    def outer_memory(self, element_bytes: int) -> int:
+        return 2 * element_bytes
 
     def width(self, config: Any) -> int:
         height, width = _image_size(config.image_size)

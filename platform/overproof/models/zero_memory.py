@@ -1,4 +1,4 @@
-"""The bytes one worker holds in training, told before it starts: pure functions, checked against real workers.
+"""The bytes one worker will hold in training: pure functions, checked against real workers.
 
 ZeRO (arXiv 1910.02054, section 3 and figure 1) counts, for P parameters, N workers and 16-bit training with Adam:
 2P weights, 2P gradients and 12P optimizer state (fp32 master weights and two averages), of which stage 1 divides the
@@ -9,7 +9,7 @@ in a few places, all counted here:
 - Without ZeRO, bf16 casts activations alone, so it holds what fp32 holds, and fp16 keeps its own fp32 masters.
 - The update copies gradients to fp32 next to the reduced ones: another 4P/N for a moment.
 - Stages 1 to 3 have one bucket of fixed size in which gradients travel, however small the model.
-- Stage 3 gathers weights while it computes and lets them go only beyond ``LIVE`` parameters.
+- Stage 3 gathers weights while it computes and lets them go only beyond ``MAX_LIVE_PARAMETERS``.
 
 Each figure is the most its part takes at any moment of a step. They do not all peak together: a sum is an upper bound.
 """
@@ -19,14 +19,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from overproof.config import Training
-from overproof.models.sizes import FP32, ModelSize
+from overproof.models.sizes import FP32_BYTES, ModelSize
 from overproof.registry import FAMILIES
 
-HALF = 2  # bytes
-ADAM = 8  # bytes of the two averages of a parameter
-BUCKET = 20_000_000  # elements that travel at once; what train/configuration.py tells DeepSpeed
-PLAIN_BUCKET = 500_000_000  # elements, without ZeRO; DeepSpeed's own
-LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered; DeepSpeed's own
+HALF_BYTES = 2  # of one number
+ADAM_BYTES = 8  # of one parameter's two averages
+ZERO_BUCKET_ELEMENTS = 20_000_000  # that travel at once; the setting in train/optim.py
+UNSHARDED_BUCKET_ELEMENTS = 500_000_000  # without ZeRO; DeepSpeed's own
+MAX_LIVE_PARAMETERS = 1_000_000_000  # that stage 3 keeps gathered; DeepSpeed's own
 
 
 @dataclass(frozen=True)
@@ -62,23 +62,28 @@ def state_memory(size: ModelSize, train: Training, stage: int, world: int) -> Wo
 
     Offload is the recipe's where the stage allows it.
     """
-    count, share = size.parameters, -(-size.parameters // world)
-    number = HALF if keeps_16bit_weights(train, stage) else FP32
+    parameters, shard = size.parameters, -(-size.parameters // world)
+    element_bytes = HALF_BYTES if keeps_16bit_weights(train, stage) else FP32_BYTES
     if stage == 0:
-        master = FP32 * count if number == HALF else 0
-        gradients = (number + (FP32 if number == HALF else 0)) * count
+        master = FP32_BYTES * parameters if element_bytes == HALF_BYTES else 0
+        gradients = (element_bytes + (FP32_BYTES if element_bytes == HALF_BYTES else 0)) * parameters
         plain = MemoryParts(
-            number * count, gradients, ADAM * count + master, number * min(count, PLAIN_BUCKET) * (world > 1)
+            element_bytes * parameters,
+            gradients,
+            ADAM_BYTES * parameters + master,
+            element_bytes * min(parameters, UNSHARDED_BUCKET_ELEMENTS) * (world > 1),
         )
         return WorkerMemory(stage, plain, MemoryParts())
-    optimizer = (FP32 + ADAM) * share
-    updating = (number + FP32) * share
-    gradients = max(number * count, updating) if stage == 1 else updating
-    weights = number * count if stage < 3 else number * (share + min(count, LIVE))
-    bucket = number * BUCKET
+    optimizer = (FP32_BYTES + ADAM_BYTES) * shard
+    updating = (element_bytes + FP32_BYTES) * shard
+    gradients = max(element_bytes * parameters, updating) if stage == 1 else updating
+    weights = (
+        element_bytes * parameters if stage < 3 else element_bytes * (shard + min(parameters, MAX_LIVE_PARAMETERS))
+    )
+    bucket = element_bytes * ZERO_BUCKET_ELEMENTS
     if train.offload == "none":
         return WorkerMemory(stage, MemoryParts(weights, gradients, optimizer, bucket), MemoryParts())
-    return _offloaded(size, train, stage, share, number)
+    return _offloaded(size, train, stage, shard, element_bytes)
 
 
 def keeps_16bit_weights(train: Training, stage: int) -> bool:
@@ -86,18 +91,20 @@ def keeps_16bit_weights(train: Training, stage: int) -> bool:
     return train.precision == "fp16" or (train.precision == "bf16" and stage > 0)
 
 
-def _offloaded(size: ModelSize, train: Training, stage: int, share: int, number: int) -> WorkerMemory:
+def _offloaded(size: ModelSize, train: Training, stage: int, shard: int, element_bytes: int) -> WorkerMemory:
     """The optimizer's part, and the gradients it reads, lie in the CPU's memory; with stage 3 the weights may too."""
-    count, largest = size.parameters, max(size.tensors)
-    optimizer = (FP32 + ADAM) * share
-    bucket = number * BUCKET
+    parameters, largest = size.parameters, max(size.tensors)
+    optimizer = (FP32_BYTES + ADAM_BYTES) * shard
+    bucket = element_bytes * ZERO_BUCKET_ELEMENTS
     if stage == 3:
-        kept = number * share if train.offload == "parameters" else 0
-        weights = number * (share + min(count, LIVE)) - kept
+        on_host = element_bytes * shard if train.offload == "parameters" else 0
+        weights = element_bytes * (shard + min(parameters, MAX_LIVE_PARAMETERS)) - on_host
         device = MemoryParts(weights, 0, 0, bucket)
-        return WorkerMemory(stage, device, MemoryParts(kept, (number + FP32) * share, optimizer))
-    device = MemoryParts(number * count, number * count if stage == 1 else 0, 0, bucket + number * largest)
-    host = MemoryParts(0, FP32 * share, optimizer, number * share + number * largest)
+        return WorkerMemory(stage, device, MemoryParts(on_host, (element_bytes + FP32_BYTES) * shard, optimizer))
+    device = MemoryParts(
+        element_bytes * parameters, element_bytes * parameters if stage == 1 else 0, 0, bucket + element_bytes * largest
+    )
+    host = MemoryParts(0, FP32_BYTES * shard, optimizer, element_bytes * shard + element_bytes * largest)
     return WorkerMemory(stage, device, host)
 
 
@@ -110,27 +117,31 @@ def activation_memory(size: ModelSize, train: Training, world: int, stage: int |
     """
     stage = train.zero_stage if stage is None else stage
     rows = train.batch_size // world // train.accumulation(world)
-    number = HALF if train.precision != "fp32" else FP32
-    each, inputs = layer_memory(size, number), number * size.hidden
+    element_bytes = HALF_BYTES if train.precision != "fp32" else FP32_BYTES
+    each, inputs = layer_memory(size, element_bytes), element_bytes * size.hidden
     layers = inputs * size.layers + each if train.activation_checkpointing else each * size.layers
-    outside = FAMILIES[size.family].outer_memory(number)  # by feature
+    outside = FAMILIES[size.family].outer_memory(element_bytes)  # by feature
     casts = (
-        HALF * size.parameters if number == HALF and not keeps_16bit_weights(train, stage) else 0
+        HALF_BYTES * size.parameters if element_bytes == HALF_BYTES and not keeps_16bit_weights(train, stage) else 0
     )  # autocast's 16-bit weights
     return (
-        rows * (size.places * (layers + outside * size.hidden) + size.predictions * logits_memory(size.outputs, number))
+        rows
+        * (
+            size.places * (layers + outside * size.hidden)
+            + size.predictions * logits_memory(size.outputs, element_bytes)
+        )
         + casts
     )
 
 
-def layer_memory(size: ModelSize, number: int) -> int:
-    """Bytes that one layer keeps for one token or patch, its numbers taking ``number`` bytes."""
-    return FAMILIES[size.family].layer_memory(size, number)
+def layer_memory(size: ModelSize, element_bytes: int) -> int:
+    """Bytes that one layer keeps for one token or patch, each number taking ``element_bytes``."""
+    return FAMILIES[size.family].layer_memory(size, element_bytes)
 
 
-def logits_memory(outputs: int, number: int) -> int:
+def logits_memory(outputs: int, element_bytes: int) -> int:
     """Bytes for one prediction: the logits, in 16-bit training their fp32 copy, and the fp32 log-softmax."""
-    return outputs * (number + FP32 + (FP32 if number == HALF else 0))
+    return outputs * (element_bytes + FP32_BYTES + (FP32_BYTES if element_bytes == HALF_BYTES else 0))
 
 
 def update_memory(size: ModelSize, train: Training, stage: int, world: int) -> int:
@@ -138,7 +149,7 @@ def update_memory(size: ModelSize, train: Training, stage: int, world: int) -> i
     if train.offload != "none" and stage > 0:
         return 0  # its own kernel, number by number
     part = max(size.tensors) if stage == 0 else -(-size.parameters // world)
-    return 2 * FP32 * part
+    return 2 * FP32_BYTES * part
 
 
 def peak_worker_memory(size: ModelSize, train: Training, world: int, stage: int | None = None) -> int:

@@ -1,8 +1,8 @@
 """What keeps a run going when its nodes do not: when it starts again, and with how many workers.
 
-A node that is drained and a node that joins are met alike. Every rank is asked for a checkpoint at its next step, and
-once that is committed all of them leave by an exception, so that Ray starts them again where they may run, from there.
-No step is done twice.
+A node that is drained and a node that joins are handled alike. Every rank is asked for a checkpoint at its next step,
+and once that is committed all of them leave by an exception, so that Ray starts them again where they may run, from
+there. No step is done twice.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class PlannedRestart(Exception):
 
 
 class WorkerCheckpointSignal:
-    """How a rank learns that it is asked for a checkpoint: a node is drained, or there is room for more workers."""
+    """How a rank learns that a checkpoint is wanted: a node is drained, or there is room for more workers."""
 
     def __init__(self) -> None:
         self._drain = DrainWatch()

@@ -86,7 +86,7 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
 
 
 def keep_chat_template(start: Pretrained, draft: ArtifactWriter) -> None:
-    """Copy the starting model's chat template, so that students are asked in the same words."""
+    """Copy the starting model's chat template, so that students are prompted alike."""
     from overproof.models.hf_directory import CHAT_TEMPLATE, chat_template
 
     template = chat_template(pretrained.fetch_pretrained(start.path))

@@ -1,7 +1,8 @@
 """Trains on a Ray cluster of its own, three nodes, and takes workers, nodes and drivers away from it.
 
-python cluster_runs.py FOLDER            every run; leaves results.json in FOLDER. Run by test_elastic.py.
+python cluster_runs.py FOLDER            every run; leaves results.json in FOLDER. Run by test_nodes_and_drivers.py.
 python cluster_runs.py FOLDER ADDRESS    one driver of the run that is killed, against that cluster
+python cluster_runs.py FOLDER cases      leaves cases.json in FOLDER: the same trainings for resume_ranks.py
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from overproof.config import load_recipe as read_recipe
 from overproof.stage_context import ProgressEvent, StageContext, StepTrained, TrainingResumed
 from overproof.train.ray_trainer import train_teacher
 
-DIGITS = Path(__file__).parents[2] / "jobs" / "recipes" / "digits.yaml"
+DIGITS = Path(__file__).parents[3] / "jobs" / "recipes" / "digits.yaml"
 SEED = 3
 STEP_S = 0.2  # so that there is time to meddle
 WAIT_S = 150.0
@@ -65,14 +66,14 @@ class Pace:
 
 @dataclass(frozen=True)
 class Run:
-    """One training of the tiny text, and what is said of it."""
+    """One training of the tiny text, and the events that it told."""
 
     folder: Path
     name: str
 
     @property
-    def said(self) -> Path:
-        return self.folder / f"{self.name}.said"
+    def events(self) -> Path:
+        return self.folder / f"{self.name}.events"
 
     def context(self) -> StageContext:
         """As the pipeline makes it: prepared data, a fresh draft."""
@@ -82,41 +83,41 @@ class Run:
         recipe = read_recipe(DIGITS).model_copy(
             update={"train": settings(**COMMON, **RUNS[self.name]), "seed": SEED, "name": self.name}
         )
-        return StageContext(recipe, {"prepare": prepared}, self.draft(store), Pace(str(self.said)))
+        return StageContext(recipe, {"prepare": prepared}, self.draft(store), Pace(str(self.events)))
 
     def draft(self, store: Store) -> ArtifactWriter:
         return store.new_writer(self.name, "train", "b" * 64, {}, {})
 
     def words(self) -> list[dict[str, Any]]:
-        if not self.said.exists():
+        if not self.events.exists():
             return []
-        return [json.loads(line) for line in self.said.read_text().splitlines() if line.endswith("}")]
+        return [json.loads(line) for line in self.events.read_text().splitlines() if line.endswith("}")]
 
     def hurry(self) -> None:
         """Nothing is left to happen to it."""
-        Path(f"{self.said}.hurry").touch()
+        Path(f"{self.events}.hurry").touch()
 
     def until(self, wanted: Callable[[dict[str, Any]], bool], since: float = 0.0) -> dict[str, Any]:
-        """The first word that is wanted."""
+        """The first event that is wanted."""
         limit = time.monotonic() + WAIT_S
         while time.monotonic() < limit:
-            for word in self.words():
-                if word["time"] > since and wanted(word):
-                    return word
+            for entry in self.entries():
+                if entry["time"] > since and wanted(entry):
+                    return entry
             time.sleep(0.1)
-        raise TimeoutError(f"{self.name}: {self.words()[-5:]}")
+        raise TimeoutError(f"{self.name}: {self.entries()[-5:]}")
 
     def step(self, at_least: int, workers: int, since: float = 0.0) -> dict[str, Any]:
         """The first step from there on that so many workers have made."""
 
-        def wanted(word: dict[str, Any]) -> bool:
-            return is_step(word) and word["done"] >= at_least and word["workers"] == workers
+        def wanted(entry: dict[str, Any]) -> bool:
+            return is_step(entry) and entry["done"] >= at_least and entry["workers"] == workers
 
         return self.until(wanted, since)
 
 
-def is_step(word: dict[str, Any]) -> bool:
-    return bool(word["kind"] == StepTrained.__name__)
+def is_step(entry: dict[str, Any]) -> bool:
+    return bool(entry["kind"] == StepTrained.__name__)
 
 
 def alive(kind: str) -> list[dict[str, Any]]:
@@ -207,7 +208,7 @@ def moved(folder: Path, cluster: Cluster, nodes: list[Any]) -> dict[str, Any]:
     t_join = time.time()
     cluster.add_node(**NODE)
     after = run.step(1, workers=3, since=t_join)
-    last = [word for word in run.words() if t_join < word["time"] < after["time"] and is_step(word)]
+    last = [entry for entry in run.entries() if t_join < entry["time"] < after["time"] and is_step(entry)]
     seconds["join"], steps["join"] = after["time"] - last[-1]["time"], [last[-1]["done"], after["done"]]
 
     run.step(after["done"] + 3, workers=3, since=t_join)
@@ -216,7 +217,7 @@ def moved(folder: Path, cluster: Cluster, nodes: list[Any]) -> dict[str, Any]:
     t_drain = time.time()
     drain(cluster, node, 600)
     after = run.step(1, workers=2, since=t_drain)
-    last = [word for word in run.words() if t_drain < word["time"] < after["time"] and is_step(word)]
+    last = [entry for entry in run.entries() if t_drain < entry["time"] < after["time"] and is_step(entry)]
     seconds["drain"], steps["drain"] = after["time"] - t_drain, [last[-1]["done"], after["done"]]
     seconds["drain notice"] = last[-1]["time"] - t_drain
     on = [where for _, where in workers()]
@@ -247,7 +248,9 @@ def main(folder: Path) -> None:
         cluster.shutdown()
     for name, result in results.items():
         result["rows"] = curve(folder, name)
-        result["resumed"] = [word for word in Run(folder, name).words() if word["kind"] == TrainingResumed.__name__]
+        result["resumed"] = [
+            entry for entry in Run(folder, name).entries() if entry["kind"] == TrainingResumed.__name__
+        ]
     (folder / "results.json").write_text(json.dumps(results))
 
 
@@ -257,7 +260,13 @@ def drive(folder: Path, address: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
+    if sys.argv[2:] == ["cases"]:
+        trainings = [
+            {"name": name, "data": "text", "attempts": [{"world": 2}], "train": {**COMMON, **run}}
+            for name, run in RUNS.items()
+        ]
+        (Path(sys.argv[1]) / "cases.json").write_text(json.dumps(trainings))
+    elif len(sys.argv) == 3:
         drive(Path(sys.argv[1]), sys.argv[2])
     else:
         main(Path(sys.argv[1]))
