@@ -14,7 +14,7 @@ import pytest
 from finished import RECIPES, Run
 from overproof.cli.main import STAGE_VERBS, main
 from overproof.config import load_recipe
-from overproof.pipeline import NAMES, stages_of
+from overproof.pipeline import STAGES, stages_of
 
 DIGITS = str(RECIPES / "digits.yaml")
 FLAGS = {
@@ -40,7 +40,7 @@ def _help(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_every_stage_is_a_verb_and_the_flags_are_pinned(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tuple(STAGE_VERBS) == NAMES
+    assert tuple(STAGE_VERBS) == tuple(stage.name for stage in STAGES)
     top = _help(capsys)
     for verb, flags in FLAGS.items():
         assert re.search(rf"^    {verb}\s", top, re.MULTILINE)
