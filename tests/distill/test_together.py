@@ -43,7 +43,7 @@ def test_two_jobs_at_once_capture_once(ray_cluster: str, s3_uri: str, tmp_path: 
     took = [any("done by another job" in line for line in lines) for lines in said]
     assert sum(took) == 1
     assert not any(w and not t for w, t in zip(waited, took, strict=True))  # unless it came when all was done
-    artifact = world.store.find(recipe.name, "cache", print_)
+    artifact = world.store.lookup(recipe.name, "cache", print_)
     assert artifact is not None
     artifact.verify()
     ids = np.arange(artifact.record.metrics["rows"])
