@@ -225,10 +225,10 @@ def unfinished_training_error(
 ) -> InputError:
     """What to say where a folder holds what another recipe, or other parents, left unfinished."""
     found = list(differences(ledger["config"], config))
-    for stage, print_ in parents.items():
+    for stage, fingerprint in parents.items():
         before = ledger["parents"].get(stage, "none")
-        if before != print_:
-            found.append(f"{stage} {before[:8]}, now {print_[:8]}")
+        if before != fingerprint:
+            found.append(f"{stage} {before[:8]}, now {fingerprint[:8]}")
     return InputError(
         f"{uri}: holds an unfinished training, at step {step}, whose recipe differs: {'; '.join(found)}. Run that "
         "recipe to go on with it, or delete the folder to start anew"
