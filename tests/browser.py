@@ -17,7 +17,7 @@ FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 
 
 @dataclass
-class Heard:
+class PageLog:
     """What a page asked for and complained of."""
 
     requests: list[str] = field(default_factory=list)
@@ -25,18 +25,18 @@ class Heard:
 
 
 @contextmanager
-def opened(
+def open_page(
     address: str, profile: Path, width: int = 1200, scheme: Literal["light", "dark"] = "light"
-) -> Iterator[tuple[Page, Heard]]:
+) -> Iterator[tuple[Page, PageLog]]:
     """A page from the disk or a server, in a browser with a profile of its own."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.fail("chromium is missing; `make test` installs it for root, else: apt-get install chromium")
-    heard = Heard()
+    log = PageLog()
 
-    def complain(message: Any) -> None:
+    def note_complaint(message: Any) -> None:
         if message.type in ("error", "warning"):
-            heard.complaints.append(message.text)
+            log.complaints.append(message.text)
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch_persistent_context(
@@ -46,10 +46,10 @@ def opened(
         try:
             page = browser.pages[0]
             page.set_default_timeout(20_000)
-            page.on("console", complain)
-            page.on("pageerror", lambda error: heard.complaints.append(str(error)))
-            page.on("request", lambda request: heard.requests.append(request.url))
+            page.on("console", note_complaint)
+            page.on("pageerror", lambda error: log.complaints.append(str(error)))
+            page.on("request", lambda request: log.requests.append(request.url))
             page.goto(address)
-            yield page, heard
+            yield page, log
         finally:
             browser.close()

@@ -107,7 +107,7 @@ def copy(package_folder: Path, folder: Path) -> Path:
     return Path(shutil.copytree(package_folder, folder / "package"))
 
 
-def insist_on_refusal(package_folder: Path, folder: Path, spoil: Callable[[Path], Any], message: str) -> None:
+def assert_refused(package_folder: Path, folder: Path, spoil: Callable[[Path], Any], message: str) -> None:
     """A package that opens is refused once it is spoiled."""
     copied = copy(package_folder, folder)
     open_package(copied)

@@ -73,7 +73,7 @@ def test_get_finds_by_id_or_unique_part(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="found none"):
         store.get("nothing")
     for name, near in (("r/prepaer", "r/prepare"), ("trian", "train"), (f"{one.id[:-1]}z", one.id)):
-        with pytest.raises(InputError, match=f"found none in {tmp_path}, did you mean '{near}'?"):
+        with pytest.raises(InputError, match=f"found none in {tmp_path}, nearest is '{near}'"):
             store.get(name)
 
 

@@ -14,7 +14,7 @@ import pytest
 from finished import RECIPES, Run
 from overproof.cli.main import STAGE_VERBS, main
 from overproof.config import load_recipe
-from overproof.pipeline import NAMES, stages_of
+from overproof.pipeline import STAGES, stages_of
 
 DIGITS = str(RECIPES / "digits.yaml")
 FLAGS = {
@@ -40,7 +40,7 @@ def _help(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_every_stage_is_a_verb_and_the_flags_are_pinned(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tuple(STAGE_VERBS) == NAMES
+    assert tuple(STAGE_VERBS) == tuple(stage.name for stage in STAGES)
     top = _help(capsys)
     for verb, flags in FLAGS.items():
         assert re.search(rf"^    {verb}\s", top, re.MULTILINE)
@@ -98,7 +98,7 @@ def test_ls_and_show_trace_a_package_to_its_shards(digits: Run, capsys: pytest.C
 def test_show_of_something_unknown(digits: Run, capsys: pytest.CaptureFixture[str]) -> None:
     for name, near in (
         ("no-such-thing", "; expected one artifact"),
-        ("digits/pakage", ", did you mean 'digits/package'?"),
+        ("digits/pakage", ", nearest is 'digits/package'"),
     ):
         assert main(["show", name, "--store", digits.recipe.store]) == 2
         assert f"found none in {digits.recipe.store}{near}" in capsys.readouterr().err
@@ -107,12 +107,12 @@ def test_show_of_something_unknown(digits: Run, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["trian", DIGITS], "trian: no such verb, did you mean 'train'?; expected one that `overproof --help` lists"),
-        (["serv"], "serv: no such verb, did you mean 'serve'?"),
+        (["trian", DIGITS], "trian: no such verb, nearest is 'train'; expected one that `overproof --help` lists"),
+        (["serv"], "serv: no such verb, nearest is 'serve'"),
         (["xyzzy"], "xyzzy: no such verb; expected"),
         (
             ["run", DIGITS, "--until", "swep"],
-            "swep: there is no such stage, did you mean 'sweep'?; expected one of pre",
+            "swep: there is no such stage, nearest is 'sweep'; expected one of pre",
         ),
         (["run", DIGITS, "--until", "speculate"], "speculate: the recipe has no such section; expected one of prepare"),
     ],

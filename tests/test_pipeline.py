@@ -18,6 +18,7 @@ from overproof.cli.main import main
 from overproof.config import load_recipe
 from overproof.export.stage import read_exports
 from overproof.pipeline import resolve_stages, stages_of
+from overproof.serve import server
 
 DIGITS = str(RECIPES / "digits.yaml")
 NAMES = tuple(stage.name for stage in stages_of(load_recipe(DIGITS)))
@@ -158,6 +159,7 @@ def test_a_language_model_goes_from_documents_to_an_answer(
         "evaluate.max_documents=4", "evaluate.timed_requests=3", "evaluate.probe_prompts=1",
         "evaluate.decode_tokens=8", "evaluate.bootstrap_samples=100", "gate.rules=[{kind: parity, at_most: 0.5}]",
     )  # fmt: skip
+    server.stop_serving()  # where other tests have left one
     assert main(["demo", str(RECIPES / "stdlib-lm.yaml"), *_sets(overrides)]) == 0
     printed = capsys.readouterr().out
     (compressed,) = (tmp_path / "store/stdlib-lm").glob("compress-*")

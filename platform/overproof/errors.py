@@ -18,6 +18,6 @@ class GateRefused(Exception):
 
 
 def suggest_name(name: str, names: Iterable[str]) -> str:
-    """``, did you mean 'steps'?`` for a message about an unknown name; nothing where no name is near."""
+    """``, nearest is 'steps'`` for a message about an unknown name; nothing where no name is near."""
     near = get_close_matches(name.lower(), list(names), n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+    return f", nearest is {near[0]!r}" if near else ""

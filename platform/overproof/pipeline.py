@@ -90,7 +90,6 @@ STAGES = (
           lambda r: {"speculate": _dump(r.speculate), "threads": r.evaluate.threads},
           used_by=lambda r: r.speculate is not None),
 )  # fmt: skip
-NAMES = tuple(stage.name for stage in STAGES)
 NO_SECTION = "the recipe has no such section"
 WHY_UNUSED = {"generate": NO_SECTION, "cache": "no student of the sweep reads it", "speculate": NO_SECTION}
 

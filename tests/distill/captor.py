@@ -27,9 +27,9 @@ def main(address: str, what: str, *pickled: str) -> None:
             print("held", flush=True)
             time.sleep(float(sys.stdin.readline()))  # what it does when another has begun to wait
             os.kill(os.getpid(), signal.SIGKILL)
-    config, print_, parents, recipe, store, done = pickle.loads(Path(pickled[0]).read_bytes())
+    config, fingerprint, parents, recipe, store, done = pickle.loads(Path(pickled[0]).read_bytes())
     stage = next(stage for stage in STAGES if stage.name == "cache")
-    artifact = run_stage(PlannedStage(stage, config, print_, parents, None), recipe, store, done)
+    artifact = run_stage(PlannedStage(stage, config, fingerprint, parents, None), recipe, store, done)
     print(json.dumps({"id": artifact.id, "record": artifact.record.model_dump()}))
 
 

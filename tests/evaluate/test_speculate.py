@@ -28,7 +28,7 @@ from overproof.serve.controller import describe_version
 from overproof.serve.replica import load_engine
 from overproof.serve.response_builder import model_info
 from overproof.stage_context import StageContext, no_progress
-from packing import edit, insist_on_refusal
+from packing import assert_refused, edit
 
 POLICY = Speculate(prompts=12, new_tokens=16, at_least=0.01, at_most=0.05)
 FOUND = SpeculationMeasurement(
@@ -157,7 +157,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_package_that_does_not_hold_together_is_refused(packed: Path, tmp_path: Path, name: str) -> None:
-    insist_on_refusal(packed, tmp_path, *REFUSALS[name])
+    assert_refused(packed, tmp_path, *REFUSALS[name])
 
 
 def test_every_rule_speaks_for_itself(done: dict[str, Artifact]) -> None:

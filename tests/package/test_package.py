@@ -15,7 +15,7 @@ from overproof.config import Recipe
 from overproof.errors import GateRefused, InputError
 from overproof.files import file_sha256
 from overproof.package.package import fetch_package, open_package
-from packing import copy, edit, insist_on_refusal, make_package, make_parents, make_recipe, pack
+from packing import assert_refused, copy, edit, make_package, make_parents, make_recipe, pack
 
 Spoil = Callable[[Path], Any]
 
@@ -164,7 +164,7 @@ REFUSALS: dict[str, tuple[Spoil, str]] = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_package_that_does_not_hold_together_is_refused(packed: Path, tmp_path: Path, name: str) -> None:
-    insist_on_refusal(packed, tmp_path, *REFUSALS[name])
+    assert_refused(packed, tmp_path, *REFUSALS[name])
 
 
 def test_other_words_for_the_same_verdict_are_accepted(packed: Path, tmp_path: Path) -> None:

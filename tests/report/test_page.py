@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page
 
-from browser import opened
+from browser import open_page
 from finished import Run
 from overproof.artifacts import Artifact
 from overproof.cli.main import main
@@ -53,7 +53,7 @@ def column(page: Page, title: str) -> list[str]:
 def test_the_page_asks_for_nothing_and_its_controls_work(page_file: Path, digits: Run, tmp_path: Path) -> None:
     data = data_of(page_file)
     trials = {trial["name"]: trial for trial in data["trials"]}
-    with opened(page_file.as_uri(), tmp_path) as (page, heard):
+    with open_page(page_file.as_uri(), tmp_path) as (page, heard):
         page.wait_for_selector("#plane .point")
         assert page.locator("#plane .point").count() == len(data["files"]["rows"])
         assert set(rows(page)) == {student.name for student in digits.recipe.sweep.students}
@@ -114,7 +114,7 @@ def brush(page: Page, trials: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (1200, "dark")])
 def test_it_fits_the_screen_and_its_colours(page_file: Path, tmp_path: Path, width: int, scheme: Any) -> None:
-    with opened(page_file.as_uri(), tmp_path, width, scheme) as (page, heard):
+    with open_page(page_file.as_uri(), tmp_path, width, scheme) as (page, heard):
         page.wait_for_selector("#plane .point")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -137,7 +137,7 @@ def test_hundreds_of_trials_and_words_that_look_like_code(page_file: Path, tmp_p
     start, end = text.index('id="data">') + len('id="data">'), text.index("</script>", text.index('id="data">'))
     file = tmp_path / "many.html"
     file.write_text(text[:start] + embed_json(data) + text[end:], encoding="utf-8")
-    with opened(file.as_uri(), tmp_path / "profile") as (page, heard):
+    with open_page(file.as_uri(), tmp_path / "profile") as (page, heard):
         page.wait_for_selector("#plane .point")
         title = page.title()
         assert len(rows(page)) == len(data["trials"])
@@ -168,7 +168,7 @@ def test_a_sweep_alone_has_a_page_without_files(digits: Run, tmp_path: Path) -> 
     file = tmp_path / "page.html"
     file.write_text(render_page("alone", {stage: digits.artifacts[stage] for stage in stages}))
     assert data_of(file)["files"] is None
-    with opened(file.as_uri(), tmp_path / "profile") as (page, heard):
+    with open_page(file.as_uri(), tmp_path / "profile") as (page, heard):
         page.wait_for_selector("#curves .curve", state="attached")
         assert len(rows(page)) == len(digits.recipe.sweep.students)
         assert page.locator("#frontier").count() == 0

@@ -14,7 +14,7 @@ import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from browser import opened
+from browser import open_page
 from overproof.package.package import open_package
 from overproof.serve.metrics import METRIC_PREFIXES, merge_metrics
 from shared_server import SharedServer
@@ -188,7 +188,7 @@ def test_errors_are_the_clients_own(client: OpenAI) -> None:
 def test_the_interactive_docs_work_in_a_browser(client: OpenAI, tmp_path: Path) -> None:
     """Nothing comes from elsewhere, and "Try it out" gets a real answer."""
     base = str(client.base_url).removesuffix("/v1/")
-    with opened(f"{base}/docs", tmp_path) as (page, heard):
+    with open_page(f"{base}/docs", tmp_path) as (page, heard):
         for route in ("/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/classify", "/healthz"):
             page.locator(f'[data-path="{route}"]').wait_for()
         page.locator('[data-path="/healthz"]').click()

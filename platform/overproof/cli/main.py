@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from overproof import console
-from overproof.config import Recipe, load_recipe, schema_docs
+from overproof.config import load_recipe, schema_docs
 from overproof.errors import GateRefused, InputError, suggest_name
 
 DEMO_RECIPE = Path(__file__).parents[3] / "jobs/recipes/stdlib-lm.yaml"
+Run = Callable[[argparse.Namespace], int]
+Add = Callable[..., argparse.ArgumentParser]  # a verb: its name, function, help, and the section that its help lists
 # Which section of the recipe each stage reads: its fields are the stage's help.
 STAGE_VERBS = {
     "prepare": ("data", "clean, split, tokenise and shard the data"),
@@ -43,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
     logging.getLogger("overproof").addHandler(WARNINGS)
     try:
-        return _run(parse_arguments(sys.argv[1:] if argv is None else argv))
+        options = parse_arguments(sys.argv[1:] if argv is None else argv)
+        return int(options.run(options))
     except InputError as error:
         print(f"overproof: {error}", file=sys.stderr)
         return 2
@@ -56,56 +60,60 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The verb and its options.
+    """The verb's options, and in ``run`` the function that takes them.
 
     Raises:
         InputError: there is no such verb.
         SystemExit: help was asked for, or an option is unknown or malformed.
     """
-    parser, verbs = _build_parser()
-    if argv and not argv[0].startswith("-") and argv[0] not in verbs:
-        near = suggest_name(argv[0], verbs)
+    parser = argparse.ArgumentParser(prog="overproof", description="From sharded data to a small model you can trust.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def add(name: str, run: Run, text: str, section: str | None = None) -> argparse.ArgumentParser:
+        fields = None if section is None else f"recipe fields (--set a.b=c):\n{schema_docs.describe_fields(section)}"
+        added = verbs.add_parser(name, help=text, description=text, epilog=fields,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        added.set_defaults(run=run)
+        return added
+
+    _add_recipe_verbs(add)
+    _add_store_verbs(add)
+    _add_serving_verbs(add)
+    if argv and not argv[0].startswith("-") and argv[0] not in verbs.choices:
+        near = suggest_name(argv[0], verbs.choices)
         raise InputError(f"{argv[0]}: no such verb{near}; expected one that `overproof --help` lists")
     return parser.parse_args(argv)
 
 
-def _build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
-    """The parser, and the names of its verbs."""
-    parser = argparse.ArgumentParser(prog="overproof", description="From sharded data to a small model you can trust.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    def verb(name: str, text: str, section: str | None = None, recipe: bool = True) -> argparse.ArgumentParser:
-        fields = (
-            f"recipe fields (--set a.b=c):\n{schema_docs.describe_fields(section)}" if section is not None else None
-        )
-        added = verbs.add_parser(name, help=text, description=text, epilog=fields,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-        if recipe:
-            added.add_argument("recipe", type=Path, help="recipe in YAML")
-        if recipe or name == "demo":
-            added.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a recipe field")
-        return added
-
-    demo = verb("demo", "run the whole loop on one machine and ask the served model", "", recipe=False)
-    demo.add_argument("recipe", type=Path, nargs="?", default=DEMO_RECIPE, help="recipe (default: stdlib-lm)")
+def _add_recipe_verbs(add: Add) -> None:
+    demo = add("demo", _demo, "run the whole loop on one machine and ask the served model", "")
+    _add_recipe(demo, nargs="?", default=DEMO_RECIPE, help="recipe (default: stdlib-lm)")
     demo.add_argument("--keep", action="store_true", help="leave the server up until Ctrl-C")
-    run = verb("run", "run every stage that is not done yet", "")
+    run = add("run", _run_stages, "run every stage that is not done yet", "")
+    _add_recipe(run)
     run.add_argument("--until", metavar="STAGE", help=f"last stage to run (default: all): {', '.join(STAGE_VERBS)}")
-    plan = verb("plan", "say what would run, what it holds and asks for, and whether it can ever start", "")
+    plan = add("plan", _plan, "say what would run, what it holds and asks for, and whether it can ever start", "")
+    _add_recipe(plan)
     plan.add_argument("--cluster", type=Path, metavar="FILE", help="plan for what this `ray up` file may grow to")
     plan.add_argument("--tokens-per-s", type=float, metavar="N", help="throughput, for the hours of a language model")
     plan.add_argument("--rows-per-s", type=float, metavar="N", help="throughput in rows (images) instead")
-    prove = verb("prove", "train twice, once with workers killed or moved, and compare", "", recipe=False)
+    prove = add("prove", _prove, "train twice, once with workers killed or moved, and compare", "")
     prove.add_argument("what", choices=("resume", "elastic"), help="workers killed; or nodes that die and join")
-    prove.add_argument("recipe", type=Path, help="recipe in YAML")
-    prove.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a recipe field")
+    _add_recipe(prove)
     prove.add_argument("--kills", type=int, default=3, metavar="N", help="workers killed by `resume` (default: 3)")
     prove.add_argument("--seed", type=int, default=0, metavar="N", help="of the steps at which it happens")
     for name, (section, text) in STAGE_VERBS.items():
-        added = verb(name, f"{text} (and the stages it needs, where they are not done)", section)
+        function = _report if name == "report" else _run_stages
+        stage = add(name, function, f"{text} (and the stages it needs, where they are not done)", section)
+        _add_recipe(stage, help="recipe in YAML, or a sweep's id" if name == "report" else "recipe in YAML")
+        stage.set_defaults(until=name)
         if name == "report":
-            _accept_sweep_ids(added)
-    pick = verb("pick", "the best file that passed the gate within limits, and why the others were left out", "")
+            _add_store(stage, "where the sweep lies: folder or URI (default: store)")
+            stage.add_argument(
+                "--out", type=Path, metavar="FILE", help="where a sweep's page goes (default: its id.html)"
+            )
+    pick = add("pick", _pick, "the best file that passed the gate within limits, and why the others were left out", "")
+    _add_recipe(pick)
     for flag, unit, text in (
         ("--max-mb", "MB", "file size at most"),
         ("--max-p50-ms", "MS", "latency of half of the requests at most"),
@@ -114,129 +122,178 @@ def _build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
         ("--min-quality", "Q", "accuracy at least (a share), or bits per byte at most"),
     ):
         pick.add_argument(flag, type=float, metavar=unit, help=text)
-    board = verb("dashboard", "TensorBoard over the trials, and Ray's dashboard, until Ctrl-C", recipe=False)
-    board.add_argument("recipe", type=Path, nargs="?", help="recipe in YAML (default: everything in --store)")
-    board.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a recipe field")
-    board.add_argument("--store", default="store", help="folder (default: store)")
+
+
+def _add_store_verbs(add: Add) -> None:
+    board = add("dashboard", _dashboard, "TensorBoard over the trials, and Ray's dashboard, until Ctrl-C")
+    _add_recipe(board, nargs="?", help="recipe in YAML (default: everything in --store)")
+    _add_store(board, "folder (default: store)")
     board.add_argument("--port", type=int, default=6006, metavar="N", help="of TensorBoard; 0 takes a free one")
-    listing = verb("ls", "list the artifacts of a store", recipe=False)
-    show = verb("show", "print an artifact's record and parents", recipe=False)
+    _add_store(add("ls", _list, "list the artifacts of a store"))
+    show = add("show", _show, "print an artifact's record, and its parents back to the shards")
     show.add_argument("artifact", help="id as `ls` prints it, a unique part of it, or a directory")
-    for added in (listing, show):
-        added.add_argument("--store", default="store", help="folder or URI (default: store)")
-    serve = verb("serve", "serve a package over HTTP until Ctrl-C", "serve", recipe=False)
+    _add_store(show)
+    schema = add("schema", _schema, "print the JSON schema of recipes")
+    schema.add_argument("--text", action="store_true", help="one line for each field instead")
+
+
+def _add_serving_verbs(add: Add) -> None:
+    serve = add("serve", _serve, "serve a package over HTTP until Ctrl-C", "serve")
     serve.add_argument("package", help="package directory, or its id in --store")
-    serve.add_argument("--store", default="store", help="folder or URI (default: store)")
-    serve.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field of serve")
-    deploy = verb(
-        "deploy", "serve a package on the running cluster (RAY_ADDRESS), or try it there", "serve", recipe=False
-    )
+    deploy = add("deploy", _deploy, "serve a package on the running cluster (RAY_ADDRESS), or try it there", "serve")
     deploy.add_argument("package", help="package directory or URI, or its id in --store")
-    deploy.add_argument("--store", default="store", help="folder or URI (default: store)")
-    deploy.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field of serve")
+    for each in (serve, deploy):
+        _add_store(each)
+        each.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field of serve")
     tried = deploy.add_mutually_exclusive_group()
     tried.add_argument("--canary", action="store_const", const="canary", dest="place", default="stable",
                        help="let it answer a share of the sessions")  # fmt: skip
     tried.add_argument("--shadow", action="store_const", const="shadow", dest="place",
                        help="let it read what comes in, and answer nobody")  # fmt: skip
-    for name, text in (
-        ("promote", "let the version that is tried answer"),
-        ("rollback", "take back what is tried, or return to the version before"),
-        ("undeploy", "serve a model no longer"),
-    ):
-        added = verb(name, text, recipe=False)
-        added.add_argument("model", help="as `overproof deployments` names it")
-        if name == "rollback":
-            added.add_argument("--reason", default="", help="why, for the record")
-    history = verb("deployments", "who serves what, and every change", recipe=False)
+    promote = add("promote", _promote, "let the version that is tried answer")
+    roll_back = add("rollback", _roll_back, "take back what is tried, or return to the version before")
+    undeploy = add("undeploy", _undeploy, "serve a model no longer")
+    for each in (promote, roll_back, undeploy):
+        each.add_argument("model", help="as `overproof deployments` names it")
+    roll_back.add_argument("--reason", default="", help="why, for the record")
+    history = add("deployments", _deployments, "who serves what, and every change")
     history.add_argument("--file", help="read this file or URI instead of asking the running cluster")
-    keys = verb("keys", "make, list and revoke API keys of a file that servers read (OVERPROOF_KEYS)", recipe=False)
+    keys = add("keys", _keys, "make, list and revoke API keys of a file that servers read (OVERPROOF_KEYS)")
     keys.add_argument("what", choices=("add", "ls", "revoke"))
     keys.add_argument("name", nargs="?", help="whose key it is")
     keys.add_argument("--file", default="keys.json", help="file or URI (default: keys.json)")
     keys.add_argument("--requests-per-minute", type=int, metavar="N", help="most requests")
     keys.add_argument("--tokens-per-minute", type=int, metavar="N", help="most tokens of prompts and completions")
-    schema = verb("schema", "print the JSON schema of recipes", recipe=False)
-    schema.add_argument("--text", action="store_true", help="one line for each field instead")
-    return parser, verbs.choices
 
 
-def _accept_sweep_ids(report: argparse.ArgumentParser) -> None:
-    next(action for action in report._actions if action.dest == "recipe").help = "recipe in YAML, or a sweep's id"
-    report.add_argument("--store", default="store", help="where the sweep lies: folder or URI (default: store)")
-    report.add_argument("--out", type=Path, metavar="FILE", help="where a sweep's page goes (default: its id.html)")
+def _add_recipe(verb: argparse.ArgumentParser, help: str = "recipe in YAML", **options: Any) -> None:
+    verb.add_argument("recipe", type=Path, help=help, **options)
+    verb.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a recipe field")
 
 
-def _run(options: argparse.Namespace) -> int:
-    if options.verb == "schema":
-        print(
-            schema_docs.describe_fields() if options.text else schema_docs.json_schema(),
-            end="\n" if options.text else "",
-        )
-        return 0
-    if options.verb in ("ls", "show"):
-        from overproof.cli import artifacts
+def _add_store(verb: argparse.ArgumentParser, help: str = "folder or URI (default: store)") -> None:
+    verb.add_argument("--store", default="store", help=help)
 
-        return (
-            artifacts.list_artifacts(options.store)
-            if options.verb == "ls"
-            else artifacts.show_artifact(options.store, options.artifact)
-        )
-    if options.verb == "serve":
-        from overproof.cli import serve
 
-        return serve.serve_until_stopped(options.package, options.store, tuple(options.set))
-    if options.verb == "keys":
-        return _keys(options)
-    if options.verb in ("deploy", "promote", "rollback", "undeploy", "deployments"):
-        return _change_deployment(options)
-    if options.verb == "dashboard":
-        from overproof.cli import dashboard
-        from overproof.files import join_uri
+# What each verb runs. Its module is imported here, so that help and errors do not wait for torch and Ray.
 
-        recipe = load_recipe(options.recipe, tuple(options.set)) if options.recipe else None
-        return dashboard.dashboard(join_uri(recipe.store, recipe.name) if recipe else options.store, options.port)
-    if options.verb == "report" and not (options.recipe.is_file() or options.recipe.suffix in (".yaml", ".yml")):
-        from overproof.cli import artifacts
 
-        return artifacts.sweep_page(options.store, str(options.recipe), options.out)
+def _demo(options: argparse.Namespace) -> int:
+    from overproof.cli import serve
+
+    return serve.demo(load_recipe(options.recipe, tuple(options.set)), keep=options.keep)
+
+
+def _run_stages(options: argparse.Namespace) -> int:
+    from overproof import pipeline
+    from overproof.cli import artifacts
+
     recipe = load_recipe(options.recipe, tuple(options.set))
-    if options.verb == "plan":
-        from overproof.cli import plan
-
-        question = plan.PlanOptions(options.cluster, options.tokens_per_s, options.rows_per_s)
-        return plan.plan(recipe, question)
-    if options.verb == "pick":
-        from overproof.cli import select
-
-        budget = select.Budget(
-            options.max_mb, options.max_p50_ms, options.max_p95_ms, options.max_resident_mb, options.min_quality
-        )
-        return select.select(recipe, options.recipe, tuple(options.set), budget)
-    if options.verb == "prove":
-        from overproof.cli import prove
-
-        if options.what == "resume":
-            return prove.prove_resume(recipe, options.kills, options.seed)
-        return prove.prove_elastic(recipe, options.seed)
-    if options.verb == "demo":
-        from overproof.cli import serve
-
-        return serve.demo(recipe, keep=options.keep)
-    return _run_stages(recipe, options.until if options.verb == "run" else options.verb)
+    try:
+        done = pipeline.run(recipe, options.until)
+    except GateRefused:
+        artifacts.print_summary(recipe)
+        raise
+    if "package" in done:
+        artifacts.print_summary(recipe)
+        console.out.print(f"package  {done['package'].uri}")
+    if "speculate" in done:
+        console.out.print(f"with its teacher, as the draft  {done['speculate'].uri}")
+    return 0
 
 
-def _change_deployment(options: argparse.Namespace) -> int:
+def _report(options: argparse.Namespace) -> int:
+    if options.recipe.is_file() or options.recipe.suffix in (".yaml", ".yml"):
+        return _run_stages(options)
+    from overproof.cli import artifacts
+
+    return artifacts.sweep_page(options.store, str(options.recipe), options.out)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from overproof.cli import plan
+
+    given = plan.PlanOptions(options.cluster, options.tokens_per_s, options.rows_per_s)
+    return plan.plan(load_recipe(options.recipe, tuple(options.set)), given)
+
+
+def _prove(options: argparse.Namespace) -> int:
+    from overproof.cli import prove
+
+    recipe = load_recipe(options.recipe, tuple(options.set))
+    if options.what == "resume":
+        return prove.prove_resume(recipe, options.kills, options.seed)
+    return prove.prove_elastic(recipe, options.seed)
+
+
+def _pick(options: argparse.Namespace) -> int:
+    from overproof.cli import select
+
+    budget = select.Budget(
+        options.max_mb, options.max_p50_ms, options.max_p95_ms, options.max_resident_mb, options.min_quality
+    )
+    overrides = tuple(options.set)
+    return select.select(load_recipe(options.recipe, overrides), options.recipe, overrides, budget)
+
+
+def _dashboard(options: argparse.Namespace) -> int:
+    from overproof.cli import dashboard
+    from overproof.files import join_uri
+
+    recipe = load_recipe(options.recipe, tuple(options.set)) if options.recipe else None
+    return dashboard.dashboard(join_uri(recipe.store, recipe.name) if recipe else options.store, options.port)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from overproof.cli import artifacts
+
+    return artifacts.list_artifacts(options.store)
+
+
+def _show(options: argparse.Namespace) -> int:
+    from overproof.cli import artifacts
+
+    return artifacts.show_artifact(options.store, options.artifact)
+
+
+def _schema(options: argparse.Namespace) -> int:
+    print(schema_docs.describe_fields() + "\n" if options.text else schema_docs.json_schema(), end="")
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from overproof.cli import serve
+
+    return serve.serve_until_stopped(options.package, options.store, tuple(options.set))
+
+
+def _deploy(options: argparse.Namespace) -> int:
     from overproof.cli import deploy
 
-    if options.verb == "deploy":
-        return deploy.deploy(options.package, options.store, options.set, options.place)
-    if options.verb == "promote":
-        return deploy.promote(options.model)
-    if options.verb == "rollback":
-        return deploy.roll_back(options.model, options.reason)
-    if options.verb == "undeploy":
-        return deploy.undeploy(options.model)
+    return deploy.deploy(options.package, options.store, options.set, options.place)
+
+
+def _promote(options: argparse.Namespace) -> int:
+    from overproof.cli import deploy
+
+    return deploy.promote(options.model)
+
+
+def _roll_back(options: argparse.Namespace) -> int:
+    from overproof.cli import deploy
+
+    return deploy.roll_back(options.model, options.reason)
+
+
+def _undeploy(options: argparse.Namespace) -> int:
+    from overproof.cli import deploy
+
+    return deploy.undeploy(options.model)
+
+
+def _deployments(options: argparse.Namespace) -> int:
+    from overproof.cli import deploy
+
     return deploy.print_deployments(options.file)
 
 
@@ -254,23 +311,6 @@ def _keys(options: argparse.Namespace) -> int:
         for key in api_keys.read_keys(options.file).keys:
             limits = [f"{most:,} {what} a minute" for most, what in key.limits]
             console.out.print("  ".join([key.name, key.created, *limits]), markup=False)
-    return 0
-
-
-def _run_stages(recipe: Recipe, until: str | None) -> int:
-    from overproof import pipeline
-    from overproof.cli import artifacts
-
-    try:
-        done = pipeline.run(recipe, until)
-    except GateRefused:
-        artifacts.print_summary(recipe)
-        raise
-    if "package" in done:
-        artifacts.print_summary(recipe)
-        console.out.print(f"package  {done['package'].uri}")
-    if "speculate" in done:
-        console.out.print(f"with its teacher, as the draft  {done['speculate'].uri}")
     return 0
 
 

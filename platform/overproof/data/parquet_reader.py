@@ -83,11 +83,6 @@ def _to_numpy(values: pa.Array, field: pa.Field) -> NDArray[Any]:
     return plain
 
 
-def read_row_group(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> Columns:
-    """One row group of an opened file, in file order."""
-    return table_to_numpy(file.read_row_group(group, columns=list(columns), use_threads=False))
-
-
 @dataclass(frozen=True)
 class MappedShard:
     """The rows of one shard as they lie in the file, which is mapped into memory and shared by all who read it."""

@@ -78,7 +78,7 @@ class Run:
     def context(self) -> StageContext:
         """As the pipeline makes it: prepared data, a fresh draft."""
         store = Store(str(self.folder / "store"))
-        prepared = store.find("text", "prepare", "a" * 64)
+        prepared = store.lookup("text", "prepare", "a" * 64)
         assert prepared
         recipe = read_recipe(DIGITS).model_copy(
             update={"train": settings(**COMMON, **RUNS[self.name]), "seed": SEED, "name": self.name}
