@@ -1,9 +1,6 @@
-"""Real process groups: every rank trains every case given and writes what it saw. Run by test_engine.py.
+"""One rank of a real process group: trains every case given and writes what it saw. Run by test_engine.py.
 
-python engine_ranks.py FOLDER CASES
-
-CASES is a list of cases for each size of a group. All groups run side by side, forked from here, so that the imports
-are paid once.
+python engine_ranks.py FOLDER RANK WORLD CASES
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from forked_ranks import run_forked
 from torch import nn
 
 from overproof.config import Train
@@ -87,5 +83,4 @@ def main(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> No
 
 
 if __name__ == "__main__":
-    out, groups = Path(sys.argv[1]), {int(world): cases for world, cases in json.loads(sys.argv[2]).items()}
-    run_forked(main, [(out / str(world), rank, world, groups[world]) for world in groups for rank in range(world)])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))

@@ -1,6 +1,6 @@
-"""A real process group whose ranks train and count the bytes of every tensor they hold. Run by test_memory.py.
+"""One rank of a real process group that trains and counts the bytes of every tensor it holds. Run by test_memory.py.
 
-python memory_ranks.py FOLDER WORLD CASES
+python memory_ranks.py FOLDER RANK WORLD CASES
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from forked_ranks import run_forked
 from torch import Tensor
 
 from overproof.config import Train
@@ -153,5 +152,4 @@ def main(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> No
 
 
 if __name__ == "__main__":
-    out, world, cases = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
-    run_forked(main, [(out, rank, world, cases) for rank in range(world)])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))
