@@ -46,7 +46,7 @@ documents = st.lists(st.tuples(st.text("abc", min_size=1), st.binary(max_size=3)
 
 @given(documents, st.randoms(use_true_random=False))
 def test_the_order_of_the_documents_does_not_matter(found: list[tuple[str, bytes]], random: object) -> None:
-    def decide(rows: list[tuple[str, bytes]]) -> cleaning.KeptDocuments:
+    def decide(rows: list[tuple[str, bytes]]) -> cleaning.SelectedDocuments:
         return cleaning.select_documents(
             [name for name, _ in rows],
             [checked(content).sha256 for _, content in rows],

@@ -13,7 +13,7 @@ from overproof.data.tokenization import train_bpe
 from overproof.engines.base import Sampling
 from overproof.engines.llamacpp import LlamaCpp
 from overproof.errors import InputError
-from overproof.export.gguf import export_gguf
+from overproof.export.gguf_file import export_gguf
 from packing import VOCABULARY
 
 PROMPTS = [[0, 70 + i] for i in range(32)]

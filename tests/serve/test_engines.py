@@ -20,16 +20,15 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from overproof.config import Serve
-from overproof.engines import text_engine
 from overproof.engines.base import Sampling, TextEngine
 from overproof.engines.detokenizer import StopFilter
 from overproof.engines.gguf_tokens import align_logprobs, incomplete_utf8_tail, read_gguf_header
 from overproof.engines.llamacpp import LlamaCpp
-from overproof.engines.onnx_runtime import OnnxClassifier
+from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.engines.vllm_server import PYTHON_VARIABLE, unpacked_directory, vllm_python
 from overproof.errors import InputError
-from overproof.export.gguf import read_gguf
-from overproof.export.onnx import Reference
+from overproof.export.gguf_file import read_gguf
+from overproof.export.onnx_file import Reference
 from overproof.package.package import open_package
 from overproof.serve.replica import load_engine
 from packing import copy, edit
@@ -38,12 +37,13 @@ PROMPT = [0, 70, 71, 72]
 
 
 # vLLM where an environment has it: see docs/serving.md.
-ENGINES = ["llama.cpp", *(["vllm"] if PYTHON_VARIABLE in os.environ else [])]
+INSTALLED = ["llama.cpp", *(["vllm"] if PYTHON_VARIABLE in os.environ else [])]
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=INSTALLED)
 def engine(request: pytest.FixtureRequest, text_package: Path) -> Iterator[TextEngine]:
-    made = text_engine(request.param, text_package / "model.gguf", threads=1, slots=4)
+    made = ENGINES[request.param].load(text_package / "model.gguf", EngineSettings(threads=1, slots=4))
+    assert isinstance(made, TextEngine)
     yield made
     made.close()
 
@@ -202,7 +202,7 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path, text_package: Path
         LlamaCpp(text_package / "model.gguf", context_length=4096)
     for path in (tmp_path / "none.onnx", text_package / "model.gguf"):
         with pytest.raises(InputError, match=path.name):
-            OnnxClassifier(path)
+            OnnxRuntime(path)
 
 
 def test_a_grammar_is_kept_to(engine: TextEngine) -> None:
@@ -246,7 +246,7 @@ def test_an_environment_without_vllm_is_told_by_its_own_words(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     with pytest.raises(InputError, match=r"vLLM cannot load it: .*No module named 'vllm'"):
-        text_engine("vllm", text_package / "model.gguf")
+        ENGINES["vllm"].load(text_package / "model.gguf", EngineSettings())
     assert not list(tmp_path.glob("vllm-*"))
 
 
@@ -261,12 +261,12 @@ def test_what_vllm_reads_is_what_the_file_means(text_package: Path) -> None:
 
 def test_a_classifier_gives_what_its_file_means(digits_package: Path) -> None:
     file = digits_package / "model.onnx"
-    engine, pixels_BD = OnnxClassifier(file), np.random.default_rng(0).random((3, 64), dtype=np.float32)
-    assert np.abs(engine.classify(pixels_BD) - Reference(file)(pixels_BD)).max() < 1e-3
-    assert np.allclose(np.exp(engine.classify(pixels_BD)).sum(axis=1), 1, atol=1e-5)
+    engine, inputs_BD = OnnxRuntime(file), np.random.default_rng(0).random((3, 64), dtype=np.float32)
+    assert np.abs(engine.logprobs(inputs_BD) - Reference(file)(inputs_BD)).max() < 1e-3
+    assert np.allclose(np.exp(engine.logprobs(inputs_BD)).sum(axis=1), 1, atol=1e-5)
     for shape in ((3, 63), (64,), (0, 64)):
         with pytest.raises(InputError, match="expected \\(images, 64\\)"):
-            engine.classify(np.zeros(shape, np.float32))
+            engine.logprobs(np.zeros(shape, np.float32))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 
 from overproof.engines.base import Piece
 from overproof.engines.llamacpp import LlamaCpp
-from overproof.engines.onnx_runtime import OnnxClassifier
+from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
 from overproof.package.package import open_package
 from overproof.serve import middleware
@@ -25,9 +25,10 @@ from overproof.serve.access_log import AccessLog
 from overproof.serve.grammar import GrammarChecker
 from overproof.serve.middleware import MAX_BODY_BYTES, Access
 from overproof.serve.model_registry import SingleModel
-from overproof.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest
-from overproof.serve.responses import ChatEvent, ChatReply, ClassifyReply, CompletionReply, ErrorReply, ModelList
+from overproof.serve.requests import ChatRequest, CompletionRequest
+from overproof.serve.responses import ChatEvent, ChatReply, CompletionReply, ErrorReply, ModelList, RowsReply
 from overproof.serve.routes import build_app
+from overproof.tasks.image_classification import ClassifyImagesRequest
 from single_model import one
 
 OPEN, KEYED = Access(None), Access(hashlib.sha256(b"secret").hexdigest())
@@ -44,7 +45,7 @@ def text(text_package: Path) -> Iterator[SingleModel]:
 
 @pytest.fixture(scope="module")
 def digits(digits_package: Path) -> SingleModel:
-    return one(digits_package, OnnxClassifier(digits_package / "model.onnx"))
+    return one(digits_package, OnnxRuntime(digits_package / "model.onnx"))
 
 
 def ask(app: Any, method: str, path: str, client: str = "127.0.0.1", **request: Any) -> httpx.Response:
@@ -294,7 +295,7 @@ def test_headers_that_lift_serves_limits_are_refused(text: SingleModel) -> None:
 
 def test_a_failing_engine_is_a_500_that_tells_nothing(digits_package: Path) -> None:
     class Broken:
-        def classify(self, _: Any) -> Any:
+        def logprobs(self, _: Any) -> Any:
             raise RuntimeError("a secret path")
 
     reply = ask(build_app(one(digits_package, Broken()), OPEN), "POST", "/v1/classify", json={"images": [BLANK]})
@@ -441,7 +442,7 @@ def test_the_schema_is_pinned() -> None:
     found = {
         model.__name__: sorted(model.model_fields)
         for model in (
-            CompletionRequest, CompletionReply, ChatRequest, ChatReply, ChatEvent, ClassifyRequest, ClassifyReply,
+            CompletionRequest, CompletionReply, ChatRequest, ChatReply, ChatEvent, ClassifyImagesRequest, RowsReply,
             ModelList,
         )
     }  # fmt: skip
@@ -455,8 +456,8 @@ def test_the_schema_is_pinned() -> None:
         "CompletionReply": reply,
         "ChatReply": reply,
         "ChatEvent": reply,
-        "ClassifyRequest": ["images", "model", "user"],
-        "ClassifyReply": ["data", "model", "object", "package", "system_fingerprint"],
+        "ClassifyImagesRequest": ["images", "model", "user"],
+        "RowsReply": ["data", "model", "object", "package", "system_fingerprint"],
         "ModelList": ["data", "object"],
     }
     assert json.loads(ErrorReply.model_validate({"error": {"message": "m", "type": "t"}}).model_dump_json()) == {

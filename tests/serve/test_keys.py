@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from overproof.cli.main import main
-from overproof.engines.onnx_runtime import OnnxClassifier
+from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
 from overproof.serve import api_keys
 from overproof.serve.api_keys import ApiKey, KeyStore, RateLimiter, hash_key
@@ -144,7 +144,7 @@ def test_tokens_are_paid_for_when_they_are_counted() -> None:
 def test_requests_are_let_in_by_any_key_and_refused_beyond_its_limit(digits_package: Path, tmp_path: Path) -> None:
     file = str(tmp_path / "keys.json")
     free, few = api_keys.add_key(file, "free", None, None), api_keys.add_key(file, "few", 2, None)
-    registry = one(digits_package, OnnxClassifier(digits_package / "model.onnx"))
+    registry = one(digits_package, OnnxRuntime(digits_package / "model.onnx"))
     app = build_app(registry, Access(hash_key("own"), file), Telemetry(RateLimiter(lambda: 0.0)))
 
     def ask(key: str) -> httpx.Response:

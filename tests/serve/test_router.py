@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from overproof.engines.base import Piece, Sampling
 from overproof.engines.llamacpp import LlamaCpp
-from overproof.engines.onnx_runtime import OnnxClassifier
+from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
-from overproof.serve.async_engine import AsyncEngine, BatchingClassifier, Busy, Generation, Prompt, ThreadedEngine
+from overproof.serve.async_engine import AsyncEngine, BatchingEngine, Busy, Generation, Prompt, ThreadedEngine
 from overproof.serve.replica_worker import ReplicaWorker
 from overproof.serve.router import ReplicaDied, ReplicaLoad, ReplicaPool, ReplicaServer
 from overproof.serve.rpc import LENGTH_BYTES, MAX_HELLO_BYTES, Drain, GatewayAddress, Hello, encode_frame
@@ -61,8 +61,8 @@ class ScriptedEngine:
     async def detokenize(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
 
-    async def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
-        return pixels_BD
+    async def logprobs(self, inputs_BD: NDArray[np.float32]) -> NDArray[np.float32]:
+        return inputs_BD
 
     async def check(self) -> None:
         """It answers."""
@@ -141,14 +141,14 @@ def test_a_replica_answers_as_its_engine_does(text_package: Path, digits_package
             for call in (pool.complete("", ONE), pool.validate("", ONE), anext(pool.stream("", ONE))):
                 with pytest.raises(InputError, match="prompt: empty"):
                     await call
-            images = OnnxClassifier(digits_package / "model.onnx")
-            ReplicaWorker(BatchingClassifier(images, images.pixels), "digits", 2, directory.find)
-            pixels_BD = np.linspace(0, 1, 192, dtype=np.float32).reshape(3, 64)
+            images = OnnxRuntime(digits_package / "model.onnx")
+            ReplicaWorker(BatchingEngine(images), "digits", 2, directory.find)
+            inputs_BD = np.linspace(0, 1, 192, dtype=np.float32).reshape(3, 64)
             classes = replica_server.pool("digits")
             classes.max_queued = 1
-            np.testing.assert_array_equal(await classes.classify(pixels_BD), images.classify(pixels_BD))
+            np.testing.assert_array_equal(await classes.logprobs(inputs_BD), images.logprobs(inputs_BD))
             with pytest.raises(InputError, match="64"):
-                await classes.classify(pixels_BD[:, :3])
+                await classes.logprobs(inputs_BD[:, :3])
         await local.close()
 
     run(test())
@@ -307,18 +307,20 @@ def test_a_connection_that_does_not_authenticate_is_closed(sent: bytes) -> None:
     run(test())
 
 
-def test_images_that_wait_are_classified_together() -> None:
+def test_rows_that_wait_share_a_batch() -> None:
     class Slow:
         """Notes the size of every batch."""
+
+        width = 4
 
         def __init__(self) -> None:
             self.sizes: list[int] = []
 
-        def classify(self, pixels_BD: NDArray[np.float32]) -> NDArray[np.float32]:
-            self.sizes.append(len(pixels_BD))
-            if pixels_BD.max() > 1:
+        def logprobs(self, inputs_BD: NDArray[np.float32]) -> NDArray[np.float32]:
+            self.sizes.append(len(inputs_BD))
+            if inputs_BD.max() > 1:
                 raise RuntimeError("too bright")
-            return pixels_BD * 2
+            return inputs_BD * 2
 
         def check(self) -> None:
             """It answers."""
@@ -328,15 +330,15 @@ def test_images_that_wait_are_classified_together() -> None:
 
     async def test() -> None:
         engine = Slow()
-        batching: AsyncEngine = BatchingClassifier(engine, 4)
+        batching: AsyncEngine = BatchingEngine(engine)
         images = [np.full((1, 4), i / 64, np.float32) for i in range(40)]
-        found = await asyncio.gather(*(batching.classify(image) for image in images))
+        found = await asyncio.gather(*(batching.logprobs(image) for image in images))
         assert engine.sizes == [16, 16, 8]
         for image, twice in zip(images, found, strict=True):
             np.testing.assert_array_equal(twice, image * 2)
         bright = np.full((1, 4), 2, np.float32)
-        failed = await asyncio.gather(batching.classify(bright), batching.classify(images[0]), return_exceptions=True)
+        failed = await asyncio.gather(batching.logprobs(bright), batching.logprobs(images[0]), return_exceptions=True)
         assert [str(each) for each in failed] == ["too bright", "too bright"]
-        np.testing.assert_array_equal(await batching.classify(images[1]), images[1] * 2)
+        np.testing.assert_array_equal(await batching.logprobs(images[1]), images[1] * 2)
 
     run(test())

@@ -1,4 +1,4 @@
-"""Which documents are kept, and the split of each: rules on bytes and on hashes, the same in any order.
+"""Which documents are used, and the split of each: rules on bytes and on hashes, the same in any order.
 
 N documents; hashes are sha256 of a document's bytes, as hex.
 """
@@ -86,8 +86,8 @@ def split_of(hashes_N: Strings, validation_fraction: float, test_fraction: float
 
 
 @dataclass(frozen=True)
-class KeptDocuments:
-    """The documents that are kept, by hash: document i is the i-th."""
+class SelectedDocuments:
+    """The documents that are used, sorted by hash: document i is the i-th."""
 
     names_N: NDArray[Any]  # str; of exact duplicates, the first name
     hashes_N: NDArray[Any]  # str
@@ -97,7 +97,7 @@ class KeptDocuments:
 
 def select_documents(
     names_N: Sequence[str], hashes_N: Strings, sizes_N: Sequence[int], faults_N: Sequence[str]
-) -> KeptDocuments:
+) -> SelectedDocuments:
     """Drop the faulty and, of exact duplicates, all but one. The order of the input does not matter."""
     faults = np.array(faults_N, dtype=object)
     dropped = {reason: int((faults == reason).sum()) for reason in REASONS}
@@ -109,4 +109,4 @@ def select_documents(
     first = np.ones(len(hashes), bool)
     first[1:] = hashes[1:] != hashes[:-1]
     dropped[DUPLICATE] = int((~first).sum())
-    return KeptDocuments(names[first], hashes[first], sizes[first], dropped)
+    return SelectedDocuments(names[first], hashes[first], sizes[first], dropped)

@@ -91,6 +91,7 @@ def prepare_documents(context: StageContext, data: TextData) -> Manifest:
 
 def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
     with Heartbeat(context.progress, "prepare", PHASES) as heartbeat:
+        heartbeat.start_phase(0, "listing files")
         files = list_files(data.source)
         size_mb = sum(file.size_bytes for file in files) / 1e6
         heartbeat.start_phase(0, f"reading {len(files)} files, {size_mb:,.1f} MB")
@@ -153,7 +154,7 @@ def _collect(dataset: Dataset, columns: Sequence[str]) -> pa.Table:
     return pa.concat_tables(ray.get(dataset.select_columns(list(columns)).to_arrow_refs()))
 
 
-def _select(pieces: Dataset, data: TextData) -> cleaning.KeptDocuments:
+def _select(pieces: Dataset, data: TextData) -> cleaning.SelectedDocuments:
     facts = _collect(pieces, ("name", "sha256", "size_bytes", "fault", "error"))
     failed = facts.filter(pc.is_valid(facts["error"])).sort_by("name")
     if len(failed):
@@ -211,7 +212,7 @@ def _write(tokens: Dataset, layout: ShardLayout, data: TextData, vocab_size: int
     return [Shard.model_validate_json(entries[i]) for i in range(len(layout.shards))]
 
 
-def _documents_file(documents: cleaning.KeptDocuments, splits_N: NDArray[np.str_]) -> bytes:
+def _documents_file(documents: cleaning.SelectedDocuments, splits_N: NDArray[np.str_]) -> bytes:
     table = pa.table(
         {
             "document": pa.array(np.arange(len(splits_N)), pa.int32()),

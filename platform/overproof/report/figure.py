@@ -67,18 +67,18 @@ def plot_report(curves: list[PlottedCurve], report: Report, verdict: Verdict) ->
 def _plot_losses(axes: Axes, curves: list[PlottedCurve]) -> None:
     order = {"trial": 0, "kept": 1, "teacher": 2, "control": 3, "student": 4}
     dashes = cycle(("--", ":", "-."))
-    many = sum(curve.role in ("trial", "kept") for curve in curves) > NAMED_TRIALS
+    crowded = sum(curve.role in ("trial", "kept") for curve in curves) > NAMED_TRIALS
     for curve in sorted(curves, key=lambda c: order[c.role]):
-        colour, main = COLOURS[curve.role], curve.role not in ("trial", "kept")
+        colour, prominent = COLOURS[curve.role], curve.role not in ("trial", "kept")
         label = f"{curve.name} (best student)" if curve.role == "student" else curve.name
-        label = label if main or not many else "_"  # stays out of the legend
-        if main and curve.role == "teacher":
+        label = label if prominent or not crowded else "_"  # which matplotlib leaves out of the legend
+        if prominent and curve.role == "teacher":
             steps, losses = zip(*curve.train, strict=True)
             axes.plot(steps, _smooth(np.array(losses)), color=colour, alpha=0.25, linewidth=1)
         if curve.validation:
             steps, losses = zip(*curve.validation, strict=True)
             axes.plot(steps, losses, color=colour, marker="o", markersize=4, label=label,
-                      linewidth=2 if main else 1.2, linestyle="-" if main else next(dashes))  # fmt: skip
+                      linewidth=2 if prominent else 1.2, linestyle="-" if prominent else next(dashes))  # fmt: skip
     axes.set(xlabel="step", ylabel="validation loss (nats per prediction)", title="Learning")
     axes.legend(frameon=False)
 

@@ -267,7 +267,7 @@ def _add_error_handlers(app: FastAPI, requests: set[type[BaseModel]]) -> None:
 
     @app.exception_handler(InputError)
     async def on_input_error(_: HttpRequest, error: InputError) -> JSONResponse:
-        field = str(error).partition(":")[0]
+        field = str(error).partition(":")[0].partition(".")[0]
         return error_response(400, str(error), param=field if field in fields else None)
 
     @app.exception_handler(RequestValidationError)

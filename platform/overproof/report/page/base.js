@@ -1,4 +1,4 @@
-// Drawing in SVG: elements, scales, axes, and the small box that tells figures.
+// Drawing in SVG: elements, scales, axes, and the tooltip.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 document.documentElement.style.setProperty("--thin", Math.min(0.65, 4 / Math.sqrt(DATA.trials.length)));
 const byId = (id) => document.getElementById(id);
@@ -11,7 +11,7 @@ function add(parent, name, attributes = {}, text) {
   return node;
 }
 
-function figure(value) {
+function formatValue(value) {
   if (value === null || value === undefined) return "";
   if (typeof value !== "number") return String(value);
   if (Number.isInteger(value)) return value.toLocaleString("en");
@@ -27,8 +27,8 @@ function scale([low, high], [from, to], log = false) {
   return Object.assign(at, { log, low: log ? Math.exp(a) : a, high: log ? Math.exp(b) : b });
 }
 
-// A domain around values: 6 % of room at each end; logarithmic where they span a decade or `log` asks for it.
-function span(values, log) {
+// A domain around values: 6 % of room at each end; logarithmic where they span a decade or `log` says so.
+function paddedDomain(values, log) {
   const [low, high] = [Math.min(...values), Math.max(...values)];
   const useLog = low > 0 && (log === undefined ? high / low >= 10 : log);
   const room = useLog ? Math.pow(high / low, 0.06) : (high - low) * 0.06;
@@ -51,14 +51,14 @@ function ticks(at, count) {
   return found.map((value) => Number(value.toPrecision(12)));
 }
 
-function frame(svg, x, y, box, names) {
+function drawAxes(svg, x, y, box, names) {
   for (const value of ticks(y, 5)) {
     add(svg, "line", { class: "grid", x1: box.left, x2: box.right, y1: y(value), y2: y(value) });
-    add(svg, "text", { x: box.left - 8, y: y(value) + 4, "text-anchor": "end" }, figure(value));
+    add(svg, "text", { x: box.left - 8, y: y(value) + 4, "text-anchor": "end" }, formatValue(value));
   }
   for (const value of ticks(x, Math.max(4, (box.right - box.left) / 90))) {
     add(svg, "line", { class: "grid", x1: x(value), x2: x(value), y1: box.top, y2: box.bottom });
-    add(svg, "text", { x: x(value), y: box.bottom + 18, "text-anchor": "middle" }, figure(value));
+    add(svg, "text", { x: x(value), y: box.bottom + 18, "text-anchor": "middle" }, formatValue(value));
   }
   add(svg, "line", { class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom });
   add(svg, "text", { x: box.right, y: box.bottom + 36, "text-anchor": "end" }, names.x);
@@ -70,7 +70,7 @@ function chart(id, height, draw) {
   const svg = byId(id);
   if (!svg) return () => {};
   let width = 0;
-  const again = () => {
+  const redraw = () => {
     svg.replaceChildren();
     svg.setAttribute("height", height);
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -78,12 +78,12 @@ function chart(id, height, draw) {
   };
   new ResizeObserver(() => {
     const now = Math.floor(svg.parentElement.clientWidth);
-    if (now > 0 && now !== width) { width = now; again(); }
+    if (now > 0 && now !== width) { width = now; redraw(); }
   }).observe(svg.parentElement);
-  return () => { if (width) again(); };
+  return () => { if (width) redraw(); };
 }
 
-function tell(node, lines) {
+function addTooltip(node, lines) {
   const show = (event) => {
     const tip = byId("tip");
     tip.textContent = lines.filter(Boolean).join("\n");

@@ -9,10 +9,10 @@
     if (!shown.length) return;
     const steps = shown.flatMap((curve) => curve[split].map(([step]) => step));
     const losses = shown.flatMap((curve) => curve[split].map(([, loss]) => loss)).filter((loss) => loss > 0);
-    const down = losses.length ? span(losses, true) : { domain: [0.1, 1], log: true };
+    const down = losses.length ? paddedDomain(losses, true) : { domain: [0.1, 1], log: true };
     const x = scale([0, Math.max(...steps)], [box.left, box.right]);
     const y = scale(down.domain, [box.bottom, box.top + 8], down.log);
-    frame(svg, x, y, box, { x: "step", y: split === "train" ? "training loss" : "validation loss" });
+    drawAxes(svg, x, y, box, { x: "step", y: split === "train" ? "training loss" : "validation loss" });
     for (const curve of shown) {
       const points = curve[split].filter(([, loss]) => loss > 0).map(([step, loss]) => `${x(step).toFixed(1)},${y(loss).toFixed(1)}`);
       const known = DATA.trials.some((trial) => trial.name === curve.name);
@@ -22,12 +22,12 @@
       if (points.length === 1) add(svg, "circle", { class: `point filled role-${curve.role}${off}`, cx: x(last[0]), cy: y(last[1]), r: 3 });
       line.addEventListener("pointerenter", () => line.classList.add("hot"));
       line.addEventListener("pointerleave", () => line.classList.remove("hot"));
-      tell(line, [curve.name, `${figure(last[1])} at step ${figure(last[0])}`]);
+      addTooltip(line, [curve.name, `${formatValue(last[1])} at step ${formatValue(last[0])}`]);
     }
     svg.dataset.split = split;
   };
 
-  const again = chart("curves", 360, draw);
-  byId("split").addEventListener("change", again);
-  document.addEventListener("selection", again);
+  const redraw = chart("curves", 360, draw);
+  byId("split").addEventListener("change", redraw);
+  document.addEventListener("selection", redraw);
 }

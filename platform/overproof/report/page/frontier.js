@@ -2,17 +2,17 @@
 if (DATA.files) {
   const { rows, planes, quality, chosen } = DATA.files;
   const less = !quality.higher_is_better;
-  const words = { certain: "on the frontier for certain", open: "more test units would tell", beaten: "beaten for certain" };
+  const standingLabels = { certain: "on the frontier for certain", open: "more test units would tell", beaten: "beaten for certain" };
 
   const draw = (svg, box) => {
     const axis = byId("axis").value;
     const plane = planes[axis];
-    const along = span(rows.map((row) => row[axis]));
+    const along = paddedDomain(rows.map((row) => row[axis]));
     const ends = rows.flatMap((row) => [row.low ?? row.quality, row.high ?? row.quality]);
     const x = scale(along.domain, [box.left, box.right], along.log);
-    const y = scale(span(ends, false).domain, [box.bottom, box.top + 8]);
+    const y = scale(paddedDomain(ends, false).domain, [box.bottom, box.top + 8]);
     const better = less ? "less is better" : "more is better";
-    frame(svg, x, y, box, { x: plane.label + (along.log ? " (log scale)" : ""), y: `${quality.title}, ${better}` });
+    drawAxes(svg, x, y, box, { x: plane.label + (along.log ? " (log scale)" : ""), y: `${quality.title}, ${better}` });
     staircase(svg, box, x, y, axis);
     const labels = [];
     for (const row of [...rows].sort((a, b) => plane.frontier.includes(a.name) - plane.frontier.includes(b.name))) {
@@ -26,11 +26,11 @@ if (DATA.files) {
       add(group, "circle", { class: `point${row.candidate ? " filled" : ""}`, cx: px, cy: py, r: 6 });
       if (row.name === chosen) add(group, "circle", { class: "ring", cx: px, cy: py, r: 10 });
       const gate = row.passed === null ? "" : row.passed ? "passed the gate" : "the gate refused it";
-      const interval = row.low === null ? "" : ` (${figure(row.low)} to ${figure(row.high)})`;
-      tell(group, [row.name, `${figure(row.quality)}${interval}`, `${figure(row[axis])}: ${plane.label}`, words[plane.standing[row.name]], gate, row.name === chosen ? "packaged" : ""]);
+      const interval = row.low === null ? "" : ` (${formatValue(row.low)} to ${formatValue(row.high)})`;
+      addTooltip(group, [row.name, `${formatValue(row.quality)}${interval}`, `${formatValue(row[axis])}: ${plane.label}`, standingLabels[plane.standing[row.name]], gate, row.name === chosen ? "packaged" : ""]);
       if (rows.length <= 16 || member) labels.push({ group, text: row.name, px, py });
     }
-    place(labels, box);
+    placeLabels(labels, box);
     svg.dataset.axis = axis;
     volume(plane);
   };
@@ -42,7 +42,7 @@ if (DATA.files) {
   };
 
   // Names beside their points, from the top down; one that would lie on another moves below it.
-  const place = (labels, box) => {
+  const placeLabels = (labels, box) => {
     const taken = [];
     for (const label of labels.sort((a, b) => a.py - b.py)) {
       const wide = label.text.length * 6.6;
@@ -60,8 +60,8 @@ if (DATA.files) {
     const share = (value) => (value === null ? "nothing to compare" : `${(100 * value).toFixed(1)} %`);
     byId("volume").textContent =
       `Hypervolume of quality and ${label.replace(/,.*/, "")}: the best student's files alone reach ${share(found.winner)} ` +
-      `of what all students' files reach together (${figure(found.volume)}), the control alone ${share(found.control)}. ` +
-      `Reference point: ${found.reference.map(figure).join(" and ")}, 5 % beyond the dearest and the worst file.`;
+      `of what all students' files reach together (${formatValue(found.volume)}), the control alone ${share(found.control)}. ` +
+      `Reference point: ${found.reference.map(formatValue).join(" and ")}, 5 % beyond the dearest and the worst file.`;
   };
 
   byId("axis").addEventListener("change", chart("plane", 400, draw));

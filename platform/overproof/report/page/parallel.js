@@ -12,7 +12,7 @@
   for (const column of columns) {
     const values = DATA.trials.map(column.of).filter((value) => value !== null);
     if (values.length && values.every((value) => typeof value === "number")) {
-      const around = span(values);
+      const around = paddedDomain(values);
       column.at = scale([Math.min(...values), Math.max(...values)], [1, 0], around.log);
       const distinct = [...new Set(values)];
       column.ticks = distinct.length <= 6 ? distinct : ticks(column.at, 5);
@@ -34,7 +34,7 @@
     select((name) => names.has(name));
   };
 
-  const again = chart("parallel", 320, (svg, box) => {
+  const redraw = chart("parallel", 320, (svg, box) => {
     if (!columns.length) { add(svg, "text", { x: 8, y: 30 }, "Every trial had the same settings."); return; }
     const width = Math.max(box.width, columns.length * GAP);
     svg.setAttribute("width", width);
@@ -49,7 +49,7 @@
         .map(({ i, value, column }, n) => `${n ? "L" : "M"}${at(i)},${y(column.at(value))}`).join("");
       const off = selection.has(trial.name) ? "" : " off";
       const line = add(svg, "path", { class: `curve role-${trial.role}${off}`, d: path, "data-trial": trial.name });
-      tell(line, [trial.name, ...columns.map((column) => `${column.name} ${figure(column.of(trial))}`)]);
+      addTooltip(line, [trial.name, ...columns.map((column) => `${column.name} ${formatValue(column.of(trial))}`)]);
     }
     columns.forEach((column, i) => axis(svg, column, i, at(i), y, { top, bottom }));
   });
@@ -57,7 +57,7 @@
   const axis = (svg, column, i, x, y, { top, bottom }) => {
     add(svg, "line", { class: "axis", x1: x, x2: x, y1: top, y2: bottom });
     add(svg, "text", { class: "label", x, y: i % 2 ? 14 : 32, "text-anchor": "middle" }, column.name.replaceAll("_", " "));
-    for (const tick of column.ticks) add(svg, "text", { x: x + 6, y: y(column.at(tick)) + 4 }, figure(tick));
+    for (const tick of column.ticks) add(svg, "text", { x: x + 6, y: y(column.at(tick)) + 4 }, formatValue(tick));
     const drawn = add(svg, "rect", { class: "brush", x: x - 9, width: 18, visibility: "hidden" });
     const show = () => {
       const brush = brushes.get(column.name);
@@ -82,6 +82,6 @@
     });
   };
 
-  document.addEventListener("selection", again);
+  document.addEventListener("selection", redraw);
   byId("clear").addEventListener("click", () => { brushes.clear(); publish(); });
 }

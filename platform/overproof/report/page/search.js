@@ -9,10 +9,10 @@
   const plot = (id, key, name) => chart(id, 260, (svg, box) => {
     if (!seen.length) return;
     const losses = seen.map(({ trial }) => trial.validation_loss);
-    const down = span(losses);
+    const down = paddedDomain(losses);
     const x = scale([0, Math.max(...seen.map((each) => each[key]))], [box.left, box.right]);
     const y = scale(down.domain, [box.bottom, box.top + 8], down.log);
-    frame(svg, x, y, box, { x: name, y: "best validation loss so far" });
+    drawAxes(svg, x, y, box, { x: name, y: "best validation loss so far" });
     let best = Infinity;
     let path = "";
     for (const each of seen) {
@@ -20,7 +20,7 @@
       const finished = trial.status === "finished";
       const spot = { cx: x(each[key]), cy: y(trial.validation_loss), r: seen.length > 60 ? 2.5 : 4 };
       const point = add(svg, "circle", { class: `point filled role-${trial.role}${finished ? "" : " stopped"}`, ...spot });
-      tell(point, [trial.name, `${figure(trial.validation_loss)} after ${figure(trial.steps)} steps, ${trial.status}`]);
+      addTooltip(point, [trial.name, `${formatValue(trial.validation_loss)} after ${formatValue(trial.steps)} steps, ${trial.status}`]);
       if (finished && trial.validation_loss < best) {
         path += path ? `H${spot.cx}V${spot.cy}` : `M${spot.cx},${spot.cy}`;
         best = trial.validation_loss;

@@ -33,7 +33,7 @@
   const fill = () => {
     const wanted = byId("find").value.trim().toLowerCase();
     const status = byId("status").value;
-    const matches = (trial) => columns.some(({ of }) => figure(of(trial)).toLowerCase().includes(wanted));
+    const matches = (trial) => columns.some(({ of }) => formatValue(of(trial)).toLowerCase().includes(wanted));
     const rows = DATA.trials.filter((trial) => (!status || trial.status === status) && selection.has(trial.name) && matches(trial)).sort(compare);
     const body = document.createElement("tbody");
     for (const trial of [...rows, DATA.control]) {
@@ -43,7 +43,7 @@
         const cell = make(row, "td");
         if (!i) make(cell, "i").className = `dot role-${trial.name === "control" ? "control" : trial.role}`;
         if (i === columns.length - 1) cell.className = "words";
-        cell.append(figure(of(trial)) + (i ? "" : words[trial.role] ?? ""));
+        cell.append(formatValue(of(trial)) + (i ? "" : words[trial.role] ?? ""));
       });
     }
     byId("trials").tBodies[0].replaceWith(body);
