@@ -51,7 +51,7 @@ def alone(recipe: Recipe, trials: int, scratch: str) -> dict[str, Any]:
 def ours(recipe: Recipe, trials: int, scratch: str) -> dict[str, Any]:
     from overproof.cluster import ray_cluster
     from overproof.distill.sweep import sweep
-    from overproof.stage_context import StageContext
+    from overproof.stage_context import ProgressEvent, StageContext, TaskProgress
 
     search = Tune(space=Space(teacher_weight=Uniform(low=LEAST, high=MOST)), search=Tpe(trials=trials))
     own = recipe.model_copy(update={"tune": search})
@@ -59,11 +59,13 @@ def ours(recipe: Recipe, trials: int, scratch: str) -> dict[str, Any]:
     ends: list[float] = []
     over: list[float] = []
 
-    def note(task: str, done: int, total: int, note: str = "") -> None:  # noqa: ARG001
-        if task == CONTROL:  # the one trial that the peers do not have
+    def note(event: ProgressEvent) -> None:
+        if not isinstance(event, TaskProgress):
+            return
+        if event.task == CONTROL:  # the one trial that the peers do not have
             over.append(time.time())
-        elif task == "sweep":
-            ends.extend([time.time()] * (done // recipe.sweep.steps - len(ends)))
+        elif event.task == "sweep":
+            ends.extend([time.time()] * (event.done // recipe.sweep.steps - len(ends)))
 
     draft = Store(scratch).new_writer("bench", "sweep", "c" * 64, {}, {})
     sweep(StageContext(own, made(recipe, "cache"), draft, note))
