@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from overproof.config import Serve
-from overproof.engines.base import Sampling, TextEngine
+from overproof.engines.base import EngineSettings, Sampling, TextEngine
 from overproof.engines.detokenizer import StopFilter
 from overproof.engines.gguf_tokens import align_logprobs, incomplete_utf8_tail, read_gguf_header
 from overproof.engines.llamacpp import LlamaCpp
@@ -30,6 +30,7 @@ from overproof.errors import InputError
 from overproof.export.gguf_file import read_gguf
 from overproof.export.onnx_file import Reference
 from overproof.package.package import open_package
+from overproof.registry import ENGINES
 from overproof.serve.replica import load_engine
 from packing import copy, edit
 
@@ -265,7 +266,7 @@ def test_a_classifier_gives_what_its_file_means(digits_package: Path) -> None:
     assert np.abs(engine.logprobs(inputs_BD) - Reference(file)(inputs_BD)).max() < 1e-3
     assert np.allclose(np.exp(engine.logprobs(inputs_BD)).sum(axis=1), 1, atol=1e-5)
     for shape in ((3, 63), (64,), (0, 64)):
-        with pytest.raises(InputError, match="expected \\(images, 64\\)"):
+        with pytest.raises(InputError, match="expected \\(rows, 64\\)"):
             engine.logprobs(np.zeros(shape, np.float32))
 
 
