@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -204,6 +205,15 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path, text_package: Path
     for path in (tmp_path / "none.onnx", text_package / "model.gguf"):
         with pytest.raises(InputError, match=path.name):
             OnnxRuntime(path)
+
+
+def test_an_engine_that_was_never_asked_closes(text_package: Path) -> None:
+    """In a process that a hung close cannot keep: llama.cpp waits for ever for a loop that it ends before its start."""
+    code = (
+        "import sys; from pathlib import Path; from overproof.engines.llamacpp import LlamaCpp\n"
+        "for _ in range(10): LlamaCpp(Path(sys.argv[1]), slots=4).close()"
+    )
+    subprocess.run([sys.executable, "-c", code, text_package / "model.gguf"], check=True, timeout=120)
 
 
 def test_a_grammar_is_kept_to(engine: TextEngine) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from browser import open_page
 from overproof.package.package import open_package
 from overproof.serve.metrics import METRIC_PREFIXES, merge_metrics
-from shared_server import SharedServer
+from shared_server import SharedServer, wait_until
 
 MESSAGES: Any = [{"role": "system", "content": "Write Python."}, {"role": "user", "content": "import os"}]
 ANSWER = {
@@ -202,25 +201,26 @@ def test_the_interactive_docs_work_in_a_browser(client: OpenAI, tmp_path: Path) 
 def test_metrics_of_all_nodes_are_one_text(client: OpenAI, text_package: Path) -> None:
     """Ray's agents hand them on every few seconds."""
     package = open_package(text_package).content.id
-    client.completions.create(model="stdlib-lm", prompt="import os\n", max_tokens=8)
-    deadline, found = time.monotonic() + 60, dict[str, float]()
-    while "completion" not in found:
-        assert time.monotonic() < deadline
-        text = httpx.get(f"{client.base_url}".replace("/v1/", "/metrics"), trust_env=False).raise_for_status().text
+
+    def read() -> str:
+        url = f"{client.base_url}".replace("/v1/", "/metrics")
+        return httpx.get(url, trust_env=False).raise_for_status().text
+
+    def values(text: str, name: str, label: str) -> dict[str | None, float]:
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-        found = {
-            sample.labels["kind"]: sample.value
-            for sample in samples
-            if sample.name == "ray_overproof_tokens_total" and sample.labels["package"] == package
-        }
-        time.sleep(0.1)
-    assert found["completion"] >= 8
-    reported = {tuple(sample.labels.get(key) for key in ("package", "state")): sample.value for sample in samples
-            if sample.name in ("ray_overproof_replicas", "ray_overproof_requests")}  # fmt: skip
-    assert reported[package, None] >= 1
-    assert {reported[package, "running"], reported[package, "waiting"]} == {0}
+        return {s.labels.get(label): s.value for s in samples if s.name == name and s.labels["package"] == package}
+
+    def completion_tokens() -> float:
+        return values(read(), "ray_overproof_tokens_total", "kind").get("completion", 0.0)
+
+    before = completion_tokens()
+    client.completions.create(model="stdlib-lm", prompt="import os\n", max_tokens=8, logit_bias={"0": -100})
+    wait_until(lambda: completion_tokens() >= before + 8)
+    wait_until(lambda: values(read(), "ray_overproof_replicas", "") == {None: 1})
+    wait_until(lambda: values(read(), "ray_overproof_requests", "state") == {"running": 0, "waiting": 0})
+    text = read()
     assert all(line.split()[2].startswith(METRIC_PREFIXES) for line in text.splitlines() if line.startswith("# TYPE"))
-    assert any(sample.name.startswith("ray_serve_") for sample in samples)
+    assert "\nray_serve_" in text
 
 
 def test_families_of_several_texts_are_joined() -> None:

@@ -108,9 +108,9 @@ def test_errors_arrive_through_the_gateway(server: httpx.Client) -> None:
 
 def test_replicas_take_what_was_reserved_on_the_nodes_that_were_named(server: httpx.Client) -> None:
     (version,) = call_controller("deployments").models["stdlib-lm"].versions
-    (replica,) = [actor for actor in list_actors() if version.application in (actor.name or "") and actor.node_id]
-    (detailed,) = list_actors(filters=[("actor_id", "=", replica.actor_id)], detail=True)
-    assert detailed.required_resources["CPU"] == SETTINGS.cpus_per_replica
+    alive = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
+    (replica,) = [actor for actor in alive if version.application in (actor.name or "")]
+    assert replica.required_resources["CPU"] == SETTINGS.cpus_per_replica
     (labelled,) = [node["NodeID"] for node in ray.nodes() if node["Labels"].get("group") == "serve"]
     assert replica.node_id == labelled
 

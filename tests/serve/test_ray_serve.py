@@ -7,7 +7,13 @@ from collections.abc import Iterator
 import pytest
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatusOverview
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    DeploymentStatus,
+    DeploymentStatusOverview,
+    DeploymentStatusTrigger,
+)
 
 from overproof.errors import InputError
 from overproof.serve import ray_serve, server
@@ -74,10 +80,13 @@ def test_an_application_that_fails_says_what_was_wrong_with_the_input(applicatio
     ],
 )
 def test_the_reason_is_the_input_error_or_the_last_line(messages: list[str], reason: str) -> None:
-    deployment = DeploymentStatusOverview.model_construct(message=messages[1])
-    overview = ApplicationStatusOverview.model_construct(
-        status=ApplicationStatus.DEPLOY_FAILED, message=messages[0], deployments={"model": deployment}
-    )
+    application, deployment = messages
+    deployments = {
+        "model": DeploymentStatusOverview(
+            DeploymentStatus.DEPLOY_FAILED, DeploymentStatusTrigger.UNSPECIFIED, {}, deployment
+        )
+    }
+    overview = ApplicationStatusOverview(ApplicationStatus.DEPLOY_FAILED, application, 0.0, deployments)
     assert ray_serve.failure_reason(overview) == reason
 
 

@@ -77,7 +77,7 @@ def guarded(
         environment.setenv("OVERPROOF_KEYS", file)
         environment.setenv("OVERPROOF_API_KEY", "a-secret")
         url = server.start_gateway({str(text_package): settings, str(digits_package): two}, settings)
-        yield GuardedServer(url, chain, file, key, folder / "traffic")
+    yield GuardedServer(url, chain, file, key, folder / "traffic")
     server.stop_serving()
 
 

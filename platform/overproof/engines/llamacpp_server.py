@@ -63,6 +63,7 @@ def server_params(
     params.cache_ram_mib = 0  # else up to 8 GiB of past prompts
     params.fit_params = False
     params.ui = params.endpoint_slots = False
+    params.endpoint_metrics = True  # which ``start_server`` waits for
     params.api_keys = [key]
     if draft is not None:
         params.endpoint_slots = True  # which report whether it drafts
@@ -81,9 +82,12 @@ def start_server(path: Path, params: Any) -> Any:
         InputError: llama.cpp cannot load the file.
     """
     try:
-        return xllamacpp.Server(params)
+        server = xllamacpp.Server(params)
     except RuntimeError as error:
         raise InputError(f"{path}: llama.cpp cannot load it: {error}; expected a whole GGUF file") from None
+    # Answered by the server's loop, which runs then: a server that is freed before its loop runs waits for it for ever.
+    server.handle_metrics()
+    return server
 
 
 def check_reply(reply: dict[str, Any]) -> dict[str, Any]:
