@@ -15,6 +15,7 @@ from overproof.config import Recipe
 from overproof.errors import GateRefused, InputError
 from overproof.files import file_sha256
 from overproof.package.package import fetch_package, open_package
+from overproof.registry import TASKS
 from packing import assert_refused, copy, edit, make_package, make_parents, make_recipe, pack
 
 Spoil = Callable[[Path], Any]
@@ -63,8 +64,10 @@ def test_the_card_says_what_how_and_how_sure(packed: Path, parents: dict[str, Ar
     figures = ("0.9000 (0.8900 to 0.9100)", "temperature 1.0", "12,345 parameters", "2 empty")
     hashes = (package.sha256, *package.content.shards.values(), *(a.record.fingerprint for a in parents.values()))
     reasons = [reason.text for candidate in package.verdict.candidates for reason in candidate.reasons]
-    for word in (*figures, *hashes, *reasons, "curl -N http://127.0.0.1:8000/v1/completions"):
+    for word in (*figures, *hashes, *reasons, "curl http://127.0.0.1:8000/v1/completions"):
         assert word in text
+    body = text.split("-d '", 1)[1].split("'\n", 1)[0]
+    assert json.loads(body) == TASKS["language_modeling"].example({})
 
 
 def test_the_card_says_that_a_student_read_what_the_teacher_wrote(

@@ -25,9 +25,11 @@ WARM_UP_TOKENS = 8
 TIMEOUT_S = 7200
 FEWEST = 3  # requests timed, however long they take
 PROGRESS = "progress"  # a file of the folder
+NOTE_S = 0.5  # at least, between two writings of it: a request may take microseconds
 Say = Callable[[str], None]
 
 _folder: str | None = None  # of the request that this process answers
+_told_s = -NOTE_S  # when the last note was left
 
 
 class _Message(BaseModel):
@@ -157,9 +159,14 @@ def _timed(count: int, probe_s: float) -> Iterator[int]:
 
 
 def _tell(where: str) -> None:
-    """Leave a note of how far the probe is for the process that waits."""
-    if _folder is not None:
-        Path(_folder, PROGRESS).write_text(where, encoding="utf-8")
+    """Leave a note of how far the probe is for the process that waits: whole, and seldom beside timed requests."""
+    global _told_s
+    if _folder is None or time.monotonic() - _told_s < NOTE_S:
+        return
+    _told_s = time.monotonic()
+    part = Path(_folder, f"{PROGRESS}.part")
+    part.write_text(where, encoding="utf-8")
+    part.replace(Path(_folder, PROGRESS))
 
 
 def _resident_mb() -> float:
