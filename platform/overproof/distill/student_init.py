@@ -24,8 +24,8 @@ def initial_student(chosen: StudentModel, manifest: Manifest, seed: int, teacher
     if isinstance(chosen, Pretrained):
         return load_model(pretrained.fetch_pretrained(chosen.path)).train()
     if isinstance(chosen, TeacherLayers):
-        whole = load_model(teacher)
-        return keep_layers(whole, chosen.of(whole.config.num_hidden_layers)).train()
+        model = load_model(teacher)
+        return keep_layers(model, chosen.of(model.config.num_hidden_layers)).train()
     return build_model(chosen, manifest, seed)
 
 
@@ -33,17 +33,17 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     """A copy that has these layers alone; all that lies outside the layers stays as it is."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(layers)
-    places = {old: new for new, old in enumerate(layers)}
+    new_index = {old: new for new, old in enumerate(layers)}
     state = {}
     for name, value in model.state_dict().items():
-        prefix, found, rest = _split(name)
-        if found is None:
+        prefix, layer, rest = _split(name)
+        if layer is None:
             state[name] = value
-        elif found in places:
-            state[f"{prefix}{places[found]}{rest}"] = value
-    kept = type(model)(config)
-    kept.load_state_dict(state)
-    return kept
+        elif layer in new_index:
+            state[f"{prefix}{new_index[layer]}{rest}"] = value
+    smaller = type(model)(config)
+    smaller.load_state_dict(state)
+    return smaller
 
 
 def _split(name: str) -> tuple[str, int | None, str]:
