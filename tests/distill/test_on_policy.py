@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from distill_world import SEED, TEACHERS, World, alive, capture, recipe_of
-from test_initial import student
+from test_student_init import student
 from test_sweep import STUDENTS, SWEEP, job_of
 
 from overproof import pipeline

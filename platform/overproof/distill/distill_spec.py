@@ -85,7 +85,7 @@ class DistillSpec:
 
     @cached_property
     def teacher(self) -> PreTrainedModel | None:
-        """The teacher, where it runs beside the student."""
+        """The teacher, where it runs at each of the student's steps."""
         if not (self.job.distilled and self.job.student.needs_live_teacher):
             return None
         return load_model(self._teacher_folder).requires_grad_(False)

@@ -24,8 +24,8 @@ def initial_student(chosen: ModelSection, manifest: Manifest, seed: int, teacher
     if isinstance(chosen, Pretrained):
         return load_model(pretrained.fetch_pretrained(chosen.path)).train()
     if isinstance(chosen, TeacherLayers):
-        whole = load_model(teacher)
-        return keep_layers(whole, chosen.of(whole.config.num_hidden_layers)).train()
+        model = load_model(teacher)
+        return keep_layers(model, chosen.of(model.config.num_hidden_layers)).train()
     return build_model(chosen, manifest, seed)
 
 
@@ -33,14 +33,14 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     """A copy that has these layers alone; all that lies outside the layers stays as it is."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(layers)
-    places = {old: new for new, old in enumerate(layers)}
+    new_index = {old: new for new, old in enumerate(layers)}
     state, prefix = {}, layer_names(model).layers
     for name, value in model.state_dict().items():
-        within = re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.+)", name)
-        if within is None:
+        found = re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.+)", name)
+        if found is None:
             state[name] = value
-        elif int(within[1]) in places:
-            state[f"{prefix}.{places[int(within[1])]}.{within[2]}"] = value
-    kept = type(model)(config)
-    kept.load_state_dict(state)
-    return kept
+        elif int(found[1]) in new_index:
+            state[f"{prefix}.{new_index[int(found[1])]}.{found[2]}"] = value
+    smaller = type(model)(config)
+    smaller.load_state_dict(state)
+    return smaller

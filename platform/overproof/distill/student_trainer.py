@@ -25,7 +25,7 @@ from overproof.train.engine import TorchEngine
 from overproof.train.loop import CurveRow, LoopHooks, shard_batches, train_steps, validation_ids, validation_loss
 from overproof.train.train_job import ResumePoint
 
-# Files of each checkpoint, beside the engine's state and the curve:
+# Files of each checkpoint, in addition to the engine's state and the curve:
 SECONDS_FILE = "seconds"  # of training and of CPU time, in all attempts
 VALUES_FILE = "values.json"  # settings that training goes on with
 
@@ -34,7 +34,7 @@ class StudentTrainer:
     """Trains a student on the rows of the planned order; every trial of a sweep reads the same ones."""
 
     def __init__(self, job: TrialJob, scorer: Scorer | None = None) -> None:
-        """``scorer`` is asked about what the student writes, where it writes."""
+        """``scorer`` scores what the student writes, where it writes."""
         torch.set_num_threads(job.threads)
         self.scorer = scorer
         self.job, self.root = job, job.prepared.local()
@@ -122,7 +122,7 @@ class StudentTrainer:
         self._start_from(step, curve, (seconds, cpu_seconds))
 
     def _extra_files(self) -> dict[str, bytes]:
-        """What a checkpoint holds beside the engine's state."""
+        """What a checkpoint holds in addition to the engine's state."""
         lines = "".join(json.dumps(row) + "\n" for row in self._curve)
         values = json.dumps(current_values(self.job.settings, self.job.student))
         return {

@@ -33,7 +33,7 @@ class TrialJob:
     student: Student
     distilled: bool
     settings: Sweep
-    rungs: frozenset[int]  # steps with a validation beside those of settings
+    rungs: frozenset[int]  # steps with a validation, in addition to those of settings
     seed: int
     threads: int
     prepared: Artifact

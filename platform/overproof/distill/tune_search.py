@@ -177,7 +177,7 @@ class InterruptStopper(tune.Stopper):
 
 
 class TrackerCallback(tune.Callback):
-    """Hands on to the tracker what Tune sees."""
+    """Passes Tune's events on to the tracker."""
 
     def __init__(self, tracker: SweepTracker) -> None:
         self.tracker = tracker
@@ -237,7 +237,7 @@ class TensorBoardCallback(tune.Callback):
 
 
 class OptunaSearcher(Searcher):
-    """Gives Tune a job for each suggestion of a study, and tells the study what came of it.
+    """Gives Tune a job for each suggestion of a study, and gives the study each trial's last result.
 
     Tune gives a trial up whose process dies before the trial runs in it; unless ``given_up``, it is proposed again.
     """

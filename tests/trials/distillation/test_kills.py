@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 from distill_world import World, alive, capture, finish, jobs, writer
-from test_generate import ALONE, with_text
-from test_group import GROUP, SAME, curve, validation_losses_alone
-from test_killed import anew, curves, to_end
+from test_distributed_student import GROUP, SAME, curve, validation_losses_alone
 from test_on_policy import ASKED, scorer, steps, writers
 from test_sweep import STEPS, STUDENTS, SWEEP, TUNE, check_that_laggards_are_stopped, job_of
+from test_sweep_resume import anew, curves, to_end
+from test_teacher_text import ALONE, with_text
 
 from overproof.artifacts import Artifact
 from overproof.cluster.ray_cluster import relay_progress

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from distill_world import SEED, VOCABULARY, WRITING, World, capture, finish, jobs, recipe_of, writer
-from test_initial import student
+from test_student_init import student
 from test_sweep import STUDENTS, SWEEP, job_of
-from test_targets import rewrite
+from test_target_cache import rewrite
 
 from overproof import pipeline
 from overproof.artifacts import Artifact, Store, compute_fingerprint

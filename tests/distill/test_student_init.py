@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from distill_world import SEED, TEACHERS, World, recipe_of
-from test_killed import to_end
 from test_sweep import NARROW, STUDENTS, SWEEP, job_of
+from test_sweep_resume import to_end
 from torch import nn
 
 from overproof import pipeline

@@ -11,9 +11,9 @@ import torch
 from distill_world import World, capture, recipe_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_initial import DEEP, some_rows, student
-from test_killed import to_end
+from test_student_init import DEEP, some_rows, student
 from test_sweep import NARROW, SWEEP, WIDE, job_of
+from test_sweep_resume import to_end
 from torch import Tensor
 
 from overproof.artifacts import Artifact
