@@ -27,11 +27,11 @@ REGISTRIES: dict[str, Registry[Any]] = {
 @pytest.mark.parametrize(
     ("registry", "kind", "words"),
     [
-        (TASKS, "image_clasification", "task 'image_clasification': unknown; did you mean 'image_classification'?"),
-        (FAMILIES, "lama", "model family 'lama': unknown; did you mean 'llama'?"),
-        (FORMATS, "gguff", "export format 'gguff': unknown; did you mean 'gguf'?"),
-        (ENGINES, "llamacpp", "engine 'llamacpp': unknown; did you mean 'llama.cpp'?"),
-        (TASKS, "zzz", "task 'zzz': unknown; expected one of "),
+        (TASKS, "image_clasification", "task 'image_clasification': there is none, nearest is 'image_classification';"),
+        (FAMILIES, "lama", "model family 'lama': there is none, nearest is 'llama';"),
+        (FORMATS, "gguff", "export format 'gguff': there is none, nearest is 'gguf';"),
+        (ENGINES, "llamacpp", "engine 'llamacpp': there is none, nearest is 'llama.cpp';"),
+        (TASKS, "zzz", "task 'zzz': there is none; expected one of "),
     ],
 )
 def test_an_unknown_kind_is_refused_with_the_nearest(registry: Registry[Any], kind: str, words: str) -> None:

@@ -15,7 +15,7 @@ TRIALS = {"wide": {"student": "wide", "learning_rate": 0.01}, "narrow": {"studen
 
 @pytest.fixture
 def draft(tmp_path: Path) -> ArtifactWriter:
-    return Store(str(tmp_path)).begin("test", "sweep", "a" * 64, {}, {})
+    return Store(str(tmp_path)).new_writer("test", "sweep", "a" * 64, {}, {})
 
 
 def test_what_was_recorded_is_loaded_in_its_order(draft: ArtifactWriter) -> None:

@@ -82,9 +82,9 @@ def node_ids() -> set[str]:
 def moved(ray_cluster: str, text_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Moved:
     """Begun on two nodes, one worker on each; a third node joins and is drained again."""
     store = Store(str(tmp_path_factory.mktemp("store")))
-    draft = store.begin("text", "prepare", "a" * 64, {}, {})
+    draft = store.new_writer("text", "prepare", "a" * 64, {}, {})
     shutil.copytree(text_root, draft.uri, dirs_exist_ok=True)
-    prepared, own = draft.commit({}, 0.0), store.begin("moved", "train", "b" * 64, {}, {})
+    prepared, own = draft.commit({}, 0.0), store.new_writer("moved", "train", "b" * 64, {}, {})
     log, limit = ProgressLog(no_progress), StepLimit(Path(store.uri) / "limit")
     recipe = load_recipe(RECIPES / "digits.yaml").model_copy(update={"train": PLAN, "seed": SEED})
     resumed: list[int] = []

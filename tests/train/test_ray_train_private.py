@@ -25,7 +25,7 @@ from overproof.train.train_job import SupervisedSpec, TrainJob
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> private.PolicyTrainer:
-    draft = Store(str(tmp_path)).begin("tiny", "train", "b" * 64, {}, {})
+    draft = Store(str(tmp_path)).new_writer("tiny", "train", "b" * 64, {}, {})
     plan = settings()
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, {}, {}, plan.checkpoint)
     job = TrainJob(plan, 0, draft.commit({}, 0.0), draft, checkpoints, no_progress, SupervisedSpec(plan.model))

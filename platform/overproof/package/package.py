@@ -220,13 +220,13 @@ def open_package(path: Path) -> Package:
         raise InputError(f"{path}: the policy and the report do not give the verdict in {VERDICT}; package again")
     drafted_verdict = None
     if drafting is not None:
-        drafted_verdict = _insist_on_text(content, drafting, report, read_json(SpeculationResult, path / SPECULATION))
-        _insist_on_measured(path / drafting.file, content.files[drafting.file], report.find(drafting.draft))
-    _insist_on_measured(path / content.model, content.files[content.model], report.find(content.candidate))
+        drafted_verdict = _require_text(content, drafting, report, read_json(SpeculationResult, path / SPECULATION))
+        _require_measured(path / drafting.file, content.files[drafting.file], report.find(drafting.draft))
+    _require_measured(path / content.model, content.files[content.model], report.find(content.candidate))
     return Package(path, content, report, verdict, drafted_verdict)
 
 
-def _insist_on_measured(file: Path, entry: FileEntry, measured: MeasuredFile | None) -> None:
+def _require_measured(file: Path, entry: FileEntry, measured: MeasuredFile | None) -> None:
     if measured is None or (measured.sha256, measured.size_bytes) != (entry.sha256, entry.size_bytes):
         was = "nothing" if measured is None else f"{measured.sha256[:12]}… with {measured.size_bytes}"
         raise InputError(
@@ -235,7 +235,7 @@ def _insist_on_measured(file: Path, entry: FileEntry, measured: MeasuredFile | N
         )
 
 
-def _insist_on_text(
+def _require_text(
     content: PackageContents, drafting: DraftModel, report: Report, written: SpeculationResult
 ) -> CandidateVerdict:
     """The draft leaves the text as it is, by what was measured of these very files."""

@@ -23,9 +23,9 @@ def test_two_jobs_at_once_capture_once(ray_cluster: str, s3_uri: str, tmp_path: 
     recipe, stage = recipe_of("digits", cache={"actors": 1}), next(s for s in STAGES if s.name == "cache")
     parents = {name: artifact.record.fingerprint for name, artifact in world.artifacts.items()}
     config = {"test": "together"}
-    print_ = compute_fingerprint(stage.name, stage.format, config, parents)
+    fingerprint = compute_fingerprint(stage.name, stage.format, config, parents)
     pickled = tmp_path / "arguments"
-    pickled.write_bytes(pickle.dumps((config, print_, parents, recipe, world.store, world.artifacts)))
+    pickled.write_bytes(pickle.dumps((config, fingerprint, parents, recipe, world.store, world.artifacts)))
     jobs = [start(ray_cluster, "make", str(pickled)) for _ in range(2)]
     said = [job.communicate(timeout=300)[0].splitlines() for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0]
@@ -35,7 +35,7 @@ def test_two_jobs_at_once_capture_once(ray_cluster: str, s3_uri: str, tmp_path: 
     took = [any("done by another job" in line for line in lines) for lines in said]
     assert sum(took) == 1
     assert not any(w and not t for w, t in zip(waited, took, strict=True))  # unless it came when all was done
-    artifact = world.store.find(recipe.name, "cache", print_)
+    artifact = world.store.lookup(recipe.name, "cache", fingerprint)
     assert artifact is not None
     artifact.verify()
     names = [f"0000{number}.parquet" for number in range(3)]
