@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overproof.config import TextData
 from overproof.data import cleaning
+from overproof.tasks.language_modeling import LanguageModelingData
 
 
 def checked(*pieces: bytes) -> cleaning.DocumentCheck:
@@ -109,7 +109,7 @@ def test_every_split_gets_a_document_and_as_few_as_can_be_move(
 
 @pytest.mark.parametrize("count", [3, 4, 7, 73])
 def test_few_documents_are_enough_for_the_default_fractions(count: int) -> None:
-    data = TextData()
+    data = LanguageModelingData()
     splits = cleaning.split_of(hashes_of(count), data.validation_fraction, data.test_fraction)
     assert set(splits) == {"train", "validation", "test"}
     assert np.sum(splits == "train") >= count // 3

@@ -96,7 +96,7 @@ def test_train_rows_are_the_train_documents(prepared: tuple[Path, Path, dict[str
     rows = shards.take(np.arange(shards.rows))
     assert np.array_equal(rows["sample_id"], np.arange(shards.rows))
     assert set(rows["document"]) == {-1}
-    assert set(rows["length"]) == {manifest.sequence_length}
+    assert set(rows["length"]) == {manifest.positions}
     texts = [(corpus / row["name"]).read_text() for row in listed if row["split"] == "train"]
     whole = "".join(texts)
     for tokens_S in rows["tokens"]:

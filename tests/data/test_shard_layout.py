@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overproof.config import TextData
 from overproof.data.shard_layout import ShardLayout, plan_shards
 from overproof.errors import InputError
+from overproof.tasks.language_modeling import LanguageModelingData
 
 SPLITS = ("train", "validation", "test")
 LENGTH, GROUP = 8, 2
@@ -18,8 +18,8 @@ LENGTH, GROUP = 8, 2
 documents_of_pieces = st.lists(st.lists(st.integers(2, 30), min_size=1, max_size=4), min_size=6, max_size=20)
 
 
-def settings(shards: int) -> TextData:
-    return TextData(sequence_length=LENGTH, rows_per_group=GROUP, shards=shards)
+def settings(shards: int) -> LanguageModelingData:
+    return LanguageModelingData(sequence_length=LENGTH, rows_per_group=GROUP, shards=shards)
 
 
 def piece_table(documents: list[list[int]]) -> pa.Table:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,23 +241,12 @@ class FaultTestbed:
 
 @contextmanager
 def _start_cluster(cpus: list[int]) -> Iterator[Any]:
-    """A Ray cluster on this machine, with a node for each number of CPUs."""
-    import ray
-    from ray.cluster_utils import Cluster
+    from overproof.cluster.ray_private import local_nodes
 
-    with console.waiting(f"starting Ray: {len(cpus)} nodes"):
-        head = {"num_cpus": cpus[0], "object_store_memory": OBJECT_STORE_BYTES}
-        cluster = Cluster(initialize_head=True, head_node_args={**head, "include_dashboard": False})
-        for count in cpus[1:]:
-            cluster.add_node(num_cpus=count, object_store_memory=OBJECT_STORE_BYTES)
-        os.environ["RAY_ADDRESS"] = cluster.address  # so that nothing looks at this machine for room
-        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
-    try:
+    with ExitStack() as started:
+        with console.waiting(f"starting Ray: {len(cpus)} nodes"):
+            cluster = started.enter_context(local_nodes(cpus, OBJECT_STORE_BYTES))
         yield cluster
-    finally:
-        del os.environ["RAY_ADDRESS"]
-        ray.shutdown()
-        cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -9,10 +9,10 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from overproof.cluster.placement import Capacity, NodeShape, describe
 from overproof.errors import InputError
@@ -23,7 +23,10 @@ OBJECT_STORE_BYTES = 1 << 30
 POLL_S = 0.2
 FILE_CHECK_TIMEOUT_S = 60
 NOTICE_EVERY_S = 4.0  # while another job is waited for
+HEARTBEAT_S = 1.0  # at most between two calls of ``on_wait``
 LOCK_NAMESPACE = "overproof-locks"  # of the actors whose names are the locks
+
+ResultT = TypeVar("ResultT")
 
 
 def local_capacity() -> Capacity:
@@ -100,6 +103,36 @@ def _attached_capacity() -> Capacity:
             addable.append(NodeShape(group.name, cpus, gpus, more))
     where = f"this cluster has {describe(present)}" + (f" and may add {describe(addable)}" if addable else "")
     return Capacity((*present, *addable), where)
+
+
+def run_tasks(
+    function: Callable[..., ResultT],
+    calls: Mapping[str, tuple[Any, ...]],
+    on_wait: Callable[[int, str], None] | None = None,
+    at_once: int = 1,
+    gpus: float = 0.0,
+) -> dict[str, ResultT]:
+    """Call a function on the cluster with each of these arguments, in their order; returns the results by name.
+
+    A call reserves one CPU. While some run, ``on_wait`` is told how many are done and which ended last.
+    """
+    import ray
+
+    remote = ray.remote(num_cpus=1, num_gpus=gpus)(function)
+    todo, running = list(calls), dict[Any, str]()
+    results: dict[str, ResultT] = {}
+    last = ""
+    while todo or running:
+        while todo and len(running) < at_once:  # not all at once: a process that is used again has its imports paid
+            name = todo.pop(0)
+            running[remote.remote(*calls[name])] = name
+        if on_wait is not None:
+            on_wait(len(results), last)
+        ready, _ = ray.wait(list(running), timeout=HEARTBEAT_S)
+        for reference in ready:
+            last = running.pop(reference)
+            results[last] = ray.get(reference)
+    return results
 
 
 def nodes_without_file(path: str, text: str) -> list[str]:

@@ -1,14 +1,22 @@
 """The parts of Ray core's private API that are used, in one place, as any release of Ray may move them.
 
 Its public API does not say what an autoscaler may add, which nodes are drained, what is free on each node, or where
-an actor's process is. tests/test_ray_private.py holds every function to what it is used for.
+an actor's process is; and it starts one node on a machine. tests/test_ray_private.py holds every function to what it
+is used for.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import ray
 from ray._private.state import actors, available_resources_per_node, state
+from ray.cluster_utils import Cluster
 
 from overproof.cluster.placement import Resources
 
@@ -56,3 +64,20 @@ def living_actors(class_name: str) -> list[ActorProcess]:
         for actor in found
         if actor["ActorClassName"] == class_name
     ]
+
+
+@contextmanager
+def local_nodes(cpus: Sequence[int], object_store_bytes: int) -> Iterator[Any]:
+    """A Ray cluster on this machine with a node for each number of CPUs, and this process connected to it."""
+    head = {"num_cpus": cpus[0], "object_store_memory": object_store_bytes}
+    cluster = Cluster(initialize_head=True, head_node_args={**head, "include_dashboard": False})
+    for count in cpus[1:]:
+        cluster.add_node(num_cpus=count, object_store_memory=object_store_bytes)
+    os.environ["RAY_ADDRESS"] = cluster.address  # so that nothing looks at this machine for room
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        yield cluster
+    finally:
+        del os.environ["RAY_ADDRESS"]
+        ray.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]

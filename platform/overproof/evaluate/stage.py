@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from overproof.artifacts import Artifact
+from overproof.cluster.ray_cluster import run_tasks
 from overproof.config import Recipe
 from overproof.data.manifest import Manifest
 from overproof.evaluate.gate import judge
@@ -22,7 +22,6 @@ from overproof.stage_context import Progress, StageContext, TaskProgress
 from overproof.tasks.base import FileScores, Metric, agreements
 
 REPORT, UNITS, VERDICT = "report.json", "units.parquet", "verdict.json"
-HEARTBEAT_S = 1.0
 
 
 def evaluate_exports(context: StageContext) -> dict[str, Any]:
@@ -105,21 +104,21 @@ def units_table(scores: Mapping[str, FileScores]) -> pa.Table:
 def _score_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, FileScores]:
     """Score every export in a task of its own, the largest first: it takes longest."""
     prepared, compressed = context.parents["prepare"], context.parents["compress"]
-    settings, began_s = context.recipe.evaluate, time.monotonic()
-    todo = sorted(exports, key=lambda e: e.size_bytes)
-    waiting: dict[Any, str] = {}
-    scores: dict[str, FileScores] = {}
-    note = ""
-    while todo or waiting:
-        while todo and len(waiting) < settings.concurrent_tasks:  # a process that is used again has its imports paid
-            export = todo.pop()
-            waiting[_score.remote(compressed, prepared, export.file, context.recipe)] = export.name
-        context.progress(TaskProgress("score", len(scores), len(exports), f"{note}{time.monotonic() - began_s:.0f} s"))
-        finished, _ = ray.wait(list(waiting), timeout=HEARTBEAT_S)
-        for reference in finished:
-            name = waiting.pop(reference)
-            scores[name] = ray.get(reference)
-            note = f"{name} done, "
+    began_s = time.monotonic()
+
+    def report(done: int, last: str) -> None:
+        note = f"{f'{last} done, ' if last else ''}{time.monotonic() - began_s:.0f} s"
+        context.progress(TaskProgress("score", done, len(exports), note))
+
+    scores = run_tasks(
+        _score,
+        {
+            export.name: (compressed, prepared, export.file, context.recipe)
+            for export in sorted(exports, key=lambda e: -e.size_bytes)
+        },
+        report,
+        at_once=context.recipe.evaluate.concurrent_tasks,
+    )
     context.progress(TaskProgress("score", len(exports), len(exports), f"{time.monotonic() - began_s:.0f} s"))
     return {export.name: scores[export.name] for export in exports}
 
@@ -127,25 +126,24 @@ def _score_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, 
 def _probe_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, dict[str, Metric]]:
     """Ask the engine about one file after the other: two at a time would measure each other."""
     prepared, compressed = context.parents["prepare"], context.parents["compress"]
-    found: dict[str, dict[str, Metric]] = {}
-    for number, export in enumerate(exports):
-        context.progress(TaskProgress("engine", number, len(exports), export.file))
-        probed = _probe.options(num_gpus=context.recipe.evaluate.gpus).remote(
-            compressed, prepared, export.file, context.recipe, context.progress, number, len(exports)
-        )
-        found[export.name] = ray.get(probed)
+    found = run_tasks(
+        _probe,
+        {
+            export.name: (compressed, prepared, export.file, context.recipe, context.progress, number, len(exports))
+            for number, export in enumerate(exports)
+        },
+        gpus=context.recipe.evaluate.gpus,
+    )
     context.progress(TaskProgress("engine", len(exports), len(exports)))
     return found
 
 
-@ray.remote(num_cpus=1)
 def _score(compressed: Artifact, prepared: Artifact, file: str, recipe: Recipe) -> FileScores:
     root, path = prepared.local(), compressed.local() / file
     task, format = TASKS[Manifest.read(root).task], FORMATS[recipe.compress.kind]
     return task.score(path, root, recipe.evaluate.max_documents, recipe.engine, format)
 
 
-@ray.remote(num_cpus=1)
 def _probe(
     compressed: Artifact, prepared: Artifact, file: str, recipe: Recipe, progress: Progress, number: int, total: int
 ) -> dict[str, Metric]:
@@ -155,4 +153,5 @@ def _probe(
     def say(note: str) -> None:
         progress(TaskProgress("engine", number, total, f"{file}: {note}"))
 
+    say("starting")
     return task.probe(path, root, recipe.evaluate, recipe.engine, format, say)

@@ -9,9 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import ray
-
 from overproof.artifacts import TOOLS, Artifact
+from overproof.cluster.ray_cluster import run_tasks
 from overproof.config import Evaluate, Speculate
 from overproof.data.parquet_reader import Shards
 from overproof.engines import probe
@@ -47,8 +46,8 @@ def pack_with_draft(context: StageContext) -> dict[str, Any]:
     compressed, prepared = context.parents["compress"], context.parents["prepare"]
     draft = shipped.content.candidate
     context.progress(TaskProgress("speculate", 0, 1, f"{draft} drafts for {policy.teacher}"))
-    measuring = _measure.remote(compressed, prepared, draft, policy, context.recipe.evaluate, context.progress)
-    found = ray.get(measuring)
+    arguments = (compressed, prepared, draft, policy, context.recipe.evaluate, context.progress)
+    found = run_tasks(_measure, {draft: arguments})[draft]
     verdict = judge_draft(policy, shipped.report, found)
     if not verdict.passed:
         lines = "\n".join(f"  {reason.text}" for reason in verdict.reasons if not reason.passed)
@@ -65,7 +64,6 @@ def pack_with_draft(context: StageContext) -> dict[str, Any]:
     }
 
 
-@ray.remote(num_cpus=1)
 def _measure(
     compressed: Artifact, prepared: Artifact, draft: str, policy: Speculate, settings: Evaluate, progress: Progress
 ) -> SpeculationMeasurement:

@@ -10,9 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ray import serve
-from ray.serve import Application
-
 from overproof.config import Serve
 from overproof.config.recipe import WRITES
 from overproof.errors import InputError
@@ -22,6 +19,7 @@ from overproof.serve.controller import HEAD_NODE, describe_version
 from overproof.serve.gateway import Gateway
 from overproof.serve.middleware import KEY_VARIABLE, KEYS_VARIABLE, Access, load_access
 from overproof.serve.net import is_loopback
+from overproof.serve.ray_serve import Application, make_application
 from overproof.serve.traffic import prepare_traffic
 
 GATEWAY_NAME = "overproof"
@@ -82,16 +80,17 @@ def gateway_application(packages: Mapping[str, Serve], settings: Serve, access: 
         InputError: a host that others reach has no API key.
     """
     require_keys(settings, access)
-    gateway: Any = serve.deployment(
+    return make_application(
         Gateway,
-        name="gateway",
+        "gateway",
+        absolute_packages(packages),
+        settings,
+        access,
         ray_actor_options={"num_cpus": 0, "resources": HEAD_NODE},
         max_surge_percent=SURGE_PERCENT,
         health_check_period_s=HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=DRAIN_TIMEOUT_S,
     )
-    bound: Application = gateway.bind(absolute_packages(packages), settings, access)
-    return bound
 
 
 def require_keys(settings: Serve, access: Access) -> None:

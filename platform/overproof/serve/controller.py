@@ -67,7 +67,7 @@ def get_controller() -> Any:
         InputError: there is none.
     """
     try:
-        return ray.get_actor(CONTROLLER_NAME, namespace=CONTROLLER_NAME)
+        return ray_serve.find_actor(CONTROLLER_NAME)
     except ValueError:
         raise InputError("the controller is not there; it is being started, or serving is being stopped") from None
 

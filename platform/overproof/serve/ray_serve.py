@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve import Application
+from ray.serve import Application as Application
 from ray.serve._private.common import DeploymentID, ReplicaState
 from ray.serve.context import _get_global_client, _set_global_client
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
@@ -34,6 +34,22 @@ def node_ip_address() -> str:
     """Address at which the cluster's other nodes reach this one."""
     address: str = get_node_ip_address()  # type: ignore[no-untyped-call]
     return address
+
+
+def find_actor(name: str) -> Any:
+    """Handle of the actor that has this name in a namespace of the same name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return ray.get_actor(name, namespace=name)
+
+
+def make_application(deployed: type, name: str, *arguments: Any, **options: Any) -> Application:
+    """An application of one deployment: a class, what it is made from, and Ray Serve's options."""
+    deployment: Any = serve.deployment(deployed, name=name, **options)
+    application: Application = deployment.bind(*arguments)
+    return application
 
 
 def start_application(application: Application, name: str) -> None:

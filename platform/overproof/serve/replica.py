@@ -7,9 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import ray
-from ray import serve
-from ray.serve import Application
 
 from overproof.config import Serve
 from overproof.engines.base import ArrayEngine, EngineSettings, Sampling, TextEngine
@@ -18,7 +15,7 @@ from overproof.package.package import Package, fetch_package, open_package
 from overproof.registry import ENGINES
 from overproof.serve.async_engine import BatchingEngine, ThreadedEngine
 from overproof.serve.deployments import CONTROLLER_NAME, Version
-from overproof.serve.ray_serve import MODEL_DEPLOYMENT
+from overproof.serve.ray_serve import MODEL_DEPLOYMENT, Application, find_actor, make_application
 from overproof.serve.replica_worker import ReplicaWorker
 from overproof.serve.rpc import GatewayAddress
 
@@ -32,7 +29,12 @@ DRAIN_TIMEOUT_S = 300  # so that open streams are finished
 def replica_application(version: Version, count: int) -> Application:
     """The Serve application of a version, with so many replicas to begin with."""
     settings = version.settings
-    deployment = ModelReplica.options(  # type: ignore[attr-defined]
+    return make_application(
+        ModelReplica,
+        MODEL_DEPLOYMENT,
+        version.location,
+        version.package,
+        settings,
         num_replicas=count,
         max_surge_percent=SURGE_PERCENT,
         health_check_period_s=HEALTH_PERIOD_S,
@@ -45,11 +47,8 @@ def replica_application(version: Version, count: int) -> Application:
             **({"label_selector": settings.node_labels} if settings.node_labels else {}),
         },
     )
-    bound: Application = deployment.bind(version.location, version.package, settings)
-    return bound
 
 
-@serve.deployment(name=MODEL_DEPLOYMENT)
 class ModelReplica:
     """One package and its engine. Ray Serve places and replaces it; its requests come from the gateway."""
 
@@ -81,7 +80,7 @@ class ModelReplica:
 
 async def gateway_address(known: GatewayAddress | None) -> GatewayAddress | None:
     """Where the gateway takes connections, from the controller; a long poll that ends when it is not the known one."""
-    controller: Any = await asyncio.to_thread(ray.get_actor, CONTROLLER_NAME, CONTROLLER_NAME)
+    controller: Any = await asyncio.to_thread(find_actor, CONTROLLER_NAME)
     address: GatewayAddress | None = await controller.gateway_address.remote(known)
     return address
 
