@@ -122,7 +122,7 @@ def test_a_gateway_that_is_stopped_has_written_its_traffic(guarded: GuardedServe
     assert sorted(found) == sorted(texts)
 
 
-def test_a_certificate_that_cannot_be_used_is_refused(digits_package: Path, tmp_path: Path) -> None:
+def test_a_certificate_that_cannot_be_used_is_refused(no_server: None, digits_package: Path, tmp_path: Path) -> None:
     chain, secret = certificate(tmp_path)
     for files in ({"tls_certificate": chain, "tls_key": chain}, {"tls_certificate": "/none", "tls_key": secret}):
         with pytest.raises(InputError, match="expected a pair in PEM"):
