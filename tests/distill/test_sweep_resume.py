@@ -64,7 +64,7 @@ def test_a_damaged_checkpoint_is_not_used(digits_world: World, digits_cache: Art
     first = StudentTrainer(job)
     done = [first.run_to_validation() for _ in range(3)]
     first.checkpoint_writer.wait()
-    state = Path(job.checkpoints.all()[-1].uri) / "state.pt"
+    state = Path(job.checkpoints.all_committed()[-1].uri) / "state.pt"
     state.write_bytes(state.read_bytes()[:-9])
     second = StudentTrainer(job)
     assert second.resumed_step == done[1].steps

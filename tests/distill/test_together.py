@@ -33,7 +33,7 @@ def test_a_job_that_is_killed_leaves_its_place(ray_cluster: str) -> None:
         print("0", file=holder.stdin, flush=True)
 
     with cluster_lock("here", "a thing", say), cluster_lock("elsewhere", "a thing", say):
-        assert said == ["a thing: another job of this cluster is making it; waiting for it"]
+        assert said == ["a thing: another job of this cluster is making it; waiting for it (0 s)"]
         assert holder.wait(timeout=60) < 0
     with cluster_lock("here", "a thing", say):
         pass

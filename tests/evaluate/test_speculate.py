@@ -38,8 +38,7 @@ FOUND = SpeculationMeasurement(
 )  # fmt: skip
 
 
-def run(stage: Any, of: Recipe, parents: dict[str, Artifact], folder: Path) -> Artifact:
-    name = stage.__name__
+def run(name: str, stage: Any, of: Recipe, parents: dict[str, Artifact], folder: Path) -> Artifact:
     draft = Store(str(folder)).new_writer("test", name, hashlib.sha256(name.encode()).hexdigest(), None, {})
     return draft.commit(stage(StageContext(of, parents, draft, no_progress)), 0.0)
 
@@ -61,14 +60,17 @@ def done(
     shutil.copytree(text["sweep"].local(), swept.uri, dirs_exist_ok=True)
     (Path(swept.uri) / "trials.json").write_text(json.dumps(trials))
     parents = text | {"sweep": swept.commit({}, 0.0)}
-    for stage in (export_models, evaluate_exports, judge_report, build_package):
-        parents[stage.__name__] = run(stage, asked, parents, store)
+    stages = {
+        "compress": export_models, "evaluate": evaluate_exports, "gate": judge_report, "package": build_package
+    }  # fmt: skip
+    for name, stage in stages.items():
+        parents[name] = run(name, stage, asked, parents, store)
     return parents
 
 
 @pytest.fixture(scope="module")
 def packed(asked: Recipe, done: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(pack_with_draft, asked, done, tmp_path_factory.mktemp("speculate")).local()
+    return run("speculate", pack_with_draft, asked, done, tmp_path_factory.mktemp("speculate")).local()
 
 
 def test_the_teacher_answers_and_the_packaged_student_drafts(packed: Path, done: dict[str, Artifact]) -> None:
@@ -104,7 +106,7 @@ def test_it_is_served_like_any_other(packed: Path) -> None:
 def test_a_draft_that_is_too_slow_is_refused(asked: Recipe, done: dict[str, Artifact], tmp_path: Path) -> None:
     policy = POLICY.model_copy(update={"at_least": 1000.0, "prompts": 2})
     with pytest.raises(GateRefused, match=r"is done:\n  .* times as fast as alone .*, needed 1000 times"):
-        run(pack_with_draft, asked.model_copy(update={"speculate": policy}), done, tmp_path)
+        run("speculate", pack_with_draft, asked.model_copy(update={"speculate": policy}), done, tmp_path)
 
 
 def _flip(file: Path) -> None:

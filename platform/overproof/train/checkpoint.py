@@ -273,8 +273,11 @@ def with_checksum(content: Mapping[str, Any]) -> bytes:
 def read_checksummed(files: fs.FileSystem, path: str) -> dict[str, Any] | Damage:
     """A file that holds ``with_checksum`` of something, or what is wrong with it."""
     name = path.rpartition("/")[2]
-    if files.get_file_info(path).type != fs.FileType.File:
+    found = files.get_file_info(path).type
+    if found == fs.FileType.NotFound:
         return Damage(DamageKind.MISSING, f"{name} is missing")
+    if found != fs.FileType.File:
+        return Damage(DamageKind.CHANGED, f"{name} is no file")
     with files.open_input_stream(path) as stream:
         raw = stream.read()
     try:
