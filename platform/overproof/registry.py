@@ -51,6 +51,8 @@ TASKS: Registry[Task] = Registry(
     {
         "language_modeling": "tasks.language_modeling:TASK",
         "image_classification": "tasks.image_classification:TASK",
+        "tabular_classification": "tasks.tabular:CLASSIFICATION",
+        "tabular_regression": "tasks.tabular:REGRESSION",
     },
 )
 
@@ -59,6 +61,7 @@ FAMILIES: Registry[ModelFamily] = Registry(
     {
         "llama": "models.llama:FAMILY",
         "vit": "models.vit:FAMILY",
+        "mlp": "models.mlp:FAMILY",
     },
 )
 

@@ -79,14 +79,14 @@ def test_serve_deploy_serves_this_machine_and_refuses_the_unproven(
     tree = yaml.safe_load(path.read_text())
     done = subprocess.run([COMMAND, "deploy", "-a", dashboard, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert wait_until(lambda: _model(base))["overproof"]["kind"] == "digits"
+    assert wait_until(lambda: _model(base))["overproof"]["task"] == "image_classification"
     reply = httpx.post(f"{base}/v1/classify", json={"images": [[0.0] * 64]})
     assert 0 <= reply.json()["data"][0]["label"] < 10
     tree["applications"][0]["args"]["host"] = "0.0.0.0"  # an open door, and no key
     ServeSubmissionClient(dashboard).deploy_applications(tree)
     failed = wait_until(lambda: (a := serve.status().applications["overproof"]).status == "DEPLOY_FAILED" and a)
     assert "can be reached from other machines; set OVERPROOF_API_KEY" in failed.message
-    assert _model(base)["overproof"]["kind"] == "digits"  # what was there goes on
+    assert _model(base)["overproof"]["task"] == "image_classification"  # what was there goes on
 
     tree["applications"][0]["args"]["host"] = "127.0.0.1"
     spoiled = copy(digits_package, tmp_path)

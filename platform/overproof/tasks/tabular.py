@@ -1,0 +1,279 @@
+"""Tables: classification of rows by accuracy, and regression by the root mean squared error.
+
+A regression model gives a distribution over bins of the target, each as likely among the train rows, and predicts its
+mean: the histogram loss (Imani and White, arXiv 1806.04613; Farebrother et al., arXiv 2403.03950). So what holds for
+classes holds here: cross-entropy, distillation from the teacher's distribution, its cache, and parity in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from overproof.config.base import Section
+from overproof.config.data import DataSection
+from overproof.data.parquet_reader import Columns
+from overproof.errors import InputError, suggest_name
+from overproof.models.base import DataShape, Prediction
+from overproof.tasks.base import CardWords, FileScores, Loss, Metric, Quality
+from overproof.tasks.http import MOST_ROWS, ModelRequest
+from overproof.tasks.image_classification import classified
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from overproof.config import Evaluate
+    from overproof.data.manifest import Manifest
+    from overproof.engines.probe import Say
+    from overproof.export.base import Format
+    from overproof.stage_context import StageContext
+
+    Batch = dict[str, Tensor]
+
+LISTED = 20  # categories, in a message
+INTERVAL = (0.05, 0.95)  # of a predicted distribution
+Cell = float | int | bool | str | None
+
+
+class SklearnTableSource(Section):
+    """A table that scikit-learn brings along."""
+
+    kind: Literal["sklearn"] = "sklearn"
+    name: Literal["breast_cancer", "wine", "diabetes"] = Field(description="Which; the target's column is `target`.")
+
+
+class CsvTableSource(Section):
+    """CSV with a header line."""
+
+    kind: Literal["csv"] = "csv"
+    path: str = Field(description="A .csv file or a folder of them, or a URI.")
+
+
+class ParquetTableSource(Section):
+    """Parquet; one row is one row."""
+
+    kind: Literal["parquet"] = "parquet"
+    path: str = Field(description="A .parquet file or a folder of them, or a URI.")
+
+
+TableSource = SklearnTableSource | CsvTableSource | ParquetTableSource
+
+
+class TableData(DataSection):
+    """A table with a target column; text and true or false are categories, other columns numbers."""
+
+    source: TableSource = Field(discriminator="kind")
+    target: str = Field("target", description="Column to predict; rows that lack it are left out.")
+    categorical: tuple[str, ...] = Field((), description="Columns of numbers that are categories.")
+    drop: tuple[str, ...] = Field((), description="Columns that are not looked at.")
+
+
+class TabularClassificationData(TableData):
+    """Rows of a table with a class each."""
+
+    kind: Literal["tabular_classification"] = "tabular_classification"
+
+
+class TabularRegressionData(TableData):
+    """Rows of a table with a number each."""
+
+    kind: Literal["tabular_regression"] = "tabular_regression"
+    bins: int = Field(16, ge=2, le=1024, description="Bins of the target, each with as many train rows.")
+
+
+class RowsRequest(ModelRequest):
+    """Body of POST /v1/classify and /v1/predict for rows of a table."""
+
+    rows: list[dict[str, Cell]] = Field(
+        min_length=1, max_length=MOST_ROWS, description="Values by column; null where one is missing."
+    )
+
+
+class _Tabular:
+    """What both kinds of tables have in common; see ``Task`` and ``ArrayTask``."""
+
+    unit, test_unit = "row", "row"
+    losses: frozenset[Loss] = frozenset({"outputs", "hidden_states"})
+    speed, speed_unit = "rows_per_s", "rows/s"
+    label_column = "label"
+    request = RowsRequest
+
+    def source_digest(self, data: TableData) -> str:
+        from overproof.tasks.tables import table_digest
+
+        return table_digest(data.source)
+
+    def shape(self, data: TableData) -> DataShape:
+        from overproof.tasks.tables import describe_table
+
+        details = describe_table(data)
+        return DataShape(data.kind, len(details["classes"]), 1, details)
+
+    def prepare(self, context: StageContext) -> Manifest:
+        from overproof.tasks.tables import prepare_table
+
+        return prepare_table(context)
+
+    def predict(self, model: nn.Module, batch: Batch) -> Prediction:
+        """A model of rows on the columns ``features`` (B, C) and ``label`` (B)."""
+        import torch
+
+        targets_BP = batch["label"][:, None]
+        logits_BPV = model(features=batch["features"]).logits[:, None, :]
+        return Prediction(logits_BPV, targets_BP, torch.ones_like(targets_BP, dtype=torch.bool))
+
+    def feature_mask(self, batch: Batch, states_BPD: Tensor) -> Tensor:
+        import torch
+
+        del batch
+        return torch.ones(states_BPD.shape[:2], dtype=torch.bool, device=states_BPD.device)
+
+    def probe(
+        self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
+    ) -> dict[str, Metric]:
+        from overproof.tasks.array_evaluation import measure_arrays
+
+        reference = format.read_back(file)
+        return measure_arrays(file, root, settings, engine, "features", reference, self.speed, "rows", say)
+
+    def inputs(self, request: RowsRequest, details: Mapping[str, Any]) -> NDArray[np.float32]:
+        return np.array([_encoded(row, f"rows.{i}", details) for i, row in enumerate(request.rows)], np.float32)
+
+    def example(self, details: Mapping[str, Any]) -> dict[str, Any]:
+        return {"rows": [details["example"]]}
+
+
+class TabularClassification(_Tabular):
+    """Rows with a class each."""
+
+    section = TabularClassificationData
+    quality = Quality("accuracy", "accuracy", "share", higher_is_better=True, relative=False)
+    pipeline_tag = "tabular-classification"
+    route = "/v1/classify"
+
+    def score(self, file: Path, root: Path, most_units: int | None, engine: str, format: Format) -> FileScores:
+        from overproof.tasks.array_evaluation import first_choices, score_arrays
+
+        del format
+        return score_arrays(file, root, most_units, engine, "features", first_choices)
+
+    def answers(self, logprobs_BV: NDArray[np.float32], details: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+        return classified(logprobs_BV, details["classes"])
+
+    def describe_reply(self, body: Mapping[str, Any], reply: Mapping[str, Any]) -> str:
+        del body
+        first = reply["data"][0]
+        return f"a test row is classed as {first['name']} (probability {first['probabilities'][first['label']]:.3f})"
+
+    def card(self, manifest: Manifest, settings: Evaluate) -> CardWords:
+        del settings
+        return CardWords(
+            summary=f"A classifier of rows of {len(manifest.details['columns'])} columns",
+            intended_use=_limits(manifest, f"It gives one of {len(manifest.details['classes'])} classes to a row."),
+            latency="one row",
+        )
+
+
+class TabularRegression(_Tabular):
+    """Rows with a number each."""
+
+    section = TabularRegressionData
+    quality = Quality(
+        "rmse", "root mean squared error", "the target's", higher_is_better=False, relative=True, power=0.5
+    )
+    pipeline_tag = "tabular-regression"
+    route = "/v1/predict"
+
+    def score(self, file: Path, root: Path, most_units: int | None, engine: str, format: Format) -> FileScores:
+        """Squared errors of the predicted means; the first choice is the likeliest bin."""
+        from overproof.data.manifest import Manifest
+        from overproof.tasks.array_evaluation import score_arrays
+
+        del format
+        centres_V = np.array(Manifest.read(root).details["centres"])
+
+        def judge(logprobs_UV: NDArray[np.float32], rows: Columns) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
+            errors_U = np.exp(logprobs_UV) @ centres_V - rows["value"]
+            return np.square(errors_U, dtype=np.float64), logprobs_UV.argmax(1).astype(np.int32)
+
+        return score_arrays(file, root, most_units, engine, "features", judge, ("value",))
+
+    def answers(self, logprobs_BV: NDArray[np.float32], details: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+        """The mean, and the bins between which nine in ten of the predicted distribution lie."""
+        centres_V, probabilities_BV = np.array(details["centres"]), np.exp(logprobs_BV.astype(np.float64))
+        reached_BV = probabilities_BV.cumsum(1) / probabilities_BV.sum(1, keepdims=True)
+        ends = [np.minimum((reached_BV < share).sum(1), len(centres_V) - 1) for share in INTERVAL]
+        return [
+            {"index": i, "value": float(mean), "low": float(centres_V[low]), "high": float(centres_V[high])}
+            for i, (mean, low, high) in enumerate(zip(probabilities_BV @ centres_V, *ends, strict=True))
+        ]
+
+    def describe_reply(self, body: Mapping[str, Any], reply: Mapping[str, Any]) -> str:
+        del body
+        first = reply["data"][0]
+        return f"of a test row {first['value']:.4g} is predicted ({first['low']:.4g} to {first['high']:.4g})"
+
+    def card(self, manifest: Manifest, settings: Evaluate) -> CardWords:
+        del settings
+        return CardWords(
+            summary=f"A regression of rows of {len(manifest.details['columns'])} columns",
+            intended_use=_limits(manifest, "It gives a number to a row, the mean of a distribution over bins."),
+            latency="one row",
+        )
+
+
+def _limits(manifest: Manifest, what: str) -> str:
+    names = [column["name"] for column in manifest.details["columns"]]
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return f"{what} Its columns are {shown}. It was measured on its own data set alone, and knows no others."
+
+
+def _encoded(row: Mapping[str, Cell], where: str, details: Mapping[str, Any]) -> list[float]:
+    """A row of a request as the model takes it."""
+    columns = {column["name"]: column for column in details["columns"]}
+    for name in row:
+        if name not in columns:
+            raise InputError(
+                f"{where}.{name}: there is no such column{suggest_name(name, columns)}; expected {', '.join(columns)}"
+            )
+    absent = next((name for name in columns if name not in row), None)
+    if absent is not None:
+        raise InputError(f"{where}: found no {absent!r}; expected every column, null where a value is missing")
+    return [encode_cell(row[name], column, f"{where}.{name}") for name, column in columns.items()]
+
+
+def encode_cell(value: Cell, column: Mapping[str, Any], where: str) -> float:
+    """A value as the model takes it: a number, the number of a category, or not a number where it is missing.
+
+    Raises:
+        InputError: it is of another kind, or a category that the train rows do not have.
+    """
+    if value is None or value != value:
+        return float("nan")
+    if column["categories"]:
+        category, known = _category(value), column["categories"]
+        if category not in known:
+            listed = ", ".join(known[:LISTED]) + (", ..." if len(known) > LISTED else "")
+            raise InputError(
+                f"{where}: category {category!r} is unknown{suggest_name(category, known)}; expected one of {listed}"
+            )
+        return float(known.index(category))
+    if isinstance(value, bool | str):
+        raise InputError(f"{where}: found {value!r}; expected a number, or null")
+    return float(value)
+
+
+def _category(value: float | int | bool | str) -> str:
+    """As Arrow writes it: ``true``, and whole numbers without a point."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+CLASSIFICATION = TabularClassification()
+REGRESSION = TabularRegression()

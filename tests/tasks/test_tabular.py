@@ -1,0 +1,122 @@
+"""Tabular models over HTTP, and one whole loop: from a recipe to a served regression."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from finished import RECIPES
+from overproof import pipeline
+from overproof.config import load_recipe
+from overproof.engines.base import EngineSettings
+from overproof.errors import InputError
+from overproof.package.package import open_package
+from overproof.registry import ENGINES, TASKS
+from overproof.serve.middleware import Access
+from overproof.serve.routes import build_app
+from overproof.tasks.tabular import REGRESSION, RowsRequest
+from single_model import one
+
+DETAILS = {
+    "columns": [
+        {"name": "age", "categories": [], "mean": 0.0, "deviation": 1.0},
+        {"name": "colour", "categories": ["blue", "green", "red"], "mean": 0.0, "deviation": 1.0},
+        {"name": "member", "categories": ["false", "true"], "mean": 0.0, "deviation": 1.0},
+        {"name": "grade", "categories": ["1", "2", "5"], "mean": 0.0, "deviation": 1.0},
+    ],
+    "classes": ["low", "high"],
+    "centres": [10.0, 20.0, 40.0, 80.0],
+}
+ROW = {"age": 3, "colour": "red", "member": True, "grade": 5}
+
+
+def ask(app: Any, path: str, **body: Any) -> httpx.Response:
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=("127.0.0.1", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+            return await http.post(path, json=body)
+
+    return asyncio.run(send())
+
+
+def test_rows_are_read_by_column_in_any_order() -> None:
+    rows = [ROW, dict(reversed(ROW.items())), ROW | {"age": None, "colour": None, "grade": 2.0}]
+    found = REGRESSION.inputs(RowsRequest(rows=rows), DETAILS)
+    np.testing.assert_array_equal(found, [[3, 2, 1, 2], [3, 2, 1, 2], [np.nan, np.nan, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({**ROW, "colr": 1}, r"rows\.0\.colr: there is no such column, nearest is 'colour'; expected age, colour, mem"),
+        ({"age": 3}, r"rows\.0: found no 'colour'; expected every column, null where a value is missing"),
+        (
+            {**ROW, "colour": "reed"},
+            r"rows\.0\.colour: category 'reed' is unknown, nearest is 'red'; expected one of b",
+        ),
+        ({**ROW, "age": "old"}, r"rows\.0\.age: found 'old'; expected a number, or null"),
+        ({**ROW, "age": True}, r"rows\.0\.age: found True; expected a number, or null"),
+        ({**ROW, "grade": 2.5}, r"rows\.0\.grade: category '2\.5' is unknown"),
+    ],
+)
+def test_rows_that_the_model_cannot_read_are_refused(row: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        REGRESSION.inputs(RowsRequest(rows=[row]), DETAILS)
+
+
+def test_a_prediction_is_the_mean_between_the_ends_of_nine_in_ten() -> None:
+    probabilities = np.array([[0.25, 0.25, 0.25, 0.25], [0.01, 0.97, 0.01, 0.01]], np.float32)
+    first, second = REGRESSION.answers(np.log(probabilities), DETAILS)
+    assert first == {"index": 0, "value": pytest.approx(37.5), "low": 10.0, "high": 80.0}
+    assert second == {"index": 1, "value": pytest.approx(20.7), "low": 20.0, "high": 20.0}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_regression_is_distilled_judged_and_served(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe as it stands but for fewer steps; what it is as good as is judged among the trials."""
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
+    rules = "gate.rules=[{kind: smaller, against: teacher, at_least: 4}, {kind: parity, at_most: 0.01}]"
+    few = ("train.steps=40", "sweep.steps=40", "evaluate.timed_requests=20", rules)
+    done = pipeline.run(load_recipe(RECIPES / "diabetes.yaml", (f"store={tmp_path}", *few)))
+    folder = done["package"].local()
+    package = open_package(folder)
+    measured = package.measured.metrics
+    assert measured["parity_nats"].value < 0.01
+    assert 40 < measured["rmse"].value < 110  # of a target whose own deviation is 77
+    engine = ENGINES[package.report.engine].load(package.model, EngineSettings())
+    app = build_app(one(folder, engine), Access(None))
+    body = TASKS[package.content.task].example(package.content.details)
+    reply = ask(app, "/v1/predict", **body)
+    assert reply.status_code == 200, reply.text
+    (answer,) = reply.json()["data"]
+    assert 25 <= answer["low"] <= answer["high"] <= 346
+    assert 25 <= answer["value"] <= 346
+    refused = ask(app, "/v1/predict", rows=[{**body["rows"][0], "bmy": 1}])
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "rows")
+    assert "nearest is 'bmi'" in refused.json()["error"]["message"]
+    lost = ask(app, "/v1/classify", **body)
+    assert lost.status_code == 404
+    assert "ask it at POST /v1/predict" in lost.json()["error"]["message"]
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: tabular-regression" in card
+    assert json.dumps(body)[1:40] in card
+    assert (done["report"].local() / "report.html").read_text().count("root mean squared error") >= 1
+
+
+@pytest.mark.trial
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("name", ["diabetes", "breast-cancer", "wine"])
+def test_a_recipe_of_a_table_passes_its_own_gate(
+    name: str, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
+    done = pipeline.run(load_recipe(RECIPES / f"{name}.yaml", (f"store={tmp_path}",)))
+    assert open_package(done["package"].local()).content.name == name
