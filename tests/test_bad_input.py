@@ -55,7 +55,7 @@ def test_vllm_where_there_is_none(
     run = ("run", str(RECIPES / "stdlib-lm.yaml"), "--set", f"store={tmp_path}", "--set", "evaluate.engine=vllm")
     _refused(capsys, tmp_path, *run, words=("OVERPROOF_VLLM", "expected the Python of an environment that has vLLM"))
     images = ("run", DIGITS, "--set", f"store={tmp_path}", "--set", "evaluate.engine=vllm")
-    _refused(capsys, tmp_path, *images, words=("evaluate.engine", "measures language models"))
+    _refused(capsys, tmp_path, *images, words=("evaluate.engine", "compress.kind 'onnx' is served by 'onnxruntime'"))
 
 
 def test_unknown_field_and_value_out_of_range(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

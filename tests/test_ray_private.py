@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import ray
 
 from overproof.cluster import ray_private
 
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have the tests
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 

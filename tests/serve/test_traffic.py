@@ -192,7 +192,7 @@ def test_nothing_is_kept_unless_it_is_asked_for(text_package: Path, engine: Llam
 def test_what_cannot_be_kept_is_refused(text_package: Path, digits_package: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for package, traffic, message in (
-        (digits_package, settings(tmp_path), "traffic is kept of text"),
+        (digits_package, settings(tmp_path), "traffic is kept of models that write"),
         (text_package, settings(tmp_path / "file" / "folder"), "expected one you may write to"),
     ):
         with pytest.raises(InputError, match=message):

@@ -95,7 +95,7 @@ def test_leaves_a_model_that_transformers_loads(two_workers: Run) -> None:
 def test_leaves_a_curve_and_metrics(two_workers: Run) -> None:
     metrics, losses, validation = two_workers.metrics, two_workers.lines("loss"), two_workers.lines("validation_loss")
     assert len(losses) == metrics["steps"] == 30
-    assert metrics["rows"] == 30 * 16  # five epochs: every row comes five times
+    assert metrics["images"] == 30 * 16  # five epochs: every row comes five times
     assert metrics["train_loss"] == losses[-1] < losses[0]
     assert metrics["validation_loss"] == validation[-1] < validation[0]
     assert metrics["first_batch_s"] > 0
@@ -135,7 +135,7 @@ def test_no_steps_pass_the_weights_through(
     metrics, folder = stage(settings(model=Pretrained(path="given"), steps=0))
     kept = load_model(folder / "model").state_dict()
     assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
-    assert metrics["steps"] == metrics["rows"] == 0
+    assert metrics["steps"] == metrics["images"] == 0
     assert metrics["validation_loss"] == lines(folder, "validation_loss")[0] > 0
 
 

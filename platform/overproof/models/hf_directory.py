@@ -132,8 +132,10 @@ def save_model(
     ``config`` is the model's own (``model.config``); ``weights`` may be a gathered state instead of a model.
     """
     path.mkdir(parents=True, exist_ok=True)
-    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    _, family = family_of({"architectures": config.architectures}, path)
+    state, architectures = weights, config.architectures
+    if isinstance(weights, nn.Module):
+        state, architectures = weights.state_dict(), [type(weights).__name__]
+    _, family = family_of({"architectures": architectures}, path)
     written = family.untied(config, list(state))
     tensors = {name: state[name].detach().cpu().clone().contiguous() for name in written}
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
