@@ -61,8 +61,8 @@ class LocalWorkers:
             WorkersDied: a rank ended otherwise.
         """
         try:
-            while any(process.is_alive() for process in self.processes):
-                wait([process.sentinel for process in self.processes if process.is_alive()])
+            while alive := [process.sentinel for process in self.processes if process.is_alive()]:
+                wait(alive)
                 if any(process.exitcode not in (None, 0) for process in self.processes):
                     break
         finally:
