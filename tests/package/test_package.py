@@ -84,6 +84,16 @@ def test_the_card_says_that_a_student_read_what_the_teacher_wrote(
     assert "at each position" not in card
 
 
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [("llama.cpp", "the file's own bytes"), ("vllm", "the file's weights unpacked to fp16, not its own bytes")],
+)
+def test_the_card_says_which_engine_measured_and_what_it_computes_with(engine: str, words: str, tmp_path: Path) -> None:
+    card = (make_package("text", tmp_path, f"evaluate.engine={engine}") / "README.md").read_text()
+    assert f"- **Engine**: measured and served by {engine}, which computes with {words}.\n" in card
+    assert ("llama.cpp" in card) == (engine == "llama.cpp")
+
+
 def test_nothing_is_packed_when_the_gate_refused(tmp_path: Path) -> None:
     rules = 'gate.rules=[{"kind": "smaller", "against": "teacher", "at_least": 1000}]'
     with pytest.raises(GateRefused, match=r"student-q8_0: .* needed 1000 times"):
