@@ -62,7 +62,7 @@ def unpacked_directory(path: Path) -> Path:
     """
 
     def make(folder: Path) -> None:
-        finished = run_module("overproof.export.unpack", path, folder)
+        finished = run_module("overproof.export.gguf_to_directory", path, folder)
         if finished.returncode != 0:
             raise InputError(f"{path}: cannot be unpacked for vLLM: {finished.stderr.strip().splitlines()[-1]}")
 

@@ -1,4 +1,4 @@
-"""A GGUF file as a Hugging Face directory: ``python -m overproof.export.unpack FILE FOLDER``.
+"""A GGUF file as a Hugging Face directory: ``python -m overproof.export.gguf_to_directory FILE FOLDER``.
 
 In a process of its own, for torch is more than what asks for it otherwise needs.
 """
@@ -13,7 +13,7 @@ from overproof.export.gguf_file import read_gguf
 from overproof.models import hf_directory
 
 
-def unpack(file: Path, folder: Path) -> None:
+def write_directory(file: Path, folder: Path) -> None:
     """Write the weights that a file means, in half precision, with the tokenizer that lies beside it.
 
     Raises:
@@ -26,4 +26,4 @@ def unpack(file: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    unpack(Path(sys.argv[1]), Path(sys.argv[2]))
+    write_directory(Path(sys.argv[1]), Path(sys.argv[2]))
