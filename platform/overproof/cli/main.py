@@ -96,7 +96,9 @@ def _add_recipe_verbs(add: Add) -> None:
     _add_recipe(plan)
     plan.add_argument("--cluster", type=Path, metavar="FILE", help="plan for what this `ray up` file may grow to")
     plan.add_argument("--tokens-per-s", type=float, metavar="N", help="throughput, for the hours of a language model")
-    plan.add_argument("--rows-per-s", type=float, metavar="N", help="throughput in rows (images) instead")
+    plan.add_argument(
+        "--rows-per-s", type=float, metavar="N", help="throughput in rows (images, rows of a table) instead"
+    )
     prove = add("prove", _prove, "train twice, once with workers killed or moved, and compare", "")
     prove.add_argument("what", choices=("resume", "elastic"), help="workers killed; or nodes that die and join")
     _add_recipe(prove)
@@ -119,7 +121,7 @@ def _add_recipe_verbs(add: Add) -> None:
         ("--max-p50-ms", "MS", "latency of half of the requests at most"),
         ("--max-p95-ms", "MS", "latency of 95 in 100 requests at most"),
         ("--max-resident-mb", "MB", "memory of the engine's process at most"),
-        ("--min-quality", "Q", "accuracy at least (a share), or bits per byte at most"),
+        ("--min-quality", "Q", "accuracy at least (a share); bits per byte or root mean squared error at most"),
     ):
         pick.add_argument(flag, type=float, metavar=unit, help=text)
 

@@ -13,7 +13,7 @@ from overproof.config.base import Count, Cpus, Section
 class Traffic(Section):
     """Requests and replies of language models kept for later, as Parquet files; `prepare` reads folder/replies."""
 
-    folder: str = Field(description="Folder that all replicas share, or a URI.")
+    folder: str = Field(description="Folder that the gateway writes to, or a URI.")
     sample: float = Field(1.0, gt=0, le=1, description="Share of the replies that are kept.")
     redact: tuple[str, ...] = Field(
         (), description="Patterns (Python's re) that are taken out, as addresses, numbers and secrets always are."
@@ -52,7 +52,9 @@ SERVER_FIELDS = ("host", "port", "memory_mb", "deployments", "traffic", "log_pro
 class Serve(Section):
     """Autoscaling replicas behind HTTP."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on; any but loopback needs OVERPROOF_API_KEY.")
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on; any but loopback needs OVERPROOF_API_KEY or OVERPROOF_KEYS."
+    )
     port: int = Field(8000, ge=0, le=65535, description="Port; 0 takes a free one.")
     min_replicas: int = Field(1, ge=0, description="Fewest replicas; 0 stops the last one when nobody asks.")
     max_replicas: Count = Field(2, description="Most replicas.")

@@ -1,6 +1,6 @@
 """What was measured, and how sure one may be of it. Pure numpy.
 
-Shapes: U test units (documents or images), E exports, S resamples, C columns.
+Shapes: U test units (documents, images or rows), E exports, S resamples, C columns.
 """
 
 from __future__ import annotations
