@@ -4,8 +4,8 @@
 
 WHO is `alone` (one after another in this process), `ours` (the product's sweep), `stock` (Ray Tune with a TorchTrainer
 of one worker for each trial) or `optuna` (two processes, one study in a journal file). All train through the product's
-`StudentTrainer`, each trial with another weight of the teacher. Prints JSON: when this process was up, when each trial and
-when all were over, and the seconds of training of each.
+`StudentTrainer`, each trial with another weight of the teacher. Prints JSON: when this process was up, when each
+trial and when all were over, and the seconds of training of each.
 """
 
 from __future__ import annotations

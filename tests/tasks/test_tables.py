@@ -14,11 +14,13 @@ from pyarrow import csv
 
 from finished import RECIPES
 from overproof.artifacts import Store
-from overproof.config import Recipe, load_recipe
+from overproof.config import Pretrained, Recipe, load_recipe
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.data.prepare import prepare
+from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
+from overproof.export.onnx_file import export_onnx, quantize_onnx
 from overproof.models.hf_directory import build_model, count_parameters, load_model, save_model, shape_of, to_tensors
 from overproof.models.sizes import model_size
 from overproof.registry import TASKS
@@ -134,6 +136,15 @@ def test_a_model_of_rows_has_the_size_that_is_planned_and_survives_its_directory
     one, two = (TASKS[kind].predict(each, batch).logits_BPV for each in (model, load_model(tmp_path / "model").eval()))
     assert torch.equal(one, two)
     assert torch.isfinite(one).all()  # of rows with missing values, too
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        TASKS[kind].predict(model, batch).logits_BPV.logsumexp(-1).sum().backward()
+        gradients.append(model.layers[0].up.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 0
 
 
 @pytest.mark.parametrize(
@@ -147,6 +158,7 @@ def test_a_model_of_rows_has_the_size_that_is_planned_and_survives_its_directory
         (("data.drop=[age, colour, member, grade, note, paid]", "data.categorical=[]"), r"no column beside 'target'"),
         (("data.source.path=/nowhere/at/all",), r"data.source.path: /nowhere/at/all: no .parquet file"),
         (("data.shards=40",), r"shards"),
+        (("data.drop=[target]",), r"target: expected in one of target, categorical and drop alone"),
     ],
 )
 def test_what_cannot_be_used_is_refused(changes: tuple[str, ...], words: str, tmp_path: Path) -> None:
@@ -160,6 +172,69 @@ def test_text_is_no_target_of_a_regression(tmp_path: Path) -> None:
     source = f"{{kind: parquet, path: {tmp_path}/t.parquet}}"
     with pytest.raises(InputError, match=r"data.target: 'target': is string; expected numbers"):
         prepared(recipe(tmp_path, "tabular_regression", source, "data.target=target", "data.drop=[note]"))
+
+
+def test_files_whose_columns_hold_other_numbers_are_one_table(tmp_path: Path) -> None:
+    """Whole numbers in one file and decimals in another; ids beyond what a float holds; numbers beyond 32 bits."""
+    (tmp_path / "t").mkdir()
+    for number, column in enumerate((list(range(40)), [row + 0.5 for row in range(40)])):
+        table = pa.table({"x": column, "id": [2**60 + row for row in range(40)], "huge": [1e300] * 40,
+                          "flat": [0.1] * 40, "target": ["a", "b"] * 20})  # fmt: skip
+        csv.write_csv(table, tmp_path / f"t/{number}.csv")
+    source = f"{{kind: csv, path: {tmp_path}/t}}"
+    asked = recipe(tmp_path, "tabular_classification", source, "data.categorical=[]", "data.drop=[]")
+    root = prepared(asked)
+    details = {column["name"]: column for column in Manifest.read(root).details["columns"]}
+    features = dict(zip(details, whole(root)["features"].T, strict=True))
+    assert sorted(features["x"]) == sorted([*range(40), *(row + 0.5 for row in range(40))])
+    assert np.isnan(features["huge"]).all()
+    assert np.isfinite(features["id"]).all()
+    assert details["flat"]["deviation"] == 1.0  # not what rounding makes of equal numbers
+
+
+def test_a_table_without_a_target_in_any_row_is_refused(tmp_path: Path) -> None:
+    for kind, target in (("tabular_classification", "target"), ("tabular_regression", "paid")):
+        none = TABLE.set_column(TABLE.column_names.index(target), target, pa.nulls(ROWS, TABLE[target].type))
+        pq.write_table(none, tmp_path / "t.parquet")
+        with pytest.raises(InputError, match=f"data.target: none of 80 rows has a '{target}'"):
+            prepared(recipe(tmp_path, kind, f"{{kind: parquet, path: {tmp_path}/t.parquet}}"))
+
+
+def test_classes_that_look_like_numbers_are_classes(tmp_path: Path) -> None:
+    odd = TABLE.set_column(5, "target", pa.array([["--5", "-6"][row % 2] for row in range(ROWS)]))
+    pq.write_table(odd, tmp_path / "t.parquet")
+    root = prepared(recipe(tmp_path, "tabular_classification", f"{{kind: parquet, path: {tmp_path}/t.parquet}}"))
+    assert Manifest.read(root).details["classes"] == ["--5", "-6"]
+
+
+def test_a_model_of_other_columns_is_no_start(tmp_path: Path) -> None:
+    pq.write_table(TABLE, tmp_path / "t.parquet")
+    source = f"{{kind: parquet, path: {tmp_path}/t.parquet}}"
+    asked = recipe(tmp_path / "one", "tabular_classification", source)
+    model = build_model(asked.train.model, Manifest.read(prepared(asked)), 0)
+    save_model(model, model.config, tmp_path / "model")
+    other = recipe(tmp_path / "two", "tabular_classification", source, "data.drop=[note, paid, age]")
+    manifest = Manifest.read(prepared(other))
+    with pytest.raises(InputError, match=r"takes 4 columns with \[0, .*; the data has 3"):
+        model_size(Pretrained(path=str(tmp_path / "model")), shape_of(manifest))
+
+
+def test_an_outlier_does_not_change_the_rows_beside_it(tmp_path: Path) -> None:
+    """int8 has one scale for the activations of a batch, and a server puts rows of several clients into one."""
+    pq.write_table(TABLE, tmp_path / "t.parquet")
+    asked = recipe(tmp_path, "tabular_classification", f"{{kind: parquet, path: {tmp_path}/t.parquet}}")
+    root = prepared(asked)
+    model = build_model(asked.train.model, Manifest.read(root), 0).eval()
+    save_model(model, model.config, tmp_path / "model")
+    export_onnx(tmp_path / "model", tmp_path / "fp32.onnx")
+    quantize_onnx(tmp_path / "fp32.onnx", tmp_path / "int8.onnx")
+    engine = OnnxRuntime(tmp_path / "int8.onnx")
+    rows = whole(root)["features"][:4]
+    huge = rows[:1].copy()
+    huge[0, 0] = 1e30
+    alone, beside = engine.logprobs(rows), engine.logprobs(np.concatenate([rows, huge]))
+    assert np.isfinite(beside).all()
+    np.testing.assert_allclose(beside[:4], alone, atol=0.1)
 
 
 def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from finished import RECIPES
 from overproof import pipeline
@@ -20,7 +21,7 @@ from overproof.package.package import open_package
 from overproof.registry import ENGINES, TASKS
 from overproof.serve.middleware import Access
 from overproof.serve.routes import build_app
-from overproof.tasks.tabular import REGRESSION, RowsRequest
+from overproof.tasks.tabular import CLASSIFICATION, REGRESSION, RowsRequest, encode_cell
 from single_model import one
 
 DETAILS = {
@@ -63,11 +64,39 @@ def test_rows_are_read_by_column_in_any_order() -> None:
         ({**ROW, "age": "old"}, r"rows\.0\.age: found 'old'; expected a number, or null"),
         ({**ROW, "age": True}, r"rows\.0\.age: found True; expected a number, or null"),
         ({**ROW, "grade": 2.5}, r"rows\.0\.grade: category '2\.5' is unknown"),
+        ({**ROW, "age": 1e39}, r"rows\.0\.age: found 1e\+39; expected a number between -3\.4e\+38 and 3\.4e\+38"),
     ],
 )
 def test_rows_that_the_model_cannot_read_are_refused(row: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         REGRESSION.inputs(RowsRequest(rows=[row]), DETAILS)
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [([1], "expected a number, text, true or false, or null"), (10**400, "expected a number between")],
+)
+def test_cells_that_are_no_values_are_named(cell: Any, words: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        RowsRequest.model_validate({"rows": [{**ROW, "age": cell}]})
+    (error,) = refused.value.errors()
+    assert error["loc"] == ("rows", 0, "age")
+    assert words in error["msg"]
+
+
+def test_categories_of_numbers_are_asked_for_as_numbers() -> None:
+    column = {"name": "c", "categories": ["0.00001", "1.23456789012e+11", "-0", "7"], "mean": 0.0, "deviation": 1.0}
+    assert [encode_cell(cell, column, "c") for cell in (1e-05, 123456789012.0, -0.0, 7)] == [0, 1, 2, 3]
+
+
+def test_versions_agree_by_what_they_say_and_not_by_how_they_number_it() -> None:
+    one = [{"name": "cat", "label": 0}, {"name": "dog", "label": 1}]
+    other = [{"name": "cat", "label": 1}, {"name": "dog", "label": 0}]
+    assert CLASSIFICATION.agree(one, other)
+    assert not CLASSIFICATION.agree(one, other[::-1])
+    near, far = {"value": 12.0, "low": 5.0, "high": 20.0}, {"value": 40.0, "low": 30.0, "high": 90.0}
+    assert REGRESSION.agree([near], [{"value": 14.0, "low": 8.0, "high": 19.0}])
+    assert not REGRESSION.agree([near], [far])
 
 
 def test_a_prediction_is_the_mean_between_the_ends_of_nine_in_ten() -> None:

@@ -238,12 +238,12 @@ def _live_teacher(recipe: Recipe, model: ModelSize) -> str | None:
     )
 
 
-def _rows(requests: int | None, prepared: Artifact | None) -> int | None:
-    """Train rows that are covered, where that is known; None of ``asked`` is every row."""
+def _rows(rows: int | None, prepared: Artifact | None) -> int | None:
+    """Train rows that are covered, where that is known; None is every row."""
     if prepared is None:
-        return requests
+        return rows
     train = Manifest.read(prepared.local()).splits["train"].rows
-    return min(requests or train, train)
+    return min(rows or train, train)
 
 
 def _worker_bytes(recipe: Recipe, model: ModelSize) -> int:

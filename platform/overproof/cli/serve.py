@@ -80,9 +80,9 @@ def send_example(base: str, settings: Serve) -> None:
 
     with httpx.Client(base_url=base, timeout=ASK_TIMEOUT_S, headers=_auth(), verify=tls_trust(settings)) as client:
         model = client.get("/v1/models").raise_for_status().json()["data"][0]
-        told = model["overproof"]
-        task = TASKS[told["task"]]
-        body = {"model": model["id"], **task.example(told["details"])}
+        provenance = model["overproof"]
+        task = TASKS[provenance["task"]]
+        body = {"model": model["id"], **task.example(provenance["details"])}
         reply = client.post(task.route, json=body).raise_for_status().json()
     out.print(task.describe_reply(body, reply), markup=False)
     if "prompt" in body:

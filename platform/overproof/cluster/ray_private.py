@@ -70,14 +70,17 @@ def living_actors(class_name: str) -> list[ActorProcess]:
 def local_nodes(cpus: Sequence[int], object_store_bytes: int) -> Iterator[Any]:
     """A Ray cluster on this machine with a node for each number of CPUs, and this process connected to it."""
     head = {"num_cpus": cpus[0], "object_store_memory": object_store_bytes}
+    before = os.environ.get("RAY_ADDRESS")
     cluster = Cluster(initialize_head=True, head_node_args={**head, "include_dashboard": False})
-    for count in cpus[1:]:
-        cluster.add_node(num_cpus=count, object_store_memory=object_store_bytes)
-    os.environ["RAY_ADDRESS"] = cluster.address  # so that nothing looks at this machine for room
-    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
     try:
+        for count in cpus[1:]:
+            cluster.add_node(num_cpus=count, object_store_memory=object_store_bytes)
+        os.environ["RAY_ADDRESS"] = cluster.address  # so that nothing looks at this machine for room
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
         yield cluster
     finally:
-        del os.environ["RAY_ADDRESS"]
+        os.environ.pop("RAY_ADDRESS", None)
+        if before is not None:
+            os.environ["RAY_ADDRESS"] = before
         ray.shutdown()
         cluster.shutdown()  # type: ignore[no-untyped-call]

@@ -196,8 +196,8 @@ class Recipe(Section):
     def scorer_temperatures(self) -> tuple[float, ...]:
         """Those at which teachers tell what they think of what students wrote."""
         listed = self.tune.space.temperature
-        asked = listed.values if listed else [student.temperature for student in self.sweep.students]
-        return tuple(sorted({1.0, *asked}))
+        searched = listed.values if listed else [student.temperature for student in self.sweep.students]
+        return tuple(sorted({1.0, *searched}))
 
     @property
     def temperatures(self) -> set[float]:

@@ -29,7 +29,7 @@ NOTE_S = 0.5  # at least, between two writings of it: a request may take microse
 Say = Callable[[str], None]
 
 _folder: str | None = None  # of the request that this process answers
-_told_s = -NOTE_S  # when the last note was left
+_noted_s = -NOTE_S  # when the last note was left
 
 
 class _Message(BaseModel):
@@ -133,11 +133,11 @@ def probe_arrays(request: ArrayRequest, say: Say) -> ArrayAnswer:
 def _ask(request: _Message, threads: int, say: Say) -> str:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "request.json").write_text(request.model_dump_json(), encoding="utf-8")
-        told = Path(folder, PROGRESS)
+        note_file = Path(folder, PROGRESS)
         began_s = time.monotonic()
 
         def poll() -> None:
-            where = (told.read_text(encoding="utf-8") if told.exists() else "") or "loading"
+            where = (note_file.read_text(encoding="utf-8") if note_file.exists() else "") or "loading"
             say(f"{where}, {time.monotonic() - began_s:.0f} s")
 
         done = run_module(
@@ -160,10 +160,10 @@ def _timed(count: int, probe_s: float) -> Iterator[int]:
 
 def _tell(where: str) -> None:
     """Leave a note of how far the probe is for the process that waits: whole, and seldom beside timed requests."""
-    global _told_s
-    if _folder is None or time.monotonic() - _told_s < NOTE_S:
+    global _noted_s
+    if _folder is None or time.monotonic() - _noted_s < NOTE_S:
         return
-    _told_s = time.monotonic()
+    _noted_s = time.monotonic()
     part = Path(_folder, f"{PROGRESS}.part")
     part.write_text(where, encoding="utf-8")
     part.replace(Path(_folder, PROGRESS))

@@ -97,7 +97,7 @@ class Reference:
     """ONNX's own executable specification, in numpy: slow, and independent of ONNX Runtime's kernels and rewrites.
 
     It runs a file's bytes operator by operator, integers included, so it says what the file means. That the
-    file means the trained model is for ``export.py`` to check, once, against torch.
+    file means the trained model is for ``export/stage.py`` to check, once, against torch.
     """
 
     def __init__(self, path: Path) -> None:

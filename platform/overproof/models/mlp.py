@@ -14,6 +14,7 @@ from pydantic import Field
 
 from overproof.config.base import Count
 from overproof.config.models import LayeredModel
+from overproof.errors import InputError
 from overproof.models.base import DataShape, LayerNames
 from overproof.models.sizes import FP32_BYTES, ModelSize
 
@@ -76,7 +77,12 @@ class MlpFamily:
         )  # fmt: skip
 
     def directory_size(self, config: Mapping[str, Any], tensors: Mapping[str, int], shape: DataShape) -> ModelSize:
-        del shape
+        counts = [len(column["categories"]) for column in shape.details["columns"]]
+        if config["categories"] != counts:
+            raise InputError(
+                f"config.json: the model takes {len(config['categories'])} columns with {config['categories']} "
+                f"categories (0 is a number); the data has {len(counts)} with {counts}"
+            )
         h, f, layers = (int(config[key]) for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
         return ModelSize(
             family="mlp", hidden=h, intermediate=f, layers=layers, heads=1, query_width=h, key_width=h, places=1,

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from overproof.models.mlp import embedding_width
+
+CLIP = 10.0  # deviations: int8 has one scale for a batch, in which one row's outlier must not drown the others
 
 
 class TabularMlpConfig(PretrainedConfig):  # type: ignore[misc]
@@ -38,7 +41,7 @@ class TabularMlpConfig(PretrainedConfig):  # type: ignore[misc]
         super().__init__(**kwargs)
 
 
-class ResidualLayer(nn.Module):
+class ResidualLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     """x + down(gelu(up(norm(x))))."""
 
     def __init__(self, config: TabularMlpConfig) -> None:
@@ -58,6 +61,7 @@ class TabularMlp(PreTrainedModel):  # type: ignore[misc]
     config_class = TabularMlpConfig
     base_model_prefix = ""
     main_input_name = "features"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True  # it has no attention, and refuses none
 
     def __init__(self, config: TabularMlpConfig) -> None:
@@ -96,7 +100,8 @@ class TabularMlp(PreTrainedModel):  # type: ignore[misc]
                 for values in (self.config.means, self.config.deviations)
             )
             absent = missing_BC[:, self.numeric]
-            scaled = torch.where(absent, 0.0, (known_BC[:, self.numeric] - means) / deviations)
+            standard = ((known_BC[:, self.numeric] - means) / deviations).clamp(-CLIP, CLIP)
+            scaled = torch.where(absent, 0.0, standard)
             parts += [scaled.to(dtype), absent.to(dtype)]
         for place, table in zip(self.categorical, self.embeddings, strict=True):
             number_B = torch.where(missing_BC[:, place], 0, known_BC[:, place].long() + 1)  # 0 stands for missing

@@ -107,7 +107,7 @@ def _directory_size(path: str, shape: DataShape, most_layers: int | None = None)
 
 def _layer_number(tensor: str) -> int:
     """The layer a tensor belongs to; -1 where it belongs to none."""
-    found = re.search(r"\.layers?\.(\d+)\.", tensor)
+    found = re.search(r"(?:^|\.)layers?\.(\d+)\.", tensor)
     return int(found[1]) if found else -1
 
 

@@ -53,7 +53,7 @@ def render_card(
         recipe=recipe,
         task=task,
         words=task.card(manifest, recipe.evaluate),
-        body=json.dumps(task.example(manifest.details)),
+        body=json.dumps(task.example(manifest.details)).replace("'", "\\u0027"),  # it stands in single quotes
         manifest=manifest,
         dropped={reason: count for reason, count in manifest.dropped.items() if count},
         report=report,

@@ -178,7 +178,7 @@ def resolve_package(where: str) -> str:
 
 
 def fetch_package(where: str) -> Path:
-    """A package's folder on this machine, fetched where it is remote; ``where`` is as ``pin`` takes it.
+    """A package's folder on this machine, fetched where it is remote; ``where`` is as ``resolve_package`` takes it.
 
     Raises:
         InputError: there is none.

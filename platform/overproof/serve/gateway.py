@@ -197,8 +197,8 @@ class ModelRouter:
     async def _replay(self, stable: Version, shadow: Version, request: ShadowRequest) -> None:
         start_s, failed = time.perf_counter(), False
         try:
-            await request.replay(self._served_model(shadow).engine)
-        except Busy:
+            await request.replay(self._served_model(shadow))
+        except (Busy, InputError):  # no fault of the version: another may take other columns
             return
         except Exception:
             failed = True
@@ -209,11 +209,11 @@ class ModelRouter:
     async def _compare(self, stable: Version, candidate: Version, request: ShadowRequest) -> None:
         with contextlib.suppress(Exception):  # failures are counted where they are answered
             answers = await asyncio.gather(
-                *(request.compare(self._served_model(version).engine) for version in (stable, candidate))
+                *(request.compare(self._served_model(version)) for version in (stable, candidate))
             )
             stats = self._stats.setdefault(candidate.package, VersionStats())
             stats.compared += 1
-            stats.agreed += answers[0] == answers[1]
+            stats.agreed += request.agree(*answers)
 
     async def _poll_forever(self) -> None:
         """Route by the controller's latest table, and report what was measured."""

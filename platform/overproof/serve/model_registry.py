@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from starlette.exceptions import HTTPException
 
-from overproof.serve.async_engine import AsyncEngine
 from overproof.serve.response_builder import ServedModel
 
 
@@ -16,11 +16,12 @@ from overproof.serve.response_builder import ServedModel
 class ShadowRequest:
     """A request that another version of its model can be asked too.
 
-    ``replay`` asks all of it; ``compare`` asks a small part, and two versions agree where it gives them the same.
+    ``replay`` asks all of it; ``compare`` asks a small part, and ``agree`` says whether two versions' answers do.
     """
 
-    replay: Callable[[AsyncEngine], Awaitable[Any]]
-    compare: Callable[[AsyncEngine], Awaitable[Any]]
+    replay: Callable[[ServedModel], Awaitable[Any]]
+    compare: Callable[[ServedModel], Awaitable[Any]]
+    agree: Callable[[Any, Any], bool] = operator.eq
 
 
 class ModelRegistry(Protocol):

@@ -10,11 +10,9 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
-import numpy as np
 from fastapi import Body, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
-from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
@@ -164,15 +162,15 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
             """What the model says of each row of the request."""
             chosen = {name: body[name] for name in ModelRequest.model_fields if name in body}
             served = await find(route, _parse(ModelRequest, chosen), http)
-            task, details = TASKS[served.model.overproof.task], served.model.overproof.details
+            task = TASKS[served.model.overproof.task]
             assert isinstance(task, ArrayTask)
-            inputs_BD = task.inputs(_parse(task.request, body), details)
-            registry.on_request(served, _rows_shadow(inputs_BD))
+            request = _parse(task.request, body)
+            registry.on_request(served, _rows_shadow(task, request))
             start_s = time.perf_counter()
             with _count_failures(registry, served, start_s):
-                logprobs_BV = await served.engine.logprobs(inputs_BD)
+                data = await _answer_rows(task, request, served)
             registry.on_complete(served, time.perf_counter() - start_s, False)
-            return RowsReply(**served.reply_fields, data=list(task.answers(logprobs_BV, details)))
+            return RowsReply(**served.reply_fields, data=data)
 
     for route in sorted({task.route for task in array_tasks}):
         add_rows_route(route, [task.request for task in array_tasks if task.route == route])
@@ -192,20 +190,27 @@ def _count_failures(registry: ModelRegistry, served: ServedModel, start_s: float
 
 
 def _text_shadow(requests: list[EngineRequest]) -> ShadowRequest:
-    async def complete_all(engine: AsyncEngine) -> Any:
-        return await _complete_all(engine, requests)
+    async def complete_all(served: ServedModel) -> Any:
+        return await _complete_all(served.engine, requests)
 
-    async def next_token(engine: AsyncEngine) -> Any:
-        return (await engine.complete(requests[0][0], Sampling(1))).text
+    async def next_token(served: ServedModel) -> Any:
+        return (await served.engine.complete(requests[0][0], Sampling(1))).text
 
     return ShadowRequest(complete_all, next_token)
 
 
-def _rows_shadow(inputs_BD: NDArray[np.float32]) -> ShadowRequest:
-    async def first_choices(engine: AsyncEngine) -> Any:
-        return (await engine.logprobs(inputs_BD)).argmax(axis=1).tolist()
+def _rows_shadow(task: ArrayTask, request: Any) -> ShadowRequest:
+    async def answers(served: ServedModel) -> Any:
+        return await _answer_rows(task, request, served)
 
-    return ShadowRequest(first_choices, first_choices)
+    return ShadowRequest(answers, answers, task.agree)
+
+
+async def _answer_rows(task: ArrayTask, request: Any, served: ServedModel) -> list[dict[str, Any]]:
+    """Rows are read as this version's model takes them; not in the event loop, for there may be many."""
+    details = served.model.overproof.details
+    inputs_BD = await asyncio.to_thread(task.inputs, request, details)
+    return list(task.answers(await served.engine.logprobs(inputs_BD), details))
 
 
 def _parse(request: type[RequestT], body: dict[str, Any]) -> RequestT:

@@ -216,3 +216,6 @@ class ArrayTask(Task, Protocol):
 
     def answers(self, logprobs_BV: NDArray[np.float32], details: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
         """What is replied for each row."""
+
+    def agree(self, one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether two versions of a model answer the rows of a request alike."""

@@ -173,6 +173,9 @@ class ImageClassification:
     def answers(self, logprobs_BV: NDArray[np.float32], details: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
         return classified(logprobs_BV, details["classes"])
 
+    def agree(self, one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> bool:
+        return same_classes(one, other)
+
     def example(self, details: Mapping[str, Any]) -> dict[str, Any]:
         grey = [0.5] * math.prod(int(details[name]) for name in ("channels", "height", "width"))
         return {"images": [details.get("example", grey)]}
@@ -204,6 +207,11 @@ def classified(logprobs_BV: NDArray[np.float32], classes: Sequence[str]) -> list
         {"index": i, "label": int(row.argmax()), "name": classes[int(row.argmax())], "probabilities": row.tolist()}
         for i, row in enumerate(probabilities_BV)
     ]
+
+
+def same_classes(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every row has the same class in both: versions may number their classes differently."""
+    return [answer["name"] for answer in one] == [answer["name"] for answer in other]
 
 
 TASK = ImageClassification()

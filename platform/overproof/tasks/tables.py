@@ -6,6 +6,7 @@ Shapes: R rows, C columns.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import pairwise
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from overproof.tasks.tabular import TableData
 
 STRATA = 8  # of a target that is a number: groups of rows of which each split gets its share
+LARGEST = float(np.finfo(np.float32).max)
 MOST_CATEGORIES = 10_000
+TINY = 1e-12  # a share of the mean: a deviation that rounding alone makes
 SUFFIXES = {"csv": ".csv", "parquet": ".parquet"}
 
 
@@ -114,8 +117,8 @@ def _read(data: TableData) -> tuple[pa.Table, dict[str, int]]:
         files, _ = filesystem(source.path)
         parts = [_one_file(files, info.path, source.kind) for info in _files(source)]
         try:
-            whole = pa.concat_tables(parts, promote_options="default")
-        except pa.ArrowInvalid as error:
+            whole = pa.concat_tables(parts, promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise InputError(f"data.source.path: {source.path}: the files' columns differ: {error}") from None
     for field in (data.target, *data.categorical, *data.drop):
         if field not in whole.column_names:
@@ -124,7 +127,10 @@ def _read(data: TableData) -> tuple[pa.Table, dict[str, int]]:
     table = whole.drop_columns(list(data.drop)) if data.drop else whole
     target = table[data.target]
     known_R = pc.fill_null(pc.is_finite(target), False) if pa.types.is_floating(target.type) else pc.is_valid(target)
-    return table.filter(known_R), {"no target": table.num_rows - int(pc.sum(known_R).as_py() or 0)}
+    rows = int(pc.sum(known_R).as_py() or 0)
+    if not rows:
+        raise InputError(f"data.target: none of {table.num_rows:,} rows has a {data.target!r}; expected some")
+    return table.filter(known_R), {"no target": table.num_rows - rows}
 
 
 def _bundled(name: str) -> pa.Table:
@@ -177,7 +183,12 @@ def _column(values: pa.ChunkedArray, name: str, as_category: bool) -> dict[str, 
     known = known[np.isfinite(known)]
     deviation = float(known.std()) if len(known) else 0.0
     mean = float(known.mean()) if len(known) else 0.0
-    return {"name": name, "categories": [], "mean": mean, "deviation": deviation if deviation > 0 else 1.0}
+    return {
+        "name": name,
+        "categories": [],
+        "mean": mean,
+        "deviation": deviation if deviation > TINY * abs(mean) else 1.0,
+    }
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -189,7 +200,7 @@ def _numbers(values: pa.ChunkedArray, what: str) -> NDArray[np.float64]:
         raise InputError(
             f"{what}: is {values.type}; expected numbers: drop it (data.drop) or write it as numbers or text"
         )
-    numbers: NDArray[np.float64] = pc.cast(values, pa.float64()).to_numpy()
+    numbers: NDArray[np.float64] = pc.cast(values, pa.float64(), safe=False).to_numpy()
     return numbers
 
 
@@ -200,7 +211,7 @@ def _categories(values: pa.ChunkedArray, what: str) -> list[str]:
         raise InputError(
             f"{what}: has {len(found):,} categories; expected 1 to {MOST_CATEGORIES:,}: drop it (data.drop)"
         )
-    return sorted(found, key=int) if all(c.lstrip("-").isdecimal() for c in found) else sorted(found)
+    return sorted(found, key=int) if all(re.fullmatch(r"-?[0-9]+", c) for c in found) else sorted(found)
 
 
 def _text(values: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -211,8 +222,8 @@ def _text(values: pa.ChunkedArray) -> pa.ChunkedArray:
 def _features(values: pa.ChunkedArray, column: dict[str, Any]) -> NDArray[np.float64]:
     """A column as models take it; a category that the train rows lack is missing, like no value at all."""
     if not column["categories"]:
-        numbers: NDArray[np.float64] = pc.cast(values, pa.float64()).to_numpy()
-        return np.where(np.isfinite(numbers), numbers, np.nan)
+        numbers: NDArray[np.float64] = pc.cast(values, pa.float64(), safe=False).to_numpy()
+        return np.where(np.abs(numbers) <= LARGEST, numbers, np.nan)
     places = pc.index_in(_text(values), value_set=pa.array(column["categories"], pa.string()))
     known: NDArray[np.float64] = pc.cast(places, pa.float64()).to_numpy()
     return np.asarray(known, np.float64)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from overproof.config.base import Section
 from overproof.config.data import DataSection
@@ -21,8 +23,8 @@ from overproof.data.parquet_reader import Columns
 from overproof.errors import InputError, suggest_name
 from overproof.models.base import DataShape, Prediction
 from overproof.tasks.base import CardWords, FileScores, Loss, Metric, Quality
-from overproof.tasks.http import MOST_ROWS, ModelRequest
-from overproof.tasks.image_classification import classified
+from overproof.tasks.http import MOST_ROWS, ModelRequest, UnicodeText
+from overproof.tasks.image_classification import classified, same_classes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,9 +37,21 @@ if TYPE_CHECKING:
 
     Batch = dict[str, Tensor]
 
+LARGEST = float(np.finfo(np.float32).max)
 LISTED = 20  # categories, in a message
 INTERVAL = (0.05, 0.95)  # of a predicted distribution
+
+
+def _cell(value: Any) -> Any:
+    if value is not None and not isinstance(value, bool | int | float | str):
+        raise ValueError("expected a number, text, true or false, or null")
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST:
+        raise ValueError(f"expected a number between {-LARGEST:.3g} and {LARGEST:.3g}")
+    return value
+
+
 Cell = float | int | bool | str | None
+AnyCell = Annotated[Any, BeforeValidator(_cell)]
 
 
 class SklearnTableSource(Section):
@@ -72,6 +86,14 @@ class TableData(DataSection):
     categorical: tuple[str, ...] = Field((), description="Columns of numbers that are categories.")
     drop: tuple[str, ...] = Field((), description="Columns that are not looked at.")
 
+    @model_validator(mode="after")
+    def _columns_have_one_use(self) -> Self:
+        uses = [self.target, *self.categorical, *self.drop]
+        twice = sorted({name for name in uses if uses.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)}: expected in one of target, categorical and drop alone")
+        return self
+
 
 class TabularClassificationData(TableData):
     """Rows of a table with a class each."""
@@ -89,7 +111,7 @@ class TabularRegressionData(TableData):
 class RowsRequest(ModelRequest):
     """Body of POST /v1/classify and /v1/predict for rows of a table."""
 
-    rows: list[dict[str, Cell]] = Field(
+    rows: list[dict[UnicodeText, AnyCell]] = Field(
         min_length=1, max_length=MOST_ROWS, description="Values by column; null where one is missing."
     )
 
@@ -142,7 +164,8 @@ class _Tabular:
         return measure_arrays(file, root, settings, engine, "features", reference, self.speed, "rows", say)
 
     def inputs(self, request: RowsRequest, details: Mapping[str, Any]) -> NDArray[np.float32]:
-        return np.array([_encoded(row, f"rows.{i}", details) for i, row in enumerate(request.rows)], np.float32)
+        columns = {column["name"]: column for column in details["columns"]}
+        return np.array([_encoded(row, f"rows.{i}", columns) for i, row in enumerate(request.rows)], np.float32)
 
     def example(self, details: Mapping[str, Any]) -> dict[str, Any]:
         return {"rows": [details["example"]]}
@@ -164,6 +187,9 @@ class TabularClassification(_Tabular):
 
     def answers(self, logprobs_BV: NDArray[np.float32], details: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
         return classified(logprobs_BV, details["classes"])
+
+    def agree(self, one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> bool:
+        return same_classes(one, other)
 
     def describe_reply(self, body: Mapping[str, Any], reply: Mapping[str, Any]) -> str:
         del body
@@ -213,6 +239,13 @@ class TabularRegression(_Tabular):
             for i, (mean, low, high) in enumerate(zip(probabilities_BV @ centres_V, *ends, strict=True))
         ]
 
+    def agree(self, one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> bool:
+        """Each value lies between the other's ends; every version has bins of its own."""
+        return all(
+            a["low"] <= b["value"] <= a["high"] and b["low"] <= a["value"] <= b["high"]
+            for a, b in zip(one, other, strict=True)
+        )
+
     def describe_reply(self, body: Mapping[str, Any], reply: Mapping[str, Any]) -> str:
         del body
         first = reply["data"][0]
@@ -233,9 +266,8 @@ def _limits(manifest: Manifest, what: str) -> str:
     return f"{what} Its columns are {shown}. It was measured on its own data set alone, and knows no others."
 
 
-def _encoded(row: Mapping[str, Cell], where: str, details: Mapping[str, Any]) -> list[float]:
+def _encoded(row: Mapping[str, Cell], where: str, columns: Mapping[str, Mapping[str, Any]]) -> list[float]:
     """A row of a request as the model takes it."""
-    columns = {column["name"]: column for column in details["columns"]}
     for name in row:
         if name not in columns:
             raise InputError(
@@ -256,23 +288,26 @@ def encode_cell(value: Cell, column: Mapping[str, Any], where: str) -> float:
     if value is None or value != value:
         return float("nan")
     if column["categories"]:
-        category, known = _category(value), column["categories"]
-        if category not in known:
-            listed = ", ".join(known[:LISTED]) + (", ..." if len(known) > LISTED else "")
-            raise InputError(
-                f"{where}: category {category!r} is unknown{suggest_name(category, known)}; expected one of {listed}"
-            )
-        return float(known.index(category))
+        known = column["categories"]
+        for category in _as_text(value):
+            if category in known:
+                return float(known.index(category))
+        listed = ", ".join(known[:LISTED]) + (", ..." if len(known) > LISTED else "")
+        near = suggest_name(str(value), known)
+        raise InputError(f"{where}: category {str(value)!r} is unknown{near}; expected one of {listed}")
     if isinstance(value, bool | str):
         raise InputError(f"{where}: found {value!r}; expected a number, or null")
+    if not -LARGEST <= value <= LARGEST:
+        raise InputError(f"{where}: found {value:.3g}; expected a number between {-LARGEST:.3g} and {LARGEST:.3g}")
     return float(value)
 
 
-def _category(value: float | int | bool | str) -> str:
-    """As Arrow writes it: ``true``, and whole numbers without a point."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+def _as_text(value: float | int | bool | str) -> list[str]:
+    """How Arrow may have written a category: a whole number stands in a column of either kind of numbers."""
+    if isinstance(value, bool | str):
+        return [str(value).lower() if isinstance(value, bool) else value]
+    whole = [str(int(value))] if value == value // 1 else []
+    return [*whole, str(pc.cast(pa.scalar(float(value)), pa.string()).as_py())]
 
 
 CLASSIFICATION = TabularClassification()
