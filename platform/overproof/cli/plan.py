@@ -21,7 +21,7 @@ from overproof.distill.target_codec import TargetLayout
 from overproof.distill.teacher_text import generate_settings, text_cache_schema
 from overproof.errors import InputError
 from overproof.models import zero_memory
-from overproof.models.sizes import FP32_BYTES, ModelSize
+from overproof.models.sizes import FP32_BYTES, ModelSize, model_size
 from overproof.registry import TASKS
 from overproof.units import format_bytes, format_seconds
 
@@ -55,9 +55,10 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     steps = pipeline.resolve_stages(recipe, Store(recipe.store))
     out.print(_stages(recipe, steps))
     prepared = next(step.artifact for step in steps if step.stage.name == "prepare")
-    model = preflight.teacher_size(recipe, prepared)
+    shape = preflight.data_shape(recipe, prepared)
+    model = model_size(recipe.train.model, shape)
     out.print()
-    students = preflight.student_sizes(recipe, prepared)
+    students = preflight.student_sizes(recipe, shape)
     for line in _model(recipe, model, students, known=prepared is not None):
         out.print(line)
     out.print(_memory(recipe, model))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from overproof import console
 from overproof.artifacts import Artifact, Store
 from overproof.cluster import ray_cluster, store_probe, upload
 from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
@@ -19,7 +20,7 @@ from overproof.data.manifest import MANIFEST, Manifest
 from overproof.errors import InputError
 from overproof.files import filesystem, join_uri, read_json
 from overproof.models.base import DataShape
-from overproof.models.sizes import ModelSize, model_size, student_size
+from overproof.models.sizes import student_size
 from overproof.registry import TASKS
 from overproof.units import format_bytes, format_seconds
 
@@ -41,22 +42,26 @@ class Throughput:
     source: str
 
 
-def teacher_size(recipe: Recipe, prepared: Artifact | None) -> ModelSize:
-    """Of the teacher; the vocabulary is the recipe's limit until the data is prepared.
+def data_shape(recipe: Recipe, prepared: Artifact | None) -> DataShape:
+    """What models must fit. Until the data is prepared its source is looked at, and a vocabulary is the recipe's limit.
 
     Raises:
-        InputError: a pretrained model's directory is not one.
+        InputError: the source cannot be read.
     """
-    return model_size(recipe.train.model, _shape(recipe, prepared))
+    if prepared is None:
+        with console.waiting("looking at the data"):
+            return TASKS[recipe.data.kind].shape(recipe.data)
+    manifest = read_json(Manifest, prepared.local() / MANIFEST)
+    return DataShape(manifest.task, manifest.outputs, manifest.positions, manifest.details)
 
 
-def student_sizes(recipe: Recipe, prepared: Artifact | None) -> dict[str, int]:
+def student_sizes(recipe: Recipe, shape: DataShape) -> dict[str, int]:
     """Parameters of each student, by name.
 
     Raises:
         InputError: one cannot be made from what it names.
     """
-    shape, sizes = _shape(recipe, prepared), {}
+    sizes = {}
     for student in recipe.sweep.students:
         try:
             found = student_size(student.model, recipe.train.model, shape)
@@ -73,13 +78,6 @@ def warn_not_smaller(sizes: Mapping[str, int], teacher: int) -> Iterator[Finding
             yield Finding(
                 f"student {name}", "warning", f"{size_:,} parameters are not fewer than the teacher's {teacher:,}"
             )
-
-
-def _shape(recipe: Recipe, prepared: Artifact | None) -> DataShape:
-    if prepared is None:
-        return TASKS[recipe.data.kind].shape(recipe.data)
-    manifest = read_json(Manifest, prepared.local() / MANIFEST)
-    return DataShape(manifest.task, manifest.outputs, manifest.positions, manifest.details)
 
 
 def measured_rate(recipe: Recipe) -> Throughput | None:

@@ -52,6 +52,7 @@ class MlpFamily:
             means=[column["mean"] for column in columns],
             deviations=[column["deviation"] for column in columns],
             categories=[len(column["categories"]) for column in columns],
+            embedding_widths=[embedding_width(len(c["categories"])) for c in columns if c["categories"]],
             initializer_range=section.initializer_range,
         )
 

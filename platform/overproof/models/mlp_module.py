@@ -14,8 +14,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from overproof.models.mlp import embedding_width
-
 CLIP = 10.0  # deviations: int8 has one scale for a batch, in which one row's outlier must not drown the others
 
 
@@ -32,12 +30,14 @@ class TabularMlpConfig(PretrainedConfig):  # type: ignore[misc]
         means: list[float] | None = None,
         deviations: list[float] | None = None,
         categories: list[int] | None = None,  # 0 for a numeric column
+        embedding_widths: list[int] | None = None,  # of the other columns
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.num_hidden_layers, self.initializer_range = num_hidden_layers, initializer_range
         self.means, self.deviations, self.categories = means or [], deviations or [], categories or []
+        self.embedding_widths = embedding_widths or []
         super().__init__(**kwargs)
 
 
@@ -69,8 +69,10 @@ class TabularMlp(PreTrainedModel):  # type: ignore[misc]
         counts = [count for count in config.categories if count]
         self.numeric = [place for place, count in enumerate(config.categories) if not count]
         self.categorical = [place for place, count in enumerate(config.categories) if count]
-        self.embeddings = nn.ModuleList(nn.Embedding(count + 1, embedding_width(count)) for count in counts)
-        width = 2 * len(self.numeric) + sum(map(embedding_width, counts))
+        self.embeddings = nn.ModuleList(
+            nn.Embedding(count + 1, width) for count, width in zip(counts, config.embedding_widths, strict=True)
+        )
+        width = 2 * len(self.numeric) + sum(config.embedding_widths)
         self.project = nn.Linear(width, config.hidden_size)
         self.layers = nn.ModuleList(ResidualLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size)
