@@ -171,10 +171,22 @@ def test_every_rule_speaks_for_itself(done: dict[str, Artifact]) -> None:
         ({}, {"repeats": 6}, "faster"),
         ({"draft_tokens": 4}, {}, "faster"),
         ({}, {"teacher_format": "q4_0"}, "teacher"),
-        ({}, {"at_most": 0.0}, "regression"),
     ):
         found = judge_draft(POLICY.model_copy(update=policy), report, FOUND.model_copy(update=change))
         assert [reason.rule for reason in found.reasons if not reason.passed] == [rule], found
+    worse = report.model_copy(
+        update={
+            "comparisons": tuple(
+                each.model_copy(update={"value": 0.02, "low": 0.01, "high": 0.03})
+                if (each.name, each.against) == (FOUND.model, "teacher")
+                else each
+                for each in report.comparisons
+            )
+        }
+    )
+    for at_most, broken in ((0.025, ["regression"]), (0.035, [])):  # the far end of the interval counts
+        found = judge_draft(POLICY.model_copy(update={"at_most": at_most}), worse, FOUND)
+        assert [reason.rule for reason in found.reasons if not reason.passed] == broken, found
     speed = judge_draft(POLICY, report, FOUND).reasons[1].text
     assert speed.startswith(
         "1.50 times as fast as alone (runs 1.10 to 1.50; 100 and 150 tokens/s, threads 1; 40 of 90 "
