@@ -122,6 +122,17 @@ def list_files(source: Source) -> list[SourceFile]:
     return matching
 
 
+def files_below(path: str, suffixes: tuple[str, ...]) -> list[fs.FileInfo]:
+    """A file, or those below a folder whose names end so (in lower case), by path; none where there is nothing."""
+    files, root = filesystem(path)
+    info = files.get_file_info(root)
+    if info.type == fs.FileType.File:
+        return [info]
+    listing = files.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+    found = [i for i in listing if i.type == fs.FileType.File and i.path.lower().endswith(suffixes)]
+    return sorted(found, key=lambda info: info.path)
+
+
 def _stdlib(folder: Path, prefix: str = "") -> list[SourceFile]:
     listed: list[SourceFile] = []
     for entry in folder.iterdir():

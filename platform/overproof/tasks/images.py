@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from overproof.data.columns import row_bytes
 from overproof.data.manifest import Column, Manifest, shard_schema
-from overproof.data.sources import sha256_of
+from overproof.data.sources import files_below, sha256_of
 from overproof.data.stratified import stratified, write_splits
 from overproof.errors import InputError
 from overproof.files import filesystem
@@ -121,17 +121,13 @@ def _digits(data: ImageClassificationData, shape: tuple[int, ...]) -> tuple[NDAr
 
 
 def _files(source: Any) -> list[fs.FileInfo]:
-    files, root = filesystem(source.path)
-    if files.get_file_info(root).type == fs.FileType.File:
-        return [files.get_file_info(root)]
     suffixes = (".parquet",) if source.kind == "parquet" else SUFFIXES
-    listing = files.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
-    found = [i for i in listing if i.type == fs.FileType.File and i.path.lower().endswith(suffixes)]
+    found = files_below(source.path, suffixes)
     if not found:
         raise InputError(
             f"data.source.path: {source.path}: nothing matches {' '.join(suffixes)}; expected one at least"
         )
-    return sorted(found, key=lambda info: info.path)
+    return found
 
 
 def _encoded(source: Any) -> Iterator[Encoded]:

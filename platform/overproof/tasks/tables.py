@@ -21,7 +21,7 @@ from pyarrow import parquet as pq
 
 from overproof.data.manifest import Column, Manifest
 from overproof.data.parquet_reader import refuse_objects
-from overproof.data.sources import sha256_of
+from overproof.data.sources import files_below, sha256_of
 from overproof.data.stratified import stratified, write_splits
 from overproof.errors import InputError, suggest_name
 from overproof.files import filesystem
@@ -97,15 +97,11 @@ def prepare_table(context: StageContext) -> Manifest:
 
 
 def _files(source: Any) -> list[fs.FileInfo]:
-    files, root = filesystem(source.path)
-    if files.get_file_info(root).type == fs.FileType.File:
-        return [files.get_file_info(root)]
-    listing = files.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
     suffix = SUFFIXES[source.kind]
-    found = [i for i in listing if i.type == fs.FileType.File and i.path.lower().endswith(suffix)]
+    found = files_below(source.path, (suffix,))
     if not found:
         raise InputError(f"data.source.path: {source.path}: no {suffix} file; expected one at least")
-    return sorted(found, key=lambda info: info.path)
+    return found
 
 
 def _read(data: TableData) -> tuple[pa.Table, dict[str, int]]:
