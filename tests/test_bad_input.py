@@ -123,13 +123,7 @@ def test_a_model_directory_that_holds_a_pickle(digits: Run, tmp_path: Path, caps
     (teacher / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     overrides = [f"store={tmp_path / 'store'}", f"train.model={{kind: pretrained, path: {teacher}}}", "train.steps=0"]
     argv = [word for o in overrides for word in ("--set", o)]
-    _prepared(digits, tmp_path)
     _refused(capsys, tmp_path / "store", "train", DIGITS, *argv, words=("pytorch_model.bin", "safetensors"))
-
-
-def _prepared(digits: Run, tmp_path: Path) -> None:
-    prepare = digits.artifacts["prepare"].local()
-    shutil.copytree(prepare, tmp_path / "store/digits" / prepare.name)
 
 
 def test_a_teacher_with_another_tokenizer(ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

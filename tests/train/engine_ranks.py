@@ -1,12 +1,11 @@
-"""One rank of a real process group: trains every case given and writes what it saw. Run by test_engine.py.
+"""Ranks of real process groups, of one and of two: train every case given and write what they saw.
 
-python engine_ranks.py FOLDER RANK WORLD CASES
+Run by test_engine.py: python engine_ranks.py FOLDER CASES
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,10 +52,7 @@ def train(engine: TrainingEngine, settings: Train, root: Path, rank: int, world:
     return reported
 
 
-def main(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+def train_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> None:
     compiler = {}
     for case in cases:
         settings = Train.model_validate(case["train"])
@@ -79,8 +75,10 @@ def main(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> No
             state = consolidated_weights(saved) if isinstance(engine, DeepSpeedEngine) else engine.state_dict()
             torch.save(state, folder / f"{case['name']}.pt")
     (folder / f"compiler.{rank}.json").write_text(json.dumps(compiler))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))
+    from forked import run_groups
+
+    out, given = Path(sys.argv[1]), json.loads(sys.argv[2])
+    run_groups(train_cases, {int(world): (out / world, cases) for world, cases in given.items()})

@@ -1,20 +1,19 @@
-"""One rank of a real process group that trains and counts the bytes of every tensor it holds. Run by test_memory.py.
+"""Ranks of a real process group that train and count the bytes of every tensor they hold.
 
-python memory_ranks.py FOLDER RANK WORLD CASES
+Run by test_memory.py: python memory_ranks.py FOLDER WORLD CASES
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from forked import load_cpu_adam, run_groups
 from torch import Tensor
 
 from overproof.config import Train
@@ -50,8 +49,8 @@ def storages(tensors: Any) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in found if storage.data_ptr()}
 
 
-def held(engine: DeepSpeedEngine) -> dict[str, int]:
-    """Bytes of each kind now; a storage belongs to the first kind that owns it."""
+def held(engine: DeepSpeedEngine) -> dict[str, dict[int, int]]:
+    """Bytes by address of each kind now; a storage belongs to the first kind that owns it."""
     optimizer, module = engine.engine.optimizer, engine.engine.module
     attributes = vars(optimizer)
     parameters = list(module.parameters())
@@ -68,13 +67,12 @@ def held(engine: DeepSpeedEngine) -> dict[str, int]:
             [attributes.get(name) for name in GRADIENTS],
         ],
     }
-    seen: dict[int, int] = {}
-    sizes = {}
+    seen = set[int]()
+    found = {}
     for kind, tensors in kinds.items():
-        here = {address: size for address, size in storages(tensors).items() if address not in seen}
-        seen |= here
-        sizes[kind] = sum(here.values())
-    return sizes | {"every": sum((storages(live()) | seen).values()), "claimed": sum(seen.values())}
+        found[kind] = {address: size for address, size in storages(tensors).items() if address not in seen}
+        seen |= set(found[kind])
+    return found
 
 
 def live() -> list[Tensor]:
@@ -89,7 +87,7 @@ def measure(train: Train, manifest: Manifest, before: int) -> dict[str, Any]:
     moments: dict[str, dict[str, int]] = {}
 
     def look(moment: str) -> None:
-        moments[moment] = held(engine)
+        moments[moment] = {kind: sum(sizes.values()) for kind, sizes in held(engine).items()}
         for kind, size in moments[moment].items():
             largest[kind] = max(size, largest.get(kind, 0))
 
@@ -130,26 +128,22 @@ def measure(train: Train, manifest: Manifest, before: int) -> dict[str, Any]:
             {"tokens": tokens, "length": torch.full((rows,), manifest.positions)},
         )
     look("after")
-    found = {
-        "parts": largest,
-        "moments": moments,
-        "unclaimed": moments["after"]["every"] - moments["after"]["claimed"] - before,
-    }
+    claimed = {address: size for sizes in held(engine).values() for address, size in sizes.items()}
+    every = sum((storages(live()) | claimed).values())
+    found = {"parts": largest, "moments": moments, "unclaimed": every - sum(claimed.values()) - before}
     engine.engine.destroy()
     return found
 
 
-def main(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+def measure_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> None:
+    del world
     manifest = Manifest.model_validate(cases[0]["manifest"])
     for case in cases:
         gc.collect()
         found = measure(Train.model_validate(case["train"]), manifest, sum(storages(live()).values()))
         (folder / f"{case['name']}.{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))
+    load_cpu_adam()
+    run_groups(measure_cases, {int(sys.argv[2]): (Path(sys.argv[1]), json.loads(sys.argv[3]))})

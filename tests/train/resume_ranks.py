@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # noqa: F401  # once, for all ranks forked from here; so is the next
-import torch.utils.tensorboard  # noqa: F401
+from forked import load_cpu_adam
 from tiny_data import digits_like, settings, text_like
 
 from overproof.artifacts import Artifact, Store
@@ -74,6 +73,7 @@ def run(store: Store, prepared: Artifact, case: dict[str, Any]) -> dict[str, Any
 
 
 def main(folder: Path, cases: list[dict[str, Any]]) -> None:
+    load_cpu_adam()
     store = Store(str(folder / "store"))
     prepared = {}
     for name, make in {"text": text_like, "broken": lambda root: digits_like(root, BROKEN_ROW)}.items():

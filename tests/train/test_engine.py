@@ -134,23 +134,18 @@ def cases(root: Path, text: Path, world: int) -> list[dict[str, Any]]:
 def trained(digits_root: Path, text_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both process groups, one and two ranks, run side by side; their losses and weights by case."""
     out = tmp_path_factory.mktemp("engines")
-    script = str(Path(__file__).with_name("engine_ranks.py"))
-    ranks = []
+    script = Path(__file__).with_name("engine_ranks.py")
+    given = {}
     for world in (1, 2):
-        (folder := out / str(world)).mkdir()
-        given = json.dumps(cases(digits_root, text_root, world))
-        ranks += [
-            subprocess.Popen(
-                [sys.executable, script, str(folder), str(rank), str(world), given],
-                stderr=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                text=True,
-                env=os.environ | {"TORCH_EXTENSIONS_DIR": str(out / "compiled")},
-            )
-            for rank in range(world)
-        ]
-    ends = [(rank.communicate(timeout=900)[1], rank.returncode) for rank in ranks]
-    assert [code for _, code in ends] == [0, 0, 0], "\n".join(error[-2000:] for error, _ in ends)
+        (out / str(world)).mkdir()
+        given[world] = cases(digits_root, text_root, world)
+    done = subprocess.run(
+        [sys.executable, str(script), str(out), json.dumps(given)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TORCH_EXTENSIONS_DIR": str(out / "compiled")},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     return out
 
 

@@ -120,12 +120,6 @@ def test_gives_ctrl_c_back(two_workers: Run) -> None:
     assert after is before
 
 
-def test_one_worker_trains_the_same(stage: Stage, two_workers: Run) -> None:
-    _, folder = stage(settings(workers=1, zero_stage=2, **PLAN))
-    for key in ("loss", "validation_loss"):
-        assert lines(folder, key) == pytest.approx(two_workers.lines(key), abs=1e-4)
-
-
 def test_no_steps_pass_the_weights_through(
     stage: Stage, tmp_path: Path, digits_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,18 +133,11 @@ def test_no_steps_pass_the_weights_through(
     assert metrics["validation_loss"] == lines(folder, "validation_loss")[0] > 0
 
 
-def test_a_pickle_in_a_worker_is_refused_as_what_it_is(stage: Stage, tmp_path: Path) -> None:
-    (tmp_path / "given").mkdir()
-    (tmp_path / "given" / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(InputError, match=r"pytorch_model\.bin, a pickle") as refused:
-        stage(settings(model=Pretrained(path=str(tmp_path / "given"))))
+def test_a_loss_that_blows_up_is_refused(stage: Stage) -> None:
+    with pytest.raises(InputError, match="lower learning_rate") as refused:
+        stage(settings(learning_rate=1e30, warmup_steps=0))
     assert type(refused.value) is InputError
     assert "Traceback" not in str(refused.value)
-
-
-def test_a_loss_that_blows_up_is_refused(stage: Stage) -> None:
-    with pytest.raises(InputError, match="lower learning_rate"):
-        stage(settings(workers=2, learning_rate=1e30, warmup_steps=0))
 
 
 def test_failures_that_nothing_comes_of_end_the_run(stage: Stage) -> None:
@@ -158,12 +145,14 @@ def test_failures_that_nothing_comes_of_end_the_run(stage: Stage) -> None:
         if isinstance(event, StepTrained):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    ends = "train: 2 failures in a row without a new checkpoint after step 0; the last one: a worker died: "
+    ends = "train: a failure without a new checkpoint after step 0; the last one: a worker died: "
     with pytest.raises(RuntimeError, match=ends):
-        stage(settings(workers=1, max_failures=2), die)
+        stage(settings(max_failures=1), die)
 
 
-def test_ctrl_c_ends_a_run_that_waits_for_nodes(stage: Stage) -> None:
+def test_ctrl_c_ends_a_run_that_waits_for_nodes(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
+
     def interrupt(event: ProgressEvent) -> None:
         if isinstance(event, TrainingResumed):  # no room for 1 workers yet
             os.kill(driver, signal.SIGINT)

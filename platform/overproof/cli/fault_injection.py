@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from overproof import console, pipeline
 from overproof.artifacts import Artifact, Store
 from overproof.cluster import ray_cluster
@@ -27,6 +29,7 @@ from overproof.train.checkpoint import CURVE_FILE
 OBJECT_STORE_BYTES = 200 << 20
 WAIT_S = 300.0
 HELD_POLL_S = 0.01
+NODE_END_S = 5.0
 NO_LIMIT = sys.maxsize
 
 
@@ -258,7 +261,11 @@ def extra_node(address: str, cpus: int) -> Iterator[None]:
     try:
         yield
     finally:
+        processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
         node.terminate()
+        _, alive = psutil.wait_procs(processes, NODE_END_S)  # one whose actors still live may wait for ever
+        for process in alive:
+            process.kill()
         node.wait()
 
 

@@ -24,6 +24,7 @@ from overproof.data.tokenization import END
 from overproof.errors import InputError
 from overproof.files import file_sha256
 from overproof.models.base import DataShape, LayerNames
+from overproof.models.pretrained import refuse_pickles
 from overproof.models.sizes import family_of
 from overproof.registry import FAMILIES
 
@@ -31,7 +32,6 @@ Batch = dict[str, Tensor]
 
 WEIGHTS = "model.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 
 
 def build_model(section: ModelSection, manifest: Manifest, seed: int) -> PreTrainedModel:
@@ -73,12 +73,7 @@ def load_model(path: Path) -> PreTrainedModel:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; expected a Hugging Face model directory")
-    pickles = sorted(file.name for pattern in PICKLES for file in path.rglob(pattern))
-    if pickles:
-        raise InputError(
-            f"{path}: found {pickles[0]}, a pickle, which runs code when read; expected safetensors alone: "
-            "convert the weights and delete it"
-        )
+    refuse_pickles(path, (file.name for file in path.rglob("*")))
     if not any(path.glob("*.safetensors")):
         raise InputError(f"{path}: no *.safetensors file; expected a Hugging Face model directory")
     _, family = family_of(_config(path), path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from pyarrow import fs
@@ -12,12 +13,14 @@ from overproof.config import Pretrained
 from overproof.errors import InputError
 from overproof.files import absolute_uri, filesystem, local_cache
 
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
 
 def list_directory(path: str) -> list[tuple[str, int, int]]:
     """Name, size in bytes and time of change (ns) of each file: what an artifact's identity covers.
 
     Raises:
-        InputError: there is no such folder, or it is empty.
+        InputError: there is no such folder, it is empty, or a pickle lies there.
     """
     files, root = filesystem(path)
     found = files.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
@@ -28,7 +31,18 @@ def list_directory(path: str) -> list[tuple[str, int, int]]:
     )
     if not names:
         raise InputError(f"{path}: no such folder; expected a Hugging Face model directory")
+    refuse_pickles(path, (name for name, _, _ in names))
     return names
+
+
+def refuse_pickles(path: object, names: Iterable[str]) -> None:
+    """Raises InputError if one of a directory's files may be a pickle."""
+    for name in sorted(names):
+        if name.endswith(PICKLES):
+            raise InputError(
+                f"{path}: found {name}, a pickle, which runs code when read; expected safetensors alone: "
+                "convert the weights and delete it"
+            )
 
 
 def absolute_pretrained(model: Pretrained) -> Pretrained:

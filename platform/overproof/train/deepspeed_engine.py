@@ -5,6 +5,7 @@ DeepSpeed is imported inside functions alone: a driver without a compiler or GPU
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import tempfile
@@ -41,7 +42,7 @@ class DeepSpeedEngine:
         self.train, self.seed = train, seed
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.accumulation = train.accumulation(self.world)
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed("cuda" if dist.get_backend() == "nccl" else "cpu")
         if train.activation_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.engine, self.optimizer, *_ = deepspeed.initialize(
@@ -196,14 +197,24 @@ def _preserve_group_settings(optimizer: Any) -> Iterator[None]:
             state["step"] = state["step"].clone()
 
 
-def _import_deepspeed() -> Any:
-    os.environ["DS_ACCELERATOR"] = "cuda" if dist.get_backend() == "nccl" else "cpu"
+def import_deepspeed(accelerator: str) -> Any:
+    """DeepSpeed for ``cpu`` or ``cuda``, without what it would compile, load or ask for in vain."""
+    os.environ["DS_ACCELERATOR"] = accelerator
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.ops.__compatible_ops__ = {}  # else a kernel for tensor-parallel inference is compiled, for minutes
     _import_muon_without_dynamo()
+    _describe_cpu_once()
     return deepspeed
+
+
+def _describe_cpu_once() -> None:
+    """Have py-cpuinfo run its programs once: DeepSpeed's CPU Adam asks three times, a second each."""
+    import cpuinfo
+
+    if not hasattr(cpuinfo.get_cpu_info, "cache_info"):
+        cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 
 def _import_muon_without_dynamo() -> None:
