@@ -138,14 +138,3 @@ def test_a_regression_is_distilled_judged_and_served(
     assert "pipeline_tag: tabular-regression" in card
     assert json.dumps(body)[1:40] in card
     assert (done["report"].local() / "report.html").read_text().count("root mean squared error") >= 1
-
-
-@pytest.mark.trial
-@pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("name", ["diabetes", "breast-cancer", "wine"])
-def test_a_recipe_of_a_table_passes_its_own_gate(
-    name: str, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
-    done = pipeline.run(load_recipe(RECIPES / f"{name}.yaml", (f"store={tmp_path}",)))
-    assert open_package(done["package"].local()).content.name == name
