@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,8 @@ from overproof.config import load_recipe
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as started in the background; commands under test inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("no clock", deadline=None)  # a busy machine is no fault
 settings.load_profile("no clock")
 
