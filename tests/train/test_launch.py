@@ -154,9 +154,10 @@ def test_ctrl_c_ends_a_run_that_waits_for_nodes(stage: Stage, monkeypatch: pytes
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
 
     def interrupt(event: ProgressEvent) -> None:
-        if isinstance(event, TrainingResumed):  # no room for 1 workers yet
+        if isinstance(event, TrainingResumed) and not waits:  # no room for 1 workers yet
+            waits.append(event)
             os.kill(driver, signal.SIGINT)
 
-    driver = os.getpid()
+    driver, waits = os.getpid(), list[ProgressEvent]()
     with pytest.raises(KeyboardInterrupt):
         stage(settings(workers=1, cpus_per_worker=64), interrupt)

@@ -111,12 +111,19 @@ class PolicyTrainer(TorchTrainer):
         return super()._initialize_and_run_controller(**given | policies)  # type: ignore[misc]
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        """End on Ctrl-C. Ray's handler waits for the controller, which does not answer while it waits for nodes."""
+        """End on Ctrl-C, and at once on the second.
 
-        def stop(*_: Any) -> None:
-            with suppress(RayActorError, GetTimeoutError):
-                ray.get(controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
+        Ray's handler waits for the controller, which does not answer while it waits for nodes.
+        """
+
+        def kill(*_: Any) -> None:
             ray.kill(controller)
             raise KeyboardInterrupt
+
+        def stop(*_: Any) -> None:
+            signal.signal(signal.SIGINT, kill)
+            with suppress(RayActorError, GetTimeoutError):
+                ray.get(controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
+            kill()
 
         signal.signal(signal.SIGINT, stop)
