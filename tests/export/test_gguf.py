@@ -190,8 +190,6 @@ def test_rotary_order_is_undone_and_pairs_halves() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_bias": True}, "found attention_bias"),
-        ({"mlp_bias": True}, "found mlp_bias"),
         ({"hidden_act": "gelu"}, "found hidden_act 'gelu'"),
         ({"hidden_size": 48, "head_dim": 16}, "found embedding_length 48; expected a multiple of 32"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type 'dynamic'"),

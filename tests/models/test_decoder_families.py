@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ import xllamacpp
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from overproof.config import Optimization, Pretrained
+from finished import RECIPES
+from overproof import pipeline
+from overproof.config import Optimization, Pretrained, TeacherLayers, load_recipe
+from overproof.data.manifest import Manifest
 from overproof.data.tokenization import train_bpe
 from overproof.distill.feature_losses import capture_layers
 from overproof.distill.student_init import keep_layers
@@ -72,12 +75,14 @@ class Case:
 CASES = {
     "llama": Case("llama", {"rms_norm_eps": 1e-5}),
     "llama-3": Case("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": False, **WIDE_HEADS}),
+    "llama-biases": Case("llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": Case("mistral", {"sliding_window": POSITIONS, **WIDE_HEADS}),
     "qwen2": Case("qwen2", {"rope_parameters": LINEAR}),
     "qwen3": Case("qwen3", {"tie_word_embeddings": False, **WIDE_HEADS}),
     "smollm3": Case("smollm3", {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1], "layer_types": None}),
     "granite": Case("granite", {
         "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 2.0,
+        "attention_bias": True,
     }),
     "olmo2": Case("olmo2", {"tie_word_embeddings": False}),
     "olmo2-tied": Case("olmo2"),
@@ -90,7 +95,7 @@ CASES = {
         "query_pre_attn_scalar": 32, **WIDE_HEADS,
     }, GELU_NATS),
     "phi3": Case("phi3", {
-        "rope_parameters": LONG, "original_max_position_embeddings": 256, "max_position_embeddings": 512,
+        "rope_parameters": LONG, "original_max_position_embeddings": 64, "max_position_embeddings": 512,
         "tie_word_embeddings": False,
     }),
     "gpt2": Case("gpt2", {"n_inner": None}, GELU_NATS),
@@ -112,7 +117,6 @@ def built(kind: str, settings: dict[str, Any] | None = None) -> PreTrainedModel:
     if settings:
         kept = {name: value for name, value in config.to_dict().items() if name != "model_type"}
         config = type(config)(**kept | settings, attn_implementation=family.attention)
-    config.architectures = [family.architectures[0]]
     torch.manual_seed(0)
     model = family.model_class()(config)
     for name, weight in model.named_parameters():
@@ -216,17 +220,12 @@ def test_fewer_layers_are_a_model_of_the_family(kind: str, tmp_path: Path, token
     model = built(kind)
     fewer = keep_layers(model, (0, 2))
     folder = saved(model, tmp_path / "teacher", tokenizer)
-    assert hf_directory.count_parameters(fewer) == sum(_halved(folder).tensors)
+    planned = student_size(TeacherLayers(layers=(0, 2)), Pretrained(path=str(folder)), SHAPE)
+    assert hf_directory.count_parameters(fewer) == planned.parameters
     written = saved(fewer.eval(), tmp_path / "student", tokenizer)
     export_gguf(written, written / "tokenizer.json", tmp_path / "student.gguf", "f32", "test")
     back = logprobs(read_gguf(tmp_path / "student.gguf"), some_tokens())
     torch.testing.assert_close(back, logprobs(fewer, some_tokens()), rtol=0, atol=1e-5)
-
-
-def _halved(folder: Path) -> Any:
-    from overproof.config import TeacherLayers
-
-    return student_size(TeacherLayers(layers=(0, 2)), Pretrained(path=str(folder)), SHAPE)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "phi3", "falcon"])
@@ -280,6 +279,28 @@ def test_shards_and_half_precision_are_read(tmp_path: Path, tokenizer: Path) -> 
         hf_directory.load_model(sharded)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("qwen2", {"tie_word_embeddings": False}), ("gemma3", {}), ("gpt2", {})]
+)
+def test_padding_beyond_the_datas_vocabulary_is_cut_off(
+    kind: str, settings: dict[str, Any], tmp_path: Path, tokenizer: Path
+) -> None:
+    model, fewer = built(kind, settings), VOCABULARY - 20
+    folder = saved(model, tmp_path / "model", tokenizer)
+    manifest = Manifest(
+        task="language_modeling", columns=(), splits={}, rows_per_group=4, positions=POSITIONS, outputs=fewer,
+        tokenizer_sha256="0" * 64,
+    )  # fmt: skip
+    found = hf_directory.load_pretrained(folder, manifest)
+    tokens_BS = some_tokens() % fewer
+    expected = model(input_ids=tokens_BS, use_cache=False).logits[..., :fewer]
+    torch.testing.assert_close(found(input_ids=tokens_BS, use_cache=False).logits, expected, rtol=0, atol=1e-6)
+    planned = model_size(Pretrained(path=str(folder)), replace(SHAPE, outputs=fewer))
+    assert (planned.outputs, planned.parameters) == (fewer, hf_directory.count_parameters(found))
+    with pytest.raises(InputError, match=f"a vocabulary of {VOCABULARY}; the data's has 321"):
+        hf_directory.load_pretrained(folder, manifest.model_copy(update={"outputs": 321}))
+
+
 def test_a_window_that_llama_cpp_does_not_know_ends_the_context(tmp_path: Path, tokenizer: Path) -> None:
     model = built("mistral", {"sliding_window": 8})
     source = saved(model, tmp_path / "source", tokenizer)
@@ -320,7 +341,6 @@ def test_another_decoder_is_trained_and_not_exported(tmp_path: Path, tokenizer: 
     config = StableLmConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
         num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, initializer_range=0.1,
-        architectures=["StableLmForCausalLM"],
     )  # fmt: skip
     model = StableLmForCausalLM(config).eval()
     source = saved(model, tmp_path / "source", tokenizer)
@@ -332,6 +352,14 @@ def test_another_decoder_is_trained_and_not_exported(tmp_path: Path, tokenizer: 
     engine = TorchEngine(found, Optimization(steps=1, batch_size=2, learning_rate=1e-3), torch.device("cpu"))
     batch = {"tokens": some_tokens(), "length": torch.full((2,), POSITIONS - 3)}
     assert np.isfinite(engine.step(CrossEntropy(TASKS["language_modeling"].predict), batch)["loss"])
+    teacher = {"kind": "pretrained", "path": str(source)}
+    recipe = load_recipe(RECIPES / "stdlib-lm.yaml", (f"train.model={json.dumps(teacher)}", f"store={tmp_path}"))
+    with pytest.raises(
+        InputError,
+        match=r"train\.model: .*StableLmForCausalLM can be trained and not be written as gguf.*expected Llama",
+    ):
+        pipeline.run(recipe)
+    assert not list(tmp_path.glob("stdlib*"))
     with pytest.raises(InputError, match=r"StableLmForCausalLM is not written as GGUF.*expected LlamaForCausalLM or"):
         export_gguf(source, tokenizer, tmp_path / "model.gguf", "f16", "test")
     other = copy.deepcopy(json.loads((source / "config.json").read_text()))

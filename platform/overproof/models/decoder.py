@@ -164,8 +164,11 @@ class DecoderFamily:
 
     def directory_size(self, config: Mapping[str, Any], tensors: Mapping[str, int], shape: DataShape) -> ModelSize:
         once = own_tensors(tensors, config.get("tie_word_embeddings", self.tied))
-        sizes, outputs = tuple(tensors[name] for name in once), int(config["vocab_size"])
-        return self._size(self.kind, self.directory_widths(config), outputs, shape, sizes)
+        entries = int(config["vocab_size"])
+        outputs = min(entries, shape.outputs or entries)  # padding beyond the data's vocabulary is cut off
+        tables = (f"{self.names.embeddings.rsplit('.', 1)[-1]}.weight", HEAD)
+        sizes = (tensors[n] // entries * outputs if n.endswith(tables) else tensors[n] for n in once)
+        return self._size(self.kind, self.directory_widths(config), outputs, shape, tuple(sizes))
 
     @property
     def kind(self) -> str:

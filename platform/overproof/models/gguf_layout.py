@@ -25,6 +25,7 @@ SHAPE = {
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
 }
+BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
 RMS_NORM = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 
 
@@ -87,6 +88,7 @@ class GgufLayout:
     counts: Mapping[str, str] = field(default_factory=lambda: SHAPE)  # by key, the configuration's name of an integer
     reals: Mapping[str, str] = field(default_factory=lambda: RMS_NORM)  # the same of a number; None is left out
     assumed: Mapping[str, Any] = field(default_factory=dict)  # by the configuration's name, the one value that fits
+    optional: Mapping[str, str] = field(default_factory=dict)  # by the configuration's name, a tensor that it brings
     changes: Mapping[str, Change] = field(default_factory=dict)  # by the end of a tensor's name in Hugging Face
     slides: bool = False  # whether the architecture knows sliding windows
     scalings: tuple[str, ...] = ("default", "linear")  # of rotary positions that the architecture knows
@@ -112,9 +114,10 @@ class GgufLayout:
         }
 
     def figures(self, content: GgufContent) -> dict[str, Any]:
-        """Those that ``counts``, ``reals`` and ``assumed`` name."""
+        """Those that ``counts``, ``reals``, ``optional`` and ``assumed`` name."""
         found = {name: content.metadata.get(key) for key, name in {**self.counts, **self.reals}.items()}
-        return {**self.assumed, **found}
+        there = {name: tensor in content.tensors for name, tensor in self.optional.items()}
+        return {**self.assumed, **found, **there}
 
     def rope(self, config: Any) -> dict[str, Any]:
         """What ``metadata`` says of rotary positions."""

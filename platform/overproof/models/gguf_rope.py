@@ -1,8 +1,8 @@
 """Rotary positions (arXiv 2104.09864), scaled or not, as GGUF has them.
 
 llama.cpp multiplies each frequency by ``rope.scaling.factor``'s inverse (linear), or divides it by a tensor: that of
-Llama 3's scaling holds one divisor for each pair of rows, that of LongRoPE (arXiv 2402.13753) two, of which the short
-one applies up to the length the model was made for.
+Llama 3's scaling holds one divisor for each pair of rows, those of LongRoPE (arXiv 2402.13753) a short and a long one,
+of which the short one applies up to the length the model was made for.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def tensors(rope: Rope, head: int) -> dict[str, Vector]:
     if rope["rope_type"] == "llama3":
         return {FREQUENCIES: _llama3_divisors(rope, int(head * rope.get("partial_rotary_factor", 1.0)))}
     if rope["rope_type"] == "longrope":
-        named = ((LONG, "long_factor"), (SHORT, "short_factor"))
-        return {tensor: np.asarray(rope[name], np.float32) for tensor, name in named}
+        # The context ends where the long divisors would begin; llama.cpp takes them by the memory it has reserved.
+        return {tensor: np.asarray(rope["short_factor"], np.float32) for tensor in (LONG, SHORT)}
     return {}
 
 

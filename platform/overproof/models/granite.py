@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from overproof.models.base import DataShape
 from overproof.models.decoder import DecoderFamily, GroupedDecoderModel
-from overproof.models.gguf_layout import INTERLEAVED, RMS_NORM, GgufLayout
+from overproof.models.gguf_layout import BIASES, INTERLEAVED, RMS_NORM, GgufLayout
 
 
 class Granite(GroupedDecoderModel):
@@ -30,7 +30,8 @@ class GraniteFamily(DecoderFamily):
             "logit_scale": "logits_scaling",
         },
         changes=INTERLEAVED,
-        assumed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+        assumed={"hidden_act": "silu"},
+        optional=BIASES,
         scalings=("default", "linear", "llama3"),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -60,7 +61,7 @@ def shape_of(manifest: Manifest) -> DataShape:
 
 def layer_names(model: PreTrainedModel) -> LayerNames:
     """Where a model keeps its parts."""
-    _, family = family_of({"architectures": model.config.architectures}, model.config.name_or_path)
+    _, family = family_of({"architectures": [type(model).__name__]}, model.config.name_or_path)
     return family.names
 
 
@@ -97,6 +98,25 @@ def load_model(path: Path) -> PreTrainedModel:
         kind, keys = next(iter(wrong.items()))
         raise InputError(f"{path}: weights do not fit config.json: {kind.replace('_', ' ')}: {keys[0]}")
     return model.eval()
+
+
+def load_pretrained(path: Path, manifest: Manifest) -> PreTrainedModel:
+    """A directory's model, to be trained on data: a vocabulary that has more entries than the data's ends with it, for
+    those are padding, of which models of one tokenizer have more or less.
+
+    Raises:
+        InputError: as ``load_model``, or its vocabulary has fewer entries than the data's.
+    """
+    model = load_model(path)
+    if manifest.tokenizer_sha256 is not None:
+        found = model.config.vocab_size
+        if found < manifest.outputs:
+            raise InputError(
+                f"{path}: a vocabulary of {found}; the data's has {manifest.outputs}: expected a model of its tokenizer"
+            )
+        if found > manifest.outputs:
+            model.resize_token_embeddings(manifest.outputs)
+    return model
 
 
 def model_of_state(family: ModelFamily, config: Any, state: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -158,7 +178,9 @@ def save_model(
     written = family.untied(config, list(state))
     tensors = {name: state[name].detach().cpu().clone().contiguous() for name in written}
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-    config.save_pretrained(path)
+    written_config = copy.copy(config)
+    written_config.architectures = architectures
+    written_config.save_pretrained(path)
     if tokenizer is not None:
         shutil.copyfile(tokenizer, path / TOKENIZER)
         described = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from overproof.models.decoder import DecoderFamily, GroupedDecoderModel
-from overproof.models.gguf_layout import INTERLEAVED, GgufLayout
+from overproof.models.gguf_layout import BIASES, INTERLEAVED, GgufLayout
 
 
 class Llama(GroupedDecoderModel):
@@ -22,7 +22,8 @@ class LlamaFamily(DecoderFamily):
     gguf = GgufLayout(
         architecture="llama",
         changes=INTERLEAVED,
-        assumed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+        assumed={"hidden_act": "silu"},
+        optional=BIASES,
         scalings=("default", "linear", "llama3"),
     )
 
