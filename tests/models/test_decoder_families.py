@@ -22,6 +22,7 @@ from overproof.data.manifest import Manifest
 from overproof.data.tokenization import train_bpe
 from overproof.distill.feature_losses import capture_layers
 from overproof.distill.student_init import keep_layers
+from overproof.distill.text_worker import generate
 from overproof.engines import llamacpp
 from overproof.engines.base import Sampling
 from overproof.engines.llamacpp_server import server_params
@@ -226,6 +227,18 @@ def test_fewer_layers_are_a_model_of_the_family(kind: str, tmp_path: Path, token
     export_gguf(written, written / "tokenizer.json", tmp_path / "student.gguf", "f32", "test")
     back = logprobs(read_gguf(tmp_path / "student.gguf"), some_tokens())
     torch.testing.assert_close(back, logprobs(fewer, some_tokens()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "gemma2", "gemma3", "smollm3"])
+def test_a_family_writes_text_with_a_cache_as_without(name: str) -> None:
+    model = built(CASES[name].kind, CASES[name].settings)
+    prompts_BQ = some_tokens()[:, :12]
+    written_BS = generate(model, prompts_BQ, torch.zeros(2, 8), temperature=0)
+    expected_BS = prompts_BQ
+    for _ in range(8):
+        likeliest_B1 = logprobs(model, expected_BS)[:, -1].argmax(-1, keepdim=True)
+        expected_BS = torch.cat([expected_BS, likeliest_B1], 1)
+    assert torch.equal(written_BS, expected_BS)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "phi3", "falcon"])
