@@ -27,6 +27,7 @@ from overproof.engines import llamacpp
 from overproof.engines.base import Sampling
 from overproof.engines.llamacpp_server import server_params
 from overproof.errors import InputError
+from overproof.export import gguf_file
 from overproof.export.gguf_file import export_gguf, read_gguf
 from overproof.models import hf_directory
 from overproof.models.base import DataShape, GgufFamily
@@ -335,6 +336,7 @@ def test_a_window_that_llama_cpp_does_not_know_ends_the_context(tmp_path: Path, 
         ("smollm3", {"no_rope_layers": [1, 0, 1]}, "found no_rope_layers"),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
          "found partial_rotary_factor 0.5; expected 1"),
+        ("mistral", {"head_dim": 20}, "found heads of 80; expected a multiple of 32"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "found scale_attn_by_inverse_layer_idx True"),
         ("falcon", {"alibi": True}, "found alibi True; expected False"),
     ],
@@ -346,6 +348,17 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
     with pytest.raises(InputError, match=message):
         export_gguf(source, tokenizer, tmp_path / "model.gguf", "f16", "test")
     assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_a_file_that_lacks_a_tensor_is_refused(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = saved(built("qwen2"), tmp_path / "source", tokenizer)
+    written = gguf_file._tensors
+    monkeypatch.setattr(gguf_file, "_tensors", lambda *given: list(written(*given))[:-1])
+    export_gguf(source, tokenizer, tmp_path / "model.gguf", "f16", "test")
+    with pytest.raises(InputError, match=r"tensor output_norm\.weight is missing; expected a model that overproof"):
+        read_gguf(tmp_path / "model.gguf")
 
 
 def test_another_decoder_is_trained_and_not_exported(tmp_path: Path, tokenizer: Path) -> None:

@@ -130,7 +130,7 @@ def read_gguf(path: Path) -> PreTrainedModel:
     """The model that a GGUF file holds, dequantised to fp32, from the file alone; in evaluation mode.
 
     Raises:
-        InputError: the file is of an architecture, or holds a tensor, that this export does not write.
+        InputError: the file is of an architecture, or holds a tensor, that this export does not write, or lacks one.
     """
     reader = gguf.GGUFReader(path)
     architecture = reader.fields["general.architecture"].contents()
@@ -152,7 +152,10 @@ def read_gguf(path: Path) -> PreTrainedModel:
     names = _names(layout, config)
     state = {}
     for key in family.untied(config, keys):
-        weights = _dequantised(tensors.pop(names.get_name(key, try_suffixes=SUFFIXES)))
+        name = names.get_name(key, try_suffixes=SUFFIXES)
+        if name not in tensors:
+            raise InputError(f"{path}: tensor {name} is missing; expected a model that overproof exported")
+        weights = _dequantised(tensors.pop(name))
         change = layout.change(key)
         state[key] = torch.from_numpy(
             np.ascontiguousarray(weights if change is None else change.from_gguf(weights, config))
@@ -179,10 +182,15 @@ def _dequantised(tensor: gguf.ReaderTensor) -> Weights:
 
 def _check(kind: str, layout: GgufLayout, config: Any, where: Path) -> None:
     found = [f"found {feature}" for feature in layout.unfit(config)]
-    widths = layout.metadata(config)
-    for key in ("embedding_length", "feed_forward_length"):
-        if widths[key] % BLOCK:
-            found.append(f"found {key} {widths[key]}; expected a multiple of {BLOCK}")
+    figures = layout.metadata(config)
+    heads_width = figures["attention.head_count"] * figures.get("attention.key_length", BLOCK)
+    for key, width in (
+        ("embedding_length", figures["embedding_length"]),
+        ("feed_forward_length", figures["feed_forward_length"]),
+        ("heads of", heads_width),
+    ):
+        if width % BLOCK:
+            found.append(f"found {key} {width}; expected a multiple of {BLOCK}")
     if found:
         raise InputError(f"{where}/config.json: {found[0]}: the GGUF export of {kind} covers no other")
 
