@@ -12,7 +12,7 @@ import pytest
 from overproof.config import Recipe, load_recipe
 from overproof.errors import InputError
 from overproof.export.base import Format
-from overproof.models.base import ArrayFamily
+from overproof.models.base import ArrayFamily, GgufFamily
 from overproof.registry import ENGINES, FAMILIES, FORMATS, TASKS, Registry
 
 RECIPES = sorted((Path(__file__).parents[1] / "jobs/recipes").glob("*.yaml"))
@@ -56,13 +56,16 @@ def test_kinds_are_told_without_importing(what: str) -> None:
 @pytest.mark.parametrize("registry", [TASKS, FAMILIES, FORMATS], ids=lambda r: r.what)
 def test_every_section_is_marked_with_its_kind(registry: Registry[Any]) -> None:
     for kind, implementation in registry.items():
+        if implementation.section is None:  # a family whose models come from directories alone
+            continue
         assert implementation.section.model_fields["kind"].default == kind
 
 
 def test_what_a_kind_names_is_there() -> None:
     for kind, family in FAMILIES.items():
         assert set(family.tasks) <= set(TASKS), kind
-        assert family.architectures == (family.model_class().__name__,)
+        if family.section is not None:
+            assert family.architectures == (family.model_class().__name__,)
     for kind, format in FORMATS.items():
         assert format.families
         assert set(format.families) <= set(FAMILIES), kind
@@ -81,6 +84,14 @@ def test_arrays_alone_are_exported_as_onnx() -> None:
     format: Format = FORMATS["onnx"]
     for kind, family in FAMILIES.items():
         assert isinstance(family, ArrayFamily) == (kind in format.families)
+
+
+def test_decoders_that_llama_cpp_runs_are_exported_as_gguf() -> None:
+    format: Format = FORMATS["gguf"]
+    for kind, family in FAMILIES.items():
+        assert isinstance(family, GgufFamily) == (kind in format.families)
+    assert {"llama", "qwen3", "gemma3", "gpt2", "falcon"} <= set(format.families)
+    assert "causal_lm" not in format.families
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

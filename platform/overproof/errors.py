@@ -17,7 +17,8 @@ class GateRefused(Exception):
     """No candidate passed the gate. The message lists the reasons; the command line exits with 1."""
 
 
-def suggest_name(name: str, names: Iterable[str]) -> str:
-    """``, nearest is 'steps'`` for a message about an unknown name; nothing where no name is near."""
-    near = get_close_matches(name.lower(), list(names), n=1)
-    return f", nearest is {near[0]!r}" if near else ""
+def suggest_name(name: str, names: Iterable[str], similarity: float = 0.6) -> str:
+    """``, nearest is 'steps'`` for a message about an unknown name; nothing where no name is as similar (0 to 1)."""
+    spelled = {each.lower(): each for each in names}
+    near = get_close_matches(name.lower(), list(spelled), n=1, cutoff=similarity)
+    return f", nearest is {spelled[near[0]]!r}" if near else ""

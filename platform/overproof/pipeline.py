@@ -10,7 +10,7 @@ from typing import Any
 
 from overproof import console
 from overproof.artifacts import Artifact, Store, compute_fingerprint
-from overproof.cluster import ray_cluster
+from overproof.cluster import preflight, ray_cluster
 from overproof.cluster.placement import require_placeable
 from overproof.config import Pretrained, Recipe, Section, Train
 from overproof.errors import InputError, suggest_name
@@ -148,6 +148,8 @@ def run(recipe: Recipe, until: str | None = None) -> dict[str, Artifact]:
     store = Store(recipe.store)
     with store.lock():
         steps = resolve_stages(recipe, store, until)
+        if any(step.stage.name == "compress" and step.artifact is None for step in steps):
+            preflight.require_exportable(recipe)
         if not ray_cluster.is_remote():
             require_placeable(recipe, ray_cluster.local_capacity())
             ENGINES[recipe.engine].require()

@@ -60,6 +60,18 @@ FAMILIES: Registry[ModelFamily] = Registry(
     "model family",
     {
         "llama": "models.llama:FAMILY",
+        "mistral": "models.mistral:FAMILY",
+        "qwen2": "models.qwen2:FAMILY",
+        "qwen3": "models.qwen3:FAMILY",
+        "smollm3": "models.smollm3:FAMILY",
+        "granite": "models.granite:FAMILY",
+        "olmo2": "models.olmo2:FAMILY",
+        "gemma2": "models.gemma2:FAMILY",
+        "gemma3": "models.gemma3:FAMILY",
+        "phi3": "models.phi3:FAMILY",
+        "gpt2": "models.gpt2:FAMILY",
+        "falcon": "models.falcon:FAMILY",
+        "causal_lm": "models.causal_lm:FAMILY",  # any other decoder: after those
         "vit": "models.vit:FAMILY",
         "mlp": "models.mlp:FAMILY",
     },

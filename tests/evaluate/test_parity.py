@@ -18,6 +18,7 @@ from overproof.data.tokenization import train_bpe
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.export import gguf_file, stage
 from overproof.export.onnx_file import Reference
+from overproof.models import gguf_layout
 from overproof.registry import FORMATS, TASKS
 from overproof.tasks.base import Metric
 from overproof.tasks.text_evaluation import text_parity_nats
@@ -50,12 +51,12 @@ def test_rotary_rows_in_the_wrong_order_are_caught(
     text: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mistake that writer and reader share passes the check after the export, and not the engine."""
-    monkeypatch.setattr(gguf_file, "interleave_rotary", lambda weights, _: weights)
+    monkeypatch.setattr(gguf_layout, "interleave_rotary", lambda weights, _: weights)
     source, file = text["train"].local() / "model", tmp_path / "broken.gguf"
     gguf_file.export_gguf(source, source / "tokenizer.json", file, "f16", "broken")
     with pytest.raises(RuntimeError, match="the export is wrong"):
         stage.require_same_model(FORMATS["gguf"], source, file)
-    monkeypatch.setattr(gguf_file, "split_rotary", lambda weights, _: weights)
+    monkeypatch.setattr(gguf_layout, "split_rotary", lambda weights, _: weights)
     stage.require_same_model(FORMATS["gguf"], source, file)
     assert measure_text(file, text["prepare"].local())["parity_nats"].value > 0.3
 

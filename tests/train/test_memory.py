@@ -20,11 +20,12 @@ from overproof.data.manifest import Manifest
 from overproof.errors import InputError
 from overproof.models import zero_memory
 from overproof.models.base import DataShape
+from overproof.models.decoder import DecoderModel
 from overproof.models.hf_directory import build_model, count_parameters, save_model, shape_of
 from overproof.models.llama import Llama
 from overproof.models.sizes import FP32_BYTES, model_size
 from overproof.models.vit import Vit
-from overproof.registry import TASKS
+from overproof.registry import FAMILIES, TASKS
 from overproof.train.objective import CrossEntropy
 from overproof.train.optim import BUCKET_ELEMENTS
 
@@ -42,13 +43,20 @@ VITS = (
     Vit(hidden_size=30, intermediate_size=7, layers=1, heads=2, patch_size=4),
     Vit(hidden_size=16, intermediate_size=32, layers=2, heads=2, patch_size=1),
 )
+# One of each further family of decoders, with as many numbers.
+DECODERS = tuple(
+    family.section.model_validate({"kind": kind, "hidden_size": 64, "intermediate_size": 160, "layers": 2, "heads": 4,
+                                   **({"kv_heads": 2} if "kv_heads" in family.section.model_fields else {})})
+    for kind, family in FAMILIES.items()
+    if kind != "llama" and family.section is not None and issubclass(family.section, DecoderModel)
+)  # fmt: skip
 # A tensor that lies across two workers' shares is kept whole by both; one matrix of the model at most.
 ONE_TENSOR = 4 * 512 * 256
 SLACK_BYTES = 100_000  # alignment of shares, norms and flags: under 2 % of the smallest part measured
 
 
-def manifest(model: Llama | Vit | str = "llama") -> Manifest:
-    text = isinstance(model, Llama) or model == "llama"
+def manifest(model: DecoderModel | Vit | str = "llama") -> Manifest:
+    text = not isinstance(model, Vit)
     return Manifest(
         task="language_modeling" if text else "image_classification", columns=(), splits={}, rows_per_group=8,
         positions=LENGTH if text else 1, outputs=VOCABULARY if text else CLASSES,
@@ -177,7 +185,7 @@ def test_more_workers_and_higher_stages_never_ask_for_more(
 def saved_bytes(train: Train, autocast: bool = False) -> int:
     """Bytes of what autograd keeps of a forward pass of one worker's micro-batch, weights left out."""
     model = train.model
-    assert isinstance(model, Llama | Vit)
+    assert isinstance(model, DecoderModel | Vit)
     half = train.precision != "fp32" and not autocast
     built = build_model(model, manifest(model), 0).to(torch.bfloat16 if half else torch.float32)
     if train.activation_checkpointing:
@@ -192,7 +200,7 @@ def saved_bytes(train: Train, autocast: bool = False) -> int:
             kept[address] = tensor  # so that no address is used again
         return tensor
 
-    text = isinstance(model, Llama)
+    text = isinstance(model, DecoderModel)
     batch = (
         {"tokens": torch.randint(0, VOCABULARY, (rows, LENGTH + 1)), "length": torch.full((rows,), LENGTH)}
         if text
@@ -207,8 +215,10 @@ def saved_bytes(train: Train, autocast: bool = False) -> int:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("model", [*LLAMAS, VITS[0], VITS[2]], ids=lambda m: f"{m.kind}-{m.hidden_size}x{m.layers}")
-def test_activations_are_what_autograd_keeps(model: Llama | Vit, precision: str) -> None:
+@pytest.mark.parametrize(
+    "model", [*LLAMAS, *DECODERS, VITS[0], VITS[2]], ids=lambda m: f"{m.kind}-{m.hidden_size}x{m.layers}"
+)
+def test_activations_are_what_autograd_keeps(model: DecoderModel | Vit, precision: str) -> None:
     train = training(model=model, precision=precision, batch_size=64, zero_stage=1)
     size = model_size(model, shape_of(manifest(model)))
     assert saved_bytes(train) == pytest.approx(kept_of(size, train), rel=0.02)

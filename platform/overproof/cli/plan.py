@@ -56,6 +56,7 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     out.print(_stages(recipe, steps))
     prepared = next(step.artifact for step in steps if step.stage.name == "prepare")
     shape = preflight.data_shape(recipe, prepared)
+    preflight.require_exportable(recipe)
     model = model_size(recipe.train.model, shape)
     out.print()
     students = preflight.student_sizes(recipe, shape)

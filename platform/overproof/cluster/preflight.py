@@ -15,13 +15,13 @@ from overproof import console
 from overproof.artifacts import Artifact, Store
 from overproof.cluster import ray_cluster, store_probe, upload
 from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
-from overproof.config import Recipe
+from overproof.config import Pretrained, Recipe
 from overproof.data.manifest import MANIFEST, Manifest
-from overproof.errors import InputError
+from overproof.errors import InputError, suggest_name
 from overproof.files import filesystem, join_uri, read_json
 from overproof.models.base import DataShape
-from overproof.models.sizes import student_size
-from overproof.registry import TASKS
+from overproof.models.sizes import directory_config, family_of, student_size
+from overproof.registry import FAMILIES, FORMATS, TASKS
 from overproof.units import format_bytes, format_seconds
 
 
@@ -53,6 +53,27 @@ def data_shape(recipe: Recipe, prepared: Artifact | None) -> DataShape:
             return TASKS[recipe.data.kind].shape(recipe.data)
     manifest = read_json(Manifest, prepared.local() / MANIFEST)
     return DataShape(manifest.task, manifest.outputs, manifest.positions, manifest.details)
+
+
+def require_exportable(recipe: Recipe) -> None:
+    """Look whether the recipe's format holds what its directories hold: any decoder can be trained, not all exported.
+
+    Raises:
+        InputError: it does not, or a directory's config.json cannot be read.
+    """
+    models = {"train.model": recipe.train.model} | {f"student {s.name}": s.model for s in recipe.sweep.students}
+    format = FORMATS[recipe.compress.kind]
+    for where, model in models.items():
+        if isinstance(model, Pretrained):
+            config = directory_config(model.path)
+            kind, _ = family_of(config, model.path)
+            if kind not in format.families:
+                held = {name: kind for kind in format.families for name in FAMILIES[kind].architectures}
+                [named, *_] = config["architectures"]
+                raise InputError(
+                    f"{where}: {model.path}/config.json: architecture {named} can be trained and not be written as "
+                    f"{recipe.compress.kind}{suggest_name(named, held)}; expected {' or '.join(held)}"
+                )
 
 
 def student_sizes(recipe: Recipe, shape: DataShape) -> dict[str, int]:

@@ -60,7 +60,8 @@ class OneOf:
     @property
     def sections(self) -> tuple[type[Section], ...]:
         """Every section that may stand there."""
-        return (*(implementation.section for implementation in self.registry.values()), *self.further)
+        found = (implementation.section for implementation in self.registry.values())
+        return (*(section for section in found if section is not None), *self.further)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         del source

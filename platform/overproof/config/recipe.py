@@ -76,7 +76,9 @@ class Recipe(Section):
         models = {"train.model": self.train.model} | {
             f"sweep.students.{i}.model": student.model for i, student in enumerate(self.sweep.students)
         }
-        fitting = {kind: family for kind, family in FAMILIES.items() if self.data.kind in family.tasks}
+        fitting = {
+            kind: family for kind, family in FAMILIES.items() if self.data.kind in family.tasks and family.section
+        }
         written = FORMATS[self.compress.kind]
         for where, model in models.items():
             if model.kind not in FAMILIES:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
+from overproof.models.base import FusedAttention
 from overproof.models.hf_directory import layer_names
 
 
@@ -48,6 +49,9 @@ def capture_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[di
         for part, where in (("queries", names.queries), ("keys", names.keys), ("values", names.values)):
             if where is not None:
                 hooks.append(module.get_submodule(where).register_forward_hook(_record_output(values, part)))
+        if names.fused is not None:
+            fused = module.get_submodule(names.fused.name)
+            hooks.append(fused.register_forward_hook(_record_parts(values, names.fused, model.config)))
     try:
         yield found
     finally:
@@ -57,8 +61,15 @@ def capture_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[di
 
 
 def _record_output(into: dict[str, Tensor], name: str) -> Any:
+    def hook(_module: Any, _inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+        into[name] = output if isinstance(output, Tensor) else output[0]
+
+    return hook
+
+
+def _record_parts(into: dict[str, Tensor], fused: FusedAttention, config: Any) -> Any:
     def hook(_module: Any, _inputs: Any, output: Tensor) -> None:
-        into[name] = output
+        into["queries"], into["keys"], into["values"] = fused.split(config, output)
 
     return hook
 

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from overproof.config import ModelSection, Pretrained, TeacherLayers
 from overproof.data.manifest import Manifest
+from overproof.errors import InputError
 from overproof.models import pretrained
-from overproof.models.hf_directory import build_model, layer_names, load_model
+from overproof.models.hf_directory import build_model, layer_names, load_model, load_pretrained
 
 
 def initial_student(chosen: ModelSection, manifest: Manifest, seed: int, teacher: Path) -> PreTrainedModel:
@@ -22,7 +23,7 @@ def initial_student(chosen: ModelSection, manifest: Manifest, seed: int, teacher
         InputError: the model does not fit the data, a directory cannot be loaded, or the teacher has too few layers.
     """
     if isinstance(chosen, Pretrained):
-        return load_model(pretrained.fetch_pretrained(chosen.path)).train()
+        return load_pretrained(pretrained.fetch_pretrained(chosen.path), manifest).train()
     if isinstance(chosen, TeacherLayers):
         model = load_model(teacher)
         return keep_layers(model, chosen.of(model.config.num_hidden_layers)).train()
@@ -30,11 +31,25 @@ def initial_student(chosen: ModelSection, manifest: Manifest, seed: int, teacher
 
 
 def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A copy that has these layers alone; all that lies outside the layers stays as it is."""
+    """A copy that has these layers alone; all that lies outside the layers stays as it is.
+
+    What a layer is by its place, such as one with a sliding window, it is by its new place: engines go by that.
+
+    Raises:
+        InputError: it is not known where the model keeps its layers.
+    """
+    names = layer_names(model)
+    if not any(name.startswith(f"{names.layers}.") for name, _ in model.named_parameters()):
+        raise InputError(
+            f"layers: a {type(model).__name__} keeps none at {names.layers}; expected a student of another kind, such "
+            "as {kind: pretrained, path: ...}"
+        )
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(layers)
+    for setting in names.per_layer:
+        setattr(config, setting, getattr(config, setting)[: len(layers)])
     new_index = {old: new for new, old in enumerate(layers)}
-    state, prefix = {}, layer_names(model).layers
+    state, prefix = {}, names.layers
     for name, value in model.state_dict().items():
         found = re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.+)", name)
         if found is None:

@@ -54,7 +54,7 @@ def _check_comparable(student: Student, found: ModelSize, teacher: ModelSize) ->
     for name, part in (("relations", student.relations), ("states", student.states)):
         if part and part.teacher_layer is not None and part.teacher_layer >= teacher.layers:
             raise InputError(f"{name}.teacher_layer {part.teacher_layer}: the teacher has {teacher.layers} layers")
-    if student.relations and None in (FAMILIES[size.family].names.queries for size in (found, teacher)):
+    if student.relations and not all(FAMILIES[size.family].names.has_attention for size in (found, teacher)):
         raise InputError(f"relations: a {found.family} has no attention; expected none, or states")
     if found.places != teacher.places:
         raise InputError(

@@ -8,6 +8,8 @@ Shapes: B rows, Q tokens of a prompt, G written tokens, S = Q + G = P + 1, V out
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -50,16 +52,22 @@ def generate(model: PreTrainedModel, prompts_BQ: Tensor, uniform_BG: Tensor, tem
     prompt_tokens = prompts_BQ.shape[1]
     tokens_BS = torch.cat([prompts_BQ, torch.zeros_like(uniform_BG, dtype=prompts_BQ.dtype)], 1)
     finite = torch.ones((), dtype=torch.bool, device=prompts_BQ.device)
-    new_BN, keys_values = prompts_BQ, DynamicCache(config=model.config)  # N: the tokens that are not in it yet
+    new_BN = prompts_BQ  # N: the tokens that are not in the cache yet
+    kept = {_cache_argument(model): DynamicCache(config=model.config)}
     for index in range(uniform_BG.shape[1]):
-        # By position: the fourth is `past_key_values` in one release of transformers and `cache` in the next.
-        logits_BV = model(new_BN, None, None, keys_values, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        logits_BV = model(input_ids=new_BN, use_cache=True, logits_to_keep=1, **kept).logits[:, -1].float()
         finite &= logits_BV.isfinite().all()
         new_BN = sample_token(logits_BV, uniform_BG[:, index : index + 1], temperature)
         tokens_BS[:, prompt_tokens + index] = new_BN[:, 0]
     if not finite:
         raise InputError("the teacher's outputs are not finite while it writes; train it again")
     return tokens_BS
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """Its name differs between releases of transformers, its place between families."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def sample_token(logits_BV: Tensor, uniform_B1: Tensor, temperature: float) -> Tensor:

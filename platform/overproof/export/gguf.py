@@ -11,6 +11,8 @@ from pydantic import Field
 from overproof.config.export import FormatSection
 from overproof.data.manifest import TOKENIZER
 from overproof.export.base import ExportContext
+from overproof.models.base import GgufFamily
+from overproof.registry import FAMILIES
 
 CHECKED_ROWS, CHECKED_TOKENS = 2, 32
 HALF_PRECISION_NATS = 0.1  # half precision keeps 11 bits: measured on small models, 0.002
@@ -36,7 +38,10 @@ class GgufFormat:
     engines = ("llama.cpp", "vllm")
     library = "gguf"
     drafting_engine = "llama.cpp"
-    families = ("llama",)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        return tuple(kind for kind, family in FAMILIES.items() if isinstance(family, GgufFamily))
 
     def write(self, source: Path, file: Path, variant: str, context: ExportContext, unquantised: Path) -> None:
         del unquantised

@@ -16,29 +16,46 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Ggml
-from numpy.typing import NDArray
+from pyarrow import fs
 from safetensors import safe_open
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import PreTrainedModel
 
-from overproof.errors import InputError
+from overproof.errors import InputError, suggest_name
+from overproof.models import gguf_rope, hf_directory
+from overproof.models.base import GgufFamily
+from overproof.models.gguf_layout import GgufContent, GgufLayout, Weights
+from overproof.models.pretrained import weight_files
+from overproof.models.sizes import family_of
+from overproof.registry import FAMILIES
 
-GgufVariant = Literal["f16", "q8_0", "q4_0"]
-Weights = NDArray[np.float32]
+GgufVariant = Literal["f32", "f16", "q8_0", "q4_0"]
 
 FILE_TYPES: dict[GgufVariant, tuple[Ggml, gguf.LlamaFileType]] = {
+    "f32": (Ggml.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (Ggml.F16, gguf.LlamaFileType.MOSTLY_F16),
     "q8_0": (Ggml.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (Ggml.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
 # The table of a tied model is also its last matrix; in four bits that costs the most where it can be seen most.
-VOCABULARY_TENSORS = ("token_embd.weight", "output.weight")
+OUTPUT = "output.weight"
+EMBEDDINGS = "token_embd.weight"
+VOCABULARY_TENSORS = (EMBEDDINGS, OUTPUT)
+WHOLE_TENSORS = ("position_embd.weight",)  # which llama.cpp looks up in fp32
+ROPE_TENSORS = (gguf_rope.FREQUENCIES, gguf_rope.LONG, gguf_rope.SHORT)
+SUFFIXES = (".weight", ".bias")
+END_TOKENS = {"tokenizer.ggml.bos_token_id": "bos_token_id", "tokenizer.ggml.eos_token_id": "eos_token_id"}
+ADDERS = {
+    int: gguf.GGUFWriter.add_uint32,
+    float: gguf.GGUFWriter.add_float32,
+    str: gguf.GGUFWriter.add_string,
+}
 BLOCK = 32  # weights that share one scale in q8_0 and q4_0
 GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
 @dataclass(frozen=True)
 class _Tensor:
+    file: Path
     source: str
     name: str
     shape: tuple[int, ...]
@@ -48,149 +65,137 @@ class _Tensor:
 def export_gguf(
     model: Path, tokenizer: Path, path: Path, format: GgufVariant, name: str, chat_template: str | None = None
 ) -> None:
-    """Write a Hugging Face Llama directory as one GGUF file, a tensor at a time; ``path`` appears when complete.
+    """Write a Hugging Face directory of a decoder as one GGUF file, a tensor at a time; ``path`` appears when complete.
 
     ``chat_template`` (Jinja) goes into the file.
 
     Raises:
         InputError: the model or its tokenizer has a feature that this export does not cover.
     """
-    config = LlamaConfig.from_pretrained(model)
-    _check(config, model)
+    kind, family = gguf_family_of(model)
+    config = family.model_class().config_class.from_pretrained(model)
+    layout = family.gguf
+    _check(kind, layout, config, model)
     base, file_type = FILE_TYPES[format]
     part = path.with_name(f"{path.name}.part")
-    writer = gguf.GGUFWriter(part, "llama")
-    _add_shape(writer, config, name)
+    writer = gguf.GGUFWriter(part, layout.architecture)
+    writer.add_name(name)
+    for key, value in layout.metadata(config).items():
+        ADDERS[type(value)](writer, f"{layout.architecture}.{key}", value)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_tokenizer(writer, tokenizer, config)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
-    tensors = list(_tensors(model, config, base))
+    tensors, extra = list(_tensors(model, family, config, base)), layout.extra_tensors(config)
     for tensor in tensors:
         dtype, bytes_shape = _layout(tensor)
         size_bytes = int(np.prod(bytes_shape)) * dtype.itemsize
         writer.add_tensor_info(tensor.name, bytes_shape, dtype, size_bytes, tensor.type)
+    for tensor_name, vector in extra.items():
+        writer.add_tensor_info(tensor_name, vector.shape, vector.dtype, vector.nbytes, Ggml.F32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    files = {key: file for file in sorted(model.glob("*.safetensors")) for key in _keys(file)}
     for tensor in tensors:
-        with safe_open(files[tensor.source], framework="pt") as opened:
+        with safe_open(tensor.file, framework="pt") as opened:
             weights: Weights = opened.get_tensor(tensor.source).to(torch.float32).numpy()
-        heads = _rotary_heads(tensor.source, config)
-        if heads:
-            weights = interleave_rotary(weights, heads)
-        writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(weights), tensor.type))
+        change = layout.change(tensor.source)
+        changed = weights if change is None else change.to_gguf(weights, config)
+        writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(changed), tensor.type))
+    for vector in extra.values():
+        writer.write_tensor_data(vector)
     writer.close()
     part.replace(path)
 
 
-def read_gguf(path: Path) -> LlamaForCausalLM:
-    """The model that a GGUF file holds, dequantised to fp32, from the file alone; in evaluation mode."""
-    reader = gguf.GGUFReader(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = _read_config(reader, tied="output.weight" not in tensors)
-    with torch.device("meta"):  # no weights are drawn only to be replaced
-        model = LlamaForCausalLM(config)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config)
-    names = _names(config)
-    state = {}
-    for key in model.state_dict():
-        if key == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        tensor = tensors.pop(names.get_name(key, try_suffixes=(".weight",)))
-        weights: Weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        heads = _rotary_heads(key, config)
-        state[key] = torch.from_numpy(split_rotary(weights, heads) if heads else weights)
-    if tensors:
-        raise InputError(f"{path}: tensor {min(tensors)} is unknown; expected a Llama model that overproof exported")
-    model.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
-    model.tie_weights()
-    return model.eval()
+def gguf_family_of(model: Path) -> tuple[str, Any]:
+    """The family of a Hugging Face directory, and its kind.
 
-
-def interleave_rotary(weights: Weights, heads: int) -> Weights:
-    """Rows of a query or key matrix from Hugging Face's order to llama.cpp's.
-
-    Rotary embedding (arXiv 2104.09864) turns pairs of rows; the first keeps a head's pairs as two halves, the
-    second keeps them side by side.
+    Raises:
+        InputError: llama.cpp has none of it, or it is unknown.
     """
-    rows, columns = weights.shape
-    return weights.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
-def split_rotary(weights: Weights, heads: int) -> Weights:
-    """The inverse of ``interleave_rotary``."""
-    rows, columns = weights.shape
-    return weights.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
-def _rotary_heads(source: str, config: LlamaConfig) -> int:
-    if source.endswith("q_proj.weight"):
-        return int(config.num_attention_heads)
-    return int(config.num_key_value_heads) if source.endswith("k_proj.weight") else 0
-
-
-def _check(config: LlamaConfig, where: Path) -> None:
-    rotary = config.rope_parameters["rope_type"]
-    found = {
-        f"model_type {config.model_type!r}": config.model_type != "llama",
-        f"hidden_act {config.hidden_act!r}": config.hidden_act != "silu",
-        f"rope_type {rotary!r}": rotary != "default",
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        f"a hidden_size of {config.hidden_size}": config.hidden_size % BLOCK,
-        f"an intermediate_size of {config.intermediate_size}": config.intermediate_size % BLOCK,
-        f"heads of {config.head_dim} in all": config.num_attention_heads * config.head_dim % BLOCK,
-    }
-    for feature, unfit in found.items():
-        if unfit:
-            raise InputError(
-                f"{where}/config.json: found {feature}; the GGUF export covers Llama models without biases or "
-                f"scaled rotary positions, whose widths are multiples of {BLOCK}"
-            )
-
-
-def _add_shape(writer: gguf.GGUFWriter, config: LlamaConfig, name: str) -> None:
-    writer.add_name(name)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-
-
-def _read_config(reader: gguf.GGUFReader, tied: bool) -> LlamaConfig:
-    def value(key: str) -> Any:
-        return reader.fields[key].contents()
-
-    return LlamaConfig(
-        vocab_size=value("llama.vocab_size"),
-        max_position_embeddings=value("llama.context_length"),
-        hidden_size=value("llama.embedding_length"),
-        intermediate_size=value("llama.feed_forward_length"),
-        num_hidden_layers=value("llama.block_count"),
-        num_attention_heads=value("llama.attention.head_count"),
-        num_key_value_heads=value("llama.attention.head_count_kv"),
-        head_dim=value("llama.attention.key_length"),
-        rope_parameters={"rope_type": "default", "rope_theta": value("llama.rope.freq_base")},
-        rms_norm_eps=value("llama.attention.layer_norm_rms_epsilon"),
-        bos_token_id=value("tokenizer.ggml.bos_token_id"),
-        eos_token_id=value("tokenizer.ggml.eos_token_id"),
-        tie_word_embeddings=tied,
-        attn_implementation="sdpa",
+    kind, family = family_of(hf_directory.read_config(model), model)
+    if isinstance(family, GgufFamily):
+        return kind, family
+    [named, *_] = hf_directory.read_config(model)["architectures"]
+    known = [name for other in FAMILIES.values() if isinstance(other, GgufFamily) for name in other.architectures]
+    near = suggest_name(named, known)
+    raise InputError(
+        f"{model}/config.json: architecture {named} is not written as GGUF{near}; expected {' or '.join(known)}"
     )
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: LlamaConfig) -> None:
+def read_gguf(path: Path) -> PreTrainedModel:
+    """The model that a GGUF file holds, dequantised to fp32, from the file alone; in evaluation mode.
+
+    Raises:
+        InputError: the file is of an architecture, or holds a tensor, that this export does not write, or lacks one.
+    """
+    reader = gguf.GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
+    prefix, family = f"{architecture}.", _family_by_layout(architecture, path)
+    layout: GgufLayout = family.gguf
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    rope = {name: _dequantised(tensors.pop(name)) for name in ROPE_TENSORS if name in tensors}
+    fields = {key: field.contents() for key, field in reader.fields.items() if key.startswith((prefix, *END_TOKENS))}
+    read = {key.removeprefix(prefix): value for key, value in fields.items()}
+    config = family.model_class().config_class(
+        **layout.settings(GgufContent(read, frozenset(tensors), rope)),
+        **{setting: fields.get(key) for key, setting in END_TOKENS.items()},
+        pad_token_id=None,
+        tie_word_embeddings=OUTPUT not in tensors,
+        attn_implementation=family.attention,
+    )
+    with torch.device("meta"):
+        keys = list(family.model_class()(config).state_dict())
+    names = _names(layout, config)
+    state = {}
+    for key in family.untied(config, keys):
+        name = names.get_name(key, try_suffixes=SUFFIXES)
+        if name not in tensors:
+            raise InputError(f"{path}: tensor {name} is missing; expected a model that overproof exported")
+        weights = _dequantised(tensors.pop(name))
+        change = layout.change(key)
+        state[key] = torch.from_numpy(
+            np.ascontiguousarray(weights if change is None else change.from_gguf(weights, config))
+        )
+    if tensors:
+        raise InputError(f"{path}: tensor {min(tensors)} is unknown; expected a model that overproof exported")
+    model: PreTrainedModel = hf_directory.model_of_state(family, config, state)
+    return model
+
+
+def _family_by_layout(architecture: str, path: Path) -> Any:
+    known = [family for family in FAMILIES.values() if isinstance(family, GgufFamily)]
+    for family in known:
+        if family.gguf.architecture == architecture:
+            return family
+    expected = " or ".join(dict.fromkeys(family.gguf.architecture for family in known))
+    raise InputError(f"{path}: architecture {architecture!r}; expected {expected}")
+
+
+def _dequantised(tensor: gguf.ReaderTensor) -> Weights:
+    weights: Weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+    return weights
+
+
+def _check(kind: str, layout: GgufLayout, config: Any, where: Path) -> None:
+    found = [f"found {feature}" for feature in layout.unfit(config)]
+    figures = layout.metadata(config)
+    heads_width = figures["attention.head_count"] * figures.get("attention.key_length", BLOCK)
+    for key, width in (
+        ("embedding_length", figures["embedding_length"]),
+        ("feed_forward_length", figures["feed_forward_length"]),
+        ("heads of", heads_width),
+    ):
+        if width % BLOCK:
+            found.append(f"found {key} {width}; expected a multiple of {BLOCK}")
+    if found:
+        raise InputError(f"{where}/config.json: {found[0]}: the GGUF export of {kind} covers no other")
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: Any) -> None:
     spec = json.loads(path.read_text(encoding="utf-8"))
     split = {key: (spec["pre_tokenizer"] or {}).get(key) for key in GPT2_SPLIT}
     if spec["model"]["type"] != "BPE" or split != GPT2_SPLIT or spec["normalizer"] is not None:
@@ -220,20 +225,28 @@ def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: LlamaConfig) -> 
     writer.add_add_space_prefix(False)
 
 
-def _tensors(model: Path, config: LlamaConfig, base: Ggml) -> Iterator[_Tensor]:
-    names = _names(config)
-    for file in sorted(model.glob("*.safetensors")):
+def _tensors(model: Path, family: Any, config: Any, base: Ggml) -> Iterator[_Tensor]:
+    names = _names(family.gguf, config)
+    for file in map(Path, weight_files(fs.LocalFileSystem(), str(model))):
         with safe_open(file, framework="pt") as opened:
-            for source in sorted(opened.keys()):
-                if source == "lm_head.weight" and config.tie_word_embeddings:
-                    continue
-                name = names.get_name(source, try_suffixes=(".weight",))
+            for source in sorted(family.untied(config, list(opened.keys()))):
+                name = names.get_name(source, try_suffixes=SUFFIXES)
                 if name is None:
-                    raise InputError(f"{file}: tensor {source} has no place in a Llama GGUF file")
-                shape = tuple(opened.get_slice(source).get_shape())
-                kept = base is Ggml.Q4_0 and name in VOCABULARY_TENSORS
-                kind = Ggml.F32 if len(shape) == 1 else Ggml.Q8_0 if kept else base
-                yield _Tensor(source, name, shape, kind)
+                    raise InputError(
+                        f"{file}: tensor {source} has no place in a GGUF file of a {family.gguf.architecture} model"
+                    )
+                change, shape = family.gguf.change(source), tuple(opened.get_slice(source).get_shape())
+                if change is not None and change.transposes:
+                    shape = shape[::-1]
+                again = [OUTPUT] if family.gguf.repeats_embeddings and config.tie_word_embeddings else []
+                for written in (name, *(again if name == EMBEDDINGS else ())):
+                    yield _Tensor(file, source, written, shape, _type(written, shape, base))
+
+
+def _type(name: str, shape: tuple[int, ...], base: Ggml) -> Ggml:
+    if len(shape) == 1 or name in WHOLE_TENSORS:
+        return Ggml.F32
+    return Ggml.Q8_0 if base is Ggml.Q4_0 and name in VOCABULARY_TENSORS else base
 
 
 def _layout(tensor: _Tensor) -> tuple[np.dtype[Any], tuple[int, ...]]:
@@ -243,10 +256,6 @@ def _layout(tensor: _Tensor) -> tuple[np.dtype[Any], tuple[int, ...]]:
     return np.dtype(np.uint8), tuple(gguf.quants.quant_shape_to_byte_shape(tensor.shape, tensor.type))
 
 
-def _names(config: LlamaConfig) -> gguf.TensorNameMap:
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-
-
-def _keys(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
+def _names(layout: GgufLayout, config: Any) -> gguf.TensorNameMap:
+    architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == layout.architecture)
+    return gguf.get_tensor_name_map(architecture, config.num_hidden_layers)

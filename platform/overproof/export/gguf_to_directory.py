@@ -20,7 +20,7 @@ def write_directory(file: Path, folder: Path) -> None:
         InputError: the file is not one that overproof exported.
     """
     model = read_gguf(file).half()
-    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.architectures = [type(model).__name__]
     model.config.dtype = model.dtype
     hf_directory.save_model(model, model.config, folder, file.with_name(TOKENIZER))
 

@@ -5,7 +5,7 @@ Shapes: B rows, P predictions in a row (1 for classifiers), V outputs, D numbers
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from overproof.models.gguf_layout import GgufLayout
     from overproof.models.sizes import ModelSize
 
     Batch = dict[str, Tensor]
@@ -40,24 +41,40 @@ class DataShape:
 
 
 @dataclass(frozen=True)
+class FusedAttention:
+    """One module of a layer that gives queries, keys and values together."""
+
+    name: str  # from a layer
+    split: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor]]  # of the configuration and what the module gives
+
+
+@dataclass(frozen=True)
 class LayerNames:
     """Where a family keeps its parts, as names of modules: what layer dropping, pruning and feature losses go by."""
 
     layers: str  # the list of equal layers, from the whole model
     embeddings: str  # from the whole model
     feed_forward: tuple[str, ...]  # from a layer
-    queries: str | None = None  # from a layer; None where there is no attention
+    queries: str | None = None  # from a layer; None where there is none, or the three are one module
     keys: str | None = None
     values: str | None = None
+    fused: FusedAttention | None = None
+    per_layer: tuple[str, ...] = ()  # settings of a configuration that have one entry a layer
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether queries, keys and values can be looked at."""
+        return self.queries is not None or self.fused is not None
 
 
 class ModelFamily(Protocol):
     """One architecture. Methods import torch and transformers themselves: a recipe is read without either."""
 
-    section: type[ModelSection]
+    section: type[ModelSection] | None  # of a recipe; None where models come from directories alone
     tasks: tuple[str, ...]  # kinds of the tasks that it may be trained for
-    architectures: tuple[str, ...]  # names in config.json by which a directory is known
+    architectures: tuple[str, ...]  # names in config.json, or patterns of names (``*``), by which a directory is known
     names: LayerNames
+    attention: str | None  # transformers' implementation that computes all of it; None leaves it to transformers
 
     def configuration(self, section: Any, shape: DataShape) -> Any:
         """The Hugging Face configuration of a section of this family, for data of this shape.
@@ -70,7 +87,7 @@ class ModelFamily(Protocol):
         """Built from a configuration, or loaded from a directory."""
 
     def untied(self, config: Any, names: list[str]) -> list[str]:
-        """Of the names in a model's state, those that are written: tied weights are written once."""
+        """Of the names in a model's state, those that are written: tied weights once, and no constants."""
 
     def size(self, section: Any, shape: DataShape) -> ModelSize:
         """How large a model of this section is, without building it."""
@@ -85,8 +102,15 @@ class ModelFamily(Protocol):
     def layer_memory(self, size: ModelSize, element_bytes: int) -> int:
         """Bytes that one layer keeps for one place from the forward pass to the backward pass."""
 
-    def outer_memory(self, element_bytes: int) -> int:
-        """The same outside the layers, for each feature of the residual stream."""
+    def outer_memory(self, size: ModelSize, element_bytes: int) -> int:
+        """The same outside the layers, without the logits themselves."""
+
+
+@runtime_checkable
+class GgufFamily(Protocol):
+    """What a family has beside whose models llama.cpp runs, and so can be exported to GGUF."""
+
+    gguf: GgufLayout
 
 
 @runtime_checkable

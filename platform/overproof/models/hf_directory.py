@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pyarrow import fs
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,14 +25,13 @@ from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.data.tokenization import END
 from overproof.errors import InputError
 from overproof.files import file_sha256
-from overproof.models.base import DataShape, LayerNames
-from overproof.models.pretrained import refuse_pickles
+from overproof.models.base import DataShape, LayerNames, ModelFamily
+from overproof.models.pretrained import WEIGHTS, refuse_pickles, weight_files
 from overproof.models.sizes import family_of
 from overproof.registry import FAMILIES
 
 Batch = dict[str, Tensor]
 
-WEIGHTS = "model.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
@@ -60,7 +61,7 @@ def shape_of(manifest: Manifest) -> DataShape:
 
 def layer_names(model: PreTrainedModel) -> LayerNames:
     """Where a model keeps its parts."""
-    _, family = family_of({"architectures": model.config.architectures}, model.config.name_or_path)
+    _, family = family_of({"architectures": [type(model).__name__]}, model.config.name_or_path)
     return family.names
 
 
@@ -74,16 +75,15 @@ def load_model(path: Path) -> PreTrainedModel:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; expected a Hugging Face model directory")
     refuse_pickles(path, (file.name for file in path.rglob("*")))
-    if not any(path.glob("*.safetensors")):
-        raise InputError(f"{path}: no *.safetensors file; expected a Hugging Face model directory")
-    _, family = family_of(_config(path), path)
+    weight_files(fs.LocalFileSystem(), str(path))
+    _, family = family_of(read_config(path), path)
     model_class: Any = family.model_class()
     try:
         with _quiet():
             model, info = model_class.from_pretrained(
                 path,
                 dtype=torch.float32,
-                attn_implementation="sdpa",
+                attn_implementation=family.attention,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
@@ -91,10 +91,53 @@ def load_model(path: Path) -> PreTrainedModel:
             )
     except SafetensorError as error:
         raise InputError(f"{path}: not safetensors: {error}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: transformers cannot build it: {str(error).splitlines()[0]}") from None
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
         kind, keys = next(iter(wrong.items()))
         raise InputError(f"{path}: weights do not fit config.json: {kind.replace('_', ' ')}: {keys[0]}")
+    return model.eval()
+
+
+def load_pretrained(path: Path, manifest: Manifest) -> PreTrainedModel:
+    """A directory's model, to be trained on data: a vocabulary that has more entries than the data's ends with it, for
+    those are padding, of which models of one tokenizer have more or less.
+
+    Raises:
+        InputError: as ``load_model``, or its vocabulary has fewer entries than the data's.
+    """
+    model = load_model(path)
+    if manifest.tokenizer_sha256 is not None:
+        found = model.config.vocab_size
+        if found < manifest.outputs:
+            raise InputError(
+                f"{path}: a vocabulary of {found}; the data's has {manifest.outputs}: expected a model of its tokenizer"
+            )
+        if found > manifest.outputs:
+            model.resize_token_embeddings(manifest.outputs)
+    return model
+
+
+def model_of_state(family: ModelFamily, config: Any, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model that holds these weights, none drawn only to be replaced; in evaluation mode.
+
+    Raises:
+        RuntimeError: they are not all that the configuration asks for.
+    """
+    model_class: Any = family.model_class()
+    with _quiet():
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(state),
+            dtype=torch.float32,
+            attn_implementation=family.attention,
+            output_loading_info=True,
+        )
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if wrong:
+        raise RuntimeError(f"weights do not fit their configuration: {wrong}")
     return model.eval()
 
 
@@ -111,7 +154,8 @@ def _quiet() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A directory's config.json, empty where there is none that can be read."""
     try:
         config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -134,7 +178,9 @@ def save_model(
     written = family.untied(config, list(state))
     tensors = {name: state[name].detach().cpu().clone().contiguous() for name in written}
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-    config.save_pretrained(path)
+    written_config = copy.copy(config)
+    written_config.architectures = architectures
+    written_config.save_pretrained(path)
     if tokenizer is not None:
         shutil.copyfile(tokenizer, path / TOKENIZER)
         described = {

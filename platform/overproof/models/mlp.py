@@ -38,6 +38,7 @@ class MlpFamily:
     section = Mlp
     tasks = ("tabular_classification", "tabular_regression")
     architectures = ("TabularMlp",)
+    attention = "sdpa"
     names = LayerNames(layers="layers", embeddings="embeddings", feed_forward=("up", "down"))
 
     def configuration(self, section: Mlp, shape: DataShape) -> Any:
@@ -95,8 +96,8 @@ class MlpFamily:
         kept: int = element_bytes * (2 * size.hidden + 2 * size.intermediate) + 2 * FP32_BYTES
         return kept
 
-    def outer_memory(self, element_bytes: int) -> int:
-        return 2 * element_bytes
+    def outer_memory(self, size: ModelSize, element_bytes: int) -> int:
+        return 2 * element_bytes * size.hidden
 
     def width(self, config: Any) -> int:
         return len(config.categories)

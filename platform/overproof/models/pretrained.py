@@ -13,6 +13,8 @@ from overproof.config import Pretrained
 from overproof.errors import InputError
 from overproof.files import absolute_uri, filesystem, local_cache
 
+WEIGHTS = "model.safetensors"
+SHARDS = f"{WEIGHTS}.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -43,6 +45,30 @@ def refuse_pickles(path: object, names: Iterable[str]) -> None:
                 f"{path}: found {name}, a pickle, which runs code when read; expected safetensors alone: "
                 "convert the weights and delete it"
             )
+
+
+def weight_files(files: fs.FileSystem, root: str) -> list[str]:
+    """The safetensors files that a directory's weights are in, as transformers reads them: the one file, the shards
+    that an index names, or whatever there is. Some directories hold the same weights once more, under other names.
+
+    Raises:
+        InputError: there are none, one is missing, or the index cannot be read.
+    """
+    there = {Path(info.path).name for info in files.get_file_info(fs.FileSelector(root, allow_not_found=True))}
+    named = {name for name in there if name.endswith(".safetensors")}
+    if WEIGHTS in there:
+        named = {WEIGHTS}
+    elif SHARDS in there:
+        try:
+            with files.open_input_stream(f"{root}/{SHARDS}") as stream:
+                named = set(json.loads(stream.read())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{root}/{SHARDS}: cannot be read: {error!r}; expected a weight_map") from None
+        if named - there:
+            raise InputError(f"{root}: {min(named - there)} is missing; expected the files that {SHARDS} names")
+    if not named:
+        raise InputError(f"{root}: no *.safetensors file; expected a Hugging Face model directory")
+    return [f"{root}/{name}" for name in sorted(named)]
 
 
 def absolute_pretrained(model: Pretrained) -> Pretrained:

@@ -10,14 +10,14 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from pyarrow import fs
-
 from overproof.config.models import ModelSection, Pretrained, TeacherLayers
-from overproof.errors import InputError
+from overproof.errors import InputError, suggest_name
 from overproof.files import filesystem
+from overproof.models.pretrained import weight_files
 from overproof.registry import FAMILIES
 
 if TYPE_CHECKING:
@@ -84,34 +84,41 @@ def family_of(config: Mapping[str, Any], path: object) -> tuple[str, ModelFamily
     if not isinstance(named, list) or not named:
         raise InputError(f"{path}/config.json: no architecture; expected a Hugging Face model configuration")
     for kind, family in FAMILIES.items():
-        if named[0] in family.architectures:
+        if any(fnmatchcase(str(named[0]), pattern) for pattern in family.architectures):
             return kind, family
     known = [name for family in FAMILIES.values() for name in family.architectures]
-    raise InputError(f"{path}/config.json: architecture {named[0]}; expected {' or '.join(known)}")
+    near = suggest_name(str(named[0]), known, similarity=0.5)
+    raise InputError(f"{path}/config.json: architecture {named[0]}{near}; expected {' or '.join(known)}")
 
 
 def _directory_size(path: str, shape: DataShape, most_layers: int | None = None) -> ModelSize:
-    files, root = filesystem(path)
-    config, tensors = _config(files, root, path), _tensor_sizes(files, root, path)
-    if most_layers is not None:  # all are alike
-        config["num_hidden_layers"] = most_layers
-        tensors = {name: size for name, size in tensors.items() if _layer_number(name) < most_layers}
+    config, tensors = directory_config(path), _tensor_sizes(path)
     _, family = family_of(config, path)
+    if most_layers is not None:  # all are alike
+        layers = family.names.layers.rsplit(".", 1)[-1]
+        tensors = {name: size for name, size in tensors.items() if _layer_number(name, layers) < most_layers}
     try:
-        return family.directory_size(config, tensors, shape)
+        found = family.directory_size(config, tensors, shape)
+        return found if most_layers is None else replace(found, layers=most_layers)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}/config.json: {error} is missing or no number; expected a whole configuration"
         ) from None
 
 
-def _layer_number(tensor: str) -> int:
-    """The layer a tensor belongs to; -1 where it belongs to none."""
-    found = re.search(r"(?:^|\.)layers?\.(\d+)\.", tensor)
+def _layer_number(tensor: str, layers: str) -> int:
+    """The layer a tensor belongs to, of those in a list of this name; -1 where it belongs to none."""
+    found = re.search(rf"(?:^|\.)(?:{re.escape(layers)}|layer)\.(\d+)\.", tensor)
     return int(found[1]) if found else -1
 
 
-def _config(files: fs.FileSystem, root: str, path: str) -> dict[str, Any]:
+def directory_config(path: str) -> dict[str, Any]:
+    """A Hugging Face directory's config.json.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    files, root = filesystem(path)
     try:
         with files.open_input_stream(f"{root}/config.json") as stream:
             config: dict[str, Any] = json.loads(stream.read())
@@ -122,13 +129,11 @@ def _config(files: fs.FileSystem, root: str, path: str) -> dict[str, Any]:
     return config
 
 
-def _tensor_sizes(files: fs.FileSystem, root: str, path: str) -> dict[str, int]:
+def _tensor_sizes(path: str) -> dict[str, int]:
     """Numbers in each tensor, out of the headers of the safetensors files; the weights stay where they are."""
+    files, root = filesystem(path)
     found: dict[str, int] = {}
-    names = [info.path for info in files.get_file_info(fs.FileSelector(root)) if info.path.endswith(".safetensors")]
-    if not names:
-        raise InputError(f"{path}: no *.safetensors file; expected a Hugging Face model directory")
-    for name in sorted(names):
+    for name in weight_files(files, root):
         with files.open_input_file(name) as stream:
             try:
                 (length,) = struct.unpack("<Q", stream.read(8))

@@ -41,6 +41,7 @@ class VitFamily:
     section = Vit
     tasks = ("image_classification",)
     architectures = ("ViTForImageClassification",)
+    attention = "sdpa"
     names = LayerNames(
         layers="vit.layers",
         embeddings="vit.embeddings",
@@ -106,8 +107,8 @@ class VitFamily:
         """Two norms and their means, q k v, attention out and in, two of the feed-forward."""
         return element_bytes * (8 * size.hidden + 2 * size.intermediate) + FP32_BYTES * size.heads + 4 * element_bytes
 
-    def outer_memory(self, element_bytes: int) -> int:
-        return 2 * element_bytes
+    def outer_memory(self, size: ModelSize, element_bytes: int) -> int:
+        return 2 * element_bytes * size.hidden
 
     def width(self, config: Any) -> int:
         height, width = _image_size(config.image_size)

@@ -120,16 +120,12 @@ def activation_memory(size: ModelSize, train: Training, world: int, stage: int |
     element_bytes = HALF_BYTES if train.precision != "fp32" else FP32_BYTES
     each, inputs = layer_memory(size, element_bytes), element_bytes * size.hidden
     layers = inputs * size.layers + each if train.activation_checkpointing else each * size.layers
-    outside = FAMILIES[size.family].outer_memory(element_bytes)  # by feature
+    outside = FAMILIES[size.family].outer_memory(size, element_bytes)
     casts = (
         HALF_BYTES * size.parameters if element_bytes == HALF_BYTES and not keeps_16bit_weights(train, stage) else 0
     )  # autocast's 16-bit weights
     return (
-        rows
-        * (
-            size.places * (layers + outside * size.hidden)
-            + size.predictions * logits_memory(size.outputs, element_bytes)
-        )
+        rows * (size.places * (layers + outside) + size.predictions * logits_memory(size.outputs, element_bytes))
         + casts
     )
 

@@ -1,0 +1,410 @@
+"""Every family of decoders: sizes as planned, trained, written as GGUF, and answered by llama.cpp as by torch."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xllamacpp
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from finished import RECIPES
+from overproof import pipeline
+from overproof.config import Optimization, Pretrained, TeacherLayers, load_recipe
+from overproof.data.manifest import Manifest
+from overproof.data.tokenization import train_bpe
+from overproof.distill.feature_losses import capture_layers
+from overproof.distill.student_init import keep_layers
+from overproof.distill.text_worker import generate
+from overproof.engines import llamacpp
+from overproof.engines.base import Sampling
+from overproof.engines.llamacpp_server import server_params
+from overproof.errors import InputError
+from overproof.export import gguf_file
+from overproof.export.gguf_file import export_gguf, read_gguf
+from overproof.models import hf_directory
+from overproof.models.base import DataShape, GgufFamily
+from overproof.models.sizes import model_size, student_size
+from overproof.registry import FAMILIES, TASKS
+from overproof.train.engine import TorchEngine
+from overproof.train.objective import CrossEntropy
+
+VOCABULARY, POSITIONS = 320, 32
+SHAPE = DataShape("language_modeling", VOCABULARY, POSITIONS)
+NUMBERS = {"hidden_size": 64, "intermediate_size": 96, "layers": 3, "heads": 4, "kv_heads": 2, "initializer_range": 0.1}
+# llama.cpp takes GELU from a table in half precision.
+FP32_NATS, GELU_NATS = 1e-5, 2e-3
+ODD_TOKEN = 40  # an ASCII character: llama.cpp reports log-probabilities at whole characters alone
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 5000.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.2, 1.5, 2.0],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+}
+GEMMA_ROPE = {
+    "full_attention": {**LINEAR, "rope_theta": 1e5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+}
+WIDE_HEADS = {"head_dim": 32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family with settings that matter to an engine."""
+
+    kind: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    nats: float = FP32_NATS
+
+
+CASES = {
+    "llama": Case("llama", {"rms_norm_eps": 1e-5}),
+    "llama-3": Case("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": False, **WIDE_HEADS}),
+    "llama-biases": Case("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": Case("mistral", {"sliding_window": POSITIONS, **WIDE_HEADS}),
+    "qwen2": Case("qwen2", {"rope_parameters": LINEAR}),
+    "qwen3": Case("qwen3", {"tie_word_embeddings": False, **WIDE_HEADS}),
+    "smollm3": Case("smollm3", {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1], "layer_types": None}),
+    "granite": Case("granite", {
+        "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 2.0,
+        "attention_bias": True,
+    }),
+    "olmo2": Case("olmo2", {"tie_word_embeddings": False}),
+    "olmo2-tied": Case("olmo2"),
+    "gemma2": Case("gemma2", {
+        "sliding_window": 8, "final_logit_softcapping": 20.0, "attn_logit_softcapping": 30.0,
+        "query_pre_attn_scalar": 32, **WIDE_HEADS,
+    }, GELU_NATS),
+    "gemma3": Case("gemma3", {
+        "sliding_window": 8, "num_hidden_layers": 7, "layer_types": None, "rope_parameters": GEMMA_ROPE,
+        "query_pre_attn_scalar": 32, **WIDE_HEADS,
+    }, GELU_NATS),
+    "phi3": Case("phi3", {
+        "rope_parameters": LONG, "original_max_position_embeddings": 64, "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+    }),
+    "gpt2": Case("gpt2", {"n_inner": None}, GELU_NATS),
+    "falcon": Case("falcon", {}, GELU_NATS),
+    "falcon-7b": Case("falcon", {"new_decoder_architecture": False}, GELU_NATS),
+}  # fmt: skip
+
+
+def section(kind: str) -> Any:
+    known = FAMILIES[kind].section
+    assert known is not None
+    return known(**{name: value for name, value in NUMBERS.items() if name in known.model_fields})
+
+
+def built(kind: str, settings: dict[str, Any] | None = None) -> PreTrainedModel:
+    """A model of a family whose norms and biases are not what they begin as."""
+    family = FAMILIES[kind]
+    config = family.configuration(section(kind), SHAPE)
+    if settings:
+        kept = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+        config = type(config)(**kept | settings, attn_implementation=family.attention)
+    torch.manual_seed(0)
+    model = family.model_class()(config)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            middle = 1.0 if name.endswith("weight") and "gemma" not in kind else 0.0
+            torch.nn.init.uniform_(weight, middle - 0.3, middle + 0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_bpe(["def f(x):\n    return x + 1\n"] * 3, VOCABULARY).save(str(file))
+    return file
+
+
+def saved(model: PreTrainedModel, folder: Path, tokenizer: Path) -> Path:
+    hf_directory.save_model(model, model.config, folder, tokenizer)
+    return folder
+
+
+def some_tokens(seed: int = 1) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (2, POSITIONS - 2), generator=torch.Generator().manual_seed(seed))
+
+
+def logprobs(model: PreTrainedModel, tokens_BS: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model(input_ids=tokens_BS, use_cache=False).logits.log_softmax(-1)
+        return found
+
+
+@pytest.fixture
+def fp32_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp without its rounding of keys and values to half precision."""
+
+    def params(*given: Any, **named: Any) -> Any:
+        found = server_params(*given, **named)
+        found.cache_type_k = found.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        found.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        return found
+
+    monkeypatch.setattr(llamacpp, "server_params", params)
+
+
+def engine_logprobs(file: Path, prompt: list[int]) -> torch.Tensor:
+    """Of every token after a prompt."""
+    engine = llamacpp.LlamaCpp(file)
+    sampling = Sampling(1, logprobs=VOCABULARY, logit_bias={ODD_TOKEN: 1e4})
+    reported = engine.complete(prompt, sampling).token_logprobs
+    engine.close()
+    assert reported is not None
+    found = torch.full((VOCABULARY,), torch.nan)
+    for token, _, logprob in reported[0].top:
+        found[token] = logprob
+    return found
+
+
+@pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if isinstance(family, GgufFamily)])
+def test_a_family_is_as_large_as_the_plan_says(kind: str, tmp_path: Path, tokenizer: Path) -> None:
+    model, planned = built(kind), model_size(section(kind), SHAPE)
+    assert sorted(planned.tensors) == sorted(weight.numel() for weight in model.parameters())
+    folder = Pretrained(path=str(saved(model, tmp_path / "model", tokenizer)))
+    read = model_size(folder, SHAPE)
+    assert sorted(read.tensors) == sorted(planned.tensors)
+    for name in ("family", "hidden", "intermediate", "layers", "heads", "query_width", "key_width", "outputs"):
+        assert getattr(read, name) == getattr(planned, name), name
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.usefixtures("fp32_engine")
+def test_a_family_is_trained_written_and_answered(case: Case, tmp_path: Path, tokenizer: Path) -> None:
+    source = saved(built(case.kind, case.settings), tmp_path / "source", tokenizer)
+    model = hf_directory.load_model(source)
+    rows = torch.cat([some_tokens(), some_tokens()])[:, : POSITIONS - 4]
+    batch = {"tokens": rows, "length": torch.full((len(rows),), rows.shape[1] - 1)}
+    steps = Optimization(steps=4, batch_size=4, learning_rate=3e-3, schedule="constant")
+    engine = TorchEngine(model, steps, torch.device("cpu"))
+    losses = [engine.step(CrossEntropy(TASKS["language_modeling"].predict), batch)["loss"] for _ in range(4)]
+    assert losses == sorted(losses, reverse=True)
+    trained = saved(model.eval(), tmp_path / "trained", tokenizer)
+    file = tmp_path / "model.gguf"
+    export_gguf(trained, trained / "tokenizer.json", file, "f32", "test")
+
+    back = read_gguf(file)
+    expected, found = model.state_dict(), back.state_dict()
+    for name in set(expected) & set(found):
+        # Gemma's norms are written with 1 added.
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-7 if "gemma" in case.kind else 0)
+    assert {name for name in expected if name not in found} == set()
+    tokens_BS = some_tokens(2)
+    torch.testing.assert_close(logprobs(back, tokens_BS), logprobs(model, tokens_BS), rtol=0, atol=1e-5)
+
+    answered = engine_logprobs(file, tokens_BS[0].tolist())
+    assert float((answered - logprobs(model, tokens_BS)[0, -1]).abs().max()) < case.nats
+    export_gguf(trained, trained / "tokenizer.json", file, "q8_0", "test")
+    assert float((engine_logprobs(file, tokens_BS[0].tolist()) - answered).abs().max()) < 0.5
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "smollm3", "gpt2", "phi3", "falcon"])
+def test_fewer_layers_are_a_model_of_the_family(kind: str, tmp_path: Path, tokenizer: Path) -> None:
+    model = built(kind)
+    fewer = keep_layers(model, (0, 2))
+    folder = saved(model, tmp_path / "teacher", tokenizer)
+    planned = student_size(TeacherLayers(layers=(0, 2)), Pretrained(path=str(folder)), SHAPE)
+    assert hf_directory.count_parameters(fewer) == planned.parameters
+    written = saved(fewer.eval(), tmp_path / "student", tokenizer)
+    export_gguf(written, written / "tokenizer.json", tmp_path / "student.gguf", "f32", "test")
+    back = logprobs(read_gguf(tmp_path / "student.gguf"), some_tokens())
+    torch.testing.assert_close(back, logprobs(fewer, some_tokens()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "gemma2", "gemma3", "smollm3"])
+def test_a_family_writes_text_with_a_cache_as_without(name: str) -> None:
+    model = built(CASES[name].kind, CASES[name].settings)
+    prompts_BQ = some_tokens()[:, :12]
+    written_BS = generate(model, prompts_BQ, torch.zeros(2, 8), temperature=0)
+    expected_BS = prompts_BQ
+    for _ in range(8):
+        likeliest_B1 = logprobs(model, expected_BS)[:, -1].argmax(-1, keepdim=True)
+        expected_BS = torch.cat([expected_BS, likeliest_B1], 1)
+    assert torch.equal(written_BS, expected_BS)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "phi3", "falcon"])
+def test_fused_queries_keys_and_values_are_told_apart(kind: str) -> None:
+    model = built(kind)
+    seen: dict[str, torch.Tensor] = {}
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **named: Any) -> torch.Tensor:
+        seen.setdefault("values", value)
+        return attention(query, key, value, **named)
+
+    with pytest.MonkeyPatch.context() as patched, capture_layers(model, [0]) as found:
+        patched.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+        model(input_ids=some_tokens(), use_cache=False)
+    queries, _, values = found[0].attention
+    kept = model_size(section(kind), SHAPE)
+    assert (queries.shape[-1], values.shape[-1]) == (kept.query_width, kept.key_width)
+    heads = kept.key_width // (kept.query_width // kept.heads)
+    given = seen["values"].transpose(1, 2)
+    repeats = given.shape[2] // heads
+    torch.testing.assert_close(values.unflatten(-1, (heads, -1)), given[:, :, ::repeats])
+    assert found[0].states.shape == (*some_tokens().shape, NUMBERS["hidden_size"])
+
+
+def test_shards_and_half_precision_are_read(tmp_path: Path, tokenizer: Path) -> None:
+    """As large models come: several files that an index names, beside another copy of the weights."""
+    model = built("qwen2", {"tie_word_embeddings": False}).to(torch.bfloat16)
+    whole = saved(model, tmp_path / "whole", tokenizer)
+    state = load_file(whole / "model.safetensors")
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (sharded / name).write_bytes((whole / name).read_bytes())
+    parts = {f"model-0000{i + 1}-of-00002.safetensors": sorted(state)[i::2] for i in range(2)}
+    for file, names in parts.items():
+        save_file({name: state[name] for name in names}, sharded / file, metadata={"format": "pt"})
+    save_file({f"consolidated.{name}": weight for name, weight in state.items()}, sharded / "consolidated.safetensors")
+    index = {"metadata": {}, "weight_map": {name: file for file, names in parts.items() for name in names}}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    one, several = (Pretrained(path=str(folder)) for folder in (whole, sharded))
+    assert sorted(model_size(several, SHAPE).tensors) == sorted(model_size(one, SHAPE).tensors)
+    found = hf_directory.load_model(sharded)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight.float()), name
+    export_gguf(whole, tokenizer, tmp_path / "one.gguf", "f16", "test")
+    export_gguf(sharded, tokenizer, tmp_path / "several.gguf", "f16", "test")
+    assert torch.equal(*(logprobs(read_gguf(tmp_path / f"{n}.gguf"), some_tokens()) for n in ("one", "several")))
+    (sharded / next(iter(parts))).unlink()
+    with pytest.raises(InputError, match=r"model-00001-of-00002\.safetensors is missing; expected the files that"):
+        hf_directory.load_model(sharded)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("qwen2", {"tie_word_embeddings": False}), ("gemma3", {}), ("gpt2", {})]
+)
+def test_padding_beyond_the_datas_vocabulary_is_cut_off(
+    kind: str, settings: dict[str, Any], tmp_path: Path, tokenizer: Path
+) -> None:
+    model, fewer = built(kind, settings), VOCABULARY - 20
+    folder = saved(model, tmp_path / "model", tokenizer)
+    manifest = Manifest(
+        task="language_modeling", columns=(), splits={}, rows_per_group=4, positions=POSITIONS, outputs=fewer,
+        tokenizer_sha256="0" * 64,
+    )  # fmt: skip
+    found = hf_directory.load_pretrained(folder, manifest)
+    tokens_BS = some_tokens() % fewer
+    expected = model(input_ids=tokens_BS, use_cache=False).logits[..., :fewer]
+    torch.testing.assert_close(found(input_ids=tokens_BS, use_cache=False).logits, expected, rtol=0, atol=1e-6)
+    planned = model_size(Pretrained(path=str(folder)), replace(SHAPE, outputs=fewer))
+    assert (planned.outputs, planned.parameters) == (fewer, hf_directory.count_parameters(found))
+    with pytest.raises(InputError, match=f"a vocabulary of {VOCABULARY}; the data's has 321"):
+        hf_directory.load_pretrained(folder, manifest.model_copy(update={"outputs": 321}))
+
+
+def test_a_window_that_llama_cpp_does_not_know_ends_the_context(tmp_path: Path, tokenizer: Path) -> None:
+    model = built("mistral", {"sliding_window": 8})
+    source = saved(model, tmp_path / "source", tokenizer)
+    export_gguf(source, tokenizer, tmp_path / "model.gguf", "f32", "test")
+    back = read_gguf(tmp_path / "model.gguf")
+    assert back.config.max_position_embeddings == 8
+    within, past = some_tokens()[:, :8], some_tokens()[:, :20]
+    torch.testing.assert_close(logprobs(back, within), logprobs(model, within), rtol=0, atol=1e-5)
+    assert float((logprobs(back, past) - logprobs(model, past)).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("qwen3", {"attention_bias": True}, "found attention_bias True; expected False: the GGUF export of qwen3"),
+        ("gemma2", {"layer_types": ["full_attention"] * 3}, "found layer_types"),
+        ("gemma2", {"query_pre_attn_scalar": 99}, "found query_pre_attn_scalar 99; expected 16"),
+        ("gemma2", {"final_logit_softcapping": None}, "found final_logit_softcapping null; expected a number"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1]}, "found no_rope_layers"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+         "found partial_rotary_factor 0.5; expected 1"),
+        ("mistral", {"head_dim": 20}, "found heads of 80; expected a multiple of 32"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "found scale_attn_by_inverse_layer_idx True"),
+        ("falcon", {"alibi": True}, "found alibi True; expected False"),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
+    kind: str, settings: dict[str, Any], message: str, tmp_path: Path, tokenizer: Path
+) -> None:
+    source = saved(built(kind, settings), tmp_path / "source", tokenizer)
+    with pytest.raises(InputError, match=message):
+        export_gguf(source, tokenizer, tmp_path / "model.gguf", "f16", "test")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_a_file_that_lacks_a_tensor_is_refused(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = saved(built("qwen2"), tmp_path / "source", tokenizer)
+    written = gguf_file._tensors
+    monkeypatch.setattr(gguf_file, "_tensors", lambda *given: list(written(*given))[:-1])
+    export_gguf(source, tokenizer, tmp_path / "model.gguf", "f16", "test")
+    with pytest.raises(InputError, match=r"tensor output_norm\.weight is missing; expected a model that overproof"):
+        read_gguf(tmp_path / "model.gguf")
+
+
+def test_another_decoder_is_trained_and_not_exported(tmp_path: Path, tokenizer: Path) -> None:
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    config = StableLmConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, initializer_range=0.1,
+    )  # fmt: skip
+    model = StableLmForCausalLM(config).eval()
+    source = saved(model, tmp_path / "source", tokenizer)
+    found = hf_directory.load_model(source)
+    assert torch.equal(logprobs(found, some_tokens()), logprobs(model, some_tokens()))
+    assert model_size(Pretrained(path=str(source)), SHAPE).parameters == hf_directory.count_parameters(model)
+    fewer = keep_layers(found, (0, 2))
+    assert fewer.config.num_hidden_layers == 2
+    engine = TorchEngine(found, Optimization(steps=1, batch_size=2, learning_rate=1e-3), torch.device("cpu"))
+    batch = {"tokens": some_tokens(), "length": torch.full((2,), POSITIONS - 3)}
+    assert np.isfinite(engine.step(CrossEntropy(TASKS["language_modeling"].predict), batch)["loss"])
+    teacher = {"kind": "pretrained", "path": str(source)}
+    recipe = load_recipe(RECIPES / "stdlib-lm.yaml", (f"train.model={json.dumps(teacher)}", f"store={tmp_path}"))
+    with pytest.raises(
+        InputError,
+        match=r"train\.model: .*StableLmForCausalLM can be trained and not be written as gguf.*expected Llama",
+    ):
+        pipeline.run(recipe)
+    assert not list(tmp_path.glob("stdlib*"))
+    with pytest.raises(InputError, match=r"StableLmForCausalLM is not written as GGUF.*expected LlamaForCausalLM or"):
+        export_gguf(source, tokenizer, tmp_path / "model.gguf", "f16", "test")
+    other = copy.deepcopy(json.loads((source / "config.json").read_text()))
+    (source / "config.json").write_text(
+        json.dumps({**other, "model_type": "unheard", "architectures": ["UnheardForCausalLM"]})
+    )
+    with pytest.raises(InputError, match="transformers cannot build it"):
+        hf_directory.load_model(source)
+    assert (
+        AutoModelForCausalLM.from_pretrained(saved(model, tmp_path / "again", tokenizer)).config.vocab_size
+        == VOCABULARY
+    )
+
+
+def test_an_unknown_architecture_says_what_is_known_and_near(tmp_path: Path, tokenizer: Path) -> None:
+    source = saved(built("gemma3"), tmp_path / "source", tokenizer)
+    config = (source / "config.json").read_text()
+    (source / "config.json").write_text(config.replace("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"))
+    with pytest.raises(
+        InputError, match=r"architecture Gemma3ForConditionalGeneration, nearest is 'Gemma.*expected Llama"
+    ):
+        hf_directory.load_model(source)
