@@ -179,6 +179,7 @@ def test_init_writes_a_recipe_that_fits_the_data(
     planned = told(capsys)
     assert "are not fewer than the teacher's" not in planned
     assert "gate warning" not in planned
+    assert ("the teacher is taken as it is" in planned) == (model == "LLAMA")
 
 
 def test_looking_loads_neither_torch_nor_ray(here: Path, llama: Path) -> None:

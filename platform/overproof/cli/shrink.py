@@ -48,7 +48,7 @@ def shrink(asked: Asked, to: Path | None) -> int:
         done = pipeline.run(recipe)
     except GateRefused:
         artifacts.print_summary(recipe)
-        _print_nearest(recipe)
+        _print_nearest(recipe, path)
         raise
     artifacts.print_summary(recipe)
     _print_end(recipe, path, done["package"])
@@ -85,7 +85,7 @@ def _require_free(path: Path, text: str) -> None:
         )
 
 
-def _print_nearest(recipe: Recipe) -> None:
+def _print_nearest(recipe: Recipe, path: Path) -> None:
     found = {s.stage.name: s.artifact for s in pipeline.resolve_stages(recipe, Store(recipe.store), "gate")}
     assert found["evaluate"] is not None
     assert found["gate"] is not None
@@ -93,6 +93,7 @@ def _print_nearest(recipe: Recipe) -> None:
     near = nearest(recipe.gate, report, read_json(Verdict, found["gate"].local() / "verdict.json"))
     if near is not None:
         out.print(str(near), markup=False)
+        out.print(f"loosen gate.rules in {path} and run it: what is done stays, the gate alone is new", markup=False)
 
 
 def _print_end(recipe: Recipe, path: Path, package: Artifact) -> None:

@@ -261,6 +261,7 @@ def _reasons(
     )
     whole = " (whole: every layer, quantised)" if any(s.name == WHOLE for s in chosen.students) else ""
     names = ", ".join(f"{s.name} of {s.size.parameters:,} parameters" for s in chosen.students)
+    tested = round(fit.units * values["test_fraction"])
     fitting = f"the one that fits {'the model and ' if given else ''}the data"
     return {
         "task": f"{kind}: {'as asked' if asked.task else fitting}",
@@ -271,9 +272,10 @@ def _reasons(
         "formats": f"{', '.join(chosen.variants)}: "
         + ", ".join(f"{s.name} about {s.mb[v]:.3g} MB in {v}" for s in chosen.students for v in chosen.variants),
         "gate": f"keeps {100 * asked.keep:g} % of the teacher's {TASKS[kind].quality.title} at the far end of "
-        "the interval"
+        f"the interval, of about {tested:,} test {TASKS[kind].test_unit}s"
         + (f"; {asked.max_mb:g} MB at most" if asked.max_mb is not None else "")
         + (f"; p95 latency {asked.max_p95_ms:g} ms at most" if asked.max_p95_ms is not None else ""),
+        **({"--set": f"{', '.join(asked.overrides)}: over what stands above, as asked"} if asked.overrides else {}),
     }
 
 

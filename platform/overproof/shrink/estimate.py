@@ -41,7 +41,7 @@ class Estimate:
         held = ", ".join(f"{what} {format_bytes(bytes_)}" for what, bytes_ in self.memory.items())
         total = format_seconds(sum(self.seconds.values()))
         rate = f"this machine multiplies matrices at {self.flops_per_s / 1e9:,.0f} GFLOP/s"
-        return f"about {total} ({stages}): {rate}", f"a process that trains the {held}; and 0.5 GB for its libraries"
+        return f"about {total} ({stages}): {rate}", f"{held}; and about 0.5 GB a process for its libraries"
 
 
 def machine_flops() -> float:
@@ -72,10 +72,11 @@ def estimate(choice: Choice, flops_per_s: float) -> Estimate:
         "compress": 0.0,
         "evaluate": _evaluation(choice, rate),
     }
-    memory = {"teacher": float(FP32_BYTES * chosen.teacher.parameters)}
+    memory = {"the teacher that teaches": float(FP32_BYTES * chosen.teacher.parameters)}
     if train.steps:
-        memory["teacher"] = float(zero_memory.peak_worker_memory(chosen.teacher, train, train.fewest))
-    memory["largest student"] = _trial_bytes(taught[0], recipe)
+        peak = zero_memory.peak_worker_memory(chosen.teacher, train, train.fewest)
+        memory["a worker that trains it"] = float(peak)
+    memory["a trial of the largest student"] = _trial_bytes(taught[0], recipe)
     return Estimate({stage: STARTS_S[stage] + seconds for stage, seconds in work.items()}, memory, flops_per_s)
 
 
