@@ -17,7 +17,13 @@ from overproof.config import load_recipe
 from overproof.pipeline import STAGES, stages_of
 
 DIGITS = str(RECIPES / "digits.yaml")
+CHOICES = {
+    "--help", "--data", "--task", "--max-mb", "--max-p95-ms", "--keep", "--finetune", "--label", "--text", "--image",
+    "--pattern", "--image-size", "--name", "--out", "--set",
+}  # fmt: skip
 FLAGS = {
+    "shrink": CHOICES,
+    "init": CHOICES,
     "demo": {"--help", "--set", "--keep"},
     "run": {"--help", "--set", "--until"},
     "plan": {"--help", "--set", "--cluster", "--tokens-per-s", "--rows-per-s"},

@@ -14,6 +14,7 @@ import yaml
 
 from finished import RECIPES
 from overproof.cli.main import main
+from overproof.config import load_recipe
 
 REPOSITORY = Path(__file__).parents[1]
 DIGITS, TEXT = str(RECIPES / "digits.yaml"), str(RECIPES / "stdlib-lm.yaml")
@@ -198,3 +199,27 @@ def test_a_pretrained_teacher_is_sized_by_its_headers_and_torch_stays_out(tmp_pa
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"teacher: {sum(p.numel() for p in model.parameters()):,} parameters" in done.stdout
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_recipe_of_ours_lets_any_quality_pass(path: Path) -> None:
+    assert load_recipe(path).gate.bounds_quality
+
+
+def test_a_gate_that_lets_any_quality_pass_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = "gate.rules=[{kind: regression, against: student, at_most: 0.02}, {kind: smaller, at_least: 4}]"
+    code, out, _ = plan(tmp_path, capsys, "--set", alone)
+    assert code == 0
+    state, text = findings(out)["gate"]
+    assert state == "warning"
+    assert "no rule holds a file's accuracy against the teacher's" in text
+    assert "{kind: keep, against: teacher, at_least: 0.97}" in text
+    _, out, _ = plan(tmp_path, capsys)
+    assert "gate" not in findings(out)
+    # A run says so before it does anything: here before it finds that its data are missing.
+    missing = f"data.source={{kind: folder, path: {tmp_path / 'none'}}}"
+    assert main(["run", DIGITS, "--set", f"store={tmp_path / 'store'}", "--set", alone, "--set", missing]) == 2
+    captured = capsys.readouterr()
+    assert "! gate: no rule holds a file's accuracy" in captured.out

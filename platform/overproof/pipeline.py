@@ -12,6 +12,7 @@ from overproof import console
 from overproof.artifacts import Artifact, Store, compute_fingerprint
 from overproof.cluster import preflight, ray_cluster
 from overproof.cluster.placement import require_placeable
+from overproof.cluster.preflight import check_gate
 from overproof.config import Pretrained, Recipe, Section, Train
 from overproof.errors import InputError, suggest_name
 from overproof.files import read_json
@@ -145,6 +146,9 @@ def run(recipe: Recipe, until: str | None = None) -> dict[str, Artifact]:
         InputError: bad input, before anything starts where it can be known.
         GateRefused: no candidate passed, or the draft does not pay; every stage before that is done and stays.
     """
+    if any(stage.name == "gate" for stage in stages_of(recipe, until)):
+        for finding in check_gate(recipe):
+            console.notice(f"{finding.about}: {finding.text}")
     store = Store(recipe.store)
     with store.lock():
         steps = resolve_stages(recipe, store, until)

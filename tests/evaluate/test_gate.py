@@ -99,9 +99,66 @@ def test_smaller_counts_times() -> None:
     assert found.chosen == "small"
 
 
+def test_keep_is_judged_at_the_far_end_and_of_an_accuracy_by_its_share() -> None:
+    rule = {"kind": "keep", "against": "teacher", "at_least": 0.95}
+    worse = report(("big", "teacher", 0.02, 0.0, 0.05), ("small", "teacher", 0.02, 0.0, 0.06))
+    files = tuple(m.model_copy(update={"metrics": {**m.metrics, "bits_per_byte": metric(2.0)}}) for m in worse.measured)
+    found = verdict([rule], worse.model_copy(update={"measured": files}))
+    assert [c.passed for c in found.candidates] == [True, False]
+    assert found.candidates[1].reasons[0].text == (
+        "keeps 98.0 % of teacher's bits per byte (at the far end of the interval 94.3 %), needed 95 %"
+    )
+    points = report(("big", "teacher", 0.02, 0.0, 0.03), ("small", "teacher", 0.02, 0.0, 0.031), quality="accuracy",
+                    task="image_classification")  # fmt: skip
+    files = tuple(m.model_copy(update={"metrics": {**m.metrics, "accuracy": metric(0.6)}}) for m in points.measured)
+    found = verdict([rule], points.model_copy(update={"measured": files}))
+    assert [c.passed for c in found.candidates] == [True, False]  # three points of sixty are 5 %
+    assert "keeps 96.7 % of teacher's accuracy" in found.candidates[1].reasons[0].text
+
+
+def test_absolute_limits() -> None:
+    quick, slow = ({"latency_p95_s": metric(seconds), "bits_per_byte": metric(2.0, 1.8, high)}
+                   for seconds, high in ((0.01, 2.1), (0.05, 2.3)))  # fmt: skip
+    files = (measured("big", 2_000_000, True, **quick), measured("small", 1_000_000, True, **slow))
+    for rule, passed, text in (
+        ({"kind": "size", "at_most_mb": 1.5}, [False, True], "2 MB, allowed 1.5 MB"),
+        ({"kind": "latency", "at_most_ms": 40}, [True, False], "p95 latency 10 ms (10 requests), allowed 40 ms"),
+        ({"kind": "quality", "limit": 2.2}, [True, False],
+         "bits_per_byte 2 (interval 1.8 to 2.1), needed at most 2.2"),
+    ):  # fmt: skip
+        found = verdict([rule], report(measured=files))
+        assert [c.passed for c in found.candidates] == passed
+        assert found.candidates[0].reasons[0].text == text
+    accurate = (measured("big", 1, True, accuracy=metric(0.9, 0.85, 0.95)),)
+    for limit, passes in ((0.85, True), (0.86, False)):
+        of = report(measured=accurate, quality="accuracy", task="image_classification")
+        assert verdict([{"kind": "quality", "limit": limit}], of).passed == passes
+
+
+@pytest.mark.parametrize(
+    ("rules", "bounded"),
+    [
+        ([REGRESSION, PARITY, {"kind": "smaller", "at_least": 2}, {"kind": "size", "at_most_mb": 1}], False),
+        ([{"kind": "improvement"}], False),
+        ([{**REGRESSION, "against": "teacher"}], True),
+        ([{"kind": "keep", "at_least": 0.9}], True),
+        ([{"kind": "agreement", "at_least": 0.9}], True),
+        ([PARITY, {"kind": "quality", "limit": 2}], True),
+    ],
+)
+def test_a_gate_knows_whether_it_bounds_quality(rules: list[dict[str, Any]], bounded: bool) -> None:
+    assert Gate.model_validate({"rules": rules}).bounds_quality == bounded
+
+
 @pytest.mark.parametrize(
     ("rule", "missing"),
     [
+        (
+            {"kind": "keep", "at_least": 0.9},
+            "what it keeps of teacher's bits per byte is not in the report, or has no interval",
+        ),
+        ({"kind": "quality", "limit": 1}, "bits_per_byte is not in the report, or has no interval"),
+        ({"kind": "latency", "percentile": 50, "at_most_ms": 1}, "p50 latency is not in the report"),
         (REGRESSION, "bits_per_byte against student is not in the report"),
         ({"kind": "improvement", "against": "control"}, "bits_per_byte against control is not in the report"),
         ({"kind": "agreement", "at_least": 0}, "agreement with teacher is not in the report"),

@@ -96,6 +96,12 @@ def test_the_picture_is_a_png_of_its_size() -> None:
     assert (int.from_bytes(content[16:20]), int.from_bytes(content[20:24])) == (1800, 720)
 
 
+def test_a_teacher_that_took_no_step_has_no_curve() -> None:
+    untrained = PlottedCurve("teacher", "teacher", [], [(0, 2.5)])
+    losses, _ = plot_report([untrained], *report_of((9.0, 2.0, 1.0), 0.02)).axes
+    assert [line.get_xydata().tolist() for line in losses.lines] == [[[0.0, 2.5]]]
+
+
 def test_a_label_stands_at_its_point_where_there_is_room() -> None:
     point, marker = np.array([[50.0, 50.0]]), np.array([[45.0, 45.0, 55.0, 55.0]])
     (box,) = place_labels(point, np.array([[30.0, 10.0]]), marker, np.empty((0, 4)), np.array([0.0, 0.0, 200.0, 100.0]))

@@ -39,7 +39,8 @@ def _own_ray() -> dict[str, str]:
 def test_killed_at_any_stage_only_that_stage_is_lost(ray_cluster: str, tmp_path: Path) -> None:
     """On a cluster that stays, where the next run meets what the last one left; and once with the run's own cluster."""
     shared = os.environ | {"RAY_ADDRESS": ray_cluster}
-    few = ("train.steps=30", "sweep.steps=30", "tune.scheduler.grace_steps=10", "evaluate.timed_requests=20")
+    few = ("train.steps=30", "sweep.steps=30", "tune.scheduler.grace_steps=10", "evaluate.timed_requests=20",
+           "gate.rules.3.at_least=0.5")  # fmt: skip
     command = _command("run", DIGITS, f"store={tmp_path}", *few)
     finished: dict[str, str] = {}
     for stage in ("prepare", "train", "cache", "sweep", "compress", "evaluate"):

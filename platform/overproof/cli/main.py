@@ -7,11 +7,14 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from overproof import console
 from overproof.config import load_recipe, schema_docs
 from overproof.errors import GateRefused, InputError, suggest_name
+
+if TYPE_CHECKING:
+    from overproof.shrink.choice import Asked
 
 DEMO_RECIPE = Path(__file__).parents[3] / "jobs/recipes/stdlib-lm.yaml"
 Run = Callable[[argparse.Namespace], int]
@@ -76,6 +79,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         added.set_defaults(run=run)
         return added
 
+    _add_shrink_verbs(add)
     _add_recipe_verbs(add)
     _add_store_verbs(add)
     _add_serving_verbs(add)
@@ -83,6 +87,31 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         near = suggest_name(argv[0], verbs.choices)
         raise InputError(f"{argv[0]}: no such verb{near}; expected one that `overproof --help` lists")
     return parser.parse_args(argv)
+
+
+def _add_shrink_verbs(add: Add) -> None:
+    for name, run, text in (
+        ("shrink", _shrink, "from your data, and your model where you have one, to a smaller one that is proven"),
+        ("init", _init, "write the recipe that `shrink` would run, and stop"),
+    ):
+        verb = add(name, run, text)
+        verb.add_argument("model", nargs="?", default="-", metavar="MODEL",
+                          help="Hugging Face directory of the teacher; - or none: one is trained")  # fmt: skip
+        verb.add_argument("--data", required=True, metavar="DATA", help="file or folder, or a URI")
+        verb.add_argument("--task", metavar="KIND", help="where more than one fits: such as tabular_regression")
+        verb.add_argument("--max-mb", type=float, metavar="MB", help="file size at most")
+        verb.add_argument("--max-p95-ms", type=float, metavar="MS", help="latency of 95 in 100 requests at most")
+        verb.add_argument("--keep", type=float, default=0.97, metavar="SHARE",
+                          help="of the teacher's quality, kept with certainty (default: 0.97)")  # fmt: skip
+        verb.add_argument("--finetune", type=int, metavar="STEPS", help="train MODEL on the data before it teaches")
+        verb.add_argument("--label", metavar="COLUMN", help="column to predict")
+        verb.add_argument("--text", metavar="COLUMN", help="column of the text")
+        verb.add_argument("--image", metavar="COLUMN", help="column of the images")
+        verb.add_argument("--pattern", metavar="GLOB", help="which files are documents, such as '*.md'")
+        verb.add_argument("--image-size", type=int, metavar="PIXELS", help="edges that images are scaled to")
+        verb.add_argument("--name", help="of the run and its recipe (default: after the model or the data)")
+        verb.add_argument("--out", type=Path, metavar="FILE", help="where the recipe goes (default: NAME.yaml)")
+        verb.add_argument("--set", action="append", default=[], metavar="a.b=c", help="write a recipe field otherwise")
 
 
 def _add_recipe_verbs(add: Add) -> None:
@@ -178,6 +207,36 @@ def _add_store(verb: argparse.ArgumentParser, help: str = "folder or URI (defaul
 
 
 # What each verb runs. Its module is imported here, so that help and errors do not wait for torch and Ray.
+
+
+def _shrink(options: argparse.Namespace) -> int:
+    from overproof.cli import shrink
+
+    return shrink.shrink(_asked(options), options.out)
+
+
+def _init(options: argparse.Namespace) -> int:
+    from overproof.cli import shrink
+
+    return shrink.init(_asked(options), options.out)
+
+
+def _asked(options: argparse.Namespace) -> Asked:
+    from overproof.shrink.choice import Asked
+    from overproof.tasks.recognition import ColumnFlags
+
+    return Asked(
+        data=options.data,
+        model=None if options.model == "-" else options.model,
+        task=options.task,
+        max_mb=options.max_mb,
+        max_p95_ms=options.max_p95_ms,
+        keep=options.keep,
+        finetune=options.finetune,
+        name=options.name,
+        flags=ColumnFlags(options.label, options.text, options.image, options.pattern, options.image_size),
+        overrides=tuple(options.set),
+    )
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -76,6 +76,7 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
         *preflight.check_placement(recipe, capacity),
         stored,
         *preflight.warn_not_smaller(students, model.parameters),
+        *preflight.check_gate(recipe),
     ]
     if not attached and options.cluster_file is None and not recipe.train.gpus_per_worker:
         findings.append(preflight.check_local_memory(_worker_bytes(recipe, model), recipe.train.fewest))

@@ -101,6 +101,18 @@ def warn_not_smaller(sizes: Mapping[str, int], teacher: int) -> Iterator[Finding
             )
 
 
+def check_gate(recipe: Recipe) -> Iterator[Finding]:
+    """A warning where a file of any quality could pass."""
+    if not recipe.gate.bounds_quality:
+        quality = TASKS[recipe.data.kind].quality
+        yield Finding(
+            "gate", "warning",
+            f"no rule holds a file's {quality.title} against the teacher's, or against a figure: one far worse than "
+            "the teacher could ship. Add {kind: keep, against: teacher, at_least: 0.97} to gate.rules, or {kind: "
+            "quality, limit: ...}",
+        )  # fmt: skip
+
+
 def measured_rate(recipe: Recipe) -> Throughput | None:
     """The rate at which this recipe's newest teacher of the same model trained, out of its record."""
     model = recipe.train.model.model_dump(mode="json")
@@ -122,6 +134,8 @@ def training_time(recipe: Recipe, rate: Throughput | None) -> Finding:
     unit = f"{TASKS[recipe.data.kind].unit}s"
     flag = "--tokens-per-s" if unit == "tokens" else "--rows-per-s"
     steps = recipe.train.steps
+    if steps == 0:
+        return Finding("time", "ok", "the teacher is taken as it is: it is not trained")
     total = steps * recipe.train.batch_size * recipe.data.positions
     work = f"{total:,} {unit} in {steps:,} steps"
     if rate is None:

@@ -59,12 +59,48 @@ class Improvement(Section):
     at_least: float = Field(0.0, ge=0, description="In the units of the regression rule.")
 
 
+class Keep(Section):
+    """The quality metric must keep this share of the reference's, at the far end of the interval.
+
+    Of an accuracy its share; of an error, or of bits per byte, the reference's over the candidate's.
+    """
+
+    kind: Literal["keep"] = "keep"
+    against: Against = "teacher"
+    at_least: float = Field(gt=0, le=1, description="Share of the reference's quality: 0.97 is 97 %.")
+
+
+class Quality(Section):
+    """The quality metric itself must be this good, at the far end of its interval."""
+
+    kind: Literal["quality"] = "quality"
+    limit: float = Field(description="An accuracy: at least this; bits per byte or an error: at most this.")
+
+
 class Smaller(Section):
     """The file must be this many times smaller than the reference's."""
 
     kind: Literal["smaller"] = "smaller"
     against: Against = "teacher"
     at_least: float = Field(gt=0, description="Times smaller.")
+
+
+class Size(Section):
+    """The file must be no larger than this."""
+
+    kind: Literal["size"] = "size"
+    at_most_mb: float = Field(gt=0, description="Largest size of the file, in 10^6 bytes.")
+
+
+class Latency(Section):
+    """So many requests in 100 must be answered within this by the engine that serves, while it has nothing else to do.
+
+    The machine that evaluates must be like the one that will serve.
+    """
+
+    kind: Literal["latency"] = "latency"
+    percentile: Literal[50, 95] = Field(95, description="Share of the timed requests, in %.")
+    at_most_ms: float = Field(gt=0, description="Longest latency, ms.")
 
 
 class Agreement(Section):
@@ -81,7 +117,10 @@ class Parity(Section):
     at_most: float = Field(gt=0, description="Largest absolute difference of a log-probability, nats.")
 
 
-Rule = Annotated[Regression | Improvement | Smaller | Agreement | Parity, Field(discriminator="kind")]
+Rule = Annotated[
+    Regression | Improvement | Keep | Quality | Smaller | Size | Latency | Agreement | Parity,
+    Field(discriminator="kind"),
+]
 
 
 class Gate(Section):
@@ -92,3 +131,15 @@ class Gate(Section):
         None,
         description="The candidate to package if it passes, as `overproof pick` names it; null takes the smallest.",
     )
+
+    @property
+    def bounds_quality(self) -> bool:
+        """Whether a rule holds files against the teacher's quality, or against a figure: a student held against its own
+        unquantised file alone may be of any quality.
+        """
+        return any(
+            rule.against == "teacher"
+            if isinstance(rule, Regression | Improvement | Keep)
+            else isinstance(rule, Quality | Agreement)
+            for rule in self.rules
+        )

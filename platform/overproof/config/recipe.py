@@ -228,7 +228,7 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """
     tree = read_yaml_mapping(path, "a recipe, such as jobs/recipes/digits.yaml", "a mapping of sections")
     for override in overrides:
-        _set(tree, override)
+        set_override(tree, override)
     return Recipe.parse(tree, str(path))
 
 
@@ -240,7 +240,7 @@ def parse_overrides(overrides: Sequence[str], section: str) -> dict[str, Any]:
     """
     tree: dict[str, Any] = {}
     for override in overrides:
-        _set(tree, override.removeprefix(f"{section}."))
+        set_override(tree, override.removeprefix(f"{section}."))
     return tree
 
 
@@ -261,7 +261,12 @@ def read_yaml_mapping(path: str | Path, file: str, content: str) -> dict[str, An
     return tree
 
 
-def _set(tree: dict[str, Any], override: str) -> None:
+def set_override(tree: dict[str, Any], override: str) -> None:
+    """Put the value of ``a.b=value`` into a tree of sections.
+
+    Raises:
+        InputError: it is no assignment, or leads through something that is no section.
+    """
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise InputError(f"--set {override}: expected a.b=value, such as train.steps=200")

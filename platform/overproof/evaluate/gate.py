@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from overproof.config import Agreement, Gate, Improvement, Parity, Regression, Rule, Smaller
+from overproof.config import (
+    Agreement,
+    Gate,
+    Improvement,
+    Keep,
+    Latency,
+    Parity,
+    Regression,
+    Rule,
+    Size,
+    Smaller,
+)
+from overproof.config import Quality as QualityLimit
 from overproof.errors import InputError
 from overproof.evaluate.metrics import Comparison, MeasuredFile, Report
 from overproof.files import FrozenModel
@@ -70,8 +82,17 @@ def check_rule(rule: Rule, report: Report, candidate: MeasuredFile) -> Reason:
     match rule:
         case Regression() | Improvement():
             passed, text = _compared(rule, report, candidate)
+        case Keep():
+            passed, text = _keep(rule, report, candidate)
+        case QualityLimit():
+            passed, text = _quality(rule, report, candidate)
         case Smaller():
             passed, text = _smaller(rule, report, candidate)
+        case Size():
+            found_mb = candidate.size_bytes / 1e6
+            passed, text = found_mb <= rule.at_most_mb, f"{found_mb:.4g} MB, allowed {rule.at_most_mb:g} MB"
+        case Latency():
+            passed, text = _latency(rule, candidate)
         case Agreement():
             passed, text = _agreement(rule, candidate)
         case Parity():
@@ -94,7 +115,56 @@ def _compared(rule: Regression | Improvement, report: Report, candidate: Measure
     return -found.high > rule.at_least, f"{text}, must be better by more than {quality.amount(rule.at_least)}"
 
 
-def _reference(rule: Regression | Improvement | Smaller, candidate: MeasuredFile) -> str:
+def kept_share(report: Report, candidate: MeasuredFile, against: str) -> tuple[float, float] | None:
+    """Which share of a reference's quality a file keeps, and the same at the far end of the interval.
+
+    Of an accuracy, whose difference is told in points, the points are held against the reference's measured accuracy.
+    None where the report has no such interval.
+    """
+    quality, found, reference = (
+        TASKS[report.task].quality,
+        report.compare(candidate.name, against),
+        report.find(against),
+    )
+    if found is None or found.high is None or reference is None or report.quality not in reference.metrics:
+        return None
+    of = 1.0 if quality.relative else reference.metrics[report.quality].value
+    if not of > 0:
+        return None
+    if quality.higher_is_better and not quality.relative:
+        return 1 - found.value / of, 1 - found.high / of
+    return of / (of + found.value), of / (of + found.high)
+
+
+def _keep(rule: Keep, report: Report, candidate: MeasuredFile) -> tuple[bool, str]:
+    against, title = _reference(rule, candidate), TASKS[report.task].quality.title
+    kept = kept_share(report, candidate, against)
+    if kept is None:
+        return False, f"what it keeps of {against}'s {title} is not in the report, or has no interval"
+    value, low = kept
+    text = f"keeps {100 * value:.1f} % of {against}'s {title} (at the far end of the interval {100 * low:.1f} %)"
+    return low >= rule.at_least, f"{text}, needed {100 * rule.at_least:g} %"
+
+
+def _quality(rule: QualityLimit, report: Report, candidate: MeasuredFile) -> tuple[bool, str]:
+    quality, found = TASKS[report.task].quality, candidate.metrics.get(report.quality)
+    if found is None or found.low is None or found.high is None:
+        return False, f"{quality.name} is not in the report, or has no interval"
+    far, needed = (found.low, "least") if quality.higher_is_better else (found.high, "most")
+    passed = far >= rule.limit if quality.higher_is_better else far <= rule.limit
+    interval = f"interval {found.low:.4g} to {found.high:.4g}"
+    return passed, f"{quality.name} {found.value:.4g} ({interval}), needed at {needed} {rule.limit:g}"
+
+
+def _latency(rule: Latency, candidate: MeasuredFile) -> tuple[bool, str]:
+    found = candidate.metrics.get(f"latency_p{rule.percentile}_s")
+    if found is None:
+        return False, f"p{rule.percentile} latency is not in the report"
+    text = f"p{rule.percentile} latency {1e3 * found.value:.3g} ms ({found.n} requests)"
+    return 1e3 * found.value <= rule.at_most_ms, f"{text}, allowed {rule.at_most_ms:g} ms"
+
+
+def _reference(rule: Regression | Improvement | Keep | Smaller, candidate: MeasuredFile) -> str:
     """The export a rule holds the candidate against: its own student's unquantised file, the teacher or the control."""
     return candidate.student or rule.against if rule.against == "student" else rule.against
 

@@ -72,7 +72,7 @@ def _plot_losses(axes: Axes, curves: list[PlottedCurve]) -> None:
         colour, prominent = COLOURS[curve.role], curve.role not in ("trial", "kept")
         label = f"{curve.name} (best student)" if curve.role == "student" else curve.name
         label = label if prominent or not crowded else "_"  # which matplotlib leaves out of the legend
-        if prominent and curve.role == "teacher":
+        if curve.role == "teacher" and curve.train:  # one that is taken as it is has no steps
             steps, losses = zip(*curve.train, strict=True)
             axes.plot(steps, _smooth(np.array(losses)), color=colour, alpha=0.25, linewidth=1)
         if curve.validation:

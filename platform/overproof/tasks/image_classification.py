@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from overproof.engines.probe import Say
     from overproof.export.base import Format
     from overproof.stage_context import StageContext
+    from overproof.tasks.recognition import ColumnFlags, DataLook, Recognised
 
     Batch = dict[str, Tensor]
 
@@ -114,6 +115,12 @@ class ImageClassification:
     pipeline_tag = "image-classification"
     route = "/v1/classify"
     request = ClassifyImagesRequest
+    template = "image_classification.yaml"
+
+    def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
+        from overproof.tasks.image_recognition import recognise_images
+
+        return recognise_images(look, model, flags)
 
     def source_digest(self, data: ImageClassificationData) -> str:
         from overproof.tasks.images import image_digest

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from overproof.engines.probe import Say
     from overproof.export.base import Format
     from overproof.stage_context import StageContext
+    from overproof.tasks.recognition import ColumnFlags, DataLook, Recognised
 
     Batch = dict[str, Tensor]
 
@@ -48,6 +49,12 @@ class LanguageModeling:
     label_column = "tokens"  # each predicts the next
     pipeline_tag = "text-generation"
     route = "/v1/completions"
+    template = "language_modeling.yaml"
+
+    def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
+        from overproof.tasks.text_recognition import recognise_text
+
+        return recognise_text(look, model, flags)
 
     def source_digest(self, data: LanguageModelingData) -> str:
         from overproof.data.sources import text_digest

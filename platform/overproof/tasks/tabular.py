@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from overproof.engines.probe import Say
     from overproof.export.base import Format
     from overproof.stage_context import StageContext
+    from overproof.tasks.recognition import ColumnFlags, DataLook, Recognised
 
     Batch = dict[str, Tensor]
 
@@ -124,6 +125,7 @@ class _Tabular:
     speed, speed_unit = "rows_per_s", "rows/s"
     label_column = "label"
     request = RowsRequest
+    template = "tabular.yaml"
 
     def source_digest(self, data: TableData) -> str:
         from overproof.tasks.tables import table_digest
@@ -179,6 +181,11 @@ class TabularClassification(_Tabular):
     pipeline_tag = "tabular-classification"
     route = "/v1/classify"
 
+    def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
+        from overproof.tasks.table_recognition import recognise_table
+
+        return recognise_table(look, model, flags, regression=False)
+
     def score(self, file: Path, root: Path, most_units: int | None, engine: str, format: Format) -> FileScores:
         from overproof.tasks.array_evaluation import first_choices, score_arrays
 
@@ -214,6 +221,11 @@ class TabularRegression(_Tabular):
     )
     pipeline_tag = "tabular-regression"
     route = "/v1/predict"
+
+    def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
+        from overproof.tasks.table_recognition import recognise_table
+
+        return recognise_table(look, model, flags, regression=True)
 
     def score(self, file: Path, root: Path, most_units: int | None, engine: str, format: Format) -> FileScores:
         """Squared errors of the predicted means; the first choice is the likeliest bin."""

@@ -1,0 +1,102 @@
+"""`overproof shrink` and `overproof init`: from a model or data to a recipe, and from there to a package."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from overproof import console, pipeline
+from overproof.artifacts import Artifact, Store
+from overproof.cli import artifacts, plan
+from overproof.config import Recipe
+from overproof.console import out
+from overproof.errors import GateRefused, InputError
+from overproof.evaluate.gate import Verdict
+from overproof.evaluate.metrics import Report
+from overproof.files import read_json
+from overproof.shrink.choice import Asked, Choice, choose
+from overproof.shrink.estimate import estimate, machine_flops
+from overproof.shrink.nearest import nearest
+
+
+def init(asked: Asked, to: Path | None) -> int:
+    """Print what was chosen and why, write the recipe, and say how to go on.
+
+    Raises:
+        InputError: see ``choose``; or another recipe lies where this one would.
+    """
+    _, path = _write(asked, to)
+    word = shlex.quote(str(path))
+    out.print(f"next:    overproof plan {word}\n         overproof run {word}", markup=False)
+    return 0
+
+
+def shrink(asked: Asked, to: Path | None) -> int:
+    """The same, then run the recipe to its package.
+
+    Raises:
+        InputError: as ``init``, or what a run refuses.
+        GateRefused: no file met the budget; which came nearest, and what would have to give, is printed before.
+    """
+    choice, path = _write(asked, to)
+    recipe = choice.recipe
+    plan.plan(recipe, plan.PlanOptions())
+    try:
+        done = pipeline.run(recipe)
+    except GateRefused:
+        artifacts.print_summary(recipe)
+        _print_nearest(recipe, path)
+        raise
+    artifacts.print_summary(recipe)
+    _print_end(recipe, path, done["package"])
+    return 0
+
+
+def _write(asked: Asked, to: Path | None) -> tuple[Choice, Path]:
+    with console.waiting("looking at the model and the data"):
+        choice = choose(asked)
+    path = to or Path(f"{choice.recipe.name}.yaml")
+    _require_free(path, choice.text)
+    table = Table("choice", "", box=None, pad_edge=False, show_header=False)
+    for what, why in choice.reasons.items():
+        table.add_row(f"[bold]{what}[/]", escape(why))
+    for what, text in zip(("time", "memory"), estimate(choice, machine_flops()).lines(), strict=True):
+        table.add_row(f"[bold]{what}[/]", escape(text))
+    out.print(table)
+    try:
+        path.write_text(choice.text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give a file you may write: --out FILE") from None
+    out.print(f"recipe   {path}", markup=False)
+    return choice, path
+
+
+def _require_free(path: Path, text: str) -> None:
+    """Refuse to write over a recipe that says something else: it may have been edited."""
+    if not path.exists():
+        return
+    if path.is_dir() or path.read_text(encoding="utf-8", errors="replace") != text:
+        raise InputError(
+            f"{path}: lies there already and says something else; run it (overproof run {shlex.quote(str(path))}), "
+            "delete it, or give another --name or --out"
+        )
+
+
+def _print_nearest(recipe: Recipe, path: Path) -> None:
+    found = {s.stage.name: s.artifact for s in pipeline.resolve_stages(recipe, Store(recipe.store), "gate")}
+    assert found["evaluate"] is not None
+    assert found["gate"] is not None
+    report = read_json(Report, found["evaluate"].local() / "report.json")
+    near = nearest(recipe.gate, report, read_json(Verdict, found["gate"].local() / "verdict.json"))
+    if near is not None:
+        out.print(str(near), markup=False)
+        out.print(f"loosen gate.rules in {path} and run it: what is done stays, the gate alone is new", markup=False)
+
+
+def _print_end(recipe: Recipe, path: Path, package: Artifact) -> None:
+    store = "" if recipe.store == "store" else f" --store {shlex.quote(recipe.store)}"
+    out.print(f"recipe   {path}\npackage  {package.uri}", markup=False)
+    out.print(f"serve it: overproof serve {package.id}{store}", markup=False)

@@ -1,0 +1,118 @@
+"""About how long a recipe will take on this machine, and what it will hold, before anything was measured.
+
+A model of P numbers takes 2P floating-point operations for each token, patch or row of a forward pass, and 6P in a step
+of training (arXiv 2001.08361, section 2.1). How fast this machine is shows when it multiplies matrices for a moment.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from overproof.config import Recipe
+from overproof.models import zero_memory
+from overproof.models.sizes import FP32_BYTES, ModelSize
+from overproof.shrink.choice import Choice
+from overproof.shrink.students import Candidate
+from overproof.units import format_bytes, format_seconds
+
+EDGE, MEASURED_S = 512, 0.1  # of the matrices
+SHARE = 0.6  # of what multiplying matrices reaches, that training reaches: measured on two cores, models of 1M to 135M
+STEP_S = 0.02  # what a step takes beside its arithmetic
+STARTS_S = {"prepare": 8, "train": 15, "cache": 8, "sweep": 20, "compress": 8, "evaluate": 12}  # measured likewise
+PROBE_S = 3  # of an engine asked about a file
+READ_BYTES_PER_S = 10e9  # of weights, once for each token that is written
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds by stage, and bytes that a process holds at most, by what it does."""
+
+    seconds: Mapping[str, float]
+    memory: Mapping[str, float]
+    flops_per_s: float
+
+    def lines(self) -> tuple[str, str]:
+        """For people."""
+        stages = ", ".join(f"{stage} {format_seconds(s)}" for stage, s in self.seconds.items())
+        held = ", ".join(f"{what} {format_bytes(bytes_)}" for what, bytes_ in self.memory.items())
+        total = format_seconds(sum(self.seconds.values()))
+        rate = f"this machine multiplies matrices at {self.flops_per_s / 1e9:,.0f} GFLOP/s"
+        return f"about {total} ({stages}): {rate}", f"{held}; and about 0.5 GB a process for its libraries"
+
+
+def machine_flops() -> float:
+    """Floating-point operations a second, multiplying matrices in fp32."""
+    a = np.ones((EDGE, EDGE), np.float32)
+    a @ a  # starts the threads
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < MEASURED_S:
+        a @ a
+        count += 1
+    return 2 * EDGE**3 * count / (time.perf_counter() - began)
+
+
+def estimate(choice: Choice, flops_per_s: float) -> Estimate:
+    """About what a recipe takes on a machine of that speed."""
+    recipe, chosen = choice.recipe, choice.students
+    rate = SHARE * flops_per_s
+    train, sweep, data = recipe.train, recipe.sweep, recipe.data
+    taught = [c.size for c in chosen.students]
+    rows = choice.rows * (1 - data.validation_fraction - data.test_fraction)
+    cached = min(recipe.rows_cached or rows, rows) if recipe.reads_cache else 0
+    trained = [*taught, taught[0]]  # and the control
+    work = {
+        "prepare": 0.0,
+        "train": _training(chosen.teacher, train.steps, train.batch_size, rate),
+        "cache": cached * _pass(chosen.teacher) / rate,
+        "sweep": sum(_training(size, sweep.steps, sweep.batch_size, rate) for size in trained),
+        "compress": 0.0,
+        "evaluate": _evaluation(choice, rate),
+    }
+    memory = {"the teacher that teaches": float(FP32_BYTES * chosen.teacher.parameters)}
+    if train.steps:
+        peak = zero_memory.peak_worker_memory(chosen.teacher, train, train.fewest)
+        memory["a worker that trains it"] = float(peak)
+    memory["a trial of the largest student"] = _trial_bytes(taught[0], recipe)
+    return Estimate({stage: STARTS_S[stage] + seconds for stage, seconds in work.items()}, memory, flops_per_s)
+
+
+def _pass(size: ModelSize) -> float:
+    """Floating-point operations of one row's forward pass."""
+    return 2.0 * size.parameters * size.places
+
+
+def _training(size: ModelSize, steps: int, batch_size: int, rate: float) -> float:
+    return steps * (STEP_S + 3 * batch_size * _pass(size) / rate)
+
+
+def _evaluation(choice: Choice, rate: float) -> float:
+    """Every file scored on the test rows, and its engine asked."""
+    recipe, chosen = choice.recipe, choice.students
+    settings, tested = recipe.evaluate, choice.rows * recipe.data.test_fraction
+    if settings.max_documents is not None:
+        tested = min(tested, settings.max_documents * choice.rows_per_unit)
+    files: list[tuple[ModelSize, float]] = [(chosen.teacher, chosen.teacher_mb), _unquantised(chosen.students[0])]
+    for student in chosen.students:
+        files += [_unquantised(student), *((student.size, student.mb[variant]) for variant in chosen.variants)]
+    seconds = 0.0
+    for size, mb in files:
+        written = settings.timed_requests * settings.decode_tokens * mb * 1e6 / READ_BYTES_PER_S if recipe.writes else 0
+        seconds += tested * _pass(size) / rate + PROBE_S + min(written, settings.probe_s)
+    return seconds
+
+
+def _unquantised(student: Candidate) -> tuple[ModelSize, float]:
+    return student.size, 2 * student.size.parameters / 1e6
+
+
+def _trial_bytes(size: ModelSize, recipe: Recipe) -> float:
+    """Weights, gradients and both averages in fp32, and what the forward pass keeps."""
+    rows = recipe.sweep.batch_size
+    kept = size.places * size.layers * zero_memory.layer_memory(size, FP32_BYTES)
+    return 4.0 * FP32_BYTES * size.parameters + rows * (
+        kept + size.predictions * zero_memory.logits_memory(size.outputs, FP32_BYTES)
+    )

@@ -1,0 +1,134 @@
+"""Which students and variants a budget leaves, by what their files will take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from overproof.config.models import ModelSection, Pretrained, TeacherLayers
+from overproof.errors import InputError
+from overproof.models.base import DataShape
+from overproof.models.sizes import ModelSize, model_size, student_size
+from overproof.registry import FAMILIES
+from overproof.shrink.given_model import GivenModel
+from overproof.shrink.template import BytesANumber, TemplateSettings
+
+WHOLE = "whole"  # the student that keeps every layer of a given teacher
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A student, and the megabytes of its file in each variant."""
+
+    name: str
+    model: Mapping[str, Any]
+    size: ModelSize
+    mb: Mapping[str, float]
+
+    @property
+    def smallest(self) -> tuple[str, float]:
+        """The variant that takes least, and its MB."""
+        return min(self.mb.items(), key=lambda item: item[1])
+
+
+@dataclass(frozen=True)
+class ChosenStudents:
+    """What is tried, the largest first, in which variants; and what the teacher takes."""
+
+    teacher: ModelSize
+    teacher_mb: float  # unquantised
+    students: tuple[Candidate, ...]
+    variants: tuple[str, ...]
+
+
+def choose_students(
+    settings: TemplateSettings,
+    teacher: ModelSection,
+    given: GivenModel | None,
+    shape: DataShape,
+    max_mb: float | None,
+    variants: Sequence[str],
+) -> ChosenStudents:
+    """The largest students of which some variant's file is within ``max_mb``, and the variants that are within it.
+
+    ``variants`` are those that the format writes. Without a limit the whole teacher is no student of itself.
+
+    Raises:
+        InputError: the model does not fit the data, or no file would be within the limit.
+    """
+    teacher_size = model_size(teacher, shape)
+    if teacher_size.predictions == 1 and teacher_size.outputs != shape.outputs:
+        raise InputError(
+            f"MODEL: tells {teacher_size.outputs} classes or bins apart, the data have {shape.outputs}; expected a "
+            "model of the same, or none (-), and a teacher is trained"
+        )
+    beside = settings.file_bytes + (given.tokenizer_bytes if given else 0)
+    rates = {variant: settings.bytes[variant] for variant in variants}
+    unquantised = list(settings.bytes.values())[-1]
+
+    def mb(size: ModelSize, rate: BytesANumber) -> float:
+        return (beside + weights_bytes(size, rate)) / 1e6
+
+    candidates = []
+    for name, model in _models(settings, given, teacher_size).items():
+        section = TeacherLayers.parse(model) if model["kind"] == "teacher_layers" else _family_section(model)
+        size = student_size(section, teacher, shape)
+        candidates.append(Candidate(name, model, size, {v: mb(size, rate) for v, rate in rates.items()}))
+    teacher_mb = mb(teacher_size, unquantised)
+    limit = teacher_mb / settings.least_times_smaller if max_mb is None else max_mb
+    fitting = [c for c in candidates if c.smallest[1] <= limit and (max_mb is not None or c.name != WHOLE)]
+    if not fitting:
+        raise InputError(_nothing_fits(candidates, limit, teacher_size, rates, beside))
+    students = tuple(fitting[: settings.keep])
+    within = tuple(v for v in variants if any(c.mb[v] <= limit for c in students))
+    return ChosenStudents(teacher_size, teacher_mb, students, within)
+
+
+def weights_bytes(size: ModelSize, rate: BytesANumber) -> float:
+    """What a model's numbers take in a file of a variant."""
+    vector, table = max(size.hidden, size.intermediate), size.outputs * size.hidden
+    return sum(
+        numbers * (rate.vector if numbers <= vector else rate.table if numbers == table else rate.matrix)
+        for numbers in size.tensors
+    )
+
+
+def _models(settings: TemplateSettings, given: GivenModel | None, teacher: ModelSize) -> dict[str, dict[str, Any]]:
+    """Every student there may be, the largest first."""
+    if given is None:
+        return settings.students
+    counts = {max(1, round(share * teacher.layers)): share for share in sorted(settings.shares)}
+    return {
+        WHOLE if count == teacher.layers else f"layers-{count}": {"kind": "teacher_layers", "layers": count}
+        for count in sorted(counts, reverse=True)
+    }
+
+
+def _family_section(model: Mapping[str, Any]) -> ModelSection:
+    return FAMILIES[model["kind"]].section.parse(model)
+
+
+def teacher_section(settings: TemplateSettings, given: GivenModel | None) -> ModelSection:
+    """The recipe's section of the teacher."""
+    if given is not None:
+        return Pretrained(path=given.path)
+    assert settings.teacher is not None  # tasks whose teacher cannot be trained here ask for one
+    return _family_section(settings.teacher)
+
+
+def _nothing_fits(
+    candidates: Sequence[Candidate], limit: float, teacher: ModelSize, rates: Mapping[str, BytesANumber], beside: float
+) -> str:
+    nearest = min(candidates, key=lambda c: c.smallest[1])
+    variant, found = nearest.smallest
+    table = teacher.outputs * teacher.hidden * rates[variant].table / 1e6
+    parts = f"{table:.3g} MB of it the table of {teacher.outputs:,} outputs"
+    if beside > 1e5:
+        parts += f", {beside / 1e6:.3g} MB the vocabulary itself"
+    needed = math.ceil(found * 100) / 100
+    return (
+        f"--max-mb {limit:g}: no student's file would be as small; the nearest is {nearest.name} in {variant}, about "
+        f"{found:.3g} MB ({parts}): give --max-mb {needed:g}, or a narrower model"
+    )

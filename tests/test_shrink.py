@@ -1,0 +1,465 @@
+"""`overproof init` and `shrink`: what is found out, what is asked for, what is chosen, and a run to the package."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+from pyarrow import csv
+
+from overproof.cli.main import main
+from overproof.config import Recipe, load_recipe
+from overproof.registry import FORMATS, TASKS
+from overproof.shrink.template import change
+from overproof.tasks.recognition import Shrinkable
+
+LAYERS = 4
+ROWS = 200
+Make = Callable[[Path], Path]
+
+
+def png(value: int, edge: int = 16) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(np.full((edge, edge), value, np.uint8)).save(content, format="png")
+    return content.getvalue()
+
+
+def table(**columns: Any) -> Make:
+    """A CSV file of numbers that tell the label, and further columns."""
+
+    def make(folder: Path) -> Path:
+        rows = np.random.default_rng(0).normal(size=(ROWS, 3))
+        values = {f"x{i}": rows[:, i] for i in range(3)} | {
+            name: column(rows) if callable(column) else column for name, column in columns.items()
+        }
+        path = folder / "my table.csv"
+        csv.write_csv(pa.table(values), path)
+        return path
+
+    return make
+
+
+def kinds(rows: np.ndarray) -> list[str]:
+    return ["high" if total > 0 else "low" for total in rows.sum(axis=1)]
+
+
+def amounts(rows: np.ndarray) -> np.ndarray:
+    return np.asarray(rows.sum(axis=1) * 10)
+
+
+def counts(rows: np.ndarray) -> np.ndarray:
+    return np.arange(ROWS) % 7
+
+
+def image_folders(edges: tuple[int, ...] = (16,)) -> Make:
+    def make(folder: Path) -> Path:
+        for name in ("cat", "dog"):
+            (folder / "pets" / name).mkdir(parents=True)
+            for i in range(40):
+                content = png(i + 100 * (name == "dog"), edges[i % len(edges)])
+                (folder / "pets" / name / f"{i}.png").write_bytes(content)
+        return folder / "pets"
+
+    return make
+
+
+def image_parquet(folder: Path) -> Path:
+    rows = [{"picture": {"bytes": png(i), "path": None}, "species": i % 3} for i in range(90)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "species.parquet")
+    return folder / "species.parquet"
+
+
+def documents(folder: Path) -> Path:
+    (folder / "notes").mkdir()
+    for i in range(60):
+        (folder / f"notes/{i}.md").write_text(f"document {i} tells of {i * i} things, one by one. " * 12)
+    return folder / "notes"
+
+
+def jsonl(*names: str) -> Make:
+    def make(folder: Path) -> Path:
+        lines = [json.dumps({name: f"{name} of record {i}, and so on" for name in names}) for i in range(60)]
+        (folder / "records.jsonl").write_text("\n".join(lines))
+        return folder / "records.jsonl"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama directory with a tokenizer of its own and a chat template."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from overproof.data.tokenization import train_bpe
+    from overproof.models.hf_directory import CHAT_TEMPLATE, save_model
+
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = train_bpe([f"document {i} tells of {i * i} things, one by one. " for i in range(60)], 288)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=LAYERS,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+        initializer_range=0.06, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    save_model(LlamaForCausalLM(config), config, folder / "Tiny-Llama", folder / "tokenizer.json")
+    (folder / "Tiny-Llama" / CHAT_TEMPLATE).write_text("{{ messages[0].content }}")
+    return folder / "Tiny-Llama"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the command starts in, beside the data."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
+CASES: dict[str, tuple[str, Make, tuple[str, ...], str, dict[str, Any]]] = {
+    "classes of a CSV": (
+        "-", table(label=kinds, day=pa.array([None] * ROWS, pa.date32()), note=[f"note {i}" for i in range(ROWS)]),
+        (), "tabular_classification", {"target": "label", "drop": ("day", "note")},
+    ),
+    "amounts of a CSV": ("-", table(price=amounts), ("--label", "price"), "tabular_regression", {"target": "price"}),
+    "whole numbers as classes": (
+        "-", table(stars=counts), ("--label", "stars", "--task", "tabular_classification"),
+        "tabular_classification", {"target": "stars"},
+    ),
+    "a folder of images": ("-", image_folders(), (), "image_classification", {"height": None}),
+    "images that are scaled": (
+        "-", image_folders((16, 20)), ("--image-size", "12"), "image_classification", {"height": 12, "width": 12},
+    ),
+    "images in Parquet": ("-", image_parquet, (), "image_classification", {"height": None}),
+    "a folder of text": ("LLAMA", documents, (), "language_modeling", {"sequence_length": 64}),
+    "JSONL": ("LLAMA", jsonl("id", "text"), (), "language_modeling", {"sequence_length": 64}),
+    "JSONL with a column that is named": ("LLAMA", jsonl("q", "a"), ("--text", "a"), "language_modeling", {}),
+}  # fmt: skip
+
+
+def test_there_is_a_case_for_every_task_that_has_a_template() -> None:
+    assert {case[3] for case in CASES.values()} == {k for k, task in TASKS.items() if isinstance(task, Shrinkable)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_init_writes_a_recipe_that_fits_the_data(
+    case: str, here: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, make, flags, kind, fields = CASES[case]
+    data = make(here.parent)
+    assert main(["init", str(llama) if model == "LLAMA" else model, "--data", str(data), *flags]) == 0
+    printed = told(capsys)
+    (path,) = here.iterdir()
+    assert f"overproof run {path.name}" in printed
+    for what in ("task", "teacher", "students", "formats", "gate", "time", "memory"):
+        assert f"{what} " in printed
+    recipe = load_recipe(path)
+    assert recipe.data.kind == kind
+    assert {name: getattr(recipe.data, name) for name in fields} == fields
+    assert (recipe.train.steps > 0) == (model == "-")
+    assert {"keep", "smaller", "parity"} == {rule.kind for rule in recipe.gate.rules}
+    text = path.read_text()
+    assert text.startswith("# Written by `overproof init ")
+    assert f"# task: {kind}" in text
+    assert main(["plan", str(path), "--set", f"store={here / 'store'}"]) == 0
+    planned = told(capsys)
+    assert "are not fewer than the teacher's" not in planned
+    assert "gate warning" not in planned
+    assert ("the teacher is taken as it is" in planned) == (model == "LLAMA")
+
+
+def test_looking_loads_neither_torch_nor_ray(here: Path, llama: Path) -> None:
+    data = documents(here.parent)
+    code = (
+        "import sys; from overproof.cli.main import main\n"
+        f"assert main(['init', {str(llama)!r}, '--data', {str(data)!r}]) == 0\n"
+        "heavy = {'torch', 'ray', 'transformers', 'deepspeed'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_found_is_told_with_its_reason(here: Path, llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = documents(here.parent)
+    assert (
+        main(["init", str(llama), "--data", str(data), "--max-mb", "0.5", "--max-p95-ms", "40", "--keep", "0.9"]) == 0
+    )
+    printed = told(capsys)
+    assert "LlamaForCausalLM, " in printed
+    assert "with a tokenizer and a chat template" in printed
+    assert "the given model as it is" in printed
+    assert "60, about " in printed
+    assert "the largest within 0.5 MB" in printed
+    recipe = load_recipe(here / "tiny-llama-small.yaml")
+    assert [student.model.model_dump() for student in recipe.sweep.students] == [
+        {"kind": "teacher_layers", "layers": LAYERS}, {"kind": "teacher_layers", "layers": LAYERS // 2},
+    ]  # fmt: skip
+    assert [rule.model_dump() for rule in recipe.gate.rules[:3]] == [
+        {"kind": "keep", "against": "teacher", "at_least": 0.9},
+        {"kind": "size", "at_most_mb": 0.5},
+        {"kind": "latency", "percentile": 95, "at_most_ms": 40},
+    ]
+    assert main(["init", str(llama), "--data", str(data), "--finetune", "7", "--name", "tuned"]) == 0
+    assert load_recipe(here / "tuned.yaml").train.steps == 7
+
+
+def test_a_tighter_budget_leaves_smaller_students_and_variants(
+    here: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = documents(here.parent)
+
+    def students(max_mb: float) -> tuple[list[Any], tuple[str, ...]]:
+        name = f"n{max_mb}"
+        assert main(["init", str(llama), "--data", str(data), "--max-mb", f"{max_mb}", "--name", name]) == 0
+        recipe = load_recipe(here / f"{name}.yaml")
+        return [s.model.layers for s in recipe.sweep.students], recipe.compress.formats  # type: ignore[attr-defined]
+
+    assert students(0.5) == ([4, 2], ("q8_0", "q4_0"))
+    assert main(["init", str(llama), "--data", str(data), "--max-mb", "0.001"]) == 2
+    error = capsys.readouterr().err
+    assert "--max-mb 0.001: no student's file would be as small; the nearest is layers-1 in q4_0, about 0.0" in error
+    needed = float(error.split("give --max-mb ")[1].split(",")[0])
+    layers, formats = students(needed)
+    assert (layers[-1], "q4_0" in formats) == (1, True)
+
+
+ERRORS: dict[str, tuple[str, Make, tuple[str, ...], tuple[str, ...]]] = {
+    "no data": ("-", lambda folder: folder / "none", (), ("--data", "no such file or folder")),
+    "an empty folder": ("-", lambda folder: folder / "here", (), ("--data", "is empty")),
+    "no column with a usual name": (
+        "-", table(a=kinds, b=kinds), (), ("--label: which column is the one to predict", "none is called like it",
+                                           "x0 (double)"),
+    ),
+    "two columns with usual names": (
+        "-", table(target=kinds, label=kinds), (), ("--label: which column", "target, label are all called like it"),
+    ),
+    "a column that is not there": ("-", table(a=kinds), ("--label", "z"), ("--label: found no column 'z'",)),
+    "classes or amounts": (
+        "-", table(label=counts), (), ("--task: the data may be for tabular_classification or tabular_regression",),
+    ),
+    "a task that does not fit": (
+        "-", table(label=kinds), ("--task", "tabular_regression"), ("column 'label' is string", "predicts numbers"),
+    ),
+    "an unknown task": ("-", table(label=kinds), ("--task", "tabular"), ("task 'tabular': there is none",)),
+    "text without a model": ("-", documents, (), ("language_modeling: a language model starts from one: give MODEL",)),
+    "text in no column": (
+        "LLAMA", table(label=counts), (), ("language_modeling: no text files: 1 .csv; name them",),
+    ),
+    "which text": ("LLAMA", jsonl("question", "answer"), (), ("--text: which column is the text", "answer (string)")),
+    "a pattern of nothing": ("LLAMA", documents, ("--pattern", "*.rst"), ("--pattern: no file's name matches '*.",)),
+    "images of two sizes": (
+        "-", image_folders((16, 20)), (), ("--image-size: images differ in size (16 x 16, 20 x 20)",),
+    ),
+    "images without patches": ("-", image_folders((17,)), (), ("--image-size: images of 17 x 17 pixels",)),
+    "a model of another task": (
+        "LLAMA", table(label=kinds), ("--task", "tabular_classification"), ("is a llama model, for language_modeling",),
+    ),
+    "no budget": ("-", table(label=kinds), ("--max-mb", "0"), ("--max-mb: found 0; expected a number above 0",)),
+    "a share above one": ("-", table(label=kinds), ("--keep", "97"), ("--keep: found 97; expected a share of up to",)),
+    "an unknown field": ("-", table(label=kinds), ("--set", "train.stepz=1"), ("train.stepz: unknown field",)),
+    "a budget for tables": ("-", table(label=kinds), ("--max-mb", "0.001"), ("the nearest is small in int8, about ",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_what_cannot_be_found_out_is_asked_for(
+    case: str, here: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, make, flags, words = ERRORS[case]
+    data = make(here.parent)
+    assert main(["init", str(llama) if model == "LLAMA" else model, "--data", str(data), *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("overproof: ")
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error
+    assert list(here.iterdir()) == []
+
+
+def _gguf(folder: Path) -> Path:
+    (folder / "model-q4_0.gguf").write_bytes(b"GGUF")
+    return folder / "model-q4_0.gguf"
+
+
+def _folder_of_gguf(folder: Path) -> Path:
+    (folder / "files").mkdir()
+    _gguf(folder / "files")
+    return folder / "files"
+
+
+def _unknown_family(folder: Path) -> Path:
+    (folder / "unknown").mkdir()
+    (folder / "unknown/config.json").write_text('{"architectures": ["NovelForCausalLM"]}')
+    (folder / "unknown/model.safetensors").write_bytes(b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
+    return folder / "unknown"
+
+
+def _pickle(folder: Path) -> Path:
+    (_unknown_family(folder) / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    return folder / "unknown"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: folder / "none", ("no such folder", "or - where a teacher is to be trained")),
+        (_gguf, ("is a GGUF file", "expected a Hugging Face directory")),
+        (_folder_of_gguf, ("holds a GGUF file", "model-q4_0.gguf", "expected a Hugging Face directory")),
+        (documents, ("MODEL ", "expected a Hugging Face directory")),
+        (_unknown_family, ("architecture NovelForCausalLM; expected LlamaForCausalLM",)),
+        (_pickle, ("pytorch_model.bin, a pickle",)),
+    ],
+)
+def test_what_is_no_model_is_named(
+    make: Make, words: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = make(here.parent), jsonl("text")(here.parent)
+    assert main(["init", str(model), "--data", str(data)]) == 2
+    error = capsys.readouterr().err
+    for word in words:
+        assert word in error
+
+
+def test_a_recipe_that_was_edited_is_not_written_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = table(label=kinds)(here.parent)
+    argv = ["init", "--data", str(data)]
+    assert main(argv) == 0
+    assert main(argv) == 0  # the same again
+    path = here / "my-table-small.yaml"
+    path.write_text(path.read_text().replace("keep: 2", "keep: 1"))
+    assert main(argv) == 2
+    assert "my-table-small.yaml: lies there already and says something else" in capsys.readouterr().err
+    assert "keep: 1" in path.read_text()
+    assert main([*argv, "--out", "other.yaml"]) == 0
+    assert load_recipe("other.yaml").sweep.keep == 2
+
+
+TEXT = """# first
+name: a
+train:          # why
+  steps: 10     # few
+  model: {kind: mlp, layers: 2}
+sweep:
+  steps: 3
+  students:
+    - {name: one, weight: 0.5}  # small
+    - {name: two, weight: 0.5}
+compress: {kind: onnx, formats: [int8]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("train.steps=20", "  steps: 20     # few"),
+        ("train.model.layers=3", "  model: {kind: mlp, layers: 3}"),
+        ("train.batch=4", "  batch: 4"),
+        ("sweep.students.1.weight=0.9", "    - {name: two, weight: 0.9}"),
+        ("sweep.students=[{name: three}]", "  students: [{name: three}]"),
+        ("serve.port=0", "serve: {port: 0}"),
+        ("train={steps: 1}", "train: {steps: 1}"),
+        ("compress.formats=[q8_0, q4_0]", "compress: {kind: onnx, formats: [q8_0, q4_0]}"),
+    ],
+)
+def test_an_override_changes_its_own_line(override: str, line: str) -> None:
+    from overproof.config.recipe import set_override
+
+    tree = yaml.safe_load(TEXT)
+    set_override(tree, override)
+    changed = change(TEXT, override)
+    assert yaml.safe_load(changed) == tree
+    assert line in changed.splitlines()
+    assert changed.startswith("# first\n") or override.startswith("serve")
+    kept = [before for before in TEXT.splitlines() if before in changed.splitlines()]
+    assert len(kept) >= len(TEXT.splitlines()) - 3 - 3 * override.startswith("train={")
+
+
+def test_every_variant_that_a_template_sizes_is_one_that_its_format_writes() -> None:
+    from overproof.shrink.template import read_settings, render
+
+    for kind, task in TASKS.items():
+        if not isinstance(task, Shrinkable):
+            continue
+        settings = read_settings(task.template, {"patch_size": 4})
+        names = {"name": "a", "data": "", "students": "    []", "rules": ""}
+        blank = render(task.template, _Blank(names))
+        written = FORMATS[yaml.safe_load(blank)["compress"]["kind"]]
+        assert list(settings.bytes)[-1] == written.unquantised, kind
+        assert set(written.section.model_fields["formats"].default) >= set(list(settings.bytes)[:-1]), kind
+
+
+class _Blank(dict[str, str]):
+    """Values of a template of which only some matter."""
+
+    def __missing__(self, name: str) -> str:
+        return "0"
+
+
+FEW = (
+    "evaluate.timed_requests=5", "evaluate.probe_prompts=2", "evaluate.bootstrap_samples=200", "sweep.keep=1",
+)  # fmt: skip
+
+
+def _sets(*overrides: str) -> list[str]:
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def test_a_table_is_shrunk_to_a_package_or_told_what_would_have_to_give(
+    ray_cluster: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
+    data = table(label=kinds)(here.parent)
+    few = _sets(*FEW, "train.steps=60", "sweep.steps=60", "train.warmup_steps=5", "sweep.warmup_steps=5")
+    argv = ["shrink", "--data", str(data), "--keep", "0.5", "--max-mb", "0.2", *few]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    recipe = load_recipe("my-table-small.yaml")
+    assert recipe.train.steps == 60
+    assert "picture  " in out
+    assert (here / "store/my-table-small").is_dir()
+    package = next((here / "store/my-table-small").glob("package-*"))
+    assert out.splitlines()[-1] == f"serve it: overproof serve my-table-small/{package.name}"
+    assert "passed · shipped" in " ".join(out.split())
+    assert main([*argv, "--max-p95-ms", "0.0001", "--out", "faster.yaml"]) == 1  # the gate alone is run again
+    printed = capsys.readouterr()
+    assert re.search(r"the nearest is \w+-int8: p95 latency ", printed.out)
+    assert "It would pass with --max-p95-ms " in printed.out
+    assert "the gate refused every candidate" in printed.err
+
+
+def test_a_language_model_is_shrunk_from_its_directory_as_it_is(
+    ray_cluster: str, here: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The teacher takes no step: every stage must do without its curve."""
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
+    data = documents(here.parent)
+    few = _sets(
+        *FEW, "data.sequence_length=32", "sweep.steps=4", "sweep.warmup_steps=1", "sweep.validate_every=2",
+        "sweep.validation_rows=16", "train.validation_rows=16", "evaluate.max_documents=6", "evaluate.decode_tokens=8",
+        "compress.formats=[q8_0]",
+    )  # fmt: skip
+    assert main(["shrink", str(llama), "--data", str(data), "--keep", "0.3", *few]) == 0
+    out = capsys.readouterr().out
+    recipe: Recipe = load_recipe("tiny-llama-small.yaml")
+    assert recipe.train.steps == 0
+    store = here / "store/tiny-llama-small"
+    (page,) = store.glob("report-*/report.html")
+    assert '"role":"teacher"' in page.read_text()
+    assert next(store.glob("report-*/report.png")).read_bytes().startswith(b"\x89PNG")
+    (package,) = store.glob("package-*")
+    assert out.splitlines()[-1] == f"serve it: overproof serve tiny-llama-small/{package.name}"
+    assert "taken as it is" in (package / "README.md").read_text()
