@@ -20,6 +20,7 @@ from overproof.errors import InputError
 from overproof.export.gguf_file import export_gguf, interleave_rotary, read_gguf, split_rotary
 from overproof.models import hf_directory
 from overproof.tasks.text_evaluation import text_parity_nats
+from overproof.tasks.torch_scorer import TorchScorer
 
 HEADS, KV_HEADS, VOCABULARY, LAYERS = 4, 2, 288, 2
 
@@ -142,7 +143,7 @@ def test_llama_cpp_reads_it_the_same_way(tmp_path: Path, tied: bool) -> None:
     engine.close()
     assert given.token_logprobs is not None
     logprobs = [token.logprob for token in given.token_logprobs]
-    assert text_parity_nats(read_gguf(file), prompt, given.tokens, logprobs) < 0.05
+    assert text_parity_nats(TorchScorer(read_gguf(file), 1), prompt, given.tokens, logprobs) < 0.05
 
 
 def test_metadata_says_what_it_is(source: Path, tmp_path: Path) -> None:

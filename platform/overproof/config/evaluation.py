@@ -32,8 +32,13 @@ class Evaluate(Section):
     probe_s: float = Field(
         300.0, gt=0, description="Seconds of timed requests a file; then the latency is of those that were made (n)."
     )
-    threads: Count = Field(2, description="Engine threads while measuring.")
+    threads: Count = Field(2, description="Engine threads while measuring; files scored at the same time share them.")
     gpus: float = Field(0, ge=0, description="GPUs reserved while an engine is measured.")
+
+    @property
+    def scoring_threads(self) -> int:
+        """Of each of the files that are scored at the same time."""
+        return max(1, self.threads // self.concurrent_tasks)
 
 
 Against = Literal["student", "teacher", "control"]  # student: the candidate's own, unquantised
@@ -75,7 +80,7 @@ class Agreement(Section):
 
 
 class Parity(Section):
-    """The serving engine must give the torch reference's log-probabilities of the same file."""
+    """What the serving engine answers must have the log-probabilities by which the file was judged."""
 
     kind: Literal["parity"] = "parity"
     at_most: float = Field(gt=0, description="Largest absolute difference of a log-probability, nats.")

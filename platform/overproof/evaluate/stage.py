@@ -6,8 +6,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from overproof.artifacts import Artifact
 from overproof.cluster.ray_cluster import run_tasks
@@ -22,6 +24,7 @@ from overproof.stage_context import Progress, StageContext, TaskProgress
 from overproof.tasks.base import FileScores, Metric, agreements
 
 REPORT, UNITS, VERDICT = "report.json", "units.parquet", "verdict.json"
+TELL_EVERY_S = 1.0  # at least, between two events of one file
 
 
 def evaluate_exports(context: StageContext) -> dict[str, Any]:
@@ -103,7 +106,8 @@ def units_table(scores: Mapping[str, FileScores]) -> pa.Table:
 
 def _score_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, FileScores]:
     """Score every export in a task of its own, the largest first: it takes longest."""
-    prepared, compressed = context.parents["prepare"], context.parents["compress"]
+    prepared, compressed, recipe = context.parents["prepare"], context.parents["compress"], context.recipe
+    units = TASKS[recipe.data.kind].units(prepared.local(), recipe.evaluate.max_documents)
     began_s = time.monotonic()
 
     def report(done: int, last: str) -> None:
@@ -113,11 +117,11 @@ def _score_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, 
     scores = run_tasks(
         _score,
         {
-            export.name: (compressed, prepared, export.file, context.recipe)
+            export.name: (compressed, prepared, export.file, recipe, units, context.progress)
             for export in sorted(exports, key=lambda e: -e.size_bytes)
         },
         report,
-        at_once=context.recipe.evaluate.concurrent_tasks,
+        at_once=recipe.evaluate.concurrent_tasks,
     )
     context.progress(TaskProgress("score", len(exports), len(exports), f"{time.monotonic() - began_s:.0f} s"))
     return {export.name: scores[export.name] for export in exports}
@@ -138,10 +142,22 @@ def _probe_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, 
     return found
 
 
-def _score(compressed: Artifact, prepared: Artifact, file: str, recipe: Recipe) -> FileScores:
+def _score(
+    compressed: Artifact, prepared: Artifact, file: str, recipe: Recipe, units: NDArray[np.int64], progress: Progress
+) -> FileScores:
     root, path = prepared.local(), compressed.local() / file
     task, format = TASKS[Manifest.read(root).task], FORMATS[recipe.compress.kind]
-    return task.score(path, root, recipe.evaluate.max_documents, recipe.engine, format)
+    told_s = time.monotonic()
+
+    def tell(done: int) -> None:
+        nonlocal told_s
+        if done == len(units) or time.monotonic() - told_s >= TELL_EVERY_S:
+            told_s = time.monotonic()
+            progress(TaskProgress(f"score {file}", done, len(units), f"{task.test_unit}s"))
+
+    scores = task.score(path, root, units, recipe.evaluate, recipe.engine, format, tell)
+    tell(len(units))
+    return scores
 
 
 def _probe(

@@ -32,12 +32,17 @@ TIMED_AT_LEAST = 300  # a row is quick, and its latency is cheap to know well
 Judge = Callable[[NDArray[np.float32], Columns], tuple[NDArray[np.float64], NDArray[np.int32]]]
 
 
+def array_units(root: Path, most: int | None) -> NDArray[np.int64]:
+    """The test rows, which were permuted when they were split: all, or ``most`` evenly spread."""
+    return spread_units(np.arange(Shards(root, "test").rows), most)
+
+
 def score_arrays(
-    file: Path, root: Path, most: int | None, engine: str, column: str, judge: Judge, further: Sequence[str] = ()
-) -> FileScores:
-    """A file on ``most`` test rows, in the engine that will serve it; ``judge`` gets ``further`` columns."""
+    file: Path, root: Path, units: NDArray[np.int64], engine: str, column: str, judge: Judge,
+    further: Sequence[str] = (),
+) -> FileScores:  # fmt: skip
+    """A file on these test rows, in the engine that will serve it; ``judge`` gets ``further`` columns."""
     shards = Shards(root, "test", (*Manifest.read(root).batch_columns, *further))
-    units = spread_units(np.arange(shards.rows), most)
     columns = shards.take(units)
     loaded = ENGINES[engine].load(file, EngineSettings())
     assert isinstance(loaded, ArrayEngine)

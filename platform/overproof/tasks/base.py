@@ -5,7 +5,7 @@ Shapes: B rows, P predictions in a row, V outputs, U test units, N predictions o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from overproof.stage_context import StageContext
 
     Batch = dict[str, Tensor]
+
+Tell = Callable[[int], None]
 
 # What a student may learn from beside the labels.
 Loss = Literal["outputs", "attention", "hidden_states", "generated_text"]
@@ -96,6 +98,17 @@ class FileScores:
     size: NDArray[np.int64]  # and what it divides by
     predictions: NDArray[np.int64]
     choices_N: NDArray[np.int32]
+
+    def joined(self, other: FileScores) -> FileScores:
+        """With further units of the same file, whose ids are larger."""
+        return FileScores(
+            self.sha256,
+            np.concatenate([self.units, other.units]),
+            np.concatenate([self.total, other.total]),
+            np.concatenate([self.size, other.size]),
+            np.concatenate([self.predictions, other.predictions]),
+            np.concatenate([self.choices_N, other.choices_N]),
+        )
 
 
 def agreements(scores: FileScores, teacher: FileScores) -> NDArray[np.int64]:
@@ -181,8 +194,19 @@ class Task(Protocol):
 
     # --- evaluation -------------------------------------------------------------------------------
 
-    def score(self, file: Path, root: Path, most_units: int | None, engine: str, format: Format) -> FileScores:
-        """An exported file on the test split of the data at ``root``."""
+    def units(self, root: Path, most: int | None) -> NDArray[np.int64]:
+        """Ids of the test units of the data at ``root``, ascending: an order that the content alone decides. All of
+        them, or ``most`` evenly spread.
+
+        Raises:
+            InputError: there are none.
+        """
+
+    def score(
+        self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
+        tell: Tell,
+    ) -> FileScores:  # fmt: skip
+        """An exported file on these test units; ``tell`` hears now and then how many of them are done."""
 
     def probe(
         self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
