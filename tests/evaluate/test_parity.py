@@ -66,7 +66,7 @@ def test_answers_of_another_file_are_caught(text: dict[str, Artifact], monkeypat
     """What answers is held against what was judged."""
     other, root = text["compress"].local() / "control.gguf", text["prepare"].local()
     right = text_evaluation.open_scorer
-    monkeypatch.setattr(text_evaluation, "open_scorer", lambda file, *rest: right(other, *rest))
+    monkeypatch.setattr(text_evaluation, "open_scorer", lambda _, *rest: right(other, *rest))
     assert measure_text(text["compress"].local() / "student.gguf", root)["parity_nats"].value > 0.3
 
 

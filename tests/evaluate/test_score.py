@@ -18,7 +18,6 @@ from overproof.registry import FORMATS, TASKS
 from overproof.tasks import text_evaluation
 from overproof.tasks.base import FileScores, agreements, spread_units
 
-
 SETTINGS = Evaluate(threads=1)
 
 

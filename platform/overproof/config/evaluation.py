@@ -18,6 +18,17 @@ class Evaluate(Section):
         "is the one whose Python OVERPROOF_VLLM names on each node.",
     )
     max_documents: Count | None = Field(None, description="Test documents used; null uses all.")
+    narrow: Fraction | None = Field(
+        None,
+        description="Test documents (images, rows) are scored in rounds that double them, until the half-width of "
+        "every interval that a gate rule looks at is within this share of what the rule allows, and requests are timed "
+        "until that of p50 is within this share of it; null scores and times all. Figures follow from the rules then.",
+    )
+    score_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds of scoring, all files together, after which no further round is begun; null: no limit.",
+    )
     concurrent_tasks: Annotated[Count, RESOURCE] = Field(2, description="Exported files scored at the same time.")
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples behind each interval.")
     confidence: Fraction = Field(0.95, description="Coverage of each interval.")

@@ -82,7 +82,7 @@ def check_rule(rule: Rule, report: Report, candidate: MeasuredFile) -> Reason:
 
 
 def _compared(rule: Regression | Improvement, report: Report, candidate: MeasuredFile) -> tuple[bool, str]:
-    against, quality = _reference(rule, candidate), TASKS[report.task].quality
+    against, quality = reference_name(rule, candidate.student), TASKS[report.task].quality
     found = report.compare(candidate.name, against)
     if found is None:
         return False, f"{quality.name} against {against} is not in the report"
@@ -94,13 +94,13 @@ def _compared(rule: Regression | Improvement, report: Report, candidate: Measure
     return -found.high > rule.at_least, f"{text}, must be better by more than {quality.amount(rule.at_least)}"
 
 
-def _reference(rule: Regression | Improvement | Smaller, candidate: MeasuredFile) -> str:
-    """The export a rule holds the candidate against: its own student's unquantised file, the teacher or the control."""
-    return candidate.student or rule.against if rule.against == "student" else rule.against
+def reference_name(rule: Regression | Improvement | Smaller, student: str | None) -> str:
+    """The export a rule holds a student's candidate against: its own unquantised file, the teacher or the control."""
+    return student or rule.against if rule.against == "student" else rule.against
 
 
 def _smaller(rule: Smaller, report: Report, candidate: MeasuredFile) -> tuple[bool, str]:
-    against = _reference(rule, candidate)
+    against = reference_name(rule, candidate.student)
     reference = report.find(against)
     if reference is None:
         return False, f"the size of {against} is not in the report"

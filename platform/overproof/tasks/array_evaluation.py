@@ -73,11 +73,12 @@ def measure_arrays(
         rows=[[None if math.isnan(x) else x for x in row] for row in rows_BD.tolist()],
         timed_requests=max(settings.timed_requests, TIMED_AT_LEAST),
         probe_s=settings.probe_s,
+        narrow=settings.narrow,
     )
     answer = probe.probe_arrays(request, say)
     reference_BV = np.concatenate([reference(row_D[None]) for row_D in rows_BD])  # one at a time, as they were asked
     nats = array_parity_nats(reference_BV, np.array(answer.logprobs, np.float32))
-    return cost_metrics(answer) | {
+    return cost_metrics(answer, request.timed_requests) | {
         speed: Metric(value=1 / median(answer.latency_s), unit=f"{unit}/s", n=len(answer.latency_s)),
         "parity_nats": Metric(value=nats, unit="nats", n=len(rows_BD)),
     }

@@ -36,13 +36,21 @@ Loss = Literal["outputs", "attention", "hidden_states", "generated_text"]
 
 
 class Metric(FrozenModel):
-    """One figure; ``low`` and ``high`` bound it where resampling can say so, ``n`` is what it was measured on."""
+    """One figure; ``low`` and ``high`` bound it where resampling can say so. It was measured on ``n``, of as many as
+    ``of`` where it could have been more.
+    """
 
     value: float
     low: float | None = None
     high: float | None = None
     unit: str
     n: int
+    of: int | None = None
+
+    @property
+    def measured_on(self) -> str:
+        """``60``, or ``20 of 60``."""
+        return f"{self.n:,}" if self.of in (None, self.n) else f"{self.n:,} of {self.of:,}"
 
 
 @dataclass(frozen=True)
@@ -124,9 +132,9 @@ def spread_units(units: NDArray[np.int64], most: int | None) -> NDArray[np.int64
     return units[np.linspace(0, len(units) - 1, most).round().astype(np.int64)]
 
 
-def cost_metrics(answer: TextAnswer | ArrayAnswer) -> dict[str, Metric]:
+def cost_metrics(answer: TextAnswer | ArrayAnswer, asked: int) -> dict[str, Metric]:
     """Memory, and the latency that half of the requests, and 95 in 100, stay within: what a client of an idle engine
-    waits.
+    waits. ``asked`` requests would have been timed at most.
     """
     return {
         "resident_mb": Metric(value=answer.resident_mb, unit="MB", n=1),
@@ -136,6 +144,7 @@ def cost_metrics(answer: TextAnswer | ArrayAnswer) -> dict[str, Metric]:
                 value=float(np.percentile(answer.latency_s, share, method="inverted_cdf")),
                 unit="s",
                 n=len(answer.latency_s),
+                of=asked,
             )
             for share in (50, 95)
         },

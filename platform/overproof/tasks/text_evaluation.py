@@ -150,6 +150,7 @@ def measure_text(
         timed_prompts=prompts[:TIMED_PROMPTS],
         timed_requests=settings.timed_requests,
         probe_s=settings.probe_s,
+        narrow=settings.narrow,
         decode_tokens=settings.decode_tokens,
     )
     answer = probe.probe_text(request, say)
@@ -163,7 +164,7 @@ def measure_text(
     scorer.close()
     split_apart = sum(found != tokenizer.encode(text).ids for text, found in zip(texts, answer.splits, strict=True))
     compared = sum(len(given.tokens) for given in answer.answers)
-    metrics = cost_metrics(answer)
+    metrics = cost_metrics(answer, settings.timed_requests)
     metrics |= {
         "time_to_first_token_s": Metric(value=median(answer.first_token_s), unit="s", n=len(answer.first_token_s)),
         "tokenizer_mismatches": Metric(value=split_apart, unit="texts", n=len(texts)),
