@@ -61,6 +61,11 @@ def _compress_inputs(recipe: Recipe) -> dict[str, Any]:
     return {} if recipe.speculate is None else {"teacher_format": recipe.speculate.teacher_format}
 
 
+def _evaluate_inputs(recipe: Recipe) -> dict[str, Any]:
+    """What else the figures follow from: the rules, where they say how many test units are enough."""
+    return {} if recipe.evaluate.narrow is None else {"gate": _dump(recipe.gate)}
+
+
 STAGES = (
     Stage("prepare", "overproof.data.prepare:prepare", (),
           lambda r: {"seed": r.seed, "data": _dump(r.data), "source": TASKS[r.data.kind].source_digest(r.data)},
@@ -77,7 +82,7 @@ STAGES = (
     Stage("compress", "overproof.export.stage:export_models", ("prepare", "train", "sweep"),
           lambda r: {"compress": _dump(r.compress), **_compress_inputs(r)}, format=2),
     Stage("evaluate", "overproof.evaluate.stage:evaluate_exports", ("prepare", "compress"),
-          lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate)}, format=3),
+          lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate), **_evaluate_inputs(r)}, format=4),
     Stage("gate", "overproof.evaluate.stage:judge_report", ("evaluate",),
           lambda r: {"gate": _dump(r.gate)}, format=2),
     Stage("report", "overproof.report.stage:write_report",

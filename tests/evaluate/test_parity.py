@@ -20,8 +20,10 @@ from overproof.export import gguf_file, stage
 from overproof.export.onnx_file import Reference
 from overproof.models import gguf_layout
 from overproof.registry import FORMATS, TASKS
+from overproof.tasks import text_evaluation
 from overproof.tasks.base import Metric
 from overproof.tasks.text_evaluation import text_parity_nats
+from overproof.tasks.torch_scorer import TorchScorer
 
 SETTINGS = Evaluate(threads=1, decode_tokens=16, timed_requests=20, probe_prompts=4, probe_tokens=16)
 # llama.cpp rounds keys, values and activations to half precision beside f16 weights, activations to 8 bits beside
@@ -50,15 +52,23 @@ def test_engine_gives_the_references_logprobs(text: dict[str, Artifact], name: s
 def test_rotary_rows_in_the_wrong_order_are_caught(
     text: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mistake that writer and reader share passes the check after the export, and not the engine."""
+    """Even a mistake that the reader shares: the file is read by the engine, in its own way."""
     monkeypatch.setattr(gguf_layout, "interleave_rotary", lambda weights, _: weights)
     source, file = text["train"].local() / "model", tmp_path / "broken.gguf"
     gguf_file.export_gguf(source, source / "tokenizer.json", file, "f16", "broken")
     with pytest.raises(RuntimeError, match="the export is wrong"):
         stage.require_same_model(FORMATS["gguf"], source, file)
     monkeypatch.setattr(gguf_layout, "split_rotary", lambda weights, _: weights)
-    stage.require_same_model(FORMATS["gguf"], source, file)
-    assert measure_text(file, text["prepare"].local())["parity_nats"].value > 0.3
+    with pytest.raises(RuntimeError, match="the export is wrong"):
+        stage.require_same_model(FORMATS["gguf"], source, file)
+
+
+def test_answers_of_another_file_are_caught(text: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What answers is held against what was judged."""
+    other, root = text["compress"].local() / "control.gguf", text["prepare"].local()
+    right = text_evaluation.open_scorer
+    monkeypatch.setattr(text_evaluation, "open_scorer", lambda _, *rest: right(other, *rest))
+    assert measure_text(text["compress"].local() / "student.gguf", root)["parity_nats"].value > 0.3
 
 
 def test_other_tokens_are_caught(text: dict[str, Artifact], tmp_path: Path) -> None:
@@ -69,12 +79,12 @@ def test_other_tokens_are_caught(text: dict[str, Artifact], tmp_path: Path) -> N
     assert found["parity_nats"].value < ROUNDING_NATS["f16"]
 
 
-def fixed(logits_SV: torch.Tensor) -> torch.nn.Module:
+def fixed(logits_SV: torch.Tensor) -> TorchScorer:
     class Fixed(torch.nn.Module):
-        def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
             return SimpleNamespace(logits=logits_SV[None, : input_ids.shape[1]])
 
-    return Fixed()
+    return TorchScorer(Fixed(), batch_rows=1)
 
 
 def test_another_choice_costs_half_its_gap() -> None:

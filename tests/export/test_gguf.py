@@ -21,6 +21,7 @@ from overproof.export.gguf_file import export_gguf, read_gguf
 from overproof.models import hf_directory
 from overproof.models.gguf_layout import interleave_rotary, split_rotary
 from overproof.tasks.text_evaluation import text_parity_nats
+from overproof.tasks.torch_scorer import TorchScorer
 
 HEADS, KV_HEADS, VOCABULARY, LAYERS = 4, 2, 288, 2
 
@@ -143,7 +144,7 @@ def test_llama_cpp_reads_it_the_same_way(tmp_path: Path, tied: bool) -> None:
     engine.close()
     assert given.token_logprobs is not None
     logprobs = [token.logprob for token in given.token_logprobs]
-    assert text_parity_nats(read_gguf(file), prompt, given.tokens, logprobs) < 0.05
+    assert text_parity_nats(TorchScorer(read_gguf(file), 1), prompt, given.tokens, logprobs) < 0.05
 
 
 def test_metadata_says_what_it_is(source: Path, tmp_path: Path) -> None:

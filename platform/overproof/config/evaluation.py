@@ -18,6 +18,17 @@ class Evaluate(Section):
         "is the one whose Python OVERPROOF_VLLM names on each node.",
     )
     max_documents: Count | None = Field(None, description="Test documents used; null uses all.")
+    narrow: Fraction | None = Field(
+        None,
+        description="Test documents (images, rows) are scored in rounds that double them, until the half-width of "
+        "every interval that a gate rule looks at is within this share of what the rule allows, and requests are timed "
+        "until that of p50 is within this share of it; null scores and times all. Figures follow from the rules then.",
+    )
+    score_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds of scoring, all files together, after which no further round is begun; null: no limit.",
+    )
     concurrent_tasks: Annotated[Count, RESOURCE] = Field(2, description="Exported files scored at the same time.")
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples behind each interval.")
     confidence: Fraction = Field(0.95, description="Coverage of each interval.")
@@ -32,8 +43,13 @@ class Evaluate(Section):
     probe_s: float = Field(
         300.0, gt=0, description="Seconds of timed requests a file; then the latency is of those that were made (n)."
     )
-    threads: Count = Field(2, description="Engine threads while measuring.")
+    threads: Count = Field(2, description="Engine threads while measuring; files scored at the same time share them.")
     gpus: float = Field(0, ge=0, description="GPUs reserved while an engine is measured.")
+
+    @property
+    def scoring_threads(self) -> int:
+        """Of each of the files that are scored at the same time."""
+        return max(1, self.threads // self.concurrent_tasks)
 
 
 Against = Literal["student", "teacher", "control"]  # student: the candidate's own, unquantised
@@ -111,7 +127,7 @@ class Agreement(Section):
 
 
 class Parity(Section):
-    """The serving engine must give the torch reference's log-probabilities of the same file."""
+    """What the serving engine answers must have the log-probabilities by which the file was judged."""
 
     kind: Literal["parity"] = "parity"
     at_most: float = Field(gt=0, description="Largest absolute difference of a log-probability, nats.")

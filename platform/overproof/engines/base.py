@@ -1,14 +1,14 @@
 """The interfaces of engines. The gate measures a file through the same engine that later serves it.
 
-Shapes: B rows in a batch, D numbers in a row, V outputs.
+Shapes: B rows in a batch, D numbers in a row, V outputs; of a row of tokens P places, each of which predicts the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,6 +147,34 @@ class ArrayEngine(Protocol):
 
 
 @dataclass(frozen=True)
+class PlaceScores:
+    """What a language model says of a row of tokens, place by place."""
+
+    nats_P: NDArray[np.float64]  # of the token that follows: its log-probability, negative
+    choices_P: NDArray[np.int32]  # the likeliest token
+    choice_nats_P: NDArray[np.float64]  # and its nats
+
+    @classmethod
+    def joined(cls, parts: Sequence[PlaceScores]) -> PlaceScores:
+        """Of a row whose parts these are, in order."""
+        return cls(
+            np.concatenate([part.nats_P for part in parts]),
+            np.concatenate([part.choices_P for part in parts]),
+            np.concatenate([part.choice_nats_P for part in parts]),
+        )
+
+
+class TextScorer(Protocol):
+    """A language model that reads given tokens: what a file is judged by. For one thread."""
+
+    def score(self, rows: Iterable[NDArray[Any]]) -> Iterator[PlaceScores]:
+        """The scores of each row, in order, from all its tokens; every token but the first is predicted."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+@dataclass(frozen=True)
 class EngineSettings:
     """How a model is loaded; an engine takes what it has a use for."""
 
@@ -172,6 +200,21 @@ class EngineLoader(Protocol):
 
     def load(self, path: Path, settings: EngineSettings) -> TextEngine | ArrayEngine:
         """A model in the engine.
+
+        Raises:
+            InputError: it cannot be loaded.
+        """
+
+
+@runtime_checkable
+class ScoringLoader(EngineLoader, Protocol):
+    """An engine that tells the log-probabilities of given texts, so that a file is judged by what is served.
+
+    What an engine without it serves is judged by torch over the weights of the file, dequantised.
+    """
+
+    def scorer(self, path: Path, positions: int, threads: int) -> TextScorer:
+        """A model that reads rows of ``positions`` places at most.
 
         Raises:
             InputError: it cannot be loaded.

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from overproof.engines.base import Completion, EngineSettings, Sampling, Token
+from overproof.engines.base import Completion, EngineSettings, Sampling, TextScorer, Token
 from overproof.engines.gguf_tokens import align_logprobs, incomplete_utf8_tail, read_gguf_header
+from overproof.engines.llamacpp_scorer import LlamaCppScorer
 from overproof.engines.llamacpp_server import LlamaCppDraft, LlamaCppHttp, check_reply, server_params, start_server
 from overproof.engines.llamacpp_stream import LlamaCppPieces
 from overproof.engines.prompt_limits import InFlight, PromptLimits, require_unicode
@@ -252,6 +253,10 @@ class LlamaCppLoader:
             draft=settings.draft,
             draft_tokens=settings.draft_tokens,
         )
+
+    def scorer(self, path: Path, positions: int, threads: int) -> TextScorer:
+        """See ``ScoringLoader``."""
+        return LlamaCppScorer(path, positions, threads)
 
 
 ENGINE = LlamaCppLoader()

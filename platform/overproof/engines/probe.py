@@ -7,6 +7,7 @@ costs. Reads ``request.json`` from the folder and writes ``answer.json`` there.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 import time
@@ -24,6 +25,8 @@ from overproof.subprocesses import run_module
 WARM_UP_TOKENS = 8
 TIMEOUT_S = 7200
 FEWEST = 3  # requests timed, however long they take
+FEWEST_NARROW, LOOK_EVERY = 20, 10  # requests before the first look at p50's interval, and between two
+NORMAL_95 = 1.96
 PROGRESS = "progress"  # a file of the folder
 NOTE_S = 0.5  # at least, between two writings of it: a request may take microseconds
 Say = Callable[[str], None]
@@ -49,6 +52,7 @@ class TextRequest(_Message):
     timed_prompts: list[list[int]]  # asked in turn; the first warms up, too
     timed_requests: int  # at most
     probe_s: float  # after which no further one is begun
+    narrow: float | None = None  # nor once p50's interval is within this share of it
     decode_tokens: int
 
 
@@ -81,6 +85,7 @@ class ArrayRequest(_Message):
     rows: list[list[float | None]]  # for the parity probe, and timed in turn; None is a missing number
     timed_requests: int  # at most
     probe_s: float  # after which no further one is begun
+    narrow: float | None = None  # nor once p50's interval is within this share of it
 
 
 class ArrayAnswer(_Message):
@@ -148,14 +153,28 @@ def _ask(request: _Message, threads: int, say: Say) -> str:
         return Path(folder, "answer.json").read_text(encoding="utf-8")
 
 
-def _timed(count: int, probe_s: float) -> Iterator[int]:
-    """Numbers of the requests to time: ``count`` at most, and after ``probe_s`` seconds no more than ``FEWEST``."""
-    began_s = time.monotonic()
-    for number in range(count):
-        if number >= FEWEST and time.monotonic() - began_s > probe_s:
+def _timed(request: TextRequest | ArrayRequest, latency_s: list[float]) -> Iterator[int]:
+    """Numbers of the requests to time, whose seconds the caller adds to ``latency_s``: ``timed_requests`` at most,
+    after ``probe_s`` seconds no more than ``FEWEST``, and none once p50 is known well enough.
+    """
+    began_s, narrow = time.monotonic(), request.narrow
+    for number in range(request.timed_requests):
+        if number >= FEWEST and time.monotonic() - began_s > request.probe_s:
             return
-        _tell(f"request {number + 1} of {count}")
+        looks = narrow is not None and number >= FEWEST_NARROW and number % LOOK_EVERY == 0
+        if looks and median_half_width(latency_s) <= narrow * float(np.median(latency_s)):  # type: ignore[operator]
+            return
+        _tell(f"request {number + 1} of {request.timed_requests}")
         yield number
+
+
+def median_half_width(values: list[float]) -> float:
+    """Of the 95 % interval of a median between two order statistics, whatever the distribution (Conover, Practical
+    Nonparametric Statistics, section 3.2: ranks by the normal approximation of the binomial).
+    """
+    count, ordered = len(values), sorted(values)
+    low = math.floor((count - NORMAL_95 * math.sqrt(count)) / 2)
+    return (ordered[count - low] - ordered[low - 1]) / 2
 
 
 def _tell(where: str) -> None:
@@ -183,8 +202,8 @@ def _measure_text(request: TextRequest) -> TextAnswer:
     assert isinstance(engine, TextEngine)
     prompts = request.timed_prompts
     engine.complete(prompts[0], Sampling(WARM_UP_TOKENS))
-    latency_s, first_token_s, tokens_per_s = [], [], []
-    for i in _timed(request.timed_requests, request.probe_s):
+    latency_s, first_token_s, tokens_per_s = list[float](), list[float](), list[float]()
+    for i in _timed(request, latency_s):
         began = time.perf_counter()
         done = engine.complete(prompts[i % len(prompts)], Sampling(request.decode_tokens))
         latency_s.append(time.perf_counter() - began)
@@ -220,7 +239,7 @@ def _measure_arrays(request: ArrayRequest) -> ArrayAnswer:
     rows_BD = np.array(request.rows, np.float32)
     logprobs = [engine.logprobs(row_D[None])[0].tolist() for row_D in rows_BD]  # warms up too
     latency_s: list[float] = []
-    for i in _timed(request.timed_requests, request.probe_s):
+    for i in _timed(request, latency_s):
         began = time.perf_counter()
         engine.logprobs(rows_BD[i % len(rows_BD)][None])
         latency_s.append(time.perf_counter() - began)

@@ -103,7 +103,7 @@ def check_rule(rule: Rule, report: Report, candidate: MeasuredFile) -> Reason:
 
 
 def _compared(rule: Regression | Improvement, report: Report, candidate: MeasuredFile) -> tuple[bool, str]:
-    against, quality = _reference(rule, candidate), TASKS[report.task].quality
+    against, quality = reference_name(rule, candidate.student), TASKS[report.task].quality
     found = report.compare(candidate.name, against)
     if found is None:
         return False, f"{quality.name} against {against} is not in the report"
@@ -137,7 +137,7 @@ def kept_share(report: Report, candidate: MeasuredFile, against: str) -> tuple[f
 
 
 def _keep(rule: Keep, report: Report, candidate: MeasuredFile) -> tuple[bool, str]:
-    against, title = _reference(rule, candidate), TASKS[report.task].quality.title
+    against, title = reference_name(rule, candidate.student), TASKS[report.task].quality.title
     kept = kept_share(report, candidate, against)
     if kept is None:
         return False, f"what it keeps of {against}'s {title} is not in the report, or has no interval"
@@ -164,13 +164,13 @@ def _latency(rule: Latency, candidate: MeasuredFile) -> tuple[bool, str]:
     return 1e3 * found.value <= rule.at_most_ms, f"{text}, allowed {rule.at_most_ms:g} ms"
 
 
-def _reference(rule: Regression | Improvement | Keep | Smaller, candidate: MeasuredFile) -> str:
-    """The export a rule holds the candidate against: its own student's unquantised file, the teacher or the control."""
-    return candidate.student or rule.against if rule.against == "student" else rule.against
+def reference_name(rule: Regression | Improvement | Keep | Smaller, student: str | None) -> str:
+    """The export a rule holds a student's candidate against: its own unquantised file, the teacher or the control."""
+    return student or rule.against if rule.against == "student" else rule.against
 
 
 def _smaller(rule: Smaller, report: Report, candidate: MeasuredFile) -> tuple[bool, str]:
-    against = _reference(rule, candidate)
+    against = reference_name(rule, candidate.student)
     reference = report.find(against)
     if reference is None:
         return False, f"the size of {against} is not in the report"

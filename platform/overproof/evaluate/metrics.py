@@ -55,6 +55,7 @@ class Report(FrozenModel):
     engine: str  # that was measured, and that serves
     computes_with: str  # what the engine takes from a file
     confidence: float
+    scored: str = ""  # on how much of the test split, for how long and why no more; for people
     measured: tuple[MeasuredFile, ...]
     comparisons: tuple[Comparison, ...]
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from overproof.artifacts import Artifact
 from overproof.cluster.ray_cluster import run_tasks
@@ -15,6 +18,7 @@ from overproof.config import Recipe
 from overproof.data.manifest import Manifest
 from overproof.evaluate.gate import judge
 from overproof.evaluate.metrics import Bootstrap, MeasuredFile, PerExampleSums, Report, quality_metrics
+from overproof.evaluate.stopping import next_count, widest
 from overproof.export.stage import Export, read_exports
 from overproof.files import read_json
 from overproof.registry import ENGINES, FORMATS, TASKS
@@ -22,18 +26,20 @@ from overproof.stage_context import Progress, StageContext, TaskProgress
 from overproof.tasks.base import FileScores, Metric, agreements
 
 REPORT, UNITS, VERDICT = "report.json", "units.parquet", "verdict.json"
+TELL_EVERY_S = 1.0  # at least, between two events of one file
 
 
 def evaluate_exports(context: StageContext) -> dict[str, Any]:
     """Measure every exported file and write the report."""
     exports = read_exports(context.parents["compress"].local())
-    scores = _score_all(context, exports)
+    scored = _score_all(context, exports)
     engines = _probe_all(context, exports)
-    report = make_report(context.recipe, exports, scores, engines)
+    report = make_report(context.recipe, exports, scored, engines)
     with context.draft.directory() as root:
-        pq.write_table(units_table(scores), root / UNITS, compression="zstd")
+        pq.write_table(units_table(scored.scores), root / UNITS, compression="zstd")
         (root / REPORT).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return {"quality": report.quality} | {m.name: m.metrics[report.quality].value for m in report.measured}
+    values = {measured.name: measured.metrics[report.quality].value for measured in report.measured}
+    return {"quality": report.quality, "scored": report.scored} | values
 
 
 def judge_report(context: StageContext) -> dict[str, Any]:
@@ -46,21 +52,11 @@ def judge_report(context: StageContext) -> dict[str, Any]:
 
 
 def make_report(
-    recipe: Recipe,
-    exports: tuple[Export, ...],
-    scores: Mapping[str, FileScores],
-    engines: Mapping[str, Mapping[str, Metric]],
+    recipe: Recipe, exports: tuple[Export, ...], scored: Scored, engines: Mapping[str, Mapping[str, Metric]]
 ) -> Report:
     """Figures with intervals from the scores, and the engine's beside them."""
-    teacher, settings, quality = scores["teacher"], recipe.evaluate, TASKS[recipe.data.kind].quality
-    sums = {
-        name: PerExampleSums(
-            s.total, s.size.astype(float), agreements(s, teacher).astype(float), s.predictions.astype(float)
-        )
-        for name, s in scores.items()
-    }
-    bootstrap = Bootstrap(settings.bootstrap_samples, settings.confidence, recipe.seed)
-    metrics, comparisons = quality_metrics(quality, sums, bootstrap)
+    quality, scores = TASKS[recipe.data.kind].quality, scored.scores
+    metrics, comparisons = quality_metrics(quality, _sums(scores), _bootstrap(recipe))
     measured = tuple(
         MeasuredFile(
             name=export.name,
@@ -69,7 +65,11 @@ def make_report(
             size_bytes=export.size_bytes,
             sha256=scores[export.name].sha256,
             candidate=export.candidate,
-            metrics=metrics[export.name] | dict(engines[export.name]),
+            metrics={
+                **{name: m.model_copy(update={"of": scored.available}) for name, m in metrics[export.name].items()},
+                "scoring_s": Metric(value=scored.seconds[export.name], unit="s", n=len(scores[export.name].units)),
+                **engines[export.name],
+            },
         )
         for export in exports
     )
@@ -78,7 +78,8 @@ def make_report(
         quality=quality.name,
         engine=recipe.engine,
         computes_with=ENGINES[recipe.engine].computes_with,
-        confidence=settings.confidence,
+        confidence=recipe.evaluate.confidence,
+        scored=scored.summary,
         measured=measured,
         comparisons=comparisons,
     )
@@ -101,26 +102,81 @@ def units_table(scores: Mapping[str, FileScores]) -> pa.Table:
     )
 
 
-def _score_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, FileScores]:
+@dataclass(frozen=True)
+class Scored:
+    """The scores of every export on the same units, how many of these there are, and what was done, for people."""
+
+    scores: dict[str, FileScores]
+    seconds: dict[str, float]
+    available: int
+    summary: str
+
+
+def _score_all(context: StageContext, exports: tuple[Export, ...]) -> Scored:
+    """Score the exports in rounds, each on the same further units, until these are enough (see ``stopping``)."""
+    recipe = context.recipe
+    settings, task = recipe.evaluate, TASKS[recipe.data.kind]
+    units = task.units(context.parents["prepare"].local(), settings.max_documents)
+    scores, seconds = dict[str, FileScores](), dict.fromkeys((export.name for export in exports), 0.0)
+    began_s, done, why = time.monotonic(), 0, ""
+    while done < len(units):
+        upto = next_count(done, len(units), settings, time.monotonic() - began_s)
+        if upto == done:
+            why = f"; evaluate.score_s allows {settings.score_s:g} s"
+            break
+        found = _score_round(context, exports, units[done:upto])
+        scores = {name: scores[name].joined(new) if done else new for name, (new, _) in found.items()}
+        seconds = {name: seconds[name] + spent_s for name, (_, spent_s) in found.items()}
+        done = upto
+        share = None if settings.narrow is None else _widest(recipe, exports, scores)
+        if share is not None and settings.narrow is not None and share <= settings.narrow and done < len(units):
+            why = f"; every interval that a rule looks at is within {share:.2g} of what the rule allows"
+            break
+    spent = f"{done:,} of {len(units):,} {task.test_unit}s, {time.monotonic() - began_s:.0f} s of scoring"
+    return Scored({e.name: scores[e.name] for e in exports}, seconds, len(units), spent + why)
+
+
+def _score_round(
+    context: StageContext, exports: tuple[Export, ...], units: NDArray[np.int64]
+) -> dict[str, tuple[FileScores, float]]:
     """Score every export in a task of its own, the largest first: it takes longest."""
-    prepared, compressed = context.parents["prepare"], context.parents["compress"]
+    prepared, compressed, recipe = context.parents["prepare"], context.parents["compress"], context.recipe
     began_s = time.monotonic()
 
     def report(done: int, last: str) -> None:
         note = f"{f'{last} done, ' if last else ''}{time.monotonic() - began_s:.0f} s"
         context.progress(TaskProgress("score", done, len(exports), note))
 
-    scores = run_tasks(
+    found = run_tasks(
         _score,
         {
-            export.name: (compressed, prepared, export.file, context.recipe)
+            export.name: (compressed, prepared, export.file, recipe, units, context.progress)
             for export in sorted(exports, key=lambda e: -e.size_bytes)
         },
         report,
-        at_once=context.recipe.evaluate.concurrent_tasks,
+        at_once=recipe.evaluate.concurrent_tasks,
     )
-    context.progress(TaskProgress("score", len(exports), len(exports), f"{time.monotonic() - began_s:.0f} s"))
-    return {export.name: scores[export.name] for export in exports}
+    report(len(exports), "")
+    return found
+
+
+def _widest(recipe: Recipe, exports: tuple[Export, ...], scores: Mapping[str, FileScores]) -> float | None:
+    metrics, comparisons = quality_metrics(TASKS[recipe.data.kind].quality, _sums(scores), _bootstrap(recipe))
+    return widest(recipe.gate.rules, [export for export in exports if export.candidate], metrics, comparisons)
+
+
+def _sums(scores: Mapping[str, FileScores]) -> dict[str, PerExampleSums]:
+    teacher = scores["teacher"]
+    return {
+        name: PerExampleSums(
+            s.total, s.size.astype(float), agreements(s, teacher).astype(float), s.predictions.astype(float)
+        )
+        for name, s in scores.items()
+    }
+
+
+def _bootstrap(recipe: Recipe) -> Bootstrap:
+    return Bootstrap(recipe.evaluate.bootstrap_samples, recipe.evaluate.confidence, recipe.seed)
 
 
 def _probe_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, dict[str, Metric]]:
@@ -138,10 +194,22 @@ def _probe_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, 
     return found
 
 
-def _score(compressed: Artifact, prepared: Artifact, file: str, recipe: Recipe) -> FileScores:
+def _score(
+    compressed: Artifact, prepared: Artifact, file: str, recipe: Recipe, units: NDArray[np.int64], progress: Progress
+) -> tuple[FileScores, float]:
     root, path = prepared.local(), compressed.local() / file
     task, format = TASKS[Manifest.read(root).task], FORMATS[recipe.compress.kind]
-    return task.score(path, root, recipe.evaluate.max_documents, recipe.engine, format)
+    began_s = told_s = time.monotonic()
+
+    def tell(done: int) -> None:
+        nonlocal told_s
+        if done == len(units) or time.monotonic() - told_s >= TELL_EVERY_S:
+            told_s = time.monotonic()
+            progress(TaskProgress(f"score {file}", done, len(units), f"{task.test_unit}s"))
+
+    scores = task.score(path, root, units, recipe.evaluate, recipe.engine, format, tell)
+    tell(len(units))
+    return scores, time.monotonic() - began_s
 
 
 def _probe(

@@ -44,10 +44,8 @@ class Format(Protocol):
         """
 
     def difference_nats(self, source: Path, file: Path) -> tuple[float, float]:
-        """How far an unquantised file, read back, is from the model it was made from, on random rows: the largest
-        difference of a log-probability, and the most that rounding explains.
-
-        Reader and writer could share a mistake, which this cannot see; the parity probe, which asks the engine, can.
+        """How far an unquantised file, read by another than its writer, is from the model it was made from, on random
+        rows: the largest difference of a log-probability, and the most that rounding explains.
         """
 
     def read_back(self, file: Path) -> Any:

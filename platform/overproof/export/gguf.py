@@ -54,16 +54,23 @@ class GgufFormat:
         export_gguf(source, context.tokenizer, file, format=variant, name=name, chat_template=template)  # type: ignore[arg-type]
 
     def difference_nats(self, source: Path, file: Path) -> tuple[float, float]:
+        """Of llama.cpp, which reads the file in its own way."""
+        import numpy as np
         import torch
 
+        from overproof.engines.llamacpp_logits import LlamaCppLogits
         from overproof.models.hf_directory import load_model
 
         model = load_model(source)
         generator = torch.Generator().manual_seed(0)
         tokens_BS = torch.randint(model.config.vocab_size, (CHECKED_ROWS, CHECKED_TOKENS), generator=generator)
+        engine = LlamaCppLogits(file, CHECKED_TOKENS, exact_cache=True)
+        logits_BSV = [np.concatenate([part.copy() for part in engine.batches(row_S)]) for row_S in tokens_BS.numpy()]
+        engine.close()
         with torch.inference_mode():
-            expected, found = (m(input_ids=tokens_BS).logits.log_softmax(-1) for m in (model, self.read_back(file)))
-        return float((expected - found).abs().max()), HALF_PRECISION_NATS
+            expected_BSV = model(input_ids=tokens_BS).logits.log_softmax(-1)
+        found_BSV = torch.from_numpy(np.stack(logits_BSV)).log_softmax(-1)
+        return float((expected_BSV - found_BSV).abs().max()), HALF_PRECISION_NATS
 
     def read_back(self, file: Path) -> Any:
         """The torch model that the file holds, dequantised to fp32."""

@@ -143,6 +143,8 @@ def file_rows(evaluated: EvaluatedFiles, sweep_results: Mapping[str, Any]) -> di
         "speed_unit": task.speed_unit,
         "engine": f"{report.engine}, which computes with {report.computes_with}",
         "confidence": report.confidence,
+        "test_unit": task.test_unit,
+        "scored": report.scored,
         "chosen": verdict.chosen if verdict else None,
         "rows": rows,
         "planes": planes,
@@ -173,7 +175,8 @@ def _file(
         "p95_ms": 1e3 * measured.metrics["latency_p95_s"].value,
         "resident_mb": measured.metrics["resident_mb"].value,
         "rate": rate.value if rate else None,
-        "requests": measured.metrics["latency_p95_s"].n,
+        "units": quality.measured_on,
+        "requests": measured.metrics["latency_p95_s"].measured_on,
         "trained_s": trial.get("cpu_seconds") if trial else None,
     }
 

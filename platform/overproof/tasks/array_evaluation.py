@@ -32,12 +32,17 @@ TIMED_AT_LEAST = 300  # a row is quick, and its latency is cheap to know well
 Judge = Callable[[NDArray[np.float32], Columns], tuple[NDArray[np.float64], NDArray[np.int32]]]
 
 
+def array_units(root: Path, most: int | None) -> NDArray[np.int64]:
+    """The test rows, which were permuted when they were split: all, or ``most`` evenly spread."""
+    return spread_units(np.arange(Shards(root, "test").rows), most)
+
+
 def score_arrays(
-    file: Path, root: Path, most: int | None, engine: str, column: str, judge: Judge, further: Sequence[str] = ()
-) -> FileScores:
-    """A file on ``most`` test rows, in the engine that will serve it; ``judge`` gets ``further`` columns."""
+    file: Path, root: Path, units: NDArray[np.int64], engine: str, column: str, judge: Judge,
+    further: Sequence[str] = (),
+) -> FileScores:  # fmt: skip
+    """A file on these test rows, in the engine that will serve it; ``judge`` gets ``further`` columns."""
     shards = Shards(root, "test", (*Manifest.read(root).batch_columns, *further))
-    units = spread_units(np.arange(shards.rows), most)
     columns = shards.take(units)
     loaded = ENGINES[engine].load(file, EngineSettings())
     assert isinstance(loaded, ArrayEngine)
@@ -68,11 +73,12 @@ def measure_arrays(
         rows=[[None if math.isnan(x) else x for x in row] for row in rows_BD.tolist()],
         timed_requests=max(settings.timed_requests, TIMED_AT_LEAST),
         probe_s=settings.probe_s,
+        narrow=settings.narrow,
     )
     answer = probe.probe_arrays(request, say)
     reference_BV = np.concatenate([reference(row_D[None]) for row_D in rows_BD])  # one at a time, as they were asked
     nats = array_parity_nats(reference_BV, np.array(answer.logprobs, np.float32))
-    return cost_metrics(answer) | {
+    return cost_metrics(answer, request.timed_requests) | {
         speed: Metric(value=1 / median(answer.latency_s), unit=f"{unit}/s", n=len(answer.latency_s)),
         "parity_nats": Metric(value=nats, unit="nats", n=len(rows_BD)),
     }

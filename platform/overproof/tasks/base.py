@@ -5,7 +5,7 @@ Shapes: B rows, P predictions in a row, V outputs, U test units, N predictions o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -29,18 +29,28 @@ if TYPE_CHECKING:
 
     Batch = dict[str, Tensor]
 
+Tell = Callable[[int], None]
+
 # What a student may learn from beside the labels.
 Loss = Literal["outputs", "attention", "hidden_states", "generated_text"]
 
 
 class Metric(FrozenModel):
-    """One figure; ``low`` and ``high`` bound it where resampling can say so, ``n`` is what it was measured on."""
+    """One figure; ``low`` and ``high`` bound it where resampling can say so. It was measured on ``n``, of as many as
+    ``of`` where it could have been more.
+    """
 
     value: float
     low: float | None = None
     high: float | None = None
     unit: str
     n: int
+    of: int | None = None
+
+    @property
+    def measured_on(self) -> str:
+        """``60``, or ``20 of 60``."""
+        return f"{self.n:,}" if self.of in (None, self.n) else f"{self.n:,} of {self.of:,}"
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,17 @@ class FileScores:
     predictions: NDArray[np.int64]
     choices_N: NDArray[np.int32]
 
+    def joined(self, other: FileScores) -> FileScores:
+        """With further units of the same file, whose ids are larger."""
+        return FileScores(
+            self.sha256,
+            np.concatenate([self.units, other.units]),
+            np.concatenate([self.total, other.total]),
+            np.concatenate([self.size, other.size]),
+            np.concatenate([self.predictions, other.predictions]),
+            np.concatenate([self.choices_N, other.choices_N]),
+        )
+
 
 def agreements(scores: FileScores, teacher: FileScores) -> NDArray[np.int64]:
     """Of each unit's predictions, how many have the teacher's first choice."""
@@ -111,9 +132,9 @@ def spread_units(units: NDArray[np.int64], most: int | None) -> NDArray[np.int64
     return units[np.linspace(0, len(units) - 1, most).round().astype(np.int64)]
 
 
-def cost_metrics(answer: TextAnswer | ArrayAnswer) -> dict[str, Metric]:
+def cost_metrics(answer: TextAnswer | ArrayAnswer, asked: int) -> dict[str, Metric]:
     """Memory, and the latency that half of the requests, and 95 in 100, stay within: what a client of an idle engine
-    waits.
+    waits. ``asked`` requests would have been timed at most.
     """
     return {
         "resident_mb": Metric(value=answer.resident_mb, unit="MB", n=1),
@@ -123,6 +144,7 @@ def cost_metrics(answer: TextAnswer | ArrayAnswer) -> dict[str, Metric]:
                 value=float(np.percentile(answer.latency_s, share, method="inverted_cdf")),
                 unit="s",
                 n=len(answer.latency_s),
+                of=asked,
             )
             for share in (50, 95)
         },
@@ -181,8 +203,19 @@ class Task(Protocol):
 
     # --- evaluation -------------------------------------------------------------------------------
 
-    def score(self, file: Path, root: Path, most_units: int | None, engine: str, format: Format) -> FileScores:
-        """An exported file on the test split of the data at ``root``."""
+    def units(self, root: Path, most: int | None) -> NDArray[np.int64]:
+        """Ids of the test units of the data at ``root``, ascending: an order that the content alone decides. All of
+        them, or ``most`` evenly spread.
+
+        Raises:
+            InputError: there are none.
+        """
+
+    def score(
+        self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
+        tell: Tell,
+    ) -> FileScores:  # fmt: skip
+        """An exported file on these test units; ``tell`` hears now and then how many of them are done."""
 
     def probe(
         self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say

@@ -15,7 +15,7 @@ from overproof.config.base import Count, Section
 from overproof.config.data import DataSection
 from overproof.errors import InputError
 from overproof.models.base import DataShape, Prediction
-from overproof.tasks.base import CardWords, FileScores, Loss, Metric, Quality
+from overproof.tasks.base import CardWords, FileScores, Loss, Metric, Quality, Tell
 from overproof.tasks.http import MOST_ROWS, ModelRequest
 
 if TYPE_CHECKING:
@@ -152,11 +152,19 @@ class ImageClassification:
         del batch
         return torch.ones(states_BPD.shape[:2], dtype=torch.bool, device=states_BPD.device)
 
-    def score(self, file: Path, root: Path, most_units: int | None, engine: str, format: Format) -> FileScores:
+    def units(self, root: Path, most: int | None) -> NDArray[np.int64]:
+        from overproof.tasks.array_evaluation import array_units
+
+        return array_units(root, most)
+
+    def score(
+        self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
+        tell: Tell,
+    ) -> FileScores:  # fmt: skip
         from overproof.tasks.array_evaluation import first_choices, score_arrays
 
-        del format
-        return score_arrays(file, root, most_units, engine, "pixels", first_choices)
+        del settings, format, tell
+        return score_arrays(file, root, units, engine, "pixels", first_choices)
 
     def probe(
         self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say

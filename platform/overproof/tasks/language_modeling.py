@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from overproof.config.data import BpeTokenizer, TextData
 from overproof.models.base import DataShape, Prediction
-from overproof.tasks.base import CardWords, FileScores, Loss, Metric, Quality
+from overproof.tasks.base import CardWords, FileScores, Loss, Metric, Quality, Tell
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from overproof.config import Evaluate
@@ -90,19 +92,30 @@ class LanguageModeling:
         places_P = torch.arange(states_BPD.shape[1], device=states_BPD.device)
         return places_P < batch["length"][:, None]
 
-    def score(self, file: Path, root: Path, most_units: int | None, engine: str, format: Format) -> FileScores:
-        """By torch over the file's own weights, for engines report no log-probabilities of a prompt."""
-        from overproof.tasks.text_evaluation import score_text
+    def units(self, root: Path, most: int | None) -> NDArray[np.int64]:
+        """Documents; those of a prepared data set are numbered in the order of their contents' hashes."""
+        from overproof.tasks.text_evaluation import TestDocuments
 
-        del engine
-        return score_text(file, root, most_units, format.read_back(file))
+        return TestDocuments.of(root, most).documents
+
+    def score(
+        self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
+        tell: Tell,
+    ) -> FileScores:  # fmt: skip
+        from overproof.tasks.text_evaluation import open_scorer, score_text
+
+        scorer = open_scorer(file, root, engine, format, settings.scoring_threads)
+        try:
+            return score_text(file, root, units, scorer, tell)
+        finally:
+            scorer.close()
 
     def probe(
         self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
     ) -> dict[str, Metric]:
         from overproof.tasks.text_evaluation import measure_text
 
-        return measure_text(file, root, settings, engine, format.read_back, say)
+        return measure_text(file, root, settings, engine, format, say)
 
     def example(self, details: Mapping[str, Any]) -> dict[str, Any]:
         del details

@@ -22,7 +22,7 @@ from overproof.config.data import DataSection
 from overproof.data.parquet_reader import Columns
 from overproof.errors import InputError, suggest_name
 from overproof.models.base import DataShape, Prediction
-from overproof.tasks.base import CardWords, FileScores, Loss, Metric, Quality
+from overproof.tasks.base import CardWords, FileScores, Loss, Metric, Quality, Tell
 from overproof.tasks.http import MOST_ROWS, ModelRequest, UnicodeText
 from overproof.tasks.image_classification import classified, same_classes
 
@@ -157,6 +157,11 @@ class _Tabular:
         del batch
         return torch.ones(states_BPD.shape[:2], dtype=torch.bool, device=states_BPD.device)
 
+    def units(self, root: Path, most: int | None) -> NDArray[np.int64]:
+        from overproof.tasks.array_evaluation import array_units
+
+        return array_units(root, most)
+
     def probe(
         self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
     ) -> dict[str, Metric]:
@@ -186,11 +191,14 @@ class TabularClassification(_Tabular):
 
         return recognise_table(look, model, flags, regression=False)
 
-    def score(self, file: Path, root: Path, most_units: int | None, engine: str, format: Format) -> FileScores:
+    def score(
+        self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
+        tell: Tell,
+    ) -> FileScores:  # fmt: skip
         from overproof.tasks.array_evaluation import first_choices, score_arrays
 
-        del format
-        return score_arrays(file, root, most_units, engine, "features", first_choices)
+        del settings, format, tell
+        return score_arrays(file, root, units, engine, "features", first_choices)
 
     def answers(self, logprobs_BV: NDArray[np.float32], details: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
         return classified(logprobs_BV, details["classes"])
@@ -227,19 +235,22 @@ class TabularRegression(_Tabular):
 
         return recognise_table(look, model, flags, regression=True)
 
-    def score(self, file: Path, root: Path, most_units: int | None, engine: str, format: Format) -> FileScores:
+    def score(
+        self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
+        tell: Tell,
+    ) -> FileScores:  # fmt: skip
         """Squared errors of the predicted means; the first choice is the likeliest bin."""
         from overproof.data.manifest import Manifest
         from overproof.tasks.array_evaluation import score_arrays
 
-        del format
+        del settings, format, tell
         centres_V = np.array(Manifest.read(root).details["centres"])
 
         def judge(logprobs_UV: NDArray[np.float32], rows: Columns) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
             errors_U = np.exp(logprobs_UV) @ centres_V - rows["value"]
             return np.square(errors_U, dtype=np.float64), logprobs_UV.argmax(1).astype(np.int32)
 
-        return score_arrays(file, root, most_units, engine, "features", judge, ("value",))
+        return score_arrays(file, root, units, engine, "features", judge, ("value",))
 
     def answers(self, logprobs_BV: NDArray[np.float32], details: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
         """The mean, and the bins between which nine in ten of the predicted distribution lie."""

@@ -1,16 +1,19 @@
-"""Language models on the test split: their quality by torch, and speed, memory and parity in the engine.
+"""Language models on the test split: their quality, speed, memory and parity, all in the engine that will serve them.
 
-Parity: torch over the file's own weights, dequantised, is fed the tokens that the engine chose, and reads off their
-log-probabilities. An engine rounds activations too (llama.cpp to eight bits beside q8_0 and q4_0 weights), which moves
-single log-probabilities by up to about 0.05 nats; query and key rows in the wrong order moved them by 0.4 nats in a
-model of one layer trained for 100 steps, and by more in better ones.
+A file is judged by what its engine says of every token of the test documents, where the engine tells that (``scorer``):
+llama.cpp computes with the file's own bytes, and rounds activations to eight bits beside q8_0 and q4_0 weights, which
+moves log-probabilities away from those of the dequantised weights: that is part of what is served. vLLM computes with
+the dequantised weights: torch over these is taken.
 
-Shapes: B rows, S tokens, P predictions, V outputs, U units, N predictions of all units in order.
+Parity: what the engine generates, and says of it, is held against those figures, so that what answers is what was
+judged. Whether an unquantised file means the model it was made from is held when it is written (``difference_nats``).
+
+Shapes: B rows, S tokens, P predictions, U units, N predictions of all units in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -22,21 +25,24 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from overproof.config import Evaluate
-from overproof.data.manifest import DOCUMENTS, TOKENIZER
+from overproof.data.manifest import DOCUMENTS, TOKENIZER, Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.engines import probe
+from overproof.engines.base import ScoringLoader, TextScorer
 from overproof.engines.probe import Say
 from overproof.errors import InputError
+from overproof.export.base import Format
 from overproof.files import file_sha256
 from overproof.models.base import Prediction
-from overproof.models.hf_directory import Batch, to_tensors
-from overproof.tasks.base import FileScores, Metric, cost_metrics, spread_units
+from overproof.models.hf_directory import Batch
+from overproof.registry import ENGINES
+from overproof.tasks.base import FileScores, Metric, Tell, cost_metrics, spread_units
+from overproof.tasks.torch_scorer import TorchScorer
 
-BATCH_LOGITS = 1 << 23  # numbers in one batch's logits
-WINDOW = 8  # batches sorted by length together, so that short rows are not padded to long ones
+BATCH_LOGITS = 1 << 23  # numbers in the logits of one batch of torch
+READ_ROWS = 256  # rows of the test split held at once
 PROMPT_TOKENS = 32  # of the speed and the parity prompts
 TIMED_PROMPTS = 16  # asked in turn
 
@@ -59,62 +65,64 @@ class TestDocuments:
     lengths: NDArray[np.int64]
 
     @classmethod
-    def of(cls, root: Path, most: int | None) -> TestDocuments:
-        """Of a prepared text data set."""
+    def of(cls, root: Path, most: int | None = None) -> TestDocuments:
+        """All of a prepared text data set, or ``most`` documents evenly spread.
+
+        Raises:
+            InputError: there are none.
+        """
         shards = Shards(root, "test", columns=("document", "length"))
         if shards.rows == 0:
             raise InputError(f"{root}: the test split is empty; expected at least one document: add data")
         columns = shards.take(np.arange(shards.rows))
         found = columns["document"].astype(np.int64)
-        documents = spread_units(np.unique(found), most)
-        ids = np.flatnonzero(np.isin(found, documents))
-        ids = ids[np.argsort(found[ids], kind="stable")]
-        places = np.searchsorted(documents, found[ids])
-        return cls(documents, ids, places, columns["length"][ids].astype(np.int64))
+        ids = np.argsort(found, kind="stable")
+        documents, places = np.unique(found[ids], return_inverse=True)
+        every = cls(documents, ids, places, columns["length"][ids].astype(np.int64))
+        return every.take(spread_units(documents, most))
+
+    def take(self, documents: NDArray[np.int64]) -> TestDocuments:
+        """These documents of them, in ascending order."""
+        rows = np.isin(self.documents[self.places], documents)
+        places = np.searchsorted(documents, self.documents[self.places[rows]])
+        return TestDocuments(documents, self.sample_ids[rows], places, self.lengths[rows])
 
 
-def score_text(file: Path, root: Path, most: int | None, model: nn.Module) -> FileScores:
-    """Nats and first choices of a file on ``most`` documents of the test split of the data set at ``root``.
+def open_scorer(file: Path, root: Path, engine: str, format: Format, threads: int, places: int = 0) -> TextScorer:
+    """What a file is judged by on rows of the data set at ``root``, and on others of ``places`` places at most.
 
-    ``model`` is what the file means: no engine here reports log-probabilities of a prompt. The parity probe says how
-    far the engine is from that.
+    Raises:
+        InputError: the file cannot be loaded.
     """
-    rows = TestDocuments.of(root, most)
+    loader, manifest = ENGINES[engine], Manifest.read(root)
+    if isinstance(loader, ScoringLoader):
+        return loader.scorer(file, max(manifest.positions, places), threads)
+    batch_rows = max(1, BATCH_LOGITS // (manifest.positions * manifest.outputs))
+    return TorchScorer(format.read_back(file), batch_rows)
+
+
+def score_text(file: Path, root: Path, documents: NDArray[np.int64], scorer: TextScorer, tell: Tell) -> FileScores:
+    """Nats and first choices of a file on these test documents of the data set at ``root``."""
+    rows = TestDocuments.of(root).take(documents)
     ends = np.cumsum(rows.lengths)
     nats = np.zeros(len(rows.documents))
     choices_N = np.empty(int(ends[-1]), np.int32)
-    for here, nats_BP, choices_BP in _forward(model, Shards(root, "test"), rows):
-        for row, nats_P, choices_P in zip(here, nats_BP, choices_BP, strict=True):
-            length = int(rows.lengths[row])
-            nats[rows.places[row]] += nats_P[:length].sum()
-            choices_N[ends[row] - length : ends[row]] = choices_P[:length]
+    for row, scores in enumerate(scorer.score(_tokens(Shards(root, "test"), rows))):
+        nats[rows.places[row]] += scores.nats_P.sum()
+        choices_N[ends[row] - rows.lengths[row] : ends[row]] = scores.choices_P
+        tell(int(rows.places[row]))
     predictions = np.bincount(rows.places, rows.lengths).astype(np.int64)
     return FileScores(
         file_sha256(file), rows.documents, nats, _size_bytes(root, rows.documents), predictions, choices_N
     )
 
 
-def _forward(
-    model: nn.Module, shards: Shards, rows: TestDocuments
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int32]]]:
-    """Batches of (positions in ``rows``, nats_BP, choices_BP)."""
-    manifest = shards.manifest
-    size = max(1, BATCH_LOGITS // (manifest.positions * manifest.outputs))
-    for start in range(0, len(rows.sample_ids), size * WINDOW):
-        window = np.arange(start, min(start + size * WINDOW, len(rows.sample_ids)))
-        window = window[np.argsort(rows.lengths[window], kind="stable")]
-        columns = shards.take(rows.sample_ids[window])
-        for first in range(0, len(window), size):
-            part = slice(first, first + size)
-            longest = int(columns["length"][part].max())
-            cut = {"tokens": columns["tokens"][part, : longest + 1], "length": columns["length"][part]}
-            with torch.inference_mode():
-                prediction = predict(model, to_tensors(cut))
-                logits_BPV = prediction.logits_BPV
-                targets_BP = prediction.targets_BP
-                nats_N = cross_entropy(logits_BPV.flatten(0, 1), targets_BP.flatten(), reduction="none")
-                choices_BP = logits_BPV.argmax(-1)
-            yield window[part], nats_N.view(targets_BP.shape).double().numpy(), choices_BP.to(torch.int32).numpy()
+def _tokens(shards: Shards, rows: TestDocuments) -> Iterator[NDArray[Any]]:
+    """The tokens of each row: those that are read, and the last that is predicted."""
+    for start in range(0, len(rows.sample_ids), READ_ROWS):
+        columns = shards.take(rows.sample_ids[start : start + READ_ROWS])
+        for tokens_S, length in zip(columns["tokens"], columns["length"], strict=True):
+            yield tokens_S[: length + 1]
 
 
 def _size_bytes(root: Path, documents: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -124,7 +132,7 @@ def _size_bytes(root: Path, documents: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def measure_text(
-    file: Path, root: Path, settings: Evaluate, engine: str, read_back: Callable[[Path], nn.Module], say: Say
+    file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
 ) -> dict[str, Metric]:
     """Speed, memory and parity of the serving engine on the beginnings of test documents."""
     rows = TestDocuments.of(root, settings.max_documents)
@@ -142,19 +150,21 @@ def measure_text(
         timed_prompts=prompts[:TIMED_PROMPTS],
         timed_requests=settings.timed_requests,
         probe_s=settings.probe_s,
+        narrow=settings.narrow,
         decode_tokens=settings.decode_tokens,
     )
     answer = probe.probe_text(request, say)
-    say("torch reference")
-    reference = read_back(file)
+    say("parity")
+    scorer = open_scorer(file, root, engine, format, settings.threads, PROMPT_TOKENS + settings.probe_tokens)
     nats = [
-        text_parity_nats(reference, prompt, given.tokens, given.logprobs)
+        text_parity_nats(scorer, prompt, given.tokens, given.logprobs)
         for prompt, given in zip(probed, answer.answers, strict=True)
         if given.tokens
     ]
+    scorer.close()
     split_apart = sum(found != tokenizer.encode(text).ids for text, found in zip(texts, answer.splits, strict=True))
     compared = sum(len(given.tokens) for given in answer.answers)
-    metrics = cost_metrics(answer)
+    metrics = cost_metrics(answer, settings.timed_requests)
     metrics |= {
         "time_to_first_token_s": Metric(value=median(answer.first_token_s), unit="s", n=len(answer.first_token_s)),
         "tokenizer_mismatches": Metric(value=split_apart, unit="texts", n=len(texts)),
@@ -168,22 +178,18 @@ def measure_text(
 
 
 def text_parity_nats(
-    reference: nn.Module, prompt: Sequence[int], tokens: Sequence[int], logprobs: Sequence[float]
+    scorer: TextScorer, prompt: Sequence[int], tokens: Sequence[int], logprobs: Sequence[float]
 ) -> float:
-    """How far a greedy completion is from a reference, in nats; at least one token must have been generated.
+    """How far a greedy completion is from a scorer, in nats; at least one token must have been generated.
 
-    The largest difference of a chosen token's log-probability. Where the reference prefers another token by a gap g,
+    The largest difference of a chosen token's log-probability. Where the scorer prefers another token by a gap g,
     the engine ranks the two the other way round, so it is off by at least g / 2 on one of them: that counts too.
     Near ties may fall either way, and cost next to nothing.
     """
-    ids_S = torch.tensor([[*prompt, *tokens]])
-    with torch.inference_mode():
-        logprobs_SV = reference(input_ids=ids_S[:, :-1]).logits[0].log_softmax(-1)
-    logprobs_NV = logprobs_SV[len(prompt) - 1 :].numpy()
-    chosen_N = logprobs_NV[np.arange(len(tokens)), np.asarray(tokens)]
-    differences_N = np.abs(np.asarray(logprobs) - chosen_N)
-    gaps_N = logprobs_NV.max(axis=1) - chosen_N
-    return float(np.maximum(differences_N, gaps_N / 2).max())
+    scores = next(iter(scorer.score([np.array([*prompt, *tokens])])))
+    nats_N, best_N = scores.nats_P[len(prompt) - 1 :], scores.choice_nats_P[len(prompt) - 1 :]
+    differences_N = np.abs(np.asarray(logprobs) + nats_N)
+    return float(np.maximum(differences_N, (nats_N - best_N) / 2).max())
 
 
 def test_prompts(rows: TestDocuments, shards: Shards, count: int) -> list[list[int]]:

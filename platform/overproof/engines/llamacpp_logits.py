@@ -1,0 +1,248 @@
+"""llama.cpp's logits at every place of a row of tokens, through the C interface of the library in `xllamacpp`.
+
+The binding's server reports log-probabilities of what it generates, never of a prompt. The library beneath it exports
+llama.cpp's C functions (https://github.com/ggml-org/llama.cpp, `include/llama.h`), which ctypes calls here. That header
+is not in the wheel, so its structures are written down below for one release of the package. Before the first call
+they are held against the defaults that the library itself fills in: no other layout is ever guessed at.
+
+Shapes: S tokens of a row, P of them in one batch, V entries of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xllamacpp
+from numpy.typing import NDArray
+
+from overproof.errors import InputError
+
+RELEASE = "2026.10.11549"  # of xllamacpp, whose structures these are
+F32, F16 = 0, 1  # of enum ggml_type
+MOST_LOGITS = 1 << 25  # numbers held at once: 128 MiB
+FEWEST_TOKENS, MOST_TOKENS = 32, 512  # of a batch: below, matrices are too small to be quick; above, little is gained
+
+# Name, type and default value of each field, in order. A pointer's default is None.
+MODEL_PARAMS: tuple[tuple[str, Any, Any], ...] = (
+    ("devices", c_void_p, None),
+    ("tensor_buft_overrides", c_void_p, None),
+    ("n_gpu_layers", c_int32, -1),
+    ("split_mode", c_int32, 1),
+    ("load_mode", c_int32, -1),
+    ("lazy_mode", c_int32, 1),
+    ("main_gpu", c_int32, 0),
+    ("tensor_split", c_void_p, None),
+    ("progress_callback", c_void_p, None),
+    ("progress_callback_user_data", c_void_p, None),
+    ("kv_overrides", c_void_p, None),
+    ("vocab_only", c_bool, False),
+    ("check_tensors", c_bool, False),
+    ("use_extra_bufts", c_bool, True),
+    ("no_host", c_bool, False),
+    ("no_alloc", c_bool, False),
+    ("load_mtp", c_bool, False),
+)
+CONTEXT_PARAMS: tuple[tuple[str, Any, Any], ...] = (
+    ("n_ctx", c_uint32, 512),
+    ("n_batch", c_uint32, 2048),
+    ("n_ubatch", c_uint32, 512),
+    ("n_seq_max", c_uint32, 1),
+    ("n_rs_seq", c_uint32, 0),
+    ("n_outputs_max", c_uint32, 0),
+    ("n_outputs_max_per_seq", c_uint32, 1),
+    ("n_threads", c_int32, 4),
+    ("n_threads_batch", c_int32, 4),
+    ("ctx_type", c_int32, 0),
+    ("rope_scaling_type", c_int32, -1),
+    ("pooling_type", c_int32, -1),
+    ("attention_type", c_int32, -1),
+    ("flash_attn_type", c_int32, -1),
+    ("rope_freq_base", c_float, 0.0),
+    ("rope_freq_scale", c_float, 0.0),
+    ("yarn_ext_factor", c_float, -1.0),
+    ("yarn_attn_factor", c_float, -1.0),
+    ("yarn_beta_fast", c_float, -1.0),
+    ("yarn_beta_slow", c_float, -1.0),
+    ("yarn_orig_ctx", c_uint32, 0),
+    ("defrag_thold", c_float, -1.0),
+    ("cb_eval", c_void_p, None),
+    ("cb_eval_user_data", c_void_p, None),
+    ("type_k", c_int32, F16),
+    ("type_v", c_int32, F16),
+    ("abort_callback", c_void_p, None),
+    ("abort_callback_data", c_void_p, None),
+    ("unnamed", c_void_p, None),  # of this release; published headers that are older do not have it
+    ("embeddings", c_bool, False),
+    ("offload_kqv", c_bool, True),
+    ("no_perf", c_bool, True),
+    ("op_offload", c_bool, True),
+    ("swa_full", c_bool, True),
+    ("kv_unified", c_bool, False),
+    ("samplers", c_void_p, None),
+    ("n_samplers", c_size_t, 0),
+    ("ctx_other", c_void_p, None),
+)
+
+
+class ModelParams(ctypes.Structure):
+    """``struct llama_model_params``."""
+
+    _fields_ = [(name, kind) for name, kind, _ in MODEL_PARAMS]
+
+
+class ContextParams(ctypes.Structure):
+    """``struct llama_context_params``."""
+
+    _fields_ = [(name, kind) for name, kind, _ in CONTEXT_PARAMS]
+
+
+class Batch(ctypes.Structure):
+    """``struct llama_batch``: tokens, and for each its position, its sequence, and whether its logits are wanted."""
+
+    _fields_ = [
+        ("n_tokens", c_int32),
+        ("token", c_void_p),
+        ("embd", c_void_p),
+        ("pos", c_void_p),
+        ("n_seq_id", c_void_p),
+        ("seq_id", c_void_p),
+        ("logits", c_void_p),
+    ]
+
+
+FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {  # result and arguments
+    "llama_log_set": (None, (c_void_p, c_void_p)),
+    "llama_supports_mmap": (c_bool, ()),
+    "llama_model_default_params": (ModelParams, ()),
+    "llama_context_default_params": (ContextParams, ()),
+    "llama_model_load_from_file": (c_void_p, (c_char_p, ModelParams)),
+    "llama_model_get_vocab": (c_void_p, (c_void_p,)),
+    "llama_vocab_n_tokens": (c_int32, (c_void_p,)),
+    "llama_init_from_model": (c_void_p, (c_void_p, ContextParams)),
+    "llama_get_memory": (c_void_p, (c_void_p,)),
+    "llama_memory_clear": (None, (c_void_p, c_bool)),
+    "llama_decode": (c_int32, (c_void_p, Batch)),
+    "llama_get_logits": (POINTER(c_float), (c_void_p,)),
+    "llama_free": (None, (c_void_p,)),
+    "llama_model_free": (None, (c_void_p,)),
+}
+
+
+@cache
+def library() -> Any:
+    """The library, its functions declared, once its structures are known to be those above.
+
+    Raises:
+        InputError: another release is installed, or its defaults lie elsewhere than expected.
+    """
+    found = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
+    check_layout(found, xllamacpp.__version__)
+    # It logs thousands of lines to stderr. A function of its own that only returns stands in for a callback: one of
+    # Python would be called by the threads of a server that runs beside, even while the interpreter ends.
+    found.llama_log_set(ctypes.cast(found.llama_supports_mmap, c_void_p), None)
+    return found
+
+
+def check_layout(found: Any, release: str) -> None:
+    """Declare the functions of a library, and hold its defaults against the structures of this file.
+
+    Raises:
+        InputError: it is another release, lacks a function, or fills in other defaults.
+    """
+    wrong = [] if release == RELEASE else [f"release {release}"]
+    wrong += [f"no function {name}" for name in FUNCTIONS if not hasattr(found, name)]
+    if not wrong:
+        for name, (result, arguments) in FUNCTIONS.items():
+            getattr(found, name).restype, getattr(found, name).argtypes = result, arguments
+        for params, fields in (
+            (found.llama_model_default_params(), MODEL_PARAMS),
+            (found.llama_context_default_params(), CONTEXT_PARAMS),
+        ):
+            given = ((name, getattr(params, name), default) for name, _, default in fields)
+            wrong += [f"{name} {value} where the default is {default}" for name, value, default in given
+                      if value != default]  # fmt: skip
+    if wrong:
+        raise InputError(
+            f"xllamacpp: found {wrong[0]}; scoring calls llama.cpp's C interface as it is in {RELEASE}: "
+            f"pip install xllamacpp=={RELEASE}"
+        )
+
+
+class LlamaCppLogits:
+    """One GGUF file that reads rows of tokens, each from its beginning, in batches of bounded memory.
+
+    Keys and values are cached in 16 bits, as llama.cpp's server has them, or in 32 (``exact_cache``). For one thread.
+    """
+
+    def __init__(self, path: Path, positions: int, threads: int = 1, exact_cache: bool = False) -> None:
+        """Load a file for rows of ``positions`` tokens at most.
+
+        Raises:
+            InputError: the file is missing, llama.cpp cannot load it, or its C interface is not as expected.
+        """
+        if not path.is_file():
+            raise InputError(f"{path}: missing; expected a GGUF file")
+        self.positions = positions
+        self._library = library()
+        self._context = None
+        self._model = self._library.llama_model_load_from_file(
+            str(path).encode(), self._library.llama_model_default_params()
+        )
+        if self._model is None:
+            raise InputError(f"{path}: llama.cpp cannot load it; expected a whole GGUF file")
+        vocabulary = self._library.llama_model_get_vocab(self._model)
+        self.outputs: int = self._library.llama_vocab_n_tokens(vocabulary)  # V
+        self.batch_tokens = min(positions, max(FEWEST_TOKENS, min(MOST_TOKENS, MOST_LOGITS // self.outputs)))
+        params = self._library.llama_context_default_params()
+        params.n_ctx = positions
+        params.n_batch = params.n_ubatch = params.n_outputs_max = params.n_outputs_max_per_seq = self.batch_tokens
+        params.n_threads = params.n_threads_batch = threads
+        if exact_cache:
+            params.type_k = params.type_v = F32
+            params.flash_attn_type = 0  # off: it casts a cache of 32 bits to 16
+        self._context = self._library.llama_init_from_model(self._model, params)
+        if self._context is None:
+            self.close()
+            raise InputError(f"{path}: llama.cpp cannot make room for {positions} tokens of it")
+
+    def batches(self, tokens_S: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
+        """The logits after each token of a row, a batch (P, V) after the other; each is gone when the next comes.
+
+        Raises:
+            RuntimeError: llama.cpp does not take the tokens: an id is not in the vocabulary, or the row is too long.
+        """
+        if len(tokens_S) > self.positions:
+            raise RuntimeError(f"{len(tokens_S)} tokens in a row; llama.cpp was given room for {self.positions}")
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), False)
+        for start in range(0, len(tokens_S), self.batch_tokens):
+            yield self._decode(tokens_S[start : start + self.batch_tokens].astype(np.int32), start)
+
+    def _decode(self, tokens_P: NDArray[np.int32], start: int) -> NDArray[np.float32]:
+        count = len(tokens_P)
+        positions_P = np.arange(start, start + count, dtype=np.int32)
+        ones_P, sequence = np.ones(count, np.int32), np.zeros(1, np.int32)
+        sequences_P = np.full(count, sequence.ctypes.data, np.uintp)
+        wanted_P = np.ones(count, c_int8)
+        arrays = (positions_P, ones_P, sequences_P, wanted_P)
+        batch = Batch(count, tokens_P.ctypes.data, None, *(array.ctypes.data for array in arrays))
+        code = self._library.llama_decode(self._context, batch)
+        if code != 0:
+            raise RuntimeError(
+                f"llama.cpp gave {code} for {count} tokens from place {start} on, ids {tokens_P.min()} to "
+                f"{tokens_P.max()} of {self.outputs}"
+            )
+        return np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (count, self.outputs))
+
+    def close(self) -> None:
+        """Free the model."""
+        if self._context is not None:
+            self._library.llama_free(self._context)
+        if self._model is not None:
+            self._library.llama_model_free(self._model)
+        self._context = self._model = None
