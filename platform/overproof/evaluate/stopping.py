@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 
-from overproof.config import Agreement, Evaluate, Improvement, Regression, Rule
+from overproof.config import Agreement, Evaluate, Improvement, Keep, Regression, Rule
 from overproof.evaluate.gate import reference_name
 from overproof.evaluate.metrics import Comparison
 from overproof.export.stage import Export
@@ -38,7 +38,7 @@ def widest(
 ) -> float | None:  # fmt: skip
     """The half-width of the widest interval that a rule looks at, as a share of what the rule allows.
 
-    A regression allows ``at_most``, an improvement ``at_least``, agreement what is left to 1. Where that is 0 the share
+    A regression allows ``at_most``, an improvement ``at_least``, agreement and what is kept what is left to 1. Where that is 0 the share
     is infinite, and where there is no interval yet, or one without width: that two files did not differ on few units
     says only that they differ rarely. None: no rule looks at an interval.
     """
@@ -50,6 +50,8 @@ def widest(
                 case Regression() | Improvement():
                     found: Metric | Comparison = compared[export.name, reference_name(rule, export.student)]
                     allowed = rule.at_most if isinstance(rule, Regression) else rule.at_least
+                case Keep():
+                    found, allowed = compared[export.name, reference_name(rule, export.student)], 1 - rule.at_least
                 case Agreement():
                     found, allowed = metrics[export.name]["agreement"], 1 - rule.at_least
                 case _:

@@ -107,7 +107,9 @@ def _models(settings: TemplateSettings, given: GivenModel | None, teacher: Model
 
 
 def _family_section(model: Mapping[str, Any]) -> ModelSection:
-    return FAMILIES[model["kind"]].section.parse(model)
+    section = FAMILIES[model["kind"]].section
+    assert section is not None  # templates name families that recipes build
+    return section.parse(model)
 
 
 def teacher_section(settings: TemplateSettings, given: GivenModel | None) -> ModelSection:
