@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from overproof.config.models import ModelSection
 
 if TYPE_CHECKING:
@@ -95,6 +98,9 @@ class ArrayFamily(Protocol):
 
     def width(self, config: Any) -> int:
         """D: numbers in a row of a model of this configuration."""
+
+    def sample_rows(self, config: Any, rows: int, generator: np.random.Generator) -> NDArray[np.float32]:
+        """Rows (B, D) that such a model may be asked about, drawn at random: exports are checked on them."""
 
     def flat_logits(self, model: Any, inputs_BD: Tensor) -> Tensor:
         """Logits (B, V) of rows whose numbers lie flat, in the order in which a shard has them."""

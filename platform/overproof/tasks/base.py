@@ -207,8 +207,8 @@ class ArrayTask(Task, Protocol):
 
     request: type[BaseModel]  # the body of POST ``route``
 
-    def inputs(self, request: Any, details: Mapping[str, Any]) -> NDArray[np.float32]:
-        """The rows of a request, flat: (B, D).
+    def inputs(self, request: Any, details: Mapping[str, Any], package: Path) -> NDArray[np.float32]:
+        """The rows of a request, flat: (B, D); ``package`` is the folder with what lies beside the model.
 
         Raises:
             InputError: a row is not what the package's model takes.

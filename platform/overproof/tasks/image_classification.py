@@ -159,7 +159,8 @@ class ImageClassification:
         reference = format.read_back(file)
         return measure_arrays(file, root, settings, engine, "pixels", reference, self.speed, "images", say)
 
-    def inputs(self, request: ClassifyImagesRequest, details: Mapping[str, Any]) -> NDArray[np.float32]:
+    def inputs(self, request: ClassifyImagesRequest, details: Mapping[str, Any], package: Path) -> NDArray[np.float32]:
+        del package
         channels, height, width = (int(details[name]) for name in ("channels", "height", "width"))
         pixels = channels * height * width
         for number, image in enumerate(request.images):

@@ -163,7 +163,8 @@ class _Tabular:
         reference = format.read_back(file)
         return measure_arrays(file, root, settings, engine, "features", reference, self.speed, "rows", say)
 
-    def inputs(self, request: RowsRequest, details: Mapping[str, Any]) -> NDArray[np.float32]:
+    def inputs(self, request: RowsRequest, details: Mapping[str, Any], package: Path) -> NDArray[np.float32]:
+        del package
         columns = {column["name"]: column for column in details["columns"]}
         return np.array([_encoded(row, f"rows.{i}", columns) for i, row in enumerate(request.rows)], np.float32)
 
