@@ -53,6 +53,7 @@ TASKS: Registry[Task] = Registry(
         "image_classification": "tasks.image_classification:TASK",
         "tabular_classification": "tasks.tabular:CLASSIFICATION",
         "tabular_regression": "tasks.tabular:REGRESSION",
+        "text_classification": "tasks.text_classification:TASK",
     },
 )
 
@@ -62,6 +63,7 @@ FAMILIES: Registry[ModelFamily] = Registry(
         "llama": "models.llama:FAMILY",
         "vit": "models.vit:FAMILY",
         "mlp": "models.mlp:FAMILY",
+        "bert": "models.bert:FAMILY",
     },
 )
 

@@ -54,6 +54,15 @@ class LayerNames:
     values: str | None = None
 
 
+@dataclass(frozen=True)
+class BaseNames:
+    """Where a directory may differ from a model of the data's classes, as names of modules from the whole model."""
+
+    output: str  # the layer that gives the logits; it is made anew where the directory has it for other classes
+    optional: tuple[str, ...]  # what a base may lack, which is then made anew, or have beside, which is left out
+    positions: str | None  # the table of positions, which is cut to the length of the rows
+
+
 class ModelFamily(Protocol):
     """One architecture. Methods import torch and transformers themselves: a recipe is read without either."""
 
@@ -104,3 +113,20 @@ class ArrayFamily(Protocol):
 
     def flat_logits(self, model: Any, inputs_BD: Tensor) -> Tensor:
         """Logits (B, V) of rows whose numbers lie flat, in the order in which a shard has them."""
+
+
+@runtime_checkable
+class BaseFamily(Protocol):
+    """What a family has beside whose directories may hold a base: weights that were trained for other outputs."""
+
+    base: BaseNames
+
+    def fitted(self, config: Any, shape: DataShape) -> Any:
+        """A directory's configuration, changed for data of this shape.
+
+        Raises:
+            InputError: the model cannot take such rows.
+        """
+
+    def same_outputs(self, config: Any, shape: DataShape) -> bool:
+        """Whether the directory's outputs are the data's, in their order."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.data.tokenization import END
 from overproof.errors import InputError
 from overproof.files import file_sha256
-from overproof.models.base import DataShape, LayerNames
+from overproof.models.base import BaseFamily, DataShape, LayerNames, ModelFamily
 from overproof.models.pretrained import refuse_pickles
 from overproof.models.sizes import family_of
 from overproof.registry import FAMILIES
@@ -47,10 +47,14 @@ def build_model(section: ModelSection, manifest: Manifest, seed: int) -> PreTrai
         )
     config = family.configuration(section, shape)
     config.architectures = [family.architectures[0]]
+    return _fresh(family, config, seed).train()
+
+
+def _fresh(family: ModelFamily, config: Any, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = family.model_class()(config)
-    return model.train()
+    return model
 
 
 def shape_of(manifest: Manifest) -> DataShape:
@@ -70,7 +74,47 @@ def load_model(path: Path) -> PreTrainedModel:
     Raises:
         InputError: a pickle lies there, no safetensors do, the architecture is unknown, or weights do not fit.
     """
-    path = Path(path)
+    model, wrong = _read(Path(path))
+    _refuse(path, wrong)
+    return model
+
+
+def load_start(path: Path, manifest: Manifest, seed: int) -> PreTrainedModel:
+    """A directory's model as training starts from it, in evaluation mode.
+
+    One that was trained for other outputs is fitted to the data, where its family has a ``base``: what it lacks is
+    made anew, a function of the seed; the output layer, too, unless it is of the data's classes; the table of
+    positions is cut to the length of the rows.
+
+    Raises:
+        InputError: as ``load_model``, or it cannot take the data's rows.
+    """
+    model, wrong = _read(Path(path))
+    _, family = family_of({"architectures": model.config.architectures}, path)
+    if not isinstance(family, BaseFamily):
+        _refuse(path, wrong)
+        return model
+    names, shape = family.base, shape_of(manifest)
+    _refuse(path, {kind: [key for key in keys if not key.startswith(names.optional)] for kind, keys in wrong.items()})
+    config = family.fitted(model.config, shape)
+    config.architectures = [family.architectures[0]]
+    fitted, state = _fresh(family, config, seed).eval(), model.state_dict()
+    anew = set(wrong.get("missing_keys", ()))
+    if not family.same_outputs(model.config, shape):
+        anew |= {name for name in state if name.startswith(f"{names.output}.")}
+    table = f"{names.positions}.weight"
+    if table in state:
+        state[table] = state[table][: len(fitted.state_dict()[table])]
+    fitted.load_state_dict({name: value for name, value in state.items() if name not in anew}, strict=False)
+    return fitted
+
+
+def _read(path: Path) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    """A directory's model in evaluation mode, and the names of weights that are missing, too many or of another shape.
+
+    Raises:
+        InputError: a pickle lies there, no safetensors do, or the architecture is unknown.
+    """
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; expected a Hugging Face model directory")
     refuse_pickles(path, (file.name for file in path.rglob("*")))
@@ -91,11 +135,13 @@ def load_model(path: Path) -> PreTrainedModel:
             )
     except SafetensorError as error:
         raise InputError(f"{path}: not safetensors: {error}") from None
-    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-    if wrong:
-        kind, keys = next(iter(wrong.items()))
-        raise InputError(f"{path}: weights do not fit config.json: {kind.replace('_', ' ')}: {keys[0]}")
-    return model.eval()
+    return model.eval(), {kind: sorted(map(str, keys)) for kind, keys in info.items()}
+
+
+def _refuse(path: Path, wrong: Mapping[str, Sequence[str]]) -> None:
+    for kind, keys in wrong.items():
+        if keys:
+            raise InputError(f"{path}: weights do not fit config.json: {kind.replace('_', ' ')}: {keys[0]}")
 
 
 @contextmanager
@@ -139,8 +185,9 @@ def save_model(
         shutil.copyfile(tokenizer, path / TOKENIZER)
         described = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": END,
-            "eos_token": END,
+            **(
+                {"bos_token": END, "eos_token": END} if json.dumps(END) in tokenizer.read_text(encoding="utf-8") else {}
+            ),
             "model_max_length": config.max_position_embeddings,
             "clean_up_tokenization_spaces": False,
         }
