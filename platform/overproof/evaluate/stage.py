@@ -14,7 +14,14 @@ from overproof.cluster.ray_cluster import run_tasks
 from overproof.config import Recipe
 from overproof.data.manifest import Manifest
 from overproof.evaluate.gate import judge
-from overproof.evaluate.metrics import Bootstrap, MeasuredFile, PerExampleSums, Report, quality_metrics
+from overproof.evaluate.metrics import (
+    Bootstrap,
+    MeasuredFile,
+    PerExampleSums,
+    Report,
+    further_metrics,
+    quality_metrics,
+)
 from overproof.export.stage import Export, read_exports
 from overproof.files import read_json
 from overproof.registry import ENGINES, FORMATS, TASKS
@@ -52,7 +59,7 @@ def make_report(
     engines: Mapping[str, Mapping[str, Metric]],
 ) -> Report:
     """Figures with intervals from the scores, and the engine's beside them."""
-    teacher, settings, quality = scores["teacher"], recipe.evaluate, TASKS[recipe.data.kind].quality
+    teacher, settings, task = scores["teacher"], recipe.evaluate, TASKS[recipe.data.kind]
     sums = {
         name: PerExampleSums(
             s.total, s.size.astype(float), agreements(s, teacher).astype(float), s.predictions.astype(float)
@@ -60,7 +67,8 @@ def make_report(
         for name, s in scores.items()
     }
     bootstrap = Bootstrap(settings.bootstrap_samples, settings.confidence, recipe.seed)
-    metrics, comparisons = quality_metrics(quality, sums, bootstrap)
+    metrics, comparisons = quality_metrics(task.quality, sums, bootstrap)
+    further = {name: further_metrics(task.further, s.columns, len(s.units), bootstrap) for name, s in scores.items()}
     measured = tuple(
         MeasuredFile(
             name=export.name,
@@ -69,13 +77,13 @@ def make_report(
             size_bytes=export.size_bytes,
             sha256=scores[export.name].sha256,
             candidate=export.candidate,
-            metrics=metrics[export.name] | dict(engines[export.name]),
+            metrics=metrics[export.name] | further[export.name] | dict(engines[export.name]),
         )
         for export in exports
     )
     return Report(
         task=recipe.data.kind,
-        quality=quality.name,
+        quality=task.quality.name,
         engine=recipe.engine,
         computes_with=ENGINES[recipe.engine].computes_with,
         confidence=settings.confidence,

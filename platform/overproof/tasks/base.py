@@ -5,8 +5,8 @@ Shapes: B rows, P predictions in a row, V outputs, U test units, N predictions o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -83,6 +83,23 @@ class Quality:
         return -value if self.higher_is_better else value
 
 
+UnitColumns = Mapping[str, NDArray[Any]]  # numbers of each test unit, by name: (U,) each
+
+
+@dataclass(frozen=True)
+class FurtherMetric:
+    """A metric that is reported beside the quality and not judged.
+
+    ``value`` gives it for each resample of the units, from their columns and how often each was drawn: (S, U) to (S,).
+    """
+
+    name: str
+    title: str
+    unit: str
+    higher_is_better: bool
+    value: Callable[[UnitColumns, NDArray[np.float64]], NDArray[np.float64]]
+
+
 @dataclass(frozen=True)
 class FileScores:
     """One exported file on every unit of the test split, the units in ascending order of their ids.
@@ -96,6 +113,7 @@ class FileScores:
     size: NDArray[np.int64]  # and what it divides by
     predictions: NDArray[np.int64]
     choices_N: NDArray[np.int32]
+    columns: UnitColumns = field(default_factory=dict)  # what the task's further metrics are made from
 
 
 def agreements(scores: FileScores, teacher: FileScores) -> NDArray[np.int64]:
@@ -145,6 +163,7 @@ class Task(Protocol):
     unit: str  # what one prediction is of, such as "token"
     test_unit: str  # what is resampled, such as "document"
     quality: Quality
+    further: tuple[FurtherMetric, ...]
     losses: frozenset[Loss]
     speed: str  # the metric of an engine's speed, such as "decode_tokens_per_s"
     speed_unit: str

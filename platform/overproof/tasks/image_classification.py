@@ -16,6 +16,7 @@ from overproof.config.data import DataSection
 from overproof.errors import InputError
 from overproof.models.base import DataShape, Prediction
 from overproof.tasks.base import CardWords, FileScores, Loss, Metric, Quality
+from overproof.tasks.class_metrics import CLASS_METRICS
 from overproof.tasks.http import MOST_ROWS, ModelRequest
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class ImageClassification:
     section = ImageClassificationData
     unit, test_unit = "image", "image"
     quality = Quality("accuracy", "accuracy", "share", higher_is_better=True, relative=False)
+    further = CLASS_METRICS
     losses: frozenset[Loss] = frozenset({"outputs", "attention", "hidden_states"})
     speed, speed_unit = "images_per_s", "images/s"
     label_column = "label"

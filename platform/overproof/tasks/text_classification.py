@@ -20,6 +20,7 @@ from overproof.data.manifest import TOKENIZER
 from overproof.errors import InputError
 from overproof.models.base import DataShape, Prediction
 from overproof.tasks.base import CardWords, FileScores, Loss, Metric, Quality
+from overproof.tasks.class_metrics import CLASS_METRICS
 from overproof.tasks.http import MOST_ROWS, ModelRequest, UnicodeText
 from overproof.tasks.image_classification import classified, same_classes
 
@@ -115,6 +116,7 @@ class TextClassification:
     section = TextClassificationData
     unit, test_unit = "text", "text"
     quality = Quality("accuracy", "accuracy", "share", higher_is_better=True, relative=False)
+    further = CLASS_METRICS
     losses: frozenset[Loss] = frozenset({"outputs", "attention", "hidden_states"})
     speed, speed_unit = "texts_per_s", "texts/s"
     label_column = "label"
