@@ -64,6 +64,8 @@ FAMILIES: Registry[ModelFamily] = Registry(
         "vit": "models.vit:FAMILY",
         "mlp": "models.mlp:FAMILY",
         "bert": "models.bert:FAMILY",
+        "distilbert": "models.distilbert:FAMILY",
+        "roberta": "models.roberta:FAMILY",
     },
 )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from overproof.config import Pretrained, TeacherLayers
+from overproof.config import Pretrained, TeacherLayers, Train
 from overproof.data.manifest import Manifest
 from overproof.distill.feature_losses import capture_layers, relation_loss
 from overproof.distill.student_init import keep_layers
@@ -20,6 +20,7 @@ from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
 from overproof.export import stage
 from overproof.export.onnx_file import Reference, export_onnx, quantize_onnx
+from overproof.models import zero_memory
 from overproof.models.encoder import Encoder, EncoderFamily, encoder_inputs
 from overproof.models.hf_directory import build_model, count_parameters, load_model, load_start, save_model, shape_of
 from overproof.models.sizes import model_size, student_size
@@ -187,3 +188,29 @@ def test_exports_are_the_model_and_int8_holds_its_embeddings(kind: str, tmp_path
     tables = {t.name: t for t in onnx.load(int8).graph.initializer if list(t.dims) == [VOCABULARY, 32]}
     assert [t.data_type for t in tables.values()] == [onnx.TensorProto.UINT8]
     assert int8.stat().st_size < 0.5 * fp32.stat().st_size
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", FAMILY)
+def test_activations_are_what_autograd_keeps(kind: str, precision: str) -> None:
+    """Beside the mask, which all layers share. The logits and their log-softmax are kept by the loss."""
+    train = Train.model_validate(
+        {"model": section(kind), "steps": 1, "batch_size": 64, "learning_rate": 1e-3, "workers": 1,
+         "precision": precision, "zero_stage": 1}
+    )  # fmt: skip
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    model = build_model(section(kind), manifest(), 0).to(dtype)
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, dict[int, torch.Tensor]()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights and tensor.is_floating_point():
+            kept[address] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        TASKS["text_classification"].predict(model, batch(rows=64))
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    size = model_size(section(kind), shape_of(manifest()))
+    logits_bytes = 64 * zero_memory.logits_memory(size.outputs, dtype.itemsize)
+    assert found == pytest.approx(zero_memory.activation_memory(size, train, 1) - logits_bytes, rel=0.05)

@@ -94,9 +94,8 @@ class EncoderFamily:
         }
         return getattr(transformers, f"{self.prefix}Config")(
             **{self.fields.get(name, name): value for name, value in sizes.items()},
-            **self.settings,
+            **{"pad_token_id": shape.details["padding"], **self.settings},
             **_labels(shape),
-            pad_token_id=shape.details["padding"],
             initializer_range=section.initializer_range,
             attn_implementation="sdpa",
         )
