@@ -6,13 +6,16 @@ import csv
 import hashlib
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from finished import RECIPES
@@ -21,10 +24,13 @@ from overproof.config import Recipe, load_recipe
 from overproof.data.manifest import SPLITS, TOKENIZER, Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.data.prepare import prepare
+from overproof.distill.losses import distillation_loss
 from overproof.errors import InputError
+from overproof.models.hf_directory import to_tensors
 from overproof.registry import TASKS
 from overproof.stage_context import Notice, Progress, ProgressEvent, StageContext, no_progress
 from overproof.tasks.texts import encode_texts, read_tokenizer
+from overproof.train.objective import CrossEntropy
 from text_classes import WORDS, labelled_texts, write_base, write_jsonl
 
 TEXTS = labelled_texts()
@@ -130,6 +136,41 @@ def test_a_text_stands_once_and_in_one_class(tmp_path: Path) -> None:
     assert Manifest.read(found[1]).dropped == {"duplicates": 8, "texts of several classes": 1}
 
 
+@pytest.mark.parametrize("chosen", ["balanced", "{plant: 3.0, food: 0.5}"])
+def test_classes_count_by_their_weights(chosen: str, tmp_path: Path) -> None:
+    """In the labels' loss and in the teacher's, and the same however a batch is shared between workers."""
+    texts = [(text, label) for number, (text, label) in enumerate(TEXTS) if label == "food" or number % 4 == 0]
+    source = f"{{kind: jsonl, path: {write_jsonl(tmp_path / 't.jsonl', texts)}}}"
+    root = prepared(recipe(tmp_path, source, f"data.class_weights={chosen}"))
+    shards = Shards(root, "train")
+    columns = shards.take(np.arange(shards.rows))
+    names = np.array(Manifest.read(root).details["classes"])[columns["label"]]
+    weight = {name: columns["weight"][names == name] for name in WORDS}
+    assert columns["weight"].mean() == pytest.approx(1)
+    if chosen == "balanced":
+        assert weight["food"].sum() == pytest.approx(weight["plant"].sum()) == pytest.approx(weight["animal"].sum())
+    else:
+        ratios = (weight["plant"][0] / weight["animal"][0], weight["food"][0] / weight["animal"][0])
+        assert ratios == pytest.approx((3, 0.5))
+    logits = torch.randn(shards.rows, 3, generator=torch.Generator().manual_seed(0))
+    batch = to_tensors(columns)
+
+    def model(input_ids: torch.Tensor, **_: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=logits[: len(input_ids)])
+
+    predict = partial(TASKS["text_classification"].predict, model)  # type: ignore[arg-type]
+    each = torch.nn.functional.cross_entropy(logits, batch["label"], reduction="none")
+    expected = float((each * batch["weight"]).mean())
+    found, _ = CrossEntropy(lambda _, rows: predict(rows)).loss(torch.nn.Identity(), batch)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    prediction = predict(batch)
+    terms = distillation_loss(
+        prediction.logits_BPV, prediction.targets_BP, prediction.mask_BP, None, prediction.logits_BPV, 1.0, 0.25
+    )
+    assert float(terms.cross_entropy) == pytest.approx(expected, rel=1e-5)
+    assert float(terms.divergence) == pytest.approx(0, abs=1e-6)
+
+
 def other_tokenizers() -> dict[str, Tokenizer]:
     """Byte-level BPE with RoBERTa's special tokens, and a unigram model without any."""
     texts = [text for text, _ in TEXTS]
@@ -223,6 +264,12 @@ def test_files_that_cannot_be_used_are_named(name: str, content: bytes, words: s
     path = tmp_path / "in" if kind == "folder" else file.with_suffix(f".{kind}")
     with pytest.raises(InputError, match=words):
         prepared(recipe(tmp_path, f"{{kind: {kind}, path: {path}}}"))
+
+
+def test_a_weight_of_no_class_is_refused(tmp_path: Path) -> None:
+    source = f"{{kind: jsonl, path: {write_jsonl(tmp_path / 't.jsonl', TEXTS)}}}"
+    with pytest.raises(InputError, match=r"data\.class_weights\.fod: there is no such class, nearest is 'food'"):
+        prepared(recipe(tmp_path, source, "data.class_weights={fod: 2.0}"))
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's outputs for a batch, what they should be, and which of them count."""
+    """A model's outputs for a batch, what they should be, and which of them count, or how much.
+
+    A mean over them is the sum of each times its mask, by the number of those that count: weights whose mean is 1 leave
+    it what it is, however rows are shared between workers.
+    """
 
     logits_BPV: Tensor
     targets_BP: Tensor
-    mask_BP: Tensor  # bool
+    mask_BP: Tensor  # bool, or weights of 0 and more
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,11 @@ class TextClassificationData(DataSection):
     sequence_length: int = Field(
         128, ge=4, le=8192, description="Tokens in a row, special ones included; what is longer is cut, and counted."
     )
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        description="How much a text counts in the losses: balanced, by how rare its class is; or a number for each "
+        "class, 1 where there is none. They are scaled to a mean of 1.",
+    )
 
 
 def _written(text: str) -> str:
@@ -141,14 +146,17 @@ class TextClassification:
         return prepare_texts(context)
 
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
-        """A classifier of texts on the columns ``tokens`` (B, T) and ``label`` (B)."""
+        """A classifier of texts on the columns ``tokens`` (B, T), ``label`` (B) and, where classes have one, ``weight``
+        (B).
+        """
         import torch
 
         from overproof.models.encoder import encoder_inputs
 
         targets_BP = batch["label"][:, None]
         logits_BPV = model(**encoder_inputs(batch["tokens"])).logits[:, None, :]
-        return Prediction(logits_BPV, targets_BP, torch.ones_like(targets_BP, dtype=torch.bool))
+        mask_BP = batch["weight"][:, None] if "weight" in batch else torch.ones_like(targets_BP, dtype=torch.bool)
+        return Prediction(logits_BPV, targets_BP, mask_BP)
 
     def feature_mask(self, batch: Batch, states_BPD: Tensor) -> Tensor:
         from overproof.models.encoder import PADDING

@@ -118,11 +118,14 @@ def prepare_texts(context: StageContext) -> Manifest:
         longer = f"{encoded.truncated:,} of {len(labels_R):,} texts are longer than {data.sequence_length} tokens"
         context.progress(Notice(f"{longer} (data.sequence_length) and are cut"))
     context.progress(TaskProgress("prepare", 2, 3, f"writing {len(labels_R):,} texts"))
-    columns = (
+    columns: tuple[Column, ...] = (
         Column(name="tokens", dtype="<i4", shape=(data.sequence_length,)),
         Column(name="label", dtype="<i4"),
     )
     rows: dict[str, NDArray[Any]] = {"tokens": encoded.tokens_RT, "label": labels_R}
+    if data.class_weights is not None:
+        columns += (Column(name="weight", dtype="<f4"),)
+        rows["weight"] = _weights(data.class_weights, found.classes, labels_R[splits["train"]])[labels_R]
     written = write_splits(rows, splits, columns, data, context.draft.uri, "texts")
     write_file(context.draft.uri, TOKENIZER, content)
     example = found.texts[int(splits["test"][0])][:EXAMPLE_CHARACTERS]
@@ -254,6 +257,21 @@ def _require_train_texts(found: Texts, labels_R: NDArray[np.int32], train: NDArr
             f"data: class {name!r} has {Counter(found.labels)[name]} texts, and none falls into the train split; "
             "expected several texts of each class: give more, or leave the class out"
         )
+
+
+def _weights(chosen: Any, classes: list[str], train_labels_R: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Of each class; their mean over the train texts is 1."""
+    counts_V = np.bincount(train_labels_R, minlength=len(classes))
+    if chosen == "balanced":
+        weights_V = 1 / counts_V
+    else:
+        for name in chosen:
+            if name not in classes:
+                near = suggest_name(name, classes)
+                raise InputError(f"data.class_weights.{name}: there is no such class{near}; expected one of {classes}")
+        weights_V = np.array([chosen.get(name, 1.0) for name in classes])
+    scaled: NDArray[np.float32] = (weights_V * counts_V.sum() / (weights_V @ counts_V)).astype(np.float32)
+    return scaled
 
 
 def _files(source: Any) -> list[fs.FileInfo]:
