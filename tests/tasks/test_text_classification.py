@@ -78,6 +78,8 @@ def test_a_base_is_fine_tuned_distilled_judged_and_served(
     package = open_package(folder)
     measured = package.measured.metrics
     assert measured["accuracy"].value > 0.8
+    for name in ("macro_f1", "calibration_error"):
+        assert 0 <= measured[name].low <= measured[name].high <= 1  # type: ignore[operator]
     assert package.content.companions == ("tokenizer.json",)
     manifest = Manifest.read(done["prepare"].local())
     assert json.loads((done["train"].local() / "model/config.json").read_text())["id2label"]["1"] == "food"
@@ -106,6 +108,7 @@ def test_a_base_is_fine_tuned_distilled_judged_and_served(
         assert words in refused.json()["error"]["message"]
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card
+    assert "| macro F1, % | calibration error, % |" in card
     assert "A classifier of texts of up to 16 tokens" in card
     assert f"{manifest.details['truncated']:,} of the" in card
     line = TASK.describe_reply({"texts": list(texts)}, reply.json())
