@@ -13,4 +13,5 @@ from overproof.serve.response_builder import ServedModel, model_info
 
 def one(package: Path, engine: Any, max_tokens: int = 32, calls: int = 4) -> SingleModel:
     """A registry of this package alone, answered by this engine."""
-    return SingleModel(ServedModel(model_info(open_package(package)), ThreadedEngine(engine, calls), max_tokens))
+    info = model_info(open_package(package))
+    return SingleModel(ServedModel(info, ThreadedEngine(engine, calls), max_tokens, str(package)))

@@ -53,6 +53,7 @@ TASKS: Registry[Task] = Registry(
         "image_classification": "tasks.image_classification:TASK",
         "tabular_classification": "tasks.tabular:CLASSIFICATION",
         "tabular_regression": "tasks.tabular:REGRESSION",
+        "text_classification": "tasks.text_classification:TASK",
     },
 )
 
@@ -74,6 +75,9 @@ FAMILIES: Registry[ModelFamily] = Registry(
         "causal_lm": "models.causal_lm:FAMILY",  # any other decoder: after those
         "vit": "models.vit:FAMILY",
         "mlp": "models.mlp:FAMILY",
+        "bert": "models.bert:FAMILY",
+        "distilbert": "models.distilbert:FAMILY",
+        "roberta": "models.roberta:FAMILY",
     },
 )
 

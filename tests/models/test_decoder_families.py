@@ -305,14 +305,14 @@ def test_padding_beyond_the_datas_vocabulary_is_cut_off(
         task="language_modeling", columns=(), splits={}, rows_per_group=4, positions=POSITIONS, outputs=fewer,
         tokenizer_sha256="0" * 64,
     )  # fmt: skip
-    found = hf_directory.load_pretrained(folder, manifest)
+    found = hf_directory.load_start(folder, manifest, 0)
     tokens_BS = some_tokens() % fewer
     expected = model(input_ids=tokens_BS, use_cache=False).logits[..., :fewer]
     torch.testing.assert_close(found(input_ids=tokens_BS, use_cache=False).logits, expected, rtol=0, atol=1e-6)
     planned = model_size(Pretrained(path=str(folder)), replace(SHAPE, outputs=fewer))
     assert (planned.outputs, planned.parameters) == (fewer, hf_directory.count_parameters(found))
     with pytest.raises(InputError, match=f"a vocabulary of {VOCABULARY}; the data's has 321"):
-        hf_directory.load_pretrained(folder, manifest.model_copy(update={"outputs": 321}))
+        hf_directory.load_start(folder, manifest.model_copy(update={"outputs": 321}), 0)
 
 
 def test_a_window_that_llama_cpp_does_not_know_ends_the_context(tmp_path: Path, tokenizer: Path) -> None:

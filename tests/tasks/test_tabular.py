@@ -48,7 +48,7 @@ def ask(app: Any, path: str, **body: Any) -> httpx.Response:
 
 def test_rows_are_read_by_column_in_any_order() -> None:
     rows = [ROW, dict(reversed(ROW.items())), ROW | {"age": None, "colour": None, "grade": 2.0}]
-    found = REGRESSION.inputs(RowsRequest(rows=rows), DETAILS)
+    found = REGRESSION.inputs(RowsRequest(rows=rows), DETAILS, Path())
     np.testing.assert_array_equal(found, [[3, 2, 1, 2], [3, 2, 1, 2], [np.nan, np.nan, 1, 1]])
 
 
@@ -69,7 +69,7 @@ def test_rows_are_read_by_column_in_any_order() -> None:
 )
 def test_rows_that_the_model_cannot_read_are_refused(row: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        REGRESSION.inputs(RowsRequest(rows=[row]), DETAILS)
+        REGRESSION.inputs(RowsRequest(rows=[row]), DETAILS, Path())
 
 
 @pytest.mark.parametrize(

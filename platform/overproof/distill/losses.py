@@ -97,7 +97,7 @@ def distillation_loss(
 def prediction_weights(mask_BP: Tensor, dtype: torch.dtype) -> Tensor:
     """Each prediction's share of the mean, (N), in the precision to work in: single at least."""
     counted_N = mask_BP.flatten().to(torch.promote_types(dtype, torch.float32))
-    return counted_N / counted_N.sum().clamp(min=1)
+    return counted_N / (counted_N > 0).sum().clamp(min=1)
 
 
 def loss_in_one_pass(

@@ -13,7 +13,7 @@ from overproof.config import ModelSection, Pretrained, TeacherLayers
 from overproof.data.manifest import Manifest
 from overproof.errors import InputError
 from overproof.models import pretrained
-from overproof.models.hf_directory import build_model, layer_names, load_model, load_pretrained
+from overproof.models.hf_directory import build_model, layer_names, load_model, load_start
 
 
 def initial_student(chosen: ModelSection, manifest: Manifest, seed: int, teacher: Path) -> PreTrainedModel:
@@ -23,7 +23,7 @@ def initial_student(chosen: ModelSection, manifest: Manifest, seed: int, teacher
         InputError: the model does not fit the data, a directory cannot be loaded, or the teacher has too few layers.
     """
     if isinstance(chosen, Pretrained):
-        return load_pretrained(pretrained.fetch_pretrained(chosen.path), manifest).train()
+        return load_start(pretrained.fetch_pretrained(chosen.path), manifest, seed).train()
     if isinstance(chosen, TeacherLayers):
         model = load_model(teacher)
         return keep_layers(model, chosen.of(model.config.num_hidden_layers)).train()

@@ -149,7 +149,7 @@ class TargetWorker(TeacherWorker):
         if np.isnan(found["label_logprob"]).any():
             raise InputError(f"the teacher's outputs for row {sample_ids[0]} and after are not finite; train it again")
         inputs = {cache.layout.label_column: rows[cache.layout.label_column]}
-        mask = prediction.mask_BP.cpu().numpy()
+        mask = (prediction.mask_BP > 0).cpu().numpy()
         return cache.layout.encode({"sample_id": sample_ids, **inputs, "mask": mask, **found})
 
 

@@ -5,7 +5,7 @@ Shapes: U test units (documents, images or rows), E exports, S resamples, C colu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overproof.files import FrozenModel
-from overproof.tasks.base import Metric, Quality
+from overproof.tasks.base import FurtherMetric, Metric, Quality, UnitColumns
 
 CHUNK_COUNTS = 1 << 22  # resample counts held at once
 
@@ -101,16 +101,20 @@ def resampled_sums(columns_UC: NDArray[np.float64], bootstrap: Bootstrap) -> NDA
 
     Every column sees the same draws, so figures of two exports are paired. Memory does not grow with S * U.
     """
-    units = len(columns_UC)
+    return np.concatenate([counts_SU @ columns_UC for counts_SU in _resampled_counts(len(columns_UC), bootstrap)])
+
+
+def _resampled_counts(units: int, bootstrap: Bootstrap) -> Iterator[NDArray[np.float64]]:
+    """How often each unit is drawn, (S, U), some resamples at a time; the same for each call."""
     generator = np.random.default_rng(bootstrap.seed)
     chunk = max(1, CHUNK_COUNTS // units)
-    sums = []
     for start in range(0, bootstrap.samples, chunk):
-        rows = min(chunk, bootstrap.samples - start)
-        drawn = generator.integers(0, units, (rows, units)) + units * np.arange(rows)[:, None]
-        counts_SU = np.bincount(drawn.ravel(), minlength=rows * units).reshape(rows, units)
-        sums.append(counts_SU.astype(np.float64) @ columns_UC)
-    return np.concatenate(sums)
+        yield _draw(generator, min(chunk, bootstrap.samples - start), units)
+
+
+def _draw(generator: np.random.Generator, rows: int, units: int) -> NDArray[np.float64]:
+    drawn = generator.integers(0, units, (rows, units)) + units * np.arange(rows)[:, None]
+    return np.bincount(drawn.ravel(), minlength=rows * units).reshape(rows, units).astype(np.float64)
 
 
 def percentiles(values_S: NDArray[np.float64], units: int, confidence: float) -> tuple[float | None, float | None]:
@@ -153,6 +157,21 @@ def quality_metrics(
         for i, name in enumerate(names)
     }
     return metrics, tuple(_comparisons(quality, names, quality_E, quality_SE, units, bootstrap.confidence))
+
+
+def further_metrics(
+    further: Sequence[FurtherMetric], columns: UnitColumns, units: int, bootstrap: Bootstrap
+) -> dict[str, Metric]:
+    """An export's further metrics, from the columns of its units and the resamples that its quality has."""
+    if not further:
+        return {}
+    drawn = [[each.value(columns, counts_SU) for each in further] for counts_SU in _resampled_counts(units, bootstrap)]
+    found = {}
+    for number, each in enumerate(further):
+        (value,) = each.value(columns, np.ones((1, units)))
+        low, high = percentiles(np.concatenate([part[number] for part in drawn]), units, bootstrap.confidence)
+        found[each.name] = Metric(value=float(value), low=low, high=high, unit=each.unit, n=units)
+    return found
 
 
 def _columns(units: PerExampleSums) -> tuple[NDArray[np.float64], ...]:

@@ -17,7 +17,7 @@ from overproof.cluster.ray_cluster import run_tasks
 from overproof.config import Recipe
 from overproof.data.manifest import Manifest
 from overproof.evaluate.gate import judge
-from overproof.evaluate.metrics import Bootstrap, MeasuredFile, PerExampleSums, Report, quality_metrics
+from overproof.evaluate.metrics import Bootstrap, MeasuredFile, PerExampleSums, Report, further_metrics, quality_metrics
 from overproof.evaluate.stopping import next_count, widest
 from overproof.export.stage import Export, read_exports
 from overproof.files import read_json
@@ -55,8 +55,10 @@ def make_report(
     recipe: Recipe, exports: tuple[Export, ...], scored: Scored, engines: Mapping[str, Mapping[str, Metric]]
 ) -> Report:
     """Figures with intervals from the scores, and the engine's beside them."""
-    quality, scores = TASKS[recipe.data.kind].quality, scored.scores
-    metrics, comparisons = quality_metrics(quality, _sums(scores), _bootstrap(recipe))
+    task, scores = TASKS[recipe.data.kind], scored.scores
+    bootstrap = _bootstrap(recipe)
+    metrics, comparisons = quality_metrics(task.quality, _sums(scores), bootstrap)
+    further = {name: further_metrics(task.further, s.columns, len(s.units), bootstrap) for name, s in scores.items()}
     measured = tuple(
         MeasuredFile(
             name=export.name,
@@ -66,7 +68,10 @@ def make_report(
             sha256=scores[export.name].sha256,
             candidate=export.candidate,
             metrics={
-                **{name: m.model_copy(update={"of": scored.available}) for name, m in metrics[export.name].items()},
+                **{
+                    name: m.model_copy(update={"of": scored.available})
+                    for name, m in (metrics[export.name] | further[export.name]).items()
+                },
                 "scoring_s": Metric(value=scored.seconds[export.name], unit="s", n=len(scores[export.name].units)),
                 **engines[export.name],
             },
@@ -75,7 +80,7 @@ def make_report(
     )
     return Report(
         task=recipe.data.kind,
-        quality=quality.name,
+        quality=task.quality.name,
         engine=recipe.engine,
         computes_with=ENGINES[recipe.engine].computes_with,
         confidence=recipe.evaluate.confidence,

@@ -38,9 +38,9 @@ def widest(
 ) -> float | None:  # fmt: skip
     """The half-width of the widest interval that a rule looks at, as a share of what the rule allows.
 
-    A regression allows ``at_most``, an improvement ``at_least``, agreement and what is kept what is left to 1. Where that is 0 the share
-    is infinite, and where there is no interval yet, or one without width: that two files did not differ on few units
-    says only that they differ rarely. None: no rule looks at an interval.
+    A regression allows ``at_most``, an improvement ``at_least``, agreement and what is kept what is left to 1. Where
+    that is 0 the share is infinite, and where there is no interval yet, or one without width: that two files did not
+    differ on few units says only that they differ rarely. None: no rule looks at an interval.
     """
     compared = {(c.name, c.against): c for c in comparisons}
     shares = []

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from overproof.config.export import FormatSection
+from overproof.data.manifest import TOKENIZER
 from overproof.export.base import ExportContext
 from overproof.registry import FAMILIES
 
@@ -55,7 +56,7 @@ class OnnxFormat:
         from overproof.export.onnx_file import flat_classifier
 
         classifier = flat_classifier(source)
-        inputs_BD = np.random.default_rng(0).random((CHECKED_ROWS, classifier.width), np.float32)
+        inputs_BD = classifier.family.sample_rows(classifier.model.config, CHECKED_ROWS, np.random.default_rng(0))
         with torch.inference_mode():
             expected_BV = classifier(torch.from_numpy(inputs_BD)).numpy()
         return float(np.abs(expected_BV - self.read_back(file)(inputs_BD)).max()), SINGLE_PRECISION_NATS
@@ -67,8 +68,8 @@ class OnnxFormat:
         return Reference(file)
 
     def companions(self, context: ExportContext) -> Mapping[str, Path]:
-        del context
-        return {}
+        """The tokenizer, where rows are of tokens: requests hold text."""
+        return {} if context.tokenizer is None else {TOKENIZER: context.tokenizer}
 
 
 FORMAT = OnnxFormat()

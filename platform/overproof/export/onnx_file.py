@@ -6,6 +6,7 @@ Every file takes ``inputs`` (B, D) float32 and gives ``logprobs`` (B, V) float32
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ from overproof.models.sizes import family_of
 
 OPSET = 20
 # Of the patch convolution there is little to gain: it is small, and ONNX Runtime has no fast int8 kernel for it.
-QUANTIZED = ["MatMul", "Gemm"]
+QUANTIZED = ["MatMul", "Gemm", "Gather"]
+SMALL_TABLE = 4096  # numbers: of smaller tables of embeddings, such as those of categories, there is little to gain
 LOUD = ("torch.onnx", "onnxscript", "onnx_ir", "root")
 
 
@@ -75,7 +77,7 @@ def export_onnx(model: Path, path: Path) -> None:
 
 
 def quantize_onnx(source: Path, path: Path) -> None:
-    """Write an fp32 file again with int8 weights, one scale for each output channel.
+    """Write an fp32 file again with int8 weights, one scale for each output channel, or for a table of embeddings.
 
     Activations are quantised while running, one scale for a whole batch: a row's answer depends a little
     on the rows it is asked about with. Weights keep seven bits, since AVX2's int8 products overflow on eight.
@@ -86,11 +88,19 @@ def quantize_onnx(source: Path, path: Path) -> None:
             source,
             quantized,
             op_types_to_quantize=QUANTIZED,
+            nodes_to_exclude=_lookups_in_small_tables(onnx.load(source).graph),
             per_channel=True,
             reduce_range=True,
             weight_type=QuantType.QInt8,
         )
         _write(onnx.load(quantized), path)
+
+
+def _lookups_in_small_tables(graph: onnx.GraphProto) -> list[str]:
+    """Names of the nodes."""
+    sizes = {table.name: math.prod(table.dims) for table in graph.initializer}
+    gathers = (node for node in graph.node if node.op_type == "Gather")
+    return [node.name for node in gathers if sizes.get(node.input[0], 0) < SMALL_TABLE]
 
 
 class Reference:
@@ -105,7 +115,9 @@ class Reference:
 
     def __call__(self, inputs_BD: NDArray[np.float32]) -> NDArray[np.float32]:
         """Log-probabilities (B, V)."""
-        logprobs_BV: NDArray[np.float32] = self._evaluator.run(["logprobs"], {"inputs": inputs_BD})[0]
+        logprobs_BV: NDArray[np.float32] = self._evaluator.run(["logprobs"], {"inputs": inputs_BD.astype(np.float32)})[
+            0
+        ]
         return logprobs_BV
 
 

@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from overproof.config.models import ModelSection
 
 if TYPE_CHECKING:
@@ -23,11 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's outputs for a batch, what they should be, and which of them count."""
+    """A model's outputs for a batch, what they should be, and which of them count, or how much.
+
+    A mean over them is the sum of each times its mask, by the number of those that count: weights whose mean is 1 leave
+    it what it is, however rows are shared between workers.
+    """
 
     logits_BPV: Tensor
     targets_BP: Tensor
-    mask_BP: Tensor  # bool
+    mask_BP: Tensor  # bool, or weights of 0 and more
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,15 @@ class LayerNames:
     def has_attention(self) -> bool:
         """Whether queries, keys and values can be looked at."""
         return self.queries is not None or self.fused is not None
+
+
+@dataclass(frozen=True)
+class BaseNames:
+    """Where a directory may differ from a model of the data's classes, as names of modules from the whole model."""
+
+    output: str  # the layer that gives the logits; it is made anew where the directory has it for other classes
+    optional: tuple[str, ...]  # what a base may lack, which is then made anew, or have beside, which is left out
+    positions: str | None  # the table of positions, which is cut to the length of the rows
 
 
 class ModelFamily(Protocol):
@@ -120,5 +136,25 @@ class ArrayFamily(Protocol):
     def width(self, config: Any) -> int:
         """D: numbers in a row of a model of this configuration."""
 
+    def sample_rows(self, config: Any, rows: int, generator: np.random.Generator) -> NDArray[np.float32]:
+        """Rows (B, D) that such a model may be asked about, drawn at random: exports are checked on them."""
+
     def flat_logits(self, model: Any, inputs_BD: Tensor) -> Tensor:
         """Logits (B, V) of rows whose numbers lie flat, in the order in which a shard has them."""
+
+
+@runtime_checkable
+class BaseFamily(Protocol):
+    """What a family has beside whose directories may hold a base: weights that were trained for other outputs."""
+
+    base: BaseNames
+
+    def fitted(self, config: Any, shape: DataShape) -> Any:
+        """A directory's configuration, changed for data of this shape.
+
+        Raises:
+            InputError: the model cannot take such rows.
+        """
+
+    def same_outputs(self, config: Any, shape: DataShape) -> bool:
+        """Whether the directory's outputs are the data's, in their order."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.data.tokenization import END
 from overproof.errors import InputError
 from overproof.files import file_sha256
-from overproof.models.base import DataShape, LayerNames, ModelFamily
+from overproof.models.base import BaseFamily, DataShape, LayerNames, ModelFamily
 from overproof.models.pretrained import WEIGHTS, refuse_pickles, weight_files
 from overproof.models.sizes import family_of
 from overproof.registry import FAMILIES
@@ -48,10 +48,14 @@ def build_model(section: ModelSection, manifest: Manifest, seed: int) -> PreTrai
         )
     config = family.configuration(section, shape)
     config.architectures = [family.architectures[0]]
+    return _fresh(family, config, seed).train()
+
+
+def _fresh(family: ModelFamily, config: Any, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = family.model_class()(config)
-    return model.train()
+    return model
 
 
 def shape_of(manifest: Manifest) -> DataShape:
@@ -71,7 +75,47 @@ def load_model(path: Path) -> PreTrainedModel:
     Raises:
         InputError: a pickle lies there, no safetensors do, the architecture is unknown, or weights do not fit.
     """
-    path = Path(path)
+    model, wrong = _read(Path(path))
+    _refuse(path, wrong)
+    return model
+
+
+def load_start(path: Path, manifest: Manifest, seed: int) -> PreTrainedModel:
+    """A directory's model as training starts from it, in evaluation mode.
+
+    One that was trained for other outputs is fitted to the data, where its family has a ``base``: what it lacks is
+    made anew, a function of the seed; the output layer, too, unless it is of the data's classes; the table of
+    positions is cut to the length of the rows.
+
+    Raises:
+        InputError: as ``load_model``, or it cannot take the data's rows.
+    """
+    model, wrong = _read(Path(path))
+    _, family = family_of({"architectures": model.config.architectures}, path)
+    if not isinstance(family, BaseFamily):
+        _refuse(path, wrong)
+        return _cut_vocabulary(model, path, manifest)
+    names, shape = family.base, shape_of(manifest)
+    _refuse(path, {kind: [key for key in keys if not key.startswith(names.optional)] for kind, keys in wrong.items()})
+    config = family.fitted(model.config, shape)
+    config.architectures = [family.architectures[0]]
+    fitted, state = _fresh(family, config, seed).eval(), model.state_dict()
+    anew = set(wrong.get("missing_keys", ()))
+    if not family.same_outputs(model.config, shape):
+        anew |= {name for name in state if name.startswith(f"{names.output}.")}
+    table = f"{names.positions}.weight"
+    if table in state:
+        state[table] = state[table][: len(fitted.state_dict()[table])]
+    fitted.load_state_dict({name: value for name, value in state.items() if name not in anew}, strict=False)
+    return fitted
+
+
+def _read(path: Path) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    """A directory's model in evaluation mode, and the names of weights that are missing, too many or of another shape.
+
+    Raises:
+        InputError: a pickle lies there, no safetensors do, or the architecture is unknown.
+    """
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; expected a Hugging Face model directory")
     refuse_pickles(path, (file.name for file in path.rglob("*")))
@@ -93,21 +137,18 @@ def load_model(path: Path) -> PreTrainedModel:
         raise InputError(f"{path}: not safetensors: {error}") from None
     except ValueError as error:
         raise InputError(f"{path}: transformers cannot build it: {str(error).splitlines()[0]}") from None
-    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-    if wrong:
-        kind, keys = next(iter(wrong.items()))
-        raise InputError(f"{path}: weights do not fit config.json: {kind.replace('_', ' ')}: {keys[0]}")
-    return model.eval()
+    return model.eval(), {kind: sorted(map(str, keys)) for kind, keys in info.items()}
 
 
-def load_pretrained(path: Path, manifest: Manifest) -> PreTrainedModel:
-    """A directory's model, to be trained on data: a vocabulary that has more entries than the data's ends with it, for
-    those are padding, of which models of one tokenizer have more or less.
+def _refuse(path: Path, wrong: Mapping[str, Sequence[str]]) -> None:
+    for kind, keys in wrong.items():
+        if keys:
+            raise InputError(f"{path}: weights do not fit config.json: {kind.replace('_', ' ')}: {keys[0]}")
 
-    Raises:
-        InputError: as ``load_model``, or its vocabulary has fewer entries than the data's.
-    """
-    model = load_model(path)
+
+def _cut_vocabulary(model: PreTrainedModel, path: Path, manifest: Manifest) -> PreTrainedModel:
+    """A vocabulary that has more entries than the data's ends with it: those are padding, of which models of one
+    tokenizer have more or less."""
     if manifest.tokenizer_sha256 is not None:
         found = model.config.vocab_size
         if found < manifest.outputs:
@@ -185,8 +226,9 @@ def save_model(
         shutil.copyfile(tokenizer, path / TOKENIZER)
         described = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": END,
-            "eos_token": END,
+            **(
+                {"bos_token": END, "eos_token": END} if json.dumps(END) in tokenizer.read_text(encoding="utf-8") else {}
+            ),
             "model_max_length": config.max_position_embeddings,
             "clean_up_tokenization_spaces": False,
         }

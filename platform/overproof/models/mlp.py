@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from overproof.config.base import Count
@@ -101,6 +103,14 @@ class MlpFamily:
 
     def width(self, config: Any) -> int:
         return len(config.categories)
+
+    def sample_rows(self, config: Any, rows: int, generator: np.random.Generator) -> NDArray[np.float32]:
+        """Numbers as far from their means as the train rows', and every category."""
+        columns = [
+            generator.integers(0, count, rows) if count else generator.normal(mean, deviation, rows)
+            for count, mean, deviation in zip(config.categories, config.means, config.deviations, strict=True)
+        ]
+        return np.stack(columns, axis=1).astype(np.float32)
 
     def flat_logits(self, model: Any, inputs_BD: Tensor) -> Tensor:
         logits_BV: Tensor = model(features=inputs_BD).logits

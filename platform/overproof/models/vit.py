@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from overproof.config.base import Count
@@ -113,6 +115,9 @@ class VitFamily:
     def width(self, config: Any) -> int:
         height, width = _image_size(config.image_size)
         return int(config.num_channels) * height * width
+
+    def sample_rows(self, config: Any, rows: int, generator: np.random.Generator) -> NDArray[np.float32]:
+        return generator.random((rows, self.width(config)), np.float32)
 
     def flat_logits(self, model: Any, inputs_BD: Tensor) -> Tensor:
         images_BCHW = inputs_BD.reshape(-1, model.config.num_channels, *_image_size(model.config.image_size))

@@ -129,13 +129,17 @@ def _table(report: Report, verdict: Verdict) -> list[tuple[str, ...]]:
 def _columns(report: Report) -> dict[str, tuple[str, float, int]]:
     """The metrics that are shown: title, factor and decimals of each."""
     task = TASKS[report.task]
-    share = task.quality.unit == "share"
     return {
-        report.quality: (f"{task.quality.title}{', %' if share else ''}", 100 if share else 1, 2 if share else 4),
+        report.quality: _percent(task.quality.title, task.quality.unit == "share"),
+        **{each.name: _percent(each.title, each.unit == "share") for each in task.further},
         "agreement": ("agrees with teacher, %", 100, 1),
         task.speed: (task.speed_unit, 1, 0),
         **COSTS,
     }
+
+
+def _percent(title: str, share: bool) -> tuple[str, float, int]:
+    return (f"{title}, %", 100, 2) if share else (title, 1, 4)
 
 
 def _cell(metric: Metric | None, factor: float, decimals: int) -> str:

@@ -175,7 +175,7 @@ class ModelRouter:
         if cached is None or cached[0] != version:
             pool = self._replica_server.pool(version.package)
             pool.max_queued = QUEUED_PER_SLOT * version.settings.slots
-            cached = version, ServedModel(version.model, pool, version.settings.max_tokens)
+            cached = version, ServedModel(version.model, pool, version.settings.max_tokens, version.location)
             self._served[version.package] = cached
         return cached[1]
 

@@ -7,11 +7,13 @@ import uuid
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from overproof.engines.base import Completion, FinishReason, Token
 from overproof.engines.gguf_tokens import incomplete_utf8_tail
-from overproof.package.package import Package
+from overproof.package.package import Package, fetch_package
 from overproof.serve.async_engine import AsyncEngine
 from overproof.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
 from overproof.serve.responses import (
@@ -40,6 +42,12 @@ class ServedModel:
     model: ModelInfo
     engine: AsyncEngine
     max_tokens: int
+    location: str  # folder or URI of its package
+
+    @cached_property
+    def folder(self) -> Path:
+        """The package on this machine, fetched once where it is remote."""
+        return fetch_package(self.location)
 
     @property
     def reply_fields(self) -> dict[str, str]:

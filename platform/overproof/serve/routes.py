@@ -209,7 +209,7 @@ def _rows_shadow(task: ArrayTask, request: Any) -> ShadowRequest:
 async def _answer_rows(task: ArrayTask, request: Any, served: ServedModel) -> list[dict[str, Any]]:
     """Rows are read as this version's model takes them; not in the event loop, for there may be many."""
     details = served.model.overproof.details
-    inputs_BD = await asyncio.to_thread(task.inputs, request, details)
+    inputs_BD = await asyncio.to_thread(lambda: task.inputs(request, details, served.folder))
     return list(task.answers(await served.engine.logprobs(inputs_BD), details))
 
 

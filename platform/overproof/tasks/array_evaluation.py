@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -24,12 +25,22 @@ from overproof.engines.base import ArrayEngine, EngineSettings
 from overproof.engines.probe import Say
 from overproof.files import file_sha256
 from overproof.registry import ENGINES
-from overproof.tasks.base import FileScores, Metric, cost_metrics, spread_units
+from overproof.tasks.base import FileScores, Metric, UnitColumns, cost_metrics, spread_units
+from overproof.tasks.class_metrics import class_columns
 
 TIMED_AT_LEAST = 300  # a row is quick, and its latency is cheap to know well
 
-# Of log-probabilities (U, V) and the columns of the rows: what ``Quality`` adds up of each, and the first choices.
-Judge = Callable[[NDArray[np.float32], Columns], tuple[NDArray[np.float64], NDArray[np.int32]]]
+
+@dataclass(frozen=True)
+class Judged:
+    """Of each unit: what ``Quality`` adds up, the first choice, and what further metrics are made from."""
+
+    total: NDArray[np.float64]
+    choices_U: NDArray[np.int32]
+    columns: UnitColumns = field(default_factory=dict)
+
+
+Judge = Callable[[NDArray[np.float32], Columns], Judged]  # of log-probabilities (U, V) and the columns of the rows
 
 
 def array_units(root: Path, most: int | None) -> NDArray[np.int64]:
@@ -48,15 +59,15 @@ def score_arrays(
     assert isinstance(loaded, ArrayEngine)
     logprobs_UV = np.concatenate([loaded.logprobs(row_D[None]) for row_D in flat(columns[column])])
     loaded.close()
-    total, choices_N = judge(logprobs_UV, columns)
-    ones = np.ones(len(units), np.int64)
-    return FileScores(file_sha256(file), units, total, ones, ones, choices_N)
+    judged, ones = judge(logprobs_UV, columns), np.ones(len(units), np.int64)
+    return FileScores(file_sha256(file), units, judged.total, ones, ones, judged.choices_U, judged.columns)
 
 
-def first_choices(logprobs_UV: NDArray[np.float32], columns: Columns) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
+def first_choices(logprobs_UV: NDArray[np.float32], columns: Columns) -> Judged:
     """A ``Judge``: 1 for a right answer, by the column ``label``."""
-    choices_N = logprobs_UV.argmax(1).astype(np.int32)
-    return (choices_N == columns["label"]).astype(np.float64), choices_N
+    choices_U = logprobs_UV.argmax(1).astype(np.int32)
+    right_U = (choices_U == columns["label"]).astype(np.float64)
+    return Judged(right_U, choices_U, class_columns(logprobs_UV, columns["label"]))
 
 
 def measure_arrays(

@@ -6,7 +6,7 @@ Shapes: B rows, P predictions in a row, V outputs, U test units, N predictions o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -93,6 +93,23 @@ class Quality:
         return -value if self.higher_is_better else value
 
 
+UnitColumns = Mapping[str, NDArray[Any]]  # numbers of each test unit, by name: (U,) each
+
+
+@dataclass(frozen=True)
+class FurtherMetric:
+    """A metric that is reported beside the quality and not judged.
+
+    ``value`` gives it for each resample of the units, from their columns and how often each was drawn: (S, U) to (S,).
+    """
+
+    name: str
+    title: str
+    unit: str
+    higher_is_better: bool
+    value: Callable[[UnitColumns, NDArray[np.float64]], NDArray[np.float64]]
+
+
 @dataclass(frozen=True)
 class FileScores:
     """One exported file on every unit of the test split, the units in ascending order of their ids.
@@ -106,6 +123,7 @@ class FileScores:
     size: NDArray[np.int64]  # and what it divides by
     predictions: NDArray[np.int64]
     choices_N: NDArray[np.int32]
+    columns: UnitColumns = field(default_factory=dict)  # what the task's further metrics are made from
 
     def joined(self, other: FileScores) -> FileScores:
         """With further units of the same file, whose ids are larger."""
@@ -116,6 +134,7 @@ class FileScores:
             np.concatenate([self.size, other.size]),
             np.concatenate([self.predictions, other.predictions]),
             np.concatenate([self.choices_N, other.choices_N]),
+            {name: np.concatenate([values, other.columns[name]]) for name, values in self.columns.items()},
         )
 
 
@@ -167,6 +186,7 @@ class Task(Protocol):
     unit: str  # what one prediction is of, such as "token"
     test_unit: str  # what is resampled, such as "document"
     quality: Quality
+    further: tuple[FurtherMetric, ...]
     losses: frozenset[Loss]
     speed: str  # the metric of an engine's speed, such as "decode_tokens_per_s"
     speed_unit: str
@@ -240,8 +260,8 @@ class ArrayTask(Task, Protocol):
 
     request: type[BaseModel]  # the body of POST ``route``
 
-    def inputs(self, request: Any, details: Mapping[str, Any]) -> NDArray[np.float32]:
-        """The rows of a request, flat: (B, D).
+    def inputs(self, request: Any, details: Mapping[str, Any], package: Path) -> NDArray[np.float32]:
+        """The rows of a request, flat: (B, D); ``package`` is the folder with what lies beside the model.
 
         Raises:
             InputError: a row is not what the package's model takes.

@@ -16,6 +16,7 @@ from overproof.config.data import DataSection
 from overproof.errors import InputError
 from overproof.models.base import DataShape, Prediction
 from overproof.tasks.base import CardWords, FileScores, Loss, Metric, Quality, Tell
+from overproof.tasks.class_metrics import CLASS_METRICS
 from overproof.tasks.http import MOST_ROWS, ModelRequest
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class ImageClassification:
     section = ImageClassificationData
     unit, test_unit = "image", "image"
     quality = Quality("accuracy", "accuracy", "share", higher_is_better=True, relative=False)
+    further = CLASS_METRICS
     losses: frozenset[Loss] = frozenset({"outputs", "attention", "hidden_states"})
     speed, speed_unit = "images_per_s", "images/s"
     label_column = "label"
@@ -174,7 +176,8 @@ class ImageClassification:
         reference = format.read_back(file)
         return measure_arrays(file, root, settings, engine, "pixels", reference, self.speed, "images", say)
 
-    def inputs(self, request: ClassifyImagesRequest, details: Mapping[str, Any]) -> NDArray[np.float32]:
+    def inputs(self, request: ClassifyImagesRequest, details: Mapping[str, Any], package: Path) -> NDArray[np.float32]:
+        del package
         channels, height, width = (int(details[name]) for name in ("channels", "height", "width"))
         pixels = channels * height * width
         for number, image in enumerate(request.images):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from overproof.config.data import BpeTokenizer, TextData
 from overproof.models.base import DataShape, Prediction
-from overproof.tasks.base import CardWords, FileScores, Loss, Metric, Quality, Tell
+from overproof.tasks.base import CardWords, FileScores, FurtherMetric, Loss, Metric, Quality, Tell
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +46,7 @@ class LanguageModeling:
         relative=True,
         scale=BITS_PER_NAT,  # of nats over bytes
     )
+    further: tuple[FurtherMetric, ...] = ()
     losses: frozenset[Loss] = frozenset({"outputs", "attention", "hidden_states", "generated_text"})
     speed, speed_unit = "decode_tokens_per_s", "tokens/s"
     label_column = "tokens"  # each predicts the next

@@ -22,7 +22,8 @@ from overproof.config.data import DataSection
 from overproof.data.parquet_reader import Columns
 from overproof.errors import InputError, suggest_name
 from overproof.models.base import DataShape, Prediction
-from overproof.tasks.base import CardWords, FileScores, Loss, Metric, Quality, Tell
+from overproof.tasks.base import CardWords, FileScores, FurtherMetric, Loss, Metric, Quality, Tell
+from overproof.tasks.class_metrics import CLASS_METRICS
 from overproof.tasks.http import MOST_ROWS, ModelRequest, UnicodeText
 from overproof.tasks.image_classification import classified, same_classes
 
@@ -170,7 +171,8 @@ class _Tabular:
         reference = format.read_back(file)
         return measure_arrays(file, root, settings, engine, "features", reference, self.speed, "rows", say)
 
-    def inputs(self, request: RowsRequest, details: Mapping[str, Any]) -> NDArray[np.float32]:
+    def inputs(self, request: RowsRequest, details: Mapping[str, Any], package: Path) -> NDArray[np.float32]:
+        del package
         columns = {column["name"]: column for column in details["columns"]}
         return np.array([_encoded(row, f"rows.{i}", columns) for i, row in enumerate(request.rows)], np.float32)
 
@@ -182,6 +184,7 @@ class TabularClassification(_Tabular):
     """Rows with a class each."""
 
     section = TabularClassificationData
+    further = CLASS_METRICS
     quality = Quality("accuracy", "accuracy", "share", higher_is_better=True, relative=False)
     pipeline_tag = "tabular-classification"
     route = "/v1/classify"
@@ -224,6 +227,7 @@ class TabularRegression(_Tabular):
     """Rows with a number each."""
 
     section = TabularRegressionData
+    further: tuple[FurtherMetric, ...] = ()
     quality = Quality(
         "rmse", "root mean squared error", "the target's", higher_is_better=False, relative=True, power=0.5
     )
@@ -241,14 +245,14 @@ class TabularRegression(_Tabular):
     ) -> FileScores:  # fmt: skip
         """Squared errors of the predicted means; the first choice is the likeliest bin."""
         from overproof.data.manifest import Manifest
-        from overproof.tasks.array_evaluation import score_arrays
+        from overproof.tasks.array_evaluation import Judged, score_arrays
 
         del settings, format, tell
         centres_V = np.array(Manifest.read(root).details["centres"])
 
-        def judge(logprobs_UV: NDArray[np.float32], rows: Columns) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
+        def judge(logprobs_UV: NDArray[np.float32], rows: Columns) -> Judged:
             errors_U = np.exp(logprobs_UV) @ centres_V - rows["value"]
-            return np.square(errors_U, dtype=np.float64), logprobs_UV.argmax(1).astype(np.int32)
+            return Judged(np.square(errors_U, dtype=np.float64), logprobs_UV.argmax(1).astype(np.int32))
 
         return score_arrays(file, root, units, engine, "features", judge, ("value",))
 

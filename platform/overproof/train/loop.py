@@ -119,7 +119,7 @@ def validation_loss(
     for batch in batches:
         prediction = predict(model, {name: value.to(device) for name, value in batch.items()})
         counted_BP = nll(prediction) * prediction.mask_BP
-        sums += torch.stack([counted_BP.sum(dtype=torch.float64), prediction.mask_BP.sum().double()])
+        sums += torch.stack([counted_BP.sum(dtype=torch.float64), (prediction.mask_BP > 0).sum().double()])
     loss, count = all_reduce(sums).tolist()
     return float(loss / count)
 

@@ -44,5 +44,5 @@ def nll(prediction: Prediction) -> Tensor:
 
 
 def masked_mean(values_BP: Tensor, mask_BP: Tensor) -> Tensor:
-    """Mean of the values whose mask is set."""
-    return (values_BP * mask_BP).sum() / mask_BP.sum()
+    """Mean of the values whose mask is set, each times its mask; see ``Prediction``."""
+    return (values_BP * mask_BP).sum() / (mask_BP > 0).sum()

@@ -72,10 +72,10 @@ class SupervisedSpec:
     start: ModelSection
 
     def model(self, manifest: Manifest, seed: int) -> PreTrainedModel:
-        from overproof.models.hf_directory import build_model, load_pretrained
+        from overproof.models.hf_directory import build_model, load_start
 
         if isinstance(self.start, Pretrained):
-            return load_pretrained(pretrained.fetch_pretrained(self.start.path), manifest)
+            return load_start(pretrained.fetch_pretrained(self.start.path), manifest, seed)
         return build_model(self.start, manifest, seed)
 
     def objective(self, task: Task, device: torch.device) -> Objective:

@@ -1,0 +1,216 @@
+"""Families of encoders, by one test each for all: sizes, memory, starts from directories, layers, exports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+
+from overproof.config import Pretrained, TeacherLayers, Train
+from overproof.data.manifest import Manifest
+from overproof.distill.feature_losses import capture_layers, relation_loss
+from overproof.distill.student_init import keep_layers
+from overproof.engines.onnx_runtime import OnnxRuntime
+from overproof.errors import InputError
+from overproof.export import stage
+from overproof.export.onnx_file import Reference, export_onnx, quantize_onnx
+from overproof.models import zero_memory
+from overproof.models.encoder import Encoder, EncoderFamily, encoder_inputs
+from overproof.models.hf_directory import build_model, count_parameters, load_model, load_start, save_model, shape_of
+from overproof.models.sizes import model_size, student_size
+from overproof.registry import FAMILIES, FORMATS, TASKS
+
+FAMILY = {kind: family for kind, family in FAMILIES.items() if isinstance(family, EncoderFamily)}
+LENGTH, VOCABULARY, CLASSES = 16, 200, ["animal", "food", "plant"]
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "layers": 3, "heads": 4, "initializer_range": 0.2}
+
+
+def manifest(classes: list[str] = CLASSES, length: int = LENGTH, vocabulary: int = VOCABULARY) -> Manifest:
+    details = {"classes": classes, "sequence_length": length, "vocabulary": vocabulary, "padding": 1}
+    return Manifest(
+        task="text_classification", columns=(), splits={}, rows_per_group=4, positions=1, outputs=len(classes),
+        details=details,
+    )  # fmt: skip
+
+
+def section(kind: str) -> Encoder:
+    found: Encoder = FAMILY[kind].section.model_validate(SHAPE)
+    return found
+
+
+def tokens(rows: int = 4, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
+    drawn = torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+    lengths = torch.linspace(length, 3, rows).long()
+    return drawn.masked_fill(torch.arange(length) >= lengths[:, None], -1)
+
+
+def batch(**changes: Any) -> dict[str, torch.Tensor]:
+    found = tokens(**changes)
+    return {"tokens": found, "label": torch.zeros(len(found), dtype=torch.long)}
+
+
+def logits(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.inference_mode():
+        return TASKS["text_classification"].predict(model, given).logits_BPV[:, 0]
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_a_model_has_the_size_that_is_planned_and_survives_its_directory(kind: str, tmp_path: Path) -> None:
+    model = build_model(section(kind), manifest(), 0).eval()
+    planned = model_size(section(kind), shape_of(manifest()))
+    assert sorted(planned.tensors) == sorted(p.numel() for p in model.parameters())
+    save_model(model, model.config, tmp_path / "model")
+    assert model_size(Pretrained(path=str(tmp_path / "model")), shape_of(manifest())) == planned
+    assert torch.equal(logits(load_model(tmp_path / "model"), batch()), logits(model, batch()))
+    auto = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    assert torch.allclose(auto(**encoder_inputs(tokens())).logits, logits(model, batch()), atol=1e-5)
+    assert [auto.config.id2label[number] for number in range(3)] == CLASSES
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_what_lies_beyond_a_text_has_no_part_in_its_answer(kind: str) -> None:
+    model = build_model(section(kind), manifest(), 0).eval()
+    whole = logits(model, batch())
+    for row in range(4):
+        alone = tokens()[row]
+        short = alone[alone != -1][None]
+        found = logits(model, {"tokens": short, "label": torch.zeros(1, dtype=torch.long)})
+        torch.testing.assert_close(found[0], whole[row], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_a_base_gets_a_head_of_the_datas_classes_and_positions_of_the_rows(kind: str, tmp_path: Path) -> None:
+    """Its other weights stay, and what is fresh is a function of the seed."""
+    classifier = build_model(section(kind), manifest(["x", "y"], 2 * LENGTH), 0)
+    base = classifier.base_model
+    base.config.architectures = [f"{FAMILY[kind].prefix}Model"]
+    base.save_pretrained(tmp_path / "base")
+    one, same, other = (load_start(tmp_path / "base", manifest(), seed) for seed in (1, 1, 2))
+    assert type(one).__name__ == FAMILY[kind].architectures[0]
+    assert FAMILY[kind].width(one.config) == LENGTH
+    assert logits(one, batch()).shape == (4, 3)
+    head = f"{FAMILY[kind].base.output}.weight"
+    fresh = one.state_dict()
+    assert not torch.equal(fresh[head], other.state_dict()[head])
+    for name, value in same.state_dict().items():
+        assert torch.equal(fresh[name], value), name
+    for name, value in base.state_dict().items():
+        kept = fresh[f"{classifier.base_model_prefix}.{name}"]
+        assert torch.equal(kept, value[: len(kept)]), name
+    planned = model_size(Pretrained(path=str(tmp_path / "base")), shape_of(manifest()))
+    assert planned.parameters == count_parameters(one)
+    states = (each.base_model(**encoder_inputs(tokens())).last_hidden_state for each in (base.eval(), one.base_model))
+    torch.testing.assert_close(*states, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_a_head_stays_where_it_is_of_the_datas_classes(kind: str, tmp_path: Path) -> None:
+    model = build_model(section(kind), manifest(), 0).eval()
+    save_model(model, model.config, tmp_path / "model")
+    assert torch.equal(logits(load_start(tmp_path / "model", manifest(), 1), batch()), logits(model, batch()))
+    for classes in (["food", "animal", "plant"], ["animal", "food"]):
+        found = load_start(tmp_path / "model", manifest(classes), 1)
+        assert logits(found, batch()).shape == (4, len(classes))
+        head = f"{FAMILY[kind].base.output}.weight"
+        assert not torch.equal(found.state_dict()[head], model.state_dict()[head][: len(classes)])
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_a_directory_that_cannot_take_the_rows_is_refused(kind: str, tmp_path: Path) -> None:
+    model = build_model(section(kind), manifest(), 0)
+    save_model(model, model.config, tmp_path / "model")
+    for asked, words in (
+        (manifest(length=17), "the model takes 16 tokens at most; data.sequence_length is 17"),
+        (manifest(vocabulary=201), "the model has 200 embeddings; the data's tokenizer has 201 entries"),
+    ):
+        with pytest.raises(InputError, match=words):
+            load_start(tmp_path / "model", asked, 0)
+        with pytest.raises(InputError, match=words):
+            model_size(Pretrained(path=str(tmp_path / "model")), shape_of(asked))
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"vocab_size": 210}))
+    with pytest.raises(InputError, match=r"weights do not fit config\.json: mismatched keys"):
+        load_start(tmp_path / "model", manifest(), 0)
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_layers_are_dropped(kind: str, tmp_path: Path) -> None:
+    model = build_model(section(kind), manifest(), 0).eval()
+    save_model(model, model.config, tmp_path / "model")
+    smaller = keep_layers(model, (0, 2)).eval()
+    planned = student_size(TeacherLayers(layers=2), Pretrained(path=str(tmp_path / "model")), shape_of(manifest()))
+    assert planned.parameters == count_parameters(smaller)
+    layers = model.get_submodule(FAMILY[kind].names.layers)
+    del layers[1]
+    torch.testing.assert_close(logits(smaller, batch()), logits(model, batch()))
+    save_model(smaller, smaller.config, tmp_path / "smaller")
+    assert torch.equal(logits(load_model(tmp_path / "smaller"), batch()), logits(smaller, batch()))
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_a_layers_features_are_there_to_learn_from(kind: str) -> None:
+    model, names = build_model(section(kind), manifest(), 0).eval(), FAMILY[kind].names
+    assert model.get_submodule(names.embeddings).weight.shape == (VOCABULARY, 32)
+    with capture_layers(model, {0, 2}) as found:
+        logits(model, batch())
+    for layer in (0, 2):
+        assert found[layer].states.shape == (4, LENGTH, 32)
+        for name in names.feed_forward:
+            assert model.get_submodule(f"{names.layers}.{layer}.{name}").weight.ndim == 2
+    mask = TASKS["text_classification"].feature_mask(batch(), found[0].states)
+    assert mask.sum(1).tolist() == (tokens() != -1).sum(1).tolist()
+    if names.queries is not None:
+        assert float(relation_loss(found[0], found[0], 4, mask)) == pytest.approx(0, abs=1e-5)
+        assert float(relation_loss(found[0], found[2], 4, mask)) > 0
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_exports_are_the_model_and_int8_holds_its_embeddings(kind: str, tmp_path: Path) -> None:
+    model = build_model(section(kind), manifest(), 0).eval()
+    save_model(model, model.config, tmp_path / "model")
+    fp32, int8 = tmp_path / "fp32.onnx", tmp_path / "int8.onnx"
+    export_onnx(tmp_path / "model", fp32)
+    stage.require_same_model(FORMATS["onnx"], tmp_path / "model", fp32)
+    quantize_onnx(fp32, int8)
+    rows = tokens(7).numpy().astype(np.float32)
+    expected = logits(model, batch(rows=7)).log_softmax(-1).numpy()
+    for count in (1, 3, 7):
+        np.testing.assert_allclose(OnnxRuntime(fp32).logprobs(rows[:count]), expected[:count], atol=1e-5)
+    one = np.concatenate([OnnxRuntime(int8).logprobs(row[None]) for row in rows])
+    np.testing.assert_allclose(one, np.concatenate([Reference(int8)(row[None]) for row in rows]), atol=1e-3)
+    assert (one.argmax(1) == expected.argmax(1)).mean() > 0.5
+    tables = {t.name: t for t in onnx.load(int8).graph.initializer if list(t.dims) == [VOCABULARY, 32]}
+    assert [t.data_type for t in tables.values()] == [onnx.TensorProto.UINT8]
+    assert int8.stat().st_size < 0.5 * fp32.stat().st_size
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", FAMILY)
+def test_activations_are_what_autograd_keeps(kind: str, precision: str) -> None:
+    """Beside the mask, which all layers share. The logits and their log-softmax are kept by the loss."""
+    train = Train.model_validate(
+        {"model": section(kind), "steps": 1, "batch_size": 64, "learning_rate": 1e-3, "workers": 1,
+         "precision": precision, "zero_stage": 1}
+    )  # fmt: skip
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    model = build_model(section(kind), manifest(), 0).to(dtype)
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, dict[int, torch.Tensor]()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights and tensor.is_floating_point():
+            kept[address] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        TASKS["text_classification"].predict(model, batch(rows=64))
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    size = model_size(section(kind), shape_of(manifest()))
+    logits_bytes = 64 * zero_memory.logits_memory(size.outputs, dtype.itemsize)
+    assert found == pytest.approx(zero_memory.activation_memory(size, train, 1) - logits_bytes, rel=0.05)
