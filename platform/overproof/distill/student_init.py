@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from overproof.config import ModelSection, Pretrained, TeacherLayers
 from overproof.data.manifest import Manifest
 from overproof.models import pretrained
-from overproof.models.hf_directory import build_model, layer_names, load_model
+from overproof.models.hf_directory import build_model, layer_names, load_model, load_pretrained
 
 
 def initial_student(chosen: ModelSection, manifest: Manifest, seed: int, teacher: Path) -> PreTrainedModel:
@@ -22,7 +22,7 @@ def initial_student(chosen: ModelSection, manifest: Manifest, seed: int, teacher
         InputError: the model does not fit the data, a directory cannot be loaded, or the teacher has too few layers.
     """
     if isinstance(chosen, Pretrained):
-        return load_model(pretrained.fetch_pretrained(chosen.path)).train()
+        return load_pretrained(pretrained.fetch_pretrained(chosen.path), manifest).train()
     if isinstance(chosen, TeacherLayers):
         model = load_model(teacher)
         return keep_layers(model, chosen.of(model.config.num_hidden_layers)).train()

@@ -62,8 +62,6 @@ class LlamaFamily:
         """
         from transformers import LlamaConfig
 
-        from overproof.data.tokenization import END_ID
-
         return LlamaConfig(
             vocab_size=shape.outputs,
             hidden_size=section.hidden_size,
@@ -75,8 +73,8 @@ class LlamaFamily:
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             tie_word_embeddings=True,
             initializer_range=section.initializer_range,
-            bos_token_id=END_ID,
-            eos_token_id=END_ID,
+            bos_token_id=shape.bos_id,
+            eos_token_id=shape.end_id,
             attn_implementation="sdpa",
         )
 

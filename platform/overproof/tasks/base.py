@@ -133,7 +133,7 @@ def cost_metrics(answer: TextAnswer | ArrayAnswer) -> dict[str, Metric]:
 class CardWords:
     """What a model card says of a task."""
 
-    summary: str  # "A language model over byte-level BPE tokens"
+    summary: str  # "A language model"
     intended_use: str  # and its limits
     latency: str  # what one timed request is
 

@@ -72,10 +72,10 @@ class SupervisedSpec:
     start: ModelSection
 
     def model(self, manifest: Manifest, seed: int) -> PreTrainedModel:
-        from overproof.models.hf_directory import build_model, load_model
+        from overproof.models.hf_directory import build_model, load_pretrained
 
         if isinstance(self.start, Pretrained):
-            return load_model(pretrained.fetch_pretrained(self.start.path))
+            return load_pretrained(pretrained.fetch_pretrained(self.start.path), manifest)
         return build_model(self.start, manifest, seed)
 
     def objective(self, task: Task, device: torch.device) -> Objective:
