@@ -72,6 +72,8 @@ def prepare_text(root: Path) -> Manifest:
     sizes = [len(text.encode()) for text in test]
     table = {"document": pa.array(range(len(test)), pa.int32()), "split": ["test"] * len(test), "size_bytes": sizes}
     pq.write_table(pa.table(table), root / "documents.parquet")
+    texts = pa.table({"document": pa.array(range(len(test)), pa.int32()), "text": [text[:4096] for text in test]})
+    pq.write_table(texts, root / "test_texts.parquet")
     manifest = Manifest(
         task="language_modeling",
         columns=TOKENS,

@@ -75,10 +75,17 @@ class Agreement(Section):
 
 
 class Parity(Section):
-    """The serving engine must give the torch reference's log-probabilities of the same file."""
+    """The serving engine must give the torch reference's log-probabilities of the same file, and split texts alike."""
 
     kind: Literal["parity"] = "parity"
     at_most: float = Field(gt=0, description="Largest absolute difference of a log-probability, nats.")
+    split_otherwise: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Text: largest share of the sampled test documents that the engine may split into other tokens "
+        "than tokenizer.json does.",
+    )
 
 
 Rule = Annotated[Regression | Improvement | Smaller | Agreement | Parity, Field(discriminator="kind")]

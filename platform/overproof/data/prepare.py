@@ -49,7 +49,7 @@ from overproof.data.shard_layout import ShardLayout, plan_shards
 from overproof.data.sources import Source, SourceFile, absolute_source, list_files
 from overproof.data.text_tokenizer import TextTokenizer, read_tokenizer, trained
 from overproof.errors import InputError
-from overproof.registry import TASKS
+from overproof.registry import FORMATS, TASKS
 from overproof.stage_context import StageContext
 
 BLOCK_BYTES = 32 << 20  # of text read by one task
@@ -113,6 +113,7 @@ def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
         index = DocumentIndex.of(documents.names_N)
         heartbeat.start_phase(1, f"tokenizer, from {np.sum(splits_N == 'train')} documents")
         tokenizer = _tokenizer(pieces, index, splits_N, data, heartbeat)
+        FORMATS[context.recipe.compress.kind].check_tokenizer(tokenizer.json, "data.tokenizer")
         heartbeat.start_phase(2, f"tokenising {len(splits_N)} documents, {documents.sizes_N.sum() / 1e6:,.1f} MB")
         tokens = _map_blocks(pieces, partial(tokenise_block, index=index, tokenizer=tokenizer))
         layout = _plan(tokens, splits_N, data, len(tokenizer.boundary))

@@ -39,6 +39,25 @@ class Vocabulary:
     space_prefix: bool = False  # whether a text is read as if a space stood before it
 
 
+def read_vocabulary(text: str, where: object) -> Vocabulary:
+    """What llama.cpp has to know of a ``tokenizer.json``.
+
+    Raises:
+        InputError: it has no such tokenizer.
+    """
+    spec = json.loads(text)
+    kind, steps = spec["model"]["type"], [step["type"] for step in iter_steps(spec["pre_tokenizer"])]
+    if kind == "BPE" and "ByteLevel" in steps:
+        return _byte_level(spec, where)
+    if kind == "BPE" and spec["model"].get("byte_fallback"):
+        return _with_byte_fallback(spec, where)
+    why = ", which knows no bytes to fall back on in llama.cpp" if kind == "Unigram" else ""
+    raise InputError(
+        f"{where}: a {kind} tokenizer{why}; the GGUF export covers byte-level BPE and SentencePiece's BPE with byte "
+        "fallback"
+    )
+
+
 def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Path, config: Any) -> None:
     """Write the tokenizer of a model into its file; the rows that the model has beyond its tokens are unused ones.
 
@@ -48,12 +67,11 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Path, config: Any) -> Non
         InputError: llama.cpp has no such tokenizer, or it has more tokens than the model.
     """
     text = tokenizer.read_text(encoding="utf-8")
-    spec = json.loads(text)
-    ids = entries(spec)
+    ids = entries(json.loads(text))
     rows = range(config.vocab_size)
     if max(ids) >= config.vocab_size:
         raise InputError(f"{tokenizer}: {1 + max(ids)} tokens; expected at most the model's {config.vocab_size}")
-    found = _vocabulary(spec, tokenizer)
+    found = read_vocabulary(text, tokenizer)
     before, after = added_tokens(Tokenizer.from_str(text))
     end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     if end is None:
@@ -78,31 +96,19 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Path, config: Any) -> Non
     writer.add_add_space_prefix(found.space_prefix)
 
 
-def _vocabulary(spec: Mapping[str, Any], where: Path) -> Vocabulary:
-    kind, steps = spec["model"]["type"], [step["type"] for step in iter_steps(spec["pre_tokenizer"])]
-    if kind == "BPE" and "ByteLevel" in steps:
-        return _byte_level(spec, where)
-    if kind == "BPE" and spec["model"].get("byte_fallback"):
-        return _with_byte_fallback(spec, where)
-    raise InputError(
-        f"{where}: a {kind} tokenizer, split by {', '.join(steps) or 'nothing'}; the GGUF export covers byte-level BPE "
-        "and SentencePiece's BPE with byte fallback"
-    )
-
-
 def _merges(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
     pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in spec["model"]["merges"])
     return [(left, right) for left, right in pairs]
 
 
-def _refuse_normaliser(spec: Mapping[str, Any], where: Path, known: str) -> NoReturn:
+def _refuse_normaliser(spec: Mapping[str, Any], where: object, known: str) -> NoReturn:
     raise InputError(f"{where}: normalises texts by {spec['normalizer']}; the GGUF export covers {known}")
 
 
 # --- byte-level BPE -------------------------------------------------------------------------------
 
 
-def _byte_level(spec: Mapping[str, Any], where: Path) -> Vocabulary:
+def _byte_level(spec: Mapping[str, Any], where: object) -> Vocabulary:
     if any(step["type"] != "NFC" for step in iter_steps(spec["normalizer"])):
         _refuse_normaliser(spec, where, "byte-level BPE with none, or with NFC, which llama.cpp leaves out")
     special = {token["id"]: token["special"] for token in spec["added_tokens"]}
@@ -117,7 +123,7 @@ def _byte_level(spec: Mapping[str, Any], where: Path) -> Vocabulary:
 # --- SentencePiece's BPE --------------------------------------------------------------------------
 
 
-def _with_byte_fallback(spec: Mapping[str, Any], where: Path) -> Vocabulary:
+def _with_byte_fallback(spec: Mapping[str, Any], where: object) -> Vocabulary:
     """llama.cpp joins any two neighbours that are a token together, the best score first; ``tokenizers`` joins listed
     pairs, the first of the list first. A token's score is the place of the first pair that makes it.
     """
@@ -144,7 +150,7 @@ def _with_byte_fallback(spec: Mapping[str, Any], where: Path) -> Vocabulary:
     )
 
 
-def _space_prefix(spec: Mapping[str, Any], where: Path) -> bool:
+def _space_prefix(spec: Mapping[str, Any], where: object) -> bool:
     """Whether a text is read as if a space stood before it. Spaces must become ``SPACE``, and nothing else change."""
     prefix = spaces = False
     for step in iter_steps(spec["normalizer"]):
