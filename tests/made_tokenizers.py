@@ -85,8 +85,8 @@ def byte_level(split: str = "gpt-2", bos: bool = False, nfc: bool = False) -> st
 def sentencepiece_bpe(prefix: str | None = "normalizer") -> str:
     """SentencePiece's BPE with byte fallback, as transformers converts it: every pair that makes a token is a merge.
 
-    The space before a text comes from the ``normalizer`` (Llama 2), from ``metaspace`` (Mistral), or there is none
-    (Gemma).
+    The space before a text comes from the ``normalizer`` (Llama 2), from ``metaspace`` (Mistral), where it ``doubles``
+    one that is there, or not (as transformers converts Mistral's now, or did), or there is none (Gemma).
     """
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "always", split=True)
@@ -109,6 +109,10 @@ def sentencepiece_bpe(prefix: str | None = "normalizer") -> str:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace])
     elif prefix == "metaspace":
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "first", split=False)
+    elif prefix == "doubles":
+        first = normalizers.Replace(Regex(rf"\A{SPACE}"), SPACE * 2)
+        tokenizer.normalizer = normalizers.Sequence([replace, first])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(SPACE, "always", split=False)])
     else:
         tokenizer.normalizer = replace
         tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_a_start_of_its_own_stands_before_each_document(tmp_path: Path) -> None:
     assert trained(made.to_str()).boundary == (made.token_to_id(tokenization.END),)
 
 
-@pytest.mark.parametrize("made", [byte_level, sentencepiece_bpe, lambda: sentencepiece_bpe("metaspace")])
+@pytest.mark.parametrize("made", [byte_level, *(partial(sentencepiece_bpe, p) for p in ("metaspace", "doubles", None))])
 def test_later_pieces_have_the_tokens_of_the_whole(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "PIECE_BYTES", 100)
     tokenizer = TextTokenizer(made(), start_id=1, end_id=2, bos_id=None, outputs=999)

@@ -92,7 +92,7 @@ def test_byte_level_splits(tmp_path: Path, split: str) -> None:
     assert lost(file, text) == []
 
 
-@pytest.mark.parametrize("prefix", ["normalizer", "metaspace", None])
+@pytest.mark.parametrize("prefix", ["normalizer", "metaspace", "doubles", None])
 def test_sentencepiece_bpe(tmp_path: Path, prefix: str | None) -> None:
     text = sentencepiece_bpe(prefix)
     file = export(tmp_path, text, "</s>")

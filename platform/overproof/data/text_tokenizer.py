@@ -234,6 +234,8 @@ def _without_prefix(step: Mapping[str, Any]) -> dict[str, Any] | None:
     match step["type"]:
         case "Prepend":
             return None
+        case "Replace" if step["pattern"].get("Regex", "").startswith(r"\A"):  # of a text's beginning
+            return None
         case "Metaspace":
             kept = {key: value for key, value in step.items() if key not in ("add_prefix_space", "prepend_scheme")}
             return {**kept, "prepend_scheme": "never"}

@@ -18,7 +18,7 @@ import gguf
 from overproof.errors import InputError
 
 CHAT_TEMPLATE = "tokenizer.chat_template"
-BYTE_LEVEL, SENTENCEPIECE = "gpt2", ("llama", "t5")
+BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
 SPACE = "\u2581"
 SILENT = (gguf.TokenType.CONTROL, gguf.TokenType.UNUSED, gguf.TokenType.UNKNOWN)
 PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
@@ -76,8 +76,11 @@ def read_gguf_header(path: Path) -> GgufHeader:
         return fields[key].contents()
 
     model = value("tokenizer.ggml.model")
-    if model != BYTE_LEVEL and model not in SENTENCEPIECE:
-        raise InputError(f"{path}: tokenizer is {model!r}; expected {' or '.join((BYTE_LEVEL, *SENTENCEPIECE))}")
+    if model not in (BYTE_LEVEL, SENTENCEPIECE):
+        raise InputError(
+            f"{path}: tokenizer is {model!r}; expected {BYTE_LEVEL!r} (byte-level BPE) or {SENTENCEPIECE!r} "
+            "(SentencePiece's BPE)"
+        )
 
     def flag(key: str, default: bool) -> bool:
         return bool(value(f"tokenizer.ggml.{key}")) if f"tokenizer.ggml.{key}" in fields else default
@@ -86,13 +89,13 @@ def read_gguf_header(path: Path) -> GgufHeader:
     length = value(f"{value('general.architecture')}.context_length")
     piece = _byte_level_piece if model == BYTE_LEVEL else _sentencepiece_piece
     pieces = tuple(piece(n, t) for n, t in zip(names, types, strict=True))
-    bos_id, scored = value("tokenizer.ggml.bos_token_id"), model == "llama"
+    bos_id, by_score = value("tokenizer.ggml.bos_token_id"), model == SENTENCEPIECE
     return GgufHeader(
         context_length=length,
         pieces=pieces,
-        start_ids=(bos_id,) if flag("add_bos_token", scored) else (),
+        start_ids=(bos_id,) if flag("add_bos_token", by_score) else (),
         bos_token=names[bos_id],
-        space_prefix=flag("add_space_prefix", scored),
+        space_prefix=flag("add_space_prefix", by_score),
         eos_token=names[value("tokenizer.ggml.eos_token_id")],
         chat_template=value(CHAT_TEMPLATE) if CHAT_TEMPLATE in fields else None,
         max_token_characters=max(map(len, names)),

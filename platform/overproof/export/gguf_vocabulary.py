@@ -159,6 +159,8 @@ def _space_prefix(spec: Mapping[str, Any], where: object) -> bool:
                 prefix = True
             case {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}:
                 spaces = True
+            case {"type": "Replace", "pattern": {"Regex": "\\A\u2581"}, "content": "\u2581\u2581"}:
+                pass  # so that Metaspace puts its prefix before a space, too
             case _:
                 _refuse_normaliser(spec, where, "SentencePiece's BPE that changes spaces alone")
     for step in iter_steps(spec["pre_tokenizer"]):
