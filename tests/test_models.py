@@ -21,6 +21,7 @@ from overproof.models.hf_directory import (
     check_tokenizer,
     count_parameters,
     load_model,
+    load_pretrained,
     save_model,
     to_tensors,
 )
@@ -190,6 +191,21 @@ def test_what_must_not_be_loaded_is_refused(saved: Path, tmp_path: Path) -> None
     (saved / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"no \*\.safetensors file"):
         load_model(saved)
+
+
+def test_a_directory_ends_texts_as_the_data_does_once_it_is_trained_on(saved: Path, tmp_path: Path) -> None:
+    other = manifest().model_copy(update={"start_id": 5, "end_id": 7, "bos_id": 5})
+    model = load_pretrained(saved, other)
+    save_model(model, model.config, tmp_path / "again", saved / "tokenizer.json")
+    auto = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert (auto.bos_token_id, auto.eos_token_id, AutoConfig.from_pretrained(tmp_path / "again").eos_token_id) == (
+        5, 7, 7,
+    )  # fmt: skip
+    listed = saved / "config.json"
+    listed.write_text(json.dumps(json.loads(listed.read_text()) | {"eos_token_id": [9, 7]}))
+    several = load_model(saved)
+    save_model(several, several.config, tmp_path / "several", saved / "tokenizer.json")
+    assert AutoTokenizer.from_pretrained(tmp_path / "several").eos_token_id == 9
 
 
 def test_another_tokenizer_is_refused_by_what_differs(saved: Path, tmp_path: Path) -> None:
