@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from overproof.artifacts import TOOLS
 from overproof.config import Gate, Parity
 from overproof.data.manifest import TOKENIZER, Manifest, Split
-from overproof.data.tokenization import END_ID, train_bpe
+from overproof.data.tokenization import END, train_bpe
 from overproof.evaluate.gate import judge
 from overproof.evaluate.metrics import MeasuredFile, Report
 from overproof.export.gguf_file import GgufVariant, export_gguf
@@ -47,16 +47,17 @@ def texts() -> list[str]:
 def forge_text(folder: Path, config: Llama = LLAMA, format: GgufVariant = "q8_0") -> Path:
     """A language model's package, and beside it the same weights as a Hugging Face directory.
 
-    Token 0, which ends a text, and those that are no whole ASCII characters have rows of zeros: they are never the
+    The token that ends a text, and those that are no whole ASCII characters have rows of zeros: they are never the
     likeliest, so every text is as long as it may be, and each token shows as soon as it is there.
     """
     source = folder / HUGGING_FACE
     source.mkdir(parents=True)
     tokenizer = train_bpe(texts(), VOCABULARY)
     tokenizer.save(str(folder / TOKENIZER))
-    model = hf_directory.build_model(config, _manifest("language_modeling"), SEED)
+    end = tokenizer.token_to_id(END)
+    model = hf_directory.build_model(config, _manifest("language_modeling", end), SEED)
     with torch.no_grad():
-        silent = [END_ID, *(i for i in range(VOCABULARY) if not tokenizer.decode([i]).isascii())]
+        silent = [end, *(i for i in range(VOCABULARY) if not tokenizer.decode([i]).isascii())]
         model.get_input_embeddings().weight[silent] = 0
     hf_directory.save_model(model, model.config, source, folder / TOKENIZER)
     package = folder / "package"
@@ -76,7 +77,7 @@ def forge_digits(folder: Path, config: Vit = DEEP) -> Path:
     return _seal(package, "image_classification", "model.onnx", "fp32")
 
 
-def _manifest(task: TaskKind) -> Manifest:
+def _manifest(task: TaskKind, end_id: int | None = None) -> Manifest:
     text = task == "language_modeling"
     return Manifest(
         task=task,
@@ -86,6 +87,9 @@ def _manifest(task: TaskKind) -> Manifest:
         positions=LENGTH if text else 1,
         outputs=VOCABULARY if text else 10,
         tokenizer_sha256="" if text else None,
+        start_id=end_id,
+        end_id=end_id,
+        bos_id=end_id,
         details={} if text else {"channels": 1, "height": 8, "width": 8, "classes": [str(n) for n in range(10)]},
     )
 

@@ -54,11 +54,11 @@ class Prompts:
     def _next(self, tokens: int) -> str:
         while True:
             while self._at + tokens > len(self._ids):
-                self._ids, self._at = self._tokenizer.encode(next(self._texts)).ids, 0
+                self._ids, self._at = self._tokenizer.encode(next(self._texts), add_special_tokens=False).ids, 0
             ids = self._ids[self._at : self._at + tokens]
             self._at += tokens
             text: str = self._tokenizer.decode(ids)
-            if self._tokenizer.encode(text).ids == ids:
+            if self._tokenizer.encode(text, add_special_tokens=False).ids == ids:
                 return text
 
 

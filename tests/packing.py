@@ -155,6 +155,7 @@ def _prepare(recipe: Recipe, folder: Path) -> None:
         positions=LENGTH if text else 1,
         outputs=VOCABULARY if text else 10,
         tokenizer_sha256=file_sha256(folder / "tokenizer.json") if text else None,
+        **(dict.fromkeys(("start_id", "end_id", "bos_id"), 0) if text else {}),
         dropped={"empty": 2, "duplicate": 0},
         details={} if text else DIGITS,
     )
@@ -167,7 +168,7 @@ def _texts() -> list[str]:
 
 
 def _train(model: Any, tokenizer: Tokenizer) -> None:
-    ids = torch.tensor([i for text in _texts() for i in [0, *tokenizer.encode(text).ids]])
+    ids = torch.tensor([i for text in _texts() for i in tokenizer.encode(text).ids])
     optimizer, generator = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.Generator().manual_seed(0)
     for _ in range(STEPS):
         starts = torch.randint(0, len(ids) - LENGTH, (16,), generator=generator)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from overproof.models.hf_directory import (
     check_tokenizer,
     count_parameters,
     load_model,
+    load_start,
     save_model,
     to_tensors,
 )
@@ -40,6 +43,7 @@ def manifest(kind: str = "text", vocab_size: int = 320, tokenizer_sha256: str | 
         positions=16 if text else 1,
         outputs=vocab_size if text else 10,
         tokenizer_sha256=tokenizer_sha256,
+        **(dict.fromkeys(("start_id", "end_id", "bos_id"), 0) if text else {}),
         details={} if text else {"channels": 1, "height": 8, "width": 8},
     )
 
@@ -137,8 +141,8 @@ def test_other_programs_read_the_directory(saved: Path) -> None:
     assert torch.equal(theirs(tokens_BS).logits, ours(tokens_BS).logits)
     auto, own = AutoTokenizer.from_pretrained(saved), Tokenizer.from_file(str(saved / "tokenizer.json"))
     text = "def g(\u00e9):\n\n    return  'a b'"
-    assert auto(text)["input_ids"] == encode(own, [text])[0].tolist()
-    assert auto.decode(auto(text)["input_ids"]) == text
+    assert auto(text)["input_ids"] == [0, *encode(own, [text])[0].tolist()]
+    assert auto.decode(auto(text)["input_ids"], skip_special_tokens=True) == text
     assert (auto.bos_token_id, auto.eos_token_id) == (0, 0)
 
 
@@ -189,13 +193,46 @@ def test_what_must_not_be_loaded_is_refused(saved: Path, tmp_path: Path) -> None
         load_model(saved)
 
 
-def test_another_tokenizer_is_refused(saved: Path) -> None:
-    path = saved / "tokenizer.json"
-    check_tokenizer(saved, manifest(tokenizer_sha256=file_sha256(path)))
-    check_tokenizer(saved, manifest("digits"))
-    path.write_text(path.read_text() + "\n")
-    with pytest.raises(InputError, match="the data was tokenised with 0000"):
-        check_tokenizer(saved, manifest(tokenizer_sha256="0" * 64))
+def test_a_directory_ends_texts_as_the_data_does_once_it_is_trained_on(saved: Path, tmp_path: Path) -> None:
+    other = manifest().model_copy(update={"start_id": 5, "end_id": 7, "bos_id": 5})
+    model = load_start(saved, other, 0)
+    save_model(model, model.config, tmp_path / "again", saved / "tokenizer.json")
+    auto = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert (auto.bos_token_id, auto.eos_token_id, AutoConfig.from_pretrained(tmp_path / "again").eos_token_id) == (
+        5, 7, 7,
+    )  # fmt: skip
+    listed = saved / "config.json"
+    listed.write_text(json.dumps(json.loads(listed.read_text()) | {"eos_token_id": [9, 7]}))
+    several = load_model(saved)
+    save_model(several, several.config, tmp_path / "several", saved / "tokenizer.json")
+    assert AutoTokenizer.from_pretrained(tmp_path / "several").eos_token_id == 9
+
+
+def test_another_tokenizer_is_refused_by_what_differs(saved: Path, tmp_path: Path) -> None:
+    prepared, path = tmp_path / "prepared", saved / "tokenizer.json"
+    prepared.mkdir()
+    (prepared / "manifest.json").write_text(manifest("digits").model_dump_json())
+    check_tokenizer(saved, prepared)
+    shutil.copy(path, prepared / "tokenizer.json")
+    (prepared / "manifest.json").write_text(manifest(tokenizer_sha256=file_sha256(path)).model_dump_json())
+    check_tokenizer(saved, prepared)
+    spec = json.loads(path.read_text())
+    path.write_text(json.dumps(spec))  # laid out otherwise, and the same tokenizer
+    check_tokenizer(saved, prepared)
+    vocabulary, merges = spec["model"]["vocab"], spec["model"]["merges"]
+    swapped = vocabulary | {"a": vocabulary["b"], "b": vocabulary["a"]}
+    for other, message in (
+        (spec | {"model": spec["model"] | {"vocab": swapped}}, f"vocabulary entry {vocabulary['a']}: 'a' there, 'b'"),
+        (spec | {"model": spec["model"] | {"merges": [merges[1], merges[0], *merges[2:]]}}, "merge 0: "),
+        (spec | {"normalizer": {"type": "NFC"}}, r"normaliser: null there, .*NFC"),
+        (spec | {"pre_tokenizer": spec["pre_tokenizer"] | {"add_prefix_space": True}}, "split: .*add_prefix_space"),
+    ):
+        path.write_text(json.dumps(other))
+        with pytest.raises(InputError, match=rf"is not the tokenizer of the data .*: {message}"):
+            check_tokenizer(saved, prepared)
+    path.write_text("{}")
+    with pytest.raises(InputError, match=r"not a tokenizer\.json"):
+        check_tokenizer(saved, prepared)
     path.unlink()
     with pytest.raises(InputError, match=r"tokenizer\.json: missing"):
-        check_tokenizer(saved, manifest(tokenizer_sha256="0" * 64))
+        check_tokenizer(saved, prepared)

@@ -26,7 +26,7 @@ def main() -> None:
 
     @torch.inference_mode()
     def batch(bodies: list[dict[str, Any]]) -> int:
-        inputs = tokenizer([tokenizer.bos_token + body["prompt"] for body in bodies], return_tensors="pt", padding=True)
+        inputs = tokenizer([body["prompt"] for body in bodies], return_tensors="pt", padding=True)
         inputs.pop("token_type_ids", None)
         tokens = max(body["max_tokens"] for body in bodies)
         made = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)

@@ -69,7 +69,7 @@ def _evaluate_inputs(recipe: Recipe) -> dict[str, Any]:
 STAGES = (
     Stage("prepare", "overproof.data.prepare:prepare", (),
           lambda r: {"seed": r.seed, "data": _dump(r.data), "source": TASKS[r.data.kind].source_digest(r.data)},
-          format=5),
+          format=6),
     Stage("train", "overproof.train.ray_trainer:train_teacher", ("prepare",),
           lambda r: {"seed": r.seed, "train": _dump(r.train), **_train_inputs(r.train)}),
     Stage("generate", "overproof.distill.teacher_stages:generate_text", ("prepare", "train"),
@@ -84,7 +84,7 @@ STAGES = (
     Stage("evaluate", "overproof.evaluate.stage:evaluate_exports", ("prepare", "compress"),
           lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate), **_evaluate_inputs(r)}, format=4),
     Stage("gate", "overproof.evaluate.stage:judge_report", ("evaluate",),
-          lambda r: {"gate": _dump(r.gate)}, format=2),
+          lambda r: {"gate": _dump(r.gate)}, format=3),
     Stage("report", "overproof.report.stage:write_report",
           ("prepare", "train", "generate", "cache", "sweep", "evaluate", "gate"),
           lambda r: {"name": r.name}, format=2),

@@ -88,6 +88,18 @@ def test_no_document_leaks_and_every_held_out_byte_is_scored(prepared: tuple[Pat
             assert len(content) == row["size_bytes"]
 
 
+def test_test_documents_are_sampled_as_they_were(prepared: tuple[Path, Path, dict[str, object]]) -> None:
+    corpus, root, _ = prepared
+    names = {row["document"]: row["name"] for row in pq.read_table(root / "documents.parquet").to_pylist()}
+    tested = [
+        row["document"] for row in pq.read_table(root / "documents.parquet").to_pylist() if row["split"] == "test"
+    ]
+    sampled = pq.read_table(root / "test_texts.parquet").to_pylist()
+    assert [row["document"] for row in sampled] == tested
+    for row in sampled:
+        assert row["text"].encode() == (corpus / names[row["document"]]).read_bytes()[:4096]
+
+
 def test_train_rows_are_the_train_documents(prepared: tuple[Path, Path, dict[str, object]]) -> None:
     corpus, root, _ = prepared
     manifest, tokenizer = Manifest.read(root), Tokenizer.from_file(str(root / "tokenizer.json"))
@@ -103,7 +115,7 @@ def test_train_rows_are_the_train_documents(prepared: tuple[Path, Path, dict[str
         for piece in tokenizer.decode(tokens_S.tolist(), skip_special_tokens=False).split("<|endoftext|>"):
             assert piece in whole
     predicted = manifest.splits["train"].predictions
-    everything = sum(len(tokenizer.encode(text).ids) + 1 for text in texts)
+    everything = sum(len(tokenizer.encode(text).ids) for text in texts)
     most_lost = len(manifest.splits["train"].shards) * manifest.rows_per_group * manifest.positions + 2
     assert 0 <= everything - predicted <= most_lost
 

@@ -46,7 +46,7 @@ def piece_table(documents: list[list[int]]) -> pa.Table:
 
 def plan(table: pa.Table, splits: list[str], shards: int) -> ShardLayout:
     columns = (table[column].to_numpy() for column in ("document", "piece", "tokens_count"))
-    return plan_shards(*columns, splits_N=np.array(splits), data=settings(shards))
+    return plan_shards(*columns, splits_N=np.array(splits), data=settings(shards), boundary=1)
 
 
 @given(documents_of_pieces, st.integers(1, 4), st.randoms(use_true_random=False))

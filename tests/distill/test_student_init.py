@@ -186,7 +186,7 @@ def test_a_directory_that_does_not_fit_is_refused(text_world: World, digits_worl
     save_model(model, model.config, tmp_path / "mute")
     assert "tokenizer.json: missing" in refusal(tmp_path / "mute")
     (tmp_path / "mute" / TOKENIZER).write_text("{}")
-    assert "the data was tokenised with" in refusal(tmp_path / "mute")
+    assert "not a tokenizer.json" in refusal(tmp_path / "mute")
 
 
 def test_files_that_a_student_starts_from_are_part_of_the_sweep(tmp_path: Path) -> None:

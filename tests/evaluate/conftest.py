@@ -31,6 +31,7 @@ from overproof.registry import TASKS
 from overproof.stage_context import StageContext, no_progress
 
 LENGTH, GROUP, VOCABULARY = 64, 4, 512
+END_ID = 0  # of tokenizers trained here
 TASK = {"text": "language_modeling", "digits": "image_classification"}
 BATCH = {"language_modeling": 16, "image_classification": 64}
 PIXELS = (Column(name="pixels", dtype="<f4", shape=(1, 8, 8)), Column(name="label", dtype="<i4"))
@@ -53,9 +54,9 @@ def prepare_text(root: Path) -> Manifest:
     test, train = texts[:12], texts[12:]
     tokenizer = bpe.train_bpe(train, VOCABULARY)
     tokenizer.save(str(root / "tokenizer.json"))
-    stream = np.concatenate([np.insert(ids, 0, bpe.END_ID) for ids in bpe.encode(tokenizer, train)])
+    stream = np.concatenate([np.insert(ids, 0, END_ID) for ids in bpe.encode(tokenizer, train)])
     packed = bpe.pack_stream(stream, LENGTH, bpe.train_rows(len(stream), LENGTH, GROUP))
-    held_out = [bpe.pack_document(document, LENGTH) for document in bpe.encode(tokenizer, test)]
+    held_out = [bpe.pack_document(document, LENGTH, END_ID, END_ID) for document in bpe.encode(tokenizer, test)]
     documents = np.repeat(np.arange(len(test)), [len(lengths) for _, lengths in held_out])
     columns = {
         "train": bpe.token_columns(0, packed, LENGTH, -1),
@@ -71,6 +72,8 @@ def prepare_text(root: Path) -> Manifest:
     sizes = [len(text.encode()) for text in test]
     table = {"document": pa.array(range(len(test)), pa.int32()), "split": ["test"] * len(test), "size_bytes": sizes}
     pq.write_table(pa.table(table), root / "documents.parquet")
+    texts = pa.table({"document": pa.array(range(len(test)), pa.int32()), "text": [text[:4096] for text in test]})
+    pq.write_table(texts, root / "test_texts.parquet")
     manifest = Manifest(
         task="language_modeling",
         columns=TOKENS,
@@ -79,6 +82,9 @@ def prepare_text(root: Path) -> Manifest:
         positions=LENGTH,
         outputs=tokenizer.get_vocab_size(),
         tokenizer_sha256=hashlib.sha256((root / "tokenizer.json").read_bytes()).hexdigest(),
+        start_id=END_ID,
+        end_id=END_ID,
+        bos_id=END_ID,
     )
     (root / "manifest.json").write_text(manifest.model_dump_json())
     return manifest

@@ -179,10 +179,12 @@ def test_no_interval_no_pass() -> None:
 
 
 def test_parity_needs_the_same_tokens_too() -> None:
-    splits = measured("q", 1, True, parity_nats=metric(0.01), tokenizer_mismatches=metric(1))
-    found = verdict([PARITY], report(measured=(splits,)))
+    splits = report(measured=(measured("q", 1, True, parity_nats=metric(0.01), split_otherwise=metric(0.1)),))
+    found = verdict([PARITY], splits)
     assert not found.passed
-    assert "splits 1 of 10 texts into other tokens" in found.candidates[0].reasons[0].text
+    assert "splits 10 % of 10 test documents into other tokens" in found.candidates[0].reasons[0].text
+    assert verdict([PARITY | {"split_otherwise": 0.1}], splits).passed
+    assert not verdict([PARITY | {"split_otherwise": 0.09}], splits).passed
     assert not verdict([PARITY], report(measured=(measured("q", 1, True, parity_nats=metric(0.11)),))).passed
 
 

@@ -40,7 +40,7 @@ def test_engine_gives_the_references_logprobs(text: dict[str, Artifact], name: s
     found = measure_text(text["compress"].local() / f"{name}.gguf", text["prepare"].local())
     assert found["parity_nats"].value < ROUNDING_NATS[name.removeprefix("student-") if "-" in name else "f16"]
     assert found["parity_nats"].n == 4 * 16
-    assert found["tokenizer_mismatches"].value == 0
+    assert (found["split_otherwise"].value, found["split_otherwise"].n) == (0, 12)
     assert found["decode_tokens_per_s"].value > 100
     assert found["latency_p95_s"].n == 20
     assert found["latency_p50_s"].value <= found["latency_p95_s"].value
@@ -75,7 +75,7 @@ def test_other_tokens_are_caught(text: dict[str, Artifact], tmp_path: Path) -> N
     root = shutil.copytree(text["prepare"].local(), tmp_path / "prepared")
     train_bpe(["an entirely other corpus, with other pairs"], 300).save(str(root / "tokenizer.json"))
     found = measure_text(text["compress"].local() / "student.gguf", root)
-    assert found["tokenizer_mismatches"].value > 0
+    assert found["split_otherwise"].value == 1
     assert found["parity_nats"].value < ROUNDING_NATS["f16"]
 
 

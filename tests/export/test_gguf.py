@@ -161,7 +161,7 @@ def test_metadata_says_what_it_is(source: Path, tmp_path: Path) -> None:
     assert value["tokenizer.ggml.model"] == "gpt2"
     assert value["tokenizer.ggml.pre"] == "gpt-2"
     assert value["tokenizer.ggml.eos_token_id"] == 0
-    assert value["tokenizer.ggml.add_bos_token"] is True
+    assert value["tokenizer.ggml.add_bos_token"] is False
     spec = json.loads((source / "tokenizer.json").read_text())
     tokens, kinds = value["tokenizer.ggml.tokens"], value["tokenizer.ggml.token_type"]
     assert len(tokens) == len(kinds) == VOCABULARY
@@ -208,7 +208,9 @@ def test_other_tokenizers_are_refused(source: Path, tmp_path: Path) -> None:
     prefixed = spec | {"pre_tokenizer": spec["pre_tokenizer"] | {"add_prefix_space": True}}
     other = tmp_path / "tokenizer.json"
     other.write_text(json.dumps(prefixed))
-    with pytest.raises(InputError, match="splits like GPT-2"):
+    with pytest.raises(
+        InputError, match=r"'a space before the text' then .*; the GGUF export covers .* gpt-2, llama-bpe"
+    ):
         export_gguf(source, other, tmp_path / "x.gguf", "f16", "x")
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     tokenizer.add_tokens([AddedToken(f"<extra-{i}>") for i in range(50)])

@@ -50,10 +50,17 @@ class BpeTokenizer(Section):
 
 
 class TokenizerFile(Section):
-    """An existing byte-level BPE tokenizer."""
+    """An existing tokenizer of any kind that can write every text back."""
 
     kind: Literal["file"] = "file"
-    path: str = Field(description="A tokenizer.json of the `tokenizers` library.")
+    path: str = Field(
+        description="The directory of the model that the tokenizer belongs to, or its tokenizer.json; local or a URI."
+    )
+    end_token: str | None = Field(
+        None,
+        description="The token that ends every document, such as </s>; null takes the one that the files beside "
+        "tokenizer.json name.",
+    )
 
 
 class DataSection(Section):

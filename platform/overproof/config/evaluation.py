@@ -127,10 +127,18 @@ class Agreement(Section):
 
 
 class Parity(Section):
-    """What the serving engine answers must have the log-probabilities by which the file was judged."""
+    """What the serving engine answers must have the log-probabilities by which the file was judged, and it must split
+    texts as tokenizer.json does."""
 
     kind: Literal["parity"] = "parity"
     at_most: float = Field(gt=0, description="Largest absolute difference of a log-probability, nats.")
+    split_otherwise: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Text: largest share of the sampled test documents that the engine may split into other tokens "
+        "than tokenizer.json does.",
+    )
 
 
 Rule = Annotated[

@@ -27,9 +27,11 @@ from overproof.data.order import permutation
 from overproof.data.parquet_writer import write_shard
 from overproof.data.shard_layout import ShardPlan
 from overproof.data.sources import Source
+from overproof.data.text_tokenizer import TextTokenizer, continuing
 from overproof.errors import InputError
 
 TABLE_BYTES = 8 << 20  # of text handed on at once
+SAMPLED_BYTES = 4096  # of each document of the sample
 SHARD_STREAM = 1 << 32  # sets the permutation inside a shard apart from those of `Order`
 
 PIECE_SCHEMA = pa.schema(
@@ -101,22 +103,20 @@ def _flat_strings(values: Sequence[str]) -> NDArray[np.bytes_]:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(tokenizer_json: str) -> Tokenizer:
-    return Tokenizer.from_str(tokenizer_json)
+def _tokenizers(tokenizer_json: str) -> tuple[Tokenizer, Tokenizer]:
+    """Of the first piece of a document, and of its later ones."""
+    return Tokenizer.from_str(tokenizer_json), Tokenizer.from_str(continuing(tokenizer_json))
 
 
-def tokenise_block(block: pa.Table, index: DocumentIndex, tokenizer_json: str) -> Iterator[pa.Table]:
-    """The kept documents of a block as tokens; the first piece of each begins with the end token."""
+def tokenise_block(block: pa.Table, index: DocumentIndex, tokenizer: TextTokenizer) -> Iterator[pa.Table]:
+    """The kept documents of a block as tokens; the first piece of each begins with the boundary."""
     block, documents = index.select(block)
     sizes = np.array([len(content.as_buffer()) for content in block["content"]], np.int64)
     table_of = (np.cumsum(sizes) - sizes) // TABLE_BYTES
     for rows in np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(table_of)) + 1):
         texts = [content.as_py().decode() for content in block["content"].take(rows)]
         pieces = block["piece"].take(rows).to_numpy()
-        tokens = tokenization.encode(_tokenizer(tokenizer_json), texts)
-        tokens = [
-            ids if piece else np.insert(ids, 0, tokenization.END_ID) for ids, piece in zip(tokens, pieces, strict=True)
-        ]
+        tokens = _tokenise(texts, pieces, tokenizer)
         yield pa.table(
             {
                 "document": pa.array(documents[rows], pa.int32()),
@@ -125,6 +125,25 @@ def tokenise_block(block: pa.Table, index: DocumentIndex, tokenizer_json: str) -
                 "tokens_count": pa.array([len(ids) for ids in tokens], pa.int64()),
             }
         )
+
+
+def _tokenise(texts: Sequence[str], pieces: NDArray[np.int32], tokenizer: TextTokenizer) -> list[tokenization.Tokens]:
+    first, later = _tokenizers(tokenizer.json)
+    tokens: list[tokenization.Tokens] = [np.zeros(0, np.int32)] * len(texts)
+    places = range(len(texts))
+    for chosen, own in (([i for i in places if not pieces[i]], first), ([i for i in places if pieces[i]], later)):
+        for place, ids in zip(chosen, tokenization.encode(own, [texts[i] for i in chosen]), strict=True):
+            tokens[place] = ids if pieces[place] else np.insert(ids, 0, tokenizer.boundary)
+    return tokens
+
+
+def sample_block(block: pa.Table, index: DocumentIndex, chosen: NDArray[np.int64]) -> pa.Table:
+    """How the chosen documents of a block begin."""
+    block, documents = index.select(block)
+    rows = np.flatnonzero((block["piece"].to_numpy() == 0) & np.isin(documents, chosen))
+    starts = [content.as_py()[:SAMPLED_BYTES] for content in block["content"].take(rows)]
+    texts = [start.decode(errors="ignore") for start in starts]  # a character may be cut
+    return pa.table({"document": pa.array(documents[rows], pa.int32()), "text": pa.array(texts, pa.string())})
 
 
 def text_columns(sequence_length: int, vocab_size: int) -> tuple[Column, ...]:
@@ -137,7 +156,7 @@ def text_columns(sequence_length: int, vocab_size: int) -> tuple[Column, ...]:
 
 
 def write_planned_shard(
-    group: pa.Table, shards: Sequence[ShardPlan], data: TextData, vocab_size: int, seed: int, uri: str
+    group: pa.Table, shards: Sequence[ShardPlan], data: TextData, tokenizer: TextTokenizer, seed: int, uri: str
 ) -> pa.Table:
     """Pack and write one shard from its pieces of documents, whatever order they arrive in."""
     index = group["shard"][0].as_py()
@@ -152,10 +171,11 @@ def write_planned_shard(
         firsts = np.flatnonzero(group["piece"].to_numpy() == 0)
         counts = pc.list_value_length(group["tokens"]).to_numpy()
         starts = (np.cumsum(counts) - counts)[firsts]
-        packed = [tokenization.pack_document(ids[1:], length) for ids in np.split(stream, starts[1:])]
+        ends, skipped = (tokenizer.start_id, tokenizer.end_id), len(tokenizer.boundary)
+        packed = [tokenization.pack_document(ids[skipped:], length, *ends) for ids in np.split(stream, starts[1:])]
         owners_R = np.repeat(group["document"].to_numpy()[firsts], [len(rows_RS) for rows_RS, _ in packed])
         rows_RS, lengths_R = (np.concatenate(values) for values in zip(*packed, strict=True))
         columns = tokenization.token_columns(plan.first_sample, rows_RS, lengths_R, owners_R)
-    schema, predictions = shard_schema(text_columns(length, vocab_size)), int(columns["length"].sum())
+    schema, predictions = shard_schema(text_columns(length, tokenizer.outputs)), int(columns["length"].sum())
     shard = write_shard(uri, plan.path, columns, schema, data.rows_per_group, predictions)
     return pa.table({"shard": pa.array([index], pa.int32()), "entry": [shard.model_dump_json()]})

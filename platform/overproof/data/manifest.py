@@ -14,8 +14,9 @@ from overproof.data.order import Order
 from overproof.files import read_json
 
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 DOCUMENTS = "documents.parquet"
+TEST_TEXTS = "test_texts.parquet"  # how some test documents begin, as they were before they were tokens
 SPLITS = ("train", "validation", "test")
 SAMPLE_ID = "sample_id"
 
@@ -55,7 +56,7 @@ class Column(_Frozen):
 class Manifest(_Frozen):
     """The content of ``manifest.json``. Row ``i`` of a split has ``sample_id`` i, counted through its shards."""
 
-    format: Literal[4] = 4
+    format: Literal[5] = 5
     task: str
     columns: tuple[Column, ...]  # beside sample_id
     splits: dict[str, Split]
@@ -63,6 +64,9 @@ class Manifest(_Frozen):
     positions: int  # P: predictions in a row
     outputs: int  # V: entries of the vocabulary, classes, or bins
     tokenizer_sha256: str | None = None
+    start_id: int | None = None  # of the token before every document; tokens have all three, other rows none of them
+    end_id: int | None = None  # of the token after every document
+    bos_id: int | None = None  # of the token that the tokenizer calls bos, whether it puts it before a text or not
     dropped: dict[str, int] = {}  # documents left out, per reason
     details: dict[str, Any] = {}  # what the task says of its rows, such as the names of classes
 

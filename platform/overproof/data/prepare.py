@@ -21,28 +21,40 @@ import ray
 from numpy.typing import NDArray
 from ray.data import DataContext, Dataset
 from ray.data.context import ShuffleStrategy
-from tokenizers import Tokenizer
 
 from overproof.config import BpeTokenizer, TextData
 from overproof.data import cleaning, tokenization
 from overproof.data.document_blocks import (
     DocumentIndex,
     read_block,
+    sample_block,
     text_columns,
     tokenise_block,
     write_planned_shard,
 )
 from overproof.data.heartbeat import Heartbeat
-from overproof.data.manifest import DOCUMENTS, MANIFEST, SPLITS, TOKENIZER, Manifest, Shard, Split
+from overproof.data.manifest import (
+    DOCUMENTS,
+    MANIFEST,
+    SPLITS,
+    TEST_TEXTS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    Manifest,
+    Shard,
+    Split,
+)
 from overproof.data.parquet_writer import parquet_bytes, write_file
 from overproof.data.shard_layout import ShardLayout, plan_shards
-from overproof.data.sources import Source, SourceFile, absolute_source, list_files, tokenizer_path
+from overproof.data.sources import Source, SourceFile, absolute_source, list_files
+from overproof.data.text_tokenizer import TextTokenizer, read_tokenizer, trained
 from overproof.errors import InputError
-from overproof.registry import TASKS
+from overproof.registry import FORMATS, TASKS
 from overproof.stage_context import StageContext
 
 BLOCK_BYTES = 32 << 20  # of text read by one task
 DOCUMENTS_PER_GROUP = 1 << 16
+SAMPLED_DOCUMENTS = 128  # of the test split, for engines to split
 PHASES = 4  # of the progress: reading, the tokenizer, tokenising, writing
 
 
@@ -100,24 +112,29 @@ def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
         splits_N = cleaning.split_of(documents.hashes_N, data.validation_fraction, data.test_fraction)
         index = DocumentIndex.of(documents.names_N)
         heartbeat.start_phase(1, f"tokenizer, from {np.sum(splits_N == 'train')} documents")
-        tokenizer_json = _tokenizer(pieces, index, splits_N, data, heartbeat)
+        tokenizer = _tokenizer(pieces, index, splits_N, data, heartbeat)
+        FORMATS[context.recipe.compress.kind].check_tokenizer(tokenizer.json, "data.tokenizer")
         heartbeat.start_phase(2, f"tokenising {len(splits_N)} documents, {documents.sizes_N.sum() / 1e6:,.1f} MB")
-        tokens = _map_blocks(pieces, partial(tokenise_block, index=index, tokenizer_json=tokenizer_json))
-        layout = _plan(tokens, splits_N, data)
+        tokens = _map_blocks(pieces, partial(tokenise_block, index=index, tokenizer=tokenizer))
+        layout = _plan(tokens, splits_N, data, len(tokenizer.boundary))
         heartbeat.start_phase(3, f"packing and writing {len(layout.shards)} shards")
-        vocab_size = Tokenizer.from_str(tokenizer_json).get_vocab_size()
-        shards = _write(tokens, layout, data, vocab_size, context.recipe.seed, context.draft.uri)
-        write_file(context.draft.uri, TOKENIZER, tokenizer_json.encode())
+        shards = _write(tokens, layout, data, tokenizer, context.recipe.seed, context.draft.uri)
+        write_file(context.draft.uri, TOKENIZER, tokenizer.json.encode())
+        write_file(context.draft.uri, TOKENIZER_CONFIG, tokenizer.config().encode())
         write_file(context.draft.uri, DOCUMENTS, _documents_file(documents, splits_N))
+        write_file(context.draft.uri, TEST_TEXTS, _test_texts(pieces, index, splits_N))
         heartbeat.start_phase(PHASES, "")
     return Manifest(
         task=data.kind,
-        columns=text_columns(data.sequence_length, vocab_size),
+        columns=text_columns(data.sequence_length, tokenizer.outputs),
         splits={name: _split(name, layout, shards, int(np.sum(splits_N == name))) for name in SPLITS},
         rows_per_group=data.rows_per_group,
         positions=data.sequence_length,
-        outputs=vocab_size,
-        tokenizer_sha256=hashlib.sha256(tokenizer_json.encode()).hexdigest(),
+        outputs=tokenizer.outputs,
+        tokenizer_sha256=hashlib.sha256(tokenizer.json.encode()).hexdigest(),
+        start_id=tokenizer.start_id,
+        end_id=tokenizer.end_id,
+        bos_id=tokenizer.bos_id,
         dropped=documents.dropped,
     )
 
@@ -177,9 +194,9 @@ def _select(pieces: Dataset, data: TextData) -> cleaning.SelectedDocuments:
 
 def _tokenizer(
     pieces: Dataset, index: DocumentIndex, splits_N: NDArray[np.str_], data: TextData, heartbeat: Heartbeat
-) -> str:
+) -> TextTokenizer:
     if not isinstance(data.tokenizer, BpeTokenizer):
-        return tokenization.read_tokenizer(tokenizer_path(data.tokenizer))
+        return read_tokenizer(data.tokenizer)
 
     def train_texts() -> Iterator[str]:
         counted_bytes = 0
@@ -192,24 +209,34 @@ def _tokenizer(
                 heartbeat.update_note(f"tokenizer, words of {counted_bytes / 1e6:,.1f} MB counted")
         heartbeat.update_note(f"tokenizer, merging pairs of {counted_bytes / 1e6:,.1f} MB")
 
-    return tokenization.train_bpe(train_texts(), data.tokenizer.vocab_size).to_str()
+    return trained(tokenization.train_bpe(train_texts(), data.tokenizer.vocab_size).to_str())
 
 
-def _plan(tokens: Dataset, splits_N: NDArray[np.str_], data: TextData) -> ShardLayout:
+def _plan(tokens: Dataset, splits_N: NDArray[np.str_], data: TextData, boundary: int) -> ShardLayout:
     counts = _collect(tokens, ("document", "piece", "tokens_count"))
     documents_P, pieces_P, tokens_P = (column.to_numpy() for column in counts.itercolumns())
-    return plan_shards(documents_P, pieces_P, tokens_P, splits_N, data)
+    return plan_shards(documents_P, pieces_P, tokens_P, splits_N, data, boundary)
 
 
 # --- writing --------------------------------------------------------------------------------------
 
 
-def _write(tokens: Dataset, layout: ShardLayout, data: TextData, vocab_size: int, seed: int, uri: str) -> list[Shard]:
-    write = partial(write_planned_shard, shards=layout.shards, data=data, vocab_size=vocab_size, seed=seed, uri=uri)
+def _write(
+    tokens: Dataset, layout: ShardLayout, data: TextData, tokenizer: TextTokenizer, seed: int, uri: str
+) -> list[Shard]:
+    write = partial(write_planned_shard, shards=layout.shards, data=data, tokenizer=tokenizer, seed=seed, uri=uri)
     cut = tokens.map_batches(layout.cut, batch_size=None, batch_format="pyarrow")
     written = _collect(cut.groupby("shard").map_groups(write, batch_format="pyarrow"), ("shard", "entry"))
     entries = dict(zip(written["shard"].to_pylist(), written["entry"].to_pylist(), strict=True))
     return [Shard.model_validate_json(entries[i]) for i in range(len(layout.shards))]
+
+
+def _test_texts(pieces: Dataset, index: DocumentIndex, splits_N: NDArray[np.str_]) -> bytes:
+    """The beginnings of test documents, evenly spread, that engines are asked to split."""
+    tested = np.flatnonzero(splits_N == "test")
+    chosen = tested[np.unique(np.linspace(0, len(tested) - 1, SAMPLED_DOCUMENTS).astype(np.int64))]
+    found = _collect(_map_blocks(pieces, partial(sample_block, index=index, chosen=chosen)), ("document", "text"))
+    return parquet_bytes(found.sort_by("document"), SAMPLED_DOCUMENTS)
 
 
 def _documents_file(documents: cleaning.SelectedDocuments, splits_N: NDArray[np.str_]) -> bytes:

@@ -1,9 +1,10 @@
 """Which rows each shard holds, and which tokens of which document they are made of: arithmetic on token counts.
 
 The tokens of all documents lie on one axis: train documents by hash, then those for validation, then those of the
-test, each after its end token. A shard is an interval of that axis. The train shards are equal parts of the train
-documents, to a row group, whatever the documents' lengths: a document may lie in two or more of them. The last token
-of a train shard is also the first of the next: it is predicted in one and predicted from in the other.
+test, each after its boundary: the end of the document before, and its own start. A shard is an interval of that axis.
+The train shards are equal parts of the train documents, to a row group, whatever the documents' lengths: a document
+may lie in two or more of them. The last token of a train shard is also the first of the next: it is predicted in one
+and predicted from in the other.
 
 N documents, P pieces of documents (by document and piece), K shards.
 """
@@ -76,9 +77,10 @@ class ShardLayout:
 
 
 def plan_shards(
-    documents_P: Counts, pieces_P: Counts, tokens_P: Counts, splits_N: NDArray[np.str_], data: TextData
+    documents_P: Counts, pieces_P: Counts, tokens_P: Counts, splits_N: NDArray[np.str_], data: TextData, boundary: int
 ) -> ShardLayout:
-    """The layout, from the number of tokens in each piece, in any order; end tokens are counted.
+    """The layout, from the number of tokens in each piece, in any order; each document's ``boundary`` tokens are
+    counted.
 
     Raises:
         InputError: the train split does not fill one row group for each of its shards.
@@ -96,7 +98,7 @@ def plan_shards(
     start = int(tokens_N[split_N == 0].sum())
     for number, split in enumerate(SPLITS[1:], start=1):
         own = tokens_N[split_N == number]
-        rows = sum(tokenization.document_rows(tokens - 1, data.sequence_length) for tokens in own.tolist())
+        rows = sum(tokenization.document_rows(tokens - boundary, data.sequence_length) for tokens in own.tolist())
         shards.append(ShardPlan(split, 0, 0, rows, start, start + int(own.sum())))
         start += int(own.sum())
     return ShardLayout(tuple(shards), first_piece_N, starts_P)

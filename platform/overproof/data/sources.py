@@ -24,10 +24,15 @@ from overproof.config import (
     TextData,
     TokenizerFile,
 )
+from overproof.data.manifest import TOKENIZER
 from overproof.errors import InputError
-from overproof.files import absolute_uri, file_sha256, filesystem
+from overproof.files import absolute_uri, filesystem
 
 Source = StdlibSource | FolderSource | JsonlSource | ParquetSource
+
+# What says which tokens begin and end a text, and what transformers makes a tokenizer.json of where there is none.
+NAMING_TOKENS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+CONVERTIBLE = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "tekken.json")
 
 # Tests are left out of the standard library: many installations do not ship them.
 EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
@@ -52,7 +57,8 @@ def text_digest(data: TextData) -> str:
     if isinstance(data.source, StdlibSource):
         identity.append(platform.python_version())
     if isinstance(data.tokenizer, TokenizerFile):
-        identity.append(file_sha256(tokenizer_path(data.tokenizer)))
+        found = sorted(tokenizer_files(data.tokenizer).items())
+        identity.append([(name, hashlib.sha256(content).hexdigest()) for name, content in found])
     return sha256_of(identity)
 
 
@@ -61,16 +67,39 @@ def sha256_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def tokenizer_path(tokenizer: TokenizerFile) -> Path:
-    """The tokenizer file.
+def tokenizer_files(tokenizer: TokenizerFile) -> dict[str, bytes]:
+    """``tokenizer.json`` and the files beside it that name its special tokens; or those that one can be made of.
 
     Raises:
-        InputError: there is none.
+        InputError: there are none.
     """
-    path = Path(tokenizer.path).expanduser()
-    if not path.is_file():
-        raise InputError(f"data.tokenizer.path: {path}: no such file; expected a tokenizer.json")
-    return path
+    files, path = filesystem(tokenizer.path)
+    info = files.get_file_info(path)
+    if info.type == fs.FileType.NotFound:
+        raise InputError(
+            f"data.tokenizer.path: {tokenizer.path}: no such file or folder; expected a tokenizer.json, or the "
+            "directory of a model that has one"
+        )
+    is_file = info.type == fs.FileType.File
+    folder = path.rpartition("/")[0] if is_file else path.rstrip("/")
+    wanted = {TOKENIZER: path if is_file else f"{folder}/{TOKENIZER}"}
+    wanted |= {name: f"{folder}/{name}" for name in (*NAMING_TOKENS, *CONVERTIBLE)}
+    infos = zip(wanted, files.get_file_info(list(wanted.values())), strict=True)
+    there = [name for name, found in infos if found.type == fs.FileType.File]
+    if TOKENIZER in there:
+        there = [name for name in there if name not in CONVERTIBLE]
+    elif not any(name in CONVERTIBLE for name in there):
+        raise InputError(
+            f"data.tokenizer.path: {tokenizer.path}: no such file in it as {', '.join((TOKENIZER, *CONVERTIBLE))}; "
+            "expected the directory of a model with its tokenizer"
+        )
+    return {name: _content(files, wanted[name]) for name in there}
+
+
+def _content(files: fs.FileSystem, path: str) -> bytes:
+    with files.open_input_stream(path) as stream:
+        content: bytes = stream.read()
+    return content
 
 
 def absolute_source(source: Source) -> Source:

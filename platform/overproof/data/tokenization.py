@@ -1,23 +1,18 @@
-"""From text to rows of tokens: a byte-level BPE tokenizer (Sennrich et al., arXiv 1508.07909) and packing.
+"""From text to rows of tokens: training a byte-level BPE tokenizer (Sennrich et al., arXiv 1508.07909), and packing.
 
-Shapes: R rows, T predictions in a row, a row holds T + 1 tokens. Token 0 starts every document.
+Shapes: R rows, T predictions in a row, a row holds T + 1 tokens.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from overproof.errors import InputError
-
-END = "<|endoftext|>"
-END_ID = 0
+END = "<|endoftext|>"  # of tokenizers that are trained here
 
 Tokens = NDArray[np.int32]
 
@@ -25,6 +20,7 @@ Tokens = NDArray[np.int32]
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A tokenizer of at most ``vocab_size`` entries; a small corpus may not have that many pairs to merge.
 
+    Before a text it puts the end of the one before, which every document has in front that a model is trained on.
     Counts of words alone decide, so the order of the texts does not matter.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -37,26 +33,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    start = (END, tokenizer.token_to_id(END))
+    tokenizer.post_processor = processors.TemplateProcessing(f"{END} $A", special_tokens=[start])
     return tokenizer
-
-
-def read_tokenizer(path: Path) -> str:
-    """The JSON of an existing tokenizer.
-
-    Raises:
-        InputError: it is not a byte-level BPE tokenizer whose token 0 is ``<|endoftext|>``.
-    """
-    text = path.read_text(encoding="utf-8")
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more precise
-        raise InputError(f"{path}: not a tokenizer.json: {error}") from None
-    model_type = json.loads(text)["model"]["type"]
-    if model_type != "BPE" or "ByteLevel" not in json.dumps(json.loads(text)["pre_tokenizer"]):
-        raise InputError(f"{path}: a {model_type} tokenizer; expected byte-level BPE, which can write any bytes")
-    if tokenizer.id_to_token(END_ID) != END:
-        raise InputError(f"{path}: token 0 is {tokenizer.id_to_token(END_ID)!r}; expected {END!r}, the end of a text")
-    return text
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tokens]:
@@ -67,7 +46,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tokens]:
 
 
 def train_rows(tokens: int, sequence_length: int, rows_per_group: int) -> int:
-    """Rows that a stream of tokens, end tokens among them, fills: whole row groups, so that every group is full."""
+    """Rows that a stream of tokens, with those between documents, fills: whole groups, so that every group is full."""
     rows = max(tokens - 1, 0) // sequence_length
     return rows // rows_per_group * rows_per_group
 
@@ -78,7 +57,7 @@ def document_rows(tokens: int, sequence_length: int) -> int:
 
 
 def pack_stream(stream: Tokens, sequence_length: int, rows: int) -> Tokens:
-    """The start of a stream, documents each after token 0, cut with stride T: (rows, T + 1), each token predicted once.
+    """The start of a stream of documents, cut with stride T: (rows, T + 1), each token but the first predicted once.
 
     Raises:
         ValueError: the stream is too short.
@@ -90,10 +69,11 @@ def pack_stream(stream: Tokens, sequence_length: int, rows: int) -> Tokens:
     return rows_RS
 
 
-def pack_document(document: Tokens, sequence_length: int) -> tuple[Tokens, Tokens]:
-    """One document after token 0: rows (R, T + 1), padded with 0, and the predictions in each row (R,)."""
+def pack_document(document: Tokens, sequence_length: int, start_id: int, end_id: int) -> tuple[Tokens, Tokens]:
+    """One document after its start: rows (R, T + 1), padded with its end, and the predictions in each row (R,)."""
     rows = document_rows(len(document), sequence_length)
-    stream = np.zeros(rows * sequence_length + 1, np.int32)
+    stream = np.full(rows * sequence_length + 1, end_id, np.int32)
+    stream[0] = start_id
     stream[1 : 1 + len(document)] = document
     starts_R1 = np.arange(rows)[:, None] * sequence_length
     lengths_R = np.minimum(len(document) - starts_R1[:, 0], sequence_length).astype(np.int32)

@@ -32,14 +32,14 @@ def check_student(student: Student, prepared: Artifact, trained: Artifact) -> No
     try:
         found = student_size(student.model, teacher, shape)
         if isinstance(student.model, Pretrained):
-            _check_directory(student.model.path, found, manifest)
+            _check_directory(student.model.path, found, manifest, prepared)
         if student.relations or student.states:
             _check_comparable(student, found, model_size(teacher, shape))
     except InputError as error:
         raise InputError(f"student {student.name}: {error}") from None
 
 
-def _check_directory(path: str, found: ModelSize, manifest: Manifest) -> None:
+def _check_directory(path: str, found: ModelSize, manifest: Manifest, prepared: Artifact) -> None:
     from overproof.models.hf_directory import check_tokenizer  # with transformers: seconds to import
 
     if manifest.task not in FAMILIES[found.family].tasks or found.outputs != manifest.outputs:
@@ -47,7 +47,7 @@ def _check_directory(path: str, found: ModelSize, manifest: Manifest) -> None:
             f"{path}: a {found.family} with {found.outputs} outputs; the data is for {manifest.task} and needs "
             f"{manifest.outputs}"
         )
-    check_tokenizer(pretrained.fetch_pretrained(path), manifest)
+    check_tokenizer(pretrained.fetch_pretrained(path), prepared.local())
 
 
 def _check_comparable(student: Student, found: ModelSize, teacher: ModelSize) -> None:

@@ -27,7 +27,7 @@ def generate_text(context: StageContext) -> dict[str, Any]:
     settings = generate_settings(context.recipe)
     prepared, trained = context.parents["prepare"], context.parents["train"]
     manifest = Manifest.read(prepared.local())
-    check_tokenizer(trained.local() / "model", manifest)
+    check_tokenizer(trained.local() / "model", prepared.local())
     index = TextIndex.of(text_key(context.recipe, prepared, trained), manifest, settings.rows)
     tokens_per_row = index.identity.tokens
     job = CaptureJob(settings, index, prepared, trained, context.draft)
@@ -51,7 +51,7 @@ def cache_targets(context: StageContext) -> dict[str, Any]:
     recipe, prepared, trained = context.recipe, context.parents["prepare"], context.parents["train"]
     teacher_text = context.parents.get("generate")
     manifest = Manifest.read(prepared.local())
-    check_tokenizer(trained.local() / "model", manifest)
+    check_tokenizer(trained.local() / "model", prepared.local())
     key = target_key(recipe, prepared, trained, teacher_text)
     check_scheme(key)
     index = TargetIndex.of(key, manifest, recipe.rows_cached)

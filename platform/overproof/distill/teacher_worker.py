@@ -80,7 +80,7 @@ class TeacherWorker:
     @cached_property
     def model(self) -> PreTrainedModel:
         folder = self.job.trained.local() / "model"
-        check_tokenizer(folder, self.rows.manifest)
+        check_tokenizer(folder, self.job.prepared.local())
         return load_model(folder).to(self.device)
 
     def check_outputs(self, outputs: int) -> None:

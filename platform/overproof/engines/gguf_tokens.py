@@ -1,6 +1,7 @@
 """A GGUF file's metadata that the engine does not give: the bytes of each token, its chat template, its context.
 
-A byte-level vocabulary spells each byte as one printable character (GPT-2's table, openai/gpt-2 `encoder.py`).
+A byte-level vocabulary spells each byte as one printable character (GPT-2's table, openai/gpt-2 `encoder.py`), one of
+SentencePiece a space as U+2581 and a single byte as, for example, ``<0x0A>``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import gguf
 from overproof.errors import InputError
 
 CHAT_TEMPLATE = "tokenizer.chat_template"
+BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
+SPACE = "\u2581"
+SILENT = (gguf.TokenType.CONTROL, gguf.TokenType.UNUSED, gguf.TokenType.UNKNOWN)
 PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 BYTE_BY_CHARACTER = {chr(byte): byte for byte in PRINTABLE} | {
     chr(0x100 + i): byte for i, byte in enumerate(b for b in range(0x100) if b not in PRINTABLE)
@@ -29,7 +33,9 @@ class GgufHeader:
 
     context_length: int
     pieces: tuple[bytes, ...]  # the bytes that each token adds to a text
-    bos_id: int  # of the token before every text
+    start_ids: tuple[int, ...]  # put before every prompt that is a text
+    bos_token: str  # name of the token that chat templates call so
+    space_prefix: bool  # whether a text is read as if a space stood before it
     eos_token: str  # name of the token after a text
     chat_template: str | None  # Jinja template that makes a prompt of messages
     max_token_characters: int  # of the longest token's name; no token stands for more of a text
@@ -37,7 +43,8 @@ class GgufHeader:
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of token ids; broken characters are replaced."""
-        return b"".join(self.pieces[id_] for id_ in ids).decode(errors="replace")
+        text = b"".join(self.pieces[id_] for id_ in ids).decode(errors="replace")
+        return text.removeprefix(" ") if self.space_prefix else text
 
     def require_chat_template(self) -> str:
         """The chat template.
@@ -54,7 +61,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """Read a language model's metadata.
 
     Raises:
-        InputError: the file is missing, not GGUF, or its vocabulary is not byte-level BPE.
+        InputError: the file is missing, not GGUF, or its vocabulary is of a kind that this cannot read.
     """
     if not path.is_file():
         raise InputError(f"{path}: missing; expected a GGUF file")
@@ -69,15 +76,26 @@ def read_gguf_header(path: Path) -> GgufHeader:
         return fields[key].contents()
 
     model = value("tokenizer.ggml.model")
-    if model != "gpt2":
-        raise InputError(f"{path}: tokenizer is {model!r}; expected byte-level BPE, which GGUF calls 'gpt2'")
+    if model not in (BYTE_LEVEL, SENTENCEPIECE):
+        raise InputError(
+            f"{path}: tokenizer is {model!r}; expected {BYTE_LEVEL!r} (byte-level BPE) or {SENTENCEPIECE!r} "
+            "(SentencePiece's BPE)"
+        )
+
+    def flag(key: str, default: bool) -> bool:
+        return bool(value(f"tokenizer.ggml.{key}")) if f"tokenizer.ggml.{key}" in fields else default
+
     names, types = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type")
     length = value(f"{value('general.architecture')}.context_length")
-    pieces = tuple(_piece(n, t) for n, t in zip(names, types, strict=True))
+    piece = _byte_level_piece if model == BYTE_LEVEL else _sentencepiece_piece
+    pieces = tuple(piece(n, t) for n, t in zip(names, types, strict=True))
+    bos_id, by_score = value("tokenizer.ggml.bos_token_id"), model == SENTENCEPIECE
     return GgufHeader(
         context_length=length,
         pieces=pieces,
-        bos_id=value("tokenizer.ggml.bos_token_id"),
+        start_ids=(bos_id,) if flag("add_bos_token", by_score) else (),
+        bos_token=names[bos_id],
+        space_prefix=flag("add_space_prefix", by_score),
         eos_token=names[value("tokenizer.ggml.eos_token_id")],
         chat_template=value(CHAT_TEMPLATE) if CHAT_TEMPLATE in fields else None,
         max_token_characters=max(map(len, names)),
@@ -85,12 +103,20 @@ def read_gguf_header(path: Path) -> GgufHeader:
     )
 
 
-def _piece(name: str, kind: int) -> bytes:
-    if kind in (gguf.TokenType.CONTROL, gguf.TokenType.UNUSED):
+def _byte_level_piece(name: str, kind: int) -> bytes:
+    if kind in SILENT:
         return b""
-    if kind == gguf.TokenType.USER_DEFINED:
+    if kind == gguf.TokenType.USER_DEFINED or not BYTE_BY_CHARACTER.keys() >= set(name):
         return name.encode()
     return bytes(BYTE_BY_CHARACTER[c] for c in name)
+
+
+def _sentencepiece_piece(name: str, kind: int) -> bytes:
+    if kind in SILENT:
+        return b""
+    if kind == gguf.TokenType.BYTE:
+        return bytes.fromhex(name.removeprefix("<0x").removesuffix(">"))
+    return (name if kind == gguf.TokenType.USER_DEFINED else name.replace(SPACE, " ")).encode()
 
 
 def incomplete_utf8_tail(data: bytes) -> int:

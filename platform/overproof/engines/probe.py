@@ -217,6 +217,7 @@ def _measure_text(request: TextRequest) -> TextAnswer:
         done = engine.complete(prompt, Sampling(request.probe_tokens, logprobs=0))
         assert done.token_logprobs is not None
         answers.append(ProbeCompletion(tokens=done.tokens, logprobs=[token.logprob for token in done.token_logprobs]))
+    _tell(f"splitting {len(request.texts)} texts")
     splits = [engine.tokenize(text) for text in request.texts]
     engine.close()
     return TextAnswer(

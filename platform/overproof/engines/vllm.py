@@ -108,9 +108,10 @@ class Vllm:
             InputError: there is none, or it does not take these messages.
         """
         try:
-            # Without the start token, which every prompt gets later.
+            # Without a start token that every prompt gets later.
+            bos = "" if self._header.start_ids else self._header.bos_token
             return self._template.render(
-                messages=list(messages), add_generation_prompt=True, bos_token="", eos_token=self._header.eos_token
+                messages=list(messages), add_generation_prompt=True, bos_token=bos, eos_token=self._header.eos_token
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise InputError(f"messages: the model's chat template does not take them: {error}") from None
@@ -147,7 +148,7 @@ class Vllm:
 
     def _request(self, prompt: str | Sequence[int], sampling: Sampling) -> dict[str, Any]:
         ids, max_tokens = self._limits.resolve(
-            prompt, sampling, lambda text: [self._header.bos_id, *self.tokenize(text)]
+            prompt, sampling, lambda text: [*self._header.start_ids, *self.tokenize(text)]
         )
         request = {
             "prompt": ids,

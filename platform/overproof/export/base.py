@@ -34,6 +34,14 @@ class Format(Protocol):
     def families(self) -> tuple[str, ...]:
         """Kinds of the model families that it can hold."""
 
+    def check_tokenizer(self, text: str, where: object) -> None:
+        """Return where files of this format can hold the tokenizer with this ``tokenizer.json``: asked before anything
+        is trained with it.
+
+        Raises:
+            InputError: they cannot.
+        """
+
     def write(self, source: Path, file: Path, variant: str, context: ExportContext, unquantised: Path) -> None:
         """Write a Hugging Face directory as one file of a variant; ``file`` appears when it is complete.
 

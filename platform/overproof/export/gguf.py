@@ -43,6 +43,11 @@ class GgufFormat:
     def families(self) -> tuple[str, ...]:
         return tuple(kind for kind, family in FAMILIES.items() if isinstance(family, GgufFamily))
 
+    def check_tokenizer(self, text: str, where: object) -> None:
+        from overproof.export.gguf_vocabulary import read_vocabulary
+
+        read_vocabulary(text, where)
+
     def write(self, source: Path, file: Path, variant: str, context: ExportContext, unquantised: Path) -> None:
         del unquantised
         from overproof.export.gguf_file import export_gguf

@@ -6,7 +6,6 @@ so an engine needs nothing else.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from overproof.errors import InputError, suggest_name
+from overproof.export.gguf_vocabulary import add_vocabulary
 from overproof.models import gguf_rope, hf_directory
 from overproof.models.base import GgufFamily
 from overproof.models.gguf_layout import GgufContent, GgufLayout, Weights
@@ -50,7 +50,6 @@ ADDERS = {
     str: gguf.GGUFWriter.add_string,
 }
 BLOCK = 32  # weights that share one scale in q8_0 and q4_0
-GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def export_gguf(
         ADDERS[type(value)](writer, f"{layout.architecture}.{key}", value)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_tokenizer(writer, tokenizer, config)
+    add_vocabulary(writer, tokenizer, config)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     tensors, extra = list(_tensors(model, family, config, base)), layout.extra_tensors(config)
@@ -193,36 +192,6 @@ def _check(kind: str, layout: GgufLayout, config: Any, where: Path) -> None:
             found.append(f"found {key} {width}; expected a multiple of {BLOCK}")
     if found:
         raise InputError(f"{where}/config.json: {found[0]}: the GGUF export of {kind} covers no other")
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: Any) -> None:
-    spec = json.loads(path.read_text(encoding="utf-8"))
-    split = {key: (spec["pre_tokenizer"] or {}).get(key) for key in GPT2_SPLIT}
-    if spec["model"]["type"] != "BPE" or split != GPT2_SPLIT or spec["normalizer"] is not None:
-        raise InputError(
-            f"{path}: found model {spec['model']['type']}, pre_tokenizer {spec['pre_tokenizer']}, normalizer "
-            f"{spec['normalizer']}; the GGUF export covers byte-level BPE that splits like GPT-2 and normalises nothing"
-        )
-    added = {token["id"]: token for token in spec["added_tokens"]}
-    ids = spec["model"]["vocab"] | {token["content"]: token["id"] for token in spec["added_tokens"]}
-    tokens = {id_: token for token, id_ in ids.items()}
-    if len(tokens) > config.vocab_size or max(tokens) >= config.vocab_size:
-        raise InputError(f"{path}: {len(tokens)} tokens; expected at most the model's {config.vocab_size}")
-    kinds = {
-        id_: gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED for id_, token in added.items()
-    }
-    rows = range(config.vocab_size)  # a model may have more rows than its tokenizer has tokens
-    unused = gguf.TokenType.UNUSED
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([tokens.get(i, f"<|unused-{i}|>") for i in rows])
-    writer.add_token_types([kinds.get(i, gguf.TokenType.NORMAL if i in tokens else unused) for i in rows])
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]])
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
-    writer.add_add_bos_token(True)  # every document the model has seen starts with it
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(False)
 
 
 def _tensors(model: Path, family: Any, config: Any, base: Ggml) -> Iterator[_Tensor]:

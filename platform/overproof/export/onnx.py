@@ -40,6 +40,9 @@ class OnnxFormat:
 
         return tuple(kind for kind, family in FAMILIES.items() if isinstance(family, ArrayFamily))
 
+    def check_tokenizer(self, text: str, where: object) -> None:
+        """It holds no tokenizer."""
+
     def write(self, source: Path, file: Path, variant: str, context: ExportContext, unquantised: Path) -> None:
         del context
         from overproof.export.onnx_file import export_onnx, quantize_onnx

@@ -45,6 +45,8 @@ class DataShape:
     outputs: int
     positions: int
     details: Mapping[str, Any] = field(default_factory=dict)  # such as the height of images; see the task
+    bos_id: int | None = None  # of a tokenizer, as the manifest has them
+    end_id: int | None = None
 
 
 @dataclass(frozen=True)

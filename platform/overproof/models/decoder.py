@@ -110,14 +110,12 @@ class DecoderFamily:
         """Rotary positions have no table, so a longer limit than the rows' costs nothing and lets an engine serve past
         it; how good the model is out there is for the user to measure.
         """
-        from overproof.data.tokenization import END_ID
-
         return self.model_class().config_class(
             vocab_size=shape.outputs,
             tie_word_embeddings=True,
             initializer_range=section.initializer_range,
-            bos_token_id=END_ID,
-            eos_token_id=END_ID,
+            bos_token_id=shape.bos_id,
+            eos_token_id=shape.end_id,
             pad_token_id=None,
             attn_implementation=self.attention,
             **self.settings(section, shape),

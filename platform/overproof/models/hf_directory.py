@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from overproof.config.models import ModelSection
-from overproof.data.manifest import TOKENIZER, Manifest
-from overproof.data.tokenization import END
+from overproof.data.manifest import TOKENIZER, TOKENIZER_CONFIG, Manifest
+from overproof.data.text_tokenizer import tokenizer_config, tokenizer_difference
 from overproof.errors import InputError
 from overproof.files import file_sha256
 from overproof.models.base import BaseFamily, DataShape, LayerNames, ModelFamily
@@ -60,7 +60,9 @@ def _fresh(family: ModelFamily, config: Any, seed: int) -> PreTrainedModel:
 
 def shape_of(manifest: Manifest) -> DataShape:
     """What a model of this data must fit."""
-    return DataShape(manifest.task, manifest.outputs, manifest.positions, manifest.details)
+    return DataShape(
+        manifest.task, manifest.outputs, manifest.positions, manifest.details, manifest.bos_id, manifest.end_id
+    )
 
 
 def layer_names(model: PreTrainedModel) -> LayerNames:
@@ -94,7 +96,7 @@ def load_start(path: Path, manifest: Manifest, seed: int) -> PreTrainedModel:
     _, family = family_of({"architectures": model.config.architectures}, path)
     if not isinstance(family, BaseFamily):
         _refuse(path, wrong)
-        return _cut_vocabulary(model, path, manifest)
+        return _fit_tokenizer(model, path, manifest)
     names, shape = family.base, shape_of(manifest)
     _refuse(path, {kind: [key for key in keys if not key.startswith(names.optional)] for kind, keys in wrong.items()})
     config = family.fitted(model.config, shape)
@@ -146,9 +148,9 @@ def _refuse(path: Path, wrong: Mapping[str, Sequence[str]]) -> None:
             raise InputError(f"{path}: weights do not fit config.json: {kind.replace('_', ' ')}: {keys[0]}")
 
 
-def _cut_vocabulary(model: PreTrainedModel, path: Path, manifest: Manifest) -> PreTrainedModel:
+def _fit_tokenizer(model: PreTrainedModel, path: Path, manifest: Manifest) -> PreTrainedModel:
     """A vocabulary that has more entries than the data's ends with it: those are padding, of which models of one
-    tokenizer have more or less."""
+    tokenizer have more or less. Its texts begin and end as the data's do from here on."""
     if manifest.tokenizer_sha256 is not None:
         found = model.config.vocab_size
         if found < manifest.outputs:
@@ -157,6 +159,8 @@ def _cut_vocabulary(model: PreTrainedModel, path: Path, manifest: Manifest) -> P
             )
         if found > manifest.outputs:
             model.resize_token_embeddings(manifest.outputs)
+    if manifest.end_id is not None:
+        model.config.bos_token_id, model.config.eos_token_id = manifest.bos_id, manifest.end_id
     return model
 
 
@@ -224,42 +228,44 @@ def save_model(
     written_config.save_pretrained(path)
     if tokenizer is not None:
         shutil.copyfile(tokenizer, path / TOKENIZER)
-        described = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **(
-                {"bos_token": END, "eos_token": END} if json.dumps(END) in tokenizer.read_text(encoding="utf-8") else {}
-            ),
-            "model_max_length": config.max_position_embeddings,
-            "clean_up_tokenization_spaces": False,
-        }
-        (path / "tokenizer_config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        text, most = tokenizer.read_text(encoding="utf-8"), config.max_position_embeddings
+        bos, eos = config.bos_token_id, config.eos_token_id
+        end = eos[0] if isinstance(eos, list) else eos
+        (path / TOKENIZER_CONFIG).write_text(tokenizer_config(text, bos, end, model_max_length=most), encoding="utf-8")
 
 
 def chat_template(path: Path) -> str | None:
     """The Jinja text by which a Hugging Face directory writes chat messages as a prompt, None where it has none."""
     if (path / CHAT_TEMPLATE).is_file():
         return (path / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    file = path / "tokenizer_config.json"
+    file = path / TOKENIZER_CONFIG
     found = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
     return found if isinstance(found, str) else None
 
 
-def check_tokenizer(path: Path, manifest: Manifest) -> None:
-    """Refuse a text model that speaks another tokenizer than the data.
+def check_tokenizer(path: Path, prepared: Path) -> None:
+    """Refuse a text model that speaks another tokenizer than the data that is ``prepared`` in a folder.
 
     Raises:
-        InputError: tokenizer.json is missing or is not the one the data was tokenised with.
+        InputError: tokenizer.json is missing, or splits texts otherwise than the one the data was tokenised with.
     """
-    if manifest.tokenizer_sha256 is None:
+    manifest = Manifest.read(prepared)
+    own = manifest.tokenizer(prepared)
+    if own is None:
         return
     file = Path(path) / TOKENIZER
     if not file.is_file():
         raise InputError(f"{file}: missing; expected the tokenizer.json the data was tokenised with")
-    found = file_sha256(file)
-    if found != manifest.tokenizer_sha256:
+    if file_sha256(file) == manifest.tokenizer_sha256:
+        return
+    try:
+        found = tokenizer_difference(own.read_text(encoding="utf-8"), file.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises nothing more precise
+        raise InputError(f"{file}: not a tokenizer.json: {error}") from None
+    if found is not None:
         raise InputError(
-            f"{file}: sha256 is {found[:12]}…, the data was tokenised with {manifest.tokenizer_sha256[:12]}…; "
-            "expected one tokenizer for both: set data.tokenizer to {kind: file, path: the model's tokenizer.json}"
+            f"{file}: is not the tokenizer of the data ({own}): {found}; expected one tokenizer for both: set "
+            "data.tokenizer to {kind: file, path: the model's directory}"
         )
 
 

@@ -28,6 +28,7 @@ COSTS = {  # metric -> title, factor, decimals
     "time_to_first_token_s": ("first token, ms", 1000, 1),
     "resident_mb": ("resident MB", 1, 1),
     "parity_nats": ("parity, nats", 1, 4),
+    "split_otherwise": ("split otherwise, %", 100, 1),
 }
 
 

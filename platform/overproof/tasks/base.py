@@ -174,7 +174,7 @@ def cost_metrics(answer: TextAnswer | ArrayAnswer, asked: int) -> dict[str, Metr
 class CardWords:
     """What a model card says of a task."""
 
-    summary: str  # "A language model over byte-level BPE tokens"
+    summary: str  # "A language model"
     intended_use: str  # and its limits
     latency: str  # what one timed request is
 

@@ -67,13 +67,9 @@ class LanguageModeling:
     def shape(self, data: LanguageModelingData) -> DataShape:
         if isinstance(data.tokenizer, BpeTokenizer):
             return DataShape(data.kind, data.tokenizer.vocab_size, data.positions)
-        from tokenizers import Tokenizer
+        from overproof.data.text_tokenizer import read_tokenizer
 
-        from overproof.data.sources import tokenizer_path
-        from overproof.data.tokenization import read_tokenizer
-
-        tokenizer = Tokenizer.from_str(read_tokenizer(tokenizer_path(data.tokenizer)))
-        return DataShape(data.kind, int(tokenizer.get_vocab_size()), data.positions)
+        return DataShape(data.kind, read_tokenizer(data.tokenizer).outputs, data.positions)
 
     def prepare(self, context: StageContext) -> Manifest:
         from overproof.data.prepare import prepare_documents
@@ -127,7 +123,7 @@ class LanguageModeling:
 
     def card(self, manifest: Manifest, settings: Evaluate) -> CardWords:
         return CardWords(
-            summary="A language model over byte-level BPE tokens",
+            summary="A language model",
             intended_use=(
                 "It continues text that resembles its training data. It follows no instructions, and repeats what lies "
                 "in that data, with its licences and its errors. It was measured on contexts of "

@@ -27,7 +27,6 @@ from overproof.artifacts import ArtifactWriter
 from overproof.cluster.ray_cluster import preserve_sigint
 from overproof.config import Pretrained
 from overproof.data.feed import planned_dataset
-from overproof.data.manifest import Manifest
 from overproof.data.order import Order
 from overproof.data.parquet_reader import Columns, planned_shards, table_to_numpy
 from overproof.errors import InputError
@@ -72,7 +71,7 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
 
         context.progress(TaskProgress("train", 0, settings.steps, f"fetching {settings.model.path}"))
         start = pretrained.absolute_pretrained(settings.model)
-        check_tokenizer(pretrained.fetch_pretrained(start.path), Manifest.read(prepared.local()))
+        check_tokenizer(pretrained.fetch_pretrained(start.path), prepared.local())
         settings = settings.model_copy(update={"model": start})
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, draft.config, draft.parents, settings.checkpoint)
     checkpoints.claim_folder()

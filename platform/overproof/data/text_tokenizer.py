@@ -1,0 +1,301 @@
+"""A tokenizer as a model's directory has it: where its texts begin and end, and whether it can write every text back.
+
+Any tokenizer of the `tokenizers` library will do that gives back what it is given: byte-level BPE with any split and
+any special tokens, SentencePiece-style BPE with byte fallback, and the like.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from overproof.config import TokenizerFile
+from overproof.data.manifest import TOKENIZER
+from overproof.data.sources import CONVERTIBLE, tokenizer_files
+from overproof.data.tokenization import END
+from overproof.errors import InputError
+
+FOR_ENCODERS = ("WordPiece", "WordLevel")
+# Each is normal under NFC. What NFC changes may be lost, and a space that begins a text: models were trained like that.
+MUST_COME_BACK = (
+    "The 1st line, isn't it?  Two spaces.\n\n\tindented = {'a': [1, 23, 4567]}  # \\ ~ ^ | < > & @\r\n",
+    " leading and trailing ",
+    "na\u00efve caf\u00e9 \u65e5\u672c\u8a9e \ud55c\uad6d\uc5b4 \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \U0001f600",
+    "\x00\x01\x7f\u00a0\u3000\u200d\ufffd\ufb01",
+)
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer and the ids that documents of it need."""
+
+    json: str  # tokenizer.json
+    start_id: int  # before every document: what the tokenizer puts before a text, or else the end of the one before
+    end_id: int  # after every document
+    bos_id: int | None  # of the token that is called bos
+    outputs: int  # entries of the vocabulary, or those of its model where that has more
+
+    @property
+    def boundary(self) -> tuple[int, ...]:
+        """What stands before every document of a stream: the end of the one before, and its own start."""
+        return (self.end_id,) if self.start_id == self.end_id else (self.end_id, self.start_id)
+
+    def config(self) -> str:
+        """The content of the ``tokenizer_config.json`` that lies beside it, by which transformers knows its tokens."""
+        return tokenizer_config(self.json, self.bos_id, self.end_id)
+
+
+def tokenizer_config(text: str, bos_id: int | None, end_id: int | None, **further: Any) -> str:
+    """The content of a ``tokenizer_config.json`` that lies beside the ``tokenizer.json`` with this text."""
+    named = {name: id_ for name, id_ in (("bos_token", bos_id), ("eos_token", end_id)) if id_ is not None}
+    tokenizer = Tokenizer.from_str(text) if named else None
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{name: tokenizer.id_to_token(id_) for name, id_ in named.items() if tokenizer is not None},
+        **further,
+        "clean_up_tokenization_spaces": False,
+    }
+    return json.dumps(described, indent=1) + "\n"
+
+
+def trained(text: str) -> TextTokenizer:
+    """A tokenizer that ``train_bpe`` made."""
+    tokenizer = Tokenizer.from_str(text)
+    end = tokenizer.token_to_id(END)
+    assert end is not None
+    return TextTokenizer(text, start_id=end, end_id=end, bos_id=end, outputs=_entries(tokenizer))
+
+
+def read_tokenizer(settings: TokenizerFile) -> TextTokenizer:
+    """An existing tokenizer: its ``tokenizer.json``, or what transformers makes of the files of a directory.
+
+    Raises:
+        InputError: there is none, it cannot write every text back, or nothing says by which token a text ends.
+    """
+    files, where = tokenizer_files(settings), settings.path
+    text = files[TOKENIZER].decode(errors="replace") if TOKENIZER in files else _converted(where)
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more precise
+        raise InputError(f"{where}: not a tokenizer.json: {error}") from None
+    _check_writes_back(tokenizer, where)
+    named = _Named.of(files)
+    end = _end_id(tokenizer, settings, named)
+    before, after = added_tokens(tokenizer)
+    if len(before) > 1 or after not in ([], [end]):
+        raise InputError(
+            f"{where}: puts {_names(tokenizer, before)} before each text and {_names(tokenizer, after)} after it; "
+            f"expected one token at most before, and none or {tokenizer.id_to_token(end)!r} after: give the tokenizer "
+            "of a language model"
+        )
+    bos = before[0] if before else named.token(tokenizer, "bos_token")
+    outputs = max(_entries(tokenizer), named.outputs)
+    return TextTokenizer(text, start_id=before[0] if before else end, end_id=end, bos_id=bos, outputs=outputs)
+
+
+def _entries(tokenizer: Tokenizer) -> int:
+    """Entries of a vocabulary, unused ids below the last among them."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+
+
+def added_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids of special tokens that a tokenizer puts before and after a text."""
+    plain, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return [], []
+
+
+def _names(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return " ".join(repr(tokenizer.id_to_token(id_)) for id_ in ids) or "nothing"
+
+
+def _check_writes_back(tokenizer: Tokenizer, where: str) -> None:
+    kind = type(tokenizer.model).__name__
+    if kind in FOR_ENCODERS:
+        raise InputError(
+            f"{where}: a {kind} tokenizer, which encoders have and which cannot write every text back; expected "
+            "byte-level BPE, or BPE or unigram with byte fallback"
+        )
+    tokenizer.encode_special_tokens = True
+    for text in MUST_COME_BACK:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        found = tokenizer.decode(ids, skip_special_tokens=False)
+        if found not in (text, text.removeprefix(" ")):
+            raise InputError(
+                f"{where}: a {kind} tokenizer that writes {text!r} back as {found!r}; expected every text as it was: "
+                "byte-level BPE, or BPE or unigram with byte fallback, which neither strips nor folds"
+            )
+
+
+# --- which token ends a text ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What the files beside tokenizer.json say: by name first, as transformers' tokenizers do, then by id."""
+
+    by_name: tuple[Mapping[str, Any], ...]  # tokenizer_config.json, special_tokens_map.json
+    by_id: tuple[Mapping[str, Any], ...]  # generation_config.json, config.json, its text_config
+
+    @classmethod
+    def of(cls, files: Mapping[str, bytes]) -> _Named:
+        def read(name: str) -> Mapping[str, Any]:
+            try:
+                found = json.loads(files.get(name, b"{}"))
+            except ValueError as error:
+                raise InputError(f"{name}, beside the tokenizer: not JSON: {error}") from None
+            return found if isinstance(found, dict) else {}
+
+        config = read("config.json")
+        inner = config.get("text_config")
+        return cls(
+            (read("tokenizer_config.json"), read("special_tokens_map.json")),
+            (read("generation_config.json"), config, inner if isinstance(inner, dict) else {}),
+        )
+
+    def token(self, tokenizer: Tokenizer, name: str) -> int | None:
+        """The id of ``eos_token`` or ``bos_token``, where one is named that the vocabulary has."""
+        for mapping in self.by_name:
+            found = mapping.get(name)
+            content = found.get("content") if isinstance(found, dict) else found
+            if isinstance(content, str) and (id_ := tokenizer.token_to_id(content)) is not None:
+                return int(id_)
+        for mapping in self.by_id:
+            found = mapping.get(f"{name}_id")
+            first = found[0] if isinstance(found, list) and found else found
+            if isinstance(first, int) and tokenizer.id_to_token(first) is not None:
+                return first
+        return None
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the model's vocabulary, which may be padded; 0 where no file says."""
+        found = [mapping.get("vocab_size") for mapping in self.by_id]
+        return max((size for size in found if isinstance(size, int)), default=0)
+
+
+def _end_id(tokenizer: Tokenizer, settings: TokenizerFile, named: _Named) -> int:
+    if settings.end_token is not None:
+        found = tokenizer.token_to_id(settings.end_token)
+        if found is None:
+            raise InputError(
+                f"data.tokenizer.end_token: {settings.end_token!r} is no token of {settings.path}; expected one"
+            )
+        return int(found)
+    end = named.token(tokenizer, "eos_token")
+    if end is None:
+        raise InputError(
+            f"{settings.path}: nothing says by which token a text ends: no eos_token in tokenizer_config.json or "
+            "special_tokens_map.json beside it, nor eos_token_id in generation_config.json or config.json; expected "
+            "one, or its name in data.tokenizer.end_token"
+        )
+    return end
+
+
+def _converted(path: str) -> str:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{path}: no {TOKENIZER} in it; expected one: only a local directory can be converted")
+    from transformers import AutoTokenizer  # seconds to import, and seldom needed
+
+    try:
+        backend = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        text: str = backend.backend_tokenizer.to_str()
+    except Exception as error:  # whatever a model's own class raises
+        raise InputError(
+            f"{path}: no {TOKENIZER} in it, and transformers makes none of its files: {str(error).splitlines()[0]}; "
+            f"expected a {TOKENIZER}, or {', '.join(CONVERTIBLE)} as a model's class reads them"
+        ) from None
+    return text
+
+
+# --- two tokenizers -------------------------------------------------------------------------------
+
+
+def continuing(text: str) -> str:
+    """The same tokenizer for the rest of a text that has begun: it puts no space before what it is given."""
+    spec = json.loads(text)
+    for part in ("normalizer", "pre_tokenizer"):
+        steps = [_without_prefix(step) for step in iter_steps(spec[part])]
+        kept = [step for step in steps if step is not None]
+        key = "normalizers" if part == "normalizer" else "pretokenizers"
+        spec[part] = {"type": "Sequence", key: kept} if kept else None
+    return json.dumps(spec, ensure_ascii=False)
+
+
+def _without_prefix(step: Mapping[str, Any]) -> dict[str, Any] | None:
+    match step["type"]:
+        case "Prepend":
+            return None
+        case "Replace" if step["pattern"].get("Regex", "").startswith(r"\A"):  # of a text's beginning
+            return None
+        case "Metaspace":
+            kept = {key: value for key, value in step.items() if key not in ("add_prefix_space", "prepend_scheme")}
+            return {**kept, "prepend_scheme": "never"}
+        case "ByteLevel":
+            return {**step, "add_prefix_space": False}
+        case _:
+            return dict(step)
+
+
+def iter_steps(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """The steps of a normaliser or pre-tokenizer, sequences opened."""
+    if part is None:
+        return
+    if part["type"] != "Sequence":
+        yield part
+        return
+    for step in part.get("normalizers") or part.get("pretokenizers") or ():
+        yield from iter_steps(step)
+
+
+def tokenizer_difference(one: str, other: str) -> str | None:
+    """What first differs between two tokenizers that should split every text alike; None where nothing does.
+
+    ``one`` and ``other`` are the content of two ``tokenizer.json``; how they are laid out makes no difference, nor what
+    they put around a text or how they write one.
+    """
+    first, second = (json.loads(Tokenizer.from_str(text).to_str()) for text in (one, other))
+    kinds = first["model"]["type"], second["model"]["type"]
+    if kinds[0] != kinds[1]:
+        return f"model: {kinds[0]} there, {kinds[1]} here"
+    names, further = entries(first), entries(second)
+    for id_ in sorted(names.keys() | further.keys()):
+        if names.get(id_) != further.get(id_):
+            return f"vocabulary entry {id_}: {names.get(id_)!r} there, {further.get(id_)!r} here"
+    if kinds[0] == "Unigram":
+        scored = zip(first["model"]["vocab"], second["model"]["vocab"], strict=True)
+        for own, others in scored:
+            if own != others:
+                return f"score of {own[0]!r}: {own[1]:g} there, {others[1]:g} here"
+    merges = [spec["model"].get("merges") or [] for spec in (first, second)]
+    for number in range(max(map(len, merges))):
+        pairs = [found[number] if number < len(found) else None for found in merges]
+        if pairs[0] != pairs[1]:
+            return f"merge {number}: {pairs[0]} there, {pairs[1]} here"
+    for part, called in (("normalizer", "normaliser"), ("pre_tokenizer", "split"), ("added_tokens", "special tokens")):
+        if first[part] != second[part]:
+            return f"{called}: {_short(first[part])} there, {_short(second[part])} here"
+    rest = [{k: v for k, v in spec["model"].items() if k not in ("vocab", "merges")} for spec in (first, second)]
+    return next(
+        (f"model.{k}: {v} there, {rest[1].get(k)} here" for k, v in rest[0].items() if v != rest[1].get(k)), None
+    )
+
+
+def entries(spec: Mapping[str, Any]) -> dict[int, str]:
+    """The tokens of a ``tokenizer.json`` by id."""
+    found = spec["model"]["vocab"]
+    own = dict(enumerate(token for token, _ in found)) if isinstance(found, list) else {i: t for t, i in found.items()}
+    return own | {token["id"]: token["content"] for token in spec["added_tokens"]}
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else f"{text[:120]}…"

@@ -1,0 +1,129 @@
+"""Tokenizers of any kind are read as they are: where their texts begin and end, and what they cannot write back."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from made_tokenizers import TRAINED_ON, byte_level, sentencepiece_bpe
+from overproof.config import TokenizerFile
+from overproof.data import documents, tokenization
+from overproof.data.document_blocks import _tokenise
+from overproof.data.text_tokenizer import TextTokenizer, continuing, read_tokenizer, trained
+from overproof.errors import InputError
+
+
+def directory(folder: Path, text: str, **files: Any) -> TokenizerFile:
+    folder.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return TokenizerFile(path=str(folder))
+
+
+def test_the_end_is_found_as_transformers_finds_it(tmp_path: Path) -> None:
+    text = byte_level()
+    ids = Tokenizer.from_str(text).get_vocab()
+    end, turn, start = ids["<|endoftext|>"], ids["<|im_end|>"], ids["<s>"]
+    for files, expected in (
+        ({"tokenizer_config": {"eos_token": "<|im_end|>"}, "config": {"eos_token_id": end}}, turn),
+        ({"tokenizer_config": {"eos_token": {"content": "<|im_end|>", "lstrip": False}}}, turn),
+        ({"tokenizer_config": {"eos_token": None}, "special_tokens_map": {"eos_token": "<|endoftext|>"}}, end),
+        ({"generation_config": {"eos_token_id": [turn, end]}, "config": {"eos_token_id": end}}, turn),
+        ({"config": {"eos_token_id": end, "bos_token_id": start}}, end),
+        ({"config": {"text_config": {"eos_token_id": end}}}, end),
+    ):
+        found = read_tokenizer(directory(tmp_path / "model", text, **files))
+        assert (found.start_id, found.end_id, found.boundary) == (expected, expected, (expected,)), files
+        assert found.bos_id == (start if "bos_token_id" in files.get("config", {}) else None)
+        assert json.loads(found.config())["eos_token"] == Tokenizer.from_str(text).id_to_token(expected)
+    by_file = TokenizerFile(path=str(tmp_path / "model/tokenizer.json"))
+    assert read_tokenizer(by_file) == found
+    assert read_tokenizer(by_file.model_copy(update={"end_token": "<|im_end|>"})).end_id == turn
+
+
+def test_without_an_end_there_is_none(tmp_path: Path) -> None:
+    alone = directory(tmp_path / "model", byte_level(), config={"eos_token_id": 10**6})
+    with pytest.raises(InputError, match=r"by which token a text ends.*data\.tokenizer\.end_token"):
+        read_tokenizer(alone)
+    with pytest.raises(InputError, match=r"data\.tokenizer\.end_token: '</nothing>' is no token of"):
+        read_tokenizer(alone.model_copy(update={"end_token": "</nothing>"}))
+
+
+def test_a_start_of_its_own_stands_before_each_document(tmp_path: Path) -> None:
+    ends = {"config": {"eos_token_id": 2, "vocab_size": 9999}}
+    found = read_tokenizer(directory(tmp_path / "model", sentencepiece_bpe(), **ends))
+    assert (found.start_id, found.end_id, found.bos_id, found.boundary) == (1, 2, 1, (2, 1))
+    assert found.outputs == 9999  # the rows of the model, which are more
+    own = read_tokenizer(directory(tmp_path / "model", byte_level(bos=True), tokenizer_config={"eos_token": "<s>"}))
+    assert own.boundary == (own.bos_id,) == (own.end_id,)
+    made = tokenization.train_bpe(TRAINED_ON, 300)
+    assert trained(made.to_str()).boundary == (made.token_to_id(tokenization.END),)
+
+
+@pytest.mark.parametrize("made", [byte_level, *(partial(sentencepiece_bpe, p) for p in ("metaspace", "doubles", None))])
+def test_later_pieces_have_the_tokens_of_the_whole(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 100)
+    tokenizer = TextTokenizer(made(), start_id=1, end_id=2, bos_id=None, outputs=999)
+    spaceless = ["\u65e5\u672c" * 200] if made is not byte_level else []  # cut anywhere, where it may have merged
+    for text in ("\n".join(TRAINED_ON), *spaceless):
+        pieces = [piece.decode() for piece in documents.iter_pieces([text.encode()])]
+        assert len(pieces) > 5
+        tokens = _tokenise(pieces, np.arange(len(pieces), dtype=np.int32), tokenizer)
+        (whole,) = tokenization.encode(Tokenizer.from_str(tokenizer.json), [text])
+        assert np.concatenate(tokens).tolist() == [2, 1, *whole.tolist()]
+    assert continuing(continuing(tokenizer.json)) == continuing(tokenizer.json)
+
+
+def trained_as(model: Any, trainer: Any, **parts: Any) -> str:
+    tokenizer = Tokenizer(model)
+    for name, part in ({"pre_tokenizer": pre_tokenizers.Whitespace()} | parts).items():
+        setattr(tokenizer, name, part)
+    tokenizer.train_from_iterator(TRAINED_ON, trainer)
+    text: str = tokenizer.to_str()
+    return text
+
+
+def test_what_cannot_write_every_text_back_is_refused(tmp_path: Path) -> None:
+    wordpiece = trained_as(models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer(vocab_size=200))
+    plain = trained_as(models.BPE(), trainers.BpeTrainer(vocab_size=200))
+    byte = {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False), "decoder": decoders.ByteLevel()}
+    alphabet = trainers.BpeTrainer(initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    lower = trained_as(models.BPE(), alphabet, normalizer=normalizers.Lowercase(), **byte)
+    folded = trained_as(models.BPE(), alphabet, normalizer=normalizers.NFKC(), **byte)
+    for text, message in (
+        (wordpiece, "a WordPiece tokenizer, which encoders have"),
+        (plain, "a BPE tokenizer that writes"),
+        (lower, "writes .*The 1st line.* back as .*the 1st line"),
+        (folded, r"writes .*\ufb01.* back as .*fi"),
+        ("{}", r"not a tokenizer\.json"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_tokenizer(directory(tmp_path / "model", text, config={"eos_token_id": 1}))
+    nfc = trained_as(models.BPE(), alphabet, normalizer=normalizers.NFC(), **byte)
+    assert read_tokenizer(directory(tmp_path / "model", nfc, config={"eos_token_id": 1})).end_id == 1
+
+
+def test_older_files_are_converted(tmp_path: Path) -> None:
+    """GPT-2's first release had a vocabulary and merges, and no tokenizer.json."""
+    spec = json.loads(byte_level())
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "eos_token_id": 3}))
+    with pytest.raises(InputError, match=r"no such file in it as tokenizer\.json"):
+        read_tokenizer(TokenizerFile(path=str(folder)))
+    (folder / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
+    merges = (" ".join(merge) for merge in spec["model"]["merges"])
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    found = Tokenizer.from_str(read_tokenizer(TokenizerFile(path=str(folder))).json)
+    text = TRAINED_ON[0]
+    assert found.encode(text).ids == Tokenizer.from_str(byte_level()).encode(text).ids
