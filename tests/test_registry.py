@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 
 from overproof.config import Pretrained, Recipe, load_recipe
+from overproof.engines.base import EngineLoader
 from overproof.errors import InputError
 from overproof.export.base import Format
-from overproof.models.base import ArrayFamily, GgufFamily
+from overproof.models.base import ArrayFamily, GgufFamily, ModelFamily
 from overproof.registry import ENGINES, FAMILIES, FORMATS, TASKS, Registry
+from overproof.tasks.base import Task
 
 RECIPES = sorted((Path(__file__).parents[1] / "jobs/recipes").glob("*.yaml"))
 REGISTRIES: dict[str, Registry[Any]] = {
@@ -134,3 +137,17 @@ def test_reading_a_recipe_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code, *map(str, RECIPES)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "registry"), [(ModelFamily, FAMILIES), (Task, TASKS), (Format, FORMATS), (EngineLoader, ENGINES)]
+)
+def test_implementations_have_all_of_their_protocol(protocol: type, registry: Registry[Any]) -> None:
+    """mypy cannot see it: a registry names them by strings."""
+    methods = {name: value for name, value in vars(protocol).items() if inspect.isfunction(value) and name[0] != "_"}
+    for kind, implementation in registry.items():
+        for name in (*inspect.get_annotations(protocol), *methods):
+            assert hasattr(implementation, name), f"{kind}.{name}"
+        for name, method in methods.items():
+            expected = list(inspect.signature(method).parameters)[1:]
+            assert list(inspect.signature(getattr(implementation, name)).parameters) == expected, f"{kind}.{name}"

@@ -76,6 +76,7 @@ class EncoderFamily:
     segments: int = 2
     reserved_positions: int = 0  # first entries of the table of positions that no token has
     tasks: tuple[str, ...] = TASKS
+    attention: str | None = "sdpa"
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -160,8 +161,8 @@ class EncoderFamily:
         """Two norms and their means, q k v, attention out and in, two of the feed-forward."""
         return element_bytes * (8 * size.hidden + 2 * size.intermediate) + FP32_BYTES * size.heads + 4 * element_bytes
 
-    def outer_memory(self, element_bytes: int) -> int:
-        return 2 * element_bytes
+    def outer_memory(self, size: ModelSize, element_bytes: int) -> int:
+        return 2 * element_bytes * size.hidden
 
     def width(self, config: Any) -> int:
         return int(config.max_position_embeddings) - self.reserved_positions
