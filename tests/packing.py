@@ -242,7 +242,7 @@ def _evaluate(recipe: Recipe, compressed: Path, folder: Path) -> None:
     comparisons = [
         Comparison(name=m.name, against=against, value=value, low=value - 0.005, high=value + 0.005)
         for m in measured
-        for against, value in (("student", 0.01), ("control", -0.05))
+        for against, value in (("student", 0.01), ("teacher", 0.04), ("control", -0.05))
     ]
     report = Report(
         task=recipe.data.kind,

@@ -172,8 +172,8 @@ def test_what_must_not_be_loaded_is_refused(saved: Path, tmp_path: Path) -> None
             load_model(saved)
         pickle.unlink()
     config = (saved / "config.json").read_text()
-    (saved / "config.json").write_text(config.replace("LlamaForCausalLM", "BertForPreTraining"))
-    with pytest.raises(InputError, match="architecture BertForPreTraining; expected LlamaForCausalLM or"):
+    (saved / "config.json").write_text(config.replace("LlamaForCausalLM", "CLIPModel"))
+    with pytest.raises(InputError, match="architecture CLIPModel; expected LlamaForCausalLM or"):
         load_model(saved)
     (saved / "config.json").write_text("{}")
     with pytest.raises(InputError, match="no architecture"):

@@ -37,7 +37,7 @@ from overproof.train.engine import TorchEngine
 from overproof.train.objective import CrossEntropy
 
 VOCABULARY, POSITIONS = 320, 32
-SHAPE = DataShape("language_modeling", VOCABULARY, POSITIONS)
+SHAPE = DataShape("language_modeling", VOCABULARY, POSITIONS, bos_id=0, end_id=0)
 NUMBERS = {"hidden_size": 64, "intermediate_size": 96, "layers": 3, "heads": 4, "kv_heads": 2, "initializer_range": 0.1}
 # llama.cpp takes GELU from a table in half precision.
 FP32_NATS, GELU_NATS = 1e-5, 2e-3
