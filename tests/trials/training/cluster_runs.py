@@ -88,7 +88,7 @@ class Run:
     def draft(self, store: Store) -> ArtifactWriter:
         return store.new_writer(self.name, "train", "b" * 64, {}, {})
 
-    def words(self) -> list[dict[str, Any]]:
+    def entries(self) -> list[dict[str, Any]]:
         if not self.events.exists():
             return []
         return [json.loads(line) for line in self.events.read_text().splitlines() if line.endswith("}")]
