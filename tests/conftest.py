@@ -21,14 +21,6 @@ settings.register_profile("no clock", deadline=None)  # a busy machine is no fau
 settings.load_profile("no clock")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two processes, one has the tests that share the cluster, and the other the rest, a file at a time."""
-    for item in items:
-        shared = "ray_cluster" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("cluster" if shared else item.path.name))
-
-
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """A head and a worker node with four logical CPUs each; yields the address."""

@@ -87,7 +87,7 @@ def family_of(config: Mapping[str, Any], path: object) -> tuple[str, ModelFamily
         if any(fnmatchcase(str(named[0]), pattern) for pattern in family.architectures):
             return kind, family
     known = [name for family in FAMILIES.values() for name in family.architectures]
-    near = suggest_name(str(named[0]), known, similarity=0.5)
+    near = suggest_name(str(named[0]), [name for name in known if "*" not in name], similarity=0.5)
     raise InputError(f"{path}/config.json: architecture {named[0]}{near}; expected {' or '.join(known)}")
 
 
