@@ -173,7 +173,7 @@ def test_what_must_not_be_loaded_is_refused(saved: Path, tmp_path: Path) -> None
         pickle.unlink()
     config = (saved / "config.json").read_text()
     (saved / "config.json").write_text(config.replace("LlamaForCausalLM", "CLIPModel"))
-    with pytest.raises(InputError, match="architecture CLIPModel.*; expected LlamaForCausalLM or"):
+    with pytest.raises(InputError, match=r"architecture CLIPModel.*; expected LlamaForCausalLM or"):
         load_model(saved)
     (saved / "config.json").write_text("{}")
     with pytest.raises(InputError, match="no architecture"):
