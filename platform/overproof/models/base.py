@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from overproof.data.manifest import Manifest
     from overproof.models.sizes import ModelSize
 
     Batch = dict[str, Tensor]
@@ -37,6 +38,11 @@ class DataShape:
     outputs: int
     positions: int
     details: Mapping[str, Any] = field(default_factory=dict)  # such as the height of images; see the task
+
+
+def shape_of(manifest: Manifest) -> DataShape:
+    """What a model of prepared data must fit."""
+    return DataShape(manifest.task, manifest.outputs, manifest.positions, manifest.details)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.data.tokenization import END
 from overproof.errors import InputError
 from overproof.files import file_sha256
-from overproof.models.base import DataShape, LayerNames
+from overproof.models.base import LayerNames, shape_of
 from overproof.models.pretrained import refuse_pickles
 from overproof.models.sizes import family_of
 from overproof.registry import FAMILIES
@@ -51,11 +51,6 @@ def build_model(section: ModelSection, manifest: Manifest, seed: int) -> PreTrai
         torch.manual_seed(seed)
         model: PreTrainedModel = family.model_class()(config)
     return model.train()
-
-
-def shape_of(manifest: Manifest) -> DataShape:
-    """What a model of this data must fit."""
-    return DataShape(manifest.task, manifest.outputs, manifest.positions, manifest.details)
 
 
 def layer_names(model: PreTrainedModel) -> LayerNames:
