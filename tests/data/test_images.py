@@ -19,7 +19,8 @@ from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.data.prepare import prepare
 from overproof.errors import InputError
-from overproof.models.hf_directory import build_model, shape_of, to_tensors
+from overproof.models.base import shape_of
+from overproof.models.hf_directory import build_model, to_tensors
 from overproof.models.sizes import model_size
 from overproof.models.vit import Vit
 from overproof.registry import TASKS

@@ -25,13 +25,13 @@ from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.student_validation import check_student
 from overproof.distill.trial_job import CONTROL
 from overproof.errors import InputError
+from overproof.models.base import shape_of
 from overproof.models.hf_directory import (
     Batch,
     build_model,
     count_parameters,
     load_model,
     save_model,
-    shape_of,
     to_tensors,
 )
 from overproof.models.llama import Llama

@@ -21,7 +21,8 @@ from overproof.data.prepare import prepare
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
 from overproof.export.onnx_file import export_onnx, quantize_onnx
-from overproof.models.hf_directory import build_model, count_parameters, load_model, save_model, shape_of, to_tensors
+from overproof.models.base import shape_of
+from overproof.models.hf_directory import build_model, count_parameters, load_model, save_model, to_tensors
 from overproof.models.sizes import model_size
 from overproof.registry import TASKS
 from overproof.stage_context import StageContext, no_progress

@@ -84,17 +84,15 @@ def measure(train: Train, manifest: Manifest, before: int) -> dict[str, Any]:
     engine = DeepSpeedEngine(build_model(train.model, manifest, 0), train)  # type: ignore[arg-type]
     inner = getattr(engine.engine.optimizer, "optimizer", engine.engine.optimizer)
     largest: dict[str, int] = {}
-    moments: dict[str, dict[str, int]] = {}
 
-    def look(moment: str) -> None:
-        moments[moment] = {kind: sum(sizes.values()) for kind, sizes in held(engine).items()}
-        for kind, size in moments[moment].items():
-            largest[kind] = max(size, largest.get(kind, 0))
+    def look(*_: Any) -> None:
+        for kind, sizes in held(engine).items():
+            largest[kind] = max(sum(sizes.values()), largest.get(kind, 0))
 
     class Objective(CrossEntropy):
         def loss(self, model: Any, batch: Any) -> Any:
             found = super().loss(model, batch)
-            look("forward")
+            look()
             return found
 
     def travelling(flat_gradients: Tensor, parts: Any) -> Any:  # without ZeRO gradients travel as one copy
@@ -104,17 +102,17 @@ def measure(train: Train, manifest: Manifest, before: int) -> dict[str, Any]:
     unflatten, engine.engine.unflatten = engine.engine.unflatten, travelling
     if train.zero_stage < 3:  # the last gradient of a backward pass; stage 3 has its own hooks there
         first = engine.engine.module.get_input_embeddings().weight
-        first.register_post_accumulate_grad_hook(lambda *_: look("gradients"))
+        first.register_post_accumulate_grad_hook(look)
     layer = next(m for m in engine.engine.module.modules() if type(m).__name__.endswith("DecoderLayer"))
-    layer.register_full_backward_hook(lambda *_: look("backward"))
+    layer.register_full_backward_hook(look)
     engine_step, inner_step = engine.engine.step, inner.step
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        look("reduced")
+        look()
         return engine_step(*args, **kwargs)
 
     def update(*args: Any, **kwargs: Any) -> Any:
-        look("update")
+        look()
         return inner_step(*args, **kwargs)
 
     engine.engine.step = step
@@ -127,10 +125,10 @@ def measure(train: Train, manifest: Manifest, before: int) -> dict[str, Any]:
             Objective(TASKS[manifest.task].predict),
             {"tokens": tokens, "length": torch.full((rows,), manifest.positions)},
         )
-    look("after")
+    look()
     claimed = {address: size for sizes in held(engine).values() for address, size in sizes.items()}
     every = sum((storages(live()) | claimed).values())
-    found = {"parts": largest, "moments": moments, "unclaimed": every - sum(claimed.values()) - before}
+    found = {"parts": largest, "unclaimed": every - sum(claimed.values()) - before}
     engine.engine.destroy()
     return found
 

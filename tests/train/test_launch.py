@@ -135,7 +135,7 @@ def test_no_steps_pass_the_weights_through(
 
 def test_a_loss_that_blows_up_is_refused(stage: Stage) -> None:
     with pytest.raises(InputError, match="lower learning_rate") as refused:
-        stage(settings(learning_rate=1e30, warmup_steps=0))
+        stage(settings(workers=2, learning_rate=1e30, warmup_steps=0))
     assert type(refused.value) is InputError
     assert "Traceback" not in str(refused.value)
 
@@ -145,9 +145,9 @@ def test_failures_that_nothing_comes_of_end_the_run(stage: Stage) -> None:
         if isinstance(event, StepTrained):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    ends = "train: a failure without a new checkpoint after step 0; the last one: a worker died: "
+    ends = "train: 2 failures in a row without a new checkpoint after step 0; the last one: a worker died: "
     with pytest.raises(RuntimeError, match=ends):
-        stage(settings(max_failures=1), die)
+        stage(settings(workers=1, max_failures=2), die)
 
 
 def test_ctrl_c_ends_a_run_that_waits_for_nodes(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

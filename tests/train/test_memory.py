@@ -19,9 +19,9 @@ from overproof.config import Pretrained, Train
 from overproof.data.manifest import Manifest
 from overproof.errors import InputError
 from overproof.models import zero_memory
-from overproof.models.base import DataShape
+from overproof.models.base import DataShape, shape_of
 from overproof.models.decoder import DecoderModel
-from overproof.models.hf_directory import build_model, count_parameters, save_model, shape_of
+from overproof.models.hf_directory import build_model, count_parameters, save_model
 from overproof.models.llama import Llama
 from overproof.models.sizes import FP32_BYTES, model_size
 from overproof.models.vit import Vit

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -261,11 +261,13 @@ def extra_node(address: str, cpus: int) -> Iterator[None]:
     try:
         yield
     finally:
-        processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+        started = psutil.Process(node.pid)
+        processes = [started, *started.children(recursive=True)]
         node.terminate()
         _, alive = psutil.wait_procs(processes, NODE_END_S)  # one whose actors still live may wait for ever
         for process in alive:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         node.wait()
 
 

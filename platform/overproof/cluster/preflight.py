@@ -16,10 +16,10 @@ from overproof.artifacts import Artifact, Store
 from overproof.cluster import ray_cluster, store_probe, upload
 from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
 from overproof.config import Pretrained, Recipe
-from overproof.data.manifest import MANIFEST, Manifest
+from overproof.data.manifest import Manifest
 from overproof.errors import InputError, suggest_name
-from overproof.files import filesystem, join_uri, read_json
-from overproof.models.base import DataShape
+from overproof.files import filesystem, join_uri
+from overproof.models.base import DataShape, shape_of
 from overproof.models.sizes import directory_config, family_of, student_size
 from overproof.registry import FAMILIES, FORMATS, TASKS
 from overproof.units import format_bytes, format_seconds
@@ -51,8 +51,7 @@ def data_shape(recipe: Recipe, prepared: Artifact | None) -> DataShape:
     if prepared is None:
         with console.waiting("looking at the data"):
             return TASKS[recipe.data.kind].shape(recipe.data)
-    manifest = read_json(Manifest, prepared.local() / MANIFEST)
-    return DataShape(manifest.task, manifest.outputs, manifest.positions, manifest.details)
+    return shape_of(Manifest.read(prepared.local()))
 
 
 def require_exportable(recipe: Recipe) -> None:

@@ -7,7 +7,7 @@ from overproof.config import Pretrained, Student
 from overproof.data.manifest import Manifest
 from overproof.errors import InputError
 from overproof.models import pretrained
-from overproof.models.base import DataShape
+from overproof.models.base import shape_of
 from overproof.models.sizes import ModelSize, model_size, student_size
 from overproof.registry import FAMILIES
 
@@ -27,7 +27,7 @@ def check_student(student: Student, prepared: Artifact, trained: Artifact) -> No
             tokenizer; or the teacher lacks a layer that it asks for, or widths or places of theirs do not fit.
     """
     manifest = Manifest.read(prepared.local())
-    shape = DataShape(manifest.task, manifest.outputs, manifest.positions, manifest.details)
+    shape = shape_of(manifest)
     teacher = Pretrained(path=str(trained.local() / "model"))
     try:
         found = student_size(student.model, teacher, shape)

@@ -287,7 +287,6 @@ class PopulationScheduler(PopulationBasedTraining):
             **COMPARISON,
             perturbation_interval=settings.interval_steps,
             quantile_fraction=settings.quantile,
-            synch=True,  # else one that starts late is compared with nobody
             custom_explore_fn=dict,  # Tune's own exploration is not used
             log_config=False,
         )

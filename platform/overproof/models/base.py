@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from overproof.data.manifest import Manifest
     from overproof.models.gguf_layout import GgufLayout
     from overproof.models.sizes import ModelSize
 
@@ -55,6 +56,13 @@ class FusedAttention:
 
     name: str  # from a layer
     split: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor]]  # of the configuration and what the module gives
+
+
+def shape_of(manifest: Manifest) -> DataShape:
+    """What a model of prepared data must fit."""
+    return DataShape(
+        manifest.task, manifest.outputs, manifest.positions, manifest.details, manifest.bos_id, manifest.end_id
+    )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from overproof.data.manifest import TOKENIZER, TOKENIZER_CONFIG, Manifest
 from overproof.data.text_tokenizer import tokenizer_config, tokenizer_difference
 from overproof.errors import InputError
 from overproof.files import file_sha256
-from overproof.models.base import BaseFamily, DataShape, LayerNames, ModelFamily
+from overproof.models.base import BaseFamily, DataShape, LayerNames, ModelFamily, shape_of
 from overproof.models.pretrained import WEIGHTS, refuse_pickles, weight_files
 from overproof.models.sizes import family_of
 from overproof.registry import FAMILIES
@@ -56,13 +56,6 @@ def _fresh(family: ModelFamily, config: Any, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         model: PreTrainedModel = family.model_class()(config)
     return model
-
-
-def shape_of(manifest: Manifest) -> DataShape:
-    """What a model of this data must fit."""
-    return DataShape(
-        manifest.task, manifest.outputs, manifest.positions, manifest.details, manifest.bos_id, manifest.end_id
-    )
 
 
 def layer_names(model: PreTrainedModel) -> LayerNames:

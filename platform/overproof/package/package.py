@@ -23,13 +23,14 @@ from overproof.errors import GateRefused, InputError
 from overproof.evaluate.gate import CandidateVerdict, Reason, Verdict, judge
 from overproof.evaluate.metrics import MeasuredFile, Report
 from overproof.files import FileEntry, FrozenModel, absolute_uri, file_sha256, filesystem, read_json, verify_files
+from overproof.models import pretrained
 from overproof.package.model_card import render_card
 from overproof.package.speculation import SpeculationResult, judge_draft
 from overproof.stage_context import StageContext
 
 PACKAGE, REPORT, VERDICT, CARD = "package.json", "report.json", "verdict.json", "README.md"
 SPECULATION = "speculation.json"
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
+PICKLES = (*pretrained.PICKLES, ".joblib", ".npy", ".npz")
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # never a path
 
 

@@ -125,9 +125,8 @@ def run_workers(job: TrainJob, work: Callable[[TrainJob], Any]) -> Any:
                 raise cause from None
             if isinstance(cause, OutOfMemoryError):
                 raise InputError(_out_of_memory(cause)) from None
-        count = f"{settings.max_failures} failures in a row" if settings.max_failures > 1 else "a failure"
         raise RuntimeError(
-            f"train: {count} without a new checkpoint after step "
+            f"train: {settings.max_failures} failures in a row without a new checkpoint after step "
             f"{job.checkpoints.committed_step()}; the last one: {describe_error(causes)}"
         ) from error
 
