@@ -175,6 +175,10 @@ def test_what_must_not_be_loaded_is_refused(saved: Path, tmp_path: Path) -> None
     (saved / "config.json").write_text(config.replace("LlamaForCausalLM", "CLIPModel"))
     with pytest.raises(InputError, match=r"architecture CLIPModel.*; expected LlamaForCausalLM or"):
         load_model(saved)
+    quantised = json.loads(config) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (saved / "config.json").write_text(json.dumps(quantised))
+    with pytest.raises(InputError, match=r"quantization_config: its weights are quantised; expected them in 16 or 32"):
+        load_model(saved)
     (saved / "config.json").write_text("{}")
     with pytest.raises(InputError, match="no architecture"):
         load_model(saved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,10 +21,15 @@ from PIL import Image
 from pyarrow import csv
 
 from overproof.cli.main import main
-from overproof.config import Recipe, load_recipe
+from overproof.config import Gate, Recipe, load_recipe
+from overproof.evaluate.gate import judge
+from overproof.evaluate.metrics import MeasuredFile, Report
 from overproof.registry import FORMATS, TASKS
+from overproof.shrink.nearest import nearest
 from overproof.shrink.template import change
-from overproof.tasks.recognition import Shrinkable
+from overproof.tasks.base import Metric
+from overproof.tasks.image_recognition import recognise_images
+from overproof.tasks.recognition import ColumnFlags, Question, Shrinkable, look_at
 
 LAYERS = 4
 ROWS = 200
@@ -81,11 +87,52 @@ def image_parquet(folder: Path) -> Path:
     return folder / "species.parquet"
 
 
+def categories(folder: Path) -> Path:
+    """As pandas writes columns of categories."""
+    rows = np.random.default_rng(0).normal(size=(ROWS, 3))
+    values: dict[str, Any] = {f"x{i}": rows[:, i] for i in range(3)}
+    values["colour"] = pa.array(["red", "green"] * (ROWS // 2)).dictionary_encode()
+    values["label"] = pa.array(kinds(rows)).dictionary_encode()
+    pq.write_table(pa.table(values), folder / "categories.parquet")
+    return folder / "categories.parquet"
+
+
+def split_folders(folder: Path) -> Path:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / "pets" / split / name).mkdir(parents=True)
+            (folder / "pets" / split / name / "1.png").write_bytes(png(9))
+    return folder / "pets"
+
+
+def content(name: str, data: bytes) -> Make:
+    def make(folder: Path) -> Path:
+        (folder / name).write_bytes(data)
+        return folder / name
+
+    return make
+
+
+def half_of_a_parquet(folder: Path) -> Path:
+    (folder / "parts").mkdir()
+    pq.write_table(pa.table({"label": kinds(np.ones((ROWS, 3)))}), folder / "parts/a.parquet")
+    (folder / "parts/b.parquet").write_bytes((folder / "parts/a.parquet").read_bytes()[:100])
+    return folder / "parts"
+
+
 def documents(folder: Path) -> Path:
     (folder / "notes").mkdir()
     for i in range(60):
         (folder / f"notes/{i}.md").write_text(f"document {i} tells of {i * i} things, one by one. " * 12)
     return folder / "notes"
+
+
+def long_document(folder: Path) -> Path:
+    """Longer than Arrow reads at once where it is not told to."""
+    texts = ["one word after another " * 70_000, *(f"text of record {i}" for i in range(60))]
+    path = folder / "records.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
 
 
 def jsonl(*names: str) -> Make:
@@ -97,25 +144,28 @@ def jsonl(*names: str) -> Make:
     return make
 
 
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_llama(folder: Path, layers: int) -> Path:
     """A Llama directory with a tokenizer of its own and a chat template."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from overproof.data.tokenization import train_bpe
     from overproof.models.hf_directory import CHAT_TEMPLATE, save_model
 
-    folder = tmp_path_factory.mktemp("models")
     tokenizer = train_bpe([f"document {i} tells of {i * i} things, one by one. " for i in range(60)], 288)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=LAYERS,
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
         num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
         initializer_range=0.06, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     save_model(LlamaForCausalLM(config), config, folder / "Tiny-Llama", folder / "tokenizer.json")
     (folder / "Tiny-Llama" / CHAT_TEMPLATE).write_text("{{ messages[0].content }}")
     return folder / "Tiny-Llama"
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("models"), LAYERS)
 
 
 @pytest.fixture
@@ -135,6 +185,11 @@ CASES: dict[str, tuple[str, Make, tuple[str, ...], str, dict[str, Any]]] = {
         "-", table(label=kinds, day=pa.array([None] * ROWS, pa.date32()), note=[f"note {i}" for i in range(ROWS)]),
         (), "tabular_classification", {"target": "label", "drop": ("day", "note")},
     ),
+    "categories of a Parquet": ("-", categories, (), "tabular_classification", {"target": "label", "drop": ()}),
+    "a column whose name ends a line": (
+        "-", table(**{"label": kinds, "odd\u2028name: x": [f"note {i}" for i in range(ROWS)]}), (),
+        "tabular_classification", {"drop": ("odd\u2028name: x",)},
+    ),
     "amounts of a CSV": ("-", table(price=amounts), ("--label", "price"), "tabular_regression", {"target": "price"}),
     "whole numbers as classes": (
         "-", table(stars=counts), ("--label", "stars", "--task", "tabular_classification"),
@@ -147,6 +202,7 @@ CASES: dict[str, tuple[str, Make, tuple[str, ...], str, dict[str, Any]]] = {
     "images in Parquet": ("-", image_parquet, (), "image_classification", {"height": None}),
     "a folder of text": ("LLAMA", documents, (), "language_modeling", {"sequence_length": 64}),
     "JSONL": ("LLAMA", jsonl("id", "text"), (), "language_modeling", {"sequence_length": 64}),
+    "JSONL with a long line": ("LLAMA", long_document, (), "language_modeling", {"sequence_length": 256}),
     "JSONL with a column that is named": ("LLAMA", jsonl("q", "a"), ("--text", "a"), "language_modeling", {}),
 }  # fmt: skip
 
@@ -268,6 +324,22 @@ ERRORS: dict[str, tuple[str, Make, tuple[str, ...], tuple[str, ...]]] = {
     "a model of another task": (
         "LLAMA", table(label=kinds), ("--task", "tabular_classification"), ("is a llama model, for language_modeling",),
     ),
+    "a header that is not UTF-8": (
+        "-", content("t.csv", "größe,label\n1,a\n".encode("latin-1")), (), ("t.csv: not ", "; expected "),
+    ),
+    "two columns of one name": (
+        "-", content("t.csv", b"x,x,label\n1,2,a\n"), (), ("t.csv: several columns are named 'x'; expected a name of",),
+    ),
+    "a damaged part": ("-", half_of_a_parquet, (), ("parts/b.parquet: not parquet: ",)),
+    "only the first rows are looked at": (
+        "-", content("t.csv", b"x,label\n" + b"1,a\n" * 10_100 + b"2,b\n" * 100), (),
+        ("column 'label', in its first 10,000 of about 10,200 rows, has 1 value; expected two classes or more",),
+    ),
+    "folders of splits": ("-", split_folders, (), ("the folders are called like splits (test, train); expected one",)),
+    "a name that is none": ("-", table(label=kinds), ("--name", "a: b"), ("name: found 'a: b'; ",)),
+    "nowhere to write": (
+        "-", table(label=kinds), ("--out", "none/a.yaml"), ("none/a.yaml: No such file or directory; give a file you",),
+    ),
     "no budget": ("-", table(label=kinds), ("--max-mb", "0"), ("--max-mb: found 0; expected a number above 0",)),
     "a share above one": ("-", table(label=kinds), ("--keep", "97"), ("--keep: found 97; expected a share of up to",)),
     "an unknown field": ("-", table(label=kinds), ("--set", "train.stepz=1"), ("train.stepz: unknown field",)),
@@ -303,7 +375,7 @@ def _folder_of_gguf(folder: Path) -> Path:
 
 def _unknown_family(folder: Path) -> Path:
     (folder / "unknown").mkdir()
-    (folder / "unknown/config.json").write_text('{"architectures": ["NovelForCausalLM"]}')
+    (folder / "unknown/config.json").write_text('{"architectures": ["NovelForMaskedLM"]}')
     (folder / "unknown/model.safetensors").write_bytes(b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
     return folder / "unknown"
 
@@ -320,7 +392,7 @@ def _pickle(folder: Path) -> Path:
         (_gguf, ("is a GGUF file", "expected a Hugging Face directory")),
         (_folder_of_gguf, ("holds a GGUF file", "model-q4_0.gguf", "expected a Hugging Face directory")),
         (documents, ("MODEL ", "expected a Hugging Face directory")),
-        (_unknown_family, ("architecture NovelForCausalLM; expected LlamaForCausalLM",)),
+        (_unknown_family, ("architecture NovelForMaskedLM", "; expected LlamaForCausalLM")),
         (_pickle, ("pytorch_model.bin, a pickle",)),
     ],
 )
@@ -346,6 +418,63 @@ def test_a_recipe_that_was_edited_is_not_written_over(here: Path, capsys: pytest
     assert "keep: 1" in path.read_text()
     assert main([*argv, "--out", "other.yaml"]) == 0
     assert load_recipe("other.yaml").sweep.keep == 2
+    assert main([*argv, "--name", "007"]) == 0
+    assert load_recipe("007.yaml").name == "007"
+
+
+def test_a_model_of_one_layer_needs_a_budget(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There are no fewer layers, and the whole teacher is a student only of a budget."""
+    data, one = documents(here.parent), write_llama(here.parent, layers=1)
+    argv = ["init", str(one), "--data", str(data)]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert "no --max-mb was given, and no student of fewer layers would be 2 times smaller than the teacher" in error
+    assert main([*argv, "--max-mb", error.split("give --max-mb ")[1].split(",")[0]]) == 0
+
+
+def test_a_decoder_that_cannot_be_exported_is_named(
+    here: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = here.parent / "other"
+    shutil.copytree(llama, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"architectures": ["NovelForCausalLM"]}))
+    assert main(["init", str(other), "--data", str(documents(here.parent))]) == 2
+    assert "MODEL: NovelForCausalLM cannot be written as gguf, as language_modeling needs" in capsys.readouterr().err
+
+
+def test_no_more_test_units_are_told_than_are_scored(
+    here: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = here.parent / "records.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"text of record {i}, and so on"}) for i in range(600)))
+    assert main(["init", str(llama), "--data", str(path)]) == 0
+    assert "of about 100 test documents" in told(capsys)  # evaluate.max_documents of the template
+
+
+def test_pixels_that_the_model_does_not_take_are_refused(tmp_path: Path) -> None:
+    look = look_at(str(image_folders()(tmp_path)))
+    model = {"image_size": 16, "num_channels": 1, "id2label": {"0": "cat", "1": "dog"}}
+    found = recognise_images(look, model, ColumnFlags(image_size=12))
+    assert found == Question("--image-size", "MODEL takes 16 x 16 pixels; leave the flag out")
+    assert recognise_images(look, model, ColumnFlags(image_size=16)) == recognise_images(look, model, ColumnFlags())
+
+
+def test_the_nearest_is_told_with_flags_that_loosen_its_rules() -> None:
+    times = {f"latency_p{share}_s": Metric(value=0.0625, unit="s", n=60) for share in (50, 95)}
+    file = MeasuredFile(
+        name="small-int8", student="small", format="int8", size_bytes=1, sha256="0" * 64, candidate=True, metrics=times
+    )
+    report = Report(
+        task="tabular_classification", quality="accuracy", engine="any", computes_with="any", confidence=0.95,
+        measured=(file,), comparisons=(),
+    )  # fmt: skip
+    for percentile, flags in ((95, ("--max-p95-ms 62.5",)), (50, ())):
+        gate = Gate.model_validate({"rules": [{"kind": "latency", "percentile": percentile, "at_most_ms": 40}]})
+        found = nearest(gate, report, judge(gate, report))
+        assert found is not None
+        assert found.flags == flags
+        assert found.reasons == (f"p{percentile} latency 62.5 ms (60 requests), allowed 40 ms",)
 
 
 TEXT = """# first

@@ -127,3 +127,18 @@ def test_older_files_are_converted(tmp_path: Path) -> None:
     found = Tokenizer.from_str(read_tokenizer(TokenizerFile(path=str(folder))).json)
     text = TRAINED_ON[0]
     assert found.encode(text).ids == Tokenizer.from_str(byte_level()).encode(text).ids
+
+
+def test_lengths_that_a_training_left_in_the_file_are_left_out(tmp_path: Path) -> None:
+    """Trainers save a tokenizer that cuts texts to their longest row, and fills a batch up to it."""
+    made = Tokenizer.from_str(byte_level())
+    made.enable_truncation(4)
+    made.enable_padding()
+    saved = directory(tmp_path / "model", made.to_str(), tokenizer_config={"eos_token": "<|endoftext|>"})
+    texts = [TRAINED_ON[0], "name"]
+    found, whole = (
+        [ids.tolist() for ids in tokenization.encode(Tokenizer.from_str(text), texts)]
+        for text in (read_tokenizer(saved).json, byte_level())
+    )
+    assert found == whole
+    assert len(whole[0]) > 4

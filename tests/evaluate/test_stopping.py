@@ -66,6 +66,7 @@ def test_widths_are_shares_of_what_a_rule_allows_wherever_the_interval_lies() ->
     assert share({"kind": "improvement", "at_least": 0.0}, 0.1, 0.102) == float("inf")
     assert share({"kind": "agreement", "at_least": 0.9}, 0.91, 0.93) == pytest.approx(0.1)
     assert share(regression, None, None) == share(regression, 0.0, 0.0) == float("inf")
+    assert share({"kind": "quality", "limit": 2.0}, 0.0, 0.1) == float("inf")
     assert share({"kind": "smaller", "at_least": 4}, 0.0, 0.1) is None
     assert share({"kind": "parity", "at_most": 0.1}, 0.0, 0.1) is None
 

@@ -408,3 +408,26 @@ def test_an_unknown_architecture_says_what_is_known_and_near(tmp_path: Path, tok
         InputError, match=r"architecture Gemma3ForConditionalGeneration, nearest is 'Gemma.*expected Llama"
     ):
         hf_directory.load_model(source)
+
+
+def test_rows_that_a_model_has_no_positions_for_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+    folder = saved(built("gpt2"), tmp_path / "model", tokenizer)
+    manifest = Manifest(
+        task="language_modeling", columns=(), splits={}, rows_per_group=4, positions=POSITIONS + 1, outputs=VOCABULARY,
+        tokenizer_sha256="0" * 64,
+    )  # fmt: skip
+    words = f"the model takes {POSITIONS} tokens at most; data.sequence_length is {POSITIONS + 1}: lower it"
+    with pytest.raises(InputError, match=words):
+        hf_directory.load_start(folder, manifest, 0)
+    with pytest.raises(InputError, match=words):
+        model_size(Pretrained(path=str(folder)), replace(SHAPE, positions=POSITIONS + 1))
+
+
+def test_a_decoder_that_names_no_limit_of_positions_is_saved(tmp_path: Path, tokenizer: Path) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    model = BloomForCausalLM(config).eval()
+    folder = saved(model, tmp_path / "model", tokenizer)
+    assert "model_max_length" not in json.loads((folder / "tokenizer_config.json").read_text())
+    assert torch.equal(logprobs(hf_directory.load_model(folder), some_tokens()), logprobs(model, some_tokens()))

@@ -21,8 +21,8 @@ from overproof.errors import InputError
 from overproof.export import stage
 from overproof.export.onnx_file import Reference, export_onnx, quantize_onnx
 from overproof.models import zero_memory
-from overproof.models.encoder import Encoder, EncoderFamily, encoder_inputs
 from overproof.models.base import shape_of
+from overproof.models.encoder import Encoder, EncoderFamily, encoder_inputs
 from overproof.models.hf_directory import build_model, count_parameters, load_model, load_start, save_model
 from overproof.models.sizes import model_size, student_size
 from overproof.registry import FAMILIES, FORMATS, TASKS

@@ -26,11 +26,13 @@ from overproof.data.parquet_reader import Shards
 from overproof.data.prepare import prepare
 from overproof.distill.losses import distillation_loss
 from overproof.errors import InputError
+from overproof.models.base import Prediction
 from overproof.models.hf_directory import to_tensors
+from overproof.models.roberta import PADDING_ID
 from overproof.registry import TASKS
 from overproof.stage_context import Notice, Progress, ProgressEvent, StageContext, no_progress
-from overproof.tasks.texts import encode_texts, read_tokenizer
-from overproof.train.objective import CrossEntropy
+from overproof.tasks.texts import Texts, encode_texts, read_tokenizer
+from overproof.train.objective import CrossEntropy, masked_mean, nll
 from text_classes import WORDS, labelled_texts, write_base, write_jsonl
 
 TEXTS = labelled_texts()
@@ -113,6 +115,8 @@ def test_a_row_is_what_the_tokenizer_makes_of_its_text(tmp_path: Path) -> None:
     before = TASKS["text_classification"].shape(asked.data)
     assert before.details["classes"] == details["classes"]
     assert details["vocabulary"] <= before.details["vocabulary"] == 384
+    padding = tokenizer.token_to_id("[PAD]")
+    assert before.details["padding"] == details["padding"] == padding == PADDING_ID  # whatever the family
 
 
 def test_long_texts_are_cut_and_counted(tmp_path: Path) -> None:
@@ -126,6 +130,20 @@ def test_long_texts_are_cut_and_counted(tmp_path: Path) -> None:
     separator = Tokenizer.from_file(str(root / TOKENIZER)).token_to_id("[SEP]")
     assert all(tokens[-1] == separator for tokens, _ in rows_of(root)["test"])
     assert "120 of the 120 texts" in TASKS["text_classification"].card(manifest, asked.evaluate).intended_use
+
+
+def test_only_texts_of_a_split_are_counted_as_cut(tmp_path: Path) -> None:
+    """What does not fill a row group of the train split is left out."""
+    texts = labelled_texts(122)
+    source = f"{{kind: jsonl, path: {write_jsonl(tmp_path / 't.jsonl', texts)}}}"
+    manifest = Manifest.read(prepared(recipe(tmp_path, source, "data.sequence_length=6")))
+    assert manifest.splits["train"].rows == 84  # of 86
+    assert manifest.details["truncated"] == sum(split.rows for split in manifest.splits.values()) < len(texts)
+
+
+def test_classes_that_are_numbers_have_one_order() -> None:
+    assert Texts(["a", "b", "c"], ["10", "1", "01"], {}).classes == ["01", "1", "10"]
+    assert Texts(["a", "b", "c"], ["10", "9", "x"], {}).classes == ["10", "9", "x"]
 
 
 def test_a_text_stands_once_and_in_one_class(tmp_path: Path) -> None:
@@ -169,6 +187,11 @@ def test_classes_count_by_their_weights(chosen: str, tmp_path: Path) -> None:
     )
     assert float(terms.cross_entropy) == pytest.approx(expected, rel=1e-5)
     assert float(terms.divergence) == pytest.approx(0, abs=1e-6)
+    half, shares = shards.rows // 2, list[float]()
+    for rows in (slice(0, half), slice(half, None)):
+        own = Prediction(*(each[rows] for each in (prediction.logits_BPV, prediction.targets_BP, prediction.mask_BP)))
+        shares.append(float(masked_mean(nll(own), own.mask_BP)))
+    assert sum(shares) / 2 == pytest.approx(expected, rel=1e-5)
 
 
 def other_tokenizers() -> dict[str, Tokenizer]:
@@ -226,6 +249,7 @@ def spoiled(line: Any) -> bytes:
         ({"text": 3, "label": "food"}, r"line 121: the text is int; expected a string"),
         ({"text": "a \ud800 b", "label": "food"}, r"line 121: the text holds half of a character"),
         ({"text": "soup", "label": None}, r"line 121: there is no class; expected its name or number"),
+        ({"text": "soup", "label": " "}, r"line 121: there is no class"),
         ({"text": "soup", "label": 1.5}, r"line 121: the class is float; expected its name or number"),
         ({"txt": "soup", "label": "food"}, r"line 121: found txt, label; expected 'text' \(data\.source\.text\), near"),
         ({"text": "soup"}, r"line 121: found text; expected 'label' \(data\.source\.label\)"),
@@ -246,6 +270,7 @@ def test_what_is_no_labelled_text_is_named(line: Any, words: str, tmp_path: Path
     ("name", "content", "words"),
     [
         ("t.csv", b"text,lable\nsoup,food\n", r"t\.csv: found text, lable; expected 'label' .*nearest is 'lable'"),
+        ("t.csv", b"text,label,label\nsoup,food,plant\n", r"t\.csv: several columns are named 'label'"),
         ("t.csv", b"text,label\n\xff\xfe,food\n", r"t\.csv: not csv: .*UTF8"),
         ("t.csv", b'text,label\nsoup,food\n"",food\n', r"t\.csv, row 2: the text is empty"),
         ("t.parquet", b"PAR1 nothing", r"t\.parquet: not parquet"),

@@ -59,3 +59,11 @@ def test_its_chat_template_stays_with_what_is_trained_from_it(saved: Path, tmp_p
     draft = Store(str(tmp_path / "store")).new_writer("x", "train", "0" * 64, {}, {})
     keep_chat_template(Pretrained(path=str(saved)), draft)
     assert chat_template(Path(draft.uri) / "model") == template
+
+
+def test_of_several_chat_templates_the_default_one_is_taken(saved: Path) -> None:
+    several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    (saved / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    assert chat_template(saved) == "plain"
+    (saved / "tokenizer_config.json").write_text(json.dumps({"chat_template": several[:1]}))
+    assert chat_template(saved) is None

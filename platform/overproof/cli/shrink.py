@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 from rich.markup import escape
@@ -66,9 +67,13 @@ def _write(asked: Asked, to: Path | None) -> tuple[Choice, Path]:
     for what, text in zip(("time", "memory"), estimate(choice, machine_flops()).lines(), strict=True):
         table.add_row(f"[bold]{what}[/]", escape(text))
     out.print(table)
+    part = path.with_name(f"{path.name}.part")
     try:
-        path.write_text(choice.text, encoding="utf-8")
+        part.write_text(choice.text, encoding="utf-8")
+        part.replace(path)  # never half of it: what lies there is taken for edited
     except OSError as error:
+        with suppress(OSError):
+            part.unlink()
         raise InputError(f"{path}: {error.strerror}; give a file you may write: --out FILE") from None
     out.print(f"recipe   {path}", markup=False)
     return choice, path

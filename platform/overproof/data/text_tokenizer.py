@@ -74,6 +74,8 @@ def trained(text: str) -> TextTokenizer:
 def read_tokenizer(settings: TokenizerFile) -> TextTokenizer:
     """An existing tokenizer: its ``tokenizer.json``, or what transformers makes of the files of a directory.
 
+    That a file cuts texts to a length, or fills them up, is left out: documents are taken whole.
+
     Raises:
         InputError: there is none, it cannot write every text back, or nothing says by which token a text ends.
     """
@@ -83,6 +85,10 @@ def read_tokenizer(settings: TokenizerFile) -> TextTokenizer:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more precise
         raise InputError(f"{where}: not a tokenizer.json: {error}") from None
+    if tokenizer.truncation is not None or tokenizer.padding is not None:  # of the training that saved it
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        text = tokenizer.to_str()
     _check_writes_back(tokenizer, where)
     named = _Named.of(files)
     end = _end_id(tokenizer, settings, named)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 
-from overproof.config import Agreement, Evaluate, Improvement, Keep, Regression, Rule
+from overproof.config import Agreement, Evaluate, Improvement, Keep, Quality, Regression, Rule
 from overproof.evaluate.gate import reference_name
 from overproof.evaluate.metrics import Comparison
 from overproof.export.stage import Export
@@ -39,8 +39,9 @@ def widest(
     """The half-width of the widest interval that a rule looks at, as a share of what the rule allows.
 
     A regression allows ``at_most``, an improvement ``at_least``, agreement and what is kept what is left to 1. Where
-    that is 0 the share is infinite, and where there is no interval yet, or one without width: that two files did not
-    differ on few units says only that they differ rarely. None: no rule looks at an interval.
+    that is 0 the share is infinite, and for a limit of the quality itself, of which no width is known to be enough;
+    and where there is no interval yet, or one without width: that two files did not differ on few units says only that
+    they differ rarely. None: no rule looks at an interval.
     """
     compared = {(c.name, c.against): c for c in comparisons}
     shares = []
@@ -54,6 +55,9 @@ def widest(
                     found, allowed = compared[export.name, reference_name(rule, export.student)], 1 - rule.at_least
                 case Agreement():
                     found, allowed = metrics[export.name]["agreement"], 1 - rule.at_least
+                case Quality():
+                    shares.append(inf)
+                    continue
                 case _:
                     continue
             width = 0.0 if found.low is None or found.high is None else found.high - found.low

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from overproof.config.base import Count
 from overproof.config.models import LayeredModel
 from overproof.models.base import DataShape, LayerNames
-from overproof.models.sizes import FP32_BYTES, ModelSize
+from overproof.models.sizes import FP32_BYTES, ModelSize, require_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -161,6 +161,7 @@ class DecoderFamily:
         return (widths.hidden,)  # the last norm
 
     def directory_size(self, config: Mapping[str, Any], tensors: Mapping[str, int], shape: DataShape) -> ModelSize:
+        require_positions(config, shape.positions)
         once = own_tensors(tensors, config.get("tie_word_embeddings", self.tied))
         entries = int(config["vocab_size"])
         outputs = min(entries, shape.outputs or entries)  # padding beyond the data's vocabulary is cut off

@@ -27,7 +27,7 @@ from overproof.errors import InputError
 from overproof.files import file_sha256
 from overproof.models.base import BaseFamily, DataShape, LayerNames, ModelFamily, shape_of
 from overproof.models.pretrained import WEIGHTS, refuse_pickles, weight_files
-from overproof.models.sizes import family_of
+from overproof.models.sizes import family_of, most_positions, require_positions
 from overproof.registry import FAMILIES
 
 Batch = dict[str, Tensor]
@@ -125,6 +125,7 @@ def _read(path: Path) -> tuple[PreTrainedModel, dict[str, list[str]]]:
                 attn_implementation=family.attention,
                 use_safetensors=True,
                 local_files_only=True,
+                trust_remote_code=False,  # transformers asks at a terminal where nothing is said
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told in info, and refused below
             )
@@ -145,6 +146,7 @@ def _fit_tokenizer(model: PreTrainedModel, path: Path, manifest: Manifest) -> Pr
     """A vocabulary that has more entries than the data's ends with it: those are padding, of which models of one
     tokenizer have more or less. Its texts begin and end as the data's do from here on."""
     if manifest.tokenizer_sha256 is not None:
+        require_positions(model.config.to_dict(), manifest.positions)
         found = model.config.vocab_size
         if found < manifest.outputs:
             raise InputError(
@@ -221,10 +223,11 @@ def save_model(
     written_config.save_pretrained(path)
     if tokenizer is not None:
         shutil.copyfile(tokenizer, path / TOKENIZER)
-        text, most = tokenizer.read_text(encoding="utf-8"), config.max_position_embeddings
+        text, most = tokenizer.read_text(encoding="utf-8"), most_positions(config.to_dict())
+        limit = {} if most is None else {"model_max_length": most}
         bos, eos = config.bos_token_id, config.eos_token_id
         end = eos[0] if isinstance(eos, list) else eos
-        (path / TOKENIZER_CONFIG).write_text(tokenizer_config(text, bos, end, model_max_length=most), encoding="utf-8")
+        (path / TOKENIZER_CONFIG).write_text(tokenizer_config(text, bos, end, **limit), encoding="utf-8")
 
 
 def chat_template(path: Path) -> str | None:
@@ -233,6 +236,8 @@ def chat_template(path: Path) -> str | None:
         return (path / CHAT_TEMPLATE).read_text(encoding="utf-8")
     file = path / TOKENIZER_CONFIG
     found = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
+    if isinstance(found, list):  # several, by name
+        found = {each["name"]: each["template"] for each in found}.get("default")
     return found if isinstance(found, str) else None
 
 

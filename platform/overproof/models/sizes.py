@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 HEADER_LIMIT_BYTES = 100_000_000  # as the safetensors library has it
 FP32_BYTES = 4  # bytes
+POSITIONS = ("max_position_embeddings", "n_positions")  # what families call the most tokens of a row
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,41 @@ def family_of(config: Mapping[str, Any], path: object) -> tuple[str, ModelFamily
     """The family of a directory by its config.json, and its kind.
 
     Raises:
-        InputError: there is no architecture, or one that no family knows.
+        InputError: there is no architecture, or one that no family knows; or its weights are quantised.
     """
     named = config.get("architectures") if isinstance(config, Mapping) else None
     if not isinstance(named, list) or not named:
         raise InputError(f"{path}/config.json: no architecture; expected a Hugging Face model configuration")
+    if config.get("quantization_config") is not None:
+        raise InputError(
+            f"{path}/config.json: quantization_config: its weights are quantised; expected them in 16 or 32 bits: give "
+            "the model that they were made from"
+        )
     for kind, family in FAMILIES.items():
         if any(fnmatchcase(str(named[0]), pattern) for pattern in family.architectures):
             return kind, family
     known = [name for family in FAMILIES.values() for name in family.architectures]
     near = suggest_name(str(named[0]), [name for name in known if "*" not in name], similarity=0.5)
     raise InputError(f"{path}/config.json: architecture {named[0]}{near}; expected {' or '.join(known)}")
+
+
+def most_positions(config: Mapping[str, Any]) -> int | None:
+    """Tokens in a row that a configuration allows; None where it names no limit."""
+    found = [int(config[name]) for name in POSITIONS if config.get(name)]
+    return min(found, default=None)
+
+
+def require_positions(config: Mapping[str, Any], positions: int) -> None:
+    """Look whether a decoder takes rows of so many tokens: past its table of positions, if it has one, is nothing.
+
+    Raises:
+        InputError: it takes fewer.
+    """
+    most = most_positions(config)
+    if most is not None and positions > most:
+        raise InputError(
+            f"config.json: the model takes {most} tokens at most; data.sequence_length is {positions}: lower it"
+        )
 
 
 def _directory_size(path: str, shape: DataShape, most_layers: int | None = None) -> ModelSize:

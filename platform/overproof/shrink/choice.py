@@ -13,7 +13,9 @@ from typing import Any
 import yaml
 
 from overproof.config import Recipe
+from overproof.data.manifest import TOKENIZER
 from overproof.errors import InputError
+from overproof.files import join_uri
 from overproof.registry import FORMATS, TASKS
 from overproof.shrink import template
 from overproof.shrink.given_model import GivenModel, inspect_model
@@ -141,10 +143,10 @@ def _write(asked: Asked, given: GivenModel | None, kind: str, fit: Fit) -> Choic
     settings = template.read_settings(task.template, fit.values)
     teacher = teacher_section(settings, given)
     values = _layout(fit) | {
-        "name": asked.name or _name(asked),
+        "name": template.flow(asked.name or _name(asked)),
         "task": kind,
         "data": template.block(fit.data, indent=2),
-        "tokenizer": template.flow(f"{given.path}/tokenizer.json" if given else ""),
+        "tokenizer": template.flow(join_uri(given.path, TOKENIZER) if given else ""),
         "teacher": template.flow(teacher.model_dump(mode="json")),
         "keep": settings.keep,
     }
@@ -161,10 +163,13 @@ def _write(asked: Asked, given: GivenModel | None, kind: str, fit: Fit) -> Choic
     format = FORMATS[draft["compress"]["kind"]]
     family = given.family if given else teacher.kind
     if family not in format.families:
-        raise InputError(f"MODEL: {family} models cannot be written as {draft['compress']['kind']}, as {kind} needs")
+        named = given.config["architectures"][0] if given else family
+        raise InputError(f"MODEL: {named} cannot be written as {draft['compress']['kind']}, as {kind} needs")
     variants = [variant for variant in settings.bytes if variant != format.unquantised]
     chosen = choose_students(settings, teacher, given, shape, asked.max_mb, variants)
-    reasons = _reasons(asked, given, kind, fit, values, chosen)
+    tested = round(fit.units * values["test_fraction"])
+    tested = min(tested, draft.get("evaluate", {}).get("max_documents") or tested)
+    reasons = _reasons(asked, given, kind, fit, values, chosen, tested)
     values |= {
         "students": _students(chosen),
         "formats": template.flow(list(chosen.variants)),
@@ -207,7 +212,7 @@ def _schedule(asked: Asked, given: GivenModel | None, fit: Fit, settings: Templa
             steps, why = 0, "the given model as it is: what it can do is what students are held against"
     rates = settings.given_learning_rates if given else settings.learning_rates or settings.given_learning_rates
     return {
-        "teacher_why": why,
+        "teacher_why": template.comment(why),
         **_steps("teacher", steps, settings.teacher_steps, rates.teacher),
         **_steps("student", settings.student_steps.steps(rows), settings.student_steps, rates.students),
     }
@@ -254,14 +259,14 @@ def _rules(asked: Asked, settings: TemplateSettings, title: str) -> str:
 
 
 def _reasons(
-    asked: Asked, given: GivenModel | None, kind: str, fit: Fit, values: Mapping[str, Any], chosen: ChosenStudents
-) -> dict[str, str]:
+    asked: Asked, given: GivenModel | None, kind: str, fit: Fit, values: Mapping[str, Any], chosen: ChosenStudents,
+    tested: int,
+) -> dict[str, str]:  # fmt: skip
     limit = (
         f"within {asked.max_mb:g} MB" if asked.max_mb is not None else "of those smaller by half, no --max-mb was given"
     )
     whole = " (whole: every layer, quantised)" if any(s.name == WHOLE for s in chosen.students) else ""
     names = ", ".join(f"{s.name} of {s.size.parameters:,} parameters" for s in chosen.students)
-    tested = round(fit.units * values["test_fraction"])
     fitting = f"the one that fits {'the model and ' if given else ''}the data"
     return {
         "task": f"{kind}: {'as asked' if asked.task else fitting}",
@@ -282,5 +287,6 @@ def _reasons(
 def _header(asked: Asked, reasons: Mapping[str, str]) -> str:
     lines = [f"Written by `overproof init {asked.command}`; it is yours to edit."]
     lines += [f"{what}: {why}" for what, why in reasons.items()]
-    wrapped = (part for line in lines for part in textwrap.wrap(line, COMMENT_WIDTH - 2, subsequent_indent="  "))
+    texts = map(template.comment, lines)
+    wrapped = (part for text in texts for part in textwrap.wrap(text, COMMENT_WIDTH - 2, subsequent_indent="  "))
     return "".join(f"# {part}\n" for part in wrapped)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from overproof.config import Gate, Keep, Latency, Size
-from overproof.evaluate.gate import Verdict, kept_share
+from overproof.evaluate.gate import Verdict, kept_share, reference_name
 from overproof.evaluate.metrics import MeasuredFile, Report
 
 OTHER_RULE = 1.0  # how far off a file counts that breaks a rule which no flag loosens
@@ -49,16 +49,18 @@ def _missed(gate: Gate, report: Report, name: str, verdict: Verdict) -> tuple[fl
 def _loosened(rule: object, report: Report, candidate: MeasuredFile) -> tuple[float, str | None]:
     """By which share of its bound a file misses a rule, and the flag by which it would not."""
     if isinstance(rule, Keep):
-        kept = kept_share(report, candidate, rule.against)
+        kept = kept_share(report, candidate, reference_name(rule, candidate.student))
         if kept is not None and kept[1] > 0:
-            return 1 - kept[1] / rule.at_least, f"--keep {math.floor(1000 * kept[1]) / 1000:g}"
+            flag = f"--keep {math.floor(1000 * kept[1]) / 1000:g}" if rule.against == "teacher" else None
+            return 1 - kept[1] / rule.at_least, flag
     if isinstance(rule, Size):
         found = candidate.size_bytes / 1e6
         return found / rule.at_most_mb - 1, f"--max-mb {_up(found)}"
     if isinstance(rule, Latency):
         metric = candidate.metrics.get(f"latency_p{rule.percentile}_s")
         if metric is not None:
-            return 1e3 * metric.value / rule.at_most_ms - 1, f"--max-p95-ms {_up(1e3 * metric.value)}"
+            flag = f"--max-p95-ms {_up(1e3 * metric.value)}" if rule.percentile == 95 else None
+            return 1e3 * metric.value / rule.at_most_ms - 1, flag
     return OTHER_RULE, None
 
 

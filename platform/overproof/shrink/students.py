@@ -80,7 +80,7 @@ def choose_students(
     limit = teacher_mb / settings.least_times_smaller if max_mb is None else max_mb
     fitting = [c for c in candidates if c.smallest[1] <= limit and (max_mb is not None or c.name != WHOLE)]
     if not fitting:
-        raise InputError(_nothing_fits(candidates, limit, teacher_size, rates, beside))
+        raise InputError(_nothing_fits(settings, candidates, max_mb, teacher_size, rates, beside))
     students = tuple(fitting[: settings.keep])
     within = tuple(v for v in variants if any(c.mb[v] <= limit for c in students))
     return ChosenStudents(teacher_size, teacher_mb, students, within)
@@ -121,8 +121,9 @@ def teacher_section(settings: TemplateSettings, given: GivenModel | None) -> Mod
 
 
 def _nothing_fits(
-    candidates: Sequence[Candidate], limit: float, teacher: ModelSize, rates: Mapping[str, BytesANumber], beside: float
-) -> str:
+    settings: TemplateSettings, candidates: Sequence[Candidate], max_mb: float | None, teacher: ModelSize,
+    rates: Mapping[str, BytesANumber], beside: float,
+) -> str:  # fmt: skip
     nearest = min(candidates, key=lambda c: c.smallest[1])
     variant, found = nearest.smallest
     table = teacher.outputs * teacher.hidden * rates[variant].table / 1e6
@@ -130,7 +131,12 @@ def _nothing_fits(
     if beside > 1e5:
         parts += f", {beside / 1e6:.3g} MB the vocabulary itself"
     needed = math.ceil(found * 100) / 100
+    if max_mb is None:
+        times = f"{settings.least_times_smaller:g} times smaller than the teacher"
+        why = f"no --max-mb was given, and no student of fewer layers would be {times}"
+    else:
+        why = f"--max-mb {max_mb:g}: no student's file would be as small"
     return (
-        f"--max-mb {limit:g}: no student's file would be as small; the nearest is {nearest.name} in {variant}, about "
+        f"{why}; the nearest is {nearest.name} in {variant}, about "
         f"{found:.3g} MB ({parts}): give --max-mb {needed:g}, or a narrower model"
     )

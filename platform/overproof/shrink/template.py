@@ -84,6 +84,11 @@ def flow(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
+def comment(text: str) -> str:
+    """Text that may stand behind a #: names of columns and classes may hold ends of lines, and what YAML refuses."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def block(fields: Mapping[str, Any], indent: int) -> str:
     """Fields of a section, a line each."""
     return "\n".join(f"{' ' * indent}{name}: {flow(value)}" for name, value in fields.items())

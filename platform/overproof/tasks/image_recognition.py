@@ -29,6 +29,7 @@ from overproof.tasks.recognition import (
 LOOKED_AT = 32  # images, for their sizes
 MOST_PATCHES, FEWEST_PATCHES, SMALLEST_PATCH = 64, 4, 2
 CLASS_NAMES = ("label", "class", "target", "category")
+SPLITS = frozenset({"train", "training", "valid", "val", "validation", "dev", "eval", "test", "testing"})
 
 
 def recognise_images(look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
@@ -48,6 +49,9 @@ def _folders(look: DataLook) -> Recognised:
     if any("/" not in name for name in images):
         return Misfit(f"images lie beside the classes' folders; expected {join_uri(look.path, 'CLASS')}/{images[0]}")
     classes = sorted({name.split("/")[0] for name in images})
+    if all(name.lower() in SPLITS for name in classes):
+        found = ", ".join(classes)
+        return Misfit(f"the folders are called like splits ({found}); expected one for each class: give one of those")
     if len(classes) < 2:
         return Misfit(f"one class alone: {classes[0]}; expected a folder for each of two or more")
     why = f"{len(images):,} in {len(classes)} classes, one for each folder"
@@ -66,7 +70,8 @@ def _parquet(look: DataLook, flags: ColumnFlags) -> Recognised:
     image = choose_column(sample, flags.image, "--image", ("image", "img", "picture"), encoded, "the image")
     if not isinstance(image, tuple):
         return image
-    labels = [name for name in sample.columns(is_text, pa.types.is_integer) if name != image[0]]
+    named = sample.columns(is_text, pa.types.is_integer, pa.types.is_dictionary)
+    labels = [name for name in named if name != image[0]]
     label = choose_column(sample, flags.label, "--label", CLASS_NAMES, labels, "the class")
     if not isinstance(label, tuple):
         return label
@@ -95,6 +100,8 @@ def _sized(found: Fit, look: DataLook, model: Mapping[str, Any] | None, flags: C
     if model is not None:
         edges = model.get("image_size")
         height, width = (edges, edges) if isinstance(edges, int) else edges or sizes[0]
+        if flags.image_size is not None and (height, width) != (flags.image_size, flags.image_size):
+            return Question("--image-size", f"MODEL takes {height} x {width} pixels; leave the flag out")
         data |= {"height": height, "width": width, "channels": model.get("num_channels")}
         reasons["size"] = f"{height} x {width} pixels, as the model takes them"
         refit = _other_classes(model, found.values["classes"])
@@ -143,7 +150,7 @@ def _sizes(source: Mapping[str, Any], look: DataLook) -> Iterator[tuple[int, int
         try:
             with Image.open(io.BytesIO(content)) as opened:
                 yield opened.height, opened.width
-        except (UnidentifiedImageError, OSError, ValueError):
+        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
             continue  # `prepare` names it
 
 

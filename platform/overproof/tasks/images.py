@@ -185,7 +185,7 @@ def _decoded(encoded: Encoded, data: Any, shape: tuple[int, ...] | None) -> NDAr
             opened.load()
             channels = data.channels or (shape[0] if shape else 1 if opened.mode in ("1", "L", "I;16") else 3)
             found = _pixels(opened, data, channels, None)
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{where}: not an image: {error}; expected one of {' '.join(SUFFIXES)}") from None
     if shape is not None and found.shape != shape:
         raise InputError(

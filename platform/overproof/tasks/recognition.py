@@ -27,7 +27,10 @@ LISTED = 12  # columns, in a message
 
 @dataclass(frozen=True)
 class TableSample:
-    """The first rows of the tables of one kind. Columns of bytes and nested ones are in the schema alone."""
+    """The first rows of the tables of one kind. Columns of bytes and nested ones are in the schema alone.
+
+    Categories are so in the schema; among the rows they are what they stand for.
+    """
 
     schema: pa.Schema
     rows: pa.Table
@@ -146,15 +149,18 @@ def _sample(files: fs.FileSystem, infos: list[fs.FileInfo], suffix: str) -> Tabl
     first = next((i for i in infos if i.size), None)
     if first is None:
         raise InputError(f"--data: {infos[0].path}: is empty; expected rows")
+    if suffix == ".parquet":
+        return _parquet_sample(files, infos)
     try:
-        if suffix == ".parquet":
-            return _parquet_sample(files, infos)
         with files.open_input_stream(first.path) as stream:
             content = stream.read(SAMPLE_BYTES)
         if len(content) < first.size and b"\n" in content:
             content = content[: content.rindex(b"\n") + 1]
-        reader = csv.read_csv if suffix == ".csv" else json.read_json
-        rows = reader(io.BytesIO(content))
+        reader, options = (csv.read_csv, csv.ReadOptions) if suffix == ".csv" else (json.read_json, json.ReadOptions)
+        rows = reader(io.BytesIO(content), read_options=options(block_size=SAMPLE_BYTES))  # a row lies in one block
+        _require_distinct(rows.schema.names, first.path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"--data: {first.path}: not UTF-8: {error}; expected text in UTF-8") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"--data: {first.path}: not {suffix[1:]}: {error}; expected rows in columns") from None
     if not rows.num_rows:
@@ -166,21 +172,39 @@ def _sample(files: fs.FileSystem, infos: list[fs.FileInfo], suffix: str) -> Tabl
 def _parquet_sample(files: fs.FileSystem, infos: list[fs.FileInfo]) -> TableSample:
     total, rows, schema = 0, None, None
     for info in infos:
-        with files.open_input_file(info.path) as handle:
-            file = pq.ParquetFile(handle)
-            refuse_objects(file.schema_arrow, info.path)
-            total += file.metadata.num_rows
-            if rows is None and file.metadata.num_rows:
-                schema = file.schema_arrow
-                plain = [column.name for column in schema if _is_plain(column.type)]
-                rows = pa.Table.from_batches([next(file.iter_batches(batch_size=SAMPLE_ROWS, columns=plain))])
+        try:
+            with files.open_input_file(info.path) as handle:
+                file = pq.ParquetFile(handle)
+                refuse_objects(file.schema_arrow, info.path)
+                _require_distinct(file.schema_arrow.names, info.path)
+                total += file.metadata.num_rows
+                if rows is None and file.metadata.num_rows:
+                    schema = file.schema_arrow
+                    plain = [column.name for column in schema if _is_plain(column.type)]
+                    rows = pa.Table.from_batches([next(file.iter_batches(batch_size=SAMPLE_ROWS, columns=plain))])
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"--data: {info.path}: not parquet: {error}; expected rows in columns") from None
     if rows is None or schema is None:
         raise InputError(f"--data: {infos[0].path}: has no rows; expected some")
-    return TableSample(schema, rows, total)
+    return TableSample(schema, _decoded(rows), total)
+
+
+def _require_distinct(names: list[str], path: str) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise InputError(f"--data: {path}: several columns are named {twice[0]!r}; expected a name of its own for each")
 
 
 def _plain(rows: pa.Table) -> pa.Table:
     return rows.select([column.name for column in rows.schema if _is_plain(column.type)])
+
+
+def _decoded(rows: pa.Table) -> pa.Table:
+    """Categories as what they stand for: not all that counts values takes them as Arrow stores them."""
+    for number, column in enumerate(rows.schema):
+        if pa.types.is_dictionary(column.type):
+            rows = rows.set_column(number, column.name, rows.column(number).cast(column.type.value_type))
+    return rows
 
 
 def _is_plain(kind: pa.DataType) -> bool:

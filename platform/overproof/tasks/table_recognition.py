@@ -41,7 +41,9 @@ def recognise_table(
     values = sample.rows[name].drop_null()
     unfit = _not_numbers(values) if regression else _not_classes(values)
     if unfit:
-        return Misfit(f"column {name!r} {unfit}")
+        looked, rows = sample.rows.num_rows, sample.total_rows
+        part = "" if looked >= rows else f", in its first {looked:,} of about {rows:,} rows,"
+        return Misfit(f"column {name!r}{part} {unfit}")
     dropped = _dropped(sample, name)
     left = [column for column in sample.schema.names if column not in dropped and column != name]
     if not left:

@@ -1,6 +1,6 @@
 """Texts of any source as shards: read, split class by class, tokenised and cut, and written.
 
-Shapes: R texts, T tokens in a row.
+Shapes: R texts, K of them in a split, T tokens in a row, V classes.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ Labelled = tuple[str, str, str]  # where it is from, the text, its class
 
 SUFFIXES = {"jsonl": ".jsonl", "csv": ".csv", "parquet": ".parquet", "folder": ".txt"}
 PAD, START, END = "[PAD]", "[CLS]", "[SEP]"
+SPECIAL = (START, PAD, END)  # by their ids: a RoBERTa counts positions from behind id 1, which it takes for padding
 PADDINGS = (PAD, "<pad>", "<|padding|>")  # as tokenizers name it
 EXAMPLE_CHARACTERS = 500  # of the text that goes with the model as an example
 
@@ -53,15 +54,16 @@ class Texts:
     def classes(self) -> list[str]:
         """Numbers in their order, else by name."""
         found = set(self.labels)
-        return sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
+        numbers = all(name.isdecimal() for name in found)
+        return sorted(found, key=lambda name: (int(name), name)) if numbers else sorted(found)
 
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """Rows of tokens, how many texts were cut, and which have no token at all."""
+    """Rows of tokens, which texts were cut, and which have no token at all."""
 
     tokens_RT: NDArray[np.int32]  # ``PADDING`` beyond the text
-    truncated: int
+    truncated: list[int]
     empty: list[int]
 
 
@@ -85,7 +87,7 @@ def describe_texts(data: TextClassificationData) -> dict[str, Any]:
     """
     classes = read_texts(data).classes
     if data.tokenizer.kind == "bpe":
-        return _details(data, classes, data.tokenizer.vocab_size, 0)
+        return _details(data, classes, data.tokenizer.vocab_size, SPECIAL.index(PAD))
     tokenizer = read_tokenizer(_tokenizer_file(data.tokenizer.path), data.tokenizer.path, data.sequence_length)
     return _details(data, classes, *_vocabulary(tokenizer))
 
@@ -114,8 +116,10 @@ def prepare_texts(context: StageContext) -> Manifest:
             f"data: the tokenizer finds no token in {found.texts[encoded.empty[0]]!r:.80}; expected texts that it can "
             "read: leave this one out, or take another tokenizer"
         )
-    if encoded.truncated:
-        longer = f"{encoded.truncated:,} of {len(labels_R):,} texts are longer than {data.sequence_length} tokens"
+    kept_K = np.concatenate(list(splits.values()))
+    truncated = int(np.isin(encoded.truncated, kept_K).sum())
+    if truncated:
+        longer = f"{truncated:,} of {len(kept_K):,} texts are longer than {data.sequence_length} tokens"
         context.progress(Notice(f"{longer} (data.sequence_length) and are cut"))
     context.progress(TaskProgress("prepare", 2, 3, f"writing {len(labels_R):,} texts"))
     columns: tuple[Column, ...] = (
@@ -139,7 +143,7 @@ def prepare_texts(context: StageContext) -> Manifest:
         tokenizer_sha256=hashlib.sha256(content).hexdigest(),
         dropped=found.dropped,
         details=_details(data, found.classes, *_vocabulary(tokenizer))
-        | {"truncated": encoded.truncated, "example": example},
+        | {"truncated": truncated, "example": example},
     )
 
 
@@ -155,7 +159,7 @@ def read_texts(data: TextClassificationData) -> Texts:
     for where, text, label in _labelled_texts(data.source):
         if not text.strip():
             raise InputError(f"{where}: the text is empty; expected one: leave it out")
-        if not label:
+        if not label.strip():
             raise InputError(f"{where}: there is no class; expected its name or number")
         rows += 1
         classes_of.setdefault(text, set()).add(label)
@@ -193,7 +197,8 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> EncodedTexts:
     for tokens_T, encoding in zip(tokens_RT, encodings, strict=True):
         tokens_T[: len(encoding.ids)] = encoding.ids
     empty = [row for row, encoding in enumerate(encodings) if not encoding.ids]
-    return EncodedTexts(tokens_RT, sum(bool(encoding.overflowing) for encoding in encodings), empty)
+    truncated = [row for row, encoding in enumerate(encodings) if encoding.overflowing]
+    return EncodedTexts(tokens_RT, truncated, empty)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -206,7 +211,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, START, END],
+        special_tokens=list(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -356,6 +361,8 @@ def _require_columns(where: str, found: Sequence[str], source: Any) -> None:
         if name not in found:
             near = suggest_name(name, found)
             raise InputError(f"{where}: found {', '.join(found)}; expected {name!r} (data.source.{field}){near}")
+        if found.count(name) > 1:
+            raise InputError(f"{where}: several columns are named {name!r} (data.source.{field}); expected one")
 
 
 def _as_text(where: str, value: Any) -> str:
