@@ -9,7 +9,7 @@ demo: $(INSTALLED)  ## the whole loop, ending with a table and a live answer; AR
 	$(BIN)/overproof demo $(ARGS)
 
 test: $(INSTALLED) chromium  ## the suite, on a real cluster of several nodes on this machine
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(or $(ARGS),--numprocesses 2 --dist loadgroup --no-loadscope-reorder)
 
 trials: $(INSTALLED)  ## what is long by nature: many kills, whole loops; ends with a table
 	$(BIN)/pytest -m trial tests/trials $(ARGS)

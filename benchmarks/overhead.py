@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--stock-trials", type=int, default=6)
     parser.add_argument("--work-s", type=float, default=1.0, help="of training in a trial, about")
     given = parser.parse_args()
+    if min(given.trials, given.stock_trials) <= PROCESSES:
+        parser.error(f"--trials and --stock-trials: expected more than the {PROCESSES} that start first")
     given.steps = FIRST_STEPS
     recipe = digits(given)
     made(recipe, "cache")

@@ -15,6 +15,7 @@ import sysconfig
 import venv
 from pathlib import Path
 
+PLATFORM = Path(__file__).parents[1] / "platform"  # an editable install's own file is not read through another's
 HUGGING_FACE = ("datasets>=5.2,<6", "accelerate>=1.15,<2", "multiprocess", "dill", "xxhash")
 TRL = (*HUGGING_FACE, "trl>=1.16,<2")
 MOSAIC = ("mosaicml-streaming>=0.13,<0.14",)
@@ -52,7 +53,7 @@ def make(folder: Path, needs: tuple[str, ...], alone: tuple[str, ...], stand_ins
     for name, text in stand_ins.items():
         (own / name).parent.mkdir(parents=True, exist_ok=True)
         (own / name).write_text(text)
-    (own / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (own / "beside.pth").write_text(f"{sysconfig.get_path('purelib')}\n{PLATFORM}\n")
     done.touch()
     return python
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -13,12 +16,26 @@ from hypothesis import settings
 from finished import RECIPES, Run
 from overproof.config import load_recipe
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # what one process starts and leaves in the temporary folder is its own
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="t")
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as started in the background; commands under test inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("no clock", deadline=None)  # a busy machine is no fault
 settings.load_profile("no clock")
+
+
+SHARED = ("digits", "_deployments_file")  # dear fixtures: whoever asks for one runs in one process
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where the suite runs in several processes, each takes a file at a time, or all that shares a dear fixture."""
+    for item in items:
+        asked = getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group(next((name for name in SHARED if name in asked), item.path.stem)))
 
 
 @pytest.fixture(scope="session")

@@ -48,19 +48,20 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "PATH": f"{BIN}:{os.environ['PATH']}",
     }
-    port = _free_port()
+    port, agent = _free_port(), _free_port()
     command = [
         "ray", "start", "--head", "--block", "--port", str(_free_port()), "--dashboard-port", str(port),
         "--ray-client-server-port", str(_free_port()), "--num-cpus", "4", "--object-store-memory", str(200 << 20),
-        "--dashboard-agent-listen-port", str(_free_port()), "--disable-usage-stats",
+        "--dashboard-agent-listen-port", str(agent), "--disable-usage-stats",
     ]  # fmt: skip
     with (folder / "head.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_S
     bearer = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
+    needed = (f"{url}/api/jobs/", f"http://127.0.0.1:{agent}/api/local_raylet_healthz")  # a job is started by the agent
     while True:
         try:
-            if httpx.get(f"{url}/api/jobs/", headers=bearer).status_code == 200:
+            if all(httpx.get(each, headers=bearer).status_code == 200 for each in needed):
                 break
         except httpx.TransportError:
             pass

@@ -155,7 +155,7 @@ def test_a_language_model_goes_from_documents_to_an_answer(
         "data.test_fraction=0.2", "data.shards=2", f"train.model={{{shape}}}", "train.steps=4", "train.workers=1",
         "train.warmup_steps=1", "train.validate_every=2", "train.validation_rows=16", "sweep.steps=4",
         "sweep.warmup_steps=1", "sweep.validate_every=2", "sweep.validation_rows=16", "sweep.keep=1", "cache.rows=32",
-        f"sweep.students=[{{name: small, model: {{{shape}}}}}]", "tune={}", "compress.formats=[q8_0]",
+        f"sweep.students=[{{name: small, model: {{{shape}}}}}]", "tune={}", "cache.actors=1", "compress.formats=[q8_0]",
         "evaluate.max_documents=4", "evaluate.timed_requests=3", "evaluate.probe_prompts=1",
         "evaluate.decode_tokens=8", "evaluate.bootstrap_samples=100", "gate.rules=[{kind: parity, at_most: 0.5}]",
     )  # fmt: skip

@@ -1,4 +1,7 @@
-"""A proof, as one runs it: a short one, on a cluster of its own. ``tests/trials`` has the one that moves nodes."""
+"""A proof, as one runs it: a short one, on a cluster of its own.
+
+``tests/trials`` has twenty kills of two workers, and the proof that moves nodes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ def prove(what: str, *options: str) -> list[str]:
 
 
 def test_a_killed_worker_changes_not_one_bit() -> None:
-    lines = prove("resume", "--kills", "1", "--set", "train.steps=24", "--set", "train.checkpoint.every_steps=8")
+    few = ("train.workers=1", "train.steps=24", "train.checkpoint.every_steps=8")
+    lines = prove("resume", "--kills", "1", *(word for change in few for word in ("--set", change)))
     compared = [line for line in lines if line.startswith(("steps", "last loss", "sha256 of", "rows, as"))]
     assert len(compared) == 8
     assert all(line.rstrip().endswith("same") for line in compared)

@@ -33,7 +33,7 @@ def digits_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_package("digits", tmp_path_factory.mktemp("store"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def _deployments_file(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield tmp_path_factory.mktemp("shared") / "deployments.json"
     server.stop_serving()

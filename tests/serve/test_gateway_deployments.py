@@ -118,9 +118,11 @@ def test_a_canary_that_disagrees_is_rolled_back_and_the_event_says_why(
     with load(base, prompt="import os\n", temperature=1.0) as seen:
         server.call_controller("deploy", str(second_package), picky, "canary", "ada")
         wait_until(lambda: server.call_controller("deployments").models["stdlib-lm"].canary is None)
-        count = len(seen) + 2
+        stable = version(text_package).package
+        wait_until(lambda: {package for _, package in seen[-10:]} == {stable})  # the gateways were told
+        count = len(seen)
         wait_until(lambda: len(seen) > count + 10)
-        assert {package for _, package in seen[count:]} == {version(text_package).package}
+        assert {package for _, package in seen[count:]} == {stable}
     assert {status for status, _ in seen} == {200}
     last = read_deployments(str(shared_server.deployments_file)).events[-1]
     assert (last.change, last.package) == ("automatic rollback", version(second_package).package)

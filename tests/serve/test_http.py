@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,20 @@ def test_a_reply_says_which_file_gave_it(text: SingleModel, text_package: Path) 
     assert len(model["overproof"]["verdict"]) == len(open_package(text_package).content.policy.rules)
     assert model["overproof"]["parents"] == text.served.model.overproof.parents
     assert ask(app, "GET", "/healthz").json() == {"status": "ok"}
+
+
+def test_a_body_of_unknown_length_is_answered_as_one_that_says_it(digits: SingleModel) -> None:
+    app, body = build_app(digits, OPEN), json.dumps({"images": [[0.25] * 64, [0.75] * 64]}).encode()
+
+    async def in_parts() -> AsyncIterator[bytes]:
+        yield body[:100]
+        yield body[100:]
+
+    whole = ask(app, "POST", "/v1/classify", content=body, headers=JSON)
+    parts = ask(app, "POST", "/v1/classify", content=in_parts(), headers=JSON)
+    assert "content-length" not in parts.request.headers
+    assert whole.status_code == parts.status_code == 200
+    assert whole.json()["data"] == parts.json()["data"]
 
 
 def test_rows_and_flat_pixels_are_the_same_image(digits: SingleModel) -> None:

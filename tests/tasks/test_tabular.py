@@ -113,7 +113,7 @@ def test_a_regression_is_distilled_judged_and_served(
     """The recipe as it stands but for fewer steps; what it is as good as is judged among the trials."""
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
     rules = "gate.rules=[{kind: smaller, against: teacher, at_least: 4}, {kind: parity, at_most: 0.01}]"
-    few = ("train.steps=40", "sweep.steps=40", "evaluate.timed_requests=20", rules)
+    few = ("train.steps=40", "sweep.steps=40", "sweep.concurrent_trials=1", "evaluate.timed_requests=20", rules)
     done = pipeline.run(load_recipe(RECIPES / "diabetes.yaml", (f"store={tmp_path}", *few)))
     folder = done["package"].local()
     package = open_package(folder)

@@ -31,7 +31,7 @@ from overproof.data.manifest import Manifest
 from overproof.data.order import rows_hash
 from overproof.errors import InputError
 from overproof.models.hf_directory import build_model
-from overproof.stage_context import ProgressEvent, StageContext, StepTrained, TrainingResumed, no_progress
+from overproof.stage_context import ProgressEvent, StageContext, StepTrained, TaskProgress, TrainingResumed, no_progress
 from overproof.train.checkpoint import Checkpoints
 from overproof.train.engine import TorchEngine
 from overproof.train.metrics import ROWS_HASH
@@ -153,6 +153,14 @@ def test_other_numbers_of_workers_train_the_same(moved: Moved, text_root: Path) 
         assert max(abs(a - b) for (_, a), (_, b) in zip(found, whole, strict=True)) < TOLERANCE
     planned = rows_hash(manifest.order(SEED).rows_at(0, plan.steps * plan.batch_size))
     assert sum(row[ROWS_HASH] for row in moved.rows if ROWS_HASH in row) == planned
+
+
+def test_progress_says_how_far_it_is_and_with_how_many_workers(moved: Moved) -> None:
+    assert moved.events[0] == TaskProgress("train", 0, PLAN.steps, "starting 1 to 3 workers")
+    last = [event for event in moved.events if isinstance(event, StepTrained)][-1]
+    assert (last.task, last.done, last.total, last.workers) == ("train", PLAN.steps, PLAN.steps, 2)
+    assert last.loss == [row["loss"] for row in moved.rows if "loss" in row][-1]
+    assert last.note.startswith(f"loss {last.loss:.2f} · ")
 
 
 DIED = WorkerHealthCheckFailedError("health", failure=ActorDiedError())

@@ -204,7 +204,7 @@ def preserve_sigint() -> Iterator[None]:
 
 
 class _QueuedProgress:
-    """A `Progress` that any process of the cluster may call."""
+    """A `Progress` of another process than the one that shows it."""
 
     def __init__(self, queue: Any) -> None:
         self.queue = queue
@@ -233,28 +233,58 @@ class _ProgressQueue:
         return events
 
 
-@contextmanager
-def relay_progress(show: Progress) -> Iterator[Progress]:
-    """A picklable `Progress` whose events reach ``show`` in this process."""
-    import ray
+class _RelayedProgress:
+    """Shows events of this process at once; pickled, it becomes a `_QueuedProgress`, and a thread fetches its events.
 
-    this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # it must not go with another one
-    queue: Any = ray.remote(num_cpus=0, label_selector=this_node)(_ProgressQueue).remote()
-    done = threading.Event()
+    The queue is an actor, and so a process: most stages send their progress nowhere and need none.
+    """
 
-    def forward() -> None:
+    def __init__(self, show: Progress) -> None:
+        self._show = show
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._queue: Any = None
+        self._thread: threading.Thread | None = None
+
+    def __call__(self, event: ProgressEvent) -> None:
+        self._show(event)
+
+    def __reduce__(self) -> tuple[type[_QueuedProgress], tuple[Any]]:
+        import ray
+
+        with self._lock:
+            if self._queue is None:
+                this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # it must not go with another
+                self._queue = ray.remote(num_cpus=0, label_selector=this_node)(_ProgressQueue).remote()
+                self._thread = threading.Thread(target=self._forward, daemon=True, name="progress")
+                self._thread.start()
+        return _QueuedProgress, (self._queue,)
+
+    def _forward(self) -> None:
+        import ray
+
         while True:
-            last = done.wait(POLL_S)
-            for event in ray.get(queue.drain.remote()):
-                show(event)
+            last = self._done.wait(POLL_S)
+            for event in ray.get(self._queue.drain.remote()):
+                self._show(event)
             if last:
                 return
 
-    thread = threading.Thread(target=forward, daemon=True, name="progress")
-    thread.start()
+    def close(self) -> None:
+        """Show what is left, and end the queue."""
+        import ray
+
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+            ray.kill(self._queue)
+
+
+@contextmanager
+def relay_progress(show: Progress) -> Iterator[Progress]:
+    """A picklable `Progress` whose events reach ``show`` in this process."""
+    progress = _RelayedProgress(show)
     try:
-        yield _QueuedProgress(queue)
+        yield progress
     finally:
-        done.set()
-        thread.join(timeout=5)
-        ray.kill(queue)
+        progress.close()

@@ -55,6 +55,7 @@ COMPLETIONS = "/v1/completions"
 SESSION_HEADER = "x-session-id"  # keeps a client with one version, as its `user` does
 CLIENT_CLOSED_REQUEST = 499  # as nginx has it; nobody reads the reply
 ERROR_TYPES = {404: "not_found_error", 408: "timeout_error", 503: "server_error"}
+SHORT_BODY_BYTES = 16 << 10  # read in less time than a thread takes to begin
 RETRY_HEADERS = {"Retry-After": "1"}
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
 
@@ -62,7 +63,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}
 def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | None = None) -> FastAPI:
     """/v1/models, the routes of every task, /healthz, and /docs to try them."""
     telemetry = telemetry or Telemetry()
-    array_tasks = [task for task in TASKS.values() if isinstance(task, ArrayTask)]
+    array_tasks = {kind: task for kind, task in TASKS.items() if isinstance(task, ArrayTask)}
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -71,7 +72,9 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
 
     app = FastAPIOffline(title="overproof", lifespan=lifespan, redoc_url=None, responses=ERROR_RESPONSES)
     app.add_middleware(AuthMiddleware, access=access, telemetry=telemetry)
-    _add_error_handlers(app, {CompletionRequest, ChatRequest, RatingRequest, *(task.request for task in array_tasks)})
+    _add_error_handlers(
+        app, {CompletionRequest, ChatRequest, RatingRequest, *(task.request for task in array_tasks.values())}
+    )
 
     async def find(route: str, request: ModelRequest, http: HttpRequest) -> ServedModel:
         served = await registry.find(request.model, http.headers.get(SESSION_HEADER) or request.user)
@@ -162,18 +165,18 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
             """What the model says of each row of the request."""
             chosen = {name: body[name] for name in ModelRequest.model_fields if name in body}
             served = await find(route, _parse(ModelRequest, chosen), http)
-            task = TASKS[served.model.overproof.task]
-            assert isinstance(task, ArrayTask)
+            task = array_tasks[served.model.overproof.task]
             request = _parse(task.request, body)
-            registry.on_request(served, _rows_shadow(task, request))
+            is_short = int(http.headers.get("content-length", SHORT_BODY_BYTES + 1)) <= SHORT_BODY_BYTES
+            registry.on_request(served, _rows_shadow(task, request, is_short))
             start_s = time.perf_counter()
             with _count_failures(registry, served, start_s):
-                data = await _answer_rows(task, request, served)
+                data = await _answer_rows(task, request, served, is_short)
             registry.on_complete(served, time.perf_counter() - start_s, False)
             return RowsReply(**served.reply_fields, data=data)
 
-    for route in sorted({task.route for task in array_tasks}):
-        add_rows_route(route, [task.request for task in array_tasks if task.route == route])
+    for route in sorted({task.route for task in array_tasks.values()}):
+        add_rows_route(route, [task.request for task in array_tasks.values() if task.route == route])
     return app
 
 
@@ -199,17 +202,18 @@ def _text_shadow(requests: list[EngineRequest]) -> ShadowRequest:
     return ShadowRequest(complete_all, next_token)
 
 
-def _rows_shadow(task: ArrayTask, request: Any) -> ShadowRequest:
+def _rows_shadow(task: ArrayTask, request: Any, is_short: bool) -> ShadowRequest:
     async def answers(served: ServedModel) -> Any:
-        return await _answer_rows(task, request, served)
+        return await _answer_rows(task, request, served, is_short)
 
     return ShadowRequest(answers, answers, task.agree)
 
 
-async def _answer_rows(task: ArrayTask, request: Any, served: ServedModel) -> list[dict[str, Any]]:
-    """Rows are read as this version's model takes them; not in the event loop, for there may be many."""
+async def _answer_rows(task: ArrayTask, request: Any, served: ServedModel, is_short: bool) -> list[dict[str, Any]]:
+    """Rows are read as this version's model takes them; where there may be many, not in the event loop."""
     details = served.model.overproof.details
-    inputs_BD = await asyncio.to_thread(lambda: task.inputs(request, details, served.folder))
+    read = partial(task.inputs, request, details, served.folder)
+    inputs_BD = read() if is_short else await asyncio.to_thread(read)
     return list(task.answers(await served.engine.logprobs(inputs_BD), details))
 
 
