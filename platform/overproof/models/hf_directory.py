@@ -25,7 +25,7 @@ from overproof.data.manifest import TOKENIZER, TOKENIZER_CONFIG, Manifest
 from overproof.data.text_tokenizer import tokenizer_config, tokenizer_difference
 from overproof.errors import InputError
 from overproof.files import file_sha256
-from overproof.models.base import BaseFamily, DataShape, LayerNames, ModelFamily, shape_of
+from overproof.models.base import BaseFamily, LayerNames, ModelFamily, shape_of
 from overproof.models.pretrained import WEIGHTS, refuse_pickles, weight_files
 from overproof.models.sizes import family_of, most_positions, require_positions
 from overproof.registry import FAMILIES

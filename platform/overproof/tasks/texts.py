@@ -142,8 +142,7 @@ def prepare_texts(context: StageContext) -> Manifest:
         outputs=len(numbers),
         tokenizer_sha256=hashlib.sha256(content).hexdigest(),
         dropped=found.dropped,
-        details=_details(data, found.classes, *_vocabulary(tokenizer))
-        | {"truncated": truncated, "example": example},
+        details=_details(data, found.classes, *_vocabulary(tokenizer)) | {"truncated": truncated, "example": example},
     )
 
 
