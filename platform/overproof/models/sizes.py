@@ -120,6 +120,7 @@ def _directory_size(path: str, shape: DataShape, most_layers: int | None = None)
     config, tensors = directory_config(path), _tensor_sizes(path)
     _, family = family_of(config, path)
     if most_layers is not None:  # all are alike
+        config["num_hidden_layers"] = most_layers
         layers = family.names.layers.rsplit(".", 1)[-1]
         tensors = {name: size for name, size in tensors.items() if _layer_number(name, layers) < most_layers}
     try:
