@@ -15,7 +15,9 @@ import sysconfig
 import venv
 from pathlib import Path
 
-PLATFORM = Path(__file__).parents[1] / "platform"  # an editable install's own file is not read through another's
+from measuring import HERE
+
+PLATFORM = HERE.parent / "platform"  # an editable install's own file is not read through another's
 HUGGING_FACE = ("datasets>=5.2,<6", "accelerate>=1.15,<2", "multiprocess", "dill", "xxhash")
 TRL = (*HUGGING_FACE, "trl>=1.16,<2")
 MOSAIC = ("mosaicml-streaming>=0.13,<0.14",)

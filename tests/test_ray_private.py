@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group, placement_group_table
 
 from overproof.cluster import ray_private
 
@@ -15,10 +17,15 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 class OneOfThese:
-    """An actor that says where it is."""
+    """An actor that says where it is and may reserve a CPU."""
 
     def pid(self) -> int:
         return os.getpid()
+
+    def reserve(self) -> str:
+        group = placement_group([{"CPU": 1}])
+        assert group.wait(30)
+        return str(group.id.hex())
 
 
 def node_ids() -> set[str]:
@@ -45,3 +52,18 @@ def test_an_actor_is_found_by_its_class_while_it_lives() -> None:
     assert found.node_id in node_ids()
     assert ray_private.living_actors("NoneOfThese") == []
     ray.kill(actor)
+
+
+def test_what_an_actor_reserved_outlives_it_until_it_is_given_back() -> None:
+    first, second = (ray.remote(num_cpus=0)(OneOfThese).remote() for _ in range(2))
+    own, others = ray.get([first.reserve.remote(), second.reserve.remote()])
+    ray.kill(first)
+    assert placement_group_table()[own]["state"] == "CREATED"
+    ray_private.remove_placement_groups(first._actor_id.hex())
+    deadline = time.monotonic() + 30
+    while placement_group_table()[own]["state"] != "REMOVED" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert placement_group_table()[own]["state"] == "REMOVED"
+    assert placement_group_table()[others]["state"] == "CREATED"
+    ray_private.remove_placement_groups(second._actor_id.hex())
+    ray.kill(second)

@@ -121,7 +121,7 @@ def test_a_running_server_keeps_its_address(server: httpx.Client, text_package: 
     assert server.get("/healthz").status_code == 200
 
 
-def test_only_proven_packages_are_served(text_package: Path, tmp_path: Path) -> None:
+def test_only_proven_packages_are_served(ray_cluster: str, text_package: Path, tmp_path: Path) -> None:
     folder = copy(text_package, tmp_path)
     edit(folder / "verdict.json", lambda verdict: verdict.update(passed=False, chosen=None))
     for attempt in (lambda: start_serving(folder, SETTINGS), lambda: build({"package": str(folder)})):

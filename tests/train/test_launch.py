@@ -8,11 +8,13 @@ import signal
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
 import ray.train
 import torch
+from ray.util.placement_group import placement_group_table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_data import VIT, digits_like, settings
 from transformers import AutoModelForImageClassification
@@ -63,6 +65,16 @@ def run_work(context: StageContext, work: Callable[[TrainJob], Any]) -> Any:
     return run_workers(
         TrainJob(train, SEED, context.parents["prepare"], draft, checkpoints, context.progress, spec), work
     )
+
+
+def reserved(before: frozenset[str] | None = None) -> frozenset[str]:
+    """The placement groups that are there; those beyond ``before`` are given 10 s to go."""
+    deadline = monotonic() + 10
+    while True:
+        groups = frozenset(name for name, group in placement_group_table().items() if group["state"] != "REMOVED")
+        if before is None or groups <= before or monotonic() > deadline:
+            return groups
+        sleep(0.1)
 
 
 def lines(folder: Path, key: str) -> list[float]:
@@ -128,9 +140,11 @@ def test_failures_that_nothing_comes_of_end_the_run(make: Make) -> None:
     def die(job: TrainJob) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    before = reserved()
     ends = "train: 2 failures in a row without a new checkpoint after step 0; the last one: a worker died: "
     with pytest.raises(RuntimeError, match=ends):
         run_work(make(settings(workers=1, max_failures=2)), die)
+    assert reserved(before) <= before
 
 
 def test_ctrl_c_ends_a_run_that_waits_for_nodes(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +155,7 @@ def test_ctrl_c_ends_a_run_that_waits_for_nodes(make: Make, monkeypatch: pytest.
             waits.append(event)
             os.kill(driver, signal.SIGINT)
 
-    driver, waits = os.getpid(), list[ProgressEvent]()
+    driver, waits, before = os.getpid(), list[ProgressEvent](), reserved()
     with pytest.raises(KeyboardInterrupt):
         train_teacher(make(settings(workers=1, cpus_per_worker=64), interrupt))
+    assert reserved(before) <= before

@@ -58,10 +58,10 @@ def test_the_trainer_calls_what_is_overridden() -> None:
         assert f"self.{name}(" in source
 
 
-def test_no_process_looks_for_the_run_in_another_cluster(ray_cluster: str, trainer: private.PolicyTrainer) -> None:
-    used = {type(callback).__name__ for callback in trainer._create_default_callbacks()}
-    assert "DatasetsCallback" in used
-    assert "PlacementGroupCleanerCallback" not in used
+def test_two_of_rays_actors_are_not_started(ray_cluster: str, trainer: private.PolicyTrainer) -> None:
+    used = {type(each) for each in trainer._create_default_callbacks()}
+    unused = {type(each) for each in TorchTrainer._create_default_callbacks(trainer)} - used
+    assert unused == {private.PlacementGroupCleanerCallback, private.DatasetsCallback}
 
 
 def test_the_policies_reach_the_controller(trainer: private.PolicyTrainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """The parts of Ray core's private API that are used, in one place, as any release of Ray may move them.
 
-Its public API does not say what an autoscaler may add, which nodes are drained, what is free on each node, or where
-an actor's process is; and it starts one node on a machine. tests/test_ray_private.py holds every function to what it
-is used for.
+Its public API does not say what an autoscaler may add, which nodes are drained, what is free on each node, where an
+actor's process is, or whose a placement group is; and it starts one node on a machine. tests/test_ray_private.py holds
+every function to what it is used for.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 import ray
 from ray._private.state import actors, available_resources_per_node, state
 from ray.cluster_utils import Cluster
+from ray.core.generated import gcs_pb2
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from overproof.cluster.placement import Resources
 
@@ -64,6 +66,14 @@ def living_actors(class_name: str) -> list[ActorProcess]:
         for actor in found
         if actor["ActorClassName"] == class_name
     ]
+
+
+def remove_placement_groups(creator_actor_id: str) -> None:
+    """Give back what an actor has reserved: a placement group outlives its actor, until the whole driver ends."""
+    for row in state._connect_and_get_accessor().get_placement_group_table():
+        group = gcs_pb2.PlacementGroupTableData.FromString(row)  # type: ignore[attr-defined]
+        if group.creator_actor_id.hex() == creator_actor_id and group.state != group.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from overproof.train.ray_train_private import (
     WorkerGroupState,
     WorkerHealthCheckFailedError,
     is_preempted_actor,
+    remove_own_placement_groups,
 )
 
 GROW_CHECK_S = 10.0  # between looks for room, and after a start
@@ -187,8 +188,18 @@ class ElasticScaling(ElasticScalingPolicy):
         return self._get_resize_decision(world or self.worlds[0])
 
     def on_controller_start_worker_group(self, **_: Any) -> dict[str, str] | None:
-        """Keep workers off nodes that cannot be reached: Ray itself takes some 15 s to notice that one is dead."""
+        """Keep workers off nodes that cannot be reached: Ray itself takes some 15 s to notice that one is dead.
+
+        Ray also forgets what it reserved for a group in which a worker died while the others started: it would stay
+        reserved until the driver ends.
+        """
+        remove_own_placement_groups()
         return {NODE_ID_LABEL: f"in({','.join(self.only_nodes)})"} if self.only_nodes else None
+
+    async def before_controller_shutdown(self) -> None:
+        """As before each group of workers."""
+        await super().before_controller_shutdown()  # type: ignore[no-untyped-call]
+        remove_own_placement_groups()
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.context import get_train_context
@@ -26,6 +27,8 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus,
 from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor as is_preempted_actor
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
+
+from overproof.cluster.ray_private import remove_placement_groups
 
 __all__ = [
     "ABORT_TIMEOUT_S",
@@ -52,6 +55,7 @@ __all__ = [
     "WorkerGroupState",
     "WorkerHealthCheckFailedError",
     "is_preempted_actor",
+    "remove_own_placement_groups",
 ]
 
 ABORT_TIMEOUT_S = 3
@@ -68,6 +72,13 @@ class DrainWatch:
     def draining(self) -> bool:
         """Ranks may differ for a moment."""
         return self._context.preemption_info is not None
+
+
+def remove_own_placement_groups() -> None:
+    """Called in a controller without workers: give back what Ray reserved for groups that did not start."""
+    controller = ray.get_runtime_context().get_actor_id()
+    assert controller is not None
+    remove_placement_groups(controller)
 
 
 class QuietTorchBackend(_TorchBackend):
@@ -89,10 +100,11 @@ class QuietTorchConfig(TorchConfig):
 
 
 class PolicyTrainer(TorchTrainer):
-    """Ray's trainer with policies of one's own for failures and scaling, and without its placement-group cleaner.
+    """Ray's trainer with policies of one's own for failures and scaling, and without two of its actors.
 
-    The cleaner looks for the controller in the newest Ray cluster of the machine and kills the run when it is not
-    there, which is so wherever a second cluster was started meanwhile. Without it the group ends with the driver.
+    The placement-group cleaner looks for the controller in the newest Ray cluster of the machine and kills the run when
+    it is not there, which is so wherever a second cluster was started meanwhile; the policies and Ctrl-C remove groups
+    instead. The dataset manager serves datasets that a driver hands over: here rank 0 opens its own.
     """
 
     def __init__(
@@ -104,7 +116,8 @@ class PolicyTrainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]
-        return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
+        unused = (PlacementGroupCleanerCallback, DatasetsCallback)
+        return [each for each in callbacks if not isinstance(each, unused)]
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         policies = {"failure_policy": self.failure_policy, "scaling_policy": self.scaling_policy}
@@ -118,6 +131,7 @@ class PolicyTrainer(TorchTrainer):
 
         def kill(*_: Any) -> None:
             ray.kill(controller)
+            remove_placement_groups(controller._actor_id.hex())
             raise KeyboardInterrupt
 
         def stop(*_: Any) -> None:

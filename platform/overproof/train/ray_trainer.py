@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import ray.train
-from ray.data import DataContext, DataIterator
+from ray.data import DataIterator
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import RunConfig
 from ray.train.collective import broadcast_from_rank_zero
@@ -105,7 +105,6 @@ def run_workers(job: TrainJob, work: Callable[[TrainJob], Any]) -> Any:
     settings = job.train
     for name, value in RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
-    DataContext.get_current().enable_progress_bars = False
     size = f"{settings.fewest} to {settings.most}" if settings.fewest < settings.most else settings.most
     committed = job.checkpoints.committed_step()
     job.progress(TaskProgress("train", committed, settings.steps, f"starting {size} workers"))
@@ -223,6 +222,7 @@ def _stream_rows(job: TrainJob, order: Order, first: int, last: int, rank: int, 
     parts: list[DataIterator] | None = None
     if rank == 0:
         rows = planned_dataset(job.prepared.local(), order, job.train.batch_size, first, last, world)
+        rows.context.enable_progress_bars = False
         parts = list(rows.streaming_split(world, equal=True))
     feed = broadcast_from_rank_zero(parts)[rank]
     tables = iter(
