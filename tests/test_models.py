@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,10 +13,13 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
+from overproof.config import Pretrained, TokenizerFile
 from overproof.data.manifest import Manifest
-from overproof.data.tokenization import encode, train_bpe
+from overproof.data.text_tokenizer import read_tokenizer
+from overproof.data.tokenization import END, encode, train_bpe
 from overproof.errors import InputError
 from overproof.files import file_sha256
+from overproof.models.base import shape_of
 from overproof.models.hf_directory import (
     build_model,
     check_tokenizer,
@@ -26,6 +30,7 @@ from overproof.models.hf_directory import (
     to_tensors,
 )
 from overproof.models.llama import Llama
+from overproof.models.sizes import model_size
 from overproof.models.vit import Vit
 from overproof.registry import TASKS
 
@@ -238,5 +243,37 @@ def test_another_tokenizer_is_refused_by_what_differs(saved: Path, tmp_path: Pat
     with pytest.raises(InputError, match=r"not a tokenizer\.json"):
         check_tokenizer(saved, prepared)
     path.unlink()
-    with pytest.raises(InputError, match=r"tokenizer\.json: missing"):
+    with pytest.raises(InputError, match=r"no such file in it as tokenizer\.json"):
         check_tokenizer(saved, prepared)
+    (saved / "vocab.json").write_text(json.dumps(vocabulary))  # older files, which the data may have come from, too
+    lines = (" ".join(merge) for merge in merges)
+    (saved / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]), encoding="utf-8")
+    (saved / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    converted = read_tokenizer(TokenizerFile(path=str(saved), end_token=END)).json
+    (prepared / "tokenizer.json").write_text(converted)
+    digest = hashlib.sha256(converted.encode()).hexdigest()
+    (prepared / "manifest.json").write_text(manifest(tokenizer_sha256=digest).model_dump_json())
+    check_tokenizer(saved, prepared)
+    lines = (" ".join(merge) for merge in (merges[1], merges[0], *merges[2:]))
+    (saved / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]), encoding="utf-8")
+    with pytest.raises(InputError, match=r"is not the tokenizer of the data .*: merge 0: "):
+        check_tokenizer(saved, prepared)
+
+
+def test_models_of_one_tokenizer_may_be_padded_to_other_sizes(tmp_path: Path) -> None:
+    """As Qwen 2.5 is: its large models have more embeddings than its small ones."""
+    tokenizer = train_bpe(["one text and another"], 288)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    entries = tokenizer.get_vocab_size()
+    for name, rows in (("teacher", entries + 12), ("student", entries + 4)):
+        model = build_model(LLAMA, manifest(vocab_size=rows), 0)
+        save_model(model, model.config, tmp_path / name, tmp_path / "tokenizer.json")
+    found = read_tokenizer(TokenizerFile(path=str(tmp_path / "teacher")))
+    data = manifest(vocab_size=found.outputs, tokenizer_sha256=hashlib.sha256(found.json.encode()).hexdigest())
+    tokens_BS = torch.arange(8)[None]
+    for name in ("teacher", "student"):
+        folder = tmp_path / name
+        assert model_size(Pretrained(path=str(folder)), shape_of(data)).outputs == data.outputs == entries
+        whole, cut = load_model(folder), load_start(folder, data, 0)
+        logits = whole(input_ids=tokens_BS, use_cache=False).logits[..., :entries]
+        torch.testing.assert_close(cut(input_ids=tokens_BS, use_cache=False).logits, logits, rtol=0, atol=1e-6)

@@ -25,11 +25,13 @@ from overproof.config import Gate, Recipe, load_recipe
 from overproof.evaluate.gate import judge
 from overproof.evaluate.metrics import MeasuredFile, Report
 from overproof.registry import FORMATS, TASKS
+from overproof.shrink.given_model import inspect_model
 from overproof.shrink.nearest import nearest
 from overproof.shrink.template import change
 from overproof.tasks.base import Metric
 from overproof.tasks.image_recognition import recognise_images
 from overproof.tasks.recognition import ColumnFlags, Question, Shrinkable, look_at
+from text_classes import labelled_texts, write_base
 
 LAYERS = 4
 ROWS = 200
@@ -85,6 +87,20 @@ def image_parquet(folder: Path) -> Path:
     rows = [{"picture": {"bytes": png(i), "path": None}, "species": i % 3} for i in range(90)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "species.parquet")
     return folder / "species.parquet"
+
+
+def images_of_one_class(folder: Path) -> Path:
+    rows = [{"picture": png(i), "species": "cat"} for i in range(90)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "species.parquet")
+    return folder / "species.parquet"
+
+
+def texts(folder: Path) -> Path:
+    rows = labelled_texts()
+    csv.write_csv(
+        pa.table({"review": [text for text, _ in rows], "about": [label for _, label in rows]}), folder / "texts.csv"
+    )
+    return folder / "texts.csv"
 
 
 def categories(folder: Path) -> Path:
@@ -168,6 +184,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llama(tmp_path_factory.mktemp("models"), LAYERS)
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT without a classifier."""
+    return write_base(tmp_path_factory.mktemp("encoders") / "base", LAYERS)
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that the command starts in, beside the data."""
@@ -204,6 +226,7 @@ CASES: dict[str, tuple[str, Make, tuple[str, ...], str, dict[str, Any]]] = {
     "JSONL": ("LLAMA", jsonl("id", "text"), (), "language_modeling", {"sequence_length": 64}),
     "JSONL with a long line": ("LLAMA", long_document, (), "language_modeling", {"sequence_length": 256}),
     "JSONL with a column that is named": ("LLAMA", jsonl("q", "a"), ("--text", "a"), "language_modeling", {}),
+    "texts with classes": ("BASE", texts, ("--text", "review"), "text_classification", {"sequence_length": 16}),
 }  # fmt: skip
 
 
@@ -213,11 +236,12 @@ def test_there_is_a_case_for_every_task_that_has_a_template() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_init_writes_a_recipe_that_fits_the_data(
-    case: str, here: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+    case: str, here: Path, llama: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, make, flags, kind, fields = CASES[case]
     data = make(here.parent)
-    assert main(["init", str(llama) if model == "LLAMA" else model, "--data", str(data), *flags]) == 0
+    given = {"LLAMA": str(llama), "BASE": str(base)}.get(model, model)
+    assert main(["init", given, "--data", str(data), *flags]) == 0
     printed = told(capsys)
     (path,) = here.iterdir()
     assert f"overproof run {path.name}" in printed
@@ -226,7 +250,7 @@ def test_init_writes_a_recipe_that_fits_the_data(
     recipe = load_recipe(path)
     assert recipe.data.kind == kind
     assert {name: getattr(recipe.data, name) for name in fields} == fields
-    assert (recipe.train.steps > 0) == (model == "-")
+    assert (recipe.train.steps > 0) == (model != "LLAMA")
     assert {"keep", "smaller", "parity"} == {rule.kind for rule in recipe.gate.rules}
     text = path.read_text()
     assert text.startswith("# Written by `overproof init ")
@@ -238,11 +262,11 @@ def test_init_writes_a_recipe_that_fits_the_data(
     assert ("the teacher is taken as it is" in planned) == (model == "LLAMA")
 
 
-def test_looking_loads_neither_torch_nor_ray(here: Path, llama: Path) -> None:
-    data = documents(here.parent)
+def test_looking_loads_neither_torch_nor_ray(here: Path, llama: Path, base: Path) -> None:
     code = (
         "import sys; from overproof.cli.main import main\n"
-        f"assert main(['init', {str(llama)!r}, '--data', {str(data)!r}]) == 0\n"
+        f"assert main(['init', {str(llama)!r}, '--data', {str(documents(here.parent))!r}]) == 0\n"
+        f"assert main(['init', {str(base)!r}, '--data', {str(texts(here.parent))!r}]) == 0\n"
         "heavy = {'torch', 'ray', 'transformers', 'deepspeed'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -328,12 +352,27 @@ ERRORS: dict[str, tuple[str, Make, tuple[str, ...], tuple[str, ...]]] = {
         "-", content("t.csv", "größe,label\n1,a\n".encode("latin-1")), (), ("t.csv: not ", "; expected "),
     ),
     "two columns of one name": (
-        "-", content("t.csv", b"x,x,label\n1,2,a\n"), (), ("t.csv: several columns are named 'x'; expected a name of",),
+        "-", content("t.csv", b"x,x,label\n1,2,a\n"), (), ("t.csv: not csv: several columns are named 'x', expected",),
     ),
     "a damaged part": ("-", half_of_a_parquet, (), ("parts/b.parquet: not parquet: ",)),
     "only the first rows are looked at": (
-        "-", content("t.csv", b"x,label\n" + b"1,a\n" * 10_100 + b"2,b\n" * 100), (),
-        ("column 'label', in its first 10,000 of about 10,200 rows, has 1 value; expected two classes or more",),
+        "-", content("t.csv", b"x,label\n" + b"1,a\n" * (5 << 18) + b"2,b\n" * 100), (),
+        ("column 'label', in the first 1,048,574 of about 1,310,", "rows, has 1 value; expected two classes or more"),
+    ),
+    "a flag that tables do not use": (
+        "-", table(label=kinds), ("--image-size", "12"),
+        ("--image-size: found 12, which tabular_classification of these data does not use: leave it out; what other",
+         "image_classification: no images: 1 .csv"),
+    ),
+    "a flag that files of text do not use": (
+        "LLAMA", documents, ("--text", "a"), ("--text: found 'a', which language_modeling of these data does not use",),
+    ),
+    "images of one class": ("-", images_of_one_class, (), ("column 'species' has 1 value; expected two classes or",)),
+    "classes of texts without a model": (
+        "-", texts, (), ("text_classification: a classifier of texts starts from an encoder: give MODEL",),
+    ),
+    "a budget for texts": (
+        "BASE", texts, ("--max-mb", "0.01"), ("the nearest is layers-1 in int8, about ", " of it its largest table, "),
     ),
     "folders of splits": ("-", split_folders, (), ("the folders are called like splits (test, train); expected one",)),
     "a name that is none": ("-", table(label=kinds), ("--name", "a: b"), ("name: found 'a: b'; ",)),
@@ -349,11 +388,12 @@ ERRORS: dict[str, tuple[str, Make, tuple[str, ...], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_what_cannot_be_found_out_is_asked_for(
-    case: str, here: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+    case: str, here: Path, llama: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, make, flags, words = ERRORS[case]
     data = make(here.parent)
-    assert main(["init", str(llama) if model == "LLAMA" else model, "--data", str(data), *flags]) == 2
+    given = {"LLAMA": str(llama), "BASE": str(base)}.get(model, model)
+    assert main(["init", given, "--data", str(data), *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("overproof: ")
     assert "Traceback" not in error
@@ -380,6 +420,25 @@ def _unknown_family(folder: Path) -> Path:
     return folder / "unknown"
 
 
+def _changed_llama(**changes: Any) -> Make:
+    def make(folder: Path) -> Path:
+        path = write_llama(folder, LAYERS)
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | changes))
+        for name in ("tokenizer_config.json", "generation_config.json"):
+            (path / name).unlink(missing_ok=True)
+        return path
+
+    return make
+
+
+def _cut_off(folder: Path) -> Path:
+    path = write_llama(folder, LAYERS)
+    weights = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(weights[:-100])
+    return path
+
+
 def _pickle(folder: Path) -> Path:
     (_unknown_family(folder) / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     return folder / "unknown"
@@ -394,6 +453,22 @@ def _pickle(folder: Path) -> Path:
         (documents, ("MODEL ", "expected a Hugging Face directory")),
         (_unknown_family, ("architecture NovelForMaskedLM", "; expected LlamaForCausalLM")),
         (_pickle, ("pytorch_model.bin, a pickle",)),
+        (_changed_llama(num_hidden_layers=9), ("Tiny-Llama: its files hold 4 layers, and config.json says 9: ",)),
+        (
+            _changed_llama(hidden_size=64),
+            (
+                "embed_tokens.weight holds ",
+                "and config.json says 288 x 64: expected ",
+            ),
+        ),
+        (
+            _changed_llama(eos_token_id=None),
+            (
+                "nothing says by which token a text ends",
+                "--set data.tokenizer.end_",
+            ),
+        ),
+        (_cut_off, ("model.safetensors: not whole: ", "; fetch it again")),
     ],
 )
 def test_what_is_no_model_is_named(
@@ -404,6 +479,22 @@ def test_what_is_no_model_is_named(
     error = capsys.readouterr().err
     for word in words:
         assert word in error
+
+
+def test_what_is_missing_may_be_said_by_set(here: Path) -> None:
+    model, data = _changed_llama(eos_token_id=None)(here.parent), documents(here.parent)
+    end = "data.tokenizer.end_token=<|endoftext|>"
+    assert main(["init", str(model), "--data", str(data), "--set", end]) == 0
+    assert load_recipe("tiny-llama-small.yaml").data.tokenizer.end_token == "<|endoftext|>"  # type: ignore[attr-defined]
+
+
+def test_the_same_weights_under_another_name_count_once(here: Path, llama: Path) -> None:
+    """As Mistral's directories have them."""
+    model = here.parent / "twice"
+    shutil.copytree(llama, model)
+    before = inspect_model(str(model))
+    shutil.copy(model / "model.safetensors", model / "consolidated.safetensors")
+    assert inspect_model(str(model)).size_bytes == before.size_bytes == (model / "model.safetensors").stat().st_size
 
 
 def test_a_recipe_that_was_edited_is_not_written_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -592,3 +683,23 @@ def test_a_language_model_is_shrunk_from_its_directory_as_it_is(
     (package,) = store.glob("package-*")
     assert out.splitlines()[-1] == f"serve it: overproof serve tiny-llama-small/{package.name}"
     assert "taken as it is" in (package / "README.md").read_text()
+
+
+def test_an_encoder_is_shrunk_from_texts_to_a_package(
+    ray_cluster: str, here: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no classifier: the teacher is trained first. Its files are about as large as they were told to be."""
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
+    few = _sets(*FEW, "train.steps=40", "train.learning_rate=5.0e-3", "train.warmup_steps=4", "sweep.steps=30",
+                "sweep.learning_rate=5.0e-3", "sweep.warmup_steps=3")  # fmt: skip
+    assert main(["shrink", str(base), "--data", str(texts(here.parent)), "--keep", "0.3", "--max-mb", "0.2", *few]) == 0
+    out = capsys.readouterr().out
+    (package,) = (here / "store/base-small").glob("package-*")
+    assert out.splitlines()[-1] == f"serve it: overproof serve base-small/{package.name}"
+    assert "passed · shipped" in " ".join(out.split())
+    (path,) = (here / "store/base-small").glob("evaluate-*/report.json")
+    report = Report.model_validate_json(path.read_text())
+    told = dict(re.findall(r"- name: (\S+)  # about (\S+) MB in int8", (here / "base-small.yaml").read_text()))
+    sizes = {file.name.removesuffix("-int8"): file.size_bytes / 1e6 for file in report.measured if file.candidate}
+    for name, found in sizes.items():
+        assert found == pytest.approx(float(told[name]), rel=0.25)

@@ -136,18 +136,24 @@ def test_absolute_limits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "bounded"),
+    ("rules", "accuracy", "bits"),  # whether they bound either
     [
-        ([REGRESSION, PARITY, {"kind": "smaller", "at_least": 2}, {"kind": "size", "at_most_mb": 1}], False),
-        ([{"kind": "improvement"}], False),
-        ([{**REGRESSION, "against": "teacher"}], True),
-        ([{"kind": "keep", "at_least": 0.9}], True),
-        ([{"kind": "agreement", "at_least": 0.9}], True),
-        ([PARITY, {"kind": "quality", "limit": 2}], True),
+        ([REGRESSION, PARITY, {"kind": "smaller", "at_least": 2}, {"kind": "size", "at_most_mb": 1}], False, False),
+        ([{"kind": "improvement"}], False, False),
+        ([{**REGRESSION, "against": "teacher"}], True, True),
+        ([{**REGRESSION, "against": "teacher", "at_most": 0.5}], False, True),
+        ([{**REGRESSION, "against": "teacher", "at_most": 1.0}], False, False),
+        ([{"kind": "keep", "at_least": 0.9}], True, True),
+        ([{"kind": "keep", "at_least": 0.5}, {"kind": "agreement", "at_least": 0}], False, False),
+        ([{"kind": "agreement", "at_least": 0.9}], True, True),
+        ([PARITY, {"kind": "quality", "limit": 2}], True, True),
+        ([{"kind": "quality", "limit": 0}], False, True),
     ],
 )
-def test_a_gate_knows_whether_it_bounds_quality(rules: list[dict[str, Any]], bounded: bool) -> None:
-    assert Gate.model_validate({"rules": rules}).bounds_quality == bounded
+def test_a_gate_knows_whether_it_bounds_quality(rules: list[dict[str, Any]], accuracy: bool, bits: bool) -> None:
+    gate = Gate.model_validate({"rules": rules})
+    assert gate.bounds_quality(higher_is_better=True, relative=False) == accuracy
+    assert gate.bounds_quality(higher_is_better=False, relative=True) == bits
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,16 @@ from overproof.errors import InputError
 from overproof.export import stage
 from overproof.export.onnx_file import Reference, export_onnx, quantize_onnx
 from overproof.models import zero_memory
-from overproof.models.base import shape_of
+from overproof.models.base import class_order, shape_of
 from overproof.models.encoder import Encoder, EncoderFamily, encoder_inputs
-from overproof.models.hf_directory import build_model, count_parameters, load_model, load_start, save_model
+from overproof.models.hf_directory import (
+    build_model,
+    count_parameters,
+    load_model,
+    load_start,
+    require_outputs,
+    save_model,
+)
 from overproof.models.sizes import model_size, student_size
 from overproof.registry import FAMILIES, FORMATS, TASKS
 
@@ -115,11 +122,27 @@ def test_a_head_stays_where_it_is_of_the_datas_classes(kind: str, tmp_path: Path
     model = build_model(section(kind), manifest(), 0).eval()
     save_model(model, model.config, tmp_path / "model")
     assert torch.equal(logits(load_start(tmp_path / "model", manifest(), 1), batch()), logits(model, batch()))
-    for classes in (["food", "animal", "plant"], ["animal", "food"]):
+    for classes in (["food", "animal", "stone"], ["animal", "food"]):
         found = load_start(tmp_path / "model", manifest(classes), 1)
         assert logits(found, batch()).shape == (4, len(classes))
         head = f"{FAMILY[kind].base.output}.weight"
         assert not torch.equal(found.state_dict()[head], model.state_dict()[head][: len(classes)])
+        with pytest.raises(InputError, match=r"no output layer for the classes .* \(its own: animal, food, plant\)"):
+            require_outputs(tmp_path / "model", manifest(classes))
+    other = load_start(tmp_path / "model", manifest(["food", "animal", "plant"]), 1)
+    require_outputs(tmp_path / "model", manifest(["food", "animal", "plant"]))
+    assert torch.equal(logits(other, batch()), logits(model, batch())[:, [1, 0, 2]])
+    assert other.config.id2label == {0: "food", 1: "animal", 2: "plant"}
+
+
+def test_classes_without_names_are_those_that_are_numbered_alike() -> None:
+    unnamed = ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert class_order(unnamed, CLASSES) is None
+    assert class_order(unnamed, ["0", "1", "2"]) == [0, 1, 2]
+    assert class_order(unnamed, ["1", "2", "3"]) is None
+    assert class_order(["negative", "positive"], ["positive", "negative"]) == [1, 0]
+    assert class_order(["a", "a"], ["a", "b"]) is None
+    assert class_order([], CLASSES) is None
 
 
 @pytest.mark.parametrize("kind", FAMILY)

@@ -102,11 +102,11 @@ def warn_not_smaller(sizes: Mapping[str, int], teacher: int) -> Iterator[Finding
 
 def check_gate(recipe: Recipe) -> Iterator[Finding]:
     """A warning where a file of any quality could pass."""
-    if not recipe.gate.bounds_quality:
-        quality = TASKS[recipe.data.kind].quality
+    quality = TASKS[recipe.data.kind].quality
+    if not recipe.gate.bounds_quality(quality.higher_is_better, quality.relative):
         yield Finding(
             "gate", "warning",
-            f"no rule holds a file's {quality.title} against the teacher's, or against a figure: one far worse than "
+            f"no rule holds a file's {quality.title} close to the teacher's, or to a figure: one far worse than "
             "the teacher could ship. Add {kind: keep, against: teacher, at_least: 0.97} to gate.rules, or {kind: "
             "quality, limit: ...}",
         )  # fmt: skip

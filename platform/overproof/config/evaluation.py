@@ -156,14 +156,25 @@ class Gate(Section):
         description="The candidate to package if it passes, as `overproof pick` names it; null takes the smallest.",
     )
 
-    @property
-    def bounds_quality(self) -> bool:
-        """Whether a rule holds files against the teacher's quality, or against a figure: a student held against its own
-        unquantised file alone may be of any quality.
+    def bounds_quality(self, higher_is_better: bool, relative: bool) -> bool:
+        """Whether a rule holds files against the teacher's quality, or against a figure, of a metric of that direction:
+        a student held against its own unquantised file alone may be of any quality.
         """
-        return any(
-            rule.against == "teacher"
-            if isinstance(rule, Regression | Improvement | Keep)
-            else isinstance(rule, Quality | Agreement)
-            for rule in self.rules
-        )
+        return any(_bounds_quality(rule, higher_is_better, relative) for rule in self.rules)
+
+
+def _bounds_quality(rule: Rule, higher_is_better: bool, relative: bool) -> bool:
+    """What holds of guesses between two classes, or of twice the bits or error, is no bound."""
+    match rule:
+        case Keep():
+            return rule.against == "teacher" and rule.at_least > 0.5
+        case Regression():
+            return rule.against == "teacher" and rule.at_most < (1 if relative else 0.5)
+        case Improvement():
+            return rule.against == "teacher"
+        case Quality():
+            return rule.limit > 0 or not higher_is_better
+        case Agreement():
+            return rule.at_least > 0
+        case _:
+            return False

@@ -67,17 +67,17 @@ def sha256_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def tokenizer_files(tokenizer: TokenizerFile) -> dict[str, bytes]:
+def tokenizer_files(tokenizer: TokenizerFile, where: str = "data.tokenizer.path: ") -> dict[str, bytes]:
     """``tokenizer.json`` and the files beside it that name its special tokens; or those that one can be made of.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none; ``where`` begins its message.
     """
     files, path = filesystem(tokenizer.path)
     info = files.get_file_info(path)
     if info.type == fs.FileType.NotFound:
         raise InputError(
-            f"data.tokenizer.path: {tokenizer.path}: no such file or folder; expected a tokenizer.json, or the "
+            f"{where}{tokenizer.path}: no such file or folder; expected a tokenizer.json, or the "
             "directory of a model that has one"
         )
     is_file = info.type == fs.FileType.File
@@ -90,7 +90,7 @@ def tokenizer_files(tokenizer: TokenizerFile) -> dict[str, bytes]:
         there = [name for name in there if name not in CONVERTIBLE]
     elif not any(name in CONVERTIBLE for name in there):
         raise InputError(
-            f"data.tokenizer.path: {tokenizer.path}: no such file in it as {', '.join((TOKENIZER, *CONVERTIBLE))}; "
+            f"{where}{tokenizer.path}: no such file in it as {', '.join((TOKENIZER, *CONVERTIBLE))}; "
             "expected the directory of a model with its tokenizer"
         )
     return {name: _content(files, wanted[name]) for name in there}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,24 @@ def stratified(
             chosen[name].append(part)
     rows = {name: np.concatenate(parts) for name, parts in chosen.items()}
     return {name: own[permutation(seed, 0, ROWS_STREAM, len(own))] for name, own in rows.items()}
+
+
+def require_train_rows(
+    labels_R: NDArray[np.int32], train: NDArray[np.int64], classes: Sequence[str], data: DataSection, noun: str
+) -> None:
+    """Look whether every class has rows that a model could learn it from: a rare one may be in other splits alone.
+
+    Raises:
+        InputError: one has none, though there are train rows.
+    """
+    kept = train[: len(train) // data.rows_per_group * data.rows_per_group]
+    unseen = sorted(set(range(len(classes))) - set(labels_R[kept].tolist()))
+    if unseen and len(kept):
+        count = int((labels_R == unseen[0]).sum())
+        raise InputError(
+            f"data: class {classes[unseen[0]]!r} has {count} {noun}, and none falls into the train split; expected "
+            f"several {noun} of each class: give more, or leave the class out"
+        )
 
 
 def _write(

@@ -38,7 +38,7 @@ class TextTokenizer:
     start_id: int  # before every document: what the tokenizer puts before a text, or else the end of the one before
     end_id: int  # after every document
     bos_id: int | None  # of the token that is called bos
-    outputs: int  # entries of the vocabulary, or those of its model where that has more
+    outputs: int  # entries of the vocabulary; models of one tokenizer have more, some these and some those, as padding
 
     @property
     def boundary(self) -> tuple[int, ...]:
@@ -80,7 +80,7 @@ def read_tokenizer(settings: TokenizerFile) -> TextTokenizer:
         InputError: there is none, it cannot write every text back, or nothing says by which token a text ends.
     """
     files, where = tokenizer_files(settings), settings.path
-    text = files[TOKENIZER].decode(errors="replace") if TOKENIZER in files else _converted(where)
+    text = tokenizer_text(files, where)
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more precise
@@ -100,8 +100,17 @@ def read_tokenizer(settings: TokenizerFile) -> TextTokenizer:
             "of a language model"
         )
     bos = before[0] if before else named.token(tokenizer, "bos_token")
-    outputs = max(_entries(tokenizer), named.outputs)
-    return TextTokenizer(text, start_id=before[0] if before else end, end_id=end, bos_id=bos, outputs=outputs)
+    start = before[0] if before else end
+    return TextTokenizer(text, start_id=start, end_id=end, bos_id=bos, outputs=_entries(tokenizer))
+
+
+def tokenizer_text(files: Mapping[str, bytes], where: str) -> str:
+    """The tokenizer.json of a directory's files (see ``tokenizer_files``), or what transformers makes of the others.
+
+    Raises:
+        InputError: it makes nothing of them.
+    """
+    return files[TOKENIZER].decode(errors="replace") if TOKENIZER in files else _converted(where)
 
 
 def _entries(tokenizer: Tokenizer) -> int:
@@ -180,12 +189,6 @@ class _Named:
                 return first
         return None
 
-    @property
-    def outputs(self) -> int:
-        """Rows of the model's vocabulary, which may be padded; 0 where no file says."""
-        found = [mapping.get("vocab_size") for mapping in self.by_id]
-        return max((size for size in found if isinstance(size, int)), default=0)
-
 
 def _end_id(tokenizer: Tokenizer, settings: TokenizerFile, named: _Named) -> int:
     if settings.end_token is not None:
@@ -200,7 +203,7 @@ def _end_id(tokenizer: Tokenizer, settings: TokenizerFile, named: _Named) -> int
         raise InputError(
             f"{settings.path}: nothing says by which token a text ends: no eos_token in tokenizer_config.json or "
             "special_tokens_map.json beside it, nor eos_token_id in generation_config.json or config.json; expected "
-            "one, or its name in data.tokenizer.end_token"
+            "one, or its name: --set data.tokenizer.end_token=NAME"
         )
     return end
 

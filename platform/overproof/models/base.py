@@ -5,7 +5,7 @@ Shapes: B rows, P predictions in a row (1 for classifiers), V outputs, D numbers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -166,5 +166,18 @@ class BaseFamily(Protocol):
             InputError: the model cannot take such rows.
         """
 
-    def same_outputs(self, config: Any, shape: DataShape) -> bool:
-        """Whether the directory's outputs are the data's, in their order."""
+    def output_order(self, config: Any, shape: DataShape) -> list[int] | None:
+        """Which of the directory's outputs stands for each of the data's; None where they are not the same."""
+
+
+def class_order(names: Sequence[str], classes: Sequence[str]) -> list[int] | None:
+    """The place of each class among a classifier's ``names``; None where they are not the same classes.
+
+    Names as transformers gives them to unnamed classes (LABEL_0) are those of classes that are called by their numbers
+    (0), and of no others: that there are as many does not say which is which.
+    """
+    unnamed = [f"LABEL_{number}" for number in range(len(names))]
+    told = [str(number) for number in range(len(names))] if list(names) == unnamed else list(names)
+    if sorted(told) != sorted(classes) or len(set(told)) != len(told):
+        return None
+    return [told.index(name) for name in classes]

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from overproof.config.base import Count
 from overproof.config.models import LayeredModel
 from overproof.errors import InputError
-from overproof.models.base import BaseNames, DataShape, LayerNames
+from overproof.models.base import BaseNames, DataShape, LayerNames, class_order
 from overproof.models.sizes import FP32_BYTES, ModelSize
 
 if TYPE_CHECKING:
@@ -187,10 +187,9 @@ class EncoderFamily:
             setattr(changed, name, value)
         return changed
 
-    def same_outputs(self, config: Any, shape: DataShape) -> bool:
-        """By the names of the classes, or by their number where the directory does not name them."""
-        found = [name for _, name in sorted(config.id2label.items())]
-        return found in (list(shape.details["classes"]), [f"LABEL_{number}" for number in range(shape.outputs)])
+    def output_order(self, config: Any, shape: DataShape) -> list[int] | None:
+        """By the names of the classes."""
+        return class_order([name for _, name in sorted(config.id2label.items())], shape.details["classes"])
 
 
 def encoder_inputs(tokens_BD: Tensor) -> dict[str, Tensor]:

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from overproof.config import TokenizerFile
 from overproof.config.models import ModelSection
 from overproof.data.manifest import TOKENIZER, TOKENIZER_CONFIG, Manifest
-from overproof.data.text_tokenizer import tokenizer_config, tokenizer_difference
+from overproof.data.sources import tokenizer_files
+from overproof.data.text_tokenizer import tokenizer_config, tokenizer_difference, tokenizer_text
 from overproof.errors import InputError
 from overproof.files import file_sha256
 from overproof.models.base import BaseFamily, LayerNames, ModelFamily, shape_of
@@ -79,8 +81,8 @@ def load_start(path: Path, manifest: Manifest, seed: int) -> PreTrainedModel:
     """A directory's model as training starts from it, in evaluation mode.
 
     One that was trained for other outputs is fitted to the data, where its family has a ``base``: what it lacks is
-    made anew, a function of the seed; the output layer, too, unless it is of the data's classes; the table of
-    positions is cut to the length of the rows.
+    made anew, a function of the seed; the output layer, too, unless it is of the data's classes, which it then has in
+    their order; the table of positions is cut to the length of the rows.
 
     Raises:
         InputError: as ``load_model``, or it cannot take the data's rows.
@@ -96,13 +98,36 @@ def load_start(path: Path, manifest: Manifest, seed: int) -> PreTrainedModel:
     config.architectures = [family.architectures[0]]
     fitted, state = _fresh(family, config, seed).eval(), model.state_dict()
     anew = set(wrong.get("missing_keys", ()))
-    if not family.same_outputs(model.config, shape):
-        anew |= {name for name in state if name.startswith(f"{names.output}.")}
+    order, output = family.output_order(model.config, shape), [n for n in state if n.startswith(f"{names.output}.")]
+    if order is None:
+        anew |= set(output)
+    else:
+        state |= {name: state[name][order] for name in output}
     table = f"{names.positions}.weight"
     if table in state:
         state[table] = state[table][: len(fitted.state_dict()[table])]
     fitted.load_state_dict({name: value for name, value in state.items() if name not in anew}, strict=False)
     return fitted
+
+
+def require_outputs(path: Path, manifest: Manifest) -> None:
+    """Look whether a directory's model answers as it is: whether its outputs are the data's, where it may lack them.
+
+    Raises:
+        InputError: they are not, and would have to be trained.
+    """
+    _, family = family_of(read_config(path), path)
+    if not isinstance(family, BaseFamily):
+        return
+    model_class: Any = family.model_class()
+    config = model_class.config_class.from_pretrained(path, local_files_only=True)
+    classes = list(manifest.details["classes"])
+    if config.architectures[0] != family.architectures[0] or family.output_order(config, shape_of(manifest)) is None:
+        found = ", ".join(name for _, name in sorted(config.id2label.items()))
+        raise InputError(
+            f"{path}: has no output layer for the classes {', '.join(classes)} (its own: {found}), and train.steps is "
+            "0; expected steps, or the data's classes by name as id2label of its config.json"
+        )
 
 
 def _read(path: Path) -> tuple[PreTrainedModel, dict[str, list[str]]]:
@@ -245,24 +270,23 @@ def check_tokenizer(path: Path, prepared: Path) -> None:
     """Refuse a text model that speaks another tokenizer than the data that is ``prepared`` in a folder.
 
     Raises:
-        InputError: tokenizer.json is missing, or splits texts otherwise than the one the data was tokenised with.
+        InputError: there is no tokenizer, or it splits texts otherwise than the one the data was tokenised with.
     """
     manifest = Manifest.read(prepared)
     own = manifest.tokenizer(prepared)
     if own is None:
         return
     file = Path(path) / TOKENIZER
-    if not file.is_file():
-        raise InputError(f"{file}: missing; expected the tokenizer.json the data was tokenised with")
-    if file_sha256(file) == manifest.tokenizer_sha256:
+    if file.is_file() and file_sha256(file) == manifest.tokenizer_sha256:
         return
+    text = tokenizer_text(tokenizer_files(TokenizerFile(path=str(path)), ""), str(path))
     try:
-        found = tokenizer_difference(own.read_text(encoding="utf-8"), file.read_text(encoding="utf-8"))
+        found = tokenizer_difference(own.read_text(encoding="utf-8"), text)
     except Exception as error:  # the library raises nothing more precise
         raise InputError(f"{file}: not a tokenizer.json: {error}") from None
     if found is not None:
         raise InputError(
-            f"{file}: is not the tokenizer of the data ({own}): {found}; expected one tokenizer for both: set "
+            f"{path}: is not the tokenizer of the data ({own}): {found}; expected one tokenizer for both: set "
             "data.tokenizer to {kind: file, path: the model's directory}"
         )
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 HEADER_LIMIT_BYTES = 100_000_000  # as the safetensors library has it
 FP32_BYTES = 4  # bytes
+UNFIT = "expected the weights and the configuration of one model"
 POSITIONS = ("max_position_embeddings", "n_positions")  # what families call the most tokens of a row
 
 
@@ -125,11 +126,37 @@ def _directory_size(path: str, shape: DataShape, most_layers: int | None = None)
         tensors = {name: size for name, size in tensors.items() if _layer_number(name, layers) < most_layers}
     try:
         found = family.directory_size(config, tensors, shape)
-        return found if most_layers is None else replace(found, layers=most_layers)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}/config.json: {error} is missing or no number; expected a whole configuration"
         ) from None
+    if most_layers is not None:
+        return replace(found, layers=most_layers)
+    _require_same(path, config, tensors, family, found)
+    return found
+
+
+def _require_same(
+    path: str, config: Mapping[str, Any], tensors: Mapping[str, int], family: ModelFamily, size: ModelSize
+) -> None:
+    """Look whether a directory's files hold the layers and the embeddings that its config.json speaks of: before a run,
+    which looks at all they hold.
+
+    Raises:
+        InputError: they do not.
+    """
+    layers, table = (name.rsplit(".", 1)[-1] for name in (family.names.layers, family.names.embeddings))
+    there = 1 + max((_layer_number(name, layers) for name in tensors), default=-1)
+    if family.section is not None and there not in (0, size.layers):  # some decoders have further layers to train with
+        raise InputError(f"{path}: its files hold {there} layers, and config.json says {size.layers}: {UNFIT}")
+    for name, numbers in tensors.items():
+        if name.endswith(f"{table}.weight") and "vocab_size" in config:
+            entries = int(config["vocab_size"])
+            if numbers != entries * size.hidden:
+                raise InputError(
+                    f"{path}: {name} holds {numbers:,} numbers, and config.json says {entries:,} x {size.hidden:,}: "
+                    f"{UNFIT}"
+                )
 
 
 def _layer_number(tensor: str, layers: str) -> int:
@@ -166,8 +193,14 @@ def _tensor_sizes(path: str) -> dict[str, int]:
                 if length > HEADER_LIMIT_BYTES:
                     raise ValueError(f"a header of {length} bytes")
                 header = json.loads(stream.read(length))
-                shapes = {key: entry["shape"] for key, entry in header.items() if key != "__metadata__"}
-            except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+                own = {key: entry for key, entry in header.items() if key != "__metadata__"}
+                shapes = {key: entry["shape"] for key, entry in own.items()}
+                expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in own.values()), default=0)
+            except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise InputError(f"{name}: not safetensors: {error}") from None
+            if stream.size() != expected:
+                raise InputError(
+                    f"{name}: not whole: {stream.size():,} bytes, and its header says {expected:,}; fetch it again"
+                )
         found |= {key: math.prod(int(length) for length in shape) for key, shape in shapes.items()}
     return found

@@ -13,9 +13,7 @@ from typing import Any
 import yaml
 
 from overproof.config import Recipe
-from overproof.data.manifest import TOKENIZER
 from overproof.errors import InputError
-from overproof.files import join_uri
 from overproof.registry import FORMATS, TASKS
 from overproof.shrink import template
 from overproof.shrink.given_model import GivenModel, inspect_model
@@ -51,12 +49,13 @@ class Asked:
         words = [self.model or "-", "--data", self.data]
         options: dict[str, Any] = {
             "task": self.task, "max-mb": self.max_mb, "max-p95-ms": self.max_p95_ms, "keep": self.keep,
-            "finetune": self.finetune, "name": self.name, "label": self.flags.label, "text": self.flags.text,
-            "image": self.flags.image, "pattern": self.flags.pattern, "image-size": self.flags.image_size,
+            "finetune": self.finetune, "name": self.name,
         }  # fmt: skip
         for flag, value in options.items():
             if value is not None:
                 words += [f"--{flag}", f"{value:g}" if isinstance(value, float) else str(value)]
+        for flag, value in self.flags.given.items():
+            words += [flag, str(value)]
         for override in self.overrides:
             words += ["--set", override]
         return shlex.join(words)
@@ -126,16 +125,27 @@ def find_task(asked: Asked, given: GivenModel | None, look: DataLook) -> tuple[s
         for kind, task in tasks.items()
     }
     fits = {kind: result for kind, result in found.items() if isinstance(result, Fit)}
+    misfits = "".join(f"\n  {kind}: {result.why}" for kind, result in found.items() if isinstance(result, Misfit))
     if len(fits) == 1:
-        return next(iter(fits.items()))
+        ((kind, fit),) = fits.items()
+        _refuse_unused(asked.flags, kind, fit, misfits)
+        return kind, fit
     if fits:
         which = "; ".join(f"{kind}: {', '.join(fit.reasons.values())}" for kind, fit in fits.items())
         raise InputError(f"--task: the data may be for {' or '.join(fits)}; give the one you mean ({which})")
     questions = {result.flag: result.text for result in found.values() if isinstance(result, Question)}
     if questions:
-        raise InputError("\n".join(f"{flag}: {text}" for flag, text in questions.items()))
-    reasons = "".join(f"\n  {kind}: {result.why}" for kind, result in found.items() if isinstance(result, Misfit))
-    raise InputError(f"--data {look.path}: is for no task that fits{' this model' if given else ''}:{reasons}")
+        others = f"\nwhat other tasks lack:{misfits}" if misfits else ""
+        raise InputError("\n".join(f"{flag}: {text}" for flag, text in questions.items()) + others)
+    raise InputError(f"--data {look.path}: is for no task that fits{' this model' if given else ''}:{misfits}")
+
+
+def _refuse_unused(flags: ColumnFlags, kind: str, fit: Fit, misfits: str) -> None:
+    """Raises InputError where a flag was given that has no say in what was found: it was meant for something else."""
+    for flag, value in flags.given.items():
+        if flag not in fit.flags:
+            others = f"; what other tasks lack:{misfits}" if misfits else ""
+            raise InputError(f"{flag}: found {value!r}, which {kind} of these data does not use: leave it out{others}")
 
 
 def _write(asked: Asked, given: GivenModel | None, kind: str, fit: Fit) -> Choice:
@@ -146,7 +156,7 @@ def _write(asked: Asked, given: GivenModel | None, kind: str, fit: Fit) -> Choic
         "name": template.flow(asked.name or _name(asked)),
         "task": kind,
         "data": template.block(fit.data, indent=2),
-        "tokenizer": template.flow(join_uri(given.path, TOKENIZER) if given else ""),
+        "tokenizer": template.flow(given.path if given else ""),
         "teacher": template.flow(teacher.model_dump(mode="json")),
         "keep": settings.keep,
     }

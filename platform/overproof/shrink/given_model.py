@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from pyarrow import fs
 
 from overproof.data.manifest import TOKENIZER
+from overproof.data.sources import CONVERTIBLE
 from overproof.errors import InputError
 from overproof.files import absolute_uri, filesystem
-from overproof.models.pretrained import list_directory
+from overproof.models.pretrained import list_directory, weight_files
 from overproof.models.sizes import family_of
 from overproof.registry import FAMILIES
 from overproof.units import format_bytes
@@ -26,10 +28,10 @@ class GivenModel:
     """What a directory says of itself."""
 
     path: str  # absolute, or a URI
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # with the path as `_name_or_path`, as transformers has it
     family: str
     size_bytes: int  # of the weights
-    tokenizer_bytes: int  # of tokenizer.json; 0 where there is none
+    tokenizer_bytes: int  # of tokenizer.json, or of what one is made from; 0 where there is none
     has_chat_template: bool
 
     @property
@@ -60,20 +62,19 @@ def inspect_model(path: str) -> GivenModel:
     if kind == fs.FileType.File:
         raise InputError(f"MODEL {path}: is {_named(path)}; {EXPECTED}")
     listed = {name: size for name, size, _ in list_directory(path)}
-    weights = {name: size for name, size in listed.items() if name.endswith(".safetensors")}
-    if "config.json" not in listed or not weights:
+    if "config.json" not in listed or not any(name.endswith(".safetensors") for name in listed):
         ggufs = [name for name in listed if name.endswith(".gguf")]
         found = f"holds {_named(ggufs[0])} ({ggufs[0]})" if ggufs else f"holds {', '.join(sorted(listed)[:5])}"
         raise InputError(f"MODEL {path}: {found}; {EXPECTED}")
-    config = _read_json(files, f"{root}/config.json")
+    config = _read_json(files, f"{root}/config.json") | {"_name_or_path": absolute_uri(path)}
     family, _ = family_of(config, path)
     beside = _read_json(files, f"{root}/{CHAT_TEMPLATES[1]}") if CHAT_TEMPLATES[1] in listed else {}
     return GivenModel(
         absolute_uri(path),
         config,
         family,
-        sum(weights.values()),
-        listed.get(TOKENIZER, 0),
+        sum(listed[PurePosixPath(file).name] for file in weight_files(files, root)),
+        listed.get(TOKENIZER) or sum(listed.get(name, 0) for name in CONVERTIBLE),
         CHAT_TEMPLATES[0] in listed or "chat_template" in beside,
     )
 

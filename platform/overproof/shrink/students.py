@@ -64,7 +64,7 @@ def choose_students(
             f"MODEL: tells {teacher_size.outputs} classes or bins apart, the data have {shape.outputs}; expected a "
             "model of the same, or none (-), and a teacher is trained"
         )
-    beside = settings.file_bytes + (given.tokenizer_bytes if given else 0)
+    beside = settings.file_bytes + (given.tokenizer_bytes if given and settings.vocabulary_in_file else 0)
     rates = {variant: settings.bytes[variant] for variant in variants}
     unquantised = list(settings.bytes.values())[-1]
 
@@ -80,7 +80,7 @@ def choose_students(
     limit = teacher_mb / settings.least_times_smaller if max_mb is None else max_mb
     fitting = [c for c in candidates if c.smallest[1] <= limit and (max_mb is not None or c.name != WHOLE)]
     if not fitting:
-        raise InputError(_nothing_fits(settings, candidates, max_mb, teacher_size, rates, beside))
+        raise InputError(_nothing_fits(settings, candidates, max_mb, rates, beside))
     students = tuple(fitting[: settings.keep])
     within = tuple(v for v in variants if any(c.mb[v] <= limit for c in students))
     return ChosenStudents(teacher_size, teacher_mb, students, within)
@@ -121,13 +121,14 @@ def teacher_section(settings: TemplateSettings, given: GivenModel | None) -> Mod
 
 
 def _nothing_fits(
-    settings: TemplateSettings, candidates: Sequence[Candidate], max_mb: float | None, teacher: ModelSize,
+    settings: TemplateSettings, candidates: Sequence[Candidate], max_mb: float | None,
     rates: Mapping[str, BytesANumber], beside: float,
 ) -> str:  # fmt: skip
     nearest = min(candidates, key=lambda c: c.smallest[1])
     variant, found = nearest.smallest
-    table = teacher.outputs * teacher.hidden * rates[variant].table / 1e6
-    parts = f"{table:.3g} MB of it the table of {teacher.outputs:,} outputs"
+    size, numbers = nearest.size, max(nearest.size.tensors)
+    rate = rates[variant].table if numbers == size.outputs * size.hidden else rates[variant].matrix
+    parts = f"{numbers * rate / 1e6:.3g} MB of it its largest table, of {numbers // size.hidden:,} x {size.hidden:,}"
     if beside > 1e5:
         parts += f", {beside / 1e6:.3g} MB the vocabulary itself"
     needed = math.ceil(found * 100) / 100

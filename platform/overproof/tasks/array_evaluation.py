@@ -25,7 +25,7 @@ from overproof.engines.base import ArrayEngine, EngineSettings
 from overproof.engines.probe import Say
 from overproof.files import file_sha256
 from overproof.registry import ENGINES
-from overproof.tasks.base import FileScores, Metric, UnitColumns, cost_metrics, spread_units
+from overproof.tasks.base import FileScores, Metric, Tell, UnitColumns, cost_metrics, spread_units
 from overproof.tasks.class_metrics import class_columns
 
 TIMED_AT_LEAST = 300  # a row is quick, and its latency is cheap to know well
@@ -49,7 +49,7 @@ def array_units(root: Path, most: int | None) -> NDArray[np.int64]:
 
 
 def score_arrays(
-    file: Path, root: Path, units: NDArray[np.int64], engine: str, column: str, judge: Judge,
+    file: Path, root: Path, units: NDArray[np.int64], engine: str, column: str, judge: Judge, tell: Tell,
     further: Sequence[str] = (),
 ) -> FileScores:  # fmt: skip
     """A file on these test rows, in the engine that will serve it; ``judge`` gets ``further`` columns."""
@@ -57,7 +57,11 @@ def score_arrays(
     columns = shards.take(units)
     loaded = ENGINES[engine].load(file, EngineSettings())
     assert isinstance(loaded, ArrayEngine)
-    logprobs_UV = np.concatenate([loaded.logprobs(row_D[None]) for row_D in flat(columns[column])])
+    answers = []
+    for done, row_D in enumerate(flat(columns[column])):
+        tell(done)
+        answers.append(loaded.logprobs(row_D[None]))
+    logprobs_UV = np.concatenate(answers)
     loaded.close()
     judged, ones = judge(logprobs_UV, columns), np.ones(len(units), np.int64)
     return FileScores(file_sha256(file), units, judged.total, ones, ones, judged.choices_U, judged.columns)
@@ -87,7 +91,11 @@ def measure_arrays(
         narrow=settings.narrow,
     )
     answer = probe.probe_arrays(request, say)
-    reference_BV = np.concatenate([reference(row_D[None]) for row_D in rows_BD])  # one at a time, as they were asked
+    expected = []
+    for number, row_D in enumerate(rows_BD, start=1):  # one at a time, as they were asked
+        say(f"parity, row {number} of {len(rows_BD)}")
+        expected.append(reference(row_D[None]))
+    reference_BV = np.concatenate(expected)
     nats = array_parity_nats(reference_BV, np.array(answer.logprobs, np.float32))
     return cost_metrics(answer, request.timed_requests) | {
         speed: Metric(value=1 / median(answer.latency_s), unit=f"{unit}/s", n=len(answer.latency_s)),

@@ -22,9 +22,8 @@ from overproof.tasks.recognition import (
     Question,
     Recognised,
     choose_column,
-    is_bytes,
-    is_text,
 )
+from overproof.tasks.table_samples import is_bytes, is_text
 
 LOOKED_AT = 32  # images, for their sizes
 MOST_PATCHES, FEWEST_PATCHES, SMALLEST_PATCH = 64, 4, 2
@@ -35,7 +34,7 @@ SPLITS = frozenset({"train", "training", "valid", "val", "validation", "dev", "e
 def recognise_images(look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
     """A folder for each class, or Parquet with a column of encoded images."""
     named = sum(look.files.get(suffix, 0) for suffix in SUFFIXES)
-    if ".parquet" in look.tables and not named:
+    if ".parquet" in look.files and not named:
         found = _parquet(look, flags)
     elif named:
         found = _folders(look)
@@ -61,11 +60,14 @@ def _folders(look: DataLook) -> Recognised:
         units=len(images),
         reasons={"images": why},
         values={"classes": classes},
+        flags=frozenset({"--image-size"}),
     )
 
 
 def _parquet(look: DataLook, flags: ColumnFlags) -> Recognised:
-    sample = look.tables[".parquet"]
+    sample = look.sample(".parquet")
+    if isinstance(sample, Misfit):
+        return sample
     encoded = sample.columns(lambda kind: is_bytes(kind) or _holds_bytes(kind))
     image = choose_column(sample, flags.image, "--image", ("image", "img", "picture"), encoded, "the image")
     if not isinstance(image, tuple):
@@ -76,14 +78,20 @@ def _parquet(look: DataLook, flags: ColumnFlags) -> Recognised:
     if not isinstance(label, tuple):
         return label
     classes = [str(name) for name in pc.unique(sample.rows[label[0]]).drop_null().to_pylist()]
+    if len(classes) < 2:
+        part = f", {sample.part}," if sample.part else ""
+        return Misfit(f"column {label[0]!r}{part} has {len(classes)} value; expected two classes or more")
     source = {"kind": "parquet", "path": look.path, "image": image[0], "label": label[0]}
     why = f"{sample.total_rows:,}; column {image[0]!r}: {image[1]}; classes in {label[0]!r}: {label[1]}"
+    if sample.part:
+        why += f"; {len(classes)} of them {sample.part}"
     return Fit(
         {"source": source},
         rows=sample.total_rows,
         units=sample.total_rows,
         reasons={"images": why},
         values={"classes": classes},
+        flags=frozenset({"--image", "--label", "--image-size"}),
     )
 
 
@@ -122,7 +130,7 @@ def _sized(found: Fit, look: DataLook, model: Mapping[str, Any] | None, flags: C
             f"images of {height} x {width} pixels do not fall into {FEWEST_PATCHES} to {MOST_PATCHES} equal squares; "
             "give the pixels that both edges become, such as 32 or 64",
         )
-    return Fit(data, found.rows, found.units, reasons, {"patch_size": patch}, refit)
+    return Fit(data, found.rows, found.units, reasons, {"patch_size": patch}, refit, found.flags)
 
 
 def _patch(height: int, width: int) -> int | None:

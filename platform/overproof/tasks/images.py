@@ -17,7 +17,7 @@ from pyarrow import fs
 from overproof.data.columns import row_bytes
 from overproof.data.manifest import Column, Manifest, shard_schema
 from overproof.data.sources import files_below, sha256_of
-from overproof.data.stratified import stratified, write_splits
+from overproof.data.stratified import require_train_rows, stratified, write_splits
 from overproof.errors import InputError
 from overproof.files import filesystem
 from overproof.stage_context import StageContext, TaskProgress
@@ -89,6 +89,7 @@ def prepare_images(context: StageContext) -> Manifest:
     context.progress(TaskProgress("prepare", 1, 2, f"writing {len(labels_R):,} images"))
     rows = {"pixels": pixels_RCHW, "label": labels_R}
     splits = stratified(labels_R, data.validation_fraction, data.test_fraction, context.recipe.seed)
+    require_train_rows(labels_R, splits["train"], details["classes"], data, "images")
     written = write_splits(rows, splits, columns, data, context.draft.uri, "images")
     pixels_N = written.example["pixels"].ravel()
     example = {"example": pixels_N.tolist()} if len(pixels_N) <= LARGEST_EXAMPLE else {}

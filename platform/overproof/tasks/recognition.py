@@ -1,50 +1,17 @@
-"""What `overproof shrink` sees of data before their task is known, and what a task makes of it.
-
-Nothing is read whole: of each kind of table the first rows of one file.
-"""
+"""What `overproof shrink` sees of data before their task is known, and what a task makes of it."""
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-import pyarrow as pa
-from pyarrow import csv, fs, json
-from pyarrow import parquet as pq
+from pyarrow import fs
 
-from overproof.data.parquet_reader import refuse_objects
 from overproof.errors import InputError
 from overproof.files import absolute_uri, filesystem
-
-SAMPLE_ROWS = 10_000
-SAMPLE_BYTES = 4 << 20  # of a text file, read for its first rows
-TABLES = (".csv", ".jsonl", ".parquet")
-LISTED = 12  # columns, in a message
-
-
-@dataclass(frozen=True)
-class TableSample:
-    """The first rows of the tables of one kind. Columns of bytes and nested ones are in the schema alone.
-
-    Categories are so in the schema; among the rows they are what they stand for.
-    """
-
-    schema: pa.Schema
-    rows: pa.Table
-    total_rows: int  # of all files: exact for Parquet, else by their sizes
-
-    def columns(self, *tests: Any) -> list[str]:
-        """Names of the columns whose type passes one of the tests, such as ``pa.types.is_string``."""
-        return [column.name for column in self.schema if any(test(column.type) for test in tests)]
-
-    @property
-    def listed(self) -> str:
-        """The columns, for a message."""
-        names = [f"{column.name} ({column.type})" for column in self.schema]
-        return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
+from overproof.tasks.table_samples import TABLES, TableSample, UnreadableTable, sample_tables
 
 
 @dataclass(frozen=True)
@@ -57,11 +24,25 @@ class DataLook:
     size_bytes: Mapping[str, int]  # of those
     names: tuple[str, ...]  # of the files, from the folder on
     tables: Mapping[str, TableSample]  # by suffix
+    unreadable: Mapping[str, str] = field(default_factory=dict)  # by suffix of tables: what is wrong with them
+
+    def having(self, *suffixes: str) -> list[str]:
+        """Those of the suffixes that files end with."""
+        return [suffix for suffix in suffixes if suffix in self.files]
+
+    def sample(self, suffix: str) -> TableSample | Misfit:
+        """The first rows of the tables that end so; or why they cannot be read, which only who needs them minds."""
+        return self.tables.get(suffix) or Misfit(self.unreadable[suffix])
+
+    def others(self, *suffixes: str) -> str:
+        """What lies there beside files that end so, for a message; empty where there is nothing."""
+        left = {suffix: count for suffix, count in self.files.items() if suffix not in suffixes}
+        return ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in left.items())
 
     @property
     def described(self) -> str:
         """What lies there, for a message."""
-        return ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in self.files.items())
+        return self.others()
 
 
 @dataclass(frozen=True)
@@ -74,6 +55,15 @@ class ColumnFlags:
     pattern: str | None = None
     image_size: int | None = None
 
+    @property
+    def given(self) -> dict[str, str | int]:
+        """Those that were given, as they are typed."""
+        values = {
+            "--label": self.label, "--text": self.text, "--image": self.image, "--pattern": self.pattern,
+            "--image-size": self.image_size,
+        }  # fmt: skip
+        return {flag: value for flag, value in values.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -85,6 +75,7 @@ class Fit:
     reasons: Mapping[str, str]  # what was chosen, and why
     values: Mapping[str, Any] = field(default_factory=dict)  # further names that the template may use
     refit: str | None = None  # why a given teacher cannot be taken as it is, where it has to learn first
+    flags: frozenset[str] = frozenset()  # those that have a say in it: another that was given is a mistake
 
 
 @dataclass(frozen=True)
@@ -112,14 +103,16 @@ class Shrinkable(Protocol):
     template: str  # a file in `tasks/templates`
 
     def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
-        """Whether data are for the task. ``model`` is the given teacher's config.json, None where one is trained."""
+        """Whether data are for the task. ``model`` is the given teacher's config.json, with its path as
+        ``_name_or_path``; None where one is trained.
+        """
 
 
 def look_at(path: str) -> DataLook:
     """List what lies at a path, and read the first rows of its tables.
 
     Raises:
-        InputError: there is nothing, or a table is not what its name says.
+        InputError: there is nothing. A table that is not what its name says is only told of: it may not matter.
     """
     files, root = filesystem(path)
     info = files.get_file_info(root)
@@ -135,90 +128,22 @@ def look_at(path: str) -> DataLook:
     by_suffix: dict[str, list[fs.FileInfo]] = {}
     for each in found:
         by_suffix.setdefault(f".{each.extension.lower()}" if each.extension else "", []).append(each)
+    tables, unreadable = {}, {}
+    for suffix in TABLES:
+        if suffix in by_suffix:
+            try:
+                tables[suffix] = sample_tables(files, by_suffix[suffix], suffix)
+            except UnreadableTable as error:
+                unreadable[suffix] = str(error)
     return DataLook(
         absolute_uri(path),
         single,
         dict(Counter({suffix: len(own) for suffix, own in by_suffix.items()}).most_common()),
         {suffix: sum(i.size for i in own) for suffix, own in by_suffix.items()},
         tuple(i.path.removeprefix(root).strip("/") or i.base_name for i in found),
-        {suffix: _sample(files, by_suffix[suffix], suffix) for suffix in TABLES if suffix in by_suffix},
+        tables,
+        unreadable,
     )
-
-
-def _sample(files: fs.FileSystem, infos: list[fs.FileInfo], suffix: str) -> TableSample:
-    first = next((i for i in infos if i.size), None)
-    if first is None:
-        raise InputError(f"--data: {infos[0].path}: is empty; expected rows")
-    if suffix == ".parquet":
-        return _parquet_sample(files, infos)
-    try:
-        with files.open_input_stream(first.path) as stream:
-            content = stream.read(SAMPLE_BYTES)
-        if len(content) < first.size and b"\n" in content:
-            content = content[: content.rindex(b"\n") + 1]
-        reader, options = (csv.read_csv, csv.ReadOptions) if suffix == ".csv" else (json.read_json, json.ReadOptions)
-        rows = reader(io.BytesIO(content), read_options=options(block_size=SAMPLE_BYTES))  # a row lies in one block
-        _require_distinct(rows.schema.names, first.path)
-    except UnicodeDecodeError as error:
-        raise InputError(f"--data: {first.path}: not UTF-8: {error}; expected text in UTF-8") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"--data: {first.path}: not {suffix[1:]}: {error}; expected rows in columns") from None
-    if not rows.num_rows:
-        raise InputError(f"--data: {first.path}: has a header and no rows; expected some")
-    total = round(rows.num_rows * sum(i.size for i in infos) / len(content))
-    return TableSample(rows.schema, _plain(rows.slice(0, SAMPLE_ROWS)), max(total, rows.num_rows))
-
-
-def _parquet_sample(files: fs.FileSystem, infos: list[fs.FileInfo]) -> TableSample:
-    total, rows, schema = 0, None, None
-    for info in infos:
-        try:
-            with files.open_input_file(info.path) as handle:
-                file = pq.ParquetFile(handle)
-                refuse_objects(file.schema_arrow, info.path)
-                _require_distinct(file.schema_arrow.names, info.path)
-                total += file.metadata.num_rows
-                if rows is None and file.metadata.num_rows:
-                    schema = file.schema_arrow
-                    plain = [column.name for column in schema if _is_plain(column.type)]
-                    rows = pa.Table.from_batches([next(file.iter_batches(batch_size=SAMPLE_ROWS, columns=plain))])
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"--data: {info.path}: not parquet: {error}; expected rows in columns") from None
-    if rows is None or schema is None:
-        raise InputError(f"--data: {infos[0].path}: has no rows; expected some")
-    return TableSample(schema, _decoded(rows), total)
-
-
-def _require_distinct(names: list[str], path: str) -> None:
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise InputError(f"--data: {path}: several columns are named {twice[0]!r}; expected a name of its own for each")
-
-
-def _plain(rows: pa.Table) -> pa.Table:
-    return rows.select([column.name for column in rows.schema if _is_plain(column.type)])
-
-
-def _decoded(rows: pa.Table) -> pa.Table:
-    """Categories as what they stand for: not all that counts values takes them as Arrow stores them."""
-    for number, column in enumerate(rows.schema):
-        if pa.types.is_dictionary(column.type):
-            rows = rows.set_column(number, column.name, rows.column(number).cast(column.type.value_type))
-    return rows
-
-
-def _is_plain(kind: pa.DataType) -> bool:
-    return not (pa.types.is_nested(kind) or is_bytes(kind))
-
-
-def is_bytes(kind: pa.DataType) -> bool:
-    """Whether a column holds bytes that are no text."""
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a column holds text."""
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def choose_column(
@@ -226,11 +151,18 @@ def choose_column(
 ) -> tuple[str, str] | Question | Misfit:
     """A column and why: the one that was asked for, the only possible one, or the only one with a usual name."""
     if asked is not None:
+        if asked in sample.mixed:
+            return Misfit(f"column {asked!r} holds {sample.mixed[asked]}; expected one kind of values")
         if asked not in sample.schema.names:
             return Question(flag, f"found no column {asked!r}; the columns are {sample.listed}")
         if asked not in possible:
             return Misfit(f"column {asked!r} is {sample.schema.field(asked).type}, which is no {what}")
         return asked, "as asked"
+    mixed = next((name for name in sample.mixed if name.lower() in usual), None)
+    if mixed is not None:
+        return Question(
+            flag, f"column {mixed!r} holds {sample.mixed[mixed]}; make them of one kind, or name another column"
+        )
     if not possible:
         return Misfit(f"no column can be {what}: {sample.listed}")
     if len(possible) == 1:

@@ -14,10 +14,9 @@ from overproof.tasks.recognition import (
     Fit,
     Misfit,
     Recognised,
-    TableSample,
     choose_column,
-    is_text,
 )
+from overproof.tasks.table_samples import TableSample, is_text
 
 TARGET_NAMES = ("target", "label", "class", "y", "outcome")
 FEWEST_ROWS = 50  # that leave some for validation and test
@@ -30,19 +29,20 @@ def recognise_table(
     look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags, regression: bool
 ) -> Recognised:
     """CSV or Parquet with a column to predict: by classes, or by numbers where it is a regression."""
-    suffixes = [suffix for suffix in (".csv", ".parquet") if suffix in look.tables]
+    suffixes = look.having(".csv", ".parquet")
     if len(suffixes) != 1:
         return Misfit(f"expected CSV or Parquet, and one of them alone: {look.described}")
-    sample = look.tables[suffixes[0]]
+    sample = look.sample(suffixes[0])
+    if isinstance(sample, Misfit):
+        return sample
     target = choose_column(sample, flags.label, "--label", TARGET_NAMES, _usable(sample), "the one to predict")
     if not isinstance(target, tuple):
         return target
     name, why = target
     values = sample.rows[name].drop_null()
-    unfit = _not_numbers(values) if regression else _not_classes(values)
+    unfit = _not_numbers(values) if regression else not_classes(values)
     if unfit:
-        looked, rows = sample.rows.num_rows, sample.total_rows
-        part = "" if looked >= rows else f", in its first {looked:,} of about {rows:,} rows,"
+        part = f", {sample.part}," if sample.part else ""
         return Misfit(f"column {name!r}{part} {unfit}")
     dropped = _dropped(sample, name)
     left = [column for column in sample.schema.names if column not in dropped and column != name]
@@ -54,13 +54,14 @@ def recognise_table(
     kind = "its numbers" if regression else f"one of {pc.count_distinct(values).as_py()} classes"
     reasons = {
         "rows": f"about {sample.total_rows:,}, {len(left)} columns to predict from",
-        "target": f"column {name!r}, {why}; {kind}",
+        "target": f"column {name!r}, {why}; {kind}{f', {sample.part}' if sample.part else ''}",
     }
     if dropped:
         data["drop"] = sorted(dropped)
         reasons["left out"] = "; ".join(f"{column} ({reason})" for column, reason in sorted(dropped.items()))
     refit = None if model is None else REFIT
-    return Fit(data, sample.total_rows, sample.total_rows, reasons, refit=refit)
+    rows = sample.total_rows
+    return Fit(data, rows, rows, reasons, refit=refit, flags=frozenset({"--label"}))
 
 
 def _usable(sample: TableSample) -> list[str]:
@@ -92,7 +93,7 @@ def _not_numbers(values: pa.ChunkedArray) -> str | None:
     return None
 
 
-def _not_classes(values: pa.ChunkedArray) -> str | None:
+def not_classes(values: pa.ChunkedArray) -> str | None:
     """Why a column has no classes."""
     distinct = pc.count_distinct(values).as_py()
     if distinct < 2:

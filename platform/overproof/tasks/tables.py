@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import pairwise
@@ -22,7 +23,7 @@ from pyarrow import parquet as pq
 from overproof.data.manifest import Column, Manifest
 from overproof.data.parquet_reader import refuse_objects
 from overproof.data.sources import files_below, sha256_of
-from overproof.data.stratified import stratified, write_splits
+from overproof.data.stratified import require_train_rows, stratified, write_splits
 from overproof.errors import InputError, suggest_name
 from overproof.files import filesystem
 from overproof.stage_context import StageContext, TaskProgress
@@ -79,6 +80,8 @@ def prepare_table(context: StageContext) -> Manifest:
     values_R, labels_R = _targets(table, data, details)
     context.progress(TaskProgress("prepare", 1, 2, f"writing {len(labels_R):,} rows"))
     rows: dict[str, NDArray[Any]] = {"features": features_RC, "label": labels_R, "value": values_R}
+    if "edges" not in details:
+        require_train_rows(labels_R, splits["train"], details["classes"], data, "rows")
     written = write_splits(rows, splits, columns, data, context.draft.uri, "rows")
     example = {
         column["name"]: _cell(float(value), column)
@@ -143,12 +146,23 @@ def _one_file(files: fs.FileSystem, path: str, kind: str) -> pa.Table:
     try:
         if kind == "csv":
             with files.open_input_stream(path) as stream:
-                return csv.read_csv(stream)
-        with files.open_input_file(path) as handle:
-            refuse_objects(pq.read_schema(handle), path)
-            return pq.read_table(handle)
+                table = csv.read_csv(stream, parse_options=csv.ParseOptions(newlines_in_values=True))
+        else:
+            with files.open_input_file(path) as handle:
+                refuse_objects(pq.read_schema(handle), path)
+                table = pq.read_table(handle)
+        names = table.column_names
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: {error}; expected text in UTF-8") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: not {kind}: {error}; expected a table with a header") from None
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise InputError(f"{path}: several columns are named {twice[0]!r}; expected a name of its own for each")
+    for column in table.schema:
+        if kind == "csv" and pa.types.is_binary(column.type):  # what Arrow makes of text that is no UTF-8
+            raise InputError(f"{path}: column {column.name!r} is not UTF-8; expected text in UTF-8")
+    return table
 
 
 def _describe(table: pa.Table, data: TableData, train_rows: NDArray[np.int64]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from overproof.engines.probe import Say
     from overproof.export.base import Format
     from overproof.stage_context import StageContext
+    from overproof.tasks.recognition import ColumnFlags, DataLook, Recognised
 
     Batch = dict[str, Tensor]
 
@@ -128,6 +129,12 @@ class TextClassification:
     pipeline_tag = "text-classification"
     route = "/v1/classify"
     request = ClassifyTextsRequest
+    template = "text_classification.yaml"
+
+    def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
+        from overproof.tasks.labelled_text_recognition import recognise_labelled_texts
+
+        return recognise_labelled_texts(look, model, flags)
 
     def source_digest(self, data: TextClassificationData) -> str:
         from overproof.tasks.texts import texts_digest
@@ -175,8 +182,8 @@ class TextClassification:
     ) -> FileScores:  # fmt: skip
         from overproof.tasks.array_evaluation import first_choices, score_arrays
 
-        del settings, format, tell
-        return score_arrays(file, root, units, engine, "tokens", first_choices)
+        del settings, format
+        return score_arrays(file, root, units, engine, "tokens", first_choices, tell)
 
     def probe(
         self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pyarrow.compute as pc
@@ -16,8 +16,8 @@ from overproof.tasks.recognition import (
     Question,
     Recognised,
     choose_column,
-    is_text,
 )
+from overproof.tasks.table_samples import is_text
 
 PLAIN_TEXT = frozenset(
     [
@@ -56,7 +56,7 @@ def recognise_text(look: DataLook, model: Mapping[str, Any] | None, flags: Colum
     """Text files, or a column of text in JSONL or Parquet."""
     if model is None:
         return Misfit("a language model starts from one: give MODEL, a Hugging Face directory")
-    tables = [suffix for suffix in (".jsonl", ".parquet") if suffix in look.tables]
+    tables = look.having(".jsonl", ".parquet")
     if len(tables) == 2 and flags.pattern is None:
         return Misfit(f"both JSONL and Parquet lie there ({look.described}); expected one of them")
     found = _column(look, tables[0], flags) if tables and flags.pattern is None else _files(look, flags)
@@ -68,7 +68,14 @@ def recognise_text(look: DataLook, model: Mapping[str, Any] | None, flags: Colum
 
 
 def _column(look: DataLook, suffix: str, flags: ColumnFlags) -> Recognised:
-    sample = look.tables[suffix]
+    texts = [each for each in look.files if each in PLAIN_TEXT]
+    sample = look.sample(suffix)
+    if isinstance(sample, Misfit):
+        if not texts:
+            return sample
+        return Question(
+            "--pattern", f"{sample.why}; if the text files are the documents, say so, such as '*{texts[0]}'"
+        )
     chosen = choose_column(
         sample, flags.text, "--text", ("text", "content", "document", "body"), sample.columns(is_text), "the text"
     )
@@ -77,7 +84,12 @@ def _column(look: DataLook, suffix: str, flags: ColumnFlags) -> Recognised:
     name, why = chosen
     mean_bytes = pc.mean(pc.binary_length(sample.rows[name])).as_py() or 0.0
     source = {"kind": suffix[1:], "path": look.path, "field": name}
-    return _fit(source, sample.total_rows, mean_bytes * sample.total_rows, f"column {name!r}: {why}")
+    told = f"column {name!r}: {why}"
+    if sample.part:
+        told += f"; their length by a look {sample.part}"
+    if texts:
+        told += f"; {look.others(suffix)} beside are left out: --pattern takes files for documents"
+    return _fit(source, sample.total_rows, mean_bytes * sample.total_rows, told, "--text")
 
 
 def _files(look: DataLook, flags: ColumnFlags) -> Recognised:
@@ -92,17 +104,25 @@ def _files(look: DataLook, flags: ColumnFlags) -> Recognised:
             return Question(
                 "--pattern", f"which files are documents: {look.described}; give one, such as '*{suffixes[0]}'"
             )
-        pattern = f"*{suffixes[0]}"
-    documents = sum(fnmatch(name.rsplit("/", 1)[-1], pattern) for name in look.names)
+        pattern = _ending(look, suffixes[0])
+    documents = sum(fnmatchcase(name.rsplit("/", 1)[-1], pattern) for name in look.names)
     if not documents:
         return Question("--pattern", f"no file's name matches {pattern!r}: {look.described}")
     share = documents / len(look.names) if flags.pattern else 1.0
     size = share * sum(look.size_bytes.values()) if flags.pattern else look.size_bytes[suffixes[0]]
     source = {"kind": "folder", "path": look.path, "pattern": pattern}
-    return _fit(source, documents, size, f"every file that matches {pattern} is one document")
+    return _fit(source, documents, size, f"every file that matches {pattern} is one document", "--pattern")
 
 
-def _fit(source: Mapping[str, Any], documents: int, size_bytes: float, why: str) -> Fit:
+def _ending(look: DataLook, suffix: str) -> str:
+    """A pattern of the files that end so, however they spell it: patterns tell A.TXT from a.txt."""
+    found = {name[-len(suffix) :] for name in look.names if name.lower().endswith(suffix)}
+    if len(found) == 1:
+        return f"*{found.pop()}"
+    return "*" + "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in suffix)
+
+
+def _fit(source: Mapping[str, Any], documents: int, size_bytes: float, why: str, flag: str) -> Fit:
     tokens = int(size_bytes / BYTES_PER_TOKEN)
     length = SEQUENCE_LENGTH if tokens >= FEWEST_ROWS * SEQUENCE_LENGTH else SHORT_SEQUENCE
     return Fit(
@@ -111,4 +131,5 @@ def _fit(source: Mapping[str, Any], documents: int, size_bytes: float, why: str)
         units=documents,
         reasons={"documents": f"{documents:,}, about {tokens:,} tokens; {why}"},
         values={"sequence_length": length},
+        flags=frozenset({flag}),
     )

@@ -9,8 +9,9 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from overproof.data.manifest import TOKENIZER, Column, Manifest
 from overproof.data.parquet_reader import refuse_objects
 from overproof.data.parquet_writer import write_file
 from overproof.data.sources import files_below, sha256_of
-from overproof.data.stratified import stratified, write_splits
+from overproof.data.stratified import require_train_rows, stratified, write_splits
 from overproof.errors import InputError, suggest_name
 from overproof.files import filesystem
 from overproof.models.encoder import PADDING
@@ -52,10 +53,20 @@ class Texts:
 
     @property
     def classes(self) -> list[str]:
-        """Numbers in their order, else by name."""
-        found = set(self.labels)
-        numbers = all(name.isdecimal() for name in found)
-        return sorted(found, key=lambda name: (int(name), name)) if numbers else sorted(found)
+        """In their order."""
+        return _ordered(set(self.labels))
+
+
+@dataclass(frozen=True)
+class TextCounts:
+    """How many texts of each class a source has, as ``read_texts`` would give them."""
+
+    by_class: Mapping[str, int]  # in the classes' order
+
+    @property
+    def texts(self) -> int:
+        """In all."""
+        return sum(self.by_class.values())
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ def texts_digest(data: TextClassificationData) -> str:
     """
     identity: list[object] = [[info.path, info.size, info.mtime_ns or 0] for info in _files(data.source)]
     if data.tokenizer.kind == "file":
-        identity.append(hashlib.sha256(_tokenizer_file(data.tokenizer.path)).hexdigest())
+        identity.append(hashlib.sha256(tokenizer_content(data.tokenizer.path)).hexdigest())
     return sha256_of(identity)
 
 
@@ -85,10 +96,10 @@ def describe_texts(data: TextClassificationData) -> dict[str, Any]:
     Raises:
         InputError: a file cannot be read, a text or its class is missing, or there is one class alone.
     """
-    classes = read_texts(data).classes
+    classes = list(count_texts(data).by_class)
     if data.tokenizer.kind == "bpe":
         return _details(data, classes, data.tokenizer.vocab_size, SPECIAL.index(PAD))
-    tokenizer = read_tokenizer(_tokenizer_file(data.tokenizer.path), data.tokenizer.path, data.sequence_length)
+    tokenizer = read_tokenizer(tokenizer_content(data.tokenizer.path), data.tokenizer.path, data.sequence_length)
     return _details(data, classes, *_vocabulary(tokenizer))
 
 
@@ -106,8 +117,8 @@ def prepare_texts(context: StageContext) -> Manifest:
     labels_R = np.array([numbers[label] for label in found.labels], np.int32)
     splits = stratified(labels_R, data.validation_fraction, data.test_fraction, context.recipe.seed)
     splits["train"] = splits["train"][: len(splits["train"]) // data.rows_per_group * data.rows_per_group]
-    _require_train_texts(found, labels_R, splits["train"])
-    content = _tokenizer_content(data, (found.texts[row] for row in splits["train"]))
+    require_train_rows(labels_R, splits["train"], found.classes, data, "texts")
+    content = _tokenizer_of(data, (found.texts[row] for row in splits["train"]))
     tokenizer = read_tokenizer(content, "data.tokenizer", data.sequence_length)
     context.progress(TaskProgress("prepare", 1, 3, f"tokenising {len(labels_R):,} texts"))
     encoded = encode_texts(tokenizer, found.texts)
@@ -155,21 +166,57 @@ def read_texts(data: TextClassificationData) -> Texts:
         InputError: a file cannot be read, a text or its class is missing, or there is one class alone.
     """
     rows, classes_of = 0, dict[str, set[str]]()
-    for where, text, label in _labelled_texts(data.source):
+    for text, label in _checked_texts(data.source):
+        rows += 1
+        classes_of.setdefault(text, set()).add(label)
+    kept = {text: next(iter(labels)) for text, labels in classes_of.items() if len(labels) == 1}
+    _require_classes(data.source, set(kept.values()))
+    texts = sorted(kept, key=lambda text: hashlib.sha256(text.encode()).digest())
+    dropped = {"duplicates": rows - len(classes_of), "texts of several classes": len(classes_of) - len(kept)}
+    return Texts(texts, [kept[text] for text in texts], dropped)
+
+
+def count_texts(data: TextClassificationData) -> TextCounts:
+    """How many texts of each class ``read_texts`` would give, held by their digests alone.
+
+    Raises:
+        InputError: as ``read_texts``.
+    """
+    return _count_texts(data.source, tuple((info.path, info.size, info.mtime_ns) for info in _files(data.source)))
+
+
+@lru_cache(maxsize=1)
+def _count_texts(source: Any, files: tuple[tuple[str, int, int | None], ...]) -> TextCounts:
+    del files  # whose change makes another source of it
+    class_of = dict[bytes, str | None]()  # None where a text stands there with several
+    for text, label in _checked_texts(source):
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        if class_of.setdefault(digest, label) != label:
+            class_of[digest] = None
+    counts = Counter(label for label in class_of.values() if label is not None)
+    _require_classes(source, set(counts))
+    return TextCounts({name: counts[name] for name in _ordered(set(counts))})
+
+
+def _ordered(classes: set[str]) -> list[str]:
+    """Numbers in their order, else by name."""
+    numbers = all(name.isdecimal() for name in classes)
+    return sorted(classes, key=lambda name: (int(name), name)) if numbers else sorted(classes)
+
+
+def _require_classes(source: Any, classes: set[str]) -> None:
+    if len(classes) < 2:
+        only = f"every text is of class {next(iter(classes))!r}" if classes else "there is no text"
+        raise InputError(f"data.source.path: {source.path}: {only}; expected texts of two classes at least")
+
+
+def _checked_texts(source: Any) -> Iterator[tuple[str, str]]:
+    for where, text, label in _labelled_texts(source):
         if not text.strip():
             raise InputError(f"{where}: the text is empty; expected one: leave it out")
         if not label.strip():
             raise InputError(f"{where}: there is no class; expected its name or number")
-        rows += 1
-        classes_of.setdefault(text, set()).add(label)
-    kept = {text: next(iter(labels)) for text, labels in classes_of.items() if len(labels) == 1}
-    texts = sorted(kept, key=lambda text: hashlib.sha256(text.encode()).digest())
-    dropped = {"duplicates": rows - len(classes_of), "texts of several classes": len(classes_of) - len(kept)}
-    found = Texts(texts, [kept[text] for text in texts], dropped)
-    if len(found.classes) < 2:
-        only = f"every text is of class {found.classes[0]!r}" if kept else "there is no text"
-        raise InputError(f"data.source.path: {data.source.path}: {only}; expected texts of two classes at least")
-    return found
+        yield text, label
 
 
 def read_tokenizer(content: bytes, where: object, length: int) -> Tokenizer:
@@ -235,13 +282,18 @@ def _vocabulary(tokenizer: Tokenizer) -> tuple[int, int | None]:
     return max(ids.values()) + 1, next((ids[name] for name in PADDINGS if name in ids), None)
 
 
-def _tokenizer_content(data: TextClassificationData, train: Iterable[str]) -> bytes:
+def _tokenizer_of(data: TextClassificationData, train: Iterable[str]) -> bytes:
     if data.tokenizer.kind == "bpe":
         return str(train_tokenizer(train, data.tokenizer.vocab_size).to_str()).encode()
-    return _tokenizer_file(data.tokenizer.path)
+    return tokenizer_content(data.tokenizer.path)
 
 
-def _tokenizer_file(path: str) -> bytes:
+def tokenizer_content(path: str) -> bytes:
+    """Of a tokenizer.json, or of the one in a folder.
+
+    Raises:
+        InputError: there is none.
+    """
     files, found = filesystem(path)
     if files.get_file_info(found).type == fs.FileType.Directory:
         found = f"{found.rstrip('/')}/{TOKENIZER}"
@@ -250,17 +302,6 @@ def _tokenizer_file(path: str) -> bytes:
     with files.open_input_stream(found) as stream:
         content: bytes = stream.read()
     return content
-
-
-def _require_train_texts(found: Texts, labels_R: NDArray[np.int32], train: NDArray[np.int64]) -> None:
-    """Raises InputError where a class has texts in other splits alone: no model could learn it."""
-    unseen = sorted(set(range(len(found.classes))) - set(labels_R[train].tolist()))
-    if unseen and len(train):
-        name = found.classes[unseen[0]]
-        raise InputError(
-            f"data: class {name!r} has {Counter(found.labels)[name]} texts, and none falls into the train split; "
-            "expected several texts of each class: give more, or leave the class out"
-        )
 
 
 def _weights(chosen: Any, classes: list[str], train_labels_R: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -329,30 +370,37 @@ def _lines(lines: Iterable[bytes], path: str, source: Any) -> Iterator[Labelled]
 
 
 def _rows(files: fs.FileSystem, path: str, source: Any) -> Iterator[Labelled]:
-    both = [source.text, source.label]
+    row = 0
     try:
-        if source.kind == "csv":
-            with files.open_input_stream(path) as stream:
-                table = csv.read_csv(
-                    stream,
-                    parse_options=csv.ParseOptions(newlines_in_values=True),
-                    convert_options=csv.ConvertOptions(column_types=dict.fromkeys(both, pa.string())),
-                )
-        else:
-            with files.open_input_file(path) as handle:
-                schema = pq.read_schema(handle)
-                refuse_objects(schema, path)
-                _require_columns(path, schema.names, source)
-                table = pq.read_table(handle, columns=both)
-        _require_columns(path, table.column_names, source)
-        texts, labels = (table[name].to_pylist() for name in both)
+        for batch in (_csv_batches if source.kind == "csv" else _parquet_batches)(files, path, source):
+            texts, labels = (batch.column(name).to_pylist() for name in (source.text, source.label))
+            for text, label in zip(texts, labels, strict=True):
+                row += 1
+                where = f"{path}, row {row}"
+                yield where, _as_text(where, text), _as_class(where, label)
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error}; expected text in UTF-8") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: not {source.kind}: {error}; expected a table with a header") from None
-    for row, (text, label) in enumerate(zip(texts, labels, strict=True), start=1):
-        where = f"{path}, row {row}"
-        yield where, _as_text(where, text), _as_class(where, label)
+
+
+def _csv_batches(files: fs.FileSystem, path: str, source: Any) -> Iterator[pa.RecordBatch]:
+    """The two columns alone: what the others hold makes no difference."""
+    both = [source.text, source.label]
+    quoted = csv.ParseOptions(newlines_in_values=True)
+    with files.open_input_stream(path) as stream, csv.open_csv(stream, parse_options=quoted) as head:
+        _require_columns(path, head.schema.names, source)
+    chosen = csv.ConvertOptions(include_columns=both, column_types=dict.fromkeys(both, pa.string()))
+    with files.open_input_stream(path) as stream:
+        yield from csv.open_csv(stream, parse_options=quoted, convert_options=chosen)
+
+
+def _parquet_batches(files: fs.FileSystem, path: str, source: Any) -> Iterator[pa.RecordBatch]:
+    with files.open_input_file(path) as handle:
+        file = pq.ParquetFile(handle)
+        refuse_objects(file.schema_arrow, path)
+        _require_columns(path, file.schema_arrow.names, source)
+        yield from file.iter_batches(columns=[source.text, source.label])
 
 
 def _require_columns(where: str, found: Sequence[str], source: Any) -> None:

@@ -27,6 +27,7 @@ from overproof.artifacts import ArtifactWriter
 from overproof.cluster.ray_cluster import preserve_sigint
 from overproof.config import Pretrained
 from overproof.data.feed import planned_dataset
+from overproof.data.manifest import Manifest
 from overproof.data.order import Order
 from overproof.data.parquet_reader import Columns, planned_shards, table_to_numpy
 from overproof.errors import InputError
@@ -65,13 +66,15 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
     """
     settings, prepared, draft = context.recipe.train, context.parents["prepare"], context.draft
     if isinstance(settings.model, Pretrained):
-        from overproof.models.hf_directory import (
-            check_tokenizer,  # transformers: seconds to import, and not needed otherwise
-        )
+        # With transformers: seconds to import, and not needed otherwise.
+        from overproof.models.hf_directory import check_tokenizer, require_outputs
 
         context.progress(TaskProgress("train", 0, settings.steps, f"fetching {settings.model.path}"))
         start = pretrained.absolute_pretrained(settings.model)
-        check_tokenizer(pretrained.fetch_pretrained(start.path), prepared.local())
+        folder = pretrained.fetch_pretrained(start.path)
+        check_tokenizer(folder, prepared.local())
+        if not settings.steps:
+            require_outputs(folder, Manifest.read(prepared.local()))
         settings = settings.model_copy(update={"model": start})
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, draft.config, draft.parents, settings.checkpoint)
     checkpoints.claim_folder()

@@ -1,0 +1,226 @@
+"""The first rows of tables, for looking at data before their task is known: at most ``SAMPLE_BYTES`` of one file."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import csv, fs
+from pyarrow import parquet as pq
+
+from overproof.data.parquet_reader import refuse_objects
+from overproof.errors import InputError
+
+SAMPLE_ROWS = 10_000  # of a Parquet file
+SAMPLE_BYTES = 4 << 20  # of a text file
+TABLES = (".csv", ".jsonl", ".parquet")
+LISTED = 12  # columns, in a message
+LARGEST_INTEGER = 2**63
+# What JSON has, by the kind of a column that holds nothing else. Nested columns are in the schema alone.
+JSON_KINDS: Mapping[str, pa.DataType] = {
+    "texts": pa.string(),
+    "whole numbers": pa.int64(),
+    "numbers": pa.float64(),
+    "true or false": pa.bool_(),
+    "objects": pa.struct([]),
+    "lists": pa.list_(pa.null()),
+}
+
+
+@dataclass(frozen=True)
+class TableSample:
+    """The first rows of the tables of one kind. Columns of bytes and nested ones are in the schema alone.
+
+    Categories are so in the schema; among the rows they are what they stand for.
+    """
+
+    schema: pa.Schema
+    rows: pa.Table
+    total_rows: int  # of all files: exact for Parquet, else by their sizes
+    mixed: Mapping[str, str] = field(default_factory=dict)  # columns of several kinds, left out: what they hold
+
+    def columns(self, *tests: Any) -> list[str]:
+        """Names of the columns whose type passes one of the tests, such as ``pa.types.is_string``."""
+        return [column.name for column in self.schema if any(test(column.type) for test in tests)]
+
+    @property
+    def listed(self) -> str:
+        """The columns, for a message."""
+        names = [f"{column.name} ({column.type})" for column in self.schema]
+        names += [f"{name} ({what})" for name, what in self.mixed.items()]
+        return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
+
+    @property
+    def part(self) -> str:
+        """Which rows were looked at, where they are not all; for a message."""
+        looked = self.rows.num_rows
+        return "" if looked >= self.total_rows else f"in the first {looked:,} of about {self.total_rows:,} rows"
+
+
+class UnreadableTable(Exception):
+    """Tables are not what their name says: which, what was found, and what was expected."""
+
+
+def sample_tables(files: fs.FileSystem, infos: Sequence[fs.FileInfo], suffix: str) -> TableSample:
+    """Of tables of one kind, the first rows of the first one.
+
+    Raises:
+        UnreadableTable: it cannot be read, or has no rows.
+    """
+    first = next((i for i in infos if i.size), None)
+    if first is None:
+        raise UnreadableTable(f"{infos[0].path}: is empty; expected rows")
+    try:
+        if suffix == ".parquet":
+            return _parquet_sample(files, infos)
+        with files.open_input_stream(first.path) as stream:
+            content = stream.read(SAMPLE_BYTES)
+        whole = len(content) >= first.size
+        sample = _csv_sample(content, whole) if suffix == ".csv" else _jsonl_sample(content, whole)
+        _require_distinct(sample.schema.names)
+    except UnicodeDecodeError as error:
+        raise UnreadableTable(f"{first.path}: not UTF-8: {error}; expected text in UTF-8") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UnreadableTable(f"{first.path}: not {suffix[1:]}: {error}; expected rows in columns") from None
+    if not sample.rows.num_rows:
+        raise UnreadableTable(f"{first.path}: has a header and no rows; expected some")
+    total = round(sample.rows.num_rows * sum(i.size for i in infos) / min(first.size, len(content)))
+    return TableSample(sample.schema, _plain(sample.rows), max(total, sample.rows.num_rows), sample.mixed)
+
+
+def _csv_sample(content: bytes, whole: bool) -> TableSample:
+    rows = csv.read_csv(
+        io.BytesIO(content if whole else _whole_rows(content)),
+        read_options=csv.ReadOptions(block_size=SAMPLE_BYTES),  # a row lies in one block
+        parse_options=csv.ParseOptions(newlines_in_values=True),
+    )
+    for column in rows.schema:
+        if is_bytes(column.type):  # what Arrow makes of text that is no UTF-8
+            raise ValueError(f"column {column.name!r} is not UTF-8, expected that encoding")
+    return TableSample(rows.schema, rows, rows.num_rows)
+
+
+def _whole_rows(content: bytes) -> bytes:
+    """Up to an end of a line that no quotes are open at."""
+    end = content.rfind(b"\n") + 1
+    while end and content.count(b'"', 0, end) % 2:
+        end = content.rfind(b"\n", 0, end - 1) + 1
+    if not end:
+        raise ValueError(f"no row ends within its first {SAMPLE_BYTES >> 20} MiB")
+    return content[:end]
+
+
+def _jsonl_sample(content: bytes, whole: bool) -> TableSample:
+    """Every column by the kinds of its values: what they spell, such as a date, makes no difference."""
+    if not whole and b"\n" not in content:
+        raise ValueError(f"no line ends within its first {SAMPLE_BYTES >> 20} MiB")
+    lines = (content if whole else content[: content.rindex(b"\n")]).split(b"\n")
+    records: list[dict[str, Any]] = []
+    kinds: dict[str, dict[str, int]] = {}  # of each column: the line where each kind is first
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except RecursionError:
+            raise ValueError(f"line {number} is nested too deeply") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}: {error.msg}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"line {number} is no object")
+        records.append(record)
+        for name, value in record.items():
+            found = kinds.setdefault(name, {})
+            if value is not None:
+                found.setdefault(_json_kind(value), number)
+    types = {name: _column_type(found) for name, found in kinds.items()}
+    mixed = {name: _described(kinds[name]) for name, kind in types.items() if kind is None}
+    schema = pa.schema([(name, kind) for name, kind in types.items() if kind is not None])
+    flat = [column for column in schema if _is_plain(column.type)]
+    columns = [pa.array([_number_as(r.get(c.name), c.type) for r in records], c.type) for c in flat]
+    rows = pa.table(columns, names=[c.name for c in flat]) if flat else pa.table({"": pa.nulls(len(records))})
+    return TableSample(schema, rows, len(records), mixed)
+
+
+def _json_kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int):
+        return "whole numbers" if -LARGEST_INTEGER <= value < LARGEST_INTEGER else "numbers"
+    return {str: "texts", float: "numbers", dict: "objects", list: "lists"}[type(value)]
+
+
+def _column_type(found: Mapping[str, int]) -> pa.DataType | None:
+    """Of a column with these kinds; None where they do not go together."""
+    if not found:
+        return pa.null()
+    if found.keys() == {"whole numbers", "numbers"}:
+        return JSON_KINDS["numbers"]
+    return JSON_KINDS[next(iter(found))] if len(found) == 1 else None
+
+
+def _number_as(value: Any, kind: pa.DataType) -> Any:
+    return float(value) if isinstance(value, int) and pa.types.is_floating(kind) else value
+
+
+def _described(found: Mapping[str, int]) -> str:
+    return " and ".join(f"{kind} (line {line})" for kind, line in found.items())
+
+
+def _parquet_sample(files: fs.FileSystem, infos: Sequence[fs.FileInfo]) -> TableSample:
+    total, rows, schema = 0, None, None
+    for info in infos:
+        try:
+            with files.open_input_file(info.path) as handle:
+                file = pq.ParquetFile(handle)
+                refuse_objects(file.schema_arrow, info.path)
+                _require_distinct(file.schema_arrow.names)
+                total += file.metadata.num_rows
+                if rows is None and file.metadata.num_rows:
+                    schema = file.schema_arrow
+                    plain = [column.name for column in schema if _is_plain(column.type)]
+                    rows = pa.Table.from_batches([next(file.iter_batches(batch_size=SAMPLE_ROWS, columns=plain))])
+        except InputError as error:
+            raise UnreadableTable(str(error)) from None
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise UnreadableTable(f"{info.path}: not parquet: {error}; expected rows in columns") from None
+    if rows is None or schema is None:
+        raise UnreadableTable(f"{infos[0].path}: has no rows; expected some")
+    return TableSample(schema, _decoded(rows), total)
+
+
+def _require_distinct(names: list[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"several columns are named {twice[0]!r}, expected a name of its own for each")
+
+
+def _plain(rows: pa.Table) -> pa.Table:
+    return rows.select([column.name for column in rows.schema if _is_plain(column.type)])
+
+
+def _decoded(rows: pa.Table) -> pa.Table:
+    """Categories as what they stand for: not all that counts values takes them as Arrow stores them."""
+    for number, column in enumerate(rows.schema):
+        if pa.types.is_dictionary(column.type):
+            rows = rows.set_column(number, column.name, rows.column(number).cast(column.type.value_type))
+    return rows
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    return not (pa.types.is_nested(kind) or is_bytes(kind))
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    """Whether a column holds bytes that are no text."""
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds text."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
