@@ -25,7 +25,7 @@ from overproof.data.manifest import TOKENIZER, Column, Manifest
 from overproof.data.parquet_reader import refuse_objects
 from overproof.data.parquet_writer import write_file
 from overproof.data.sources import files_below, sha256_of
-from overproof.data.stratified import require_train_rows, stratified, write_splits
+from overproof.data.stratified import stratified, write_splits
 from overproof.errors import InputError, suggest_name
 from overproof.files import filesystem
 from overproof.models.encoder import PADDING
@@ -86,7 +86,7 @@ def texts_digest(data: TextClassificationData) -> str:
     """
     identity: list[object] = [[info.path, info.size, info.mtime_ns or 0] for info in _files(data.source)]
     if data.tokenizer.kind == "file":
-        identity.append(hashlib.sha256(tokenizer_content(data.tokenizer.path)).hexdigest())
+        identity.append(hashlib.sha256(tokenizer_file(data.tokenizer.path)).hexdigest())
     return sha256_of(identity)
 
 
@@ -99,7 +99,7 @@ def describe_texts(data: TextClassificationData) -> dict[str, Any]:
     classes = list(count_texts(data).by_class)
     if data.tokenizer.kind == "bpe":
         return _details(data, classes, data.tokenizer.vocab_size, SPECIAL.index(PAD))
-    tokenizer = read_tokenizer(tokenizer_content(data.tokenizer.path), data.tokenizer.path, data.sequence_length)
+    tokenizer = read_tokenizer(tokenizer_file(data.tokenizer.path), data.tokenizer.path, data.sequence_length)
     return _details(data, classes, *_vocabulary(tokenizer))
 
 
@@ -117,8 +117,8 @@ def prepare_texts(context: StageContext) -> Manifest:
     labels_R = np.array([numbers[label] for label in found.labels], np.int32)
     splits = stratified(labels_R, data.validation_fraction, data.test_fraction, context.recipe.seed)
     splits["train"] = splits["train"][: len(splits["train"]) // data.rows_per_group * data.rows_per_group]
-    require_train_rows(labels_R, splits["train"], found.classes, data, "texts")
-    content = _tokenizer_of(data, (found.texts[row] for row in splits["train"]))
+    _require_train_texts(found, labels_R, splits["train"])
+    content = _tokenizer_content(data, (found.texts[row] for row in splits["train"]))
     tokenizer = read_tokenizer(content, "data.tokenizer", data.sequence_length)
     context.progress(TaskProgress("prepare", 1, 3, f"tokenising {len(labels_R):,} texts"))
     encoded = encode_texts(tokenizer, found.texts)
@@ -166,7 +166,7 @@ def read_texts(data: TextClassificationData) -> Texts:
         InputError: a file cannot be read, a text or its class is missing, or there is one class alone.
     """
     rows, classes_of = 0, dict[str, set[str]]()
-    for text, label in _checked_texts(data.source):
+    for _, text, label in _labelled_texts(data.source):
         rows += 1
         classes_of.setdefault(text, set()).add(label)
     kept = {text: next(iter(labels)) for text, labels in classes_of.items() if len(labels) == 1}
@@ -189,7 +189,7 @@ def count_texts(data: TextClassificationData) -> TextCounts:
 def _count_texts(source: Any, files: tuple[tuple[str, int, int | None], ...]) -> TextCounts:
     del files  # whose change makes another source of it
     class_of = dict[bytes, str | None]()  # None where a text stands there with several
-    for text, label in _checked_texts(source):
+    for _, text, label in _labelled_texts(source):
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         if class_of.setdefault(digest, label) != label:
             class_of[digest] = None
@@ -208,15 +208,6 @@ def _require_classes(source: Any, classes: set[str]) -> None:
     if len(classes) < 2:
         only = f"every text is of class {next(iter(classes))!r}" if classes else "there is no text"
         raise InputError(f"data.source.path: {source.path}: {only}; expected texts of two classes at least")
-
-
-def _checked_texts(source: Any) -> Iterator[tuple[str, str]]:
-    for where, text, label in _labelled_texts(source):
-        if not text.strip():
-            raise InputError(f"{where}: the text is empty; expected one: leave it out")
-        if not label.strip():
-            raise InputError(f"{where}: there is no class; expected its name or number")
-        yield text, label
 
 
 def read_tokenizer(content: bytes, where: object, length: int) -> Tokenizer:
@@ -282,13 +273,13 @@ def _vocabulary(tokenizer: Tokenizer) -> tuple[int, int | None]:
     return max(ids.values()) + 1, next((ids[name] for name in PADDINGS if name in ids), None)
 
 
-def _tokenizer_of(data: TextClassificationData, train: Iterable[str]) -> bytes:
+def _tokenizer_content(data: TextClassificationData, train: Iterable[str]) -> bytes:
     if data.tokenizer.kind == "bpe":
         return str(train_tokenizer(train, data.tokenizer.vocab_size).to_str()).encode()
-    return tokenizer_content(data.tokenizer.path)
+    return tokenizer_file(data.tokenizer.path)
 
 
-def tokenizer_content(path: str) -> bytes:
+def tokenizer_file(path: str) -> bytes:
     """Of a tokenizer.json, or of the one in a folder.
 
     Raises:
@@ -302,6 +293,17 @@ def tokenizer_content(path: str) -> bytes:
     with files.open_input_stream(found) as stream:
         content: bytes = stream.read()
     return content
+
+
+def _require_train_texts(found: Texts, labels_R: NDArray[np.int32], train: NDArray[np.int64]) -> None:
+    """Raises InputError where a class has texts in other splits alone: no model could learn it."""
+    unseen = sorted(set(range(len(found.classes))) - set(labels_R[train].tolist()))
+    if unseen and len(train):
+        name = found.classes[unseen[0]]
+        raise InputError(
+            f"data: class {name!r} has {Counter(found.labels)[name]} texts, and none falls into the train split; "
+            "expected several texts of each class: give more, or leave the class out"
+        )
 
 
 def _weights(chosen: Any, classes: list[str], train_labels_R: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -347,7 +349,7 @@ def _one_file(files: fs.FileSystem, path: str, root: str, source: Any) -> Labell
     with files.open_input_stream(path) as stream:
         content: bytes = stream.read()
     try:
-        return path, content.decode(), name[0]
+        return path, _as_text(path, content.decode()), name[0]
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error}; expected text in UTF-8") from None
 
@@ -413,20 +415,20 @@ def _require_columns(where: str, found: Sequence[str], source: Any) -> None:
 
 
 def _as_text(where: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
+    if value is not None and not isinstance(value, str):
         raise InputError(f"{where}: the text is {type(value).__name__}; expected a string")
+    if value is None or not value.strip():
+        raise InputError(f"{where}: the text is empty; expected one: leave it out")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise InputError(f"{where}: the text holds half of a character; expected valid Unicode")
     return value
 
 
 def _as_class(where: str, value: Any) -> str:
-    if value is None:
-        return ""
     if isinstance(value, bool):
         return str(value).lower()
-    if not isinstance(value, str | int):
+    if value is not None and not isinstance(value, str | int):
         raise InputError(f"{where}: the class is {type(value).__name__}; expected its name or number")
+    if value is None or not str(value).strip():
+        raise InputError(f"{where}: there is no class; expected its name or number")
     return str(value)
