@@ -86,7 +86,9 @@ def test_image_scores_are_torchs(digits: dict[str, Artifact]) -> None:
     root = digits["prepare"].local()
     file = digits["compress"].local() / "student.onnx"
     task = TASKS["image_classification"]
-    found = task.score(file, root, task.units(root, None), SETTINGS, "onnxruntime", FORMATS["onnx"], lambda _: None)
+    units, told = task.units(root, None), list[int]()
+    found = task.score(file, root, units, SETTINGS, "onnxruntime", FORMATS["onnx"], told.append)
+    assert told == list(range(len(units)))  # before each: how many are done
     shards = Shards(root, "test")
     batch = hf_directory.to_tensors(shards.take(np.arange(shards.rows)))
     with torch.inference_mode():

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pytest
+from PIL import Image
+from pyarrow import parquet as pq
 
-from overproof.tasks.labelled_text_recognition import recognise_labelled_texts
+from overproof.tasks.image_recognition import recognise_images
 from overproof.tasks.recognition import ColumnFlags, Fit, Misfit, Question, look_at
 from overproof.tasks.table_recognition import recognise_table
+from overproof.tasks.table_samples import SAMPLE_ROWS
+from overproof.tasks.text_classification import TASK
 from overproof.tasks.text_recognition import recognise_text
 from text_classes import labelled_texts, write_base, write_jsonl
 
@@ -159,7 +165,7 @@ def test_a_head_is_the_datas_by_the_names_of_its_classes(
 ) -> None:
     model = base(tmp_path, architectures=["BertForSequenceClassification"], id2label=head)
     path = write_jsonl(tmp_path / "t.jsonl", labelled(classes))
-    found = recognise_labelled_texts(look_at(str(path)), model, ColumnFlags())
+    found = TASK.recognise(look_at(str(path)), model, ColumnFlags())
     assert isinstance(found, Fit)
     assert (found.refit is None) == (refit is None)
     assert (refit or "of the data's classes, by their names") in found.reasons["head"]
@@ -170,17 +176,17 @@ def test_texts_and_classes_are_found_by_what_columns_hold(tmp_path: Path) -> Non
     columns = {"id": range(len(texts)), "a": [text for text, _ in texts], "b": [label for _, label in texts]}
     pa.csv.write_csv(pa.table({name: list(values) for name, values in columns.items()}), tmp_path / "t.csv")
     model = base(tmp_path)
-    found = recognise_labelled_texts(look_at(str(tmp_path / "t.csv")), model, ColumnFlags())
+    found = TASK.recognise(look_at(str(tmp_path / "t.csv")), model, ColumnFlags())
     assert isinstance(found, Fit)
     assert found.data["source"] | {"path": ""} == {"kind": "csv", "path": "", "text": "a", "label": "b"}
     assert (found.units, found.data["sequence_length"], found.flags) == (120, 16, {"--text", "--label"})
     assert found.refit == "BertModel has no classifier yet"
     twice = {name: list(values) for name, values in columns.items()} | {"c": list(columns["b"])}
     pa.csv.write_csv(pa.table(twice), tmp_path / "t.csv")
-    asked = recognise_labelled_texts(look_at(str(tmp_path / "t.csv")), model, ColumnFlags())
+    asked = TASK.recognise(look_at(str(tmp_path / "t.csv")), model, ColumnFlags())
     assert isinstance(asked, Question)
     assert asked.flag == "--label"
-    named = recognise_labelled_texts(look_at(str(tmp_path / "t.csv")), model, ColumnFlags(label="c", text="a"))
+    named = TASK.recognise(look_at(str(tmp_path / "t.csv")), model, ColumnFlags(label="c", text="a"))
     assert isinstance(named, Fit)
     assert named.data["source"]["label"] == "c"
 
@@ -191,16 +197,32 @@ def test_folders_of_texts_are_classes_and_rare_ones_are_told(tmp_path: Path) -> 
         (tmp_path / "texts" / label).mkdir(parents=True, exist_ok=True)
         (tmp_path / "texts" / label / f"{i}.txt").write_text(text)
     model = base(tmp_path)
-    found = recognise_labelled_texts(look_at(str(tmp_path / "texts")), model, ColumnFlags())
+    found = TASK.recognise(look_at(str(tmp_path / "texts")), model, ColumnFlags())
     assert isinstance(found, Fit)
     assert found.reasons["rare classes"].startswith("stone (2): too few texts")
     assert "a folder for each class" in found.reasons["texts"]
     assert found.reasons["length"].startswith("16 tokens a row, by 122 of the texts, of which about 0.82 % are cut")
-    assert isinstance(recognise_labelled_texts(look_at(str(tmp_path / "texts/food")), model, ColumnFlags()), Misfit)
+    assert isinstance(TASK.recognise(look_at(str(tmp_path / "texts/food")), model, ColumnFlags()), Misfit)
 
 
 def test_one_class_alone_is_no_classification(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "t.jsonl", [(text, "one") for text, _ in labelled_texts()])
-    found = recognise_labelled_texts(look_at(str(path)), base(tmp_path), ColumnFlags(label="label"))
+    found = TASK.recognise(look_at(str(path)), base(tmp_path), ColumnFlags(label="label"))
     assert isinstance(found, Misfit)
     assert "column 'label' has 1 value; expected two classes or more" in found.why
+
+
+def test_classes_of_images_are_those_of_every_row(tmp_path: Path) -> None:
+    """The first rows of a sorted table have one class alone."""
+    content = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(content, format="png")
+    rows, classes = SAMPLE_ROWS + 10, ["cat"] * SAMPLE_ROWS + ["dog"] * 10
+    pq.write_table(
+        pa.table({"image": pa.array([content.getvalue()] * rows), "label": pa.array(classes).dictionary_encode()}),
+        tmp_path / "t.parquet",
+    )
+    model = {"image_size": 8, "num_channels": 1, "id2label": {"0": "cat", "1": "dog"}}
+    found = recognise_images(look_at(str(tmp_path)), model, ColumnFlags())
+    assert isinstance(found, Fit)
+    assert "2 classes in 'label'" in found.reasons["images"]
+    assert found.refit is None

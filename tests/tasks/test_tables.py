@@ -18,6 +18,7 @@ from overproof.config import Pretrained, Recipe, load_recipe
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.data.prepare import prepare
+from overproof.data.stratified import require_train_rows
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
 from overproof.export.onnx_file import export_onnx, quantize_onnx
@@ -242,3 +243,37 @@ def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:
     (tmp_path / "t.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(InputError, match=r"t\.parquet: not parquet"):
         prepared(recipe(tmp_path, "tabular_classification", f"{{kind: parquet, path: {tmp_path}/t.parquet}}"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("x,x,target\n1,2,a\n", r"t\.csv: several columns are named 'x'; expected a name of its own for each"),
+        ("größe,target\n1,a\n", r"t\.csv: not UTF-8: .*; expected text in UTF-8"),
+        ("x,target\n1,grün\n2,rot\n", r"t\.csv: column 'target' is not UTF-8; expected text in UTF-8"),
+        ("x,colour,target\n1,grün,a\n", r"t\.csv: column 'colour' is not UTF-8"),
+    ],
+)
+def test_a_csv_of_odd_names_and_bytes_is_named(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match=words):
+        prepared(recipe(tmp_path, "tabular_classification", f"{{kind: csv, path: {tmp_path}/t.csv}}"))
+
+
+def test_a_cell_may_hold_the_end_of_a_line(tmp_path: Path) -> None:
+    rows = [["first\nsecond" if row % 4 else "one", str(row), str(row % 2)] for row in range(60)]
+    csv.write_csv(
+        pa.table(dict(zip(("kind", "x", "target"), zip(*rows, strict=True), strict=True))), tmp_path / "t.csv"
+    )
+    source = f"{{kind: csv, path: {tmp_path}/t.csv}}"
+    root = prepared(recipe(tmp_path, "tabular_classification", source, "data.categorical=[]", "data.drop=[]"))
+    assert Manifest.read(root).details["columns"][0]["categories"] == ["first\nsecond", "one"]
+
+
+def test_a_class_that_no_row_to_train_on_has_is_named() -> None:
+    """Though it was split class by class: what fills no row group is left out."""
+    data = load_recipe(RECIPES / "wine.yaml", ("data.rows_per_group=4",)).data
+    labels_R, train = np.array([0, 0, 0, 1, 2, 2], np.int32), np.array([0, 1, 2, 3, 4])
+    with pytest.raises(InputError, match=r"data: class 'c' has 2 rows, and none falls into the train split; expected"):
+        require_train_rows(labels_R, train, ["a", "b", "c"], data, "rows")
+    require_train_rows(labels_R, np.array([0, 3, 4, 5, 1]), ["a", "b", "c"], data, "rows")

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from overproof.config.data import DataSection
 from overproof.errors import InputError
 from overproof.files import filesystem
 from overproof.models.base import ArrayFamily, class_order
@@ -28,7 +29,6 @@ from overproof.tasks.recognition import (
 )
 from overproof.tasks.table_recognition import ALMOST_UNIQUE, not_classes
 from overproof.tasks.table_samples import TableSample, is_text
-from overproof.tasks.text_classification import TextClassificationData
 from overproof.tasks.texts import count_texts, encode_texts, read_tokenizer, tokenizer_file
 
 TEXT_NAMES = ("text", "sentence", "review", "content", "body", "comment", "message")
@@ -51,7 +51,9 @@ class _Found:
     flags: frozenset[str] = frozenset()
 
 
-def recognise_labelled_texts(look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
+def recognise_labelled_texts(
+    look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags, section: type[DataSection]
+) -> Recognised:
     """CSV, JSONL or Parquet with a column of text and one of classes, or a folder of text files for each class."""
     if model is None:
         return Misfit("a classifier of texts starts from an encoder: give MODEL, a Hugging Face directory")
@@ -59,7 +61,7 @@ def recognise_labelled_texts(look: DataLook, model: Mapping[str, Any] | None, fl
     if len(tables) > 1:
         return Misfit(f"expected CSV, JSONL or Parquet, and one of them alone: {look.described}")
     found = _columns(look, tables[0], flags) if tables else _folders(look)
-    return _fit(found, model) if isinstance(found, _Found) else found
+    return _fit(found, model, section) if isinstance(found, _Found) else found
 
 
 def _columns(look: DataLook, suffix: str, flags: ColumnFlags) -> _Found | Misfit | Question:
@@ -112,11 +114,11 @@ def _folders(look: DataLook) -> _Found | Misfit:
     return _Found({"kind": "folder", "path": look.path}, "a folder for each class", texts)
 
 
-def _fit(found: _Found, model: Mapping[str, Any]) -> Fit | Misfit:
+def _fit(found: _Found, model: Mapping[str, Any], section: type[DataSection]) -> Fit | Misfit:
     """With all classes there are, by a look at every row, and the length of rows."""
     path = model["_name_or_path"]
-    source: Any = {"kind": "text_classification", "source": found.source}
-    counts = count_texts(TextClassificationData.parse(source, "data"))
+    data: Any = section.parse({"source": found.source}, "data")
+    counts = count_texts(data)
     if counts.texts < FEWEST_TEXTS:
         return Misfit(f"{counts.texts} texts; expected {FEWEST_TEXTS} at least, for train, validation and test")
     _, family = family_of(model, path)
@@ -136,8 +138,8 @@ def _fit(found: _Found, model: Mapping[str, Any]) -> Fit | Misfit:
         reasons["rare classes"] = f"{_listed(rare)}: too few texts to tell how well they are recognised"
     refit = _other_head(model, family.architectures[0], classes)
     reasons["head"] = refit or "of the data's classes, by their names"
-    data = {"source": found.source, "tokenizer": {"kind": "file", "path": path}, "sequence_length": length}
-    return Fit(data, counts.texts, counts.texts, reasons, refit=refit, flags=found.flags)
+    fields = {"source": found.source, "tokenizer": {"kind": "file", "path": path}, "sequence_length": length}
+    return Fit(fields, counts.texts, counts.texts, reasons, refit=refit, flags=found.flags)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -134,7 +134,7 @@ class TextClassification:
     def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
         from overproof.tasks.labelled_text_recognition import recognise_labelled_texts
 
-        return recognise_labelled_texts(look, model, flags)
+        return recognise_labelled_texts(look, model, flags, self.section)
 
     def source_digest(self, data: TextClassificationData) -> str:
         from overproof.tasks.texts import texts_digest
