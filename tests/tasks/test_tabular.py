@@ -122,7 +122,7 @@ def test_a_regression_is_answered_by_column_over_http(tmp_path: Path) -> None:
         size_bytes=1, verdict=[], parents={},
     )  # fmt: skip
     info = ModelInfo(id="rows", created=0, overproof=made)
-    app = build_app(SingleModel(ServedModel(info, ThreadedEngine(engine, 1), 1)), Access(None))
+    app = build_app(SingleModel(ServedModel(info, ThreadedEngine(engine, 1), 1, "")), Access(None))
     reply = ask(app, "/v1/predict", rows=[ROW, {**ROW, "colour": None}])
     assert reply.status_code == 200, reply.text
     first, second = reply.json()["data"]
