@@ -659,23 +659,3 @@ def test_a_language_model_is_shrunk_from_its_directory_as_it_is(
     (package,) = store.glob("package-*")
     assert out.splitlines()[-1] == f"serve it: overproof serve tiny-llama-small/{package.name}"
     assert "taken as it is" in (package / "README.md").read_text()
-
-
-def test_an_encoder_is_shrunk_from_texts_to_a_package(
-    ray_cluster: str, here: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It has no classifier: the teacher is trained first. Its files are about as large as they were told to be."""
-    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
-    few = _sets(*FEW, "train.steps=40", "train.learning_rate=5.0e-3", "train.warmup_steps=4", "sweep.steps=30",
-                "sweep.learning_rate=5.0e-3", "sweep.warmup_steps=3")  # fmt: skip
-    assert main(["shrink", str(base), "--data", str(texts(here.parent)), "--keep", "0.3", "--max-mb", "0.2", *few]) == 0
-    out = capsys.readouterr().out
-    (package,) = (here / "store/base-small").glob("package-*")
-    assert out.splitlines()[-1] == f"serve it: overproof serve base-small/{package.name}"
-    assert "passed · shipped" in " ".join(out.split())
-    (path,) = (here / "store/base-small").glob("evaluate-*/report.json")
-    report = Report.model_validate_json(path.read_text())
-    told = dict(re.findall(r"- name: (\S+)  # about (\S+) MB in int8", (here / "base-small.yaml").read_text()))
-    sizes = {file.name.removesuffix("-int8"): file.size_bytes / 1e6 for file in report.measured if file.candidate}
-    for name, found in sizes.items():
-        assert found == pytest.approx(float(told[name]), rel=0.25)
