@@ -487,6 +487,19 @@ def test_what_is_missing_may_be_said_by_set(here: Path) -> None:
     assert load_recipe("tiny-llama-small.yaml").data.tokenizer.end_token == "<|endoftext|>"  # type: ignore[attr-defined]
 
 
+def test_a_classifier_of_the_datas_classes_teaches_as_it_is(here: Path, base: Path) -> None:
+    data = texts(here.parent)
+    for number, (names, steps) in enumerate(
+        ((["plant", "animal", "food"], 0), (["LABEL_0", "LABEL_1", "LABEL_2"], 150), (["plant", "animal"], 150))
+    ):
+        model = here.parent / f"head-{number}"
+        shutil.copytree(base, model)
+        config = json.loads((model / "config.json").read_text()) | {"architectures": ["BertForSequenceClassification"]}
+        (model / "config.json").write_text(json.dumps(config | {"id2label": dict(enumerate(names))}))
+        assert main(["init", str(model), "--data", str(data)]) == 0
+        assert load_recipe(f"head-{number}-small.yaml").train.steps == steps
+
+
 def test_the_same_weights_under_another_name_count_once(here: Path, llama: Path) -> None:
     """As Mistral's directories have them."""
     model = here.parent / "twice"
