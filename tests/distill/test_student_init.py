@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from overproof.distill.student_init import initial_student, keep_layers
 from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.student_validation import check_student
 from overproof.distill.trial_job import CONTROL
+from overproof.distill.tune_trial import InProcessTrainer
 from overproof.errors import InputError
 from overproof.models.base import shape_of
 from overproof.models.hf_directory import (
@@ -210,3 +212,16 @@ def test_files_that_a_student_starts_from_are_part_of_the_sweep(tmp_path: Path) 
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match="pruned: no such folder"):
         prints()
+
+
+def test_the_next_student_of_a_process_finds_the_memory_of_the_last(
+    digits_world: World, digits_cache: Artifact
+) -> None:
+    context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP)
+    trainer = InProcessTrainer()
+    trainer.start(job_of(context, "wide"))
+    trainer.run_to_validation()
+    assert trainer.student is not None
+    last = weakref.ref(trainer.student.model)
+    trainer.start(job_of(context, "narrow"))
+    assert last() is None

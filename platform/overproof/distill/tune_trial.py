@@ -5,6 +5,7 @@ Light to import: the model code comes with the first job of a process, and is ti
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 import time
@@ -34,6 +35,7 @@ class InProcessTrainer:
         self.import_seconds = round(time.perf_counter() - began, 3) if first else 0.0
         self.job, self.steps_done = job, 0
         self.student: StudentTrainer | None = None
+        gc.collect()  # the last one's gigabytes hang in cycles of modules and generators
 
     def load_state(self, folder: Path) -> None:
         """Go on from another trial's state."""

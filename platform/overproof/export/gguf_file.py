@@ -139,6 +139,8 @@ def read_gguf(path: Path) -> PreTrainedModel:
     rope = {name: _dequantised(tensors.pop(name)) for name in ROPE_TENSORS if name in tensors}
     fields = {key: field.contents() for key, field in reader.fields.items() if key.startswith((prefix, *END_TOKENS))}
     read = {key.removeprefix(prefix): value for key, value in fields.items()}
+    heads_width = read["embedding_length"] // read["attention.head_count"]
+    read = {"attention.key_length": heads_width, "rope.dimension_count": heads_width, **read}  # the format's defaults
     config = family.model_class().config_class(
         **layout.settings(GgufContent(read, frozenset(tensors), rope)),
         **{setting: fields.get(key) for key, setting in END_TOKENS.items()},
