@@ -112,7 +112,12 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x" * 9999}, "prompt", "tokens long"),
     ({"prompt": "x" * 9999, "stream": True}, "prompt", "tokens long"),
     ({"prompt": "x", "max_tokens": 33}, "max_tokens", "at most 32"),
-    ({"prompt": "x", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    ({"prompt": "x", "max_tokens": 0}, "max_tokens", "1 or more, or 0 with echo"),
+    ({"prompt": "x", "max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
+    ({"prompt": "x", "echo": True, "logprobs": 6}, "logprobs", "less than or equal to 5"),
+    ({"prompt": "x" * 9999, "echo": True, "logprobs": 1, "max_tokens": 0}, "prompt", "tokens long"),
+    ({"prompt": ["x", [512]], "echo": True, "max_tokens": 0}, "prompt", "expected 0 to 511"),
+    ({"prompt": "x", "echo": 1}, "echo", "valid boolean"),
     ({"prompt": "x", "max_tokens": "9"}, "max_tokens", "valid integer"),
     ({"prompt": "x", "temperature": 3}, "temperature", "less than or equal to 2"),
     ({"prompt": "x", "top_p": 0}, "top_p", "greater than 0"),
@@ -465,7 +470,7 @@ def test_the_schema_is_pinned() -> None:
                  "top_p", "user"]  # fmt: skip
     reply = ["choices", "created", "id", "model", "object", "package", "system_fingerprint", "usage"]
     assert found == {
-        "CompletionRequest": sorted([*generated, "prompt"]),
+        "CompletionRequest": sorted([*generated, "echo", "prompt"]),
         "ChatRequest": sorted([*generated, "max_completion_tokens", "messages", "top_logprobs"]),
         "CompletionReply": reply,
         "ChatReply": reply,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -20,7 +21,7 @@ FinishReason = Literal["stop", "length"]
 class Sampling:
     """How a prompt is continued. Temperature 0 takes the likeliest token each time."""
 
-    max_tokens: int
+    max_tokens: int  # 0 where only the prompt is read
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
@@ -32,6 +33,7 @@ class Sampling:
     frequency_penalty: float = 0.0  # taken off it for each time that it occurred
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of token ids
     grammar: str | None = None  # which the text must follow, in llguidance's Lark
+    echo: bool = False  # whether the prompt is told, too: see ``read_prompt``
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,27 @@ class Token:
     piece: bytes
     logprob: float
     top: tuple[tuple[int, bytes, float], ...]  # id, bytes, log-probability; likeliest first
+
+
+@dataclass(frozen=True)
+class PromptScore:
+    """What a model says of a token that a prompt has: its log-probability (nats), and the likeliest ones."""
+
+    logprob: float
+    top: tuple[tuple[int, bytes, float], ...]  # as a ``Token`` has them
+
+
+@dataclass(frozen=True)
+class PromptReading:
+    """A prompt as a model reads it.
+
+    ``pieces`` are the bytes of the text that each token stands for, and join to it; a start token stands for none.
+    """
+
+    text: str
+    ids: list[int]
+    pieces: list[bytes]
+    scores: list[PromptScore] | None  # of every token but the first, where log-probabilities were asked for
 
 
 @dataclass(frozen=True)
@@ -98,6 +121,14 @@ class TextEngine(Protocol):
 
     def validate(self, prompt: str | Sequence[int], sampling: Sampling) -> None:
         """Raise where ``complete`` would, without generating."""
+
+    def read_prompt(self, prompt: str | Sequence[int], sampling: Sampling, cancelled: Event) -> PromptReading:
+        """The prompt's tokens, with the log-probability of each where ``sampling.logprobs`` asks for them.
+
+        Raises:
+            InputError: as ``complete``, or this engine tells no log-probabilities of prompts.
+            RuntimeError: ``cancelled`` was set meanwhile; the work ends then.
+        """
 
     def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> PieceStream:
         """Continue a prompt piece by piece; pieces carry no log-probabilities.

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from overproof.engines.base import Completion, EngineSettings, Sampling, TextScorer, Token
+from overproof.engines.base import Completion, EngineSettings, PromptReading, Sampling, TextScorer, Token
 from overproof.engines.gguf_tokens import align_logprobs, incomplete_utf8_tail, read_gguf_header
+from overproof.engines.llamacpp_prompt import LlamaCppPrompts
 from overproof.engines.llamacpp_scorer import LlamaCppScorer
 from overproof.engines.llamacpp_server import LlamaCppDraft, LlamaCppHttp, check_reply, server_params, start_server
 from overproof.engines.llamacpp_stream import LlamaCppPieces
@@ -71,6 +72,7 @@ class LlamaCpp:
         self._header, self._pieces = header, header.pieces
         self._reuse_prefix = reuse_prefix
         self._in_flight = InFlight()
+        self._prompts = LlamaCppPrompts(path, self._limits.max_prompt_tokens, threads, self._pieces)
         self._stats_lock = threading.Lock()
         self.drafted = self.accepted = 0  # guesses of the draft in completions so far, and those that were right
         key = secrets.token_urlsafe(32)
@@ -127,6 +129,19 @@ class LlamaCpp:
         with self._in_flight.call():
             self._request(prompt, sampling)
 
+    def read_prompt(self, prompt: str | Sequence[int], sampling: Sampling, cancelled: threading.Event) -> PromptReading:
+        """The prompt's tokens, and their log-probabilities where asked for: the model's own, by its own kernels.
+
+        Raises:
+            InputError: as ``complete``.
+            RuntimeError: it was cancelled.
+        """
+        with self._in_flight.call():
+            ids = self._request(prompt, sampling)["prompt"]
+            top = sampling.logprobs
+            scores = None if top is None else self._prompts.score(ids, top, cancelled)
+            return self._header.reading(prompt, ids, scores)
+
     def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> LlamaCppPieces:
         """Continue a prompt piece by piece.
 
@@ -178,6 +193,7 @@ class LlamaCpp:
     def close(self) -> None:
         """Wait for the calls in progress, then free the model. llama.cpp must not be torn down during a call."""
         self._in_flight.close()
+        self._prompts.close()
         self._server = self._undrafted = None
 
     def _request(self, prompt: str | Sequence[int], sampling: Sampling) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from overproof.data.manifest import TOKENIZER
-from overproof.engines.base import Completion, EngineSettings, FinishReason, Piece, Sampling, Token
+from overproof.engines.base import Completion, EngineSettings, FinishReason, Piece, PromptReading, Sampling, Token
 from overproof.engines.detokenizer import Detokenizer
 from overproof.engines.gguf_tokens import read_gguf_header
 from overproof.engines.prompt_limits import InFlight, PromptLimits, require_unicode
@@ -92,6 +92,14 @@ class Vllm:
         """
         self._request(prompt, sampling)
 
+    def read_prompt(self, prompt: str | Sequence[int], sampling: Sampling, cancelled: threading.Event) -> PromptReading:  # noqa: ARG002
+        """The prompt's tokens.
+
+        Raises:
+            InputError: as ``complete``, or log-probabilities are asked for.
+        """
+        return self._header.reading(prompt, self._request(prompt, sampling)["prompt"], None)
+
     def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> VllmPieces:
         """Continue a prompt piece by piece.
 
@@ -150,6 +158,8 @@ class Vllm:
         ids, max_tokens = self._limits.resolve(
             prompt, sampling, lambda text: [*self._header.start_ids, *self.tokenize(text)]
         )
+        if sampling.echo and sampling.logprobs is not None:
+            raise InputError("echo: found with logprobs; vLLM's are asked for of generated tokens only: leave one out")
         request = {
             "prompt": ids,
             "max_tokens": max_tokens,

@@ -121,7 +121,12 @@ class CompletionRequest(GenerationRequest):
     prompt: Annotated[list[str | list[int]], BeforeValidator(_parse_prompts)] = Field(
         description="Text or token ids, or a list of those; choices come prompt by prompt."
     )
-    max_tokens: int | None = Field(None, ge=1, description="Most tokens to generate; 16 unless given.")
+    max_tokens: int | None = Field(
+        None, ge=0, description="Most tokens to generate; 16 unless given. 0, with echo, generates none."
+    )
+    echo: bool = Field(
+        False, description="The text begins with the prompt, and `logprobs` are of its tokens, too: null of the first."
+    )
     logprobs: int | None = Field(
         None, ge=0, le=5,
         description="Likeliest tokens named at each place; streamed, the events come when the text is whole.",

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 import uuid
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from overproof.engines.base import Completion, FinishReason, Token
+from overproof.engines.base import Completion, FinishReason, PromptReading
 from overproof.engines.gguf_tokens import incomplete_utf8_tail
 from overproof.package.package import Package, fetch_package
-from overproof.serve.async_engine import AsyncEngine
+from overproof.serve.async_engine import AsyncEngine, Generation
 from overproof.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
 from overproof.serve.responses import (
     AssistantMessage,
@@ -58,10 +59,11 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """A token as it is written in a reply, and where in the text it begins, in characters."""
+    """A token of a reply, and where in the text it begins, in characters."""
 
-    token: Token
-    text: str
+    piece: bytes
+    logprob: float | None  # of a prompt's first token there is none
+    top: tuple[tuple[int, bytes, float], ...]
     offset: int
 
 
@@ -72,7 +74,8 @@ class ChoicePart:
     index: int
     text: str
     finish_reason: FinishReason | None
-    tokens: tuple[TokenInfo, ...] | None = None  # where log-probabilities were asked for
+    tokens: Sequence[TokenInfo] | None = None  # where log-probabilities were asked for
+    is_prompt: bool = False  # which was asked to be told, and is not generated
 
 
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
@@ -149,14 +152,43 @@ class ChatResponses(ResponseBuilder[ChatRequest]):
         return ChatEvent(**self.common_fields, choices=choices, usage=usage)
 
 
-def token_infos(completion: Completion) -> Iterator[TokenInfo]:
-    """The tokens of the text, without a closing end-of-text token and those of a stop string."""
+def choice_tokens(generation: Generation) -> list[TokenInfo] | None:
+    """The tokens of a choice where log-probabilities were asked for: of its prompt where that is told, and of what
+    was generated.
+    """
+    reading, completion = generation.prompt, generation.completion
+    if completion is None and (reading is None or reading.scores is None):
+        return None
+    prompt = [] if reading is None else list(prompt_infos(reading))
+    if completion is None:
+        return prompt
+    generated = token_infos(completion, closing=reading is not None)
+    before = 0 if reading is None else len(reading.text)
+    return prompt + [replace(token, offset=before + token.offset) for token in generated]
+
+
+def prompt_infos(reading: PromptReading) -> Iterator[TokenInfo]:
+    """The tokens of a prompt."""
+    assert reading.scores is not None
+    decode, offset = codecs.getincrementaldecoder("utf-8")("replace").decode, 0
+    first = TokenInfo(reading.pieces[0], None, (), 0)
+    others = [TokenInfo(piece, score.logprob, score.top, 0)
+              for piece, score in zip(reading.pieces[1:], reading.scores, strict=True)]  # fmt: skip
+    for token in (first, *others):
+        yield replace(token, offset=offset)
+        offset += len(decode(token.piece))
+
+
+def token_infos(completion: Completion, closing: bool = False) -> Iterator[TokenInfo]:
+    """The tokens of the text, without those of a stop string, and without a closing end-of-text token unless it is
+    asked for.
+    """
     assert completion.token_logprobs is not None
     before, offset = b"", 0
     for token in completion.token_logprobs:
-        if offset >= len(completion.text):
+        if offset >= len(completion.text) and (token.piece or not closing):
             return
-        yield TokenInfo(token, _token_text(token.piece), offset)
+        yield TokenInfo(token.piece, token.logprob, token.top, offset)
         before += token.piece
         closed = before[: len(before) - incomplete_utf8_tail(before)]
         offset = len(closed.decode(errors="replace"))
@@ -174,9 +206,14 @@ def _token_logprobs(tokens: Sequence[TokenInfo] | None) -> TokenLogprobs | None:
     if tokens is None:
         return None
     return TokenLogprobs(
-        tokens=[part.text for part in tokens],
-        token_logprobs=[part.token.logprob for part in tokens],
-        top_logprobs=[{_token_text(piece): value for _, piece, value in part.token.top} for part in tokens],
+        tokens=[_token_text(part.piece) for part in tokens],
+        token_logprobs=[part.logprob for part in tokens],
+        top_logprobs=[
+            None
+            if part.logprob is None
+            else {_token_text(piece): value for _, piece, value in reversed(part.top)}  # of equal texts the likeliest
+            for part in tokens
+        ],
         text_offset=[part.offset for part in tokens],
     )
 
@@ -187,15 +224,16 @@ def _chat_logprobs(tokens: Sequence[TokenInfo] | None) -> ChatLogprobs | None:
     return ChatLogprobs(
         content=[
             ContentLogprob(
-                token=part.text,
-                logprob=part.token.logprob,
-                bytes=list(part.token.piece),
+                token=_token_text(part.piece),
+                logprob=part.logprob,
+                bytes=list(part.piece),
                 top_logprobs=[
                     TopLogprob(token=_token_text(piece), logprob=value, bytes=list(piece))
-                    for _, piece, value in part.token.top
+                    for _, piece, value in part.top
                 ],
             )
             for part in tokens
+            if part.logprob is not None
         ]
     )
 

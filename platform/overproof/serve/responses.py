@@ -25,11 +25,15 @@ class GeneratedReply(ModelReply):
 
 
 class TokenLogprobs(BaseModel):
-    """One entry for each token of a completion; a token that is not text by itself is written as ``bytes:\\xc3``."""
+    """One entry for each token of a completion; a token that is not text by itself is written as ``bytes:\\xc3``.
+
+    With ``echo`` they begin with those of the prompt, and end with a closing end-of-text token, which has no text. The
+    first is predicted by nothing.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]  # characters
 
 
