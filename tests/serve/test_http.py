@@ -123,7 +123,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "top_p": 0}, "top_p", "greater than 0"),
     ({"prompt": "x", "seed": -1}, "seed", "greater than or equal to 0"),
     ({"prompt": "x", "stop": [""]}, "stop", "none empty"),
-    ({"prompt": "x", "stop": ["a"] * 5}, "stop", "up to 4"),
+    ({"prompt": "x", "stop": ["a"] * 17}, "stop", "up to 16"),
     ({"prompt": "x", "stream": "yes"}, "stream", "valid boolean"),
     ({"prompt": "x", "tools": []}, "tools", "unknown field"),
     ({"prompt": "x", "logprobs": 6}, "logprobs", "less than or equal to 5"),

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from overproof.tasks.http import ModelRequest, UnicodeText, check_unicode
 
 DEFAULT_MAX_TOKENS = 16
-MAX_STOPS = 4
+MAX_STOPS = 16
 MAX_CHOICES = 16
 MAX_BIASES = 300
 MAX_MESSAGES = 1024
