@@ -326,7 +326,7 @@ def test_a_failing_engine_is_a_500_that_tells_nothing(digits_package: Path) -> N
 CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({}, "messages", "field required"),
     ({"messages": []}, "messages", "at least 1"),
-    ({"messages": [{"role": "robot", "content": "x"}]}, "messages", "'system', 'developer', 'user' or"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages", "'system', 'developer', 'user', 'assistant' or"),
     ({"messages": [{"role": "user"}]}, "messages", "field required"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "parts of type 'text'"),
     ({"messages": [{"role": "user", "content": "x" * 9999}]}, "prompt", "tokens long"),
@@ -471,7 +471,17 @@ def test_the_schema_is_pinned() -> None:
     reply = ["choices", "created", "id", "model", "object", "package", "system_fingerprint", "usage"]
     assert found == {
         "CompletionRequest": sorted([*generated, "echo", "prompt"]),
-        "ChatRequest": sorted([*generated, "max_completion_tokens", "messages", "top_logprobs"]),
+        "ChatRequest": sorted(
+            [
+                *generated,
+                "max_completion_tokens",
+                "messages",
+                "parallel_tool_calls",
+                "tool_choice",
+                "tools",
+                "top_logprobs",
+            ]
+        ),
         "CompletionReply": reply,
         "ChatReply": reply,
         "ChatEvent": reply,

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from overproof.engines.llamacpp import LlamaCpp
 from overproof.serve.middleware import Access
 from overproof.serve.routes import build_app
-from single_model import one
+from single_model import listening, one
 
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="an environment older than this dependency")
 
@@ -73,16 +70,8 @@ def url(text_package: Path) -> Iterator[str]:
     """A server of the student in half precision."""
     (file,) = text_package.parent.glob("compress-*/student.gguf")
     engine = LlamaCpp(file, slots=2)
-    app = build_app(one(text_package, engine), Access(None))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/completions"
-    server.should_exit = True
-    thread.join()
+    with listening(build_app(one(text_package, engine), Access(None))) as address:
+        yield f"{address}/v1/completions"
     engine.close()
 
 

@@ -96,6 +96,15 @@ class Piece:
     completion_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class ToolSyntax:
+    """How an assistant's message calls a tool: this, its name, this, its arguments as a JSON object, and this."""
+
+    before_name: str
+    before_arguments: str
+    after: str
+
+
 class PieceStream(Iterator[Piece], Protocol):
     """A completion being generated; the texts join to what ``complete`` gives."""
 
@@ -137,11 +146,21 @@ class TextEngine(Protocol):
             InputError: as ``complete``, before the first piece.
         """
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Messages (role and content) as a prompt that asks for the assistant's next one, by the model's own template.
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """Messages as a prompt that asks for the assistant's next one, by the model's own template.
+
+        They have ``role`` and ``content``, and where tools were called ``tool_calls`` or ``tool_call_id``; tools and
+        calls are as OpenAI has them, but for arguments, which are an object.
 
         Raises:
-            InputError: the model has no template, or it does not take these messages.
+            InputError: the model has no template, it does not take these messages, or it knows no tools.
+        """
+
+    def tool_syntax(self) -> ToolSyntax:
+        """How the model's template writes a call.
+
+        Raises:
+            InputError: it knows no tools, or writes calls otherwise than with arguments in JSON.
         """
 
     def tokenize(self, text: str) -> list[int]:

@@ -10,7 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from overproof.engines.base import Completion, EngineSettings, PromptReading, Sampling, TextScorer, Token
+from overproof.engines.base import (
+    Completion,
+    EngineSettings,
+    PromptReading,
+    Sampling,
+    TextScorer,
+    Token,
+    ToolSyntax,
+)
+from overproof.engines.chat_template import ChatTemplate
 from overproof.engines.gguf_tokens import align_logprobs, incomplete_utf8_tail, read_gguf_header
 from overproof.engines.llamacpp_prompt import LlamaCppPrompts
 from overproof.engines.llamacpp_scorer import LlamaCppScorer
@@ -70,6 +79,7 @@ class LlamaCpp:
         self.context_length = self._limits.context_length
         self.chats = header.chat_template is not None
         self._header, self._pieces = header, header.pieces
+        self._template = ChatTemplate(header)
         self._reuse_prefix = reuse_prefix
         self._in_flight = InFlight()
         self._prompts = LlamaCppPrompts(path, self._limits.max_prompt_tokens, threads, self._pieces)
@@ -157,14 +167,22 @@ class LlamaCpp:
 
         return LlamaCppPieces(run, len(request["prompt"]), sampling.stop)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def tool_syntax(self) -> ToolSyntax:
+        """See ``TextEngine``."""
+        with self._in_flight.call():
+            return self._template.tool_syntax
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """Messages as a prompt, by the template in the file.
 
         Raises:
-            InputError: there is none (llama.cpp would take one of its own), or it does not take these messages.
+            InputError: there is none (llama.cpp would take one of its own), it does not take these messages, or it
+                knows no tools.
         """
         self._header.require_chat_template()
         with self._in_flight.call():
+            if tools or any(message.keys() - {"role", "content"} for message in messages):
+                return self._template.render(messages, tools)  # llama.cpp would describe tools in words of its own
             try:
                 reply = self._http.request("POST", "/apply-template", {"messages": list(messages)})
             except RuntimeError as error:

@@ -26,6 +26,7 @@ from overproof.engines.base import (
     PromptReading,
     Sampling,
     TextEngine,
+    ToolSyntax,
 )
 
 ResultT = TypeVar("ResultT")
@@ -62,7 +63,11 @@ class AsyncEngine(Protocol):
     def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
         """Continue a prompt piece by piece; closing the generator ends generation."""
 
-    async def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str: ...
+    async def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str: ...
+
+    async def tool_syntax(self) -> ToolSyntax: ...
 
     async def detokenize(self, ids: Sequence[int]) -> str: ...
 
@@ -109,9 +114,13 @@ class ThreadedEngine:
                 yield piece
             await forwarding  # raises where it failed
 
-    async def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        prompt: str = await self._call(partial(self._engine.chat_prompt, messages))
+    async def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        prompt: str = await self._call(partial(self._engine.chat_prompt, messages, tools))
         return prompt
+
+    async def tool_syntax(self) -> ToolSyntax:
+        syntax: ToolSyntax = await self._call(self._engine.tool_syntax)
+        return syntax
 
     async def detokenize(self, ids: Sequence[int]) -> str:
         text: str = self._engine.detokenize(ids)

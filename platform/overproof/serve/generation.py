@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from overproof.engines.base import Completion, FinishReason, Piece, Sampling
+from overproof.engines.base import Completion, FinishReason, Piece, Sampling, ToolSyntax
 from overproof.errors import InputError
 from overproof.serve.async_engine import AsyncEngine, Generation
 from overproof.serve.grammar import GrammarChecker, request_grammar
-from overproof.serve.requests import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, GenerationRequest
+from overproof.serve.requests import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, GenerationRequest, NamedTool
 from overproof.serve.response_builder import (
     ChatResponses,
     ChoicePart,
@@ -24,6 +24,7 @@ from overproof.serve.response_builder import (
     token_infos,
 )
 from overproof.serve.responses import ErrorDetail, ErrorReply, GeneratedReply, Usage
+from overproof.serve.tools import call_grammar, require_tools
 from overproof.serve.traffic import Exchange
 
 LOG = logging.getLogger("overproof.serve")
@@ -52,15 +53,23 @@ EngineRequest = tuple[Any, Sampling]  # prompt, and how to continue it
 
 
 def build_requests(
-    served: ServedModel, request: GenerationRequest, prompts: Sequence[Any], logprobs: int | None
+    served: ServedModel,
+    request: GenerationRequest,
+    prompts: Sequence[Any],
+    logprobs: int | None,
+    syntax: ToolSyntax | None = None,
 ) -> list[EngineRequest]:
     """One request of the engine for each choice, prompt by prompt; with a seed, each choice has its own.
 
     Raises:
         InputError: ``max_tokens`` is above this server's limit, or the grammar is invalid.
     """
-    limit = served.max_tokens
+    limit, grammar = served.max_tokens, request_grammar(request)
     if isinstance(request, ChatRequest):
+        if request.must_call:
+            assert syntax is not None
+            named = request.tool_choice.function.name if isinstance(request.tool_choice, NamedTool) else None
+            grammar = call_grammar(syntax, require_tools(request.tools, named))
         name, max_tokens = "max_completion_tokens", request.max_completion_tokens or request.max_tokens or limit
     else:
         assert isinstance(request, CompletionRequest)
@@ -76,7 +85,7 @@ def build_requests(
             include={"temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "logit_bias"}
         ),
         logprobs=logprobs,
-        grammar=request_grammar(request),
+        grammar=grammar,
         echo=isinstance(request, CompletionRequest) and request.echo,
     )
     seeds = [None if request.seed is None else request.seed + number for number in range(request.n)]

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from overproof.engines.base import Completion, FinishReason, PromptReading
+from overproof.engines.base import Completion, FinishReason, PromptReading, ToolSyntax
 from overproof.engines.gguf_tokens import incomplete_utf8_tail
 from overproof.package.package import Package, fetch_package
 from overproof.serve.async_engine import AsyncEngine, Generation
@@ -22,18 +22,24 @@ from overproof.serve.responses import (
     ChatChoice,
     ChatEvent,
     ChatEventChoice,
+    ChatFinishReason,
     ChatLogprobs,
     ChatReply,
     CompletionChoice,
     CompletionReply,
     ContentLogprob,
     Delta,
+    FunctionCall,
+    FunctionDelta,
     ModelInfo,
     Provenance,
     TokenLogprobs,
+    ToolCallDelta,
+    ToolCallReply,
     TopLogprob,
     Usage,
 )
+from overproof.serve.tools import ToolCallParser
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,12 @@ class ChatResponses(ResponseBuilder[ChatRequest]):
 
     ID_PREFIX = "chatcmpl"
 
+    def __init__(self, served: ServedModel, request: ChatRequest, syntax: ToolSyntax | None = None) -> None:
+        """``syntax`` is how calls are written, where tools are offered."""
+        super().__init__(served, request)
+        self.syntax = syntax
+        self._streams: dict[int, _ToolStream] = {}  # by choice
+
     @property
     def logprobs(self) -> int | None:
         return (self.request.top_logprobs or 0) if self.request.logprobs else None
@@ -130,11 +142,12 @@ class ChatResponses(ResponseBuilder[ChatRequest]):
         choices = [
             ChatChoice(
                 index=part.index,
-                message=AssistantMessage(content=part.text),
-                finish_reason=part.finish_reason,
+                message=message,
+                finish_reason=reason,
                 logprobs=_chat_logprobs(part.tokens),
             )
             for part in parts
+            for message, reason in [self._message(part)]
         ]
         return ChatReply(**self.common_fields, choices=choices, usage=usage)
 
@@ -143,13 +156,60 @@ class ChatResponses(ResponseBuilder[ChatRequest]):
         choices = [
             ChatEventChoice(
                 index=part.index,
-                delta=Delta(role=None if part.index in started else "assistant", content=part.text or None),
-                finish_reason=part.finish_reason,
+                delta=delta.model_copy(update={"role": None if part.index in started else "assistant"}),
+                finish_reason=reason,
                 logprobs=_chat_logprobs(part.tokens),
             )
             for part in parts
+            for delta, reason in [self._delta(part)]
         ]
         return ChatEvent(**self.common_fields, choices=choices, usage=usage)
+
+    def _message(self, part: ChoicePart) -> tuple[AssistantMessage, ChatFinishReason | None]:
+        if self.syntax is None:
+            return AssistantMessage(content=part.text), part.finish_reason
+        stream = _ToolStream(self.syntax, self.request)
+        delta, calls = stream.delta(part), list[ToolCallReply]()
+        for each in delta.tool_calls or ():
+            if each.id is not None:
+                calls.append(
+                    ToolCallReply(id=each.id, function=FunctionCall(name=each.function.name or "", arguments=""))
+                )
+            calls[-1].function.arguments += each.function.arguments
+        content = delta.content or (None if calls else "")
+        return AssistantMessage(content=content, tool_calls=calls or None), stream.finish_reason(part)
+
+    def _delta(self, part: ChoicePart) -> tuple[Delta, ChatFinishReason | None]:
+        if self.syntax is None:
+            return Delta(content=part.text or None), part.finish_reason
+        stream = self._streams.setdefault(part.index, _ToolStream(self.syntax, self.request))
+        return stream.delta(part), stream.finish_reason(part)
+
+
+class _ToolStream:
+    """The text and the calls of a choice."""
+
+    def __init__(self, syntax: ToolSyntax, request: ChatRequest) -> None:
+        self._parser = ToolCallParser(syntax, [tool.function.name for tool in request.offered_tools])
+        self._calls = 0
+
+    def delta(self, part: ChoicePart) -> Delta:
+        """What is known after one more part."""
+        found = self._parser.add(part.text)
+        if part.finish_reason is not None:
+            found += self._parser.finish()
+        calls = list[ToolCallDelta]()
+        for each in found:
+            if each.name is not None:
+                id_, function = f"call_{uuid.uuid4().hex}", FunctionDelta(name=each.name)
+                calls.append(ToolCallDelta(index=self._calls, id=id_, type="function", function=function))
+                self._calls += 1
+            elif each.arguments:
+                calls.append(ToolCallDelta(index=self._calls - 1, function=FunctionDelta(arguments=each.arguments)))
+        return Delta(content="".join(each.text for each in found) or None, tool_calls=calls or None)
+
+    def finish_reason(self, part: ChoicePart) -> ChatFinishReason | None:
+        return "tool_calls" if self._calls and part.finish_reason == "stop" else part.finish_reason
 
 
 def choice_tokens(generation: Generation) -> list[TokenInfo] | None:

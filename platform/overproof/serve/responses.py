@@ -66,17 +66,32 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+ChatFinishReason = FinishReason | Literal["tool_calls"]
+
+
+class FunctionCall(BaseModel):
+    name: str
+    arguments: str  # a JSON object
+
+
+class ToolCallReply(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCallReply] | None = None
 
 
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None  # None while a stream goes on
+    finish_reason: ChatFinishReason | None  # None while a stream goes on
 
 
 class ChatReply(GeneratedReply):
@@ -84,16 +99,31 @@ class ChatReply(GeneratedReply):
     choices: list[ChatChoice]
 
 
+class FunctionDelta(BaseModel):
+    name: str | None = None
+    arguments: str = ""
+
+
+class ToolCallDelta(BaseModel):
+    """The begin of a call, with its id and its name, or more of its arguments."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class Delta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatEventChoice(BaseModel):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None  # None while a stream goes on
+    finish_reason: ChatFinishReason | None  # None while a stream goes on
 
 
 class ChatEvent(GeneratedReply):
