@@ -111,6 +111,9 @@ def client(text_package: Path, engine: LlamaCpp) -> Iterator[OpenAI]:
 def test_a_call_is_written_as_the_template_writes_it(header: GgufHeader) -> None:
     assert template(header, HERMES).tool_syntax == SYNTAX
     assert template(header, LLAMA).tool_syntax == ToolSyntax('{"name": "', '", "parameters": ', "}")
+    silent = LLAMA.replace("#assistant\\n{", "#assistant\\n<|endoftext|>{")
+    assert silent != LLAMA
+    assert template(header, silent).tool_syntax == template(header, LLAMA).tool_syntax
     with pytest.raises(InputError, match=r"tools: .* otherwise than as a name followed by arguments in JSON"):
         _ = template(header, XML).tool_syntax
 

@@ -87,6 +87,7 @@ class ChatTemplate:
         )
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(said, called, strict=False)))
         before_name, _, rest = called[same:].partition(NAME)
+        before_name = self._visible(before_name)
         start = rest.find("{")
         try:
             arguments, end = json.JSONDecoder().raw_decode(rest, start)
@@ -98,7 +99,13 @@ class ChatTemplate:
                 "leave tools out"
             )
         after = rest[end:].removesuffix(said.partition(TEXT)[2]).partition(self._header.eos_token)[0]
-        return ToolSyntax(before_name, rest[:start], after)
+        return ToolSyntax(before_name, self._visible(rest[:start]), self._visible(after))
+
+    def _visible(self, text: str) -> str:
+        """Without the names of tokens that add nothing to a text: no engine shows them."""
+        for name in self._header.silent_names.values():
+            text = text.replace(name, "") if name else text
+        return text
 
     @cached_property
     def _environment(self) -> ImmutableSandboxedEnvironment:
