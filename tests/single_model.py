@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import uvicorn
 
 from overproof.package.package import open_package
 from overproof.serve.async_engine import ThreadedEngine
@@ -15,3 +21,17 @@ def one(package: Path, engine: Any, max_tokens: int = 32, calls: int = 4) -> Sin
     """A registry of this package alone, answered by this engine."""
     info = model_info(open_package(package))
     return SingleModel(ServedModel(info, ThreadedEngine(engine, calls), max_tokens, str(package)))
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """The address at which an application answers, at a port of this machine."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()

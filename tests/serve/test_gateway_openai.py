@@ -106,6 +106,21 @@ def test_log_probabilities_of_completions(client: OpenAI) -> None:
     assert reported == found.token_logprobs
 
 
+def test_a_prompt_is_told_with_its_log_probabilities(client: OpenAI) -> None:
+    arguments: Any = {"model": "stdlib-lm", "prompt": ["import os\n", [0, 70, 71]], "echo": True, "temperature": 0}
+    first, second = client.completions.create(**arguments, logprobs=2, max_tokens=1).choices
+    assert first.text.startswith("import os\n")
+    assert first.logprobs
+    assert second.logprobs
+    assert first.logprobs.token_logprobs
+    assert first.logprobs.token_logprobs[0] is None
+    assert all(value < 0 for value in first.logprobs.token_logprobs[1:])
+    assert len(second.logprobs.tokens or ()) == 4
+    events = [event.choices[0] for event in client.completions.create(**arguments, max_tokens=4, stream=True)]
+    for index, told in enumerate(("import os\n", "fg")):
+        assert next(event.text for event in events if event.index == index) == told
+
+
 def test_biases_decide_and_penalties_forbid_to_repeat(client: OpenAI) -> None:
     arguments: Any = {"model": "stdlib-lm", "prompt": [0, 70], "max_tokens": 8, "temperature": 0}
     assert client.completions.create(**arguments, logit_bias={"70": 100}).choices[0].text == "f" * 8

@@ -112,13 +112,18 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x" * 9999}, "prompt", "tokens long"),
     ({"prompt": "x" * 9999, "stream": True}, "prompt", "tokens long"),
     ({"prompt": "x", "max_tokens": 33}, "max_tokens", "at most 32"),
-    ({"prompt": "x", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    ({"prompt": "x", "max_tokens": 0}, "max_tokens", "1 or more, or 0 with echo"),
+    ({"prompt": "x", "max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
+    ({"prompt": "x", "echo": True, "logprobs": 6}, "logprobs", "less than or equal to 5"),
+    ({"prompt": "x" * 9999, "echo": True, "logprobs": 1, "max_tokens": 0}, "prompt", "tokens long"),
+    ({"prompt": ["x", [512]], "echo": True, "max_tokens": 0}, "prompt", "expected 0 to 511"),
+    ({"prompt": "x", "echo": 1}, "echo", "valid boolean"),
     ({"prompt": "x", "max_tokens": "9"}, "max_tokens", "valid integer"),
     ({"prompt": "x", "temperature": 3}, "temperature", "less than or equal to 2"),
     ({"prompt": "x", "top_p": 0}, "top_p", "greater than 0"),
     ({"prompt": "x", "seed": -1}, "seed", "greater than or equal to 0"),
     ({"prompt": "x", "stop": [""]}, "stop", "none empty"),
-    ({"prompt": "x", "stop": ["a"] * 5}, "stop", "up to 4"),
+    ({"prompt": "x", "stop": ["a"] * 17}, "stop", "up to 16"),
     ({"prompt": "x", "stream": "yes"}, "stream", "valid boolean"),
     ({"prompt": "x", "tools": []}, "tools", "unknown field"),
     ({"prompt": "x", "logprobs": 6}, "logprobs", "less than or equal to 5"),
@@ -321,7 +326,7 @@ def test_a_failing_engine_is_a_500_that_tells_nothing(digits_package: Path) -> N
 CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({}, "messages", "field required"),
     ({"messages": []}, "messages", "at least 1"),
-    ({"messages": [{"role": "robot", "content": "x"}]}, "messages", "'system', 'developer', 'user' or"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages", "'system', 'developer', 'user', 'assistant' or"),
     ({"messages": [{"role": "user"}]}, "messages", "field required"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "parts of type 'text'"),
     ({"messages": [{"role": "user", "content": "x" * 9999}]}, "prompt", "tokens long"),
@@ -465,8 +470,18 @@ def test_the_schema_is_pinned() -> None:
                  "top_p", "user"]  # fmt: skip
     reply = ["choices", "created", "id", "model", "object", "package", "system_fingerprint", "usage"]
     assert found == {
-        "CompletionRequest": sorted([*generated, "prompt"]),
-        "ChatRequest": sorted([*generated, "max_completion_tokens", "messages", "top_logprobs"]),
+        "CompletionRequest": sorted([*generated, "echo", "prompt"]),
+        "ChatRequest": sorted(
+            [
+                *generated,
+                "max_completion_tokens",
+                "messages",
+                "parallel_tool_calls",
+                "tool_choice",
+                "tools",
+                "top_logprobs",
+            ]
+        ),
         "CompletionReply": reply,
         "ChatReply": reply,
         "ChatEvent": reply,

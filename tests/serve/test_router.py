@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from overproof.engines.base import Piece, Sampling
+from overproof.engines.base import Piece, Sampling, ToolSyntax
 from overproof.engines.llamacpp import LlamaCpp
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
@@ -55,8 +55,11 @@ class ScriptedEngine:
         finally:
             self.ended.append(prompt)
 
-    async def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        return messages[-1]["content"]
+    async def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        return " ".join([messages[-1]["content"], *(tool["type"] for tool in tools)])
+
+    async def tool_syntax(self) -> ToolSyntax:
+        return ToolSyntax("before", "between", "after")
 
     async def detokenize(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
@@ -126,6 +129,7 @@ def test_a_replica_answers_as_its_engine_does(text_package: Path, digits_package
             for sampling in (
                 Sampling(8, seed=3, temperature=1.0, stop=("x",), logit_bias={5: -1.0}),
                 Sampling(4, logprobs=3),
+                Sampling(2, logprobs=2, echo=True),
                 Sampling(6, grammar='root ::= "yes" | "no"'),
             ):
                 expected = await local.complete("import os\n", sampling)
@@ -165,7 +169,10 @@ def test_requests_wait_for_capacity_in_their_order_and_the_least_busy_takes_them
             assert pool.load == ReplicaLoad(1, 2, 2)
             with pytest.raises(Busy, match="2 requests are being answered and 2 wait"):
                 await pool.complete("one too many", ONE)
-            assert await pool.chat_prompt([{"role": "user", "content": "?"}]) == "?"  # takes no slot
+            messages = [{"role": "user", "content": "?"}]
+            assert await pool.chat_prompt(messages) == "?"  # takes no slot
+            assert await pool.chat_prompt(messages, [{"type": "function"}]) == "? function"
+            assert await pool.tool_syntax() == ToolSyntax("before", "between", "after")
             ReplicaWorker(two, NAME, 2, directory.find)
             await until(lambda: two.begun == ["2", "3"])
             two.go_on.set()

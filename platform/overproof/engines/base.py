@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -20,7 +21,7 @@ FinishReason = Literal["stop", "length"]
 class Sampling:
     """How a prompt is continued. Temperature 0 takes the likeliest token each time."""
 
-    max_tokens: int
+    max_tokens: int  # 0 where only the prompt is read
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
@@ -32,6 +33,7 @@ class Sampling:
     frequency_penalty: float = 0.0  # taken off it for each time that it occurred
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of token ids
     grammar: str | None = None  # which the text must follow, in llguidance's Lark
+    echo: bool = False  # whether the prompt is told, too: see ``read_prompt``
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,27 @@ class Token:
     piece: bytes
     logprob: float
     top: tuple[tuple[int, bytes, float], ...]  # id, bytes, log-probability; likeliest first
+
+
+@dataclass(frozen=True)
+class PromptScore:
+    """What a model says of a token that a prompt has: its log-probability (nats), and the likeliest ones."""
+
+    logprob: float
+    top: tuple[tuple[int, bytes, float], ...]  # as a ``Token`` has them
+
+
+@dataclass(frozen=True)
+class PromptReading:
+    """A prompt as a model reads it.
+
+    ``pieces`` are the bytes of the text that each token stands for, and join to it; a start token stands for none.
+    """
+
+    text: str
+    ids: list[int]
+    pieces: list[bytes]
+    scores: list[PromptScore] | None  # of every token but the first, where log-probabilities were asked for
 
 
 @dataclass(frozen=True)
@@ -73,6 +96,15 @@ class Piece:
     completion_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class ToolSyntax:
+    """How an assistant's message calls a tool: this, its name, this, its arguments as a JSON object, and this."""
+
+    before_name: str
+    before_arguments: str
+    after: str
+
+
 class PieceStream(Iterator[Piece], Protocol):
     """A completion being generated; the texts join to what ``complete`` gives."""
 
@@ -99,6 +131,14 @@ class TextEngine(Protocol):
     def validate(self, prompt: str | Sequence[int], sampling: Sampling) -> None:
         """Raise where ``complete`` would, without generating."""
 
+    def read_prompt(self, prompt: str | Sequence[int], sampling: Sampling, cancelled: Event) -> PromptReading:
+        """The prompt's tokens, with the log-probability of each where ``sampling.logprobs`` asks for them.
+
+        Raises:
+            InputError: as ``complete``, or this engine tells no log-probabilities of prompts.
+            RuntimeError: ``cancelled`` was set meanwhile; the work ends then.
+        """
+
     def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> PieceStream:
         """Continue a prompt piece by piece; pieces carry no log-probabilities.
 
@@ -106,11 +146,21 @@ class TextEngine(Protocol):
             InputError: as ``complete``, before the first piece.
         """
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Messages (role and content) as a prompt that asks for the assistant's next one, by the model's own template.
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """Messages as a prompt that asks for the assistant's next one, by the model's own template.
+
+        They have ``role`` and ``content``, and where tools were called ``tool_calls`` or ``tool_call_id``; tools and
+        calls are as OpenAI has them, but for arguments, which are an object.
 
         Raises:
-            InputError: the model has no template, or it does not take these messages.
+            InputError: the model has no template, it does not take these messages, or it knows no tools.
+        """
+
+    def tool_syntax(self) -> ToolSyntax:
+        """How the model's template writes a call.
+
+        Raises:
+            InputError: it knows no tools, or writes calls otherwise than with arguments in JSON.
         """
 
     def tokenize(self, text: str) -> list[int]:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
 
+from overproof.engines.base import PromptReading, PromptScore
 from overproof.errors import InputError
 
 CHAT_TEMPLATE = "tokenizer.chat_template"
 BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
 SPACE = "\u2581"
 SILENT = (gguf.TokenType.CONTROL, gguf.TokenType.UNUSED, gguf.TokenType.UNKNOWN)
+MAX_UNKNOWN_BYTES = 64  # of a text that no token stands for, in a row
 PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 BYTE_BY_CHARACTER = {chr(byte): byte for byte in PRINTABLE} | {
     chr(0x100 + i): byte for i, byte in enumerate(b for b in range(0x100) if b not in PRINTABLE)
@@ -33,6 +35,7 @@ class GgufHeader:
 
     context_length: int
     pieces: tuple[bytes, ...]  # the bytes that each token adds to a text
+    silent_names: Mapping[int, str]  # by id, of the tokens that add none
     start_ids: tuple[int, ...]  # put before every prompt that is a text
     bos_token: str  # name of the token that chat templates call so
     space_prefix: bool  # whether a text is read as if a space stood before it
@@ -45,6 +48,38 @@ class GgufHeader:
         """The text of token ids; broken characters are replaced."""
         text = b"".join(self.pieces[id_] for id_ in ids).decode(errors="replace")
         return text.removeprefix(" ") if self.space_prefix else text
+
+    def text_pieces(self, text: str, ids: Sequence[int]) -> list[bytes]:
+        """The bytes of a text that each of the tokens into which it was split stands for. They join to the text.
+
+        A token that adds no text stands for its name where the text has it there (it was read as that token), else for
+        nothing: it was put before the text.
+        """
+        data, starts, end = text.encode(), list[int](), 0
+        for id_ in ids:
+            piece = self.pieces[id_] or self.silent_names[id_].encode()
+            start, found = end, b""
+            for spelled in (piece, piece.removeprefix(b" ")):  # SentencePiece may read a space that is not there
+                if data.startswith(spelled, end):
+                    found = spelled
+                    break
+            else:
+                if self.pieces[id_]:  # an unknown character before it, whose token has no text
+                    at = data.find(piece, end, end + MAX_UNKNOWN_BYTES + len(piece))
+                    start, found = (end, b"") if at < 0 else (at, piece)
+            starts.append(start)
+            end = start + len(found)
+        return [data[start:stop] for start, stop in zip(starts, [*starts[1:], len(data)], strict=True)]
+
+    def reading(self, prompt: str | Sequence[int], ids: list[int], scores: list[PromptScore] | None) -> PromptReading:
+        """A prompt that is read as these ids."""
+        if isinstance(prompt, str):
+            return PromptReading(prompt, ids, self.text_pieces(prompt, ids), scores)
+        pieces = [self.pieces[id_] for id_ in ids]
+        first = next((i for i, piece in enumerate(pieces) if piece), None)
+        if self.space_prefix and first is not None:
+            pieces[first] = pieces[first].removeprefix(b" ")
+        return PromptReading(self.text(ids), ids, pieces, scores)
 
     def require_chat_template(self) -> str:
         """The chat template.
@@ -93,6 +128,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     return GgufHeader(
         context_length=length,
         pieces=pieces,
+        silent_names={id_: names[id_] for id_, each in enumerate(pieces) if not each},
         start_ids=(bos_id,) if flag("add_bos_token", by_score) else (),
         bos_token=names[bos_id],
         space_prefix=flag("add_space_prefix", by_score),

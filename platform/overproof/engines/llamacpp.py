@@ -10,8 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from overproof.engines.base import Completion, EngineSettings, Sampling, TextScorer, Token
+from overproof.engines.base import (
+    Completion,
+    EngineSettings,
+    PromptReading,
+    Sampling,
+    TextScorer,
+    Token,
+    ToolSyntax,
+)
+from overproof.engines.chat_template import ChatTemplate
 from overproof.engines.gguf_tokens import align_logprobs, incomplete_utf8_tail, read_gguf_header
+from overproof.engines.llamacpp_prompt import LlamaCppPrompts
 from overproof.engines.llamacpp_scorer import LlamaCppScorer
 from overproof.engines.llamacpp_server import LlamaCppDraft, LlamaCppHttp, check_reply, server_params, start_server
 from overproof.engines.llamacpp_stream import LlamaCppPieces
@@ -69,8 +79,10 @@ class LlamaCpp:
         self.context_length = self._limits.context_length
         self.chats = header.chat_template is not None
         self._header, self._pieces = header, header.pieces
+        self._template = ChatTemplate(header)
         self._reuse_prefix = reuse_prefix
         self._in_flight = InFlight()
+        self._prompts = LlamaCppPrompts(path, self._limits.max_prompt_tokens, threads, self._pieces)
         self._stats_lock = threading.Lock()
         self.drafted = self.accepted = 0  # guesses of the draft in completions so far, and those that were right
         key = secrets.token_urlsafe(32)
@@ -127,6 +139,19 @@ class LlamaCpp:
         with self._in_flight.call():
             self._request(prompt, sampling)
 
+    def read_prompt(self, prompt: str | Sequence[int], sampling: Sampling, cancelled: threading.Event) -> PromptReading:
+        """The prompt's tokens, and their log-probabilities where asked for: the model's own, by its own kernels.
+
+        Raises:
+            InputError: as ``complete``.
+            RuntimeError: it was cancelled.
+        """
+        with self._in_flight.call():
+            ids = self._request(prompt, sampling)["prompt"]
+            top = sampling.logprobs
+            scores = None if top is None else self._prompts.score(ids, top, cancelled)
+            return self._header.reading(prompt, ids, scores)
+
     def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> LlamaCppPieces:
         """Continue a prompt piece by piece.
 
@@ -142,14 +167,22 @@ class LlamaCpp:
 
         return LlamaCppPieces(run, len(request["prompt"]), sampling.stop)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def tool_syntax(self) -> ToolSyntax:
+        """See ``TextEngine``."""
+        with self._in_flight.call():
+            return self._template.tool_syntax
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """Messages as a prompt, by the template in the file.
 
         Raises:
-            InputError: there is none (llama.cpp would take one of its own), or it does not take these messages.
+            InputError: there is none (llama.cpp would take one of its own), it does not take these messages, or it
+                knows no tools.
         """
         self._header.require_chat_template()
         with self._in_flight.call():
+            if tools or any(message.keys() - {"role", "content"} for message in messages):
+                return self._template.render(messages, tools)  # llama.cpp would describe tools in words of its own
             try:
                 reply = self._http.request("POST", "/apply-template", {"messages": list(messages)})
             except RuntimeError as error:
@@ -178,6 +211,7 @@ class LlamaCpp:
     def close(self) -> None:
         """Wait for the calls in progress, then free the model. llama.cpp must not be torn down during a call."""
         self._in_flight.close()
+        self._prompts.close()
         self._server = self._undrafted = None
 
     def _request(self, prompt: str | Sequence[int], sampling: Sampling) -> dict[str, Any]:

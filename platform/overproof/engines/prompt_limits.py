@@ -87,8 +87,8 @@ def check_sampling(sampling: Sampling) -> None:
     Raises:
         InputError: one is out of range.
     """
-    if sampling.max_tokens < 1:
-        raise InputError(f"max_tokens: found {sampling.max_tokens}; expected 1 or more")
+    if sampling.max_tokens < (0 if sampling.echo else 1):
+        raise InputError(f"max_tokens: found {sampling.max_tokens}; expected 1 or more, or 0 with echo")
     if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
         raise InputError(f"temperature: found {sampling.temperature}; expected 0 or more")
     if not 0 < sampling.top_p <= 1:

@@ -6,16 +6,23 @@ import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from overproof.data.manifest import TOKENIZER
-from overproof.engines.base import Completion, EngineSettings, FinishReason, Piece, Sampling, Token
+from overproof.engines.base import (
+    Completion,
+    EngineSettings,
+    FinishReason,
+    Piece,
+    PromptReading,
+    Sampling,
+    Token,
+    ToolSyntax,
+)
+from overproof.engines.chat_template import ChatTemplate
 from overproof.engines.detokenizer import Detokenizer
 from overproof.engines.gguf_tokens import read_gguf_header
 from overproof.engines.prompt_limits import InFlight, PromptLimits, require_unicode
@@ -52,7 +59,7 @@ class Vllm:
         self._limits = PromptLimits.of_model(header, path, context_length, max_prompt_tokens)
         self.context_length = self._limits.context_length
         self.chats = header.chat_template is not None
-        self._header = header
+        self._header, self._template = header, ChatTemplate(header)
         if not tokenizer.is_file():
             raise InputError(f"{tokenizer}: missing; expected the tokenizer beside its model")
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
@@ -92,6 +99,14 @@ class Vllm:
         """
         self._request(prompt, sampling)
 
+    def read_prompt(self, prompt: str | Sequence[int], sampling: Sampling, cancelled: threading.Event) -> PromptReading:  # noqa: ARG002
+        """The prompt's tokens.
+
+        Raises:
+            InputError: as ``complete``, or log-probabilities are asked for.
+        """
+        return self._header.reading(prompt, self._request(prompt, sampling)["prompt"], None)
+
     def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> VllmPieces:
         """Continue a prompt piece by piece.
 
@@ -101,20 +116,17 @@ class Vllm:
         request = self._request(prompt, sampling)
         return VllmPieces(self._steps(request, sampling.stop), len(request["prompt"]))
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def tool_syntax(self) -> ToolSyntax:
+        """See ``TextEngine``."""
+        return self._template.tool_syntax
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """Messages as a prompt, by the template in the file.
 
         Raises:
-            InputError: there is none, or it does not take these messages.
+            InputError: there is none, it does not take these messages, or it knows no tools.
         """
-        try:
-            # Without a start token that every prompt gets later.
-            bos = "" if self._header.start_ids else self._header.bos_token
-            return self._template.render(
-                messages=list(messages), add_generation_prompt=True, bos_token=bos, eos_token=self._header.eos_token
-            )
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise InputError(f"messages: the model's chat template does not take them: {error}") from None
+        return self._template.render(messages, tools)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, with no start token added.
@@ -140,16 +152,12 @@ class Vllm:
         self._in_flight.close()
         self._server.close()
 
-    @cached_property
-    def _template(self) -> Template:
-        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        sandbox.globals["raise_exception"] = _raise_template_error
-        return sandbox.from_string(self._header.require_chat_template())
-
     def _request(self, prompt: str | Sequence[int], sampling: Sampling) -> dict[str, Any]:
         ids, max_tokens = self._limits.resolve(
             prompt, sampling, lambda text: [*self._header.start_ids, *self.tokenize(text)]
         )
+        if sampling.echo and sampling.logprobs is not None:
+            raise InputError("echo: found with logprobs; vLLM's are asked for of generated tokens only: leave one out")
         request = {
             "prompt": ids,
             "max_tokens": max_tokens,
@@ -242,10 +250,6 @@ class VllmPieces:
 
 def _token_id(name: str) -> int:
     return int(name.removeprefix("token_id:"))
-
-
-def _raise_template_error(message: str) -> None:
-    raise TemplateError(message)
 
 
 class VllmLoader:

@@ -6,10 +6,11 @@ Shapes: B rows in a batch, D numbers in a row, V outputs.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -22,8 +23,10 @@ from overproof.engines.base import (
     FinishReason,
     Piece,
     PieceStream,
+    PromptReading,
     Sampling,
     TextEngine,
+    ToolSyntax,
 )
 
 ResultT = TypeVar("ResultT")
@@ -45,13 +48,14 @@ class Generation:
     prompt_tokens: int
     completion_tokens: int
     completion: Completion | None = None  # where log-probabilities were asked for
+    prompt: PromptReading | None = None  # where it is to be told, too
 
 
 class AsyncEngine(Protocol):
     """What ``TextEngine`` and ``ArrayEngine`` do; each method raises as they do, or ``Busy``."""
 
     async def complete(self, prompt: Prompt, sampling: Sampling) -> Generation:
-        """Continue a prompt until done; cancelling the call ends generation."""
+        """Read a prompt, where it is to be told, and continue it until done; cancelling the call ends both."""
 
     async def validate(self, prompt: Prompt, sampling: Sampling) -> None:
         """Raise where ``complete`` would refuse the request."""
@@ -59,7 +63,11 @@ class AsyncEngine(Protocol):
     def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
         """Continue a prompt piece by piece; closing the generator ends generation."""
 
-    async def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str: ...
+    async def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str: ...
+
+    async def tool_syntax(self) -> ToolSyntax: ...
 
     async def detokenize(self, ids: Sequence[int]) -> str: ...
 
@@ -77,6 +85,11 @@ class ThreadedEngine:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="engine")
 
     async def complete(self, prompt: Prompt, sampling: Sampling) -> Generation:
+        if sampling.echo:
+            reading = await self._read_prompt(prompt, sampling)
+            if not sampling.max_tokens:
+                return Generation("", "length", len(reading.ids), 0, prompt=reading)
+            return replace(await self.complete(prompt, replace(sampling, echo=False)), prompt=reading)
         if sampling.logprobs is not None:  # llama.cpp streams none, and so the call cannot be ended early
             completion: Completion = await self._call(partial(self._engine.complete, prompt, sampling))
             return Generation(
@@ -101,9 +114,13 @@ class ThreadedEngine:
                 yield piece
             await forwarding  # raises where it failed
 
-    async def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        prompt: str = await self._call(partial(self._engine.chat_prompt, messages))
+    async def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        prompt: str = await self._call(partial(self._engine.chat_prompt, messages, tools))
         return prompt
+
+    async def tool_syntax(self) -> ToolSyntax:
+        syntax: ToolSyntax = await self._call(self._engine.tool_syntax)
+        return syntax
 
     async def detokenize(self, ids: Sequence[int]) -> str:
         text: str = self._engine.detokenize(ids)
@@ -120,6 +137,13 @@ class ThreadedEngine:
         """Wait for the calls in progress, then free the model."""
         await asyncio.to_thread(self._engine.close)
         self._pool.shutdown()
+
+    async def _read_prompt(self, prompt: Prompt, sampling: Sampling) -> PromptReading:
+        cancelled = threading.Event()
+        try:
+            return await self._call(partial(self._engine.read_prompt, prompt, sampling, cancelled))
+        finally:
+            cancelled.set()
 
     async def _call(self, function: Callable[[], ResultT]) -> ResultT:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)

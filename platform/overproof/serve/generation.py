@@ -10,13 +10,21 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from overproof.engines.base import Completion, FinishReason, Piece, Sampling
+from overproof.engines.base import Completion, FinishReason, Piece, Sampling, ToolSyntax
 from overproof.errors import InputError
 from overproof.serve.async_engine import AsyncEngine, Generation
 from overproof.serve.grammar import GrammarChecker, request_grammar
-from overproof.serve.requests import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, GenerationRequest
-from overproof.serve.response_builder import ChatResponses, ChoicePart, CompletionResponses, ServedModel, token_infos
+from overproof.serve.requests import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, GenerationRequest, NamedTool
+from overproof.serve.response_builder import (
+    ChatResponses,
+    ChoicePart,
+    CompletionResponses,
+    ServedModel,
+    choice_tokens,
+    token_infos,
+)
 from overproof.serve.responses import ErrorDetail, ErrorReply, GeneratedReply, Usage
+from overproof.serve.tools import call_grammar, require_tools
 from overproof.serve.traffic import Exchange
 
 LOG = logging.getLogger("overproof.serve")
@@ -34,7 +42,8 @@ class ChoiceResult:
 
     def add(self, part: ChoicePart, prompt_tokens: int, completion_tokens: int) -> None:
         """Append a part; the counts are of all parts together."""
-        self.text += part.text
+        if not part.is_prompt:
+            self.text += part.text
         self.finish_reason = part.finish_reason
         self.prompt_tokens, self.completion_tokens = prompt_tokens, completion_tokens
 
@@ -44,19 +53,30 @@ EngineRequest = tuple[Any, Sampling]  # prompt, and how to continue it
 
 
 def build_requests(
-    served: ServedModel, request: GenerationRequest, prompts: Sequence[Any], logprobs: int | None
+    served: ServedModel,
+    request: GenerationRequest,
+    prompts: Sequence[Any],
+    logprobs: int | None,
+    syntax: ToolSyntax | None = None,
 ) -> list[EngineRequest]:
     """One request of the engine for each choice, prompt by prompt; with a seed, each choice has its own.
 
     Raises:
         InputError: ``max_tokens`` is above this server's limit, or the grammar is invalid.
     """
-    limit = served.max_tokens
+    limit, grammar = served.max_tokens, request_grammar(request)
     if isinstance(request, ChatRequest):
+        if request.must_call:
+            assert syntax is not None
+            named = request.tool_choice.function.name if isinstance(request.tool_choice, NamedTool) else None
+            grammar = call_grammar(syntax, require_tools(request.tools, named))
         name, max_tokens = "max_completion_tokens", request.max_completion_tokens or request.max_tokens or limit
     else:
         assert isinstance(request, CompletionRequest)
-        name, max_tokens = "max_tokens", request.max_tokens or min(DEFAULT_MAX_TOKENS, limit)
+        given = request.max_tokens
+        name, max_tokens = "max_tokens", min(DEFAULT_MAX_TOKENS, limit) if given is None else given
+        if max_tokens == 0 and not request.echo:
+            raise InputError("max_tokens: found 0; expected 1 or more, or 0 with echo: true")
     if max_tokens > limit:
         raise InputError(f"{name}: found {max_tokens}; this server gives at most {limit}")
     sampling = Sampling(
@@ -65,7 +85,8 @@ def build_requests(
             include={"temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "logit_bias"}
         ),
         logprobs=logprobs,
-        grammar=request_grammar(request),
+        grammar=grammar,
+        echo=isinstance(request, CompletionRequest) and request.echo,
     )
     seeds = [None if request.seed is None else request.seed + number for number in range(request.n)]
     return [(prompt, replace(sampling, seed=seed)) for prompt in prompts for seed in seeds]
@@ -78,9 +99,9 @@ def build_reply(
     parts = [
         ChoicePart(
             index,
-            each.text,
+            each.text if each.prompt is None else each.prompt.text + each.text,
             each.finish_reason,
-            None if each.completion is None else tuple(token_infos(each.completion)),
+            choice_tokens(each),
         )
         for index, each in enumerate(generations)
     ]
@@ -206,28 +227,43 @@ async def _merged_parts(engine: AsyncEngine, requests: list[EngineRequest]) -> A
 async def _choice_parts(
     engine: AsyncEngine, index: int, prompt: Any, sampling: Sampling
 ) -> AsyncGenerator[tuple[ChoicePart, Piece]]:
-    """The parts of one choice; those with log-probabilities come when it is complete, for llama.cpp streams none."""
+    """The parts of one choice; those with log-probabilities come when it is complete, for llama.cpp streams none. A
+    prompt that is told is the first part.
+    """
+    before = 0  # characters of the prompt
+    if sampling.echo:
+        generation = await engine.complete(prompt, replace(sampling, max_tokens=0))
+        reading = generation.prompt
+        assert reading is not None
+        before = len(reading.text)
+        tokens, over = choice_tokens(generation), sampling.max_tokens == 0
+        reason: FinishReason | None = "length" if over else None
+        part = ChoicePart(index, reading.text, reason, tokens, is_prompt=True)
+        yield part, Piece("", reason, generation.prompt_tokens, 0)
+        if over:
+            return
     if sampling.logprobs is not None:
-        completion = (await engine.complete(prompt, sampling)).completion
-        assert completion is not None
-        for part in _token_parts(index, completion):
-            yield part
+        generation = await engine.complete(prompt, replace(sampling, echo=False))
+        assert generation.completion is not None
+        for each in _token_parts(index, generation.completion, before, closing=sampling.echo):
+            yield each
         return
     checker = None if sampling.grammar is None else GrammarChecker(sampling.grammar)
-    async with aclosing(engine.stream(prompt, sampling)) as pieces:
+    async with aclosing(engine.stream(prompt, replace(sampling, echo=False))) as pieces:
         async for piece in pieces:
             if checker is not None:
                 checker.add(piece.text)
             yield ChoicePart(index, piece.text, piece.finish_reason), piece
 
 
-def _token_parts(index: int, completion: Completion) -> Iterator[tuple[ChoicePart, Piece]]:
-    """A part for each token of a complete choice, and one for its end."""
-    tokens = list(token_infos(completion))
-    ends = [token.offset for token in tokens[1:]] + [len(completion.text)]
+def _token_parts(index: int, completion: Completion, before: int, closing: bool) -> Iterator[tuple[ChoicePart, Piece]]:
+    """A part for each token of a complete choice, and one for its end; ``before`` it stand so many characters."""
+    tokens = list(token_infos(completion, closing))
+    ends = [*(token.offset for token in tokens[1:]), len(completion.text)][: len(tokens)]  # there may be none
     for count, (token, end) in enumerate(zip(tokens, ends, strict=True), 1):
+        told = replace(token, offset=before + token.offset)
         yield (
-            ChoicePart(index, completion.text[token.offset : end], None, (token,)),
+            ChoicePart(index, completion.text[token.offset : end], None, [told]),
             Piece("", None, completion.prompt_tokens, count),
         )
     last = Piece("", completion.finish_reason, completion.prompt_tokens, len(completion.tokens))

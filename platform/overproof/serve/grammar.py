@@ -33,13 +33,10 @@ def request_grammar(request: GenerationRequest) -> str | None:
         raise InputError("grammar: found together with response_format; give one of the two")
     schema = response_format.json_schema.json_schema if response_format.json_schema else {"type": "object"}
     encoded = json.dumps(COMPACT_JSON | schema)
-    if len(encoded) > MAX_GRAMMAR_CHARACTERS:
-        raise InputError(
-            f"response_format: a schema of {len(encoded)} characters; expected at most {MAX_GRAMMAR_CHARACTERS}"
-        )
-    _check_counts(schema)
+    check_size("response_format", encoded)
+    check_counts("response_format", schema)
     grammar = f"{LARK} {{}}\nstart: %json {encoded}"
-    _validate("response_format", grammar)
+    validate_grammar("response_format", grammar)
     return grammar
 
 
@@ -49,11 +46,16 @@ def _to_lark(text: str) -> str:
         lark = text if text.startswith(LARK) else str(gbnf_to_lark(text))
     except Exception as error:  # the converter raises bare ones
         raise InputError(f"grammar: {error}; expected GBNF whose first rule is root") from None
-    _validate("grammar", lark)
+    validate_grammar("grammar", lark)
     return lark
 
 
-def _validate(field: str, grammar: str) -> None:
+def validate_grammar(field: str, grammar: str) -> None:
+    """Refuse what llguidance cannot read, or cannot begin.
+
+    Raises:
+        InputError: it cannot; the field is to blame.
+    """
     problem = LLMatcher.validate_grammar(grammar)
     if not problem:
         matcher = LLMatcher(BYTE_TOKENIZER, grammar, log_level=0)
@@ -82,8 +84,22 @@ class GrammarChecker:
             raise InputError("grammar: too complex for the engine, which dropped it; expected a simpler one")
 
 
-def _check_counts(part: Any) -> None:
-    """Refuse counts in a schema that are too large."""
+def check_size(field: str, schema: str) -> None:
+    """Refuse a schema that is too long.
+
+    Raises:
+        InputError: it is.
+    """
+    if len(schema) > MAX_GRAMMAR_CHARACTERS:
+        raise InputError(f"{field}: a schema of {len(schema)} characters; expected at most {MAX_GRAMMAR_CHARACTERS}")
+
+
+def check_counts(field: str, part: Any) -> None:
+    """Refuse counts in a schema that are too large.
+
+    Raises:
+        InputError: one is.
+    """
     parts = [part]
     while parts:
         part = parts.pop()
@@ -93,4 +109,4 @@ def _check_counts(part: Any) -> None:
             parts += part.values()
             for name in COUNT_KEYWORDS:
                 if isinstance(part.get(name), int) and part[name] > MAX_REPEATS:
-                    raise InputError(f"response_format: {name} of {part[name]}; expected at most {MAX_REPEATS}")
+                    raise InputError(f"{field}: {name} of {part[name]}; expected at most {MAX_REPEATS}")

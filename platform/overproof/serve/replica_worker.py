@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any
 
 from overproof.errors import InputError
@@ -133,8 +134,10 @@ class ReplicaWorker:
                 return await engine.complete(prompt, sampling)
             case rpc.Validate(prompt, sampling):
                 await engine.validate(prompt, sampling)
-            case rpc.ChatPrompt(messages):
-                return await engine.chat_prompt(messages)
+            case rpc.ChatPrompt(messages, tools):
+                return await engine.chat_prompt(messages, tools)
+            case rpc.DescribeCalls():
+                return rpc.CallSyntax(**asdict(await engine.tool_syntax()))
             case rpc.Detokenize(ids):
                 return await engine.detokenize(ids)
             case rpc.Logprobs(inputs):

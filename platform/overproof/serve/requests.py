@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from overproof.tasks.http import ModelRequest, UnicodeText, check_unicode
 
 DEFAULT_MAX_TOKENS = 16
-MAX_STOPS = 4
+MAX_STOPS = 16
 MAX_CHOICES = 16
 MAX_BIASES = 300
 MAX_MESSAGES = 1024
+MAX_TOOLS = 128
 MAX_GRAMMAR_CHARACTERS = 16384
 
 
@@ -121,7 +123,12 @@ class CompletionRequest(GenerationRequest):
     prompt: Annotated[list[str | list[int]], BeforeValidator(_parse_prompts)] = Field(
         description="Text or token ids, or a list of those; choices come prompt by prompt."
     )
-    max_tokens: int | None = Field(None, ge=1, description="Most tokens to generate; 16 unless given.")
+    max_tokens: int | None = Field(
+        None, ge=0, description="Most tokens to generate; 16 unless given. 0, with echo, generates none."
+    )
+    echo: bool = Field(
+        False, description="The text begins with the prompt, and `logprobs` are of its tokens, too: null of the first."
+    )
     logprobs: int | None = Field(
         None, ge=0, le=5,
         description="Likeliest tokens named at each place; streamed, the events come when the text is whole.",
@@ -134,12 +141,94 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
+class ToolFunction(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] = Field(
+        {"type": "object", "properties": {}}, description="What the arguments must be (JSON Schema of an object)."
+    )
+    strict: bool | None = Field(None, description="The schema is kept to where a call is asked for.")
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class FunctionName(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class CalledFunction(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str
+    arguments: str = Field(description="A JSON object.")
+
+    @field_validator("arguments")
+    @classmethod
+    def _check_arguments(cls, arguments: str) -> str:
+        try:
+            is_object = isinstance(json.loads(arguments or "{}"), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise ValueError("expected a JSON object, as a string")
+        return arguments
+
+
+class ToolCall(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_parse_content)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(_parse_content)] = None
     name: str | None = Field(None, description="Taken, and not looked at.")
+    refusal: None = Field(None, description="As replies have it.")
+    tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_TOOLS, description="What an assistant called.")
+    tool_call_id: str | None = Field(None, description="The call of which a message of role 'tool' has the result.")
+
+    @model_validator(mode="after")
+    def _check_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls belong to role 'assistant' and to no other")
+        if (self.tool_call_id is None) != (self.role != "tool"):
+            raise ValueError("tool_call_id belongs to role 'tool' and to no other")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content: field required")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """As a chat template takes it."""
+        message: dict[str, Any] = {"role": self.role.replace("developer", "system"), "content": self.content or ""}
+        if self.tool_calls:
+            calls = [call.model_dump() for call in self.tool_calls]
+            for call in calls:
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
+            message["tool_calls"] = calls
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
 
 
 class ChatRequest(GenerationRequest):
@@ -152,6 +241,35 @@ class ChatRequest(GenerationRequest):
         False, description="Log-probabilities; streamed, the events come when the text is whole."
     )  # fmt: skip
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Likeliest tokens named at each place.")
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS, description="Functions that the model may call.")
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = Field(
+        "auto",
+        description="Whether it calls none, any or one that it must; a call that it must make follows its schema.",
+    )
+    parallel_tool_calls: bool = Field(True, description="A call that it must make is one; else there may be several.")
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice not in ("none", "auto")
+
+    @property
+    def constrained(self) -> bool:
+        return self.must_call or super().constrained
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise ValueError("tools: two have one name")
+        if self.must_call and not self.tools:
+            raise ValueError("tool_choice: found without tools; give the tools of which one must be called")
+        if self.offered_tools and super().constrained:
+            raise ValueError("tools: found together with response_format or grammar; give one of them")
+        return self
 
     @model_validator(mode="after")
     def _check_consistent(self) -> Self:

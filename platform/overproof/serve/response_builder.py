@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 import uuid
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from overproof.engines.base import Completion, FinishReason, Token
+from overproof.engines.base import Completion, FinishReason, PromptReading, ToolSyntax
 from overproof.engines.gguf_tokens import incomplete_utf8_tail
 from overproof.package.package import Package, fetch_package
-from overproof.serve.async_engine import AsyncEngine
+from overproof.serve.async_engine import AsyncEngine, Generation
 from overproof.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
 from overproof.serve.responses import (
     AssistantMessage,
     ChatChoice,
     ChatEvent,
     ChatEventChoice,
+    ChatFinishReason,
     ChatLogprobs,
     ChatReply,
     CompletionChoice,
     CompletionReply,
     ContentLogprob,
     Delta,
+    FunctionCall,
+    FunctionDelta,
     ModelInfo,
     Provenance,
     TokenLogprobs,
+    ToolCallDelta,
+    ToolCallReply,
     TopLogprob,
     Usage,
 )
+from overproof.serve.tools import ToolCallParser
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,11 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """A token as it is written in a reply, and where in the text it begins, in characters."""
+    """A token of a reply, and where in the text it begins, in characters."""
 
-    token: Token
-    text: str
+    piece: bytes
+    logprob: float | None  # of a prompt's first token there is none
+    top: tuple[tuple[int, bytes, float], ...]
     offset: int
 
 
@@ -72,7 +80,8 @@ class ChoicePart:
     index: int
     text: str
     finish_reason: FinishReason | None
-    tokens: tuple[TokenInfo, ...] | None = None  # where log-probabilities were asked for
+    tokens: Sequence[TokenInfo] | None = None  # where log-probabilities were asked for
+    is_prompt: bool = False  # which was asked to be told, and is not generated
 
 
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
@@ -119,6 +128,12 @@ class ChatResponses(ResponseBuilder[ChatRequest]):
 
     ID_PREFIX = "chatcmpl"
 
+    def __init__(self, served: ServedModel, request: ChatRequest, syntax: ToolSyntax | None = None) -> None:
+        """``syntax`` is how calls are written, where tools are offered."""
+        super().__init__(served, request)
+        self.syntax = syntax
+        self._streams: dict[int, _ToolStream] = {}  # by choice
+
     @property
     def logprobs(self) -> int | None:
         return (self.request.top_logprobs or 0) if self.request.logprobs else None
@@ -127,11 +142,12 @@ class ChatResponses(ResponseBuilder[ChatRequest]):
         choices = [
             ChatChoice(
                 index=part.index,
-                message=AssistantMessage(content=part.text),
-                finish_reason=part.finish_reason,
+                message=message,
+                finish_reason=reason,
                 logprobs=_chat_logprobs(part.tokens),
             )
             for part in parts
+            for message, reason in [self._message(part)]
         ]
         return ChatReply(**self.common_fields, choices=choices, usage=usage)
 
@@ -140,23 +156,99 @@ class ChatResponses(ResponseBuilder[ChatRequest]):
         choices = [
             ChatEventChoice(
                 index=part.index,
-                delta=Delta(role=None if part.index in started else "assistant", content=part.text or None),
-                finish_reason=part.finish_reason,
+                delta=delta.model_copy(update={"role": None if part.index in started else "assistant"}),
+                finish_reason=reason,
                 logprobs=_chat_logprobs(part.tokens),
             )
             for part in parts
+            for delta, reason in [self._delta(part)]
         ]
         return ChatEvent(**self.common_fields, choices=choices, usage=usage)
 
+    def _message(self, part: ChoicePart) -> tuple[AssistantMessage, ChatFinishReason | None]:
+        if self.syntax is None:
+            return AssistantMessage(content=part.text), part.finish_reason
+        stream = _ToolStream(self.syntax, self.request)
+        delta, calls = stream.delta(part), list[ToolCallReply]()
+        for each in delta.tool_calls or ():
+            if each.id is not None:
+                calls.append(
+                    ToolCallReply(id=each.id, function=FunctionCall(name=each.function.name or "", arguments=""))
+                )
+            calls[-1].function.arguments += each.function.arguments
+        content = delta.content or (None if calls else "")
+        return AssistantMessage(content=content, tool_calls=calls or None), stream.finish_reason(part)
 
-def token_infos(completion: Completion) -> Iterator[TokenInfo]:
-    """The tokens of the text, without a closing end-of-text token and those of a stop string."""
+    def _delta(self, part: ChoicePart) -> tuple[Delta, ChatFinishReason | None]:
+        if self.syntax is None:
+            return Delta(content=part.text or None), part.finish_reason
+        stream = self._streams.setdefault(part.index, _ToolStream(self.syntax, self.request))
+        return stream.delta(part), stream.finish_reason(part)
+
+
+class _ToolStream:
+    """The text and the calls of a choice."""
+
+    def __init__(self, syntax: ToolSyntax, request: ChatRequest) -> None:
+        self._parser = ToolCallParser(syntax, [tool.function.name for tool in request.offered_tools])
+        self._calls = 0
+
+    def delta(self, part: ChoicePart) -> Delta:
+        """What is known after one more part."""
+        found = self._parser.add(part.text)
+        if part.finish_reason is not None:
+            found += self._parser.finish()
+        calls = list[ToolCallDelta]()
+        for each in found:
+            if each.name is not None:
+                id_, function = f"call_{uuid.uuid4().hex}", FunctionDelta(name=each.name)
+                calls.append(ToolCallDelta(index=self._calls, id=id_, type="function", function=function))
+                self._calls += 1
+            elif each.arguments:
+                calls.append(ToolCallDelta(index=self._calls - 1, function=FunctionDelta(arguments=each.arguments)))
+        return Delta(content="".join(each.text for each in found) or None, tool_calls=calls or None)
+
+    def finish_reason(self, part: ChoicePart) -> ChatFinishReason | None:
+        return "tool_calls" if self._calls and part.finish_reason == "stop" else part.finish_reason
+
+
+def choice_tokens(generation: Generation) -> list[TokenInfo] | None:
+    """The tokens of a choice where log-probabilities were asked for: of its prompt where that is told, and of what
+    was generated.
+    """
+    reading, completion = generation.prompt, generation.completion
+    if completion is None and (reading is None or reading.scores is None):
+        return None
+    prompt = [] if reading is None else list(prompt_infos(reading))
+    if completion is None:
+        return prompt
+    generated = token_infos(completion, closing=reading is not None)
+    before = 0 if reading is None else len(reading.text)
+    return prompt + [replace(token, offset=before + token.offset) for token in generated]
+
+
+def prompt_infos(reading: PromptReading) -> Iterator[TokenInfo]:
+    """The tokens of a prompt."""
+    assert reading.scores is not None
+    decode, offset = codecs.getincrementaldecoder("utf-8")("replace").decode, 0
+    first = TokenInfo(reading.pieces[0], None, (), 0)
+    others = [TokenInfo(piece, score.logprob, score.top, 0)
+              for piece, score in zip(reading.pieces[1:], reading.scores, strict=True)]  # fmt: skip
+    for token in (first, *others):
+        yield replace(token, offset=offset)
+        offset += len(decode(token.piece))
+
+
+def token_infos(completion: Completion, closing: bool = False) -> Iterator[TokenInfo]:
+    """The tokens of the text, without those of a stop string, and without a closing end-of-text token unless it is
+    asked for.
+    """
     assert completion.token_logprobs is not None
     before, offset = b"", 0
     for token in completion.token_logprobs:
-        if offset >= len(completion.text):
+        if offset >= len(completion.text) and (token.piece or not closing):
             return
-        yield TokenInfo(token, _token_text(token.piece), offset)
+        yield TokenInfo(token.piece, token.logprob, token.top, offset)
         before += token.piece
         closed = before[: len(before) - incomplete_utf8_tail(before)]
         offset = len(closed.decode(errors="replace"))
@@ -174,9 +266,14 @@ def _token_logprobs(tokens: Sequence[TokenInfo] | None) -> TokenLogprobs | None:
     if tokens is None:
         return None
     return TokenLogprobs(
-        tokens=[part.text for part in tokens],
-        token_logprobs=[part.token.logprob for part in tokens],
-        top_logprobs=[{_token_text(piece): value for _, piece, value in part.token.top} for part in tokens],
+        tokens=[_token_text(part.piece) for part in tokens],
+        token_logprobs=[part.logprob for part in tokens],
+        top_logprobs=[
+            None
+            if part.logprob is None
+            else {_token_text(piece): value for _, piece, value in reversed(part.top)}  # of equal texts the likeliest
+            for part in tokens
+        ],
         text_offset=[part.offset for part in tokens],
     )
 
@@ -187,15 +284,16 @@ def _chat_logprobs(tokens: Sequence[TokenInfo] | None) -> ChatLogprobs | None:
     return ChatLogprobs(
         content=[
             ContentLogprob(
-                token=part.text,
-                logprob=part.token.logprob,
-                bytes=list(part.token.piece),
+                token=_token_text(part.piece),
+                logprob=part.logprob,
+                bytes=list(part.piece),
                 top_logprobs=[
                     TopLogprob(token=_token_text(piece), logprob=value, bytes=list(piece))
-                    for _, piece, value in part.token.top
+                    for _, piece, value in part.top
                 ],
             )
             for part in tokens
+            if part.logprob is not None
         ]
     )
 

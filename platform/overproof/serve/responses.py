@@ -25,11 +25,15 @@ class GeneratedReply(ModelReply):
 
 
 class TokenLogprobs(BaseModel):
-    """One entry for each token of a completion; a token that is not text by itself is written as ``bytes:\\xc3``."""
+    """One entry for each token of a completion; a token that is not text by itself is written as ``bytes:\\xc3``.
+
+    With ``echo`` they begin with those of the prompt, and end with a closing end-of-text token, which has no text. The
+    first is predicted by nothing.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]  # characters
 
 
@@ -62,17 +66,32 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+ChatFinishReason = FinishReason | Literal["tool_calls"]
+
+
+class FunctionCall(BaseModel):
+    name: str
+    arguments: str  # a JSON object
+
+
+class ToolCallReply(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCallReply] | None = None
 
 
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None  # None while a stream goes on
+    finish_reason: ChatFinishReason | None  # None while a stream goes on
 
 
 class ChatReply(GeneratedReply):
@@ -80,16 +99,31 @@ class ChatReply(GeneratedReply):
     choices: list[ChatChoice]
 
 
+class FunctionDelta(BaseModel):
+    name: str | None = None
+    arguments: str = ""
+
+
+class ToolCallDelta(BaseModel):
+    """The begin of a call, with its id and its name, or more of its arguments."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class Delta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatEventChoice(BaseModel):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None  # None while a stream goes on
+    finish_reason: ChatFinishReason | None  # None while a stream goes on
 
 
 class ChatEvent(GeneratedReply):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from overproof.engines.base import Piece, Sampling
+from overproof.engines.base import Piece, Sampling, ToolSyntax
 from overproof.errors import InputError
 from overproof.serve import rpc
 from overproof.serve.async_engine import Busy, Generation, Prompt
@@ -109,9 +109,14 @@ class ReplicaPool:
                 if started or attempt == MAX_ATTEMPTS - 1:
                     raise
 
-    async def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        prompt: str = await self._call(rpc.ChatPrompt([dict(message) for message in messages]), takes_slot=False)
+    async def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        operation = rpc.ChatPrompt([dict(message) for message in messages], [dict(tool) for tool in tools])
+        prompt: str = await self._call(operation, takes_slot=False)
         return prompt
+
+    async def tool_syntax(self) -> ToolSyntax:
+        found: rpc.CallSyntax = await self._call(rpc.DescribeCalls(), takes_slot=False)
+        return ToolSyntax(found.before_name, found.before_arguments, found.after)
 
     async def detokenize(self, ids: Sequence[int]) -> str:
         text: str = await self._call(rpc.Detokenize(ids), takes_slot=False)

@@ -106,7 +106,8 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
 
     async def respond(builder: CompletionResponses | ChatResponses, prompts: list[Any], http: HttpRequest) -> Any:
         served, request = builder.served, builder.request
-        build = partial(build_requests, served, request, prompts, builder.logprobs)
+        syntax = builder.syntax if isinstance(builder, ChatResponses) else None
+        build = partial(build_requests, served, request, prompts, builder.logprobs, syntax)
         requests = await asyncio.to_thread(build) if request.constrained else build()  # a schema may be large
         registry.on_request(served, _text_shadow(requests))
         start_s, first_event_s = time.perf_counter(), None
@@ -145,11 +146,12 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
 
     @app.post("/v1/chat/completions", response_model=ChatReply)
     async def chat_completions(request: ChatRequest, http: HttpRequest) -> Any:
-        """Answer messages, by the model's own chat template."""
+        """Answer messages, or call a tool, by the model's own chat template."""
         served = await find(COMPLETIONS, request, http)
-        messages = [{"role": m.role.replace("developer", "system"), "content": m.content} for m in request.messages]
-        prompt = await served.engine.chat_prompt(messages)
-        return await respond(ChatResponses(served, request), [prompt], http)
+        tools = [tool.model_dump(exclude_none=True) for tool in request.offered_tools]
+        prompt = await served.engine.chat_prompt([message.for_template() for message in request.messages], tools)
+        syntax = await served.engine.tool_syntax() if tools else None
+        return await respond(ChatResponses(served, request, syntax), [prompt], http)
 
     @app.post("/v1/ratings")
     async def ratings(request: RatingRequest) -> dict[str, str]:

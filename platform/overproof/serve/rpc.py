@@ -54,7 +54,20 @@ class Validate(GenerationOperation, tag=True):
 
 
 class ChatPrompt(msgspec.Struct, tag=True):
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+
+
+class DescribeCalls(msgspec.Struct, tag=True):
+    pass
+
+
+class CallSyntax(msgspec.Struct, tag=True, array_like=True):
+    """The fields of a ``ToolSyntax``."""
+
+    before_name: str
+    before_arguments: str
+    after: str
 
 
 class Detokenize(msgspec.Struct, tag=True):
@@ -84,8 +97,10 @@ class Logprobs(msgspec.Struct, tag=True):
     inputs: Matrix
 
 
-Operation = Complete | Stream | Validate | ChatPrompt | Detokenize | Check | Logprobs  # of an ``AsyncEngine``
-ResultValue = Generation | Matrix | str | None
+Operation = (  # of an ``AsyncEngine``
+    Complete | Stream | Validate | ChatPrompt | DescribeCalls | Detokenize | Check | Logprobs
+)
+ResultValue = Generation | Matrix | CallSyntax | str | None
 
 
 class Request(msgspec.Struct, tag=True):
