@@ -16,7 +16,7 @@ from overproof.cluster.preflight import check_gate
 from overproof.config import Pretrained, Recipe, Section, Train
 from overproof.errors import InputError, suggest_name
 from overproof.files import read_json
-from overproof.models.pretrained import list_directory
+from overproof.models.pretrained import directory_identity
 from overproof.registry import ENGINES, TASKS
 from overproof.stage_context import StageContext, TaskProgress
 
@@ -44,14 +44,14 @@ def _dump(section: Section | None) -> Any:
 
 def _train_inputs(train: Train) -> dict[str, Any]:
     """What else the teacher follows from: the files it starts from, and which checkpoints may be the best."""
-    starting = {"model_files": list_directory(train.model.path)} if isinstance(train.model, Pretrained) else {}
+    starting = {"model_files": directory_identity(train.model.path)} if isinstance(train.model, Pretrained) else {}
     return starting | ({"checkpoint": _dump(train.checkpoint)} if train.result == "best" else {})
 
 
 def _sweep_inputs(recipe: Recipe) -> dict[str, Any]:
     """What else the students follow from: the files that some start from, and what trials run on where time counts."""
     students = recipe.sweep.students
-    found = {s.name: list_directory(s.model.path) for s in students if isinstance(s.model, Pretrained)}
+    found = {s.name: directory_identity(s.model.path) for s in students if isinstance(s.model, Pretrained)}
     starting = {"student_files": found} if found else {}
     return starting | ({"bundles": recipe.sweep.bundles} if "seconds" in recipe.tune.objectives else {})
 
