@@ -18,7 +18,6 @@ from overproof.cli.main import main
 from overproof.config import load_recipe
 from overproof.export.stage import read_exports
 from overproof.pipeline import resolve_stages, stages_of
-from overproof.serve import server
 
 DIGITS = str(RECIPES / "digits.yaml")
 NAMES = tuple(stage.name for stage in stages_of(load_recipe(DIGITS)))
@@ -139,31 +138,3 @@ def test_killed_within_a_stage_only_that_stage_is_lost(ray_cluster: str, digits:
     assert [again["prepare"], again["train"]] == before
     again["cache"].verify()
     assert again["cache"].content_sha256 == digits.artifacts["cache"].content_sha256
-
-
-def test_a_language_model_goes_from_documents_to_an_answer(
-    ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Every stage of the demo, on a few documents; the demo itself, to a streamed answer, is a trial."""
-    (tmp_path / "corpus").mkdir()
-    for i in range(120):
-        (tmp_path / f"corpus/{i}.txt").write_text(f"document {i} tells of {i * i} things, one by one. " * 12)
-    shape = "kind: llama, hidden_size: 32, intermediate_size: 64, layers: 1, heads: 2, kv_heads: 2"
-    overrides = (
-        f"store={tmp_path / 'store'}", "serve.port=0", f"data.source={{kind: folder, path: {tmp_path / 'corpus'}}}",
-        "data.sequence_length=32", "data.tokenizer.vocab_size=288", "data.validation_fraction=0.2",
-        "data.test_fraction=0.2", "data.shards=2", f"train.model={{{shape}}}", "train.steps=4", "train.workers=1",
-        "train.warmup_steps=1", "train.validate_every=2", "train.validation_rows=16", "sweep.steps=4",
-        "sweep.warmup_steps=1", "sweep.validate_every=2", "sweep.validation_rows=16", "sweep.keep=1", "cache.rows=32",
-        f"sweep.students=[{{name: small, model: {{{shape}}}}}]", "tune={}", "cache.actors=1", "compress.formats=[q8_0]",
-        "evaluate.max_documents=4", "evaluate.timed_requests=3", "evaluate.probe_prompts=1",
-        "evaluate.decode_tokens=8", "evaluate.bootstrap_samples=100", "gate.rules=[{kind: parity, at_most: 0.5}]",
-    )  # fmt: skip
-    server.stop_serving()  # where other tests have left one
-    assert main(["demo", str(RECIPES / "stdlib-lm.yaml"), *_sets(overrides)]) == 0
-    printed = capsys.readouterr().out
-    (compressed,) = (tmp_path / "store/stdlib-lm").glob("compress-*")
-    for export in read_exports(compressed):
-        assert f"│ {export.name} " in printed
-    assert "import os" in printed
-    assert printed.splitlines()[-1].startswith("curl -N http://127.0.0.1:")

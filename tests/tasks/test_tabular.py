@@ -1,9 +1,8 @@
-"""Tabular models over HTTP, and one whole loop: from a recipe to a served regression."""
+"""Rows of tables: what is refused, what a prediction says, and a model over HTTP."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,20 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from finished import RECIPES
-from overproof import pipeline
-from overproof.config import load_recipe
+from overproof.data.manifest import Manifest
 from overproof.engines.base import EngineSettings
 from overproof.errors import InputError
-from overproof.package.package import open_package
+from overproof.export.onnx_file import export_onnx
+from overproof.models.hf_directory import build_model, save_model
+from overproof.models.mlp import Mlp
 from overproof.registry import ENGINES, TASKS
+from overproof.serve.async_engine import ThreadedEngine
 from overproof.serve.middleware import Access
+from overproof.serve.model_registry import SingleModel
+from overproof.serve.response_builder import ServedModel
+from overproof.serve.responses import ModelInfo, Provenance
 from overproof.serve.routes import build_app
 from overproof.tasks.tabular import CLASSIFICATION, REGRESSION, RowsRequest, encode_cell
-from single_model import one
 
 DETAILS = {
     "columns": [
@@ -106,35 +108,30 @@ def test_a_prediction_is_the_mean_between_the_ends_of_nine_in_ten() -> None:
     assert second == {"index": 1, "value": pytest.approx(20.7), "low": 20.0, "high": 20.0}
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_regression_is_distilled_judged_and_served(
-    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The recipe as it stands but for fewer steps; what it is as good as is judged among the trials."""
-    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
-    rules = "gate.rules=[{kind: smaller, against: teacher, at_least: 4}, {kind: parity, at_most: 0.01}]"
-    few = ("train.steps=40", "sweep.steps=40", "sweep.concurrent_trials=1", "evaluate.timed_requests=20", rules)
-    done = pipeline.run(load_recipe(RECIPES / "diabetes.yaml", (f"store={tmp_path}", *few)))
-    folder = done["package"].local()
-    package = open_package(folder)
-    measured = package.measured.metrics
-    assert measured["parity_nats"].value < 0.01
-    assert 40 < measured["rmse"].value < 110  # of a target whose own deviation is 77
-    engine = ENGINES[package.report.engine].load(package.model, EngineSettings())
-    app = build_app(one(folder, engine), Access(None))
-    body = TASKS[package.content.task].example(package.content.details)
-    reply = ask(app, "/v1/predict", **body)
+def test_a_regression_is_answered_by_column_over_http(tmp_path: Path) -> None:
+    """The model is untrained."""
+    manifest = Manifest(
+        task="tabular_regression", columns=(), splits={}, rows_per_group=8, positions=1, outputs=4, details=DETAILS
+    )
+    model = build_model(Mlp(hidden_size=8, intermediate_size=16, layers=1), manifest, 0)
+    save_model(model, model.config, tmp_path / "model")
+    export_onnx(tmp_path / "model", tmp_path / "model.onnx")
+    engine = ENGINES["onnxruntime"].load(tmp_path / "model.onnx", EngineSettings())
+    made = Provenance(
+        task="tabular_regression", details=DETAILS, package="p", candidate="c", format="fp32", sha256="0" * 64,
+        size_bytes=1, verdict=[], parents={},
+    )  # fmt: skip
+    info = ModelInfo(id="rows", created=0, overproof=made)
+    app = build_app(SingleModel(ServedModel(info, ThreadedEngine(engine, 1), 1)), Access(None))
+    reply = ask(app, "/v1/predict", rows=[ROW, {**ROW, "colour": None}])
     assert reply.status_code == 200, reply.text
-    (answer,) = reply.json()["data"]
-    assert 25 <= answer["low"] <= answer["high"] <= 346
-    assert 25 <= answer["value"] <= 346
-    refused = ask(app, "/v1/predict", rows=[{**body["rows"][0], "bmy": 1}])
+    first, second = reply.json()["data"]
+    assert 10 <= first["low"] <= first["value"] <= first["high"] <= 80
+    assert first["value"] != second["value"]
+    assert ask(app, "/v1/predict", **TASKS["tabular_regression"].example(DETAILS | {"example": ROW})).status_code == 200
+    refused = ask(app, "/v1/predict", rows=[{**ROW, "colr": 1}])
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "rows")
-    assert "nearest is 'bmi'" in refused.json()["error"]["message"]
-    lost = ask(app, "/v1/classify", **body)
+    assert "nearest is 'colour'" in refused.json()["error"]["message"]
+    lost = ask(app, "/v1/classify", rows=[ROW])
     assert lost.status_code == 404
     assert "ask it at POST /v1/predict" in lost.json()["error"]["message"]
-    card = (folder / "README.md").read_text()
-    assert "pipeline_tag: tabular-regression" in card
-    assert json.dumps(body)[1:40] in card
-    assert (done["report"].local() / "report.html").read_text().count("root mean squared error") >= 1
