@@ -10,7 +10,9 @@ import torch
 
 from overproof.artifacts import Artifact
 from overproof.config import Evaluate
+from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
+from overproof.errors import InputError
 from overproof.export.gguf_file import read_gguf
 from overproof.files import file_sha256
 from overproof.models import hf_directory
@@ -71,6 +73,22 @@ def test_what_an_engine_does_not_tell_torch_does(text: dict[str, Artifact], monk
     np.testing.assert_allclose(found.total, nats, rtol=1e-5)
     np.testing.assert_array_equal(found.predictions, counts)
     assert (found.choices_N == choices).mean() > 0.999  # batches may break near ties the other way
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp", "vllm"])
+def test_rows_longer_than_the_files_context_are_refused_as_the_scorer_is_opened(
+    text: dict[str, Artifact], engine: str, tmp_path: Path
+) -> None:
+    """Past it an engine computes something, and it is not the model."""
+    file = text["compress"].local() / "student.gguf"
+    manifest = Manifest.read(text["prepare"].local())
+    for positions, fits in ((2048, True), (2049, False)):
+        (tmp_path / "manifest.json").write_text(manifest.model_copy(update={"positions": positions}).model_dump_json())
+        if fits:
+            text_evaluation.open_scorer(file, tmp_path, engine, FORMATS["gguf"], threads=1).close()
+            continue
+        with pytest.raises(InputError, match=r"student\.gguf: rows of 2049 tokens, .* is of 2048: .*data.sequence_length"):
+            text_evaluation.open_scorer(file, tmp_path, engine, FORMATS["gguf"], threads=1)
 
 
 def test_some_documents_are_the_same_as_among_all(text: dict[str, Artifact]) -> None:

@@ -10,11 +10,13 @@ from pydantic import Field
 
 from overproof.config.export import FormatSection
 from overproof.data.manifest import TOKENIZER
-from overproof.export.base import ExportContext
+from overproof.export.base import Difference, ExportContext
 from overproof.models.base import GgufFamily
 from overproof.registry import FAMILIES
 
-CHECKED_ROWS, CHECKED_TOKENS = 2, 32
+SHORT_ROW, LONG_ROW = 32, 1024  # tokens that a file is held against its model on
+MOST_TOKENS = 8192  # of such a row, which bounds what it takes
+CHECKED_PLACES = 64  # of each row, whose logits are compared
 HALF_PRECISION_NATS = 0.1  # half precision keeps 11 bits: measured on small models, 0.002
 
 
@@ -48,6 +50,11 @@ class GgufFormat:
 
         read_vocabulary(text, where)
 
+    def check_model(self, config: Mapping[str, Any], positions: int, where: object) -> None:
+        from overproof.export.gguf_check import check_model
+
+        check_model(config, positions, where)
+
     def write(self, source: Path, file: Path, variant: str, context: ExportContext, unquantised: Path) -> None:
         del unquantised
         from overproof.export.gguf_file import export_gguf
@@ -58,24 +65,37 @@ class GgufFormat:
         name = f"{context.recipe} {file.stem}"
         export_gguf(source, context.tokenizer, file, format=variant, name=name, chat_template=template)  # type: ignore[arg-type]
 
-    def difference_nats(self, source: Path, file: Path) -> tuple[float, float]:
-        """Of llama.cpp, which reads the file in its own way."""
+    def difference(self, source: Path, file: Path) -> Difference:
+        """Of llama.cpp, which reads the file in its own way, at places spread over a short row and over a long one.
+
+        The long row goes half as far again as a sliding window, where what the window leaves out counts: ``LONG_ROW``
+        tokens at least, and never past the context that the file names.
+        """
         import numpy as np
         import torch
 
         from overproof.engines.llamacpp_logits import LlamaCppLogits
-        from overproof.models.hf_directory import load_model
+        from overproof.export.gguf_check import gguf_family_of
+        from overproof.models.hf_directory import load_model, read_config
 
         model = load_model(source)
-        generator = torch.Generator().manual_seed(0)
-        tokens_BS = torch.randint(model.config.vocab_size, (CHECKED_ROWS, CHECKED_TOKENS), generator=generator)
-        engine = LlamaCppLogits(file, CHECKED_TOKENS, exact_cache=True)
-        logits_BSV = [np.concatenate([part.copy() for part in engine.batches(row_S)]) for row_S in tokens_BS.numpy()]
+        _, family = gguf_family_of(read_config(source), source)
+        context = family.gguf.metadata(model.config)["context_length"]
+        window = model.config.to_dict().get("sliding_window") or 0
+        longest = min(context, max(LONG_ROW, window + window // 2), MOST_TOKENS)
+        engine = LlamaCppLogits(file, longest, threads=torch.get_num_threads(), exact_cache=True)
+        generator, differences = torch.Generator().manual_seed(0), list[float]()
+        for tokens in sorted({min(SHORT_ROW, longest), longest}):
+            tokens_S = torch.randint(model.config.vocab_size, (tokens,), generator=generator)
+            places_P = np.unique(np.linspace(0, tokens - 1, CHECKED_PLACES).round().astype(np.int64))
+            found_PV = torch.from_numpy(engine.logits_at(tokens_S.numpy(), places_P)).log_softmax(-1)
+            with torch.inference_mode():
+                logits_PV = model(
+                    input_ids=tokens_S[None], use_cache=False, logits_to_keep=torch.from_numpy(places_P)
+                ).logits[0]
+            differences.append(float((logits_PV.log_softmax(-1) - found_PV).abs().max()))
         engine.close()
-        with torch.inference_mode():
-            expected_BSV = model(input_ids=tokens_BS).logits.log_softmax(-1)
-        found_BSV = torch.from_numpy(np.stack(logits_BSV)).log_softmax(-1)
-        return float((expected_BSV - found_BSV).abs().max()), HALF_PRECISION_NATS
+        return Difference(max(differences), HALF_PRECISION_NATS, longest)
 
     def read_back(self, file: Path) -> Any:
         """The torch model that the file holds, dequantised to fp32."""

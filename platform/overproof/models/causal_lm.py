@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from overproof.models.decoder import DecoderFamily, Widths
+from overproof.models.sizes import LAYERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 # What each number is called in config.json, by the families that transformers has.
 HIDDEN = ("hidden_size", "n_embd", "d_model")
 INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 
 

@@ -21,11 +21,12 @@ from overproof.models.pretrained import weight_files
 from overproof.registry import FAMILIES
 
 if TYPE_CHECKING:
-    from overproof.models.base import DataShape, ModelFamily
+    from overproof.models.base import DataShape, LayerNames, ModelFamily
 
 HEADER_LIMIT_BYTES = 100_000_000  # as the safetensors library has it
 FP32_BYTES = 4  # bytes
 POSITIONS = ("max_position_embeddings", "n_positions")  # what families call the most tokens of a row
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # and how many layers there are
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,13 @@ def require_positions(config: Mapping[str, Any], positions: int) -> None:
         raise InputError(
             f"config.json: the model takes {most} tokens at most; data.sequence_length is {positions}: lower it"
         )
+
+
+def with_layers(config: Mapping[str, Any], layers: int, names: LayerNames) -> dict[str, Any]:
+    """The content of a config.json for fewer layers: what a layer is by its place, it is by its new place."""
+    lists = {name: config[name][:layers] for name in names.per_layer if isinstance(config.get(name), list)}
+    called = [name for name in LAYERS if name in config] or LAYERS[:1]
+    return {**config, **lists, **dict.fromkeys(called, layers)}
 
 
 def _directory_size(path: str, shape: DataShape, most_layers: int | None = None) -> ModelSize:

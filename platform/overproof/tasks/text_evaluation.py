@@ -32,11 +32,13 @@ from overproof.data.parquet_reader import Shards
 from overproof.engines import probe
 from overproof.engines.base import ScoringLoader, TextScorer
 from overproof.engines.probe import Say
+from overproof.engines.prompt_limits import require_context
 from overproof.errors import InputError
 from overproof.export.base import Format
 from overproof.files import file_sha256
 from overproof.models.base import Prediction
 from overproof.models.hf_directory import Batch
+from overproof.models.sizes import most_positions
 from overproof.registry import ENGINES
 from overproof.tasks.base import FileScores, Metric, Tell, cost_metrics, spread_units
 from overproof.tasks.torch_scorer import TorchScorer
@@ -92,13 +94,18 @@ def open_scorer(file: Path, root: Path, engine: str, format: Format, threads: in
     """What a file is judged by on rows of the data set at ``root``, and on others of ``places`` places at most.
 
     Raises:
-        InputError: the file cannot be loaded.
+        InputError: the file cannot be loaded, or its context is shorter than such rows: its figures would mean nothing.
     """
     loader, manifest = ENGINES[engine], Manifest.read(root)
+    longest = max(manifest.positions, places)
     if isinstance(loader, ScoringLoader):
-        return loader.scorer(file, max(manifest.positions, places), threads)
+        return loader.scorer(file, longest, threads)
+    model = format.read_back(file)
+    context = most_positions(model.config.to_dict())
+    if context is not None:
+        require_context(file, longest, context)
     batch_rows = max(1, BATCH_LOGITS // (manifest.positions * manifest.outputs))
-    return TorchScorer(format.read_back(file), batch_rows)
+    return TorchScorer(model, batch_rows)
 
 
 def score_text(file: Path, root: Path, documents: NDArray[np.int64], scorer: TextScorer, tell: Tell) -> FileScores:
@@ -154,7 +161,8 @@ def measure_text(
     )
     answer = probe.probe_text(request, say)
     say("parity")
-    scorer = open_scorer(file, root, engine, format, settings.threads, PROMPT_TOKENS + settings.probe_tokens)
+    longest = max(len(prompt) + len(given.tokens) for prompt, given in zip(probed, answer.answers, strict=True))
+    scorer = open_scorer(file, root, engine, format, settings.threads, longest - 1)
     nats = [
         text_parity_nats(scorer, prompt, given.tokens, given.logprobs)
         for prompt, given in zip(probed, answer.answers, strict=True)
@@ -204,5 +212,5 @@ def test_prompts(rows: TestDocuments, shards: Shards, count: int) -> list[list[i
     """The first tokens of ``count`` rows, evenly spread over the chosen documents."""
     picked = spread_units(rows.sample_ids, count)
     columns = shards.take(picked)
-    ends = np.minimum(columns["length"] + 1, PROMPT_TOKENS)
+    ends = np.clip(columns["length"] - 1, 1, PROMPT_TOKENS)  # a context may be as short as a row: an answer must fit
     return [tokens[:end].tolist() for tokens, end in zip(columns["tokens"], ends, strict=True)]
