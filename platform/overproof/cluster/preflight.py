@@ -83,11 +83,11 @@ def _config_of_a_known_family(path: str, format: str, where: str) -> dict[str, A
     kind, _ = family_of(config, path)
     families = FORMATS[format].families
     if kind not in families:
-        held = [name for family in families for name in FAMILIES[family].architectures]
+        held = [name for family in families for name in FAMILIES[family].architectures if not name.startswith("!")]
         [named, *_] = config["architectures"]
         raise InputError(
             f"{where}: {path}/config.json: architecture {named} can be trained and not be written as "
-            f"{format}{suggest_name(named, held)}; expected {' or '.join(held)}"
+            f"{format}{suggest_name(named, held)}; expected {' or '.join(held)}{FORMATS[format].further_families}"
         )
     return config
 

@@ -37,6 +37,7 @@ class Format(Protocol):
     unquantised: str  # the variant that references are written in, such as "f16"
     engines: tuple[str, ...]  # kinds of the engines that serve it; the first is the default
     library: str  # as the Hugging Face Hub names it
+    further_families: str  # what would make it hold more families, as a message ends; empty where nothing does
     drafting_engine: str | None  # the engine that answers with a draft of this format, if one does
 
     @property

@@ -10,13 +10,16 @@ from pydantic import Field
 
 from overproof.config.export import FormatSection
 from overproof.data.manifest import TOKENIZER
+from overproof.export import llama_cpp_converter
 from overproof.export.base import Difference, ExportContext
 from overproof.models.base import GgufFamily
+from overproof.models.sizes import family_of
 from overproof.registry import FAMILIES
 
 SHORT_ROW, LONG_ROW = 32, 1024  # tokens that a file is held against its model on
 MOST_TOKENS = 8192  # of such a row, which bounds what it takes
 CHECKED_PLACES = 64  # of each row, whose logits are compared
+WRITTEN_TASK = "language_modeling"  # whose models a GGUF file holds
 HALF_PRECISION_NATS = 0.1  # half precision keeps 11 bits: measured on small models, 0.002
 
 
@@ -39,11 +42,18 @@ class GgufFormat:
     unquantised = "f16"
     engines = ("llama.cpp", "vllm")
     library = "gguf"
+    further_families = llama_cpp_converter.HOW
     drafting_engine = "llama.cpp"
 
     @property
     def families(self) -> tuple[str, ...]:
-        return tuple(kind for kind, family in FAMILIES.items() if isinstance(family, GgufFamily))
+        """Those that llama.cpp runs and overproof writes; with a checkout of llama.cpp any other decoder, too."""
+        further = llama_cpp_converter.is_configured()
+        return tuple(
+            kind
+            for kind, family in FAMILIES.items()
+            if isinstance(family, GgufFamily) or (further and WRITTEN_TASK in family.tasks)
+        )
 
     def check_tokenizer(self, text: str, where: object) -> None:
         from overproof.export.gguf_vocabulary import read_vocabulary
@@ -56,13 +66,16 @@ class GgufFormat:
         check_model(config, positions, where)
 
     def write(self, source: Path, file: Path, variant: str, context: ExportContext, unquantised: Path) -> None:
-        del unquantised
         from overproof.export.gguf_file import export_gguf
-        from overproof.models.hf_directory import chat_template
+        from overproof.export.gguf_rewrite import convert_gguf
+        from overproof.models.hf_directory import chat_template, read_config
 
         assert context.tokenizer is not None
         template = context.settings.chat_template or chat_template(context.teacher)
         name = f"{context.recipe} {file.stem}"
+        if not isinstance(family_of(read_config(source), source)[1], GgufFamily):
+            convert_gguf(source, unquantised, file, variant, name, template)  # type: ignore[arg-type]
+            return
         export_gguf(source, context.tokenizer, file, format=variant, name=name, chat_template=template)  # type: ignore[arg-type]
 
     def difference(self, source: Path, file: Path) -> Difference:
@@ -74,13 +87,12 @@ class GgufFormat:
         import numpy as np
         import torch
 
+        from overproof.engines.gguf_tokens import read_gguf_header
         from overproof.engines.llamacpp_logits import LlamaCppLogits
-        from overproof.export.gguf_check import gguf_family_of
-        from overproof.models.hf_directory import load_model, read_config
+        from overproof.models.hf_directory import load_model
 
         model = load_model(source)
-        _, family = gguf_family_of(read_config(source), source)
-        context = family.gguf.metadata(model.config)["context_length"]
+        context = read_gguf_header(file).context_length
         window = model.config.to_dict().get("sliding_window") or 0
         longest = min(context, max(LONG_ROW, window + window // 2), MOST_TOKENS)
         engine = LlamaCppLogits(file, longest, threads=torch.get_num_threads(), exact_cache=True)

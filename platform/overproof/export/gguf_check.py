@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from overproof.errors import InputError, suggest_name
+from overproof.export import llama_cpp_converter
 from overproof.models.base import GgufFamily
 from overproof.models.gguf_layout import GgufLayout
 from overproof.models.sizes import family_of
@@ -19,6 +20,9 @@ BLOCK = 32  # weights that share one scale in q8_0 and q4_0
 
 def check_model(config: Mapping[str, Any], positions: int, where: object) -> None:
     """See ``Format.check_model``."""
+    if not isinstance(family_of(config, where)[1], GgufFamily) and llama_cpp_converter.is_configured():
+        llama_cpp_converter.require_architecture(config["architectures"][0], where)
+        return
     kind, family = gguf_family_of(config, where)
     read = _configuration(family, config, where)
     check_configuration(kind, family.gguf, read, where)
@@ -71,6 +75,7 @@ def gguf_family_of(config: Mapping[str, Any], where: object) -> tuple[str, Any]:
     near = suggest_name(named, known)
     raise InputError(
         f"{where}/config.json: architecture {named} is not written as GGUF{near}; expected {' or '.join(known)}"
+        f"{llama_cpp_converter.HOW}"
     )
 
 

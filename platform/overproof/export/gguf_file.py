@@ -176,10 +176,10 @@ def _tensors(model: Path, family: Any, config: Any, base: Ggml) -> Iterator[_Ten
                     shape = shape[::-1]
                 again = [OUTPUT] if family.gguf.repeats_embeddings and config.tie_word_embeddings else []
                 for written in (name, *(again if name == EMBEDDINGS else ())):
-                    yield _Tensor(file, source, written, shape, _type(written, shape, base))
+                    yield _Tensor(file, source, written, shape, tensor_type(written, shape, base))
 
 
-def _type(name: str, shape: tuple[int, ...], base: Ggml) -> Ggml:
+def tensor_type(name: str, shape: tuple[int, ...], base: Ggml) -> Ggml:
     if len(shape) == 1 or name in WHOLE_TENSORS:
         return Ggml.F32
     return Ggml.Q8_0 if base is Ggml.Q4_0 and name in VOCABULARY_TENSORS else base

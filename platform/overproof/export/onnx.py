@@ -32,6 +32,7 @@ class OnnxFormat:
     unquantised = "fp32"
     engines = ("onnxruntime",)
     library = "onnx"
+    further_families = ""
     drafting_engine = None
 
     @property

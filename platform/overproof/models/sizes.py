@@ -91,11 +91,19 @@ def family_of(config: Mapping[str, Any], path: object) -> tuple[str, ModelFamily
             "the model that they were made from"
         )
     for kind, family in FAMILIES.items():
-        if any(fnmatchcase(str(named[0]), pattern) for pattern in family.architectures):
+        if is_named(str(named[0]), family.architectures):
             return kind, family
-    known = [name for family in FAMILIES.values() for name in family.architectures]
+    known = [name for family in FAMILIES.values() for name in family.architectures if not name.startswith("!")]
     near = suggest_name(str(named[0]), [name for name in known if "*" not in name], similarity=0.5)
     raise InputError(f"{path}/config.json: architecture {named[0]}{near}; expected {' or '.join(known)}")
+
+
+def is_named(architecture: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a family's patterns name an architecture, and none with a ``!`` before it does."""
+    left_out = [pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!")]
+    if any(fnmatchcase(architecture, pattern) for pattern in left_out):
+        return False
+    return any(fnmatchcase(architecture, pattern) for pattern in patterns)
 
 
 def most_positions(config: Mapping[str, Any]) -> int | None:
@@ -130,6 +138,11 @@ def _directory_size(path: str, shape: DataShape, most_layers: int | None = None)
     if most_layers is not None:  # all are alike
         config["num_hidden_layers"] = most_layers
         layers = family.names.layers.rsplit(".", 1)[-1]
+        if all(_layer_number(name, layers) < 0 for name in tensors):
+            raise InputError(
+                f"{path}: keeps no layers at {family.names.layers}, so fewer of them cannot be taken; expected a "
+                "student of another kind, such as {kind: pretrained, path: ...}"
+            )
         tensors = {name: size for name, size in tensors.items() if _layer_number(name, layers) < most_layers}
     try:
         found = family.directory_size(config, tensors, shape)
