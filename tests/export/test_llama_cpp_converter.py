@@ -26,7 +26,7 @@ from overproof.models.hf_directory import save_model
 from overproof.registry import FORMATS
 
 CHECKOUT = Path(__file__).parent / "converter_checkout"
-VOCABULARY = 320
+VOCABULARY, UNNAMED = 320, 16  # rows of the model, and how many of them are no token's
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_bpe([Path(__file__).read_text()], VOCABULARY).save(str(folder / "tokenizer.json"))
     torch.manual_seed(0)
     config = StableLmConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=VOCABULARY + UNNAMED, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0, initializer_range=0.1,
     )  # fmt: skip
     model = StableLmForCausalLM(config).eval()
@@ -68,6 +68,7 @@ def test_what_it_writes_is_held_against_the_model_and_quantised_as_other_files_a
     assert found.positions == 64
     assert set(_types(whole).values()) == {"F32", "F16"}
     fields = gguf.GGUFReader(whole).fields
+    assert fields["tokenizer.ggml.tokens"].contents()[-1] == f"<|unused-{VOCABULARY + UNNAMED - 1}|>"
     assert fields["general.name"].contents() == "run student"
     assert fields["tokenizer.chat_template"].contents() == "{{ messages }}"
     monkeypatch.setattr(llama_cpp_converter, "convert", lambda *_: pytest.fail("its unquantised file lies there"))

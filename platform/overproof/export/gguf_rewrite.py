@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,16 @@ from gguf import GGUFValueType
 from overproof.engines.gguf_tokens import CHAT_TEMPLATE
 from overproof.export import llama_cpp_converter
 from overproof.export.gguf_check import BLOCK
-from overproof.export.gguf_file import FILE_TYPES, GgufVariant, tensor_type
+from overproof.export.gguf_file import EMBEDDINGS, FILE_TYPES, GgufVariant, tensor_type
+from overproof.export.gguf_vocabulary import UNREACHED, unused_token
 
 OWN_KEYS = ("GGUF.", "general.architecture", "general.name", "general.file_type", "general.quantization_version")
 WIDE = (Ggml.F16, Ggml.BF16)  # what a converter leaves to be quantised; what it writes in 32 bits stays so
+UNUSED_ENTRY: dict[str, Callable[[int], Any]] = {
+    "tokenizer.ggml.tokens": unused_token,
+    "tokenizer.ggml.scores": lambda _: UNREACHED,
+    "tokenizer.ggml.token_type": lambda _: int(gguf.TokenType.UNUSED),
+}
 
 
 def convert_gguf(
@@ -43,7 +50,8 @@ def convert_gguf(
 def rewrite_gguf(source: Path, file: Path, variant: GgufVariant, name: str, chat_template: str | None) -> None:
     """Write the model of one file as another, a tensor at a time; ``file`` appears when it is complete.
 
-    Matrices in 16 bits become what the variant has them in, where their rows are whole blocks.
+    Matrices in 16 bits become what the variant has them in, where their rows are whole blocks. A vocabulary that has
+    fewer entries than the model has rows is filled up with unused ones: llama.cpp loads no other.
     """
     reader = gguf.GGUFReader(source)
     base, file_type = FILE_TYPES[variant]
@@ -52,11 +60,15 @@ def rewrite_gguf(source: Path, file: Path, variant: GgufVariant, name: str, chat
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    rows = next(_shape(tensor)[0] for tensor in reader.tensors if tensor.name == EMBEDDINGS)
     for key, field in reader.fields.items():
         if key.startswith(OWN_KEYS) or (key == CHAT_TEMPLATE and chat_template is not None):
             continue
         inner = field.types[-1] if field.types[0] is GGUFValueType.ARRAY else None
-        writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
+        value = field.contents()
+        if key in UNUSED_ENTRY:
+            value = value + [UNUSED_ENTRY[key](row) for row in range(len(value), rows)]
+        writer.add_key_value(key, value, field.types[0], sub_type=inner)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     types = {tensor.name: _written_type(tensor, base) for tensor in reader.tensors}

@@ -61,13 +61,11 @@ def add_vocabulary(writer: gguf.GGUFWriter, model: Path, config: dict) -> None:
     spec = json.loads((model / "tokenizer.json").read_text())
     tokens = {id_: token for token, id_ in spec["model"]["vocab"].items()}
     special = {token["id"]: token["content"] for token in spec["added_tokens"]}
-    rows = range(config["vocab_size"])
+    rows = range(1 + max(*tokens, *special))  # as the real one for some models: those without a name are left out
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([special.get(row, tokens.get(row, f"[PAD{row}]")) for row in rows])
-    kinds = [gguf.TokenType.CONTROL if row in special else gguf.TokenType.NORMAL for row in rows]
-    writer.add_token_types([kind if row in tokens or row in special else gguf.TokenType.UNUSED
-                            for row, kind in zip(rows, kinds, strict=True)])  # fmt: skip
+    writer.add_token_list([special.get(row, tokens.get(row)) for row in rows])
+    writer.add_token_types([gguf.TokenType.CONTROL if row in special else gguf.TokenType.NORMAL for row in rows])
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]])
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
