@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -545,29 +544,6 @@ FEW = (
 
 def _sets(*overrides: str) -> list[str]:
     return [word for override in overrides for word in ("--set", override)]
-
-
-def test_a_table_is_shrunk_to_a_package_or_told_what_would_have_to_give(
-    ray_cluster: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
-    data = table(label=kinds)(here.parent)
-    few = _sets(*FEW, "train.steps=60", "sweep.steps=60", "train.warmup_steps=5", "sweep.warmup_steps=5")
-    argv = ["shrink", "--data", str(data), "--keep", "0.5", "--max-mb", "0.2", *few]
-    assert main(argv) == 0
-    out = capsys.readouterr().out
-    recipe = load_recipe("my-table-small.yaml")
-    assert recipe.train.steps == 60
-    assert "picture  " in out
-    assert (here / "store/my-table-small").is_dir()
-    package = next((here / "store/my-table-small").glob("package-*"))
-    assert out.splitlines()[-1] == f"serve it: overproof serve my-table-small/{package.name}"
-    assert "passed · shipped" in " ".join(out.split())
-    assert main([*argv, "--max-p95-ms", "0.0001", "--out", "faster.yaml"]) == 1  # the gate alone is run again
-    printed = capsys.readouterr()
-    assert re.search(r"the nearest is \w+-int8: p95 latency ", printed.out)
-    assert "It would pass with --max-p95-ms " in printed.out
-    assert "the gate refused every candidate" in printed.err
 
 
 def test_a_language_model_is_shrunk_from_its_directory_as_it_is(

@@ -121,8 +121,9 @@ def test_a_regression_is_answered_by_column_over_http(tmp_path: Path) -> None:
         task="tabular_regression", details=DETAILS, package="p", candidate="c", format="fp32", sha256="0" * 64,
         size_bytes=1, verdict=[], parents={},
     )  # fmt: skip
+    (tmp_path / "package.json").write_text("{}")
     info = ModelInfo(id="rows", created=0, overproof=made)
-    app = build_app(SingleModel(ServedModel(info, ThreadedEngine(engine, 1), 1)), Access(None))
+    app = build_app(SingleModel(ServedModel(info, ThreadedEngine(engine, 1), 1, str(tmp_path))), Access(None))
     reply = ask(app, "/v1/predict", rows=[ROW, {**ROW, "colour": None}])
     assert reply.status_code == 200, reply.text
     first, second = reply.json()["data"]

@@ -1,6 +1,6 @@
 """Nodes that are killed, join and are drained under a training; workers and drivers that are killed: on real nodes.
 
-The suite has a short version of each: ``test_elastic.py`` for nodes, ``test_prove.py`` for a killed worker.
+The suite moves nodes once (``test_elastic.py``) and kills ranks without Ray (``test_resume.py``).
 """
 
 from __future__ import annotations
