@@ -461,7 +461,7 @@ def test_pixels_that_the_model_does_not_take_are_refused(tmp_path: Path) -> None
 
 
 def test_the_nearest_is_told_with_flags_that_loosen_its_rules() -> None:
-    times = {f"latency_p{share}_s": Metric(value=0.0625, unit="s", n=60) for share in (50, 95)}
+    times = {f"latency_p{share}_s": Metric(value=0.05, high=0.0625, unit="s", n=60) for share in (50, 95)}
     file = MeasuredFile(
         name="small-int8", student="small", format="int8", size_bytes=1, sha256="0" * 64, candidate=True, metrics=times
     )
@@ -474,7 +474,7 @@ def test_the_nearest_is_told_with_flags_that_loosen_its_rules() -> None:
         found = nearest(gate, report, judge(gate, report))
         assert found is not None
         assert found.flags == flags
-        assert found.reasons == (f"p{percentile} latency 62.5 ms (60 requests), allowed 40 ms",)
+        assert found.reasons == (f"p{percentile} latency 50 ms, at most 62.5 ms (60 requests), allowed 40 ms",)
 
 
 TEXT = """# first
@@ -563,7 +563,8 @@ def test_a_table_is_shrunk_to_a_package_or_told_what_would_have_to_give(
     package = next((here / "store/my-table-small").glob("package-*"))
     assert out.splitlines()[-1] == f"serve it: overproof serve my-table-small/{package.name}"
     assert "passed · shipped" in " ".join(out.split())
-    assert main([*argv, "--max-p95-ms", "0.0001", "--out", "faster.yaml"]) == 1  # the gate alone is run again
+    # What is trained is there; engines are asked again, for as many requests as a latency needs.
+    assert main([*argv, "--max-p95-ms", "0.0001", "--out", "faster.yaml"]) == 1
     printed = capsys.readouterr()
     assert re.search(r"the nearest is \w+-int8: p95 latency ", printed.out)
     assert "It would pass with --max-p95-ms " in printed.out
