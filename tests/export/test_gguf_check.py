@@ -44,13 +44,13 @@ def refusal(of: dict[str, Any], positions: int = 128) -> str:
     ("of", "told"),
     [
         (config("LlamaForCausalLM", rope_parameters=YARN),
-         "found rope_type 'yarn'; expected 'default' or 'linear' or 'llama3': the GGUF export of llama covers no other"),
+         "found rope_type 'yarn'; expected 'default' or 'linear' or 'llama3': the GGUF export of llama covers no"),
         (config("Qwen2ForCausalLM", rope_scaling={"type": "yarn", "factor": 4.0}), "found rope_type 'yarn'"),
         (config("Qwen3ForCausalLM", head_dim=16, rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
          "found rope_type 'dynamic'"),
         (config("LlamaForCausalLM", hidden_size=80, head_dim=20, intermediate_size=100),
-         "found embedding_length 80; expected a multiple of 32; and feed_forward_length 100; expected a multiple of 32; "
-         "and heads of 80; expected a multiple of 32"),
+         "found embedding_length 80; expected a multiple of 32; and feed_forward_length 100; expected a multiple of 32"
+         "; and heads of 80; expected a multiple of 32"),
         (config("FalconForCausalLM", alibi=True), "found alibi True; expected False"),
         ({**GEMMA2, "layer_types": ["full_attention"] * 4}, "found layer_types ['full_attention', "),
         (config("MistralForCausalLM", sliding_window=64), "lower data.sequence_length to 64"),

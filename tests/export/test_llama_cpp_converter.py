@@ -36,8 +36,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_bpe([Path(__file__).read_text()], VOCABULARY).save(str(folder / "tokenizer.json"))
     torch.manual_seed(0)
     config = StableLmConfig(
-        vocab_size=VOCABULARY + UNNAMED, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0, initializer_range=0.1,
+        vocab_size=VOCABULARY + UNNAMED, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+        initializer_range=0.1,
     )  # fmt: skip
     model = StableLmForCausalLM(config).eval()
     save_model(model, model.config, folder / "model", folder / "tokenizer.json")

@@ -143,7 +143,9 @@ def test_what_cannot_be_read_is_refused(files: dict[str, Path], tmp_path: Path) 
     cut.write_bytes(files["f16"].read_bytes()[:9000])
     with pytest.raises(InputError, match=r"cut\.gguf: llama\.cpp cannot load it; expected a whole GGUF file"):
         LlamaCppLogits(cut, 8)
-    with pytest.raises(InputError, match=r"f16\.gguf: rows of 129 tokens, and its context \(context_length\) is of 128"):
+    with pytest.raises(
+        InputError, match=r"f16\.gguf: rows of 129 tokens, and its context \(context_length\) is of 128"
+    ):
         LlamaCppLogits(files["f16"], 129)
     engine = LlamaCppLogits(files["f16"], 8)
     for wrong, message in (

@@ -218,8 +218,7 @@ def test_a_family_is_trained_written_and_answered(case: Case, tmp_path: Path, to
     assert float((engine_logprobs(file, tokens_BS[0].tolist()) - answered).abs().max()) < 0.5
 
 
-WIDE_BASE = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-             "original_max_position_embeddings": 1024}  # fmt: skip
+FAR = {**LLAMA3, "rope_theta": 1e4, "factor": 32.0, "original_max_position_embeddings": 4096}
 
 
 @pytest.mark.parametrize(
@@ -227,7 +226,7 @@ WIDE_BASE = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 32.0, "low_freq
     [
         ("gemma3", {"sliding_window": 64}, (GgufLayout, "metadata", {"attention.sliding_window": 48}), 1024),
         ("gemma2", {"sliding_window": 1000}, (GgufLayout, "metadata", {"attention.sliding_window": 700}), 1500),
-        ("llama", {"rope_parameters": WIDE_BASE}, (GgufLayout, "extra_tensors", None), 1024),
+        ("llama", {"rope_parameters": FAR}, (GgufLayout, "extra_tensors", None), 1024),
         ("gpt2", {}, None, POSITIONS),
     ],
 )  # fmt: skip

@@ -186,8 +186,8 @@ class LlamaCppLogits:
         """Load a file for rows of ``positions`` tokens at most.
 
         Raises:
-            InputError: the file is missing, llama.cpp cannot load it, its context is shorter than the rows, or llama.cpp's
-                C interface is not as expected.
+            InputError: the file is missing, llama.cpp cannot load it, its context is shorter than the rows, or the C
+                interface is not as expected.
         """
         if not path.is_file():
             raise InputError(f"{path}: missing; expected a GGUF file")

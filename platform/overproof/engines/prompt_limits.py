@@ -76,8 +76,9 @@ def require_context(file: object, positions: int, context_length: int) -> None:
     """
     if positions > context_length:
         raise InputError(
-            f"{file}: rows of {positions} tokens, and its context (context_length) is of {context_length}: past it, what "
-            f"an engine computes is not the model's. Prepare data with data.sequence_length {context_length} at most"
+            f"{file}: rows of {positions} tokens, and its context (context_length) is of {context_length}: past it, "
+            "what an engine computes is not the model's. Prepare data with data.sequence_length "
+            f"{context_length} at most"
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether an export format can hold models, by their configurations: ``python -m overproof.export.check_models FOLDER``.
+"""Whether a format can hold models, by their configurations: ``python -m overproof.export.check_models FOLDER``.
 
 In a process of its own, for a format may need transformers, and torch with it, which is more than what asks otherwise
 needs. Reads ``question.json`` from the folder and writes ``refusals.json`` there.

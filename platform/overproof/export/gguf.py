@@ -81,19 +81,22 @@ class GgufFormat:
     def difference(self, source: Path, file: Path) -> Difference:
         """Of llama.cpp, which reads the file in its own way, at places spread over a short row and over a long one.
 
-        The long row goes half as far again as a sliding window, where what the window leaves out counts: ``LONG_ROW``
-        tokens at least, and never past the context that the file names.
+        The long row goes half as far again as a sliding window that llama.cpp knows, so that what the window leaves out
+        counts: ``LONG_ROW`` tokens at least, and never past the context that the file names, which ends with a window
+        that it does not know.
         """
         import numpy as np
         import torch
 
         from overproof.engines.gguf_tokens import read_gguf_header
         from overproof.engines.llamacpp_logits import LlamaCppLogits
-        from overproof.models.hf_directory import load_model
+        from overproof.models.hf_directory import load_model, read_config
 
         model = load_model(source)
+        _, family = family_of(read_config(source), source)
         context = read_gguf_header(file).context_length
-        window = model.config.to_dict().get("sliding_window") or 0
+        slides = not isinstance(family, GgufFamily) or family.gguf.slides
+        window = (model.config.to_dict().get("sliding_window") or 0) if slides else 0
         longest = min(context, max(LONG_ROW, window + window // 2), MOST_TOKENS)
         engine = LlamaCppLogits(file, longest, threads=torch.get_num_threads(), exact_cache=True)
         generator, differences = torch.Generator().manual_seed(0), list[float]()
@@ -107,7 +110,7 @@ class GgufFormat:
                 ).logits[0]
             differences.append(float((logits_PV.log_softmax(-1) - found_PV).abs().max()))
         engine.close()
-        return Difference(max(differences), HALF_PRECISION_NATS, longest)
+        return Difference(float(np.max(differences)), HALF_PRECISION_NATS, longest)  # NaN stays what it is
 
     def read_back(self, file: Path) -> Any:
         """The torch model that the file holds, dequantised to fp32."""

@@ -29,9 +29,9 @@ def check_model(config: Mapping[str, Any], positions: int, where: object) -> Non
     context = family.gguf.metadata(read)["context_length"]
     if positions > context:
         raise InputError(
-            f"{where}/config.json: rows of {positions} tokens (data.sequence_length), and llama.cpp computes what the model does up "
-            f"to {context} tokens (by its positions, its sliding window or the length they were scaled from): lower "
-            f"data.sequence_length to {context}"
+            f"{where}/config.json: rows of {positions} tokens (data.sequence_length), and llama.cpp computes what the "
+            f"model does up to {context} tokens (by its positions, its sliding window or the length they were scaled "
+            f"from): lower data.sequence_length to {context}"
         )
 
 
@@ -44,8 +44,8 @@ def check_configuration(kind: str, layout: GgufLayout, config: Any, where: objec
     found = [*layout.unfit(config), *_widths_unfit(layout, config)]
     if found:
         raise InputError(
-            f"{where}/config.json: found {'; and '.join(found)}: the GGUF export of {kind} covers no other: give a model that has "
-            "what was expected"
+            f"{where}/config.json: found {'; and '.join(found)}: the GGUF export of {kind} covers no other: "
+            "give a model that has what was expected"
         )
 
 

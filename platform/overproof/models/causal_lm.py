@@ -1,4 +1,4 @@
-"""Any other decoder that transformers has: trained and distilled from its directory; exported through another's converter."""
+"""Any other decoder that transformers has: trained from its directory; a converter of llama.cpp may export it."""
 
 from __future__ import annotations
 

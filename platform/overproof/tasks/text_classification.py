@@ -175,8 +175,8 @@ class TextClassification:
     ) -> FileScores:  # fmt: skip
         from overproof.tasks.array_evaluation import first_choices, score_arrays
 
-        del settings, format, tell
-        return score_arrays(file, root, units, engine, "tokens", first_choices)
+        del format, tell
+        return score_arrays(file, root, units, engine, "tokens", first_choices, score_s=settings.score_s)
 
     def probe(
         self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
