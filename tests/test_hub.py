@@ -98,6 +98,10 @@ def test_a_model_is_planned_from_headers_and_fetched_without_pickles_or_code(
     sent = len(served.served)
     assert pretrained.fetch_pretrained(URI) == folder
     assert len(served.served) == sent
+    # What another tool has fetched into the same cache is not looked at.
+    (snapshot,) = Path(constants.HF_HUB_CACHE).glob("models--org--Tiny-1.0/snapshots/*")
+    (snapshot / "pytorch_model.bin").write_bytes(b"pickle")
+    load_model(pretrained.fetch_pretrained(URI))
 
 
 def test_a_push_changes_what_follows_from_the_branch_and_nothing_that_follows_from_a_commit(
@@ -156,7 +160,7 @@ def test_without_a_network_the_cache_is_taken_where_that_is_asked(served: Hub, m
     assert absolute_uri(URI) == pinned
     assert pretrained.fetch_pretrained(URI) == folder
     assert inspect_model(URI).family == "llama"
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").readlink().unlink()
     with pytest.raises(InputError, match=r"no \*\.safetensors file"):
         pretrained.fetch_pretrained(URI)
     with pytest.raises(InputError, match=r"the cache does not have it.*hf download org/other.*HF_HUB_OFFLINE=1"):

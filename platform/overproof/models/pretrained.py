@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,16 @@ def _read_of(path: str) -> list[str]:
     return sorted({name for name in READ if name in sizes} | set(weights))
 
 
+def _linked(snapshot: Path, names: Sequence[str]) -> Path:
+    """A folder of these files of the Hub's cache alone: other tools may have fetched pickles and code beside them."""
+
+    def link(folder: Path) -> None:
+        for name in names:
+            (folder / name).symlink_to(snapshot / name)
+
+    return local_cache(hashlib.sha256(json.dumps([str(snapshot), *names]).encode()).hexdigest(), link)
+
+
 def fetch_pretrained(path: str, progress: Progress = no_progress) -> Path:
     """The directory on this machine; from a URI it is fetched once.
 
@@ -122,12 +132,12 @@ def fetch_pretrained(path: str, progress: Progress = no_progress) -> Path:
     if hub.is_model(path):
         names = _read_of(path)
         if (there := hub.cached(path, names)) is not None:
-            return there
+            return _linked(there, names)
         with Heartbeat(progress, "fetch", 1) as beat:
             beat.start_phase(0, path)
             fetched = hub.download(path, names, lambda far: beat.start_phase(0, lambda: f"{path}: {far()}"))
             beat.start_phase(1, "")
-        return fetched
+        return _linked(fetched, names)
     files, root = filesystem(path)
     if isinstance(files, fs.LocalFileSystem):
         return Path(root)
