@@ -240,7 +240,16 @@ def _evaluate(recipe: Recipe, compressed: Path, folder: Path) -> None:
         for export in exports
     ]
     comparisons = [
-        Comparison(name=m.name, against=against, value=value, low=value - 0.005, high=value + 0.005)
+        Comparison(
+            name=m.name,
+            against=against,
+            value=value,
+            low=value - 0.005,
+            high=value + 0.005,
+            kept=1 - value,
+            kept_low=0.995 - value,
+            kept_high=1.005 - value,
+        )
         for m in measured
         for against, value in (("student", 0.01), ("teacher", 0.04), ("control", -0.05))
     ]

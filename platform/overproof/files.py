@@ -17,6 +17,7 @@ from typing import TypeVar
 from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from overproof import hub
 from overproof.errors import InputError
 
 CHUNK_BYTES = 1 << 20
@@ -41,10 +42,12 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """Open a local path or a URI.
 
     Raises:
-        InputError: the scheme is unknown or the URI is malformed.
+        InputError: the scheme is unknown or the URI is malformed, or the Hub has no such model.
     """
     if "://" not in uri:
         return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    if hub.is_model(uri):
+        return hub.open_file_system(uri)
     try:
         found, path = fs.FileSystem.from_uri(uri)
     except (ValueError, OSError) as error:
@@ -53,7 +56,9 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def absolute_uri(uri: str) -> str:
-    """The same folder, file or URI, whatever folder a process starts in."""
+    """The same folder, file or URI, whatever folder a process starts in; a model on the Hub is pinned to a commit."""
+    if hub.is_model(uri):
+        return hub.pin(uri)
     return uri if "://" in uri else filesystem(uri)[1]
 
 

@@ -15,8 +15,9 @@ from overproof.cluster.placement import require_placeable
 from overproof.cluster.preflight import check_gate
 from overproof.config import Pretrained, Recipe, Section, Train
 from overproof.errors import InputError, suggest_name
+from overproof.evaluate.gate import requests_needed
 from overproof.files import read_json
-from overproof.models.pretrained import list_directory
+from overproof.models.pretrained import directory_identity
 from overproof.registry import ENGINES, TASKS
 from overproof.stage_context import StageContext, TaskProgress
 
@@ -44,14 +45,14 @@ def _dump(section: Section | None) -> Any:
 
 def _train_inputs(train: Train) -> dict[str, Any]:
     """What else the teacher follows from: the files it starts from, and which checkpoints may be the best."""
-    starting = {"model_files": list_directory(train.model.path)} if isinstance(train.model, Pretrained) else {}
+    starting = {"model_files": directory_identity(train.model.path)} if isinstance(train.model, Pretrained) else {}
     return starting | ({"checkpoint": _dump(train.checkpoint)} if train.result == "best" else {})
 
 
 def _sweep_inputs(recipe: Recipe) -> dict[str, Any]:
     """What else the students follow from: the files that some start from, and what trials run on where time counts."""
     students = recipe.sweep.students
-    found = {s.name: list_directory(s.model.path) for s in students if isinstance(s.model, Pretrained)}
+    found = {s.name: directory_identity(s.model.path) for s in students if isinstance(s.model, Pretrained)}
     starting = {"student_files": found} if found else {}
     return starting | ({"bundles": recipe.sweep.bundles} if "seconds" in recipe.tune.objectives else {})
 
@@ -62,8 +63,11 @@ def _compress_inputs(recipe: Recipe) -> dict[str, Any]:
 
 
 def _evaluate_inputs(recipe: Recipe) -> dict[str, Any]:
-    """What else the figures follow from: the rules, where they say how many test units are enough."""
-    return {} if recipe.evaluate.narrow is None else {"gate": _dump(recipe.gate)}
+    """What else the figures follow from: the rules, where they say how many test units or timed requests are enough."""
+    if recipe.evaluate.narrow is not None:
+        return {"gate": _dump(recipe.gate)}
+    needed = requests_needed(recipe.gate.rules, recipe.evaluate.confidence)
+    return {"timed_requests": needed} if needed > recipe.evaluate.timed_requests else {}
 
 
 STAGES = (
@@ -80,11 +84,11 @@ STAGES = (
           lambda r: {"seed": r.seed, "sweep": _dump(r.sweep), "tune": _dump(r.tune), **_sweep_inputs(r)},
           format=3),
     Stage("compress", "overproof.export.stage:export_models", ("prepare", "train", "sweep"),
-          lambda r: {"compress": _dump(r.compress), **_compress_inputs(r)}, format=2),
+          lambda r: {"compress": _dump(r.compress), **_compress_inputs(r)}, format=3),
     Stage("evaluate", "overproof.evaluate.stage:evaluate_exports", ("prepare", "compress"),
-          lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate), **_evaluate_inputs(r)}, format=4),
+          lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate), **_evaluate_inputs(r)}, format=5),
     Stage("gate", "overproof.evaluate.stage:judge_report", ("evaluate",),
-          lambda r: {"gate": _dump(r.gate)}, format=3),
+          lambda r: {"gate": _dump(r.gate)}, format=4),
     Stage("report", "overproof.report.stage:write_report",
           ("prepare", "train", "generate", "cache", "sweep", "evaluate", "gate"),
           lambda r: {"name": r.name}, format=2),

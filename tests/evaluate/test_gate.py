@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from overproof.config import Gate
+from overproof.engines.probe import ArrayAnswer
 from overproof.errors import InputError
-from overproof.evaluate.gate import Verdict, judge
+from overproof.evaluate.gate import Verdict, judge, requests_needed
 from overproof.evaluate.metrics import Comparison, MeasuredFile, Report
-from overproof.tasks.base import Metric
+from overproof.tasks.base import Metric, cost_metrics
 
 REGRESSION = {"kind": "regression", "against": "student", "at_most": 0.03}
 STUDENT = dict.fromkeys(("student", "big", "small", "q", "bare"), "student")
@@ -99,30 +101,73 @@ def test_smaller_counts_times() -> None:
     assert found.chosen == "small"
 
 
-def test_keep_is_judged_at_the_far_end_and_of_an_accuracy_by_its_share() -> None:
+def test_keep_is_judged_by_the_share_at_the_far_end_of_its_interval() -> None:
+    """The share of the quality, whatever a difference is told in."""
     rule = {"kind": "keep", "against": "teacher", "at_least": 0.95}
-    worse = report(("big", "teacher", 0.02, 0.0, 0.05), ("small", "teacher", 0.02, 0.0, 0.06))
-    files = tuple(m.model_copy(update={"metrics": {**m.metrics, "bits_per_byte": metric(2.0)}}) for m in worse.measured)
-    found = verdict([rule], worse.model_copy(update={"measured": files}))
-    assert [c.passed for c in found.candidates] == [True, False]
-    assert found.candidates[1].reasons[0].text == (
-        "keeps 98.0 % of teacher's bits per byte (at the far end of the interval 94.3 %), needed 95 %"
+    for task, quality, title in (
+        ("language_modeling", "bits_per_byte", "bits per byte"), ("image_classification", "accuracy", "accuracy"),
+    ):  # fmt: skip
+        differences = (("big", "teacher", 0.02, 0.0, 0.9), ("small", "teacher", 0.02, 0.0, 0.01), ("q", "big", 0, 0, 0))
+        of = report(*differences, task=task, quality=quality)
+        kept = (
+            {"kept": 0.98, "kept_low": 0.95, "kept_high": 1.01},
+            {"kept": 0.98, "kept_low": 0.949, "kept_high": 1.0},
+        )
+        compared = [c.model_copy(update=shares) for c, shares in zip(of.comparisons, (*kept, {}), strict=True)]
+        found = verdict([rule], of.model_copy(update={"comparisons": tuple(compared)}))
+        assert [c.passed for c in found.candidates] == [True, False]
+        assert found.candidates[1].reasons[0].text == (
+            f"keeps 98.0 % of teacher's {title} (at the far end of the interval 94.9 %), needed 95 %"
+        )
+
+
+def timed(seconds: Sequence[float], confidence: float = 0.95) -> Report:
+    """A report on a file whose requests took so long."""
+    answer = ArrayAnswer(before_mb=1, resident_mb=2, latency_s=list(seconds), logprobs=[])
+    file = measured("big", 1, True, **cost_metrics(answer, 1000, confidence))
+    return report(measured=(file,), confidence=confidence)
+
+
+@pytest.mark.parametrize(
+    ("requests", "confidence", "needed"), [(3, 0.95, 59), (20, 0.95, 59), (58, 0.95, 59), (59, 0.99, 90)]
+)
+def test_a_latency_of_too_few_requests_is_not_shown_however_quick_they_were(
+    requests: int, confidence: float, needed: int
+) -> None:
+    found = verdict([{"kind": "latency", "at_most_ms": 40}], timed([1e-6] * requests, confidence))
+    assert not found.passed
+    assert found.candidates[0].reasons[0].text == (
+        f"p95 latency not shown: {requests} requests, needs {needed}: raise evaluate.probe_s"
     )
-    points = report(("big", "teacher", 0.02, 0.0, 0.03), ("small", "teacher", 0.02, 0.0, 0.031), quality="accuracy",
-                    task="image_classification")  # fmt: skip
-    files = tuple(m.model_copy(update={"metrics": {**m.metrics, "accuracy": metric(0.6)}}) for m in points.measured)
-    found = verdict([rule], points.model_copy(update={"measured": files}))
-    assert [c.passed for c in found.candidates] == [True, False]  # three points of sixty are 5 %
-    assert "keeps 96.7 % of teacher's accuracy" in found.candidates[1].reasons[0].text
+    assert verdict([{"kind": "latency", "at_most_ms": 40}], timed([1e-6] * needed, confidence)).passed
+    assert verdict([{"kind": "latency", "percentile": 50, "at_most_ms": 40}], timed([1e-6] * 7, 0.99)).passed
+
+
+def test_a_latency_is_judged_by_its_upper_bound_and_not_by_the_sample() -> None:
+    """Of 59 requests the slowest bounds p95, of 93 the second slowest: one may be late."""
+    rule = {"kind": "latency", "at_most_ms": 40}
+    for requests, late, passes in ((59, 0, True), (59, 1, False), (92, 1, False), (93, 1, True), (93, 2, False)):
+        of = timed([0.05] * late + [0.01] * (requests - late))
+        assert of.measured[0].metrics["latency_p95_s"].value == 0.01
+        assert verdict([rule], of).passed == passes, (requests, late)
+    assert verdict([{**rule, "percentile": 50}], timed([0.05] + [0.01] * 58)).passed
+
+
+def test_a_gate_asks_for_as_many_requests_as_its_latency_rules_need() -> None:
+    rules = [{"kind": "latency", "percentile": share, "at_most_ms": 40} for share in (50, 95)]
+    for asked, needed in (((), 0), (rules[:1], 5), (rules, 59)):
+        assert requests_needed(Gate.model_validate({"rules": [PARITY, *asked]}).rules, 0.95) == needed
 
 
 def test_absolute_limits() -> None:
-    quick, slow = ({"latency_p95_s": metric(seconds), "bits_per_byte": metric(2.0, 1.8, high)}
-                   for seconds, high in ((0.01, 2.1), (0.05, 2.3)))  # fmt: skip
+    quick, slow = ({"latency_p95_s": Metric(value=0.01, high=bound, unit="s", n=60),
+                    "bits_per_byte": metric(2.0, 1.8, high)}
+                   for bound, high in ((0.03, 2.1), (0.05, 2.3)))  # fmt: skip
     files = (measured("big", 2_000_000, True, **quick), measured("small", 1_000_000, True, **slow))
     for rule, passed, text in (
         ({"kind": "size", "at_most_mb": 1.5}, [False, True], "2 MB, allowed 1.5 MB"),
-        ({"kind": "latency", "at_most_ms": 40}, [True, False], "p95 latency 10 ms (10 requests), allowed 40 ms"),
+        ({"kind": "latency", "at_most_ms": 40}, [True, False],
+         "p95 latency 10 ms, at most 30 ms (60 requests), allowed 40 ms"),
         ({"kind": "quality", "limit": 2.2}, [True, False],
          "bits_per_byte 2 (interval 1.8 to 2.1), needed at most 2.2"),
     ):  # fmt: skip

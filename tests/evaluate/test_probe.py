@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from overproof import pipeline
 from overproof.artifacts import Artifact
-from overproof.config import Evaluate
+from overproof.config import Evaluate, Recipe
 from overproof.engines.probe import FEWEST, ArrayRequest, TextRequest, probe_arrays, probe_text
+from overproof.evaluate.stage import probe_settings
 from overproof.registry import FORMATS, TASKS
 
 MANY = 10_000_000
@@ -43,6 +46,23 @@ def test_no_request_is_begun_when_the_time_is_over(digits: dict[str, Artifact], 
     assert len(texts.answers[0].tokens) == 4  # parity is asked for all the same
 
 
+def test_a_narrow_interval_ends_it_after_the_fewest_requests_alone(digits: dict[str, Artifact]) -> None:
+    for fewest in (20, 60):
+        request = array_request(digits, narrow=0.999, fewest_requests=fewest)
+        assert len(probe_arrays(request, lambda _: None).latency_s) == fewest
+
+
+def test_a_latency_rule_is_given_the_requests_that_it_needs(make_recipe: Callable[..., Recipe]) -> None:
+    latency = {"kind": "latency", "at_most_ms": 5}
+    for rules, asked, narrowed in (([], 20, 20), ([latency], 59, 59), ([{**latency, "percentile": 50}], 20, 20)):
+        recipe = make_recipe("digits", [{"kind": "parity", "at_most": 0.2}, *rules])
+        settings = probe_settings(recipe)
+        assert (settings.timed_requests, settings.fewest_requests) == (asked, narrowed)
+        assert pipeline._evaluate_inputs(recipe) == ({"timed_requests": 59} if asked == 59 else {})
+        many = recipe.evaluate.model_copy(update={"timed_requests": 100})
+        assert pipeline._evaluate_inputs(recipe.model_copy(update={"evaluate": many})) == {}
+
+
 def test_how_far_it_is_arrives_while_it_runs(digits: dict[str, Artifact]) -> None:
     notes: list[str] = []
     answer = probe_arrays(array_request(digits, probe_s=3.0), notes.append)
@@ -70,3 +90,4 @@ def test_the_report_says_how_many_requests_were_made(
     notes: list[str] = []
     found = TASKS[task].probe(file, done["prepare"].local(), settings, engine, FORMATS[format], notes.append)
     assert found["latency_p50_s"].n == found["latency_p95_s"].n == FEWEST
+    assert found["latency_p50_s"].high is found["latency_p95_s"].high is None  # three bound neither

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,16 @@ import torch
 
 from overproof.artifacts import Artifact
 from overproof.config import Evaluate
+from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
+from overproof.engines.base import PlaceScores
+from overproof.errors import InputError
 from overproof.export.gguf_file import read_gguf
 from overproof.files import file_sha256
 from overproof.models import hf_directory
 from overproof.registry import FORMATS, TASKS
 from overproof.tasks import text_evaluation
-from overproof.tasks.base import FileScores, agreements, spread_units
+from overproof.tasks.base import FEWEST_UNITS, FileScores, ScoringTime, agreements, spread_units
 
 SETTINGS = Evaluate(threads=1)
 
@@ -66,11 +70,29 @@ def test_what_an_engine_does_not_tell_torch_does(text: dict[str, Artifact], monk
     monkeypatch.setattr(text_evaluation, "BATCH_LOGITS", 5 * 64 * 512)  # batches that cross documents
     units = TASKS["language_modeling"].units(root, None)
     scorer = text_evaluation.open_scorer(file, root, "vllm", FORMATS["gguf"], threads=1)
-    found = text_evaluation.score_text(file, root, units, scorer, lambda _: None)
+    found = text_evaluation.score_text(file, root, units, scorer, lambda _: None, ScoringTime(None))
     nats, counts, choices = plain_reading(read_gguf(file), root)
     np.testing.assert_allclose(found.total, nats, rtol=1e-5)
     np.testing.assert_array_equal(found.predictions, counts)
     assert (found.choices_N == choices).mean() > 0.999  # batches may break near ties the other way
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp", "vllm"])
+def test_rows_longer_than_the_files_context_are_refused_as_the_scorer_is_opened(
+    text: dict[str, Artifact], engine: str, tmp_path: Path
+) -> None:
+    """Past it an engine computes something, and it is not the model."""
+    file = text["compress"].local() / "student.gguf"
+    manifest = Manifest.read(text["prepare"].local())
+    for positions, fits in ((2048, True), (2049, False)):
+        (tmp_path / "manifest.json").write_text(manifest.model_copy(update={"positions": positions}).model_dump_json())
+        if fits:
+            text_evaluation.open_scorer(file, tmp_path, engine, FORMATS["gguf"], threads=1).close()
+            continue
+        with pytest.raises(
+            InputError, match=r"student\.gguf: rows of 2049 tokens, .* is of 2048: .*data.sequence_length"
+        ):
+            text_evaluation.open_scorer(file, tmp_path, engine, FORMATS["gguf"], threads=1)
 
 
 def test_some_documents_are_the_same_as_among_all(text: dict[str, Artifact]) -> None:
@@ -80,6 +102,45 @@ def test_some_documents_are_the_same_as_among_all(text: dict[str, Artifact]) -> 
     np.testing.assert_array_equal(some.total, every.total[some.units])
     np.testing.assert_array_equal(some.size, every.size[some.units])
     assert len(some.choices_N) == some.predictions.sum()
+
+
+@pytest.mark.parametrize("kind", ["text", "digits"])
+def test_a_file_whose_time_is_over_ends_with_the_unit_it_is_at(kind: str, request: pytest.FixtureRequest) -> None:
+    done: dict[str, Artifact] = request.getfixturevalue(kind)
+    task, engine, format = {
+        "text": ("language_modeling", "llama.cpp", "gguf"), "digits": ("image_classification", "onnxruntime", "onnx"),
+    }[kind]  # fmt: skip
+    root, file = done["prepare"].local(), done["compress"].local() / f"student{FORMATS[format].suffix}"
+    units = TASKS[task].units(root, 12)
+    whole, some = (
+        TASKS[task].score(file, root, units, settings, engine, FORMATS[format], lambda _: None)
+        for settings in (SETTINGS, SETTINGS.model_copy(update={"score_s": 1e-9}))
+    )
+    assert len(whole.units) == 12
+    expected = whole.first(FEWEST_UNITS)
+    for name in ("units", "total", "size", "predictions", "choices_N"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(expected, name))
+    assert some.columns.keys() == whole.columns.keys()
+
+
+def test_no_row_is_read_past_the_document_at_which_the_time_is_over(text: dict[str, Artifact]) -> None:
+    file, root = text["compress"].local() / "student.gguf", text["prepare"].local()
+    rows, read = text_evaluation.TestDocuments.of(root), list[int]()
+    scorer = text_evaluation.open_scorer(file, root, "llama.cpp", FORMATS["gguf"], threads=1)
+
+    class Counting:
+        def score(self, given: Iterable[np.ndarray]) -> Iterator[PlaceScores]:
+            for number, scores in enumerate(scorer.score(given)):
+                read.append(number)
+                yield scores
+
+        def close(self) -> None:
+            scorer.close()
+
+    limit = ScoringTime(1e-9)
+    found = text_evaluation.score_text(file, root, rows.documents, Counting(), lambda _: None, limit)
+    assert len(found.units) == FEWEST_UNITS
+    assert len(read) == (rows.places < FEWEST_UNITS).sum() < len(rows.places)
 
 
 def test_image_scores_are_torchs(digits: dict[str, Artifact]) -> None:

@@ -143,6 +143,10 @@ def test_what_cannot_be_read_is_refused(files: dict[str, Path], tmp_path: Path) 
     cut.write_bytes(files["f16"].read_bytes()[:9000])
     with pytest.raises(InputError, match=r"cut\.gguf: llama\.cpp cannot load it; expected a whole GGUF file"):
         LlamaCppLogits(cut, 8)
+    with pytest.raises(
+        InputError, match=r"f16\.gguf: rows of 129 tokens, and its context \(context_length\) is of 128"
+    ):
+        LlamaCppLogits(files["f16"], 129)
     engine = LlamaCppLogits(files["f16"], 8)
     for wrong, message in (
         ([VOCABULARY], r"llama\.cpp gave -1 for 1 tokens"),
@@ -151,6 +155,16 @@ def test_what_cannot_be_read_is_refused(files: dict[str, Path], tmp_path: Path) 
         with pytest.raises(RuntimeError, match=message):
             list(engine.batches(np.array(wrong)))
     assert len(next(engine.batches(np.array([1, 2])))) == 2  # and reads on
+    engine.close()
+
+
+def test_the_logits_at_some_places_are_those_of_the_whole_row(files: dict[str, Path], monkeypatch: Any) -> None:
+    monkeypatch.setattr(llamacpp_logits, "FEWEST_TOKENS", 16)
+    monkeypatch.setattr(llamacpp_logits, "MOST_LOGITS", 16 * VOCABULARY)
+    engine, row = LlamaCppLogits(files["f16"], 64), rows()[2][:-1]
+    whole = np.concatenate([part.copy() for part in engine.batches(row)])
+    places = np.array([0, 3, 15, 16, 17, 48, 63])  # of one batch many, one or none
+    np.testing.assert_array_equal(engine.logits_at(row, places), whole[places])
     engine.close()
 
 

@@ -27,12 +27,13 @@ from overproof.engines import llamacpp
 from overproof.engines.base import Sampling
 from overproof.engines.llamacpp_server import server_params
 from overproof.errors import InputError
-from overproof.export import gguf_file
+from overproof.export import gguf, gguf_file
 from overproof.export.gguf_file import export_gguf, read_gguf
 from overproof.models import hf_directory
 from overproof.models.base import DataShape, GgufFamily
+from overproof.models.gguf_layout import GgufLayout
 from overproof.models.sizes import model_size, student_size
-from overproof.registry import FAMILIES, TASKS
+from overproof.registry import FAMILIES, FORMATS, TASKS
 from overproof.train.engine import TorchEngine
 from overproof.train.objective import CrossEntropy
 
@@ -215,6 +216,41 @@ def test_a_family_is_trained_written_and_answered(case: Case, tmp_path: Path, to
     assert float((answered - logprobs(model, tokens_BS)[0, -1]).abs().max()) < case.nats
     export_gguf(trained, trained / "tokenizer.json", file, "q8_0", "test")
     assert float((engine_logprobs(file, tokens_BS[0].tolist()) - answered).abs().max()) < 0.5
+
+
+FAR = {**LLAMA3, "rope_theta": 1e4, "factor": 32.0, "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "mistake", "looked_at"),
+    [
+        ("gemma3", {"sliding_window": 64}, (GgufLayout, "metadata", {"attention.sliding_window": 48}), 1024),
+        ("gemma2", {"sliding_window": 1000}, (GgufLayout, "metadata", {"attention.sliding_window": 700}), 1500),
+        ("llama", {"rope_parameters": FAR}, (GgufLayout, "extra_tensors", None), 1024),
+        ("gpt2", {}, None, POSITIONS),
+    ],
+)  # fmt: skip
+def test_a_mistake_that_shows_far_from_a_rows_beginning_is_seen(
+    kind: str, settings: dict[str, Any], mistake: tuple[Any, str, Any] | None, looked_at: int, tmp_path: Path,
+    tokenizer: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    source, file = saved(built(kind, settings), tmp_path / "source", tokenizer), tmp_path / "model.gguf"
+    export_gguf(source, tokenizer, file, "f16", "right")
+    found = FORMATS["gguf"].difference(source, file)
+    assert found.nats < found.explained_nats
+    assert found.positions == looked_at
+    if mistake is None:
+        return
+    layout, method, wrong = mistake
+    right = getattr(layout, method)
+    monkeypatch.setattr(layout, method, lambda *given: {} if wrong is None else right(*given) | wrong)
+    export_gguf(source, tokenizer, file, "f16", "wrong")
+    monkeypatch.setattr(layout, method, right)
+    found = FORMATS["gguf"].difference(source, file)
+    assert found.nats > found.explained_nats
+    monkeypatch.setattr(gguf, "MOST_TOKENS", 32)
+    short = FORMATS["gguf"].difference(source, file)
+    assert (short.positions, short.nats < short.explained_nats) == (32, True)  # as a short row alone would have it
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "smollm3", "gpt2", "phi3", "falcon"])

@@ -9,18 +9,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from overproof import console
 from overproof.artifacts import Artifact, Store
 from overproof.cluster import ray_cluster, store_probe, upload
 from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
-from overproof.config import Pretrained, Recipe
+from overproof.config import Pretrained, Recipe, TeacherLayers
 from overproof.data.manifest import Manifest
 from overproof.errors import InputError, suggest_name
+from overproof.export.check_models import check_models
 from overproof.files import filesystem, join_uri
 from overproof.models.base import DataShape, shape_of
-from overproof.models.sizes import directory_config, family_of, student_size
+from overproof.models.sizes import directory_config, family_of, student_size, with_layers
 from overproof.registry import FAMILIES, FORMATS, TASKS
 from overproof.units import format_bytes, format_seconds
 
@@ -55,24 +56,40 @@ def data_shape(recipe: Recipe, prepared: Artifact | None) -> DataShape:
 
 
 def require_exportable(recipe: Recipe) -> None:
-    """Look whether the recipe's format holds what its directories hold: any decoder can be trained, not all exported.
+    """Ask the recipe's format about every model that a directory describes, before anything is trained: any decoder can
+    be trained, not all exported. What the recipe itself describes has been held against the format as it was read.
 
     Raises:
-        InputError: it does not, or a directory's config.json cannot be read.
+        InputError: it cannot hold one, a line for each, or a directory's config.json cannot be read.
     """
-    models = {"train.model": recipe.train.model} | {f"student {s.name}": s.model for s in recipe.sweep.students}
-    format = FORMATS[recipe.compress.kind]
+    taught = recipe.train.model
+    models = {"train.model": taught} | {f"student {s.name}": s.model for s in recipe.sweep.students}
+    kind, asked = recipe.compress.kind, dict[str, dict[str, Any]]()
     for where, model in models.items():
         if isinstance(model, Pretrained):
-            config = directory_config(model.path)
-            kind, _ = family_of(config, model.path)
-            if kind not in format.families:
-                held = {name: kind for kind in format.families for name in FAMILIES[kind].architectures}
-                [named, *_] = config["architectures"]
-                raise InputError(
-                    f"{where}: {model.path}/config.json: architecture {named} can be trained and not be written as "
-                    f"{recipe.compress.kind}{suggest_name(named, held)}; expected {' or '.join(held)}"
-                )
+            asked[f"{where}: {model.path}"] = _config_of_a_known_family(model.path, kind, where)
+        elif isinstance(model, TeacherLayers) and isinstance(taught, Pretrained):
+            config = _config_of_a_known_family(taught.path, kind, where)
+            _, family = family_of(config, taught.path)
+            fewer = with_layers(config, model.count, family.names)
+            asked[f"{where}: {model.count} layers of {taught.path}"] = fewer
+    if asked:
+        with console.waiting(f"asking {kind} about {len(asked)} model{'s' if len(asked) != 1 else ''}"):
+            check_models(kind, recipe.data.positions, asked)
+
+
+def _config_of_a_known_family(path: str, format: str, where: str) -> dict[str, Any]:
+    config = directory_config(path)
+    kind, _ = family_of(config, path)
+    families = FORMATS[format].families
+    if kind not in families:
+        held = [name for family in families for name in FAMILIES[family].architectures if not name.startswith("!")]
+        [named, *_] = config["architectures"]
+        raise InputError(
+            f"{where}: {path}/config.json: architecture {named} can be trained and not be written as "
+            f"{format}{suggest_name(named, held)}; expected {' or '.join(held)}{FORMATS[format].further_families}"
+        )
+    return config
 
 
 def student_sizes(recipe: Recipe, shape: DataShape) -> dict[str, int]:

@@ -29,7 +29,7 @@ class Pretrained(ModelSection):
     """A Hugging Face directory with safetensors and, for text, the tokenizer.json of the data."""
 
     kind: Literal["pretrained"] = "pretrained"
-    path: str = Field(description="Folder or URI (s3://, gs://, ...).")
+    path: str = Field(description="Folder or URI: hf://ORG/NAME or hf://ORG/NAME@REVISION, s3://, gs://, ...")
 
 
 class TeacherLayers(ModelSection):

@@ -14,9 +14,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from overproof import hub
 from overproof.config import TokenizerFile
 from overproof.data.manifest import TOKENIZER
-from overproof.data.sources import CONVERTIBLE, tokenizer_files
+from overproof.data.sources import CONVERTIBLE, NAMING_TOKENS, tokenizer_files
 from overproof.data.tokenization import END
 from overproof.errors import InputError
 
@@ -209,9 +210,15 @@ def _end_id(tokenizer: Tokenizer, settings: TokenizerFile, named: _Named) -> int
 
 
 def _converted(path: str) -> str:
-    folder = Path(path).expanduser()
+    if hub.is_model(path):
+        there = hub.repository(path).files
+        folder = hub.download(path, [n for n in (*NAMING_TOKENS, *CONVERTIBLE) if n in there], lambda far: far())
+    else:
+        folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise InputError(f"{path}: no {TOKENIZER} in it; expected one: only a local directory can be converted")
+        raise InputError(
+            f"{path}: no {TOKENIZER} in it; expected one: only a local directory or hf://ORG/NAME can be converted"
+        )
     from transformers import AutoTokenizer  # seconds to import, and seldom needed
 
     try:

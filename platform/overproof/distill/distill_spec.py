@@ -40,7 +40,7 @@ class DistillSpec:
         Raises:
             InputError: it cannot start from what its settings name.
         """
-        check_student(self.job.student, self.job.prepared, self.job.trained)
+        check_student(self.job.student, self.job.prepared, self.job.trained, self.job.progress)
         return initial_student(self.job.student.model, manifest, seed, self._teacher_folder)
 
     def objective(self, task: Task, device: torch.device, projection: nn.Linear | None = None) -> Objective:

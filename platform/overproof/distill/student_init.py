@@ -46,8 +46,10 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
         )
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(layers)
+    settings = config.to_dict()
     for setting in names.per_layer:
-        setattr(config, setting, getattr(config, setting)[: len(layers)])
+        if settings.get(setting) is not None:
+            setattr(config, setting, settings[setting][: len(layers)])
     new_index = {old: new for new, old in enumerate(layers)}
     state, prefix = {}, names.layers
     for name, value in model.state_dict().items():

@@ -10,6 +10,7 @@ from overproof.models import pretrained
 from overproof.models.base import shape_of
 from overproof.models.sizes import ModelSize, model_size, student_size
 from overproof.registry import FAMILIES
+from overproof.stage_context import Progress, no_progress
 
 
 def absolute_student(student: Student) -> Student:
@@ -19,7 +20,7 @@ def absolute_student(student: Student) -> Student:
     return student.model_copy(update={"model": pretrained.absolute_pretrained(student.model)})
 
 
-def check_student(student: Student, prepared: Artifact, trained: Artifact) -> None:
+def check_student(student: Student, prepared: Artifact, trained: Artifact, progress: Progress = no_progress) -> None:
     """Refuse a student that cannot start from what it names, or cannot be compared with the teacher as it asks.
 
     Raises:
@@ -32,14 +33,14 @@ def check_student(student: Student, prepared: Artifact, trained: Artifact) -> No
     try:
         found = student_size(student.model, teacher, shape)
         if isinstance(student.model, Pretrained):
-            _check_directory(student.model.path, found, manifest, prepared)
+            _check_directory(student.model.path, found, manifest, prepared, progress)
         if student.relations or student.states:
             _check_comparable(student, found, model_size(teacher, shape))
     except InputError as error:
         raise InputError(f"student {student.name}: {error}") from None
 
 
-def _check_directory(path: str, found: ModelSize, manifest: Manifest, prepared: Artifact) -> None:
+def _check_directory(path: str, found: ModelSize, manifest: Manifest, prepared: Artifact, progress: Progress) -> None:
     from overproof.models.hf_directory import check_tokenizer  # with transformers: seconds to import
 
     if manifest.task not in FAMILIES[found.family].tasks or found.outputs != manifest.outputs:
@@ -47,7 +48,7 @@ def _check_directory(path: str, found: ModelSize, manifest: Manifest, prepared: 
             f"{path}: a {found.family} with {found.outputs} outputs; the data is for {manifest.task} and needs "
             f"{manifest.outputs}"
         )
-    check_tokenizer(pretrained.fetch_pretrained(path), prepared.local())
+    check_tokenizer(pretrained.fetch_pretrained(path, progress), prepared.local())
 
 
 def _check_comparable(student: Student, found: ModelSize, teacher: ModelSize) -> None:

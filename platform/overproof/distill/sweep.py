@@ -45,7 +45,7 @@ def sweep(context: StageContext) -> dict[str, Any]:
     settings, search = context.recipe.sweep, context.recipe.tune
     check_cache(context)
     for student in settings.students:
-        check_student(student, context.parents["prepare"], context.parents["train"])
+        check_student(student, context.parents["prepare"], context.parents["train"], context.progress)
     state = SweepState(context.draft)
     previous = state.load_trials()
     max_deaths = 0 if isinstance(search.scheduler, Pbt) else MAX_DEATHS  # a population is proposed once

@@ -21,6 +21,7 @@ import numpy as np
 import xllamacpp
 from numpy.typing import NDArray
 
+from overproof.engines.prompt_limits import require_context
 from overproof.errors import InputError
 
 RELEASE = "2026.10.11549"  # of xllamacpp, whose structures these are
@@ -124,6 +125,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {  # result and arguments
     "llama_model_load_from_file": (c_void_p, (c_char_p, ModelParams)),
     "llama_model_get_vocab": (c_void_p, (c_void_p,)),
     "llama_vocab_n_tokens": (c_int32, (c_void_p,)),
+    "llama_model_n_ctx_train": (c_int32, (c_void_p,)),
     "llama_init_from_model": (c_void_p, (c_void_p, ContextParams)),
     "llama_get_memory": (c_void_p, (c_void_p,)),
     "llama_memory_clear": (None, (c_void_p, c_bool)),
@@ -184,7 +186,8 @@ class LlamaCppLogits:
         """Load a file for rows of ``positions`` tokens at most.
 
         Raises:
-            InputError: the file is missing, llama.cpp cannot load it, or its C interface is not as expected.
+            InputError: the file is missing, llama.cpp cannot load it, its context is shorter than the rows, or the C
+                interface is not as expected.
         """
         if not path.is_file():
             raise InputError(f"{path}: missing; expected a GGUF file")
@@ -196,6 +199,11 @@ class LlamaCppLogits:
         )
         if self._model is None:
             raise InputError(f"{path}: llama.cpp cannot load it; expected a whole GGUF file")
+        try:
+            require_context(path, positions, self._library.llama_model_n_ctx_train(self._model))
+        except InputError:
+            self.close()
+            raise
         vocabulary = self._library.llama_model_get_vocab(self._model)
         self.outputs: int = self._library.llama_vocab_n_tokens(vocabulary)  # V
         self.batch_tokens = min(positions, max(FEWEST_TOKENS, min(MOST_TOKENS, MOST_LOGITS // self.outputs)))
@@ -222,6 +230,15 @@ class LlamaCppLogits:
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), False)
         for start in range(0, len(tokens_S), self.batch_tokens):
             yield self._decode(tokens_S[start : start + self.batch_tokens].astype(np.int32), start)
+
+    def logits_at(self, tokens_S: NDArray[Any], places_P: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The logits (P, V) after the tokens at some places of a row, in ascending order."""
+        parts, start = list[NDArray[np.float32]](), 0
+        for logits_PV in self.batches(tokens_S):
+            here_P = places_P[(places_P >= start) & (places_P < start + len(logits_PV))]
+            parts.append(logits_PV[here_P - start])
+            start += len(logits_PV)
+        return np.concatenate(parts)
 
     def _decode(self, tokens_P: NDArray[np.int32], start: int) -> NDArray[np.float32]:
         count = len(tokens_P)

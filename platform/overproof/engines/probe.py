@@ -7,7 +7,6 @@ costs. Reads ``request.json`` from the folder and writes ``answer.json`` there.
 from __future__ import annotations
 
 import json
-import math
 import sys
 import tempfile
 import time
@@ -19,14 +18,14 @@ import numpy as np
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from overproof.engines.order_statistics import median_half_width
 from overproof.registry import ENGINES
 from overproof.subprocesses import run_module
 
 WARM_UP_TOKENS = 8
 TIMEOUT_S = 7200
 FEWEST = 3  # requests timed, however long they take
-FEWEST_NARROW, LOOK_EVERY = 20, 10  # requests before the first look at p50's interval, and between two
-NORMAL_95 = 1.96
+LOOK_EVERY = 10  # requests between two looks at p50's interval
 PROGRESS = "progress"  # a file of the folder
 NOTE_S = 0.5  # at least, between two writings of it: a request may take microseconds
 Say = Callable[[str], None]
@@ -53,6 +52,7 @@ class TextRequest(_Message):
     timed_requests: int  # at most
     probe_s: float  # after which no further one is begun
     narrow: float | None = None  # nor once p50's interval is within this share of it
+    fewest_requests: int = 20  # before the first look at that
     decode_tokens: int
 
 
@@ -86,6 +86,7 @@ class ArrayRequest(_Message):
     timed_requests: int  # at most
     probe_s: float  # after which no further one is begun
     narrow: float | None = None  # nor once p50's interval is within this share of it
+    fewest_requests: int = 20  # before the first look at that
 
 
 class ArrayAnswer(_Message):
@@ -161,20 +162,11 @@ def _timed(request: TextRequest | ArrayRequest, latency_s: list[float]) -> Itera
     for number in range(request.timed_requests):
         if number >= FEWEST and time.monotonic() - began_s > request.probe_s:
             return
-        looks = narrow is not None and number >= FEWEST_NARROW and number % LOOK_EVERY == 0
+        looks = narrow is not None and number >= request.fewest_requests and number % LOOK_EVERY == 0
         if looks and median_half_width(latency_s) <= narrow * float(np.median(latency_s)):  # type: ignore[operator]
             return
         _tell(f"request {number + 1} of {request.timed_requests}")
         yield number
-
-
-def median_half_width(values: list[float]) -> float:
-    """Of the 95 % interval of a median between two order statistics, whatever the distribution (Conover, Practical
-    Nonparametric Statistics, section 3.2: ranks by the normal approximation of the binomial).
-    """
-    count, ordered = len(values), sorted(values)
-    low = math.floor((count - NORMAL_95 * math.sqrt(count)) / 2)
-    return (ordered[count - low] - ordered[low - 1]) / 2
 
 
 def _tell(where: str) -> None:

@@ -68,6 +68,20 @@ class PromptLimits:
             raise InputError(f"{field}: found token id {bad}; expected 0 to {self.vocabulary_size - 1}")
 
 
+def require_context(file: object, positions: int, context_length: int) -> None:
+    """Look whether rows of so many places lie within the context up to which a file's figures mean something.
+
+    Raises:
+        InputError: they do not.
+    """
+    if positions > context_length:
+        raise InputError(
+            f"{file}: rows of {positions} tokens, and its context (context_length) is of {context_length}: past it, "
+            "what an engine computes is not the model's. Prepare data with data.sequence_length "
+            f"{context_length} at most"
+        )
+
+
 def require_unicode(text: str) -> str:
     """The text.
 

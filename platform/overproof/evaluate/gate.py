@@ -6,6 +6,7 @@ uncertain cannot pass. A figure that the report lacks fails its rule.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import assert_never
 
 from overproof.config import (
@@ -21,6 +22,7 @@ from overproof.config import (
     Smaller,
 )
 from overproof.config import Quality as QualityLimit
+from overproof.engines.order_statistics import fewest_values
 from overproof.errors import InputError
 from overproof.evaluate.metrics import Comparison, MeasuredFile, Report
 from overproof.files import FrozenModel
@@ -92,7 +94,7 @@ def check_rule(rule: Rule, report: Report, candidate: MeasuredFile) -> Reason:
             found_mb = candidate.size_bytes / 1e6
             passed, text = found_mb <= rule.at_most_mb, f"{found_mb:.4g} MB, allowed {rule.at_most_mb:g} MB"
         case Latency():
-            passed, text = _latency(rule, candidate)
+            passed, text = _latency(rule, report.confidence, candidate)
         case Agreement():
             passed, text = _agreement(rule, candidate)
         case Parity():
@@ -116,24 +118,13 @@ def _compared(rule: Regression | Improvement, report: Report, candidate: Measure
 
 
 def kept_share(report: Report, candidate: MeasuredFile, against: str) -> tuple[float, float] | None:
-    """Which share of a reference's quality a file keeps, and the same at the far end of the interval.
-
-    Of an accuracy, whose difference is told in points, the points are held against the reference's measured accuracy.
-    None where the report has no such interval.
+    """Which share of a reference's quality a file keeps, and the same at the far end of the interval; None where the
+    report has no such interval.
     """
-    quality, found, reference = (
-        TASKS[report.task].quality,
-        report.compare(candidate.name, against),
-        report.find(against),
-    )
-    if found is None or found.high is None or reference is None or report.quality not in reference.metrics:
+    found = report.compare(candidate.name, against)
+    if found is None or found.kept is None or found.kept_low is None:
         return None
-    of = 1.0 if quality.relative else reference.metrics[report.quality].value
-    if not of > 0:
-        return None
-    if quality.higher_is_better and not quality.relative:
-        return 1 - found.value / of, 1 - found.high / of
-    return of / (of + found.value), of / (of + found.high)
+    return found.kept, found.kept_low
 
 
 def _keep(rule: Keep, report: Report, candidate: MeasuredFile) -> tuple[bool, str]:
@@ -156,12 +147,21 @@ def _quality(rule: QualityLimit, report: Report, candidate: MeasuredFile) -> tup
     return passed, f"{quality.name} {found.value:.4g} ({interval}), needed at {needed} {rule.limit:g}"
 
 
-def _latency(rule: Latency, candidate: MeasuredFile) -> tuple[bool, str]:
-    found = candidate.metrics.get(f"latency_p{rule.percentile}_s")
+def requests_needed(rules: Iterable[Rule], confidence: float) -> int:
+    """As many timed requests of a file as its latency rules can be shown with; 0 without such a rule."""
+    needed = (fewest_values(rule.percentile / 100, confidence) for rule in rules if isinstance(rule, Latency))
+    return max(needed, default=0)
+
+
+def _latency(rule: Latency, confidence: float, candidate: MeasuredFile) -> tuple[bool, str]:
+    found, name = candidate.metrics.get(f"latency_p{rule.percentile}_s"), f"p{rule.percentile} latency"
     if found is None:
-        return False, f"p{rule.percentile} latency is not in the report"
-    text = f"p{rule.percentile} latency {1e3 * found.value:.3g} ms ({found.n} requests)"
-    return 1e3 * found.value <= rule.at_most_ms, f"{text}, allowed {rule.at_most_ms:g} ms"
+        return False, f"{name} is not in the report"
+    if found.high is None:
+        needed = requests_needed([rule], confidence)
+        return False, f"{name} not shown: {found.n} requests, needs {needed}: raise evaluate.probe_s"
+    text = f"{name} {1e3 * found.value:.3g} ms, at most {1e3 * found.high:.3g} ms ({found.n} requests)"
+    return 1e3 * found.high <= rule.at_most_ms, f"{text}, allowed {rule.at_most_ms:g} ms"
 
 
 def reference_name(rule: Regression | Improvement | Keep | Smaller, student: str | None) -> str:

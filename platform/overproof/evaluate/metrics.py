@@ -35,9 +35,11 @@ class MeasuredFile(FrozenModel):
 
 
 class Comparison(FrozenModel):
-    """How much worse ``name`` is than ``against`` on the same units; negative is better.
+    """How much worse ``name`` is than ``against`` on the same units; negative is better. And which share of the quality
+    of ``against`` it keeps.
 
-    See ``Quality.worse``. There is no interval of a single unit.
+    See ``Quality.worse`` and ``Quality.kept``. There is no interval of a single unit, nor one of a share where some
+    resample has nothing to be kept.
     """
 
     name: str
@@ -45,6 +47,9 @@ class Comparison(FrozenModel):
     value: float
     low: float | None
     high: float | None
+    kept: float | None = None
+    kept_low: float | None = None
+    kept_high: float | None = None
 
 
 class Report(FrozenModel):
@@ -193,5 +198,16 @@ def _comparisons(
                 continue
             low, high = percentiles(quality.worse(quality_SE[:, a], quality_SE[:, b]), units, confidence)
             value = float(quality.worse(quality_E[a], quality_E[b]))
-            found.append(Comparison(name=name, against=against, value=value, low=low, high=high))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                kept, kept_S = (
+                    quality.kept(quality_E[a], quality_E[b]),
+                    quality.kept(quality_SE[:, a], quality_SE[:, b]),
+                )
+            ends = percentiles(kept_S, units, confidence) if np.isfinite(kept_S).all() else (None, None)
+            found.append(
+                Comparison(
+                    name=name, against=against, value=value, low=low, high=high,
+                    kept=float(kept) if np.isfinite(kept) else None, kept_low=ends[0], kept_high=ends[1],
+                )
+            )  # fmt: skip
     return found

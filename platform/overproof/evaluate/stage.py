@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from overproof.artifacts import Artifact
 from overproof.cluster.ray_cluster import run_tasks
-from overproof.config import Recipe
+from overproof.config import Evaluate, Recipe
 from overproof.data.manifest import Manifest
-from overproof.evaluate.gate import judge
+from overproof.evaluate.gate import judge, requests_needed
 from overproof.evaluate.metrics import Bootstrap, MeasuredFile, PerExampleSums, Report, further_metrics, quality_metrics
-from overproof.evaluate.stopping import next_count, widest
+from overproof.evaluate.stopping import FEWEST, next_count, time_limits, widest
 from overproof.export.stage import Export, read_exports
 from overproof.files import read_json
 from overproof.registry import ENGINES, FORMATS, TASKS
@@ -74,6 +74,7 @@ def make_report(
                 },
                 "scoring_s": Metric(value=scored.seconds[export.name], unit="s", n=len(scores[export.name].units)),
                 **engines[export.name],
+                **_conversion(export),
             },
         )
         for export in exports
@@ -88,6 +89,13 @@ def make_report(
         measured=measured,
         comparisons=comparisons,
     )
+
+
+def _conversion(export: Export) -> dict[str, Metric]:
+    """How far an unquantised file is from its model, measured as it was written, on rows of so many places at most."""
+    if export.difference_nats is None or export.checked_positions is None:
+        return {}
+    return {"conversion_nats": Metric(value=export.difference_nats, unit="nats", n=export.checked_positions)}
 
 
 def units_table(scores: Mapping[str, FileScores]) -> pa.Table:
@@ -119,30 +127,35 @@ class Scored:
 
 def _score_all(context: StageContext, exports: tuple[Export, ...]) -> Scored:
     """Score the exports in rounds, each on the same further units, until these are enough (see ``stopping``)."""
-    recipe = context.recipe
+    recipe, root = context.recipe, context.parents["prepare"].local()
     settings, task = recipe.evaluate, TASKS[recipe.data.kind]
-    units = task.units(context.parents["prepare"].local(), settings.max_documents)
+    available = len(task.units(root, None))
+    units = task.units(root, settings.max_documents)
     scores, seconds = dict[str, FileScores](), dict.fromkeys((export.name for export in exports), 0.0)
     began_s, done, why = time.monotonic(), 0, ""
     while done < len(units):
-        upto = next_count(done, len(units), settings, time.monotonic() - began_s)
+        spent_s = time.monotonic() - began_s
+        upto = next_count(done, len(units), settings, spent_s)
         if upto == done:
             why = f"; evaluate.score_s allows {settings.score_s:g} s"
             break
-        found = _score_round(context, exports, units[done:upto])
-        scores = {name: scores[name].joined(new) if done else new for name, (new, _) in found.items()}
-        seconds = {name: seconds[name] + spent_s for name, (_, spent_s) in found.items()}
-        done = upto
-        share = None if settings.narrow is None else _widest(recipe, exports, scores)
+        found = _score_round(context, exports, units[done:upto], time_limits(settings, seconds, spent_s))
+        common = min(len(new.units) for new, _ in found.values())  # the time of a file may end before its units do
+        new_scores = {name: new.first(common) for name, (new, _) in found.items()}
+        scores = {name: scores[name].joined(new) if done else new for name, new in new_scores.items()}
+        seconds = {name: seconds[name] + took_s for name, (_, took_s) in found.items()}
+        done += common
+        share = None if settings.narrow is None or done < FEWEST else _widest(recipe, exports, scores)
         if share is not None and settings.narrow is not None and share <= settings.narrow and done < len(units):
             why = f"; every interval that a rule looks at is within {share:.2g} of what the rule allows"
             break
-    spent = f"{done:,} of {len(units):,} {task.test_unit}s, {time.monotonic() - began_s:.0f} s of scoring"
-    return Scored({e.name: scores[e.name] for e in exports}, seconds, len(units), spent + why)
+    cut = f" (evaluate.max_documents takes {len(units):,})" if len(units) < available else ""
+    spent = f"{done:,} of {available:,} {task.test_unit}s{cut}, {time.monotonic() - began_s:.0f} s of scoring"
+    return Scored({e.name: scores[e.name] for e in exports}, seconds, available, spent + why)
 
 
 def _score_round(
-    context: StageContext, exports: tuple[Export, ...], units: NDArray[np.int64]
+    context: StageContext, exports: tuple[Export, ...], units: NDArray[np.int64], limits_s: Mapping[str, float | None]
 ) -> dict[str, tuple[FileScores, float]]:
     """Score every export in a task of its own, the largest first: it takes longest."""
     prepared, compressed, recipe = context.parents["prepare"], context.parents["compress"], context.recipe
@@ -155,7 +168,14 @@ def _score_round(
     found = run_tasks(
         _score,
         {
-            export.name: (compressed, prepared, export.file, recipe, units, context.progress)
+            export.name: (
+                compressed,
+                prepared,
+                export.file,
+                _limited(recipe, limits_s[export.name]),
+                units,
+                context.progress,
+            )
             for export in sorted(exports, key=lambda e: -e.size_bytes)
         },
         report,
@@ -163,6 +183,11 @@ def _score_round(
     )
     report(len(exports), "")
     return found
+
+
+def _limited(recipe: Recipe, limit_s: float | None) -> Recipe:
+    """With one file's seconds for scoring."""
+    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"score_s": limit_s})})
 
 
 def _widest(recipe: Recipe, exports: tuple[Export, ...], scores: Mapping[str, FileScores]) -> float | None:
@@ -227,4 +252,12 @@ def _probe(
         progress(TaskProgress("engine", number, total, f"{file}: {note}"))
 
     say("starting")
-    return task.probe(path, root, recipe.evaluate, recipe.engine, format, say)
+    return task.probe(path, root, probe_settings(recipe), recipe.engine, format, say)
+
+
+def probe_settings(recipe: Recipe) -> Evaluate:
+    """Those of the recipe, with as many timed requests as its latency rules need."""
+    settings, needed = recipe.evaluate, requests_needed(recipe.gate.rules, recipe.evaluate.confidence)
+    return settings.model_copy(
+        update={name: max(getattr(settings, name), needed) for name in ("timed_requests", "fewest_requests")}
+    )

@@ -4,6 +4,7 @@ Units are taken in the order of ``Task.units``, which the content alone decides,
 number. After a round only the widths of intervals are looked at, never where they lie, and against a limit that the
 recipe fixed before (fixed-width sequential intervals: Chow and Robbins, 1965, doi 10.1214/aoms/1177700156). So nothing
 stops because a candidate does well. A width may be small by chance: hence few looks, and none before ``FEWEST`` units.
+Time may end it at any unit: each file has its share, and what all of them have scored counts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from overproof.evaluate.metrics import Comparison
 from overproof.export.stage import Export
 from overproof.tasks.base import Metric
 
-FEWEST = 32  # units before the first look
+FEWEST = 32  # units before the first look at a width
 
 
 def next_count(done: int, available: int, settings: Evaluate, spent_s: float) -> int:
@@ -32,16 +33,29 @@ def next_count(done: int, available: int, settings: Evaluate, spent_s: float) ->
     return max(done, min(doubled, int(done * settings.score_s / spent_s)))
 
 
+def time_limits(settings: Evaluate, seconds: Mapping[str, float], spent_s: float) -> dict[str, float | None]:
+    """How long each file may be scored in a round that begins after ``spent_s`` seconds, of which each took so many: so
+    that all of them together, ``concurrent_tasks`` at a time, end with ``score_s``. At first all files get as much.
+    """
+    if settings.score_s is None:
+        return dict.fromkeys(seconds, None)
+    if not any(seconds.values()):
+        each_s = settings.score_s * min(settings.concurrent_tasks, len(seconds)) / len(seconds)
+        return dict.fromkeys(seconds, each_s)
+    left_s = settings.score_s - spent_s
+    return {name: left_s * took_s / spent_s for name, took_s in seconds.items()}
+
+
 def widest(
     rules: Iterable[Rule], candidates: Sequence[Export], metrics: Mapping[str, Mapping[str, Metric]],
     comparisons: Iterable[Comparison],
 ) -> float | None:  # fmt: skip
     """The half-width of the widest interval that a rule looks at, as a share of what the rule allows.
 
-    A regression allows ``at_most``, an improvement ``at_least``, agreement and what is kept what is left to 1. Where
-    that is 0 the share is infinite, and for a limit of the quality itself, of which no width is known to be enough;
-    and where there is no interval yet, or one without width: that two files did not differ on few units says only that
-    they differ rarely. None: no rule looks at an interval.
+    A regression allows ``at_most``, an improvement ``at_least``, agreement and what is kept, both of which are shares,
+    what is left to 1. Where that is 0 the share is infinite, and for a limit of the quality itself, of which no width
+    is known to be enough; and where there is no interval yet, or one without width: that two files did not differ on
+    few units says only that they differ rarely. None: no rule looks at an interval.
     """
     compared = {(c.name, c.against): c for c in comparisons}
     shares = []
@@ -49,17 +63,20 @@ def widest(
         for export in candidates:
             match rule:
                 case Regression() | Improvement():
-                    found: Metric | Comparison = compared[export.name, reference_name(rule, export.student)]
+                    found = compared[export.name, reference_name(rule, export.student)]
+                    low, high = found.low, found.high
                     allowed = rule.at_most if isinstance(rule, Regression) else rule.at_least
                 case Keep():
-                    found, allowed = compared[export.name, reference_name(rule, export.student)], 1 - rule.at_least
+                    found = compared[export.name, reference_name(rule, export.student)]
+                    low, high, allowed = found.kept_low, found.kept_high, 1 - rule.at_least
                 case Agreement():
-                    found, allowed = metrics[export.name]["agreement"], 1 - rule.at_least
+                    agreed = metrics[export.name]["agreement"]
+                    low, high, allowed = agreed.low, agreed.high, 1 - rule.at_least
                 case Quality():
                     shares.append(inf)
                     continue
                 case _:
                     continue
-            width = 0.0 if found.low is None or found.high is None else found.high - found.low
+            width = 0.0 if low is None or high is None else high - low
             shares.append(width / 2 / allowed if width > 0 and allowed > 0 else inf)
     return max(shares, default=None)

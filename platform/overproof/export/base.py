@@ -20,6 +20,15 @@ class ExportContext:
     tokenizer: Path | None  # tokenizer.json, where the rows are of tokens
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How far an unquantised file, read by another than its writer, is from the model it was made from."""
+
+    nats: float  # the largest difference of a log-probability, on random rows
+    explained_nats: float  # the most that rounding explains
+    positions: int  # places of the longest of these rows
+
+
 class Format(Protocol):
     """One file format. Methods import torch and the like themselves: a recipe is read without."""
 
@@ -28,6 +37,7 @@ class Format(Protocol):
     unquantised: str  # the variant that references are written in, such as "f16"
     engines: tuple[str, ...]  # kinds of the engines that serve it; the first is the default
     library: str  # as the Hugging Face Hub names it
+    further_families: str  # what would make it hold more families, as a message ends; empty where nothing does
     drafting_engine: str | None  # the engine that answers with a draft of this format, if one does
 
     @property
@@ -42,6 +52,15 @@ class Format(Protocol):
             InputError: they cannot.
         """
 
+    def check_model(self, config: Mapping[str, Any], positions: int, where: object) -> None:
+        """Return where files of this format can hold, in every variant, a model whose config.json has this content,
+        and their engines then read rows of so many positions as the model does: asked before anything is trained.
+        ``where`` is what a message calls the model's folder.
+
+        Raises:
+            InputError: they cannot; what was found, and what would do.
+        """
+
     def write(self, source: Path, file: Path, variant: str, context: ExportContext, unquantised: Path) -> None:
         """Write a Hugging Face directory as one file of a variant; ``file`` appears when it is complete.
 
@@ -51,10 +70,8 @@ class Format(Protocol):
             InputError: the model or its tokenizer has a feature that the format does not cover.
         """
 
-    def difference_nats(self, source: Path, file: Path) -> tuple[float, float]:
-        """How far an unquantised file, read by another than its writer, is from the model it was made from, on random
-        rows: the largest difference of a log-probability, and the most that rounding explains.
-        """
+    def difference(self, source: Path, file: Path) -> Difference:
+        """Of an unquantised file, and the Hugging Face directory it was made from."""
 
     def read_back(self, file: Path) -> Any:
         """What a file means, apart from any engine: a torch model, or a function of flat rows (B, D)."""

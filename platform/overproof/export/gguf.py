@@ -10,11 +10,16 @@ from pydantic import Field
 
 from overproof.config.export import FormatSection
 from overproof.data.manifest import TOKENIZER
-from overproof.export.base import ExportContext
+from overproof.export import llama_cpp_converter
+from overproof.export.base import Difference, ExportContext
 from overproof.models.base import GgufFamily
+from overproof.models.sizes import family_of
 from overproof.registry import FAMILIES
 
-CHECKED_ROWS, CHECKED_TOKENS = 2, 32
+SHORT_ROW, LONG_ROW = 32, 1024  # tokens that a file is held against its model on
+MOST_TOKENS = 8192  # of such a row, which bounds what it takes
+CHECKED_PLACES = 64  # of each row, whose logits are compared
+WRITTEN_TASK = "language_modeling"  # whose models a GGUF file holds
 HALF_PRECISION_NATS = 0.1  # half precision keeps 11 bits: measured on small models, 0.002
 
 
@@ -37,45 +42,75 @@ class GgufFormat:
     unquantised = "f16"
     engines = ("llama.cpp", "vllm")
     library = "gguf"
+    further_families = llama_cpp_converter.HOW
     drafting_engine = "llama.cpp"
 
     @property
     def families(self) -> tuple[str, ...]:
-        return tuple(kind for kind, family in FAMILIES.items() if isinstance(family, GgufFamily))
+        """Those that llama.cpp runs and overproof writes; with a checkout of llama.cpp any other decoder, too."""
+        further = llama_cpp_converter.is_configured()
+        return tuple(
+            kind
+            for kind, family in FAMILIES.items()
+            if isinstance(family, GgufFamily) or (further and WRITTEN_TASK in family.tasks)
+        )
 
     def check_tokenizer(self, text: str, where: object) -> None:
         from overproof.export.gguf_vocabulary import read_vocabulary
 
         read_vocabulary(text, where)
 
+    def check_model(self, config: Mapping[str, Any], positions: int, where: object) -> None:
+        from overproof.export.gguf_check import check_model
+
+        check_model(config, positions, where)
+
     def write(self, source: Path, file: Path, variant: str, context: ExportContext, unquantised: Path) -> None:
-        del unquantised
         from overproof.export.gguf_file import export_gguf
-        from overproof.models.hf_directory import chat_template
+        from overproof.export.gguf_rewrite import convert_gguf
+        from overproof.models.hf_directory import chat_template, read_config
 
         assert context.tokenizer is not None
         template = context.settings.chat_template or chat_template(context.teacher)
         name = f"{context.recipe} {file.stem}"
+        if not isinstance(family_of(read_config(source), source)[1], GgufFamily):
+            convert_gguf(source, unquantised, file, variant, name, template)  # type: ignore[arg-type]
+            return
         export_gguf(source, context.tokenizer, file, format=variant, name=name, chat_template=template)  # type: ignore[arg-type]
 
-    def difference_nats(self, source: Path, file: Path) -> tuple[float, float]:
-        """Of llama.cpp, which reads the file in its own way."""
+    def difference(self, source: Path, file: Path) -> Difference:
+        """Of llama.cpp, which reads the file in its own way, at places spread over a short row and over a long one.
+
+        The long row goes half as far again as a sliding window that llama.cpp knows, so that what the window leaves out
+        counts: ``LONG_ROW`` tokens at least, and never past the context that the file names, which ends with a window
+        that it does not know.
+        """
         import numpy as np
         import torch
 
+        from overproof.engines.gguf_tokens import read_gguf_header
         from overproof.engines.llamacpp_logits import LlamaCppLogits
-        from overproof.models.hf_directory import load_model
+        from overproof.models.hf_directory import load_model, read_config
 
         model = load_model(source)
-        generator = torch.Generator().manual_seed(0)
-        tokens_BS = torch.randint(model.config.vocab_size, (CHECKED_ROWS, CHECKED_TOKENS), generator=generator)
-        engine = LlamaCppLogits(file, CHECKED_TOKENS, exact_cache=True)
-        logits_BSV = [np.concatenate([part.copy() for part in engine.batches(row_S)]) for row_S in tokens_BS.numpy()]
+        _, family = family_of(read_config(source), source)
+        context = read_gguf_header(file).context_length
+        slides = not isinstance(family, GgufFamily) or family.gguf.slides
+        window = (model.config.to_dict().get("sliding_window") or 0) if slides else 0
+        longest = min(context, max(LONG_ROW, window + window // 2), MOST_TOKENS)
+        engine = LlamaCppLogits(file, longest, threads=torch.get_num_threads(), exact_cache=True)
+        generator, differences = torch.Generator().manual_seed(0), list[float]()
+        for tokens in sorted({min(SHORT_ROW, longest), longest}):
+            tokens_S = torch.randint(model.config.vocab_size, (tokens,), generator=generator)
+            places_P = np.unique(np.linspace(0, tokens - 1, CHECKED_PLACES).round().astype(np.int64))
+            found_PV = torch.from_numpy(engine.logits_at(tokens_S.numpy(), places_P)).log_softmax(-1)
+            with torch.inference_mode():
+                logits_PV = model(
+                    input_ids=tokens_S[None], use_cache=False, logits_to_keep=torch.from_numpy(places_P)
+                ).logits[0]
+            differences.append(float((logits_PV.log_softmax(-1) - found_PV).abs().max()))
         engine.close()
-        with torch.inference_mode():
-            expected_BSV = model(input_ids=tokens_BS).logits.log_softmax(-1)
-        found_BSV = torch.from_numpy(np.stack(logits_BSV)).log_softmax(-1)
-        return float((expected_BSV - found_BSV).abs().max()), HALF_PRECISION_NATS
+        return Difference(float(np.max(differences)), HALF_PRECISION_NATS, longest)  # NaN stays what it is
 
     def read_back(self, file: Path) -> Any:
         """The torch model that the file holds, dequantised to fp32."""

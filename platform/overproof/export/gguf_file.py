@@ -19,13 +19,13 @@ from pyarrow import fs
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from overproof.errors import InputError, suggest_name
+from overproof.errors import InputError
+from overproof.export.gguf_check import check_configuration, gguf_family_of
 from overproof.export.gguf_vocabulary import add_vocabulary
 from overproof.models import gguf_rope, hf_directory
 from overproof.models.base import GgufFamily
 from overproof.models.gguf_layout import GgufContent, GgufLayout, Weights
 from overproof.models.pretrained import weight_files
-from overproof.models.sizes import family_of
 from overproof.registry import FAMILIES
 
 GgufVariant = Literal["f32", "f16", "q8_0", "q4_0"]
@@ -49,7 +49,6 @@ ADDERS = {
     float: gguf.GGUFWriter.add_float32,
     str: gguf.GGUFWriter.add_string,
 }
-BLOCK = 32  # weights that share one scale in q8_0 and q4_0
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,10 @@ def export_gguf(
     Raises:
         InputError: the model or its tokenizer has a feature that this export does not cover.
     """
-    kind, family = gguf_family_of(model)
+    kind, family = gguf_family_of(hf_directory.read_config(model), model)
     config = family.model_class().config_class.from_pretrained(model)
     layout = family.gguf
-    _check(kind, layout, config, model)
+    check_configuration(kind, layout, config, model)
     base, file_type = FILE_TYPES[format]
     part = path.with_name(f"{path.name}.part")
     writer = gguf.GGUFWriter(part, layout.architecture)
@@ -106,23 +105,6 @@ def export_gguf(
         writer.write_tensor_data(vector)
     writer.close()
     part.replace(path)
-
-
-def gguf_family_of(model: Path) -> tuple[str, Any]:
-    """The family of a Hugging Face directory, and its kind.
-
-    Raises:
-        InputError: llama.cpp has none of it, or it is unknown.
-    """
-    kind, family = family_of(hf_directory.read_config(model), model)
-    if isinstance(family, GgufFamily):
-        return kind, family
-    [named, *_] = hf_directory.read_config(model)["architectures"]
-    known = [name for other in FAMILIES.values() if isinstance(other, GgufFamily) for name in other.architectures]
-    near = suggest_name(named, known)
-    raise InputError(
-        f"{model}/config.json: architecture {named} is not written as GGUF{near}; expected {' or '.join(known)}"
-    )
 
 
 def read_gguf(path: Path) -> PreTrainedModel:
@@ -181,21 +163,6 @@ def _dequantised(tensor: gguf.ReaderTensor) -> Weights:
     return weights
 
 
-def _check(kind: str, layout: GgufLayout, config: Any, where: Path) -> None:
-    found = [f"found {feature}" for feature in layout.unfit(config)]
-    figures = layout.metadata(config)
-    heads_width = figures["attention.head_count"] * figures.get("attention.key_length", BLOCK)
-    for key, width in (
-        ("embedding_length", figures["embedding_length"]),
-        ("feed_forward_length", figures["feed_forward_length"]),
-        ("heads of", heads_width),
-    ):
-        if width % BLOCK:
-            found.append(f"found {key} {width}; expected a multiple of {BLOCK}")
-    if found:
-        raise InputError(f"{where}/config.json: {found[0]}: the GGUF export of {kind} covers no other")
-
-
 def _tensors(model: Path, family: Any, config: Any, base: Ggml) -> Iterator[_Tensor]:
     names = _names(family.gguf, config)
     for file in map(Path, weight_files(fs.LocalFileSystem(), str(model))):
@@ -211,10 +178,10 @@ def _tensors(model: Path, family: Any, config: Any, base: Ggml) -> Iterator[_Ten
                     shape = shape[::-1]
                 again = [OUTPUT] if family.gguf.repeats_embeddings and config.tie_word_embeddings else []
                 for written in (name, *(again if name == EMBEDDINGS else ())):
-                    yield _Tensor(file, source, written, shape, _type(written, shape, base))
+                    yield _Tensor(file, source, written, shape, tensor_type(written, shape, base))
 
 
-def _type(name: str, shape: tuple[int, ...], base: Ggml) -> Ggml:
+def tensor_type(name: str, shape: tuple[int, ...], base: Ggml) -> Ggml:
     if len(shape) == 1 or name in WHOLE_TENSORS:
         return Ggml.F32
     return Ggml.Q8_0 if base is Ggml.Q4_0 and name in VOCABULARY_TENSORS else base

@@ -81,7 +81,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Path, config: Any) -> Non
     types = found.types | unused
     writer.add_tokenizer_model(found.model)
     writer.add_tokenizer_pre(found.split)
-    writer.add_token_list([ids.get(row) or f"<|unused-{row}|>" for row in rows])
+    writer.add_token_list([ids.get(row) or unused_token(row) for row in rows])
     writer.add_token_types([types.get(row, TokenType.NORMAL) for row in rows])
     if found.scores is not None:
         writer.add_token_scores([found.scores.get(row, UNREACHED) for row in rows])
@@ -94,6 +94,11 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Path, config: Any) -> Non
     writer.add_add_bos_token(bool(before))
     writer.add_add_eos_token(bool(after))
     writer.add_add_space_prefix(found.space_prefix)
+
+
+def unused_token(row: int) -> str:
+    """The name of a row that a model has beyond its tokens."""
+    return f"<|unused-{row}|>"
 
 
 def _merges(spec: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from overproof.config.export import FormatSection
 from overproof.data.manifest import TOKENIZER
-from overproof.export.base import ExportContext
+from overproof.export.base import Difference, ExportContext
 from overproof.registry import FAMILIES
 
 CHECKED_ROWS = 2
@@ -32,6 +32,7 @@ class OnnxFormat:
     unquantised = "fp32"
     engines = ("onnxruntime",)
     library = "onnx"
+    further_families = ""
     drafting_engine = None
 
     @property
@@ -43,6 +44,9 @@ class OnnxFormat:
     def check_tokenizer(self, text: str, where: object) -> None:
         """It holds no tokenizer."""
 
+    def check_model(self, config: Mapping[str, Any], positions: int, where: object) -> None:
+        """Of its families every model: what is written is the graph of what torch computes."""
+
     def write(self, source: Path, file: Path, variant: str, context: ExportContext, unquantised: Path) -> None:
         del context
         from overproof.export.onnx_file import export_onnx, quantize_onnx
@@ -52,7 +56,7 @@ class OnnxFormat:
         else:
             quantize_onnx(unquantised, file)
 
-    def difference_nats(self, source: Path, file: Path) -> tuple[float, float]:
+    def difference(self, source: Path, file: Path) -> Difference:
         import numpy as np
         import torch
 
@@ -62,7 +66,8 @@ class OnnxFormat:
         inputs_BD = classifier.family.sample_rows(classifier.model.config, CHECKED_ROWS, np.random.default_rng(0))
         with torch.inference_mode():
             expected_BV = classifier(torch.from_numpy(inputs_BD)).numpy()
-        return float(np.abs(expected_BV - self.read_back(file)(inputs_BD)).max()), SINGLE_PRECISION_NATS
+        nats = float(np.abs(expected_BV - self.read_back(file)(inputs_BD)).max())
+        return Difference(nats, SINGLE_PRECISION_NATS, positions=1)
 
     def read_back(self, file: Path) -> Any:
         """ONNX's own evaluator of the file: a function of flat rows (B, D) that gives log-probabilities (B, V)."""

@@ -9,11 +9,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import Manifest
-from overproof.export.base import ExportContext, Format
+from overproof.export.base import Difference, ExportContext, Format
 from overproof.files import FrozenModel
 from overproof.registry import FORMATS
-from overproof.stage_context import StageContext, TaskProgress
+from overproof.stage_context import StageContext
 
 EXPORTS = "exports.json"
 
@@ -30,6 +31,8 @@ class Export(FrozenModel):
     format: str  # the variant, such as "q8_0"
     size_bytes: int
     candidate: bool
+    difference_nats: float | None = None  # of an unquantised file: how far its log-probabilities are from the model's
+    checked_positions: int | None = None  # and places of the longest row that this was looked at on
     companions: tuple[str, ...] = ()  # files that a package needs beside it
 
 
@@ -56,22 +59,23 @@ def export_models(context: StageContext) -> dict[str, Any]:
     planned = list(_planned(context, written))
     companions = written.companions(given)
     exports: list[Export] = []
-    context.progress(TaskProgress("compress", 0, len(planned), f"teacher to {settings.kind}"))
-    with context.draft.directory() as root:
+    with context.draft.directory() as root, Heartbeat(context.progress, "compress", len(planned)) as heartbeat:
         for name, student, variant, source in planned:
+            heartbeat.start_phase(len(exports), f"{name} to {settings.kind}, {variant}")
             file = root / f"{name}{written.suffix}"
             whole = root / f"{name if student is None else student}{written.suffix}"
             written.write(source, file, variant, given, whole)
+            held = None
             if variant == written.unquantised:
-                require_same_model(written, source, file)
+                heartbeat.start_phase(len(exports), f"{file.name}, held against its model")
+                held = require_same_model(written, source, file)
             export = Export(
                 name=name, student=student, file=file.name, format=variant, size_bytes=file.stat().st_size,
                 candidate=student not in (None, name), companions=tuple(companions),
+                difference_nats=held.nats if held else None, checked_positions=held.positions if held else None,
             )  # fmt: skip
             exports.append(export)
-            context.progress(
-                TaskProgress("compress", len(exports), len(planned), f"{file.name} {export.size_bytes / 1e6:.2f} MB")
-            )
+            heartbeat.start_phase(len(exports), f"{file.name} {export.size_bytes / 1e6:.2f} MB")
         for name, source in companions.items():
             shutil.copyfile(source, root / name)
         (root / EXPORTS).write_text(json.dumps([e.model_dump() for e in exports], indent=1) + "\n", encoding="utf-8")
@@ -95,15 +99,17 @@ def _planned(context: StageContext, written: Format) -> list[tuple[str, str | No
     return planned
 
 
-def require_same_model(written: Format, source: Path, file: Path) -> None:
+def require_same_model(written: Format, source: Path, file: Path) -> Difference:
     """Compare an unquantised file, read back, with the model it was made from.
 
     Raises:
         RuntimeError: they differ by more than rounding explains.
     """
-    found_nats, most_nats = written.difference_nats(source, file)
-    if not found_nats <= most_nats:
+    found = written.difference(source, file)
+    if not found.nats <= found.explained_nats:
         raise RuntimeError(
-            f"{file}: read back, its log-probabilities are up to {found_nats:.3g} nats from the model's it was made "
-            f"from; expected {most_nats:g} at most: the export is wrong"
+            f"{file}: read back, its log-probabilities are up to {found.nats:.3g} nats from the model's it was made "
+            f"from, on rows of {found.positions} places at most; expected {found.explained_nats:g} at most: the export "
+            "is wrong"
         )
+    return found

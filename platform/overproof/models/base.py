@@ -98,7 +98,7 @@ class ModelFamily(Protocol):
 
     section: type[ModelSection] | None  # of a recipe; None where models come from directories alone
     tasks: tuple[str, ...]  # kinds of the tasks that it may be trained for
-    architectures: tuple[str, ...]  # names in config.json, or patterns of names (``*``), by which a directory is known
+    architectures: tuple[str, ...]  # names in config.json, or patterns (``*``; ``!`` leaves out), that tell a directory
     names: LayerNames
     attention: str | None  # transformers' implementation that computes all of it; None leaves it to transformers
 

@@ -1,12 +1,14 @@
-"""Any other decoder that transformers has: trained and distilled from its directory; exported by no format."""
+"""Any other decoder that transformers has: trained from its directory; a converter of llama.cpp may export it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from overproof.models.decoder import DecoderFamily, Widths
+from overproof.models.decoder import LLAMA_NAMES, DecoderFamily, Widths
+from overproof.models.sizes import LAYERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -14,8 +16,13 @@ if TYPE_CHECKING:
 # What each number is called in config.json, by the families that transformers has.
 HIDDEN = ("hidden_size", "n_embd", "d_model")
 INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+# What transformers makes causal by a setting alone: their weights were trained to look both ways.
+ENCODERS = (
+    "Bert*", "MegatronBert*", "RemBert*", "RoCBert*", "Roberta*", "Camembert*", "Electra*", "ErnieForCausalLM",
+    "BigBirdForCausalLM", "RoFormer*", "Data2Vec*", "Xmod*", "XLM*", "XLNet*",
+)  # fmt: skip
 
 
 class CausalLmFamily(DecoderFamily):
@@ -23,7 +30,8 @@ class CausalLmFamily(DecoderFamily):
 
     section = None
     kind = "causal_lm"
-    architectures = ("*ForCausalLM", "*LMHeadModel")
+    architectures = ("*ForCausalLM", "*LMHeadModel", *(f"!{name}" for name in ENCODERS))
+    names = replace(LLAMA_NAMES, per_layer=PER_LAYER)
     attention = None
 
     def model_class(self) -> type[PreTrainedModel]:

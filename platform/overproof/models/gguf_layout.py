@@ -142,7 +142,7 @@ class GgufLayout:
         """What of a configuration llama.cpp would compute otherwise: what was found, and what was expected."""
         known = config.to_dict()
         for name, value in self.assumed.items():
-            if known.get(name, value) != value:
+            if (known.get(name, value) or None) != (value or None):  # null and false both switch a feature off
                 yield f"{name} {known[name]!r}; expected {value!r}"
         yield from self.rope_unfit(config)
 

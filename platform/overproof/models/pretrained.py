@@ -4,26 +4,49 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pyarrow import fs
 
+from overproof import hub
 from overproof.config import Pretrained
+from overproof.data.heartbeat import Heartbeat
+from overproof.data.manifest import TOKENIZER
+from overproof.data.sources import CONVERTIBLE, NAMING_TOKENS
 from overproof.errors import InputError
 from overproof.files import absolute_uri, filesystem, local_cache
+from overproof.stage_context import Progress, no_progress
 
 WEIGHTS = "model.safetensors"
 SHARDS = f"{WEIGHTS}.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+# What is read of a repository on the Hub beside its weights: never a pickle, never code.
+READ = (*NAMING_TOKENS, *CONVERTIBLE, TOKENIZER, SHARDS, "added_tokens.json", "vocab.txt", "chat_template.jinja")
+
+
+def directory_identity(path: str) -> Any:
+    """What an artifact that follows from a directory goes by: of a model on the Hub its commit, otherwise its files.
+
+    Raises:
+        InputError: as ``list_directory``, or the Hub has no such model.
+    """
+    if hub.is_model(path):
+        found = hub.repository(path)
+        return {"repository": found.name, "commit": found.commit}
+    return list_directory(path)
 
 
 def list_directory(path: str) -> list[tuple[str, int, int]]:
-    """Name, size in bytes and time of change (ns) of each file: what an artifact's identity covers.
+    """Name, size in bytes and time of change (ns) of each file; of a model on the Hub the files that are read.
 
     Raises:
-        InputError: there is no such folder, it is empty, or a pickle lies there.
+        InputError: there is no such folder, it is empty, or a pickle lies there; or the Hub has no such model.
     """
+    if hub.is_model(path):
+        sizes = hub.repository(path).files
+        return [(name, sizes[name], 0) for name in _read_of(path)]
     files, root = filesystem(path)
     found = files.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
     names = sorted(
@@ -76,8 +99,45 @@ def absolute_pretrained(model: Pretrained) -> Pretrained:
     return Pretrained(path=absolute_uri(model.path))
 
 
-def fetch_pretrained(path: str) -> Path:
-    """The directory on this machine; from a URI it is fetched once."""
+def _read_of(path: str) -> list[str]:
+    """The files of a repository on the Hub that are read.
+
+    Raises:
+        InputError: it has no configuration, or no weights but pickles.
+    """
+    sizes = hub.repository(path).files
+    if not any(name.endswith(".safetensors") for name in sizes):
+        refuse_pickles(path, (name for name in sizes if "/" not in name))
+    files, root = filesystem(path)
+    weights = [Path(name).name for name in weight_files(files, root)]
+    return sorted({name for name in READ if name in sizes} | set(weights))
+
+
+def _linked(snapshot: Path, names: Sequence[str]) -> Path:
+    """A folder of these files of the Hub's cache alone: other tools may have fetched pickles and code beside them."""
+
+    def link(folder: Path) -> None:
+        for name in names:
+            (folder / name).symlink_to(snapshot / name)
+
+    return local_cache(hashlib.sha256(json.dumps([str(snapshot), *names]).encode()).hexdigest(), link)
+
+
+def fetch_pretrained(path: str, progress: Progress = no_progress) -> Path:
+    """The directory on this machine; from a URI it is fetched once.
+
+    Raises:
+        InputError: as ``list_directory``.
+    """
+    if hub.is_model(path):
+        names = _read_of(path)
+        if (there := hub.cached(path, names)) is not None:
+            return _linked(there, names)
+        with Heartbeat(progress, "fetch", 1) as beat:
+            beat.start_phase(0, path)
+            fetched = hub.download(path, names, lambda far: beat.start_phase(0, lambda: f"{path}: {far()}"))
+            beat.start_phase(1, "")
+        return _linked(fetched, names)
     files, root = filesystem(path)
     if isinstance(files, fs.LocalFileSystem):
         return Path(root)

@@ -21,12 +21,13 @@ from overproof.models.pretrained import weight_files
 from overproof.registry import FAMILIES
 
 if TYPE_CHECKING:
-    from overproof.models.base import DataShape, ModelFamily
+    from overproof.models.base import DataShape, LayerNames, ModelFamily
 
 HEADER_LIMIT_BYTES = 100_000_000  # as the safetensors library has it
 FP32_BYTES = 4  # bytes
 UNFIT = "expected the weights and the configuration of one model"
 POSITIONS = ("max_position_embeddings", "n_positions")  # what families call the most tokens of a row
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # and how many layers there are
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,19 @@ def family_of(config: Mapping[str, Any], path: object) -> tuple[str, ModelFamily
             "the model that they were made from"
         )
     for kind, family in FAMILIES.items():
-        if any(fnmatchcase(str(named[0]), pattern) for pattern in family.architectures):
+        if is_named(str(named[0]), family.architectures):
             return kind, family
-    known = [name for family in FAMILIES.values() for name in family.architectures]
+    known = [name for family in FAMILIES.values() for name in family.architectures if not name.startswith("!")]
     near = suggest_name(str(named[0]), [name for name in known if "*" not in name], similarity=0.5)
     raise InputError(f"{path}/config.json: architecture {named[0]}{near}; expected {' or '.join(known)}")
+
+
+def is_named(architecture: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a family's patterns name an architecture, and none with a ``!`` before it does."""
+    left_out = [pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!")]
+    if any(fnmatchcase(architecture, pattern) for pattern in left_out):
+        return False
+    return any(fnmatchcase(architecture, pattern) for pattern in patterns)
 
 
 def most_positions(config: Mapping[str, Any]) -> int | None:
@@ -117,12 +126,24 @@ def require_positions(config: Mapping[str, Any], positions: int) -> None:
         )
 
 
+def with_layers(config: Mapping[str, Any], layers: int, names: LayerNames) -> dict[str, Any]:
+    """The content of a config.json for fewer layers: what a layer is by its place, it is by its new place."""
+    lists = {name: config[name][:layers] for name in names.per_layer if isinstance(config.get(name), list)}
+    called = [name for name in LAYERS if name in config] or LAYERS[:1]
+    return {**config, **lists, **dict.fromkeys(called, layers)}
+
+
 def _directory_size(path: str, shape: DataShape, most_layers: int | None = None) -> ModelSize:
     config, tensors = directory_config(path), _tensor_sizes(path)
     _, family = family_of(config, path)
     if most_layers is not None:  # all are alike
         config["num_hidden_layers"] = most_layers
         layers = family.names.layers.rsplit(".", 1)[-1]
+        if all(_layer_number(name, layers) < 0 for name in tensors):
+            raise InputError(
+                f"{path}: keeps no layers at {family.names.layers}, so fewer of them cannot be taken; expected a "
+                "student of another kind, such as {kind: pretrained, path: ...}"
+            )
         tensors = {name: size for name, size in tensors.items() if _layer_number(name, layers) < most_layers}
     try:
         found = family.directory_size(config, tensors, shape)

@@ -62,6 +62,7 @@ def render_card(
         table=_table(report, verdict),
         units=measured.metrics[report.quality].measured_on,
         timed=measured.metrics.get("latency_p50_s"),
+        conversion=_conversion(report, measured),
         student=student,
         settings=settings,
         mine=mine,
@@ -90,6 +91,12 @@ they are what it would have written. `overproof serve` loads both. As measured (
 
 {lines}
 """
+
+
+def _conversion(report: Report, measured: MeasuredFile) -> Metric | None:
+    """Of the unquantised file of the student that a file was made from."""
+    whole = report.find(measured.student or measured.name)
+    return None if whole is None else whole.metrics.get("conversion_nats")
 
 
 def _front_matter(name: str, library: str, report: Report, measured: MeasuredFile) -> str:
@@ -146,9 +153,13 @@ def _percent(title: str, share: bool) -> tuple[str, float, int]:
 def _cell(metric: Metric | None, factor: float, decimals: int) -> str:
     if metric is None:
         return ""
-    bounds = [metric.low, metric.high] if metric.low is not None and metric.high is not None else []
-    value, *interval = [f"{factor * figure:,.{decimals}f}" for figure in (metric.value, *bounds)]
-    return f"{value} ({' to '.join(interval)})" if interval else value
+    value, low, high = (
+        None if figure is None else f"{factor * figure:,.{decimals}f}"
+        for figure in (metric.value, metric.low, metric.high)
+    )
+    if high is None:
+        return f"{value}"
+    return f"{value} (at most {high})" if low is None else f"{value} ({low} to {high})"
 
 
 def _shape(model: Section) -> str:

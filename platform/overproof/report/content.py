@@ -145,6 +145,7 @@ def file_rows(evaluated: EvaluatedFiles, sweep_results: Mapping[str, Any]) -> di
         "confidence": report.confidence,
         "test_unit": task.test_unit,
         "scored": report.scored,
+        "conversion": _conversion(report),
         "chosen": verdict.chosen if verdict else None,
         "rows": rows,
         "planes": planes,
@@ -179,6 +180,14 @@ def _file(
         "requests": measured.metrics["latency_p95_s"].measured_on,
         "trained_s": trial.get("cpu_seconds") if trial else None,
     }
+
+
+def _conversion(report: Report) -> dict[str, float] | None:
+    """How far unquantised files are from their models at most, and the places of the longest row that all were held
+    against them on; None where the report does not say.
+    """
+    found = [m.metrics["conversion_nats"] for m in report.measured if "conversion_nats" in m.metrics]
+    return {"nats": max(m.value for m in found), "positions": min(m.n for m in found)} if found else None
 
 
 def _paired_bounds(report: Report) -> tuple[np.ndarray, np.ndarray]:

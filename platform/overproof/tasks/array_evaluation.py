@@ -25,7 +25,7 @@ from overproof.engines.base import ArrayEngine, EngineSettings
 from overproof.engines.probe import Say
 from overproof.files import file_sha256
 from overproof.registry import ENGINES
-from overproof.tasks.base import FileScores, Metric, Tell, UnitColumns, cost_metrics, spread_units
+from overproof.tasks.base import FileScores, Metric, ScoringTime, Tell, UnitColumns, cost_metrics, spread_units
 from overproof.tasks.class_metrics import class_columns
 
 TIMED_AT_LEAST = 300  # a row is quick, and its latency is cheap to know well
@@ -50,21 +50,27 @@ def array_units(root: Path, most: int | None) -> NDArray[np.int64]:
 
 def score_arrays(
     file: Path, root: Path, units: NDArray[np.int64], engine: str, column: str, judge: Judge, tell: Tell,
-    further: Sequence[str] = (),
+    further: Sequence[str] = (), score_s: float | None = None,
 ) -> FileScores:  # fmt: skip
-    """A file on these test rows, in the engine that will serve it; ``judge`` gets ``further`` columns."""
+    """A file on these test rows, or the first that ``score_s`` seconds allow, in the engine that will serve it;
+    ``judge`` gets ``further`` columns.
+    """
+    limit = ScoringTime(score_s)
     shards = Shards(root, "test", (*Manifest.read(root).batch_columns, *further))
     columns = shards.take(units)
     loaded = ENGINES[engine].load(file, EngineSettings())
     assert isinstance(loaded, ArrayEngine)
-    answers = []
-    for done, row_D in enumerate(flat(columns[column])):
-        tell(done)
-        answers.append(loaded.logprobs(row_D[None]))
-    logprobs_UV = np.concatenate(answers)
+    logprobs = list[NDArray[np.float32]]()
+    for row_D in flat(columns[column]):
+        tell(len(logprobs))
+        logprobs.append(loaded.logprobs(row_D[None]))
+        if limit.is_over(len(logprobs)):
+            break
     loaded.close()
-    judged, ones = judge(logprobs_UV, columns), np.ones(len(units), np.int64)
-    return FileScores(file_sha256(file), units, judged.total, ones, ones, judged.choices_U, judged.columns)
+    done = len(logprobs)
+    judged = judge(np.concatenate(logprobs), {name: values[:done] for name, values in columns.items()})
+    ones = np.ones(done, np.int64)
+    return FileScores(file_sha256(file), units[:done], judged.total, ones, ones, judged.choices_U, judged.columns)
 
 
 def first_choices(logprobs_UV: NDArray[np.float32], columns: Columns) -> Judged:
@@ -89,6 +95,7 @@ def measure_arrays(
         timed_requests=max(settings.timed_requests, TIMED_AT_LEAST),
         probe_s=settings.probe_s,
         narrow=settings.narrow,
+        fewest_requests=settings.fewest_requests,
     )
     answer = probe.probe_arrays(request, say)
     expected = []
@@ -97,7 +104,7 @@ def measure_arrays(
         expected.append(reference(row_D[None]))
     reference_BV = np.concatenate(expected)
     nats = array_parity_nats(reference_BV, np.array(answer.logprobs, np.float32))
-    return cost_metrics(answer, request.timed_requests) | {
+    return cost_metrics(answer, request.timed_requests, settings.confidence) | {
         speed: Metric(value=1 / median(answer.latency_s), unit=f"{unit}/s", n=len(answer.latency_s)),
         "parity_nats": Metric(value=nats, unit="nats", n=len(rows_BD)),
     }

@@ -5,6 +5,8 @@ Shapes: B rows, P predictions in a row, V outputs, U test units, N predictions o
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from overproof.config.data import DataSection
+from overproof.engines.order_statistics import upper_bound
 from overproof.files import FrozenModel
 from overproof.models.base import DataShape, Prediction
 
@@ -30,14 +33,15 @@ if TYPE_CHECKING:
     Batch = dict[str, Tensor]
 
 Tell = Callable[[int], None]
+FEWEST_UNITS = 2  # that are scored of every file, whatever time that takes
 
 # What a student may learn from beside the labels.
 Loss = Literal["outputs", "attention", "hidden_states", "generated_text"]
 
 
 class Metric(FrozenModel):
-    """One figure; ``low`` and ``high`` bound it where resampling can say so. It was measured on ``n``, of as many as
-    ``of`` where it could have been more.
+    """One figure; ``low`` and ``high`` bound it where resampling, or for a latency's ``high`` its order, can say so. It
+    was measured on ``n``, of as many as ``of`` where it could have been more.
     """
 
     value: float
@@ -74,6 +78,10 @@ class Quality:
         if self.relative:
             return (reference / found if self.higher_is_better else found / reference) - 1
         return reference - found if self.higher_is_better else found - reference
+
+    def kept(self, found: Any, reference: Any) -> Any:
+        """Which share of ``reference`` is kept: below 1 is worse whatever the metric's direction."""
+        return found / reference if self.higher_is_better else reference / found
 
     @property
     def difference_unit(self) -> str:
@@ -112,7 +120,7 @@ class FurtherMetric:
 
 @dataclass(frozen=True)
 class FileScores:
-    """One exported file on every unit of the test split, the units in ascending order of their ids.
+    """One exported file on units of the test split, the units in ascending order of their ids.
 
     ``choices_N`` holds the first choice of each prediction, unit after unit; unit u has ``predictions[u]`` of them.
     """
@@ -137,6 +145,31 @@ class FileScores:
             {name: np.concatenate([values, other.columns[name]]) for name, values in self.columns.items()},
         )
 
+    def first(self, count: int) -> FileScores:
+        """The first units alone."""
+        return FileScores(
+            self.sha256,
+            self.units[:count],
+            self.total[:count],
+            self.size[:count],
+            self.predictions[:count],
+            self.choices_N[: self.predictions[:count].sum()],
+            {name: values[:count] for name, values in self.columns.items()},
+        )
+
+
+class ScoringTime:
+    """The seconds that a file may be scored, from now on: looked at after each test unit. ``FEWEST_UNITS`` are scored
+    however long they take: there is no interval of fewer.
+    """
+
+    def __init__(self, limit_s: float | None) -> None:
+        self._ends_s = math.inf if limit_s is None else time.monotonic() + limit_s
+
+    def is_over(self, done: int) -> bool:
+        """Whether no further unit is begun after so many."""
+        return done >= FEWEST_UNITS and time.monotonic() >= self._ends_s
+
 
 def agreements(scores: FileScores, teacher: FileScores) -> NDArray[np.int64]:
     """Of each unit's predictions, how many have the teacher's first choice."""
@@ -151,9 +184,10 @@ def spread_units(units: NDArray[np.int64], most: int | None) -> NDArray[np.int64
     return units[np.linspace(0, len(units) - 1, most).round().astype(np.int64)]
 
 
-def cost_metrics(answer: TextAnswer | ArrayAnswer, asked: int) -> dict[str, Metric]:
+def cost_metrics(answer: TextAnswer | ArrayAnswer, asked: int, confidence: float) -> dict[str, Metric]:
     """Memory, and the latency that half of the requests, and 95 in 100, stay within: what a client of an idle engine
-    waits. ``asked`` requests would have been timed at most.
+    waits. ``asked`` requests would have been timed at most. Where those that were made bound the latency from above at
+    this one-sided confidence, ``high`` does.
     """
     return {
         "resident_mb": Metric(value=answer.resident_mb, unit="MB", n=1),
@@ -161,6 +195,7 @@ def cost_metrics(answer: TextAnswer | ArrayAnswer, asked: int) -> dict[str, Metr
         **{
             f"latency_p{share}_s": Metric(
                 value=float(np.percentile(answer.latency_s, share, method="inverted_cdf")),
+                high=upper_bound(answer.latency_s, share / 100, confidence),
                 unit="s",
                 n=len(answer.latency_s),
                 of=asked,
@@ -235,7 +270,9 @@ class Task(Protocol):
         self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
         tell: Tell,
     ) -> FileScores:  # fmt: skip
-        """An exported file on these test units; ``tell`` hears now and then how many of them are done."""
+        """An exported file on these test units, or on the first of them where the file's time, ``settings.score_s``, is
+        over (see ``ScoringTime``); ``tell`` hears now and then how many of them are done.
+        """
 
     def probe(
         self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from overproof.config.data import BpeTokenizer, TextData
 from overproof.models.base import DataShape, Prediction
-from overproof.tasks.base import CardWords, FileScores, FurtherMetric, Loss, Metric, Quality, Tell
+from overproof.tasks.base import CardWords, FileScores, FurtherMetric, Loss, Metric, Quality, ScoringTime, Tell
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,9 +101,10 @@ class LanguageModeling:
     ) -> FileScores:  # fmt: skip
         from overproof.tasks.text_evaluation import open_scorer, score_text
 
+        limit = ScoringTime(settings.score_s)
         scorer = open_scorer(file, root, engine, format, settings.scoring_threads)
         try:
-            return score_text(file, root, units, scorer, tell)
+            return score_text(file, root, units, scorer, tell, limit)
         finally:
             scorer.close()
 

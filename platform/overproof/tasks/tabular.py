@@ -200,8 +200,8 @@ class TabularClassification(_Tabular):
     ) -> FileScores:  # fmt: skip
         from overproof.tasks.array_evaluation import first_choices, score_arrays
 
-        del settings, format
-        return score_arrays(file, root, units, engine, "features", first_choices, tell)
+        del format
+        return score_arrays(file, root, units, engine, "features", first_choices, tell, score_s=settings.score_s)
 
     def answers(self, logprobs_BV: NDArray[np.float32], details: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
         return classified(logprobs_BV, details["classes"])
@@ -247,14 +247,14 @@ class TabularRegression(_Tabular):
         from overproof.data.manifest import Manifest
         from overproof.tasks.array_evaluation import Judged, score_arrays
 
-        del settings, format
+        del format
         centres_V = np.array(Manifest.read(root).details["centres"])
 
         def judge(logprobs_UV: NDArray[np.float32], rows: Columns) -> Judged:
             errors_U = np.exp(logprobs_UV) @ centres_V - rows["value"]
             return Judged(np.square(errors_U, dtype=np.float64), logprobs_UV.argmax(1).astype(np.int32))
 
-        return score_arrays(file, root, units, engine, "features", judge, tell, ("value",))
+        return score_arrays(file, root, units, engine, "features", judge, tell, ("value",), settings.score_s)
 
     def answers(self, logprobs_BV: NDArray[np.float32], details: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
         """The mean, and the bins between which nine in ten of the predicted distribution lie."""

@@ -182,8 +182,8 @@ class TextClassification:
     ) -> FileScores:  # fmt: skip
         from overproof.tasks.array_evaluation import first_choices, score_arrays
 
-        del settings, format
-        return score_arrays(file, root, units, engine, "tokens", first_choices, tell)
+        del format
+        return score_arrays(file, root, units, engine, "tokens", first_choices, tell, score_s=settings.score_s)
 
     def probe(
         self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say

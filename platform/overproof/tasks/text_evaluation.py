@@ -32,13 +32,15 @@ from overproof.data.parquet_reader import Shards
 from overproof.engines import probe
 from overproof.engines.base import ScoringLoader, TextScorer
 from overproof.engines.probe import Say
+from overproof.engines.prompt_limits import require_context
 from overproof.errors import InputError
 from overproof.export.base import Format
 from overproof.files import file_sha256
 from overproof.models.base import Prediction
 from overproof.models.hf_directory import Batch
+from overproof.models.sizes import most_positions
 from overproof.registry import ENGINES
-from overproof.tasks.base import FileScores, Metric, Tell, cost_metrics, spread_units
+from overproof.tasks.base import FileScores, Metric, ScoringTime, Tell, cost_metrics, spread_units
 from overproof.tasks.torch_scorer import TorchScorer
 
 BATCH_LOGITS = 1 << 23  # numbers in the logits of one batch of torch
@@ -92,29 +94,42 @@ def open_scorer(file: Path, root: Path, engine: str, format: Format, threads: in
     """What a file is judged by on rows of the data set at ``root``, and on others of ``places`` places at most.
 
     Raises:
-        InputError: the file cannot be loaded.
+        InputError: the file cannot be loaded, or its context is shorter than such rows: its figures would mean nothing.
     """
     loader, manifest = ENGINES[engine], Manifest.read(root)
+    longest = max(manifest.positions, places)
     if isinstance(loader, ScoringLoader):
-        return loader.scorer(file, max(manifest.positions, places), threads)
+        return loader.scorer(file, longest, threads)
+    model = format.read_back(file)
+    context = most_positions(model.config.to_dict())
+    if context is not None:
+        require_context(file, longest, context)
     batch_rows = max(1, BATCH_LOGITS // (manifest.positions * manifest.outputs))
-    return TorchScorer(format.read_back(file), batch_rows)
+    return TorchScorer(model, batch_rows)
 
 
-def score_text(file: Path, root: Path, documents: NDArray[np.int64], scorer: TextScorer, tell: Tell) -> FileScores:
-    """Nats and first choices of a file on these test documents of the data set at ``root``."""
+def score_text(
+    file: Path, root: Path, documents: NDArray[np.int64], scorer: TextScorer, tell: Tell, limit: ScoringTime
+) -> FileScores:
+    """Nats and first choices of a file on these test documents of the data set at ``root``, or on the first of them
+    where its time is over.
+    """
     rows = TestDocuments.of(root).take(documents)
     ends = np.cumsum(rows.lengths)
     nats = np.zeros(len(rows.documents))
-    choices_N = np.empty(int(ends[-1]), np.int32)
+    choices_N, done = np.empty(int(ends[-1]), np.int32), 0
     for row, scores in enumerate(scorer.score(_tokens(Shards(root, "test"), rows))):
         nats[rows.places[row]] += scores.nats_P.sum()
         choices_N[ends[row] - rows.lengths[row] : ends[row]] = scores.choices_P
-        tell(int(rows.places[row]))
+        place = int(rows.places[row])
+        whole = row + 1 == len(rows.places) or rows.places[row + 1] != place
+        done = place + whole
+        tell(place)
+        if whole and limit.is_over(done):
+            break
     predictions = np.bincount(rows.places, rows.lengths).astype(np.int64)
-    return FileScores(
-        file_sha256(file), rows.documents, nats, _size_bytes(root, rows.documents), predictions, choices_N
-    )
+    sizes = _size_bytes(root, rows.documents)
+    return FileScores(file_sha256(file), rows.documents, nats, sizes, predictions, choices_N).first(done)
 
 
 def _tokens(shards: Shards, rows: TestDocuments) -> Iterator[NDArray[Any]]:
@@ -150,11 +165,13 @@ def measure_text(
         timed_requests=settings.timed_requests,
         probe_s=settings.probe_s,
         narrow=settings.narrow,
+        fewest_requests=settings.fewest_requests,
         decode_tokens=settings.decode_tokens,
     )
     answer = probe.probe_text(request, say)
     say("parity")
-    scorer = open_scorer(file, root, engine, format, settings.threads, PROMPT_TOKENS + settings.probe_tokens)
+    longest = max(len(prompt) + len(given.tokens) for prompt, given in zip(probed, answer.answers, strict=True))
+    scorer = open_scorer(file, root, engine, format, settings.threads, longest - 1)
     nats = [
         text_parity_nats(scorer, prompt, given.tokens, given.logprobs)
         for prompt, given in zip(probed, answer.answers, strict=True)
@@ -162,7 +179,7 @@ def measure_text(
     ]
     scorer.close()
     compared = sum(len(given.tokens) for given in answer.answers)
-    metrics = cost_metrics(answer, settings.timed_requests)
+    metrics = cost_metrics(answer, settings.timed_requests, settings.confidence)
     metrics |= {
         "time_to_first_token_s": Metric(value=median(answer.first_token_s), unit="s", n=len(answer.first_token_s)),
         "split_otherwise": split_otherwise(Tokenizer.from_file(str(root / TOKENIZER)), texts, answer.splits),
@@ -204,5 +221,5 @@ def test_prompts(rows: TestDocuments, shards: Shards, count: int) -> list[list[i
     """The first tokens of ``count`` rows, evenly spread over the chosen documents."""
     picked = spread_units(rows.sample_ids, count)
     columns = shards.take(picked)
-    ends = np.minimum(columns["length"] + 1, PROMPT_TOKENS)
+    ends = np.clip(columns["length"] - 1, 1, PROMPT_TOKENS)  # a context may be as short as a row: an answer must fit
     return [tokens[:end].tolist() for tokens, end in zip(columns["tokens"], ends, strict=True)]

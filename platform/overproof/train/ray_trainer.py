@@ -71,16 +71,17 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
 
         context.progress(TaskProgress("train", 0, settings.steps, f"fetching {settings.model.path}"))
         start = pretrained.absolute_pretrained(settings.model)
-        folder = pretrained.fetch_pretrained(start.path)
-        check_tokenizer(folder, prepared.local())
+        fetched = pretrained.fetch_pretrained(start.path, context.progress)
+        check_tokenizer(fetched, prepared.local())
         if not settings.steps:
-            require_outputs(folder, Manifest.read(prepared.local()))
+            require_outputs(fetched, Manifest.read(prepared.local()))
         settings = settings.model_copy(update={"model": start})
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, draft.config, draft.parents, settings.checkpoint)
     checkpoints.claim_folder()
     job = TrainJob(
-        settings, context.recipe.seed, prepared, draft, checkpoints, context.progress, SupervisedSpec(settings.model)
-    )
+        settings, context.recipe.seed, prepared, draft, checkpoints, context.progress,
+        SupervisedSpec(settings.model, context.progress),
+    )  # fmt: skip
     metrics: dict[str, Any] = run_workers(job, train_rank)
     if isinstance(settings.model, Pretrained):
         keep_chat_template(settings.model, draft)

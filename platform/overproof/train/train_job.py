@@ -14,7 +14,7 @@ from overproof.config import ModelSection, Pretrained, Training
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Columns
 from overproof.models import pretrained
-from overproof.stage_context import Progress
+from overproof.stage_context import Progress, no_progress
 from overproof.train.checkpoint import Checkpoint, Checkpoints
 
 if TYPE_CHECKING:  # seconds of imports, which a worker spends after it has asked for its first rows
@@ -70,12 +70,13 @@ class SupervisedSpec:
     """The labels alone."""
 
     start: ModelSection
+    progress: Progress = no_progress
 
     def model(self, manifest: Manifest, seed: int) -> PreTrainedModel:
         from overproof.models.hf_directory import build_model, load_start
 
         if isinstance(self.start, Pretrained):
-            return load_start(pretrained.fetch_pretrained(self.start.path), manifest, seed)
+            return load_start(pretrained.fetch_pretrained(self.start.path, self.progress), manifest, seed)
         return build_model(self.start, manifest, seed)
 
     def objective(self, task: Task, device: torch.device) -> Objective:
