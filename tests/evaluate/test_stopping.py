@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from overproof.artifacts import Artifact
 from overproof.config import Evaluate, Recipe, Rule
 from overproof.evaluate import stage
-from overproof.evaluate.metrics import Bootstrap, Comparison, PerExampleSums, quality_metrics
+from overproof.evaluate.metrics import Bootstrap, Comparison, PerExampleSums, Report, quality_metrics
 from overproof.evaluate.stopping import FEWEST, next_count, time_limits, widest
 from overproof.export.stage import Export, read_exports
 from overproof.registry import TASKS
@@ -171,6 +171,20 @@ def test_rounds_add_up_to_what_one_gives(
     cut = scored(max_documents=50)
     assert cut.summary.startswith("50 of 597 images (evaluate.max_documents takes 50), ")
     assert cut.available == whole.available == 597
+    exports = read_exports(digits["compress"].local())
+    report = stage.make_report(make_recipe("digits"), exports, cut, {export.name: {} for export in exports})
+    report = Report.model_validate_json(report.model_dump_json())
+    for export, measured in zip(exports, report.measured, strict=True):
+        assert measured.metrics["accuracy"].measured_on == "50 of 597"
+        assert ("conversion_nats" in measured.metrics) == (export.format == "fp32")  # as it was written
+    teacher, compared = report.find("teacher"), report.compare("student", "teacher")
+    student = report.find("student")
+    assert teacher is not None
+    assert student is not None
+    assert compared is not None
+    share = student.metrics["accuracy"].value / teacher.metrics["accuracy"].value
+    assert compared.kept == pytest.approx(share)
+    assert student.metrics["conversion_nats"].n == 1
 
 
 def test_files_whose_time_ends_earlier_end_the_round_for_all(
