@@ -24,7 +24,7 @@ class ExportContext:
 class Difference:
     """How far an unquantised file, read by another than its writer, is from the model it was made from."""
 
-    nats: float  # the largest difference of a log-probability, on random rows
+    nats: float  # by which a log-probability differs, where it differs most: a mean by the model's own probabilities
     explained_nats: float  # the most that rounding explains
     positions: int  # places of the longest of these rows
 

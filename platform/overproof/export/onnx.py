@@ -66,7 +66,8 @@ class OnnxFormat:
         inputs_BD = classifier.family.sample_rows(classifier.model.config, CHECKED_ROWS, np.random.default_rng(0))
         with torch.inference_mode():
             expected_BV = classifier(torch.from_numpy(inputs_BD)).numpy()
-        nats = float(np.abs(expected_BV - self.read_back(file)(inputs_BD)).max())
+        found_BV = self.read_back(file)(inputs_BD)
+        nats = float((np.exp(expected_BV) * np.abs(expected_BV - found_BV)).sum(1).max())
         return Difference(nats, SINGLE_PRECISION_NATS, positions=1)
 
     def read_back(self, file: Path) -> Any:

@@ -108,8 +108,8 @@ def require_same_model(written: Format, source: Path, file: Path) -> Difference:
     found = written.difference(source, file)
     if not found.nats <= found.explained_nats:
         raise RuntimeError(
-            f"{file}: read back, its log-probabilities are up to {found.nats:.3g} nats from the model's it was made "
-            f"from, on rows of {found.positions} places at most; expected {found.explained_nats:g} at most: the export "
-            "is wrong"
+            f"{file}: read back, its log-probabilities are {found.nats:.3g} nats from the model's it was made from "
+            f"where they differ most, on rows of {found.positions} places at most; expected {found.explained_nats:g} "
+            "at most: the export is wrong"
         )
     return found
