@@ -101,20 +101,43 @@ def open_scorer(file: Path, root: Path, engine: str, format: Format, threads: in
     return TorchScorer(format.read_back(file), batch_rows)
 
 
-def score_text(file: Path, root: Path, documents: NDArray[np.int64], scorer: TextScorer, tell: Tell) -> FileScores:
-    """Nats and first choices of a file on these test documents of the data set at ``root``."""
+def score_text(
+    file: Path, root: Path, documents: NDArray[np.int64], scorer: TextScorer, tell: Tell, counted: str | None = None
+) -> FileScores:
+    """Nats and first choices of a file on these test documents of the data set at ``root``: of every prediction, or of
+    those that the column ``counted`` has.
+    """
     rows = TestDocuments.of(root).take(documents)
-    ends = np.cumsum(rows.lengths)
-    nats = np.zeros(len(rows.documents))
-    choices_N = np.empty(int(ends[-1]), np.int32)
-    for row, scores in enumerate(scorer.score(_tokens(Shards(root, "test"), rows))):
-        nats[rows.places[row]] += scores.nats_P.sum()
-        choices_N[ends[row] - rows.lengths[row] : ends[row]] = scores.choices_P
+    nats, predictions = np.zeros(len(rows.documents)), np.zeros(len(rows.documents), np.int64)
+    choices = []
+    counts = _counted(Shards(root, "test"), rows, counted)
+    for row, (scores, counts_P) in enumerate(
+        zip(scorer.score(_tokens(Shards(root, "test"), rows)), counts, strict=True)
+    ):
+        nats[rows.places[row]] += scores.nats_P[counts_P].sum()
+        predictions[rows.places[row]] += counts_P.sum()
+        choices.append(scores.choices_P[counts_P])
         tell(int(rows.places[row]))
-    predictions = np.bincount(rows.places, rows.lengths).astype(np.int64)
     return FileScores(
-        file_sha256(file), rows.documents, nats, _size_bytes(root, rows.documents), predictions, choices_N
+        file_sha256(file),
+        rows.documents,
+        nats,
+        _size_bytes(root, rows.documents),
+        predictions,
+        np.concatenate(choices).astype(np.int32),
     )
+
+
+def _counted(shards: Shards, rows: TestDocuments, column: str | None) -> Iterator[NDArray[np.bool_]]:
+    """Of each row's predictions, which count."""
+    for start in range(0, len(rows.sample_ids), READ_ROWS):
+        ids, lengths = (values[start : start + READ_ROWS] for values in (rows.sample_ids, rows.lengths))
+        if column is None:
+            yield from (np.ones(length, bool) for length in lengths)
+        else:
+            yield from (
+                counts_P[:length] > 0 for counts_P, length in zip(shards.take(ids)[column], lengths, strict=True)
+            )
 
 
 def _tokens(shards: Shards, rows: TestDocuments) -> Iterator[NDArray[Any]]:
