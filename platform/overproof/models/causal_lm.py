@@ -23,6 +23,7 @@ class CausalLmFamily(DecoderFamily):
 
     section = None
     kind = "causal_lm"
+    tasks = ("language_modeling",)  # which of them keep the conversations of a row apart is not known
     architectures = ("*ForCausalLM", "*LMHeadModel")
     attention = None
 
