@@ -131,8 +131,8 @@ def test_templates_that_are_missing_or_refuse_are_named(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     assert encoder_of(folder).template.text == CHATML
     refusing = {
-        "{{ raise_exception('no system here') }}": "x, line 1: the chat template of data.tokenizer does not take it: no "
-        "system here",
+        "{{ raise_exception('no system here') }}": "x, line 1: the chat template of data.tokenizer does not take it: "
+        "no system here",
         "{{ messages[0].content.nothing.there }}": "does not take it: ",
         "{% for %}": "does not take it: ",
         "{% generation %}{{ messages[1].content }}{% endgeneration %}": "marks 1 answers by {% generation %}; expected "

@@ -60,7 +60,7 @@ class Chat(CausalTask):
     """See ``Task``: a language model of packed rows, of whose tokens the answers' alone count."""
 
     section = ChatData
-    unit, test_unit = "answer token", "conversation"
+    unit, test_unit = "token", "conversation"
     losses: frozenset[Loss] = frozenset({"outputs", "hidden_states"})
     route = "/v1/chat/completions"
     counted = "answer"
