@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chats import END, chat_recipe, encoder_of, messages, prepared_chats, some_chats, write_chat_model, write_records
+from finished import RECIPES
 from overproof.artifacts import Artifact, Store
-from overproof.config import Dense, Recipe
+from overproof.config import Dense, Recipe, load_recipe
 from overproof.data.manifest import DOCUMENTS, MANIFEST, SPLITS, TEST_TEXTS, TOKENIZER, Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.distill.losses import Divergence
@@ -362,3 +364,25 @@ def test_the_manifest_is_of_rows_that_every_reader_takes(world: tuple[Recipe, Ar
     assert [column["name"] for column in manifest["columns"] if column["batch"]] == [
         "tokens", "length", "position", "answer", "scale",
     ]  # fmt: skip
+
+
+def test_the_example_makes_what_its_recipe_reads(tmp_path: Path) -> None:
+    """Every fourth conversation of it, in rows of the recipe's own length."""
+    script = runpy.run_path(str(RECIPES.parent / "stdlib_chat.py"))
+    script["main"](tmp_path / "set")
+    made_lines = (tmp_path / "set/chats.jsonl").read_text().splitlines()
+    assert len(made_lines) > 1000
+    source = tmp_path / "some.jsonl"
+    source.write_text("\n".join(made_lines[::4]))
+    asked = load_recipe(RECIPES / "chat.yaml", (
+        f"store={tmp_path}/store", f"data.source.path={source}", f"data.tokenizer.path={tmp_path}/set/model",
+    ))  # fmt: skip
+    manifest = Manifest.read(prepared_chats(asked))
+    assert manifest.positions == 256
+    splits = manifest.splits
+    assert splits["train"].documents > 2 * splits["train"].rows > 0  # most rows are shared
+    assert sum(split.documents for split in splits.values()) > 0.95 * len(made_lines[::4])
+    encoder = encoder_of(tmp_path / "set/model")
+    assert encoder.template.marks_answers
+    _, encoded = encoder.encode(conversation("", json.loads(made_lines[0])))
+    assert encoder.last_special(encoded) == manifest.end_id
