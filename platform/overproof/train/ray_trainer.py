@@ -76,9 +76,8 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
         settings = settings.model_copy(update={"model": start})
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, draft.config, draft.parents, settings.checkpoint)
     checkpoints.claim_folder()
-    job = TrainJob(
-        settings, context.recipe.seed, prepared, draft, checkpoints, context.progress, SupervisedSpec(settings.model)
-    )
+    spec = SupervisedSpec(settings.model, settings.lora)
+    job = TrainJob(settings, context.recipe.seed, prepared, draft, checkpoints, context.progress, spec)
     metrics: dict[str, Any] = run_workers(job, train_rank)
     keep_chat_template(prepared.local(), settings.model, draft)
     return metrics
