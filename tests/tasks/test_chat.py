@@ -18,11 +18,15 @@ from hypothesis import strategies as st
 from chats import END, chat_recipe, encoder_of, messages, prepared_chats, some_chats, write_chat_model, write_records
 from finished import RECIPES
 from overproof.artifacts import Artifact, Store
-from overproof.config import Dense, Recipe, load_recipe
+from overproof.config import Dense, Recipe, Scheme, TopK, load_recipe
 from overproof.data.manifest import DOCUMENTS, MANIFEST, SPLITS, TEST_TEXTS, TOKENIZER, Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.distill.losses import Divergence
 from overproof.distill.objectives import DistillObjective
+from overproof.distill.optuna_study import STUDENT
+from overproof.distill.student_trainer import StudentTrainer
+from overproof.distill.sweep import make_trial_job
+from overproof.distill.sweep_state import SweepState
 from overproof.distill.target_cache import TargetCache, TargetIndex, target_key
 from overproof.distill.teacher_pool import publish_files
 from overproof.distill.teacher_worker import CaptureJob, TargetWorker
@@ -31,7 +35,7 @@ from overproof.export.gguf_file import export_gguf
 from overproof.models.base import DataShape
 from overproof.models.hf_directory import Batch, build_model, load_model, save_model, to_tensors
 from overproof.registry import FAMILIES, FORMATS, TASKS
-from overproof.stage_context import Notice, ProgressEvent
+from overproof.stage_context import Notice, ProgressEvent, StageContext, no_progress
 from overproof.tasks.base import agreements
 from overproof.tasks.chat_rows import best_fit, packed_rows
 from overproof.tasks.chat_template import EncodedConversation
@@ -297,18 +301,26 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Artifact, A
     return recipe, prepared, draft.commit({}, 0)
 
 
-def test_the_cache_counts_the_answers_and_distils_as_a_live_teacher(world: tuple[Recipe, Artifact, Artifact]) -> None:
+def captured(world: tuple[Recipe, Artifact, Artifact], scheme: Scheme) -> tuple[Recipe, Artifact]:
+    """The teacher's cache of every row, and the recipe with this scheme."""
     recipe, prepared, trained = world
-    manifest, root = Manifest.read(prepared.local()), prepared.local()
-    recipe = recipe.model_copy(update={"cache": recipe.cache.model_copy(update={"scheme": Dense()})})
-    index = TargetIndex.of(target_key(recipe, prepared, trained), manifest, None)
-    draft = Store(recipe.store).new_writer("cached", "cache", "ef" * 32, {}, {})
+    cache = recipe.cache.model_copy(update={"scheme": scheme, "rows": None})
+    recipe = recipe.model_copy(update={"cache": cache})
+    index = TargetIndex.of(target_key(recipe, prepared, trained), Manifest.read(prepared.local()), None)
+    draft = Store(recipe.store).new_writer(f"cached-{scheme.kind}", "cache", "ef" * 32, {}, {})
     job = CaptureJob(recipe.cache, index, prepared, trained, draft)
     reports = list(TargetWorker(job)({"file": np.arange(len(index.files))}))
     assert not any(report["fault"][0] for report in reports)
     publish_files(job)
     (Path(draft.uri) / TargetIndex.FILE).write_text(index.model_dump_json())
-    cached = draft.commit({}, 0)
+    return recipe, draft.commit({}, 0)
+
+
+def test_the_cache_counts_the_answers_and_distils_as_a_live_teacher(world: tuple[Recipe, Artifact, Artifact]) -> None:
+    _, prepared, trained = world
+    manifest, root = Manifest.read(prepared.local()), prepared.local()
+    recipe, cached = captured(world, Dense())
+    index = TargetIndex.read(cached.local())
     shards = Shards(root, "train")
     ids = np.arange(shards.rows)
     rows = shards.take(ids)
@@ -331,6 +343,26 @@ def test_the_cache_counts_the_answers_and_distils_as_a_live_teacher(world: tuple
     disturbed = {n: torch.from_numpy(np.where(elsewhere, -3.0, targets[n])).float() for n in ("logprobs", "logsumexp")}
     loss, _ = objective.loss(student, batch | {f"teacher_{n}": values for n, values in disturbed.items()})
     assert loss.item() == pytest.approx(losses[1], rel=1e-6)  # what the teacher says of questions does not count
+
+
+@pytest.mark.parametrize("changes", [{}, {"teacher": "live", "states": {"weight": 0.1}}], ids=["cached", "live"])
+def test_a_student_of_a_sweep_learns_the_answers(
+    changes: dict[str, Any], world: tuple[Recipe, Artifact, Artifact]
+) -> None:
+    recipe, cached = captured(world, TopK(k=32)) if not changes else (world[0], None)
+    told = recipe.sweep.students[0].model_copy(update={"model": recipe.train.model})
+    tree = recipe.model_dump()
+    tree["sweep"] |= {"steps": 12, "validate_every": 6, "students": [told.model_dump() | changes]}
+    recipe = Recipe.parse(tree)
+    parents = {"prepare": world[1], "train": world[2]} | ({"cache": cached} if cached else {})
+    draft = Store(recipe.store).new_writer(f"swept-{len(changes)}", "sweep", "aa" * 32, {}, {})
+    context = StageContext(recipe, parents, draft, no_progress)
+    trainer = StudentTrainer(make_trial_job(context, SweepState(draft), "one", {STUDENT: told.name}))
+    curves = [trainer.run_to_validation().curve for _ in range(2)]
+    rows = [row for curve in curves for row in curve]
+    validated = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    assert 0 < validated[-1] < validated[0]
+    assert rows[-1]["step"] == 12
 
 
 def test_a_file_is_judged_by_its_answers(world: tuple[Recipe, Artifact, Artifact], tmp_path: Path) -> None:
