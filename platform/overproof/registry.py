@@ -50,6 +50,7 @@ TASKS: Registry[Task] = Registry(
     "task",
     {
         "language_modeling": "tasks.language_modeling:TASK",
+        "chat": "tasks.chat:TASK",
         "image_classification": "tasks.image_classification:TASK",
         "tabular_classification": "tasks.tabular:CLASSIFICATION",
         "tabular_regression": "tasks.tabular:REGRESSION",

@@ -9,6 +9,7 @@ import logging
 import re
 import threading
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from overproof.engines.llamacpp import LlamaCpp
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
 from overproof.package.package import open_package
+from overproof.registry import TASKS
 from overproof.serve import middleware
 from overproof.serve.access_log import AccessLog
 from overproof.serve.grammar import GrammarChecker
@@ -353,6 +355,20 @@ def test_a_model_without_a_chat_template_does_not_chat(second_package: Path) -> 
     assert reply.status_code == 400
     assert "no chat template" in ErrorReply.model_validate(reply.json()).error.message
     engine.close()
+
+
+def test_a_chat_models_package_answers_at_both_routes(text: SingleModel) -> None:
+    (served,) = text.models()
+    provenance = served.model.overproof.model_copy(update={"task": "chat"})
+    chat = replace(served, model=served.model.model_copy(update={"overproof": provenance}))
+    app, task = build_app(SingleModel(chat), OPEN), TASKS["chat"]
+    body = task.example({}) | {"max_tokens": 2}
+    reply = ask(app, "POST", task.route, json=body)
+    assert reply.status_code == 200, reply.text
+    assert task.describe_reply(body, reply.json()).startswith("What can you do? ")
+    assert ask(app, "POST", "/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+    refused = ask(app, "POST", "/v1/classify", json={"texts": ["x"]})
+    assert (refused.status_code, "ask it at POST /v1/chat/completions" in refused.text) == (404, True)
 
 
 def test_a_stream_that_fails_says_so_at_its_end(text_package: Path) -> None:

@@ -44,7 +44,7 @@ def job_of(store: Store, prepared: Artifact, name: str, train: dict[str, Any]) -
     draft = store.new_writer(name, "train", PRINT, {"train": train}, {"prepare": prepared.record.fingerprint})
     plan = settings(**train)
     checkpoints = Checkpoints(draft.workspace, PRINT, draft.config, draft.parents, plan.checkpoint)
-    return TrainJob(plan, SEED, prepared, draft, checkpoints, no_progress, SupervisedSpec(plan.model))
+    return TrainJob(plan, SEED, prepared, draft, checkpoints, no_progress, SupervisedSpec(plan.model, plan.lora))
 
 
 def run(store: Store, prepared: Artifact, case: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +67,8 @@ def run(store: Store, prepared: Artifact, case: dict[str, Any]) -> dict[str, Any
         "starts": starts,
         "rows": [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()],
         "weights": hashlib.sha256((folder / "model/model.safetensors").read_bytes()).hexdigest(),
+        "model": str(folder / "model"),
+        "checkpoint": str(job.checkpoints.all_committed()[-1].uri),
         "kept": sorted(path.name.partition("-")[0] for path in Path(job.checkpoints.uri).glob("0*")),
         "metrics": metrics,
     }

@@ -85,7 +85,7 @@ def send_example(base: str, settings: Serve) -> None:
         body = {"model": model["id"], **task.example(provenance["details"])}
         reply = client.post(task.route, json=body).raise_for_status().json()
     out.print(task.describe_reply(body, reply), markup=False)
-    if "prompt" in body:
+    if "prompt" in body or "messages" in body:
         body |= {"stream": True}
     auth = '-H "Authorization: Bearer $OVERPROOF_API_KEY" ' if _auth() else ""
     if settings.tls_certificate:

@@ -46,7 +46,7 @@ from overproof.config.models import LayeredModel, ModelSection, Pretrained, Teac
 from overproof.config.recipe import Recipe, load_recipe, parse_overrides
 from overproof.config.search import Asha, Grid, Hyperband, Median, NoStop, Pbt, Random, Space, Tpe, Tune
 from overproof.config.serving import SERVER_FIELDS, Canary, Serve, Traffic
-from overproof.config.training import CheckpointPolicy, Optimization, Train, Training, ZeroSettings
+from overproof.config.training import CheckpointPolicy, Lora, Optimization, Train, Training, ZeroSettings
 
 __all__ = [
     "SERVER_FIELDS",
@@ -72,6 +72,7 @@ __all__ = [
     "Keep",
     "Latency",
     "LayeredModel",
+    "Lora",
     "Median",
     "ModelSection",
     "NoStop",

@@ -21,6 +21,7 @@ from overproof.config.training import Train
 from overproof.errors import InputError
 from overproof.registry import FAMILIES, FORMATS, TASKS
 
+ATTENTION = "attention"  # the loss of tasks in whose rows each place may look at each
 WRITES = "generated_text"  # the loss of tasks whose models write rows themselves
 
 
@@ -46,6 +47,7 @@ class Recipe(Section):
     def _parts_fit(self) -> Self:
         self._kinds_fit()
         self._layers_are_there()
+        self._losses_fit()
         self._prompts_fit()
         self._text_is_written()
         self.tune.check(self.sweep)
@@ -130,6 +132,14 @@ class Recipe(Section):
                     student.model.of(self.train.model.layers)
                 except InputError as error:
                     raise ValueError(f"sweep.students.{index}.model.{error}") from None
+
+    def _losses_fit(self) -> None:
+        for index, student in enumerate(self.sweep.students):
+            if student.relations is not None and ATTENTION not in TASKS[self.data.kind].losses:
+                raise ValueError(
+                    f"sweep.students.{index}.relations: models of {self.data.kind} are not compared by their "
+                    "attention; expected none"
+                )
 
     def _prompts_fit(self) -> None:
         written = self.sweep.on_policy

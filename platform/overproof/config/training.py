@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from overproof.config.base import RESOURCE, Count, Cpus, Section
-from overproof.config.models import Model
+from overproof.config.models import Model, Pretrained
 
 
 class Optimization(Section):
@@ -62,8 +62,26 @@ class ZeroSettings(Section):
         return self
 
 
+class Lora(Section):
+    """Low-rank adapters (arXiv 2106.09685): the weights stay as they are, and a product of two thin matrices beside
+    each is trained, which is merged into it when training ends.
+    """
+
+    rank: Count = Field(8, description="Width between the two matrices of an adapter.")
+    alpha: float = Field(16.0, gt=0, description="What an adapter adds counts alpha / rank times.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of an adapter's inputs that is dropped in training.")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear",
+        min_length=1,
+        description="Layers with an adapter: all-linear, every linear one but the output layer; or ends of their "
+        "names, such as [q_proj, v_proj].",
+    )
+
+
 class Training(Optimization, ZeroSettings):
     """A model trained by a group of workers."""
+
+    lora: Lora | None = Field(None, description="Adapters that are trained in place of the weights; null trains all.")
 
     workers: Annotated[Count | tuple[Count, Count], RESOURCE] = Field(
         2, description="Training processes, or [fewest, most] if elastic."
@@ -125,3 +143,12 @@ class Train(Training):
     """The teacher: DeepSpeed ZeRO under Ray Train."""
 
     model: Model
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> Self:
+        if self.lora is not None and not isinstance(self.model, Pretrained):
+            raise ValueError(
+                f"lora: model.kind is {self.model.kind!r}, whose weights are drawn at random and would stay so; "
+                "expected a pretrained model, or no lora"
+            )
+        return self

@@ -28,9 +28,11 @@ class Written:
 
 def write_splits(
     rows: Mapping[str, NDArray[Any]], splits: Mapping[str, NDArray[np.int64]], columns: tuple[Column, ...],
-    data: DataSection, uri: str, noun: str,
+    data: DataSection, uri: str, noun: str, counted_RP: NDArray[np.uint8] | None = None,
 ) -> Written:  # fmt: skip
     """Write the rows of each split; what does not fill a row group of the train split is left out.
+
+    Each row is a prediction, unless ``counted_RP`` says which of several count.
 
     Raises:
         InputError: a split is left empty, or there are more shards than row groups.
@@ -45,8 +47,10 @@ def write_splits(
                 "set data.validation_fraction, data.test_fraction and data.rows_per_group"
             )
         own = {column: values[chosen] for column, values in rows.items()}
-        shards = _write(name, own, columns, data, uri)
-        written[name] = Split(shards=shards, rows=len(chosen), predictions=len(chosen), documents=len(chosen))
+        counts_R = None if counted_RP is None else counted_RP[chosen].astype(bool).sum(1)
+        shards = _write(name, own, columns, data, uri, counts_R)
+        predictions = sum(shard.predictions for shard in shards)
+        written[name] = Split(shards=shards, rows=len(chosen), predictions=predictions, documents=len(chosen))
         if name == "test":
             example = {column: values[0] for column, values in own.items()}
     return Written(written, example)
@@ -88,8 +92,9 @@ def require_train_rows(
 
 
 def _write(
-    split: str, rows: Mapping[str, NDArray[Any]], columns: tuple[Column, ...], data: DataSection, uri: str
-) -> tuple[Shard, ...]:
+    split: str, rows: Mapping[str, NDArray[Any]], columns: tuple[Column, ...], data: DataSection, uri: str,
+    counts_R: NDArray[np.int64] | None,
+) -> tuple[Shard, ...]:  # fmt: skip
     count = len(next(iter(rows.values())))
     groups = -(-count // data.rows_per_group)
     shards = data.shards if split == "train" else 1
@@ -104,6 +109,7 @@ def _write(
         part = {name: values[start:end] for name, values in rows.items()}
         part[SAMPLE_ID] = np.arange(start, min(end, count), dtype=np.int64)
         path = f"{split}/{index:05d}.parquet"
-        written.append(write_shard(uri, path, part, shard_schema(columns), data.rows_per_group))
+        predictions = None if counts_R is None else int(counts_R[start:end].sum())
+        written.append(write_shard(uri, path, part, shard_schema(columns), data.rows_per_group, predictions))
         start = end
     return tuple(written)

@@ -101,7 +101,7 @@ class DecoderFamily:
 
     section: type[DecoderModel] | None
     architectures: tuple[str, ...]
-    tasks = ("language_modeling",)
+    tasks: tuple[str, ...] = ("language_modeling", "chat")
     names = LLAMA_NAMES
     attention: str | None = "sdpa"
     tied = False  # where config.json does not say

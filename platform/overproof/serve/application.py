@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from overproof.config import Serve
-from overproof.config.recipe import WRITES
 from overproof.errors import InputError
 from overproof.files import absolute_uri
 from overproof.registry import TASKS
@@ -21,6 +20,7 @@ from overproof.serve.middleware import KEY_VARIABLE, KEYS_VARIABLE, Access, load
 from overproof.serve.net import is_loopback
 from overproof.serve.ray_serve import Application, make_application
 from overproof.serve.traffic import prepare_traffic
+from overproof.tasks.base import ArrayTask
 
 GATEWAY_NAME = "overproof"
 HEALTH_PERIOD_S = 1.0  # so that a gateway that ended is soon replaced
@@ -57,7 +57,7 @@ def resolve_settings(packages: Mapping[str, Serve], settings: Serve) -> Serve:
     }
     tasks = {describe_version(location, each).model.overproof.task for location, each in packages.items()}
     if settings.traffic is not None:
-        if tasks and not any(WRITES in TASKS[task].losses for task in tasks):
+        if tasks and all(isinstance(TASKS[task], ArrayTask) for task in tasks):
             raise InputError(
                 f"serve.traffic: found only {', '.join(sorted(tasks))}; traffic is kept of models that write"
             )

@@ -51,7 +51,8 @@ from overproof.tasks.http import ModelRequest
 
 ResultT = TypeVar("ResultT")
 RequestT = TypeVar("RequestT", bound=BaseModel)
-COMPLETIONS = "/v1/completions"
+COMPLETIONS, CHAT_COMPLETIONS = "/v1/completions", "/v1/chat/completions"
+WRITING = (COMPLETIONS, CHAT_COMPLETIONS)  # every model that writes answers at both
 SESSION_HEADER = "x-session-id"  # keeps a client with one version, as its `user` does
 CLIENT_CLOSED_REQUEST = 499  # as nginx has it; nobody reads the reply
 ERROR_TYPES = {404: "not_found_error", 408: "timeout_error", 503: "server_error"}
@@ -79,7 +80,7 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
     async def find(route: str, request: ModelRequest, http: HttpRequest) -> ServedModel:
         served = await registry.find(request.model, http.headers.get(SESSION_HEADER) or request.user)
         task = served.model.overproof.task
-        if TASKS[task].route != route:
+        if TASKS[task].route not in (WRITING if route in WRITING else (route,)):
             raise HTTPException(404, f"{served.model.id} does {task}; ask it at POST {TASKS[task].route}")
         return served
 
@@ -144,10 +145,10 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
         served = await find(COMPLETIONS, request, http)
         return await respond(CompletionResponses(served, request), request.prompt, http)
 
-    @app.post("/v1/chat/completions", response_model=ChatReply)
+    @app.post(CHAT_COMPLETIONS, response_model=ChatReply)
     async def chat_completions(request: ChatRequest, http: HttpRequest) -> Any:
         """Answer messages, or call a tool, by the model's own chat template."""
-        served = await find(COMPLETIONS, request, http)
+        served = await find(CHAT_COMPLETIONS, request, http)
         tools = [tool.model_dump(exclude_none=True) for tool in request.offered_tools]
         prompt = await served.engine.chat_prompt([message.for_template() for message in request.messages], tools)
         syntax = await served.engine.tool_syntax() if tools else None

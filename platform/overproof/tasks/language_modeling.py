@@ -33,11 +33,9 @@ class LanguageModelingData(TextData):
     kind: Literal["language_modeling"] = "language_modeling"
 
 
-class LanguageModeling:
-    """See ``Task``."""
+class CausalTask:
+    """See ``Task``: what every task of rows of tokens has whose models predict each from those before it."""
 
-    section = LanguageModelingData
-    unit, test_unit = "token", "document"
     quality = Quality(
         name="bits_per_byte",
         title="bits per byte",
@@ -47,10 +45,44 @@ class LanguageModeling:
         scale=BITS_PER_NAT,  # of nats over bytes
     )
     further: tuple[FurtherMetric, ...] = ()
-    losses: frozenset[Loss] = frozenset({"outputs", "attention", "hidden_states", "generated_text"})
     speed, speed_unit = "decode_tokens_per_s", "tokens/s"
     label_column = "tokens"  # each predicts the next
     pipeline_tag = "text-generation"
+    counted: str | None = None  # column that says which predictions count; None: all
+
+    def units(self, root: Path, most: int | None) -> NDArray[np.int64]:
+        """Documents, or conversations, numbered in the order of their contents' hashes."""
+        from overproof.tasks.text_evaluation import TestDocuments
+
+        return TestDocuments.of(root, most).documents
+
+    def score(
+        self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
+        tell: Tell,
+    ) -> FileScores:  # fmt: skip
+        from overproof.tasks.text_evaluation import open_scorer, score_text
+
+        limit = ScoringTime(settings.score_s)
+        scorer = open_scorer(file, root, engine, format, settings.scoring_threads)
+        try:
+            return score_text(file, root, units, scorer, tell, limit, self.counted)
+        finally:
+            scorer.close()
+
+    def probe(
+        self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
+    ) -> dict[str, Metric]:
+        from overproof.tasks.text_evaluation import measure_text
+
+        return measure_text(file, root, settings, engine, format, say)
+
+
+class LanguageModeling(CausalTask):
+    """See ``Task``."""
+
+    section = LanguageModelingData
+    unit, test_unit = "token", "document"
+    losses: frozenset[Loss] = frozenset({"outputs", "attention", "hidden_states", "generated_text"})
     route = "/v1/completions"
     template = "language_modeling.yaml"
 
@@ -88,32 +120,6 @@ class LanguageModeling:
 
         places_P = torch.arange(states_BPD.shape[1], device=states_BPD.device)
         return places_P < batch["length"][:, None]
-
-    def units(self, root: Path, most: int | None) -> NDArray[np.int64]:
-        """Documents; those of a prepared data set are numbered in the order of their contents' hashes."""
-        from overproof.tasks.text_evaluation import TestDocuments
-
-        return TestDocuments.of(root, most).documents
-
-    def score(
-        self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
-        tell: Tell,
-    ) -> FileScores:  # fmt: skip
-        from overproof.tasks.text_evaluation import open_scorer, score_text
-
-        limit = ScoringTime(settings.score_s)
-        scorer = open_scorer(file, root, engine, format, settings.scoring_threads)
-        try:
-            return score_text(file, root, units, scorer, tell, limit)
-        finally:
-            scorer.close()
-
-    def probe(
-        self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
-    ) -> dict[str, Metric]:
-        from overproof.tasks.text_evaluation import measure_text
-
-        return measure_text(file, root, settings, engine, format, say)
 
     def example(self, details: Mapping[str, Any]) -> dict[str, Any]:
         del details

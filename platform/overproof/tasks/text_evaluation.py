@@ -109,27 +109,40 @@ def open_scorer(file: Path, root: Path, engine: str, format: Format, threads: in
 
 
 def score_text(
-    file: Path, root: Path, documents: NDArray[np.int64], scorer: TextScorer, tell: Tell, limit: ScoringTime
-) -> FileScores:
+    file: Path, root: Path, documents: NDArray[np.int64], scorer: TextScorer, tell: Tell, limit: ScoringTime,
+    counted: str | None = None,
+) -> FileScores:  # fmt: skip
     """Nats and first choices of a file on these test documents of the data set at ``root``, or on the first of them
-    where its time is over.
+    where its time is over: of every prediction, or of those that the column ``counted`` has.
     """
     rows = TestDocuments.of(root).take(documents)
-    ends = np.cumsum(rows.lengths)
-    nats = np.zeros(len(rows.documents))
-    choices_N, done = np.empty(int(ends[-1]), np.int32), 0
-    for row, scores in enumerate(scorer.score(_tokens(Shards(root, "test"), rows))):
-        nats[rows.places[row]] += scores.nats_P.sum()
-        choices_N[ends[row] - rows.lengths[row] : ends[row]] = scores.choices_P
+    nats, predictions = np.zeros(len(rows.documents)), np.zeros(len(rows.documents), np.int64)
+    choices, done = list[NDArray[np.int32]](), 0
+    scored = scorer.score(_tokens(Shards(root, "test"), rows))
+    for row, (scores, counts_P) in enumerate(zip(scored, _counted(Shards(root, "test"), rows, counted), strict=True)):
         place = int(rows.places[row])
+        nats[place] += scores.nats_P[counts_P].sum()
+        predictions[place] += counts_P.sum()
+        choices.append(scores.choices_P[counts_P])
         whole = row + 1 == len(rows.places) or rows.places[row + 1] != place
         done = place + whole
         tell(place)
         if whole and limit.is_over(done):
             break
-    predictions = np.bincount(rows.places, rows.lengths).astype(np.int64)
-    sizes = _size_bytes(root, rows.documents)
+    choices_N, sizes = np.concatenate(choices).astype(np.int32), _size_bytes(root, rows.documents)
     return FileScores(file_sha256(file), rows.documents, nats, sizes, predictions, choices_N).first(done)
+
+
+def _counted(shards: Shards, rows: TestDocuments, column: str | None) -> Iterator[NDArray[np.bool_]]:
+    """Of each row's predictions, which count."""
+    for start in range(0, len(rows.sample_ids), READ_ROWS):
+        ids, lengths = (values[start : start + READ_ROWS] for values in (rows.sample_ids, rows.lengths))
+        if column is None:
+            yield from (np.ones(length, bool) for length in lengths)
+        else:
+            yield from (
+                counts_P[:length] > 0 for counts_P, length in zip(shards.take(ids)[column], lengths, strict=True)
+            )
 
 
 def _tokens(shards: Shards, rows: TestDocuments) -> Iterator[NDArray[Any]]:

@@ -105,9 +105,12 @@ class DeepSpeedEngine:
 
     def save(self, write: StateWriter) -> None:
         """Hand this rank's part of the state to ``write``; all ranks call it at the same step."""
-        self.engine.checkpoint_engine = _StateFiles(write)
+        kept = None if self.train.lora is None else _trained_names(self.engine.module)
+        self.engine.checkpoint_engine = _StateFiles(write, kept)
         with tempfile.TemporaryDirectory() as scratch:  # DeepSpeed insists on a folder for its recovery script
-            self.engine.save_checkpoint(scratch, tag="state", save_latest=False)
+            self.engine.save_checkpoint(
+                scratch, tag="state", save_latest=False, exclude_frozen_parameters=self.train.lora is not None
+            )
 
     def load(self, folder: Path, step: int) -> None:
         """Go on from the files that ``save`` gave after ``step`` steps, or from ``to_universal`` of them.
@@ -116,7 +119,9 @@ class DeepSpeedEngine:
         """
         self.engine.checkpoint_engine = _StateFiles()
         with _preserve_group_settings(self.optimizer):
-            path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            path, _ = self.engine.load_checkpoint(
+                str(folder.parent), tag=folder.name, load_module_strict=self.train.lora is None
+            )
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found nothing to load")
         self.steps_done = step
@@ -144,14 +149,22 @@ class DeepSpeedEngine:
         return float(norm)
 
 
+def _trained_names(model: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
 class _StateFiles:
     """A checkpoint engine for DeepSpeed that hands every file to a function instead of writing it."""
 
-    def __init__(self, write: StateWriter | None = None) -> None:
-        self.write = write
+    def __init__(self, write: StateWriter | None = None, kept: frozenset[str] | None = None) -> None:
+        """``kept`` are the names of the weights that are written; None is all."""
+        self.write, self.kept = write, kept
 
     def save(self, state_dict: Any, path: str) -> None:
         assert self.write
+        if self.kept is not None and "module" in state_dict:  # DeepSpeed leaves the second name of tied weights there
+            own = {name: value for name, value in state_dict["module"].items() if name in self.kept}
+            state_dict = {**state_dict, "module": own}
         self.write(Path(path).name, state_dict)
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -243,8 +256,9 @@ def to_universal(folder: Path, out: Path) -> None:
                              inject_missing_state=True, **options))  # fmt: skip
 
 
-def consolidated_weights(folder: Path) -> dict[str, Tensor]:
-    """Full weights, fp32 on the CPU, out of the files that ``save`` gave (under ZeRO: its fp32 masters).
+def consolidated_weights(folder: Path, adapters: bool = False) -> dict[str, Tensor]:
+    """Full weights, fp32 on the CPU, out of the files that ``save`` gave (under ZeRO: its fp32 masters). Where
+    ``adapters`` alone were trained, those of the adapters.
 
     They are unpickled: give only files whose hashes were checked.
     """
@@ -254,7 +268,9 @@ def consolidated_weights(folder: Path) -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with Path(os.devnull).open("w") as devnull, redirect_stdout(devnull):
-        found = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name)
+        found = get_fp32_state_dict_from_zero_checkpoint(
+            str(folder.parent), folder.name, exclude_frozen_parameters=adapters
+        )
     return {name: to_fp32_cpu(value) for name, value in found.items()}
 
 

@@ -28,13 +28,16 @@ def learning_rate(optimization: Optimization, step: int) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors (biases, norms, class tokens) do not."""
+    """Matrices decay; vectors (biases, norms, class tokens) do not. What takes no gradient is in neither group."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         is_matrix = sum(size > 1 for size in parameter.shape) > 1
         (matrices if is_matrix else vectors).append(parameter)
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def deepspeed_config(train: Training, world: int, universal: bool = False) -> dict[str, Any]:

@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from overproof.data.manifest import Manifest
 from overproof.data.order import rows_hash
 from overproof.data.parquet_reader import Columns, Shards, planned_shards
 from overproof.errors import InputError
 from overproof.files import local_cache
-from overproof.models.hf_directory import Batch, count_parameters, save_model, to_tensors
+from overproof.models.adapters import count_weights, merge_adapters
+from overproof.models.hf_directory import Batch, save_model, to_tensors
 from overproof.registry import TASKS
 from overproof.stage_context import Notice, TaskProgress
 from overproof.train.checkpoint import CURVE_FILE, Checkpoint
@@ -48,7 +51,7 @@ class RankTrainer:
         self._report_phase("building the model")
         with explain_memory("building the model and the optimizer"):
             self.model = job.spec.model(self.manifest, job.seed)
-            self.parameters = count_parameters(self.model)  # before ZeRO-3 takes them apart
+            self.parameters, self.trained_parameters = count_weights(self.model)  # before ZeRO-3 takes them apart
             self.engine = DeepSpeedEngine(self.model, job.train, job.seed, universal)
             self.objective = job.spec.objective(self.task, self.engine.device)
         self.curve = self._restore(checkpoint, universal) if checkpoint else []
@@ -71,7 +74,8 @@ class RankTrainer:
                 logger(row)
             self.train(rows, signal, meter, (logger, meter.report))
             self.write_model(folder / "model")
-        return {"parameters": self.parameters, "steps": self.job.train.steps, **meter.metrics(self.curve)}
+        trained = {} if self.job.train.lora is None else {"trained_parameters": self.trained_parameters}
+        return {"parameters": self.parameters, **trained, "steps": self.job.train.steps, **meter.metrics(self.curve)}
 
     def train(
         self,
@@ -114,14 +118,18 @@ class RankTrainer:
         tokenizer = self.manifest.tokenizer(self.root)
         self._report_phase("writing the model", train.steps)
         if train.steps == 0:
-            save_model(self.job.spec.model(self.manifest, self.job.seed), self.model.config, folder, tokenizer)
+            start = merge_adapters(self.job.spec.model(self.manifest, self.job.seed), {})
+            save_model(start, self.model.config, folder, tokenizer)
             return
         checkpoint = checkpoints.best() if train.result == "best" else checkpoints.all_committed()[-1]
         assert checkpoint
         if damage := checkpoint.find_damage():
             raise InputError(f"{checkpoint.uri}: {damage}; run again: training goes on from the checkpoint before")
         with checkpoint.local() as source:
-            save_model(consolidated_weights(source), self.model.config, folder, tokenizer)
+            weights: PreTrainedModel | dict[str, Tensor] = consolidated_weights(source, train.lora is not None)
+            if train.lora is not None:
+                weights = merge_adapters(self.job.spec.model(self.manifest, self.job.seed), weights)
+            save_model(weights, self.model.config, folder, tokenizer)
 
     def _batches(self, rows: Iterator[Columns], start_sync: Callable[[int], None]) -> Iterator[Batch]:
         names = self.manifest.batch_columns

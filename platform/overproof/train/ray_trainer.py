@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from overproof.artifacts import ArtifactWriter
 from overproof.cluster.ray_cluster import preserve_sigint
-from overproof.config import Pretrained
+from overproof.config import ModelSection, Pretrained
 from overproof.data.feed import planned_dataset
 from overproof.data.manifest import Manifest
 from overproof.data.order import Order
@@ -78,21 +79,20 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
         settings = settings.model_copy(update={"model": start})
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, draft.config, draft.parents, settings.checkpoint)
     checkpoints.claim_folder()
-    job = TrainJob(
-        settings, context.recipe.seed, prepared, draft, checkpoints, context.progress,
-        SupervisedSpec(settings.model, context.progress),
-    )  # fmt: skip
+    spec = SupervisedSpec(settings.model, settings.lora, context.progress)
+    job = TrainJob(settings, context.recipe.seed, prepared, draft, checkpoints, context.progress, spec)
     metrics: dict[str, Any] = run_workers(job, train_rank)
-    if isinstance(settings.model, Pretrained):
-        keep_chat_template(settings.model, draft)
+    keep_chat_template(prepared.local(), settings.model, draft)
     return metrics
 
 
-def keep_chat_template(start: Pretrained, draft: ArtifactWriter) -> None:
-    """Copy the starting model's chat template, so that students are prompted alike."""
+def keep_chat_template(prepared: Path, start: ModelSection, draft: ArtifactWriter) -> None:
+    """Copy the chat template that the data was written by, or else the starting model's: students are asked alike."""
     from overproof.models.hf_directory import CHAT_TEMPLATE, chat_template
 
-    template = chat_template(pretrained.fetch_pretrained(start.path))
+    template = chat_template(prepared)
+    if template is None and isinstance(start, Pretrained):
+        template = chat_template(pretrained.fetch_pretrained(start.path))
     if template is not None:
         with draft.directory() as folder:
             (folder / "model").mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overproof.artifacts import Artifact, ArtifactWriter
-from overproof.config import ModelSection, Pretrained, Training
+from overproof.config import Lora, ModelSection, Pretrained, Training
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Columns
 from overproof.models import pretrained
@@ -70,14 +70,20 @@ class SupervisedSpec:
     """The labels alone."""
 
     start: ModelSection
+    lora: Lora | None = None  # adapters beside its weights, which alone learn
     progress: Progress = no_progress
 
     def model(self, manifest: Manifest, seed: int) -> PreTrainedModel:
         from overproof.models.hf_directory import build_model, load_start
 
-        if isinstance(self.start, Pretrained):
-            return load_start(pretrained.fetch_pretrained(self.start.path, self.progress), manifest, seed)
-        return build_model(self.start, manifest, seed)
+        if not isinstance(self.start, Pretrained):
+            return build_model(self.start, manifest, seed)
+        model = load_start(pretrained.fetch_pretrained(self.start.path, self.progress), manifest, seed)
+        if self.lora is not None:
+            from overproof.models.adapters import add_adapters
+
+            add_adapters(model, self.lora, seed)
+        return model
 
     def objective(self, task: Task, device: torch.device) -> Objective:
         from overproof.train.objective import CrossEntropy

@@ -1,0 +1,248 @@
+"""Chat data as shards: read, rendered by the model's template, split by what was asked, packed and written.
+
+What ends in a shard is a function of the records' content, the recipe and its seed. N conversations, R rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from overproof.data.cleaning import DUPLICATE, split_of
+from overproof.data.heartbeat import Heartbeat
+from overproof.data.manifest import DOCUMENTS, SPLITS, TEST_TEXTS, TOKENIZER, TOKENIZER_CONFIG, Manifest, Split
+from overproof.data.order import permutation
+from overproof.data.parquet_writer import parquet_bytes, write_file
+from overproof.data.sources import sha256_of, tokenizer_files
+from overproof.data.stratified import write_splits
+from overproof.data.text_tokenizer import read_tokenizer
+from overproof.errors import InputError
+from overproof.registry import FORMATS
+from overproof.stage_context import Notice, StageContext
+from overproof.tasks.chat_rows import ANSWER, best_fit, chat_columns, packed_rows
+from overproof.tasks.chat_template import (
+    CHAT_TEMPLATE,
+    DATED,
+    ConversationEncoder,
+    EncodedConversation,
+    read_chat_template,
+    template_files,
+)
+from overproof.tasks.conversations import conversation_files, read_conversations
+
+if TYPE_CHECKING:
+    from overproof.tasks.chat import ChatData
+
+PHASES = 2  # of the progress: reading and rendering, writing
+SPELLED, TOO_LONG = "with a special token's name", "longer than a row"  # reasons to leave a conversation out
+SAMPLED_CONVERSATIONS, SAMPLED_CHARACTERS = 128, 4096  # of the test split, for engines to split
+CONVERSATIONS_PER_GROUP = 1 << 16
+ROWS_STREAM = 1 << 33  # of the generator; no shard's number comes near
+
+
+@dataclass(frozen=True)
+class KeptConversation:
+    """A conversation that is used."""
+
+    where: str
+    sha256: str
+    prompt_sha256: str
+    text: str
+    encoded: EncodedConversation
+
+
+@dataclass(frozen=True)
+class KeptConversations:
+    """Those of a source, by the hashes of their contents, none twice."""
+
+    kept: list[KeptConversation]
+    cut: int  # of them, those whose last turns are left out
+    dropped: dict[str, int]
+
+
+def chat_digest(data: ChatData) -> str:
+    """Sha256, in hex, over the names, sizes and times of a source's files, and the content of tokenizer and template.
+
+    Raises:
+        InputError: there are none.
+    """
+    identity: list[object] = [[i.path, i.size, i.mtime_ns or 0] for i in conversation_files(data.source)]
+    for files in (tokenizer_files(data.tokenizer), {k: v.encode() for k, v in template_files(data.tokenizer).items()}):
+        identity.append([(name, hashlib.sha256(content).hexdigest()) for name, content in sorted(files.items())])
+    return sha256_of(identity)
+
+
+def prepare_chat(context: StageContext) -> Manifest:
+    """Read, render, split, pack and write.
+
+    Raises:
+        InputError: a record is no conversation, the template does not take one or does not tell its answers, or they
+            are too few for their splits and shards.
+    """
+    data: Any = context.recipe.data
+    with Heartbeat(context.progress, "prepare", PHASES) as heartbeat:
+        heartbeat.start_phase(0, "reading conversations")
+        tokenizer = read_tokenizer(data.tokenizer)
+        FORMATS[context.recipe.compress.kind].check_tokenizer(tokenizer.json, "data.tokenizer")
+        template = read_chat_template(data.tokenizer, tokenizer)
+        encoder = ConversationEncoder(template, tokenizer)
+        found = _read(data, encoder, heartbeat)
+        end_id = _end_of_answers(data, found.kept, encoder, tokenizer.end_id, context)
+        splits = _splits(data, found)
+        heartbeat.start_phase(1, f"packing and writing {len(found.kept):,} conversations")
+        rows, members = _rows(found.kept, splits, data, context.recipe.seed)
+        columns = chat_columns(data.sequence_length, tokenizer.outputs)
+        written = write_splits(rows, members, columns, data, context.draft.uri, "rows of conversations", rows[ANSWER])
+        write_file(context.draft.uri, TOKENIZER, tokenizer.json.encode())
+        write_file(context.draft.uri, TOKENIZER_CONFIG, tokenizer.config().encode())
+        write_file(context.draft.uri, CHAT_TEMPLATE, template.text.encode())
+        write_file(context.draft.uri, DOCUMENTS, _documents_file(found.kept, splits))
+        write_file(context.draft.uri, TEST_TEXTS, _test_texts(found.kept, splits["test"]))
+        heartbeat.start_phase(PHASES, "")
+    _tell(context, data, found, template.text)
+    return Manifest(
+        task=data.kind,
+        columns=columns,
+        splits={name: _split(written.splits[name], splits[name]) for name in SPLITS},
+        rows_per_group=data.rows_per_group,
+        positions=data.sequence_length,
+        outputs=tokenizer.outputs,
+        tokenizer_sha256=hashlib.sha256(tokenizer.json.encode()).hexdigest(),
+        start_id=tokenizer.start_id,
+        end_id=end_id,
+        bos_id=tokenizer.bos_id,
+        dropped=found.dropped,
+        details={"cut": found.cut, "template_sha256": hashlib.sha256(template.text.encode()).hexdigest()},
+    )
+
+
+def _split(split: Split, conversations: NDArray[np.int64]) -> Split:
+    return split.model_copy(update={"documents": len(conversations)})
+
+
+def _read(data: ChatData, encoder: ConversationEncoder, heartbeat: Heartbeat) -> KeptConversations:
+    most = data.sequence_length + 1
+    kept: dict[str, KeptConversation] = {}
+    dropped = dict.fromkeys((DUPLICATE, SPELLED, TOO_LONG), 0)
+    seen, cut = set[str](), 0
+    for number, found in enumerate(read_conversations(data.source), start=1):
+        heartbeat.update_note(f"{number:,} conversations read")
+        if found.sha256 in seen:
+            dropped[DUPLICATE] += 1
+            continue
+        seen.add(found.sha256)
+        if encoder.spells_special(found):
+            dropped[SPELLED] += 1
+            continue
+        text, whole = encoder.encode(found)
+        encoded = whole.cut(most)
+        if encoded is None:
+            dropped[TOO_LONG] += 1
+            continue
+        cut += len(encoded.ends) < len(whole.ends)
+        kept[found.sha256] = KeptConversation(found.where, found.sha256, found.prompt_sha256, text, encoded)
+    return KeptConversations([kept[key] for key in sorted(kept)], cut, dropped)
+
+
+def _end_of_answers(
+    data: ChatData, kept: Sequence[KeptConversation], encoder: ConversationEncoder, end_id: int, context: StageContext
+) -> int:
+    """The token by which models of these answers stop: the one that all end with, whatever ends a document."""
+    found = Counter(encoder.last_special(each.encoded) for each in kept)
+    if data.tokenizer.end_token is None and len(found) == 1:
+        (only,) = found
+        if only is not None:
+            return only
+    if end_id not in found:
+        context.progress(
+            Notice(
+                "data.tokenizer: no answer ends with the token that ends a text, by which engines stop; a model of "
+                "these answers may go on after them: expected a template that ends them so, or data.tokenizer.end_token"
+            )
+        )
+    return end_id
+
+
+def _splits(data: ChatData, found: KeptConversations) -> dict[str, NDArray[np.int64]]:
+    """Conversations of each split; those that begin with the same question are in one."""
+    prompts = np.array([each.prompt_sha256 for each in found.kept])
+    distinct, of_conversation_N = np.unique(prompts, return_inverse=True)
+    if len(distinct) < len(SPLITS):
+        dropped = ", ".join(f"{count} {reason}" for reason, count in found.dropped.items())
+        raise InputError(
+            f"data.source ({data.source.path}): {len(found.kept)} conversations are left ({dropped}), which ask "
+            f"{len(distinct)} different questions; expected at least {len(SPLITS)}, one for each of the splits "
+            f"{', '.join(SPLITS)}: give more conversations, or a larger data.sequence_length"
+        )
+    splits_N = split_of(distinct.tolist(), data.validation_fraction, data.test_fraction)[of_conversation_N]
+    return {name: np.flatnonzero(splits_N == name) for name in SPLITS}
+
+
+def _rows(
+    kept: Sequence[KeptConversation], splits: dict[str, NDArray[np.int64]], data: ChatData, seed: int
+) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[np.int64]]]:
+    """The columns of all rows, and which rows are of each split: packed ones, and for the test one a conversation."""
+    packed, documents, members = list[list[EncodedConversation]](), list[int](), dict[str, NDArray[np.int64]]()
+    for name, own in splits.items():
+        if name == "test":
+            rows, owners = [[number] for number in range(len(own))], own.tolist()
+        else:
+            rows = best_fit([len(kept[number].encoded.tokens_T) for number in own], data.sequence_length + 1)
+            rows = [rows[row] for row in permutation(seed, SPLITS.index(name), ROWS_STREAM, len(rows))]
+            owners = [-1] * len(rows)
+        members[name] = np.arange(len(packed), len(packed) + len(rows))
+        packed += [[kept[own[number]].encoded for number in row] for row in rows]
+        documents += owners
+    columns = packed_rows(packed, data.sequence_length)
+    trained = members["train"][: len(members["train"]) // data.rows_per_group * data.rows_per_group]
+    scale_R = np.zeros(len(packed), np.float32)
+    if len(trained):
+        scale_R[members["train"]] = len(trained) / columns[ANSWER][trained].sum()
+    return columns | {"document": np.array(documents, np.int32), "scale": scale_R}, members
+
+
+def _documents_file(kept: Sequence[KeptConversation], splits: dict[str, NDArray[np.int64]]) -> bytes:
+    """Every conversation; its size is that of its answers, which bits are divided by."""
+    split_N = np.empty(len(kept), object)
+    for name, own in splits.items():
+        split_N[own] = name
+    table = pa.table(
+        {
+            "document": pa.array(np.arange(len(kept)), pa.int32()),
+            "split": pa.array(split_N.tolist(), pa.string()),
+            "name": pa.array([each.where for each in kept], pa.string()),
+            "sha256": pa.array([each.sha256 for each in kept], pa.string()),
+            "size_bytes": pa.array([each.encoded.sizes_bytes[-1] for each in kept], pa.int64()),
+        }
+    )
+    return parquet_bytes(table, CONVERSATIONS_PER_GROUP)
+
+
+def _test_texts(kept: Sequence[KeptConversation], tested: NDArray[np.int64]) -> bytes:
+    """The beginnings of test conversations, evenly spread, that engines are asked to split."""
+    chosen = tested[np.unique(np.linspace(0, len(tested) - 1, SAMPLED_CONVERSATIONS).astype(np.int64))]
+    texts = [kept[number].text[:SAMPLED_CHARACTERS] for number in chosen]
+    table = pa.table({"document": pa.array(chosen, pa.int32()), "text": pa.array(texts, pa.string())})
+    return parquet_bytes(table, SAMPLED_CONVERSATIONS)
+
+
+def _tell(context: StageContext, data: ChatData, found: KeptConversations, template: str) -> None:
+    if found.cut:
+        context.progress(
+            Notice(
+                f"{found.cut:,} of {len(found.kept):,} conversations are longer than a row of {data.sequence_length} + "
+                "1 tokens (data.sequence_length); their last turns are left out"
+            )
+        )
+    for reason, count in found.dropped.items():
+        if count:
+            context.progress(Notice(f"left out: {count:,} conversations, {reason}"))
+    if DATED in template:
+        context.progress(Notice("the chat template writes the day's date: prepared on another day, data may differ"))

@@ -1,0 +1,265 @@
+"""A model's own chat template: conversations as text, and where the assistant's words stand in it; then as tokens.
+
+Which words are the assistant's is exact. A template that marks them (``{% generation %}``, as transformers has it) is
+taken at its word. Of any other the text up to an answer, as it is when that answer is asked for, must begin the text
+with the answer, and this the whole: what lies between the two is the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from numpy.typing import NDArray
+from pyarrow import fs
+from tokenizers import Tokenizer
+
+from overproof.config import TokenizerFile
+from overproof.data.text_tokenizer import TextTokenizer, continuing
+from overproof.errors import InputError
+from overproof.files import filesystem
+from overproof.tasks.conversations import ASSISTANT, Conversation, Message
+
+CHAT_TEMPLATE = "chat_template.jinja"
+CONFIG_FILES = ("special_tokens_map.json", "tokenizer_config.json")  # the later holds
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+DATED = "strftime_now"  # what templates call to write the day's date
+SHOWN = 60  # characters of a text in a message
+Span = tuple[int, int]  # characters
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template, and what it may call the special tokens."""
+
+    text: str
+    special: Mapping[str, str]  # bos_token, eos_token and so on: the names of tokens
+    tokens: tuple[str, ...]  # the names of all special tokens
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether it says which words are the assistant's."""
+        return MARKS.search(self.text) is not None
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, ask: bool, where: str
+    ) -> tuple[str, list[Span]]:
+        """The text of messages, as transformers' ``apply_chat_template`` gives it, and what it marks as answers.
+
+        ``ask`` puts behind them what asks for the assistant's next one.
+
+        Raises:
+            InputError: the template does not take them.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template  # seconds to import
+
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[list(messages)],
+                tools=None if tools is None else list(tools),
+                chat_template=self.text,
+                return_assistant_tokens_mask=self.marks_answers,
+                add_generation_prompt=ask,
+                **self.special,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise InputError(
+                f"{where}: the chat template of data.tokenizer does not take it: {error}; expected messages that it "
+                "does"
+            ) from None
+        return texts[0], [tuple(span) for span in spans[0]] if self.marks_answers else []
+
+    def spans(self, found: Conversation) -> tuple[str, list[Span]]:
+        """A conversation's text, and of each message of the assistant the characters that are its answer.
+
+        Raises:
+            InputError: they cannot be told exactly.
+        """
+        answers = [i for i, message in enumerate(found.messages) if message["role"] == ASSISTANT]
+        text, marked = self.render(found.messages, found.tools, False, found.where)
+        if not self.marks_answers:
+            return text, [self._between(found, number, text) for number in answers]
+        spans = [(start, stop) for start, stop in marked if text[start:stop].strip()]
+        if len(spans) != len(answers):
+            raise InputError(
+                f"{found.where}: the chat template of data.tokenizer marks {len(spans)} answers by {{% generation %}}; "
+                f"expected one for each of the assistant's {len(answers)} messages"
+            )
+        return text, spans
+
+    def _between(self, found: Conversation, number: int, whole: str) -> Span:
+        before, _ = self.render(found.messages[:number], found.tools, True, found.where)
+        after, _ = self.render(found.messages[: number + 1], found.tools, False, found.where)
+        for short, long, what in ((before, after, "with the answer"), (after, whole, "once it goes on")):
+            if not long.startswith(short):
+                at = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(long))
+                raise InputError(
+                    f"{found.where}: the chat template of data.tokenizer writes what stands before or in message "
+                    f"{number + 1}, the assistant's, otherwise {what}: {short[at : at + SHOWN]!r} becomes "
+                    f"{long[at : at + SHOWN]!r}, so that the answers cannot be told; expected a template that marks "
+                    "them by {% generation %}, or conversations with one answer each"
+                )
+        return len(before), len(before) + len(self._without_tail(after[len(before) :]))
+
+    def _without_tail(self, answer: str) -> str:
+        """White space behind the token that ends an answer belongs to what follows it: no model writes it."""
+        end = max((answer.rfind(name) + len(name) for name in self.tokens if name in answer), default=len(answer))
+        return answer if answer[end:].strip() else answer[:end]
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """A conversation's T tokens, up to its last answer that is learnt. It may be cut behind each of its answers."""
+
+    tokens_T: NDArray[np.int32]
+    answers_T: NDArray[np.bool_]  # whether a token is of an answer
+    ends: tuple[int, ...]  # tokens up to the end of each answer that is learnt
+    sizes_bytes: tuple[int, ...]  # of the answers up to each end, special tokens left out
+
+    def cut(self, most: int) -> EncodedConversation | None:
+        """Its longest beginning that ends with an answer and has at most so many tokens; None where there is none."""
+        count = sum(end <= most for end in self.ends)
+        if not count:
+            return None
+        end = self.ends[count - 1]
+        return EncodedConversation(
+            self.tokens_T[:end], self.answers_T[:end], self.ends[:count], self.sizes_bytes[:count]
+        )
+
+
+class ConversationEncoder:
+    """Conversations as tokens, by a template and its tokenizer."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: TextTokenizer) -> None:
+        self.template = template
+        self._first, self._later = (Tokenizer.from_str(text) for text in (tokenizer.json, continuing(tokenizer.json)))
+        added = self._first.get_added_tokens_decoder()
+        self._special = {id_: token.content for id_, token in added.items() if token.special}
+        starts = tokenizer.start_id != tokenizer.end_id
+        self._start = (tokenizer.start_id,) if starts else ()  # as engines put it before a prompt that lacks it
+        self._spelled = re.compile("|".join(map(re.escape, self._special.values()))) if self._special else None
+
+    def spells_special(self, found: Conversation) -> bool:
+        """Whether a message holds the name of a special token, which would be read as that token."""
+        return self._spelled is not None and any(
+            self._spelled.search(text) for text in _strings([found.messages, found.tools])
+        )
+
+    def encode(self, found: Conversation) -> tuple[str, EncodedConversation]:
+        """The text, and its tokens.
+
+        Raises:
+            InputError: the template does not take the conversation, or its answers cannot be told.
+        """
+        text, spans = self.template.spans(found)
+        is_learnt = [flag for flag, m in zip(found.learnt, found.messages, strict=True) if m["role"] == ASSISTANT]
+        parts, is_answer, at = [], [], 0
+        for (start, stop), flag in zip(spans, is_learnt, strict=True):
+            if flag:
+                parts += [text[at:start], text[start:stop]]
+                is_answer += [False, True]
+                at = stop
+        ids = self.split(text, parts)
+        ends, sizes, total, size = [], [], 0, 0
+        for part, own, answered in zip(parts, ids, is_answer, strict=True):
+            total += len(own)
+            if answered:
+                names = sum(len(self._special[id_].encode()) for id_ in own if id_ in self._special)
+                size += len(part.encode()) - names
+                ends.append(total)
+                sizes.append(size)
+        tokens_T = np.array([id_ for own in ids for id_ in own], np.int32)
+        answers_T = np.repeat(is_answer, [len(own) for own in ids])
+        answers_T[0] = False  # nothing stands before it that could predict it
+        return text, EncodedConversation(tokens_T, answers_T, tuple(ends), tuple(sizes))
+
+    def split(self, text: str, parts: Sequence[str]) -> list[list[int]]:
+        """The tokens of the parts that a text begins with.
+
+        They are those of the text wherever its tokens end with the parts. Where one would cross a border, the parts are
+        read one by one: a prompt ends there, and what a model writes after it begins.
+        """
+        whole = self._first.encode(text, add_special_tokens=False).ids
+        found: list[list[int]] = []
+        at = 0
+        for number, part in enumerate(parts):
+            readers = (self._later, self._first) if number else (self._first,)
+            reads = [reader.encode(part, add_special_tokens=False).ids for reader in readers]
+            own = next((ids for ids in reads if whole[at : at + len(ids)] == ids), reads[0])
+            found.append(own)
+            at += len(own)
+        if self._start and tuple(found[0][: len(self._start)]) != self._start:
+            found[0] = [*self._start, *found[0]]
+        return found
+
+    def last_special(self, encoded: EncodedConversation) -> int | None:
+        """The special token that the last answer ends with, if it is one."""
+        last = int(encoded.tokens_T[-1])
+        return last if last in self._special else None
+
+
+def read_chat_template(settings: TokenizerFile, tokenizer: TextTokenizer) -> ChatTemplate:
+    """The template of the directory that a tokenizer is in.
+
+    Raises:
+        InputError: it has none.
+    """
+    files = template_files(settings)
+    special = dict[str, str]()
+    names = Tokenizer.from_str(tokenizer.json)
+    for name, id_ in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.end_id)):
+        if id_ is not None:
+            special[name] = str(names.id_to_token(id_))
+    text = files.get(CHAT_TEMPLATE)
+    for file in CONFIG_FILES:
+        config = _object(files.get(file, "{}"), file)
+        for name, value in config.items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(content, str):
+                special[name] = content
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        text = text or template
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(
+            f"data.tokenizer.path: {settings.path}: no chat template there; expected {CHAT_TEMPLATE}, or chat_template "
+            "in tokenizer_config.json, as the directory of a chat model has it"
+        )
+    tokens = tuple(token.content for token in names.get_added_tokens_decoder().values() if token.special)
+    return ChatTemplate(text, special, tokens)
+
+
+def template_files(settings: TokenizerFile) -> dict[str, str]:
+    """The files beside a tokenizer that say how messages are written, by name."""
+    files, path = filesystem(settings.path)
+    is_file = files.get_file_info(path).type == fs.FileType.File
+    folder = path.rpartition("/")[0] if is_file else path.rstrip("/")
+    found = {}
+    for name in (CHAT_TEMPLATE, *CONFIG_FILES):
+        if files.get_file_info(f"{folder}/{name}").type == fs.FileType.File:
+            with files.open_input_stream(f"{folder}/{name}") as stream:
+                found[name] = bytes(stream.read()).decode("utf-8", "replace")
+    return found
+
+
+def _object(text: str, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{name}, beside the tokenizer: not JSON: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _strings(value: Any) -> list[str]:
+    """Every string in a value of JSON, keys among them."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for item in value.items() for text in _strings(item)]
+    return [text for each in value for text in _strings(each)] if isinstance(value, list | tuple) else []
