@@ -78,6 +78,8 @@ FAMILIES: Registry[ModelFamily] = Registry(
         "bert": "models.bert:FAMILY",
         "distilbert": "models.distilbert:FAMILY",
         "roberta": "models.roberta:FAMILY",
+        "modernbert": "models.modernbert:FAMILY",
+        "deberta_v2": "models.deberta_v2:FAMILY",
     },
 )
 

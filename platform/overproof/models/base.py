@@ -76,7 +76,9 @@ class LayerNames:
     keys: str | None = None
     values: str | None = None
     fused: FusedAttention | None = None
-    per_layer: tuple[str, ...] = ()  # settings of a configuration that have one entry a layer
+    per_layer: tuple[str, ...] = ()  # settings of a configuration that have one entry a place
+    own_settings: tuple[str, ...] = ()  # the same, of one entry a layer: it takes it to its new place
+    first_stays: bool = False  # whether the first layer lacks a part of the others
 
     @property
     def has_attention(self) -> bool:

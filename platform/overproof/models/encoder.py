@@ -58,6 +58,8 @@ class Dimensions(NamedTuple):
     positions: int  # entries of the table of positions
     segments: int  # embeddings of first and second texts; a row has one text
     classes: int
+    relative: int = 0  # entries of the table of relative positions
+    kernel: int = 0  # tokens under the convolution beside the first layer
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,22 @@ class EncoderFamily:
             **{self.fields.get(name, name): value for name, value in sizes.items()},
             **{"pad_token_id": shape.details["padding"], **self.settings},
             **_labels(shape),
+            **self.own_settings(section, shape),
             initializer_range=section.initializer_range,
-            attn_implementation="sdpa",
+            attn_implementation=self.attention,
         )
+
+    def own_settings(self, section: Any, shape: DataShape) -> dict[str, Any]:
+        """What the configuration of a section has beside an encoder's."""
+        del section, shape
+        return {}
+
+    def require(self, config: Mapping[str, Any]) -> None:
+        """Look at what a directory's configuration has beside an encoder's.
+
+        Raises:
+            InputError: the family does not cover it.
+        """
 
     def model_class(self) -> type[PreTrainedModel]:
         import transformers
@@ -112,37 +127,39 @@ class EncoderFamily:
         return names
 
     def size(self, section: Encoder, shape: DataShape) -> ModelSize:
-        return self._size(
-            Dimensions(
-                section.hidden_size, section.intermediate_size, section.layers, section.heads,
-                shape.details["vocabulary"], shape.details["sequence_length"] + self.reserved_positions, self.segments,
-                shape.outputs,
-            )
+        return self._size(self.dimensions(section, shape))
+
+    def dimensions(self, section: Any, shape: DataShape) -> Dimensions:
+        return Dimensions(
+            section.hidden_size, section.intermediate_size, section.layers, section.heads,
+            shape.details["vocabulary"], shape.details["sequence_length"] + self.reserved_positions, self.segments,
+            shape.outputs,
         )  # fmt: skip
 
     def directory_size(self, config: Mapping[str, Any], tensors: Mapping[str, int], shape: DataShape) -> ModelSize:
         """Of the model as it is fitted to the data, whatever else lies in the directory."""
         del tensors
+        return self._size(self.directory_dimensions(config, shape))
 
+    def directory_dimensions(self, config: Mapping[str, Any], shape: DataShape) -> Dimensions:
         def read(name: str) -> int:
             """BERT's name first: a student of fewer layers is asked about by it."""
             return int(config[name if name in config else self.fields.get(name, name)])
 
+        self.require(config)
         self._check(read("max_position_embeddings"), read("vocab_size"), shape)
-        return self._size(
-            Dimensions(
-                read("hidden_size"), read("intermediate_size"), read("num_hidden_layers"), read("num_attention_heads"),
-                read("vocab_size"), shape.details["sequence_length"] + self.reserved_positions,
-                int(config.get("type_vocab_size", self.segments)), shape.outputs,
-            )
+        return Dimensions(
+            read("hidden_size"), read("intermediate_size"), read("num_hidden_layers"), read("num_attention_heads"),
+            read("vocab_size"), shape.details["sequence_length"] + self.reserved_positions,
+            int(config.get("type_vocab_size", self.segments)), shape.outputs,
         )  # fmt: skip
 
     def _size(self, dimensions: Dimensions) -> ModelSize:
-        h, f, layers, heads, _, positions, _, classes = dimensions
+        h, d = dimensions.hidden, dimensions
         return ModelSize(
-            family=self.kind, hidden=h, intermediate=f, layers=layers, heads=heads, query_width=h, key_width=h,
-            places=positions - self.reserved_positions, outputs=classes, predictions=1,
-            tensors=self.tensors(dimensions),
+            family=self.kind, hidden=h, intermediate=d.intermediate, layers=d.layers, heads=d.heads, query_width=h,
+            key_width=h, places=d.positions - self.reserved_positions, outputs=d.classes, predictions=1,
+            tensors=self.tensors(d), relative=d.relative,
         )  # fmt: skip
 
     def _check(self, positions: int, vocabulary: int, shape: DataShape) -> None:
@@ -180,6 +197,7 @@ class EncoderFamily:
         return logits_BV
 
     def fitted(self, config: Any, shape: DataShape) -> Any:
+        self.require(config.to_dict())
         self._check(config.max_position_embeddings, config.vocab_size, shape)
         changed = copy.deepcopy(config)
         changed.max_position_embeddings = shape.details["sequence_length"] + self.reserved_positions
