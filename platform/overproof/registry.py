@@ -54,6 +54,7 @@ TASKS: Registry[Task] = Registry(
         "tabular_classification": "tasks.tabular:CLASSIFICATION",
         "tabular_regression": "tasks.tabular:REGRESSION",
         "text_classification": "tasks.text_classification:TASK",
+        "multi_label_text_classification": "tasks.multi_label_text_classification:TASK",
     },
 )
 

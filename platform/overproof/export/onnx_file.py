@@ -43,7 +43,7 @@ class FlatClassifier(nn.Module):
         self.width = family.width(model.config)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.family.flat_logits(self.model, inputs).log_softmax(-1)
+        return self.family.flat_logprobs(self.model, inputs)
 
 
 def flat_classifier(directory: Path) -> FlatClassifier:

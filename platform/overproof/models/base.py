@@ -151,8 +151,8 @@ class ArrayFamily(Protocol):
     def sample_rows(self, config: Any, rows: int, generator: np.random.Generator) -> NDArray[np.float32]:
         """Rows (B, D) that such a model may be asked about, drawn at random: exports are checked on them."""
 
-    def flat_logits(self, model: Any, inputs_BD: Tensor) -> Tensor:
-        """Logits (B, V) of rows whose numbers lie flat, in the order in which a shard has them."""
+    def flat_logprobs(self, model: Any, inputs_BD: Tensor) -> Tensor:
+        """Log-probabilities (B, V) of rows whose numbers lie flat, in the order in which a shard has them."""
 
 
 @runtime_checkable

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PADDING = -1  # in place of a token
-TASKS = ("text_classification",)
+TASKS = ("text_classification", "multi_label_text_classification")
 CLASSIFIER = "ForSequenceClassification"
+MULTI_LABEL = "multi_label_classification"  # the problem type, as transformers names it
 
 
 class Encoder(LayeredModel):
@@ -127,19 +128,19 @@ class EncoderFamily:
         return names
 
     def size(self, section: Encoder, shape: DataShape) -> ModelSize:
-        return self._size(self.dimensions(section, shape))
+        return self._size(self.dimensions(section, shape), shape)
 
     def dimensions(self, section: Any, shape: DataShape) -> Dimensions:
         return Dimensions(
             section.hidden_size, section.intermediate_size, section.layers, section.heads,
             shape.details["vocabulary"], shape.details["sequence_length"] + self.reserved_positions, self.segments,
-            shape.outputs,
+            len(shape.details["classes"]),
         )  # fmt: skip
 
     def directory_size(self, config: Mapping[str, Any], tensors: Mapping[str, int], shape: DataShape) -> ModelSize:
         """Of the model as it is fitted to the data, whatever else lies in the directory."""
         del tensors
-        return self._size(self.directory_dimensions(config, shape))
+        return self._size(self.directory_dimensions(config, shape), shape)
 
     def directory_dimensions(self, config: Mapping[str, Any], shape: DataShape) -> Dimensions:
         def read(name: str) -> int:
@@ -151,15 +152,15 @@ class EncoderFamily:
         return Dimensions(
             read("hidden_size"), read("intermediate_size"), read("num_hidden_layers"), read("num_attention_heads"),
             read("vocab_size"), shape.details["sequence_length"] + self.reserved_positions,
-            int(config.get("type_vocab_size", self.segments)), shape.outputs,
+            int(config.get("type_vocab_size", self.segments)), len(shape.details["classes"]),
         )  # fmt: skip
 
-    def _size(self, dimensions: Dimensions) -> ModelSize:
+    def _size(self, dimensions: Dimensions, shape: DataShape) -> ModelSize:
         h, d = dimensions.hidden, dimensions
         return ModelSize(
             family=self.kind, hidden=h, intermediate=d.intermediate, layers=d.layers, heads=d.heads, query_width=h,
-            key_width=h, places=d.positions - self.reserved_positions, outputs=d.classes, predictions=1,
-            tensors=self.tensors(d), relative=d.relative,
+            key_width=h, places=d.positions - self.reserved_positions, outputs=shape.outputs,
+            predictions=shape.positions, tensors=self.tensors(d), relative=d.relative,
         )  # fmt: skip
 
     def _check(self, positions: int, vocabulary: int, shape: DataShape) -> None:
@@ -192,9 +193,12 @@ class EncoderFamily:
         tokens_BD[np.arange(width) >= lengths_B[:, None]] = PADDING
         return tokens_BD.astype(np.float32)
 
-    def flat_logits(self, model: Any, inputs_BD: Tensor) -> Tensor:
+    def flat_logprobs(self, model: Any, inputs_BD: Tensor) -> Tensor:
+        """Of classes, or of each label being there where a text may have several."""
         logits_BV: Tensor = model(**encoder_inputs(inputs_BD.long())).logits
-        return logits_BV
+        if model.config.problem_type == MULTI_LABEL:
+            return label_logits(logits_BV).log_softmax(-1)[..., 1]
+        return logits_BV.log_softmax(-1)
 
     def fitted(self, config: Any, shape: DataShape) -> Any:
         self.require(config.to_dict())
@@ -206,9 +210,12 @@ class EncoderFamily:
         return changed
 
     def same_outputs(self, config: Any, shape: DataShape) -> bool:
-        """By the names of the classes, or by their number where the directory does not name them."""
-        found = [name for _, name in sorted(config.id2label.items())]
-        return found in (list(shape.details["classes"]), [f"LABEL_{number}" for number in range(shape.outputs)])
+        """By the names of the classes, or by their number where the directory does not name them; and by whether a text
+        has one of them or several.
+        """
+        found, classes = [name for _, name in sorted(config.id2label.items())], list(shape.details["classes"])
+        several = [kind == MULTI_LABEL for kind in (config.problem_type, _labels(shape)["problem_type"])]
+        return several[0] == several[1] and found in (classes, [f"LABEL_{number}" for number in range(len(classes))])
 
 
 def encoder_inputs(tokens_BD: Tensor) -> dict[str, Tensor]:
@@ -216,6 +223,21 @@ def encoder_inputs(tokens_BD: Tensor) -> dict[str, Tensor]:
     return {"input_ids": tokens_BD.clamp(min=0), "attention_mask": (tokens_BD != PADDING).long()}
 
 
-def _labels(shape: DataShape) -> dict[str, dict[Any, Any]]:
+def label_logits(logits_BV: Tensor) -> Tensor:
+    """Of V labels that may each be there or not, as V predictions of two outputs: (B, V, 2), absent and there.
+
+    Their softmax is the sigmoid, their cross-entropy the binary one, their divergence that of Bernoulli distributions.
+    """
+    import torch
+
+    return torch.stack([torch.zeros_like(logits_BV), logits_BV], -1)
+
+
+def _labels(shape: DataShape) -> dict[str, Any]:
+    """What transformers is told of the outputs; how a text has them is left open where it has one."""
     classes = shape.details["classes"]
-    return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    return {
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: i for i, name in enumerate(classes)},
+        "problem_type": shape.details.get("problem_type"),
+    }
