@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
+from tokenizers import Tokenizer
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from finished import RECIPES
 from overproof import pipeline
 from overproof.artifacts import Store
 from overproof.config import Dense, Pretrained, Recipe, TeacherLayers, load_recipe
-from overproof.data.manifest import Manifest
+from overproof.data.manifest import SPLITS, TOKENIZER, Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.data.prepare import prepare
 from overproof.distill.losses import Divergence, distillation_loss
@@ -30,7 +31,7 @@ from overproof.engines.base import EngineSettings
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
 from overproof.export.onnx_file import Reference, export_onnx, quantize_onnx
-from overproof.models.base import Prediction, shape_of
+from overproof.models.base import shape_of
 from overproof.models.bert import Bert
 from overproof.models.hf_directory import build_model, count_parameters, load_model, load_start, save_model
 from overproof.models.sizes import model_size, student_size
@@ -44,7 +45,7 @@ from overproof.tasks.multi_label_text_classification import TASK
 from overproof.train.objective import CrossEntropy
 from single_model import one
 from test_text_classification import ask
-from text_classes import WORDS, labelled_texts, texts_of_several, write_base, write_jsonl
+from text_classes import WORDS, texts_of_several, write_base, write_jsonl
 
 KIND = "multi_label_text_classification"
 TEXTS = texts_of_several()
@@ -86,18 +87,20 @@ def test_lists_and_separated_classes_give_the_same_shards(tmp_path: Path) -> Non
     manifest = Manifest.read(roots[0])
     assert manifest.dropped == {"duplicates": 6, "texts whose classes differ": 1}
     assert (manifest.positions, manifest.outputs, manifest.details["classes"]) == (3, 2, list(WORDS))
-    wanted = {tuple(names) for _, names in TEXTS}
-    for split in ("train", "validation", "test"):
+    tokenizer = Tokenizer.from_file(str(roots[0] / TOKENIZER))
+    names_of = {tuple(tokenizer.encode(text).ids): names for text, names in TEXTS}
+    for split in SPLITS:
         first = rows_of(roots[0], split)
         for root in roots[1:]:
             for name, values in rows_of(root, split).items():
                 np.testing.assert_array_equal(values, first[name])
         assert first["label"].shape[1:] == (3,)
-        assert {tuple(np.array(list(WORDS))[there > 0]) for there in first["label"]} <= wanted
-    every = np.concatenate([rows_of(roots[0], split)["label"] for split in ("train", "validation", "test")])
-    assert every.sum(0).tolist() == [sum(name in names for _, names in TEXTS) for name in WORDS]
-    test = rows_of(roots[0], "test")["label"].mean(0)
-    np.testing.assert_allclose(test, every.mean(0), atol=0.15)  # every class has about its share
+        for tokens_T, there_V in zip(first["tokens"], first["label"], strict=True):
+            names = [name for name, there in zip(WORDS, there_V, strict=True) if there]
+            assert names == names_of[tuple(tokens_T[tokens_T != -1])]
+        assert manifest.splits[split].predictions == 3 * manifest.splits[split].rows
+        share = [sum(name in names for _, names in TEXTS) / len(TEXTS) for name in WORDS]
+        np.testing.assert_allclose(first["label"].mean(0), share, atol=0.15)  # every class has about its own
     asked = recipe(tmp_path, jsonl(tmp_path))
     assert TASK.shape(asked.data).positions == 3
 
@@ -167,7 +170,7 @@ def test_losses_are_binary_ones() -> None:
         "label": (np.dtype("<u2"), 4), "logprobs": (np.dtype("<f2"), 8)
     }  # fmt: skip
     targets = cached["logprobs"] / 2 - cached["logsumexp"][..., :1]
-    terms = distillation_loss(logits_of(prediction), given["label"], prediction.mask_BP, None, targets, 2.0, 0.75)
+    terms = distillation_loss(prediction.logits_BPV, given["label"], prediction.mask_BP, None, targets, 2.0, 0.75)
     torch.testing.assert_close(terms.divergence, 4 * kl)
     torch.testing.assert_close(terms.cross_entropy, expected)
     terms.loss.backward()
@@ -180,14 +183,10 @@ def test_losses_are_binary_ones() -> None:
     for here, there in zip(ours, [p.grad for p in student.parameters() if p.grad is not None], strict=True):
         torch.testing.assert_close(here, there, atol=1e-6, rtol=1e-4)
     reverse = distillation_loss(
-        logits_of(TASK.predict(student, given)), given["label"], prediction.mask_BP, None, targets, 2.0, 1.0,
+        TASK.predict(student, given).logits_BPV, given["label"], prediction.mask_BP, None, targets, 2.0, 1.0,
         Divergence("reverse_kl"),
     ).divergence  # fmt: skip
     torch.testing.assert_close(reverse, 4 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean())
-
-
-def logits_of(prediction: Prediction) -> torch.Tensor:
-    return prediction.logits_BPV
 
 
 def test_metrics_are_those_of_scikit_learn() -> None:
@@ -280,4 +279,3 @@ def test_texts_of_several_classes_are_learned_distilled_judged_and_served(
     assert line.startswith(f"{next(iter(texts))!r} is given ")
     assert TASK.agree(answers, [answer | {"names": answer["names"][::-1]} for answer in answers])
     assert not TASK.agree(answers, [answer | {"names": ["other"]} for answer in answers])
-    assert labelled_texts(1)[0][0] not in texts

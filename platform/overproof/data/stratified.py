@@ -28,9 +28,11 @@ class Written:
 
 def write_splits(
     rows: Mapping[str, NDArray[Any]], splits: Mapping[str, NDArray[np.int64]], columns: tuple[Column, ...],
-    data: DataSection, uri: str, noun: str,
+    data: DataSection, uri: str, noun: str, positions: int = 1,
 ) -> Written:  # fmt: skip
     """Write the rows of each split; what does not fill a row group of the train split is left out.
+
+    A row has ``positions`` predictions.
 
     Raises:
         InputError: a split is left empty, or there are more shards than row groups.
@@ -45,8 +47,9 @@ def write_splits(
                 "set data.validation_fraction, data.test_fraction and data.rows_per_group"
             )
         own = {column: values[chosen] for column, values in rows.items()}
-        shards = _write(name, own, columns, data, uri)
-        written[name] = Split(shards=shards, rows=len(chosen), predictions=len(chosen), documents=len(chosen))
+        shards = _write(name, own, columns, data, uri, positions)
+        predictions = sum(shard.predictions for shard in shards)
+        written[name] = Split(shards=shards, rows=len(chosen), predictions=predictions, documents=len(chosen))
         if name == "test":
             example = {column: values[0] for column, values in own.items()}
     return Written(written, example)
@@ -70,8 +73,9 @@ def stratified(
 
 
 def _write(
-    split: str, rows: Mapping[str, NDArray[Any]], columns: tuple[Column, ...], data: DataSection, uri: str
-) -> tuple[Shard, ...]:
+    split: str, rows: Mapping[str, NDArray[Any]], columns: tuple[Column, ...], data: DataSection, uri: str,
+    positions: int,
+) -> tuple[Shard, ...]:  # fmt: skip
     count = len(next(iter(rows.values())))
     groups = -(-count // data.rows_per_group)
     shards = data.shards if split == "train" else 1
@@ -85,7 +89,7 @@ def _write(
     for index, end in enumerate(ends):
         part = {name: values[start:end] for name, values in rows.items()}
         part[SAMPLE_ID] = np.arange(start, min(end, count), dtype=np.int64)
-        path = f"{split}/{index:05d}.parquet"
-        written.append(write_shard(uri, path, part, shard_schema(columns), data.rows_per_group))
+        path, predictions = f"{split}/{index:05d}.parquet", positions * (min(end, count) - start)
+        written.append(write_shard(uri, path, part, shard_schema(columns), data.rows_per_group, predictions))
         start = end
     return tuple(written)

@@ -161,11 +161,11 @@ def prepare_texts(context: StageContext, labelling: Labelling) -> Manifest:
     if weights_V is not None:
         columns += (Column(name="weight", dtype="<f4"),)
         rows["weight"] = weights_V[labels]
-    written = write_splits(rows, splits, columns, data, context.draft.uri, "texts")
+    positions, outputs = labelling.shape(len(classes))
+    written = write_splits(rows, splits, columns, data, context.draft.uri, "texts", positions)
     write_file(context.draft.uri, TOKENIZER, content)
     example = found.texts[int(splits["test"][0])][:EXAMPLE_CHARACTERS]
     details = _details(data, labelling, classes, *_vocabulary(tokenizer))
-    positions, outputs = labelling.shape(len(classes))
     return Manifest(
         task=data.kind,
         columns=columns,
