@@ -14,37 +14,46 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
+from test_text_classification import ask
 from tokenizers import Tokenizer
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from finished import RECIPES
 from overproof import pipeline
 from overproof.artifacts import Store
-from overproof.config import Dense, Pretrained, Recipe, TeacherLayers, load_recipe
+from overproof.config import Dense, Optimization, Pretrained, Recipe, TeacherLayers, load_recipe
 from overproof.data.manifest import SPLITS, TOKENIZER, Manifest
+from overproof.data.order import Order
 from overproof.data.parquet_reader import Shards
 from overproof.data.prepare import prepare
+from overproof.distill.cache_checks import check_rows
 from overproof.distill.losses import Divergence, distillation_loss
+from overproof.distill.target_cache import TargetCache, TargetIndex, target_key
 from overproof.distill.target_codec import TargetLayout
 from overproof.distill.target_encoder import encode_targets
+from overproof.distill.teacher_pool import publish_files
+from overproof.distill.teacher_worker import CaptureJob, TargetWorker
 from overproof.engines.base import EngineSettings
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
+from overproof.evaluate.metrics import Bootstrap, PerExampleSums, further_metrics, quality_metrics
 from overproof.export.onnx_file import Reference, export_onnx, quantize_onnx
 from overproof.models.base import shape_of
 from overproof.models.bert import Bert
-from overproof.models.hf_directory import build_model, count_parameters, load_model, load_start, save_model
+from overproof.models.hf_directory import build_model, count_parameters, load_model, load_start, save_model, to_tensors
 from overproof.models.sizes import model_size, student_size
 from overproof.package.package import open_package
-from overproof.registry import ENGINES, TASKS
+from overproof.registry import ENGINES, FORMATS, TASKS
 from overproof.serve.middleware import Access
 from overproof.serve.routes import build_app
 from overproof.stage_context import StageContext, no_progress
+from overproof.tasks.base import agreements
 from overproof.tasks.label_metrics import LABEL_METRICS, MICRO_F1
 from overproof.tasks.multi_label_text_classification import TASK
+from overproof.train.engine import TorchEngine
+from overproof.train.loop import fit, validation_loss
 from overproof.train.objective import CrossEntropy
 from single_model import one
-from test_text_classification import ask
 from text_classes import WORDS, texts_of_several, write_base, write_jsonl
 
 KIND = "multi_label_text_classification"
@@ -236,6 +245,72 @@ def test_a_head_for_one_class_is_not_one_for_several(tmp_path: Path) -> None:
     assert (found.predictions, found.outputs) == (4, 2)
 
 
+def test_a_trained_model_is_cached_exported_and_scored(tmp_path: Path) -> None:
+    """What the stages do with a task, in one process."""
+    asked = recipe(tmp_path, jsonl(tmp_path), "cache.temperatures=[1.0, 2.0]", "cache.rows=null")
+    draft = Store(asked.store).new_writer(asked.name, "prepare", "0" * 64, {}, {})
+    prepare(StageContext(asked, {}, draft, no_progress))
+    data = draft.commit({}, 0)
+    root = data.local()
+    found, shards = Manifest.read(root), Shards(root, "train")
+    order = Order(found.groups, found.rows_per_group, 0)
+    settings = Optimization(steps=60, batch_size=24, learning_rate=1e-2, validate_every=1000)
+    model = build_model(Bert(hidden_size=32, intermediate_size=32, layers=1, heads=4, initializer_range=0.1), found, 0)
+    batches = (to_tensors(shards.take(order.step_rows(step, 24))) for step in range(60))
+    fit(TorchEngine(model, settings), CrossEntropy(TASK.predict), settings, batches, lambda: 0.0, lambda _: None)
+    held_out = Shards(root, "validation")
+    loss = validation_loss(model.eval(), TASK.predict, [to_tensors(held_out.take(np.arange(held_out.rows)))])
+    assert loss < 0.5  # of a coin: 0.69
+    draft = Store(asked.store).new_writer(asked.name, "train", "1" * 64, {}, {})
+    with draft.directory() as folder:
+        save_model(model, model.config, folder / "model", root / TOKENIZER)
+    trained = draft.commit({}, 0)
+    draft = Store(asked.store).new_writer(asked.name, "cache", "2" * 64, {}, {})
+    index = TargetIndex.of(target_key(asked, data, trained), found, None)
+    worker = TargetWorker(CaptureJob(asked.cache, index, data, trained, draft))
+    reports = list(worker({"file": np.arange(len(index.files))}))
+    assert not any(report["fault"][0] for report in reports)
+    publish_files(worker.job)
+    cached = draft.commit({}, 0).local()
+    ids = np.arange(8)
+    check_rows(cached, root, ids)
+    kept = TargetCache(cached, ("label", "logprobs", "logsumexp")).take(ids)
+    np.testing.assert_array_equal(kept["label"], shards.take(ids)["label"])
+    with torch.inference_mode():
+        expected = TASK.predict(model, to_tensors(shards.take(ids))).logits_BPV.log_softmax(-1).numpy()
+    np.testing.assert_allclose(kept["logprobs"], expected, rtol=2e-3, atol=2e-3)
+    export_onnx(trained.local() / "model", tmp_path / "fp32.onnx")
+    units = TASK.units(root, None)
+    scores = TASK.score(tmp_path / "fp32.onnx", root, units, asked.evaluate, "onnxruntime", FORMATS["onnx"], print)
+    there = rows_of(root, "test")["label"]
+    assert scores.choices_N.shape == there.ravel().shape
+    assert (agreements(scores, scores) == 3).all()
+    sums = PerExampleSums(scores.total, scores.size, agreements(scores, scores) / 1, scores.predictions)
+    bootstrap = Bootstrap(200, 0.95, 0)
+    (micro,) = (each["micro_f1"] for each in quality_metrics(TASK.quality, {"x": sums}, bootstrap)[0].values())
+    chosen = scores.choices_N.reshape(there.shape)
+    assert micro.value == pytest.approx(f1_score(there, chosen, average="micro"))
+    assert micro.value > 0.7
+    further = further_metrics(TASK.further, scores.columns, len(units), bootstrap)
+    assert further["exact_match"].value == pytest.approx(accuracy_score(there, chosen))
+    assert further["macro_f1"].value == pytest.approx(f1_score(there, chosen, average="macro"))
+    assert all(0 <= each.low <= each.value <= each.high <= 1 for each in (micro, *further.values()))  # type: ignore[operator]
+    texts = [text for text, names in TEXTS[:8]]
+    rows = TASK.inputs(TASK.request(texts=texts), found.details, root)
+    answers = TASK.answers(OnnxRuntime(tmp_path / "fp32.onnx").logprobs(rows), found.details)
+    for answer in answers:
+        assert answer["labels"] == [i for i, p in enumerate(answer["probabilities"]) if p >= 0.5]
+        assert answer["names"] == [list(WORDS)[label] for label in answer["labels"]]
+    assert any(sum(answer["probabilities"]) > 1.5 for answer in answers)
+    line = TASK.describe_reply({"texts": texts}, {"data": answers})
+    assert line.startswith(f"{texts[0]!r} is given ")
+    assert TASK.agree(answers, [answer | {"names": answer["names"][::-1]} for answer in answers])
+    assert not TASK.agree(answers, [answer | {"names": ["other"]} for answer in answers])
+    card = TASK.card(found, asked.evaluate).intended_use
+    assert "It gives any number of 3 classes (animal, food, plant) to a text" in card
+    assert "those whose probability is 0.5 or more" in card
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_texts_of_several_classes_are_learned_distilled_judged_and_served(
     ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -271,11 +346,4 @@ def test_texts_of_several_classes_are_learned_distilled_judged_and_served(
         assert answer["labels"] == [i for i, p in enumerate(answer["probabilities"]) if p >= 0.4]
         assert answer["names"] == [list(WORDS)[label] for label in answer["labels"]]
     assert any(sum(answer["probabilities"]) > 1.5 for answer in answers)
-    card = (folder / "README.md").read_text()
-    assert "| macro F1, % | exact match, % |" in card
-    assert "It gives any number of 3 classes (animal, food, plant) to a text" in card
-    assert "those whose probability is 0.4 or more" in card
-    line = TASK.describe_reply({"texts": list(texts)}, reply.json())
-    assert line.startswith(f"{next(iter(texts))!r} is given ")
-    assert TASK.agree(answers, [answer | {"names": answer["names"][::-1]} for answer in answers])
-    assert not TASK.agree(answers, [answer | {"names": ["other"]} for answer in answers])
+    assert "| macro F1, % | exact match, % |" in (folder / "README.md").read_text()

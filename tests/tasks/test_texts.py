@@ -256,8 +256,10 @@ def spoiled(line: Any) -> bytes:
         (["soup", "food"], r"line 121: found \['soup', 'food'\]; expected an object"),
         (b'{"text": ', r"line 121: not JSON: "),
         (b'{"text": "\xff", "label": "food"}', r"line 121: not UTF-8: .*expected text in UTF-8"),
-        ({"text": "of two", "label": ["food", "plant"]},
-         r"line 121: the class is a list of 2; expected one class: .* 'multi_label_text_classification'"),
+        (
+            {"text": "of two", "label": ["food", "plant"]},
+            r"line 121: the class is a list of 2; expected one class: .* 'multi_label_text_classification'",
+        ),
         ({"text": "rare", "label": "alone"}, r"data: class 'alone' has 1 texts, and none falls into the train split"),
     ],
 )
