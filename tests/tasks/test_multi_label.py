@@ -1,4 +1,4 @@
-"""Texts with several classes each: rows, losses, metrics, exports, errors, and one whole loop to a served student."""
+"""Texts with several classes each: rows, losses, metrics, exports, errors, and one model through all of it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
-from test_text_classification import ask
 from tokenizers import Tokenizer
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from finished import RECIPES
-from overproof import pipeline
 from overproof.artifacts import Store
 from overproof.config import Dense, Optimization, Pretrained, Recipe, TeacherLayers, load_recipe
 from overproof.data.manifest import SPLITS, TOKENIZER, Manifest
@@ -33,7 +31,6 @@ from overproof.distill.target_codec import TargetLayout
 from overproof.distill.target_encoder import encode_targets
 from overproof.distill.teacher_pool import publish_files
 from overproof.distill.teacher_worker import CaptureJob, TargetWorker
-from overproof.engines.base import EngineSettings
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
 from overproof.evaluate.metrics import Bootstrap, PerExampleSums, further_metrics, quality_metrics
@@ -42,10 +39,7 @@ from overproof.models.base import shape_of
 from overproof.models.bert import Bert
 from overproof.models.hf_directory import build_model, count_parameters, load_model, load_start, save_model, to_tensors
 from overproof.models.sizes import model_size, student_size
-from overproof.package.package import open_package
-from overproof.registry import ENGINES, FORMATS, TASKS
-from overproof.serve.middleware import Access
-from overproof.serve.routes import build_app
+from overproof.registry import FORMATS, TASKS
 from overproof.stage_context import StageContext, no_progress
 from overproof.tasks.base import agreements
 from overproof.tasks.label_metrics import LABEL_METRICS, MICRO_F1
@@ -53,8 +47,7 @@ from overproof.tasks.multi_label_text_classification import TASK
 from overproof.train.engine import TorchEngine
 from overproof.train.loop import fit, validation_loss
 from overproof.train.objective import CrossEntropy
-from single_model import one
-from text_classes import WORDS, texts_of_several, write_base, write_jsonl
+from text_classes import WORDS, texts_of_several, write_jsonl
 
 KIND = "multi_label_text_classification"
 TEXTS = texts_of_several()
@@ -309,41 +302,3 @@ def test_a_trained_model_is_cached_exported_and_scored(tmp_path: Path) -> None:
     card = TASK.card(found, asked.evaluate).intended_use
     assert "It gives any number of 3 classes (animal, food, plant) to a text" in card
     assert "those whose probability is 0.5 or more" in card
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_texts_of_several_classes_are_learned_distilled_judged_and_served(
-    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
-    write_base(tmp_path / "base")
-    write_jsonl(tmp_path / "t.jsonl", [(t, ";".join(names)) for t, names in texts_of_several(240)])
-    data = (f"data={{kind: {KIND}, source: {{kind: jsonl, path: {tmp_path}/t.jsonl}}, separator: ;, {SIZES},"
-            f" tokenizer: {{kind: file, path: {tmp_path}/base}}, threshold: 0.4}}")  # fmt: skip
-    model = "{kind: teacher_layers, layers: 1}"
-    students = f"[{{name: half, temperature: 2.0, teacher_weight: 0.5, model: {model}, states: {{weight: 0.1}}}}]"
-    done = pipeline.run(load_recipe(RECIPES / "minilm-topics.yaml", (
-        f"store={tmp_path}/store", data, f"train.model.path={tmp_path}/base", "train.steps=40",
-        "train.learning_rate=5.0e-3", "train.warmup_steps=3", "sweep.steps=30", "sweep.learning_rate=5.0e-3",
-        "sweep.warmup_steps=2", "sweep.concurrent_trials=1", f"sweep.students={students}", "evaluate.timed_requests=20",
-        "gate.rules=[{kind: smaller, against: teacher, at_least: 2}, {kind: parity, at_most: 0.05}]",
-    )))  # fmt: skip
-    folder = done["package"].local()
-    package = open_package(folder)
-    measured = package.measured.metrics
-    assert measured["micro_f1"].value > 0.8
-    for name in ("micro_f1", "macro_f1", "exact_match", "agreement"):
-        assert 0 <= measured[name].low <= measured[name].value <= measured[name].high <= 1  # type: ignore[operator]
-    engine = ENGINES[package.report.engine].load(package.model, EngineSettings())
-    app = build_app(one(folder, engine), Access(None))
-    texts = dict(texts_of_several(30, seed=1))
-    reply = ask(app, "/v1/classify", texts=list(texts))
-    assert reply.status_code == 200, reply.text
-    answers = reply.json()["data"]
-    assert sum(answer["names"] == names for answer, names in zip(answers, texts.values(), strict=True)) > 15
-    for answer in answers:
-        assert len(answer["probabilities"]) == 3
-        assert answer["labels"] == [i for i, p in enumerate(answer["probabilities"]) if p >= 0.4]
-        assert answer["names"] == [list(WORDS)[label] for label in answer["labels"]]
-    assert any(sum(answer["probabilities"]) > 1.5 for answer in answers)
-    assert "| macro F1, % | exact match, % |" in (folder / "README.md").read_text()
