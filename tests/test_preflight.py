@@ -171,10 +171,10 @@ def test_an_upload_over_the_limit_names_what_is_large(tmp_path: Path) -> None:
 def test_time_from_a_given_rate_and_what_to_do_without_one() -> None:
     recipe = load_recipe(RECIPES / "stdlib-lm.yaml")
     tokens = recipe.train.steps * recipe.train.batch_size * 128
-    found = preflight.training_time(recipe, Throughput(tokens / 7200, "as given"))
+    found = preflight.training_time(recipe, Throughput(tokens / 7200, "as given"), recipe.data.positions)
     assert found.text.endswith("(as given): 2.0 hours")
     assert f"{tokens:,} tokens" in found.text
-    assert "--tokens-per-s N" in preflight.training_time(recipe, None).text
+    assert "--tokens-per-s N" in preflight.training_time(recipe, None, recipe.data.positions).text
 
 
 def test_time_from_an_earlier_run_of_the_same_model(digits: Run) -> None:

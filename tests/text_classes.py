@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +42,17 @@ def labelled_texts(count: int = 120, seed: int = 0) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def write_jsonl(path: Path, texts: list[tuple[str, str]]) -> Path:
+def texts_of_several(count: int = 120, seed: int = 0) -> list[tuple[str, list[str]]]:
+    """Texts with any of the three classes, none of them included, each of words of its classes; none twice."""
+    rng, found = np.random.default_rng(seed), dict[str, list[str]]()
+    while len(found) < count:
+        names = [name for name in WORDS if rng.random() < 0.5]
+        own = [word for name in names for word in rng.choice(WORDS[name], 3)] or ["nothing", "in", "it"]
+        found[f"{' '.join(own)} no. {rng.integers(1000)}"] = names
+    return list(found.items())
+
+
+def write_jsonl(path: Path, texts: Sequence[tuple[str, Any]]) -> Path:
     path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in texts))
     return path
 

@@ -55,6 +55,7 @@ TASKS: Registry[Task] = Registry(
         "tabular_classification": "tasks.tabular:CLASSIFICATION",
         "tabular_regression": "tasks.tabular:REGRESSION",
         "text_classification": "tasks.text_classification:TASK",
+        "multi_label_text_classification": "tasks.multi_label_text_classification:TASK",
     },
 )
 
@@ -79,6 +80,8 @@ FAMILIES: Registry[ModelFamily] = Registry(
         "bert": "models.bert:FAMILY",
         "distilbert": "models.distilbert:FAMILY",
         "roberta": "models.roberta:FAMILY",
+        "modernbert": "models.modernbert:FAMILY",
+        "deberta_v2": "models.deberta_v2:FAMILY",
     },
 )
 

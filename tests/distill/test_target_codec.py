@@ -56,7 +56,7 @@ def test_columns_come_back_as_they_were_given(outputs: int, bits: int, scheme: S
         "logprobs": rng.normal(size=(*places, slots)).astype(np.float16).astype(np.float32),
     }
     tokens = rng.integers(0, outputs, (rows, positions + 1))
-    given[label] = tokens if label == "tokens" else np.array([[1], [7]])
+    given[label] = tokens if label == "tokens" else tokens[:, 1:]  # one of each prediction
     if not isinstance(scheme, Dense):
         given["indices"] = rng.integers(0, outputs, (*places, slots))
         given["indices"][0, 0, 0] = outputs - 1

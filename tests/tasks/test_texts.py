@@ -142,8 +142,8 @@ def test_only_texts_of_a_split_are_counted_as_cut(tmp_path: Path) -> None:
 
 
 def test_classes_that_are_numbers_have_one_order() -> None:
-    assert Texts(["a", "b", "c"], ["10", "1", "01"], {}).classes == ["01", "1", "10"]
-    assert Texts(["a", "b", "c"], ["10", "9", "x"], {}).classes == ["10", "9", "x"]
+    assert Texts(["a", "b"], [("10", "1"), ("01",)], {}).classes == ["01", "1", "10"]
+    assert Texts(["a", "b"], [("10", "9"), ("x",)], {}).classes == ["10", "9", "x"]
 
 
 def test_a_text_stands_once_and_in_one_class(tmp_path: Path) -> None:
@@ -256,6 +256,10 @@ def spoiled(line: Any) -> bytes:
         (["soup", "food"], r"line 121: found \['soup', 'food'\]; expected an object"),
         (b'{"text": ', r"line 121: not JSON: "),
         (b'{"text": "\xff", "label": "food"}', r"line 121: not UTF-8: .*expected text in UTF-8"),
+        (
+            {"text": "of two", "label": ["food", "plant"]},
+            r"line 121: the class is a list of 2; expected one class: .* 'multi_label_text_classification'",
+        ),
         ({"text": "rare", "label": "alone"}, r"data: class 'alone' has 1 texts, and none falls into the train split"),
     ],
 )
@@ -274,7 +278,7 @@ def test_what_is_no_labelled_text_is_named(line: Any, words: str, tmp_path: Path
         ("t.csv", b"text,label\n\xff\xfe,food\n", r"t\.csv: not csv: .*UTF8"),
         ("t.csv", b'text,label\nsoup,food\n"",food\n', r"t\.csv, row 2: the text is empty"),
         ("t.parquet", b"PAR1 nothing", r"t\.parquet: not parquet"),
-        ("t.jsonl", b'{"text": "a", "label": "x"}\n{"text": "b", "label": "x"}\n', r"every text is of class 'x'; exp"),
+        ("t.jsonl", b'{"text": "a", "label": "x"}\n{"text": "b", "label": "x"}\n', r"there is no class but 'x'; exp"),
         ("t.jsonl", b"\n", r"t\.jsonl: there is no text; expected texts of two classes"),
         ("other.txt", b"", r"other\.jsonl: no \.jsonl file; expected one at least"),
         ("food/1.txt", b"\xff", r"food/1\.txt: not UTF-8"),

@@ -46,16 +46,15 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     Raises:
         InputError: what was asked makes no sense, or the recipe could never run there, with the arithmetic.
     """
-    given = _given_rate(recipe, options)
     capacity, attached = preflight.target_capacity(options.cluster_file)
     stored = preflight.check_storage(recipe, capacity, attached)
     if stored.state == "refused":  # nor can it be looked up what is done
         raise InputError(f"storage: {stored.text}")
-    rate = given or preflight.measured_rate(recipe)
     steps = pipeline.resolve_stages(recipe, Store(recipe.store))
-    out.print(_stages(recipe, steps))
     prepared = next(step.artifact for step in steps if step.stage.name == "prepare")
     shape = preflight.data_shape(recipe, prepared)
+    rate = _given_rate(recipe, options, shape.positions) or preflight.measured_rate(recipe)
+    out.print(_stages(recipe, steps, shape.positions))
     preflight.require_exportable(recipe)
     model = model_size(recipe.train.model, shape)
     out.print()
@@ -80,7 +79,7 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     ]
     if not attached and options.cluster_file is None and not recipe.train.gpus_per_worker:
         findings.append(preflight.check_local_memory(_worker_bytes(recipe, model), recipe.train.fewest))
-    findings += [preflight.check_upload(Path.cwd()), preflight.training_time(recipe, rate)]
+    findings += [preflight.check_upload(Path.cwd()), preflight.training_time(recipe, rate, shape.positions)]
     out.print(_findings(findings))
     refused = [finding for finding in findings if finding.state == "refused"]
     if refused:
@@ -88,8 +87,8 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     return 0
 
 
-def _given_rate(recipe: Recipe, options: PlanOptions) -> Throughput | None:
-    unit, positions = TASKS[recipe.data.kind].unit, recipe.data.positions
+def _given_rate(recipe: Recipe, options: PlanOptions, positions: int) -> Throughput | None:
+    unit = TASKS[recipe.data.kind].unit
     if options.tokens_per_s is not None and unit != "token":
         raise InputError(f"--tokens-per-s {options.tokens_per_s:g}: the data is {unit}s; give --rows-per-s")
     for name, value in (("--tokens-per-s", options.tokens_per_s), ("--rows-per-s", options.rows_per_s)):
@@ -102,7 +101,7 @@ def _given_rate(recipe: Recipe, options: PlanOptions) -> Throughput | None:
     return None
 
 
-def _stages(recipe: Recipe, steps: list[pipeline.PlannedStage]) -> Table:
+def _stages(recipe: Recipe, steps: list[pipeline.PlannedStage], positions: int) -> Table:
     requests = {need.stage: need for need in resource_requests(recipe)}
     table = Table("stage", "state", "work", "CPUs", "GPUs", "for", "artifact", box=None, pad_edge=False)
     for step in steps:
@@ -114,12 +113,11 @@ def _stages(recipe: Recipe, steps: list[pipeline.PlannedStage]) -> Table:
             else ("", "", "this process")
         )
         state = f"[dim]done in {step.artifact.record.seconds:.1f} s[/]" if step.artifact else "[bold]to do[/]"
-        table.add_row(name, state, _work(recipe, name), *asks, f"{name}-{step.fingerprint[:8]}")
+        table.add_row(name, state, _work(recipe, name, positions), *asks, f"{name}-{step.fingerprint[:8]}")
     return table
 
 
-def _work(recipe: Recipe, stage: str) -> str:
-    positions = recipe.data.positions
+def _work(recipe: Recipe, stage: str, positions: int) -> str:
     unit = f"{TASKS[recipe.data.kind].unit}s"
     train, sweep = recipe.train, recipe.sweep
     if stage == "train":

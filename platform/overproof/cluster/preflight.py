@@ -145,14 +145,14 @@ def measured_rate(recipe: Recipe) -> Throughput | None:
     return None
 
 
-def training_time(recipe: Recipe, rate: Throughput | None) -> Finding:
-    """How long the teacher trains."""
+def training_time(recipe: Recipe, rate: Throughput | None, positions: int) -> Finding:
+    """How long the teacher trains, of rows with so many predictions."""
     unit = f"{TASKS[recipe.data.kind].unit}s"
     flag = "--tokens-per-s" if unit == "tokens" else "--rows-per-s"
     steps = recipe.train.steps
     if steps == 0:
         return Finding("time", "ok", "the teacher is taken as it is: it is not trained")
-    total = steps * recipe.train.batch_size * recipe.data.positions
+    total = steps * recipe.train.batch_size * positions
     work = f"{total:,} {unit} in {steps:,} steps"
     if rate is None:
         few = f"`overproof train RECIPE --set train.steps=20 --set store={Path('trial')}`"

@@ -28,11 +28,11 @@ class Written:
 
 def write_splits(
     rows: Mapping[str, NDArray[Any]], splits: Mapping[str, NDArray[np.int64]], columns: tuple[Column, ...],
-    data: DataSection, uri: str, noun: str, counted_RP: NDArray[np.uint8] | None = None,
+    data: DataSection, uri: str, noun: str, predictions_R: NDArray[np.int64] | None = None,
 ) -> Written:  # fmt: skip
     """Write the rows of each split; what does not fill a row group of the train split is left out.
 
-    Each row is a prediction, unless ``counted_RP`` says which of several count.
+    A row is one prediction, unless ``predictions_R`` says how many count in each.
 
     Raises:
         InputError: a split is left empty, or there are more shards than row groups.
@@ -47,7 +47,7 @@ def write_splits(
                 "set data.validation_fraction, data.test_fraction and data.rows_per_group"
             )
         own = {column: values[chosen] for column, values in rows.items()}
-        counts_R = None if counted_RP is None else counted_RP[chosen].astype(bool).sum(1)
+        counts_R = None if predictions_R is None else predictions_R[chosen]
         shards = _write(name, own, columns, data, uri, counts_R)
         predictions = sum(shard.predictions for shard in shards)
         written[name] = Split(shards=shards, rows=len(chosen), predictions=predictions, documents=len(chosen))

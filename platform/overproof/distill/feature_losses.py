@@ -61,8 +61,10 @@ def capture_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[di
 
 
 def _record_output(into: dict[str, Tensor], name: str) -> Any:
+    """Of the first call: some families ask the same module about relative positions, too, after the places."""
+
     def hook(_module: Any, _inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
-        into[name] = output if isinstance(output, Tensor) else output[0]
+        into.setdefault(name, output if isinstance(output, Tensor) else output[0])
 
     return hook
 

@@ -33,10 +33,10 @@ def initial_student(chosen: ModelSection, manifest: Manifest, seed: int, teacher
 def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """A copy that has these layers alone; all that lies outside the layers stays as it is.
 
-    What a layer is by its place, such as one with a sliding window, it is by its new place: engines go by that.
+    What a layer is by its place, such as one with a sliding window, it is by its new place where engines go by that.
 
     Raises:
-        InputError: it is not known where the model keeps its layers.
+        InputError: it is not known where the model keeps its layers, or another one cannot be the first.
     """
     names = layer_names(model)
     if not any(name.startswith(f"{names.layers}.") for name, _ in model.named_parameters()):
@@ -44,9 +44,17 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
             f"layers: a {type(model).__name__} keeps none at {names.layers}; expected a student of another kind, such "
             "as {kind: pretrained, path: ...}"
         )
+    if names.first_stays and layers[0] != 0:
+        raise InputError(
+            f"layers {list(layers)}: the first layer of a {type(model).__name__} lacks a norm that the others have; "
+            "expected layer 0 among them"
+        )
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(layers)
     settings = config.to_dict()
+    for setting in names.own_settings:
+        values = getattr(model.config, setting)
+        setattr(config, setting, [values[layer] for layer in layers])
     for setting in names.per_layer:
         if settings.get(setting) is not None:
             setattr(config, setting, settings[setting][: len(layers)])

@@ -34,7 +34,7 @@ class TargetLayout:
     ==============  ==========  =====  ======================================================================
     sample_id       int64       1      of the train row
     tokens          u2, u4      P + 1  of sequences: the row as the teacher read it
-    label           u2, u4      1      of other rows: the class
+    label           u2, u4      P      of other rows: the class, or whether each label is there
     mask            bits        P      whether a prediction counts; bytes filled from the lowest bit
     label_logprob   f2          P      of the token that follows, or of the class
     logsumexp       f4          P * .  of log-probabilities / T over all V outputs, for every temperature T but 1,
@@ -50,7 +50,9 @@ class TargetLayout:
     """
 
     scheme: Scheme
-    label_column: str  # of the data: tokens, each of which is the label of those before it, or one label a row
+    label_column: (
+        str  # of the data: tokens, each of which is the label of those before it, or the predictions' own labels
+    )
     positions: int
     outputs: int
     temperatures: int
@@ -58,7 +60,7 @@ class TargetLayout:
     @property
     def labels(self) -> int:
         """Numbers a row in the label column."""
-        return self.positions + 1 if self.label_column == TOKENS else 1
+        return self.positions + (self.label_column == TOKENS)
 
     @property
     def slots(self) -> int:

@@ -76,7 +76,9 @@ class LayerNames:
     keys: str | None = None
     values: str | None = None
     fused: FusedAttention | None = None
-    per_layer: tuple[str, ...] = ()  # settings of a configuration that have one entry a layer
+    per_layer: tuple[str, ...] = ()  # settings of a configuration that have one entry a place
+    own_settings: tuple[str, ...] = ()  # the same, of one entry a layer: it takes it to its new place
+    first_stays: bool = False  # whether the first layer lacks a part of the others
 
     @property
     def has_attention(self) -> bool:
@@ -149,8 +151,8 @@ class ArrayFamily(Protocol):
     def sample_rows(self, config: Any, rows: int, generator: np.random.Generator) -> NDArray[np.float32]:
         """Rows (B, D) that such a model may be asked about, drawn at random: exports are checked on them."""
 
-    def flat_logits(self, model: Any, inputs_BD: Tensor) -> Tensor:
-        """Logits (B, V) of rows whose numbers lie flat, in the order in which a shard has them."""
+    def flat_logprobs(self, model: Any, inputs_BD: Tensor) -> Tensor:
+        """Log-probabilities (B, V) of rows whose numbers lie flat, in the order in which a shard has them."""
 
 
 @runtime_checkable

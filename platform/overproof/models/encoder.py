@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PADDING = -1  # in place of a token
-TASKS = ("text_classification",)
+TASKS = ("text_classification", "multi_label_text_classification")
 CLASSIFIER = "ForSequenceClassification"
+MULTI_LABEL = "multi_label_classification"  # the problem type, as transformers names it
 
 
 class Encoder(LayeredModel):
@@ -58,6 +59,8 @@ class Dimensions(NamedTuple):
     positions: int  # entries of the table of positions
     segments: int  # embeddings of first and second texts; a row has one text
     classes: int
+    relative: int = 0  # entries of the table of relative positions
+    kernel: int = 0  # tokens under the convolution beside the first layer
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,22 @@ class EncoderFamily:
             **{self.fields.get(name, name): value for name, value in sizes.items()},
             **{"pad_token_id": shape.details["padding"], **self.settings},
             **_labels(shape),
+            **self.own_settings(section, shape),
             initializer_range=section.initializer_range,
-            attn_implementation="sdpa",
+            attn_implementation=self.attention,
         )
+
+    def own_settings(self, section: Any, shape: DataShape) -> dict[str, Any]:
+        """What the configuration of a section has beside an encoder's."""
+        del section, shape
+        return {}
+
+    def require(self, config: Mapping[str, Any]) -> None:
+        """Look at what a directory's configuration has beside an encoder's.
+
+        Raises:
+            InputError: the family does not cover it.
+        """
 
     def model_class(self) -> type[PreTrainedModel]:
         import transformers
@@ -112,37 +128,39 @@ class EncoderFamily:
         return names
 
     def size(self, section: Encoder, shape: DataShape) -> ModelSize:
-        return self._size(
-            Dimensions(
-                section.hidden_size, section.intermediate_size, section.layers, section.heads,
-                shape.details["vocabulary"], shape.details["sequence_length"] + self.reserved_positions, self.segments,
-                shape.outputs,
-            )
+        return self._size(self.dimensions(section, shape), shape)
+
+    def dimensions(self, section: Any, shape: DataShape) -> Dimensions:
+        return Dimensions(
+            section.hidden_size, section.intermediate_size, section.layers, section.heads,
+            shape.details["vocabulary"], shape.details["sequence_length"] + self.reserved_positions, self.segments,
+            len(shape.details["classes"]),
         )  # fmt: skip
 
     def directory_size(self, config: Mapping[str, Any], tensors: Mapping[str, int], shape: DataShape) -> ModelSize:
         """Of the model as it is fitted to the data, whatever else lies in the directory."""
         del tensors
+        return self._size(self.directory_dimensions(config, shape), shape)
 
+    def directory_dimensions(self, config: Mapping[str, Any], shape: DataShape) -> Dimensions:
         def read(name: str) -> int:
             """BERT's name first: a student of fewer layers is asked about by it."""
             return int(config[name if name in config else self.fields.get(name, name)])
 
+        self.require(config)
         self._check(read("max_position_embeddings"), read("vocab_size"), shape)
-        return self._size(
-            Dimensions(
-                read("hidden_size"), read("intermediate_size"), read("num_hidden_layers"), read("num_attention_heads"),
-                read("vocab_size"), shape.details["sequence_length"] + self.reserved_positions,
-                int(config.get("type_vocab_size", self.segments)), shape.outputs,
-            )
+        return Dimensions(
+            read("hidden_size"), read("intermediate_size"), read("num_hidden_layers"), read("num_attention_heads"),
+            read("vocab_size"), shape.details["sequence_length"] + self.reserved_positions,
+            int(config.get("type_vocab_size", self.segments)), len(shape.details["classes"]),
         )  # fmt: skip
 
-    def _size(self, dimensions: Dimensions) -> ModelSize:
-        h, f, layers, heads, _, positions, _, classes = dimensions
+    def _size(self, dimensions: Dimensions, shape: DataShape) -> ModelSize:
+        h, d = dimensions.hidden, dimensions
         return ModelSize(
-            family=self.kind, hidden=h, intermediate=f, layers=layers, heads=heads, query_width=h, key_width=h,
-            places=positions - self.reserved_positions, outputs=classes, predictions=1,
-            tensors=self.tensors(dimensions),
+            family=self.kind, hidden=h, intermediate=d.intermediate, layers=d.layers, heads=d.heads, query_width=h,
+            key_width=h, places=d.positions - self.reserved_positions, outputs=shape.outputs,
+            predictions=shape.positions, tensors=self.tensors(d), relative=d.relative,
         )  # fmt: skip
 
     def _check(self, positions: int, vocabulary: int, shape: DataShape) -> None:
@@ -175,11 +193,15 @@ class EncoderFamily:
         tokens_BD[np.arange(width) >= lengths_B[:, None]] = PADDING
         return tokens_BD.astype(np.float32)
 
-    def flat_logits(self, model: Any, inputs_BD: Tensor) -> Tensor:
+    def flat_logprobs(self, model: Any, inputs_BD: Tensor) -> Tensor:
+        """Of classes, or of each label being there where a text may have several."""
         logits_BV: Tensor = model(**encoder_inputs(inputs_BD.long())).logits
-        return logits_BV
+        if model.config.problem_type == MULTI_LABEL:
+            return label_logits(logits_BV).log_softmax(-1)[..., 1]
+        return logits_BV.log_softmax(-1)
 
     def fitted(self, config: Any, shape: DataShape) -> Any:
+        self.require(config.to_dict())
         self._check(config.max_position_embeddings, config.vocab_size, shape)
         changed = copy.deepcopy(config)
         changed.max_position_embeddings = shape.details["sequence_length"] + self.reserved_positions
@@ -188,7 +210,10 @@ class EncoderFamily:
         return changed
 
     def output_order(self, config: Any, shape: DataShape) -> list[int] | None:
-        """By the names of the classes."""
+        """By the names of the classes, and by whether a text has one of them or several."""
+        several = [kind == MULTI_LABEL for kind in (config.problem_type, _labels(shape)["problem_type"])]
+        if several[0] != several[1]:
+            return None
         return class_order([name for _, name in sorted(config.id2label.items())], shape.details["classes"])
 
 
@@ -197,6 +222,21 @@ def encoder_inputs(tokens_BD: Tensor) -> dict[str, Tensor]:
     return {"input_ids": tokens_BD.clamp(min=0), "attention_mask": (tokens_BD != PADDING).long()}
 
 
-def _labels(shape: DataShape) -> dict[str, dict[Any, Any]]:
+def label_logits(logits_BV: Tensor) -> Tensor:
+    """Of V labels that may each be there or not, as V predictions of two outputs: (B, V, 2), absent and there.
+
+    Their softmax is the sigmoid, their cross-entropy the binary one, their divergence that of Bernoulli distributions.
+    """
+    import torch
+
+    return torch.stack([torch.zeros_like(logits_BV), logits_BV], -1)
+
+
+def _labels(shape: DataShape) -> dict[str, Any]:
+    """What transformers is told of the outputs; how a text has them is left open where it has one."""
     classes = shape.details["classes"]
-    return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    return {
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: i for i, name in enumerate(classes)},
+        "problem_type": shape.details.get("problem_type"),
+    }

@@ -112,9 +112,9 @@ class MlpFamily:
         ]
         return np.stack(columns, axis=1).astype(np.float32)
 
-    def flat_logits(self, model: Any, inputs_BD: Tensor) -> Tensor:
-        logits_BV: Tensor = model(features=inputs_BD).logits
-        return logits_BV
+    def flat_logprobs(self, model: Any, inputs_BD: Tensor) -> Tensor:
+        logprobs_BV: Tensor = model(features=inputs_BD).logits.log_softmax(-1)
+        return logprobs_BV
 
 
 def embedding_width(categories: int) -> int:

@@ -45,6 +45,7 @@ class ModelSize:
     outputs: int  # logits at each prediction
     predictions: int  # in a row
     tensors: tuple[int, ...]  # numbers in each parameter tensor; tied ones once
+    relative: int = 0  # entries of a table of relative positions
 
     @property
     def parameters(self) -> int:

@@ -119,10 +119,10 @@ class VitFamily:
     def sample_rows(self, config: Any, rows: int, generator: np.random.Generator) -> NDArray[np.float32]:
         return generator.random((rows, self.width(config)), np.float32)
 
-    def flat_logits(self, model: Any, inputs_BD: Tensor) -> Tensor:
+    def flat_logprobs(self, model: Any, inputs_BD: Tensor) -> Tensor:
         images_BCHW = inputs_BD.reshape(-1, model.config.num_channels, *_image_size(model.config.image_size))
-        logits_BV: Tensor = model(pixel_values=images_BCHW).logits
-        return logits_BV
+        logprobs_BV: Tensor = model(pixel_values=images_BCHW).logits.log_softmax(-1)
+        return logprobs_BV
 
 
 def _image_size(edges: Any) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 Rows are asked one at a time, as a lone request is: int8 activations share one scale for a batch. Parity is held against
 what the file means, run operator by operator and integers included, so only float rounding remains.
 
-Shapes: B rows, D numbers in a row, V outputs, U test units.
+Shapes: B rows, D numbers in a row, V outputs, U test units, P predictions of each.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ TIMED_AT_LEAST = 300  # a row is quick, and its latency is cheap to know well
 
 @dataclass(frozen=True)
 class Judged:
-    """Of each unit: what ``Quality`` adds up, the first choice, and what further metrics are made from."""
+    """Of each unit: what ``Quality`` adds up, the choices, P of each unit, and what further metrics are made from."""
 
     total: NDArray[np.float64]
-    choices_U: NDArray[np.int32]
+    choices_UP: NDArray[np.int32]
     columns: UnitColumns = field(default_factory=dict)
+    size: NDArray[np.int64] | None = None  # what ``Quality`` divides by; None for units of size 1
 
 
 Judge = Callable[[NDArray[np.float32], Columns], Judged]  # of log-probabilities (U, V) and the columns of the rows
@@ -70,14 +71,16 @@ def score_arrays(
     done = len(logprobs)
     judged = judge(np.concatenate(logprobs), {name: values[:done] for name, values in columns.items()})
     ones = np.ones(done, np.int64)
-    return FileScores(file_sha256(file), units[:done], judged.total, ones, ones, judged.choices_U, judged.columns)
+    size, predictions = ones if judged.size is None else judged.size, ones * judged.choices_UP.shape[1]
+    choices_N = judged.choices_UP.ravel()
+    return FileScores(file_sha256(file), units[:done], judged.total, size, predictions, choices_N, judged.columns)
 
 
 def first_choices(logprobs_UV: NDArray[np.float32], columns: Columns) -> Judged:
     """A ``Judge``: 1 for a right answer, by the column ``label``."""
     choices_U = logprobs_UV.argmax(1).astype(np.int32)
     right_U = (choices_U == columns["label"]).astype(np.float64)
-    return Judged(right_U, choices_U, class_columns(logprobs_UV, columns["label"]))
+    return Judged(right_U, choices_U[:, None], class_columns(logprobs_UV, columns["label"]))
 
 
 def measure_arrays(

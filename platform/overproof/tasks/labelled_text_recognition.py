@@ -29,7 +29,7 @@ from overproof.tasks.recognition import (
 )
 from overproof.tasks.table_recognition import ALMOST_UNIQUE, not_classes
 from overproof.tasks.table_samples import TableSample, is_text
-from overproof.tasks.texts import count_texts, encode_texts, read_tokenizer, tokenizer_file
+from overproof.tasks.texts import Labelling, count_texts, encode_texts, read_tokenizer, tokenizer_file
 
 TEXT_NAMES = ("text", "sentence", "review", "content", "body", "comment", "message")
 CLASS_NAMES = ("label", "class", "target", "category", "topic", "sentiment", "intent")
@@ -52,8 +52,9 @@ class _Found:
 
 
 def recognise_labelled_texts(
-    look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags, section: type[DataSection]
-) -> Recognised:
+    look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags, section: type[DataSection],
+    labelling: Labelling,
+) -> Recognised:  # fmt: skip
     """CSV, JSONL or Parquet with a column of text and one of classes, or a folder of text files for each class."""
     if model is None:
         return Misfit("a classifier of texts starts from an encoder: give MODEL, a Hugging Face directory")
@@ -61,7 +62,7 @@ def recognise_labelled_texts(
     if len(tables) > 1:
         return Misfit(f"expected CSV, JSONL or Parquet, and one of them alone: {look.described}")
     found = _columns(look, tables[0], flags) if tables else _folders(look)
-    return _fit(found, model, section) if isinstance(found, _Found) else found
+    return _fit(found, model, section, labelling) if isinstance(found, _Found) else found
 
 
 def _columns(look: DataLook, suffix: str, flags: ColumnFlags) -> _Found | Misfit | Question:
@@ -114,11 +115,11 @@ def _folders(look: DataLook) -> _Found | Misfit:
     return _Found({"kind": "folder", "path": look.path}, "a folder for each class", texts)
 
 
-def _fit(found: _Found, model: Mapping[str, Any], section: type[DataSection]) -> Fit | Misfit:
+def _fit(found: _Found, model: Mapping[str, Any], section: type[DataSection], labelling: Labelling) -> Fit | Misfit:
     """With all classes there are, by a look at every row, and the length of rows."""
     path = model["_name_or_path"]
     data: Any = section.parse({"source": found.source}, "data")
-    counts = count_texts(data)
+    counts = count_texts(data, labelling)
     if counts.texts < FEWEST_TEXTS:
         return Misfit(f"{counts.texts} texts; expected {FEWEST_TEXTS} at least, for train, validation and test")
     _, family = family_of(model, path)

@@ -252,7 +252,7 @@ class TabularRegression(_Tabular):
 
         def judge(logprobs_UV: NDArray[np.float32], rows: Columns) -> Judged:
             errors_U = np.exp(logprobs_UV) @ centres_V - rows["value"]
-            return Judged(np.square(errors_U, dtype=np.float64), logprobs_UV.argmax(1).astype(np.int32))
+            return Judged(np.square(errors_U, dtype=np.float64), logprobs_UV.argmax(1, keepdims=True).astype(np.int32))
 
         return score_arrays(file, root, units, engine, "features", judge, tell, ("value",), settings.score_s)
 

@@ -1,11 +1,12 @@
 """Text classification: a text with a class each, judged by accuracy.
 
-Shapes: B rows, T tokens in a row, V classes.
+Shapes: B rows, T tokens in a row, R texts, K train texts, V classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,9 +18,9 @@ from pydantic import AfterValidator, Field
 from overproof.config.base import Section
 from overproof.config.data import BpeTokenizer, DataSection
 from overproof.data.manifest import TOKENIZER
-from overproof.errors import InputError
+from overproof.errors import InputError, suggest_name
 from overproof.models.base import DataShape, Prediction
-from overproof.tasks.base import CardWords, FileScores, Loss, Metric, Quality, Tell
+from overproof.tasks.base import CardWords, FileScores, FurtherMetric, Loss, Metric, Quality, Tell
 from overproof.tasks.class_metrics import CLASS_METRICS
 from overproof.tasks.http import MOST_ROWS, ModelRequest, UnicodeText
 from overproof.tasks.image_classification import classified, same_classes
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from overproof.export.base import Format
     from overproof.stage_context import StageContext
     from overproof.tasks.recognition import ColumnFlags, DataLook, Recognised
+    from overproof.tasks.texts import Labelling
 
     Batch = dict[str, Tensor]
 
@@ -45,7 +47,7 @@ SHOWN = 60  # characters of a text, on a line
 class _Columns(Section):
     path: str
     text: str = Field("text", description="Key or column of the text.")
-    label: str = Field("label", description="Key or column of the class: its name, or a whole number.")
+    label: str = Field("label", description="Key or column of the class or classes: names, or whole numbers.")
 
 
 class JsonlTexts(_Columns):
@@ -86,20 +88,76 @@ class ModelTokenizer(Section):
     path: str = Field(description="A tokenizer.json, or the Hugging Face directory that has it.")
 
 
-class TextClassificationData(DataSection):
-    """Texts with a class each, split class by class and by content, and cut to one number of tokens."""
+class LabelledTextsData(DataSection):
+    """Texts with classes, split class by class and by content, and cut to one number of tokens."""
 
-    kind: Literal["text_classification"] = "text_classification"
-    source: TextsSource = Field(discriminator="kind")
     tokenizer: BpeTokenizer | ModelTokenizer = Field(BpeTokenizer(vocab_size=8192), discriminator="kind")
     sequence_length: int = Field(
         128, ge=4, le=8192, description="Tokens in a row, special ones included; what is longer is cut, and counted."
     )
+
+
+class TextClassificationData(LabelledTextsData):
+    """Texts with a class each, split class by class and by content, and cut to one number of tokens."""
+
+    kind: Literal["text_classification"] = "text_classification"
+    source: TextsSource = Field(discriminator="kind")
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         None,
         description="How much a text counts in the losses: balanced, by how rare its class is; or a number for each "
         "class, 1 where there is none. They are scaled to a mean of 1.",
     )
+
+
+@dataclass(frozen=True)
+class OneClass:
+    """A text has one class; see ``Labelling``."""
+
+    class_weights: Literal["balanced"] | Mapping[str, float] | None = None
+    differing: str = "texts of several classes"
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def read(self, where: str, value: Any) -> tuple[str, ...]:
+        from overproof.tasks.texts import as_class
+
+        if isinstance(value, list):
+            raise InputError(
+                f"{where}: the class is a list of {len(value)}; expected one class: texts with several of them are "
+                "data.kind 'multi_label_text_classification'"
+            )
+        return (as_class(where, value),)
+
+    def encode(self, there_RV: NDArray[np.bool_]) -> NDArray[np.int32]:
+        labels_R: NDArray[np.int32] = there_RV.argmax(1).astype(np.int32)
+        return labels_R
+
+    def strata(self, there_RV: NDArray[np.bool_]) -> NDArray[np.int32]:
+        return self.encode(there_RV)
+
+    def shape(self, classes: int) -> tuple[int, int]:
+        return 1, classes
+
+    def weights(self, classes: list[str], train_KV: NDArray[np.bool_]) -> NDArray[np.float32] | None:
+        """Of each class; their mean over the train texts is 1.
+
+        Raises:
+            InputError: a weight is of no class.
+        """
+        if self.class_weights is None:
+            return None
+        counts_V = train_KV.sum(0)
+        if self.class_weights == "balanced":
+            weights_V = 1 / counts_V
+        else:
+            for name in self.class_weights:
+                if name not in classes:
+                    near = suggest_name(name, classes)
+                    raise InputError(
+                        f"data.class_weights.{name}: there is no such class{near}; expected one of {classes}"
+                    )
+            weights_V = np.array([self.class_weights.get(name, 1.0) for name in classes])
+        scaled: NDArray[np.float32] = (weights_V * counts_V.sum() / (weights_V @ counts_V)).astype(np.float32)
+        return scaled
 
 
 def _written(text: str) -> str:
@@ -119,10 +177,10 @@ class ClassifyTextsRequest(ModelRequest):
 class TextClassification:
     """See ``Task`` and ``ArrayTask``."""
 
-    section = TextClassificationData
+    section: type[LabelledTextsData] = TextClassificationData
     unit, test_unit = "text", "text"
     quality = Quality("accuracy", "accuracy", "share", higher_is_better=True, relative=False)
-    further = CLASS_METRICS
+    further: tuple[FurtherMetric, ...] = CLASS_METRICS
     losses: frozenset[Loss] = frozenset({"outputs", "attention", "hidden_states"})
     speed, speed_unit = "texts_per_s", "texts/s"
     label_column = "label"
@@ -134,23 +192,28 @@ class TextClassification:
     def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
         from overproof.tasks.labelled_text_recognition import recognise_labelled_texts
 
-        return recognise_labelled_texts(look, model, flags, self.section)
+        return recognise_labelled_texts(look, model, flags, self.section, OneClass())
 
-    def source_digest(self, data: TextClassificationData) -> str:
+    def labelling(self, data: Any) -> Labelling:
+        return OneClass(data.class_weights)
+
+    def source_digest(self, data: Any) -> str:
         from overproof.tasks.texts import texts_digest
 
         return texts_digest(data)
 
-    def shape(self, data: TextClassificationData) -> DataShape:
+    def shape(self, data: Any) -> DataShape:
         from overproof.tasks.texts import describe_texts
 
-        details = describe_texts(data)
-        return DataShape(data.kind, len(details["classes"]), 1, details)
+        labelling = self.labelling(data)
+        details = describe_texts(data, labelling)
+        positions, outputs = labelling.shape(len(details["classes"]))
+        return DataShape(data.kind, outputs, positions, details)
 
     def prepare(self, context: StageContext) -> Manifest:
         from overproof.tasks.texts import prepare_texts
 
-        return prepare_texts(context)
+        return prepare_texts(context, self.labelling(context.recipe.data))
 
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
         """A classifier of texts on the columns ``tokens`` (B, T), ``label`` (B) and, where classes have one, ``weight``
@@ -211,25 +274,39 @@ class TextClassification:
         return {"texts": [details["example"]]}
 
     def describe_reply(self, body: Mapping[str, Any], reply: Mapping[str, Any]) -> str:
-        first, text = reply["data"][0], body["texts"][0]
-        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-        return f"{shown!r} is classed as {first['name']} (probability {first['probabilities'][first['label']]:.3f})"
+        first, text = reply["data"][0], shown(body["texts"][0])
+        return f"{text!r} is classed as {first['name']} (probability {first['probabilities'][first['label']]:.3f})"
 
     def card(self, manifest: Manifest, settings: Evaluate) -> CardWords:
         del settings
-        found = manifest.details
-        classes, length = found["classes"], found["sequence_length"]
-        cut, rows = found["truncated"], sum(split.rows for split in manifest.splits.values())
+        length, classes = manifest.details["sequence_length"], listed(manifest.details["classes"])
         return CardWords(
             summary=f"A classifier of texts of up to {length} tokens",
             intended_use=(
-                f"It gives one of {len(classes)} classes ({', '.join(classes[:LISTED])}"
-                f"{', ...' if len(classes) > LISTED else ''}) to a text, of which it reads the first {length} tokens; "
-                f"{cut:,} of the {rows:,} texts it was made with were longer. It names one of them for texts of "
+                f"It gives one of {classes} to a text, {what_is_read(manifest)}. It names one of them for texts of "
                 "anything else, too, and was measured on its own data set alone. It was not tested for fairness."
             ),
             latency=f"one text, as a row of {length} tokens",
         )
+
+
+def shown(text: str) -> str:
+    """A text, or how it begins."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def listed(classes: Sequence[str]) -> str:
+    """How many classes there are, and which, for a card."""
+    return f"{len(classes)} classes ({', '.join(classes[:LISTED])}{', ...' if len(classes) > LISTED else ''})"
+
+
+def what_is_read(manifest: Manifest) -> str:
+    """How much of a text a model reads, and how many of its texts were longer, for a card."""
+    cut, rows = manifest.details["truncated"], sum(split.rows for split in manifest.splits.values())
+    return (
+        f"of which it reads the first {manifest.details['sequence_length']} tokens; {cut:,} of the {rows:,} texts it "
+        "was made with were longer"
+    )
 
 
 @lru_cache(maxsize=16)

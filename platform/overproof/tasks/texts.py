@@ -1,6 +1,8 @@
 """Texts of any source as shards: read, split class by class, tokenised and cut, and written.
 
 Shapes: R texts, K of them in a split, T tokens in a row, V classes.
+
+A text has one class or several: ``Labelling`` is what a task says of that.
 """
 
 from __future__ import annotations
@@ -11,8 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -31,10 +32,7 @@ from overproof.files import filesystem
 from overproof.models.encoder import PADDING
 from overproof.stage_context import Notice, StageContext, TaskProgress
 
-if TYPE_CHECKING:
-    from overproof.tasks.text_classification import TextClassificationData
-
-Labelled = tuple[str, str, str]  # where it is from, the text, its class
+Labelled = tuple[str, str, tuple[str, ...]]  # where it is from, the text, its classes
 
 SUFFIXES = {"jsonl": ".jsonl", "csv": ".csv", "parquet": ".parquet", "folder": ".txt"}
 PAD, START, END = "[PAD]", "[CLS]", "[SEP]"
@@ -48,25 +46,51 @@ class Texts:
     """The texts of a source in an order of their own, none twice; and how many were left out, by reason."""
 
     texts: list[str]
-    labels: list[str]
+    labels: list[tuple[str, ...]]  # the classes of each
     dropped: dict[str, int]
 
     @property
     def classes(self) -> list[str]:
-        """In their order."""
-        return _ordered(set(self.labels))
+        return _ordered({name for labels in self.labels for name in labels})
 
 
 @dataclass(frozen=True)
 class TextCounts:
-    """How many texts of each class a source has, as ``read_texts`` would give them."""
+    """How many texts a source has, and of each class, as ``read_texts`` would give them."""
 
+    texts: int
     by_class: Mapping[str, int]  # in the classes' order
 
+
+class Labelling(Protocol):
+    """How the texts of a task have their classes."""
+
     @property
-    def texts(self) -> int:
-        """In all."""
-        return sum(self.by_class.values())
+    def differing(self) -> str:
+        """What texts are that stand there more than once, with other classes each time."""
+
+    @property
+    def details(self) -> Mapping[str, Any]:
+        """Of the manifest, beside those of all texts."""
+
+    def read(self, where: str, value: Any) -> tuple[str, ...]:
+        """The classes of a text, from the value of its column or its folder's name.
+
+        Raises:
+            InputError: it is not what the recipe says.
+        """
+
+    def encode(self, there_RV: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """The column ``label`` of a shard, one number or several a row: which classes each text has."""
+
+    def strata(self, there_RV: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """Of each text, the group that gives each split its share."""
+
+    def shape(self, classes: int) -> tuple[int, int]:
+        """Predictions in a row, and outputs of each."""
+
+    def weights(self, classes: list[str], train_KV: NDArray[np.bool_]) -> NDArray[np.float32] | None:
+        """How much a text of each class counts, by the classes of the train texts; None where all count alike."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +102,7 @@ class EncodedTexts:
     empty: list[int]
 
 
-def texts_digest(data: TextClassificationData) -> str:
+def texts_digest(data: Any) -> str:
     """Sha256, in hex, over the names, sizes and times of a source's files, and the tokenizer's content.
 
     Raises:
@@ -90,20 +114,20 @@ def texts_digest(data: TextClassificationData) -> str:
     return sha256_of(identity)
 
 
-def describe_texts(data: TextClassificationData) -> dict[str, Any]:
+def describe_texts(data: Any, labelling: Labelling) -> dict[str, Any]:
     """What models must fit, as far as it is known before the texts are split: a vocabulary may be the recipe's limit.
 
     Raises:
         InputError: a file cannot be read, a text or its class is missing, or there is one class alone.
     """
-    classes = list(count_texts(data).by_class)
+    classes = list(count_texts(data, labelling).by_class)
     if data.tokenizer.kind == "bpe":
-        return _details(data, classes, data.tokenizer.vocab_size, SPECIAL.index(PAD))
+        return _details(data, labelling, classes, data.tokenizer.vocab_size, SPECIAL.index(PAD))
     tokenizer = read_tokenizer(tokenizer_file(data.tokenizer.path), data.tokenizer.path, data.sequence_length)
-    return _details(data, classes, *_vocabulary(tokenizer))
+    return _details(data, labelling, classes, *_vocabulary(tokenizer))
 
 
-def prepare_texts(context: StageContext) -> Manifest:
+def prepare_texts(context: StageContext, labelling: Labelling) -> Manifest:
     """Read, split by class and content, tokenise, cut and write.
 
     Raises:
@@ -112,15 +136,15 @@ def prepare_texts(context: StageContext) -> Manifest:
     """
     data: Any = context.recipe.data
     context.progress(TaskProgress("prepare", 0, 3, "reading the texts"))
-    found = read_texts(data)
-    numbers = {name: number for number, name in enumerate(found.classes)}
-    labels_R = np.array([numbers[label] for label in found.labels], np.int32)
-    splits = stratified(labels_R, data.validation_fraction, data.test_fraction, context.recipe.seed)
+    found = read_texts(data, labelling)
+    classes = found.classes
+    there_RV = _class_matrix(found, classes)
+    splits = stratified(labelling.strata(there_RV), data.validation_fraction, data.test_fraction, context.recipe.seed)
     splits["train"] = splits["train"][: len(splits["train"]) // data.rows_per_group * data.rows_per_group]
-    _require_train_texts(found, labels_R, splits["train"])
+    _require_train_texts(classes, there_RV, splits["train"])
     content = _tokenizer_content(data, (found.texts[row] for row in splits["train"]))
     tokenizer = read_tokenizer(content, "data.tokenizer", data.sequence_length)
-    context.progress(TaskProgress("prepare", 1, 3, f"tokenising {len(labels_R):,} texts"))
+    context.progress(TaskProgress("prepare", 1, 3, f"tokenising {len(found.texts):,} texts"))
     encoded = encode_texts(tokenizer, found.texts)
     if encoded.empty:
         raise InputError(
@@ -132,70 +156,84 @@ def prepare_texts(context: StageContext) -> Manifest:
     if truncated:
         longer = f"{truncated:,} of {len(kept_K):,} texts are longer than {data.sequence_length} tokens"
         context.progress(Notice(f"{longer} (data.sequence_length) and are cut"))
-    context.progress(TaskProgress("prepare", 2, 3, f"writing {len(labels_R):,} texts"))
+    context.progress(TaskProgress("prepare", 2, 3, f"writing {len(found.texts):,} texts"))
+    labels = labelling.encode(there_RV)
     columns: tuple[Column, ...] = (
         Column(name="tokens", dtype="<i4", shape=(data.sequence_length,)),
-        Column(name="label", dtype="<i4"),
+        Column(name="label", dtype="<i4", shape=labels.shape[1:]),
     )
-    rows: dict[str, NDArray[Any]] = {"tokens": encoded.tokens_RT, "label": labels_R}
-    if data.class_weights is not None:
+    rows: dict[str, NDArray[Any]] = {"tokens": encoded.tokens_RT, "label": labels}
+    weights_V = labelling.weights(classes, there_RV[splits["train"]])
+    if weights_V is not None:
         columns += (Column(name="weight", dtype="<f4"),)
-        rows["weight"] = _weights(data.class_weights, found.classes, labels_R[splits["train"]])[labels_R]
-    written = write_splits(rows, splits, columns, data, context.draft.uri, "texts")
+        rows["weight"] = weights_V[labels]
+    positions, outputs = labelling.shape(len(classes))
+    written = write_splits(rows, splits, columns, data, context.draft.uri, "texts", np.full(len(labels), positions))
     write_file(context.draft.uri, TOKENIZER, content)
     example = found.texts[int(splits["test"][0])][:EXAMPLE_CHARACTERS]
+    details = _details(data, labelling, classes, *_vocabulary(tokenizer))
     return Manifest(
         task=data.kind,
         columns=columns,
         splits=written.splits,
         rows_per_group=data.rows_per_group,
-        positions=1,
-        outputs=len(numbers),
+        positions=positions,
+        outputs=outputs,
         tokenizer_sha256=hashlib.sha256(content).hexdigest(),
         dropped=found.dropped,
-        details=_details(data, found.classes, *_vocabulary(tokenizer)) | {"truncated": truncated, "example": example},
+        details=details | {"truncated": truncated, "example": example},
     )
 
 
-def read_texts(data: TextClassificationData) -> Texts:
+def read_texts(data: Any, labelling: Labelling) -> Texts:
     """Every text once, ordered by the hash of its content, so that it does not matter where it was read.
 
-    A text that stands there with several classes is left out: whatever a model said of it would be wrong somewhere.
+    A text that stands there with other classes each time is left out: whatever a model said of it would be wrong
+    somewhere.
 
     Raises:
         InputError: a file cannot be read, a text or its class is missing, or there is one class alone.
     """
-    rows, classes_of = 0, dict[str, set[str]]()
-    for _, text, label in _labelled_texts(data.source):
+    rows, labels_of = 0, dict[str, set[frozenset[str]]]()
+    for _, text, labels in _labelled_texts(data.source, labelling):
         rows += 1
-        classes_of.setdefault(text, set()).add(label)
-    kept = {text: next(iter(labels)) for text, labels in classes_of.items() if len(labels) == 1}
-    _require_classes(data.source, set(kept.values()))
+        labels_of.setdefault(text, set()).add(frozenset(labels))
+    kept = {text: tuple(sorted(next(iter(found)))) for text, found in labels_of.items() if len(found) == 1}
     texts = sorted(kept, key=lambda text: hashlib.sha256(text.encode()).digest())
-    dropped = {"duplicates": rows - len(classes_of), "texts of several classes": len(classes_of) - len(kept)}
-    return Texts(texts, [kept[text] for text in texts], dropped)
+    dropped = {"duplicates": rows - len(labels_of), labelling.differing: len(labels_of) - len(kept)}
+    found = Texts(texts, [kept[text] for text in texts], dropped)
+    _require_classes(data.source, found.classes, len(texts))
+    return found
 
 
-def count_texts(data: TextClassificationData) -> TextCounts:
+_counted: dict[tuple[Any, ...], TextCounts] = {}  # of the source that was asked for last
+
+
+def count_texts(data: Any, labelling: Labelling) -> TextCounts:
     """How many texts of each class ``read_texts`` would give, held by their digests alone.
 
     Raises:
         InputError: as ``read_texts``.
     """
-    return _count_texts(data.source, tuple((info.path, info.size, info.mtime_ns) for info in _files(data.source)))
+    files = tuple((info.path, info.size, info.mtime_ns) for info in _files(data.source))
+    key = (data.model_dump_json(), files)
+    if key not in _counted:
+        _counted.clear()
+        _counted[key] = _count_texts(data.source, labelling)
+    return _counted[key]
 
 
-@lru_cache(maxsize=1)
-def _count_texts(source: Any, files: tuple[tuple[str, int, int | None], ...]) -> TextCounts:
-    del files  # whose change makes another source of it
-    class_of = dict[bytes, str | None]()  # None where a text stands there with several
-    for _, text, label in _labelled_texts(source):
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        if class_of.setdefault(digest, label) != label:
-            class_of[digest] = None
-    counts = Counter(label for label in class_of.values() if label is not None)
-    _require_classes(source, set(counts))
-    return TextCounts({name: counts[name] for name in _ordered(set(counts))})
+def _count_texts(source: Any, labelling: Labelling) -> TextCounts:
+    labels_of = dict[bytes, frozenset[str] | None]()  # None where a text stands there with others, too
+    for _, text, labels in _labelled_texts(source, labelling):
+        digest, found = hashlib.blake2b(text.encode(), digest_size=16).digest(), frozenset(labels)
+        if labels_of.setdefault(digest, found) != found:
+            labels_of[digest] = None
+    kept = [labels for labels in labels_of.values() if labels is not None]
+    counts = Counter(name for labels in kept for name in labels)
+    classes = _ordered(set(counts))
+    _require_classes(source, classes, len(kept))
+    return TextCounts(len(kept), {name: counts[name] for name in classes})
 
 
 def _ordered(classes: set[str]) -> list[str]:
@@ -204,9 +242,10 @@ def _ordered(classes: set[str]) -> list[str]:
     return sorted(classes, key=lambda name: (int(name), name)) if numbers else sorted(classes)
 
 
-def _require_classes(source: Any, classes: set[str]) -> None:
+def _require_classes(source: Any, classes: Sequence[str], texts: int) -> None:
     if len(classes) < 2:
-        only = f"every text is of class {next(iter(classes))!r}" if classes else "there is no text"
+        only = f"there is no class but {classes[0]!r}" if classes else "no text has a class"
+        only = only if texts else "there is no text"
         raise InputError(f"data.source.path: {source.path}: {only}; expected texts of two classes at least")
 
 
@@ -258,8 +297,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _details(data: TextClassificationData, classes: list[str], vocabulary: int, padding: int | None) -> dict[str, Any]:
+def _details(
+    data: Any, labelling: Labelling, classes: list[str], vocabulary: int, padding: int | None
+) -> dict[str, Any]:
     return {
+        **labelling.details,
         "classes": classes,
         "sequence_length": data.sequence_length,
         "vocabulary": vocabulary,
@@ -273,7 +315,7 @@ def _vocabulary(tokenizer: Tokenizer) -> tuple[int, int | None]:
     return max(ids.values()) + 1, next((ids[name] for name in PADDINGS if name in ids), None)
 
 
-def _tokenizer_content(data: TextClassificationData, train: Iterable[str]) -> bytes:
+def _tokenizer_content(data: Any, train: Iterable[str]) -> bytes:
     if data.tokenizer.kind == "bpe":
         return str(train_tokenizer(train, data.tokenizer.vocab_size).to_str()).encode()
     return tokenizer_file(data.tokenizer.path)
@@ -295,30 +337,22 @@ def tokenizer_file(path: str) -> bytes:
     return content
 
 
-def _require_train_texts(found: Texts, labels_R: NDArray[np.int32], train: NDArray[np.int64]) -> None:
+def _class_matrix(found: Texts, classes: list[str]) -> NDArray[np.bool_]:
+    numbers = {name: number for number, name in enumerate(classes)}
+    there_RV = np.zeros((len(found.texts), len(classes)), np.bool_)
+    for there_V, labels in zip(there_RV, found.labels, strict=True):
+        there_V[[numbers[name] for name in labels]] = True
+    return there_RV
+
+
+def _require_train_texts(classes: list[str], there_RV: NDArray[np.bool_], train: NDArray[np.int64]) -> None:
     """Raises InputError where a class has texts in other splits alone: no model could learn it."""
-    unseen = sorted(set(range(len(found.classes))) - set(labels_R[train].tolist()))
-    if unseen and len(train):
-        name = found.classes[unseen[0]]
+    unseen = np.flatnonzero(~there_RV[train].any(0))
+    if len(unseen) and len(train):
         raise InputError(
-            f"data: class {name!r} has {Counter(found.labels)[name]} texts, and none falls into the train split; "
-            "expected several texts of each class: give more, or leave the class out"
+            f"data: class {classes[unseen[0]]!r} has {there_RV[:, unseen[0]].sum()} texts, and none falls into the "
+            "train split; expected several texts of each class: give more, or leave the class out"
         )
-
-
-def _weights(chosen: Any, classes: list[str], train_labels_R: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Of each class; their mean over the train texts is 1."""
-    counts_V = np.bincount(train_labels_R, minlength=len(classes))
-    if chosen == "balanced":
-        weights_V = 1 / counts_V
-    else:
-        for name in chosen:
-            if name not in classes:
-                near = suggest_name(name, classes)
-                raise InputError(f"data.class_weights.{name}: there is no such class{near}; expected one of {classes}")
-        weights_V = np.array([chosen.get(name, 1.0) for name in classes])
-    scaled: NDArray[np.float32] = (weights_V * counts_V.sum() / (weights_V @ counts_V)).astype(np.float32)
-    return scaled
 
 
 def _files(source: Any) -> list[fs.FileInfo]:
@@ -329,32 +363,32 @@ def _files(source: Any) -> list[fs.FileInfo]:
     return found
 
 
-def _labelled_texts(source: Any) -> Iterator[Labelled]:
-    """Every text of a source with its class, in the order of files and rows."""
+def _labelled_texts(source: Any, labelling: Labelling) -> Iterator[Labelled]:
+    """Every text of a source with its classes, in the order of files and rows."""
     files, root = filesystem(source.path)
     for info in _files(source):
         if source.kind == "folder":
-            yield _one_file(files, info.path, root, source)
+            yield _one_file(files, info.path, root, source, labelling)
         elif source.kind == "jsonl":
             with files.open_input_stream(info.path) as stream:
-                yield from _lines(io.BufferedReader(stream), info.path, source)
+                yield from _lines(io.BufferedReader(stream), info.path, source, labelling)
         else:
-            yield from _rows(files, info.path, source)
+            yield from _rows(files, info.path, source, labelling)
 
 
-def _one_file(files: fs.FileSystem, path: str, root: str, source: Any) -> Labelled:
+def _one_file(files: fs.FileSystem, path: str, root: str, source: Any, labelling: Labelling) -> Labelled:
     name = path.removeprefix(root).strip("/").split("/")
     if len(name) < 2:
         raise InputError(f"{path}: lies beside the classes' folders; expected {source.path}/CLASS/{name[-1] or 'FILE'}")
     with files.open_input_stream(path) as stream:
         content: bytes = stream.read()
     try:
-        return path, _as_text(path, content.decode()), name[0]
+        return path, _as_text(path, content.decode()), labelling.read(path, name[0])
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error}; expected text in UTF-8") from None
 
 
-def _lines(lines: Iterable[bytes], path: str, source: Any) -> Iterator[Labelled]:
+def _lines(lines: Iterable[bytes], path: str, source: Any, labelling: Labelling) -> Iterator[Labelled]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -368,10 +402,10 @@ def _lines(lines: Iterable[bytes], path: str, source: Any) -> Iterator[Labelled]
         if not isinstance(record, dict):
             raise InputError(f"{where}: found {record!r:.40}; expected an object with a text and its class")
         _require_columns(where, list(record), source)
-        yield where, _as_text(where, record[source.text]), _as_class(where, record[source.label])
+        yield where, _as_text(where, record[source.text]), labelling.read(where, record[source.label])
 
 
-def _rows(files: fs.FileSystem, path: str, source: Any) -> Iterator[Labelled]:
+def _rows(files: fs.FileSystem, path: str, source: Any, labelling: Labelling) -> Iterator[Labelled]:
     row = 0
     try:
         for batch in (_csv_batches if source.kind == "csv" else _parquet_batches)(files, path, source):
@@ -379,7 +413,7 @@ def _rows(files: fs.FileSystem, path: str, source: Any) -> Iterator[Labelled]:
             for text, label in zip(texts, labels, strict=True):
                 row += 1
                 where = f"{path}, row {row}"
-                yield where, _as_text(where, text), _as_class(where, label)
+                yield where, _as_text(where, text), labelling.read(where, label)
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error}; expected text in UTF-8") from None
     except (pa.ArrowInvalid, OSError) as error:
@@ -424,7 +458,12 @@ def _as_text(where: str, value: Any) -> str:
     return value
 
 
-def _as_class(where: str, value: Any) -> str:
+def as_class(where: str, value: Any) -> str:
+    """The name of a class.
+
+    Raises:
+        InputError: there is none, or the value is neither a name nor a number.
+    """
     if isinstance(value, bool):
         return str(value).lower()
     if value is not None and not isinstance(value, str | int):

@@ -1,0 +1,204 @@
+"""Classification of texts with several classes each, or none: as many yes-or-no predictions as there are classes.
+
+Each is a prediction of two outputs, absent and there. So what holds for classes holds here: cross-entropy is the binary
+one, the divergence that of Bernoulli distributions, and the teacher's cache holds both outputs of each class.
+
+Shapes: B rows, R texts, U test units, V classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from overproof.data.parquet_reader import Columns
+from overproof.errors import InputError
+from overproof.models.base import Prediction
+from overproof.models.encoder import MULTI_LABEL
+from overproof.tasks.base import CardWords, FileScores, Tell
+from overproof.tasks.label_metrics import LABEL_METRICS, MICRO_F1, label_columns
+from overproof.tasks.text_classification import (
+    CsvTexts,
+    JsonlTexts,
+    LabelledTextsData,
+    ParquetTexts,
+    TextClassification,
+    listed,
+    shown,
+    what_is_read,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from overproof.config import Evaluate
+    from overproof.data.manifest import Manifest
+    from overproof.export.base import Format
+    from overproof.tasks.array_evaluation import Judged
+    from overproof.tasks.recognition import ColumnFlags, DataLook, Recognised
+    from overproof.tasks.texts import Labelling
+
+    Batch = dict[str, Tensor]
+
+
+class MultiLabelTextClassificationData(LabelledTextsData):
+    """Texts with any number of classes each, split by their rarest class and by content, and cut to one length."""
+
+    kind: Literal["multi_label_text_classification"] = "multi_label_text_classification"
+    source: JsonlTexts | CsvTexts | ParquetTexts = Field(discriminator="kind")
+    separator: str | None = Field(
+        None, min_length=1, description="What stands between a text's classes, such as ';'; null: they are a list."
+    )
+    threshold: float = Field(
+        0.5, gt=0, lt=1, description="A class is given to a text from this probability on; metrics go by it, too."
+    )
+
+    @model_validator(mode="after")
+    def _separator_of_csv(self) -> Self:
+        if self.source.kind == "csv" and self.separator is None:
+            raise ValueError("separator is null, and CSV holds no lists; expected what stands between classes, as ';'")
+        return self
+
+
+@dataclass(frozen=True)
+class SeveralClasses:
+    """A text has any number of classes; see ``Labelling``."""
+
+    separator: str | None
+    threshold: float
+    differing: str = "texts whose classes differ"
+
+    @property
+    def details(self) -> Mapping[str, Any]:
+        return {"problem_type": MULTI_LABEL, "threshold": self.threshold}
+
+    def read(self, where: str, value: Any) -> tuple[str, ...]:
+        from overproof.tasks.texts import as_class
+
+        if isinstance(value, str) and self.separator is not None:
+            value = [part.strip() for part in value.split(self.separator)] if value.strip() else []
+        if not isinstance(value, list):
+            found = "missing" if value is None else f"{value!r:.60}, {type(value).__name__}"
+            raise InputError(
+                f"{where}: the classes are {found}; expected a list of them, [] for none; text with something between "
+                "them needs data.separator; of one class each, data.kind is 'text_classification'"
+            )
+        return tuple(as_class(f"{where}, class {number} of {len(value)}", name) for number, name in enumerate(value, 1))
+
+    def encode(self, there_RV: NDArray[np.bool_]) -> NDArray[np.int32]:
+        return there_RV.astype(np.int32)
+
+    def strata(self, there_RV: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """By each text's rarest class: a common one finds its way into every split by itself."""
+        rarest_R = np.where(there_RV, there_RV.sum(0), len(there_RV) + 1).argmin(1)
+        strata_R: NDArray[np.int32] = np.where(there_RV.any(1), rarest_R, there_RV.shape[1]).astype(np.int32)
+        return strata_R
+
+    def shape(self, classes: int) -> tuple[int, int]:
+        return classes, 2
+
+    def weights(self, classes: list[str], train_KV: NDArray[np.bool_]) -> None:
+        del classes, train_KV
+
+
+class MultiLabelTextClassification(TextClassification):
+    """See ``Task`` and ``ArrayTask``."""
+
+    section = MultiLabelTextClassificationData
+    unit = "label"
+    quality = MICRO_F1
+    further = LABEL_METRICS
+
+    def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
+        from overproof.tasks.recognition import Misfit
+
+        del look, model, flags
+        return Misfit("texts with several classes are not looked for: such a recipe is written by hand")
+
+    def labelling(self, data: Any) -> Labelling:
+        return SeveralClasses(data.separator, data.threshold)
+
+    def predict(self, model: nn.Module, batch: Batch) -> Prediction:
+        """A classifier of texts on the columns ``tokens`` (B, T) and ``label`` (B, V), 1 where a class is there."""
+        import torch
+
+        from overproof.models.encoder import encoder_inputs, label_logits
+
+        logits_BV2 = label_logits(model(**encoder_inputs(batch["tokens"])).logits)
+        return Prediction(logits_BV2, batch["label"], torch.ones_like(batch["label"], dtype=torch.bool))
+
+    def score(
+        self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
+        tell: Tell,
+    ) -> FileScores:  # fmt: skip
+        from overproof.data.manifest import Manifest
+        from overproof.tasks.array_evaluation import score_arrays
+
+        del format
+        judge = partial(_judge, threshold=Manifest.read(root).details["threshold"])
+        return score_arrays(file, root, units, engine, "tokens", judge, tell, score_s=settings.score_s)
+
+    def answers(self, logprobs_BV: NDArray[np.float32], details: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+        """Every class's probability of being there, and the classes from the threshold on."""
+        given_BV = _given(logprobs_BV, details["threshold"])
+        return [
+            {
+                "index": row,
+                "labels": np.flatnonzero(given_V).tolist(),
+                "names": [details["classes"][label] for label in np.flatnonzero(given_V)],
+                "probabilities": np.exp(logprobs_V).tolist(),
+            }
+            for row, (given_V, logprobs_V) in enumerate(zip(given_BV, logprobs_BV, strict=True))
+        ]
+
+    def agree(self, one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether every row has the same classes in both: versions may number their classes differently."""
+        return [set(answer["names"]) for answer in one] == [set(answer["names"]) for answer in other]
+
+    def describe_reply(self, body: Mapping[str, Any], reply: Mapping[str, Any]) -> str:
+        first = reply["data"][0]
+        given = [
+            f"{name} ({first['probabilities'][i]:.3f})" for i, name in zip(first["labels"], first["names"], strict=True)
+        ]
+        return f"{shown(body['texts'][0])!r} is given {', '.join(given) or 'no class'}"
+
+    def card(self, manifest: Manifest, settings: Evaluate) -> CardWords:
+        words = super().card(manifest, settings)
+        classes, threshold = listed(manifest.details["classes"]), manifest.details["threshold"]
+        return CardWords(
+            summary=words.summary,
+            intended_use=(
+                f"It gives any number of {classes} to a text, {what_is_read(manifest)}: those whose probability is "
+                f"{threshold:g} or more. It was measured on its own data set alone. It was not tested for fairness."
+            ),
+            latency=words.latency,
+        )
+
+
+def _given(logprobs_BV: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:
+    given_BV: NDArray[np.bool_] = logprobs_BV >= math.log(threshold)
+    return given_BV
+
+
+def _judge(logprobs_UV: NDArray[np.float32], columns: Columns, threshold: float) -> Judged:
+    """A ``Judge``, by the column ``label``: of micro F1."""
+    from overproof.tasks.array_evaluation import Judged
+
+    there_UV, given_UV = columns["label"] > 0, _given(logprobs_UV, threshold)
+    return Judged(
+        2.0 * (there_UV & given_UV).sum(1),
+        given_UV.astype(np.int32),
+        label_columns(there_UV, given_UV),
+        there_UV.sum(1) + given_UV.sum(1),
+    )
+
+
+TASK = MultiLabelTextClassification()
