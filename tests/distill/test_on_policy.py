@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import signal
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from distill_world import SEED, TEACHERS, World, alive, capture, recipe_of
+from distill_world import SEED, TEACHERS, World, capture, recipe_of
 from test_student_init import student
 from test_sweep import STUDENTS, SWEEP, job_of
 
@@ -23,11 +19,9 @@ from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Columns
 from overproof.distill.on_policy import TeacherScorer, is_on_policy_step, sample_continuations
 from overproof.distill.student_trainer import StudentTrainer
-from overproof.distill.sweep import sweep
 from overproof.distill.trial_job import TrialJob
 from overproof.errors import InputError
 from overproof.models.hf_directory import build_model, load_model
-from overproof.stage_context import ProgressEvent, TaskProgress
 
 SMALL = {"kind": "llama", "hidden_size": 32, "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 2}
 ASKED = {"k": 4, "prompt_tokens": 6, "new_tokens": 9, "rows": 2 * SWEEP["batch_size"], "wait_s": 60.0}  # type: ignore[operator]
@@ -166,29 +160,6 @@ def test_a_student_that_writes_goes_on_to_the_last_bit(text_world: World, text_c
     alone = StudentTrainer(dataclasses.replace(job, distilled=False, name="control", checkpoints=begun(
         text_world, text_cache, "one").checkpoints))  # fmt: skip
     assert not any("on_policy" in row for row in steps(alone))
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_two_trials_share_one_pool_whose_teacher_is_killed_and_get_what_their_own_would_tell(
-    text_world: World, text_cache: Artifact
-) -> None:
-    killed: list[int] = []
-
-    def progress(event: ProgressEvent) -> None:
-        if isinstance(event, TaskProgress) and event.task == "sweep" and event.done and not killed:
-            killed.extend(alive("ScorerWorker"))
-            os.kill(killed[0], signal.SIGKILL)
-
-    context = text_world.context("sweep", progress, text_cache, sweep=writers())
-    metrics = sweep(context)
-    assert len(killed) == 1
-    assert metrics["failed"] == 0
-    assert (metrics["scorer_requests"], metrics["scorer_batches"]) == (8, 4)  # each batch has a request of both
-    folder = Path(context.draft.uri)
-    for name in ("one", "two"):
-        found = [json.loads(line) for line in (folder / "curves" / f"{name}.jsonl").read_text().splitlines()]
-        assert found == steps(StudentTrainer(job_of(context, name), scorer(text_world)))
-    assert not alive("ScorerWorker", "Batcher")
 
 
 def test_what_cannot_be_written_is_refused() -> None:

@@ -186,7 +186,7 @@ def test_a_directory_that_does_not_fit_is_refused(text_world: World, digits_worl
     assert "a llama with 300 outputs; the data is for language_modeling and needs 320" in refusal(tmp_path / "small")
     model = build_model(TEACHERS["text"], manifest, 0)
     save_model(model, model.config, tmp_path / "mute")
-    assert "tokenizer.json: missing" in refusal(tmp_path / "mute")
+    assert "mute: no such file in it as tokenizer.json" in refusal(tmp_path / "mute")
     (tmp_path / "mute" / TOKENIZER).write_text("{}")
     assert "not a tokenizer.json" in refusal(tmp_path / "mute")
 

@@ -240,12 +240,6 @@ def test_a_sweep_without_a_student_that_finishes_ends_with_the_reason(
         sweep(context)
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_the_median_rule_stops_what_lags_behind(digits_world: World, digits_cache: Artifact) -> None:
-    rule = {"kind": "median", "grace_steps": 7, "least_trials": 2}
-    check_that_laggards_are_stopped(rule, digits_world, digits_cache)
-
-
 def check_that_laggards_are_stopped(scheduler: dict[str, Any], digits_world: World, digits_cache: Artifact) -> None:
     learner = {**STUDENTS[0], "model": {**WIDE, "initializer_range": 0.2}}
     rates = {"learning_rate": {"kind": "choice", "values": [3e-2, 1e-2, 1e-6, 1e-7, 1e-8]}}

@@ -28,9 +28,9 @@ from overproof.tasks.label_metrics import LABEL_METRICS, MICRO_F1, label_columns
 from overproof.tasks.text_classification import (
     CsvTexts,
     JsonlTexts,
+    LabelledTexts,
     LabelledTextsData,
     ParquetTexts,
-    TextClassification,
     listed,
     shown,
     what_is_read,
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from overproof.data.manifest import Manifest
     from overproof.export.base import Format
     from overproof.tasks.array_evaluation import Judged
-    from overproof.tasks.recognition import ColumnFlags, DataLook, Recognised
     from overproof.tasks.texts import Labelling
 
     Batch = dict[str, Tensor]
@@ -109,19 +108,13 @@ class SeveralClasses:
         del classes, train_KV
 
 
-class MultiLabelTextClassification(TextClassification):
+class MultiLabelTextClassification(LabelledTexts):
     """See ``Task`` and ``ArrayTask``."""
 
     section = MultiLabelTextClassificationData
     unit = "label"
     quality = MICRO_F1
     further = LABEL_METRICS
-
-    def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
-        from overproof.tasks.recognition import Misfit
-
-        del look, model, flags
-        return Misfit("texts with several classes are not looked for: such a recipe is written by hand")
 
     def labelling(self, data: Any) -> Labelling:
         return SeveralClasses(data.separator, data.threshold)

@@ -174,8 +174,8 @@ class ClassifyTextsRequest(ModelRequest):
     )
 
 
-class TextClassification:
-    """See ``Task`` and ``ArrayTask``."""
+class LabelledTexts:
+    """See ``Task`` and ``ArrayTask``: what tasks have in common whose texts have one class or several."""
 
     section: type[LabelledTextsData] = TextClassificationData
     unit, test_unit = "text", "text"
@@ -187,12 +187,6 @@ class TextClassification:
     pipeline_tag = "text-classification"
     route = "/v1/classify"
     request = ClassifyTextsRequest
-    template = "text_classification.yaml"
-
-    def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
-        from overproof.tasks.labelled_text_recognition import recognise_labelled_texts
-
-        return recognise_labelled_texts(look, model, flags, self.section, OneClass())
 
     def labelling(self, data: Any) -> Labelling:
         return OneClass(data.class_weights)
@@ -315,6 +309,17 @@ def _tokenizer(file: Path, length: int) -> Tokenizer:
     from overproof.tasks.texts import read_tokenizer
 
     return read_tokenizer(file.read_bytes(), file, length)
+
+
+class TextClassification(LabelledTexts):
+    """See ``Task`` and ``Shrinkable``."""
+
+    template = "text_classification.yaml"
+
+    def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
+        from overproof.tasks.labelled_text_recognition import recognise_labelled_texts
+
+        return recognise_labelled_texts(look, model, flags, self.section, OneClass())
 
 
 TASK = TextClassification()
