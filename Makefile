@@ -12,7 +12,7 @@ test: $(INSTALLED) chromium  ## the suite, on a real cluster of several nodes on
 	$(BIN)/pytest $(or $(ARGS),--numprocesses 2 --dist loadgroup --no-loadscope-reorder)
 
 trials: $(INSTALLED)  ## what is long by nature: many kills, whole loops; ends with a table
-	$(BIN)/pytest -m trial tests/trials $(ARGS)
+	$(BIN)/pytest -m trial $(ARGS)
 
 chromium:  # the browser that the report's test opens
 	@command -v chromium >/dev/null || { \

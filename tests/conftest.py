@@ -79,3 +79,23 @@ def digits(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     recipe = load_recipe(RECIPES / "digits.yaml", (f"store={tmp_path_factory.mktemp('store')}",))
     return Run(recipe, pipeline.run(recipe))
+
+
+OUTCOMES = {"passed": "held", "failed": "FAILED", "skipped": "skipped"}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A run of trials ends with a table of them."""
+    rows = [
+        (report.nodeid.rpartition("::")[2].removeprefix("test_").replace("_", " "), report.duration, word)
+        for outcome, word in OUTCOMES.items()
+        for report in terminalreporter.getreports(outcome)
+        if "trial" in report.keywords and (report.when == "call" or outcome != "passed")
+    ]
+    if not rows:
+        return
+    width = max(len(what) for what, *_ in rows)
+    terminalreporter.section("trials")
+    terminalreporter.line(f"{'what':<{width}}  seconds  outcome")
+    for what, seconds, word in rows:
+        terminalreporter.line(f"{what:<{width}}  {seconds:7.1f}  {word}")

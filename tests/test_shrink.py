@@ -650,6 +650,7 @@ def _sets(*overrides: str) -> list[str]:
     return [word for override in overrides for word in ("--set", override)]
 
 
+@pytest.mark.trial
 def test_a_language_model_is_shrunk_from_its_directory_as_it_is(
     ray_cluster: str, here: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

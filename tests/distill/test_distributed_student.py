@@ -40,6 +40,7 @@ def curve(folder: Path, name: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "curves" / f"{name}.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.trial
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_group_trains_what_one_process_trains(digits_world: World, digits_cache: Artifact) -> None:
     """As a trial of a sweep runs it; the sweep of groups, with a kill, is among the trials."""

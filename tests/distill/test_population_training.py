@@ -66,6 +66,7 @@ def test_a_trial_goes_on_from_anothers_state_with_its_own_settings(
     assert changed.validation_loss != expected.validation_loss
 
 
+@pytest.mark.trial
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_worst_take_over_from_the_best(digits_world: World, digits_cache: Artifact) -> None:
     context = digits_world.context("sweep", cached=digits_cache, sweep=ALONE, tune=POPULATION)

@@ -71,6 +71,7 @@ def test_a_damaged_checkpoint_is_not_used(digits_world: World, digits_cache: Art
     assert "state.pt has" in second.faults[0]
 
 
+@pytest.mark.trial
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_search_goes_on_from_what_a_killed_driver_left_and_trains_no_trial_twice(
     digits_world: World, digits_cache: Artifact

@@ -134,6 +134,7 @@ def test_a_teacher_that_is_not_finite_is_reported(text_world: World, tmp_path: P
     assert "not finite while it writes; train it again" in str(report["fault"][0])
 
 
+@pytest.mark.trial
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_stage_writes_no_finished_file_of_a_killed_attempt_again(text_world: World, written: Artifact) -> None:
     """What such an attempt leaves, on a real cluster; drivers are really killed among the trials."""

@@ -51,6 +51,7 @@ def _model(base: str) -> Any:
     return reply.json()["data"][0] if reply.status_code == 200 else None
 
 
+@pytest.mark.trial
 def test_serve_run_serves_until_interrupted(ray_cluster: str, text_package: Path, tmp_path: Path) -> None:
     path, base = _config("stdlib-lm", text_package.parent, tmp_path)  # the recipe's folder in the store
     log = tmp_path / "log"

@@ -57,7 +57,7 @@ def test_its_chat_template_stays_with_what_is_trained_from_it(saved: Path, tmp_p
     assert chat_template(saved) is None
     (saved / layout).write_text(template if layout.endswith("jinja") else json.dumps({"chat_template": template}))
     draft = Store(str(tmp_path / "store")).new_writer("x", "train", "0" * 64, {}, {})
-    keep_chat_template(Pretrained(path=str(saved)), draft)
+    keep_chat_template(tmp_path, Pretrained(path=str(saved)), draft)
     assert chat_template(Path(draft.uri) / "model") == template
 
 
