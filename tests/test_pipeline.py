@@ -116,7 +116,6 @@ def test_the_refused_recipe_ends_with_reasons_and_serves_nothing(
     assert len(list(tmp_path.glob(f"digits/gate-*/{RECORD}"))) == 2
 
 
-@pytest.mark.trial
 def test_killed_within_a_stage_only_that_stage_is_lost(ray_cluster: str, digits: Run, tmp_path: Path) -> None:
     """Every stage in turn is a trial; the cluster stays, so that the next run meets what the killed one left."""
     for stage in ("prepare", "train"):

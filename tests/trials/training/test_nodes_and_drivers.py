@@ -1,6 +1,6 @@
 """Nodes that are killed, join and are drained under a training; workers and drivers that are killed: on real nodes.
 
-The suite decides about such moves (``test_elastic.py``) and kills ranks without Ray (``test_resume.py``).
+The suite moves nodes once (``test_elastic.py``) and kills ranks without Ray (``test_resume.py``).
 """
 
 from __future__ import annotations
