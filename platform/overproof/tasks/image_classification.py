@@ -15,7 +15,8 @@ from overproof.config.base import Count, Section
 from overproof.config.data import DataSection
 from overproof.errors import InputError
 from overproof.models.base import DataShape, Prediction
-from overproof.tasks.base import CardWords, FileScores, Loss, Metric, Quality, Tell
+from overproof.tasks.array_task import RowsTask
+from overproof.tasks.base import CardWords, Loss, Quality
 from overproof.tasks.class_metrics import CLASS_METRICS
 from overproof.tasks.http import MOST_ROWS, ModelRequest
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
-    from overproof.engines.probe import Say
-    from overproof.export.base import Format
     from overproof.stage_context import StageContext
     from overproof.tasks.recognition import ColumnFlags, DataLook, Recognised
 
@@ -104,7 +103,7 @@ class ClassifyImagesRequest(ModelRequest):
     )
 
 
-class ImageClassification:
+class ImageClassification(RowsTask):
     """See ``Task`` and ``ArrayTask``."""
 
     section = ImageClassificationData
@@ -113,6 +112,7 @@ class ImageClassification:
     further = CLASS_METRICS
     losses: frozenset[Loss] = frozenset({"outputs", "attention", "hidden_states"})
     speed, speed_unit = "images_per_s", "images/s"
+    column = "pixels"
     label_column = "label"
     pipeline_tag = "image-classification"
     route = "/v1/classify"
@@ -147,34 +147,6 @@ class ImageClassification:
         targets_BP = batch["label"][:, None]
         logits_BPV = model(pixel_values=batch["pixels"]).logits[:, None, :]
         return Prediction(logits_BPV, targets_BP, torch.ones_like(targets_BP, dtype=torch.bool))
-
-    def feature_mask(self, batch: Batch, states_BPD: Tensor) -> Tensor:
-        import torch
-
-        del batch
-        return torch.ones(states_BPD.shape[:2], dtype=torch.bool, device=states_BPD.device)
-
-    def units(self, root: Path, most: int | None) -> NDArray[np.int64]:
-        from overproof.tasks.array_evaluation import array_units
-
-        return array_units(root, most)
-
-    def score(
-        self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
-        tell: Tell,
-    ) -> FileScores:  # fmt: skip
-        from overproof.tasks.array_evaluation import first_choices, score_arrays
-
-        del format
-        return score_arrays(file, root, units, engine, "pixels", first_choices, tell, score_s=settings.score_s)
-
-    def probe(
-        self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
-    ) -> dict[str, Metric]:
-        from overproof.tasks.array_evaluation import measure_arrays
-
-        reference = format.read_back(file)
-        return measure_arrays(file, root, settings, engine, "pixels", reference, self.speed, "images", say)
 
     def inputs(self, request: ClassifyImagesRequest, details: Mapping[str, Any], package: Path) -> NDArray[np.float32]:
         del package

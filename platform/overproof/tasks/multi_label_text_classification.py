@@ -23,7 +23,7 @@ from overproof.data.parquet_reader import Columns
 from overproof.errors import InputError
 from overproof.models.base import Prediction
 from overproof.models.encoder import MULTI_LABEL
-from overproof.tasks.base import CardWords, FileScores, Tell
+from overproof.tasks.base import CardWords
 from overproof.tasks.label_metrics import LABEL_METRICS, MICRO_F1, label_columns
 from overproof.tasks.text_classification import (
     CsvTexts,
@@ -41,8 +41,7 @@ if TYPE_CHECKING:
 
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
-    from overproof.export.base import Format
-    from overproof.tasks.array_evaluation import Judged
+    from overproof.tasks.array_evaluation import Judge, Judged
     from overproof.tasks.texts import Labelling
 
     Batch = dict[str, Tensor]
@@ -128,16 +127,10 @@ class MultiLabelTextClassification(LabelledTexts):
         logits_BV2 = label_logits(model(**encoder_inputs(batch["tokens"])).logits)
         return Prediction(logits_BV2, batch["label"], torch.ones_like(batch["label"], dtype=torch.bool))
 
-    def score(
-        self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
-        tell: Tell,
-    ) -> FileScores:  # fmt: skip
+    def judge(self, root: Path) -> Judge:
         from overproof.data.manifest import Manifest
-        from overproof.tasks.array_evaluation import score_arrays
 
-        del format
-        judge = partial(_judge, threshold=Manifest.read(root).details["threshold"])
-        return score_arrays(file, root, units, engine, "tokens", judge, tell, score_s=settings.score_s)
+        return partial(_judge, threshold=Manifest.read(root).details["threshold"])
 
     def answers(self, logprobs_BV: NDArray[np.float32], details: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
         """Every class's probability of being there, and the classes from the threshold on."""

@@ -22,7 +22,8 @@ from overproof.config.data import DataSection
 from overproof.data.parquet_reader import Columns
 from overproof.errors import InputError, suggest_name
 from overproof.models.base import DataShape, Prediction
-from overproof.tasks.base import CardWords, FileScores, FurtherMetric, Loss, Metric, Quality, Tell
+from overproof.tasks.array_task import RowsTask
+from overproof.tasks.base import CardWords, FurtherMetric, Loss, Quality
 from overproof.tasks.class_metrics import CLASS_METRICS
 from overproof.tasks.http import MOST_ROWS, ModelRequest, UnicodeText
 from overproof.tasks.image_classification import classified, same_classes
@@ -32,9 +33,8 @@ if TYPE_CHECKING:
 
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
-    from overproof.engines.probe import Say
-    from overproof.export.base import Format
     from overproof.stage_context import StageContext
+    from overproof.tasks.array_evaluation import Judge
     from overproof.tasks.recognition import ColumnFlags, DataLook, Recognised
 
     Batch = dict[str, Tensor]
@@ -118,12 +118,13 @@ class RowsRequest(ModelRequest):
     )
 
 
-class _Tabular:
+class _Tabular(RowsTask):
     """What both kinds of tables have in common; see ``Task`` and ``ArrayTask``."""
 
     unit, test_unit = "row", "row"
     losses: frozenset[Loss] = frozenset({"outputs", "hidden_states"})
     speed, speed_unit = "rows_per_s", "rows/s"
+    column = "features"
     label_column = "label"
     request = RowsRequest
     template = "tabular.yaml"
@@ -152,25 +153,6 @@ class _Tabular:
         logits_BPV = model(features=batch["features"]).logits[:, None, :]
         return Prediction(logits_BPV, targets_BP, torch.ones_like(targets_BP, dtype=torch.bool))
 
-    def feature_mask(self, batch: Batch, states_BPD: Tensor) -> Tensor:
-        import torch
-
-        del batch
-        return torch.ones(states_BPD.shape[:2], dtype=torch.bool, device=states_BPD.device)
-
-    def units(self, root: Path, most: int | None) -> NDArray[np.int64]:
-        from overproof.tasks.array_evaluation import array_units
-
-        return array_units(root, most)
-
-    def probe(
-        self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
-    ) -> dict[str, Metric]:
-        from overproof.tasks.array_evaluation import measure_arrays
-
-        reference = format.read_back(file)
-        return measure_arrays(file, root, settings, engine, "features", reference, self.speed, "rows", say)
-
     def inputs(self, request: RowsRequest, details: Mapping[str, Any], package: Path) -> NDArray[np.float32]:
         del package
         columns = {column["name"]: column for column in details["columns"]}
@@ -193,15 +175,6 @@ class TabularClassification(_Tabular):
         from overproof.tasks.table_recognition import recognise_table
 
         return recognise_table(look, model, flags, regression=False)
-
-    def score(
-        self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
-        tell: Tell,
-    ) -> FileScores:  # fmt: skip
-        from overproof.tasks.array_evaluation import first_choices, score_arrays
-
-        del format
-        return score_arrays(file, root, units, engine, "features", first_choices, tell, score_s=settings.score_s)
 
     def answers(self, logprobs_BV: NDArray[np.float32], details: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
         return classified(logprobs_BV, details["classes"])
@@ -232,6 +205,7 @@ class TabularRegression(_Tabular):
         "rmse", "root mean squared error", "the target's", higher_is_better=False, relative=True, power=0.5
     )
     pipeline_tag = "tabular-regression"
+    judged_columns = ("value",)
     route = "/v1/predict"
 
     def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
@@ -239,22 +213,18 @@ class TabularRegression(_Tabular):
 
         return recognise_table(look, model, flags, regression=True)
 
-    def score(
-        self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
-        tell: Tell,
-    ) -> FileScores:  # fmt: skip
-        """Squared errors of the predicted means; the first choice is the likeliest bin."""
+    def judge(self, root: Path) -> Judge:
+        """By squared errors of the predicted means; the first choice is the likeliest bin."""
         from overproof.data.manifest import Manifest
-        from overproof.tasks.array_evaluation import Judged, score_arrays
+        from overproof.tasks.array_evaluation import Judged
 
-        del format
         centres_V = np.array(Manifest.read(root).details["centres"])
 
         def judge(logprobs_UV: NDArray[np.float32], rows: Columns) -> Judged:
             errors_U = np.exp(logprobs_UV) @ centres_V - rows["value"]
             return Judged(np.square(errors_U, dtype=np.float64), logprobs_UV.argmax(1, keepdims=True).astype(np.int32))
 
-        return score_arrays(file, root, units, engine, "features", judge, tell, ("value",), settings.score_s)
+        return judge
 
     def answers(self, logprobs_BV: NDArray[np.float32], details: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
         """The mean, and the bins between which nine in ten of the predicted distribution lie."""

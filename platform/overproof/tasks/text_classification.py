@@ -20,7 +20,8 @@ from overproof.config.data import BpeTokenizer, DataSection
 from overproof.data.manifest import TOKENIZER
 from overproof.errors import InputError, suggest_name
 from overproof.models.base import DataShape, Prediction
-from overproof.tasks.base import CardWords, FileScores, FurtherMetric, Loss, Metric, Quality, Tell
+from overproof.tasks.array_task import RowsTask
+from overproof.tasks.base import CardWords, FurtherMetric, Loss, Quality
 from overproof.tasks.class_metrics import CLASS_METRICS
 from overproof.tasks.http import MOST_ROWS, ModelRequest, UnicodeText
 from overproof.tasks.image_classification import classified, same_classes
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
-    from overproof.engines.probe import Say
-    from overproof.export.base import Format
     from overproof.stage_context import StageContext
     from overproof.tasks.recognition import ColumnFlags, DataLook, Recognised
     from overproof.tasks.texts import Labelling
@@ -174,7 +173,7 @@ class ClassifyTextsRequest(ModelRequest):
     )
 
 
-class LabelledTexts:
+class LabelledTexts(RowsTask):
     """See ``Task`` and ``ArrayTask``: what tasks have in common whose texts have one class or several."""
 
     section: type[LabelledTextsData] = TextClassificationData
@@ -183,6 +182,7 @@ class LabelledTexts:
     further: tuple[FurtherMetric, ...] = CLASS_METRICS
     losses: frozenset[Loss] = frozenset({"outputs", "attention", "hidden_states"})
     speed, speed_unit = "texts_per_s", "texts/s"
+    column = "tokens"
     label_column = "label"
     pipeline_tag = "text-classification"
     route = "/v1/classify"
@@ -227,28 +227,6 @@ class LabelledTexts:
 
         del states_BPD
         return batch["tokens"] != PADDING
-
-    def units(self, root: Path, most: int | None) -> NDArray[np.int64]:
-        from overproof.tasks.array_evaluation import array_units
-
-        return array_units(root, most)
-
-    def score(
-        self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
-        tell: Tell,
-    ) -> FileScores:  # fmt: skip
-        from overproof.tasks.array_evaluation import first_choices, score_arrays
-
-        del format
-        return score_arrays(file, root, units, engine, "tokens", first_choices, tell, score_s=settings.score_s)
-
-    def probe(
-        self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
-    ) -> dict[str, Metric]:
-        from overproof.tasks.array_evaluation import measure_arrays
-
-        reference = format.read_back(file)
-        return measure_arrays(file, root, settings, engine, "tokens", reference, self.speed, "texts", say)
 
     def inputs(self, request: ClassifyTextsRequest, details: Mapping[str, Any], package: Path) -> NDArray[np.float32]:
         from overproof.tasks.texts import encode_texts
