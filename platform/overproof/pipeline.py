@@ -13,6 +13,7 @@ from overproof.artifacts import Artifact, Store, compute_fingerprint
 from overproof.cluster import preflight, ray_cluster
 from overproof.cluster.placement import require_placeable
 from overproof.cluster.preflight import check_gate
+from overproof.cluster.progress_relay import relay_progress
 from overproof.config import Pretrained, Recipe, Section, Train
 from overproof.errors import InputError, suggest_name
 from overproof.evaluate.gate import requests_needed
@@ -79,7 +80,8 @@ STAGES = (
     Stage("generate", "overproof.distill.teacher_stages:generate_text", ("prepare", "train"),
           lambda r: {"seed": r.seed, "generate": _dump(r.generate)}, used_by=lambda r: r.generate is not None),
     Stage("cache", "overproof.distill.teacher_stages:cache_targets", ("prepare", "train", "generate"),
-          lambda r: {"seed": r.seed, "cache": _dump(r.cache)}, format=3, used_by=lambda r: r.reads_cache),
+          lambda r: {"seed": r.seed, "cache": {**_dump(r.cache), "rows": r.rows_cached}},
+          format=3, used_by=lambda r: r.reads_cache),
     Stage("sweep", "overproof.distill.sweep:sweep", ("prepare", "train", "generate", "cache"),
           lambda r: {"seed": r.seed, "sweep": _dump(r.sweep), "tune": _dump(r.tune), **_sweep_inputs(r)},
           format=3),
@@ -208,7 +210,7 @@ def _run_and_commit(step: PlannedStage, recipe: Recipe, store: Store, done: Mapp
     draft = store.new_writer(recipe.name, name, step.fingerprint, step.config, step.parents)
     began = time.monotonic()
     try:
-        with console.progress_bars() as show, ray_cluster.relay_progress(show) as progress:
+        with console.progress_bars() as show, relay_progress(show) as progress:
             show(TaskProgress(name, 0, 1, "starting"))
             metrics = step.stage.function()(StageContext(recipe, parents, draft, progress))
     except BaseException:
