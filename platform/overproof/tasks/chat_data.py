@@ -55,7 +55,13 @@ class KeptConversation:
     sha256: str
     prompt_sha256: str
     text: str
-    encoded: EncodedConversation
+    pieces: list[EncodedConversation]  # one, or one for each answer where the template rewrites earlier turns
+    is_divided: bool  # whether there were several of them
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its answers, special tokens left out."""
+        return sum(piece.sizes_bytes[-1] for piece in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,12 @@ class KeptConversations:
     """Those of a source, by the hashes of their contents, none twice."""
 
     kept: list[KeptConversation]
-    cut: int  # of them, those whose last turns are left out
+    cut: int  # of them, those of which some turns are left out
     dropped: dict[str, int]
+
+    @property
+    def divided(self) -> list[KeptConversation]:
+        return [each for each in self.kept if each.is_divided]
 
 
 def chat_digest(data: ChatData) -> str:
@@ -120,7 +130,11 @@ def prepare_chat(context: StageContext) -> Manifest:
         end_id=end_id,
         bos_id=tokenizer.bos_id,
         dropped=found.dropped,
-        details={"cut": found.cut, "template_sha256": hashlib.sha256(template.text.encode()).hexdigest()},
+        details={
+            "cut": found.cut,
+            "divided": len(found.divided),
+            "template_sha256": hashlib.sha256(template.text.encode()).hexdigest(),
+        },
     )
 
 
@@ -143,20 +157,26 @@ def _read(data: ChatData, encoder: ConversationEncoder, heartbeat: Heartbeat) ->
             dropped[SPELLED] += 1
             continue
         text, whole = encoder.encode(found)
-        encoded = whole.cut(most)
-        if encoded is None:
+        pieces = [piece for each in whole if (piece := each.cut(most)) is not None]
+        if not pieces:
             dropped[TOO_LONG] += 1
             continue
-        cut += len(encoded.ends) < len(whole.ends)
-        kept[found.sha256] = KeptConversation(found.where, found.sha256, found.prompt_sha256, text, encoded)
+        cut += _answers(pieces) < _answers(whole)
+        kept[found.sha256] = KeptConversation(
+            found.where, found.sha256, found.prompt_sha256, text, pieces, len(whole) > 1
+        )
     return KeptConversations([kept[key] for key in sorted(kept)], cut, dropped)
+
+
+def _answers(pieces: Sequence[EncodedConversation]) -> int:
+    return sum(len(piece.ends) for piece in pieces)
 
 
 def _end_of_answers(
     data: ChatData, kept: Sequence[KeptConversation], encoder: ConversationEncoder, end_id: int, context: StageContext
 ) -> int:
     """The token by which models of these answers stop: the one that all end with, whatever ends a document."""
-    found = Counter(encoder.last_special(each.encoded) for each in kept)
+    found = Counter(encoder.last_special(piece) for each in kept for piece in each.pieces)
     if data.tokenizer.end_token is None and len(found) == 1:
         (only,) = found
         if only is not None:
@@ -189,17 +209,18 @@ def _splits(data: ChatData, found: KeptConversations) -> dict[str, NDArray[np.in
 def _rows(
     kept: Sequence[KeptConversation], splits: dict[str, NDArray[np.int64]], data: ChatData, seed: int
 ) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[np.int64]]]:
-    """The columns of all rows, and which rows are of each split: packed ones, and for the test one a conversation."""
+    """The columns of all rows, and which rows are of each split: packed ones, and for the test one a piece."""
     packed, documents, members = list[list[EncodedConversation]](), list[int](), dict[str, NDArray[np.int64]]()
     for name, own in splits.items():
+        pieces = [(number, piece) for number in own.tolist() for piece in kept[number].pieces]
         if name == "test":
-            rows, owners = [[number] for number in range(len(own))], own.tolist()
+            rows, owners = [[place] for place in range(len(pieces))], [number for number, _ in pieces]
         else:
-            rows = best_fit([len(kept[number].encoded.tokens_T) for number in own], data.sequence_length + 1)
+            rows = best_fit([len(piece.tokens_T) for _, piece in pieces], data.sequence_length + 1)
             rows = [rows[row] for row in permutation(seed, SPLITS.index(name), ROWS_STREAM, len(rows))]
             owners = [-1] * len(rows)
         members[name] = np.arange(len(packed), len(packed) + len(rows))
-        packed += [[kept[own[number]].encoded for number in row] for row in rows]
+        packed += [[pieces[place][1] for place in row] for row in rows]
         documents += owners
     columns = packed_rows(packed, data.sequence_length)
     trained = members["train"][: len(members["train"]) // data.rows_per_group * data.rows_per_group]
@@ -220,7 +241,7 @@ def _documents_file(kept: Sequence[KeptConversation], splits: dict[str, NDArray[
             "split": pa.array(split_N.tolist(), pa.string()),
             "name": pa.array([each.where for each in kept], pa.string()),
             "sha256": pa.array([each.sha256 for each in kept], pa.string()),
-            "size_bytes": pa.array([each.encoded.sizes_bytes[-1] for each in kept], pa.int64()),
+            "size_bytes": pa.array([each.size_bytes for each in kept], pa.int64()),
         }
     )
     return parquet_bytes(table, CONVERSATIONS_PER_GROUP)
@@ -239,7 +260,15 @@ def _tell(context: StageContext, data: ChatData, found: KeptConversations, templ
         context.progress(
             Notice(
                 f"{found.cut:,} of {len(found.kept):,} conversations are longer than a row of {data.sequence_length} + "
-                "1 tokens (data.sequence_length); their last turns are left out"
+                "1 tokens (data.sequence_length); some of their turns are left out"
+            )
+        )
+    if found.divided:
+        rows = sum(len(each.pieces) for each in found.divided)
+        context.progress(
+            Notice(
+                f"{len(found.divided):,} of {len(found.kept):,} conversations are {rows:,}, one for each answer: the "
+                "chat template writes earlier turns otherwise once a conversation goes on"
             )
         )
     for reason, count in found.dropped.items():
