@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from made_tokenizers import TRAINED_ON, byte_level, sentencepiece_bpe
+from made_tokenizers import SPACE, TRAINED_ON, byte_level, sentencepiece_bpe, unigram
 from overproof.config import TokenizerFile
 from overproof.data import documents, tokenization
 from overproof.data.document_blocks import _tokenise
@@ -69,7 +69,10 @@ def test_a_start_of_its_own_stands_before_each_document(tmp_path: Path) -> None:
     assert trained(made.to_str()).boundary == (made.token_to_id(tokenization.END),)
 
 
-@pytest.mark.parametrize("made", [byte_level, *(partial(sentencepiece_bpe, p) for p in ("metaspace", "doubles", None))])
+@pytest.mark.parametrize(
+    "made",
+    [byte_level, *(partial(made, p) for made in (sentencepiece_bpe, unigram) for p in ("metaspace", "doubles", None))],
+)
 def test_later_pieces_have_the_tokens_of_the_whole(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "PIECE_BYTES", 100)
     tokenizer = TextTokenizer(made(), start_id=1, end_id=2, bos_id=None, outputs=999)
@@ -81,6 +84,17 @@ def test_later_pieces_have_the_tokens_of_the_whole(made: Any, monkeypatch: pytes
         (whole,) = tokenization.encode(Tokenizer.from_str(tokenizer.json), [text])
         assert np.concatenate(tokens).tolist() == [2, 1, *whole.tolist()]
     assert continuing(continuing(tokenizer.json)) == continuing(tokenizer.json)
+
+
+@pytest.mark.parametrize("made", [byte_level, sentencepiece_bpe, unigram])
+def test_a_document_that_spells_a_special_token_does_not_end(made: Any) -> None:
+    end, text = ("<|endoftext|>" if made is byte_level else "</s>"), "name {} value"
+    tokenizer = TextTokenizer(made(), start_id=1, end_id=2, bos_id=None, outputs=999)
+    special = Tokenizer.from_str(tokenizer.json).token_to_id(end)
+    (ids,) = _tokenise([text.format(end)], np.zeros(1, np.int32), tokenizer)
+    assert special not in ids[2:]
+    decoded = Tokenizer.from_str(tokenizer.json).decode(ids[2:].tolist(), skip_special_tokens=False)
+    assert decoded == text.format(end)
 
 
 def trained_as(model: Any, trainer: Any, **parts: Any) -> str:
@@ -97,6 +111,12 @@ def test_what_cannot_write_every_text_back_is_refused(tmp_path: Path) -> None:
     plain = trained_as(models.BPE(), trainers.BpeTrainer(vocab_size=200))
     byte = {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False), "decoder": decoders.ByteLevel()}
     alphabet = trainers.BpeTrainer(initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    no_unknown = json.loads(unigram())
+    no_unknown["model"] |= {"unk_id": None}
+    merges_spaces = json.loads(unigram())
+    merges_spaces["normalizer"]["normalizers"].append(
+        {"type": "Replace", "pattern": {"Regex": f"{SPACE}+"}, "content": SPACE}
+    )
     lower = trained_as(models.BPE(), alphabet, normalizer=normalizers.Lowercase(), **byte)
     folded = trained_as(models.BPE(), alphabet, normalizer=normalizers.NFKC(), **byte)
     for text, message in (
@@ -104,6 +124,8 @@ def test_what_cannot_write_every_text_back_is_refused(tmp_path: Path) -> None:
         (plain, "a BPE tokenizer that writes"),
         (lower, "writes .*The 1st line.* back as .*the 1st line"),
         (folded, r"writes .*\ufb01.* back as .*fi"),
+        (json.dumps(no_unknown), "a Unigram tokenizer that cannot read"),
+        (json.dumps(merges_spaces), r"a Unigram tokenizer that writes .* Two spaces.* back as .* Two spaces"),
         ("{}", r"not a tokenizer\.json"),
     ):
         with pytest.raises(InputError, match=message):

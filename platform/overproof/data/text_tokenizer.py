@@ -7,6 +7,7 @@ any special tokens, SentencePiece-style BPE with byte fallback, and the like.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from overproof.data.sources import CONVERTIBLE, NAMING_TOKENS, tokenizer_files
 from overproof.data.tokenization import END
 from overproof.errors import InputError
 
+BYTE_NAMES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # as SentencePiece has them
 FOR_ENCODERS = ("WordPiece", "WordLevel")
 # Each is normal under NFC. What NFC changes may be lost, and a space that begins a text: models were trained like that.
 MUST_COME_BACK = (
@@ -141,7 +143,10 @@ def _check_writes_back(tokenizer: Tokenizer, where: str) -> None:
         )
     tokenizer.encode_special_tokens = True
     for text in MUST_COME_BACK:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # unigram without a token for the unknown raises nothing more precise
+            raise InputError(f"{where}: a {kind} tokenizer that cannot read {text!r}: {error}") from None
         found = tokenizer.decode(ids, skip_special_tokens=False)
         if found not in (text, text.removeprefix(" ")):
             raise InputError(
@@ -243,6 +248,24 @@ def continuing(text: str) -> str:
         kept = [step for step in steps if step is not None]
         key = "normalizers" if part == "normalizer" else "pretokenizers"
         spec[part] = {"type": "Sequence", key: kept} if kept else None
+    return json.dumps(spec, ensure_ascii=False)
+
+
+def special_names_as_text(text: str) -> str:
+    """The same tokenizer for texts in which the name of a special token is text.
+
+    A unigram's pieces are also its special tokens and those of bytes, whose names it would take for them: they are cut
+    after their first character. Other models have them apart.
+    """
+    spec = json.loads(text)
+    if spec["model"]["type"] != "Unigram":
+        return text
+    pieces = {piece for piece, _ in spec["model"]["vocab"]}
+    names = [token["content"] for token in spec["added_tokens"] if token["special"]] + list(BYTE_NAMES)
+    cuts = [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names if name in pieces and len(name) > 1]
+    if cuts:
+        cut = {"type": "Split", "pattern": {"Regex": "|".join(cuts)}, "behavior": "Isolated", "invert": False}
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*iter_steps(spec["pre_tokenizer"]), cut]}
     return json.dumps(spec, ensure_ascii=False)
 
 
