@@ -158,20 +158,10 @@ def _directory_size(path: str, shape: DataShape, most_layers: int | None = None)
         raise InputError(
             f"{path}/config.json: {error} is missing or no number; expected a whole configuration"
         ) from None
-    found = replace(found, looked_up=_looked_up(tensors, family, found))
     if most_layers is not None:
         return replace(found, layers=most_layers)
     _require_same(path, config, tensors, family, found)
     return found
-
-
-def _looked_up(tensors: Mapping[str, int], family: ModelFamily, size: ModelSize) -> int:
-    """Numbers in the table of tokens, unless it is tied: then the outputs are multiplied with it."""
-    table = family.names.embeddings.rsplit(".", 1)[-1]
-    tables = {name: numbers for name, numbers in tensors.items() if name.endswith(f"{table}.weight")}
-    outputs = size.outputs * size.hidden
-    tied = outputs in tables.values() and all(tensors[name] != outputs for name in tensors.keys() - tables.keys())
-    return 0 if tied else sum(tables.values())
 
 
 def _require_same(
