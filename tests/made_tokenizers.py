@@ -126,7 +126,9 @@ def _as_sentencepiece(tokenizer: Tokenizer, prefix: str | None, charsmap: bytes 
     tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     tokenizer.add_tokens(["<|extra|>"])
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
     text: str = tokenizer.to_str()
     return text
 

@@ -176,9 +176,7 @@ def _types(
     return types
 
 
-def _space_prefix(
-    normaliser: Sequence[Mapping[str, Any]], spec: Mapping[str, Any], where: object, kind: str
-) -> bool:
+def _space_prefix(normaliser: Sequence[Mapping[str, Any]], spec: Mapping[str, Any], where: object, kind: str) -> bool:
     """Whether a text is read as if a space stood before it. Spaces must become ``SPACE``, and nothing else change."""
     prefix = spaces = False
     for step in normaliser:
