@@ -251,8 +251,9 @@ def _converted(path: str) -> str:
         if package == SENTENCEPIECE and _is_unigram(folder / name) != (made is Unigram):
             held = "BPE" if made is Unigram else "unigram"
             raise InputError(
-                f"{path}: no {TOKENIZER} in it, and transformers makes a {made.__name__} tokenizer of {name}, which holds "
-                f"a {held} one: texts would be split otherwise; expected the {TOKENIZER} that the model was trained with"
+                f"{path}: no {TOKENIZER} in it, and transformers makes a {made.__name__} tokenizer of {name}, which "
+                f"holds a {held} one: texts would be split otherwise; expected the {TOKENIZER} that the model was "
+                "trained with"
             )
     return text
 
