@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from made_tokenizers import SPACE, TRAINED_ON, byte_level, sentencepiece_bpe, unigram
 from overproof.config import TokenizerFile
-from overproof.data import documents, tokenization
+from overproof.data import documents, text_tokenizer, tokenization
 from overproof.data.document_blocks import _tokenise
 from overproof.data.text_tokenizer import TextTokenizer, continuing, read_tokenizer, trained
 from overproof.errors import InputError
@@ -149,6 +150,21 @@ def test_older_files_are_converted(tmp_path: Path) -> None:
     found = Tokenizer.from_str(read_tokenizer(TokenizerFile(path=str(folder))).json)
     text = TRAINED_ON[0]
     assert found.encode(text).ids == Tokenizer.from_str(byte_level()).encode(text).ids
+
+
+@pytest.mark.parametrize(
+    ("content", "package"), [(b"\n\x0e\n\x05<unk>", "sentencepiece"), (b"IQ== 0\nIg== 1\n", "tiktoken")]
+)
+def test_what_reads_older_files_is_named_where_it_is_missing(
+    content: bytes, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_tokenizer, "find_spec", lambda name: None if name == package else find_spec(name))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(
+        InputError, match=rf"reads tokenizer\.model with the package {package}, .*: pip install {package}"
+    ):
+        read_tokenizer(TokenizerFile(path=str(tmp_path)))
 
 
 def test_lengths_that_a_training_left_in_the_file_are_left_out(tmp_path: Path) -> None:

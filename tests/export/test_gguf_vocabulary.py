@@ -117,7 +117,7 @@ def test_unigram(tmp_path: Path, prefix: str | None) -> None:
     no_bytes = {tokenizer.token_to_id(name) for name in (BYTE_NAMES[0], *BYTE_NAMES[0x80:])}
     unknown = [odd for odd in ODD_TEXTS if no_bytes & set(tokenizer.encode(odd).ids)]
     assert 0 < len(unknown) < len(ODD_TEXTS) / 2
-    # No prefix before spaces alone; where it is "first", `tokenizers` has none before a space that begins a text.
+    # It puts no prefix before spaces alone; a prefix that is "first" stands before no space that begins a text.
     spaces = {"normalizer": [" ", "   "], "metaspace": [" leading", "  two leading", " \n "], None: []}[prefix]
     assert set(differing(file, text, ODD_TEXTS)) == {*unknown, *spaces}
     changed = [odd for odd in ODD_TEXTS if charsmap and ("\u2167" in odd or "\uff0c" in odd)]

@@ -10,10 +10,12 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 
 from overproof import hub
 from overproof.config import TokenizerFile
@@ -23,6 +25,8 @@ from overproof.data.tokenization import END
 from overproof.errors import InputError
 
 BYTE_NAMES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # as SentencePiece has them
+MODEL_FILES = ("tokenizer.model", "spiece.model")
+SENTENCEPIECE = "sentencepiece"  # the package
 FOR_ENCODERS = ("WordPiece", "WordLevel")
 # Each is normal under NFC. What NFC changes may be lost, and a space that begins a text: models were trained like that.
 MUST_COME_BACK = (
@@ -224,6 +228,14 @@ def _converted(path: str) -> str:
         raise InputError(
             f"{path}: no {TOKENIZER} in it; expected one: only a local directory or hf://ORG/NAME can be converted"
         )
+    needed = {name: _package_for(folder / name) for name in MODEL_FILES if (folder / name).is_file()}
+    for name, package in needed.items():
+        if find_spec(package) is None:
+            raise InputError(
+                f"{path}: no {TOKENIZER} in it, and transformers reads {name} with the package {package}, which is not "
+                f"installed: pip install {package}; or save a {TOKENIZER} beside it where it is: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
     from transformers import AutoTokenizer  # seconds to import, and seldom needed
 
     try:
@@ -234,7 +246,30 @@ def _converted(path: str) -> str:
             f"{path}: no {TOKENIZER} in it, and transformers makes none of its files: {str(error).splitlines()[0]}; "
             f"expected a {TOKENIZER}, or {', '.join(CONVERTIBLE)} as a model's class reads them"
         ) from None
+    made = type(backend.backend_tokenizer.model)
+    for name, package in needed.items():
+        if package == SENTENCEPIECE and _is_unigram(folder / name) != (made is Unigram):
+            held = "BPE" if made is Unigram else "unigram"
+            raise InputError(
+                f"{path}: no {TOKENIZER} in it, and transformers makes a {made.__name__} tokenizer of {name}, which "
+                f"holds a {held} one: texts would be split otherwise; expected the {TOKENIZER} that the model was "
+                "trained with"
+            )
     return text
+
+
+def _package_for(model: Path) -> str:
+    """What reads it: SentencePiece's files are protocol buffers, whose first field begins so; tiktoken's are lines."""
+    with model.open("rb") as opened:
+        return SENTENCEPIECE if opened.read(1) == b"\n" else "tiktoken"
+
+
+def _is_unigram(model: Path) -> bool:
+    """Whether SentencePiece's scores are log-probabilities: those of its BPE are the places of merges."""
+    from sentencepiece import SentencePieceProcessor
+
+    read = SentencePieceProcessor(model_file=str(model))
+    return any(not read.GetScore(id_).is_integer() for id_ in range(read.GetPieceSize()))
 
 
 # --- two tokenizers -------------------------------------------------------------------------------
