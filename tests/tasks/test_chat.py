@@ -15,7 +15,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chats import END, QWEN3, chat_recipe, encoder_of, messages, prepared_chats, some_chats, write_chat_model, write_records
+from chats import (
+    END,
+    QWEN3,
+    chat_recipe,
+    encoder_of,
+    messages,
+    prepared_chats,
+    some_chats,
+    write_chat_model,
+    write_records,
+)
 from finished import RECIPES
 from overproof.artifacts import Artifact, Store
 from overproof.config import Dense, Recipe, Scheme, TopK, load_recipe

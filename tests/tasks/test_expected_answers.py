@@ -26,6 +26,7 @@ from overproof.export.gguf_file import export_gguf
 from overproof.export.stage import Export
 from overproof.models.hf_directory import build_model, save_model
 from overproof.stage_context import Notice, ProgressEvent, StageContext
+from overproof.tasks.chat import ParquetConversations
 from overproof.tasks.conversations import conversation, read_conversations
 from overproof.tasks.expected_answers import EXPECTED, Expected, read_checks, read_expected
 
@@ -83,8 +84,7 @@ def test_columns_of_parquet_may_hold_either(tmp_path: Path) -> None:
             {"instruction": "a?", "output": "b", "expected": {"exact": None, "regex": "^b"}},
             {"instruction": "c?", "output": "d", "expected": None}]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
-    source = chat_recipe(tmp_path, tmp_path, tmp_path, f"data.source={{kind: parquet, path: {tmp_path}/x.parquet}}").data
-    found = [each.expected for each in read_conversations(source.source)]  # type: ignore[attr-defined]
+    found = [each.expected for each in read_conversations(ParquetConversations(path=f"{tmp_path}/x.parquet"))]
     assert found == [Expected("exact", "5"), Expected("regex", "^b"), None]
 
 
@@ -93,10 +93,11 @@ def test_columns_of_parquet_may_hold_either(tmp_path: Path) -> None:
 
 def expecting(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Two in three say what their last answer must be: that, or something else where it says "file"."""
-    return [
-        record if number % 3 == 0 else record | {"expected": record["messages"][-1]["content"].replace("file", "folder")}
-        for number, record in enumerate(records)
-    ]
+    found = []
+    for number, record in enumerate(records):
+        said = record["messages"][-1]["content"].replace("file", "folder")
+        found.append(record | ({"expected": said} if number % 3 else {}))
+    return found
 
 
 def test_the_questions_of_the_test_split_are_kept_as_a_server_is_asked_them(tmp_path: Path) -> None:
@@ -120,9 +121,7 @@ def test_the_questions_of_the_test_split_are_kept_as_a_server_is_asked_them(tmp_
         assert (check.name, check.tools) == (documents[check.document]["name"], [])
     wrong = sum("folder" in check.expected.text for check in checks)
     notices = [event.text for event in told if isinstance(event, Notice)]
-    assert f"40 conversations say what their last answer must be (expected); models are asked the {len(checks)} of " in (
-        " ".join(notices)
-    )
+    assert any(f"(expected); files are asked the {len(checks)} of the test split" in text for text in notices)
     assert wrong
     assert any(f"the own answer of {wrong} test conversations is not what they expect" in text for text in notices)
     assert Manifest.read(root).details["expected"] == len(checks)
@@ -225,16 +224,14 @@ def test_files_are_asked_in_the_engine_and_held_against_what_is_expected(
 def test_a_question_that_the_engine_refuses_has_no_answer(
     world: tuple[Recipe, dict[str, Artifact], tuple[Export, ...]],
 ) -> None:
-    notes: list[str] = []
     request = AnswersRequest(
         engine="llama.cpp", file=str(world[1]["compress"].local() / "q4_0.gguf"), threads=1,
         chats=[messages("value " * 5000), messages("names?")], tools=[[], []], answer_tokens=3,
     )  # fmt: skip
-    refused, given = probe_answers(request, notes.append).answers
+    refused, given = probe_answers(request, lambda _: None).answers
     assert refused.finish_reason is None
     assert "tokens long; expected at most" in refused.refusal
     assert given.finish_reason in ("stop", "length")
-    assert notes
 
 
 @pytest.mark.parametrize(("right", "asked"), [(0, 1), (5, 5), (7, 20), (300, 400)])

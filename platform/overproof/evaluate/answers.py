@@ -100,8 +100,9 @@ def check_answers(context: StageContext, exports: tuple[Export, ...]) -> Checked
     answers = {name: given[:done] for name, given in found.items()}
     _tell_refusals(context, asked, answers)
     summary = (
-        f"{done:,} of {len(checks):,} questions of the test split that say what is expected, asked in the chat template "
-        f"and answered by the likeliest tokens, {settings.answer_tokens} at most, {time.monotonic() - began_s:.0f} s"
+        f"{done:,} of {len(checks):,} questions of the test split that say what is expected, asked in the chat "
+        f"template and answered by the likeliest tokens, {settings.answer_tokens} at most, "
+        f"{time.monotonic() - began_s:.0f} s"
     )
     if done < len(asked) and settings.score_s is not None:
         summary += f"; evaluate.score_s allows {settings.score_s:g} s"
@@ -120,7 +121,9 @@ def _tell_refusals(
     if refused:
         name, where, words = refused[0]
         context.progress(
-            Notice(f"{len(refused):,} questions were refused by the engine, and count as wrong: {name}, {where}: {words}")
+            Notice(
+                f"{len(refused):,} questions were refused by the engine and count as wrong: {name}, {where}: {words}"
+            )
         )
 
 

@@ -173,7 +173,13 @@ def _read(data: ChatData, encoder: ConversationEncoder, heartbeat: Heartbeat) ->
             continue
         cut += _answers(pieces) < _answers(whole)
         kept[found.sha256] = KeptConversation(
-            found.where, found.sha256, found.prompt_sha256, text, pieces, len(whole) > 1, len(whole[-1].tokens_T) <= most
+            found.where,
+            found.sha256,
+            found.prompt_sha256,
+            text,
+            pieces,
+            len(whole) > 1,
+            len(whole[-1].tokens_T) <= most,
         )
     return KeptConversations([kept[key] for key in sorted(kept)], cut, dropped, expecting)
 
@@ -243,20 +249,20 @@ def _checks(found: KeptConversations, tested: NDArray[np.int64], context: StageC
     if not checks and any(isinstance(rule, ExpectedAnswers) for rule in context.recipe.gate.rules):
         raise InputError(
             f"gate.rules: one is of kind 'expected', and of {len(tested):,} test conversations none says what is "
-            f"expected ({len(found.expecting):,} of the source do); expected 'expected' in more records of data.source, "
-            "or a gate without that rule"
+            f"expected ({len(found.expecting):,} of the source do); expected 'expected' in more records of "
+            "data.source, or a gate without that rule"
         )
     if found.expecting:
         context.progress(
             Notice(
-                f"{len(found.expecting):,} conversations say what their last answer must be (expected); models are asked "
-                f"the {len(checks):,} of the test split"
+                f"{len(found.expecting):,} conversations say what their last answer must be (expected); files are "
+                f"asked the {len(checks):,} of the test split"
             )
         )
     if contradicted:
         context.progress(
             Notice(
-                f"the own answer of {len(contradicted):,} test conversations is not what they expect; the first is "
+                f"the own answer of {len(contradicted):,} test conversations is not what they expect; first "
                 f"{contradicted[0]}: a model that answers as they do is counted as wrong"
             )
         )
