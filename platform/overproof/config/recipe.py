@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from overproof.config.base import Identifier, OneOf, Section
 from overproof.config.data import DataSection
 from overproof.config.distillation import Cache, Generate, Student, Sweep
-from overproof.config.evaluation import Evaluate, Gate
+from overproof.config.evaluation import Evaluate, ExpectedAnswers, Gate
 from overproof.config.export import FormatSection, Speculate
 from overproof.config.models import LayeredModel, Pretrained, TeacherLayers
 from overproof.config.search import Tune
@@ -48,6 +48,7 @@ class Recipe(Section):
         self._kinds_fit()
         self._layers_are_there()
         self._losses_fit()
+        self._rules_fit()
         self._prompts_fit()
         self._text_is_written()
         self.tune.check(self.sweep)
@@ -139,6 +140,15 @@ class Recipe(Section):
                 raise ValueError(
                     f"sweep.students.{index}.relations: models of {self.data.kind} are not compared by their "
                     "attention; expected none"
+                )
+
+    def _rules_fit(self) -> None:
+        for index, rule in enumerate(self.gate.rules):
+            if isinstance(rule, ExpectedAnswers) and not TASKS[self.data.kind].expects_answers:
+                able = " or ".join(repr(kind) for kind, task in TASKS.items() if task.expects_answers)
+                raise ValueError(
+                    f"gate.rules.{index}.kind is 'expected'; records of {self.data.kind!r} do not say what an answer "
+                    f"must be, those of {able} may"
                 )
 
     def _prompts_fit(self) -> None:

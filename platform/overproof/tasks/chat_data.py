@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from overproof.config import ExpectedAnswers
 from overproof.data.cleaning import DUPLICATE, split_of
 from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import DOCUMENTS, SPLITS, TEST_TEXTS, TOKENIZER, TOKENIZER_CONFIG, Manifest, Split
@@ -35,7 +36,8 @@ from overproof.tasks.chat_template import (
     read_chat_template,
     template_files,
 )
-from overproof.tasks.conversations import conversation_files, read_conversations
+from overproof.tasks.conversations import Conversation, conversation_files, read_conversations
+from overproof.tasks.expected_answers import EXPECTED, AnswerCheck, checks_file
 
 if TYPE_CHECKING:
     from overproof.tasks.chat import ChatData
@@ -57,6 +59,7 @@ class KeptConversation:
     text: str
     pieces: list[EncodedConversation]  # one, or one for each answer where the template rewrites earlier turns
     is_divided: bool  # whether there were several of them
+    has_last_answer: bool  # or that was longer than a row
 
     @property
     def size_bytes(self) -> int:
@@ -71,6 +74,7 @@ class KeptConversations:
     kept: list[KeptConversation]
     cut: int  # of them, those of which some turns are left out
     dropped: dict[str, int]
+    expecting: dict[str, Conversation]  # those of the source that say what their last answer must be, by ``sha256``
 
     @property
     def divided(self) -> list[KeptConversation]:
@@ -106,6 +110,7 @@ def prepare_chat(context: StageContext) -> Manifest:
         found = _read(data, encoder, heartbeat)
         end_id = _end_of_answers(data, found.kept, encoder, tokenizer.end_id, context)
         splits = _splits(data, found)
+        checks = _checks(found, splits["test"], context)
         heartbeat.start_phase(1, f"packing and writing {len(found.kept):,} conversations")
         rows, members = _rows(found.kept, splits, data, context.recipe.seed)
         columns = chat_columns(data.sequence_length, tokenizer.outputs)
@@ -116,6 +121,8 @@ def prepare_chat(context: StageContext) -> Manifest:
         write_file(context.draft.uri, CHAT_TEMPLATE, template.text.encode())
         write_file(context.draft.uri, DOCUMENTS, _documents_file(found.kept, splits))
         write_file(context.draft.uri, TEST_TEXTS, _test_texts(found.kept, splits["test"]))
+        if checks:
+            write_file(context.draft.uri, EXPECTED, checks_file(checks))
         heartbeat.start_phase(PHASES, "")
     _tell(context, data, found, template.text)
     return Manifest(
@@ -133,6 +140,7 @@ def prepare_chat(context: StageContext) -> Manifest:
         details={
             "cut": found.cut,
             "divided": len(found.divided),
+            "expected": len(checks),
             "template_sha256": hashlib.sha256(template.text.encode()).hexdigest(),
         },
     )
@@ -146,9 +154,11 @@ def _read(data: ChatData, encoder: ConversationEncoder, heartbeat: Heartbeat) ->
     most = data.sequence_length + 1
     kept: dict[str, KeptConversation] = {}
     dropped = dict.fromkeys((DUPLICATE, SPELLED, TOO_LONG), 0)
-    seen, cut = set[str](), 0
+    seen, cut, expecting = set[str](), 0, dict[str, Conversation]()
     for number, found in enumerate(read_conversations(data.source), start=1):
         heartbeat.update_note(f"{number:,} conversations read")
+        if found.expected is not None:
+            _require_same(expecting.setdefault(found.sha256, found), found)
         if found.sha256 in seen:
             dropped[DUPLICATE] += 1
             continue
@@ -163,9 +173,23 @@ def _read(data: ChatData, encoder: ConversationEncoder, heartbeat: Heartbeat) ->
             continue
         cut += _answers(pieces) < _answers(whole)
         kept[found.sha256] = KeptConversation(
-            found.where, found.sha256, found.prompt_sha256, text, pieces, len(whole) > 1
+            found.where,
+            found.sha256,
+            found.prompt_sha256,
+            text,
+            pieces,
+            len(whole) > 1,
+            len(whole[-1].tokens_T) <= most,
         )
-    return KeptConversations([kept[key] for key in sorted(kept)], cut, dropped)
+    return KeptConversations([kept[key] for key in sorted(kept)], cut, dropped, expecting)
+
+
+def _require_same(first: Conversation, again: Conversation) -> None:
+    if first.expected != again.expected:
+        raise InputError(
+            f"{again.where}: expected is {again.expected}, and of the same conversation at {first.where} it is "
+            f"{first.expected}; expected one of them"
+        )
 
 
 def _answers(pieces: Sequence[EncodedConversation]) -> int:
@@ -204,6 +228,45 @@ def _splits(data: ChatData, found: KeptConversations) -> dict[str, NDArray[np.in
         )
     splits_N = split_of(distinct.tolist(), data.validation_fraction, data.test_fraction)[of_conversation_N]
     return {name: np.flatnonzero(splits_N == name) for name in SPLITS}
+
+
+def _checks(found: KeptConversations, tested: NDArray[np.int64], context: StageContext) -> list[AnswerCheck]:
+    """What test conversations expect of their last answers; tells how many, and which contradict themselves.
+
+    Raises:
+        InputError: a rule of the gate is about such answers, and there are none.
+    """
+    checks, contradicted = list[AnswerCheck](), list[str]()
+    for number in tested.tolist():
+        kept = found.kept[number]
+        record = found.expecting.get(kept.sha256)
+        if record is None or record.expected is None or not kept.has_last_answer:
+            continue
+        asked, answer = record.messages[: record.last_answer], record.messages[record.last_answer]
+        checks.append(AnswerCheck(number, kept.where, list(asked), list(record.tools or ()), record.expected))
+        if not answer.get("tool_calls") and not record.expected.holds(answer["content"]):
+            contradicted.append(kept.where)
+    if not checks and any(isinstance(rule, ExpectedAnswers) for rule in context.recipe.gate.rules):
+        raise InputError(
+            f"gate.rules: one is of kind 'expected', and of {len(tested):,} test conversations none says what is "
+            f"expected ({len(found.expecting):,} of the source do); expected 'expected' in more records of "
+            "data.source, or a gate without that rule"
+        )
+    if found.expecting:
+        context.progress(
+            Notice(
+                f"{len(found.expecting):,} conversations say what their last answer must be (expected); files are "
+                f"asked the {len(checks):,} of the test split"
+            )
+        )
+    if contradicted:
+        context.progress(
+            Notice(
+                f"the own answer of {len(contradicted):,} test conversations is not what they expect; first "
+                f"{contradicted[0]}: a model that answers as they do is counted as wrong"
+            )
+        )
+    return checks
 
 
 def _rows(
