@@ -24,15 +24,15 @@ class _RemoteProgress:
     def __init__(self, relay: str) -> None:
         self._relay = relay
         self._lock = threading.Lock()
-        self._newest: dict[str, ProgressEvent] = {}
+        self._newest: dict[tuple[type, str], ProgressEvent] = {}
         self._sending = False
 
     def __call__(self, event: ProgressEvent) -> None:
         if isinstance(event, Notice):
-            self._store(f"notice/{uuid.uuid4().hex}", event)
+            self._store(event)
             return
         with self._lock:
-            self._newest[f"{type(event).__name__}/{event.task}"] = event
+            self._newest[type(event), event.task] = event
             if self._sending:
                 return
             self._sending = True
@@ -49,14 +49,14 @@ class _RemoteProgress:
                 if not events:
                     self._sending = False
                     return
-            for name, event in events.items():
-                self._store(name, event)
+            for event in events.values():
+                self._store(event)
             time.sleep(POLL_S)
 
-    def _store(self, name: str, event: ProgressEvent) -> None:
+    def _store(self, event: ProgressEvent) -> None:
         from overproof.cluster import ray_private
 
-        ray_private.store_value(f"{self._relay}/{name}", pickle.dumps((time.time(), event)))
+        ray_private.store_value(f"{self._relay}/{uuid.uuid4().hex}", pickle.dumps((time.time(), event)))
 
 
 class _RelayedProgress:
@@ -68,7 +68,6 @@ class _RelayedProgress:
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
-        self._shown: dict[str, bytes] = {}  # the newest of each kind
 
     def __call__(self, event: ProgressEvent) -> None:
         self._show(event)
@@ -89,14 +88,21 @@ class _RelayedProgress:
                 return
 
     def _new_events(self) -> list[ProgressEvent]:
-        """What was not shown yet, notices first, each in the order in which they were told."""
+        """Take what was told since: every notice, then of each task the newest event of each type, oldest first."""
         from overproof.cluster import ray_private
 
         found = ray_private.stored_values(f"{self._relay}/")
-        new = {name: value for name, value in found.items() if self._shown.get(name) != value}
-        self._shown |= new
-        told = sorted((pickle.loads(value) for value in new.values()), key=lambda pair: float(pair[0]))
-        return sorted((event for _, event in told), key=lambda event: not isinstance(event, Notice))
+        for key in found:
+            ray_private.delete_values(key)
+        told = sorted((pickle.loads(value) for value in found.values()), key=lambda pair: float(pair[0]))
+        notices, newest = list[ProgressEvent](), dict[tuple[type, str], ProgressEvent]()
+        for _, event in told:
+            if isinstance(event, Notice):
+                notices.append(event)
+            else:
+                newest.pop((type(event), event.task), None)  # so that the newest comes last
+                newest[type(event), event.task] = event
+        return [*notices, *newest.values()]
 
     def close(self) -> None:
         """Show what is left, and leave nothing behind."""
