@@ -27,7 +27,7 @@ def init(asked: Asked, to: Path | None) -> int:
     """Print what was chosen and why, write the recipe, and say how to go on.
 
     Raises:
-        InputError: see ``choose``; or another recipe lies where this one would.
+        InputError: see ``choose_within``; or another recipe lies where this one would.
     """
     _, path = _write(asked, to)
     word = shlex.quote(str(path))

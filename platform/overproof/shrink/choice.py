@@ -88,15 +88,6 @@ class Found:
     fit: Fit
 
 
-def choose(asked: Asked) -> Choice:
-    """Look at the model and the data, and write a recipe for both.
-
-    Raises:
-        InputError: something is missing, cannot be used, or must be said by a flag; or no student is within the budget.
-    """
-    return write(asked, find(asked))
-
-
 def find(asked: Asked) -> Found:
     """Look at the model and the data.
 

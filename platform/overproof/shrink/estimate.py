@@ -22,7 +22,7 @@ from overproof.shrink.students import Candidate
 from overproof.units import format_bytes, format_seconds
 
 EDGE, MEASURED_S = 512, 0.1  # of the matrices
-HALVINGS = 8  # until the share of the steps is known that fits into a time
+HALVINGS = 7  # until the share of the steps is known that fits into a time
 SHARE = 0.6  # of what multiplying matrices reaches, that training reaches: measured on two cores, models of 1M to 135M
 STEP_S = 0.02  # what a step takes beside its arithmetic
 STARTS_S = {"prepare": 8, "train": 15, "cache": 8, "sweep": 20, "compress": 8, "evaluate": 12}  # measured likewise
@@ -57,32 +57,39 @@ class Estimate:
 
 
 def choose_within(asked: Asked, flops_per_s: float) -> tuple[Choice, Estimate]:
-    """What ``choose`` gives, with as many steps as ``--max-minutes`` leaves on a machine of that speed.
+    """Look at the model and the data, and write a recipe with as many steps as ``--max-minutes`` leaves on a machine of
+    that speed.
 
     Raises:
-        InputError: see ``choose``; or what is left beside the steps takes longer.
+        InputError: something is missing, cannot be used, or must be said by a flag; no student is within the budget; or
+            what is left beside the steps takes longer.
     """
     found = find(asked)
-    choice = write(asked, found)
-    whole = estimate(choice, flops_per_s)
-    if asked.max_minutes is None or whole.total_s <= 60 * asked.max_minutes:
-        return choice, whole
-    fits, least, most = None, 0.0, 1.0
-    for _ in range(HALVINGS):
-        share = (least + most) / 2 if fits or most < 1 else 0.0  # the shortest of all first
+
+    def written(share: float) -> tuple[Choice, Estimate]:
         choice = write(asked, found, share)
-        needed = estimate(choice, flops_per_s)
-        if needed.total_s <= 60 * asked.max_minutes:
-            fits, least = (choice, needed), share
-        elif share == 0:
-            raise InputError(
-                f"--max-minutes {asked.max_minutes:g}: the shortest trainings would leave it at about "
-                f"{format_seconds(needed.total_s)} ({needed.stages}); give --max-minutes "
-                f"{math.ceil(needed.total_s / 60)}, or a smaller model or fewer data"
-            )
+        return choice, estimate(choice, flops_per_s)
+
+    def is_within(needed: Estimate) -> bool:
+        return asked.max_minutes is None or needed.total_s <= 60 * asked.max_minutes
+
+    whole = written(1.0)
+    if is_within(whole[1]):
+        return whole
+    fits = written(0.0)
+    if not is_within(needed := fits[1]):
+        raise InputError(
+            f"--max-minutes {asked.max_minutes:g}: the shortest trainings would leave it at about "
+            f"{format_seconds(needed.total_s)} ({needed.stages}); give --max-minutes "
+            f"{math.ceil(needed.total_s / 60)}, or a smaller model or fewer data"
+        )
+    least, most = 0.0, 1.0
+    for _ in range(HALVINGS):
+        share = (least + most) / 2
+        if is_within((shorter := written(share))[1]):
+            fits, least = shorter, share
         else:
             most = share
-    assert fits is not None
     return fits
 
 
