@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from overproof.evaluate.metrics import Bootstrap, further_metrics
-from overproof.tasks.class_metrics import BINS, CLASS_METRICS, calibration_error, class_columns, macro_f1
+from overproof.tasks.class_metrics import BINS, CLASS_METRICS, calibration_error, class_columns, multiclass_macro_f1
 
 UNITS, CLASSES = 400, 6
 
@@ -28,7 +28,7 @@ def test_macro_f1_is_scikit_learns_on_each_resample() -> None:
     drawn[4] = np.flatnonzero(columns["label"] != 2)[generator.integers(0, 300, UNITS)]  # one without a class
     counts = np.stack([np.bincount(row, minlength=UNITS) for row in drawn]).astype(float)
     expected = [f1_score(columns["label"][row], columns["choice"][row], average="macro") for row in drawn]
-    np.testing.assert_allclose(macro_f1(columns, counts), expected, atol=1e-12)
+    np.testing.assert_allclose(multiclass_macro_f1(columns, counts), expected, atol=1e-12)
 
 
 def test_calibration_error_is_the_mean_gap_of_bins() -> None:

@@ -42,7 +42,8 @@ from overproof.models.sizes import model_size, student_size
 from overproof.registry import FORMATS, TASKS
 from overproof.stage_context import StageContext, no_progress
 from overproof.tasks.base import agreements
-from overproof.tasks.label_metrics import LABEL_METRICS, MICRO_F1
+from overproof.tasks.class_metrics import calibration_error
+from overproof.tasks.label_metrics import LABEL_METRICS, MICRO_F1, label_columns
 from overproof.tasks.multi_label_text_classification import TASK
 from overproof.train.engine import TorchEngine
 from overproof.train.loop import fit, validation_loss
@@ -135,6 +136,34 @@ def test_classes_that_cannot_be_learned_are_named(tmp_path: Path) -> None:
         prepared(recipe(tmp_path, jsonl(tmp_path, [("a", "food;;plant")]), more=", separator: ;"))
 
 
+@pytest.mark.parametrize("chosen", ["balanced", "{plant: 3.0, food: 0.5}"])
+def test_that_a_class_is_there_counts_by_its_weight(chosen: str, tmp_path: Path) -> None:
+    """In the labels' loss and in the teacher's."""
+    texts = [(text, names) for number, (text, names) in enumerate(TEXTS) if "food" in names or number % 4 == 0]
+    root = prepared(recipe(tmp_path, jsonl(tmp_path, texts), more=f", class_weights: {chosen}"))
+    columns = rows_of(root, "train")
+    there, weight = columns["label"] > 0, columns["weight"]
+    np.testing.assert_allclose(weight.mean(0), 1, rtol=1e-5)  # of each class
+    for number, name in enumerate(WORDS):
+        of_there, of_absent = weight[there[:, number], number], weight[~there[:, number], number]
+        if chosen == "balanced":
+            assert of_there.sum() == pytest.approx(of_absent.sum())
+        else:
+            assert of_there[0] / of_absent[0] == pytest.approx({"plant": 3, "food": 0.5}.get(name, 1))
+    batch = to_tensors(columns)
+    prediction = TASK.predict(build_model(SMALL, Manifest.read(root), 0).eval(), batch)
+    logits = prediction.logits_BPV[..., 1]
+    expected = binary_cross_entropy_with_logits(logits, batch["label"].float(), weight=batch["weight"])
+    found, _ = CrossEntropy(TASK.predict).loss(build_model(SMALL, Manifest.read(root), 0).eval(), batch)
+    torch.testing.assert_close(found, expected)
+    terms = distillation_loss(
+        prediction.logits_BPV, prediction.targets_BP, prediction.mask_BP, None, prediction.logits_BPV, 1.0, 0.25
+    )
+    torch.testing.assert_close(terms.cross_entropy, expected)
+    with pytest.raises(InputError, match=r"data\.class_weights\.fod: there is no such class, nearest is 'food'"):
+        prepared(recipe(tmp_path, jsonl(tmp_path, texts), more=", class_weights: {fod: 2.0}"))
+
+
 def manifest(classes: list[str], **details: Any) -> Manifest:
     found = {"classes": classes, "sequence_length": 16, "vocabulary": 100, "padding": 1, **details}
     kind, positions, outputs = (KIND, len(classes), 2) if details else ("text_classification", 1, len(classes))
@@ -195,10 +224,16 @@ def test_metrics_are_those_of_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     there, given = (rng.random((50, 6)) < share for share in (0.3, 0.4))
     there[:, 5] = given[:, 5] = False  # neither there nor given
-    units, once = {"there": there, "given": given}, np.ones((1, 50))
+    logprobs = np.log(rng.uniform(0.01, 0.99, (50, 6)).astype(np.float32))
+    units, once = label_columns(there, given, logprobs), np.ones((1, 50))
     found = {metric.name: metric.value(units, once)[0] for metric in LABEL_METRICS}
     assert found["macro_f1"] == pytest.approx(f1_score(there[:, :5], given[:, :5], average="macro"))
     assert found["exact_match"] == pytest.approx(accuracy_score(there, given))
+    errors = [
+        calibration_error({"confidence": np.exp(p), "label": t, "choice": np.ones(50)}, once)[0]
+        for p, t in zip(logprobs.T, there.T, strict=True)
+    ]  # of each label by itself, as if that it is there were the choice
+    assert found["classwise_calibration_error"] == pytest.approx(np.mean(errors))
     total, size = 2 * (there & given).sum(1), there.sum(1) + given.sum(1)
     assert MICRO_F1.value(total.sum(), size.sum()) == pytest.approx(f1_score(there, given, average="micro"))
     counts = np.bincount(rng.integers(0, 50, 50), minlength=50)  # a resample

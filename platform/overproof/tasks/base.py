@@ -101,7 +101,7 @@ class Quality:
         return -value if self.higher_is_better else value
 
 
-UnitColumns = Mapping[str, NDArray[Any]]  # numbers of each test unit, by name: (U,) each
+UnitColumns = Mapping[str, NDArray[Any]]  # numbers of each test unit, by name: (U, ...) each
 
 
 @dataclass(frozen=True)

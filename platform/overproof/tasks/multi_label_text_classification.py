@@ -26,11 +26,13 @@ from overproof.models.encoder import MULTI_LABEL
 from overproof.tasks.base import CardWords
 from overproof.tasks.label_metrics import LABEL_METRICS, MICRO_F1, label_columns
 from overproof.tasks.text_classification import (
+    ClassWeights,
     CsvTexts,
     JsonlTexts,
     LabelledTexts,
     LabelledTextsData,
     ParquetTexts,
+    by_class,
     listed,
     shown,
     what_is_read,
@@ -59,6 +61,13 @@ class MultiLabelTextClassificationData(LabelledTextsData):
         0.5, gt=0, lt=1, description="A class is given to a text from this probability on; metrics go by it, too."
     )
 
+    class_weights: ClassWeights = Field(
+        None,
+        description="How much it counts in the losses that a class is there: balanced, in all as much as that it is "
+        "absent; or a number for each class, 1 where there is none, by that of its absence. Each class's weights are "
+        "scaled to a mean of 1.",
+    )
+
     @model_validator(mode="after")
     def _separator_of_csv(self) -> Self:
         if self.source.kind == "csv" and self.separator is None:
@@ -72,6 +81,7 @@ class SeveralClasses:
 
     separator: str | None
     threshold: float
+    class_weights: ClassWeights = None
     differing: str = "texts whose classes differ"
 
     @property
@@ -103,8 +113,20 @@ class SeveralClasses:
     def shape(self, classes: int) -> tuple[int, int]:
         return classes, 2
 
-    def weights(self, classes: list[str], train_KV: NDArray[np.bool_]) -> None:
-        del classes, train_KV
+    def weights(
+        self, classes: list[str], there_RV: NDArray[np.bool_], train_K: NDArray[np.int64]
+    ) -> NDArray[np.float32] | None:
+        if self.class_weights is None:
+            return None
+        counts_V = there_RV[train_K].sum(0)
+        absent_V = len(train_K) - counts_V
+        if self.class_weights == "balanced":
+            weights_V = absent_V.clip(1) / counts_V
+        else:
+            weights_V = by_class(self.class_weights, classes)
+        scale_V = len(train_K) / (weights_V * counts_V + absent_V)
+        weights_RV: NDArray[np.float32] = np.where(there_RV, weights_V * scale_V, scale_V).astype(np.float32)
+        return weights_RV
 
 
 class MultiLabelTextClassification(LabelledTexts):
@@ -116,16 +138,19 @@ class MultiLabelTextClassification(LabelledTexts):
     further = LABEL_METRICS
 
     def labelling(self, data: Any) -> Labelling:
-        return SeveralClasses(data.separator, data.threshold)
+        return SeveralClasses(data.separator, data.threshold, data.class_weights)
 
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
-        """A classifier of texts on the columns ``tokens`` (B, T) and ``label`` (B, V), 1 where a class is there."""
+        """A classifier of texts on the columns ``tokens`` (B, T), ``label`` (B, V), 1 where a class is there, and, where
+        classes have one, ``weight`` (B, V).
+        """
         import torch
 
         from overproof.models.encoder import encoder_inputs, label_logits
 
         logits_BV2 = label_logits(model(**encoder_inputs(batch["tokens"])).logits)
-        return Prediction(logits_BV2, batch["label"], torch.ones_like(batch["label"], dtype=torch.bool))
+        everywhere_BV = torch.ones_like(batch["label"], dtype=torch.bool)
+        return Prediction(logits_BV2, batch["label"], batch.get("weight", everywhere_BV))
 
     def judge(self, root: Path) -> Judge:
         from overproof.data.manifest import Manifest
@@ -182,7 +207,7 @@ def _judge(logprobs_UV: NDArray[np.float32], columns: Columns, threshold: float)
     return Judged(
         2.0 * (there_UV & given_UV).sum(1),
         given_UV.astype(np.int32),
-        label_columns(there_UV, given_UV),
+        label_columns(there_UV, given_UV, logprobs_UV),
         there_UV.sum(1) + given_UV.sum(1),
     )
 

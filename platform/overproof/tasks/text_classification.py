@@ -87,6 +87,9 @@ class ModelTokenizer(Section):
     path: str = Field(description="A tokenizer.json, or the Hugging Face directory that has it.")
 
 
+ClassWeights = Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None
+
+
 class LabelledTextsData(DataSection):
     """Texts with classes, split class by class and by content, and cut to one number of tokens."""
 
@@ -101,7 +104,7 @@ class TextClassificationData(LabelledTextsData):
 
     kind: Literal["text_classification"] = "text_classification"
     source: TextsSource = Field(discriminator="kind")
-    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+    class_weights: ClassWeights = Field(
         None,
         description="How much a text counts in the losses: balanced, by how rare its class is; or a number for each "
         "class, 1 where there is none. They are scaled to a mean of 1.",
@@ -112,7 +115,7 @@ class TextClassificationData(LabelledTextsData):
 class OneClass:
     """A text has one class; see ``Labelling``."""
 
-    class_weights: Literal["balanced"] | Mapping[str, float] | None = None
+    class_weights: ClassWeights = None
     differing: str = "texts of several classes"
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -136,27 +139,29 @@ class OneClass:
     def shape(self, classes: int) -> tuple[int, int]:
         return 1, classes
 
-    def weights(self, classes: list[str], train_KV: NDArray[np.bool_]) -> NDArray[np.float32] | None:
-        """Of each class; their mean over the train texts is 1.
-
-        Raises:
-            InputError: a weight is of no class.
-        """
+    def weights(
+        self, classes: list[str], there_RV: NDArray[np.bool_], train_K: NDArray[np.int64]
+    ) -> NDArray[np.float32] | None:
         if self.class_weights is None:
             return None
-        counts_V = train_KV.sum(0)
-        if self.class_weights == "balanced":
-            weights_V = 1 / counts_V
-        else:
-            for name in self.class_weights:
-                if name not in classes:
-                    near = suggest_name(name, classes)
-                    raise InputError(
-                        f"data.class_weights.{name}: there is no such class{near}; expected one of {classes}"
-                    )
-            weights_V = np.array([self.class_weights.get(name, 1.0) for name in classes])
-        scaled: NDArray[np.float32] = (weights_V * counts_V.sum() / (weights_V @ counts_V)).astype(np.float32)
-        return scaled
+        counts_V = there_RV[train_K].sum(0)
+        weights_V = 1 / counts_V if self.class_weights == "balanced" else by_class(self.class_weights, classes)
+        scaled_V = (weights_V * counts_V.sum() / (weights_V @ counts_V)).astype(np.float32)
+        weights_R: NDArray[np.float32] = scaled_V[self.encode(there_RV)]
+        return weights_R
+
+
+def by_class(weights: Mapping[str, float], classes: list[str]) -> NDArray[np.float64]:
+    """The weight of each class, 1 where none is given.
+
+    Raises:
+        InputError: a weight is of no class.
+    """
+    for name in weights:
+        if name not in classes:
+            near = suggest_name(name, classes)
+            raise InputError(f"data.class_weights.{name}: there is no such class{near}; expected one of {classes}")
+    return np.array([weights.get(name, 1.0) for name in classes])
 
 
 def _written(text: str) -> str:

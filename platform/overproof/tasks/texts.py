@@ -82,8 +82,15 @@ class Labelling(Protocol):
     def shape(self, classes: int) -> tuple[int, int]:
         """Predictions in a row, and outputs of each."""
 
-    def weights(self, classes: list[str], train_KV: NDArray[np.bool_]) -> NDArray[np.float32] | None:
-        """How much a text of each class counts, by the classes of the train texts; None where all count alike."""
+    def weights(
+        self, classes: list[str], there_RV: NDArray[np.bool_], train_K: NDArray[np.int64]
+    ) -> NDArray[np.float32] | None:
+        """How much each prediction of each text counts, one number or several a row: by the classes of the train texts,
+        over which the mean is 1. None where all count alike.
+
+        Raises:
+            InputError: a weight is of no class.
+        """
 
 
 @dataclass(frozen=True)
@@ -156,10 +163,10 @@ def prepare_texts(context: StageContext, labelling: Labelling) -> Manifest:
         Column(name="label", dtype="<i4", shape=labels.shape[1:]),
     )
     rows: dict[str, NDArray[Any]] = {"tokens": encoded.tokens_RT, "label": labels}
-    weights_V = labelling.weights(classes, there_RV[splits["train"]])
-    if weights_V is not None:
-        columns += (Column(name="weight", dtype="<f4"),)
-        rows["weight"] = weights_V[labels]
+    weights = labelling.weights(classes, there_RV, splits["train"])
+    if weights is not None:
+        columns += (Column(name="weight", dtype="<f4", shape=weights.shape[1:]),)
+        rows["weight"] = weights
     positions, outputs = labelling.shape(len(classes))
     written = write_splits(rows, splits, columns, data, context.draft.uri, "texts", np.full(len(labels), positions))
     write_file(context.draft.uri, TOKENIZER, content)
