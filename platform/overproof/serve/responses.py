@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel
 
@@ -133,11 +133,14 @@ class ChatEvent(GeneratedReply):
     choices: list[ChatEventChoice]
 
 
-class RowsReply(ModelReply):
-    """What a task answers for each row of a request: see its ``answers``."""
+RowT = TypeVar("RowT")
+
+
+class RowsReply(ModelReply, Generic[RowT]):
+    """What a task answers for each row of a request: see its ``row_reply``."""
 
     object: Literal["list"] = "list"
-    data: list[dict[str, Any]]
+    data: list[RowT]
 
 
 class Provenance(BaseModel):

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, Union
 
 from fastapi import Body, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -162,8 +162,11 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
         telemetry.recorder.rate(Rating(request.id, datetime.now(UTC), request.rating, request.comment))
         return {"status": "ok"}
 
-    def add_rows_route(route: str, requests: list[type[BaseModel]]) -> None:
-        @app.post(route, response_model=RowsReply, openapi_extra=_one_of(requests))
+    def add_rows_route(route: str) -> None:
+        tasks = [task for task in array_tasks.values() if task.route == route]
+        replies: Any = Union[tuple(task.row_reply for task in tasks)]  # noqa: UP007
+
+        @app.post(route, response_model=RowsReply[replies], openapi_extra=_one_of([task.request for task in tasks]))
         async def answer_rows(body: Annotated[dict[str, Any], Body()], http: HttpRequest) -> Any:
             """What the model says of each row of the request."""
             chosen = {name: body[name] for name in ModelRequest.model_fields if name in body}
@@ -176,10 +179,10 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
             with _count_failures(registry, served, start_s):
                 data = await _answer_rows(task, request, served, is_short)
             registry.on_complete(served, time.perf_counter() - start_s, False)
-            return RowsReply(**served.reply_fields, data=data)
+            return {**served.reply_fields, "data": data}
 
     for route in sorted({task.route for task in array_tasks.values()}):
-        add_rows_route(route, [task.request for task in array_tasks.values() if task.route == route])
+        add_rows_route(route)
     return app
 
 
@@ -234,7 +237,7 @@ def _parse(request: type[RequestT], body: dict[str, Any]) -> RequestT:
 
 def _one_of(requests: list[type[BaseModel]]) -> dict[str, Any]:
     """The body for /docs: one of these."""
-    schemas = [request.model_json_schema() for request in requests]
+    schemas = [request.model_json_schema() for request in dict.fromkeys(requests)]
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": {"anyOf": schemas}}}}}
 
 

@@ -297,6 +297,7 @@ class ArrayTask(Task, Protocol):
     """A task whose rows are one array of numbers each, and whose answers come from the log-probabilities of outputs."""
 
     request: type[BaseModel]  # the body of POST ``route``
+    row_reply: type[BaseModel]  # what ``answers`` gives for a row
 
     def inputs(self, request: Any, details: Mapping[str, Any], package: Path) -> NDArray[np.float32]:
         """The rows of a request, flat: (B, D); ``package`` is the folder with what lies beside the model.

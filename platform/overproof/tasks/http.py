@@ -42,3 +42,17 @@ class ModelReply(BaseModel):
     model: str
     package: str
     system_fingerprint: str  # start of the served file's sha256
+
+
+class RowReply(BaseModel):
+    """What is replied for one row of a request."""
+
+    index: int = Field(description="Of the row, from 0 on.")
+
+
+class ClassReply(RowReply):
+    """A row that has one class."""
+
+    label: int = Field(description="Number of the likeliest class.")
+    name: str = Field(description="Its name.")
+    probabilities: list[float] = Field(description="Of each class, in the order of the model's `details.classes`.")

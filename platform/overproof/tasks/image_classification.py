@@ -18,7 +18,7 @@ from overproof.models.base import DataShape, Prediction
 from overproof.tasks.array_task import RowsTask
 from overproof.tasks.base import CardWords, Loss, Quality
 from overproof.tasks.class_metrics import CLASS_METRICS
-from overproof.tasks.http import MOST_ROWS, ModelRequest
+from overproof.tasks.http import MOST_ROWS, ClassReply, ModelRequest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -116,7 +116,7 @@ class ImageClassification(RowsTask):
     label_column = "label"
     pipeline_tag = "image-classification"
     route = "/v1/classify"
-    request = ClassifyImagesRequest
+    request, row_reply = ClassifyImagesRequest, ClassReply
     template = "image_classification.yaml"
 
     def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:

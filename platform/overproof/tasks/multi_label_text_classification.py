@@ -24,6 +24,7 @@ from overproof.errors import InputError
 from overproof.models.base import Prediction
 from overproof.models.encoder import MULTI_LABEL
 from overproof.tasks.base import CardWords
+from overproof.tasks.http import RowReply
 from overproof.tasks.label_metrics import LABEL_METRICS, MICRO_F1, label_columns
 from overproof.tasks.text_classification import (
     ClassWeights,
@@ -129,6 +130,16 @@ class SeveralClasses:
         return weights_RV
 
 
+class LabelsReply(RowReply):
+    """A text that has any number of classes."""
+
+    labels: list[int] = Field(description="Numbers of the classes whose probability is `details.threshold` or more.")
+    names: list[str] = Field(description="Their names.")
+    probabilities: list[float] = Field(
+        description="Of each class being there, in the order of the model's `details.classes`; they need not add up to 1."
+    )
+
+
 class MultiLabelTextClassification(LabelledTexts):
     """See ``Task`` and ``ArrayTask``."""
 
@@ -136,6 +147,7 @@ class MultiLabelTextClassification(LabelledTexts):
     unit = "label"
     quality = MICRO_F1
     further = LABEL_METRICS
+    row_reply = LabelsReply
 
     def labelling(self, data: Any) -> Labelling:
         return SeveralClasses(data.separator, data.threshold, data.class_weights)

@@ -25,7 +25,7 @@ from overproof.models.base import DataShape, Prediction
 from overproof.tasks.array_task import RowsTask
 from overproof.tasks.base import CardWords, FurtherMetric, Loss, Quality
 from overproof.tasks.class_metrics import CLASS_METRICS
-from overproof.tasks.http import MOST_ROWS, ModelRequest, UnicodeText
+from overproof.tasks.http import MOST_ROWS, ClassReply, ModelRequest, RowReply, UnicodeText
 from overproof.tasks.image_classification import classified, same_classes
 
 if TYPE_CHECKING:
@@ -118,6 +118,14 @@ class RowsRequest(ModelRequest):
     )
 
 
+class NumberReply(RowReply):
+    """A row whose number is predicted."""
+
+    value: float = Field(description="The mean of the predicted distribution.")
+    low: float = Field(description="Nine in ten of it lie from here on,")
+    high: float = Field(description="up to here.")
+
+
 class _Tabular(RowsTask):
     """What both kinds of tables have in common; see ``Task`` and ``ArrayTask``."""
 
@@ -169,6 +177,7 @@ class TabularClassification(_Tabular):
     further = CLASS_METRICS
     quality = Quality("accuracy", "accuracy", "share", higher_is_better=True, relative=False)
     pipeline_tag = "tabular-classification"
+    row_reply = ClassReply
     route = "/v1/classify"
 
     def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
@@ -206,6 +215,7 @@ class TabularRegression(_Tabular):
     )
     pipeline_tag = "tabular-regression"
     judged_columns = ("value",)
+    row_reply = NumberReply
     route = "/v1/predict"
 
     def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:

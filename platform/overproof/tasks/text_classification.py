@@ -23,7 +23,7 @@ from overproof.models.base import DataShape, Prediction
 from overproof.tasks.array_task import RowsTask
 from overproof.tasks.base import CardWords, FurtherMetric, Loss, Quality
 from overproof.tasks.class_metrics import CLASS_METRICS
-from overproof.tasks.http import MOST_ROWS, ModelRequest, UnicodeText
+from overproof.tasks.http import MOST_ROWS, ClassReply, ModelRequest, RowReply, UnicodeText
 from overproof.tasks.image_classification import classified, same_classes
 
 if TYPE_CHECKING:
@@ -192,6 +192,7 @@ class LabelledTexts(RowsTask):
     pipeline_tag = "text-classification"
     route = "/v1/classify"
     request = ClassifyTextsRequest
+    row_reply: type[RowReply] = ClassReply
 
     def labelling(self, data: Any) -> Labelling:
         return OneClass(data.class_weights)
