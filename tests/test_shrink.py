@@ -34,7 +34,7 @@ from overproof.shrink.template import FEWEST_STEPS, change
 from overproof.tasks.base import Metric
 from overproof.tasks.image_recognition import recognise_images
 from overproof.tasks.recognition import ColumnFlags, Question, Shrinkable, look_at
-from text_classes import labelled_texts, write_base
+from text_classes import labelled_texts, texts_of_several, write_base, write_jsonl
 
 LAYERS = 4
 ROWS = 200
@@ -104,6 +104,22 @@ def texts(folder: Path) -> Path:
         pa.table({"review": [text for text, _ in rows], "about": [label for _, label in rows]}), folder / "texts.csv"
     )
     return folder / "texts.csv"
+
+
+def texts_with_lists(folder: Path) -> Path:
+    return write_jsonl(folder / "several.jsonl", texts_of_several())
+
+
+def texts_with_separators(folder: Path) -> Path:
+    rows = texts_of_several()
+    columns = {"text": [text for text, _ in rows], "tags": ["; ".join(names) for _, names in rows]}
+    csv.write_csv(pa.table(columns), folder / "several.csv")
+    return folder / "several.csv"
+
+
+def one_or_several(folder: Path) -> Path:
+    rows = "".join(f"a text no. {i},{'ab'[i % 2]}{';c' * (i % 3 == 0)}\n" for i in range(90))
+    return content("t.csv", f"text,label\n{rows}".encode())(folder)
 
 
 def categories(folder: Path) -> Path:
@@ -230,6 +246,12 @@ CASES: dict[str, tuple[str, Make, tuple[str, ...], str, dict[str, Any]]] = {
     "JSONL with a long line": ("LLAMA", long_document, (), "language_modeling", {"sequence_length": 256}),
     "JSONL with a column that is named": ("LLAMA", jsonl("q", "a"), ("--text", "a"), "language_modeling", {}),
     "texts with classes": ("BASE", texts, ("--text", "review"), "text_classification", {"sequence_length": 16}),
+    "texts with lists of classes": (
+        "BASE", texts_with_lists, (), "multi_label_text_classification", {"separator": None, "threshold": 0.5},
+    ),
+    "texts with separated classes": (
+        "BASE", texts_with_separators, (), "multi_label_text_classification", {"separator": ";"},
+    ),
 }  # fmt: skip
 
 
@@ -373,6 +395,10 @@ ERRORS: dict[str, tuple[str, Make, tuple[str, ...], tuple[str, ...]]] = {
     "images of one class": ("-", images_of_one_class, (), ("column 'species' has 1 value; expected two classes or",)),
     "classes of texts without a model": (
         "-", texts, (), ("text_classification: a classifier of texts starts from an encoder: give MODEL",),
+    ),
+    "one class each or several": (
+        "BASE", one_or_several, (),
+        ("--task: the data may be for text_classification or multi_label_text_classification; give the one you mean",),
     ),
     "a budget for texts": (
         "BASE", texts, ("--max-mb", "0.01"), ("the nearest is layers-1 in int8, about ", " of it its largest table, "),

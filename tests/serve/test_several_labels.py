@@ -55,9 +55,9 @@ def test_the_reply_is_as_openapi_describes_it(app: Any) -> None:
     found = classify(app, texts=["a cat"]).json()
     assert found.keys() == reply["properties"].keys()
     assert found["data"][0].keys() == described["properties"].keys()
-    (numbers,) = ask(app, "GET", "/openapi.json").json()["paths"]["/v1/predict"]["post"]["responses"]["200"][
-        "content"
-    ].values()
+    (numbers,) = (
+        ask(app, "GET", "/openapi.json").json()["paths"]["/v1/predict"]["post"]["responses"]["200"]["content"].values()
+    )
     assert "NumberReply" in numbers["schema"]["$ref"]
 
 

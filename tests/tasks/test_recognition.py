@@ -15,13 +15,15 @@ import pytest
 from PIL import Image
 from pyarrow import parquet as pq
 
+from overproof.models.encoder import MULTI_LABEL
 from overproof.tasks.image_recognition import recognise_images
+from overproof.tasks.multi_label_text_classification import TASK as SEVERAL
 from overproof.tasks.recognition import ColumnFlags, Fit, Misfit, Question, look_at
 from overproof.tasks.table_recognition import recognise_table
 from overproof.tasks.table_samples import SAMPLE_ROWS
 from overproof.tasks.text_classification import TASK
 from overproof.tasks.text_recognition import recognise_text
-from text_classes import labelled_texts, write_base, write_jsonl
+from text_classes import labelled_texts, texts_of_several, write_base, write_jsonl
 
 LLAMA = {"architectures": ["LlamaForCausalLM"]}
 RECORDS = [{"text": f"text of record {i}, and so on", "number": i} for i in range(60)]
@@ -41,7 +43,10 @@ def write(path: Path, records: list[Any]) -> Path:
         (lambda i: {"further": None, "i": i}, "null"),
         (lambda i: {"further": {"a": i}}, "struct<>"),
         (lambda i: {"further": i if i % 2 else str(i)}, "texts (line 1) and whole numbers (line 2)"),
-        (lambda i: {"further": {"a": 1} if i else [1]}, "lists (line 1) and objects (line 2)"),
+        (lambda i: {"further": {"a": 1} if i else [1.5]}, "lists (line 1) and objects (line 2)"),
+        (lambda i: {"further": ["a", i] if i else []}, "list<item: string>"),
+        (lambda i: {"further": [["a"]] if i else []}, "list<item: null>"),
+        (lambda i: {"further": "a" if i else [1]}, "lists of names or whole numbers (line 1) and texts (line 2)"),
         (lambda i: {"further": True if i else 0}, "whole numbers (line 1) and true or false (line 2)"),
         (lambda i: {"further": {"a": i if i % 2 else str(i)}}, "struct<>"),
     ],
@@ -189,6 +194,51 @@ def test_texts_and_classes_are_found_by_what_columns_hold(tmp_path: Path) -> Non
     named = TASK.recognise(look_at(str(tmp_path / "t.csv")), model, ColumnFlags(label="c", text="a"))
     assert isinstance(named, Fit)
     assert named.data["source"]["label"] == "c"
+
+
+@pytest.mark.parametrize(
+    ("lists", "why"),
+    [
+        (lambda i: [i % 2, 1, 0], "holds lists in which the same value stands twice, as numbers of a vector do"),
+        (lambda i: [f"a text of its own {i}"], "holds lists; what stands in them has 120 different texts in 120 rows"),
+        (lambda _: ["one"], "holds lists; what stands in them has 1 value; expected two classes or more"),
+    ],
+)
+def test_lists_that_are_no_classes_are_told_of(lists: Callable[[int], list[Any]], why: str, tmp_path: Path) -> None:
+    """Asked for by their column; a column beside that is one of classes is taken without asking."""
+    records = [
+        {"text": text, "vector": lists(i), "embedding": [0.5], "about": names}
+        for i, (text, names) in enumerate(texts_of_several())
+    ]
+    look, model = look_at(str(write(tmp_path / "t.jsonl", records))), base(tmp_path)
+    found = SEVERAL.recognise(look, model, ColumnFlags(label="vector"))
+    assert isinstance(found, Misfit)
+    assert f"column 'vector' {why}" in found.why
+    found = SEVERAL.recognise(look, model, ColumnFlags())
+    assert isinstance(found, Fit)
+    assert (found.data["source"]["label"], found.refit) == ("about", "BertModel has no classifier yet")
+    assert isinstance(TASK.recognise(look, model, ColumnFlags()), Misfit)
+
+
+def test_a_head_for_one_class_is_not_the_datas_of_several(tmp_path: Path) -> None:
+    named = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "animal", "1": "food", "2": "plant"}}
+    model = base(tmp_path, **named)
+    pq.write_table(
+        pa.table(
+            {"text": [text for text, _ in texts_of_several()], "labels": [names for _, names in texts_of_several()]}
+        ),
+        tmp_path / "t.parquet",
+    )
+    for problem, refit in ((None, "its classifier is of one class a text, the data several"), (MULTI_LABEL, None)):
+        found = SEVERAL.recognise(
+            look_at(str(tmp_path / "t.parquet")), model | {"problem_type": problem}, ColumnFlags()
+        )
+        assert isinstance(found, Fit)
+        assert found.refit == refit
+    single = write_jsonl(tmp_path / "t.jsonl", labelled(NAMED))
+    found = TASK.recognise(look_at(str(single)), model | {"problem_type": MULTI_LABEL}, ColumnFlags())
+    assert isinstance(found, Fit)
+    assert found.refit == "its classifier is of several, the data one"
 
 
 def test_folders_of_texts_are_classes_and_rare_ones_are_told(tmp_path: Path) -> None:

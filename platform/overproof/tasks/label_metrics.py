@@ -66,7 +66,10 @@ LABEL_METRICS = (
     FurtherMetric("macro_f1", "macro F1", "share", higher_is_better=True, value=multilabel_macro_f1),
     FurtherMetric("exact_match", "exact match", "share", higher_is_better=True, value=exact_match),
     FurtherMetric(
-        "classwise_calibration_error", "class-wise calibration error", "share", higher_is_better=False,
+        "classwise_calibration_error",
+        "class-wise calibration error",
+        "share",
+        higher_is_better=False,
         value=classwise_calibration_error,
     ),
 )

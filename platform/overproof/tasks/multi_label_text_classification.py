@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
     from overproof.tasks.array_evaluation import Judge, Judged
+    from overproof.tasks.recognition import ColumnFlags, DataLook, Recognised
     from overproof.tasks.texts import Labelling
 
     Batch = dict[str, Tensor]
@@ -136,12 +137,12 @@ class LabelsReply(RowReply):
     labels: list[int] = Field(description="Numbers of the classes whose probability is `details.threshold` or more.")
     names: list[str] = Field(description="Their names.")
     probabilities: list[float] = Field(
-        description="Of each class being there, in the order of the model's `details.classes`; they need not add up to 1."
+        description="Of each class being there, in the order of the model's `details.classes`; they need not sum to 1."
     )
 
 
 class MultiLabelTextClassification(LabelledTexts):
-    """See ``Task`` and ``ArrayTask``."""
+    """See ``Task``, ``ArrayTask`` and ``Shrinkable``."""
 
     section = MultiLabelTextClassificationData
     unit = "label"
@@ -149,12 +150,17 @@ class MultiLabelTextClassification(LabelledTexts):
     further = LABEL_METRICS
     row_reply = LabelsReply
 
+    def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
+        from overproof.tasks.labelled_text_recognition import recognise_texts_of_several
+
+        return recognise_texts_of_several(look, model, flags, self.section, self.labelling)
+
     def labelling(self, data: Any) -> Labelling:
         return SeveralClasses(data.separator, data.threshold, data.class_weights)
 
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
-        """A classifier of texts on the columns ``tokens`` (B, T), ``label`` (B, V), 1 where a class is there, and, where
-        classes have one, ``weight`` (B, V).
+        """A classifier of texts on the columns ``tokens`` (B, T), ``label`` (B, V), 1 where a class is there, and,
+        where classes have one, ``weight`` (B, V).
         """
         import torch
 

@@ -156,7 +156,7 @@ def choose_column(
         if asked not in sample.schema.names:
             return Question(flag, f"found no column {asked!r}; the columns are {sample.listed}")
         if asked not in possible:
-            return Misfit(f"column {asked!r} is {sample.schema.field(asked).type}, which is no {what}")
+            return Misfit(f"column {asked!r} is {sample.schema.field(asked).type}, which cannot be {what}")
         return asked, "as asked"
     mixed = next((name for name in sample.mixed if name.lower() in usual), None)
     if mixed is not None:

@@ -21,20 +21,23 @@ SAMPLE_BYTES = 4 << 20  # of a text file
 TABLES = (".csv", ".jsonl", ".parquet")
 LISTED = 12  # columns, in a message
 LARGEST_INTEGER = 2**63
-# What JSON has, by the kind of a column that holds nothing else. Nested columns are in the schema alone.
+NAMES = "lists of names or whole numbers"
+# What JSON has, by the kind of a column that holds nothing else. Other nested columns are in the schema alone.
 JSON_KINDS: Mapping[str, pa.DataType] = {
     "texts": pa.string(),
     "whole numbers": pa.int64(),
     "numbers": pa.float64(),
     "true or false": pa.bool_(),
     "objects": pa.struct([]),
+    NAMES: pa.list_(pa.string()),
     "lists": pa.list_(pa.null()),
 }
 
 
 @dataclass(frozen=True)
 class TableSample:
-    """The first rows of the tables of one kind. Columns of bytes and nested ones are in the schema alone.
+    """The first rows of the tables of one kind. Columns of bytes and nested ones are in the schema alone, but
+    for lists of texts or whole numbers.
 
     Categories are so in the schema; among the rows they are what they stand for.
     """
@@ -142,7 +145,7 @@ def _jsonl_sample(content: bytes, whole: bool) -> TableSample:
     mixed = {name: _described(kinds[name]) for name, kind in types.items() if kind is None}
     schema = pa.schema([(name, kind) for name, kind in types.items() if kind is not None])
     flat = [column for column in schema if _is_plain(column.type)]
-    columns = [pa.array([_number_as(r.get(c.name), c.type) for r in records], c.type) for c in flat]
+    columns = [pa.array([_json_value_as(r.get(c.name), c.type) for r in records], c.type) for c in flat]
     rows = pa.table(columns, names=[c.name for c in flat]) if flat else pa.table({"": pa.nulls(len(records))})
     return TableSample(schema, rows, len(records), mixed)
 
@@ -152,7 +155,9 @@ def _json_kind(value: Any) -> str:
         return "true or false"
     if isinstance(value, int):
         return "whole numbers" if -LARGEST_INTEGER <= value < LARGEST_INTEGER else "numbers"
-    return {str: "texts", float: "numbers", dict: "objects", list: "lists"}[type(value)]
+    if isinstance(value, list):
+        return NAMES if all(isinstance(each, str | int) for each in value) else "lists"
+    return {str: "texts", float: "numbers", dict: "objects"}[type(value)]
 
 
 def _column_type(found: Mapping[str, int]) -> pa.DataType | None:
@@ -161,10 +166,14 @@ def _column_type(found: Mapping[str, int]) -> pa.DataType | None:
         return pa.null()
     if found.keys() == {"whole numbers", "numbers"}:
         return JSON_KINDS["numbers"]
+    if found.keys() == {NAMES, "lists"}:
+        return JSON_KINDS["lists"]
     return JSON_KINDS[next(iter(found))] if len(found) == 1 else None
 
 
-def _number_as(value: Any, kind: pa.DataType) -> Any:
+def _json_value_as(value: Any, kind: pa.DataType) -> Any:
+    if isinstance(value, list):
+        return [str(each) for each in value]
     return float(value) if isinstance(value, int) and pa.types.is_floating(kind) else value
 
 
@@ -213,7 +222,14 @@ def _decoded(rows: pa.Table) -> pa.Table:
 
 
 def _is_plain(kind: pa.DataType) -> bool:
-    return not (pa.types.is_nested(kind) or is_bytes(kind))
+    return is_list_of_names(kind) or not (pa.types.is_nested(kind) or is_bytes(kind))
+
+
+def is_list_of_names(kind: pa.DataType) -> bool:
+    """Whether a column holds lists of texts or of whole numbers."""
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return False
+    return is_text(kind.value_type) or bool(pa.types.is_integer(kind.value_type))
 
 
 def is_bytes(kind: pa.DataType) -> bool:

@@ -192,6 +192,7 @@ class LabelledTexts(RowsTask):
     pipeline_tag = "text-classification"
     route = "/v1/classify"
     request = ClassifyTextsRequest
+    template = "text_classification.yaml"
     row_reply: type[RowReply] = ClassReply
 
     def labelling(self, data: Any) -> Labelling:
@@ -298,12 +299,10 @@ def _tokenizer(file: Path, length: int) -> Tokenizer:
 class TextClassification(LabelledTexts):
     """See ``Task`` and ``Shrinkable``."""
 
-    template = "text_classification.yaml"
-
     def recognise(self, look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
         from overproof.tasks.labelled_text_recognition import recognise_labelled_texts
 
-        return recognise_labelled_texts(look, model, flags, self.section, OneClass())
+        return recognise_labelled_texts(look, model, flags, self.section, self.labelling)
 
 
 TASK = TextClassification()
