@@ -1,4 +1,4 @@
-"""`overproof shrink` on labelled texts, whole: an encoder without a classifier, to a package."""
+"""`overproof shrink` on labelled texts, whole: an encoder without a classifier, to a package that answers over HTTP."""
 
 from __future__ import annotations
 
@@ -6,11 +6,19 @@ import re
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 
 from overproof.cli.main import main
+from overproof.config import load_recipe
+from overproof.engines.base import EngineSettings
 from overproof.evaluate.metrics import Report
 from overproof.files import read_json
-from text_classes import labelled_texts, write_base, write_jsonl
+from overproof.package.package import open_package
+from overproof.registry import ENGINES
+from overproof.serve.middleware import Access
+from overproof.serve.routes import build_app
+from single_model import one
+from text_classes import labelled_texts, texts_of_several, write_base, write_jsonl
 
 pytestmark = pytest.mark.trial
 
@@ -41,3 +49,38 @@ def test_an_encoder_is_shrunk_from_texts_to_a_package(
     assert sizes.keys() == told.keys()
     for name, found in sizes.items():
         assert found == pytest.approx(float(told[name]), rel=0.25)
+
+
+def test_an_encoder_learns_several_classes_a_text_and_answers_over_http(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The task is found by the lists in the data; an int8 file is shipped."""
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
+    monkeypatch.chdir(tmp_path)
+    base, data = write_base(tmp_path / "base"), write_jsonl(tmp_path / "texts.jsonl", texts_of_several(240))
+    changes = (*FEW, "data.class_weights=balanced", "sweep.concurrent_trials=1")
+    few = [word for change in changes for word in ("--set", change)]
+    assert main(["shrink", str(base), "--data", str(data), "--keep", "0.3", *few]) == 0
+    assert "passed · shipped" in " ".join(capsys.readouterr().out.split())
+    assert load_recipe(tmp_path / "base-small.yaml").data.kind == "multi_label_text_classification"
+    (folder,) = (tmp_path / "store/base-small").glob("package-*")
+    package = open_package(folder)
+    assert package.content.format == "int8"
+    measured = package.measured.metrics
+    assert measured["micro_f1"].value > 0.7
+    for name in ("micro_f1", "macro_f1", "exact_match", "classwise_calibration_error"):
+        assert 0 <= measured[name].low < measured[name].high <= 1  # type: ignore[operator]
+    card, page = (folder / "README.md").read_text(), next((tmp_path / "store").glob("*/report-*/report.html"))
+    assert "| macro F1, % | exact match, % | class-wise calibration error, % |" in card
+    assert "class-wise calibration error" in page.read_text()
+    engine = ENGINES[package.report.engine].load(package.model, EngineSettings())
+    http = TestClient(build_app(one(folder, engine), Access(None)), client=("127.0.0.1", 1))
+    texts = dict(texts_of_several(30, seed=1))
+    reply = http.post("/v1/classify", json={"texts": list(texts)})
+    assert reply.status_code == 200, reply.text
+    answers = reply.json()["data"]
+    assert sum(answer["names"] == names for answer, names in zip(answers, texts.values(), strict=True)) > 18
+    assert all(
+        answer["labels"] == [i for i, probability in enumerate(answer["probabilities"]) if probability >= 0.5]
+        for answer in answers
+    )
