@@ -143,6 +143,26 @@ def test_no_row_is_read_past_the_document_at_which_the_time_is_over(text: dict[s
     assert len(read) == (rows.places < FEWEST_UNITS).sum() < len(rows.places)
 
 
+@pytest.mark.parametrize("off", [-1, 1])
+def test_a_scorer_that_leaves_out_a_row_or_gives_one_more_is_no_scorer(text: dict[str, Artifact], off: int) -> None:
+    """The last document's figures would be of a part of it."""
+    root = text["prepare"].local()
+    rows = text_evaluation.TestDocuments.of(root)
+
+    class Uneven:
+        def score(self, given: Iterable[np.ndarray]) -> Iterator[PlaceScores]:
+            lengths = [len(tokens_S) - 1 for tokens_S in given]
+            for length in (lengths + lengths[-1:])[: len(lengths) + off]:
+                yield PlaceScores(np.ones(length), np.zeros(length, np.int32), np.ones(length))
+
+        def close(self) -> None:
+            pass
+
+    file = text["compress"].local() / "student.gguf"
+    with pytest.raises(ValueError, match="shorter than argument 1" if off < 0 else "longer than argument 1"):
+        text_evaluation.score_text(file, root, rows.documents, Uneven(), lambda _: None, ScoringTime(None))
+
+
 def test_image_scores_are_torchs(digits: dict[str, Artifact]) -> None:
     root = digits["prepare"].local()
     file = digits["compress"].local() / "student.onnx"

@@ -115,6 +115,9 @@ def score_text(
 ) -> FileScores:  # fmt: skip
     """Nats and first choices of a file on these test documents of the data set at ``root``, or on the first of them
     where its time is over: of every prediction, or of those that the column ``counted`` has.
+
+    Raises:
+        ValueError: the scorer gives fewer rows than it was given, or more.
     """
     rows = TestDocuments.of(root).take(documents)
     nats, predictions = np.zeros(len(rows.documents)), np.zeros(len(rows.documents), np.int64)
@@ -126,8 +129,8 @@ def score_text(
             counts.append(counts_P)
             yield tokens_S
 
-    for row, scores in enumerate(scorer.score(tokens())):
-        place, counts_P = int(rows.places[row]), counts.popleft()
+    for row, (place, scores) in enumerate(zip(rows.places.tolist(), scorer.score(tokens()), strict=True)):
+        counts_P = counts.popleft()
         nats[place] += scores.nats_P[counts_P].sum()
         predictions[place] += counts_P.sum()
         choices.append(scores.choices_P[counts_P])

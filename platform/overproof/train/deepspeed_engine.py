@@ -23,9 +23,11 @@ from transformers import PreTrainedModel
 from overproof.config import Training
 from overproof.models.hf_directory import Batch
 from overproof.train.engine import Metrics, StateWriter, seed_rng, set_learning_rate, to_device, to_fp32_cpu
+from overproof.train.extension_lock import require_no_stale_lock
 from overproof.train.objective import Objective
 from overproof.train.optim import deepspeed_clips, deepspeed_config, learning_rate, parameter_groups
 
+CPU_ADAM = "cpu_adam"  # what DeepSpeed compiles for offload, unless it was installed with it
 DISABLE_DYNAMO = "TORCHDYNAMO_DISABLE"  # torch reads it whenever torch.compile is called
 
 
@@ -38,11 +40,17 @@ class DeepSpeedEngine:
     """
 
     def __init__(self, model: PreTrainedModel, train: Training, seed: int = 0, universal: bool = False) -> None:
-        """``universal``: ``load`` will be given a universal checkpoint."""
+        """``universal``: ``load`` will be given a universal checkpoint.
+
+        Raises:
+            InputError: a lock that nobody holds stands before what must be compiled.
+        """
         self.train, self.seed = train, seed
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.accumulation = train.accumulation(self.world)
         deepspeed = import_deepspeed("cuda" if dist.get_backend() == "nccl" else "cpu")
+        if train.offload != "none" and not deepspeed.git_version_info.installed_ops[CPU_ADAM]:
+            require_no_stale_lock(CPU_ADAM)
         if train.activation_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.engine, self.optimizer, *_ = deepspeed.initialize(
