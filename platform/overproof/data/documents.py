@@ -6,7 +6,6 @@ A file that is a document is never held whole. A line of JSON or a row of Parque
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from overproof.config import JsonlSource, ParquetSource
+from overproof.data.json_lines import read_json_line
 from overproof.data.parquet_reader import refuse_objects
 from overproof.data.sources import Source, source_root
 from overproof.errors import InputError
@@ -78,12 +78,10 @@ def _lines(lines: Iterable[bytes], path: str, name: str, field: str) -> Iterator
             continue
         where = f"{path}, line {number}"
         try:
-            record: Any = json.loads(line)
+            record = read_json_line(line, where)
         except UnicodeDecodeError:
             yield f"{name}:{number}", [line]  # not UTF-8: dropped and counted like any other document
             continue
-        except ValueError as error:
-            raise InputError(f"{where}: not JSON: {error}; expected one JSON object on each line") from None
         if not isinstance(record, dict) or field not in record:
             found = f"keys {', '.join(sorted(record)) or 'none'}" if isinstance(record, dict) else f"{record!r:.40}"
             raise InputError(f"{where}: found {found}; expected an object with the key {field!r} (data.source.field)")

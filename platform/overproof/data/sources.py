@@ -162,6 +162,18 @@ def files_below(path: str, suffixes: tuple[str, ...]) -> list[fs.FileInfo]:
     return sorted(found, key=lambda info: info.path)
 
 
+def require_files(path: str, suffix: str) -> list[fs.FileInfo]:
+    """The files of ``files_below``.
+
+    Raises:
+        InputError: there are none.
+    """
+    found = files_below(path, (suffix,))
+    if not found:
+        raise InputError(f"data.source.path: {path}: no {suffix} file; expected one at least")
+    return found
+
+
 def _stdlib(folder: Path, prefix: str = "") -> list[SourceFile]:
     listed: list[SourceFile] = []
     for entry in folder.iterdir():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,8 +19,9 @@ import pyarrow as pa
 from pyarrow import fs
 from pyarrow import parquet as pq
 
+from overproof.data.json_lines import read_json_lines
 from overproof.data.parquet_reader import refuse_objects
-from overproof.data.sources import files_below
+from overproof.data.sources import require_files
 from overproof.errors import InputError
 from overproof.files import filesystem
 from overproof.tasks.expected_answers import Expected, read_expected
@@ -74,11 +75,7 @@ def conversation_files(source: Any) -> list[fs.FileInfo]:
     Raises:
         InputError: there are none.
     """
-    suffix = SUFFIXES[source.kind]
-    found = files_below(source.path, (suffix,))
-    if not found:
-        raise InputError(f"data.source.path: {source.path}: no {suffix} file; expected one at least")
-    return found
+    return require_files(source.path, SUFFIXES[source.kind])
 
 
 def read_conversations(source: Any) -> Iterator[Conversation]:
@@ -91,7 +88,7 @@ def read_conversations(source: Any) -> Iterator[Conversation]:
     for info in conversation_files(source):
         if source.kind == "jsonl":
             with files.open_input_stream(info.path) as stream:
-                records = _lines(io.BufferedReader(stream), info.path)
+                records = read_json_lines(io.BufferedReader(stream), info.path)
                 yield from (conversation(where, record) for where, record in records)
         else:
             yield from (conversation(where, record) for where, record in _rows(files, info.path))
@@ -246,19 +243,6 @@ def _json(value: Any) -> Any:
 
 
 # --- files ----------------------------------------------------------------------------------------
-
-
-def _lines(lines: Iterable[bytes], path: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            yield where, json.loads(line)
-        except UnicodeDecodeError as error:
-            raise InputError(f"{where}: not UTF-8: {error}; expected text in UTF-8") from None
-        except ValueError as error:
-            raise InputError(f"{where}: not JSON: {error}; expected one JSON object on each line") from None
 
 
 def _rows(files: fs.FileSystem, path: str) -> Iterator[tuple[str, Any]]:

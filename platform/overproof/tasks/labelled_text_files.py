@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,8 +10,9 @@ import pyarrow as pa
 from pyarrow import csv, fs
 from pyarrow import parquet as pq
 
+from overproof.data.json_lines import read_json_lines
 from overproof.data.parquet_reader import refuse_objects
-from overproof.data.sources import files_below
+from overproof.data.sources import require_files
 from overproof.errors import InputError, suggest_name
 from overproof.files import filesystem
 
@@ -28,11 +28,7 @@ def text_files(source: Any) -> list[fs.FileInfo]:
     Raises:
         InputError: there are none.
     """
-    suffix = SUFFIXES[source.kind]
-    found = files_below(source.path, (suffix,))
-    if not found:
-        raise InputError(f"data.source.path: {source.path}: no {suffix} file; expected one at least")
-    return found
+    return require_files(source.path, SUFFIXES[source.kind])
 
 
 def labelled_texts(source: Any, read_classes: ReadClasses) -> Iterator[Labelled]:
@@ -65,16 +61,7 @@ def _one_file(files: fs.FileSystem, path: str, root: str, source: Any, read_clas
 
 
 def _lines(lines: Iterable[bytes], path: str, source: Any, read_classes: ReadClasses) -> Iterator[Labelled]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record: Any = json.loads(line)
-        except UnicodeDecodeError as error:
-            raise InputError(f"{where}: not UTF-8: {error}; expected text in UTF-8") from None
-        except ValueError as error:
-            raise InputError(f"{where}: not JSON: {error}; expected one JSON object on each line") from None
+    for where, record in read_json_lines(lines, path):
         if not isinstance(record, dict):
             raise InputError(f"{where}: found {record!r:.40}; expected an object with a text and its class")
         _require_columns(where, list(record), source)

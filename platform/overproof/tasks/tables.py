@@ -22,7 +22,7 @@ from pyarrow import parquet as pq
 
 from overproof.data.manifest import Column, Manifest
 from overproof.data.parquet_reader import refuse_objects
-from overproof.data.sources import files_below, sha256_of
+from overproof.data.sources import require_files, sha256_of
 from overproof.data.stratified import require_train_rows, stratified, write_splits
 from overproof.errors import InputError, suggest_name
 from overproof.files import filesystem
@@ -100,11 +100,7 @@ def prepare_table(context: StageContext) -> Manifest:
 
 
 def _files(source: Any) -> list[fs.FileInfo]:
-    suffix = SUFFIXES[source.kind]
-    found = files_below(source.path, (suffix,))
-    if not found:
-        raise InputError(f"data.source.path: {source.path}: no {suffix} file; expected one at least")
-    return found
+    return require_files(source.path, SUFFIXES[source.kind])
 
 
 def _read(data: TableData) -> tuple[pa.Table, dict[str, int]]:
