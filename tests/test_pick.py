@@ -18,7 +18,7 @@ from overproof.evaluate.metrics import MeasuredFile, Report
 from overproof.files import read_json
 from overproof.pipeline import resolve_stages
 from overproof.registry import TASKS
-from overproof.tasks.base import Metric, Quality
+from overproof.tasks.base import Metric, QualityMetric
 
 DIGITS = str(RECIPES / "digits.yaml")
 SIZES_MB = {"big": 40.0, "middle": 20.0, "small": 10.0, "bad": 1.0}
@@ -38,7 +38,7 @@ def measured(name: str, quality: str, value: float) -> MeasuredFile:
     )  # fmt: skip
 
 
-def judged(quality: str) -> Quality:
+def judged(quality: str) -> QualityMetric:
     return TASKS[TASK[quality]].quality
 
 

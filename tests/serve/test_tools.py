@@ -13,7 +13,7 @@ from openai import OpenAI
 from test_http import ask
 
 from overproof.engines.base import Piece, ToolSyntax
-from overproof.engines.chat_template import ChatTemplate
+from overproof.engines.chat_template import GgufChatTemplate
 from overproof.engines.gguf_tokens import GgufHeader, read_gguf_header
 from overproof.engines.llamacpp import LlamaCpp
 from overproof.errors import InputError
@@ -84,8 +84,8 @@ def header(text_package: Path) -> GgufHeader:
     return read_gguf_header(text_package / "model.gguf")
 
 
-def template(header: GgufHeader, text: str) -> ChatTemplate:
-    return ChatTemplate(GgufHeader(**{**vars(header), "chat_template": text}))
+def template(header: GgufHeader, text: str) -> GgufChatTemplate:
+    return GgufChatTemplate(GgufHeader(**{**vars(header), "chat_template": text}))
 
 
 @pytest.fixture(scope="module")

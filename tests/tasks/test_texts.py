@@ -31,7 +31,7 @@ from overproof.models.hf_directory import to_tensors
 from overproof.models.roberta import PADDING_ID
 from overproof.registry import TASKS
 from overproof.stage_context import Notice, Progress, ProgressEvent, StageContext, no_progress
-from overproof.tasks.texts import Texts, encode_texts, read_tokenizer
+from overproof.tasks.texts import Texts, encode_texts, truncating_tokenizer
 from overproof.train.objective import CrossEntropy, masked_mean, nll
 from text_classes import WORDS, labelled_texts, write_base, write_jsonl
 
@@ -232,7 +232,7 @@ def test_a_models_own_tokenizer_is_used_as_it_is(kind: str, tmp_path: Path) -> N
 
 def test_a_text_that_spells_a_special_token_is_text(tmp_path: Path) -> None:
     folder = write_base(tmp_path / "base")
-    tokenizer = read_tokenizer((folder / TOKENIZER).read_bytes(), "x", 16)
+    tokenizer = truncating_tokenizer((folder / TOKENIZER).read_bytes(), "x", 16)
     (ids,) = encode_texts(tokenizer, ["cat [SEP] dog"]).tokens_RT.tolist()
     assert ids.count(tokenizer.token_to_id("[SEP]")) == 1
 

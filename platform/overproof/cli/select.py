@@ -19,7 +19,7 @@ from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import MeasuredFile, Report
 from overproof.files import read_json
 from overproof.registry import TASKS
-from overproof.tasks.base import Quality
+from overproof.tasks.base import QualityMetric
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Budget:
     max_resident_mb: float | None = None
     min_quality: float | None = None
 
-    def limits(self, quality: Quality) -> tuple[Limit, ...]:
+    def limits(self, quality: QualityMetric) -> tuple[Limit, ...]:
         """The limits that are set.
 
         Raises:

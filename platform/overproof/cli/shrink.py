@@ -18,7 +18,7 @@ from overproof.errors import GateRefused, InputError
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import Report
 from overproof.files import read_json
-from overproof.shrink.choice import Asked, Choice
+from overproof.shrink.choice import Asked, ProposedRecipe
 from overproof.shrink.estimate import choose_within, machine_flops
 from overproof.shrink.nearest import nearest
 
@@ -56,7 +56,7 @@ def shrink(asked: Asked, to: Path | None) -> int:
     return 0
 
 
-def _write(asked: Asked, to: Path | None) -> tuple[Choice, Path]:
+def _write(asked: Asked, to: Path | None) -> tuple[ProposedRecipe, Path]:
     with console.waiting("looking at the model and the data"):
         choice, needed = choose_within(asked, machine_flops())
     path = to or Path(f"{choice.recipe.name}.yaml")

@@ -47,7 +47,7 @@ class _GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class ChatTemplate:
+class GgufChatTemplate:
     """The chat template of a GGUF file."""
 
     def __init__(self, header: GgufHeader) -> None:

@@ -19,7 +19,7 @@ from overproof.engines.base import (
     Token,
     ToolSyntax,
 )
-from overproof.engines.chat_template import ChatTemplate
+from overproof.engines.chat_template import GgufChatTemplate
 from overproof.engines.gguf_tokens import align_logprobs, incomplete_utf8_tail, read_gguf_header
 from overproof.engines.llamacpp_prompt import LlamaCppPrompts
 from overproof.engines.llamacpp_scorer import LlamaCppScorer
@@ -79,7 +79,7 @@ class LlamaCpp:
         self.context_length = self._limits.context_length
         self.chats = header.chat_template is not None
         self._header, self._pieces = header, header.pieces
-        self._template = ChatTemplate(header)
+        self._template = GgufChatTemplate(header)
         self._reuse_prefix = reuse_prefix
         self._in_flight = InFlight()
         self._prompts = LlamaCppPrompts(path, self._limits.max_prompt_tokens, threads, self._pieces)

@@ -22,7 +22,7 @@ from overproof.engines.base import (
     Token,
     ToolSyntax,
 )
-from overproof.engines.chat_template import ChatTemplate
+from overproof.engines.chat_template import GgufChatTemplate
 from overproof.engines.detokenizer import Detokenizer
 from overproof.engines.gguf_tokens import read_gguf_header
 from overproof.engines.prompt_limits import InFlight, PromptLimits, require_unicode
@@ -59,7 +59,7 @@ class Vllm:
         self._limits = PromptLimits.of_model(header, path, context_length, max_prompt_tokens)
         self.context_length = self._limits.context_length
         self.chats = header.chat_template is not None
-        self._header, self._template = header, ChatTemplate(header)
+        self._header, self._template = header, GgufChatTemplate(header)
         if not tokenizer.is_file():
             raise InputError(f"{tokenizer}: missing; expected the tokenizer beside its model")
         self._tokenizer = Tokenizer.from_file(str(tokenizer))

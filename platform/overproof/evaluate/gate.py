@@ -17,18 +17,18 @@ from overproof.config import (
     Keep,
     Latency,
     Parity,
+    Quality,
     Regression,
     Rule,
     Size,
     Smaller,
 )
-from overproof.config import Quality as QualityLimit
 from overproof.engines.order_statistics import fewest_values
 from overproof.errors import InputError
 from overproof.evaluate.metrics import EXPECTED_ACCURACY, Comparison, MeasuredFile, Report
 from overproof.files import FrozenModel
 from overproof.registry import TASKS
-from overproof.tasks.base import Metric, Quality
+from overproof.tasks.base import Metric, QualityMetric
 
 
 class Reason(FrozenModel):
@@ -87,7 +87,7 @@ def check_rule(rule: Rule, report: Report, candidate: MeasuredFile) -> Reason:
             passed, text = _compared(rule, report, candidate)
         case Keep():
             passed, text = _keep(rule, report, candidate)
-        case QualityLimit():
+        case Quality():
             passed, text = _quality(rule, report, candidate)
         case Smaller():
             passed, text = _smaller(rule, report, candidate)
@@ -140,7 +140,7 @@ def _keep(rule: Keep, report: Report, candidate: MeasuredFile) -> tuple[bool, st
     return low >= rule.at_least, f"{text}, needed {100 * rule.at_least:g} %"
 
 
-def _quality(rule: QualityLimit, report: Report, candidate: MeasuredFile) -> tuple[bool, str]:
+def _quality(rule: Quality, report: Report, candidate: MeasuredFile) -> tuple[bool, str]:
     quality, found = TASKS[report.task].quality, candidate.metrics.get(report.quality)
     if found is None or found.low is None or found.high is None:
         return False, f"{quality.name} is not in the report, or has no interval"
@@ -216,7 +216,7 @@ def _expected(rule: ExpectedAnswers, candidate: MeasuredFile) -> tuple[bool, str
     return found.low >= rule.at_least, f"{text}, needed {100 * rule.at_least:g} %"
 
 
-def _difference(found: Comparison, quality: Quality) -> str:
+def _difference(found: Comparison, quality: QualityMetric) -> str:
     """Such as ``1.40 % worse than student (interval 1.10 to 1.70 %)``; a negative end means the other direction."""
     assert found.low is not None
     assert found.high is not None

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overproof.files import FrozenModel
-from overproof.tasks.base import FurtherMetric, Metric, Quality, UnitColumns
+from overproof.tasks.base import FurtherMetric, Metric, QualityMetric, UnitColumns
 
 EXPECTED_ACCURACY = "expected_accuracy"  # the share of answers that are what records expect
 CHUNK_COUNTS = 1 << 22  # resample counts held at once
@@ -39,8 +39,8 @@ class Comparison(FrozenModel):
     """How much worse ``name`` is than ``against`` on the same units; negative is better. And which share of the quality
     of ``against`` it keeps.
 
-    See ``Quality.worse`` and ``Quality.kept``. There is no interval of a single unit, nor one of a share where some
-    resample has nothing to be kept.
+    See ``QualityMetric.worse`` and ``QualityMetric.kept``. There is no interval of a single unit, nor one of a share where
+    some resample has nothing to be kept.
     """
 
     name: str
@@ -151,7 +151,7 @@ def wilson_interval(right: int, asked: int, confidence: float) -> tuple[float, f
 
 
 def quality_metrics(
-    quality: Quality, exports: Mapping[str, PerExampleSums], bootstrap: Bootstrap
+    quality: QualityMetric, exports: Mapping[str, PerExampleSums], bootstrap: Bootstrap
 ) -> tuple[dict[str, dict[str, Metric]], tuple[Comparison, ...]]:
     """Each export's quality and agreement, and its comparison with every other, from one set of resamples."""
     names = list(exports)
@@ -196,7 +196,7 @@ def _columns(units: PerExampleSums) -> tuple[NDArray[np.float64], ...]:
 
 
 def _comparisons(
-    quality: Quality,
+    quality: QualityMetric,
     names: Sequence[str],
     quality_E: NDArray[np.float64],
     quality_SE: NDArray[np.float64],

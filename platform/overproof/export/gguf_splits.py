@@ -39,7 +39,7 @@ LONGEST = 60  # characters of a step that an error shows
 
 
 @dataclass(frozen=True)
-class Split:
+class PreTokenizer:
     """One way to cut a text: each step cuts further what the one before gave."""
 
     name: str  # to llama.cpp
@@ -48,17 +48,17 @@ class Split:
 
 
 SPLITS = (
-    Split("gpt-2", (GPT_2,)),
-    Split("llama-bpe", (LLAMA_3,), whole_words=True),
-    Split("dbrx", (LLAMA_3,)),
-    Split("qwen2", (QWEN_2,)),
-    Split("qwen35", (QWEN_3_5,)),
-    Split("smollm", (DIGIT, GPT_2)),
-    Split("falcon", (PUNCTUATION, GPT_2, DIGITS, "[0-9][0-9][0-9]")),
-    Split("gpt-4o", (GPT_4O,)),
-    Split("tekken", (TEKKEN,), whole_words=True),
-    Split("deepseek-v3", (r"\p{N}{1,3}", "[一-龥\u3040-ゟ\u30a0-ヿ]+", DEEPSEEK_3)),
-    Split("bloom", (BLOOM,)),
+    PreTokenizer("gpt-2", (GPT_2,)),
+    PreTokenizer("llama-bpe", (LLAMA_3,), whole_words=True),
+    PreTokenizer("dbrx", (LLAMA_3,)),
+    PreTokenizer("qwen2", (QWEN_2,)),
+    PreTokenizer("qwen35", (QWEN_3_5,)),
+    PreTokenizer("smollm", (DIGIT, GPT_2)),
+    PreTokenizer("falcon", (PUNCTUATION, GPT_2, DIGITS, "[0-9][0-9][0-9]")),
+    PreTokenizer("gpt-4o", (GPT_4O,)),
+    PreTokenizer("tekken", (TEKKEN,), whole_words=True),
+    PreTokenizer("deepseek-v3", (r"\p{N}{1,3}", "[一-龥\u3040-ゟ\u30a0-ヿ]+", DEEPSEEK_3)),
+    PreTokenizer("bloom", (BLOOM,)),
 )
 
 

@@ -63,7 +63,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ProposedRecipe:
     """The recipe, as text and as what it says; and the reasons, by what was chosen."""
 
     recipe: Recipe
@@ -158,7 +158,7 @@ def _refuse_unused(flags: ColumnFlags, kind: str, fit: Fit, misfits: str) -> Non
             raise InputError(f"{flag}: found {value!r}, which {kind} of these data does not use: leave it out{others}")
 
 
-def write(asked: Asked, found: Found, share: float = 1.0) -> Choice:
+def write(asked: Asked, found: Found, share: float = 1.0) -> ProposedRecipe:
     """A recipe for what was found, with a share of the steps that its template would have.
 
     Raises:
@@ -204,7 +204,7 @@ def write(asked: Asked, found: Found, share: float = 1.0) -> Choice:
     text = _header(asked, reasons) + template.render(task.template, values)
     for override in asked.overrides:
         text = template.change(text, override)
-    return Choice(Recipe.parse(yaml.safe_load(text), "recipe"), text, reasons, chosen, fit.rows, fit.units)
+    return ProposedRecipe(Recipe.parse(yaml.safe_load(text), "recipe"), text, reasons, chosen, fit.rows, fit.units)
 
 
 def _name(asked: Asked) -> str:

@@ -17,8 +17,8 @@ from overproof.config import Recipe
 from overproof.errors import InputError
 from overproof.models import zero_memory
 from overproof.models.sizes import FP32_BYTES, ModelSize
-from overproof.shrink.choice import Asked, Choice, find, write
-from overproof.shrink.students import Candidate
+from overproof.shrink.choice import Asked, ProposedRecipe, find, write
+from overproof.shrink.students import SizedStudent
 from overproof.units import format_bytes, format_seconds
 
 EDGE, MEASURED_S = 512, 0.1  # of the matrices
@@ -56,7 +56,7 @@ class Estimate:
         return f"about {total} ({self.stages}): {rate}", f"{held}; and about 0.5 GB a process for its libraries"
 
 
-def choose_within(asked: Asked, flops_per_s: float) -> tuple[Choice, Estimate]:
+def choose_within(asked: Asked, flops_per_s: float) -> tuple[ProposedRecipe, Estimate]:
     """Look at the model and the data, and write a recipe with as many steps as ``--max-minutes`` leaves on a machine of
     that speed.
 
@@ -66,7 +66,7 @@ def choose_within(asked: Asked, flops_per_s: float) -> tuple[Choice, Estimate]:
     """
     found = find(asked)
 
-    def written(share: float) -> tuple[Choice, Estimate]:
+    def written(share: float) -> tuple[ProposedRecipe, Estimate]:
         choice = write(asked, found, share)
         return choice, estimate(choice, flops_per_s)
 
@@ -104,7 +104,7 @@ def machine_flops() -> float:
     return 2 * EDGE**3 * count / (time.perf_counter() - began)
 
 
-def estimate(choice: Choice, flops_per_s: float) -> Estimate:
+def estimate(choice: ProposedRecipe, flops_per_s: float) -> Estimate:
     """About what a recipe takes on a machine of that speed."""
     recipe, chosen = choice.recipe, choice.students
     rate = SHARE * flops_per_s
@@ -138,7 +138,7 @@ def _training(size: ModelSize, steps: int, batch_size: int, rate: float) -> floa
     return steps * (STEP_S + 3 * batch_size * _pass(size) / rate)
 
 
-def _evaluation(choice: Choice, rate: float) -> float:
+def _evaluation(choice: ProposedRecipe, rate: float) -> float:
     """Every file scored on the test rows, and its engine asked."""
     recipe, chosen = choice.recipe, choice.students
     settings, tested = recipe.evaluate, choice.rows * recipe.data.test_fraction
@@ -154,7 +154,7 @@ def _evaluation(choice: Choice, rate: float) -> float:
     return seconds
 
 
-def _unquantised(student: Candidate) -> tuple[ModelSize, float]:
+def _unquantised(student: SizedStudent) -> tuple[ModelSize, float]:
     return student.size, 2 * student.size.parameters / 1e6
 
 

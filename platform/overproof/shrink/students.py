@@ -19,7 +19,7 @@ WHOLE = "whole"  # the student that keeps every layer of a given teacher
 
 
 @dataclass(frozen=True)
-class Candidate:
+class SizedStudent:
     """A student, and the megabytes of its file in each variant."""
 
     name: str
@@ -39,7 +39,7 @@ class ChosenStudents:
 
     teacher: ModelSize
     teacher_mb: float  # unquantised
-    students: tuple[Candidate, ...]
+    students: tuple[SizedStudent, ...]
     variants: tuple[str, ...]
 
 
@@ -75,7 +75,7 @@ def choose_students(
     for name, model in _models(settings, given, teacher_size).items():
         section = TeacherLayers.parse(model) if model["kind"] == "teacher_layers" else _family_section(model)
         size = student_size(section, teacher, shape)
-        candidates.append(Candidate(name, model, size, {v: mb(size, rate) for v, rate in rates.items()}))
+        candidates.append(SizedStudent(name, model, size, {v: mb(size, rate) for v, rate in rates.items()}))
     teacher_mb = mb(teacher_size, unquantised)
     limit = teacher_mb / settings.least_times_smaller if max_mb is None else max_mb
     fitting = [c for c in candidates if c.smallest[1] <= limit and (max_mb is not None or c.name != WHOLE)]
@@ -121,7 +121,7 @@ def teacher_section(settings: TemplateSettings, given: GivenModel | None) -> Mod
 
 
 def _nothing_fits(
-    settings: TemplateSettings, candidates: Sequence[Candidate], max_mb: float | None,
+    settings: TemplateSettings, candidates: Sequence[SizedStudent], max_mb: float | None,
     rates: Mapping[str, BytesANumber], beside: float,
 ) -> str:  # fmt: skip
     nearest = min(candidates, key=lambda c: c.smallest[1])

@@ -33,12 +33,12 @@ TIMED_AT_LEAST = 300  # a row is quick, and its latency is cheap to know well
 
 @dataclass(frozen=True)
 class Judged:
-    """Of each unit: what ``Quality`` adds up, the choices, P of each unit, and what further metrics are made from."""
+    """Of each unit: what ``QualityMetric`` adds up, P choices, and what further metrics are made from."""
 
     total: NDArray[np.float64]
     choices_UP: NDArray[np.int32]
     columns: UnitColumns = field(default_factory=dict)
-    size: NDArray[np.int64] | None = None  # what ``Quality`` divides by; None for units of size 1
+    size: NDArray[np.int64] | None = None  # what ``QualityMetric`` divides by; None for units of size 1
 
 
 Judge = Callable[[NDArray[np.float32], Columns], Judged]  # of log-probabilities (U, V) and the columns of the rows

@@ -58,7 +58,7 @@ class Metric(FrozenModel):
 
 
 @dataclass(frozen=True)
-class Quality:
+class QualityMetric:
     """The metric that the gate judges: of sums over test units, ``scale * (total / size) ** power``."""
 
     name: str  # in reports, such as "bits_per_byte"
@@ -127,7 +127,7 @@ class FileScores:
 
     sha256: str  # of the file that was scored
     units: NDArray[np.int64]
-    total: NDArray[np.float64]  # of each unit: what ``Quality`` adds up
+    total: NDArray[np.float64]  # of each unit: what ``QualityMetric`` adds up
     size: NDArray[np.int64]  # and what it divides by
     predictions: NDArray[np.int64]
     choices_N: NDArray[np.int32]
@@ -220,7 +220,7 @@ class Task(Protocol):
     section: type[DataSection]
     unit: str  # what one prediction is of, such as "token"
     test_unit: str  # what is resampled, such as "document"
-    quality: Quality
+    quality: QualityMetric
     further: tuple[FurtherMetric, ...]
     losses: frozenset[Loss]
     speed: str  # the metric of an engine's speed, such as "decode_tokens_per_s"

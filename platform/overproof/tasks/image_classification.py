@@ -16,7 +16,7 @@ from overproof.config.data import DataSection
 from overproof.errors import InputError
 from overproof.models.base import DataShape, Prediction
 from overproof.tasks.array_task import RowsTask
-from overproof.tasks.base import CardWords, Loss, Quality
+from overproof.tasks.base import CardWords, Loss, QualityMetric
 from overproof.tasks.class_metrics import CLASS_METRICS
 from overproof.tasks.http import MOST_ROWS, ClassReply, ModelRequest
 
@@ -108,7 +108,7 @@ class ImageClassification(RowsTask):
 
     section = ImageClassificationData
     unit, test_unit = "image", "image"
-    quality = Quality("accuracy", "accuracy", "share", higher_is_better=True, relative=False)
+    quality = QualityMetric("accuracy", "accuracy", "share", higher_is_better=True, relative=False)
     further = CLASS_METRICS
     losses: frozenset[Loss] = frozenset({"outputs", "attention", "hidden_states"})
     speed, speed_unit = "images_per_s", "images/s"

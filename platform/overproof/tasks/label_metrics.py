@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from overproof.tasks.base import FurtherMetric, Quality, UnitColumns
+from overproof.tasks.base import FurtherMetric, QualityMetric, UnitColumns
 from overproof.tasks.class_metrics import BINS, Counts, confidence_bins, macro_f1
 
 
 @dataclass(frozen=True)
-class MicroF1(Quality):
+class MicroF1(QualityMetric):
     """Twice the labels that are there and given, by those there and those given; 1 where there are none of either."""
 
     def value(self, total: Any, size: Any) -> Any:

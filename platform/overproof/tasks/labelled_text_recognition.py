@@ -30,7 +30,7 @@ from overproof.tasks.recognition import (
 )
 from overproof.tasks.table_recognition import ALMOST_UNIQUE, not_classes
 from overproof.tasks.table_samples import TABLES, TableSample, is_list_of_names, is_text
-from overproof.tasks.texts import Labelling, count_texts, encode_texts, read_tokenizer, tokenizer_file
+from overproof.tasks.texts import Labelling, count_texts, encode_texts, tokenizer_file, truncating_tokenizer
 
 TEXT_NAMES = ("text", "sentence", "review", "content", "body", "comment", "message")
 CLASS_NAMES = ("label", "class", "target", "category", "topic", "sentiment", "intent")
@@ -224,7 +224,7 @@ def _listed(names: Sequence[str]) -> str:
 def _length(texts: Sequence[str], path: str, longest: int) -> tuple[int, str]:
     """Tokens of a row by which few texts are cut, and why so many."""
     looked = texts[:: math.ceil(len(texts) / ENCODED)]
-    tokenizer = read_tokenizer(tokenizer_file(path), path, longest)
+    tokenizer = truncating_tokenizer(tokenizer_file(path), path, longest)
     lengths = (encode_texts(tokenizer, looked).tokens_RT >= 0).sum(1)
     length = min(longest, STEP * math.ceil(float(np.quantile(lengths, COVERED)) / STEP))
     cut = float((lengths > length).mean()) if length < longest else float((lengths == longest).mean())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from overproof.config.data import BpeTokenizer, TextData
 from overproof.models.base import DataShape, Prediction
-from overproof.tasks.base import CardWords, FileScores, FurtherMetric, Loss, Metric, Quality, ScoringTime, Tell
+from overproof.tasks.base import CardWords, FileScores, FurtherMetric, Loss, Metric, QualityMetric, ScoringTime, Tell
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ class LanguageModelingData(TextData):
 class CausalTask:
     """See ``Task``: what every task of rows of tokens has whose models predict each from those before it."""
 
-    quality = Quality(
+    quality = QualityMetric(
         name="bits_per_byte",
         title="bits per byte",
         unit="bits/byte",

@@ -23,7 +23,7 @@ from overproof.data.parquet_reader import Columns
 from overproof.errors import InputError, suggest_name
 from overproof.models.base import DataShape, Prediction
 from overproof.tasks.array_task import RowsTask
-from overproof.tasks.base import CardWords, FurtherMetric, Loss, Quality
+from overproof.tasks.base import CardWords, FurtherMetric, Loss, QualityMetric
 from overproof.tasks.class_metrics import CLASS_METRICS
 from overproof.tasks.http import MOST_ROWS, ClassReply, ModelRequest, RowReply, UnicodeText
 from overproof.tasks.image_classification import classified, same_classes
@@ -175,7 +175,7 @@ class TabularClassification(_Tabular):
 
     section = TabularClassificationData
     further = CLASS_METRICS
-    quality = Quality("accuracy", "accuracy", "share", higher_is_better=True, relative=False)
+    quality = QualityMetric("accuracy", "accuracy", "share", higher_is_better=True, relative=False)
     pipeline_tag = "tabular-classification"
     row_reply = ClassReply
     route = "/v1/classify"
@@ -210,7 +210,7 @@ class TabularRegression(_Tabular):
 
     section = TabularRegressionData
     further: tuple[FurtherMetric, ...] = ()
-    quality = Quality(
+    quality = QualityMetric(
         "rmse", "root mean squared error", "the target's", higher_is_better=False, relative=True, power=0.5
     )
     pipeline_tag = "tabular-regression"

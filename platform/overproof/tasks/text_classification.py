@@ -21,7 +21,7 @@ from overproof.data.manifest import TOKENIZER
 from overproof.errors import InputError, suggest_name
 from overproof.models.base import DataShape, Prediction
 from overproof.tasks.array_task import RowsTask
-from overproof.tasks.base import CardWords, FurtherMetric, Loss, Quality
+from overproof.tasks.base import CardWords, FurtherMetric, Loss, QualityMetric
 from overproof.tasks.class_metrics import CLASS_METRICS
 from overproof.tasks.http import MOST_ROWS, ClassReply, ModelRequest, RowReply, UnicodeText
 from overproof.tasks.image_classification import classified, same_classes
@@ -183,7 +183,7 @@ class LabelledTexts(RowsTask):
 
     section: type[LabelledTextsData] = TextClassificationData
     unit, test_unit = "text", "text"
-    quality = Quality("accuracy", "accuracy", "share", higher_is_better=True, relative=False)
+    quality = QualityMetric("accuracy", "accuracy", "share", higher_is_better=True, relative=False)
     further: tuple[FurtherMetric, ...] = CLASS_METRICS
     losses: frozenset[Loss] = frozenset({"outputs", "attention", "hidden_states"})
     speed, speed_unit = "texts_per_s", "texts/s"
@@ -291,9 +291,9 @@ def what_is_read(manifest: Manifest) -> str:
 @lru_cache(maxsize=16)
 def _tokenizer(file: Path, length: int) -> Tokenizer:
     """A package's tokenizer; packages never change."""
-    from overproof.tasks.texts import read_tokenizer
+    from overproof.tasks.texts import truncating_tokenizer
 
-    return read_tokenizer(file.read_bytes(), file, length)
+    return truncating_tokenizer(file.read_bytes(), file, length)
 
 
 class TextClassification(LabelledTexts):

@@ -123,7 +123,7 @@ def describe_texts(data: Any, labelling: Labelling) -> dict[str, Any]:
     classes = list(count_texts(data, labelling).by_class)
     if data.tokenizer.kind == "bpe":
         return _details(data, labelling, classes, data.tokenizer.vocab_size, SPECIAL.index(PAD))
-    tokenizer = read_tokenizer(tokenizer_file(data.tokenizer.path), data.tokenizer.path, data.sequence_length)
+    tokenizer = truncating_tokenizer(tokenizer_file(data.tokenizer.path), data.tokenizer.path, data.sequence_length)
     return _details(data, labelling, classes, *_vocabulary(tokenizer))
 
 
@@ -143,7 +143,7 @@ def prepare_texts(context: StageContext, labelling: Labelling) -> Manifest:
     splits["train"] = splits["train"][: len(splits["train"]) // data.rows_per_group * data.rows_per_group]
     _require_train_texts(classes, there_RV, splits["train"])
     content = _tokenizer_content(data, (found.texts[row] for row in splits["train"]))
-    tokenizer = read_tokenizer(content, "data.tokenizer", data.sequence_length)
+    tokenizer = truncating_tokenizer(content, "data.tokenizer", data.sequence_length)
     context.progress(TaskProgress("prepare", 1, 3, f"tokenising {len(found.texts):,} texts"))
     encoded = encode_texts(tokenizer, found.texts)
     if encoded.empty:
@@ -249,7 +249,7 @@ def _require_classes(source: Any, classes: Sequence[str], texts: int) -> None:
         raise InputError(f"data.source.path: {source.path}: {only}; expected texts of two classes at least")
 
 
-def read_tokenizer(content: bytes, where: object, length: int) -> Tokenizer:
+def truncating_tokenizer(content: bytes, where: object, length: int) -> Tokenizer:
     """A tokenizer that cuts texts to ``length`` tokens, the special ones that its post-processor adds included.
 
     Raises:
@@ -266,7 +266,7 @@ def read_tokenizer(content: bytes, where: object, length: int) -> Tokenizer:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> EncodedTexts:
-    """Texts as rows, by a tokenizer of ``read_tokenizer``."""
+    """Texts as rows, by a tokenizer of ``truncating_tokenizer``."""
     assert tokenizer.truncation is not None
     encodings = tokenizer.encode_batch(list(texts))
     tokens_RT = np.full((len(texts), tokenizer.truncation["max_length"]), PADDING, np.int32)
