@@ -39,8 +39,8 @@ class Comparison(FrozenModel):
     """How much worse ``name`` is than ``against`` on the same units; negative is better. And which share of the quality
     of ``against`` it keeps.
 
-    See ``QualityMetric.worse`` and ``QualityMetric.kept``. There is no interval of a single unit, nor one of a share where
-    some resample has nothing to be kept.
+    See ``QualityMetric.worse`` and ``QualityMetric.kept``. There is no interval of a single unit, nor one of a share
+    where some resample has nothing to be kept.
     """
 
     name: str
