@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from overproof.export import gguf_splits
 
@@ -105,6 +105,18 @@ def sentencepiece_bpe(prefix: str | None = "normalizer") -> str:
     ]
     model = models.BPE(vocab=ids, merges=pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     return _as_sentencepiece(Tokenizer(model), prefix)
+
+
+def phi3() -> str:
+    """Llama 2's tokenizer with the tokens of Phi-3, most of which take the spaces that follow them."""
+    tokenizer = Tokenizer.from_str(sentencepiece_bpe())
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    turns = ("<|assistant|>", "<|user|>", "<|end|>")
+    tokenizer.add_special_tokens([AddedToken(name, rstrip=True, normalized=False) for name in turns])
+    spec = json.loads(tokenizer.to_str())
+    for token in spec["added_tokens"]:
+        token["rstrip"] |= token["content"] in ("</s>", "<|extra|>")
+    return json.dumps(spec)
 
 
 def _as_sentencepiece(tokenizer: Tokenizer, prefix: str | None, charsmap: bytes | None = None) -> str:
