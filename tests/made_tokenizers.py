@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from overproof.data.text_tokenizer import special_names_as_text
+from overproof.engines.llamacpp import LlamaCpp
 from overproof.export import gguf_splits
 
 SPACE = "\u2581"
@@ -62,6 +66,7 @@ SPLITS: dict[str, Any] = {
 }
 
 
+@cache
 def byte_level(split: str = "gpt-2", bos: bool = False, nfc: bool = False) -> str:
     """Byte-level BPE whose end is not its first token, with special and user-defined tokens among the others."""
     whole_words = next(found.whole_words for found in gguf_splits.SPLITS if found.name == split)
@@ -83,6 +88,7 @@ def byte_level(split: str = "gpt-2", bos: bool = False, nfc: bool = False) -> st
     return text
 
 
+@cache
 def sentencepiece_bpe(prefix: str | None = "normalizer") -> str:
     """SentencePiece's BPE with byte fallback, as transformers converts it: every pair that makes a token is a merge.
 
@@ -107,6 +113,7 @@ def sentencepiece_bpe(prefix: str | None = "normalizer") -> str:
     return _as_sentencepiece(Tokenizer(model), prefix)
 
 
+@cache
 def phi3() -> str:
     """Llama 2's tokenizer with the tokens of Phi-3, most of which take the spaces that follow them."""
     tokenizer = Tokenizer.from_str(sentencepiece_bpe())
@@ -185,3 +192,23 @@ def compiled_charsmap(replacements: dict[str, str]) -> bytes:
         units[parent] = len(strings) | 1 << 31
         strings += target.encode() + b"\0"
     return len(units.tobytes()).to_bytes(4, "little") + units.tobytes() + strings
+
+
+def differing(engine: LlamaCpp, text: str, texts: Sequence[str] = ODD_TEXTS + SPELLED) -> list[str]:
+    """Of these texts, those that llama.cpp splits otherwise than a tokenizer, as prompts or as documents, in which the
+    names of special tokens mean nothing.
+    """
+    prompts, documents = Tokenizer.from_str(text), Tokenizer.from_str(special_names_as_text(text))
+    documents.encode_special_tokens = True
+    return [
+        odd
+        for odd in texts
+        if engine.tokenize(odd) != prompts.encode(odd, add_special_tokens=False).ids
+        or _as_document(engine, odd) != documents.encode(odd, add_special_tokens=False).ids
+    ]
+
+
+def _as_document(engine: LlamaCpp, text: str) -> list[int]:
+    body = {"content": text, "add_special": False, "parse_special": False}
+    ids: list[int] = engine._http.request("POST", "/tokenize", body)["tokens"]
+    return ids
