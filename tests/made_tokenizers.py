@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from overproof.data.text_tokenizer import special_names_as_text
-from overproof.engines.llamacpp import LlamaCpp
 from overproof.export import gguf_splits
 
 SPACE = "\u2581"
@@ -192,23 +189,3 @@ def compiled_charsmap(replacements: dict[str, str]) -> bytes:
         units[parent] = len(strings) | 1 << 31
         strings += target.encode() + b"\0"
     return len(units.tobytes()).to_bytes(4, "little") + units.tobytes() + strings
-
-
-def differing(engine: LlamaCpp, text: str, texts: Sequence[str] = ODD_TEXTS + SPELLED) -> list[str]:
-    """Of these texts, those that llama.cpp splits otherwise than a tokenizer, as prompts or as documents, in which the
-    names of special tokens mean nothing.
-    """
-    prompts, documents = Tokenizer.from_str(text), Tokenizer.from_str(special_names_as_text(text))
-    documents.encode_special_tokens = True
-    return [
-        odd
-        for odd in texts
-        if engine.tokenize(odd) != prompts.encode(odd, add_special_tokens=False).ids
-        or _as_document(engine, odd) != documents.encode(odd, add_special_tokens=False).ids
-    ]
-
-
-def _as_document(engine: LlamaCpp, text: str) -> list[int]:
-    body = {"content": text, "add_special": False, "parse_special": False}
-    ids: list[int] = engine._http.request("POST", "/tokenize", body)["tokens"]
-    return ids

@@ -15,9 +15,18 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import made_tokenizers
-from made_tokenizers import ODD_TEXTS, SPACE, SPELLED, SPLITS, byte_level, compiled_charsmap, phi3, sentencepiece_bpe, unigram
-from overproof.data.text_tokenizer import BYTE_NAMES
+from made_tokenizers import (
+    ODD_TEXTS,
+    SPACE,
+    SPELLED,
+    SPLITS,
+    byte_level,
+    compiled_charsmap,
+    phi3,
+    sentencepiece_bpe,
+    unigram,
+)
+from overproof.data.text_tokenizer import BYTE_NAMES, special_names_as_text
 from overproof.engines.base import Sampling
 from overproof.engines.gguf_tokens import read_gguf_header
 from overproof.engines.llamacpp import LlamaCpp
@@ -53,9 +62,24 @@ def engine_of(file: Path) -> Iterator[LlamaCpp]:
     engine.close()
 
 
+def as_text(engine: LlamaCpp, text: str) -> list[int]:
+    """The tokens of a text in which special tokens mean nothing, as documents are tokenised."""
+    body = {"content": text, "add_special": False, "parse_special": False}
+    ids: list[int] = engine._http.request("POST", "/tokenize", body)["tokens"]
+    return ids
+
+
 def differing(file: Path, text: str, texts: tuple[str, ...] = ODD_TEXTS + SPELLED) -> list[str]:
+    """Of these texts, those that llama.cpp splits otherwise, as prompts or as documents."""
+    prompts, documents = Tokenizer.from_str(text), Tokenizer.from_str(special_names_as_text(text))
+    documents.encode_special_tokens = True
     with engine_of(file) as engine:
-        return made_tokenizers.differing(engine, text, texts)
+        return [
+            odd
+            for odd in texts
+            if engine.tokenize(odd) != prompts.encode(odd, add_special_tokens=False).ids
+            or as_text(engine, odd) != documents.encode(odd, add_special_tokens=False).ids
+        ]
 
 
 def lost(file: Path, text: str) -> list[str]:

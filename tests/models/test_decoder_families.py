@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import xllamacpp
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -24,19 +23,17 @@ from overproof.data.tokenization import train_bpe
 from overproof.distill.feature_losses import capture_layers
 from overproof.distill.student_init import keep_layers
 from overproof.distill.text_worker import generate
-from overproof.engines import llamacpp
-from overproof.engines.base import Sampling
-from overproof.engines.llamacpp_server import server_params
 from overproof.errors import InputError
 from overproof.export import gguf, gguf_file
 from overproof.export.gguf_file import export_gguf, read_gguf
 from overproof.models import hf_directory
-from overproof.models.base import DataShape, GgufFamily
+from overproof.models.base import GgufFamily
 from overproof.models.gguf_layout import GgufLayout
 from overproof.models.sizes import model_size, student_size
 from overproof.registry import FAMILIES, FORMATS, TASKS
 from overproof.train.engine import TorchEngine
 from overproof.train.objective import CrossEntropy
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
