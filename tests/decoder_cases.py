@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from made_tokenizers import byte_level, phi3, sentencepiece_bpe
+from overproof.data.text_tokenizer import added_tokens
 from overproof.models import hf_directory
 from overproof.models.base import DataShape
 from overproof.registry import FAMILIES
@@ -63,7 +64,8 @@ class Case:
         tokenizer = Tokenizer.from_str(self.tokenizer())
         rows = tokenizer.get_vocab_size() + self.padding
         end = next(id_ for name in ENDS if (id_ := tokenizer.token_to_id(name)) is not None)
-        return built(self.kind, {**self.settings, "bos_token_id": end, "eos_token_id": end}, rows)
+        [start, *_] = [*added_tokens(tokenizer)[0], end]
+        return built(self.kind, {**self.settings, "bos_token_id": start, "eos_token_id": end}, rows)
 
     def save(self, folder: Path, model: PreTrainedModel) -> Path:
         """A model of the case as a directory with its tokenizer."""
