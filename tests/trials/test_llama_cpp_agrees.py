@@ -162,7 +162,9 @@ def test_metadata(name: str, files: Path) -> None:
     alone = {key: value for key, value in own.fields.items() if key not in theirs.fields}
     assert alone == {key: value for key, value in assumed(own).items() if key in alone}
     left_out = {key: value for key, value in theirs.fields.items() if key not in own.fields}
-    assert {key: value for key, value in left_out.items() if key not in UNUSED_BY_LLAMA_CPP} == expected_alone(name, own)
+    assert {key: value for key, value in left_out.items() if key not in UNUSED_BY_LLAMA_CPP} == expected_alone(
+        name, own
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
