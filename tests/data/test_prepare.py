@@ -196,7 +196,7 @@ def test_a_unigram_tokenizer_and_texts_that_its_engine_splits_otherwise(tmp_path
     root = Path(asked.draft.uri)
     manifest, own = Manifest.read(root), Tokenizer.from_file(str(root / "tokenizer.json"))
     blank = sum(not odd.strip() for odd in ODD_TEXTS)
-    assert metrics["dropped"] == {"empty": blank}
+    assert metrics["dropped"] == {"empty": blank, "undecodable": 0, "duplicate": 0}
     assert (manifest.outputs, manifest.end_id) == (own.get_vocab_size(), own.token_to_id("</s>"))
     rows = Shards(root, "test", ("document", "tokens", "length"))
     columns = rows.take(np.arange(rows.rows))
