@@ -149,6 +149,7 @@ def _as_sentencepiece(tokenizer: Tokenizer, prefix: str | None, charsmap: bytes 
     return text
 
 
+@cache
 def unigram(prefix: str | None = "normalizer", charsmap: bytes | None = None) -> str:
     """SentencePiece's unigram with byte fallback. As there, no piece holds the end of a line or a tab: both are bytes.
 
