@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from overproof.export import gguf_splits
 
@@ -62,6 +63,7 @@ SPLITS: dict[str, Any] = {
 }
 
 
+@cache
 def byte_level(split: str = "gpt-2", bos: bool = False, nfc: bool = False) -> str:
     """Byte-level BPE whose end is not its first token, with special and user-defined tokens among the others."""
     whole_words = next(found.whole_words for found in gguf_splits.SPLITS if found.name == split)
@@ -83,6 +85,7 @@ def byte_level(split: str = "gpt-2", bos: bool = False, nfc: bool = False) -> st
     return text
 
 
+@cache
 def sentencepiece_bpe(prefix: str | None = "normalizer") -> str:
     """SentencePiece's BPE with byte fallback, as transformers converts it: every pair that makes a token is a merge.
 
@@ -105,6 +108,19 @@ def sentencepiece_bpe(prefix: str | None = "normalizer") -> str:
     ]
     model = models.BPE(vocab=ids, merges=pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     return _as_sentencepiece(Tokenizer(model), prefix)
+
+
+@cache
+def phi3() -> str:
+    """Llama 2's tokenizer with the tokens of Phi-3, most of which take the spaces that follow them."""
+    tokenizer = Tokenizer.from_str(sentencepiece_bpe())
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    turns = ("<|assistant|>", "<|user|>", "<|end|>")
+    tokenizer.add_special_tokens([AddedToken(name, rstrip=True, normalized=False) for name in turns])
+    spec = json.loads(tokenizer.to_str())
+    for token in spec["added_tokens"]:
+        token["rstrip"] |= token["content"] in ("</s>", "<|extra|>")
+    return json.dumps(spec)
 
 
 def _as_sentencepiece(tokenizer: Tokenizer, prefix: str | None, charsmap: bytes | None = None) -> str:
@@ -133,6 +149,7 @@ def _as_sentencepiece(tokenizer: Tokenizer, prefix: str | None, charsmap: bytes 
     return text
 
 
+@cache
 def unigram(prefix: str | None = "normalizer", charsmap: bytes | None = None) -> str:
     """SentencePiece's unigram with byte fallback. As there, no piece holds the end of a line or a tab: both are bytes.
 

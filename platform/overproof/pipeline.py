@@ -86,7 +86,7 @@ STAGES = (
           lambda r: {"seed": r.seed, "sweep": _dump(r.sweep), "tune": _dump(r.tune), **_sweep_inputs(r)},
           format=3),
     Stage("compress", "overproof.export.stage:export_models", ("prepare", "train", "sweep"),
-          lambda r: {"compress": _dump(r.compress), **_compress_inputs(r)}, format=3),
+          lambda r: {"compress": _dump(r.compress), **_compress_inputs(r)}, format=4),
     Stage("evaluate", "overproof.evaluate.stage:evaluate_exports", ("prepare", "compress"),
           lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate), **_evaluate_inputs(r)}, format=6),
     Stage("gate", "overproof.evaluate.stage:judge_report", ("evaluate",),

@@ -14,8 +14,10 @@ import pytest
 from corpus import context, text_recipe, write_corpus
 from tokenizers import Tokenizer
 
+from made_tokenizers import ODD_TEXTS, unigram
 from overproof.artifacts import Artifact, Record
 from overproof.config import FolderSource
+from overproof.config.evaluation import Parity
 from overproof.data import heartbeat
 from overproof.data import prepare as stage
 from overproof.data.document_blocks import TABLE_BYTES, read_block
@@ -23,9 +25,17 @@ from overproof.data.documents import PIECE_BYTES
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.data.prepare import prepare
+from overproof.data.text_tokenizer import BYTE_NAMES
+from overproof.engines.llamacpp import LlamaCpp
 from overproof.errors import InputError
+from overproof.evaluate import gate
+from overproof.evaluate.metrics import MeasuredFile
+from overproof.export.gguf_file import export_gguf
 from overproof.files import file_sha256
+from overproof.models.hf_directory import build_model, save_model
 from overproof.stage_context import ProgressEvent, TaskProgress
+from overproof.tasks.base import Metric
+from overproof.tasks.text_evaluation import split_otherwise
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -168,6 +178,53 @@ def test_json_lines_parquet_and_an_existing_tokenizer(
     found, expected = hashes(Path(given.draft.uri)), hashes(root)
     del found["documents.parquet"], expected["documents.parquet"]
     assert found == expected
+
+
+def test_a_unigram_tokenizer_and_texts_that_its_engine_splits_otherwise(tmp_path: Path) -> None:
+    """llama.cpp knows no bytes to fall back on beyond ASCII, nor NUL: the texts of the test split that hold such are
+    counted, and the gate says how many they are.
+    """
+    corpus, given = tmp_path / "corpus", tmp_path / "model"
+    write_corpus(corpus, 24)
+    for number, odd in enumerate(ODD_TEXTS):
+        (corpus / f"odd-{number:02d}.txt").write_bytes(odd.encode())
+    given.mkdir()
+    (given / "tokenizer.json").write_text(unigram(None), encoding="utf-8")
+    tokenizer = f"data.tokenizer={{kind: file, path: {given}, end_token: </s>}}"
+    asked = context(text_recipe(tmp_path / "store", folder(corpus), "data.test_fraction=0.6", tokenizer))
+    metrics = prepare(asked)
+    root = Path(asked.draft.uri)
+    manifest, own = Manifest.read(root), Tokenizer.from_file(str(root / "tokenizer.json"))
+    blank = sum(not odd.strip() for odd in ODD_TEXTS)
+    assert metrics["dropped"] == {"empty": blank, "undecodable": 0, "duplicate": 0}
+    assert (manifest.outputs, manifest.end_id) == (own.get_vocab_size(), own.token_to_id("</s>"))
+    rows = Shards(root, "test", ("document", "tokens", "length"))
+    columns = rows.take(np.arange(rows.rows))
+    texts = [row["text"] for row in pq.read_table(root / "test_texts.parquet").to_pylist()]
+    for document, text in zip(np.unique(columns["document"]), texts, strict=True):
+        mine = columns["document"] == document
+        lengths = zip(columns["tokens"][mine], columns["length"][mine], strict=True)
+        ids = [id_ for tokens_S, length in lengths for id_ in tokens_S[1 : length + 1].tolist()]
+        assert ids[-1] == manifest.end_id
+        assert own.decode(ids[:-1], skip_special_tokens=False) == text
+
+    model = build_model(asked.recipe.train.model, manifest, 0)
+    save_model(model, model.config, tmp_path / "trained", root / "tokenizer.json")
+    export_gguf(tmp_path / "trained", root / "tokenizer.json", tmp_path / "model.gguf", "f16", "unigram")
+    engine = LlamaCpp(tmp_path / "model.gguf")
+    found = split_otherwise(own, texts, [engine.tokenize(text) for text in texts])
+    engine.close()
+    no_bytes = {own.token_to_id(name) for name in (BYTE_NAMES[0], *BYTE_NAMES[0x80:])}
+    counted = [text for text in texts if no_bytes & set(own.encode(text, add_special_tokens=False).ids)]
+    assert 0 < len(counted) < len(texts)
+    assert (found.value, found.n) == (len(counted) / len(texts), len(texts))
+    measured = MeasuredFile(
+        name="a", student=None, format="f16", size_bytes=1, candidate=True, sha256="0" * 64,
+        metrics={"parity_nats": Metric(value=0.0, unit="nats", n=1), "split_otherwise": found},
+    )  # fmt: skip
+    passed, told = gate._parity(Parity(kind="parity", at_most=0.1), measured)
+    assert not passed
+    assert f"it splits {100 * found.value:.3g} % of {found.n} test documents into other tokens" in told
 
 
 def test_a_remote_store_and_a_remote_source(

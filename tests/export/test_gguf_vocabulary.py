@@ -15,7 +15,17 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from made_tokenizers import ODD_TEXTS, SPACE, SPELLED, SPLITS, byte_level, compiled_charsmap, sentencepiece_bpe, unigram
+from made_tokenizers import (
+    ODD_TEXTS,
+    SPACE,
+    SPELLED,
+    SPLITS,
+    byte_level,
+    compiled_charsmap,
+    phi3,
+    sentencepiece_bpe,
+    unigram,
+)
 from overproof.data.text_tokenizer import BYTE_NAMES, special_names_as_text
 from overproof.engines.base import Sampling
 from overproof.engines.gguf_tokens import read_gguf_header
@@ -29,7 +39,7 @@ from overproof.tasks.text_evaluation import split_otherwise
 PADDING = 5  # rows of the model beyond its tokenizer's entries
 
 
-def export(folder: Path, text: str, end: str = "<|endoftext|>", rows: int | None = None) -> Path:
+def export(folder: Path, text: str, end: str = "<|endoftext|>", rows: int | None = None, name: str = "tiny") -> Path:
     """A tiny model with this tokenizer, as a GGUF file."""
     folder.mkdir(exist_ok=True)
     file, tokenizer = folder / "tokenizer.json", Tokenizer.from_str(text)
@@ -41,7 +51,7 @@ def export(folder: Path, text: str, end: str = "<|endoftext|>", rows: int | None
     )  # fmt: skip
     torch.manual_seed(0)
     hf_directory.save_model(LlamaForCausalLM(config), config, folder / "model", file)
-    export_gguf(folder / "model", file, folder / "model.gguf", "f16", "tiny")
+    export_gguf(folder / "model", file, folder / "model.gguf", "f16", name)
     return folder / "model.gguf"
 
 
@@ -177,6 +187,28 @@ def test_texts_that_spell_special_tokens(tmp_path: Path) -> None:
     """
     text = sentencepiece_bpe()
     assert differing(export(tmp_path, text, "</s>"), text, SPELLED) == ["<|extra|> z"]
+
+
+CALLED, SAFE = "My-Phi-3-Model or phi3, no modern-BERT", "My-Phi 3-Model or phi 3, no modern BERT"
+TURNS = ("<|user|>\nfor name\n<|end|>\n<|assistant|>\n  x", "a</s>  b", "<|extra|> z", "<s>  a<unk>  b")
+
+
+@pytest.mark.parametrize(
+    ("text", "end", "name", "otherwise"),
+    [
+        (byte_level(), "<|endoftext|>", SAFE, []),
+        (sentencepiece_bpe(), "</s>", SAFE, ["<|extra|> z"]),
+        (phi3(), "</s>", f"phi-3 {SAFE}", []),
+    ],
+    ids=("byte-level", "llama-2", "phi-3"),
+)
+def test_special_tokens_strip_spaces_as_they_do_whatever_a_model_is_called(
+    text: str, end: str, name: str, otherwise: list[str], tmp_path: Path
+) -> None:
+    """llama.cpp takes a model that is called Phi-3 for one: it then strips, or cannot load, other vocabularies."""
+    file = export(tmp_path, text, end, name=CALLED)
+    assert gguf.GGUFReader(file).fields["general.name"].contents() == name
+    assert differing(file, text, TURNS) == otherwise
 
 
 def changed(text: str, **parts: Any) -> str:

@@ -164,6 +164,49 @@ def test_a_call_that_is_asked_for_follows_its_schema(client: OpenAI, named: str 
         assert [event.finish_reason for event in mine] == [None] * (len(mine) - 1) + ["tool_calls"]
 
 
+def test_a_strict_tool_and_one_without_parameters(client: OpenAI) -> None:
+    """Arguments are those of the schema, or none at all, `strict` or not."""
+    strict = {**SWITCH, "function": {**SWITCH["function"], "strict": True}}
+    for bare in ({"name": "stop_it"}, {"name": "stop_it", "strict": True}, {"name": "stop_it", "description": "x"}):
+        tools: Any = [strict, {"type": "function", "function": bare}]
+        for named, allowed in (("switch", [{"on": True}, {"on": False}]), ("stop_it", [{}])):
+            choice: Any = {"type": "function", "function": {"name": named}}
+            reply = client.chat.completions.create(
+                model="stdlib-lm", messages=ASK, tools=tools, tool_choice=choice, seed=1, parallel_tool_calls=False
+            )
+            (call,) = reply.choices[0].message.tool_calls or ()
+            assert call.type == "function"
+            assert (call.function.name, reply.choices[0].finish_reason) == (named, "tool_calls")
+            assert json.loads(call.function.arguments) in allowed
+    auto = client.chat.completions.create(model="stdlib-lm", messages=ASK, tools=tools, max_tokens=4)
+    assert auto.usage
+    assert auto.usage.completion_tokens <= 4
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+@pytest.mark.parametrize(("parallel", "count"), [(True, 2), (False, 1)])
+def test_calls_that_may_not_be_several_are_one(text_package: Path, parallel: bool, count: int, reason: str) -> None:
+    """Over HTTP, whole and streamed, of an engine that writes two and some text; the first is whole in any case."""
+    text = f"Let me see.{call('switch', ODD)}\n{call('weather', '{}')} and so on"
+    app = build_app(one(text_package, Writes(text, reason)), Access(None))
+    arguments: Any = {"model": "stdlib-lm", "messages": ASK, "tools": [WEATHER, SWITCH]}
+    arguments |= {"parallel_tool_calls": parallel, "tool_choice": "auto"}
+    with listening(app) as url, OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        (choice,) = client.chat.completions.create(**arguments).choices
+        events = [event.choices[0] for event in client.chat.completions.create(**arguments, stream=True)]
+    expected = [("switch", ODD), ("weather", "{}")][:count]
+    found = [each.function for each in choice.message.tool_calls or () if each.type == "function"]
+    assert [(each.name, each.arguments) for each in found] == expected
+    content = "Let me see. and so on" if parallel else "Let me see."
+    assert choice.message.content == content
+    assert "".join(event.delta.content or "" for event in events) == content
+    deltas = [each.function for event in events for each in event.delta.tool_calls or () if each.function]
+    assert [each.name for each in deltas if each.name] == [name for name, _ in expected]
+    assert "".join(each.arguments or "" for each in deltas) == "".join(made for _, made in expected)
+    ends = "tool_calls" if reason == "stop" or not parallel else "length"
+    assert (choice.finish_reason, events[-1].finish_reason) == (ends, ends)
+
+
 def test_a_reply_goes_back_into_the_chat_as_the_client_has_it(client: OpenAI) -> None:
     arguments: Any = {"model": "stdlib-lm", "tools": [SWITCH]}
     message = client.chat.completions.create(**arguments, messages=ASK, tool_choice="required").choices[0].message

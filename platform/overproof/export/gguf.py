@@ -67,6 +67,7 @@ class GgufFormat:
 
     def write(self, source: Path, file: Path, variant: str, context: ExportContext, unquantised: Path) -> None:
         from overproof.export.gguf_file import export_gguf
+        from overproof.export.gguf_name import written_name
         from overproof.export.gguf_rewrite import convert_gguf
         from overproof.models.hf_directory import chat_template, read_config
 
@@ -74,6 +75,7 @@ class GgufFormat:
         template = context.settings.chat_template or chat_template(context.teacher)
         name = f"{context.recipe} {file.stem}"
         if not isinstance(family_of(read_config(source), source)[1], GgufFamily):
+            name = written_name(name, context.tokenizer.read_text(encoding="utf-8"))
             convert_gguf(source, unquantised, file, variant, name, template)  # type: ignore[arg-type]
             return
         export_gguf(source, context.tokenizer, file, format=variant, name=name, chat_template=template)  # type: ignore[arg-type]

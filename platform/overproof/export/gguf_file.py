@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from overproof.errors import InputError
 from overproof.export.gguf_check import check_configuration, gguf_family_of
+from overproof.export.gguf_name import written_name
 from overproof.export.gguf_vocabulary import add_vocabulary
 from overproof.models import gguf_rope, hf_directory
 from overproof.models.base import GgufFamily
@@ -65,7 +66,7 @@ def export_gguf(
 ) -> None:
     """Write a Hugging Face directory of a decoder as one GGUF file, a tensor at a time; ``path`` appears when complete.
 
-    ``chat_template`` (Jinja) goes into the file.
+    ``chat_template`` (Jinja) goes into the file, and ``name`` as llama.cpp may read it (see ``gguf_name``).
 
     Raises:
         InputError: the model or its tokenizer has a feature that this export does not cover.
@@ -77,7 +78,7 @@ def export_gguf(
     base, file_type = FILE_TYPES[format]
     part = path.with_name(f"{path.name}.part")
     writer = gguf.GGUFWriter(part, layout.architecture)
-    writer.add_name(name)
+    writer.add_name(written_name(name, tokenizer.read_text(encoding="utf-8")))
     for key, value in layout.metadata(config).items():
         ADDERS[type(value)](writer, f"{layout.architecture}.{key}", value)
     writer.add_file_type(file_type)

@@ -147,9 +147,12 @@ class ToolFunction(BaseModel):
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] = Field(
-        {"type": "object", "properties": {}}, description="What the arguments must be (JSON Schema of an object)."
+        {"type": "object", "properties": {}, "additionalProperties": False},
+        description="What the arguments must be (JSON Schema of an object); there are none unless given.",
     )
-    strict: bool | None = Field(None, description="The schema is kept to where a call is asked for.")
+    strict: bool | None = Field(
+        None, description="Taken, and changes nothing: a call that must be made follows its schema, and no other does."
+    )
 
 
 class Tool(BaseModel):
@@ -246,7 +249,10 @@ class ChatRequest(GenerationRequest):
         "auto",
         description="Whether it calls none, any or one that it must; a call that it must make follows its schema.",
     )
-    parallel_tool_calls: bool = Field(True, description="A call that it must make is one; else there may be several.")
+    parallel_tool_calls: bool = Field(
+        True,
+        description="Whether there may be several calls; false ends the reply with the first. One that must be is one.",
+    )
 
     @property
     def offered_tools(self) -> list[Tool]:

@@ -190,7 +190,8 @@ class _ToolStream:
     """The text and the calls of a choice."""
 
     def __init__(self, syntax: ToolSyntax, request: ChatRequest) -> None:
-        self._parser = ToolCallParser(syntax, [tool.function.name for tool in request.offered_tools])
+        names = [tool.function.name for tool in request.offered_tools]
+        self._parser = ToolCallParser(syntax, names, one_call=not request.parallel_tool_calls)
         self._calls = 0
 
     def delta(self, part: ChoicePart) -> Delta:
@@ -209,7 +210,9 @@ class _ToolStream:
         return Delta(content="".join(each.text for each in found) or None, tool_calls=calls or None)
 
     def finish_reason(self, part: ChoicePart) -> ChatFinishReason | None:
-        return "tool_calls" if self._calls and part.finish_reason == "stop" else part.finish_reason
+        """A call that is whole, after which nothing counts, was not cut off."""
+        is_whole = part.finish_reason == "stop" or (part.finish_reason is not None and self._parser.is_over)
+        return "tool_calls" if self._calls and is_whole else part.finish_reason
 
 
 def choice_tokens(generation: Generation) -> list[TokenInfo] | None:

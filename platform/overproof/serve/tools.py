@@ -48,21 +48,25 @@ class ToolPart:
 class ToolCallParser:
     """Splits what a model writes, part by part, into text and calls of the tools that it was offered.
 
-    A call counts from its first brace on: what comes before is held back until it is known to be one, or none.
+    A call counts from its first brace on: what comes before is held back until it is known to be one, or none. Where
+    ``one_call`` at most is wanted, the reply is over with it: whatever follows is left out.
     """
 
-    def __init__(self, syntax: ToolSyntax, names: Sequence[str]) -> None:
-        self._syntax = syntax
+    def __init__(self, syntax: ToolSyntax, names: Sequence[str], one_call: bool = False) -> None:
+        self._syntax, self._one_call = syntax, one_call
         self._beginnings = {name: syntax.before_name + name + syntax.before_arguments for name in names}
         self._held = ""
         self._depth, self._in_string, self._escaped = 0, False, False  # of the arguments that are being read
         self._ended = False  # a call whose closing text may follow
         self.called = False
+        self.is_over = False  # whether nothing that follows counts
 
     def add(self, text: str) -> list[ToolPart]:
         """Take the next part of the text; give what is known of it."""
-        self._held += text
         found = list[ToolPart]()
+        if self.is_over:
+            return found
+        self._held += text
         while self._held and (parts := self._next()) is not None:
             found += parts
         return found
@@ -76,7 +80,10 @@ class ToolCallParser:
     def _next(self) -> list[ToolPart] | None:
         """Take something from what is held; None where more must follow first."""
         if self._depth:
-            return [ToolPart(arguments=self._take_arguments())]
+            arguments = self._take_arguments()
+            if self._ended and self._one_call:
+                self._held, self.is_over = "", True
+            return [ToolPart(arguments=arguments)]
         if self._ended:
             after = self._syntax.after
             if len(self._held) < len(after) and after.startswith(self._held):
