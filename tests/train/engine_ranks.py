@@ -72,7 +72,7 @@ def train_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]
             dist.barrier()
         if rank == 0:
             (folder / f"{case['name']}.json").write_text(json.dumps(rows))
-            state = consolidated_weights(saved) if isinstance(engine, DeepSpeedEngine) else engine.state_dict()
+            state = consolidated_weights(saved) if isinstance(engine, DeepSpeedEngine) else engine.model.state_dict()
             torch.save(state, folder / f"{case['name']}.pt")
     (folder / f"compiler.{rank}.json").write_text(json.dumps(compiler))
 

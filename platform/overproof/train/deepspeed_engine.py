@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from overproof.config import Training
 from overproof.models.hf_directory import Batch
-from overproof.train.engine import Metrics, StateWriter, seed_rng, set_learning_rate, to_device, to_fp32_cpu
+from overproof.train.engine import Metrics, StateWriter, seed_rng, set_learning_rate, to_device
 from overproof.train.objective import Objective
 from overproof.train.optim import deepspeed_clips, deepspeed_config, learning_rate, parameter_groups
 
@@ -38,7 +38,9 @@ class DeepSpeedEngine:
     """
 
     def __init__(self, model: PreTrainedModel, train: Training, seed: int = 0, universal: bool = False) -> None:
-        """``universal``: ``load`` will be given a universal checkpoint."""
+        """``universal``: ``load`` will be given a universal checkpoint. With no steps there is no optimizer, and below
+        stage 3 the model stays as it is.
+        """
         self.train, self.seed = train, seed
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.accumulation = train.accumulation(self.world)
@@ -47,7 +49,7 @@ class DeepSpeedEngine:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model.train(),
-            model_parameters=parameter_groups(model, train.weight_decay),
+            model_parameters=parameter_groups(model, train.weight_decay) if train.steps else None,
             config=deepspeed_config(train, self.world, universal),
             dist_init_required=False,
         )
@@ -168,7 +170,7 @@ class _StateFiles:
         self.write(Path(path).name, state_dict)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        return torch.load(path, map_location=map_location, weights_only=False)
+        return torch.load(path, map_location=map_location, weights_only=False, mmap=True)
 
     def create(self, info: Any) -> None: ...
 
@@ -263,15 +265,15 @@ def consolidated_weights(folder: Path, adapters: bool = False) -> dict[str, Tens
     They are unpickled: give only files whose hashes were checked.
     """
     if not any(folder.glob("*_optim_states.pt")):
-        state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
-        return {name: to_fp32_cpu(value) for name, value in state.items()}
+        state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False, mmap=True)
+        return {name: value.float() for name, value in state["module"].items()}
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with Path(os.devnull).open("w") as devnull, redirect_stdout(devnull):
         found = get_fp32_state_dict_from_zero_checkpoint(
             str(folder.parent), folder.name, exclude_frozen_parameters=adapters
         )
-    return {name: to_fp32_cpu(value) for name, value in found.items()}
+    return {name: value.float() for name, value in found.items()}
 
 
 def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:

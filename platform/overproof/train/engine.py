@@ -112,17 +112,13 @@ class TorchEngine:
 
     def load(self, folder: Path, step: int) -> None:
         """Go on from the file that ``save`` gave after ``step`` steps, with this engine's own settings."""
-        state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True)
+        state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True, mmap=True)
         self.trained.load_state_dict(state["model"])
         own = [{name: group[name] for name in ("betas", "weight_decay")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
             group.update(settings)
         self.steps_done = step
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Full weights, fp32 on the CPU."""
-        return {name: to_fp32_cpu(value) for name, value in self.model.state_dict().items()}
 
 
 def seed_rng(seed: int, position: int, device: torch.device) -> None:
@@ -140,10 +136,6 @@ def set_learning_rate(optimizer: Any, rate: float) -> None:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-
-
-def to_fp32_cpu(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", torch.float32, copy=True)
 
 
 @contextmanager

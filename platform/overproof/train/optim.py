@@ -42,26 +42,30 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def deepspeed_config(train: Training, world: int, universal: bool = False) -> dict[str, Any]:
     """DeepSpeed's configuration for ``world`` workers. The rate is set from outside at every step: no scheduler here.
+    Without steps there is no optimizer, and nothing to shard but the weights of stage 3.
 
     ``universal`` makes it load a universal checkpoint, which any number of workers can.
     """
     accumulation = train.accumulation(world)
+    if train.steps == 0 and train.zero_stage < 3:
+        train = train.model_copy(update={"zero_stage": 0, "offload": "none"})
+    optimizer = {
+        "type": "AdamW",
+        "params": {
+            "lr": train.learning_rate,
+            "betas": [train.beta1, train.beta2],
+            "eps": ADAM_EPSILON,
+            "weight_decay": train.weight_decay,
+            # DeepSpeed's own would be compiled first; beside offload it is what makes a step bearable.
+            "torch_adam": train.offload == "none",
+        },
+    }
     return {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.batch_size // world // accumulation,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.clip_norm if deepspeed_clips(train) else 0.0,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": train.learning_rate,
-                "betas": [train.beta1, train.beta2],
-                "eps": ADAM_EPSILON,
-                "weight_decay": train.weight_decay,
-                # DeepSpeed's own would be compiled first; beside offload it is what makes a step bearable.
-                "torch_adam": train.offload == "none",
-            },
-        },
+        **({"optimizer": optimizer} if train.steps else {}),
         "zero_optimization": {
             "stage": train.zero_stage,
             "reduce_bucket_size": BUCKET_ELEMENTS,

@@ -19,7 +19,7 @@ from overproof.data.parquet_reader import Columns, Shards, planned_shards
 from overproof.errors import InputError
 from overproof.files import local_cache
 from overproof.models.adapters import count_weights, merge_adapters
-from overproof.models.hf_directory import Batch, save_model, to_tensors
+from overproof.models.hf_directory import Batch, count_parameters, save_model, to_tensors
 from overproof.registry import TASKS
 from overproof.stage_context import Notice, TaskProgress
 from overproof.train.checkpoint import CURVE_FILE, Checkpoint
@@ -52,6 +52,7 @@ class RankTrainer:
         with explain_memory("building the model and the optimizer"):
             self.model = job.spec.model(self.manifest, job.seed)
             self.parameters, self.trained_parameters = count_weights(self.model)  # before ZeRO-3 takes them apart
+            self.built_parameters = count_parameters(self.model)
             self.engine = DeepSpeedEngine(self.model, job.train, job.seed, universal)
             self.objective = job.spec.objective(self.task, self.engine.device)
         self.curve = self._restore(checkpoint, universal) if checkpoint else []
@@ -118,8 +119,8 @@ class RankTrainer:
         tokenizer = self.manifest.tokenizer(self.root)
         self._report_phase("writing the model", train.steps)
         if train.steps == 0:
-            start = merge_adapters(self.job.spec.model(self.manifest, self.job.seed), {})
-            save_model(start, self.model.config, folder, tokenizer)
+            start = self.model if self._holds_start() else self.job.spec.model(self.manifest, self.job.seed)
+            save_model(merge_adapters(start, {}), self.model.config, folder, tokenizer)
             return
         checkpoint = checkpoints.best() if train.result == "best" else checkpoints.all_committed()[-1]
         assert checkpoint
@@ -130,6 +131,11 @@ class RankTrainer:
             if train.lora is not None:
                 weights = merge_adapters(self.job.spec.model(self.manifest, self.job.seed), weights)
             save_model(weights, self.model.config, folder, tokenizer)
+
+    def _holds_start(self) -> bool:
+        """Whether the model, which made no step, is still as it was built: neither cast nor taken apart."""
+        own = list(self.model.parameters())
+        return sum(p.numel() for p in own) == self.built_parameters and all(p.dtype == torch.float32 for p in own)
 
     def _batches(self, rows: Iterator[Columns], start_sync: Callable[[int], None]) -> Iterator[Batch]:
         names = self.manifest.batch_columns

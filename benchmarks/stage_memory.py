@@ -1,0 +1,285 @@
+"""What each phase of a recipe holds in memory at most, beside what `overproof plan` says of it.
+
+    .venv/bin/overproof train RECIPE        # once: the phases begin from the prepared data and the teacher
+    .venv/bin/python benchmarks/stage_memory.py RECIPE [--phases capture student ...] [--set PATH=VALUE ...]
+
+Prints one Markdown table. Each phase runs as its stage runs it, without Ray, in a process of its own, for a few rows or
+steps: reading a teacher, training it (or, where `train.steps` is 0, taking it over), capturing 2 batches, 2 steps of the
+first student with a checkpoint after each, exporting it in each variant, and scoring 2 rows in torch and in
+llama.cpp. This process samples the other's `/proc/PID/status` every 2 ms.
+
+`anonymous` is the most of RssAnon: what no file backs. `peak` is the most of RssAnon and, at the same moment, RssFile
+beyond what it was when the libraries were loaded: weights that are mapped from a file. `libraries` is RssAnon at that
+moment, and within both. In MB. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from measuring import environment, machine, table
+
+from overproof import pipeline
+from overproof.artifacts import Artifact, ArtifactWriter, Store
+from overproof.config import Recipe, load_recipe
+from overproof.data.manifest import Manifest
+from overproof.stage_context import StageContext, no_progress
+
+SAMPLE_S = 0.002
+BATCHES = 2
+READY = "ready"
+FIELD = re.compile(r"^(RssAnon|RssFile):\s+(\d+) kB$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes that a phase held at most."""
+
+    libraries: int
+    anonymous: int
+    all: int  # with what it mapped from files
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What phases begin from, and where they write."""
+
+    recipe: Recipe
+    parents: dict[str, Artifact]
+    scratch: Path
+
+    def draft(self, stage: str) -> ArtifactWriter:
+        name = f"{time.time_ns():x}".rjust(64, "0")[::-1]
+        return Store(str(self.scratch / stage)).new_writer(self.recipe.name, stage, name, {}, {})
+
+    @property
+    def teacher(self) -> Path:
+        return self.parents["train"].local() / "model"
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest.read(self.parents["prepare"].local())
+
+    @property
+    def student(self) -> Path:
+        """The trained student's directory, or the teacher's before there is one."""
+        found = self.scratch / "student"
+        return found if found.is_dir() else self.teacher
+
+
+def read_teacher(setting: Setting) -> Iterator[None]:
+    """The teacher's directory as every phase reads it, and a look at every weight."""
+    from overproof.models.hf_directory import load_model
+
+    yield
+    model = load_model(setting.teacher)
+    sum(float(parameter.detach().sum()) for parameter in model.parameters())
+
+
+def train_teacher(setting: Setting) -> Iterator[None]:
+    """One rank of the stage, for a few steps, and the model's directory."""
+    import torch.distributed as dist
+
+    from overproof.train.checkpoint import Checkpoints
+    from overproof.train.checkpoint_writer import NoSignal
+    from overproof.train.deepspeed_engine import import_deepspeed
+    from overproof.train.rank_trainer import RankTrainer, read_rank_rows
+    from overproof.train.train_job import ResumePoint, SupervisedSpec, TrainJob
+
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    dist.init_process_group("gloo", init_method=f"file://{setting.scratch}/rendezvous-{os.getpid()}", rank=0, world_size=1)
+    import_deepspeed("cpu")
+    yield
+    train, draft = setting.recipe.train, setting.draft("train")
+    steps = min(train.steps, BATCHES)
+    train = train.model_copy(update={"steps": steps, "workers": 1, "validate_every": 1, "validation_rows": train.batch_size})
+    checkpoints = Checkpoints(draft.workspace, draft.fingerprint, draft.config, draft.parents, train.checkpoint)
+    job = TrainJob(
+        train, setting.recipe.seed, setting.parents["prepare"], draft, checkpoints, no_progress,
+        SupervisedSpec(train.model, train.lora),
+    )  # fmt: skip
+    checkpoints.claim_folder()
+    RankTrainer(job, ResumePoint(), 0, 1).fit(read_rank_rows(job, ResumePoint(), 0, 1), NoSignal())
+
+
+def capture(setting: Setting) -> Iterator[None]:
+    """An actor of the pool, over as many rows as the student reads."""
+    from overproof.distill.target_cache import TargetIndex, target_key
+    from overproof.distill.teacher_pool import publish_files
+    from overproof.distill.teacher_worker import CaptureJob, TargetWorker
+
+    yield
+    recipe, prepared, trained = setting.recipe, setting.parents["prepare"], setting.parents["train"]
+    rows = BATCHES * max(recipe.cache.batch_size, recipe.sweep.batch_size)
+    index = TargetIndex.of(target_key(recipe, prepared, trained), setting.manifest, rows)
+    job = CaptureJob(recipe.cache, index, prepared, trained, setting.draft("cache"))
+    worker = TargetWorker(job)
+    faults = [report["fault"][0] for report in worker({"file": np.arange(len(index.files))})]
+    if any(faults):
+        raise SystemExit(faults)
+    publish_files(job)
+    job.draft.commit({}, 0)
+
+
+def train_student(setting: Setting) -> Iterator[None]:
+    """The recipe's first student: some steps, a validation and a checkpoint, as many steps again, its weights."""
+    from ray import tune  # noqa: F401  as the process of a trial has it
+
+    from overproof.distill.student_trainer import StudentTrainer
+    from overproof.distill.sweep import make_trial_job
+    from overproof.distill.sweep_state import SweepState
+
+    yield
+    recipe, draft = setting.recipe, setting.draft("sweep")
+    few = {"steps": BATCHES, "validate_every": 1, "validation_rows": recipe.sweep.batch_size}
+    sweep = recipe.sweep.model_copy(update=few)
+    (cache,) = Store(str(setting.scratch / "cache")).artifacts()
+    parents = {**setting.parents, "cache": cache}
+    context = StageContext(recipe.model_copy(update={"sweep": sweep}), parents, draft, no_progress)
+    name = sweep.students[0].name
+    trainer = StudentTrainer(make_trial_job(context, SweepState(draft), name, {"student": name}))
+    for _ in range(2):
+        trainer.run_to_validation()
+    trainer.save_weights()
+    with draft.directory() as folder:
+        (folder / trainer.job.folder).rename(setting.scratch / "student")
+
+
+def export(setting: Setting, variant: str) -> Iterator[None]:
+    """The student's file in a variant; the unquantised one is held against the model, as the stage does it."""
+    from overproof.export.base import ExportContext
+    from overproof.export.stage import require_same_model
+    from overproof.registry import FORMATS
+
+    recipe, written = setting.recipe, FORMATS[setting.recipe.compress.kind]
+    import gguf  # noqa: F401
+    import transformers  # noqa: F401
+
+    yield
+    tokenizer = setting.manifest.tokenizer(setting.parents["prepare"].local())
+    given = ExportContext(recipe.compress, recipe.name, setting.teacher, tokenizer)
+    file = setting.scratch / f"student-{variant}{written.suffix}"
+    unquantised = setting.scratch / f"student-{written.unquantised}{written.suffix}"
+    written.write(setting.student, file, variant, given, unquantised)
+    if variant == written.unquantised:
+        require_same_model(written, setting.student, file)
+
+
+def score(setting: Setting, way: str, variant: str) -> Iterator[None]:
+    """Rows of the recipe's length, in torch over the file's weights or in llama.cpp."""
+    from overproof.engines.llamacpp_scorer import LlamaCppScorer
+    from overproof.registry import FORMATS
+    from overproof.tasks.torch_scorer import TorchScorer
+
+    yield
+    file = setting.scratch / f"student-{variant}.gguf"
+    positions, threads = setting.manifest.positions, setting.recipe.evaluate.threads
+    scorer = (
+        LlamaCppScorer(file, positions, threads)
+        if way == "llama.cpp"
+        else TorchScorer(FORMATS[setting.recipe.compress.kind].read_back(file), 1)
+    )
+    rng = np.random.default_rng(0)
+    list(scorer.score(rng.integers(0, setting.manifest.outputs, (BATCHES, positions + 1))))
+
+
+PHASES: dict[str, Callable[[Setting], Iterator[None]]] = {
+    "teacher read": read_teacher,
+    "teacher trained": train_teacher,
+    "capture": capture,
+    "student": train_student,
+    "export f16": partial(export, variant="f16"),
+    "export q8_0": partial(export, variant="q8_0"),
+    "export q4_0": partial(export, variant="q4_0"),
+    "scoring, llama.cpp f16": partial(score, way="llama.cpp", variant="f16"),
+    "scoring, llama.cpp q8_0": partial(score, way="llama.cpp", variant="q8_0"),
+    "scoring, llama.cpp q4_0": partial(score, way="llama.cpp", variant="q4_0"),
+    "scoring, torch": partial(score, way="torch", variant="q8_0"),
+}
+
+
+def rss(pid: int) -> dict[str, int]:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return {name: 1024 * int(kib) for name, kib in FIELD.findall(status)}
+
+
+@contextmanager
+def process(phase: str, recipe: str, overrides: list[str], scratch: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, __file__, recipe, "--phase", phase, "--scratch", str(scratch)]
+    for override in overrides:
+        command += ["--set", override]
+    started = subprocess.Popen(command, env=environment(1), stdout=subprocess.PIPE, text=True)
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.wait()
+
+
+def measure(phase: str, recipe: str, overrides: list[str], scratch: Path) -> Peak:
+    with process(phase, recipe, overrides, scratch) as child:
+        assert child.stdout
+        if not any(line.strip() == READY for line in child.stdout):
+            raise SystemExit(f"{phase}: ended before it began")
+        before = rss(child.pid)
+        anonymous = every = before["RssAnon"]
+        while child.poll() is None:
+            now = rss(child.pid)
+            if now:
+                anonymous = max(anonymous, now["RssAnon"])
+                every = max(every, now["RssAnon"] + max(0, now["RssFile"] - before["RssFile"]))
+            time.sleep(SAMPLE_S)
+        if child.returncode:
+            raise SystemExit(f"{phase}: ended with {child.returncode}")
+    return Peak(before["RssAnon"], anonymous, every)
+
+
+def setting_of(file: str, overrides: list[str], scratch: Path) -> Setting:
+    recipe = load_recipe(file, tuple(overrides))
+    steps = pipeline.resolve_stages(recipe, Store(recipe.store), "train")
+    parents = {step.stage.name: step.artifact for step in steps}
+    done = {name: artifact for name, artifact in parents.items() if artifact is not None}
+    if len(done) != len(parents):
+        raise SystemExit(f"run `overproof train {file}` first")
+    return Setting(recipe, done, scratch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help="folder for what phases write, which is kept")
+    given = parser.parse_args()
+    if given.phase:
+        running = PHASES[given.phase](setting_of(given.recipe, given.overrides, given.scratch))
+        next(running)
+        print(READY, flush=True)
+        next(running, None)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = (given.scratch or Path(folder)).absolute()
+        found = {phase: measure(phase, given.recipe, given.overrides, scratch) for phase in given.phases}
+    print(f"{machine(1)}\n")
+    rows = [
+        [phase, *(f"{bytes_ / 1e6:,.0f}" for bytes_ in (peak.libraries, peak.anonymous, peak.all))]
+        for phase, peak in found.items()
+    ]
+    table(("phase", "libraries", "anonymous", "peak"), rows)
+
+
+if __name__ == "__main__":
+    main()
