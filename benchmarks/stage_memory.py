@@ -4,32 +4,32 @@
     .venv/bin/python benchmarks/stage_memory.py RECIPE [--phases capture student ...] [--set PATH=VALUE ...]
 
 Prints one Markdown table. Each phase runs as its stage runs it, without Ray, in a process of its own, for a few rows or
-steps: reading a teacher, training it (or, where `train.steps` is 0, taking it over), capturing 2 batches, 2 steps of the
-first student with a checkpoint after each, exporting it in each variant, and scoring 2 rows in torch and in
-llama.cpp. This process samples the other's `/proc/PID/status` every 2 ms.
+steps: reading a teacher, training it (or, where `train.steps` is 0, taking it over), capturing 2 batches, 2 steps of
+the first student with a checkpoint after each, exporting it in each variant, and scoring 2 rows in torch and in
+llama.cpp.
 
-`anonymous` is the most of RssAnon: what no file backs. `peak` is the most of RssAnon and, at the same moment, RssFile
-beyond what it was when the libraries were loaded: weights that are mapped from a file. `libraries` is RssAnon at that
-moment, and within both. In MB. Linux only.
+`peak` is the most memory that was resident (VmHWM of /proc/PID/status, which the kernel keeps: nothing is sampled),
+without the pages of files that were there before the phase began: the libraries' code. It counts what no file backs
+and the weights that are mapped from files. `libraries` is what no file backs when the libraries are loaded, and is
+within. In MB. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from measuring import environment, machine, table
+from measuring import child, machine, table
 
 from overproof import pipeline
 from overproof.artifacts import Artifact, ArtifactWriter, Store
@@ -37,10 +37,8 @@ from overproof.config import Recipe, load_recipe
 from overproof.data.manifest import Manifest
 from overproof.stage_context import StageContext, no_progress
 
-SAMPLE_S = 0.002
 BATCHES = 2
-READY = "ready"
-FIELD = re.compile(r"^(RssAnon|RssFile):\s+(\d+) kB$", re.MULTILINE)
+FIELD = re.compile(r"^(RssAnon|RssFile|VmHWM):\s+(\d+) kB$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,7 @@ class Peak:
     """Bytes that a phase held at most."""
 
     libraries: int
-    anonymous: int
-    all: int  # with what it mapped from files
+    all: int
 
 
 @dataclass(frozen=True)
@@ -99,12 +96,16 @@ def train_teacher(setting: Setting) -> Iterator[None]:
     from overproof.train.train_job import ResumePoint, SupervisedSpec, TrainJob
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    dist.init_process_group("gloo", init_method=f"file://{setting.scratch}/rendezvous-{os.getpid()}", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{setting.scratch}/rendezvous-{os.getpid()}", rank=0, world_size=1
+    )
     import_deepspeed("cpu")
     yield
     train, draft = setting.recipe.train, setting.draft("train")
     steps = min(train.steps, BATCHES)
-    train = train.model_copy(update={"steps": steps, "workers": 1, "validate_every": 1, "validation_rows": train.batch_size})
+    train = train.model_copy(
+        update={"steps": steps, "workers": 1, "validate_every": 1, "validation_rows": train.batch_size}
+    )
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, draft.config, draft.parents, train.checkpoint)
     job = TrainJob(
         train, setting.recipe.seed, setting.parents["prepare"], draft, checkpoints, no_progress,
@@ -165,7 +166,8 @@ def export(setting: Setting, variant: str) -> Iterator[None]:
 
     recipe, written = setting.recipe, FORMATS[setting.recipe.compress.kind]
     import gguf  # noqa: F401
-    import transformers  # noqa: F401
+
+    import overproof.models.hf_directory  # noqa: F401
 
     yield
     tokenizer = setting.manifest.tokenizer(setting.parents["prepare"].local())
@@ -179,6 +181,7 @@ def export(setting: Setting, variant: str) -> Iterator[None]:
 
 def score(setting: Setting, way: str, variant: str) -> Iterator[None]:
     """Rows of the recipe's length, in torch over the file's weights or in llama.cpp."""
+    import overproof.tasks.text_evaluation  # noqa: F401
     from overproof.engines.llamacpp_scorer import LlamaCppScorer
     from overproof.registry import FORMATS
     from overproof.tasks.torch_scorer import TorchScorer
@@ -210,40 +213,18 @@ PHASES: dict[str, Callable[[Setting], Iterator[None]]] = {
 }
 
 
-def rss(pid: int) -> dict[str, int]:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return {name: 1024 * int(kib) for name, kib in FIELD.findall(status)}
+def status() -> dict[str, int]:
+    """Of this process, in bytes."""
+    return {name: 1024 * int(kib) for name, kib in FIELD.findall(Path("/proc/self/status").read_text())}
 
 
-@contextmanager
-def process(phase: str, recipe: str, overrides: list[str], scratch: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, __file__, recipe, "--phase", phase, "--scratch", str(scratch)]
-    for override in overrides:
-        command += ["--set", override]
-    started = subprocess.Popen(command, env=environment(1), stdout=subprocess.PIPE, text=True)
-    try:
-        yield started
-    finally:
-        started.kill()
-        started.wait()
-
-
-def measure(phase: str, recipe: str, overrides: list[str], scratch: Path) -> Peak:
-    with process(phase, recipe, overrides, scratch) as child:
-        assert child.stdout
-        if not any(line.strip() == READY for line in child.stdout):
-            raise SystemExit(f"{phase}: ended before it began")
-        before = rss(child.pid)
-        anonymous = every = before["RssAnon"]
-        while child.poll() is None:
-            now = rss(child.pid)
-            if now:
-                anonymous = max(anonymous, now["RssAnon"])
-                every = max(every, now["RssAnon"] + max(0, now["RssFile"] - before["RssFile"]))
-            time.sleep(SAMPLE_S)
-        if child.returncode:
-            raise SystemExit(f"{phase}: ended with {child.returncode}")
-    return Peak(before["RssAnon"], anonymous, every)
+def run_phase(setting: Setting, phase: str) -> Peak:
+    running = PHASES[phase](setting)
+    next(running)  # its libraries are loaded
+    before = status()
+    Path("/proc/self/clear_refs").write_text("5")  # begins VmHWM anew (man 5 proc)
+    next(running, None)
+    return Peak(before["RssAnon"], status()["VmHWM"] - before["RssFile"])
 
 
 def setting_of(file: str, overrides: list[str], scratch: Path) -> Setting:
@@ -265,20 +246,21 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="folder for what phases write, which is kept")
     given = parser.parse_args()
     if given.phase:
-        running = PHASES[given.phase](setting_of(given.recipe, given.overrides, given.scratch))
-        next(running)
-        print(READY, flush=True)
-        next(running, None)
+        found = run_phase(setting_of(given.recipe, given.overrides, given.scratch), given.phase)
+        print(json.dumps(asdict(found)))
         return
     with tempfile.TemporaryDirectory() as folder:
         scratch = (given.scratch or Path(folder)).absolute()
-        found = {phase: measure(phase, given.recipe, given.overrides, scratch) for phase in given.phases}
+        told = [word for override in given.overrides for word in ("--set", override)]
+        peaks = {
+            phase: Peak(**child([sys.executable, __file__, given.recipe, "--phase", phase, "--scratch", scratch, *told], 1))
+            for phase in given.phases
+        }
     print(f"{machine(1)}\n")
     rows = [
-        [phase, *(f"{bytes_ / 1e6:,.0f}" for bytes_ in (peak.libraries, peak.anonymous, peak.all))]
-        for phase, peak in found.items()
+        [phase, *(f"{bytes_ / 1e6:,.0f}" for bytes_ in (peak.libraries, peak.all))] for phase, peak in peaks.items()
     ]
-    table(("phase", "libraries", "anonymous", "peak"), rows)
+    table(("phase", "libraries", "peak"), rows)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from overproof.distill.target_codec import TargetLayout
 from overproof.distill.teacher_text import generate_settings, text_cache_schema
 from overproof.errors import InputError
 from overproof.models import zero_memory
-from overproof.models.sizes import FP32_BYTES, ModelSize, model_size
+from overproof.models.sizes import FP32_BYTES, ModelSize, trained_size
 from overproof.registry import TASKS
 from overproof.units import format_bytes, format_seconds
 
@@ -56,7 +56,7 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     rate = _given_rate(recipe, options, shape.positions) or preflight.measured_rate(recipe)
     out.print(_stages(recipe, steps, shape.positions))
     preflight.require_exportable(recipe)
-    model = model_size(recipe.train.model, shape)
+    model = trained_size(recipe.train, shape)
     out.print()
     students = preflight.student_sizes(recipe, shape)
     for line in _model(recipe, model, students, known=prepared is not None):
@@ -143,9 +143,10 @@ def _work(recipe: Recipe, stage: str, positions: int) -> str:
 def _model(recipe: Recipe, model: ModelSize, students: dict[str, int], known: bool) -> list[str]:
     train = recipe.train
     most = "" if known or model.predictions == 1 else f" (with all {model.outputs:,} entries of the vocabulary)"
+    adapters = f", {sum(model.adapters):,} more in adapters, which alone are trained" if model.adapters else ""
     workers = f"{train.fewest}" if train.fewest == train.most else f"{train.fewest} to {train.most}"
     return [
-        f"teacher: {model.parameters:,} parameters{most}; {workers} worker{'s' if workers != '1' else ''}, "
+        f"teacher: {model.parameters:,} parameters{most}{adapters}; {workers} worker{'s' if workers != '1' else ''}, "
         f"{train.precision}, ZeRO {train.zero_stage}, offload {train.offload}",
         "students: " + ", ".join(f"{name} {count:,}" for name, count in students.items()) + " parameters",
         f"each of {train.fewest} workers holds at most, by ZeRO stage:",
