@@ -16,6 +16,7 @@ from overproof.artifacts import Artifact
 from overproof.cluster.ray_cluster import run_tasks
 from overproof.config import Evaluate, Recipe
 from overproof.data.manifest import Manifest
+from overproof.evaluate.answers import check_answers
 from overproof.evaluate.gate import judge, requests_needed
 from overproof.evaluate.metrics import Bootstrap, MeasuredFile, PerExampleSums, Report, further_metrics, quality_metrics
 from overproof.evaluate.stopping import FEWEST, next_count, time_limits, widest
@@ -34,8 +35,11 @@ def evaluate_exports(context: StageContext) -> dict[str, Any]:
     exports = read_exports(context.parents["compress"].local())
     scored = _score_all(context, exports)
     engines = _probe_all(context, exports)
-    report = make_report(context.recipe, exports, scored, engines)
+    checked = check_answers(context, exports)
+    figures = {name: found | checked.metrics(name) for name, found in engines.items()}
+    report = make_report(context.recipe, exports, scored, figures, checked.summary)
     with context.draft.directory() as root:
+        checked.write(root)
         pq.write_table(units_table(scored.scores), root / UNITS, compression="zstd")
         (root / REPORT).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
     values = {measured.name: measured.metrics[report.quality].value for measured in report.measured}
@@ -52,8 +56,9 @@ def judge_report(context: StageContext) -> dict[str, Any]:
 
 
 def make_report(
-    recipe: Recipe, exports: tuple[Export, ...], scored: Scored, engines: Mapping[str, Mapping[str, Metric]]
-) -> Report:
+    recipe: Recipe, exports: tuple[Export, ...], scored: Scored, engines: Mapping[str, Mapping[str, Metric]],
+    answered: str = "",
+) -> Report:  # fmt: skip
     """Figures with intervals from the scores, and the engine's beside them."""
     task, scores = TASKS[recipe.data.kind], scored.scores
     bootstrap = _bootstrap(recipe)
@@ -86,6 +91,7 @@ def make_report(
         computes_with=ENGINES[recipe.engine].computes_with,
         confidence=recipe.evaluate.confidence,
         scored=scored.summary,
+        answered=answered,
         measured=measured,
         comparisons=comparisons,
     )

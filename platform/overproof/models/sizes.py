@@ -49,6 +49,7 @@ class ModelSize:
     relative: int = 0  # entries of a table of relative positions
     adapters: tuple[int, ...] = ()  # numbers in each adapter's two matrices, where these alone are trained
     adapter_rank: int = 0  # width between the two
+    looked_up: int = 0  # numbers of tables of which a place reads one row, and multiplies nothing
 
     @property
     def parameters(self) -> int:
@@ -64,6 +65,11 @@ class ModelSize:
     def trained(self) -> tuple[int, ...]:
         """Numbers in each tensor that is trained."""
         return self.adapters or self.tensors
+
+    @property
+    def multiplied(self) -> int:
+        """Numbers that each place is multiplied with, which is what a pass costs."""
+        return self.parameters - self.looked_up
 
 
 def model_size(model: ModelSection, shape: DataShape) -> ModelSize:

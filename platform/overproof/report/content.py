@@ -16,10 +16,11 @@ import numpy as np
 
 from overproof.artifacts import Artifact
 from overproof.evaluate.gate import Verdict
-from overproof.evaluate.metrics import MeasuredFile, Report
+from overproof.evaluate.metrics import EXPECTED_ACCURACY, MeasuredFile, Report
 from overproof.registry import TASKS
 from overproof.report.figure import PlottedCurve
 from overproof.report.pareto import hypervolume, non_dominated, standings
+from overproof.tasks.base import Metric
 from overproof.train.metrics import WATTS_PER_CORE
 
 CURVE_POINTS = 120  # of a training curve in the page: each is the mean of its neighbours
@@ -145,6 +146,7 @@ def file_rows(evaluated: EvaluatedFiles, sweep_results: Mapping[str, Any]) -> di
         "confidence": report.confidence,
         "test_unit": task.test_unit,
         "scored": report.scored,
+        "answered": report.answered,
         "conversion": _conversion(report),
         "chosen": verdict.chosen if verdict else None,
         "rows": rows,
@@ -171,6 +173,7 @@ def _file(
         "low": quality.low,
         "high": quality.high,
         "agreement": measured.metrics["agreement"].value,
+        "expected": _share(measured.metrics.get(EXPECTED_ACCURACY)),
         "size_mb": measured.size_bytes / 1e6,
         "p50_ms": 1e3 * measured.metrics["latency_p50_s"].value,
         "p95_ms": 1e3 * measured.metrics["latency_p95_s"].value,
@@ -180,6 +183,10 @@ def _file(
         "requests": measured.metrics["latency_p95_s"].measured_on,
         "trained_s": trial.get("cpu_seconds") if trial else None,
     }
+
+
+def _share(found: Metric | None) -> dict[str, float | None] | None:
+    return None if found is None else {"value": found.value, "low": found.low, "high": found.high}
 
 
 def _conversion(report: Report) -> dict[str, float] | None:
