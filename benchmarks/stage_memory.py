@@ -1,17 +1,15 @@
-"""What each phase of a recipe holds in memory at most, beside what `overproof plan` says of it.
+"""What each stage of a recipe holds in memory at most, beside what `overproof plan` says of it.
 
-    .venv/bin/overproof train RECIPE        # once: the phases begin from the prepared data and the teacher
+    .venv/bin/overproof train RECIPE        # once: the stages begin from the prepared data and the teacher
     .venv/bin/python benchmarks/stage_memory.py RECIPE [--phases capture student ...] [--set PATH=VALUE ...]
 
-Prints one Markdown table. Each phase runs as its stage runs it, without Ray, in a process of its own, for a few rows or
-steps: reading a teacher, training it (or, where `train.steps` is 0, taking it over), capturing 2 batches, 2 steps of
-the first student with a checkpoint after each, exporting it in each variant, and scoring 2 rows in torch and in
-llama.cpp.
+Prints one Markdown table. Each stage runs as a run has it, without Ray, in a process of its own, for a few rows or
+steps: the teacher as the recipe has it, trained whole and with adapters (2 steps, a checkpoint each), capturing 2
+batches, 2 steps of the first student with a validation and a checkpoint after each, exporting it in each variant, and
+scoring 2 rows.
 
-`peak` is the most memory that was resident (VmHWM of /proc/PID/status, which the kernel keeps: nothing is sampled),
-without the pages of files that were there before the phase began: the libraries' code. It counts what no file backs
-and the weights that are mapped from files. `libraries` is what no file backs when the libraries are loaded, and is
-within. In MB. Linux only.
+`measured` is the most anonymous memory (RssAnon of /proc/PID/status, looked at every 5 ms from outside), less what the
+libraries hold when they are loaded. Pages of files, such as weights that are mapped, do not count. In MB. Linux only.
 """
 
 from __future__ import annotations
@@ -20,25 +18,29 @@ import argparse
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from measuring import child, machine, table
+from measuring import environment, machine, printed, say, table
 
 from overproof import pipeline
 from overproof.artifacts import Artifact, ArtifactWriter, Store
-from overproof.config import Recipe, load_recipe
+from overproof.config import Lora, Recipe, load_recipe
 from overproof.data.manifest import Manifest
 from overproof.stage_context import StageContext, no_progress
 
 BATCHES = 2
-FIELD = re.compile(r"^(RssAnon|RssFile|VmHWM):\s+(\d+) kB$", re.MULTILINE)
+LORA = Lora(rank=8)
+FIELD = re.compile(r"^RssAnon:\s+(\d+) kB$", re.MULTILINE)
+SAMPLE_S = 0.005
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Peak:
     """Bytes that a phase held at most."""
 
     libraries: int
-    all: int
+    own: int
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,7 @@ class Setting:
         return found if found.is_dir() else self.teacher
 
 
-def read_teacher(setting: Setting) -> Iterator[None]:
-    """The teacher's directory as every phase reads it, and a look at every weight."""
-    from overproof.models.hf_directory import load_model
-
-    yield
-    model = load_model(setting.teacher)
-    sum(float(parameter.detach().sum()) for parameter in model.parameters())
-
-
-def train_teacher(setting: Setting) -> Iterator[None]:
+def train_teacher(setting: Setting, steps: int, lora: Lora | None = None) -> Iterator[None]:
     """One rank of the stage, for a few steps, and the model's directory."""
     import torch.distributed as dist
 
@@ -102,10 +95,8 @@ def train_teacher(setting: Setting) -> Iterator[None]:
     import_deepspeed("cpu")
     yield
     train, draft = setting.recipe.train, setting.draft("train")
-    steps = min(train.steps, BATCHES)
-    train = train.model_copy(
-        update={"steps": steps, "workers": 1, "validate_every": 1, "validation_rows": train.batch_size}
-    )
+    few = {"steps": steps, "lora": lora, "workers": 1, "validate_every": 1, "validation_rows": train.batch_size}
+    train = train.model_copy(update={**few, "checkpoint": train.checkpoint.model_copy(update={"every_steps": 1})})
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, draft.config, draft.parents, train.checkpoint)
     job = TrainJob(
         train, setting.recipe.seed, setting.parents["prepare"], draft, checkpoints, no_progress,
@@ -199,8 +190,9 @@ def score(setting: Setting, way: str, variant: str) -> Iterator[None]:
 
 
 PHASES: dict[str, Callable[[Setting], Iterator[None]]] = {
-    "teacher read": read_teacher,
-    "teacher trained": train_teacher,
+    "teacher as it is": partial(train_teacher, steps=0),
+    "teacher trained": partial(train_teacher, steps=BATCHES),
+    "teacher trained, LoRA": partial(train_teacher, steps=BATCHES, lora=LORA),
     "capture": capture,
     "student": train_student,
     "export f16": partial(export, variant="f16"),
@@ -213,18 +205,35 @@ PHASES: dict[str, Callable[[Setting], Iterator[None]]] = {
 }
 
 
-def status() -> dict[str, int]:
-    """Of this process, in bytes."""
-    return {name: 1024 * int(kib) for name, kib in FIELD.findall(Path("/proc/self/status").read_text())}
+def anonymous(pid: int | str = "self") -> int:
+    """Bytes of a process that no file backs; 0 where it is no more."""
+    try:
+        return 1024 * int(FIELD.findall(Path(f"/proc/{pid}/status").read_text())[0])
+    except (OSError, IndexError):
+        return 0
 
 
-def run_phase(setting: Setting, phase: str) -> Peak:
+def run_phase(setting: Setting, phase: str) -> int:
+    """Run it to its end; gives what its libraries hold."""
     running = PHASES[phase](setting)
-    next(running)  # its libraries are loaded
-    before = status()
-    Path("/proc/self/clear_refs").write_text("5")  # begins VmHWM anew (man 5 proc)
+    next(running)  # they are loaded
+    libraries = anonymous()
     next(running, None)
-    return Peak(before["RssAnon"], status()["VmHWM"] - before["RssFile"])
+    return libraries
+
+
+def measure(command: list[Any]) -> Peak:
+    process = subprocess.Popen([*map(str, command)], env=environment(1), stdout=subprocess.PIPE, text=True)
+    highest = 0
+    while process.poll() is None:
+        highest = max(highest, anonymous(process.pid))
+        time.sleep(SAMPLE_S)
+    assert process.stdout is not None
+    said = process.stdout.read()
+    if process.returncode:
+        raise SystemExit(f"{command}: {process.returncode}\n{said}")
+    libraries = int(printed(said)["libraries"])
+    return Peak(libraries, highest - libraries)
 
 
 def setting_of(file: str, overrides: list[str], scratch: Path) -> Setting:
@@ -246,21 +255,19 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="folder for what phases write, which is kept")
     given = parser.parse_args()
     if given.phase:
-        found = run_phase(setting_of(given.recipe, given.overrides, given.scratch), given.phase)
-        print(json.dumps(asdict(found)))
+        print(json.dumps({"libraries": run_phase(setting_of(given.recipe, given.overrides, given.scratch), given.phase)}))
         return
+    told = [word for override in given.overrides for word in ("--set", override)]
     with tempfile.TemporaryDirectory() as folder:
         scratch = (given.scratch or Path(folder)).absolute()
-        told = [word for override in given.overrides for word in ("--set", override)]
-        peaks = {
-            phase: Peak(**child([sys.executable, __file__, given.recipe, "--phase", phase, "--scratch", scratch, *told], 1))
-            for phase in given.phases
-        }
+        rows = []
+        for phase in given.phases:
+            command = [sys.executable, __file__, given.recipe, "--phase", phase, "--scratch", scratch, *told]
+            peak = measure(command)
+            rows.append([phase, *(f"{bytes_ / 1e6:,.0f}" for bytes_ in (peak.libraries, peak.own))])
+            say(f"{rows[-1]}")
     print(f"{machine(1)}\n")
-    rows = [
-        [phase, *(f"{bytes_ / 1e6:,.0f}" for bytes_ in (peak.libraries, peak.all))] for phase, peak in peaks.items()
-    ]
-    table(("phase", "libraries", "peak"), rows)
+    table(("stage", "libraries", "measured"), rows)
 
 
 if __name__ == "__main__":
