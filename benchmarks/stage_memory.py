@@ -236,28 +236,36 @@ def measure(command: list[Any]) -> Peak:
     return Peak(libraries, highest - libraries)
 
 
-def setting_of(file: str, overrides: list[str], scratch: Path) -> Setting:
+def setting_of(file: str, overrides: list[str], scratch: Path, rows: int | None) -> Setting:
     recipe = load_recipe(file, tuple(overrides))
     steps = pipeline.resolve_stages(recipe, Store(recipe.store), "train")
     parents = {step.stage.name: step.artifact for step in steps}
     done = {name: artifact for name, artifact in parents.items() if artifact is not None}
     if len(done) != len(parents):
         raise SystemExit(f"run `overproof train {file}` first")
-    return Setting(recipe, done, scratch)
+    batch = {} if rows is None else {"batch_size": rows}
+    parts = {name: getattr(recipe, name).model_copy(update=batch) for name in ("train", "cache", "sweep")}
+    return Setting(recipe.model_copy(update=parts), done, scratch)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--rows", type=int, help="in every batch, in place of the recipe's")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help="folder for what phases write, which is kept")
     given = parser.parse_args()
+
+    def begin(scratch: Path) -> Setting:
+        return setting_of(given.recipe, given.overrides, scratch, given.rows)
+
     if given.phase:
-        print(json.dumps({"libraries": run_phase(setting_of(given.recipe, given.overrides, given.scratch), given.phase)}))
+        print(json.dumps({"libraries": run_phase(begin(given.scratch), given.phase)}))
         return
     told = [word for override in given.overrides for word in ("--set", override)]
+    told += [] if given.rows is None else ["--rows", str(given.rows)]
     with tempfile.TemporaryDirectory() as folder:
         scratch = (given.scratch or Path(folder)).absolute()
         rows = []

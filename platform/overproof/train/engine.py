@@ -53,6 +53,14 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for products of bf16 matrices: emulated, they take many times as long."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 class TorchEngine:
     """One process, fp32, no DeepSpeed: the reference, and what small students train on.
 
