@@ -212,6 +212,27 @@ def _preserve_group_settings(optimizer: Any) -> Iterator[None]:
             state["step"] = state["step"].clone()
 
 
+@contextmanager
+def sharded_construction(train: Training, world: int, universal: bool = False) -> Iterator[None]:
+    """Within it, ``from_pretrained`` gives this rank its part of each weight as ZeRO-3 shards it, and of a whole model
+    no rank ever holds more than a layer; every rank reads the same directory in step. At other stages it does nothing.
+    """
+    if train.zero_stage < 3:
+        yield
+        return
+    backend = dist.get_backend()
+    deepspeed = import_deepspeed("cuda" if backend == "nccl" else "cpu")
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)  # it takes the group that is up
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    told = HfDeepSpeedConfig(deepspeed_config(train, world, universal))  # transformers asks as long as it is there
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del told
+
+
 def import_deepspeed(accelerator: str) -> Any:
     """DeepSpeed for ``cpu`` or ``cuda``, without what it would compile, load or ask for in vain."""
     os.environ["DS_ACCELERATOR"] = accelerator

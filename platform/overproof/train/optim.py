@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
 from overproof.config import Optimization, Training
@@ -27,6 +28,12 @@ def learning_rate(optimization: Optimization, step: int) -> float:
     return peak * (optimization.final_fraction + (1 - optimization.final_fraction) * left)
 
 
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """Of a parameter, also where ZeRO-3 has taken it apart."""
+    shape: torch.Size = parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape
+    return shape
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; vectors (biases, norms, class tokens) do not. What takes no gradient is in neither group."""
     matrices: list[nn.Parameter] = []
@@ -34,7 +41,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        is_matrix = sum(size > 1 for size in parameter.shape) > 1
+        is_matrix = sum(size > 1 for size in full_shape(parameter)) > 1
         (matrices if is_matrix else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from overproof.data.parquet_reader import Columns, Shards, planned_shards
 from overproof.errors import InputError
 from overproof.files import local_cache
 from overproof.models.adapters import count_weights, merge_adapters
-from overproof.models.hf_directory import Batch, count_parameters, save_model, to_tensors
+from overproof.models.hf_directory import Batch, save_model, to_tensors
 from overproof.registry import TASKS
 from overproof.stage_context import Notice, TaskProgress
 from overproof.train.checkpoint import CURVE_FILE, Checkpoint
 from overproof.train.checkpoint_writer import AsyncCheckpointWriter, CheckpointCallback, CheckpointSignal
-from overproof.train.deepspeed_engine import DeepSpeedEngine, consolidated_weights, to_universal
+from overproof.train.deepspeed_engine import DeepSpeedEngine, consolidated_weights, sharded_construction, to_universal
 from overproof.train.engine import explain_memory
 from overproof.train.loop import CurveRow, LoopHooks, fit, shard_batches, validation_ids, validation_loss
+from overproof.train.optim import full_shape
 from overproof.train.metrics import ROWS_HASH, MetricsLogger, ThroughputMeter
 from overproof.train.train_job import ResumePoint, TrainJob
 
@@ -50,9 +52,9 @@ class RankTrainer:
         universal = checkpoint is not None and checkpoint.world != world and job.train.zero_stage > 0
         self._report_phase("building the model")
         with explain_memory("building the model and the optimizer"):
-            self.model = job.spec.model(self.manifest, job.seed)
+            with sharded_construction(job.train, world, universal) if job.spec.shardable else nullcontext():
+                self.model = job.spec.model(self.manifest, job.seed)
             self.parameters, self.trained_parameters = count_weights(self.model)  # before ZeRO-3 takes them apart
-            self.built_parameters = count_parameters(self.model)
             self.engine = DeepSpeedEngine(self.model, job.train, job.seed, universal)
             self.objective = job.spec.objective(self.task, self.engine.device)
         self.curve = self._restore(checkpoint, universal) if checkpoint else []
@@ -134,8 +136,7 @@ class RankTrainer:
 
     def _holds_start(self) -> bool:
         """Whether the model, which made no step, is still as it was built: neither cast nor taken apart."""
-        own = list(self.model.parameters())
-        return sum(p.numel() for p in own) == self.built_parameters and all(p.dtype == torch.float32 for p in own)
+        return all(p.shape == full_shape(p) and p.dtype == torch.float32 for p in self.model.parameters())
 
     def _batches(self, rows: Iterator[Columns], start_sync: Callable[[int], None]) -> Iterator[Batch]:
         names = self.manifest.batch_columns
