@@ -19,9 +19,9 @@ LOGITS_OF_DISTILLATION = 2  # the logits and their gradient, which one pass comp
 
 
 def forward_memory(size: ModelSize, rows: int, logits: int = 1, element_bytes: int = FP32_BYTES) -> int:
-    """A pass without gradients: one layer at a time, or ``logits`` arrays as large as the logits."""
+    """A pass without gradients: a layer's arrays, which malloc keeps for the next, and some as large as the logits."""
     layer = size.places * FAMILIES[size.family].layer_memory(size, element_bytes)
-    return rows * max(layer, logits * size.predictions * size.outputs * element_bytes)
+    return rows * (layer + logits * size.predictions * size.outputs * element_bytes)
 
 
 def capture_memory(size: ModelSize, cache: Cache) -> int:
