@@ -21,6 +21,7 @@ from overproof.data.manifest import Manifest
 from overproof.models.adapters import add_adapters
 from overproof.models.hf_directory import build_model
 from overproof.registry import TASKS
+from overproof.train.checkpoint_writer import TensorCopies
 from overproof.train.deepspeed_engine import DeepSpeedEngine
 from overproof.train.objective import CrossEntropy
 
@@ -133,8 +134,17 @@ def measure(train: Train, manifest: Manifest, before: int, lora: Lora | None) ->
     claimed = {address: size for sizes in held(engine).values() for address, size in sizes.items()}
     every = sum((storages(live()) | claimed).values())
     found = {"parts": largest, "unclaimed": every - sum(claimed.values()) - before}
+    found["checkpoint"] = checkpoint_bytes(engine, lora)
     engine.engine.destroy()
     return found
+
+
+def checkpoint_bytes(engine: DeepSpeedEngine, lora: Lora | None) -> int:
+    """Of the copy that a checkpoint is written from."""
+    engine.train = engine.train.model_copy(update={"lora": lora})
+    copies, state = TensorCopies(), list[Any]()
+    engine.save(lambda name, value: state.append(copies.copy(name, value)))
+    return sum(storages(state).values())
 
 
 def measure_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from overproof.config import Lora, Pretrained, Train
 from overproof.data.manifest import Manifest
 from overproof.errors import InputError
-from overproof.models import zero_memory
+from overproof.models import stage_memory, zero_memory
 from overproof.models.adapters import add_adapters
 from overproof.models.base import DataShape, shape_of
 from overproof.models.decoder import DecoderModel
@@ -145,6 +145,8 @@ def test_formulas_give_the_bytes_that_workers_hold(measured: Path, name: str, ra
         tolerance = SLACK_BYTES + (ONE_TENSOR if part == "gradients" else 0)
         assert found["parts"][part] == pytest.approx(expected, abs=tolerance), part
     assert abs(found["unclaimed"]) < SLACK_BYTES  # there is no further tensor
+    if rank == 0:  # which writes what the ranks have in common
+        assert found["checkpoint"] == pytest.approx(stage_memory.checkpoint_memory(size, train, WORLD), abs=SLACK_BYTES)
 
 
 def adapted_size(model: DecoderModel, lora: Lora, folder: Path) -> ModelSize:
