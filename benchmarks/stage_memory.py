@@ -33,8 +33,14 @@ from measuring import environment, machine, printed, say, table
 
 from overproof import pipeline
 from overproof.artifacts import Artifact, ArtifactWriter, Store
-from overproof.config import Lora, Recipe, load_recipe
+from overproof.config import Lora, Recipe, Sweep, Train, load_recipe
 from overproof.data.manifest import Manifest
+from overproof.engines.base import ScoringLoader
+from overproof.export.base import SizedFormat
+from overproof.models import stage_memory
+from overproof.models.base import shape_of
+from overproof.models.sizes import student_size, trained_size
+from overproof.registry import ENGINES, FORMATS
 from overproof.stage_context import StageContext, no_progress
 
 BATCHES = 2
@@ -78,6 +84,19 @@ class Setting:
         return found if found.is_dir() else self.teacher
 
 
+def few_steps(train: Train, steps: int, lora: Lora | None = None) -> Train:
+    """With a checkpoint and a validation after each."""
+    few = {"steps": steps, "lora": lora, "workers": 1, "validate_every": 1, "validation_rows": train.batch_size}
+    return train.model_copy(update={**few, "checkpoint": train.checkpoint.model_copy(update={"every_steps": 1})})
+
+
+def few_validations(sweep: Sweep) -> Sweep:
+    """A validation, with its checkpoint, after each of some steps."""
+    return sweep.model_copy(
+        update={"steps": BATCHES, "validate_every": 1, "validation_rows": sweep.batch_size}
+    )
+
+
 def train_teacher(setting: Setting, steps: int, lora: Lora | None = None) -> Iterator[None]:
     """One rank of the stage, for a few steps, and the model's directory."""
     import torch.distributed as dist
@@ -94,9 +113,7 @@ def train_teacher(setting: Setting, steps: int, lora: Lora | None = None) -> Ite
     )
     import_deepspeed("cpu")
     yield
-    train, draft = setting.recipe.train, setting.draft("train")
-    few = {"steps": steps, "lora": lora, "workers": 1, "validate_every": 1, "validation_rows": train.batch_size}
-    train = train.model_copy(update={**few, "checkpoint": train.checkpoint.model_copy(update={"every_steps": 1})})
+    train, draft = few_steps(setting.recipe.train, steps, lora), setting.draft("train")
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, draft.config, draft.parents, train.checkpoint)
     job = TrainJob(
         train, setting.recipe.seed, setting.parents["prepare"], draft, checkpoints, no_progress,
@@ -135,8 +152,7 @@ def train_student(setting: Setting) -> Iterator[None]:
 
     yield
     recipe, draft = setting.recipe, setting.draft("sweep")
-    few = {"steps": BATCHES, "validate_every": 1, "validation_rows": recipe.sweep.batch_size}
-    sweep = recipe.sweep.model_copy(update=few)
+    sweep = few_validations(recipe.sweep)
     (cache,) = Store(str(setting.scratch / "cache")).artifacts()
     parents = {**setting.parents, "cache": cache}
     context = StageContext(recipe.model_copy(update={"sweep": sweep}), parents, draft, no_progress)
@@ -153,7 +169,6 @@ def export(setting: Setting, variant: str) -> Iterator[None]:
     """The student's file in a variant; the unquantised one is held against the model, as the stage does it."""
     from overproof.export.base import ExportContext
     from overproof.export.stage import require_same_model
-    from overproof.registry import FORMATS
 
     recipe, written = setting.recipe, FORMATS[setting.recipe.compress.kind]
     import gguf  # noqa: F401
@@ -170,39 +185,49 @@ def export(setting: Setting, variant: str) -> Iterator[None]:
         require_same_model(written, setting.student, file)
 
 
-def score(setting: Setting, way: str, variant: str) -> Iterator[None]:
-    """Rows of the recipe's length, in torch over the file's weights or in llama.cpp."""
+def score(setting: Setting, variant: str) -> Iterator[None]:
+    """Rows of the recipe's length in the recipe's engine."""
     import overproof.tasks.text_evaluation  # noqa: F401
-    from overproof.engines.llamacpp_scorer import LlamaCppScorer
-    from overproof.registry import FORMATS
-    from overproof.tasks.torch_scorer import TorchScorer
 
+    engine = ENGINES[setting.recipe.engine]
+    assert isinstance(engine, ScoringLoader)
     yield
-    file = setting.scratch / f"student-{variant}.gguf"
-    positions, threads = setting.manifest.positions, setting.recipe.evaluate.threads
-    scorer = (
-        LlamaCppScorer(file, positions, threads)
-        if way == "llama.cpp"
-        else TorchScorer(FORMATS[setting.recipe.compress.kind].read_back(file), 1)
-    )
+    positions = setting.manifest.positions
+    scorer = engine.scorer(setting.scratch / f"student-{variant}.gguf", positions, setting.recipe.evaluate.threads)
     rng = np.random.default_rng(0)
     list(scorer.score(rng.integers(0, setting.manifest.outputs, (BATCHES, positions + 1))))
 
 
-PHASES: dict[str, Callable[[Setting], Iterator[None]]] = {
-    "teacher as it is": partial(train_teacher, steps=0),
-    "teacher trained": partial(train_teacher, steps=BATCHES),
-    "teacher trained, LoRA": partial(train_teacher, steps=BATCHES, lora=LORA),
-    "capture": capture,
-    "student": train_student,
-    "export f16": partial(export, variant="f16"),
-    "export q8_0": partial(export, variant="q8_0"),
-    "export q4_0": partial(export, variant="q4_0"),
-    "scoring, llama.cpp f16": partial(score, way="llama.cpp", variant="f16"),
-    "scoring, llama.cpp q8_0": partial(score, way="llama.cpp", variant="q8_0"),
-    "scoring, llama.cpp q4_0": partial(score, way="llama.cpp", variant="q4_0"),
-    "scoring, torch": partial(score, way="torch", variant="q8_0"),
-}
+def phases() -> dict[str, Callable[[Setting], Iterator[None]]]:
+    variants = ("f16", "q8_0", "q4_0")
+    return {
+        "teacher as it is": partial(train_teacher, steps=0),
+        "teacher trained": partial(train_teacher, steps=BATCHES),
+        "teacher trained, LoRA": partial(train_teacher, steps=BATCHES, lora=LORA),
+        "capture": capture,
+        "student": train_student,
+        **{f"export {variant}": partial(export, variant=variant) for variant in variants},
+        **{f"scoring {variant}": partial(score, variant=variant) for variant in variants},
+    }
+
+
+PHASES = phases()
+
+
+def planned(setting: Setting, phase: str) -> int:
+    """What `overproof plan` says of it."""
+    recipe, (kind, *_) = setting.recipe, phase.split()
+    shape, written, engine = shape_of(setting.manifest), FORMATS[recipe.compress.kind], ENGINES[recipe.engine]
+    student = student_size(recipe.sweep.students[0].model, recipe.train.model, shape)
+    if kind == "teacher":
+        train = few_steps(recipe.train, **PHASES[phase].keywords)
+        return stage_memory.teacher_memory(trained_size(train, shape), train, 1)
+    if kind == "capture":
+        return stage_memory.capture_memory(trained_size(recipe.train, shape), recipe.cache)
+    if kind == "student":
+        return stage_memory.student_memory(student, few_validations(recipe.sweep))
+    assert isinstance(written, SizedFormat) and isinstance(engine, ScoringLoader)
+    return written.export_memory(student) if kind == "export" else engine.scoring_memory(student, shape.positions)
 
 
 def anonymous(pid: int | str = "self") -> int:
@@ -276,14 +301,16 @@ def main() -> None:
     told += [] if given.rows is None else ["--rows", str(given.rows)]
     with tempfile.TemporaryDirectory() as folder:
         scratch = (given.scratch or Path(folder)).absolute()
-        rows = []
+        rows, setting = [], begin(scratch)
         for phase in given.phases:
             command = [sys.executable, __file__, given.recipe, "--phase", phase, "--scratch", scratch, *told]
             peak = measure(command)
-            rows.append([phase, *(f"{bytes_ / 1e6:,.0f}" for bytes_ in (peak.libraries, peak.own))])
+            said = planned(setting, phase)
+            figures = (f"{bytes_ / 1e6:,.0f}" for bytes_ in (peak.libraries, said, peak.own))
+            rows.append([phase, *figures, f"{said / peak.own:.2f}"])
             say(f"{rows[-1]}")
     print(f"{machine(1)}\n")
-    table(("stage", "libraries", "measured"), rows)
+    table(("stage", "libraries", "plan", "measured", "plan ÷ measured"), rows)
 
 
 if __name__ == "__main__":

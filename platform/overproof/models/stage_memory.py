@@ -4,7 +4,8 @@ What no file backs is counted, and nothing else: weights that are kept in fp32 i
 and take memory of the machine's that it can take back. ``benchmarks/stage_memory.py`` measures the same of real stages.
 
 Each figure is the largest of the moments that may be: when the loss is known, when the backward pass begins, and when
-the optimizer computes. Beside them lies the copy that the newest checkpoint is written from.
+the optimizer computes. Beside them lies the copy that the newest checkpoint is written from. Gradients count beside
+activations although these are gone when those are there: malloc keeps blocks below 32 MiB for the next of their kind.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ def student_memory(size: ModelSize, sweep: Optimization, distilled: bool = True)
         + FAMILIES[size.family].outer_memory(size, FP32_BYTES)
     )
     logits = sweep.batch_size * size.predictions * size.outputs * FP32_BYTES
-    update = weights + 2 * FP32_BYTES * max(size.tensors)
+    update = 2 * FP32_BYTES * max(size.tensors)
     losses = LOGITS_OF_DISTILLATION if distilled else LOGITS_OF_CROSS_ENTROPY
     copy = state if sweep.steps > sweep.validate_every else 0
-    return state + max(copy + max(_backward_memory(size, kept, logits, losses), update), state)
+    return state + max(copy + weights + max(_backward_memory(size, kept, logits, losses), update), state)
 
 
 def _backward_memory(size: ModelSize, kept: int, logits: int, losses: int) -> int:
@@ -59,11 +60,9 @@ def teacher_memory(size: ModelSize, train: Training, world: int) -> int:
     micro = train.batch_size // world // train.accumulation(world)
     number = FP32_BYTES if train.precision == "fp32" else HALF_BYTES
     third = micro * size.predictions * size.outputs * number  # activation_memory counts the logits and their log-softmax
-    loss = activation_memory(size, train, world) + third + (gradients if train.accumulation(world) > 1 else 0)
     copy = checkpoint_memory(size, train, world)
-    step = state + (copy if train.steps > train.checkpoint.every_steps else 0) + max(
-        loss, gradients + update_memory(size, train, train.zero_stage, world)
-    )
+    moment = max(activation_memory(size, train, world) + third, update_memory(size, train, train.zero_stage, world))
+    step = state + gradients + moment + (copy if train.steps > train.checkpoint.every_steps else 0)
     return max(step, state + copy + FP32_BYTES * size.parameters)  # the directory is written from whole weights
 
 
