@@ -53,17 +53,16 @@ def teacher_memory(size: ModelSize, train: Training, world: int) -> int:
     """A worker that trains the teacher, or takes it over as it is, and at the end writes its directory."""
     if train.steps == 0:
         return FP32_BYTES * size.held + forward_memory(size, train.batch_size // world, 2)
-    held = state_memory(size, train, train.zero_stage, world)
-    parts = [getattr(held.device, name) + getattr(held.host, name) for name in ("weights", "gradients", "optimizer", "buffers")]
-    weights, gradients, optimizer, buffers = parts
-    state = weights + optimizer + buffers
-    micro = train.batch_size // world // train.accumulation(world)
+    parts = state_memory(size, train, train.zero_stage, world)
+    held, gradients = parts.total, parts.device.gradients + parts.host.gradients
+    micro_rows = train.batch_size // world // train.accumulation(world)
     number = FP32_BYTES if train.precision == "fp32" else HALF_BYTES
-    third = micro * size.predictions * size.outputs * number  # activation_memory counts the logits and their log-softmax
+    third = micro_rows * size.predictions * size.outputs * number  # activations have the logits and the log-softmax
+    activations, update = activation_memory(size, train, world), update_memory(size, train, train.zero_stage, world)
     copy = checkpoint_memory(size, train, world)
-    moment = max(activation_memory(size, train, world) + third, update_memory(size, train, train.zero_stage, world))
-    step = state + gradients + moment + (copy if train.steps > train.checkpoint.every_steps else 0)
-    return max(step, state + copy + FP32_BYTES * size.parameters)  # the directory is written from whole weights
+    step = held + max(activations + third, update) + (copy if train.steps > train.checkpoint.every_steps else 0)
+    apart = size.adapters or train.zero_stage > 0  # the whole weights, or those the adapters are merged into
+    return max(step, held - gradients + copy + (FP32_BYTES * size.parameters if apart else 0))
 
 
 def checkpoint_memory(size: ModelSize, train: Training, world: int) -> int:
