@@ -92,9 +92,7 @@ def few_steps(train: Train, steps: int, lora: Lora | None = None) -> Train:
 
 def few_validations(sweep: Sweep) -> Sweep:
     """A validation, with its checkpoint, after each of some steps."""
-    return sweep.model_copy(
-        update={"steps": BATCHES, "validate_every": 1, "validation_rows": sweep.batch_size}
-    )
+    return sweep.model_copy(update={"steps": BATCHES, "validate_every": 1, "validation_rows": sweep.batch_size})
 
 
 def train_teacher(setting: Setting, steps: int, lora: Lora | None = None) -> Iterator[None]:
@@ -226,7 +224,8 @@ def planned(setting: Setting, phase: str) -> int:
         return stage_memory.capture_memory(trained_size(recipe.train, shape), recipe.cache)
     if kind == "student":
         return stage_memory.student_memory(student, few_validations(recipe.sweep))
-    assert isinstance(written, SizedFormat) and isinstance(engine, ScoringLoader)
+    assert isinstance(written, SizedFormat)
+    assert isinstance(engine, ScoringLoader)
     return written.export_memory(student) if kind == "export" else engine.scoring_memory(student, shape.positions)
 
 

@@ -208,7 +208,9 @@ def _largest(recipe: Recipe, model: ModelSize, students: dict[str, ModelSize]) -
     if isinstance(engine, ScoringLoader):
         found["evaluate"] = max(engine.scoring_memory(size, model.predictions) for size in exported)
     told = ", ".join(f"{stage} {format_bytes(bytes_)}" for stage, bytes_ in found.items())
-    return f"without a GPU the largest process of a stage holds, beside its libraries and what it maps from files: {told}"
+    return (
+        f"without a GPU the largest process of a stage holds, beside its libraries and what it maps from files: {told}"
+    )
 
 
 def _teacher_text(recipe: Recipe, model: ModelSize, prepared: Artifact | None, rate: Throughput | None) -> str | None:

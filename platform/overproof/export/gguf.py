@@ -120,7 +120,7 @@ class GgufFormat:
         return read_gguf(file)
 
     def export_memory(self, size: ModelSize) -> int:
-        """See ``SizedFormat``: the largest tensor as it is quantised, or llama.cpp and a layer in torch on a long row."""
+        """See ``SizedFormat``: the largest tensor as it is quantised, or llama.cpp and torch on a long row."""
         from overproof.engines.llamacpp_memory import context_memory
 
         layer = LONG_ROW * FAMILIES[size.family].layer_memory(size, FP32_BYTES)

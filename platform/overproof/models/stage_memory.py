@@ -33,10 +33,9 @@ def capture_memory(size: ModelSize, cache: Cache) -> int:
 def student_memory(size: ModelSize, sweep: Optimization, distilled: bool = True) -> int:
     """A student that one process trains in fp32, from which a checkpoint is made at every validation."""
     weights, state = FP32_BYTES * size.parameters, (FP32_BYTES + ADAM_BYTES) * size.parameters
-    kept = sweep.batch_size * size.places * (
-        size.layers * FAMILIES[size.family].layer_memory(size, FP32_BYTES)
-        + FAMILIES[size.family].outer_memory(size, FP32_BYTES)
-    )
+    family = FAMILIES[size.family]
+    place = size.layers * family.layer_memory(size, FP32_BYTES) + family.outer_memory(size, FP32_BYTES)
+    kept = sweep.batch_size * size.places * place
     logits = sweep.batch_size * size.predictions * size.outputs * FP32_BYTES
     update = 2 * FP32_BYTES * max(size.tensors)
     losses = LOGITS_OF_DISTILLATION if distilled else LOGITS_OF_CROSS_ENTROPY

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from overproof.config import Recipe
 from overproof.errors import InputError
 from overproof.models import stage_memory
 from overproof.models.sizes import FP32_BYTES, ModelSize

@@ -28,8 +28,8 @@ from overproof.train.checkpoint_writer import AsyncCheckpointWriter, CheckpointC
 from overproof.train.deepspeed_engine import DeepSpeedEngine, consolidated_weights, sharded_construction, to_universal
 from overproof.train.engine import explain_memory
 from overproof.train.loop import CurveRow, LoopHooks, fit, shard_batches, validation_ids, validation_loss
-from overproof.train.optim import full_shape
 from overproof.train.metrics import ROWS_HASH, MetricsLogger, ThroughputMeter
+from overproof.train.optim import full_shape
 from overproof.train.train_job import ResumePoint, TrainJob
 
 LISTED_ROWS = 8  # of a step that went wrong, in a message
