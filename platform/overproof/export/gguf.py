@@ -124,7 +124,8 @@ class GgufFormat:
         from overproof.engines.llamacpp_memory import context_memory
 
         layer = LONG_ROW * FAMILIES[size.family].layer_memory(size, FP32_BYTES)
-        return max(FP32_BYTES * max(size.tensors), context_memory(size, LONG_ROW, FP32_BYTES) + layer)
+        compared = 5 * CHECKED_PLACES * size.outputs * FP32_BYTES  # logits and log-probabilities of both, and a product
+        return max(FP32_BYTES * max(size.tensors), context_memory(size, LONG_ROW, FP32_BYTES) + layer + compared)
 
     def companions(self, context: ExportContext) -> Mapping[str, Path]:
         assert context.tokenizer is not None
