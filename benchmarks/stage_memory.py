@@ -5,7 +5,7 @@
 
 Prints one Markdown table. Each stage runs as a run has it, without Ray, in a process of its own, for a few rows or
 steps: the teacher as the recipe has it, trained whole and with adapters (2 steps, a checkpoint each), capturing 2
-batches, 2 steps of the first student with a validation and a checkpoint after each, exporting it in each variant, and
+batches, 2 steps of the first student with a validation and a checkpoint after each, exporting it in every variant, and
 scoring 2 rows.
 
 `measured` is the most anonymous memory (RssAnon of /proc/PID/status, looked at every 5 ms from outside), less what the
@@ -163,8 +163,8 @@ def train_student(setting: Setting) -> Iterator[None]:
         (folder / trainer.job.folder).rename(setting.scratch / "student")
 
 
-def export(setting: Setting, variant: str) -> Iterator[None]:
-    """The student's file in a variant; the unquantised one is held against the model, as the stage does it."""
+def export(setting: Setting) -> Iterator[None]:
+    """The student's file in every variant; the unquantised one is held against the model, as the stage does it."""
     from overproof.export.base import ExportContext
     from overproof.export.stage import require_same_model
 
@@ -176,11 +176,12 @@ def export(setting: Setting, variant: str) -> Iterator[None]:
     yield
     tokenizer = setting.manifest.tokenizer(setting.parents["prepare"].local())
     given = ExportContext(recipe.compress, recipe.name, setting.teacher, tokenizer)
-    file = setting.scratch / f"student-{variant}{written.suffix}"
     unquantised = setting.scratch / f"student-{written.unquantised}{written.suffix}"
-    written.write(setting.student, file, variant, given, unquantised)
-    if variant == written.unquantised:
-        require_same_model(written, setting.student, file)
+    written.write(setting.student, unquantised, written.unquantised, given, unquantised)
+    require_same_model(written, setting.student, unquantised)
+    for variant in recipe.compress.formats:
+        file = setting.scratch / f"student-{variant}{written.suffix}"
+        written.write(setting.student, file, variant, given, unquantised)
 
 
 def score(setting: Setting, variant: str) -> Iterator[None]:
@@ -204,7 +205,7 @@ def phases() -> dict[str, Callable[[Setting], Iterator[None]]]:
         "teacher trained, LoRA": partial(train_teacher, steps=BATCHES, lora=LORA),
         "capture": capture,
         "student": train_student,
-        **{f"export {variant}": partial(export, variant=variant) for variant in variants},
+        "export": export,
         **{f"scoring {variant}": partial(score, variant=variant) for variant in variants},
     }
 
