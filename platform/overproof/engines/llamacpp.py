@@ -21,7 +21,7 @@ from overproof.engines.base import (
 )
 from overproof.engines.chat_template import ChatTemplate
 from overproof.engines.gguf_tokens import align_logprobs, incomplete_utf8_tail, read_gguf_header
-from overproof.engines.llamacpp_memory import context_memory
+from overproof.engines.llamacpp_memory import context_memory, rearranged_memory
 from overproof.engines.llamacpp_prompt import LlamaCppPrompts
 from overproof.engines.llamacpp_scorer import LlamaCppScorer
 from overproof.engines.llamacpp_server import LlamaCppDraft, LlamaCppHttp, check_reply, server_params, start_server
@@ -295,8 +295,8 @@ class LlamaCppLoader:
         return LlamaCppScorer(path, positions, threads)
 
     def scoring_memory(self, size: ModelSize, positions: int) -> int:
-        """See ``ScoringLoader``."""
-        return context_memory(size, positions)
+        """See ``ScoringLoader``: of the format that takes most."""
+        return context_memory(size, positions) + rearranged_memory(size)
 
 
 ENGINE = LlamaCppLoader()

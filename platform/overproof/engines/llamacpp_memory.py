@@ -14,6 +14,14 @@ def batch_tokens(positions: int, outputs: int) -> int:
     return min(positions, max(FEWEST_TOKENS, min(MOST_TOKENS, MOST_LOGITS // outputs)))
 
 
+def rearranged_memory(size: ModelSize) -> int:
+    """Bytes of the matrices of q4_0 (18 for 32 numbers; the tables are in q8_0), which llama.cpp lays out a second time
+    for processors with AVX2 or wider, outside the mapping.
+    """
+    table = size.outputs * size.hidden
+    return 18 * sum(numbers for numbers in size.tensors if numbers != table) // 32
+
+
 def context_memory(size: ModelSize, positions: int, cache_bytes: int = HALF_BYTES) -> int:
     """Bytes of a context beside the file's mapping: keys and values, each number of which takes ``cache_bytes``, and a
     batch's logits twice, where they are computed and where they are read.
