@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,6 +111,22 @@ def test_quantised_weights_are_within_a_step_of_their_block(
         allowed = 0.5 if here == 127 else 1.0
         assert (errors <= step * allowed * 1.01 + blocks.abs() * 1e-3).all(), name
         assert (errors > 0).any(), name
+
+
+def test_a_tensor_at_a_time_is_held(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole numbers and quantised ones of a tensor are gone before those of the next come."""
+    quantize, held = gguf.quants.quantize, list[weakref.ref[Any]]()
+
+    def watched(weights: Any, kind: Any) -> Any:
+        gc.collect()
+        assert not any(array() is not None for array in held)
+        written = quantize(weights, kind)
+        held.extend((weakref.ref(weights), weakref.ref(written)))
+        return written
+
+    monkeypatch.setattr(gguf.quants, "quantize", watched)
+    write(source, tmp_path, "q8_0")
+    assert len(held) == 2 * len(gguf.GGUFReader(tmp_path / "q8_0.gguf").tensors)
 
 
 def test_logits_follow(source: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 import xllamacpp
 from test_gguf import VOCABULARY, make, write
 
-from overproof.engines import llamacpp_logits, llamacpp_scorer
+from overproof.engines import llamacpp_logits, llamacpp_memory, llamacpp_scorer
 from overproof.engines.base import EngineSettings, PlaceScores, Sampling
 from overproof.engines.llamacpp import ENGINE
 from overproof.engines.llamacpp_logits import ContextParams, LlamaCppLogits, ModelParams, check_layout
@@ -116,8 +116,8 @@ def test_a_row_is_read_by_itself(files: dict[str, Path], monkeypatch: pytest.Mon
     for one, other in zip(alone, reversed_[::-1], strict=True):
         np.testing.assert_array_equal(one.nats_P, other.nats_P)
     whole = scores(files["f16"], rows())
-    monkeypatch.setattr(llamacpp_logits, "FEWEST_TOKENS", 16)
-    monkeypatch.setattr(llamacpp_logits, "MOST_LOGITS", 16 * VOCABULARY)
+    monkeypatch.setattr(llamacpp_memory, "FEWEST_TOKENS", 16)
+    monkeypatch.setattr(llamacpp_memory, "MOST_LOGITS", 16 * VOCABULARY)
     engine = LlamaCppLogits(files["f16"], max(LENGTHS))
     assert [len(part) for part in engine.batches(rows()[1][:-1])] == [16, 16, 5]
     engine.close()
@@ -159,8 +159,8 @@ def test_what_cannot_be_read_is_refused(files: dict[str, Path], tmp_path: Path) 
 
 
 def test_the_logits_at_some_places_are_those_of_the_whole_row(files: dict[str, Path], monkeypatch: Any) -> None:
-    monkeypatch.setattr(llamacpp_logits, "FEWEST_TOKENS", 16)
-    monkeypatch.setattr(llamacpp_logits, "MOST_LOGITS", 16 * VOCABULARY)
+    monkeypatch.setattr(llamacpp_memory, "FEWEST_TOKENS", 16)
+    monkeypatch.setattr(llamacpp_memory, "MOST_LOGITS", 16 * VOCABULARY)
     engine, row = LlamaCppLogits(files["f16"], 64), rows()[2][:-1]
     whole = np.concatenate([part.copy() for part in engine.batches(row)])
     places = np.array([0, 3, 15, 16, 17, 48, 63])  # of one batch many, one or none

@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_http import ask
 
-from overproof.engines import llamacpp_logits
+from overproof.engines import llamacpp_memory
 from overproof.engines.base import Sampling
 from overproof.engines.gguf_tokens import GgufHeader, read_gguf_header
 from overproof.engines.llamacpp import LlamaCpp
@@ -190,7 +190,7 @@ def test_a_request_that_is_cancelled_ends_its_reading(text_package: Path, monkey
         assert go.wait(60)
         return decode(self, tokens_P, start)
 
-    monkeypatch.setattr(llamacpp_logits, "MOST_TOKENS", 32)
+    monkeypatch.setattr(llamacpp_memory, "MOST_TOKENS", 32)
     monkeypatch.setattr(LlamaCppLogits, "_decode", slow)
     engine = ThreadedEngine(LlamaCpp(text_package / "model.gguf"), 2)
 

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 from overproof.config import Train
 from overproof.data.manifest import Manifest
 from overproof.data.order import Order
 from overproof.data.parquet_reader import Shards
-from overproof.models.hf_directory import build_model, to_tensors
+from overproof.models.hf_directory import build_model, count_parameters, load_start, save_model, to_tensors
 from overproof.registry import TASKS
-from overproof.train.deepspeed_engine import DeepSpeedEngine, consolidated_weights
+from overproof.train.deepspeed_engine import DeepSpeedEngine, consolidated_weights, sharded_construction
 from overproof.train.engine import TorchEngine, TrainingEngine
 from overproof.train.loop import CurveRow, fit, shard_batches, validation_ids, validation_loss
 from overproof.train.objective import CrossEntropy
@@ -52,12 +53,27 @@ def train(engine: TrainingEngine, settings: Train, root: Path, rank: int, world:
     return reported
 
 
+def read_in_parts(
+    model: PreTrainedModel, settings: Train, folder: Path, manifest: Manifest, rank: int
+) -> tuple[PreTrainedModel, list[int]]:
+    """The same model out of a directory; with the numbers that it has in all, and that this rank holds."""
+    if rank == 0:
+        save_model(model, model.config, folder)
+    dist.barrier()
+    with sharded_construction(settings, dist.get_world_size()):
+        read = load_start(folder, manifest, SEED)
+    held = sum(p.numel() + p.ds_tensor.numel() for p in read.parameters())
+    return read, [count_parameters(model), held]
+
+
 def train_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> None:
-    compiler = {}
+    compiler, parts = {}, {}
     for case in cases:
         settings = Train.model_validate(case["train"])
         root = Path(case["root"])
         model = build_model(settings.model, Manifest.read(root), SEED)  # type: ignore[arg-type]
+        if case["read"]:
+            model, parts[case["name"]] = read_in_parts(model, settings, folder / "start", Manifest.read(root), rank)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = case["dropout"]
@@ -72,8 +88,9 @@ def train_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]
             dist.barrier()
         if rank == 0:
             (folder / f"{case['name']}.json").write_text(json.dumps(rows))
-            state = consolidated_weights(saved) if isinstance(engine, DeepSpeedEngine) else engine.state_dict()
+            state = consolidated_weights(saved) if isinstance(engine, DeepSpeedEngine) else engine.model.state_dict()
             torch.save(state, folder / f"{case['name']}.pt")
+    (folder / f"parts.{rank}.json").write_text(json.dumps(parts))
     (folder / f"compiler.{rank}.json").write_text(json.dumps(compiler))
 
 

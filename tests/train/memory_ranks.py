@@ -16,10 +16,12 @@ import torch
 from forked import load_cpu_adam, run_groups
 from torch import Tensor
 
-from overproof.config import Train
+from overproof.config import Lora, Train
 from overproof.data.manifest import Manifest
+from overproof.models.adapters import add_adapters
 from overproof.models.hf_directory import build_model
 from overproof.registry import TASKS
+from overproof.train.checkpoint_writer import TensorCopies
 from overproof.train.deepspeed_engine import DeepSpeedEngine
 from overproof.train.objective import CrossEntropy
 
@@ -79,9 +81,12 @@ def live() -> list[Tensor]:
     return [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
 
 
-def measure(train: Train, manifest: Manifest, before: int) -> dict[str, Any]:
+def measure(train: Train, manifest: Manifest, before: int, lora: Lora | None) -> dict[str, Any]:
     """The most bytes of each kind over the moments of a step, and all tensors after it."""
-    engine = DeepSpeedEngine(build_model(train.model, manifest, 0), train)  # type: ignore[arg-type]
+    model = build_model(train.model, manifest, 0)  # type: ignore[arg-type]
+    if lora is not None:
+        add_adapters(model, lora, 0)
+    engine = DeepSpeedEngine(model, train)
     inner = getattr(engine.engine.optimizer, "optimizer", engine.engine.optimizer)
     largest: dict[str, int] = {}
 
@@ -101,7 +106,7 @@ def measure(train: Train, manifest: Manifest, before: int) -> dict[str, Any]:
 
     unflatten, engine.engine.unflatten = engine.engine.unflatten, travelling
     if train.zero_stage < 3:  # the last gradient of a backward pass; stage 3 has its own hooks there
-        first = engine.engine.module.get_input_embeddings().weight
+        first = next(weight for weight in engine.engine.module.parameters() if weight.requires_grad)
         first.register_post_accumulate_grad_hook(look)
     layer = next(m for m in engine.engine.module.modules() if type(m).__name__.endswith("DecoderLayer"))
     layer.register_full_backward_hook(look)
@@ -129,8 +134,17 @@ def measure(train: Train, manifest: Manifest, before: int) -> dict[str, Any]:
     claimed = {address: size for sizes in held(engine).values() for address, size in sizes.items()}
     every = sum((storages(live()) | claimed).values())
     found = {"parts": largest, "unclaimed": every - sum(claimed.values()) - before}
+    found["checkpoint"] = checkpoint_bytes(engine, lora)
     engine.engine.destroy()
     return found
+
+
+def checkpoint_bytes(engine: DeepSpeedEngine, lora: Lora | None) -> int:
+    """Of the copy that a checkpoint is written from."""
+    engine.train = engine.train.model_copy(update={"lora": lora})
+    copies, state = TensorCopies(), list[Any]()
+    engine.save(lambda name, value: state.append(copies.copy(name, value)))
+    return sum(storages(state).values())
 
 
 def measure_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> None:
@@ -138,7 +152,8 @@ def measure_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any
     manifest = Manifest.model_validate(cases[0]["manifest"])
     for case in cases:
         gc.collect()
-        found = measure(Train.model_validate(case["train"]), manifest, sum(storages(live()).values()))
+        lora = Lora.model_validate(case["lora"]) if case["lora"] else None
+        found = measure(Train.model_validate(case["train"]), manifest, sum(storages(live()).values()), lora)
         (folder / f"{case['name']}.{rank}.json").write_text(json.dumps(found))
 
 

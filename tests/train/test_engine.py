@@ -106,10 +106,10 @@ def cases(root: Path, text: Path, world: int) -> list[dict[str, Any]]:
     """What a process group of this size trains, by name."""
 
     def case(
-        name: str, engine: str = "zero", at: Path = root, dropout: float = 0.0, **changes: object
+        name: str, engine: str = "zero", at: Path = root, dropout: float = 0.0, read: bool = False, **changes: object
     ) -> dict[str, Any]:
         train = settings(workers=world, **changes)
-        about = {"name": name, "engine": engine, "root": str(at), "dropout": dropout}
+        about = {"name": name, "engine": engine, "root": str(at), "dropout": dropout, "read": read}
         return about | {"train": train.model_dump(mode="json")}
 
     if world == 1:
@@ -123,6 +123,7 @@ def cases(root: Path, text: Path, world: int) -> list[dict[str, Any]]:
         *(case(f"stage{stage}", zero_stage=stage) for stage in STAGES),
         *(case(f"bf16-stage{stage}", zero_stage=stage, precision="bf16") for stage in STAGES),
         case("text-stage3", at=text, model=LLAMA, zero_stage=3),
+        case("read-stage3", at=text, model=LLAMA, zero_stage=3, read=True),
         *(case(f"accumulated{stage}", zero_stage=stage, micro_batch_size=1) for stage in STAGES),
         case("recomputed", at=text, model=LLAMA, zero_stage=3, activation_checkpointing=True),
         case("compiled", compile=True, zero_stage=1),
@@ -182,6 +183,14 @@ def test_the_compiler_is_loaded_where_it_is_asked_for(trained: Path) -> None:
 def test_text_with_rows_of_unequal_length_too(trained: Path) -> None:
     assert max(differences(trained, "text-stage3", "text-torch", "loss")) < TOLERANCE
     assert max(differences(trained, "text-stage3", "text-torch", "validation_loss")) < TOLERANCE
+
+
+def test_stage_3_takes_a_directory_apart_as_it_is_read(trained: Path) -> None:
+    parts = [json.loads((trained / "2" / f"parts.{rank}.json").read_text())["read-stage3"] for rank in range(2)]
+    for whole, held in parts:
+        assert whole / 2 <= held < 0.51 * whole  # shares are rounded up
+    assert max(differences(trained, "read-stage3", "text-torch", "loss")) < TOLERANCE
+    assert max(differences(trained, "read-stage3", "text-torch", "grad_norm")) < TOLERANCE
 
 
 def test_activations_computed_again_change_nothing(trained: Path) -> None:

@@ -15,15 +15,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overproof.config import Pretrained, Train
+from overproof.config import Lora, Pretrained, Train
 from overproof.data.manifest import Manifest
 from overproof.errors import InputError
-from overproof.models import zero_memory
+from overproof.models import stage_memory, zero_memory
+from overproof.models.adapters import add_adapters
 from overproof.models.base import DataShape, shape_of
 from overproof.models.decoder import DecoderModel
 from overproof.models.hf_directory import build_model, count_parameters, save_model
 from overproof.models.llama import Llama
-from overproof.models.sizes import FP32_BYTES, model_size
+from overproof.models.sizes import FP32_BYTES, ModelSize, model_size, trained_size
 from overproof.models.vit import Vit
 from overproof.registry import FAMILIES, TASKS
 from overproof.train.objective import CrossEntropy
@@ -102,7 +103,9 @@ CASES: dict[str, dict[str, object]] = {
     "optimizer-1": {"zero_stage": 1, "offload": "optimizer"},
     "optimizer-2": {"zero_stage": 2, "offload": "optimizer", "precision": "bf16"},
     "parameters-3": {"zero_stage": 3, "offload": "parameters"},
+    **{f"adapters-{stage}": {"zero_stage": stage} for stage in (0, 1, 3)},
 }
+LORA = Lora(rank=4)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +113,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bytes of every case on both ranks of a real group, each trained for two steps."""
     folder: Path = tmp_path_factory.mktemp("memory")
     cases = [
-        {"name": name, "train": training(**changes).model_dump(mode="json"), "manifest": manifest().model_dump()}
+        {
+            "name": name,
+            "train": training(**changes).model_dump(mode="json"),
+            "manifest": manifest().model_dump(),
+            "lora": LORA.model_dump() if name.startswith("adapters") else None,
+        }
         for name, changes in CASES.items()
     ]
     script = Path(__file__).parent / "memory_ranks.py"
@@ -127,16 +135,35 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("rank", range(WORLD))
 @pytest.mark.parametrize("name", CASES)
-def test_formulas_give_the_bytes_that_workers_hold(measured: Path, name: str, rank: int) -> None:
+def test_formulas_give_the_bytes_that_workers_hold(measured: Path, name: str, rank: int, tmp_path: Path) -> None:
     found: dict[str, Any] = json.loads((measured / f"{name}.{rank}.json").read_text())
     train = training(**CASES[name])
-    size = model_size(TEACHER, TEXT)
+    size = adapted_size(TEACHER, LORA, tmp_path) if name.startswith("adapters") else model_size(TEACHER, TEXT)
     held = zero_memory.state_memory(size, train, train.zero_stage, WORLD)
     for part in ("weights", "gradients", "optimizer", "buffers"):
         expected = getattr(held.device, part) + getattr(held.host, part)
         tolerance = SLACK_BYTES + (ONE_TENSOR if part == "gradients" else 0)
         assert found["parts"][part] == pytest.approx(expected, abs=tolerance), part
     assert abs(found["unclaimed"]) < SLACK_BYTES  # there is no further tensor
+    if rank == 0:  # which writes what the ranks have in common
+        assert found["checkpoint"] == pytest.approx(stage_memory.checkpoint_memory(size, train, WORLD), abs=SLACK_BYTES)
+
+
+def adapted_size(model: DecoderModel, lora: Lora, folder: Path) -> ModelSize:
+    """Of a directory of such a model, with adapters."""
+    built = build_model(model, manifest(model), 0)
+    save_model(built, built.config, folder)
+    return trained_size(training(model={"kind": "pretrained", "path": str(folder)}, lora=lora.model_dump()), TEXT)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj"), ("self_attn.v_proj",)])
+def test_the_adapters_that_a_plan_counts_are_those_that_are_trained(targets: Any, tmp_path: Path) -> None:
+    lora = Lora(rank=3, targets=targets)
+    size, real = adapted_size(TEACHER, lora, tmp_path), build_model(TEACHER, manifest(), 0)
+    add_adapters(real, lora, 0)
+    assert sorted(size.trained) == sorted(p.numel() for p in real.parameters() if p.requires_grad)
+    assert size.held == count_parameters(real)
+    assert size.parameters == model_size(TEACHER, TEXT).parameters
 
 
 def test_the_bucket_is_the_one_deepspeed_is_told() -> None:

@@ -19,10 +19,12 @@ from overproof.data.columns import row_bytes
 from overproof.data.manifest import Manifest
 from overproof.distill.target_codec import TargetLayout
 from overproof.distill.teacher_text import generate_settings, text_cache_schema
+from overproof.engines.base import ScoringLoader
 from overproof.errors import InputError
-from overproof.models import zero_memory
-from overproof.models.sizes import FP32_BYTES, ModelSize, model_size
-from overproof.registry import TASKS
+from overproof.export.base import SizedFormat
+from overproof.models import stage_memory, zero_memory
+from overproof.models.sizes import FP32_BYTES, ModelSize, trained_size
+from overproof.registry import ENGINES, FORMATS, TASKS
 from overproof.units import format_bytes, format_seconds
 
 WRITE_COST = (
@@ -56,13 +58,14 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     rate = _given_rate(recipe, options, shape.positions) or preflight.measured_rate(recipe)
     out.print(_stages(recipe, steps, shape.positions))
     preflight.require_exportable(recipe)
-    model = model_size(recipe.train.model, shape)
+    model = trained_size(recipe.train, shape)
     out.print()
     students = preflight.student_sizes(recipe, shape)
     for line in _model(recipe, model, students, known=prepared is not None):
         out.print(line)
     out.print(_memory(recipe, model))
     out.print(_activations(recipe, model))
+    out.print(_largest(recipe, model, students))
     lines = (
         _teacher_text(recipe, model, prepared, rate),
         _teacher_targets(recipe, model, prepared, rate),
@@ -74,7 +77,7 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     findings = [
         *preflight.check_placement(recipe, capacity),
         stored,
-        *preflight.warn_not_smaller(students, model.parameters),
+        *preflight.warn_not_smaller({name: size.parameters for name, size in students.items()}, model.parameters),
         *preflight.check_gate(recipe),
     ]
     if not attached and options.cluster_file is None and not recipe.train.gpus_per_worker:
@@ -140,14 +143,15 @@ def _work(recipe: Recipe, stage: str, positions: int) -> str:
     return ""
 
 
-def _model(recipe: Recipe, model: ModelSize, students: dict[str, int], known: bool) -> list[str]:
+def _model(recipe: Recipe, model: ModelSize, students: dict[str, ModelSize], known: bool) -> list[str]:
     train = recipe.train
     most = "" if known or model.predictions == 1 else f" (with all {model.outputs:,} entries of the vocabulary)"
+    adapters = f", {sum(model.adapters):,} more in adapters, which alone are trained" if model.adapters else ""
     workers = f"{train.fewest}" if train.fewest == train.most else f"{train.fewest} to {train.most}"
     return [
-        f"teacher: {model.parameters:,} parameters{most}; {workers} worker{'s' if workers != '1' else ''}, "
+        f"teacher: {model.parameters:,} parameters{most}{adapters}; {workers} worker{'s' if workers != '1' else ''}, "
         f"{train.precision}, ZeRO {train.zero_stage}, offload {train.offload}",
-        "students: " + ", ".join(f"{name} {count:,}" for name, count in students.items()) + " parameters",
+        "students: " + ", ".join(f"{name} {size.parameters:,}" for name, size in students.items()) + " parameters",
         f"each of {train.fewest} workers holds at most, by ZeRO stage:",
     ]
 
@@ -186,6 +190,26 @@ def _activations(recipe: Recipe, model: ModelSize) -> str:
     return (
         f"and activations of {rows} rows of {model.predictions:,} ({checkpointed}): about {format_bytes(kept)}, "
         f"{format_bytes(outputs)} of it logits; at most {format_bytes(device)} a {where}, and what the libraries take"
+    )
+
+
+def _largest(recipe: Recipe, model: ModelSize, students: dict[str, ModelSize]) -> str:
+    """What the largest process of each stage holds, on a machine without a GPU."""
+    train, sweep, exported = recipe.train, recipe.sweep, (model, *students.values())
+    written, engine = FORMATS[recipe.compress.kind], ENGINES[recipe.engine]
+    found = {"train": stage_memory.teacher_memory(model, train, train.fewest)}
+    if recipe.reads_cache:
+        found["cache"] = stage_memory.capture_memory(model, recipe.cache)
+    found["sweep"] = max(
+        stage_memory.student_memory(size, sweep, distilled) for size in students.values() for distilled in (True, False)
+    )
+    if isinstance(written, SizedFormat):
+        found["compress"] = max(map(written.export_memory, exported))
+    if isinstance(engine, ScoringLoader):
+        found["evaluate"] = max(engine.scoring_memory(size, model.predictions) for size in exported)
+    told = ", ".join(f"{stage} {format_bytes(bytes_)}" for stage, bytes_ in found.items())
+    return (
+        f"without a GPU the largest process of a stage holds, beside its libraries and what it maps from files: {told}"
     )
 
 
@@ -249,10 +273,7 @@ def _rows(rows: int | None, prepared: Artifact | None) -> int | None:
 
 def _worker_bytes(recipe: Recipe, model: ModelSize) -> int:
     train = recipe.train
-    return (
-        zero_memory.peak_worker_memory(model, train, train.fewest)
-        + zero_memory.state_memory(model, train, train.zero_stage, train.fewest).host.total
-    )
+    return stage_memory.teacher_memory(model, train, train.fewest)
 
 
 def _findings(findings: list[Finding]) -> Table:

@@ -21,7 +21,7 @@ from overproof.errors import InputError, suggest_name
 from overproof.export.check_models import check_models
 from overproof.files import filesystem, join_uri
 from overproof.models.base import DataShape, shape_of
-from overproof.models.sizes import directory_config, family_of, student_size, with_layers
+from overproof.models.sizes import ModelSize, directory_config, family_of, student_size, with_layers
 from overproof.registry import FAMILIES, FORMATS, TASKS
 from overproof.units import format_bytes, format_seconds
 
@@ -92,8 +92,8 @@ def _config_of_a_known_family(path: str, format: str, where: str) -> dict[str, A
     return config
 
 
-def student_sizes(recipe: Recipe, shape: DataShape) -> dict[str, int]:
-    """Parameters of each student, by name.
+def student_sizes(recipe: Recipe, shape: DataShape) -> dict[str, ModelSize]:
+    """Of each student, by name.
 
     Raises:
         InputError: one cannot be made from what it names.
@@ -101,10 +101,9 @@ def student_sizes(recipe: Recipe, shape: DataShape) -> dict[str, int]:
     sizes = {}
     for student in recipe.sweep.students:
         try:
-            found = student_size(student.model, recipe.train.model, shape)
+            sizes[student.name] = student_size(student.model, recipe.train.model, shape)
         except InputError as error:
             raise InputError(f"student {student.name}: {error}") from None
-        sizes[student.name] = found.parameters
     return sizes
 
 

@@ -77,6 +77,11 @@ class Cache(Section):
         "written.",
     )
     batch_size: Count = Field(32, description="Rows in a forward pass.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Number format of the teacher's matrix products but the output layer's, which stays in fp32. bf16 "
+        "needs a GPU or a CPU that computes in it (avx512_bf16, amx_bf16).",
+    )
     actors: Annotated[Count, RESOURCE] = Field(2, description="Teacher replicas in the actor pool.")
     cpus_per_actor: Annotated[Cpus, RESOURCE] = Field(1, description="Logical CPUs reserved by each replica.")
     gpus_per_actor: Annotated[float, RESOURCE] = Field(0, ge=0, description="GPUs reserved by each replica.")

@@ -43,6 +43,11 @@ class DistillSpec:
         check_student(self.job.student, self.job.prepared, self.job.trained, self.job.progress)
         return initial_student(self.job.student.model, manifest, seed, self._teacher_folder)
 
+    @property
+    def shardable(self) -> bool:
+        """Layers are taken from a whole teacher."""
+        return False
+
     def objective(self, task: Task, device: torch.device, projection: nn.Linear | None = None) -> Objective:
         """``projection`` takes the student's states to the teacher's width, where it learns from states."""
         student = self.job.student

@@ -118,7 +118,7 @@ class StudentTrainer:
         self.checkpoint_writer.wait()
         tokenizer = self.manifest.tokenizer(self.root)
         with self.job.draft.directory() as folder:
-            save_model(self.engine.state_dict(), self.model.config, folder / self.job.folder, tokenizer)
+            save_model(self.model, self.model.config, folder / self.job.folder, tokenizer)
 
     def write_state(self, folder: Path) -> None:
         """The state as it is, for another trial to go on from."""

@@ -24,10 +24,12 @@ class TargetKey(CacheKey):
     LABELS: ClassVar[dict[str, str]] = CacheKey.LABELS | {
         "scheme": "scheme",
         "temperatures": "temperatures",
+        "precision": "precision",
         "text_sha256": "text of the teacher (null: the data's own)",
     }
     scheme: Annotated[Scheme, Field(discriminator="kind")]
     temperatures: tuple[float, ...]  # ascending; 1.0 is among them
+    precision: Literal["fp32", "bf16"] = "fp32"
     text_sha256: str | None = None  # of the text that the teacher wrote in place of the rows
 
     @property
@@ -51,6 +53,7 @@ def target_key(
         **cache_key_fields(recipe.seed, prepared, trained),
         scheme=recipe.cache.scheme,
         temperatures=tuple(sorted({1.0, *recipe.cache.temperatures})),
+        precision=recipe.cache.precision,
         text_sha256=teacher_text.content_sha256 if teacher_text else None,
     )
 

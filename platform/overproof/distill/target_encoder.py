@@ -24,11 +24,11 @@ def encode_targets(
     uniform_BP: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Targets in single precision: see ``TargetLayout``. ``uniform_BP`` in [0, 1) decide the draws of `sampled`."""
-    logits_NV, labels_N1 = logits_BPV.flatten(0, 1).float(), labels_BP.reshape(-1, 1)
+    logits_NV, labels_N1 = logits_BPV.flatten(0, 1), labels_BP.reshape(-1, 1)
     uniform_N = None if uniform_BP is None else uniform_BP.flatten()
     parts = []
     for here in logit_chunks(logits_NV):
-        logits_CV = logits_NV[here]
+        logits_CV = logits_NV[here].float()
         p_CV, base_C1 = softmax_logsumexp(logits_CV)
         part = {"label_logprob": (logits_CV.gather(1, labels_N1[here]) - base_C1)[:, 0]}
         if logsumexps := [torch.logsumexp((logits_CV - base_C1) / t, 1) for t in temperatures if t != 1]:

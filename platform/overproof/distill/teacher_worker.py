@@ -7,6 +7,7 @@ Shapes: B rows in a forward pass, P predictions in a row, V outputs, K slots for
 
 from __future__ import annotations
 
+import platform
 import secrets
 import time
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from overproof.files import FileEntry, atomic_write, file_sha256, filesystem, jo
 from overproof.models.hf_directory import check_tokenizer, load_model, to_tensors
 from overproof.registry import TASKS
 from overproof.train.checkpoint import with_checksum
-from overproof.train.engine import default_device
+from overproof.train.engine import computes_bf16, default_device
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,26 @@ class TargetWorker(TeacherWorker):
     def text(self) -> TeacherText | None:
         return TeacherText(self.job.teacher_text.local()) if self.job.teacher_text else None
 
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        model = super().model
+        if self.index.identity.precision == "bf16":
+            if not computes_bf16(self.device):
+                raise InputError(
+                    f"cache.precision: 'bf16' on {platform.node()}, whose {self.device.type.upper()} does not compute "
+                    "in it; expected avx512_bf16, amx_bf16 or a GPU that does: cache.precision=fp32"
+                )
+            keep_output_whole(model, self.device)
+        return model
+
     @torch.inference_mode()
     def compute(self, sample_ids: NDArray[np.int64]) -> Columns:
         cache, rows = self.index.identity, self.rows.take(sample_ids)
         if self.text is not None:
             rows |= self.text.take(sample_ids)
-        predict = TASKS[cache.task].predict
-        prediction = predict(self.model, {name: value.to(self.device) for name, value in to_tensors(rows).items()})
+        batch = {name: value.to(self.device) for name, value in to_tensors(rows).items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=cache.precision == "bf16"):
+            prediction = TASKS[cache.task].predict(self.model, batch)
         self.check_outputs(prediction.logits_BPV.shape[-1])
         uniform_BP = None
         if isinstance(cache.scheme, Sampled):
@@ -151,6 +165,14 @@ class TargetWorker(TeacherWorker):
         inputs = {cache.layout.label_column: rows[cache.layout.label_column]}
         mask = (prediction.mask_BP > 0).cpu().numpy()
         return cache.layout.encode({"sample_id": sample_ids, **inputs, "mask": mask, **found})
+
+
+def keep_output_whole(model: PreTrainedModel, device: torch.device) -> None:
+    """Leave the output layer out of autocast: in bf16 a logit between 16 and 32 is rounded to an eighth."""
+    output: Any = model.get_output_embeddings()
+    if output is not None:
+        inner = torch.autocast(device.type, enabled=False)(output.forward)
+        output.forward = lambda hidden: inner(hidden.float())
 
 
 def _report(rows: int = 0, seconds: float = 0.0, size_bytes: int = 0, fault: str = "") -> dict[str, NDArray[Any]]:

@@ -9,10 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from overproof.models.sizes import ModelSize
 
 FinishReason = Literal["stop", "length"]
 
@@ -269,3 +272,6 @@ class ScoringLoader(EngineLoader, Protocol):
         Raises:
             InputError: it cannot be loaded.
         """
+
+    def scoring_memory(self, size: ModelSize, positions: int) -> int:
+        """Bytes that such a model takes, beside libraries and what is mapped from its file."""

@@ -21,12 +21,14 @@ from overproof.engines.base import (
 )
 from overproof.engines.chat_template import GgufChatTemplate
 from overproof.engines.gguf_tokens import align_logprobs, incomplete_utf8_tail, read_gguf_header
+from overproof.engines.llamacpp_memory import context_memory, rearranged_memory
 from overproof.engines.llamacpp_prompt import LlamaCppPrompts
 from overproof.engines.llamacpp_scorer import LlamaCppScorer
 from overproof.engines.llamacpp_server import LlamaCppDraft, LlamaCppHttp, check_reply, server_params, start_server
 from overproof.engines.llamacpp_stream import LlamaCppPieces
 from overproof.engines.prompt_limits import InFlight, PromptLimits, require_unicode
 from overproof.errors import InputError
+from overproof.models.sizes import ModelSize
 
 DRAFT_TOKENS = 3  # that a draft guesses at a time; llama.cpp's own default
 FORCING_BIAS = 1e4  # makes a token the one that is sampled; reported log-probabilities stay as they were
@@ -291,6 +293,10 @@ class LlamaCppLoader:
     def scorer(self, path: Path, positions: int, threads: int) -> TextScorer:
         """See ``ScoringLoader``."""
         return LlamaCppScorer(path, positions, threads)
+
+    def scoring_memory(self, size: ModelSize, positions: int) -> int:
+        """See ``ScoringLoader``: of the format that takes most."""
+        return context_memory(size, positions) + rearranged_memory(size)
 
 
 ENGINE = LlamaCppLoader()

@@ -21,13 +21,12 @@ import numpy as np
 import xllamacpp
 from numpy.typing import NDArray
 
+from overproof.engines.llamacpp_memory import batch_tokens
 from overproof.engines.prompt_limits import require_context
 from overproof.errors import InputError
 
 RELEASE = "2026.10.11549"  # of xllamacpp, whose structures these are
 F32, F16 = 0, 1  # of enum ggml_type
-MOST_LOGITS = 1 << 25  # numbers held at once: 128 MiB
-FEWEST_TOKENS, MOST_TOKENS = 32, 512  # of a batch: below, matrices are too small to be quick; above, little is gained
 
 # Name, type and default value of each field, in order. A pointer's default is None.
 MODEL_PARAMS: tuple[tuple[str, Any, Any], ...] = (
@@ -206,7 +205,7 @@ class LlamaCppLogits:
             raise
         vocabulary = self._library.llama_model_get_vocab(self._model)
         self.outputs: int = self._library.llama_vocab_n_tokens(vocabulary)  # V
-        self.batch_tokens = min(positions, max(FEWEST_TOKENS, min(MOST_TOKENS, MOST_LOGITS // self.outputs)))
+        self.batch_tokens = batch_tokens(positions, self.outputs)
         params = self._library.llama_context_default_params()
         params.n_ctx = positions
         params.n_batch = params.n_ubatch = params.n_outputs_max = params.n_outputs_max_per_seq = self.batch_tokens

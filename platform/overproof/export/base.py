@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from overproof.config.export import FormatSection
+
+if TYPE_CHECKING:
+    from overproof.models.sizes import ModelSize
 
 
 @dataclass(frozen=True)
@@ -78,3 +81,11 @@ class Format(Protocol):
 
     def companions(self, context: ExportContext) -> Mapping[str, Path]:
         """Files that a package needs beside the model, by name."""
+
+
+@runtime_checkable
+class SizedFormat(Protocol):
+    """What a format has beside that knows what writing takes."""
+
+    def export_memory(self, size: ModelSize) -> int:
+        """Bytes that writing and looking at a file takes at most, beside libraries and what is mapped from files."""

@@ -13,7 +13,7 @@ from overproof.data.manifest import TOKENIZER
 from overproof.export import llama_cpp_converter
 from overproof.export.base import Difference, ExportContext
 from overproof.models.base import GgufFamily
-from overproof.models.sizes import family_of
+from overproof.models.sizes import FP32_BYTES, ModelSize, family_of
 from overproof.registry import FAMILIES
 
 SHORT_ROW, LONG_ROW = 32, 1024  # tokens that a file is held against its model on
@@ -120,6 +120,14 @@ class GgufFormat:
         from overproof.export.gguf_file import read_gguf
 
         return read_gguf(file)
+
+    def export_memory(self, size: ModelSize) -> int:
+        """See ``SizedFormat``: the largest tensor as it is quantised, or llama.cpp and torch on a long row."""
+        from overproof.engines.llamacpp_memory import context_memory
+
+        layer = LONG_ROW * FAMILIES[size.family].layer_memory(size, FP32_BYTES)
+        compared = 5 * CHECKED_PLACES * size.outputs * FP32_BYTES  # logits and log-probabilities of both, and a product
+        return max(FP32_BYTES * max(size.tensors), context_memory(size, LONG_ROW, FP32_BYTES) + layer + compared)
 
     def companions(self, context: ExportContext) -> Mapping[str, Path]:
         assert context.tokenizer is not None

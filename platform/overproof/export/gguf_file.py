@@ -160,7 +160,7 @@ def _family_by_layout(architecture: str, path: Path) -> Any:
 
 
 def _dequantised(tensor: gguf.ReaderTensor) -> Weights:
-    weights: Weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+    weights: Weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
     return weights
 
 

@@ -7,6 +7,7 @@ one of peft's with the layer in it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,5 +81,10 @@ def merge_adapters(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Pre
 
 def count_weights(model: PreTrainedModel) -> tuple[int, int]:
     """Numbers in a model without its adapters, and those that are trained; tied weights counted once."""
-    own = sum(parameter.numel() for name, parameter in model.named_parameters() if MARK not in name)
-    return own, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    own = sum(_numbers(parameter) for name, parameter in model.named_parameters() if MARK not in name)
+    return own, sum(_numbers(parameter) for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _numbers(parameter: Any) -> int:
+    """In a whole parameter, also where ZeRO-3 has taken it apart."""
+    return int(parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel())

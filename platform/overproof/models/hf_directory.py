@@ -241,7 +241,7 @@ def save_model(
         state, architectures = weights.state_dict(), [type(weights).__name__]
     _, family = family_of({"architectures": architectures}, path)
     written = family.untied(config, list(state))
-    tensors = {name: state[name].detach().cpu().clone().contiguous() for name in written}
+    tensors = {name: state[name].detach().cpu().contiguous() for name in written}  # written where they lie
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
     written_config = copy.copy(config)
     written_config.architectures = architectures

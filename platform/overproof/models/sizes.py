@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from overproof.config.models import ModelSection, Pretrained, TeacherLayers
+from overproof.config.training import Lora, Train
 from overproof.errors import InputError, suggest_name
 from overproof.files import filesystem
 from overproof.models.pretrained import weight_files
@@ -46,12 +47,24 @@ class ModelSize:
     predictions: int  # in a row
     tensors: tuple[int, ...]  # numbers in each parameter tensor; tied ones once
     relative: int = 0  # entries of a table of relative positions
+    adapters: tuple[int, ...] = ()  # numbers in each adapter's two matrices, where these alone are trained
+    adapter_rank: int = 0  # width between the two
     looked_up: int = 0  # numbers of tables of which a place reads one row, and multiplies nothing
 
     @property
     def parameters(self) -> int:
-        """Numbers in the model."""
+        """Numbers in the model, its adapters left out."""
         return sum(self.tensors)
+
+    @property
+    def held(self) -> int:
+        """Numbers in the model and its adapters."""
+        return self.parameters + sum(self.adapters)
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Numbers in each tensor that is trained."""
+        return self.adapters or self.tensors
 
     @property
     def multiplied(self) -> int:
@@ -68,6 +81,31 @@ def model_size(model: ModelSection, shape: DataShape) -> ModelSize:
     if isinstance(model, Pretrained):
         return _directory_size(model.path, shape)
     return FAMILIES[model.kind].size(model, shape)
+
+
+def trained_size(train: Train, shape: DataShape) -> ModelSize:
+    """Of the teacher as it is trained: with the adapters that it is given.
+
+    Raises:
+        InputError: as ``model_size``.
+    """
+    size = model_size(train.model, shape)
+    if train.lora is None or not isinstance(train.model, Pretrained):
+        return size
+    layers = FAMILIES[size.family].names.layers.rsplit(".", 1)[-1]
+    rank, adapters = train.lora.rank, list[int]()
+    for name, lengths in _tensor_shapes(train.model.path).items():
+        if len(lengths) == 2 and _has_adapter(name, layers, train.lora):
+            adapters += [rank * length for length in lengths]
+    return replace(size, adapters=tuple(adapters), adapter_rank=rank)
+
+
+def _has_adapter(tensor: str, layers: str, lora: Lora) -> bool:
+    """Whether a matrix is one that the library peft gives adapters."""
+    module = tensor.removesuffix(".weight")
+    if lora.targets == "all-linear":
+        return module != tensor and _layer_number(tensor, layers) >= 0
+    return any(module == target or module.endswith(f".{target}") for target in lora.targets)
 
 
 def student_size(model: ModelSection, teacher: ModelSection, shape: DataShape) -> ModelSize:
@@ -141,7 +179,8 @@ def with_layers(config: Mapping[str, Any], layers: int, names: LayerNames) -> di
 
 
 def _directory_size(path: str, shape: DataShape, most_layers: int | None = None) -> ModelSize:
-    config, tensors = directory_config(path), _tensor_sizes(path)
+    config = directory_config(path)
+    tensors = {name: math.prod(lengths) for name, lengths in _tensor_shapes(path).items()}
     _, family = family_of(config, path)
     if most_layers is not None:  # all are alike
         config["num_hidden_layers"] = most_layers
@@ -210,10 +249,10 @@ def directory_config(path: str) -> dict[str, Any]:
     return config
 
 
-def _tensor_sizes(path: str) -> dict[str, int]:
-    """Numbers in each tensor, out of the headers of the safetensors files; the weights stay where they are."""
+def _tensor_shapes(path: str) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, out of the headers of the safetensors files; the weights stay where they are."""
     files, root = filesystem(path)
-    found: dict[str, int] = {}
+    found: dict[str, tuple[int, ...]] = {}
     for name in weight_files(files, root):
         with files.open_input_file(name) as stream:
             try:
@@ -222,7 +261,7 @@ def _tensor_sizes(path: str) -> dict[str, int]:
                     raise ValueError(f"a header of {length} bytes")
                 header = json.loads(stream.read(length))
                 own = {key: entry for key, entry in header.items() if key != "__metadata__"}
-                shapes = {key: entry["shape"] for key, entry in own.items()}
+                shapes = {key: tuple(map(int, entry["shape"])) for key, entry in own.items()}
                 expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in own.values()), default=0)
             except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise InputError(f"{name}: not safetensors: {error}") from None
@@ -230,5 +269,5 @@ def _tensor_sizes(path: str) -> dict[str, int]:
                 raise InputError(
                     f"{name}: not whole: {stream.size():,} bytes, and its header says {expected:,}; fetch it again"
                 )
-        found |= {key: math.prod(int(length) for length in shape) for key, shape in shapes.items()}
+        found |= shapes
     return found

@@ -10,6 +10,7 @@ in a few places, all counted here:
 - The update copies gradients to fp32 next to the reduced ones: another 4P/N for a moment.
 - Stages 1 to 3 have one bucket of fixed size in which gradients travel, however small the model.
 - Stage 3 gathers weights while it computes and lets them go only beyond ``MAX_LIVE_PARAMETERS``.
+- Beside adapters (arXiv 2106.09685) the model's own weights are held, sharded and gathered, and nothing else.
 
 Each figure is the most its part takes at any moment of a step. They do not all peak together: a sum is an upper bound.
 """
@@ -62,28 +63,31 @@ def state_memory(size: ModelSize, train: Training, stage: int, world: int) -> Wo
 
     Offload is the recipe's where the stage allows it.
     """
-    parameters, shard = size.parameters, -(-size.parameters // world)
+    trained, shard = sum(size.trained), -(-sum(size.trained) // world)
     element_bytes = HALF_BYTES if keeps_16bit_weights(train, stage) else FP32_BYTES
     if stage == 0:
-        master = FP32_BYTES * parameters if element_bytes == HALF_BYTES else 0
-        gradients = (element_bytes + (FP32_BYTES if element_bytes == HALF_BYTES else 0)) * parameters
+        master = FP32_BYTES * trained if element_bytes == HALF_BYTES else 0
+        gradients = (element_bytes + (FP32_BYTES if element_bytes == HALF_BYTES else 0)) * trained
         plain = MemoryParts(
-            element_bytes * parameters,
+            element_bytes * size.held,
             gradients,
-            ADAM_BYTES * parameters + master,
-            element_bytes * min(parameters, UNSHARDED_BUCKET_ELEMENTS) * (world > 1),
+            ADAM_BYTES * trained + master,
+            element_bytes * min(trained, UNSHARDED_BUCKET_ELEMENTS) * (world > 1),
         )
         return WorkerMemory(stage, plain, MemoryParts())
     optimizer = (FP32_BYTES + ADAM_BYTES) * shard
     updating = (element_bytes + FP32_BYTES) * shard
-    gradients = max(element_bytes * parameters, updating) if stage == 1 else updating
-    weights = (
-        element_bytes * parameters if stage < 3 else element_bytes * (shard + min(parameters, MAX_LIVE_PARAMETERS))
-    )
+    gradients = max(element_bytes * trained, updating) if stage == 1 else updating
+    weights = element_bytes * (size.held if stage < 3 else _gathered(size, world))
     bucket = element_bytes * ZERO_BUCKET_ELEMENTS
     if train.offload == "none":
         return WorkerMemory(stage, MemoryParts(weights, gradients, optimizer, bucket), MemoryParts())
-    return _offloaded(size, train, stage, shard, element_bytes)
+    return _offloaded(size, train, stage, world, element_bytes)
+
+
+def _gathered(size: ModelSize, world: int) -> int:
+    """Numbers that stage 3 keeps: a worker's part, and what it has gathered."""
+    return -(-size.held // world) + min(size.held, MAX_LIVE_PARAMETERS)
 
 
 def keeps_16bit_weights(train: Training, stage: int) -> bool:
@@ -91,18 +95,19 @@ def keeps_16bit_weights(train: Training, stage: int) -> bool:
     return train.precision == "fp16" or (train.precision == "bf16" and stage > 0)
 
 
-def _offloaded(size: ModelSize, train: Training, stage: int, shard: int, element_bytes: int) -> WorkerMemory:
+def _offloaded(size: ModelSize, train: Training, stage: int, world: int, element_bytes: int) -> WorkerMemory:
     """The optimizer's part, and the gradients it reads, lie in the CPU's memory; with stage 3 the weights may too."""
-    parameters, largest = size.parameters, max(size.tensors)
+    trained, largest = sum(size.trained), max(size.trained)
+    shard = -(-trained // world)
     optimizer = (FP32_BYTES + ADAM_BYTES) * shard
     bucket = element_bytes * ZERO_BUCKET_ELEMENTS
     if stage == 3:
-        on_host = element_bytes * shard if train.offload == "parameters" else 0
-        weights = element_bytes * (shard + min(parameters, MAX_LIVE_PARAMETERS)) - on_host
+        on_host = element_bytes * -(-size.held // world) if train.offload == "parameters" else 0
+        weights = element_bytes * _gathered(size, world) - on_host
         device = MemoryParts(weights, 0, 0, bucket)
         return WorkerMemory(stage, device, MemoryParts(on_host, (element_bytes + FP32_BYTES) * shard, optimizer))
     device = MemoryParts(
-        element_bytes * parameters, element_bytes * parameters if stage == 1 else 0, 0, bucket + element_bytes * largest
+        element_bytes * size.held, element_bytes * trained if stage == 1 else 0, 0, bucket + element_bytes * largest
     )
     host = MemoryParts(0, FP32_BYTES * shard, optimizer, element_bytes * shard + element_bytes * largest)
     return WorkerMemory(stage, device, host)
@@ -122,10 +127,12 @@ def activation_memory(size: ModelSize, train: Training, world: int, stage: int |
     layers = inputs * size.layers + each if train.activation_checkpointing else each * size.layers
     outside = FAMILIES[size.family].outer_memory(size, element_bytes)
     casts = (
-        HALF_BYTES * size.parameters if element_bytes == HALF_BYTES and not keeps_16bit_weights(train, stage) else 0
+        HALF_BYTES * size.held if element_bytes == HALF_BYTES and not keeps_16bit_weights(train, stage) else 0
     )  # autocast's 16-bit weights
+    adapters = element_bytes * size.adapter_rank * len(size.adapters) // 2  # what lies between their matrices
     return (
-        rows * (size.places * (layers + outside) + size.predictions * logits_memory(size.outputs, element_bytes))
+        rows
+        * (size.places * (layers + outside + adapters) + size.predictions * logits_memory(size.outputs, element_bytes))
         + casts
     )
 
@@ -144,7 +151,7 @@ def update_memory(size: ModelSize, train: Training, stage: int, world: int) -> i
     """Bytes that Adam's arithmetic takes for a moment: two fp32 vectors of the largest part it updates at once."""
     if train.offload != "none" and stage > 0:
         return 0  # its own kernel, number by number
-    part = max(size.tensors) if stage == 0 else -(-size.parameters // world)
+    part = max(size.trained) if stage == 0 else -(-sum(size.trained) // world)
     return 2 * FP32_BYTES * part
 
 

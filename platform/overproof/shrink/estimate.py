@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from overproof.config import Recipe
 from overproof.errors import InputError
-from overproof.models import zero_memory
+from overproof.models import stage_memory
 from overproof.models.sizes import FP32_BYTES, ModelSize
 from overproof.shrink.choice import Asked, ProposedRecipe, find, write
 from overproof.shrink.students import SizedStudent
@@ -123,9 +122,8 @@ def estimate(choice: ProposedRecipe, flops_per_s: float) -> Estimate:
     }
     memory = {"the teacher that teaches": float(FP32_BYTES * chosen.teacher.parameters)}
     if train.steps:
-        peak = zero_memory.peak_worker_memory(chosen.teacher, train, train.fewest)
-        memory["a worker that trains it"] = float(peak)
-    memory["a trial of the largest student"] = _trial_bytes(taught[0], recipe)
+        memory["a worker that trains it"] = float(stage_memory.teacher_memory(chosen.teacher, train, train.fewest))
+    memory["a trial of the largest student"] = float(stage_memory.student_memory(taught[0], recipe.sweep))
     return Estimate({stage: STARTS_S[stage] + seconds for stage, seconds in work.items()}, memory, flops_per_s)
 
 
@@ -156,12 +154,3 @@ def _evaluation(choice: ProposedRecipe, rate: float) -> float:
 
 def _unquantised(student: SizedStudent) -> tuple[ModelSize, float]:
     return student.size, 2 * student.size.parameters / 1e6
-
-
-def _trial_bytes(size: ModelSize, recipe: Recipe) -> float:
-    """Weights, gradients and both averages in fp32, and what the forward pass keeps."""
-    rows = recipe.sweep.batch_size
-    kept = size.places * size.layers * zero_memory.layer_memory(size, FP32_BYTES)
-    return 4.0 * FP32_BYTES * size.parameters + rows * (
-        kept + size.predictions * zero_memory.logits_memory(size.outputs, FP32_BYTES)
-    )

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from overproof.config import Training
 from overproof.models.hf_directory import Batch
-from overproof.train.engine import Metrics, StateWriter, seed_rng, set_learning_rate, to_device, to_fp32_cpu
+from overproof.train.engine import Metrics, StateWriter, seed_rng, set_learning_rate, to_device
 from overproof.train.extension_lock import require_no_stale_lock
 from overproof.train.objective import Objective
 from overproof.train.optim import deepspeed_clips, deepspeed_config, learning_rate, parameter_groups
@@ -40,7 +40,8 @@ class DeepSpeedEngine:
     """
 
     def __init__(self, model: PreTrainedModel, train: Training, seed: int = 0, universal: bool = False) -> None:
-        """``universal``: ``load`` will be given a universal checkpoint.
+        """``universal``: ``load`` will be given a universal checkpoint. With no steps there is no optimizer, and below
+        stage 3 the model stays as it is.
 
         Raises:
             InputError: a lock that nobody holds stands before what must be compiled.
@@ -55,7 +56,7 @@ class DeepSpeedEngine:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model.train(),
-            model_parameters=parameter_groups(model, train.weight_decay),
+            model_parameters=parameter_groups(model, train.weight_decay) if train.steps else None,
             config=deepspeed_config(train, self.world, universal),
             dist_init_required=False,
         )
@@ -176,7 +177,7 @@ class _StateFiles:
         self.write(Path(path).name, state_dict)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        return torch.load(path, map_location=map_location, weights_only=False)
+        return torch.load(path, map_location=map_location, weights_only=False, mmap=True)
 
     def create(self, info: Any) -> None: ...
 
@@ -216,6 +217,27 @@ def _preserve_group_settings(optimizer: Any) -> Iterator[None]:
     for state in base.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"] = state["step"].clone()
+
+
+@contextmanager
+def sharded_construction(train: Training, world: int, universal: bool = False) -> Iterator[None]:
+    """Within it, ``from_pretrained`` gives this rank its part of each weight as ZeRO-3 shards it, and of a whole model
+    no rank ever holds more than a layer; every rank reads the same directory in step. At other stages it does nothing.
+    """
+    if train.zero_stage < 3:
+        yield
+        return
+    backend = dist.get_backend()
+    deepspeed = import_deepspeed("cuda" if backend == "nccl" else "cpu")
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)  # it takes the group that is up
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    told = HfDeepSpeedConfig(deepspeed_config(train, world, universal))  # transformers asks as long as it is there
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del told
 
 
 def import_deepspeed(accelerator: str) -> Any:
@@ -271,15 +293,15 @@ def consolidated_weights(folder: Path, adapters: bool = False) -> dict[str, Tens
     They are unpickled: give only files whose hashes were checked.
     """
     if not any(folder.glob("*_optim_states.pt")):
-        state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
-        return {name: to_fp32_cpu(value) for name, value in state.items()}
+        state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False, mmap=True)
+        return {name: value.float() for name, value in state["module"].items()}
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with Path(os.devnull).open("w") as devnull, redirect_stdout(devnull):
         found = get_fp32_state_dict_from_zero_checkpoint(
             str(folder.parent), folder.name, exclude_frozen_parameters=adapters
         )
-    return {name: to_fp32_cpu(value) for name, value in found.items()}
+    return {name: value.float() for name, value in found.items()}
 
 
 def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:

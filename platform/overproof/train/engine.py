@@ -53,6 +53,14 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for products of bf16 matrices: emulated, they take many times as long."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 class TorchEngine:
     """One process, fp32, no DeepSpeed: the reference, and what small students train on.
 
@@ -112,17 +120,13 @@ class TorchEngine:
 
     def load(self, folder: Path, step: int) -> None:
         """Go on from the file that ``save`` gave after ``step`` steps, with this engine's own settings."""
-        state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True)
+        state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True, mmap=True)
         self.trained.load_state_dict(state["model"])
         own = [{name: group[name] for name in ("betas", "weight_decay")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
             group.update(settings)
         self.steps_done = step
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Full weights, fp32 on the CPU."""
-        return {name: to_fp32_cpu(value) for name, value in self.model.state_dict().items()}
 
 
 def seed_rng(seed: int, position: int, device: torch.device) -> None:
@@ -140,10 +144,6 @@ def set_learning_rate(optimizer: Any, rate: float) -> None:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-
-
-def to_fp32_cpu(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", torch.float32, copy=True)
 
 
 @contextmanager

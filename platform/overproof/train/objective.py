@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from overproof.models.base import Prediction
 from overproof.models.hf_directory import Batch
 
+CHUNK_LOGITS = 1 << 24  # numbers whose log-softmax is held at once: 64 MiB
 Predict = Callable[[nn.Module, Batch], Prediction]  # a task's
 
 
@@ -37,10 +39,16 @@ class CrossEntropy:
 
 
 def nll(prediction: Prediction) -> Tensor:
-    """Negative log-likelihood of every target, nats, fp32: (B, P)."""
-    logits_NV = prediction.logits_BPV.float().flatten(0, 1)
-    targets_N = prediction.targets_BP.flatten()
-    return cross_entropy(logits_NV, targets_N, reduction="none").view_as(prediction.targets_BP)
+    """Negative log-likelihood of every target, nats, fp32: (B, P). Without gradients, a few rows at a time."""
+    logits_BPV, targets_BP = prediction.logits_BPV, prediction.targets_BP
+    rows = len(logits_BPV) if logits_BPV.requires_grad else max(1, CHUNK_LOGITS // logits_BPV[0].numel())
+    parts = zip(logits_BPV.split(rows), targets_BP.split(rows), strict=True)
+    return torch.cat([_nll(part_BPV, part_BP) for part_BPV, part_BP in parts])
+
+
+def _nll(logits_BPV: Tensor, targets_BP: Tensor) -> Tensor:
+    logits_NV = logits_BPV.float().flatten(0, 1)
+    return cross_entropy(logits_NV, targets_BP.flatten(), reduction="none").view_as(targets_BP)
 
 
 def masked_mean(values_BP: Tensor, mask_BP: Tensor) -> Tensor:

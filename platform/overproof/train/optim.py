@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
 from overproof.config import Optimization, Training
@@ -27,6 +28,12 @@ def learning_rate(optimization: Optimization, step: int) -> float:
     return peak * (optimization.final_fraction + (1 - optimization.final_fraction) * left)
 
 
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """Of a parameter, also where ZeRO-3 has taken it apart."""
+    shape: torch.Size = parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape
+    return shape
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; vectors (biases, norms, class tokens) do not. What takes no gradient is in neither group."""
     matrices: list[nn.Parameter] = []
@@ -34,7 +41,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        is_matrix = sum(size > 1 for size in parameter.shape) > 1
+        is_matrix = sum(size > 1 for size in full_shape(parameter)) > 1
         (matrices if is_matrix else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
@@ -42,26 +49,30 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def deepspeed_config(train: Training, world: int, universal: bool = False) -> dict[str, Any]:
     """DeepSpeed's configuration for ``world`` workers. The rate is set from outside at every step: no scheduler here.
+    Without steps there is no optimizer, and nothing to shard but the weights of stage 3.
 
     ``universal`` makes it load a universal checkpoint, which any number of workers can.
     """
     accumulation = train.accumulation(world)
+    if train.steps == 0 and train.zero_stage < 3:
+        train = train.model_copy(update={"zero_stage": 0, "offload": "none"})
+    optimizer = {
+        "type": "AdamW",
+        "params": {
+            "lr": train.learning_rate,
+            "betas": [train.beta1, train.beta2],
+            "eps": ADAM_EPSILON,
+            "weight_decay": train.weight_decay,
+            # DeepSpeed's own would be compiled first; beside offload it is what makes a step bearable.
+            "torch_adam": train.offload == "none",
+        },
+    }
     return {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.batch_size // world // accumulation,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.clip_norm if deepspeed_clips(train) else 0.0,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": train.learning_rate,
-                "betas": [train.beta1, train.beta2],
-                "eps": ADAM_EPSILON,
-                "weight_decay": train.weight_decay,
-                # DeepSpeed's own would be compiled first; beside offload it is what makes a step bearable.
-                "torch_adam": train.offload == "none",
-            },
-        },
+        **({"optimizer": optimizer} if train.steps else {}),
         "zero_optimization": {
             "stage": train.zero_stage,
             "reduce_bucket_size": BUCKET_ELEMENTS,

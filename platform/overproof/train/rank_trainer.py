@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from overproof.registry import TASKS
 from overproof.stage_context import Notice, TaskProgress
 from overproof.train.checkpoint import CURVE_FILE, Checkpoint
 from overproof.train.checkpoint_writer import AsyncCheckpointWriter, CheckpointCallback, CheckpointSignal
-from overproof.train.deepspeed_engine import DeepSpeedEngine, consolidated_weights, to_universal
+from overproof.train.deepspeed_engine import DeepSpeedEngine, consolidated_weights, sharded_construction, to_universal
 from overproof.train.engine import explain_memory
 from overproof.train.loop import CurveRow, LoopHooks, fit, shard_batches, validation_ids, validation_loss
 from overproof.train.metrics import ROWS_HASH, MetricsLogger, ThroughputMeter
+from overproof.train.optim import full_shape
 from overproof.train.train_job import ResumePoint, TrainJob
 
 LISTED_ROWS = 8  # of a step that went wrong, in a message
@@ -50,7 +52,8 @@ class RankTrainer:
         universal = checkpoint is not None and checkpoint.world != world and job.train.zero_stage > 0
         self._report_phase("building the model")
         with explain_memory("building the model and the optimizer"):
-            self.model = job.spec.model(self.manifest, job.seed)
+            with sharded_construction(job.train, world, universal) if job.spec.shardable else nullcontext():
+                self.model = job.spec.model(self.manifest, job.seed)
             self.parameters, self.trained_parameters = count_weights(self.model)  # before ZeRO-3 takes them apart
             self.engine = DeepSpeedEngine(self.model, job.train, job.seed, universal)
             self.objective = job.spec.objective(self.task, self.engine.device)
@@ -118,8 +121,8 @@ class RankTrainer:
         tokenizer = self.manifest.tokenizer(self.root)
         self._report_phase("writing the model", train.steps)
         if train.steps == 0:
-            start = merge_adapters(self.job.spec.model(self.manifest, self.job.seed), {})
-            save_model(start, self.model.config, folder, tokenizer)
+            start = self.model if self._holds_start() else self.job.spec.model(self.manifest, self.job.seed)
+            save_model(merge_adapters(start, {}), self.model.config, folder, tokenizer)
             return
         checkpoint = checkpoints.best() if train.result == "best" else checkpoints.all_committed()[-1]
         assert checkpoint
@@ -130,6 +133,10 @@ class RankTrainer:
             if train.lora is not None:
                 weights = merge_adapters(self.job.spec.model(self.manifest, self.job.seed), weights)
             save_model(weights, self.model.config, folder, tokenizer)
+
+    def _holds_start(self) -> bool:
+        """Whether the model, which made no step, is still as it was built: neither cast nor taken apart."""
+        return all(p.shape == full_shape(p) and p.dtype == torch.float32 for p in self.model.parameters())
 
     def _batches(self, rows: Iterator[Columns], start_sync: Callable[[int], None]) -> Iterator[Batch]:
         names = self.manifest.batch_columns

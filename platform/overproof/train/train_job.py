@@ -14,6 +14,8 @@ from overproof.config import Lora, ModelSection, Pretrained, Training
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Columns
 from overproof.models import pretrained
+from overproof.models.base import BaseFamily
+from overproof.models.sizes import directory_config, family_of
 from overproof.stage_context import Progress, no_progress
 from overproof.train.checkpoint import Checkpoint, Checkpoints
 
@@ -58,6 +60,10 @@ class TrainSpec(Protocol):
     def model(self, manifest: Manifest, seed: int) -> PreTrainedModel:
         """The model with its weights from before the first step."""
 
+    @property
+    def shardable(self) -> bool:
+        """Whether ``model`` is given in parts where ZeRO-3 shards at construction: a directory that is only read."""
+
     def objective(self, task: Task, device: torch.device) -> Objective:
         """What is minimised."""
 
@@ -84,6 +90,14 @@ class SupervisedSpec:
 
             add_adapters(model, self.lora, seed)
         return model
+
+    @property
+    def shardable(self) -> bool:
+        """A directory that is fitted to the data's classes is changed as a whole."""
+        if not isinstance(self.start, Pretrained):
+            return False
+        _, family = family_of(directory_config(self.start.path), self.start.path)
+        return not isinstance(family, BaseFamily)
 
     def objective(self, task: Task, device: torch.device) -> Objective:
         from overproof.train.objective import CrossEntropy

@@ -1,0 +1,74 @@
+"""The bytes that one process of a stage holds at most, on a machine without a GPU, beside its libraries.
+
+What no file backs is counted, and nothing else: weights that are kept in fp32 in their directory are mapped from there,
+and take memory of the machine's that it can take back. ``benchmarks/stage_memory.py`` measures the same of real stages.
+
+Each figure is the largest of the moments that may be: when the loss is known, when the backward pass begins, and when
+the optimizer computes. Beside them lies the copy that the newest checkpoint is written from. Gradients count beside
+activations although these are gone when those are there: malloc keeps blocks below 32 MiB for the next of their kind.
+"""
+
+from __future__ import annotations
+
+from overproof.config import Cache, Dense, Optimization, Training
+from overproof.models.sizes import FP32_BYTES, ModelSize
+from overproof.models.zero_memory import ADAM_BYTES, HALF_BYTES, activation_memory, state_memory, update_memory
+from overproof.registry import FAMILIES
+
+LOGITS_OF_CROSS_ENTROPY = 3  # at once, in the backward pass: the log-softmax, its gradient, and the logits'
+LOGITS_OF_DISTILLATION = 2  # the logits and their gradient, which one pass computes
+
+
+def forward_memory(size: ModelSize, rows: int, logits: int = 1, element_bytes: int = FP32_BYTES) -> int:
+    """A pass without gradients: a layer's arrays, which malloc keeps for the next, and some as large as the logits."""
+    layer = size.places * FAMILIES[size.family].layer_memory(size, element_bytes)
+    return rows * (layer + logits * size.predictions * size.outputs * element_bytes)
+
+
+def capture_memory(size: ModelSize, cache: Cache) -> int:
+    """The teacher looks at rows of the data; every log-probability is kept twice while it is put together."""
+    return forward_memory(size, cache.batch_size, 3 if isinstance(cache.scheme, Dense) else 1)
+
+
+def student_memory(size: ModelSize, sweep: Optimization, distilled: bool = True) -> int:
+    """A student that one process trains in fp32, from which a checkpoint is made at every validation."""
+    weights, state = FP32_BYTES * size.parameters, (FP32_BYTES + ADAM_BYTES) * size.parameters
+    family = FAMILIES[size.family]
+    place = size.layers * family.layer_memory(size, FP32_BYTES) + family.outer_memory(size, FP32_BYTES)
+    kept = sweep.batch_size * size.places * place
+    logits = sweep.batch_size * size.predictions * size.outputs * FP32_BYTES
+    update = 2 * FP32_BYTES * max(size.tensors)
+    losses = LOGITS_OF_DISTILLATION if distilled else LOGITS_OF_CROSS_ENTROPY
+    copy = state if sweep.steps > sweep.validate_every else 0
+    return state + max(copy + weights + max(_backward_memory(size, kept, logits, losses), update), state)
+
+
+def _backward_memory(size: ModelSize, kept: int, logits: int, losses: int) -> int:
+    """As the backward pass begins: the loss, or the first gradient of the output layer and of what it was given."""
+    return kept + max(losses * logits, logits + FP32_BYTES * size.outputs * size.hidden)
+
+
+def teacher_memory(size: ModelSize, train: Training, world: int) -> int:
+    """A worker that trains the teacher, or takes it over as it is, and at the end writes its directory."""
+    if train.steps == 0:
+        return FP32_BYTES * size.held + forward_memory(size, train.batch_size // world, 2)
+    parts = state_memory(size, train, train.zero_stage, world)
+    held, gradients = parts.total, parts.device.gradients + parts.host.gradients
+    micro_rows = train.batch_size // world // train.accumulation(world)
+    number = FP32_BYTES if train.precision == "fp32" else HALF_BYTES
+    third = micro_rows * size.predictions * size.outputs * number  # activations have the logits and the log-softmax
+    activations, update = activation_memory(size, train, world), update_memory(size, train, train.zero_stage, world)
+    copy = checkpoint_memory(size, train, world)
+    step = held + max(activations + third, update) + (copy if train.steps > train.checkpoint.every_steps else 0)
+    apart = size.adapters or train.zero_stage > 0  # the whole weights, or those the adapters are merged into
+    return max(step, held - gradients + copy + (FP32_BYTES * size.parameters if apart else 0))
+
+
+def checkpoint_memory(size: ModelSize, train: Training, world: int) -> int:
+    """The copy of a worker's part of a checkpoint: the weights that are trained, and the optimizer's state."""
+    trained, stage = sum(size.trained), train.zero_stage
+    shard = -(-trained // world)
+    if stage == 0:
+        return (FP32_BYTES + ADAM_BYTES) * trained
+    number = FP32_BYTES if train.precision == "fp32" else HALF_BYTES
+    return number * (trained if stage < 3 else shard) + (FP32_BYTES + ADAM_BYTES) * shard
