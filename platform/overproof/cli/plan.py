@@ -13,7 +13,7 @@ from overproof.artifacts import Artifact, Store
 from overproof.cluster import preflight
 from overproof.cluster.placement import resource_requests
 from overproof.cluster.preflight import Finding, Throughput
-from overproof.config import Recipe
+from overproof.config import Recipe, Served
 from overproof.console import out
 from overproof.data.columns import row_bytes
 from overproof.data.manifest import Manifest
@@ -21,6 +21,7 @@ from overproof.distill.target_codec import TargetLayout
 from overproof.distill.teacher_text import generate_settings, text_cache_schema
 from overproof.errors import InputError
 from overproof.models import zero_memory
+from overproof.models.base import DataShape
 from overproof.models.sizes import FP32_BYTES, ModelSize, model_size
 from overproof.registry import TASKS
 from overproof.units import format_bytes, format_seconds
@@ -56,35 +57,43 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     rate = _given_rate(recipe, options, shape.positions) or preflight.measured_rate(recipe)
     out.print(_stages(recipe, steps, shape.positions))
     preflight.require_exportable(recipe)
-    model = model_size(recipe.train.model, shape)
     out.print()
     students = preflight.student_sizes(recipe, shape)
-    for line in _model(recipe, model, students, known=prepared is not None):
-        out.print(line)
-    out.print(_memory(recipe, model))
-    out.print(_activations(recipe, model))
-    lines = (
-        _teacher_text(recipe, model, prepared, rate),
-        _teacher_targets(recipe, model, prepared, rate),
-        _live_teacher(recipe, model),
-    )
-    for line in filter(None, lines):
+    findings = [*preflight.check_placement(recipe, capacity), stored, *preflight.check_gate(recipe)]
+    served = recipe.train.model
+    if isinstance(served, Served):
+        out.print(f"teacher: {served.model}, served at {served.url}")
+        out.print(_students(students))
+    else:
+        model = model_size(served, shape)
+        _print_teacher(recipe, model, students, prepared, rate)
+        findings += preflight.warn_not_smaller(students, model.parameters)
+        if not attached and options.cluster_file is None and not recipe.train.gpus_per_worker:
+            findings.append(preflight.check_local_memory(_worker_bytes(recipe, model), recipe.train.fewest))
+    if line := _teacher_targets(recipe, shape, prepared, rate):
         out.print(line)
     out.print(f"\n{capacity.where}")
-    findings = [
-        *preflight.check_placement(recipe, capacity),
-        stored,
-        *preflight.warn_not_smaller(students, model.parameters),
-        *preflight.check_gate(recipe),
-    ]
-    if not attached and options.cluster_file is None and not recipe.train.gpus_per_worker:
-        findings.append(preflight.check_local_memory(_worker_bytes(recipe, model), recipe.train.fewest))
     findings += [preflight.check_upload(Path.cwd()), preflight.training_time(recipe, rate, shape.positions)]
     out.print(_findings(findings))
     refused = [finding for finding in findings if finding.state == "refused"]
     if refused:
         raise InputError("\n".join(f"{finding.about}: {finding.text}" for finding in refused))
     return 0
+
+
+def _print_teacher(
+    recipe: Recipe, model: ModelSize, students: dict[str, int], prepared: Artifact | None, rate: Throughput | None
+) -> None:
+    for line in _model(recipe, model, students, known=prepared is not None):
+        out.print(line)
+    out.print(_memory(recipe, model))
+    out.print(_activations(recipe, model))
+    for line in filter(None, (_teacher_text(recipe, model, prepared, rate), _live_teacher(recipe, model))):
+        out.print(line)
+
+
+def _students(students: dict[str, int]) -> str:
+    return "students: " + ", ".join(f"{name} {count:,}" for name, count in students.items()) + " parameters"
 
 
 def _given_rate(recipe: Recipe, options: PlanOptions, positions: int) -> Throughput | None:
@@ -147,7 +156,7 @@ def _model(recipe: Recipe, model: ModelSize, students: dict[str, int], known: bo
     return [
         f"teacher: {model.parameters:,} parameters{most}; {workers} worker{'s' if workers != '1' else ''}, "
         f"{train.precision}, ZeRO {train.zero_stage}, offload {train.offload}",
-        "students: " + ", ".join(f"{name} {count:,}" for name, count in students.items()) + " parameters",
+        _students(students),
         f"each of {train.fewest} workers holds at most, by ZeRO stage:",
     ]
 
@@ -205,22 +214,22 @@ def _teacher_text(recipe: Recipe, model: ModelSize, prepared: Artifact | None, r
 
 
 def _teacher_targets(
-    recipe: Recipe, model: ModelSize, prepared: Artifact | None, rate: Throughput | None
+    recipe: Recipe, shape: DataShape, prepared: Artifact | None, rate: Throughput | None
 ) -> str | None:
     """What the teacher's cache takes, and how long the teacher looks: a forward pass is a third of a step's FLOPs."""
     if not recipe.reads_cache:
         return None
     cache, task = recipe.cache, TASKS[recipe.data.kind]
     unit, temperatures = task.unit, len({1.0, *cache.temperatures})
-    layout = TargetLayout(cache.scheme, task.label_column, model.predictions, model.outputs, temperatures)
-    each = layout.row_bytes / model.predictions
+    layout = TargetLayout(cache.scheme, task.label_column, shape.positions, shape.outputs, temperatures)
+    each = layout.row_bytes / shape.positions
     kept = f"targets of the teacher, {cache.scheme.description}: {each:,.1f} bytes a {unit}"
     rows = _rows(recipe.rows_cached, prepared)
     if rows is None:
         return f"{kept}; of every row, once the data is prepared"
-    held = f"{kept}, {rows * model.predictions:,} {unit}s, {format_bytes(rows * layout.row_bytes)}"
+    held = f"{kept}, {rows * shape.positions:,} {unit}s, {format_bytes(rows * layout.row_bytes)}"
     return (
-        f"{held}; the teacher looks for about {format_seconds(rows * model.predictions / (3 * rate.per_s))}"
+        f"{held}; the teacher looks for about {format_seconds(rows * shape.positions / (3 * rate.per_s))}"
         if rate
         else held
     )
