@@ -51,15 +51,14 @@ class VllmShaped:
     model: Any
     tokenizer: Tokenizer
     root: str
-    max_logprobs: int = 20
     busy: int = 0  # requests that are turned away first
     down_after: int | None = None  # answers, after which all are turned away
     prompts: int = 0
     lock: Any = field(default_factory=threading.Lock)
 
     def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
-        if body["logprobs"] > self.max_logprobs:
-            told = f"Requested prompt logprobs of {body['logprobs']}, which is greater than max allowed: {self.max_logprobs}"
+        if body["logprobs"] > 20:
+            told = f"Requested prompt logprobs of {body['logprobs']}, which is greater than max allowed: 20"
             return 400, {"error": {"message": told, "type": "BadRequestError", "param": "logprobs", "code": 400}}
         assert body["echo"]
         assert body["return_tokens_as_token_ids"]
@@ -68,11 +67,11 @@ class VllmShaped:
         with self.lock:
             self.prompts += len(prompts)
             choices = [self._choice(number, ids, body["logprobs"]) for number, ids in enumerate(prompts)]
-        used = sum(map(len, prompts))
+        used = {"prompt_tokens": sum(map(len, prompts)), "total_tokens": sum(map(len, prompts)), "completion_tokens": 0}
         return 200, {
             "id": "cmpl-0", "object": "text_completion", "created": int(time.time()), "model": body["model"],
             "choices": choices, "service_tier": None, "system_fingerprint": None, "kv_transfer_params": None,
-            "usage": {"prompt_tokens": used, "total_tokens": used, "completion_tokens": 0, "prompt_tokens_details": None},
+            "usage": used,
         }  # fmt: skip
 
     def _choice(self, number: int, ids: list[int], top: int) -> dict[str, Any]:
@@ -120,7 +119,7 @@ def vllm_shaped(directory: Path) -> Iterator[VllmShaped]:
                 return False
             return True
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             if not self.turned_away():
                 entry = {
                     "id": "teacher", "object": "model", "created": int(time.time()), "owned_by": "vllm",
@@ -128,7 +127,7 @@ def vllm_shaped(directory: Path) -> Iterator[VllmShaped]:
                 }  # fmt: skip
                 self.answer(200, {"object": "list", "data": [entry]})
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             if not self.turned_away():
                 self.answer(*made.complete(body))
@@ -138,7 +137,9 @@ def vllm_shaped(directory: Path) -> Iterator[VllmShaped]:
     made = VllmShaped(f"http://127.0.0.1:{server.server_port}/v1", load_model(directory), tokenizer, str(directory))
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
-    yield made
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield made
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,0 +1,284 @@
+"""A teacher behind an endpoint: its cache, its scores and its refusals, over real HTTP from real models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from endpoints import KEY, VllmShaped, own_server, vllm_shaped
+from overproof.artifacts import Artifact, Store
+from overproof.config import Evaluate, Recipe, Served, load_recipe
+from overproof.data.manifest import Manifest
+from overproof.data.parquet_reader import Columns
+from overproof.distill.endpoint_worker import EndpointJob, EndpointWorker, texts_in
+from overproof.distill.target_cache import TargetCache, TargetIndex, target_key
+from overproof.distill.teacher_pool import finished_files, publish_files
+from overproof.distill.teacher_worker import CaptureJob, TargetWorker, TeacherWorker
+from overproof.engines.endpoint import Endpoint
+from overproof.engines.served_teacher import ServedTeacher, ask_teacher, require_same
+from overproof.errors import InputError
+from overproof.evaluate.gate import judge
+from overproof.evaluate.metrics import Report
+from overproof.evaluate.stage import evaluate_exports
+from overproof.export.stage import export_models
+from overproof.registry import FORMATS, TASKS
+from overproof.report.content import EvaluatedFiles, file_rows
+from overproof.report.figure import plot_report
+from overproof.stage_context import Notice, ProgressEvent, StageContext, no_progress
+from overproof.train.ray_trainer import train_teacher
+
+RECIPE = Path(__file__).parents[2] / "jobs/recipes/stdlib-lm.yaml"
+K = 8
+
+
+def recipe_of(folder: Path, url: str, *changes: str) -> Recipe:
+    student = "{name: student, model: {kind: llama, hidden_size: 64, intermediate_size: 96, layers: 1, heads: 2, kv_heads: 1}}"
+    return load_recipe(RECIPE, (
+        f"store={folder}/store", "data.tokenizer={kind: file, path: tokenizer.json}", "data.sequence_length=64",
+        f"train={{model: {{kind: served, url: '{url}', model: teacher}}, steps: 0, batch_size: 2, learning_rate: 1}}",
+        f"cache={{scheme: {{kind: topk, k: {K}}}, batch_size: 8}}", f"sweep.students=[{student}]", "tune={}",
+        "sweep.steps=2", "gate.rules=[{kind: keep, at_least: 0.5}]", *changes,
+    ))  # fmt: skip
+
+
+def captured(text: dict[str, Artifact], recipe: Recipe, worker: type[TeacherWorker], **further: Any) -> TeacherWorker:
+    """A worker of the cache of every row, in the recipe's store."""
+    prepared, trained = text["prepare"], further.pop("trained", text["train"])
+    index = TargetIndex.of(target_key(recipe, prepared, trained), Manifest.read(prepared.local()), None)
+    draft = Store(recipe.store).new_writer(recipe.name, "cache", worker.__name__.encode().hex(), {}, {})
+    job = CaptureJob(recipe.cache, index, prepared, trained, draft)
+    return worker(EndpointJob(**vars(job), **further) if further else job)
+
+
+def run(worker: TeacherWorker) -> list[str]:
+    """Write every file that is not there; gives what was refused."""
+    finished = finished_files(worker.job)
+    todo = [number for number, file in enumerate(worker.index.files) if file.path not in finished]
+    return [str(fault) for report in worker({"file": np.array(todo)}) for fault in report["fault"] if fault]
+
+
+def targets(worker: TeacherWorker) -> Columns:
+    publish_files(worker.job)
+    cache = TargetCache(Path(worker.job.draft.uri), ("tokens", "mask", "label_logprob", "indices", "logprobs", "tail"))
+    return cache.take(np.arange(40))
+
+
+def recorded(text: dict[str, Artifact], recipe: Recipe) -> Artifact:
+    """What the train stage leaves."""
+    draft = Store(recipe.store).new_writer(recipe.name, "train", "ab" * 32, {}, {})
+    context = StageContext(recipe, {"prepare": text["prepare"]}, draft, no_progress)
+    return draft.commit(train_teacher(context), 0.0)
+
+
+@pytest.fixture(scope="module")
+def vllm(text: dict[str, Artifact]) -> Iterator[VllmShaped]:
+    with vllm_shaped(text["train"].local() / "model") as made:
+        yield made
+
+
+@pytest.fixture
+def keyed(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    return "train.model.key_env=TEACHER_KEY"
+
+
+def served_by(made: VllmShaped, **changes: Any) -> Served:
+    return Served(url=made.url, model="teacher", key_env="TEACHER_KEY", **changes)
+
+
+def test_its_cache_is_that_of_its_weights(
+    text: dict[str, Artifact], vllm: VllmShaped, keyed: str, tmp_path: Path
+) -> None:
+    """In vLLM's shape; an endpoint that is away is told of by the name of its fault, one that is busy is waited for."""
+    recipe = recipe_of(tmp_path, vllm.url, keyed)
+    trained = recorded(text, recipe)
+    assert KEY not in "".join(path.read_text() for path in trained.local().iterdir())
+    here = captured(text, recipe, TargetWorker)
+    assert run(here) == []
+    expected, events = targets(here), list[ProgressEvent]()
+    impatient, patient = (served_by(vllm, retry_s=seconds, rows_per_request=3) for seconds in (0.0, 60.0))
+    vllm.prompts, vllm.down_after = 0, 6
+    worker = captured(text, recipe, EndpointWorker, trained=trained, served=impatient, progress=events.append)
+    (fault,) = run(worker)
+    assert "answers 503, since 0 s" in fault
+    assert finished_files(worker.job) == {}
+    vllm.down_after, vllm.busy = None, 2
+    worker.job = dataclasses.replace(worker.job, served=patient)  # type: ignore[type-var]
+    del worker.endpoint  # type: ignore[attr-defined]
+    assert run(worker) == []
+    assert isinstance(events[0], Notice)
+    assert len(finished_files(worker.job)) == len(worker.index.files)
+    found = targets(worker)
+    for name in ("tokens", "mask"):
+        np.testing.assert_array_equal(found[name], expected[name])
+    for name in ("label_logprob", "logprobs", "tail"):
+        np.testing.assert_allclose(found[name], expected[name], atol=1 / 128)  # a step of half precision from 8 nats on
+    assert (found["indices"] == expected["indices"]).mean() > 0.99  # near ties
+    with pytest.raises(InputError, match="another teacher"):
+        worker.index.check(here.index.identity)
+
+
+def test_overproofs_own_server_teaches(text: dict[str, Artifact], tmp_path: Path) -> None:
+    with own_server(text["compress"].local() / "teacher.gguf") as url:
+        recipe = recipe_of(tmp_path, url)
+        trained, served = recorded(text, recipe), recipe.train.model
+        assert isinstance(served, Served)
+        worker = captured(text, recipe, EndpointWorker, trained=trained, served=served, progress=no_progress)
+        assert run(worker) == []
+        found = targets(worker)
+    here = captured(text, recipe, TargetWorker)
+    assert run(here) == []
+    expected = targets(here)
+    np.testing.assert_allclose(found["label_logprob"], expected["label_logprob"], atol=0.03)  # llama.cpp rounds
+    np.testing.assert_allclose(found["logprobs"], expected["logprobs"], atol=0.03)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_gates_figures_of_it_come_from_the_endpoint(text: dict[str, Artifact], tmp_path: Path) -> None:
+    """And are those of the file behind it, in the engine that serves it."""
+    few = "evaluate={max_documents: 4, bootstrap_samples: 100, threads: 1, decode_tokens: 4, timed_requests: 4}"
+    with own_server(text["compress"].local() / "teacher.gguf") as url:
+        recipe = recipe_of(tmp_path, url, few, "compress={kind: gguf, formats: [q8_0]}")
+        parents = {"prepare": text["prepare"], "train": recorded(text, recipe), "sweep": text["sweep"]}
+        draft = Store(recipe.store).new_writer(recipe.name, "compress", "cd" * 32, {}, {})
+        metrics = export_models(StageContext(recipe, parents, draft, no_progress))
+        assert sorted(metrics["size_bytes"]) == ["control", "student", "student-q8_0"]
+        parents["compress"] = draft.commit(metrics, 0.0)
+        draft = Store(recipe.store).new_writer(recipe.name, "evaluate", "ef" * 32, {}, {})
+        evaluate_exports(StageContext(recipe, parents, draft, no_progress))
+    file, root, task = text["compress"].local() / "teacher.gguf", text["prepare"].local(), TASKS["language_modeling"]
+    here, student = (
+        task.score(path, root, task.units(root, 4), Evaluate(), "llama.cpp", FORMATS["gguf"], lambda _: None)
+        for path in (file, file.with_name("student.gguf"))
+    )
+    expected = task.quality.value(here.total.sum(), here.size.sum())
+    report = Report.model_validate_json((Path(draft.uri) / "report.json").read_bytes())
+    assert report.served_teacher is not None
+    assert [m.name for m in report.measured] == ["control", "student", "student-q8_0"]
+    assert (report.served_teacher.model, len(report.served_teacher.weights)) == ("teacher", 64)
+    quality = {m.name: m.metrics["bits_per_byte"].value for m in report.measured}
+    assert report.served_teacher.metrics["bits_per_byte"].value == pytest.approx(expected, rel=1e-4)
+    compared = report.compare("student", "teacher")
+    assert compared is not None
+    assert compared.value == pytest.approx(quality["student"] / expected - 1, abs=1e-3)
+    agreed = report.measured[1].metrics["agreement"].value
+    assert agreed == pytest.approx((student.choices_N == here.choices_N).mean(), abs=0.01)
+    verdict = judge(recipe.gate, report)
+    trial = {"name": "student", "cpu_seconds": 1.0}
+    page = file_rows(
+        EvaluatedFiles(report, verdict), {"trials": [trial], "control": {"name": "control", "cpu_seconds": 1.0}}
+    )
+    assert page["teacher"]["served"].startswith("teacher, served elsewhere")
+    assert len(plot_report([], report, verdict).axes[1].lines) > 2
+
+
+def test_other_weights_behind_the_same_name_are_refused(
+    text: dict[str, Artifact], vllm: VllmShaped, keyed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, endpoint = text["prepare"].local(), Endpoint(served_by(vllm))
+    before = ask_teacher(endpoint, root, 1)
+    require_same(before, ask_teacher(endpoint, root, 1))
+    with monkeypatch.context() as changed:
+        changed.setattr(vllm, "root", "elsewhere")
+        with pytest.raises(InputError, match=r"has 'elsewhere' now; name the weights .* as train\.model\.revision"):
+            require_same(before, ask_teacher(endpoint, root, 1))
+    with vllm_shaped(text["sweep"].local() / "control") as other:
+        other.root = vllm.root
+        with pytest.raises(InputError, match=r"nats a token from what it said .*: other weights"):
+            require_same(before, ask_teacher(Endpoint(served_by(other)), root, 1))
+    revised = ServedTeacher.model_validate(before.model_dump() | {"revision": "2"})
+    assert revised.sha256 != before.sha256
+    assert ServedTeacher.model_validate(before.model_dump() | {"probe_nats": (1.0,)}).sha256 == before.sha256
+
+
+@pytest.mark.parametrize(
+    ("changes", "top", "words"),
+    [
+        ({"key_env": None}, 1, r"asks for another API key \(401\); none was sent: name the variable .* key_env"),
+        ({"key_env": "WRONG_KEY"}, 1, r"asks for another API key \(401\); WRONG_KEY holds no key of it"),
+        ({"key_env": "NO_KEY"}, 1, r"key_env: NO_KEY is not set"),
+        ({"model": "other"}, 1, r"serves teacher; expected 'other'"),
+        ({}, 21, r"answers 400: Requested prompt logprobs of 21, .*max allowed: 20; .*\(cache\.scheme\.k\)"),
+        ({"url": "http://127.0.0.1:9/v1"}, 1, r"/v1/models: does not answer"),
+    ],
+)
+def test_what_is_wrong_with_an_endpoint_is_one_error(
+    text: dict[str, Artifact], vllm: VllmShaped, keyed: str, monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any], top: int, words: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("WRONG_KEY", "another")
+    served = served_by(vllm, retry_s=0.0).model_copy(update=changes)
+    with pytest.raises(InputError, match=words):
+        ask_teacher(Endpoint(served), text["prepare"].local(), top)
+
+
+def test_answers_that_are_of_another_kind_are_refused(
+    text: dict[str, Artifact], vllm: VllmShaped, keyed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint, complete = Endpoint(served_by(vllm)), vllm.complete
+
+    def refused(words: str, change: Any) -> None:
+        def answer(body: dict[str, Any]) -> tuple[int, Any]:
+            status, reply = complete(body)
+            for choice in reply["choices"]:
+                change(choice)
+            return status, reply
+
+        with monkeypatch.context() as changed:
+            changed.setattr(vllm, "complete", answer)
+            with pytest.raises(InputError, match=words):
+                ask_teacher(endpoint, text["prepare"].local(), 1)
+
+    refused("tells no log-probabilities", lambda choice: choice.update(logprobs=None))
+    refused("a token is named 'x'", lambda choice: choice["logprobs"]["tokens"].__setitem__(1, "x"))
+    refused("not one finite number", lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(1, float("nan")))
+    refused("expected the tokenizer of the served model", lambda choice: choice["logprobs"].update(
+        tokens=[f"token_id:{number}" for number in range(len(choice["logprobs"]["tokens"]))]))  # fmt: skip
+    with monkeypatch.context() as changed:
+        changed.setattr(vllm, "complete", lambda _: (404, {"detail": "Not Found"}))
+        with pytest.raises(InputError, match=r"answers 404: .*train\.model\.url up to /v1"):
+            endpoint.read([[1, 2]], 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("train.steps=3", "train: model.kind is 'served', whose weights are not here; expected steps 0"),
+        ("train.model.url=ftp://x/v1", "train.model.url: expected http://HOST:PORT/v1"),
+        ("train.model.url=http://me:secret@x/v1", "train.model.url: expected http://HOST:PORT/v1"),
+        ("data.tokenizer={kind: bpe}", "data.tokenizer.kind 'bpe': train.model.kind is 'served'"),
+        ("cache.scheme={kind: dense}", "cache.scheme.kind 'dense'"),
+        ("cache.temperatures=[1, 2]", "temperature 2: "),
+        ("sweep.students.0.temperature=2", "temperature 2: "),
+        ("sweep.students.0.teacher=live", "sweep.students.0.teacher 'live'"),
+        ("sweep.students.0.states={weight: 1}", "sweep.students.0.states: "),
+        ("sweep.students.0.model={kind: teacher_layers, layers: 1}", "sweep.students.0.model.kind 'teacher_layers'"),
+        ("generate={prompt_tokens: 4}", "generate: train.model.kind is 'served'"),
+        ("speculate={}", "speculate: train.model.kind is 'served'"),
+        ("gate.rules.0={kind: smaller, at_least: 2}", "gate.rules.0.against 'teacher', whose size is not known here"),
+    ],
+)
+def test_what_an_endpoint_cannot_do_is_refused_by_name(tmp_path: Path, change: str, words: str) -> None:
+    with pytest.raises(InputError) as refused:
+        recipe_of(tmp_path, "http://127.0.0.1:9/v1", change)
+    assert words in str(refused.value)
+
+
+def test_where_it_is_asked_and_how_is_no_part_of_the_result(tmp_path: Path) -> None:
+    one, other = (recipe_of(tmp_path, f"http://127.0.0.1:9/v1{change}").train for change in ("", "/x"))
+    assert one.model != other.model
+    assert one.without_resources() == other.without_resources()
+    assert one.without_resources()["model"] == {"kind": "served", "model": "teacher", "revision": None}
+
+
+def test_packed_conversations_are_asked_about_one_by_one() -> None:
+    """What is left of a row is a piece of its own, and none is asked about."""
+    position = np.array([[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6]])
+    rows = {"length": np.array([4, 7]), "position": position}
+    assert texts_in(rows) == [(0, slice(0, 3)), (0, slice(3, 5)), (1, slice(0, 8))]
+    assert texts_in({"length": np.array([4, 7])}) == [(0, slice(0, 5)), (1, slice(0, 8))]
