@@ -12,6 +12,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from overproof.data.sources import StdlibSource, list_files
 from overproof.data.tokenization import train_bpe
@@ -44,8 +45,8 @@ def documented(tree: ast.AST, prefix: str) -> Iterator[tuple[str, Function | ast
                 yield from documented(node, name)
 
 
-def conversations() -> Iterator[list[dict[str, str]]]:
-    """What it does and, of functions, how it is called."""
+def conversations() -> Iterator[dict[str, Any]]:
+    """What it does and, of functions, how it is called, which must be exact."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in list_files(StdlibSource()):
         module = file.name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
@@ -65,7 +66,8 @@ def conversations() -> Iterator[list[dict[str, str]]]:
                     {"role": "user", "content": "How is it called?"},
                     {"role": "assistant", "content": f"{node.name}({ast.unparse(node.args)})"},
                 ]
-            yield messages
+            last = {"expected": messages[-1]["content"]} if isinstance(node, Function) else {}
+            yield {"messages": messages} | last
 
 
 def write_tokenizer(folder: Path, texts: Iterator[str]) -> None:
@@ -83,10 +85,10 @@ def write_tokenizer(folder: Path, texts: Iterator[str]) -> None:
 def main(folder: Path) -> None:
     """Write both into a folder."""
     found = list(conversations())
-    write_tokenizer(folder / "model", (message["content"] for messages in found for message in messages))
+    write_tokenizer(folder / "model", (message["content"] for record in found for message in record["messages"]))
     with (folder / "chats.jsonl").open("w", encoding="utf-8") as out:
-        for messages in found:
-            out.write(json.dumps({"messages": messages}) + "\n")
+        for record in found:
+            out.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

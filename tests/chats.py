@@ -26,15 +26,37 @@ ANSWER = f"{{{{ m['content'] }}}}{{% if m['tool_calls'] %}}{CALLS}{{% endif %}}{
 TOOLS = "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
 ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 CHATML = f"{TOOLS}{{% for m in messages %}}{TURN}{ANSWER}{{{{ '\n' }}}}{{% endfor %}}{ASK}"
-MARKED = CHATML.replace(
-    ANSWER,
-    f"{{% if m['role'] == 'assistant' %}}{{% generation %}}{ANSWER}{{% endgeneration %}}"
-    f"{{% else %}}{ANSWER}{{% endif %}}",
+FORGET = (  # leaves out what an earlier answer thought, as templates of thinking models do
+    "{% if not loop.last and '</think>' in m['content'] %}{{ m['content'].split('</think>')[-1] }}"
+    f"{{{{ '<|im_end|>' }}}}{{% else %}}{ANSWER}{{% endif %}}"
 )
-FORGETFUL = CHATML.replace(  # leaves out what an earlier answer thought, as templates of thinking models do
-    ANSWER, "{% if not loop.last and '</think>' in m['content'] %}{{ m['content'].split('</think>')[-1] }}"
-    f"{{{{ '<|im_end|>' }}}}{{% else %}}{ANSWER}{{% endif %}}",
-)  # fmt: skip
+FORGETFUL = CHATML.replace(ANSWER, FORGET)
+MARKED, MARKED_FORGETFUL = (
+    CHATML.replace(
+        ANSWER,
+        f"{{% if m['role'] == 'assistant' %}}{{% generation %}}{answer}{{% endgeneration %}}"
+        f"{{% else %}}{ANSWER}{{% endif %}}",
+    )
+    for answer in (ANSWER, FORGET)
+)
+# As that of Qwen3, without tools: the last turn thinks, if only nothing, and the others do not.
+QWEN3 = """
+{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{%- if m.role == "user" %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for m in messages %}
+    {%- set content, thought = m.content, "" %}
+    {%- if "</think>" in content %}
+        {%- set thought = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n") %}
+        {%- set content = content.split("</think>")[-1].lstrip("\n") %}
+    {%- endif %}
+    {{- "<|im_start|>" + m.role + "\n" }}
+    {%- if m.role == "assistant" and loop.index0 > ns.last and (loop.last or thought) %}
+        {{- "<think>\n" + thought.strip("\n") + "\n</think>\n\n" }}
+    {%- endif %}
+    {{- content + "<|im_end|>\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|im_start|>assistant\n" }}{%- endif %}
+"""
 
 WORDS = ["name", "file", "value", "result", "token", "print", "return", "names", "quoted", "None"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from overproof.export import gguf_splits
@@ -103,7 +104,10 @@ def sentencepiece_bpe(prefix: str | None = "normalizer") -> str:
         if piece[:at] in ids and piece[at:] in ids
     ]
     model = models.BPE(vocab=ids, merges=pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(model)
+    return _as_sentencepiece(Tokenizer(model), prefix)
+
+
+def _as_sentencepiece(tokenizer: Tokenizer, prefix: str | None, charsmap: bytes | None = None) -> str:
     replace = normalizers.Replace(" ", SPACE)
     if prefix == "normalizer":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace])
@@ -116,10 +120,56 @@ def sentencepiece_bpe(prefix: str | None = "normalizer") -> str:
     else:
         tokenizer.normalizer = replace
         tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    if charsmap is not None:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Precompiled(charsmap), tokenizer.normalizer])
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     tokenizer.add_tokens(["<|extra|>"])
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", ids["<s>"])])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
     text: str = tokenizer.to_str()
     return text
+
+
+def unigram(prefix: str | None = "normalizer", charsmap: bytes | None = None) -> str:
+    """SentencePiece's unigram with byte fallback. As there, no piece holds the end of a line or a tab: both are bytes.
+
+    ``prefix`` as that of ``sentencepiece_bpe``; ``charsmap`` as ``compiled_charsmap`` makes it.
+    """
+    trained = Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "always", split=True)
+    trainer = trainers.UnigramTrainer(vocab_size=200, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
+    trained.train_from_iterator((" ".join(text.split()) for text in TRAINED_ON), trainer)
+    pieces = [(piece, score) for piece, score in json.loads(trained.to_str())["model"]["vocab"] if piece != "<unk>"]
+    own = [(token, 0.0) for token in ("<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)))]
+    model = models.Unigram([*own, *pieces, ("<|extra|>", -20.0)], unk_id=0, byte_fallback=True)
+    return _as_sentencepiece(Tokenizer(model), prefix, charsmap)
+
+
+def compiled_charsmap(replacements: dict[str, str]) -> bytes:
+    """SentencePiece's compiled map of characters (its ``builder.cc``): a double array, and what it points at.
+
+    A node has a block of 256 units for its children; one whose key ends there has its value in the block's first.
+    """
+    units, strings = np.zeros(256, np.uint32), b""
+    blocks = {b"": 0}
+
+    def block(key: bytes, at: int) -> int:
+        nonlocal units
+        if key not in blocks:
+            blocks[key] = len(units)
+            units[at] |= (at ^ len(units)) << 10 | key[-1]
+            units = np.append(units, np.zeros(256, np.uint32))
+        return blocks[key]
+
+    for source, target in replacements.items():
+        data, parent, at = source.encode(), 0, 0
+        for end in range(1, len(data) + 1):
+            at = parent ^ data[end - 1]
+            parent = block(data[:end], at)
+        units[at] |= 1 << 8
+        units[parent] = len(strings) | 1 << 31
+        strings += target.encode() + b"\0"
+    return len(units.tobytes()).to_bytes(4, "little") + units.tobytes() + strings

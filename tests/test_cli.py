@@ -18,8 +18,8 @@ from overproof.pipeline import STAGES, stages_of
 
 DIGITS = str(RECIPES / "digits.yaml")
 CHOICES = {
-    "--help", "--data", "--task", "--max-mb", "--max-p95-ms", "--keep", "--finetune", "--label", "--text", "--image",
-    "--pattern", "--image-size", "--name", "--out", "--set",
+    "--help", "--data", "--task", "--max-mb", "--max-p95-ms", "--keep", "--finetune", "--max-minutes", "--label",
+    "--text", "--image", "--pattern", "--image-size", "--name", "--out", "--set",
 }  # fmt: skip
 FLAGS = {
     "shrink": CHOICES,

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from overproof.cli.fault_injection import PausedProgress, ProgressLog, RunningTraining, StepLimit
-from overproof.cluster.ray_cluster import _ProgressQueue
 from overproof.stage_context import Notice, StepTrained, TaskProgress, TrainingResumed, no_progress
 
 
@@ -70,12 +69,3 @@ def test_a_training_is_held_at_a_step_alone(tmp_path: Path) -> None:
     assert thread.is_alive()
     limit.set()
     thread.join()
-
-
-def test_what_is_relayed_are_all_notices_and_the_newest_of_each_kind() -> None:
-    queue = _ProgressQueue()
-    writing = TaskProgress("train", 9, 9, "writing the model")
-    for event in (TaskProgress("train", 0, 9), step(8), Notice("one"), step(9), writing, Notice("two")):
-        queue.put(event)
-    assert queue.drain() == [Notice("one"), Notice("two"), step(9), writing]
-    assert queue.drain() == []

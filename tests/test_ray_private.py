@@ -39,6 +39,18 @@ def test_what_is_free_is_told_for_each_node() -> None:
     assert all(0 <= free[node].get("CPU", 0) <= 4 for node in node_ids())
 
 
+def test_small_values_are_kept_by_their_keys_until_they_are_forgotten() -> None:
+    ray_private.store_value("kept/one", b"first")
+    ray.get(ray.remote(num_cpus=0)(ray_private.store_value).remote("kept/one", b"second"))
+    ray_private.store_value("kept/two", b"")
+    ray_private.store_value("keptnot", b"another's")
+    assert ray_private.stored_values("kept/") == {"kept/one": b"second", "kept/two": b""}
+    ray_private.delete_values("kept/")
+    assert ray_private.stored_values("kept/") == {}
+    assert ray_private.stored_values("keptnot") == {"keptnot": b"another's"}
+    ray_private.delete_values("keptnot")
+
+
 def test_no_node_is_drained_and_no_autoscaler_is_there() -> None:
     assert not ray_private.draining_nodes() & node_ids()
     assert ray_private.autoscaler_groups() == []

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from pyarrow import csv
 
 from overproof.cli.main import main
 from overproof.config import Gate, Recipe, load_recipe
+from overproof.errors import InputError
 from overproof.evaluate.gate import judge
 from overproof.evaluate.metrics import MeasuredFile, Report
 from overproof.registry import FORMATS, TASKS
+from overproof.shrink.choice import Asked
+from overproof.shrink.estimate import choose_within
 from overproof.shrink.given_model import inspect_model
 from overproof.shrink.nearest import nearest
-from overproof.shrink.template import change
+from overproof.shrink.template import FEWEST_STEPS, change
 from overproof.tasks.base import Metric
 from overproof.tasks.image_recognition import recognise_images
 from overproof.tasks.recognition import ColumnFlags, Question, Shrinkable, look_at
@@ -553,6 +557,37 @@ def test_no_more_test_units_are_told_than_are_scored(
     path.write_text("\n".join(json.dumps({"text": f"text of record {i}, and so on"}) for i in range(600)))
     assert main(["init", str(llama), "--data", str(path)]) == 0
     assert "of about 100 test documents" in told(capsys)  # evaluate.max_documents of the template
+
+
+def test_as_many_steps_are_written_as_fit_into_the_minutes(here: Path, llama: Path) -> None:
+    path = here.parent / "records.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"the text of record {i}, and so on " * 20}) for i in range(3000)))
+    asked = Asked(data=str(path), model=str(llama), max_mb=1.0, finetune=30)
+    speed = 2e7  # of a slow machine: floating-point operations a second
+    unlimited, whole = choose_within(asked, speed)
+    steps, longest = [unlimited.recipe.sweep.steps], whole.total_s / 60
+    for minutes in (int(0.9 * longest), int(0.7 * longest)):
+        limited = replace(asked, max_minutes=minutes)
+        choice, needed = choose_within(limited, speed)
+        assert 0.95 * minutes < needed.total_s / 60 <= minutes
+        assert choice.recipe.train.steps == 30  # as asked
+        assert "of what there would be without --max-minutes" in choice.reasons["students"]
+        assert f"--max-minutes {minutes}" in limited.command
+        steps.append(choice.recipe.sweep.steps)
+    assert steps == sorted(set(steps), reverse=True)
+    assert choose_within(replace(asked, max_minutes=2 * longest), speed)[0].recipe == unlimited.recipe
+    with pytest.raises(
+        InputError, match=r"--max-minutes 1: the shortest trainings .* about .*; give --max-minutes"
+    ) as e:
+        choose_within(replace(asked, max_minutes=1), speed)
+    enough = float(str(e.value).partition("give --max-minutes ")[2].partition(",")[0])
+    assert choose_within(replace(asked, max_minutes=enough), speed)[0].recipe.sweep.steps == FEWEST_STEPS
+
+
+def test_the_cache_follows_the_steps_that_were_set(here: Path, llama: Path) -> None:
+    assert main(["init", str(llama), "--data", str(documents(here.parent)), "--set", "sweep.steps=777"]) == 0
+    recipe = load_recipe(here / "tiny-llama-small.yaml")
+    assert recipe.rows_cached == recipe.rows_read == 777 * recipe.sweep.batch_size
 
 
 def test_pixels_that_the_model_does_not_take_are_refused(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
         InputError: the scheme is unknown or the URI is malformed, or the Hub has no such model.
     """
     if "://" not in uri:
-        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+        return fs.LocalFileSystem(), os.path.normpath(Path(uri).expanduser().absolute())
     if hub.is_model(uri):
         return hub.open_file_system(uri)
     try:

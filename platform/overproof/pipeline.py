@@ -13,6 +13,7 @@ from overproof.artifacts import Artifact, Store, compute_fingerprint
 from overproof.cluster import preflight, ray_cluster
 from overproof.cluster.placement import require_placeable
 from overproof.cluster.preflight import check_gate
+from overproof.cluster.progress_relay import relay_progress
 from overproof.config import Pretrained, Recipe, Section, Train
 from overproof.errors import InputError, suggest_name
 from overproof.evaluate.gate import requests_needed
@@ -73,28 +74,29 @@ def _evaluate_inputs(recipe: Recipe) -> dict[str, Any]:
 STAGES = (
     Stage("prepare", "overproof.data.prepare:prepare", (),
           lambda r: {"seed": r.seed, "data": _dump(r.data), "source": TASKS[r.data.kind].source_digest(r.data)},
-          format=7),
+          format=8),
     Stage("train", "overproof.train.ray_trainer:train_teacher", ("prepare",),
           lambda r: {"seed": r.seed, "train": _dump(r.train), **_train_inputs(r.train)}),
     Stage("generate", "overproof.distill.teacher_stages:generate_text", ("prepare", "train"),
           lambda r: {"seed": r.seed, "generate": _dump(r.generate)}, used_by=lambda r: r.generate is not None),
     Stage("cache", "overproof.distill.teacher_stages:cache_targets", ("prepare", "train", "generate"),
-          lambda r: {"seed": r.seed, "cache": _dump(r.cache)}, format=3, used_by=lambda r: r.reads_cache),
+          lambda r: {"seed": r.seed, "cache": {**_dump(r.cache), "rows": r.rows_cached}},
+          format=3, used_by=lambda r: r.reads_cache),
     Stage("sweep", "overproof.distill.sweep:sweep", ("prepare", "train", "generate", "cache"),
           lambda r: {"seed": r.seed, "sweep": _dump(r.sweep), "tune": _dump(r.tune), **_sweep_inputs(r)},
           format=3),
     Stage("compress", "overproof.export.stage:export_models", ("prepare", "train", "sweep"),
           lambda r: {"compress": _dump(r.compress), **_compress_inputs(r)}, format=3),
     Stage("evaluate", "overproof.evaluate.stage:evaluate_exports", ("prepare", "compress"),
-          lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate), **_evaluate_inputs(r)}, format=5),
+          lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate), **_evaluate_inputs(r)}, format=6),
     Stage("gate", "overproof.evaluate.stage:judge_report", ("evaluate",),
           lambda r: {"gate": _dump(r.gate)}, format=4),
     Stage("report", "overproof.report.stage:write_report",
           ("prepare", "train", "generate", "cache", "sweep", "evaluate", "gate"),
-          lambda r: {"name": r.name}, format=2),
+          lambda r: {"name": r.name}, format=3),
     Stage("package", "overproof.package.package:build_package",
           ("prepare", "train", "generate", "cache", "sweep", "compress", "evaluate", "gate"),
-          lambda r: {"name": r.name}, format=3),
+          lambda r: {"name": r.name}, format=4),
     Stage("speculate", "overproof.package.speculative_stage:pack_with_draft",
           ("prepare", "compress", "evaluate", "package"),
           lambda r: {"speculate": _dump(r.speculate), "threads": r.evaluate.threads},
@@ -210,7 +212,7 @@ def _run_and_commit(step: PlannedStage, recipe: Recipe, store: Store, done: Mapp
     draft = store.new_writer(recipe.name, name, step.fingerprint, step.config, step.parents)
     began = time.monotonic()
     try:
-        with console.progress_bars() as show, ray_cluster.relay_progress(show) as progress:
+        with console.progress_bars() as show, relay_progress(show) as progress:
             show(TaskProgress(name, 0, 1, "starting"))
             metrics = step.stage.function()(StageContext(recipe, parents, draft, progress))
     except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from made_tokenizers import TRAINED_ON, byte_level, sentencepiece_bpe
+from made_tokenizers import SPACE, TRAINED_ON, byte_level, sentencepiece_bpe, unigram
 from overproof.config import TokenizerFile
-from overproof.data import documents, tokenization
+from overproof.data import documents, text_tokenizer, tokenization
 from overproof.data.document_blocks import _tokenise
 from overproof.data.text_tokenizer import TextTokenizer, continuing, read_tokenizer, trained
 from overproof.errors import InputError
@@ -69,7 +70,10 @@ def test_a_start_of_its_own_stands_before_each_document(tmp_path: Path) -> None:
     assert trained(made.to_str()).boundary == (made.token_to_id(tokenization.END),)
 
 
-@pytest.mark.parametrize("made", [byte_level, *(partial(sentencepiece_bpe, p) for p in ("metaspace", "doubles", None))])
+@pytest.mark.parametrize(
+    "made",
+    [byte_level, *(partial(made, p) for made in (sentencepiece_bpe, unigram) for p in ("metaspace", "doubles", None))],
+)
 def test_later_pieces_have_the_tokens_of_the_whole(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "PIECE_BYTES", 100)
     tokenizer = TextTokenizer(made(), start_id=1, end_id=2, bos_id=None, outputs=999)
@@ -81,6 +85,17 @@ def test_later_pieces_have_the_tokens_of_the_whole(made: Any, monkeypatch: pytes
         (whole,) = tokenization.encode(Tokenizer.from_str(tokenizer.json), [text])
         assert np.concatenate(tokens).tolist() == [2, 1, *whole.tolist()]
     assert continuing(continuing(tokenizer.json)) == continuing(tokenizer.json)
+
+
+@pytest.mark.parametrize("made", [byte_level, sentencepiece_bpe, unigram])
+def test_a_document_that_spells_a_special_token_does_not_end(made: Any) -> None:
+    end, text = ("<|endoftext|>" if made is byte_level else "</s>"), "name {} value"
+    tokenizer = TextTokenizer(made(), start_id=1, end_id=2, bos_id=None, outputs=999)
+    special = Tokenizer.from_str(tokenizer.json).token_to_id(end)
+    (ids,) = _tokenise([text.format(end)], np.zeros(1, np.int32), tokenizer)
+    assert special not in ids[2:]
+    decoded = Tokenizer.from_str(tokenizer.json).decode(ids[2:].tolist(), skip_special_tokens=False)
+    assert decoded == text.format(end)
 
 
 def trained_as(model: Any, trainer: Any, **parts: Any) -> str:
@@ -97,6 +112,12 @@ def test_what_cannot_write_every_text_back_is_refused(tmp_path: Path) -> None:
     plain = trained_as(models.BPE(), trainers.BpeTrainer(vocab_size=200))
     byte = {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False), "decoder": decoders.ByteLevel()}
     alphabet = trainers.BpeTrainer(initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    no_unknown = json.loads(unigram())
+    no_unknown["model"] |= {"unk_id": None}
+    merges_spaces = json.loads(unigram())
+    merges_spaces["normalizer"]["normalizers"].append(
+        {"type": "Replace", "pattern": {"Regex": f"{SPACE}+"}, "content": SPACE}
+    )
     lower = trained_as(models.BPE(), alphabet, normalizer=normalizers.Lowercase(), **byte)
     folded = trained_as(models.BPE(), alphabet, normalizer=normalizers.NFKC(), **byte)
     for text, message in (
@@ -104,6 +125,8 @@ def test_what_cannot_write_every_text_back_is_refused(tmp_path: Path) -> None:
         (plain, "a BPE tokenizer that writes"),
         (lower, "writes .*The 1st line.* back as .*the 1st line"),
         (folded, r"writes .*\ufb01.* back as .*fi"),
+        (json.dumps(no_unknown), "a Unigram tokenizer that cannot read"),
+        (json.dumps(merges_spaces), r"a Unigram tokenizer that writes .* Two spaces.* back as .* Two spaces"),
         ("{}", r"not a tokenizer\.json"),
     ):
         with pytest.raises(InputError, match=message):
@@ -127,6 +150,21 @@ def test_older_files_are_converted(tmp_path: Path) -> None:
     found = Tokenizer.from_str(read_tokenizer(TokenizerFile(path=str(folder))).json)
     text = TRAINED_ON[0]
     assert found.encode(text).ids == Tokenizer.from_str(byte_level()).encode(text).ids
+
+
+@pytest.mark.parametrize(
+    ("content", "package"), [(b"\n\x0e\n\x05<unk>", "sentencepiece"), (b"IQ== 0\nIg== 1\n", "tiktoken")]
+)
+def test_what_reads_older_files_is_named_where_it_is_missing(
+    content: bytes, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_tokenizer, "find_spec", lambda name: None if name == package else find_spec(name))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(
+        InputError, match=rf"reads tokenizer\.model with the package {package}, .*: pip install {package}"
+    ):
+        read_tokenizer(TokenizerFile(path=str(tmp_path)))
 
 
 def test_lengths_that_a_training_left_in_the_file_are_left_out(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from overproof.distill.trial_job import MAX_DEATHS, TrialJob, rung_steps
 from overproof.distill.tune_search import trial_slots
 from overproof.errors import InputError
 from overproof.models.hf_directory import count_parameters, load_model
-from overproof.stage_context import ProgressEvent, StageContext, TaskProgress, no_progress
+from overproof.stage_context import Notice, ProgressEvent, StageContext, TaskProgress, no_progress
 from overproof.train.loop import validation_loss
 
 STEPS, GRACE = 24, 8
@@ -206,6 +206,27 @@ def job_of(context: StageContext, name: str) -> TrialJob:
     job = next(job for job in jobs(context) if job.name == name)
     fresh = dataclasses.replace(job.checkpoints, uri=f"{job.checkpoints.uri}-{secrets.token_hex(4)}")
     return dataclasses.replace(job, checkpoints=fresh)
+
+
+def test_a_trial_that_takes_long_tells_its_steps_between_validations(
+    digits_world: World, digits_cache: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("overproof.distill.student_trainer.TELL_EVERY_S", 0.0)
+    context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune=TUNE)
+    shown = list[ProgressEvent]()
+    tracker = SweepTracker(shown.append, STEPS, 2, MAX_DEATHS)
+    tracker.add_trial("wide")
+    trainer = StudentTrainer(dataclasses.replace(job_of(context, "wide"), progress=tracker.show))
+    first = trainer.run_to_validation().steps
+    assert 1 < first < STEPS
+    told = [event for event in shown if isinstance(event, TaskProgress)]
+    assert [(event.done, event.total) for event in told] == [(step, 2 * STEPS) for step in range(first + 1)]
+    assert told[-1].note == "training"
+    tracker.start_controls(["control"])
+    tracker.show(TaskProgress("control", 3, STEPS, "loss 1.000"))
+    assert shown[-1] == TaskProgress("control", 3, STEPS, "control loss 1.000")
+    tracker.show(Notice("a word"))
+    assert shown[-1] == Notice("a word")
 
 
 def test_a_student_learns_alike_from_every_scheme(digits_world: World, digits_cache: Artifact) -> None:

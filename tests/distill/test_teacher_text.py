@@ -310,6 +310,7 @@ def test_students_of_the_data_may_stand_beside_those_of_the_text() -> None:
     assert [student.distilled for student in recipe.sweep.students] == [True, False, True]
     assert not recipe.reads_cache
     assert recipe_of("text", **with_text(WORDS, rows=200)).rows_cached == 200
+    assert recipe_of("text", **with_text(WORDS)).rows_cached is None  # what is written: every row
 
 
 def names(recipe: Recipe) -> list[str]:

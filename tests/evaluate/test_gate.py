@@ -280,3 +280,17 @@ def test_a_named_candidate_is_chosen_if_it_passed_and_no_other_instead() -> None
     assert [c.passed for c in refused.candidates] == [False, True]
     with pytest.raises(InputError, match=r"gate\.candidate: found 'huge'; expected one of big, small"):
         judge(Gate.model_validate({"rules": [REGRESSION], "candidate": "huge"}), both)
+
+
+def test_expected_answers_are_judged_at_the_lower_end() -> None:
+    rules = [{"kind": "expected", "at_least": 0.75}]
+    asked = tuple(
+        measured(name, size, True, expected_accuracy=Metric(value=0.9, low=low, high=0.97, unit="share", n=40, of=60))
+        for name, size, low in (("big", 200, 0.77), ("small", 100, 0.74))
+    )
+    found = verdict(rules, report(measured=asked))
+    assert found.chosen == "big"
+    assert found.candidates[1].reasons[0].text == (
+        "answers 90.0 % of 40 of 60 questions as expected (interval 74.0 % to 97.0 %), needed 75 %"
+    )
+    assert "expected_accuracy is not in the report" in verdict(rules, report()).candidates[0].reasons[0].text

@@ -15,7 +15,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from made_tokenizers import ODD_TEXTS, SPELLED, SPLITS, byte_level, sentencepiece_bpe
+from made_tokenizers import ODD_TEXTS, SPACE, SPELLED, SPLITS, byte_level, compiled_charsmap, sentencepiece_bpe, unigram
+from overproof.data.text_tokenizer import BYTE_NAMES, special_names_as_text
 from overproof.engines.base import Sampling
 from overproof.engines.gguf_tokens import read_gguf_header
 from overproof.engines.llamacpp import LlamaCpp
@@ -60,7 +61,7 @@ def as_text(engine: LlamaCpp, text: str) -> list[int]:
 
 def differing(file: Path, text: str, texts: tuple[str, ...] = ODD_TEXTS + SPELLED) -> list[str]:
     """Of these texts, those that llama.cpp splits otherwise, as prompts or as documents."""
-    prompts, documents = Tokenizer.from_str(text), Tokenizer.from_str(text)
+    prompts, documents = Tokenizer.from_str(text), Tokenizer.from_str(special_names_as_text(text))
     documents.encode_special_tokens = True
     with engine_of(file) as engine:
         return [
@@ -102,6 +103,33 @@ def test_sentencepiece_bpe(tmp_path: Path, prefix: str | None) -> None:
     taken = [odd for odd in ODD_TEXTS if odd.startswith(" ")] if prefix == "metaspace" else []
     assert differing(file, text, ODD_TEXTS) == taken
     assert lost(file, text) == taken
+
+
+@pytest.mark.parametrize("prefix", ["normalizer", "metaspace", None])
+def test_unigram(tmp_path: Path, prefix: str | None) -> None:
+    charsmap = compiled_charsmap({"\u2167": "VIII", "\uff0c": ","}) if prefix is None else None
+    text = unigram(prefix, charsmap)
+    file = export(tmp_path, text, "</s>")
+    found, tokenizer = metadata(file), Tokenizer.from_str(text)
+    assert (found["model"], found["add_space_prefix"]) == ("t5", prefix is not None)
+    assert bytes(found.get("precompiled_charsmap", b"")) == (charsmap or b"")
+    # llama.cpp has bytes to fall back on for ASCII alone, NUL left out.
+    no_bytes = {tokenizer.token_to_id(name) for name in (BYTE_NAMES[0], *BYTE_NAMES[0x80:])}
+    unknown = [odd for odd in ODD_TEXTS if no_bytes & set(tokenizer.encode(odd).ids)]
+    assert 0 < len(unknown) < len(ODD_TEXTS) / 2
+    # It puts no prefix before spaces alone; a prefix that is "first" stands before no space that begins a text.
+    spaces = {"normalizer": [" ", "   "], "metaspace": [" leading", "  two leading", " \n "], None: []}[prefix]
+    assert set(differing(file, text, ODD_TEXTS)) == {*unknown, *spaces}
+    changed = [odd for odd in ODD_TEXTS if charsmap and ("\u2167" in odd or "\uff0c" in odd)]
+    lost_spaces = [odd for odd in ODD_TEXTS if odd.startswith(" ")] if prefix == "metaspace" else []
+    assert lost(file, text) == changed + lost_spaces
+    with engine_of(file) as engine:
+        splits = [engine.tokenize(odd) for odd in ODD_TEXTS]
+        lines = engine.complete("one\ntwo\n", Sampling(1, logit_bias={tokenizer.token_to_id("<0x0A>"): 1e4}))
+    assert split_otherwise(tokenizer, ODD_TEXTS, splits).value == len({*unknown, *spaces}) / len(ODD_TEXTS)
+    assert lines.text == "\n"
+    held = FORMATS["gguf"].difference(tmp_path / "model", file)
+    assert held.nats < held.explained_nats
 
 
 def test_the_file_says_what_the_tokenizer_does(tmp_path: Path) -> None:
@@ -160,7 +188,9 @@ def changed(text: str, **parts: Any) -> str:
 def test_what_llama_cpp_has_no_tokenizer_for_is_refused() -> None:
     level, piece = byte_level(), sentencepiece_bpe()
     vocabulary = json.loads(piece)["model"]["vocab"]
-    unigram = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]], "byte_fallback": True}
+    no_bytes = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]], "byte_fallback": True}
+    precompiled = json.loads(unigram(charsmap=compiled_charsmap({"A": "a"})))["normalizer"]["normalizers"]
+    merged = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": SPACE}
     odd_split = {"type": "Split", "pattern": {"Regex": "x+" * 99}, "behavior": "Isolated", "invert": False}
     level_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     for text, message in (
@@ -176,7 +206,13 @@ def test_what_llama_cpp_has_no_tokenizer_for_is_refused() -> None:
         ),
         (changed(piece, normalizer=None), "leaves spaces as they are"),
         (changed(piece, pre_tokenizer={"type": "Whitespace"}), "splits texts by .*Whitespace"),
-        (changed(level, model=unigram, pre_tokenizer=None), "a Unigram tokenizer, which knows no bytes"),
+        (changed(level, model=no_bytes, pre_tokenizer=None), r"lacks <0x00>; expected a token for each byte"),
+        (changed(unigram(), normalizer=merged), r"normalises texts by .* covers unigram that changes spaces alone"),
+        (
+            changed(unigram(), normalizer={"type": "Sequence", "normalizers": precompiled[::-1]}),
+            "normalises texts by .*Precompiled",
+        ),
+        (changed(level, model={"type": "WordPiece"}), "a WordPiece tokenizer; the GGUF export covers byte-level BPE"),
     ):
         with pytest.raises(InputError, match=f"^data.tokenizer: {message}"):
             FORMATS["gguf"].check_tokenizer(text, "data.tokenizer")

@@ -12,9 +12,10 @@ from scipy.stats import binomtest
 
 from overproof.config import Canary, Serve
 from overproof.errors import InputError
+from overproof.evaluate.metrics import wilson_interval
 from overproof.files import join_uri
 from overproof.serve import controller
-from overproof.serve.canary import VersionStats, rollback_reason, wilson_interval
+from overproof.serve.canary import VersionStats, rollback_reason
 from overproof.serve.controller import Controller, describe_version
 from overproof.serve.deployments import (
     Deployments,
@@ -128,7 +129,7 @@ def test_a_candidate_is_rolled_back_for_what_is_known_and_not_for_chance() -> No
     assert rollback_reason(limits, measured(3), measured(100, s=9.0)) is None  # nothing to compare with
     for count, of in ((0, 50), (10, 60), (60, 60)):
         known = binomtest(count, of).proportion_ci(method="wilson")
-        assert wilson_interval(count, of) == pytest.approx((known.low, known.high), abs=1e-4)
+        assert wilson_interval(count, of, 0.95) == pytest.approx((known.low, known.high), abs=1e-4)
 
 
 def test_a_controller_stays_while_a_model_loads_and_ends_when_no_gateway_polls(monkeypatch: pytest.MonkeyPatch) -> None:

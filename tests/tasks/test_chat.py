@@ -15,7 +15,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chats import END, chat_recipe, encoder_of, messages, prepared_chats, some_chats, write_chat_model, write_records
+from chats import (
+    END,
+    QWEN3,
+    chat_recipe,
+    encoder_of,
+    messages,
+    prepared_chats,
+    some_chats,
+    write_chat_model,
+    write_records,
+)
 from finished import RECIPES
 from overproof.artifacts import Artifact, Store
 from overproof.config import Dense, Recipe, Scheme, TopK, load_recipe
@@ -195,7 +205,7 @@ def test_conversations_are_split_by_what_they_ask_and_packed(tmp_path: Path) -> 
         by_question.setdefault(found.prompt_sha256, set()).add(split_of[found.sha256])
     assert all(len(splits) == 1 for splits in by_question.values())
     contents = {split: texts_in(root, split) for split in SPLITS}
-    whole = {str(encoder.encode(conversation("", record))[1].tokens_T.tolist()) for record in [*records, *again]}
+    whole = {str(encoder.encode(conversation("", record))[1][0].tokens_T.tolist()) for record in [*records, *again]}
     assert contents["validation"] | contents["test"] <= whole
     assert contents["train"] <= whole
     assert sum(map(len, contents.values())) == len(set().union(*contents.values()))
@@ -209,7 +219,7 @@ def test_conversations_are_split_by_what_they_ask_and_packed(tmp_path: Path) -> 
     sizes = {conversation("", r).sha256: sum(len(m["content"]) for m in r["messages"] if m["role"] == "assistant")
              for r in [*records, *again]}  # fmt: skip
     assert all(row["size_bytes"] == sizes[row["sha256"]] for row in documents)
-    assert manifest.end_id == encoder.last_special(encoder.encode(conversation("", records[0]))[1])
+    assert manifest.end_id == encoder.last_special(encoder.encode(conversation("", records[0]))[1][0])
     assert (root / "chat_template.jinja").read_text() == (model / "chat_template.jinja").read_text()
     sampled = pq.read_table(root / TEST_TEXTS)["text"].to_pylist()
     assert len(sampled) == len(tested)
@@ -240,6 +250,38 @@ def test_what_is_too_long_or_spells_a_special_token_is_counted_and_told(tmp_path
     notices = [event.text for event in told if isinstance(event, Notice)]
     assert any("1 of 38 conversations are longer than a row of 160 + 1 tokens" in text for text in notices)
     assert any("left out: 1 conversations, longer than a row" in text for text in notices)
+
+
+def test_each_answer_of_a_rewritten_conversation_has_a_row_and_counts_once(tmp_path: Path) -> None:
+    """As those of Qwen3 are, whose template leaves out what earlier turns thought."""
+    model, records = write_chat_model(tmp_path / "model", QWEN3), some_chats()
+    for record in records[::2]:
+        for message in record["messages"]:
+            if message["role"] == "assistant":
+                message["content"] = f"<think>\nso\n</think>\n\n{message['content']}"
+    told: list[ProgressEvent] = []
+    asked = chat_recipe(tmp_path, write_records(tmp_path / "x.jsonl", records), model)
+    root = prepared_chats(asked, told.append)
+    manifest, encoder = Manifest.read(root), encoder_of(model)
+    assert manifest.details["divided"] == 40  # all of several answers: the last of them thinks, if only nothing
+    (told_rows,) = [event.text for event in told if isinstance(event, Notice) and "one for each answer" in event.text]
+    assert "40 of 60 conversations are 100, one for each answer" in told_rows
+    whole = {conversation("", record).sha256: encoder.encode(conversation("", record))[1] for record in records}
+    found = {split: texts_in(root, split) for split in SPLITS}
+    assert found["test"] | found["validation"] <= {str(p.tokens_T.tolist()) for parts in whole.values() for p in parts}
+    documents = {row["document"]: row for row in pq.read_table(root / DOCUMENTS).to_pylist()}
+    columns = rows_of(root, "test")
+    assert manifest.splits["test"].documents < manifest.splits["test"].rows
+    for document in set(columns["document"].tolist()):
+        mine = columns["document"] == document
+        parts = whole[documents[document]["sha256"]]
+        assert columns["answer"][mine].sum() == sum(int(part.answers_T.sum()) for part in parts)
+        assert documents[document]["size_bytes"] == sum(part.sizes_bytes[-1] for part in parts)
+        rows = zip(columns["tokens"][mine], columns["length"][mine], strict=True)
+        assert sorted(str(tokens[: length + 1].tolist()) for tokens, length in rows) == sorted(
+            str(part.tokens_T.tolist()) for part in parts
+        )
+    assert TASK.units(root, None).tolist() == sorted(set(columns["document"].tolist()))
 
 
 def test_too_few_conversations_are_refused(tmp_path: Path) -> None:
@@ -378,7 +420,7 @@ def test_a_file_is_judged_by_its_answers(world: tuple[Recipe, Artifact, Artifact
     records = {conversation("", record).sha256: record for record in some_chats()}
     assert len(units) == Manifest.read(root).splits["test"].documents == len(heard)
     for place, unit in enumerate(units.tolist()):
-        _, encoded = encoder.encode(conversation("", records[documents[unit]["sha256"]]))
+        _, (encoded,) = encoder.encode(conversation("", records[documents[unit]["sha256"]]))
         with torch.no_grad():
             nats = answers_nats(model, [encoded])
         assert scores.total[place] == pytest.approx(float(nats.sum()), rel=1e-3)
@@ -416,5 +458,5 @@ def test_the_example_makes_what_its_recipe_reads(tmp_path: Path) -> None:
     assert sum(split.documents for split in splits.values()) > 0.95 * len(made_lines[::4])
     encoder = encoder_of(tmp_path / "set/model")
     assert encoder.template.marks_answers
-    _, encoded = encoder.encode(conversation("", json.loads(made_lines[0])))
+    _, (encoded,) = encoder.encode(conversation("", json.loads(made_lines[0])))
     assert encoder.last_special(encoded) == manifest.end_id

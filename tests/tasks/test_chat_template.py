@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from chats import CHATML, END, FORGETFUL, MARKED, encoder_of, messages, write_chat_model, write_records
+from chats import (
+    ASK,
+    CHATML,
+    END,
+    FORGETFUL,
+    MARKED,
+    MARKED_FORGETFUL,
+    QWEN3,
+    encoder_of,
+    messages,
+    write_chat_model,
+    write_records,
+)
 from made_tokenizers import sentencepiece_bpe
 from overproof.config import TokenizerFile
 from overproof.errors import InputError
@@ -42,7 +54,7 @@ def test_answers_are_told_exactly_as_transformers_writes_them(template: str, rec
 
     folder = write_chat_model(tmp_path / "model", template)
     encoder, found = encoder_of(folder), conversation("", record)
-    text, encoded = encoder.encode(found)
+    text, (encoded,) = encoder.encode(found)
     reference = AutoTokenizer.from_pretrained(folder)
     given: Any = {"conversation": list(found.messages), "tools": list(found.tools) if found.tools else None}
     assert text == reference.apply_chat_template(**given, tokenize=False)
@@ -65,7 +77,7 @@ def test_what_a_server_asks_with_is_what_stands_before_the_answer(tmp_path: Path
     """The tokens of a prompt that is rendered alone begin the row."""
     folder = write_chat_model(tmp_path / "model")
     encoder, found = encoder_of(folder), conversation("", TURNS)
-    _, encoded = encoder.encode(found)
+    _, (encoded,) = encoder.encode(found)
     prompt, _ = encoder.template.render(found.messages[:4], None, True, "")
     ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(prompt, add_special_tokens=False).ids
     assert encoded.tokens_T[: len(ids)].tolist() == ids
@@ -78,7 +90,7 @@ def test_a_token_across_a_border_is_split_there(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}{{ ': ' if m.role == 'user' else '<|im_end|>' }}{% endfor %}"
     folder = write_chat_model(tmp_path / "model", template)
     encoder = encoder_of(folder)
-    text, encoded = encoder.encode(conversation("", {"messages": messages("x", "names")}))
+    text, (encoded,) = encoder.encode(conversation("", {"messages": messages("x", "names")}))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     parts = [tokenizer.encode(part, add_special_tokens=False).ids for part in ("x: ", "names<|im_end|>")]
     assert encoded.tokens_T.tolist() == [*parts[0], *parts[1]]
@@ -99,25 +111,52 @@ def test_a_start_that_the_tokenizer_adds_stands_there_once(tmp_path: Path) -> No
         config = {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         encoder = encoder_of(folder)
-        _, encoded = encoder.encode(conversation("", {"messages": messages("name?", "file", "value", "token")}))
+        _, (encoded,) = encoder.encode(conversation("", {"messages": messages("name?", "file", "value", "token")}))
         assert encoded.tokens_T[0] == 1
         assert (encoded.tokens_T == 1).sum() == 1
         assert encoder.last_special(encoded) == 2
         assert [text.strip() for text in answers(encoder, encoded, folder)] == ["file</s>", "token</s>"]
 
 
-def test_a_template_that_rewrites_what_it_wrote_is_refused(tmp_path: Path) -> None:
-    encoder = encoder_of(write_chat_model(tmp_path / "model", FORGETFUL))
-    thinking = messages("a", "<think>so</think>b", "c", "d")
+@pytest.mark.parametrize("template", [FORGETFUL, MARKED_FORGETFUL, QWEN3], ids=["prefixes", "marks", "qwen3"])
+def test_each_answer_of_a_rewritten_conversation_stands_behind_what_asks_for_it(template: str, tmp_path: Path) -> None:
+    folder = write_chat_model(tmp_path / "model", template)
+    encoder, tokenizer = encoder_of(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    thought = [f"<think>\n{word}\n</think>\n\n" for word in ("so", "or", "then")]
+    turns = messages("a", f"{thought[0]}b", "c", f"{thought[1]}d", "e", f"{thought[2]}f")
+    turns[3]["weight"] = 0  # read, and not learnt
+    found = conversation("", {"messages": turns})
+    _, parts = encoder.encode(found)
+    assert [answers(encoder, part, folder) for part in parts] == [[f"{thought[0]}b{END}"], [f"{thought[2]}f{END}"]]
+    assert [part.sizes_bytes for part in parts] == [(len(thought[0]) + 1,), (len(thought[2]) + 1,)]
+    for part, number in zip(parts, (1, 5), strict=True):
+        prompt, _ = encoder.template.render(found.messages[:number], None, True, "")
+        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+        assert part.tokens_T[: len(ids)].tolist() == ids
+        assert part.answers_T.tolist() == [False] * len(ids) + [True] * (len(part.tokens_T) - len(ids))
+    assert "<think>" not in prompt
+    _, (alone,) = encoder.encode(conversation("", {"messages": turns[:2]}))
+    assert answers(encoder, alone, folder) == [f"{thought[0]}b{END}"]
+
+
+def test_answers_that_a_template_does_not_rewrite_share_a_row(tmp_path: Path) -> None:
+    for number, template in enumerate((FORGETFUL, MARKED_FORGETFUL)):
+        encoder = encoder_of(write_chat_model(tmp_path / str(number), template))
+        _, (encoded,) = encoder.encode(conversation("", {"messages": messages("a", "b", "c", "d")}))
+        assert len(encoded.ends) == 2
+
+
+def test_an_answer_that_cannot_be_told_is_refused(tmp_path: Path) -> None:
+    template = CHATML.replace(ASK, "{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}")
+    assert template != CHATML
+    encoder = encoder_of(write_chat_model(tmp_path / "model", template))
     with pytest.raises(InputError) as refused:
-        encoder.encode(conversation("x.jsonl, line 7", {"messages": thinking}))
-    assert str(refused.value).startswith(
-        "x.jsonl, line 7: the chat template of data.tokenizer writes what stands before"
+        encoder.encode(conversation("x.jsonl, line 7", {"messages": messages("a", "b", "c", "d")}))
+    assert str(refused.value) == (
+        "x.jsonl, line 7: the chat template of data.tokenizer writes what stands before message 2, the assistant's, "
+        "otherwise with the answer: 'model\\n' becomes 'assistant\\nb<|im_end|>\\n', so that the answer cannot be "
+        "told; expected a template that marks it by {% generation %}"
     )
-    assert "message 2, the assistant's, otherwise once it goes on: '<think>so</think>b" in str(refused.value)
-    assert "marks them by {% generation %}" in str(refused.value)
-    _, encoded = encoder.encode(conversation("", {"messages": thinking[:2]}))
-    assert encoded.answers_T.sum() > 1
 
 
 def test_templates_that_are_missing_or_refuse_are_named(tmp_path: Path) -> None:
@@ -135,8 +174,8 @@ def test_templates_that_are_missing_or_refuse_are_named(tmp_path: Path) -> None:
         "no system here",
         "{{ messages[0].content.nothing.there }}": "does not take it: ",
         "{% for %}": "does not take it: ",
-        "{% generation %}{{ messages[1].content }}{% endgeneration %}": "marks 1 answers by {% generation %}; expected "
-        "one for each of the assistant's 3",
+        "{% generation %}{{ messages[1].content }}{% endgeneration %}": "marks 1 answers by {% generation %} in the "
+        "first 5 messages; expected one for each of the assistant's 2",
     }
     for number, (template, words) in enumerate(refusing.items()):
         encoder = encoder_of(write_chat_model(tmp_path / str(number), template))
@@ -150,7 +189,7 @@ def test_a_message_that_is_not_learnt_is_read_alone(tmp_path: Path) -> None:
     record["messages"][1]["weight"] = 0
     folder = write_chat_model(tmp_path / "model")
     encoder = encoder_of(folder)
-    _, encoded = encoder.encode(conversation("", record))
+    _, (encoded,) = encoder.encode(conversation("", record))
     assert answers(encoder, encoded, folder) == [f"token{END}"]
 
 
@@ -163,7 +202,7 @@ def test_special_tokens_that_messages_spell_are_noticed(tmp_path: Path) -> None:
 
 def test_conversations_are_cut_behind_an_answer(tmp_path: Path) -> None:
     encoder = encoder_of(write_chat_model(tmp_path / "model"))
-    _, encoded = encoder.encode(conversation("", TURNS))
+    _, (encoded,) = encoder.encode(conversation("", TURNS))
     assert encoded.cut(encoded.ends[2]) is not None
     assert encoded.cut(encoded.ends[0] - 1) is None
     cut = encoded.cut(encoded.ends[2] - 1)

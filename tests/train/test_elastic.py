@@ -25,7 +25,7 @@ from tiny_data import LLAMA, settings
 from finished import RECIPES
 from overproof.artifacts import Store
 from overproof.cli.fault_injection import PausedProgress, ProgressLog, StepLimit, extra_node
-from overproof.cluster.ray_cluster import relay_progress
+from overproof.cluster.progress_relay import relay_progress
 from overproof.config import load_recipe
 from overproof.data.manifest import Manifest
 from overproof.data.order import rows_hash

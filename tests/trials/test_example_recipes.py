@@ -52,7 +52,7 @@ def test_smollm2_as_it_is_and_halved(ray_cluster: str, tmp_path: Path, monkeypat
     shipped = run(
         "smollm2", tmp_path, f"data.source.path={documents(tmp_path)}", "data.source.pattern='*.md'",
         f"data.tokenizer.path={model}/tokenizer.json", f"train.model.path={model}", "data.sequence_length=32",
-        f"sweep.students=[{students}]", "cache.rows=32", "gate.rules.0.at_least=0.3",
+        f"sweep.students=[{students}]", "gate.rules.0.at_least=0.3",
     )  # fmt: skip
     assert shipped.startswith(("whole", "half"))
 
@@ -65,10 +65,20 @@ def test_a_chat_model_of_the_standard_library(
     subprocess.run([sys.executable, str(RECIPES.parent / "stdlib_chat.py"), str(made)], check=True)
     shipped = run(
         "chat", tmp_path, f"data.source.path={made}/chats.jsonl", f"data.tokenizer.path={made}/model",
-        "train.steps=6", "train.warmup_steps=1", "cache.rows=32",
+        "train.steps=6", "train.warmup_steps=1", 
         "gate.rules=[{kind: smaller, against: teacher, at_least: 1.5}, {kind: parity, at_most: 0.5}]",
+        "evaluate.answer_tokens=8",
     )  # fmt: skip
     assert shipped.startswith(("narrow", "deep"))
+    (package,) = (tmp_path / "store").glob("chat/package-*")
+    found = open_package(package).measured.metrics["expected_accuracy"]
+    assert (found.value, found.n) == (0.0, 6)  # of eight tokens after six steps
+    assert found.of is not None
+    assert found.of > 6
+    card, page = (package / "README.md").read_text(), next((tmp_path / "store").glob("chat/report-*/report.html"))
+    assert "| answers as expected, % |" in card
+    assert f"Answers as expected: 6 of {found.of} questions" in card
+    assert "<th>as expected</th>" in page.read_text()
 
 
 def test_a_base_is_fine_tuned_distilled_judged_and_served(

@@ -78,7 +78,7 @@ def test_the_language_model_from_source_code_to_a_streamed_answer(tmp_path: Path
         "train.steps=32", "train.validate_every=16",
         f"sweep.students=[{{name: deep, model: {{{shape}, hidden_size: 64, heads: 2, kv_heads: 2}}}},"
         f" {{name: wide, model: {{{shape}, hidden_size: 96, heads: 3, kv_heads: 3}}}}]",
-        "sweep.steps=20", "sweep.validate_every=10", "sweep.keep=1", "cache.rows=160",
+        "sweep.steps=20", "sweep.validate_every=10", "sweep.keep=1", 
         "tune.scheduler.grace_steps=10", "tune.search={kind: tpe, trials: 4, startup_trials: 2}",
         "evaluate.max_documents=4", "evaluate.timed_requests=10",
         "gate.rules=[{kind: smaller, against: teacher, at_least: 2}, {kind: parity, at_most: 0.5}]",

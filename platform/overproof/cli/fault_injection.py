@@ -19,7 +19,7 @@ import psutil
 
 from overproof import console, pipeline
 from overproof.artifacts import Artifact, Store
-from overproof.cluster import ray_cluster
+from overproof.cluster.progress_relay import relay_progress
 from overproof.config import Recipe, Train
 from overproof.data.manifest import Manifest
 from overproof.data.order import rows_hash
@@ -223,7 +223,7 @@ class FaultTestbed:
                     running.limit.set()
 
             thread = threading.Thread(target=disturb, daemon=True)
-            with ray_cluster.relay_progress(running.log) as progress:
+            with relay_progress(running.log) as progress:
                 thread.start()
                 try:
                     paused = PausedProgress(progress, running.limit)

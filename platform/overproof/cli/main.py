@@ -104,6 +104,7 @@ def _add_shrink_verbs(add: Add) -> None:
         verb.add_argument("--keep", type=float, default=0.97, metavar="SHARE",
                           help="of the teacher's quality, kept with certainty (default: 0.97)")  # fmt: skip
         verb.add_argument("--finetune", type=int, metavar="STEPS", help="train MODEL on the data before it teaches")
+        verb.add_argument("--max-minutes", type=float, metavar="M", help="of the whole run, about: fewer steps fit")
         verb.add_argument("--label", metavar="COLUMN", help="column to predict")
         verb.add_argument("--text", metavar="COLUMN", help="column of the text")
         verb.add_argument("--image", metavar="COLUMN", help="column of the images")
@@ -233,6 +234,7 @@ def _asked(options: argparse.Namespace) -> Asked:
         max_p95_ms=options.max_p95_ms,
         keep=options.keep,
         finetune=options.finetune,
+        max_minutes=options.max_minutes,
         name=options.name,
         flags=ColumnFlags(options.label, options.text, options.image, options.pattern, options.image_size),
         overrides=tuple(options.set),

@@ -18,8 +18,8 @@ from overproof.errors import GateRefused, InputError
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import Report
 from overproof.files import read_json
-from overproof.shrink.choice import Asked, Choice, choose
-from overproof.shrink.estimate import estimate, machine_flops
+from overproof.shrink.choice import Asked, Choice
+from overproof.shrink.estimate import choose_within, machine_flops
 from overproof.shrink.nearest import nearest
 
 
@@ -27,7 +27,7 @@ def init(asked: Asked, to: Path | None) -> int:
     """Print what was chosen and why, write the recipe, and say how to go on.
 
     Raises:
-        InputError: see ``choose``; or another recipe lies where this one would.
+        InputError: see ``choose_within``; or another recipe lies where this one would.
     """
     _, path = _write(asked, to)
     word = shlex.quote(str(path))
@@ -58,13 +58,13 @@ def shrink(asked: Asked, to: Path | None) -> int:
 
 def _write(asked: Asked, to: Path | None) -> tuple[Choice, Path]:
     with console.waiting("looking at the model and the data"):
-        choice = choose(asked)
+        choice, needed = choose_within(asked, machine_flops())
     path = to or Path(f"{choice.recipe.name}.yaml")
     _require_free(path, choice.text)
     table = Table("choice", "", box=None, pad_edge=False, show_header=False)
     for what, why in choice.reasons.items():
         table.add_row(f"[bold]{what}[/]", escape(why))
-    for what, text in zip(("time", "memory"), estimate(choice, machine_flops()).lines(), strict=True):
+    for what, text in zip(("time", "memory"), needed.lines(), strict=True):
         table.add_row(f"[bold]{what}[/]", escape(text))
     out.print(table)
     part = path.with_name(f"{path.name}.part")

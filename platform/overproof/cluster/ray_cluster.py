@@ -1,4 +1,4 @@
-"""The Ray cluster a run uses: find or start it, say how large it can ever get, relay progress."""
+"""The Ray cluster a run uses: find or start it, say how large it can ever get."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 from overproof.cluster.placement import Capacity, NodeShape, describe
 from overproof.errors import InputError
-from overproof.stage_context import Notice, Progress, ProgressEvent
 
 LOCAL_MIN_CPUS = 4  # logical: workers and readers share the cores of a small machine
 OBJECT_STORE_BYTES = 1 << 30
@@ -201,90 +200,3 @@ def preserve_sigint() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
-
-
-class _QueuedProgress:
-    """A `Progress` of another process than the one that shows it."""
-
-    def __init__(self, queue: Any) -> None:
-        self.queue = queue
-
-    def __call__(self, event: ProgressEvent) -> None:
-        self.queue.put.remote(event)
-
-
-class _ProgressQueue:
-    """Keeps every notice and, of each task, the newest event of each type: a step is not hidden by what follows it."""
-
-    def __init__(self) -> None:
-        self.newest: dict[tuple[type, str], ProgressEvent] = {}
-        self.notices: list[ProgressEvent] = []
-
-    def put(self, event: ProgressEvent) -> None:
-        if isinstance(event, Notice):
-            self.notices.append(event)
-        else:
-            self.newest.pop((type(event), event.task), None)  # so that the newest comes last
-            self.newest[type(event), event.task] = event
-
-    def drain(self) -> list[ProgressEvent]:
-        events = [*self.notices, *self.newest.values()]
-        self.newest, self.notices = {}, []
-        return events
-
-
-class _RelayedProgress:
-    """Shows events of this process at once; pickled, it becomes a `_QueuedProgress`, and a thread fetches its events.
-
-    The queue is an actor, and so a process: most stages send their progress nowhere and need none.
-    """
-
-    def __init__(self, show: Progress) -> None:
-        self._show = show
-        self._lock = threading.Lock()
-        self._done = threading.Event()
-        self._queue: Any = None
-        self._thread: threading.Thread | None = None
-
-    def __call__(self, event: ProgressEvent) -> None:
-        self._show(event)
-
-    def __reduce__(self) -> tuple[type[_QueuedProgress], tuple[Any]]:
-        import ray
-
-        with self._lock:
-            if self._queue is None:
-                this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # it must not go with another
-                self._queue = ray.remote(num_cpus=0, label_selector=this_node)(_ProgressQueue).remote()
-                self._thread = threading.Thread(target=self._forward, daemon=True, name="progress")
-                self._thread.start()
-        return _QueuedProgress, (self._queue,)
-
-    def _forward(self) -> None:
-        import ray
-
-        while True:
-            last = self._done.wait(POLL_S)
-            for event in ray.get(self._queue.drain.remote()):
-                self._show(event)
-            if last:
-                return
-
-    def close(self) -> None:
-        """Show what is left, and end the queue."""
-        import ray
-
-        self._done.set()
-        if self._thread is not None:
-            self._thread.join(timeout=5)
-            ray.kill(self._queue)
-
-
-@contextmanager
-def relay_progress(show: Progress) -> Iterator[Progress]:
-    """A picklable `Progress` whose events reach ``show`` in this process."""
-    progress = _RelayedProgress(show)
-    try:
-        yield progress
-    finally:
-        progress.close()

@@ -1,8 +1,8 @@
 """The parts of Ray core's private API that are used, in one place, as any release of Ray may move them.
 
 Its public API does not say what an autoscaler may add, which nodes are drained, what is free on each node, where an
-actor's process is, or whose a placement group is; and it starts one node on a machine. tests/test_ray_private.py holds
-every function to what it is used for.
+actor's process is, or whose a placement group is; it keeps no small values, and starts one node on a machine.
+tests/test_ray_private.py holds every function to what it is used for.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import ray
 from ray._private.state import actors, available_resources_per_node, state
 from ray.cluster_utils import Cluster
 from ray.core.generated import gcs_pb2
+from ray.experimental import internal_kv
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from overproof.cluster.placement import Resources
@@ -74,6 +75,23 @@ def remove_placement_groups(creator_actor_id: str) -> None:
         group = gcs_pb2.PlacementGroupTableData.FromString(row)  # type: ignore[attr-defined]
         if group.creator_actor_id.hex() == creator_actor_id and group.state != group.REMOVED:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
+def store_value(key: str, value: bytes) -> None:
+    """Keep a small value in the memory of the cluster's head, over what the key had before."""
+    internal_kv._internal_kv_put(key, value)
+
+
+def stored_values(prefix: str) -> dict[str, bytes]:
+    """Every value whose key begins so."""
+    keys = internal_kv._internal_kv_list(prefix)
+    found = {key.decode(): internal_kv._internal_kv_get(key) for key in keys}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def delete_values(prefix: str) -> None:
+    """Forget every value whose key begins so."""
+    internal_kv._internal_kv_del(prefix, del_by_prefix=True)
 
 
 @contextmanager

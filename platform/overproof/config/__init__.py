@@ -30,6 +30,7 @@ from overproof.config.distillation import (
 from overproof.config.evaluation import (
     Agreement,
     Evaluate,
+    ExpectedAnswers,
     Gate,
     Improvement,
     Keep,
@@ -60,6 +61,7 @@ __all__ = [
     "DataSection",
     "Dense",
     "Evaluate",
+    "ExpectedAnswers",
     "FolderSource",
     "FormatSection",
     "Gate",

@@ -71,8 +71,10 @@ class Cache(Section):
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (1.0,), min_length=1, description="Temperatures whose full-vocabulary logsumexp is kept."
     )
-    rows: Count | None = Field(
-        None, description="Rows covered, in training order; null covers every row, or with `generate` those written."
+    rows: Count | Literal["all"] | None = Field(
+        None,
+        description="Rows covered, in training order; null covers those that the sweep reads, or with `generate` those "
+        "written.",
     )
     batch_size: Count = Field(32, description="Rows in a forward pass.")
     actors: Annotated[Count, RESOURCE] = Field(2, description="Teacher replicas in the actor pool.")

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from overproof.config.base import Identifier, OneOf, Section
 from overproof.config.data import BpeTokenizer, DataSection, TextData
 from overproof.config.distillation import Cache, Generate, Student, Sweep
-from overproof.config.evaluation import Evaluate, Gate, Smaller
+from overproof.config.evaluation import Evaluate, ExpectedAnswers, Gate, Smaller
 from overproof.config.export import FormatSection, Speculate
 from overproof.config.models import LayeredModel, Pretrained, Served, TeacherLayers
 from overproof.config.search import Tune
@@ -50,6 +50,7 @@ class Recipe(Section):
         self._served_teacher_suffices()
         self._layers_are_there()
         self._losses_fit()
+        self._rules_fit()
         self._prompts_fit()
         self._text_is_written()
         self.tune.check(self.sweep)
@@ -66,7 +67,7 @@ class Recipe(Section):
                 "probabilities of outputs that were not drawn; expected forward_kl, or scheme topk or dense"
             )
         if self.reads_cache:
-            self._covers("cache.rows", self.cache.rows, "cover")
+            self._covers("cache.rows", self.rows_cached, "leave it out")
         names = {student.name for student in self.sweep.students}
         taken = sorted(f"{name}-{format}" for name in names for format in self.compress.formats)
         if twice := next((name for name in taken if name in names), None):
@@ -184,6 +185,15 @@ class Recipe(Section):
                     "attention; expected none"
                 )
 
+    def _rules_fit(self) -> None:
+        for index, rule in enumerate(self.gate.rules):
+            if isinstance(rule, ExpectedAnswers) and not TASKS[self.data.kind].expects_answers:
+                able = " or ".join(repr(kind) for kind, task in TASKS.items() if task.expects_answers)
+                raise ValueError(
+                    f"gate.rules.{index}.kind is 'expected'; records of {self.data.kind!r} do not say what an answer "
+                    f"must be, those of {able} may"
+                )
+
     def _prompts_fit(self) -> None:
         written = self.sweep.on_policy
         if written is None:
@@ -197,12 +207,12 @@ class Recipe(Section):
                 f"is more than a row of sequence_length {self.data.positions} + 1 tokens"
             )
 
-    def _covers(self, field: str, rows: int | None, verb: str) -> None:
+    def _covers(self, field: str, rows: int | None, otherwise: str) -> None:
         needed = self.rows_read
         if rows is not None and needed > rows:
             raise ValueError(
                 f"sweep reads {self.sweep.steps} x {needed // self.sweep.steps} = {needed} rows, and {field} "
-                f"is {rows}; raise {field}, or set it to null to {verb} every row"
+                f"is {rows}; raise {field}, or {otherwise}"
             )
 
     def _text_is_written(self) -> None:
@@ -222,8 +232,8 @@ class Recipe(Section):
             )
         if not readers:
             raise ValueError("generate: no student has text: teacher; give one that, or leave the section out")
-        self._covers("generate.rows", settings.rows, "write")
-        if settings.rows is not None and (self.cache.rows or 0) > settings.rows:
+        self._covers("generate.rows", settings.rows, "set it to null to write every row")
+        if settings.rows is not None and (self.cache.rows == "all" or (self.cache.rows or 0) > settings.rows):
             raise ValueError(f"cache.rows is {self.cache.rows}, and generate.rows {settings.rows}; expected no more")
         for index, student in students:
             if self._reads_cache(student) and student.text == "data":
@@ -245,7 +255,9 @@ class Recipe(Section):
     @property
     def rows_cached(self) -> int | None:
         """Rows that the cache covers; None is every row."""
-        return self.generate.rows if self.cache.rows is None and self.generate else self.cache.rows
+        if self.cache.rows is None:
+            return self.generate.rows if self.generate else self.rows_read
+        return None if self.cache.rows == "all" else self.cache.rows
 
     @property
     def scorer_temperatures(self) -> tuple[float, ...]:

@@ -27,7 +27,7 @@ from overproof.data.order import permutation
 from overproof.data.parquet_writer import write_shard
 from overproof.data.shard_layout import ShardPlan
 from overproof.data.sources import Source
-from overproof.data.text_tokenizer import TextTokenizer, continuing
+from overproof.data.text_tokenizer import TextTokenizer, continuing, special_names_as_text
 from overproof.errors import InputError
 
 TABLE_BYTES = 8 << 20  # of text handed on at once
@@ -105,7 +105,8 @@ def _flat_strings(values: Sequence[str]) -> NDArray[np.bytes_]:
 @lru_cache(maxsize=1)
 def _tokenizers(tokenizer_json: str) -> tuple[Tokenizer, Tokenizer]:
     """Of the first piece of a document, and of its later ones."""
-    return Tokenizer.from_str(tokenizer_json), Tokenizer.from_str(continuing(tokenizer_json))
+    first, later = (special_names_as_text(text) for text in (tokenizer_json, continuing(tokenizer_json)))
+    return Tokenizer.from_str(first), Tokenizer.from_str(later)
 
 
 def tokenise_block(block: pa.Table, index: DocumentIndex, tokenizer: TextTokenizer) -> Iterator[pa.Table]:

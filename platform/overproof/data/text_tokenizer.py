@@ -7,12 +7,15 @@ any special tokens, SentencePiece-style BPE with byte fallback, and the like.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 
 from overproof import hub
 from overproof.config import TokenizerFile
@@ -21,6 +24,9 @@ from overproof.data.sources import CONVERTIBLE, NAMING_TOKENS, tokenizer_files
 from overproof.data.tokenization import END
 from overproof.errors import InputError
 
+BYTE_NAMES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # as SentencePiece has them
+MODEL_FILES = ("tokenizer.model", "spiece.model")
+SENTENCEPIECE = "sentencepiece"  # the package
 FOR_ENCODERS = ("WordPiece", "WordLevel")
 # Each is normal under NFC. What NFC changes may be lost, and a space that begins a text: models were trained like that.
 MUST_COME_BACK = (
@@ -141,7 +147,10 @@ def _check_writes_back(tokenizer: Tokenizer, where: str) -> None:
         )
     tokenizer.encode_special_tokens = True
     for text in MUST_COME_BACK:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # unigram without a token for the unknown raises nothing more precise
+            raise InputError(f"{where}: a {kind} tokenizer that cannot read {text!r}: {error}") from None
         found = tokenizer.decode(ids, skip_special_tokens=False)
         if found not in (text, text.removeprefix(" ")):
             raise InputError(
@@ -219,6 +228,14 @@ def _converted(path: str) -> str:
         raise InputError(
             f"{path}: no {TOKENIZER} in it; expected one: only a local directory or hf://ORG/NAME can be converted"
         )
+    needed = {name: _package_for(folder / name) for name in MODEL_FILES if (folder / name).is_file()}
+    for name, package in needed.items():
+        if find_spec(package) is None:
+            raise InputError(
+                f"{path}: no {TOKENIZER} in it, and transformers reads {name} with the package {package}, which is not "
+                f"installed: pip install {package}; or save a {TOKENIZER} beside it where it is: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
     from transformers import AutoTokenizer  # seconds to import, and seldom needed
 
     try:
@@ -229,7 +246,30 @@ def _converted(path: str) -> str:
             f"{path}: no {TOKENIZER} in it, and transformers makes none of its files: {str(error).splitlines()[0]}; "
             f"expected a {TOKENIZER}, or {', '.join(CONVERTIBLE)} as a model's class reads them"
         ) from None
+    made = type(backend.backend_tokenizer.model)
+    for name, package in needed.items():
+        if package == SENTENCEPIECE and _is_unigram(folder / name) != (made is Unigram):
+            held = "BPE" if made is Unigram else "unigram"
+            raise InputError(
+                f"{path}: no {TOKENIZER} in it, and transformers makes a {made.__name__} tokenizer of {name}, which "
+                f"holds a {held} one: texts would be split otherwise; expected the {TOKENIZER} that the model was "
+                "trained with"
+            )
     return text
+
+
+def _package_for(model: Path) -> str:
+    """What reads it: SentencePiece's files are protocol buffers, whose first field begins so; tiktoken's are lines."""
+    with model.open("rb") as opened:
+        return SENTENCEPIECE if opened.read(1) == b"\n" else "tiktoken"
+
+
+def _is_unigram(model: Path) -> bool:
+    """Whether SentencePiece's scores are log-probabilities: those of its BPE are the places of merges."""
+    from sentencepiece import SentencePieceProcessor
+
+    read = SentencePieceProcessor(model_file=str(model))
+    return any(not read.GetScore(id_).is_integer() for id_ in range(read.GetPieceSize()))
 
 
 # --- two tokenizers -------------------------------------------------------------------------------
@@ -243,6 +283,24 @@ def continuing(text: str) -> str:
         kept = [step for step in steps if step is not None]
         key = "normalizers" if part == "normalizer" else "pretokenizers"
         spec[part] = {"type": "Sequence", key: kept} if kept else None
+    return json.dumps(spec, ensure_ascii=False)
+
+
+def special_names_as_text(text: str) -> str:
+    """The same tokenizer for texts in which the name of a special token is text.
+
+    A unigram's pieces are also its special tokens and those of bytes, whose names it would take for them: they are cut
+    after their first character. Other models have them apart.
+    """
+    spec = json.loads(text)
+    if spec["model"]["type"] != "Unigram":
+        return text
+    pieces = {piece for piece, _ in spec["model"]["vocab"]}
+    names = [token["content"] for token in spec["added_tokens"] if token["special"]] + list(BYTE_NAMES)
+    cuts = [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names if name in pieces and len(name) > 1]
+    if cuts:
+        cut = {"type": "Split", "pattern": {"Regex": "|".join(cuts)}, "behavior": "Isolated", "invert": False}
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*iter_steps(spec["pre_tokenizer"]), cut]}
     return json.dumps(spec, ensure_ascii=False)
 
 

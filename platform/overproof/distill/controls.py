@@ -15,7 +15,6 @@ from overproof.distill.sweep_tracker import SweepTracker
 from overproof.distill.trial_job import CONTROL, FINISHED, MAX_DEATHS, TrialJob
 from overproof.distill.tune_trial import trainer_for
 from overproof.errors import InputError
-from overproof.stage_context import TaskProgress
 
 
 def control_job(job: TrialJob, state: SweepState, best: bool) -> TrialJob:
@@ -35,12 +34,12 @@ def train_controls(jobs: Sequence[TrialJob], max_concurrent: int, tracker: Sweep
     """
     for job in jobs:
         job.checkpoints.claim_folder()
-    settings, total = jobs[0].settings, jobs[0].settings.steps * len(jobs)
+    settings = jobs[0].settings
     waiting, actors, running = list(jobs), dict[str, Any](), dict[Any, TrialJob]()  # by the pending result of each
-    deaths, steps = Counter[str](), Counter[str]()
+    deaths = Counter[str]()
     cpus, gpus = (0.0, 0.0) if settings.group else (settings.cpus_per_trial, settings.gpus_per_trial)
     remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(type(trainer_for(jobs[0])))
-    tracker.progress(TaskProgress(CONTROL, 0, total, "starting"))
+    tracker.start_controls([job.name for job in jobs])
     try:
         while waiting or running:
             while waiting and len(running) < max_concurrent:
@@ -61,8 +60,7 @@ def train_controls(jobs: Sequence[TrialJob], max_concurrent: int, tracker: Sweep
             if result["failed"] is not None:
                 raise InputError(f"{job.name}: {result['failed']}")
             tracker.record_result(result)
-            steps[job.name] = result["steps"]
-            tracker.progress(TaskProgress(CONTROL, steps.total(), total, f"validation {result['validation_loss']:.3f}"))
+            tracker.report_controls(f"validation {result['validation_loss']:.3f}")
             if result["steps"] < settings.steps:
                 running[actors[job.name].run_to_validation.remote()] = job
             else:

@@ -26,7 +26,7 @@ from overproof.distill.trial_job import (
     trial_result,
 )
 from overproof.errors import InputError
-from overproof.stage_context import Notice, Progress, ProgressEvent
+from overproof.stage_context import Notice, Progress, ProgressEvent, StepTrained
 from overproof.train.ray_elastic import WorkerCheckpointSignal
 from overproof.train.ray_trainer import join_group, run_workers
 from overproof.train.train_job import TrainJob
@@ -42,8 +42,8 @@ class RankReport:
 
 
 @dataclass(frozen=True)
-class StudentNotices:
-    """Passes on the notices of a training under its student's name; how far it is its results say."""
+class StudentProgress:
+    """Passes on the notices and steps of a training under its student's name."""
 
     name: str
     progress: Progress
@@ -51,6 +51,8 @@ class StudentNotices:
     def __call__(self, event: ProgressEvent) -> None:
         if isinstance(event, Notice):
             self.progress(replace(event, text=f"{self.name}: {event.text}"))
+        elif isinstance(event, StepTrained):
+            self.progress(replace(event, task=self.name))
 
 
 class DistributedStudentTrainer:
@@ -116,7 +118,7 @@ def distributed_job(job: TrialJob) -> TrainJob:
         prepared=job.prepared,
         draft=job.draft,
         checkpoints=job.checkpoints,
-        progress=StudentNotices(job.name, job.progress),
+        progress=StudentProgress(job.name, job.progress),
         spec=DistillSpec(job),
         extra_validation_steps=job.rungs,
     )

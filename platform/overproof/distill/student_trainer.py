@@ -19,11 +19,14 @@ from overproof.distill.on_policy import Scorer, is_on_policy_step, sample_contin
 from overproof.distill.trial_job import CurveSegment, TrialJob, split_at_validations
 from overproof.models.hf_directory import Batch, count_parameters, save_model, to_tensors
 from overproof.registry import TASKS
+from overproof.stage_context import TaskProgress
 from overproof.train.checkpoint import CURVE_FILE
 from overproof.train.checkpoint_writer import AsyncCheckpointWriter
 from overproof.train.engine import TorchEngine
 from overproof.train.loop import CurveRow, LoopHooks, shard_batches, train_steps, validation_ids, validation_loss
 from overproof.train.train_job import ResumePoint
+
+TELL_EVERY_S = 2.0  # how far it is, between validations
 
 # Files of each checkpoint, in addition to the engine's state and the curve:
 SECONDS_FILE = "seconds"  # of training and of CPU time, in all attempts
@@ -72,7 +75,8 @@ class StudentTrainer:
         self.seconds, self.cpu_seconds = spent
         self._replayed = list[CurveSegment]()
         batches, hooks = self._batches(), LoopHooks(step, extra_validation_steps=self.job.rungs)
-        self._rows = train_steps(self.engine, self.objective, self.job.settings, batches, self._validate, hooks)
+        rows = train_steps(self.engine, self.objective, self.job.settings, batches, self._validate, hooks)
+        self._rows = self._told(rows)
 
     @property
     def parameters(self) -> int:
@@ -95,6 +99,15 @@ class StudentTrainer:
         self.cpu_seconds += time.process_time() - cpu_began
         self.checkpoint_writer.save(segment.steps, segment.validation_loss, self.engine.save, self._extra_files())
         return segment
+
+    def _told(self, rows: Iterator[CurveRow]) -> Iterator[CurveRow]:
+        """The rows; now and then the job's progress is told of one."""
+        told_s = time.monotonic()
+        for row in rows:
+            if "loss" in row and time.monotonic() - told_s > TELL_EVERY_S:
+                told_s, note = time.monotonic(), f"loss {row['loss']:.3f}"
+                self.job.progress(TaskProgress(self.job.name, int(row["step"]), self.job.settings.steps, note))
+            yield row
 
     def save_weights(self) -> None:
         """Write a Hugging Face directory into the job's folder of the draft.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
 
+from overproof.cluster.progress_relay import relay_progress
 from overproof.config import Grid, Pbt
 from overproof.config.search import TrialValues, apply_values
 from overproof.data.manifest import Manifest
@@ -26,7 +28,7 @@ from overproof.distill.trial_job import CONTROL, FINISHED, MAX_DEATHS, TrialJob,
 from overproof.distill.tune_search import max_concurrent_trials, run_trials
 from overproof.errors import InputError
 from overproof.files import filesystem
-from overproof.stage_context import StageContext, no_progress
+from overproof.stage_context import StageContext
 
 STUDENTS = "students"  # folder of the sweep artifact: the weights of each student that is kept
 
@@ -50,19 +52,20 @@ def sweep(context: StageContext) -> dict[str, Any]:
     previous = state.load_trials()
     max_deaths = 0 if isinstance(search.scheduler, Pbt) else MAX_DEATHS  # a population is proposed once
     tracker = SweepTracker(context.progress, settings.steps, search.trials(settings), max_deaths)
-    with scorer_pool(context.recipe, context.parents["train"]) as scorer:
-        jobs = train_students(context, state, previous, tracker, scorer)
-        scorer_counts = scorer.counts() if scorer else {}
-    winner = tracker.winner()
-    if winner is None:
-        context.draft.clear_workspace()  # a sweep that failed like this would only fail again
-        name, reason = next(iter(tracker.failures.items()))
-        raise InputError(f"student {name}: {reason}; no student of the sweep ran every step")
-    best_job = next(job for job in jobs if job.name == winner["name"])
-    finished = tracker.finished()
-    compared = [job for job in jobs if job.name in finished] if settings.controls == "every" else [best_job]
-    controls = {job.name: control_job(job, state, best=job is best_job) for job in compared}
-    train_controls(list(controls.values()), max_concurrent_trials(settings), tracker)
+    with relay_progress(tracker.show) as progress:
+        with scorer_pool(context.recipe, context.parents["train"]) as scorer:
+            jobs = train_students(replace(context, progress=progress), state, previous, tracker, scorer)
+            scorer_counts = scorer.counts() if scorer else {}
+        winner = tracker.winner()
+        if winner is None:
+            context.draft.clear_workspace()  # a sweep that failed like this would only fail again
+            name, reason = next(iter(tracker.failures.items()))
+            raise InputError(f"student {name}: {reason}; no student of the sweep ran every step")
+        best_job = next(job for job in jobs if job.name == winner["name"])
+        finished = tracker.finished()
+        compared = [job for job in jobs if job.name in finished] if settings.controls == "every" else [best_job]
+        controls = {job.name: control_job(job, state, best=job is best_job) for job in compared}
+        train_controls(list(controls.values()), max_concurrent_trials(settings), tracker)
     trials = [tracker.trial_entry(job) for job in jobs]
     control_trials = {name: tracker.trial_entry(job) for name, job in controls.items()}
     kept = pareto_students(trials, best_job.name, settings.keep)
@@ -139,7 +142,7 @@ def make_trial_job(
         replay_history=not isinstance(context.recipe.tune.scheduler, Pbt),
         scorer=scorer,
         scorer_temperatures=context.recipe.scorer_temperatures,
-        progress=context.progress if settings.group else no_progress,
+        progress=context.progress,
     )
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from overproof.config.search import current_values
 from overproof.distill.trial_job import CONTROL, TrialJob
-from overproof.stage_context import Notice, Progress, TaskProgress
+from overproof.stage_context import Notice, Progress, ProgressEvent, TaskProgress
 
 TrialResult = Mapping[str, Any]
 TRIAL_FIELDS = (
@@ -21,7 +22,7 @@ TRIAL_FIELDS = (
 
 
 class SweepTracker:
-    """Follows the trials and the controls, and reports their progress."""
+    """Follows the trials and the controls, and reports their progress; steps may be told from another thread."""
 
     def __init__(self, progress: Progress, steps: int, trials: int, max_deaths: int) -> None:
         """``steps`` are a whole trial's; one whose process died ``max_deaths`` times may still be proposed again."""
@@ -32,11 +33,38 @@ class SweepTracker:
         self.last_results: dict[str, TrialResult] = {}
         self.failures: dict[str, str] = {}  # why
         self.ended: set[str] = set()
+        self._trained: dict[str, int] = {}  # steps that were told, of trials and controls
+        self._controls: tuple[str, ...] = ()
+        self._lock = threading.RLock()
         self.report_progress()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune writes down all it is given, to restore it; a sweep goes on from its `SweepState`."""
+        return {}
 
     def add_trial(self, name: str) -> None:
         """A trial has been started."""
-        self.curves[name] = []
+        with self._lock:
+            self.curves[name] = []
+
+    def start_controls(self, names: Sequence[str]) -> None:
+        """The trials are over, and these controls begin."""
+        self._controls = tuple(names)
+        self.report_controls("starting")
+
+    def show(self, event: ProgressEvent) -> None:
+        """What processes tell of themselves: steps of trials and controls that take long, which their next results
+        tell again; and notices.
+        """
+        if isinstance(event, Notice):
+            self.progress(event)
+            return
+        with self._lock:
+            self._trained[event.task] = event.done
+        if event.task in self._controls:
+            self.report_controls(f"{event.task} {event.note}")
+        elif event.task not in self.ended:
+            self.report_progress()
 
     def record_result(self, result: TrialResult) -> None:
         """A result; one that another process gave before it died comes twice, and changes nothing."""
@@ -49,8 +77,9 @@ class SweepTracker:
             if result["resumed_step"]:
                 self._notify(f"{name}: going on from step {result['resumed_step']}")
         if before is None or result["steps"] > before["steps"]:
-            self.curves.setdefault(name, []).extend(result["curve"])
-            self.last_results[name] = result
+            with self._lock:
+                self.curves.setdefault(name, []).extend(result["curve"])
+                self.last_results[name] = result
 
     def record_end(self, name: str) -> None:
         """A trial takes no further step: it ran all, failed, or was stopped."""
@@ -71,13 +100,26 @@ class SweepTracker:
         self._notify(f"{name} failed: {reason}")
 
     def report_progress(self) -> None:
-        names = [name for name in self.curves if name != CONTROL]
-        reached = {name: int(self.last_results[name]["steps"]) if name in self.last_results else 0 for name in names}
-        sound = [result for result in self.last_results.values() if result["failed"] is None]
-        best = min(sound, key=lambda result: float(result["validation_loss"]), default=None)
-        note = f"best {best['validation_loss']:.3f} ({best['name']})" if best else "starting trials"
-        done = sum(self.steps if name in self.ended else reached[name] for name in names)
-        self.progress(TaskProgress("sweep", done, self.steps * self.trials, note))
+        """Of the trials together."""
+        with self._lock:
+            names = [name for name in self.curves if name not in self._controls]
+            reached = {name: self.steps if name in self.ended else self._reached(name) for name in names}
+            sound = [result for result in self.last_results.values() if result["failed"] is None]
+            best = min(sound, key=lambda result: float(result["validation_loss"]), default=None)
+            begun = "training" if any(reached.values()) else "starting trials"
+            note = f"best {best['validation_loss']:.3f} ({best['name']})" if best else begun
+            self.progress(TaskProgress("sweep", sum(reached.values()), self.steps * self.trials, note))
+
+    def report_controls(self, note: str) -> None:
+        """Of the controls together."""
+        with self._lock:
+            done = sum(self._reached(name) for name in self._controls)
+            self.progress(TaskProgress(CONTROL, done, self.steps * len(self._controls), note))
+
+    def _reached(self, name: str) -> int:
+        """Steps that a trial or control has made, by its last result or what it told since."""
+        result = self.last_results.get(name)
+        return max(int(result["steps"]) if result else 0, self._trained.get(name, 0))
 
     def finished(self) -> dict[str, TrialResult]:
         """The last results of those that ran every step, by name."""

@@ -19,7 +19,7 @@ from overproof.engines.base import PromptReading, PromptScore
 from overproof.errors import InputError
 
 CHAT_TEMPLATE = "tokenizer.chat_template"
-BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
+BYTE_LEVEL, SENTENCEPIECE, UNIGRAM = "gpt2", "llama", "t5"
 SPACE = "\u2581"
 SILENT = (gguf.TokenType.CONTROL, gguf.TokenType.UNUSED, gguf.TokenType.UNKNOWN)
 MAX_UNKNOWN_BYTES = 64  # of a text that no token stands for, in a row
@@ -111,10 +111,10 @@ def read_gguf_header(path: Path) -> GgufHeader:
         return fields[key].contents()
 
     model = value("tokenizer.ggml.model")
-    if model not in (BYTE_LEVEL, SENTENCEPIECE):
+    if model not in (BYTE_LEVEL, SENTENCEPIECE, UNIGRAM):
         raise InputError(
-            f"{path}: tokenizer is {model!r}; expected {BYTE_LEVEL!r} (byte-level BPE) or {SENTENCEPIECE!r} "
-            "(SentencePiece's BPE)"
+            f"{path}: tokenizer is {model!r}; expected {BYTE_LEVEL!r} (byte-level BPE), {SENTENCEPIECE!r} "
+            f"(SentencePiece's BPE) or {UNIGRAM!r} (unigram)"
         )
 
     def flag(key: str, default: bool) -> bool:

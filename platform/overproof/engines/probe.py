@@ -12,18 +12,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from overproof.engines.base import FinishReason
 from overproof.engines.order_statistics import median_half_width
+from overproof.errors import InputError
 from overproof.registry import ENGINES
 from overproof.subprocesses import run_module
 
 WARM_UP_TOKENS = 8
 TIMEOUT_S = 7200
+CHAT_TIMEOUT_S = 600  # more, for each chat
+FEWEST_CHATS = 2  # answered, however long they take
 FEWEST = 3  # requests timed, however long they take
 LOOK_EVERY = 10  # requests between two looks at p50's interval
 PROGRESS = "progress"  # a file of the folder
@@ -73,6 +77,33 @@ class TextAnswer(_Message):
     tokens_per_s: list[float]  # of each timed request that gave at least two tokens
     answers: list[ProbeCompletion]
     splits: list[list[int]]  # token ids of each text
+
+
+class AnswersRequest(_Message):
+    """What a language model is to answer, greedily."""
+
+    kind: Literal["answers"] = "answers"
+    engine: str
+    file: str
+    threads: int
+    chats: list[list[dict[str, Any]]]  # messages, as ``TextEngine.chat_prompt`` takes them
+    tools: list[list[dict[str, Any]]]  # of each
+    answer_tokens: int  # of an answer, at most
+    limit_s: float | None = None  # after which no further one is begun, of ``FEWEST_CHATS``
+
+
+class GeneratedAnswer(_Message):
+    """What it answered; an engine may refuse a chat, as it would refuse a client's."""
+
+    text: str
+    finish_reason: FinishReason | None  # None where it was refused
+    refusal: str = ""
+
+
+class GeneratedAnswers(_Message):
+    """The answers to the chats, or to the first of them."""
+
+    answers: list[GeneratedAnswer]
 
 
 class ArrayRequest(_Message):
@@ -131,12 +162,18 @@ def probe_text(request: TextRequest, say: Say) -> TextAnswer:
     return TextAnswer.model_validate_json(_ask(request, request.threads, say))
 
 
+def probe_answers(request: AnswersRequest, say: Say) -> GeneratedAnswers:
+    """Run a request in a fresh process; ``say`` is told about once a second how far it is."""
+    timeout_s = TIMEOUT_S + CHAT_TIMEOUT_S * len(request.chats)
+    return GeneratedAnswers.model_validate_json(_ask(request, request.threads, say, timeout_s))
+
+
 def probe_arrays(request: ArrayRequest, say: Say) -> ArrayAnswer:
     """Run a request in a fresh process; ``say`` is told about once a second how far it is."""
     return ArrayAnswer.model_validate_json(_ask(request, request.threads, say))
 
 
-def _ask(request: _Message, threads: int, say: Say) -> str:
+def _ask(request: _Message, threads: int, say: Say, timeout_s: float = TIMEOUT_S) -> str:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "request.json").write_text(request.model_dump_json(), encoding="utf-8")
         note_file = Path(folder, PROGRESS)
@@ -147,7 +184,7 @@ def _ask(request: _Message, threads: int, say: Say) -> str:
             say(f"{where}, {time.monotonic() - began_s:.0f} s")
 
         done = run_module(
-            "overproof.engines.probe", folder, timeout_s=TIMEOUT_S, poll=poll, OMP_NUM_THREADS=str(threads)
+            "overproof.engines.probe", folder, timeout_s=timeout_s, poll=poll, OMP_NUM_THREADS=str(threads)
         )
         if done.returncode != 0:
             raise RuntimeError(f"the serving engine ended with {done.returncode}: {done.stderr[-2000:]}")
@@ -223,6 +260,27 @@ def _measure_text(request: TextRequest) -> TextAnswer:
     )
 
 
+def _generate_answers(request: AnswersRequest) -> GeneratedAnswers:
+    from overproof.engines.base import EngineSettings, Sampling, TextEngine
+
+    engine = ENGINES[request.engine].load(Path(request.file), EngineSettings(threads=request.threads))
+    assert isinstance(engine, TextEngine)
+    answers, began_s = list[GeneratedAnswer](), time.monotonic()
+    for number, (messages, tools) in enumerate(zip(request.chats, request.tools, strict=True)):
+        is_over = request.limit_s is not None and time.monotonic() - began_s > request.limit_s
+        if is_over and number >= FEWEST_CHATS:
+            break
+        _tell(f"answer {number + 1} of {len(request.chats)}")
+        try:
+            done = engine.complete(engine.chat_prompt(messages, tools), Sampling(request.answer_tokens))
+        except InputError as error:
+            answers.append(GeneratedAnswer(text="", finish_reason=None, refusal=str(error)))
+        else:
+            answers.append(GeneratedAnswer(text=done.text, finish_reason=done.finish_reason))
+    engine.close()
+    return GeneratedAnswers(answers=answers)
+
+
 def _measure_arrays(request: ArrayRequest) -> ArrayAnswer:
     from overproof.engines.base import ArrayEngine, EngineSettings
 
@@ -283,6 +341,8 @@ def main(folder: str) -> None:
     match json.loads(text)["kind"]:
         case "text":
             answer = _measure_text(TextRequest.model_validate_json(text))
+        case "answers":
+            answer = _generate_answers(AnswersRequest.model_validate_json(text))
         case "draft":
             answer = _measure_draft(DraftRequest.model_validate_json(text))
         case _:

@@ -11,6 +11,7 @@ from typing import assert_never
 
 from overproof.config import (
     Agreement,
+    ExpectedAnswers,
     Gate,
     Improvement,
     Keep,
@@ -24,7 +25,7 @@ from overproof.config import (
 from overproof.config import Quality as QualityLimit
 from overproof.engines.order_statistics import fewest_values
 from overproof.errors import InputError
-from overproof.evaluate.metrics import Comparison, MeasuredFile, Report
+from overproof.evaluate.metrics import EXPECTED_ACCURACY, Comparison, MeasuredFile, Report
 from overproof.files import FrozenModel
 from overproof.registry import TASKS
 from overproof.tasks.base import Metric, Quality
@@ -99,6 +100,8 @@ def check_rule(rule: Rule, report: Report, candidate: MeasuredFile) -> Reason:
             passed, text = _agreement(rule, candidate)
         case Parity():
             passed, text = _parity(rule, candidate)
+        case ExpectedAnswers():
+            passed, text = _expected(rule, candidate)
         case _:
             assert_never(rule)
     return Reason(rule=rule.kind, passed=passed, text=text)
@@ -202,6 +205,15 @@ def _parity(rule: Parity, candidate: MeasuredFile) -> tuple[bool, str]:
         f"allowed {100 * rule.split_otherwise:g} %"
     )
     return found.value <= rule.at_most and split.value <= rule.split_otherwise, text
+
+
+def _expected(rule: ExpectedAnswers, candidate: MeasuredFile) -> tuple[bool, str]:
+    found = candidate.metrics.get(EXPECTED_ACCURACY)
+    if found is None or found.low is None or found.high is None:
+        return False, f"{EXPECTED_ACCURACY} is not in the report: no test record says what is expected"
+    interval = f"interval {100 * found.low:.1f} % to {100 * found.high:.1f} %"
+    text = f"answers {100 * found.value:.1f} % of {found.measured_on} questions as expected ({interval})"
+    return found.low >= rule.at_least, f"{text}, needed {100 * rule.at_least:g} %"
 
 
 def _difference(found: Comparison, quality: Quality) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from overproof.files import FrozenModel
 from overproof.tasks.base import FurtherMetric, Metric, Quality, UnitColumns
 
+EXPECTED_ACCURACY = "expected_accuracy"  # the share of answers that are what records expect
 CHUNK_COUNTS = 1 << 22  # resample counts held at once
 
 
@@ -69,6 +70,7 @@ class Report(FrozenModel):
     computes_with: str  # what the engine takes from a file
     confidence: float
     scored: str = ""  # on how much of the test split, for how long and why no more; for people
+    answered: str = ""  # how many questions whose answers are expected, likewise; empty where there are none
     measured: tuple[MeasuredFile, ...]
     served_teacher: MeasuredTeacher | None = None  # where the teacher is none of the files
     comparisons: tuple[Comparison, ...]
@@ -145,6 +147,16 @@ def percentiles(values_S: NDArray[np.float64], units: int, confidence: float) ->
     tail = normal.cdf(-sqrt(units / df) * t)
     low, high = np.quantile(values_S, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def wilson_interval(right: int, asked: int, confidence: float) -> tuple[float, float]:
+    """Bounds of a share (Wilson, 1927, doi 10.1080/01621459.1927.10502953): of few answers that are all right, too, it
+    says how little that shows, which resampling does not.
+    """
+    z, share = NormalDist().inv_cdf((1 + confidence) / 2), right / asked
+    middle = (share + z**2 / (2 * asked)) / (1 + z**2 / asked)
+    width = z / (1 + z**2 / asked) * sqrt(share * (1 - share) / asked + z**2 / (4 * asked**2))
+    return max(0.0, middle - width), min(1.0, middle + width)
 
 
 def quality_metrics(

@@ -18,6 +18,7 @@ from overproof.config import Evaluate, Recipe, Served
 from overproof.data.manifest import Manifest
 from overproof.engines.endpoint import EndpointScorer
 from overproof.engines.served_teacher import ServedTeacher, open_teacher
+from overproof.evaluate.answers import check_answers
 from overproof.evaluate.gate import judge, requests_needed
 from overproof.evaluate.metrics import (
     Bootstrap,
@@ -45,8 +46,11 @@ def evaluate_exports(context: StageContext) -> dict[str, Any]:
     exports = read_exports(context.parents["compress"].local())
     scored = _score_all(context, exports)
     engines = _probe_all(context, exports)
-    report = make_report(context.recipe, exports, scored, engines, _served_teacher(context, exports))
+    checked = check_answers(context, exports)
+    figures = {name: found | checked.metrics(name) for name, found in engines.items()}
+    report = make_report(context.recipe, exports, scored, figures, checked.summary, _served_teacher(context, exports))
     with context.draft.directory() as root:
+        checked.write(root)
         pq.write_table(units_table(scored.scores), root / UNITS, compression="zstd")
         (root / REPORT).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
     values = {measured.name: measured.metrics[report.quality].value for measured in report.measured}
@@ -63,12 +67,9 @@ def judge_report(context: StageContext) -> dict[str, Any]:
 
 
 def make_report(
-    recipe: Recipe,
-    exports: tuple[Export, ...],
-    scored: Scored,
-    engines: Mapping[str, Mapping[str, Metric]],
-    served: ServedTeacher | None = None,
-) -> Report:
+    recipe: Recipe, exports: tuple[Export, ...], scored: Scored, engines: Mapping[str, Mapping[str, Metric]],
+    answered: str = "", served: ServedTeacher | None = None,
+) -> Report:  # fmt: skip
     """Figures with intervals from the scores, and the engine's beside them, but for a teacher that is served."""
     task, scores = TASKS[recipe.data.kind], scored.scores
     bootstrap = _bootstrap(recipe)
@@ -101,6 +102,7 @@ def make_report(
         computes_with=ENGINES[recipe.engine].computes_with,
         confidence=recipe.evaluate.confidence,
         scored=scored.summary,
+        answered=answered,
         measured=measured,
         served_teacher=served and MeasuredTeacher(model=served.model, weights=served.weights, metrics=metrics[TEACHER]),
         comparisons=comparisons,

@@ -1,15 +1,17 @@
 """The vocabulary of a GGUF file, from ``tokenizer.json``: what llama.cpp splits texts with, and writes tokens by.
 
 llama.cpp has a tokenizer for each kind: ``gpt2`` merges bytes within words, ``llama`` merges characters by the score
-of what they become, with bytes for those that it does not know. Where it does otherwise than ``tokenizers`` on the
-user's own texts, the parity probe counts it.
+of what they become, with bytes for those that it does not know, ``t5`` takes the pieces whose scores have the highest
+sum (Kudo, arXiv 1804.10959). Where it does otherwise than ``tokenizers`` on the user's own texts, the parity probe
+counts it.
 """
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,13 +19,13 @@ import gguf
 from gguf import TokenType
 from tokenizers import Tokenizer
 
-from overproof.data.text_tokenizer import added_tokens, entries, iter_steps
+from overproof.data.text_tokenizer import BYTE_NAMES, added_tokens, entries, iter_steps
 from overproof.errors import InputError
 from overproof.export.gguf_splits import split_name
 
 SPACE = "\u2581"  # SentencePiece writes a space so
-BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 UNREACHED = -1e6  # the score of what no merge makes
+UNKNOWN_PENALTY = 10.0  # below the lowest score, what `tokenizers` gives a character that it does not know
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Vocabulary:
     merges: list[str] | None = None
     unknown_id: int | None = None
     space_prefix: bool = False  # whether a text is read as if a space stood before it
+    charsmap: bytes | None = None  # what becomes of characters before anything else, as SentencePiece compiles it
+    names: Mapping[int, str] = field(default_factory=dict)  # where they are not those of ``tokenizer.json``
 
 
 def read_vocabulary(text: str, where: object) -> Vocabulary:
@@ -51,10 +55,11 @@ def read_vocabulary(text: str, where: object) -> Vocabulary:
         return _byte_level(spec, where)
     if kind == "BPE" and spec["model"].get("byte_fallback"):
         return _with_byte_fallback(spec, where)
-    why = ", which knows no bytes to fall back on in llama.cpp" if kind == "Unigram" else ""
+    if kind == "Unigram":
+        return _unigram(spec, where)
     raise InputError(
-        f"{where}: a {kind} tokenizer{why}; the GGUF export covers byte-level BPE and SentencePiece's BPE with byte "
-        "fallback"
+        f"{where}: a {kind} tokenizer; the GGUF export covers byte-level BPE, SentencePiece's BPE with byte fallback, "
+        "and unigram"
     )
 
 
@@ -81,7 +86,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Path, config: Any) -> Non
     types = found.types | unused
     writer.add_tokenizer_model(found.model)
     writer.add_tokenizer_pre(found.split)
-    writer.add_token_list([ids.get(row) or unused_token(row) for row in rows])
+    names = {**ids, **found.names}
+    writer.add_token_list([names.get(row) or unused_token(row) for row in rows])
     writer.add_token_types([types.get(row, TokenType.NORMAL) for row in rows])
     if found.scores is not None:
         writer.add_token_scores([found.scores.get(row, UNREACHED) for row in rows])
@@ -94,6 +100,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Path, config: Any) -> Non
     writer.add_add_bos_token(bool(before))
     writer.add_add_eos_token(bool(after))
     writer.add_add_space_prefix(found.space_prefix)
+    if found.charsmap is not None:
+        writer.add_precompiled_charsmap(found.charsmap)
 
 
 def unused_token(row: int) -> str:
@@ -132,33 +140,46 @@ def _with_byte_fallback(spec: Mapping[str, Any], where: object) -> Vocabulary:
     """llama.cpp joins any two neighbours that are a token together, the best score first; ``tokenizers`` joins listed
     pairs, the first of the list first. A token's score is the place of the first pair that makes it.
     """
-    ids = {token: id_ for id_, token in entries(spec).items()}
-    missing = [name for name in BYTES if name not in ids]
-    if missing:
-        raise InputError(f"{where}: lacks {missing[0]}; expected a token for each byte, to fall back on")
-    prefix = _space_prefix(spec, where)
+    ids = _ids_with_bytes(spec, where)
+    prefix = _space_prefix(list(iter_steps(spec["normalizer"])), spec, where, "SentencePiece's BPE")
     merges = _merges(spec)
     scores: dict[int, float] = {}
     for rank, (left, right) in enumerate(merges):
         scores.setdefault(ids[left + right], -float(rank))
-    vocabulary, types = spec["model"]["vocab"], dict.fromkeys((ids[name] for name in BYTES), TokenType.BYTE)
+    unknown = ids.get(spec["model"].get("unk_token"))
+    return Vocabulary(
+        model="llama", split="default", types=_types(spec, ids, set(spec["model"]["vocab"]), unknown), scores=scores,
+        unknown_id=unknown, space_prefix=prefix,
+    )  # fmt: skip
+
+
+def _ids_with_bytes(spec: Mapping[str, Any], where: object) -> dict[str, int]:
+    """The ids of tokens by their names, those of all bytes among them."""
+    ids = {token: id_ for id_, token in entries(spec).items()}
+    missing = [name for name in BYTE_NAMES if name not in ids]
+    if missing:
+        raise InputError(f"{where}: lacks {missing[0]}; expected a token for each byte, to fall back on")
+    return ids
+
+
+def _types(
+    spec: Mapping[str, Any], ids: Mapping[str, int], vocabulary: Set[str], unknown: int | None
+) -> dict[int, TokenType]:
+    types = dict.fromkeys((ids[name] for name in BYTE_NAMES), TokenType.BYTE)
     for token in spec["added_tokens"]:
         if token["special"]:
             types[token["id"]] = TokenType.CONTROL
         elif SPACE not in token["content"] or token["content"] not in vocabulary:
             types[token["id"]] = TokenType.USER_DEFINED  # others stand for spaces, which llama.cpp reads in normal ones
-    unknown = ids.get(spec["model"].get("unk_token"))
     if unknown is not None:
         types[unknown] = TokenType.UNKNOWN
-    return Vocabulary(
-        model="llama", split="default", types=types, scores=scores, unknown_id=unknown, space_prefix=prefix
-    )
+    return types
 
 
-def _space_prefix(spec: Mapping[str, Any], where: object) -> bool:
+def _space_prefix(normaliser: Sequence[Mapping[str, Any]], spec: Mapping[str, Any], where: object, kind: str) -> bool:
     """Whether a text is read as if a space stood before it. Spaces must become ``SPACE``, and nothing else change."""
     prefix = spaces = False
-    for step in iter_steps(spec["normalizer"]):
+    for step in normaliser:
         match step:
             case {"type": "Prepend", "prepend": "\u2581"}:
                 prefix = True
@@ -167,7 +188,7 @@ def _space_prefix(spec: Mapping[str, Any], where: object) -> bool:
             case {"type": "Replace", "pattern": {"Regex": "\\A\u2581"}, "content": "\u2581\u2581"}:
                 pass  # so that Metaspace puts its prefix before a space, too
             case _:
-                _refuse_normaliser(spec, where, "SentencePiece's BPE that changes spaces alone")
+                _refuse_normaliser(spec, where, f"{kind} that changes spaces alone")
     for step in iter_steps(spec["pre_tokenizer"]):
         match step:
             case {"type": "Metaspace", "replacement": "\u2581"}:
@@ -178,9 +199,34 @@ def _space_prefix(spec: Mapping[str, Any], where: object) -> bool:
                 pass  # there is none left
             case _:
                 raise InputError(
-                    f"{where}: splits texts by {dict(step)}; the GGUF export covers SentencePiece's BPE "
+                    f"{where}: splits texts by {dict(step)}; the GGUF export covers {kind} "
                     "that splits at spaces or not at all"
                 )
     if not spaces:
         raise InputError(f"{where}: leaves spaces as they are; expected them as {SPACE!r}, as SentencePiece has them")
     return prefix
+
+
+# --- unigram --------------------------------------------------------------------------------------
+
+
+def _unigram(spec: Mapping[str, Any], where: object) -> Vocabulary:
+    """llama.cpp knows no bytes to fall back on here: it reads a character outside the vocabulary as the unknown token.
+
+    Those of ASCII, such as the end of a line, are told it as pieces that score what `tokenizers` gives the unknown, so
+    that it reads them as their bytes all the same. Of the others the parity probe counts the texts.
+    """
+    ids, model = _ids_with_bytes(spec, where), spec["model"]
+    normaliser = list(iter_steps(spec["normalizer"]))
+    charsmap = None
+    if normaliser and normaliser[0]["type"] == "Precompiled":
+        charsmap = base64.b64decode(normaliser.pop(0)["precompiled_charsmap"])
+    prefix = _space_prefix(normaliser, spec, where, "unigram")
+    scores = {id_: float(score) for id_, (_, score) in enumerate(model["vocab"])}
+    types = _types(spec, ids, {token for token, _ in model["vocab"]}, model["unk_id"])
+    letters = {ids[BYTE_NAMES[byte]]: chr(byte) for byte in range(1, 0x80) if chr(byte) not in ids and chr(byte) != " "}
+    return Vocabulary(
+        model="t5", split="default", types=types | dict.fromkeys(letters, TokenType.NORMAL),
+        scores=scores | dict.fromkeys(letters, min(scores.values()) - UNKNOWN_PENALTY),
+        unknown_id=model["unk_id"], space_prefix=prefix, charsmap=charsmap, names=letters,
+    )  # fmt: skip

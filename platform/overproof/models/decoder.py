@@ -191,10 +191,12 @@ class DecoderFamily:
         )  # fmt: skip
 
     def _size(self, kind: str, widths: Widths, outputs: int, shape: DataShape, tensors: tuple[int, ...]) -> ModelSize:
+        table = outputs * widths.hidden
         return ModelSize(
             family=kind, hidden=widths.hidden, intermediate=widths.intermediate, layers=widths.layers,
             heads=widths.heads, query_width=widths.queries, key_width=widths.keys, places=shape.positions,
             outputs=outputs, predictions=shape.positions, tensors=tensors,
+            looked_up=table if tensors.count(table) > 1 else 0,  # a tied one is multiplied with, at the end
         )  # fmt: skip
 
     def layer_memory(self, size: ModelSize, element_bytes: int) -> int:

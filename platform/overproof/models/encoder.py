@@ -161,6 +161,7 @@ class EncoderFamily:
             family=self.kind, hidden=h, intermediate=d.intermediate, layers=d.layers, heads=d.heads, query_width=h,
             key_width=h, places=d.positions - self.reserved_positions, outputs=shape.outputs,
             predictions=shape.positions, tensors=self.tensors(d), relative=d.relative,
+            looked_up=d.vocabulary * h,
         )  # fmt: skip
 
     def _check(self, positions: int, vocabulary: int, shape: DataShape) -> None:

@@ -46,11 +46,17 @@ class ModelSize:
     predictions: int  # in a row
     tensors: tuple[int, ...]  # numbers in each parameter tensor; tied ones once
     relative: int = 0  # entries of a table of relative positions
+    looked_up: int = 0  # numbers of tables of which a place reads one row, and multiplies nothing
 
     @property
     def parameters(self) -> int:
         """Numbers in the model."""
         return sum(self.tensors)
+
+    @property
+    def multiplied(self) -> int:
+        """Numbers that each place is multiplied with, which is what a pass costs."""
+        return self.parameters - self.looked_up
 
 
 def model_size(model: ModelSection, shape: DataShape) -> ModelSize:

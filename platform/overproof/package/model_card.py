@@ -17,7 +17,7 @@ from overproof.config import Section
 from overproof.config.search import apply_values
 from overproof.data.manifest import Manifest
 from overproof.evaluate.gate import Verdict
-from overproof.evaluate.metrics import MeasuredFile, Report
+from overproof.evaluate.metrics import EXPECTED_ACCURACY, MeasuredFile, Report
 from overproof.package.speculation import SpeculationResult
 from overproof.registry import FORMATS, TASKS
 from overproof.stage_context import StageContext
@@ -149,6 +149,7 @@ def _columns(report: Report) -> dict[str, tuple[str, float, int]]:
         report.quality: _percent(task.quality.title, task.quality.unit == "share"),
         **{each.name: _percent(each.title, each.unit == "share") for each in task.further},
         "agreement": ("agrees with teacher, %", 100, 1),
+        EXPECTED_ACCURACY: ("answers as expected, %", 100, 1),
         task.speed: (task.speed_unit, 1, 0),
         **COSTS,
     }

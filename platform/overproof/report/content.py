@@ -16,7 +16,7 @@ import numpy as np
 
 from overproof.artifacts import Artifact
 from overproof.evaluate.gate import Verdict
-from overproof.evaluate.metrics import MeasuredFile, Report
+from overproof.evaluate.metrics import EXPECTED_ACCURACY, MeasuredFile, Report
 from overproof.registry import TASKS
 from overproof.report.figure import PlottedCurve
 from overproof.report.pareto import hypervolume, non_dominated, standings
@@ -147,6 +147,7 @@ def file_rows(evaluated: EvaluatedFiles, sweep_results: Mapping[str, Any]) -> di
         "confidence": report.confidence,
         "test_unit": task.test_unit,
         "scored": report.scored,
+        "answered": report.answered,
         "conversion": _conversion(report),
         "chosen": verdict.chosen if verdict else None,
         "rows": rows,
@@ -171,6 +172,7 @@ def _file(
         "format": measured.format,
         **_interval(quality),
         "agreement": measured.metrics["agreement"].value,
+        "expected": _share(measured.metrics.get(EXPECTED_ACCURACY)),
         "size_mb": measured.size_bytes / 1e6,
         "p50_ms": 1e3 * measured.metrics["latency_p50_s"].value,
         "p95_ms": 1e3 * measured.metrics["latency_p95_s"].value,
@@ -194,6 +196,10 @@ def _teacher(report: Report) -> dict[str, Any]:
 
 def _interval(quality: Metric) -> dict[str, float | None]:
     return {"quality": quality.value, "low": quality.low, "high": quality.high}
+
+
+def _share(found: Metric | None) -> dict[str, float | None] | None:
+    return None if found is None else {"value": found.value, "low": found.low, "high": found.high}
 
 
 def _conversion(report: Report) -> dict[str, float] | None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
 
 from overproof.config import Canary
+from overproof.evaluate.metrics import wilson_interval
 
 MAX_DURATIONS = 1000  # latest ones that are kept
-Z_95 = 1.96  # standard normal quantile of 95 % intervals
+CONFIDENCE = 0.95
 
 
 @dataclass
@@ -37,7 +37,7 @@ def rollback_reason(limits: Canary, stable: VersionStats, candidate: VersionStat
     Shares are judged by the end of their 95 % interval that favours the candidate.
     """
     if candidate.requests >= limits.min_requests:
-        low, _ = wilson_interval(candidate.failed, candidate.requests)
+        low, _ = wilson_interval(candidate.failed, candidate.requests, CONFIDENCE)
         if low > limits.max_failed:
             return f"{candidate.failed} of {candidate.requests} requests failed; at most {limits.max_failed:.1%} may"
         if len(stable.seconds) >= limits.min_requests and candidate.seconds:
@@ -48,18 +48,10 @@ def rollback_reason(limits: Canary, stable: VersionStats, candidate: VersionStat
                     f"at most {limits.max_slowdown:g} times as long is allowed"
                 )
     if candidate.compared >= limits.min_requests:
-        _, high = wilson_interval(candidate.agreed, candidate.compared)
+        _, high = wilson_interval(candidate.agreed, candidate.compared, CONFIDENCE)
         if high < limits.min_agreement:
             return (
                 f"it agrees in {candidate.agreed} of {candidate.compared} comparisons; "
                 f"expected {limits.min_agreement:.0%} at least"
             )
     return None
-
-
-def wilson_interval(count: int, total: int) -> tuple[float, float]:
-    """The Wilson score interval of a share (E. B. Wilson, 1927, doi:10.2307/2276774)."""
-    share, spread = count / total, Z_95 * Z_95 / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = Z_95 * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)

@@ -39,6 +39,7 @@ class Asked:
     max_p95_ms: float | None = None
     keep: float = 0.97
     finetune: int | None = None  # steps of the teacher before it teaches
+    max_minutes: float | None = None  # that all may take, about
     name: str | None = None
     flags: ColumnFlags = field(default_factory=ColumnFlags)
     overrides: tuple[str, ...] = ()
@@ -49,7 +50,7 @@ class Asked:
         words = [self.model or "-", "--data", self.data]
         options: dict[str, Any] = {
             "task": self.task, "max-mb": self.max_mb, "max-p95-ms": self.max_p95_ms, "keep": self.keep,
-            "finetune": self.finetune, "name": self.name,
+            "finetune": self.finetune, "max-minutes": self.max_minutes, "name": self.name,
         }  # fmt: skip
         for flag, value in options.items():
             if value is not None:
@@ -78,21 +79,30 @@ class Choice:
         return self.rows / self.units
 
 
-def choose(asked: Asked) -> Choice:
-    """Look at the model and the data, and write a recipe for both.
+@dataclass(frozen=True)
+class Found:
+    """The model, and the task that the data are for."""
+
+    given: GivenModel | None
+    task: str
+    fit: Fit
+
+
+def find(asked: Asked) -> Found:
+    """Look at the model and the data.
 
     Raises:
-        InputError: something is missing, cannot be used, or must be said by a flag; or no student is within the budget.
+        InputError: something is missing, cannot be used, or must be said by a flag.
     """
     _check_budget(asked)
     given = inspect_model(asked.model) if asked.model is not None else None
     look = look_at(asked.data)
-    kind, fit = find_task(asked, given, look)
-    return _write(asked, given, kind, fit)
+    return Found(given, *find_task(asked, given, look))
 
 
 def _check_budget(asked: Asked) -> None:
-    for flag, value in (("--max-mb", asked.max_mb), ("--max-p95-ms", asked.max_p95_ms)):
+    limits = {"--max-mb": asked.max_mb, "--max-p95-ms": asked.max_p95_ms, "--max-minutes": asked.max_minutes}
+    for flag, value in limits.items():
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"{flag}: found {value:g}; expected a number above 0")
     if not 0 < asked.keep <= 1:
@@ -148,7 +158,13 @@ def _refuse_unused(flags: ColumnFlags, kind: str, fit: Fit, misfits: str) -> Non
             raise InputError(f"{flag}: found {value!r}, which {kind} of these data does not use: leave it out{others}")
 
 
-def _write(asked: Asked, given: GivenModel | None, kind: str, fit: Fit) -> Choice:
+def write(asked: Asked, found: Found, share: float = 1.0) -> Choice:
+    """A recipe for what was found, with a share of the steps that its template would have.
+
+    Raises:
+        InputError: the model cannot be written as the task needs, or no student is within the budget.
+    """
+    given, kind, fit = found.given, found.task, found.fit
     task: Any = TASKS[kind]
     settings = template.read_settings(task.template, fit.values)
     teacher = teacher_section(settings, given)
@@ -161,7 +177,7 @@ def _write(asked: Asked, given: GivenModel | None, kind: str, fit: Fit) -> Choic
         "keep": settings.keep,
     }
     values |= {name: value for name, value in fit.values.items() if value is not None}
-    values |= _schedule(asked, given, fit, settings)
+    values |= _schedule(asked, given, fit, settings, share)
     # A first draft, without students, says what the data's shape is and what the format writes.
     blank = values | {"students": "    []", "formats": "[]", "rules": "    - {}"}
     draft_text = template.render(task.template, blank)
@@ -179,7 +195,7 @@ def _write(asked: Asked, given: GivenModel | None, kind: str, fit: Fit) -> Choic
     chosen = choose_students(settings, teacher, given, shape, asked.max_mb, variants)
     tested = round(fit.units * values["test_fraction"])
     tested = min(tested, draft.get("evaluate", {}).get("max_documents") or tested)
-    reasons = _reasons(asked, given, kind, fit, values, chosen, tested)
+    reasons = _reasons(asked, given, kind, fit, values, chosen, tested, share)
     values |= {
         "students": _students(chosen),
         "formats": template.flow(list(chosen.variants)),
@@ -210,9 +226,11 @@ def _layout(fit: Fit) -> dict[str, Any]:
     }
 
 
-def _schedule(asked: Asked, given: GivenModel | None, fit: Fit, settings: TemplateSettings) -> dict[str, Any]:
+def _schedule(
+    asked: Asked, given: GivenModel | None, fit: Fit, settings: TemplateSettings, share: float
+) -> dict[str, Any]:
     rows = round(fit.rows * (1 - sum(_layout(fit)[f"{name}_fraction"] for name in ("validation", "test"))))
-    steps, why = settings.teacher_steps.steps(rows), "trained from scratch: no MODEL was given"
+    steps, why = settings.teacher_steps.steps(rows, share), "trained from scratch: no MODEL was given"
     if given is not None:
         if asked.finetune is not None:
             steps, why = asked.finetune, f"the given model, trained {asked.finetune} steps on the data first, as asked"
@@ -224,7 +242,7 @@ def _schedule(asked: Asked, given: GivenModel | None, fit: Fit, settings: Templa
     return {
         "teacher_why": template.comment(why),
         **_steps("teacher", steps, settings.teacher_steps, rates.teacher),
-        **_steps("student", settings.student_steps.steps(rows), settings.student_steps, rates.students),
+        **_steps("student", settings.student_steps.steps(rows, share), settings.student_steps, rates.students),
     }
 
 
@@ -235,7 +253,6 @@ def _steps(whose: str, steps: int, schedule: Schedule, rate: float) -> dict[str,
         f"{whose}_rate": f"{rate:.1e}",
         f"{whose}_warmup": steps // 10,
         f"{whose}_validate": max(1, steps // 4),
-        f"{whose}_rows": steps * schedule.batch_size,
     }
 
 
@@ -270,12 +287,13 @@ def _rules(asked: Asked, settings: TemplateSettings, title: str) -> str:
 
 def _reasons(
     asked: Asked, given: GivenModel | None, kind: str, fit: Fit, values: Mapping[str, Any], chosen: ChosenStudents,
-    tested: int,
+    tested: int, share: float,
 ) -> dict[str, str]:  # fmt: skip
     limit = (
         f"within {asked.max_mb:g} MB" if asked.max_mb is not None else "of those smaller by half, no --max-mb was given"
     )
     whole = " (whole: every layer, quantised)" if any(s.name == WHOLE for s in chosen.students) else ""
+    shorter = "" if share == 1 else f", {100 * share:.0f} % of what there would be without --max-minutes"
     names = ", ".join(f"{s.name} of {s.size.parameters:,} parameters" for s in chosen.students)
     fitting = f"the one that fits {'the model and ' if given else ''}the data"
     return {
@@ -283,7 +301,7 @@ def _reasons(
         **fit.reasons,
         "teacher": f"{given.described if given else 'new'}; {values['teacher_why']}; {values['teacher_steps']:,} "
         f"steps, {chosen.teacher.parameters:,} parameters, {chosen.teacher_mb:.3g} MB unquantised",
-        "students": f"{names}{whole}: the largest {limit}; {values['student_steps']:,} steps each",
+        "students": f"{names}{whole}: the largest {limit}; {values['student_steps']:,} steps each{shorter}",
         "formats": f"{', '.join(chosen.variants)}: "
         + ", ".join(f"{s.name} about {s.mb[v]:.3g} MB in {v}" for s in chosen.students for v in chosen.variants),
         "gate": f"keeps {100 * asked.keep:g} % of the teacher's {TASKS[kind].quality.title} at the far end of "

@@ -6,6 +6,7 @@ of training (arXiv 2001.08361, section 2.1). How fast this machine is shows when
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from overproof.config import Recipe
+from overproof.errors import InputError
 from overproof.models import zero_memory
 from overproof.models.sizes import FP32_BYTES, ModelSize
-from overproof.shrink.choice import Choice
+from overproof.shrink.choice import Asked, Choice, find, write
 from overproof.shrink.students import Candidate
 from overproof.units import format_bytes, format_seconds
 
 EDGE, MEASURED_S = 512, 0.1  # of the matrices
+HALVINGS = 7  # until the share of the steps is known that fits into a time
 SHARE = 0.6  # of what multiplying matrices reaches, that training reaches: measured on two cores, models of 1M to 135M
 STEP_S = 0.02  # what a step takes beside its arithmetic
 STARTS_S = {"prepare": 8, "train": 15, "cache": 8, "sweep": 20, "compress": 8, "evaluate": 12}  # measured likewise
@@ -35,13 +38,59 @@ class Estimate:
     memory: Mapping[str, float]
     flops_per_s: float
 
+    @property
+    def total_s(self) -> float:
+        """Of all stages."""
+        return sum(self.seconds.values())
+
+    @property
+    def stages(self) -> str:
+        """For people: each with its time."""
+        return ", ".join(f"{stage} {format_seconds(s)}" for stage, s in self.seconds.items())
+
     def lines(self) -> tuple[str, str]:
         """For people."""
-        stages = ", ".join(f"{stage} {format_seconds(s)}" for stage, s in self.seconds.items())
         held = ", ".join(f"{what} {format_bytes(bytes_)}" for what, bytes_ in self.memory.items())
-        total = format_seconds(sum(self.seconds.values()))
+        total = format_seconds(self.total_s)
         rate = f"this machine multiplies matrices at {self.flops_per_s / 1e9:,.0f} GFLOP/s"
-        return f"about {total} ({stages}): {rate}", f"{held}; and about 0.5 GB a process for its libraries"
+        return f"about {total} ({self.stages}): {rate}", f"{held}; and about 0.5 GB a process for its libraries"
+
+
+def choose_within(asked: Asked, flops_per_s: float) -> tuple[Choice, Estimate]:
+    """Look at the model and the data, and write a recipe with as many steps as ``--max-minutes`` leaves on a machine of
+    that speed.
+
+    Raises:
+        InputError: something is missing, cannot be used, or must be said by a flag; no student is within the budget; or
+            what is left beside the steps takes longer.
+    """
+    found = find(asked)
+
+    def written(share: float) -> tuple[Choice, Estimate]:
+        choice = write(asked, found, share)
+        return choice, estimate(choice, flops_per_s)
+
+    def is_within(needed: Estimate) -> bool:
+        return asked.max_minutes is None or needed.total_s <= 60 * asked.max_minutes
+
+    whole = written(1.0)
+    if is_within(whole[1]):
+        return whole
+    fits = written(0.0)
+    if not is_within(needed := fits[1]):
+        raise InputError(
+            f"--max-minutes {asked.max_minutes:g}: the shortest trainings would leave it at about "
+            f"{format_seconds(needed.total_s)} ({needed.stages}); give --max-minutes "
+            f"{math.ceil(needed.total_s / 60)}, or a smaller model or fewer data"
+        )
+    least, most = 0.0, 1.0
+    for _ in range(HALVINGS):
+        share = (least + most) / 2
+        if is_within((shorter := written(share))[1]):
+            fits, least = shorter, share
+        else:
+            most = share
+    return fits
 
 
 def machine_flops() -> float:
@@ -82,7 +131,7 @@ def estimate(choice: Choice, flops_per_s: float) -> Estimate:
 
 def _pass(size: ModelSize) -> float:
     """Floating-point operations of one row's forward pass."""
-    return 2.0 * size.parameters * size.places
+    return 2.0 * size.multiplied * size.places
 
 
 def _training(size: ModelSize, steps: int, batch_size: int, rate: float) -> float:

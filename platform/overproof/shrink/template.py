@@ -14,6 +14,7 @@ from pydantic import Field
 from overproof.config.base import Count, Section
 from overproof.config.recipe import set_override
 
+FEWEST_STEPS = 10  # however short the time is
 RECIPE_BEGINS = "\n---\n"
 
 
@@ -33,9 +34,10 @@ class Schedule(Section):
     most: Count
     batch_size: Count
 
-    def steps(self, rows: int) -> int:
-        """For so many train rows."""
-        return min(max(round(self.epochs * rows / self.batch_size), self.least), self.most)
+    def steps(self, rows: int, share: float) -> int:
+        """For so many train rows; or a share of that."""
+        whole = min(max(round(self.epochs * rows / self.batch_size), self.least), self.most)
+        return max(round(share * whole), min(FEWEST_STEPS, whole))
 
 
 class Rates(Section):

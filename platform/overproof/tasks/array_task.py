@@ -31,6 +31,7 @@ class RowsTask:
     judged_columns: tuple[str, ...] = ()  # of a row, what ``judge`` needs beside a batch's
     speed: str
     test_unit: str
+    expects_answers = False
 
     def judge(self, root: Path) -> Judge:
         """How answers on the data set at ``root`` are judged: the first choice against the label."""

@@ -64,6 +64,7 @@ class Chat(CausalTask):
     losses: frozenset[Loss] = frozenset({"outputs", "hidden_states"})
     route = "/v1/chat/completions"
     counted = "answer"
+    expects_answers = True
 
     def source_digest(self, data: ChatData) -> str:
         from overproof.tasks.chat_data import chat_digest

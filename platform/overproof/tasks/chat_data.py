@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from overproof.config import ExpectedAnswers
 from overproof.data.cleaning import DUPLICATE, split_of
 from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import DOCUMENTS, SPLITS, TEST_TEXTS, TOKENIZER, TOKENIZER_CONFIG, Manifest, Split
@@ -35,7 +36,8 @@ from overproof.tasks.chat_template import (
     read_chat_template,
     template_files,
 )
-from overproof.tasks.conversations import conversation_files, read_conversations
+from overproof.tasks.conversations import Conversation, conversation_files, read_conversations
+from overproof.tasks.expected_answers import EXPECTED, AnswerCheck, checks_file
 
 if TYPE_CHECKING:
     from overproof.tasks.chat import ChatData
@@ -55,7 +57,14 @@ class KeptConversation:
     sha256: str
     prompt_sha256: str
     text: str
-    encoded: EncodedConversation
+    pieces: list[EncodedConversation]  # one, or one for each answer where the template rewrites earlier turns
+    is_divided: bool  # whether there were several of them
+    has_last_answer: bool  # or that was longer than a row
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its answers, special tokens left out."""
+        return sum(piece.sizes_bytes[-1] for piece in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -63,8 +72,13 @@ class KeptConversations:
     """Those of a source, by the hashes of their contents, none twice."""
 
     kept: list[KeptConversation]
-    cut: int  # of them, those whose last turns are left out
+    cut: int  # of them, those of which some turns are left out
     dropped: dict[str, int]
+    expecting: dict[str, Conversation]  # those of the source that say what their last answer must be, by ``sha256``
+
+    @property
+    def divided(self) -> list[KeptConversation]:
+        return [each for each in self.kept if each.is_divided]
 
 
 def chat_digest(data: ChatData) -> str:
@@ -96,6 +110,7 @@ def prepare_chat(context: StageContext) -> Manifest:
         found = _read(data, encoder, heartbeat)
         end_id = _end_of_answers(data, found.kept, encoder, tokenizer.end_id, context)
         splits = _splits(data, found)
+        checks = _checks(found, splits["test"], context)
         heartbeat.start_phase(1, f"packing and writing {len(found.kept):,} conversations")
         rows, members = _rows(found.kept, splits, data, context.recipe.seed)
         columns = chat_columns(data.sequence_length, tokenizer.outputs)
@@ -106,6 +121,8 @@ def prepare_chat(context: StageContext) -> Manifest:
         write_file(context.draft.uri, CHAT_TEMPLATE, template.text.encode())
         write_file(context.draft.uri, DOCUMENTS, _documents_file(found.kept, splits))
         write_file(context.draft.uri, TEST_TEXTS, _test_texts(found.kept, splits["test"]))
+        if checks:
+            write_file(context.draft.uri, EXPECTED, checks_file(checks))
         heartbeat.start_phase(PHASES, "")
     _tell(context, data, found, template.text)
     return Manifest(
@@ -120,7 +137,12 @@ def prepare_chat(context: StageContext) -> Manifest:
         end_id=end_id,
         bos_id=tokenizer.bos_id,
         dropped=found.dropped,
-        details={"cut": found.cut, "template_sha256": hashlib.sha256(template.text.encode()).hexdigest()},
+        details={
+            "cut": found.cut,
+            "divided": len(found.divided),
+            "expected": len(checks),
+            "template_sha256": hashlib.sha256(template.text.encode()).hexdigest(),
+        },
     )
 
 
@@ -132,9 +154,11 @@ def _read(data: ChatData, encoder: ConversationEncoder, heartbeat: Heartbeat) ->
     most = data.sequence_length + 1
     kept: dict[str, KeptConversation] = {}
     dropped = dict.fromkeys((DUPLICATE, SPELLED, TOO_LONG), 0)
-    seen, cut = set[str](), 0
+    seen, cut, expecting = set[str](), 0, dict[str, Conversation]()
     for number, found in enumerate(read_conversations(data.source), start=1):
         heartbeat.update_note(f"{number:,} conversations read")
+        if found.expected is not None:
+            _require_same(expecting.setdefault(found.sha256, found), found)
         if found.sha256 in seen:
             dropped[DUPLICATE] += 1
             continue
@@ -143,20 +167,40 @@ def _read(data: ChatData, encoder: ConversationEncoder, heartbeat: Heartbeat) ->
             dropped[SPELLED] += 1
             continue
         text, whole = encoder.encode(found)
-        encoded = whole.cut(most)
-        if encoded is None:
+        pieces = [piece for each in whole if (piece := each.cut(most)) is not None]
+        if not pieces:
             dropped[TOO_LONG] += 1
             continue
-        cut += len(encoded.ends) < len(whole.ends)
-        kept[found.sha256] = KeptConversation(found.where, found.sha256, found.prompt_sha256, text, encoded)
-    return KeptConversations([kept[key] for key in sorted(kept)], cut, dropped)
+        cut += _answers(pieces) < _answers(whole)
+        kept[found.sha256] = KeptConversation(
+            found.where,
+            found.sha256,
+            found.prompt_sha256,
+            text,
+            pieces,
+            len(whole) > 1,
+            len(whole[-1].tokens_T) <= most,
+        )
+    return KeptConversations([kept[key] for key in sorted(kept)], cut, dropped, expecting)
+
+
+def _require_same(first: Conversation, again: Conversation) -> None:
+    if first.expected != again.expected:
+        raise InputError(
+            f"{again.where}: expected is {again.expected}, and of the same conversation at {first.where} it is "
+            f"{first.expected}; expected one of them"
+        )
+
+
+def _answers(pieces: Sequence[EncodedConversation]) -> int:
+    return sum(len(piece.ends) for piece in pieces)
 
 
 def _end_of_answers(
     data: ChatData, kept: Sequence[KeptConversation], encoder: ConversationEncoder, end_id: int, context: StageContext
 ) -> int:
     """The token by which models of these answers stop: the one that all end with, whatever ends a document."""
-    found = Counter(encoder.last_special(each.encoded) for each in kept)
+    found = Counter(encoder.last_special(piece) for each in kept for piece in each.pieces)
     if data.tokenizer.end_token is None and len(found) == 1:
         (only,) = found
         if only is not None:
@@ -186,20 +230,60 @@ def _splits(data: ChatData, found: KeptConversations) -> dict[str, NDArray[np.in
     return {name: np.flatnonzero(splits_N == name) for name in SPLITS}
 
 
+def _checks(found: KeptConversations, tested: NDArray[np.int64], context: StageContext) -> list[AnswerCheck]:
+    """What test conversations expect of their last answers; tells how many, and which contradict themselves.
+
+    Raises:
+        InputError: a rule of the gate is about such answers, and there are none.
+    """
+    checks, contradicted = list[AnswerCheck](), list[str]()
+    for number in tested.tolist():
+        kept = found.kept[number]
+        record = found.expecting.get(kept.sha256)
+        if record is None or record.expected is None or not kept.has_last_answer:
+            continue
+        asked, answer = record.messages[: record.last_answer], record.messages[record.last_answer]
+        checks.append(AnswerCheck(number, kept.where, list(asked), list(record.tools or ()), record.expected))
+        if not answer.get("tool_calls") and not record.expected.holds(answer["content"]):
+            contradicted.append(kept.where)
+    if not checks and any(isinstance(rule, ExpectedAnswers) for rule in context.recipe.gate.rules):
+        raise InputError(
+            f"gate.rules: one is of kind 'expected', and of {len(tested):,} test conversations none says what is "
+            f"expected ({len(found.expecting):,} of the source do); expected 'expected' in more records of "
+            "data.source, or a gate without that rule"
+        )
+    if found.expecting:
+        context.progress(
+            Notice(
+                f"{len(found.expecting):,} conversations say what their last answer must be (expected); files are "
+                f"asked the {len(checks):,} of the test split"
+            )
+        )
+    if contradicted:
+        context.progress(
+            Notice(
+                f"the own answer of {len(contradicted):,} test conversations is not what they expect; first "
+                f"{contradicted[0]}: a model that answers as they do is counted as wrong"
+            )
+        )
+    return checks
+
+
 def _rows(
     kept: Sequence[KeptConversation], splits: dict[str, NDArray[np.int64]], data: ChatData, seed: int
 ) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[np.int64]]]:
-    """The columns of all rows, and which rows are of each split: packed ones, and for the test one a conversation."""
+    """The columns of all rows, and which rows are of each split: packed ones, and for the test one a piece."""
     packed, documents, members = list[list[EncodedConversation]](), list[int](), dict[str, NDArray[np.int64]]()
     for name, own in splits.items():
+        pieces = [(number, piece) for number in own.tolist() for piece in kept[number].pieces]
         if name == "test":
-            rows, owners = [[number] for number in range(len(own))], own.tolist()
+            rows, owners = [[place] for place in range(len(pieces))], [number for number, _ in pieces]
         else:
-            rows = best_fit([len(kept[number].encoded.tokens_T) for number in own], data.sequence_length + 1)
+            rows = best_fit([len(piece.tokens_T) for _, piece in pieces], data.sequence_length + 1)
             rows = [rows[row] for row in permutation(seed, SPLITS.index(name), ROWS_STREAM, len(rows))]
             owners = [-1] * len(rows)
         members[name] = np.arange(len(packed), len(packed) + len(rows))
-        packed += [[kept[own[number]].encoded for number in row] for row in rows]
+        packed += [[pieces[place][1] for place in row] for row in rows]
         documents += owners
     columns = packed_rows(packed, data.sequence_length)
     trained = members["train"][: len(members["train"]) // data.rows_per_group * data.rows_per_group]
@@ -220,7 +304,7 @@ def _documents_file(kept: Sequence[KeptConversation], splits: dict[str, NDArray[
             "split": pa.array(split_N.tolist(), pa.string()),
             "name": pa.array([each.where for each in kept], pa.string()),
             "sha256": pa.array([each.sha256 for each in kept], pa.string()),
-            "size_bytes": pa.array([each.encoded.sizes_bytes[-1] for each in kept], pa.int64()),
+            "size_bytes": pa.array([each.size_bytes for each in kept], pa.int64()),
         }
     )
     return parquet_bytes(table, CONVERSATIONS_PER_GROUP)
@@ -239,7 +323,15 @@ def _tell(context: StageContext, data: ChatData, found: KeptConversations, templ
         context.progress(
             Notice(
                 f"{found.cut:,} of {len(found.kept):,} conversations are longer than a row of {data.sequence_length} + "
-                "1 tokens (data.sequence_length); their last turns are left out"
+                "1 tokens (data.sequence_length); some of their turns are left out"
+            )
+        )
+    if found.divided:
+        rows = sum(len(each.pieces) for each in found.divided)
+        context.progress(
+            Notice(
+                f"{len(found.divided):,} of {len(found.kept):,} conversations are {rows:,}, one for each answer: the "
+                "chat template writes earlier turns otherwise once a conversation goes on"
             )
         )
     for reason, count in found.dropped.items():

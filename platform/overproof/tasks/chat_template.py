@@ -2,7 +2,11 @@
 
 Which words are the assistant's is exact. A template that marks them (``{% generation %}``, as transformers has it) is
 taken at its word. Of any other the text up to an answer, as it is when that answer is asked for, must begin the text
-with the answer, and this the whole: what lies between the two is the answer.
+with the answer: what lies between the two is the answer.
+
+Some templates write earlier turns otherwise once a conversation goes on: those of models that think leave out what was
+thought. Where the text up to an answer does not begin the text of the whole, each answer has a text of its own: what a
+server asks with, and the answer.
 """
 
 from __future__ import annotations
@@ -31,6 +35,14 @@ MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 DATED = "strftime_now"  # what templates call to write the day's date
 SHOWN = 60  # characters of a text in a message
 Span = tuple[int, int]  # characters
+
+
+@dataclass(frozen=True)
+class AnsweredText:
+    """A conversation as text, and of each of the answers that are learnt the characters, in order."""
+
+    text: str
+    spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True)
@@ -74,37 +86,46 @@ class ChatTemplate:
             ) from None
         return texts[0], [tuple(span) for span in spans[0]] if self.marks_answers else []
 
-    def spans(self, found: Conversation) -> tuple[str, list[Span]]:
-        """A conversation's text, and of each message of the assistant the characters that are its answer.
+    def texts(self, found: Conversation) -> list[AnsweredText]:
+        """A conversation up to its last answer that is learnt; or, where the template rewrites what came before, as
+        many texts as there are such answers, each up to its own.
 
         Raises:
-            InputError: they cannot be told exactly.
+            InputError: the template does not take it, or its answers cannot be told exactly.
         """
-        answers = [i for i, message in enumerate(found.messages) if message["role"] == ASSISTANT]
-        text, marked = self.render(found.messages, found.tools, False, found.where)
-        if not self.marks_answers:
-            return text, [self._between(found, number, text) for number in answers]
-        spans = [(start, stop) for start, stop in marked if text[start:stop].strip()]
-        if len(spans) != len(answers):
-            raise InputError(
-                f"{found.where}: the chat template of data.tokenizer marks {len(spans)} answers by {{% generation %}}; "
-                f"expected one for each of the assistant's {len(answers)} messages"
-            )
-        return text, spans
+        numbers = [number for number, is_learnt in enumerate(found.learnt) if is_learnt]
+        texts = [self._up_to(found, number) for number in numbers]
+        whole, _ = texts[-1]
+        if all(whole.startswith(text[: span[1]]) for text, span in texts):
+            return [AnsweredText(whole, tuple(span for _, span in texts))]
+        return [AnsweredText(text, (span,)) for text, span in texts]
 
-    def _between(self, found: Conversation, number: int, whole: str) -> Span:
-        before, _ = self.render(found.messages[:number], found.tools, True, found.where)
-        after, _ = self.render(found.messages[: number + 1], found.tools, False, found.where)
-        for short, long, what in ((before, after, "with the answer"), (after, whole, "once it goes on")):
-            if not long.startswith(short):
-                at = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(long))
-                raise InputError(
-                    f"{found.where}: the chat template of data.tokenizer writes what stands before or in message "
-                    f"{number + 1}, the assistant's, otherwise {what}: {short[at : at + SHOWN]!r} becomes "
-                    f"{long[at : at + SHOWN]!r}, so that the answers cannot be told; expected a template that marks "
-                    "them by {% generation %}, or conversations with one answer each"
-                )
-        return len(before), len(before) + len(self._without_tail(after[len(before) :]))
+    def _up_to(self, found: Conversation, number: int) -> tuple[str, Span]:
+        """The text up to one of the assistant's messages, and the characters that are its answer."""
+        messages = found.messages[: number + 1]
+        text, marked = self.render(messages, found.tools, False, found.where)
+        if not self.marks_answers:
+            return text, self._behind_prompt(found, number, text)
+        spans = [(start, stop) for start, stop in marked if text[start:stop].strip()]
+        answers = sum(message["role"] == ASSISTANT for message in messages)
+        if len(spans) != answers:
+            raise InputError(
+                f"{found.where}: the chat template of data.tokenizer marks {len(spans)} answers by {{% generation %}} "
+                f"in the first {len(messages)} messages; expected one for each of the assistant's {answers}"
+            )
+        return text, spans[-1]
+
+    def _behind_prompt(self, found: Conversation, number: int, text: str) -> Span:
+        prompt, _ = self.render(found.messages[:number], found.tools, True, found.where)
+        if not text.startswith(prompt):
+            at = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(text))
+            raise InputError(
+                f"{found.where}: the chat template of data.tokenizer writes what stands before message {number + 1}, "
+                f"the assistant's, otherwise with the answer: {prompt[at : at + SHOWN]!r} becomes "
+                f"{text[at : at + SHOWN]!r}, so that the answer cannot be told; expected a template that marks it by "
+                "{% generation %}"
+            )
+        return len(prompt), len(prompt) + len(self._without_tail(text[len(prompt) :]))
 
     def _without_tail(self, answer: str) -> str:
         """White space behind the token that ends an answer belongs to what follows it: no model writes it."""
@@ -150,33 +171,33 @@ class ConversationEncoder:
             self._spelled.search(text) for text in _strings([found.messages, found.tools])
         )
 
-    def encode(self, found: Conversation) -> tuple[str, EncodedConversation]:
-        """The text, and its tokens.
+    def encode(self, found: Conversation) -> tuple[str, list[EncodedConversation]]:
+        """The text up to the last answer, and the tokens of each of the texts that ``ChatTemplate.texts`` gives.
 
         Raises:
             InputError: the template does not take the conversation, or its answers cannot be told.
         """
-        text, spans = self.template.spans(found)
-        is_learnt = [flag for flag, m in zip(found.learnt, found.messages, strict=True) if m["role"] == ASSISTANT]
-        parts, is_answer, at = [], [], 0
-        for (start, stop), flag in zip(spans, is_learnt, strict=True):
-            if flag:
-                parts += [text[at:start], text[start:stop]]
-                is_answer += [False, True]
-                at = stop
-        ids = self.split(text, parts)
+        texts = self.template.texts(found)
+        return texts[-1].text, [self._encoded(each) for each in texts]
+
+    def _encoded(self, found: AnsweredText) -> EncodedConversation:
+        parts, at = list[str](), 0
+        for start, stop in found.spans:
+            parts += [found.text[at:start], found.text[start:stop]]
+            at = stop
+        ids = self.split(found.text, parts)
         ends, sizes, total, size = [], [], 0, 0
-        for part, own, answered in zip(parts, ids, is_answer, strict=True):
+        for number, (part, own) in enumerate(zip(parts, ids, strict=True)):
             total += len(own)
-            if answered:
+            if number % 2:  # an answer
                 names = sum(len(self._special[id_].encode()) for id_ in own if id_ in self._special)
                 size += len(part.encode()) - names
                 ends.append(total)
                 sizes.append(size)
         tokens_T = np.array([id_ for own in ids for id_ in own], np.int32)
-        answers_T = np.repeat(is_answer, [len(own) for own in ids])
+        answers_T = np.repeat([number % 2 == 1 for number in range(len(ids))], [len(own) for own in ids])
         answers_T[0] = False  # nothing stands before it that could predict it
-        return text, EncodedConversation(tokens_T, answers_T, tuple(ends), tuple(sizes))
+        return EncodedConversation(tokens_T, answers_T, tuple(ends), tuple(sizes))
 
     def split(self, text: str, parts: Sequence[str]) -> list[list[int]]:
         """The tokens of the parts that a text begins with.

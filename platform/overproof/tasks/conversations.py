@@ -1,7 +1,8 @@
 """Conversations as people keep them, read into messages of one shape: what chat templates take.
 
 A record is OpenAI's (``messages`` of ``role`` and ``content``, with ``tools`` beside), ShareGPT's (``conversations`` of
-``from`` and ``value``), or has Alpaca's columns (``instruction``, ``input``, ``output``).
+``from`` and ``value``), or has Alpaca's columns (``instruction``, ``input``, ``output``). What its last answer must be,
+where it is a question of the test split, stands beside as ``expected``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from overproof.data.parquet_reader import refuse_objects
 from overproof.data.sources import files_below
 from overproof.errors import InputError
 from overproof.files import filesystem
+from overproof.tasks.expected_answers import Expected, read_expected
 
 Message = dict[str, Any]
 
@@ -45,11 +47,17 @@ class Conversation:
     messages: tuple[Message, ...]
     learnt: tuple[bool, ...]  # of each message: whether a model is to learn it; the assistant's alone are
     tools: tuple[dict[str, Any], ...] | None
+    expected: Expected | None = None  # of the last answer that is learnt
 
     @cached_property
     def sha256(self) -> str:
-        """Of the whole, in hex."""
+        """Of all but what is expected, in hex."""
         return _digest([self.messages, self.learnt, self.tools])
+
+    @property
+    def last_answer(self) -> int:
+        """The number of the last message that is learnt."""
+        return max(number for number, is_learnt in enumerate(self.learnt) if is_learnt)
 
     @cached_property
     def prompt_sha256(self) -> str:
@@ -119,7 +127,8 @@ def conversation(where: str, record: Any) -> Conversation:
             f"{where}: found messages of {roles} alone; expected one of the assistant's{weighed} at least: models "
             "learn these"
         )
-    return Conversation(where, tuple(messages), tuple(learnt), _tools(where, given.get("tools")))
+    expected = read_expected(where, given.get("expected"))
+    return Conversation(where, tuple(messages), tuple(learnt), _tools(where, given.get("tools")), expected)
 
 
 # --- the shapes of records ------------------------------------------------------------------------

@@ -47,6 +47,7 @@ class CausalTask:
     )
     further: tuple[FurtherMetric, ...] = ()
     speed, speed_unit = "decode_tokens_per_s", "tokens/s"
+    expects_answers = False
     label_column = "tokens"  # each predicts the next
     pipeline_tag = "text-generation"
     counted: str | None = None  # column that says which predictions count; None: all

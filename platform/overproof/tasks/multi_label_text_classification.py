@@ -79,7 +79,7 @@ class SeveralClasses:
         return {"problem_type": MULTI_LABEL, "threshold": self.threshold}
 
     def read(self, where: str, value: Any) -> tuple[str, ...]:
-        from overproof.tasks.texts import as_class
+        from overproof.tasks.labelled_text_files import as_class
 
         if isinstance(value, str) and self.separator is not None:
             value = [part.strip() for part in value.split(self.separator)] if value.strip() else []

@@ -117,7 +117,7 @@ class OneClass:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self, where: str, value: Any) -> tuple[str, ...]:
-        from overproof.tasks.texts import as_class
+        from overproof.tasks.labelled_text_files import as_class
 
         if isinstance(value, list):
             raise InputError(

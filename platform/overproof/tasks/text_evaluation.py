@@ -13,6 +13,7 @@ Shapes: B rows, S tokens, P predictions, U units, N predictions of all units in 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +119,15 @@ def score_text(
     rows = TestDocuments.of(root).take(documents)
     nats, predictions = np.zeros(len(rows.documents)), np.zeros(len(rows.documents), np.int64)
     choices, done = list[NDArray[np.int32]](), 0
-    scored = scorer.score(_tokens(Shards(root, "test"), rows))
-    for row, (scores, counts_P) in enumerate(zip(scored, _counted(Shards(root, "test"), rows, counted), strict=True)):
-        place = int(rows.places[row])
+    counts = deque[NDArray[np.bool_]]()  # of the rows that were read and are not scored yet: a scorer may read ahead
+
+    def tokens() -> Iterator[NDArray[Any]]:
+        for tokens_S, counts_P in _test_rows(Shards(root, "test"), rows, counted):
+            counts.append(counts_P)
+            yield tokens_S
+
+    for row, scores in enumerate(scorer.score(tokens())):
+        place, counts_P = int(rows.places[row]), counts.popleft()
         nats[place] += scores.nats_P[counts_P].sum()
         predictions[place] += counts_P.sum()
         choices.append(scores.choices_P[counts_P])
@@ -133,24 +140,15 @@ def score_text(
     return FileScores(file_sha256(file), rows.documents, nats, sizes, predictions, choices_N).first(done)
 
 
-def _counted(shards: Shards, rows: TestDocuments, column: str | None) -> Iterator[NDArray[np.bool_]]:
-    """Of each row's predictions, which count."""
-    for start in range(0, len(rows.sample_ids), READ_ROWS):
-        ids, lengths = (values[start : start + READ_ROWS] for values in (rows.sample_ids, rows.lengths))
-        if column is None:
-            yield from (np.ones(length, bool) for length in lengths)
-        else:
-            yield from (
-                counts_P[:length] > 0 for counts_P, length in zip(shards.take(ids)[column], lengths, strict=True)
-            )
-
-
-def _tokens(shards: Shards, rows: TestDocuments) -> Iterator[NDArray[Any]]:
-    """The tokens of each row: those that are read, and the last that is predicted."""
+def _test_rows(
+    shards: Shards, rows: TestDocuments, counted: str | None
+) -> Iterator[tuple[NDArray[Any], NDArray[np.bool_]]]:
+    """The tokens of each row, those that are read and the last that is predicted; and which predictions count."""
     for start in range(0, len(rows.sample_ids), READ_ROWS):
         columns = shards.take(rows.sample_ids[start : start + READ_ROWS])
-        for tokens_S, length in zip(columns["tokens"], columns["length"], strict=True):
-            yield tokens_S[: length + 1]
+        for row, length in enumerate(columns["length"]):
+            counts_P = np.ones(length, bool) if counted is None else columns[counted][row, :length] > 0
+            yield columns["tokens"][row, : length + 1], counts_P
 
 
 def _size_bytes(root: Path, documents: NDArray[np.int64]) -> NDArray[np.int64]:

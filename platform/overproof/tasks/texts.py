@@ -8,33 +8,26 @@ A text has one class or several: ``Labelling`` is what a task says of that.
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
-from pyarrow import csv, fs
-from pyarrow import parquet as pq
+from pyarrow import fs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from overproof.data.manifest import TOKENIZER, Column, Manifest
-from overproof.data.parquet_reader import refuse_objects
 from overproof.data.parquet_writer import write_file
-from overproof.data.sources import files_below, sha256_of
+from overproof.data.sources import sha256_of
 from overproof.data.stratified import stratified, write_splits
-from overproof.errors import InputError, suggest_name
+from overproof.errors import InputError
 from overproof.files import filesystem
 from overproof.models.encoder import PADDING
 from overproof.stage_context import Notice, StageContext, TaskProgress
+from overproof.tasks.labelled_text_files import labelled_texts, text_files
 
-Labelled = tuple[str, str, tuple[str, ...]]  # where it is from, the text, its classes
-
-SUFFIXES = {"jsonl": ".jsonl", "csv": ".csv", "parquet": ".parquet", "folder": ".txt"}
 PAD, START, END = "[PAD]", "[CLS]", "[SEP]"
 SPECIAL = (START, PAD, END)  # by their ids: a RoBERTa counts positions from behind id 1, which it takes for padding
 PADDINGS = (PAD, "<pad>", "<|padding|>")  # as tokenizers name it
@@ -108,7 +101,7 @@ def texts_digest(data: Any) -> str:
     Raises:
         InputError: there are none.
     """
-    identity: list[object] = [[info.path, info.size, info.mtime_ns or 0] for info in _files(data.source)]
+    identity: list[object] = [[info.path, info.size, info.mtime_ns or 0] for info in text_files(data.source)]
     if data.tokenizer.kind == "file":
         identity.append(hashlib.sha256(tokenizer_file(data.tokenizer.path)).hexdigest())
     return sha256_of(identity)
@@ -195,7 +188,7 @@ def read_texts(data: Any, labelling: Labelling) -> Texts:
         InputError: a file cannot be read, a text or its class is missing, or there is one class alone.
     """
     rows, labels_of = 0, dict[str, set[frozenset[str]]]()
-    for _, text, labels in _labelled_texts(data.source, labelling):
+    for _, text, labels in labelled_texts(data.source, labelling.read):
         rows += 1
         labels_of.setdefault(text, set()).add(frozenset(labels))
     kept = {text: tuple(sorted(next(iter(found)))) for text, found in labels_of.items() if len(found) == 1}
@@ -215,7 +208,7 @@ def count_texts(data: Any, labelling: Labelling) -> TextCounts:
     Raises:
         InputError: as ``read_texts``.
     """
-    files = tuple((info.path, info.size, info.mtime_ns) for info in _files(data.source))
+    files = tuple((info.path, info.size, info.mtime_ns) for info in text_files(data.source))
     key = (data.model_dump_json(), files)
     if key not in _counted:
         _counted.clear()
@@ -225,7 +218,7 @@ def count_texts(data: Any, labelling: Labelling) -> TextCounts:
 
 def _count_texts(source: Any, labelling: Labelling) -> TextCounts:
     labels_of = dict[bytes, frozenset[str] | None]()  # None where a text stands there with others, too
-    for _, text, labels in _labelled_texts(source, labelling):
+    for _, text, labels in labelled_texts(source, labelling.read):
         digest, found = hashlib.blake2b(text.encode(), digest_size=16).digest(), frozenset(labels)
         if labels_of.setdefault(digest, found) != found:
             labels_of[digest] = None
@@ -353,121 +346,3 @@ def _require_train_texts(classes: list[str], there_RV: NDArray[np.bool_], train:
             f"data: class {classes[unseen[0]]!r} has {there_RV[:, unseen[0]].sum()} texts, and none falls into the "
             "train split; expected several texts of each class: give more, or leave the class out"
         )
-
-
-def _files(source: Any) -> list[fs.FileInfo]:
-    suffix = SUFFIXES[source.kind]
-    found = files_below(source.path, (suffix,))
-    if not found:
-        raise InputError(f"data.source.path: {source.path}: no {suffix} file; expected one at least")
-    return found
-
-
-def _labelled_texts(source: Any, labelling: Labelling) -> Iterator[Labelled]:
-    """Every text of a source with its classes, in the order of files and rows."""
-    files, root = filesystem(source.path)
-    for info in _files(source):
-        if source.kind == "folder":
-            yield _one_file(files, info.path, root, source, labelling)
-        elif source.kind == "jsonl":
-            with files.open_input_stream(info.path) as stream:
-                yield from _lines(io.BufferedReader(stream), info.path, source, labelling)
-        else:
-            yield from _rows(files, info.path, source, labelling)
-
-
-def _one_file(files: fs.FileSystem, path: str, root: str, source: Any, labelling: Labelling) -> Labelled:
-    name = path.removeprefix(root).strip("/").split("/")
-    if len(name) < 2:
-        raise InputError(f"{path}: lies beside the classes' folders; expected {source.path}/CLASS/{name[-1] or 'FILE'}")
-    with files.open_input_stream(path) as stream:
-        content: bytes = stream.read()
-    try:
-        return path, _as_text(path, content.decode()), labelling.read(path, name[0])
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8: {error}; expected text in UTF-8") from None
-
-
-def _lines(lines: Iterable[bytes], path: str, source: Any, labelling: Labelling) -> Iterator[Labelled]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record: Any = json.loads(line)
-        except UnicodeDecodeError as error:
-            raise InputError(f"{where}: not UTF-8: {error}; expected text in UTF-8") from None
-        except ValueError as error:
-            raise InputError(f"{where}: not JSON: {error}; expected one JSON object on each line") from None
-        if not isinstance(record, dict):
-            raise InputError(f"{where}: found {record!r:.40}; expected an object with a text and its class")
-        _require_columns(where, list(record), source)
-        yield where, _as_text(where, record[source.text]), labelling.read(where, record[source.label])
-
-
-def _rows(files: fs.FileSystem, path: str, source: Any, labelling: Labelling) -> Iterator[Labelled]:
-    row = 0
-    try:
-        for batch in (_csv_batches if source.kind == "csv" else _parquet_batches)(files, path, source):
-            texts, labels = (batch.column(name).to_pylist() for name in (source.text, source.label))
-            for text, label in zip(texts, labels, strict=True):
-                row += 1
-                where = f"{path}, row {row}"
-                yield where, _as_text(where, text), labelling.read(where, label)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8: {error}; expected text in UTF-8") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not {source.kind}: {error}; expected a table with a header") from None
-
-
-def _csv_batches(files: fs.FileSystem, path: str, source: Any) -> Iterator[pa.RecordBatch]:
-    """The two columns alone: what the others hold makes no difference."""
-    both = [source.text, source.label]
-    quoted = csv.ParseOptions(newlines_in_values=True)
-    with files.open_input_stream(path) as stream, csv.open_csv(stream, parse_options=quoted) as head:
-        _require_columns(path, head.schema.names, source)
-    chosen = csv.ConvertOptions(include_columns=both, column_types=dict.fromkeys(both, pa.string()))
-    with files.open_input_stream(path) as stream:
-        yield from csv.open_csv(stream, parse_options=quoted, convert_options=chosen)
-
-
-def _parquet_batches(files: fs.FileSystem, path: str, source: Any) -> Iterator[pa.RecordBatch]:
-    with files.open_input_file(path) as handle:
-        file = pq.ParquetFile(handle)
-        refuse_objects(file.schema_arrow, path)
-        _require_columns(path, file.schema_arrow.names, source)
-        yield from file.iter_batches(columns=[source.text, source.label])
-
-
-def _require_columns(where: str, found: Sequence[str], source: Any) -> None:
-    for field, name in (("text", source.text), ("label", source.label)):
-        if name not in found:
-            near = suggest_name(name, found)
-            raise InputError(f"{where}: found {', '.join(found)}; expected {name!r} (data.source.{field}){near}")
-        if found.count(name) > 1:
-            raise InputError(f"{where}: several columns are named {name!r} (data.source.{field}); expected one")
-
-
-def _as_text(where: str, value: Any) -> str:
-    if value is not None and not isinstance(value, str):
-        raise InputError(f"{where}: the text is {type(value).__name__}; expected a string")
-    if value is None or not value.strip():
-        raise InputError(f"{where}: the text is empty; expected one: leave it out")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise InputError(f"{where}: the text holds half of a character; expected valid Unicode")
-    return value
-
-
-def as_class(where: str, value: Any) -> str:
-    """The name of a class.
-
-    Raises:
-        InputError: there is none, or the value is neither a name nor a number.
-    """
-    if isinstance(value, bool):
-        return str(value).lower()
-    if value is not None and not isinstance(value, str | int):
-        raise InputError(f"{where}: the class is {type(value).__name__}; expected its name or number")
-    if value is None or not str(value).strip():
-        raise InputError(f"{where}: there is no class; expected its name or number")
-    return str(value)

@@ -23,7 +23,7 @@ from test_sweep_resume import anew, curves, to_end
 from test_teacher_text import ALONE, with_text
 
 from overproof.artifacts import Artifact
-from overproof.cluster.ray_cluster import relay_progress
+from overproof.cluster.progress_relay import relay_progress
 from overproof.data.parquet_reader import Shards
 from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.sweep import sweep
