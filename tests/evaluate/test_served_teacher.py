@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from endpoints import KEY, OwnServer, own_server
+from endpoints import KEY, OwnServer, own_server, vllm_server
 from overproof.artifacts import Artifact, Store
 from overproof.config import Evaluate, Recipe, Served, load_recipe
 from overproof.data.manifest import Manifest
@@ -23,7 +26,7 @@ from overproof.distill.teacher_worker import CaptureJob, TargetWorker, TeacherWo
 from overproof.engines.endpoint import Endpoint
 from overproof.engines.served_teacher import ServedTeacher, ask_teacher, require_same
 from overproof.errors import InputError
-from overproof.evaluate.gate import judge
+from overproof.evaluate.gate import Verdict, judge
 from overproof.evaluate.metrics import Report
 from overproof.evaluate.stage import evaluate_exports
 from overproof.export.stage import export_models
@@ -35,16 +38,21 @@ from overproof.train.ray_trainer import train_teacher
 
 RECIPE = Path(__file__).parents[2] / "jobs/recipes/stdlib-lm.yaml"
 K = 8
+VLLM_PYTHON, RUN_S = "OVERPROOF_VLLM_PYTHON", 600
 
 
-def recipe_of(folder: Path, url: str, *changes: str) -> Recipe:
+def overrides(folder: Path, url: str) -> tuple[str, ...]:
     student = "{name: student, model: {kind: llama, hidden_size: 64, intermediate_size: 96, layers: 1, heads: 2, kv_heads: 1}}"
-    return load_recipe(RECIPE, (
+    return (
         f"store={folder}/store", "data.tokenizer={kind: file, path: tokenizer.json}", "data.sequence_length=64",
         f"train={{model: {{kind: served, url: '{url}', model: teacher, key_env: TEACHER_KEY}}, steps: 0, batch_size: 2, learning_rate: 1}}",
         f"cache={{scheme: {{kind: topk, k: {K}}}, batch_size: 8}}", f"sweep.students=[{student}]", "tune={}",
-        "sweep.steps=2", "gate.rules=[{kind: keep, at_least: 0.5}]", *changes,
-    ))  # fmt: skip
+        "sweep.steps=2", "gate.rules=[{kind: keep, at_least: 0.5}]",
+    )  # fmt: skip
+
+
+def recipe_of(folder: Path, url: str, *changes: str) -> Recipe:
+    return load_recipe(RECIPE, (*overrides(folder, url), *changes))
 
 
 def captured(text: dict[str, Artifact], recipe: Recipe, worker: type[TeacherWorker], **further: Any) -> TeacherWorker:
@@ -130,19 +138,22 @@ def test_its_cache_is_that_of_its_weights(text: dict[str, Artifact], server: Own
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_gates_figures_of_it_come_from_the_endpoint(
-    text: dict[str, Artifact], server: OwnServer, tmp_path: Path
-) -> None:
+def test_the_gates_figures_of_it_come_from_the_endpoint(text: dict[str, Artifact], tmp_path: Path) -> None:
     """And are those of the file behind it, in the engine that serves it."""
     few = "evaluate={max_documents: 4, bootstrap_samples: 100, threads: 1, decode_tokens: 4, timed_requests: 4}"
-    recipe = recipe_of(tmp_path, server.url, few, "compress={kind: gguf, formats: [q8_0]}")
-    parents = {"prepare": text["prepare"], "train": recorded(text, recipe), "sweep": text["sweep"]}
-    draft = Store(recipe.store).new_writer(recipe.name, "compress", "cd" * 32, {}, {})
-    metrics = export_models(StageContext(recipe, parents, draft, no_progress))
-    assert sorted(metrics["size_bytes"]) == ["control", "student", "student-q8_0"]
-    parents["compress"] = draft.commit(metrics, 0.0)
-    draft = Store(recipe.store).new_writer(recipe.name, "evaluate", "ef" * 32, {}, {})
-    evaluate_exports(StageContext(recipe, parents, draft, no_progress))
+    with own_server(
+        text["compress"].local() / "teacher.gguf", key=None
+    ) as server:  # workers have no variable of this test
+        recipe = recipe_of(
+            tmp_path, server.url, few, "train.model.key_env=null", "compress={kind: gguf, formats: [q8_0]}"
+        )
+        parents = {"prepare": text["prepare"], "train": recorded(text, recipe), "sweep": text["sweep"]}
+        draft = Store(recipe.store).new_writer(recipe.name, "compress", "cd" * 32, {}, {})
+        metrics = export_models(StageContext(recipe, parents, draft, no_progress))
+        assert sorted(metrics["size_bytes"]) == ["control", "student", "student-q8_0"]
+        parents["compress"] = draft.commit(metrics, 0.0)
+        draft = Store(recipe.store).new_writer(recipe.name, "evaluate", "ef" * 32, {}, {})
+        evaluate_exports(StageContext(recipe, parents, draft, no_progress))
     file, root, task = text["compress"].local() / "teacher.gguf", text["prepare"].local(), TASKS["language_modeling"]
     here, student = (
         task.score(path, root, task.units(root, 4), Evaluate(), "llama.cpp", FORMATS["gguf"], lambda _: None)
@@ -287,3 +298,41 @@ def test_packed_conversations_are_asked_about_one_by_one() -> None:
     rows = {"length": np.array([4, 7]), "position": position}
     assert texts_in(rows) == [(0, slice(0, 3)), (0, slice(3, 5)), (1, slice(0, 8))]
     assert texts_in({"length": np.array([4, 7])}) == [(0, slice(0, 5)), (1, slice(0, 8))]
+
+
+@pytest.mark.trial
+@pytest.mark.skipif(VLLM_PYTHON not in os.environ, reason=f"{VLLM_PYTHON} names no Python of an environment with vLLM")
+def test_vllm_teaches_up_to_a_verdict(
+    text: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is that of the weights behind it, and a whole run judges its student against it."""
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    directory = text["train"].local() / "model"
+    few = (
+        f"data.tokenizer={{kind: file, path: {directory}}}", "sweep.batch_size=2", "sweep.validate_every=2",
+        "sweep.validation_rows=8", "cache.rows=16", "evaluate={max_documents: 4, threads: 1, timed_requests: 4}",
+    )  # fmt: skip
+    with vllm_server(os.environ[VLLM_PYTHON], directory, tmp_path / "vllm.log") as url:
+        recipe = recipe_of(tmp_path, url)
+        trained, served = recorded(text, recipe), recipe.train.model
+        assert isinstance(served, Served)
+        worker = captured(text, recipe, EndpointWorker, trained=trained, served=served, progress=no_progress)
+        assert run(worker) == []
+        sets = [word for override in (*overrides(tmp_path / "whole", url), *few) for word in ("--set", override)]
+        command = [sys.executable, "-m", "overproof.cli.main", "run", str(RECIPE), "--until", "gate", *sets]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=RUN_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ServedTeacher.read(trained.local()).weights == str(directory)
+    here = captured(text, recipe, TargetWorker)
+    assert run(here) == []
+    found, expected = targets(worker), targets(here)
+    for name in ("label_logprob", "logprobs", "tail"):
+        np.testing.assert_allclose(found[name], expected[name], atol=1 / 128)  # a step of half precision from 8 nats on
+    assert (found["indices"] == expected["indices"]).mean() > 0.99  # near ties
+    by_stage = {a.record.stage: a.local() for a in Store(f"{tmp_path}/whole/store").artifacts()}
+    report = Report.model_validate_json((by_stage["evaluate"] / "report.json").read_bytes())
+    verdict = Verdict.model_validate_json((by_stage["gate"] / "verdict.json").read_bytes())
+    assert report.served_teacher is not None
+    assert report.served_teacher.weights == str(directory)
+    assert [candidate.name for candidate in verdict.candidates] == ["student-q8_0", "student-q4_0"]
