@@ -37,16 +37,18 @@ from overproof.stage_context import Notice, ProgressEvent, StageContext, no_prog
 from overproof.train.ray_trainer import train_teacher
 
 RECIPE = Path(__file__).parents[2] / "jobs/recipes/stdlib-lm.yaml"
-K = 8
+K, ROWS = 8, 48
 VLLM_PYTHON, RUN_S = "OVERPROOF_VLLM_PYTHON", 600
 
 
 def overrides(folder: Path, url: str) -> tuple[str, ...]:
-    student = "{name: student, model: {kind: llama, hidden_size: 64, intermediate_size: 96, layers: 1, heads: 2, kv_heads: 1}}"
+    shape = "kind: llama, hidden_size: 64, intermediate_size: 96, layers: 1, heads: 2, kv_heads: 1"
+    served = f"{{kind: served, url: '{url}', model: teacher, key_env: TEACHER_KEY}}"
     return (
         f"store={folder}/store", "data.tokenizer={kind: file, path: tokenizer.json}", "data.sequence_length=64",
-        f"train={{model: {{kind: served, url: '{url}', model: teacher, key_env: TEACHER_KEY}}, steps: 0, batch_size: 2, learning_rate: 1}}",
-        f"cache={{scheme: {{kind: topk, k: {K}}}, batch_size: 8}}", f"sweep.students=[{student}]", "tune={}",
+        f"train={{model: {served}, steps: 0, batch_size: 2, learning_rate: 1}}",
+        f"cache={{scheme: {{kind: topk, k: {K}}}, batch_size: 8}}",
+        f"sweep.students=[{{name: student, model: {{{shape}}}}}]", "tune={}",
         "sweep.steps=2", "gate.rules=[{kind: keep, at_least: 0.5}]",
     )  # fmt: skip
 
@@ -56,9 +58,9 @@ def recipe_of(folder: Path, url: str, *changes: str) -> Recipe:
 
 
 def captured(text: dict[str, Artifact], recipe: Recipe, worker: type[TeacherWorker], **further: Any) -> TeacherWorker:
-    """A worker of the cache of every row, in the recipe's store."""
+    """A worker of the cache of some rows, in the recipe's store."""
     prepared, trained = text["prepare"], further.pop("trained", text["train"])
-    index = TargetIndex.of(target_key(recipe, prepared, trained), Manifest.read(prepared.local()), None)
+    index = TargetIndex.of(target_key(recipe, prepared, trained), Manifest.read(prepared.local()), ROWS)
     draft = Store(recipe.store).new_writer(recipe.name, "cache", worker.__name__.encode().hex(), {}, {})
     job = CaptureJob(recipe.cache, index, prepared, trained, draft)
     return worker(EndpointJob(**vars(job), **further) if further else job)
@@ -74,7 +76,9 @@ def run(worker: TeacherWorker) -> list[str]:
 def targets(worker: TeacherWorker) -> Columns:
     publish_files(worker.job)
     cache = TargetCache(Path(worker.job.draft.uri), ("tokens", "mask", "label_logprob", "indices", "logprobs", "tail"))
-    return cache.take(np.arange(40))
+    groups = np.concatenate([file.groups for file in worker.index.files])
+    each = worker.index.identity.rows_per_group
+    return cache.take((groups[:, None] * each + np.arange(each)).ravel())
 
 
 def recorded(text: dict[str, Artifact], recipe: Recipe) -> Artifact:
@@ -141,9 +145,8 @@ def test_its_cache_is_that_of_its_weights(text: dict[str, Artifact], server: Own
 def test_the_gates_figures_of_it_come_from_the_endpoint(text: dict[str, Artifact], tmp_path: Path) -> None:
     """And are those of the file behind it, in the engine that serves it."""
     few = "evaluate={max_documents: 4, bootstrap_samples: 100, threads: 1, decode_tokens: 4, timed_requests: 4}"
-    with own_server(
-        text["compress"].local() / "teacher.gguf", key=None
-    ) as server:  # workers have no variable of this test
+    file = text["compress"].local() / "teacher.gguf"
+    with own_server(file, key=None) as server:  # Ray's workers have no variables of this test
         recipe = recipe_of(
             tmp_path, server.url, few, "train.model.key_env=null", "compress={kind: gguf, formats: [q8_0]}"
         )
@@ -154,7 +157,7 @@ def test_the_gates_figures_of_it_come_from_the_endpoint(text: dict[str, Artifact
         parents["compress"] = draft.commit(metrics, 0.0)
         draft = Store(recipe.store).new_writer(recipe.name, "evaluate", "ef" * 32, {}, {})
         evaluate_exports(StageContext(recipe, parents, draft, no_progress))
-    file, root, task = text["compress"].local() / "teacher.gguf", text["prepare"].local(), TASKS["language_modeling"]
+    root, task = text["prepare"].local(), TASKS["language_modeling"]
     here, student = (
         task.score(path, root, task.units(root, 4), Evaluate(), "llama.cpp", FORMATS["gguf"], lambda _: None)
         for path in (file, file.with_name("student.gguf"))
@@ -266,6 +269,7 @@ def test_what_vllm_answers_is_understood(server: OwnServer) -> None:
     [
         ("train.steps=3", "train: model.kind is 'served', whose weights are not here; expected steps 0"),
         ("train.model.url=ftp://x/v1", "train.model.url: expected http://HOST:PORT/v1"),
+        ("train.model.url=http://x:99999/v1", "train.model.url: Port out of range"),
         ("train.model.url=http://me:secret@x/v1", "train.model.url: expected http://HOST:PORT/v1"),
         ("data.tokenizer={kind: bpe}", "data.tokenizer.kind 'bpe': train.model.kind is 'served'"),
         ("cache.scheme={kind: dense}", "cache.scheme.kind 'dense'"),
@@ -328,7 +332,7 @@ def test_vllm_teaches_up_to_a_verdict(
     assert run(here) == []
     found, expected = targets(worker), targets(here)
     for name in ("label_logprob", "logprobs", "tail"):
-        np.testing.assert_allclose(found[name], expected[name], atol=1 / 128)  # a step of half precision from 8 nats on
+        np.testing.assert_allclose(found[name], expected[name], atol=1 / 128)  # half precision's, at 8 nats
     assert (found["indices"] == expected["indices"]).mean() > 0.99  # near ties
     by_stage = {a.record.stage: a.local() for a in Store(f"{tmp_path}/whole/store").artifacts()}
     report = Report.model_validate_json((by_stage["evaluate"] / "report.json").read_bytes())

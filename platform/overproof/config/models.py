@@ -93,7 +93,13 @@ class Served(ModelSection):
     @classmethod
     def _plain_address(cls, url: str) -> str:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or "@" in parts.netloc:
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.port == 0
+            or parts.query
+            or "@" in parts.netloc
+        ):
             raise ValueError("expected http://HOST:PORT/v1 or https://..., with the key in the variable of key_env")
         return url.rstrip("/")
 

@@ -157,7 +157,10 @@ class Recipe(Section):
         if self.reads_cache and self.cache.scheme.kind != "topk":
             yield f"cache.scheme.kind {self.cache.scheme.kind!r}", "{kind: topk, k: 20}"
         if self.reads_cache and (other := (self.temperatures | set(self.cache.temperatures)) - {1.0}):
-            yield f"temperature {min(other):g}", "1 for the cache and every student that reads it"
+            yield (
+                f"temperature {min(other):g}",
+                ("1 for the cache and every student that reads it: what all other tokens weigh at another is not told"),
+            )
         for index, student in enumerate(self.sweep.students):
             where = f"sweep.students.{index}"
             if isinstance(student.model, TeacherLayers):
