@@ -26,9 +26,7 @@ class ServedTeacher(FrozenModel):
     FILE: ClassVar[str] = "teacher.json"
     model: str
     revision: str | None
-    weights: (
-        str  # what the endpoint says of them: the served file's sha256, or the folder or repository; empty: nothing
-    )
+    weights: str  # what the endpoint says of them: the served file's sha256, the folder or repository, or nothing
     tokenizer_sha256: str
     probe_nats: tuple[float, ...]  # of the tokens of a few test texts: to know the model by
 
