@@ -486,7 +486,7 @@ def test_the_schema_is_pinned() -> None:
                  "top_p", "user"]  # fmt: skip
     reply = ["choices", "created", "id", "model", "object", "package", "system_fingerprint", "usage"]
     assert found == {
-        "CompletionRequest": sorted([*generated, "echo", "prompt"]),
+        "CompletionRequest": sorted([*generated, "echo", "prompt", "return_tokens_as_token_ids"]),
         "ChatRequest": sorted(
             [
                 *generated,
