@@ -165,6 +165,8 @@ def run(recipe: Recipe, until: str | None = None) -> dict[str, Artifact]:
         steps = resolve_stages(recipe, store, until)
         if any(step.stage.name == "compress" and step.artifact is None for step in steps):
             preflight.require_exportable(recipe)
+        if any(step.stage.name == "train" and step.artifact is None for step in steps):
+            preflight.require_served(recipe)
         if not ray_cluster.is_remote():
             require_placeable(recipe, ray_cluster.local_capacity())
             ENGINES[recipe.engine].require()

@@ -116,7 +116,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "max_tokens": 33}, "max_tokens", "at most 32"),
     ({"prompt": "x", "max_tokens": 0}, "max_tokens", "1 or more, or 0 with echo"),
     ({"prompt": "x", "max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
-    ({"prompt": "x", "echo": True, "logprobs": 6}, "logprobs", "less than or equal to 5"),
+    ({"prompt": "x", "echo": True, "logprobs": 21}, "logprobs", "less than or equal to 20"),
     ({"prompt": "x" * 9999, "echo": True, "logprobs": 1, "max_tokens": 0}, "prompt", "tokens long"),
     ({"prompt": ["x", [512]], "echo": True, "max_tokens": 0}, "prompt", "expected 0 to 511"),
     ({"prompt": "x", "echo": 1}, "echo", "valid boolean"),
@@ -128,7 +128,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "stop": ["a"] * 17}, "stop", "up to 16"),
     ({"prompt": "x", "stream": "yes"}, "stream", "valid boolean"),
     ({"prompt": "x", "tools": []}, "tools", "unknown field"),
-    ({"prompt": "x", "logprobs": 6}, "logprobs", "less than or equal to 5"),
+    ({"prompt": "x", "logprobs": 21}, "logprobs", "less than or equal to 20"),
     ({"prompt": "x", "n": 17}, "n", "less than or equal to 16"),
     ({"prompt": "x", "logit_bias": {"512": 1}}, "logit_bias", "expected 0 to 511"),
     ({"prompt": "x", "logit_bias": {"one": 1}}, "logit_bias", "token ids with numbers"),
@@ -486,7 +486,7 @@ def test_the_schema_is_pinned() -> None:
                  "top_p", "user"]  # fmt: skip
     reply = ["choices", "created", "id", "model", "object", "package", "system_fingerprint", "usage"]
     assert found == {
-        "CompletionRequest": sorted([*generated, "echo", "prompt"]),
+        "CompletionRequest": sorted([*generated, "echo", "prompt", "return_tokens_as_token_ids"]),
         "ChatRequest": sorted(
             [
                 *generated,

@@ -19,6 +19,7 @@ from overproof.units import format_bytes
 
 if TYPE_CHECKING:
     from overproof.evaluate.metrics import MeasuredFile
+    from overproof.tasks.base import Metric
 
 
 def list_artifacts(store: str) -> int:
@@ -95,14 +96,16 @@ def print_summary(recipe: Recipe) -> None:
     task = TASKS[report.task]
     table = Table("model", task.quality.title, "agreement", "MB", "p50 / p95 ms", task.speed_unit, "verdict",
                   title=recipe.name)  # fmt: skip
+    if report.served_teacher is not None:
+        quality = report.served_teacher.metrics[report.quality]
+        table.add_row("teacher (served)", f"{quality.value:.4f} ± {_half(quality):.4f}", "", "", "", "", "")
     for measured in report.measured:
         quality, agreement = measured.metrics[report.quality], measured.metrics["agreement"]
-        half = ((quality.high or quality.value) - (quality.low or quality.value)) / 2
         outcome = (
             "" if measured.name not in passed else "[green]passed[/]" if passed[measured.name] else "[red]refused[/]"
         )
         rate = measured.metrics.get(task.speed)  # a model may end every answer at once
-        table.add_row(measured.name, f"{quality.value:.4f} ± {half:.4f}", f"{agreement.value:.1%}",
+        table.add_row(measured.name, f"{quality.value:.4f} ± {_half(quality):.4f}", f"{agreement.value:.1%}",
                       f"{measured.size_bytes / 1e6:.2f}", _latency(measured), f"{rate.value:,.0f}" if rate else "",
                       f"{outcome}{' · shipped' if measured.name == verdict.chosen else ''}")  # fmt: skip
     out.print(table)
@@ -115,6 +118,10 @@ def print_summary(recipe: Recipe) -> None:
         )
     if found["report"]:
         out.print(f"picture  {found['report'].uri}/report.png\nreport   {found['report'].uri}/report.html")
+
+
+def _half(metric: Metric) -> float:
+    return ((metric.high or metric.value) - (metric.low or metric.value)) / 2
 
 
 def _latency(measured: MeasuredFile) -> str:

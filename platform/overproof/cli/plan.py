@@ -13,7 +13,7 @@ from overproof.artifacts import Artifact, Store
 from overproof.cluster import preflight
 from overproof.cluster.placement import resource_requests
 from overproof.cluster.preflight import Finding, Throughput
-from overproof.config import Recipe
+from overproof.config import Recipe, Served
 from overproof.console import out
 from overproof.data.columns import row_bytes
 from overproof.data.manifest import Manifest
@@ -23,6 +23,7 @@ from overproof.engines.base import ScoringLoader
 from overproof.errors import InputError
 from overproof.export.base import SizedFormat
 from overproof.models import stage_memory, zero_memory
+from overproof.models.base import DataShape
 from overproof.models.sizes import FP32_BYTES, ModelSize, trained_size
 from overproof.registry import ENGINES, FORMATS, TASKS
 from overproof.units import format_bytes, format_seconds
@@ -58,36 +59,45 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     rate = _given_rate(recipe, options, shape.positions) or preflight.measured_rate(recipe)
     out.print(_stages(recipe, steps, shape.positions))
     preflight.require_exportable(recipe)
-    model = trained_size(recipe.train, shape)
     out.print()
     students = preflight.student_sizes(recipe, shape)
-    for line in _model(recipe, model, students, known=prepared is not None):
-        out.print(line)
-    out.print(_memory(recipe, model))
-    out.print(_activations(recipe, model))
+    findings = [*preflight.check_placement(recipe, capacity), stored, *preflight.check_gate(recipe)]
+    served, model = recipe.train.model, None
+    if isinstance(served, Served):
+        out.print(f"teacher: {served.model}, served at {served.url}")
+        out.print(_students(students))
+    else:
+        model = trained_size(recipe.train, shape)
+        _print_teacher(recipe, model, students, prepared, rate)
+        parameters = {name: size.parameters for name, size in students.items()}
+        findings += preflight.warn_not_smaller(parameters, model.parameters)
+        if not attached and options.cluster_file is None and not recipe.train.gpus_per_worker:
+            findings.append(preflight.check_local_memory(_worker_bytes(recipe, model), recipe.train.fewest))
     out.print(_largest(recipe, model, students))
-    lines = (
-        _teacher_text(recipe, model, prepared, rate),
-        _teacher_targets(recipe, model, prepared, rate),
-        _live_teacher(recipe, model),
-    )
-    for line in filter(None, lines):
+    if line := _teacher_targets(recipe, shape, prepared, rate):
         out.print(line)
     out.print(f"\n{capacity.where}")
-    findings = [
-        *preflight.check_placement(recipe, capacity),
-        stored,
-        *preflight.warn_not_smaller({name: size.parameters for name, size in students.items()}, model.parameters),
-        *preflight.check_gate(recipe),
-    ]
-    if not attached and options.cluster_file is None and not recipe.train.gpus_per_worker:
-        findings.append(preflight.check_local_memory(_worker_bytes(recipe, model), recipe.train.fewest))
     findings += [preflight.check_upload(Path.cwd()), preflight.training_time(recipe, rate, shape.positions)]
     out.print(_findings(findings))
     refused = [finding for finding in findings if finding.state == "refused"]
     if refused:
         raise InputError("\n".join(f"{finding.about}: {finding.text}" for finding in refused))
     return 0
+
+
+def _print_teacher(
+    recipe: Recipe, model: ModelSize, students: dict[str, ModelSize], prepared: Artifact | None, rate: Throughput | None
+) -> None:
+    for line in _model(recipe, model, students, known=prepared is not None):
+        out.print(line)
+    out.print(_memory(recipe, model))
+    out.print(_activations(recipe, model))
+    for line in filter(None, (_teacher_text(recipe, model, prepared, rate), _live_teacher(recipe, model))):
+        out.print(line)
+
+
+def _students(students: dict[str, ModelSize]) -> str:
+    return "students: " + ", ".join(f"{name} {size.parameters:,}" for name, size in students.items()) + " parameters"
 
 
 def _given_rate(recipe: Recipe, options: PlanOptions, positions: int) -> Throughput | None:
@@ -151,7 +161,7 @@ def _model(recipe: Recipe, model: ModelSize, students: dict[str, ModelSize], kno
     return [
         f"teacher: {model.parameters:,} parameters{most}{adapters}; {workers} worker{'s' if workers != '1' else ''}, "
         f"{train.precision}, ZeRO {train.zero_stage}, offload {train.offload}",
-        "students: " + ", ".join(f"{name} {size.parameters:,}" for name, size in students.items()) + " parameters",
+        _students(students),
         f"each of {train.fewest} workers holds at most, by ZeRO stage:",
     ]
 
@@ -193,20 +203,24 @@ def _activations(recipe: Recipe, model: ModelSize) -> str:
     )
 
 
-def _largest(recipe: Recipe, model: ModelSize, students: dict[str, ModelSize]) -> str:
-    """What the largest process of each stage holds, on a machine without a GPU."""
-    train, sweep, exported = recipe.train, recipe.sweep, (model, *students.values())
-    written, engine = FORMATS[recipe.compress.kind], ENGINES[recipe.engine]
-    found = {"train": stage_memory.teacher_memory(model, train, train.fewest)}
-    if recipe.reads_cache:
-        found["cache"] = stage_memory.capture_memory(model, recipe.cache)
+def _largest(recipe: Recipe, teacher: ModelSize | None, students: dict[str, ModelSize]) -> str:
+    """What the largest process of each stage holds, on a machine without a GPU; without the teacher where that is served
+    elsewhere.
+    """
+    train, sweep, exported = recipe.train, recipe.sweep, list(students.values())
+    written, engine, found = FORMATS[recipe.compress.kind], ENGINES[recipe.engine], dict[str, int]()
+    if teacher is not None:
+        exported.append(teacher)
+        found["train"] = stage_memory.teacher_memory(teacher, train, train.fewest)
+        if recipe.reads_cache:
+            found["cache"] = stage_memory.capture_memory(teacher, recipe.cache)
     found["sweep"] = max(
         stage_memory.student_memory(size, sweep, distilled) for size in students.values() for distilled in (True, False)
     )
     if isinstance(written, SizedFormat):
         found["compress"] = max(map(written.export_memory, exported))
     if isinstance(engine, ScoringLoader):
-        found["evaluate"] = max(engine.scoring_memory(size, model.predictions) for size in exported)
+        found["evaluate"] = max(engine.scoring_memory(size, size.predictions) for size in exported)
     told = ", ".join(f"{stage} {format_bytes(bytes_)}" for stage, bytes_ in found.items())
     return (
         f"without a GPU the largest process of a stage holds, beside its libraries and what it maps from files: {told}"
@@ -229,22 +243,22 @@ def _teacher_text(recipe: Recipe, model: ModelSize, prepared: Artifact | None, r
 
 
 def _teacher_targets(
-    recipe: Recipe, model: ModelSize, prepared: Artifact | None, rate: Throughput | None
+    recipe: Recipe, shape: DataShape, prepared: Artifact | None, rate: Throughput | None
 ) -> str | None:
     """What the teacher's cache takes, and how long the teacher looks: a forward pass is a third of a step's FLOPs."""
     if not recipe.reads_cache:
         return None
     cache, task = recipe.cache, TASKS[recipe.data.kind]
     unit, temperatures = task.unit, len({1.0, *cache.temperatures})
-    layout = TargetLayout(cache.scheme, task.label_column, model.predictions, model.outputs, temperatures)
-    each = layout.row_bytes / model.predictions
+    layout = TargetLayout(cache.scheme, task.label_column, shape.positions, shape.outputs, temperatures)
+    each = layout.row_bytes / shape.positions
     kept = f"targets of the teacher, {cache.scheme.description}: {each:,.1f} bytes a {unit}"
     rows = _rows(recipe.rows_cached, prepared)
     if rows is None:
         return f"{kept}; of every row, once the data is prepared"
-    held = f"{kept}, {rows * model.predictions:,} {unit}s, {format_bytes(rows * layout.row_bytes)}"
+    held = f"{kept}, {rows * shape.positions:,} {unit}s, {format_bytes(rows * layout.row_bytes)}"
     return (
-        f"{held}; the teacher looks for about {format_seconds(rows * model.predictions / (3 * rate.per_s))}"
+        f"{held}; the teacher looks for about {format_seconds(rows * shape.positions / (3 * rate.per_s))}"
         if rate
         else held
     )

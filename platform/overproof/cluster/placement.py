@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from overproof.config import Recipe, Sweep
+from overproof.config import Recipe, Served, Sweep
 from overproof.errors import InputError
 
 Resources = Mapping[str, float]  # by name, as Ray has them
@@ -132,6 +132,8 @@ def resource_requests(recipe: Recipe) -> tuple[ResourceRequest, ...]:
     train, sweep, serve, evaluate = recipe.train, recipe.sweep, recipe.serve, recipe.evaluate
     pools = ("generate", recipe.generate), ("cache", recipe.cache if recipe.reads_cache else None)
     workers = f"{train.fewest}" if train.fewest == train.most else f"{train.fewest} to {train.most}"
+    trained = ResourceRequest("train", train.fewest, train.cpus_per_worker, train.gpus_per_worker, True, train.most,
+                              f"{_count(workers, 'worker')} + 1 reader")  # fmt: skip
     replicas = (
         f"{serve.min_replicas}"
         if serve.min_replicas == serve.max_replicas
@@ -142,8 +144,7 @@ def resource_requests(recipe: Recipe) -> tuple[ResourceRequest, ...]:
     of = f" of {_count(each, 'worker')}" if sweep.group else ""
     return (
         ResourceRequest("prepare", 1, 1, why="1 reader"),
-        ResourceRequest("train", train.fewest, train.cpus_per_worker, train.gpus_per_worker, True, train.most,
-             f"{_count(workers, 'worker')} + 1 reader"),
+        *(() if isinstance(train.model, Served) else (trained,)),
         *(ResourceRequest(name, pool.actors, pool.cpus_per_actor, pool.gpus_per_actor, True,
                why=f"{_count(pool.actors, 'actor')} + 1 reader") for name, pool in pools if pool),
         ResourceRequest("sweep", together * each, trial_cpus, trial_gpus, most=trials * each,

@@ -15,8 +15,9 @@ from overproof import console
 from overproof.artifacts import Artifact, Store
 from overproof.cluster import ray_cluster, store_probe, upload
 from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
-from overproof.config import Pretrained, Recipe, TeacherLayers
+from overproof.config import Pretrained, Recipe, Served, TeacherLayers
 from overproof.data.manifest import Manifest
+from overproof.engines.endpoint import Endpoint
 from overproof.errors import InputError, suggest_name
 from overproof.export.check_models import check_models
 from overproof.files import filesystem, join_uri
@@ -76,6 +77,16 @@ def require_exportable(recipe: Recipe) -> None:
     if asked:
         with console.waiting(f"asking {kind} about {len(asked)} model{'s' if len(asked) != 1 else ''}"):
             check_models(kind, recipe.data.positions, asked)
+
+
+def require_served(recipe: Recipe) -> None:
+    """Ask the endpoint of a teacher that is served whether it has the model.
+
+    Raises:
+        InputError: it has not, or cannot be asked now.
+    """
+    if isinstance(recipe.train.model, Served):
+        Endpoint(recipe.train.model.model_copy(update={"retry_s": 0.0})).model_entry()
 
 
 def _config_of_a_known_family(path: str, format: str, where: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from overproof.config.evaluation import (
     Smaller,
 )
 from overproof.config.export import FormatSection, Speculate
-from overproof.config.models import LayeredModel, ModelSection, Pretrained, TeacherLayers
+from overproof.config.models import LayeredModel, ModelSection, Pretrained, Served, TeacherLayers
 from overproof.config.recipe import Recipe, load_recipe, parse_overrides
 from overproof.config.search import Asha, Grid, Hyperband, Median, NoStop, Pbt, Random, Space, Tpe, Tune
 from overproof.config.serving import SERVER_FIELDS, Canary, Serve, Traffic
@@ -93,6 +93,7 @@ __all__ = [
     "Scheme",
     "Section",
     "Serve",
+    "Served",
     "Size",
     "Smaller",
     "Space",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from overproof.config.base import Count, OneOf, Section
+from overproof.config.base import RESOURCE, Count, OneOf, Section
 from overproof.errors import InputError
 from overproof.registry import FAMILIES
 
@@ -67,5 +68,41 @@ class TeacherLayers(ModelSection):
         return tuple((2 * i * (teacher - 1) + gaps) // (2 * gaps) for i in range(self.layers))
 
 
-Model = Annotated[ModelSection, OneOf(FAMILIES, Pretrained)]
+class Served(ModelSection):
+    """A teacher that runs elsewhere, behind an OpenAI-compatible endpoint that tells what its model says of the tokens
+    of a prompt: vLLM's, or that of ``overproof serve``. Its weights are never here.
+    """
+
+    kind: Literal["served"] = "served"
+    url: Annotated[str, RESOURCE] = Field(description="Up to the version, such as http://HOST:8000/v1.")
+    model: str = Field(description="Its name there, as GET /models lists it.")
+    revision: str | None = Field(
+        None, description="Of its weights, where the endpoint tells none: another one makes the cache anew."
+    )
+    key_env: Annotated[str | None, RESOURCE] = Field(
+        None, description="Environment variable that holds the API key, on every node; null sends none."
+    )
+    rows_per_request: Annotated[Count, RESOURCE] = Field(4, description="Rows in a request.")
+    concurrent_requests: Annotated[Count, RESOURCE] = Field(8, description="Requests in flight, of each actor.")
+    timeout_s: Annotated[float, RESOURCE] = Field(300.0, gt=0, description="Seconds that an answer may take.")
+    retry_s: Annotated[float, RESOURCE] = Field(
+        600.0, ge=0, description="Seconds after which an endpoint that is busy or away is given up."
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _plain_address(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.port == 0
+            or parts.query
+            or "@" in parts.netloc
+        ):
+            raise ValueError("expected http://HOST:PORT/v1 or https://..., with the key in the variable of key_env")
+        return url.rstrip("/")
+
+
+Model = Annotated[ModelSection, OneOf(FAMILIES, Pretrained, Served)]
 StudentModel = Annotated[ModelSection, OneOf(FAMILIES, TeacherLayers, Pretrained)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -10,11 +10,11 @@ import yaml
 from pydantic import Field, model_validator
 
 from overproof.config.base import Identifier, OneOf, Section
-from overproof.config.data import DataSection
+from overproof.config.data import BpeTokenizer, DataSection, TextData
 from overproof.config.distillation import Cache, Generate, Student, Sweep
-from overproof.config.evaluation import Evaluate, ExpectedAnswers, Gate
+from overproof.config.evaluation import Evaluate, ExpectedAnswers, Gate, Smaller
 from overproof.config.export import FormatSection, Speculate
-from overproof.config.models import LayeredModel, Pretrained, TeacherLayers
+from overproof.config.models import LayeredModel, Pretrained, Served, TeacherLayers
 from overproof.config.search import Tune
 from overproof.config.serving import Serve
 from overproof.config.training import Train
@@ -23,6 +23,7 @@ from overproof.registry import FAMILIES, FORMATS, TASKS
 
 ATTENTION = "attention"  # the loss of tasks in whose rows each place may look at each
 WRITES = "generated_text"  # the loss of tasks whose models write rows themselves
+TOKENS = "tokens"  # the label column of tasks whose rows are tokens, each predicted from those before it
 
 
 class Recipe(Section):
@@ -46,6 +47,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         self._kinds_fit()
+        self._served_teacher_suffices()
         self._layers_are_there()
         self._losses_fit()
         self._rules_fit()
@@ -70,8 +72,8 @@ class Recipe(Section):
         taken = sorted(f"{name}-{format}" for name in names for format in self.compress.formats)
         if twice := next((name for name in taken if name in names), None):
             raise ValueError(f"a student is named {twice!r}, as a compressed file of another would be; rename it")
-        if self.train.steps == 0 and not isinstance(self.train.model, Pretrained):
-            raise ValueError("train.steps is 0; only a pretrained model may go untrained")
+        if self.train.steps == 0 and not isinstance(self.train.model, Pretrained | Served):
+            raise ValueError("train.steps is 0; only a pretrained model, or a served one, may go untrained")
         return self
 
     def _kinds_fit(self) -> None:
@@ -133,6 +135,50 @@ class Recipe(Section):
                     student.model.of(self.train.model.layers)
                 except InputError as error:
                     raise ValueError(f"sweep.students.{index}.model.{error}") from None
+
+    def _served_teacher_suffices(self) -> None:
+        if not isinstance(self.train.model, Served):
+            return
+        for beyond, expected in self._beyond_an_endpoint():
+            raise ValueError(
+                f"{beyond}: train.model.kind is 'served', and of a teacher an endpoint tells the likeliest tokens at "
+                f"each place of a given row, at temperature 1, and nothing else; expected {expected}"
+            )
+
+    def _beyond_an_endpoint(self) -> Iterator[tuple[str, str]]:
+        """What of the recipe asks for more of its teacher than an endpoint tells, and what would do."""
+        if TASKS[self.data.kind].label_column != TOKENS:
+            yield f"data.kind {self.data.kind!r}", "language_modeling or chat"
+        if isinstance(self.data, TextData) and isinstance(self.data.tokenizer, BpeTokenizer):
+            yield "data.tokenizer.kind 'bpe'", "{kind: file, path: the served model's directory}"
+        for name in ("generate", "speculate"):
+            if getattr(self, name) is not None:
+                yield name, "no such section"
+        if self.reads_cache and self.cache.scheme.kind != "topk":
+            yield f"cache.scheme.kind {self.cache.scheme.kind!r}", "{kind: topk, k: 20}"
+        if self.reads_cache and (other := (self.temperatures | set(self.cache.temperatures)) - {1.0}):
+            yield (
+                f"temperature {min(other):g}",
+                ("1 for the cache and every student that reads it: what all other tokens weigh at another is not told"),
+            )
+        for index, student in enumerate(self.sweep.students):
+            where = f"sweep.students.{index}"
+            if isinstance(student.model, TeacherLayers):
+                yield (
+                    f"{where}.model.kind 'teacher_layers'",
+                    "a model of its own, such as {kind: pretrained, path: ...}",
+                )
+            if student.teacher == "live":
+                yield f"{where}.teacher 'live'", "'cached'"
+            for name in ("relations", "states", "on_policy"):
+                if getattr(student, name):
+                    yield f"{where}.{name}", "none"
+        for index, rule in enumerate(self.gate.rules):
+            if isinstance(rule, Smaller) and rule.against == "teacher":
+                yield (
+                    f"gate.rules.{index}.against 'teacher', whose size is not known here",
+                    "{kind: size, at_most_mb: ...}",
+                )
 
     def _losses_fit(self) -> None:
         for index, student in enumerate(self.sweep.students):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from overproof.config.base import RESOURCE, Count, Cpus, Section
-from overproof.config.models import Model, Pretrained
+from overproof.config.models import Model, Pretrained, Served
 
 
 class Optimization(Section):
@@ -145,7 +145,9 @@ class Train(Training):
     model: Model
 
     @model_validator(mode="after")
-    def _adapters_fit(self) -> Self:
+    def _model_fits(self) -> Self:
+        if isinstance(self.model, Served) and (self.steps or self.lora):
+            raise ValueError("model.kind is 'served', whose weights are not here; expected steps 0 and no lora")
         if self.lora is not None and not isinstance(self.model, Pretrained):
             raise ValueError(
                 f"lora: model.kind is {self.model.kind!r}, whose weights are drawn at random and would stay so; "

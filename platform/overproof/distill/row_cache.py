@@ -18,6 +18,7 @@ from overproof.artifacts import Artifact
 from overproof.data.manifest import MANIFEST, Manifest
 from overproof.data.order import Order
 from overproof.data.parquet_reader import Columns, MappedShard, open_shard
+from overproof.engines.served_teacher import ServedTeacher
 from overproof.errors import InputError
 from overproof.files import read_json
 
@@ -29,7 +30,7 @@ class CacheKey(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     LABELS: ClassVar[dict[str, str]] = {  # the most telling first
-        "teacher_sha256": "teacher (model.safetensors)",
+        "teacher_sha256": "teacher (its weights)",
         "tokenizer_sha256": "tokenizer",
         "task": "task",
         "outputs": "number of outputs",
@@ -38,7 +39,7 @@ class CacheKey(BaseModel):
         "manifest_sha256": "prepared data (manifest.json)",
         "seed": "seed",
     }
-    teacher_sha256: str  # of model.safetensors
+    teacher_sha256: str  # of model.safetensors; of one that is served, see ``ServedTeacher``
     tokenizer_sha256: str | None
     task: str
     outputs: int
@@ -60,9 +61,10 @@ class CacheKey(BaseModel):
 
 def cache_key_fields(seed: int, prepared: Artifact, trained: Artifact) -> dict[str, Any]:
     """The fields of ``CacheKey``, of this data and this teacher."""
-    manifest = Manifest.read(prepared.local())
+    manifest, files = Manifest.read(prepared.local()), trained.record.files
+    served = ServedTeacher.read(trained.local()).sha256 if ServedTeacher.FILE in files else None
     return {
-        "teacher_sha256": trained.record.files[TEACHER_WEIGHTS].sha256,
+        "teacher_sha256": served or files[TEACHER_WEIGHTS].sha256,
         "tokenizer_sha256": manifest.tokenizer_sha256,
         "task": manifest.task,
         "outputs": manifest.outputs,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from overproof.config import Dense
+from overproof.config import Dense, Served
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_writer import PAGE_BYTES
+from overproof.distill.endpoint_worker import EndpointJob, EndpointWorker
 from overproof.distill.target_cache import TargetIndex, TargetKey, target_key
 from overproof.distill.teacher_pool import capture
 from overproof.distill.teacher_text import TextIndex, generate_settings, text_key
-from overproof.distill.teacher_worker import CaptureJob, TargetWorker
+from overproof.distill.teacher_worker import CaptureJob, TargetWorker, TeacherWorker
 from overproof.distill.text_worker import TextWorker
+from overproof.engines.served_teacher import open_teacher
 from overproof.errors import InputError
 from overproof.models.hf_directory import check_tokenizer
 from overproof.stage_context import StageContext
@@ -50,13 +52,19 @@ def cache_targets(context: StageContext) -> dict[str, Any]:
     """
     recipe, prepared, trained = context.recipe, context.parents["prepare"], context.parents["train"]
     teacher_text = context.parents.get("generate")
-    manifest = Manifest.read(prepared.local())
-    check_tokenizer(trained.local() / "model", prepared.local())
+    manifest, served = Manifest.read(prepared.local()), recipe.train.model
+    if isinstance(served, Served):
+        open_teacher(served, trained.local(), prepared.local()).close()
+    else:
+        check_tokenizer(trained.local() / "model", prepared.local())
     key = target_key(recipe, prepared, trained, teacher_text)
     check_scheme(key)
     index = TargetIndex.of(key, manifest, recipe.rows_cached)
     job = CaptureJob(recipe.cache, index, prepared, trained, context.draft, teacher_text)
-    done = capture(context, job, TargetWorker, key.positions, "positions")
+    worker: type[TeacherWorker] = TargetWorker
+    if isinstance(served, Served):
+        job, worker = EndpointJob(**vars(job), served=served, progress=context.progress), EndpointWorker
+    done = capture(context, job, worker, key.positions, "positions")
     positions = index.rows * key.positions
     return {
         "rows": index.rows,

@@ -35,6 +35,14 @@ class MeasuredFile(FrozenModel):
     metrics: dict[str, Metric]
 
 
+class MeasuredTeacher(FrozenModel):
+    """A teacher that is served elsewhere, and so has no file here: its size and speed are not known."""
+
+    model: str  # its name there
+    weights: str  # what its endpoint says of them
+    metrics: dict[str, Metric]
+
+
 class Comparison(FrozenModel):
     """How much worse ``name`` is than ``against`` on the same units; negative is better. And which share of the quality
     of ``against`` it keeps.
@@ -64,6 +72,7 @@ class Report(FrozenModel):
     scored: str = ""  # on how much of the test split, for how long and why no more; for people
     answered: str = ""  # how many questions whose answers are expected, likewise; empty where there are none
     measured: tuple[MeasuredFile, ...]
+    served_teacher: MeasuredTeacher | None = None  # where the teacher is none of the files
     comparisons: tuple[Comparison, ...]
 
     def find(self, name: str) -> MeasuredFile | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +14,30 @@ from numpy.typing import NDArray
 
 from overproof.artifacts import Artifact
 from overproof.cluster.ray_cluster import run_tasks
-from overproof.config import Evaluate, Recipe
+from overproof.config import Evaluate, Recipe, Served
 from overproof.data.manifest import Manifest
+from overproof.engines.endpoint import EndpointScorer
+from overproof.engines.served_teacher import ServedTeacher, open_teacher
 from overproof.evaluate.answers import check_answers
 from overproof.evaluate.gate import judge, requests_needed
-from overproof.evaluate.metrics import Bootstrap, MeasuredFile, PerExampleSums, Report, further_metrics, quality_metrics
+from overproof.evaluate.metrics import (
+    Bootstrap,
+    MeasuredFile,
+    MeasuredTeacher,
+    PerExampleSums,
+    Report,
+    further_metrics,
+    quality_metrics,
+)
 from overproof.evaluate.stopping import FEWEST, next_count, time_limits, widest
 from overproof.export.stage import Export, read_exports
 from overproof.files import read_json
 from overproof.registry import ENGINES, FORMATS, TASKS
 from overproof.stage_context import Progress, StageContext, TaskProgress
-from overproof.tasks.base import FileScores, Metric, agreements
+from overproof.tasks.base import FileScores, Metric, TokenTask, agreements
 
 REPORT, UNITS, VERDICT = "report.json", "units.parquet", "verdict.json"
+TEACHER = "teacher"
 TELL_EVERY_S = 1.0  # at least, between two events of one file
 
 
@@ -37,7 +48,7 @@ def evaluate_exports(context: StageContext) -> dict[str, Any]:
     engines = _probe_all(context, exports)
     checked = check_answers(context, exports)
     figures = {name: found | checked.metrics(name) for name, found in engines.items()}
-    report = make_report(context.recipe, exports, scored, figures, checked.summary)
+    report = make_report(context.recipe, exports, scored, figures, checked.summary, _served_teacher(context, exports))
     with context.draft.directory() as root:
         checked.write(root)
         pq.write_table(units_table(scored.scores), root / UNITS, compression="zstd")
@@ -57,9 +68,9 @@ def judge_report(context: StageContext) -> dict[str, Any]:
 
 def make_report(
     recipe: Recipe, exports: tuple[Export, ...], scored: Scored, engines: Mapping[str, Mapping[str, Metric]],
-    answered: str = "",
+    answered: str = "", served: ServedTeacher | None = None,
 ) -> Report:  # fmt: skip
-    """Figures with intervals from the scores, and the engine's beside them."""
+    """Figures with intervals from the scores, and the engine's beside them, but for a teacher that is served."""
     task, scores = TASKS[recipe.data.kind], scored.scores
     bootstrap = _bootstrap(recipe)
     metrics, comparisons = quality_metrics(task.quality, _sums(scores), bootstrap)
@@ -93,6 +104,7 @@ def make_report(
         scored=scored.summary,
         answered=answered,
         measured=measured,
+        served_teacher=served and MeasuredTeacher(model=served.model, weights=served.weights, metrics=metrics[TEACHER]),
         comparisons=comparisons,
     )
 
@@ -114,7 +126,7 @@ def units_table(scores: Mapping[str, FileScores]) -> pa.Table:
                 "total": s.total,
                 "size": s.size,
                 "predictions": s.predictions,
-                "agreed": agreements(s, scores["teacher"]),
+                "agreed": agreements(s, scores[TEACHER]),
             }
         )
         for name, s in scores.items()
@@ -135,9 +147,10 @@ def _score_all(context: StageContext, exports: tuple[Export, ...]) -> Scored:
     """Score the exports in rounds, each on the same further units, until these are enough (see ``stopping``)."""
     recipe, root = context.recipe, context.parents["prepare"].local()
     settings, task = recipe.evaluate, TASKS[recipe.data.kind]
+    names = tuple(_scored_files(exports))
     available = len(task.units(root, None))
     units = task.units(root, settings.max_documents)
-    scores, seconds = dict[str, FileScores](), dict.fromkeys((export.name for export in exports), 0.0)
+    scores, seconds = dict[str, FileScores](), dict.fromkeys(names, 0.0)
     began_s, done, why = time.monotonic(), 0, ""
     while done < len(units):
         spent_s = time.monotonic() - began_s
@@ -157,37 +170,44 @@ def _score_all(context: StageContext, exports: tuple[Export, ...]) -> Scored:
             break
     cut = f" (evaluate.max_documents takes {len(units):,})" if len(units) < available else ""
     spent = f"{done:,} of {available:,} {task.test_unit}s{cut}, {time.monotonic() - began_s:.0f} s of scoring"
-    return Scored({e.name: scores[e.name] for e in exports}, seconds, available, spent + why)
+    return Scored({name: scores[name] for name in names}, seconds, available, spent + why)
+
+
+def _served_teacher(context: StageContext, exports: tuple[Export, ...]) -> ServedTeacher | None:
+    """The teacher that is none of the files."""
+    if any(export.name == TEACHER for export in exports):
+        return None
+    return ServedTeacher.read(context.parents["compress"].local())
+
+
+def _scored_files(exports: Sequence[Export]) -> dict[str, str]:
+    """By name the files that are scored; first of all a teacher that is served."""
+    files = {export.name: export.file for export in exports}
+    return files if TEACHER in files else {TEACHER: ServedTeacher.FILE} | files
 
 
 def _score_round(
     context: StageContext, exports: tuple[Export, ...], units: NDArray[np.int64], limits_s: Mapping[str, float | None]
 ) -> dict[str, tuple[FileScores, float]]:
-    """Score every export in a task of its own, the largest first: it takes longest."""
+    """Score every file in a task of its own, the largest first: it takes longest."""
+    files = _scored_files(sorted(exports, key=lambda e: -e.size_bytes))
     prepared, compressed, recipe = context.parents["prepare"], context.parents["compress"], context.recipe
     began_s = time.monotonic()
 
     def report(done: int, last: str) -> None:
         note = f"{f'{last} done, ' if last else ''}{time.monotonic() - began_s:.0f} s"
-        context.progress(TaskProgress("score", done, len(exports), note))
+        context.progress(TaskProgress("score", done, len(files), note))
 
     found = run_tasks(
         _score,
         {
-            export.name: (
-                compressed,
-                prepared,
-                export.file,
-                _limited(recipe, limits_s[export.name]),
-                units,
-                context.progress,
-            )
-            for export in sorted(exports, key=lambda e: -e.size_bytes)
+            name: (compressed, prepared, file, _limited(recipe, limits_s[name]), units, context.progress)
+            for name, file in files.items()
         },
         report,
         at_once=recipe.evaluate.concurrent_tasks,
     )
-    report(len(exports), "")
+    report(len(files), "")
     return found
 
 
@@ -202,7 +222,7 @@ def _widest(recipe: Recipe, exports: tuple[Export, ...], scores: Mapping[str, Fi
 
 
 def _sums(scores: Mapping[str, FileScores]) -> dict[str, PerExampleSums]:
-    teacher = scores["teacher"]
+    teacher = scores[TEACHER]
     return {
         name: PerExampleSums(
             s.total, s.size.astype(float), agreements(s, teacher).astype(float), s.predictions.astype(float)
@@ -243,7 +263,13 @@ def _score(
             told_s = time.monotonic()
             progress(TaskProgress(f"score {file}", done, len(units), f"{task.test_unit}s"))
 
-    scores = task.score(path, root, units, recipe.evaluate, recipe.engine, format, tell)
+    if file == ServedTeacher.FILE:
+        assert isinstance(task, TokenTask)
+        assert isinstance(recipe.train.model, Served)
+        endpoint = open_teacher(recipe.train.model, path.parent, root)
+        scores = task.score_by(EndpointScorer(endpoint), path, root, units, recipe.evaluate, tell)
+    else:
+        scores = task.score(path, root, units, recipe.evaluate, recipe.engine, format, tell)
     tell(len(units))
     return scores, time.monotonic() - began_s
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from overproof.config import Served
 from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import Manifest
+from overproof.engines.served_teacher import ServedTeacher
 from overproof.export.base import Difference, ExportContext, Format
 from overproof.files import FrozenModel
 from overproof.registry import FORMATS
@@ -46,6 +48,7 @@ def read_exports(root: Path) -> tuple[Export, ...]:
 
 def export_models(context: StageContext) -> dict[str, Any]:
     """Write teacher, control and every kept student unquantised, and those students in every variant of the recipe.
+    Of a teacher that is served, what it is known by is copied.
 
     The teacher that is to answer with a draft is written in its own variant, too.
 
@@ -78,6 +81,8 @@ def export_models(context: StageContext) -> dict[str, Any]:
             heartbeat.start_phase(len(exports), f"{file.name} {export.size_bytes / 1e6:.2f} MB")
         for name, source in companions.items():
             shutil.copyfile(source, root / name)
+        if "teacher" not in (name for name, *_ in planned):
+            shutil.copyfile(teacher.parent / ServedTeacher.FILE, root / ServedTeacher.FILE)
         (root / EXPORTS).write_text(json.dumps([e.model_dump() for e in exports], indent=1) + "\n", encoding="utf-8")
     return {"size_bytes": {export.name: export.size_bytes for export in exports}}
 
@@ -87,6 +92,8 @@ def _planned(context: StageContext, written: Format) -> list[tuple[str, str | No
     swept, recipe = context.parents["sweep"].local(), context.recipe
     kept: list[str] = json.loads((swept / "trials.json").read_text(encoding="utf-8"))["kept"]
     references = {"teacher": context.parents["train"].local() / "model", "control": swept / "control"}
+    if isinstance(recipe.train.model, Served):
+        del references["teacher"]
     students = {name: swept / "students" / name for name in kept}
     planned: list[tuple[str, str | None, str, Path]] = [
         *((name, None, written.unquantised, source) for name, source in references.items()),

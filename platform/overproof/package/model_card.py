@@ -7,6 +7,7 @@ may be uploaded there as it is. The words are in ``card.md.j2``.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -126,12 +127,19 @@ def _table(report: Report, verdict: Verdict) -> list[tuple[str, ...]]:
             f"`{m.name}`",
             m.format,
             f"{m.size_bytes / 1e6:.2f}",
-            *(_cell(m.metrics.get(n), factor, decimals) for n, (_, factor, decimals) in columns.items()),
+            *_cells(m.metrics, columns),
             words.get(m.name, ""),
         )
         for m in report.measured
     ]
+    teacher = report.served_teacher
+    if teacher is not None:
+        rows.insert(0, ("`teacher`", "served", "", *_cells(teacher.metrics, columns), ""))
     return [head, tuple("---" for _ in head), *rows]
+
+
+def _cells(metrics: Mapping[str, Metric], columns: Mapping[str, tuple[str, float, int]]) -> Iterator[str]:
+    return (_cell(metrics.get(name), factor, decimals) for name, (_, factor, decimals) in columns.items())
 
 
 def _columns(report: Report) -> dict[str, tuple[str, float, int]]:
@@ -164,7 +172,7 @@ def _cell(metric: Metric | None, factor: float, decimals: int) -> str:
 
 
 def _shape(model: Section) -> str:
-    return ", ".join(f"{name} {value}" for name, value in model.model_dump(exclude={"path"}).items())
+    return ", ".join(f"{name} {value}" for name, value in model.without_resources().items() if name != "path")
 
 
 def _trial(trial: dict[str, Any]) -> str:

@@ -141,6 +141,7 @@ def file_rows(evaluated: EvaluatedFiles, sweep_results: Mapping[str, Any]) -> di
         }
     return {
         "quality": {"title": task.quality.title, "higher_is_better": task.quality.higher_is_better},
+        "teacher": _teacher(report),
         "speed_unit": task.speed_unit,
         "engine": f"{report.engine}, which computes with {report.computes_with}",
         "confidence": report.confidence,
@@ -169,9 +170,7 @@ def _file(
         "candidate": measured.candidate,
         "passed": passed,
         "format": measured.format,
-        "quality": quality.value,
-        "low": quality.low,
-        "high": quality.high,
+        **_interval(quality),
         "agreement": measured.metrics["agreement"].value,
         "expected": _share(measured.metrics.get(EXPECTED_ACCURACY)),
         "size_mb": measured.size_bytes / 1e6,
@@ -183,6 +182,20 @@ def _file(
         "requests": measured.metrics["latency_p95_s"].measured_on,
         "trained_s": trial.get("cpu_seconds") if trial else None,
     }
+
+
+def _teacher(report: Report) -> dict[str, Any]:
+    """Its quality, with its size where it is one of the files, and what it is where it is none."""
+    served, file = report.served_teacher, report.find("teacher")
+    if served is not None:
+        name = f"{served.model}, served elsewhere ({served.weights or 'its endpoint does not name its weights'})"
+        return {**_interval(served.metrics[report.quality]), "size_mb": None, "served": name}
+    assert file is not None
+    return {**_interval(file.metrics[report.quality]), "size_mb": file.size_bytes / 1e6, "served": None}
+
+
+def _interval(quality: Metric) -> dict[str, float | None]:
+    return {"quality": quality.value, "low": quality.low, "high": quality.high}
 
 
 def _share(found: Metric | None) -> dict[str, float | None] | None:
@@ -202,7 +215,7 @@ def _paired_bounds(report: Report) -> tuple[np.ndarray, np.ndarray]:
     place = {m.name: i for i, m in enumerate(report.measured)}
     low_NN, high_NN = np.full((2, len(place), len(place)), np.nan)
     for c in report.comparisons:
-        if c.low is not None and c.high is not None:
+        if c.low is not None and c.high is not None and {c.name, c.against} <= place.keys():
             at = place[c.name], place[c.against]
             low_NN[at], high_NN[at] = c.low, c.high
     return low_NN, high_NN

@@ -13,6 +13,7 @@ DEFAULT_MAX_TOKENS = 16
 MAX_STOPS = 16
 MAX_CHOICES = 16
 MAX_BIASES = 300
+MAX_LOGPROBS = 20
 MAX_MESSAGES = 1024
 MAX_TOOLS = 128
 MAX_GRAMMAR_CHARACTERS = 16384
@@ -130,9 +131,12 @@ class CompletionRequest(GenerationRequest):
         False, description="The text begins with the prompt, and `logprobs` are of its tokens, too: null of the first."
     )
     logprobs: int | None = Field(
-        None, ge=0, le=5,
+        None, ge=0, le=MAX_LOGPROBS,
         description="Likeliest tokens named at each place; streamed, the events come when the text is whole.",
     )  # fmt: skip
+    return_tokens_as_token_ids: bool = Field(
+        False, description="Tokens in `logprobs` are named token_id:N, as vLLM has it: of two, the texts may be equal."
+    )
 
     @model_validator(mode="after")
     def _check_choices(self) -> Self:
@@ -243,7 +247,7 @@ class ChatRequest(GenerationRequest):
     logprobs: bool = Field(
         False, description="Log-probabilities; streamed, the events come when the text is whole."
     )  # fmt: skip
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="Likeliest tokens named at each place.")
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Likeliest tokens named at each place.")
     tools: list[Tool] = Field([], max_length=MAX_TOOLS, description="Functions that the model may call.")
     tool_choice: Literal["none", "auto", "required"] | NamedTool = Field(
         "auto",

@@ -67,6 +67,7 @@ class ServedModel:
 class TokenInfo:
     """A token of a reply, and where in the text it begins, in characters."""
 
+    id: int
     piece: bytes
     logprob: float | None  # of a prompt's first token there is none
     top: tuple[tuple[int, bytes, float], ...]
@@ -113,7 +114,7 @@ class CompletionResponses(ResponseBuilder[CompletionRequest]):
                 index=part.index,
                 text=part.text,
                 finish_reason=part.finish_reason,
-                logprobs=_token_logprobs(part.tokens),
+                logprobs=_token_logprobs(part.tokens, self.request.return_tokens_as_token_ids),
             )
             for part in parts
         ]
@@ -234,9 +235,9 @@ def prompt_infos(reading: PromptReading) -> Iterator[TokenInfo]:
     """The tokens of a prompt."""
     assert reading.scores is not None
     decode, offset = codecs.getincrementaldecoder("utf-8")("replace").decode, 0
-    first = TokenInfo(reading.pieces[0], None, (), 0)
-    others = [TokenInfo(piece, score.logprob, score.top, 0)
-              for piece, score in zip(reading.pieces[1:], reading.scores, strict=True)]  # fmt: skip
+    first = TokenInfo(reading.ids[0], reading.pieces[0], None, (), 0)
+    told = zip(reading.ids[1:], reading.pieces[1:], reading.scores, strict=True)
+    others = [TokenInfo(id_, piece, score.logprob, score.top, 0) for id_, piece, score in told]
     for token in (first, *others):
         yield replace(token, offset=offset)
         offset += len(decode(token.piece))
@@ -251,7 +252,7 @@ def token_infos(completion: Completion, closing: bool = False) -> Iterator[Token
     for token in completion.token_logprobs:
         if offset >= len(completion.text) and (token.piece or not closing):
             return
-        yield TokenInfo(token.piece, token.logprob, token.top, offset)
+        yield TokenInfo(token.id, token.piece, token.logprob, token.top, offset)
         before += token.piece
         closed = before[: len(before) - incomplete_utf8_tail(before)]
         offset = len(closed.decode(errors="replace"))
@@ -265,16 +266,20 @@ def _token_text(piece: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
-def _token_logprobs(tokens: Sequence[TokenInfo] | None) -> TokenLogprobs | None:
+def _token_logprobs(tokens: Sequence[TokenInfo] | None, by_id: bool) -> TokenLogprobs | None:
     if tokens is None:
         return None
+
+    def name(id_: int, piece: bytes) -> str:
+        return f"token_id:{id_}" if by_id else _token_text(piece)
+
     return TokenLogprobs(
-        tokens=[_token_text(part.piece) for part in tokens],
+        tokens=[name(part.id, part.piece) for part in tokens],
         token_logprobs=[part.logprob for part in tokens],
         top_logprobs=[
             None
             if part.logprob is None
-            else {_token_text(piece): value for _, piece, value in reversed(part.top)}  # of equal texts the likeliest
+            else {name(id_, piece): value for id_, piece, value in reversed(part.top)}  # of equal texts the likeliest
             for part in tokens
         ],
         text_offset=[part.offset for part in tokens],

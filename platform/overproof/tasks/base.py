@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
+    from overproof.engines.base import TextScorer
     from overproof.engines.probe import ArrayAnswer, Say, TextAnswer
     from overproof.export.base import Format
     from overproof.stage_context import StageContext
@@ -290,6 +291,18 @@ class Task(Protocol):
 
     def card(self, manifest: Manifest, settings: Evaluate) -> CardWords:
         """The words of the model card."""
+
+
+@runtime_checkable
+class TokenTask(Task, Protocol):
+    """A task whose rows are tokens, each predicted from those before it: whoever reads tokens can be asked of them."""
+
+    counted: str | None  # column that says which predictions count; None: all
+
+    def score_by(
+        self, scorer: TextScorer, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, tell: Tell
+    ) -> FileScores:
+        """As ``score``, by what a scorer of the file's model says, which is closed then."""
 
 
 @runtime_checkable

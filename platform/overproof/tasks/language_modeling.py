@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
+    from overproof.engines.base import TextScorer
     from overproof.engines.probe import Say
     from overproof.export.base import Format
     from overproof.stage_context import StageContext
@@ -61,12 +62,18 @@ class CausalTask:
         self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
         tell: Tell,
     ) -> FileScores:  # fmt: skip
-        from overproof.tasks.text_evaluation import open_scorer, score_text
+        from overproof.tasks.text_evaluation import open_scorer
 
-        limit = ScoringTime(settings.score_s)
         scorer = open_scorer(file, root, engine, format, settings.scoring_threads)
+        return self.score_by(scorer, file, root, units, settings, tell)
+
+    def score_by(
+        self, scorer: TextScorer, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, tell: Tell
+    ) -> FileScores:
+        from overproof.tasks.text_evaluation import score_text
+
         try:
-            return score_text(file, root, units, scorer, tell, limit, self.counted)
+            return score_text(file, root, units, scorer, tell, ScoringTime(settings.score_s), self.counted)
         finally:
             scorer.close()
 

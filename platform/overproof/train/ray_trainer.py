@@ -26,7 +26,7 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from overproof.artifacts import ArtifactWriter
 from overproof.cluster.ray_cluster import preserve_sigint
-from overproof.config import ModelSection, Pretrained
+from overproof.config import ModelSection, Pretrained, Served
 from overproof.data.feed import planned_dataset
 from overproof.data.manifest import Manifest
 from overproof.data.order import Order
@@ -43,6 +43,7 @@ from overproof.train.ray_elastic import (
     root_causes,
 )
 from overproof.train.ray_train_private import PolicyTrainer, QuietTorchConfig, ScalingConfig
+from overproof.train.served_teacher import record_teacher
 from overproof.train.train_job import ResumePoint, SupervisedSpec, TrainJob
 
 RAY_TRAIN_SETTINGS = {
@@ -56,7 +57,7 @@ OWN_STEPS = 16  # whose rows a rank reads itself: Ray Data starts meanwhile, and
 
 
 def train_teacher(context: StageContext) -> dict[str, Any]:
-    """Train the teacher; writes model/, curve.jsonl and events/.
+    """Train the teacher; writes model/, curve.jsonl and events/. Of one that is served, see ``record_teacher``.
 
     What an attempt that was killed has left in the draft's workspace is gone on from.
 
@@ -66,6 +67,9 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
         RuntimeError: the workers failed ``max_failures`` times in a row without a new checkpoint.
     """
     settings, prepared, draft = context.recipe.train, context.parents["prepare"], context.draft
+    if isinstance(settings.model, Served):
+        keep_chat_template(prepared.local(), settings.model, draft)
+        return record_teacher(context, settings.model)
     if isinstance(settings.model, Pretrained):
         # With transformers: seconds to import, and not needed otherwise.
         from overproof.models.hf_directory import check_tokenizer, require_outputs
