@@ -1,6 +1,6 @@
 """Seconds a token of LoRA fine-tuning on packed conversations: ours against TRL's SFTTrainer and LLaMA-Factory.
 
-    .venv/bin/python benchmarks/finetune.py MODEL [--peers FOLDER] [--tokens 128] [--batch 4] [--steps 3] [--repeats 5]
+    .venv/bin/python benchmarks/finetune.py MODEL [--peers FOLDER] [--tokens 127] [--batch 4] [--steps 3] [--repeats 5]
         [--threads 1] [--rank 8] [--without NAME ...]
 
 MODEL is the Hugging Face directory of a chat model. Prints one Markdown table. Conversations about the functions of the
@@ -9,7 +9,7 @@ rows, in the same order, in fp32: AdamW, the same rate, adapters of the same ran
 count. Ours is the product's engine (DeepSpeed, one rank) and loop. The peers are told to do without what would make
 them slower: checkpointing of activations, logging, evaluation, padding. Each is a process of its own that is loaded
 once; they train in turn, --steps at a time, and wait meanwhile. The first turn of each does not count. A token is one
-of a conversation, whether its loss counts or not.
+of a conversation, whether its loss counts or not; --tokens are those that a row predicts: it has one more.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("model", type=Path)
     options.add_argument("--peers", type=Path, default=Path(tempfile.gettempdir()) / "overproof-peers")
-    for name, value in (("tokens", 128), ("batch", 4), ("steps", 3), ("repeats", 5), ("threads", 1), ("rank", 8)):
+    for name, value in (("tokens", 127), ("batch", 4), ("steps", 3), ("repeats", 5), ("threads", 1), ("rank", 8)):
         options.add_argument(f"--{name}", type=int, default=value)
     options.add_argument("--without", nargs="*", default=[], choices=list(NAMES)[1:])
     given = options.parse_args()
@@ -139,7 +139,7 @@ def main() -> None:
         finally:
             for tuner in tuners.values():
                 tuner.__exit__(None, None, None)
-    print(f"{machine(given.threads)}; {given.batch} rows of {given.tokens} tokens a step, of which {held['tokens']:.1f}"
+    print(f"{machine(given.threads)}; {given.batch} rows of {given.tokens + 1} tokens a step, of which {held['tokens']:.1f}"
           f" are of conversations ({held['conversations']:.1f} a row; {100 * held['answers']:.0f} % of answers), rank "
           f"{given.rank}; {given.repeats} turns of {given.steps} steps, medians (least to most)\n")  # fmt: skip
     table(

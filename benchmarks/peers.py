@@ -26,7 +26,7 @@ LLAMA_FACTORY = (  # each without what it needs: pip would take another torch
     "datasets==4.0.0", "multiprocess<0.70.17", "dill<0.3.9", "fsspec<=2025.3.0", "xxhash", "pandas", "pytz",
     "python-dateutil", "tzdata", "six", "fire", "termcolor", "omegaconf", "antlr4-python3-runtime==4.9.3", "tyro<0.9",
     "docstring-parser", "shtab", "typeguard", "torchdata==0.11.0", "einops", "sentencepiece", "tiktoken",
-    "sse-starlette",
+    "sse-starlette", "tokenizers<0.23", "huggingface_hub<2",
 )  # fmt: skip
 MOSAIC = ("mosaicml-streaming>=0.13,<0.14",)
 MOSAIC_NEEDS = (

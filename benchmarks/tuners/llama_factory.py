@@ -56,12 +56,12 @@ def main(file: str) -> None:
 
     workflow.CustomSeq2SeqTrainer = InOrder
     with tempfile.TemporaryDirectory() as scratch:
-        data = Dataset.from_list([padded(row, given["tokens"]) for row in examples(rows)])
+        data = Dataset.from_list([padded(row, given["tokens"] + 1) for row in examples(rows)])
         DatasetDict({"train": data}).save_to_disk(f"{scratch}/data")
         settings = {
             "stage": "sft", "do_train": True, "model_name_or_path": given["model"], "template": "empty",
             "finetuning_type": "lora", "lora_target": "all", "lora_rank": given["rank"], "lora_alpha": 16,
-            "tokenized_path": f"{scratch}/data", "cutoff_len": given["tokens"], "packing": True, "neat_packing": True,
+            "tokenized_path": f"{scratch}/data", "cutoff_len": given["tokens"] + 1, "packing": True, "neat_packing": True,
             "disable_shuffling": True, "output_dir": f"{scratch}/out", "max_steps": given["steps"] * given["turns"],
             "per_device_train_batch_size": given["batch"], "gradient_accumulation_steps": 1,
             "learning_rate": given["learning_rate"], "lr_scheduler_type": "constant", "weight_decay": 0.0,
