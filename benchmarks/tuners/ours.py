@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ def main(file: str) -> None:
     given, rows = setting(file)
     steps: int = given["steps"] * given["turns"]
     torch.set_num_threads(given["threads"])
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on a launcher's word
     with tempfile.TemporaryDirectory() as scratch:
         dist.init_process_group("gloo", init_method=f"file://{scratch}/group", rank=0, world_size=1)
         train = Train.model_validate({
