@@ -13,6 +13,7 @@ rows of its own. That both say the same of them is checked.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -44,7 +45,9 @@ def opened(folder: Path) -> Artifact:
     return Artifact(str(folder.absolute()), record)
 
 
-def worker(prepared: Artifact, trained: Artifact, settings: Cache, files: int, groups: int, store: Path) -> TargetWorker:
+def worker(
+    prepared: Artifact, trained: Artifact, settings: Cache, files: int, groups: int, store: Path
+) -> TargetWorker:
     """As an actor has it, for so many files of so many row groups each."""
     scheme: Any = settings.scheme
     key = TargetKey(**cache_key_fields(SEED, prepared, trained), scheme=scheme, temperatures=(1.0,))
@@ -124,9 +127,14 @@ def main() -> None:
         check_same(ours, folder, 0)
         numbers = {name: list(range(1, files)) for name in runs}
         count = rows * manifest.positions
-        found = interleaved(given.repeats, {name: partial(timed, run, numbers[name], count) for name, run in runs.items()})
-    print(f"{machine(given.threads)}; {rows} rows of {manifest.positions} tokens each time, {given.batch} in a forward "
-          f"pass, the {given.k} likeliest of {manifest.outputs:,}; {given.repeats} times, medians (least to most)\n")  # fmt: skip
+        found = interleaved(
+            given.repeats, {name: partial(timed, run, numbers[name], count) for name, run in runs.items()}
+        )
+    print(f"{machine(given.threads)}; {rows} rows of {manifest.positions} tokens each time, {given.batch} in a forward")
+    print(
+        f"pass, the {given.k} likeliest of {manifest.outputs:,}; {given.repeats} times, medians (least to most); load"
+    )
+    print(f"average {os.getloadavg()[0]:.1f} at the end\n")
     names = {"ours": "ours, the worker of `cache`", "loop": "transformers in a loop"}
     lines = []
     for name, title in names.items():

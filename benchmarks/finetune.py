@@ -139,9 +139,11 @@ def main() -> None:
         finally:
             for tuner in tuners.values():
                 tuner.__exit__(None, None, None)
-    print(f"{machine(given.threads)}; {given.batch} rows of {given.tokens + 1} tokens a step, of which {held['tokens']:.1f}"
-          f" are of conversations ({held['conversations']:.1f} a row; {100 * held['answers']:.0f} % of answers), rank "
-          f"{given.rank}; {given.repeats} turns of {given.steps} steps, medians (least to most)\n")  # fmt: skip
+    print(f"{machine(given.threads)}; {given.batch} rows of {given.tokens + 1} tokens a step, of which")
+    share, average = f"{100 * held['answers']:.0f} % of answers", os.getloadavg()[0]
+    print(f"{machine(given.threads)}; {given.batch} rows of {given.tokens + 1} tokens a step, of which")
+    print(f"{held['tokens']:.1f} are of conversations ({held['conversations']:.1f} a row; {share}); rank {given.rank};")
+    print(f"{given.repeats} turns of {given.steps} steps, medians (least to most); load average {average:.1f}\n")
     table(
         ("who", "ms a token", "CPU ms a token", "ours ÷ it", "ours ÷ it, CPU", "loss, mean"),
         [line(name, found) for name in found],

@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/scoring.py [--layers 4] [--positions 128] [--rows 48] [--threads 1] [--repeats 5]
         [--gguf f16=FILE q8_0=FILE q4_0=FILE] [--text PREPARED] [--documents 12] [--document-rows 3]
 
-Prints Markdown. Without --gguf the model is a Llama with fresh weights, 768 wide, with a vocabulary of 8,192 (31 million
-parameters with 4 layers). `score` gives the log-probability of every token and the likeliest one at every place, as
+Prints Markdown. Without --gguf the model is a Llama with fresh weights, 768 wide, with a vocabulary of 8,192 (31
+million parameters with 4 layers). `score` gives the log-probability of every token and the likeliest one at every place, as
 evaluation asks for them. Two rates of llama.cpp's own stand beside it, of the same rows in the same batches, each row
 from an empty cache: `decode` is llama_decode with the logits of every place, which are then left where they are, as
 llama-perplexity asks for them; `prompt` asks for those of a row's last place alone, which is what llama-bench times
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -185,8 +186,12 @@ def main() -> None:
             for way, format in ways
         }  # fmt: skip
         found = interleaved(asked.repeats, runs)
-        verdict = widths(asked.text, files, root, asked.documents, asked.document_rows, asked.threads) if asked.text else None
-    print(f"{asked.rows} rows of {asked.positions} tokens; {machine(asked.threads)}; medians of {asked.repeats}. A prompt")
+        verdict = (
+            widths(asked.text, files, root, asked.documents, asked.document_rows, asked.threads) if asked.text else None
+        )
+    print(
+        f"{asked.rows} rows of {asked.positions} tokens; {machine(asked.threads)}; medians of {asked.repeats}. A prompt"
+    )
     print(f"has {bound:.2f} of the multiplications of a score.\n")
 
     def cpu(way: str, format: str) -> float:
@@ -194,7 +199,10 @@ def main() -> None:
 
     def line(way: str, format: str, title: str) -> tuple[str, ...]:
         rates = (spread(found[f"{way} {format}"], clock, 0) for clock in ("wall", "cpu"))
-        own = [f"{cpu(way, format) / cpu(other, format):.2f}" if way == "llama.cpp" else "" for other in ("decode", "prompt")]
+        own = [
+            f"{cpu(way, format) / cpu(other, format):.2f}" if way == "llama.cpp" else ""
+            for other in ("decode", "prompt")
+        ]
         return (title, *rates, f"{cpu(way, format) / cpu('torch', FIRST):.2f}", *own)
 
     lines = [line("torch", FIRST, "score, torch fp32")]
@@ -212,7 +220,8 @@ def main() -> None:
         torch_s = 2 * tokens / cpu("torch", FIRST)
         needed = tokens * (by_llama / by_torch) ** 2
         llama_s = needed / cpu("llama.cpp", FIRST) + needed / cpu("llama.cpp", format)
-        lines.append((format, f"{by_torch:.5f}", f"{by_llama:.5f}", f"{torch_s:.1f}", f"{llama_s:.1f}", f"{llama_s / torch_s:.2f}"))
+        widths_said = (f"{by_torch:.5f}", f"{by_llama:.5f}")
+        lines.append((format, *widths_said, f"{torch_s:.1f}", f"{llama_s:.1f}", f"{llama_s / torch_s:.2f}"))
     table(("file", "torch's", "llama.cpp's", "torch, CPU s", "llama.cpp, CPU s to torch's width", "of torch's"), lines)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 os.environ |= {"DISABLE_VERSION_CHECK": "1", "USE_RAY": "0"}  # its bounds are below what torch is here
@@ -41,13 +43,24 @@ def padded(row: dict[str, list[int]], length: int) -> dict[str, list[int]]:
     }
 
 
+def in_fp32(model: Path, folder: Path) -> str:
+    """The model in a folder whose configuration says fp32: it loads weights as that says, and trains in it."""
+    folder.mkdir()
+    for part in model.iterdir():
+        (folder / part.name).symlink_to(part)
+    (folder / "config.json").unlink()
+    config = json.loads((model / "config.json").read_text()) | {"dtype": "float32", "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
 def main(file: str) -> None:
     given, rows = setting(file)
     torch.set_num_threads(given["threads"])
     turns = Turns(given, rows)
 
     class Ticks(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, arguments: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
             assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
             turns.begin()
 
@@ -58,10 +71,12 @@ def main(file: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         data = Dataset.from_list([padded(row, given["tokens"] + 1) for row in examples(rows)])
         DatasetDict({"train": data}).save_to_disk(f"{scratch}/data")
+        model = in_fp32(Path(given["model"]), Path(scratch, "model"))
         settings = {
-            "stage": "sft", "do_train": True, "model_name_or_path": given["model"], "template": "empty",
+            "stage": "sft", "do_train": True, "model_name_or_path": model, "template": "empty",
             "finetuning_type": "lora", "lora_target": "all", "lora_rank": given["rank"], "lora_alpha": 16,
-            "tokenized_path": f"{scratch}/data", "cutoff_len": given["tokens"] + 1, "packing": True, "neat_packing": True,
+            "dataset": "given", "tokenized_path": f"{scratch}/data", "cutoff_len": given["tokens"] + 1,
+            "packing": True, "neat_packing": True,
             "disable_shuffling": True, "output_dir": f"{scratch}/out", "max_steps": given["steps"] * given["turns"],
             "per_device_train_batch_size": given["batch"], "gradient_accumulation_steps": 1,
             "learning_rate": given["learning_rate"], "lr_scheduler_type": "constant", "weight_decay": 0.0,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int32, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -242,9 +242,7 @@ class LlamaCppLogits:
         wanted_S[places_P] = True
         return np.concatenate([logits_PV.copy() for logits_PV in self.batches(tokens_S, wanted_S)])
 
-    def _decode(
-        self, tokens_P: NDArray[np.int32], start: int, wanted_P: NDArray[np.bool_]
-    ) -> NDArray[np.float32]:
+    def _decode(self, tokens_P: NDArray[np.int32], start: int, wanted_P: NDArray[np.bool_]) -> NDArray[np.float32]:
         count = len(tokens_P)
         positions_P = np.arange(start, start + count, dtype=np.int32)
         ones_P, sequence = np.ones(count, np.int32), np.zeros(1, np.int32)
