@@ -139,7 +139,6 @@ def main() -> None:
         finally:
             for tuner in tuners.values():
                 tuner.__exit__(None, None, None)
-    print(f"{machine(given.threads)}; {given.batch} rows of {given.tokens + 1} tokens a step, of which")
     share, average = f"{100 * held['answers']:.0f} % of answers", os.getloadavg()[0]
     print(f"{machine(given.threads)}; {given.batch} rows of {given.tokens + 1} tokens a step, of which")
     print(f"{held['tokens']:.1f} are of conversations ({held['conversations']:.1f} a row; {share}); rank {given.rank};")

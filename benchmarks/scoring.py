@@ -4,12 +4,13 @@
         [--gguf f16=FILE q8_0=FILE q4_0=FILE] [--text PREPARED] [--documents 12] [--document-rows 3]
 
 Prints Markdown. Without --gguf the model is a Llama with fresh weights, 768 wide, with a vocabulary of 8,192 (31
-million parameters with 4 layers). `score` gives the log-probability of every token and the likeliest one at every place, as
-evaluation asks for them. Two rates of llama.cpp's own stand beside it, of the same rows in the same batches, each row
-from an empty cache: `decode` is llama_decode with the logits of every place, which are then left where they are, as
-llama-perplexity asks for them; `prompt` asks for those of a row's last place alone, which is what llama-bench times
-as `pp`. Every run is a process of its own; its model is loaded and has read one row before the clocks start. Shares are
-of tokens a CPU second, which other work on the machine moves less. torch computes in fp32 with the f16 file's weights.
+million parameters with 4 layers). `score` gives the log-probability of every token and the likeliest one at every
+place, as evaluation asks for them. Two rates of llama.cpp's own stand beside it, of the same rows in the same batches,
+each row from an empty cache: `decode` is llama_decode with the logits of every place, which are then left where they
+are, as llama-perplexity asks for them; `prompt` asks for those of a row's last place alone, which is what llama-bench
+times as `pp`. Every run is a process of its own; its model is loaded and has read one row before the clocks start.
+Shares are of tokens a CPU second, which other work on the machine moves less. torch computes in fp32 with the f16
+file's weights.
 
 A prompt needs less arithmetic: neither logits at its other places, nor their feed-forward in the last layer. The share
 of a score's multiplications by weights that a prompt has is printed above the table: the share of the prompt rate that
@@ -189,10 +190,9 @@ def main() -> None:
         verdict = (
             widths(asked.text, files, root, asked.documents, asked.document_rows, asked.threads) if asked.text else None
         )
-    print(
-        f"{asked.rows} rows of {asked.positions} tokens; {machine(asked.threads)}; medians of {asked.repeats}. A prompt"
-    )
-    print(f"has {bound:.2f} of the multiplications of a score.\n")
+    print(f"{asked.rows} rows of {asked.positions} tokens; {machine(asked.threads)}; medians of {asked.repeats}")
+    print(f"(least to most); load average {os.getloadavg()[0]:.1f} at the end. A prompt has {bound:.2f} of the")
+    print("multiplications of a score.\n")
 
     def cpu(way: str, format: str) -> float:
         return median(found[f"{way} {format}"], "cpu")
