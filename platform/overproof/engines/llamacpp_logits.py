@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xllamacpp
 from numpy.typing import NDArray
 
+from overproof.engines.llamacpp_library import xllamacpp
 from overproof.engines.prompt_limits import require_context
 from overproof.errors import InputError
 
