@@ -8,9 +8,9 @@ million parameters with 4 layers). `score` gives the log-probability of every to
 place, as evaluation asks for them. Two rates of llama.cpp's own stand beside it, of the same rows in the same batches,
 each row from an empty cache: `decode` is llama_decode with the logits of every place, which are then left where they
 are, as llama-perplexity asks for them; `prompt` asks for those of a row's last place alone, which is what llama-bench
-times as `pp`. Every run is a process of its own; its model is loaded and has read one row before the clocks start.
-Shares are of tokens a CPU second, which other work on the machine moves less. torch computes in fp32 with the f16
-file's weights.
+times as `pp`. All are loaded once, in one process, and take the same rows in turn; the first turn of each does not
+count. Shares are of tokens a CPU second, which other work on the machine moves less, and medians of the turns' shares.
+torch computes in fp32 with the f16 file's weights.
 
 A prompt needs less arithmetic: neither logits at its other places, nor their feed-forward in the last layer. The share
 of a score's multiplications by weights that a prompt has is printed above the table: the share of the prompt rate that
@@ -25,17 +25,17 @@ llama.cpp's are scaled by the square of its interval's width over torch's, as th
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
+import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import child, interleaved, machine, median, say, spread, table
+from measuring import interleaved, machine, median, say, spread, table
 
 BATCH_LOGITS = 1 << 23  # as evaluation has torch take them
 FIRST = "f16"  # what torch reads, and what the other files are held against
@@ -46,17 +46,6 @@ def prompt_share(layers: int, hidden: int, intermediate: int, key_width: int, vo
     attention, feed_forward = 2 * hidden * (hidden + key_width), 3 * hidden * intermediate
     prompt_place = layers * attention + (layers - 1) * feed_forward
     return prompt_place / (prompt_place + feed_forward + hidden * vocabulary)
-
-
-class Clocks:
-    """Wall and CPU seconds of this process inside the block."""
-
-    def __enter__(self) -> Clocks:
-        self.wall_s, self.cpu_s = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.wall_s, self.cpu_s = time.perf_counter() - self.wall_s, time.process_time() - self.cpu_s
 
 
 def scorer(way: str, file: Path, positions: int, threads: int) -> Any:
@@ -75,49 +64,23 @@ def scorer(way: str, file: Path, positions: int, threads: int) -> Any:
     return TorchScorer(model, max(1, BATCH_LOGITS // (positions * model.config.vocab_size)))
 
 
-def score(way: str, file: Path, rows: list[np.ndarray], threads: int) -> Clocks:
+def score(found: Any, rows: list[np.ndarray]) -> None:
     """Score the rows."""
-    found = scorer(way, file, len(rows[0]) - 1, threads)
-    list(found.score(rows[:1]))
-    with Clocks() as clocks:
-        nats = sum(float(scores.nats_P.sum()) for scores in found.score(rows))
-    assert np.isfinite(nats)
-    return clocks
+    assert np.isfinite(sum(float(scores.nats_P.sum()) for scores in found.score(rows)))
 
 
-def read(way: str, file: Path, rows: list[np.ndarray], threads: int) -> Clocks:
-    """Have llama.cpp read the rows, for the logits of every place or of the last one."""
-    from overproof.engines.llamacpp_logits import LlamaCppLogits
-
-    positions = len(rows[0]) - 1
-    engine, wanted_S = LlamaCppLogits(file, positions, threads), np.full(positions, way == "decode")
-    wanted_S[-1] = True
-
-    def every(some: list[np.ndarray]) -> None:
-        for row in some:
-            for logits_PV in engine.batches(row[:-1], wanted_S):
-                assert logits_PV.shape[1] == engine.outputs
-
-    every(rows[:1])
-    with Clocks() as clocks:
-        every(rows)
-    return clocks
+def read(engine: Any, wanted_S: np.ndarray, rows: list[np.ndarray]) -> None:
+    """Have llama.cpp read the rows, for the logits of the places that are wanted."""
+    for row in rows:
+        for logits_PV in engine.batches(row[:-1], wanted_S):
+            assert logits_PV.shape[1] == engine.outputs
 
 
-def once(way: str, file: str, rows_file: str, threads: int) -> None:
-    """One run: prints tokens a second, and tokens a CPU second; or the nats of every row."""
-    rows = list(np.load(rows_file))
-    if way.startswith("nats "):
-        found = scorer(way.removeprefix("nats "), Path(file), len(rows[0]) - 1, threads)
-        print(json.dumps({"nats": [float(scores.nats_P.sum()) for scores in found.score(rows)]}))
-        return
-    clocks = (read if way in ("decode", "prompt") else score)(way, Path(file), rows, threads)
-    tokens = sum(len(row) - 1 for row in rows)
-    print(json.dumps({"wall": tokens / clocks.wall_s, "cpu": tokens / clocks.cpu_s}))
-
-
-def run(way: str, file: Path, rows: Path, threads: int) -> dict[str, Any]:
-    return child([sys.executable, __file__, "once", way, file, rows, threads], threads)
+def timed(run: Callable[[list[np.ndarray]], None], rows: list[np.ndarray]) -> dict[str, float]:
+    """Tokens a second, and tokens a CPU second."""
+    tokens, wall_s, cpu_s = sum(len(row) - 1 for row in rows), time.perf_counter(), time.process_time()
+    run(rows)
+    return {"wall": tokens / (time.perf_counter() - wall_s), "cpu": tokens / (time.process_time() - cpu_s)}
 
 
 def forged(root: Path, layers: int) -> dict[str, Path]:
@@ -134,7 +97,7 @@ def forged(root: Path, layers: int) -> dict[str, Path]:
     return files
 
 
-def widths(prepared: Path, files: dict[str, Path], root: Path, documents: int, rows: int, threads: int) -> Any:
+def widths(prepared: Path, scorers: dict[str, dict[str, Any]], documents: int, rows: int) -> Any:
     """Half the width of the interval of what each other file keeps, by each engine; and how many tokens were scored."""
     from overproof.data.parquet_reader import Shards
     from overproof.evaluate.metrics import Bootstrap, PerExampleSums, quality_metrics
@@ -143,20 +106,19 @@ def widths(prepared: Path, files: dict[str, Path], root: Path, documents: int, r
 
     of = TestDocuments.of(prepared, documents)
     starts = np.unique(of.places, return_index=True)[1]
-    chosen = [of.sample_ids[start : start + rows] for start in starts]
-    whole = [ids for start, ids in zip(starts, chosen, strict=True)
-             if (of.lengths[start : start + rows] == of.lengths.max()).all() and len(ids) == rows]  # fmt: skip
+    full = of.lengths == of.lengths.max()
+    parts = [slice(at, at + rows) for at in starts]
+    whole = [of.sample_ids[at] for at in parts if full[at].sum() == rows and np.ptp(of.places[at]) == 0]
     tokens_RS = Shards(prepared, "test").take(np.concatenate(whole))["tokens"]
-    np.save(root / "text.npy", tokens_RS)
     count = rows * (tokens_RS.shape[1] - 1)
     size_U = np.full(len(whole), float(count))
     found: dict[str, dict[str, float]] = {}
-    for engine in ("torch", "llama.cpp"):
+    for engine, files in scorers.items():
         sums = {}
-        for format, file in files.items():
+        for format, opened in files.items():
             say(f"{engine} scores {len(whole)} documents by {format}")
-            nats = np.array(run(f"nats {engine}", file, root / "text.npy", threads)["nats"]).reshape(-1, rows).sum(1)
-            sums[format] = PerExampleSums(nats, size_U, size_U, size_U)
+            nats = np.array([float(scores.nats_P.sum()) for scores in opened.score(list(tokens_RS))])
+            sums[format] = PerExampleSums(nats.reshape(-1, rows).sum(1), size_U, size_U, size_U)
         _, comparisons = quality_metrics(TASKS["language_modeling"].quality, sums, Bootstrap(2000, 0.95, 0))
         kept = {c.name: c for c in comparisons if c.against == FIRST}
         found[engine] = {name: (c.kept_high - c.kept_low) / 2 for name, c in kept.items()}  # type: ignore[operator]
@@ -164,9 +126,8 @@ def widths(prepared: Path, files: dict[str, Path], root: Path, documents: int, r
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["once"]:
-        once(*sys.argv[2:5], threads=int(sys.argv[5]))
-        return
+    from overproof.engines.llamacpp_logits import LlamaCppLogits
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("layers", 4), ("positions", 128), ("rows", 48), ("threads", 1), ("repeats", 5),
                         ("documents", 12), ("document-rows", 3)):  # fmt: skip
@@ -179,17 +140,30 @@ def main() -> None:
         given = {format: Path(file).absolute() for format, _, file in (each.partition("=") for each in asked.gguf)}
         files = given or forged(root, asked.layers)
         vocabulary, bound = shape(files[FIRST])
-        rows = np.random.default_rng(0).integers(1, vocabulary, (asked.rows, asked.positions + 1))
-        np.save(root / "rows.npy", rows)
-        ways = [("torch", FIRST), *((way, format) for format in files for way in ("llama.cpp", "decode", "prompt"))]
-        runs = {
-            f"{way} {format}": partial(run, way, files[format], root / "rows.npy", asked.threads)
-            for way, format in ways
-        }  # fmt: skip
-        found = interleaved(asked.repeats, runs)
-        verdict = (
-            widths(asked.text, files, root, asked.documents, asked.document_rows, asked.threads) if asked.text else None
-        )
+        rows = list(np.random.default_rng(0).integers(1, vocabulary, (asked.rows, asked.positions + 1)))
+        every_S = np.ones(asked.positions, bool)
+        last_S = np.arange(asked.positions) == asked.positions - 1
+        dequantised = [format for format in files if format == FIRST or asked.text]
+        scorers = {
+            way: {format: scorer(way, files[format], asked.positions, asked.threads) for format in formats}
+            for way, formats in (("torch", dequantised), ("llama.cpp", list(files)))
+        }
+        runs: dict[str, Callable[[list[np.ndarray]], None]] = {
+            f"torch {FIRST}": partial(score, scorers["torch"][FIRST])
+        }
+        for format, file in files.items():
+            engine = LlamaCppLogits(file, asked.positions, asked.threads)
+            runs |= {
+                f"llama.cpp {format}": partial(score, scorers["llama.cpp"][format]),
+                f"decode {format}": partial(read, engine, every_S),
+                f"prompt {format}": partial(read, engine, last_S),
+            }
+        for run in runs.values():
+            run(rows[:1])
+        found = interleaved(asked.repeats, {name: partial(timed, run, rows) for name, run in runs.items()})
+        verdict = None
+        if asked.text:
+            verdict = widths(asked.text, scorers, asked.documents, asked.document_rows)
     print(f"{asked.rows} rows of {asked.positions} tokens; {machine(asked.threads)}; medians of {asked.repeats}")
     print(f"(least to most); load average {os.getloadavg()[0]:.1f} at the end. A prompt has {bound:.2f} of the")
     print("multiplications of a score.\n")
@@ -197,13 +171,14 @@ def main() -> None:
     def cpu(way: str, format: str) -> float:
         return median(found[f"{way} {format}"], "cpu")
 
+    def share(own: str, other: str) -> str:
+        return f"{statistics.median(a['cpu'] / b['cpu'] for a, b in zip(found[own], found[other], strict=True)):.2f}"
+
     def line(way: str, format: str, title: str) -> tuple[str, ...]:
         rates = (spread(found[f"{way} {format}"], clock, 0) for clock in ("wall", "cpu"))
-        own = [
-            f"{cpu(way, format) / cpu(other, format):.2f}" if way == "llama.cpp" else ""
-            for other in ("decode", "prompt")
-        ]
-        return (title, *rates, f"{cpu(way, format) / cpu('torch', FIRST):.2f}", *own)
+        others = ("decode", "prompt") if way == "llama.cpp" else ()
+        own = [share(f"{way} {format}", f"{other} {format}") for other in others] or ["", ""]
+        return (title, *rates, share(f"{way} {format}", f"torch {FIRST}"), *own)
 
     lines = [line("torch", FIRST, "score, torch fp32")]
     for format in files:
