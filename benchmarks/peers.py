@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/peers.py FOLDER
 
-Makes FOLDER/hf (datasets, accelerate), FOLDER/trl (the same and TRL), FOLDER/mosaic (mosaicml-streaming, with older
-numpy and transformers), and of servers FOLDER/transformers-serve, FOLDER/litserve and FOLDER/bentoml, with pip, in
+Makes FOLDER/hf (datasets, accelerate), FOLDER/trl (the same and TRL), FOLDER/llama-factory (LLaMA-Factory, with older
+transformers, TRL, peft and datasets), FOLDER/mosaic (mosaicml-streaming, with older numpy and transformers), and of
+servers FOLDER/transformers-serve, FOLDER/litserve and FOLDER/bentoml, with pip, in
 about three minutes, and nothing where they are there already.
 """
 
@@ -20,6 +21,13 @@ from measuring import HERE
 PLATFORM = HERE.parent / "platform"  # an editable install's own file is not read through another's
 HUGGING_FACE = ("datasets>=5.2,<6", "accelerate>=1.15,<2", "multiprocess", "dill", "xxhash")
 TRL = (*HUGGING_FACE, "trl>=1.16,<2")
+LLAMA_FACTORY = (  # each without what it needs: pip would take another torch
+    "llamafactory==0.9.5", "transformers==5.6.0", "trl==0.24.0", "peft==0.18.1", "accelerate==1.11.0",
+    "datasets==4.0.0", "multiprocess<0.70.17", "dill<0.3.9", "fsspec<=2025.3.0", "xxhash", "pandas", "pytz",
+    "python-dateutil", "tzdata", "six", "fire", "termcolor", "omegaconf", "antlr4-python3-runtime==4.9.3", "tyro<0.9",
+    "docstring-parser", "shtab", "typeguard", "torchdata==0.11.0", "einops", "sentencepiece", "tiktoken",
+    "sse-starlette", "tokenizers<0.23", "huggingface_hub<2",
+)  # fmt: skip
 MOSAIC = ("mosaicml-streaming>=0.13,<0.14",)
 MOSAIC_NEEDS = (
     "numpy<2.2", "transformers<5", "boto3", "Brotli", "google-cloud-storage", "matplotlib", "paramiko",
@@ -31,12 +39,13 @@ TRANSFORMERS_SERVE = ("accelerate>=1.15,<2",)
 LITSERVE = ("litserve>=0.2.19,<0.3",)
 BENTOML = ("bentoml>=1.4.40,<1.5",)
 # Its image data sets alone use torchvision; the one that pip finds would not fit a torch without CUDA.
-STAND_INS = {
+MOSAIC_STAND_INS = {
     "torchvision/__init__.py": "",
     "torchvision/datasets.py": "class VisionDataset: ...\n",
     "torchvision/transforms/__init__.py": "",
     "torchvision/transforms/functional.py": "def to_tensor(image): raise NotImplementedError\n",
 }
+LLAMA_FACTORY_STAND_INS = {"torchaudio/__init__.py": ""}  # which sound alone takes
 
 
 def make(folder: Path, needs: tuple[str, ...], alone: tuple[str, ...], stand_ins: dict[str, str]) -> Path:
@@ -70,9 +79,14 @@ def trl(folder: Path) -> Path:
     return make(folder / "trl", (), TRL, {})
 
 
+def llama_factory(folder: Path) -> Path:
+    """The Python that has `llamafactory`."""
+    return make(folder / "llama-factory", (), LLAMA_FACTORY, LLAMA_FACTORY_STAND_INS)
+
+
 def mosaic(folder: Path) -> Path:
     """The Python that has `streaming`."""
-    return make(folder / "mosaic", MOSAIC_NEEDS, MOSAIC, STAND_INS)
+    return make(folder / "mosaic", MOSAIC_NEEDS, MOSAIC, MOSAIC_STAND_INS)
 
 
 def transformers_serve(folder: Path) -> Path:
@@ -91,5 +105,5 @@ def bentoml(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    everyone = (hugging_face, trl, mosaic, transformers_serve, litserve, bentoml)
+    everyone = (hugging_face, trl, llama_factory, mosaic, transformers_serve, litserve, bentoml)
     print(*(made(Path(sys.argv[1]).absolute()) for made in everyone))

@@ -1,34 +1,44 @@
-"""Scoring of given rows of tokens in llama.cpp, against torch, and against llama.cpp's own rate of reading prompts.
+"""Scoring of given rows of tokens in llama.cpp, against torch, and against llama.cpp's own rates of reading them.
 
     .venv/bin/python benchmarks/scoring.py [--layers 4] [--positions 128] [--rows 48] [--threads 1] [--repeats 5]
+        [--gguf f16=FILE q8_0=FILE q4_0=FILE] [--text PREPARED] [--documents 12] [--document-rows 3]
 
-Prints one Markdown table. The model is a Llama with fresh weights, 768 wide, with a vocabulary of 8,192 (31 million
-parameters with 4 layers). `score` gives the log-probability of every token and the likeliest one at every place, as
-evaluation asks for them; `prompt` has llama.cpp's server read the same rows as prompts, each of which asks for logits
-at its last place alone, and generates one token. Every run is a process of its own; its model is loaded and has read
-one row before the clocks start. Shares are of tokens a CPU second, which other work on the machine moves less. torch
-computes in fp32 with the f16 file's weights.
+Prints Markdown. Without --gguf the model is a Llama with fresh weights, 768 wide, with a vocabulary of 8,192 (31
+million parameters with 4 layers). `score` gives the log-probability of every token and the likeliest one at every
+place, as evaluation asks for them. Two rates of llama.cpp's own stand beside it, of the same rows in the same batches,
+each row from an empty cache: `decode` is llama_decode with the logits of every place, which are then left where they
+are, as llama-perplexity asks for them; `prompt` asks for those of a row's last place alone, which is what llama-bench
+times as `pp`. All are loaded once, in one process, and take the same rows in turn; the first turn of each does not
+count. Shares are of tokens a CPU second, which other work on the machine moves less, and medians of the turns' shares.
+torch computes in fp32 with the f16 file's weights.
 
 A prompt needs less arithmetic: neither logits at its other places, nor their feed-forward in the last layer. The share
-of a score's multiplications by weights that a prompt has is printed above the table: the share of its own prompt rate
-that scoring can have.
+of a score's multiplications by weights that a prompt has is printed above the table: the share of the prompt rate that
+scoring can have.
+
+With --text, an artifact of the stage `prepare`, a second table says how long a verdict takes: both engines score the
+first rows of some test documents by the f16 file and by each other one, and the product's bootstrap gives the interval
+of what is kept of the f16 file's quality. Seconds are those documents' tokens, twice, at the rates of the first table;
+llama.cpp's are scaled by the square of its interval's width over torch's, as the tokens are that the same width takes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+import os
+import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import child, interleaved, machine, median, spread, table
+from measuring import interleaved, machine, median, say, spread, table
 
 BATCH_LOGITS = 1 << 23  # as evaluation has torch take them
+FIRST = "f16"  # what torch reads, and what the other files are held against
 
 
 def prompt_share(layers: int, hidden: int, intermediate: int, key_width: int, vocabulary: int) -> float:
@@ -38,107 +48,166 @@ def prompt_share(layers: int, hidden: int, intermediate: int, key_width: int, vo
     return prompt_place / (prompt_place + feed_forward + hidden * vocabulary)
 
 
-class Clocks:
-    """Wall and CPU seconds of this process inside the block."""
+def scorer(way: str, file: Path, positions: int, threads: int) -> Any:
+    """See ``TextScorer``."""
+    if way != "torch":
+        from overproof.engines.llamacpp_scorer import LlamaCppScorer
 
-    def __enter__(self) -> Clocks:
-        self.wall_s, self.cpu_s = time.perf_counter(), time.process_time()
-        return self
+        return LlamaCppScorer(file, positions, threads)
+    import torch
 
-    def __exit__(self, *_: object) -> None:
-        self.wall_s, self.cpu_s = time.perf_counter() - self.wall_s, time.process_time() - self.cpu_s
+    from overproof.export.gguf_file import read_gguf
+    from overproof.tasks.torch_scorer import TorchScorer
+
+    torch.set_num_threads(threads)
+    model = read_gguf(file)
+    return TorchScorer(model, max(1, BATCH_LOGITS // (positions * model.config.vocab_size)))
 
 
-def score(way: str, file: Path, rows: list[np.ndarray], threads: int) -> Clocks:
+def score(found: Any, rows: list[np.ndarray]) -> None:
     """Score the rows."""
-    from overproof.engines.llamacpp_scorer import LlamaCppScorer
-
-    if way == "torch":
-        import torch
-
-        from overproof.export.gguf_file import read_gguf
-        from overproof.tasks.torch_scorer import TorchScorer
-
-        torch.set_num_threads(threads)
-        model = read_gguf(file)
-        scorer: Any = TorchScorer(model, max(1, BATCH_LOGITS // (len(rows[0]) * model.config.vocab_size)))
-    else:
-        scorer = LlamaCppScorer(file, len(rows[0]) - 1, threads)
-    list(scorer.score(rows[:1]))
-    with Clocks() as clocks:
-        nats = sum(float(found.nats_P.sum()) for found in scorer.score(rows))
-    assert np.isfinite(nats)
-    return clocks
+    assert np.isfinite(sum(float(scores.nats_P.sum()) for scores in found.score(rows)))
 
 
-def prompt(file: Path, rows: list[np.ndarray], threads: int) -> Clocks:
-    """Have the server read the rows."""
-    from overproof.engines.base import Sampling
-    from overproof.engines.llamacpp import LlamaCpp
-
-    engine = LlamaCpp(file, threads)
-    engine.complete(rows[0][:-1].tolist(), Sampling(1))
-    with Clocks() as clocks:
-        for row in rows:
-            engine.complete(row[:-1].tolist(), Sampling(1))
-    engine.close()
-    return clocks
+def read(engine: Any, wanted_S: np.ndarray, rows: list[np.ndarray]) -> None:
+    """Have llama.cpp read the rows, for the logits of the places that are wanted."""
+    for row in rows:
+        for logits_PV in engine.batches(row[:-1], wanted_S):
+            assert logits_PV.shape[1] == engine.outputs
 
 
-def once(way: str, file: str, rows_file: str, threads: int) -> None:
-    """One run: prints tokens a second, and tokens a CPU second."""
-    rows = list(np.load(rows_file))
-    clocks = prompt(Path(file), rows, threads) if way == "prompt" else score(way, Path(file), rows, threads)
-    tokens = sum(len(row) - 1 for row in rows)
-    print(json.dumps({"wall": tokens / clocks.wall_s, "cpu": tokens / clocks.cpu_s}))
+def timed(run: Callable[[list[np.ndarray]], None], rows: list[np.ndarray]) -> dict[str, float]:
+    """Tokens a second, and tokens a CPU second."""
+    tokens, wall_s, cpu_s = sum(len(row) - 1 for row in rows), time.perf_counter(), time.process_time()
+    run(rows)
+    return {"wall": tokens / (time.perf_counter() - wall_s), "cpu": tokens / (time.process_time() - cpu_s)}
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["once"]:
-        once(*sys.argv[2:5], threads=int(sys.argv[5]))
-        return
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name, value in (("layers", 4), ("positions", 128), ("rows", 48), ("threads", 1), ("repeats", 5)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    asked = parser.parse_args()
-    from forge import HUGGING_FACE, LLAMA, VOCABULARY, forge_text  # which the runs have no use for
+def forged(root: Path, layers: int) -> dict[str, Path]:
+    """Files of a Llama with fresh weights."""
+    from forge import HUGGING_FACE, LLAMA, forge_text  # which the runs have no use for
 
     from overproof.data.manifest import TOKENIZER
     from overproof.export.gguf_file import FILE_TYPES, export_gguf
 
+    forge_text(root, LLAMA.model_copy(update={"layers": layers}))
+    files = {format: root / f"{format}.gguf" for format in FILE_TYPES}
+    for format, file in files.items():
+        export_gguf(root / HUGGING_FACE, root / TOKENIZER, file, format, "forged")
+    return files
+
+
+def widths(prepared: Path, scorers: dict[str, dict[str, Any]], documents: int, rows: int) -> Any:
+    """Half the width of the interval of what each other file keeps, by each engine; and how many tokens were scored."""
+    from overproof.data.parquet_reader import Shards
+    from overproof.evaluate.metrics import Bootstrap, PerExampleSums, quality_metrics
+    from overproof.registry import TASKS
+    from overproof.tasks.text_evaluation import TestDocuments
+
+    of = TestDocuments.of(prepared, documents)
+    starts = np.unique(of.places, return_index=True)[1]
+    full = of.lengths == of.lengths.max()
+    parts = [slice(at, at + rows) for at in starts]
+    whole = [of.sample_ids[at] for at in parts if full[at].sum() == rows and np.ptp(of.places[at]) == 0]
+    tokens_RS = Shards(prepared, "test").take(np.concatenate(whole))["tokens"]
+    count = rows * (tokens_RS.shape[1] - 1)
+    size_U = np.full(len(whole), float(count))
+    found: dict[str, dict[str, float]] = {}
+    for engine, files in scorers.items():
+        sums = {}
+        for format, opened in files.items():
+            say(f"{engine} scores {len(whole)} documents by {format}")
+            nats = np.array([float(scores.nats_P.sum()) for scores in opened.score(list(tokens_RS))])
+            sums[format] = PerExampleSums(nats.reshape(-1, rows).sum(1), size_U, size_U, size_U)
+        _, comparisons = quality_metrics(TASKS["language_modeling"].quality, sums, Bootstrap(2000, 0.95, 0))
+        kept = {c.name: c for c in comparisons if c.against == FIRST}
+        found[engine] = {name: (c.kept_high - c.kept_low) / 2 for name, c in kept.items()}  # type: ignore[operator]
+    return found, len(whole), count * len(whole)
+
+
+def main() -> None:
+    from overproof.engines.llamacpp_logits import LlamaCppLogits
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in (("layers", 4), ("positions", 128), ("rows", 48), ("threads", 1), ("repeats", 5),
+                        ("documents", 12), ("document-rows", 3)):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--gguf", nargs="+", default=[], metavar="FORMAT=FILE", help="f16 among them")
+    parser.add_argument("--text", type=Path)
+    asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        forge_text(root, LLAMA.model_copy(update={"layers": asked.layers}))
-        files = {format: root / f"{format}.gguf" for format in FILE_TYPES}
+        given = {format: Path(file).absolute() for format, _, file in (each.partition("=") for each in asked.gguf)}
+        files = given or forged(root, asked.layers)
+        vocabulary, bound = shape(files[FIRST])
+        rows = list(np.random.default_rng(0).integers(1, vocabulary, (asked.rows, asked.positions + 1)))
+        every_S = np.ones(asked.positions, bool)
+        last_S = np.arange(asked.positions) == asked.positions - 1
+        dequantised = [format for format in files if format == FIRST or asked.text]
+        scorers = {
+            way: {format: scorer(way, files[format], asked.positions, asked.threads) for format in formats}
+            for way, formats in (("torch", dequantised), ("llama.cpp", list(files)))
+        }
+        runs: dict[str, Callable[[list[np.ndarray]], None]] = {
+            f"torch {FIRST}": partial(score, scorers["torch"][FIRST])
+        }
         for format, file in files.items():
-            export_gguf(root / HUGGING_FACE, root / TOKENIZER, file, format, "forged")
-        rows = np.random.default_rng(0).integers(1, VOCABULARY, (asked.rows, asked.positions + 1))
-        np.save(root / "rows.npy", rows)
-        ways = [("torch", "f16"), *((way, format) for format in files for way in ("llama.cpp", "prompt"))]
-        runs = {
-            f"{way} {format}": partial(
-                child, [sys.executable, __file__, "once", way, files[format], root / "rows.npy", asked.threads],
-                asked.threads,
-            )
-            for way, format in ways
-        }  # fmt: skip
-        found = interleaved(asked.repeats, runs)
-    torch_rate = median(found["torch f16"], "cpu")
-    key_width = LLAMA.hidden_size // LLAMA.heads * LLAMA.kv_heads
-    bound = prompt_share(asked.layers, LLAMA.hidden_size, LLAMA.intermediate_size, key_width, VOCABULARY)
-    print(f"{asked.layers} layers, {asked.rows} rows of {asked.positions} tokens; {machine(asked.threads)}; medians of")
-    print(f"{asked.repeats}. A prompt has {bound:.2f} of the multiplications of a score.\n")
+            engine = LlamaCppLogits(file, asked.positions, asked.threads)
+            runs |= {
+                f"llama.cpp {format}": partial(score, scorers["llama.cpp"][format]),
+                f"decode {format}": partial(read, engine, every_S),
+                f"prompt {format}": partial(read, engine, last_S),
+            }
+        for run in runs.values():
+            run(rows[:1])
+        found = interleaved(asked.repeats, {name: partial(timed, run, rows) for name, run in runs.items()})
+        verdict = None
+        if asked.text:
+            verdict = widths(asked.text, scorers, asked.documents, asked.document_rows)
+    print(f"{asked.rows} rows of {asked.positions} tokens; {machine(asked.threads)}; medians of {asked.repeats}")
+    print(f"(least to most); load average {os.getloadavg()[0]:.1f} at the end. A prompt has {bound:.2f} of the")
+    print("multiplications of a score.\n")
 
-    def line(name: str, title: str, own: str) -> tuple[str, ...]:
-        rates = (spread(found[name], clock, 0) for clock in ("wall", "cpu"))
-        return (title, *rates, f"{median(found[name], 'cpu') / torch_rate:.2f}", own)
+    def cpu(way: str, format: str) -> float:
+        return median(found[f"{way} {format}"], "cpu")
 
-    lines = [line("torch f16", "score, torch fp32", "")]
+    def share(own: str, other: str) -> str:
+        return f"{statistics.median(a['cpu'] / b['cpu'] for a, b in zip(found[own], found[other], strict=True)):.2f}"
+
+    def line(way: str, format: str, title: str) -> tuple[str, ...]:
+        rates = (spread(found[f"{way} {format}"], clock, 0) for clock in ("wall", "cpu"))
+        others = ("decode", "prompt") if way == "llama.cpp" else ()
+        own = [share(f"{way} {format}", f"{other} {format}") for other in others] or ["", ""]
+        return (title, *rates, share(f"{way} {format}", f"torch {FIRST}"), *own)
+
+    lines = [line("torch", FIRST, "score, torch fp32")]
     for format in files:
-        share = median(found[f"llama.cpp {format}"], "cpu") / median(found[f"prompt {format}"], "cpu")
-        lines.append(line(f"llama.cpp {format}", f"score, llama.cpp {format}", f"{share:.2f}"))
-        lines.append(line(f"prompt {format}", f"prompt, llama.cpp {format}", ""))
-    table(("what", "tokens/s", "tokens a CPU second", "of torch's", "of its own prompt rate"), lines)
+        lines += [line("llama.cpp", format, f"score, llama.cpp {format}"), line("decode", format, f"decode {format}"),
+                  line("prompt", format, f"prompt {format}")]  # fmt: skip
+    table(("what", "tokens/s", "tokens a CPU second", "of torch's", "of decode", "of prompt"), lines)
+    if verdict is None:
+        return
+    half_widths, documents, tokens = verdict
+    print(f"\n{documents} documents, {tokens:,} tokens of them; half the width of the interval at 95 %\n")
+    lines = []
+    for format in (name for name in files if name != FIRST):
+        by_torch, by_llama = (half_widths[engine][format] for engine in ("torch", "llama.cpp"))
+        torch_s = 2 * tokens / cpu("torch", FIRST)
+        needed = tokens * (by_llama / by_torch) ** 2
+        llama_s = needed / cpu("llama.cpp", FIRST) + needed / cpu("llama.cpp", format)
+        widths_said = (f"{by_torch:.5f}", f"{by_llama:.5f}")
+        lines.append((format, *widths_said, f"{torch_s:.1f}", f"{llama_s:.1f}", f"{llama_s / torch_s:.2f}"))
+    table(("file", "torch's", "llama.cpp's", "torch, CPU s", "llama.cpp, CPU s to torch's width", "of torch's"), lines)
+
+
+def shape(file: Path) -> tuple[int, float]:
+    """A file's vocabulary, and the share of a score's multiplications that a prompt has."""
+    from overproof.export.gguf_file import read_gguf
+
+    config = read_gguf(file).config
+    key_width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    sizes = (config.num_hidden_layers, config.hidden_size, config.intermediate_size, key_width, config.vocab_size)
+    return config.vocab_size, prompt_share(*sizes)
 
 
 if __name__ == "__main__":

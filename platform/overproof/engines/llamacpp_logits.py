@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int32, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xllamacpp
 from numpy.typing import NDArray
 
+from overproof.engines.llamacpp_library import xllamacpp
 from overproof.engines.llamacpp_memory import batch_tokens
 from overproof.engines.prompt_limits import require_context
 from overproof.errors import InputError
@@ -218,34 +218,36 @@ class LlamaCppLogits:
             self.close()
             raise InputError(f"{path}: llama.cpp cannot make room for {positions} tokens of it")
 
-    def batches(self, tokens_S: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
-        """The logits after each token of a row, a batch (P, V) after the other; each is gone when the next comes.
+    def batches(
+        self, tokens_S: NDArray[Any], wanted_S: NDArray[np.bool_] | None = None
+    ) -> Iterator[NDArray[np.float32]]:
+        """The logits after each token of a row, or after those wanted, a batch (P, V) after the other; each is gone
+        when the next comes. What no wanted place needs is left out of the last layer.
 
         Raises:
             RuntimeError: llama.cpp does not take the tokens: an id is not in the vocabulary, or the row is too long.
         """
         if len(tokens_S) > self.positions:
             raise RuntimeError(f"{len(tokens_S)} tokens in a row; llama.cpp was given room for {self.positions}")
+        wanted_S = np.ones(len(tokens_S), bool) if wanted_S is None else wanted_S
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), False)
         for start in range(0, len(tokens_S), self.batch_tokens):
-            yield self._decode(tokens_S[start : start + self.batch_tokens].astype(np.int32), start)
+            batch = slice(start, start + self.batch_tokens)
+            yield self._decode(tokens_S[batch].astype(np.int32), start, wanted_S[batch])
 
     def logits_at(self, tokens_S: NDArray[Any], places_P: NDArray[np.int64]) -> NDArray[np.float32]:
         """The logits (P, V) after the tokens at some places of a row, in ascending order."""
-        parts, start = list[NDArray[np.float32]](), 0
-        for logits_PV in self.batches(tokens_S):
-            here_P = places_P[(places_P >= start) & (places_P < start + len(logits_PV))]
-            parts.append(logits_PV[here_P - start])
-            start += len(logits_PV)
-        return np.concatenate(parts)
+        wanted_S = np.zeros(len(tokens_S), bool)
+        wanted_S[places_P] = True
+        return np.concatenate([logits_PV.copy() for logits_PV in self.batches(tokens_S, wanted_S)])
 
-    def _decode(self, tokens_P: NDArray[np.int32], start: int) -> NDArray[np.float32]:
+    def _decode(self, tokens_P: NDArray[np.int32], start: int, wanted_P: NDArray[np.bool_]) -> NDArray[np.float32]:
         count = len(tokens_P)
         positions_P = np.arange(start, start + count, dtype=np.int32)
         ones_P, sequence = np.ones(count, np.int32), np.zeros(1, np.int32)
         sequences_P = np.full(count, sequence.ctypes.data, np.uintp)
-        wanted_P = np.ones(count, c_int8)
-        arrays = (positions_P, ones_P, sequences_P, wanted_P)
+        flags_P = wanted_P.astype(np.int8)
+        arrays = (positions_P, ones_P, sequences_P, flags_P)
         batch = Batch(count, tokens_P.ctypes.data, None, *(array.ctypes.data for array in arrays))
         code = self._library.llama_decode(self._context, batch)
         if code != 0:
@@ -253,7 +255,10 @@ class LlamaCppLogits:
                 f"llama.cpp gave {code} for {count} tokens from place {start} on, ids {tokens_P.min()} to "
                 f"{tokens_P.max()} of {self.outputs}"
             )
-        return np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (count, self.outputs))
+        shape = (int(wanted_P.sum()), self.outputs)
+        if not shape[0]:
+            return np.empty(shape, np.float32)
+        return np.ctypeslib.as_array(self._library.llama_get_logits(self._context), shape)
 
     def close(self) -> None:
         """Free the model."""

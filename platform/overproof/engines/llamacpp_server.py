@@ -11,9 +11,8 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-import xllamacpp
-
 from overproof.engines.gguf_tokens import GgufHeader, read_gguf_header
+from overproof.engines.llamacpp_library import xllamacpp
 from overproof.errors import InputError
 
 TIMEOUT_S = 10

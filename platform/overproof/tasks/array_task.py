@@ -32,6 +32,7 @@ class RowsTask:
     speed: str
     test_unit: str
     expects_answers = False
+    counted: str | None = None
 
     def judge(self, root: Path) -> Judge:
         """How answers on the data set at ``root`` are judged: the first choice against the label."""

@@ -227,6 +227,7 @@ class Task(Protocol):
     speed: str  # the metric of an engine's speed, such as "decode_tokens_per_s"
     speed_unit: str
     expects_answers: bool  # whether test records may say what an answer must be (see ``expected_answers``)
+    counted: str | None  # column that says which predictions of a row count; None: all
     label_column: str  # of a shard: what the cache repeats, to be held against the data
     pipeline_tag: str  # as the Hugging Face Hub names the task
     route: str  # of the HTTP API

@@ -50,7 +50,7 @@ class CausalTask:
     expects_answers = False
     label_column = "tokens"  # each predicts the next
     pipeline_tag = "text-generation"
-    counted: str | None = None  # column that says which predictions count; None: all
+    counted: str | None = None
 
     def units(self, root: Path, most: int | None) -> NDArray[np.int64]:
         """Documents, or conversations, numbered in the order of their contents' hashes."""

@@ -1,13 +1,14 @@
 """What training minimises. An objective turns a model and a batch into a loss; trainers know nothing else of it.
 
-Shapes: B rows, P predictions in a row, V outputs.
+Shapes: B rows, P predictions in a row, N of a batch that count, V outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +30,43 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """The labels' negative log-likelihood, averaged over the predictions that count."""
+    """The labels' negative log-likelihood, averaged over the predictions that count.
+
+    ``counted`` is a column of these, (B, P), by which the output layer is spared the others: in a conversation they are
+    many, and the layer is a large part of a small model with a large vocabulary.
+    """
 
     predict: Predict
+    counted: str | None = None
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        prediction = self.predict(model, batch)
+        if self.counted is None:
+            prediction = self.predict(model, batch)
+        else:
+            counted_BP = batch[self.counted] > 0
+            with outputs_at(model, counted_BP):
+                found = self.predict(model, batch)
+            logits_1NV, targets_1N, mask_1N = (
+                found.logits_BPV[None], found.targets_BP[counted_BP][None], found.mask_BP[counted_BP][None],
+            )  # fmt: skip
+            prediction = Prediction(logits_1NV, targets_1N, mask_1N)
         return masked_mean(nll(prediction), prediction.mask_BP), {}
+
+
+@contextmanager
+def outputs_at(model: Any, places_BP: Tensor) -> Iterator[None]:
+    """Within the block a causal model of transformers, or an engine around it, gives the logits of these places alone:
+    (N, V). By a hook of its output layer, which torch.compile would not heed.
+    """
+
+    def at_places(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+        return (given[0][places_BP],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(at_places)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def nll(prediction: Prediction) -> Tensor:

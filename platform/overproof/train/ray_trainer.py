@@ -83,7 +83,7 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
         settings = settings.model_copy(update={"model": start})
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, draft.config, draft.parents, settings.checkpoint)
     checkpoints.claim_folder()
-    spec = SupervisedSpec(settings.model, settings.lora, context.progress)
+    spec = SupervisedSpec(settings.model, settings.lora, context.progress, settings.compile)
     job = TrainJob(settings, context.recipe.seed, prepared, draft, checkpoints, context.progress, spec)
     metrics: dict[str, Any] = run_workers(job, train_rank)
     keep_chat_template(prepared.local(), settings.model, draft)

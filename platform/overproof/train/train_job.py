@@ -78,6 +78,7 @@ class SupervisedSpec:
     start: ModelSection
     lora: Lora | None = None  # adapters beside its weights, which alone learn
     progress: Progress = no_progress
+    compiled: bool = False  # whether the model runs through torch.compile
 
     def model(self, manifest: Manifest, seed: int) -> PreTrainedModel:
         from overproof.models.hf_directory import build_model, load_start
@@ -103,7 +104,7 @@ class SupervisedSpec:
         from overproof.train.objective import CrossEntropy
 
         del device
-        return CrossEntropy(task.predict)
+        return CrossEntropy(task.predict, None if self.compiled else task.counted)
 
     def columns(self, sample_ids: NDArray[np.int64]) -> Columns:
         del sample_ids

@@ -1,0 +1,151 @@
+"""Tokens a second of a teacher whose likeliest tokens are kept: the product's worker against transformers in a loop.
+
+    .venv/bin/python benchmarks/capture.py PREPARED TRAINED [--k 32] [--batch 8] [--rows 24] [--repeats 5] [--threads 1]
+
+PREPARED and TRAINED are artifacts of the stages `prepare` and `train`: folders of a store. Prints one Markdown table.
+Both have the model loaded, in one process, and take the same rows in turn, the same batch in every forward pass. Ours
+is what an actor of the stage `cache` runs: rows read from the shards, the top k, the mass that is left and the label's
+log-probability in half precision, packed into Parquet, flushed and hashed. The peer's rows lie in memory; it takes
+log_softmax, topk and the label's log-probability, in half precision, and writes one .npz at the end. Every repeat has
+rows of its own. That both say the same of them is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measuring import interleaved, machine, spread, table
+from transformers import AutoModelForCausalLM
+
+from overproof.artifacts import Artifact, Store, read_record
+from overproof.config import Cache, TopK
+from overproof.data.manifest import Manifest
+from overproof.data.parquet_reader import Shards, open_shard, table_to_numpy
+from overproof.distill.row_cache import CachedFile, cache_key_fields
+from overproof.distill.target_cache import TargetIndex, TargetKey
+from overproof.distill.teacher_worker import CaptureJob, TargetWorker
+from overproof.files import filesystem
+
+SEED = 0
+
+
+def opened(folder: Path) -> Artifact:
+    record = read_record(str(folder.absolute()))
+    assert record is not None, f"{folder}: no artifact"
+    return Artifact(str(folder.absolute()), record)
+
+
+def worker(
+    prepared: Artifact, trained: Artifact, settings: Cache, files: int, groups: int, store: Path
+) -> TargetWorker:
+    """As an actor has it, for so many files of so many row groups each."""
+    scheme: Any = settings.scheme
+    key = TargetKey(**cache_key_fields(SEED, prepared, trained), scheme=scheme, temperatures=(1.0,))
+    planned = tuple(
+        CachedFile(path=f"{n:05d}.parquet", groups=tuple(range(n * groups, (n + 1) * groups))) for n in range(files)
+    )
+    index = TargetIndex(identity=key, rows=files * groups * key.rows_per_group, files=planned)
+    draft = Store(str(store)).new_writer("capture", "cache", "0" * 64, {}, {})
+    return TargetWorker(CaptureJob(settings, index, prepared, trained, draft))
+
+
+class Loop:
+    """What one writes with transformers at hand."""
+
+    def __init__(self, model: Path, tokens: list[np.ndarray], batch: int, k: int, out: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.tokens, self.batch, self.k, self.out = tokens, batch, k, out
+
+    @torch.inference_mode()
+    def __call__(self, number: int) -> None:
+        kept: dict[str, list[np.ndarray]] = {"logprobs": [], "indices": [], "label_logprob": []}
+        rows = torch.from_numpy(self.tokens[number].astype(np.int64))
+        for ids_BS in rows.split(self.batch):
+            logprobs_BPV = self.model(input_ids=ids_BS[:, :-1], use_cache=False).logits.log_softmax(-1)
+            top_BPK, indices_BPK = logprobs_BPV.topk(self.k)
+            labels_BP = logprobs_BPV.gather(-1, ids_BS[:, 1:, None])[..., 0]
+            kept["logprobs"].append(top_BPK.half().numpy())
+            kept["indices"].append(indices_BPK.to(torch.int32).numpy())
+            kept["label_logprob"].append(labels_BP.half().numpy())
+        np.savez(self.out / f"{number}.npz", **{name: np.concatenate(parts) for name, parts in kept.items()})
+
+
+def timed(run: Callable[[int], None], numbers: list[int], tokens: int) -> dict[str, Any]:
+    """One more file."""
+    number = numbers.pop(0)
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    run(number)
+    return {"wall": tokens / (time.perf_counter() - wall_s), "cpu": tokens / (time.process_time() - cpu_s)}
+
+
+def check_same(ours: TargetWorker, out: Path, file: int) -> None:
+    """Hold what both wrote of a file's rows against each other."""
+    index = ours.index
+    _, root = filesystem(ours.job.uri)
+    found = table_to_numpy(open_shard(Path(root) / index.files[file].path).read())
+    theirs, layout = np.load(out / f"{file}.npz"), index.identity.layout
+    for name in ("logprobs", "label_logprob"):
+        own = layout.decode(name, found[name])
+        np.testing.assert_allclose(own, theirs[name].astype(np.float32).reshape(own.shape), rtol=2e-3, atol=2e-3)
+    own = layout.decode("indices", found["indices"])
+    assert (own == theirs["indices"].reshape(own.shape)).mean() > 0.99, "other outputs"  # ties may swap
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prepared", type=Path)
+    parser.add_argument("trained", type=Path)
+    for name, value in (("k", 32), ("batch", 8), ("rows", 24), ("repeats", 5), ("threads", 1)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    given = parser.parse_args()
+    prepared, trained = opened(given.prepared), opened(given.trained)
+    manifest = Manifest.read(prepared.local())
+    groups, files = given.rows // manifest.rows_per_group, given.repeats + 1
+    settings = Cache(scheme=TopK(k=given.k), batch_size=given.batch, cpus_per_actor=given.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        ours = worker(prepared, trained, settings, files, groups, folder / "store")
+        rows, shards = groups * manifest.rows_per_group, Shards(prepared.local(), "train")
+        tokens = [shards.take(np.arange(n * rows, (n + 1) * rows))["tokens"] for n in range(files)]
+        loop = Loop(trained.local() / "model", tokens, given.batch, given.k, folder)
+        runs: dict[str, Callable[[int], None]] = {
+            "ours": lambda number: list(ours({"file": np.array([number])})) and None,  # type: ignore[func-returns-value]
+            "loop": loop,
+        }
+        for run in runs.values():
+            run(0)
+        check_same(ours, folder, 0)
+        numbers = {name: list(range(1, files)) for name in runs}
+        count = rows * manifest.positions
+        found = interleaved(
+            given.repeats, {name: partial(timed, run, numbers[name], count) for name, run in runs.items()}
+        )
+    print(f"{machine(given.threads)}; {rows} rows of {manifest.positions} tokens each time, {given.batch} in a forward")
+    print(
+        f"pass, the {given.k} likeliest of {manifest.outputs:,}; {given.repeats} times, medians (least to most); load"
+    )
+    print(f"average {os.getloadavg()[0]:.1f} at the end\n")
+    names = {"ours": "ours, the worker of `cache`", "loop": "transformers in a loop"}
+    lines = []
+    for name, title in names.items():
+        ratios = [
+            statistics.median(a[clock] / b[clock] for a, b in zip(found["ours"], found[name], strict=True))
+            for clock in ("wall", "cpu")
+        ]
+        rates = (spread(found[name], clock, 0) for clock in ("wall", "cpu"))
+        lines.append((title, *rates, *(f"{ratio:.3f}" for ratio in ratios)))
+    table(("who", "tokens/s", "tokens a CPU second", "ours ÷ it", "ours ÷ it, CPU"), lines)
+
+
+if __name__ == "__main__":
+    main()
