@@ -256,10 +256,6 @@ class ChatRequest(GenerationRequest):
     def must_call(self) -> bool:
         return self.tool_choice not in ("none", "auto")
 
-    @property
-    def constrained(self) -> bool:
-        return self.must_call or super().constrained
-
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
         names = [tool.function.name for tool in self.tools]
@@ -267,7 +263,7 @@ class ChatRequest(GenerationRequest):
             raise ValueError("tools: two have one name")
         if self.must_call and not self.tools:
             raise ValueError("tool_choice: found without tools; give the tools of which one must be called")
-        if self.offered_tools and super().constrained:
+        if self.offered_tools and self.constrained:
             raise ValueError("tools: found together with response_format or grammar; give one of them")
         return self
 
