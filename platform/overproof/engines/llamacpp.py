@@ -14,6 +14,7 @@ from overproof.engines.base import (
     Completion,
     EngineSettings,
     PromptReading,
+    PromptScore,
     Sampling,
     TextScorer,
     Token,
@@ -29,7 +30,6 @@ from overproof.engines.prompt_limits import InFlight, PromptLimits, require_unic
 from overproof.errors import InputError
 
 DRAFT_TOKENS = 3  # that a draft guesses at a time; llama.cpp's own default
-FORCING_BIAS = 1e4  # makes a token the one that is sampled; reported log-probabilities stay as they were
 
 
 _engines: weakref.WeakSet[LlamaCpp] = weakref.WeakSet()
@@ -82,7 +82,7 @@ class LlamaCpp:
         self._template = ChatTemplate(header)
         self._reuse_prefix = reuse_prefix
         self._in_flight = InFlight()
-        self._prompts = LlamaCppPrompts(path, self._limits.max_prompt_tokens, threads, self._pieces)
+        self._prompts = LlamaCppPrompts(path, self.context_length, threads, self._pieces)
         self._stats_lock = threading.Lock()
         self.drafted = self.accepted = 0  # guesses of the draft in completions so far, and those that were right
         key = secrets.token_urlsafe(32)
@@ -95,12 +95,15 @@ class LlamaCpp:
             self._undrafted = start_server(path, server_params(path, threads, 1, self.context_length, key))
         _engines.add(self)
 
-    def complete(self, prompt: str | Sequence[int], sampling: Sampling) -> Completion:
-        """Continue a prompt until done. See ``TextEngine``; a token that ends inside a character costs one more call
-        when its log-probability is asked for, since llama.cpp does not report it.
+    def complete(
+        self, prompt: str | Sequence[int], sampling: Sampling, cancelled: threading.Event | None = None
+    ) -> Completion:
+        """Continue a prompt until done. See ``TextEngine``; where log-probabilities are asked for and tokens end inside
+        a character, of which llama.cpp reports none, prompt and text are read once more.
 
         Raises:
             InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
+            RuntimeError: it was cancelled.
         """
         with self._in_flight.call():
             request = self._request(prompt, sampling)
@@ -123,7 +126,7 @@ class LlamaCpp:
                 tokens=tokens,
                 token_logprobs=None
                 if sampling.logprobs is None
-                else self._token_logprobs(request["prompt"], tokens, choice, sampling.logprobs),
+                else self._token_logprobs(request["prompt"], tokens, choice, sampling.logprobs, cancelled),
                 finish_reason=choice["finish_reason"],
                 prompt_tokens=len(request["prompt"]),
                 first_token_s=timings["prompt_ms"] / 1e3,
@@ -242,31 +245,31 @@ class LlamaCpp:
         ids: list[int] = self._http.request("POST", "/tokenize", body)["tokens"]
         return ids
 
-    def _token_logprobs(self, prompt: list[int], tokens: list[int], choice: dict[str, Any], top: int) -> list[Token]:
+    def _token_logprobs(
+        self,
+        prompt: list[int],
+        tokens: list[int],
+        choice: dict[str, Any],
+        top: int,
+        cancelled: threading.Event | None,
+    ) -> list[Token]:
         reported = align_logprobs(tokens, (choice["logprobs"] or {"content": []})["content"], self._pieces)
-        entries = [
-            self._logprob_after(prompt + tokens[:i], tokens[i]) if e is None else e for i, e in enumerate(reported)
-        ]
+        read = list[PromptScore]()
+        if None in reported:
+            first = len(prompt) + reported.index(None)
+            read = self._prompts.score(prompt + tokens, top, cancelled or threading.Event(), first)
+        before = len(tokens) - len(read)
         return [
-            Token(
+            Token(token, self._pieces[token], read[place - before].logprob, read[place - before].top)
+            if entry is None
+            else Token(
                 entry["id"],
                 self._pieces[entry["id"]],
                 entry["logprob"],
                 tuple((e["id"], self._pieces[e["id"]], e["logprob"]) for e in entry["top_logprobs"][:top]),
             )
-            for entry in entries
+            for place, (token, entry) in enumerate(zip(tokens, reported, strict=True))
         ]
-
-    def _logprob_after(self, prefix: list[int], token: int) -> dict[str, Any]:
-        """llama.cpp's report of a token of which it reports nothing when it samples it: taken from its report of the
-        whole vocabulary when it samples another one.
-        """
-        reported = next(i for i, piece in enumerate(self._pieces) if piece.isalnum() and piece.isascii())
-        request = {"prompt": prefix, "max_tokens": 1, "temperature": 0, "cache_prompt": self._reuse_prefix}
-        extra = {"n_probs": len(self._pieces), "logit_bias": [[reported, FORCING_BIAS]]}
-        reply = check_reply(self._undrafted.handle_completions(request | extra))
-        top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        return {**next(entry for entry in top if entry["id"] == token), "top_logprobs": top}
 
 
 class LlamaCppLoader:

@@ -9,7 +9,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -90,8 +90,10 @@ class ThreadedEngine:
             if not sampling.max_tokens:
                 return Generation("", "length", len(reading.ids), 0, prompt=reading)
             return replace(await self.complete(prompt, replace(sampling, echo=False)), prompt=reading)
-        if sampling.logprobs is not None:  # llama.cpp streams none, and so the call cannot be ended early
-            completion: Completion = await self._call(partial(self._engine.complete, prompt, sampling))
+        if sampling.logprobs is not None:  # llama.cpp streams none
+            cancelled = threading.Event()
+            work = partial(self._engine.complete, prompt, sampling, cancelled)
+            completion: Completion = await self._call(work, cancelled)
             return Generation(
                 completion.text,
                 completion.finish_reason,
@@ -140,13 +142,25 @@ class ThreadedEngine:
 
     async def _read_prompt(self, prompt: Prompt, sampling: Sampling) -> PromptReading:
         cancelled = threading.Event()
-        try:
-            return await self._call(partial(self._engine.read_prompt, prompt, sampling, cancelled))
-        finally:
-            cancelled.set()
+        return await self._call(partial(self._engine.read_prompt, prompt, sampling, cancelled), cancelled)
 
-    async def _call(self, function: Callable[[], ResultT]) -> ResultT:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+    async def _call(self, function: Callable[[], ResultT], cancelled: threading.Event | None = None) -> ResultT:
+        """What a thread of the pool returns. A caller that is cancelled goes on when the thread has ended its work, which
+        it is told by the event: who waits for its slot would wait for the thread.
+        """
+        work = self._pool.submit(function)
+        result = asyncio.wrap_future(work)
+        try:
+            return await asyncio.shield(result)
+        except asyncio.CancelledError:
+            if cancelled is not None:
+                cancelled.set()
+            if not work.cancel():
+                while not result.done():
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.wait([result])
+                result.exception()  # which nobody asks for any more
+            raise
 
     @asynccontextmanager
     async def _open_stream(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[PieceStream]:
