@@ -93,7 +93,7 @@ class ThreadedEngine:
         if sampling.logprobs is not None:  # llama.cpp streams none
             cancelled = threading.Event()
             work = partial(self._engine.complete, prompt, sampling, cancelled)
-            completion: Completion = await self._call(work, cancelled)
+            completion: Completion = await self._call(work, cancelled.set)
             return Generation(
                 completion.text,
                 completion.finish_reason,
@@ -102,7 +102,7 @@ class ThreadedEngine:
                 completion,
             )
         async with self._open_stream(prompt, sampling) as pieces:
-            return await self._call(partial(_join, pieces))
+            return await self._call(partial(_join, pieces), pieces.close)
 
     async def validate(self, prompt: Prompt, sampling: Sampling) -> None:
         await self._call(partial(self._engine.validate, prompt, sampling))
@@ -110,7 +110,7 @@ class ThreadedEngine:
     async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece | None]()
         async with self._open_stream(prompt, sampling) as pieces:
-            forwarding = asyncio.ensure_future(self._call(partial(_forward, pieces, loop, queue)))
+            forwarding = asyncio.ensure_future(self._call(partial(_forward, pieces, loop, queue), pieces.close))
             forwarding.add_done_callback(lambda _: queue.put_nowait(None))
             while (piece := await queue.get()) is not None:
                 yield piece
@@ -142,19 +142,18 @@ class ThreadedEngine:
 
     async def _read_prompt(self, prompt: Prompt, sampling: Sampling) -> PromptReading:
         cancelled = threading.Event()
-        return await self._call(partial(self._engine.read_prompt, prompt, sampling, cancelled), cancelled)
+        return await self._call(partial(self._engine.read_prompt, prompt, sampling, cancelled), cancelled.set)
 
-    async def _call(self, function: Callable[[], ResultT], cancelled: threading.Event | None = None) -> ResultT:
-        """What a thread of the pool returns. A caller that is cancelled goes on when the thread has ended its work, which
-        it is told by the event: who waits for its slot would wait for the thread.
+    async def _call(self, function: Callable[[], ResultT], stop: Callable[[], object] = lambda: None) -> ResultT:
+        """What a thread of the pool returns. A caller that is cancelled stops the thread and goes on when it has ended
+        its work: only then is its slot free.
         """
         work = self._pool.submit(function)
         result = asyncio.wrap_future(work)
         try:
             return await asyncio.shield(result)
         except asyncio.CancelledError:
-            if cancelled is not None:
-                cancelled.set()
+            stop()
             if not work.cancel():
                 while not result.done():
                     with suppress(asyncio.CancelledError):
