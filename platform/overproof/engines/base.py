@@ -111,7 +111,7 @@ class PieceStream(Iterator[Piece], Protocol):
     def __iter__(self) -> Self: ...
 
     def close(self) -> None:
-        """Generate no further. May be called from any thread, at any time."""
+        """Generate no further: the iterator ends when the engine has. May be called from any thread, at any time."""
 
 
 @runtime_checkable

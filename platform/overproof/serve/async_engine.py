@@ -112,9 +112,14 @@ class ThreadedEngine:
         async with self._open_stream(prompt, sampling) as pieces:
             forwarding = asyncio.ensure_future(self._call(partial(_forward, pieces, loop, queue), pieces.close))
             forwarding.add_done_callback(lambda _: queue.put_nowait(None))
-            while (piece := await queue.get()) is not None:
-                yield piece
-            await forwarding  # raises where it failed
+            try:
+                while (piece := await queue.get()) is not None:
+                    yield piece
+                await forwarding  # raises where it failed
+            finally:
+                if not forwarding.done():
+                    forwarding.cancel()
+                    await asyncio.wait([forwarding])
 
     async def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         prompt: str = await self._call(partial(self._engine.chat_prompt, messages, tools))
