@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import sys
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from overproof.errors import InputError
+from overproof.limited_process import LimitedProcess, NoAnswer, OverLimits
 from overproof.serve import grammar_process
 from overproof.serve.async_engine import Busy
 from overproof.serve.grammar import GrammarChecker, GrammarSource
@@ -19,11 +17,9 @@ from overproof.serve.grammar import GrammarChecker, GrammarSource
 CPU_S = 0.5  # to compile a grammar; most take a thousandth of it
 ALL_CHOICES_CPU_S = 1.0  # for the engine compiles it for each choice, and generates nothing meanwhile
 MEMORY_BYTES = 256 << 20
-WALL_S = 10.0  # where the machine is too busy to give it its CPU-seconds
 PROCESSES = 2
 MAX_WAITING = 32  # requests whose grammar waits for a process before more are refused
 REMEMBERED = 256  # verdicts on grammars, good and bad
-MAX_ANSWER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,8 @@ class GrammarCompiler:
     """Compiles grammars, a few at a time, in processes that start when there is need."""
 
     def __init__(self) -> None:
-        self._idle: list[asyncio.subprocess.Process] = []
+        script = Path(grammar_process.__file__)
+        self._idle = [LimitedProcess(script, CPU_S, MEMORY_BYTES) for _ in range(PROCESSES)]
         self._slots = asyncio.Semaphore(PROCESSES)
         self._waiting = 0
         self._verdicts: OrderedDict[str, _Verdict] = OrderedDict()
@@ -83,8 +80,7 @@ class GrammarCompiler:
     async def close(self) -> None:
         """End the processes."""
         for process in self._idle:
-            await _end(process)
-        self._idle.clear()
+            process.stop()
         self._pool.shutdown(wait=False)
 
     async def _judge(self, text: str) -> _Verdict:
@@ -93,54 +89,25 @@ class GrammarCompiler:
         self._waiting += 1
         try:
             async with self._slots:
-                process = self._idle.pop() if self._idle else await _start()
+                process = self._idle.pop()
                 try:
-                    answer = await self._ask(process, text)
-                except BaseException:  # the client went away, or there was no CPU: nobody knows what it is at
-                    await _end(process)
-                    raise
-                if answer is None:
-                    await _end(process)
-                    return _Verdict(
-                        error=f"takes more than {CPU_S:g} s or {MEMORY_BYTES >> 20} MiB to compile; "
-                        "expected something simpler"
-                    )
-                self._idle.append(process)
-                return answer
+                    return await self._ask(process, text)
+                finally:
+                    self._idle.append(process)
         finally:
             self._waiting -= 1
 
-    @staticmethod
-    async def _ask(process: asyncio.subprocess.Process, text: str) -> _Verdict | None:
-        """What the process says; None where it came to its end over it.
-
-        Raises:
-            Busy: it was given too little CPU to come to an answer.
-        """
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps(text).encode() + b"\n")
+    async def _ask(self, process: LimitedProcess, text: str) -> _Verdict:
+        asking = asyncio.get_running_loop().run_in_executor(self._pool, process.ask, text)
         try:
-            async with asyncio.timeout(WALL_S):
-                line = await process.stdout.readline()
-        except TimeoutError:
+            return _Verdict(**await asyncio.shield(asking))
+        except asyncio.CancelledError:  # the client went away
+            process.stop()
+            await asyncio.wait([asking])
+            asking.exception()
+            raise
+        except NoAnswer:
             raise Busy from None
-        return _Verdict(**json.loads(line)) if line.endswith(b"\n") else None
-
-
-async def _start() -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        sys.executable,
-        str(Path(grammar_process.__file__)),
-        str(CPU_S),
-        str(MEMORY_BYTES),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        limit=MAX_ANSWER_BYTES,
-    )
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()
-    await process.wait()
+        except OverLimits:
+            limits = f"{CPU_S:g} s or {MEMORY_BYTES >> 20} MiB"
+            return _Verdict(error=f"takes more than {limits} to compile; expected something simpler")
