@@ -32,7 +32,7 @@ class LimitedProcess:
     one that it did not survive. Of several threads one asks at a time.
     """
 
-    def __init__(self, script: Path, cpu_s: float, memory_bytes: int, wall_s: float = 10.0) -> None:
+    def __init__(self, script: Path, cpu_s: float, memory_bytes: int, wall_s: float = 30.0) -> None:
         """``memory_bytes`` is what it may take beyond what it has when it has started."""
         self._command = [sys.executable, "-P", __file__, str(script), str(cpu_s), str(memory_bytes)]
         self._wall_s, self._lock = wall_s, threading.Lock()

@@ -179,19 +179,10 @@ class LlamaCpp:
         """Messages as a prompt, by the template in the file.
 
         Raises:
-            InputError: there is none (llama.cpp would take one of its own), it does not take these messages, or it
-                knows no tools.
+            InputError: there is none, it does not take these messages, or it knows no tools.
         """
-        self._header.require_chat_template()
         with self._in_flight.call():
-            if tools or any(message.keys() - {"role", "content"} for message in messages):
-                return self._template.render(messages, tools)  # llama.cpp would describe tools in words of its own
-            try:
-                reply = self._http.request("POST", "/apply-template", {"messages": list(messages)})
-            except RuntimeError as error:
-                raise InputError(f"messages: the model's chat template does not take them: {error}") from None
-            text: str = reply["prompt"]
-            return text
+            return self._template.render(messages, tools)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, as llama.cpp splits it, with no start token added.
@@ -215,6 +206,7 @@ class LlamaCpp:
         """Wait for the calls in progress, then free the model. llama.cpp must not be torn down during a call."""
         self._in_flight.close()
         self._prompts.close()
+        self._template.close()
         self._server = self._undrafted = None
 
     def _request(self, prompt: str | Sequence[int], sampling: Sampling) -> dict[str, Any]:

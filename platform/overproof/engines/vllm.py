@@ -157,6 +157,7 @@ class Vllm:
     def close(self) -> None:
         """Wait for the calls in progress, then end vLLM."""
         self._in_flight.close()
+        self._template.close()
         self._server.close()
 
     def _request(self, prompt: str | Sequence[int], sampling: Sampling) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
+import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +22,8 @@ from overproof.errors import InputError
 from overproof.serve import rpc
 from overproof.serve.async_engine import Busy, Generation, Prompt
 
-MAX_ATTEMPTS = 4  # at a request when its replica dies before a part of the answer was sent
+MAX_ATTEMPTS = 2  # at a request when its replica dies before a part of the answer was sent: it may be what killed it
+REFUSED_S = 600.0  # for so long a request that ended as many replicas is not taken again
 HELLO_TIMEOUT_S = 5.0  # for a new connection to authenticate
 REQUEST_IDS = count()
 
@@ -68,6 +71,35 @@ class ReplicaLoad:
         return self.running + self.waiting
 
 
+class DeadlyRequests:
+    """Requests over which one replica died after another: they may be what ended them, and are refused for a while."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._until_s: dict[str, float] = {}  # by hash
+
+    def add(self, operation: rpc.Operation) -> None:
+        now_s = self._clock()
+        self._until_s = {key: until_s for key, until_s in self._until_s.items() if until_s > now_s}
+        self._until_s[_request_hash(operation)] = now_s + REFUSED_S
+
+    def refuse(self, operation: rpc.Operation) -> None:
+        """Look whether a request is one of them.
+
+        Raises:
+            InputError: it is.
+        """
+        if self._until_s and self._until_s.get(_request_hash(operation), 0.0) > self._clock():
+            raise InputError(
+                f"the request {_request_hash(operation)[:16]} ended {MAX_ATTEMPTS} replicas, one after another; it is "
+                "refused for some minutes: change it, or tell the operator, whose logs say how they ended"
+            )
+
+
+def _request_hash(operation: rpc.Operation) -> str:
+    return hashlib.sha256(rpc.encode_frame(rpc.Request(0, operation))).hexdigest()
+
+
 class ReplicaPool:
     """All replicas of a package as one ``AsyncEngine``: the least busy one takes the next request, and where none has
     capacity requests wait in their order, ``max_queued`` of them.
@@ -81,6 +113,7 @@ class ReplicaPool:
         self._queue: deque[asyncio.Future[ReplicaConnection]] = deque()
         self._available = asyncio.Event()  # set while a replica is there that does not drain
         self._waiting_without_slot = 0
+        self._deadly = DeadlyRequests()
 
     @property
     def load(self) -> ReplicaLoad:
@@ -97,15 +130,18 @@ class ReplicaPool:
         await self._call(rpc.Validate(prompt, sampling), takes_slot=False)
 
     async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
+        operation = rpc.Stream(prompt, sampling)
         for attempt in range(MAX_ATTEMPTS):
             started = False
             try:
-                async with self._dispatched(rpc.Stream(prompt, sampling), takes_slot=True) as responses:
+                async with self._dispatched(operation, takes_slot=True) as responses:
                     while isinstance(response := _raise_error(await responses.get()), rpc.Chunk):
                         started = True
                         yield response.piece
                 return
             except ReplicaDied:
+                if attempt == MAX_ATTEMPTS - 1:
+                    self._deadly.add(operation)
                 if started or attempt == MAX_ATTEMPTS - 1:
                     raise
 
@@ -165,12 +201,14 @@ class ReplicaPool:
                     return response.value
             except ReplicaDied:
                 if attempt == MAX_ATTEMPTS - 1:
+                    self._deadly.add(operation)
                     raise
         raise AssertionError
 
     @asynccontextmanager
     async def _dispatched(self, operation: rpc.Operation, takes_slot: bool) -> AsyncIterator[ResponseQueue]:
         """The responses of a request that was sent to a replica; leaving early cancels it there."""
+        self._deadly.refuse(operation)
         id_, responses = next(REQUEST_IDS), ResponseQueue()
         frame = rpc.encode_frame(rpc.Request(id_, operation))  # first: what cannot be sent must take no slot
         replica = await self._acquire_slot() if takes_slot else await self._any_replica()
