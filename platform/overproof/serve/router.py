@@ -23,7 +23,7 @@ from overproof.serve import rpc
 from overproof.serve.async_engine import Busy, Generation, Prompt
 
 MAX_ATTEMPTS = 2  # at a request when its replica dies before a part of the answer was sent: it may be what killed it
-REFUSED_S = 600.0  # for so long a request that ended as many replicas is not taken again
+DEATHS_COUNT_S = 600.0  # for so long a request over which as many replicas died is not taken again
 HELLO_TIMEOUT_S = 5.0  # for a new connection to authenticate
 REQUEST_IDS = count()
 
@@ -72,16 +72,17 @@ class ReplicaLoad:
 
 
 class DeadlyRequests:
-    """Requests over which one replica died after another: they may be what ended them, and are refused for a while."""
+    """Requests over which replicas died: they may be what ended them, and are refused for a while from the second on."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._until_s: dict[str, float] = {}  # by hash
+        self._deaths: dict[str, tuple[int, float]] = {}  # by hash: how many, and until when they count
 
-    def add(self, operation: rpc.Operation) -> None:
-        now_s = self._clock()
-        self._until_s = {key: until_s for key, until_s in self._until_s.items() if until_s > now_s}
-        self._until_s[_request_hash(operation)] = now_s + REFUSED_S
+    def on_death(self, operation: rpc.Operation) -> None:
+        """Count a replica that died over a request."""
+        now_s, key = self._clock(), _request_hash(operation)
+        self._deaths = {each: found for each, found in self._deaths.items() if found[1] > now_s}
+        self._deaths[key] = self._deaths.get(key, (0, 0.0))[0] + 1, now_s + DEATHS_COUNT_S
 
     def refuse(self, operation: rpc.Operation) -> None:
         """Look whether a request is one of them.
@@ -89,10 +90,13 @@ class DeadlyRequests:
         Raises:
             InputError: it is.
         """
-        if self._until_s and self._until_s.get(_request_hash(operation), 0.0) > self._clock():
+        if not self._deaths:
+            return
+        deaths, until_s = self._deaths.get(_request_hash(operation), (0, 0.0))
+        if deaths >= MAX_ATTEMPTS and until_s > self._clock():
             raise InputError(
-                f"the request {_request_hash(operation)[:16]} ended {MAX_ATTEMPTS} replicas, one after another; it is "
-                "refused for some minutes: change it, or tell the operator, whose logs say how they ended"
+                f"{deaths} replicas ended while they answered this request ({_request_hash(operation)[:16]}); it is "
+                "refused for some minutes: change it, or ask the operator, whose logs say how they ended"
             )
 
 
@@ -140,8 +144,7 @@ class ReplicaPool:
                         yield response.piece
                 return
             except ReplicaDied:
-                if attempt == MAX_ATTEMPTS - 1:
-                    self._deadly.add(operation)
+                self._deadly.on_death(operation)
                 if started or attempt == MAX_ATTEMPTS - 1:
                     raise
 
@@ -200,8 +203,8 @@ class ReplicaPool:
                     assert isinstance(response, rpc.Result)
                     return response.value
             except ReplicaDied:
+                self._deadly.on_death(operation)
                 if attempt == MAX_ATTEMPTS - 1:
-                    self._deadly.add(operation)
                     raise
         raise AssertionError
 
