@@ -14,7 +14,7 @@ from overproof.cli.main import main
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
 from overproof.serve import api_keys
-from overproof.serve.api_keys import ApiKey, KeyStore, RateLimiter, hash_key
+from overproof.serve.api_keys import ApiKey, KeysUnavailable, KeyStore, RateLimiter, hash_key
 from overproof.serve.middleware import Access, Telemetry, load_access
 from overproof.serve.routes import build_app
 from single_model import one
@@ -113,6 +113,28 @@ def test_a_change_of_the_file_is_seen_within_seconds(tmp_path: Path) -> None:
     assert found.find(hash_key(key))
     clock.s = api_keys.REFRESH_S + 0.1
     assert found.find(hash_key(key)) is None
+
+
+def test_a_file_that_is_gone_for_a_moment_changes_nothing(tmp_path: Path) -> None:
+    """Valid keys stay valid, and where none were ever read the server says that it cannot know."""
+    file, now_s = tmp_path / "keys.json", [0.0]
+    key = api_keys.add_key(str(file), "a", None, None)
+    store = KeyStore(str(file), lambda: now_s[0])
+    assert store.find(hash_key(key))
+    content = file.read_bytes()
+    for broken in (None, b"", b"{", b'{"format": 2}'):
+        file.unlink()
+        if broken is not None:
+            file.write_bytes(broken)
+        now_s[0] += 10
+        assert store.find(hash_key(key))
+        assert store.find(hash_key("another")) is None
+        with pytest.raises(KeysUnavailable):
+            KeyStore(str(file)).find(hash_key(key))
+        file.write_bytes(content)
+    api_keys.revoke_key(str(file), "a")
+    now_s[0] += 10
+    assert store.find(hash_key(key)) is None
 
 
 def test_requests_fill_up_evenly() -> None:
