@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -169,15 +170,19 @@ def test_requests_are_let_in_by_any_key_and_refused_beyond_its_limit(digits_pack
     registry = one(digits_package, OnnxRuntime(digits_package / "model.onnx"))
     app = build_app(registry, Access(hash_key("own"), file), Telemetry(RateLimiter(lambda: 0.0)))
 
-    def ask(key: str) -> httpx.Response:
+    def ask(key: str, method: str = "POST", path: str = "/v1/classify") -> httpx.Response:
         async def send() -> httpx.Response:
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
                 headers: Any = {"Authorization": f"Bearer {key}"}
-                return await http.post("/v1/classify", json=IMAGE, headers=headers)
+                return await http.request(method, path, json=IMAGE, headers=headers)
 
         return asyncio.run(send())
 
     assert [ask(key).status_code for key in ("own", free, few, few, free, "op-wrong", "")] == [200] * 5 + [401] * 2
+    operator, page = api_keys.add_key(file, "operator", 1, None, operator=True), {"method": "GET", "path": "/metrics"}
+    time.sleep(api_keys.REFRESH_S + 0.1)
+    assert [ask(key, **page).status_code for key in ("own", operator, operator, free)] == [200, 200, 200, 403]
+    assert ask(operator).status_code == 200  # metrics counted against no limit
     refused = ask(few)
     assert refused.status_code == 429
     assert refused.headers["Retry-After"] == "30"

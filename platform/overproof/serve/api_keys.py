@@ -37,6 +37,7 @@ class ApiKey(BaseModel):
     created: str  # UTC, ISO 8601
     requests_per_minute: int | None = Field(None, ge=1)
     tokens_per_minute: int | None = Field(None, ge=1)  # of prompts and completions
+    operator: bool = False  # may also read what all keys do: metrics
 
     @property
     def limits(self) -> tuple[tuple[int, str], ...]:
@@ -67,7 +68,9 @@ def read_keys(uri: str) -> KeyFile:
     return read_json_or_default(KeyFile, uri, "overproof keys")
 
 
-def add_key(uri: str, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> str:
+def add_key(
+    uri: str, name: str, requests_per_minute: int | None, tokens_per_minute: int | None, operator: bool = False
+) -> str:
     """Add a new key to a file and give it back: it cannot be read from the file again.
 
     Raises:
@@ -82,6 +85,7 @@ def add_key(uri: str, name: str, requests_per_minute: int | None, tokens_per_min
             created=created,
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
+            operator=operator,
         )
     except ValidationError as error:
         first = error.errors()[0]

@@ -32,6 +32,7 @@ REQUEST_TIMEOUT_S = 300
 BODY_TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES} bytes; send less at a time"
 KEY_IN_SCOPE = "overproof.key"  # of an ASGI request: the key whose limits it counts against
 OPEN_PATHS = ("/healthz",)
+OPERATOR_PATHS = ("/metrics",)  # of all keys' requests; they count against no limit
 DOCS_PATHS = ("/docs", "/openapi.json", "/static-offline-docs/")  # no secret, and a browser sends no key for them
 # By these Ray Serve would let a client lift its time limit and outlive its disconnection.
 REFUSED_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
@@ -155,6 +156,11 @@ class AuthMiddleware:
                 kind="authentication_error",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        if scope["path"] in OPERATOR_PATHS:
+            if key.operator:
+                return None
+            message = f"key {key.name!r} is no operator's; make one: `overproof keys add NAME --operator`"
+            return error_response(403, message, kind="permission_error")
         if key.limits:
             wait_s = self._telemetry.admit(key)
             if wait_s > 0:

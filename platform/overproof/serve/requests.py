@@ -12,6 +12,7 @@ from overproof.tasks.http import ModelRequest, UnicodeText, check_unicode
 DEFAULT_MAX_TOKENS = 16
 MAX_STOPS = 16
 MAX_CHOICES = 16
+MAX_PROMPT_IDS = 1 << 18
 MAX_BIASES = 300
 MAX_MESSAGES = 1024
 MAX_TOOLS = 128
@@ -19,14 +20,19 @@ MAX_GRAMMAR_CHARACTERS = 16384
 
 
 def _parse_prompts(value: Any) -> Any:
-    is_single = isinstance(value, str) or (isinstance(value, list) and all(type(i) is int for i in value))
+    """Lengths first: to look at each of a million entries takes seconds."""
+    is_single = isinstance(value, str) or (isinstance(value, list) and all(type(i) is int for i in value[:1]))
     prompts = [value] if is_single else value
+    if isinstance(prompts, list) and len(prompts) > MAX_CHOICES:
+        raise ValueError(f"{len(prompts)} prompts: expected at most {MAX_CHOICES} choices")
     if not isinstance(prompts, list) or not all(_is_prompt(prompt) for prompt in prompts):
         raise ValueError("expected text or a list of token ids, or a list of such, none empty")
     return prompts
 
 
 def _is_prompt(value: Any) -> bool:
+    if isinstance(value, list) and len(value) > MAX_PROMPT_IDS:
+        raise ValueError(f"{len(value)} token ids in a prompt: expected at most {MAX_PROMPT_IDS}")
     return bool(value) and (isinstance(value, str) or (isinstance(value, list) and all(type(i) is int for i in value)))
 
 
