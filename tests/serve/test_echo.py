@@ -202,8 +202,10 @@ def test_a_request_that_is_cancelled_ends_its_reading(text_package: Path, monkey
         await asyncio.sleep(0.05)
         for cancelled in (reading, queued):
             cancelled.cancel()
-        await asyncio.wait((reading, queued))
+        await asyncio.sleep(0.05)
+        assert not reading.done()  # its slot is free when its work has ended
         go.set()
+        await asyncio.wait((reading, queued))
         after = await engine.complete([70] * 9, sampling)
         assert after.prompt is not None
         assert after.prompt.scores is not None
@@ -211,3 +213,30 @@ def test_a_request_that_is_cancelled_ends_its_reading(text_package: Path, monkey
         await engine.close()
 
     asyncio.run(run())
+
+
+def test_tokens_inside_characters_cost_one_reading_and_a_cancelled_one_ends(
+    text_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp reports none of them: a bias on a lead byte makes that every token."""
+    readings, decode = list[int](), LlamaCppLogits._decode
+
+    def counted(self: LlamaCppLogits, tokens_P: Any, *place: Any) -> Any:
+        readings.append(len(tokens_P))
+        return decode(self, tokens_P, *place)
+
+    monkeypatch.setattr(LlamaCppLogits, "_decode", counted)
+    engine = LlamaCpp(text_package / "model.gguf")
+    lead = engine.tokenize("日")[0]
+    sampling = Sampling(60, logit_bias={lead: 100.0}, logprobs=1)
+    done = engine.complete([70] * 20, sampling)
+    assert done.tokens == [lead] * 60
+    assert sum(readings) == 79  # every token but the last, once
+    assert done.token_logprobs is not None
+    assert {token.id for token in done.token_logprobs} == {lead}
+    cancelled = threading.Event()
+    cancelled.set()
+    with pytest.raises(RuntimeError, match="cancelled"):
+        engine.complete([70] * 20, sampling, cancelled)
+    assert sum(readings) == 79
+    engine.close()

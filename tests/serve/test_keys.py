@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from overproof.cli.main import main
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
 from overproof.serve import api_keys
-from overproof.serve.api_keys import ApiKey, KeyStore, RateLimiter, hash_key
+from overproof.serve.api_keys import ApiKey, KeysUnavailable, KeyStore, RateLimiter, hash_key
 from overproof.serve.middleware import Access, Telemetry, load_access
 from overproof.serve.routes import build_app
 from single_model import one
@@ -115,6 +116,28 @@ def test_a_change_of_the_file_is_seen_within_seconds(tmp_path: Path) -> None:
     assert found.find(hash_key(key)) is None
 
 
+def test_a_file_that_is_gone_for_a_moment_changes_nothing(tmp_path: Path) -> None:
+    """Valid keys stay valid, and where none were ever read the server says that it cannot know."""
+    file, now_s = tmp_path / "keys.json", [0.0]
+    key = api_keys.add_key(str(file), "a", None, None)
+    store = KeyStore(str(file), lambda: now_s[0])
+    assert store.find(hash_key(key))
+    content = file.read_bytes()
+    for broken in (None, b"", b"{", b'{"format": 2}'):
+        file.unlink()
+        if broken is not None:
+            file.write_bytes(broken)
+        now_s[0] += 10
+        assert store.find(hash_key(key))
+        assert store.find(hash_key("another")) is None
+        with pytest.raises(KeysUnavailable):
+            KeyStore(str(file)).find(hash_key(key))
+        file.write_bytes(content)
+    api_keys.revoke_key(str(file), "a")
+    now_s[0] += 10
+    assert store.find(hash_key(key)) is None
+
+
 def test_requests_fill_up_evenly() -> None:
     clock = Clock()
     limiter, key = RateLimiter(clock), limited(requests=6)
@@ -147,15 +170,19 @@ def test_requests_are_let_in_by_any_key_and_refused_beyond_its_limit(digits_pack
     registry = one(digits_package, OnnxRuntime(digits_package / "model.onnx"))
     app = build_app(registry, Access(hash_key("own"), file), Telemetry(RateLimiter(lambda: 0.0)))
 
-    def ask(key: str) -> httpx.Response:
+    def ask(key: str, method: str = "POST", path: str = "/v1/classify") -> httpx.Response:
         async def send() -> httpx.Response:
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
                 headers: Any = {"Authorization": f"Bearer {key}"}
-                return await http.post("/v1/classify", json=IMAGE, headers=headers)
+                return await http.request(method, path, json=IMAGE, headers=headers)
 
         return asyncio.run(send())
 
     assert [ask(key).status_code for key in ("own", free, few, few, free, "op-wrong", "")] == [200] * 5 + [401] * 2
+    operator, page = api_keys.add_key(file, "operator", 1, None, operator=True), {"method": "GET", "path": "/metrics"}
+    time.sleep(api_keys.REFRESH_S + 0.1)
+    assert [ask(key, **page).status_code for key in ("own", operator, operator, free)] == [200, 200, 200, 403]
+    assert ask(operator).status_code == 200  # metrics counted against no limit
     refused = ask(few)
     assert refused.status_code == 429
     assert refused.headers["Retry-After"] == "30"

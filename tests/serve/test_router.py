@@ -18,9 +18,10 @@ from overproof.engines.base import Piece, Sampling, ToolSyntax
 from overproof.engines.llamacpp import LlamaCpp
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
+from overproof.serve import rpc
 from overproof.serve.async_engine import AsyncEngine, BatchingEngine, Busy, Generation, Prompt, ThreadedEngine
 from overproof.serve.replica_worker import ReplicaWorker
-from overproof.serve.router import ReplicaDied, ReplicaLoad, ReplicaPool, ReplicaServer
+from overproof.serve.router import DEATHS_COUNT_S, DeadlyRequests, ReplicaDied, ReplicaLoad, ReplicaPool, ReplicaServer
 from overproof.serve.rpc import LENGTH_BYTES, MAX_HELLO_BYTES, Drain, GatewayAddress, Hello, encode_frame
 
 NAME, HOST, ONE = "package", "127.0.0.1", Sampling(1)
@@ -240,6 +241,52 @@ def test_a_replica_that_dies_is_replaced_by_another() -> None:
             assert (await whole).text == "whole"  # by whichever called first
 
     run(test())
+
+
+def test_a_request_over_which_two_replicas_died_is_refused() -> None:
+    """Whole or streamed; others are answered by the next."""
+
+    async def test() -> None:
+        directory = Directory()
+        async with gateway(directory) as (replica_server, pool):
+
+            async def die(call: asyncio.Future[Any]) -> None:
+                engine = ScriptedEngine()
+                worker = ReplicaWorker(engine, NAME, 4, directory.find)
+                await until(lambda: bool(engine.begun))
+                worker._connecting.cancel()
+                (connection,) = replica_server._replicas
+                assert connection._transport is not None
+                connection._transport.abort()
+                await until(lambda: not replica_server._replicas or call.done())
+
+            deadly = asyncio.ensure_future(pool.complete("deadly", ONE))
+            await die(deadly)
+            await die(deadly)
+            with pytest.raises(ReplicaDied):
+                await deadly
+            for again in (pool.complete("deadly", ONE), pool.complete("deadly", ONE)):
+                with pytest.raises(InputError, match=r"2 replicas ended while they answered this request \([0-9a-f]{16}\)"):
+                    await again
+            survivor = ScriptedEngine()
+            survivor.go_on.set()
+            ReplicaWorker(survivor, NAME, 4, directory.find)
+            assert (await pool.complete("harmless", ONE)).text == "harmless"
+
+    run(test())
+
+
+def test_deaths_are_forgotten_in_time() -> None:
+    now_s = [0.0]
+    deadly, request = DeadlyRequests(lambda: now_s[0]), rpc.Complete("x", ONE)
+    for _ in range(2):
+        deadly.refuse(request)
+        deadly.on_death(request)
+    with pytest.raises(InputError, match="replicas ended"):
+        deadly.refuse(request)
+    deadly.refuse(rpc.Complete("y", ONE))
+    now_s[0] = DEATHS_COUNT_S
+    deadly.refuse(request)
 
 
 def test_a_draining_replica_finishes_its_requests_and_gets_no_more() -> None:

@@ -196,6 +196,7 @@ def _add_serving_verbs(add: Add) -> None:
     keys.add_argument("--file", default="keys.json", help="file or URI (default: keys.json)")
     keys.add_argument("--requests-per-minute", type=int, metavar="N", help="most requests")
     keys.add_argument("--tokens-per-minute", type=int, metavar="N", help="most tokens of prompts and completions")
+    keys.add_argument("--operator", action="store_true", help="may also read /metrics")
 
 
 def _add_recipe(verb: argparse.ArgumentParser, help: str = "recipe in YAML", **options: Any) -> None:
@@ -366,14 +367,15 @@ def _keys(options: argparse.Namespace) -> int:
     if (options.name is None) != (options.what == "ls"):
         raise InputError(f"keys {options.what}: found name {options.name!r}; expected one to add or revoke, else none")
     if options.what == "add":
-        print(api_keys.add_key(options.file, options.name, options.requests_per_minute, options.tokens_per_minute))
+        limits = options.requests_per_minute, options.tokens_per_minute
+        print(api_keys.add_key(options.file, options.name, *limits, options.operator))
         print(f"overproof: shown this once, {options.file} holds its hash alone", file=sys.stderr)
     elif options.what == "revoke":
         api_keys.revoke_key(options.file, options.name)
     else:
         for key in api_keys.read_keys(options.file).keys:
-            limits = [f"{most:,} {what} a minute" for most, what in key.limits]
-            console.out.print("  ".join([key.name, key.created, *limits]), markup=False)
+            rights = [f"{most:,} {what} a minute" for most, what in key.limits] + ["operator"] * key.operator
+            console.out.print("  ".join([key.name, key.created, *rights]), markup=False)
     return 0
 
 

@@ -114,7 +114,7 @@ class PieceStream(Iterator[Piece], Protocol):
     def __iter__(self) -> Self: ...
 
     def close(self) -> None:
-        """Generate no further. May be called from any thread, at any time."""
+        """Generate no further: the iterator ends when the engine has. May be called from any thread, at any time."""
 
 
 @runtime_checkable
@@ -124,11 +124,14 @@ class TextEngine(Protocol):
     context_length: int  # most tokens of prompt and completion together
     chats: bool  # whether the model has a chat template
 
-    def complete(self, prompt: str | Sequence[int], sampling: Sampling) -> Completion:
+    def complete(
+        self, prompt: str | Sequence[int], sampling: Sampling, cancelled: Event | None = None
+    ) -> Completion:
         """Continue a prompt, given as text or token ids, until done.
 
         Raises:
             InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
+            RuntimeError: ``cancelled`` was set meanwhile; the work ends then, where the engine can end it.
         """
 
     def validate(self, prompt: str | Sequence[int], sampling: Sampling) -> None:

@@ -14,6 +14,7 @@ from overproof.engines.base import (
     Completion,
     EngineSettings,
     PromptReading,
+    PromptScore,
     Sampling,
     TextScorer,
     Token,
@@ -31,7 +32,6 @@ from overproof.errors import InputError
 from overproof.models.sizes import ModelSize
 
 DRAFT_TOKENS = 3  # that a draft guesses at a time; llama.cpp's own default
-FORCING_BIAS = 1e4  # makes a token the one that is sampled; reported log-probabilities stay as they were
 
 
 _engines: weakref.WeakSet[LlamaCpp] = weakref.WeakSet()
@@ -84,7 +84,7 @@ class LlamaCpp:
         self._template = GgufChatTemplate(header)
         self._reuse_prefix = reuse_prefix
         self._in_flight = InFlight()
-        self._prompts = LlamaCppPrompts(path, self._limits.max_prompt_tokens, threads, self._pieces)
+        self._prompts = LlamaCppPrompts(path, self.context_length, threads, self._pieces)
         self._stats_lock = threading.Lock()
         self.drafted = self.accepted = 0  # guesses of the draft in completions so far, and those that were right
         key = secrets.token_urlsafe(32)
@@ -97,12 +97,15 @@ class LlamaCpp:
             self._undrafted = start_server(path, server_params(path, threads, 1, self.context_length, key))
         _engines.add(self)
 
-    def complete(self, prompt: str | Sequence[int], sampling: Sampling) -> Completion:
-        """Continue a prompt until done. See ``TextEngine``; a token that ends inside a character costs one more call
-        when its log-probability is asked for, since llama.cpp does not report it.
+    def complete(
+        self, prompt: str | Sequence[int], sampling: Sampling, cancelled: threading.Event | None = None
+    ) -> Completion:
+        """Continue a prompt until done. See ``TextEngine``; where log-probabilities are asked for and tokens end inside
+        a character, of which llama.cpp reports none, prompt and text are read once more.
 
         Raises:
             InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
+            RuntimeError: it was cancelled.
         """
         with self._in_flight.call():
             request = self._request(prompt, sampling)
@@ -125,7 +128,7 @@ class LlamaCpp:
                 tokens=tokens,
                 token_logprobs=None
                 if sampling.logprobs is None
-                else self._token_logprobs(request["prompt"], tokens, choice, sampling.logprobs),
+                else self._token_logprobs(request["prompt"], tokens, choice, sampling.logprobs, cancelled),
                 finish_reason=choice["finish_reason"],
                 prompt_tokens=len(request["prompt"]),
                 first_token_s=timings["prompt_ms"] / 1e3,
@@ -178,19 +181,10 @@ class LlamaCpp:
         """Messages as a prompt, by the template in the file.
 
         Raises:
-            InputError: there is none (llama.cpp would take one of its own), it does not take these messages, or it
-                knows no tools.
+            InputError: there is none, it does not take these messages, or it knows no tools.
         """
-        self._header.require_chat_template()
         with self._in_flight.call():
-            if tools or any(message.keys() - {"role", "content"} for message in messages):
-                return self._template.render(messages, tools)  # llama.cpp would describe tools in words of its own
-            try:
-                reply = self._http.request("POST", "/apply-template", {"messages": list(messages)})
-            except RuntimeError as error:
-                raise InputError(f"messages: the model's chat template does not take them: {error}") from None
-            text: str = reply["prompt"]
-            return text
+            return self._template.render(messages, tools)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, as llama.cpp splits it, with no start token added.
@@ -214,6 +208,7 @@ class LlamaCpp:
         """Wait for the calls in progress, then free the model. llama.cpp must not be torn down during a call."""
         self._in_flight.close()
         self._prompts.close()
+        self._template.close()
         self._server = self._undrafted = None
 
     def _request(self, prompt: str | Sequence[int], sampling: Sampling) -> dict[str, Any]:
@@ -244,31 +239,31 @@ class LlamaCpp:
         ids: list[int] = self._http.request("POST", "/tokenize", body)["tokens"]
         return ids
 
-    def _token_logprobs(self, prompt: list[int], tokens: list[int], choice: dict[str, Any], top: int) -> list[Token]:
+    def _token_logprobs(
+        self,
+        prompt: list[int],
+        tokens: list[int],
+        choice: dict[str, Any],
+        top: int,
+        cancelled: threading.Event | None,
+    ) -> list[Token]:
         reported = align_logprobs(tokens, (choice["logprobs"] or {"content": []})["content"], self._pieces)
-        entries = [
-            self._logprob_after(prompt + tokens[:i], tokens[i]) if e is None else e for i, e in enumerate(reported)
-        ]
+        read = list[PromptScore]()
+        if None in reported:
+            first = len(prompt) + reported.index(None)
+            read = self._prompts.score(prompt + tokens, top, cancelled or threading.Event(), first)
+        before = len(tokens) - len(read)
         return [
-            Token(
+            Token(token, self._pieces[token], read[place - before].logprob, read[place - before].top)
+            if entry is None
+            else Token(
                 entry["id"],
                 self._pieces[entry["id"]],
                 entry["logprob"],
                 tuple((e["id"], self._pieces[e["id"]], e["logprob"]) for e in entry["top_logprobs"][:top]),
             )
-            for entry in entries
+            for place, (token, entry) in enumerate(zip(tokens, reported, strict=True))
         ]
-
-    def _logprob_after(self, prefix: list[int], token: int) -> dict[str, Any]:
-        """llama.cpp's report of a token of which it reports nothing when it samples it: taken from its report of the
-        whole vocabulary when it samples another one.
-        """
-        reported = next(i for i, piece in enumerate(self._pieces) if piece.isalnum() and piece.isascii())
-        request = {"prompt": prefix, "max_tokens": 1, "temperature": 0, "cache_prompt": self._reuse_prefix}
-        extra = {"n_probs": len(self._pieces), "logit_bias": [[reported, FORCING_BIAS]]}
-        reply = check_reply(self._undrafted.handle_completions(request | extra))
-        top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        return {**next(entry for entry in top if entry["id"] == token), "top_logprobs": top}
 
 
 class LlamaCppLoader:

@@ -15,35 +15,47 @@ from numpy.typing import NDArray
 from overproof.engines.base import PromptScore
 from overproof.engines.llamacpp_logits import LlamaCppLogits
 
+LEAST_ROOM = 512  # tokens
+
 
 class LlamaCppPrompts:
-    """Reads prompts of ``positions`` tokens at most, one at a time, from the beginning each.
+    """Reads texts of ``positions`` tokens at most, one at a time, from the beginning each.
 
     The server lends its weights to nobody: the file is loaded again at the first call, which maps it into memory (what
-    llama.cpp repacks for its kernels is there twice), beside a cache of keys and values for one prompt.
+    llama.cpp repacks for its kernels is there twice), beside keys and values for the longest text so far.
     """
 
     def __init__(self, path: Path, positions: int, threads: int, pieces: Sequence[bytes]) -> None:
         self._path, self._positions, self._threads, self._pieces = path, positions, threads, pieces
         self._lock = threading.Lock()
         self._logits: LlamaCppLogits | None = None
+        self._longest = 0
 
-    def score(self, ids: Sequence[int], top: int, cancelled: threading.Event) -> list[PromptScore]:
-        """The score of every token but the first, with the ``top`` likeliest at its place.
+    def score(self, ids: Sequence[int], top: int, cancelled: threading.Event, first: int = 1) -> list[PromptScore]:
+        """The score of every token from the ``first`` of interest on, with the ``top`` likeliest at its place.
 
         Raises:
             InputError: llama.cpp cannot load the file a second time.
             RuntimeError: it was cancelled; looked at before each batch.
         """
         tokens, scores = np.array(ids, np.int64), list[PromptScore]()
+        wanted_S = np.arange(1, len(tokens)) >= first
         with self._lock:
             _require_wanted(cancelled)
-            if self._logits is None:
-                self._logits = LlamaCppLogits(self._path, self._positions, self._threads)
-            for logits_PV in self._logits.batches(tokens[:-1]):
-                scores += self._scores(logits_PV, tokens[len(scores) + 1 :][: len(logits_PV)], top)
+            for logits_PV in self._logits_for(len(tokens)).batches(tokens[:-1], wanted_S):
+                scores += self._scores(logits_PV, tokens[first + len(scores) :][: len(logits_PV)], top)
                 _require_wanted(cancelled)
         return scores
+
+    def _logits_for(self, length: int) -> LlamaCppLogits:
+        """The model, with room for so many tokens."""
+        if self._logits is None or length > self._longest:
+            if self._logits is not None:
+                self._logits.close()
+                self._logits = None
+            self._longest = min(self._positions, max(LEAST_ROOM, 1 << (length - 1).bit_length()))
+            self._logits = LlamaCppLogits(self._path, self._longest, self._threads)
+        return self._logits
 
     def close(self) -> None:
         """Free the model."""

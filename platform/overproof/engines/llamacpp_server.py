@@ -62,6 +62,7 @@ def server_params(
     params.cache_ram_mib = 0  # else up to 8 GiB of past prompts
     params.fit_params = False
     params.ui = params.endpoint_slots = False
+    params.chat_template = "{{ messages }}"  # else it reads the file's, natively: a hostile one ends this process
     params.endpoint_metrics = True  # which ``start_server`` waits for
     params.api_keys = [key]
     if draft is not None:

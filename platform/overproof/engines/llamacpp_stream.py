@@ -39,15 +39,16 @@ class LlamaCppPieces:
                 if chunk is None:
                     break
                 raise chunk
+            if self._cancelled.is_set():
+                continue  # it ends when llama.cpp has: its slot is not free before
             piece = self._piece(check_reply(chunk))
             if piece is not None:
                 return piece
         raise StopIteration
 
     def close(self) -> None:
-        """Generate no further; llama.cpp stops at its next token."""
+        """Generate no further; llama.cpp stops at its next token that ends a character, and then the iterator ends."""
         self._cancelled.set()
-        self._chunks.put(None)
 
     def _produce(self, run: RunStream) -> None:
         def callback(chunk: dict[str, Any]) -> bool:  # true asks llama.cpp to stop

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,18 +67,24 @@ class Vllm:
         self._in_flight = InFlight()
         self._server = VllmServer(path, threads, slots, self.context_length, reuse_prefix)
 
-    def complete(self, prompt: str | Sequence[int], sampling: Sampling) -> Completion:
+    def complete(
+        self, prompt: str | Sequence[int], sampling: Sampling, cancelled: threading.Event | None = None
+    ) -> Completion:
         """Continue a prompt until done. See ``TextEngine``; the times are from the call, so they include a wait.
 
         Raises:
             InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
+            RuntimeError: it was cancelled.
         """
         began_s = time.perf_counter()
         request = self._request(prompt, sampling)
         steps, times_s = list[_Step](), list[float]()
-        for step in self._steps(request, sampling.stop):
-            steps.append(step)
-            times_s.append(time.perf_counter())
+        with closing(self._steps(request, sampling.stop)) as generated:
+            for step in generated:
+                if cancelled is not None and cancelled.is_set():
+                    raise RuntimeError("the request was cancelled")
+                steps.append(step)
+                times_s.append(time.perf_counter())
         top, reason = sampling.logprobs, steps[-1].finish_reason
         assert reason is not None
         reports = [report for step in steps for report in step.reports]
@@ -150,6 +157,7 @@ class Vllm:
     def close(self) -> None:
         """Wait for the calls in progress, then end vLLM."""
         self._in_flight.close()
+        self._template.close()
         self._server.close()
 
     def _request(self, prompt: str | Sequence[int], sampling: Sampling) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from overproof.errors import InputError
 from overproof.files import atomic_write, filesystem, read_json_or_default
 
+LOG = logging.getLogger("overproof.serve")
 KEY_PREFIX = "op-"  # by which scanners for leaked secrets recognise a key
 SECRET_BYTES = 32  # as many as sha256 has: too many to guess, so a fast hash will do
 REFRESH_S = 2.0  # between two readings of the file
@@ -35,6 +37,7 @@ class ApiKey(BaseModel):
     created: str  # UTC, ISO 8601
     requests_per_minute: int | None = Field(None, ge=1)
     tokens_per_minute: int | None = Field(None, ge=1)  # of prompts and completions
+    operator: bool = False  # may also read what all keys do: metrics
 
     @property
     def limits(self) -> tuple[tuple[int, str], ...]:
@@ -65,7 +68,9 @@ def read_keys(uri: str) -> KeyFile:
     return read_json_or_default(KeyFile, uri, "overproof keys")
 
 
-def add_key(uri: str, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> str:
+def add_key(
+    uri: str, name: str, requests_per_minute: int | None, tokens_per_minute: int | None, operator: bool = False
+) -> str:
     """Add a new key to a file and give it back: it cannot be read from the file again.
 
     Raises:
@@ -80,6 +85,7 @@ def add_key(uri: str, name: str, requests_per_minute: int | None, tokens_per_min
             created=created,
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
+            operator=operator,
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -127,25 +133,44 @@ def _write(uri: str, key_file: KeyFile) -> None:
     atomic_write(files, path, key_file.model_dump_json(indent=1).encode() + b"\n")
 
 
+class KeysUnavailable(Exception):
+    """The file of keys could not be read, not once."""
+
+
 @dataclass
 class KeyStore:
-    """The keys of a file, read again every ``REFRESH_S``, so that a change needs no restart."""
+    """The keys of a file, read again every ``REFRESH_S``, so that a change needs no restart.
+
+    A file that is not there for a moment, or cannot be read, changes nothing: the keys that were read last are good.
+    """
 
     uri: str
     clock: Callable[[], float] = time.monotonic
-    _by_sha256: dict[str, ApiKey] = field(default_factory=dict)
+    _by_sha256: dict[str, ApiKey] | None = None
     _read_at_s: float = float("-inf")
 
     def find(self, sha256: str) -> ApiKey | None:
         """The key with this hash.
 
         Raises:
-            InputError: the file cannot be read.
+            KeysUnavailable: the file has never been read.
         """
         if self.clock() - self._read_at_s > REFRESH_S:
-            self._by_sha256 = {key.sha256: key for key in read_keys(self.uri).keys}
             self._read_at_s = self.clock()
+            try:
+                self._by_sha256 = {key.sha256: key for key in _read_existing(self.uri).keys}
+            except (InputError, OSError) as error:
+                LOG.error("%s: %s", self.uri, error)
+        if self._by_sha256 is None:
+            raise KeysUnavailable(self.uri)
         return self._by_sha256.get(sha256)
+
+
+def _read_existing(uri: str) -> KeyFile:
+    files, path = filesystem(uri)
+    if files.get_file_info(path).type != fs.FileType.File:
+        raise InputError("missing; the keys that were read last stay good")
+    return read_keys(uri)
 
 
 @dataclass

@@ -9,7 +9,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -90,8 +90,10 @@ class ThreadedEngine:
             if not sampling.max_tokens:
                 return Generation("", "length", len(reading.ids), 0, prompt=reading)
             return replace(await self.complete(prompt, replace(sampling, echo=False)), prompt=reading)
-        if sampling.logprobs is not None:  # llama.cpp streams none, and so the call cannot be ended early
-            completion: Completion = await self._call(partial(self._engine.complete, prompt, sampling))
+        if sampling.logprobs is not None:  # llama.cpp streams none
+            cancelled = threading.Event()
+            work = partial(self._engine.complete, prompt, sampling, cancelled)
+            completion: Completion = await self._call(work, cancelled.set)
             return Generation(
                 completion.text,
                 completion.finish_reason,
@@ -100,7 +102,7 @@ class ThreadedEngine:
                 completion,
             )
         async with self._open_stream(prompt, sampling) as pieces:
-            return await self._call(partial(_join, pieces))
+            return await self._call(partial(_join, pieces), pieces.close)
 
     async def validate(self, prompt: Prompt, sampling: Sampling) -> None:
         await self._call(partial(self._engine.validate, prompt, sampling))
@@ -108,11 +110,16 @@ class ThreadedEngine:
     async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece | None]()
         async with self._open_stream(prompt, sampling) as pieces:
-            forwarding = asyncio.ensure_future(self._call(partial(_forward, pieces, loop, queue)))
+            forwarding = asyncio.ensure_future(self._call(partial(_forward, pieces, loop, queue), pieces.close))
             forwarding.add_done_callback(lambda _: queue.put_nowait(None))
-            while (piece := await queue.get()) is not None:
-                yield piece
-            await forwarding  # raises where it failed
+            try:
+                while (piece := await queue.get()) is not None:
+                    yield piece
+                await forwarding  # raises where it failed
+            finally:
+                if not forwarding.done():
+                    forwarding.cancel()
+                    await asyncio.wait([forwarding])
 
     async def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         prompt: str = await self._call(partial(self._engine.chat_prompt, messages, tools))
@@ -140,13 +147,24 @@ class ThreadedEngine:
 
     async def _read_prompt(self, prompt: Prompt, sampling: Sampling) -> PromptReading:
         cancelled = threading.Event()
-        try:
-            return await self._call(partial(self._engine.read_prompt, prompt, sampling, cancelled))
-        finally:
-            cancelled.set()
+        return await self._call(partial(self._engine.read_prompt, prompt, sampling, cancelled), cancelled.set)
 
-    async def _call(self, function: Callable[[], ResultT]) -> ResultT:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+    async def _call(self, function: Callable[[], ResultT], stop: Callable[[], object] = lambda: None) -> ResultT:
+        """What a thread of the pool returns. A caller that is cancelled stops the thread and goes on when it has ended
+        its work: only then is its slot free.
+        """
+        work = self._pool.submit(function)
+        result = asyncio.wrap_future(work)
+        try:
+            return await asyncio.shield(result)
+        except asyncio.CancelledError:
+            stop()
+            if not work.cancel():
+                while not result.done():
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.wait([result])
+                result.exception()  # which nobody asks for any more
+            raise
 
     @asynccontextmanager
     async def _open_stream(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[PieceStream]:

@@ -42,6 +42,7 @@ MAX_SHADOW_REQUESTS = 8  # replayed or compared at once; more are left out
 DRAIN_TIMEOUT_S = 300
 KEEP_ALIVE_S = 75  # longer than proxies in front of a server usually keep a connection
 RETRY_S = 0.5
+METRICS_S = 1.0
 QUEUED_PER_SLOT = 16  # requests that wait for a replica before more are refused
 
 
@@ -256,6 +257,8 @@ class GatewayTelemetry(Telemetry):
     def __init__(self, recorder: Recorder | None, metrics: ServeMetrics) -> None:
         super().__init__(recorder=recorder)
         self._metrics = metrics
+        self._page: asyncio.Task[str] | None = None  # the newest, or the one that is being gathered
+        self._gathered_s = 0.0
 
     def on_usage(self, package: str, key: ApiKey | None, usage: Usage) -> None:
         super().on_usage(package, key, usage)
@@ -265,4 +268,7 @@ class GatewayTelemetry(Telemetry):
         self._metrics.on_first_event(package, seconds)
 
     async def metrics(self) -> str:
-        return await gather_metrics()
+        """The metrics of all nodes, ``METRICS_S`` old at most: who asks meanwhile gets the same page."""
+        if self._page is None or (self._page.done() and time.monotonic() - self._gathered_s > METRICS_S):
+            self._page, self._gathered_s = asyncio.ensure_future(gather_metrics()), time.monotonic()
+        return await asyncio.shield(self._page)

@@ -13,7 +13,8 @@ from typing import Any
 from overproof.engines.base import Completion, FinishReason, Piece, Sampling, ToolSyntax
 from overproof.errors import InputError
 from overproof.serve.async_engine import AsyncEngine, Generation
-from overproof.serve.grammar import GrammarChecker, request_grammar
+from overproof.serve.grammar import GrammarChecker, GrammarSource, request_grammar
+from overproof.serve.grammar_compiler import CompiledGrammar
 from overproof.serve.requests import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, GenerationRequest, NamedTool
 from overproof.serve.response_builder import (
     ChatResponses,
@@ -52,24 +53,29 @@ OnComplete = Callable[[list[ChoiceResult], bool], Awaitable[None]]  # the choice
 EngineRequest = tuple[Any, Sampling]  # prompt, and how to continue it
 
 
+def grammar_source(request: GenerationRequest, syntax: ToolSyntax | None) -> GrammarSource | None:
+    """The grammar that the text of a request must follow, also where that is a call of a tool; None where any will do.
+
+    Raises:
+        InputError: it is too large, or the tool that is chosen is not offered.
+    """
+    if isinstance(request, ChatRequest) and request.must_call:
+        assert syntax is not None
+        named = request.tool_choice.function.name if isinstance(request.tool_choice, NamedTool) else None
+        return call_grammar(syntax, require_tools(request.tools, named))
+    return request_grammar(request)
+
+
 def build_requests(
-    served: ServedModel,
-    request: GenerationRequest,
-    prompts: Sequence[Any],
-    logprobs: int | None,
-    syntax: ToolSyntax | None = None,
+    served: ServedModel, request: GenerationRequest, prompts: Sequence[Any], logprobs: int | None, grammar: str | None
 ) -> list[EngineRequest]:
     """One request of the engine for each choice, prompt by prompt; with a seed, each choice has its own.
 
     Raises:
-        InputError: ``max_tokens`` is above this server's limit, or the grammar is invalid.
+        InputError: ``max_tokens`` is above this server's limit.
     """
-    limit, grammar = served.max_tokens, request_grammar(request)
+    limit = served.max_tokens
     if isinstance(request, ChatRequest):
-        if request.must_call:
-            assert syntax is not None
-            named = request.tool_choice.function.name if isinstance(request.tool_choice, NamedTool) else None
-            grammar = call_grammar(syntax, require_tools(request.tools, named))
         name, max_tokens = "max_completion_tokens", request.max_completion_tokens or request.max_tokens or limit
     else:
         assert isinstance(request, CompletionRequest)
@@ -109,15 +115,14 @@ def build_reply(
     return builder.reply(parts, total_usage(results, builder.request.n)), results
 
 
-def require_grammar(requests: list[EngineRequest], generations: Sequence[Generation]) -> None:
+def require_grammar(grammar: CompiledGrammar, generations: Sequence[Generation]) -> None:
     """Check every text that was generated with a grammar.
 
     Raises:
         InputError: a text does not follow it.
     """
-    for (_, sampling), each in zip(requests, generations, strict=True):
-        if sampling.grammar is not None:
-            GrammarChecker(sampling.grammar).add(each.text)
+    for each in generations:
+        grammar.checker().add(each.text)
 
 
 def total_usage(results: Sequence[ChoiceResult], n: int) -> Usage:
@@ -157,7 +162,10 @@ async def traffic_exchanges(
 
 
 async def stream_events(
-    builder: CompletionResponses | ChatResponses, requests: list[EngineRequest], on_complete: OnComplete
+    builder: CompletionResponses | ChatResponses,
+    requests: list[EngineRequest],
+    grammar: CompiledGrammar | None,
+    on_complete: OnComplete,
 ) -> AsyncGenerator[str]:
     """Server-sent events of all choices as they are generated; closing the generator ends generation.
 
@@ -168,7 +176,7 @@ async def stream_events(
     """
     results, started, failed = [ChoiceResult() for _ in requests], set[int](), False
     try:
-        async with aclosing(_merged_parts(builder.served.engine, requests)) as pieces:
+        async with aclosing(_merged_parts(builder.served.engine, requests, grammar)) as pieces:
             async for part, piece in pieces:
                 results[part.index].add(part, piece.prompt_tokens, piece.completion_tokens)
                 yield _sse(builder.event([part], None, started))
@@ -188,10 +196,13 @@ async def stream_events(
     yield "data: [DONE]\n\n"
 
 
-async def _merged_parts(engine: AsyncEngine, requests: list[EngineRequest]) -> AsyncGenerator[tuple[ChoicePart, Piece]]:
+async def _merged_parts(
+    engine: AsyncEngine, requests: list[EngineRequest], grammar: CompiledGrammar | None
+) -> AsyncGenerator[tuple[ChoicePart, Piece]]:
     """The parts of every choice, in the order in which they are generated."""
+    checkers = [None if grammar is None else grammar.checker() for _ in requests]
     if len(requests) == 1:
-        async with aclosing(_choice_parts(engine, 0, *requests[0])) as parts:
+        async with aclosing(_choice_parts(engine, 0, *requests[0], checkers[0])) as parts:
             async for part in parts:
                 yield part
         return
@@ -199,7 +210,7 @@ async def _merged_parts(engine: AsyncEngine, requests: list[EngineRequest]) -> A
 
     async def pump(index: int, request: EngineRequest) -> None:
         try:
-            async with aclosing(_choice_parts(engine, index, *request)) as parts:
+            async with aclosing(_choice_parts(engine, index, *request, checkers[index])) as parts:
                 async for part in parts:
                     queue.put_nowait(part)
         except Exception as error:
@@ -225,7 +236,7 @@ async def _merged_parts(engine: AsyncEngine, requests: list[EngineRequest]) -> A
 
 
 async def _choice_parts(
-    engine: AsyncEngine, index: int, prompt: Any, sampling: Sampling
+    engine: AsyncEngine, index: int, prompt: Any, sampling: Sampling, checker: GrammarChecker | None
 ) -> AsyncGenerator[tuple[ChoicePart, Piece]]:
     """The parts of one choice; those with log-probabilities come when it is complete, for llama.cpp streams none. A
     prompt that is told is the first part.
@@ -248,7 +259,6 @@ async def _choice_parts(
         for each in _token_parts(index, generation.completion, before, closing=sampling.echo):
             yield each
         return
-    checker = None if sampling.grammar is None else GrammarChecker(sampling.grammar)
     async with aclosing(engine.stream(prompt, replace(sampling, echo=False))) as pieces:
         async for piece in pieces:
             if checker is not None:

@@ -3,76 +3,59 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
-from llguidance import LLMatcher, LLTokenizer
-from llguidance.gbnf_to_lark import gbnf_to_lark
+from llguidance import LLMatcher
 
 from overproof.errors import InputError
+from overproof.serve.grammar_process import BYTE_TOKENIZER, LARK
 from overproof.serve.requests import MAX_GRAMMAR_CHARACTERS, GenerationRequest
 
-LARK = "%llguidance"  # how a grammar in llguidance's language begins
 # A small model may otherwise write spaces until it has no token left.
 COMPACT_JSON = {"x-guidance": {"whitespace_flexible": False}}
 COUNT_KEYWORDS = ("minItems", "maxItems", "minProperties", "maxProperties", "minLength", "maxLength")
 MAX_REPEATS = 100_000  # of COUNT_KEYWORDS; with more, llama.cpp is busy for long, and every slot waits
-BYTE_TOKENIZER = LLTokenizer("byte")
 
 
-def request_grammar(request: GenerationRequest) -> str | None:
-    """The grammar of a request, None where any text will do. Validated here, for llama.cpp ignores one that llguidance
-    cannot read.
+@dataclass(frozen=True)
+class GrammarSource:
+    """A grammar as a request has it, in llama.cpp's GBNF or llguidance's Lark, and the field that it comes from."""
+
+    field: str
+    text: str
+
+
+def request_grammar(request: GenerationRequest) -> GrammarSource | None:
+    """The grammar of a request, None where any text will do.
 
     Raises:
-        InputError: the schema or the grammar is too large or invalid, or both are given.
+        InputError: the schema is too large, or both it and a grammar are given.
     """
     response_format = request.response_format
     if response_format.type == "text":
-        return None if request.grammar is None else _to_lark(request.grammar.lstrip())
+        return None if request.grammar is None else GrammarSource("grammar", request.grammar.lstrip())
     if request.grammar is not None:
         raise InputError("grammar: found together with response_format; give one of the two")
     schema = response_format.json_schema.json_schema if response_format.json_schema else {"type": "object"}
     encoded = json.dumps(COMPACT_JSON | schema)
     check_size("response_format", encoded)
     check_counts("response_format", schema)
-    grammar = f"{LARK} {{}}\nstart: %json {encoded}"
-    validate_grammar("response_format", grammar)
-    return grammar
-
-
-def _to_lark(text: str) -> str:
-    """A grammar in llguidance's Lark, for llama.cpp's own grammar engine takes seconds for some small GBNF."""
-    try:
-        lark = text if text.startswith(LARK) else str(gbnf_to_lark(text))
-    except Exception as error:  # the converter raises bare ones
-        raise InputError(f"grammar: {error}; expected GBNF whose first rule is root") from None
-    validate_grammar("grammar", lark)
-    return lark
-
-
-def validate_grammar(field: str, grammar: str) -> None:
-    """Refuse what llguidance cannot read, or cannot begin.
-
-    Raises:
-        InputError: it cannot; the field is to blame.
-    """
-    problem = LLMatcher.validate_grammar(grammar)
-    if not problem:
-        matcher = LLMatcher(BYTE_TOKENIZER, grammar, log_level=0)
-        allowed = next((token for token, bias in enumerate(matcher.compute_logit_bias()) if bias), None)
-        if allowed is not None:
-            matcher.consume_token(allowed)
-        problem = matcher.get_error()  # endless recursion or too many alternatives show at the first token
-    if problem:
-        first = problem.splitlines()[0]
-        raise InputError(f"{field}: {first.partition(': ')[2] or first}")
+    return GrammarSource("response_format", f"{LARK} {{}}\nstart: %json {encoded}")
 
 
 class GrammarChecker:
     """Checks that a text follows its grammar: llama.cpp drops one that becomes too complex while it decodes."""
 
     def __init__(self, grammar: str) -> None:
+        """Compile a grammar in Lark, which may take long."""
         self._matcher = LLMatcher(BYTE_TOKENIZER, grammar, log_level=0)
+
+    def copy(self) -> GrammarChecker:
+        """One at the same place, which shares what is compiled."""
+        copied = object.__new__(GrammarChecker)
+        copied._matcher = self._matcher.deep_copy()
+        return copied
 
     def add(self, text: str) -> None:
         """Take the next part of the text.

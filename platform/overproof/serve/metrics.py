@@ -56,7 +56,8 @@ async def gather_metrics() -> str:
     async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
         requests = (client.get(f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics") for n in nodes)
         replies = await asyncio.gather(*requests, return_exceptions=True)
-    return merge_metrics(reply.text for reply in replies if isinstance(reply, httpx.Response))  # a node may be stopping
+    pages = [reply.text for reply in replies if isinstance(reply, httpx.Response)]  # a node may be stopping
+    return await asyncio.to_thread(merge_metrics, pages)
 
 
 def merge_metrics(texts: Iterable[str]) -> str:

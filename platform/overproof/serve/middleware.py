@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from overproof.errors import InputError
 from overproof.files import absolute_uri
-from overproof.serve.api_keys import ApiKey, KeyStore, RateLimiter, hash_key, read_keys
+from overproof.serve.api_keys import ApiKey, KeysUnavailable, KeyStore, RateLimiter, hash_key, read_keys
 from overproof.serve.net import is_loopback
 from overproof.serve.responses import ErrorDetail, ErrorReply, Usage
 from overproof.serve.traffic import Recorder
@@ -31,6 +32,7 @@ REQUEST_TIMEOUT_S = 300
 BODY_TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES} bytes; send less at a time"
 KEY_IN_SCOPE = "overproof.key"  # of an ASGI request: the key whose limits it counts against
 OPEN_PATHS = ("/healthz",)
+OPERATOR_PATHS = ("/metrics",)  # of all keys' requests; they count against no limit
 DOCS_PATHS = ("/docs", "/openapi.json", "/static-offline-docs/")  # no secret, and a browser sends no key for them
 # By these Ray Serve would let a client lift its time limit and outlive its disconnection.
 REFUSED_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
@@ -105,6 +107,7 @@ class AuthMiddleware:
     def __init__(self, app: ASGIApp, access: Access, telemetry: Telemetry) -> None:
         self._app, self._access, self._telemetry = app, access, telemetry
         self._keys = None if access.keys_uri is None else KeyStore(access.keys_uri)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="keys")  # no request's work is before a key's
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -141,7 +144,11 @@ class AuthMiddleware:
         presented = _presented_sha256(dict(scope["headers"]))
         if hmac.compare_digest(presented, self._access.key_sha256 or ""):
             return None
-        key = await asyncio.to_thread(self._keys.find, presented) if self._keys else None
+        try:
+            key = await self._find_key(presented)
+        except KeysUnavailable:
+            message = "the file of keys cannot be read; the server's log says why"
+            return error_response(503, message, kind="server_error", headers={"Retry-After": "2"})
         if key is None:
             return error_response(
                 401,
@@ -149,6 +156,11 @@ class AuthMiddleware:
                 kind="authentication_error",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        if scope["path"] in OPERATOR_PATHS:
+            if key.operator:
+                return None
+            message = f"key {key.name!r} is no operator's; make one: `overproof keys add NAME --operator`"
+            return error_response(403, message, kind="permission_error")
         if key.limits:
             wait_s = self._telemetry.admit(key)
             if wait_s > 0:
@@ -160,6 +172,11 @@ class AuthMiddleware:
                 )
             scope[KEY_IN_SCOPE] = key
         return None
+
+    async def _find_key(self, presented: str) -> ApiKey | None:
+        if self._keys is None:
+            return None
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._keys.find, presented)
 
     async def _forward(self, scope: Scope, body: _LimitedBody, send: Send) -> None:
         started = False

@@ -12,6 +12,7 @@ from overproof.tasks.http import ModelRequest, UnicodeText, check_unicode
 DEFAULT_MAX_TOKENS = 16
 MAX_STOPS = 16
 MAX_CHOICES = 16
+MAX_PROMPT_IDS = 1 << 18
 MAX_BIASES = 300
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 1024
@@ -20,14 +21,19 @@ MAX_GRAMMAR_CHARACTERS = 16384
 
 
 def _parse_prompts(value: Any) -> Any:
-    is_single = isinstance(value, str) or (isinstance(value, list) and all(type(i) is int for i in value))
+    """Lengths first: to look at each of a million entries takes seconds."""
+    is_single = isinstance(value, str) or (isinstance(value, list) and all(type(i) is int for i in value[:1]))
     prompts = [value] if is_single else value
+    if isinstance(prompts, list) and len(prompts) > MAX_CHOICES:
+        raise ValueError(f"{len(prompts)} prompts: expected at most {MAX_CHOICES} choices")
     if not isinstance(prompts, list) or not all(_is_prompt(prompt) for prompt in prompts):
         raise ValueError("expected text or a list of token ids, or a list of such, none empty")
     return prompts
 
 
 def _is_prompt(value: Any) -> bool:
+    if isinstance(value, list) and len(value) > MAX_PROMPT_IDS:
+        raise ValueError(f"{len(value)} token ids in a prompt: expected at most {MAX_PROMPT_IDS}")
     return bool(value) and (isinstance(value, str) or (isinstance(value, list) and all(type(i) is int for i in value)))
 
 
@@ -266,10 +272,6 @@ class ChatRequest(GenerationRequest):
     def must_call(self) -> bool:
         return self.tool_choice not in ("none", "auto")
 
-    @property
-    def constrained(self) -> bool:
-        return self.must_call or super().constrained
-
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
         names = [tool.function.name for tool in self.tools]
@@ -277,7 +279,7 @@ class ChatRequest(GenerationRequest):
             raise ValueError("tools: two have one name")
         if self.must_call and not self.tools:
             raise ValueError("tool_choice: found without tools; give the tools of which one must be called")
-        if self.offered_tools and super().constrained:
+        if self.offered_tools and self.constrained:
             raise ValueError("tools: found together with response_format or grammar; give one of them")
         return self
 

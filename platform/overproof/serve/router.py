@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
+import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +22,8 @@ from overproof.errors import InputError
 from overproof.serve import rpc
 from overproof.serve.async_engine import Busy, Generation, Prompt
 
-MAX_ATTEMPTS = 4  # at a request when its replica dies before a part of the answer was sent
+MAX_ATTEMPTS = 2  # at a request when its replica dies before a part of the answer was sent: it may be what killed it
+DEATHS_COUNT_S = 600.0  # for so long a request over which as many replicas died is not taken again
 HELLO_TIMEOUT_S = 5.0  # for a new connection to authenticate
 REQUEST_IDS = count()
 
@@ -68,6 +71,39 @@ class ReplicaLoad:
         return self.running + self.waiting
 
 
+class DeadlyRequests:
+    """Requests over which replicas died: they may be what ended them, and are refused for a while from the second on."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._deaths: dict[str, tuple[int, float]] = {}  # by hash: how many, and until when they count
+
+    def on_death(self, operation: rpc.Operation) -> None:
+        """Count a replica that died over a request."""
+        now_s, key = self._clock(), _request_hash(operation)
+        self._deaths = {each: found for each, found in self._deaths.items() if found[1] > now_s}
+        self._deaths[key] = self._deaths.get(key, (0, 0.0))[0] + 1, now_s + DEATHS_COUNT_S
+
+    def refuse(self, operation: rpc.Operation) -> None:
+        """Look whether a request is one of them.
+
+        Raises:
+            InputError: it is.
+        """
+        if not self._deaths:
+            return
+        deaths, until_s = self._deaths.get(_request_hash(operation), (0, 0.0))
+        if deaths >= MAX_ATTEMPTS and until_s > self._clock():
+            raise InputError(
+                f"{deaths} replicas ended while they answered this request ({_request_hash(operation)[:16]}); it is "
+                "refused for some minutes: change it, or ask the operator, whose logs say how they ended"
+            )
+
+
+def _request_hash(operation: rpc.Operation) -> str:
+    return hashlib.sha256(rpc.encode_frame(rpc.Request(0, operation))).hexdigest()
+
+
 class ReplicaPool:
     """All replicas of a package as one ``AsyncEngine``: the least busy one takes the next request, and where none has
     capacity requests wait in their order, ``max_queued`` of them.
@@ -81,6 +117,7 @@ class ReplicaPool:
         self._queue: deque[asyncio.Future[ReplicaConnection]] = deque()
         self._available = asyncio.Event()  # set while a replica is there that does not drain
         self._waiting_without_slot = 0
+        self._deadly = DeadlyRequests()
 
     @property
     def load(self) -> ReplicaLoad:
@@ -97,15 +134,17 @@ class ReplicaPool:
         await self._call(rpc.Validate(prompt, sampling), takes_slot=False)
 
     async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
+        operation = rpc.Stream(prompt, sampling)
         for attempt in range(MAX_ATTEMPTS):
             started = False
             try:
-                async with self._dispatched(rpc.Stream(prompt, sampling), takes_slot=True) as responses:
+                async with self._dispatched(operation, takes_slot=True) as responses:
                     while isinstance(response := _raise_error(await responses.get()), rpc.Chunk):
                         started = True
                         yield response.piece
                 return
             except ReplicaDied:
+                self._deadly.on_death(operation)
                 if started or attempt == MAX_ATTEMPTS - 1:
                     raise
 
@@ -164,6 +203,7 @@ class ReplicaPool:
                     assert isinstance(response, rpc.Result)
                     return response.value
             except ReplicaDied:
+                self._deadly.on_death(operation)
                 if attempt == MAX_ATTEMPTS - 1:
                     raise
         raise AssertionError
@@ -171,6 +211,7 @@ class ReplicaPool:
     @asynccontextmanager
     async def _dispatched(self, operation: rpc.Operation, takes_slot: bool) -> AsyncIterator[ResponseQueue]:
         """The responses of a request that was sent to a replica; leaving early cancels it there."""
+        self._deadly.refuse(operation)
         id_, responses = next(REQUEST_IDS), ResponseQueue()
         frame = rpc.encode_frame(rpc.Request(id_, operation))  # first: what cannot be sent must take no slot
         replica = await self._acquire_slot() if takes_slot else await self._any_replica()

@@ -28,11 +28,13 @@ from overproof.serve.generation import (
     EngineRequest,
     build_reply,
     build_requests,
+    grammar_source,
     require_grammar,
     stream_events,
     total_usage,
     traffic_exchanges,
 )
+from overproof.serve.grammar_compiler import GrammarCompiler
 from overproof.serve.middleware import KEY_IN_SCOPE, Access, AuthMiddleware, Telemetry, error_response
 from overproof.serve.model_registry import ModelRegistry, ShadowRequest
 from overproof.serve.requests import ChatRequest, CompletionRequest, RatingRequest
@@ -63,12 +65,13 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}
 
 def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | None = None) -> FastAPI:
     """/v1/models, the routes of every task, /healthz, and /docs to try them."""
-    telemetry = telemetry or Telemetry()
+    telemetry, compiler = telemetry or Telemetry(), GrammarCompiler()
     array_tasks = {kind: task for kind, task in TASKS.items() if isinstance(task, ArrayTask)}
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        await compiler.close()
         await asyncio.to_thread(telemetry.close)
 
     app = FastAPIOffline(title="overproof", lifespan=lifespan, redoc_url=None, responses=ERROR_RESPONSES)
@@ -107,9 +110,9 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
 
     async def respond(builder: CompletionResponses | ChatResponses, prompts: list[Any], http: HttpRequest) -> Any:
         served, request = builder.served, builder.request
-        syntax = builder.syntax if isinstance(builder, ChatResponses) else None
-        build = partial(build_requests, served, request, prompts, builder.logprobs, syntax)
-        requests = await asyncio.to_thread(build) if request.constrained else build()  # a schema may be large
+        source = grammar_source(request, builder.syntax if isinstance(builder, ChatResponses) else None)
+        grammar = None if source is None else await compiler.compile(source, len(prompts) * request.n)
+        requests = build_requests(served, request, prompts, builder.logprobs, None if grammar is None else grammar.lark)
         registry.on_request(served, _text_shadow(requests))
         start_s, first_event_s = time.perf_counter(), None
 
@@ -126,7 +129,7 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
             if request.stream and len(prompts) > 1:  # before any starts, for one may be bad
                 await asyncio.gather(*(served.engine.validate(*each) for each in requests[:: request.n]))
             if request.stream:
-                events = stream_events(builder, requests, on_complete)
+                events = stream_events(builder, requests, grammar, on_complete)
                 first = await anext(events)  # an error of the request shows here, before the reply begins
                 first_event_s = time.perf_counter() - start_s
                 telemetry.on_first_event(served.model.overproof.package, first_event_s)
@@ -134,7 +137,8 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
             generations = await _unless_disconnected(
                 http, asyncio.ensure_future(_complete_all(served.engine, requests))
             )
-        require_grammar(requests, generations)
+        if grammar is not None:
+            require_grammar(grammar, generations)
         reply, results = build_reply(builder, generations)
         await on_complete(results, False)
         return reply

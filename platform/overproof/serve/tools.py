@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 from overproof.engines.base import ToolSyntax
 from overproof.errors import InputError
-from overproof.serve.grammar import COMPACT_JSON, LARK, check_counts, check_size, validate_grammar
+from overproof.serve.grammar import COMPACT_JSON, GrammarSource, check_counts, check_size
+from overproof.serve.grammar_process import LARK
 from overproof.serve.requests import Tool
 
 
-def call_grammar(syntax: ToolSyntax, tools: Sequence[Tool]) -> str:
+def call_grammar(syntax: ToolSyntax, tools: Sequence[Tool]) -> GrammarSource:
     """The grammar of one call of one of these tools, whose arguments follow its schema.
 
     Raises:
-        InputError: a schema is too large or invalid.
+        InputError: a schema is too large.
     """
     rules = []
     for number, tool in enumerate(tools):
@@ -28,8 +29,7 @@ def call_grammar(syntax: ToolSyntax, tools: Sequence[Tool]) -> str:
     calls = " | ".join(f"call_{number}" for number in range(len(tools)))
     grammar = "\n".join([f"{LARK} {{}}", f"start: {calls}", *rules])
     check_size("tools", grammar)
-    validate_grammar("tools", grammar)
-    return grammar
+    return GrammarSource("tools", grammar)
 
 
 def _literal(text: str) -> str:
