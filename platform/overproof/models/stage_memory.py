@@ -65,10 +65,12 @@ def teacher_memory(size: ModelSize, train: Training, world: int) -> int:
 
 
 def checkpoint_memory(size: ModelSize, train: Training, world: int) -> int:
-    """The copy of a worker's part of a checkpoint: the weights that are trained, and the optimizer's state."""
+    """The copy of a worker's part of a checkpoint: the optimizer's state with its masters, and below stage 3 the weights
+    that are trained.
+    """
     trained, stage = sum(size.trained), train.zero_stage
     shard = -(-trained // world)
     if stage == 0:
         return (FP32_BYTES + ADAM_BYTES) * trained
     number = FP32_BYTES if train.precision == "fp32" else HALF_BYTES
-    return number * (trained if stage < 3 else shard) + (FP32_BYTES + ADAM_BYTES) * shard
+    return number * (trained if stage < 3 else 0) + (FP32_BYTES + ADAM_BYTES) * shard
