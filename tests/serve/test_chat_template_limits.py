@@ -24,7 +24,7 @@ HOSTILE = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "a large text": "{{ 'x' * 999999999 }}",
     "a large number": "{{ 9 ** (9 ** 9) }}",
-    "text that grows": "{% set ns = namespace(t='x') %}{% for i in range(60) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
+    "text that grows": "{% set n = namespace(t='x') %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}",
     "a syntax error": "{% if %}",
     "an unknown filter": "{{ messages | nothing }}",
     "Python's internals": "{{ messages.__class__.__mro__[-1].__subclasses__() }}",
@@ -46,7 +46,7 @@ def good(header: GgufHeader) -> GgufChatTemplate:
 def test_a_template_that_does_not_come_to_an_end_is_told(header: GgufHeader, good: GgufChatTemplate, text: str) -> None:
     hostile = GgufChatTemplate(GgufHeader(**{**vars(header), "chat_template": text}))
     for _ in range(2):  # the process that it ended is started again
-        with pytest.raises(InputError, match="messages: the model's chat template does not take them: .+"):
+        with pytest.raises(InputError, match=r"messages: the model's chat template does not take them: .+"):
             hostile.render(ASK)
     hostile.close()
     assert good.render(ASK) == "<user>Where is it?"

@@ -15,7 +15,7 @@ from overproof.cli.main import main
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
 from overproof.serve import api_keys
-from overproof.serve.api_keys import ApiKey, KeysUnavailable, KeyStore, RateLimiter, hash_key
+from overproof.serve.api_keys import ApiKey, KeyStore, KeysUnavailable, RateLimiter, hash_key
 from overproof.serve.middleware import Access, Telemetry, load_access
 from overproof.serve.routes import build_app
 from single_model import one

@@ -266,7 +266,9 @@ def test_a_request_over_which_two_replicas_died_is_refused() -> None:
             with pytest.raises(ReplicaDied):
                 await deadly
             for again in (pool.complete("deadly", ONE), pool.complete("deadly", ONE)):
-                with pytest.raises(InputError, match=r"2 replicas ended while they answered this request \([0-9a-f]{16}\)"):
+                with pytest.raises(
+                    InputError, match=r"2 replicas ended while they answered this request \([0-9a-f]{16}\)"
+                ):
                     await again
             survivor = ScriptedEngine()
             survivor.go_on.set()

@@ -204,9 +204,7 @@ def _activations(recipe: Recipe, model: ModelSize) -> str:
 
 
 def _largest(recipe: Recipe, teacher: ModelSize | None, students: dict[str, ModelSize]) -> str:
-    """What the largest process of each stage holds, on a machine without a GPU; without the teacher where that is served
-    elsewhere.
-    """
+    """What the largest process of each stage holds, on a machine without a GPU; without a teacher that is served."""
     train, sweep, exported = recipe.train, recipe.sweep, list(students.values())
     written, engine, found = FORMATS[recipe.compress.kind], ENGINES[recipe.engine], dict[str, int]()
     if teacher is not None:

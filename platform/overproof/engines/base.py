@@ -124,9 +124,7 @@ class TextEngine(Protocol):
     context_length: int  # most tokens of prompt and completion together
     chats: bool  # whether the model has a chat template
 
-    def complete(
-        self, prompt: str | Sequence[int], sampling: Sampling, cancelled: Event | None = None
-    ) -> Completion:
+    def complete(self, prompt: str | Sequence[int], sampling: Sampling, cancelled: Event | None = None) -> Completion:
         """Continue a prompt, given as text or token ids, until done.
 
         Raises:

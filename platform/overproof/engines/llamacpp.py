@@ -28,7 +28,6 @@ from overproof.engines.llamacpp_scorer import LlamaCppScorer
 from overproof.engines.llamacpp_server import LlamaCppDraft, LlamaCppHttp, check_reply, server_params, start_server
 from overproof.engines.llamacpp_stream import LlamaCppPieces
 from overproof.engines.prompt_limits import InFlight, PromptLimits, require_unicode
-from overproof.errors import InputError
 from overproof.models.sizes import ModelSize
 
 DRAFT_TOKENS = 3  # that a draft guesses at a time; llama.cpp's own default

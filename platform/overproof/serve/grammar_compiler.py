@@ -1,4 +1,4 @@
-"""Compiles the grammars of requests in processes that can be lost: one of 150 bytes may take for ever, or all memory."""
+"""Compiles the grammars of requests in processes that may be lost: 150 bytes can take for ever, or all memory."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from overproof.errors import InputError
 from overproof.files import absolute_uri
-from overproof.serve.api_keys import ApiKey, KeysUnavailable, KeyStore, RateLimiter, hash_key, read_keys
+from overproof.serve.api_keys import ApiKey, KeyStore, KeysUnavailable, RateLimiter, hash_key, read_keys
 from overproof.serve.net import is_loopback
 from overproof.serve.responses import ErrorDetail, ErrorReply, Usage
 from overproof.serve.traffic import Recorder

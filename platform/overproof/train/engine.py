@@ -56,7 +56,7 @@ def default_device() -> torch.device:
 def computes_bf16(device: torch.device) -> bool:
     """Whether a device has instructions for products of bf16 matrices: emulated, they take many times as long."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found = torch.cpu.get_capabilities()
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
 

@@ -73,7 +73,7 @@ def nll(prediction: Prediction) -> Tensor:
     """Negative log-likelihood of every target, nats, fp32: (B, P). Without gradients, a few rows at a time."""
     logits_BPV, targets_BP = prediction.logits_BPV, prediction.targets_BP
     rows = len(logits_BPV) if logits_BPV.requires_grad else max(1, CHUNK_LOGITS // logits_BPV[0].numel())
-    parts = zip(logits_BPV.split(rows), targets_BP.split(rows), strict=True)
+    parts = zip(torch.split(logits_BPV, rows), torch.split(targets_BP, rows), strict=True)
     return torch.cat([_nll(part_BPV, part_BP) for part_BPV, part_BP in parts])
 
 
