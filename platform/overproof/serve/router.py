@@ -72,7 +72,7 @@ class ReplicaLoad:
 
 
 class DeadlyRequests:
-    """Requests over which replicas died: from the second on they may be what ended them, and are refused for a while."""
+    """Requests over which replicas died: from the second death on they are refused for a while, for they may be why."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
