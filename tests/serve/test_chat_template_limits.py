@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from overproof.engines.base import Sampling
-from overproof.engines.chat_template import GgufChatTemplate
+from overproof.engines.chat_template import GgufChatTemplate, require_chat_template
 from overproof.engines.gguf_tokens import GgufHeader, read_gguf_header
 from overproof.engines.llamacpp import LlamaCpp
 from overproof.errors import InputError
@@ -65,3 +65,12 @@ def test_the_engine_never_reads_it_itself(text_package: Path, tmp_path: Path, na
         engine.chat_prompt(ASK)
     assert engine.complete([70, 71], Sampling(3)).tokens
     engine.close()
+
+
+@pytest.mark.parametrize("name", ["parentheses", "a syntax error", "an error of its own"])
+def test_a_file_with_such_a_template_is_refused_when_it_is_exported(header: GgufHeader, name: str) -> None:
+    """Before any of it is measured, or packaged."""
+    require_chat_template(GgufHeader(**{**vars(header), "chat_template": None}), "student.gguf")
+    require_chat_template(GgufHeader(**{**vars(header), "chat_template": GOOD}), "student.gguf")
+    with pytest.raises(InputError, match=r"student\.gguf: the model's chat template .*compress\.chat_template"):
+        require_chat_template(GgufHeader(**{**vars(header), "chat_template": HOSTILE[name]}), "student.gguf")

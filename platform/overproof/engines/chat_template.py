@@ -34,6 +34,27 @@ USER = {"role": "user", "content": "?"}
 CALL = {"id": CALL_ID, "type": "function", "function": {"name": NAME, "arguments": ARGUMENTS}}
 
 
+def require_chat_template(header: GgufHeader, where: object) -> None:
+    """Look whether the chat template of a file, if it has one, writes a user's message.
+
+    Raises:
+        InputError: it does not.
+    """
+    if header.chat_template is None:
+        return
+    template = GgufChatTemplate(header)
+    try:
+        template.render([USER])
+    except InputError as error:
+        problem = str(error).removeprefix("messages: ")
+        raise InputError(
+            f"{where}: {problem}; expected a template that writes a conversation of one user's message: give another "
+            "as compress.chat_template"
+        ) from None
+    finally:
+        template.close()
+
+
 class GgufChatTemplate:
     """The chat template of a GGUF file."""
 

@@ -66,6 +66,8 @@ class GgufFormat:
         check_model(config, positions, where)
 
     def write(self, source: Path, file: Path, variant: str, context: ExportContext, unquantised: Path) -> None:
+        from overproof.engines.chat_template import require_chat_template
+        from overproof.engines.gguf_tokens import read_gguf_header
         from overproof.export.gguf_file import export_gguf
         from overproof.export.gguf_name import written_name
         from overproof.export.gguf_rewrite import convert_gguf
@@ -77,8 +79,9 @@ class GgufFormat:
         if not isinstance(family_of(read_config(source), source)[1], GgufFamily):
             name = written_name(name, context.tokenizer.read_text(encoding="utf-8"))
             convert_gguf(source, unquantised, file, variant, name, template)  # type: ignore[arg-type]
-            return
-        export_gguf(source, context.tokenizer, file, format=variant, name=name, chat_template=template)  # type: ignore[arg-type]
+        else:
+            export_gguf(source, context.tokenizer, file, format=variant, name=name, chat_template=template)  # type: ignore[arg-type]
+        require_chat_template(read_gguf_header(file), file.name)
 
     def difference(self, source: Path, file: Path) -> Difference:
         """Of llama.cpp, which reads the file in its own way, at places spread over a short row and over a long one.
