@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from overproof.config import Serve
 from overproof.errors import InputError
 from overproof.package.package import fetch_package, open_package, resolve_package
 from overproof.serve import ray_serve
-from overproof.serve.autoscaler import Autoscaler, clamp_replicas, log_failure
+from overproof.serve.autoscaler import log_failure
 from overproof.serve.canary import VersionStats, rollback_reason
 from overproof.serve.deployments import (
     CONTROLLER_NAME,
@@ -30,15 +32,16 @@ from overproof.serve.deployments import (
     read_deployments,
     write_deployments,
 )
-from overproof.serve.replica import replica_application
 from overproof.serve.response_builder import model_info
 from overproof.serve.rpc import GatewayAddress
+from overproof.serve.version_loader import VersionLoader
 
+LOG = logging.getLogger("ray.serve")
 POLL_S = 0.5  # the longest that a poll waits for a change, and so how often the gateway reports its load
 GATEWAY_TIMEOUT_S = 30.0  # without a poll, after which the controller ends
 ACK_TIMEOUT_S = 10.0  # the longest that a change waits for the gateway to route by it
-GRACE_S = 0.5  # for requests that have found a version and are not sent to it yet
 SYSTEM_USER = "overproof"
+TAKEN_BACK = ("rollback", "automatic rollback", "undeploy")  # changes that a deployment in progress must not undo
 HEAD_NODE = {"node:__internal_head__": 0.001}  # Ray's resource of the head node, whose address clients know
 
 
@@ -110,30 +113,37 @@ class RoutingTable:
 
 
 class Controller:
-    """Keeps the deployments and carries out their changes, one at a time."""
+    """Keeps the deployments and carries out their changes, one at a time; versions load before that, beside each other.
+
+    So a rollback overtakes a deployment whose version does not come up, which then changes nothing.
+    """
 
     def __init__(self, settings: Serve) -> None:
         self._deployments, self._settings = Deployments(), settings
         self._revision, self._acknowledged = time.time_ns(), 0  # so that a restarted controller counts on from higher
-        self._last_used_s: dict[str, float] = {}  # by loaded package
         self._stats: dict[str, VersionStats] = {}  # by package, since it was started
-        self._autoscaler = Autoscaler()
+        self._loader = VersionLoader(self._notify)
+        self._in_use: Counter[str] = Counter()  # packages that a change in progress needs, deployed or not
         self._gateway: GatewayAddress | None = None
         self._changed, self._change_lock = asyncio.Condition(), asyncio.Lock()
         self._last_poll_s = time.monotonic()
         self._restored: asyncio.Future[None] | None = None
+        self._reloading: asyncio.Future[Any] | None = None  # the versions that were deployed before
+        self._known = asyncio.Event()  # what is deployed
         self._started_with: tuple[Serve, Mapping[str, Serve]] | None = None
         self._exit: asyncio.Future[None] | None = None
 
     async def start(
         self, settings: Serve, packages: Mapping[str, Serve], gateway: GatewayAddress | None = None
     ) -> None:
-        """Start what the deployments file names and these packages; return when all of it answers.
+        """Start these packages and what the deployments file names; return when all of it answers, but for what the
+        file names and does not come up: that is tried again when it is asked for.
 
-        Called by whoever starts the gateway, and by the gateway with its address: the second call waits for the first.
+        Called by whoever starts the gateway, and by the gateway with its address, which does not wait for what was
+        deployed before: requests do.
 
         Raises:
-            InputError: a package cannot be served, or the file cannot be read.
+            InputError: a package that was not deployed before cannot be served, or the file cannot be read.
         """
         self._last_poll_s = time.monotonic()
         ray_serve.forget_serve_client()  # it may be of a Ray Serve that has ended since
@@ -146,6 +156,8 @@ class Controller:
             self._settings, self._started_with = settings, (settings, packages)
             self._restored = asyncio.ensure_future(self._restore(packages))
         await asyncio.shield(self._restored)
+        if gateway is None and self._reloading is not None:
+            await asyncio.shield(self._reloading)
 
     async def gateway_address(self, known: GatewayAddress | None) -> GatewayAddress | None:
         """Where the gateway takes connections of replicas; a long poll that ends when it differs from the known one."""
@@ -170,12 +182,18 @@ class Controller:
         Raises:
             InputError: the package may not be served in this role, or does not start; nothing has changed.
         """
-        async with self._change_lock:
-            version = await asyncio.to_thread(describe_version, location, settings)
-            deployments = self._deployments.deployed(version, role, user)
-            await self._start_version(version, user)
-            await self._apply(deployments)
-            return version
+        version = await asyncio.to_thread(describe_version, location, settings)
+        self._deployments.deployed(version, role, user)  # refuses what may not be, before it is loaded
+        began, name = len(self._deployments.events), version.model.id
+        async with self._loaded(version, user), self._change_lock:
+            later = self._deployments.events[began:]
+            if taken := next((e for e in later if e.model == name and e.change in TAKEN_BACK), None):
+                raise InputError(
+                    f"{name}: {taken.change} by {taken.user} while {version.package} was being loaded; nothing has "
+                    "changed by this deployment: deploy again if it is still wanted"
+                )
+            await self._apply(self._deployments.deployed(version, role, user))
+        return version
 
     async def promote(self, name: str, user: str) -> str:
         """Make a model's candidate its stable version; gives its package."""
@@ -185,11 +203,10 @@ class Controller:
 
     async def roll_back(self, name: str, user: str, reason: str = "") -> str:
         """Remove a model's candidate, else return to its previous version; gives the package that answers."""
-        async with self._change_lock:
-            deployments = self._deployments.rolled_back(name, user, reason)
-            await self._start_version(deployments.models[name].stable, user)
-            await self._apply(deployments)
-            return deployments.models[name].stable.package
+        target = self._deployments.rolled_back(name, user, reason).models[name].stable
+        async with self._loaded(target, user), self._change_lock:
+            await self._apply(self._deployments.rolled_back(name, user, reason))
+            return self._deployments.models[name].stable.package
 
     async def undeploy(self, name: str, user: str) -> None:
         """Stop serving a model."""
@@ -198,10 +215,9 @@ class Controller:
 
     async def load(self, package: str) -> None:
         """Start a version that was evicted."""
-        async with self._change_lock:
-            version = next((v for v in self._deployments.versions if v.package == package), None)
-            if version is not None:
-                await self._start_version(version, SYSTEM_USER)
+        version = next((v for v in self._deployments.versions if v.package == package), None)
+        if version is not None:
+            async with self._loaded(version, SYSTEM_USER):
                 await self._notify()
 
     async def poll(self, revision: int, stats: Mapping[str, VersionStats], loads: Mapping[str, int]) -> RoutingTable:
@@ -210,20 +226,21 @@ class Controller:
         """
         if self._restored is None:
             raise RuntimeError("this controller has been restarted, and nobody has called start() yet")
-        await asyncio.wait([self._restored])
+        known = asyncio.ensure_future(self._known.wait())
+        await asyncio.wait([self._restored, known], return_when=asyncio.FIRST_COMPLETED)
+        known.cancel()
         now_s = self._last_poll_s = time.monotonic()
         for package, measured in stats.items():
             self._stats.setdefault(package, VersionStats()).add(measured)
-            if package in self._last_used_s:
-                self._last_used_s[package] = now_s
+        self._loader.touch(stats)
         self._check_candidates()
         for version in self._deployments.versions:
-            self._autoscaler.observe(version, loads.get(version.package, 0), now_s)
+            self._loader.autoscaler.observe(version, loads.get(version.package, 0), now_s)
         async with self._changed:
             self._acknowledged = max(self._acknowledged, revision)
             self._changed.notify_all()
         await self._wait_for_change(POLL_S, lambda: self._revision > revision)
-        return RoutingTable(self._revision, self._deployments, frozenset(self._last_used_s))
+        return RoutingTable(self._revision, self._deployments, self._loader.loaded)
 
     async def _is_restored(self) -> bool:
         """Whether the last ``start`` goes on or has succeeded and holds: a new gateway then need not wait for a change
@@ -234,33 +251,74 @@ class Controller:
             return True
         present = await _replica_counts()
         return self._restored.exception() is None and all(
-            application_name(package) in present for package in self._last_used_s
+            application_name(package) in present for package in self._loader.loaded
         )
 
     async def _restore(self, packages: Mapping[str, Serve]) -> None:
+        self._loader.memory_mb = self._settings.memory_mb
         async with self._change_lock:
             self._deployments = deployments = await asyncio.to_thread(read_deployments, self._deployments_uri)
             present = await _replica_counts()
-            self._last_used_s = {v.package: time.monotonic() for v in deployments.versions if v.application in present}
-            for version in deployments.versions:
-                if version.application in present:
-                    self._autoscaler.track(version, present[version.application])
+            self._loader.adopt(deployments.versions, present)
             for orphan in set(present) - {version.application for version in deployments.versions}:
                 # left by a change that was interrupted
                 await asyncio.to_thread(ray_serve.delete_application, orphan, wait=False)
-            for location, settings in packages.items():
-                version = await asyncio.to_thread(describe_version, location, settings)
-                deployment = deployments.models.get(version.model.id)
-                if deployment is None or deployment.stable != version:
-                    deployments = deployments.deployed(version, "stable", SYSTEM_USER)
-            for version in deployments.versions:
-                await self._start_version(version, SYSTEM_USER)
-            await self._apply(deployments, wait=False)
+            self._known.set()
+        self._reloading = asyncio.gather(*map(self._reload, deployments.versions))
+        for location, settings in packages.items():
+            await self._deploy_given(location, settings)
+        async with self._change_lock:
+            await self._apply(self._deployments, wait=False)
+
+    async def _reload(self, version: Version) -> None:
+        """Start a version that was deployed before; where it does not come up, the next request tries again."""
+        try:
+            async with self._loaded(version, SYSTEM_USER):
+                await self._notify(wait=False)
+        except Exception:
+            LOG.exception("%s is deployed, and does not start", version.package)
+
+    async def _deploy_given(self, location: str, settings: Serve) -> None:
+        """Deploy a package that serving was started with, unless it is."""
+        known = [deployment.stable for deployment in self._deployments.models.values()]
+        try:
+            version = await asyncio.to_thread(describe_version, location, settings)
+        except InputError:
+            if any(version.location == location for version in known):  # it was good, and may be again
+                LOG.exception("%s is deployed, and cannot be read", location)
+                return
+            raise
+        if version in known:
+            return
+        async with self._loaded(version, SYSTEM_USER), self._change_lock:
+            await self._apply(self._deployments.deployed(version, "stable", SYSTEM_USER), wait=False)
+
+    @contextlib.asynccontextmanager
+    async def _loaded(self, version: Version, user: str) -> AsyncIterator[None]:
+        """While a change needs a version: it is loaded, and stopped in the end where it is not deployed.
+
+        Raises:
+            InputError: it does not start; the event log says so.
+        """
+        package = version.package
+        self._in_use[package] += 1
+        try:
+            if await self._loader.start(version):
+                self._stats.pop(package, None)
+            yield
+        except InputError as error:
+            if package not in self._loader.loaded:
+                self._deployments = self._deployments.with_event(version.model.id, user, "failed", package, str(error))
+                await self._save(self._deployments)
+            raise
+        finally:
+            self._in_use[package] -= 1
+            await self._stop_unused()
 
     async def _exit_when_unused(self) -> None:
         """End this actor when no gateway has polled for long: serving was stopped without a word to it."""
         while time.monotonic() - self._last_poll_s < GATEWAY_TIMEOUT_S:
-            if self._change_lock.locked():  # a gateway that starts waits for its models, which may load for minutes
+            if self._change_lock.locked() or self._loader.busy:  # models may load for minutes before a gateway polls
                 self._last_poll_s = time.monotonic()
             await asyncio.sleep(POLL_S)
         ray.actor.exit_actor()  # type: ignore[no-untyped-call]
@@ -289,61 +347,15 @@ class Controller:
             if deployment is not None and deployment.candidate == candidate:
                 await self._apply(self._deployments.rolled_back(name, SYSTEM_USER, reason, "automatic rollback"))
 
-    async def _start_version(self, version: Version, user: str) -> None:
-        """Have replicas of a version run; replicas of its package with other settings are replaced.
-
-        Raises:
-            InputError: it does not start; what ran before goes on.
-        """
-        package = version.package
-        running = next((v for v in self._deployments.versions if v.package == package), None)
-        if package not in self._last_used_s:
-            running = None
-        elif running == version:
-            return
-        await self._evict_until_fits(version)
-        running_count = self._autoscaler.untrack(package)
-        count = clamp_replicas(version.settings, max(running_count, 1))
-        tracked = None if running is None else (running, running_count)
-        try:
-            await asyncio.to_thread(_run_replicas, version, count)
-            tracked = version, count
-        except RuntimeError as error:
-            if tracked is not None:
-                await asyncio.to_thread(_run_replicas, *tracked)
-            else:
-                await asyncio.to_thread(ray_serve.delete_application, version.application)
-            await self._save(self._deployments.with_event(version.model.id, user, "failed", package, str(error)))
-            raise InputError(f"{package} does not start, and nothing has changed: {error}") from None
-        finally:
-            if tracked is not None:
-                self._autoscaler.track(*tracked)
-        self._last_used_s[package] = time.monotonic()
-        self._stats.pop(package, None)
-
-    async def _evict_until_fits(self, version: Version) -> None:
-        """Stop the versions that were least recently used, until this one fits into ``memory_mb``."""
-        memory_mb = self._settings.memory_mb
-        if memory_mb is None:
-            return
-        if version.resident_mb > memory_mb:
-            raise InputError(
-                f"serve.memory_mb: {version.package} takes {version.resident_mb:.0f} MB; expected "
-                f"{memory_mb:.0f} at most"
-            )
-        resident_mb = {v.package: v.resident_mb for v in self._deployments.versions}
-        for package in sorted(self._last_used_s, key=self._last_used_s.__getitem__):
-            others_mb = sum(resident_mb.get(p, 0.0) for p in self._last_used_s if p != version.package)
-            if others_mb + version.resident_mb <= memory_mb:
-                return
-            if package != version.package:
-                await self._stop_packages({package})
-
     async def _apply(self, deployments: Deployments, wait: bool = True) -> None:
         """Save the deployments, have the gateway route by them, and stop the packages that they leave out."""
         await self._save(deployments)
         await self._notify(wait)
-        await self._stop_packages(set(self._last_used_s) - {version.package for version in deployments.versions})
+        await self._stop_unused()
+
+    async def _stop_unused(self) -> None:
+        deployed = {version.package for version in self._deployments.versions}
+        await self._loader.stop(set(self._loader.loaded) - deployed - {p for p, users in self._in_use.items() if users})
 
     async def _save(self, deployments: Deployments) -> None:
         await asyncio.to_thread(write_deployments, self._deployments_uri, deployments)
@@ -364,17 +376,6 @@ class Controller:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await self._changed.wait_for(happened)
-
-    async def _stop_packages(self, packages: set[str]) -> None:
-        if not packages:
-            return
-        for package in packages:
-            del self._last_used_s[package]
-            self._autoscaler.untrack(package)
-        await self._notify()
-        await asyncio.sleep(GRACE_S)
-        for package in packages:  # without a wait: their streams may go on for minutes
-            await asyncio.to_thread(ray_serve.delete_application, application_name(package), wait=False)
 
 
 def describe_version(location: str, settings: Serve) -> Version:
@@ -399,7 +400,3 @@ def count_replicas(package: str) -> int:
 async def _replica_counts() -> dict[str, int]:
     return await asyncio.to_thread(ray_serve.replica_counts, application_name(""))
 
-
-def _run_replicas(version: Version, count: int) -> None:
-    ray_serve.start_application(replica_application(version, count), version.application)
-    ray_serve.wait_until_running(version.application)
