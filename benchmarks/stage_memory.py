@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -197,7 +197,7 @@ def score(setting: Setting, variant: str) -> Iterator[None]:
     list(scorer.score(rng.integers(0, setting.manifest.outputs, (BATCHES, positions + 1))))
 
 
-def phases() -> dict[str, Callable[[Setting], Iterator[None]]]:
+def phases() -> dict[str, Any]:
     variants = ("f16", "q8_0", "q4_0")
     return {
         "teacher as it is": partial(train_teacher, steps=0),

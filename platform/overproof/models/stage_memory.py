@@ -65,8 +65,8 @@ def teacher_memory(size: ModelSize, train: Training, world: int) -> int:
 
 
 def checkpoint_memory(size: ModelSize, train: Training, world: int) -> int:
-    """The copy of a worker's part of a checkpoint: the optimizer's state with its masters, below stage 3 the trained
-    weights.
+    """The copy of a worker's part of a checkpoint: the optimizer's state with its masters; below stage 3 the weights
+    that are trained, too.
     """
     trained, stage = sum(size.trained), train.zero_stage
     shard = -(-trained // world)

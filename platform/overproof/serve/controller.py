@@ -399,4 +399,3 @@ def count_replicas(package: str) -> int:
 
 async def _replica_counts() -> dict[str, int]:
     return await asyncio.to_thread(ray_serve.replica_counts, application_name(""))
-
