@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def section(kind: str) -> Any:
 def built(kind: str, settings: Mapping[str, Any] | None = None, vocabulary: int = VOCABULARY) -> PreTrainedModel:
     """A model of a family whose norms and biases are not what they begin as."""
     family = FAMILIES[kind]
-    config = family.configuration(section(kind), DataShape("language_modeling", vocabulary, POSITIONS, 0, 0))
+    config = family.configuration(section(kind), replace(SHAPE, outputs=vocabulary))
     if settings:
         kept = {name: value for name, value in config.to_dict().items() if name != "model_type"}
         config = type(config)(**kept | settings, attn_implementation=family.attention)
