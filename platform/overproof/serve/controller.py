@@ -226,8 +226,9 @@ class Controller:
         """
         if self._restored is None:
             raise RuntimeError("this controller has been restarted, and nobody has called start() yet")
-        known = asyncio.ensure_future(self._known.wait())
-        await asyncio.wait([self._restored, known], return_when=asyncio.FIRST_COMPLETED)
+        known: asyncio.Future[Any] = asyncio.ensure_future(self._known.wait())
+        awaited: list[asyncio.Future[Any]] = [self._restored, known]
+        await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
         known.cancel()
         now_s = self._last_poll_s = time.monotonic()
         for package, measured in stats.items():
