@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,43 @@ def test_a_version_that_does_not_start_changes_nothing(
     last = read_deployments(str(shared_server.deployments_file)).events[-1]
     assert (last.change, last.user, "cannot be read" in last.reason) == ("failed", "ada", True)
     assert version(broken).application not in serve.status().applications
+
+
+def test_a_rollback_overtakes_a_deployment_that_does_not_come_up(
+    shared_server: SharedServer, text_package: Path, second_package: Path, tmp_path: Path
+) -> None:
+    """As other changes do, and it ends that deployment, which changes nothing."""
+    nowhere = SETTINGS.model_copy(update={"node_labels": {"group": "nowhere"}})
+    hanging, one, two = break_model(second_package, tmp_path), version(text_package), version(second_package)
+    with load(shared_server.url, clients=1) as seen, ThreadPoolExecutor(1) as pool:
+        deployed = pool.submit(server.call_controller, "deploy", str(hanging), nowhere, "stable", "ada")
+        wait_until(lambda: version(hanging).application in serve.status().applications)
+        assert server.call_controller("deploy", str(second_package), SETTINGS, "stable", "bob") == two
+        assert server.call_controller("roll_back", "stdlib-lm", "bob") == one.package
+        with pytest.raises(InputError, match="does not start, and nothing has changed: it was stopped while"):
+            deployed.result(WAIT_S)
+    assert {status for status, _ in seen} == {200}
+    stable = server.call_controller("deployments").models["stdlib-lm"].stable
+    assert stable.package == one.package
+
+
+def test_after_a_restart_one_model_that_cannot_be_loaded_shuts_no_other(
+    no_server: None, digits_package: Path, text_package: Path, tmp_path: Path
+) -> None:
+    file, spoiled = tmp_path / "deployments.json", copy(text_package, tmp_path)
+    settings = SETTINGS.model_copy(update={"deployments": str(file)})
+    server.start_gateway({str(digits_package): SETTINGS, str(spoiled): SETTINGS}, settings)
+    server.stop_serving()
+    (spoiled / "model.gguf").write_bytes(b"GGUF")
+    base = server.start_gateway({str(digits_package): SETTINGS}, settings)
+    with httpx.Client(base_url=base, timeout=WAIT_S, trust_env=False) as client:
+        assert client.post("/v1/classify", json={"model": "digits", "images": [[0.0] * 64]}).status_code == 200
+        refused = client.post("/v1/completions", json=BODY)
+        assert refused.status_code == 503
+        assert "does not start" in refused.json()["error"]["message"]
+        assert client.post("/v1/classify", json={"model": "digits", "images": [[0.0] * 64]}).status_code == 200
+    events = read_deployments(str(file)).events
+    assert {(event.change, event.model) for event in events if event.change == "failed"} == {("failed", "stdlib-lm")}
 
 
 def test_a_model_without_a_replica_is_not_healthy_and_its_requests_wait_for_the_next(

@@ -206,12 +206,14 @@ class Controller:
         target = self._deployments.rolled_back(name, user, reason).models[name].stable
         async with self._loaded(target, user), self._change_lock:
             await self._apply(self._deployments.rolled_back(name, user, reason))
+            await self._loader.give_up(name, {version.package for version in self._deployments.versions})
             return self._deployments.models[name].stable.package
 
     async def undeploy(self, name: str, user: str) -> None:
         """Stop serving a model."""
         async with self._change_lock:
             await self._apply(self._deployments.undeployed(name, user))
+            await self._loader.give_up(name, set())
 
     async def load(self, package: str) -> None:
         """Start a version that was evicted."""
@@ -261,15 +263,15 @@ class Controller:
             self._deployments = deployments = await asyncio.to_thread(read_deployments, self._deployments_uri)
             present = await _replica_counts()
             self._loader.adopt(deployments.versions, present)
-            for orphan in set(present) - {version.application for version in deployments.versions}:
-                # left by a change that was interrupted
+            kept = {version.package for version in deployments.versions} | self._needed
+            for orphan in set(present) - set(map(application_name, kept)):  # left by a change that was interrupted
                 await asyncio.to_thread(ray_serve.delete_application, orphan, wait=False)
             self._known.set()
         self._reloading = asyncio.gather(*map(self._reload, deployments.versions))
         for location, settings in packages.items():
             await self._deploy_given(location, settings)
-        async with self._change_lock:
-            await self._apply(self._deployments, wait=False)
+        await self._notify(wait=False)
+        await self._stop_unused()
 
     async def _reload(self, version: Version) -> None:
         """Start a version that was deployed before; where it does not come up, the next request tries again."""
@@ -310,7 +312,8 @@ class Controller:
         except InputError as error:
             if package not in self._loader.loaded:
                 self._deployments = self._deployments.with_event(version.model.id, user, "failed", package, str(error))
-                await self._save(self._deployments)
+                with contextlib.suppress(InputError):  # a file that cannot be written is no reason to say less
+                    await self._save(self._deployments)
             raise
         finally:
             self._in_use[package] -= 1
@@ -323,6 +326,10 @@ class Controller:
                 self._last_poll_s = time.monotonic()
             await asyncio.sleep(POLL_S)
         ray.actor.exit_actor()  # type: ignore[no-untyped-call]
+
+    @property
+    def _needed(self) -> set[str]:
+        return {package for package, users in self._in_use.items() if users}
 
     @property
     def _deployments_uri(self) -> str:
@@ -356,7 +363,7 @@ class Controller:
 
     async def _stop_unused(self) -> None:
         deployed = {version.package for version in self._deployments.versions}
-        await self._loader.stop(set(self._loader.loaded) - deployed - {p for p, users in self._in_use.items() if users})
+        await self._loader.stop(set(self._loader.loaded) - deployed - self._needed)
 
     async def _save(self, deployments: Deployments) -> None:
         await asyncio.to_thread(write_deployments, self._deployments_uri, deployments)

@@ -66,7 +66,9 @@ def wait_until_running(name: str) -> None:
     """
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while True:
-        found = serve.status().applications[name]
+        found = serve.status().applications.get(name)
+        if found is None:
+            raise RuntimeError("it was stopped while it was being started")
         if found.status == ApplicationStatus.RUNNING:
             return
         if found.status == ApplicationStatus.DEPLOY_FAILED:

@@ -43,9 +43,12 @@ class VersionLoader:
         return bool(self._starting)
 
     def adopt(self, versions: Iterable[Version], present: Mapping[str, int]) -> None:
-        """Take the replicas that are there already, by the name of their application, for these versions'."""
+        """Take the replicas that are there, by the name of their application, for these versions', and no others."""
+        for package in set(self._loaded) - set(self._starting):
+            del self._loaded[package], self._last_used_s[package]
+            self.autoscaler.untrack(package)
         for version in versions:
-            if version.application in present:
+            if version.application in present and version.package not in self._starting:
                 self._loaded[version.package] = version
                 self._last_used_s[version.package] = time.monotonic()
                 self.autoscaler.track(version, present[version.application])
@@ -100,6 +103,12 @@ class VersionLoader:
         await asyncio.sleep(GRACE_S)
         for package in packages - set(self._starting):  # without a wait: their streams may go on for minutes
             await asyncio.to_thread(ray_serve.delete_application, application_name(package), wait=False)
+
+    async def give_up(self, model: str, kept: set[str]) -> None:
+        """End the start of versions of a model, but for these packages: whoever waits for them is told."""
+        for package, version in list(self._starting.items()):
+            if version.model.id == model and package not in kept:
+                await asyncio.to_thread(ray_serve.delete_application, version.application, wait=False)
 
     async def _make_room(self, version: Version) -> None:
         """Stop the versions that were least recently used until this one fits into ``memory_mb``, and reserve its part.
