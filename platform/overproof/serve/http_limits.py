@@ -1,59 +1,134 @@
-"""Limits on the size and the time of HTTP headers, which uvicorn's httptools protocol does not have."""
+"""Deadlines for every state of a connection, and limits on their number, which uvicorn's httptools protocol does not have.
+
+A connection waits for headers, for a body, for its client to read, or for the next request (uvicorn's own
+`timeout_keep_alive`); what the application does has its own limit. Whatever state it is in, it comes to an end.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import resource
+from collections import Counter
+from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEADER_BYTES = 64 << 10
-HEADER_TIMEOUT_S = 30
+HEADER_TIMEOUT_S = 30.0
+BODY_TIMEOUT_S = 35.0  # after the application's own, whose answer says more
+READ_TIMEOUT_S = 30.0  # for a client to take what it is sent
+LINGER_S = 10.0  # for what a connection that is being closed still has to send
+MAX_CONNECTIONS = 4096  # or half the files that the process may open
+MAX_PER_ADDRESS = 1024  # a proxy is one address
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """Answers 431 or 408 and closes the connection where the headers are too large or too slow."""
+    """Answers 408, 431 or 503 and closes the connection where the client is too slow, too long or one too many."""
 
-    _timer: asyncio.TimerHandle | None = None
-    _read_bytes = 0
+    _open: ClassVar[Counter[str]] = Counter()  # connections of this process by address
+
+    _address: str | None = None  # that it counts for
+    _deadline: asyncio.TimerHandle | None = None  # of what the client sends
+    _reading: asyncio.TimerHandle | None = None  # of what it takes
+    _linger: asyncio.TimerHandle | None = None
+    _header_bytes = 0
+    _in_headers = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._start_timer()
+        address = self.client[0] if self.client else ""
+        if self._open.total() >= most_connections() or self._open[address] >= MAX_PER_ADDRESS:
+            self._refuse("503 Service Unavailable", "too many connections; try again later, over fewer")
+            return
+        self._address = address
+        self._open[address] += 1
+        self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_timer()
+        for timer in (self._deadline, self._reading, self._linger):
+            if timer is not None:
+                timer.cancel()
+        if self._address is not None:
+            self._open[self._address] -= 1
+            if not self._open[self._address]:
+                del self._open[self._address]
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self._read_bytes += len(data)
+        if self.transport.is_closing():
+            return
+        was_in_headers = self._in_headers
         super().data_received(data)
-        if self._timer is not None and self._read_bytes > MAX_HEADER_BYTES:
+        self._header_bytes = self._header_bytes + len(data) if was_in_headers and self._in_headers else 0
+        if self._header_bytes > MAX_HEADER_BYTES:
             self._refuse("431 Request Header Fields Too Large", f"headers of more than {MAX_HEADER_BYTES} bytes")
+        elif self._deadline is None and (self.cycle is None or self.cycle.response_complete):
+            self._await_headers()  # what came was no request, and has ended the wait for the next one
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._start_timer()
+        self._await_headers()
 
     def on_headers_complete(self) -> None:
-        self._cancel_timer()
+        self._in_headers = False
+        self._await("body", BODY_TIMEOUT_S)
         super().on_headers_complete()
 
-    def _start_timer(self) -> None:
-        self._cancel_timer()
-        self._read_bytes = 0
-        message = f"the headers did not come in {HEADER_TIMEOUT_S} s"
-        self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._refuse, "408 Request Timeout", message)
+    def on_message_complete(self) -> None:
+        self._cancel_deadline()
+        super().on_message_complete()
 
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._close_in_time()
+
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(msg)
+        self._close_in_time()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._reading is None:
+            self._reading = self.loop.call_later(READ_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
+    def _await_headers(self) -> None:
+        self._in_headers = True
+        self._await("headers", HEADER_TIMEOUT_S)
+
+    def _await(self, part: str, seconds: float) -> None:
+        self._cancel_deadline()
+        message = f"the {part} did not come in {seconds:g} s"
+        self._deadline = self.loop.call_later(seconds, self._refuse, "408 Request Timeout", message)
+
+    def _cancel_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
     def _refuse(self, status: str, message: str) -> None:
-        self._cancel_timer()
-        if not self.transport.is_closing():
+        self._cancel_deadline()
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or (self.cycle.response_complete and self._in_headers):  # no reply is on its way
             body = f'{{"error":{{"message":"{message}","type":"invalid_request_error","param":null}}}}'
             head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
             self.transport.write(f"{head}connection: close\r\n\r\n{body}".encode())
-            self.transport.close()
+        self.transport.close()
+        self._close_in_time()
+
+    def _close_in_time(self) -> None:
+        """A connection that is being closed waits for its client to read the rest, for ever."""
+        if self.transport.is_closing() and self._linger is None:
+            self._linger = self.loop.call_later(LINGER_S, self.transport.abort)
+
+
+def most_connections() -> int:
+    """Connections that this process takes."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if files == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, files // 2)

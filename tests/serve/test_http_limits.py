@@ -1,0 +1,140 @@
+"""Connections whose clients do nothing, or too much, come to an end in every state, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+
+from overproof.serve import http_limits
+from overproof.serve.http_limits import LimitedHttpProtocol
+
+SOON_S = 20.0
+LARGE = 16 << 20  # more than the sockets' buffers hold
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    """Refuses without a key before it has read the body; else as much as the path says."""
+    refused = scope["path"] == "/refused"
+    body = b"x" * (LARGE if scope["path"] == "/large" else 2)
+    if not refused:
+        while (await receive()).get("more_body"):
+            pass
+    headers = [(b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 401 if refused else 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+@pytest.fixture
+def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+    for name in ("HEADER_TIMEOUT_S", "BODY_TIMEOUT_S", "READ_TIMEOUT_S", "LINGER_S"):
+        monkeypatch.setattr(http_limits, name, 0.5)
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, http=LimitedHttpProtocol, lifespan="off", log_config=None, timeout_keep_alive=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=asyncio.run, args=(server.serve([listening]),))
+    thread.start()
+    yield listening.getsockname()
+    server.should_exit = True
+    thread.join()
+
+
+def read_to_end(client: socket.socket) -> bytes:
+    """All that comes until the server closes the connection; fails where it never does."""
+    client.settimeout(SOON_S)
+    parts = []
+    try:
+        while part := client.recv(1 << 20):
+            parts.append(part)
+    except ConnectionResetError:
+        pass
+    return b"".join(parts)
+
+
+def ask(client: socket.socket) -> bytes:
+    client.settimeout(SOON_S)
+    client.sendall(GET)
+    reply = b""
+    while not reply.endswith(b"xx"):
+        reply += client.recv(1000)
+    return reply
+
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+POST = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nab"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"", b"408"),
+        (b"\r\n", b"408"),
+        (b"GET / HTTP/1.1\r\nHos", b"408"),
+        (b"GET / HTTP/1.1\r\nX: " + b"y" * 70_000, b"431"),
+        (b"nonsense\r\n\r\n", b"400"),
+        (GET, b"200"),
+        (GET + b"\r\n", b"200"),
+        (GET + b"GET", b"200"),
+        (POST % b"/refused", b"401"),
+        (POST % b"/", b""),
+    ],
+)
+def test_every_connection_comes_to_an_end(address: tuple[str, int], sent: bytes, status: bytes) -> None:
+    with socket.create_connection(address) as client:
+        client.sendall(sent)
+        assert read_to_end(client)[9:12] == status
+
+
+@pytest.mark.parametrize("path", [b"/refused", b"/"])
+def test_a_body_that_trickles_ends_with_its_deadline(address: tuple[str, int], path: bytes) -> None:
+    with socket.create_connection(address) as client:
+        client.sendall(POST % path)
+        deadline_s = time.monotonic() + SOON_S
+        with pytest.raises(OSError, match="Broken pipe|reset"):
+            while time.monotonic() < deadline_s:
+                time.sleep(0.05)
+                client.sendall(b"c")
+
+
+def test_after_a_reply_an_empty_line_holds_nothing_open(address: tuple[str, int]) -> None:
+    with socket.create_connection(address) as client:
+        assert b"200" in ask(client)
+        client.sendall(b"\r\n")
+        read_to_end(client)
+
+
+def test_a_client_that_never_reads_is_left(address: tuple[str, int]) -> None:
+    with socket.create_connection(address) as client:
+        client.sendall(GET.replace(b"/", b"/large", 1))
+        assert client.recv(12)[9:12] == b"200"
+        deadline_s = time.monotonic() + SOON_S
+        while LimitedHttpProtocol._open.total():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        assert len(read_to_end(client)) < LARGE
+
+
+@pytest.mark.parametrize("limit", ["MAX_PER_ADDRESS", "MAX_CONNECTIONS"])
+def test_one_connection_too_many_is_refused_and_the_others_go_on(
+    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(http_limits, limit, 2)
+    clients = [socket.create_connection(address) for _ in range(2)]
+    assert all(b"200" in ask(client) for client in clients)
+    with socket.create_connection(address) as third:
+        assert read_to_end(third)[9:12] == b"503"
+    for client in clients:
+        assert b"200" in ask(client)
+        client.close()
+    deadline_s = time.monotonic() + SOON_S
+    while LimitedHttpProtocol._open.total():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    with socket.create_connection(address) as again:
+        assert b"200" in ask(again)
