@@ -66,6 +66,13 @@ def ask(client: socket.socket) -> bytes:
     return reply
 
 
+def trickle(client: socket.socket) -> None:
+    deadline_s = time.monotonic() + SOON_S
+    while time.monotonic() < deadline_s:
+        time.sleep(0.05)
+        client.sendall(b"c")
+
+
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 POST = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nab"
 
@@ -95,11 +102,8 @@ def test_every_connection_comes_to_an_end(address: tuple[str, int], sent: bytes,
 def test_a_body_that_trickles_ends_with_its_deadline(address: tuple[str, int], path: bytes) -> None:
     with socket.create_connection(address) as client:
         client.sendall(POST % path)
-        deadline_s = time.monotonic() + SOON_S
-        with pytest.raises(OSError, match="Broken pipe|reset"):
-            while time.monotonic() < deadline_s:
-                time.sleep(0.05)
-                client.sendall(b"c")
+        with pytest.raises(OSError, match=r"Broken pipe|reset"):
+            trickle(client)
 
 
 def test_after_a_reply_an_empty_line_holds_nothing_open(address: tuple[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""Deadlines for every state of a connection, and limits on their number, which uvicorn's httptools protocol does not have.
+"""Deadlines for every state of a connection, and limits on their number, which uvicorn's protocol does not have.
 
 A connection waits for headers, for a body, for its client to read, or for the next request (uvicorn's own
 `timeout_keep_alive`); what the application does has its own limit. Whatever state it is in, it comes to an end.
