@@ -9,8 +9,13 @@ from difflib import get_close_matches
 class InputError(Exception):
     """What was given cannot be used. The message says where, what was found, what was expected, what to do.
 
-    The command line prints the message alone and exits with 2.
+    The command line prints the message alone and exits with 2. ``code`` is what OpenAI's API calls the error, where
+    clients go by it.
     """
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class GateRefused(Exception):

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from overproof.engines.base import Piece
 from overproof.engines.llamacpp import LlamaCpp
@@ -122,8 +123,11 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "echo": 1}, "echo", "valid boolean"),
     ({"prompt": "x", "max_tokens": "9"}, "max_tokens", "valid integer"),
     ({"prompt": "x", "temperature": 3}, "temperature", "less than or equal to 2"),
-    ({"prompt": "x", "top_p": 0}, "top_p", "greater than 0"),
-    ({"prompt": "x", "seed": -1}, "seed", "greater than or equal to 0"),
+    ({"prompt": "x", "top_p": -0.1}, "top_p", "greater than or equal to 0"),
+    ({"prompt": "x", "seed": 1.5}, "seed", "valid integer"),
+    ({"prompt": "x", "best_of": 2}, "best_of", "unknown field"),
+    ({"prompt": "x", "suffix": "y"}, "suffix", "unknown field"),
+    ({"prompt": "x", "stream_options": {"usage": True}}, "stream_options", "stream_options.usage: unknown field"),
     ({"prompt": "x", "stop": [""]}, "stop", "none empty"),
     ({"prompt": "x", "stop": ["a"] * 17}, "stop", "up to 16"),
     ({"prompt": "x", "stream": "yes"}, "stream", "valid boolean"),
@@ -134,7 +138,6 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "logit_bias": {"one": 1}}, "logit_bias", "token ids with numbers"),
     ({"prompt": "x", "logit_bias": {"1": 101}}, "logit_bias", "from -100 to 100"),
     ({"prompt": "x", "presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
-    ({"prompt": "x", "stream_options": {"usage": True}}, "stream_options", "unknown field"),
     ({"prompt": "x", "grammar": "root ::= nothing"}, "grammar", "GBNF"),
     ({"prompt": "x", "grammar": "root ::= nothing", "stream": True}, "grammar", "GBNF"),
     ({"prompt": "x", "grammar": "%llguidance {}\nstart: nothing"}, "grammar", "unknown name"),
@@ -472,6 +475,35 @@ def test_generation_ends_when_the_client_goes(text_package: Path, stream: bool) 
     assert engine.closed.is_set()
 
 
+NEUTRAL = {"store": False, "metadata": {"a": "b"}, "service_tier": "auto", "logit_bias": {}, "user": "u", "top_p": 0}
+
+
+@pytest.mark.parametrize("seed", [-1, 0, 2**31, 2**63, -(2**40), 10**30])
+def test_what_asks_for_nothing_is_taken(text: SingleModel, seed: int) -> None:
+    body = {"prompt": "x", "max_tokens": 2, "seed": seed, "best_of": 1, "echo": False, "suffix": "", **NEUTRAL}
+    body |= {"stream_options": {"include_obfuscation": False}}
+    reply = ask(build_app(text, OPEN), "POST", "/v1/completions", content=json.dumps(body), headers=JSON)
+    assert reply.status_code == 200, reply.text
+
+
+def test_a_servers_own_message_may_be_sent_back() -> None:
+    said = {"role": "assistant", "content": None, "refusal": None}
+    request = ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}, said], "echo": False})
+    assert [message.for_template() for message in request.messages][1] == {"role": "assistant", "content": ""}
+    for role in ("user", "system"):
+        with pytest.raises(ValidationError, match="content: field required"):
+            ChatRequest.model_validate({"messages": [{"role": role, "content": None}]})
+    with pytest.raises(ValidationError, match="best_of"):
+        ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}], "best_of": 2})
+
+
+def test_a_prompt_beyond_the_context_has_openais_code(text: SingleModel) -> None:
+    for prompt in ("x" * 9999, " " * 4_000_000):
+        body = json.dumps({"prompt": prompt})
+        reply = ask(build_app(text, OPEN), "POST", "/v1/completions", content=body, headers=JSON)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
 def test_the_schema_is_pinned() -> None:
     """Clients rely on these names: change them knowingly."""
     found = {
@@ -506,5 +538,5 @@ def test_the_schema_is_pinned() -> None:
         "ModelList": ["data", "object"],
     }
     assert json.loads(ErrorReply.model_validate({"error": {"message": "m", "type": "t"}}).model_dump_json()) == {
-        "error": {"message": "m", "type": "t", "param": None}
+        "error": {"message": "m", "type": "t", "param": None, "code": None}
     }

@@ -14,6 +14,8 @@ from overproof.errors import InputError
 
 MAX_SEED = 2**32 - 2  # the next one means "random" to llama.cpp
 
+CONTEXT_EXCEEDED = "context_length_exceeded"  # as OpenAI calls it: clients fall back to a larger model
+
 
 @dataclass(frozen=True)
 class PromptLimits:
@@ -48,7 +50,8 @@ class PromptLimits:
             InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
         """
         if isinstance(prompt, str) and len(prompt) > self.max_characters:  # first, for long texts take long to tokenize
-            raise InputError(f"prompt: {len(prompt)} characters; {self.context_length} tokens hold fewer")
+            message = f"prompt: {len(prompt)} characters; {self.context_length} tokens hold fewer"
+            raise InputError(message, CONTEXT_EXCEEDED)
         ids = tokenize(require_unicode(prompt)) if isinstance(prompt, str) else list(prompt)
         if not prompt:
             raise InputError("prompt: empty; expected text or token ids")
@@ -56,7 +59,8 @@ class PromptLimits:
         if len(ids) > self.max_prompt_tokens:
             raise InputError(
                 f"prompt: {len(ids)} tokens long; expected at most {self.max_prompt_tokens}, "
-                f"and the model's context holds {self.context_length} with the answer"
+                f"and the model's context holds {self.context_length} with the answer",
+                CONTEXT_EXCEEDED,
             )
         check_sampling(sampling)
         self._check_ids("logit_bias", list(sampling.logit_bias))

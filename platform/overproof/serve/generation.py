@@ -29,6 +29,7 @@ from overproof.serve.tools import call_grammar, require_tools
 from overproof.serve.traffic import Exchange
 
 LOG = logging.getLogger("overproof.serve")
+LEAST_TOP_P = 1e-6  # the likeliest token alone, as 0 is, which not every engine takes
 SERVER_ERROR = "the server failed; its log says why"
 
 
@@ -88,8 +89,9 @@ def build_requests(
     sampling = Sampling(
         max_tokens,
         **request.model_dump(
-            include={"temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "logit_bias"}
+            include={"temperature", "seed", "stop", "presence_penalty", "frequency_penalty", "logit_bias"}
         ),
+        top_p=request.top_p or LEAST_TOP_P,
         logprobs=logprobs,
         grammar=grammar,
         echo=isinstance(request, CompletionRequest) and request.echo,

@@ -224,9 +224,11 @@ def error_response(
     kind: str = "invalid_request_error",
     param: str | None = None,
     headers: dict[str, str] | None = None,
+    code: str | None = None,
 ) -> JSONResponse:
     """An error as OpenAI's API writes it."""
-    content: dict[str, Any] = ErrorReply(error=ErrorDetail(message=message, type=kind, param=param)).model_dump()
+    error = ErrorDetail(message=message, type=kind, param=param, code=code)
+    content: dict[str, Any] = ErrorReply(error=error).model_dump()
     return JSONResponse(content, status, headers)
 
 

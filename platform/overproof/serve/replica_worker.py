@@ -122,7 +122,7 @@ class ReplicaWorker:
             else:
                 connection.send(rpc.Result(id_, await self._execute(operation)))
         except InputError as error:
-            connection.send(rpc.Error(id_, str(error), True))
+            connection.send(rpc.Error(id_, str(error), True, error.code))
         except Exception as error:
             LOG.exception("a request failed")
             connection.send(rpc.Error(id_, f"{type(error).__name__}: {error}", False))

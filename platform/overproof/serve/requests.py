@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from overproof.tasks.http import ModelRequest, UnicodeText, check_unicode
 
@@ -13,11 +13,19 @@ DEFAULT_MAX_TOKENS = 16
 MAX_STOPS = 16
 MAX_CHOICES = 16
 MAX_PROMPT_IDS = 1 << 18
+SEEDS = 2**32 - MAX_CHOICES
+ANY = object()
+# Fields of OpenAI's API that change nothing here, with the value with which they do: others are refused by name.
+NEUTRAL = {"store": ANY, "metadata": ANY, "service_tier": ANY, "best_of": 1, "echo": False, "suffix": ""}
 MAX_BIASES = 300
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 1024
 MAX_TOOLS = 128
 MAX_GRAMMAR_CHARACTERS = 16384
+
+
+def _fold_seed(seed: int | None) -> int | None:
+    return None if seed in (None, -1) else seed % SEEDS
 
 
 def _parse_prompts(value: Any) -> Any:
@@ -71,6 +79,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     include_usage: bool = Field(False, description="One more event at the end, with the usage and no choices.")
+    include_obfuscation: bool = Field(False, description="Taken, and not looked at.")
 
 
 class JsonSchemaFormat(BaseModel):
@@ -99,8 +108,10 @@ class GenerationRequest(ModelRequest):
     """What completions and chats have in common."""
 
     temperature: float = Field(1.0, ge=0, le=2, description="0 takes the likeliest token each time.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Samples from the likeliest tokens with this much mass.")
-    seed: int | None = Field(None, ge=0, lt=2**32 - MAX_CHOICES, description="Repeats a sample.")
+    top_p: float = Field(1.0, ge=0, le=1, description="Samples from the likeliest tokens with this much mass.")
+    seed: Annotated[int | None, AfterValidator(_fold_seed)] = Field(
+        None, description="Repeats a sample; -1 is none, and others are taken modulo 4,294,967,280."
+    )
     stop: Annotated[list[str], BeforeValidator(_parse_stops)] = Field([], description="Ends the text before these.")
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices; with a seed, each has its own.")
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="Off the logit of every token that occurred.")
@@ -117,6 +128,19 @@ class GenerationRequest(ModelRequest):
     )
     stream: bool = Field(False, description="Server-sent events instead of one reply.")
     stream_options: StreamOptions = StreamOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, body: Any) -> Any:
+        """Clients send what asks for nothing, or for what is done with every request."""
+        if not isinstance(body, dict):
+            return body
+        known = cls.model_fields
+        return {
+            name: value
+            for name, value in body.items()
+            if name in known or name not in NEUTRAL or (NEUTRAL[name] is not ANY and value != NEUTRAL[name])
+        }
 
     @property
     def constrained(self) -> bool:
@@ -227,7 +251,7 @@ class ChatMessage(BaseModel):
             raise ValueError("tool_calls belong to role 'assistant' and to no other")
         if (self.tool_call_id is None) != (self.role != "tool"):
             raise ValueError("tool_call_id belongs to role 'tool' and to no other")
-        if self.content is None and not self.tool_calls:
+        if self.content is None and self.role != "assistant":  # which may have refused, or called
             raise ValueError("content: field required")
         return self
 

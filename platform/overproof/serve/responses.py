@@ -174,6 +174,7 @@ class ErrorDetail(BaseModel):
     message: str
     type: str
     param: str | None = None
+    code: str | None = None
 
 
 class ErrorReply(BaseModel):

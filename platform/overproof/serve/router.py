@@ -351,5 +351,7 @@ def _raise_error(response: rpc.Chunk | rpc.Result | rpc.Error | None) -> rpc.Chu
     if response is None:
         raise ReplicaDied("the replica died before it had answered")
     if isinstance(response, rpc.Error):
-        raise (InputError if response.is_request_error else RuntimeError)(response.message)
+        if response.is_request_error:
+            raise InputError(response.message, response.code)
+        raise RuntimeError(response.message)
     return response

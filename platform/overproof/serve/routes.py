@@ -287,7 +287,7 @@ def _add_error_handlers(app: FastAPI, requests: set[type[BaseModel]]) -> None:
     @app.exception_handler(InputError)
     async def on_input_error(_: HttpRequest, error: InputError) -> JSONResponse:
         field = str(error).partition(":")[0].partition(".")[0]
-        return error_response(400, str(error), param=field if field in fields else None)
+        return error_response(400, str(error), param=field if field in fields else None, code=error.code)
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(_: HttpRequest, error: RequestValidationError) -> JSONResponse:
@@ -296,7 +296,7 @@ def _add_error_handlers(app: FastAPI, requests: set[type[BaseModel]]) -> None:
         if first["type"] == "json_invalid":
             return error_response(400, f"the body is not JSON: {first['ctx']['error']}")
         if first["type"] == "extra_forbidden":
-            return error_response(400, f"{path[0]}: unknown field; leave it out", param=path[0])
+            return error_response(400, f"{'.'.join(path)}: unknown field; leave it out", param=path[0])
         message = first["msg"].removeprefix("Value error, ")
         if path:
             return error_response(400, f"{'.'.join(path)}: {message[0].lower()}{message[1:]}", param=path[0])

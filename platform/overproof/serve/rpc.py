@@ -142,6 +142,7 @@ class Error(msgspec.Struct, tag=True):
     id: int
     message: str
     is_request_error: bool  # else the server is to blame
+    code: str | None = None  # see ``InputError``
 
 
 class Drain(msgspec.Struct, tag=True):
