@@ -1,4 +1,4 @@
-"""Requests of llama.cpp on two threads, quiet and beside busy processes: whether its threads spin or sleep in a wait.
+"""Requests of llama.cpp on two threads, alone and beside busy processes: its threads spin, or sleep, in a wait.
 
     .venv/bin/python benchmarks/waiting.py FILE.gguf [--threads 2] [--busy 2] [--prompt 32] [--new 16] [--seconds 3]
         [--repeats 5]
@@ -29,7 +29,6 @@ from measuring import child, interleaved, machine, median, spread, table
 SPINS = "300000"  # rounds, as GNU's OpenMP has it where nothing is said and there are as many cores as threads
 WAYS: dict[str, dict[str, str]] = {
     "OpenMP's own: 300,000 rounds": {"GOMP_SPINCOUNT": SPINS},
-    "1,000 rounds": {"GOMP_SPINCOUNT": "1000"},
     "none: as the product has it": {},
 }
 
@@ -84,7 +83,7 @@ def main() -> None:
         os.environ.pop(name, None)
     command: list[object] = [sys.executable, __file__, "once", given.file.absolute()]
     command += [given.threads, given.prompt, given.new, given.seconds]
-    loads = {"quiet": 0, f"{given.busy} busy processes": given.busy}
+    loads = {"nothing": 0} | ({f"{given.busy} busy processes": given.busy} if given.busy else {})
     runs = {
         f"{load}/{way}": partial(run, others, way, command, given.threads)
         for load, others in loads.items()
