@@ -106,8 +106,8 @@ def main() -> None:
         "prompt, ms",
         "a token, ms",
         "CPU ms a token",
-        "prompt ÷ as it is",
-        "token ÷ as it is",
+        "prompt ÷ spinning",
+        "token ÷ spinning",
     )
     table(head, lines)
 
