@@ -5,7 +5,7 @@
 
 Prints one Markdown table. Between the operations of a layer llama.cpp's threads wait for each other, by OpenMP. GNU's
 OpenMP spins in such a wait (300,000 rounds, unless it is told otherwise): a thread that waits burns the core that the
-one it waits for has lost. The product has it sleep at once (``engines/llamacpp_library.py``). Each run is a process of
+one it waits for has lost. The product has it sleep after 1,000 (``engines/llamacpp_library.py``). Each run is a process of
 its own that answers requests one after another for some seconds, one at least, after one that does not count; the busy
 processes loop in Python at the same priority.
 """
@@ -29,7 +29,8 @@ from measuring import child, interleaved, machine, median, spread, table
 SPINS = "300000"  # rounds, as GNU's OpenMP has it where nothing is said and there are as many cores as threads
 WAYS: dict[str, dict[str, str]] = {
     "OpenMP's own: 300,000 rounds": {"GOMP_SPINCOUNT": SPINS},
-    "none: as the product has it": {},
+    "1,000 rounds: as the product has it": {},
+    "none": {"OMP_WAIT_POLICY": "passive"},
 }
 
 
