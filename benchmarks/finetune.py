@@ -1,6 +1,6 @@
 """Seconds a token of LoRA fine-tuning on packed conversations: ours against TRL's SFTTrainer and LLaMA-Factory.
 
-    .venv/bin/python benchmarks/finetune.py MODEL [--peers FOLDER] [--tokens 127] [--batch 4] [--steps 3] [--repeats 5]
+    .venv/bin/python benchmarks/finetune.py MODEL [--peers FOLDER] [--tokens 255] [--batch 2] [--steps 2] [--repeats 5]
         [--threads 1] [--rank 8] [--without NAME ...]
 
 MODEL is the Hugging Face directory of a chat model. Prints one Markdown table. Conversations about the functions of the
@@ -90,8 +90,9 @@ def conversations(model: Path, most: int) -> list[EncodedConversation]:
     return found
 
 
-def write_rows(folder: Path, model: Path, tokens: int, rows: int, seed: int) -> dict[str, float]:
-    """So many packed rows, as ``rows.npz``; gives what they hold."""
+def write_rows(folder: Path, model: Path, tokens: int, steps: int, batch: int, seed: int) -> dict[str, float]:
+    """The packed rows of so many steps, as ``rows.npz``; gives what they hold."""
+    rows = steps * batch
     found = conversations(model, tokens + 1)
     packed = [[found[i] for i in row] for row in best_fit([len(each.tokens_T) for each in found], tokens + 1)]
     chosen = np.random.default_rng(seed).permutation(len(packed))
@@ -99,7 +100,8 @@ def write_rows(folder: Path, model: Path, tokens: int, rows: int, seed: int) -> 
         sys.exit(f"{len(chosen)} rows; {rows} are needed: fewer steps, repeats or rows in a batch")
     taken = [packed[i] for i in chosen[:rows]]
     columns = packed_rows(taken, tokens)
-    scale = np.full(rows, 1 / columns["answer"].sum(1).mean(), np.float32)
+    answers = columns["answer"].reshape(-1, batch, tokens).sum((1, 2))  # of each step, of which the loss is the mean
+    scale = np.repeat(batch / answers, batch).astype(np.float32)
     sizes = np.zeros((rows, max(map(len, taken))), np.int32)  # tokens of each conversation of a row
     for row, each in zip(sizes, taken, strict=True):
         row[: len(each)] = [len(one.tokens_T) for one in each]
@@ -113,7 +115,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("model", type=Path)
     options.add_argument("--peers", type=Path, default=Path(tempfile.gettempdir()) / "overproof-peers")
-    for name, value in (("tokens", 127), ("batch", 4), ("steps", 3), ("repeats", 5), ("threads", 1), ("rank", 8)):
+    for name, value in (("tokens", 255), ("batch", 2), ("steps", 2), ("repeats", 5), ("threads", 1), ("rank", 8)):
         options.add_argument(f"--{name}", type=int, default=value)
     options.add_argument("--without", nargs="*", default=[], choices=list(NAMES)[1:])
     given = options.parse_args()
@@ -122,7 +124,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         steps = (given.repeats + 1) * given.steps
-        held = write_rows(folder, given.model, given.tokens, steps * given.batch, 0)
+        held = write_rows(folder, given.model, given.tokens, steps, given.batch, 0)
         setting = folder / "setting.json"
         setting.write_text(json.dumps({
             "model": str(given.model.absolute()), "rows": str(folder / "rows.npz"), "tokens": given.tokens,

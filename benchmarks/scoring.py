@@ -161,43 +161,44 @@ def main() -> None:
         for run in runs.values():
             run(rows[:1])
         found = interleaved(asked.repeats, {name: partial(timed, run, rows) for name, run in runs.items()})
-        verdict = None
-        if asked.text:
-            verdict = widths(asked.text, scorers, asked.documents, asked.document_rows)
-    print(f"{asked.rows} rows of {asked.positions} tokens; {machine(asked.threads)}; medians of {asked.repeats}")
-    print(f"(least to most); load average {os.getloadavg()[0]:.1f} at the end. A prompt has {bound:.2f} of the")
-    print("multiplications of a score.\n")
+        print(f"{asked.rows} rows of {asked.positions} tokens; {machine(asked.threads)}; medians of {asked.repeats}")
+        print(f"(least to most); load average {os.getloadavg()[0]:.1f} at the end. A prompt has {bound:.2f} of the")
+        print("multiplications of a score.\n")
 
-    def cpu(way: str, format: str) -> float:
-        return median(found[f"{way} {format}"], "cpu")
+        def cpu(way: str, format: str) -> float:
+            return median(found[f"{way} {format}"], "cpu")
 
-    def share(own: str, other: str) -> str:
-        return f"{statistics.median(a['cpu'] / b['cpu'] for a, b in zip(found[own], found[other], strict=True)):.2f}"
+        def share(own: str, other: str) -> str:
+            return (
+                f"{statistics.median(a['cpu'] / b['cpu'] for a, b in zip(found[own], found[other], strict=True)):.2f}"
+            )
 
-    def line(way: str, format: str, title: str) -> tuple[str, ...]:
-        rates = (spread(found[f"{way} {format}"], clock, 0) for clock in ("wall", "cpu"))
-        others = ("decode", "prompt") if way == "llama.cpp" else ()
-        own = [share(f"{way} {format}", f"{other} {format}") for other in others] or ["", ""]
-        return (title, *rates, share(f"{way} {format}", f"torch {FIRST}"), *own)
+        def line(way: str, format: str, title: str) -> tuple[str, ...]:
+            rates = (spread(found[f"{way} {format}"], clock, 0) for clock in ("wall", "cpu"))
+            others = ("decode", "prompt") if way == "llama.cpp" else ()
+            own = [share(f"{way} {format}", f"{other} {format}") for other in others] or ["", ""]
+            return (title, *rates, share(f"{way} {format}", f"torch {FIRST}"), *own)
 
-    lines = [line("torch", FIRST, "score, torch fp32")]
-    for format in files:
-        lines += [line("llama.cpp", format, f"score, llama.cpp {format}"), line("decode", format, f"decode {format}"),
-                  line("prompt", format, f"prompt {format}")]  # fmt: skip
-    table(("what", "tokens/s", "tokens a CPU second", "of torch's", "of decode", "of prompt"), lines)
-    if verdict is None:
-        return
-    half_widths, documents, tokens = verdict
-    print(f"\n{documents} documents, {tokens:,} tokens of them; half the width of the interval at 95 %\n")
-    lines = []
-    for format in (name for name in files if name != FIRST):
-        by_torch, by_llama = (half_widths[engine][format] for engine in ("torch", "llama.cpp"))
-        torch_s = 2 * tokens / cpu("torch", FIRST)
-        needed = tokens * (by_llama / by_torch) ** 2
-        llama_s = needed / cpu("llama.cpp", FIRST) + needed / cpu("llama.cpp", format)
-        widths_said = (f"{by_torch:.5f}", f"{by_llama:.5f}")
-        lines.append((format, *widths_said, f"{torch_s:.1f}", f"{llama_s:.1f}", f"{llama_s / torch_s:.2f}"))
-    table(("file", "torch's", "llama.cpp's", "torch, CPU s", "llama.cpp, CPU s to torch's width", "of torch's"), lines)
+        lines = [line("torch", FIRST, "score, torch fp32")]
+        for format in files:
+            titles = {"llama.cpp": "score, llama.cpp", "decode": "decode", "prompt": "prompt"}
+            lines += [line(way, format, f"{title} {format}") for way, title in titles.items()]
+        table(("what", "tokens/s", "tokens a CPU second", "of torch's", "of decode", "of prompt"), lines)
+        if asked.text is None:
+            return
+        half_widths, documents, tokens = widths(asked.text, scorers, asked.documents, asked.document_rows)
+        print(f"\n{documents} documents, {tokens:,} tokens of them; half the width of the interval at 95 %\n")
+        lines = []
+        for format in (name for name in files if name != FIRST):
+            by_torch, by_llama = (half_widths[engine][format] for engine in ("torch", "llama.cpp"))
+            torch_s = 2 * tokens / cpu("torch", FIRST)
+            needed = tokens * (by_llama / by_torch) ** 2
+            llama_s = needed / cpu("llama.cpp", FIRST) + needed / cpu("llama.cpp", format)
+            widths_said = (f"{by_torch:.5f}", f"{by_llama:.5f}")
+            lines.append((format, *widths_said, f"{torch_s:.1f}", f"{llama_s:.1f}", f"{llama_s / torch_s:.2f}"))
+        table(
+            ("file", "torch's", "llama.cpp's", "torch, CPU s", "llama.cpp, CPU s to torch's width", "of torch's"), lines
+        )
 
 
 def shape(file: Path) -> tuple[int, float]:

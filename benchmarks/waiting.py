@@ -1,11 +1,11 @@
-"""Requests of llama.cpp on two threads, quiet and beside busy processes: whether its threads spin or sleep in a wait.
+"""Requests of llama.cpp on two threads, alone and beside busy processes: its threads spin, or sleep, in a wait.
 
     .venv/bin/python benchmarks/waiting.py FILE.gguf [--threads 2] [--busy 2] [--prompt 32] [--new 16] [--seconds 3]
         [--repeats 5]
 
 Prints one Markdown table. Between the operations of a layer llama.cpp's threads wait for each other, by OpenMP. GNU's
 OpenMP spins in such a wait (300,000 rounds, unless it is told otherwise): a thread that waits burns the core that the
-one it waits for has lost. The product has it sleep at once (``engines/llamacpp_library.py``). Each run is a process of
+one it waits for has lost. The product has it sleep after 1,000 (``engines/llamacpp_library.py``). Each run is a process of
 its own that answers requests one after another for some seconds, one at least, after one that does not count; the busy
 processes loop in Python at the same priority.
 """
@@ -29,8 +29,8 @@ from measuring import child, interleaved, machine, median, spread, table
 SPINS = "300000"  # rounds, as GNU's OpenMP has it where nothing is said and there are as many cores as threads
 WAYS: dict[str, dict[str, str]] = {
     "OpenMP's own: 300,000 rounds": {"GOMP_SPINCOUNT": SPINS},
-    "1,000 rounds": {"GOMP_SPINCOUNT": "1000"},
-    "none: as the product has it": {},
+    "1,000 rounds: as the product has it": {},
+    "none": {"OMP_WAIT_POLICY": "passive"},
 }
 
 
@@ -84,7 +84,7 @@ def main() -> None:
         os.environ.pop(name, None)
     command: list[object] = [sys.executable, __file__, "once", given.file.absolute()]
     command += [given.threads, given.prompt, given.new, given.seconds]
-    loads = {"quiet": 0, f"{given.busy} busy processes": given.busy}
+    loads = {"nothing": 0} | ({f"{given.busy} busy processes": given.busy} if given.busy else {})
     runs = {
         f"{load}/{way}": partial(run, others, way, command, given.threads)
         for load, others in loads.items()
@@ -107,8 +107,8 @@ def main() -> None:
         "prompt, ms",
         "a token, ms",
         "CPU ms a token",
-        "prompt ÷ as it is",
-        "token ÷ as it is",
+        "prompt ÷ spinning",
+        "token ÷ spinning",
     )
     table(head, lines)
 

@@ -46,7 +46,7 @@ def main(file: str) -> None:
                 yield to_tensors({name: rows[name][part] for name in COLUMNS})
 
         turns.begin()
-        objective: Any = CrossEntropy(TASKS["chat"].predict)
+        objective: Any = CrossEntropy(TASKS["chat"].predict, TASKS["chat"].counted)
         for row in train_steps(engine, objective, train, batches(), lambda: 0.0):
             if "loss" in row:
                 turns.step(row["loss"])
