@@ -5,9 +5,9 @@
 
 Prints one Markdown table. Between the operations of a layer llama.cpp's threads wait for each other, by OpenMP. GNU's
 OpenMP spins in such a wait (300,000 rounds, unless it is told otherwise): a thread that waits burns the core that the
-one it waits for has lost. The product has it sleep after 1,000 (``engines/llamacpp_library.py``). Each run is a process of
-its own that answers requests one after another for some seconds, one at least, after one that does not count; the busy
-processes loop in Python at the same priority.
+one it waits for has lost. The product has it sleep after 1,000 (``engines/llamacpp_library.py``). Each run is a
+process of its own that answers requests one after another for some seconds, one at least, after one that does not
+count; the busy processes loop in Python at the same priority.
 """
 
 from __future__ import annotations

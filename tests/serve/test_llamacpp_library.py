@@ -9,7 +9,10 @@ import sys
 
 import pytest
 
-IMPORT = "import os, overproof.engines.llamacpp_library; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
+IMPORT = (
+    "import os, overproof.engines.llamacpp_library; "
+    "print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
+)
 
 
 @pytest.mark.parametrize(
