@@ -184,11 +184,11 @@ def test_pieces_join_to_a_text_that_sentencepiece_reads_otherwise(header: GgufHe
 def test_a_request_that_is_cancelled_ends_its_reading(text_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches, started, go, decode = list[int](), threading.Event(), threading.Event(), LlamaCppLogits._decode
 
-    def slow(self: LlamaCppLogits, tokens_P: Any, start: int) -> Any:
+    def slow(self: LlamaCppLogits, tokens_P: Any, *place: Any) -> Any:
         batches.append(len(tokens_P))
         started.set()
         assert go.wait(60)
-        return decode(self, tokens_P, start)
+        return decode(self, tokens_P, *place)
 
     monkeypatch.setattr(llamacpp_memory, "MOST_TOKENS", 32)
     monkeypatch.setattr(LlamaCppLogits, "_decode", slow)
