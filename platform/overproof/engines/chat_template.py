@@ -14,6 +14,7 @@ from typing import Any
 from overproof.engines import template_process
 from overproof.engines.base import ToolSyntax
 from overproof.engines.gguf_tokens import GgufHeader
+from overproof.engines.special_names import SpecialNames
 from overproof.errors import InputError
 from overproof.limited_process import LimitedProcess, NoAnswer, OverLimits
 
@@ -59,11 +60,12 @@ class GgufChatTemplate:
     """The chat template of a GGUF file."""
 
     def __init__(self, header: GgufHeader) -> None:
-        self._header = header
+        self._header, self._special = header, SpecialNames(header.silent_names)
         self._process = LimitedProcess(Path(template_process.__file__), CPU_S, MEMORY_BYTES)
 
     def render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] = (), to_answer: bool = True) -> str:
-        """Messages as a prompt, which asks for the assistant's next one unless that is there already.
+        """Messages as a prompt, which asks for the assistant's next one unless that is there already. Names of special
+        tokens that stand in them are marked: see ``SpecialNames``.
 
         Raises:
             InputError: there is no template, it does not take these messages or takes too long over them, or it knows
@@ -71,8 +73,8 @@ class GgufChatTemplate:
         """
         has_tools = bool(tools) or any(message["role"] == "tool" or "tool_calls" in message for message in messages)
         variables = {
-            "messages": list(messages),
-            "tools": list(tools) or None,
+            "messages": [_marked(message, self._special) for message in messages],
+            "tools": self._special.marked(list(tools)) or None,
             "add_generation_prompt": to_answer,
             # Without a start token that every prompt gets later.
             "bos_token": "" if self._header.start_ids else self._header.bos_token,
@@ -128,3 +130,8 @@ class GgufChatTemplate:
         for name in self._header.silent_names.values():
             text = text.replace(name, "") if name else text
         return text
+
+
+def _marked(message: Mapping[str, Any], special: SpecialNames) -> dict[str, Any]:
+    """All of a message but its role, which is the template's own word."""
+    return {name: value if name == "role" else special.marked(value) for name, value in message.items()}

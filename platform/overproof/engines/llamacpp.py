@@ -7,6 +7,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from overproof.engines.llamacpp_scorer import LlamaCppScorer
 from overproof.engines.llamacpp_server import LlamaCppDraft, LlamaCppHttp, check_reply, server_params, start_server
 from overproof.engines.llamacpp_stream import LlamaCppPieces
 from overproof.engines.prompt_limits import InFlight, PromptLimits, require_unicode
+from overproof.engines.special_names import SpecialNames, is_marked
 from overproof.models.sizes import ModelSize
 
 DRAFT_TOKENS = 3  # that a draft guesses at a time; llama.cpp's own default
@@ -80,6 +82,7 @@ class LlamaCpp:
         self.context_length = self._limits.context_length
         self.chats = header.chat_template is not None
         self._header, self._pieces = header, header.pieces
+        self._special = SpecialNames(header.silent_names)
         self._template = GgufChatTemplate(header)
         self._reuse_prefix = reuse_prefix
         self._in_flight = InFlight()
@@ -234,7 +237,18 @@ class LlamaCpp:
         return request
 
     def _tokenize(self, text: str, start: bool) -> list[int]:
-        body = {"content": text, "add_special": start, "parse_special": True}
+        if is_marked(text):
+            parts = [
+                [part] if isinstance(part, int) else self._tokens_of(part, start=False, names=False)
+                for part in self._special.parts(text)
+            ]
+            before = self._header.start_ids if start else ()
+            return [*before, *chain.from_iterable(parts)]
+        return self._tokens_of(text, start, names=True)
+
+    def _tokens_of(self, text: str, start: bool, names: bool) -> list[int]:
+        """Of a text in which the names of special tokens are those, or text."""
+        body = {"content": text, "add_special": start, "parse_special": names}
         ids: list[int] = self._http.request("POST", "/tokenize", body)["tokens"]
         return ids
 

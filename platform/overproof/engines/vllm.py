@@ -7,6 +7,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from overproof.engines.chat_template import GgufChatTemplate
 from overproof.engines.detokenizer import Detokenizer
 from overproof.engines.gguf_tokens import read_gguf_header
 from overproof.engines.prompt_limits import InFlight, PromptLimits, require_unicode
+from overproof.engines.special_names import SpecialNames, is_marked
 from overproof.engines.vllm_server import VllmServer, vllm_python
 from overproof.errors import InputError
 
@@ -63,7 +65,9 @@ class Vllm:
         self._header, self._template = header, GgufChatTemplate(header)
         if not tokenizer.is_file():
             raise InputError(f"{tokenizer}: missing; expected the tokenizer beside its model")
-        self._tokenizer = Tokenizer.from_file(str(tokenizer))
+        self._tokenizer, self._plain = (Tokenizer.from_file(str(tokenizer)) for _ in range(2))
+        self._plain.encode_special_tokens = True  # as text
+        self._special = SpecialNames(header.silent_names)
         self._in_flight = InFlight()
         self._server = VllmServer(path, threads, slots, self.context_length, reuse_prefix)
 
@@ -141,8 +145,14 @@ class Vllm:
         Raises:
             InputError: the text is not valid Unicode.
         """
-        ids: list[int] = self._tokenizer.encode(require_unicode(text), add_special_tokens=False).ids
-        return ids
+        if not is_marked(require_unicode(text)):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            return ids
+        parts = [
+            [part] if isinstance(part, int) else self._plain.encode(part, add_special_tokens=False).ids
+            for part in self._special.parts(text)
+        ]
+        return list(chain.from_iterable(parts))
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids; broken characters are replaced."""

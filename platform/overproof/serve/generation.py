@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from overproof.engines.base import Completion, FinishReason, Piece, Sampling, ToolSyntax
+from overproof.engines.special_names import unmarked
 from overproof.errors import InputError
 from overproof.serve.async_engine import AsyncEngine, Generation
 from overproof.serve.grammar import GrammarChecker, GrammarSource, request_grammar
@@ -143,7 +144,10 @@ async def traffic_exchanges(
 ) -> list[Exchange]:
     """Every choice with its prompt, as a row of recorded traffic."""
     served, created = builder.served, datetime.now(UTC)
-    texts = [prompt if isinstance(prompt, str) else await served.engine.detokenize(prompt) for prompt, _ in requests]
+    texts = [
+        unmarked(prompt) if isinstance(prompt, str) else await served.engine.detokenize(prompt)
+        for prompt, _ in requests
+    ]
     return [
         Exchange(
             builder.id,
