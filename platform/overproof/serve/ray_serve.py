@@ -67,7 +67,7 @@ def wait_until_running(name: str) -> None:
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while True:
         found = serve.status().applications.get(name)
-        if found is None:
+        if found is None or found.status == ApplicationStatus.DELETING:
             raise RuntimeError("it was stopped while it was being started")
         if found.status == ApplicationStatus.RUNNING:
             return
