@@ -202,6 +202,7 @@ def test_a_rollback_overtakes_a_deployment_that_does_not_come_up(
     assert stable.package == one.package
 
 
+@pytest.mark.trial
 def test_after_a_restart_one_model_that_cannot_be_loaded_shuts_no_other(
     no_server: None, digits_package: Path, text_package: Path, tmp_path: Path
 ) -> None:
