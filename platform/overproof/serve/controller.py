@@ -206,14 +206,12 @@ class Controller:
         target = self._deployments.rolled_back(name, user, reason).models[name].stable
         async with self._loaded(target, user), self._change_lock:
             await self._apply(self._deployments.rolled_back(name, user, reason))
-            await self._loader.give_up(name, {version.package for version in self._deployments.versions})
             return self._deployments.models[name].stable.package
 
     async def undeploy(self, name: str, user: str) -> None:
         """Stop serving a model."""
         async with self._change_lock:
             await self._apply(self._deployments.undeployed(name, user))
-            await self._loader.give_up(name, set())
 
     async def load(self, package: str) -> None:
         """Start a version that was evicted."""

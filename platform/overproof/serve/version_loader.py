@@ -29,7 +29,6 @@ class VersionLoader:
         self._loaded: dict[str, Version] = {}  # by package
         self._last_used_s: dict[str, float] = {}
         self._starting: dict[str, Version] = {}
-        self._given_up: set[str] = set()  # of those that are being started
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by package
         self._changed = asyncio.Condition()
 
@@ -80,15 +79,13 @@ class VersionLoader:
                 if tracked is not None:
                     await asyncio.to_thread(_run_replicas, *tracked)
                 else:
-                    stopped = version.package in self._given_up  # by Serve, which waits for its replicas to end
-                    await asyncio.to_thread(ray_serve.delete_application, version.application, wait=not stopped)
+                    await asyncio.to_thread(ray_serve.delete_application, version.application)
                 raise InputError(f"{version.package} does not start, and nothing has changed: {error}") from None
             finally:
                 if tracked is not None:
                     self.autoscaler.track(*tracked)
                     self._loaded[version.package] = tracked[0]
                     self._last_used_s[version.package] = time.monotonic()
-                self._given_up.discard(version.package)
                 async with self._changed:
                     del self._starting[version.package]
                     self._changed.notify_all()
@@ -106,13 +103,6 @@ class VersionLoader:
         await asyncio.sleep(GRACE_S)
         for package in packages - set(self._starting):  # without a wait: their streams may go on for minutes
             await asyncio.to_thread(ray_serve.delete_application, application_name(package), wait=False)
-
-    async def give_up(self, model: str, kept: set[str]) -> None:
-        """End the start of versions of a model, but for these packages: whoever waits for them is told."""
-        for package, version in list(self._starting.items()):
-            if version.model.id == model and package not in kept:
-                self._given_up.add(package)
-                await asyncio.to_thread(ray_serve.delete_application, version.application, wait=False)
 
     async def _make_room(self, version: Version) -> None:
         """Stop the versions that were least recently used until this one fits into ``memory_mb``, and reserve its part.

@@ -1,0 +1,130 @@
+"""Versions load beside each other: one that does not come up holds up no other, and memory is shared out as it is."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overproof.errors import InputError
+from overproof.serve import version_loader
+from overproof.serve.controller import describe_version
+from overproof.serve.deployments import Version
+from overproof.serve.version_loader import VersionLoader
+from shared_server import SETTINGS, WAIT_S
+
+
+class Replicas:
+    """In place of Ray Serve: a package's start waits until it is let go on, or fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.running, self.held, self.broken = list[str](), dict[str, threading.Event](), set[str]()
+        monkeypatch.setattr(version_loader, "_run_replicas", self.run)
+        monkeypatch.setattr(version_loader.ray_serve, "delete_application", self.delete)
+        monkeypatch.setattr(version_loader, "GRACE_S", 0.0)
+
+    def run(self, version: Version, _count: int) -> None:
+        if version.package in self.held:
+            assert self.held[version.package].wait(WAIT_S)
+        if version.package in self.broken:
+            raise RuntimeError("no such file")
+        self.running.append(version.application)
+
+    def delete(self, name: str, wait: bool = True) -> None:
+        if name in self.running:
+            self.running.remove(name)
+
+
+@pytest.fixture
+def replicas(monkeypatch: pytest.MonkeyPatch) -> Replicas:
+    return Replicas(monkeypatch)
+
+
+@pytest.fixture
+def version(text_package: Path) -> Callable[..., Version]:
+    found = describe_version(str(text_package), SETTINGS)
+
+    def made(package: str, **changes: Any) -> Version:
+        proof = found.model.overproof.model_copy(update={"package": package})
+        model = found.model.model_copy(update={"overproof": proof})
+        return found.model_copy(update={"model": model, "resident_mb": 60.0, **changes})
+
+    return made
+
+
+def run(work: Callable[[VersionLoader], Coroutine[Any, Any, None]]) -> None:
+    async def on_stop() -> None:
+        pass
+
+    async def main() -> None:
+        await work(VersionLoader(on_stop))
+
+    asyncio.run(main())
+
+
+def test_one_that_hangs_holds_up_no_other(replicas: Replicas, version: Callable[..., Version]) -> None:
+    replicas.held["slow"], replicas.broken = threading.Event(), {"broken"}
+
+    async def work(loader: VersionLoader) -> None:
+        slow = asyncio.ensure_future(loader.start(version("slow")))
+        assert await loader.start(version("quick"))
+        assert not await loader.start(version("quick"))  # it runs
+        with pytest.raises(InputError, match="broken does not start, and nothing has changed: no such file"):
+            await loader.start(version("broken"))
+        assert loader.loaded == {"quick"}
+        assert loader.busy
+        await loader.stop({"quick", "slow"})
+        assert (loader.loaded, replicas.running) == (frozenset(), [])
+        replicas.held["slow"].set()
+        assert await slow
+        assert (loader.loaded, loader.busy) == ({"slow"}, False)
+
+    run(work)
+
+
+def test_memory_is_reserved_before_a_version_starts(replicas: Replicas, version: Callable[..., Version]) -> None:
+    replicas.held["slow"] = threading.Event()
+
+    async def work(loader: VersionLoader) -> None:
+        loader.memory_mb = 100.0
+        with pytest.raises(InputError, match=r"serve\.memory_mb: large takes 101 MB; expected 100 at most"):
+            await loader.start(version("large", resident_mb=101.0))
+        await loader.start(version("old"))
+        slow = asyncio.ensure_future(loader.start(version("slow")))  # which stops the old one
+        while not loader.busy:
+            await asyncio.sleep(0.01)
+        assert (loader.loaded, replicas.running) == (frozenset(), [])
+        waiting = asyncio.ensure_future(loader.start(version("next")))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        replicas.held["slow"].set()
+        await asyncio.wait_for(asyncio.gather(slow, waiting), WAIT_S)
+        assert loader.loaded == {"next"}  # for which what was used longest ago was stopped
+        assert replicas.running == [version("next").application]
+
+    run(work)
+
+
+def test_settings_that_fail_leave_what_ran(replicas: Replicas, version: Callable[..., Version]) -> None:
+    async def work(loader: VersionLoader) -> None:
+        await loader.start(version("a"))
+        before = version("a")
+        replicas.broken = {"a"}
+        tried: list[Version] = []
+
+        def once(found: Version, count: int) -> None:
+            tried.append(found)
+            if len(tried) == 1:
+                raise RuntimeError("no node for it")
+
+        replicas.run, version_loader._run_replicas = once, once  # type: ignore[method-assign]
+        with pytest.raises(InputError, match="no node for it"):
+            await loader.start(version("a", settings=SETTINGS.model_copy(update={"threads": 3})))
+        assert tried[-1] == before
+        assert not await loader.start(before)
+
+    run(work)
