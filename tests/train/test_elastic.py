@@ -125,6 +125,7 @@ def moved(ray_cluster: str, text_root: Path, tmp_path_factory: pytest.TempPathFa
     return Moved(rows, [event for _, event in log.events], *resumed)
 
 
+@pytest.mark.trial
 def test_a_node_that_joins_and_one_that_is_drained_cost_no_step(moved: Moved) -> None:
     """Each time the workers leave with a checkpoint of the step they have just made."""
     reached = 0
@@ -141,6 +142,7 @@ def test_a_node_that_joins_and_one_that_is_drained_cost_no_step(moved: Moved) ->
     assert "a node is being drained" in resumed[-1].text
 
 
+@pytest.mark.trial
 def test_other_numbers_of_workers_train_the_same(moved: Moved, text_root: Path) -> None:
     """As plain torch in one process, on the rows that were planned; every step is there once."""
     plan = PLAN.model_copy(update={"workers": 1})
@@ -155,6 +157,7 @@ def test_other_numbers_of_workers_train_the_same(moved: Moved, text_root: Path) 
     assert sum(row[ROWS_HASH] for row in moved.rows if ROWS_HASH in row) == planned
 
 
+@pytest.mark.trial
 def test_progress_says_how_far_it_is_and_with_how_many_workers(moved: Moved) -> None:
     assert moved.events[0] == TaskProgress("train", 0, PLAN.steps, "starting 1 to 3 workers")
     last = [event for event in moved.events if isinstance(event, StepTrained)][-1]
