@@ -2,7 +2,7 @@
 
     python benchmarks/stage_bounds.py STORE/NAME/package-0a1b2c3d
 
-Walks from a package to the artifacts it came from. A model of P numbers takes 2P floating-point operations for each
+Walks from a package of a language model to the artifacts it came from. A model of P numbers takes 2P floating-point operations for each
 token of a forward pass and 6P in training (arXiv 2001.08361, section 2.1); the machine is asked how fast it multiplies
 matrices, on all its cores, and how fast it reads memory, which every decoded token does with the whole file.
 """
@@ -83,6 +83,8 @@ def main(package: Path) -> None:
     """Print a table."""
     found = lineage(package)
     records = {stage: json.loads((folder / "artifact.json").read_text()) for stage, folder in found.items()}
+    if (kind := records["prepare"]["config"]["data"]["kind"]) != "language_modeling":
+        raise SystemExit(f"{package}: of {kind}; expected a language model, whose numbers are all multiplied")
     flops_per_s, bytes_per_s = max(machine_flops() for _ in range(TRIES)), read_rate()
     bounds = {stage: work / flops_per_s for stage, work in operations(found, records).items()}
     bounds["evaluate"] += decoded_bytes(found, records) / bytes_per_s
