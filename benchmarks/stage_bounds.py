@@ -2,9 +2,10 @@
 
     python benchmarks/stage_bounds.py STORE/NAME/package-0a1b2c3d
 
-Walks from a package of a language model to the artifacts it came from. A model of P numbers takes 2P floating-point operations for each
-token of a forward pass and 6P in training (arXiv 2001.08361, section 2.1); the machine is asked how fast it multiplies
-matrices, on all its cores, and how fast it reads memory, which every decoded token does with the whole file.
+Walks from a package of a language model to the artifacts it came from. A model of P numbers takes 2P floating-point
+operations for each token of a forward pass and 6P in training (arXiv 2001.08361, section 2.1); the machine is asked how
+fast it multiplies matrices, on all its cores, and how fast it reads memory, which every decoded token does with the
+whole file.
 """
 
 from __future__ import annotations
