@@ -7,7 +7,6 @@ import secrets
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -238,12 +237,8 @@ class LlamaCpp:
 
     def _tokenize(self, text: str, start: bool) -> list[int]:
         if is_marked(text):
-            parts = [
-                [part] if isinstance(part, int) else self._tokens_of(part, start=False, names=False)
-                for part in self._special.parts(text)
-            ]
-            before = self._header.start_ids if start else ()
-            return [*before, *chain.from_iterable(parts)]
+            ids = self._special.tokens(text, lambda part: self._tokens_of(part, start=False, names=False))
+            return [*self._header.start_ids, *ids] if start else ids
         return self._tokens_of(text, start, names=True)
 
     def _tokens_of(self, text: str, start: bool, names: bool) -> list[int]:
@@ -264,7 +259,7 @@ class LlamaCpp:
         read = list[PromptScore]()
         if None in reported:
             first = len(prompt) + reported.index(None)
-            read = self._prompts.score(prompt + tokens, top, cancelled or threading.Event(), first)
+            read = self._prompts.score(prompt + tokens, top, cancelled, first)
         before = len(tokens) - len(read)
         return [
             Token(token, self._pieces[token], read[place - before].logprob, read[place - before].top)

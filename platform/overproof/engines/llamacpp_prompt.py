@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from overproof.engines.base import PromptScore
 from overproof.engines.llamacpp_logits import LlamaCppLogits
+from overproof.engines.prompt_limits import require_wanted
 
 LEAST_ROOM = 512  # tokens
 
@@ -31,7 +32,9 @@ class LlamaCppPrompts:
         self._logits: LlamaCppLogits | None = None
         self._longest = 0
 
-    def score(self, ids: Sequence[int], top: int, cancelled: threading.Event, first: int = 1) -> list[PromptScore]:
+    def score(
+        self, ids: Sequence[int], top: int, cancelled: threading.Event | None, first: int = 1
+    ) -> list[PromptScore]:
         """The score of every token from the ``first`` of interest on, with the ``top`` likeliest at its place.
 
         Raises:
@@ -41,10 +44,10 @@ class LlamaCppPrompts:
         tokens, scores = np.array(ids, np.int64), list[PromptScore]()
         wanted_S = np.arange(1, len(tokens)) >= first
         with self._lock:
-            _require_wanted(cancelled)
+            require_wanted(cancelled)
             for logits_PV in self._logits_for(len(tokens)).batches(tokens[:-1], wanted_S):
                 scores += self._scores(logits_PV, tokens[first + len(scores) :][: len(logits_PV)], top)
-                _require_wanted(cancelled)
+                require_wanted(cancelled)
         return scores
 
     def _logits_for(self, length: int) -> LlamaCppLogits:
@@ -81,8 +84,3 @@ def _largest(logits_V: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     least = np.partition(logits_V, -count)[-count]
     candidates = np.flatnonzero(logits_V >= least)
     return candidates[np.argsort(-logits_V[candidates], kind="stable")][:count]
-
-
-def _require_wanted(cancelled: threading.Event) -> None:
-    if cancelled.is_set():
-        raise RuntimeError("the request was cancelled")

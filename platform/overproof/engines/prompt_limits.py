@@ -86,6 +86,16 @@ def require_context(file: object, positions: int, context_length: int) -> None:
         )
 
 
+def require_wanted(cancelled: threading.Event | None) -> None:
+    """Look whether somebody still waits for a request.
+
+    Raises:
+        RuntimeError: it was cancelled.
+    """
+    if cancelled is not None and cancelled.is_set():
+        raise RuntimeError("the request was cancelled")
+
+
 def require_unicode(text: str) -> str:
     """The text.
 

@@ -8,7 +8,7 @@ the text that it is: as in training, where content never becomes a control token
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -43,6 +43,10 @@ class SpecialNames:
             else:
                 plain += piece.translate(UNMARKED)
         return [*found, plain] if plain else found
+
+    def tokens(self, text: str, split: Callable[[str], list[int]]) -> list[int]:
+        """The ids of a text with marked names; ``split`` gives those of text in which no name is a token."""
+        return [id_ for part in self.parts(text) for id_ in ([part] if isinstance(part, int) else split(part))]
 
     @cached_property
     def _ids(self) -> dict[str, int]:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from overproof.engines.base import (
 from overproof.engines.chat_template import GgufChatTemplate
 from overproof.engines.detokenizer import Detokenizer
 from overproof.engines.gguf_tokens import read_gguf_header
-from overproof.engines.prompt_limits import InFlight, PromptLimits, require_unicode
+from overproof.engines.prompt_limits import InFlight, PromptLimits, require_unicode, require_wanted
 from overproof.engines.special_names import SpecialNames, is_marked
 from overproof.engines.vllm_server import VllmServer, vllm_python
 from overproof.errors import InputError
@@ -85,8 +84,7 @@ class Vllm:
         steps, times_s = list[_Step](), list[float]()
         with closing(self._steps(request, sampling.stop)) as generated:
             for step in generated:
-                if cancelled is not None and cancelled.is_set():
-                    raise RuntimeError("the request was cancelled")
+                require_wanted(cancelled)
                 steps.append(step)
                 times_s.append(time.perf_counter())
         top, reason = sampling.logprobs, steps[-1].finish_reason
@@ -148,11 +146,7 @@ class Vllm:
         if not is_marked(require_unicode(text)):
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
             return ids
-        parts = [
-            [part] if isinstance(part, int) else self._plain.encode(part, add_special_tokens=False).ids
-            for part in self._special.parts(text)
-        ]
-        return list(chain.from_iterable(parts))
+        return self._special.tokens(text, lambda part: list(self._plain.encode(part, add_special_tokens=False).ids))
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids; broken characters are replaced."""
