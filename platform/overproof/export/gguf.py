@@ -81,7 +81,8 @@ class GgufFormat:
             convert_gguf(source, unquantised, file, variant, name, template)  # type: ignore[arg-type]
         else:
             export_gguf(source, context.tokenizer, file, format=variant, name=name, chat_template=template)  # type: ignore[arg-type]
-        require_chat_template(read_gguf_header(file), file.name)
+        if variant == self.unquantised:  # the others of its model have the same
+            require_chat_template(read_gguf_header(file), file.name)
 
     def difference(self, source: Path, file: Path) -> Difference:
         """Of llama.cpp, which reads the file in its own way, at places spread over a short row and over a long one.
