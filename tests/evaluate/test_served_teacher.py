@@ -38,7 +38,7 @@ from overproof.train.ray_trainer import train_teacher
 
 RECIPE = Path(__file__).parents[2] / "jobs/recipes/stdlib-lm.yaml"
 K, ROWS = 8, 48
-VLLM_PYTHON, RUN_S = "OVERPROOF_VLLM_PYTHON", 600
+VLLM_PYTHON, RUN_S = "OVERPROOF_VLLM", 600
 
 
 def overrides(folder: Path, url: str) -> tuple[str, ...]:
