@@ -36,7 +36,7 @@ TASK = {"text": "language_modeling", "digits": "image_classification"}
 BATCH = {"language_modeling": 16, "image_classification": 64}
 PIXELS = (Column(name="pixels", dtype="<f4", shape=(1, 8, 8)), Column(name="label", dtype="<i4"))
 TOKENS = text_columns(LENGTH, VOCABULARY)
-TEXT_TEACHER = Llama(hidden_size=96, intermediate_size=192, layers=2, heads=4, kv_heads=2)
+TEXT_TEACHER = Llama(hidden_size=96, intermediate_size=192, layers=2, heads=3, kv_heads=1)  # heads of 32, as vLLM has
 TEXT_STUDENT = Llama(hidden_size=64, intermediate_size=96, layers=1, heads=2, kv_heads=1)
 IMAGE_TEACHER = Vit(hidden_size=32, intermediate_size=64, layers=2, heads=4)
 IMAGE_STUDENT = Vit(hidden_size=16, intermediate_size=32, layers=1, heads=2)
