@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test trials chromium check clean
+.PHONY: install demo test trials chromium check clean
+
+install: $(INSTALLED)  ## the environment in .venv, which every other target makes as well
 
 demo: $(INSTALLED)  ## the whole loop, ending with a table and a live answer; ARGS=--keep leaves the server up
 	$(BIN)/overproof demo $(ARGS)

@@ -8,8 +8,9 @@ steps: the teacher as the recipe has it, trained whole and with adapters (2 step
 batches, 2 steps of the first student with a validation and a checkpoint after each, exporting it in every variant, and
 scoring 2 rows.
 
-`measured` is the most anonymous memory (RssAnon of /proc/PID/status, looked at every 5 ms from outside), less what the
-libraries hold when they are loaded. Pages of files, such as weights that are mapped, do not count. In MB. Linux only.
+`measured` is the most anonymous memory of the process (RssAnon of /proc/PID/status, looked at every 5 ms from outside),
+libraries and all, and `plan` what the plan says of it. Pages of files, such as weights that are mapped, do not count.
+The last two columns are the same without what the libraries hold when they are loaded. In MB. Linux only.
 """
 
 from __future__ import annotations
@@ -54,7 +55,12 @@ class Peak:
     """Bytes that a phase held at most."""
 
     libraries: int
-    own: int
+    held: int
+
+    @property
+    def own(self) -> int:
+        """Beside the libraries."""
+        return self.held - self.libraries
 
 
 @dataclass(frozen=True)
@@ -214,7 +220,7 @@ PHASES = phases()
 
 
 def planned(setting: Setting, phase: str) -> int:
-    """What `overproof plan` says of it."""
+    """What `overproof plan` says of it, beside the libraries."""
     recipe, (kind, *_) = setting.recipe, phase.split()
     shape, written, engine = shape_of(setting.manifest), FORMATS[recipe.compress.kind], ENGINES[recipe.engine]
     student = student_size(recipe.sweep.students[0].model, recipe.train.model, shape)
@@ -266,7 +272,7 @@ def measure(command: list[Any]) -> Peak:
     if process.returncode:
         raise SystemExit(f"{command}: {process.returncode}\n{said}")
     libraries = int(printed(said)["libraries"])
-    return Peak(libraries, highest - libraries)
+    return Peak(libraries, highest)
 
 
 def setting_of(file: str, overrides: list[str], scratch: Path, rows: int | None) -> Setting:
@@ -305,12 +311,13 @@ def main() -> None:
         for phase in given.phases:
             command = [sys.executable, __file__, given.recipe, "--phase", phase, "--scratch", scratch, *told]
             peak = measure(command)
-            said = planned(setting, phase)
-            figures = (f"{bytes_ / 1e6:,.0f}" for bytes_ in (peak.libraries, said, peak.own))
-            rows.append([phase, *figures, f"{said / peak.own:.2f}"])
+            own = planned(setting, phase)
+            said = stage_memory.LIBRARIES_BYTES + own
+            said_MB, held_MB, own_MB, measured_MB = (f"{n / 1e6:,.0f}" for n in (said, peak.held, own, peak.own))
+            rows.append([phase, said_MB, held_MB, f"{said / peak.held:.2f}", own_MB, measured_MB])
             say(f"{rows[-1]}")
     print(f"{machine(1)}\n")
-    table(("stage", "libraries", "plan", "measured", "plan ÷ measured"), rows)
+    table(("stage", "plan", "measured", "plan ÷ measured", "plan, own", "measured, own"), rows)
 
 
 if __name__ == "__main__":

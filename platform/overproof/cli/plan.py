@@ -219,10 +219,9 @@ def _largest(recipe: Recipe, teacher: ModelSize | None, students: dict[str, Mode
         found["compress"] = max(map(written.export_memory, exported))
     if isinstance(engine, ScoringLoader):
         found["evaluate"] = max(engine.scoring_memory(size, size.predictions) for size in exported)
-    told = ", ".join(f"{stage} {format_bytes(bytes_)}" for stage, bytes_ in found.items())
-    return (
-        f"without a GPU the largest process of a stage holds, beside its libraries and what it maps from files: {told}"
-    )
+    held = {stage: stage_memory.LIBRARIES_BYTES + bytes_ for stage, bytes_ in found.items()}
+    told = ", ".join(f"{stage} {format_bytes(bytes_)}" for stage, bytes_ in held.items())
+    return f"without a GPU the largest process of a stage holds, beside what it maps from files: {told}"
 
 
 def _teacher_text(recipe: Recipe, model: ModelSize, prepared: Artifact | None, rate: Throughput | None) -> str | None:
@@ -285,7 +284,7 @@ def _rows(rows: int | None, prepared: Artifact | None) -> int | None:
 
 def _worker_bytes(recipe: Recipe, model: ModelSize) -> int:
     train = recipe.train
-    return stage_memory.teacher_memory(model, train, train.fewest)
+    return stage_memory.LIBRARIES_BYTES + stage_memory.teacher_memory(model, train, train.fewest)
 
 
 def _findings(findings: list[Finding]) -> Table:

@@ -142,7 +142,7 @@ def read_gguf(path: Path) -> PreTrainedModel:
         weights = _dequantised(tensors.pop(name))
         change = layout.change(key)
         state[key] = torch.from_numpy(
-            np.ascontiguousarray(weights if change is None else change.from_gguf(weights, config))
+            np.require(weights if change is None else change.from_gguf(weights, config), requirements=["C", "W"])
         )
     if tensors:
         raise InputError(f"{path}: tensor {min(tensors)} is unknown; expected a model that overproof exported")

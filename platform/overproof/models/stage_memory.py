@@ -1,4 +1,4 @@
-"""The bytes that one process of a stage holds at most, on a machine without a GPU, beside its libraries.
+"""The bytes that one process of a stage holds at most, on a machine without a GPU, beside ``LIBRARIES_BYTES``.
 
 What no file backs is counted, and nothing else: weights that are kept in fp32 in their directory are mapped from there,
 and take memory of the machine's that it can take back. ``benchmarks/stage_memory.py`` measures the same of real stages.
@@ -15,6 +15,7 @@ from overproof.models.sizes import FP32_BYTES, ModelSize
 from overproof.models.zero_memory import ADAM_BYTES, HALF_BYTES, activation_memory, state_memory, update_memory
 from overproof.registry import FAMILIES
 
+LIBRARIES_BYTES = 350_000_000  # of torch's CPU build and what is loaded with it: 320 to 393 MB measured, by stage
 LOGITS_OF_CROSS_ENTROPY = 3  # at once, in the backward pass: the log-softmax, its gradient, and the logits'
 LOGITS_OF_DISTILLATION = 2  # the logits and their gradient, which one pass computes
 

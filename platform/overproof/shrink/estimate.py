@@ -31,7 +31,7 @@ READ_BYTES_PER_S = 10e9  # of weights, once for each token that is written
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds by stage, and bytes that a process holds at most, by what it does."""
+    """Seconds by stage, and bytes that a process holds at most, with libraries and mapped weights, by what it does."""
 
     seconds: Mapping[str, float]
     memory: Mapping[str, float]
@@ -52,7 +52,7 @@ class Estimate:
         held = ", ".join(f"{what} {format_bytes(bytes_)}" for what, bytes_ in self.memory.items())
         total = format_seconds(self.total_s)
         rate = f"this machine multiplies matrices at {self.flops_per_s / 1e9:,.0f} GFLOP/s"
-        return f"about {total} ({self.stages}): {rate}", f"{held}; and about 0.5 GB a process for its libraries"
+        return f"about {total} ({self.stages}): {rate}", held
 
 
 def choose_within(asked: Asked, flops_per_s: float) -> tuple[ProposedRecipe, Estimate]:
@@ -120,11 +120,13 @@ def estimate(choice: ProposedRecipe, flops_per_s: float) -> Estimate:
         "compress": 0.0,
         "evaluate": _evaluation(choice, rate),
     }
-    memory = {"the teacher that teaches": float(FP32_BYTES * chosen.teacher.parameters)}
+    weights = FP32_BYTES * chosen.teacher.parameters
+    memory = {"the teacher that teaches": weights + stage_memory.capture_memory(chosen.teacher, recipe.cache)}
     if train.steps:
-        memory["a worker that trains it"] = float(stage_memory.teacher_memory(chosen.teacher, train, train.fewest))
-    memory["a trial of the largest student"] = float(stage_memory.student_memory(taught[0], recipe.sweep))
-    return Estimate({stage: STARTS_S[stage] + seconds for stage, seconds in work.items()}, memory, flops_per_s)
+        memory["a worker that trains it"] = stage_memory.teacher_memory(chosen.teacher, train, train.fewest)
+    memory["a trial of the largest student"] = stage_memory.student_memory(taught[0], recipe.sweep)
+    held = {what: float(stage_memory.LIBRARIES_BYTES + bytes_) for what, bytes_ in memory.items()}
+    return Estimate({stage: STARTS_S[stage] + seconds for stage, seconds in work.items()}, held, flops_per_s)
 
 
 def _pass(size: ModelSize) -> float:
