@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from browser import open_page
+from overproof.config import Served
+from overproof.engines.endpoint import Endpoint
+from overproof.engines.llamacpp_scorer import LlamaCppScorer
+from overproof.files import file_sha256
 from overproof.package.package import open_package
 from overproof.serve.metrics import METRIC_PREFIXES, merge_metrics
 from shared_server import SharedServer, wait_until
@@ -242,3 +247,17 @@ def test_families_of_several_texts_are_joined() -> None:
     one, two = (f'# HELP ray_serve_x X.\n# TYPE ray_serve_x gauge\nray_serve_x{{node="{n}"}} 1.0\n' for n in "ab")
     other = "# TYPE ray_node_y gauge\nray_node_y 1.0\n"
     assert merge_metrics([one + other, two]) == one + two.splitlines()[-1] + "\n"
+
+
+def test_it_can_be_a_teacher(shared_server: SharedServer, text_package: Path) -> None:
+    """What its replicas say of given texts is what the file says of them in this process."""
+    model, ids = open_package(text_package).model, [[1, 5, 9, 40, 7, 300], [2, 8, 8, 31]]
+    endpoint = Endpoint(Served(url=f"{shared_server.url}/v1", model="stdlib-lm", rows_per_request=1))
+    scorer = LlamaCppScorer(model, 5, 1)
+    expected = list(scorer.score(map(np.array, ids)))
+    assert endpoint.model_entry()["overproof"]["sha256"] == file_sha256(model)
+    for told, here in zip(endpoint.read_rows(ids, 4), expected, strict=True):
+        np.testing.assert_allclose(-told.logprobs_P, here.nats_P, atol=1e-3)
+        assert [max(top, key=lambda name: top[name]) for top in told.top_P] == here.choices_P.tolist()
+    scorer.close()
+    endpoint.close()

@@ -26,7 +26,7 @@ def encode_targets(
     """Targets in single precision: see ``TargetLayout``. ``uniform_BP`` in [0, 1) decide the draws of `sampled`."""
     logits_NV, labels_N1 = logits_BPV.flatten(0, 1), labels_BP.reshape(-1, 1)
     uniform_N = None if uniform_BP is None else uniform_BP.flatten()
-    parts = []
+    found = dict[str, Tensor]()  # whole from the start: small parts that stay would keep malloc from using room again
     for here in logit_chunks(logits_NV):
         logits_CV = logits_NV[here].float()
         p_CV, base_C1 = softmax_logsumexp(logits_CV)
@@ -40,11 +40,10 @@ def encode_targets(
             part |= _sampled(logits_CV, p_CV, base_C1, scheme, temperatures, uniform_N[here])
         else:
             part["logprobs"] = logits_CV - base_C1
-        parts.append(part)
-    return {
-        name: torch.cat([part[name] for part in parts]).reshape(*logits_BPV.shape[:2], *parts[0][name].shape[1:])
-        for name in parts[0]
-    }
+        for name, value in part.items():
+            whole = found.setdefault(name, value.new_empty(len(logits_NV), *value.shape[1:]))
+            whole[here] = value
+    return {name: value.reshape(*logits_BPV.shape[:2], *value.shape[1:]) for name, value in found.items()}
 
 
 def _top_k(logits_CV: Tensor, p_CV: Tensor, base_C1: Tensor, k: int) -> dict[str, Tensor]:
