@@ -22,7 +22,7 @@ from overproof.engines.base import (
 )
 from overproof.engines.chat_template import GgufChatTemplate
 from overproof.engines.gguf_tokens import align_logprobs, incomplete_utf8_tail, read_gguf_header
-from overproof.engines.llamacpp_memory import context_memory, rearranged_memory
+from overproof.engines.llamacpp_memory import batch_tokens, context_memory, rearranged_memory
 from overproof.engines.llamacpp_prompt import LlamaCppPrompts
 from overproof.engines.llamacpp_scorer import LlamaCppScorer
 from overproof.engines.llamacpp_server import LlamaCppDraft, LlamaCppHttp, check_reply, server_params, start_server
@@ -299,7 +299,8 @@ class LlamaCppLoader:
 
     def scoring_memory(self, size: ModelSize, positions: int) -> int:
         """See ``ScoringLoader``: of the format that takes most."""
-        return context_memory(size, positions) + rearranged_memory(size)
+        told = batch_tokens(positions, size.outputs)
+        return context_memory(size, positions, told) + rearranged_memory(size)
 
 
 ENGINE = LlamaCppLoader()

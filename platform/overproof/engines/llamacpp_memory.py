@@ -22,9 +22,10 @@ def rearranged_memory(size: ModelSize) -> int:
     return 18 * sum(numbers for numbers in size.tensors if numbers != table) // 32
 
 
-def context_memory(size: ModelSize, positions: int, cache_bytes: int = HALF_BYTES) -> int:
-    """Bytes of a context beside the file's mapping: keys and values, each number of which takes ``cache_bytes``, and a
-    batch's logits twice, where they are computed and where they are read.
+def context_memory(size: ModelSize, positions: int, told: int, cache_bytes: int = HALF_BYTES) -> int:
+    """Bytes of a context beside the file's mapping: keys and values, each number of which takes ``cache_bytes``, and
+    twice the logits of the ``told`` places of a batch that are asked for, where they are computed and where they are
+    read.
     """
     cached = 2 * positions * size.layers * size.key_width * cache_bytes
-    return cached + 2 * FP32_BYTES * batch_tokens(positions, size.outputs) * size.outputs
+    return cached + 2 * FP32_BYTES * told * size.outputs

@@ -129,9 +129,12 @@ class GgufFormat:
         """See ``SizedFormat``: the largest tensor as it is quantised, or llama.cpp and torch on a long row."""
         from overproof.engines.llamacpp_memory import context_memory
 
-        layer = LONG_ROW * FAMILIES[size.family].layer_memory(size, FP32_BYTES)
+        layers = (
+            2 * LONG_ROW * FAMILIES[size.family].layer_memory(size, FP32_BYTES)
+        )  # a layer in torch, one in llama.cpp
         compared = 5 * CHECKED_PLACES * size.outputs * FP32_BYTES  # logits and log-probabilities of both, and a product
-        return max(FP32_BYTES * max(size.tensors), context_memory(size, LONG_ROW, FP32_BYTES) + layer + compared)
+        context = context_memory(size, LONG_ROW, CHECKED_PLACES, FP32_BYTES)
+        return max(FP32_BYTES * max(size.tensors), context + layers + compared)
 
     def companions(self, context: ExportContext) -> Mapping[str, Path]:
         assert context.tokenizer is not None

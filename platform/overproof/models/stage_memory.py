@@ -52,7 +52,7 @@ def _backward_memory(size: ModelSize, kept: int, logits: int, losses: int) -> in
 def teacher_memory(size: ModelSize, train: Training, world: int) -> int:
     """A worker that trains the teacher, or takes it over as it is, and at the end writes its directory."""
     if train.steps == 0:
-        return FP32_BYTES * size.held + forward_memory(size, train.batch_size // world, 2)
+        return FP32_BYTES * size.held + forward_memory(size, train.batch_size // world)
     parts = state_memory(size, train, train.zero_stage, world)
     held, gradients = parts.total, parts.device.gradients + parts.host.gradients
     micro_rows = train.batch_size // world // train.accumulation(world)
