@@ -54,7 +54,7 @@ def digits(digits_package: Path) -> SingleModel:
 def ask(app: Any, method: str, path: str, client: str = "127.0.0.1", **request: Any) -> httpx.Response:
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=(client, 1))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             return await http.request(method, path, **request)
 
     return asyncio.run(send())
@@ -465,7 +465,7 @@ def test_generation_ends_when_the_client_goes(text_package: Path, stream: bool) 
             "method": "POST",
             "path": "/v1/completions",
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
             "client": ("127.0.0.1", 1),
         }
         await asyncio.wait_for(app(scope, receive, send), 10)

@@ -31,6 +31,7 @@ from overproof.serve.middleware import Access, Telemetry
 from overproof.serve.model_registry import ShadowRequest, unknown_model
 from overproof.serve.net import listening_socket
 from overproof.serve.ray_serve import node_ip_address
+from overproof.serve.request_source import SourcePolicy
 from overproof.serve.response_builder import ServedModel
 from overproof.serve.responses import Usage
 from overproof.serve.router import ReplicaServer
@@ -56,7 +57,7 @@ class Gateway:
         self._router = ModelRouter(settings, metrics)
         await self._router.start(packages)
         recorder = None if settings.traffic is None else Recorder(settings.traffic)
-        app = build_app(self._router, access, GatewayTelemetry(recorder, metrics))
+        app = build_app(self._router, access, GatewayTelemetry(recorder, metrics), SourcePolicy.of(settings))
         self._access_log = AccessLog(app, settings.log_prompts)
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -66,6 +67,7 @@ class Gateway:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # see SourcePolicy
                 timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
                 ssl_certfile=settings.tls_certificate,
                 ssl_keyfile=settings.tls_key,

@@ -25,13 +25,12 @@ from overproof.serve.response_builder import (
     choice_tokens,
     token_infos,
 )
-from overproof.serve.responses import ErrorDetail, ErrorReply, GeneratedReply, Usage
+from overproof.serve.responses import SERVER_ERROR, ErrorDetail, ErrorReply, GeneratedReply, Usage
 from overproof.serve.tools import call_grammar, require_tools
 from overproof.serve.traffic import Exchange
 
 LOG = logging.getLogger("overproof.serve")
 LEAST_TOP_P = 1e-6  # the likeliest token alone, as 0 is, which not every engine takes
-SERVER_ERROR = "the server failed; its log says why"
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, Union
 
 from fastapi import Body, FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
@@ -23,7 +24,6 @@ from overproof.errors import InputError
 from overproof.registry import TASKS
 from overproof.serve.async_engine import AsyncEngine, Busy, Generation
 from overproof.serve.generation import (
-    SERVER_ERROR,
     ChoiceResult,
     EngineRequest,
     build_reply,
@@ -35,8 +35,16 @@ from overproof.serve.generation import (
     traffic_exchanges,
 )
 from overproof.serve.grammar_compiler import GrammarCompiler
-from overproof.serve.middleware import KEY_IN_SCOPE, Access, AuthMiddleware, Telemetry, error_response
+from overproof.serve.middleware import (
+    KEY_IN_SCOPE,
+    Access,
+    AuthMiddleware,
+    SourceMiddleware,
+    Telemetry,
+    error_response,
+)
 from overproof.serve.model_registry import ModelRegistry, ShadowRequest
+from overproof.serve.request_source import SourcePolicy
 from overproof.serve.requests import ChatRequest, CompletionRequest, RatingRequest
 from overproof.serve.response_builder import ChatResponses, CompletionResponses, ServedModel
 from overproof.serve.responses import (
@@ -60,10 +68,16 @@ CLIENT_CLOSED_REQUEST = 499  # as nginx has it; nobody reads the reply
 ERROR_TYPES = {404: "not_found_error", 408: "timeout_error", 503: "server_error"}
 SHORT_BODY_BYTES = 16 << 10  # read in less time than a thread takes to begin
 RETRY_HEADERS = {"Retry-After": "1"}
+DEFAULT_SOURCE = SourcePolicy()
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
 
 
-def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | None = None) -> FastAPI:
+def build_app(
+    registry: ModelRegistry,
+    access: Access,
+    telemetry: Telemetry | None = None,
+    source: SourcePolicy = DEFAULT_SOURCE,
+) -> FastAPI:
     """/v1/models, the routes of every task, /healthz, and /docs to try them."""
     telemetry, compiler = telemetry or Telemetry(), GrammarCompiler()
     array_tasks = {kind: task for kind, task in TASKS.items() if isinstance(task, ArrayTask)}
@@ -76,6 +90,7 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
 
     app = FastAPIOffline(title="overproof", lifespan=lifespan, redoc_url=None, responses=ERROR_RESPONSES)
     app.add_middleware(AuthMiddleware, access=access, telemetry=telemetry)
+    app.add_middleware(SourceMiddleware, policy=source, needs_key=access.needs_key)  # before it
     _add_error_handlers(
         app, {CompletionRequest, ChatRequest, RatingRequest, *(task.request for task in array_tasks.values())}
     )
@@ -187,6 +202,10 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
 
     for route in sorted({task.route for task in array_tasks.values()}):
         add_rows_route(route)
+    for each in list(app.routes):
+        if isinstance(each, APIRoute) and "GET" in (each.methods or ()):
+            app.add_api_route(each.path, each.endpoint, methods=["HEAD"], include_in_schema=False,
+                              response_class=each.response_class)  # fmt: skip
     return app
 
 
@@ -314,7 +333,3 @@ def _add_error_handlers(app: FastAPI, requests: set[type[BaseModel]]) -> None:
         return error_response(
             429, "every replica is busy; ask again in a second", "rate_limit_error", headers=RETRY_HEADERS
         )
-
-    @app.exception_handler(Exception)
-    async def on_failure(_: HttpRequest, __: Exception) -> JSONResponse:
-        return error_response(500, SERVER_ERROR, kind="server_error")
