@@ -259,6 +259,8 @@ def test_a_body_that_does_not_come_is_not_waited_for(text: SingleModel, monkeypa
 class Endless:
     """Pieces until closed."""
 
+    prompt_tokens, completion_tokens = 1, 0
+
     def __init__(self) -> None:
         self.closed = threading.Event()
 
@@ -376,6 +378,8 @@ def test_a_chat_models_package_answers_at_both_routes(text: SingleModel) -> None
 
 def test_a_stream_that_fails_says_so_at_its_end(text_package: Path) -> None:
     class Breaks:
+        prompt_tokens, completion_tokens = 1, 1
+
         def stream(self, *_: Any) -> Any:
             return self
 

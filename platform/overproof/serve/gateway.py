@@ -21,7 +21,7 @@ from overproof.config import Serve
 from overproof.errors import InputError
 from overproof.serve.access_log import AccessLog
 from overproof.serve.api_keys import ApiKey
-from overproof.serve.async_engine import Busy
+from overproof.serve.async_engine import Busy, Work
 from overproof.serve.canary import VersionStats
 from overproof.serve.controller import RoutingTable, get_or_create_controller, unwrap_remote_errors
 from overproof.serve.deployments import ModelDeployment, Version
@@ -33,7 +33,6 @@ from overproof.serve.net import listening_socket
 from overproof.serve.ray_serve import node_ip_address
 from overproof.serve.request_source import SourcePolicy
 from overproof.serve.response_builder import ServedModel
-from overproof.serve.responses import Usage
 from overproof.serve.router import ReplicaServer
 from overproof.serve.routes import build_app
 from overproof.serve.traffic import Recorder, in_sample
@@ -262,9 +261,9 @@ class GatewayTelemetry(Telemetry):
         self._page: asyncio.Task[str] | None = None  # the newest, or the one that is being gathered
         self._gathered_s = 0.0
 
-    def on_usage(self, package: str, key: ApiKey | None, usage: Usage) -> None:
-        super().on_usage(package, key, usage)
-        self._metrics.on_usage(package, usage)
+    def on_work(self, package: str, key: ApiKey | None, work: Work) -> None:
+        super().on_work(package, key, work)
+        self._metrics.on_work(package, work)
 
     def on_first_event(self, package: str, seconds: float) -> None:
         self._metrics.on_first_event(package, seconds)

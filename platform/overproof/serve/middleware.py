@@ -22,9 +22,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from overproof.errors import InputError
 from overproof.files import absolute_uri
 from overproof.serve.api_keys import ApiKey, KeyStore, KeysUnavailable, RateLimiter, hash_key, read_keys
+from overproof.serve.async_engine import Work
 from overproof.serve.net import is_loopback
 from overproof.serve.request_source import ANY_ORIGIN, SourcePolicy, SourceRefused
-from overproof.serve.responses import SERVER_ERROR, ErrorDetail, ErrorReply, Usage
+from overproof.serve.responses import SERVER_ERROR, ErrorDetail, ErrorReply
 from overproof.serve.traffic import Recorder
 
 LOG = logging.getLogger("overproof.serve")
@@ -34,7 +35,8 @@ MAX_BODY_BYTES = 4 << 20
 BODY_TIMEOUT_S = 30
 REQUEST_TIMEOUT_S = 300
 BODY_TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES} bytes; send less at a time"
-KEY_IN_SCOPE = "overproof.key"  # of an ASGI request: the key whose limits it counts against
+KEY_IN_SCOPE = "overproof.key"  # of an ASGI request: the key that it carries
+OWN_KEY = ApiKey(name=KEY_VARIABLE, sha256="", created="", operator=True)  # as the log names it; it has no limits
 OPEN_PATHS = ("/healthz",)
 OPERATOR_PATHS = ("/metrics",)  # of all keys' requests; they count against no limit
 DOCS_PATHS = ("/docs", "/openapi.json", "/static-offline-docs/")  # no secret, and a browser sends no key for them
@@ -84,10 +86,12 @@ class Telemetry:
         """0 where a request with this key may pass, else the seconds to wait."""
         return self._limiter.admit(key)
 
-    def on_usage(self, package: str, key: ApiKey | None, usage: Usage) -> None:  # noqa: ARG002
-        """Called with the tokens of a request, however it ended."""
+    def on_work(self, package: str, key: ApiKey | None, work: Work) -> None:  # noqa: ARG002
+        """Called when an engine has ended a request, or a choice of one, however: with the tokens that it read and
+        generated.
+        """
         if key is not None:
-            self._limiter.charge(key, usage.total_tokens)
+            self._limiter.charge(key, work.tokens)
 
     def on_first_event(self, package: str, seconds: float) -> None:
         """Called when a stream sends its first event, with the seconds since the request."""
@@ -180,6 +184,7 @@ class AuthMiddleware:
             return None
         presented = _presented_sha256(dict(scope["headers"]))
         if hmac.compare_digest(presented, self._access.key_sha256 or ""):
+            scope[KEY_IN_SCOPE] = OWN_KEY
             return None
         try:
             key = await self._find_key(presented)
@@ -193,6 +198,7 @@ class AuthMiddleware:
                 kind="authentication_error",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        scope[KEY_IN_SCOPE] = key
         if scope["path"] in OPERATOR_PATHS:
             if key.operator:
                 return None
@@ -207,7 +213,6 @@ class AuthMiddleware:
                     kind="rate_limit_error",
                     headers={"Retry-After": str(math.ceil(wait_s))},
                 )
-            scope[KEY_IN_SCOPE] = key
         return None
 
     async def _find_key(self, presented: str) -> ApiKey | None:

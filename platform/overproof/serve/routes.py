@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from overproof.engines.base import Sampling
 from overproof.errors import InputError
 from overproof.registry import TASKS
-from overproof.serve.async_engine import AsyncEngine, Busy, Generation
+from overproof.serve.async_engine import AsyncEngine, Busy, Generation, OnWork, ignore_work
 from overproof.serve.generation import (
     ChoiceResult,
     EngineRequest,
@@ -31,7 +31,6 @@ from overproof.serve.generation import (
     grammar_source,
     require_grammar,
     stream_events,
-    total_usage,
     traffic_exchanges,
 )
 from overproof.serve.grammar_compiler import GrammarCompiler
@@ -67,6 +66,8 @@ SESSION_HEADER = "x-session-id"  # keeps a client with one version, as its `user
 CLIENT_CLOSED_REQUEST = 499  # as nginx has it; nobody reads the reply
 ERROR_TYPES = {404: "not_found_error", 408: "timeout_error", 503: "server_error"}
 SHORT_BODY_BYTES = 16 << 10  # read in less time than a thread takes to begin
+# Proxies pass events on one by one: nginx buffers a reply, and some compress or store it, unless told not to.
+STREAM_HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
 RETRY_HEADERS = {"Retry-After": "1"}
 DEFAULT_SOURCE = SourcePolicy()
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
@@ -130,12 +131,12 @@ def build_app(
         requests = build_requests(served, request, prompts, builder.logprobs, None if grammar is None else grammar.lark)
         registry.on_request(served, _text_shadow(requests))
         start_s, first_event_s = time.perf_counter(), None
+        # Each request of the engine is charged when it has ended, which may be after this one: what was done counts.
+        on_work = partial(telemetry.on_work, served.model.overproof.package, http.scope.get(KEY_IN_SCOPE))
 
         async def on_complete(results: list[ChoiceResult], failed: bool) -> None:
             seconds = time.perf_counter() - start_s
             registry.on_complete(served, seconds, failed)
-            usage = total_usage(results, request.n)
-            telemetry.on_usage(served.model.overproof.package, http.scope.get(KEY_IN_SCOPE), usage)
             if telemetry.recorder is not None:
                 for exchange in await traffic_exchanges(builder, requests, results, seconds, first_event_s):
                     telemetry.recorder.record(exchange)
@@ -144,13 +145,16 @@ def build_app(
             if request.stream and len(prompts) > 1:  # before any starts, for one may be bad
                 await asyncio.gather(*(served.engine.validate(*each) for each in requests[:: request.n]))
             if request.stream:
-                events = stream_events(builder, requests, grammar, on_complete)
-                first = await anext(events)  # an error of the request shows here, before the reply begins
+                events = stream_events(builder, requests, grammar, on_complete, on_work)
+                # An error of the request shows here, before the reply begins.
+                first = await _unless_disconnected(http, asyncio.ensure_future(_first(events)))
                 first_event_s = time.perf_counter() - start_s
                 telemetry.on_first_event(served.model.overproof.package, first_event_s)
-                return StreamingResponse(_prepend(first, events), media_type="text/event-stream")
+                return StreamingResponse(
+                    _prepend(first, events), headers=STREAM_HEADERS, media_type="text/event-stream"
+                )
             generations = await _unless_disconnected(
-                http, asyncio.ensure_future(_complete_all(served.engine, requests))
+                http, asyncio.ensure_future(_complete_all(served.engine, requests, on_work))
             )
         if grammar is not None:
             require_grammar(grammar, generations)
@@ -264,9 +268,11 @@ def _one_of(requests: list[type[BaseModel]]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": {"anyOf": schemas}}}}}
 
 
-async def _complete_all(engine: AsyncEngine, requests: list[EngineRequest]) -> list[Generation]:
+async def _complete_all(
+    engine: AsyncEngine, requests: list[EngineRequest], on_work: OnWork = ignore_work
+) -> list[Generation]:
     """Every choice; where one fails, the others are cancelled."""
-    tasks = [asyncio.ensure_future(engine.complete(*request)) for request in requests]
+    tasks = [asyncio.ensure_future(engine.complete(*request, on_work)) for request in requests]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -290,6 +296,10 @@ async def _unless_disconnected(http: HttpRequest, work: asyncio.Future[ResultT])
 async def _disconnected(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
+
+
+async def _first(events: AsyncGenerator[str]) -> str:
+    return await anext(events)
 
 
 async def _prepend(first: str, events: AsyncGenerator[str]) -> AsyncIterator[str]:
