@@ -39,11 +39,13 @@ class Canary(Section):
     share: float = Field(0.1, ge=0, le=1, description="Share of the sessions that a canary answers.")
     compare: float = Field(
         0.2, ge=0, le=1,
-        description="Share of a canary's requests that both versions continue by one greedy token, or classify.",
+        description="Share of a canary's requests that both versions continue by a few greedy tokens, or classify.",
     )  # fmt: skip
     min_requests: Count = Field(50, description="Requests, and comparisons, before either is judged.")
     max_failed: float = Field(0.01, ge=0, le=1, description="Share of requests that may fail in the server.")
-    max_slowdown: float = Field(1.5, gt=0, description="Median seconds a request, as times the other version's.")
+    max_slowdown: float = Field(
+        1.5, gt=0, description="Median seconds a token, or row, as times the other version's when asked the same."
+    )
     min_agreement: float = Field(0.5, ge=0, le=1, description="Share of comparisons in which both say the same.")
 
 

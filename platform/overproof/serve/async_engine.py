@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -50,6 +51,7 @@ class Generation:
     completion_tokens: int
     completion: Completion | None = None  # where log-probabilities were asked for
     prompt: PromptReading | None = None  # where it is to be told, too
+    seconds: float = field(default=0.0, compare=False)  # of the engine, without waiting; not where those are told
 
 
 @dataclass
@@ -286,10 +288,12 @@ class BatchingEngine(ThreadedEngine):
 
 
 def _join(pieces: PieceStream) -> Generation:
-    texts, last = [], Piece("")
+    texts, last, start_s = [], Piece(""), time.perf_counter()
     for last in pieces:
         texts.append(last.text)
-    return Generation("".join(texts), last.finish_reason, last.prompt_tokens, last.completion_tokens)
+    seconds = time.perf_counter() - start_s
+    text = "".join(texts)
+    return Generation(text, last.finish_reason, last.prompt_tokens, last.completion_tokens, seconds=seconds)
 
 
 def _forward(pieces: PieceStream, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Piece | None]) -> None:

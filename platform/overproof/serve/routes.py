@@ -42,7 +42,7 @@ from overproof.serve.middleware import (
     Telemetry,
     error_response,
 )
-from overproof.serve.model_registry import ModelRegistry, ShadowRequest
+from overproof.serve.model_registry import Comparison, ModelRegistry, ShadowRequest
 from overproof.serve.request_source import SourcePolicy
 from overproof.serve.requests import ChatRequest, CompletionRequest, RatingRequest
 from overproof.serve.response_builder import ChatResponses, CompletionResponses, ServedModel
@@ -65,6 +65,7 @@ WRITING = (COMPLETIONS, CHAT_COMPLETIONS)  # every model that writes answers at 
 SESSION_HEADER = "x-session-id"  # keeps a client with one version, as its `user` does
 CLIENT_CLOSED_REQUEST = 499  # as nginx has it; nobody reads the reply
 ERROR_TYPES = {404: "not_found_error", 408: "timeout_error", 503: "server_error"}
+TIMED_TOKENS = 16  # that two versions generate to be compared
 SHORT_BODY_BYTES = 16 << 10  # read in less time than a thread takes to begin
 # Proxies pass events on one by one: nginx buffers a reply, and some compress or store it, unless told not to.
 STREAM_HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
@@ -136,12 +137,12 @@ def build_app(
 
         async def on_complete(results: list[ChoiceResult], failed: bool) -> None:
             seconds = time.perf_counter() - start_s
-            registry.on_complete(served, seconds, failed)
+            registry.on_complete(served, failed)
             if telemetry.recorder is not None:
                 for exchange in await traffic_exchanges(builder, requests, results, seconds, first_event_s):
                     telemetry.recorder.record(exchange)
 
-        with _count_failures(registry, served, start_s):
+        with _count_failures(registry, served):
             if request.stream and len(prompts) > 1:  # before any starts, for one may be bad
                 await asyncio.gather(*(served.engine.validate(*each) for each in requests[:: request.n]))
             if request.stream:
@@ -198,10 +199,9 @@ def build_app(
             request = _parse(task.request, body)
             is_short = int(http.headers.get("content-length", SHORT_BODY_BYTES + 1)) <= SHORT_BODY_BYTES
             registry.on_request(served, _rows_shadow(task, request, is_short))
-            start_s = time.perf_counter()
-            with _count_failures(registry, served, start_s):
+            with _count_failures(registry, served):
                 data = await _answer_rows(task, request, served, is_short)
-            registry.on_complete(served, time.perf_counter() - start_s, False)
+            registry.on_complete(served, False)
             return {**served.reply_fields, "data": data}
 
     for route in sorted({task.route for task in array_tasks.values()}):
@@ -214,14 +214,14 @@ def build_app(
 
 
 @contextmanager
-def _count_failures(registry: ModelRegistry, served: ServedModel, start_s: float) -> Iterator[None]:
+def _count_failures(registry: ModelRegistry, served: ServedModel) -> Iterator[None]:
     """Tell the registry of a failure of the server; an error of the request, or a full queue, is none."""
     try:
         yield
     except (InputError, HTTPException, Busy):
         raise
     except Exception:
-        registry.on_complete(served, time.perf_counter() - start_s, True)
+        registry.on_complete(served, True)
         raise
 
 
@@ -229,17 +229,26 @@ def _text_shadow(requests: list[EngineRequest]) -> ShadowRequest:
     async def complete_all(served: ServedModel) -> Any:
         return await _complete_all(served.engine, requests)
 
-    async def next_token(served: ServedModel) -> Any:
-        return (await served.engine.complete(requests[0][0], Sampling(1))).text
+    async def few_tokens(served: ServedModel) -> Comparison:
+        """The next token; then, of a prompt that every version has read by now, the time of a few."""
+        prompt, engine = requests[0][0], served.engine
+        answer = (await engine.complete(prompt, Sampling(1))).text
+        timed = await engine.complete(prompt, Sampling(TIMED_TOKENS))
+        return Comparison(answer, timed.seconds, timed.completion_tokens)
 
-    return ShadowRequest(complete_all, next_token)
+    return ShadowRequest(complete_all, few_tokens)
 
 
 def _rows_shadow(task: ArrayTask, request: Any, is_short: bool) -> ShadowRequest:
     async def answers(served: ServedModel) -> Any:
         return await _answer_rows(task, request, served, is_short)
 
-    return ShadowRequest(answers, answers, task.agree)
+    async def compare(served: ServedModel) -> Comparison:
+        start_s = time.perf_counter()
+        answer = await answers(served)
+        return Comparison(answer, time.perf_counter() - start_s, len(answer))
+
+    return ShadowRequest(answers, compare, task.agree)
 
 
 async def _answer_rows(task: ArrayTask, request: Any, served: ServedModel, is_short: bool) -> list[dict[str, Any]]:
