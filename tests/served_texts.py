@@ -46,7 +46,7 @@ def classify_app(folder: Path, task: str, details: dict[str, Any], positions: in
 def ask(app: Any, method: str, path: str, **request: Any) -> httpx.Response:
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=("127.0.0.1", 1))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             return await http.request(method, path, **request)
 
     return asyncio.run(send())

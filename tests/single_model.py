@@ -26,7 +26,7 @@ def one(package: Path, engine: Any, max_tokens: int = 32, calls: int = 4) -> Sin
 @contextmanager
 def listening(app: Any) -> Iterator[str]:
     """The address at which an application answers, at a port of this machine."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off", proxy_headers=False))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

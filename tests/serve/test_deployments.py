@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from overproof.serve.deployments import (
     write_deployments,
 )
 from overproof.serve.gateway import pick_version
+from overproof.serve.model_registry import Comparison
 from shared_server import SETTINGS, WAIT_S
 
 
@@ -113,23 +116,55 @@ def test_a_canary_gets_its_share_and_keeps_its_sessions(text_package: Path, seco
 def test_a_candidate_is_rolled_back_for_what_is_known_and_not_for_chance() -> None:
     limits = Canary(min_requests=50, max_failed=0.01, max_slowdown=1.5, min_agreement=0.5)
 
-    def measured(requests: int, failed: int = 0, compared: int = 0, agreed: int = 0, s: float = 0.1) -> VersionStats:
-        made = VersionStats(requests, failed, compared, agreed)
-        made.seconds.extend([s] * (requests - failed))
-        return made
+    def judged(requests: int, failed: int = 0, compared: int = 0, agreed: int = 0) -> str | None:
+        return rollback_reason(limits, VersionStats(requests, failed, compared, agreed))
 
-    old = measured(500)
-    assert rollback_reason(limits, old, measured(49, 49)) is None  # too early to say
-    assert rollback_reason(limits, old, measured(100, 1)) is None  # may be chance
-    assert "50 of 100 requests failed; at most 1.0% may" in str(rollback_reason(limits, old, measured(100, 50)))
-    assert rollback_reason(limits, old, measured(100, s=0.14)) is None
-    assert "160.0 ms against 100.0 ms" in str(rollback_reason(limits, old, measured(100, s=0.16)))
-    assert rollback_reason(limits, old, measured(60, 0, 60, 28)) is None
-    assert "agrees in 10 of 60 comparisons" in str(rollback_reason(limits, old, measured(60, 0, 60, 10)))
-    assert rollback_reason(limits, measured(3), measured(100, s=9.0)) is None  # nothing to compare with
+    assert judged(49, 49) is None  # too early to say
+    assert judged(100, 1) is None  # may be chance
+    assert "50 of 100 requests failed; at most 1.0% may" in str(judged(100, 50))
+    assert judged(60, 0, 60, 28) is None
+    assert "agrees in 10 of 60 comparisons" in str(judged(60, 0, 60, 10))
     for count, of in ((0, 50), (10, 60), (60, 60)):
         known = binomtest(count, of).proportion_ci(method="wilson")
         assert wilson_interval(count, of, 0.95) == pytest.approx((known.low, known.high), abs=1e-4)
+
+
+def test_speed_is_judged_a_token_in_pairs_that_were_asked_the_same() -> None:
+    limits, draw = Canary(min_requests=50, max_slowdown=1.5, min_agreement=0), random.Random(0)
+
+    def judged(slowdown: float, pairs: int = 200, tokens: Callable[[], int] = lambda: 16) -> str | None:
+        stats = VersionStats(10_000)
+        for _ in range(pairs):
+            busy, count = draw.uniform(0.5, 5), tokens()  # what else the machine does slows both
+            stable, own = (busy * draw.lognormvariate(0, 0.2) * count * 0.01 for _ in range(2))
+            stats.compare(Comparison("", stable, count), Comparison("", slowdown * own, count), True)
+        return rollback_reason(limits, stats)
+
+    assert judged(1.0) is None
+    assert judged(1.3) is None
+    assert "pairs more than 1.5 times as long" in str(judged(2.0))
+    assert judged(9.0, pairs=49) is None  # too early to say
+    for tokens in (lambda: 1, lambda: draw.choice((1, 16)), lambda: 16):  # long and short, as clients ask
+        assert judged(1.0, tokens=tokens) is None
+        assert judged(2.0, tokens=tokens) is not None
+    stats = VersionStats()
+    for _ in range(200):  # one that says more takes longer, and is no slower for it
+        stats.compare(Comparison("", 0.1, 1), Comparison("", 1.6, 16), True)
+        stats.compare(Comparison("", 0.1, 0), Comparison("", 9.0, 0), True)
+    assert (list(stats.pairs), stats.compared) == ([], 400)
+    assert rollback_reason(limits, stats) is None
+
+
+def test_nobody_outside_can_tell_which_sessions_a_canary_gets(text_package: Path, second_package: Path) -> None:
+    canary = version(second_package, canary=Canary(share=0.5))
+    one, other = (ModelDeployment(stable=version(text_package), canary=canary) for _ in range(2))
+    same = sum(pick_version(one, f"s{i}") == pick_version(other, f"s{i}") for i in range(2000))
+    assert 900 < same < 1100
+    restored = ModelDeployment.model_validate_json(one.model_dump_json())  # after a restart
+    assert all(pick_version(one, f"s{i}") == pick_version(restored, f"s{i}") for i in range(200))
+    stable = Deployments().deployed(one.stable, "stable", "ada")
+    salts = {stable.deployed(canary, "canary", "ada").models["stdlib-lm"].salt for _ in range(2)}
+    assert (len(salts), "" in salts) == (2, False)
 
 
 def test_a_controller_stays_while_a_model_loads_and_ends_when_no_gateway_polls(monkeypatch: pytest.MonkeyPatch) -> None:

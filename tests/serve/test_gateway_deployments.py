@@ -139,6 +139,7 @@ def test_a_shadow_sees_the_traffic_and_answers_nobody(
         two = version(second_package).package
         wait_until(lambda: server.call_controller("stats").get(two, VersionStats()).compared > 10)
         assert server.call_controller("stats")[two].requests > 10
+        assert server.call_controller("stats")[two].pairs
     assert {package for _, package in seen} == {version(text_package).package}
     with httpx.Client(base_url=base, timeout=WAIT_S, trust_env=False) as client:
         named = client.post("/v1/completions", json=BODY | {"model": two}).json()

@@ -54,7 +54,7 @@ def digits(digits_package: Path) -> SingleModel:
 def ask(app: Any, method: str, path: str, client: str = "127.0.0.1", **request: Any) -> httpx.Response:
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=(client, 1))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             return await http.request(method, path, **request)
 
     return asyncio.run(send())
@@ -259,6 +259,8 @@ def test_a_body_that_does_not_come_is_not_waited_for(text: SingleModel, monkeypa
 class Endless:
     """Pieces until closed."""
 
+    prompt_tokens, completion_tokens = 1, 0
+
     def __init__(self) -> None:
         self.closed = threading.Event()
 
@@ -376,6 +378,8 @@ def test_a_chat_models_package_answers_at_both_routes(text: SingleModel) -> None
 
 def test_a_stream_that_fails_says_so_at_its_end(text_package: Path) -> None:
     class Breaks:
+        prompt_tokens, completion_tokens = 1, 1
+
         def stream(self, *_: Any) -> Any:
             return self
 
@@ -465,7 +469,7 @@ def test_generation_ends_when_the_client_goes(text_package: Path, stream: bool) 
             "method": "POST",
             "path": "/v1/completions",
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
             "client": ("127.0.0.1", 1),
         }
         await asyncio.wait_for(app(scope, receive, send), 10)

@@ -172,7 +172,7 @@ def test_requests_are_let_in_by_any_key_and_refused_beyond_its_limit(digits_pack
 
     def ask(key: str, method: str = "POST", path: str = "/v1/classify") -> httpx.Response:
         async def send() -> httpx.Response:
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
                 headers: Any = {"Authorization": f"Bearer {key}"}
                 return await http.request(method, path, json=IMAGE, headers=headers)
 

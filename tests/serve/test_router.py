@@ -19,7 +19,17 @@ from overproof.engines.llamacpp import LlamaCpp
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
 from overproof.serve import rpc
-from overproof.serve.async_engine import AsyncEngine, BatchingEngine, Busy, Generation, Prompt, ThreadedEngine
+from overproof.serve.async_engine import (
+    AsyncEngine,
+    BatchingEngine,
+    Busy,
+    Generation,
+    OnWork,
+    Prompt,
+    ThreadedEngine,
+    Work,
+    ignore_work,
+)
 from overproof.serve.replica_worker import ReplicaWorker
 from overproof.serve.router import DEATHS_COUNT_S, DeadlyRequests, ReplicaDied, ReplicaLoad, ReplicaPool, ReplicaServer
 from overproof.serve.rpc import LENGTH_BYTES, MAX_HELLO_BYTES, Drain, GatewayAddress, Hello, encode_frame
@@ -36,25 +46,27 @@ class ScriptedEngine:
     ended: list[Any] = field(default_factory=list)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def complete(self, prompt: Prompt, sampling: Sampling) -> Generation:
+    async def complete(self, prompt: Prompt, sampling: Sampling, on_work: OnWork = ignore_work) -> Generation:
         self.begun.append(prompt)
         try:
             await self.go_on.wait()
         finally:
             self.ended.append(prompt)
+            on_work(Work(3, 4))
         return Generation(str(prompt), "stop", 1, 1)
 
     async def validate(self, prompt: Prompt, sampling: Sampling) -> None:
         raise RuntimeError(f"not accepted: {prompt} of {sampling.max_tokens}")
 
-    async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
+    async def stream(self, prompt: Prompt, sampling: Sampling, on_work: OnWork = ignore_work) -> AsyncGenerator[Piece]:
         self.begun.append(prompt)
         try:
-            yield Piece("first")
+            yield Piece("first", None, 3, 1)
             await self.go_on.wait()
             yield Piece("last", "stop", 1, 2)
         finally:
             self.ended.append(prompt)
+            on_work(Work(3, 5))
 
     async def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         return " ".join([messages[-1]["content"], *(tool["type"] for tool in tools)])
@@ -216,6 +228,33 @@ def test_a_cancelled_request_frees_its_slot() -> None:
             assert pool.load == ReplicaLoad(1, 0, 0)
             with pytest.raises(RuntimeError, match="not accepted: x of 1"):
                 await pool.validate("x", ONE)
+
+    run(test())
+
+
+def test_work_is_told_when_it_has_ended_whoever_still_waits() -> None:
+    async def test() -> None:
+        directory, engine, told = Directory(), ScriptedEngine(), list[Work]()
+        async with gateway(directory) as (replica_server, pool):
+            ReplicaWorker(engine, NAME, 4, directory.find)
+            call = asyncio.ensure_future(pool.complete("0", ONE, told.append))
+            await until(lambda: bool(engine.begun))
+            call.cancel()
+            await until(lambda: told == [Work(3, 4)])
+            async with aclosing(pool.stream("1", ONE, told.append)) as pieces:
+                await anext(pieces)
+            await until(lambda: told == [Work(3, 4), Work(3, 5)])
+            async with aclosing(pool.stream("2", ONE, told.append)) as pieces:
+                await anext(pieces)
+                (connection,) = replica_server._replicas
+                assert connection._transport is not None
+                connection._transport.abort()
+                with pytest.raises(ReplicaDied):
+                    await anext(pieces)
+            assert told[2:] == [Work(3, 1)]  # as far as it was told before
+            engine.go_on.set()
+            await pool.complete("3", ONE, told.append)
+            assert told[3:] == [Work(3, 4)]
 
     run(test())
 

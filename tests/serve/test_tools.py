@@ -249,6 +249,7 @@ class Writes:
 class Pieces:
     def __init__(self, pieces: list[Piece]) -> None:
         self.pieces = iter(pieces)
+        self.prompt_tokens, self.completion_tokens = 1, 9
 
     def __iter__(self) -> Pieces:
         return self

@@ -150,7 +150,7 @@ def test_replies_of_every_kind_are_kept_and_rated(text_package: Path, engine: Ll
     app = build_app(alone(text_package, engine), Access(), Telemetry(recorder=recorder))
 
     async def ask() -> list[Any]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
             arguments = {"max_tokens": 4, "seed": 1}
             prompts = {"prompt": ["import os\n", [0, 70]], "n": 2}
             one = (await http.post("/v1/completions", json=arguments | prompts)).json()
@@ -182,7 +182,7 @@ def test_nothing_is_kept_unless_it_is_asked_for(text_package: Path, engine: Llam
     app = build_app(alone(text_package, engine), Access())
 
     async def rate() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
             return await http.post("/v1/ratings", json={"id": "x", "rating": 1})
 
     assert asyncio.run(rate()).status_code == 404

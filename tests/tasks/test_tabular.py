@@ -42,7 +42,7 @@ ROW = {"age": 3, "colour": "red", "member": True, "grade": 5}
 def ask(app: Any, path: str, **body: Any) -> httpx.Response:
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=("127.0.0.1", 1))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             return await http.post(path, json=body)
 
     return asyncio.run(send())

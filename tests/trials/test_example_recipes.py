@@ -109,7 +109,9 @@ def test_a_base_is_fine_tuned_distilled_judged_and_served(
     manifest = Manifest.read(done["prepare"].local())
     assert json.loads((done["train"].local() / "model/config.json").read_text())["id2label"]["1"] == "food"
     engine = ENGINES[package.report.engine].load(package.model, EngineSettings())
-    http = TestClient(build_app(one(folder, engine), Access(None)), client=("127.0.0.1", 1))
+    http = TestClient(
+        build_app(one(folder, engine), Access(None)), client=("127.0.0.1", 1), base_url="http://localhost"
+    )
     body = TASKS[package.content.task].example(package.content.details)
     assert body["texts"][0] in {text for text, _ in labelled_texts(240)}
     texts = dict(labelled_texts(30, seed=1))

@@ -73,7 +73,9 @@ def test_an_encoder_learns_several_classes_a_text_and_answers_over_http(
     card = (folder / "README.md").read_text()
     assert "| macro F1, % | exact match, % | class-wise calibration error, % |" in card
     engine = ENGINES[package.report.engine].load(package.model, EngineSettings())
-    http = TestClient(build_app(one(folder, engine), Access(None)), client=("127.0.0.1", 1))
+    http = TestClient(
+        build_app(one(folder, engine), Access(None)), client=("127.0.0.1", 1), base_url="http://localhost"
+    )
     texts = dict(texts_of_several(30, seed=1))
     reply = http.post("/v1/classify", json={"texts": list(texts)})
     assert reply.status_code == 200, reply.text

@@ -35,7 +35,9 @@ def test_a_recipe_of_a_table_passes_its_own_gate_and_is_served(
     task = TASKS[package.content.task]
     body = task.example(package.content.details)
     engine = ENGINES[package.report.engine].load(package.model, EngineSettings())
-    with TestClient(build_app(one(folder, engine), Access(None)), client=("127.0.0.1", 1)) as http:
+    with TestClient(
+        build_app(one(folder, engine), Access(None)), client=("127.0.0.1", 1), base_url="http://localhost"
+    ) as http:
         reply = http.post(task.route, json=body)
     assert reply.status_code == 200, reply.text
     (answer,) = reply.json()["data"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from overproof.config.base import Count, Cpus, Section
 
@@ -38,15 +39,22 @@ class Canary(Section):
     share: float = Field(0.1, ge=0, le=1, description="Share of the sessions that a canary answers.")
     compare: float = Field(
         0.2, ge=0, le=1,
-        description="Share of a canary's requests that both versions continue by one greedy token, or classify.",
+        description="Share of a canary's requests that both versions continue by a few greedy tokens, or classify.",
     )  # fmt: skip
     min_requests: Count = Field(50, description="Requests, and comparisons, before either is judged.")
     max_failed: float = Field(0.01, ge=0, le=1, description="Share of requests that may fail in the server.")
-    max_slowdown: float = Field(1.5, gt=0, description="Median seconds a request, as times the other version's.")
+    max_slowdown: float = Field(
+        1.5, gt=0, description="Median seconds a token, or row, as times the other version's when asked the same."
+    )
     min_agreement: float = Field(0.5, ge=0, le=1, description="Share of comparisons in which both say the same.")
 
 
-SERVER_FIELDS = ("host", "port", "memory_mb", "deployments", "traffic", "log_prompts", "tls_certificate", "tls_key")
+SERVER_FIELDS = (
+    "host", "port", "hosts", "proxies", "origins", "memory_mb", "deployments", "traffic", "log_prompts",
+    "tls_certificate", "tls_key",
+)  # fmt: skip
+HOST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 
 
 class Serve(Section):
@@ -56,6 +64,16 @@ class Serve(Section):
         "127.0.0.1", description="Address to listen on; any but loopback needs OVERPROOF_API_KEY or OVERPROOF_KEYS."
     )
     port: int = Field(8000, ge=0, le=65535, description="Port; 0 takes a free one.")
+    hosts: tuple[str, ...] = Field(
+        (), description="Names that requests may call the server by, beside loopback's and `host`; with keys, if none "
+        "is given, any.",
+    )  # fmt: skip
+    proxies: tuple[str, ...] = Field(
+        (), description="Addresses or networks of proxies, whose X-Forwarded-For or Forwarded is believed."
+    )
+    origins: tuple[str, ...] = Field(
+        (), description="Web origins whose pages may ask (CORS), as https://app.example.org; '*' is any, with keys."
+    )
     min_replicas: int = Field(1, ge=0, description="Fewest replicas; 0 stops the last one when nobody asks.")
     max_replicas: Count = Field(2, description="Most replicas.")
     upscale_delay_s: float = Field(1.0, ge=0, description="Seconds of higher load before a replica is added.")
@@ -80,6 +98,19 @@ class Serve(Section):
     tls_certificate: str | None = Field(None, description="PEM file of the certificate chain, for HTTPS.")
     tls_key: str | None = Field(None, description="PEM file of its private key.")
 
+    @field_validator("hosts", "proxies", "origins")
+    @classmethod
+    def _sources(cls, given: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        for each in given:
+            is_address = _is_network(each)
+            if info.field_name == "hosts" and not HOST_NAME.fullmatch(each) and not is_address:
+                raise ValueError(f"{each!r}: expected a name or an address, without a port")
+            if info.field_name == "proxies" and not is_address:
+                raise ValueError(f"{each!r}: expected an address or a network, as 10.0.0.0/8")
+            if info.field_name == "origins" and each != "*" and not ORIGIN.fullmatch(each):
+                raise ValueError(f"{each!r}: expected an origin without a path, as https://app.example.org, or '*'")
+        return given
+
     @model_validator(mode="after")
     def _range(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
@@ -87,3 +118,11 @@ class Serve(Section):
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
         return self
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return False
+    return True

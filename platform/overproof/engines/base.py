@@ -108,8 +108,19 @@ class ToolSyntax:
     after: str
 
 
+class Cancelled(RuntimeError):
+    """A request ended because nobody wants it any more; with the tokens that were read and generated until then."""
+
+    def __init__(self, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
+        super().__init__("the request was cancelled")
+        self.prompt_tokens, self.completion_tokens = prompt_tokens, completion_tokens
+
+
 class PieceStream(Iterator[Piece], Protocol):
     """A completion being generated; the texts join to what ``complete`` gives."""
+
+    prompt_tokens: int
+    completion_tokens: int  # so far, and in the end also those that came after it was closed
 
     def __iter__(self) -> Self: ...
 
@@ -129,7 +140,7 @@ class TextEngine(Protocol):
 
         Raises:
             InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
-            RuntimeError: ``cancelled`` was set meanwhile; the work ends then, where the engine can end it.
+            Cancelled: ``cancelled`` was set meanwhile; the work ends then, where the engine can end it.
         """
 
     def validate(self, prompt: str | Sequence[int], sampling: Sampling) -> None:
@@ -140,7 +151,7 @@ class TextEngine(Protocol):
 
         Raises:
             InputError: as ``complete``, or this engine tells no log-probabilities of prompts.
-            RuntimeError: ``cancelled`` was set meanwhile; the work ends then.
+            Cancelled: ``cancelled`` was set meanwhile; the work ends then.
         """
 
     def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> PieceStream:

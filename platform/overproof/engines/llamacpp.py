@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from overproof.engines.base import (
+    Cancelled,
     Completion,
     EngineSettings,
     PromptReading,
@@ -106,7 +107,7 @@ class LlamaCpp:
 
         Raises:
             InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
-            RuntimeError: it was cancelled.
+            Cancelled: it was.
         """
         with self._in_flight.call():
             request = self._request(prompt, sampling)
@@ -124,12 +125,16 @@ class LlamaCpp:
             unfinished = incomplete_utf8_tail(generated)
             if unfinished and details["stop_type"] != "word":
                 text = text[: -len(generated[-unfinished:].decode(errors="replace"))]
+            told = None
+            if sampling.logprobs is not None:
+                try:
+                    told = self._token_logprobs(request["prompt"], tokens, choice, sampling.logprobs, cancelled)
+                except Cancelled:
+                    raise Cancelled(len(request["prompt"]), len(tokens)) from None
             return Completion(
                 text=text,
                 tokens=tokens,
-                token_logprobs=None
-                if sampling.logprobs is None
-                else self._token_logprobs(request["prompt"], tokens, choice, sampling.logprobs, cancelled),
+                token_logprobs=told,
                 finish_reason=choice["finish_reason"],
                 prompt_tokens=len(request["prompt"]),
                 first_token_s=timings["prompt_ms"] / 1e3,
@@ -150,12 +155,15 @@ class LlamaCpp:
 
         Raises:
             InputError: as ``complete``.
-            RuntimeError: it was cancelled.
+            Cancelled: it was.
         """
         with self._in_flight.call():
             ids = self._request(prompt, sampling)["prompt"]
             top = sampling.logprobs
-            scores = None if top is None else self._prompts.score(ids, top, cancelled)
+            try:
+                scores = None if top is None else self._prompts.score(ids, top, cancelled)
+            except Cancelled:
+                raise Cancelled(len(ids)) from None
             return self._header.reading(prompt, ids, scores)
 
     def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> LlamaCppPieces:

@@ -39,7 +39,7 @@ class LlamaCppPrompts:
 
         Raises:
             InputError: llama.cpp cannot load the file a second time.
-            RuntimeError: it was cancelled; looked at before each batch.
+            Cancelled: it was cancelled; looked at before each batch.
         """
         tokens, scores = np.array(ids, np.int64), list[PromptScore]()
         wanted_S = np.arange(1, len(tokens)) >= first

@@ -22,9 +22,8 @@ class LlamaCppPieces:
     def __init__(self, run: RunStream, prompt_tokens: int, stops: Sequence[str]) -> None:
         self._chunks: SimpleQueue[dict[str, Any] | BaseException | None] = SimpleQueue()
         self._cancelled = threading.Event()
-        self._prompt_tokens = prompt_tokens
+        self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
         self._filter = StopFilter(stops)
-        self._tokens = 0
         self._ended = False
         threading.Thread(target=self._produce, args=(run,), daemon=True, name="llama.cpp stream").start()
 
@@ -39,9 +38,10 @@ class LlamaCppPieces:
                 if chunk is None:
                     break
                 raise chunk
+            self.completion_tokens = check_reply(chunk)["timings"]["predicted_n"]
             if self._cancelled.is_set():
                 continue  # it ends when llama.cpp has: its slot is not free before
-            piece = self._piece(check_reply(chunk))
+            piece = self._piece(chunk)
             if piece is not None:
                 return piece
         raise StopIteration
@@ -64,13 +64,14 @@ class LlamaCppPieces:
 
     def _piece(self, chunk: dict[str, Any]) -> Piece | None:
         choice = chunk["choices"][0]
-        self._tokens = chunk["timings"]["predicted_n"]
         text, stopped = self._filter.push(choice["text"])
         if stopped:
             self._ended = True
             self.close()
-            return Piece(text, "stop", self._prompt_tokens, self._tokens)
+            return Piece(text, "stop", self.prompt_tokens, self.completion_tokens)
         if choice["finish_reason"] is not None:
             self._ended = True
-            return Piece(text + self._filter.flush(), choice["finish_reason"], self._prompt_tokens, self._tokens)
-        return Piece(text, None, self._prompt_tokens, self._tokens) if text else None
+            return Piece(
+                text + self._filter.flush(), choice["finish_reason"], self.prompt_tokens, self.completion_tokens
+            )
+        return Piece(text, None, self.prompt_tokens, self.completion_tokens) if text else None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from overproof.engines.base import Sampling
+from overproof.engines.base import Cancelled, Sampling
 from overproof.engines.gguf_tokens import GgufHeader
 from overproof.errors import InputError
 
@@ -86,14 +86,14 @@ def require_context(file: object, positions: int, context_length: int) -> None:
         )
 
 
-def require_wanted(cancelled: threading.Event | None) -> None:
+def require_wanted(cancelled: threading.Event | None, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
     """Look whether somebody still waits for a request.
 
     Raises:
-        RuntimeError: it was cancelled.
+        Cancelled: it was cancelled.
     """
     if cancelled is not None and cancelled.is_set():
-        raise RuntimeError("the request was cancelled")
+        raise Cancelled(prompt_tokens, completion_tokens)
 
 
 def require_unicode(text: str) -> str:

@@ -77,15 +77,15 @@ class Vllm:
 
         Raises:
             InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
-            RuntimeError: it was cancelled.
+            Cancelled: it was.
         """
         began_s = time.perf_counter()
         request = self._request(prompt, sampling)
         steps, times_s = list[_Step](), list[float]()
         with closing(self._steps(request, sampling.stop)) as generated:
             for step in generated:
-                require_wanted(cancelled)
                 steps.append(step)
+                require_wanted(cancelled, len(request["prompt"]), sum(len(each.tokens) for each in steps))
                 times_s.append(time.perf_counter())
         top, reason = sampling.logprobs, steps[-1].finish_reason
         assert reason is not None
@@ -239,8 +239,7 @@ class VllmPieces:
 
     def __init__(self, steps: Generator[_Step], prompt_tokens: int) -> None:
         self._steps = steps
-        self._prompt_tokens = prompt_tokens
-        self._tokens = 0
+        self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
         self._closed = threading.Event()
 
     def __iter__(self) -> VllmPieces:
@@ -249,9 +248,9 @@ class VllmPieces:
     def __next__(self) -> Piece:
         while not self._closed.is_set():
             step = next(self._steps)
-            self._tokens += len(step.tokens)
+            self.completion_tokens += len(step.tokens)
             if step.text or step.finish_reason is not None:
-                return Piece(step.text, step.finish_reason, self._prompt_tokens, self._tokens)
+                return Piece(step.text, step.finish_reason, self.prompt_tokens, self.completion_tokens)
         self._steps.close()
         raise StopIteration
 

@@ -19,6 +19,7 @@ from overproof.serve.gateway import Gateway
 from overproof.serve.middleware import KEY_VARIABLE, KEYS_VARIABLE, Access, load_access
 from overproof.serve.net import is_loopback
 from overproof.serve.ray_serve import Application, make_application
+from overproof.serve.request_source import ANY_ORIGIN
 from overproof.serve.traffic import prepare_traffic
 from overproof.tasks.base import ArrayTask
 
@@ -94,13 +95,18 @@ def gateway_application(packages: Mapping[str, Serve], settings: Serve, access: 
 
 
 def require_keys(settings: Serve, access: Access) -> None:
-    """Refuse to listen where other machines reach it unless requests need a key.
+    """Refuse to listen where other machines reach it, or to let every web page ask, unless requests need a key.
 
     Raises:
-        InputError: a host that others reach has no API key.
+        InputError: a host that others reach has no API key, or any origin may ask.
     """
     if not is_loopback(settings.host) and not access.needs_key:
         raise InputError(
             f"serve.host: {settings.host} can be reached from other machines; set {KEY_VARIABLE} to a secret that "
             f"requests must carry, or {KEYS_VARIABLE} to a file of keys (`overproof keys add NAME`), or take 127.0.0.1"
+        )
+    if ANY_ORIGIN in settings.origins and not access.needs_key:
+        raise InputError(
+            f"serve.origins: found '*' without an API key: every web page could ask; name the origins, or set "
+            f"{KEY_VARIABLE}"
         )

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from overproof.engines.base import (
     ArrayEngine,
+    Cancelled,
     Completion,
     FinishReason,
     Piece,
@@ -49,18 +51,45 @@ class Generation:
     completion_tokens: int
     completion: Completion | None = None  # where log-probabilities were asked for
     prompt: PromptReading | None = None  # where it is to be told, too
+    seconds: float = field(default=0.0, compare=False)  # of the engine, without waiting; not where those are told
+
+
+@dataclass
+class Work:
+    """Tokens that an engine has read and generated for a request."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def add(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count more."""
+        self.prompt_tokens += prompt_tokens
+        self.completion_tokens += completion_tokens
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+OnWork = Callable[
+    [Work], object
+]  # called once the engine's work for a request has ended, however it did, with all of it
+
+
+def ignore_work(_: Work) -> None:
+    """For requests that nobody is charged for."""
 
 
 class AsyncEngine(Protocol):
     """What ``TextEngine`` and ``ArrayEngine`` do; each method raises as they do, or ``Busy``."""
 
-    async def complete(self, prompt: Prompt, sampling: Sampling) -> Generation:
+    async def complete(self, prompt: Prompt, sampling: Sampling, on_work: OnWork = ignore_work) -> Generation:
         """Read a prompt, where it is to be told, and continue it until done; cancelling the call ends both."""
 
     async def validate(self, prompt: Prompt, sampling: Sampling) -> None:
         """Raise where ``complete`` would refuse the request."""
 
-    def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
+    def stream(self, prompt: Prompt, sampling: Sampling, on_work: OnWork = ignore_work) -> AsyncGenerator[Piece]:
         """Continue a prompt piece by piece; closing the generator ends generation."""
 
     async def chat_prompt(
@@ -84,16 +113,29 @@ class ThreadedEngine:
         self._engine: Any = engine
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="engine")
 
-    async def complete(self, prompt: Prompt, sampling: Sampling) -> Generation:
+    async def complete(self, prompt: Prompt, sampling: Sampling, on_work: OnWork = ignore_work) -> Generation:
+        work = Work()
+        try:
+            return await self._complete(prompt, sampling, work)
+        finally:
+            on_work(work)
+
+    async def _complete(self, prompt: Prompt, sampling: Sampling, work: Work) -> Generation:
         if sampling.echo:
-            reading = await self._read_prompt(prompt, sampling)
+            reading = await self._read_prompt(prompt, sampling, work)
             if not sampling.max_tokens:
                 return Generation("", "length", len(reading.ids), 0, prompt=reading)
-            return replace(await self.complete(prompt, replace(sampling, echo=False)), prompt=reading)
+            return replace(await self._complete(prompt, replace(sampling, echo=False), work), prompt=reading)
         if sampling.logprobs is not None:  # llama.cpp streams none
             cancelled = threading.Event()
-            work = partial(self._engine.complete, prompt, sampling, cancelled)
-            completion: Completion = await self._call(work, cancelled.set)
+
+            def complete() -> Completion:
+                with _counting_cancelled(work):
+                    done: Completion = self._engine.complete(prompt, sampling, cancelled)
+                work.add(done.prompt_tokens, len(done.tokens))
+                return done
+
+            completion = await self._call(complete, cancelled.set)
             return Generation(
                 completion.text,
                 completion.finish_reason,
@@ -101,15 +143,24 @@ class ThreadedEngine:
                 len(completion.tokens),
                 completion,
             )
-        async with self._open_stream(prompt, sampling) as pieces:
+        async with self._open_stream(prompt, sampling, work) as pieces:
             return await self._call(partial(_join, pieces), pieces.close)
 
     async def validate(self, prompt: Prompt, sampling: Sampling) -> None:
         await self._call(partial(self._engine.validate, prompt, sampling))
 
-    async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
+    async def stream(self, prompt: Prompt, sampling: Sampling, on_work: OnWork = ignore_work) -> AsyncGenerator[Piece]:
+        work = Work()
+        try:
+            async with aclosing(self._stream(prompt, sampling, work)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            on_work(work)
+
+    async def _stream(self, prompt: Prompt, sampling: Sampling, work: Work) -> AsyncGenerator[Piece]:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece | None]()
-        async with self._open_stream(prompt, sampling) as pieces:
+        async with self._open_stream(prompt, sampling, work) as pieces:
             forwarding = asyncio.ensure_future(self._call(partial(_forward, pieces, loop, queue), pieces.close))
             forwarding.add_done_callback(lambda _: queue.put_nowait(None))
             try:
@@ -145,9 +196,16 @@ class ThreadedEngine:
         await asyncio.to_thread(self._engine.close)
         self._pool.shutdown()
 
-    async def _read_prompt(self, prompt: Prompt, sampling: Sampling) -> PromptReading:
+    async def _read_prompt(self, prompt: Prompt, sampling: Sampling, work: Work) -> PromptReading:
         cancelled = threading.Event()
-        return await self._call(partial(self._engine.read_prompt, prompt, sampling, cancelled), cancelled.set)
+
+        def read() -> PromptReading:
+            with _counting_cancelled(work):
+                reading: PromptReading = self._engine.read_prompt(prompt, sampling, cancelled)
+            work.add(len(reading.ids), 0)
+            return reading
+
+        return await self._call(read, cancelled.set)
 
     async def _call(self, function: Callable[[], ResultT], stop: Callable[[], object] = lambda: None) -> ResultT:
         """What a thread of the pool returns. A caller that is cancelled stops the thread and goes on when it has ended
@@ -167,13 +225,23 @@ class ThreadedEngine:
             raise
 
     @asynccontextmanager
-    async def _open_stream(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[PieceStream]:
-        """A stream that is closed at the end, also one that its thread opens only after the caller was cancelled."""
-        opening = asyncio.ensure_future(self._call(partial(self._engine.stream, prompt, sampling)))
+    async def _open_stream(self, prompt: Prompt, sampling: Sampling, work: Work) -> AsyncIterator[PieceStream]:
+        """A stream that is closed at the end, and whose tokens are counted; also one that its thread has opened when
+        the caller is cancelled.
+        """
+        opened = list[PieceStream]()
         try:
-            yield await asyncio.shield(opening)
+            await self._call(lambda: opened.append(self._engine.stream(prompt, sampling)))
+            yield opened[0]
+        except asyncio.CancelledError:
+            for pieces in opened:
+                pieces.close()
+                await self._call(partial(_join, pieces))  # what is left of it: where nobody had begun to read
+            raise
         finally:
-            opening.add_done_callback(_close_stream)
+            for pieces in opened:
+                pieces.close()
+                work.add(pieces.prompt_tokens, pieces.completion_tokens)
 
 
 class BatchingEngine(ThreadedEngine):
@@ -220,10 +288,12 @@ class BatchingEngine(ThreadedEngine):
 
 
 def _join(pieces: PieceStream) -> Generation:
-    texts, last = [], Piece("")
+    texts, last, start_s = [], Piece(""), time.perf_counter()
     for last in pieces:
         texts.append(last.text)
-    return Generation("".join(texts), last.finish_reason, last.prompt_tokens, last.completion_tokens)
+    seconds = time.perf_counter() - start_s
+    text = "".join(texts)
+    return Generation(text, last.finish_reason, last.prompt_tokens, last.completion_tokens, seconds=seconds)
 
 
 def _forward(pieces: PieceStream, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Piece | None]) -> None:
@@ -231,6 +301,10 @@ def _forward(pieces: PieceStream, loop: asyncio.AbstractEventLoop, queue: asynci
         loop.call_soon_threadsafe(queue.put_nowait, piece)
 
 
-def _close_stream(opening: asyncio.Future[Any]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result().close()
+@contextmanager
+def _counting_cancelled(work: Work) -> Iterator[None]:
+    try:
+        yield
+    except Cancelled as cancelled:
+        work.add(cancelled.prompt_tokens, cancelled.completion_tokens)
+        raise

@@ -8,45 +8,61 @@ from statistics import median
 
 from overproof.config import Canary
 from overproof.evaluate.metrics import wilson_interval
+from overproof.serve.model_registry import Comparison
 
-MAX_DURATIONS = 1000  # latest ones that are kept
+MAX_PAIRS = 1000  # latest ones that are kept
 CONFIDENCE = 0.95
 
 
 @dataclass
 class VersionStats:
-    """What was measured of a version. Comparisons ask two versions the same; ``agreed`` of them had one answer."""
+    """What was measured of a version.
+
+    Comparisons ask the stable version and this one the same, at the same time; ``agreed`` of them had one answer.
+    ``pairs`` are the seconds a token (or a row) of both, the stable one's first, where both gave as many: requests of
+    clients are long and short as they like, and are no measure of a version.
+    """
 
     requests: int = 0
     failed: int = 0
     compared: int = 0
     agreed: int = 0
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_DURATIONS))
+    pairs: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=MAX_PAIRS))
 
     def add(self, other: VersionStats) -> None:
         self.requests += other.requests
         self.failed += other.failed
         self.compared += other.compared
         self.agreed += other.agreed
-        self.seconds.extend(other.seconds)
+        self.pairs.extend(other.pairs)
+
+    def compare(self, stable: Comparison, candidate: Comparison, agree: bool) -> None:
+        """Take in what both said of the same."""
+        self.compared += 1
+        self.agreed += agree
+        if stable.units == candidate.units > 0:
+            self.pairs.append((stable.seconds / stable.units, candidate.seconds / candidate.units))
 
 
-def rollback_reason(limits: Canary, stable: VersionStats, candidate: VersionStats) -> str | None:
+def rollback_reason(limits: Canary, candidate: VersionStats) -> str | None:
     """Why a candidate must be rolled back, None while it may stay.
 
-    Shares are judged by the end of their 95 % interval that favours the candidate.
+    Shares are judged by the end of their 95 % interval that favours the candidate; so is the share of pairs in which
+    it is too slow, of which the median is when that share is above a half (the sign test).
     """
     if candidate.requests >= limits.min_requests:
         low, _ = wilson_interval(candidate.failed, candidate.requests, CONFIDENCE)
         if low > limits.max_failed:
             return f"{candidate.failed} of {candidate.requests} requests failed; at most {limits.max_failed:.1%} may"
-        if len(stable.seconds) >= limits.min_requests and candidate.seconds:
-            stable_s, candidate_s = median(stable.seconds), median(candidate.seconds)
-            if candidate_s > limits.max_slowdown * stable_s:
-                return (
-                    f"a request takes {candidate_s * 1e3:.1f} ms against {stable_s * 1e3:.1f} ms; "
-                    f"at most {limits.max_slowdown:g} times as long is allowed"
-                )
+    if len(candidate.pairs) >= limits.min_requests:
+        slow = sum(own_s > limits.max_slowdown * stable_s for stable_s, own_s in candidate.pairs)
+        low, _ = wilson_interval(slow, len(candidate.pairs), CONFIDENCE)
+        if low > 0.5:
+            stable_s, own_s = (median(each) for each in zip(*candidate.pairs, strict=True))
+            return (
+                f"asked the same, it takes {own_s * 1e3:.3g} ms a token or row against {stable_s * 1e3:.3g} ms, and in "
+                f"{slow} of {len(candidate.pairs)} pairs more than {limits.max_slowdown:g} times as long as the other"
+            )
     if candidate.compared >= limits.min_requests:
         _, high = wilson_interval(candidate.agreed, candidate.compared, CONFIDENCE)
         if high < limits.min_agreement:

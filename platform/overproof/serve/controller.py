@@ -340,10 +340,8 @@ class Controller:
             candidate = deployment.candidate
             if candidate is None:
                 continue
-            stable, tried = (
-                self._stats.setdefault(version.package, VersionStats()) for version in (deployment.stable, candidate)
-            )
-            reason = rollback_reason(candidate.settings.canary, stable, tried)
+            tried = self._stats.setdefault(candidate.package, VersionStats())
+            reason = rollback_reason(candidate.settings.canary, tried)
             if reason is not None and not self._change_lock.locked():
                 log_failure(asyncio.ensure_future(self._roll_back_candidate(name, candidate, reason)))
 

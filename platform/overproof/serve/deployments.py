@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -48,13 +49,22 @@ def application_name(package: str) -> str:
 
 class ModelDeployment(Frozen):
     """The versions of one model: ``stable`` answers, a canary or a shadow is the candidate, ``previous`` answered
-    before.
+    before. The ``salt`` is what sessions are assigned by, and no client's to know: whoever could compute which sessions
+    a canary gets could choose what it is judged by.
     """
 
+    salt: str = ""  # of a canary
     stable: Version
     canary: Version | None = None
     shadow: Version | None = None
     previous: Version | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_salt(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("canary") is not None and not fields.get("salt"):
+            return {**fields, "salt": _new_salt()}
+        return fields
 
     @property
     def versions(self) -> tuple[Version, ...]:
@@ -64,6 +74,10 @@ class ModelDeployment(Frozen):
     @property
     def candidate(self) -> Version | None:
         return self.canary or self.shadow
+
+
+def _new_salt() -> str:
+    return secrets.token_hex(16)
 
 
 class DeploymentEvent(Frozen):
@@ -134,7 +148,8 @@ class Deployments(Frozen):
             return self._changed(name, changed, user, "deploy", version.package)
         if same_package:
             raise InputError(f"{name}: {version.package} is the stable version; expected another version as {role}")
-        return self._changed(name, deployment.model_copy(update={role: version}), user, role, version.package)
+        changed = deployment.model_copy(update={role: version, "salt": _new_salt()})
+        return self._changed(name, changed, user, role, version.package)
 
     def promoted(self, name: str, user: str) -> Deployments:
         """With a model's candidate as its stable version.

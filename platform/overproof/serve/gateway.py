@@ -13,6 +13,7 @@ import random
 import secrets
 import time
 from collections.abc import Coroutine, Mapping
+from dataclasses import replace
 
 import uvicorn
 from starlette.exceptions import HTTPException
@@ -21,7 +22,7 @@ from overproof.config import Serve
 from overproof.errors import InputError
 from overproof.serve.access_log import AccessLog
 from overproof.serve.api_keys import ApiKey
-from overproof.serve.async_engine import Busy
+from overproof.serve.async_engine import Busy, Work
 from overproof.serve.canary import VersionStats
 from overproof.serve.controller import RoutingTable, get_or_create_controller, unwrap_remote_errors
 from overproof.serve.deployments import ModelDeployment, Version
@@ -31,8 +32,8 @@ from overproof.serve.middleware import Access, Telemetry
 from overproof.serve.model_registry import ShadowRequest, unknown_model
 from overproof.serve.net import listening_socket
 from overproof.serve.ray_serve import node_ip_address
+from overproof.serve.request_source import SourcePolicy
 from overproof.serve.response_builder import ServedModel
-from overproof.serve.responses import Usage
 from overproof.serve.router import ReplicaServer
 from overproof.serve.routes import build_app
 from overproof.serve.traffic import Recorder, in_sample
@@ -56,7 +57,7 @@ class Gateway:
         self._router = ModelRouter(settings, metrics)
         await self._router.start(packages)
         recorder = None if settings.traffic is None else Recorder(settings.traffic)
-        app = build_app(self._router, access, GatewayTelemetry(recorder, metrics))
+        app = build_app(self._router, access, GatewayTelemetry(recorder, metrics), SourcePolicy.of(settings))
         self._access_log = AccessLog(app, settings.log_prompts)
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -66,6 +67,7 @@ class Gateway:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # see SourcePolicy
                 timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
                 ssl_certfile=settings.tls_certificate,
                 ssl_keyfile=settings.tls_key,
@@ -120,14 +122,15 @@ class ModelRouter:
         return [self._served_model(deployment.stable) for deployment in self._models.values()]
 
     async def find(self, model: str | None, session: str | None) -> ServedModel:
-        version = self._select_version(model, session)
+        version, is_assigned = self._select_version(model, session)
         if version.package not in self._loaded:
             try:
                 with unwrap_remote_errors():
                     await self._controller.load.remote(version.package)
             except InputError as error:
                 raise HTTPException(503, str(error)) from None
-        return self._served_model(version)
+        served = self._served_model(version)
+        return served if is_assigned else replace(served, is_assigned=False)
 
     async def check(self) -> None:
         """Every stable version has a replica, or gets one at the next request."""
@@ -140,7 +143,7 @@ class ModelRouter:
     def on_request(self, served: ServedModel, request: ShadowRequest) -> None:
         package = served.model.overproof.package
         deployment = self._models.get(served.model.id)
-        if deployment is None:
+        if deployment is None or not served.is_assigned:
             return
         stable, shadow, canary = deployment.stable, deployment.shadow, deployment.canary
         if shadow is not None and package == stable.package:
@@ -148,8 +151,11 @@ class ModelRouter:
         if canary is not None and package == canary.package and random.random() < canary.settings.canary.compare:
             self._in_background(self._compare(stable, canary, request))
 
-    def on_complete(self, served: ServedModel, seconds: float, failed: bool) -> None:
-        self._count(served.model.overproof.package, seconds, failed)
+    def on_complete(self, served: ServedModel, failed: bool) -> None:
+        stats = self._stats_of(served.model.overproof.package)  # which says that it is used
+        if served.is_assigned:
+            stats.requests += 1
+            stats.failed += failed
 
     @property
     def _loaded(self) -> frozenset[str]:
@@ -159,16 +165,17 @@ class ModelRouter:
     def _models(self) -> dict[str, ModelDeployment]:
         return {} if self._table is None else self._table.deployments.models
 
-    def _select_version(self, model: str | None, session: str | None) -> Version:
+    def _select_version(self, model: str | None, session: str | None) -> tuple[Version, bool]:
+        """The version that answers, and whether it was assigned to the session rather than named."""
         models = self._models
         if model is None and len(models) == 1:
             model = next(iter(models))
         if model in models:
-            return pick_version(models[model], session)
+            return pick_version(models[model], session), True
         for deployment in models.values():
             for version in deployment.versions:
                 if version.package == model:
-                    return version
+                    return version, False
         raise unknown_model(model, self.models())
 
     def _served_model(self, version: Version) -> ServedModel:
@@ -180,12 +187,8 @@ class ModelRouter:
             self._served[version.package] = cached
         return cached[1]
 
-    def _count(self, package: str, seconds: float, failed: bool) -> None:
-        stats = self._stats.setdefault(package, VersionStats())
-        stats.requests += 1
-        stats.failed += failed
-        if not failed:
-            stats.seconds.append(seconds)
+    def _stats_of(self, package: str) -> VersionStats:
+        return self._stats.setdefault(package, VersionStats())
 
     def _in_background(self, coroutine: Coroutine[None, None, None]) -> None:
         if len(self._shadow_tasks) >= MAX_SHADOW_REQUESTS:
@@ -196,7 +199,7 @@ class ModelRouter:
         task.add_done_callback(self._shadow_tasks.discard)
 
     async def _replay(self, stable: Version, shadow: Version, request: ShadowRequest) -> None:
-        start_s, failed = time.perf_counter(), False
+        failed = False
         try:
             await request.replay(self._served_model(shadow))
         except (Busy, InputError):  # no fault of the version: another may take other columns
@@ -204,17 +207,18 @@ class ModelRouter:
         except Exception:
             failed = True
             LOG.exception("a shadow failed")
-        self._count(shadow.package, time.perf_counter() - start_s, failed)
+        stats = self._stats_of(shadow.package)
+        stats.requests += 1
+        stats.failed += failed
         await self._compare(stable, shadow, request)
 
     async def _compare(self, stable: Version, candidate: Version, request: ShadowRequest) -> None:
         with contextlib.suppress(Exception):  # failures are counted where they are answered
-            answers = await asyncio.gather(
+            of_stable, own = await asyncio.gather(
                 *(request.compare(self._served_model(version)) for version in (stable, candidate))
             )
-            stats = self._stats.setdefault(candidate.package, VersionStats())
-            stats.compared += 1
-            stats.agreed += request.agree(*answers)
+            agree = request.agree(of_stable.answer, own.answer)
+            self._stats_of(candidate.package).compare(of_stable, own, agree)
 
     async def _poll_forever(self) -> None:
         """Route by the controller's latest table, and report what was measured."""
@@ -244,10 +248,12 @@ class ModelRouter:
 
 
 def pick_version(deployment: ModelDeployment, session: str | None) -> Version:
-    """The version that answers: a canary gets its share of the sessions, always the same ones."""
+    """The version that answers: a canary gets its share of the sessions, always the same ones, which nobody outside can
+    tell beforehand.
+    """
     if deployment.canary is None:
         return deployment.stable
-    key = f"{deployment.canary.package} {secrets.token_hex(8) if session is None else session}"
+    key = f"{deployment.salt} {deployment.canary.package} {secrets.token_hex(8) if session is None else session}"
     return deployment.canary if in_sample(key, deployment.canary.settings.canary.share) else deployment.stable
 
 
@@ -260,9 +266,9 @@ class GatewayTelemetry(Telemetry):
         self._page: asyncio.Task[str] | None = None  # the newest, or the one that is being gathered
         self._gathered_s = 0.0
 
-    def on_usage(self, package: str, key: ApiKey | None, usage: Usage) -> None:
-        super().on_usage(package, key, usage)
-        self._metrics.on_usage(package, usage)
+    def on_work(self, package: str, key: ApiKey | None, work: Work) -> None:
+        super().on_work(package, key, work)
+        self._metrics.on_work(package, work)
 
     def on_first_event(self, package: str, seconds: float) -> None:
         self._metrics.on_first_event(package, seconds)

@@ -13,7 +13,7 @@ from typing import Any
 from overproof.engines.base import Completion, FinishReason, Piece, Sampling, ToolSyntax
 from overproof.engines.special_names import unmarked
 from overproof.errors import InputError
-from overproof.serve.async_engine import AsyncEngine, Generation
+from overproof.serve.async_engine import AsyncEngine, Generation, OnWork, ignore_work
 from overproof.serve.grammar import GrammarChecker, GrammarSource, request_grammar
 from overproof.serve.grammar_compiler import CompiledGrammar
 from overproof.serve.requests import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, GenerationRequest, NamedTool
@@ -25,13 +25,12 @@ from overproof.serve.response_builder import (
     choice_tokens,
     token_infos,
 )
-from overproof.serve.responses import ErrorDetail, ErrorReply, GeneratedReply, Usage
+from overproof.serve.responses import SERVER_ERROR, ErrorDetail, ErrorReply, GeneratedReply, Usage
 from overproof.serve.tools import call_grammar, require_tools
 from overproof.serve.traffic import Exchange
 
 LOG = logging.getLogger("overproof.serve")
 LEAST_TOP_P = 1e-6  # the likeliest token alone, as 0 is, which not every engine takes
-SERVER_ERROR = "the server failed; its log says why"
 
 
 @dataclass
@@ -172,6 +171,7 @@ async def stream_events(
     requests: list[EngineRequest],
     grammar: CompiledGrammar | None,
     on_complete: OnComplete,
+    on_work: OnWork = ignore_work,
 ) -> AsyncGenerator[str]:
     """Server-sent events of all choices as they are generated; closing the generator ends generation.
 
@@ -182,7 +182,7 @@ async def stream_events(
     """
     results, started, failed = [ChoiceResult() for _ in requests], set[int](), False
     try:
-        async with aclosing(_merged_parts(builder.served.engine, requests, grammar)) as pieces:
+        async with aclosing(_merged_parts(builder.served.engine, requests, grammar, on_work)) as pieces:
             async for part, piece in pieces:
                 results[part.index].add(part, piece.prompt_tokens, piece.completion_tokens)
                 yield _sse(builder.event([part], None, started))
@@ -203,12 +203,12 @@ async def stream_events(
 
 
 async def _merged_parts(
-    engine: AsyncEngine, requests: list[EngineRequest], grammar: CompiledGrammar | None
+    engine: AsyncEngine, requests: list[EngineRequest], grammar: CompiledGrammar | None, on_work: OnWork
 ) -> AsyncGenerator[tuple[ChoicePart, Piece]]:
     """The parts of every choice, in the order in which they are generated."""
     checkers = [None if grammar is None else grammar.checker() for _ in requests]
     if len(requests) == 1:
-        async with aclosing(_choice_parts(engine, 0, *requests[0], checkers[0])) as parts:
+        async with aclosing(_choice_parts(engine, 0, *requests[0], checkers[0], on_work)) as parts:
             async for part in parts:
                 yield part
         return
@@ -216,7 +216,7 @@ async def _merged_parts(
 
     async def pump(index: int, request: EngineRequest) -> None:
         try:
-            async with aclosing(_choice_parts(engine, index, *request, checkers[index])) as parts:
+            async with aclosing(_choice_parts(engine, index, *request, checkers[index], on_work)) as parts:
                 async for part in parts:
                     queue.put_nowait(part)
         except Exception as error:
@@ -242,14 +242,14 @@ async def _merged_parts(
 
 
 async def _choice_parts(
-    engine: AsyncEngine, index: int, prompt: Any, sampling: Sampling, checker: GrammarChecker | None
+    engine: AsyncEngine, index: int, prompt: Any, sampling: Sampling, checker: GrammarChecker | None, on_work: OnWork
 ) -> AsyncGenerator[tuple[ChoicePart, Piece]]:
     """The parts of one choice; those with log-probabilities come when it is complete, for llama.cpp streams none. A
     prompt that is told is the first part.
     """
     before = 0  # characters of the prompt
     if sampling.echo:
-        generation = await engine.complete(prompt, replace(sampling, max_tokens=0))
+        generation = await engine.complete(prompt, replace(sampling, max_tokens=0), on_work)
         reading = generation.prompt
         assert reading is not None
         before = len(reading.text)
@@ -260,12 +260,12 @@ async def _choice_parts(
         if over:
             return
     if sampling.logprobs is not None:
-        generation = await engine.complete(prompt, replace(sampling, echo=False))
+        generation = await engine.complete(prompt, replace(sampling, echo=False), on_work)
         assert generation.completion is not None
         for each in _token_parts(index, generation.completion, before, closing=sampling.echo):
             yield each
         return
-    async with aclosing(engine.stream(prompt, replace(sampling, echo=False))) as pieces:
+    async with aclosing(engine.stream(prompt, replace(sampling, echo=False), on_work)) as pieces:
         async for piece in pieces:
             if checker is not None:
                 checker.add(piece.text)

@@ -13,7 +13,7 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from overproof.serve.responses import Usage
+from overproof.serve.async_engine import Work
 from overproof.serve.router import ReplicaLoad
 
 METRIC_PREFIXES = ("ray_serve_", "ray_overproof_")
@@ -32,9 +32,9 @@ class ServeMetrics:
         self._replicas = Gauge("overproof_replicas", "Replicas that take requests.", ("package",))
         self._requests = Gauge("overproof_requests", "Requests that run, or wait for a replica.", ("package", "state"))
 
-    def on_usage(self, package: str, usage: Usage) -> None:
+    def on_work(self, package: str, work: Work) -> None:
         """Count the tokens of a request."""
-        for kind, count in (("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens)):
+        for kind, count in (("prompt", work.prompt_tokens), ("completion", work.completion_tokens)):
             if count:
                 self._tokens.inc(count, {"package": package, "kind": kind})
 

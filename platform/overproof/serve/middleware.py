@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -14,26 +15,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from overproof.errors import InputError
 from overproof.files import absolute_uri
 from overproof.serve.api_keys import ApiKey, KeyStore, KeysUnavailable, RateLimiter, hash_key, read_keys
+from overproof.serve.async_engine import Work
 from overproof.serve.net import is_loopback
-from overproof.serve.responses import ErrorDetail, ErrorReply, Usage
+from overproof.serve.request_source import ANY_ORIGIN, SourcePolicy, SourceRefused
+from overproof.serve.responses import SERVER_ERROR, ErrorDetail, ErrorReply
 from overproof.serve.traffic import Recorder
 
+LOG = logging.getLogger("overproof.serve")
 KEY_VARIABLE = "OVERPROOF_API_KEY"
 KEYS_VARIABLE = "OVERPROOF_KEYS"
 MAX_BODY_BYTES = 4 << 20
 BODY_TIMEOUT_S = 30
 REQUEST_TIMEOUT_S = 300
 BODY_TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES} bytes; send less at a time"
-KEY_IN_SCOPE = "overproof.key"  # of an ASGI request: the key whose limits it counts against
+KEY_IN_SCOPE = "overproof.key"  # of an ASGI request: the key that it carries
+OWN_KEY = ApiKey(name=KEY_VARIABLE, sha256="", created="", operator=True)  # as the log names it; it has no limits
 OPEN_PATHS = ("/healthz",)
 OPERATOR_PATHS = ("/metrics",)  # of all keys' requests; they count against no limit
 DOCS_PATHS = ("/docs", "/openapi.json", "/static-offline-docs/")  # no secret, and a browser sends no key for them
+EXPOSED_HEADERS = ("x-request-id", "retry-after")  # to pages of other origins
 # By these Ray Serve would let a client lift its time limit and outlive its disconnection.
 REFUSED_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
 
@@ -79,10 +86,12 @@ class Telemetry:
         """0 where a request with this key may pass, else the seconds to wait."""
         return self._limiter.admit(key)
 
-    def on_usage(self, package: str, key: ApiKey | None, usage: Usage) -> None:  # noqa: ARG002
-        """Called with the tokens of a request, however it ended."""
+    def on_work(self, package: str, key: ApiKey | None, work: Work) -> None:  # noqa: ARG002
+        """Called when an engine has ended a request, or a choice of one, however: with the tokens that it read and
+        generated.
+        """
         if key is not None:
-            self._limiter.charge(key, usage.total_tokens)
+            self._limiter.charge(key, work.tokens)
 
     def on_first_event(self, package: str, seconds: float) -> None:
         """Called when a stream sends its first event, with the seconds since the request."""
@@ -95,6 +104,38 @@ class Telemetry:
         """Called when serving ends."""
         if self.recorder is not None:
             self.recorder.close()
+
+
+class SourceMiddleware:
+    """Refuses what comes from where nobody may ask, and tells the application the client's address. Pages of configured
+    origins get what browsers want to hear (CORS), errors included; no other does.
+    """
+
+    def __init__(self, app: ASGIApp, policy: SourcePolicy, needs_key: bool) -> None:
+        self._policy, self._needs_key, self._app = policy, needs_key, app
+        if policy.origins:
+            # A key is no credential that a browser adds by itself, so none is allowed for.
+            self._app = CORSMiddleware(
+                app,
+                allow_origins=policy.origins,
+                allow_methods=("GET", "HEAD", "POST"),
+                allow_headers=(ANY_ORIGIN,),
+                expose_headers=EXPOSED_HEADERS,
+                allow_private_network=True,
+            )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._policy.check(scope, self._needs_key)
+                client = self._policy.client(scope)
+            except SourceRefused as refused:
+                kind = "permission_error" if refused.status == 403 else "invalid_request_error"
+                await error_response(refused.status, str(refused), kind)(scope, receive, send)
+                return
+            if client is None or client != scope["client"][0]:
+                scope["client"] = None if client is None else (client, 0)
+        await self._app(scope, receive, send)
 
 
 class AuthMiddleware:
@@ -143,6 +184,7 @@ class AuthMiddleware:
             return None
         presented = _presented_sha256(dict(scope["headers"]))
         if hmac.compare_digest(presented, self._access.key_sha256 or ""):
+            scope[KEY_IN_SCOPE] = OWN_KEY
             return None
         try:
             key = await self._find_key(presented)
@@ -156,6 +198,7 @@ class AuthMiddleware:
                 kind="authentication_error",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        scope[KEY_IN_SCOPE] = key
         if scope["path"] in OPERATOR_PATHS:
             if key.operator:
                 return None
@@ -170,7 +213,6 @@ class AuthMiddleware:
                     kind="rate_limit_error",
                     headers={"Retry-After": str(math.ceil(wait_s))},
                 )
-            scope[KEY_IN_SCOPE] = key
         return None
 
     async def _find_key(self, presented: str) -> ApiKey | None:
@@ -196,6 +238,11 @@ class AuthMiddleware:
                 await send({"type": "http.response.body", "body": b"data: " + bytes(error.body) + b"\n\n"})
             else:
                 await error(scope, body.receive, send)
+        except Exception:
+            if started:
+                raise
+            LOG.exception("a request failed")
+            await error_response(500, SERVER_ERROR, kind="server_error")(scope, body.receive, send)
 
 
 class _LimitedBody:

@@ -13,14 +13,24 @@ from overproof.serve.response_builder import ServedModel
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What one of the versions that are asked the same said, and how long it took for how many tokens or rows."""
+
+    answer: Any
+    seconds: float
+    units: int
+
+
+@dataclass(frozen=True)
 class ShadowRequest:
     """A request that another version of its model can be asked too.
 
-    ``replay`` asks all of it; ``compare`` asks a small part, and ``agree`` says whether two versions' answers do.
+    ``replay`` asks all of it; ``compare`` asks the same small part of every version, and ``agree`` says whether two
+    versions' answers do.
     """
 
     replay: Callable[[ServedModel], Awaitable[Any]]
-    compare: Callable[[ServedModel], Awaitable[Any]]
+    compare: Callable[[ServedModel], Awaitable[Comparison]]
     agree: Callable[[Any, Any], bool] = operator.eq
 
 
@@ -43,7 +53,7 @@ class ModelRegistry(Protocol):
     def on_request(self, served: ServedModel, request: ShadowRequest) -> None:
         """Called when a request goes to this model."""
 
-    def on_complete(self, served: ServedModel, seconds: float, failed: bool) -> None:
+    def on_complete(self, served: ServedModel, failed: bool) -> None:
         """Called when a request has ended; ``failed`` where the server is to blame."""
 
 
@@ -68,7 +78,7 @@ class SingleModel:
     def on_request(self, served: ServedModel, request: ShadowRequest) -> None:
         """There is no other version to ask."""
 
-    def on_complete(self, served: ServedModel, seconds: float, failed: bool) -> None:
+    def on_complete(self, served: ServedModel, failed: bool) -> None:
         """There is no other version to compare with."""
 
 

@@ -7,11 +7,12 @@ import logging
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from overproof.errors import InputError
 from overproof.serve import rpc
-from overproof.serve.async_engine import AsyncEngine
+from overproof.serve.async_engine import AsyncEngine, OnWork, Work
 
 LOG = logging.getLogger("ray.serve")
 RETRY_S, CONNECT_TIMEOUT_S = 0.2, 5.0
@@ -30,6 +31,7 @@ class ReplicaWorker:
         self._engine, self._package, self._capacity, self._find_gateway = engine, package, capacity, find_gateway
         self._connections: set[rpc.Connection] = set()
         self._tasks: dict[tuple[rpc.Connection, int], asyncio.Task[None]] = {}  # by request id
+        self._work: dict[tuple[rpc.Connection, int], Work] = {}  # of generations that have ended
         self._connection_closed, self._progress = asyncio.Event(), asyncio.Event()
         self._undrained: set[rpc.Connection] = set()  # whose gateways have not confirmed that they send no more
         self._connecting = asyncio.ensure_future(self._stay_connected())
@@ -99,7 +101,8 @@ class ReplicaWorker:
 
     def _on_task_done(self, connection: rpc.Connection, id_: int, task: asyncio.Task[None]) -> None:
         if task.cancelled():  # perhaps before it had started: the gateway waits for an end of every request
-            connection.send(rpc.Error(id_, "the request was cancelled", False))
+            work = self._work.pop((connection, id_), None)
+            connection.send(rpc.Error(id_, "the request was cancelled", False, work=work))
         del self._tasks[connection, id_]
         self._progress.set()
 
@@ -113,25 +116,30 @@ class ReplicaWorker:
         self._progress.set()
 
     async def _answer(self, connection: rpc.Connection, id_: int, operation: rpc.Operation) -> None:
+        request = connection, id_
+        on_work = partial(self._work.__setitem__, request)
+        answer: rpc.Result | rpc.Error
         try:
             if isinstance(operation, rpc.Stream):
-                async with aclosing(self._engine.stream(operation.prompt, operation.sampling)) as pieces:
+                async with aclosing(self._engine.stream(operation.prompt, operation.sampling, on_work)) as pieces:
                     async for piece in pieces:
                         connection.send(rpc.Chunk(id_, piece))
-                connection.send(rpc.Result(id_))
+                answer = rpc.Result(id_)
             else:
-                connection.send(rpc.Result(id_, await self._execute(operation)))
+                answer = rpc.Result(id_, await self._execute(operation, on_work))
         except InputError as error:
-            connection.send(rpc.Error(id_, str(error), True, error.code))
+            answer = rpc.Error(id_, str(error), True, error.code)
         except Exception as error:
             LOG.exception("a request failed")
-            connection.send(rpc.Error(id_, f"{type(error).__name__}: {error}", False))
+            answer = rpc.Error(id_, f"{type(error).__name__}: {error}", False)
+        answer.work = self._work.pop(request, None)
+        connection.send(answer)
 
-    async def _execute(self, operation: rpc.Operation) -> rpc.ResultValue:
+    async def _execute(self, operation: rpc.Operation, on_work: OnWork) -> rpc.ResultValue:
         engine = self._engine
         match operation:
             case rpc.Complete(prompt, sampling):
-                return await engine.complete(prompt, sampling)
+                return await engine.complete(prompt, sampling, on_work)
             case rpc.Validate(prompt, sampling):
                 await engine.validate(prompt, sampling)
             case rpc.ChatPrompt(messages, tools):

@@ -50,6 +50,7 @@ class ServedModel:
     engine: AsyncEngine
     max_tokens: int
     location: str  # folder or URI of its package
+    is_assigned: bool = True  # by the registry; else the request names this version, which is then not judged by it
 
     @cached_property
     def folder(self) -> Path:

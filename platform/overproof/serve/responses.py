@@ -9,6 +9,8 @@ from pydantic import BaseModel
 from overproof.engines.base import FinishReason
 from overproof.tasks.http import ModelReply
 
+SERVER_ERROR = "the server failed; its log says why"
+
 
 class Usage(BaseModel):
     prompt_tokens: int

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from overproof.engines.base import Piece, Sampling, ToolSyntax
 from overproof.errors import InputError
 from overproof.serve import rpc
-from overproof.serve.async_engine import Busy, Generation, Prompt
+from overproof.serve.async_engine import Busy, Generation, OnWork, Prompt, Work, ignore_work
 
 MAX_ATTEMPTS = 2  # at a request when its replica dies before a part of the answer was sent: it may be what killed it
 DEATHS_COUNT_S = 600.0  # for so long a request over which as many replicas died is not taken again
@@ -41,6 +41,15 @@ class PendingRequest:
 
     responses: ResponseQueue
     takes_slot: bool
+    on_work: OnWork
+    streamed: Work = field(default_factory=Work)  # as the pieces say, for a replica that dies
+
+    def end(self, response: rpc.Result | rpc.Error | None) -> None:
+        """The replica has ended it, or is gone."""
+        self.responses.put_nowait(response)
+        work = self.streamed if response is None else response.work
+        if work is not None:
+            self.on_work(work)
 
 
 @dataclass(eq=False)
@@ -126,19 +135,19 @@ class ReplicaPool:
         waiting = sum(not slot.done() for slot in self._queue) + self._waiting_without_slot
         return ReplicaLoad(replicas, running, waiting)
 
-    async def complete(self, prompt: Prompt, sampling: Sampling) -> Generation:
-        generation: Generation = await self._call(rpc.Complete(prompt, sampling))
+    async def complete(self, prompt: Prompt, sampling: Sampling, on_work: OnWork = ignore_work) -> Generation:
+        generation: Generation = await self._call(rpc.Complete(prompt, sampling), on_work=on_work)
         return generation
 
     async def validate(self, prompt: Prompt, sampling: Sampling) -> None:
         await self._call(rpc.Validate(prompt, sampling), takes_slot=False)
 
-    async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece]:
+    async def stream(self, prompt: Prompt, sampling: Sampling, on_work: OnWork = ignore_work) -> AsyncGenerator[Piece]:
         operation = rpc.Stream(prompt, sampling)
         for attempt in range(MAX_ATTEMPTS):
             started = False
             try:
-                async with self._dispatched(operation, takes_slot=True) as responses:
+                async with self._dispatched(operation, takes_slot=True, on_work=on_work) as responses:
                     while isinstance(response := _raise_error(await responses.get()), rpc.Chunk):
                         started = True
                         yield response.piece
@@ -176,10 +185,14 @@ class ReplicaPool:
         """Hand a response on to the request that waits for it."""
         if isinstance(message, rpc.Chunk):
             if message.id in replica.pending:
-                replica.pending[message.id].responses.put_nowait(message)
+                pending, piece = replica.pending[message.id], message.piece
+                pending.streamed.prompt_tokens, pending.streamed.completion_tokens = (
+                    piece.prompt_tokens, piece.completion_tokens,
+                )  # fmt: skip
+                pending.responses.put_nowait(message)
             return
         request = replica.pending.pop(message.id)
-        request.responses.put_nowait(message)
+        request.end(message)
         if request.takes_slot:
             self._release_slot(replica)
 
@@ -192,13 +205,13 @@ class ReplicaPool:
     def remove(self, replica: ReplicaConnection) -> None:
         self._replicas.remove(replica)
         for request in replica.pending.values():
-            request.responses.put_nowait(None)
+            request.end(None)
         self._assign_queued()
 
-    async def _call(self, operation: rpc.Operation, takes_slot: bool = True) -> Any:
+    async def _call(self, operation: rpc.Operation, takes_slot: bool = True, on_work: OnWork = ignore_work) -> Any:
         for attempt in range(MAX_ATTEMPTS):
             try:
-                async with self._dispatched(operation, takes_slot) as responses:
+                async with self._dispatched(operation, takes_slot, on_work) as responses:
                     response = _raise_error(await responses.get())
                     assert isinstance(response, rpc.Result)
                     return response.value
@@ -209,7 +222,9 @@ class ReplicaPool:
         raise AssertionError
 
     @asynccontextmanager
-    async def _dispatched(self, operation: rpc.Operation, takes_slot: bool) -> AsyncIterator[ResponseQueue]:
+    async def _dispatched(
+        self, operation: rpc.Operation, takes_slot: bool, on_work: OnWork
+    ) -> AsyncIterator[ResponseQueue]:
         """The responses of a request that was sent to a replica; leaving early cancels it there."""
         self._deadly.refuse(operation)
         id_, responses = next(REQUEST_IDS), ResponseQueue()
@@ -217,7 +232,7 @@ class ReplicaPool:
         replica = await self._acquire_slot() if takes_slot else await self._any_replica()
         if not replica.connection.open:
             raise ReplicaDied
-        replica.pending[id_] = PendingRequest(responses, takes_slot)
+        replica.pending[id_] = PendingRequest(responses, takes_slot, on_work)
         replica.connection.send_frame(frame)
         try:
             yield responses

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, Union
 
 from fastapi import Body, FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
@@ -21,9 +22,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from overproof.engines.base import Sampling
 from overproof.errors import InputError
 from overproof.registry import TASKS
-from overproof.serve.async_engine import AsyncEngine, Busy, Generation
+from overproof.serve.async_engine import AsyncEngine, Busy, Generation, OnWork, ignore_work
 from overproof.serve.generation import (
-    SERVER_ERROR,
     ChoiceResult,
     EngineRequest,
     build_reply,
@@ -31,12 +31,19 @@ from overproof.serve.generation import (
     grammar_source,
     require_grammar,
     stream_events,
-    total_usage,
     traffic_exchanges,
 )
 from overproof.serve.grammar_compiler import GrammarCompiler
-from overproof.serve.middleware import KEY_IN_SCOPE, Access, AuthMiddleware, Telemetry, error_response
-from overproof.serve.model_registry import ModelRegistry, ShadowRequest
+from overproof.serve.middleware import (
+    KEY_IN_SCOPE,
+    Access,
+    AuthMiddleware,
+    SourceMiddleware,
+    Telemetry,
+    error_response,
+)
+from overproof.serve.model_registry import Comparison, ModelRegistry, ShadowRequest
+from overproof.serve.request_source import SourcePolicy
 from overproof.serve.requests import ChatRequest, CompletionRequest, RatingRequest
 from overproof.serve.response_builder import ChatResponses, CompletionResponses, ServedModel
 from overproof.serve.responses import (
@@ -58,12 +65,21 @@ WRITING = (COMPLETIONS, CHAT_COMPLETIONS)  # every model that writes answers at 
 SESSION_HEADER = "x-session-id"  # keeps a client with one version, as its `user` does
 CLIENT_CLOSED_REQUEST = 499  # as nginx has it; nobody reads the reply
 ERROR_TYPES = {404: "not_found_error", 408: "timeout_error", 503: "server_error"}
+TIMED_TOKENS = 16  # that two versions generate to be compared
 SHORT_BODY_BYTES = 16 << 10  # read in less time than a thread takes to begin
+# Proxies pass events on one by one: nginx buffers a reply, and some compress or store it, unless told not to.
+STREAM_HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
 RETRY_HEADERS = {"Retry-After": "1"}
+DEFAULT_SOURCE = SourcePolicy()
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
 
 
-def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | None = None) -> FastAPI:
+def build_app(
+    registry: ModelRegistry,
+    access: Access,
+    telemetry: Telemetry | None = None,
+    source: SourcePolicy = DEFAULT_SOURCE,
+) -> FastAPI:
     """/v1/models, the routes of every task, /healthz, and /docs to try them."""
     telemetry, compiler = telemetry or Telemetry(), GrammarCompiler()
     array_tasks = {kind: task for kind, task in TASKS.items() if isinstance(task, ArrayTask)}
@@ -76,6 +92,7 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
 
     app = FastAPIOffline(title="overproof", lifespan=lifespan, redoc_url=None, responses=ERROR_RESPONSES)
     app.add_middleware(AuthMiddleware, access=access, telemetry=telemetry)
+    app.add_middleware(SourceMiddleware, policy=source, needs_key=access.needs_key)  # before it
     _add_error_handlers(
         app, {CompletionRequest, ChatRequest, RatingRequest, *(task.request for task in array_tasks.values())}
     )
@@ -115,27 +132,30 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
         requests = build_requests(served, request, prompts, builder.logprobs, None if grammar is None else grammar.lark)
         registry.on_request(served, _text_shadow(requests))
         start_s, first_event_s = time.perf_counter(), None
+        # Each request of the engine is charged when it has ended, which may be after this one: what was done counts.
+        on_work = partial(telemetry.on_work, served.model.overproof.package, http.scope.get(KEY_IN_SCOPE))
 
         async def on_complete(results: list[ChoiceResult], failed: bool) -> None:
             seconds = time.perf_counter() - start_s
-            registry.on_complete(served, seconds, failed)
-            usage = total_usage(results, request.n)
-            telemetry.on_usage(served.model.overproof.package, http.scope.get(KEY_IN_SCOPE), usage)
+            registry.on_complete(served, failed)
             if telemetry.recorder is not None:
                 for exchange in await traffic_exchanges(builder, requests, results, seconds, first_event_s):
                     telemetry.recorder.record(exchange)
 
-        with _count_failures(registry, served, start_s):
+        with _count_failures(registry, served):
             if request.stream and len(prompts) > 1:  # before any starts, for one may be bad
                 await asyncio.gather(*(served.engine.validate(*each) for each in requests[:: request.n]))
             if request.stream:
-                events = stream_events(builder, requests, grammar, on_complete)
-                first = await anext(events)  # an error of the request shows here, before the reply begins
+                events = stream_events(builder, requests, grammar, on_complete, on_work)
+                # An error of the request shows here, before the reply begins.
+                first = await _unless_disconnected(http, asyncio.ensure_future(_first(events)))
                 first_event_s = time.perf_counter() - start_s
                 telemetry.on_first_event(served.model.overproof.package, first_event_s)
-                return StreamingResponse(_prepend(first, events), media_type="text/event-stream")
+                return StreamingResponse(
+                    _prepend(first, events), headers=STREAM_HEADERS, media_type="text/event-stream"
+                )
             generations = await _unless_disconnected(
-                http, asyncio.ensure_future(_complete_all(served.engine, requests))
+                http, asyncio.ensure_future(_complete_all(served.engine, requests, on_work))
             )
         if grammar is not None:
             require_grammar(grammar, generations)
@@ -179,26 +199,29 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
             request = _parse(task.request, body)
             is_short = int(http.headers.get("content-length", SHORT_BODY_BYTES + 1)) <= SHORT_BODY_BYTES
             registry.on_request(served, _rows_shadow(task, request, is_short))
-            start_s = time.perf_counter()
-            with _count_failures(registry, served, start_s):
+            with _count_failures(registry, served):
                 data = await _answer_rows(task, request, served, is_short)
-            registry.on_complete(served, time.perf_counter() - start_s, False)
+            registry.on_complete(served, False)
             return {**served.reply_fields, "data": data}
 
     for route in sorted({task.route for task in array_tasks.values()}):
         add_rows_route(route)
+    for each in list(app.routes):
+        if isinstance(each, APIRoute) and "GET" in (each.methods or ()):
+            app.add_api_route(each.path, each.endpoint, methods=["HEAD"], include_in_schema=False,
+                              response_class=each.response_class)  # fmt: skip
     return app
 
 
 @contextmanager
-def _count_failures(registry: ModelRegistry, served: ServedModel, start_s: float) -> Iterator[None]:
+def _count_failures(registry: ModelRegistry, served: ServedModel) -> Iterator[None]:
     """Tell the registry of a failure of the server; an error of the request, or a full queue, is none."""
     try:
         yield
     except (InputError, HTTPException, Busy):
         raise
     except Exception:
-        registry.on_complete(served, time.perf_counter() - start_s, True)
+        registry.on_complete(served, True)
         raise
 
 
@@ -206,17 +229,26 @@ def _text_shadow(requests: list[EngineRequest]) -> ShadowRequest:
     async def complete_all(served: ServedModel) -> Any:
         return await _complete_all(served.engine, requests)
 
-    async def next_token(served: ServedModel) -> Any:
-        return (await served.engine.complete(requests[0][0], Sampling(1))).text
+    async def few_tokens(served: ServedModel) -> Comparison:
+        """The next token; then, of a prompt that every version has read by now, the time of a few."""
+        prompt, engine = requests[0][0], served.engine
+        answer = (await engine.complete(prompt, Sampling(1))).text
+        timed = await engine.complete(prompt, Sampling(TIMED_TOKENS))
+        return Comparison(answer, timed.seconds, timed.completion_tokens)
 
-    return ShadowRequest(complete_all, next_token)
+    return ShadowRequest(complete_all, few_tokens)
 
 
 def _rows_shadow(task: ArrayTask, request: Any, is_short: bool) -> ShadowRequest:
     async def answers(served: ServedModel) -> Any:
         return await _answer_rows(task, request, served, is_short)
 
-    return ShadowRequest(answers, answers, task.agree)
+    async def compare(served: ServedModel) -> Comparison:
+        start_s = time.perf_counter()
+        answer = await answers(served)
+        return Comparison(answer, time.perf_counter() - start_s, len(answer))
+
+    return ShadowRequest(answers, compare, task.agree)
 
 
 async def _answer_rows(task: ArrayTask, request: Any, served: ServedModel, is_short: bool) -> list[dict[str, Any]]:
@@ -245,9 +277,11 @@ def _one_of(requests: list[type[BaseModel]]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": {"anyOf": schemas}}}}}
 
 
-async def _complete_all(engine: AsyncEngine, requests: list[EngineRequest]) -> list[Generation]:
+async def _complete_all(
+    engine: AsyncEngine, requests: list[EngineRequest], on_work: OnWork = ignore_work
+) -> list[Generation]:
     """Every choice; where one fails, the others are cancelled."""
-    tasks = [asyncio.ensure_future(engine.complete(*request)) for request in requests]
+    tasks = [asyncio.ensure_future(engine.complete(*request, on_work)) for request in requests]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -271,6 +305,10 @@ async def _unless_disconnected(http: HttpRequest, work: asyncio.Future[ResultT])
 async def _disconnected(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
+
+
+async def _first(events: AsyncGenerator[str]) -> str:
+    return await anext(events)
 
 
 async def _prepend(first: str, events: AsyncGenerator[str]) -> AsyncIterator[str]:
@@ -314,7 +352,3 @@ def _add_error_handlers(app: FastAPI, requests: set[type[BaseModel]]) -> None:
         return error_response(
             429, "every replica is busy; ask again in a second", "rate_limit_error", headers=RETRY_HEADERS
         )
-
-    @app.exception_handler(Exception)
-    async def on_failure(_: HttpRequest, __: Exception) -> JSONResponse:
-        return error_response(500, SERVER_ERROR, kind="server_error")

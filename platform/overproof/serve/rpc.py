@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from overproof.engines.base import Piece, Sampling
 from overproof.errors import InputError
-from overproof.serve.async_engine import Generation, Prompt
+from overproof.serve.async_engine import Generation, Prompt, Work
 
 ENCODER = msgspec.msgpack.Encoder()
 LENGTH_BYTES = 4
@@ -136,6 +136,7 @@ class Chunk(msgspec.Struct, tag=True):
 class Result(msgspec.Struct, tag=True):
     id: int
     value: ResultValue = None
+    work: Work | None = None  # of a generation
 
 
 class Error(msgspec.Struct, tag=True):
@@ -143,6 +144,7 @@ class Error(msgspec.Struct, tag=True):
     message: str
     is_request_error: bool  # else the server is to blame
     code: str | None = None  # see ``InputError``
+    work: Work | None = None
 
 
 class Drain(msgspec.Struct, tag=True):
