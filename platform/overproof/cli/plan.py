@@ -61,7 +61,10 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     preflight.require_exportable(recipe)
     out.print()
     students = preflight.student_sizes(recipe, shape)
-    findings = [*preflight.check_placement(recipe, capacity), stored, *preflight.check_gate(recipe)]
+    findings = [
+        *preflight.check_source(recipe), *preflight.check_placement(recipe, capacity), stored,
+        *preflight.check_gate(recipe),
+    ]  # fmt: skip
     served, model = recipe.train.model, None
     if isinstance(served, Served):
         out.print(f"teacher: {served.model}, served at {served.url}")

@@ -17,6 +17,7 @@ from overproof.cluster import ray_cluster, store_probe, upload
 from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
 from overproof.config import Pretrained, Recipe, Served, TeacherLayers
 from overproof.data.manifest import Manifest
+from overproof.data.source_files import describe_skipped
 from overproof.engines.endpoint import Endpoint
 from overproof.errors import InputError, suggest_name
 from overproof.export.check_models import check_models
@@ -54,6 +55,20 @@ def data_shape(recipe: Recipe, prepared: Artifact | None) -> DataShape:
         with console.waiting("looking at the data"):
             return TASKS[recipe.data.kind].shape(recipe.data)
     return shape_of(Manifest.read(prepared.local()))
+
+
+def check_source(recipe: Recipe) -> Iterator[Finding]:
+    """How many files the data come from, and a warning of those that are left out.
+
+    Raises:
+        InputError: there are none.
+    """
+    listing = TASKS[recipe.data.kind].source_files(recipe.data)
+    if listing.files:
+        size = format_bytes(sum(file.size_bytes for file in listing.files))
+        yield Finding("data", "ok", f"{len(listing.files):,} file{'s' if len(listing.files) > 1 else ''}, {size}")
+    for line in describe_skipped(listing.skipped):
+        yield Finding("data", "warning", line)
 
 
 def require_exportable(recipe: Recipe) -> None:

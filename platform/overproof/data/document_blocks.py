@@ -19,13 +19,14 @@ from tokenizers import Tokenizer
 
 from overproof.config import TextData
 from overproof.data import tokenization
-from overproof.data.cleaning import DocumentCheck
+from overproof.data.cleaning import EMPTY, NUL_LINES, DocumentCheck
 from overproof.data.columns import token_dtype
-from overproof.data.documents import iter_documents, iter_pieces
+from overproof.data.documents import NulLines, iter_documents, iter_pieces
 from overproof.data.manifest import Column, shard_schema
 from overproof.data.order import permutation
 from overproof.data.parquet_writer import write_shard
 from overproof.data.shard_layout import ShardPlan
+from overproof.data.source_files import reason_of
 from overproof.data.sources import Source
 from overproof.data.text_tokenizer import TextTokenizer, continuing, special_names_as_text
 from overproof.errors import InputError
@@ -43,8 +44,11 @@ PIECE_SCHEMA = pa.schema(
         ("sha256", pa.string()),
         ("size_bytes", pa.int64()),
         ("fault", pa.string()),
-        # Of the file, in a row of its own:
+        ("nul_lines", pa.int64()),
+        ("file", pa.string()),
+        # Of a file that cannot be read, in a row of its own:
         ("error", pa.string()),
+        ("reason", pa.string()),
     ]
 )
 
@@ -60,18 +64,21 @@ def read_block(block: pa.Table, source: Source) -> Iterator[pa.Table]:
     for file in chain.from_iterable(block["files"].to_pylist()):
         try:
             for name, content in iter_documents(source, file):
-                check = DocumentCheck()
-                for number, piece in enumerate(iter_pieces(content)):
+                check, lines = DocumentCheck(), NulLines()
+                for number, piece in enumerate(iter_pieces(lines.dropped_from(content))):
                     if held_bytes >= TABLE_BYTES:
                         yield pa.Table.from_pylist(rows, PIECE_SCHEMA)
                         rows, held_bytes = [], 0
                     check.update(piece)
-                    rows.append({"name": name, "piece": number, "content": piece})
+                    rows.append({"name": name, "piece": number, "content": piece, "file": file})
                     held_bytes += len(piece)
                 fault = check.finish()
-                rows[-1] |= {"sha256": check.sha256, "size_bytes": check.size_bytes, "fault": fault}
+                if fault == EMPTY and lines.count:
+                    fault = NUL_LINES
+                found = {"sha256": check.sha256, "size_bytes": check.size_bytes, "fault": fault}
+                rows[-1] |= found | {"nul_lines": lines.count}
         except InputError as error:
-            rows.append({"name": file, "error": str(error)})
+            rows.append({"name": file, "file": file, "error": str(error), "reason": reason_of(error)})
     yield pa.Table.from_pylist(rows, PIECE_SCHEMA)
 
 

@@ -46,11 +46,12 @@ from overproof.data.manifest import (
 )
 from overproof.data.parquet_writer import parquet_bytes, write_file
 from overproof.data.shard_layout import ShardLayout, plan_shards
-from overproof.data.sources import Source, SourceFile, absolute_source, list_files
+from overproof.data.source_files import SourceFile, SourceReading, describe_skipped
+from overproof.data.sources import Source, absolute_source, list_text_files
 from overproof.data.text_tokenizer import TextTokenizer, read_tokenizer, trained
 from overproof.errors import InputError
 from overproof.registry import FORMATS, TASKS
-from overproof.stage_context import StageContext
+from overproof.stage_context import Notice, StageContext
 
 BLOCK_BYTES = 32 << 20  # of text read by one task
 DOCUMENTS_PER_GROUP = 1 << 16
@@ -84,6 +85,7 @@ def _metrics(manifest: Manifest) -> dict[str, Any]:
     return {
         "documents": sum(split.documents for split in splits),
         "dropped": manifest.dropped,
+        "skipped": manifest.skipped,
         "rows": {name: split.rows for name, split in manifest.splits.items()},
         "predictions": {name: split.predictions for name, split in manifest.splits.items()},
         "size_bytes": sum(shard.size_bytes for split in splits for shard in split.shards),
@@ -104,11 +106,14 @@ def prepare_documents(context: StageContext, data: TextData) -> Manifest:
 def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
     with Heartbeat(context.progress, "prepare", PHASES) as heartbeat:
         heartbeat.start_phase(0, "listing files")
-        files = list_files(data.source)
+        reading = SourceReading(list_text_files(data), data.on_error)
+        files = reading.listing.files
         size_mb = sum(file.size_bytes for file in files) / 1e6
         heartbeat.start_phase(0, f"reading {len(files)} files, {size_mb:,.1f} MB")
         pieces = _read(absolute_source(data.source), files)
-        documents = _select(pieces, data)
+        documents = _select(pieces, data, reading)
+        for line in describe_skipped(reading.skipped):
+            context.progress(Notice(line))
         splits_N = cleaning.split_of(documents.hashes_N, data.validation_fraction, data.test_fraction)
         index = DocumentIndex.of(documents.names_N)
         heartbeat.start_phase(1, f"tokenizer, from {np.sum(splits_N == 'train')} documents")
@@ -136,6 +141,7 @@ def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
         end_id=tokenizer.end_id,
         bos_id=tokenizer.bos_id,
         dropped=documents.dropped,
+        skipped=reading.counts,
     )
 
 
@@ -171,14 +177,17 @@ def _collect(dataset: Dataset, columns: Sequence[str]) -> pa.Table:
     return pa.concat_tables(ray.get(dataset.select_columns(list(columns)).to_arrow_refs()))
 
 
-def _select(pieces: Dataset, data: TextData) -> cleaning.SelectedDocuments:
-    facts = _collect(pieces, ("name", "sha256", "size_bytes", "fault", "error"))
+def _select(pieces: Dataset, data: TextData, reading: SourceReading) -> cleaning.SelectedDocuments:
+    facts = _collect(pieces, ("name", "sha256", "size_bytes", "fault", "nul_lines", "file", "error", "reason"))
     failed = facts.filter(pc.is_valid(facts["error"])).sort_by("name")
-    if len(failed):
+    if len(failed) and (data.on_error == "fail" or len(failed) == len(reading.listing.files)):
         raise InputError(failed["error"][0].as_py())
-    whole = facts.filter(pc.is_valid(facts["sha256"]))
+    for file, reason in zip(failed["file"].to_pylist(), failed["reason"].to_pylist(), strict=True):
+        reading.skipped.setdefault(reason, []).append(file)
+    readable = pc.invert(pc.is_in(facts["file"], value_set=pc.unique(failed["file"]).combine_chunks()))
+    whole = facts.filter(pc.and_(pc.is_valid(facts["sha256"]), readable))
     documents = cleaning.select_documents(
-        *(whole[column].to_pylist() for column in ("name", "sha256", "size_bytes", "fault"))
+        *(whole[column].to_pylist() for column in ("name", "sha256", "size_bytes", "fault", "nul_lines"))
     )
     if len(documents.hashes_N) < len(SPLITS):
         dropped = ", ".join(f"{count} {reason}" for reason, count in documents.dropped.items())

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
+    from overproof.data.source_files import FileListing
     from overproof.engines.base import TextScorer
     from overproof.engines.probe import ArrayAnswer, Say, TextAnswer
     from overproof.export.base import Format
@@ -233,6 +234,13 @@ class Task(Protocol):
     route: str  # of the HTTP API
 
     # --- data -------------------------------------------------------------------------------------
+
+    def source_files(self, data: Any) -> FileListing:
+        """The files that the data come from, and those beside them that are left out; none of what a library has.
+
+        Raises:
+            InputError: there are none.
+        """
 
     def source_digest(self, data: Any) -> str:
         """Sha256, in hex, over what the data is made from.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
+    from overproof.data.source_files import FileListing
     from overproof.stage_context import StageContext
 
     Batch = dict[str, Tensor]
@@ -65,6 +66,11 @@ class Chat(CausalTask):
     route = "/v1/chat/completions"
     counted = "answer"
     expects_answers = True
+
+    def source_files(self, data: ChatData) -> FileListing:
+        from overproof.tasks.conversations import conversation_files
+
+        return conversation_files(data.source, data.on_error)
 
     def source_digest(self, data: ChatData) -> str:
         from overproof.tasks.chat_data import chat_digest

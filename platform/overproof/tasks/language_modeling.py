@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
+    from overproof.data.source_files import FileListing
     from overproof.engines.base import TextScorer
     from overproof.engines.probe import Say
     from overproof.export.base import Format
@@ -98,6 +99,11 @@ class LanguageModeling(CausalTask):
         from overproof.tasks.text_recognition import recognise_text
 
         return recognise_text(look, model, flags)
+
+    def source_files(self, data: LanguageModelingData) -> FileListing:
+        from overproof.data.sources import list_text_files
+
+        return list_text_files(data)
 
     def source_digest(self, data: LanguageModelingData) -> str:
         from overproof.data.sources import text_digest
