@@ -28,7 +28,13 @@ from overproof.data.parquet_writer import write_shard
 from overproof.data.shard_layout import ShardPlan
 from overproof.data.source_files import reason_of
 from overproof.data.sources import Source
-from overproof.data.text_tokenizer import TextTokenizer, continuing, special_names_as_text
+from overproof.data.text_tokenizer import (
+    SAME,
+    TextTokenizer,
+    continuing,
+    how_it_comes_back,
+    special_names_as_text,
+)
 from overproof.errors import InputError
 
 TABLE_BYTES = 8 << 20  # of text handed on at once
@@ -124,25 +130,33 @@ def tokenise_block(block: pa.Table, index: DocumentIndex, tokenizer: TextTokeniz
     for rows in np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(table_of)) + 1):
         texts = [content.as_py().decode() for content in block["content"].take(rows)]
         pieces = block["piece"].take(rows).to_numpy()
-        tokens = _tokenise(texts, pieces, tokenizer)
+        tokens, altered = _tokenise(texts, pieces, tokenizer)
         yield pa.table(
             {
                 "document": pa.array(documents[rows], pa.int32()),
                 "piece": pa.array(pieces, pa.int32()),
                 "tokens": pa.array(tokens, pa.large_list(pa.int32())),
                 "tokens_count": pa.array([len(ids) for ids in tokens], pa.int64()),
+                "altered": pa.array(altered, pa.int8()),
             }
         )
 
 
-def _tokenise(texts: Sequence[str], pieces: NDArray[np.int32], tokenizer: TextTokenizer) -> list[tokenization.Tokens]:
+def _tokenise(
+    texts: Sequence[str], pieces: NDArray[np.int32], tokenizer: TextTokenizer
+) -> tuple[list[tokenization.Tokens], list[int]]:
+    """The tokens of each piece, and how each comes back by them."""
     first, later = _tokenizers(tokenizer.json)
     tokens: list[tokenization.Tokens] = [np.zeros(0, np.int32)] * len(texts)
+    altered = [SAME] * len(texts)
     places = range(len(texts))
     for chosen, own in (([i for i in places if not pieces[i]], first), ([i for i in places if pieces[i]], later)):
-        for place, ids in zip(chosen, tokenization.encode(own, [texts[i] for i in chosen]), strict=True):
+        encoded = tokenization.encode(own, [texts[i] for i in chosen])
+        back = own.decode_batch([ids.tolist() for ids in encoded], skip_special_tokens=False)
+        for place, ids, text in zip(chosen, encoded, back, strict=True):
             tokens[place] = ids if pieces[place] else np.insert(ids, 0, tokenizer.boundary)
-    return tokens
+            altered[place] = how_it_comes_back(texts[place], text)
+    return tokens, altered
 
 
 def sample_block(block: pa.Table, index: DocumentIndex, chosen: NDArray[np.int64]) -> pa.Table:

@@ -48,7 +48,7 @@ from overproof.data.parquet_writer import parquet_bytes, write_file
 from overproof.data.shard_layout import ShardLayout, plan_shards
 from overproof.data.source_files import SourceFile, SourceReading, describe_skipped
 from overproof.data.sources import Source, absolute_source, list_text_files
-from overproof.data.text_tokenizer import TextTokenizer, read_tokenizer, trained
+from overproof.data.text_tokenizer import ALTERED, TextTokenizer, read_tokenizer, tell_altered, trained
 from overproof.errors import InputError
 from overproof.registry import FORMATS, TASKS
 from overproof.stage_context import Notice, StageContext
@@ -86,6 +86,7 @@ def _metrics(manifest: Manifest) -> dict[str, Any]:
         "documents": sum(split.documents for split in splits),
         "dropped": manifest.dropped,
         "skipped": manifest.skipped,
+        "altered": manifest.altered,
         "rows": {name: split.rows for name, split in manifest.splits.items()},
         "predictions": {name: split.predictions for name, split in manifest.splits.items()},
         "size_bytes": sum(shard.size_bytes for split in splits for shard in split.shards),
@@ -121,7 +122,9 @@ def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
         FORMATS[context.recipe.compress.kind].check_tokenizer(tokenizer.json, "data.tokenizer")
         heartbeat.start_phase(2, f"tokenising {len(splits_N)} documents, {documents.sizes_N.sum() / 1e6:,.1f} MB")
         tokens = _map_blocks(pieces, partial(tokenise_block, index=index, tokenizer=tokenizer))
-        layout = _plan(tokens, splits_N, data, len(tokenizer.boundary))
+        layout, altered_N = _plan(tokens, splits_N, data, len(tokenizer.boundary))
+        for line in tell_altered(documents.names_N.tolist(), altered_N.tolist(), "documents"):
+            context.progress(Notice(line))
         heartbeat.start_phase(3, f"packing and writing {len(layout.shards)} shards")
         shards = _write(tokens, layout, data, tokenizer, context.recipe.seed, context.draft.uri)
         write_file(context.draft.uri, TOKENIZER, tokenizer.json.encode())
@@ -142,6 +145,7 @@ def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
         bos_id=tokenizer.bos_id,
         dropped=documents.dropped,
         skipped=reading.counts,
+        altered=int(np.sum(altered_N == ALTERED)),
     )
 
 
@@ -184,7 +188,7 @@ def _select(pieces: Dataset, data: TextData, reading: SourceReading) -> cleaning
         raise InputError(failed["error"][0].as_py())
     for file, reason in zip(failed["file"].to_pylist(), failed["reason"].to_pylist(), strict=True):
         reading.skipped.setdefault(reason, []).append(file)
-    readable = pc.invert(pc.is_in(facts["file"], value_set=pc.unique(failed["file"]).combine_chunks()))
+    readable = pc.invert(pc.is_in(facts["file"], value_set=pc.unique(failed["file"])))
     whole = facts.filter(pc.and_(pc.is_valid(facts["sha256"]), readable))
     documents = cleaning.select_documents(
         *(whole[column].to_pylist() for column in ("name", "sha256", "size_bytes", "fault", "nul_lines"))
@@ -221,10 +225,15 @@ def _tokenizer(
     return trained(tokenization.train_bpe(train_texts(), data.tokenizer.vocab_size).to_str())
 
 
-def _plan(tokens: Dataset, splits_N: NDArray[np.str_], data: TextData, boundary: int) -> ShardLayout:
-    counts = _collect(tokens, ("document", "piece", "tokens_count"))
-    documents_P, pieces_P, tokens_P = (column.to_numpy() for column in counts.itercolumns())
-    return plan_shards(documents_P, pieces_P, tokens_P, splits_N, data, boundary)
+def _plan(
+    tokens: Dataset, splits_N: NDArray[np.str_], data: TextData, boundary: int
+) -> tuple[ShardLayout, NDArray[np.int64]]:
+    """The layout, and how each document comes back by its tokens."""
+    counts = _collect(tokens, ("document", "piece", "tokens_count", "altered"))
+    documents_P, pieces_P, tokens_P, altered_P = (column.to_numpy() for column in counts.itercolumns())
+    altered_N = np.zeros(len(splits_N), np.int64)
+    np.maximum.at(altered_N, documents_P, altered_P)
+    return plan_shards(documents_P, pieces_P, tokens_P, splits_N, data, boundary), altered_N
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -24,7 +24,12 @@ from overproof.config import TokenizerFile
 from overproof.config.models import ModelSection
 from overproof.data.manifest import TOKENIZER, TOKENIZER_CONFIG, Manifest
 from overproof.data.sources import tokenizer_files
-from overproof.data.text_tokenizer import tokenizer_config, tokenizer_difference, tokenizer_text
+from overproof.data.text_tokenizer import (
+    tokenizer_config,
+    tokenizer_difference,
+    tokenizer_text,
+    without_training_settings,
+)
 from overproof.errors import InputError
 from overproof.files import file_sha256
 from overproof.models.base import BaseFamily, LayerNames, ModelFamily, shape_of
@@ -280,6 +285,7 @@ def check_tokenizer(path: Path, prepared: Path) -> None:
     if file.is_file() and file_sha256(file) == manifest.tokenizer_sha256:
         return
     text = tokenizer_text(tokenizer_files(TokenizerFile(path=str(path)), ""), str(path))
+    text = without_training_settings(text, file)
     try:
         found = tokenizer_difference(own.read_text(encoding="utf-8"), text)
     except Exception as error:  # the library raises nothing more precise

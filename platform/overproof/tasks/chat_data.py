@@ -24,7 +24,7 @@ from overproof.data.parquet_writer import parquet_bytes, write_file
 from overproof.data.source_files import SourceReading, describe_skipped
 from overproof.data.sources import sha256_of, tokenizer_files
 from overproof.data.stratified import write_splits
-from overproof.data.text_tokenizer import read_tokenizer
+from overproof.data.text_tokenizer import ALTERED, read_tokenizer, tell_altered
 from overproof.errors import InputError
 from overproof.registry import FORMATS
 from overproof.stage_context import Notice, StageContext
@@ -61,6 +61,7 @@ class KeptConversation:
     pieces: list[EncodedConversation]  # one, or one for each answer where the template rewrites earlier turns
     is_divided: bool  # whether there were several of them
     has_last_answer: bool  # or that was longer than a row
+    altered: int  # how its messages come back by their tokens, see ``how_it_comes_back``
 
     @property
     def size_bytes(self) -> int:
@@ -142,6 +143,7 @@ def prepare_chat(context: StageContext) -> Manifest:
         bos_id=tokenizer.bos_id,
         dropped=found.dropped,
         skipped=reading.counts,
+        altered=sum(each.altered == ALTERED for each in found.kept),
         details={
             "cut": found.cut,
             "divided": len(found.divided),
@@ -187,6 +189,7 @@ def _read(
             pieces,
             len(whole) > 1,
             len(whole[-1].tokens_T) <= most,
+            encoder.comes_back(found),
         )
     if reading.nul_lines:
         dropped[NUL_LINES] = reading.nul_lines
@@ -328,6 +331,9 @@ def _test_texts(kept: Sequence[KeptConversation], tested: NDArray[np.int64]) -> 
 
 
 def _tell(context: StageContext, data: ChatData, found: KeptConversations, template: str) -> None:
+    names, altered = [each.where for each in found.kept], [each.altered for each in found.kept]
+    for line in tell_altered(names, altered, "conversations"):
+        context.progress(Notice(line))
     if found.cut:
         context.progress(
             Notice(

@@ -24,7 +24,7 @@ from pyarrow import fs
 from tokenizers import Tokenizer
 
 from overproof.config import TokenizerFile
-from overproof.data.text_tokenizer import TextTokenizer, continuing
+from overproof.data.text_tokenizer import SAME, TextTokenizer, continuing, how_it_comes_back, special_names_as_text
 from overproof.errors import InputError
 from overproof.files import filesystem
 from overproof.tasks.conversations import ASSISTANT, Conversation, Message
@@ -159,6 +159,8 @@ class ConversationEncoder:
     def __init__(self, template: ChatTemplate, tokenizer: TextTokenizer) -> None:
         self.template = template
         self._first, self._later = (Tokenizer.from_str(text) for text in (tokenizer.json, continuing(tokenizer.json)))
+        self._plain = Tokenizer.from_str(special_names_as_text(tokenizer.json))
+        self._plain.encode_special_tokens = True
         added = self._first.get_added_tokens_decoder()
         self._special = {id_: token.content for id_, token in added.items() if token.special}
         starts = tokenizer.start_id != tokenizer.end_id
@@ -170,6 +172,13 @@ class ConversationEncoder:
         return self._spelled is not None and any(
             self._spelled.search(text) for text in _strings([found.messages, found.tools])
         )
+
+    def comes_back(self, found: Conversation) -> int:
+        """How its messages come back by their tokens, see ``how_it_comes_back``: the worst of them."""
+        texts = [text for message in found.messages for text in _strings(message["content"])]
+        encoded = [self._plain.encode(text, add_special_tokens=False).ids for text in texts]
+        back = self._plain.decode_batch(encoded, skip_special_tokens=False)
+        return max(map(how_it_comes_back, texts, back), default=SAME)
 
     def encode(self, found: Conversation) -> tuple[str, list[EncodedConversation]]:
         """The text up to the last answer, and the tokens of each of the texts that ``ChatTemplate.texts`` gives.

@@ -24,6 +24,7 @@ from overproof.data.parquet_writer import write_file
 from overproof.data.source_files import SourceReading, describe_skipped
 from overproof.data.sources import sha256_of
 from overproof.data.stratified import stratified, write_splits
+from overproof.data.text_tokenizer import load_tokenizer, without_training_settings
 from overproof.errors import InputError
 from overproof.files import filesystem
 from overproof.models.encoder import PADDING
@@ -264,11 +265,7 @@ def truncating_tokenizer(content: bytes, where: object, length: int) -> Tokenize
     Raises:
         InputError: it is none.
     """
-    try:
-        tokenizer = Tokenizer.from_str(content.decode())
-    except Exception as error:  # the library raises nothing more precise
-        raise InputError(f"{where}: not a tokenizer.json: {error}") from None
-    tokenizer.no_padding()
+    tokenizer = load_tokenizer(without_training_settings(content.decode(errors="replace"), where), where)
     tokenizer.enable_truncation(length)
     tokenizer.encode_special_tokens = True  # a text that spells a special token is text
     return tokenizer
@@ -327,7 +324,8 @@ def _vocabulary(tokenizer: Tokenizer) -> tuple[int, int | None]:
 def _tokenizer_content(data: Any, train: Iterable[str]) -> bytes:
     if data.tokenizer.kind == "bpe":
         return str(train_tokenizer(train, data.tokenizer.vocab_size).to_str()).encode()
-    return tokenizer_file(data.tokenizer.path)
+    path = data.tokenizer.path
+    return without_training_settings(tokenizer_file(path).decode(errors="replace"), path).encode()
 
 
 def tokenizer_file(path: str) -> bytes:
