@@ -164,7 +164,8 @@ def run(recipe: Recipe, until: str | None = None) -> dict[str, Artifact]:
     with store.lock():
         steps = resolve_stages(recipe, store, until)
         if any(step.stage.name == "compress" and step.artifact is None for step in steps):
-            preflight.require_exportable(recipe)
+            for finding in preflight.require_exportable(recipe):
+                console.notice(f"{finding.about}: {finding.text}")
         if any(step.stage.name == "train" and step.artifact is None for step in steps):
             preflight.require_served(recipe)
         if not ray_cluster.is_remote():

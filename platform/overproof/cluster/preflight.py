@@ -71,13 +71,19 @@ def check_source(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("data", "warning", line)
 
 
-def require_exportable(recipe: Recipe) -> None:
-    """Ask the recipe's format about every model that a directory describes, before anything is trained: any decoder can
-    be trained, not all exported. What the recipe itself describes has been held against the format as it was read.
+def require_exportable(recipe: Recipe) -> list[Finding]:
+    """Ask the recipe's format about the tokenizer, the chat template and every model that a directory describes, before
+    anything is trained: any decoder can be trained, not all exported. What the recipe itself describes has been held
+    against the format as it was read. Gives a warning for what the format's engines leave out.
 
     Raises:
-        InputError: it cannot hold one, a line for each, or a directory's config.json cannot be read.
+        InputError: it cannot hold one, a line for each, or a directory's files cannot be read.
     """
+    format = FORMATS[recipe.compress.kind]
+    with console.waiting("looking at the tokenizer"):
+        left_out = TASKS[recipe.data.kind].check_export(recipe.data, format)
+        teacher = recipe.train.model.path if isinstance(recipe.train.model, Pretrained) else None
+        format.check_template(recipe.compress, teacher)
     taught = recipe.train.model
     models = {"train.model": taught} | {f"student {s.name}": s.model for s in recipe.sweep.students}
     kind, asked = recipe.compress.kind, dict[str, dict[str, Any]]()
@@ -92,6 +98,7 @@ def require_exportable(recipe: Recipe) -> None:
     if asked:
         with console.waiting(f"asking {kind} about {len(asked)} model{'s' if len(asked) != 1 else ''}"):
             check_models(kind, recipe.data.positions, asked)
+    return [Finding("tokenizer", "warning", line) for line in left_out]
 
 
 def require_served(recipe: Recipe) -> None:

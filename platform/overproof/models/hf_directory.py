@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from overproof.config import TokenizerFile
 from overproof.config.models import ModelSection
+from overproof.data.chat_template_files import DEFAULT, named_templates, template_files
 from overproof.data.manifest import TOKENIZER, TOKENIZER_CONFIG, Manifest
 from overproof.data.sources import tokenizer_files
 from overproof.data.text_tokenizer import (
@@ -38,8 +39,6 @@ from overproof.models.sizes import family_of, most_positions, require_positions
 from overproof.registry import FAMILIES
 
 Batch = dict[str, Tensor]
-
-CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def build_model(section: ModelSection, manifest: Manifest, seed: int) -> PreTrainedModel:
@@ -262,13 +261,7 @@ def save_model(
 
 def chat_template(path: Path) -> str | None:
     """The Jinja text by which a Hugging Face directory writes chat messages as a prompt, None where it has none."""
-    if (path / CHAT_TEMPLATE).is_file():
-        return (path / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    file = path / TOKENIZER_CONFIG
-    found = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
-    if isinstance(found, list):  # several, by name
-        found = {each["name"]: each["template"] for each in found}.get("default")
-    return found if isinstance(found, str) else None
+    return named_templates(template_files(str(path))).get(DEFAULT)
 
 
 def check_tokenizer(path: Path, prepared: Path) -> None:

@@ -252,6 +252,13 @@ class Task(Protocol):
     def shape(self, data: Any) -> DataShape:
         """What a model must fit, as far as it is known before the data is prepared (the vocabulary is its limit)."""
 
+    def check_export(self, data: Any, format: Format) -> Sequence[str]:
+        """What a format's engines leave out of what turns texts into rows, in words: asked before anything is read.
+
+        Raises:
+            InputError: files of the format cannot hold it.
+        """
+
     def prepare(self, context: StageContext) -> Manifest:
         """Read the source, split it and write the shards below the context's artifact.
 

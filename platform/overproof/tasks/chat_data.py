@@ -16,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from overproof.config import ExpectedAnswers
+from overproof.data.chat_template_files import CHAT_TEMPLATE, template_files
 from overproof.data.cleaning import DUPLICATE, NUL_LINES, split_of
 from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import DOCUMENTS, SPLITS, TEST_TEXTS, TOKENIZER, TOKENIZER_CONFIG, Manifest, Split
@@ -30,12 +31,10 @@ from overproof.registry import FORMATS
 from overproof.stage_context import Notice, StageContext
 from overproof.tasks.chat_rows import ANSWER, best_fit, chat_columns, packed_rows
 from overproof.tasks.chat_template import (
-    CHAT_TEMPLATE,
     DATED,
     ConversationEncoder,
     EncodedConversation,
     read_chat_template,
-    template_files,
 )
 from overproof.tasks.conversations import Conversation, conversation_files, read_conversations
 from overproof.tasks.expected_answers import EXPECTED, AnswerCheck, checks_file
@@ -90,7 +89,10 @@ def chat_digest(data: ChatData) -> str:
         InputError: there are none.
     """
     identity: list[object] = list(conversation_files(data.source, data.on_error).identity)
-    for files in (tokenizer_files(data.tokenizer), {k: v.encode() for k, v in template_files(data.tokenizer).items()}):
+    for files in (
+        tokenizer_files(data.tokenizer),
+        {k: v.encode() for k, v in template_files(data.tokenizer.path).items()},
+    ):
         identity.append([(name, hashlib.sha256(content).hexdigest()) for name, content in sorted(files.items())])
     return sha256_of(identity)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -116,6 +116,13 @@ class LanguageModeling(CausalTask):
         from overproof.data.text_tokenizer import read_tokenizer
 
         return DataShape(data.kind, read_tokenizer(data.tokenizer).outputs, data.positions)
+
+    def check_export(self, data: LanguageModelingData, format: Format) -> Sequence[str]:
+        if isinstance(data.tokenizer, BpeTokenizer):
+            return ()
+        from overproof.data.text_tokenizer import read_tokenizer
+
+        return format.check_tokenizer(read_tokenizer(data.tokenizer).json, "data.tokenizer")
 
     def prepare(self, context: StageContext) -> Manifest:
         from overproof.data.prepare import prepare_documents
