@@ -97,8 +97,8 @@ def test_a_parquet_file_with_object_columns(
     table = pa.table({"text": ["a", "b"], "meta": ArrowPythonObjectArray.from_objects([{1, 2}, object])})
     (tmp_path / "corpus").mkdir()
     pq.write_table(table, tmp_path / "corpus/rows.parquet")
-    recipe = _text_recipe(tmp_path, {"kind": "parquet", "path": str(tmp_path / "corpus")})
-    _refused(capsys, tmp_path / "store", "prepare", recipe, words=("rows.parquet", "'meta'"))
+    recipe = _text_recipe(tmp_path, {"kind": "parquet", "path": str(tmp_path / "corpus"), "field": "meta"})
+    _refused(capsys, tmp_path / "store", "prepare", recipe, words=("rows.parquet", "'meta' holds objects"))
 
 
 def test_a_shard_whose_hash_differs_from_the_manifest(

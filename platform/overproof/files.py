@@ -44,6 +44,13 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     Raises:
         InputError: the scheme is unknown or the URI is malformed, or the Hub has no such model.
     """
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        shown = uri.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        raise InputError(f"{shown}: its name is not UTF-8; expected one that is: rename it") from None
+    if "\0" in uri:
+        raise InputError(f"{uri!r}: holds a NUL, which no path does; expected a folder, file or URI")
     if "://" not in uri:
         return fs.LocalFileSystem(), os.path.normpath(Path(uri).expanduser().absolute())
     if hub.is_model(uri):

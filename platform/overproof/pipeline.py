@@ -74,7 +74,7 @@ def _evaluate_inputs(recipe: Recipe) -> dict[str, Any]:
 STAGES = (
     Stage("prepare", "overproof.data.prepare:prepare", (),
           lambda r: {"seed": r.seed, "data": _dump(r.data), "source": TASKS[r.data.kind].source_digest(r.data)},
-          format=8),
+          format=9),
     Stage("train", "overproof.train.ray_trainer:train_teacher", ("prepare",),
           lambda r: {"seed": r.seed, "train": _dump(r.train), **_train_inputs(r.train)}),
     Stage("generate", "overproof.distill.teacher_stages:generate_text", ("prepare", "train"),
@@ -164,7 +164,8 @@ def run(recipe: Recipe, until: str | None = None) -> dict[str, Artifact]:
     with store.lock():
         steps = resolve_stages(recipe, store, until)
         if any(step.stage.name == "compress" and step.artifact is None for step in steps):
-            preflight.require_exportable(recipe)
+            for finding in preflight.require_exportable(recipe):
+                console.notice(f"{finding.about}: {finding.text}")
         if any(step.stage.name == "train" and step.artifact is None for step in steps):
             preflight.require_served(recipe)
         if not ray_cluster.is_remote():

@@ -191,8 +191,8 @@ def test_a_folder_that_is_laid_out_otherwise_is_refused(folder: Path, tmp_path: 
     with pytest.raises(InputError, match=r"loose\.png: lies beside the classes' folders; expected .*/CLASS/loose\.png"):
         prepared(tmp_path, folder_of(folder))
     (tmp_path / "empty").mkdir()
-    for missing in ("empty", "none"):
-        with pytest.raises(InputError, match=rf"data\.source\.path: .*{missing}: nothing matches \.png"):
+    for missing, words in (("empty", r"none of its 0 entries matches \.png"), ("none", "not found")):
+        with pytest.raises(InputError, match=rf"data\.source\.path: .*{missing}: {words}"):
             prepared(tmp_path, folder_of(tmp_path / missing))
 
 

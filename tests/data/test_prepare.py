@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import tracemalloc
@@ -33,7 +34,7 @@ from overproof.evaluate.metrics import MeasuredFile
 from overproof.export.gguf_file import export_gguf
 from overproof.files import file_sha256
 from overproof.models.hf_directory import build_model, save_model
-from overproof.stage_context import ProgressEvent, TaskProgress
+from overproof.stage_context import Notice, ProgressEvent, TaskProgress
 from overproof.tasks.base import Metric
 from overproof.tasks.text_evaluation import split_otherwise
 
@@ -331,3 +332,26 @@ def test_bad_files_are_named_without_a_traceback(tmp_path: Path) -> None:
     refused(tmp_path, f"{{kind: jsonl, path: {lines}}}", r"b\.jsonl, line 2: found keys title; expected an object")
     refused(tmp_path, f"{{kind: parquet, path: {lines}}}", r"none of its 2 entries matches \*\.parquet")
     refused(tmp_path, folder(tmp_path / "none"), "not found; expected a folder")
+
+
+def test_files_that_cannot_be_read_end_the_run_or_are_left_out_and_counted(tmp_path: Path) -> None:
+    lines = tmp_path / "lines"
+    lines.mkdir()
+    for number in range(40):
+        text = f"def f{number}(x):\n    return {number} * x\n" * (5 + number % 7)
+        (lines / f"{number:02}.jsonl").write_text(json.dumps({"text": text}) + "\n\0\0\n")
+    whole = (lines / "07.jsonl").read_bytes() * 50
+    (lines / "x.jsonl.gz").write_bytes(gzip.compress(whole.replace(b"f7", b"half"))[:-20])
+    (lines / "y.jsonl").write_bytes(whole.replace(b"f7", b"part") + b"[" * 100_000)
+    (lines / "._00.jsonl").write_bytes(b"\0\5\x16\7")
+    source = f"{{kind: jsonl, path: {lines}}}"
+    refused(tmp_path, source, r"x\.jsonl\.gz: not gzip, cut short or damaged: ")
+    told: list[ProgressEvent] = []
+    given = context(text_recipe(tmp_path, source, "data.on_error=skip"), "skip", told.append)
+    metrics = prepare(given)
+    manifest = Manifest.read(Path(given.draft.uri))
+    reasons = ["litter of file systems and programs", "compressed, and cut short, damaged or not gzip"]
+    assert metrics["skipped"] == manifest.skipped == dict.fromkeys([*reasons, "JSON nested too deeply"], 1)
+    assert metrics["documents"] == 40
+    assert manifest.dropped["lines of NULs"] == 40
+    assert f"1 file left out, {reasons[1]}: x.jsonl.gz" in [each.text for each in told if isinstance(each, Notice)]

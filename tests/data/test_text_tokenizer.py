@@ -10,14 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from made_tokenizers import SPACE, TRAINED_ON, byte_level, sentencepiece_bpe, unigram
 from overproof.config import TokenizerFile
 from overproof.data import documents, text_tokenizer, tokenization
 from overproof.data.document_blocks import _tokenise
-from overproof.data.text_tokenizer import TextTokenizer, continuing, read_tokenizer, trained
+from overproof.data.text_tokenizer import (
+    ALTERED,
+    COMPOSED,
+    SAME,
+    TextTokenizer,
+    continuing,
+    read_tokenizer,
+    tell_altered,
+    trained,
+)
 from overproof.errors import InputError
+from overproof.tasks.texts import truncating_tokenizer
 
 
 def directory(folder: Path, text: str, **files: Any) -> TokenizerFile:
@@ -81,7 +91,7 @@ def test_later_pieces_have_the_tokens_of_the_whole(made: Any, monkeypatch: pytes
     for text in ("\n".join(TRAINED_ON), *spaceless):
         pieces = [piece.decode() for piece in documents.iter_pieces([text.encode()])]
         assert len(pieces) > 5
-        tokens = _tokenise(pieces, np.arange(len(pieces), dtype=np.int32), tokenizer)
+        tokens, _ = _tokenise(pieces, np.arange(len(pieces), dtype=np.int32), tokenizer)
         (whole,) = tokenization.encode(Tokenizer.from_str(tokenizer.json), [text])
         assert np.concatenate(tokens).tolist() == [2, 1, *whole.tolist()]
     assert continuing(continuing(tokenizer.json)) == continuing(tokenizer.json)
@@ -92,7 +102,7 @@ def test_a_document_that_spells_a_special_token_does_not_end(made: Any) -> None:
     end, text = ("<|endoftext|>" if made is byte_level else "</s>"), "name {} value"
     tokenizer = TextTokenizer(made(), start_id=1, end_id=2, bos_id=None, outputs=999)
     special = Tokenizer.from_str(tokenizer.json).token_to_id(end)
-    (ids,) = _tokenise([text.format(end)], np.zeros(1, np.int32), tokenizer)
+    (ids,), _ = _tokenise([text.format(end)], np.zeros(1, np.int32), tokenizer)
     assert special not in ids[2:]
     decoded = Tokenizer.from_str(tokenizer.json).decode(ids[2:].tolist(), skip_special_tokens=False)
     assert decoded == text.format(end)
@@ -180,3 +190,75 @@ def test_lengths_that_a_training_left_in_the_file_are_left_out(tmp_path: Path) -
     )
     assert found == whole
     assert len(whole[0]) > 4
+
+
+def test_what_is_drawn_at_random_is_switched_off(tmp_path: Path) -> None:
+    for name, text, drawn in (
+        ("bpe", byte_level(), {"dropout": 0.9}),
+        ("unigram", unigram(), {"alpha": 0.1, "nbest_size": -1}),
+    ):
+        spec = json.loads(text)
+        spec["model"] |= drawn
+        end = "</s>" if name == "unigram" else "<|endoftext|>"
+        found = read_tokenizer(directory(tmp_path / name, json.dumps(spec), tokenizer_config={"eos_token": end}))
+        own, drawing = Tokenizer.from_str(found.json), Tokenizer.from_str(json.dumps(spec))
+        expected = Tokenizer.from_str(text).encode(TRAINED_ON[0]).ids
+        assert all(own.encode(TRAINED_ON[0]).ids == expected for _ in range(5)), name
+        if name == "bpe":
+            assert any(drawing.encode(TRAINED_ON[0]).ids != expected for _ in range(5))
+    labelled = truncating_tokenizer(json.dumps(spec).encode(), "there", 64)
+    assert len({tuple(labelled.encode(TRAINED_ON[0]).ids) for _ in range(5)}) == 1
+
+
+def test_a_vocabulary_without_every_byte_is_refused(tmp_path: Path) -> None:
+    """The library leaves a byte out that has no entry, and says nothing."""
+    spec = json.loads(byte_level())
+    del spec["model"]["vocab"]["\u0108"]  # 0x08
+    message = r"its vocabulary lacks 1 of the bytes that texts are made of, such as 0x08: characters .* would be lost"
+    config = {"eos_token_id": 394}
+    with pytest.raises(InputError, match=message):
+        read_tokenizer(directory(tmp_path / "model", json.dumps(spec), config=config))
+    spec = json.loads(sentencepiece_bpe())
+    for name in ("<0x9D>", "<0xF4>"):
+        spec["model"]["vocab"]["no" + name] = spec["model"]["vocab"].pop(name)
+    with pytest.raises(InputError, match=r"lacks 2 of the bytes .* such as 0x9D"):
+        read_tokenizer(directory(tmp_path / "model", json.dumps(spec), config={"eos_token_id": 2}))
+    spec = json.loads(byte_level())
+    spec["model"]["vocab"]["never"] = spec["model"]["vocab"].pop("\u00ff")  # 0xFF, which UTF-8 never has
+    assert read_tokenizer(directory(tmp_path / "model", json.dumps(spec), config=config)).end_id == 394
+
+
+def test_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
+    made = Tokenizer.from_str(byte_level())
+    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 99_999)])
+    with pytest.raises(InputError, match=r"puts a token of id 99999 beside each text .*; expected one that it has"):
+        read_tokenizer(directory(tmp_path / "model", made.to_str(), config={"eos_token_id": 394}))
+    with pytest.raises(InputError, match="puts a token of id 99999"):
+        truncating_tokenizer(made.to_str().encode(), "there", 64)
+    spec = json.loads(byte_level())
+    spec["added_tokens"][-1]["id"] = 2000  # behind a gap: as many entries as the highest id says, not as are there
+    spec["added_tokens"][-1]["content"] = "<|far|>"
+    found = read_tokenizer(directory(tmp_path / "model", json.dumps(spec), config={"eos_token_id": 394}))
+    highest = max(Tokenizer.from_str(found.json).get_vocab().values())
+    assert found.outputs == highest + 1
+    spec["model"]["vocab"]["x" * 40] = 1 << 31
+    with pytest.raises(InputError, match="has a token of id 2147483648; expected ids below 16,777,216"):
+        read_tokenizer(directory(tmp_path / "model", json.dumps(spec), config={"eos_token_id": 394}))
+
+
+def test_how_texts_come_back_is_told() -> None:
+    spec = json.loads(byte_level(nfc=True))
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [
+        spec["normalizer"], {"type": "Replace", "pattern": {"String": "``"}, "content": '"'}
+    ]}  # fmt: skip
+    texts = ["plain", "cafe\u0301", "``quoted''", " led by a space"]
+    made = TextTokenizer(json.dumps(spec), 0, 0, None, 400)
+    tokens, altered = _tokenise(texts, np.zeros(4, np.int32), made)
+    assert len(tokens) == 4
+    assert altered == [SAME, COMPOSED, ALTERED, SAME]
+    assert tell_altered(["a", "b", "c", "d"], altered, "documents") == [
+        "the tokenizer writes 1 of 4 documents back as Unicode's NFC of them, first b: models learn what it writes, "
+        "and figures count the bytes that were given",
+        "the tokenizer writes 1 of 4 documents back otherwise than they are, first c: models learn what it writes, "
+        "and figures count the bytes that were given",
+    ]

@@ -118,7 +118,7 @@ def test_a_gateway_that_is_stopped_has_written_its_traffic(guarded: GuardedServe
             texts.append(f"{body['prompt']}{reply['choices'][0]['text']}")
     server.stop_serving()
     source = ParquetSource(path=str(guarded.traffic / REPLIES))
-    documents = (content for file in list_files(source) for _, content in iter_documents(source, file.name))
+    documents = (content for file in list_files(source).files for _, content in iter_documents(source, file.name))
     found = [b"".join(content).decode() for content in documents]
     assert sorted(found) == sorted(texts)
 

@@ -41,7 +41,7 @@ def settings(folder: Path | str, **changes: Any) -> Traffic:
 def rows(folder: Path | str, kind: str = REPLIES) -> list[dict[str, Any]]:
     """In the order of the files, as `prepare` lists them."""
     files, root = filesystem(join_uri(str(folder), kind))
-    names = [file.name for file in list_files(ParquetSource(path=join_uri(str(folder), kind)))]
+    names = [file.name for file in list_files(ParquetSource(path=join_uri(str(folder), kind))).files]
     return [row for name in names for row in pq.read_table(f"{root}/{name}", filesystem=files).to_pylist()]
 
 

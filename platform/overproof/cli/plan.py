@@ -58,10 +58,14 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     shape = preflight.data_shape(recipe, prepared)
     rate = _given_rate(recipe, options, shape.positions) or preflight.measured_rate(recipe)
     out.print(_stages(recipe, steps, shape.positions))
-    preflight.require_exportable(recipe)
+    exported = preflight.require_exportable(recipe)
     out.print()
     students = preflight.student_sizes(recipe, shape)
-    findings = [*preflight.check_placement(recipe, capacity), stored, *preflight.check_gate(recipe)]
+    findings = [
+        *preflight.check_source(recipe),
+        *exported, *preflight.check_placement(recipe, capacity), stored,
+        *preflight.check_gate(recipe),
+    ]  # fmt: skip
     served, model = recipe.train.model, None
     if isinstance(served, Served):
         out.print(f"teacher: {served.model}, served at {served.url}")

@@ -17,6 +17,7 @@ from overproof.cluster import ray_cluster, store_probe, upload
 from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
 from overproof.config import Pretrained, Recipe, Served, TeacherLayers
 from overproof.data.manifest import Manifest
+from overproof.data.source_files import describe_skipped
 from overproof.engines.endpoint import Endpoint
 from overproof.errors import InputError, suggest_name
 from overproof.export.check_models import check_models
@@ -56,13 +57,33 @@ def data_shape(recipe: Recipe, prepared: Artifact | None) -> DataShape:
     return shape_of(Manifest.read(prepared.local()))
 
 
-def require_exportable(recipe: Recipe) -> None:
-    """Ask the recipe's format about every model that a directory describes, before anything is trained: any decoder can
-    be trained, not all exported. What the recipe itself describes has been held against the format as it was read.
+def check_source(recipe: Recipe) -> Iterator[Finding]:
+    """How many files the data come from, and a warning of those that are left out.
 
     Raises:
-        InputError: it cannot hold one, a line for each, or a directory's config.json cannot be read.
+        InputError: there are none.
     """
+    listing = TASKS[recipe.data.kind].source_files(recipe.data)
+    if listing.files:
+        size = format_bytes(sum(file.size_bytes for file in listing.files))
+        yield Finding("data", "ok", f"{len(listing.files):,} file{'s' if len(listing.files) > 1 else ''}, {size}")
+    for line in describe_skipped(listing.skipped):
+        yield Finding("data", "warning", line)
+
+
+def require_exportable(recipe: Recipe) -> list[Finding]:
+    """Ask the recipe's format about the tokenizer, the chat template and every model that a directory describes, before
+    anything is trained: any decoder can be trained, not all exported. What the recipe itself describes has been held
+    against the format as it was read. Gives a warning for what the format's engines leave out.
+
+    Raises:
+        InputError: it cannot hold one, a line for each, or a directory's files cannot be read.
+    """
+    format = FORMATS[recipe.compress.kind]
+    with console.waiting("looking at the tokenizer"):
+        left_out = TASKS[recipe.data.kind].check_export(recipe.data, format)
+        teacher = recipe.train.model.path if isinstance(recipe.train.model, Pretrained) else None
+        format.check_template(recipe.compress, teacher)
     taught = recipe.train.model
     models = {"train.model": taught} | {f"student {s.name}": s.model for s in recipe.sweep.students}
     kind, asked = recipe.compress.kind, dict[str, dict[str, Any]]()
@@ -77,6 +98,7 @@ def require_exportable(recipe: Recipe) -> None:
     if asked:
         with console.waiting(f"asking {kind} about {len(asked)} model{'s' if len(asked) != 1 else ''}"):
             check_models(kind, recipe.data.positions, asked)
+    return [Finding("tokenizer", "warning", line) for line in left_out]
 
 
 def require_served(recipe: Recipe) -> None:

@@ -16,18 +16,18 @@ class StdlibSource(Section):
 
 
 class FolderSource(Section):
-    """Every file below a folder that matches a pattern; one file is one document."""
+    """Every file below a folder that matches a pattern, compressed (.gz, .bz2, .zst) or not; one is one document."""
 
     kind: Literal["folder"] = "folder"
     path: str = Field(description="Folder, or a URI such as s3://bucket/folder.")
-    pattern: str = Field("*.txt", description="File name pattern, as in fnmatch.")
+    pattern: str = Field("*.txt", description="File name pattern, as in fnmatch, in any case.")
 
 
 class JsonlSource(Section):
     """JSON Lines; one line is one document."""
 
     kind: Literal["jsonl"] = "jsonl"
-    path: str = Field(description="A .jsonl file or a folder of them.")
+    path: str = Field(description="A .jsonl or .ndjson file, compressed (.gz, .bz2, .zst) or not, or a folder of them.")
     field: str = Field("text", description="Key that holds the text.")
 
 
@@ -71,6 +71,9 @@ class DataSection(Section):
     test_fraction: Fraction = Field(0.05, description="Share of documents or rows held out for the gate.")
     shards: Count = Field(4, description="Train shards written.")
     rows_per_group: Count = Field(16, description="Rows in every Parquet row group.")
+    on_error: Literal["fail", "skip"] = Field(
+        "fail", description="Whether a file that cannot be read ends the run, or is left out and counted."
+    )
 
     @property
     def positions(self) -> int:

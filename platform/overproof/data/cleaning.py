@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 EMPTY = "empty"
 UNDECODABLE = "undecodable"
+NUL_LINES = "lines of NULs"  # which are left out of their documents
 DUPLICATE = "duplicate"
 REASONS = (EMPTY, UNDECODABLE, DUPLICATE)
 
@@ -96,11 +97,20 @@ class SelectedDocuments:
 
 
 def select_documents(
-    names_N: Sequence[str], hashes_N: Strings, sizes_N: Sequence[int], faults_N: Sequence[str]
+    names_N: Sequence[str],
+    hashes_N: Strings,
+    sizes_N: Sequence[int],
+    faults_N: Sequence[str],
+    nul_lines_N: Sequence[int] = (),
 ) -> SelectedDocuments:
-    """Drop the faulty and, of exact duplicates, all but one. The order of the input does not matter."""
+    """Drop the faulty and, of exact duplicates, all but one. The order of the input does not matter.
+
+    ``nul_lines_N`` are the lines of NULs that were left out of each document.
+    """
     faults = np.array(faults_N, dtype=object)
     dropped = {reason: int((faults == reason).sum()) for reason in REASONS}
+    if any(nul_lines_N):
+        dropped[NUL_LINES] = sum(nul_lines_N)
     usable = np.flatnonzero(faults == "")
     names, hashes = (np.array(values, dtype=object)[usable] for values in (names_N, hashes_N))
     sizes = np.array(sizes_N, dtype=np.int64)[usable]

@@ -19,15 +19,22 @@ from tokenizers import Tokenizer
 
 from overproof.config import TextData
 from overproof.data import tokenization
-from overproof.data.cleaning import DocumentCheck
+from overproof.data.cleaning import EMPTY, NUL_LINES, DocumentCheck
 from overproof.data.columns import token_dtype
-from overproof.data.documents import iter_documents, iter_pieces
+from overproof.data.documents import NulLines, iter_documents, iter_pieces
 from overproof.data.manifest import Column, shard_schema
 from overproof.data.order import permutation
 from overproof.data.parquet_writer import write_shard
 from overproof.data.shard_layout import ShardPlan
+from overproof.data.source_files import reason_of
 from overproof.data.sources import Source
-from overproof.data.text_tokenizer import TextTokenizer, continuing, special_names_as_text
+from overproof.data.text_tokenizer import (
+    SAME,
+    TextTokenizer,
+    continuing,
+    how_it_comes_back,
+    special_names_as_text,
+)
 from overproof.errors import InputError
 
 TABLE_BYTES = 8 << 20  # of text handed on at once
@@ -43,8 +50,11 @@ PIECE_SCHEMA = pa.schema(
         ("sha256", pa.string()),
         ("size_bytes", pa.int64()),
         ("fault", pa.string()),
-        # Of the file, in a row of its own:
+        ("nul_lines", pa.int64()),
+        ("file", pa.string()),
+        # Of a file that cannot be read, in a row of its own:
         ("error", pa.string()),
+        ("reason", pa.string()),
     ]
 )
 
@@ -60,18 +70,21 @@ def read_block(block: pa.Table, source: Source) -> Iterator[pa.Table]:
     for file in chain.from_iterable(block["files"].to_pylist()):
         try:
             for name, content in iter_documents(source, file):
-                check = DocumentCheck()
-                for number, piece in enumerate(iter_pieces(content)):
+                check, lines = DocumentCheck(), NulLines()
+                for number, piece in enumerate(iter_pieces(lines.dropped_from(content))):
                     if held_bytes >= TABLE_BYTES:
                         yield pa.Table.from_pylist(rows, PIECE_SCHEMA)
                         rows, held_bytes = [], 0
                     check.update(piece)
-                    rows.append({"name": name, "piece": number, "content": piece})
+                    rows.append({"name": name, "piece": number, "content": piece, "file": file})
                     held_bytes += len(piece)
                 fault = check.finish()
-                rows[-1] |= {"sha256": check.sha256, "size_bytes": check.size_bytes, "fault": fault}
+                if fault == EMPTY and lines.count:
+                    fault = NUL_LINES
+                found = {"sha256": check.sha256, "size_bytes": check.size_bytes, "fault": fault}
+                rows[-1] |= found | {"nul_lines": lines.count}
         except InputError as error:
-            rows.append({"name": file, "error": str(error)})
+            rows.append({"name": file, "file": file, "error": str(error), "reason": reason_of(error)})
     yield pa.Table.from_pylist(rows, PIECE_SCHEMA)
 
 
@@ -117,25 +130,33 @@ def tokenise_block(block: pa.Table, index: DocumentIndex, tokenizer: TextTokeniz
     for rows in np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(table_of)) + 1):
         texts = [content.as_py().decode() for content in block["content"].take(rows)]
         pieces = block["piece"].take(rows).to_numpy()
-        tokens = _tokenise(texts, pieces, tokenizer)
+        tokens, altered = _tokenise(texts, pieces, tokenizer)
         yield pa.table(
             {
                 "document": pa.array(documents[rows], pa.int32()),
                 "piece": pa.array(pieces, pa.int32()),
                 "tokens": pa.array(tokens, pa.large_list(pa.int32())),
                 "tokens_count": pa.array([len(ids) for ids in tokens], pa.int64()),
+                "altered": pa.array(altered, pa.int8()),
             }
         )
 
 
-def _tokenise(texts: Sequence[str], pieces: NDArray[np.int32], tokenizer: TextTokenizer) -> list[tokenization.Tokens]:
+def _tokenise(
+    texts: Sequence[str], pieces: NDArray[np.int32], tokenizer: TextTokenizer
+) -> tuple[list[tokenization.Tokens], list[int]]:
+    """The tokens of each piece, and how each comes back by them."""
     first, later = _tokenizers(tokenizer.json)
     tokens: list[tokenization.Tokens] = [np.zeros(0, np.int32)] * len(texts)
+    altered = [SAME] * len(texts)
     places = range(len(texts))
     for chosen, own in (([i for i in places if not pieces[i]], first), ([i for i in places if pieces[i]], later)):
-        for place, ids in zip(chosen, tokenization.encode(own, [texts[i] for i in chosen]), strict=True):
+        encoded = tokenization.encode(own, [texts[i] for i in chosen])
+        back = own.decode_batch([ids.tolist() for ids in encoded], skip_special_tokens=False)
+        for place, ids, text in zip(chosen, encoded, back, strict=True):
             tokens[place] = ids if pieces[place] else np.insert(ids, 0, tokenizer.boundary)
-    return tokens
+            altered[place] = how_it_comes_back(texts[place], text)
+    return tokens, altered
 
 
 def sample_block(block: pa.Table, index: DocumentIndex, chosen: NDArray[np.int64]) -> pa.Table:

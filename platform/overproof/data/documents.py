@@ -5,16 +5,17 @@ A file that is a document is never held whole. A line of JSON or a row of Parque
 
 from __future__ import annotations
 
+import codecs
 import io
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from overproof.config import JsonlSource, ParquetSource
-from overproof.data.json_lines import read_json_line
-from overproof.data.parquet_reader import refuse_objects
+from overproof.data.json_lines import BLANK, NUL, read_json_line
+from overproof.data.parquet_columns import PARQUET, is_text, iter_columns, open_parquet
+from overproof.data.source_files import naming_faults, open_content
 from overproof.data.sources import Source, source_root
 from overproof.errors import InputError
 
@@ -34,14 +35,59 @@ def iter_documents(source: Source, name: str) -> Iterator[Document]:
     files, folder = source_root(source)
     path = f"{folder}/{name}"
     if isinstance(source, ParquetSource):
-        with files.open_input_file(path) as handle:
+        with naming_faults(path, PARQUET), files.open_input_file(path) as handle:
             yield from _rows(handle, path, name, source.field)
         return
-    with files.open_input_stream(path) as stream:
+    what = "JSON Lines" if isinstance(source, JsonlSource) else "text"
+    with naming_faults(path, what), open_content(files, path) as stream:
         if isinstance(source, JsonlSource):
             yield from _lines(io.BufferedReader(stream), path, name, source.field)
         else:
-            yield name, iter(lambda: stream.read(CHUNK_BYTES), b"")
+            yield name, without_mark(iter(lambda: stream.read(CHUNK_BYTES), b""))
+
+
+def without_mark(content: Iterable[bytes]) -> Iterator[bytes]:
+    """A text's bytes without the byte order mark that some programs put before them."""
+    start: bytes | None = b""
+    for part in content:
+        if start is None:
+            yield part
+            continue
+        start += part
+        if len(start) >= len(codecs.BOM_UTF8) or not codecs.BOM_UTF8.startswith(start):
+            yield start.removeprefix(codecs.BOM_UTF8)
+            start = None
+    if start:
+        yield start
+
+
+class NulLines:
+    """Drops the lines of a text that hold NULs alone, which a computer that lost power leaves in a log; counts them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def dropped_from(self, content: Iterable[bytes]) -> Iterator[bytes]:
+        """The other lines."""
+        at_start, held = True, 0  # of a line; NULs since its start, while it has held nothing else
+        for part in content:
+            if not held and NUL not in part:
+                at_start = part.endswith(b"\n") if part else at_start
+                yield part
+                continue
+            kept = bytearray()
+            for line in io.BytesIO(part):
+                text, ended = line.rstrip(b"\r\n"), line.endswith(b"\n")
+                if at_start and not text.strip(NUL) and (held or text):
+                    held += len(text)
+                    at_start = not ended or at_start
+                    if ended:
+                        self.count, held = self.count + 1, 0
+                    continue
+                kept += NUL * held + line
+                held, at_start = 0, ended
+            yield bytes(kept)
+        self.count += held > 0
 
 
 def iter_pieces(content: Iterable[bytes]) -> Iterator[bytes]:
@@ -74,7 +120,9 @@ def _piece_end(content: bytearray) -> int:
 
 def _lines(lines: Iterable[bytes], path: str, name: str, field: str) -> Iterator[Document]:
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
+        if not line.strip(BLANK):
+            if NUL in line:
+                yield f"{name}:{number}", [line]  # dropped and counted like any other document
             continue
         where = f"{path}, line {number}"
         try:
@@ -92,20 +140,16 @@ def _lines(lines: Iterable[bytes], path: str, name: str, field: str) -> Iterator
 
 
 def _rows(handle: Any, path: str, name: str, field: str) -> Iterator[Document]:
-    try:
-        file = pq.ParquetFile(handle)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{path}: not Parquet: {error}") from None
-    refuse_objects(file.schema_arrow, path)
-    if field not in file.schema_arrow.names:
+    schema = open_parquet(handle).schema_arrow
+    if field not in schema.names:
         raise InputError(
-            f"{path}: columns are {', '.join(file.schema_arrow.names)}; expected a column {field!r} (data.source.field)"
+            f"{path}: columns are {', '.join(schema.names)}; expected a column {field!r} (data.source.field)"
         )
-    column_type = file.schema_arrow.field(field).type
-    if not (pa.types.is_string(column_type) or pa.types.is_large_string(column_type)):
-        raise InputError(f"{path}: column {field!r} is {column_type}; expected string")
     row = 0
-    for batch in file.iter_batches(columns=[field]):
-        for value in batch.column(0).cast(pa.large_binary()):
+    for batch in iter_columns(handle, path, [field]):
+        values = batch.column(0)
+        if not (is_text(values.type) or pa.types.is_null(values.type)):
+            raise InputError(f"{path}: column {field!r} is {values.type}; expected string")
+        for value in values.cast(pa.large_string()).cast(pa.large_binary()):
             yield f"{name}:{row}", [value.as_py() or b""]
             row += 1

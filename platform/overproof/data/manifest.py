@@ -68,6 +68,8 @@ class Manifest(_Frozen):
     end_id: int | None = None  # of the token after every document
     bos_id: int | None = None  # of the token that the tokenizer calls bos, whether it puts it before a text or not
     dropped: dict[str, int] = {}  # documents left out, per reason
+    skipped: dict[str, int] = {}  # files left out, per reason
+    altered: int = 0  # documents that their tokens write back otherwise than they are
     details: dict[str, Any] = {}  # what the task says of its rows, such as the names of classes
 
     @classmethod

@@ -32,18 +32,19 @@ def refuse_objects(schema: pa.Schema, where: str) -> None:
         InputError: naming the column.
     """
     for field in schema:
-        if _is_extension(field):
+        if is_extension(field):
             raise InputError(
                 f"{where}: column {field.name!r} holds objects ({_extension_name(field)}); expected plain numbers, "
                 "strings or lists of them: write the file again without that column"
             )
 
 
-def _is_extension(field: pa.Field) -> bool:
+def is_extension(field: pa.Field) -> bool:
+    """Whether a column is of an extension type, or holds values of one."""
     # A type nobody registered arrives as its storage, with the name in the field's metadata.
     if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
         return True
-    return any(_is_extension(field.type.field(i)) for i in range(field.type.num_fields))
+    return any(is_extension(field.type.field(i)) for i in range(field.type.num_fields))
 
 
 def _extension_name(field: pa.Field) -> str:

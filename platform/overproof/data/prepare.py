@@ -46,11 +46,12 @@ from overproof.data.manifest import (
 )
 from overproof.data.parquet_writer import parquet_bytes, write_file
 from overproof.data.shard_layout import ShardLayout, plan_shards
-from overproof.data.sources import Source, SourceFile, absolute_source, list_files
-from overproof.data.text_tokenizer import TextTokenizer, read_tokenizer, trained
+from overproof.data.source_files import SourceFile, SourceReading, describe_skipped
+from overproof.data.sources import Source, absolute_source, list_text_files
+from overproof.data.text_tokenizer import ALTERED, TextTokenizer, read_tokenizer, tell_altered, trained
 from overproof.errors import InputError
 from overproof.registry import FORMATS, TASKS
-from overproof.stage_context import StageContext
+from overproof.stage_context import Notice, StageContext
 
 BLOCK_BYTES = 32 << 20  # of text read by one task
 DOCUMENTS_PER_GROUP = 1 << 16
@@ -84,6 +85,8 @@ def _metrics(manifest: Manifest) -> dict[str, Any]:
     return {
         "documents": sum(split.documents for split in splits),
         "dropped": manifest.dropped,
+        "skipped": manifest.skipped,
+        "altered": manifest.altered,
         "rows": {name: split.rows for name, split in manifest.splits.items()},
         "predictions": {name: split.predictions for name, split in manifest.splits.items()},
         "size_bytes": sum(shard.size_bytes for split in splits for shard in split.shards),
@@ -104,11 +107,14 @@ def prepare_documents(context: StageContext, data: TextData) -> Manifest:
 def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
     with Heartbeat(context.progress, "prepare", PHASES) as heartbeat:
         heartbeat.start_phase(0, "listing files")
-        files = list_files(data.source)
+        reading = SourceReading(list_text_files(data), data.on_error)
+        files = reading.listing.files
         size_mb = sum(file.size_bytes for file in files) / 1e6
         heartbeat.start_phase(0, f"reading {len(files)} files, {size_mb:,.1f} MB")
         pieces = _read(absolute_source(data.source), files)
-        documents = _select(pieces, data)
+        documents = _select(pieces, data, reading)
+        for line in describe_skipped(reading.skipped):
+            context.progress(Notice(line))
         splits_N = cleaning.split_of(documents.hashes_N, data.validation_fraction, data.test_fraction)
         index = DocumentIndex.of(documents.names_N)
         heartbeat.start_phase(1, f"tokenizer, from {np.sum(splits_N == 'train')} documents")
@@ -116,7 +122,9 @@ def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
         FORMATS[context.recipe.compress.kind].check_tokenizer(tokenizer.json, "data.tokenizer")
         heartbeat.start_phase(2, f"tokenising {len(splits_N)} documents, {documents.sizes_N.sum() / 1e6:,.1f} MB")
         tokens = _map_blocks(pieces, partial(tokenise_block, index=index, tokenizer=tokenizer))
-        layout = _plan(tokens, splits_N, data, len(tokenizer.boundary))
+        layout, altered_N = _plan(tokens, splits_N, data, len(tokenizer.boundary))
+        for line in tell_altered(documents.names_N.tolist(), altered_N.tolist(), "documents"):
+            context.progress(Notice(line))
         heartbeat.start_phase(3, f"packing and writing {len(layout.shards)} shards")
         shards = _write(tokens, layout, data, tokenizer, context.recipe.seed, context.draft.uri)
         write_file(context.draft.uri, TOKENIZER, tokenizer.json.encode())
@@ -136,6 +144,8 @@ def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
         end_id=tokenizer.end_id,
         bos_id=tokenizer.bos_id,
         dropped=documents.dropped,
+        skipped=reading.counts,
+        altered=int(np.sum(altered_N == ALTERED)),
     )
 
 
@@ -171,14 +181,17 @@ def _collect(dataset: Dataset, columns: Sequence[str]) -> pa.Table:
     return pa.concat_tables(ray.get(dataset.select_columns(list(columns)).to_arrow_refs()))
 
 
-def _select(pieces: Dataset, data: TextData) -> cleaning.SelectedDocuments:
-    facts = _collect(pieces, ("name", "sha256", "size_bytes", "fault", "error"))
+def _select(pieces: Dataset, data: TextData, reading: SourceReading) -> cleaning.SelectedDocuments:
+    facts = _collect(pieces, ("name", "sha256", "size_bytes", "fault", "nul_lines", "file", "error", "reason"))
     failed = facts.filter(pc.is_valid(facts["error"])).sort_by("name")
-    if len(failed):
+    if len(failed) and (data.on_error == "fail" or len(failed) == len(reading.listing.files)):
         raise InputError(failed["error"][0].as_py())
-    whole = facts.filter(pc.is_valid(facts["sha256"]))
+    for file, reason in zip(failed["file"].to_pylist(), failed["reason"].to_pylist(), strict=True):
+        reading.skipped.setdefault(reason, []).append(file)
+    readable = pc.invert(pc.is_in(facts["file"], value_set=pc.unique(failed["file"])))
+    whole = facts.filter(pc.and_(pc.is_valid(facts["sha256"]), readable))
     documents = cleaning.select_documents(
-        *(whole[column].to_pylist() for column in ("name", "sha256", "size_bytes", "fault"))
+        *(whole[column].to_pylist() for column in ("name", "sha256", "size_bytes", "fault", "nul_lines"))
     )
     if len(documents.hashes_N) < len(SPLITS):
         dropped = ", ".join(f"{count} {reason}" for reason, count in documents.dropped.items())
@@ -212,10 +225,15 @@ def _tokenizer(
     return trained(tokenization.train_bpe(train_texts(), data.tokenizer.vocab_size).to_str())
 
 
-def _plan(tokens: Dataset, splits_N: NDArray[np.str_], data: TextData, boundary: int) -> ShardLayout:
-    counts = _collect(tokens, ("document", "piece", "tokens_count"))
-    documents_P, pieces_P, tokens_P = (column.to_numpy() for column in counts.itercolumns())
-    return plan_shards(documents_P, pieces_P, tokens_P, splits_N, data, boundary)
+def _plan(
+    tokens: Dataset, splits_N: NDArray[np.str_], data: TextData, boundary: int
+) -> tuple[ShardLayout, NDArray[np.int64]]:
+    """The layout, and how each document comes back by its tokens."""
+    counts = _collect(tokens, ("document", "piece", "tokens_count", "altered"))
+    documents_P, pieces_P, tokens_P, altered_P = (column.to_numpy() for column in counts.itercolumns())
+    altered_N = np.zeros(len(splits_N), np.int64)
+    np.maximum.at(altered_N, documents_P, altered_P)
+    return plan_shards(documents_P, pieces_P, tokens_P, splits_N, data, boundary), altered_N
 
 
 # --- writing --------------------------------------------------------------------------------------

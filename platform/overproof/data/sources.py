@@ -9,8 +9,6 @@ import hashlib
 import json
 import platform
 import sysconfig
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,6 +23,14 @@ from overproof.config import (
     TokenizerFile,
 )
 from overproof.data.manifest import TOKENIZER
+from overproof.data.source_files import (
+    FileListing,
+    OnError,
+    SourceFile,
+    having_suffix,
+    list_source,
+    matching,
+)
 from overproof.errors import InputError
 from overproof.files import absolute_uri, filesystem
 
@@ -38,22 +44,13 @@ CONVERTIBLE = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "t
 EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
 
-@dataclass(frozen=True, order=True)
-class SourceFile:
-    """One file of a source; the name is relative to the source's root."""
-
-    name: str
-    size_bytes: int
-    mtime_ns: int
-
-
 def text_digest(data: TextData) -> str:
     """Sha256, in hex, over what the data is made from: names, sizes and times, and the tokenizer file's content.
 
     Raises:
         InputError: the source or the tokenizer file is missing, or nothing matches.
     """
-    identity: list[object] = [asdict(file) for file in list_files(data.source)]
+    identity: list[object] = list(list_text_files(data).identity)
     if isinstance(data.source, StdlibSource):
         identity.append(platform.python_version())
     if isinstance(data.tokenizer, TokenizerFile):
@@ -119,59 +116,31 @@ def source_root(source: Source) -> tuple[fs.FileSystem, str]:
     return files, path.rpartition("/")[0] if is_file else path.rstrip("/")
 
 
-def list_files(source: Source) -> list[SourceFile]:
+def list_text_files(data: TextData) -> FileListing:
+    """The files that documents come from.
+
+    Raises:
+        InputError: the source is missing, or nothing matches.
+    """
+    return list_files(data.source, data.on_error)
+
+
+def list_files(source: Source, on_error: OnError = "fail") -> FileListing:
     """The files of a source, by name.
 
     Raises:
         InputError: the folder is missing, or nothing matches.
     """
     if isinstance(source, StdlibSource):
-        return sorted(_stdlib(Path(sysconfig.get_paths()["stdlib"])))
-    pattern = source.pattern if isinstance(source, FolderSource) else f"*.{source.kind}"
+        folder = sysconfig.get_paths()["stdlib"]
+        return FileListing(folder, tuple(sorted(_stdlib(Path(folder)))))
+    if not isinstance(source, FolderSource):
+        suffix = f".{source.kind}"
+        return list_source(source.path, having_suffix(suffix), f"*{suffix}", on_error)
     files, path = filesystem(source.path)
-    info = files.get_file_info(path)
-    if info.type == fs.FileType.File:
-        if isinstance(source, FolderSource):
-            raise InputError(f"data.source.path: {source.path} is a file; expected a folder")
-        return [SourceFile(info.base_name, info.size, info.mtime_ns or 0)]
-    if info.type == fs.FileType.NotFound:
-        raise InputError(f"data.source.path: {source.path}: not found; expected a folder that holds {pattern}")
-    below = f"{path.rstrip('/')}/"
-    listing = files.get_file_info(fs.FileSelector(path, recursive=True))
-    matching = sorted(
-        SourceFile(i.path.removeprefix(below), i.size, i.mtime_ns or 0)
-        for i in listing
-        if i.type == fs.FileType.File and fnmatch(i.base_name, pattern)
-    )
-    if not matching:
-        raise InputError(
-            f"data.source.path: {source.path}: none of its {len(listing)} entries matches {pattern}; "
-            "expected at least one such file"
-        )
-    return matching
-
-
-def files_below(path: str, suffixes: tuple[str, ...]) -> list[fs.FileInfo]:
-    """A file, or those below a folder whose names end so (in lower case), by path; none where there is nothing."""
-    files, root = filesystem(path)
-    info = files.get_file_info(root)
-    if info.type == fs.FileType.File:
-        return [info]
-    listing = files.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
-    found = [i for i in listing if i.type == fs.FileType.File and i.path.lower().endswith(suffixes)]
-    return sorted(found, key=lambda info: info.path)
-
-
-def require_files(path: str, suffix: str) -> list[fs.FileInfo]:
-    """The files of ``files_below``.
-
-    Raises:
-        InputError: there are none.
-    """
-    found = files_below(path, (suffix,))
-    if not found:
-        raise InputError(f"data.source.path: {path}: no {suffix} file; expected one at least")
-    return found
+    if files.get_file_info(path).type == fs.FileType.File:
+        raise InputError(f"data.source.path: {source.path} is a file; expected a folder")
+    return list_source(source.path, matching(source.pattern), source.pattern, on_error)
 
 
 def _stdlib(folder: Path, prefix: str = "") -> list[SourceFile]:

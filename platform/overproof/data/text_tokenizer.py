@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,16 @@ from overproof import hub
 from overproof.config import TokenizerFile
 from overproof.data.manifest import TOKENIZER
 from overproof.data.sources import CONVERTIBLE, NAMING_TOKENS, tokenizer_files
-from overproof.data.tokenization import END
+from overproof.data.tokenization import BYTE_BY_CHARACTER, END
 from overproof.errors import InputError
 
 BYTE_NAMES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # as SentencePiece has them
 MODEL_FILES = ("tokenizer.model", "spiece.model")
 SENTENCEPIECE = "sentencepiece"  # the package
+NO_BYTES = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})  # of UTF-8
+MOST_ENTRIES = 1 << 24  # far above any vocabulary
+PARTS = {"normalizer", "pre_tokenizer", "post_processor", "decoder"}
+DRAWN = ("dropout", "alpha", "nbest_size")  # settings of models by which tokens are a matter of chance
 FOR_ENCODERS = ("WordPiece", "WordLevel")
 # Each is normal under NFC. What NFC changes may be lost, and a space that begins a text: models were trained like that.
 MUST_COME_BACK = (
@@ -81,21 +87,16 @@ def trained(text: str) -> TextTokenizer:
 def read_tokenizer(settings: TokenizerFile) -> TextTokenizer:
     """An existing tokenizer: its ``tokenizer.json``, or what transformers makes of the files of a directory.
 
-    That a file cuts texts to a length, or fills them up, is left out: documents are taken whole.
+    What of it cuts texts to a length, fills them up or is drawn is switched off (see ``without_training_settings``).
 
     Raises:
-        InputError: there is none, it cannot write every text back, or nothing says by which token a text ends.
+        InputError: there is none, it cannot write every text back, it puts tokens around a text that it has not, or
+            nothing says by which token a text ends.
     """
     files, where = tokenizer_files(settings), settings.path
-    text = tokenizer_text(files, where)
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more precise
-        raise InputError(f"{where}: not a tokenizer.json: {error}") from None
-    if tokenizer.truncation is not None or tokenizer.padding is not None:  # of the training that saved it
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        text = tokenizer.to_str()
+    text = without_training_settings(tokenizer_text(files, where), where)
+    tokenizer = load_tokenizer(text, where)
+    _require_bytes(json.loads(text), where)
     _check_writes_back(tokenizer, where)
     named = _Named.of(files)
     end = _end_id(tokenizer, settings, named)
@@ -109,6 +110,51 @@ def read_tokenizer(settings: TokenizerFile) -> TextTokenizer:
     bos = before[0] if before else named.token(tokenizer, "bos_token")
     start = before[0] if before else end
     return TextTokenizer(text, start_id=start, end_id=end, bos_id=bos, outputs=_entries(tokenizer))
+
+
+def load_tokenizer(text: str, where: object) -> Tokenizer:
+    """The tokenizer of a ``tokenizer.json`` with this content.
+
+    Raises:
+        InputError: it is none, or an id of its vocabulary, or of the tokens that it puts around texts, is beyond it.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more precise
+        raise InputError(f"{where}: not a tokenizer.json: {error}") from None
+    count = _entries(tokenizer)
+    if count > MOST_ENTRIES:
+        raise InputError(f"{where}: has a token of id {count - 1}; expected ids below {MOST_ENTRIES:,}")
+    for id_ in chain.from_iterable(added_tokens(tokenizer)):
+        if tokenizer.id_to_token(id_) is None:
+            raise InputError(
+                f"{where}: puts a token of id {id_} beside each text (post_processor), and no token of its vocabulary "
+                "has that id; expected one that it has"
+            )
+    return tokenizer
+
+
+def without_training_settings(text: str, where: object) -> str:
+    """A ``tokenizer.json`` without what a training left in it: a length that texts are cut to or filled up to, merges
+    that are left out at random (BPE-dropout, arXiv 1910.13267), pieces that are drawn (arXiv 1804.10959).
+
+    Raises:
+        InputError: it is no JSON object with a model.
+    """
+    try:
+        spec = json.loads(text)
+        model = spec["model"]
+        found = {name: spec.get(name) for name in ("truncation", "padding")}
+        drawn = {name: model.get(name) for name in DRAWN}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise InputError(f"{where}: not a tokenizer.json; expected the content that `tokenizers` writes") from None
+    if not any(found.values()) and not any(drawn.values()) and spec.keys() >= PARTS:
+        return text
+    spec = dict.fromkeys(PARTS) | spec
+    spec |= {**dict.fromkeys(found), "added_tokens": spec.get("added_tokens") or []}
+    for name in DRAWN:
+        model.pop(name, None)
+    return json.dumps(spec, ensure_ascii=False)
 
 
 def tokenizer_text(files: Mapping[str, bytes], where: str) -> str:
@@ -138,6 +184,27 @@ def _names(tokenizer: Tokenizer, ids: list[int]) -> str:
     return " ".join(repr(tokenizer.id_to_token(id_)) for id_ in ids) or "nothing"
 
 
+def _require_bytes(spec: Mapping[str, Any], where: str) -> None:
+    """Raises InputError where a vocabulary of bytes lacks one that texts have: the library drops it without a word."""
+    model = spec["model"]
+    vocabulary = entries(spec).values() if model["type"] in ("BPE", "Unigram") else ()
+    steps = [step["type"] for part in ("normalizer", "pre_tokenizer") for step in iter_steps(spec.get(part))]
+    if "ByteLevel" in steps:
+        names: Mapping[int, str] = {byte: character for character, byte in BYTE_BY_CHARACTER.items()}
+    elif model.get("byte_fallback"):
+        names = dict(enumerate(BYTE_NAMES))
+    else:
+        return
+    there = set(vocabulary)
+    missing = [byte for byte, name in names.items() if name not in there and byte not in NO_BYTES]
+    if missing:
+        raise InputError(
+            f"{where}: its vocabulary lacks {len(missing)} of the bytes that texts are made of, such as "
+            f"0x{missing[0]:02X}: characters that have them would be lost; expected all 256, as trainers put them in "
+            "that are given an initial alphabet"
+        )
+
+
 def _check_writes_back(tokenizer: Tokenizer, where: str) -> None:
     kind = type(tokenizer.model).__name__
     if kind in FOR_ENCODERS:
@@ -157,6 +224,30 @@ def _check_writes_back(tokenizer: Tokenizer, where: str) -> None:
                 f"{where}: a {kind} tokenizer that writes {text!r} back as {found!r}; expected every text as it was: "
                 "byte-level BPE, or BPE or unigram with byte fallback, which neither strips nor folds"
             )
+
+
+SAME, COMPOSED, ALTERED = 0, 1, 2  # how a text comes back
+
+
+def how_it_comes_back(text: str, found: str) -> int:
+    """How a text is written back by its tokens: as it was but for a space before it, as Unicode's NFC of it, or not."""
+    if found in (text, text.removeprefix(" ")):
+        return SAME
+    composed = unicodedata.normalize("NFC", text)
+    return COMPOSED if unicodedata.normalize("NFC", found) in (composed, composed.removeprefix(" ")) else ALTERED
+
+
+def tell_altered(names: Sequence[str], altered: Sequence[int], what: str) -> list[str]:
+    """A line for each way in which texts do not come back, with the first by name."""
+    lines = []
+    for way, how in ((COMPOSED, "as Unicode's NFC of them"), (ALTERED, "otherwise than they are")):
+        found = [name for name, each in zip(names, altered, strict=True) if each == way]
+        if found:
+            lines.append(
+                f"the tokenizer writes {len(found):,} of {len(names):,} {what} back {how}, first {found[0]}: models "
+                "learn what it writes, and figures count the bytes that were given"
+            )
+    return lines
 
 
 # --- which token ends a text ----------------------------------------------------------------------

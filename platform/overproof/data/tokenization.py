@@ -14,6 +14,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 END = "<|endoftext|>"  # of tokenizers that are trained here
 
+# A byte-level vocabulary spells each byte as one printable character: GPT-2's table (openai/gpt-2, `encoder.py`).
+PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+BYTE_BY_CHARACTER = {chr(byte): byte for byte in PRINTABLE} | {
+    chr(0x100 + i): byte for i, byte in enumerate(b for b in range(0x100) if b not in PRINTABLE)
+}
+
 Tokens = NDArray[np.int32]
 
 

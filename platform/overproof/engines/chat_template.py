@@ -31,8 +31,58 @@ TOOL = {
         "parameters": {"type": "object", "properties": {name: {"type": "string"} for name in ARGUMENTS}},
     },
 }
+TOLD_TOKENS = ("bos_token", "eos_token")
 USER = {"role": "user", "content": "?"}
 CALL = {"id": CALL_ID, "type": "function", "function": {"name": NAME, "arguments": ARGUMENTS}}
+
+
+class TemplateRenderer:
+    """Renders chat templates in a process that may be lost, in training as in every engine."""
+
+    def __init__(self, wall_s: float = 30.0) -> None:
+        self._process = LimitedProcess(Path(template_process.__file__), CPU_S, MEMORY_BYTES, wall_s)
+
+    def render(self, template: str, variables: Mapping[str, Any], has_tools: bool = False) -> dict[str, Any]:
+        """What ``template_process.answer`` says; an ``error`` where the template takes too much, too.
+
+        A template may call ``documents`` what is None: nobody gives any.
+        """
+        question = {"template": template, "variables": {"documents": None, **variables}, "has_tools": has_tools}
+        try:
+            found: dict[str, Any] = self._process.ask(question)
+        except OverLimits:
+            found = {"error": f"it takes more than {CPU_S:g} s or {MEMORY_BYTES >> 20} MiB for them"}
+        except NoAnswer:
+            raise RuntimeError("the chat template's process was given no CPU") from None
+        return found
+
+    def close(self) -> None:
+        """End the process that renders."""
+        self._process.close()
+
+
+def require_renderable(template: str, where: object, mend: str) -> None:
+    """Look whether a chat template writes a user's message, and reads nothing that engines do not tell it: asked before
+    anything is trained.
+
+    Raises:
+        InputError: it does not; the message ends with how to ``mend`` it.
+    """
+    renderer = TemplateRenderer()
+    variables = {"messages": [USER], "tools": None, "add_generation_prompt": True, "bos_token": "", "eos_token": ""}
+    found = renderer.render(template, variables)
+    renderer.close()
+    if "error" in found:
+        raise InputError(
+            f"{where}: the chat template does not take a conversation of one user's message: {found['error']}; "
+            f"expected one that does: {mend}"
+        )
+    untold = [name for name in found["names"] if name.endswith("_token") and name not in TOLD_TOKENS]
+    if untold:
+        raise InputError(
+            f"{where}: the chat template reads {', '.join(untold)}, which no engine tells it; expected "
+            f"{' and '.join(TOLD_TOKENS)} alone, or the token's name as text: {mend}"
+        )
 
 
 def require_chat_template(header: GgufHeader, where: object) -> None:
@@ -61,7 +111,7 @@ class GgufChatTemplate:
 
     def __init__(self, header: GgufHeader) -> None:
         self._header, self._special = header, SpecialNames(header.silent_names)
-        self._process = LimitedProcess(Path(template_process.__file__), CPU_S, MEMORY_BYTES)
+        self._renderer = TemplateRenderer()
 
     def render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] = (), to_answer: bool = True) -> str:
         """Messages as a prompt, which asks for the assistant's next one unless that is there already. Names of special
@@ -81,12 +131,7 @@ class GgufChatTemplate:
             "eos_token": self._header.eos_token,
         }
         template = self._header.require_chat_template()
-        try:
-            found = self._process.ask({"template": template, "variables": variables, "has_tools": has_tools})
-        except OverLimits:
-            found = {"error": f"it takes more than {CPU_S:g} s or {MEMORY_BYTES >> 20} MiB for them"}
-        except NoAnswer:
-            raise RuntimeError("the chat template's process was given no CPU") from None
+        found = self._renderer.render(template, variables, has_tools)
         if "error" in found:
             raise InputError(f"messages: the model's chat template does not take them: {found['error']}")
         if has_tools and not found["knows_tools"]:
@@ -96,7 +141,7 @@ class GgufChatTemplate:
 
     def close(self) -> None:
         """End the process that renders."""
-        self._process.close()
+        self._renderer.close()
 
     @cached_property
     def tool_syntax(self) -> ToolSyntax:

@@ -15,6 +15,7 @@ from typing import Any
 
 import gguf
 
+from overproof.data.tokenization import BYTE_BY_CHARACTER
 from overproof.engines.base import PromptReading, PromptScore
 from overproof.errors import InputError
 
@@ -23,10 +24,6 @@ BYTE_LEVEL, SENTENCEPIECE, UNIGRAM = "gpt2", "llama", "t5"
 SPACE = "\u2581"
 SILENT = (gguf.TokenType.CONTROL, gguf.TokenType.UNUSED, gguf.TokenType.UNKNOWN)
 MAX_UNKNOWN_BYTES = 64  # of a text that no token stands for, in a row
-PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-BYTE_BY_CHARACTER = {chr(byte): byte for byte in PRINTABLE} | {
-    chr(0x100 + i): byte for i, byte in enumerate(b for b in range(0x100) if b not in PRINTABLE)
-}
 
 
 @dataclass(frozen=True)

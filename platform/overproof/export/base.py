@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -47,12 +47,20 @@ class Format(Protocol):
     def families(self) -> tuple[str, ...]:
         """Kinds of the model families that it can hold."""
 
-    def check_tokenizer(self, text: str, where: object) -> None:
-        """Return where files of this format can hold the tokenizer with this ``tokenizer.json``: asked before anything
-        is trained with it.
+    def check_tokenizer(self, text: str, where: object) -> Sequence[str]:
+        """What engines of this format leave out of the tokenizer with this ``tokenizer.json``, in words: asked before
+        anything is trained with it.
 
         Raises:
-            InputError: they cannot.
+            InputError: files of this format cannot hold it.
+        """
+
+    def check_template(self, settings: Any, directory: str | None) -> None:
+        """Return where the chat template that files would be written with, if any, works: the recipe's by the
+        ``settings`` of this format, or that of the teacher's ``directory``.
+
+        Raises:
+            InputError: it does not.
         """
 
     def check_model(self, config: Mapping[str, Any], positions: int, where: object) -> None:

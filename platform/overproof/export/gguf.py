@@ -55,10 +55,21 @@ class GgufFormat:
             if isinstance(family, GgufFamily) or (further and WRITTEN_TASK in family.tasks)
         )
 
-    def check_tokenizer(self, text: str, where: object) -> None:
+    def check_tokenizer(self, text: str, where: object) -> tuple[str, ...]:
         from overproof.export.gguf_vocabulary import read_vocabulary
 
-        read_vocabulary(text, where)
+        return read_vocabulary(text, where).left_out
+
+    def check_template(self, settings: Gguf, directory: str | None) -> None:
+        from overproof.data.chat_template_files import require_default, template_files
+        from overproof.engines.chat_template import require_renderable
+
+        if settings.chat_template is not None:
+            require_renderable(settings.chat_template, "compress.chat_template", "change it")
+        elif directory is not None:
+            template = require_default(template_files(directory), directory)
+            if template is not None:
+                require_renderable(template, directory, "give another as compress.chat_template")
 
     def check_model(self, config: Mapping[str, Any], positions: int, where: object) -> None:
         from overproof.export.gguf_check import check_model

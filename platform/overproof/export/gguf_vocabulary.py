@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from overproof.data.text_tokenizer import BYTE_NAMES, added_tokens, entries, iter_steps
 from overproof.errors import InputError
-from overproof.export.gguf_splits import split_name
+from overproof.export.gguf_splits import SPLITS, split_name
 
 SPACE = "\u2581"  # SentencePiece writes a space so
 UNREACHED = -1e6  # the score of what no merge makes
@@ -41,6 +41,7 @@ class Vocabulary:
     space_prefix: bool = False  # whether a text is read as if a space stood before it
     charsmap: bytes | None = None  # what becomes of characters before anything else, as SentencePiece compiles it
     names: Mapping[int, str] = field(default_factory=dict)  # where they are not those of ``tokenizer.json``
+    left_out: tuple[str, ...] = ()  # what llama.cpp does not do of it, in words
 
 
 def read_vocabulary(text: str, where: object) -> Vocabulary:
@@ -125,9 +126,20 @@ def _byte_level(spec: Mapping[str, Any], where: object) -> Vocabulary:
     if any(step["type"] != "NFC" for step in iter_steps(spec["normalizer"])):
         _refuse_normaliser(spec, where, "byte-level BPE with none, or with NFC, which llama.cpp leaves out")
     special = {token["id"]: token["special"] for token in spec["added_tokens"]}
+    split, left_out = split_name(spec, where), list[str]()
+    if spec["normalizer"]:
+        left_out.append(
+            "llama.cpp does not compose characters (the normaliser NFC): texts that are not so are split "
+            "otherwise there"
+        )
+    whole_words = bool(spec["model"].get("ignore_merges"))
+    if whole_words != next(each.whole_words for each in SPLITS if each.name == split):
+        how = "by their merges" if whole_words else "as a whole"
+        left_out.append(f"llama.cpp reads words that are an entry {how} with this split ({split})")
     return Vocabulary(
         model="gpt2",
-        split=split_name(spec, where),
+        split=split,
+        left_out=tuple(left_out),
         types={id_: TokenType.CONTROL if own else TokenType.USER_DEFINED for id_, own in special.items()},
         merges=[f"{left} {right}" for left, right in _merges(spec)],
     )

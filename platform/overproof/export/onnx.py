@@ -41,8 +41,13 @@ class OnnxFormat:
 
         return tuple(kind for kind, family in FAMILIES.items() if isinstance(family, ArrayFamily))
 
-    def check_tokenizer(self, text: str, where: object) -> None:
+    def check_tokenizer(self, text: str, where: object) -> tuple[str, ...]:
         """It holds no tokenizer."""
+        del text, where
+        return ()
+
+    def check_template(self, settings: Any, directory: str | None) -> None:
+        """It holds no chat template."""
 
     def check_model(self, config: Mapping[str, Any], positions: int, where: object) -> None:
         """Of its families every model: what is written is the graph of what torch computes."""

@@ -22,9 +22,15 @@ from transformers.utils import logging as transformers_logging
 
 from overproof.config import TokenizerFile
 from overproof.config.models import ModelSection
+from overproof.data.chat_template_files import DEFAULT, named_templates, template_files
 from overproof.data.manifest import TOKENIZER, TOKENIZER_CONFIG, Manifest
 from overproof.data.sources import tokenizer_files
-from overproof.data.text_tokenizer import tokenizer_config, tokenizer_difference, tokenizer_text
+from overproof.data.text_tokenizer import (
+    tokenizer_config,
+    tokenizer_difference,
+    tokenizer_text,
+    without_training_settings,
+)
 from overproof.errors import InputError
 from overproof.files import file_sha256
 from overproof.models.base import BaseFamily, LayerNames, ModelFamily, shape_of
@@ -33,8 +39,6 @@ from overproof.models.sizes import family_of, most_positions, require_positions
 from overproof.registry import FAMILIES
 
 Batch = dict[str, Tensor]
-
-CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def build_model(section: ModelSection, manifest: Manifest, seed: int) -> PreTrainedModel:
@@ -257,13 +261,7 @@ def save_model(
 
 def chat_template(path: Path) -> str | None:
     """The Jinja text by which a Hugging Face directory writes chat messages as a prompt, None where it has none."""
-    if (path / CHAT_TEMPLATE).is_file():
-        return (path / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    file = path / TOKENIZER_CONFIG
-    found = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
-    if isinstance(found, list):  # several, by name
-        found = {each["name"]: each["template"] for each in found}.get("default")
-    return found if isinstance(found, str) else None
+    return named_templates(template_files(str(path))).get(DEFAULT)
 
 
 def check_tokenizer(path: Path, prepared: Path) -> None:
@@ -280,6 +278,7 @@ def check_tokenizer(path: Path, prepared: Path) -> None:
     if file.is_file() and file_sha256(file) == manifest.tokenizer_sha256:
         return
     text = tokenizer_text(tokenizer_files(TokenizerFile(path=str(path)), ""), str(path))
+    text = without_training_settings(text, file)
     try:
         found = tokenizer_difference(own.read_text(encoding="utf-8"), text)
     except Exception as error:  # the library raises nothing more precise

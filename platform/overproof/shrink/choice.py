@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from overproof.config import Recipe
+from overproof.data.source_files import describe_skipped
 from overproof.errors import InputError
 from overproof.registry import FORMATS, TASKS
 from overproof.shrink import template
@@ -185,7 +186,8 @@ def write(asked: Asked, found: Found, share: float = 1.0) -> ProposedRecipe:
         if re.match(r"data[.=]", override):
             draft_text = template.change(draft_text, override)
     draft = yaml.safe_load(draft_text)
-    shape = task.shape(task.section.parse(draft["data"], "data"))
+    data = task.section.parse(draft["data"], "data")
+    shape = task.shape(data)
     format = FORMATS[draft["compress"]["kind"]]
     family = given.family if given else teacher.kind
     if family not in format.families:
@@ -196,6 +198,8 @@ def write(asked: Asked, found: Found, share: float = 1.0) -> ProposedRecipe:
     tested = round(fit.units * values["test_fraction"])
     tested = min(tested, draft.get("evaluate", {}).get("max_documents") or tested)
     reasons = _reasons(asked, given, kind, fit, values, chosen, tested, share)
+    if skipped := describe_skipped(task.source_files(data).skipped):
+        reasons["files"] = "; ".join(skipped)
     values |= {
         "students": _students(chosen),
         "formats": template.flow(list(chosen.variants)),

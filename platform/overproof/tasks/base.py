@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
+    from overproof.data.source_files import FileListing
     from overproof.engines.base import TextScorer
     from overproof.engines.probe import ArrayAnswer, Say, TextAnswer
     from overproof.export.base import Format
@@ -234,6 +235,13 @@ class Task(Protocol):
 
     # --- data -------------------------------------------------------------------------------------
 
+    def source_files(self, data: Any) -> FileListing:
+        """The files that the data come from, and those beside them that are left out; none of what a library has.
+
+        Raises:
+            InputError: there are none.
+        """
+
     def source_digest(self, data: Any) -> str:
         """Sha256, in hex, over what the data is made from.
 
@@ -243,6 +251,13 @@ class Task(Protocol):
 
     def shape(self, data: Any) -> DataShape:
         """What a model must fit, as far as it is known before the data is prepared (the vocabulary is its limit)."""
+
+    def check_export(self, data: Any, format: Format) -> Sequence[str]:
+        """What a format's engines leave out of what turns texts into rows, in words: asked before anything is read.
+
+        Raises:
+            InputError: files of the format cannot hold it.
+        """
 
     def prepare(self, context: StageContext) -> Manifest:
         """Read the source, split it and write the shards below the context's artifact.

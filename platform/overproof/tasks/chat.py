@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
+    from overproof.data.source_files import FileListing
+    from overproof.export.base import Format
     from overproof.stage_context import StageContext
 
     Batch = dict[str, Tensor]
@@ -66,6 +68,11 @@ class Chat(CausalTask):
     counted = "answer"
     expects_answers = True
 
+    def source_files(self, data: ChatData) -> FileListing:
+        from overproof.tasks.conversations import conversation_files
+
+        return conversation_files(data.source, data.on_error)
+
     def source_digest(self, data: ChatData) -> str:
         from overproof.tasks.chat_data import chat_digest
 
@@ -75,6 +82,17 @@ class Chat(CausalTask):
         from overproof.data.text_tokenizer import read_tokenizer
 
         return DataShape(data.kind, read_tokenizer(data.tokenizer).outputs, data.positions)
+
+    def check_export(self, data: ChatData, format: Format) -> Sequence[str]:
+        from overproof.data.text_tokenizer import read_tokenizer
+        from overproof.engines.chat_template import require_renderable
+        from overproof.tasks.chat_template import read_chat_template
+
+        tokenizer = read_tokenizer(data.tokenizer)
+        left_out = format.check_tokenizer(tokenizer.json, "data.tokenizer")
+        where = f"data.tokenizer.path: {data.tokenizer.path}"
+        require_renderable(read_chat_template(data.tokenizer, tokenizer).text, where, "change it there")
+        return left_out
 
     def prepare(self, context: StageContext) -> Manifest:
         from overproof.tasks.chat_data import prepare_chat

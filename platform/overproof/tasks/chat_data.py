@@ -16,25 +16,25 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from overproof.config import ExpectedAnswers
-from overproof.data.cleaning import DUPLICATE, split_of
+from overproof.data.chat_template_files import CHAT_TEMPLATE, template_files
+from overproof.data.cleaning import DUPLICATE, NUL_LINES, split_of
 from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import DOCUMENTS, SPLITS, TEST_TEXTS, TOKENIZER, TOKENIZER_CONFIG, Manifest, Split
 from overproof.data.order import permutation
 from overproof.data.parquet_writer import parquet_bytes, write_file
+from overproof.data.source_files import SourceReading, describe_skipped
 from overproof.data.sources import sha256_of, tokenizer_files
 from overproof.data.stratified import write_splits
-from overproof.data.text_tokenizer import read_tokenizer
+from overproof.data.text_tokenizer import ALTERED, read_tokenizer, tell_altered
 from overproof.errors import InputError
 from overproof.registry import FORMATS
 from overproof.stage_context import Notice, StageContext
 from overproof.tasks.chat_rows import ANSWER, best_fit, chat_columns, packed_rows
 from overproof.tasks.chat_template import (
-    CHAT_TEMPLATE,
     DATED,
     ConversationEncoder,
     EncodedConversation,
     read_chat_template,
-    template_files,
 )
 from overproof.tasks.conversations import Conversation, conversation_files, read_conversations
 from overproof.tasks.expected_answers import EXPECTED, AnswerCheck, checks_file
@@ -60,6 +60,7 @@ class KeptConversation:
     pieces: list[EncodedConversation]  # one, or one for each answer where the template rewrites earlier turns
     is_divided: bool  # whether there were several of them
     has_last_answer: bool  # or that was longer than a row
+    altered: int  # how its messages come back by their tokens, see ``how_it_comes_back``
 
     @property
     def size_bytes(self) -> int:
@@ -87,8 +88,11 @@ def chat_digest(data: ChatData) -> str:
     Raises:
         InputError: there are none.
     """
-    identity: list[object] = [[i.path, i.size, i.mtime_ns or 0] for i in conversation_files(data.source)]
-    for files in (tokenizer_files(data.tokenizer), {k: v.encode() for k, v in template_files(data.tokenizer).items()}):
+    identity: list[object] = list(conversation_files(data.source, data.on_error).identity)
+    for files in (
+        tokenizer_files(data.tokenizer),
+        {k: v.encode() for k, v in template_files(data.tokenizer.path).items()},
+    ):
         identity.append([(name, hashlib.sha256(content).hexdigest()) for name, content in sorted(files.items())])
     return sha256_of(identity)
 
@@ -107,7 +111,8 @@ def prepare_chat(context: StageContext) -> Manifest:
         FORMATS[context.recipe.compress.kind].check_tokenizer(tokenizer.json, "data.tokenizer")
         template = read_chat_template(data.tokenizer, tokenizer)
         encoder = ConversationEncoder(template, tokenizer)
-        found = _read(data, encoder, heartbeat)
+        reading = SourceReading(conversation_files(data.source, data.on_error), data.on_error)
+        found = _read(data, reading, encoder, heartbeat)
         end_id = _end_of_answers(data, found.kept, encoder, tokenizer.end_id, context)
         splits = _splits(data, found)
         checks = _checks(found, splits["test"], context)
@@ -124,6 +129,8 @@ def prepare_chat(context: StageContext) -> Manifest:
         if checks:
             write_file(context.draft.uri, EXPECTED, checks_file(checks))
         heartbeat.start_phase(PHASES, "")
+    for line in describe_skipped(reading.skipped):
+        context.progress(Notice(line))
     _tell(context, data, found, template.text)
     return Manifest(
         task=data.kind,
@@ -137,6 +144,8 @@ def prepare_chat(context: StageContext) -> Manifest:
         end_id=end_id,
         bos_id=tokenizer.bos_id,
         dropped=found.dropped,
+        skipped=reading.counts,
+        altered=sum(each.altered == ALTERED for each in found.kept),
         details={
             "cut": found.cut,
             "divided": len(found.divided),
@@ -150,12 +159,14 @@ def _split(split: Split, conversations: NDArray[np.int64]) -> Split:
     return split.model_copy(update={"documents": len(conversations)})
 
 
-def _read(data: ChatData, encoder: ConversationEncoder, heartbeat: Heartbeat) -> KeptConversations:
+def _read(
+    data: ChatData, reading: SourceReading, encoder: ConversationEncoder, heartbeat: Heartbeat
+) -> KeptConversations:
     most = data.sequence_length + 1
     kept: dict[str, KeptConversation] = {}
     dropped = dict.fromkeys((DUPLICATE, SPELLED, TOO_LONG), 0)
     seen, cut, expecting = set[str](), 0, dict[str, Conversation]()
-    for number, found in enumerate(read_conversations(data.source), start=1):
+    for number, found in enumerate(read_conversations(data.source, reading), start=1):
         heartbeat.update_note(f"{number:,} conversations read")
         if found.expected is not None:
             _require_same(expecting.setdefault(found.sha256, found), found)
@@ -180,7 +191,10 @@ def _read(data: ChatData, encoder: ConversationEncoder, heartbeat: Heartbeat) ->
             pieces,
             len(whole) > 1,
             len(whole[-1].tokens_T) <= most,
+            encoder.comes_back(found),
         )
+    if reading.nul_lines:
+        dropped[NUL_LINES] = reading.nul_lines
     return KeptConversations([kept[key] for key in sorted(kept)], cut, dropped, expecting)
 
 
@@ -319,6 +333,9 @@ def _test_texts(kept: Sequence[KeptConversation], tested: NDArray[np.int64]) -> 
 
 
 def _tell(context: StageContext, data: ChatData, found: KeptConversations, template: str) -> None:
+    names, altered = [each.where for each in found.kept], [each.altered for each in found.kept]
+    for line in tell_altered(names, altered, "conversations"):
+        context.progress(Notice(line))
     if found.cut:
         context.progress(
             Notice(

@@ -11,29 +11,27 @@ server asks with, and the answer.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 from numpy.typing import NDArray
-from pyarrow import fs
 from tokenizers import Tokenizer
 
 from overproof.config import TokenizerFile
-from overproof.data.text_tokenizer import TextTokenizer, continuing
+from overproof.data.chat_template_files import CHAT_TEMPLATE, CONFIG_FILES, read_object, require_default, template_files
+from overproof.data.text_tokenizer import SAME, TextTokenizer, continuing, how_it_comes_back, special_names_as_text
+from overproof.engines.chat_template import TOLD_TOKENS, TemplateRenderer
 from overproof.errors import InputError
-from overproof.files import filesystem
 from overproof.tasks.conversations import ASSISTANT, Conversation, Message
 
-CHAT_TEMPLATE = "chat_template.jinja"
-CONFIG_FILES = ("special_tokens_map.json", "tokenizer_config.json")  # the later holds
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 DATED = "strftime_now"  # what templates call to write the day's date
 SHOWN = 60  # characters of a text in a message
+WALL_S = 600.0  # to write a text, on a machine that is busy; its seconds of CPU are bounded apart
 Span = tuple[int, int]  # characters
 
 
@@ -50,7 +48,7 @@ class ChatTemplate:
     """A template, and what it may call the special tokens."""
 
     text: str
-    special: Mapping[str, str]  # bos_token, eos_token and so on: the names of tokens
+    special: Mapping[str, str]  # bos_token and eos_token: the names of tokens
     tokens: tuple[str, ...]  # the names of all special tokens
 
     @property
@@ -68,23 +66,18 @@ class ChatTemplate:
         Raises:
             InputError: the template does not take them.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template  # seconds to import
-
-        try:
-            texts, spans = render_jinja_template(
-                conversations=[list(messages)],
-                tools=None if tools is None else list(tools),
-                chat_template=self.text,
-                return_assistant_tokens_mask=self.marks_answers,
-                add_generation_prompt=ask,
-                **self.special,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        variables = {"messages": list(messages), "tools": None if tools is None else list(tools)}
+        found = self._renderer.render(self.text, {**self.special, **variables, "add_generation_prompt": ask})
+        if "error" in found:
             raise InputError(
-                f"{where}: the chat template of data.tokenizer does not take it: {error}; expected messages that it "
-                "does"
-            ) from None
-        return texts[0], [tuple(span) for span in spans[0]] if self.marks_answers else []
+                f"{where}: the chat template of data.tokenizer does not take it: {found['error']}; expected messages "
+                "that it does"
+            )
+        return found["text"], [(start, stop) for start, stop in found["spans"]]
+
+    @cached_property
+    def _renderer(self) -> TemplateRenderer:
+        return TemplateRenderer(WALL_S)
 
     def texts(self, found: Conversation) -> list[AnsweredText]:
         """A conversation up to its last answer that is learnt; or, where the template rewrites what came before, as
@@ -159,6 +152,8 @@ class ConversationEncoder:
     def __init__(self, template: ChatTemplate, tokenizer: TextTokenizer) -> None:
         self.template = template
         self._first, self._later = (Tokenizer.from_str(text) for text in (tokenizer.json, continuing(tokenizer.json)))
+        self._plain = Tokenizer.from_str(special_names_as_text(tokenizer.json))
+        self._plain.encode_special_tokens = True
         added = self._first.get_added_tokens_decoder()
         self._special = {id_: token.content for id_, token in added.items() if token.special}
         starts = tokenizer.start_id != tokenizer.end_id
@@ -170,6 +165,13 @@ class ConversationEncoder:
         return self._spelled is not None and any(
             self._spelled.search(text) for text in _strings([found.messages, found.tools])
         )
+
+    def comes_back(self, found: Conversation) -> int:
+        """How its messages come back by their tokens, see ``how_it_comes_back``: the worst of them."""
+        texts = [text for message in found.messages for text in _strings(message["content"])]
+        encoded = [self._plain.encode(text, add_special_tokens=False).ids for text in texts]
+        back = self._plain.decode_batch(encoded, skip_special_tokens=False)
+        return max(map(how_it_comes_back, texts, back), default=SAME)
 
     def encode(self, found: Conversation) -> tuple[str, list[EncodedConversation]]:
         """The text up to the last answer, and the tokens of each of the texts that ``ChatTemplate.texts`` gives.
@@ -228,53 +230,27 @@ def read_chat_template(settings: TokenizerFile, tokenizer: TextTokenizer) -> Cha
     """The template of the directory that a tokenizer is in.
 
     Raises:
-        InputError: it has none.
+        InputError: it has none, or several and none by default.
     """
-    files = template_files(settings)
+    files = template_files(settings.path)
     special = dict[str, str]()
     names = Tokenizer.from_str(tokenizer.json)
     for name, id_ in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.end_id)):
         if id_ is not None:
             special[name] = str(names.id_to_token(id_))
-    text = files.get(CHAT_TEMPLATE)
     for file in CONFIG_FILES:
-        config = _object(files.get(file, "{}"), file)
-        for name, value in config.items():
+        for name, value in read_object(files.get(file, "{}"), file).items():
             content = value.get("content") if isinstance(value, dict) else value
-            if name.endswith("_token") and isinstance(content, str):
+            if name in TOLD_TOKENS and isinstance(content, str):
                 special[name] = content
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {each["name"]: each["template"] for each in template}.get("default")
-        text = text or template
-    if not isinstance(text, str) or not text.strip():
+    text = require_default(files, f"data.tokenizer.path: {settings.path}")
+    if text is None:
         raise InputError(
             f"data.tokenizer.path: {settings.path}: no chat template there; expected {CHAT_TEMPLATE}, or chat_template "
             "in tokenizer_config.json, as the directory of a chat model has it"
         )
     tokens = tuple(token.content for token in names.get_added_tokens_decoder().values() if token.special)
     return ChatTemplate(text, special, tokens)
-
-
-def template_files(settings: TokenizerFile) -> dict[str, str]:
-    """The files beside a tokenizer that say how messages are written, by name."""
-    files, path = filesystem(settings.path)
-    is_file = files.get_file_info(path).type == fs.FileType.File
-    folder = path.rpartition("/")[0] if is_file else path.rstrip("/")
-    found = {}
-    for name in (CHAT_TEMPLATE, *CONFIG_FILES):
-        if files.get_file_info(f"{folder}/{name}").type == fs.FileType.File:
-            with files.open_input_stream(f"{folder}/{name}") as stream:
-                found[name] = bytes(stream.read()).decode("utf-8", "replace")
-    return found
-
-
-def _object(text: str, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{name}, beside the tokenizer: not JSON: {error}") from None
-    return found if isinstance(found, dict) else {}
 
 
 def _strings(value: Any) -> list[str]:

@@ -15,20 +15,28 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import pyarrow as pa
 from pyarrow import fs
-from pyarrow import parquet as pq
 
 from overproof.data.json_lines import read_json_lines
-from overproof.data.parquet_reader import refuse_objects
-from overproof.data.sources import require_files
+from overproof.data.parquet_columns import PARQUET, iter_columns, open_parquet
+from overproof.data.source_files import (
+    FileListing,
+    OnError,
+    SourceFile,
+    SourceReading,
+    having_suffix,
+    list_source,
+    naming_faults,
+    open_content,
+)
 from overproof.errors import InputError
 from overproof.files import filesystem
 from overproof.tasks.expected_answers import Expected, read_expected
 
 Message = dict[str, Any]
 
-SUFFIXES = {"jsonl": ".jsonl", "parquet": ".parquet"}
+# What is read of a record.
+KEYS = ("messages", "conversations", "instruction", "input", "output", "history", "system", "tools", "expected")
 ASSISTANT, CALL = "assistant", "function_call"
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", ASSISTANT: ASSISTANT, "gpt": ASSISTANT,
@@ -69,29 +77,31 @@ class Conversation:
         return _digest([" ".join(message["content"].split()).casefold() for message in asked])
 
 
-def conversation_files(source: Any) -> list[fs.FileInfo]:
+def conversation_files(source: Any, on_error: OnError = "fail") -> FileListing:
     """The files of a source.
 
     Raises:
         InputError: there are none.
     """
-    return require_files(source.path, SUFFIXES[source.kind])
+    suffix = f".{source.kind}"
+    return list_source(source.path, having_suffix(suffix), f"*{suffix}", on_error)
 
 
-def read_conversations(source: Any) -> Iterator[Conversation]:
-    """Every conversation of a source, in the order of files and records.
+def read_conversations(source: Any, found: SourceReading | None = None) -> Iterator[Conversation]:
+    """Every conversation of a source, in the order of files and records; of those that were ``found`` there, if given.
 
     Raises:
         InputError: a record is no conversation; it says where, what was found and what was expected.
     """
+    reading = found or SourceReading(conversation_files(source))
     files, _ = filesystem(source.path)
-    for info in conversation_files(source):
-        if source.kind == "jsonl":
-            with files.open_input_stream(info.path) as stream:
-                records = read_json_lines(io.BufferedReader(stream), info.path)
-                yield from (conversation(where, record) for where, record in records)
-        else:
-            yield from (conversation(where, record) for where, record in _rows(files, info.path))
+    records = _lines if source.kind == "jsonl" else _rows
+
+    def read(file: SourceFile) -> Iterator[Conversation]:
+        for where, record in records(files, reading.listing.path(file), reading):
+            yield conversation(where, record)
+
+    yield from reading.each_file(read)
 
 
 def conversation(where: str, record: Any) -> Conversation:
@@ -245,15 +255,20 @@ def _json(value: Any) -> Any:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def _rows(files: fs.FileSystem, path: str) -> Iterator[tuple[str, Any]]:
-    with files.open_input_file(path) as handle:
-        try:
-            file = pq.ParquetFile(handle)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise InputError(f"{path}: not Parquet: {error}") from None
-        refuse_objects(file.schema_arrow, path)
+def _lines(files: fs.FileSystem, path: str, reading: SourceReading) -> Iterator[tuple[str, Any]]:
+    with naming_faults(path, "JSON Lines"), open_content(files, path) as stream:
+        yield from read_json_lines(io.BufferedReader(stream), path, reading)
+
+
+def _rows(files: fs.FileSystem, path: str, reading: SourceReading) -> Iterator[tuple[str, Any]]:
+    del reading
+    with naming_faults(path, PARQUET), files.open_input_file(path) as handle:
+        names = open_parquet(handle).schema_arrow.names
+        known = [name for name in KEYS if name in names]
+        if not known:
+            raise InputError(f"{path}: found the columns {', '.join(names) or 'none'}; expected {SHAPES}")
         row = 0
-        for batch in file.iter_batches():
+        for batch in iter_columns(handle, path, known):
             for record in batch.to_pylist():
                 row += 1
                 yield f"{path}, row {row}", record

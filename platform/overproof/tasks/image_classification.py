@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
+    from overproof.data.source_files import FileListing
     from overproof.stage_context import StageContext
     from overproof.tasks.recognition import ColumnFlags, DataLook, Recognised
 
@@ -124,10 +125,15 @@ class ImageClassification(RowsTask):
 
         return recognise_images(look, model, flags)
 
+    def source_files(self, data: ImageClassificationData) -> FileListing:
+        from overproof.tasks.images import image_files
+
+        return image_files(data)
+
     def source_digest(self, data: ImageClassificationData) -> str:
         from overproof.tasks.images import image_digest
 
-        return image_digest(data.source)
+        return image_digest(data)
 
     def shape(self, data: ImageClassificationData) -> DataShape:
         from overproof.tasks.images import describe_images

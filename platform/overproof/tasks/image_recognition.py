@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import fs
-from pyarrow import parquet as pq
 
-from overproof.errors import InputError
+from overproof.data.parquet_columns import is_text, iter_columns
+from overproof.data.source_files import naming_faults
 from overproof.files import filesystem, join_uri
 from overproof.tasks.images import SUFFIXES
 from overproof.tasks.recognition import (
@@ -23,7 +22,7 @@ from overproof.tasks.recognition import (
     Recognised,
     choose_column,
 )
-from overproof.tasks.table_samples import is_bytes, is_text
+from overproof.tasks.table_samples import is_bytes
 
 LOOKED_AT = 32  # images, for their sizes
 MOST_PATCHES, FEWEST_PATCHES, SMALLEST_PATCH = 64, 4, 2
@@ -44,7 +43,7 @@ def recognise_images(look: DataLook, model: Mapping[str, Any] | None, flags: Col
 
 
 def _folders(look: DataLook) -> Recognised:
-    images = [name for name in look.names if name.lower().endswith(SUFFIXES)]
+    images = look.named(*SUFFIXES)
     if any("/" not in name for name in images):
         return Misfit(f"images lie beside the classes' folders; expected {join_uri(look.path, 'CLASS')}/{images[0]}")
     classes = sorted({name.split("/")[0] for name in images})
@@ -94,16 +93,13 @@ def _parquet(look: DataLook, flags: ColumnFlags) -> Recognised:
 
 def _classes(look: DataLook, label: str) -> list[str]:
     """Of every row: a column of labels is quickly read."""
-    files, root = filesystem(look.path)
+    files, _ = filesystem(look.path)
     found = set[str]()
-    for name in (name for name in look.names if name.lower().endswith(".parquet")):
-        try:
-            with files.open_input_file(root if look.single else f"{root}/{name}") as handle:
-                for batch in pq.ParquetFile(handle).iter_batches(columns=[label]):
-                    for column in batch.columns:
-                        found.update(str(value) for value in column.unique().to_pylist() if value is not None)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"--data: {name}: not parquet: {error}; expected rows in columns") from None
+    for name in look.named(".parquet"):
+        path = f"{look.listing.root}/{name}"
+        with naming_faults(path, "parquet"), files.open_input_file(path) as handle:
+            for batch in iter_columns(handle, path, [label]):
+                found.update(str(value) for value in batch.column(0).unique().to_pylist() if value is not None)
     return sorted(found)
 
 
@@ -165,8 +161,7 @@ def _other_classes(model: Mapping[str, Any], classes: list[str]) -> str | None:
 def _sizes(source: Mapping[str, Any], look: DataLook) -> Iterator[tuple[int, int]]:
     from PIL import Image, UnidentifiedImageError
 
-    files, root = filesystem(look.path)
-    for content in _contents(files, root, source, look):
+    for content in _contents(source, look):
         try:
             with Image.open(io.BytesIO(content)) as opened:
                 yield opened.height, opened.width
@@ -174,18 +169,18 @@ def _sizes(source: Mapping[str, Any], look: DataLook) -> Iterator[tuple[int, int
             continue  # `prepare` names it
 
 
-def _contents(files: fs.FileSystem, root: str, source: Mapping[str, Any], look: DataLook) -> Iterator[bytes]:
+def _contents(source: Mapping[str, Any], look: DataLook) -> Iterator[bytes]:
     """Some images as they are stored: of folders evenly spread, of Parquet the first ones."""
     if source["kind"] == "folder":
-        images = [name for name in look.names if name.lower().endswith(SUFFIXES)]
+        images = look.named(*SUFFIXES)
         for name in images[:: max(1, len(images) // LOOKED_AT)]:
-            with files.open_input_stream(f"{root}/{name}") as stream:
+            with naming_faults(name, "an image"), look.content(name) as stream:
                 yield stream.read()
         return
-    first = next(name for name in look.names if name.lower().endswith(".parquet"))
-    with files.open_input_file(root if look.single else f"{root}/{first}") as handle:
-        batches = pq.ParquetFile(handle).iter_batches(batch_size=LOOKED_AT, columns=[source["image"]])
-        for image in next(batches).column(0).to_pylist():
+    path = f"{look.listing.root}/{look.named('.parquet')[0]}"
+    files, _ = filesystem(look.path)
+    with naming_faults(path, "parquet"), files.open_input_file(path) as handle:
+        for image in next(iter_columns(handle, path, [source["image"]], batch_size=LOOKED_AT)).column(0).to_pylist():
             content = image.get("bytes") if isinstance(image, dict) else image
             if isinstance(content, bytes):
                 yield content

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,14 +17,26 @@ from pyarrow import fs
 
 from overproof.data.columns import row_bytes
 from overproof.data.manifest import Column, Manifest, shard_schema
-from overproof.data.sources import files_below, sha256_of
+from overproof.data.parquet_columns import PARQUET, iter_columns, open_parquet
+from overproof.data.source_files import (
+    FileListing,
+    SourceFile,
+    SourceReading,
+    UnreadableFile,
+    describe_skipped,
+    having_suffix,
+    list_source,
+    naming_faults,
+    open_content,
+)
+from overproof.data.sources import sha256_of
 from overproof.data.stratified import require_train_rows, stratified, write_splits
 from overproof.errors import InputError
 from overproof.files import filesystem
-from overproof.stage_context import StageContext, TaskProgress
+from overproof.stage_context import Notice, StageContext, TaskProgress
 
 if TYPE_CHECKING:
-    from overproof.tasks.image_classification import ImageClassificationData, ImageSource
+    from overproof.tasks.image_classification import ImageClassificationData
 
 BRIGHTEST_DIGIT = 16.0
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -32,15 +45,15 @@ LARGEST_EXAMPLE = 4096  # numbers of a test image that goes with the model as an
 Encoded = tuple[str, bytes, str]  # where it is from, an image file's content, its class
 
 
-def image_digest(source: ImageSource) -> str:
+def image_digest(data: ImageClassificationData) -> str:
     """Sha256, in hex, over the names, sizes and times of a source's files.
 
     Raises:
         InputError: there are none.
     """
-    if source.kind == "digits":
+    if data.source.kind == "digits":
         return sha256_of(["scikit-learn", version("scikit-learn")])
-    return sha256_of([[info.path, info.size, info.mtime_ns or 0] for info in _files(source)])
+    return sha256_of(image_files(data).identity)
 
 
 def describe_images(data: ImageClassificationData) -> dict[str, Any]:
@@ -53,12 +66,12 @@ def describe_images(data: ImageClassificationData) -> dict[str, Any]:
         found = {"channels": 1, "height": 8, "width": 8}
         classes = [str(digit) for digit in range(10)]
     else:
-        first = next(_encoded(data.source), None)
-        if first is None:
+        reading = SourceReading(image_files(data), data.on_error)
+        decoded = next(_decoded_images(data, reading, None, most=1), None)
+        if decoded is None:
             raise InputError(f"data.source.path: {data.source.path}: no image; expected one at least")
-        decoded = _decoded(first, data, None)
-        found = dict(zip(("channels", "height", "width"), decoded.shape, strict=True))
-        classes = _classes(data.source)
+        found = dict(zip(("channels", "height", "width"), decoded[0].shape, strict=True))
+        classes = _classes(data)
     found |= {"channels": data.channels or found["channels"], "height": data.height or found["height"]}
     return found | {"width": data.width or found["width"], "classes": classes}
 
@@ -72,6 +85,7 @@ def prepare_images(context: StageContext) -> Manifest:
     """
     data: Any = context.recipe.data
     details = describe_images(data)
+    reading = SourceReading(image_files(data), data.on_error)
     shape = (details["channels"], details["height"], details["width"])
     columns = (Column(name="pixels", dtype="<f4", shape=shape), Column(name="label", dtype="<i4"))
     if data.source.kind == "digits":
@@ -79,13 +93,15 @@ def prepare_images(context: StageContext) -> Manifest:
     else:
         numbers = {name: number for number, name in enumerate(details["classes"])}
         pixels, labels = [], []
-        for encoded in _encoded(data.source):
-            pixels.append(_decoded(encoded, data, shape))
-            labels.append(numbers[encoded[2]])
+        for image, label in _decoded_images(data, reading, shape):
+            pixels.append(image)
+            labels.append(numbers[label])
             if len(pixels) % SAY_EVERY == 0:
                 size = len(pixels) * row_bytes(shard_schema(columns)) / 1e6
                 context.progress(TaskProgress("prepare", 0, 2, f"{len(pixels):,} images read, {size:,.0f} MB"))
         pixels_RCHW, labels_R = np.stack(pixels), np.array(labels, np.int32)
+        for line in describe_skipped(reading.skipped):
+            context.progress(Notice(line))
     context.progress(TaskProgress("prepare", 1, 2, f"writing {len(labels_R):,} images"))
     rows = {"pixels": pixels_RCHW, "label": labels_R}
     splits = stratified(labels_R, data.validation_fraction, data.test_fraction, context.recipe.seed)
@@ -100,6 +116,7 @@ def prepare_images(context: StageContext) -> Manifest:
         rows_per_group=data.rows_per_group,
         positions=1,
         outputs=len(details["classes"]),
+        skipped=reading.counts,
         details=details | example,
     )
 
@@ -121,44 +138,53 @@ def _digits(data: ImageClassificationData, shape: tuple[int, ...]) -> tuple[NDAr
     return np.stack(scaled), labels_R
 
 
-def _files(source: Any) -> list[fs.FileInfo]:
+def image_files(data: ImageClassificationData) -> FileListing:
+    """The files of a recipe's section; none of what scikit-learn has.
+
+    Raises:
+        InputError: there are none.
+    """
+    source: Any = data.source
+    if source.kind == "digits":
+        return FileListing("", ())
     suffixes = (".parquet",) if source.kind == "parquet" else SUFFIXES
-    found = files_below(source.path, suffixes)
-    if not found:
-        raise InputError(
-            f"data.source.path: {source.path}: nothing matches {' '.join(suffixes)}; expected one at least"
-        )
-    return found
+    return list_source(source.path, having_suffix(*suffixes), " ".join(suffixes), data.on_error)
 
 
-def _encoded(source: Any) -> Iterator[Encoded]:
-    """Every image of a source, in the order of files and rows."""
-    files, root = filesystem(source.path)
-    for info in _files(source):
-        if source.kind == "parquet":
-            yield from _parquet_images(files, info.path, source)
-            continue
-        name = info.path.removeprefix(root).strip("/").split("/")
-        if len(name) < 2:
-            raise InputError(f"{info.path}: lies beside the classes' folders; expected {source.path}/CLASS/{name[-1]}")
-        with files.open_input_stream(info.path) as stream:
-            yield info.path, stream.read(), name[0]
+def _encoded(data: Any, file: SourceFile, path: str) -> Iterator[Encoded]:
+    """Every image of a file."""
+    files, _ = filesystem(data.source.path)
+    if data.source.kind == "parquet":
+        yield from _parquet_images(files, path, data.source)
+        return
+    label, slash, _ = file.name.partition("/")
+    if not slash:
+        raise InputError(f"{path}: lies beside the classes' folders; expected {data.source.path}/CLASS/{label}")
+    with naming_faults(path, "an image"), open_content(files, path) as stream:
+        yield path, stream.read(), label
+
+
+def _decoded_images(
+    data: Any, reading: SourceReading, shape: tuple[int, ...] | None, most: int | None = None
+) -> Iterator[tuple[NDArray[np.float32], str]]:
+    """Every image of a source with its class, in the order of files and rows; of each file ``most``."""
+
+    def read(file: SourceFile) -> Iterator[tuple[NDArray[np.float32], str]]:
+        for encoded in islice(_encoded(data, file, reading.listing.path(file)), most):
+            yield _decoded(encoded, data, shape), encoded[2]
+
+    return reading.each_file(read)
 
 
 def _parquet_images(files: fs.FileSystem, path: str, source: Any) -> Iterator[Encoded]:
-    import pyarrow.parquet as pq
-
-    from overproof.data.parquet_reader import refuse_objects
-
-    with files.open_input_file(path) as handle:
-        file = pq.ParquetFile(handle)
-        refuse_objects(file.schema_arrow, path)
+    with naming_faults(path, PARQUET), files.open_input_file(path) as handle:
+        names = open_parquet(handle).schema_arrow.names
         for name in (source.image, source.label):
-            if name not in file.schema_arrow.names:
-                raise InputError(f"{path}: columns are {', '.join(file.schema_arrow.names)}; expected {name!r}")
+            if name not in names:
+                raise InputError(f"{path}: columns are {', '.join(names)}; expected {name!r}")
         row = 0
-        for batch in file.iter_batches(columns=[source.image, source.label]):
-            for image, label in zip(*(batch.column(n).to_pylist() for n in (source.image, source.label)), strict=True):
+        for batch in iter_columns(handle, path, [source.image, source.label]):
+            for image, label in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 content = image.get("bytes") if isinstance(image, dict) else image
                 if not isinstance(content, bytes) or label is None:
                     raise InputError(f"{path}, row {row}: no image bytes or no class; expected both")
@@ -166,13 +192,13 @@ def _parquet_images(files: fs.FileSystem, path: str, source: Any) -> Iterator[En
                 row += 1
 
 
-def _classes(source: Any) -> list[str]:
+def _classes(data: Any) -> list[str]:
     """Names of the classes: numbers in their order, else by name."""
-    if source.kind == "folder":
-        _, root = filesystem(source.path)
-        names = {info.path.removeprefix(root).strip("/").split("/")[0] for info in _files(source)}
+    reading = SourceReading(image_files(data), data.on_error)
+    if data.source.kind == "folder":
+        names = {file.name.split("/")[0] for file in reading.listing.files}
     else:
-        names = {label for _, _, label in _encoded(source)}
+        names = set(reading.each_file(lambda file: (e[2] for e in _encoded(data, file, reading.listing.path(file)))))
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
 
 
@@ -187,7 +213,9 @@ def _decoded(encoded: Encoded, data: Any, shape: tuple[int, ...] | None) -> NDAr
             channels = data.channels or (shape[0] if shape else 1 if opened.mode in ("1", "L", "I;16") else 3)
             found = _pixels(opened, data, channels, None)
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: not an image: {error}; expected one of {' '.join(SUFFIXES)}") from None
+        raise UnreadableFile(
+            f"{where}: not an image: {error}; expected one of {' '.join(SUFFIXES)}", "damaged, or not an image"
+        ) from None
     if shape is not None and found.shape != shape:
         raise InputError(
             f"{where}: {found.shape[1]} x {found.shape[2]} pixels, the first has {shape[1]} x {shape[2]}; expected "

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from overproof.config.data import DataSection
+from overproof.data.parquet_columns import is_text
+from overproof.data.source_files import naming_faults
 from overproof.errors import InputError
-from overproof.files import filesystem
 from overproof.models.base import ArrayFamily, class_order
 from overproof.models.encoder import MULTI_LABEL
 from overproof.models.sizes import family_of
@@ -29,7 +30,7 @@ from overproof.tasks.recognition import (
     choose_column,
 )
 from overproof.tasks.table_recognition import ALMOST_UNIQUE, not_classes
-from overproof.tasks.table_samples import TABLES, TableSample, is_list_of_names, is_text
+from overproof.tasks.table_samples import TABLES, TableSample, is_list_of_names
 from overproof.tasks.texts import Labelling, count_texts, encode_texts, tokenizer_file, truncating_tokenizer
 
 TEXT_NAMES = ("text", "sentence", "review", "content", "body", "comment", "message")
@@ -167,7 +168,7 @@ def _is_prose(sample: TableSample, name: str) -> bool:
 
 
 def _folders(look: DataLook) -> _Found | Misfit:
-    names = [name for name in look.names if name.lower().endswith(".txt")]
+    names = look.named(".txt")
     if not names:
         return Misfit(f"no CSV, JSONL or Parquet, nor .txt files: {look.described}")
     if look.single or any("/" not in name for name in names):
@@ -175,11 +176,10 @@ def _folders(look: DataLook) -> _Found | Misfit:
     classes = sorted({name.split("/")[0] for name in names})
     if all(name.lower() in SPLITS for name in classes):
         return Misfit(f"the folders are called like splits ({', '.join(classes)}); expected one for each class")
-    files, root = filesystem(look.path)
     texts = []
     for name in names[:: math.ceil(len(names) / ENCODED)]:
-        with files.open_input_stream(f"{root}/{name}") as stream:
-            texts.append(stream.read().decode(errors="replace"))
+        with naming_faults(name, "text"), look.content(name) as stream:
+            texts.append(stream.read().decode("utf-8-sig", errors="replace"))
     return _Found({"kind": "folder", "path": look.path}, "a folder for each class", texts)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
+    from overproof.data.source_files import FileListing
     from overproof.engines.base import TextScorer
     from overproof.engines.probe import Say
     from overproof.export.base import Format
@@ -99,6 +100,11 @@ class LanguageModeling(CausalTask):
 
         return recognise_text(look, model, flags)
 
+    def source_files(self, data: LanguageModelingData) -> FileListing:
+        from overproof.data.sources import list_text_files
+
+        return list_text_files(data)
+
     def source_digest(self, data: LanguageModelingData) -> str:
         from overproof.data.sources import text_digest
 
@@ -110,6 +116,13 @@ class LanguageModeling(CausalTask):
         from overproof.data.text_tokenizer import read_tokenizer
 
         return DataShape(data.kind, read_tokenizer(data.tokenizer).outputs, data.positions)
+
+    def check_export(self, data: LanguageModelingData, format: Format) -> Sequence[str]:
+        if isinstance(data.tokenizer, BpeTokenizer):
+            return ()
+        from overproof.data.text_tokenizer import read_tokenizer
+
+        return format.check_tokenizer(read_tokenizer(data.tokenizer).json, "data.tokenizer")
 
     def prepare(self, context: StageContext) -> Manifest:
         from overproof.data.prepare import prepare_documents

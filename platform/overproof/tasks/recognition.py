@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from pyarrow import fs
 
+from overproof.data.source_files import (
+    FileListing,
+    SourceFile,
+    any_name,
+    data_suffix,
+    describe_skipped,
+    list_all,
+    open_content,
+)
 from overproof.errors import InputError
 from overproof.files import absolute_uri, filesystem
 from overproof.tasks.table_samples import TABLES, TableSample, UnreadableTable, sample_tables
@@ -20,11 +29,21 @@ class DataLook:
 
     path: str  # absolute, or a URI
     single: bool  # it is one file
-    files: Mapping[str, int]  # how many files end so, in lower case: {".csv": 2}
+    files: Mapping[str, int]  # how many files end so (see ``data_suffix``): {".csv": 2}
     size_bytes: Mapping[str, int]  # of those
     names: tuple[str, ...]  # of the files, from the folder on
     tables: Mapping[str, TableSample]  # by suffix
-    unreadable: Mapping[str, str] = field(default_factory=dict)  # by suffix of tables: what is wrong with them
+    unreadable: Mapping[str, str]  # by suffix of tables: what is wrong with them
+    listing: FileListing
+
+    def named(self, *suffixes: str) -> list[str]:
+        """The names of the files that end so."""
+        return [name for name in self.names if data_suffix(name) in suffixes]
+
+    def content(self, name: str) -> Any:
+        """A file as a stream of bytes."""
+        files, _ = filesystem(self.path)
+        return open_content(files, f"{self.listing.root}/{name}")
 
     def having(self, *suffixes: str) -> list[str]:
         """Those of the suffixes that files end with."""
@@ -115,34 +134,30 @@ def look_at(path: str) -> DataLook:
         InputError: there is nothing. A table that is not what its name says is only told of: it may not matter.
     """
     files, root = filesystem(path)
-    info = files.get_file_info(root)
-    if info.type == fs.FileType.NotFound:
-        raise InputError(f"--data {path}: no such file or folder; expected text, JSONL, Parquet, CSV or images")
-    single = info.type == fs.FileType.File
-    listing = [info] if single else files.get_file_info(fs.FileSelector(root, recursive=True))
-    found = sorted(
-        (i for i in listing if i.type == fs.FileType.File and not i.base_name.startswith(".")), key=lambda i: i.path
-    )
-    if not found or not any(i.size for i in found):
-        raise InputError(f"--data {path}: is empty; expected text, JSONL, Parquet, CSV or images")
-    by_suffix: dict[str, list[fs.FileInfo]] = {}
-    for each in found:
-        by_suffix.setdefault(f".{each.extension.lower()}" if each.extension else "", []).append(each)
+    listing = list_all(path, any_name, "text, JSONL, Parquet, CSV or images", "skip", "--data")
+    if not any(file.size_bytes for file in listing.files):
+        beside = "".join(f"; {line}" for line in describe_skipped(listing.skipped))
+        raise InputError(f"--data {path}: is empty; expected text, JSONL, Parquet, CSV or images{beside}")
+    single = files.get_file_info(root).type == fs.FileType.File
+    by_suffix: dict[str, list[SourceFile]] = {}
+    for file in listing.files:
+        by_suffix.setdefault(data_suffix(file.name), []).append(file)
     tables, unreadable = {}, {}
     for suffix in TABLES:
         if suffix in by_suffix:
             try:
-                tables[suffix] = sample_tables(files, by_suffix[suffix], suffix)
+                tables[suffix] = sample_tables(files, replace(listing, files=tuple(by_suffix[suffix])), suffix)
             except UnreadableTable as error:
                 unreadable[suffix] = str(error)
     return DataLook(
         absolute_uri(path),
         single,
         dict(Counter({suffix: len(own) for suffix, own in by_suffix.items()}).most_common()),
-        {suffix: sum(i.size for i in own) for suffix, own in by_suffix.items()},
-        tuple(i.path.removeprefix(root).strip("/") or i.base_name for i in found),
+        {suffix: sum(file.size_bytes for file in own) for suffix, own in by_suffix.items()},
+        tuple(file.name for file in listing.files),
         tables,
         unreadable,
+        listing,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from overproof.data.parquet_columns import is_text
 from overproof.tasks.recognition import (
     ColumnFlags,
     DataLook,
@@ -16,7 +17,7 @@ from overproof.tasks.recognition import (
     Recognised,
     choose_column,
 )
-from overproof.tasks.table_samples import TableSample, is_text
+from overproof.tasks.table_samples import TableSample
 
 TARGET_NAMES = ("target", "label", "class", "y", "outcome")
 FEWEST_ROWS = 50  # that leave some for validation and test

@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import csv, fs
-from pyarrow import parquet as pq
 
-from overproof.data.parquet_reader import refuse_objects
+from overproof.data.json_lines import BLANK
+from overproof.data.parquet_columns import as_plain_type, is_text, iter_columns, open_parquet
+from overproof.data.parquet_reader import is_extension
+from overproof.data.source_files import FileListing, compression_of, naming_faults
 from overproof.errors import InputError
 
 SAMPLE_ROWS = 10_000  # of a Parquet file
@@ -69,30 +71,33 @@ class UnreadableTable(Exception):
     """Tables are not what their name says: which, what was found, and what was expected."""
 
 
-def sample_tables(files: fs.FileSystem, infos: Sequence[fs.FileInfo], suffix: str) -> TableSample:
+def sample_tables(files: fs.FileSystem, listing: FileListing, suffix: str) -> TableSample:
     """Of tables of one kind, the first rows of the first one.
 
     Raises:
         UnreadableTable: it cannot be read, or has no rows.
     """
-    first = next((i for i in infos if i.size), None)
-    if first is None:
-        raise UnreadableTable(f"{infos[0].path}: is empty; expected rows")
+    found = next((file for file in listing.files if file.size_bytes), None)
+    if found is None:
+        raise UnreadableTable(f"{listing.path(listing.files[0])}: is empty; expected rows")
+    path = listing.path(found)
     try:
         if suffix == ".parquet":
-            return _parquet_sample(files, infos)
-        with files.open_input_stream(first.path) as stream:
-            content = stream.read(SAMPLE_BYTES)
-        whole = len(content) >= first.size
-        sample = _csv_sample(content, whole) if suffix == ".csv" else _jsonl_sample(content, whole)
-        _require_distinct(sample.schema.names)
-    except UnicodeDecodeError as error:
-        raise UnreadableTable(f"{first.path}: not UTF-8: {error}; expected text in UTF-8") from None
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UnreadableTable(f"{first.path}: not {suffix[1:]}: {error}; expected rows in columns") from None
+            return _parquet_sample(files, listing)
+        with naming_faults(path, suffix[1:]):
+            with files.open_input_file(path) as stored:
+                codec = compression_of(path)
+                stream = pa.CompressedInputStream(stored, codec) if codec else stored
+                content = stream.read(SAMPLE_BYTES)
+                whole = len(content) < SAMPLE_BYTES or not stream.read(1)
+                read_bytes = found.size_bytes if whole else stored.tell()
+            sample = _csv_sample(content, whole) if suffix == ".csv" else _jsonl_sample(content, whole)
+            _require_distinct(sample.schema.names)
+    except InputError as error:
+        raise UnreadableTable(str(error)) from None
     if not sample.rows.num_rows:
-        raise UnreadableTable(f"{first.path}: has a header and no rows; expected some")
-    total = round(sample.rows.num_rows * sum(i.size for i in infos) / min(first.size, len(content)))
+        raise UnreadableTable(f"{path}: has a header and no rows; expected some")
+    total = round(sample.rows.num_rows * sum(file.size_bytes for file in listing.files) / max(read_bytes, 1))
     return TableSample(sample.schema, _plain(sample.rows), max(total, sample.rows.num_rows), sample.mixed)
 
 
@@ -126,7 +131,7 @@ def _jsonl_sample(content: bytes, whole: bool) -> TableSample:
     records: list[dict[str, Any]] = []
     kinds: dict[str, dict[str, int]] = {}  # of each column: the line where each kind is first
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
+        if not line.strip(BLANK):
             continue
         try:
             record = json.loads(line)
@@ -181,26 +186,36 @@ def _described(found: Mapping[str, int]) -> str:
     return " and ".join(f"{kind} (line {line})" for kind, line in found.items())
 
 
-def _parquet_sample(files: fs.FileSystem, infos: Sequence[fs.FileInfo]) -> TableSample:
-    total, rows, schema = 0, None, None
-    for info in infos:
-        try:
-            with files.open_input_file(info.path) as handle:
-                file = pq.ParquetFile(handle)
-                refuse_objects(file.schema_arrow, info.path)
-                _require_distinct(file.schema_arrow.names)
-                total += file.metadata.num_rows
-                if rows is None and file.metadata.num_rows:
-                    schema = file.schema_arrow
-                    plain = [column.name for column in schema if _is_plain(column.type)]
-                    rows = pa.Table.from_batches([next(file.iter_batches(batch_size=SAMPLE_ROWS, columns=plain))])
-        except InputError as error:
-            raise UnreadableTable(str(error)) from None
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise UnreadableTable(f"{info.path}: not parquet: {error}; expected rows in columns") from None
-    if rows is None or schema is None:
-        raise UnreadableTable(f"{infos[0].path}: has no rows; expected some")
-    return TableSample(schema, _decoded(rows), total)
+def _parquet_sample(files: fs.FileSystem, listing: FileListing) -> TableSample:
+    """Of the first file with rows; or of one that has values in more columns, where others lack those of some."""
+    total, best = 0, None
+    for file in listing.files:
+        path = listing.path(file)
+        with naming_faults(path, "parquet"), files.open_input_file(path) as handle:
+            opened = open_parquet(handle)
+            schema, rows = opened.schema_arrow, opened.metadata.num_rows
+            _require_distinct(schema.names)
+        total += rows
+        lacking = sum(pa.types.is_null(column.type) for column in schema)
+        if rows and (best is None or lacking < best[0]):
+            best = lacking, path, schema
+    if best is None:
+        raise UnreadableTable(f"{listing.path(listing.files[0])}: has no rows; expected some")
+    _, path, schema = best
+    told = pa.schema([_as_told(column) for column in schema])
+    plain = [column.name for column in told if _is_plain(column.type)]
+    with naming_faults(path, "parquet"), files.open_input_file(path) as handle:
+        rows = next(iter_columns(handle, path, plain, batch_size=SAMPLE_ROWS)) if plain else None
+    return TableSample(told, pa.Table.from_batches([rows]) if rows else pa.table({"": pa.nulls(total)}), total)
+
+
+def _as_told(column: pa.Field) -> pa.Field:
+    """A column as the schema of a sample has it: one of an extension type stays that, unless it stores texts."""
+    plain = as_plain_type(column.type)
+    if is_extension(column) and not is_text(plain):
+        known = isinstance(column.type, pa.BaseExtensionType)
+        return pa.field(column.name, column.type if known else pa.opaque(column.type, "unknown", "unknown"))
+    return column if pa.types.is_dictionary(column.type) else pa.field(column.name, plain)
 
 
 def _require_distinct(names: list[str]) -> None:
@@ -213,15 +228,9 @@ def _plain(rows: pa.Table) -> pa.Table:
     return rows.select([column.name for column in rows.schema if _is_plain(column.type)])
 
 
-def _decoded(rows: pa.Table) -> pa.Table:
-    """Categories as what they stand for: not all that counts values takes them as Arrow stores them."""
-    for number, column in enumerate(rows.schema):
-        if pa.types.is_dictionary(column.type):
-            rows = rows.set_column(number, column.name, rows.column(number).cast(column.type.value_type))
-    return rows
-
-
 def _is_plain(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        return False
     return is_list_of_names(kind) or not (pa.types.is_nested(kind) or is_bytes(kind))
 
 
@@ -235,8 +244,3 @@ def is_list_of_names(kind: pa.DataType) -> bool:
 def is_bytes(kind: pa.DataType) -> bool:
     """Whether a column holds bytes that are no text."""
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a column holds text."""
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import pairwise
@@ -18,15 +17,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyarrow import csv, fs
-from pyarrow import parquet as pq
 
+from overproof.data.cleaning import NUL_LINES
+from overproof.data.csv_rows import csv_options
 from overproof.data.manifest import Column, Manifest
-from overproof.data.parquet_reader import refuse_objects
-from overproof.data.sources import require_files, sha256_of
+from overproof.data.parquet_columns import is_text, open_parquet, read_table, require_one_each
+from overproof.data.source_files import (
+    FileListing,
+    SourceFile,
+    SourceReading,
+    UnreadableFile,
+    describe_skipped,
+    having_suffix,
+    list_source,
+    naming_faults,
+    open_content,
+)
+from overproof.data.sources import sha256_of
 from overproof.data.stratified import require_train_rows, stratified, write_splits
 from overproof.errors import InputError, suggest_name
 from overproof.files import filesystem
-from overproof.stage_context import StageContext, TaskProgress
+from overproof.stage_context import Notice, StageContext, TaskProgress
 
 if TYPE_CHECKING:
     from overproof.tasks.tabular import TableData
@@ -35,18 +46,18 @@ STRATA = 8  # of a target that is a number: groups of rows of which each split g
 LARGEST = float(np.finfo(np.float32).max)
 MOST_CATEGORIES = 10_000
 TINY = 1e-12  # a share of the mean: a deviation that rounding alone makes
-SUFFIXES = {"csv": ".csv", "parquet": ".parquet"}
 
 
-def table_digest(source: Any) -> str:
+def table_digest(data: TableData) -> str:
     """Sha256, in hex, over the names, sizes and times of a source's files.
 
     Raises:
         InputError: there are none.
     """
+    source: Any = data.source
     if source.kind == "sklearn":
         return sha256_of(["scikit-learn", version("scikit-learn"), source.name])
-    return sha256_of([[info.path, info.size, info.mtime_ns or 0] for info in _files(source)])
+    return sha256_of(table_files(data).identity)
 
 
 def describe_table(data: TableData) -> dict[str, Any]:
@@ -55,7 +66,7 @@ def describe_table(data: TableData) -> dict[str, Any]:
     Raises:
         InputError: the table cannot be read, or a column is missing or of another kind.
     """
-    table, _ = _read(data)
+    table, _, _ = _read(data)
     return _describe(table, data, np.arange(table.num_rows))
 
 
@@ -68,7 +79,9 @@ def prepare_table(context: StageContext) -> Manifest:
     """
     data: Any = context.recipe.data
     context.progress(TaskProgress("prepare", 0, 2, "reading the table"))
-    table, dropped = _read(data)
+    table, dropped, skipped = _read(data)
+    for line in describe_skipped(skipped):
+        context.progress(Notice(line))
     splits = stratified(_strata(table, data), data.validation_fraction, data.test_fraction, context.recipe.seed)
     details = _describe(table, data, splits["train"])
     features_RC = np.column_stack([_features(table[c["name"]], c) for c in details["columns"]]).astype(np.float32)
@@ -95,37 +108,52 @@ def prepare_table(context: StageContext) -> Manifest:
         positions=1,
         outputs=len(details["classes"]),
         dropped=dropped,
+        skipped={reason: len(names) for reason, names in skipped.items()},
         details=details | {"example": example},
     )
 
 
-def _files(source: Any) -> list[fs.FileInfo]:
-    return require_files(source.path, SUFFIXES[source.kind])
+def table_files(data: TableData) -> FileListing:
+    """The files of a recipe's section; none of what scikit-learn has.
 
-
-def _read(data: TableData) -> tuple[pa.Table, dict[str, int]]:
-    """The columns that are looked at, of the rows that have a target; and how many have none."""
+    Raises:
+        InputError: there are none.
+    """
     source: Any = data.source
+    if source.kind == "sklearn":
+        return FileListing("", ())
+    suffix = f".{source.kind}"
+    return list_source(source.path, having_suffix(suffix), f"*{suffix}", data.on_error)
+
+
+def _read(data: TableData) -> tuple[pa.Table, dict[str, int], dict[str, list[str]]]:
+    """The columns that are looked at, of the rows that have a target; how many have none; and files left out."""
+    source: Any = data.source
+    reading = SourceReading(table_files(data), data.on_error)
     if source.kind == "sklearn":
         whole = _bundled(source.name)
     else:
         files, _ = filesystem(source.path)
-        parts = [_one_file(files, info.path, source.kind) for info in _files(source)]
+
+        def read(file: SourceFile) -> list[pa.Table]:
+            return [_one_file(files, reading.listing.path(file), source.kind, data.drop, reading)]
+
         try:
-            whole = pa.concat_tables(parts, promote_options="permissive")
+            whole = pa.concat_tables(list(reading.each_file(read)), promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise InputError(f"data.source.path: {source.path}: the files' columns differ: {error}") from None
     for field in (data.target, *data.categorical, *data.drop):
         if field not in whole.column_names:
             near, names = suggest_name(field, whole.column_names), ", ".join(whole.column_names)
             raise InputError(f"data: the table has no column {field!r}{near}; expected one of {names}")
-    table = whole.drop_columns(list(data.drop)) if data.drop else whole
+    table = whole.select([name for name in whole.column_names if name not in data.drop])
     target = table[data.target]
     known_R = pc.fill_null(pc.is_finite(target), False) if pa.types.is_floating(target.type) else pc.is_valid(target)
     rows = int(pc.sum(known_R).as_py() or 0)
     if not rows:
         raise InputError(f"data.target: none of {table.num_rows:,} rows has a {data.target!r}; expected some")
-    return table.filter(known_R), {"no target": table.num_rows - rows}
+    dropped = {"no target": table.num_rows - rows} | ({NUL_LINES: reading.nul_lines} if reading.nul_lines else {})
+    return table.filter(known_R), dropped, reading.skipped
 
 
 def _bundled(name: str) -> pa.Table:
@@ -138,26 +166,24 @@ def _bundled(name: str) -> pa.Table:
     return pa.table({**columns, "target": target})
 
 
-def _one_file(files: fs.FileSystem, path: str, kind: str) -> pa.Table:
-    try:
+def _one_file(files: fs.FileSystem, path: str, kind: str, drop: Sequence[str], reading: SourceReading) -> pa.Table:
+    """A table; the columns to drop have their names alone, where it is Parquet: nothing reads them."""
+    with naming_faults(path, kind):
         if kind == "csv":
-            with files.open_input_stream(path) as stream:
-                table = csv.read_csv(stream, parse_options=csv.ParseOptions(newlines_in_values=True))
+            with open_content(files, path) as stream:
+                table = csv.read_csv(stream, parse_options=csv_options(reading))
+            require_one_each(table.column_names, table.column_names, path)
         else:
             with files.open_input_file(path) as handle:
-                refuse_objects(pq.read_schema(handle), path)
-                table = pq.read_table(handle)
-        names = table.column_names
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8: {error}; expected text in UTF-8") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not {kind}: {error}; expected a table with a header") from None
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise InputError(f"{path}: several columns are named {twice[0]!r}; expected a name of its own for each")
+                file = open_parquet(handle)
+                names, rows = file.schema_arrow.names, file.metadata.num_rows
+                require_one_each(names, names, path)
+                table = read_table(handle, path, [name for name in names if name not in drop])
+            for name in (name for name in names if name in drop):
+                table = table.append_column(name, pa.nulls(rows))
     for column in table.schema:
         if kind == "csv" and pa.types.is_binary(column.type):  # what Arrow makes of text that is no UTF-8
-            raise InputError(f"{path}: column {column.name!r} is not UTF-8; expected text in UTF-8")
+            raise UnreadableFile(f"{path}: column {column.name!r} is not UTF-8; expected text in UTF-8", "not UTF-8")
     return table
 
 
@@ -183,7 +209,7 @@ def _describe(table: pa.Table, data: TableData, train_rows: NDArray[np.int64]) -
 
 def _column(values: pa.ChunkedArray, name: str, as_category: bool) -> dict[str, Any]:
     kind = values.type
-    if as_category or pa.types.is_boolean(kind) or pa.types.is_dictionary(kind) or _is_text(kind):
+    if as_category or pa.types.is_boolean(kind) or pa.types.is_dictionary(kind) or is_text(kind):
         return {"name": name, "categories": _categories(values, f"column {name!r}"), "mean": 0.0, "deviation": 1.0}
     known = _numbers(values, f"column {name!r}")
     known = known[np.isfinite(known)]
@@ -195,10 +221,6 @@ def _column(values: pa.ChunkedArray, name: str, as_category: bool) -> dict[str, 
         "mean": mean,
         "deviation": deviation if deviation > TINY * abs(mean) else 1.0,
     }
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _numbers(values: pa.ChunkedArray, what: str) -> NDArray[np.float64]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
+    from overproof.data.source_files import FileListing
     from overproof.stage_context import StageContext
     from overproof.tasks.array_evaluation import Judge
     from overproof.tasks.recognition import ColumnFlags, DataLook, Recognised
@@ -137,10 +138,15 @@ class _Tabular(RowsTask):
     request = RowsRequest
     template = "tabular.yaml"
 
+    def source_files(self, data: TableData) -> FileListing:
+        from overproof.tasks.tables import table_files
+
+        return table_files(data)
+
     def source_digest(self, data: TableData) -> str:
         from overproof.tasks.tables import table_digest
 
-        return table_digest(data.source)
+        return table_digest(data)
 
     def shape(self, data: TableData) -> DataShape:
         from overproof.tasks.tables import describe_table

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
+    from overproof.data.source_files import FileListing
     from overproof.stage_context import StageContext
     from overproof.tasks.recognition import ColumnFlags, DataLook, Recognised
     from overproof.tasks.texts import Labelling
@@ -197,6 +198,11 @@ class LabelledTexts(RowsTask):
 
     def labelling(self, data: Any) -> Labelling:
         return OneClass(data.class_weights)
+
+    def source_files(self, data: Any) -> FileListing:
+        from overproof.tasks.labelled_text_files import text_files
+
+        return text_files(data)
 
     def source_digest(self, data: Any) -> str:
         from overproof.tasks.texts import texts_digest

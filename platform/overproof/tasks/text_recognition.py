@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import pyarrow.compute as pc
 
+from overproof.data.parquet_columns import is_text
+from overproof.data.source_files import matching
 from overproof.tasks.recognition import (
     ColumnFlags,
     DataLook,
@@ -17,7 +18,6 @@ from overproof.tasks.recognition import (
     Recognised,
     choose_column,
 )
-from overproof.tasks.table_samples import is_text
 
 PLAIN_TEXT = frozenset(
     [
@@ -104,22 +104,14 @@ def _files(look: DataLook, flags: ColumnFlags) -> Recognised:
             return Question(
                 "--pattern", f"which files are documents: {look.described}; give one, such as '*{suffixes[0]}'"
             )
-        pattern = _ending(look, suffixes[0])
-    documents = sum(fnmatchcase(name.rsplit("/", 1)[-1], pattern) for name in look.names)
+        pattern = f"*{suffixes[0]}"
+    documents = sum(matching(pattern)(name) is None for name in look.names)
     if not documents:
         return Question("--pattern", f"no file's name matches {pattern!r}: {look.described}")
     share = documents / len(look.names) if flags.pattern else 1.0
     size = share * sum(look.size_bytes.values()) if flags.pattern else look.size_bytes[suffixes[0]]
     source = {"kind": "folder", "path": look.path, "pattern": pattern}
     return _fit(source, documents, size, f"every file that matches {pattern} is one document", "--pattern")
-
-
-def _ending(look: DataLook, suffix: str) -> str:
-    """A pattern of the files that end so, however they spell it: patterns tell A.TXT from a.txt."""
-    found = {name[-len(suffix) :] for name in look.names if name.lower().endswith(suffix)}
-    if len(found) == 1:
-        return f"*{found.pop()}"
-    return "*" + "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in suffix)
 
 
 def _fit(source: Mapping[str, Any], documents: int, size_bytes: float, why: str, flag: str) -> Fit:

@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 from pyarrow import fs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from overproof.data.cleaning import NUL_LINES
 from overproof.data.manifest import TOKENIZER, Column, Manifest
 from overproof.data.parquet_writer import write_file
+from overproof.data.source_files import SourceReading, describe_skipped
 from overproof.data.sources import sha256_of
 from overproof.data.stratified import stratified, write_splits
+from overproof.data.text_tokenizer import load_tokenizer, without_training_settings
 from overproof.errors import InputError
 from overproof.files import filesystem
 from overproof.models.encoder import PADDING
@@ -41,6 +44,7 @@ class Texts:
     texts: list[str]
     labels: list[tuple[str, ...]]  # the classes of each
     dropped: dict[str, int]
+    skipped: Mapping[str, Sequence[str]]  # files left out, by reason
 
     @property
     def classes(self) -> list[str]:
@@ -108,7 +112,7 @@ def texts_digest(data: Any) -> str:
     Raises:
         InputError: there are none.
     """
-    identity: list[object] = [[info.path, info.size, info.mtime_ns or 0] for info in text_files(data.source)]
+    identity: list[object] = list(text_files(data).identity)
     if data.tokenizer.kind == "file":
         identity.append(hashlib.sha256(tokenizer_file(data.tokenizer.path)).hexdigest())
     return sha256_of(identity)
@@ -137,6 +141,8 @@ def prepare_texts(context: StageContext, labelling: Labelling) -> Manifest:
     data: Any = context.recipe.data
     context.progress(TaskProgress("prepare", 0, 3, "reading the texts"))
     found = read_texts(data, labelling)
+    for line in describe_skipped(found.skipped):
+        context.progress(Notice(line))
     classes = found.classes
     there_RV = _class_matrix(found, classes)
     splits = stratified(labelling.strata(there_RV), data.validation_fraction, data.test_fraction, context.recipe.seed)
@@ -181,6 +187,7 @@ def prepare_texts(context: StageContext, labelling: Labelling) -> Manifest:
         outputs=outputs,
         tokenizer_sha256=hashlib.sha256(content).hexdigest(),
         dropped=found.dropped,
+        skipped={reason: len(names) for reason, names in found.skipped.items()},
         details=details | {"truncated": truncated, "example": example},
     )
 
@@ -195,13 +202,16 @@ def read_texts(data: Any, labelling: Labelling) -> Texts:
         InputError: a file cannot be read, a text or its class is missing, or there is one class alone.
     """
     rows, labels_of = 0, dict[str, set[frozenset[str]]]()
-    for _, text, labels in labelled_texts(data.source, labelling.read):
+    reading = SourceReading(text_files(data), data.on_error)
+    for _, text, labels in labelled_texts(data.source, reading, labelling.read):
         rows += 1
         labels_of.setdefault(text, set()).add(frozenset(labels))
     kept = {text: tuple(sorted(next(iter(found)))) for text, found in labels_of.items() if len(found) == 1}
     texts = sorted(kept, key=lambda text: hashlib.sha256(text.encode()).digest())
     dropped = {"duplicates": rows - len(labels_of), labelling.differing: len(labels_of) - len(kept)}
-    found = Texts(texts, [kept[text] for text in texts], dropped)
+    if reading.nul_lines:
+        dropped[NUL_LINES] = reading.nul_lines
+    found = Texts(texts, [kept[text] for text in texts], dropped, reading.skipped)
     _require_classes(data.source, found.classes, len(texts))
     return found
 
@@ -215,17 +225,17 @@ def count_texts(data: Any, labelling: Labelling) -> TextCounts:
     Raises:
         InputError: as ``read_texts``.
     """
-    files = tuple((info.path, info.size, info.mtime_ns) for info in text_files(data.source))
-    key = (data.model_dump_json(), files)
+    listing = text_files(data)
+    key = (data.model_dump_json(), listing.files)
     if key not in _counted:
         _counted.clear()
-        _counted[key] = _count_texts(data.source, labelling)
+        _counted[key] = _count_texts(data.source, SourceReading(listing, data.on_error), labelling)
     return _counted[key]
 
 
-def _count_texts(source: Any, labelling: Labelling) -> TextCounts:
+def _count_texts(source: Any, reading: SourceReading, labelling: Labelling) -> TextCounts:
     labels_of = dict[bytes, frozenset[str] | None]()  # None where a text stands there with others, too
-    for _, text, labels in labelled_texts(source, labelling.read):
+    for _, text, labels in labelled_texts(source, reading, labelling.read):
         digest, found = hashlib.blake2b(text.encode(), digest_size=16).digest(), frozenset(labels)
         if labels_of.setdefault(digest, found) != found:
             labels_of[digest] = None
@@ -255,11 +265,7 @@ def truncating_tokenizer(content: bytes, where: object, length: int) -> Tokenize
     Raises:
         InputError: it is none.
     """
-    try:
-        tokenizer = Tokenizer.from_str(content.decode())
-    except Exception as error:  # the library raises nothing more precise
-        raise InputError(f"{where}: not a tokenizer.json: {error}") from None
-    tokenizer.no_padding()
+    tokenizer = load_tokenizer(without_training_settings(content.decode(errors="replace"), where), where)
     tokenizer.enable_truncation(length)
     tokenizer.encode_special_tokens = True  # a text that spells a special token is text
     return tokenizer
@@ -318,7 +324,8 @@ def _vocabulary(tokenizer: Tokenizer) -> tuple[int, int | None]:
 def _tokenizer_content(data: Any, train: Iterable[str]) -> bytes:
     if data.tokenizer.kind == "bpe":
         return str(train_tokenizer(train, data.tokenizer.vocab_size).to_str()).encode()
-    return tokenizer_file(data.tokenizer.path)
+    path = data.tokenizer.path
+    return without_training_settings(tokenizer_file(path).decode(errors="replace"), path).encode()
 
 
 def tokenizer_file(path: str) -> bytes:

@@ -92,7 +92,8 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
 
 def keep_chat_template(prepared: Path, start: ModelSection, draft: ArtifactWriter) -> None:
     """Copy the chat template that the data was written by, or else the starting model's: students are asked alike."""
-    from overproof.models.hf_directory import CHAT_TEMPLATE, chat_template
+    from overproof.data.chat_template_files import CHAT_TEMPLATE
+    from overproof.models.hf_directory import chat_template
 
     template = chat_template(prepared)
     if template is None and isinstance(start, Pretrained):
