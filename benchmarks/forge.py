@@ -27,7 +27,8 @@ from overproof.files import FileEntry, file_sha256
 from overproof.models import hf_directory
 from overproof.models.llama import Llama
 from overproof.models.vit import Vit
-from overproof.package.package import CARD, PACKAGE, REPORT, VERDICT, PackageContents, open_package
+from overproof.package.contents import CARD, PACKAGE, REPORT, VERDICT, PackageContents
+from overproof.package.package import open_package
 from overproof.registry import ENGINES, TASKS
 from overproof.tasks.base import Metric
 

@@ -26,7 +26,8 @@ from forge import LLAMA, forge_text
 from measuring import interleaved, machine, spread, table
 from serving import ours
 
-from overproof.package.package import fetch_package, open_package
+from overproof.package.package import load_package, open_package
+from overproof.package.trust import ANYONE
 
 MAPPING = re.compile(r"[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \S+\s*(.*)\n")
 REPLICA = re.compile(r"ray::ServeReplica:[^ ]*:model(\.|$)")  # Ray adds what it runs
@@ -90,7 +91,7 @@ def main() -> None:
             llama = LLAMA.model_copy(update={"layers": given.layers})
             opened = open_package(forge_text(Path(scratch), llama, given.format))
         else:
-            opened = open_package(fetch_package(given.package))
+            opened = load_package(given.package, ANYONE)
         counts: dict[str, Callable[[], dict[str, Any]]] = {
             str(n): partial(once, opened.path, opened.model, n, given.slots) for n in given.replicas
         }

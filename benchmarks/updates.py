@@ -26,7 +26,8 @@ from measuring import machine, say, table
 from overproof.config import Canary, Serve
 from overproof.errors import InputError
 from overproof.files import file_sha256
-from overproof.package.package import PACKAGE, REPORT, open_package
+from overproof.package.contents import PACKAGE, REPORT
+from overproof.package.package import open_package
 from overproof.serve import server
 
 CLIENTS = 4

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from starlette.responses import JSONResponse, Response
 from overproof.engines.llamacpp import LlamaCpp
 from overproof.engines.vllm_server import QUIET_ENVIRONMENT
 from overproof.files import file_sha256
+from overproof.package.private_copy import PrivateCopy
 from overproof.serve.api_keys import hash_key
 from overproof.serve.async_engine import ThreadedEngine
 from overproof.serve.middleware import Access
@@ -66,7 +68,8 @@ def own_server(file: Path, key: str | None = KEY) -> Iterator[OwnServer]:
         sha256=file_sha256(file), size_bytes=file.stat().st_size, verdict=[], parents={},
     )  # fmt: skip
     engine, made = LlamaCpp(file), OwnServer()
-    served = ServedModel(ModelInfo(id="teacher", created=0, overproof=proof), ThreadedEngine(engine, 4), 32, str(file))
+    no_copy = partial(PrivateCopy, file.parent)  # of a language model nothing else is read
+    served = ServedModel(ModelInfo(id="teacher", created=0, overproof=proof), ThreadedEngine(engine, 4), 32, no_copy)
     app = build_app(SingleModel(served), Access(hash_key(key) if key else None))
     app.add_middleware(BaseHTTPMiddleware, dispatch=made.between)
     with listening(app) as address:

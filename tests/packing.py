@@ -98,7 +98,7 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
     listing = path.with_name("package.json")
     content = json.loads(listing.read_text())
     if path.name in content["files"]:
-        content["files"][path.name]["sha256"] = file_sha256(path)
+        content["files"][path.name] |= {"sha256": file_sha256(path), "size_bytes": path.stat().st_size}
         listing.write_text(json.dumps(content))
 
 
@@ -135,9 +135,6 @@ def break_model(package_folder: Path, folder: Path) -> Path:
 
     edit(broken / "package.json", listed)
     edit(broken / "report.json", measured)
-    report = broken / "report.json"
-    size = {"size_bytes": report.stat().st_size}
-    edit(broken / "package.json", lambda content: content["files"][report.name].update(size))
     return broken
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from overproof.data.manifest import Manifest
 from overproof.engines.base import EngineSettings
 from overproof.export.onnx_file import export_onnx
 from overproof.models.hf_directory import load_start, save_model
+from overproof.package.private_copy import PrivateCopy
 from overproof.registry import ENGINES
 from overproof.serve.async_engine import ThreadedEngine
 from overproof.serve.middleware import Access
@@ -32,14 +34,15 @@ def classify_app(folder: Path, task: str, details: dict[str, Any], positions: in
     model = load_start(base, manifest, 0)
     save_model(model, model.config, folder / "model")
     export_onnx(folder / "model", folder / "model.onnx")
-    (folder / "package.json").write_text("{}")
     shutil.copy(base / "tokenizer.json", folder)
     engine = ENGINES["onnxruntime"].load(folder / "model.onnx", EngineSettings())
     made = Provenance(
         task=task, details=details, package="p", candidate="c", format="fp32", sha256="0" * 64, size_bytes=1,
         verdict=[], parents={},
     )  # fmt: skip
-    served = ServedModel(ModelInfo(id="topics", created=0, overproof=made), ThreadedEngine(engine, 1), 1, str(folder))
+    served = ServedModel(
+        ModelInfo(id="topics", created=0, overproof=made), ThreadedEngine(engine, 1), 1, partial(PrivateCopy, folder)
+    )
     return build_app(SingleModel(served), Access(None))
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from overproof.config import Serve
 
 # One slot: sequences that share a step may differ in the last digits, and then in a sampled token.
@@ -30,3 +32,9 @@ def wait_until(reached: Callable[[], Any]) -> Any:
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
     return found
+
+
+def named_replicas() -> list[str]:
+    """Names of the actors that are replicas of packages."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in named if actor["name"].startswith("SERVE_REPLICA::overproof-")]

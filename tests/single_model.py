@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
 from overproof.package.package import open_package
+from overproof.package.private_copy import PrivateCopy
 from overproof.serve.async_engine import ThreadedEngine
 from overproof.serve.model_registry import SingleModel
 from overproof.serve.response_builder import ServedModel, model_info
@@ -20,7 +22,7 @@ from overproof.serve.response_builder import ServedModel, model_info
 def one(package: Path, engine: Any, max_tokens: int = 32, calls: int = 4) -> SingleModel:
     """A registry of this package alone, answered by this engine."""
     info = model_info(open_package(package))
-    return SingleModel(ServedModel(info, ThreadedEngine(engine, calls), max_tokens, str(package)))
+    return SingleModel(ServedModel(info, ThreadedEngine(engine, calls), max_tokens, partial(PrivateCopy, package)))
 
 
 @contextmanager

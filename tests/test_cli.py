@@ -33,6 +33,9 @@ FLAGS = {
     "show": {"--help", "--store"},
     "serve": {"--help", "--set", "--store"},
     "schema": {"--help", "--text"},
+    "signing-key": {"--help"},
+    "sign": {"--help", "--key", "--store"},
+    "verify": {"--help", "--keys", "--policy", "--store"},
     **{stage: {"--help", "--set"} for stage in STAGE_VERBS},
     "report": {"--help", "--set", "--store", "--out"},
 }

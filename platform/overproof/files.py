@@ -7,6 +7,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -84,19 +85,19 @@ def file_sha256(path: str | Path, files: fs.FileSystem | None = None) -> str:
     return digest.hexdigest()
 
 
-def _cache_root() -> Path:
-    """This user's folder of fetched artifacts, which no other user may write to."""
+def cache_root() -> Path:
+    """This user's folder of fetched artifacts and private copies, which no other user may write to."""
     folder = Path(tempfile.gettempdir()) / f"overproof-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+    found = folder.lstat()  # a link's is another's, who may point it elsewhere
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise InputError(f"{folder}: others may write there; expected a folder of your own: delete it, or set TMPDIR")
     return folder
 
 
 def local_cache(key: str, make: Callable[[Path], None]) -> Path:
     """A folder of this machine under that key; the first process that needs it makes it, the others wait for it."""
-    root = _cache_root()
+    root = cache_root()
     with (root / f"{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / key).exists():
@@ -185,6 +186,18 @@ def first_validation_error(error: ValidationError) -> str:
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 
 
+def parse_json(model: type[Parsed], content: bytes, where: str, expected: str) -> Parsed:
+    """A JSON text.
+
+    Raises:
+        InputError: it is another.
+    """
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as error:
+        raise InputError(f"{where}: {first_validation_error(error)}; {expected}") from None
+
+
 def read_json(model: type[Parsed], path: Path) -> Parsed:
     """Read one JSON part of an artifact.
 
@@ -192,14 +205,11 @@ def read_json(model: type[Parsed], path: Path) -> Parsed:
         InputError: it is missing, or not what this version writes.
     """
     try:
-        return model.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; delete its folder and run again") from None
-    except ValidationError as error:
-        raise InputError(
-            f"{path}: {first_validation_error(error)}; expected what this version writes: delete its "
-            "folder and run again"
-        ) from None
+    again = "expected what this version writes: delete its folder and run again"
+    return parse_json(model, content, str(path), again)
 
 
 def read_json_or_default(model: type[Parsed], uri: str, writer: str) -> Parsed:
@@ -213,7 +223,4 @@ def read_json_or_default(model: type[Parsed], uri: str, writer: str) -> Parsed:
         return model()
     with files.open_input_stream(path) as stream:
         content = stream.read()
-    try:
-        return model.model_validate_json(content)
-    except ValidationError as error:
-        raise InputError(f"{uri}: {first_validation_error(error)}; expected what `{writer}` writes") from None
+    return parse_json(model, content, uri, f"expected what `{writer}` writes")

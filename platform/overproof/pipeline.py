@@ -19,6 +19,7 @@ from overproof.errors import InputError, suggest_name
 from overproof.evaluate.gate import requests_needed
 from overproof.files import read_json
 from overproof.models.pretrained import directory_identity
+from overproof.package.signature import signer_identity
 from overproof.registry import ENGINES, TASKS
 from overproof.stage_context import StageContext, TaskProgress
 
@@ -96,7 +97,7 @@ STAGES = (
           lambda r: {"name": r.name}, format=3),
     Stage("package", "overproof.package.package:build_package",
           ("prepare", "train", "generate", "cache", "sweep", "compress", "evaluate", "gate"),
-          lambda r: {"name": r.name}, format=4),
+          lambda r: {"name": r.name, **signer_identity()}, format=4),
     Stage("speculate", "overproof.package.speculative_stage:pack_with_draft",
           ("prepare", "compress", "evaluate", "package"),
           lambda r: {"speculate": _dump(r.speculate), "threads": r.evaluate.threads},
@@ -237,6 +238,7 @@ def _one_line(metrics: Mapping[str, Any]) -> str:
 
 def _require_pass(gate: Artifact) -> None:
     from overproof.evaluate.gate import Verdict
-    from overproof.package.package import VERDICT, require_pass
+    from overproof.package.contents import VERDICT
+    from overproof.package.package import require_pass
 
     require_pass(read_json(Verdict, gate.local() / VERDICT))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from overproof.artifacts import Artifact
 from overproof.config import Recipe
 from overproof.errors import GateRefused, InputError
 from overproof.files import file_sha256
-from overproof.package.package import fetch_package, open_package
+from overproof.package.package import load_package, open_package
+from overproof.package.trust import ANYONE
 from overproof.registry import TASKS
 from packing import assert_refused, copy, edit, make_package, make_parents, make_recipe, pack
 
@@ -147,6 +149,19 @@ def _swap(folder: Path) -> None:
     edit(folder / "package.json", lambda c: c["files"]["model.gguf"].update(sha256=file_sha256(folder / "model.gguf")))
 
 
+def _list(folder: Path, name: str, content: bytes, listed_as: str | None = None) -> None:
+    """Another file, put into the listing."""
+    (folder / name).write_bytes(content)
+    entry = {"sha256": file_sha256(folder / name), "size_bytes": len(content)}
+    edit(folder / "package.json", lambda c: c["files"].update({listed_as or name: entry}))
+
+
+def _link(folder: Path, name: str, to: Path) -> None:
+    """A link in place of a file, to the same bytes."""
+    (folder / name).rename(to)
+    (folder / name).symlink_to(to)
+
+
 REFUSALS: dict[str, tuple[Spoil, str]] = {
     "no package.json": (lambda f: (f / "package.json").unlink(), "no package.json; expected a package"),
     "package.json is not JSON": (lambda f: (f / "package.json").write_text("{"), "package.json: .*what this version"),
@@ -156,8 +171,8 @@ REFUSALS: dict[str, tuple[Spoil, str]] = {
     "a part is missing": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: missing"),
     "a part is not listed": (
         lambda f: edit(f / "package.json", lambda c: c["files"].pop("report.json")), "lists no report.json"),
-    "the model was edited": (lambda f: _flip(f / "model.gguf"), "model.gguf: sha256 is .* the record says"),
-    "the card was edited": (lambda f: (f / "README.md").write_text("better"), "README.md: sha256 is"),
+    "the model was edited": (lambda f: _flip(f / "model.gguf"), "model.gguf: sha256 is .* package.json says"),
+    "the card was edited": (lambda f: (f / "README.md").write_text("better"), "README.md: has 6 bytes, package.json"),
     "the report was edited": (lambda f: edit(f / "report.json", _worse), "do not give the verdict"),
     "the policy was edited": (
         lambda f: edit(f / "package.json", lambda c: c["policy"]["rules"][2].update(at_least=1e6)),
@@ -169,9 +184,25 @@ REFUSALS: dict[str, tuple[Spoil, str]] = {
                    edit(f / "package.json", lambda c: c.update(candidate="student-q8_0"))),
         "do not give the verdict"),
     "another model, hashes put right": (_swap, "only the measured file is served"),
-    "a pickle beside it": (lambda f: (f / "optimizer.pt").write_bytes(b"\x80\x04."), "optimizer.pt: may be a pickle"),
-    "a pickle below it": (
-        lambda f: ((f / "more").mkdir(), (f / "more/a.PKL").write_bytes(b"\x80\x04.")), "may be a pickle"),
+    "a pickle in the listing": (lambda f: _list(f, "optimizer.PT", b"\x80\x04."), "optimizer.PT: may be a pickle"),
+    "a file beside it": (lambda f: (f / "more.txt").write_text(""), "more.txt: not listed in package.json"),
+    "a hidden file": (lambda f: (f / ".more").write_text(""), r"\.more: no name of a package's file"),
+    "a folder below it": (lambda f: (f / "more").mkdir(), "more: a folder; a package holds plain files alone"),
+    "a pipe": (lambda f: os.mkfifo(f / "more"), "more: no plain file"),
+    "a link out of it": (lambda f: _link(f, "model.gguf", f.parent / "model.gguf"), "model.gguf: a link"),
+    "a link within it": (lambda f: (f / "more").symlink_to("model.gguf"), "more: a link"),
+    "a link that leads nowhere": (lambda f: (f / "more").symlink_to("nothing"), "more: a link"),
+    "a link for the listing": (lambda f: _link(f, "package.json", f.parent / "p.json"), "package.json: a link"),
+    "a link for the store's record": (lambda f: _link(f, "artifact.json", f.parent / "a"), "artifact.json: a link"),
+    "two names but for case": (
+        lambda f: _list(f, "MODEL.gguf", b"GGUF"), "(model|MODEL).gguf: differs from (model|MODEL).gguf in case alone"),
+    "a path in the listing": (lambda f: _list(f, "more.txt", b"", "./more.txt"), r"package.json: files\.\./more.txt"),
+    "a parent in the listing": (lambda f: _list(f, "../more.txt", b""), r"package.json: files\.\.\./more.txt"),
+    "the listing in itself": (
+        lambda f: edit(f / "package.json", lambda c: c["files"].update({"package.json": c["files"]["README.md"]})),
+        "lists package.json, which cannot hold its own hash"),
+    "a policy without rules": (
+        lambda f: edit(f / "package.json", lambda c: c["policy"].update(rules=[])), r"package.json: policy\.rules: "),
 }  # fmt: skip
 
 
@@ -187,17 +218,25 @@ def test_other_words_for_the_same_verdict_are_accepted(packed: Path, tmp_path: P
     assert "a forged figure" not in repr(open_package(folder).verdict)
 
 
-def test_a_package_is_found_by_itself_or_as_the_newest_of_its_recipe(packed: Path, tmp_path: Path) -> None:
-    assert fetch_package(str(packed)) == fetch_package(str(packed.parent)) == packed
+def test_a_package_is_found_by_itself_or_as_the_newest_of_its_recipe(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def load(where: Path) -> str:
+        return load_package(str(where), ANYONE).listing.sha256
+
+    assert load(packed) == load(packed.parent) == open_package(packed).listing.sha256
     moved = copy(packed, tmp_path)
     (moved / "artifact.json").unlink()
-    assert fetch_package(str(moved)) == moved
+    assert load(moved) == load(packed)
     newer = copy(packed, packed.parent).rename(packed.parent / "package-0newer")
     record = json.loads((newer / "artifact.json").read_text())
     (newer / "artifact.json").write_text(json.dumps(record | {"created": "2999-01-01T00:00:00+00:00"}))
-    assert fetch_package(str(packed.parent)) == newer
+    edit(newer / "package.json", lambda content: content.update(created="2999-01-01T00:00:00+00:00"))
+    assert load(packed.parent) == load(newer) != load(packed)
     with pytest.raises(InputError, match="no package there"):
-        fetch_package(str(tmp_path / "nothing"))
+        load(tmp_path / "nothing")
 
 
 def test_a_package_is_fetched_from_a_bucket(
@@ -213,6 +252,10 @@ def test_a_package_is_fetched_from_a_bucket(
     bucket, path = filesystem(uri)
     bucket.create_dir(path, recursive=True)
     fs.copy_files(str(packed), path, destination_filesystem=bucket)
-    here = fetch_package(uri)
-    assert open_package(here).content == open_package(packed).content
-    assert fetch_package(recipe) == here
+    here = load_package(uri, ANYONE)
+    assert here.listing == open_package(packed).listing
+    assert load_package(recipe, ANYONE).path == here.path
+    bucket.delete_file(f"{path}/model.gguf")
+    with pytest.raises(InputError, match=r"model\.gguf: missing, though package.json lists it"):
+        load_package(uri, ANYONE)
+    assert load_package(uri, ANYONE, here.listing.sha256).path == here.path  # it was deployed, and lies here

@@ -78,13 +78,13 @@ def test_deployments_are_read_back_from_a_uri(text_package: Path, s3_uri: str) -
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"format": 2, "models": {"a": {}}}', r"models\.a\.stable"),
+        ('{"format": 3, "models": {"a": {}}}', r"models\.a\.stable"),
         (
             '{"format": 1, "lines": {"a": {}}, "events": [{}]}',
-            "deployments of format 1, and this version reads 2; move",
+            "deployments of format 1, and this version reads 3; move",
         ),
-        ('{"lines": {"a": {}}}', "deployments of format 1, and this version reads 2; move"),
-        ('{"format": 3, "models": {}}', "deployments of format 3, and this version reads 2; move"),
+        ('{"lines": {"a": {}}}', "deployments of format 1, and this version reads 3; move"),
+        ('{"format": 4, "models": {}}', "deployments of format 4, and this version reads 3; move"),
         ("", "expected what `overproof deploy` writes"),
     ],
 )

@@ -17,12 +17,14 @@ from ray import serve
 from overproof.cli.main import main
 from overproof.config import Canary
 from overproof.errors import InputError
+from overproof.package import private_copy
+from overproof.package.package import open_package
 from overproof.serve import controller, server
 from overproof.serve.canary import VersionStats
 from overproof.serve.controller import describe_version
 from overproof.serve.deployments import CONTROLLER_NAME, Version, read_deployments
 from packing import break_model, copy, edit
-from shared_server import SETTINGS, WAIT_S, SharedServer, wait_until
+from shared_server import SETTINGS, WAIT_S, SharedServer, named_replicas, wait_until
 
 BODY = {"model": "stdlib-lm", "prompt": [0, 70], "max_tokens": 8, "temperature": 0.0}
 
@@ -190,9 +192,12 @@ def test_after_a_restart_one_model_that_cannot_be_loaded_shuts_no_other(
 ) -> None:
     file, spoiled = tmp_path / "deployments.json", copy(text_package, tmp_path)
     settings = SETTINGS.model_copy(update={"deployments": str(file)})
+    content = open_package(spoiled).listing.sha256
     server.start_gateway({str(digits_package): SETTINGS, str(spoiled): SETTINGS}, settings)
     server.stop_serving()
     (spoiled / "model.gguf").write_bytes(b"GGUF")
+    # As on a machine that has not served it yet.
+    wait_until(lambda: private_copy.delete_unused(0) or private_copy.find_copy(content) is None)
     base = server.start_gateway({str(digits_package): SETTINGS}, settings)
     with httpx.Client(base_url=base, timeout=WAIT_S, trust_env=False) as client:
         assert client.post("/v1/classify", json={"model": "digits", "images": [[0.0] * 64]}).status_code == 200
@@ -215,8 +220,3 @@ def test_a_model_without_a_replica_is_not_healthy_and_its_requests_wait_for_the_
         assert "has no replica that answers" in client.get("/healthz").json()["error"]["message"]
         assert client.post("/v1/completions", json=BODY).status_code == 200
         assert client.get("/healthz").status_code == 200
-
-
-def named_replicas() -> list[str]:
-    named = ray.util.list_named_actors(all_namespaces=True)
-    return [actor["name"] for actor in named if actor["name"].startswith("SERVE_REPLICA::overproof-")]

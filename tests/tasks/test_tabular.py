@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from overproof.errors import InputError
 from overproof.export.onnx_file import export_onnx
 from overproof.models.hf_directory import build_model, save_model
 from overproof.models.mlp import Mlp
+from overproof.package.private_copy import PrivateCopy
 from overproof.registry import ENGINES, TASKS
 from overproof.serve.async_engine import ThreadedEngine
 from overproof.serve.middleware import Access
@@ -121,9 +123,9 @@ def test_a_regression_is_answered_by_column_over_http(tmp_path: Path) -> None:
         task="tabular_regression", details=DETAILS, package="p", candidate="c", format="fp32", sha256="0" * 64,
         size_bytes=1, verdict=[], parents={},
     )  # fmt: skip
-    (tmp_path / "package.json").write_text("{}")
     info = ModelInfo(id="rows", created=0, overproof=made)
-    app = build_app(SingleModel(ServedModel(info, ThreadedEngine(engine, 1), 1, str(tmp_path))), Access(None))
+    served = ServedModel(info, ThreadedEngine(engine, 1), 1, partial(PrivateCopy, tmp_path))
+    app = build_app(SingleModel(served), Access(None))
     reply = ask(app, "/v1/predict", rows=[ROW, {**ROW, "colour": None}])
     assert reply.status_code == 200, reply.text
     first, second = reply.json()["data"]

@@ -30,8 +30,11 @@ def deploy(package: str, store: str, overrides: Sequence[str], place: str) -> in
     _connect()
     from overproof.serve import server
     from overproof.serve.controller import describe_version
+    from overproof.serve.package_trust import read_trusted_keys, tell_unsigned
 
-    version = describe_version(where, settings)  # what is wrong shows before anything starts
+    settings = read_trusted_keys(settings) if settings.trust.keys else settings
+    running = server.call_controller("settings") if server.is_serving() else None
+    version = describe_version(where, settings, running, out.print)  # what is wrong shows before anything starts
     with waiting(f"starting {version.package}"):
         if server.is_serving():
             base = server.running_url(settings)
@@ -42,6 +45,7 @@ def deploy(package: str, store: str, overrides: Sequence[str], place: str) -> in
             book = settings.deployments or join_uri(store, "deployments.json")
             base = server.start_gateway({}, settings.model_copy(update={"deployments": book}))
             server.call_controller("deploy", version.location, settings, place, current_user())
+    tell_unsigned(version)
     share = f" for {settings.canary.share:.0%} of the sessions" if place == "canary" else ""
     out.print(f"{version.package} is {place}{share} at {base}")
     return 0

@@ -190,6 +190,18 @@ def _add_serving_verbs(add: Add) -> None:
     roll_back.add_argument("--reason", default="", help="why, for the record")
     history = add("deployments", _deployments, "who serves what, and every change")
     history.add_argument("--file", help="read this file or URI instead of asking the running cluster")
+    pair = add("signing-key", _signing_key, "make a pair of keys: one signs packages, the other is for servers")
+    pair.add_argument("file", type=Path, help="of the private key; the public one is FILE.pub")
+    sign = add("sign", _sign, "sign a package that was made without OVERPROOF_SIGNING_KEY")
+    sign.add_argument("--key", required=True, metavar="FILE", help="private key of `overproof signing-key`")
+    verify = add("verify", _verify, "hold a package against its parts, keys and policies, as servers do")
+    verify.add_argument("--keys", metavar="FILE", help="file or folder of public keys: one of them must have signed it")
+    verify.add_argument(
+        "--policy", action="append", default=[], metavar="SHA256", help="allow this policy (of several)"
+    )
+    for each in (sign, verify):
+        each.add_argument("package", help="package directory or URI, or its id in --store")
+        _add_store(each)
     keys = add("keys", _keys, "make, list and revoke API keys of a file that servers read (OVERPROOF_KEYS)")
     keys.add_argument("what", choices=("add", "ls", "revoke"))
     keys.add_argument("name", nargs="?", help="whose key it is")
@@ -359,6 +371,24 @@ def _deployments(options: argparse.Namespace) -> int:
     from overproof.cli import deploy
 
     return deploy.print_deployments(options.file)
+
+
+def _signing_key(options: argparse.Namespace) -> int:
+    from overproof.cli import sign
+
+    return sign.make_signing_key(options.file)
+
+
+def _sign(options: argparse.Namespace) -> int:
+    from overproof.cli import sign
+
+    return sign.sign(options.package, options.store, options.key)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from overproof.cli import sign
+
+    return sign.verify(options.package, options.store, options.keys, options.policy)
 
 
 def _keys(options: argparse.Namespace) -> int:

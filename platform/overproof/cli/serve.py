@@ -6,13 +6,12 @@ import json
 import shlex
 import signal
 import threading
-from pathlib import Path
 
 import httpx
 
 from overproof import pipeline
-from overproof.artifacts import RECORD, Store
 from overproof.cli import artifacts
+from overproof.cli.deploy import find_package
 from overproof.cluster import ray_cluster
 from overproof.config import Recipe, Serve, parse_overrides
 from overproof.console import out, waiting
@@ -37,7 +36,7 @@ def demo(recipe: Recipe, keep: bool) -> int:
         artifacts.print_summary(recipe)
         raise
     artifacts.print_summary(recipe)
-    _serve(done["package"].local(), recipe.serve, keep)
+    _serve(done["package"].uri, recipe.serve, keep)
     return 0
 
 
@@ -48,14 +47,11 @@ def serve_until_stopped(package: str, store: str, overrides: tuple[str, ...]) ->
         InputError: there is no such package, it was changed, or it has no passing verdict.
     """
     settings = Serve.parse(parse_overrides(overrides, "serve"))
-    path = Path(package)
-    if not (path / RECORD).is_file() and not (path / "package.json").is_file():
-        path = Store(store).get(package).local()
-    _serve(path, settings, keep=True)
+    _serve(find_package(package, store), settings, keep=True)
     return 0
 
 
-def _serve(package: Path, settings: Serve, keep: bool) -> None:
+def _serve(package: str, settings: Serve, keep: bool) -> None:
     from overproof.serve import server
 
     with waiting("connecting to Ray"):

@@ -46,7 +46,7 @@ from overproof.config.export import FormatSection, Speculate
 from overproof.config.models import LayeredModel, ModelSection, Pretrained, Served, TeacherLayers
 from overproof.config.recipe import Recipe, load_recipe, parse_overrides
 from overproof.config.search import Asha, Grid, Hyperband, Median, NoStop, Pbt, Random, Space, Tpe, Tune
-from overproof.config.serving import SERVER_FIELDS, Canary, Serve, Traffic
+from overproof.config.serving import SERVER_FIELDS, Canary, Serve, Traffic, Trust
 from overproof.config.training import CheckpointPolicy, Lora, Optimization, Train, Training, ZeroSettings
 
 __all__ = [
@@ -109,6 +109,7 @@ __all__ = [
     "Traffic",
     "Train",
     "Training",
+    "Trust",
     "Tune",
     "ZeroSettings",
     "load_recipe",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -49,9 +49,28 @@ class Canary(Section):
     min_agreement: float = Field(0.5, ge=0, le=1, description="Share of comparisons in which both say the same.")
 
 
+class Trust(Section):
+    """Whose packages are served. Off loopback there must be keys."""
+
+    keys: str | None = Field(
+        None, description="PEM file of the public keys that may sign packages, or folder of such (*.pub, *.pem)."
+    )
+    policies: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] | None = Field(
+        None,
+        description="Sha256 of each policy that is enough, as `overproof verify` prints it; null takes any that such a "
+        "key signed.",
+    )
+
+    @model_validator(mode="after")
+    def _signed(self) -> Self:
+        if self.policies is not None and self.keys is None:
+            raise ValueError("policies without keys: whoever writes a package writes its policy; expected keys, too")
+        return self
+
+
 SERVER_FIELDS = (
     "host", "port", "hosts", "proxies", "origins", "memory_mb", "deployments", "traffic", "log_prompts",
-    "tls_certificate", "tls_key",
+    "tls_certificate", "tls_key", "trust",
 )  # fmt: skip
 HOST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
@@ -97,6 +116,7 @@ class Serve(Section):
     traffic: Traffic | None = Field(None, description="What is kept of requests and replies; null keeps nothing.")
     tls_certificate: str | None = Field(None, description="PEM file of the certificate chain, for HTTPS.")
     tls_key: str | None = Field(None, description="PEM file of its private key.")
+    trust: Trust = Trust()
 
     @field_validator("hosts", "proxies", "origins")
     @classmethod

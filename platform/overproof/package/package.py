@@ -1,66 +1,49 @@
 """Packages: the file that passed the gate, with everything that proves it.
 
-A package is a folder: ``package.json`` names every other part with its sha256, and the parents back to the shards.
-The proof is as good as the folder's origin: hashes show that parts belong together, not who wrote them.
+A package is a folder: ``package.json`` names every other part with its sha256, and the parents back to the shards;
+``package.sig`` signs them all. Without a trusted signature the proof is as good as the folder's origin: hashes show
+that parts belong together, not who wrote them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from pyarrow import fs
-from pydantic import Field
 
-from overproof.artifacts import RECORD, TOOLS, Artifact, Store, read_record
-from overproof.config import Gate, Speculate
+from overproof.artifacts import RECORD, TOOLS, Store
 from overproof.data.manifest import Manifest
 from overproof.errors import GateRefused, InputError
 from overproof.evaluate.gate import CandidateVerdict, Reason, Verdict, judge
 from overproof.evaluate.metrics import MeasuredFile, Report
-from overproof.files import FileEntry, FrozenModel, absolute_uri, file_sha256, filesystem, read_json, verify_files
-from overproof.models import pretrained
+from overproof.files import FileEntry, Parsed, absolute_uri, file_sha256, filesystem, parse_json, read_json
+from overproof.package import private_copy
+from overproof.package.contents import (
+    CARD,
+    PACKAGE,
+    REPORT,
+    SPECULATION,
+    VERDICT,
+    DraftModel,
+    Listing,
+    PackageContents,
+    PackageFolder,
+    hash_files,
+    mismatch,
+    read_listing,
+)
 from overproof.package.model_card import render_card
+from overproof.package.private_copy import LOG, PrivateCopy, Say
+from overproof.package.signature import configured_signing_key, sign_files, write_signature
 from overproof.package.speculation import SpeculationResult, judge_draft
+from overproof.package.trust import TrustPolicy, require_trusted
 from overproof.stage_context import StageContext
-
-PACKAGE, REPORT, VERDICT, CARD = "package.json", "report.json", "verdict.json", "README.md"
-SPECULATION = "speculation.json"
-PICKLES = (*pretrained.PICKLES, ".joblib", ".npy", ".npz")
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # never a path
-
-
-class DraftModel(FrozenModel):
-    """What a package has beside another when its model answers with a draft."""
-
-    draft: str  # the export that passed the gate
-    file: FileName = "draft.gguf"
-    policy: Speculate
-
-
-class PackageContents(FrozenModel):
-    """The content of ``package.json``."""
-
-    format: Literal[4] = 4
-    id: str  # of the artifact, as `overproof show` takes it
-    name: str
-    task: str
-    details: dict[str, Any]  # what the task says of a row: what a request must hold, and what answers mean
-    candidate: str  # the export that was chosen
-    model: FileName
-    model_format: str
-    companions: tuple[FileName, ...] = ()  # files that the engine reads beside the model
-    policy: Gate
-    speculate: DraftModel | None = None
-    files: dict[FileName, FileEntry]
-    parents: dict[str, str]  # stage -> fingerprint
-    shards: dict[str, str]  # path in the prepared data -> sha256
-    created: str  # UTC, ISO 8601
-    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -68,10 +51,16 @@ class Package:
     """A package whose parts, verdict and measured hash have been verified; the verdict is judged anew."""
 
     path: Path
-    content: PackageContents
+    listing: Listing
     report: Report
     verdict: Verdict
-    drafted: CandidateVerdict | None = None  # of a model with a draft
+    drafted: CandidateVerdict | None  # of a model with a draft
+    signed_by: str | None = None  # id of the trusted key
+    copy: PrivateCopy | None = None  # whose folder this is
+
+    @property
+    def content(self) -> PackageContents:
+        return self.listing.content
 
     @property
     def reasons(self) -> tuple[Reason, ...]:
@@ -144,8 +133,21 @@ def build_package(context: StageContext) -> dict[str, Any]:
             versions={tool: version(tool) for tool in TOOLS},
         )
         (folder / PACKAGE).write_text(content.model_dump_json(indent=1), encoding="utf-8")
+        sign_made_package(folder, context)
         packed = open_package(folder)
     return {"model": export.name, "size_bytes": packed.size_bytes, "sha256": packed.sha256}
+
+
+def sign_made_package(folder: Path, context: StageContext) -> None:
+    """Sign a package that is being made, where a key is configured.
+
+    Raises:
+        InputError: the key cannot be used.
+    """
+    key = configured_signing_key(context.recipe.store)
+    if key is not None:
+        sha256 = {name: entry.sha256 for name, entry in hash_files(folder).items()}
+        write_signature(str(folder), sign_files(context.draft.id, sha256, key))
 
 
 def require_pass(verdict: Verdict) -> str:
@@ -178,56 +180,85 @@ def resolve_package(where: str) -> str:
     return packages[-1].uri
 
 
-def fetch_package(where: str) -> Path:
-    """A package's folder on this machine, fetched where it is remote; ``where`` is as ``resolve_package`` takes it.
+def load_package(where: str, trust: TrustPolicy, expected_sha256: str | None = None, say: Say = LOG.info) -> Package:
+    """A package to serve: a private copy on this machine, verified, which stays while this value lives.
+
+    ``where`` is as ``resolve_package`` takes it. With ``expected_sha256``, of a package that was deployed, a copy of
+    that content is taken where there is one, and nothing else is; without, what lies there is read.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, it is another one, it is not trusted, or as ``open_package``.
     """
-    pinned = resolve_package(where)
-    files, root = filesystem(pinned)
-    if isinstance(files, fs.LocalFileSystem):
-        return Path(root)
-    record = read_record(pinned)
-    assert record  # or it would not have been resolved
-    return Artifact(pinned, record).local()
+    copy = None if expected_sha256 is None else private_copy.find_verified_copy(expected_sha256)
+    if copy is None:
+        folder = PackageFolder(resolve_package(where))
+        listing = read_listing(folder)
+        if expected_sha256 not in (None, listing.sha256):
+            raise InputError(f"{folder}: is not the package that was deployed from there; deploy it again")
+        require_trusted(listing, trust, str(folder))  # before it is copied
+        copy = private_copy.make_copy(folder, listing, say)
+    folder = PackageFolder(copy.path)
+    listing = read_listing(folder)
+    return _judge(folder, listing, require_trusted(listing, trust, str(folder)), copy)
 
 
-def open_package(path: Path) -> Package:
-    """Read a package and hold everything it claims against its parts.
+def open_served_copy(where: str, trust: TrustPolicy, sha256: str) -> PrivateCopy:
+    """The private copy of a package that replicas have loaded, for what is read beside the model: not hashed again.
 
     Raises:
-        InputError: a part is missing or was edited, a pickle lies there, the verdict is not a pass, the policy and
-            the report do not give that verdict, or the model is not the file that was measured.
+        InputError: as ``load_package``.
     """
-    if not (path / PACKAGE).is_file():
-        raise InputError(f"{path}: no {PACKAGE}; expected a package, as `overproof run` makes")
-    for file in sorted(path.rglob("*")):
-        if file.suffix.lower() in PICKLES:
-            raise InputError(f"{file}: may be a pickle, which runs code when read; a package holds none: delete it")
-    content = read_json(PackageContents, path / PACKAGE)
+    copy = private_copy.find_copy(sha256) or load_package(where, trust, sha256).copy
+    assert copy
+    require_trusted(read_listing(PackageFolder(copy.path)), trust, str(copy.path))
+    return copy
+
+
+def open_package(where: str | Path) -> Package:
+    """Read a package where it lies and hold everything it claims against its parts, but for who signed it.
+
+    Raises:
+        InputError: a part is missing or was edited, something else lies there, the verdict is not a pass, the policy
+            and the report do not give that verdict, or the model is not the file that was measured.
+    """
+    folder = PackageFolder(where)
+    listing = read_listing(folder)
+    private_copy.compare(folder, listing)
+    return _judge(folder, listing)
+
+
+def _judge(
+    folder: PackageFolder, listing: Listing, signed_by: str | None = None, copy: PrivateCopy | None = None
+) -> Package:
+    """What was measured of the files, whose hashes are those of the listing, and the verdict."""
+    content = listing.content
     drafting = content.speculate
-    drafted = () if drafting is None else (drafting.file, SPECULATION)
-    for part in (content.model, REPORT, VERDICT, CARD, *content.companions, *drafted):
-        if part not in content.files:
-            raise InputError(f"{path / PACKAGE}: lists no {part}; package again")
-    verify_files(str(path), content.files)
-    report, written = read_json(Report, path / REPORT), read_json(Verdict, path / VERDICT)
+    report, written = _read(Report, folder, listing, REPORT), _read(Verdict, folder, listing, VERDICT)
     passed = content.candidate if drafting is None else drafting.draft
     if not written.passed or written.chosen != passed:
-        raise InputError(f"{path}: {passed} has no passing verdict; only what passed its gate is served")
+        raise InputError(f"{folder}: {passed} has no passing verdict; only what passed its gate is served")
     verdict = judge(content.policy, report)
     if _outcome(verdict) != _outcome(written):
-        raise InputError(f"{path}: the policy and the report do not give the verdict in {VERDICT}; package again")
+        raise InputError(f"{folder}: the policy and the report do not give the verdict in {VERDICT}; package again")
     drafted_verdict = None
     if drafting is not None:
-        drafted_verdict = _require_text(content, drafting, report, read_json(SpeculationResult, path / SPECULATION))
-        _require_measured(path / drafting.file, content.files[drafting.file], report.find(drafting.draft))
-    _require_measured(path / content.model, content.files[content.model], report.find(content.candidate))
-    return Package(path, content, report, verdict, drafted_verdict)
+        drafted = _read(SpeculationResult, folder, listing, SPECULATION)
+        drafted_verdict = _require_text(content, drafting, report, drafted)
+        _require_measured(f"{folder}/{drafting.file}", content.files[drafting.file], report.find(drafting.draft))
+    _require_measured(f"{folder}/{content.model}", content.files[content.model], report.find(content.candidate))
+    return Package(Path(str(folder)), listing, report, verdict, drafted_verdict, signed_by, copy)
 
 
-def _require_measured(file: Path, entry: FileEntry, measured: MeasuredFile | None) -> None:
+def _read(model: type[Parsed], folder: PackageFolder, listing: Listing, name: str) -> Parsed:
+    """A JSON part, of the very bytes that were hashed."""
+    content = folder.read(name)
+    found = hashlib.sha256(content).hexdigest()
+    if found != listing.files[name].sha256:
+        raise mismatch(folder, name, found, listing.files[name])
+    return parse_json(model, content, f"{folder}/{name}", "expected what this version writes: package again")
+
+
+def _require_measured(file: str, entry: FileEntry, measured: MeasuredFile | None) -> None:
     if measured is None or (measured.sha256, measured.size_bytes) != (entry.sha256, entry.size_bytes):
         was = "nothing" if measured is None else f"{measured.sha256[:12]}… with {measured.size_bytes}"
         raise InputError(
@@ -257,9 +288,3 @@ def _outcome(verdict: Verdict) -> Any:
 
 def _reasons(verdict: CandidateVerdict) -> Any:
     return verdict.name, verdict.passed, [(r.rule, r.passed) for r in verdict.reasons]
-
-
-def hash_files(folder: Path) -> dict[str, FileEntry]:
-    """Every part of a package that is being made."""
-    files = sorted(folder.iterdir())
-    return {file.name: FileEntry(sha256=file_sha256(file), size_bytes=file.stat().st_size) for file in files}

@@ -17,19 +17,18 @@ from overproof.engines import probe
 from overproof.errors import GateRefused
 from overproof.export.stage import read_exports
 from overproof.files import file_sha256
-from overproof.package.model_card import render_draft_card
-from overproof.package.package import (
+from overproof.package.contents import (
     CARD,
     PACKAGE,
     REPORT,
     SPECULATION,
     VERDICT,
     DraftModel,
-    Package,
     PackageContents,
     hash_files,
-    open_package,
 )
+from overproof.package.model_card import render_draft_card
+from overproof.package.package import Package, open_package, sign_made_package
 from overproof.package.speculation import SpeculationMeasurement, SpeculationResult, judge_draft
 from overproof.registry import FORMATS
 from overproof.stage_context import Progress, StageContext, TaskProgress
@@ -54,6 +53,7 @@ def pack_with_draft(context: StageContext) -> dict[str, Any]:
         raise GateRefused(f"{draft} is no draft for {policy.teacher}; the package of {draft} is done:\n{lines}")
     with context.draft.directory() as folder:
         _pack(context, shipped, policy, SpeculationResult(found=found, verdict=verdict), folder)
+        sign_made_package(folder, context)
         open_package(folder)
     context.progress(TaskProgress("speculate", 1, 1))
     return {

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from overproof import console
 from overproof.config import Serve
 from overproof.errors import InputError
 from overproof.files import absolute_uri
@@ -18,6 +19,7 @@ from overproof.serve.controller import HEAD_NODE, describe_version
 from overproof.serve.gateway import Gateway
 from overproof.serve.middleware import KEY_VARIABLE, KEYS_VARIABLE, Access, load_access
 from overproof.serve.net import is_loopback
+from overproof.serve.package_trust import read_trusted_keys, tell_unsigned
 from overproof.serve.ray_serve import Application, make_application
 from overproof.serve.request_source import ANY_ORIGIN
 from overproof.serve.traffic import prepare_traffic
@@ -56,7 +58,11 @@ def resolve_settings(packages: Mapping[str, Serve], settings: Serve) -> Serve:
     update: dict[str, Any] = {
         name: absolute_uri(file) for name in ("tls_certificate", "tls_key") if (file := getattr(settings, name))
     }
-    tasks = {describe_version(location, each).model.overproof.task for location, each in packages.items()}
+    settings = read_trusted_keys(settings)
+    versions = [describe_version(at, each, settings, console.out.print) for at, each in packages.items()]
+    for version in versions:
+        tell_unsigned(version)
+    tasks = {version.model.overproof.task for version in versions}
     if settings.traffic is not None:
         if tasks and all(isinstance(TASKS[task], ArrayTask) for task in tasks):
             raise InputError(

@@ -19,7 +19,8 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from overproof.config import Serve
 from overproof.errors import InputError
-from overproof.package.package import fetch_package, open_package, resolve_package
+from overproof.package.package import load_package, open_served_copy, resolve_package
+from overproof.package.private_copy import PrivateCopy, Say
 from overproof.serve import ray_serve
 from overproof.serve.autoscaler import log_failure
 from overproof.serve.canary import VersionStats, rollback_reason
@@ -32,6 +33,7 @@ from overproof.serve.deployments import (
     read_deployments,
     write_deployments,
 )
+from overproof.serve.package_trust import trust_policy
 from overproof.serve.response_builder import model_info
 from overproof.serve.rpc import GatewayAddress
 from overproof.serve.version_loader import VersionLoader
@@ -182,7 +184,7 @@ class Controller:
         Raises:
             InputError: the package may not be served in this role, or does not start; nothing has changed.
         """
-        version = await asyncio.to_thread(describe_version, location, settings)
+        version = await asyncio.to_thread(describe_version, location, settings, self._settings)
         self._deployments.deployed(version, role, user)  # refuses what may not be, before it is loaded
         began, name = len(self._deployments.events), version.model.id
         async with self._loaded(version, user), self._change_lock:
@@ -256,7 +258,7 @@ class Controller:
         )
 
     async def _restore(self, packages: Mapping[str, Serve]) -> None:
-        self._loader.memory_mb = self._settings.memory_mb
+        self._loader.memory_mb, self._loader.server = self._settings.memory_mb, self._settings
         async with self._change_lock:
             self._deployments = deployments = await asyncio.to_thread(read_deployments, self._deployments_uri)
             present = await _replica_counts()
@@ -283,7 +285,7 @@ class Controller:
         """Deploy a package that serving was started with, unless it is."""
         known = [deployment.stable for deployment in self._deployments.models.values()]
         try:
-            version = await asyncio.to_thread(describe_version, location, settings)
+            version = await asyncio.to_thread(describe_version, location, settings, self._settings)
         except InputError:
             if any(version.location == location for version in known):  # it was good, and may be again
                 LOG.exception("%s is deployed, and cannot be read", location)
@@ -382,18 +384,33 @@ class Controller:
                     await self._changed.wait_for(happened)
 
 
-def describe_version(location: str, settings: Serve) -> Version:
-    """A package, verified, as a version.
+def describe_version(location: str, settings: Serve, server: Serve | None = None, say: Say = LOG.info) -> Version:
+    """A package, verified, as a version; ``server`` says what is trusted, where it is not these settings themselves.
 
     Raises:
         InputError: it may not be served.
     """
     location = resolve_package(location)
-    package = open_package(fetch_package(location))
+    package = load_package(location, trust_policy(server or settings), say=say)
     measured = package.measured.metrics.get("resident_mb")
     resident_mb = package.size_bytes / 1e6 if measured is None else measured.value
     resident_mb += package.draft[0].stat().st_size / 1e6 if package.draft else 0.0
-    return Version(model=model_info(package), location=location, settings=settings, resident_mb=resident_mb)
+    return Version(
+        model=model_info(package),
+        location=location,
+        contents_sha256=package.listing.sha256,
+        settings=settings,
+        resident_mb=resident_mb,
+    )
+
+
+def version_copy(version: Version, server: Serve) -> PrivateCopy:
+    """The files of a version on this machine.
+
+    Raises:
+        InputError: it may not be served by a server with these settings, or cannot be read any more.
+    """
+    return open_served_copy(version.location, trust_policy(server), version.contents_sha256)
 
 
 def count_replicas(package: str) -> int:

@@ -15,7 +15,7 @@ from overproof.files import atomic_write, filesystem, read_json_or_default
 from overproof.serve.responses import ModelInfo
 
 CONTROLLER_NAME = "overproof-controller"  # name and namespace of the Ray actor that keeps the deployments
-FORMAT = 2  # of the file
+FORMAT = 3  # of the file
 Role = Literal["stable", "canary", "shadow"]
 ChangeKind = Literal["deploy", "canary", "shadow", "promote", "rollback", "automatic rollback", "failed", "undeploy"]
 
@@ -29,6 +29,7 @@ class Version(Frozen):
 
     model: ModelInfo
     location: str  # folder or URI of the package
+    contents_sha256: str  # of all its files, signature included: nothing else that lies there is served
     settings: Serve
     resident_mb: float  # of the engine's process as measured in the package's report, plus a draft's file
 
@@ -94,7 +95,7 @@ class DeploymentEvent(Frozen):
 class Deployments(Frozen):
     """Every model by name, and every change, oldest first. Each change gives a new value."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     models: dict[str, ModelDeployment] = {}
     events: tuple[DeploymentEvent, ...] = ()
 

@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import replace
+from functools import partial
 
 import uvicorn
 from starlette.exceptions import HTTPException
@@ -24,7 +25,7 @@ from overproof.serve.access_log import AccessLog
 from overproof.serve.api_keys import ApiKey
 from overproof.serve.async_engine import Busy, Work
 from overproof.serve.canary import VersionStats
-from overproof.serve.controller import RoutingTable, get_or_create_controller, unwrap_remote_errors
+from overproof.serve.controller import RoutingTable, get_or_create_controller, unwrap_remote_errors, version_copy
 from overproof.serve.deployments import ModelDeployment, Version
 from overproof.serve.http_limits import LimitedHttpProtocol
 from overproof.serve.metrics import ServeMetrics, gather_metrics
@@ -183,7 +184,8 @@ class ModelRouter:
         if cached is None or cached[0] != version:
             pool = self._replica_server.pool(version.package)
             pool.max_queued = QUEUED_PER_SLOT * version.settings.slots
-            cached = version, ServedModel(version.model, pool, version.settings.max_tokens, version.location)
+            opened = partial(version_copy, version, self._settings)
+            cached = version, ServedModel(version.model, pool, version.settings.max_tokens, opened)
             self._served[version.package] = cached
         return cached[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -10,15 +11,16 @@ import numpy as np
 
 from overproof.config import Serve
 from overproof.engines.base import ArrayEngine, EngineSettings, Sampling, TextEngine
-from overproof.errors import InputError
-from overproof.package.package import Package, fetch_package, open_package
+from overproof.package.package import Package, load_package
 from overproof.registry import ENGINES
 from overproof.serve.async_engine import BatchingEngine, ThreadedEngine
 from overproof.serve.deployments import CONTROLLER_NAME, Version
+from overproof.serve.package_trust import trust_policy
 from overproof.serve.ray_serve import MODEL_DEPLOYMENT, Application, find_actor, make_application
 from overproof.serve.replica_worker import ReplicaWorker
 from overproof.serve.rpc import GatewayAddress
 
+LOG = logging.getLogger("ray.serve")
 BATCHED_REQUESTS_PER_SLOT = 16  # sent at once to a replica that puts rows of several into one batch
 THREADS_PER_SLOT = 2  # of the engine, so that requests that need no slot do not wait for one
 SURGE_PERCENT = 100  # an update starts a new replica for each before it stops an old one
@@ -33,7 +35,7 @@ def replica_application(version: Version, count: int) -> Application:
         ModelReplica,
         MODEL_DEPLOYMENT,
         version.location,
-        version.package,
+        version.contents_sha256,
         settings,
         num_replicas=count,
         max_surge_percent=SURGE_PERCENT,
@@ -52,11 +54,10 @@ def replica_application(version: Version, count: int) -> Application:
 class ModelReplica:
     """One package and its engine. Ray Serve places and replaces it; its requests come from the gateway."""
 
-    async def __init__(self, location: str, id_: str, settings: Serve) -> None:  # type: ignore[misc]
-        package = open_package(fetch_package(location))
-        if package.content.id != id_:  # a folder of packages may have a newer one
-            raise InputError(f"{location}: found {package.content.id}; expected {id_}")
-        engine = load_engine(package, settings)
+    async def __init__(self, location: str, contents_sha256: str, settings: Serve) -> None:  # type: ignore[misc]
+        # Kept: engines read its files later, too.
+        self._package = load_package(location, trust_policy(settings), contents_sha256, LOG.info)
+        engine = load_engine(self._package, settings)
         # A replica counts as started once its model has answered.
         capacity = settings.slots
         if isinstance(engine, ArrayEngine):
@@ -66,7 +67,7 @@ class ModelReplica:
         else:
             self._engine = ThreadedEngine(engine, THREADS_PER_SLOT * settings.slots)
             await self._engine.complete(" ", Sampling(1))
-        self._worker = ReplicaWorker(self._engine, id_, capacity, gateway_address)
+        self._worker = ReplicaWorker(self._engine, self._package.content.id, capacity, gateway_address)
 
     async def check_health(self) -> None:
         """Called by Ray Serve now and then; after an error it replaces the replica."""

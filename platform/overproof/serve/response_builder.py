@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import time
 import uuid
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from overproof.engines.base import Completion, FinishReason, PromptReading, ToolSyntax
 from overproof.engines.gguf_tokens import incomplete_utf8_tail
-from overproof.package.package import Package, fetch_package
+from overproof.package.package import Package
+from overproof.package.private_copy import PrivateCopy
 from overproof.serve.async_engine import AsyncEngine, Generation
 from overproof.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
 from overproof.serve.responses import (
@@ -49,13 +50,22 @@ class ServedModel:
     model: ModelInfo
     engine: AsyncEngine
     max_tokens: int
-    location: str  # folder or URI of its package
+    open_copy: Callable[[], PrivateCopy]  # of its package, on this machine
     is_assigned: bool = True  # by the registry; else the request names this version, which is then not judged by it
 
     @cached_property
+    def _copy(self) -> PrivateCopy:
+        return self.open_copy()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether ``folder`` is there at once; else the package may first be copied."""
+        return "_copy" in self.__dict__
+
+    @property
     def folder(self) -> Path:
-        """The package on this machine, fetched once where it is remote."""
-        return fetch_package(self.location)
+        """The package on this machine, which stays while this value lives."""
+        return self._copy.path
 
     @property
     def reply_fields(self) -> dict[str, str]:
@@ -323,5 +333,6 @@ def model_info(package: Package) -> ModelInfo:
             size_bytes=package.size_bytes,
             verdict=[reason.text for reason in package.reasons],
             parents=content.parents,
+            signed_by=package.signed_by,
         ),
     )

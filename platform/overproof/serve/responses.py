@@ -157,6 +157,7 @@ class Provenance(BaseModel):
     size_bytes: int
     verdict: list[str]
     parents: dict[str, str]
+    signed_by: str | None = None  # sha256 of the key, of those that the server trusts
 
 
 class ModelInfo(BaseModel):

@@ -254,7 +254,8 @@ def _rows_shadow(task: ArrayTask, request: Any, is_short: bool) -> ShadowRequest
 async def _answer_rows(task: ArrayTask, request: Any, served: ServedModel, is_short: bool) -> list[dict[str, Any]]:
     """Rows are read as this version's model takes them; where there may be many, not in the event loop."""
     details = served.model.overproof.details
-    read = partial(task.inputs, request, details, served.folder)
+    folder = served.folder if served.is_open else await asyncio.to_thread(lambda: served.folder)
+    read = partial(task.inputs, request, details, folder)
     inputs_BD = read() if is_short else await asyncio.to_thread(read)
     return list(task.answers(await served.engine.logprobs(inputs_BD), details))
 

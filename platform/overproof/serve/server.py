@@ -27,6 +27,7 @@ from overproof.serve.controller import (
 )
 from overproof.serve.middleware import load_access
 from overproof.serve.net import base_url, free_port, tls_trust
+from overproof.serve.package_trust import read_trusted_keys, tell_unsigned
 
 LOG = logging.getLogger("ray.serve")
 
@@ -44,7 +45,7 @@ def start_serving(package: Path | str, settings: Serve) -> str:
     LOG.setLevel(logging.WARNING)
     if is_serving():
         url = running_url(settings)
-        call_controller("deploy", absolute_uri(str(package)), settings, "stable", SYSTEM_USER)
+        tell_unsigned(call_controller("deploy", absolute_uri(str(package)), settings, "stable", SYSTEM_USER))
         return url
     return start_gateway({str(package): settings}, settings)
 
@@ -98,6 +99,8 @@ def running_url(settings: Serve | None = None) -> str:
         InputError: nothing is served, or these settings ask for another server.
     """
     running: Serve = call_controller("settings")
+    if settings is not None and settings.trust.keys:
+        settings = read_trusted_keys(settings)
     for name in SERVER_FIELDS:
         found = getattr(running, name)
         if settings is not None and name in settings.model_fields_set and getattr(settings, name) not in (found, 0):

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
+from overproof.config import Serve
 from overproof.errors import InputError
 from overproof.serve import ray_serve
 from overproof.serve.autoscaler import Autoscaler, clamp_replicas
@@ -25,6 +26,7 @@ class VersionLoader:
     def __init__(self, on_stop: Callable[[], Awaitable[None]]) -> None:
         self.autoscaler = Autoscaler()
         self.memory_mb: float | None = None
+        self.server: Serve | None = None  # whose trust decides what replicas load
         self._on_stop = on_stop
         self._loaded: dict[str, Version] = {}  # by package
         self._last_used_s: dict[str, float] = {}
@@ -73,11 +75,11 @@ class VersionLoader:
             tracked = None if running is None else (running, running_count)
             count = clamp_replicas(version.settings, max(running_count, 1))
             try:
-                await asyncio.to_thread(_run_replicas, version, count)
+                await asyncio.to_thread(_run_replicas, self._trusting(version), count)
                 tracked = version, count
             except RuntimeError as error:
                 if tracked is not None:
-                    await asyncio.to_thread(_run_replicas, *tracked)
+                    await asyncio.to_thread(_run_replicas, self._trusting(tracked[0]), tracked[1])
                 else:
                     await asyncio.to_thread(ray_serve.delete_application, version.application)
                 raise InputError(f"{version.package} does not start, and nothing has changed: {error}") from None
@@ -123,6 +125,13 @@ class VersionLoader:
                 async with self._changed:
                     await self._changed.wait()
         self._starting[version.package] = version
+
+    def _trusting(self, version: Version) -> Version:
+        """With the server's trust: what a version was deployed with lies in a file that others may write to."""
+        if self.server is None:
+            return version
+        own = {"host": self.server.host, "trust": self.server.trust}
+        return version.model_copy(update={"settings": version.settings.model_copy(update=own)})
 
     def _fits(self, version: Version) -> bool:
         others = {**self._loaded, **self._starting}

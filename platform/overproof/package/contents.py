@@ -1,0 +1,227 @@
+"""What a package's folder holds, and that it is nothing but what ``package.json`` lists.
+
+Names are looked at without following links, and a file is opened once: what was hashed is what was read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal
+
+from pyarrow import fs
+from pydantic import Field
+
+from overproof.artifacts import RECORD
+from overproof.config import Gate, Speculate
+from overproof.errors import InputError
+from overproof.files import CHUNK_BYTES, FileEntry, FrozenModel, file_sha256, filesystem, parse_json
+from overproof.models import pretrained
+
+PACKAGE, REPORT, VERDICT, CARD = "package.json", "report.json", "verdict.json", "README.md"
+SPECULATION, SIGNATURE = "speculation.json", "package.sig"
+UNLISTED = (PACKAGE, SIGNATURE)  # of a package all the same; the record that a store keeps beside them is not read
+PICKLES = (*pretrained.PICKLES, ".joblib", ".npy", ".npz")
+MAX_JSON_BYTES = 16 << 20
+FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # never a path
+FileName = Annotated[str, Field(pattern=FILE_NAME)]
+
+
+class DraftModel(FrozenModel):
+    """What a package has beside another when its model answers with a draft."""
+
+    draft: str  # the export that passed the gate
+    file: FileName = "draft.gguf"
+    policy: Speculate
+
+
+class PackageContents(FrozenModel):
+    """The content of ``package.json``."""
+
+    format: Literal[4] = 4
+    id: str  # of the artifact, as `overproof show` takes it
+    name: str
+    task: str
+    details: dict[str, Any]  # what the task says of a row: what a request must hold, and what answers mean
+    candidate: str  # the export that was chosen
+    model: FileName
+    model_format: str
+    companions: tuple[FileName, ...] = ()  # files that the engine reads beside the model
+    policy: Gate
+    speculate: DraftModel | None = None
+    files: dict[FileName, FileEntry]
+    parents: dict[str, str]  # stage -> fingerprint
+    shards: dict[str, str]  # path in the prepared data -> sha256
+    created: str  # UTC, ISO 8601
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A package's ``package.json`` and signature as they were read, once."""
+
+    content: PackageContents
+    files: Mapping[str, FileEntry]  # every file of the package, package.json and the signature too
+    small: Mapping[str, bytes]  # the bytes of those two
+
+    @property
+    def sha256(self) -> str:
+        """The identity of all that the package holds."""
+        return _json_sha256({name: entry.sha256 for name, entry in self.files.items()})
+
+    @property
+    def signature(self) -> bytes | None:
+        return self.small.get(SIGNATURE)
+
+    @property
+    def policy_sha256(self) -> str:
+        """The identity of the policy by which the served file passed, with that of its draft if it has one."""
+        tree = json.loads(self.small[PACKAGE])
+        drafting = tree.get("speculate")
+        return _json_sha256({"gate": tree["policy"]} | ({"speculate": drafting["policy"]} if drafting else {}))
+
+
+class PackageFolder:
+    """The folder or URI of a package.
+
+    Raises:
+        InputError: wherever something lies there that is no plain file, or that cannot be read.
+    """
+
+    def __init__(self, where: str | Path) -> None:
+        self._files, self._root = filesystem(str(where))
+        self.local = isinstance(self._files, fs.LocalFileSystem)
+
+    def __str__(self) -> str:
+        return self._root
+
+    def sizes(self) -> dict[str, int]:
+        """Sizes in bytes of the package's files by name, but for the store's record."""
+        found = dict(self._local_entries() if self.local else self._remote_entries())
+        if PACKAGE not in found:
+            raise InputError(f"{self._root}: no {PACKAGE}; expected a package, as `overproof run` makes")
+        found.pop(RECORD, None)
+        spelled: dict[str, str] = {}
+        for name in sorted(found):
+            if not re.match(FILE_NAME, name):
+                raise InputError(f"{self._root}/{name}: no name of a package's file, which has no folders; delete it")
+            if (other := spelled.setdefault(name.lower(), name)) != name:
+                raise InputError(f"{self._root}/{name}: differs from {other} in case alone; package again")
+        return found
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        """One file, which is no link."""
+        path = f"{self._root}/{name}"
+        try:
+            if self.local:
+                with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb", 0) as stream:
+                    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                        raise InputError(f"{path}: no plain file; a package holds nothing else: delete it")
+                    yield stream
+            else:
+                with self._files.open_input_stream(path, buffer_size=CHUNK_BYTES) as stream:
+                    yield stream
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror or error}; package again") from None
+
+    def read(self, name: str) -> bytes:
+        """A small file's bytes."""
+        with self.open(name) as stream:
+            content = b"".join(chunks(stream, MAX_JSON_BYTES + 1))
+        if len(content) > MAX_JSON_BYTES:
+            raise InputError(f"{self._root}/{name}: more than {MAX_JSON_BYTES:,} bytes; package again")
+        return content
+
+    def _local_entries(self) -> Iterator[tuple[str, int]]:
+        try:
+            with os.scandir(self._root) as entries:
+                for entry in entries:
+                    if entry.is_symlink():
+                        raise InputError(f"{entry.path}: a link; a package holds its files themselves: package again")
+                    if not entry.is_file(follow_symlinks=False):
+                        kind = "a folder" if entry.is_dir(follow_symlinks=False) else "no plain file"
+                        raise InputError(f"{entry.path}: {kind}; a package holds plain files alone: delete it")
+                    yield entry.name, entry.stat(follow_symlinks=False).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise InputError(f"{self._root}: cannot be read: {error.strerror}; expected a package") from None
+
+    def _remote_entries(self) -> Iterator[tuple[str, int]]:
+        for info in self._files.get_file_info(fs.FileSelector(self._root, recursive=True, allow_not_found=True)):
+            if info.type != fs.FileType.File:
+                raise InputError(f"{info.path}: a folder; a package holds plain files alone: delete it")
+            yield info.path.removeprefix(self._root).lstrip("/"), info.size
+
+
+def chunks(stream: BinaryIO, most_bytes: int | None = None) -> Iterator[bytes]:
+    """A stream's bytes, up to so many."""
+    while most_bytes is None or most_bytes > 0:
+        chunk = stream.read(CHUNK_BYTES if most_bytes is None else min(CHUNK_BYTES, most_bytes))
+        if not chunk:
+            return
+        yield chunk
+        most_bytes = None if most_bytes is None else most_bytes - len(chunk)
+
+
+def read_listing(folder: PackageFolder) -> Listing:
+    """What a folder says that it holds; its names and sizes are as listed, and hashes are for the caller to compare.
+
+    Raises:
+        InputError: the listing cannot be read or lists a pickle, a needed part is not listed, or the folder lacks a
+            listed file, holds another, or has one of another size.
+    """
+    sizes = folder.sizes()
+    small = {name: folder.read(name) for name in UNLISTED if name in sizes}
+    expected = "expected what this version writes: package again"
+    content = parse_json(PackageContents, small[PACKAGE], f"{folder}/{PACKAGE}", expected)
+    drafted = () if content.speculate is None else (content.speculate.file, SPECULATION)
+    for part in (content.model, REPORT, VERDICT, CARD, *content.companions, *drafted):
+        if part not in content.files:
+            raise InputError(f"{folder}/{PACKAGE}: lists no {part}; package again")
+    for name in content.files:
+        if name in (*UNLISTED, RECORD):
+            raise InputError(f"{folder}/{PACKAGE}: lists {name}, which cannot hold its own hash; package again")
+        if Path(name).suffix.lower() in PICKLES:
+            raise InputError(f"{folder}/{name}: may be a pickle, which runs code when read; a package holds none")
+    own = {
+        name: FileEntry(sha256=hashlib.sha256(found).hexdigest(), size_bytes=len(found))
+        for name, found in small.items()
+    }
+    for name in sorted(content.files.keys() - sizes.keys()):
+        raise InputError(f"{folder}/{name}: missing, though {PACKAGE} lists it; package again")
+    for name in sorted(sizes.keys() - content.files.keys() - set(UNLISTED)):
+        raise InputError(f"{folder}/{name}: not listed in {PACKAGE}; a package holds nothing else: delete it")
+    for name, entry in content.files.items():
+        if sizes[name] != entry.size_bytes:
+            raise InputError(
+                f"{folder}/{name}: has {sizes[name]:,} bytes, {PACKAGE} says {entry.size_bytes:,}; it was changed "
+                "after it was packed: package again"
+            )
+    return Listing(content, {**content.files, **own}, small)
+
+
+def mismatch(folder: PackageFolder, name: str, found: str, entry: FileEntry) -> InputError:
+    """The error of a file that has another hash than the listed one."""
+    return InputError(
+        f"{folder}/{name}: sha256 is {found[:12]}…, {PACKAGE} says {entry.sha256[:12]}…; it was changed after it was "
+        "packed: package again"
+    )
+
+
+def hash_files(folder: Path) -> dict[str, FileEntry]:
+    """Every part of a package that is being made."""
+    files = sorted(folder.iterdir())
+    return {file.name: FileEntry(sha256=file_sha256(file), size_bytes=file.stat().st_size) for file in files}
+
+
+def _json_sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
