@@ -22,6 +22,7 @@ from overproof.engines.base import Sampling
 from overproof.errors import InputError
 from overproof.registry import TASKS
 from overproof.serve.async_engine import AsyncEngine, Busy, Generation
+from overproof.serve.bodies import CLIENT_CLOSED_REQUEST, fair_route
 from overproof.serve.generation import (
     SERVER_ERROR,
     ChoiceResult,
@@ -56,8 +57,7 @@ RequestT = TypeVar("RequestT", bound=BaseModel)
 COMPLETIONS, CHAT_COMPLETIONS = "/v1/completions", "/v1/chat/completions"
 WRITING = (COMPLETIONS, CHAT_COMPLETIONS)  # every model that writes answers at both
 SESSION_HEADER = "x-session-id"  # keeps a client with one version, as its `user` does
-CLIENT_CLOSED_REQUEST = 499  # as nginx has it; nobody reads the reply
-ERROR_TYPES = {404: "not_found_error", 408: "timeout_error", 503: "server_error"}
+ERROR_TYPES = {404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error", 503: "server_error"}
 SHORT_BODY_BYTES = 16 << 10  # read in less time than a thread takes to begin
 RETRY_HEADERS = {"Retry-After": "1"}
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
@@ -75,6 +75,7 @@ def build_app(registry: ModelRegistry, access: Access, telemetry: Telemetry | No
         await asyncio.to_thread(telemetry.close)
 
     app = FastAPIOffline(title="overproof", lifespan=lifespan, redoc_url=None, responses=ERROR_RESPONSES)
+    app.router.route_class = fair_route()
     app.add_middleware(AuthMiddleware, access=access, telemetry=telemetry)
     _add_error_handlers(
         app, {CompletionRequest, ChatRequest, RatingRequest, *(task.request for task in array_tasks.values())}
