@@ -11,7 +11,7 @@ import pytest
 from overproof.errors import InputError
 from overproof.serve.async_engine import Busy
 from overproof.serve.grammar import GrammarSource, request_grammar
-from overproof.serve.grammar_compiler import MAX_WAITING, GrammarCompiler
+from overproof.serve.grammar_compiler import MAX_WAITING, PROCESSES, GrammarCompiler
 from overproof.serve.requests import CompletionRequest
 
 
@@ -97,7 +97,7 @@ def test_each_checker_begins_anew() -> None:
 
 def test_those_that_wait_are_bounded_and_what_is_given_up_is_ended() -> None:
     async def work(compiler: GrammarCompiler) -> None:
-        slow = [source({"type": "integer", "multipleOf": 99_999_989 - i}) for i in range(MAX_WAITING)]
+        slow = [source({"type": "integer", "multipleOf": 99_999_989 - i}) for i in range(MAX_WAITING + PROCESSES)]
         attacks = [asyncio.ensure_future(compiler.compile(each, 1)) for each in slow]
         await asyncio.sleep(0)
         with pytest.raises(Busy):

@@ -244,6 +244,18 @@ def test_large_bodies_are_refused_announced_or_not(text: SingleModel) -> None:
         assert "larger than" in ErrorReply.model_validate(reply.json()).error.message
 
 
+def test_a_client_whose_requests_hold_too_much_is_refused_more(
+    text: SingleModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(middleware, "MAX_HELD_BYTES", 1000)
+    app = build_app(text, OPEN)
+    for _ in range(2):
+        assert ask(app, "POST", "/v1/completions", json={"prompt": "x" * 900, "model": "no"}).status_code == 404
+        refused = ask(app, "POST", "/v1/completions", json={"prompt": "x" * 1100})
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+        assert ErrorReply.model_validate(refused.json()).error.type == "rate_limit_error"
+
+
 def test_a_body_that_does_not_come_is_not_waited_for(text: SingleModel, monkeypatch: pytest.MonkeyPatch) -> None:
     async def drops() -> Any:
         for _ in range(100):

@@ -66,6 +66,13 @@ def ask(client: socket.socket) -> bytes:
     return reply
 
 
+def await_no_connection() -> None:
+    deadline_s = time.monotonic() + SOON_S
+    while LimitedHttpProtocol._open.total():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
 def trickle(client: socket.socket) -> None:
     deadline_s = time.monotonic() + SOON_S
     while time.monotonic() < deadline_s:
@@ -74,6 +81,10 @@ def trickle(client: socket.socket) -> None:
 
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: %s\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
 POST = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nab"
 
 
@@ -84,6 +95,8 @@ POST = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nab"
         (b"\r\n", b"408"),
         (b"GET / HTTP/1.1\r\nHos", b"408"),
         (b"GET / HTTP/1.1\r\nX: " + b"y" * 70_000, b"431"),
+        (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 5_000 + b"\r\n", b"431"),
+        (b"GET / HTTP/1.1\r\nX: " + b"y" * 70_000 + b"\r\n\r\n", b"431"),
         (b"nonsense\r\n\r\n", b"400"),
         (GET, b"200"),
         (GET + b"\r\n", b"200"),
@@ -106,6 +119,25 @@ def test_a_body_that_trickles_ends_with_its_deadline(address: tuple[str, int], p
             trickle(client)
 
 
+def test_requests_are_not_sent_ahead_without_end(address: tuple[str, int]) -> None:
+    with socket.create_connection(address) as client:
+        client.sendall(GET * 20 + GET.replace(b"Host", b"Connection: close\r\nHost"))
+        assert read_to_end(client).count(b"200 OK") == 21
+    with socket.create_connection(address) as client:
+        client.sendall(GET * 1_000)
+        assert read_to_end(client).count(b"200 OK") <= 1  # what was begun
+
+
+def test_upgrades_leave_no_connection_behind(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is answered as any request, and counts no longer when it is closed."""
+    monkeypatch.setattr(http_limits, "MAX_PER_ADDRESS", 3)
+    for protocol in (b"websocket", b"h2c") * 4:
+        with socket.create_connection(address) as client:
+            client.sendall(UPGRADE % protocol)
+            assert read_to_end(client)[9:12] == b"200"
+        await_no_connection()
+
+
 def test_after_a_reply_an_empty_line_holds_nothing_open(address: tuple[str, int]) -> None:
     with socket.create_connection(address) as client:
         assert b"200" in ask(client)
@@ -117,10 +149,7 @@ def test_a_client_that_never_reads_is_left(address: tuple[str, int]) -> None:
     with socket.create_connection(address) as client:
         client.sendall(GET.replace(b"/", b"/large", 1))
         assert client.recv(12)[9:12] == b"200"
-        deadline_s = time.monotonic() + SOON_S
-        while LimitedHttpProtocol._open.total():
-            assert time.monotonic() < deadline_s
-            time.sleep(0.05)
+        await_no_connection()
         assert len(read_to_end(client)) < LARGE
 
 
@@ -136,9 +165,6 @@ def test_one_connection_too_many_is_refused_and_the_others_go_on(
     for client in clients:
         assert b"200" in ask(client)
         client.close()
-    deadline_s = time.monotonic() + SOON_S
-    while LimitedHttpProtocol._open.total():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+    await_no_connection()
     with socket.create_connection(address) as again:
         assert b"200" in ask(again)

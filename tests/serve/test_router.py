@@ -30,8 +30,17 @@ from overproof.serve.async_engine import (
     Work,
     ignore_work,
 )
+from overproof.serve.fair_queue import CLIENT
 from overproof.serve.replica_worker import ReplicaWorker
-from overproof.serve.router import DEATHS_COUNT_S, DeadlyRequests, ReplicaDied, ReplicaLoad, ReplicaPool, ReplicaServer
+from overproof.serve.router import (
+    DEATHS_COUNT_S,
+    SMALL_AT_ONCE,
+    DeadlyRequests,
+    ReplicaDied,
+    ReplicaLoad,
+    ReplicaPool,
+    ReplicaServer,
+)
 from overproof.serve.rpc import LENGTH_BYTES, MAX_HELLO_BYTES, Drain, GatewayAddress, Hello, encode_frame
 
 NAME, HOST, ONE = "package", "127.0.0.1", Sampling(1)
@@ -180,7 +189,7 @@ def test_requests_wait_for_capacity_in_their_order_and_the_least_busy_takes_them
             calls = [asyncio.ensure_future(pool.complete(str(i), ONE)) for i in range(4)]
             await until(lambda: one.begun == ["0", "1"])
             assert pool.load == ReplicaLoad(1, 2, 2)
-            with pytest.raises(Busy, match="2 requests are being answered and 2 wait"):
+            with pytest.raises(Busy, match="2 requests are being answered and 2 of yours wait"):
                 await pool.complete("one too many", ONE)
             messages = [{"role": "user", "content": "?"}]
             assert await pool.chat_prompt(messages) == "?"  # takes no slot
@@ -195,6 +204,55 @@ def test_requests_wait_for_capacity_in_their_order_and_the_least_busy_takes_them
             one.go_on.set()
             await asyncio.gather(*calls)
             assert pool.load == ReplicaLoad(2, 0, 0)
+
+    run(test())
+
+
+def test_clients_take_turns_and_one_that_asks_for_much_is_the_only_one_refused() -> None:
+    async def test() -> None:
+        directory, engine = Directory(), ScriptedEngine()
+        async with gateway(directory, max_queued=3) as (_, pool):
+            ReplicaWorker(engine, NAME, 1, directory.find)
+            await until(lambda: pool.load.replicas == 1)
+
+            async def ask(client: str) -> str:
+                CLIENT.set(client)
+                return (await pool.complete(client, ONE)).text
+
+            flood = [asyncio.ensure_future(ask("flood")) for _ in range(8)]
+            await until(lambda: sum(each.done() for each in flood) == 4)  # one runs, and three wait
+            honest = [asyncio.ensure_future(ask("honest")) for _ in range(2)]
+            await until(lambda: engine.begun == ["flood"])
+            engine.go_on.set()
+            assert await asyncio.gather(*honest) == ["honest"] * 2
+            found = await asyncio.gather(*flood, return_exceptions=True)
+            assert [type(each) for each in found] == [str] * 4 + [Busy] * 4
+            assert max(place for place, client in enumerate(engine.begun) if client == "honest") <= 4
+
+    run(test())
+
+
+def test_small_requests_wait_for_their_like_alone() -> None:
+    class Slow(ScriptedEngine):
+        async def tool_syntax(self) -> ToolSyntax:
+            self.begun.append("syntax")
+            await self.go_on.wait()
+            return ToolSyntax("before", "between", "after")
+
+    async def test() -> None:
+        directory, engine = Directory(), Slow()
+        async with gateway(directory, max_queued=2) as (_, pool):
+            ReplicaWorker(engine, NAME, 1, directory.find)
+            await until(lambda: pool.load.replicas == 1)
+            asked = [asyncio.ensure_future(pool.tool_syntax()) for _ in range(SMALL_AT_ONCE + 3)]
+            await until(lambda: asked[-1].done() and len(engine.begun) == SMALL_AT_ONCE)
+            with pytest.raises(Busy):
+                await asked[-1]
+            completed = asyncio.ensure_future(pool.complete("x", ONE))
+            await until(lambda: engine.begun[-1] == "x")
+            engine.go_on.set()
+            await asyncio.gather(completed, *asked[:-1])
+            assert engine.begun.count("syntax") == SMALL_AT_ONCE + 2
 
     run(test())
 

@@ -18,7 +18,7 @@ from overproof.engines.special_names import SpecialNames
 from overproof.errors import InputError
 from overproof.limited_process import LimitedProcess, NoAnswer, OverLimits
 
-CPU_S = 1.0  # to write a text; most take a thousandth of it
+CPU_S = 0.5  # to write a text; most take a thousandth of it
 MEMORY_BYTES = 256 << 20
 Messages = Sequence[Mapping[str, Any]]
 NAME, TEXT, CALL_ID = "probed_function", "¤probed text¤", "probed123"

@@ -12,13 +12,14 @@ from overproof.errors import InputError
 from overproof.limited_process import LimitedProcess, NoAnswer, OverLimits
 from overproof.serve import grammar_process
 from overproof.serve.async_engine import Busy
+from overproof.serve.fair_queue import FairSemaphore
 from overproof.serve.grammar import GrammarChecker, GrammarSource
 
 CPU_S = 0.5  # to compile a grammar; most take a thousandth of it
 ALL_CHOICES_CPU_S = 1.0  # for the engine compiles it for each choice, and generates nothing meanwhile
 MEMORY_BYTES = 256 << 20
 PROCESSES = 2
-MAX_WAITING = 32  # requests whose grammar waits for a process before more are refused
+MAX_WAITING = 32  # requests of a client whose grammars wait for a process before more are refused
 REMEMBERED = 256  # verdicts on grammars, good and bad
 
 
@@ -49,8 +50,7 @@ class GrammarCompiler:
     def __init__(self) -> None:
         script = Path(grammar_process.__file__)
         self._idle = [LimitedProcess(script, CPU_S, MEMORY_BYTES) for _ in range(PROCESSES)]
-        self._slots = asyncio.Semaphore(PROCESSES)
-        self._waiting = 0
+        self._slots = FairSemaphore(PROCESSES)
         self._verdicts: OrderedDict[str, _Verdict] = OrderedDict()
         self._pool = ThreadPoolExecutor(PROCESSES, thread_name_prefix="grammar")  # no other work waits for a grammar
 
@@ -84,18 +84,14 @@ class GrammarCompiler:
         self._pool.shutdown(wait=False)
 
     async def _judge(self, text: str) -> _Verdict:
-        if self._waiting >= MAX_WAITING:
+        if self._slots.own_waiting >= MAX_WAITING:
             raise Busy
-        self._waiting += 1
-        try:
-            async with self._slots:
-                process = self._idle.pop()
-                try:
-                    return await self._ask(process, text)
-                finally:
-                    self._idle.append(process)
-        finally:
-            self._waiting -= 1
+        async with self._slots:
+            process = self._idle.pop()
+            try:
+                return await self._ask(process, text)
+            finally:
+                self._idle.append(process)
 
     async def _ask(self, process: LimitedProcess, text: str) -> _Verdict:
         asking = asyncio.get_running_loop().run_in_executor(self._pool, process.ask, text)

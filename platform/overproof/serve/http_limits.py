@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import resource
 from collections import Counter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEADER_BYTES = 64 << 10
+MAX_HEADERS = 1000
+MAX_PIPELINED = 100  # requests that a client sends ahead of their replies
 HEADER_TIMEOUT_S = 30.0
 BODY_TIMEOUT_S = 35.0  # after the application's own, whose answer says more
 READ_TIMEOUT_S = 30.0  # for a client to take what it is sent
 LINGER_S = 10.0  # for what a connection that is being closed still has to send
+TOO_LARGE = "431 Request Header Fields Too Large"
 MAX_CONNECTIONS = 4096  # or half the files that the process may open
 MAX_PER_ADDRESS = 1024  # a proxy is one address
 
@@ -31,11 +34,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     _deadline: asyncio.TimerHandle | None = None  # of what the client sends
     _reading: asyncio.TimerHandle | None = None  # of what it takes
     _linger: asyncio.TimerHandle | None = None
-    _header_bytes = 0
+    _header_bytes = 0  # that came, of a head that is not complete
+    _headers_bytes = 0  # of the headers in it that are
     _in_headers = False
+    _over = ""  # the limit of a head that it is over
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.ws_protocol_class = None  # an upgraded connection would leave this protocol, and stay counted
         address = self.client[0] if self.client else ""
         if self._open.total() >= most_connections() or self._open[address] >= MAX_PER_ADDRESS:
             self._refuse("503 Service Unavailable", "too many connections; try again later, over fewer")
@@ -61,13 +67,22 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().data_received(data)
         self._header_bytes = self._header_bytes + len(data) if was_in_headers and self._in_headers else 0
         if self._header_bytes > MAX_HEADER_BYTES:
-            self._refuse("431 Request Header Fields Too Large", f"headers of more than {MAX_HEADER_BYTES} bytes")
+            self._refuse(TOO_LARGE, f"headers of more than {MAX_HEADER_BYTES} bytes")
         elif self._deadline is None and (self.cycle is None or self.cycle.response_complete):
             self._await_headers()  # what came was no request, and has ended the wait for the next one
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._end_parsing(f"more than {MAX_PIPELINED} requests at once")
         super().on_message_begin()
+        self._headers_bytes = 0
         self._await_headers()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers_bytes += len(name) + len(value)
+        if self._headers_bytes > MAX_HEADER_BYTES or len(self.headers) >= MAX_HEADERS:
+            self._end_parsing(f"more than {MAX_HEADERS} headers, or than {MAX_HEADER_BYTES} bytes of them")
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._in_headers = False
@@ -83,6 +98,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._close_in_time()
 
     def send_400_response(self, msg: str) -> None:
+        if self._over:
+            self._refuse(TOO_LARGE, self._over)
+            return
         super().send_400_response(msg)
         self._close_in_time()
 
@@ -96,6 +114,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._reading is not None:
             self._reading.cancel()
             self._reading = None
+
+    def _end_parsing(self, over: str) -> NoReturn:
+        """The parser ends at an error of a callback, with whatever else has come."""
+        self._over = over
+        raise ValueError(over)
 
     def _await_headers(self) -> None:
         self._in_headers = True

@@ -10,6 +10,7 @@ import hmac
 import logging
 import math
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from overproof.errors import InputError
 from overproof.files import absolute_uri
 from overproof.serve.api_keys import ApiKey, KeyStore, KeysUnavailable, RateLimiter, hash_key, read_keys
 from overproof.serve.async_engine import Work
+from overproof.serve.fair_queue import CLIENT
 from overproof.serve.net import is_loopback
 from overproof.serve.request_source import ANY_ORIGIN, SourcePolicy, SourceRefused
 from overproof.serve.responses import SERVER_ERROR, ErrorDetail, ErrorReply
@@ -32,6 +34,7 @@ LOG = logging.getLogger("overproof.serve")
 KEY_VARIABLE = "OVERPROOF_API_KEY"
 KEYS_VARIABLE = "OVERPROOF_KEYS"
 MAX_BODY_BYTES = 4 << 20
+MAX_HELD_BYTES = 16 * MAX_BODY_BYTES  # of the bodies of one client's requests in progress
 BODY_TIMEOUT_S = 30
 REQUEST_TIMEOUT_S = 300
 BODY_TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES} bytes; send less at a time"
@@ -149,6 +152,7 @@ class AuthMiddleware:
         self._app, self._access, self._telemetry = app, access, telemetry
         self._keys = None if access.keys_uri is None else KeyStore(access.keys_uri)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="keys")  # no request's work is before a key's
+        self._held_bytes = Counter[str]()  # of bodies, by client
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -156,7 +160,8 @@ class AuthMiddleware:
             return
         error = self._check_headers(scope) or await self._authorize(scope)
         if error is None:
-            await self._forward(scope, _LimitedBody(receive), send)
+            with _LimitedBody(receive, self._held_bytes) as body:
+                await self._forward(scope, body, send)
         else:
             await error(scope, receive, send)
 
@@ -172,10 +177,11 @@ class AuthMiddleware:
 
     async def _authorize(self, scope: Scope) -> JSONResponse | None:
         """The refusal of a request; None where it may pass, with its key in the scope where that has limits."""
+        host = (scope["client"] or ("an unknown address",))[0]
+        CLIENT.set(f"address {host}")
         if scope["path"] in OPEN_PATHS:
             return None
         if not self._access.needs_key:
-            host = (scope["client"] or ("an unknown address",))[0]
             if is_loopback(host):
                 return None
             message = f"requests from {host} need an API key, and none is set; set {KEY_VARIABLE} where Serve starts"
@@ -199,6 +205,7 @@ class AuthMiddleware:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         scope[KEY_IN_SCOPE] = key
+        CLIENT.set(f"key {key.name}")
         if scope["path"] in OPERATOR_PATHS:
             if key.operator:
                 return None
@@ -246,11 +253,20 @@ class AuthMiddleware:
 
 
 class _LimitedBody:
-    """Ends a body that is too large without having said so, or too slow."""
+    """Ends a body that is too large without having said so, or too slow, or for which its client holds too much."""
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, held_bytes: Counter[str]) -> None:
         self._receive, self._read_bytes, self._complete = receive, 0, False
+        self._held_bytes, self._client = held_bytes, CLIENT.get()
         self._deadline_s = asyncio.get_running_loop().time() + BODY_TIMEOUT_S
+
+    def __enter__(self) -> _LimitedBody:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held_bytes[self._client] -= self._read_bytes
+        if not self._held_bytes[self._client]:
+            del self._held_bytes[self._client]
 
     async def receive(self) -> Message:
         try:
@@ -259,9 +275,14 @@ class _LimitedBody:
         except TimeoutError:
             raise HTTPException(408, f"the body did not come in {BODY_TIMEOUT_S} s") from None
         self._complete = not message.get("more_body", False)
-        self._read_bytes += len(message.get("body", b""))
+        read_bytes = len(message.get("body", b""))
+        self._read_bytes += read_bytes
+        self._held_bytes[self._client] += read_bytes
         if self._read_bytes > MAX_BODY_BYTES:
             raise HTTPException(413, BODY_TOO_LARGE)
+        if read_bytes and self._held_bytes[self._client] > MAX_HELD_BYTES:
+            detail = f"your requests in progress have bodies of more than {MAX_HELD_BYTES} bytes; ask again later"
+            raise HTTPException(429, detail, {"Retry-After": "1"})
         return message
 
 

@@ -18,11 +18,12 @@ from overproof.serve.deployments import CONTROLLER_NAME, Version
 from overproof.serve.package_trust import trust_policy
 from overproof.serve.ray_serve import MODEL_DEPLOYMENT, Application, find_actor, make_application
 from overproof.serve.replica_worker import ReplicaWorker
+from overproof.serve.router import SMALL_AT_ONCE
 from overproof.serve.rpc import GatewayAddress
 
 LOG = logging.getLogger("ray.serve")
 BATCHED_REQUESTS_PER_SLOT = 16  # sent at once to a replica that puts rows of several into one batch
-THREADS_PER_SLOT = 2  # of the engine, so that requests that need no slot do not wait for one
+THREADS_PER_REQUEST = 2  # of the engine, for while the gateway is replaced there are two
 SURGE_PERCENT = 100  # an update starts a new replica for each before it stops an old one
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 10, 30
 DRAIN_TIMEOUT_S = 300  # so that open streams are finished
@@ -65,7 +66,7 @@ class ModelReplica:
             await self._engine.logprobs(np.zeros((1, engine.width), np.float32))
             capacity *= BATCHED_REQUESTS_PER_SLOT
         else:
-            self._engine = ThreadedEngine(engine, THREADS_PER_SLOT * settings.slots)
+            self._engine = ThreadedEngine(engine, THREADS_PER_REQUEST * (settings.slots + SMALL_AT_ONCE))
             await self._engine.complete(" ", Sampling(1))
         self._worker = ReplicaWorker(self._engine, self._package.content.id, capacity, gateway_address)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, field_validator, model_validator
 
-from overproof.tasks.http import ModelRequest, UnicodeText, check_unicode
+from overproof.serve.bodies import excess
+from overproof.tasks.http import ModelRequest, RequestPart, UnicodeText, check_unicode
 
 DEFAULT_MAX_TOKENS = 16
 MAX_STOPS = 16
 MAX_CHOICES = 16
-MAX_PROMPT_IDS = 1 << 18
+MAX_PROMPT_IDS = 1 << 18  # of all prompts together
 SEEDS = 2**32 - MAX_CHOICES
 ANY = object()
 # Fields of OpenAI's API that change nothing here, with the value with which they do: others are refused by name.
@@ -20,7 +21,9 @@ NEUTRAL = {"store": ANY, "metadata": ANY, "service_tier": ANY, "best_of": 1, "ec
 MAX_BIASES = 300
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 1024
+MAX_CONTENT_PARTS = 1024  # of a message
 MAX_TOOLS = 128
+MAX_CALLS = 4096  # of all messages together
 MAX_GRAMMAR_CHARACTERS = 16384
 
 
@@ -34,14 +37,15 @@ def _parse_prompts(value: Any) -> Any:
     prompts = [value] if is_single else value
     if isinstance(prompts, list) and len(prompts) > MAX_CHOICES:
         raise ValueError(f"{len(prompts)} prompts: expected at most {MAX_CHOICES} choices")
+    ids = sum(len(prompt) for prompt in prompts if isinstance(prompt, list)) if isinstance(prompts, list) else 0
+    if ids > MAX_PROMPT_IDS:
+        raise ValueError(f"{ids} token ids in all prompts: expected at most {MAX_PROMPT_IDS}")
     if not isinstance(prompts, list) or not all(_is_prompt(prompt) for prompt in prompts):
         raise ValueError("expected text or a list of token ids, or a list of such, none empty")
     return prompts
 
 
 def _is_prompt(value: Any) -> bool:
-    if isinstance(value, list) and len(value) > MAX_PROMPT_IDS:
-        raise ValueError(f"{len(value)} token ids in a prompt: expected at most {MAX_PROMPT_IDS}")
     return bool(value) and (isinstance(value, str) or (isinstance(value, list) and all(type(i) is int for i in value)))
 
 
@@ -60,12 +64,23 @@ def _is_bias(bias: Any) -> bool:
 def _parse_content(value: Any) -> Any:
     """Text, given as a string or in parts."""
     if isinstance(value, list):
+        if len(value) > MAX_CONTENT_PARTS:
+            raise ValueError(f"{len(value)} parts: expected at most {MAX_CONTENT_PARTS}")
         parts = [part if isinstance(part, dict) and part.get("type") == "text" else {} for part in value]
         texts = [text for part in parts if isinstance(text := part.get("text"), str)]
         if len(texts) != len(value):
             raise ValueError("expected text, or parts of type 'text'")
         return "".join(texts)
     return value
+
+
+def _check_calls(messages: Any) -> Any:
+    """Each takes as long as a message."""
+    found = [each for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
+    count = sum(len(calls) for each in found if isinstance(calls := each.get("tool_calls"), list))
+    if count > MAX_CALLS:
+        raise ValueError(f"{count} tool_calls: expected at most {MAX_CALLS}")
+    return messages
 
 
 def _parse_stops(value: Any) -> Any:
@@ -75,25 +90,19 @@ def _parse_stops(value: Any) -> Any:
     return [check_unicode(stop) for stop in stops]
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class StreamOptions(RequestPart):
     include_usage: bool = Field(False, description="One more event at the end, with the usage and no choices.")
     include_obfuscation: bool = Field(False, description="Taken, and not looked at.")
 
 
-class JsonSchemaFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class JsonSchemaFormat(RequestPart):
     name: str = Field(description="Taken, and not looked at.")
     description: str | None = None
     json_schema: dict[str, Any] = Field({}, alias="schema", description="What the JSON must be (JSON Schema).")
     strict: bool | None = Field(None, description="The schema is kept to in any case.")
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class ResponseFormat(RequestPart):
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchemaFormat | None = None
 
@@ -175,9 +184,7 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
-class ToolFunction(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class ToolFunction(RequestPart):
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] = Field(
@@ -189,55 +196,45 @@ class ToolFunction(BaseModel):
     )
 
 
-class Tool(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class Tool(RequestPart):
     type: Literal["function"]
     function: ToolFunction
 
 
-class FunctionName(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class FunctionName(RequestPart):
     name: str
 
 
-class NamedTool(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class NamedTool(RequestPart):
     type: Literal["function"]
     function: FunctionName
 
 
-class CalledFunction(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class CalledFunction(RequestPart):
     name: str
     arguments: str = Field(description="A JSON object.")
 
     @field_validator("arguments")
     @classmethod
     def _check_arguments(cls, arguments: str) -> str:
+        if found := excess(check_unicode(arguments).encode()):
+            raise ValueError(f"found {found}")
         try:
             is_object = isinstance(json.loads(arguments or "{}"), dict)
-        except (ValueError, RecursionError):
+        except ValueError:
             is_object = False
         if not is_object:
             raise ValueError("expected a JSON object, as a string")
         return arguments
 
 
-class ToolCall(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class ToolCall(RequestPart):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class ChatMessage(RequestPart):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | None, BeforeValidator(_parse_content)] = None
     name: str | None = Field(None, description="Taken, and not looked at.")
@@ -271,14 +268,18 @@ class ChatMessage(BaseModel):
 class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Annotated[list[ChatMessage], FailFast(), BeforeValidator(_check_calls)] = Field(
+        min_length=1, max_length=MAX_MESSAGES
+    )
     max_tokens: int | None = Field(None, ge=1, description="As max_completion_tokens.")
     max_completion_tokens: int | None = Field(None, ge=1, description="Most tokens to generate; all unless given.")
     logprobs: bool = Field(
         False, description="Log-probabilities; streamed, the events come when the text is whole."
     )  # fmt: skip
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Likeliest tokens named at each place.")
-    tools: list[Tool] = Field([], max_length=MAX_TOOLS, description="Functions that the model may call.")
+    tools: Annotated[list[Tool], FailFast()] = Field(
+        [], max_length=MAX_TOOLS, description="Functions that the model may call."
+    )
     tool_choice: Literal["none", "auto", "required"] | NamedTool = Field(
         "auto",
         description="Whether it calls none, any or one that it must; a call that it must make follows its schema.",
@@ -316,10 +317,8 @@ class ChatRequest(GenerationRequest):
         return self
 
 
-class RatingRequest(BaseModel):
+class RatingRequest(RequestPart):
     """Body of POST /v1/ratings."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     id: UnicodeText = Field(min_length=1, max_length=64, description="The reply's id.")
     rating: float = Field(ge=-1, le=1, description="From -1, of no use, to 1, very good.")

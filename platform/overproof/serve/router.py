@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,10 +21,12 @@ from overproof.engines.base import Piece, Sampling, ToolSyntax
 from overproof.errors import InputError
 from overproof.serve import rpc
 from overproof.serve.async_engine import Busy, Generation, OnWork, Prompt, Work, ignore_work
+from overproof.serve.fair_queue import FairQueue
 
 MAX_ATTEMPTS = 2  # at a request when its replica dies before a part of the answer was sent: it may be what killed it
 DEATHS_COUNT_S = 600.0  # for so long a request over which as many replicas died is not taken again
 HELLO_TIMEOUT_S = 5.0  # for a new connection to authenticate
+SMALL_AT_ONCE = 2  # checks and chat templates that a replica is sent at once
 REQUEST_IDS = count()
 
 
@@ -58,13 +60,13 @@ class ReplicaConnection:
 
     connection: rpc.Connection
     capacity: int
-    in_flight: int = 0  # requests that take a slot
+    in_flight: Counter[bool] = field(default_factory=Counter)  # requests that take a slot, and those that take none
     draining: bool = False
     pending: dict[int, PendingRequest] = field(default_factory=dict)  # by request id
 
-    @property
-    def has_capacity(self) -> bool:
-        return not self.draining and self.in_flight < self.capacity
+    def load(self, takes_slot: bool) -> float:
+        """Of 1, at which it is sent no more of these requests."""
+        return self.in_flight[takes_slot] / (self.capacity if takes_slot else SMALL_AT_ONCE)
 
 
 @dataclass(frozen=True)
@@ -115,25 +117,22 @@ def _request_hash(operation: rpc.Operation) -> str:
 
 class ReplicaPool:
     """All replicas of a package as one ``AsyncEngine``: the least busy one takes the next request, and where none has
-    capacity requests wait in their order, ``max_queued`` of them.
+    capacity requests wait, clients in turn, ``max_queued`` of each.
 
-    Requests that cost little (a check, a chat template) take no slot and go to any replica.
+    Requests that cost little (a check, a chat template) take no slot, and wait for no other ones than their like.
     """
 
     def __init__(self) -> None:
         self.max_queued = 0
         self._replicas: list[ReplicaConnection] = []
-        self._queue: deque[asyncio.Future[ReplicaConnection]] = deque()
-        self._available = asyncio.Event()  # set while a replica is there that does not drain
-        self._waiting_without_slot = 0
+        self._queues = {takes_slot: FairQueue[ReplicaConnection]() for takes_slot in (True, False)}
         self._deadly = DeadlyRequests()
 
     @property
     def load(self) -> ReplicaLoad:
         replicas = sum(not replica.draining for replica in self._replicas)
-        running = sum(replica.in_flight for replica in self._replicas)
-        waiting = sum(not slot.done() for slot in self._queue) + self._waiting_without_slot
-        return ReplicaLoad(replicas, running, waiting)
+        running = sum(replica.in_flight[True] for replica in self._replicas)
+        return ReplicaLoad(replicas, running, sum(map(len, self._queues.values())))
 
     async def complete(self, prompt: Prompt, sampling: Sampling, on_work: OnWork = ignore_work) -> Generation:
         generation: Generation = await self._call(rpc.Complete(prompt, sampling), on_work=on_work)
@@ -193,8 +192,7 @@ class ReplicaPool:
             return
         request = replica.pending.pop(message.id)
         request.end(message)
-        if request.takes_slot:
-            self._release_slot(replica)
+        self._release(replica, request.takes_slot)
 
     def drain(self, replica: ReplicaConnection) -> None:
         """Send a replica no more requests; it goes when it has answered those it has."""
@@ -229,7 +227,7 @@ class ReplicaPool:
         self._deadly.refuse(operation)
         id_, responses = next(REQUEST_IDS), ResponseQueue()
         frame = rpc.encode_frame(rpc.Request(id_, operation))  # first: what cannot be sent must take no slot
-        replica = await self._acquire_slot() if takes_slot else await self._any_replica()
+        replica = await self._acquire(takes_slot)
         if not replica.connection.open:
             raise ReplicaDied
         replica.pending[id_] = PendingRequest(responses, takes_slot, on_work)
@@ -240,56 +238,34 @@ class ReplicaPool:
             if id_ in replica.pending:  # its slot is free when the replica confirms
                 replica.connection.send(rpc.Cancel(id_))
 
-    async def _acquire_slot(self) -> ReplicaConnection:
-        if not any(replica.has_capacity for replica in self._replicas):
-            self._require_queue_space()
-        slot: asyncio.Future[ReplicaConnection] = asyncio.get_running_loop().create_future()
-        self._queue.append(slot)
+    async def _acquire(self, takes_slot: bool) -> ReplicaConnection:
+        queue = self._queues[takes_slot]
+        if queue.own >= self.max_queued and self._least_busy(takes_slot) is None:
+            raise Busy(f"{self.load.running} requests are being answered and {queue.own} of yours wait; ask again")
+        given = queue.put()
         self._assign_queued()
         try:
-            return await slot
+            return await given
         except asyncio.CancelledError:
-            if slot.done() and not slot.cancelled():
-                self._release_slot(slot.result())
+            if given.done() and not given.cancelled():
+                self._release(given.result(), takes_slot)
             raise
 
-    async def _any_replica(self) -> ReplicaConnection:
-        while True:
-            available = [replica for replica in self._replicas if not replica.draining]
-            if available:
-                return min(available, key=lambda replica: len(replica.pending))
-            self._require_queue_space()
-            self._waiting_without_slot += 1
-            try:
-                await self._available.wait()
-            finally:
-                self._waiting_without_slot -= 1
-
-    def _require_queue_space(self) -> None:
-        load = self.load
-        if load.waiting >= self.max_queued:
-            raise Busy(f"{load.running} requests are being answered and {load.waiting} wait; ask again")
-
-    def _release_slot(self, replica: ReplicaConnection) -> None:
-        replica.in_flight -= 1
+    def _release(self, replica: ReplicaConnection, takes_slot: bool) -> None:
+        replica.in_flight[takes_slot] -= 1
         self._assign_queued()
 
     def _assign_queued(self) -> None:
-        """Give the slots there are to the requests that wait for one."""
-        if any(not replica.draining for replica in self._replicas):
-            self._available.set()
-        else:
-            self._available.clear()
-        while self._queue:
-            if self._queue[0].done():
-                self._queue.popleft()
-                continue
-            free = [replica for replica in self._replicas if replica.has_capacity]
-            if not free:
-                return
-            replica = min(free, key=lambda each: each.in_flight / each.capacity)
-            replica.in_flight += 1
-            self._queue.popleft().set_result(replica)
+        """Give the capacity there is to the requests that wait for it."""
+        for takes_slot, queue in self._queues.items():
+            while (replica := self._least_busy(takes_slot)) and (waiting := queue.pop()):
+                replica.in_flight[takes_slot] += 1
+                waiting.set_result(replica)
+
+    def _least_busy(self, takes_slot: bool) -> ReplicaConnection | None:
+        """The replica that takes the next request; None where none has capacity."""
+        free = [each for each in self._replicas if not each.draining and each.load(takes_slot) < 1]
+        return min(free, key=lambda each: each.load(takes_slot), default=None)
 
 
 class ReplicaServer:

@@ -23,6 +23,7 @@ from overproof.engines.base import Sampling
 from overproof.errors import InputError
 from overproof.registry import TASKS
 from overproof.serve.async_engine import AsyncEngine, Busy, Generation, OnWork, ignore_work
+from overproof.serve.bodies import CLIENT_CLOSED_REQUEST, fair_route
 from overproof.serve.generation import (
     ChoiceResult,
     EngineRequest,
@@ -63,8 +64,7 @@ RequestT = TypeVar("RequestT", bound=BaseModel)
 COMPLETIONS, CHAT_COMPLETIONS = "/v1/completions", "/v1/chat/completions"
 WRITING = (COMPLETIONS, CHAT_COMPLETIONS)  # every model that writes answers at both
 SESSION_HEADER = "x-session-id"  # keeps a client with one version, as its `user` does
-CLIENT_CLOSED_REQUEST = 499  # as nginx has it; nobody reads the reply
-ERROR_TYPES = {404: "not_found_error", 408: "timeout_error", 503: "server_error"}
+ERROR_TYPES = {404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error", 503: "server_error"}
 TIMED_TOKENS = 16  # that two versions generate to be compared
 SHORT_BODY_BYTES = 16 << 10  # read in less time than a thread takes to begin
 # Proxies pass events on one by one: nginx buffers a reply, and some compress or store it, unless told not to.
@@ -91,6 +91,7 @@ def build_app(
         await asyncio.to_thread(telemetry.close)
 
     app = FastAPIOffline(title="overproof", lifespan=lifespan, redoc_url=None, responses=ERROR_RESPONSES)
+    app.router.route_class = fair_route()
     app.add_middleware(AuthMiddleware, access=access, telemetry=telemetry)
     app.add_middleware(SourceMiddleware, policy=source, needs_key=access.needs_key)  # before it
     _add_error_handlers(

@@ -21,7 +21,6 @@ def call_grammar(syntax: ToolSyntax, tools: Sequence[Tool]) -> GrammarSource:
     """
     rules = []
     for number, tool in enumerate(tools):
-        check_counts("tools", tool.function.parameters)
         schema = json.dumps(COMPACT_JSON | {"type": "object"} | tool.function.parameters)
         before = json.dumps(syntax.before_name + tool.function.name + syntax.before_arguments)
         rules.append(f"call_{number}: {before} arguments_{number}{_literal(syntax.after)}")
@@ -29,6 +28,7 @@ def call_grammar(syntax: ToolSyntax, tools: Sequence[Tool]) -> GrammarSource:
     calls = " | ".join(f"call_{number}" for number in range(len(tools)))
     grammar = "\n".join([f"{LARK} {{}}", f"start: {calls}", *rules])
     check_size("tools", grammar)
+    check_counts("tools", [tool.function.parameters for tool in tools])
     return GrammarSource("tools", grammar)
 
 

@@ -7,27 +7,51 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MOST_ROWS = 1024  # in a request
+MOST_NAME_CHARACTERS = 512
 
 
 def check_unicode(text: Any) -> Any:
     """The text, if it can be written as UTF-8."""
-    if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("expected valid Unicode")
+    try:
+        if isinstance(text, str):
+            text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("expected valid Unicode") from None
     return text
 
 
 UnicodeText = Annotated[str, BeforeValidator(check_unicode)]
 
 
-class ModelRequest(BaseModel):
-    """The body of a request to a model."""
+class RequestPart(BaseModel):
+    """The body of a request, or an object in it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown(cls, fields: Any) -> Any:
+        """Of many unknown fields one is told: to tell of all takes seconds."""
+        if not isinstance(fields, dict):
+            return fields
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = [name for name in fields if name not in known]
+        return {name: fields[name] for name in fields if name in known or name == unknown[0]} if unknown[1:] else fields
+
+
+class ModelRequest(RequestPart):
+    """The body of a request to a model."""
+
     model: UnicodeText | None = Field(
-        None, description="Name of the model, or the package's id of one version; may be left out where there is one."
+        None,
+        max_length=MOST_NAME_CHARACTERS,
+        description="Name of the model, or the package's id of one version; may be left out where there is one.",
     )
-    user: UnicodeText | None = Field(None, description="Keeps its requests with one version, where several are tried.")
+    user: UnicodeText | None = Field(
+        None,
+        max_length=MOST_NAME_CHARACTERS,
+        description="Keeps its requests with one version, where several are tried.",
+    )
 
     @model_validator(mode="before")
     @classmethod

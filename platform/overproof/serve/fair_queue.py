@@ -1,0 +1,80 @@
+"""Queues in which clients take turns, so that whoever asks for much waits for himself alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from contextvars import ContextVar
+from typing import Generic, TypeVar
+
+CLIENT: ContextVar[str] = ContextVar("client", default="")  # of the request in progress: its key's name, or its address
+
+GivenT = TypeVar("GivenT")
+
+
+class FairQueue(Generic[GivenT]):
+    """Futures that wait to be given something: those of a client in their order, and clients in turn."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, deque[asyncio.Future[GivenT]]] = {}  # by client, the next one first
+
+    def __len__(self) -> int:
+        return sum(not each.done() for own in self._waiting.values() for each in own)
+
+    @property
+    def own(self) -> int:
+        """How many of this client wait."""
+        return sum(not each.done() for each in self._waiting.get(CLIENT.get(), ()))
+
+    def put(self) -> asyncio.Future[GivenT]:
+        """Another one of this client."""
+        added: asyncio.Future[GivenT] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(CLIENT.get(), deque()).append(added)
+        return added
+
+    def pop(self) -> asyncio.Future[GivenT] | None:
+        """The next one, None where there is none; its client is the last one then."""
+        while self._waiting:
+            client = next(iter(self._waiting))
+            own = self._waiting.pop(client)
+            while own:
+                first = own.popleft()
+                if not first.done():
+                    if own:
+                        self._waiting[client] = own
+                    return first
+        return None
+
+
+class FairSemaphore:
+    """As ``asyncio.Semaphore``, with clients in turn."""
+
+    def __init__(self, value: int) -> None:
+        self._free, self._queue = value, FairQueue[None]()
+
+    @property
+    def own_waiting(self) -> int:
+        """How many of this client wait."""
+        return self._queue.own
+
+    async def __aenter__(self) -> None:
+        if self._free:
+            self._free -= 1
+            return
+        turn = self._queue.put()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._release()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        turn = self._queue.pop()
+        if turn is None:
+            self._free += 1
+        else:
+            turn.set_result(None)
