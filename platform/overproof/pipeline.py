@@ -74,7 +74,7 @@ def _evaluate_inputs(recipe: Recipe) -> dict[str, Any]:
 STAGES = (
     Stage("prepare", "overproof.data.prepare:prepare", (),
           lambda r: {"seed": r.seed, "data": _dump(r.data), "source": TASKS[r.data.kind].source_digest(r.data)},
-          format=8),
+          format=9),
     Stage("train", "overproof.train.ray_trainer:train_teacher", ("prepare",),
           lambda r: {"seed": r.seed, "train": _dump(r.train), **_train_inputs(r.train)}),
     Stage("generate", "overproof.distill.teacher_stages:generate_text", ("prepare", "train"),
@@ -88,7 +88,7 @@ STAGES = (
     Stage("compress", "overproof.export.stage:export_models", ("prepare", "train", "sweep"),
           lambda r: {"compress": _dump(r.compress), **_compress_inputs(r)}, format=4),
     Stage("evaluate", "overproof.evaluate.stage:evaluate_exports", ("prepare", "compress"),
-          lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate), **_evaluate_inputs(r)}, format=6),
+          lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate), **_evaluate_inputs(r)}, format=7),
     Stage("gate", "overproof.evaluate.stage:judge_report", ("evaluate",),
           lambda r: {"gate": _dump(r.gate)}, format=4),
     Stage("report", "overproof.report.stage:write_report",
