@@ -155,8 +155,10 @@ def _test_rows(
 
 
 def document_clusters(root: Path, documents: NDArray[np.int64]) -> NDArray[np.int64]:
-    """See ``Task.clusters``: each document by itself, where near-copies were not looked for."""
-    if CLUSTER not in pq.read_schema(root / DOCUMENTS).names:
+    """See ``Task.clusters``: each document by itself, where there are no near-copies or they were not looked for."""
+    manifest = Manifest.read(root)
+    found = manifest.near_duplicates
+    if found is None or found.test_clusters == manifest.splits["test"].documents:
         return documents
     return _of_documents(root, CLUSTER, documents)
 
