@@ -89,7 +89,7 @@ STAGES = (
     Stage("compress", "overproof.export.stage:export_models", ("prepare", "train", "sweep"),
           lambda r: {"compress": _dump(r.compress), **_compress_inputs(r)}, format=4),
     Stage("evaluate", "overproof.evaluate.stage:evaluate_exports", ("prepare", "compress"),
-          lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate), **_evaluate_inputs(r)}, format=6),
+          lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate), **_evaluate_inputs(r)}, format=7),
     Stage("gate", "overproof.evaluate.stage:judge_report", ("evaluate",),
           lambda r: {"gate": _dump(r.gate)}, format=4),
     Stage("report", "overproof.report.stage:write_report",

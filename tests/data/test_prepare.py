@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import random
 import re
 import tracemalloc
 from pathlib import Path
@@ -21,6 +23,7 @@ from overproof.config import FolderSource
 from overproof.config.evaluation import Parity
 from overproof.data import heartbeat
 from overproof.data import prepare as stage
+from overproof.data.cleaning import split_of
 from overproof.data.document_blocks import TABLE_BYTES, read_block
 from overproof.data.documents import PIECE_BYTES
 from overproof.data.manifest import Manifest
@@ -286,6 +289,52 @@ def test_reading_holds_little_of_a_large_document(tmp_path: Path) -> None:
     assert len(rows) >= 6
     assert [digest for _, _, digest in rows[:-1]] == [None] * (len(rows) - 1)
     assert rows[-1][2] == file_sha256(tmp_path / "large.txt")
+
+
+def planted_corpus(generator: random.Random) -> tuple[list[str], list[str]]:
+    """Texts that differ, some Chinese, with near-copies of held-out ones whose own hashes would put them into the train
+    split; and these copies."""
+    texts = [" ".join(f"w{generator.randrange(900)}" for _ in range(150)) for _ in range(30)]
+    texts += ["".join(chr(0x4E00 + generator.randrange(900)) for _ in range(300)) for _ in range(15)]
+    digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+    held_out = [text for text, split in zip(texts, split_of(digests, 0.2, 0.2), strict=True) if split != "train"]
+    copies = []
+    for text in held_out:
+        for number in range(100):
+            copy = f"{text} {number}"
+            if int(hashlib.sha256(copy.encode()).hexdigest()[:8], 16) / 2**32 >= 0.4:
+                copies.append(copy)
+                break
+    return texts + copies, copies
+
+
+def test_near_copies_of_held_out_documents_are_left_out_whatever_the_order(tmp_path: Path) -> None:
+    texts, copies = planted_corpus(random.Random(4))
+    roots = []
+    for order in ("as made", "reversed"):
+        corpus = tmp_path / order
+        corpus.mkdir()
+        for number, text in enumerate(texts if order == "as made" else texts[::-1]):
+            (corpus / f"{number:03d}.txt").write_text(text)
+        given = context(text_recipe(tmp_path / "store", folder(corpus)), order)
+        metrics = prepare(given)
+        assert metrics["dropped"]["near_duplicate"] == len(copies) > 5
+        roots.append(Path(given.draft.uri))
+    listed = [
+        pq.read_table(root / "documents.parquet", columns=["document", "split", "sha256", "cluster"]) for root in roots
+    ]
+    assert listed[0].equals(listed[1])
+    assert Manifest.read(roots[0]) == Manifest.read(roots[1])
+    kept = set(listed[0]["sha256"].to_pylist())
+    assert kept == {hashlib.sha256(text.encode()).hexdigest() for text in texts if text not in copies}
+    found = Manifest.read(roots[0]).near_duplicates
+    assert found is not None
+    splits = listed[0]["split"].to_pylist()
+    assert found.test_documents == splits.count("test") == found.test_clusters
+    assert found.test_bytes_share == 1
+    off = context(text_recipe(tmp_path / "store", folder(tmp_path / "as made"), "data.near_duplicates=null"), "off")
+    assert prepare(off)["documents"] == len(texts)
+    assert Manifest.read(Path(off.draft.uri)).near_duplicates is None
 
 
 def refused(store: Path, source: str, message: str, *changes: str) -> None:

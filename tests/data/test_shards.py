@@ -174,7 +174,7 @@ def test_unknown_names_are_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"manifest\.json: No such file"):
         Manifest.read(tmp_path / "none")
     (tmp_path / MANIFEST).write_text('{"format": 1}')
-    with pytest.raises(InputError, match="format: Input should be 5; expected what this version writes"):
+    with pytest.raises(InputError, match="format: Input should be 6; expected what this version writes"):
         Manifest.read(tmp_path)
 
 

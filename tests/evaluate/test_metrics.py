@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from overproof.evaluate.metrics import Bootstrap, PerExampleSums, Report, quality_metrics, resampled_sums
+from overproof.evaluate.metrics import (
+    Bootstrap,
+    Clusters,
+    PerExampleSums,
+    Report,
+    further_metrics,
+    quality_metrics,
+    resampled_sums,
+)
 from overproof.registry import TASKS
-from overproof.tasks.base import Metric
+from overproof.tasks.base import FurtherMetric, Metric
 
 BITS_PER_BYTE, ACCURACY = (TASKS[kind].quality for kind in ("language_modeling", "image_classification"))
 
@@ -114,3 +122,33 @@ def test_report_refuses_what_is_no_figure_or_no_field() -> None:
     Report.model_validate(whole)
     with pytest.raises(ValidationError, match="extra"):
         Report.model_validate(whole | {"extra": 1})
+
+
+def test_copies_are_resampled_as_one() -> None:
+    """Each unit twice tells no more than once: clusters of both have the intervals of the units alone."""
+    generator = np.random.default_rng(0)
+    nats, size = generator.gamma(2.0, 50.0, 40), generator.integers(50, 150, 40)
+    once = {"a": units_of(nats, size), "b": units_of(1.1 * nats, size)}
+    twice = {name: units_of(np.repeat(u.total, 2), np.repeat(u.size, 2)) for name, u in once.items()}
+    bootstrap = Bootstrap(300, 0.95, 0)
+    alone, compared_alone = quality_metrics(BITS_PER_BYTE, once, bootstrap)
+    clusters = Clusters.of(np.repeat(np.arange(40), 2) * 7)
+    together, compared_together = quality_metrics(BITS_PER_BYTE, twice, bootstrap, clusters)
+    found, copied = alone["a"]["bits_per_byte"], together["a"]["bits_per_byte"]
+    assert (copied.low, copied.high) == (pytest.approx(found.low), pytest.approx(found.high))
+    assert (found.n, copied.n) == (40, 80)
+    for one, other in zip(compared_alone, compared_together, strict=True):
+        assert (other.low, other.high) == (pytest.approx(one.low), pytest.approx(one.high))
+    narrow, _ = quality_metrics(BITS_PER_BYTE, twice, bootstrap)
+    assert narrow["a"]["bits_per_byte"].low > copied.low
+    assert clusters.first(3).of_unit_U.tolist() == [0, 0, 1]
+    assert quality_metrics(BITS_PER_BYTE, twice, bootstrap, Clusters.of(np.zeros(80)))[0]["a"]["agreement"].low is None
+    further = FurtherMetric(
+        "mean", "mean", "x", True, lambda columns, counts_SU: counts_SU @ columns["x"] / counts_SU.sum(1)
+    )
+    columns, doubled = {"x": nats}, {"x": np.repeat(nats, 2)}
+    mean, same = (
+        further_metrics((further,), columns, 40, bootstrap)["mean"],
+        further_metrics((further,), doubled, 80, bootstrap, clusters)["mean"],
+    )
+    assert (same.low, same.high) == (pytest.approx(mean.low), pytest.approx(mean.high))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -114,11 +114,39 @@ def test_rows_wait_for_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         ("key op-abcdefghijklmnopqrst", "key [secret]"),
         ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\nabc", "[secret]"),
         ("PROJECT-APOLLO starts", "[redacted] starts"),
+        ("4111111111111111,4111111111111111,4111111111111111.", "[number],[number],[number]."),
+        ("+49 30 12345678 +49 30 12345679", "[number] [number]"),
+        ("٤١١١" * 4, "[number]"),
+        ("an jörg@müller.example geschickt", "an [address] geschickt"),
+        ("half \ud83d of a pair", "half ? of a pair"),
         (CODE, CODE),
     ],
 )  # fmt: skip
 def test_what_is_private_is_taken_out(text: str, expected: str) -> None:
-    assert Redactor((re.compile("PROJECT-[A-Z]+"),))(text) == expected
+    assert Redactor(("PROJECT-[A-Z]+",))(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("start", "part"),
+    [("", "1"), ("", "1 "), ("", "+1("), ("", "a."), ("", "a@b."), ("", "1."), ("-----BEGIN ", "A"), ("", "eyJ"),
+     ("", "-----BEGIN PRIVATE KEY-----"), ("", "a@")],
+)  # fmt: skip
+def test_no_text_takes_longer_than_its_length(start: str, part: str) -> None:
+    """Of a pattern that tries again from each character the first of these alone would take hours."""
+    text = start + part * (2_000_000 // len(part))
+    redacted = Redactor((r"(a+)+$", r"(\d+\s?)+x"))(text)
+    assert len(redacted) <= 4 * len(text), part  # and not the texts
+
+
+def test_patterns_are_searched_without_the_interpreter() -> None:
+    """Another thread, which holds it now and then, goes on while a long text is searched."""
+    redactor, text, done, turns = Redactor(), "a." * 4_000_000, threading.Event(), 0
+    worker = threading.Thread(target=lambda: (redactor(text), done.set()))
+    worker.start()
+    while not done.wait(0.001):
+        turns += 1
+    worker.join()
+    assert turns > 5
 
 
 def test_what_lies_across_prompt_and_reply_is_taken_out_of_their_text(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Run by test_engine.py: python engine_ranks.py FOLDER CASES
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from overproof.config import Train
 from overproof.data.manifest import Manifest
 from overproof.data.order import Order
 from overproof.data.parquet_reader import Shards
+from overproof.errors import InputError
 from overproof.models.hf_directory import build_model, count_parameters, load_start, save_model, to_tensors
 from overproof.registry import TASKS
 from overproof.train.deepspeed_engine import DeepSpeedEngine, consolidated_weights, sharded_construction
@@ -27,6 +29,16 @@ from overproof.train.loop import CurveRow, fit, shard_batches, validation_ids, v
 from overproof.train.objective import CrossEntropy
 
 SEED = 3
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch '{self.file}'",)
 
 
 def train(engine: TrainingEngine, settings: Train, root: Path, rank: int, world: int) -> list[CurveRow]:
@@ -66,8 +78,24 @@ def read_in_parts(
     return read, [count_parameters(model), held]
 
 
+def refusal(engine: DeepSpeedEngine, saved: Path, folder: Path, rank: int) -> str:
+    """What is said of the same checkpoint once someone else has written files that run code; the good one is read."""
+    engine.load(saved, engine.steps_done)
+    forged = folder / f"forged-{saved.name}"
+    if rank == 0:
+        forged.mkdir()
+        for file in saved.iterdir():
+            torch.save({"module": Payload(folder / "ran")}, forged / file.name)
+    dist.barrier()
+    try:
+        engine.load(forged, engine.steps_done)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def train_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> None:
-    compiler, parts = {}, {}
+    compiler, parts, refused = {}, {}, {}
     for case in cases:
         settings = Train.model_validate(case["train"])
         root = Path(case["root"])
@@ -86,11 +114,13 @@ def train_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]
             saved.mkdir(exist_ok=True)
             engine.save(lambda name, state, to=saved: torch.save(state, to / name))
             dist.barrier()
+            refused[case["name"]] = refusal(engine, saved, folder, rank)
         if rank == 0:
             (folder / f"{case['name']}.json").write_text(json.dumps(rows))
             state = consolidated_weights(saved) if isinstance(engine, DeepSpeedEngine) else engine.model.state_dict()
             torch.save(state, folder / f"{case['name']}.pt")
     (folder / f"parts.{rank}.json").write_text(json.dumps(parts))
+    (folder / f"refused.{rank}.json").write_text(json.dumps(refused))
     (folder / f"compiler.{rank}.json").write_text(json.dumps(compiler))
 
 

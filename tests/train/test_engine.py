@@ -216,3 +216,13 @@ def test_bf16_follows_fp32_and_gives_fp32_weights(trained: Path, stage: int) -> 
     assert max(differences(trained, f"bf16-stage{stage}", "torch", "loss")) < 0.02
     state = torch.load(trained / "2" / f"bf16-stage{stage}.pt")
     assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+def test_a_checkpoint_that_runs_code_is_refused_and_runs_none(trained: Path) -> None:
+    for world in (1, 2):
+        for rank in range(world):
+            refused = json.loads((trained / str(world) / f"refused.{rank}.json").read_text())
+            assert refused.keys() >= ({"one"} if world == 1 else {f"stage{stage}" for stage in STAGES})
+            for name, said in refused.items():
+                assert f"forged-{name}: a file of this checkpoint names posix.system, which would run code" in said
+        assert not (trained / str(world) / "ran").exists()

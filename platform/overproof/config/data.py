@@ -63,6 +63,29 @@ class TokenizerFile(Section):
     )
 
 
+class NearDuplicates(Section):
+    """Which documents are near-copies: by the Jaccard index of their sets of runs of words."""
+
+    threshold: float = Field(
+        0.8,
+        ge=0.6,
+        le=1,
+        description="Near-copies have at least this share of their runs in common, of all that either has.",
+    )
+    words: int = Field(
+        5, ge=1, le=32, description="Words in a run; characters where a script has no spaces between words."
+    )
+
+
+HeldOutNearDuplicates = Annotated[
+    NearDuplicates | None,
+    Field(
+        description="Near-copies of held-out texts are left out of the train split, and those of each other in the "
+        "test split are resampled as one; null: they are not looked for."
+    ),
+]
+
+
 class DataSection(Section):
     """What every task's data has: how rows are split and laid out in shards. ``kind`` names the task."""
 
@@ -97,6 +120,7 @@ class TextData(DataSection):
     source: TextSource = StdlibSource()
     tokenizer: BpeTokenizer | TokenizerFile = Field(BpeTokenizer(), discriminator="kind")
     sequence_length: int = Field(128, ge=8, le=1_048_576, description="Predicted tokens in a row.")
+    near_duplicates: HeldOutNearDuplicates = NearDuplicates()
 
     @property
     def positions(self) -> int:

@@ -17,7 +17,7 @@ class Traffic(Section):
     folder: str = Field(description="Folder that the gateway writes to, or a URI.")
     sample: float = Field(1.0, gt=0, le=1, description="Share of the replies that are kept.")
     redact: tuple[str, ...] = Field(
-        (), description="Patterns (Python's re) that are taken out, as addresses, numbers and secrets always are."
+        (), description="Patterns (RE2's) that are taken out, as addresses, numbers and secrets always are."
     )
     rows_per_file: Count = Field(1000, description="Rows that make a file.")
     seconds_per_file: float = Field(60.0, gt=0, description="Seconds after which fewer rows make one.")
@@ -25,11 +25,16 @@ class Traffic(Section):
     @field_validator("redact")
     @classmethod
     def _patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
         for pattern in patterns:
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r}: {error}") from None
+                pc.match_substring_regex(pa.array([""]), pattern=pattern)
+            except pa.ArrowInvalid as error:
+                raise ValueError(
+                    f"{pattern!r}: {error}; expected RE2's syntax, which has neither lookarounds nor back-references"
+                ) from None
         return patterns
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,11 @@ class SelectedDocuments:
     hashes_N: NDArray[Any]  # str
     sizes_N: NDArray[np.int64]  # bytes
     dropped: dict[str, int]
+
+    def take(self, chosen: NDArray[np.int64], dropped: Mapping[str, int]) -> SelectedDocuments:
+        """These of them; the others are left out for further reasons."""
+        names, hashes, sizes = self.names_N[chosen], self.hashes_N[chosen], self.sizes_N[chosen]
+        return SelectedDocuments(names, hashes, sizes, {**self.dropped, **dropped})
 
 
 def select_documents(

@@ -17,12 +17,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from overproof.config import TextData
+from overproof.config import NearDuplicates, TextData
 from overproof.data import tokenization
 from overproof.data.cleaning import EMPTY, NUL_LINES, DocumentCheck
 from overproof.data.columns import token_dtype
 from overproof.data.documents import NulLines, iter_documents, iter_pieces
 from overproof.data.manifest import Column, shard_schema
+from overproof.data.near_duplicates import MinHash, Pairs, are_copies, shingles
 from overproof.data.order import permutation
 from overproof.data.parquet_writer import write_shard
 from overproof.data.shard_layout import ShardPlan
@@ -38,6 +39,7 @@ from overproof.data.text_tokenizer import (
 from overproof.errors import InputError
 
 TABLE_BYTES = 8 << 20  # of text handed on at once
+BUCKET_BYTES = 64 << 20  # of text whose runs of words one task holds at once, or those of one pair
 SAMPLED_BYTES = 4096  # of each document of the sample
 SHARD_STREAM = 1 << 32  # sets the permutation inside a shard apart from those of `Order`
 
@@ -52,6 +54,7 @@ PIECE_SCHEMA = pa.schema(
         ("fault", pa.string()),
         ("nul_lines", pa.int64()),
         ("file", pa.string()),
+        ("bands", pa.list_(pa.uint64())),  # of its MinHash; null where near-copies are not looked for
         # Of a file that cannot be read, in a row of its own:
         ("error", pa.string()),
         ("reason", pa.string()),
@@ -59,7 +62,7 @@ PIECE_SCHEMA = pa.schema(
 )
 
 
-def read_block(block: pa.Table, source: Source) -> Iterator[pa.Table]:
+def read_block(block: pa.Table, source: Source, near_duplicates: NearDuplicates | None = None) -> Iterator[pa.Table]:
     """The documents of the files that a block lists: their pieces and what the rules say of each document alone.
 
     A file that is not what the recipe says becomes a row with its ``error``: raised here, it would reach the
@@ -71,18 +74,21 @@ def read_block(block: pa.Table, source: Source) -> Iterator[pa.Table]:
         try:
             for name, content in iter_documents(source, file):
                 check, lines = DocumentCheck(), NulLines()
+                sketch = near_duplicates and MinHash(near_duplicates)
                 for number, piece in enumerate(iter_pieces(lines.dropped_from(content))):
                     if held_bytes >= TABLE_BYTES:
                         yield pa.Table.from_pylist(rows, PIECE_SCHEMA)
                         rows, held_bytes = [], 0
                     check.update(piece)
+                    if sketch:
+                        sketch.update(piece.decode(errors="ignore"))
                     rows.append({"name": name, "piece": number, "content": piece, "file": file})
                     held_bytes += len(piece)
                 fault = check.finish()
                 if fault == EMPTY and lines.count:
                     fault = NUL_LINES
                 found = {"sha256": check.sha256, "size_bytes": check.size_bytes, "fault": fault}
-                rows[-1] |= found | {"nul_lines": lines.count}
+                rows[-1] |= found | {"nul_lines": lines.count, "bands": sketch.bands() if sketch else None}
         except InputError as error:
             rows.append({"name": file, "file": file, "error": str(error), "reason": reason_of(error)})
     yield pa.Table.from_pylist(rows, PIECE_SCHEMA)
@@ -166,6 +172,71 @@ def sample_block(block: pa.Table, index: DocumentIndex, chosen: NDArray[np.int64
     starts = [content.as_py()[:SAMPLED_BYTES] for content in block["content"].take(rows)]
     texts = [start.decode(errors="ignore") for start in starts]  # a character may be cut
     return pa.table({"document": pa.array(documents[rows], pa.int32()), "text": pa.array(texts, pa.string())})
+
+
+# --- near-copies ----------------------------------------------------------------------------------
+
+
+def bands_block(block: pa.Table, index: DocumentIndex, first: int, last: int) -> pa.Table:
+    """Some bands of the MinHash of each document whose last piece is in a block."""
+    block, documents = index.select(block.filter(pc.is_valid(block["bands"])))
+    bands = np.stack(block["bands"].to_numpy()) if len(block) else np.zeros((0, last), np.uint64)
+    columns = {f"band{number}": pa.array(bands[:, number]) for number in range(first, last)}
+    return pa.table({"document": pa.array(documents, pa.int64()), **columns})
+
+
+SHINGLE_SCHEMA = pa.schema([("bucket", pa.int64()), ("document", pa.int64()), ("shingles", pa.large_list(pa.uint64()))])
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Pairs of documents to be held against each other, in buckets that one task holds each."""
+
+    pairs: Pairs
+    buckets_P: NDArray[np.int64]  # ascending
+    words: int  # in a run
+    threshold: float
+
+    @classmethod
+    def of(cls, pairs: Pairs, sizes_N: NDArray[np.int64], settings: NearDuplicates) -> Self:
+        """In buckets of about ``BUCKET_BYTES`` of text; a held-out document's pairs are side by side."""
+        pairs = pairs[np.argsort(pairs[:, 1], kind="stable")]
+        begins = np.append(True, pairs[1:, 1] != pairs[:-1, 1])[: len(pairs)]
+        sizes_P = sizes_N[pairs[:, 0]] + sizes_N[pairs[:, 1]] * begins
+        buckets = np.cumsum(sizes_P) // BUCKET_BYTES
+        return cls(pairs, buckets, settings.words, settings.threshold)
+
+    def shingle_block(self, block: pa.Table, index: DocumentIndex) -> Iterator[pa.Table]:
+        """The runs of words of the documents in a block that are in pairs, for each bucket that they are in."""
+        block, documents = index.select(block)
+        own, buckets = self._memberships()
+        first, last = np.searchsorted(own, documents), np.searchsorted(own, documents, side="right")
+        yield SHINGLE_SCHEMA.empty_table()
+        for row in np.flatnonzero(last > first).tolist():
+            hashes = np.unique(shingles(block["content"][row].as_py().decode(), self.words))
+            of_row = buckets[first[row] : last[row]]
+            columns = [of_row, np.full(len(of_row), documents[row]), [hashes] * len(of_row)]
+            yield pa.table(dict(zip(SHINGLE_SCHEMA.names, columns, strict=True)), SHINGLE_SCHEMA)
+
+    def _memberships(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Each document of a pair, ascending, and a bucket that it is in."""
+        both = np.stack([self.pairs.ravel(), np.repeat(self.buckets_P, 2)], axis=1)
+        documents, buckets = np.unique(both, axis=0).T
+        return documents, buckets
+
+    def check_bucket(self, group: pa.Table) -> pa.Table:
+        """The near-copies among the pairs of a bucket."""
+        bucket = group["bucket"][0].as_py()
+        pieces = dict[int, list[NDArray[np.uint64]]]()
+        for document, hashes in zip(group["document"].to_pylist(), group["shingles"], strict=True):
+            pieces.setdefault(document, []).append(hashes.values.to_numpy())
+        sets = {document: np.unique(np.concatenate(own)) for document, own in pieces.items()}
+        pairs = self.pairs[self.buckets_P == bucket]
+        copies = pairs[are_copies(pairs, sets.__getitem__, self.threshold)]
+        return pa.table({"own": pa.array(copies[:, 0]), "other": pa.array(copies[:, 1])})
+
+
+# --- tokens ---------------------------------------------------------------------------------------
 
 
 def text_columns(sequence_length: int, vocab_size: int) -> tuple[Column, ...]:

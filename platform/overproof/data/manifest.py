@@ -19,6 +19,7 @@ DOCUMENTS = "documents.parquet"
 TEST_TEXTS = "test_texts.parquet"  # how some test documents begin, as they were before they were tokens
 SPLITS = ("train", "validation", "test")
 SAMPLE_ID = "sample_id"
+CLUSTER = "cluster"  # column, of shards or of ``DOCUMENTS``: the test rows, or documents, that are resampled as one
 
 
 class _Frozen(BaseModel):
@@ -53,10 +54,34 @@ class Column(_Frozen):
     batch: bool = True  # whether models read it
 
 
+class NearDuplicatesFound(_Frozen):
+    """What was done about near-copies, by which settings (see ``config.data.NearDuplicates``)."""
+
+    threshold: float
+    words: int
+    documents: int  # left out of the train split
+    train_bytes_share: float  # of that split, as it was before
+    test_documents: int  # that had a near-copy in the train split
+    test_bytes_share: float
+    test_clusters: int  # that test documents are resampled in; as many as there are documents where none are copies
+
+    @property
+    def summary(self) -> str:
+        """For people, a sentence."""
+        told_by = f"the Jaccard index of runs of {self.words} words is {self.threshold:g} at least"
+        if not self.documents:
+            return f"No train document was a near-copy of a held-out one ({told_by})."
+        return (
+            f"{self.documents:,} train documents, {100 * self.train_bytes_share:.2g} % of that split's bytes, were "
+            f"near-copies of held-out ones ({told_by}) and are left out: {self.test_documents:,} test documents, "
+            f"{100 * self.test_bytes_share:.2g} % of theirs, had one among them."
+        )
+
+
 class Manifest(_Frozen):
     """The content of ``manifest.json``. Row ``i`` of a split has ``sample_id`` i, counted through its shards."""
 
-    format: Literal[5] = 5
+    format: Literal[6] = 6
     task: str
     columns: tuple[Column, ...]  # beside sample_id
     splits: dict[str, Split]
@@ -70,6 +95,7 @@ class Manifest(_Frozen):
     dropped: dict[str, int] = {}  # documents left out, per reason
     skipped: dict[str, int] = {}  # files left out, per reason
     altered: int = 0  # documents that their tokens write back otherwise than they are
+    near_duplicates: NearDuplicatesFound | None = None  # None: rows have no words, or it was switched off
     details: dict[str, Any] = {}  # what the task says of its rows, such as the names of classes
 
     @classmethod

@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from ray.data import DataContext, Dataset
 from ray.data.context import ShuffleStrategy
 
-from overproof.config import BpeTokenizer, TextData
+from overproof.config import BpeTokenizer, NearDuplicates, TextData
 from overproof.data import cleaning, tokenization
 from overproof.data.document_blocks import (
+    Candidates,
     DocumentIndex,
+    bands_block,
     read_block,
     sample_block,
     text_columns,
@@ -34,6 +36,7 @@ from overproof.data.document_blocks import (
 )
 from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import (
+    CLUSTER,
     DOCUMENTS,
     MANIFEST,
     SPLITS,
@@ -44,6 +47,7 @@ from overproof.data.manifest import (
     Shard,
     Split,
 )
+from overproof.data.near_duplicates import Decision, band_count, candidate_pairs, decide, no_pairs
 from overproof.data.parquet_writer import parquet_bytes, write_file
 from overproof.data.shard_layout import ShardLayout, plan_shards
 from overproof.data.source_files import SourceFile, SourceReading, describe_skipped
@@ -56,6 +60,7 @@ from overproof.stage_context import Notice, StageContext
 BLOCK_BYTES = 32 << 20  # of text read by one task
 DOCUMENTS_PER_GROUP = 1 << 16
 SAMPLED_DOCUMENTS = 128  # of the test split, for engines to split
+BANDS_BYTES = 128 << 20  # of MinHash bands that the driver holds at once, or two bands
 PHASES = 4  # of the progress: reading, the tokenizer, tokenising, writing
 
 
@@ -67,6 +72,8 @@ def prepare(context: StageContext) -> dict[str, Any]:
     """
     manifest = TASKS[context.recipe.data.kind].prepare(context)
     write_file(context.draft.uri, MANIFEST, manifest.model_dump_json(indent=1).encode())
+    if manifest.near_duplicates and manifest.near_duplicates.documents:
+        context.progress(Notice(manifest.near_duplicates.summary))
     return _metrics(manifest)
 
 
@@ -111,11 +118,16 @@ def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
         files = reading.listing.files
         size_mb = sum(file.size_bytes for file in files) / 1e6
         heartbeat.start_phase(0, f"reading {len(files)} files, {size_mb:,.1f} MB")
-        pieces = _read(absolute_source(data.source), files)
+        pieces = _read(absolute_source(data.source), files, data.near_duplicates)
         documents = _select(pieces, data, reading)
         for line in describe_skipped(reading.skipped):
             context.progress(Notice(line))
         splits_N = cleaning.split_of(documents.hashes_N, data.validation_fraction, data.test_fraction)
+        heartbeat.start_phase(0, f"near-copies, among {len(splits_N):,} documents")
+        decision: Decision | None = None
+        if data.near_duplicates:
+            decision = _near_duplicates(pieces, documents, splits_N, data.near_duplicates)
+            documents, splits_N = documents.take(decision.kept, decision.dropped), splits_N[decision.kept]
         index = DocumentIndex.of(documents.names_N)
         heartbeat.start_phase(1, f"tokenizer, from {np.sum(splits_N == 'train')} documents")
         tokenizer = _tokenizer(pieces, index, splits_N, data, heartbeat)
@@ -129,7 +141,7 @@ def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
         shards = _write(tokens, layout, data, tokenizer, context.recipe.seed, context.draft.uri)
         write_file(context.draft.uri, TOKENIZER, tokenizer.json.encode())
         write_file(context.draft.uri, TOKENIZER_CONFIG, tokenizer.config().encode())
-        write_file(context.draft.uri, DOCUMENTS, _documents_file(documents, splits_N))
+        write_file(context.draft.uri, DOCUMENTS, _documents_file(documents, splits_N, decision))
         write_file(context.draft.uri, TEST_TEXTS, _test_texts(pieces, index, splits_N))
         heartbeat.start_phase(PHASES, "")
     return Manifest(
@@ -146,6 +158,7 @@ def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
         dropped=documents.dropped,
         skipped=reading.counts,
         altered=int(np.sum(altered_N == ALTERED)),
+        near_duplicates=decision and decision.found,
     )
 
 
@@ -159,7 +172,7 @@ def _split(name: str, layout: ShardLayout, shards: Sequence[Shard], documents: i
 # --- reading and cleaning -------------------------------------------------------------------------
 
 
-def _read(source: Source, files: Sequence[SourceFile]) -> Dataset:
+def _read(source: Source, files: Sequence[SourceFile], near_duplicates: NearDuplicates | None) -> Dataset:
     """Every document of the source in pieces, read in blocks of about ``BLOCK_BYTES`` of whole files."""
     total = sum(file.size_bytes for file in files)
     readers = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
@@ -168,7 +181,8 @@ def _read(source: Source, files: Sequence[SourceFile]) -> Dataset:
     block_of = np.minimum((np.cumsum(sizes) - sizes) * blocks // max(total, 1), blocks - 1)
     names = np.array([file.name for file in files], dtype=object)
     items = [{"files": own.tolist()} for own in np.split(names, np.flatnonzero(np.diff(block_of)) + 1)]
-    return _map_blocks(ray.data.from_items(items, override_num_blocks=len(items)), partial(read_block, source=source))
+    read = partial(read_block, source=source, near_duplicates=near_duplicates)
+    return _map_blocks(ray.data.from_items(items, override_num_blocks=len(items)), read)
 
 
 def _map_blocks(dataset: Dataset, function: Callable[[pa.Table], Any]) -> Dataset:
@@ -200,6 +214,26 @@ def _select(pieces: Dataset, data: TextData, reading: SourceReading) -> cleaning
             f"least {len(SPLITS)}, one for each of the splits {', '.join(SPLITS)}: give more documents"
         )
     return documents
+
+
+def _near_duplicates(
+    pieces: Dataset, documents: cleaning.SelectedDocuments, splits_N: NDArray[np.str_], settings: NearDuplicates
+) -> Decision:
+    index, pairs = DocumentIndex.of(documents.names_N), no_pairs()
+    bands, at_once = band_count(settings), max(2, BANDS_BYTES // (8 * len(splits_N)))
+    for first in range(0, bands, at_once):
+        last = min(first + at_once, bands)
+        numbered = _map_blocks(pieces, partial(bands_block, index=index, first=first, last=last))
+        table = _collect(numbered, ("document", *(f"band{number}" for number in range(first, last))))
+        found = table.sort_by("document").drop("document")
+        pairs = candidate_pairs([column.to_numpy() for column in found.itercolumns()], splits_N, pairs)
+    if not len(pairs):
+        return decide(pairs, splits_N, documents.sizes_N, settings)
+    candidates = Candidates.of(pairs, documents.sizes_N, settings)
+    hashed = _map_blocks(pieces, partial(candidates.shingle_block, index=index))
+    checked = hashed.groupby("bucket").map_groups(candidates.check_bucket, batch_format="pyarrow")
+    copies = np.stack([column.to_numpy() for column in _collect(checked, ("own", "other")).itercolumns()], axis=1)
+    return decide(copies, splits_N, documents.sizes_N, settings)
 
 
 # --- tokens ---------------------------------------------------------------------------------------
@@ -257,7 +291,9 @@ def _test_texts(pieces: Dataset, index: DocumentIndex, splits_N: NDArray[np.str_
     return parquet_bytes(found.sort_by("document"), SAMPLED_DOCUMENTS)
 
 
-def _documents_file(documents: cleaning.SelectedDocuments, splits_N: NDArray[np.str_]) -> bytes:
+def _documents_file(
+    documents: cleaning.SelectedDocuments, splits_N: NDArray[np.str_], decision: Decision | None
+) -> bytes:
     table = pa.table(
         {
             "document": pa.array(np.arange(len(splits_N)), pa.int32()),
@@ -265,6 +301,7 @@ def _documents_file(documents: cleaning.SelectedDocuments, splits_N: NDArray[np.
             "name": pa.array(documents.names_N.tolist(), pa.string()),
             "sha256": pa.array(documents.hashes_N.tolist(), pa.string()),
             "size_bytes": pa.array(documents.sizes_N, pa.int64()),
+            **({CLUSTER: pa.array(decision.kept_clusters, pa.int32())} if decision else {}),
         }
     )
     return parquet_bytes(table, DOCUMENTS_PER_GROUP)

@@ -22,7 +22,7 @@ from overproof.registry import TASKS
 from overproof.stage_context import TaskProgress
 from overproof.train.checkpoint import CURVE_FILE
 from overproof.train.checkpoint_writer import AsyncCheckpointWriter
-from overproof.train.engine import TorchEngine
+from overproof.train.engine import STATE_FILE, TorchEngine
 from overproof.train.loop import CurveRow, LoopHooks, shard_batches, train_steps, validation_ids, validation_loss
 from overproof.train.train_job import ResumePoint
 
@@ -31,6 +31,7 @@ TELL_EVERY_S = 2.0  # how far it is, between validations
 # Files of each checkpoint, in addition to the engine's state and the curve:
 SECONDS_FILE = "seconds"  # of training and of CPU time, in all attempts
 VALUES_FILE = "values.json"  # settings that training goes on with
+STATE_FILES = (STATE_FILE, CURVE_FILE, SECONDS_FILE, VALUES_FILE)
 
 
 class StudentTrainer:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import importlib
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,6 +114,16 @@ class TuneTrial(tune.Trainable):
     def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]
         assert isinstance(self.trainer, InProcessTrainer)
         self.trainer.load_state(Path(checkpoint))
+
+    def restore(self, checkpoint_path: Any) -> None:
+        """From the files of a state alone: Tune would unpickle what lies beside them under a name of its own."""
+        from overproof.distill.student_trainer import STATE_FILES
+
+        with checkpoint_path.checkpoint.as_directory() as found, tempfile.TemporaryDirectory() as folder:
+            for name in STATE_FILES:
+                shutil.copyfile(Path(found) / name, Path(folder) / name)
+            own = tune.Checkpoint.from_directory(folder)
+            super().restore(type(checkpoint_path)(checkpoint=own, metrics=checkpoint_path.metrics))
 
     def step(self) -> dict[str, Any]:
         result = self.trainer.run_to_validation()

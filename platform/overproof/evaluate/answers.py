@@ -21,6 +21,7 @@ from overproof.config import Recipe
 from overproof.engines.probe import AnswersRequest, GeneratedAnswer, probe_answers
 from overproof.evaluate.metrics import EXPECTED_ACCURACY, wilson_interval
 from overproof.export.stage import Export
+from overproof.registry import TASKS
 from overproof.stage_context import Notice, Progress, StageContext, TaskProgress
 from overproof.tasks.base import Metric, spread_units
 from overproof.tasks.expected_answers import AnswerCheck, read_checks
@@ -35,6 +36,7 @@ class CheckedAnswers:
     checks: list[AnswerCheck]  # those that every file was asked
     available: int
     answers: Mapping[str, list[GeneratedAnswer]]  # of each file, one for each check
+    clusters: int  # of near-copies, that the questions' conversations are in: as much is known as of so many
     confidence: float
     summary: str  # what was asked, for people; empty where no record expects anything
 
@@ -50,7 +52,7 @@ class CheckedAnswers:
         if not self.checks:
             return {}
         right, asked = sum(self.right(name)), len(self.checks)
-        low, high = wilson_interval(right, asked, self.confidence)
+        low, high = wilson_interval(right * self.clusters / asked, self.clusters, self.confidence)
         found = Metric(value=right / asked, low=low, high=high, unit="share", n=asked, of=self.available)
         return {EXPECTED_ACCURACY: found}
 
@@ -78,9 +80,10 @@ class CheckedAnswers:
 
 def check_answers(context: StageContext, exports: tuple[Export, ...]) -> CheckedAnswers:
     """Ask one file after the other, on as many questions as the recipe has documents and time for."""
-    settings, checks = context.recipe.evaluate, read_checks(context.parents["prepare"].local())
+    settings, root = context.recipe.evaluate, context.parents["prepare"].local()
+    checks = read_checks(root)
     if not checks:
-        return CheckedAnswers([], 0, {}, settings.confidence, "")
+        return CheckedAnswers([], 0, {}, 0, settings.confidence, "")
     asked = [checks[place] for place in spread_units(np.arange(len(checks)), settings.max_documents)]
     limit_s = None if settings.score_s is None else settings.score_s / len(exports)
     began_s = time.monotonic()
@@ -106,7 +109,9 @@ def check_answers(context: StageContext, exports: tuple[Export, ...]) -> Checked
     )
     if done < len(asked) and settings.score_s is not None:
         summary += f"; evaluate.score_s allows {settings.score_s:g} s"
-    return CheckedAnswers(asked[:done], len(checks), answers, settings.confidence, summary)
+    documents = np.array([check.document for check in asked[:done]], np.int64)
+    clusters = len(np.unique(TASKS[context.recipe.data.kind].clusters(root, documents)))
+    return CheckedAnswers(asked[:done], len(checks), answers, clusters, settings.confidence, summary)
 
 
 def _tell_refusals(

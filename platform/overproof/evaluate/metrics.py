@@ -1,6 +1,9 @@
 """What was measured, and how sure one may be of it. Pure numpy.
 
-Shapes: U test units (documents, images or rows), E exports, S resamples, C columns.
+Shapes: U test units (documents, images or rows), K clusters of them, E exports, S resamples, C columns.
+
+What is resampled are clusters: units that are near-copies of each other are drawn together, or not at all (the cluster
+bootstrap: Davison and Hinkley, 1997, chapter 3.8). Where none are copies each unit is one.
 """
 
 from __future__ import annotations
@@ -9,10 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from overproof.data.manifest import NearDuplicatesFound
 from overproof.files import FrozenModel
 from overproof.tasks.base import FurtherMetric, Metric, QualityMetric, UnitColumns
 
@@ -47,7 +52,7 @@ class Comparison(FrozenModel):
     """How much worse ``name`` is than ``against`` on the same units; negative is better. And which share of the quality
     of ``against`` it keeps.
 
-    See ``QualityMetric.worse`` and ``QualityMetric.kept``. There is no interval of a single unit, nor one of a share
+    See ``QualityMetric.worse`` and ``QualityMetric.kept``. There is no interval of a single cluster, nor one of a share
     where some resample has nothing to be kept.
     """
 
@@ -71,6 +76,7 @@ class Report(FrozenModel):
     confidence: float
     scored: str = ""  # on how much of the test split, for how long and why no more; for people
     answered: str = ""  # how many questions whose answers are expected, likewise; empty where there are none
+    near_duplicates: NearDuplicatesFound | None = None  # None: not looked for
     measured: tuple[MeasuredFile, ...]
     served_teacher: MeasuredTeacher | None = None  # where the teacher is none of the files
     comparisons: tuple[Comparison, ...]
@@ -112,44 +118,73 @@ class PerExampleSums:
     predictions: NDArray[np.float64]
 
 
-def resampled_sums(columns_UC: NDArray[np.float64], bootstrap: Bootstrap) -> NDArray[np.float64]:
-    """Column sums of units drawn with replacement, shape (S, C).
+@dataclass(frozen=True)
+class Clusters:
+    """Which units are drawn together."""
 
-    Every column sees the same draws, so figures of two exports are paired. Memory does not grow with S * U.
+    of_unit_U: NDArray[np.int64]  # the cluster of each, from 0 on
+    count: int  # K
+
+    @classmethod
+    def of(cls, labels_U: NDArray[np.int64]) -> Self:
+        """Units of one label are one cluster."""
+        distinct, of_unit_U = np.unique(labels_U, return_inverse=True)
+        return cls(of_unit_U, len(distinct))
+
+    @classmethod
+    def single(cls, units: int) -> Self:
+        """Each unit by itself."""
+        return cls(np.arange(units), units)
+
+    def first(self, units: int) -> Self:
+        """The clusters of the first units alone."""
+        return type(self).of(self.of_unit_U[:units])
+
+    def sums(self, columns_UC: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of each cluster, (K, C)."""
+        sums_KC = np.zeros((self.count, columns_UC.shape[1]))
+        np.add.at(sums_KC, self.of_unit_U, columns_UC)
+        return sums_KC
+
+
+def resampled_sums(columns_KC: NDArray[np.float64], bootstrap: Bootstrap) -> NDArray[np.float64]:
+    """Column sums of clusters drawn with replacement, shape (S, C).
+
+    Every column sees the same draws, so figures of two exports are paired. Memory does not grow with S * K.
     """
-    return np.concatenate([counts_SU @ columns_UC for counts_SU in _resampled_counts(len(columns_UC), bootstrap)])
+    return np.concatenate([counts_SK @ columns_KC for counts_SK in _resampled_counts(len(columns_KC), bootstrap)])
 
 
-def _resampled_counts(units: int, bootstrap: Bootstrap) -> Iterator[NDArray[np.float64]]:
-    """How often each unit is drawn, (S, U), some resamples at a time; the same for each call."""
+def _resampled_counts(clusters: int, bootstrap: Bootstrap) -> Iterator[NDArray[np.float64]]:
+    """How often each cluster is drawn, (S, K), some resamples at a time; the same for each call."""
     generator = np.random.default_rng(bootstrap.seed)
-    chunk = max(1, CHUNK_COUNTS // units)
+    chunk = max(1, CHUNK_COUNTS // clusters)
     for start in range(0, bootstrap.samples, chunk):
-        yield _draw(generator, min(chunk, bootstrap.samples - start), units)
+        yield _draw(generator, min(chunk, bootstrap.samples - start), clusters)
 
 
-def _draw(generator: np.random.Generator, rows: int, units: int) -> NDArray[np.float64]:
-    drawn = generator.integers(0, units, (rows, units)) + units * np.arange(rows)[:, None]
-    return np.bincount(drawn.ravel(), minlength=rows * units).reshape(rows, units).astype(np.float64)
+def _draw(generator: np.random.Generator, rows: int, clusters: int) -> NDArray[np.float64]:
+    drawn = generator.integers(0, clusters, (rows, clusters)) + clusters * np.arange(rows)[:, None]
+    return np.bincount(drawn.ravel(), minlength=rows * clusters).reshape(rows, clusters).astype(np.float64)
 
 
-def percentiles(values_S: NDArray[np.float64], units: int, confidence: float) -> tuple[float | None, float | None]:
+def percentiles(values_S: NDArray[np.float64], clusters: int, confidence: float) -> tuple[float | None, float | None]:
     """Bounds of the expanded percentile interval (Hesterberg, arXiv 1411.5279).
 
-    Plain percentiles are too narrow for few units. The tail is widened as Student's t widens the normal, and
+    Plain percentiles are too narrow for few clusters. The tail is widened as Student's t widens the normal, and
     by sqrt(n / (n - 1)); t is its expansion in 1 / degrees of freedom (Abramowitz and Stegun, 26.7.5).
     """
-    if units < 2:
+    if clusters < 2:
         return None, None
-    normal, df = NormalDist(), units - 1
+    normal, df = NormalDist(), clusters - 1
     z = normal.inv_cdf((1 + confidence) / 2)
     t = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-    tail = normal.cdf(-sqrt(units / df) * t)
+    tail = normal.cdf(-sqrt(clusters / df) * t)
     low, high = np.quantile(values_S, [tail, 1 - tail])
     return float(low), float(high)
 
 
-def wilson_interval(right: int, asked: int, confidence: float) -> tuple[float, float]:
+def wilson_interval(right: float, asked: float, confidence: float) -> tuple[float, float]:
     """Bounds of a share (Wilson, 1927, doi 10.1080/01621459.1927.10502953): of few answers that are all right, too, it
     says how little that shows, which resampling does not.
     """
@@ -160,19 +195,26 @@ def wilson_interval(right: int, asked: int, confidence: float) -> tuple[float, f
 
 
 def quality_metrics(
-    quality: QualityMetric, exports: Mapping[str, PerExampleSums], bootstrap: Bootstrap
+    quality: QualityMetric,
+    exports: Mapping[str, PerExampleSums],
+    bootstrap: Bootstrap,
+    clusters: Clusters | None = None,
 ) -> tuple[dict[str, dict[str, Metric]], tuple[Comparison, ...]]:
-    """Each export's quality and agreement, and its comparison with every other, from one set of resamples."""
+    """Each export's quality and agreement, and its comparison with every other, from one set of resamples.
+
+    ``clusters`` are those of the units; None: each is one by itself.
+    """
     names = list(exports)
     columns_UC = np.stack([c for name in names for c in _columns(exports[name])], axis=1)
     units = len(columns_UC)
+    clusters = clusters or Clusters.single(units)
     point_E4 = columns_UC.sum(axis=0).reshape(len(names), 4)
-    drawn_SE4 = resampled_sums(columns_UC, bootstrap).reshape(bootstrap.samples, len(names), 4)
+    drawn_SE4 = resampled_sums(clusters.sums(columns_UC), bootstrap).reshape(bootstrap.samples, len(names), 4)
     quality_E, quality_SE = (quality.value(a[..., 0], a[..., 1]) for a in (point_E4, drawn_SE4))
     agreement_E, agreement_SE = (a[..., 2] / a[..., 3] for a in (point_E4, drawn_SE4))
 
     def metric(value: float, values_S: NDArray[np.float64], unit: str) -> Metric:
-        low, high = percentiles(values_S, units, bootstrap.confidence)
+        low, high = percentiles(values_S, clusters.count, bootstrap.confidence)
         return Metric(value=float(value), low=low, high=high, unit=unit, n=units)
 
     metrics = {
@@ -182,20 +224,28 @@ def quality_metrics(
         }
         for i, name in enumerate(names)
     }
-    return metrics, tuple(_comparisons(quality, names, quality_E, quality_SE, units, bootstrap.confidence))
+    return metrics, tuple(_comparisons(quality, names, quality_E, quality_SE, clusters.count, bootstrap.confidence))
 
 
 def further_metrics(
-    further: Sequence[FurtherMetric], columns: UnitColumns, units: int, bootstrap: Bootstrap
+    further: Sequence[FurtherMetric],
+    columns: UnitColumns,
+    units: int,
+    bootstrap: Bootstrap,
+    clusters: Clusters | None = None,
 ) -> dict[str, Metric]:
     """An export's further metrics, from the columns of its units and the resamples that its quality has."""
     if not further:
         return {}
-    drawn = [[each.value(columns, counts_SU) for each in further] for counts_SU in _resampled_counts(units, bootstrap)]
+    clusters = clusters or Clusters.single(units)
+    drawn = [
+        [each.value(columns, counts_SK[:, clusters.of_unit_U]) for each in further]
+        for counts_SK in _resampled_counts(clusters.count, bootstrap)
+    ]
     found = {}
     for number, each in enumerate(further):
         (value,) = each.value(columns, np.ones((1, units)))
-        low, high = percentiles(np.concatenate([part[number] for part in drawn]), units, bootstrap.confidence)
+        low, high = percentiles(np.concatenate([part[number] for part in drawn]), clusters.count, bootstrap.confidence)
         found[each.name] = Metric(value=float(value), low=low, high=high, unit=each.unit, n=units)
     return found
 
@@ -209,7 +259,7 @@ def _comparisons(
     names: Sequence[str],
     quality_E: NDArray[np.float64],
     quality_SE: NDArray[np.float64],
-    units: int,
+    clusters: int,
     confidence: float,
 ) -> list[Comparison]:
     found = []
@@ -217,14 +267,14 @@ def _comparisons(
         for b, against in enumerate(names):
             if a == b:
                 continue
-            low, high = percentiles(quality.worse(quality_SE[:, a], quality_SE[:, b]), units, confidence)
+            low, high = percentiles(quality.worse(quality_SE[:, a], quality_SE[:, b]), clusters, confidence)
             value = float(quality.worse(quality_E[a], quality_E[b]))
             with np.errstate(divide="ignore", invalid="ignore"):
                 kept, kept_S = (
                     quality.kept(quality_E[a], quality_E[b]),
                     quality.kept(quality_SE[:, a], quality_SE[:, b]),
                 )
-            ends = percentiles(kept_S, units, confidence) if np.isfinite(kept_S).all() else (None, None)
+            ends = percentiles(kept_S, clusters, confidence) if np.isfinite(kept_S).all() else (None, None)
             found.append(
                 Comparison(
                     name=name, against=against, value=value, low=low, high=high,

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from overproof.artifacts import Artifact
 from overproof.cluster.ray_cluster import run_tasks
 from overproof.config import Evaluate, Recipe, Served
-from overproof.data.manifest import Manifest
+from overproof.data.manifest import Manifest, NearDuplicatesFound
 from overproof.engines.endpoint import EndpointScorer
 from overproof.engines.served_teacher import ServedTeacher, open_teacher
 from overproof.evaluate.answers import check_answers
 from overproof.evaluate.gate import judge, requests_needed
 from overproof.evaluate.metrics import (
     Bootstrap,
+    Clusters,
     MeasuredFile,
     MeasuredTeacher,
     PerExampleSums,
@@ -48,10 +49,12 @@ def evaluate_exports(context: StageContext) -> dict[str, Any]:
     engines = _probe_all(context, exports)
     checked = check_answers(context, exports)
     figures = {name: found | checked.metrics(name) for name, found in engines.items()}
-    report = make_report(context.recipe, exports, scored, figures, checked.summary, _served_teacher(context, exports))
+    copies = Manifest.read(context.parents["prepare"].local()).near_duplicates
+    served = _served_teacher(context, exports)
+    report = make_report(context.recipe, exports, scored, figures, checked.summary, served, copies)
     with context.draft.directory() as root:
         checked.write(root)
-        pq.write_table(units_table(scored.scores), root / UNITS, compression="zstd")
+        pq.write_table(units_table(scored), root / UNITS, compression="zstd")
         (root / REPORT).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
     values = {measured.name: measured.metrics[report.quality].value for measured in report.measured}
     return {"quality": report.quality, "scored": report.scored} | values
@@ -68,13 +71,16 @@ def judge_report(context: StageContext) -> dict[str, Any]:
 
 def make_report(
     recipe: Recipe, exports: tuple[Export, ...], scored: Scored, engines: Mapping[str, Mapping[str, Metric]],
-    answered: str = "", served: ServedTeacher | None = None,
+    answered: str = "", served: ServedTeacher | None = None, near_duplicates: NearDuplicatesFound | None = None,
 ) -> Report:  # fmt: skip
     """Figures with intervals from the scores, and the engine's beside them, but for a teacher that is served."""
     task, scores = TASKS[recipe.data.kind], scored.scores
     bootstrap = _bootstrap(recipe)
-    metrics, comparisons = quality_metrics(task.quality, _sums(scores), bootstrap)
-    further = {name: further_metrics(task.further, s.columns, len(s.units), bootstrap) for name, s in scores.items()}
+    metrics, comparisons = quality_metrics(task.quality, _sums(scores), bootstrap, scored.clusters)
+    further = {
+        name: further_metrics(task.further, s.columns, len(s.units), bootstrap, scored.clusters)
+        for name, s in scores.items()
+    }
     measured = tuple(
         MeasuredFile(
             name=export.name,
@@ -103,6 +109,7 @@ def make_report(
         confidence=recipe.evaluate.confidence,
         scored=scored.summary,
         answered=answered,
+        near_duplicates=near_duplicates,
         measured=measured,
         served_teacher=served and MeasuredTeacher(model=served.model, weights=served.weights, metrics=metrics[TEACHER]),
         comparisons=comparisons,
@@ -116,13 +123,17 @@ def _conversion(export: Export) -> dict[str, Metric]:
     return {"conversion_nats": Metric(value=export.difference_nats, unit="nats", n=export.checked_positions)}
 
 
-def units_table(scores: Mapping[str, FileScores]) -> pa.Table:
-    """One row for each export and test unit: what every quality figure of the report is made from."""
+def units_table(scored: Scored) -> pa.Table:
+    """One row for each export and test unit: what every quality figure of the report is made from. Units of one cluster
+    are resampled together.
+    """
+    scores = scored.scores
     return pa.concat_tables(
         pa.table(
             {
                 "export": [name] * len(s.units),
                 "unit": s.units,
+                "cluster": scored.clusters.of_unit_U,
                 "total": s.total,
                 "size": s.size,
                 "predictions": s.predictions,
@@ -141,6 +152,7 @@ class Scored:
     seconds: dict[str, float]
     available: int
     summary: str
+    clusters: Clusters  # of those units
 
 
 def _score_all(context: StageContext, exports: tuple[Export, ...]) -> Scored:
@@ -150,6 +162,7 @@ def _score_all(context: StageContext, exports: tuple[Export, ...]) -> Scored:
     names = tuple(_scored_files(exports))
     available = len(task.units(root, None))
     units = task.units(root, settings.max_documents)
+    clusters = Clusters.of(task.clusters(root, units))
     scores, seconds = dict[str, FileScores](), dict.fromkeys(names, 0.0)
     began_s, done, why = time.monotonic(), 0, ""
     while done < len(units):
@@ -164,13 +177,17 @@ def _score_all(context: StageContext, exports: tuple[Export, ...]) -> Scored:
         scores = {name: scores[name].joined(new) if done else new for name, new in new_scores.items()}
         seconds = {name: seconds[name] + took_s for name, (_, took_s) in found.items()}
         done += common
-        share = None if settings.narrow is None or done < FEWEST else _widest(recipe, exports, scores)
+        share = (
+            None if settings.narrow is None or done < FEWEST else _widest(recipe, exports, scores, clusters.first(done))
+        )
         if share is not None and settings.narrow is not None and share <= settings.narrow and done < len(units):
             why = f"; every interval that a rule looks at is within {share:.2g} of what the rule allows"
             break
+    clusters = clusters.first(done)
+    copies = f" in {clusters.count:,} clusters of near-copies, which are resampled" if clusters.count < done else ""
     cut = f" (evaluate.max_documents takes {len(units):,})" if len(units) < available else ""
-    spent = f"{done:,} of {available:,} {task.test_unit}s{cut}, {time.monotonic() - began_s:.0f} s of scoring"
-    return Scored({name: scores[name] for name in names}, seconds, available, spent + why)
+    spent = f"{done:,} of {available:,} {task.test_unit}s{cut}{copies}, {time.monotonic() - began_s:.0f} s of scoring"
+    return Scored({name: scores[name] for name in names}, seconds, available, spent + why, clusters)
 
 
 def _served_teacher(context: StageContext, exports: tuple[Export, ...]) -> ServedTeacher | None:
@@ -216,8 +233,10 @@ def _limited(recipe: Recipe, limit_s: float | None) -> Recipe:
     return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"score_s": limit_s})})
 
 
-def _widest(recipe: Recipe, exports: tuple[Export, ...], scores: Mapping[str, FileScores]) -> float | None:
-    metrics, comparisons = quality_metrics(TASKS[recipe.data.kind].quality, _sums(scores), _bootstrap(recipe))
+def _widest(
+    recipe: Recipe, exports: tuple[Export, ...], scores: Mapping[str, FileScores], clusters: Clusters
+) -> float | None:
+    metrics, comparisons = quality_metrics(TASKS[recipe.data.kind].quality, _sums(scores), _bootstrap(recipe), clusters)
     return widest(recipe.gate.rules, [export for export in exports if export.candidate], metrics, comparisons)
 
 

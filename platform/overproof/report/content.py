@@ -148,6 +148,7 @@ def file_rows(evaluated: EvaluatedFiles, sweep_results: Mapping[str, Any]) -> di
         "test_unit": task.test_unit,
         "scored": report.scored,
         "answered": report.answered,
+        "near_duplicates": report.near_duplicates.summary if report.near_duplicates else "",
         "conversion": _conversion(report),
         "chosen": verdict.chosen if verdict else None,
         "rows": rows,

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overproof.config import Evaluate
-from overproof.data.manifest import Manifest
+from overproof.data.manifest import CLUSTER, Manifest
 from overproof.data.parquet_reader import Columns, Shards
 from overproof.engines import probe
 from overproof.engines.base import ArrayEngine, EngineSettings
@@ -47,6 +47,13 @@ Judge = Callable[[NDArray[np.float32], Columns], Judged]  # of log-probabilities
 def array_units(root: Path, most: int | None) -> NDArray[np.int64]:
     """The test rows, which were permuted when they were split: all, or ``most`` evenly spread."""
     return spread_units(np.arange(Shards(root, "test").rows), most)
+
+
+def row_clusters(root: Path, units: NDArray[np.int64]) -> NDArray[np.int64]:
+    """See ``Task.clusters``: each row by itself, where near-copies were not looked for, or rows have no words."""
+    if all(column.name != CLUSTER for column in Manifest.read(root).columns):
+        return units
+    return Shards(root, "test", (CLUSTER,)).take(units)[CLUSTER].astype(np.int64)
 
 
 def score_arrays(

@@ -58,6 +58,11 @@ class RowsTask:
 
         return array_units(root, most)
 
+    def clusters(self, root: Path, units: NDArray[np.int64]) -> NDArray[np.int64]:
+        from overproof.tasks.array_evaluation import row_clusters
+
+        return row_clusters(root, units)
+
     def score(
         self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
         tell: Tell,

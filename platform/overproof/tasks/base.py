@@ -284,6 +284,11 @@ class Task(Protocol):
             InputError: there are none.
         """
 
+    def clusters(self, root: Path, units: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of these test units belong together, as near-copies of each other: those of one number. Intervals are
+        of resampled clusters, since copies tell nothing new.
+        """
+
     def score(
         self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
         tell: Tell,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from overproof.config.base import Section
-from overproof.config.data import DataSection, TokenizerFile
+from overproof.config.data import DataSection, HeldOutNearDuplicates, NearDuplicates, TokenizerFile
 from overproof.models.base import DataShape, Prediction
 from overproof.tasks.base import CardWords, Loss
 from overproof.tasks.language_modeling import CausalTask
@@ -51,6 +51,7 @@ class ChatData(DataSection):
     sequence_length: int = Field(
         512, ge=8, le=1_048_576, description="Predicted tokens in a row; longer conversations are cut behind an answer."
     )
+    near_duplicates: HeldOutNearDuplicates = NearDuplicates()
 
     @property
     def positions(self) -> int:

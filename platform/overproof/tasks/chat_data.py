@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from overproof.config import ExpectedAnswers
 from overproof.data.chat_template_files import CHAT_TEMPLATE, template_files
 from overproof.data.cleaning import DUPLICATE, NUL_LINES, split_of
 from overproof.data.heartbeat import Heartbeat
-from overproof.data.manifest import DOCUMENTS, SPLITS, TEST_TEXTS, TOKENIZER, TOKENIZER_CONFIG, Manifest, Split
+from overproof.data.manifest import CLUSTER, DOCUMENTS, SPLITS, TEST_TEXTS, TOKENIZER, TOKENIZER_CONFIG, Manifest, Split
+from overproof.data.near_duplicates import Decision, find_near_duplicates
 from overproof.data.order import permutation
 from overproof.data.parquet_writer import parquet_bytes, write_file
 from overproof.data.source_files import SourceReading, describe_skipped
@@ -42,7 +43,7 @@ from overproof.tasks.expected_answers import EXPECTED, AnswerCheck, checks_file
 if TYPE_CHECKING:
     from overproof.tasks.chat import ChatData
 
-PHASES = 2  # of the progress: reading and rendering, writing
+PHASES = 3  # of the progress: reading and rendering, near-copies, writing
 SPELLED, TOO_LONG = "with a special token's name", "longer than a row"  # reasons to leave a conversation out
 SAMPLED_CONVERSATIONS, SAMPLED_CHARACTERS = 128, 4096  # of the test split, for engines to split
 CONVERSATIONS_PER_GROUP = 1 << 16
@@ -57,7 +58,9 @@ class KeptConversation:
     sha256: str
     prompt_sha256: str
     text: str
+    said: str  # by user and assistant: what near-copies are told by, whatever they have from the system in common
     pieces: list[EncodedConversation]  # one, or one for each answer where the template rewrites earlier turns
+    is_cut: bool  # whether some turns are left out
     is_divided: bool  # whether there were several of them
     has_last_answer: bool  # or that was longer than a row
     altered: int  # how its messages come back by their tokens, see ``how_it_comes_back``
@@ -73,9 +76,18 @@ class KeptConversations:
     """Those of a source, by the hashes of their contents, none twice."""
 
     kept: list[KeptConversation]
-    cut: int  # of them, those of which some turns are left out
     dropped: dict[str, int]
     expecting: dict[str, Conversation]  # those of the source that say what their last answer must be, by ``sha256``
+
+    def take(self, chosen: NDArray[np.int64], dropped: dict[str, int]) -> KeptConversations:
+        """These of them; the others are left out for further reasons."""
+        kept = [self.kept[number] for number in chosen.tolist()]
+        return replace(self, kept=kept, dropped=self.dropped | dropped)
+
+    @property
+    def cut(self) -> int:
+        """How many have lost some turns."""
+        return sum(each.is_cut for each in self.kept)
 
     @property
     def divided(self) -> list[KeptConversation]:
@@ -114,9 +126,16 @@ def prepare_chat(context: StageContext) -> Manifest:
         reading = SourceReading(conversation_files(data.source, data.on_error), data.on_error)
         found = _read(data, reading, encoder, heartbeat)
         end_id = _end_of_answers(data, found.kept, encoder, tokenizer.end_id, context)
-        splits = _splits(data, found)
+        splits_N = _splits(data, found)
+        heartbeat.start_phase(1, f"near-copies, among {len(found.kept):,} conversations")
+        decision: Decision | None = None
+        if data.near_duplicates:
+            said = [each.said for each in found.kept]
+            decision = find_near_duplicates(said, splits_N, data.near_duplicates, heartbeat.update_note)
+            found, splits_N = found.take(decision.kept, decision.dropped), splits_N[decision.kept]
+        splits = {name: np.flatnonzero(splits_N == name) for name in SPLITS}
         checks = _checks(found, splits["test"], context)
-        heartbeat.start_phase(1, f"packing and writing {len(found.kept):,} conversations")
+        heartbeat.start_phase(2, f"packing and writing {len(found.kept):,} conversations")
         rows, members = _rows(found.kept, splits, data, context.recipe.seed)
         columns = chat_columns(data.sequence_length, tokenizer.outputs)
         counts_R = rows[ANSWER].astype(bool).sum(1)
@@ -124,7 +143,7 @@ def prepare_chat(context: StageContext) -> Manifest:
         write_file(context.draft.uri, TOKENIZER, tokenizer.json.encode())
         write_file(context.draft.uri, TOKENIZER_CONFIG, tokenizer.config().encode())
         write_file(context.draft.uri, CHAT_TEMPLATE, template.text.encode())
-        write_file(context.draft.uri, DOCUMENTS, _documents_file(found.kept, splits))
+        write_file(context.draft.uri, DOCUMENTS, _documents_file(found.kept, splits_N, decision))
         write_file(context.draft.uri, TEST_TEXTS, _test_texts(found.kept, splits["test"]))
         if checks:
             write_file(context.draft.uri, EXPECTED, checks_file(checks))
@@ -146,6 +165,7 @@ def prepare_chat(context: StageContext) -> Manifest:
         dropped=found.dropped,
         skipped=reading.counts,
         altered=sum(each.altered == ALTERED for each in found.kept),
+        near_duplicates=decision and decision.found,
         details={
             "cut": found.cut,
             "divided": len(found.divided),
@@ -165,7 +185,7 @@ def _read(
     most = data.sequence_length + 1
     kept: dict[str, KeptConversation] = {}
     dropped = dict.fromkeys((DUPLICATE, SPELLED, TOO_LONG), 0)
-    seen, cut, expecting = set[str](), 0, dict[str, Conversation]()
+    seen, expecting = set[str](), dict[str, Conversation]()
     for number, found in enumerate(read_conversations(data.source, reading), start=1):
         heartbeat.update_note(f"{number:,} conversations read")
         if found.expected is not None:
@@ -182,20 +202,21 @@ def _read(
         if not pieces:
             dropped[TOO_LONG] += 1
             continue
-        cut += _answers(pieces) < _answers(whole)
         kept[found.sha256] = KeptConversation(
             found.where,
             found.sha256,
             found.prompt_sha256,
             text,
+            found.said,
             pieces,
+            _answers(pieces) < _answers(whole),
             len(whole) > 1,
             len(whole[-1].tokens_T) <= most,
             encoder.comes_back(found),
         )
     if reading.nul_lines:
         dropped[NUL_LINES] = reading.nul_lines
-    return KeptConversations([kept[key] for key in sorted(kept)], cut, dropped, expecting)
+    return KeptConversations([kept[key] for key in sorted(kept)], dropped, expecting)
 
 
 def _require_same(first: Conversation, again: Conversation) -> None:
@@ -229,8 +250,8 @@ def _end_of_answers(
     return end_id
 
 
-def _splits(data: ChatData, found: KeptConversations) -> dict[str, NDArray[np.int64]]:
-    """Conversations of each split; those that begin with the same question are in one."""
+def _splits(data: ChatData, found: KeptConversations) -> NDArray[np.str_]:
+    """The split of each conversation; those that begin with the same question are in one."""
     prompts = np.array([each.prompt_sha256 for each in found.kept])
     distinct, of_conversation_N = np.unique(prompts, return_inverse=True)
     if len(distinct) < len(SPLITS):
@@ -240,8 +261,7 @@ def _splits(data: ChatData, found: KeptConversations) -> dict[str, NDArray[np.in
             f"{len(distinct)} different questions; expected at least {len(SPLITS)}, one for each of the splits "
             f"{', '.join(SPLITS)}: give more conversations, or a larger data.sequence_length"
         )
-    splits_N = split_of(distinct.tolist(), data.validation_fraction, data.test_fraction)[of_conversation_N]
-    return {name: np.flatnonzero(splits_N == name) for name in SPLITS}
+    return split_of(distinct.tolist(), data.validation_fraction, data.test_fraction)[of_conversation_N]
 
 
 def _checks(found: KeptConversations, tested: NDArray[np.int64], context: StageContext) -> list[AnswerCheck]:
@@ -307,18 +327,16 @@ def _rows(
     return columns | {"document": np.array(documents, np.int32), "scale": scale_R}, members
 
 
-def _documents_file(kept: Sequence[KeptConversation], splits: dict[str, NDArray[np.int64]]) -> bytes:
+def _documents_file(kept: Sequence[KeptConversation], splits_N: NDArray[np.str_], decision: Decision | None) -> bytes:
     """Every conversation; its size is that of its answers, which bits are divided by."""
-    split_N = np.empty(len(kept), object)
-    for name, own in splits.items():
-        split_N[own] = name
     table = pa.table(
         {
             "document": pa.array(np.arange(len(kept)), pa.int32()),
-            "split": pa.array(split_N.tolist(), pa.string()),
+            "split": pa.array(splits_N.tolist(), pa.string()),
             "name": pa.array([each.where for each in kept], pa.string()),
             "sha256": pa.array([each.sha256 for each in kept], pa.string()),
             "size_bytes": pa.array([each.size_bytes for each in kept], pa.int64()),
+            **({CLUSTER: pa.array(decision.kept_clusters, pa.int32())} if decision else {}),
         }
     )
     return parquet_bytes(table, CONVERSATIONS_PER_GROUP)

@@ -68,6 +68,13 @@ class Conversation:
         """The number of the last message that is learnt."""
         return max(number for number, is_learnt in enumerate(self.learnt) if is_learnt)
 
+    @property
+    def said(self) -> str:
+        """What user, assistant and tools say and what is called, without the system's words."""
+        own = [message for message in self.messages if message["role"] != "system"]
+        calls = (call["function"] for message in own for call in message.get("tool_calls", ()))
+        return "\n".join([*(message["content"] for message in own), *map(json.dumps, calls)])
+
     @cached_property
     def prompt_sha256(self) -> str:
         """Of what was asked before the first answer, apart from the system's words where there are others, whatever its

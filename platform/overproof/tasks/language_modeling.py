@@ -59,6 +59,11 @@ class CausalTask:
 
         return TestDocuments.of(root, most).documents
 
+    def clusters(self, root: Path, units: NDArray[np.int64]) -> NDArray[np.int64]:
+        from overproof.tasks.text_evaluation import document_clusters
+
+        return document_clusters(root, units)
+
     def score(
         self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
         tell: Tell,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
 from overproof.config.base import Section
-from overproof.config.data import BpeTokenizer, DataSection
+from overproof.config.data import BpeTokenizer, DataSection, HeldOutNearDuplicates, NearDuplicates
 from overproof.data.manifest import TOKENIZER
 from overproof.errors import InputError, suggest_name
 from overproof.models.base import DataShape, Prediction
@@ -98,6 +98,7 @@ class LabelledTextsData(DataSection):
     sequence_length: int = Field(
         128, ge=4, le=8192, description="Tokens in a row, special ones included; what is longer is cut, and counted."
     )
+    near_duplicates: HeldOutNearDuplicates = NearDuplicates()
 
 
 class TextClassificationData(LabelledTextsData):

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from overproof.config import Evaluate
-from overproof.data.manifest import DOCUMENTS, TEST_TEXTS, TOKENIZER, Manifest
+from overproof.data.manifest import CLUSTER, DOCUMENTS, TEST_TEXTS, TOKENIZER, Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.engines import probe
 from overproof.engines.base import ScoringLoader, TextScorer
@@ -139,7 +139,7 @@ def score_text(
         tell(place)
         if whole and limit.is_over(done):
             break
-    choices_N, sizes = np.concatenate(choices).astype(np.int32), _size_bytes(root, rows.documents)
+    choices_N, sizes = np.concatenate(choices).astype(np.int32), _of_documents(root, "size_bytes", rows.documents)
     return FileScores(file_sha256(file), rows.documents, nats, sizes, predictions, choices_N).first(done)
 
 
@@ -154,10 +154,19 @@ def _test_rows(
             yield columns["tokens"][row, : length + 1], counts_P
 
 
-def _size_bytes(root: Path, documents: NDArray[np.int64]) -> NDArray[np.int64]:
-    table = pq.read_table(root / DOCUMENTS, columns=["document", "size_bytes"])
-    sizes: dict[Any, Any] = dict(zip(table["document"].to_pylist(), table["size_bytes"].to_pylist(), strict=True))
-    return np.array([sizes[int(document)] for document in documents], np.int64)
+def document_clusters(root: Path, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+    """See ``Task.clusters``: each document by itself, where there are no near-copies or they were not looked for."""
+    manifest = Manifest.read(root)
+    found = manifest.near_duplicates
+    if found is None or found.test_clusters == manifest.splits["test"].documents:
+        return documents
+    return _of_documents(root, CLUSTER, documents)
+
+
+def _of_documents(root: Path, column: str, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+    table = pq.read_table(root / DOCUMENTS, columns=["document", column])
+    values: dict[Any, Any] = dict(zip(table["document"].to_pylist(), table[column].to_pylist(), strict=True))
+    return np.array([values[int(document)] for document in documents], np.int64)
 
 
 def measure_text(

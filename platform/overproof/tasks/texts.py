@@ -19,7 +19,9 @@ from pyarrow import fs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from overproof.data.cleaning import NUL_LINES
-from overproof.data.manifest import TOKENIZER, Column, Manifest
+from overproof.data.heartbeat import Heartbeat
+from overproof.data.manifest import CLUSTER, SPLITS, TOKENIZER, Column, Manifest
+from overproof.data.near_duplicates import Decision, find_near_duplicates
 from overproof.data.parquet_writer import write_file
 from overproof.data.source_files import SourceReading, describe_skipped
 from overproof.data.sources import sha256_of
@@ -28,9 +30,10 @@ from overproof.data.text_tokenizer import load_tokenizer, without_training_setti
 from overproof.errors import InputError
 from overproof.files import filesystem
 from overproof.models.encoder import PADDING
-from overproof.stage_context import Notice, StageContext, TaskProgress
+from overproof.stage_context import Notice, StageContext
 from overproof.tasks.labelled_text_files import labelled_texts, text_files
 
+PHASES = 4  # of the progress: reading, near-copies, tokenising, writing
 PAD, START, END = "[PAD]", "[CLS]", "[SEP]"
 SPECIAL = (START, PAD, END)  # by their ids: a RoBERTa counts positions from behind id 1, which it takes for padding
 PADDINGS = (PAD, "<pad>", "<|padding|>")  # as tokenizers name it
@@ -138,19 +141,30 @@ def prepare_texts(context: StageContext, labelling: Labelling) -> Manifest:
         InputError: the source is not what the recipe says, a class has no train text, a split is left empty, or there
             are more shards than row groups.
     """
+    with Heartbeat(context.progress, "prepare", PHASES) as heartbeat:
+        return _prepare_texts(context, labelling, heartbeat)
+
+
+def _prepare_texts(context: StageContext, labelling: Labelling, heartbeat: Heartbeat) -> Manifest:
     data: Any = context.recipe.data
-    context.progress(TaskProgress("prepare", 0, 3, "reading the texts"))
+    heartbeat.start_phase(0, "reading the texts")
     found = read_texts(data, labelling)
     for line in describe_skipped(found.skipped):
         context.progress(Notice(line))
     classes = found.classes
     there_RV = _class_matrix(found, classes)
     splits = stratified(labelling.strata(there_RV), data.validation_fraction, data.test_fraction, context.recipe.seed)
+    heartbeat.start_phase(1, f"near-copies, among {len(found.texts):,} texts")
+    decision = data.near_duplicates and _near_duplicates(found.texts, splits, data, heartbeat)
+    dropped = found.dropped
+    if decision:
+        splits["train"] = splits["train"][~decision.left_out_N[splits["train"]]]
+        dropped = dropped | decision.dropped
     splits["train"] = splits["train"][: len(splits["train"]) // data.rows_per_group * data.rows_per_group]
     _require_train_texts(classes, there_RV, splits["train"])
     content = _tokenizer_content(data, (found.texts[row] for row in splits["train"]))
     tokenizer = truncating_tokenizer(content, "data.tokenizer", data.sequence_length)
-    context.progress(TaskProgress("prepare", 1, 3, f"tokenising {len(found.texts):,} texts"))
+    heartbeat.start_phase(2, f"tokenising {len(found.texts):,} texts")
     encoded = encode_texts(tokenizer, found.texts)
     if encoded.empty:
         raise InputError(
@@ -162,13 +176,16 @@ def prepare_texts(context: StageContext, labelling: Labelling) -> Manifest:
     if truncated:
         longer = f"{truncated:,} of {len(kept_K):,} texts are longer than {data.sequence_length} tokens"
         context.progress(Notice(f"{longer} (data.sequence_length) and are cut"))
-    context.progress(TaskProgress("prepare", 2, 3, f"writing {len(found.texts):,} texts"))
+    heartbeat.start_phase(3, f"writing {len(kept_K):,} texts")
     labels = labelling.encode(there_RV)
     columns: tuple[Column, ...] = (
         Column(name="tokens", dtype="<i4", shape=(data.sequence_length,)),
         Column(name="label", dtype="<i4", shape=labels.shape[1:]),
     )
     rows: dict[str, NDArray[Any]] = {"tokens": encoded.tokens_RT, "label": labels}
+    if decision:
+        columns += (Column(name=CLUSTER, dtype="<i8", batch=False),)
+        rows[CLUSTER] = decision.clusters_N
     weights = labelling.weights(classes, there_RV, splits["train"])
     if weights is not None:
         columns += (Column(name="weight", dtype="<f4", shape=weights.shape[1:]),)
@@ -186,10 +203,20 @@ def prepare_texts(context: StageContext, labelling: Labelling) -> Manifest:
         positions=positions,
         outputs=outputs,
         tokenizer_sha256=hashlib.sha256(content).hexdigest(),
-        dropped=found.dropped,
+        dropped=dropped,
         skipped={reason: len(names) for reason, names in found.skipped.items()},
+        near_duplicates=decision and decision.found,
         details=details | {"truncated": truncated, "example": example},
     )
+
+
+def _near_duplicates(
+    texts: Sequence[str], splits: Mapping[str, NDArray[np.int64]], data: Any, heartbeat: Heartbeat
+) -> Decision:
+    splits_R = np.full(len(texts), "train", f"<U{max(map(len, SPLITS))}")
+    for name, own in splits.items():
+        splits_R[own] = name
+    return find_near_duplicates(texts, splits_R, data.near_duplicates, heartbeat.update_note)
 
 
 def read_texts(data: Any, labelling: Labelling) -> Texts:

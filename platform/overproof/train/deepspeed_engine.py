@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from overproof.train.engine import Metrics, StateWriter, seed_rng, set_learning_
 from overproof.train.extension_lock import require_no_stale_lock
 from overproof.train.objective import Objective
 from overproof.train.optim import deepspeed_clips, deepspeed_config, learning_rate, parameter_groups
+from overproof.train.plain_loading import plain_loading
 
 CPU_ADAM = "cpu_adam"  # what DeepSpeed compiles for offload, unless it was installed with it
 DISABLE_DYNAMO = "TORCHDYNAMO_DISABLE"  # torch reads it whenever torch.compile is called
@@ -124,10 +125,11 @@ class DeepSpeedEngine:
     def load(self, folder: Path, step: int) -> None:
         """Go on from the files that ``save`` gave after ``step`` steps, or from ``to_universal`` of them.
 
-        They are unpickled: give only files whose hashes were checked.
+        Raises:
+            InputError: they hold more than tensors, plain values and DeepSpeed's own records.
         """
         self.engine.checkpoint_engine = _StateFiles()
-        with _preserve_group_settings(self.optimizer):
+        with _preserve_group_settings(self.optimizer), _plain_loading(folder):
             path, _ = self.engine.load_checkpoint(
                 str(folder.parent), tag=folder.name, load_module_strict=self.train.lora is None
             )
@@ -177,7 +179,7 @@ class _StateFiles:
         self.write(Path(path).name, state_dict)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        return torch.load(path, map_location=map_location, weights_only=False, mmap=True)
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
 
     def create(self, info: Any) -> None: ...
 
@@ -276,12 +278,27 @@ def _import_muon_without_dynamo() -> None:
             os.environ[DISABLE_DYNAMO] = before
 
 
+def _plain_loading(folder: Path) -> AbstractContextManager[None]:
+    """Within it, what DeepSpeed reads of a checkpoint is data: tensors, plain values, and the records that it keeps of
+    where they belong and of the loss scale.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return plain_loading(folder, [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
+
+
 def to_universal(folder: Path, out: Path) -> None:
-    """Rewrite a checkpoint of ZeRO stages 1 to 3 as one that any number of workers can load (arXiv 2406.18820)."""
+    """Rewrite a checkpoint of ZeRO stages 1 to 3 as one that any number of workers can load (arXiv 2406.18820).
+
+    Raises:
+        InputError: as ``DeepSpeedEngine.load``.
+    """
     from deepspeed.checkpoint.ds_to_universal import main
 
     options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False}
-    with Path(os.devnull).open("w") as devnull, redirect_stdout(devnull):
+    with Path(os.devnull).open("w") as devnull, redirect_stdout(devnull), _plain_loading(folder):
         main(SimpleNamespace(input_folder=str(folder), output_folder=str(out), strict=True,
                              inject_missing_state=True, **options))  # fmt: skip
 
@@ -290,14 +307,16 @@ def consolidated_weights(folder: Path, adapters: bool = False) -> dict[str, Tens
     """Full weights, fp32 on the CPU, out of the files that ``save`` gave (under ZeRO: its fp32 masters). Where
     ``adapters`` alone were trained, those of the adapters.
 
-    They are unpickled: give only files whose hashes were checked.
+    Raises:
+        InputError: as ``DeepSpeedEngine.load``.
     """
     if not any(folder.glob("*_optim_states.pt")):
-        state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False, mmap=True)
+        with _plain_loading(folder):
+            state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True, mmap=True)
         return {name: value.float() for name, value in state["module"].items()}
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with Path(os.devnull).open("w") as devnull, redirect_stdout(devnull):
+    with Path(os.devnull).open("w") as devnull, redirect_stdout(devnull), _plain_loading(folder):
         found = get_fp32_state_dict_from_zero_checkpoint(
             str(folder.parent), folder.name, exclude_frozen_parameters=adapters
         )

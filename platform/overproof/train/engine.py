@@ -19,6 +19,7 @@ from overproof.errors import InputError
 from overproof.models.hf_directory import Batch
 from overproof.train.objective import Objective
 from overproof.train.optim import ADAM_EPSILON, learning_rate, parameter_groups
+from overproof.train.plain_loading import plain_loading
 
 STATE_FILE = "state.pt"  # of the engine of one process
 MEMORY_ADVICE = (
@@ -119,8 +120,13 @@ class TorchEngine:
         write(STATE_FILE, {"model": self.trained.state_dict(), "optimizer": self.optimizer.state_dict()})
 
     def load(self, folder: Path, step: int) -> None:
-        """Go on from the file that ``save`` gave after ``step`` steps, with this engine's own settings."""
-        state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True, mmap=True)
+        """Go on from the file that ``save`` gave after ``step`` steps, with this engine's own settings.
+
+        Raises:
+            InputError: it holds more than tensors and plain values.
+        """
+        with plain_loading(folder):
+            state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True, mmap=True)
         self.trained.load_state_dict(state["model"])
         own = [{name: group[name] for name in ("betas", "weight_decay")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])

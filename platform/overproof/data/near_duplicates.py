@@ -1,0 +1,268 @@
+"""Which documents are near-copies of each other: MinHash bands find candidates, the Jaccard index decides. Pure numpy.
+
+What is compared are the sets of runs of words (shingles: Broder, 1997, doi 10.1109/SEQUEN.1997.666900). A word is in
+any case and form of Unicode (NFKC); where a script has no spaces between words, each character is one. A document's
+signature is a one-permutation MinHash (Li, Owen and Zhang, NIPS 2012), whose empty bins are filled from others
+(Shrivastava, arXiv 1703.04664); it is cut into bands, and documents that agree in a band are candidates.
+
+Everything follows from content: documents are numbered in the order of their hashes, and ties are decided by that.
+N documents, B bands, P pairs.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from overproof.config.data import NearDuplicates
+from overproof.data.manifest import NearDuplicatesFound
+
+NEAR_DUPLICATE = "near_duplicate"  # reason to leave a document out
+
+Hashes = NDArray[np.uint64]
+Pairs = NDArray[np.int64]  # (P, 2): a train or test document, and the held-out one that it is held against
+
+BINS = 112  # of a signature
+RECALL = 0.999  # of pairs at the threshold itself that are to be candidates, at least
+HELD_SETS = 256  # of shingles, while pairs are checked in the order of their held-out documents
+NO_WORDS = 0  # instead of the hash of a band
+NEIGHBOURS = 8  # held-out documents on either side that a document of a large band is held against
+MOST_PARTNERS = 32  # candidates of one document: more only where many are copies of each other
+EMPTY_BIN = np.uint64(2**64 - 1)
+BASE, WORD_BASE = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)  # odd
+CODES = 0x20000  # of characters that a table holds; what is beyond is Han
+NEITHER, PART, WHOLE = 0, 1, 2  # of a word: what a character is
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE")
+
+
+def shingles(text: str, words: int) -> Hashes:
+    """The hash of each run of ``words`` words, some of them twice; that of all words where there are fewer, and none
+    where there is no word.
+    """
+    folded = unicodedata.normalize("NFKC", text).lower()
+    codes = np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), np.uint32)
+    kinds = _kinds()[np.minimum(codes, CODES - 1)]
+    inside = np.flatnonzero(kinds)
+    if not len(inside):
+        return np.zeros(0, np.uint64)
+    follows = np.zeros(len(kinds), bool)
+    follows[1:] = (kinds[1:] == PART) & (kinds[:-1] == PART)
+    starts = np.flatnonzero(~follows[inside])
+    lengths = np.diff(starts, append=len(inside))
+    places = np.arange(len(inside)) - np.repeat(starts, lengths)
+    letters = _mixed(codes[inside].astype(np.uint64)) * _powers(BASE, int(lengths.max()))[places]
+    hashes = _mixed(np.add.reduceat(letters, starts))
+    run = min(words, len(hashes))
+    last = len(hashes) - run + 1
+    return _mixed(sum(hashes[i : last + i] * power for i, power in enumerate(_powers(WORD_BASE, run))))
+
+
+@lru_cache(maxsize=1)
+def _kinds() -> NDArray[np.uint8]:
+    """Whether a character is part of a word, a whole one, or neither, by its number."""
+
+    def kind(character: str) -> int:
+        category = unicodedata.category(character)
+        if category == "So" or (category[0] == "L" and unicodedata.name(character, "").startswith(UNSPACED)):
+            return WHOLE
+        return PART if category[0] in "LMN" or character == "_" else NEITHER
+
+    return np.fromiter((kind(chr(code)) for code in range(CODES)), np.uint8, CODES)
+
+
+@lru_cache(maxsize=4)
+def _powers_upto(base: int, count: int) -> Hashes:
+    return np.cumprod(np.full(count, base, np.uint64), dtype=np.uint64)
+
+
+def _powers(base: np.uint64, count: int) -> Hashes:
+    return _powers_upto(int(base), 1 << max(6, (count - 1).bit_length()))[:count]
+
+
+def _mixed(values: Any) -> Hashes:
+    """The last steps of SplitMix64: every bit of the result depends on all (Steele, 2014, doi 10.1145/2714064)."""
+    mixed = values ^ (values >> np.uint64(30))
+    mixed = mixed * np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    found: Hashes = mixed
+    return found
+
+
+def band_rows(threshold: float) -> int:
+    """Bins in a band: as many as leave ``RECALL`` of the pairs at the threshold. More give fewer candidates."""
+    return max(r for r in range(1, 13) if r == 1 or 1 - (1 - threshold**r) ** (BINS // r) >= RECALL)
+
+
+def band_count(settings: NearDuplicates) -> int:
+    """B, of each document."""
+    return BINS // band_rows(settings.threshold)
+
+
+class MinHash:
+    """The bands of a document, whose text comes in pieces; runs across their borders are left out."""
+
+    def __init__(self, settings: NearDuplicates) -> None:
+        self._words, self._rows = settings.words, band_rows(settings.threshold)
+        self._least = np.full(BINS, EMPTY_BIN)
+
+    def update(self, text: str) -> None:
+        """Take the next piece."""
+        hashes = shingles(text, self._words)
+        bins = ((hashes >> np.uint64(32)) * np.uint64(BINS) >> np.uint64(32)).astype(np.intp)
+        np.minimum.at(self._least, bins, hashes << np.uint64(32) | hashes >> np.uint64(32))
+
+    def bands(self) -> Hashes:
+        """The hash of each band, (B,), or ``NO_WORDS`` in all of them."""
+        count = BINS // self._rows
+        empty = self._least == EMPTY_BIN
+        if empty.all():
+            return np.full(count, NO_WORDS, np.uint64)
+        orders = _filling()[empty]
+        filled = self._least.copy()
+        filled[empty] = self._least[orders[np.arange(len(orders)), (~empty)[orders].argmax(1)]]
+        rows = filled[: count * self._rows].reshape(count, self._rows)
+        hashed: Hashes = _mixed((rows * _powers(WORD_BASE, self._rows)).sum(1, dtype=np.uint64)) | np.uint64(1)
+        return hashed
+
+
+@lru_cache(maxsize=1)
+def _filling() -> NDArray[np.int64]:
+    """Of each bin, the order in which others are asked when it is empty."""
+    return np.argsort(_mixed(np.arange(1, BINS * BINS + 1, dtype=np.uint64)).reshape(BINS, BINS), axis=1)
+
+
+# --- candidates -----------------------------------------------------------------------------------
+
+
+def no_pairs() -> Pairs:
+    return np.zeros((0, 2), np.int64)
+
+
+def candidate_pairs(bands: Sequence[Hashes], splits_N: NDArray[np.str_], found: Pairs) -> Pairs:
+    """``found``, and the pairs that agree in one of these bands at least: a train document and a held-out one, or two
+    test documents. Bands, (N,) each, may be given some at a time: memory is that of these, and of the pairs.
+
+    In a band that very many share, a document is held against the nearest held-out ones of the order by a second band.
+    """
+    tested_N, held_N = splits_N == "test", splits_N != "train"
+    keys = [found[:, 0] * len(splits_N) + found[:, 1]]
+    for number, band_N in enumerate(bands):
+        second_N = bands[(number + 1) % len(bands)]
+        order = np.lexsort((second_N, band_N))
+        order = order[band_N[order] != NO_WORDS]
+        held = np.flatnonzero(held_N[order])
+        nearest = np.searchsorted(held, np.arange(len(order)))
+        for offset in range(-NEIGHBOURS, NEIGHBOURS + 1):
+            places = np.flatnonzero((nearest + offset >= 0) & (nearest + offset < len(held)))
+            own, other = order[places], order[held[nearest[places] + offset]]
+            wanted = (band_N[own] == band_N[other]) & (~held_N[own] | (tested_N[own] & tested_N[other] & (own > other)))
+            keys.append(own[wanted] * len(splits_N) + other[wanted])
+        keys = [_few_partners(np.unique(np.concatenate(keys)), len(splits_N))]
+    pairs: Pairs = np.stack(np.divmod(keys[0], len(splits_N)), axis=1)
+    return pairs
+
+
+def _few_partners(keys: NDArray[np.int64], documents: int) -> NDArray[np.int64]:
+    own = keys // documents
+    first = np.searchsorted(own, own)
+    return keys[np.arange(len(keys)) - first < MOST_PARTNERS]
+
+
+def jaccard(one: Hashes, other: Hashes) -> float:
+    """The share of two sets that they have in common; the hashes of each stand there once. 0 for empty ones."""
+    common = len(np.intersect1d(one, other, assume_unique=True))
+    return common / max(1, len(one) + len(other) - common)
+
+
+def are_copies(pairs: Pairs, shingles_of: Callable[[int], Hashes], threshold: float) -> NDArray[np.bool_]:
+    """Which pairs are near-copies, from the set of shingles of each document."""
+    found = (jaccard(shingles_of(own), shingles_of(other)) >= threshold for own, other in pairs.tolist())
+    return np.fromiter(found, bool, len(pairs))
+
+
+# --- decisions ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows from the near-copies: which train documents are left out, and what belongs together in the test
+    split.
+    """
+
+    left_out_N: NDArray[np.bool_]
+    clusters_N: NDArray[np.int64]  # of each document the first that it belongs together with; itself where none does
+    found: NearDuplicatesFound
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many are left out, by reason, as other reasons are counted; empty where none is."""
+        return {NEAR_DUPLICATE: self.found.documents} if self.found.documents else {}
+
+    @property
+    def kept(self) -> NDArray[np.int64]:
+        return np.flatnonzero(~self.left_out_N)
+
+    @property
+    def kept_clusters(self) -> NDArray[np.int64]:
+        """The clusters of those that are kept, by their new numbers."""
+        return np.searchsorted(self.kept, self.clusters_N[self.kept])
+
+
+def decide(copies: Pairs, splits_N: NDArray[np.str_], sizes_N: NDArray[np.int64], settings: NearDuplicates) -> Decision:
+    """From the near-copies among the candidates. The held-out side wins: a train document that is a near-copy of one of
+    it is left out, of whichever there are fewer. Test documents that near-copies join belong together.
+    """
+    count, trained_N, tested_N = len(splits_N), splits_N == "train", splits_N == "test"
+    across = trained_N[copies[:, 0]]
+    left_out_N, copied_N = np.zeros(count, bool), np.zeros(count, bool)
+    left_out_N[copies[across, 0]] = True
+    copied_N[copies[across, 1]] = True
+    inside = copies[~across]
+    graph = coo_array((np.ones(len(inside)), (inside[:, 0], inside[:, 1])), shape=(count, count))
+    _, labels_N = connected_components(graph, directed=False)
+    _, first, of_document_N = np.unique(labels_N, return_index=True, return_inverse=True)
+    clusters_N = first[of_document_N]
+    copied_N &= tested_N
+    return Decision(
+        left_out_N,
+        clusters_N,
+        NearDuplicatesFound(
+            threshold=settings.threshold,
+            words=settings.words,
+            documents=int(left_out_N.sum()),
+            train_bytes_share=float(sizes_N[left_out_N].sum() / max(1, sizes_N[trained_N].sum())),
+            test_documents=int(copied_N.sum()),
+            test_bytes_share=float(sizes_N[copied_N].sum() / max(1, sizes_N[tested_N].sum())),
+            test_clusters=len(np.unique(clusters_N[tested_N])),
+        ),
+    )
+
+
+def find_near_duplicates(
+    texts: Sequence[str], splits_N: NDArray[np.str_], settings: NearDuplicates, tell: Callable[[str], None]
+) -> Decision:
+    """For texts that are in memory, numbered in an order that their content decides; ``tell`` hears how far it is."""
+    bands_BN = np.zeros((band_count(settings), len(texts)), np.uint64)
+    for number, text in enumerate(texts):
+        if number % 1000 == 0:
+            tell(f"near-copies, {number:,} of {len(texts):,} texts hashed")
+        sketch = MinHash(settings)
+        sketch.update(text)
+        bands_BN[:, number] = sketch.bands()
+    pairs = candidate_pairs(list(bands_BN), splits_N, no_pairs())
+    pairs = pairs[np.argsort(pairs[:, 1], kind="stable")]
+    tell(f"near-copies, {len(pairs):,} candidates")
+    of_document = lru_cache(maxsize=HELD_SETS)(lambda number: np.unique(shingles(texts[number], settings.words)))
+    copies = pairs[are_copies(pairs, of_document, settings.threshold)]
+    sizes_N = np.array([len(text.encode()) for text in texts], np.int64)
+    return decide(copies, splits_N, sizes_N, settings)
