@@ -158,8 +158,8 @@ def candidate_pairs(bands: Sequence[Hashes], splits_N: NDArray[np.str_], found: 
     keys = [found[:, 0] * len(splits_N) + found[:, 1]]
     for number, band_N in enumerate(bands):
         second_N = bands[(number + 1) % len(bands)]
-        order = np.lexsort((second_N, band_N))
-        order = order[band_N[order] != NO_WORDS]
+        order = _sharing(band_N)
+        order = order[np.lexsort((order, second_N[order], band_N[order]))]
         held = np.flatnonzero(held_N[order])
         nearest = np.searchsorted(held, np.arange(len(order)))
         for offset in range(-NEIGHBOURS, NEIGHBOURS + 1):
@@ -170,6 +170,14 @@ def candidate_pairs(bands: Sequence[Hashes], splits_N: NDArray[np.str_], found: 
         keys = [_few_partners(np.unique(np.concatenate(keys)), len(splits_N))]
     pairs: Pairs = np.stack(np.divmod(keys[0], len(splits_N)), axis=1)
     return pairs
+
+
+def _sharing(band_N: Hashes) -> NDArray[np.int64]:
+    """The documents that have the hash of a band in common with others."""
+    order = np.argsort(band_N)
+    ordered = band_N[order]
+    follows = np.append(False, (ordered[1:] == ordered[:-1]) & (ordered[1:] != NO_WORDS))[: len(order)]
+    return order[follows | np.append(follows[1:], False)[: len(order)]]
 
 
 def _few_partners(keys: NDArray[np.int64], documents: int) -> NDArray[np.int64]:
