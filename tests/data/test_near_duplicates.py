@@ -25,6 +25,7 @@ from overproof.data.near_duplicates import (
     no_pairs,
     shingles,
 )
+from overproof.errors import InputError
 
 SETTINGS = NearDuplicates()
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -193,12 +194,15 @@ def test_many_copies_of_one_text_are_found_with_few_candidates() -> None:
     generator = random.Random(5)
     seed = made(generator, 200)
     texts = [" ".join(edited(generator, seed, 0.97)) for _ in range(600)]
+    texts[-1] = " ".join(made(generator, 200))
     splits = np.array((["test"] + ["train"] * 4) * 120)
     pairs = candidate_pairs(list(np.stack([bands_of(text) for text in texts], axis=1)), splits, no_pairs())
     assert len(pairs) <= MOST_PARTNERS * len(texts) < 600 * 120
     found = find_near_duplicates(texts, splits, SETTINGS, silent)
-    assert np.array_equal(found.left_out_N, splits == "train")
+    assert np.array_equal(found.kept, [*np.flatnonzero(splits == "test"), 599])
     assert found.found.test_clusters == 1
+    with pytest.raises(InputError, match="all 479 train documents are near-copies of held-out ones"):
+        find_near_duplicates(texts[:-1], splits[:-1], SETTINGS, silent)
 
 
 def test_a_threshold_is_met_exactly() -> None:

@@ -77,6 +77,19 @@ def test_weights_are_taken_out_of_data_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_the_records_of_deepspeed_are_read(tmp_path: Path) -> None:
+    """Those of fp16, too, which trains on GPUs alone."""
+    import_deepspeed("cpu")
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    scaler = DynamicLossScaler(
+        init_scale=2.0**12, scale_window=5, min_scale=1.0, delayed_shift=1,
+        consecutive_hysteresis=False, raise_error_at_min_scale=False, dtype=torch.float16,
+    )  # fmt: skip
+    forged(tmp_path / "mp_rank_00_model_states.pt", {"module": {"a": torch.ones(2)}, "loss_scaler": scaler})
+    assert consolidated_weights(tmp_path)["a"].tolist() == [1, 1]
+
+
 def test_whoever_reads_within_it_reads_data_and_afterwards_as_before(tmp_path: Path) -> None:
     load, buffer = torch.load, io.BytesIO()
     torch.save({"a": torch.arange(3), "b": [1.5, "x", None], "c": torch.Size([2])}, buffer)

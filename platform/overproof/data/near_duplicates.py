@@ -24,6 +24,7 @@ from scipy.sparse.csgraph import connected_components
 
 from overproof.config.data import NearDuplicates
 from overproof.data.manifest import NearDuplicatesFound
+from overproof.errors import InputError
 
 NEAR_DUPLICATE = "near_duplicate"  # reason to leave a document out
 
@@ -158,8 +159,8 @@ def candidate_pairs(bands: Sequence[Hashes], splits_N: NDArray[np.str_], found: 
     keys = [found[:, 0] * len(splits_N) + found[:, 1]]
     for number, band_N in enumerate(bands):
         second_N = bands[(number + 1) % len(bands)]
-        order = np.lexsort((second_N, band_N))
-        order = order[band_N[order] != NO_WORDS]
+        order = _sharing(band_N)
+        order = order[np.lexsort((order, second_N[order], band_N[order]))]
         held = np.flatnonzero(held_N[order])
         nearest = np.searchsorted(held, np.arange(len(order)))
         for offset in range(-NEIGHBOURS, NEIGHBOURS + 1):
@@ -170,6 +171,14 @@ def candidate_pairs(bands: Sequence[Hashes], splits_N: NDArray[np.str_], found: 
         keys = [_few_partners(np.unique(np.concatenate(keys)), len(splits_N))]
     pairs: Pairs = np.stack(np.divmod(keys[0], len(splits_N)), axis=1)
     return pairs
+
+
+def _sharing(band_N: Hashes) -> NDArray[np.int64]:
+    """The documents that have the hash of a band in common with others."""
+    order = np.argsort(band_N)
+    ordered = band_N[order]
+    follows = np.append(False, (ordered[1:] == ordered[:-1]) & (ordered[1:] != NO_WORDS))[: len(order)]
+    return order[follows | np.append(follows[1:], False)[: len(order)]]
 
 
 def _few_partners(keys: NDArray[np.int64], documents: int) -> NDArray[np.int64]:
@@ -220,13 +229,22 @@ class Decision:
 
 def decide(copies: Pairs, splits_N: NDArray[np.str_], sizes_N: NDArray[np.int64], settings: NearDuplicates) -> Decision:
     """From the near-copies among the candidates. The held-out side wins: a train document that is a near-copy of one of
-    it is left out, of whichever there are fewer. Test documents that near-copies join belong together.
+    it is left out. Test documents that near-copies join belong together.
+
+    Raises:
+        InputError: no train document is left.
     """
     count, trained_N, tested_N = len(splits_N), splits_N == "train", splits_N == "test"
     across = trained_N[copies[:, 0]]
     left_out_N, copied_N = np.zeros(count, bool), np.zeros(count, bool)
     left_out_N[copies[across, 0]] = True
     copied_N[copies[across, 1]] = True
+    if trained_N.any() and np.array_equal(left_out_N, trained_N):
+        raise InputError(
+            f"data.near_duplicates: all {trained_N.sum():,} train documents are near-copies of held-out ones (of their "
+            f"runs of {settings.words} words, {settings.threshold:g} at least are the same); expected others to train "
+            "on: give more data, a higher threshold or more words, or null, which leaves them in"
+        )
     inside = copies[~across]
     graph = coo_array((np.ones(len(inside)), (inside[:, 0], inside[:, 1])), shape=(count, count))
     _, labels_N = connected_components(graph, directed=False)
