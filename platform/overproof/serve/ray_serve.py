@@ -90,10 +90,13 @@ def abandon_application(name: str) -> None:
     Serve would wait for minutes for one that no node takes; the names of its actors are private.
     """
     serve.delete(name, _blocking=False)
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["name"].startswith(f"{REPLICA_ACTOR}{name}#"):
-            with contextlib.suppress(ValueError):  # it has ended
-                ray.kill(ray.get_actor(**actor))
+    deadline_s = time.monotonic() + STOP_TIMEOUT_S
+    while name in running_applications() and time.monotonic() < deadline_s:
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            if actor["name"].startswith(f"{REPLICA_ACTOR}{name}#"):
+                with contextlib.suppress(ValueError):  # it has ended
+                    ray.kill(ray.get_actor(**actor))
+        time.sleep(STATUS_POLL_S)  # Serve may be about to start another one
 
 
 def abandon_starting(prefix: str) -> None:
