@@ -59,7 +59,9 @@ class LimitedProcess:
             try:
                 process.stdin.write(json.dumps(question).encode() + b"\n")
                 process.stdin.flush()
-                if not select.select([process.stdout], [], [], self._wall_s)[0]:
+                answered = select.poll()  # which takes any file, `select` those below 1,024: a server has more
+                answered.register(process.stdout, select.POLLIN)
+                if not answered.poll(self._wall_s * 1000):
                     self.stop()
                 line = process.stdout.readline()
             except BrokenPipeError:

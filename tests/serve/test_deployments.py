@@ -16,7 +16,7 @@ from overproof.config import Canary, Serve
 from overproof.errors import InputError
 from overproof.evaluate.metrics import wilson_interval
 from overproof.files import join_uri
-from overproof.serve import controller
+from overproof.serve import controller, version_loader
 from overproof.serve.canary import VersionStats, rollback_reason
 from overproof.serve.controller import Controller, describe_version
 from overproof.serve.deployments import (
@@ -184,3 +184,39 @@ def test_a_controller_stays_while_a_model_loads_and_ends_when_no_gateway_polls(m
     monkeypatch.setattr(controller, "GATEWAY_TIMEOUT_S", 0.1)
     monkeypatch.setattr(ray.actor, "exit_actor", end)
     asyncio.run(watch())
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_file_that_cannot_be_written_keeps_nothing_shut_after_a_restart(
+    text_package: Path, second_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    """What it names starts; a model that does not is told of, and only a change is refused."""
+    deployed = version(text_package)
+    write_deployments(str(tmp_path / "file"), Deployments().deployed(deployed, "stable", "ada"))
+    file = (tmp_path / "file").rename(tmp_path / ("d" * 250))  # what is written beside it first has a longer name
+    started = list[str]()
+
+    def run_replicas(found: Version, _count: int) -> None:
+        started.append(found.package)
+        if broken:
+            raise RuntimeError("no such file")
+
+    monkeypatch.setattr(version_loader, "_run_replicas", run_replicas)
+    monkeypatch.setattr(controller.ray_serve, "replica_counts", lambda _: {})
+    monkeypatch.setattr(controller.ray_serve, "delete_application", lambda *_, **__: None)
+    monkeypatch.setattr(controller, "ACK_TIMEOUT_S", 0.01)
+    settings = SETTINGS.model_copy(update={"deployments": str(file)})
+
+    async def restart() -> None:
+        alone = Controller(settings)
+        await alone.start(settings, {str(text_package): SETTINGS})
+        assert started == [deployed.package]
+        events = (await alone.deployments()).events
+        assert [event.change for event in events] == (["deploy", "failed"] if broken else ["deploy"])
+        if not broken:
+            with pytest.raises(InputError, match="cannot be written"):
+                await alone.deploy(str(second_package), SETTINGS, "stable", "ada")
+            assert [found.package for found in (await alone.deployments()).versions] == [deployed.package]
+
+    asyncio.run(restart())
+    assert len(read_deployments(str(file)).events) == 1

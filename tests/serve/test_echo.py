@@ -235,8 +235,24 @@ def test_tokens_inside_characters_cost_one_reading_and_a_cancelled_one_ends(
     assert done.token_logprobs is not None
     assert {token.id for token in done.token_logprobs} == {lead}
     cancelled = threading.Event()
+    again = engine.complete([70] * 20, sampling, cancelled)
+    assert (again.text, again.token_logprobs) == (done.text, done.token_logprobs)
+    assert sum(readings) == 2 * 79
     cancelled.set()
     with pytest.raises(RuntimeError, match="cancelled"):
         engine.complete([70] * 20, sampling, cancelled)
-    assert sum(readings) == 79
+    assert sum(readings) == 2 * 79
+    engine.close()
+
+
+def test_a_cancelled_request_is_stopped_while_it_generates(text_package: Path) -> None:
+    """Also between tokens that end no character. The length is some hundred times what is generated meanwhile."""
+    engine = LlamaCpp(text_package / "model.gguf")
+    cancelled = threading.Event()
+    cancelled.set()
+    for token in ("日", "a"):
+        always = Sampling(2_000, logit_bias={engine.tokenize(token)[0]: 100.0}, logprobs=1)
+        with pytest.raises(RuntimeError, match="cancelled"):
+            engine.complete([70] * 20, always, cancelled)
+    assert engine.complete([70], Sampling(1)).tokens  # its slot is free
     engine.close()

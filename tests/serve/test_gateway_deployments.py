@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,7 @@ def test_after_a_restart_one_model_that_cannot_be_loaded_shuts_no_other(
     (spoiled / "model.gguf").write_bytes(b"GGUF")
     # As on a machine that has not served it yet.
     wait_until(lambda: private_copy.delete_unused(0) or private_copy.find_copy(content) is None)
+    settings = settings.model_copy(update={"deployments": str(file.rename(tmp_path / ("d" * 250)))})  # now unwritable
     base = server.start_gateway({str(digits_package): SETTINGS}, settings)
     with httpx.Client(base_url=base, timeout=WAIT_S, trust_env=False) as client:
         assert client.post("/v1/classify", json={"model": "digits", "images": [[0.0] * 64]}).status_code == 200
@@ -205,8 +207,38 @@ def test_after_a_restart_one_model_that_cannot_be_loaded_shuts_no_other(
         assert refused.status_code == 503
         assert "does not start" in refused.json()["error"]["message"]
         assert client.post("/v1/classify", json={"model": "digits", "images": [[0.0] * 64]}).status_code == 200
-    events = read_deployments(str(file)).events
+        events = server.call_controller("deployments").events
     assert {(event.change, event.model) for event in events if event.change == "failed"} == {("failed", "stdlib-lm")}
+
+
+@pytest.mark.trial
+def test_a_deployment_that_no_node_takes_is_given_up(
+    shared_server: SharedServer, text_package: Path, second_package: Path
+) -> None:
+    """By a rollback, and when serving stops, which does not wait for it."""
+    one, two = version(text_package), version(second_package)
+    nowhere = SETTINGS.model_copy(update={"cpus_per_replica": 1000.0})
+
+    def deploy() -> str:
+        try:
+            server.call_controller("deploy", str(second_package), nowhere, "stable", "ada")
+        except InputError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(1) as pool:
+        with load(shared_server.url, clients=1) as seen:
+            deploying = pool.submit(deploy)
+            wait_until(lambda: two.application in serve.status().applications)
+            assert server.call_controller("roll_back", "stdlib-lm", "ada") == two.package
+            assert "does not start, and nothing has changed" in deploying.result(WAIT_S)
+            wait_until(lambda: two.application not in serve.status().applications)
+        assert set(seen) == {(200, one.package)}
+        deploying = pool.submit(deploy)
+        wait_until(lambda: two.application in serve.status().applications)
+        server.stop_serving()
+        assert deploying.result(WAIT_S)
+    assert not server.is_serving()
 
 
 def test_a_model_without_a_replica_is_not_healthy_and_its_requests_wait_for_the_next(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -91,6 +93,25 @@ def test_each_checker_begins_anew() -> None:
         grammar.checker().add('"no"')
         with pytest.raises(InputError, match="too complex"):
             grammar.checker().add('"maybe"')
+
+    run(work)
+
+
+def test_a_process_with_many_files_compiles_too() -> None:
+    """As a server with as many connections."""
+
+    async def work(compiler: GrammarCompiler) -> None:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, limit[1]), limit[1]))
+        held = list[int]()
+        try:
+            while not held or held[-1] < 1_100:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+            (await compiler.compile(source(ENUM), 1)).checker().add('"yes"')
+        finally:
+            for file in held:
+                os.close(file)
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
     run(work)
 

@@ -128,3 +128,34 @@ def test_settings_that_fail_leave_what_ran(replicas: Replicas, version: Callable
         assert not await loader.start(before)
 
     run(work)
+
+
+def test_a_start_that_is_given_up_ends_and_one_of_new_settings_is_not(
+    replicas: Replicas, version: Callable[..., Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def abandon(name: str) -> None:
+        replicas.broken.add("slow")
+        replicas.held["slow"].set()
+
+    monkeypatch.setattr(version_loader.ray_serve, "abandon_application", abandon)
+
+    async def work(loader: VersionLoader) -> None:
+        replicas.held["slow"] = threading.Event()
+        slow = asyncio.ensure_future(loader.start(version("slow")))
+        while not loader.busy:
+            await asyncio.sleep(0.01)
+        assert await loader.give_up("another model") is None
+        assert await loader.give_up(version("slow").model.id) == "slow"
+        with pytest.raises(InputError, match="slow does not start"):
+            await slow
+        await loader.start(version("runs"))
+        replicas.held["runs"] = threading.Event()
+        changed = SETTINGS.model_copy(update={"threads": 3})
+        update = asyncio.ensure_future(loader.start(version("runs", settings=changed)))
+        while not loader.busy:
+            await asyncio.sleep(0.01)
+        assert await loader.give_up(version("runs").model.id) is None  # its replicas answer meanwhile
+        replicas.held["runs"].set()
+        assert await update
+
+    run(work)

@@ -93,10 +93,11 @@ class LlamaCpp:
         drafting = None if draft is None else LlamaCppDraft.of(draft, draft_tokens, header)
         self._server: Any = start_server(path, server_params(path, threads, slots, self.context_length, key, drafting))
         self._http = LlamaCppHttp(self._server.listening_address, key)
-        self._undrafted: Any = self._server
+        self._undrafted, self._undrafted_http = self._server, self._http
         if drafting is not None:
             drafting.require_drafting(self._http)
             self._undrafted = start_server(path, server_params(path, threads, 1, self.context_length, key))
+            self._undrafted_http = LlamaCppHttp(self._undrafted.listening_address, key)
         _engines.add(self)
 
     def complete(
@@ -113,8 +114,11 @@ class LlamaCpp:
             request = self._request(prompt, sampling)
             n_probs = 0 if sampling.logprobs is None else max(1, sampling.logprobs)
             extra = {"stop": list(sampling.stop), "n_probs": n_probs, "return_tokens": True, "verbose": True}
-            server = self._undrafted if n_probs else self._server
-            reply = check_reply(server.handle_completions({**request, **extra}))
+            server, http = (self._undrafted, self._undrafted_http) if n_probs else (self._server, self._http)
+            body = {**request, **extra}
+            reply = check_reply(
+                server.handle_completions(body) if cancelled is None else http.complete(body, cancelled)
+            )
             choice, details, timings = reply["choices"][0], reply["__verbose"], reply["timings"]
             with self._stats_lock:
                 self.drafted += timings.get("draft_n", 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import threading
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from typing import Any
 
 from overproof.engines.gguf_tokens import GgufHeader, read_gguf_header
 from overproof.engines.llamacpp_library import xllamacpp
+from overproof.engines.prompt_limits import require_wanted
 from overproof.errors import InputError
 
 TIMEOUT_S = 10
 MAX_CONNECTIONS = 2
+CANCEL_POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def server_params(
     params.chat_template = "{{ messages }}"  # else it reads the file's, natively: a hostile one ends this process
     params.endpoint_metrics = True  # which ``start_server`` waits for
     params.api_keys = [key]
+    params.n_threads_http = slots + MAX_CONNECTIONS + 1  # a completion has a connection of its own
     if draft is not None:
         params.endpoint_slots = True  # which report whether it drafts
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
@@ -101,7 +105,7 @@ def check_reply(reply: dict[str, Any]) -> dict[str, Any]:
 
 
 class LlamaCppHttp:
-    """A client of llama.cpp's HTTP port, for what the binding has no call for.
+    """A client of llama.cpp's HTTP port, for what the binding has no call for, and for completions that can be stopped.
 
     Each call has its own connection: one that stays open would occupy one of the server's few threads.
     """
@@ -120,3 +124,19 @@ class LlamaCppHttp:
         if reply.status != HTTPStatus.OK:
             raise RuntimeError(f"llama.cpp answered {reply.status} at {path}: {content}")
         return content
+
+    def complete(self, body: dict[str, Any], cancelled: threading.Event) -> dict[str, Any]:
+        """A completion as the binding gives it. When it is cancelled the connection is closed, which llama.cpp sees
+        before its next token, whatever the tokens are.
+
+        Raises:
+            RuntimeError: it was cancelled.
+        """
+        with closing(HTTPConnection(self._address)) as connection:
+            connection.request("POST", "/v1/completions", json.dumps(body), self._headers)
+            answered = select.poll()
+            answered.register(connection.sock, select.POLLIN)
+            while not answered.poll(CANCEL_POLL_S * 1000):
+                require_wanted(cancelled)
+            reply: dict[str, Any] = json.loads(connection.getresponse().read())
+        return reply

@@ -15,7 +15,8 @@ from overproof.config import Serve
 from overproof.errors import InputError
 from overproof.files import absolute_uri
 from overproof.registry import TASKS
-from overproof.serve.controller import HEAD_NODE, describe_version
+from overproof.serve.controller import describe_version
+from overproof.serve.controller_handle import HEAD_NODE
 from overproof.serve.gateway import Gateway
 from overproof.serve.middleware import KEY_VARIABLE, KEYS_VARIABLE, Access, load_access
 from overproof.serve.net import is_loopback

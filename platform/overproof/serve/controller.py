@@ -10,12 +10,11 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 
 from overproof.config import Serve
 from overproof.errors import InputError
@@ -25,7 +24,6 @@ from overproof.serve import ray_serve
 from overproof.serve.autoscaler import log_failure
 from overproof.serve.canary import VersionStats, rollback_reason
 from overproof.serve.deployments import (
-    CONTROLLER_NAME,
     Deployments,
     Role,
     Version,
@@ -44,65 +42,6 @@ GATEWAY_TIMEOUT_S = 30.0  # without a poll, after which the controller ends
 ACK_TIMEOUT_S = 10.0  # the longest that a change waits for the gateway to route by it
 SYSTEM_USER = "overproof"
 TAKEN_BACK = ("rollback", "automatic rollback", "undeploy")  # changes that a deployment in progress must not undo
-HEAD_NODE = {"node:__internal_head__": 0.001}  # Ray's resource of the head node, whose address clients know
-
-
-def get_or_create_controller(settings: Serve) -> Any:
-    """Handle of the cluster's controller, started where there is none."""
-    return (
-        ray.remote(Controller)
-        .options(
-            name=CONTROLLER_NAME,
-            namespace=CONTROLLER_NAME,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0,
-            resources=HEAD_NODE,
-            max_restarts=-1,
-            max_concurrency=1000,
-        )
-        .remote(settings)
-    )
-
-
-def get_controller() -> Any:
-    """Handle of the cluster's controller.
-
-    Raises:
-        InputError: there is none.
-    """
-    try:
-        return ray_serve.find_actor(CONTROLLER_NAME)
-    except ValueError:
-        raise InputError("the controller is not there; it is being started, or serving is being stopped") from None
-
-
-def wait_for_controller(result: Any) -> Any:
-    """The result of a call to the controller.
-
-    Raises:
-        InputError: it refuses, or it ended before it was done.
-    """
-    try:
-        with unwrap_remote_errors():
-            return ray.get(result)
-    except RayActorError:
-        raise InputError("the controller ended before the change was done, and is being replaced; try again") from None
-
-
-def kill_controller() -> None:
-    """End the controller, where there is one."""
-    with contextlib.suppress(InputError):
-        ray.kill(get_controller())
-
-
-@contextlib.contextmanager
-def unwrap_remote_errors() -> Iterator[None]:
-    """Raise an actor's own error in place of the one that Ray wraps it in."""
-    try:
-        yield
-    except RayTaskError as error:
-        raise error.cause from None
 
 
 @dataclass(frozen=True)
@@ -204,16 +143,23 @@ class Controller:
             return self._deployments.models[name].stable.package
 
     async def roll_back(self, name: str, user: str, reason: str = "") -> str:
-        """Remove a model's candidate, else return to its previous version; gives the package that answers."""
+        """Remove a model's candidate, else return to its previous version; gives the package that answers. What is
+        being deployed is given up: where there is nothing to return to, that is all, and its package is given.
+        """
+        given_up = await self._loader.give_up(name)
+        if given_up and self._deployments.is_first(name):
+            return given_up
         target = self._deployments.rolled_back(name, user, reason).models[name].stable
         async with self._loaded(target, user), self._change_lock:
             await self._apply(self._deployments.rolled_back(name, user, reason))
             return self._deployments.models[name].stable.package
 
     async def undeploy(self, name: str, user: str) -> None:
-        """Stop serving a model."""
+        """Stop serving a model, and give up what is being deployed."""
+        given_up = await self._loader.give_up(name)
         async with self._change_lock:
-            await self._apply(self._deployments.undeployed(name, user))
+            if name in self._deployments.models or not given_up:
+                await self._apply(self._deployments.undeployed(name, user))
 
     async def load(self, package: str) -> None:
         """Start a version that was evicted."""

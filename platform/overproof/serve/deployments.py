@@ -126,6 +126,11 @@ class Deployments(Frozen):
             raise InputError(f"{name}: not deployed; found {', '.join(self.models) or 'nothing deployed'}")
         return self.models[name]
 
+    def is_first(self, name: str) -> bool:
+        """Whether a model has no version to return to, deployed or not."""
+        deployment = self.models.get(name)
+        return deployment is None or (deployment.candidate or deployment.previous) is None
+
     def deployed(self, version: Version, role: Role, user: str) -> Deployments:
         """With a version as the stable one of its model, or as a candidate beside it.
 

@@ -25,7 +25,8 @@ from overproof.serve.access_log import AccessLog
 from overproof.serve.api_keys import ApiKey
 from overproof.serve.async_engine import Busy, Work
 from overproof.serve.canary import VersionStats
-from overproof.serve.controller import RoutingTable, get_or_create_controller, unwrap_remote_errors, version_copy
+from overproof.serve.controller import RoutingTable, version_copy
+from overproof.serve.controller_handle import get_or_create_controller, unwrap_remote_errors
 from overproof.serve.deployments import ModelDeployment, Version
 from overproof.serve.http_limits import LimitedHttpProtocol
 from overproof.serve.metrics import ServeMetrics, gather_metrics

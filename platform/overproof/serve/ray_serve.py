@@ -23,6 +23,7 @@ from overproof.errors import InputError
 MODEL_DEPLOYMENT = "model"  # the one deployment of an application that holds a package
 START_TIMEOUT_S, STATUS_POLL_S = 900, 0.1  # a node may have to be rented first, and a large model loads for minutes
 STOP_TIMEOUT_S = 30
+REPLICA_ACTOR = "SERVE_REPLICA::"  # before the application's name, in that of a replica's actor
 
 
 def start_serve() -> None:
@@ -81,6 +82,29 @@ def wait_until_running(name: str) -> None:
 def delete_application(name: str, wait: bool = True) -> None:
     """Stop an application once its replicas have finished what they have begun."""
     serve.delete(name, _blocking=wait)
+
+
+def abandon_application(name: str) -> None:
+    """Stop an application of which no replica has run.
+
+    Serve would wait for minutes for one that no node takes; the names of its actors are private.
+    """
+    serve.delete(name, _blocking=False)
+    deadline_s = time.monotonic() + STOP_TIMEOUT_S
+    while name in running_applications() and time.monotonic() < deadline_s:
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            if actor["name"].startswith(f"{REPLICA_ACTOR}{name}#"):
+                with contextlib.suppress(ValueError):  # it has ended
+                    ray.kill(ray.get_actor(**actor))
+        time.sleep(STATUS_POLL_S)  # Serve may be about to start another one
+
+
+def abandon_starting(prefix: str) -> None:
+    """Stop the applications whose names have a prefix and of which no replica has run yet."""
+    for name, application in serve.status().applications.items():
+        states = [deployment.replica_states for deployment in application.deployments.values()]
+        if name.startswith(prefix) and not any(ReplicaState.RUNNING in found for found in states):
+            abandon_application(name)
 
 
 def running_applications() -> list[str]:

@@ -18,8 +18,8 @@ from overproof.serve.application import (
     require_keys,
     resolve_settings,
 )
-from overproof.serve.controller import (
-    SYSTEM_USER,
+from overproof.serve.controller import SYSTEM_USER
+from overproof.serve.controller_handle import (
     get_controller,
     get_or_create_controller,
     kill_controller,
@@ -114,6 +114,7 @@ def stop_serving() -> None:
     if ray_serve.is_serve_running():
         LOG.setLevel(logging.WARNING)
         applications = ray_serve.running_applications()
+        ray_serve.abandon_starting(GATEWAY_NAME)
         own = sorted((name for name in applications if name.startswith(GATEWAY_NAME)), key=len)  # the gateway first
         if len(own) < len(applications):
             for name in own:

@@ -106,6 +106,15 @@ class VersionLoader:
         for package in packages - set(self._starting):  # without a wait: their streams may go on for minutes
             await asyncio.to_thread(ray_serve.delete_application, application_name(package), wait=False)
 
+    async def give_up(self, model: str) -> str | None:
+        """End the start of a version of this model of which nothing has run; gives its package, where there is one."""
+        found = None
+        for package, version in list(self._starting.items()):
+            if version.model.id == model and package not in self._loaded:
+                await asyncio.to_thread(ray_serve.abandon_application, version.application)
+                found = package
+        return found
+
     async def _make_room(self, version: Version) -> None:
         """Stop the versions that were least recently used until this one fits into ``memory_mb``, and reserve its part.
 
