@@ -74,7 +74,8 @@ class Serve(Section):
     """Autoscaling replicas behind HTTP."""
 
     host: str = Field(
-        "127.0.0.1", description="Address to listen on; any but loopback needs OVERPROOF_API_KEY or OVERPROOF_KEYS."
+        "127.0.0.1",
+        description="Address to listen on; any but loopback needs OVERPROOF_API_KEY or OVERPROOF_KEYS, and trust.keys.",
     )
     port: int = Field(8000, ge=0, le=65535, description="Port; 0 takes a free one.")
     min_replicas: int = Field(1, ge=0, description="Fewest replicas; 0 stops the last one when nobody asks.")
