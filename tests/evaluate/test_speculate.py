@@ -132,7 +132,7 @@ def _other_draft_measured(folder: Path) -> None:
 
 
 REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "the draft was edited": (lambda f: _flip(f / "draft.gguf"), "draft.gguf: sha256 is .* the record says"),
+    "the draft was edited": (lambda f: _flip(f / "draft.gguf"), "draft.gguf: sha256 is .* package.json says"),
     "the draft is missing": (lambda f: (f / "draft.gguf").unlink(), "draft.gguf: missing"),
     "the draft is not listed": (
         lambda f: edit(f / "package.json", lambda c: c["files"].pop("draft.gguf")), "lists no draft.gguf"),

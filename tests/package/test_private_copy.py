@@ -125,6 +125,7 @@ def test_copies_that_nobody_uses_are_deleted_but_the_last_few(packed: Path, tmp_
         del made
     (copies / ".making-left").mkdir()
     (copies / ".making-left/model.onnx").write_bytes(b"half")
+    os.utime(copies / ".making-left", (0, 0))
     private_copy.delete_unused()
     assert kept(copies) == sorted([used.path.name, *names[-private_copy.KEPT_UNUSED :]])
     private_copy.delete_unused(0)

@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from pyarrow import fs
 
 from overproof.cli.main import main
 from overproof.config import Recipe, Serve, Trust
 from overproof.errors import InputError
+from overproof.files import filesystem, join_uri
 from overproof.package import signature
 from overproof.package.package import load_package, open_package
 from overproof.package.signature import SigningKey, make_key_pair, read_signing_key, sign_files
 from overproof.package.trust import TrustPolicy
+from overproof.pipeline import STAGES
 from overproof.serve.package_trust import read_trusted_keys, trust_policy
 from packing import copy, edit, make_package, make_parents, make_recipe, pack
 
@@ -190,6 +193,38 @@ def test_only_policies_that_are_listed_are_enough(
     (folder / "package.sig").unlink()
     assert main(["verify", str(folder)]) == 0
     assert "signer   not signed" in capsys.readouterr().out
+
+
+def test_a_package_in_a_bucket_is_signed_there(
+    signed: Path, s3_uri: str, trust: TrustPolicy, key_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = join_uri(s3_uri, f"digits/{signed.name}")
+    bucket, path = filesystem(uri)
+    bucket.create_dir(path, recursive=True)
+    fs.copy_files(str(signed), path, destination_filesystem=bucket)
+    bucket.delete_file(f"{path}/package.sig")
+    with pytest.raises(InputError, match="is not signed"):
+        load_package(uri, trust)
+    assert main(["sign", uri, "--key", str(key_file)]) == 0
+    assert load_package(uri, trust).signed_by == read_signing_key(key_file).public.id
+    assert main(["verify", uri, "--keys", f"{key_file}.pub"]) == 0
+    bucket.create_dir(f"{path}/more")
+    assert main(["verify", uri]) == 2
+    assert "more: a folder; a package holds plain files alone" in capsys.readouterr().err
+
+
+def test_a_package_follows_from_its_recipe_and_its_signer(
+    recipe: Recipe, key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (stage,) = [stage for stage in STAGES if stage.name == "package"]
+    assert stage.part(recipe) == {"name": "digits"}
+    monkeypatch.setenv(signature.KEY_VARIABLE, str(key_file))
+    assert stage.part(recipe) == {"name": "digits", "signer": read_signing_key(key_file).public.id}
+    monkeypatch.setenv(signature.KEY_VARIABLE, f"{key_file}.gone")
+    with pytest.raises(
+        InputError, match=r"No such file or directory; expected a key that `overproof signing-key FILE`"
+    ):
+        stage.part(recipe)
 
 
 def test_signing_refuses_what_it_should_not_sign(

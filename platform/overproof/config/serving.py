@@ -85,7 +85,8 @@ class Serve(Section):
     """Autoscaling replicas behind HTTP."""
 
     host: str = Field(
-        "127.0.0.1", description="Address to listen on; any but loopback needs OVERPROOF_API_KEY or OVERPROOF_KEYS."
+        "127.0.0.1",
+        description="Address to listen on; any but loopback needs OVERPROOF_API_KEY or OVERPROOF_KEYS, and trust.keys.",
     )
     port: int = Field(8000, ge=0, le=65535, description="Port; 0 takes a free one.")
     hosts: tuple[str, ...] = Field(

@@ -133,21 +133,23 @@ def build_package(context: StageContext) -> dict[str, Any]:
             versions={tool: version(tool) for tool in TOOLS},
         )
         (folder / PACKAGE).write_text(content.model_dump_json(indent=1), encoding="utf-8")
-        sign_made_package(folder, context)
+        signer = sign_made_package(folder, context)
         packed = open_package(folder)
-    return {"model": export.name, "size_bytes": packed.size_bytes, "sha256": packed.sha256}
+    return {"model": export.name, "size_bytes": packed.size_bytes, "sha256": packed.sha256, **signer}
 
 
-def sign_made_package(folder: Path, context: StageContext) -> None:
-    """Sign a package that is being made, where a key is configured.
+def sign_made_package(folder: Path, context: StageContext) -> dict[str, str]:
+    """Sign a package that is being made, where a key is configured; gives the metric that says who did.
 
     Raises:
         InputError: the key cannot be used.
     """
     key = configured_signing_key(context.recipe.store)
-    if key is not None:
-        sha256 = {name: entry.sha256 for name, entry in hash_files(folder).items()}
-        write_signature(str(folder), sign_files(context.draft.id, sha256, key))
+    if key is None:
+        return {}
+    sha256 = {name: entry.sha256 for name, entry in hash_files(folder).items()}
+    write_signature(str(folder), sign_files(context.draft.id, sha256, key))
+    return {"signed_by": key.public.id}
 
 
 def require_pass(verdict: Verdict) -> str:

@@ -29,6 +29,7 @@ from overproof.package.contents import Listing, PackageFolder, chunks, mismatch,
 LOG = logging.getLogger(__name__)
 KEPT_UNUSED = 2  # so that a version that was rolled back, or is restarted, is not copied again
 TELL_EVERY_S = 4.0
+STALE_S = 60.0  # after which what is being made and not locked is of an interrupted process
 SPARE_BYTES = 64 << 20  # of the disk, which are left free
 MAKING = ".making-"
 MORE_ROOM = "make room, or set TMPDIR to a folder with more"
@@ -104,8 +105,9 @@ def delete_unused(keep: int = KEPT_UNUSED) -> None:
     """Delete the copies that no process uses, but the last few of them, and what interrupted processes left."""
     folders = [each for each in _root().iterdir() if each.is_dir() and each != _contents()]
     for path in sorted(folders, key=_used_s, reverse=True):
+        made = not path.name.startswith(MAKING)
         with _alone_with(path) as alone:
-            if alone and (path.name.startswith(MAKING) or (keep := keep - 1) < 0):
+            if alone and ((keep := keep - 1) < 0 if made else time.time() - _used_s(path) > STALE_S):
                 _delete(path)
     for content in _contents().iterdir():
         with suppress(FileNotFoundError):

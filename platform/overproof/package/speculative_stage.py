@@ -53,7 +53,7 @@ def pack_with_draft(context: StageContext) -> dict[str, Any]:
         raise GateRefused(f"{draft} is no draft for {policy.teacher}; the package of {draft} is done:\n{lines}")
     with context.draft.directory() as folder:
         _pack(context, shipped, policy, SpeculationResult(found=found, verdict=verdict), folder)
-        sign_made_package(folder, context)
+        signer = sign_made_package(folder, context)
         open_package(folder)
     context.progress(TaskProgress("speculate", 1, 1))
     return {
@@ -61,6 +61,7 @@ def pack_with_draft(context: StageContext) -> dict[str, Any]:
         "identical": found.identical,
         "prompts": found.prompts,
         "accepted": found.accepted / max(1, found.drafted),
+        **signer,
     }
 
 
