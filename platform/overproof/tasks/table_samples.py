@@ -14,7 +14,7 @@ from pyarrow import csv, fs
 
 from overproof.data.json_lines import BLANK
 from overproof.data.parquet_columns import as_plain_type, is_text, iter_columns, open_parquet
-from overproof.data.parquet_reader import is_extension
+from overproof.data.parquet_reader import holds_objects
 from overproof.data.source_files import FileListing, compression_of, naming_faults
 from overproof.errors import InputError
 
@@ -212,8 +212,8 @@ def _parquet_sample(files: fs.FileSystem, listing: FileListing) -> TableSample:
 def _as_told(column: pa.Field) -> pa.Field:
     """A column as the schema of a sample has it: one of an extension type stays that, unless it stores texts."""
     plain = as_plain_type(column.type)
-    if is_extension(column) and not is_text(plain):
-        known = isinstance(column.type, pa.BaseExtensionType)
+    known = isinstance(column.type, pa.BaseExtensionType)
+    if (known or holds_objects(column)) and not is_text(plain):
         return pa.field(column.name, column.type if known else pa.opaque(column.type, "unknown", "unknown"))
     return column if pa.types.is_dictionary(column.type) else pa.field(column.name, plain)
 
