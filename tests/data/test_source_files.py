@@ -263,6 +263,22 @@ def test_a_file_is_left_out_whole(tmp_path: Path) -> None:
     assert (reading.counts, reading.nul_lines) == ({"not JSON Lines": 1}, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [("b.jsonl.gz", gzip.compress(RECORDS), half(gzip.compress(RECORDS))), ("b.parquet", parquet(ROWS), b"PAR1")],
+)
+def test_shrink_looks_at_the_tables_that_can_be_read_if_asked(
+    name: str, good: bytes, bad: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(good)
+    (tmp_path / f"a{name[1:]}").write_bytes(bad)
+    suffix = f".{name.split('.')[1]}"
+    assert f"a{name[1:]}" in look_at(str(tmp_path)).unreadable[suffix]
+    assert look_at(str(tmp_path), "skip").tables[suffix].rows.num_rows == 500
+    (tmp_path / name).unlink()
+    assert f"a{name[1:]}" in look_at(str(tmp_path), "skip").unreadable[suffix]
+
+
 # --- columns --------------------------------------------------------------------------------------
 
 
