@@ -57,7 +57,7 @@ def test_the_plan_of_a_language_model(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [row for row in rows if "this recipe" in row] == [rows[2]]
     assert re.search(r"6\.89 MB +6\.89 MB +10\.3 MB", rows[2])
     found = findings(out)
-    assert set(found) == {"train", "cache", "sweep", "serve", "together", "storage", "memory", "upload", "time"}
+    assert set(found) == {"data", "train", "cache", "sweep", "serve", "together", "storage", "memory", "upload", "time"}
     assert found["time"] == ("ok", "450,560 tokens in 440 steps at 1,000 tokens/s (as given): 8 min")
     assert found["train"][1].startswith("2 workers + 1 reader: 2 x 1 + 1 = 3 of ")
 

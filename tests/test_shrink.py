@@ -183,8 +183,9 @@ def write_llama(folder: Path, layers: int) -> Path:
     """A Llama directory with a tokenizer of its own and a chat template."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from overproof.data.chat_template_files import CHAT_TEMPLATE
     from overproof.data.tokenization import train_bpe
-    from overproof.models.hf_directory import CHAT_TEMPLATE, save_model
+    from overproof.models.hf_directory import save_model
 
     tokenizer = train_bpe([f"document {i} tells of {i * i} things, one by one. " for i in range(60)], 288)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -169,6 +169,7 @@ DAMAGED: list[tuple[str, bytes, str]] = [
     ("x.jsonl.zst", half(zstd(RECORDS)), "not zstd, cut short or damaged: "),
     ("x.jsonl.bz2", RECORDS, "not bz2, cut short or damaged: "),
     ("x.jsonl.gz", RECORDS, "not gzip, cut short or damaged: "),
+    ("x.jsonl.gz", b"", "not gzip, cut short or damaged: it is empty"),
     ("x.jsonl", b'{"text": ' + b"[" * 100_000, "line 1: nested too deeply"),
     ("x.jsonl", b'{"text": "a", "b": ' + b"[" * 300 + b"]" * 300 + b"}", "line 1: nested too deeply"),
     ("x.parquet", overwritten(parquet(ROWS)), "not Parquet: "),
@@ -262,6 +263,22 @@ def test_a_file_is_left_out_whole(tmp_path: Path) -> None:
     assert (reading.counts, reading.nul_lines) == ({"not JSON Lines": 1}, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [("b.jsonl.gz", gzip.compress(RECORDS), half(gzip.compress(RECORDS))), ("b.parquet", parquet(ROWS), b"PAR1")],
+)
+def test_shrink_looks_at_the_tables_that_can_be_read_if_asked(
+    name: str, good: bytes, bad: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(good)
+    (tmp_path / f"a{name[1:]}").write_bytes(bad)
+    suffix = f".{name.split('.')[1]}"
+    assert f"a{name[1:]}" in look_at(str(tmp_path)).unreadable[suffix]
+    assert look_at(str(tmp_path), "skip").tables[suffix].rows.num_rows == 500
+    (tmp_path / name).unlink()
+    assert f"a{name[1:]}" in look_at(str(tmp_path), "skip").unreadable[suffix]
+
+
 # --- columns --------------------------------------------------------------------------------------
 
 
@@ -294,7 +311,7 @@ def test_tables_with_columns_that_are_dropped_or_null(tmp_path: Path) -> None:
     second = {"id": ids, "x": pa.nulls(4), "colour": colours.cast(pa.string()).dictionary_encode()}
     pq.write_table(pa.table({**second, "target": [0, 1, 0, 1]}), tmp_path / "b.parquet")
     section = {"source": {"kind": "parquet", "path": str(tmp_path)}, "target": "target"}
-    with pytest.raises(InputError, match=r"a\.parquet: column 'id' holds objects"):
+    with pytest.raises(InputError, match=r"column 'id': is extension<arrow\.uuid>; expected numbers: drop it"):
         describe_table(TabularClassificationData.parse(section))
     columns = describe_table(TabularClassificationData.parse({**section, "drop": ["id"]}))["columns"]
     assert [(column["name"], column["categories"]) for column in columns] == [("x", []), ("colour", ["blue", "red"])]

@@ -40,7 +40,7 @@ def iter_columns(handle: Any, path: str, columns: Sequence[str], **settings: Any
 
 
 def read_table(handle: Any, path: str, columns: Sequence[str]) -> pa.Table:
-    """Some columns of an open file as a whole. Categories that are numbers stay what they are.
+    """Some columns of an open file as a whole. Columns that hold no text stay what they are.
 
     Raises:
         InputError: as ``iter_columns``.
@@ -51,7 +51,7 @@ def read_table(handle: Any, path: str, columns: Sequence[str]) -> pa.Table:
         table = file.read(columns=list(columns))
         for number, column in enumerate(table.columns):
             kind = as_plain_type(column.type)
-            if kind != column.type and (is_text(kind) or not pa.types.is_dictionary(column.type)):
+            if kind != column.type and (is_text(kind) or pa.types.is_run_end_encoded(column.type)):
                 plain = pa.chunked_array([_plain(chunk) for chunk in column.chunks], kind)
                 table = table.set_column(number, table.column_names[number], plain)
         return table
@@ -89,6 +89,8 @@ def as_plain_type(kind: pa.DataType) -> pa.DataType:
         return as_plain_type(kind.value_type)
     if pa.types.is_string_view(kind):
         return pa.large_string()
+    if pa.types.is_list(kind) and not isinstance(kind.value_type, pa.BaseExtensionType):
+        return pa.list_(as_plain_type(kind.value_type))
     return pa.large_binary() if pa.types.is_binary_view(kind) else kind
 
 

@@ -26,25 +26,29 @@ PAGE_HEADER_BYTES = 32  # at most; two pages' headers are longer
 
 
 def refuse_objects(schema: pa.Schema, where: str) -> None:
-    """Refuse a schema that holds an extension type: reading one may unpickle, and so run, what a stranger wrote.
+    """Refuse a schema that holds a type of a stranger's: reading one may unpickle, and so run, what they wrote. Arrow's
+    own extension types (such as ``arrow.uuid``) are plain values.
 
     Raises:
         InputError: naming the column.
     """
     for field in schema:
-        if is_extension(field):
+        if holds_objects(field):
             raise InputError(
                 f"{where}: column {field.name!r} holds objects ({_extension_name(field)}); expected plain numbers, "
                 "strings or lists of them: write the file again without that column"
             )
 
 
-def is_extension(field: pa.Field) -> bool:
-    """Whether a column is of an extension type, or holds values of one."""
-    # A type nobody registered arrives as its storage, with the name in the field's metadata.
-    if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
+def holds_objects(field: pa.Field) -> bool:
+    """Whether a column is of an extension type that is not Arrow's own, or holds values of one."""
+    if isinstance(field.type, pa.ExtensionType):
         return True
-    return any(is_extension(field.type.field(i)) for i in range(field.type.num_fields))
+    if isinstance(field.type, pa.BaseExtensionType):
+        return False
+    # A type nobody registered arrives as its storage, with the name in the field's metadata.
+    named = b"ARROW:extension:name" in (field.metadata or {})
+    return named or any(holds_objects(field.type.field(i)) for i in range(field.type.num_fields))
 
 
 def _extension_name(field: pa.Field) -> str:

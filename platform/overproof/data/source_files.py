@@ -312,8 +312,15 @@ def _is_utf8(name: str) -> bool:
 
 
 def open_content(files: fs.FileSystem, path: str) -> Any:
-    """A file's content as a stream of bytes, decompressed as its name says."""
-    return files.open_input_stream(path, compression=compression_of(path))
+    """A file's content as a stream of bytes, decompressed as its name says.
+
+    Raises:
+        OSError: it is empty, and should be compressed; what else the file system says.
+    """
+    compression = compression_of(path)
+    if compression and files.get_file_info(path).size == 0:
+        raise OSError("it is empty")
+    return files.open_input_stream(path, compression=compression)
 
 
 @contextmanager

@@ -265,7 +265,7 @@ class _Named:
         def read(name: str) -> Mapping[str, Any]:
             try:
                 found = json.loads(files.get(name, b"{}"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{name}, beside the tokenizer: not JSON: {error}") from None
             return found if isinstance(found, dict) else {}
 

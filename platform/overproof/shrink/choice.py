@@ -80,6 +80,9 @@ class ProposedRecipe:
         return self.rows / self.units
 
 
+SKIPS = "data.on_error=skip"  # over what a template says
+
+
 @dataclass(frozen=True)
 class Found:
     """The model, and the task that the data are for."""
@@ -97,7 +100,7 @@ def find(asked: Asked) -> Found:
     """
     _check_budget(asked)
     given = inspect_model(asked.model) if asked.model is not None else None
-    look = look_at(asked.data)
+    look = look_at(asked.data, "skip" if SKIPS in asked.overrides else "fail")
     return Found(given, *find_task(asked, given, look))
 
 

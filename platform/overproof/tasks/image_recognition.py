@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 
 from overproof.data.parquet_columns import is_text, iter_columns
-from overproof.data.source_files import naming_faults
+from overproof.data.source_files import SourceFile, SourceReading, data_suffix, naming_faults
 from overproof.files import filesystem, join_uri
 from overproof.tasks.images import SUFFIXES
 from overproof.tasks.recognition import (
@@ -94,13 +95,16 @@ def _parquet(look: DataLook, flags: ColumnFlags) -> Recognised:
 def _classes(look: DataLook, label: str) -> list[str]:
     """Of every row: a column of labels is quickly read."""
     files, _ = filesystem(look.path)
-    found = set[str]()
-    for name in look.named(".parquet"):
-        path = f"{look.listing.root}/{name}"
+    tables = [file for file in look.listing.files if data_suffix(file.name) == ".parquet"]
+    reading = SourceReading(replace(look.listing, files=tuple(tables)), look.on_error)
+
+    def read(file: SourceFile) -> Iterator[str]:
+        path = look.listing.path(file)
         with naming_faults(path, "parquet"), files.open_input_file(path) as handle:
             for batch in iter_columns(handle, path, [label]):
-                found.update(str(value) for value in batch.column(0).unique().to_pylist() if value is not None)
-    return sorted(found)
+                yield from (str(value) for value in batch.column(0).unique().to_pylist() if value is not None)
+
+    return sorted(set(reading.each_file(read)))
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

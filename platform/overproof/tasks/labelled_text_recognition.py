@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from overproof.config.data import DataSection
 from overproof.data.parquet_columns import is_text
-from overproof.data.source_files import naming_faults
+from overproof.data.source_files import OnError, naming_faults
 from overproof.errors import InputError
 from overproof.models.base import ArrayFamily, class_order
 from overproof.models.encoder import MULTI_LABEL
@@ -69,7 +69,7 @@ def recognise_labelled_texts(
     if model is None:
         return NO_MODEL
     found = _tables(look, flags, _class_column) if look.having(*TABLES) else _folders(look)
-    return _fit(found, model, section, labelling) if isinstance(found, _Found) else found
+    return _fit(found, look.on_error, model, section, labelling) if isinstance(found, _Found) else found
 
 
 def recognise_texts_of_several(
@@ -80,7 +80,7 @@ def recognise_texts_of_several(
     if model is None:
         return NO_MODEL
     found = _tables(look, flags, _several_column)
-    return _fit(found, model, section, labelling) if isinstance(found, _Found) else found
+    return _fit(found, look.on_error, model, section, labelling) if isinstance(found, _Found) else found
 
 
 Column = tuple[str, str, Mapping[str, Any]]  # its name, why, and what the recipe says of it
@@ -184,11 +184,11 @@ def _folders(look: DataLook) -> _Found | Misfit:
 
 
 def _fit(
-    found: _Found, model: Mapping[str, Any], section: type[DataSection], labelling_of: LabellingOf
+    found: _Found, on_error: OnError, model: Mapping[str, Any], section: type[DataSection], labelling_of: LabellingOf
 ) -> Fit | Misfit:
     """With all classes there are, by a look at every row, and the length of rows."""
     path = model["_name_or_path"]
-    data: Any = section.parse({"source": found.source, **found.fields}, "data")
+    data: Any = section.parse({"source": found.source, "on_error": on_error, **found.fields}, "data")
     labelling = labelling_of(data)
     try:
         counts = count_texts(data, labelling)

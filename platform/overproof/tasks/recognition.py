@@ -11,6 +11,7 @@ from pyarrow import fs
 
 from overproof.data.source_files import (
     FileListing,
+    OnError,
     SourceFile,
     any_name,
     data_suffix,
@@ -35,6 +36,7 @@ class DataLook:
     tables: Mapping[str, TableSample]  # by suffix
     unreadable: Mapping[str, str]  # by suffix of tables: what is wrong with them
     listing: FileListing
+    on_error: OnError  # as the recipe will have it
 
     def named(self, *suffixes: str) -> list[str]:
         """The names of the files that end so."""
@@ -127,8 +129,9 @@ class Shrinkable(Protocol):
         """
 
 
-def look_at(path: str) -> DataLook:
-    """List what lies at a path, and read the first rows of its tables.
+def look_at(path: str, on_error: OnError = "fail") -> DataLook:
+    """List what lies at a path, and read the first rows of its tables; of those that can be read, where others are to
+    be left out (``on_error``).
 
     Raises:
         InputError: there is nothing. A table that is not what its name says is only told of: it may not matter.
@@ -146,7 +149,9 @@ def look_at(path: str) -> DataLook:
     for suffix in TABLES:
         if suffix in by_suffix:
             try:
-                tables[suffix] = sample_tables(files, replace(listing, files=tuple(by_suffix[suffix])), suffix)
+                tables[suffix] = sample_tables(
+                    files, replace(listing, files=tuple(by_suffix[suffix])), suffix, on_error
+                )
             except UnreadableTable as error:
                 unreadable[suffix] = str(error)
     return DataLook(
@@ -158,6 +163,7 @@ def look_at(path: str) -> DataLook:
         tables,
         unreadable,
         listing,
+        on_error,
     )
 
 

@@ -6,7 +6,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -14,8 +14,15 @@ from pyarrow import csv, fs
 
 from overproof.data.json_lines import BLANK
 from overproof.data.parquet_columns import as_plain_type, is_text, iter_columns, open_parquet
-from overproof.data.parquet_reader import is_extension
-from overproof.data.source_files import FileListing, compression_of, naming_faults
+from overproof.data.parquet_reader import holds_objects
+from overproof.data.source_files import (
+    FileListing,
+    OnError,
+    SourceFile,
+    SourceReading,
+    compression_of,
+    naming_faults,
+)
 from overproof.errors import InputError
 
 SAMPLE_ROWS = 10_000  # of a Parquet file
@@ -71,33 +78,39 @@ class UnreadableTable(Exception):
     """Tables are not what their name says: which, what was found, and what was expected."""
 
 
-def sample_tables(files: fs.FileSystem, listing: FileListing, suffix: str) -> TableSample:
-    """Of tables of one kind, the first rows of the first one.
+def sample_tables(files: fs.FileSystem, listing: FileListing, suffix: str, on_error: OnError) -> TableSample:
+    """Of tables of one kind, the first rows of the first one; of the first that can be read, where others are skipped.
 
     Raises:
         UnreadableTable: it cannot be read, or has no rows.
     """
-    found = next((file for file in listing.files if file.size_bytes), None)
-    if found is None:
-        raise UnreadableTable(f"{listing.path(listing.files[0])}: is empty; expected rows")
-    path = listing.path(found)
     try:
         if suffix == ".parquet":
-            return _parquet_sample(files, listing)
-        with naming_faults(path, suffix[1:]):
-            with files.open_input_file(path) as stored:
-                codec = compression_of(path)
-                stream = pa.CompressedInputStream(stored, codec) if codec else stored
-                content = stream.read(SAMPLE_BYTES)
-                whole = len(content) < SAMPLE_BYTES or not stream.read(1)
-                read_bytes = found.size_bytes if whole else stored.tell()
-            sample = _csv_sample(content, whole) if suffix == ".csv" else _jsonl_sample(content, whole)
-            _require_distinct(sample.schema.names)
+            return _parquet_sample(files, listing, on_error)
+        filled = replace(listing, files=tuple(file for file in listing.files if file.size_bytes))
+        samples = SourceReading(filled, on_error).each_file(lambda file: [_text_sample(files, listing, file, suffix)])
+        found = next(samples, None)
     except InputError as error:
         raise UnreadableTable(str(error)) from None
+    if found is None:
+        raise UnreadableTable(f"{listing.path(listing.files[0])}: is empty; expected rows")
+    return found
+
+
+def _text_sample(files: fs.FileSystem, listing: FileListing, file: SourceFile, suffix: str) -> TableSample:
+    path = listing.path(file)
+    with naming_faults(path, suffix[1:]):
+        with files.open_input_file(path) as stored:
+            codec = compression_of(path)
+            stream = pa.CompressedInputStream(stored, codec) if codec else stored
+            content = stream.read(SAMPLE_BYTES)
+            whole = len(content) < SAMPLE_BYTES or not stream.read(1)
+            read_bytes = file.size_bytes if whole else stored.tell()
+        sample = _csv_sample(content, whole) if suffix == ".csv" else _jsonl_sample(content, whole)
+        _require_distinct(sample.schema.names)
     if not sample.rows.num_rows:
         raise UnreadableTable(f"{path}: has a header and no rows; expected some")
-    total = round(sample.rows.num_rows * sum(file.size_bytes for file in listing.files) / max(read_bytes, 1))
+    total = round(sample.rows.num_rows * sum(each.size_bytes for each in listing.files) / max(read_bytes, 1))
     return TableSample(sample.schema, _plain(sample.rows), max(total, sample.rows.num_rows), sample.mixed)
 
 
@@ -186,15 +199,18 @@ def _described(found: Mapping[str, int]) -> str:
     return " and ".join(f"{kind} (line {line})" for kind, line in found.items())
 
 
-def _parquet_sample(files: fs.FileSystem, listing: FileListing) -> TableSample:
+def _parquet_sample(files: fs.FileSystem, listing: FileListing, on_error: OnError) -> TableSample:
     """Of the first file with rows; or of one that has values in more columns, where others lack those of some."""
     total, best = 0, None
-    for file in listing.files:
+
+    def read(file: SourceFile) -> list[tuple[pa.Schema, int, str]]:
         path = listing.path(file)
         with naming_faults(path, "parquet"), files.open_input_file(path) as handle:
             opened = open_parquet(handle)
-            schema, rows = opened.schema_arrow, opened.metadata.num_rows
-            _require_distinct(schema.names)
+            _require_distinct(opened.schema_arrow.names)
+            return [(opened.schema_arrow, opened.metadata.num_rows, path)]
+
+    for schema, rows, path in SourceReading(listing, on_error).each_file(read):
         total += rows
         lacking = sum(pa.types.is_null(column.type) for column in schema)
         if rows and (best is None or lacking < best[0]):
@@ -205,15 +221,15 @@ def _parquet_sample(files: fs.FileSystem, listing: FileListing) -> TableSample:
     told = pa.schema([_as_told(column) for column in schema])
     plain = [column.name for column in told if _is_plain(column.type)]
     with naming_faults(path, "parquet"), files.open_input_file(path) as handle:
-        rows = next(iter_columns(handle, path, plain, batch_size=SAMPLE_ROWS)) if plain else None
-    return TableSample(told, pa.Table.from_batches([rows]) if rows else pa.table({"": pa.nulls(total)}), total)
+        first = next(iter_columns(handle, path, plain, batch_size=SAMPLE_ROWS)) if plain else None
+    return TableSample(told, pa.Table.from_batches([first]) if first else pa.table({"": pa.nulls(total)}), total)
 
 
 def _as_told(column: pa.Field) -> pa.Field:
     """A column as the schema of a sample has it: one of an extension type stays that, unless it stores texts."""
     plain = as_plain_type(column.type)
-    if is_extension(column) and not is_text(plain):
-        known = isinstance(column.type, pa.BaseExtensionType)
+    known = isinstance(column.type, pa.BaseExtensionType)
+    if (known or holds_objects(column)) and not is_text(plain):
         return pa.field(column.name, column.type if known else pa.opaque(column.type, "unknown", "unknown"))
     return column if pa.types.is_dictionary(column.type) else pa.field(column.name, plain)
 
