@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from overproof.serve.unicode_body import surrogate_path
 from overproof.tasks.http import ModelRequest, UnicodeText, check_unicode
 
 DEFAULT_MAX_TOKENS = 16
@@ -16,7 +17,12 @@ MAX_PROMPT_IDS = 1 << 18
 SEEDS = 2**32 - MAX_CHOICES
 ANY = object()
 # Fields of OpenAI's API that change nothing here, with the value with which they do: others are refused by name.
-NEUTRAL = {"store": ANY, "metadata": ANY, "service_tier": ANY, "best_of": 1, "echo": False, "suffix": ""}
+NEUTRAL = {
+    "store": ANY, "metadata": ANY, "service_tier": ANY, "safety_identifier": ANY, "prompt_cache_key": ANY,
+    "prompt_cache_retention": ANY, "best_of": 1, "echo": False, "suffix": "", "modalities": ["text"], "functions": [],
+    "function_call": "none",
+}  # fmt: skip
+NEUTRAL_OF_MESSAGE: dict[str, Any] = {"annotations": []}  # of a reply that is sent back
 MAX_BIASES = 300
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 1024
@@ -75,25 +81,44 @@ def _parse_stops(value: Any) -> Any:
     return [check_unicode(stop) for stop in stops]
 
 
-class StreamOptions(BaseModel):
+def _without(neutral: dict[str, Any], model: type[BaseModel], body: Any) -> Any:
+    """The body without fields that the model does not know and that ask for nothing."""
+    if not isinstance(body, dict):
+        return body
+    known = model.model_fields
+    return {
+        name: value
+        for name, value in body.items()
+        if name in known or name not in neutral or (neutral[name] is not ANY and value != neutral[name])
+    }
+
+
+class RequestPart(BaseModel):
+    """An object within a body. Clients send null for what they leave out here, too: OpenAI's sends a reply's message
+    back with all the fields that its API has.
+    """
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, part: Any) -> Any:
+        return {name: value for name, value in part.items() if value is not None} if isinstance(part, dict) else part
+
+
+class StreamOptions(RequestPart):
     include_usage: bool = Field(False, description="One more event at the end, with the usage and no choices.")
     include_obfuscation: bool = Field(False, description="Taken, and not looked at.")
 
 
-class JsonSchemaFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class JsonSchemaFormat(RequestPart):
     name: str = Field(description="Taken, and not looked at.")
     description: str | None = None
     json_schema: dict[str, Any] = Field({}, alias="schema", description="What the JSON must be (JSON Schema).")
     strict: bool | None = Field(None, description="The schema is kept to in any case.")
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class ResponseFormat(RequestPart):
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchemaFormat | None = None
 
@@ -133,14 +158,7 @@ class GenerationRequest(ModelRequest):
     @classmethod
     def _without_neutral(cls, body: Any) -> Any:
         """Clients send what asks for nothing, or for what is done with every request."""
-        if not isinstance(body, dict):
-            return body
-        known = cls.model_fields
-        return {
-            name: value
-            for name, value in body.items()
-            if name in known or name not in NEUTRAL or (NEUTRAL[name] is not ANY and value != NEUTRAL[name])
-        }
+        return _without(NEUTRAL, cls, body)
 
     @property
     def constrained(self) -> bool:
@@ -175,9 +193,7 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
-class ToolFunction(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class ToolFunction(RequestPart):
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] = Field(
@@ -189,29 +205,21 @@ class ToolFunction(BaseModel):
     )
 
 
-class Tool(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class Tool(RequestPart):
     type: Literal["function"]
     function: ToolFunction
 
 
-class FunctionName(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class FunctionName(RequestPart):
     name: str
 
 
-class NamedTool(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class NamedTool(RequestPart):
     type: Literal["function"]
     function: FunctionName
 
 
-class CalledFunction(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class CalledFunction(RequestPart):
     name: str
     arguments: str = Field(description="A JSON object.")
 
@@ -219,7 +227,8 @@ class CalledFunction(BaseModel):
     @classmethod
     def _check_arguments(cls, arguments: str) -> str:
         try:
-            is_object = isinstance(json.loads(arguments or "{}"), dict)
+            found = json.loads(arguments or "{}")
+            is_object = isinstance(found, dict) and surrogate_path(found) is None
         except (ValueError, RecursionError):
             is_object = False
         if not is_object:
@@ -227,23 +236,24 @@ class CalledFunction(BaseModel):
         return arguments
 
 
-class ToolCall(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class ToolCall(RequestPart):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class ChatMessage(RequestPart):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | None, BeforeValidator(_parse_content)] = None
     name: str | None = Field(None, description="Taken, and not looked at.")
     refusal: None = Field(None, description="As replies have it.")
     tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_TOOLS, description="What an assistant called.")
     tool_call_id: str | None = Field(None, description="The call of which a message of role 'tool' has the result.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, message: Any) -> Any:
+        return _without(NEUTRAL_OF_MESSAGE, cls, message)
 
     @model_validator(mode="after")
     def _check_role(self) -> Self:

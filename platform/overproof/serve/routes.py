@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any, TypeVar, Union
 
-from fastapi import Body, FastAPI
+from fastapi import Body, Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
@@ -55,6 +55,7 @@ from overproof.serve.responses import (
     RowsReply,
 )
 from overproof.serve.traffic import Rating
+from overproof.serve.unicode_body import require_unicode_body
 from overproof.tasks.base import ArrayTask
 from overproof.tasks.http import ModelRequest
 
@@ -90,7 +91,16 @@ def build_app(
         await compiler.close()
         await asyncio.to_thread(telemetry.close)
 
-    app = FastAPIOffline(title="overproof", lifespan=lifespan, redoc_url=None, responses=ERROR_RESPONSES)
+    async def check_body(http: HttpRequest) -> None:
+        require_unicode_body(await http.body())
+
+    app = FastAPIOffline(
+        title="overproof",
+        lifespan=lifespan,
+        redoc_url=None,
+        responses=ERROR_RESPONSES,
+        dependencies=[Depends(check_body)],
+    )
     app.add_middleware(AuthMiddleware, access=access, telemetry=telemetry)
     app.add_middleware(SourceMiddleware, policy=source, needs_key=access.needs_key)  # before it
     _add_error_handlers(
