@@ -23,6 +23,8 @@ from overproof.errors import InputError
 
 CHUNK_BYTES = 1 << 20
 HASHING_THREADS = 4
+MAX_SOCKET_BYTES = 103  # of a path: 107 on Linux, 103 on macOS
+SHORT_TEMP = Path("/tmp")
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
@@ -110,9 +112,32 @@ def local_cache(key: str, make: Callable[[Path], None]) -> Path:
     return root / key
 
 
-def atomic_write(files: fs.FileSystem, path: str, content: bytes) -> None:
-    """Write a small file so that readers see all of it or none, whoever else writes it, and after a power cut too."""
+def socket_folder(names: str, prefix: str) -> Path:
+    """A new folder, this user's alone, in which sockets of such names can lie: in TMPDIR, or where their paths would be
+    too long in /tmp.
+
+    Raises:
+        InputError: they would be, and /tmp cannot be written to.
+    """
+    folder = Path(tempfile.gettempdir())
+    if len(str(folder / f"{prefix}{'x' * 8}" / names).encode()) > MAX_SOCKET_BYTES:
+        folder = SHORT_TEMP
+    try:
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+    except OSError as error:
+        raise InputError(
+            f"TMPDIR: {tempfile.gettempdir()}: too long for sockets (paths of at most {MAX_SOCKET_BYTES} bytes), "
+            f"and {folder}: {error.strerror}; set TMPDIR to a short folder that you may write to"
+        ) from None
+
+
+def atomic_write(files: fs.FileSystem, path: str, content: bytes, private: bool = False) -> None:
+    """Write a small file so that readers see all of it or none, whoever else writes it, and after a power cut too; on a
+    disk a ``private`` one is its user's alone.
+    """
     part = f"{path}.{secrets.token_hex(4)}.part"
+    if private and isinstance(files, fs.LocalFileSystem):
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     with files.open_output_stream(part) as stream:
         stream.write(content)
     local = isinstance(files, fs.LocalFileSystem)

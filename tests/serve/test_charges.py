@@ -18,7 +18,8 @@ from overproof.serve import api_keys
 from overproof.serve.access_log import AccessLog
 from overproof.serve.api_keys import ApiKey, RateLimiter
 from overproof.serve.async_engine import Work
-from overproof.serve.middleware import KEY_VARIABLE, Access, Telemetry
+from overproof.serve.environment import KEY_VARIABLE
+from overproof.serve.middleware import Access, Telemetry
 from overproof.serve.routes import build_app
 from single_model import one
 

@@ -256,8 +256,10 @@ def _asked(options: argparse.Namespace) -> Asked:
 
 def _demo(options: argparse.Namespace) -> int:
     from overproof.cli import serve
+    from overproof.serve.environment import hidden_api_key
 
-    return serve.demo(load_recipe(options.recipe, tuple(options.set)), keep=options.keep)
+    with hidden_api_key():
+        return serve.demo(load_recipe(options.recipe, tuple(options.set)), keep=options.keep)
 
 
 def _run_stages(options: argparse.Namespace) -> int:
@@ -339,14 +341,18 @@ def _schema(options: argparse.Namespace) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     from overproof.cli import serve
+    from overproof.serve.environment import hidden_api_key
 
-    return serve.serve_until_stopped(options.package, options.store, tuple(options.set))
+    with hidden_api_key():
+        return serve.serve_until_stopped(options.package, options.store, tuple(options.set))
 
 
 def _deploy(options: argparse.Namespace) -> int:
     from overproof.cli import deploy
+    from overproof.serve.environment import hidden_api_key
 
-    return deploy.deploy(options.package, options.store, options.set, options.place)
+    with hidden_api_key():
+        return deploy.deploy(options.package, options.store, options.set, options.place)
 
 
 def _promote(options: argparse.Namespace) -> int:

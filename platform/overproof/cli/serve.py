@@ -6,6 +6,8 @@ import json
 import shlex
 import signal
 import threading
+import urllib.request
+from typing import Any
 
 import httpx
 
@@ -15,7 +17,7 @@ from overproof.cli.deploy import find_package
 from overproof.cluster import ray_cluster
 from overproof.config import Recipe, Serve, parse_overrides
 from overproof.console import out, waiting
-from overproof.errors import GateRefused
+from overproof.errors import GateRefused, InputError
 from overproof.registry import TASKS
 from overproof.serve.net import free_port
 
@@ -59,7 +61,12 @@ def _serve(package: str, settings: Serve, keep: bool) -> None:
     with waiting("starting replicas"):
         base = server.start_serving(package, settings)
     try:
-        send_example(base, settings)
+        try:
+            send_example(base, settings)
+        except InputError as error:  # its limits may be too small for an example, and right all the same
+            if not keep:
+                raise
+            out.print(f"overproof: warning: {error}", markup=False)
         if keep:
             out.print(f"serving {package} at {base} until Ctrl-C")
             _wait_for_signal()
@@ -68,38 +75,64 @@ def _serve(package: str, settings: Serve, keep: bool) -> None:
 
 
 def send_example(base: str, settings: Serve) -> None:
-    """Send one real request and print the answer and the `curl` line that repeats it."""
+    """Send one real request and print the answer and the `curl` line that repeats it.
+
+    Raises:
+        InputError: the server refuses it, or cannot be asked.
+    """
     if _needs_an_unknown_key():
         out.print("requests need one of the keys in OVERPROOF_KEYS")
         return
+    from overproof.serve.environment import key_in_shell
     from overproof.serve.net import tls_trust
 
-    with httpx.Client(base_url=base, timeout=ASK_TIMEOUT_S, headers=_auth(), verify=tls_trust(settings)) as client:
-        model = client.get("/v1/models").raise_for_status().json()["data"][0]
+    with httpx.Client(
+        base_url=base,
+        timeout=ASK_TIMEOUT_S,
+        headers=_auth(),
+        verify=tls_trust(settings),
+        trust_env=False,  # of proxies, which do not reach this machine
+    ) as client:
+        model = _ask(client, "GET", "/v1/models")["data"][0]
         provenance = model["overproof"]
         task = TASKS[provenance["task"]]
         body = {"model": model["id"], **task.example(provenance["details"])}
-        reply = client.post(task.route, json=body).raise_for_status().json()
+        if "max_tokens" in body:
+            body["max_tokens"] = min(body["max_tokens"], settings.max_tokens)
+        reply = _ask(client, "POST", task.route, body)
     out.print(task.describe_reply(body, reply), markup=False)
     if "prompt" in body or "messages" in body:
         body |= {"stream": True}
-    auth = '-H "Authorization: Bearer $OVERPROOF_API_KEY" ' if _auth() else ""
+    auth = f'-H "Authorization: Bearer {key_in_shell()}" ' if _auth() else ""
     if settings.tls_certificate:
         auth = f"--cacert {shlex.quote(settings.tls_certificate)} {auth}"
+    if urllib.request.getproxies():
+        auth = f"--noproxy '*' {auth}"
     out.print(
         f"curl -N {base}{task.route} {auth}-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}",
         markup=False,
     )
 
 
+def _ask(client: httpx.Client, method: str, path: str, body: Any = None) -> Any:
+    try:
+        reply = client.request(method, path, json=body)
+    except httpx.TransportError as error:
+        raise InputError(f"{client.base_url}{path.lstrip('/')}: {error or type(error).__name__}") from None
+    if reply.is_success:
+        return reply.json()
+    raise InputError(f"{path}: the server refuses the example ({reply.status_code}): {reply.text[:300]}")
+
+
 def _needs_an_unknown_key() -> bool:
-    from overproof.serve.middleware import api_key, load_access
+    from overproof.serve.environment import api_key
+    from overproof.serve.middleware import load_access
 
     return api_key() is None and load_access().needs_key
 
 
 def _auth() -> dict[str, str]:
-    from overproof.serve.middleware import api_key
+    from overproof.serve.environment import api_key
 
     key = api_key()
     return {"Authorization": f"Bearer {key}"} if key else {}

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from overproof import console
 from overproof.artifacts import Artifact, Store
 from overproof.cluster import ray_cluster, store_probe, upload
+from overproof.cluster.machine import memory_bytes
 from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
 from overproof.config import Pretrained, Recipe, Served, TeacherLayers
 from overproof.data.manifest import Manifest
@@ -287,9 +288,7 @@ def check_upload(folder: Path) -> Finding:
 
 def check_local_memory(bytes_: int, workers: int) -> Finding:
     """Whether this machine's memory holds the workers of a local run."""
-    import psutil
-
-    total, sum_ = psutil.virtual_memory().total, bytes_ * workers
+    total, sum_ = memory_bytes(), bytes_ * workers
     text = f"{workers} x {format_bytes(bytes_)} = {format_bytes(sum_)} of this machine's {format_bytes(total)}"
     return Finding("memory", "ok" if sum_ < total else "warning", text + ("" if sum_ < total else ": too much"))
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -14,9 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from overproof.cluster.machine import available_cpus, gpus
 from overproof.cluster.placement import Capacity, NodeShape, describe
 from overproof.errors import InputError
+from overproof.files import MAX_SOCKET_BYTES, socket_folder
 
+LONGEST_SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # of Ray, below its own folder
 LOCAL_MIN_CPUS = 4  # logical: workers and readers share the cores of a small machine
 OBJECT_STORE_BYTES = 1 << 30
 POLL_S = 0.2
@@ -30,9 +36,8 @@ ResultT = TypeVar("ResultT")
 
 def local_capacity() -> Capacity:
     """What a cluster started on this machine would have: one node of at least four logical CPUs."""
-    cpus = max(os.cpu_count() or 1, LOCAL_MIN_CPUS)
-    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    node = NodeShape("this machine", cpus, gpus, 1, always=1)
+    cpus = max(available_cpus(), LOCAL_MIN_CPUS)
+    node = NodeShape("this machine", cpus, gpus(), 1, always=1)
     return Capacity((node,), f"a local cluster here has {describe([node])}")
 
 
@@ -57,15 +62,33 @@ def connect() -> Capacity:
     elif not ray.is_initialized():
         # On one machine the token that Ray makes is of no interest to a user.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        ray.init(
-            address="local",  # not whatever else runs on this machine
-            num_cpus=int(local_capacity().cpus),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,  # nobody learns its address, and it takes 5 CPU seconds to start
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        from overproof.cluster import ray_private
+
+        with ray_private.on_loopback():
+            ray.init(
+                address="local",  # not whatever else runs on this machine
+                _temp_dir=_ray_temp_dir(),
+                num_cpus=int(local_capacity().cpus),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,  # nobody learns its address, and it takes 5 CPU seconds to start
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
     return _attached_capacity()
+
+
+def _ray_temp_dir() -> str | None:
+    """Where a local cluster has its sockets: None for where Ray would, unless their paths would be too long there.
+
+    Raises:
+        InputError: they would be, and there is no short folder.
+    """
+    ordinary = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(f"{ordinary}/ray/{LONGEST_SOCKET}".encode()) <= MAX_SOCKET_BYTES:
+        return None
+    folder = socket_folder(LONGEST_SOCKET, prefix="r")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return str(folder)
 
 
 def dashboard_url() -> str | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._private.state import actors, available_resources_per_node, state
 from ray.cluster_utils import Cluster
 from ray.core.generated import gcs_pb2
@@ -92,6 +93,25 @@ def stored_values(prefix: str) -> dict[str, bytes]:
 def delete_values(prefix: str) -> None:
     """Forget every value whose key begins so."""
     internal_kv._internal_kv_del(prefix, del_by_prefix=True)
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Have a cluster that is started meanwhile listen at 127.0.0.1, with all its ports; no other machine can join it.
+
+    Private, for Ray does so on macOS and Windows only: on Linux it replaces even a ``_node_ip_address`` of 127.0.0.1 by
+    the machine's own. Its daemons take the variable from the environment, this process has read it already.
+    """
+    before, enabled = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+        del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
+        if before is not None:
+            os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = before
 
 
 @contextmanager

@@ -9,6 +9,7 @@ Shapes: P places of a row, each of which predicts the token after it; K likelies
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
 import random
@@ -66,7 +67,7 @@ class Endpoint:
             InputError: the variable that ``key_env`` names holds no key.
         """
         self.served, self._tell, self._told_s = served, tell, -math.inf
-        key = None if served.key_env is None else os.environ.get(served.key_env)
+        key = None if served.key_env is None else os.environ.get(served.key_env, "").strip()
         if served.key_env is not None and not key:
             raise InputError(
                 f"train.model.key_env: {served.key_env} is not set; expected the API key in it, on every node"
@@ -75,6 +76,7 @@ class Endpoint:
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(served.timeout_s, connect=CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=None),
+            trust_env=not _is_here(served.url),  # proxies of the environment are for what is elsewhere
         )
 
     def model_entry(self) -> dict[str, Any]:
@@ -190,6 +192,15 @@ class Endpoint:
         if reply.status_code == 404 or reply.is_success:
             limits = "; expected an OpenAI-compatible endpoint: train.model.url up to /v1, such as http://HOST:8000/v1"
         raise InputError(f"{url}: answers {reply.status_code}: {message}{limits}")
+
+
+def _is_here(url: str) -> bool:
+    """Whether an endpoint is on this machine."""
+    host = httpx.URL(url).host
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _parse(told: Any) -> PromptLogprobs:

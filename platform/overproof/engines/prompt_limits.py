@@ -50,21 +50,26 @@ class PromptLimits:
             InputError: the prompt is empty or too long, an id is not in the vocabulary, or a setting is out of range.
         """
         if isinstance(prompt, str) and len(prompt) > self.max_characters:  # first, for long texts take long to tokenize
-            message = f"prompt: {len(prompt)} characters; {self.context_length} tokens hold fewer"
-            raise InputError(message, CONTEXT_EXCEEDED)
+            raise self._too_long(f"{len(prompt)} characters; {self.context_length} tokens hold fewer")
         ids = tokenize(require_unicode(prompt)) if isinstance(prompt, str) else list(prompt)
         if not prompt:
             raise InputError("prompt: empty; expected text or token ids")
         self._check_ids("prompt", ids)
         if len(ids) > self.max_prompt_tokens:
-            raise InputError(
-                f"prompt: {len(ids)} tokens long; expected at most {self.max_prompt_tokens}, "
-                f"and the model's context holds {self.context_length} with the answer",
-                CONTEXT_EXCEEDED,
-            )
+            raise self._too_long(f"{len(ids)} tokens long; expected at most {self.max_prompt_tokens}")
         check_sampling(sampling)
         self._check_ids("logit_bias", list(sampling.logit_bias))
         return ids, min(sampling.max_tokens, self.context_length - len(ids))
+
+    def _too_long(self, found: str) -> InputError:
+        """Clients that fall back to a larger model look for the code, and those that see the message alone for it and
+        OpenAI's words in that: LangChain and LiteLLM.
+        """
+        return InputError(
+            f"prompt: {found}. This model's maximum context length is {self.context_length} tokens, with the answer "
+            f"({CONTEXT_EXCEEDED})",
+            CONTEXT_EXCEEDED,
+        )
 
     def _check_ids(self, field: str, ids: Sequence[int]) -> None:
         if not all(0 <= i < self.vocabulary_size for i in ids):

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import httpx
 
 from overproof.errors import InputError
-from overproof.files import file_sha256, local_cache
+from overproof.files import file_sha256, local_cache, socket_folder
 from overproof.subprocesses import run_module
 
 PYTHON_VARIABLE, ARGUMENTS_VARIABLE = "OVERPROOF_VLLM", "OVERPROOF_VLLM_ARGS"
@@ -79,7 +78,7 @@ class VllmServer:
             InputError: there is no vLLM, or it cannot load the file.
         """
         python, model = vllm_python(), unpacked_directory(path)
-        self._folder = Path(tempfile.mkdtemp(prefix="vllm-"))  # which only this user may enter
+        self._folder = socket_folder("socket", prefix="vllm-")  # which only this user may enter
         socket, self._log = self._folder / "socket", self._folder / "log"
         arguments = {
             "model": model,

@@ -130,7 +130,7 @@ def _locked(uri: str) -> Iterator[KeyFile]:
 
 def _write(uri: str, key_file: KeyFile) -> None:
     files, path = filesystem(uri)
-    atomic_write(files, path, key_file.model_dump_json(indent=1).encode() + b"\n")
+    atomic_write(files, path, key_file.model_dump_json(indent=1).encode() + b"\n", private=True)
 
 
 class KeysUnavailable(Exception):

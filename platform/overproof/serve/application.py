@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +18,9 @@ from overproof.files import absolute_uri
 from overproof.registry import TASKS
 from overproof.serve.controller import describe_version
 from overproof.serve.controller_handle import HEAD_NODE
+from overproof.serve.environment import KEY_FILE_VARIABLE, KEY_VARIABLE, KEYS_VARIABLE, is_key_inherited
 from overproof.serve.gateway import Gateway
-from overproof.serve.middleware import KEY_VARIABLE, KEYS_VARIABLE, Access, load_access
+from overproof.serve.middleware import Access, load_access
 from overproof.serve.net import is_loopback
 from overproof.serve.package_trust import read_trusted_keys, tell_unsigned
 from overproof.serve.ray_serve import Application, make_application
@@ -26,6 +28,7 @@ from overproof.serve.request_source import ANY_ORIGIN
 from overproof.serve.traffic import prepare_traffic
 from overproof.tasks.base import ArrayTask
 
+LOG = logging.getLogger("ray.serve")
 GATEWAY_NAME = "overproof"
 HEALTH_PERIOD_S = 1.0  # so that a gateway that ended is soon replaced
 DRAIN_TIMEOUT_S = 310
@@ -46,6 +49,9 @@ def build(args: dict[str, Any]) -> Application:
     if not isinstance(packages, list) or not all(isinstance(package, str) for package in packages):
         raise InputError(f"args.package: found {given!r}; expected a package's folder or URI, or a list of such")
     settings = Serve.parse(fields, "args")
+    if is_key_inherited():
+        LOG.warning("%s is in the environment of every process of this cluster; %s or %s names a file instead",
+                    KEY_VARIABLE, KEY_FILE_VARIABLE, KEYS_VARIABLE)  # fmt: skip
     settings_by_package = dict.fromkeys(packages, settings)
     return gateway_application(settings_by_package, resolve_settings(settings_by_package, settings), load_access())
 
@@ -109,8 +115,9 @@ def require_keys(settings: Serve, access: Access) -> None:
     """
     if not is_loopback(settings.host) and not access.needs_key:
         raise InputError(
-            f"serve.host: {settings.host} can be reached from other machines; set {KEY_VARIABLE} to a secret that "
-            f"requests must carry, or {KEYS_VARIABLE} to a file of keys (`overproof keys add NAME`), or take 127.0.0.1"
+            f"serve.host: {settings.host} can be reached from other machines; set {KEY_VARIABLE} to a secret "
+            f"that requests must carry, {KEY_FILE_VARIABLE} to a file with one, or {KEYS_VARIABLE} to a file of keys "
+            "(`overproof keys add NAME`), or take 127.0.0.1"
         )
     if ANY_ORIGIN in settings.origins and not access.needs_key:
         raise InputError(

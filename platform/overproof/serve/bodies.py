@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from overproof.serve.fair_queue import FairSemaphore
+from overproof.serve.unicode_body import require_unicode_body
 
 MAX_PARTS = 1 << 17  # texts, objects and lists of a body; numbers cost little, and are as many as its bytes hold
 MAX_DEPTH = 100
@@ -42,14 +43,19 @@ def fair_route() -> type[APIRoute]:
                 if len(body) > LONG_BYTES:
                     async with turns:
                         await asyncio.sleep(0)
-                        require_little(body)
+                        _check(body)
                 else:
-                    require_little(body)
+                    _check(body)
                 return await handle(request)  # which parses at once
 
             return handle_in_turn
 
     return FairRoute
+
+
+def _check(body: bytes) -> None:
+    require_little(body)
+    require_unicode_body(body)
 
 
 def require_little(body: bytes) -> None:

@@ -1,7 +1,4 @@
-"""ASGI middleware that decides who may ask and how much, before a request reaches an engine.
-
-The one file of `serve` that reads the environment.
-"""
+"""ASGI middleware that decides who may ask and how much, before a request reaches an engine."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import asyncio
 import hmac
 import logging
 import math
-import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +20,7 @@ from overproof.errors import InputError
 from overproof.files import absolute_uri
 from overproof.serve.api_keys import ApiKey, KeyStore, KeysUnavailable, RateLimiter, hash_key, read_keys
 from overproof.serve.async_engine import Work
+from overproof.serve.environment import KEY_VARIABLE, KEYS_VARIABLE, api_key, keys_uri
 from overproof.serve.fair_queue import CLIENT
 from overproof.serve.net import is_loopback
 from overproof.serve.request_source import ANY_ORIGIN, SourcePolicy, SourceRefused
@@ -31,8 +28,6 @@ from overproof.serve.responses import SERVER_ERROR, ErrorDetail, ErrorReply
 from overproof.serve.traffic import Recorder
 
 LOG = logging.getLogger("overproof.serve")
-KEY_VARIABLE = "OVERPROOF_API_KEY"
-KEYS_VARIABLE = "OVERPROOF_KEYS"
 MAX_BODY_BYTES = 4 << 20
 MAX_HELD_BYTES = 16 * MAX_BODY_BYTES  # of the bodies of one client's requests in progress
 BODY_TIMEOUT_S = 30
@@ -64,19 +59,14 @@ def load_access() -> Access:
     """What the environment asks for.
 
     Raises:
-        InputError: the file of keys cannot be read, or holds none.
+        InputError: a file of keys cannot be read, or holds none.
     """
-    key, uri = api_key(), os.environ.get(KEYS_VARIABLE) or None
+    key, uri = api_key(), keys_uri()
     if uri is not None:
         uri = absolute_uri(uri)
         if not read_keys(uri).keys:
             raise InputError(f"{KEYS_VARIABLE}: {uri} holds no key; make one: `overproof keys add NAME`")
     return Access(None if key is None else hash_key(key), uri)
-
-
-def api_key() -> str | None:
-    """The key that requests may carry, from the environment; None where it is not set or empty."""
-    return os.environ.get(KEY_VARIABLE) or None
 
 
 class Telemetry:

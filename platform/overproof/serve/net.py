@@ -60,7 +60,8 @@ def base_url(settings: Serve) -> str:
 
 
 def tls_trust(settings: Serve) -> ssl.SSLContext | bool:
-    """What a client verifies: the server's own certificate, whatever host it names; True where there is none.
+    """What a client verifies: the server's own certificate, whoever has signed it and whatever host it names; True
+    where there is none.
 
     Raises:
         InputError: the certificate or its key cannot be read.
@@ -74,6 +75,7 @@ def tls_trust(settings: Serve) -> ssl.SSLContext | bool:
         files = f"{settings.tls_certificate}, {settings.tls_key}"
         raise InputError(f"serve.tls_certificate, serve.tls_key: {files}: {error}; expected a pair in PEM") from None
     context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # of a chain in the file its root is not
     return context
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, FailFast, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, FailFast, Field, field_validator, model_validator
 
 from overproof.serve.bodies import excess
+from overproof.serve.unicode_body import surrogate_path
 from overproof.tasks.http import ModelRequest, RequestPart, UnicodeText, check_unicode
 
 DEFAULT_MAX_TOKENS = 16
@@ -17,7 +18,12 @@ MAX_PROMPT_IDS = 1 << 18  # of all prompts together
 SEEDS = 2**32 - MAX_CHOICES
 ANY = object()
 # Fields of OpenAI's API that change nothing here, with the value with which they do: others are refused by name.
-NEUTRAL = {"store": ANY, "metadata": ANY, "service_tier": ANY, "best_of": 1, "echo": False, "suffix": ""}
+NEUTRAL = {
+    "store": ANY, "metadata": ANY, "service_tier": ANY, "safety_identifier": ANY, "prompt_cache_key": ANY,
+    "prompt_cache_retention": ANY, "best_of": 1, "echo": False, "suffix": "", "modalities": ["text"], "functions": [],
+    "function_call": "none",
+}  # fmt: skip
+NEUTRAL_OF_MESSAGE: dict[str, Any] = {"annotations": []}  # of a reply that is sent back
 MAX_BIASES = 300
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 1024
@@ -90,6 +96,18 @@ def _parse_stops(value: Any) -> Any:
     return [check_unicode(stop) for stop in stops]
 
 
+def _without(neutral: dict[str, Any], model: type[BaseModel], body: Any) -> Any:
+    """The body without fields that the model does not know and that ask for nothing."""
+    if not isinstance(body, dict):
+        return body
+    known = model.model_fields
+    return {
+        name: value
+        for name, value in body.items()
+        if name in known or name not in neutral or (neutral[name] is not ANY and value != neutral[name])
+    }
+
+
 class StreamOptions(RequestPart):
     include_usage: bool = Field(False, description="One more event at the end, with the usage and no choices.")
     include_obfuscation: bool = Field(False, description="Taken, and not looked at.")
@@ -142,14 +160,7 @@ class GenerationRequest(ModelRequest):
     @classmethod
     def _without_neutral(cls, body: Any) -> Any:
         """Clients send what asks for nothing, or for what is done with every request."""
-        if not isinstance(body, dict):
-            return body
-        known = cls.model_fields
-        return {
-            name: value
-            for name, value in body.items()
-            if name in known or name not in NEUTRAL or (NEUTRAL[name] is not ANY and value != NEUTRAL[name])
-        }
+        return _without(NEUTRAL, cls, body)
 
     @property
     def constrained(self) -> bool:
@@ -220,7 +231,8 @@ class CalledFunction(RequestPart):
         if found := excess(check_unicode(arguments).encode()):
             raise ValueError(f"found {found}")
         try:
-            is_object = isinstance(json.loads(arguments or "{}"), dict)
+            found = json.loads(arguments or "{}")
+            is_object = isinstance(found, dict) and surrogate_path(found) is None
         except ValueError:
             is_object = False
         if not is_object:
@@ -241,6 +253,11 @@ class ChatMessage(RequestPart):
     refusal: None = Field(None, description="As replies have it.")
     tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_TOOLS, description="What an assistant called.")
     tool_call_id: str | None = Field(None, description="The call of which a message of role 'tool' has the result.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, message: Any) -> Any:
+        return _without(NEUTRAL_OF_MESSAGE, cls, message)
 
     @model_validator(mode="after")
     def _check_role(self) -> Self:

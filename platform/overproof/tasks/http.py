@@ -30,13 +30,16 @@ class RequestPart(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_one_unknown(cls, fields: Any) -> Any:
-        """Of many unknown fields one is told: to tell of all takes seconds."""
-        if not isinstance(fields, dict):
-            return fields
+    def _fields(cls, part: Any) -> Any:
+        """Clients send null for what they leave out, as OpenAI's does of a reply's message that it sends back. Of many
+        unknown fields one is told: to tell of all takes seconds.
+        """
+        if not isinstance(part, dict):
+            return part
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        unknown = [name for name in fields if name not in known]
-        return {name: fields[name] for name in fields if name in known or name == unknown[0]} if unknown[1:] else fields
+        given = {name: value for name, value in part.items() if value is not None}
+        unknown = [name for name in given if name not in known]
+        return {name: value for name, value in given.items() if name in known or name == unknown[0]}
 
 
 class ModelRequest(RequestPart):
@@ -52,12 +55,6 @@ class ModelRequest(RequestPart):
         max_length=MOST_NAME_CHARACTERS,
         description="Keeps its requests with one version, where several are tried.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, body: Any) -> Any:
-        """Clients send null for what they leave out."""
-        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
 class ModelReply(BaseModel):
