@@ -6,7 +6,6 @@ the server and for no attacker. It leaves from an address of its own.
 from __future__ import annotations
 
 import json
-import socket
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ from http.client import HTTPConnection, HTTPException
 GIVE_UP_S, PAUSE_S, RETRY_S = 120.0, 0.02, 0.2
 ADDRESS = "127.0.0.1"
 ASKED = {"prompt": "import os\n", "max_tokens": 4, "temperature": 0.0, "stream": False}
+TOLD = 3  # of the first answers, each as it comes
 AGAIN = (429, 503)  # as OpenAI's client does
 
 
@@ -27,7 +27,7 @@ def status_of(host: str, port: int, key: str, path: str, body: dict[str, object]
         reply = connection.getresponse()
         reply.read()
         return reply.status
-    except (OSError, HTTPException, socket.timeout):  # noqa: UP041
+    except (OSError, HTTPException):
         return 0
     finally:
         connection.close()
@@ -51,7 +51,8 @@ def main() -> None:
         slowest_s = max(slowest_s, time.perf_counter() - began_s)
         if status == 200:
             answered += 1
-            print(answered, flush=True)
+            if answered <= TOLD:
+                print(answered, flush=True)
         else:
             failed.append(status)
         time.sleep(PAUSE_S)

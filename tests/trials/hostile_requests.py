@@ -22,17 +22,18 @@ GOOD: dict[str, dict[str, Any]] = {
 NUMBERS, TRUTHS = ["x", True, [1], {"a": 1}, "1", -1e9, 1e9, 10**400, float("nan"), float("inf")], ["x", 1, 0, [], {}]
 TEXTS, OBJECTS = [5, 1.5, True, ["x"], {"a": 1}, "\ud800"], [5, "x", True, [1], {"\ud800": 1}, {"a" * 9999: 1}]
 LISTS = [5, True, "", [], [[]], {}, [None], [{}], [[[1]]], [1.5], ["\ud800"], [[True]]]
+FRACTIONS = [number for number in NUMBERS if type(number) is not int]  # any whole number is a seed
 COUNTS = [*NUMBERS, 1.0, 0, 10**19, 10**30]  # `giant n` and `giant max_tokens` are here
 GENERATED: dict[str, list[Any]] = {
-    "model": TEXTS, "user": TEXTS, "temperature": NUMBERS, "top_p": [*NUMBERS, 0], "seed": [*COUNTS[:-3], -1, 2**32],
+    "model": TEXTS, "user": TEXTS, "temperature": NUMBERS, "top_p": NUMBERS, "seed": [1.0, *FRACTIONS],
     "n": [*COUNTS, 17], "presence_penalty": NUMBERS, "frequency_penalty": NUMBERS, "response_format": OBJECTS,
-    "stop": [5, True, {}, [""], [5], ["a"] * 5, "\ud800"], "grammar": [*TEXTS, "a" * 16385], "stream": TRUTHS,
+    "stop": [5, True, {}, [""], [5], ["a"] * 17, "\ud800"], "grammar": [*TEXTS, "a" * 16385], "stream": TRUTHS,
     "logit_bias": [5, "x", [1], {"x": 1}, {"-1": 1}, {"1": 101}, {"1": True}, {"9" * 20: 1}, {"9" * 5000: 1},
                    {"1": float("nan")}, {str(i): 0 for i in range(301)}],
-    "stream_options": OBJECTS, "max_tokens": [*COUNTS, 257], "best_of\ud800": [1], "tools": [[]],
+    "stream_options": OBJECTS, "max_tokens": [*COUNTS, 257], "best_of\ud800": [1], "tools": [{}, 5, "x", [[]], [{}]],
 }  # fmt: skip
 WRONG: dict[str, dict[str, list[Any]]] = {
-    COMPLETIONS: GENERATED | {"prompt": LISTS, "logprobs": [*COUNTS[:-3], 6, -1]},
+    COMPLETIONS: GENERATED | {"prompt": LISTS, "logprobs": [*COUNTS[:-3], 21, -1]},
     CHAT: GENERATED
     | {
         "messages": [*LISTS, [{"role": "x", "content": "a"}], [{"role": "user"}], GOOD[CHAT]["messages"] * 1025],

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,15 +64,18 @@ def attacked(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="module")
-def rows(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, ...]]]:
-    found: list[tuple[str, ...]] = []
-    yield found
-    head = ("attack", "answered", "seconds", "others asked", "again", "longest wait, s", "MiB more")
+def row(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Adds a row to the table, which is printed as it grows."""
     capture: Any = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-        for row in found:
-            print("| " + " | ".join(row) + " |")
+
+    def add(*cells: object) -> None:
+        with capture.global_and_fixture_disabled():
+            print("\n| " + " | ".join(map(str, cells)) + " |", end="", flush=True)
+
+    head = ("attack", "answered", "seconds", "others asked", "again", "longest wait, s", "MiB more")
+    add(*head)
+    add(*("---" for _ in head))
+    return add
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,7 @@ def honest_client(attacked: Server) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attack(name: str, attacked: Server, memory_before_mib: float, rows: list[tuple[str, ...]]) -> None:
+def test_attack(name: str, attacked: Server, memory_before_mib: float, row: Callable[..., None]) -> None:
     before_mib, began_s = memory_mib(attacked.processes), time.monotonic()
     with honest_client(attacked) as seen:
         answers: Answers = ATTACKS[name](attacked.target)
@@ -111,14 +114,7 @@ def test_attack(name: str, attacked: Server, memory_before_mib: float, rows: lis
     assert serving_processes() == attacked.processes, "a process ended, or began"
     told = ", ".join(f"{count} of {status}" for status, count in sorted(answers.items()))
     more_mib = memory_mib(attacked.processes) - before_mib
-    figures = (
-        f"{seconds:.0f}",
-        str(seen["answered"]),
-        str(seen["again"]),
-        f"{seen['slowest_s']:.2f}",
-        f"{more_mib:.0f}",
-    )
-    rows.append((name, told, *figures))
+    row(name, told, f"{seconds:.0f}", seen["answered"], seen["again"], f"{seen['slowest_s']:.2f}", f"{more_mib:.0f}")
     assert seen["failed"] == []
     assert seen["answered"] > WARM_ANSWERS
     assert not [status for status in answers if status.startswith("5") and status != "503"], answers
