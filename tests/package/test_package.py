@@ -198,6 +198,9 @@ REFUSALS: dict[str, tuple[Spoil, str]] = {
         lambda f: _list(f, "MODEL.gguf", b"GGUF"), "(model|MODEL).gguf: differs from (model|MODEL).gguf in case alone"),
     "a path in the listing": (lambda f: _list(f, "more.txt", b"", "./more.txt"), r"package.json: files\.\./more.txt"),
     "a parent in the listing": (lambda f: _list(f, "../more.txt", b""), r"package.json: files\.\.\./more.txt"),
+    "a path for a hash": (
+        lambda f: edit(f / "package.json", lambda c: c["files"]["README.md"].update(sha256="../../README.md")),
+        r"package\.json: files\.README\.md\.sha256: no sha256 in hex"),
     "the listing in itself": (
         lambda f: edit(f / "package.json", lambda c: c["files"].update({"package.json": c["files"]["README.md"]})),
         "lists package.json, which cannot hold its own hash"),

@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from pydantic import ValidationError
 
+from overproof.config import Serve
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
 from overproof.package import private_copy
 from overproof.package.contents import PackageFolder, read_listing
 from overproof.package.package import Package, load_package, open_package, open_served_copy
 from overproof.package.trust import ANYONE
+from overproof.serve.controller import describe_version
+from overproof.serve.deployments import Version
 from packing import copy, edit, make_package
 
 
@@ -113,6 +117,28 @@ def test_a_copy_that_a_disk_has_spoiled_is_made_anew(packed: Path, tmp_path: Pat
     os.truncate(path / "model.onnx", 3)
     other = load(other_version(packed, tmp_path, "two"))  # which shares the content
     assert other.model.read_bytes() == model
+
+
+def test_a_hash_that_is_a_path_reaches_nothing(packed: Path, tmp_path: Path, copies: Path) -> None:
+    """Listings and deployments files come from elsewhere, and copies are named by the hashes in them."""
+    (tmp_path / "own").mkdir()
+    own = copy(packed, tmp_path / "own")
+    load(packed)
+    for path in (os.path.relpath(own, copies), str(own)):
+        with pytest.raises(InputError, match="is not the package that was deployed from there"):
+            load(packed, expected_sha256=path)
+        with pytest.raises(InputError, match="is not the package that was deployed from there"):
+            open_served_copy(str(packed), ANYONE, path)
+        deployed = describe_version(str(packed), Serve()).model_dump()
+        with pytest.raises(ValidationError, match="contents_sha256"):
+            Version.model_validate(deployed | {"contents_sha256": path})
+        folder = other_version(packed, tmp_path, f"listed-{len(path)}")
+        victim = own / "README.md"
+        inside = os.path.relpath(victim, copies / "by-sha256") if not path.startswith("/") else str(victim)
+        edit(folder / "package.json", lambda c, to=inside: c["files"]["README.md"].update(sha256=to))  # type: ignore[misc]
+        with pytest.raises(InputError, match="no sha256 in hex"):
+            load(folder)
+    assert open_package(own).listing == open_package(packed).listing
 
 
 def test_copies_that_nobody_uses_are_deleted_but_the_last_few(packed: Path, tmp_path: Path, copies: Path) -> None:

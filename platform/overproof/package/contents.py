@@ -32,6 +32,7 @@ PICKLES = (*pretrained.PICKLES, ".joblib", ".npy", ".npz")
 MAX_JSON_BYTES = 16 << 20
 FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # never a path
 FileName = Annotated[str, Field(pattern=FILE_NAME)]
+SHA256 = r"^[0-9a-f]{64}$"  # private copies are named by it: never a path either
 
 
 class DraftModel(FrozenModel):
@@ -110,7 +111,7 @@ class PackageFolder:
         found.pop(RECORD, None)
         spelled: dict[str, str] = {}
         for name in sorted(found):
-            if not re.match(FILE_NAME, name):
+            if not re.fullmatch(FILE_NAME, name):
                 raise InputError(f"{self._root}/{name}: no name of a package's file, which has no folders; delete it")
             if (other := spelled.setdefault(name.lower(), name)) != name:
                 raise InputError(f"{self._root}/{name}: differs from {other} in case alone; package again")
@@ -187,7 +188,9 @@ def read_listing(folder: PackageFolder) -> Listing:
     for part in (content.model, REPORT, VERDICT, CARD, *content.companions, *drafted):
         if part not in content.files:
             raise InputError(f"{folder}/{PACKAGE}: lists no {part}; package again")
-    for name in content.files:
+    for name, entry in content.files.items():
+        if not re.fullmatch(SHA256, entry.sha256):
+            raise InputError(f"{folder}/{PACKAGE}: files.{name}.sha256: no sha256 in hex; package again")
         if name in (*UNLISTED, RECORD):
             raise InputError(f"{folder}/{PACKAGE}: lists {name}, which cannot hold its own hash; package again")
         if Path(name).suffix.lower() in PICKLES:

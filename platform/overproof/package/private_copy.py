@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import secrets
 import shutil
 import threading
@@ -24,7 +25,7 @@ from typing import BinaryIO
 
 from overproof.errors import InputError
 from overproof.files import HASHING_THREADS, FileEntry, cache_root, file_sha256
-from overproof.package.contents import Listing, PackageFolder, chunks, mismatch, read_listing
+from overproof.package.contents import SHA256, Listing, PackageFolder, chunks, mismatch, read_listing
 
 LOG = logging.getLogger(__name__)
 KEPT_UNUSED = 2  # so that a version that was rolled back, or is restarted, is not copied again
@@ -55,6 +56,8 @@ class PrivateCopy:
 
 def find_copy(sha256: str) -> PrivateCopy | None:
     """The copy of a package with this content (``Listing.sha256``), if there is one."""
+    if not re.fullmatch(SHA256, sha256):
+        return None
     with suppress(FileNotFoundError):
         return PrivateCopy(_root() / sha256)
     return None

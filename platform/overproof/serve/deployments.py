@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from overproof.config import Serve
 from overproof.errors import InputError
 from overproof.files import atomic_write, filesystem, read_json_or_default
+from overproof.package.contents import SHA256
 from overproof.serve.responses import ModelInfo
 
 CONTROLLER_NAME = "overproof-controller"  # name and namespace of the Ray actor that keeps the deployments
@@ -29,7 +30,9 @@ class Version(Frozen):
 
     model: ModelInfo
     location: str  # folder or URI of the package
-    contents_sha256: str  # of all its files, signature included: nothing else that lies there is served
+    contents_sha256: str = Field(
+        pattern=SHA256
+    )  # of all its files, signature included: nothing else that lies there is served
     settings: Serve
     resident_mb: float  # of the engine's process as measured in the package's report, plus a draft's file
 
