@@ -143,18 +143,30 @@ def without_training_settings(text: str, where: object) -> str:
     """
     try:
         spec = json.loads(text)
-        model = spec["model"]
-        found = {name: spec.get(name) for name in ("truncation", "padding")}
-        drawn = {name: model.get(name) for name in DRAWN}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise InputError(f"{where}: not a tokenizer.json; expected the content that `tokenizers` writes") from None
-    if not any(found.values()) and not any(drawn.values()) and spec.keys() >= PARTS:
+        if not _names_every_part(spec):
+            spec = json.loads(Tokenizer.from_str(text).to_str())
+            text = json.dumps(spec, ensure_ascii=False)
+    except Exception as error:  # the library raises nothing more precise
+        raise InputError(f"{where}: not a tokenizer.json: {error}") from None
+    lengths = {"truncation": None, "padding": None}
+    model = {name: value for name, value in spec["model"].items() if name not in DRAWN or not value}
+    if model == spec["model"] and not any(spec.get(name) for name in lengths):
         return text
-    spec = dict.fromkeys(PARTS) | spec
-    spec |= {**dict.fromkeys(found), "added_tokens": spec.get("added_tokens") or []}
-    for name in DRAWN:
-        model.pop(name, None)
-    return json.dumps(spec, ensure_ascii=False)
+    return json.dumps({**spec, **lengths, "model": model}, ensure_ascii=False)
+
+
+def _names_every_part(spec: Any) -> bool:
+    """Whether a ``tokenizer.json`` has what the library writes, and not only as much as it needs to read one."""
+    parts = [spec["model"], *(spec.get(part) or {"type": "None"} for part in PARTS)]
+    steps = [step for part in ("normalizer", "pre_tokenizer") for step in _opened(spec.get(part))]
+    return spec.keys() >= {*PARTS, "added_tokens"} and all("type" in part for part in (*parts, *steps))
+
+
+def _opened(part: Any) -> Iterator[Any]:
+    if part:
+        yield part
+        for step in part.get("normalizers") or part.get("pretokenizers") or ():
+            yield from _opened(step)
 
 
 def tokenizer_text(files: Mapping[str, bytes], where: str) -> str:
