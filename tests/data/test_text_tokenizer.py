@@ -117,6 +117,15 @@ def trained_as(model: Any, trainer: Any, **parts: Any) -> str:
     return text
 
 
+def panics() -> str:
+    """A tokenizer.json that the library loads, and that ends what encodes by it."""
+    made = Tokenizer.from_str(byte_level())
+    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 393)])
+    spec = json.loads(made.to_str())
+    spec["post_processor"]["special_tokens"] = {}
+    return json.dumps(spec)
+
+
 def test_what_cannot_write_every_text_back_is_refused(tmp_path: Path) -> None:
     wordpiece = trained_as(models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer(vocab_size=200))
     plain = trained_as(models.BPE(), trainers.BpeTrainer(vocab_size=200))
@@ -138,6 +147,7 @@ def test_what_cannot_write_every_text_back_is_refused(tmp_path: Path) -> None:
         (json.dumps(no_unknown), "a Unigram tokenizer that cannot read"),
         (json.dumps(merges_spaces), r"a Unigram tokenizer that writes .* Two spaces.* back as .* Two spaces"),
         ("{}", r"not a tokenizer\.json"),
+        (panics(), r"not a tokenizer\.json: no entry found for key"),
     ):
         with pytest.raises(InputError, match=message):
             read_tokenizer(directory(tmp_path / "model", text, config={"eos_token_id": 1}))

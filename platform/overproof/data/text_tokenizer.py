@@ -10,6 +10,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
@@ -96,8 +97,9 @@ def read_tokenizer(settings: TokenizerFile) -> TextTokenizer:
     files, where = tokenizer_files(settings), settings.path
     text = without_training_settings(tokenizer_text(files, where), where)
     tokenizer = load_tokenizer(text, where)
-    _require_bytes(json.loads(text), where)
-    _check_writes_back(tokenizer, where)
+    with naming_faults_of_tokenizers(where):
+        _require_bytes(json.loads(text), where)
+        _check_writes_back(tokenizer, where)
     named = _Named.of(files)
     end = _end_id(tokenizer, settings, named)
     before, after = added_tokens(tokenizer)
@@ -112,20 +114,37 @@ def read_tokenizer(settings: TokenizerFile) -> TextTokenizer:
     return TextTokenizer(text, start_id=start, end_id=end, bos_id=bos, outputs=_entries(tokenizer))
 
 
+@contextmanager
+def naming_faults_of_tokenizers(where: object) -> Iterator[None]:
+    """Whatever the library raises over a ``tokenizer.json``, as one error that names it.
+
+    Raises:
+        InputError: in place of it.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        # The library raises nothing more precise than Exception, and what it panics with is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{where}: not a tokenizer.json: {error}") from None
+
+
 def load_tokenizer(text: str, where: object) -> Tokenizer:
     """The tokenizer of a ``tokenizer.json`` with this content.
 
     Raises:
         InputError: it is none, or an id of its vocabulary, or of the tokens that it puts around texts, is beyond it.
     """
-    try:
+    with naming_faults_of_tokenizers(where):
         tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more precise
-        raise InputError(f"{where}: not a tokenizer.json: {error}") from None
+        around = [*chain.from_iterable(added_tokens(tokenizer))]
     count = _entries(tokenizer)
     if count > MOST_ENTRIES:
         raise InputError(f"{where}: has a token of id {count - 1}; expected ids below {MOST_ENTRIES:,}")
-    for id_ in chain.from_iterable(added_tokens(tokenizer)):
+    for id_ in around:
         if tokenizer.id_to_token(id_) is None:
             raise InputError(
                 f"{where}: puts a token of id {id_} beside each text (post_processor), and no token of its vocabulary "
@@ -141,20 +160,30 @@ def without_training_settings(text: str, where: object) -> str:
     Raises:
         InputError: it is no JSON object with a model.
     """
-    try:
+    with naming_faults_of_tokenizers(where):
         spec = json.loads(text)
-        model = spec["model"]
-        found = {name: spec.get(name) for name in ("truncation", "padding")}
-        drawn = {name: model.get(name) for name in DRAWN}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise InputError(f"{where}: not a tokenizer.json; expected the content that `tokenizers` writes") from None
-    if not any(found.values()) and not any(drawn.values()) and spec.keys() >= PARTS:
+        if not _names_every_part(spec):
+            spec = json.loads(Tokenizer.from_str(text).to_str())
+            text = json.dumps(spec, ensure_ascii=False)
+    lengths = {"truncation": None, "padding": None}
+    model = {name: value for name, value in spec["model"].items() if name not in DRAWN or not value}
+    if model == spec["model"] and not any(spec.get(name) for name in lengths):
         return text
-    spec = dict.fromkeys(PARTS) | spec
-    spec |= {**dict.fromkeys(found), "added_tokens": spec.get("added_tokens") or []}
-    for name in DRAWN:
-        model.pop(name, None)
-    return json.dumps(spec, ensure_ascii=False)
+    return json.dumps({**spec, **lengths, "model": model}, ensure_ascii=False)
+
+
+def _names_every_part(spec: Any) -> bool:
+    """Whether a ``tokenizer.json`` has what the library writes, and not only as much as it needs to read one."""
+    parts = [spec["model"], *(spec.get(part) or {"type": "None"} for part in PARTS)]
+    steps = [step for part in ("normalizer", "pre_tokenizer") for step in _opened(spec.get(part))]
+    return spec.keys() >= {*PARTS, "added_tokens"} and all("type" in part for part in (*parts, *steps))
+
+
+def _opened(part: Any) -> Iterator[Any]:
+    if part:
+        yield part
+        for step in part.get("normalizers") or part.get("pretokenizers") or ():
+            yield from _opened(step)
 
 
 def tokenizer_text(files: Mapping[str, bytes], where: str) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,19 +90,35 @@ class GgufHeader:
         return self.chat_template
 
 
+@contextmanager
+def naming_gguf_faults(path: Path) -> Iterator[None]:
+    """Whatever the libraries raise over a damaged file, as one error that names it: they look at bytes as they come.
+
+    Raises:
+        InputError: in place of it.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: missing; expected a GGUF file")
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # the libraries raise nothing more precise
+        found = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: cannot be read: {found}; expected a whole GGUF file") from None
+
+
 def read_gguf_header(path: Path) -> GgufHeader:
     """Read a language model's metadata.
 
     Raises:
         InputError: the file is missing, not GGUF, or its vocabulary is of a kind that this cannot read.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: missing; expected a GGUF file")
-    try:
-        fields = gguf.GGUFReader(path).fields
-    except (ValueError, IndexError) as error:
-        raise InputError(f"{path}: cannot be read: {error}; expected a GGUF file") from None
+    with naming_gguf_faults(path):
+        return _header(gguf.GGUFReader(path).fields, path)
 
+
+def _header(fields: Mapping[str, Any], path: Path) -> GgufHeader:
     def value(key: str) -> Any:
         if key not in fields:
             raise InputError(f"{path}: lacks {key}; expected a GGUF language model with its tokenizer")

@@ -19,6 +19,7 @@ from pyarrow import fs
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from overproof.engines.gguf_tokens import naming_gguf_faults
 from overproof.errors import InputError
 from overproof.export.gguf_check import check_configuration, gguf_family_of
 from overproof.export.gguf_name import written_name
@@ -112,9 +113,14 @@ def read_gguf(path: Path) -> PreTrainedModel:
     """The model that a GGUF file holds, dequantised to fp32, from the file alone; in evaluation mode.
 
     Raises:
-        InputError: the file is of an architecture, or holds a tensor, that this export does not write, or lacks one.
+        InputError: the file is damaged, of an architecture, or holds a tensor, that this export does not write, or
+            lacks one.
     """
-    reader = gguf.GGUFReader(path)
+    with naming_gguf_faults(path):
+        return _model_of(gguf.GGUFReader(path), path)
+
+
+def _model_of(reader: gguf.GGUFReader, path: Path) -> PreTrainedModel:
     architecture = reader.fields["general.architecture"].contents()
     prefix, family = f"{architecture}.", _family_by_layout(architecture, path)
     layout: GgufLayout = family.gguf

@@ -160,8 +160,11 @@ def _read(path: Path) -> tuple[PreTrainedModel, dict[str, list[str]]]:
             )
     except SafetensorError as error:
         raise InputError(f"{path}: not safetensors: {error}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: transformers cannot build it: {str(error).splitlines()[0]}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a model's own class raises over what stands in config.json
+        found = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: transformers cannot build it: {found}") from None
     return model.eval(), {kind: sorted(map(str, keys)) for kind, keys in info.items()}
 
 
@@ -226,10 +229,10 @@ def _quiet() -> Iterator[None]:
 def read_config(path: Path) -> dict[str, Any]:
     """A directory's config.json, empty where there is none that can be read."""
     try:
-        config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         config = {}
-    return config
+    return config if isinstance(config, dict) else {}
 
 
 def save_model(

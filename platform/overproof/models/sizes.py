@@ -241,8 +241,10 @@ def directory_config(path: str) -> dict[str, Any]:
     files, root = filesystem(path)
     try:
         with files.open_input_stream(f"{root}/config.json") as stream:
-            config: dict[str, Any] = json.loads(stream.read())
-    except (OSError, ValueError) as error:
+            config = json.loads(stream.read())
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: config.json cannot be read: {error}; expected a Hugging Face model directory"
         ) from None
@@ -263,8 +265,8 @@ def _tensor_shapes(path: str) -> dict[str, tuple[int, ...]]:
                 own = {key: entry for key, entry in header.items() if key != "__metadata__"}
                 shapes = {key: tuple(map(int, entry["shape"])) for key, entry in own.items()}
                 expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in own.values()), default=0)
-            except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
-                raise InputError(f"{name}: not safetensors: {error}") from None
+            except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                raise InputError(f"{name}: not safetensors: {error}; expected a whole file of it") from None
             if stream.size() != expected:
                 raise InputError(
                     f"{name}: not whole: {stream.size():,} bytes, and its header says {expected:,}; fetch it again"

@@ -137,11 +137,14 @@ def look_at(path: str, on_error: OnError = "fail") -> DataLook:
         InputError: there is nothing. A table that is not what its name says is only told of: it may not matter.
     """
     files, root = filesystem(path)
+    kind = files.get_file_info(root).type
+    if kind == fs.FileType.NotFound:
+        raise InputError(f"--data {path}: no such file or folder; expected text, JSONL, Parquet, CSV or images")
     listing = list_all(path, any_name, "text, JSONL, Parquet, CSV or images", "skip", "--data")
     if not any(file.size_bytes for file in listing.files):
         beside = "".join(f"; {line}" for line in describe_skipped(listing.skipped))
         raise InputError(f"--data {path}: is empty; expected text, JSONL, Parquet, CSV or images{beside}")
-    single = files.get_file_info(root).type == fs.FileType.File
+    single = kind == fs.FileType.File
     by_suffix: dict[str, list[SourceFile]] = {}
     for file in listing.files:
         by_suffix.setdefault(data_suffix(file.name), []).append(file)
