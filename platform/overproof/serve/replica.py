@@ -15,7 +15,7 @@ from overproof.package.package import Package, fetch_package, open_package
 from overproof.registry import ENGINES
 from overproof.serve.async_engine import BatchingEngine, ThreadedEngine
 from overproof.serve.deployments import CONTROLLER_NAME, Version
-from overproof.serve.ray_serve import MODEL_DEPLOYMENT, Application, find_actor, make_application
+from overproof.serve.ray_serve import MODEL_DEPLOYMENT, Application, find_actor, listen_on_loopback, make_application
 from overproof.serve.replica_worker import ReplicaWorker
 from overproof.serve.rpc import GatewayAddress
 
@@ -53,6 +53,7 @@ class ModelReplica:
     """One package and its engine. Ray Serve places and replaces it; its requests come from the gateway."""
 
     async def __init__(self, location: str, id_: str, settings: Serve) -> None:  # type: ignore[misc]
+        listen_on_loopback()
         package = open_package(fetch_package(location))
         if package.content.id != id_:  # a folder of packages may have a newer one
             raise InputError(f"{location}: found {package.content.id}; expected {id_}")
