@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+LOCKED ?=  # anything: what overproof needs comes from requirements.lock, by its hashes
+TORCH_INDEX ?=  # an index for torch and nothing else, which pip would otherwise ask about every package
+TORCH := $(shell sed -n 's/^ *"\(torch>[^"]*\)",.*/\1/p' pyproject.toml)
 
 .PHONY: install demo test trials chromium check clean
 
@@ -34,6 +37,8 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"overproof needs Python 3.11 or 3.12, {sys.executable} is %d.%d; name one: make PYTHON=python3.11 ..." % v)'
 	$(PYTHON) -m venv .venv
 	@echo 'installing the dependencies (2 to 5 minutes, once)'
+	$(if $(LOCKED),$(BIN)/pip install --quiet --require-hashes --requirement requirements.lock)
+	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --no-deps --index-url $(TORCH_INDEX) '$(TORCH)')
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 

@@ -513,11 +513,69 @@ def test_a_servers_own_message_may_be_sent_back() -> None:
         ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}], "best_of": 2})
 
 
+def test_nulls_and_fields_of_openais_replies_are_taken_at_any_depth() -> None:
+    said = {"role": "assistant", "content": "a", "annotations": [], "audio": None, "function_call": None, "x": None}
+    call = {"id": "c", "type": "function", "index": None, "function": {"name": "f", "arguments": "{}", "x": None}}
+    called = {"role": "assistant", "tool_calls": [call]}
+    user = {"role": "user", "content": "x", "name": None}
+    neutral = {"modalities": ["text"], "functions": [], "function_call": "none", "safety_identifier": "s",
+               "prompt_cache_key": "k", "stream_options": {"include_usage": None}}  # fmt: skip
+    request = ChatRequest.model_validate(
+        {"messages": [user, said, called], "response_format": {"type": None}, **neutral}
+    )
+    assert len(request.messages) == 3
+    for message, path in (
+        (said | {"annotations": [{"type": "url_citation"}]}, "messages.0.annotations"),
+        (said | {"audio": {"id": "a"}}, "messages.0.audio"),
+        ({"role": "assistant", "tool_calls": [call | {"more": 1}]}, "messages.0.tool_calls.0.more"),
+    ):
+        with pytest.raises(ValidationError) as refused:
+            ChatRequest.model_validate({"messages": [message]})
+        assert ".".join(map(str, refused.value.errors()[0]["loc"])) == path
+    for name, value in (("modalities", ["audio"]), ("functions", [{"name": "f"}]), ("reasoning_effort", "low")):
+        with pytest.raises(ValidationError, match=name):
+            ChatRequest.model_validate({"messages": [user], name: value})
+
+
+@pytest.mark.parametrize(
+    ("body", "where"),
+    [
+        (rb'{"prompt": "\ud800"}', "prompt"),
+        (rb'{"prompt": ["a", "b\uDC00"]}', "prompt.1"),
+        (rb'{"prompt": "a", "metadata": {"k": ["\ud83d"]}}', "metadata.k.0"),
+        (rb'{"prompt": "a", "metadata": {"\ud83d": 1}}', "metadata"),
+        (rb'{"prompt": "a", "\udfff": 1}', "a field's name"),
+        (rb'{"prompt": "\ud83d\ude00\ude00"}', "prompt"),
+        (rb'{"prompt": "\ud83d\ud83d\ude00"}', "prompt"),
+        (b'{"prompt": "\xed\xa0\x80"}', "prompt"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(text: SingleModel, body: bytes, where: str) -> None:
+    reply = ask(build_app(text, OPEN), "POST", "/v1/completions", content=body, headers=JSON)
+    assert (reply.status_code, reply.json()["error"]["message"].partition(": expected valid")[0]) == (400, where)
+
+
+def test_whole_surrogate_pairs_and_escaped_backslashes_are_text(text: SingleModel) -> None:
+    for prompt in (rb"\ud83d\ude00", rb"\\ud800", rb"\\\ud83d\ude00"):
+        body = b'{"prompt": "' + prompt + b'", "max_tokens": 1, "metadata": {"k": "' + prompt + b'"}}'
+        reply = ask(build_app(text, OPEN), "POST", "/v1/completions", content=body, headers=JSON)
+        assert reply.status_code == 200, reply.text
+
+
+def test_proxies_are_told_to_pass_events_on(text: SingleModel) -> None:
+    reply = ask(build_app(text, OPEN), "POST", "/v1/completions", json={"prompt": "x", "max_tokens": 1, "stream": True})
+    assert reply.headers["X-Accel-Buffering"] == "no"
+    assert "no-cache" in reply.headers["Cache-Control"]
+    assert reply.headers["Content-Type"].startswith("text/event-stream")
+
+
 def test_a_prompt_beyond_the_context_has_openais_code(text: SingleModel) -> None:
     for prompt in ("x" * 9999, " " * 4_000_000):
         body = json.dumps({"prompt": prompt})
         reply = ask(build_app(text, OPEN), "POST", "/v1/completions", content=body, headers=JSON)
-        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"]) == (400, "context_length_exceeded")
+        assert "This model's maximum context length is 2048 tokens" in error["message"]  # LiteLLM looks for this
 
 
 def test_the_schema_is_pinned() -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from collections.abc import Iterator
+from typing import Any
 
+import grpc
+import psutil
 import pytest
 import ray
 from ray import serve
+from ray.serve._private import replica
 from ray.serve.schema import (
     ApplicationStatus,
     ApplicationStatusOverview,
@@ -51,6 +57,23 @@ def test_replicas_are_set_and_counted(application: str) -> None:
     for count in (2, 0, 1):
         ray_serve.set_replicas(application, count)
         wait_until(lambda count=count: ray_serve.replica_counts("overproof-")[application] == count)  # type: ignore[misc]
+
+
+def test_a_replicas_own_port_is_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = replica
+    assert 'add_port_to_grpc_server(self._server, "[::]:0")' in inspect.getsource(module)
+    monkeypatch.setattr(module, "add_port_to_grpc_server", module.add_port_to_grpc_server)
+    ray_serve.listen_on_loopback()
+
+    async def listen() -> None:
+        opened = grpc.aio.server()
+        port = module.add_port_to_grpc_server(opened, "[::]:0")
+        await opened.start()
+        found = [each.laddr.ip for each in psutil.Process().net_connections("inet") if each.laddr.port == port]
+        assert [ip.removeprefix("::ffff:") for ip in found] == ["127.0.0.1"]
+        await opened.stop(None)
+
+    asyncio.run(listen())
 
 
 def test_a_forgotten_client_is_found_again(application: str) -> None:

@@ -118,7 +118,7 @@ def _ask(client: httpx.Client, method: str, path: str, body: Any = None) -> Any:
     try:
         reply = client.request(method, path, json=body)
     except httpx.TransportError as error:
-        raise InputError(f"{client.base_url}{path.lstrip('/')}: {error or type(error).__name__}") from None
+        raise InputError(f"{client.base_url.join(path)}: {error or type(error).__name__}") from None
     if reply.is_success:
         return reply.json()
     raise InputError(f"{path}: the server refuses the example ({reply.status_code}): {reply.text[:300]}")

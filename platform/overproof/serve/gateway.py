@@ -33,7 +33,7 @@ from overproof.serve.metrics import ServeMetrics, gather_metrics
 from overproof.serve.middleware import Access, Telemetry
 from overproof.serve.model_registry import ShadowRequest, unknown_model
 from overproof.serve.net import listening_socket
-from overproof.serve.ray_serve import node_ip_address
+from overproof.serve.ray_serve import listen_on_loopback, node_ip_address
 from overproof.serve.request_source import SourcePolicy
 from overproof.serve.response_builder import ServedModel
 from overproof.serve.router import ReplicaServer
@@ -55,6 +55,7 @@ class Gateway:
     async def __init__(  # type: ignore[misc]
         self, packages: Mapping[str, Serve], settings: Serve, access: Access
     ) -> None:
+        listen_on_loopback()
         metrics = ServeMetrics()
         self._router = ModelRouter(settings, metrics)
         await self._router.start(packages)

@@ -13,6 +13,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application as Application
+from ray.serve._private import replica as serve_replica
 from ray.serve._private.common import DeploymentID, ReplicaState
 from ray.serve.context import _get_global_client, _set_global_client
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
@@ -120,6 +121,17 @@ def failure_reason(application: ApplicationStatusOverview) -> str:
         line.partition(f"{InputError.__name__}: ")[2] for line in lines if f"{InputError.__name__}: " in line
     ]
     return (input_errors or lines or ["Ray Serve does not say why"])[-1]
+
+
+def listen_on_loopback() -> None:
+    """Have the replica of this process open its own gRPC port to this machine alone: it is for handles that use gRPC,
+    which nobody here does, and takes pickled requests. Called while the replica's class is made, before it listens.
+
+    Private: Ray Serve binds it to every address, and has no setting for that.
+    """
+    module: Any = serve_replica
+    add_port = module.add_port_to_grpc_server
+    module.add_port_to_grpc_server = lambda server, _: add_port(server, "127.0.0.1:0")
 
 
 def set_replicas(name: str, count: int) -> None:

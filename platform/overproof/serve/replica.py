@@ -16,7 +16,7 @@ from overproof.registry import ENGINES
 from overproof.serve.async_engine import BatchingEngine, ThreadedEngine
 from overproof.serve.deployments import CONTROLLER_NAME, Version
 from overproof.serve.package_trust import trust_policy
-from overproof.serve.ray_serve import MODEL_DEPLOYMENT, Application, find_actor, make_application
+from overproof.serve.ray_serve import MODEL_DEPLOYMENT, Application, find_actor, listen_on_loopback, make_application
 from overproof.serve.replica_worker import ReplicaWorker
 from overproof.serve.router import SMALL_AT_ONCE
 from overproof.serve.rpc import GatewayAddress
@@ -56,6 +56,7 @@ class ModelReplica:
     """One package and its engine. Ray Serve places and replaces it; its requests come from the gateway."""
 
     async def __init__(self, location: str, contents_sha256: str, settings: Serve) -> None:  # type: ignore[misc]
+        listen_on_loopback()
         # Kept: engines read its files later, too.
         self._package = load_package(location, trust_policy(settings), contents_sha256, LOG.info)
         engine = load_engine(self._package, settings)
