@@ -178,7 +178,8 @@ def _sharing(band_N: Hashes) -> NDArray[np.int64]:
     order = np.argsort(band_N)
     ordered = band_N[order]
     follows = np.append(False, (ordered[1:] == ordered[:-1]) & (ordered[1:] != NO_WORDS))[: len(order)]
-    return order[follows | np.append(follows[1:], False)[: len(order)]]
+    shared: NDArray[np.int64] = order[follows | np.append(follows[1:], False)[: len(order)]]
+    return shared
 
 
 def _few_partners(keys: NDArray[np.int64], documents: int) -> NDArray[np.int64]:
