@@ -48,7 +48,7 @@ def documented(tree: ast.AST, prefix: str) -> Iterator[tuple[str, Function | ast
 def conversations() -> Iterator[dict[str, Any]]:
     """What it does and, of functions, how it is called, which must be exact."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    for file in list_files(StdlibSource()):
+    for file in list_files(StdlibSource()).files:
         module = file.name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         try:
             tree = ast.parse((root / file.name).read_bytes())

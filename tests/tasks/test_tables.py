@@ -158,7 +158,10 @@ def test_a_model_of_rows_has_the_size_that_is_planned_and_survives_its_directory
         ),
         (("data.drop=[agee]",), r"no column 'agee', nearest is 'age'"),
         (("data.drop=[age, colour, member, grade, note, paid]", "data.categorical=[]"), r"no column beside 'target'"),
-        (("data.source.path=/nowhere/at/all",), r"data.source.path: /nowhere/at/all: no .parquet file"),
+        (
+            ("data.source.path=/nowhere/at/all",),
+            r"data.source.path: /nowhere/at/all: not found; expected a folder that holds",
+        ),
         (("data.shards=40",), r"shards"),
         (("data.drop=[target]",), r"target: expected in one of target, categorical and drop alone"),
     ],

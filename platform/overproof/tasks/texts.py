@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,7 +47,7 @@ class Texts:
     texts: list[str]
     labels: list[tuple[str, ...]]  # the classes of each
     dropped: dict[str, int]
-    skipped: Mapping[str, Sequence[str]]  # files left out, by reason
+    skipped: Mapping[str, Sequence[str]] = field(default_factory=dict)  # files left out, by reason
 
     @property
     def classes(self) -> list[str]:
@@ -351,8 +351,8 @@ def _vocabulary(tokenizer: Tokenizer) -> tuple[int, int | None]:
 def _tokenizer_content(data: Any, train: Iterable[str]) -> bytes:
     if data.tokenizer.kind == "bpe":
         return str(train_tokenizer(train, data.tokenizer.vocab_size).to_str()).encode()
-    path = data.tokenizer.path
-    return without_training_settings(tokenizer_file(path).decode(errors="replace"), path).encode()
+    text = tokenizer_file(data.tokenizer.path).decode(errors="replace")
+    return without_training_settings(text, "data.tokenizer").encode()
 
 
 def tokenizer_file(path: str) -> bytes:
