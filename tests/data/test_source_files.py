@@ -225,6 +225,7 @@ def of_tables(folder: Path, on_error: str) -> None:
         ("a.csv.gz", gzip.compress(CSV), "b.csv", b""),
         ("a.parquet", parquet(TABLE), "b.parquet", overwritten(parquet(TABLE))),
     ],
+    ids=("cut short", "no text", "empty", "overwritten"),
 )
 def test_tables_are_read_and_damaged_ones_left_out_if_asked(
     whole: str, good: bytes, name: str, content: bytes, read: Callable[[Path, str], None], tmp_path: Path
@@ -266,6 +267,7 @@ def test_a_file_is_left_out_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [("b.jsonl.gz", gzip.compress(RECORDS), half(gzip.compress(RECORDS))), ("b.parquet", parquet(ROWS), b"PAR1")],
+    ids=("gzip", "parquet"),
 )
 def test_shrink_looks_at_the_tables_that_can_be_read_if_asked(
     name: str, good: bytes, bad: bytes, tmp_path: Path
