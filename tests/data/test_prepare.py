@@ -29,7 +29,7 @@ from overproof.data.documents import PIECE_BYTES
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.data.prepare import prepare
-from overproof.data.text_tokenizer import BYTE_NAMES
+from overproof.data.tokenizer_json import BYTE_NAMES
 from overproof.engines.llamacpp import LlamaCpp
 from overproof.errors import InputError
 from overproof.evaluate import gate

@@ -16,16 +16,8 @@ from made_tokenizers import SPACE, TRAINED_ON, byte_level, sentencepiece_bpe, un
 from overproof.config import TokenizerFile
 from overproof.data import documents, text_tokenizer, tokenization
 from overproof.data.document_blocks import _tokenise
-from overproof.data.text_tokenizer import (
-    ALTERED,
-    COMPOSED,
-    SAME,
-    TextTokenizer,
-    continuing,
-    read_tokenizer,
-    tell_altered,
-    trained,
-)
+from overproof.data.text_tokenizer import ALTERED, COMPOSED, SAME, TextTokenizer, read_tokenizer, tell_altered, trained
+from overproof.data.tokenizer_json import continuing
 from overproof.errors import InputError
 from overproof.tasks.texts import truncating_tokenizer
 

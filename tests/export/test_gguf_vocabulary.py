@@ -26,7 +26,7 @@ from made_tokenizers import (
     sentencepiece_bpe,
     unigram,
 )
-from overproof.data.text_tokenizer import BYTE_NAMES, special_names_as_text
+from overproof.data.tokenizer_json import BYTE_NAMES, special_names_as_text
 from overproof.engines.base import Sampling
 from overproof.engines.gguf_tokens import read_gguf_header
 from overproof.engines.llamacpp import LlamaCpp

@@ -20,7 +20,8 @@ from transformers import LlamaForCausalLM  # imported before anything is timed
 from overproof.config import JsonlSource, ParquetSource, TokenizerFile
 from overproof.data.document_blocks import read_block
 from overproof.data.parquet_reader import open_shard
-from overproof.data.text_tokenizer import continuing, read_tokenizer, tokenizer_difference
+from overproof.data.text_tokenizer import read_tokenizer
+from overproof.data.tokenizer_json import continuing, tokenizer_difference
 from overproof.engines.gguf_tokens import read_gguf_header
 from overproof.errors import InputError
 from overproof.export.gguf_file import read_gguf

@@ -29,13 +29,8 @@ from overproof.data.parquet_writer import write_shard
 from overproof.data.shard_layout import ShardPlan
 from overproof.data.source_files import reason_of
 from overproof.data.sources import Source
-from overproof.data.text_tokenizer import (
-    SAME,
-    TextTokenizer,
-    continuing,
-    how_it_comes_back,
-    special_names_as_text,
-)
+from overproof.data.text_tokenizer import SAME, TextTokenizer, how_it_comes_back
+from overproof.data.tokenizer_json import continuing, special_names_as_text
 from overproof.errors import InputError
 
 TABLE_BYTES = 8 << 20  # of text handed on at once

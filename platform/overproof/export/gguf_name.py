@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 
-from overproof.data.text_tokenizer import entries
+from overproof.data.tokenizer_json import entries
 
 SPOKEN_TO = re.compile(r"phi-?3|modern-bert", re.IGNORECASE)
 PHI3 = "phi-3"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from overproof.data.text_tokenizer import iter_steps
+from overproof.data.tokenizer_json import iter_steps
 from overproof.errors import InputError
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"

@@ -19,7 +19,8 @@ import gguf
 from gguf import TokenType
 from tokenizers import Tokenizer
 
-from overproof.data.text_tokenizer import BYTE_NAMES, added_tokens, entries, iter_steps
+from overproof.data.text_tokenizer import added_tokens
+from overproof.data.tokenizer_json import BYTE_NAMES, entries, iter_steps
 from overproof.errors import InputError
 from overproof.export.gguf_splits import SPLITS, split_name
 

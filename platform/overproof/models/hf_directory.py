@@ -25,12 +25,8 @@ from overproof.config.models import ModelSection
 from overproof.data.chat_template_files import DEFAULT, named_templates, template_files
 from overproof.data.manifest import TOKENIZER, TOKENIZER_CONFIG, Manifest
 from overproof.data.sources import tokenizer_files
-from overproof.data.text_tokenizer import (
-    tokenizer_config,
-    tokenizer_difference,
-    tokenizer_text,
-    without_training_settings,
-)
+from overproof.data.text_tokenizer import tokenizer_config, tokenizer_text, without_training_settings
+from overproof.data.tokenizer_json import tokenizer_difference
 from overproof.errors import InputError
 from overproof.files import file_sha256
 from overproof.models.base import BaseFamily, LayerNames, ModelFamily, shape_of
