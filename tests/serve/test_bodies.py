@@ -31,7 +31,7 @@ class NoModels:
 
 @pytest.mark.parametrize("body", [MANY | {"one": 1}, [[]] * (MAX_PARTS + 1), ["{"] * (MAX_PARTS + 1)])
 def test_a_body_of_too_many_parts_is_refused_unread(body: Any) -> None:
-    client = TestClient(build_app(NoModels(), Access()), client=("127.0.0.1", 1))
+    client = TestClient(build_app(NoModels(), Access()), base_url="http://localhost", client=("127.0.0.1", 1))
     reply = client.post("/v1/completions", json=body)
     assert reply.status_code == 413
     assert f"expected {MAX_PARTS} at most" in reply.json()["error"]["message"]
@@ -55,7 +55,12 @@ def test_what_is_nested_deep_is_refused_wherever_it_stands(depth: int) -> None:
     deep = '{"a":' * depth + "1" + "}" * depth
     tool = '{"type":"function","function":{"name":"f","parameters":' + deep + "}}"
     call = json.dumps({"id": "1", "type": "function", "function": {"name": "f", "arguments": deep}})
-    client = TestClient(build_app(NoModels(), Access()), client=("127.0.0.1", 1), raise_server_exceptions=False)
+    client = TestClient(
+        build_app(NoModels(), Access()),
+        base_url="http://localhost",
+        client=("127.0.0.1", 1),
+        raise_server_exceptions=False,
+    )
     for body in (
         '{"messages":[{"role":"user","content":"x"}],"tools":[' + tool + "]}",
         '{"messages":[{"role":"assistant","tool_calls":[' + call + "]}]}",
