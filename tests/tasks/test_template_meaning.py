@@ -75,7 +75,10 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "a syntax error": ("{% for m in messages %}{{ m.content }", "does not take a conversation of one user's message: "),
     "an unknown filter": ("{{ messages | nothing }}", "No filter named 'nothing'"),
     "a tag that is none": ("{% generate %}", "Encountered unknown tag 'generate'"),
-    "no end": ("{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes more than 0.5 s"),
+    "no end": (
+        "{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "takes more than 0.5 s",
+    ),
     "another token": ("{{ pad_token }}{{ messages[0].content }}", "reads pad_token, which no engine tells it"),
     "none by default": (
         [{"name": "rag", "template": CHATML}, {"name": "tool_use", "template": CHATML}],
