@@ -161,7 +161,9 @@ def fuzzed(kind: str, sound: dict[str, list[tuple[str, bytes]]], folder: Path) -
         yield place / name
 
 
-def test_fuzzed_files_are_read_or_refused(sound: dict[str, list[tuple[str, bytes]]], tmp_path: Path) -> None:
+def test_fuzzed_files_are_read_or_refused(
+    sound: dict[str, list[tuple[str, bytes]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     reader, table, faults = Reader(), dict[str, Counter[str]](), list[str]()
     for kind in ("gguf", "parquet", "jsonl", "safetensors", "tokenizer"):
         name, content = sound[kind][0]
@@ -181,8 +183,9 @@ def test_fuzzed_files_are_read_or_refused(sound: dict[str, list[tuple[str, bytes
                 faults.append(f"{path}: {outcome}: {why}")
     reader.close()
     outcomes = ("read", "refused", "traceback", "hang", "crash")
-    print("kind          files " + " ".join(f"{each:>9}" for each in outcomes))
-    for kind, found in table.items():
-        print(f"{kind:<12} {found.total():>6} " + " ".join(f"{found[each]:>9}" for each in outcomes))
+    with capsys.disabled():
+        print("\nkind          files " + " ".join(f"{each:>9}" for each in outcomes))
+        for kind, found in table.items():
+            print(f"{kind:<12} {found.total():>6} " + " ".join(f"{found[each]:>9}" for each in outcomes))
     kinds = Counter(fault.split(": ", 1)[1][-300:] for fault in faults)
     assert not faults, "\n".join(f"{count} x {fault}" for fault, count in kinds.most_common(20))
