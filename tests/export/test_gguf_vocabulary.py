@@ -103,6 +103,16 @@ def test_byte_level_splits(tmp_path: Path, split: str) -> None:
     assert lost(file, text) == []
 
 
+def test_a_merge_whose_token_has_no_id_of_its_own_is_refused() -> None:
+    """The library reads it: of two tokens of one id, texts come back with one of them."""
+    spec = json.loads(sentencepiece_bpe(None))
+    left, right = spec["model"]["merges"][-1]
+    spec["model"]["vocab"][left + right] = 0
+    with pytest.raises(InputError) as refused:
+        FORMATS["gguf"].check_tokenizer(json.dumps(spec), "data.tokenizer")
+    assert f"data.tokenizer: joins {left!r} and {right!r}, which make no token" in str(refused.value)
+
+
 @pytest.mark.parametrize("prefix", ["normalizer", "metaspace", "doubles", None])
 def test_sentencepiece_bpe(tmp_path: Path, prefix: str | None) -> None:
     text = sentencepiece_bpe(prefix)

@@ -158,6 +158,11 @@ def _with_byte_fallback(spec: Mapping[str, Any], where: object) -> Vocabulary:
     merges = _merges(spec)
     scores: dict[int, float] = {}
     for rank, (left, right) in enumerate(merges):
+        if left + right not in ids:
+            raise InputError(
+                f"{where}: joins {left!r} and {right!r}, which make no token that has an id of its own; expected one: "
+                "two tokens of its vocabulary may have one id"
+            )
         scores.setdefault(ids[left + right], -float(rank))
     unknown = ids.get(spec["model"].get("unk_token"))
     return Vocabulary(
