@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -117,6 +118,21 @@ def test_a_body_that_trickles_ends_with_its_deadline(address: tuple[str, int], p
         client.sendall(POST % path)
         with pytest.raises(OSError, match=r"Broken pipe|reset"):
             trickle(client)
+
+
+@pytest.mark.parametrize("path", [b"/", b"/refused"])
+def test_a_body_in_crumbs_ends_its_connection(address: tuple[str, int], path: bytes) -> None:
+    """And one in as many parts as there may be is taken."""
+    head = b"POST %s HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % path
+    with socket.create_connection(address) as client:
+        client.sendall(head)
+        with suppress(OSError):
+            client.sendall(b"1\r\nx\r\n" * 100_000)
+        assert not read_to_end(client).startswith(b"HTTP/1.1 200")
+    await_no_connection()
+    with socket.create_connection(address) as client:
+        client.sendall(head + b"1\r\nx\r\n" * http_limits.MAX_PARTS + b"0\r\n\r\n")
+        assert read_to_end(client).startswith(b"HTTP/1.1 401" if path == b"/refused" else b"HTTP/1.1 200")
 
 
 def test_requests_are_not_sent_ahead_without_end(address: tuple[str, int]) -> None:

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 MAX_HEADER_BYTES = 64 << 10
 MAX_HEADERS = 1000
 MAX_PIPELINED = 100  # requests that a client sends ahead of their replies
+MAX_PARTS = 8192  # that a body comes in: each takes about as long, a byte or the most that there may be
 HEADER_TIMEOUT_S = 30.0
 BODY_TIMEOUT_S = 35.0  # after the application's own, whose answer says more
 READ_TIMEOUT_S = 30.0  # for a client to take what it is sent
@@ -36,6 +37,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     _linger: asyncio.TimerHandle | None = None
     _header_bytes = 0  # that came, of a head that is not complete
     _headers_bytes = 0  # of the headers in it that are
+    _parts = 0  # of a body
     _in_headers = False
     _over = ""  # the limit of a head that it is over
 
@@ -75,7 +77,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             self._end_parsing(f"more than {MAX_PIPELINED} requests at once")
         super().on_message_begin()
-        self._headers_bytes = 0
+        self._headers_bytes = self._parts = 0
         self._await_headers()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -88,6 +90,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._in_headers = False
         self._await("body", BODY_TIMEOUT_S)
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._parts += 1
+        if self._parts > MAX_PARTS:
+            self._end_parsing(f"a body in more than {MAX_PARTS} parts")
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._cancel_deadline()
