@@ -69,7 +69,7 @@ def choose_students(
     unquantised = list(settings.bytes.values())[-1]
 
     def mb(size: ModelSize, rate: BytesANumber) -> float:
-        return (beside + weights_bytes(size, rate)) / 1e6
+        return (beside + settings.layer_bytes * size.layers + weights_bytes(size, rate)) / 1e6
 
     candidates = []
     for name, model in _models(settings, given, teacher_size).items():

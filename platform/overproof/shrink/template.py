@@ -56,6 +56,7 @@ class TemplateSettings(Section):
     keep: Count
     bytes: dict[str, BytesANumber]  # by variant; the last is the unquantised one
     file_bytes: int = Field(ge=0)
+    layer_bytes: int = Field(0, ge=0)  # of each layer's part of a graph
     vocabulary_in_file: bool = False  # a given teacher's tokenizer, too
     least_times_smaller: float = Field(gt=0)
     teacher_steps: Schedule
