@@ -112,9 +112,11 @@ def print_summary(recipe: Recipe) -> None:
     gain = report.compare(report.winner, "control")
     if gain and gain.low is not None and gain.high is not None:
         unit = task.quality.difference_unit
+        sign, how, did = (-100, "better", "bought") if gain.value <= 0 else (100, "worse", "cost")
+        least, most = sorted((sign * gain.low, sign * gain.high))
         out.print(
-            f"{report.winner} is {-100 * gain.value:+.2f} {unit} better than the control, at equal steps "
-            f"(interval {-100 * gain.high:+.2f} to {-100 * gain.low:+.2f} {unit}): what distillation bought"
+            f"{report.winner} is {sign * gain.value:.2f} {unit} {how} than the control, at equal steps "
+            f"(interval {least:.2f} to {most:.2f} {unit}): what distillation {did}"
         )
     if found["report"]:
         out.print(f"picture  {found['report'].uri}/report.png\nreport   {found['report'].uri}/report.html")
