@@ -100,7 +100,11 @@ def read_record(uri: str) -> Record | None:
 
 def compute_fingerprint(stage: str, format: int, config: Any, parents: Mapping[str, str]) -> str:
     """Sha256 over the stage, its format version, its part of the recipe and its parents' fingerprints."""
-    value = {"stage": stage, "format": format, "config": config, "parents": dict(parents)}
+    return json_sha256({"stage": stage, "format": format, "config": config, "parents": dict(parents)})
+
+
+def json_sha256(value: Any) -> str:
+    """Sha256, in hex, of a value as JSON, whatever the order of its fields."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

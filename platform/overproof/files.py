@@ -47,11 +47,8 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     Raises:
         InputError: the scheme is unknown or the URI is malformed, or the Hub has no such model.
     """
-    try:
-        uri.encode()
-    except UnicodeEncodeError:
-        shown = uri.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        raise InputError(f"{shown}: its name is not UTF-8; expected one that is: rename it") from None
+    if not is_unicode(uri):
+        raise InputError(f"{shown_name(uri)}: its name is not UTF-8; expected one that is: rename it")
     if "\0" in uri:
         raise InputError(f"{uri!r}: holds a NUL, which no path does; expected a folder, file or URI")
     if "://" not in uri:
@@ -63,6 +60,20 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     except (ValueError, OSError) as error:
         raise InputError(f"{uri}: {error}; expected a folder or a URI that pyarrow.fs opens") from None
     return found, path
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: half of a surrogate pair cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown_name(name: str) -> str:
+    """A name that can be printed, whatever bytes it has."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def absolute_uri(uri: str) -> str:

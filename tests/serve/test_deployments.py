@@ -27,7 +27,7 @@ from overproof.serve.deployments import (
     write_deployments,
 )
 from overproof.serve.gateway import pick_version
-from overproof.serve.model_registry import Comparison
+from overproof.serve.model_registry import TimedAnswer
 from shared_server import SETTINGS, WAIT_S
 
 
@@ -137,7 +137,7 @@ def test_speed_is_judged_a_token_in_pairs_that_were_asked_the_same() -> None:
         for _ in range(pairs):
             busy, count = draw.uniform(0.5, 5), tokens()  # what else the machine does slows both
             stable, own = (busy * draw.lognormvariate(0, 0.2) * count * 0.01 for _ in range(2))
-            stats.compare(Comparison("", stable, count), Comparison("", slowdown * own, count), True)
+            stats.compare(TimedAnswer("", stable, count), TimedAnswer("", slowdown * own, count), True)
         return rollback_reason(limits, stats)
 
     assert judged(1.0) is None
@@ -149,8 +149,8 @@ def test_speed_is_judged_a_token_in_pairs_that_were_asked_the_same() -> None:
         assert judged(2.0, tokens=tokens) is not None
     stats = VersionStats()
     for _ in range(200):  # one that says more takes longer, and is no slower for it
-        stats.compare(Comparison("", 0.1, 1), Comparison("", 1.6, 16), True)
-        stats.compare(Comparison("", 0.1, 0), Comparison("", 9.0, 0), True)
+        stats.compare(TimedAnswer("", 0.1, 1), TimedAnswer("", 1.6, 16), True)
+        stats.compare(TimedAnswer("", 0.1, 0), TimedAnswer("", 9.0, 0), True)
     assert (list(stats.pairs), stats.compared) == ([], 400)
     assert rollback_reason(limits, stats) is None
 

@@ -13,9 +13,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
+from overproof.addresses import is_loopback
 from overproof.config import Serve
 from overproof.errors import InputError
-from overproof.serve.net import base_url, free_port, is_loopback, listening_socket, tls_trust
+from overproof.serve.net import base_url, free_port, listening_socket, tls_trust
 
 
 @pytest.mark.parametrize(

@@ -61,11 +61,8 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     exported = preflight.require_exportable(recipe)
     out.print()
     students = preflight.student_sizes(recipe, shape)
-    findings = [
-        *preflight.check_source(recipe),
-        *exported, *preflight.check_placement(recipe, capacity), stored,
-        *preflight.check_gate(recipe),
-    ]  # fmt: skip
+    findings = [*preflight.check_source(recipe), *exported, *preflight.check_placement(recipe, capacity), stored]
+    findings += preflight.check_gate(recipe)
     served, model = recipe.train.model, None
     if isinstance(served, Served):
         out.print(f"teacher: {served.model}, served at {served.url}")

@@ -31,7 +31,7 @@ def template_files(path: str) -> dict[str, str]:
     return contents
 
 
-def read_object(text: str, name: str) -> dict[str, Any]:
+def read_object(text: str | bytes, name: str) -> dict[str, Any]:
     """The content of a JSON file beside a tokenizer; empty where it is no object.
 
     Raises:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from overproof.errors import InputError
-from overproof.files import filesystem
+from overproof.files import filesystem, is_unicode, shown_name
 
 OnError = Literal["fail", "skip"]
 T = TypeVar("T")
@@ -123,11 +123,6 @@ def is_litter(name: str) -> bool:
     return name.startswith(".") or name.endswith("~") or name.lower() in LITTER_NAMES
 
 
-def shown_name(name: str) -> str:
-    """A name that can be printed, whatever bytes it has."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
 Choose = Callable[[str], str | None]  # from a name, why the file is not read; None where it is
 
 
@@ -186,6 +181,11 @@ def list_source(path: str, choose: Choose, expected: str, on_error: OnError = "f
     return listing
 
 
+def list_suffix(path: str, suffix: str, on_error: OnError = "fail") -> FileListing:
+    """A file, or those below a folder whose names end so: see ``list_source``."""
+    return list_source(path, having_suffix(suffix), f"*{suffix}", on_error)
+
+
 def list_all(path: str, choose: Choose, expected: str, on_error: OnError = "fail", field: str = "data.source.path",
              ) -> FileListing:  # fmt: skip
     """As ``list_source``, and nothing chosen is no error."""
@@ -209,7 +209,7 @@ def list_all(path: str, choose: Choose, expected: str, on_error: OnError = "fail
     for entry in entries:
         if reason := choose(entry.file.name):
             skipped.append((reason, entry.file.name))
-        elif _is_utf8(entry.file.name):
+        elif is_unicode(entry.file.name):
             chosen.append(entry)
         elif on_error == "skip":
             skipped.append((BAD_NAME, entry.file.name))
@@ -298,14 +298,6 @@ def _remote(files: fs.FileSystem, root: str) -> tuple[list[_Entry], Skips]:
         else:
             found.append(_Entry(SourceFile(name, info.size, info.mtime_ns or 0), info.path, is_link=False))
     return found, skipped
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ from overproof.data.source_files import (
     FileListing,
     OnError,
     SourceFile,
-    having_suffix,
     list_source,
+    list_suffix,
     matching,
 )
 from overproof.errors import InputError
@@ -135,8 +135,7 @@ def list_files(source: Source, on_error: OnError = "fail") -> FileListing:
         folder = sysconfig.get_paths()["stdlib"]
         return FileListing(folder, tuple(sorted(_stdlib(Path(folder)))))
     if not isinstance(source, FolderSource):
-        suffix = f".{source.kind}"
-        return list_source(source.path, having_suffix(suffix), f"*{suffix}", on_error)
+        return list_suffix(source.path, f".{source.kind}", on_error)
     files, path = filesystem(source.path)
     if files.get_file_info(path).type == fs.FileType.File:
         raise InputError(f"data.source.path: {source.path} is a file; expected a folder")

@@ -21,14 +21,11 @@ from tokenizers.models import Unigram
 
 from overproof import hub
 from overproof.config import TokenizerFile
+from overproof.data.chat_template_files import read_object
 from overproof.data.manifest import TOKENIZER
 from overproof.data.sources import CONVERTIBLE, NAMING_TOKENS, tokenizer_files
 from overproof.data.tokenization import BYTE_BY_CHARACTER, END
-from overproof.data.tokenizer_json import (
-    BYTE_NAMES,
-    entries,
-    iter_steps,
-)
+from overproof.data.tokenizer_json import BYTE_NAMES, entries, iter_steps
 from overproof.errors import InputError
 
 MODEL_FILES = ("tokenizer.model", "spiece.model")
@@ -295,11 +292,7 @@ class _Named:
     @classmethod
     def of(cls, files: Mapping[str, bytes]) -> _Named:
         def read(name: str) -> Mapping[str, Any]:
-            try:
-                found = json.loads(files.get(name, b"{}"))
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{name}, beside the tokenizer: not JSON: {error}") from None
-            return found if isinstance(found, dict) else {}
+            return read_object(files.get(name, b"{}"), name)
 
         config = read("config.json")
         inner = config.get("text_config")

@@ -9,7 +9,6 @@ Shapes: P places of a row, each of which predicts the token after it; K likelies
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import os
 import random
@@ -25,6 +24,7 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from overproof.addresses import is_loopback
 from overproof.config import Served
 from overproof.engines.base import PlaceScores
 from overproof.errors import InputError
@@ -76,7 +76,9 @@ class Endpoint:
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(served.timeout_s, connect=CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=None),
-            trust_env=not _is_here(served.url),  # proxies of the environment are for what is elsewhere
+            trust_env=not is_loopback(
+                httpx.URL(served.url).host
+            ),  # proxies of the environment are for what is elsewhere
         )
 
     def model_entry(self) -> dict[str, Any]:
@@ -192,15 +194,6 @@ class Endpoint:
         if reply.status_code == 404 or reply.is_success:
             limits = "; expected an OpenAI-compatible endpoint: train.model.url up to /v1, such as http://HOST:8000/v1"
         raise InputError(f"{url}: answers {reply.status_code}: {message}{limits}")
-
-
-def _is_here(url: str) -> bool:
-    """Whether an endpoint is on this machine."""
-    host = httpx.URL(url).host
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _parse(told: Any) -> PromptLogprobs:

@@ -140,9 +140,8 @@ class GgufFormat:
         """See ``SizedFormat``: the largest tensor as it is quantised, or llama.cpp and torch on a long row."""
         from overproof.engines.llamacpp_memory import context_memory
 
-        layers = (
-            2 * LONG_ROW * FAMILIES[size.family].layer_memory(size, FP32_BYTES)
-        )  # a layer in torch, one in llama.cpp
+        # A layer in torch, and one in llama.cpp.
+        layers = 2 * LONG_ROW * FAMILIES[size.family].layer_memory(size, FP32_BYTES)
         compared = 5 * CHECKED_PLACES * size.outputs * FP32_BYTES  # logits and log-probabilities of both, and a product
         context = context_memory(size, LONG_ROW, CHECKED_PLACES, FP32_BYTES)
         return max(FP32_BYTES * max(size.tensors), context + layers + compared)

@@ -19,7 +19,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 from pyarrow import fs
 from pydantic import Field
 
-from overproof.artifacts import RECORD
+from overproof.artifacts import RECORD, json_sha256
 from overproof.config import Gate, Speculate
 from overproof.errors import InputError
 from overproof.files import CHUNK_BYTES, FileEntry, FrozenModel, file_sha256, filesystem, parse_json
@@ -75,7 +75,7 @@ class Listing:
     @property
     def sha256(self) -> str:
         """The identity of all that the package holds."""
-        return _json_sha256({name: entry.sha256 for name, entry in self.files.items()})
+        return json_sha256({name: entry.sha256 for name, entry in self.files.items()})
 
     @property
     def signature(self) -> bytes | None:
@@ -86,7 +86,7 @@ class Listing:
         """The identity of the policy by which the served file passed, with that of its draft if it has one."""
         tree = json.loads(self.small[PACKAGE])
         drafting = tree.get("speculate")
-        return _json_sha256({"gate": tree["policy"]} | ({"speculate": drafting["policy"]} if drafting else {}))
+        return json_sha256({"gate": tree["policy"]} | ({"speculate": drafting["policy"]} if drafting else {}))
 
 
 class PackageFolder:
@@ -224,7 +224,3 @@ def hash_files(folder: Path) -> dict[str, FileEntry]:
     """Every part of a package that is being made."""
     files = sorted(folder.iterdir())
     return {file.name: FileEntry(sha256=file_sha256(file), size_bytes=file.stat().st_size) for file in files}
-
-
-def _json_sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

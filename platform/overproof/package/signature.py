@@ -164,7 +164,7 @@ def configured_signing_key(store: str | None = None) -> SigningKey | None:
 
 def signer_identity() -> dict[str, str]:
     """What a package follows from beside its recipe: the key that signs it, if one does."""
-    key = configured_signing_key() if os.environ.get(KEY_VARIABLE) else None
+    key = configured_signing_key()
     return {} if key is None else {"signer": key.public.id}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from overproof import console
+from overproof.addresses import is_loopback
 from overproof.config import Serve
 from overproof.errors import InputError
 from overproof.files import absolute_uri
@@ -21,7 +22,6 @@ from overproof.serve.controller_handle import HEAD_NODE
 from overproof.serve.environment import KEY_FILE_VARIABLE, KEY_VARIABLE, KEYS_VARIABLE, is_key_inherited
 from overproof.serve.gateway import Gateway
 from overproof.serve.middleware import Access, load_access
-from overproof.serve.net import is_loopback
 from overproof.serve.package_trust import read_trusted_keys, tell_unsigned
 from overproof.serve.ray_serve import Application, make_application
 from overproof.serve.request_source import ANY_ORIGIN

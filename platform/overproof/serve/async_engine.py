@@ -71,9 +71,8 @@ class Work:
         return self.prompt_tokens + self.completion_tokens
 
 
-OnWork = Callable[
-    [Work], object
-]  # called once the engine's work for a request has ended, however it did, with all of it
+# Called once the engine's work for a request has ended, however it did, with all of it.
+OnWork = Callable[[Work], object]
 
 
 def ignore_work(_: Work) -> None:

@@ -8,7 +8,7 @@ from statistics import median
 
 from overproof.config import Canary
 from overproof.evaluate.metrics import wilson_interval
-from overproof.serve.model_registry import Comparison
+from overproof.serve.model_registry import TimedAnswer
 
 MAX_PAIRS = 1000  # latest ones that are kept
 CONFIDENCE = 0.95
@@ -36,7 +36,7 @@ class VersionStats:
         self.agreed += other.agreed
         self.pairs.extend(other.pairs)
 
-    def compare(self, stable: Comparison, candidate: Comparison, agree: bool) -> None:
+    def compare(self, stable: TimedAnswer, candidate: TimedAnswer, agree: bool) -> None:
         """Take in what both said of the same."""
         self.compared += 1
         self.agreed += agree

@@ -30,9 +30,8 @@ class Version(Frozen):
 
     model: ModelInfo
     location: str  # folder or URI of the package
-    contents_sha256: str = Field(
-        pattern=SHA256
-    )  # of all its files, signature included: nothing else that lies there is served
+    # Of all its files, signature included: nothing else that lies there is served.
+    contents_sha256: str = Field(pattern=SHA256)
     settings: Serve
     resident_mb: float  # of the engine's process as measured in the package's report, plus a draft's file
 

@@ -39,7 +39,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     _headers_bytes = 0  # of the headers in it that are
     _parts = 0  # of a body
     _in_headers = False
-    _over = ""  # the limit of a head that it is over
+    _over = ""  # the limit that what comes is over
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)

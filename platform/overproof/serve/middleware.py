@@ -16,13 +16,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from overproof.addresses import is_loopback
 from overproof.errors import InputError
 from overproof.files import absolute_uri
 from overproof.serve.api_keys import ApiKey, KeyStore, KeysUnavailable, RateLimiter, hash_key, read_keys
 from overproof.serve.async_engine import Work
 from overproof.serve.environment import KEY_VARIABLE, KEYS_VARIABLE, api_key, keys_uri
 from overproof.serve.fair_queue import CLIENT
-from overproof.serve.net import is_loopback
 from overproof.serve.request_source import ANY_ORIGIN, SourcePolicy, SourceRefused
 from overproof.serve.responses import SERVER_ERROR, ErrorDetail, ErrorReply
 from overproof.serve.traffic import Recorder

@@ -13,7 +13,7 @@ from overproof.serve.response_builder import ServedModel
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TimedAnswer:
     """What one of the versions that are asked the same said, and how long it took for how many tokens or rows."""
 
     answer: Any
@@ -30,7 +30,7 @@ class ShadowRequest:
     """
 
     replay: Callable[[ServedModel], Awaitable[Any]]
-    compare: Callable[[ServedModel], Awaitable[Comparison]]
+    compare: Callable[[ServedModel], Awaitable[TimedAnswer]]
     agree: Callable[[Any, Any], bool] = operator.eq
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import ssl
 
@@ -10,18 +9,6 @@ from overproof.config import Serve
 from overproof.errors import InputError
 
 BACKLOG = 2048  # connections that wait to be accepted
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address reaches this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
 
 
 def free_port(host: str, port: int) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from overproof import console
+from overproof.addresses import is_loopback
 from overproof.config import Serve
 from overproof.errors import InputError
 from overproof.package.signature import KEY_VARIABLE, PUBLIC_SUFFIX, read_public_keys
 from overproof.package.trust import TrustPolicy
 from overproof.serve.deployments import Version
-from overproof.serve.net import is_loopback
 
 PEM_BEGIN = "-----BEGIN"
 SUFFIXES = (PUBLIC_SUFFIX, ".pem")  # of the files of a folder that are read

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 from starlette.types import Scope
 
+from overproof.addresses import is_loopback, parse_address
 from overproof.config import Serve
-from overproof.serve.net import is_loopback
 
-IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?)\.?)(?::([0-9]{1,5}))?")
 DEFAULT_PORTS = {"http": "80", "https": "443"}
 WILDCARDS = ("0.0.0.0", "::")
@@ -126,7 +125,7 @@ class SourcePolicy:
         return ANY_ORIGIN in self.origins or origin in self.origins
 
     def _is_proxy(self, address: str) -> bool:
-        found = _address(address)
+        found = parse_address(address)
         return found is not None and any(found in ipaddress.ip_network(each, strict=False) for each in self.proxies)
 
     def _client_of(self, values: Sequence[str], name: bytes) -> str | None:
@@ -134,7 +133,7 @@ class SourcePolicy:
         nodes = NODE.findall(",".join(values)) if name == FORWARDED else ",".join(values).split(",")
         address: str | None = None
         for node in reversed(nodes):
-            found = _address(_without_port(node.strip().strip('"')))
+            found = parse_address(_without_port(node.strip().strip('"')))
             address = None if found is None else str(found)
             if address is None or not self._is_proxy(address):
                 return address
@@ -148,23 +147,14 @@ def parse_authority(text: str, default_port: str | None = None) -> tuple[str, st
         return None
     if found[1] is None:
         return found[2].lower(), found[3] or default_port
-    address = _address(found[1])
+    address = parse_address(found[1])
     return None if address is None else (str(address), found[3] or default_port)
 
 
 def _name(host: str) -> str:
     """As ``parse_authority`` gives it."""
-    address = _address(host)
+    address = parse_address(host)
     return host.lower() if address is None else str(address)
-
-
-def _address(text: str) -> IpAddress | None:
-    try:
-        found = ipaddress.ip_address(text)
-    except ValueError:
-        return None
-    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
-    return mapped or found
 
 
 def _without_port(node: str) -> str:

@@ -43,7 +43,7 @@ from overproof.serve.middleware import (
     Telemetry,
     error_response,
 )
-from overproof.serve.model_registry import Comparison, ModelRegistry, ShadowRequest
+from overproof.serve.model_registry import ModelRegistry, ShadowRequest, TimedAnswer
 from overproof.serve.request_source import SourcePolicy
 from overproof.serve.requests import ChatRequest, CompletionRequest, RatingRequest
 from overproof.serve.response_builder import ChatResponses, CompletionResponses, ServedModel
@@ -230,12 +230,12 @@ def _text_shadow(requests: list[EngineRequest]) -> ShadowRequest:
     async def complete_all(served: ServedModel) -> Any:
         return await _complete_all(served.engine, requests)
 
-    async def few_tokens(served: ServedModel) -> Comparison:
+    async def few_tokens(served: ServedModel) -> TimedAnswer:
         """The next token; then, of a prompt that every version has read by now, the time of a few."""
         prompt, engine = requests[0][0], served.engine
         answer = (await engine.complete(prompt, Sampling(1))).text
         timed = await engine.complete(prompt, Sampling(TIMED_TOKENS))
-        return Comparison(answer, timed.seconds, timed.completion_tokens)
+        return TimedAnswer(answer, timed.seconds, timed.completion_tokens)
 
     return ShadowRequest(complete_all, few_tokens)
 
@@ -244,10 +244,10 @@ def _rows_shadow(task: ArrayTask, request: Any, is_short: bool) -> ShadowRequest
     async def answers(served: ServedModel) -> Any:
         return await _answer_rows(task, request, served, is_short)
 
-    async def compare(served: ServedModel) -> Comparison:
+    async def compare(served: ServedModel) -> TimedAnswer:
         start_s = time.perf_counter()
         answer = await answers(served)
-        return Comparison(answer, time.perf_counter() - start_s, len(answer))
+        return TimedAnswer(answer, time.perf_counter() - start_s, len(answer))
 
     return ShadowRequest(answers, compare, task.agree)
 

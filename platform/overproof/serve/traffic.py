@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import secrets
 import threading
 from collections.abc import Sequence
@@ -106,10 +105,10 @@ def in_sample(id_: str, share: float) -> bool:
 class Redactor:
     """Replaces what is private, and what the settings' own patterns (RE2's) find."""
 
-    patterns: tuple[str | re.Pattern[str], ...] = ()
+    patterns: tuple[str, ...] = ()
 
     def __call__(self, text: str) -> str:
-        own = ((each if isinstance(each, str) else each.pattern, "[redacted]") for each in self.patterns)
+        own = ((pattern, "[redacted]") for pattern in self.patterns)
         found = pa.array([text.encode(errors="replace").decode()], pa.string())  # half of a UTF-16 pair is no text
         for pattern, replacement in (*PRIVATE_PATTERNS, *own):
             found = pc.replace_substring_regex(found, pattern=pattern, replacement=replacement)

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from overproof.errors import InputError
+from overproof.files import is_unicode
 
 # Half of a pair, as an escape or in bytes that are no UTF-8; a backslash that is escaped itself looks like one, too.
 SUSPICION = re.compile(
@@ -39,21 +40,13 @@ def surrogate_path(content: Any) -> str | None:
     while waiting:
         path, value = waiting.pop()
         if isinstance(value, str):
-            if not _is_valid(value):
+            if not is_unicode(value):
                 return path
         elif isinstance(value, dict):
             for name, each in value.items():
-                if not _is_valid(name):
+                if not is_unicode(name):
                     return path or "a field's name"
                 waiting.append((f"{path}.{name}".lstrip("."), each))
         elif isinstance(value, list):
             waiting += [(f"{path}.{index}".lstrip("."), each) for index, each in enumerate(value)]
     return None
-
-
-def _is_valid(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -24,8 +24,7 @@ from overproof.data.source_files import (
     OnError,
     SourceFile,
     SourceReading,
-    having_suffix,
-    list_source,
+    list_suffix,
     naming_faults,
     open_content,
 )
@@ -90,8 +89,7 @@ def conversation_files(source: Any, on_error: OnError = "fail") -> FileListing:
     Raises:
         InputError: there are none.
     """
-    suffix = f".{source.kind}"
-    return list_source(source.path, having_suffix(suffix), f"*{suffix}", on_error)
+    return list_suffix(source.path, f".{source.kind}", on_error)
 
 
 def read_conversations(source: Any, found: SourceReading | None = None) -> Iterator[Conversation]:

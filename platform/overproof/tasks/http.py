@@ -6,17 +6,16 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from overproof.files import is_unicode
+
 MOST_ROWS = 1024  # in a request
 MOST_NAME_CHARACTERS = 512
 
 
 def check_unicode(text: Any) -> Any:
     """The text, if it can be written as UTF-8."""
-    try:
-        if isinstance(text, str):
-            text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("expected valid Unicode") from None
+    if isinstance(text, str) and not is_unicode(text):
+        raise ValueError("expected valid Unicode")
     return text
 
 

@@ -17,8 +17,7 @@ from overproof.data.source_files import (
     SourceFile,
     SourceReading,
     UnreadableFile,
-    having_suffix,
-    list_source,
+    list_suffix,
     naming_faults,
     open_content,
 )
@@ -36,7 +35,7 @@ def text_files(data: Any) -> FileListing:
         InputError: there are none.
     """
     suffix = ".txt" if data.source.kind == "folder" else f".{data.source.kind}"
-    return list_source(data.source.path, having_suffix(suffix), f"*{suffix}", data.on_error)
+    return list_suffix(data.source.path, suffix, data.on_error)
 
 
 def labelled_texts(source: Any, reading: SourceReading, read_classes: ReadClasses) -> Iterator[Labelled]:

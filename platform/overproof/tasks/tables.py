@@ -28,8 +28,7 @@ from overproof.data.source_files import (
     SourceReading,
     UnreadableFile,
     describe_skipped,
-    having_suffix,
-    list_source,
+    list_suffix,
     naming_faults,
     open_content,
 )
@@ -122,8 +121,7 @@ def table_files(data: TableData) -> FileListing:
     source: Any = data.source
     if source.kind == "sklearn":
         return FileListing("", ())
-    suffix = f".{source.kind}"
-    return list_source(source.path, having_suffix(suffix), f"*{suffix}", data.on_error)
+    return list_suffix(source.path, f".{source.kind}", data.on_error)
 
 
 def _read(data: TableData) -> tuple[pa.Table, dict[str, int], dict[str, list[str]]]:
