@@ -39,7 +39,7 @@ $(INSTALLED): pyproject.toml
 	@echo 'installing the dependencies (2 to 5 minutes, once)'
 	$(if $(LOCKED),$(BIN)/pip install --quiet --require-hashes --requirement requirements.lock)
 	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --no-deps --index-url $(TORCH_INDEX) '$(TORCH)')
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	@touch $@
 
 clean:  ## the store and the environment

@@ -215,19 +215,31 @@ def test_what_is_drawn_at_random_is_switched_off(tmp_path: Path) -> None:
 def test_a_vocabulary_without_every_byte_is_refused(tmp_path: Path) -> None:
     """The library leaves a byte out that has no entry, and says nothing."""
     spec = json.loads(byte_level())
-    del spec["model"]["vocab"]["\u0108"]  # 0x08
-    message = r"its vocabulary lacks 1 of the bytes that texts are made of, such as 0x08: characters .* would be lost"
+    del spec["model"]["vocab"]["\u00f3"]  # 0xF3, with which a flag's letters begin
+    message = r"its vocabulary lacks 1 of the bytes that texts are made of, such as 0xF3: characters .* would be lost"
     config = {"eos_token_id": 394}
     with pytest.raises(InputError, match=message):
         read_tokenizer(directory(tmp_path / "model", json.dumps(spec), config=config))
     spec = json.loads(sentencepiece_bpe())
-    for name in ("<0x9D>", "<0xF4>"):
+    for name in ("<0x9D>", "<0x09>"):
         spec["model"]["vocab"]["no" + name] = spec["model"]["vocab"].pop(name)
-    with pytest.raises(InputError, match=r"lacks 2 of the bytes .* such as 0x9D"):
+    with pytest.raises(InputError, match=r"lacks 2 of the bytes .* such as 0x09"):
         read_tokenizer(directory(tmp_path / "model", json.dumps(spec), config={"eos_token_id": 2}))
     spec = json.loads(byte_level())
     spec["model"]["vocab"]["never"] = spec["model"]["vocab"].pop("\u00ff")  # 0xFF, which UTF-8 never has
     assert read_tokenizer(directory(tmp_path / "model", json.dumps(spec), config=config)).end_id == 394
+
+
+def test_bytes_that_texts_hardly_have_may_be_lacking_and_their_loss_is_told(tmp_path: Path) -> None:
+    """SmolLM2's vocabulary lacks just these eight."""
+    spec = json.loads(byte_level())
+    by_byte = {byte: character for character, byte in tokenization.BYTE_BY_CHARACTER.items()}
+    for byte in (0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2):
+        spec["model"]["vocab"]["never" + by_byte[byte]] = spec["model"]["vocab"].pop(by_byte[byte])
+    found = read_tokenizer(directory(tmp_path / "model", json.dumps(spec), config={"eos_token_id": 394}))
+    texts = ["plain", "the end\x04 of a tape", "\U00012345 is cuneiform", "\U00040000 is nothing yet"]
+    _, altered = _tokenise(texts, np.zeros(4, np.int32), found)
+    assert altered == [SAME, ALTERED, SAME, ALTERED]
 
 
 def test_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
