@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import textwrap
@@ -163,7 +164,8 @@ def _refuse_unused(flags: ColumnFlags, kind: str, fit: Fit, misfits: str) -> Non
 
 
 def write(asked: Asked, found: Found, share: float = 1.0) -> ProposedRecipe:
-    """A recipe for what was found, with a share of the steps that its template would have.
+    """A recipe for what was found, with a share of the steps that its template would have; a teacher that is trained
+    has the share's root.
 
     Raises:
         InputError: the model cannot be written as the task needs, or no student is within the budget.
@@ -237,7 +239,8 @@ def _schedule(
     asked: Asked, given: GivenModel | None, fit: Fit, settings: TemplateSettings, share: float
 ) -> dict[str, Any]:
     rows = round(fit.rows * (1 - sum(_layout(fit)[f"{name}_fraction"] for name in ("validation", "test"))))
-    steps, why = settings.teacher_steps.steps(rows, share), "trained from scratch: no MODEL was given"
+    # It is shortened less: students lack what their teacher lacks, and controls that learn from the data do not.
+    steps, why = settings.teacher_steps.steps(rows, math.sqrt(share)), "trained from scratch: no MODEL was given"
     if given is not None:
         if asked.finetune is not None:
             steps, why = asked.finetune, f"the given model, trained {asked.finetune} steps on the data first, as asked"
@@ -300,7 +303,11 @@ def _reasons(
         f"within {asked.max_mb:g} MB" if asked.max_mb is not None else "of those smaller by half, no --max-mb was given"
     )
     whole = " (whole: every layer, quantised)" if any(s.name == WHOLE for s in chosen.students) else ""
-    shorter = "" if share == 1 else f", {100 * share:.0f} % of what there would be without --max-minutes"
+    steps = f"{values['student_steps']:,} steps each"
+    if share < 1:
+        steps += f", {100 * share:.0f} % of what there would be without --max-minutes"
+        if values["teacher_steps"] > 0 and asked.finetune is None:
+            steps += f" (the teacher has {100 * math.sqrt(share):.0f} %)"
     names = ", ".join(f"{s.name} of {s.size.parameters:,} parameters" for s in chosen.students)
     fitting = f"the one that fits {'the model and ' if given else ''}the data"
     return {
@@ -308,7 +315,7 @@ def _reasons(
         **fit.reasons,
         "teacher": f"{given.described if given else 'new'}; {values['teacher_why']}; {values['teacher_steps']:,} "
         f"steps, {chosen.teacher.parameters:,} parameters, {chosen.teacher_mb:.3g} MB unquantised",
-        "students": f"{names}{whole}: the largest {limit}; {values['student_steps']:,} steps each{shorter}",
+        "students": f"{names}{whole}: the largest {limit}; {steps}",
         "formats": f"{', '.join(chosen.variants)}: "
         + ", ".join(f"{s.name} about {s.mb[v]:.3g} MB in {v}" for s in chosen.students for v in chosen.variants),
         "gate": f"keeps {100 * asked.keep:g} % of the teacher's {TASKS[kind].quality.title} at the far end of "
