@@ -611,6 +611,16 @@ def test_as_many_steps_are_written_as_fit_into_the_minutes(here: Path, llama: Pa
     assert choose_within(replace(asked, max_minutes=enough), speed)[0].recipe.sweep.steps == FEWEST_STEPS
 
 
+def test_a_teacher_that_is_trained_is_shortened_less_than_its_students(here: Path, base: Path) -> None:
+    asked, speed = Asked(data=str(texts(here.parent)), model=str(base), flags=ColumnFlags(text="review")), 2e7
+    whole, needed = choose_within(asked, speed)
+    choice, _ = choose_within(replace(asked, max_minutes=0.5 * needed.total_s / 60), speed)
+    left = choice.recipe.sweep.steps / whole.recipe.sweep.steps
+    assert left < 0.6
+    assert choice.recipe.train.steps / whole.recipe.train.steps == pytest.approx(left**0.5, abs=0.01)
+    assert f"(the teacher has {100 * left**0.5:.0f} %)" in choice.reasons["students"]
+
+
 def test_the_cache_follows_the_steps_that_were_set(here: Path, llama: Path) -> None:
     assert main(["init", str(llama), "--data", str(documents(here.parent)), "--set", "sweep.steps=777"]) == 0
     recipe = load_recipe(here / "tiny-llama-small.yaml")
