@@ -36,7 +36,8 @@ check: $(INSTALLED)  ## style, types and import contracts
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"overproof needs Python 3.11 or 3.12, {sys.executable} is %d.%d; name one: make PYTHON=python3.11 ..." % v)'
 	$(PYTHON) -m venv .venv
-	@echo 'installing the dependencies (2 to 5 minutes, once)'
+	@echo 'installing the dependencies (1 to 5 minutes, once)'
+	$(BIN)/pip install --quiet 'pip>=25.3,<26'  # takes half the time of the one that comes with Python 3.11
 	$(if $(LOCKED),$(BIN)/pip install --quiet --require-hashes --requirement requirements.lock)
 	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --no-deps --index-url $(TORCH_INDEX) '$(TORCH)')
 	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
