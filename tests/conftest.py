@@ -45,9 +45,9 @@ def ray_cluster() -> Iterator[str]:
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 4, "object_store_memory": 300 << 20}
-    shown = {"include_dashboard": True, "dashboard_port": 0, "include_log_monitor": False}  # no driver here asks for logs
-    cluster = Cluster(initialize_head=True, head_node_args={**node, **shown})
-    cluster.add_node(**node, include_log_monitor=False, labels={"group": "serve"})
+    node["include_log_monitor"] = False  # no driver here asks for logs
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": True, "dashboard_port": 0})
+    cluster.add_node(**node, labels={"group": "serve"})
     ray.init(address=cluster.address, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield cluster.address

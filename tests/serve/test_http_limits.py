@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
+import uvloop
 
-from overproof.serve import http_limits
+from certificates import certificate
+from overproof.config import Serve
+from overproof.serve import http_limits, tls_server
 from overproof.serve.http_limits import LimitedHttpProtocol
+from overproof.serve.net import tls_context, tls_trust
+from overproof.serve.tls_server import TlsServer
 
 SOON_S = 20.0
 LARGE = 16 << 20  # more than the sockets' buffers hold
@@ -36,14 +43,33 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
     for name in ("HEADER_TIMEOUT_S", "BODY_TIMEOUT_S", "READ_TIMEOUT_S", "LINGER_S"):
         monkeypatch.setattr(http_limits, name, 0.5)
+    with serving(asyncio.run) as address:
+        yield address
+
+
+@contextmanager
+def serving(run: Callable[[Any], Any], context: ssl.SSLContext | None = None) -> Iterator[tuple[str, int]]:
     listening = socket.create_server(("127.0.0.1", 0))
+    listening.setblocking(False)
     config = uvicorn.Config(app, http=LimitedHttpProtocol, lifespan="off", log_config=None, timeout_keep_alive=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=asyncio.run, args=(server.serve([listening]),))
+    server = uvicorn.Server(config) if context is None else TlsServer(config, context)
+    thread = threading.Thread(target=lambda: run(server.serve([listening])))
     thread.start()
     yield listening.getsockname()
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(params=[asyncio.run, uvloop.run], ids=["asyncio", "uvloop, as Ray has it"])
+def tls_address(
+    address: object, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, int, Any]]:
+    """And what a client trusts."""
+    monkeypatch.setattr(tls_server, "HANDSHAKE_TIMEOUT_S", 1.0)
+    chain, key = certificate(tmp_path)
+    settings = Serve(tls_certificate=chain, tls_key=key)
+    with serving(request.param, tls_context(settings)) as (host, port):
+        yield host, port, tls_trust(settings)
 
 
 def read_to_end(client: socket.socket) -> bytes:
@@ -68,8 +94,12 @@ def ask(client: socket.socket) -> bytes:
 
 
 def await_no_connection() -> None:
+    await_connections(0)
+
+
+def await_connections(count: int) -> None:
     deadline_s = time.monotonic() + SOON_S
-    while LimitedHttpProtocol._open.total():
+    while http_limits.OPEN.total() != count:
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
 
@@ -184,3 +214,69 @@ def test_one_connection_too_many_is_refused_and_the_others_go_on(
     await_no_connection()
     with socket.create_connection(address) as again:
         assert b"200" in ask(again)
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01", GET, b"\x16\x03\x01\x00\x05hello"])
+def test_handshakes_that_never_end_are_counted_and_ended(
+    tls_address: tuple[str, int, Any], monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr(http_limits, "MAX_PER_ADDRESS", 3)
+    host, port, trust = tls_address
+    silent = [socket.create_connection((host, port)) for _ in range(3)]
+    await_connections(3)
+    with socket.create_connection((host, port)) as fourth:
+        assert read_to_end(fourth) == b""
+    for client in silent:
+        client.sendall(sent)
+    for client in silent:
+        read_to_end(client)
+        client.close()
+    await_no_connection()
+    with socket.create_connection((host, port)) as raw, trust.wrap_socket(raw) as client:
+        assert b"200" in ask(client)
+
+
+def test_what_comes_with_the_end_of_a_handshake_is_answered(tls_address: tuple[str, int, Any]) -> None:
+    """Request and the client's last message of the handshake in one packet."""
+    host, port, trust = tls_address
+    for _ in range(20):
+        coming, going = ssl.MemoryBIO(), ssl.MemoryBIO()
+        secured = trust.wrap_bio(coming, going)
+        with socket.create_connection((host, port)) as raw:
+            raw.settimeout(SOON_S)
+            with suppress(ssl.SSLWantReadError):
+                secured.do_handshake()
+            raw.sendall(going.read())
+            while True:
+                coming.write(raw.recv(1 << 16))
+                try:
+                    secured.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    continue
+            secured.write(GET)
+            raw.sendall(going.read())
+            reply = b""
+            while not reply.endswith(b"xx"):
+                try:
+                    reply += secured.read(1000)
+                except ssl.SSLWantReadError:
+                    coming.write(raw.recv(1 << 16))
+            assert reply[9:12] == b"200"
+
+
+def test_over_tls_connections_have_the_same_limits(
+    tls_address: tuple[str, int, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, port, trust = tls_address
+    with socket.create_connection((host, port)) as raw, trust.wrap_socket(raw) as client:
+        assert b"200" in ask(client)
+        client.sendall(b"GET / HTTP/1.1\r\nHos")
+        assert read_to_end(client)[9:12] == b"408"
+    await_no_connection()
+    monkeypatch.setattr(http_limits, "MAX_CONNECTIONS", 1)
+    with socket.create_connection((host, port)) as raw, trust.wrap_socket(raw) as client:
+        assert b"200" in ask(client)
+        with socket.create_connection((host, port)) as second:
+            assert read_to_end(second) == b""
+        assert b"200" in ask(client)

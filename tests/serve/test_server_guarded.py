@@ -7,20 +7,14 @@ import ssl
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import ray
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
+from certificates import certificate
 from overproof.cli.main import main
 from overproof.config import ParquetSource, Serve, Traffic, Trust
 from overproof.data.documents import iter_documents
@@ -34,19 +28,6 @@ from packing import copy
 from shared_server import named_replicas, wait_until
 
 IMAGE = {"model": "digits", "images": [[0.0] * 64]}
-
-
-def certificate(folder: Path) -> tuple[str, str]:
-    """Files of a fresh one for this machine, and of its key."""
-    secret, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-    here, now = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), datetime.now(UTC)
-    builder = x509.CertificateBuilder(name, name, secret.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
-    signed = builder.add_extension(here, critical=False).sign(secret, hashes.SHA256())
-    chain, key = folder / "certificate.pem", folder / "key.pem"
-    chain.write_bytes(signed.public_bytes(Encoding.PEM))
-    key.write_bytes(secret.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    return str(chain), str(key)
 
 
 def signed(package: Path, folder: Path) -> Path:

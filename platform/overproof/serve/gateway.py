@@ -32,12 +32,13 @@ from overproof.serve.http_limits import LimitedHttpProtocol
 from overproof.serve.metrics import ServeMetrics, gather_metrics
 from overproof.serve.middleware import Access, Telemetry
 from overproof.serve.model_registry import ShadowRequest, unknown_model
-from overproof.serve.net import listening_socket
+from overproof.serve.net import listening_socket, tls_context
 from overproof.serve.ray_serve import listen_on_loopback, node_ip_address
 from overproof.serve.request_source import SourcePolicy
 from overproof.serve.response_builder import ServedModel
 from overproof.serve.router import ReplicaServer
 from overproof.serve.routes import build_app
+from overproof.serve.tls_server import TlsServer
 from overproof.serve.traffic import Recorder, in_sample
 
 LOG = logging.getLogger("ray.serve")
@@ -62,20 +63,18 @@ class Gateway:
         recorder = None if settings.traffic is None else Recorder(settings.traffic)
         app = build_app(self._router, access, GatewayTelemetry(recorder, metrics), SourcePolicy.of(settings))
         self._access_log = AccessLog(app, settings.log_prompts)
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                self._access_log,
-                http=LimitedHttpProtocol,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,  # see SourcePolicy
-                timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
-                ssl_certfile=settings.tls_certificate,
-                ssl_keyfile=settings.tls_key,
-            )
+        config = uvicorn.Config(
+            self._access_log,
+            http=LimitedHttpProtocol,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # see SourcePolicy
+            timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
         )
+        context = tls_context(settings)
+        self._server = uvicorn.Server(config) if context is None else TlsServer(config, context)
         self._serving = asyncio.ensure_future(self._server.serve([listening_socket(settings.host, settings.port)]))
         while not self._server.started:
             if self._serving.done():

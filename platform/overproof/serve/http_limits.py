@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import resource
 from collections import Counter
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -24,14 +24,14 @@ LINGER_S = 10.0  # for what a connection that is being closed still has to send
 TOO_LARGE = "431 Request Header Fields Too Large"
 MAX_CONNECTIONS = 4096  # or half the files that the process may open
 MAX_PER_ADDRESS = 1024  # a proxy is one address
+OPEN: Counter[str] = Counter()  # connections of this process by address
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
     """Answers 408, 431 or 503 and closes the connection where the client is too slow, too long or one too many."""
 
-    _open: ClassVar[Counter[str]] = Counter()  # connections of this process by address
-
-    _address: str | None = None  # that it counts for
+    admitted: str | None = None  # the address that it counts for
+    is_connected = False  # or was
     _deadline: asyncio.TimerHandle | None = None  # of what the client sends
     _reading: asyncio.TimerHandle | None = None  # of what it takes
     _linger: asyncio.TimerHandle | None = None
@@ -44,22 +44,21 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.ws_protocol_class = None  # an upgraded connection would leave this protocol, and stay counted
-        address = self.client[0] if self.client else ""
-        if self._open.total() >= most_connections() or self._open[address] >= MAX_PER_ADDRESS:
-            self._refuse("503 Service Unavailable", "too many connections; try again later, over fewer")
-            return
-        self._address = address
-        self._open[address] += 1
+        self.is_connected = True
+        if self.admitted is None:
+            address = self.client[0] if self.client else ""
+            if not admit(address):
+                self._refuse("503 Service Unavailable", "too many connections; try again later, over fewer")
+                return
+            self.admitted = address
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._deadline, self._reading, self._linger):
             if timer is not None:
                 timer.cancel()
-        if self._address is not None:
-            self._open[self._address] -= 1
-            if not self._open[self._address]:
-                del self._open[self._address]
+        if self.admitted is not None:
+            release(self.admitted)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -157,6 +156,21 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """A connection that is being closed waits for its client to read the rest, for ever."""
         if self.transport.is_closing() and self._linger is None:
             self._linger = self.loop.call_later(LINGER_S, self.transport.abort)
+
+
+def admit(address: str) -> bool:
+    """Count a connection from there; False where it is one too many."""
+    if OPEN.total() >= most_connections() or OPEN[address] >= MAX_PER_ADDRESS:
+        return False
+    OPEN[address] += 1
+    return True
+
+
+def release(address: str) -> None:
+    """One that was admitted is no more."""
+    OPEN[address] -= 1
+    if not OPEN[address]:
+        del OPEN[address]
 
 
 def most_connections() -> int:

@@ -46,6 +46,19 @@ def base_url(settings: Serve) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"
 
 
+def tls_context(settings: Serve) -> ssl.SSLContext | None:
+    """What a server shows its clients; None where it speaks without TLS.
+
+    Raises:
+        OSError: the certificate or its key cannot be read.
+    """
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(settings.tls_certificate, settings.tls_key)
+    return context
+
+
 def tls_trust(settings: Serve) -> ssl.SSLContext | bool:
     """What a client verifies: the server's own certificate, whoever has signed it and whatever host it names; True
     where there is none.
@@ -53,10 +66,10 @@ def tls_trust(settings: Serve) -> ssl.SSLContext | bool:
     Raises:
         InputError: the certificate or its key cannot be read.
     """
-    if settings.tls_certificate is None or settings.tls_key is None:
+    if settings.tls_certificate is None:
         return True
     try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(settings.tls_certificate, settings.tls_key)
+        tls_context(settings)
         context = ssl.create_default_context(cafile=settings.tls_certificate)
     except OSError as error:  # an ssl.SSLError is one
         files = f"{settings.tls_certificate}, {settings.tls_key}"
