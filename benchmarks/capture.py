@@ -7,7 +7,8 @@ Both have the model loaded, in one process, and take the same rows in turn, the 
 is what an actor of the stage `cache` runs: rows read from the shards, the top k, the mass that is left and the label's
 log-probability in half precision, packed into Parquet, flushed and hashed. The peer's rows lie in memory; it takes
 log_softmax, topk and the label's log-probability, in half precision, and writes one .npz at the end. Every repeat has
-rows of its own. That both say the same of them is checked.
+rows of its own. That both say the same of them is checked. Where the CPU computes in bf16, the worker takes them in
+that, too, and how far its targets are from those in fp32 is told.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from overproof.distill.row_cache import CachedFile, cache_key_fields
 from overproof.distill.target_cache import TargetIndex, TargetKey
 from overproof.distill.teacher_worker import CaptureJob, TargetWorker
 from overproof.files import filesystem
+from overproof.train.engine import computes_bf16
 
 SEED = 0
 
@@ -50,7 +52,8 @@ def worker(
 ) -> TargetWorker:
     """As an actor has it, for so many files of so many row groups each."""
     scheme: Any = settings.scheme
-    key = TargetKey(**cache_key_fields(SEED, prepared, trained), scheme=scheme, temperatures=(1.0,))
+    fields = cache_key_fields(SEED, prepared, trained)
+    key = TargetKey(**fields, scheme=scheme, temperatures=(1.0,), precision=settings.precision)
     planned = tuple(
         CachedFile(path=f"{n:05d}.parquet", groups=tuple(range(n * groups, (n + 1) * groups))) for n in range(files)
     )
@@ -80,6 +83,11 @@ class Loop:
         np.savez(self.out / f"{number}.npz", **{name: np.concatenate(parts) for name, parts in kept.items()})
 
 
+def capture(ours: TargetWorker, number: int) -> None:
+    for _ in ours({"file": np.array([number])}):
+        pass
+
+
 def timed(run: Callable[[int], None], numbers: list[int], tokens: int) -> dict[str, Any]:
     """One more file."""
     number = numbers.pop(0)
@@ -101,6 +109,26 @@ def check_same(ours: TargetWorker, out: Path, file: int) -> None:
     assert (own == theirs["indices"].reshape(own.shape)).mean() > 0.99, "other outputs"  # ties may swap
 
 
+def told_difference(fp32: TargetWorker, bf16: TargetWorker, files: int) -> str:
+    """Of the targets that both wrote."""
+    found: dict[str, list[np.ndarray]] = {"label_logprob": [], "likeliest": []}
+    for file in range(files):
+        tables = []
+        for each in (fp32, bf16):
+            _, root = filesystem(each.job.uri)
+            tables.append(table_to_numpy(open_shard(Path(root) / each.index.files[file].path).read()))
+        layout = fp32.index.identity.layout
+        labels = [layout.decode("label_logprob", each["label_logprob"]).astype(np.float32) for each in tables]
+        places = [layout.decode("indices", each["indices"]).reshape(-1, fp32.job.settings.scheme.k) for each in tables]
+        found["label_logprob"].append(np.abs(labels[0] - labels[1]).ravel())
+        found["likeliest"].append(places[0][:, 0] == places[1][:, 0])
+    apart, same = (np.concatenate(parts) for parts in found.values())
+    return (
+        f"In bf16 the label's log-probability is {apart.mean():.4f} nats from that in fp32 in the mean, "
+        f"{apart.max():.3f} at most, and the likeliest output is the same at {same.mean():.2%} of {same.size:,} places."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prepared", type=Path)
@@ -118,10 +146,12 @@ def main() -> None:
         rows, shards = groups * manifest.rows_per_group, Shards(prepared.local(), "train")
         tokens = [shards.take(np.arange(n * rows, (n + 1) * rows))["tokens"] for n in range(files)]
         loop = Loop(trained.local() / "model", tokens, given.batch, given.k, folder)
-        runs: dict[str, Callable[[int], None]] = {
-            "ours": lambda number: list(ours({"file": np.array([number])})) and None,  # type: ignore[func-returns-value]
-            "loop": loop,
-        }
+        workers = {"ours": ours}
+        if computes_bf16(torch.device("cpu")):
+            half = settings.model_copy(update={"precision": "bf16"})
+            workers["bf16"] = worker(prepared, trained, half, files, groups, folder / "half")
+        runs: dict[str, Callable[[int], None]] = {name: partial(capture, each) for name, each in workers.items()}
+        runs["loop"] = loop
         for run in runs.values():
             run(0)
         check_same(ours, folder, 0)
@@ -130,14 +160,15 @@ def main() -> None:
         found = interleaved(
             given.repeats, {name: partial(timed, run, numbers[name], count) for name, run in runs.items()}
         )
+        difference = told_difference(ours, workers["bf16"], files) if "bf16" in workers else ""
     print(f"{machine(given.threads)}; {rows} rows of {manifest.positions} tokens each time, {given.batch} in a forward")
     print(
         f"pass, the {given.k} likeliest of {manifest.outputs:,}; {given.repeats} times, medians (least to most); load"
     )
     print(f"average {os.getloadavg()[0]:.1f} at the end\n")
-    names = {"ours": "ours, the worker of `cache`", "loop": "transformers in a loop"}
+    names = {"ours": "ours, the worker of `cache`", "bf16": "the same in bf16", "loop": "transformers in a loop"}
     lines = []
-    for name, title in names.items():
+    for name, title in ((name, names[name]) for name in found):
         ratios = [
             statistics.median(a[clock] / b[clock] for a, b in zip(found["ours"], found[name], strict=True))
             for clock in ("wall", "cpu")
@@ -145,6 +176,7 @@ def main() -> None:
         rates = (spread(found[name], clock, 0) for clock in ("wall", "cpu"))
         lines.append((title, *rates, *(f"{ratio:.3f}" for ratio in ratios)))
     table(("who", "tokens/s", "tokens a CPU second", "ours ÷ it", "ours ÷ it, CPU"), lines)
+    print(f"\n{difference}")
 
 
 if __name__ == "__main__":
