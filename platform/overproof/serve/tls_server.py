@@ -39,6 +39,7 @@ class TlsServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002
         for task in self._tasks:
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for listening in self._listening:
             listening.close()
         await super().shutdown(sockets=[])
