@@ -38,9 +38,9 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
 	@echo 'installing the dependencies (1 to 5 minutes, once)'
 	$(BIN)/pip install --quiet 'pip>=25.3,<26'  # takes half the time of the one that comes with Python 3.11
-	$(if $(LOCKED),$(BIN)/pip install --quiet --no-compile --require-hashes --requirement requirements.lock)
-	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --no-compile --no-deps --index-url $(TORCH_INDEX) '$(TORCH)')
-	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
+	$(if $(LOCKED),$(BIN)/pip install --quiet --require-hashes --requirement requirements.lock)
+	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --no-deps --index-url $(TORCH_INDEX) '$(TORCH)')
+	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 
 clean:  ## the store and the environment
