@@ -96,12 +96,15 @@ def timed(run: Callable[[int], None], numbers: list[int], tokens: int) -> dict[s
     return {"wall": tokens / (time.perf_counter() - wall_s), "cpu": tokens / (time.process_time() - cpu_s)}
 
 
+def written(ours: TargetWorker, file: int) -> dict[str, np.ndarray]:
+    """The columns of a file that a worker wrote, as they lie there."""
+    _, root = filesystem(ours.job.uri)
+    return table_to_numpy(open_shard(Path(root) / ours.index.files[file].path).read())
+
+
 def check_same(ours: TargetWorker, out: Path, file: int) -> None:
     """Hold what both wrote of a file's rows against each other."""
-    index = ours.index
-    _, root = filesystem(ours.job.uri)
-    found = table_to_numpy(open_shard(Path(root) / index.files[file].path).read())
-    theirs, layout = np.load(out / f"{file}.npz"), index.identity.layout
+    found, theirs, layout = written(ours, file), np.load(out / f"{file}.npz"), ours.index.identity.layout
     for name in ("logprobs", "label_logprob"):
         own = layout.decode(name, found[name])
         np.testing.assert_allclose(own, theirs[name].astype(np.float32).reshape(own.shape), rtol=2e-3, atol=2e-3)
@@ -113,10 +116,7 @@ def told_difference(fp32: TargetWorker, bf16: TargetWorker, files: int) -> str:
     """Of the targets that both wrote."""
     found: dict[str, list[np.ndarray]] = {"label_logprob": [], "likeliest": []}
     for file in range(files):
-        tables = []
-        for each in (fp32, bf16):
-            _, root = filesystem(each.job.uri)
-            tables.append(table_to_numpy(open_shard(Path(root) / each.index.files[file].path).read()))
+        tables = [written(each, file) for each in (fp32, bf16)]
         layout = fp32.index.identity.layout
         labels = [layout.decode("label_logprob", each["label_logprob"]).astype(np.float32) for each in tables]
         places = [layout.decode("indices", each["indices"]).reshape(-1, fp32.job.settings.scheme.k) for each in tables]
@@ -176,7 +176,8 @@ def main() -> None:
         rates = (spread(found[name], clock, 0) for clock in ("wall", "cpu"))
         lines.append((title, *rates, *(f"{ratio:.3f}" for ratio in ratios)))
     table(("who", "tokens/s", "tokens a CPU second", "ours ÷ it", "ours ÷ it, CPU"), lines)
-    print(f"\n{difference}")
+    if difference:
+        print(f"\n{difference}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from overproof.models.zero_memory import (
 from overproof.registry import FAMILIES
 
 LIBRARIES_BYTES = 350_000_000  # of torch's CPU build and what is loaded with it: 320 to 393 MB measured, by stage
-IDLE = 0.5  # of what layers keep: as much again lies idle in malloc's heap
+IDLE = 0.5  # as much of what layers keep lies idle in malloc's heap besides
 LOGITS_OF_CROSS_ENTROPY = 3  # at once, in the backward pass: the log-softmax, its gradient, and the logits'
 LOGITS_OF_DISTILLATION = 2  # the logits and their gradient, which one pass computes
 

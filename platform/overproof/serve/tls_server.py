@@ -32,15 +32,14 @@ class TlsServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])
-        self._listening = sockets or []
-        for listening in self._listening:
+        for listening in sockets or ():
             self._start(self._accept(listening))
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for listening in self._listening:
+        for listening in sockets or ():
             listening.close()
         await super().shutdown(sockets=[])
 
