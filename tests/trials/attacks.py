@@ -7,7 +7,7 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -448,8 +448,3 @@ def small_requests(target: Target) -> Answers:
     return target.ask_all(COMPLETIONS, [body] * 3_000, 200) + target.send_all(
         [target.request("/v1/models")] * 3_000, 200
     )
-
-
-def chosen(names: Sequence[str]) -> dict[str, Attack]:
-    """Those whose names have one of these words in them."""
-    return {name: found for name, found in ATTACKS.items() if not names or any(word in name for word in names)}
