@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -230,11 +231,16 @@ def test_a_vocabulary_without_every_byte_is_refused(tmp_path: Path) -> None:
     assert read_tokenizer(directory(tmp_path / "model", json.dumps(spec), config=config)).end_id == 394
 
 
-def test_bytes_that_texts_hardly_have_may_be_lacking_and_their_loss_is_told(tmp_path: Path) -> None:
-    """SmolLM2's vocabulary lacks just these eight."""
+SMOLLM2_LACKS = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2}
+
+
+@pytest.mark.parametrize("lacking", [SMOLLM2_LACKS, text_tokenizer.RARE_BYTES], ids=["SmolLM2", "every rare byte"])
+def test_bytes_that_texts_hardly_have_may_be_lacking_and_their_loss_is_told(
+    lacking: Iterable[int], tmp_path: Path
+) -> None:
     spec = json.loads(byte_level())
     by_byte = {byte: character for character, byte in tokenization.BYTE_BY_CHARACTER.items()}
-    for byte in (0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2):
+    for byte in lacking:
         spec["model"]["vocab"]["never" + by_byte[byte]] = spec["model"]["vocab"].pop(by_byte[byte])
     found = read_tokenizer(directory(tmp_path / "model", json.dumps(spec), config={"eos_token_id": 394}))
     texts = ["plain", "the end\x04 of a tape", "\U00012345 is cuneiform", "\U00040000 is nothing yet"]

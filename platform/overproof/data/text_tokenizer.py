@@ -43,7 +43,7 @@ MUST_COME_BACK = (
     "The 1st line, isn't it?  Two spaces.\n\n\tindented = {'a': [1, 23, 4567]}  # \\ ~ ^ | < > & @\r\n",
     " leading and trailing ",
     "na\u00efve caf\u00e9 \u65e5\u672c\u8a9e \ud55c\uad6d\uc5b4 \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \U0001f600",
-    "\x00\x01\x7f\u00a0\u3000\u200d\ufffd\ufb01",
+    "\u00a0\u3000\u200d\ufffd\ufb01",
 )
 
 
