@@ -23,6 +23,7 @@ from overproof.data.manifest import Column, Manifest, Shard, Split
 from overproof.errors import InputError
 from overproof.evaluate.gate import judge
 from overproof.evaluate.metrics import Comparison, MeasuredFile, Report
+from overproof.evaluate.outcome import find_outcome, read_training
 from overproof.export.gguf_file import export_gguf
 from overproof.export.onnx_file import export_onnx, quantize_onnx
 from overproof.files import file_sha256
@@ -67,12 +68,12 @@ def make_parents(recipe: Recipe) -> dict[str, Artifact]:
             _train(model, Tokenizer.from_file(str(tokenizer)))
         hf_directory.save_model(model, model.config, folder, tokenizer)
 
-    add("train", lambda folder: save(folder / "model", 0))
+    add("train", lambda folder: (save(folder / "model", 0), (folder / "curve.jsonl").touch()))
     add("cache", lambda folder: (folder / "cache.json").write_text("{}"))
     add("sweep", lambda folder: (save(folder / "students/student", 1), save(folder / "control", 2), _trials(folder)))
     add("compress", lambda folder: _compress(recipe, done, folder))
     add("evaluate", lambda folder: _evaluate(recipe, done["compress"].local(), folder))
-    add("gate", lambda folder: _gate(recipe, done["evaluate"].local(), folder))
+    add("gate", lambda folder: _gate(recipe, done, folder))
     return done
 
 
@@ -178,7 +179,7 @@ def _train(model: Any, tokenizer: Tokenizer) -> None:
 
 def _trials(folder: Path) -> None:
     trial = {"name": "student", "student": "student", "values": {}, "parameters": 12345, "steps": 30}
-    trial |= {"validation_loss": 1.5}
+    trial |= {"validation_loss": 1.5, "teacher_weight": 0.5}
     (folder / "trials.json").write_text(
         json.dumps(
             {"winner": "student", "kept": ["student"], "trials": [trial], "control": trial | {"name": "control"}}
@@ -262,6 +263,9 @@ def _evaluate(recipe: Recipe, compressed: Path, folder: Path) -> None:
     (folder / "report.json").write_text(report.model_dump_json())
 
 
-def _gate(recipe: Recipe, evaluated: Path, folder: Path) -> None:
-    report = Report.model_validate_json((evaluated / "report.json").read_bytes())
-    (folder / "verdict.json").write_text(judge(recipe.gate, report).model_dump_json())
+def _gate(recipe: Recipe, done: dict[str, Artifact], folder: Path) -> None:
+    report = Report.model_validate_json((done["evaluate"].local() / "report.json").read_bytes())
+    verdict = judge(recipe.gate, report)
+    training = read_training(done["train"].local(), done["sweep"].local())
+    (folder / "verdict.json").write_text(verdict.model_dump_json())
+    (folder / "outcome.json").write_text(find_outcome(recipe, report, verdict, training).model_dump_json())

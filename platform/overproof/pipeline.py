@@ -90,8 +90,8 @@ STAGES = (
           lambda r: {"compress": _dump(r.compress), **_compress_inputs(r)}, format=4),
     Stage("evaluate", "overproof.evaluate.stage:evaluate_exports", ("prepare", "compress"),
           lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate), **_evaluate_inputs(r)}, format=7),
-    Stage("gate", "overproof.evaluate.stage:judge_report", ("evaluate",),
-          lambda r: {"gate": _dump(r.gate)}, format=4),
+    Stage("gate", "overproof.evaluate.stage:judge_report", ("train", "sweep", "evaluate"),
+          lambda r: {"gate": _dump(r.gate)}, format=5),
     Stage("report", "overproof.report.stage:write_report",
           ("prepare", "train", "generate", "cache", "sweep", "evaluate", "gate"),
           lambda r: {"name": r.name}, format=3),
@@ -237,8 +237,7 @@ def _one_line(metrics: Mapping[str, Any]) -> str:
 
 
 def _require_pass(gate: Artifact) -> None:
-    from overproof.evaluate.gate import Verdict
-    from overproof.package.contents import VERDICT
+    from overproof.evaluate.gate import VERDICT, Verdict
     from overproof.package.package import require_pass
 
     require_pass(read_json(Verdict, gate.local() / VERDICT))

@@ -123,7 +123,7 @@ def test_keep_is_judged_by_the_share_at_the_far_end_of_its_interval() -> None:
 
 def timed(seconds: Sequence[float], confidence: float = 0.95) -> Report:
     """A report on a file whose requests took so long."""
-    answer = ArrayAnswer(before_mb=1, resident_mb=2, latency_s=list(seconds), logprobs=[])
+    answer = ArrayAnswer(before_mb=1, resident_mb=2, contended_cores=0.5, latency_s=list(seconds), logprobs=[])
     file = measured("big", 1, True, **cost_metrics(answer, 1000, confidence))
     return report(measured=(file,), confidence=confidence)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,10 @@ from overproof.registry import TASKS
 from overproof.units import format_bytes
 
 if TYPE_CHECKING:
-    from overproof.evaluate.metrics import MeasuredFile
+    from overproof.evaluate.gate import Verdict
+    from overproof.evaluate.metrics import MeasuredFile, Report
+    from overproof.evaluate.outcome import Outcome
+    from overproof.evaluate.remedies import Remedy
     from overproof.tasks.base import Metric
 
 
@@ -82,20 +86,40 @@ def sweep_page(store: str, name: str, to: Path | None) -> int:
     return 0
 
 
-def print_summary(recipe: Recipe) -> None:
-    """Print the closing table: every export with its quality, size, speed and verdict."""
-    from overproof.evaluate.gate import Verdict
-    from overproof.evaluate.metrics import Report
+def print_summary(recipe: Recipe, command: str) -> None:
+    """Print the closing table, what it comes to and what to do next.
+
+    ``command`` is the recipe and its overrides as they stand on a command line.
+    """
+    from overproof.evaluate.gate import VERDICT, Verdict
+    from overproof.evaluate.metrics import REPORT, Report
+    from overproof.evaluate.outcome import OUTCOME, Outcome
 
     found = {s.stage.name: s.artifact for s in pipeline.resolve_stages(recipe, Store(recipe.store))}
-    if not (found["evaluate"] and found["gate"]):
+    measured, judged = found["evaluate"], found["gate"]
+    if measured is None or judged is None:
         return
-    report = read_json(Report, found["evaluate"].local() / "report.json")
-    verdict = read_json(Verdict, found["gate"].local() / "verdict.json")
+    verdict = read_json(Verdict, judged.local() / VERDICT)
+    out.print(_summary_table(recipe.name, read_json(Report, measured.local() / REPORT), verdict))
+    _print_outcome(read_json(Outcome, judged.local() / OUTCOME), command)
+    if found["report"]:
+        out.print(
+            f"picture  {found['report'].uri}/report.png\nreport   {found['report'].uri}/report.html", markup=False
+        )
+
+
+def print_package(recipe: Recipe, package: Artifact) -> None:
+    """Print where the package lies, and the line that serves it."""
+    store = "" if recipe.store == "store" else f" --store {shlex.quote(recipe.store)}"
+    out.print(f"package  {package.uri}\nserve it: overproof serve {package.id}{store}", markup=False)
+
+
+def _summary_table(name: str, report: Report, verdict: Verdict) -> Table:
+    """Every export with its quality, size, speed and verdict."""
     passed = {c.name: c.passed for c in verdict.candidates}
     task = TASKS[report.task]
     table = Table("model", task.quality.title, "agreement", "MB", "p50 / p95 ms", task.speed_unit, "verdict",
-                  title=recipe.name)  # fmt: skip
+                  title=name)  # fmt: skip
     if report.served_teacher is not None:
         quality = report.served_teacher.metrics[report.quality]
         table.add_row("teacher (served)", f"{quality.value:.4f} ± {_half(quality):.4f}", "", "", "", "", "")
@@ -108,18 +132,26 @@ def print_summary(recipe: Recipe) -> None:
         table.add_row(measured.name, f"{quality.value:.4f} ± {_half(quality):.4f}", f"{agreement.value:.1%}",
                       f"{measured.size_bytes / 1e6:.2f}", _latency(measured), f"{rate.value:,.0f}" if rate else "",
                       f"{outcome}{' · shipped' if measured.name == verdict.chosen else ''}")  # fmt: skip
-    out.print(table)
-    gain = report.compare(report.winner, "control")
-    if gain and gain.low is not None and gain.high is not None:
-        unit = task.quality.difference_unit
-        sign, how, did = (-100, "better", "bought") if gain.value <= 0 else (100, "worse", "cost")
-        least, most = sorted((sign * gain.low, sign * gain.high))
-        out.print(
-            f"{report.winner} is {sign * gain.value:.2f} {unit} {how} than the control, at equal steps "
-            f"(interval {least:.2f} to {most:.2f} {unit}): what distillation {did}"
-        )
-    if found["report"]:
-        out.print(f"picture  {found['report'].uri}/report.png\nreport   {found['report'].uri}/report.html")
+    return table
+
+
+def _print_outcome(outcome: Outcome, command: str) -> None:
+    for sentence in outcome.sentences:
+        out.print(sentence, markup=False)
+    for warning in outcome.warnings:
+        out.print(f"! {warning}", style="yellow", markup=False)
+    for broken in outcome.nearest.broken if outcome.nearest else ():
+        out.print(f"{broken.kind}: {broken.text}; what would meet it:", markup=False)
+        _print_remedies(broken.remedies, command)
+    if outcome.next_steps:
+        out.print("next:")
+        _print_remedies(outcome.next_steps, command)
+
+
+def _print_remedies(remedies: Iterable[Remedy], command: str) -> None:
+    for remedy in remedies:
+        settings = " ".join(f"--set {shlex.quote(override)}" for override in remedy.overrides)
+        out.print(f"  {remedy.text}{f': overproof run {command} {settings}' if settings else ''}", markup=False)
 
 
 def _half(metric: Metric) -> float:

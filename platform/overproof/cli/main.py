@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -259,7 +260,13 @@ def _demo(options: argparse.Namespace) -> int:
     from overproof.serve.environment import hidden_api_key
 
     with hidden_api_key():
-        return serve.demo(load_recipe(options.recipe, tuple(options.set)), keep=options.keep)
+        recipe = load_recipe(options.recipe, tuple(options.set))
+        return serve.demo(recipe, recipe_words(options.recipe, options.set), keep=options.keep)
+
+
+def recipe_words(path: Path, overrides: Sequence[str]) -> str:
+    """A recipe and its overrides as they stand on a command line."""
+    return shlex.join([str(path), *(word for override in overrides for word in ("--set", override))])
 
 
 def _run_stages(options: argparse.Namespace) -> int:
@@ -267,14 +274,16 @@ def _run_stages(options: argparse.Namespace) -> int:
     from overproof.cli import artifacts
 
     recipe = load_recipe(options.recipe, tuple(options.set))
+    command = recipe_words(options.recipe, options.set)
     try:
         done = pipeline.run(recipe, options.until)
     except GateRefused:
-        artifacts.print_summary(recipe)
+        artifacts.print_summary(recipe, command)
         raise
+    if "gate" in done:
+        artifacts.print_summary(recipe, command)
     if "package" in done:
-        artifacts.print_summary(recipe)
-        console.out.print(f"package  {done['package'].uri}")
+        artifacts.print_package(recipe, done["package"])
     if "speculate" in done:
         console.out.print(f"with its teacher, as the draft  {done['speculate'].uri}")
     return 0
@@ -310,8 +319,8 @@ def _pick(options: argparse.Namespace) -> int:
     budget = select.Budget(
         options.max_mb, options.max_p50_ms, options.max_p95_ms, options.max_resident_mb, options.min_quality
     )
-    overrides = tuple(options.set)
-    return select.select(load_recipe(options.recipe, overrides), options.recipe, overrides, budget)
+    recipe = load_recipe(options.recipe, tuple(options.set))
+    return select.select(recipe, recipe_words(options.recipe, options.set), budget)
 
 
 def _dashboard(options: argparse.Namespace) -> int:

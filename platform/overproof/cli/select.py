@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.table import Table
 
@@ -17,6 +15,7 @@ from overproof.console import out
 from overproof.errors import InputError
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import MeasuredFile, Report
+from overproof.evaluate.outcome import contention
 from overproof.files import read_json
 from overproof.registry import TASKS
 from overproof.tasks.base import QualityMetric
@@ -120,20 +119,24 @@ def rank_candidates(report: Report, verdict: Verdict, limits: Sequence[Limit]) -
     return tuple(sorted(choices, key=rank))
 
 
-def select(recipe: Recipe, path: Path, overrides: Sequence[str], budget: Budget) -> int:
+def select(recipe: Recipe, command: str, budget: Budget) -> int:
     """Print every candidate, the one to take and the command that packages it. Returns the exit code: 1, nothing fits.
+
+    ``command`` is the recipe and its overrides as they stand on a command line.
 
     Raises:
         InputError: a limit makes no sense, or the recipe's files were not measured and judged yet.
     """
     done = {s.stage.name: s.artifact for s in pipeline.resolve_stages(recipe, Store(recipe.store), "gate")}
-    command = shlex.join([str(path), *(outcome for override in overrides for outcome in ("--set", override))])
     if not (done["evaluate"] and done["gate"]):
-        raise InputError(f"{path}: nothing is measured and judged yet; run `overproof gate {command}` first")
+        raise InputError(f"{recipe.name}: nothing is measured and judged yet; run `overproof gate {command}` first")
     report = read_json(Report, done["evaluate"].local() / "report.json")
     limits = budget.limits(TASKS[report.task].quality)
     choices = rank_candidates(report, read_json(Verdict, done["gate"].local() / "verdict.json"), limits)
     out.print(_table(recipe.name, report, choices))
+    if budget.max_p50_ms is not None or budget.max_p95_ms is not None:
+        for warning in contention(report):
+            out.print(f"! {warning}", style="yellow", markup=False)
     best = choices[0] if choices else None
     if best is None or not best.fits:
         out.print(_closest_text(choices))

@@ -24,8 +24,9 @@ from overproof.serve.net import free_port
 ASK_TIMEOUT_S = 60
 
 
-def demo(recipe: Recipe, keep: bool) -> int:
-    """Run the whole loop, serve what comes out, and print a real answer and the line to repeat it.
+def demo(recipe: Recipe, command: str, keep: bool) -> int:
+    """Run the whole loop, serve what comes out, and print a real answer and the line to repeat it. ``command`` is as in
+    ``artifacts.print_summary``.
 
     Raises:
         GateRefused: no candidate passed; nothing is served.
@@ -35,9 +36,9 @@ def demo(recipe: Recipe, keep: bool) -> int:
     try:
         done = pipeline.run(recipe)
     except GateRefused:
-        artifacts.print_summary(recipe)
+        artifacts.print_summary(recipe, command)
         raise
-    artifacts.print_summary(recipe)
+    artifacts.print_summary(recipe, command)
     _serve(done["package"].uri, recipe.serve, keep)
     return 0
 

@@ -10,17 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from overproof import console, pipeline
-from overproof.artifacts import Artifact, Store
 from overproof.cli import artifacts, plan
-from overproof.config import Recipe
 from overproof.console import out
 from overproof.errors import GateRefused, InputError
-from overproof.evaluate.gate import Verdict
-from overproof.evaluate.metrics import Report
-from overproof.files import read_json
 from overproof.shrink.choice import Asked, ProposedRecipe
 from overproof.shrink.estimate import choose_within, machine_flops
-from overproof.shrink.nearest import nearest
 
 
 def init(asked: Asked, to: Path | None) -> int:
@@ -45,14 +39,15 @@ def shrink(asked: Asked, to: Path | None) -> int:
     choice, path = _write(asked, to)
     recipe = choice.recipe
     plan.plan(recipe, plan.PlanOptions())
+    command = shlex.quote(str(path))
     try:
         done = pipeline.run(recipe)
     except GateRefused:
-        artifacts.print_summary(recipe)
-        _print_nearest(recipe, path)
+        artifacts.print_summary(recipe, command)
         raise
-    artifacts.print_summary(recipe)
-    _print_end(recipe, path, done["package"])
+    artifacts.print_summary(recipe, command)
+    out.print(f"recipe   {path}", markup=False)
+    artifacts.print_package(recipe, done["package"])
     return 0
 
 
@@ -88,20 +83,3 @@ def _require_free(path: Path, text: str) -> None:
             f"{path}: lies there already and says something else; run it (overproof run {shlex.quote(str(path))}), "
             "delete it, or give another --name or --out"
         )
-
-
-def _print_nearest(recipe: Recipe, path: Path) -> None:
-    found = {s.stage.name: s.artifact for s in pipeline.resolve_stages(recipe, Store(recipe.store), "gate")}
-    assert found["evaluate"] is not None
-    assert found["gate"] is not None
-    report = read_json(Report, found["evaluate"].local() / "report.json")
-    near = nearest(recipe.gate, report, read_json(Verdict, found["gate"].local() / "verdict.json"))
-    if near is not None:
-        out.print(str(near), markup=False)
-        out.print(f"loosen gate.rules in {path} and run it: what is done stays, the gate alone is new", markup=False)
-
-
-def _print_end(recipe: Recipe, path: Path, package: Artifact) -> None:
-    store = "" if recipe.store == "store" else f" --store {shlex.quote(recipe.store)}"
-    out.print(f"recipe   {path}\npackage  {package.uri}", markup=False)
-    out.print(f"serve it: overproof serve {package.id}{store}", markup=False)

@@ -31,6 +31,7 @@ FEWEST_CHATS = 2  # answered, however long they take
 FEWEST = 3  # requests timed, however long they take
 LOOK_EVERY = 10  # requests between two looks at p50's interval
 PROGRESS = "progress"  # a file of the folder
+CONTENTION_S = 0.1
 NOTE_S = 0.5  # at least, between two writings of it: a request may take microseconds
 Say = Callable[[str], None]
 
@@ -72,6 +73,7 @@ class TextAnswer(_Message):
 
     before_mb: float  # resident before the file was loaded
     resident_mb: float  # and after the timed decoding
+    contended_cores: float  # that its threads lacked while requests were timed
     latency_s: list[float]  # of each timed request, from the call to the whole answer
     first_token_s: list[float]  # of each timed request
     tokens_per_s: list[float]  # of each timed request that gave at least two tokens
@@ -125,6 +127,7 @@ class ArrayAnswer(_Message):
 
     before_mb: float
     resident_mb: float
+    contended_cores: float  # that its threads lacked while rows were timed
     latency_s: list[float]  # of each timed row, one at a time
     logprobs: list[list[float]]
 
@@ -223,6 +226,37 @@ def _resident_mb() -> float:
     return float(sum(each.memory_info().rss for each in (this, *this.children(recursive=True)))) / 1e6
 
 
+class _Contention:
+    """How many cores the threads of this process lacked, since other processes kept them busy, from here on: over what
+    is timed, and a moment before and after it, as the kernel counts in hundredths of a second.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads, self._began = threads, (time.monotonic(), _busy_s(), _own_s())
+        time.sleep(CONTENTION_S)
+
+    def cores(self) -> float:
+        """So far."""
+        time.sleep(CONTENTION_S)
+        seconds, busy_s, own_s = (
+            now - then for now, then in zip((time.monotonic(), _busy_s(), _own_s()), self._began, strict=True)
+        )
+        others = max(0.0, busy_s - own_s) / seconds
+        return max(0.0, others + self._threads - (psutil.cpu_count() or 1))
+
+
+def _busy_s() -> float:
+    """CPU seconds of all processes of this machine, since it started."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
+
+
+def _own_s() -> float:
+    """CPU seconds of this process and of those that an engine runs in."""
+    this = psutil.Process()
+    return float(sum(sum(each.cpu_times()[:2]) for each in (this, *this.children(recursive=True))))
+
+
 def _measure_text(request: TextRequest) -> TextAnswer:
     from overproof.engines.base import EngineSettings, Sampling, TextEngine
 
@@ -232,6 +266,7 @@ def _measure_text(request: TextRequest) -> TextAnswer:
     prompts = request.timed_prompts
     engine.complete(prompts[0], Sampling(WARM_UP_TOKENS))
     latency_s, first_token_s, tokens_per_s = list[float](), list[float](), list[float]()
+    contention = _Contention(request.threads)
     for i in _timed(request, latency_s):
         began = time.perf_counter()
         done = engine.complete(prompts[i % len(prompts)], Sampling(request.decode_tokens))
@@ -239,6 +274,7 @@ def _measure_text(request: TextRequest) -> TextAnswer:
         first_token_s.append(done.first_token_s)
         if len(done.tokens) > 1:
             tokens_per_s.append((len(done.tokens) - 1) / done.decode_s)
+    contended_cores = contention.cores()
     resident_mb = _resident_mb()
     answers = []
     for number, prompt in enumerate(request.prompts):
@@ -252,6 +288,7 @@ def _measure_text(request: TextRequest) -> TextAnswer:
     return TextAnswer(
         before_mb=before_mb,
         resident_mb=resident_mb,
+        contended_cores=contended_cores,
         latency_s=latency_s,
         first_token_s=first_token_s,
         tokens_per_s=tokens_per_s,
@@ -290,13 +327,21 @@ def _measure_arrays(request: ArrayRequest) -> ArrayAnswer:
     rows_BD = np.array(request.rows, np.float32)
     logprobs = [engine.logprobs(row_D[None])[0].tolist() for row_D in rows_BD]  # warms up too
     latency_s: list[float] = []
+    contention = _Contention(request.threads)
     for i in _timed(request, latency_s):
         began = time.perf_counter()
         engine.logprobs(rows_BD[i % len(rows_BD)][None])
         latency_s.append(time.perf_counter() - began)
+    contended_cores = contention.cores()
     resident_mb = _resident_mb()
     engine.close()
-    return ArrayAnswer(before_mb=before_mb, resident_mb=resident_mb, latency_s=latency_s, logprobs=logprobs)
+    return ArrayAnswer(
+        before_mb=before_mb,
+        resident_mb=resident_mb,
+        contended_cores=contended_cores,
+        latency_s=latency_s,
+        logprobs=logprobs,
+    )
 
 
 def _measure_draft(request: DraftRequest) -> DraftAnswer:

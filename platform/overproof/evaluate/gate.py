@@ -30,6 +30,8 @@ from overproof.files import FrozenModel
 from overproof.registry import TASKS
 from overproof.tasks.base import Metric, QualityMetric
 
+VERDICT = "verdict.json"  # where a verdict lies in an artifact or a package
+
 
 class Reason(FrozenModel):
     """What one rule found, in words with figures."""

@@ -21,6 +21,7 @@ from overproof.data.manifest import NearDuplicatesFound
 from overproof.files import FrozenModel
 from overproof.tasks.base import FurtherMetric, Metric, QualityMetric, UnitColumns
 
+REPORT = "report.json"  # where a report lies in an artifact or a package
 EXPECTED_ACCURACY = "expected_accuracy"  # the share of answers that are what records expect
 CHUNK_COUNTS = 1 << 22  # resample counts held at once
 

@@ -19,8 +19,9 @@ from overproof.data.manifest import Manifest, NearDuplicatesFound
 from overproof.engines.endpoint import EndpointScorer
 from overproof.engines.served_teacher import ServedTeacher, open_teacher
 from overproof.evaluate.answers import check_answers
-from overproof.evaluate.gate import judge, requests_needed
+from overproof.evaluate.gate import VERDICT, judge, requests_needed
 from overproof.evaluate.metrics import (
+    REPORT,
     Bootstrap,
     Clusters,
     MeasuredFile,
@@ -30,6 +31,7 @@ from overproof.evaluate.metrics import (
     further_metrics,
     quality_metrics,
 )
+from overproof.evaluate.outcome import OUTCOME, find_outcome, read_training
 from overproof.evaluate.stopping import FEWEST, next_count, time_limits, widest
 from overproof.export.stage import Export, read_exports
 from overproof.files import read_json
@@ -37,7 +39,7 @@ from overproof.registry import ENGINES, FORMATS, TASKS
 from overproof.stage_context import Progress, StageContext, TaskProgress
 from overproof.tasks.base import FileScores, Metric, TokenTask, agreements
 
-REPORT, UNITS, VERDICT = "report.json", "units.parquet", "verdict.json"
+UNITS = "units.parquet"
 TEACHER = "teacher"
 TELL_EVERY_S = 1.0  # at least, between two events of one file
 
@@ -61,11 +63,14 @@ def evaluate_exports(context: StageContext) -> dict[str, Any]:
 
 
 def judge_report(context: StageContext) -> dict[str, Any]:
-    """Judge the report and write the verdict; a refusal is a verdict like any other."""
+    """Judge the report, write the verdict and what it comes to; a refusal is a verdict like any other."""
     report = read_json(Report, context.parents["evaluate"].local() / REPORT)
     verdict = judge(context.recipe.gate, report)
+    training = read_training(context.parents["train"].local(), context.parents["sweep"].local())
+    outcome = find_outcome(context.recipe, report, verdict, training)
     with context.draft.directory() as root:
-        (root / VERDICT).write_text(verdict.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        for name, value in ((VERDICT, verdict), (OUTCOME, outcome)):
+            (root / name).write_text(value.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return {"passed": verdict.passed, "chosen": verdict.chosen}
 
 

@@ -22,10 +22,12 @@ from pydantic import Field
 from overproof.artifacts import RECORD, json_sha256
 from overproof.config import Gate, Speculate
 from overproof.errors import InputError
+from overproof.evaluate.gate import VERDICT
+from overproof.evaluate.metrics import REPORT
 from overproof.files import CHUNK_BYTES, FileEntry, FrozenModel, file_sha256, filesystem, parse_json
 from overproof.models import pretrained
 
-PACKAGE, REPORT, VERDICT, CARD = "package.json", "report.json", "verdict.json", "README.md"
+PACKAGE, CARD = "package.json", "README.md"
 SPECULATION, SIGNATURE = "speculation.json", "package.sig"
 UNLISTED = (PACKAGE, SIGNATURE)  # of a package all the same; the record that a store keeps beside them is not read
 PICKLES = (*pretrained.PICKLES, ".joblib", ".npy", ".npz")

@@ -18,6 +18,7 @@ from overproof.config.search import apply_values
 from overproof.data.manifest import Manifest
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import EXPECTED_ACCURACY, MeasuredFile, Report
+from overproof.evaluate.outcome import Outcome
 from overproof.package.speculation import SpeculationResult
 from overproof.registry import FORMATS, TASKS
 from overproof.stage_context import StageContext
@@ -34,7 +35,13 @@ COSTS = {  # metric -> title, factor, decimals
 
 
 def render_card(
-    context: StageContext, manifest: Manifest, report: Report, verdict: Verdict, model: str, sha256: str
+    context: StageContext,
+    manifest: Manifest,
+    report: Report,
+    verdict: Verdict,
+    outcome: Outcome,
+    model: str,
+    sha256: str,
 ) -> str:
     """The card of the chosen export, from the recipe and the records of every stage."""
     recipe = context.recipe
@@ -60,6 +67,7 @@ def render_card(
         dropped={reason: count for reason, count in manifest.dropped.items() if count},
         report=report,
         verdict=verdict,
+        outcome=outcome,
         table=_table(report, verdict),
         units=measured.metrics[report.quality].measured_on,
         timed=measured.metrics.get("latency_p50_s"),

@@ -20,16 +20,15 @@ from pyarrow import fs
 from overproof.artifacts import RECORD, TOOLS, Store
 from overproof.data.manifest import Manifest
 from overproof.errors import GateRefused, InputError
-from overproof.evaluate.gate import CandidateVerdict, Reason, Verdict, judge
-from overproof.evaluate.metrics import MeasuredFile, Report
+from overproof.evaluate.gate import VERDICT, CandidateVerdict, Reason, Verdict, judge
+from overproof.evaluate.metrics import REPORT, MeasuredFile, Report
+from overproof.evaluate.outcome import OUTCOME, Outcome
 from overproof.files import FileEntry, Parsed, absolute_uri, file_sha256, filesystem, parse_json, read_json
 from overproof.package import private_copy
 from overproof.package.contents import (
     CARD,
     PACKAGE,
-    REPORT,
     SPECULATION,
-    VERDICT,
     DraftModel,
     Listing,
     PackageContents,
@@ -114,7 +113,8 @@ def build_package(context: StageContext) -> dict[str, Any]:
         shutil.copyfile(parents["gate"] / VERDICT, folder / VERDICT)
         for companion in export.companions:
             shutil.copyfile(parents["compress"] / companion, folder / companion)
-        card = render_card(context, manifest, report, verdict, model, file_sha256(folder / model))
+        outcome = read_json(Outcome, parents["gate"] / OUTCOME)
+        card = render_card(context, manifest, report, verdict, outcome, model, file_sha256(folder / model))
         (folder / CARD).write_text(card, encoding="utf-8")
         content = PackageContents(
             id=context.draft.id,

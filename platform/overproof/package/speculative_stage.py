@@ -15,14 +15,14 @@ from overproof.config import Evaluate, Speculate
 from overproof.data.parquet_reader import Shards
 from overproof.engines import probe
 from overproof.errors import GateRefused
+from overproof.evaluate.gate import VERDICT
+from overproof.evaluate.metrics import REPORT
 from overproof.export.stage import read_exports
 from overproof.files import file_sha256
 from overproof.package.contents import (
     CARD,
     PACKAGE,
-    REPORT,
     SPECULATION,
-    VERDICT,
     DraftModel,
     PackageContents,
     hash_files,

@@ -17,6 +17,7 @@ import numpy as np
 from overproof.artifacts import Artifact
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import EXPECTED_ACCURACY, MeasuredFile, Report
+from overproof.evaluate.outcome import Outcome, contended_cores
 from overproof.registry import TASKS
 from overproof.report.figure import PlottedCurve
 from overproof.report.pareto import hypervolume, non_dominated, standings
@@ -35,10 +36,11 @@ COST_AXES = {  # cost -> its label in the page
 
 @dataclass(frozen=True)
 class EvaluatedFiles:
-    """What was measured of a sweep's files, and the verdict where there is one yet."""
+    """What was measured of a sweep's files; the verdict and what it comes to, where there is one yet."""
 
     report: Report
-    verdict: Verdict | None
+    verdict: Verdict | None = None
+    outcome: Outcome | None = None
 
 
 def report_content(
@@ -178,6 +180,7 @@ def _file(
         "p50_ms": 1e3 * measured.metrics["latency_p50_s"].value,
         "p95_ms": 1e3 * measured.metrics["latency_p95_s"].value,
         "resident_mb": measured.metrics["resident_mb"].value,
+        "contended_cores": contended_cores(measured),
         "rate": rate.value if rate else None,
         "units": quality.measured_on,
         "requests": measured.metrics["latency_p95_s"].measured_on,

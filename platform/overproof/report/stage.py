@@ -10,8 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from overproof.artifacts import Artifact, Store
 from overproof.errors import InputError
-from overproof.evaluate.gate import Verdict
-from overproof.evaluate.metrics import Report
+from overproof.evaluate.gate import VERDICT, Verdict
+from overproof.evaluate.metrics import REPORT, Report
+from overproof.evaluate.outcome import OUTCOME, Outcome
 from overproof.files import read_json
 from overproof.report.content import EvaluatedFiles, read_curves, report_content
 from overproof.report.figure import draw_report
@@ -53,6 +54,8 @@ def sweep_report(store: Store, name: str) -> tuple[Artifact, str]:
     for stage, parent in SWEEP_DESCENDANTS:
         fingerprint = stages[parent].record.fingerprint if parent in stages else None
         matching = [a for a in artifacts if a.record.stage == stage and a.record.parents.get(parent) == fingerprint]
+        if stage == "gate":  # of an earlier version there is none
+            matching = [a for a in matching if OUTCOME in a.record.files]
         if fingerprint and matching:
             stages[stage] = matching[-1]  # the newest
     return sweep, render_page(sweep.record.recipe, stages)
@@ -61,10 +64,11 @@ def sweep_report(store: Store, name: str) -> tuple[Artifact, str]:
 def _read_evaluation(artifacts: Mapping[str, Artifact]) -> EvaluatedFiles | None:
     if "evaluate" not in artifacts:
         return None
-    report = read_json(Report, artifacts["evaluate"].local() / "report.json")
+    report = read_json(Report, artifacts["evaluate"].local() / REPORT)
     if "gate" not in artifacts:
-        return EvaluatedFiles(report, None)
-    return EvaluatedFiles(report, read_json(Verdict, artifacts["gate"].local() / "verdict.json"))
+        return EvaluatedFiles(report)
+    judged = artifacts["gate"].local()
+    return EvaluatedFiles(report, read_json(Verdict, judged / VERDICT), read_json(Outcome, judged / OUTCOME))
 
 
 def render_page(name: str, artifacts: Mapping[str, Artifact]) -> str:
@@ -83,6 +87,8 @@ def render_page(name: str, artifacts: Mapping[str, Artifact]) -> str:
         name=name,
         files=content["files"],
         verdict=evaluated.verdict if evaluated else None,
+        outcome=evaluated.outcome if evaluated else None,
+        reasons={c.name: c.reasons for c in evaluated.verdict.candidates} if evaluated and evaluated.verdict else {},
         costs=content["costs"],
         trials=content["trials"],
         lineage=_oldest_first(artifacts.values()),

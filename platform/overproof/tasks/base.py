@@ -188,12 +188,13 @@ def spread_units(units: NDArray[np.int64], most: int | None) -> NDArray[np.int64
 
 def cost_metrics(answer: TextAnswer | ArrayAnswer, asked: int, confidence: float) -> dict[str, Metric]:
     """Memory, and the latency that half of the requests, and 95 in 100, stay within: what a client of an idle engine
-    waits. ``asked`` requests would have been timed at most. Where those that were made bound the latency from above at
-    this one-sided confidence, ``high`` does.
+    waits; and the cores that it lacked meanwhile. ``asked`` requests would have been timed at most. Where those that
+    were made bound the latency from above at this one-sided confidence, ``high`` does.
     """
     return {
         "resident_mb": Metric(value=answer.resident_mb, unit="MB", n=1),
         "resident_before_load_mb": Metric(value=answer.before_mb, unit="MB", n=1),
+        "contended_cores": Metric(value=answer.contended_cores, unit="cores", n=1),
         **{
             f"latency_p{share}_s": Metric(
                 value=float(np.percentile(answer.latency_s, share, method="inverted_cdf")),
