@@ -21,17 +21,13 @@ from PIL import Image
 from pyarrow import csv
 
 from overproof.cli.main import main
-from overproof.config import Gate, Recipe, load_recipe
+from overproof.config import Recipe, load_recipe
 from overproof.errors import InputError
-from overproof.evaluate.gate import judge
-from overproof.evaluate.metrics import MeasuredFile, Report
 from overproof.registry import FORMATS, TASKS
 from overproof.shrink.choice import Asked
 from overproof.shrink.estimate import choose_within
 from overproof.shrink.given_model import inspect_model
-from overproof.shrink.nearest import nearest
 from overproof.shrink.template import FEWEST_STEPS, change
-from overproof.tasks.base import Metric
 from overproof.tasks.image_recognition import recognise_images
 from overproof.tasks.recognition import ColumnFlags, Question, Shrinkable, look_at
 from text_classes import labelled_texts, texts_of_several, write_base, write_jsonl
@@ -633,23 +629,6 @@ def test_pixels_that_the_model_does_not_take_are_refused(tmp_path: Path) -> None
     found = recognise_images(look, model, ColumnFlags(image_size=12))
     assert found == Question("--image-size", "MODEL takes 16 x 16 pixels; leave the flag out")
     assert recognise_images(look, model, ColumnFlags(image_size=16)) == recognise_images(look, model, ColumnFlags())
-
-
-def test_the_nearest_is_told_with_flags_that_loosen_its_rules() -> None:
-    times = {f"latency_p{share}_s": Metric(value=0.05, high=0.0625, unit="s", n=60) for share in (50, 95)}
-    file = MeasuredFile(
-        name="small-int8", student="small", format="int8", size_bytes=1, sha256="0" * 64, candidate=True, metrics=times
-    )
-    report = Report(
-        task="tabular_classification", quality="accuracy", engine="any", computes_with="any", confidence=0.95,
-        measured=(file,), comparisons=(),
-    )  # fmt: skip
-    for percentile, flags in ((95, ("--max-p95-ms 62.5",)), (50, ())):
-        gate = Gate.model_validate({"rules": [{"kind": "latency", "percentile": percentile, "at_most_ms": 40}]})
-        found = nearest(gate, report, judge(gate, report))
-        assert found is not None
-        assert found.flags == flags
-        assert found.reasons == (f"p{percentile} latency 50 ms, at most 62.5 ms (60 requests), allowed 40 ms",)
 
 
 TEXT = """# first

@@ -16,6 +16,8 @@ from finished import Run
 from overproof.artifacts import Artifact
 from overproof.cli.main import main
 from overproof.evaluate.gate import CandidateVerdict, Reason, Verdict
+from overproof.evaluate.outcome import Outcome
+from overproof.evaluate.remedies import BrokenRule, Nearest, Remedy
 from overproof.report.content import thin_curve
 from overproof.report.stage import embed_json, render_page
 
@@ -151,16 +153,22 @@ def test_hundreds_of_trials_and_words_that_look_like_code(page_file: Path, tmp_p
 
 def test_the_words_of_a_verdict_are_escaped(digits: Run, tmp_path: Path) -> None:
     """A name of the recipe or a reason of the gate is text, never markup."""
+    name = digits.recipe.sweep.students[0].name
     verdict = Verdict(passed=False, chosen=None, candidates=(
-        CandidateVerdict(name=EVIL, passed=False, reasons=(Reason(rule="x", passed=False, text=EVIL),)),))  # fmt: skip
+        CandidateVerdict(name=name, passed=False, reasons=(Reason(rule="x", passed=False, text=EVIL),)),))  # fmt: skip
+    remedy = Remedy(text=EVIL, overrides=(EVIL,))
+    outcome = Outcome(
+        passed=False, ships=EVIL, lost=EVIL, bought=EVIL, warnings=(EVIL,), next_steps=(),
+        nearest=Nearest(name=EVIL, broken=(BrokenRule(kind=EVIL, text=EVIL, remedies=(remedy,)),)),
+    )  # fmt: skip
     folder = tmp_path / "gate"
     folder.mkdir()
     (folder / "verdict.json").write_text(verdict.model_dump_json())
+    (folder / "outcome.json").write_text(outcome.model_dump_json())
     gate = type(digits.artifacts["gate"])(str(folder), digits.artifacts["gate"].record)
     page = render_page(EVIL, digits.artifacts | {"gate": gate})
     assert EVIL not in page
-    assert page.count("&lt;/script&gt;") >= 4
-    assert "No file that may be packaged met every rule" in page
+    assert page.count("&lt;/script&gt;") >= 12  # the name twice, a reason, and each part of the outcome
 
 
 def test_a_sweep_alone_has_a_page_without_files(digits: Run, tmp_path: Path) -> None:

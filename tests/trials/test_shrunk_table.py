@@ -49,6 +49,6 @@ def test_a_table_is_shrunk_to_a_package_or_told_what_would_have_to_give(
     # What is trained is there; engines are asked again, for as many requests as a latency needs.
     assert main([*argv, "--max-p95-ms", "0.0001", "--out", "faster.yaml"]) == 1
     printed = capsys.readouterr()
-    assert re.search(r"the nearest is \w+-int8: p95 latency ", printed.out)
-    assert "It would pass with --max-p95-ms " in printed.out
+    assert re.search(r"the nearest, \w+-int8, broke latency\.", printed.out)
+    assert re.search(r"overproof run faster\.yaml --set gate\.rules\.2\.at_most_ms=", printed.out)
     assert "the gate refused every candidate" in printed.err

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from overproof import pipeline
 from overproof.artifacts import Artifact, Store, artifact_id, read_record
+from overproof.cli.recipe_arguments import RecipeArguments
 from overproof.config import Recipe
 from overproof.console import out
 from overproof.errors import InputError
@@ -86,11 +87,8 @@ def sweep_page(store: str, name: str, to: Path | None) -> int:
     return 0
 
 
-def print_summary(recipe: Recipe, command: str) -> None:
-    """Print the closing table, what it comes to and what to do next.
-
-    ``command`` is the recipe and its overrides as they stand on a command line.
-    """
+def print_summary(recipe: Recipe, arguments: RecipeArguments) -> None:
+    """Print the closing table, what it comes to and what to do next."""
     from overproof.evaluate.gate import VERDICT, Verdict
     from overproof.evaluate.metrics import REPORT, Report
     from overproof.evaluate.outcome import OUTCOME, Outcome
@@ -101,7 +99,7 @@ def print_summary(recipe: Recipe, command: str) -> None:
         return
     verdict = read_json(Verdict, judged.local() / VERDICT)
     out.print(_summary_table(recipe.name, read_json(Report, measured.local() / REPORT), verdict))
-    _print_outcome(read_json(Outcome, judged.local() / OUTCOME), command)
+    _print_outcome(read_json(Outcome, judged.local() / OUTCOME), arguments)
     if found["report"]:
         out.print(
             f"picture  {found['report'].uri}/report.png\nreport   {found['report'].uri}/report.html", markup=False
@@ -135,23 +133,23 @@ def _summary_table(name: str, report: Report, verdict: Verdict) -> Table:
     return table
 
 
-def _print_outcome(outcome: Outcome, command: str) -> None:
+def _print_outcome(outcome: Outcome, arguments: RecipeArguments) -> None:
     for sentence in outcome.sentences:
         out.print(sentence, markup=False)
     for warning in outcome.warnings:
         out.print(f"! {warning}", style="yellow", markup=False)
     for broken in outcome.nearest.broken if outcome.nearest else ():
         out.print(f"{broken.kind}: {broken.text}; what would meet it:", markup=False)
-        _print_remedies(broken.remedies, command)
+        _print_remedies(broken.remedies, arguments)
     if outcome.next_steps:
         out.print("next:")
-        _print_remedies(outcome.next_steps, command)
+        _print_remedies(outcome.next_steps, arguments)
 
 
-def _print_remedies(remedies: Iterable[Remedy], command: str) -> None:
+def _print_remedies(remedies: Iterable[Remedy], arguments: RecipeArguments) -> None:
     for remedy in remedies:
-        settings = " ".join(f"--set {shlex.quote(override)}" for override in remedy.overrides)
-        out.print(f"  {remedy.text}{f': overproof run {command} {settings}' if settings else ''}", markup=False)
+        line = f": overproof run {arguments.with_overrides(*remedy.overrides)}" if remedy.overrides else ""
+        out.print(f"  {remedy.text}{line}", markup=False)
 
 
 def _half(metric: Metric) -> float:

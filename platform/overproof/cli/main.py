@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from overproof.config import load_recipe, schema_docs
 from overproof.errors import GateRefused, InputError, suggest_name
 
 if TYPE_CHECKING:
+    from overproof.cli.recipe_arguments import RecipeArguments
     from overproof.shrink.choice import Asked
 
 DEMO_RECIPE = Path(__file__).parents[3] / "jobs/recipes/stdlib-lm.yaml"
@@ -261,12 +261,13 @@ def _demo(options: argparse.Namespace) -> int:
 
     with hidden_api_key():
         recipe = load_recipe(options.recipe, tuple(options.set))
-        return serve.demo(recipe, recipe_words(options.recipe, options.set), keep=options.keep)
+        return serve.demo(recipe, _recipe_arguments(options), keep=options.keep)
 
 
-def recipe_words(path: Path, overrides: Sequence[str]) -> str:
-    """A recipe and its overrides as they stand on a command line."""
-    return shlex.join([str(path), *(word for override in overrides for word in ("--set", override))])
+def _recipe_arguments(options: argparse.Namespace) -> RecipeArguments:
+    from overproof.cli.recipe_arguments import RecipeArguments
+
+    return RecipeArguments(options.recipe, tuple(options.set))
 
 
 def _run_stages(options: argparse.Namespace) -> int:
@@ -274,14 +275,14 @@ def _run_stages(options: argparse.Namespace) -> int:
     from overproof.cli import artifacts
 
     recipe = load_recipe(options.recipe, tuple(options.set))
-    command = recipe_words(options.recipe, options.set)
+    arguments = _recipe_arguments(options)
     try:
         done = pipeline.run(recipe, options.until)
     except GateRefused:
-        artifacts.print_summary(recipe, command)
+        artifacts.print_summary(recipe, arguments)
         raise
     if "gate" in done:
-        artifacts.print_summary(recipe, command)
+        artifacts.print_summary(recipe, arguments)
     if "package" in done:
         artifacts.print_package(recipe, done["package"])
     if "speculate" in done:
@@ -320,7 +321,7 @@ def _pick(options: argparse.Namespace) -> int:
         options.max_mb, options.max_p50_ms, options.max_p95_ms, options.max_resident_mb, options.min_quality
     )
     recipe = load_recipe(options.recipe, tuple(options.set))
-    return select.select(recipe, recipe_words(options.recipe, options.set), budget)
+    return select.select(recipe, _recipe_arguments(options), budget)
 
 
 def _dashboard(options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from overproof import pipeline
 from overproof.artifacts import Store
+from overproof.cli.recipe_arguments import RecipeArguments
 from overproof.config import Recipe
 from overproof.console import out
 from overproof.errors import InputError
@@ -119,17 +120,15 @@ def rank_candidates(report: Report, verdict: Verdict, limits: Sequence[Limit]) -
     return tuple(sorted(choices, key=rank))
 
 
-def select(recipe: Recipe, command: str, budget: Budget) -> int:
+def select(recipe: Recipe, arguments: RecipeArguments, budget: Budget) -> int:
     """Print every candidate, the one to take and the command that packages it. Returns the exit code: 1, nothing fits.
-
-    ``command`` is the recipe and its overrides as they stand on a command line.
 
     Raises:
         InputError: a limit makes no sense, or the recipe's files were not measured and judged yet.
     """
     done = {s.stage.name: s.artifact for s in pipeline.resolve_stages(recipe, Store(recipe.store), "gate")}
     if not (done["evaluate"] and done["gate"]):
-        raise InputError(f"{recipe.name}: nothing is measured and judged yet; run `overproof gate {command}` first")
+        raise InputError(f"{recipe.name}: nothing is measured and judged yet; run `overproof gate {arguments}` first")
     report = read_json(Report, done["evaluate"].local() / "report.json")
     limits = budget.limits(TASKS[report.task].quality)
     choices = rank_candidates(report, read_json(Verdict, done["gate"].local() / "verdict.json"), limits)
@@ -142,7 +141,7 @@ def select(recipe: Recipe, command: str, budget: Budget) -> int:
         out.print(_closest_text(choices))
         return 1
     out.print(f"{best.measured.name} is the best within the limits; this packages it:")
-    out.print(f"overproof package {command} --set gate.candidate={best.measured.name}", markup=False)
+    out.print(f"overproof package {arguments.with_overrides(f'gate.candidate={best.measured.name}')}", markup=False)
     return 0
 
 

@@ -14,6 +14,7 @@ import httpx
 from overproof import pipeline
 from overproof.cli import artifacts
 from overproof.cli.deploy import find_package
+from overproof.cli.recipe_arguments import RecipeArguments
 from overproof.cluster import ray_cluster
 from overproof.config import Recipe, Serve, parse_overrides
 from overproof.console import out, waiting
@@ -24,9 +25,8 @@ from overproof.serve.net import free_port
 ASK_TIMEOUT_S = 60
 
 
-def demo(recipe: Recipe, command: str, keep: bool) -> int:
-    """Run the whole loop, serve what comes out, and print a real answer and the line to repeat it. ``command`` is as in
-    ``artifacts.print_summary``.
+def demo(recipe: Recipe, arguments: RecipeArguments, keep: bool) -> int:
+    """Run the whole loop, serve what comes out, and print a real answer and the line to repeat it.
 
     Raises:
         GateRefused: no candidate passed; nothing is served.
@@ -36,9 +36,9 @@ def demo(recipe: Recipe, command: str, keep: bool) -> int:
     try:
         done = pipeline.run(recipe)
     except GateRefused:
-        artifacts.print_summary(recipe, command)
+        artifacts.print_summary(recipe, arguments)
         raise
-    artifacts.print_summary(recipe, command)
+    artifacts.print_summary(recipe, arguments)
     _serve(done["package"].uri, recipe.serve, keep)
     return 0
 

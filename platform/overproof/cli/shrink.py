@@ -11,6 +11,7 @@ from rich.table import Table
 
 from overproof import console, pipeline
 from overproof.cli import artifacts, plan
+from overproof.cli.recipe_arguments import RecipeArguments
 from overproof.console import out
 from overproof.errors import GateRefused, InputError
 from overproof.shrink.choice import Asked, ProposedRecipe
@@ -39,13 +40,13 @@ def shrink(asked: Asked, to: Path | None) -> int:
     choice, path = _write(asked, to)
     recipe = choice.recipe
     plan.plan(recipe, plan.PlanOptions())
-    command = shlex.quote(str(path))
+    arguments = RecipeArguments(path)
     try:
         done = pipeline.run(recipe)
     except GateRefused:
-        artifacts.print_summary(recipe, command)
+        artifacts.print_summary(recipe, arguments)
         raise
-    artifacts.print_summary(recipe, command)
+    artifacts.print_summary(recipe, arguments)
     out.print(f"recipe   {path}", markup=False)
     artifacts.print_package(recipe, done["package"])
     return 0

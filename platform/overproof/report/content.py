@@ -226,7 +226,7 @@ def _paired_bounds(report: Report) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _volumes(report: Report, costs_N2: np.ndarray) -> dict[str, Any]:
-    """The volume that all students' files reach, and the shares that the winner's files or the control do alone."""
+    """Which shares of the volume that all students' files reach the winner's files and the control do alone."""
     worst_2 = costs_N2.max(axis=0)
     reference_2 = np.where(worst_2 > 0, worst_2 * REFERENCE_MARGIN, worst_2 / REFERENCE_MARGIN)
     masks = {
@@ -236,11 +236,7 @@ def _volumes(report: Report, costs_N2: np.ndarray) -> dict[str, Any]:
     }
     volumes = {name: hypervolume(costs_N2[np.array(mask)], reference_2) for name, mask in masks.items()}
     whole = volumes["all"]
-    return {
-        "reference": [reference_2[0], abs(reference_2[1])],
-        "volume": whole,
-        **{name: volumes[name] / whole if whole else None for name in ("winner", "control")},
-    }
+    return {name: volumes[name] / whole if whole else None for name in ("winner", "control")}
 
 
 def read_curves(train: Path, sweep: Path) -> list[PlottedCurve]:

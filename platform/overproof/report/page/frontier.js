@@ -59,9 +59,9 @@ if (DATA.files) {
   const volume = ({ volume: found, label }) => {
     const share = (value) => (value === null ? "nothing to compare" : `${(100 * value).toFixed(1)} %`);
     byId("volume").textContent =
-      `Hypervolume of quality and ${label.replace(/,.*/, "")}: the best student's files alone reach ${share(found.winner)} ` +
-      `of what all students' files reach together (${formatValue(found.volume)}), the control alone ${share(found.control)}. ` +
-      `Reference point: ${found.reference.map(formatValue).join(" and ")}, 5 % beyond the dearest and the worst file.`;
+      `Hypervolume, the area between a frontier and a point 5 % beyond the worst file in quality and in ${label.replace(/,.*/, "")} ` +
+      `(more is better): of what all students' files reach together, the best student's alone reach ${share(found.winner)}, ` +
+      `the control ${share(found.control)}.`;
   };
 
   byId("axis").addEventListener("change", chart("plane", 400, draw));
