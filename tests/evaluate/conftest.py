@@ -169,12 +169,17 @@ def _compressed(kind: str, store: Store) -> dict[str, Artifact]:
     big, small = (TEXT_TEACHER, TEXT_STUDENT) if kind == "text" else (IMAGE_TEACHER, IMAGE_STUDENT)
     draft, folder = artifact(store, "train", kind)
     train(big, root, folder / "model", 120)
+    (folder / "curve.jsonl").touch()
     done["train"] = draft.commit({}, 0.0)
     draft, folder = artifact(store, "sweep", kind)
     kept = ["student", "brief"] if kind == "digits" else ["student"]
     for name, steps in zip(kept, (100, 70), strict=False):
         train(small, root, folder / "students" / name, steps)
-    (folder / "trials.json").write_text(json.dumps({"kept": kept}))
+    trial = {"name": "student", "student": "student", "values": {}, "teacher_weight": 0.5}
+    trial |= {"parameters": 1, "steps": 1, "validation_loss": 1.5}
+    control = trial | {"name": "control"}
+    trials = {"winner": "student", "kept": kept, "trials": [trial], "control": control}
+    (folder / "trials.json").write_text(json.dumps(trials))
     train(small, root, folder / "control", 40)
     done["sweep"] = draft.commit({}, 0.0)
     draft, _ = artifact(store, "compress", kind)

@@ -15,6 +15,7 @@ from overproof.artifacts import Artifact, Store
 from overproof.config import Recipe
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import Report
+from overproof.evaluate.outcome import Outcome
 from overproof.evaluate.stage import evaluate_exports, judge_report
 from overproof.export.stage import read_exports
 from overproof.files import file_sha256
@@ -57,6 +58,7 @@ def test_report_and_verdict(
             "latency_p95_s",
             "resident_mb",
             "parity_nats",
+            "contended_cores",
         } | speed <= metrics.keys()
     assert by_name["teacher"]["agreement"].value == 1
     assert by_name["student"]["agreement"].value < 1
@@ -76,7 +78,8 @@ def test_report_and_verdict(
     assert agreement == pytest.approx(by_name["student"]["agreement"].value)
     assert evaluated.record.metrics["student"] == by_name["student"][report.quality].value
 
-    judged = run(judge_report, asked, {"evaluate": evaluated}, tmp_path)
+    parents = parents | {"evaluate": evaluated}
+    judged = run(judge_report, asked, parents, tmp_path)
     verdict = Verdict.model_validate_json((judged.local() / "verdict.json").read_bytes())
     assert verdict.passed, verdict
     smallest = min((m for m in report.measured if m.candidate), key=lambda m: (m.size_bytes, m.name))
@@ -86,8 +89,12 @@ def test_report_and_verdict(
     assert judged.record.metrics == {"passed": True, "chosen": verdict.chosen}
 
     strict = make_recipe(kind, [{"kind": "smaller", "against": "teacher", "at_least": 1000}])
-    refused = run(judge_report, strict, {"evaluate": evaluated}, tmp_path / "refused")
+    refused = run(judge_report, strict, parents, tmp_path / "refused")
     assert refused.record.metrics == {"passed": False, "chosen": None}
+    for artifact, begins in ((judged, f"{smallest.name} ships: "), (refused, "Nothing ships: ")):
+        outcome = Outcome.model_validate_json((artifact.local() / "outcome.json").read_bytes())
+        assert outcome.ships.startswith(begins)
+        assert outcome.bought.startswith("Distillation bought quality: student is ")
 
 
 def test_compress_writes_what_is_listed(text: dict[str, Artifact], digits: dict[str, Artifact]) -> None:
