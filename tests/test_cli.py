@@ -30,7 +30,11 @@ FLAGS = {
     "dashboard": {"--help", "--set", "--store", "--port"},
     "pick": {"--help", "--set", "--max-mb", "--max-p50-ms", "--max-p95-ms", "--max-resident-mb", "--min-quality"},
     "ls": {"--help", "--store"},
-    "show": {"--help", "--store"},
+    "rm": {"--help", "--store"},
+    "gc": {"--help", "--store", "--yes"},
+    "export": {"--help", "--store"},
+    "import": {"--help", "--store"},
+    "show": {"--help", "--store", "--json"},
     "serve": {"--help", "--set", "--store"},
     "schema": {"--help", "--text"},
     "signing-key": {"--help"},
@@ -88,11 +92,13 @@ def test_ls_and_show_trace_a_package_to_its_shards(digits: Run, capsys: pytest.C
     assert main(["ls", "--store", digits.recipe.store]) == 0
     listed = capsys.readouterr().out
     assert all(f"digits/{stage}-" in listed for stage in digits.artifacts)
-    assert main(["show", "package", "--store", digits.recipe.store]) == 0
-    shown = capsys.readouterr().out
-    record = json.loads(shown[: shown.index("\n}") + 2])
+    assert re.search(rf"^{len(digits.artifacts)} artifacts, [0-9.]+ MB$", listed, re.MULTILINE)
+    assert main(["show", "package", "--json", "--store", digits.recipe.store]) == 0
+    record = json.loads(capsys.readouterr().out)
     assert set(record["parents"]) >= {"prepare", "train", "cache", "sweep", "compress", "evaluate", "gate"}
-    lineage = shown[shown.index("\n}") + 2 :].splitlines()
+    assert main(["show", "digits/package", "--store", digits.recipe.store]) == 0
+    lineage = capsys.readouterr().out.splitlines()
+    assert lineage[0] == digits.artifacts["package"].id
     for artifact in digits.artifacts.values():
         if artifact.record.stage != "report":  # the picture is no part of a package
             assert sum(line.strip(" └").startswith(artifact.id) for line in lineage) >= 1

@@ -120,6 +120,11 @@ class Artifact:
         return artifact_id(self.record.recipe, self.record.stage, self.record.fingerprint)
 
     @property
+    def size_bytes(self) -> int:
+        """Of its files."""
+        return sum(entry.size_bytes for entry in self.record.files.values())
+
+    @property
     def content_sha256(self) -> str:
         """A hash of every file's name and hash."""
         listed = {path: entry.sha256 for path, entry in self.record.files.items()}
@@ -206,7 +211,7 @@ class ArtifactWriter:
             files=file_entries(files, root),
             metrics=dict(metrics),
             seconds=round(seconds, 3),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="microseconds"),
             versions={tool: version(tool) for tool in TOOLS},
         )
         atomic_write(files, f"{root}/{RECORD}", record.model_dump_json(indent=1).encode())
@@ -238,6 +243,17 @@ class Store:
         """Whether it is a folder, which can be held by ``lock``."""
         return isinstance(self._opened[0], fs.LocalFileSystem)
 
+    @property
+    def path(self) -> str:
+        """On its file system."""
+        return self._opened[1]
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is such a folder, or anything below such a URI."""
+        files, path = self._opened
+        return bool(files.get_file_info(path).type == fs.FileType.Directory)
+
     def _uri(self, recipe: str, stage: str, fingerprint: str) -> str:
         return join_uri(self.uri, artifact_id(recipe, stage, fingerprint))
 
@@ -264,21 +280,40 @@ class Store:
             raise InputError(f"{uri}: cannot be written: {error}; expected a store you may write to") from None
         return ArtifactWriter(uri, recipe, stage, fingerprint, config, parents)
 
+    def delete(self, artifact: Artifact) -> None:
+        """Delete an artifact: its record first, so that there is never half of one.
+
+        Raises:
+            InputError: it may not be deleted.
+        """
+        files, path = filesystem(artifact.uri)
+        try:
+            files.delete_file(f"{path}/{RECORD}")
+            files.delete_dir(path)
+        except OSError as error:
+            raise InputError(f"{artifact.uri}: cannot be deleted: {error}") from None
+
     def artifacts(self) -> list[Artifact]:
         """Every finished artifact, oldest first; a warning for each whose record cannot be read."""
-        readable, unreadable = self._read_all()
+        readable, unreadable = self.read_all()
         for error in unreadable.values():
             logger.warning("%s", error)
         return readable
 
     def get(self, name: str) -> Artifact:
-        """The artifact with this id (``stdlib-lm/train-1a2b3c4d``), or part of one that only one has.
+        """The artifact with this id (``stdlib-lm/train-1a2b3c4d``), the newest of a recipe's stage
+        (``stdlib-lm/train``), or the one whose id has this in it.
 
         Raises:
-            InputError: none or several match, or the record of the one that matches cannot be read.
+            InputError: there is no such store; none or several match; or the record of the one that matches cannot be
+                read.
         """
-        readable, unreadable = self._read_all()
-        matches = [a for a in readable if a.id == name] or [a for a in readable if name in a.id]
+        if not self.exists:
+            raise InputError(f"{name}: {self.uri} is no store; expected the folder or URI that runs wrote to: --store")
+        readable, unreadable = self.read_all()
+        matches = [a for a in readable if a.id == name]
+        matches = matches or [a for a in readable if name == f"{a.record.recipe}/{a.record.stage}"][-1:]
+        matches = matches or [a for a in readable if name in a.id]
         refused = [error for id, error in unreadable.items() if name in id]
         if refused and not matches:
             raise refused[0]
@@ -291,7 +326,7 @@ class Store:
             raise InputError(f"{name}: found {found} in {self.uri}{near}; expected one artifact, see `overproof ls`")
         return matches[0]
 
-    def _read_all(self) -> tuple[list[Artifact], dict[str, InputError]]:
+    def read_all(self) -> tuple[list[Artifact], dict[str, InputError]]:
         """The artifacts, oldest first; and of those whose record cannot be read, by their place, why."""
         files, root = self._opened
         selector = fs.FileSelector(root, recursive=True, allow_not_found=True)

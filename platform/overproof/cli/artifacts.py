@@ -17,7 +17,7 @@ from overproof.console import out
 from overproof.errors import InputError
 from overproof.files import read_json
 from overproof.registry import TASKS
-from overproof.units import format_bytes
+from overproof.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from overproof.evaluate.gate import Verdict
@@ -27,29 +27,30 @@ if TYPE_CHECKING:
     from overproof.tasks.base import Metric
 
 
-def list_artifacts(store: str) -> int:
-    """List every artifact of a store, oldest first."""
-    table = Table("artifact", "created (UTC)", "seconds", "MB", box=None, pad_edge=False)
-    for artifact in Store(store).artifacts():
-        record = artifact.record
-        size = sum(f.size_bytes for f in record.files.values())
-        table.add_row(artifact.id, record.created[:19], f"{record.seconds:.1f}", f"{size / 1e6:.2f}")
-    out.print(table)
-    return 0
-
-
-def show_artifact(store: str, name: str) -> int:
-    """Print one artifact's record, and its parents back to the shards.
+def show_artifact(store: str, name: str, as_json: bool) -> int:
+    """Print what an artifact is, and its parents back to the shards; or its record, for programs.
 
     Raises:
         InputError: there is no such artifact, or its record cannot be read.
     """
     record = read_record(name) if Path(name).is_dir() else None
     artifact = Artifact(name, record) if record else Store(store).get(name)
-    out.print_json(artifact.record.model_dump_json())
-    out.print(artifact.id)
+    if as_json:
+        print(artifact.record.model_dump_json(indent=1))
+        return 0
+    made = artifact.record
+    out.print(artifact.id, markup=False)
     for line in _lineage(Store(store), artifact, depth=1, shown=set()):
         out.print(line, markup=False)
+    took = f"took {format_seconds(made.seconds)}"
+    out.print(f"made     {made.created[:19]} UTC, {took}, {format_bytes(artifact.size_bytes)}", markup=False)
+    out.print(f"place    {artifact.uri}", markup=False)
+    for title, values in (("figures", made.metrics), ("versions", made.versions)):
+        told = " · ".join(f"{key} {value}" for key, value in values.items() if isinstance(value, int | float | str))
+        out.print(f"{title:<8} {told}", markup=False)
+    for name, entry in made.files.items():
+        out.print(f"file     {name}  {format_bytes(entry.size_bytes)}  sha256 {entry.sha256[:12]}", markup=False)
+    out.print("the whole record: --json", markup=False)
     return 0
 
 
