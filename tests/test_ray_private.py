@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import ray
 from ray.util.placement_group import placement_group, placement_group_table
 
 from overproof.cluster import ray_private
+from overproof.serve.net import free_port
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have the tests
 pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+WAIT_S = 5.0
 
 
 class OneOfThese:
@@ -31,6 +37,46 @@ class OneOfThese:
 def node_ids() -> set[str]:
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     return {node["NodeID"] for node in nodes if node["Alive"]}
+
+
+HEAD = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+def test_why_a_cluster_does_not_answer_is_told_at_once(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ray_private.why_no_answer(ray_cluster, WAIT_S) is None
+    assert ray_private.why_no_answer(f"127.0.0.1:{free_port('127.0.0.1', 0)}", WAIT_S) == "nothing answers there"
+    (tmp_path / "token").write_text("0123456789abcdef" * 2)
+    settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    command = [sys.executable, "-c", HEAD]
+    with subprocess.Popen(
+        command, env=os.environ | settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as head:
+        assert head.stdout is not None
+        address = head.stdout.readline().strip()
+        told = "it asks for a token, and RAY_AUTH_MODE is not token"
+        assert ray_private.why_no_answer(address, WAIT_S) == told
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        asked = [sys.executable, "-m", "overproof.cli.main", "deployments"]
+        nobody, wrong = {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}, {"RAY_AUTH_TOKEN": "f" * 32}
+        for environment, why in (
+            ({}, told),
+            (nobody, "it asks for a token, and there is none"),
+            (settings | wrong, "the token is not its own"),
+            (settings, "nothing is served on this cluster"),
+        ):
+            done = subprocess.run(asked, env=os.environ | environment, capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+            assert why in done.stderr
+        head.communicate()
 
 
 def test_what_is_free_is_told_for_each_node() -> None:

@@ -57,10 +57,14 @@ def serve_until_stopped(package: str, store: str, overrides: tuple[str, ...]) ->
 def _serve(package: str, settings: Serve, keep: bool) -> None:
     from overproof.serve import server
 
+    planned = None
+    if not ray_cluster.is_remote():  # on a cluster that runs a server may, which takes the package in
+        with waiting("checking the package"):
+            planned = server.plan_server({package: settings}, settings)
     with waiting("connecting to Ray"):
         ray_cluster.connect()
     with waiting("starting replicas"):
-        base = server.start_serving(package, settings)
+        base = server.start_planned(planned) if planned else server.start_serving(package, settings)
     try:
         try:
             send_example(base, settings)

@@ -26,6 +26,7 @@ LONGEST_SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_stor
 LOCAL_MIN_CPUS = 4  # logical: workers and readers share the cores of a small machine
 OBJECT_STORE_BYTES = 1 << 30
 POLL_S = 0.2
+ANSWER_TIMEOUT_S = 5.0  # of a cluster's head
 FILE_CHECK_TIMEOUT_S = 60
 NOTICE_EVERY_S = 4.0  # while another job is waited for
 HEARTBEAT_S = 1.0  # at most between two calls of ``on_wait``
@@ -55,10 +56,7 @@ def connect() -> Capacity:
     import ray
 
     if not ray.is_initialized() and is_remote():
-        try:
-            ray.init(runtime_env={"py_modules": [str(Path(__file__).parents[1])]}, log_to_driver=False)
-        except (ConnectionError, RuntimeError) as error:
-            raise InputError(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}: {error}") from None
+        _attach(runtime_env={"py_modules": [str(Path(__file__).parents[1])]}, logging_level=logging.WARNING)
     elif not ray.is_initialized():
         # On one machine the token that Ray makes is of no interest to a user.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
@@ -75,6 +73,28 @@ def connect() -> Capacity:
                 logging_level=logging.WARNING,
             )
     return _attached_capacity()
+
+
+def _attach(**options: Any) -> Any:
+    """Attach to the cluster that RAY_ADDRESS names.
+
+    Raises:
+        InputError: it does not answer, or not to this process.
+    """
+    import ray
+
+    from overproof.cluster import ray_private
+
+    named = f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}"
+    why = ray_private.why_no_answer(os.environ["RAY_ADDRESS"], ANSWER_TIMEOUT_S)
+    if why is not None:
+        token = "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN with the token of its head"
+        todo = token if "token" in why else "the address of a running cluster's head, such as auto or HOST:6379"
+        raise InputError(f"{named}: {why}; expected {todo}")
+    try:
+        return ray.init(log_to_driver=False, **options)
+    except (ConnectionError, RuntimeError) as error:
+        raise InputError(f"{named}: {error}") from None
 
 
 def _ray_temp_dir() -> str | None:
@@ -101,10 +121,7 @@ def dashboard_url() -> str | None:
         return None
     import ray
 
-    try:
-        url: str | None = ray.init(log_to_driver=False, logging_level=logging.ERROR).dashboard_url
-    except (ConnectionError, RuntimeError) as error:
-        raise InputError(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}: {error}") from None
+    url: str | None = _attach(logging_level=logging.ERROR).dashboard_url
     ray.shutdown()
     return f"http://{url}" if url else None
 

@@ -1,8 +1,8 @@
 """The parts of Ray core's private API that are used, in one place, as any release of Ray may move them.
 
-Its public API does not say what an autoscaler may add, which nodes are drained, what is free on each node, where an
-actor's process is, or whose a placement group is; it keeps no small values, and starts one node on a machine.
-tests/test_ray_private.py holds every function to what it is used for.
+Its public API does not say why a cluster does not answer, what an autoscaler may add, which nodes are drained, what is
+free on each node, where an actor's process is, or whose a placement group is; it keeps no small values, and starts one
+node on a machine. tests/test_ray_private.py holds every function to what it is used for.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 import ray
-from ray._private import ray_constants
+from ray._private import grpc_utils, ray_constants, services
+from ray._private.authentication import authentication_utils
 from ray._private.state import actors, available_resources_per_node, state
 from ray.cluster_utils import Cluster
-from ray.core.generated import gcs_pb2
+from ray.core.generated import gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
+from ray.exceptions import AuthenticationError
 from ray.experimental import internal_kv
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
@@ -40,6 +43,33 @@ class ActorProcess:
 
     pid: int
     node_id: str
+
+
+def why_no_answer(address: str, timeout_s: float) -> str | None:
+    """Why the head of a cluster does not answer this process, in words; None where it does. ``address`` is as in
+    RAY_ADDRESS.
+
+    Private, for ``ray.init`` asks for twenty seconds with a token that is wrong, for forty where nothing listens, and
+    then tells to stop Ray.
+    """
+    if "://" in address:
+        return None  # of Ray's client, which asks by itself
+    found = services.canonicalize_bootstrap_address(address)
+    if found is None:
+        return "no cluster runs on this machine"
+    try:
+        with grpc_utils.init_grpc_channel(found) as channel:
+            head: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)  # type: ignore[no-untyped-call]
+            asked = gcs_service_pb2.GetClusterIdRequest()  # type: ignore[attr-defined]
+            head.GetClusterId(asked, timeout=timeout_s)
+    except AuthenticationError:
+        return "it asks for a token, and there is none"
+    except grpc.RpcError as error:
+        if error.code() != grpc.StatusCode.UNAUTHENTICATED:
+            return "nothing answers there"
+        given = authentication_utils.is_token_auth_enabled()
+        return "the token is not its own" if given else "it asks for a token, and RAY_AUTH_MODE is not token"
+    return None
 
 
 def autoscaler_groups() -> list[NodeGroup]:

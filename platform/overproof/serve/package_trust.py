@@ -40,7 +40,8 @@ def read_trusted_keys(settings: Serve) -> Serve:
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if folder else [path]
         texts = [file.read_text(encoding="utf-8") for file in files]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"serve.trust.keys: {path}: {error}; expected public keys in PEM") from None
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"serve.trust.keys: {path}: {why}; expected public keys in PEM") from None
     if not files:
         raise InputError(f"serve.trust.keys: {path}: no file there ends in {' or '.join(SUFFIXES)}")
     found = [read_public_keys(text, f"serve.trust.keys: {file}") for file, text in zip(files, texts, strict=True)]

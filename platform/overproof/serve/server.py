@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from overproof.serve.controller_handle import (
     kill_controller,
     wait_for_controller,
 )
-from overproof.serve.middleware import load_access
+from overproof.serve.middleware import Access, load_access
 from overproof.serve.net import base_url, free_port, tls_trust
 from overproof.serve.package_trust import read_trusted_keys, tell_unsigned
 
@@ -50,8 +51,17 @@ def start_serving(package: Path | str, settings: Serve) -> str:
     return start_gateway({str(package): settings}, settings)
 
 
-def start_gateway(packages: Mapping[str, Serve], settings: Serve) -> str:
-    """Start the gateway and the controller with these packages and what the deployments file names; give the base URL.
+@dataclass(frozen=True)
+class PlannedServer:
+    """A server that may start: its packages are verified, its keys, certificate and port were looked at."""
+
+    packages: Mapping[str, Serve]
+    settings: Serve  # with the port that it takes
+    access: Access
+
+
+def plan_server(packages: Mapping[str, Serve], settings: Serve) -> PlannedServer:
+    """Look at all that starting would refuse. Needs no cluster.
 
     Raises:
         InputError: as ``start_serving``.
@@ -60,8 +70,22 @@ def start_gateway(packages: Mapping[str, Serve], settings: Serve) -> str:
     require_keys(settings, access)
     tls_trust(settings)
     settings = settings.model_copy(update={"port": free_port(settings.host, settings.port)})
-    settings = resolve_settings(packages, settings)
-    application = gateway_application(packages, settings, access)
+    return PlannedServer(packages, resolve_settings(packages, settings), access)
+
+
+def start_gateway(packages: Mapping[str, Serve], settings: Serve) -> str:
+    """Start the gateway and the controller with these packages and what the deployments file names; give the base URL.
+
+    Raises:
+        InputError: as ``start_serving``.
+    """
+    return start_planned(plan_server(packages, settings))
+
+
+def start_planned(planned: PlannedServer) -> str:
+    """Start a server on the connected cluster, and give its base URL once it answers."""
+    packages, settings = planned.packages, planned.settings
+    application = gateway_application(packages, settings, planned.access)
     LOG.setLevel(logging.WARNING)
     ray_serve.start_serve()
     try:
