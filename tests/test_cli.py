@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from finished import RECIPES, Run
-from overproof.cli.main import STAGE_VERBS, main
+from overproof.cli.main import EXAMPLES, STAGE_VERBS, main, parse_arguments
 from overproof.config import load_recipe
 from overproof.pipeline import STAGES, stages_of
 
@@ -21,33 +22,34 @@ CHOICES = {
     "--help", "--data", "--task", "--max-mb", "--max-p95-ms", "--keep", "--finetune", "--max-minutes", "--label",
     "--text", "--image", "--pattern", "--image-size", "--name", "--out", "--set",
 }  # fmt: skip
+RECIPE = {"--help", "--help-fields", "--set"}
 FLAGS = {
     "shrink": CHOICES,
     "init": CHOICES,
-    "demo": {"--help", "--set", "--keep"},
-    "run": {"--help", "--set", "--until"},
-    "plan": {"--help", "--set", "--cluster", "--tokens-per-s", "--rows-per-s"},
+    "demo": RECIPE | {"--keep"},
+    "run": RECIPE | {"--until"},
+    "plan": RECIPE | {"--cluster", "--tokens-per-s", "--rows-per-s"},
     "dashboard": {"--help", "--set", "--store", "--port"},
-    "pick": {"--help", "--set", "--max-mb", "--max-p50-ms", "--max-p95-ms", "--max-resident-mb", "--min-quality"},
+    "pick": RECIPE | {"--max-mb", "--max-p50-ms", "--max-p95-ms", "--max-resident-mb", "--min-quality"},
     "ls": {"--help", "--store"},
     "rm": {"--help", "--store"},
     "gc": {"--help", "--store", "--yes"},
     "export": {"--help", "--store"},
     "import": {"--help", "--store"},
     "show": {"--help", "--store", "--json"},
-    "serve": {"--help", "--set", "--store"},
+    "serve": RECIPE | {"--store"},
     "schema": {"--help", "--text"},
     "signing-key": {"--help"},
     "sign": {"--help", "--key", "--store"},
     "verify": {"--help", "--keys", "--policy", "--store"},
-    **{stage: {"--help", "--set"} for stage in STAGE_VERBS},
-    "report": {"--help", "--set", "--store", "--out"},
+    **dict.fromkeys(STAGE_VERBS, RECIPE),
+    "report": RECIPE | {"--store", "--out"},
 }
 
 
-def _help(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+def _help(capsys: pytest.CaptureFixture[str], *argv: str, flag: str = "--help") -> str:
     with pytest.raises(SystemExit) as ended:
-        main([*argv, "--help"])
+        main([*argv, flag])
     assert ended.value.code == 0
     return capsys.readouterr().out
 
@@ -57,12 +59,20 @@ def test_every_stage_is_a_verb_and_the_flags_are_pinned(capsys: pytest.CaptureFi
     top = _help(capsys)
     for verb, flags in FLAGS.items():
         assert re.search(rf"^    {verb}\s", top, re.MULTILINE)
-        usage = _help(capsys, verb).split("recipe fields")[0]
+        usage = _help(capsys, verb).split("\nexamples:")[0]
         assert set(re.findall(r"--[a-z0-9-]+", usage)) == flags, verb
 
 
+def test_examples_parse() -> None:
+    """What --help shows can be typed."""
+    for verb, lines in EXAMPLES.items():
+        for line in lines:
+            assert parse_arguments(shlex.split(line.partition("    ")[0])).verb == verb
+
+
 def test_a_stage_explains_its_part_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    text = _help(capsys, "train")
+    assert "train.zero_stage" not in _help(capsys, "train")
+    text = _help(capsys, "train", flag="--help-fields")
     assert "train.zero_stage" in text
     assert "0 | 1 | 2 | 3 = 2" in text
     assert "sweep.students" not in text

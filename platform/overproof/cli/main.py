@@ -35,6 +35,48 @@ STAGE_VERBS = {
 }
 
 
+EXAMPLES = {
+    "shrink": (
+        "shrink MODEL --data texts/ --max-mb 100 --keep 0.95     a Hugging Face directory, and a folder of text",
+        "shrink --data table.csv --label price --max-mb 0.5      no model: a teacher is trained",
+    ),
+    "run": (
+        "run jobs/recipes/digits.yaml",
+        "run jobs/recipes/digits.yaml --set train.steps=200      change a field, and what follows from it",
+        "run jobs/recipes/digits.yaml --until sweep              the later stages another time",
+    ),
+    "plan": (
+        "plan jobs/recipes/digits.yaml",
+        "plan jobs/recipes/stdlib-lm.yaml --cluster cluster.yaml --tokens-per-s 20000",
+    ),
+    "pick": (
+        "pick jobs/recipes/digits.yaml --max-mb 0.1 --max-p95-ms 5",
+        "pick jobs/recipes/digits.yaml --min-quality 0.95",
+    ),
+    "show": ("show digits/package     the newest", "show digits/train-1a2b3c4d --json"),
+    "gc": ("gc                      what may go, and its size", "gc --yes                delete it"),
+    "export": ("export digits/package digits.tar",),
+    "import": ("import digits.tar --store /shared/store",),
+    "serve": (
+        "serve digits/package --set port=8001",
+        "serve digits/package --set host=0.0.0.0 --set trust.keys=team.pub",
+    ),
+    "deploy": ("deploy digits/package", "deploy digits/package --canary --set canary.share=0.1"),
+}
+
+
+class _FieldsHelp(argparse.Action):
+    """Prints the recipe fields of a section, and exits."""
+
+    def __init__(self, section: str, **options: Any) -> None:
+        super().__init__(nargs=0, default=argparse.SUPPRESS, **options)
+        self._section = section
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(schema_docs.describe_fields(self._section))
+        parser.exit()
+
+
 class _WarningLines(logging.Handler):
     """Warnings of the package, each on a line of standard error."""
 
@@ -70,21 +112,25 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         SystemExit: help was asked for, or an option is unknown or malformed.
     """
     parser = argparse.ArgumentParser(prog="overproof", description="From sharded data to a small model you can trust.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    names = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def add(name: str, run: Run, text: str, section: str | None = None) -> argparse.ArgumentParser:
-        fields = None if section is None else f"recipe fields (--set a.b=c):\n{schema_docs.describe_fields(section)}"
-        added = verbs.add_parser(name, help=text, description=text, epilog=fields,
+        examples = "".join(f"\n  overproof {line}" for line in EXAMPLES.get(name, ()))
+        added = names.add_parser(name, help=text, description=text, epilog=examples and f"examples:{examples}",
                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
         added.set_defaults(run=run)
+        if section is not None:
+            added.add_argument(
+                "--help-fields", action=_FieldsHelp, section=section, help="list what --set takes, and exit"
+            )
         return added
 
     _add_shrink_verbs(add)
     _add_recipe_verbs(add)
     _add_store_verbs(add)
     _add_serving_verbs(add)
-    if argv and not argv[0].startswith("-") and argv[0] not in verbs.choices:
-        near = suggest_name(argv[0], verbs.choices)
+    if argv and not argv[0].startswith("-") and argv[0] not in names.choices:
+        near = suggest_name(argv[0], names.choices)
         raise InputError(f"{argv[0]}: no such verb{near}; expected one that `overproof --help` lists")
     return parser.parse_args(argv)
 

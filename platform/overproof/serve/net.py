@@ -72,8 +72,8 @@ def tls_trust(settings: Serve) -> ssl.SSLContext | bool:
         tls_context(settings)
         context = ssl.create_default_context(cafile=settings.tls_certificate)
     except OSError as error:  # an ssl.SSLError is one
-        files = f"{settings.tls_certificate}, {settings.tls_key}"
-        raise InputError(f"serve.tls_certificate, serve.tls_key: {files}: {error.strerror or error}; expected a pair in PEM") from None
+        files, why = f"{settings.tls_certificate}, {settings.tls_key}", error.strerror or error
+        raise InputError(f"serve.tls_certificate, serve.tls_key: {files}: {why}; expected a pair in PEM") from None
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # of a chain in the file its root is not
     return context
