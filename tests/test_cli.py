@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -162,3 +164,31 @@ def test_a_demo_whose_port_is_taken_ends_before_it_runs(tmp_path: Path, capsys: 
         assert main(["demo", DIGITS, "--set", f"store={tmp_path}", "--set", f"serve.port={port}"]) == 2
     assert f"cannot listen at 127.0.0.1:{port}" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+TERMINATED = """
+import os, signal, sys, time
+from overproof.cli import main as cli
+from overproof.cluster import ray_cluster
+
+def connect(_):
+    ray_cluster.connect()  # Ray takes SIGTERM for itself
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+cli.verbs.schema = connect
+sys.exit(cli.main(["schema"]))
+"""
+
+
+def test_sigterm_ends_a_command_like_ctrl_c_with_a_code_of_its_own(ray_cluster: str) -> None:
+    def ignore_sigint() -> None:  # as in what shells start in the background
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    for prepare in (None, ignore_sigint):
+        done = subprocess.run(
+            [sys.executable, "-c", TERMINATED], env=os.environ | {"RAY_ADDRESS": ray_cluster}, preexec_fn=prepare,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (143, "")
+        assert done.stderr == "overproof: stopped; finished stages stay, run the same command to go on\n"

@@ -23,13 +23,20 @@ from overproof.cli.main import main
 START_S = 90
 
 
+def ignore_sigint() -> None:
+    """As in what shells start in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @contextmanager
 def board(log: Path, *argv: str, **environment: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The running command and what it says."""
     inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "overproof.cli.main", "dashboard", *argv, "--port", "0"]
     with log.open("w") as said:
-        process = subprocess.Popen(command, env=inherited | environment, stdout=said, stderr=said)
+        process = subprocess.Popen(
+            command, env=inherited | environment, stdout=said, stderr=said, preexec_fn=ignore_sigint
+        )
     try:
         deadline = time.monotonic() + START_S
         while "until Ctrl-C" not in log.read_text():

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import threading
-from contextlib import suppress
 
 from pyarrow import fs
 
+from overproof.cli.termination import wait_for_signal
 from overproof.cluster import ray_cluster
 from overproof.console import out, waiting
 from overproof.errors import InputError
@@ -31,8 +30,7 @@ def dashboard(folder: str, port: int) -> int:
     ray_url = ray_cluster.dashboard_url() or "no cluster to look at: RAY_ADDRESS names none"
     out.print(f"Ray          {ray_url}", markup=False)
     out.print("until Ctrl-C")
-    with suppress(KeyboardInterrupt):
-        threading.Event().wait()
+    wait_for_signal()
     return 0
 
 

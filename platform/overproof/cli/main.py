@@ -1,4 +1,5 @@
-"""The command line. Exit codes: 0 done, 1 the gate refused or nothing fits, 2 bad input, 130 stopped with Ctrl-C."""
+"""The command line. Exit codes: 0 done, 1 the gate refused or nothing fits, 2 bad input, 130 stopped with Ctrl-C,
+143 with SIGTERM."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overproof.cli import verbs
+from overproof.cli.termination import sigterm_as_interrupt
 from overproof.config import schema_docs
 from overproof.errors import GateRefused, InputError, suggest_name
 
@@ -90,18 +92,19 @@ WARNINGS = _WarningLines(logging.WARNING)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
     logging.getLogger("overproof").addHandler(WARNINGS)
-    try:
-        options = parse_arguments(sys.argv[1:] if argv is None else argv)
-        return int(options.run(options))
-    except InputError as error:
-        print(f"overproof: {error}", file=sys.stderr)
-        return 2
-    except GateRefused as refused:
-        print(f"overproof: {refused}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("overproof: stopped; finished stages stay, run the same command to go on", file=sys.stderr)
-        return 130
+    with sigterm_as_interrupt() as interrupted:
+        try:
+            options = parse_arguments(sys.argv[1:] if argv is None else argv)
+            return int(options.run(options))
+        except InputError as error:
+            print(f"overproof: {error}", file=sys.stderr)
+            return 2
+        except GateRefused as refused:
+            print(f"overproof: {refused}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("overproof: stopped; finished stages stay, run the same command to go on", file=sys.stderr)
+            return interrupted()
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

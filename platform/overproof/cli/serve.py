@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
-import threading
 import urllib.request
 from typing import Any
 
@@ -15,6 +13,7 @@ from overproof import pipeline
 from overproof.cli import artifacts
 from overproof.cli.deploy import find_package
 from overproof.cli.recipe_arguments import RecipeArguments
+from overproof.cli.termination import wait_for_signal
 from overproof.cluster import ray_cluster
 from overproof.config import Recipe, Serve, parse_overrides
 from overproof.console import out, waiting
@@ -74,7 +73,7 @@ def _serve(package: str, settings: Serve, keep: bool) -> None:
             out.print(f"overproof: warning: {error}", markup=False)
         if keep:
             out.print(f"serving {package} at {base} until Ctrl-C")
-            _wait_for_signal()
+            wait_for_signal()
     finally:
         server.stop_serving()
 
@@ -141,10 +140,3 @@ def _auth() -> dict[str, str]:
 
     key = api_key()
     return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def _wait_for_signal() -> None:
-    ended = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: ended.set())
-    ended.wait()

@@ -62,7 +62,7 @@ def connect() -> Capacity:
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         from overproof.cluster import ray_private
 
-        with ray_private.on_loopback():
+        with ray_private.on_loopback(), _preserve_sigterm():
             ray.init(
                 address="local",  # not whatever else runs on this machine
                 _temp_dir=_ray_temp_dir(),
@@ -92,7 +92,8 @@ def _attach(**options: Any) -> Any:
         todo = token if "token" in why else "the address of a running cluster's head, such as auto or HOST:6379"
         raise InputError(f"{named}: {why}; expected {todo}")
     try:
-        return ray.init(log_to_driver=False, **options)
+        with _preserve_sigterm():
+            return ray.init(log_to_driver=False, **options)
     except (ConnectionError, RuntimeError) as error:
         raise InputError(f"{named}: {error}") from None
 
@@ -229,6 +230,17 @@ def cluster_lock(scope: str, resource: str, notify: Callable[[str], None]) -> It
         yield
     finally:
         ray.kill(holder)
+
+
+@contextmanager
+def _preserve_sigterm() -> Iterator[None]:
+    """Take SIGTERM back afterwards, where somebody had it: Ray keeps it for ever, and ends without a word."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
