@@ -29,7 +29,11 @@ def checked(*pieces: bytes) -> cleaning.DocumentCheck:
         (b" \n\t", cleaning.EMPTY),
         ("\u00a0".encode(), cleaning.EMPTY),
         (b"text \xc3", cleaning.UNDECODABLE),
-        (b"\xff\xfe", cleaning.UNDECODABLE),
+        ("caf\u00e9 cr\u00e8me".encode("latin-1"), cleaning.UNDECODABLE),
+        (b"\xff\xfe", cleaning.UTF_16),
+        ("plain".encode("utf-16"), cleaning.UTF_16),
+        ("plain".encode("utf-32"), cleaning.UTF_16),
+        (b"\xfe\xff" + "plain".encode("utf-16-be"), cleaning.UTF_16),
         ("a\ud800".encode("utf-8", "surrogatepass"), cleaning.UNDECODABLE),
     ],
 )
@@ -61,6 +65,18 @@ def test_the_order_of_the_documents_does_not_matter(found: list[tuple[str, bytes
     assert one.hashes_N.tolist() == other.hashes_N.tolist() == sorted(set(one.hashes_N))
     assert one.dropped == other.dropped
     assert len(one.hashes_N) + sum(one.dropped.values()) == len(found)
+
+
+def test_documents_of_other_encodings_are_named() -> None:
+    names = [f"{number}.txt" for number in range(6)]
+    faults = [cleaning.UNDECODABLE, "", cleaning.UTF_16, *[cleaning.UNDECODABLE] * 3]
+    kept = cleaning.select_documents(names, ["0" * 64] * 6, [4] * 6, faults)
+    assert kept.dropped == {"empty": 0, "undecodable": 4, "UTF-16": 1, "duplicate": 0}
+    assert kept.take(np.array([0]), {"near-copy": 1}).undecodable == kept.undecodable
+    assert [line.partition(";")[0] for line in kept.undecodable] == [
+        "left out, not UTF-8 (Latin-1 perhaps): 0.txt, 3.txt, 4.txt and 1 more",
+        "left out, in UTF-16 or UTF-32: 2.txt",
+    ]
 
 
 def test_of_exact_duplicates_the_first_name_stays() -> None:

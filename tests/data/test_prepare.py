@@ -62,8 +62,13 @@ def prepared(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tupl
     (corpus / "empty.txt").write_text(" \n")
     (corpus / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     (corpus / "zz-copy.txt").write_bytes((corpus / "003.txt").read_bytes())
-    given = context(text_recipe(tmp_path_factory.mktemp("store"), folder(corpus)))
+    told = list[ProgressEvent]()
+    recipe = text_recipe(tmp_path_factory.mktemp("store"), folder(corpus))
+    given = context(recipe, "whole", told.append)
     metrics = prepare(given)
+    notices = [event.text for event in told if isinstance(event, Notice)]
+    assert notices[0].startswith("left out, not UTF-8 (Latin-1 perhaps): latin.txt; ")
+    assert notices[-1] == "kept 40 documents; left out: 1 empty, 1 undecodable, 1 duplicate"
     return corpus, Path(given.draft.uri), metrics
 
 

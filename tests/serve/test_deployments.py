@@ -17,7 +17,7 @@ from overproof.errors import InputError
 from overproof.evaluate.metrics import wilson_interval
 from overproof.files import join_uri
 from overproof.serve import controller, version_loader
-from overproof.serve.canary import VersionStats, rollback_reason
+from overproof.serve.canary import VersionStats, describe_evidence, rollback_reason, too_little
 from overproof.serve.controller import Controller, describe_version
 from overproof.serve.deployments import (
     Deployments,
@@ -127,6 +127,23 @@ def test_a_candidate_is_rolled_back_for_what_is_known_and_not_for_chance() -> No
     for count, of in ((0, 50), (10, 60), (60, 60)):
         known = binomtest(count, of).proportion_ci(method="wilson")
         assert wilson_interval(count, of, 0.95) == pytest.approx((known.low, known.high), abs=1e-4)
+
+
+def test_what_is_known_of_a_candidate_is_told_before_it_is_promoted() -> None:
+    limits, stats = Canary(min_requests=50, max_failed=0.01, max_slowdown=1.5, min_agreement=0.5), VersionStats()
+    ends = "Taken back from 50 of each on: above 1 % failed, below 50 % agreement, more than 1.5 times as slow"
+    assert describe_evidence(limits, stats) == f"0 of 0 requests failed; not compared yet; no pair of times yet. {ends}"
+    assert too_little(limits, stats) == ("0 requests", "0 comparisons")
+    stats = VersionStats(requests=60, failed=3)
+    assert too_little(limits, stats) == ("0 comparisons",)
+    for agree in [True] * 40 + [False] * 10:
+        stats.compare(TimedAnswer("", 0.16, 16), TimedAnswer("", 0.32, 16), agree)
+    assert describe_evidence(limits, stats) == (
+        "3 of 60 (1.7 to 13.7 %) requests failed; agrees in 40 of 50 (67.0 to 88.8 %) comparisons; 20 ms a token or "
+        "row, "
+        f"the other 10 ms (50 pairs). {ends}"
+    )
+    assert too_little(limits, stats) == ()
 
 
 def test_speed_is_judged_a_token_in_pairs_that_were_asked_the_same() -> None:

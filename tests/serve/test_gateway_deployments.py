@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +60,10 @@ def load(base: str, clients: int = 2, **body: Any) -> Iterator[list[tuple[int, s
             thread.join()
 
 
+def shows(url: str, pattern: str) -> bool:
+    return re.search(pattern, httpx.get(url, timeout=WAIT_S, trust_env=False).text) is not None
+
+
 def overproof(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
     code = main(words)
     output = capsys.readouterr()
@@ -83,7 +88,7 @@ def test_a_canary_is_promoted_and_rolled_back_under_load(
     assert (code, "no passing verdict" in output) == (2, True), output
 
     with load(base) as seen:
-        loose = ["--set", "canary.share=0.5", "--set", "canary.max_slowdown=100", "--set", "canary.min_agreement=0"]
+        loose = ["--set", "canary.share=0.5", "--set", "canary.min_requests=100000"]
         sizes = ["--set", "cpus_per_replica=0.2", "--set", "max_replicas=1", "--set", "slots=1"]
         code, output = overproof(capsys, "deploy", str(second_package), "--canary", *loose, *sizes)
         assert code == 0, output
@@ -91,6 +96,15 @@ def test_a_canary_is_promoted_and_rolled_back_under_load(
         wait_until(lambda: len(seen) > count + 30)
         assert {package for _, package in seen[count:]} == {one, two}
         code, output = overproof(capsys, "promote", "stdlib-lm")
+        assert (code, "too few to go by; wait, or promote it all the same: --yes" in output) == (2, True), output
+        assert f"stdlib-lm: {two} is tried for " in output
+        code, output = overproof(capsys, "deployments")
+        assert re.search(
+            rf"{two} is tried for \d+ s: 0 of \d+ .* requests failed; .*Taken back from 100000 of each", output
+        )
+        page = httpx.get(f"{base}/metrics", timeout=WAIT_S, trust_env=False).text
+        assert re.search(rf'ray_overproof_judged_requests_total{{.*failed="false".*package="{two}"', page), page
+        code, output = overproof(capsys, "promote", "stdlib-lm", "--yes")
         assert (code, two in output) == (0, True), output
         count = len(seen) + 2  # two are on their way
         wait_until(lambda: len(seen) > count + 20)

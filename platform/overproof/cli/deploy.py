@@ -5,7 +5,10 @@ from __future__ import annotations
 import getpass
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -15,6 +18,11 @@ from overproof.config import Serve, parse_overrides
 from overproof.console import out, waiting
 from overproof.errors import InputError
 from overproof.files import join_uri
+from overproof.units import format_seconds
+
+if TYPE_CHECKING:
+    from overproof.serve.canary import VersionStats
+    from overproof.serve.deployments import Version
 
 PLACES = ("stable", "canary", "shadow")
 
@@ -51,11 +59,24 @@ def deploy(package: str, store: str, overrides: Sequence[str], place: str) -> in
     return 0
 
 
-def promote(model: str) -> int:
-    """Let the version that is tried answer."""
+def promote(model: str, yes: bool) -> int:
+    """Let the version that is tried answer, once what is known of it was said.
+
+    Raises:
+        InputError: no version is tried, or too little is known of it and nobody said ``--yes``.
+    """
     _connect()
     from overproof.serve import server
+    from overproof.serve.canary import too_little
 
+    for tried in _tried():
+        if tried.model == model:
+            out.print(tried.line, markup=False)
+            few = too_little(tried.version.settings.canary, tried.stats)
+            if few and not yes:
+                raise InputError(
+                    f"{model}: {' and '.join(few)} are too few to go by; wait, or promote it all the same: --yes"
+                )
     out.print(f"{server.call_controller('promote', model, current_user())} answers for {model}")
     return 0
 
@@ -85,7 +106,7 @@ def print_deployments(file: str | None) -> int:
     """Print who serves what, and every change; of a file, also where nothing runs."""
     from overproof.serve.deployments import read_deployments
 
-    counts: dict[str, int] = {}
+    counts, tried = dict[str, int](), list[_Tried]()
     if file is not None:
         book = read_deployments(file)
     else:
@@ -95,6 +116,7 @@ def print_deployments(file: str | None) -> int:
 
         book = server.call_controller("deployments")
         counts = {version.package: count_replicas(version.package) for version in book.versions}
+        tried = _tried()
     live = Table("model", "place", "package", "replicas", box=None, pad_edge=False)
     for name, line in book.models.items():
         for place in PLACES:
@@ -105,8 +127,38 @@ def print_deployments(file: str | None) -> int:
     for event in book.events:
         events.add_row(event.time[:19], event.user, event.change, event.package, event.reason)
     out.print(live)
+    for each in tried:
+        out.print(each.line, markup=False)
     out.print(events)
     return 0
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A version that is tried on the running cluster, and what was measured of it."""
+
+    model: str
+    version: Version
+    stats: VersionStats
+    line: str
+
+
+def _tried() -> list[_Tried]:
+    from overproof.serve import server
+    from overproof.serve.canary import VersionStats, describe_evidence
+
+    book, measured = server.call_controller("deployments"), server.call_controller("stats")
+    found = []
+    for name, deployment in book.models.items():
+        version = deployment.candidate
+        if version is not None:
+            stats = measured.get(version.package, VersionStats())
+            began = max(event.time for event in book.events if event.package == version.package)
+            since_s = (datetime.now(UTC) - datetime.fromisoformat(began)).total_seconds()
+            told = describe_evidence(version.settings.canary, stats)
+            line = f"{name}: {version.package} is tried for {format_seconds(since_s)}: {told}"
+            found.append(_Tried(name, version, stats, line))
+    return found
 
 
 def find_package(package: str, store: str) -> str:

@@ -250,6 +250,7 @@ def _add_serving_verbs(add: Add) -> None:
     promote = add("promote", verbs.promote, "let the version that is tried answer")
     roll_back = add("rollback", verbs.roll_back, "take back what is tried, or return to the version before")
     undeploy = add("undeploy", verbs.undeploy, "serve a model no longer")
+    promote.add_argument("--yes", action="store_true", help="also where little is known of it")
     for each in (promote, roll_back, undeploy):
         each.add_argument("model", help="as `overproof deployments` names it")
     roll_back.add_argument("--reason", default="", help="why, for the record")

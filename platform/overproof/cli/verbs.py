@@ -183,7 +183,7 @@ def deploy(options: argparse.Namespace) -> int:
 def promote(options: argparse.Namespace) -> int:
     from overproof.cli import deploy
 
-    return deploy.promote(options.model)
+    return deploy.promote(options.model, options.yes)
 
 
 def roll_back(options: argparse.Namespace) -> int:

@@ -15,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 EMPTY = "empty"
-UNDECODABLE = "undecodable"
+UNDECODABLE = "undecodable"  # as UTF-8
+UTF_16 = "UTF-16"  # or UTF-32, by the mark that such a text begins with
 NUL_LINES = "lines of NULs"  # which are left out of their documents
 DUPLICATE = "duplicate"
 REASONS = (EMPTY, UNDECODABLE, DUPLICATE)
+SHOWN_NAMES = 3  # of documents that were left out for their encoding
 
 Strings = Sequence[str] | NDArray[Any]
 
@@ -33,9 +35,11 @@ class DocumentCheck:
         self._hash = hashlib.sha256()
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._decodable, self._blank = True, True
+        self._first = b""
 
     def update(self, content: bytes) -> None:
         """Take the next bytes of the document."""
+        self._first = (self._first + content[:2])[:2]
         self.size_bytes += len(content)
         self._hash.update(content)
         self._decode(content, final=False)
@@ -46,10 +50,12 @@ class DocumentCheck:
         return self._hash.hexdigest()
 
     def finish(self) -> str:
-        """Why the whole document cannot be used: ``empty`` (white space alone), ``undecodable`` as UTF-8, or ``""``."""
+        """Why the whole document cannot be used: ``empty`` (white space alone), ``undecodable`` as UTF-8 or ``UTF-16``;
+        else ``""``.
+        """
         self._decode(b"", final=True)
         if not self._decodable:
-            return UNDECODABLE
+            return UTF_16 if self._first in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else UNDECODABLE
         return EMPTY if self._blank else ""
 
     def _decode(self, content: bytes, final: bool) -> None:
@@ -94,11 +100,12 @@ class SelectedDocuments:
     hashes_N: NDArray[Any]  # str
     sizes_N: NDArray[np.int64]  # bytes
     dropped: dict[str, int]
+    undecodable: tuple[str, ...] = ()  # lines about those of other encodings, with the first names
 
     def take(self, chosen: NDArray[np.int64], dropped: Mapping[str, int]) -> SelectedDocuments:
         """These of them; the others are left out for further reasons."""
         names, hashes, sizes = self.names_N[chosen], self.hashes_N[chosen], self.sizes_N[chosen]
-        return SelectedDocuments(names, hashes, sizes, {**self.dropped, **dropped})
+        return SelectedDocuments(names, hashes, sizes, {**self.dropped, **dropped}, self.undecodable)
 
 
 def select_documents(
@@ -116,6 +123,12 @@ def select_documents(
     dropped = {reason: int((faults == reason).sum()) for reason in REASONS}
     if any(nul_lines_N):
         dropped[NUL_LINES] = sum(nul_lines_N)
+    undecodable = []
+    for reason in (UNDECODABLE, UTF_16):
+        found = sorted(np.array(names_N, dtype=object)[faults == reason])
+        if found:
+            dropped[reason] = len(found)
+            undecodable.append(_describe_undecodable(reason, found))
     usable = np.flatnonzero(faults == "")
     names, hashes = (np.array(values, dtype=object)[usable] for values in (names_N, hashes_N))
     sizes = np.array(sizes_N, dtype=np.int64)[usable]
@@ -124,4 +137,11 @@ def select_documents(
     first = np.ones(len(hashes), bool)
     first[1:] = hashes[1:] != hashes[:-1]
     dropped[DUPLICATE] = int((~first).sum())
-    return SelectedDocuments(names[first], hashes[first], sizes[first], dropped)
+    return SelectedDocuments(names[first], hashes[first], sizes[first], dropped, tuple(undecodable))
+
+
+def _describe_undecodable(reason: str, names: Sequence[str]) -> str:
+    what = "not UTF-8 (Latin-1 perhaps)" if reason == UNDECODABLE else "in UTF-16 or UTF-32"
+    more = f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
+    shown = ", ".join(names[:SHOWN_NAMES])
+    return f"left out, {what}: {shown}{more}; `iconv -f ENCODING -t UTF-8` converts text"

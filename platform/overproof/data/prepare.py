@@ -74,6 +74,10 @@ def prepare(context: StageContext) -> dict[str, Any]:
     write_file(context.draft.uri, MANIFEST, manifest.model_dump_json(indent=1).encode())
     if manifest.near_duplicates and manifest.near_duplicates.documents:
         context.progress(Notice(manifest.near_duplicates.summary))
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in manifest.dropped.items() if count)
+    if left_out:
+        kept = sum(split.documents for split in manifest.splits.values())
+        context.progress(Notice(f"kept {kept:,} {TASKS[manifest.task].test_unit}s; left out: {left_out}"))
     return _metrics(manifest)
 
 
@@ -120,7 +124,7 @@ def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
         heartbeat.start_phase(0, f"reading {len(files)} files, {size_mb:,.1f} MB")
         pieces = _read(absolute_source(data.source), files, data.near_duplicates)
         documents = _select(pieces, data, reading)
-        for line in describe_skipped(reading.skipped):
+        for line in (*describe_skipped(reading.skipped), *documents.undecodable):
             context.progress(Notice(line))
         splits_N = cleaning.split_of(documents.hashes_N, data.validation_fraction, data.test_fraction)
         heartbeat.start_phase(0, f"near-copies, among {len(splits_N):,} documents")

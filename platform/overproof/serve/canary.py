@@ -44,6 +44,35 @@ class VersionStats:
             self.pairs.append((stable.seconds / stable.units, candidate.seconds / candidate.units))
 
 
+def describe_evidence(limits: Canary, tried: VersionStats) -> str:
+    """What was measured of a candidate, with intervals, and what would have it taken back."""
+    failed = _share(tried.failed, tried.requests)
+    agreed = f"agrees in {_share(tried.agreed, tried.compared)} comparisons" if tried.compared else "not compared yet"
+    speed = "no pair of times yet"
+    if tried.pairs:
+        stable_s, own_s = (1e3 * median(each) for each in zip(*tried.pairs, strict=True))
+        speed = f"{own_s:.3g} ms a token or row, the other {stable_s:.3g} ms ({len(tried.pairs)} pairs)"
+    return (
+        f"{failed} requests failed; {agreed}; {speed}. Taken back from {limits.min_requests} of each on: above "
+        f"{100 * limits.max_failed:g} % failed, below {100 * limits.min_agreement:g} % agreement, more than "
+        f"{limits.max_slowdown:g} times as slow"
+    )
+
+
+def _share(count: int, of: int) -> str:
+    """Such as ``3 of 60 (1.7 to 13.7 %)``."""
+    if not of:
+        return "0 of 0"
+    low, high = wilson_interval(count, of, CONFIDENCE)
+    return f"{count} of {of:,} ({100 * low:.1f} to {100 * high:.1f} %)"
+
+
+def too_little(limits: Canary, tried: VersionStats) -> tuple[str, ...]:
+    """Of what there is less than a judgement needs, in words; empty where there is enough."""
+    found = {"requests": tried.requests, "comparisons": tried.compared}
+    return tuple(f"{count} {what}" for what, count in found.items() if count < limits.min_requests)
+
+
 def rollback_reason(limits: Canary, candidate: VersionStats) -> str | None:
     """Why a candidate must be rolled back, None while it may stay.
 

@@ -154,10 +154,10 @@ class ModelRouter:
             self._in_background(self._compare(stable, canary, request))
 
     def on_complete(self, served: ServedModel, failed: bool) -> None:
-        stats = self._stats_of(served.model.overproof.package)  # which says that it is used
+        package = served.model.overproof.package
+        self._stats_of(package)  # which says that it is used
         if served.is_assigned:
-            stats.requests += 1
-            stats.failed += failed
+            self._count(package, failed)
 
     @property
     def _loaded(self) -> frozenset[str]:
@@ -193,6 +193,12 @@ class ModelRouter:
     def _stats_of(self, package: str) -> VersionStats:
         return self._stats.setdefault(package, VersionStats())
 
+    def _count(self, package: str, failed: bool) -> None:
+        stats = self._stats_of(package)
+        stats.requests += 1
+        stats.failed += failed
+        self._metrics.on_judged(package, failed)
+
     def _in_background(self, coroutine: Coroutine[None, None, None]) -> None:
         if len(self._shadow_tasks) >= MAX_SHADOW_REQUESTS:
             coroutine.close()
@@ -210,9 +216,7 @@ class ModelRouter:
         except Exception:
             failed = True
             LOG.exception("a shadow failed")
-        stats = self._stats_of(shadow.package)
-        stats.requests += 1
-        stats.failed += failed
+        self._count(shadow.package, failed)
         await self._compare(stable, shadow, request)
 
     async def _compare(self, stable: Version, candidate: Version, request: ShadowRequest) -> None:
@@ -222,6 +226,7 @@ class ModelRouter:
             )
             agree = request.agree(of_stable.answer, own.answer)
             self._stats_of(candidate.package).compare(of_stable, own, agree)
+            self._metrics.on_comparison(candidate.package, agree)
 
     async def _poll_forever(self) -> None:
         """Route by the controller's latest table, and report what was measured."""

@@ -31,6 +31,12 @@ class ServeMetrics:
         )
         self._replicas = Gauge("overproof_replicas", "Replicas that take requests.", ("package",))
         self._requests = Gauge("overproof_requests", "Requests that run, or wait for a replica.", ("package", "state"))
+        self._judged = Counter(
+            "overproof_judged_requests", "Requests by which a version is judged.", ("package", "failed")
+        )
+        self._compared = Counter(
+            "overproof_comparisons", "What a candidate was asked beside the stable version.", ("package", "agreed")
+        )
 
     def on_work(self, package: str, work: Work) -> None:
         """Count the tokens of a request."""
@@ -44,6 +50,14 @@ class ServeMetrics:
             self._replicas.set(load.replicas, {"package": package})
             self._requests.set(load.running, {"package": package, "state": "running"})
             self._requests.set(load.waiting, {"package": package, "state": "waiting"})
+
+    def on_judged(self, package: str, failed: bool) -> None:
+        """Count a request by which a version is judged."""
+        self._judged.inc(1, {"package": package, "failed": str(failed).lower()})
+
+    def on_comparison(self, package: str, agreed: bool) -> None:
+        """Count what a candidate and the stable version were asked at the same time."""
+        self._compared.inc(1, {"package": package, "agreed": str(agreed).lower()})
 
     def on_first_event(self, package: str, seconds: float) -> None:
         """Observe the seconds to the first event of a stream."""
