@@ -266,6 +266,6 @@ def _evaluate(recipe: Recipe, compressed: Path, folder: Path) -> None:
 def _gate(recipe: Recipe, done: dict[str, Artifact], folder: Path) -> None:
     report = Report.model_validate_json((done["evaluate"].local() / "report.json").read_bytes())
     verdict = judge(recipe.gate, report)
-    training = read_training(done["train"].local(), done["sweep"].local())
+    training = read_training(recipe, done["train"].local(), done["sweep"].local())
     (folder / "verdict.json").write_text(verdict.model_dump_json())
     (folder / "outcome.json").write_text(find_outcome(recipe, report, verdict, training).model_dump_json())

@@ -48,8 +48,8 @@ def test_gc_keeps_what_packages_and_the_newest_need(store: Store, capsys: pytest
     other = make(store, "train", "1", recipe="b")
     stays = {each.id for each in (data, packed, newest, package, last, other)}
     assert needed(store.artifacts()) == stays
-    assert needed(store.artifacts(), frozenset({beside.uri})) == stays | {beside.id, old.id}
-    assert needed(store.artifacts(), frozenset({old.id})) == stays | {old.id}
+    assert needed(store.artifacts(), {"b"}) == stays
+    assert needed(store.artifacts(), {"a"}) == stays | {beside.id, old.id}
 
     code, out, _ = overproof(capsys, "gc", "--store", store.uri)
     assert code == 0
@@ -63,6 +63,34 @@ def test_gc_keeps_what_packages_and_the_newest_need(store: Store, capsys: pytest
     assert {each.id for each in store.artifacts()} == stays
     assert not Path(beside.uri).exists()
     assert overproof(capsys, "gc", "--store", store.uri, "--yes")[1].startswith("nothing may go; 6 artifacts")
+
+
+def test_gc_keeps_all_of_a_recipe_that_is_unfinished(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    for digit in "12":
+        make(store, "train", digit)
+    (Path(store.uri) / "a/sweep.work").mkdir()
+    code, out, _ = overproof(capsys, "gc", "--store", store.uri, "--yes")
+    assert (code, len(store.artifacts())) == (0, 2)
+    assert "a: a stage of it is unfinished, so that all of it stays" in out
+
+
+def test_folders_above_stores_and_stores_without_a_lock_are_refused(
+    store: Store, tmp_path: Path, s3_uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make(store, "train", "1")
+    for words in (("gc",), ("gc", "--yes"), ("rm", made.id)):
+        code, _, err = overproof(capsys, *words, "--store", tmp_path)
+        assert code == 2
+        assert f"{made.uri}: lies elsewhere than a/train-11111111 in {tmp_path}; give its own store" in err
+    bucket = Store(s3_uri)
+    drafts = [bucket.new_writer("a", "train", digit * 64, None, {}) for digit in "12"]
+    old, new = (draft.commit({}, 1.0) for draft in drafts)
+    assert overproof(capsys, "gc", "--store", s3_uri)[1].endswith("--yes --unlocked\n")
+    for words in (("gc", "--yes"), ("rm", old.id)):
+        code, _, err = overproof(capsys, *words, "--store", s3_uri)
+        assert (code, "has no lock that would say whether a run is using it" in err) == (2, True)
+    assert overproof(capsys, "gc", "--yes", "--unlocked", "--store", s3_uri)[0] == 0
+    assert bucket.artifacts() == [new]
 
 
 def test_rm_refuses_what_others_follow_from_and_what_is_deployed(
@@ -159,7 +187,7 @@ def test_a_package_is_handed_on(
     for _ in range(2):  # what is there already is taken for done
         code, out, _ = overproof(capsys, "import", archive, "--store", store.uri)
         assert code == 0
-        assert f"serve it: overproof serve {name} (not signed)" in out
+        assert f"serve it: overproof serve {name} --store {store.uri}\nit is not signed" in out
     assert overproof(capsys, "verify", name, "--store", store.uri)[0] == 0
     (artifact,) = store.artifacts()
     artifact.verify()
@@ -216,6 +244,16 @@ def twice(new: tarfile.TarFile, member: tarfile.TarInfo, content: bytes) -> None
         add(new, member, content)
 
 
+def elsewhere(new: tarfile.TarFile, member: tarfile.TarInfo, content: bytes) -> None:
+    """A record and a package that agree on a place outside of the store."""
+    recipe = "../../elsewhere"
+    if member.name == RECORD:
+        content = of(recipe=recipe)(content)
+    elif member.name == "package.json":
+        content = of(id=f"{recipe}/package-{json.loads(content)['id'][-8:]}")(content)
+    add(new, member, content)
+
+
 def of(**fields: Any) -> Callable[[bytes], bytes]:
     return lambda content: json.dumps(json.loads(content) | fields).encode()
 
@@ -223,7 +261,7 @@ def of(**fields: Any) -> Callable[[bytes], bytes]:
 @pytest.mark.parametrize(
     "change",
     [
-        without(RECORD), without("package.json"), without("README.md"), linked, renamed("../README.md"),
+        elsewhere, without(RECORD), without("package.json"), without("README.md"), linked, renamed("../README.md"),
         renamed("/tmp/README.md"), renamed("a/README.md"), renamed(".."), renamed("another"), twice,
         edited("report.json", lambda content: content + b" "), edited("README.md", lambda content: content[:-1]),
         edited(RECORD, of(recipe="../../elsewhere")), edited(RECORD, of(stage="train")), edited(RECORD, lambda _: b"{"),

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 RECORD = "artifact.json"
 RECORD_FORMAT = 2  # goes up with what a record holds, and with what fingerprints are made of
+WORK = ".work"  # ends the name of a folder in which a stage has what it goes on from
 TOOLS = ("overproof", "ray", "deepspeed", "torch", "transformers", "pyarrow", "gguf", "xllamacpp", "onnxruntime")
 
 
@@ -179,7 +180,7 @@ class ArtifactWriter:
         It outlives attempts, edits of the recipe included, and goes with the first ``commit``.
         """
         head, mark, query = self.uri.partition("?")
-        return f"{head.rpartition('/')[0]}/{self.stage}.work{mark}{query}"
+        return f"{head.rpartition('/')[0]}/{self.stage}{WORK}{mark}{query}"
 
     @contextmanager
     def directory(self) -> Iterator[Path]:
@@ -248,11 +249,12 @@ class Store:
         """On its file system."""
         return self._opened[1]
 
-    @property
-    def exists(self) -> bool:
-        """Whether there is such a folder, or anything below such a URI."""
-        files, path = self._opened
-        return bool(files.get_file_info(path).type == fs.FileType.Directory)
+    def unfinished(self) -> set[str]:
+        """Recipes of which a stage left something to go on from."""
+        files, root = self._opened
+        found = files.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+        places = (info.path.removeprefix(root).strip("/").split("/") for info in found)
+        return {place[0] for place in places if len(place) > 1 and place[1].endswith(WORK)}
 
     def _uri(self, recipe: str, stage: str, fingerprint: str) -> str:
         return join_uri(self.uri, artifact_id(recipe, stage, fingerprint))
@@ -279,6 +281,12 @@ class Store:
         except OSError as error:
             raise InputError(f"{uri}: cannot be written: {error}; expected a store you may write to") from None
         return ArtifactWriter(uri, recipe, stage, fingerprint, config, parents)
+
+    def require(self) -> None:
+        """Raises InputError where there is no such store."""
+        files, path = self._opened
+        if files.get_file_info(path).type != fs.FileType.Directory:
+            raise InputError(f"{self.uri}: there is no store; expected the folder or URI that runs wrote to: --store")
 
     def delete(self, artifact: Artifact) -> None:
         """Delete an artifact: its record first, so that there is never half of one.
@@ -308,8 +316,7 @@ class Store:
             InputError: there is no such store; none or several match; or the record of the one that matches cannot be
                 read.
         """
-        if not self.exists:
-            raise InputError(f"{name}: {self.uri} is no store; expected the folder or URI that runs wrote to: --store")
+        self.require()
         readable, unreadable = self.read_all()
         matches = [a for a in readable if a.id == name]
         matches = matches or [a for a in readable if name == f"{a.record.recipe}/{a.record.stage}"][-1:]
@@ -327,12 +334,17 @@ class Store:
         return matches[0]
 
     def read_all(self) -> tuple[list[Artifact], dict[str, InputError]]:
-        """The artifacts, oldest first; and of those whose record cannot be read, by their place, why."""
+        """The artifacts, oldest first; and of those whose record cannot be read, by their place, why.
+
+        Folders whose names begin with a dot are of what is under way.
+        """
         files, root = self._opened
         selector = fs.FileSelector(root, recursive=True, allow_not_found=True)
         readable, unreadable = [], {}
         for path in sorted(i.path for i in files.get_file_info(selector) if i.path.endswith(f"/{RECORD}")):
             place = path.removeprefix(root).removesuffix(f"/{RECORD}").lstrip("/")
+            if any(part.startswith(".") for part in place.split("/")):
+                continue
             uri = join_uri(self.uri, place)
             try:
                 record = read_record(uri)

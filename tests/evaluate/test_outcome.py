@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from overproof.config import Recipe, load_recipe
+from overproof.config.recipe import set_override
 from overproof.evaluate.gate import judge
 from overproof.evaluate.metrics import Comparison, MeasuredFile, Report
 from overproof.evaluate.outcome import Outcome, Training, find_outcome, late_fall
-from overproof.evaluate.remedies import find_nearest, passing_bound
+from overproof.evaluate.remedies import find_nearest, longer_students, passing_values
 from overproof.tasks.base import Metric
 
 RECIPE = Path(__file__).parents[2] / "jobs/recipes/stdlib-lm.yaml"
@@ -120,6 +122,11 @@ SIZE = {"kind": "size", "at_most_mb": 0.2}
             "Nothing ships: gate.candidate names student-q8_0, which broke size; student-q4_0 met every rule.",
         ),
         (
+            recipe(SIZE | {"at_most_mb": 0.1}, candidate="student-q8_0"),
+            report(),
+            "Nothing ships: gate.candidate names student-q8_0, which broke size.",
+        ),
+        (
             recipe(),
             report(files=(*FILES[:2], FILES[4])),
             "Nothing ships: there is no file that may be packaged.",
@@ -181,7 +188,7 @@ def test_nothing_is_said_to_be_distilled_into_a_student_without_a_teacher() -> N
 def test_a_teacher_that_is_worse_than_its_control_or_student_makes_a_comparison_hollow() -> None:
     said = outcome(report(compared("control", "teacher", -0.1, -0.2, -0.05)))
     assert said.warnings == (
-        "the teacher is worse than control, which learnt without it: control is 10.00 % better in bits per byte than "
+        "the teacher is worse than control, which trained without it: control is 10.00 % better in bits per byte than "
         "teacher (95 % interval: 5.00 to 20.00 % better; 40 test documents). To keep much of such a teacher shows "
         "little",
     )
@@ -197,7 +204,7 @@ def test_a_curve_that_still_falls_is_told() -> None:
     steep = Training({"teacher": ((10, 3.0), (20, 2.0), (30, 1.5), (40, 1.0)), "student": FLAT.curves["student"]})
     said = outcome(report(), training=steep)
     assert said.warnings == (
-        "the validation loss of teacher still fell by 50 % in the last quarter of its steps: longer training would "
+        "the validation loss of teacher still fell by 33 % in the last quarter of its steps: longer training would "
         "change "
         "what is compared",
     )
@@ -211,9 +218,9 @@ def test_a_curve_that_still_falls_is_told() -> None:
     [
         ((), None),
         (((5, 2.0), (10, 1.0)), None),  # nothing between a start and an end
-        (((0, 4.0), (50, 2.0), (100, 1.0)), 0.5),  # 1.5 at step 75
-        (((25, 9.0), (75, 1.1), (100, 1.0)), 0.1),
-        (((25, 1.0), (75, 1.0), (100, 1.25)), -0.2),
+        (((0, 4.0), (50, 2.0), (100, 1.0)), 1 / 3),  # 1.5 at step 75
+        (((25, 9.0), (75, 1.25), (100, 1.0)), 0.2),
+        (((25, 1.0), (75, 1.0), (100, 1.25)), -0.25),
         (((10, 1.0), (20, 0.5), (30, 0.0)), None),
     ],
 )
@@ -246,48 +253,71 @@ def test_few_units_trials_that_are_not_told_apart_and_a_busy_machine_are_told() 
 
 
 NEVER = {"kind": "improvement", "against": "control", "at_least": 0.5}
+ROUNDED = {"kind": "regression", "against": "student", "at_most": 0.01}
+WORSE = compared("student-q4_0", "student", 0.02, 0.01, 0.03)
+EXACT = compared("student-q4_0", "control", -0.04, -0.06, -0.02)
 LATENCY = {"kind": "latency", "percentile": 95, "at_most_ms": 40}
 SLOW = {"latency_p95_s": Metric(value=0.05, high=0.0625, unit="s", n=60)}
 FEW = {"latency_p95_s": Metric(value=0.05, unit="s", n=20)}
 PARITY = {"parity_nats": Metric(value=0.2, unit="", n=4), "split_otherwise": Metric(value=0.25, unit="", n=4)}
+STEPS = {"sweep.steps=240"}
+VALUE = "gate.rules.0."
 
 
 @pytest.mark.parametrize(
-    ("rule", "metrics", "overrides"),
+    ("rule", "found", "overrides"),
     [
-        (KEEP | {"at_least": 0.99}, {}, {"gate.rules.0.at_least=0.96"}),
-        (KEEP | {"at_least": 0.97}, {}, {"compress.formats=[q4_0,q8_0]", "gate.rules.0.at_least=0.96"}),
-        ({"kind": "regression", "against": "teacher", "at_most": 0.015}, {}, {"gate.rules.0.at_most=0.04"}),
-        (SIZE | {"at_most_mb": 0.1}, {}, {"gate.rules.0.at_most_mb=0.15"}),
-        ({"kind": "smaller", "against": "teacher", "at_least": 9}, {}, {"gate.rules.0.at_least=6.66"}),
-        (LATENCY, SLOW, {"gate.rules.0.at_most_ms=62.5"}),
+        (KEEP | {"at_least": 0.99}, (), STEPS | {f"{VALUE}at_least=0.96"}),
+        (KEEP | {"at_least": 0.97}, (), {"compress.formats=[q4_0,q8_0]", f"{VALUE}at_least=0.96"}),
+        ({"kind": "regression", "against": "teacher", "at_most": 0.01}, (), STEPS | {f"{VALUE}at_most=0.04"}),
+        (ROUNDED, WORSE, {"compress.formats=[q4_0,q8_0]", f"{VALUE}at_most=0.03"}),
+        (SIZE | {"at_most_mb": 0.1}, (), {f"{VALUE}at_most_mb=0.15"}),
+        ({"kind": "smaller", "against": "teacher", "at_least": 9}, (), {f"{VALUE}at_least=6.66"}),
+        (LATENCY, SLOW, {f"{VALUE}at_most_ms=62.5"}),
         (LATENCY, FEW, {"evaluate.probe_s=1045"}),
-        ({"kind": "agreement", "at_least": 0.9}, {}, {"gate.rules.0.at_least=0.8"}),
-        ({"kind": "parity", "at_most": 0.1}, PARITY, set()),  # of two bounds that are broken none alone is enough
-        ({"kind": "parity", "at_most": 0.5}, PARITY, {"gate.rules.0.split_otherwise=0.25"}),
-        ({"kind": "quality", "limit": 1.05}, {}, {"gate.rules.0.limit=1.1"}),
-        (NEVER, {}, set()),
+        ({"kind": "agreement", "at_least": 0.9}, (), STEPS | {f"{VALUE}at_least=0.8"}),
+        ({"kind": "parity", "at_most": 0.1}, PARITY, {f"{VALUE}at_most=0.2", f"{VALUE}split_otherwise=0.25"}),
+        ({"kind": "parity", "at_most": 0.5}, PARITY, {f"{VALUE}split_otherwise=0.25"}),
+        ({"kind": "quality", "limit": 1.05}, (), STEPS | {f"{VALUE}limit=1.1"}),
+        (NEVER, EXACT, STEPS | {f"{VALUE}at_least=0.0199"}),  # it must be better by more
+        (NEVER, (), set()),  # no such comparison
+        (NEVER, compared("student-q4_0", "control", 0.1, None, None), set()),
     ],
 )
-def test_each_rule_that_is_broken_has_its_remedies(
-    rule: dict[str, Any], metrics: dict[str, Metric], overrides: set[str]
-) -> None:
-    """Each an override with which the file passes, or with which the stage that can change it runs again."""
-    by = recipe(rule, compress={"kind": "gguf", "formats": ["q4_0"]}, evaluate={"probe_s": 295.0})
-    of = report(files=(*FILES[:2], file("student-q4_0", 150_000, **metrics), FILES[4]))
-    found = find_nearest(by, of, judge(by.gate, of))
-    assert found is not None
-    (broken,) = found.broken
+def test_each_rule_that_is_broken_has_its_remedies(rule: dict[str, Any], found: Any, overrides: set[str]) -> None:
+    """Each a line that runs: the recipe takes it, and where it loosens the rule the file passes."""
+    changed = {"kind": "gguf", "formats": ["q4_0"]}
+    by = recipe(rule, compress=changed, evaluate={"probe_s": 295.0}, sweep={"steps": 120})
+    metrics = found if isinstance(found, dict) else {}
+    comparisons = (found,) if isinstance(found, Comparison) else ()
+    of = report(*comparisons, files=(*FILES[:2], file("student-q4_0", 150_000, **metrics), FILES[4]))
+    nearest = find_nearest(by, of, judge(by.gate, of))
+    assert nearest is not None
+    (broken,) = nearest.broken
     assert broken.remedies
-    told = {override for remedy in broken.remedies for override in remedy.overrides}
-    longer = {f"{part}.steps={2 * getattr(by, part).steps}" for part in ("train", "sweep")}
-    assert told - longer == overrides
-    for override in told & {each for each in overrides if each.startswith("gate.")}:
-        tree = by.gate.model_dump()
-        *_, field = override.partition("=")[0].split(".")
-        tree["rules"][0][field] = float(override.partition("=")[2])
-        loosened = by.model_copy(update={"gate": type(by.gate).model_validate(tree)})
-        assert judge(loosened.gate, of).passed, override
+    assert {override for remedy in broken.remedies for override in remedy.overrides} == overrides
+    for remedy in broken.remedies:
+        changed_recipe = overridden(by, *remedy.overrides)
+        if remedy.overrides and remedy.overrides[0].startswith("gate."):
+            assert judge(changed_recipe.gate, of).passed, remedy
+    if not overrides:
+        assert [remedy.text for remedy in broken.remedies] == ["more test documents: of one there is no interval"]
+
+
+def overridden(by: Recipe, *overrides: str) -> Recipe:
+    tree = json.loads(by.model_dump_json())
+    for override in overrides:
+        set_override(tree, override)
+    return Recipe.parse(tree, "recipe")
+
+
+def test_students_that_train_longer_have_as_many_rows_to_read() -> None:
+    whole = recipe()
+    rows = whole.rows_read
+    by = overridden(whole, f"cache.rows={rows}")
+    remedy = longer_students(by)
+    assert remedy.overrides == (f"sweep.steps={2 * by.sweep.steps}", f"cache.rows={2 * rows}")
+    assert overridden(by, *remedy.overrides).rows_read == 2 * rows
 
 
 def test_the_file_that_misses_by_least_is_the_nearest_and_no_value_is_named_that_a_rule_cannot_have() -> None:
@@ -297,7 +327,7 @@ def test_the_file_that_misses_by_least_is_the_nearest_and_no_value_is_named_that
     assert (found.name, [broken.kind for broken in found.broken]) == ("student-q4_0", ["keep", "size"])
     worse = report(compared("student-q4_0", "teacher", 2.0, 1.5, 2.5), files=(*FILES[:2], *FILES[3:]))
     rule = recipe(KEEP).gate.rules[0]
-    assert passing_bound(rule, worse, FILES[3]) is None
+    assert passing_values(rule, worse, FILES[3]) is None
     found = find_nearest(recipe(KEEP), worse, judge(recipe(KEEP).gate, worse))
     assert found is not None
     assert found.broken[0].remedies[-1].text == "no value of this rule would let it pass"

@@ -131,11 +131,17 @@ def test_a_candidate_is_rolled_back_for_what_is_known_and_not_for_chance() -> No
 
 def test_what_is_known_of_a_candidate_is_told_before_it_is_promoted() -> None:
     limits, stats = Canary(min_requests=50, max_failed=0.01, max_slowdown=1.5, min_agreement=0.5), VersionStats()
-    ends = "Taken back from 50 of each on: above 1 % failed, below 50 % agreement, more than 1.5 times as slow"
+    ends = (
+        "Taken back once it is certain, from 50 of each on: above 1 % failed, below 50 % agreement, more than 1.5 "
+        "times as "
+        "slow in half of the pairs"
+    )
     assert describe_evidence(limits, stats) == f"0 of 0 requests failed; not compared yet; no pair of times yet. {ends}"
-    assert too_little(limits, stats) == ("0 requests", "0 comparisons")
+    assert too_little(limits, stats, True) == ("0 requests", "0 comparisons")
+    assert too_little(limits, stats, False) == ("0 requests",)
     stats = VersionStats(requests=60, failed=3)
-    assert too_little(limits, stats) == ("0 comparisons",)
+    assert too_little(limits, stats, True) == ("0 comparisons",)
+    assert too_little(limits, stats, False) == ()
     for agree in [True] * 40 + [False] * 10:
         stats.compare(TimedAnswer("", 0.16, 16), TimedAnswer("", 0.32, 16), agree)
     assert describe_evidence(limits, stats) == (
@@ -143,7 +149,7 @@ def test_what_is_known_of_a_candidate_is_told_before_it_is_promoted() -> None:
         "row, "
         f"the other 10 ms (50 pairs). {ends}"
     )
-    assert too_little(limits, stats) == ()
+    assert too_little(limits, stats, True) == ()
 
 
 def test_speed_is_judged_a_token_in_pairs_that_were_asked_the_same() -> None:

@@ -107,9 +107,9 @@ def print_summary(recipe: Recipe, arguments: RecipeArguments) -> None:
         )
 
 
-def print_package(recipe: Recipe, package: Artifact) -> None:
-    """Print where the package lies, and the line that serves it."""
-    store = "" if recipe.store == "store" else f" --store {shlex.quote(recipe.store)}"
+def print_package(where: str, package: Artifact) -> None:
+    """Print where a package of a store lies, and the line that serves it."""
+    store = "" if where == "store" else f" --store {shlex.quote(where)}"
     out.print(f"package  {package.uri}\nserve it: overproof serve {package.id}{store}", markup=False)
 
 

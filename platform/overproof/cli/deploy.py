@@ -72,7 +72,7 @@ def promote(model: str, yes: bool) -> int:
     for tried in _tried():
         if tried.model == model:
             out.print(tried.line, markup=False)
-            few = too_little(tried.version.settings.canary, tried.stats)
+            few = too_little(tried.version.settings.canary, tried.stats, tried.compares)
             if few and not yes:
                 raise InputError(
                     f"{model}: {' and '.join(few)} are too few to go by; wait, or promote it all the same: --yes"
@@ -140,6 +140,7 @@ class _Tried:
     model: str
     version: Version
     stats: VersionStats
+    compares: bool
     line: str
 
 
@@ -153,11 +154,12 @@ def _tried() -> list[_Tried]:
         version = deployment.candidate
         if version is not None:
             stats = measured.get(version.package, VersionStats())
-            began = max(event.time for event in book.events if event.package == version.package)
-            since_s = (datetime.now(UTC) - datetime.fromisoformat(began)).total_seconds()
+            tries = [e for e in book.events if e.package == version.package and e.change in ("canary", "shadow")]
+            since_s = (datetime.now(UTC) - datetime.fromisoformat(tries[-1].time)).total_seconds()
             told = describe_evidence(version.settings.canary, stats)
             line = f"{name}: {version.package} is tried for {format_seconds(since_s)}: {told}"
-            found.append(_Tried(name, version, stats, line))
+            compares = deployment.shadow is not None or version.settings.canary.compare > 0
+            found.append(_Tried(name, version, stats, compares, line))
     return found
 
 

@@ -8,15 +8,12 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from overproof.cli import verbs
 from overproof.cli.termination import sigterm_as_interrupt
 from overproof.config import schema_docs
 from overproof.errors import GateRefused, InputError, suggest_name
-
-if TYPE_CHECKING:
-    pass
 
 DEMO_RECIPE = Path(__file__).parents[3] / "jobs/recipes/stdlib-lm.yaml"
 Run = Callable[[argparse.Namespace], int]
@@ -218,6 +215,10 @@ def _add_store_verbs(add: Add) -> None:
         "gc", verbs.collect_garbage, "list what no package, deployment or newest artifact needs, and delete it"
     )
     collect.add_argument("--yes", action="store_true", help="delete it; without, it is listed")
+    for each in (remove, collect):
+        each.add_argument(
+            "--unlocked", action="store_true", help="nothing runs on this store, which has no lock: s3://"
+        )
     _add_store(collect)
     export = add("export", verbs.export, "write a package as one file, to be handed on")
     export.add_argument("package", help="package directory or URI, or its id in --store")

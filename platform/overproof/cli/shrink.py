@@ -48,7 +48,7 @@ def shrink(asked: Asked, to: Path | None) -> int:
         raise
     artifacts.print_summary(recipe, arguments)
     out.print(f"recipe   {path}", markup=False)
-    artifacts.print_package(recipe, done["package"])
+    artifacts.print_package(recipe.store, done["package"])
     return 0
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.table import Table
 
 from overproof.artifacts import Artifact, Store, artifact_id
+from overproof.cli.artifacts import print_package
 from overproof.console import out, waiting
 from overproof.errors import InputError
 from overproof.files import join_uri
@@ -35,16 +38,17 @@ def list_artifacts(where: str) -> int:
     return 0
 
 
-def remove(where: str, names: Sequence[str]) -> int:
+def remove(where: str, names: Sequence[str], unlocked: bool) -> int:
     """Delete artifacts.
 
     Raises:
-        InputError: one is not there, is deployed, or was made into another that stays.
+        InputError: one is not there, is deployed, or was made into another that stays; or as ``collect_garbage``.
     """
     store = existing_store(where)
-    with store.lock():
+    with _alone(store, unlocked):
         every = _all_of(store)
-        going = {artifact.id: artifact for artifact in (store.get(name) for name in names)}
+        named = {artifact.id for artifact in (_one(every, name) for name in names)}
+        going = {artifact.id: artifact for artifact in every if artifact.id in named}
         deployed = _deployed(store)
         for id, artifact in going.items():
             children = [each.id for each in every if id in _parents(each) and each.id not in going]
@@ -58,16 +62,26 @@ def remove(where: str, names: Sequence[str]) -> int:
     return 0
 
 
-def collect_garbage(where: str, delete: bool) -> int:
+def _one(artifacts: Sequence[Artifact], name: str) -> Artifact:
+    """By its id or a part that only one has: of several of a stage none is meant more than another."""
+    matches = [a for a in artifacts if a.id == name] or [a for a in artifacts if name in a.id]
+    if len(matches) != 1:
+        found = ", ".join(a.id for a in matches) or "none"
+        raise InputError(f"{name}: found {found}; expected one artifact, see `overproof ls`")
+    return matches[0]
+
+
+def collect_garbage(where: str, delete: bool, unlocked: bool) -> int:
     """List what neither a package, nor a deployment, nor the newest artifact of a stage needs; and delete it if asked.
 
     Raises:
-        InputError: there is no such store, or a run is using it.
+        InputError: there is no such store, a run is using it, it has no lock and nobody said ``--unlocked``, or what
+            lies there is not known.
     """
     store = existing_store(where)
-    with store.lock():
-        every = _all_of(store)
-        kept = needed(every, _deployed(store))
+    with _alone(store, unlocked or not delete):
+        every, unfinished = _all_of(store), store.unfinished()
+        kept = needed(every, unfinished)
         going = [artifact for artifact in every if artifact.id not in kept]
         table = Table("artifact", "created (UTC)", "size", box=None, pad_edge=False)
         for artifact in going:
@@ -83,24 +97,27 @@ def collect_garbage(where: str, delete: bool) -> int:
     elif delete:
         out.print(f"removed {_total(going)}; {stays} stay", markup=False)
     else:
-        out.print(f"{_total(going)} may go, {stays} stay; to delete: overproof gc --store {where} --yes", markup=False)
+        command = f"overproof gc --store {shlex.quote(where)} --yes{'' if store.local else ' --unlocked'}"
+        out.print(f"{_total(going)} may go, {stays} stay; to delete: {command}", markup=False)
+    for recipe in sorted(unfinished):
+        out.print(f"{recipe}: a stage of it is unfinished, so that all of it stays", markup=False)
     return 0
 
 
-def needed(artifacts: Iterable[Artifact], deployed: frozenset[str] = frozenset()) -> set[str]:
-    """Ids of the packages, of what is deployed and of each recipe's newest artifact of each stage, and of all that
-    these follow from. ``artifacts`` are in the order in which they were made, ``deployed`` are ids or URIs.
+def needed(artifacts: Iterable[Artifact], unfinished: Collection[str] = ()) -> set[str]:
+    """Ids of the packages, of each recipe's newest artifact of each stage, of all of recipes that are unfinished, and
+    of all that these follow from. ``artifacts`` are in the order in which they were made.
     """
     by_id = {artifact.id: artifact for artifact in artifacts}
     newest = {(each.record.recipe, each.record.stage): id for id, each in by_id.items()}
-    waiting_ids = list(newest.values())
-    waiting_ids += [id for id, each in by_id.items() if each.record.stage in PACKAGES or {id, each.uri} & deployed]
+    pending = list(newest.values())
+    pending += [id for id, each in by_id.items() if each.record.stage in PACKAGES or each.record.recipe in unfinished]
     kept = set[str]()
-    while waiting_ids:
-        id = waiting_ids.pop()
+    while pending:
+        id = pending.pop()
         if id not in kept and id in by_id:
             kept.add(id)
-            waiting_ids += _parents(by_id[id])
+            pending += _parents(by_id[id])
     return kept
 
 
@@ -130,8 +147,9 @@ def import_package(file: Path, where: str) -> int:
 
     with waiting(f"reading {file}"):
         artifact, package = read_archive(file, Store(where))
-    signed = "signed: overproof verify says by whom" if package.listing.signature else "not signed"
-    out.print(f"package  {artifact.uri}\nserve it: overproof serve {artifact.id} ({signed})", markup=False)
+    signed = "signed; overproof verify says by whom" if package.listing.signature else "not signed"
+    print_package(where, artifact)
+    out.print(f"it is {signed}")
     return 0
 
 
@@ -142,18 +160,36 @@ def existing_store(where: str) -> Store:
         InputError: nothing is.
     """
     store = Store(where)
-    if not store.exists:
-        raise InputError(f"{store.uri}: there is no store; expected the folder or URI that runs wrote to: --store")
+    store.require()
     return store
+
+
+@contextmanager
+def _alone(store: Store, unlocked: bool) -> Iterator[None]:
+    """While nobody else uses a store, as far as that can be known.
+
+    Raises:
+        InputError: a run is using it, or it has no lock and nobody said ``--unlocked``.
+    """
+    if not store.local and not unlocked:
+        raise InputError(
+            f"{store.uri}: has no lock that would say whether a run is using it; where none is: --unlocked"
+        )
+    with store.lock():
+        yield
 
 
 def _all_of(store: Store) -> list[Artifact]:
     """Every artifact, oldest first.
 
     Raises:
-        InputError: a record cannot be read, so that nobody knows what its artifact follows from.
+        InputError: a record cannot be read, so that nobody knows what its artifact follows from; or an artifact lies
+            elsewhere than this store would have it.
     """
     readable, unreadable = store.read_all()
+    for artifact in readable:
+        if artifact.uri != join_uri(store.uri, artifact.id):
+            raise InputError(f"{artifact.uri}: lies elsewhere than {artifact.id} in {store.uri}; give its own store")
     for error in unreadable.values():
         raise InputError(f"{error} (nothing is deleted meanwhile: what that artifact follows from is not known)")
     return readable

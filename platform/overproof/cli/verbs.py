@@ -75,7 +75,7 @@ def run_stages(options: argparse.Namespace) -> int:
     if "gate" in done:
         artifacts.print_summary(recipe, arguments)
     if "package" in done:
-        artifacts.print_package(recipe, done["package"])
+        artifacts.print_package(recipe.store, done["package"])
     if "speculate" in done:
         console.out.print(f"with its teacher, as the draft  {done['speculate'].uri}")
     return 0
@@ -132,13 +132,13 @@ def list_artifacts(options: argparse.Namespace) -> int:
 def remove(options: argparse.Namespace) -> int:
     from overproof.cli import store
 
-    return store.remove(options.store, options.artifact)
+    return store.remove(options.store, options.artifact, options.unlocked)
 
 
 def collect_garbage(options: argparse.Namespace) -> int:
     from overproof.cli import store
 
-    return store.collect_garbage(options.store, delete=options.yes)
+    return store.collect_garbage(options.store, options.yes, options.unlocked)
 
 
 def export(options: argparse.Namespace) -> int:

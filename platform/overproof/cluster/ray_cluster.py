@@ -86,16 +86,16 @@ def _attach(**options: Any) -> Any:
     from overproof.cluster import ray_private
 
     named = f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}"
-    why = ray_private.why_no_answer(os.environ["RAY_ADDRESS"], ANSWER_TIMEOUT_S)
-    if why is not None:
-        token = "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN with the token of its head"
-        todo = token if "token" in why else "the address of a running cluster's head, such as auto or HOST:6379"
-        raise InputError(f"{named}: {why}; expected {todo}")
     try:
-        with _preserve_sigterm():
-            return ray.init(log_to_driver=False, **options)
-    except (ConnectionError, RuntimeError) as error:
+        why = ray_private.why_no_answer(os.environ["RAY_ADDRESS"], ANSWER_TIMEOUT_S)
+        if why is None:
+            with _preserve_sigterm():
+                return ray.init(log_to_driver=False, **options)
+    except (OSError, RuntimeError) as error:  # a ConnectionError is one; files of TLS may be missing
         raise InputError(f"{named}: {error}") from None
+    token = "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN with the token of its head"
+    expected = token if "token" in why else "the address of a running cluster's head, such as auto or HOST:6379"
+    raise InputError(f"{named}: {why}; expected {expected}")
 
 
 def _ray_temp_dir() -> str | None:

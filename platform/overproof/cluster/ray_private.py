@@ -52,21 +52,28 @@ def why_no_answer(address: str, timeout_s: float) -> str | None:
     Private, for ``ray.init`` asks for twenty seconds with a token that is wrong, for forty where nothing listens, and
     then tells to stop Ray.
     """
-    if "://" in address:
-        return None  # of Ray's client, which asks by itself
-    found = services.canonicalize_bootstrap_address(address)
+    if "://" in address or address == "local":
+        return None  # of Ray's client, which asks by itself; or one that is to be started
+    try:
+        found = services.canonicalize_bootstrap_address(address)
+    except ConnectionError:
+        found = None
+    except ValueError as error:
+        return str(error)
     if found is None:
         return "no cluster runs on this machine"
     try:
-        with grpc_utils.init_grpc_channel(found) as channel:
+        with grpc_utils.init_grpc_channel(found, ray_constants.GLOBAL_GRPC_OPTIONS) as channel:  # past any proxy
             head: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)  # type: ignore[no-untyped-call]
             asked = gcs_service_pb2.GetClusterIdRequest()  # type: ignore[attr-defined]
             head.GetClusterId(asked, timeout=timeout_s)
     except AuthenticationError:
         return "it asks for a token, and there is none"
     except grpc.RpcError as error:
-        if error.code() != grpc.StatusCode.UNAUTHENTICATED:
+        if error.code() == grpc.StatusCode.UNAVAILABLE:
             return "nothing answers there"
+        if error.code() != grpc.StatusCode.UNAUTHENTICATED:
+            return None  # it is there, and may be slow
         given = authentication_utils.is_token_auth_enabled()
         return "the token is not its own" if given else "it asks for a token, and RAY_AUTH_MODE is not token"
     return None

@@ -12,9 +12,17 @@ from itertools import pairwise
 from pathlib import Path
 
 from overproof.config import Recipe
+from overproof.config.search import apply_values
 from overproof.evaluate.gate import Verdict
-from overproof.evaluate.metrics import Comparison, MeasuredFile, MeasuredTeacher, Report
-from overproof.evaluate.remedies import Nearest, Remedy, find_nearest
+from overproof.evaluate.metrics import Comparison, MeasuredFile, Report
+from overproof.evaluate.remedies import (
+    Nearest,
+    Remedy,
+    find_nearest,
+    longer_students,
+    longer_teacher,
+    teacher_is_behind,
+)
 from overproof.files import FrozenModel
 from overproof.registry import TASKS
 from overproof.tasks.base import Metric
@@ -84,9 +92,9 @@ def _ships(recipe: Recipe, report: Report, verdict: Verdict, nearest: Nearest | 
     if verdict.chosen is None:
         if not count:
             return "Nothing ships: there is no file that may be packaged."
-        if named is not None and passing:
-            broken = "" if nearest is None else " " + _kinds(nearest)
-            return f"Nothing ships: gate.candidate names {named}, which broke{broken}; {_list(passing)} met every rule."
+        if named is not None and nearest is not None:
+            others = f"; {_list(passing)} met every rule" if passing else ""
+            return f"Nothing ships: gate.candidate names {named}, which broke {_kinds(nearest)}{others}."
         told = f"the nearest, {nearest.name}, broke {_kinds(nearest)}" if nearest else "each broke one"
         subject = "the one file there is did not meet" if count == 1 else f"none of {files} met"
         return f"Nothing ships: {subject} every rule; {told}."
@@ -167,14 +175,14 @@ def _ends(low: float, high: float, words: Callable[[float], str]) -> str:
 
 
 def _quality_of(report: Report, name: str) -> Metric | None:
-    found: MeasuredFile | MeasuredTeacher | None = report.find(name)
+    found = report.find(name)
     return None if found is None else found.metrics.get(report.quality)
 
 
 def _hollow_teacher(report: Report) -> Iterator[str]:
-    for name, what in (("control", "which learnt without it"), (report.winner, "its own student")):
+    for name, what in (("control", "which trained without it"), (report.winner, "its own student")):
         compared = report.compare(name, "teacher")
-        if compared is not None and compared.value < 0:
+        if compared is not None and compared.value <= 0:
             word = "worse than" if _is_certain(compared) else "not shown to be better than"
             yield (
                 f"the teacher is {word} {name}, {what}: {describe(report, compared)}. To keep much of such a teacher "
@@ -201,17 +209,18 @@ def _under_way(steep: Mapping[str, float]) -> Iterator[str]:
 
 
 def late_fall(curve: Curve) -> float | None:
-    """The share of its last loss by which a curve fell in the last quarter of its steps, between points on a straight
-    line; None of fewer than three points.
+    """By which share of it a loss fell in the last quarter of its steps, between points on a straight line.
+
+    None of fewer than three points.
     """
-    if len(curve) < 3 or curve[-1][1] <= 0:
+    if len(curve) < 3 or min(loss for _, loss in curve) <= 0:
         return None
     last_step, last = curve[-1]
     at = LAST_STEPS * last_step
     for (step, loss), (next_step, next_loss) in pairwise(curve):
         if step <= at <= next_step and next_step > step:
             before = loss + (next_loss - loss) * (at - step) / (next_step - step)
-            return before / last - 1
+            return 1 - last / before
     return None
 
 
@@ -250,21 +259,22 @@ def contended_cores(measured: MeasuredFile) -> float:
 
 
 def _next_steps(recipe: Recipe, report: Report, steep: Mapping[str, float]) -> Iterator[Remedy]:
-    behind = any(True for _ in _hollow_teacher(report))
-    if recipe.train.steps and (behind or "teacher" in steep):
-        yield Remedy(text="a teacher trained twice as long", overrides=(f"train.steps={2 * recipe.train.steps}",))
+    if recipe.train.steps and (teacher_is_behind(report) or "teacher" in steep):
+        yield longer_teacher(recipe)
     elif report.winner in steep:
-        yield Remedy(text="students trained twice as long", overrides=(f"sweep.steps={2 * recipe.sweep.steps}",))
+        yield longer_students(recipe)
 
 
-def read_training(train: Path, sweep: Path) -> Training:
+def read_training(recipe: Recipe, train: Path, sweep: Path) -> Training:
     """From the folders of both stages' artifacts."""
     files = {"teacher": train / "curve.jsonl"} | {
         file.stem: file for file in sorted((sweep / "curves").glob("*.jsonl"))
     }
     found = json.loads((sweep / "trials.json").read_text(encoding="utf-8"))
     best = next(trial for trial in found["trials"] if trial["name"] == found["winner"])
-    return Training({name: _read_curve(file) for name, file in files.items()}, taught=best["teacher_weight"] > 0)
+    base = next(student for student in recipe.sweep.students if student.name == best["student"])
+    _, student = apply_values(recipe.sweep, base, best["values"])
+    return Training({name: _read_curve(file) for name, file in files.items()}, student.distilled)
 
 
 def _read_curve(file: Path) -> Curve:

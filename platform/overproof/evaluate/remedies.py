@@ -27,6 +27,7 @@ from overproof.evaluate.metrics import EXPECTED_ACCURACY, MeasuredFile, Report
 from overproof.files import FrozenModel
 from overproof.registry import FORMATS, TASKS
 
+SPARE_TIME = 1.2  # of requests, for the next run's may take longer
 NO_VALUE = 1.0  # how far off a file counts that breaks a rule which no value of it would let pass
 DIGITS = 3  # of a value that is suggested
 OF_QUALITY = (Regression, Improvement, Keep, Quality, Agreement, ExpectedAnswers)  # what training can change
@@ -52,14 +53,6 @@ class Nearest(FrozenModel):
 
     name: str
     broken: tuple[BrokenRule, ...]
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A rule's field, and the value of it at which a file would just pass."""
-
-    field: str
-    value: float
 
 
 def find_nearest(recipe: Recipe, report: Report, verdict: Verdict) -> Nearest | None:
@@ -90,114 +83,150 @@ def find_nearest(recipe: Recipe, report: Report, verdict: Verdict) -> Nearest | 
     )
 
 
-def passing_bound(rule: Rule, report: Report, file: MeasuredFile) -> Bound | None:
-    """The nearest value of a rule that lets a file pass, rounded to the side that does; None where none would."""
-    found = _found(rule, report, file)
-    if found is None:
-        return None
-    field, value, at_most = found
-    for digits in (DIGITS, DIGITS + 3):
-        rounded = _round(value, digits, up=at_most)
-        changed = rule.model_dump() | {field: rounded}
+@dataclass(frozen=True)
+class _Bound:
+    """What a file has of a field of a rule, and whether more of it is worse."""
+
+    field: str
+    value: float
+    at_most: bool
+
+
+def passing_values(rule: Rule, report: Report, file: MeasuredFile) -> dict[str, float] | None:
+    """The nearest values of a rule's fields that let a file pass, rounded to the side that does; None where none would,
+    or where it is not known what the file has.
+    """
+    bounds = [bound for bound in _bounds(rule, report, file) if not _holds(bound, getattr(rule, bound.field))]
+    for digits, steps in ((DIGITS, 0), (DIGITS, 1), (DIGITS + 3, 0), (DIGITS + 3, 1)):
+        values = {bound.field: _round(bound, digits, steps) for bound in bounds}
         try:
-            loosened = type(rule).model_validate(changed)
+            loosened = type(rule).model_validate(rule.model_dump() | values)
         except ValueError:  # a share of 0, a difference below 0
-            return None
-        if check_rule(loosened, report, file).passed:
-            return Bound(field, rounded)
+            continue
+        if values and check_rule(loosened, report, file).passed:
+            return values
     return None
 
 
-def _found(rule: Rule, report: Report, file: MeasuredFile) -> tuple[str, float, bool] | None:
-    """The field that bounds a file, what the file has of it, and whether more of it is worse."""
+def _holds(bound: _Bound, allowed: float) -> bool:
+    return bound.value <= allowed if bound.at_most else bound.value > allowed
+
+
+def _bounds(rule: Rule, report: Report, file: MeasuredFile) -> Iterator[_Bound]:
+    """Nothing where the report does not say, or has no interval."""
     metrics, higher = file.metrics, TASKS[report.task].quality.higher_is_better
     match rule:
         case Regression() | Improvement():
             compared = report.compare(file.name, reference_name(rule, file.student))
-            if compared is None or compared.high is None:
-                return None
-            regression = isinstance(rule, Regression)
-            return ("at_most", max(0.0, compared.high), True) if regression else ("at_least", -compared.high, False)
+            if compared is not None and compared.high is not None:
+                worse = isinstance(rule, Regression)
+                yield _Bound("at_most" if worse else "at_least", compared.high if worse else -compared.high, worse)
         case Keep():
             kept = kept_share(report, file, reference_name(rule, file.student))
-            return None if kept is None else ("at_least", min(1.0, kept[1]), False)
+            if kept is not None:
+                yield _Bound("at_least", kept[1], at_most=False)
         case Quality():
             metric = metrics.get(report.quality)
             far = None if metric is None else metric.low if higher else metric.high
-            return None if far is None else ("limit", far, not higher)
+            if far is not None:
+                yield _Bound("limit", far, at_most=not higher)
         case Smaller():
             reference = report.find(reference_name(rule, file.student))
-            return None if reference is None else ("at_least", reference.size_bytes / file.size_bytes, False)
+            if reference is not None:
+                yield _Bound("at_least", reference.size_bytes / file.size_bytes, at_most=False)
         case Size():
-            return "at_most_mb", file.size_bytes / 1e6, True
+            yield _Bound("at_most_mb", file.size_bytes / 1e6, at_most=True)
         case Latency():
             metric = metrics.get(f"latency_p{rule.percentile}_s")
-            return None if metric is None or metric.high is None else ("at_most_ms", 1e3 * metric.high, True)
+            if metric is not None and metric.high is not None:
+                yield _Bound("at_most_ms", 1e3 * metric.high, at_most=True)
         case Agreement() | ExpectedAnswers():
             metric = metrics.get("agreement" if isinstance(rule, Agreement) else EXPECTED_ACCURACY)
-            return None if metric is None or metric.low is None else ("at_least", metric.low, False)
+            if metric is not None and metric.low is not None:
+                yield _Bound("at_least", metric.low, at_most=False)
         case Parity():
-            metric, split = metrics.get("parity_nats"), metrics.get("split_otherwise")
-            if metric is None or metric.value > rule.at_most:
-                return None if metric is None else ("at_most", metric.value, True)
-            return None if split is None else ("split_otherwise", split.value, True)
+            for field, name in (("at_most", "parity_nats"), ("split_otherwise", "split_otherwise")):
+                if name in metrics:
+                    yield _Bound(field, metrics[name].value, at_most=True)
 
 
 def _missed(rule: Rule, report: Report, file: MeasuredFile) -> float:
-    """By which share of its bound a file misses a rule."""
-    found = passing_bound(rule, report, file)
-    if found is None:
+    """By which share of its bounds a file misses a rule."""
+    values = passing_values(rule, report, file)
+    if values is None:
         return NO_VALUE
-    bound: float = getattr(rule, found.field)
-    return abs(found.value - bound) / (abs(bound) or 1.0)
+    allowed: dict[str, float] = {field: getattr(rule, field) for field in values}
+    return sum(abs(value - allowed[field]) / (abs(allowed[field]) or 1.0) for field, value in values.items())
 
 
-def _round(value: float, digits: int, up: bool) -> float:
-    """To so many digits, never past the value on its own side."""
-    if value == 0:
+def _round(bound: _Bound, digits: int, steps: int) -> float:
+    """To so many digits and so many further steps to the side that lets a file pass."""
+    if bound.value == 0:
         return 0.0
-    scale = 10.0 ** (math.floor(math.log10(abs(value))) - digits + 1)
-    return float(f"{(math.ceil if up else math.floor)(value / scale) * scale:.10g}")
+    scale = 10.0 ** (math.floor(math.log10(abs(bound.value))) - digits + 1)
+    scaled = bound.value / scale
+    rounded = math.ceil(scaled) + steps if bound.at_most else math.floor(scaled) - steps
+    return float(f"{rounded * scale:.10g}")
 
 
 def _remedies(recipe: Recipe, report: Report, index: int, rule: Rule, file: MeasuredFile) -> Iterator[Remedy]:
+    if not list(_bounds(rule, report, file)):
+        yield _measured(recipe, report, rule, file)
+        return
     if isinstance(rule, OF_QUALITY):
         yield from _better(recipe, report, rule, file)
     elif isinstance(rule, Size | Smaller):
         yield from _smaller(recipe, file)
     elif isinstance(rule, Latency):
-        yield from _timed(recipe, report, rule, file)
+        yield Remedy(text="a smaller student: fewer or narrower layers in sweep.students")
     else:
-        yield Remedy(
-            text="the engine answers otherwise than the file says: another format or engine, or a fault to report"
-        )
+        yield Remedy(text="another format or engine: this one answers otherwise than the file says")
     yield from _others(recipe, report, rule, file)
-    bound = passing_bound(rule, report, file)
-    if bound is None:
+    values = passing_values(rule, report, file)
+    if values is None:
         yield Remedy(text="no value of this rule would let it pass")
     else:
-        yield Remedy(
-            text=f"this rule, at what {file.name} has",
-            overrides=(f"gate.rules.{index}.{bound.field}={bound.value:.10g}",),
-        )
+        overrides = tuple(f"gate.rules.{index}.{field}={value:.10g}" for field, value in values.items())
+        yield Remedy(text=f"this rule, at what {file.name} has", overrides=overrides)
+
+
+def _measured(recipe: Recipe, report: Report, rule: Rule, file: MeasuredFile) -> Remedy:
+    """What would have to be measured, where the report does not say what a rule asks."""
+    if isinstance(rule, Latency):
+        metric = file.metrics.get(f"latency_p{rule.percentile}_s")
+        needed = fewest_values(rule.percentile / 100, report.confidence)
+        seconds = math.ceil(recipe.evaluate.probe_s * needed / max(1, metric.n if metric else 1) * SPARE_TIME)
+        return Remedy(text=f"time for {needed} requests", overrides=(f"evaluate.probe_s={seconds}",))
+    if isinstance(rule, ExpectedAnswers):
+        return Remedy(text="test records that say what is expected")
+    return Remedy(text=f"more test {TASKS[report.task].test_unit}s: of one there is no interval")
 
 
 def _better(recipe: Recipe, report: Report, rule: Rule, file: MeasuredFile) -> Iterator[Remedy]:
     """What would make a file's quality better: more bits where rounding costs it, more steps where training does."""
     whole = report.find(file.student) if file.student else None
-    if whole is not None and check_rule(rule, report, whole).passed:
+    by_rounding = getattr(rule, "against", "teacher") == "student"
+    if by_rounding or (whole is not None and check_rule(rule, report, whole).passed):
         untried = _untried(recipe, file, larger=True)
         if untried:
-            yield Remedy(text="more bits: unquantised it holds this rule", overrides=(_formats(recipe, untried),))
+            yield Remedy(text="more bits: rounding costs it", overrides=(_formats(recipe, untried),))
         else:
-            yield Remedy(text="rounding costs it: unquantised it holds this rule, and no format of more bits is left")
+            yield Remedy(text="rounding costs it, and no format of more bits is left")
         return
-    doubled = (f"sweep.steps={2 * recipe.sweep.steps}",) if recipe.sweep.steps else ()
     if recipe.train.steps and teacher_is_behind(report):
-        yield Remedy(
-            text="a better teacher, trained twice as long", overrides=(f"train.steps={2 * recipe.train.steps}",)
-        )
-    yield Remedy(text="students that train twice as long", overrides=doubled)
+        yield longer_teacher(recipe)
+    yield longer_students(recipe)
+
+
+def longer_teacher(recipe: Recipe) -> Remedy:
+    return Remedy(text="a teacher trained twice as long", overrides=(f"train.steps={2 * recipe.train.steps}",))
+
+
+def longer_students(recipe: Recipe) -> Remedy:
+    """With as many rows of the teacher's as they then read."""
+    rows = {"cache.rows": recipe.cache.rows, "generate.rows": recipe.generate.rows if recipe.generate else None}
+    more = (f"{field}={2 * count}" for field, count in rows.items() if isinstance(count, int))
+    return Remedy(text="students trained twice as long", overrides=(f"sweep.steps={2 * recipe.sweep.steps}", *more))
 
 
 def teacher_is_behind(report: Report) -> bool:
@@ -210,16 +239,6 @@ def _smaller(recipe: Recipe, file: MeasuredFile) -> Iterator[Remedy]:
     untried = _untried(recipe, file, larger=False)
     if untried:
         yield Remedy(text="fewer bits", overrides=(_formats(recipe, untried),))
-    yield Remedy(text="a smaller student: fewer or narrower layers in sweep.students")
-
-
-def _timed(recipe: Recipe, report: Report, rule: Latency, file: MeasuredFile) -> Iterator[Remedy]:
-    metric = file.metrics.get(f"latency_p{rule.percentile}_s")
-    needed = fewest_values(rule.percentile / 100, report.confidence)
-    if metric is not None and metric.high is None and metric.n < needed:
-        seconds = math.ceil(recipe.evaluate.probe_s * needed / max(1, metric.n) * 1.2)
-        yield Remedy(text=f"time for {needed} requests", overrides=(f"evaluate.probe_s={seconds}",))
-        return
     yield Remedy(text="a smaller student: fewer or narrower layers in sweep.students")
 
 

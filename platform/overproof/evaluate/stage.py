@@ -66,7 +66,7 @@ def judge_report(context: StageContext) -> dict[str, Any]:
     """Judge the report, write the verdict and what it comes to; a refusal is a verdict like any other."""
     report = read_json(Report, context.parents["evaluate"].local() / REPORT)
     verdict = judge(context.recipe.gate, report)
-    training = read_training(context.parents["train"].local(), context.parents["sweep"].local())
+    training = read_training(context.recipe, context.parents["train"].local(), context.parents["sweep"].local())
     outcome = find_outcome(context.recipe, report, verdict, training)
     with context.draft.directory() as root:
         for name, value in ((VERDICT, verdict), (OUTCOME, outcome)):

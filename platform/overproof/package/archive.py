@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +17,7 @@ from overproof.errors import InputError
 from overproof.package.contents import PACKAGE, PackageFolder
 from overproof.package.package import Package, open_package, resolve_package
 
+PACKAGE_ID = r"[a-z0-9][a-z0-9._-]{0,63}/(package|speculate)-[0-9a-f]{8}"
 EXPECTED = "expected an archive of `overproof export`"
 
 
@@ -49,7 +51,8 @@ def write_archive(where: str, file: Path) -> Package:
     except OSError as error:
         raise InputError(f"{file}: cannot be written: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
     return package
 
 
@@ -69,7 +72,7 @@ def read_archive(file: Path, store: Store) -> tuple[Artifact, Package]:
             raise InputError(f"{file}: holds no {RECORD} and {PACKAGE}; {EXPECTED}")
         package = open_package(unpacked)
         named = artifact_id(record.recipe, record.stage, record.fingerprint)
-        if named != package.content.id:
+        if named != package.content.id or not re.fullmatch(PACKAGE_ID, named):  # which is a path below the store
             raise InputError(f"{file}: the record is of {named}, and the package is {package.content.id}; {EXPECTED}")
         place = root / named
         if place.exists():

@@ -52,11 +52,12 @@ def describe_evidence(limits: Canary, tried: VersionStats) -> str:
     if tried.pairs:
         stable_s, own_s = (1e3 * median(each) for each in zip(*tried.pairs, strict=True))
         speed = f"{own_s:.3g} ms a token or row, the other {stable_s:.3g} ms ({len(tried.pairs)} pairs)"
-    return (
-        f"{failed} requests failed; {agreed}; {speed}. Taken back from {limits.min_requests} of each on: above "
-        f"{100 * limits.max_failed:g} % failed, below {100 * limits.min_agreement:g} % agreement, more than "
-        f"{limits.max_slowdown:g} times as slow"
+    taken_back = (
+        f"above {100 * limits.max_failed:g} % failed, below {100 * limits.min_agreement:g} % agreement, more than "
+        f"{limits.max_slowdown:g} times as slow in half of the pairs"
     )
+    so_far = f"{failed} requests failed; {agreed}; {speed}"
+    return f"{so_far}. Taken back once it is certain, from {limits.min_requests} of each on: {taken_back}"
 
 
 def _share(count: int, of: int) -> str:
@@ -67,9 +68,11 @@ def _share(count: int, of: int) -> str:
     return f"{count} of {of:,} ({100 * low:.1f} to {100 * high:.1f} %)"
 
 
-def too_little(limits: Canary, tried: VersionStats) -> tuple[str, ...]:
-    """Of what there is less than a judgement needs, in words; empty where there is enough."""
-    found = {"requests": tried.requests, "comparisons": tried.compared}
+def too_little(limits: Canary, tried: VersionStats, compares: bool) -> tuple[str, ...]:
+    """Of what there is less than a judgement needs, in words; empty where there is enough. ``compares``: whether it is
+    asked the same as the stable version at all.
+    """
+    found = {"requests": tried.requests} | ({"comparisons": tried.compared} if compares else {})
     return tuple(f"{count} {what}" for what, count in found.items() if count < limits.min_requests)
 
 
