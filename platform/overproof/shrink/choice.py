@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from overproof.cluster import ray_cluster
+from overproof.cluster.machine import available_cpus
 from overproof.config import Recipe
 from overproof.data.source_files import describe_skipped
 from overproof.errors import InputError
@@ -27,6 +29,7 @@ FEW_UNITS = 2000  # documents, images or rows: fewer give larger shares to valid
 LARGE_ROWS, SMALL_ROWS = 20_000, 500  # train rows from which on there are several shards; below which groups are small
 COMMENT_WIDTH = 118
 NAME_LENGTH = 56
+AT_ONCE = 2  # trials, and teachers that fill the cache, as recipes have it
 TEACHER_WEIGHT = 0.8  # of the students' loss; the rest is the labels'
 
 
@@ -174,14 +177,18 @@ def write(asked: Asked, found: Found, share: float = 1.0) -> ProposedRecipe:
     task: Any = TASKS[kind]
     settings = template.read_settings(task.template, fit.values)
     teacher = teacher_section(settings, given)
-    values = _layout(fit) | {
-        "name": template.flow(asked.name or _name(asked)),
-        "task": kind,
-        "data": template.block(fit.data, indent=2),
-        "tokenizer": template.flow(given.path if given else ""),
-        "teacher": template.flow(teacher.model_dump(mode="json")),
-        "keep": settings.keep,
-    }
+    values = (
+        _layout(fit)
+        | _cpus()
+        | {
+            "name": template.flow(asked.name or _name(asked)),
+            "task": kind,
+            "data": template.block(fit.data, indent=2),
+            "tokenizer": template.flow(given.path if given else ""),
+            "teacher": template.flow(teacher.model_dump(mode="json")),
+            "keep": settings.keep,
+        }
+    )
     values |= {name: value for name, value in fit.values.items() if value is not None}
     values |= _schedule(asked, given, fit, settings, share)
     # A first draft, without students, says what the data's shape is and what the format writes.
@@ -232,6 +239,18 @@ def _layout(fit: Fit) -> dict[str, Any]:
         "test_fraction": test,
         "shards": 4 if fit.rows >= LARGE_ROWS else 1,
         "rows_per_group": 4 if fit.rows < SMALL_ROWS else 16,
+    }
+
+
+def _cpus() -> dict[str, int]:
+    """Of this machine, for each of what runs at the same time; one of a cluster, whose nodes may be smaller."""
+    if ray_cluster.is_remote():
+        return dict.fromkeys(("worker_cpus", "actor_cpus", "trial_cpus"), 1)
+    cores, logical = available_cpus(), int(ray_cluster.local_capacity().cpus)  # of which one reads
+    return {
+        "worker_cpus": max(1, min(cores, logical - 1)),
+        "actor_cpus": max(1, min(cores, logical - 1) // AT_ONCE),
+        "trial_cpus": max(1, cores // AT_ONCE),
     }
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from overproof.cluster.machine import available_cpus
 from overproof.errors import InputError
 from overproof.models import stage_memory
 from overproof.models.sizes import FP32_BYTES, ModelSize
@@ -106,19 +107,24 @@ def machine_flops() -> float:
 def estimate(choice: ProposedRecipe, flops_per_s: float) -> Estimate:
     """About what a recipe takes on a machine of that speed."""
     recipe, chosen = choice.recipe, choice.students
-    rate = SHARE * flops_per_s
     train, sweep, data = recipe.train, recipe.sweep, recipe.data
+    cores = available_cpus()
+
+    def rate(cpus: float) -> float:
+        return SHARE * flops_per_s * min(cpus, cores) / cores
+
     taught = [c.size for c in chosen.students]
     rows = choice.rows * (1 - data.validation_fraction - data.test_fraction)
     cached = min(recipe.rows_cached or rows, rows) if recipe.reads_cache else 0
-    trained = [*taught, taught[0]]  # and the control
+    together = min(len(taught), sweep.concurrent_trials) * sweep.cpus_per_trial
     work = {
         "prepare": 0.0,
-        "train": _training(chosen.teacher, train.steps, train.batch_size, rate),
-        "cache": cached * _pass(chosen.teacher) / rate,
-        "sweep": sum(_training(size, sweep.steps, sweep.batch_size, rate) for size in trained),
+        "train": _training(chosen.teacher, train.steps, train.batch_size, rate(train.cpus_per_worker)),
+        "cache": cached * _pass(chosen.teacher) / rate(recipe.cache.actors * recipe.cache.cpus_per_actor),
+        "sweep": sum(_training(size, sweep.steps, sweep.batch_size, rate(together)) for size in taught)
+        + _training(taught[0], sweep.steps, sweep.batch_size, rate(sweep.cpus_per_trial)),  # the control, alone
         "compress": 0.0,
-        "evaluate": _evaluation(choice, rate),
+        "evaluate": _evaluation(choice, rate(recipe.evaluate.threads)),
     }
     weights = FP32_BYTES * chosen.teacher.parameters
     memory = {"the teacher that teaches": weights + stage_memory.capture_memory(chosen.teacher, recipe.cache)}
