@@ -14,7 +14,7 @@ import yaml
 
 from finished import RECIPES
 from overproof.cli.main import main
-from overproof.cluster.preflight import check_gate
+from overproof.cluster.preflight import check_gate, check_learning_rates
 from overproof.config import load_recipe
 
 REPOSITORY = Path(__file__).parents[1]
@@ -205,6 +205,26 @@ def test_a_pretrained_teacher_is_sized_by_its_headers_and_torch_stays_out(tmp_pa
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_no_recipe_of_ours_lets_any_quality_pass(path: Path) -> None:
     assert not list(check_gate(load_recipe(path)))
+    assert not list(check_learning_rates(load_recipe(path)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        (("train.learning_rate=3",), ["train.learning_rate"]),
+        (("train.learning_rate=0.05", "sweep.learning_rate=5.0"), ["sweep.learning_rate"]),
+        (("train.learning_rate=0.05", "train.model={kind: pretrained, path: x}"), ["train.learning_rate"]),
+        (("train.learning_rate=3", "train.model={kind: pretrained, path: x}", "train.steps=0"), []),
+        (("tune.space.learning_rate={kind: choice, values: [0.001, 1.0]}",), ["tune.space.learning_rate"]),
+        (
+            ("tune={search: {kind: random, trials: 2}, space: {learning_rate: {kind: uniform, low: 0.1, high: 1.0}}}",),
+            ["tune.space.learning_rate"],
+        ),
+    ],
+)
+def test_rates_at_which_nothing_is_learnt_are_warned_of(changes: tuple[str, ...], warned: list[str]) -> None:
+    recipe = load_recipe(RECIPES / "chat.yaml", changes)
+    assert [finding.about for finding in check_learning_rates(recipe)] == warned
 
 
 def test_a_gate_that_lets_any_quality_pass_is_warned_of(

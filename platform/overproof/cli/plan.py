@@ -62,7 +62,7 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     out.print()
     students = preflight.student_sizes(recipe, shape)
     findings = [*preflight.check_source(recipe), *exported, *preflight.check_placement(recipe, capacity), stored]
-    findings += preflight.check_gate(recipe)
+    findings += [*preflight.check_gate(recipe), *preflight.check_learning_rates(recipe)]
     served, model = recipe.train.model, None
     if isinstance(served, Served):
         out.print(f"teacher: {served.model}, served at {served.url}")

@@ -17,6 +17,7 @@ from overproof.cluster import ray_cluster, store_probe, upload
 from overproof.cluster.machine import memory_bytes
 from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
 from overproof.config import Pretrained, Recipe, Served, TeacherLayers
+from overproof.config.search import Choice
 from overproof.data.manifest import Manifest
 from overproof.data.source_files import describe_skipped
 from overproof.engines.endpoint import Endpoint
@@ -27,6 +28,8 @@ from overproof.models.base import DataShape, shape_of
 from overproof.models.sizes import ModelSize, directory_config, family_of, student_size, with_layers
 from overproof.registry import FAMILIES, FORMATS, TASKS
 from overproof.units import format_bytes, format_seconds
+
+HIGH_RATE = 0.1  # of AdamW, for models that begin with random weights; a tenth of it for others
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,21 @@ def check_gate(recipe: Recipe) -> Iterator[Finding]:
             "the teacher could ship. Add {kind: keep, against: teacher, at_least: 0.97} to gate.rules, or {kind: "
             "quality, limit: ...}",
         )  # fmt: skip
+
+
+def check_learning_rates(recipe: Recipe) -> Iterator[Finding]:
+    """A warning for each rate at which AdamW hardly ever learns."""
+    given = {"train.learning_rate": recipe.train.learning_rate if recipe.train.steps else 0.0}
+    searched = recipe.tune.space.learning_rate
+    if searched is None:
+        given["sweep.learning_rate"] = recipe.sweep.learning_rate
+    else:
+        given["tune.space.learning_rate"] = max(searched.values) if isinstance(searched, Choice) else searched.high
+    for field, rate in given.items():
+        goes_on = field == "train.learning_rate" and isinstance(recipe.train.model, Pretrained)
+        most, usual = (HIGH_RATE / 10, "1e-5 to 3e-4") if goes_on else (HIGH_RATE, "1e-4 to 1e-2")
+        if rate > most:
+            yield Finding(field, "warning", f"{rate:g} is far above what models learn with: {usual} is usual")
 
 
 def measured_rate(recipe: Recipe) -> Throughput | None:
