@@ -62,7 +62,7 @@ def connect() -> Capacity:
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         from overproof.cluster import ray_private
 
-        with ray_private.on_loopback(), _preserve_sigterm():
+        with ray_private.on_loopback(), preserve_handler(signal.SIGTERM):
             ray.init(
                 address="local",  # not whatever else runs on this machine
                 _temp_dir=_ray_temp_dir(),
@@ -89,7 +89,7 @@ def _attach(**options: Any) -> Any:
     try:
         why = ray_private.why_no_answer(os.environ["RAY_ADDRESS"], ANSWER_TIMEOUT_S)
         if why is None:
-            with _preserve_sigterm():
+            with preserve_handler(signal.SIGTERM):
                 return ray.init(log_to_driver=False, **options)
     except (OSError, RuntimeError) as error:  # a ConnectionError is one; files of TLS may be missing
         raise InputError(f"{named}: {error}") from None
@@ -233,22 +233,11 @@ def cluster_lock(scope: str, resource: str, notify: Callable[[str], None]) -> It
 
 
 @contextmanager
-def _preserve_sigterm() -> Iterator[None]:
-    """Take SIGTERM back afterwards, where somebody had it: Ray keeps it for ever, and ends without a word."""
-    handler = signal.getsignal(signal.SIGTERM)
+def preserve_handler(number: signal.Signals) -> Iterator[None]:
+    """Take a signal back afterwards, where somebody had it: Ray keeps SIGTERM, its Train and Tune Ctrl-C, for ever."""
+    handler = signal.getsignal(number)
     try:
         yield
     finally:
-        if callable(handler) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
-
-
-@contextmanager
-def preserve_sigint() -> Iterator[None]:
-    """Take Ctrl-C back afterwards: Ray Train and Ray Tune keep it for ever."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
+        if handler not in (None, signal.SIG_DFL) and threading.current_thread() is threading.main_thread():
+            signal.signal(number, handler)

@@ -7,6 +7,7 @@ A worker begins with its first rows, which it reads itself while Ray Data has no
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -25,7 +26,7 @@ from ray.train import RunConfig
 from ray.train.collective import broadcast_from_rank_zero
 
 from overproof.artifacts import ArtifactWriter
-from overproof.cluster.ray_cluster import preserve_sigint
+from overproof.cluster.ray_cluster import preserve_handler
 from overproof.config import ModelSection, Pretrained, Served
 from overproof.data.feed import planned_dataset
 from overproof.data.manifest import Manifest
@@ -119,7 +120,7 @@ def run_workers(job: TrainJob, work: Callable[[TrainJob], Any]) -> Any:
     job.progress(TaskProgress("train", committed, settings.steps, f"starting {size} workers"))
     try:
         # Ray's own files of the run; none is needed afterwards.
-        with tempfile.TemporaryDirectory(prefix="overproof-train-") as scratch, preserve_sigint():
+        with tempfile.TemporaryDirectory(prefix="overproof-train-") as scratch, preserve_handler(signal.SIGINT):
             return make_trainer(job, work, scratch).fit().return_value  # type: ignore[attr-defined]
     except RayActorError as error:
         raise RuntimeError(
