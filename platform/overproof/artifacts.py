@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -282,11 +282,16 @@ class Store:
             raise InputError(f"{uri}: cannot be written: {error}; expected a store you may write to") from None
         return ArtifactWriter(uri, recipe, stage, fingerprint, config, parents)
 
-    def require(self) -> None:
-        """Raises InputError where there is no such store."""
+    def require(self) -> Self:
+        """This store, where there is one.
+
+        Raises:
+            InputError: there is none.
+        """
         files, path = self._opened
         if files.get_file_info(path).type != fs.FileType.Directory:
             raise InputError(f"{self.uri}: there is no store; expected the folder or URI that runs wrote to: --store")
+        return self
 
     def delete(self, artifact: Artifact) -> None:
         """Delete an artifact: its record first, so that there is never half of one.

@@ -13,8 +13,8 @@ from overproof import pipeline
 from overproof.artifacts import Artifact, Store, artifact_id, read_record
 from overproof.cli.recipe_arguments import RecipeArguments
 from overproof.config import Recipe
-from overproof.console import out
-from overproof.errors import InputError
+from overproof.console import notice, out
+from overproof.errors import GateRefused, InputError
 from overproof.files import read_json
 from overproof.registry import TASKS
 from overproof.units import format_bytes, format_seconds
@@ -88,7 +88,23 @@ def sweep_page(store: str, name: str, to: Path | None) -> int:
     return 0
 
 
-def print_summary(recipe: Recipe, arguments: RecipeArguments) -> None:
+def run_to_summary(recipe: Recipe, arguments: RecipeArguments, until: str | None = None) -> dict[str, Artifact]:
+    """Run a recipe, and print what it came to, also where the gate refuses.
+
+    Raises:
+        InputError, GateRefused: as ``pipeline.run``.
+    """
+    try:
+        done = pipeline.run(recipe, until)
+    except GateRefused:
+        _print_summary(recipe, arguments)
+        raise
+    if "gate" in done:
+        _print_summary(recipe, arguments)
+    return done
+
+
+def _print_summary(recipe: Recipe, arguments: RecipeArguments) -> None:
     """Print the closing table, what it comes to and what to do next."""
     from overproof.evaluate.gate import VERDICT, Verdict
     from overproof.evaluate.metrics import REPORT, Report
@@ -138,7 +154,7 @@ def _print_outcome(outcome: Outcome, arguments: RecipeArguments) -> None:
     for sentence in outcome.sentences:
         out.print(sentence, markup=False)
     for warning in outcome.warnings:
-        out.print(f"! {warning}", style="yellow", markup=False)
+        notice(warning)
     for broken in outcome.nearest.broken if outcome.nearest else ():
         out.print(f"{broken.kind}: {broken.text}; what would meet it:", markup=False)
         _print_remedies(broken.remedies, arguments)

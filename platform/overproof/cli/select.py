@@ -12,10 +12,10 @@ from overproof import pipeline
 from overproof.artifacts import Store
 from overproof.cli.recipe_arguments import RecipeArguments
 from overproof.config import Recipe
-from overproof.console import out
+from overproof.console import notice, out
 from overproof.errors import InputError
-from overproof.evaluate.gate import Verdict
-from overproof.evaluate.metrics import MeasuredFile, Report
+from overproof.evaluate.gate import VERDICT, Verdict
+from overproof.evaluate.metrics import REPORT, MeasuredFile, Report
 from overproof.evaluate.outcome import contention
 from overproof.files import read_json
 from overproof.registry import TASKS
@@ -129,13 +129,13 @@ def select(recipe: Recipe, arguments: RecipeArguments, budget: Budget) -> int:
     done = {s.stage.name: s.artifact for s in pipeline.resolve_stages(recipe, Store(recipe.store), "gate")}
     if not (done["evaluate"] and done["gate"]):
         raise InputError(f"{recipe.name}: nothing is measured and judged yet; run `overproof gate {arguments}` first")
-    report = read_json(Report, done["evaluate"].local() / "report.json")
+    report = read_json(Report, done["evaluate"].local() / REPORT)
     limits = budget.limits(TASKS[report.task].quality)
-    choices = rank_candidates(report, read_json(Verdict, done["gate"].local() / "verdict.json"), limits)
+    choices = rank_candidates(report, read_json(Verdict, done["gate"].local() / VERDICT), limits)
     out.print(_table(recipe.name, report, choices))
     if budget.max_p50_ms is not None or budget.max_p95_ms is not None:
         for warning in contention(report):
-            out.print(f"! {warning}", style="yellow", markup=False)
+            notice(warning)
     best = choices[0] if choices else None
     if best is None or not best.fits:
         out.print(_closest_text(choices))

@@ -9,7 +9,6 @@ from typing import Any
 
 import httpx
 
-from overproof import pipeline
 from overproof.cli import artifacts
 from overproof.cli.deploy import find_package
 from overproof.cli.recipe_arguments import RecipeArguments
@@ -17,7 +16,7 @@ from overproof.cli.termination import wait_for_signal
 from overproof.cluster import ray_cluster
 from overproof.config import Recipe, Serve, parse_overrides
 from overproof.console import out, waiting
-from overproof.errors import GateRefused, InputError
+from overproof.errors import InputError
 from overproof.registry import TASKS
 from overproof.serve.net import free_port
 
@@ -32,12 +31,7 @@ def demo(recipe: Recipe, arguments: RecipeArguments, keep: bool) -> int:
         InputError: bad input, or the port is taken, before anything runs.
     """
     free_port(recipe.serve.host, recipe.serve.port)
-    try:
-        done = pipeline.run(recipe)
-    except GateRefused:
-        artifacts.print_summary(recipe, arguments)
-        raise
-    artifacts.print_summary(recipe, arguments)
+    done = artifacts.run_to_summary(recipe, arguments)
     _serve(done["package"].uri, recipe.serve, keep)
     return 0
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from overproof import console, pipeline
+from overproof import console
 from overproof.cli import artifacts, plan
 from overproof.cli.recipe_arguments import RecipeArguments
 from overproof.console import out
-from overproof.errors import GateRefused, InputError
+from overproof.errors import InputError
 from overproof.shrink.choice import Asked, ProposedRecipe
 from overproof.shrink.estimate import choose_within, machine_flops
 
@@ -40,13 +40,7 @@ def shrink(asked: Asked, to: Path | None) -> int:
     choice, path = _write(asked, to)
     recipe = choice.recipe
     plan.plan(recipe, plan.PlanOptions())
-    arguments = RecipeArguments(path)
-    try:
-        done = pipeline.run(recipe)
-    except GateRefused:
-        artifacts.print_summary(recipe, arguments)
-        raise
-    artifacts.print_summary(recipe, arguments)
+    done = artifacts.run_to_summary(recipe, RecipeArguments(path))
     out.print(f"recipe   {path}", markup=False)
     artifacts.print_package(recipe.store, done["package"])
     return 0

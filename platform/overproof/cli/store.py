@@ -26,7 +26,7 @@ def list_artifacts(where: str) -> int:
     Raises:
         InputError: there is no such store.
     """
-    artifacts = existing_store(where).artifacts()
+    artifacts = Store(where).require().artifacts()
     table = Table("artifact", "created (UTC)", "took", "size", box=None, pad_edge=False)
     for artifact in artifacts:
         record = artifact.record
@@ -44,7 +44,7 @@ def remove(where: str, names: Sequence[str], unlocked: bool) -> int:
     Raises:
         InputError: one is not there, is deployed, or was made into another that stays; or as ``collect_garbage``.
     """
-    store = existing_store(where)
+    store = Store(where).require()
     with _alone(store, unlocked):
         every = _all_of(store)
         named = {artifact.id for artifact in (_one(every, name) for name in names)}
@@ -78,7 +78,7 @@ def collect_garbage(where: str, delete: bool, unlocked: bool) -> int:
         InputError: there is no such store, a run is using it, it has no lock and nobody said ``--unlocked``, or what
             lies there is not known.
     """
-    store = existing_store(where)
+    store = Store(where).require()
     with _alone(store, unlocked or not delete):
         every, unfinished = _all_of(store), store.unfinished()
         kept = needed(every, unfinished)
@@ -151,17 +151,6 @@ def import_package(file: Path, where: str) -> int:
     print_package(where, artifact)
     out.print(f"it is {signed}")
     return 0
-
-
-def existing_store(where: str) -> Store:
-    """A store that is there.
-
-    Raises:
-        InputError: nothing is.
-    """
-    store = Store(where)
-    store.require()
-    return store
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from overproof import console
 from overproof.config import load_recipe, schema_docs
-from overproof.errors import GateRefused, InputError
+from overproof.errors import InputError
 
 if TYPE_CHECKING:
     from overproof.cli.recipe_arguments import RecipeArguments
@@ -62,18 +62,10 @@ def _recipe_arguments(options: argparse.Namespace) -> RecipeArguments:
 
 
 def run_stages(options: argparse.Namespace) -> int:
-    from overproof import pipeline
     from overproof.cli import artifacts
 
     recipe = load_recipe(options.recipe, tuple(options.set))
-    arguments = _recipe_arguments(options)
-    try:
-        done = pipeline.run(recipe, options.until)
-    except GateRefused:
-        artifacts.print_summary(recipe, arguments)
-        raise
-    if "gate" in done:
-        artifacts.print_summary(recipe, arguments)
+    done = artifacts.run_to_summary(recipe, _recipe_arguments(options), options.until)
     if "package" in done:
         artifacts.print_package(recipe.store, done["package"])
     if "speculate" in done:

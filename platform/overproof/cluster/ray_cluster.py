@@ -35,10 +35,14 @@ LOCK_NAMESPACE = "overproof-locks"  # of the actors whose names are the locks
 ResultT = TypeVar("ResultT")
 
 
+def local_cpus() -> int:
+    """Logical CPUs of a cluster that is started on this machine."""
+    return max(available_cpus(), LOCAL_MIN_CPUS)
+
+
 def local_capacity() -> Capacity:
     """What a cluster started on this machine would have: one node of at least four logical CPUs."""
-    cpus = max(available_cpus(), LOCAL_MIN_CPUS)
-    node = NodeShape("this machine", cpus, gpus(), 1, always=1)
+    node = NodeShape("this machine", local_cpus(), gpus(), 1, always=1)
     return Capacity((node,), f"a local cluster here has {describe([node])}")
 
 
@@ -66,7 +70,7 @@ def connect() -> Capacity:
             ray.init(
                 address="local",  # not whatever else runs on this machine
                 _temp_dir=_ray_temp_dir(),
-                num_cpus=int(local_capacity().cpus),
+                num_cpus=local_cpus(),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,  # nobody learns its address, and it takes 5 CPU seconds to start
                 log_to_driver=False,

@@ -221,9 +221,13 @@ def _tell(where: str) -> None:
 
 
 def _resident_mb() -> float:
-    """Of this process and of those that an engine runs in."""
+    return float(sum(each.memory_info().rss for each in _own_processes())) / 1e6
+
+
+def _own_processes() -> list[psutil.Process]:
+    """This one, and those that an engine runs in."""
     this = psutil.Process()
-    return float(sum(each.memory_info().rss for each in (this, *this.children(recursive=True)))) / 1e6
+    return [this, *this.children(recursive=True)]
 
 
 class _Contention:
@@ -252,9 +256,7 @@ def _busy_s() -> float:
 
 
 def _own_s() -> float:
-    """CPU seconds of this process and of those that an engine runs in."""
-    this = psutil.Process()
-    return float(sum(sum(each.cpu_times()[:2]) for each in (this, *this.children(recursive=True))))
+    return float(sum(sum(each.cpu_times()[:2]) for each in _own_processes()))
 
 
 def _measure_text(request: TextRequest) -> TextAnswer:

@@ -33,7 +33,7 @@ STEEP = 0.05  # of a loss, that the last quarter of its steps took away
 LAST_STEPS = 0.75  # where that quarter begins
 CONTENDED_CORES = 0.3  # cores that the engine's threads lacked while latencies were measured
 
-Curve = tuple[tuple[int, float], ...]  # steps and validation losses, from the first to the last
+Curve = tuple[tuple[int, float], ...]  # steps and losses, from the first to the last
 
 
 @dataclass(frozen=True)
@@ -234,9 +234,7 @@ def _uncertain(report: Report, subject: MeasuredFile) -> Iterator[str]:
     students = [m for m in report.measured if m.name == m.student and m.name != report.winner]
     for other in students:
         compared = report.compare(report.winner, other.name)
-        if compared is not None and (
-            compared.low is None or compared.high is None or compared.low <= 0 <= compared.high
-        ):
+        if compared is not None and not _is_certain(compared):
             yield f"the best student is not told apart from {other.name}: {describe(report, compared)}"
 
 
@@ -267,17 +265,24 @@ def _next_steps(recipe: Recipe, report: Report, steep: Mapping[str, float]) -> I
 
 def read_training(recipe: Recipe, train: Path, sweep: Path) -> Training:
     """From the folders of both stages' artifacts."""
-    files = {"teacher": train / "curve.jsonl"} | {
-        file.stem: file for file in sorted((sweep / "curves").glob("*.jsonl"))
-    }
     found = json.loads((sweep / "trials.json").read_text(encoding="utf-8"))
     best = next(trial for trial in found["trials"] if trial["name"] == found["winner"])
     base = next(student for student in recipe.sweep.students if student.name == best["student"])
     _, student = apply_values(recipe.sweep, base, best["values"])
-    return Training({name: _read_curve(file) for name, file in files.items()}, student.distilled)
+    curves = {name: read_curve(file, "validation_loss")[0] for name, file in curve_files(train, sweep).items()}
+    return Training(curves, student.distilled)
 
 
-def _read_curve(file: Path) -> Curve:
+def curve_files(train: Path, sweep: Path) -> dict[str, Path]:
+    """The learning curves of the teacher, which comes first, the trials and the control."""
+    trials = {file.stem: file for file in sorted((sweep / "curves").glob("*.jsonl"))}
+    return {"teacher": train / "curve.jsonl"} | trials
+
+
+def read_curve(file: Path, *figures: str) -> tuple[Curve, ...]:
+    """The points of each figure, where it is a number."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    points = ((int(row["step"]), row.get("validation_loss", math.nan)) for row in rows)
-    return tuple((step, loss) for step, loss in points if math.isfinite(loss))
+    return tuple(
+        tuple((int(row["step"]), row[name]) for row in rows if math.isfinite(row.get(name, math.nan)))
+        for name in figures
+    )

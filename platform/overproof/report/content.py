@@ -6,7 +6,6 @@ Shapes: N files, O objectives.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from overproof.artifacts import Artifact
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import EXPECTED_ACCURACY, MeasuredFile, Report
-from overproof.evaluate.outcome import Outcome, contended_cores
+from overproof.evaluate.outcome import Outcome, curve_files, read_curve
 from overproof.registry import TASKS
 from overproof.report.figure import PlottedCurve
 from overproof.report.pareto import hypervolume, non_dominated, standings
@@ -180,7 +179,6 @@ def _file(
         "p50_ms": 1e3 * measured.metrics["latency_p50_s"].value,
         "p95_ms": 1e3 * measured.metrics["latency_p95_s"].value,
         "resident_mb": measured.metrics["resident_mb"].value,
-        "contended_cores": contended_cores(measured),
         "rate": rate.value if rate else None,
         "units": quality.measured_on,
         "requests": measured.metrics["latency_p95_s"].measured_on,
@@ -243,16 +241,10 @@ def read_curves(train: Path, sweep: Path) -> list[PlottedCurve]:
     """The loss curves of teacher, trials and control."""
     sweep_results = json.loads((sweep / "trials.json").read_text(encoding="utf-8"))
     roles = dict.fromkeys(sweep_results["kept"], "kept") | {sweep_results["winner"]: "student", "control": "control"}
-    teacher = [_read_curve("teacher", train / "curve.jsonl", "teacher")]
-    return teacher + [
-        _read_curve(p.stem, p, roles.get(p.stem, "trial")) for p in sorted((sweep / "curves").glob("*.jsonl"))
-    ]
-
-
-def _read_curve(name: str, path: Path, role: str) -> PlottedCurve:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return PlottedCurve(name, role, _points(rows, "loss"), _points(rows, "validation_loss"))
-
-
-def _points(rows: list[dict[str, float]], name: str) -> list[tuple[int, float]]:
-    return [(int(row["step"]), row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+    return [
+        PlottedCurve(
+            name, "teacher" if name == "teacher" else roles.get(name, "trial"),
+            *map(list, read_curve(file, "loss", "validation_loss")),
+        )
+        for name, file in curve_files(train, sweep).items()
+    ]  # fmt: skip

@@ -177,19 +177,15 @@ def write(asked: Asked, found: Found, share: float = 1.0) -> ProposedRecipe:
     task: Any = TASKS[kind]
     settings = template.read_settings(task.template, fit.values)
     teacher = teacher_section(settings, given)
-    values = (
-        _layout(fit)
-        | _cpus()
-        | {
-            "name": template.flow(asked.name or _name(asked)),
-            "task": kind,
-            "data": template.block(fit.data, indent=2),
-            "tokenizer": template.flow(given.path if given else ""),
-            "teacher": template.flow(teacher.model_dump(mode="json")),
-            "keep": settings.keep,
-        }
-    )
-    values |= {name: value for name, value in fit.values.items() if value is not None}
+    values = _layout(fit) | {
+        "name": template.flow(asked.name or _name(asked)),
+        "task": kind,
+        "data": template.block(fit.data, indent=2),
+        "tokenizer": template.flow(given.path if given else ""),
+        "teacher": template.flow(teacher.model_dump(mode="json")),
+        "keep": settings.keep,
+    }
+    values |= _cpus() | {name: value for name, value in fit.values.items() if value is not None}
     values |= _schedule(asked, given, fit, settings, share)
     # A first draft, without students, says what the data's shape is and what the format writes.
     blank = values | {"students": "    []", "formats": "[]", "rules": "    - {}"}
@@ -246,7 +242,7 @@ def _cpus() -> dict[str, int]:
     """Of this machine, for each of what runs at the same time; one of a cluster, whose nodes may be smaller."""
     if ray_cluster.is_remote():
         return dict.fromkeys(("worker_cpus", "actor_cpus", "trial_cpus"), 1)
-    cores, logical = available_cpus(), int(ray_cluster.local_capacity().cpus)  # of which one reads
+    cores, logical = available_cpus(), ray_cluster.local_cpus()  # of which one reads
     return {
         "worker_cpus": max(1, min(cores, logical - 1)),
         "actor_cpus": max(1, min(cores, logical - 1) // AT_ONCE),
