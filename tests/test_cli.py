@@ -72,6 +72,24 @@ def test_examples_parse() -> None:
             assert parse_arguments(shlex.split(line.partition("    ")[0])).verb == verb
 
 
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["plan", DIGITS, "--set", "train.model={kind:", "vit,", "layers:", "2}"],
+         "unknown vit, layers: 2}; expected values with blanks or braces in single quotes: "
+         "--set 'train.model={kind: vit, layers: 2}'"),
+        (["plan", DIGITS, "--set", "a=1", "--set", "b=[1,", "2]", "--set", "c=3"], "single quotes: --set 'b=[1, 2]'"),
+        (["plan", DIGITS, "--stepz", "3"], "unknown --stepz 3; `overproof plan --help` lists"),
+        (["ls", "store"], "ls: unknown store; `overproof ls --help`"),
+    ],
+)  # fmt: skip
+def test_an_unknown_word_says_what_to_do(argv: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert len(error.splitlines()) == 1
+
+
 def test_a_stage_explains_its_part_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert "train.zero_stage" not in _help(capsys, "train")
     text = _help(capsys, "train", flag="--help-fields")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ import httpx
 import pytest
 
 from finished import RECIPES, Run
+from overproof.cli.dashboard import link_newest
 from overproof.cli.main import main
+from overproof.config.search import varying_values
 
 START_S = 90
 
@@ -66,7 +69,10 @@ def test_both_dashboards_answer_and_the_trials_are_there(digits: Run, ray_cluste
 
         names = {*(student.name for student in digits.recipe.sweep.students), "control"}
         experiment = ask(base[1], "experiment", experimentName="")
-        assert {"temperature", "hidden_size", "teacher_weight"} <= {each["name"] for each in experiment["hparamInfos"]}
+        shown = {each["name"] for each in experiment["hparamInfos"]}
+        assert shown == varying_values(digits.recipe.sweep, digits.recipe.tune) | {"status"}
+        assert {"temperature", "hidden_size", "teacher_weight"} <= shown
+        assert "batch_size" not in shown  # the same in all
         asked = {
             "experimentName": "",
             "allowedStatuses": ["STATUS_SUCCESS", "STATUS_UNKNOWN", "STATUS_FAILURE"],
@@ -104,3 +110,30 @@ def test_a_store_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert "no such folder" in capsys.readouterr().err
     assert main(["dashboard", "--store", "s3://bucket/store?region=us-east-1"]) == 2
     assert "expected a local store" in capsys.readouterr().err
+
+
+def test_of_a_recipe_the_newest_sweep_is_shown_and_a_running_one_takes_its_place(tmp_path: Path) -> None:
+    root, links = tmp_path / "store/recipe", tmp_path / "links"
+    links.mkdir()
+    root.mkdir(parents=True)
+
+    def write(folder: str, time_s: int) -> None:
+        (root / folder / "events/wide").mkdir(parents=True)
+        os.utime(root / folder / "events", (time_s, time_s))
+
+    def shown() -> set[str]:
+        link_newest(root, links)
+        return {link.name for link in links.iterdir() if (link / "wide").is_dir()}
+
+    assert shown() == set()
+    write("train-1", 50)
+    write("sweep-1", 100)
+    write("sweep-2", 200)
+    assert shown() == {"train-1", "sweep-2"}
+    write("sweep.work", 300)
+    assert shown() == {"train-1", "sweep.work"}
+    write("sweep-3", 400)
+    shutil.rmtree(root / "sweep.work")
+    assert shown() == {"train-1", "sweep-3"}
+    shutil.rmtree(root / "sweep-3")
+    assert shown() == {"train-1", "sweep-2"}

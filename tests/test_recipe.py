@@ -13,10 +13,12 @@ from jsonschema import Draft202012Validator
 
 from overproof.config import Recipe, Section, load_recipe, schema_docs
 from overproof.config.base import RESOURCE, sections_in
+from overproof.config.search import first_comparison
 from overproof.errors import InputError
 
 RECIPES = sorted((Path(__file__).parents[1] / "jobs/recipes").glob("*.yaml"))
 DIGITS = Path(__file__).parents[1] / "jobs/recipes/digits.yaml"
+LM = DIGITS.with_name("stdlib-lm.yaml")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -60,6 +62,28 @@ def test_the_editor_schema_file_is_current() -> None:
         ("serve.max_replicas=0", ["serve.max_replicas", "1"]),
         ("train.steps", ["expected a.b=value"]),
         ("name.x=1", ["name holds 'digits'"]),
+        ("gate.rules=-0.1", ["gate.rules: found -0.1; expected a list"]),
+        (
+            "gate.rules=[-0.1]",
+            ["gate.rules.0: found -0.1; expected a section whose kind is 'regression' or 'improvement'"],
+        ),
+        ("gate.rules.0={at_most: 1}", ["gate.rules.0.kind: missing; expected 'regression' or"]),
+        ("gate.rules.-0.1=3", ["'-0' is no place in gate.rules", "from 0 to "]),
+        (
+            "gate.rules.0={kind: improvement, at_least: -0.1}",
+            [
+                "gate.rules.0.at_least: found -0.1; expected 0 or more",
+                "{kind: regression, against: control, at_most: 0.1}",
+            ],
+        ),
+        ("train.model=vit", ["train.model: found 'vit'; expected a section whose kind is ", "'vit'"]),
+        (
+            "sweep.students.0=small",
+            ["sweep.students.0: found 'small'; expected a section with fields such as name, model"],
+        ),
+        ("train.model={kind:", ["cannot be read as YAML", "in single quotes: --set 'train.model={kind: ...}'"]),
+        ('name="digits', ["cannot be read as YAML", "in single quotes: --set 'name=\"digits ...\"'"]),
+        ("name=a: b: c", ["cannot be read as YAML: mapping values are not allowed", "--set 'name=a: b: c'"]),
     ],
 )
 def test_a_bad_field_is_named_with_what_was_found_and_expected(override: str, words: list[str]) -> None:
@@ -67,6 +91,61 @@ def test_a_bad_field_is_named_with_what_was_found_and_expected(override: str, wo
         load_recipe(DIGITS, (override,))
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_list_of_bad_parts_is_not_called_short_beside() -> None:
+    with pytest.raises(InputError) as error:
+        load_recipe(DIGITS, ("gate.rules=[-0.1]",))
+    assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(InputError, match=r"gate.rules: found \[\]; .*at least 1"):
+        load_recipe(DIGITS, ("gate.rules=[]",))
+
+
+@pytest.mark.parametrize(
+    ("given", "changes", "dropped"),
+    [
+        ("data.source={kind: folder, path: x, pattern: a}", ["data.source.kind=jsonl", "data.source.field=body"],
+         "data.source.pattern"),
+        ("data.source={kind: folder, path: x}", ["data.source.kind=stdlib"], "data.source.path"),
+        ("cache.scheme={kind: sampled, k: 3, draws: 4}", ["cache.scheme.kind=topk"], "cache.scheme.draws"),
+        ("sweep.students.0.model={kind: llama, hidden_size: 8, intermediate_size: 8, layers: 1, heads: 2, kv_heads: 2}",
+         ["sweep.students.0.model.path=x", "sweep.students.0.model.kind=pretrained"], "sweep.students.0.model.layers"),
+        ("tune={search: {kind: tpe, trials: 2, startup_trials: 1}}", ["tune.search.kind=random"], "startup_trials"),
+    ],
+)  # fmt: skip
+def test_a_changed_kind_takes_the_fields_of_the_old_one_with_it(
+    given: str, changes: list[str], dropped: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_recipe(LM, (given, *changes))
+    assert dropped in caplog.text
+    assert "left out" in caplog.text
+
+
+def test_an_unknown_kind_drops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(InputError, match="nearest is 'topk'"):
+        load_recipe(DIGITS, ("cache.scheme={kind: sampled, draws: 4}", "cache.scheme.kind=topq"))
+    assert "left out" not in caplog.text
+
+
+def test_validations_and_the_first_rung_follow_the_steps(tmp_path: Path) -> None:
+    """Unless the recipe says how often: then that holds, whatever the steps."""
+    tree = yaml.safe_load(DIGITS.read_text())
+    del tree["tune"]["scheduler"]["grace_steps"]
+    (tmp_path / "digits.yaml").write_text(yaml.safe_dump(tree))
+    for steps in (1, 7, 400):
+        recipe = load_recipe(tmp_path / "digits.yaml", (f"sweep.steps={steps}", f"train.steps={steps}"))
+        assert recipe.sweep.validate_every == recipe.train.validate_every == max(1, steps // 8)
+        assert first_comparison(recipe.tune.scheduler, recipe.sweep) == max(1, steps // 8)
+    told = load_recipe(tmp_path / "digits.yaml", ("sweep.steps=400", "sweep.validate_every=30"))
+    assert (told.sweep.validate_every, first_comparison(told.tune.scheduler, told.sweep)) == (30, 30)
+    rung = load_recipe(tmp_path / "digits.yaml", ("sweep.steps=400", "tune.scheduler.grace_steps=90"))
+    assert first_comparison(rung.tune.scheduler, rung.sweep) == 90
+
+
+def test_the_best_checkpoint_is_told_at_each_checkpoint() -> None:
+    best = ("train.result=best", "train.checkpoint={keep_best: 1, every_steps: 40}", "train.steps=130")
+    assert load_recipe(DIGITS, best).train.scored_checkpoints == {40, 80, 120}
+    assert load_recipe(DIGITS, best[1:]).train.scored_checkpoints == set()
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])

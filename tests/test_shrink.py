@@ -362,7 +362,7 @@ ERRORS: dict[str, tuple[str, Make, tuple[str, ...], tuple[str, ...]]] = {
         "LLAMA", table(label=counts), (), ("language_modeling: no text files: 1 .csv; name them",),
     ),
     "which text": ("LLAMA", jsonl("question", "answer"), (), ("--text: which column is the text", "answer (string)")),
-    "a pattern of nothing": ("LLAMA", documents, ("--pattern", "*.rst"), ("--pattern: no file's name matches '*.",)),
+    "a pattern of nothing": ("LLAMA", documents, ("--pattern", "*.rst"), ("--pattern: no file's name matches *.",)),
     "images of two sizes": (
         "-", image_folders((16, 20)), (), ("--image-size: images differ in size (16 x 16, 20 x 20)",),
     ),
@@ -659,7 +659,7 @@ compress: {kind: onnx, formats: [int8]}
     ],
 )
 def test_an_override_changes_its_own_line(override: str, line: str) -> None:
-    from overproof.config.recipe import set_override
+    from overproof.config.overrides import set_override
 
     tree = yaml.safe_load(TEXT)
     set_override(tree, override)

@@ -17,7 +17,7 @@ import pytest
 from distill_world import World, capture, jobs, make
 
 from overproof.artifacts import Artifact, Store
-from overproof.config import Asha, NoStop, Sweep
+from overproof.config import Asha, Median, NoStop, Optimization, Pbt, Sweep
 from overproof.data.parquet_reader import Shards
 from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.sweep import check_cache, pareto_students, sweep, train_students
@@ -376,14 +376,20 @@ def test_slots_count_what_fits_each_node() -> None:
 
 
 def test_rungs_are_before_the_last_step() -> None:
-    def at(grace: int, factor: int, steps: int) -> list[int]:
-        return list(rung_steps(Asha(grace_steps=grace, reduction_factor=factor), steps))
+    def sweep_of(steps: int, **changes: int) -> Optimization:
+        return Optimization(steps=steps, batch_size=8, learning_rate=1e-3, **changes)
+
+    def at(grace: int | None, factor: int, steps: int) -> list[int]:
+        return list(rung_steps(Asha(grace_steps=grace, reduction_factor=factor), sweep_of(steps)))
 
     assert at(8, 2, 24) == [8, 16]
     assert at(8, 2, 32) == [8, 16]
     assert at(10, 3, 100) == [10, 30, 90]
     assert at(100, 2, 50) == []
-    assert list(rung_steps(NoStop(), 50)) == []
+    assert at(None, 2, 80) == [10, 20, 40]  # from the first validation on
+    assert list(rung_steps(Median(), sweep_of(80))) == []
+    assert list(rung_steps(Pbt(), sweep_of(80, validate_every=30))) == [30, 60]
+    assert list(rung_steps(NoStop(), sweep_of(50))) == []
 
 
 @pytest.mark.parametrize("name", ["control", "control-wide", "teacher"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from overproof.config import Recipe, load_recipe
-from overproof.config.recipe import set_override
+from overproof.config.overrides import set_override
 from overproof.evaluate.gate import judge
 from overproof.evaluate.metrics import Comparison, MeasuredFile, Report
 from overproof.evaluate.outcome import Outcome, Training, find_outcome, late_fall

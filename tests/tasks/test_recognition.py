@@ -95,7 +95,7 @@ def test_a_bad_file_of_a_kind_that_is_not_needed_refuses_nothing(tmp_path: Path)
     (tmp_path / "empty.parquet").write_bytes(b"")
     for i in range(60):
         (tmp_path / f"{i}.TXT").write_text(f"document {i} tells of {i * i} things")
-    found = recognise_text(look_at(str(tmp_path)), LLAMA, ColumnFlags(pattern="*.TXT"))
+    found = recognise_text(look_at(str(tmp_path)), LLAMA, ColumnFlags(pattern=("*.TXT",)))
     assert isinstance(found, Fit)
     (tmp_path / "empty.parquet").unlink()
     found = recognise_text(look_at(str(tmp_path)), LLAMA, ColumnFlags())

@@ -3,35 +3,80 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
 
 from pyarrow import fs
 
+from overproof.artifacts import WORK
 from overproof.cli.termination import wait_for_signal
 from overproof.cluster import ray_cluster
 from overproof.console import out, waiting
+from overproof.distill.tensorboard import EVENTS
 from overproof.errors import InputError
-from overproof.files import filesystem
+from overproof.files import filesystem, join_uri
+
+LOOK_EVERY_S = 2.0
 
 
-def dashboard(folder: str, port: int) -> int:
-    """Show the sweeps below a folder at a port (0 takes a free one) until Ctrl-C, which ends what was started.
+def dashboard(uri: str, recipe: str | None, port: int) -> int:
+    """Show the newest training and sweep of a recipe, or everything in a store, at a port (0 takes a free one) until
+    Ctrl-C, which ends what was started.
 
     Raises:
-        InputError: the folder is not on this machine's disks or missing, or the port is taken.
+        InputError: the store is not on this machine's disks or has nothing of it, or the port is taken.
     """
+    folder = uri if recipe is None else join_uri(uri, recipe)
     store, root = filesystem(folder)
     if not isinstance(store, fs.LocalFileSystem):
         raise InputError(f"{folder}: TensorBoard reads files on a disk; expected a local store, or a copy of it")
     if store.get_file_info(root).type != fs.FileType.Directory:
         raise InputError(f"{root}: no such folder; expected one in which a sweep ran: `overproof sweep RECIPE`")
-    with waiting("starting TensorBoard"):
-        url = _tensorboard(root, port)
-    out.print(f"TensorBoard  {url}  (HParams compares trials; a sweep that runs appears while it does)", markup=False)
-    ray_url = ray_cluster.dashboard_url() or "no cluster to look at: RAY_ADDRESS names none"
-    out.print(f"Ray          {ray_url}", markup=False)
-    out.print("until Ctrl-C")
-    wait_for_signal()
+    with tempfile.TemporaryDirectory(prefix="overproof-") as links:
+        if recipe is not None:
+            link_newest(Path(root), Path(links))
+            threading.Thread(target=_follow, args=(Path(root), Path(links)), daemon=True).start()
+        with waiting("starting TensorBoard"):
+            url = _tensorboard(root if recipe is None else links, port)
+        told = "HParams compares trials; a sweep that runs appears while it does"
+        out.print(f"TensorBoard  {url}  ({told})", markup=False)
+        ray_url = ray_cluster.dashboard_url() or "no cluster to look at: RAY_ADDRESS names none"
+        out.print(f"Ray          {ray_url}", markup=False)
+        out.print("until Ctrl-C")
+        wait_for_signal()
     return 0
+
+
+def link_newest(root: Path, links: Path) -> None:
+    """Link the events of the newest training and the newest sweep below a recipe's folder, running ones included, and
+    unlink what they take the place of: TensorBoard's HParams tab makes one table of all that it finds.
+    """
+    wanted = {}
+    for stage in ("train", "sweep"):
+        found = [*root.glob(f"{stage}-*/{EVENTS}"), *root.glob(f"{stage}{WORK}/{EVENTS}")]
+        ages = {}
+        for events in found:
+            with suppress(FileNotFoundError):  # a workspace goes when its stage is done
+                ages[events] = events.stat().st_mtime_ns
+        if ages:
+            newest = max(ages, key=ages.__getitem__)
+            wanted[newest.parent.name] = newest
+    for link in links.iterdir():
+        if link.name not in wanted:
+            link.unlink()
+    for name, events in wanted.items():
+        if not (links / name).is_symlink():
+            (links / name).symlink_to(events, target_is_directory=True)
+
+
+def _follow(root: Path, links: Path) -> None:
+    """Keep the links as they should be, until the folder is gone."""
+    wake = threading.Event()
+    while not wake.wait(LOOK_EVERY_S) and links.is_dir():
+        with suppress(FileNotFoundError):
+            link_newest(root, links)
 
 
 def _tensorboard(root: str, port: int) -> str:

@@ -108,8 +108,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The verb's options, and in ``run`` the function that takes them.
 
     Raises:
-        InputError: there is no such verb.
-        SystemExit: help was asked for, or an option is unknown or malformed.
+        InputError: there is no such verb or option.
+        SystemExit: help was asked for, or an option is malformed or lacks.
     """
     parser = argparse.ArgumentParser(prog="overproof", description="From sharded data to a small model you can trust.")
     names = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -132,7 +132,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if argv and not argv[0].startswith("-") and argv[0] not in names.choices:
         near = suggest_name(argv[0], names.choices)
         raise InputError(f"{argv[0]}: no such verb{near}; expected one that `overproof --help` lists")
-    return parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise InputError(f"{argv[0]}: unknown {' '.join(unknown)}; {_why_unknown(options, unknown)}")
+    return options
+
+
+def _why_unknown(options: argparse.Namespace, unknown: Sequence[str]) -> str:
+    """What to do about words that no option takes."""
+    last = next((each for each in reversed(getattr(options, "set", [])) if any(mark in each for mark in "{[")), None)
+    if last is not None and not unknown[0].startswith("-"):
+        return f"expected values with blanks or braces in single quotes: --set '{' '.join([last, *unknown])}'"
+    return f"`overproof {options.verb} --help` lists what there is"
 
 
 def _add_shrink_verbs(add: Add) -> None:
@@ -154,7 +165,8 @@ def _add_shrink_verbs(add: Add) -> None:
         verb.add_argument("--label", metavar="COLUMN", help="column to predict")
         verb.add_argument("--text", metavar="COLUMN", help="column of the text")
         verb.add_argument("--image", metavar="COLUMN", help="column of the images")
-        verb.add_argument("--pattern", metavar="GLOB", help="which files are documents, such as '*.md'")
+        verb.add_argument("--pattern", action="append", default=[], metavar="GLOB",
+                          help="which files are documents, such as '*.md'; may be given several times")  # fmt: skip
         verb.add_argument("--image-size", type=int, metavar="PIXELS", help="edges that images are scaled to")
         verb.add_argument("--name", help="of the run and its recipe (default: after the model or the data)")
         verb.add_argument("--out", type=Path, metavar="FILE", help="where the recipe goes (default: NAME.yaml)")

@@ -41,7 +41,7 @@ def _asked(options: argparse.Namespace) -> Asked:
         finetune=options.finetune,
         max_minutes=options.max_minutes,
         name=options.name,
-        flags=ColumnFlags(options.label, options.text, options.image, options.pattern, options.image_size),
+        flags=ColumnFlags(options.label, options.text, options.image, tuple(options.pattern), options.image_size),
         overrides=tuple(options.set),
     )
 
@@ -109,10 +109,11 @@ def pick(options: argparse.Namespace) -> int:
 
 def dashboard(options: argparse.Namespace) -> int:
     from overproof.cli import dashboard
-    from overproof.files import join_uri
 
-    recipe = load_recipe(options.recipe, tuple(options.set)) if options.recipe else None
-    return dashboard.dashboard(join_uri(recipe.store, recipe.name) if recipe else options.store, options.port)
+    if options.recipe is None:
+        return dashboard.dashboard(options.store, None, options.port)
+    recipe = load_recipe(options.recipe, tuple(options.set))
+    return dashboard.dashboard(recipe.store, recipe.name, options.port)
 
 
 def list_artifacts(options: argparse.Namespace) -> int:

@@ -45,7 +45,8 @@ from overproof.config.evaluation import (
 )
 from overproof.config.export import FormatSection, Speculate
 from overproof.config.models import LayeredModel, ModelSection, Pretrained, Served, TeacherLayers
-from overproof.config.recipe import Recipe, load_recipe, parse_overrides
+from overproof.config.overrides import parse_overrides
+from overproof.config.recipe import Recipe, load_recipe
 from overproof.config.search import Asha, Grid, Hyperband, Median, NoStop, Pbt, Random, Space, Tpe, Tune
 from overproof.config.serving import SERVER_FIELDS, Canary, Serve, Traffic, Trust
 from overproof.config.training import CheckpointPolicy, Lora, Optimization, Train, Training, ZeroSettings

@@ -17,6 +17,9 @@ Count = Annotated[int, Field(ge=1)]
 Cpus = Annotated[float, Field(gt=0)]
 
 
+NO_SECTION = ("model_type", "model_attributes_type", "dict_type")  # pydantic's names of errors
+
+
 class Resource:
     """Marks a field of a section as part of no result: it says which machines share the work, and how they share it."""
 
@@ -40,7 +43,11 @@ class Section(BaseModel):
             return cls.model_validate(tree)
         except ValidationError as error:
             prefix = f"{where or cls.__name__.lower()}: "
-            raise InputError("\n".join(prefix + _explain(cls, e) for e in error.errors())) from None
+            found = error.errors()
+            # A list with bad parts is reported as too short beside, for pydantic counts the good ones.
+            around = {each["loc"][:i] for each in found for i in range(len(each["loc"]))}
+            told = [each for each in found if each["type"] != "too_short" or each["loc"] not in around]
+            raise InputError("\n".join(prefix + _explain(cls, each) for each in told)) from None
 
     def without_resources(self) -> dict[str, Any]:
         """The fields that results follow from, as JSON: those marked RESOURCE are left out, at any depth."""
@@ -91,7 +98,7 @@ def sections_in(annotation: Any, marks: Sequence[Any] = ()) -> Iterator[type[Sec
 
 
 def _explain(section: type[Section], error: Any) -> str:
-    path, fields = _field_path(section, error["loc"])
+    path, fields, sections = _field_path(section, error["loc"])
     if error["type"] == "extra_forbidden":
         name = str(error["loc"][-1])
         return (
@@ -105,11 +112,23 @@ def _explain(section: type[Section], error: Any) -> str:
     if error["type"] == "union_tag_invalid":
         kinds = [kind.strip(" '") for kind in error["ctx"]["expected_tags"].split(",")]
         message += suggest_name(error["ctx"]["tag"], kinds)
+    if error["type"] in NO_SECTION and sections:
+        return f"{path}: found {error['input']!r}; expected a section {_described(sections)}"
+    if error["type"] == "union_tag_not_found":
+        return f"{path}.kind: missing; expected {_described(sections).removeprefix('whose kind is ')}"
+    if error["type"] == "tuple_type":
+        return f"{path}: found {error['input']!r}; expected a list"
     return f"{path}: found {error['input']!r}; {message[0].lower()}{message[1:]}"
 
 
-def _field_path(section: type[Section], loc: Sequence[str | int]) -> tuple[str, list[str]]:
-    """A dotted path to where an error lies, and the fields of the section around it.
+def _described(sections: Sequence[type[Section]]) -> str:
+    if len(sections) == 1:
+        return f"with fields such as {', '.join(list(sections[0].model_fields)[:4])}"
+    return f"whose kind is {' or '.join(repr(section.model_fields['kind'].default) for section in sections)}"
+
+
+def _field_path(section: type[Section], loc: Sequence[str | int]) -> tuple[str, list[str], list[type[Section]]]:
+    """A dotted path to where an error lies, the fields of the section around it, and the sections that may stand there.
 
     Pydantic also names which kind or type of a union was chosen: that is no part of the path.
     """
@@ -127,4 +146,4 @@ def _field_path(section: type[Section], loc: Sequence[str | int]) -> tuple[str, 
             field = around.model_fields.get(part)
             choices = list(sections_in(field.annotation, field.metadata)) if field else []
             mapping = field is not None and get_origin(field.annotation) is dict
-    return ".".join(path) or "recipe", list(around.model_fields)
+    return ".".join(path) or "recipe", list(around.model_fields), choices

@@ -20,7 +20,14 @@ class FolderSource(Section):
 
     kind: Literal["folder"] = "folder"
     path: str = Field(description="Folder, or a URI such as s3://bucket/folder.")
-    pattern: str = Field("*.txt", description="File name pattern, as in fnmatch, in any case.")
+    pattern: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        "*.txt", description="File name pattern, as in fnmatch, in any case; or several, such as ['*.md', '*.txt']."
+    )
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Of which a file's name matches one."""
+        return (self.pattern,) if isinstance(self.pattern, str) else self.pattern
 
 
 class JsonlSource(Section):

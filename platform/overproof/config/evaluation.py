@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from overproof.config.base import RESOURCE, Count, Fraction, Section
 
@@ -85,6 +85,16 @@ class Improvement(Section):
     kind: Literal["improvement"] = "improvement"
     against: Against = "control"
     at_least: float = Field(0.0, ge=0, description="In the units of the regression rule.")
+
+    @field_validator("at_least", mode="before")
+    @classmethod
+    def _is_a_gain(cls, at_least: Any, around: ValidationInfo) -> Any:
+        if isinstance(at_least, int | float) and at_least < 0:
+            rule = f"{{kind: regression, against: {around.data.get('against')}, at_most: {-at_least:g}}}"
+            raise ValueError(
+                f"found {at_least:g}; expected 0 or more. A file may be that much worse by the rule {rule}"
+            )
+        return at_least
 
 
 class Keep(Section):

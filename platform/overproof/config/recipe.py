@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -15,6 +15,7 @@ from overproof.config.distillation import Cache, Generate, Student, Sweep
 from overproof.config.evaluation import Evaluate, ExpectedAnswers, Gate, Smaller
 from overproof.config.export import FormatSection, Speculate
 from overproof.config.models import LayeredModel, Pretrained, Served, TeacherLayers
+from overproof.config.overrides import set_override
 from overproof.config.search import Tune
 from overproof.config.serving import Serve
 from overproof.config.training import Train
@@ -296,20 +297,8 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """
     tree = read_yaml_mapping(path, "a recipe, such as jobs/recipes/digits.yaml", "a mapping of sections")
     for override in overrides:
-        set_override(tree, override)
+        set_override(tree, override, Recipe)
     return Recipe.parse(tree, str(path))
-
-
-def parse_overrides(overrides: Sequence[str], section: str) -> dict[str, Any]:
-    """Overrides of one section, with its name before them or not, as a mapping.
-
-    Raises:
-        InputError: one is no assignment.
-    """
-    tree: dict[str, Any] = {}
-    for override in overrides:
-        set_override(tree, override.removeprefix(f"{section}."))
-    return tree
 
 
 def read_yaml_mapping(path: str | Path, file: str, content: str) -> dict[str, Any]:
@@ -327,31 +316,3 @@ def read_yaml_mapping(path: str | Path, file: str, content: str) -> dict[str, An
     if not isinstance(tree, dict):
         raise InputError(f"{path}: found {type(tree).__name__} at the top level, expected {content}")
     return tree
-
-
-def set_override(tree: dict[str, Any], override: str) -> None:
-    """Put the value of ``a.b=value`` into a tree of sections.
-
-    Raises:
-        InputError: it is no assignment, or leads through something that is no section.
-    """
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise InputError(f"--set {override}: expected a.b=value, such as train.steps=200")
-    *parents, last = path.split(".")
-    node: Any = tree
-    for i, part in enumerate([*parents, last]):
-        key: Any = part
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise InputError(f"--set {override}: {part!r} is no index of a list of {len(node)}")
-            key = int(part)
-        elif not isinstance(node, dict):
-            raise InputError(f"--set {override}: {'.'.join(path.split('.')[:i])} holds {node!r}, not a section")
-        if i == len(parents):
-            try:
-                node[key] = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise InputError(f"--set {override}: the value is not YAML: {error}") from None
-        else:
-            node = node.setdefault(key, {}) if isinstance(node, dict) else node[key]

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from overproof.config.base import Count, Section
 from overproof.config.distillation import Student, Sweep
+from overproof.config.training import Optimization
 
 MOST_SHAPES = 100_000  # combinations that are looked at one by one
 # What may change while a trial goes on.
@@ -20,6 +21,9 @@ CHANGEABLE = (
 )  # fmt: skip
 T = TypeVar("T")
 TrialValues = dict[str, Any]  # of one trial, by the space's fields; "student" is the base where there are several
+
+
+GRACE = "Steps every trial runs before it may be stopped; null: sweep.validate_every."
 
 
 class Choice(Section, Generic[T]):
@@ -145,7 +149,7 @@ class Asha(Section):
     """Asynchronous successive halving (arXiv 1810.05934)."""
 
     kind: Literal["asha"] = "asha"
-    grace_steps: Count = Field(description="Steps every trial runs before it may be stopped.")
+    grace_steps: Count | None = Field(None, description=GRACE)
     reduction_factor: int = Field(2, ge=2, description="One trial in this many goes on at each rung.")
 
 
@@ -153,7 +157,7 @@ class Median(Section):
     """A trial stops where its best loss is worse than the median of the others' averages (Vizier, 2017)."""
 
     kind: Literal["median"] = "median"
-    grace_steps: Count = Field(description="Steps every trial runs before it may be stopped.")
+    grace_steps: Count | None = Field(None, description=GRACE)
     least_trials: Count = Field(3, description="Others that must have come as far.")
 
 
@@ -161,7 +165,7 @@ class Hyperband(Section):
     """Asynchronous HyperBand: ASHA in several brackets at once, each with a longer grace period (arXiv 1810.05934)."""
 
     kind: Literal["hyperband"] = "hyperband"
-    grace_steps: Count = Field(description="Steps every trial of the first bracket runs before it may be stopped.")
+    grace_steps: Count | None = Field(None, description=f"{GRACE} Later brackets wait longer.")
     reduction_factor: int = Field(3, ge=2, description="One trial in this many goes on at each rung.")
     brackets: int = Field(3, ge=2, description="Brackets; each waits reduction_factor times longer than the last.")
 
@@ -170,12 +174,20 @@ class Pbt(Section):
     """Population-based training (arXiv 1711.09846): the worst take on weights and, changed, settings of the best."""
 
     kind: Literal["pbt"] = "pbt"
-    interval_steps: Count = Field(description="Steps between comparisons.")
+    interval_steps: Count | None = Field(None, description="Steps between comparisons; null: sweep.validate_every.")
     quantile: float = Field(0.25, gt=0, le=0.5, description="Share of the trials that is given up for the best.")
 
 
 Search = Annotated[Grid | Random | Tpe, Field(discriminator="kind")]
 Scheduler = Annotated[NoStop | Asha | Median | Hyperband | Pbt, Field(discriminator="kind")]
+
+
+def first_comparison(scheduler: Asha | Median | Hyperband | Pbt, sweep: Optimization) -> int:
+    """Steps of a trial after which it is first compared with others."""
+    given = scheduler.interval_steps if isinstance(scheduler, Pbt) else scheduler.grace_steps
+    return min(given or sweep.validate_every, sweep.steps)
+
+
 SearchObjective = Literal["validation_loss", "parameters", "seconds"]
 
 
@@ -306,3 +318,11 @@ def current_values(sweep: Sweep, student: Student) -> TrialValues:
     places = (sweep, student, student.model)
     held = {name: getattr(place, name) for place in places for name in type(place).model_fields}
     return {name: held[name] for name in Space.model_fields if name in held}
+
+
+def varying_values(sweep: Sweep, tune: Tune) -> frozenset[str]:
+    """The settings in which trials of a sweep, or a trial and its control, may differ."""
+    held = [current_values(sweep, student) for student in sweep.students]
+    names = {name for values in held for name in values}
+    differ = {name for name in names if any(values.get(name) != held[0].get(name) for values in held)}
+    return frozenset({*differ, *tune.space.domains, "teacher_weight"})

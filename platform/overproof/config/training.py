@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from overproof.config.base import RESOURCE, Count, Cpus, Section
 from overproof.config.models import Model, Pretrained, Served
 
+VALIDATIONS = 8  # of a training, where the recipe does not say how often
+
 
 class Optimization(Section):
     """AdamW (arXiv 1711.05101) under a learning-rate schedule with linear warm-up."""
@@ -23,7 +25,10 @@ class Optimization(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient average.")
     beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the squared-gradient average.")
     clip_norm: float = Field(1.0, gt=0, description="Largest global gradient norm.")
-    validate_every: Count = Field(50, description="Steps between validation losses.")
+    validate_every: Count = Field(
+        default_factory=lambda given: max(1, given.get("steps", 0) // VALIDATIONS),
+        description=f"Steps between validation losses; left out: a {VALIDATIONS}th of the steps.",
+    )
     validation_rows: Count = Field(256, description="Rows of the validation split used each time.")
 
 
@@ -108,6 +113,12 @@ class Training(Optimization, ZeroSettings):
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @property
+    def scored_checkpoints(self) -> frozenset[int]:
+        """Steps of checkpoints that need a validation loss, so that the best can be told."""
+        every = self.checkpoint.every_steps
+        return frozenset(range(every, self.steps, every)) if self.result == "best" else frozenset()
+
+    @property
     def worlds(self) -> tuple[int, ...]:
         """The numbers of workers it may run on: those between the limits that divide the batch."""
         return tuple(n for n in range(self.fewest, self.most + 1) if self.batch_size % n == 0)
@@ -128,14 +139,8 @@ class Training(Optimization, ZeroSettings):
                     f"batch_size {self.batch_size} is not a multiple of workers {world}; "
                     "every worker takes an equal share"
                 )
-        if self.result == "best":
-            if self.checkpoint.keep_best == 0:
-                raise ValueError("result 'best' needs checkpoint.keep_best of at least 1; found 0")
-            if self.checkpoint.every_steps % self.validate_every:
-                raise ValueError(
-                    f"result 'best' needs a validation loss at each checkpoint: checkpoint.every_steps "
-                    f"{self.checkpoint.every_steps} is not a multiple of validate_every {self.validate_every}"
-                )
+        if self.result == "best" and self.checkpoint.keep_best == 0:
+            raise ValueError("result 'best' needs checkpoint.keep_best of at least 1; found 0")
         return self
 
 

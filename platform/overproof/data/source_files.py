@@ -149,13 +149,14 @@ def having_suffix(*suffixes: str) -> Choose:
     return choose
 
 
-def matching(pattern: str) -> Choose:
+def matching(*patterns: str) -> Choose:
     """Takes files whose names match a pattern, in any case, with or without the end that tells of a compression."""
+    expected = " or ".join(patterns)
 
     def choose(name: str) -> str | None:
         base = name.rpartition("/")[2].lower()
-        matches = any(fnmatchcase(each, pattern.lower()) for each in (base, data_name(base)))
-        return None if matches else f"not {pattern}"
+        matches = any(fnmatchcase(each, glob.lower()) for each in (base, data_name(base)) for glob in patterns)
+        return None if matches else f"not {expected}"
 
     return choose
 

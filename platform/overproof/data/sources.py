@@ -139,7 +139,7 @@ def list_files(source: Source, on_error: OnError = "fail") -> FileListing:
     files, path = filesystem(source.path)
     if files.get_file_info(path).type == fs.FileType.File:
         raise InputError(f"data.source.path: {source.path} is a file; expected a folder")
-    return list_source(source.path, matching(source.pattern), source.pattern, on_error)
+    return list_source(source.path, matching(*source.patterns), " or ".join(source.patterns), on_error)
 
 
 def _stdlib(folder: Path, prefix: str = "") -> list[SourceFile]:

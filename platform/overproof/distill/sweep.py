@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from pyarrow import fs
 
 from overproof.cluster.progress_relay import relay_progress
 from overproof.config import Grid, Pbt
-from overproof.config.search import TrialValues, apply_values
+from overproof.config.search import TrialValues, apply_values, varying_values
 from overproof.data.manifest import Manifest
 from overproof.distill.cache_checks import ROWS_CHECKED, check_rows, check_text
 from overproof.distill.controls import control_job, train_controls
@@ -72,8 +72,9 @@ def sweep(context: StageContext) -> dict[str, Any]:
     publish_students(context.draft.uri, kept)
     with context.draft.directory() as folder:
         tracker.write_curves(folder / "curves")
+        shown = varying_values(settings, context.recipe.tune)
         for trial in (*trials, *control_trials.values()):
-            _write_events(folder / EVENTS, trial, tracker)
+            _write_events(folder / EVENTS, trial, tracker, shown)
         content = {"winner": best_job.name, "kept": kept, "trials": trials, "control": control_trials[best_job.name],
                    "controls": control_trials}  # fmt: skip
         (folder / "trials.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -129,7 +130,7 @@ def make_trial_job(
         student=absolute_student(student),
         distilled=student.distilled,
         settings=settings,
-        rungs=frozenset(rung_steps(context.recipe.tune.scheduler, settings.steps)),
+        rungs=frozenset(rung_steps(context.recipe.tune.scheduler, settings)),
         seed=context.recipe.seed,
         threads=max(1, int(settings.cpus_per_trial)),
         prepared=parents["prepare"],
@@ -199,8 +200,9 @@ def publish_students(uri: str, names: Sequence[str]) -> None:
     store.delete_dir(f"{root}/{FINISHED}")
 
 
-def _write_events(folder: Path, trial: Mapping[str, Any], tracker: SweepTracker) -> None:
-    settings = trial["values"] | {"teacher_weight": trial["teacher_weight"], "status": trial["status"]}
+def _write_events(folder: Path, trial: Mapping[str, Any], tracker: SweepTracker, shown: Container[str]) -> None:
+    settings = {name: value for name, value in trial["values"].items() if name in shown}
+    settings |= {"teacher_weight": trial["teacher_weight"], "status": trial["status"]}
     with TrialEvents(folder / trial["name"], settings) as events:
         events.add(tracker.curves.get(trial["name"], ()))
         if trial["status"] != "failed":

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from overproof.artifacts import Artifact, ArtifactWriter
-from overproof.config import Asha, Hyperband, Pbt, Student, Sweep
-from overproof.config.search import Scheduler, TrialValues, apply_values, current_values
+from overproof.config import Asha, Hyperband, Optimization, Pbt, Student, Sweep
+from overproof.config.search import Scheduler, TrialValues, apply_values, current_values, first_comparison
 from overproof.stage_context import Progress, no_progress
 from overproof.train.checkpoint import Checkpoints
 
@@ -54,13 +54,14 @@ class TrialJob:
         return replace(self, settings=settings, student=student)
 
 
-def rung_steps(scheduler: Scheduler, steps: int) -> Iterator[int]:
+def rung_steps(scheduler: Scheduler, sweep: Optimization) -> Iterator[int]:
     """The steps at which the scheduler compares trials, before the last."""
     if isinstance(scheduler, Pbt):
-        yield from range(scheduler.interval_steps, steps, scheduler.interval_steps)
+        interval = first_comparison(scheduler, sweep)
+        yield from range(interval, sweep.steps, interval)
     if isinstance(scheduler, Asha | Hyperband):
-        step = scheduler.grace_steps
-        while step < steps:
+        step = first_comparison(scheduler, sweep)
+        while step < sweep.steps:
             yield step
             step *= scheduler.reduction_factor
 

@@ -34,8 +34,16 @@ from ray.tune.search import Searcher
 
 from overproof.artifacts import ArtifactWriter
 from overproof.cluster.placement import Resources, count_fitting
-from overproof.config import Asha, Hyperband, Median, NoStop, Pbt, Space, Sweep, Tune
-from overproof.config.search import Domain, LogUniform, TrialValues, Uniform, current_values
+from overproof.config import Asha, Hyperband, Median, NoStop, Optimization, Pbt, Space, Sweep, Tune
+from overproof.config.search import (
+    Domain,
+    LogUniform,
+    TrialValues,
+    Uniform,
+    current_values,
+    first_comparison,
+    varying_values,
+)
 from overproof.distill.optuna_study import OptunaStudy
 from overproof.distill.sweep_tracker import SweepTracker
 from overproof.distill.tensorboard import EVENTS, TrialEvents
@@ -74,7 +82,7 @@ def run_trials(
             param_space=population,
             tune_config=tune.TuneConfig(
                 search_alg=None if population else OptunaSearcher(study, start_trial, tracker.failures.__contains__),
-                scheduler=tune_scheduler(search, settings.steps, context.recipe.seed),
+                scheduler=tune_scheduler(search, settings, context.recipe.seed),
                 num_samples=1 if population else tracker.trials * (1 + MAX_DEATHS),
                 max_concurrent_trials=max_concurrent_trials(settings),
                 reuse_actors=settings.group is None,  # a group ends with its trial
@@ -85,7 +93,10 @@ def run_trials(
                 storage_filesystem=store,
                 verbose=0,
                 stop=interrupt,
-                callbacks=[TrackerCallback(tracker), TensorBoardCallback(context.draft)],
+                callbacks=[
+                    TrackerCallback(tracker),
+                    TensorBoardCallback(context.draft, varying_values(settings, search)),
+                ],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a finished trial wrote its weights
                 failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
             ),
@@ -206,19 +217,22 @@ def _error_line(error: BaseException | None) -> str:
 class TensorBoardCallback(tune.Callback):
     """Writes the trials' events into the workspace while they run, where that lies on a disk."""
 
-    def __init__(self, draft: ArtifactWriter) -> None:
+    def __init__(self, draft: ArtifactWriter, shown: frozenset[str]) -> None:
         store, root = filesystem(draft.workspace)
         self.folder = Path(root) / EVENTS if isinstance(store, fs.LocalFileSystem) else None
         if self.folder is not None and self.folder.exists():  # of an attempt that was killed
             shutil.rmtree(self.folder)
         self.events: dict[str, TrialEvents] = {}
+        self.shown = shown  # settings that may differ
 
     def on_trial_result(self, *, result: Mapping[str, Any], **_: Any) -> None:  # type: ignore[override]
         if self.folder is None:
             return
         name = result["name"]
         if name not in self.events:
-            self.events[name] = TrialEvents(self.folder / name, result["values"])
+            self.events[name] = TrialEvents(
+                self.folder / name, {key: value for key, value in result["values"].items() if key in self.shown}
+            )
         self.events[name].add(result["curve"])
 
     def on_trial_complete(self, *, trial: Any, **_: Any) -> None:  # type: ignore[override]
@@ -282,10 +296,10 @@ class OptunaSearcher(Searcher):
 class PopulationScheduler(PopulationBasedTraining):
     """Tune's, with the recipe's space: a trial keeps its own job, and values stay within their domains."""
 
-    def __init__(self, settings: Pbt, space: Space, seed: int) -> None:
+    def __init__(self, settings: Pbt, interval_steps: int, space: Space, seed: int) -> None:
         super().__init__(
             **COMPARISON,
-            perturbation_interval=settings.interval_steps,
+            perturbation_interval=interval_steps,
             quantile_fraction=settings.quantile,
             custom_explore_fn=dict,  # Tune's own exploration is not used
             log_config=False,
@@ -319,8 +333,8 @@ def _perturb(domain: Domain, value: Any, random: np.random.Generator) -> Any:
     return domain.values[min(max(int(index), 0), count - 1)]
 
 
-def tune_scheduler(search: Tune, steps: int, seed: int) -> TrialScheduler:
-    """What stops trials; ``steps`` are a whole trial's."""
+def tune_scheduler(search: Tune, sweep: Optimization, seed: int) -> TrialScheduler:
+    """What stops trials."""
     settings = search.scheduler
     match settings:
         case NoStop():
@@ -328,14 +342,15 @@ def tune_scheduler(search: Tune, steps: int, seed: int) -> TrialScheduler:
         case Asha() | Hyperband():
             return ASHAScheduler(
                 **COMPARISON,
-                max_t=steps,
-                grace_period=min(settings.grace_steps, steps),
+                max_t=sweep.steps,
+                grace_period=first_comparison(settings, sweep),
                 reduction_factor=settings.reduction_factor,
                 brackets=settings.brackets if isinstance(settings, Hyperband) else 1,
             )
-        case Median(grace_steps=grace, least_trials=least):
+        case Median(least_trials=least):
+            grace = first_comparison(settings, sweep)
             return MedianStoppingRule(**COMPARISON, grace_period=grace, min_samples_required=least)
         case Pbt():
-            return PopulationScheduler(settings, search.space, seed)
+            return PopulationScheduler(settings, first_comparison(settings, sweep), search.space, seed)
         case _:
             assert_never(settings)

@@ -277,7 +277,6 @@ def _steps(whose: str, steps: int, schedule: Schedule, rate: float) -> dict[str,
         f"{whose}_batch": schedule.batch_size,
         f"{whose}_rate": f"{rate:.1e}",
         f"{whose}_warmup": steps // 10,
-        f"{whose}_validate": max(1, steps // 4),
     }
 
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field
 
 from overproof.config.base import Count, Section
-from overproof.config.recipe import set_override
+from overproof.config.overrides import set_override
 
 FEWEST_STEPS = 10  # however short the time is
 RECIPE_BEGINS = "\n---\n"

@@ -73,14 +73,15 @@ class ColumnFlags:
     label: str | None = None
     text: str | None = None
     image: str | None = None
-    pattern: str | None = None
+    pattern: tuple[str, ...] = ()
     image_size: int | None = None
 
     @property
     def given(self) -> dict[str, str | int]:
         """Those that were given, as they are typed."""
         values = {
-            "--label": self.label, "--text": self.text, "--image": self.image, "--pattern": self.pattern,
+            "--label": self.label, "--text": self.text, "--image": self.image,
+            "--pattern": " --pattern ".join(self.pattern) or None,
             "--image-size": self.image_size,
         }  # fmt: skip
         return {flag: value for flag, value in values.items() if value is not None}

@@ -57,9 +57,9 @@ def recognise_text(look: DataLook, model: Mapping[str, Any] | None, flags: Colum
     if model is None:
         return Misfit("a language model starts from one: give MODEL, a Hugging Face directory")
     tables = look.having(".jsonl", ".parquet")
-    if len(tables) == 2 and flags.pattern is None:
+    if len(tables) == 2 and not flags.pattern:
         return Misfit(f"both JSONL and Parquet lie there ({look.described}); expected one of them")
-    found = _column(look, tables[0], flags) if tables and flags.pattern is None else _files(look, flags)
+    found = _column(look, tables[0], flags) if tables and not flags.pattern else _files(look, flags)
     if not isinstance(found, Fit):
         return found
     if found.units < FEWEST_DOCUMENTS:
@@ -96,22 +96,22 @@ def _files(look: DataLook, flags: ColumnFlags) -> Recognised:
     suffixes = [suffix for suffix in look.files if suffix in PLAIN_TEXT]
     if look.single and suffixes:
         return Misfit("one text file is one document; expected a folder of text files, JSONL or Parquet")
-    pattern = flags.pattern
-    if pattern is None:
+    patterns = flags.pattern
+    if not patterns:
         if not suffixes:
             return Misfit(f"no text files: {look.described}; name them, such as --pattern '*.txt', if they are text")
         if len(suffixes) > 1:
-            return Question(
-                "--pattern", f"which files are documents: {look.described}; give one, such as '*{suffixes[0]}'"
-            )
-        pattern = f"*{suffixes[0]}"
-    documents = sum(matching(pattern)(name) is None for name in look.names)
+            several = f"'*{suffixes[0]}' --pattern '*{suffixes[1]}'"
+            return Question("--pattern", f"which files are documents: {look.described}; give one or more: {several}")
+        patterns = (f"*{suffixes[0]}",)
+    expected = " or ".join(patterns)
+    documents = sum(matching(*patterns)(name) is None for name in look.names)
     if not documents:
-        return Question("--pattern", f"no file's name matches {pattern!r}: {look.described}")
+        return Question("--pattern", f"no file's name matches {expected}: {look.described}")
     share = documents / len(look.names) if flags.pattern else 1.0
     size = share * sum(look.size_bytes.values()) if flags.pattern else look.size_bytes[suffixes[0]]
-    source = {"kind": "folder", "path": look.path, "pattern": pattern}
-    return _fit(source, documents, size, f"every file that matches {pattern} is one document", "--pattern")
+    source = {"kind": "folder", "path": look.path, "pattern": patterns[0] if len(patterns) == 1 else list(patterns)}
+    return _fit(source, documents, size, f"every file that matches {expected} is one document", "--pattern")
 
 
 def _fit(source: Mapping[str, Any], documents: int, size_bytes: float, why: str, flag: str) -> Fit:

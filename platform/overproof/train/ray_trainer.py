@@ -85,7 +85,9 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, draft.config, draft.parents, settings.checkpoint)
     checkpoints.claim_folder()
     spec = SupervisedSpec(settings.model, settings.lora, context.progress, settings.compile)
-    job = TrainJob(settings, context.recipe.seed, prepared, draft, checkpoints, context.progress, spec)
+    job = TrainJob(
+        settings, context.recipe.seed, prepared, draft, checkpoints, context.progress, spec, settings.scored_checkpoints
+    )
     metrics: dict[str, Any] = run_workers(job, train_rank)
     keep_chat_template(prepared.local(), settings.model, draft)
     return metrics
