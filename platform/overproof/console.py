@@ -21,16 +21,19 @@ LOG_WIDTH = 160  # where there is no terminal to ask
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
 
 
+errors = Console(highlight=False, soft_wrap=True, stderr=True)  # of commands whose output a shell reads
+
+
 @contextmanager
-def waiting(text: str) -> Iterator[None]:
+def waiting(text: str, console: Console = out) -> Iterator[None]:
     """Show that something without a measure goes on."""
-    if out.is_terminal:
-        with Status(text, console=out):
+    if console.is_terminal:
+        with Status(text, console=console):
             yield
         return
     began_s = time.monotonic()
-    out.print(text)
-    with _repeating(lambda: out.print(f"{text} ({time.monotonic() - began_s:.0f} s)")):
+    console.print(text)
+    with _repeating(lambda: console.print(f"{text} ({time.monotonic() - began_s:.0f} s)")):
         yield
 
 

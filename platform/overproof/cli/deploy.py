@@ -183,8 +183,8 @@ def current_user() -> str:
 def _connect() -> None:
     if not ray_cluster.is_remote():
         raise InputError(
-            "RAY_ADDRESS is not set; expected the address of a running cluster, such as RAY_ADDRESS=auto, "
-            "that outlives this command"
+            "RAY_ADDRESS is not set; expected the address of a running cluster, which outlives this command; "
+            'one on this machine: eval "$(overproof up)"'
         )
     with waiting("connecting to Ray"):
         ray_cluster.connect()

@@ -60,6 +60,8 @@ EXAMPLES = {
         "serve digits/package --set port=8001",
         "serve digits/package --set host=0.0.0.0 --set trust.keys=team.pub",
     ),
+    "up": ('eval "$(overproof up)"        start it, and have this shell use it',),
+    "down": ('eval "$(overproof down)"      end it, and have this shell forget it',),
     "deploy": ("deploy digits/package", "deploy digits/package --canary --set canary.share=0.1"),
 }
 
@@ -260,6 +262,9 @@ def _add_serving_verbs(add: Add) -> None:
                        help="let it answer a share of the sessions")  # fmt: skip
     tried.add_argument("--shadow", action="store_const", const="shadow", dest="place",
                        help="let it read what comes in, and answer nobody")  # fmt: skip
+    up = add("up", verbs.up, "start a Ray cluster on this machine, for `deploy` and the like; prints what to export")
+    up.add_argument("--cpus", type=int, metavar="N", help="logical CPUs (default: the machine's, at least 4)")
+    add("down", verbs.down, "end the cluster of `up`, and what runs on it; prints what to unset")
     promote = add("promote", verbs.promote, "let the version that is tried answer")
     roll_back = add("rollback", verbs.roll_back, "take back what is tried, or return to the version before")
     undeploy = add("undeploy", verbs.undeploy, "serve a model no longer")

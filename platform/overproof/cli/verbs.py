@@ -165,6 +165,18 @@ def serve(options: argparse.Namespace) -> int:
         return serve.serve_until_stopped(options.package, options.store, tuple(options.set))
 
 
+def up(options: argparse.Namespace) -> int:
+    from overproof.cli import local_cluster
+
+    return local_cluster.up(options.cpus)
+
+
+def down(_: argparse.Namespace) -> int:
+    from overproof.cli import local_cluster
+
+    return local_cluster.down()
+
+
 def deploy(options: argparse.Namespace) -> int:
     from overproof.cli import deploy
     from overproof.serve.environment import hidden_api_key

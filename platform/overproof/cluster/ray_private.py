@@ -152,6 +152,26 @@ def on_loopback() -> Iterator[None]:
 
 
 @contextmanager
+def local_head(cpus: int, object_store_bytes: int) -> Iterator[tuple[str, str]]:
+    """A cluster of one node that listens at 127.0.0.1, at ports that were free, and ends with the block: its address,
+    and that of its dashboard. This process is not connected to it.
+
+    It ends without grace, of which Ray's daemon gives every worker half a minute: what is served has to be stopped
+    before, to end in order.
+    """
+    node = {"num_cpus": cpus, "object_store_memory": object_store_bytes}
+    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": 0}
+    with on_loopback():
+        cluster = Cluster(initialize_head=True, head_node_args=node | dashboard)
+        head: Any = cluster.head_node
+        try:
+            yield cluster.address, str(cluster.webui_url)
+        finally:
+            cluster.remove_node(head, allow_graceful=False)
+            cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
 def local_nodes(cpus: Sequence[int], object_store_bytes: int) -> Iterator[Any]:
     """A Ray cluster on this machine with a node for each number of CPUs, and this process connected to it."""
     head = {"num_cpus": cpus[0], "object_store_memory": object_store_bytes}
