@@ -241,6 +241,10 @@ def test_metrics_of_all_nodes_are_one_text(client: OpenAI, text_package: Path) -
     text = read()
     assert all(line.split()[2].startswith(METRIC_PREFIXES) for line in text.splitlines() if line.startswith("# TYPE"))
     assert "\nray_serve_" in text
+    documented = (Path(__file__).parents[2] / "docs/serving.md").read_text()
+    own = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE ray_overproof_")]
+    assert own
+    assert all(f"`{name}" in documented for name in own), own
 
 
 def test_families_of_several_texts_are_joined() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from browser import open_page
 from overproof.cli.main import main
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
@@ -18,7 +19,7 @@ from overproof.serve import api_keys
 from overproof.serve.api_keys import ApiKey, KeyStore, KeysUnavailable, RateLimiter, hash_key
 from overproof.serve.middleware import Access, Telemetry, load_access
 from overproof.serve.routes import build_app
-from single_model import one
+from single_model import listening, one
 
 IMAGE = {"images": [[0.0] * 64]}
 
@@ -187,3 +188,26 @@ def test_requests_are_let_in_by_any_key_and_refused_beyond_its_limit(digits_pack
     assert refused.status_code == 429
     assert refused.headers["Retry-After"] == "30"
     assert refused.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_a_person_authorizes_in_the_docs_and_tries_a_request(digits_package: Path, tmp_path: Path) -> None:
+    file = str(tmp_path / "keys.json")
+    key = api_keys.add_key(file, "team", None, None)
+    registry = one(digits_package, OnnxRuntime(digits_package / "model.onnx"))
+    with (
+        listening(build_app(registry, Access(None, file))) as base,
+        open_page(f"{base}/docs", tmp_path / "profile") as (page, heard),
+    ):
+        page.locator('[data-path="/v1/models"]').first.click()
+        page.get_by_role("button", name="Try it out").click()
+        page.get_by_role("button", name="Execute").click()
+        page.get_by_text("authentication_error").first.wait_for()
+        page.get_by_role("button", name="Authorize", exact=True).click()
+        page.locator(".auth-container input").fill(key)
+        page.locator(".auth-container").get_by_role("button", name="Apply credentials").click()
+        page.get_by_role("button", name="Close").click()
+        page.get_by_role("button", name="Execute").click()
+        page.get_by_text('"object": "list"').first.wait_for()
+    assert all(url.startswith((base, "data:", "blob:")) for url in heard.requests)
+    open_app = build_app(registry, Access())
+    assert "securitySchemes" not in open_app.openapi()["components"]

@@ -58,5 +58,6 @@ def _stop_serving(cluster: LocalCluster) -> None:
     try:
         ray_cluster.connect()
         server.stop_serving()
+        ray_cluster.disconnect()  # from a head that goes, it would take seconds
     except Exception as error:  # whatever it is: what does not end in order is ended
         errors.print(f"! what is served did not end in order: {error}", markup=False)

@@ -79,6 +79,13 @@ def connect() -> Capacity:
     return _attached_capacity()
 
 
+def disconnect() -> None:
+    """Leave the cluster; one that was started here ends."""
+    import ray
+
+    ray.shutdown()
+
+
 def _attach(**options: Any) -> Any:
     """Attach to the cluster that RAY_ADDRESS names.
 

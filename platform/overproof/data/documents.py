@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,6 +25,13 @@ Document = tuple[str, Iterable[bytes]]  # the name, and the content in parts of 
 CHUNK_BYTES = 1 << 20  # of a file that is a document, read at once
 UTF8_BYTES, FIRST_MULTIBYTE = 4, 0x80  # of one character, at most; the first byte of one that has several
 PIECE_BYTES = 1 << 20  # a longer document is tokenised in pieces: part of what prepared data is, so of its format
+
+
+def beginning_of(text: str, characters: int) -> str:
+    """At most so many characters, without a word that is cut: an example of what a model is asked."""
+    text = text.lstrip()
+    begun = re.match(rf"(?s).{{0,{characters}}}(?=\s|\Z)", text)
+    return (begun[0] if begun and begun[0].strip() else text[:characters]).rstrip()
 
 
 def iter_documents(source: Source, name: str) -> Iterator[Document]:

@@ -34,6 +34,7 @@ from overproof.data.document_blocks import (
     tokenise_block,
     write_planned_shard,
 )
+from overproof.data.documents import beginning_of
 from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import (
     CLUSTER,
@@ -60,6 +61,7 @@ from overproof.stage_context import Notice, StageContext
 BLOCK_BYTES = 32 << 20  # of text read by one task
 DOCUMENTS_PER_GROUP = 1 << 16
 SAMPLED_DOCUMENTS = 128  # of the test split, for engines to split
+EXAMPLE_CHARACTERS = 80  # of a test document, for whoever tries a model
 BANDS_BYTES = 128 << 20  # of MinHash bands that the driver holds at once, or two bands
 PHASES = 4  # of the progress: reading, the tokenizer, tokenising, writing
 
@@ -146,7 +148,8 @@ def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
         write_file(context.draft.uri, TOKENIZER, tokenizer.json.encode())
         write_file(context.draft.uri, TOKENIZER_CONFIG, tokenizer.config().encode())
         write_file(context.draft.uri, DOCUMENTS, _documents_file(documents, splits_N, decision))
-        write_file(context.draft.uri, TEST_TEXTS, _test_texts(pieces, index, splits_N))
+        test_texts = _test_texts(pieces, index, splits_N)
+        write_file(context.draft.uri, TEST_TEXTS, parquet_bytes(test_texts, SAMPLED_DOCUMENTS))
         heartbeat.start_phase(PHASES, "")
     return Manifest(
         task=data.kind,
@@ -163,6 +166,7 @@ def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
         skipped=reading.counts,
         altered=int(np.sum(altered_N == ALTERED)),
         near_duplicates=decision and decision.found,
+        details={"example": beginning_of(test_texts["text"][0].as_py(), EXAMPLE_CHARACTERS)},
     )
 
 
@@ -287,12 +291,12 @@ def _write(
     return [Shard.model_validate_json(entries[i]) for i in range(len(layout.shards))]
 
 
-def _test_texts(pieces: Dataset, index: DocumentIndex, splits_N: NDArray[np.str_]) -> bytes:
+def _test_texts(pieces: Dataset, index: DocumentIndex, splits_N: NDArray[np.str_]) -> pa.Table:
     """The beginnings of test documents, evenly spread, that engines are asked to split."""
     tested = np.flatnonzero(splits_N == "test")
     chosen = tested[np.unique(np.linspace(0, len(tested) - 1, SAMPLED_DOCUMENTS).astype(np.int64))]
     found = _collect(_map_blocks(pieces, partial(sample_block, index=index, chosen=chosen)), ("document", "text"))
-    return parquet_bytes(found.sort_by("document"), SAMPLED_DOCUMENTS)
+    return found.sort_by("document")
 
 
 def _documents_file(

@@ -37,6 +37,7 @@ from overproof.serve.generation import (
 from overproof.serve.grammar_compiler import GrammarCompiler
 from overproof.serve.middleware import (
     KEY_IN_SCOPE,
+    OPEN_PATHS,
     Access,
     AuthMiddleware,
     SourceMiddleware,
@@ -211,7 +212,27 @@ def build_app(
         if isinstance(each, APIRoute) and "GET" in (each.methods or ()):
             app.add_api_route(each.path, each.endpoint, methods=["HEAD"], include_in_schema=False,
                               response_class=each.response_class)  # fmt: skip
+    if access.needs_key:
+        _describe_key(app)
     return app
+
+
+def _describe_key(app: FastAPI) -> None:
+    """Have /docs ask for a key: "Authorize". What holds requests to it is ``AuthMiddleware``."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = generate()
+        told = "A key of `overproof keys add`, or OVERPROOF_API_KEY of the server. /metrics takes an operator's."
+        scheme = {"type": "http", "scheme": "bearer", "description": told}
+        schema["components"]["securitySchemes"] = {"API key": scheme}
+        schema["security"] = [{"API key": []}]
+        for path in OPEN_PATHS:
+            for operation in schema["paths"][path].values():
+                operation["security"] = []
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend it
 
 
 @contextmanager

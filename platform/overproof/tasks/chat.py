@@ -118,8 +118,8 @@ class Chat(CausalTask):
         return batch["answer"] > 0
 
     def example(self, details: Mapping[str, Any]) -> dict[str, Any]:
-        del details
-        return {"messages": [{"role": "user", "content": "What can you do?"}], "max_tokens": 48, "seed": 0}
+        asked = details.get("example", "What can you do?")
+        return {"messages": [{"role": "user", "content": asked}], "max_tokens": 48, "seed": 0}
 
     def describe_reply(self, body: Mapping[str, Any], reply: Mapping[str, Any]) -> str:
         return f"{body['messages'][-1]['content']} {reply['choices'][0]['message']['content']}"

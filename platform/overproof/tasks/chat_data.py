@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from overproof.config import ExpectedAnswers
 from overproof.data.chat_template_files import CHAT_TEMPLATE, template_files
 from overproof.data.cleaning import DUPLICATE, NUL_LINES, split_of
+from overproof.data.documents import beginning_of
 from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import CLUSTER, DOCUMENTS, SPLITS, TEST_TEXTS, TOKENIZER, TOKENIZER_CONFIG, Manifest, Split
 from overproof.data.near_duplicates import Decision, find_near_duplicates
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 PHASES = 3  # of the progress: reading and rendering, near-copies, writing
 SPELLED, TOO_LONG = "with a special token's name", "longer than a row"  # reasons to leave a conversation out
 SAMPLED_CONVERSATIONS, SAMPLED_CHARACTERS = 128, 4096  # of the test split, for engines to split
+EXAMPLE_CHARACTERS = 500  # of what a test conversation begins with, for whoever tries a model
 CONVERSATIONS_PER_GROUP = 1 << 16
 ROWS_STREAM = 1 << 33  # of the generator; no shard's number comes near
 
@@ -58,6 +60,7 @@ class KeptConversation:
     sha256: str
     prompt_sha256: str
     text: str
+    asked: str  # first by the user
     said: str  # by user and assistant: what near-copies are told by, whatever they have from the system in common
     pieces: list[EncodedConversation]  # one, or one for each answer where the template rewrites earlier turns
     is_cut: bool  # whether some turns are left out
@@ -167,6 +170,7 @@ def prepare_chat(context: StageContext) -> Manifest:
         altered=sum(each.altered == ALTERED for each in found.kept),
         near_duplicates=decision and decision.found,
         details={
+            "example": beginning_of(found.kept[splits["test"][0]].asked, EXAMPLE_CHARACTERS),
             "cut": found.cut,
             "divided": len(found.divided),
             "expected": len(checks),
@@ -207,6 +211,7 @@ def _read(
             found.sha256,
             found.prompt_sha256,
             text,
+            next((message["content"] for message in found.messages if message["role"] == "user"), found.said),
             found.said,
             pieces,
             _answers(pieces) < _answers(whole),

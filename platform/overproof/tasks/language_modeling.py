@@ -148,8 +148,7 @@ class LanguageModeling(CausalTask):
         return places_P < batch["length"][:, None]
 
     def example(self, details: Mapping[str, Any]) -> dict[str, Any]:
-        del details
-        return {"prompt": "import os\n\ndef ", "max_tokens": 48, "temperature": 0.7, "seed": 0}
+        return {"prompt": details.get("example", "The "), "max_tokens": 48, "temperature": 0.7, "seed": 0}
 
     def describe_reply(self, body: Mapping[str, Any], reply: Mapping[str, Any]) -> str:
         return f"{body['prompt']}{reply['choices'][0]['text']}"
