@@ -199,7 +199,14 @@ def test_a_package_is_handed_on(
     assert (code, "lies there already" in err) == (2, True)
     with (Path(artifact.uri) / "README.md").open("a") as card:
         card.write("!")
-    assert overproof(capsys, "export", name, tmp_path / "third.tar", "--store", store.uri)[0] == 2
+    code, _, err = overproof(capsys, "export", name, tmp_path / "third.tar", "--store", store.uri)
+    assert (code, "this copy came from elsewhere: have it given anew" in err) == (2, True)
+    record, gate = Path(artifact.uri) / RECORD, Path(artifact.uri).with_name("gate-12345678")  # as where it was made
+    record.write_bytes(of(parents={"gate": "12345678" * 8})(record.read_bytes()))
+    gate.mkdir()
+    (gate / RECORD).write_text("{}")
+    code, _, err = overproof(capsys, "serve", name, "--store", store.uri)
+    assert (code, f"made in this store: `overproof rm {name}`, and run the recipe digits again" in err) == (2, True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.tar", "store"]
 
 
@@ -274,6 +281,7 @@ def test_an_archive_that_was_changed_is_refused_and_leaves_nothing(
     code, out, err = overproof(capsys, "import", file, "--store", store.uri)
     assert code == 2, out
     assert err.count("\n") == 1
+    assert err.startswith(f"overproof: {file}: ")
     assert store.artifacts() == []
     assert [path.name for path in Path(store.uri).iterdir()] == [".lock"]
 

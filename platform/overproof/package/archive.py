@@ -111,6 +111,8 @@ def _unpacked(file: Path, beside: Path) -> Iterator[Path]:
                     shutil.copyfileobj(stream, copy)
         folder.chmod(0o755)
         yield folder
+    except InputError as error:  # of the archive, wherever its members lie
+        raise InputError(str(error).replace(f"{folder}/", f"{file}: ")) from None
     except tarfile.TarError as error:
         raise InputError(f"{file}: cannot be read: {error}; {EXPECTED}") from None
     except OSError as error:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 from pyarrow import fs
 from pydantic import Field
 
-from overproof.artifacts import RECORD, json_sha256
+from overproof.artifacts import RECORD, artifact_id, json_sha256, read_record
 from overproof.config import Gate, Speculate
 from overproof.errors import InputError
 from overproof.evaluate.gate import VERDICT
@@ -105,6 +105,19 @@ class PackageFolder:
     def __str__(self) -> str:
         return self._root
 
+    @property
+    def remedy(self) -> str:
+        """What to do where it does not hold together: whose copy it is decides who can make it again."""
+        try:
+            record = read_record(self._root) if self.local else None
+        except InputError:
+            record = None
+        recipe, gate = Path(self._root).parent, record and record.parents.get("gate")
+        if gate and (recipe / Path(artifact_id("", "gate", gate)).name / RECORD).is_file():
+            own = f"{recipe.name}/{Path(self._root).name}"
+            return f"it was made in this store: `overproof rm {own}`, and run the recipe {recipe.name} again"
+        return "this copy came from elsewhere: have it given anew, or import it again, and delete this one"
+
     def sizes(self) -> dict[str, int]:
         """Sizes in bytes of the package's files by name, but for the store's record."""
         found = dict(self._local_entries() if self.local else self._remote_entries())
@@ -116,7 +129,7 @@ class PackageFolder:
             if not re.fullmatch(FILE_NAME, name):
                 raise InputError(f"{self._root}/{name}: no name of a package's file, which has no folders; delete it")
             if (other := spelled.setdefault(name.lower(), name)) != name:
-                raise InputError(f"{self._root}/{name}: differs from {other} in case alone; package again")
+                raise InputError(f"{self._root}/{name}: differs from {other} in case alone; {self.remedy}")
         return found
 
     @contextmanager
@@ -133,14 +146,14 @@ class PackageFolder:
                 with self._files.open_input_stream(path, buffer_size=CHUNK_BYTES) as stream:
                     yield stream
         except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror or error}; package again") from None
+            raise InputError(f"{path}: cannot be read: {error.strerror or error}; {self.remedy}") from None
 
     def read(self, name: str) -> bytes:
         """A small file's bytes."""
         with self.open(name) as stream:
             content = b"".join(chunks(stream, MAX_JSON_BYTES + 1))
         if len(content) > MAX_JSON_BYTES:
-            raise InputError(f"{self._root}/{name}: more than {MAX_JSON_BYTES:,} bytes; package again")
+            raise InputError(f"{self._root}/{name}: more than {MAX_JSON_BYTES:,} bytes; {self.remedy}")
         return content
 
     def _local_entries(self) -> Iterator[tuple[str, int]]:
@@ -148,7 +161,7 @@ class PackageFolder:
             with os.scandir(self._root) as entries:
                 for entry in entries:
                     if entry.is_symlink():
-                        raise InputError(f"{entry.path}: a link; a package holds its files themselves: package again")
+                        raise InputError(f"{entry.path}: a link; a package holds its files themselves; {self.remedy}")
                     if not entry.is_file(follow_symlinks=False):
                         kind = "a folder" if entry.is_dir(follow_symlinks=False) else "no plain file"
                         raise InputError(f"{entry.path}: {kind}; a package holds plain files alone: delete it")
@@ -184,17 +197,17 @@ def read_listing(folder: PackageFolder) -> Listing:
     """
     sizes = folder.sizes()
     small = {name: folder.read(name) for name in UNLISTED if name in sizes}
-    expected = "expected what this version writes: package again"
+    expected = f"expected what this version writes; {folder.remedy}"
     content = parse_json(PackageContents, small[PACKAGE], f"{folder}/{PACKAGE}", expected)
     drafted = () if content.speculate is None else (content.speculate.file, SPECULATION)
     for part in (content.model, REPORT, VERDICT, CARD, *content.companions, *drafted):
         if part not in content.files:
-            raise InputError(f"{folder}/{PACKAGE}: lists no {part}; package again")
+            raise InputError(f"{folder}/{PACKAGE}: lists no {part}; {folder.remedy}")
     for name, entry in content.files.items():
         if not re.fullmatch(SHA256, entry.sha256):
-            raise InputError(f"{folder}/{PACKAGE}: files.{name}.sha256: no sha256 in hex; package again")
+            raise InputError(f"{folder}/{PACKAGE}: files.{name}.sha256: no sha256 in hex; {folder.remedy}")
         if name in (*UNLISTED, RECORD):
-            raise InputError(f"{folder}/{PACKAGE}: lists {name}, which cannot hold its own hash; package again")
+            raise InputError(f"{folder}/{PACKAGE}: lists {name}, which cannot hold its own hash; {folder.remedy}")
         if Path(name).suffix.lower() in PICKLES:
             raise InputError(f"{folder}/{name}: may be a pickle, which runs code when read; a package holds none")
     own = {
@@ -202,14 +215,14 @@ def read_listing(folder: PackageFolder) -> Listing:
         for name, found in small.items()
     }
     for name in sorted(content.files.keys() - sizes.keys()):
-        raise InputError(f"{folder}/{name}: missing, though {PACKAGE} lists it; package again")
+        raise InputError(f"{folder}/{name}: missing, though {PACKAGE} lists it; {folder.remedy}")
     for name in sorted(sizes.keys() - content.files.keys() - set(UNLISTED)):
         raise InputError(f"{folder}/{name}: not listed in {PACKAGE}; a package holds nothing else: delete it")
     for name, entry in content.files.items():
         if sizes[name] != entry.size_bytes:
             raise InputError(
                 f"{folder}/{name}: has {sizes[name]:,} bytes, {PACKAGE} says {entry.size_bytes:,}; it was changed "
-                "after it was packed: package again"
+                f"after it was packed; {folder.remedy}"
             )
     return Listing(content, {**content.files, **own}, small)
 
@@ -218,7 +231,7 @@ def mismatch(folder: PackageFolder, name: str, found: str, entry: FileEntry) -> 
     """The error of a file that has another hash than the listed one."""
     return InputError(
         f"{folder}/{name}: sha256 is {found[:12]}…, {PACKAGE} says {entry.sha256[:12]}…; it was changed after it was "
-        "packed: package again"
+        f"packed; {folder.remedy}"
     )
 
 

@@ -241,7 +241,7 @@ def _judge(
         raise InputError(f"{folder}: {passed} has no passing verdict; only what passed its gate is served")
     verdict = judge(content.policy, report)
     if _outcome(verdict) != _outcome(written):
-        raise InputError(f"{folder}: the policy and the report do not give the verdict in {VERDICT}; package again")
+        raise InputError(f"{folder}: the policy and the report do not give the verdict in {VERDICT}; {folder.remedy}")
     drafted_verdict = None
     if drafting is not None:
         drafted = _read(SpeculationResult, folder, listing, SPECULATION)
@@ -257,7 +257,7 @@ def _read(model: type[Parsed], folder: PackageFolder, listing: Listing, name: st
     found = hashlib.sha256(content).hexdigest()
     if found != listing.files[name].sha256:
         raise mismatch(folder, name, found, listing.files[name])
-    return parse_json(model, content, f"{folder}/{name}", "expected what this version writes: package again")
+    return parse_json(model, content, f"{folder}/{name}", f"expected what this version writes; {folder.remedy}")
 
 
 def _require_measured(file: str, entry: FileEntry, measured: MeasuredFile | None) -> None:
@@ -277,9 +277,9 @@ def _require_text(
     model, draft = files[content.model].sha256, files[drafting.file].sha256
     of = (found.model, found.model_sha256, found.draft, found.draft_sha256)
     if of != (content.candidate, model, drafting.draft, draft):
-        raise InputError(f"{SPECULATION}: is of {found.draft} for {found.model}, or of other files; package again")
+        raise InputError(f"{SPECULATION}: is of {found.draft} for {found.model}, or of other files; measure it again")
     if not verdict.passed or _reasons(verdict) != _reasons(written.verdict):
-        raise InputError(f"{SPECULATION}: {content.candidate} has no passing verdict with this draft; package again")
+        raise InputError(f"{SPECULATION}: {content.candidate} has no passing verdict with this draft; measure it again")
     return verdict
 
 
