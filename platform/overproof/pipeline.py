@@ -22,6 +22,7 @@ from overproof.models.pretrained import directory_identity
 from overproof.package.signature import signer_identity
 from overproof.registry import ENGINES, TASKS
 from overproof.stage_context import StageContext, TaskProgress
+from overproof.units import format_number
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def _run_and_commit(step: PlannedStage, recipe: Recipe, store: Store, done: Mapp
 
 def _one_line(metrics: Mapping[str, Any]) -> str:
     flat = (
-        (k, f"{v:.4g}" if isinstance(v, float) else str(v))
+        (k, format_number(v, 4) if isinstance(v, float) else str(v))
         for k, v in metrics.items()
         if isinstance(v, int | float | str)
     )

@@ -1,6 +1,8 @@
-"""Bytes and seconds as people read them."""
+"""Figures as people read them: one way for each kind."""
 
 from __future__ import annotations
+
+import math
 
 
 def format_bytes(bytes_: float) -> str:
@@ -12,6 +14,24 @@ def format_bytes(bytes_: float) -> str:
                 f"{value:.2f} {unit}" if value < 10 else f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
             )
     return f"{bytes_:.0f} B"
+
+
+def format_number(value: float, digits: int = 3) -> str:
+    """Such as ``0.0506``, ``142`` or ``1,760``: so many significant digits, and all before the point."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    rounded = float(f"{value:.{digits - 1}e}")
+    return f"{rounded:,.{max(0, digits - 1 - math.floor(math.log10(abs(rounded))))}f}"
+
+
+def format_percent(share: float, decimals: int = 1) -> str:
+    """``46.4 %`` of 0.464."""
+    return f"{100 * share:.{decimals}f} %"
+
+
+def format_latency(seconds: float) -> str:
+    """``0.219 ms``, ``142 ms`` or ``1.76 s``."""
+    return f"{format_number(1e3 * seconds)} ms" if seconds < 1 else f"{format_number(seconds)} s"
 
 
 def format_seconds(seconds: float) -> str:

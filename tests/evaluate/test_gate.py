@@ -167,7 +167,7 @@ def test_absolute_limits() -> None:
     for rule, passed, text in (
         ({"kind": "size", "at_most_mb": 1.5}, [False, True], "2 MB, allowed 1.5 MB"),
         ({"kind": "latency", "at_most_ms": 40}, [True, False],
-         "p95 latency 10 ms, at most 30 ms (60 requests), allowed 40 ms"),
+         "p95 latency 10.0 ms, at most 30.0 ms (60 requests), allowed 40.0 ms"),
         ({"kind": "quality", "limit": 2.2}, [True, False],
          "bits_per_byte 2 (interval 1.8 to 2.1), needed at most 2.2"),
     ):  # fmt: skip

@@ -121,7 +121,7 @@ def test_a_candidate_is_rolled_back_for_what_is_known_and_not_for_chance() -> No
 
     assert judged(49, 49) is None  # too early to say
     assert judged(100, 1) is None  # may be chance
-    assert "50 of 100 requests failed; at most 1.0% may" in str(judged(100, 50))
+    assert "50 of 100 requests failed; at most 1.0 % may" in str(judged(100, 50))
     assert judged(60, 0, 60, 28) is None
     assert "agrees in 10 of 60 comparisons" in str(judged(60, 0, 60, 10))
     for count, of in ((0, 50), (10, 60), (60, 60)):

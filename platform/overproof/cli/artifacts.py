@@ -17,7 +17,7 @@ from overproof.console import notice, out
 from overproof.errors import GateRefused, InputError
 from overproof.files import read_json
 from overproof.registry import TASKS
-from overproof.units import format_bytes, format_seconds
+from overproof.units import format_bytes, format_number, format_percent, format_seconds
 
 if TYPE_CHECKING:
     from overproof.evaluate.gate import Verdict
@@ -144,7 +144,7 @@ def _summary_table(name: str, report: Report, verdict: Verdict) -> Table:
             "" if measured.name not in passed else "[green]passed[/]" if passed[measured.name] else "[red]refused[/]"
         )
         rate = measured.metrics.get(task.speed)  # a model may end every answer at once
-        table.add_row(measured.name, f"{quality.value:.4f} ± {_half(quality):.4f}", f"{agreement.value:.1%}",
+        table.add_row(measured.name, f"{quality.value:.4f} ± {_half(quality):.4f}", format_percent(agreement.value),
                       f"{measured.size_bytes / 1e6:.2f}", _latency(measured), f"{rate.value:,.0f}" if rate else "",
                       f"{outcome}{' · shipped' if measured.name == verdict.chosen else ''}")  # fmt: skip
     return table
@@ -174,5 +174,5 @@ def _half(metric: Metric) -> float:
 
 
 def _latency(measured: MeasuredFile) -> str:
-    p50, p95 = (1000 * measured.metrics[f"latency_p{share}_s"].value for share in (50, 95))
-    return f"{p50:.3g} / {p95:.3g}"
+    found = (measured.metrics[f"latency_p{share}_s"].value for share in (50, 95))
+    return " / ".join(format_number(1e3 * value_s) for value_s in found)

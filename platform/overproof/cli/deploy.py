@@ -18,7 +18,7 @@ from overproof.config import Serve, parse_overrides
 from overproof.console import out, waiting
 from overproof.errors import InputError
 from overproof.files import join_uri
-from overproof.units import format_seconds
+from overproof.units import format_percent, format_seconds
 
 if TYPE_CHECKING:
     from overproof.serve.canary import VersionStats
@@ -54,7 +54,7 @@ def deploy(package: str, store: str, overrides: Sequence[str], place: str) -> in
             base = server.start_gateway({}, settings.model_copy(update={"deployments": book}))
             server.call_controller("deploy", version.location, settings, place, current_user())
     tell_unsigned(version)
-    share = f" for {settings.canary.share:.0%} of the sessions" if place == "canary" else ""
+    share = f" for {format_percent(settings.canary.share, 0)} of the sessions" if place == "canary" else ""
     out.print(f"{version.package} is {place}{share} at {base}")
     return 0
 

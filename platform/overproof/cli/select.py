@@ -20,6 +20,7 @@ from overproof.evaluate.outcome import contention
 from overproof.files import read_json
 from overproof.registry import TASKS
 from overproof.tasks.base import QualityMetric
+from overproof.units import format_number, format_percent
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _table(name: str, report: Report, choices: Sequence[Candidate]) -> Table:
     for i, choice in enumerate(choices):
         m = choice.measured
         outcome = "[green]taken[/]" if i == 0 and choice.fits else "" if choice.fits else f"[red]{_reasons(choice)}[/]"
-        milliseconds = (f"{1e3 * m.metrics[f'latency_p{share}_s'].value:.3g}" for share in (50, 95))
+        milliseconds = (format_number(1e3 * m.metrics[f"latency_p{share}_s"].value) for share in (50, 95))
         table.add_row(
             m.name,
             f"{m.metrics[report.quality].value:.4f}",
@@ -166,7 +167,9 @@ def _table(name: str, report: Report, choices: Sequence[Candidate]) -> Table:
 
 def _reasons(choice: Candidate) -> str:
     reasons = ["the gate refused it"] if choice.refused else []
-    return "; ".join(reasons + [f"{limit} missed by {limit.excess(choice.measured):.1%}" for limit in choice.exceeded])
+    return "; ".join(
+        reasons + [f"{limit} missed by {format_percent(limit.excess(choice.measured))}" for limit in choice.exceeded]
+    )
 
 
 def _closest_text(choices: Sequence[Candidate]) -> str:
@@ -176,5 +179,5 @@ def _closest_text(choices: Sequence[Candidate]) -> str:
     closest = min(passed, key=lambda choice: choice.excess)
     limit = max(closest.exceeded, key=lambda limit: limit.excess(closest.measured))
     found = limit.found(closest.measured)
-    measured = "was not measured" if found is None else f"has {found:.4g}"
+    measured = "was not measured" if found is None else f"has {format_number(found, 4)}"
     return f"nothing fits; the closest is {closest.measured.name}, which {measured} where {limit} was asked for"

@@ -29,6 +29,7 @@ from overproof.evaluate.metrics import EXPECTED_ACCURACY, Comparison, MeasuredFi
 from overproof.files import FrozenModel
 from overproof.registry import TASKS
 from overproof.tasks.base import Metric, QualityMetric
+from overproof.units import format_latency
 
 VERDICT = "verdict.json"  # where a verdict lies in an artifact or a package
 
@@ -165,8 +166,8 @@ def _latency(rule: Latency, confidence: float, candidate: MeasuredFile) -> tuple
     if found.high is None:
         needed = requests_needed([rule], confidence)
         return False, f"{name} not shown: {found.n} requests, needs {needed}: raise evaluate.probe_s"
-    text = f"{name} {1e3 * found.value:.3g} ms, at most {1e3 * found.high:.3g} ms ({found.n} requests)"
-    return 1e3 * found.high <= rule.at_most_ms, f"{text}, allowed {rule.at_most_ms:g} ms"
+    text = f"{name} {format_latency(found.value)}, at most {format_latency(found.high)} ({found.n} requests)"
+    return 1e3 * found.high <= rule.at_most_ms, f"{text}, allowed {format_latency(rule.at_most_ms / 1e3)}"
 
 
 def reference_name(rule: Regression | Improvement | Keep | Smaller, student: str | None) -> str:

@@ -16,6 +16,7 @@ from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import Report
 from overproof.registry import TASKS
 from overproof.report.label_placement import leader_end, place_labels
+from overproof.units import format_percent
 
 # Okabe and Ito's palette, told apart by people who see colours differently.
 COLOURS = {"teacher": "#000000", "student": "#0072B2", "control": "#D55E00", "trial": "#56B4E9", "kept": "#56B4E9"}
@@ -130,7 +131,7 @@ def _plot_files(axes: Axes, report: Report, verdict: Verdict) -> tuple[list[File
     better = "higher is better" if quality_metric.higher_is_better else "lower is better"
     axes.set(xscale="log", xlabel="file size (MB, log scale; smaller is better)",
              ylabel=f"{quality_metric.title} on the test split ({better})",
-             title=f"Size and quality, each with its own {report.confidence:.0%} interval")  # fmt: skip
+             title=f"Size and quality, each with its own {format_percent(report.confidence, 0)} interval")  # fmt: skip
     sizes_mb = sorted({measured.size_bytes / 1e6 for measured in report.measured})
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(sizes_mb, [f"{size_mb:.3g}" for size_mb in sizes_mb])

@@ -17,6 +17,7 @@ from overproof.files import read_json
 from overproof.report.content import EvaluatedFiles, read_curves, report_content
 from overproof.report.figure import draw_report
 from overproof.stage_context import StageContext
+from overproof.units import format_number
 
 SWEEP_ANCESTORS = ("prepare", "train", "generate", "cache")
 SWEEP_DESCENDANTS = ("compress", "sweep"), ("evaluate", "compress"), ("gate", "evaluate")  # each with its parent
@@ -83,6 +84,7 @@ def render_page(name: str, artifacts: Mapping[str, Artifact]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["number"] = format_number
     return environment.get_template("page.html").render(
         name=name,
         files=content["files"],

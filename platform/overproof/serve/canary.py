@@ -9,6 +9,7 @@ from statistics import median
 from overproof.config import Canary
 from overproof.evaluate.metrics import wilson_interval
 from overproof.serve.model_registry import TimedAnswer
+from overproof.units import format_latency, format_percent
 
 MAX_PAIRS = 1000  # latest ones that are kept
 CONFIDENCE = 0.95
@@ -50,8 +51,8 @@ def describe_evidence(limits: Canary, tried: VersionStats) -> str:
     agreed = f"agrees in {_share(tried.agreed, tried.compared)} comparisons" if tried.compared else "not compared yet"
     speed = "no pair of times yet"
     if tried.pairs:
-        stable_s, own_s = (1e3 * median(each) for each in zip(*tried.pairs, strict=True))
-        speed = f"{own_s:.3g} ms a token or row, the other {stable_s:.3g} ms ({len(tried.pairs)} pairs)"
+        stable, own = (format_latency(median(each)) for each in zip(*tried.pairs, strict=True))
+        speed = f"{own} a token or row, the other {stable} ({len(tried.pairs)} pairs)"
     taken_back = (
         f"above {100 * limits.max_failed:g} % failed, below {100 * limits.min_agreement:g} % agreement, more than "
         f"{limits.max_slowdown:g} times as slow in half of the pairs"
@@ -85,14 +86,15 @@ def rollback_reason(limits: Canary, candidate: VersionStats) -> str | None:
     if candidate.requests >= limits.min_requests:
         low, _ = wilson_interval(candidate.failed, candidate.requests, CONFIDENCE)
         if low > limits.max_failed:
-            return f"{candidate.failed} of {candidate.requests} requests failed; at most {limits.max_failed:.1%} may"
+            allowed = f"at most {format_percent(limits.max_failed)} may"
+            return f"{candidate.failed} of {candidate.requests} requests failed; {allowed}"
     if len(candidate.pairs) >= limits.min_requests:
         slow = sum(own_s > limits.max_slowdown * stable_s for stable_s, own_s in candidate.pairs)
         low, _ = wilson_interval(slow, len(candidate.pairs), CONFIDENCE)
         if low > 0.5:
-            stable_s, own_s = (median(each) for each in zip(*candidate.pairs, strict=True))
+            stable, own = (format_latency(median(each)) for each in zip(*candidate.pairs, strict=True))
             return (
-                f"asked the same, it takes {own_s * 1e3:.3g} ms a token or row against {stable_s * 1e3:.3g} ms, and in "
+                f"asked the same, it takes {own} a token or row against {stable}, and in "
                 f"{slow} of {len(candidate.pairs)} pairs more than {limits.max_slowdown:g} times as long as the other"
             )
     if candidate.compared >= limits.min_requests:
@@ -100,6 +102,6 @@ def rollback_reason(limits: Canary, candidate: VersionStats) -> str | None:
         if high < limits.min_agreement:
             return (
                 f"it agrees in {candidate.agreed} of {candidate.compared} comparisons; "
-                f"expected {limits.min_agreement:.0%} at least"
+                f"expected {format_percent(limits.min_agreement)} at least"
             )
     return None

@@ -24,6 +24,7 @@ from overproof.shrink.given_model import GivenModel, inspect_model
 from overproof.shrink.students import WHOLE, ChosenStudents, choose_students, teacher_section
 from overproof.shrink.template import Schedule, TemplateSettings
 from overproof.tasks.recognition import ColumnFlags, DataLook, Fit, Misfit, Question, Recognised, Shrinkable, look_at
+from overproof.units import format_number
 
 FEW_UNITS = 2000  # documents, images or rows: fewer give larger shares to validation and test
 LARGE_ROWS, SMALL_ROWS = 20_000, 500  # train rows from which on there are several shards; below which groups are small
@@ -283,7 +284,7 @@ def _steps(whose: str, steps: int, schedule: Schedule, rate: float) -> dict[str,
 def _students(chosen: ChosenStudents) -> str:
     lines = []
     for student in chosen.students:
-        sizes = ", ".join(f"{student.mb[variant]:.3g} MB in {variant}" for variant in chosen.variants)
+        sizes = ", ".join(f"{format_number(student.mb[variant])} MB in {variant}" for variant in chosen.variants)
         lines += [
             f"    - name: {student.name}  # about {sizes}",
             f"      model: {template.flow(dict(student.model))}",
@@ -328,10 +329,12 @@ def _reasons(
         "task": f"{kind}: {'as asked' if asked.task else fitting}",
         **fit.reasons,
         "teacher": f"{given.described if given else 'new'}; {values['teacher_why']}; {values['teacher_steps']:,} "
-        f"steps, {chosen.teacher.parameters:,} parameters, {chosen.teacher_mb:.3g} MB unquantised",
+        f"steps, {chosen.teacher.parameters:,} parameters, {format_number(chosen.teacher_mb)} MB unquantised",
         "students": f"{names}{whole}: the largest {limit}; {steps}",
         "formats": f"{', '.join(chosen.variants)}: "
-        + ", ".join(f"{s.name} about {s.mb[v]:.3g} MB in {v}" for s in chosen.students for v in chosen.variants),
+        + ", ".join(
+            f"{s.name} about {format_number(s.mb[v])} MB in {v}" for s in chosen.students for v in chosen.variants
+        ),
         "gate": f"keeps {100 * asked.keep:g} % of the teacher's {TASKS[kind].quality.title} at the far end of "
         f"the interval, of about {tested:,} test {TASKS[kind].test_unit}s"
         + (f"; {asked.max_mb:g} MB at most" if asked.max_mb is not None else "")

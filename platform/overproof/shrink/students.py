@@ -14,6 +14,7 @@ from overproof.models.sizes import ModelSize, model_size, student_size
 from overproof.registry import FAMILIES
 from overproof.shrink.given_model import GivenModel
 from overproof.shrink.template import BytesANumber, TemplateSettings
+from overproof.units import format_number
 
 WHOLE = "whole"  # the student that keeps every layer of a given teacher
 
@@ -128,9 +129,10 @@ def _nothing_fits(
     variant, found = nearest.smallest
     size, numbers = nearest.size, max(nearest.size.tensors)
     rate = rates[variant].table if numbers == size.outputs * size.hidden else rates[variant].matrix
-    parts = f"{numbers * rate / 1e6:.3g} MB of it its largest table, of {numbers // size.hidden:,} x {size.hidden:,}"
+    shape = f"{numbers // size.hidden:,} x {size.hidden:,}"
+    parts = f"{format_number(numbers * rate / 1e6)} MB of it its largest table, of {shape}"
     if beside > 1e5:
-        parts += f", {beside / 1e6:.3g} MB the vocabulary itself"
+        parts += f", {format_number(beside / 1e6)} MB the vocabulary itself"
     needed = math.ceil(found * 100) / 100
     if max_mb is None:
         times = f"{settings.least_times_smaller:g} times smaller than the teacher"
@@ -139,5 +141,5 @@ def _nothing_fits(
         why = f"--max-mb {max_mb:g}: no student's file would be as small"
     return (
         f"{why}; the nearest is {nearest.name} in {variant}, about "
-        f"{found:.3g} MB ({parts}): give --max-mb {needed:g}, or a narrower model"
+        f"{format_number(found)} MB ({parts}): give --max-mb {needed:g}, or a narrower model"
     )
