@@ -145,9 +145,8 @@ def test_what_is_known_of_a_candidate_is_told_before_it_is_promoted() -> None:
     for agree in [True] * 40 + [False] * 10:
         stats.compare(TimedAnswer("", 0.16, 16), TimedAnswer("", 0.32, 16), agree)
     assert describe_evidence(limits, stats) == (
-        "3 of 60 (1.7 to 13.7 %) requests failed; agrees in 40 of 50 (67.0 to 88.8 %) comparisons; 20 ms a token or "
-        "row, "
-        f"the other 10 ms (50 pairs). {ends}"
+        "3 of 60 (1.7 to 13.7 %) requests failed; agrees in 40 of 50 (67.0 to 88.8 %) comparisons; "
+        f"20.0 ms a token or row, the other 10.0 ms (50 pairs). {ends}"
     )
     assert too_little(limits, stats, True) == ()
 
