@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -69,7 +70,9 @@ def test_examples_parse() -> None:
     """What --help shows can be typed."""
     for verb, lines in EXAMPLES.items():
         for line in lines:
-            assert parse_arguments(shlex.split(line.partition("    ")[0])).verb == verb
+            typed = re.fullmatch(r'(?:eval "\$\()?overproof (.*?)(?:\)")?(?:    .*)?', line)
+            assert typed is not None, line
+            assert parse_arguments(shlex.split(typed[1])).verb == verb
 
 
 @pytest.mark.parametrize(
@@ -88,6 +91,27 @@ def test_an_unknown_word_says_what_to_do(argv: list[str], told: str, capsys: pyt
     error = capsys.readouterr().err
     assert told in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="completes in bash")
+def test_bash_completes_verbs_flags_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    (tmp_path / "digits.yaml").touch()
+
+    def complete(*words: str) -> list[str]:
+        line = " ".join(map(shlex.quote, words))
+        script = (
+            f"source ./completion; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; COMP_LINE={shlex.quote(line)}; "
+            "COMP_POINT=${#COMP_LINE}; COMP_TYPE=9; _shtab_overproof 2>/dev/null; printf '%s\\n' \"${COMPREPLY[@]}\""
+        )
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert complete("overproof", "dep") == ["deploy", "deployments"]
+    assert complete("overproof", "pick", "--max-p") == ["--max-p50-ms", "--max-p95-ms"]
+    assert complete("overproof", "run", "dig") == ["digits.yaml"]
+    assert complete("overproof", "prove", "res") == ["resume"]
 
 
 def test_a_stage_explains_its_part_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:

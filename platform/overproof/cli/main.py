@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,33 +36,37 @@ STAGE_VERBS = {
 
 EXAMPLES = {
     "shrink": (
-        "shrink MODEL --data texts/ --max-mb 100 --keep 0.95     a Hugging Face directory, and a folder of text",
-        "shrink --data table.csv --label price --max-mb 0.5      no model: a teacher is trained",
+        "overproof shrink MODEL --data texts/ --max-mb 100 --keep 0.95     a Hugging Face directory, and a folder of text",
+        "overproof shrink --data table.csv --label price --max-mb 0.5      no model: a teacher is trained",
     ),
     "run": (
-        "run jobs/recipes/digits.yaml",
-        "run jobs/recipes/digits.yaml --set train.steps=200      change a field, and what follows from it",
-        "run jobs/recipes/digits.yaml --until sweep              the later stages another time",
+        "overproof run jobs/recipes/digits.yaml",
+        "overproof run jobs/recipes/digits.yaml --set train.steps=200      change a field, and what follows from it",
+        "overproof run jobs/recipes/digits.yaml --until sweep              the later stages another time",
     ),
     "plan": (
-        "plan jobs/recipes/digits.yaml",
-        "plan jobs/recipes/stdlib-lm.yaml --cluster cluster.yaml --tokens-per-s 20000",
+        "overproof plan jobs/recipes/digits.yaml",
+        "overproof plan jobs/recipes/stdlib-lm.yaml --cluster cluster.yaml --tokens-per-s 20000",
     ),
     "pick": (
-        "pick jobs/recipes/digits.yaml --max-mb 0.1 --max-p95-ms 5",
-        "pick jobs/recipes/digits.yaml --min-quality 0.95",
+        "overproof pick jobs/recipes/digits.yaml --max-mb 0.1 --max-p95-ms 5",
+        "overproof pick jobs/recipes/digits.yaml --min-quality 0.95",
     ),
-    "show": ("show digits/package     the newest", "show digits/train-1a2b3c4d --json"),
-    "gc": ("gc                      what may go, and its size", "gc --yes                delete it"),
-    "export": ("export digits/package digits.tar",),
-    "import": ("import digits.tar --store /shared/store",),
+    "completion": ('eval "$(overproof completion bash)"      in ~/.bashrc',),
+    "show": ("overproof show digits/package     the newest", "overproof show digits/train-1a2b3c4d --json"),
+    "gc": (
+        "overproof gc                      what may go, and its size",
+        "overproof gc --yes                delete it",
+    ),
+    "export": ("overproof export digits/package digits.tar",),
+    "import": ("overproof import digits.tar --store /shared/store",),
     "serve": (
-        "serve digits/package --set port=8001",
-        "serve digits/package --set host=0.0.0.0 --set trust.keys=team.pub",
+        "overproof serve digits/package --set port=8001",
+        "overproof serve digits/package --set host=0.0.0.0 --set trust.keys=team.pub",
     ),
     "up": ('eval "$(overproof up)"        start it, and have this shell use it',),
     "down": ('eval "$(overproof down)"      end it, and have this shell forget it',),
-    "deploy": ("deploy digits/package", "deploy digits/package --canary --set canary.share=0.1"),
+    "deploy": ("overproof deploy digits/package", "overproof deploy digits/package --canary --set canary.share=0.1"),
 }
 
 
@@ -113,11 +117,23 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         InputError: there is no such verb or option.
         SystemExit: help was asked for, or an option is malformed or lacks.
     """
+    parser, verbs_by_name = build_parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in verbs_by_name:
+        near = suggest_name(argv[0], verbs_by_name)
+        raise InputError(f"{argv[0]}: no such verb{near}; expected one that `overproof --help` lists")
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise InputError(f"{argv[0]}: unknown {' '.join(unknown)}; {_why_unknown(options, unknown)}")
+    return options
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The whole command line, and the parser of each verb."""
     parser = argparse.ArgumentParser(prog="overproof", description="From sharded data to a small model you can trust.")
     names = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def add(name: str, run: Run, text: str, section: str | None = None) -> argparse.ArgumentParser:
-        examples = "".join(f"\n  overproof {line}" for line in EXAMPLES.get(name, ()))
+        examples = "".join(f"\n  {line}" for line in EXAMPLES.get(name, ()))
         added = names.add_parser(name, help=text, description=text, epilog=examples and f"examples:{examples}",
                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
         added.set_defaults(run=run)
@@ -131,13 +147,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     _add_recipe_verbs(add)
     _add_store_verbs(add)
     _add_serving_verbs(add)
-    if argv and not argv[0].startswith("-") and argv[0] not in names.choices:
-        near = suggest_name(argv[0], names.choices)
-        raise InputError(f"{argv[0]}: no such verb{near}; expected one that `overproof --help` lists")
-    options, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise InputError(f"{argv[0]}: unknown {' '.join(unknown)}; {_why_unknown(options, unknown)}")
-    return options
+    completion = add("completion", _print_completion, "print what has a shell complete verbs, flags and files")
+    completion.add_argument("shell", choices=("bash", "zsh"))
+    return parser, names.choices
+
+
+def _print_completion(options: argparse.Namespace) -> int:
+    import shtab
+
+    parser, verbs_by_name = build_parser()
+    for verb in verbs_by_name.values():
+        for action in verb._actions:  # argparse lists them nowhere else
+            if action.type is Path:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, options.shell))
+    return 0
 
 
 def _why_unknown(options: argparse.Namespace, unknown: Sequence[str]) -> str:
