@@ -19,7 +19,16 @@ import pytest
 from overproof.cluster import local_cluster
 from overproof.errors import InputError
 
-ATTACH = "from overproof.cluster import ray_cluster; print(ray_cluster.connect().where)"
+ATTACH = """
+from overproof.cluster import ray_cluster
+print(ray_cluster.connect().where)
+import ray
+class Actor:
+    def __init__(self, _): pass
+    def ask(self): return "answered"
+actor = ray.remote(max_restarts=-1)(Actor).remote(ray.put(bytes(1 << 20)))  # of which Ray's core warns
+print(ray.get(actor.ask.remote()))
+"""
 
 
 def command(*argv: str, state: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -75,8 +84,11 @@ def test_a_cluster_comes_up_beside_another_is_used_and_goes(state: Path) -> None
     assert not any("OVERPROOF_API_KEY" in process.environ() for process in processes)
 
     used = command("-c", ATTACH, state=state, **environment)
-    assert "3 CPUs" in used.stdout, used.stderr
-    assert "4 CPUs" in command("-c", ATTACH, state=state).stdout  # a local one beside it, as `overproof run` starts
+    beside = command("-c", ATTACH, state=state)  # a local one, as `overproof run` starts
+    for done, cpus in ((used, "3 CPUs"), (beside, "4 CPUs")):
+        assert cpus in done.stdout, done.stderr
+        assert "answered" in done.stdout
+        assert ".cc:" not in done.stderr
     other = command("-c", ATTACH, state=state, **environment | {"RAY_AUTH_TOKEN": "0123456789abcdef" * 4})
     assert "the token is not its own" in other.stderr
 

@@ -36,7 +36,7 @@ STAGE_VERBS = {
 
 EXAMPLES = {
     "shrink": (
-        "overproof shrink MODEL --data texts/ --max-mb 100 --keep 0.95     a Hugging Face directory, and a folder of text",
+        "overproof shrink MODEL --data texts/ --max-mb 100 --keep 0.95     a Hugging Face directory, and texts",
         "overproof shrink --data table.csv --label price --max-mb 0.5      no model: a teacher is trained",
     ),
     "run": (

@@ -66,7 +66,7 @@ def connect() -> Capacity:
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         from overproof.cluster import ray_private
 
-        with ray_private.on_loopback(), preserve_handler(signal.SIGTERM):
+        with ray_private.on_loopback(), ray_private.quiet_driver(), preserve_handler(signal.SIGTERM):
             ray.init(
                 address="local",  # not whatever else runs on this machine
                 _temp_dir=_ray_temp_dir(),
@@ -100,7 +100,7 @@ def _attach(**options: Any) -> Any:
     try:
         why = ray_private.why_no_answer(os.environ["RAY_ADDRESS"], ANSWER_TIMEOUT_S)
         if why is None:
-            with preserve_handler(signal.SIGTERM):
+            with ray_private.quiet_driver(), preserve_handler(signal.SIGTERM):
                 return ray.init(log_to_driver=False, **options)
     except (OSError, RuntimeError) as error:  # a ConnectionError is one; files of TLS may be missing
         raise InputError(f"{named}: {error}") from None

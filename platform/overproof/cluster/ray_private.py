@@ -1,14 +1,17 @@
 """The parts of Ray core's private API that are used, in one place, as any release of Ray may move them.
 
 Its public API does not say why a cluster does not answer, what an autoscaler may add, which nodes are drained, what is
-free on each node, where an actor's process is, or whose a placement group is; it keeps no small values, and starts one
-node on a machine. tests/test_ray_private.py holds every function to what it is used for.
+free on each node, where an actor's process is, or whose a placement group is; it keeps no small values, starts one node
+on a machine, and leaves standard error to its core. tests/test_ray_private.py and test_local_cluster.py hold every
+function to what it is used for.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from typing import Any
 
 import grpc
 import ray
-from ray._private import grpc_utils, ray_constants, services
+from ray._private import grpc_utils, ray_constants, services, worker
 from ray._private.authentication import authentication_utils
 from ray._private.state import actors, available_resources_per_node, state
 from ray.cluster_utils import Cluster
@@ -26,6 +29,9 @@ from ray.experimental import internal_kv
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from overproof.cluster.placement import Resources
+
+LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
+STDERR = 2
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,53 @@ def on_loopback() -> Iterator[None]:
         del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
         if before is not None:
             os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = before
+
+
+@contextmanager
+def quiet_driver() -> Iterator[None]:
+    """Have Ray's core in a process that connects meanwhile write nothing but fatal errors to standard error.
+
+    Private, for the level is an environment variable, which Ray's daemons read as well, whose logs are to be whole.
+    What is left out reaches this process as exceptions, or is harmless: of every actor of Ray Data it warns that its
+    arguments lie in the object store.
+    """
+    connect = worker.connect
+
+    def connect_quietly(*args: Any, **options: Any) -> Any:
+        os.environ[LOG_LEVEL] = "fatal"
+        try:
+            with _without_stderr_lines("Set ray log level"):  # it tells of the variable, too
+                return connect(*args, **options)
+        finally:
+            del os.environ[LOG_LEVEL]
+
+    if LOG_LEVEL not in os.environ:
+        worker.connect = connect_quietly
+    try:
+        yield
+    finally:
+        worker.connect = connect
+
+
+@contextmanager
+def _without_stderr_lines(part: str) -> Iterator[None]:
+    """Hold back what this process, its C++ parts included, writes to standard error meanwhile; lines that hold ``part``
+    for good.
+    """
+    sys.stderr.flush()
+    own = os.dup(STDERR)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), STDERR)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(own, STDERR)
+            os.close(own)
+            held.seek(0)
+            for line in held:
+                if part.encode() not in line:
+                    os.write(STDERR, line)
 
 
 @contextmanager
