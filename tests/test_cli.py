@@ -12,10 +12,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finished import RECIPES, Run
+from overproof import pipeline
 from overproof.cli.main import EXAMPLES, STAGE_VERBS, main, parse_arguments
 from overproof.config import load_recipe
 from overproof.pipeline import STAGES, stages_of
@@ -162,6 +164,24 @@ def test_ls_and_show_trace_a_package_to_its_shards(digits: Run, capsys: pytest.C
         assert len(listed) == name.endswith(".parquet")
         assert all(line.endswith(f"sha256 {entry.sha256[:12]}") for line in listed)
     assert len([line for line in lineage if ".parquet" in line]) >= 4
+
+
+def test_a_run_is_summed_up_though_its_data_have_changed_meanwhile(
+    digits: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever resolves the stages anew finds others then, which are not done."""
+    resolve, calls = pipeline.resolve_stages, []
+
+    def resolve_once(*args: Any) -> Any:
+        assert not calls, "the data were looked at again"
+        calls.append(args)
+        return resolve(*args)
+
+    monkeypatch.setattr(pipeline, "resolve_stages", resolve_once)
+    assert main(["run", DIGITS, "--set", f"store={digits.recipe.store}"]) == 0
+    out = capsys.readouterr().out
+    assert " ships: " in out
+    assert "report.html" in out
 
 
 def test_show_of_something_unknown(digits: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,8 +152,9 @@ def resolve_stages(recipe: Recipe, store: Store, until: str | None = None) -> li
     return list(steps.values())
 
 
-def run(recipe: Recipe, until: str | None = None) -> dict[str, Artifact]:
-    """Run what is not done yet, up to and including ``until``.
+def run(recipe: Recipe, until: str | None = None, done: dict[str, Artifact] | None = None) -> dict[str, Artifact]:
+    """Run what is not done yet, up to and including ``until``; ``done`` gets each stage's artifact as it is there, also
+    where the run ends with an error.
 
     Raises:
         InputError: bad input, before anything starts where it can be known.
@@ -173,7 +174,7 @@ def run(recipe: Recipe, until: str | None = None) -> dict[str, Artifact]:
         if not ray_cluster.is_remote():
             require_placeable(recipe, ray_cluster.local_capacity())
             ENGINES[recipe.engine].require()
-        done: dict[str, Artifact] = {}
+        done = {} if done is None else done
         connected = False
         for step in steps:
             if step.stage.name == "package":

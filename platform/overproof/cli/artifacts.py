@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,33 +94,29 @@ def run_to_summary(recipe: Recipe, arguments: RecipeArguments, until: str | None
     Raises:
         InputError, GateRefused: as ``pipeline.run``.
     """
+    done: dict[str, Artifact] = {}
     try:
-        done = pipeline.run(recipe, until)
+        pipeline.run(recipe, until, done)
     except GateRefused:
-        _print_summary(recipe, arguments)
+        _print_summary(recipe, arguments, done)
         raise
     if "gate" in done:
-        _print_summary(recipe, arguments)
+        _print_summary(recipe, arguments, done)
     return done
 
 
-def _print_summary(recipe: Recipe, arguments: RecipeArguments) -> None:
+def _print_summary(recipe: Recipe, arguments: RecipeArguments, done: Mapping[str, Artifact]) -> None:
     """Print the closing table, what it comes to and what to do next."""
     from overproof.evaluate.gate import VERDICT, Verdict
     from overproof.evaluate.metrics import REPORT, Report
     from overproof.evaluate.outcome import OUTCOME, Outcome
 
-    found = {s.stage.name: s.artifact for s in pipeline.resolve_stages(recipe, Store(recipe.store))}
-    measured, judged = found["evaluate"], found["gate"]
-    if measured is None or judged is None:
-        return
-    verdict = read_json(Verdict, judged.local() / VERDICT)
-    out.print(_summary_table(recipe.name, read_json(Report, measured.local() / REPORT), verdict))
-    _print_outcome(read_json(Outcome, judged.local() / OUTCOME), arguments)
-    if found["report"]:
-        out.print(
-            f"picture  {found['report'].uri}/report.png\nreport   {found['report'].uri}/report.html", markup=False
-        )
+    judged = done["gate"].local()
+    report = read_json(Report, done["evaluate"].local() / REPORT)
+    out.print(_summary_table(recipe.name, report, read_json(Verdict, judged / VERDICT)))
+    _print_outcome(read_json(Outcome, judged / OUTCOME), arguments)
+    if "report" in done:
+        out.print(f"picture  {done['report'].uri}/report.png\nreport   {done['report'].uri}/report.html", markup=False)
 
 
 def print_package(where: str, package: Artifact) -> None:
