@@ -6,7 +6,7 @@ LOCKED ?=  # anything: what overproof needs comes from requirements.lock, by its
 TORCH_INDEX ?=  # an index for torch and nothing else, which pip would otherwise ask about every package
 TORCH := $(shell sed -n 's/^ *"\(torch>[^"]*\)",.*/\1/p' pyproject.toml)
 
-.PHONY: install demo test trials chromium check clean
+.PHONY: install demo test trials gallery chromium check clean
 
 install: $(INSTALLED)  ## the environment in .venv, which every other target makes as well
 
@@ -26,6 +26,9 @@ chromium:  # the browser that the report's test opens
 	  echo 'installing chromium (once)'; \
 	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium >/dev/null; }
 
+gallery: $(INSTALLED) chromium  ## the pictures of docs/gallery.md anew, from real runs
+	$(BIN)/python jobs/gallery.py
+
 check: $(INSTALLED)  ## style, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,6 +44,7 @@ $(INSTALLED): pyproject.toml
 	$(if $(LOCKED),$(BIN)/pip install --quiet --require-hashes --requirement requirements.lock)
 	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --no-deps --index-url $(TORCH_INDEX) '$(TORCH)')
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m compileall -q platform/overproof  # or each worker would, where no bytecode is written
 	@touch $@
 
 clean:  ## the store and the environment
