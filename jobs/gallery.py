@@ -22,6 +22,7 @@ import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,18 @@ def main() -> None:
         terminal = Terminal(folder)
         terminal.picture("plan", f"overproof plan {RECIPE}")
         terminal.picture("run", f"overproof run {RECIPE}", keep_from="own-text")
+        report = newest(folder / "store/own-text", "report")
+        verdict = json.loads((newest(folder / "store/own-text", "gate") / "verdict.json").read_text())
         refused = f"overproof run {RECIPE} --set gate.rules.0.at_least=0.97"
         terminal.picture("refused", refused, keep_from="own-text", code=1)
         terminal.picture("pick", f"overproof pick {RECIPE} --max-mb 0.2")
         terminal.picture("show", "overproof show own-text/package")
         terminal.picture("ls", "overproof ls")
-        report = newest(folder / "store/own-text", "report")
         shutil.copy(report / "report.png", PICTURES / "frontier.png")
         with browser() as page:
             shoot(page, f"file://{report}/report.html", "report", height=1500)
             tensorboard(folder, page)
-            served(folder, terminal, page)
+            served(folder, terminal, page, verdict)
     print(f"{PICTURES}: {sum(path.stat().st_size for path in PICTURES.iterdir()) / 1e6:.1f} MB")
 
 
@@ -120,11 +122,11 @@ class Terminal:
 
     def _text(self, line: Any) -> Text:
         text = Text()
-        for column in range(COLUMNS):
-            cell = line[column]
-            colour = COLOURS.get(cell.fg, cell.fg)
-            colour = f"#{colour}" if re.fullmatch("[0-9a-f]{6}", colour) else colour.replace("bright", "bright_")
-            text.append(cell.data, Style(color=None if colour == "default" else colour, bold=cell.bold))
+        for (colour, bold), cells in groupby((line[i] for i in range(COLUMNS)), key=lambda cell: (cell.fg, cell.bold)):
+            named = COLOURS.get(colour, colour)
+            named = f"#{named}" if re.fullmatch("[0-9a-f]{6}", named) else named.replace("bright", "bright_")
+            style = Style(color=None if named == "default" else named, bold=bold)
+            text.append("".join(cell.data for cell in cells), style)
         text.rstrip()
         plain = text.plain.replace(str(self.folder), "~/project")
         return text if plain == text.plain else Text(plain)
@@ -188,7 +190,7 @@ def tensorboard(folder: Path, page: Page) -> None:
         shoot(page, f"{address[0]}?gallery#hparams", "hparams", wait_for="Hyperparameters")
 
 
-def served(folder: Path, terminal: Terminal, page: Page) -> None:
+def served(folder: Path, terminal: Terminal, page: Page, verdict: dict[str, Any]) -> None:
     """A cluster on this machine, a canary on it, and the page to try a model."""
     said = subprocess.run(
         ["overproof", "up"], env=terminal.environment, cwd=folder, capture_output=True, text=True, check=True
@@ -197,8 +199,7 @@ def served(folder: Path, terminal: Terminal, page: Page) -> None:
     here = Terminal(folder, **exported)
     try:
         here.picture("deploy", "overproof deploy own-text/package --set port=8123")
-        other = json.loads((newest(folder / "store/own-text", "gate") / "verdict.json").read_text())
-        name = next(c["name"] for c in other["candidates"] if c["passed"] and c["name"] != other["chosen"])
+        name = next(c["name"] for c in verdict["candidates"] if c["passed"] and c["name"] != verdict["chosen"])
         here.picture("candidate", f"overproof run {RECIPE} --set gate.candidate={name}", keep_from="own-text")
         here.picture("canary", "overproof deploy own-text/package --canary --set canary.share=0.5")
         with httpx.Client(base_url="http://127.0.0.1:8123", trust_env=False, timeout=60) as client:

@@ -25,8 +25,9 @@ errors = Console(highlight=False, soft_wrap=True, stderr=True)  # of commands wh
 
 
 @contextmanager
-def waiting(text: str, console: Console = out) -> Iterator[None]:
+def waiting(text: str, console: Console | None = None) -> Iterator[None]:
     """Show that something without a measure goes on."""
+    console = console or out
     if console.is_terminal:
         with Status(text, console=console):
             yield
@@ -37,9 +38,14 @@ def waiting(text: str, console: Console = out) -> Iterator[None]:
         yield
 
 
+def say(text: str, style: str | None = None) -> None:
+    """Print a sentence: a terminal's lines end between words, and elsewhere it is one line."""
+    out.print(text, style=style, markup=False, soft_wrap=not out.is_terminal)
+
+
 def notice(text: str) -> None:
     """Print an event on a line that stays."""
-    out.print(f"! {text}", style="yellow", markup=False)
+    say(f"! {text}", "yellow")
 
 
 @contextmanager

@@ -84,6 +84,12 @@ def test_the_page_asks_for_nothing_and_its_controls_work(page_file: Path, digits
             places.append(page.eval_on_selector_all("#plane .point", "points => points.map(p => p.getAttribute('cx'))"))
         assert len({tuple(place) for place in places}) == len(places)
 
+        labels_are_apart(page)
+        page.evaluate("""() => DATA.files.rows.forEach((row, i) => Object.assign(
+            row, {size_mb: 1 + i / 500, quality: 0.9 + (i % 3) / 1e4, low: 0.89, high: 0.91}))""")
+        page.locator("#axis").select_option(next(iter(data["files"]["planes"])))
+        labels_are_apart(page)
+
         page.locator("#split").select_option("train")
         assert page.locator("#curves .curve").count() == len(data["curves"])
 
@@ -91,6 +97,17 @@ def test_the_page_asks_for_nothing_and_its_controls_work(page_file: Path, digits
         assert heard.complaints == []
         assert [request for request in heard.requests if not request.startswith(("file:", "data:"))] == []
         assert len(heard.requests) == 1
+
+
+def labels_are_apart(page: Page) -> None:
+    """No name of the frontier lies on another, or on a marker."""
+    boxes = "nodes => nodes.map(node => node.getBBox()).map(b => [b.x, b.y, b.x + b.width, b.y + b.height])"
+    names = page.eval_on_selector_all("#plane .label", boxes)
+    markers = page.eval_on_selector_all("#plane .point", boxes)
+    assert len(names) == page.locator("#plane [data-file]").count() > 4
+    for i, (left, top, right, bottom) in enumerate(names):
+        for other in (*names[:i], *markers):
+            assert not (left < other[2] and other[0] < right and top < other[3] and other[1] < bottom)
 
 
 def brush(page: Page, trials: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from overproof import pipeline
 from overproof.artifacts import Artifact, Store, artifact_id, read_record
 from overproof.cli.recipe_arguments import RecipeArguments
 from overproof.config import Recipe
-from overproof.console import notice, out
+from overproof.console import notice, out, say
 from overproof.errors import GateRefused, InputError
 from overproof.files import read_json
 from overproof.registry import TASKS
@@ -148,11 +148,11 @@ def _summary_table(name: str, report: Report, verdict: Verdict) -> Table:
 
 def _print_outcome(outcome: Outcome, arguments: RecipeArguments) -> None:
     for sentence in outcome.sentences:
-        out.print(sentence, markup=False)
+        say(sentence)
     for warning in outcome.warnings:
         notice(warning)
     for broken in outcome.nearest.broken if outcome.nearest else ():
-        out.print(f"{broken.kind}: {broken.text}; what would meet it:", markup=False)
+        say(f"{broken.kind}: {broken.text}; what would meet it:")
         _print_remedies(broken.remedies, arguments)
     if outcome.next_steps:
         out.print("next:")

@@ -62,7 +62,8 @@ def link_newest(root: Path, links: Path) -> None:
                 ages[events] = events.stat().st_mtime_ns
         if ages:
             newest = max(ages, key=ages.__getitem__)
-            wanted[newest.parent.name] = newest
+            # HParams shows some 16 characters of a name, of which trials need their own.
+            wanted[newest.parent.name.removeprefix("sweep-").replace(f"sweep{WORK}", "running")] = newest
     for link in links.iterdir():
         if link.name not in wanted:
             link.unlink()

@@ -29,7 +29,7 @@ from overproof.evaluate.metrics import EXPECTED_ACCURACY, Comparison, MeasuredFi
 from overproof.files import FrozenModel
 from overproof.registry import TASKS
 from overproof.tasks.base import Metric, QualityMetric
-from overproof.units import format_latency
+from overproof.units import format_latency, format_number
 
 VERDICT = "verdict.json"  # where a verdict lies in an artifact or a package
 
@@ -199,7 +199,8 @@ def _parity(rule: Parity, candidate: MeasuredFile) -> tuple[bool, str]:
     found = candidate.metrics.get("parity_nats")
     if found is None:
         return False, "parity_nats of the serving engine is not in the report"
-    text = f"serving engine within {found.value:.2g} nats of the reference ({found.n} probed), allowed {rule.at_most:g}"
+    difference = f"{format_number(found.value, 2)} nats of the reference"
+    text = f"serving engine within {difference} ({found.n} probed), allowed {rule.at_most:g}"
     split = candidate.metrics.get("split_otherwise")  # of text alone
     if split is None:
         return found.value <= rule.at_most, text

@@ -30,7 +30,7 @@ if (DATA.files) {
       addTooltip(group, [row.name, `${formatValue(row.quality)}${interval}`, `${formatValue(row[axis])}: ${plane.label}`, standingLabels[plane.standing[row.name]], gate, row.name === chosen ? "packaged" : ""]);
       if (rows.length <= 16 || member) labels.push({ group, text: row.name, px, py });
     }
-    placeLabels(labels, box);
+    placeLabels(labels.reverse(), rows.map((row) => [x(row[axis]), y(row.quality)]), box); // the frontier's own first
     svg.dataset.axis = axis;
     volume(plane);
   };
@@ -41,18 +41,28 @@ if (DATA.files) {
     add(svg, "path", { class: "staircase", d: `${steps.join("")}H${box.right}` });
   };
 
-  // Names beside their points, from the top down; one that would lie on another moves below it.
-  const placeLabels = (labels, box) => {
-    const taken = [];
-    for (const label of labels.sort((a, b) => a.py - b.py)) {
-      const wide = label.text.length * 6.6;
-      const left = label.px + 12 + wide > box.right;
-      const start = left ? Math.max(box.left, label.px - 12 - wide) : label.px + 12;
-      let at = label.py - 6;
-      while (taken.some((other) => Math.abs(other.at - at) < 14 && start < other.end && other.start < start + wide)) at += 4;
-      taken.push({ at, start, end: start + wide });
-      if (at - label.py > 12) add(label.group, "line", { class: "leader", x1: label.px, y1: label.py, x2: left ? start + wide : start, y2: at });
-      add(label.group, "text", { class: "label", x: start, y: at + 4 }, label.text);
+  // Each name as near to its point as there is room, the nearest place first: over no other name and no marker.
+  const placeLabels = (labels, markers, box) => {
+    const taken = markers.map(([px, py]) => [px - 8, py - 8, px + 8, py + 8]);
+    const free = ([left, top, right, bottom]) =>
+      left >= box.left && right <= box.right && top >= box.top - 12 && bottom <= box.bottom &&
+      !taken.some((other) => left < other[2] && other[0] < right && top < other[3] && other[1] < bottom);
+    for (const { group, text, px, py } of labels) {
+      const node = add(group, "text", { class: "label" }, text);
+      const { width, height } = node.getBBox();
+      const places = [10, 16, 26, 40, 58, 80, 110, 150, 200, 260].flatMap((far) =>
+        [[1, 0], [-1, 0], [1, -1], [1, 1], [-1, -1], [-1, 1], [0, -1], [0, 1]].map(([across, down]) => {
+          const left = px + across * far - (width * (1 - across)) / 2;
+          const top = py + down * far - (height * (1 - down)) / 2;
+          return [left, top, left + width, top + height];
+        }),
+      );
+      const place = places.find(free) ?? places[0];
+      taken.push(place);
+      node.setAttribute("x", place[0]);
+      node.setAttribute("y", place[3] - height * 0.22);
+      const [ex, ey] = [Math.min(Math.max(px, place[0]), place[2]), Math.min(Math.max(py, place[1]), place[3])];
+      if (Math.hypot(ex - px, ey - py) > 16) add(group, "line", { class: "leader", x1: px, y1: py, x2: ex, y2: ey });
     }
   };
 
