@@ -85,8 +85,7 @@ class Terminal:
 
     def picture(self, name: str, command: str, keep_from: str | None = None, code: int = 0) -> None:
         """Draw a command and what it says, of which lines before one that begins so are left out."""
-        print(command, flush=True)
-        screen = self._run(command, code)
+        screen = self.run(command, code)
         lines = [self._text(line) for line in (*screen.history.top, *(screen.buffer[row] for row in range(LINES)))]
         while lines and not lines[-1].plain.strip():
             lines.pop()
@@ -99,7 +98,9 @@ class Terminal:
             console.print(line, soft_wrap=True)
         console.save_svg(str(PICTURES / f"{name}.svg"), title="overproof", theme=SVG_EXPORT_THEME)
 
-    def _run(self, command: str, code: int) -> Any:
+    def run(self, command: str, code: int = 0) -> Any:
+        """Run a command, and give the screen as it leaves it."""
+        print(command, flush=True)
         screen = pyte.HistoryScreen(COLUMNS, LINES, HISTORY, ratio=1e-9)
         stream = pyte.ByteStream(screen)
         process, terminal = pty.fork()
@@ -200,7 +201,7 @@ def served(folder: Path, terminal: Terminal, page: Page, verdict: dict[str, Any]
     try:
         here.picture("deploy", "overproof deploy own-text/package --set port=8123")
         name = next(c["name"] for c in verdict["candidates"] if c["passed"] and c["name"] != verdict["chosen"])
-        here.picture("candidate", f"overproof run {RECIPE} --set gate.candidate={name}", keep_from="own-text")
+        here.run(f"overproof run {RECIPE} --set gate.candidate={name}")
         here.picture("canary", "overproof deploy own-text/package --canary --set canary.share=0.5")
         with httpx.Client(base_url="http://127.0.0.1:8123", trust_env=False, timeout=60) as client:
             for number in range(80):

@@ -66,7 +66,7 @@ def test_smallest_that_passes_is_chosen() -> None:
     assert found.passed
     assert found.chosen == "small"
     reason = found.candidates[1].reasons[0]
-    assert reason.text == ("bits_per_byte 2.00 % worse than student (interval 1.00 to 2.90 %), allowed 3 %")
+    assert reason.text == ("bits per byte 2.00 % worse than student (interval 1.00 to 2.90 %), allowed 3 %")
 
 
 def test_wide_interval_cannot_pass() -> None:
@@ -169,7 +169,7 @@ def test_absolute_limits() -> None:
         ({"kind": "latency", "at_most_ms": 40}, [True, False],
          "p95 latency 10.0 ms, at most 30.0 ms (60 requests), allowed 40.0 ms"),
         ({"kind": "quality", "limit": 2.2}, [True, False],
-         "bits_per_byte 2 (interval 1.8 to 2.1), needed at most 2.2"),
+         "bits per byte 2 (interval 1.8 to 2.1), needed at most 2.2"),
     ):  # fmt: skip
         found = verdict([rule], report(measured=files))
         assert [c.passed for c in found.candidates] == passed
@@ -208,10 +208,10 @@ def test_a_gate_knows_whether_it_bounds_quality(rules: list[dict[str, Any]], acc
             {"kind": "keep", "at_least": 0.9},
             "what it keeps of teacher's bits per byte is not in the report, or has no interval",
         ),
-        ({"kind": "quality", "limit": 1}, "bits_per_byte is not in the report, or has no interval"),
+        ({"kind": "quality", "limit": 1}, "bits per byte is not in the report, or has no interval"),
         ({"kind": "latency", "percentile": 50, "at_most_ms": 1}, "p50 latency is not in the report"),
-        (REGRESSION, "bits_per_byte against student is not in the report"),
-        ({"kind": "improvement", "against": "control"}, "bits_per_byte against control is not in the report"),
+        (REGRESSION, "bits per byte against student is not in the report"),
+        ({"kind": "improvement", "against": "control"}, "bits per byte against control is not in the report"),
         ({"kind": "agreement", "at_least": 0}, "agreement with teacher is not in the report"),
         ({"kind": "smaller", "against": "control", "at_least": 1}, "the size of control is not in the report"),
         (PARITY, "parity_nats of the serving engine is not in the report"),
@@ -265,7 +265,7 @@ def test_each_candidate_is_held_against_its_own_student() -> None:
     found = verdict([REGRESSION, {"kind": "smaller", "against": "student", "at_least": 2}], both)
     assert found.chosen == "wide-q"
     assert [r.text for r in found.candidates[1].reasons] == [
-        "bits_per_byte 5.00 % worse than slim (interval 4.00 to 6.00 %), allowed 3 %",
+        "bits per byte 5.00 % worse than slim (interval 4.00 to 6.00 %), allowed 3 %",
         "1.67 times smaller than slim, needed 2 times",
     ]
 

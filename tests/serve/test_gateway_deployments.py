@@ -98,9 +98,9 @@ def test_a_canary_is_promoted_and_rolled_back_under_load(
         assert {package for _, package in seen[count:]} == {one, two}
         code, output = overproof(capsys, "promote", "stdlib-lm")
         assert (code, "too few to go by; wait, or promote it all the same: --yes" in output) == (2, True), output
-        assert f"stdlib-lm: {two} is tried for " in output
+        assert f"stdlib-lm: {two} has been tried for " in output
         code, output = overproof(capsys, "deployments")
-        told = rf"{two} is tried for \d+ s: 0 of \d+ .* requests failed; .*Taken back once it is certain"
+        told = rf"{two} has been tried for \d+ s: 0 of \d+ .* requests failed; .*Taken back once it is certain"
         assert re.search(told, output), output
         for figure in ("judged_requests", "comparisons"):
             named = rf'ray_overproof_{figure}_total{{[^}}]*package="{two}"'

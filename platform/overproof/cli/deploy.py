@@ -15,7 +15,7 @@ from rich.table import Table
 from overproof.artifacts import RECORD, Store
 from overproof.cluster import ray_cluster
 from overproof.config import Serve, parse_overrides
-from overproof.console import out, waiting
+from overproof.console import out, say, waiting
 from overproof.errors import InputError
 from overproof.files import join_uri
 from overproof.units import format_percent, format_seconds
@@ -71,7 +71,7 @@ def promote(model: str, yes: bool) -> int:
 
     for tried in _tried():
         if tried.model == model:
-            out.print(tried.line, markup=False)
+            say(tried.line)
             few = too_little(tried.version.settings.canary, tried.stats, tried.compares)
             if few and not yes:
                 raise InputError(
@@ -128,7 +128,7 @@ def print_deployments(file: str | None) -> int:
         events.add_row(event.time[:19], event.user, event.change, event.package, event.reason)
     out.print(live)
     for each in tried:
-        out.print(each.line, markup=False)
+        say(each.line)
     out.print(events)
     return 0
 
@@ -157,7 +157,7 @@ def _tried() -> list[_Tried]:
             tries = [e for e in book.events if e.package == version.package and e.change in ("canary", "shadow")]
             since_s = (datetime.now(UTC) - datetime.fromisoformat(tries[-1].time)).total_seconds()
             told = describe_evidence(version.settings.canary, stats)
-            line = f"{name}: {version.package} is tried for {format_seconds(since_s)}: {told}"
+            line = f"{name}: {version.package} has been tried for {format_seconds(since_s)}: {told}"
             compares = deployment.shadow is not None or version.settings.canary.compare > 0
             found.append(_Tried(name, version, stats, compares, line))
     return found

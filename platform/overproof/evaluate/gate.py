@@ -114,10 +114,10 @@ def _compared(rule: Regression | Improvement, report: Report, candidate: Measure
     against, quality = reference_name(rule, candidate.student), TASKS[report.task].quality
     found = report.compare(candidate.name, against)
     if found is None:
-        return False, f"{quality.name} against {against} is not in the report"
+        return False, f"{quality.title} against {against} is not in the report"
     if found.low is None or found.high is None:
-        return False, f"{quality.name} against {against} has no interval: more than one test unit is needed"
-    text = f"{quality.name} {_difference(found, quality)}"
+        return False, f"{quality.title} against {against} has no interval: more than one test unit is needed"
+    text = f"{quality.title} {_difference(found, quality)}"
     if isinstance(rule, Regression):
         return found.high <= rule.at_most, f"{text}, allowed {quality.amount(rule.at_most)}"
     return -found.high > rule.at_least, f"{text}, must be better by more than {quality.amount(rule.at_least)}"
@@ -146,11 +146,11 @@ def _keep(rule: Keep, report: Report, candidate: MeasuredFile) -> tuple[bool, st
 def _quality(rule: Quality, report: Report, candidate: MeasuredFile) -> tuple[bool, str]:
     quality, found = TASKS[report.task].quality, candidate.metrics.get(report.quality)
     if found is None or found.low is None or found.high is None:
-        return False, f"{quality.name} is not in the report, or has no interval"
+        return False, f"{quality.title} is not in the report, or has no interval"
     far, needed = (found.low, "least") if quality.higher_is_better else (found.high, "most")
     passed = far >= rule.limit if quality.higher_is_better else far <= rule.limit
     interval = f"interval {found.low:.4g} to {found.high:.4g}"
-    return passed, f"{quality.name} {found.value:.4g} ({interval}), needed at {needed} {rule.limit:g}"
+    return passed, f"{quality.title} {found.value:.4g} ({interval}), needed at {needed} {rule.limit:g}"
 
 
 def requests_needed(rules: Iterable[Rule], confidence: float) -> int:
