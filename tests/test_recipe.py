@@ -62,6 +62,11 @@ def test_the_editor_schema_file_is_current() -> None:
         ("serve.max_replicas=0", ["serve.max_replicas", "1"]),
         ("train.steps", ["expected a.b=value"]),
         ("name.x=1", ["name holds 'digits'"]),
+        (
+            "gate.candidate=wide-t2-q8",
+            ["gate.candidate: found 'wide-t2-q8'; expected one of ", "nearest is 'wide-t2-int8'"],
+        ),
+        ("data.kind=image", ["data.kind: found 'image'; expected one of", "nearest is 'image_classification'"]),
         ("gate.rules=-0.1", ["gate.rules: found -0.1; expected a list"]),
         (
             "gate.rules=[-0.1]",
@@ -119,6 +124,18 @@ def test_a_changed_kind_takes_the_fields_of_the_old_one_with_it(
     load_recipe(LM, (given, *changes))
     assert dropped in caplog.text
     assert "left out" in caplog.text
+
+
+def test_what_follows_from_a_bad_field_is_no_second_fault() -> None:
+    with pytest.raises(InputError) as error:
+        load_recipe(DIGITS, ("train.steps=abc",))
+    assert str(error.value).splitlines() == [
+        f"{DIGITS}: train.steps: found 'abc'; input should be a valid integer, unable to parse string as an integer"
+    ]
+
+
+def test_a_candidate_of_a_search_has_a_number() -> None:
+    assert load_recipe(DIGITS, ("gate.candidate=wide-t2-007-int8",)).gate.candidate == "wide-t2-007-int8"
 
 
 def test_an_unknown_kind_drops_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -286,6 +286,18 @@ def test_an_archive_that_was_changed_is_refused_and_leaves_nothing(
     assert [path.name for path in Path(store.uri).iterdir()] == [".lock"]
 
 
+def test_an_artifact_that_is_no_package_is_called_so_and_none_of_its_folders_is_to_be_deleted(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = make(store, "train", "d")
+    (Path(trained.uri) / "model").mkdir()
+    for words in (("serve", trained.id), ("verify", trained.id), ("export", trained.id, tmp_path / "x.tar")):
+        code, _, err = overproof(capsys, *words, "--store", store.uri)
+        assert code == 2
+        assert "no package.json, so no package; expected one" in err
+        assert "delete" not in err
+
+
 def test_what_is_no_archive_is_refused(
     archive: Path, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

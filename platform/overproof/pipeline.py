@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -163,7 +163,10 @@ def run(recipe: Recipe, until: str | None = None, done: dict[str, Artifact] | No
     if any(stage.name == "gate" for stage in stages_of(recipe, until)):
         for finding in check_gate(recipe):
             console.notice(f"{finding.about}: {finding.text}")
-    store = Store(recipe.store)
+    store, done = Store(recipe.store), {} if done is None else done
+    steps = resolve_stages(recipe, store, until)
+    if all(step.artifact for step in steps):  # nothing is written: no lock, so that it may be looked at beside a run
+        return _run_steps(steps, recipe, store, done)
     with store.lock():
         steps = resolve_stages(recipe, store, until)
         if any(step.stage.name == "compress" and step.artifact is None for step in steps):
@@ -174,22 +177,27 @@ def run(recipe: Recipe, until: str | None = None, done: dict[str, Artifact] | No
         if not ray_cluster.is_remote():
             require_placeable(recipe, ray_cluster.local_capacity())
             ENGINES[recipe.engine].require()
-        done = {} if done is None else done
-        connected = False
-        for step in steps:
-            if step.stage.name == "package":
-                _require_pass(done["gate"])
-            if step.artifact:
-                done[step.stage.name] = step.artifact
-                console.out.print(f"[dim]· {step.stage.name:<9} done before   {step.artifact.id}[/]")
-                continue
-            if not connected:
-                with console.waiting("starting Ray"):
-                    capacity = ray_cluster.connect()
-                require_placeable(recipe, capacity)
-                connected = True
-            done[step.stage.name] = run_stage(step, recipe, store, done)
-        return done
+        return _run_steps(steps, recipe, store, done)
+
+
+def _run_steps(
+    steps: Sequence[PlannedStage], recipe: Recipe, store: Store, done: dict[str, Artifact]
+) -> dict[str, Artifact]:
+    connected = False
+    for step in steps:
+        if step.stage.name == "package":
+            _require_pass(done["gate"])
+        if step.artifact:
+            done[step.stage.name] = step.artifact
+            console.out.print(f"[dim]· {step.stage.name:<9} done before   {step.artifact.id}[/]")
+            continue
+        if not connected:
+            with console.waiting("starting Ray"):
+                capacity = ray_cluster.connect()
+            require_placeable(recipe, capacity)
+            connected = True
+        done[step.stage.name] = run_stage(step, recipe, store, done)
+    return done
 
 
 def run_stage(step: PlannedStage, recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> Artifact:

@@ -100,7 +100,7 @@ def test_the_command_makes_lists_and_revokes(tmp_path: Path, capsys: pytest.Capt
 def test_a_broken_or_empty_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys.json"
     monkeypatch.setenv("OVERPROOF_KEYS", str(file))
-    with pytest.raises(InputError, match="holds no key"):
+    with pytest.raises(InputError, match="is not there, or holds no key"):
         load_access()
     file.write_text('{"keys": [{"name": "a"}]}')
     with pytest.raises(InputError, match=r"keys\.0\.sha256"):

@@ -128,3 +128,19 @@ def test_a_base_is_fine_tuned_distilled_judged_and_served(
     assert f"{manifest.details['truncated']:,} of the" in card
     line = TASK.describe_reply({"texts": list(texts)}, reply.json())
     assert line.startswith(f"{next(iter(texts))!r} is classed as {answers[0]['name']} (probability 0.")
+
+
+def test_a_small_text_passes_as_it_stands(tmp_path: Path) -> None:
+    """What docs/own-data.md shows: a small folder of text, of which a small student keeps enough."""
+    command = [sys.executable, "-m", "overproof.cli.main", "run", str(RECIPES / "own-text.yaml")]
+    done = subprocess.run(
+        [*command, "--set", f"store={tmp_path}/store"],
+        cwd=RECIPES.parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ships: the smallest of" in done.stdout
+    assert "Distillation bought quality" in done.stdout
+    assert "fewer than 30" not in done.stdout

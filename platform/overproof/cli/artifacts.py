@@ -127,7 +127,7 @@ def print_package(where: str, package: Artifact) -> None:
 
 def _summary_table(name: str, report: Report, verdict: Verdict) -> Table:
     """Every export with its quality, size, speed and verdict."""
-    passed = {c.name: c.passed for c in verdict.candidates}
+    broken = {c.name: [r.rule for r in c.reasons if not r.passed] for c in verdict.candidates}
     task = TASKS[report.task]
     table = Table("model", task.quality.title, "agreement", "MB", "p50 / p95 ms", task.speed_unit, "verdict",
                   title=name)  # fmt: skip
@@ -136,9 +136,8 @@ def _summary_table(name: str, report: Report, verdict: Verdict) -> Table:
         table.add_row("teacher (served)", f"{quality.value:.4f} ± {_half(quality):.4f}", "", "", "", "", "")
     for measured in report.measured:
         quality, agreement = measured.metrics[report.quality], measured.metrics["agreement"]
-        outcome = (
-            "" if measured.name not in passed else "[green]passed[/]" if passed[measured.name] else "[red]refused[/]"
-        )
+        rules = broken.get(measured.name)
+        outcome = "" if rules is None else f"[red]refused: {', '.join(rules)}[/]" if rules else "[green]passed[/]"
         rate = measured.metrics.get(task.speed)  # a model may end every answer at once
         table.add_row(measured.name, f"{quality.value:.4f} ± {_half(quality):.4f}", format_percent(agreement.value),
                       f"{measured.size_bytes / 1e6:.2f}", _latency(measured), f"{rate.value:,.0f}" if rate else "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from overproof.cli.termination import sigterm_as_interrupt
 from overproof.config import schema_docs
 from overproof.errors import GateRefused, InputError, suggest_name
 
+SIGPIPE_CODE = 141
 DEMO_RECIPE = Path(__file__).parents[3] / "jobs/recipes/stdlib-lm.yaml"
 Run = Callable[[argparse.Namespace], int]
 Add = Callable[..., argparse.ArgumentParser]  # a verb: its name, function, help, and the section that its help lists
@@ -98,7 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with sigterm_as_interrupt() as interrupted:
         try:
             options = parse_arguments(sys.argv[1:] if argv is None else argv)
-            return int(options.run(options))
+            code = int(options.run(options))
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # whoever reads has seen enough, as `head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return SIGPIPE_CODE
         except InputError as error:
             print(f"overproof: {error}", file=sys.stderr)
             return 2
@@ -134,8 +141,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
 
     def add(name: str, run: Run, text: str, section: str | None = None) -> argparse.ArgumentParser:
         examples = "".join(f"\n  {line}" for line in EXAMPLES.get(name, ()))
-        added = names.add_parser(name, help=text, description=text, epilog=examples and f"examples:{examples}",
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        added = names.add_parser(
+            name, help=text, description=text, epilog=examples and f"examples:{examples}", allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
         added.set_defaults(run=run)
         if section is not None:
             added.add_argument(

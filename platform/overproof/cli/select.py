@@ -177,7 +177,9 @@ def _closest_text(choices: Sequence[Candidate]) -> str:
     if not passed:
         return "nothing fits: the gate refused every candidate"
     closest = min(passed, key=lambda choice: choice.excess)
-    limit = max(closest.exceeded, key=lambda limit: limit.excess(closest.measured))
-    found = limit.found(closest.measured)
-    measured = "was not measured" if found is None else f"has {format_number(found, 4)}"
-    return f"nothing fits; the closest is {closest.measured.name}, which {measured} where {limit} was asked for"
+    missed = []
+    for limit in closest.exceeded:
+        found = limit.found(closest.measured)
+        measured = "was not measured" if found is None else f"has {format_number(found, 4)}"
+        missed.append(f"{measured} where {limit} was asked for")
+    return f"nothing fits; the closest is {closest.measured.name}, which {', and '.join(missed)}"

@@ -69,7 +69,8 @@ def _serve(package: str, settings: Serve, keep: bool) -> None:
             out.print(f"serving {package} at {base} until Ctrl-C")
             wait_for_signal()
     finally:
-        server.stop_serving()
+        with waiting("stopping"):
+            server.stop_serving()
 
 
 def send_example(base: str, settings: Serve) -> None:

@@ -239,7 +239,12 @@ def keys(options: argparse.Namespace) -> int:
     elif options.what == "revoke":
         api_keys.revoke_key(options.file, options.name)
     else:
-        for key in api_keys.read_keys(options.file).keys:
+        listed = api_keys.read_keys(options.file).keys
+        if not listed:
+            raise InputError(
+                f"--file {options.file}: is not there, or holds no key; make one: `overproof keys add NAME`"
+            )
+        for key in listed:
             rights = [f"{most:,} {what} a minute" for most, what in key.limits] + ["operator"] * key.operator
             console.out.print("  ".join([key.name, key.created, *rights]), markup=False)
     return 0

@@ -104,6 +104,9 @@ def _attach(**options: Any) -> Any:
                 return ray.init(log_to_driver=False, **options)
     except (OSError, RuntimeError) as error:  # a ConnectionError is one; files of TLS may be missing
         raise InputError(f"{named}: {error}") from None
+    file = os.environ.get("RAY_AUTH_TOKEN_PATH", "")
+    if "token" in why and file and not Path(file).is_file():
+        why += f" (RAY_AUTH_TOKEN_PATH {file}: no such file)"
     token = "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN with the token of its head"
     expected = token if "token" in why else "the address of a running cluster's head, such as auto or HOST:6379"
     raise InputError(f"{named}: {why}; expected {expected}")

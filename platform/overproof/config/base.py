@@ -47,6 +47,8 @@ class Section(BaseModel):
             # A list with bad parts is reported as too short beside, for pydantic counts the good ones.
             around = {each["loc"][:i] for each in found for i in range(len(each["loc"]))}
             told = [each for each in found if each["type"] != "too_short" or each["loc"] not in around]
+            # What follows from a bad field is not bad itself.
+            told = [each for each in told if each["type"] != "default_factory_not_called"] or told
             raise InputError("\n".join(prefix + _explain(cls, each) for each in told)) from None
 
     def without_resources(self) -> dict[str, Any]:
@@ -111,7 +113,10 @@ def _explain(section: type[Section], error: Any) -> str:
         return f"{path}: {message}" if error["loc"] else message
     if error["type"] == "union_tag_invalid":
         kinds = [kind.strip(" '") for kind in error["ctx"]["expected_tags"].split(",")]
-        message += suggest_name(error["ctx"]["tag"], kinds)
+        return (
+            f"{path}.kind: found {error['ctx']['tag']!r}; expected one of {error['ctx']['expected_tags']}"
+            f"{suggest_name(error['ctx']['tag'], kinds)}"
+        )
     if error["type"] in NO_SECTION and sections:
         return f"{path}: found {error['input']!r}; expected a section {_described(sections)}"
     if error["type"] == "union_tag_not_found":

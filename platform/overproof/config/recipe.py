@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -19,7 +20,7 @@ from overproof.config.overrides import set_override
 from overproof.config.search import Tune
 from overproof.config.serving import Serve
 from overproof.config.training import Train
-from overproof.errors import InputError
+from overproof.errors import InputError, suggest_name
 from overproof.registry import FAMILIES, FORMATS, TASKS
 
 ATTENTION = "attention"  # the loss of tasks in whose rows each place may look at each
@@ -52,6 +53,7 @@ class Recipe(Section):
         self._layers_are_there()
         self._losses_fit()
         self._rules_fit()
+        self._candidate_may_be()
         self._prompts_fit()
         self._text_is_written()
         self.tune.check(self.sweep)
@@ -197,6 +199,18 @@ class Recipe(Section):
                     f"gate.rules.{index}.kind is 'expected'; records of {self.data.kind!r} do not say what an answer "
                     f"must be, those of {able} may"
                 )
+
+    def _candidate_may_be(self) -> None:
+        """Trials of a search have the names of their students, with a number."""
+        found = self.gate.candidate
+        if found is None:
+            return
+        names = [f"{student.name}-{format}" for student in self.sweep.students for format in self.compress.formats]
+        trial = re.sub(r"-\d{3,}-", "-", found)
+        if found not in names and trial not in names:
+            raise ValueError(
+                f"gate.candidate: found {found!r}; expected one of {', '.join(names)}{suggest_name(trial, names)}"
+            )
 
     def _prompts_fit(self) -> None:
         written = self.sweep.on_policy

@@ -121,8 +121,9 @@ def select_documents(
     """
     faults = np.array(faults_N, dtype=object)
     dropped = {reason: int((faults == reason).sum()) for reason in REASONS}
-    if any(nul_lines_N):
-        dropped[NUL_LINES] = sum(nul_lines_N)
+    lost = sum(lines for lines, fault in zip(nul_lines_N, faults_N, strict=False) if fault not in (UNDECODABLE, UTF_16))
+    if lost:
+        dropped[NUL_LINES] = lost
     undecodable = []
     for reason in (UNDECODABLE, UTF_16):
         found = sorted(np.array(names_N, dtype=object)[faults == reason])

@@ -225,7 +225,8 @@ def _difference(found: Comparison, quality: QualityMetric) -> str:
     assert found.low is not None
     assert found.high is not None
     worse = found.value > 0
-    near, far = (found.low, found.high) if worse else (-found.high, -found.low)
+    near, far = (found.low, found.high) if worse else (0.0 - found.high, 0.0 - found.low)
+    near, far = (0.0 if abs(end) < 5e-5 else end for end in (near, far))
     unit, words = quality.difference_unit, quality.comparatives
     interval = f"interval {100 * near:.2f} to {100 * far:.2f} {unit}"
     return f"{100 * abs(found.value):.2f} {unit} {words[0] if worse else words[1]} than {found.against} ({interval})"

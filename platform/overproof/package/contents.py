@@ -120,6 +120,10 @@ class PackageFolder:
 
     def sizes(self) -> dict[str, int]:
         """Sizes in bytes of the package's files by name, but for the store's record."""
+        if self._files.get_file_info(f"{self._root}/{PACKAGE}").type == fs.FileType.NotFound:
+            raise InputError(
+                f"{self._root}: no {PACKAGE}, so no package; expected one, as `overproof run` makes: RECIPE/package"
+            )
         found = dict(self._local_entries() if self.local else self._remote_entries())
         if PACKAGE not in found:
             raise InputError(f"{self._root}: no {PACKAGE}; expected a package, as `overproof run` makes")

@@ -66,7 +66,8 @@ def _trial(trial: Mapping[str, Any], sweep_results: Mapping[str, Any]) -> dict[s
         if trial["name"] in sweep_results["kept"]
         else "trial"
     )
-    return {"name": trial["name"], "role": role, **{figure: trial.get(figure) for figure in figures}}
+    values = trial["values"] | {"teacher_weight": trial["teacher_weight"]}  # a control's own is none
+    return {"name": trial["name"], "role": role, **{figure: trial.get(figure) for figure in figures}, "values": values}
 
 
 def _curve(curve: PlottedCurve) -> dict[str, Any]:

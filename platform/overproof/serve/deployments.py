@@ -183,8 +183,8 @@ class Deployments(Frozen):
             changed = ModelDeployment(stable=deployment.stable, previous=deployment.previous)
             return self._changed(name, changed, user, change, deployment.candidate.package, reason)
         if deployment.previous is None:
-            raise InputError(f"{name}: {deployment.stable.package} is the first version; nothing to roll back to")
-        changed = ModelDeployment(stable=deployment.previous, previous=deployment.stable)
+            raise InputError(f"{name}: {deployment.stable.package} has no version before it; nothing to roll back to")
+        changed = ModelDeployment(stable=deployment.previous)  # what was taken back comes again by `deploy` alone
         return self._changed(name, changed, user, change, deployment.stable.package, reason)
 
     def undeployed(self, name: str, user: str) -> Deployments:

@@ -65,7 +65,7 @@ def load_access() -> Access:
     if uri is not None:
         uri = absolute_uri(uri)
         if not read_keys(uri).keys:
-            raise InputError(f"{KEYS_VARIABLE}: {uri} holds no key; make one: `overproof keys add NAME`")
+            raise InputError(f"{KEYS_VARIABLE}: {uri} is not there, or holds no key; `overproof keys add` makes one")
     return Access(None if key is None else hash_key(key), uri)
 
 

@@ -112,7 +112,7 @@ def call_controller(method: str, *args: Any) -> Any:
         InputError: nothing is served, or the controller refuses.
     """
     if not is_serving():
-        raise InputError("nothing is served on this cluster; start with `overproof serve` or `overproof deploy`")
+        raise InputError("nothing is served on this cluster; `overproof deploy PACKAGE` starts a package there")
     return wait_for_controller(getattr(get_controller(), method).remote(*args))
 
 

@@ -62,7 +62,7 @@ class Asked:
             if value is not None:
                 words += [f"--{flag}", f"{value:g}" if isinstance(value, float) else str(value)]
         for flag, value in self.flags.given.items():
-            words += [flag, str(value)]
+            words += [word for each in (value if isinstance(value, tuple) else (value,)) for word in (flag, str(each))]
         for override in self.overrides:
             words += ["--set", override]
         return shlex.join(words)
@@ -164,7 +164,8 @@ def _refuse_unused(flags: ColumnFlags, kind: str, fit: Fit, misfits: str) -> Non
     for flag, value in flags.given.items():
         if flag not in fit.flags:
             others = f"; what other tasks lack:{misfits}" if misfits else ""
-            raise InputError(f"{flag}: found {value!r}, which {kind} of these data does not use: leave it out{others}")
+            shown = " ".join(value) if isinstance(value, tuple) else repr(value)
+            raise InputError(f"{flag}: found {shown}, which {kind} of these data does not use: leave it out{others}")
 
 
 def write(asked: Asked, found: Found, share: float = 1.0) -> ProposedRecipe:

@@ -77,11 +77,11 @@ class ColumnFlags:
     image_size: int | None = None
 
     @property
-    def given(self) -> dict[str, str | int]:
+    def given(self) -> dict[str, str | int | tuple[str, ...]]:
         """Those that were given, as they are typed."""
         values = {
             "--label": self.label, "--text": self.text, "--image": self.image,
-            "--pattern": " --pattern ".join(self.pattern) or None,
+            "--pattern": self.pattern or None,
             "--image-size": self.image_size,
         }  # fmt: skip
         return {flag: value for flag, value in values.items() if value is not None}

@@ -55,7 +55,7 @@ SEQUENCE_LENGTH, FEWEST_ROWS, SHORT_SEQUENCE = 256, 256, 64
 def recognise_text(look: DataLook, model: Mapping[str, Any] | None, flags: ColumnFlags) -> Recognised:
     """Text files, or a column of text in JSONL or Parquet."""
     if model is None:
-        return Misfit("a language model starts from one: give MODEL, a Hugging Face directory")
+        return Misfit("a language model starts from one: give MODEL, or write a recipe: docs/own-data.md")
     tables = look.having(".jsonl", ".parquet")
     if len(tables) == 2 and not flags.pattern:
         return Misfit(f"both JSONL and Parquet lie there ({look.described}); expected one of them")
