@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +15,9 @@ import pytest
 from overproof import pipeline
 from overproof.artifacts import Artifact
 from overproof.config import Evaluate, Recipe
+from overproof.engines import probe
 from overproof.engines.probe import FEWEST, ArrayRequest, TextRequest, probe_arrays, probe_text
+from overproof.evaluate.outcome import CONTENDED_CORES
 from overproof.evaluate.stage import probe_settings
 from overproof.registry import FORMATS, TASKS
 
@@ -91,3 +97,18 @@ def test_the_report_says_how_many_requests_were_made(
     found = TASKS[task].probe(file, done["prepare"].local(), settings, engine, FORMATS[format], notes.append)
     assert found["latency_p50_s"].n == found["latency_p95_s"].n == FEWEST
     assert found["latency_p50_s"].high is found["latency_p95_s"].high is None  # three bound neither
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the kernel does not count who stands in line")
+def test_cores_that_others_keep_busy_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what this process waited for, whatever the machine's own counters say."""
+    monkeypatch.setattr(probe, "_busy_s", lambda: 0.0)
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3 * (os.cpu_count() or 1))]
+    try:
+        contention = probe._Contention(1)
+        sum(range(20_000_000))
+        assert contention.cores() > CONTENDED_CORES
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()

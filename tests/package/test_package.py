@@ -163,7 +163,7 @@ def _link(folder: Path, name: str, to: Path) -> None:
 
 
 REFUSALS: dict[str, tuple[Spoil, str]] = {
-    "no package.json": (lambda f: (f / "package.json").unlink(), "no package.json; expected a package"),
+    "no package.json": (lambda f: (f / "package.json").unlink(), "no package.json, so no package; expected one"),
     "package.json is not JSON": (lambda f: (f / "package.json").write_text("{"), "package.json: .*what this version"),
     "unknown field": (lambda f: edit(f / "package.json", lambda c: c.update(x=1)), "package.json: x: "),
     "a path for a name": (

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -236,17 +237,16 @@ class _Contention:
     """
 
     def __init__(self, threads: int) -> None:
-        self._threads, self._began = threads, (time.monotonic(), _busy_s(), _own_s())
+        self._threads, self._began = threads, (time.monotonic(), _busy_s(), _own_s(), _waited_s())
         time.sleep(CONTENTION_S)
 
     def cores(self) -> float:
         """So far."""
         time.sleep(CONTENTION_S)
-        seconds, busy_s, own_s = (
-            now - then for now, then in zip((time.monotonic(), _busy_s(), _own_s()), self._began, strict=True)
-        )
+        now = time.monotonic(), _busy_s(), _own_s(), _waited_s()
+        seconds, busy_s, own_s, waited_s = (after - before for after, before in zip(now, self._began, strict=True))
         others = max(0.0, busy_s - own_s) / seconds
-        return max(0.0, others + self._threads - (psutil.cpu_count() or 1))
+        return max(waited_s / seconds, others + self._threads - (psutil.cpu_count() or 1), 0.0)
 
 
 def _busy_s() -> float:
@@ -257,6 +257,18 @@ def _busy_s() -> float:
 
 def _own_s() -> float:
     return float(sum(sum(each.cpu_times()[:2]) for each in _own_processes()))
+
+
+def _waited_s() -> float:
+    """Seconds that threads of the own processes were ready to run and stood in line for a core, by Linux's own count;
+    0 where the kernel keeps none.
+    """
+    waited_ns = 0
+    for process in _own_processes():
+        for file in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):
+            with suppress(OSError, ValueError, IndexError):  # a thread may end meanwhile
+                waited_ns += int(file.read_text().split()[1])
+    return waited_ns / 1e9
 
 
 def _measure_text(request: TextRequest) -> TextAnswer:
