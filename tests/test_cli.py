@@ -19,6 +19,7 @@ import pytest
 from finished import RECIPES, Run
 from overproof import pipeline
 from overproof.cli.main import EXAMPLES, STAGE_VERBS, main, parse_arguments
+from overproof.cluster import ray_cluster
 from overproof.config import load_recipe
 from overproof.pipeline import STAGES, stages_of
 
@@ -188,6 +189,20 @@ def test_a_run_is_summed_up_though_its_data_have_changed_meanwhile(
     out = capsys.readouterr().out
     assert " ships: " in out
     assert "report.html" in out
+
+
+def test_another_gate_is_judged_and_packaged_without_ray(
+    digits: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def connect() -> None:
+        raise AssertionError("Ray was started")
+
+    shutil.copytree(digits.recipe.store, tmp_path / "store")
+    monkeypatch.setattr(ray_cluster, "connect", connect)
+    changed = ["--set", f"store={tmp_path}/store", "--set", "gate.rules.1.at_least=3.5"]
+    assert main(["run", DIGITS, *changed]) == 0
+    assert "package  " in capsys.readouterr().out
+    assert len(list((tmp_path / "store/digits").glob("package-*"))) == 2
 
 
 def test_show_of_something_unknown(digits: Run, capsys: pytest.CaptureFixture[str]) -> None:

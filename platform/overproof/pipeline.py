@@ -35,6 +35,7 @@ class Stage:
     part: Callable[[Recipe], Any]  # what of a recipe its result follows from
     format: int = 1
     used_by: Callable[[Recipe], bool] = lambda _: True
+    on_cluster: bool = True  # or in the process that runs the recipe, which then needs no Ray
 
     def function(self) -> Callable[[StageContext], dict[str, Any]]:
         """Import what the stage runs; torch and Ray are not loaded before they are needed."""
@@ -88,17 +89,17 @@ STAGES = (
           lambda r: {"seed": r.seed, "sweep": _dump(r.sweep), "tune": _dump(r.tune), **_sweep_inputs(r)},
           format=3),
     Stage("compress", "overproof.export.stage:export_models", ("prepare", "train", "sweep"),
-          lambda r: {"compress": _dump(r.compress), **_compress_inputs(r)}, format=4),
+          lambda r: {"compress": _dump(r.compress), **_compress_inputs(r)}, format=4, on_cluster=False),
     Stage("evaluate", "overproof.evaluate.stage:evaluate_exports", ("prepare", "compress"),
           lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate), **_evaluate_inputs(r)}, format=7),
     Stage("gate", "overproof.evaluate.stage:judge_report", ("train", "sweep", "evaluate"),
-          lambda r: {"gate": _dump(r.gate)}, format=5),
+          lambda r: {"gate": _dump(r.gate)}, format=5, on_cluster=False),
     Stage("report", "overproof.report.stage:write_report",
           ("prepare", "train", "generate", "cache", "sweep", "evaluate", "gate"),
-          lambda r: {"name": r.name}, format=3),
+          lambda r: {"name": r.name}, format=3, on_cluster=False),
     Stage("package", "overproof.package.package:build_package",
           ("prepare", "train", "generate", "cache", "sweep", "compress", "evaluate", "gate"),
-          lambda r: {"name": r.name, **signer_identity()}, format=4),
+          lambda r: {"name": r.name, **signer_identity()}, format=4, on_cluster=False),
     Stage("speculate", "overproof.package.speculative_stage:pack_with_draft",
           ("prepare", "compress", "evaluate", "package"),
           lambda r: {"speculate": _dump(r.speculate), "threads": r.evaluate.threads},
@@ -191,7 +192,7 @@ def _run_steps(
             done[step.stage.name] = step.artifact
             console.out.print(f"[dim]· {step.stage.name:<9} done before   {step.artifact.id}[/]")
             continue
-        if not connected:
+        if not connected and (step.stage.on_cluster or not store.local):  # of others the lock is an actor
             with console.waiting("starting Ray"):
                 capacity = ray_cluster.connect()
             require_placeable(recipe, capacity)

@@ -26,6 +26,7 @@ SURE = Metric(value=0.9, low=0.8, high=1, unit="", n=40)
 def recipe(*rules: dict[str, Any], candidate: str | None = None, **changes: Any) -> Recipe:
     whole = load_recipe(RECIPE)
     tree = whole.model_dump() | {"gate": {"rules": list(rules) or [KEEP], "candidate": candidate}}
+    tree["sweep"]["students"][0]["name"] = "student"
     for section, fields in changes.items():
         tree[section] |= fields
     return Recipe.model_validate(tree)

@@ -103,13 +103,15 @@ def test_nothing_is_packed_when_the_gate_refused(tmp_path: Path) -> None:
 
 
 def test_the_candidate_that_the_recipe_names_is_packed(tmp_path: Path) -> None:
-    package = open_package(make_package("text", tmp_path, "gate.candidate=student-q8_0"))
+    package = open_package(
+        make_package("text", tmp_path, "sweep.students.0.name=student", "gate.candidate=student-q8_0")
+    )
     assert package.content.candidate == "student-q8_0"
     assert "the candidate that the recipe names" in (package.path / "README.md").read_text()
 
 
 def test_a_named_candidate_that_did_not_pass_is_refused_though_another_passed(tmp_path: Path) -> None:
-    recipe = make_recipe("text", tmp_path, "gate.candidate=student-q8_0",
+    recipe = make_recipe("text", tmp_path, "sweep.students.0.name=student", "gate.candidate=student-q8_0",
                          'gate.rules=[{"kind": "smaller", "against": "teacher", "at_least": 200}]')  # fmt: skip
     with pytest.raises(GateRefused, match=r"gate\.candidate names \(student-q4_0 passed\).*\n  student-q8_0: "):
         pack(recipe, make_parents(recipe))

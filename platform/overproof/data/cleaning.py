@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 EMPTY = "empty"
 UNDECODABLE = "undecodable"  # as UTF-8
+BINARY = "binary"  # undecodable, with NULs
 UTF_16 = "UTF-16"  # or UTF-32, by the mark that such a text begins with
 NUL_LINES = "lines of NULs"  # which are left out of their documents
 DUPLICATE = "duplicate"
+ENCODINGS = {UNDECODABLE: "not UTF-8 (Latin-1 perhaps)", UTF_16: "in UTF-16 or UTF-32", BINARY: "binary"}
 REASONS = (EMPTY, UNDECODABLE, DUPLICATE)
 SHOWN_NAMES = 3  # of documents that were left out for their encoding
 
@@ -35,11 +37,12 @@ class DocumentCheck:
         self._hash = hashlib.sha256()
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._decodable, self._blank = True, True
-        self._first = b""
+        self._first, self._nul = b"", False
 
     def update(self, content: bytes) -> None:
         """Take the next bytes of the document."""
         self._first = (self._first + content[:2])[:2]
+        self._nul = self._nul or b"\0" in content
         self.size_bytes += len(content)
         self._hash.update(content)
         self._decode(content, final=False)
@@ -50,12 +53,15 @@ class DocumentCheck:
         return self._hash.hexdigest()
 
     def finish(self) -> str:
-        """Why the whole document cannot be used: ``empty`` (white space alone), ``undecodable`` as UTF-8 or ``UTF-16``;
+        """Why the whole document cannot be used: ``empty`` (white space alone), ``undecodable`` as UTF-8, ``binary`` or
+        ``UTF-16``;
         else ``""``.
         """
         self._decode(b"", final=True)
         if not self._decodable:
-            return UTF_16 if self._first in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else UNDECODABLE
+            if self._first in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                return UTF_16
+            return BINARY if self._nul else UNDECODABLE
         return EMPTY if self._blank else ""
 
     def _decode(self, content: bytes, final: bool) -> None:
@@ -121,11 +127,11 @@ def select_documents(
     """
     faults = np.array(faults_N, dtype=object)
     dropped = {reason: int((faults == reason).sum()) for reason in REASONS}
-    lost = sum(lines for lines, fault in zip(nul_lines_N, faults_N, strict=False) if fault not in (UNDECODABLE, UTF_16))
+    lost = sum(lines for lines, fault in zip(nul_lines_N, faults_N, strict=False) if fault not in ENCODINGS)
     if lost:
         dropped[NUL_LINES] = lost
     undecodable = []
-    for reason in (UNDECODABLE, UTF_16):
+    for reason in ENCODINGS:
         found = sorted(np.array(names_N, dtype=object)[faults == reason])
         if found:
             dropped[reason] = len(found)
@@ -142,7 +148,7 @@ def select_documents(
 
 
 def _describe_undecodable(reason: str, names: Sequence[str]) -> str:
-    what = "not UTF-8 (Latin-1 perhaps)" if reason == UNDECODABLE else "in UTF-16 or UTF-32"
     more = f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
     shown = ", ".join(names[:SHOWN_NAMES])
-    return f"left out, {what}: {shown}{more}; `iconv -f ENCODING -t UTF-8` converts text"
+    remedy = "" if reason == BINARY else "; `iconv -f ENCODING -t UTF-8` converts text"
+    return f"left out, {ENCODINGS[reason]}: {shown}{more}{remedy}"

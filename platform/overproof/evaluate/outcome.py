@@ -73,7 +73,7 @@ def find_outcome(recipe: Recipe, report: Report, verdict: Verdict, training: Tra
         passed=verdict.passed,
         ships=_ships(recipe, report, verdict, nearest),
         lost=_lost(report, subject),
-        bought=_bought(report, training.taught),
+        bought=_bought(report, training.taught, subject),
         warnings=(
             *_hollow_teacher(report),
             *_under_way(steep),
@@ -126,7 +126,7 @@ def _lost(report: Report, subject: MeasuredFile) -> str:
     return f"Against the teacher, {describe(report, compared)}."
 
 
-def _bought(report: Report, taught: bool) -> str:
+def _bought(report: Report, taught: bool, subject: MeasuredFile) -> str:
     """In words that have the right sign; what is not certain is not said to be bought or cost."""
     if not taught:
         return f"Nothing was distilled: the best student, {report.winner}, learnt without the teacher."
@@ -137,7 +137,8 @@ def _bought(report: Report, taught: bool) -> str:
         did = "Whether distillation bought or cost anything is not shown"
     else:
         did = "Distillation bought quality" if compared.value < 0 else "Distillation cost quality"
-    return f"{did}: {describe(report, compared)}, which trained as long without the teacher."
+    by = "" if subject.student in (None, report.winner) else ", by the best student"
+    return f"{did}{by}: {describe(report, compared)}, which trained as long without the teacher."
 
 
 def _is_certain(compared: Comparison) -> bool:
