@@ -71,6 +71,15 @@ def test_the_example_keeps_to_the_servers_limits_and_asks_no_proxy(
         command.send_example("http://127.0.0.1:9", Serve())
 
 
+def test_of_a_server_whose_keys_are_elsewhere_a_request_is_shown(
+    digits_package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.print_example("http://127.0.0.1:8001", str(digits_package), Serve())
+    output = capsys.readouterr().out.replace("\n", "")
+    assert 'http://127.0.0.1:8001/v1/classify -H "Authorization: Bearer $KEY" ' in output
+    assert '"model": "digits"' in output
+
+
 def test_sockets_lie_where_their_paths_are_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = tmp_path / ("x" * 90)
     deep.mkdir()

@@ -126,6 +126,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "top_p": -0.1}, "top_p", "greater than or equal to 0"),
     ({"prompt": "x", "seed": 1.5}, "seed", "valid integer"),
     ({"prompt": "x", "best_of": 2}, "best_of", "unknown field"),
+    ({"prompt": "x", "max_token": 2}, "max_token", "max_token: unknown field, nearest is 'max_tokens'; leave it out"),
     ({"prompt": "x", "suffix": "y"}, "suffix", "unknown field"),
     ({"prompt": "x", "stream_options": {"usage": True}}, "stream_options", "stream_options.usage: unknown field"),
     ({"prompt": "x", "stop": [""]}, "stop", "none empty"),

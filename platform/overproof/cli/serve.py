@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import urllib.request
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -19,6 +20,9 @@ from overproof.console import out, waiting
 from overproof.errors import InputError
 from overproof.registry import TASKS
 from overproof.serve.net import free_port
+
+if TYPE_CHECKING:
+    from overproof.tasks.base import Task
 
 ASK_TIMEOUT_S = 60
 
@@ -60,7 +64,10 @@ def _serve(package: str, settings: Serve, keep: bool) -> None:
         base = server.start_planned(planned) if planned else server.start_serving(package, settings)
     try:
         try:
-            send_example(base, settings)
+            if _needs_an_unknown_key():
+                print_example(base, package, settings)
+            else:
+                send_example(base, settings)
         except InputError as error:  # its limits may be too small for an example, and right all the same
             if not keep:
                 raise
@@ -79,10 +86,6 @@ def send_example(base: str, settings: Serve) -> None:
     Raises:
         InputError: the server refuses it, or cannot be asked.
     """
-    if _needs_an_unknown_key():
-        out.print("requests need one of the keys in OVERPROOF_KEYS")
-        return
-    from overproof.serve.environment import key_in_shell
     from overproof.serve.net import tls_trust
 
     with httpx.Client(
@@ -95,14 +98,35 @@ def send_example(base: str, settings: Serve) -> None:
         model = _ask(client, "GET", "/v1/models")["data"][0]
         provenance = model["overproof"]
         task = TASKS[provenance["task"]]
-        body = {"model": model["id"], **task.example(provenance["details"])}
-        if "max_tokens" in body:
-            body["max_tokens"] = min(body["max_tokens"], settings.max_tokens)
+        body = _example(model["id"], task, provenance["details"], settings)
         reply = _ask(client, "POST", task.route, body)
-    out.print(task.describe_reply(body, reply), markup=False)
+    told = task.describe_reply(body, reply)
+    out.print(f"asked with an example, it answers:\n{told}\nin another terminal:", markup=False)
+    from overproof.serve.environment import key_in_shell
+
+    _print_curl(base, task, body, settings, key_in_shell() if _auth() else None)
+
+
+def print_example(base: str, package: str, settings: Serve) -> None:
+    """The `curl` line of a server whose keys are not known here."""
+    from overproof.package.contents import PackageFolder, read_listing
+    from overproof.package.package import resolve_package
+
+    content = read_listing(PackageFolder(resolve_package(package))).content
+    task = TASKS[content.task]
+    out.print("requests need a key of OVERPROOF_KEYS, as in KEY here:")
+    _print_curl(base, task, _example(content.name, task, content.details, settings), settings, "$KEY")
+
+
+def _example(model: str, task: Task, details: Mapping[str, Any], settings: Serve) -> dict[str, Any]:
+    body = {"model": model, **task.example(details)}
+    return body | {"max_tokens": min(body["max_tokens"], settings.max_tokens)} if "max_tokens" in body else body
+
+
+def _print_curl(base: str, task: Task, body: dict[str, Any], settings: Serve, key: str | None) -> None:
     if "prompt" in body or "messages" in body:
-        body |= {"stream": True}
-    auth = f'-H "Authorization: Bearer {key_in_shell()}" ' if _auth() else ""
+        body = body | {"stream": True}
+    auth = f'-H "Authorization: Bearer {key}" ' if key else ""
     if settings.tls_certificate:
         auth = f"--cacert {shlex.quote(settings.tls_certificate)} {auth}"
     if urllib.request.getproxies():

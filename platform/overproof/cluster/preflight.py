@@ -292,7 +292,7 @@ def check_upload(folder: Path) -> Finding:
     """What `ray job submit --working-dir .` would upload from here."""
     found = upload.measure_upload(folder)
     limit = format_bytes(upload.LIMIT_BYTES)
-    about = f"{format_bytes(found.size_bytes)} in {found.files:,} files of at most {limit} (100 MiB)"
+    about = f"{format_bytes(found.size_bytes)} of at most {limit} (100 MiB), in {found.files:,} files"
     if found.fits:
         return Finding("upload", "ok", f"`ray job submit --working-dir .` from here sends {about}")
     named = ", ".join(f"{name} {format_bytes(bytes_)}" for name, bytes_ in found.largest)

@@ -20,7 +20,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from overproof.engines.base import Sampling
-from overproof.errors import InputError
+from overproof.errors import InputError, suggest_name
 from overproof.registry import TASKS
 from overproof.serve.async_engine import AsyncEngine, Busy, Generation, OnWork, ignore_work
 from overproof.serve.bodies import CLIENT_CLOSED_REQUEST, fair_route
@@ -67,6 +67,7 @@ WRITING = (COMPLETIONS, CHAT_COMPLETIONS)  # every model that writes answers at 
 SESSION_HEADER = "x-session-id"  # keeps a client with one version, as its `user` does
 ERROR_TYPES = {404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error", 503: "server_error"}
 TIMED_TOKENS = 16  # that two versions generate to be compared
+LONGEST_GUESSED = 32  # characters of an unknown field that is held against the known ones
 SHORT_BODY_BYTES = 16 << 10  # read in less time than a thread takes to begin
 # Proxies pass events on one by one: nginx buffers a reply, and some compress or store it, unless told not to.
 STREAM_HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
@@ -357,7 +358,8 @@ def _add_error_handlers(app: FastAPI, requests: set[type[BaseModel]]) -> None:
         if first["type"] == "json_invalid":
             return error_response(400, f"the body is not JSON: {first['ctx']['error']}")
         if first["type"] == "extra_forbidden":
-            return error_response(400, f"{'.'.join(path)}: unknown field; leave it out", param=path[0])
+            near = suggest_name(path[0], fields) if len(path) == 1 and len(path[0]) <= LONGEST_GUESSED else ""
+            return error_response(400, f"{'.'.join(path)}: unknown field{near}; leave it out", param=path[0])
         message = first["msg"].removeprefix("Value error, ")
         if path:
             return error_response(400, f"{'.'.join(path)}: {message[0].lower()}{message[1:]}", param=path[0])
