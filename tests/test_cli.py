@@ -126,9 +126,10 @@ def test_a_stage_explains_its_part_of_the_recipe(capsys: pytest.CaptureFixture[s
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
-    command = f"set -o pipefail; {sys.executable} -m overproof.cli.main run --help-fields | head -1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert (done.returncode in (0, 141), done.stderr) == (True, "")
+    for words in ("run --help-fields", "schema --text", "completion bash"):
+        command = f"set -o pipefail; {sys.executable} -m overproof.cli.main {words} | exec 0<&-"  # which reads nothing
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (141, ""), words
 
 
 def test_help_and_plan_load_neither_torch_nor_ray(tmp_path: Path) -> None:

@@ -99,10 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("overproof").addHandler(WARNINGS)
     with sigterm_as_interrupt() as interrupted:
         try:
-            options = parse_arguments(sys.argv[1:] if argv is None else argv)
-            code = int(options.run(options))
-            sys.stdout.flush()
-            return code
+            return _run(sys.argv[1:] if argv is None else argv)
         except BrokenPipeError:  # whoever reads has seen enough, as `head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return SIGPIPE_CODE
@@ -115,6 +112,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("overproof: stopped; finished stages stay, run the same command to go on", file=sys.stderr)
             return interrupted()
+
+
+def _run(argv: Sequence[str]) -> int:
+    try:
+        options = parse_arguments(argv)
+        return int(options.run(options))
+    finally:
+        sys.stdout.flush()  # here, where a reader that has gone can be told from a fault, also after --help
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
