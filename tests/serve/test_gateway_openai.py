@@ -224,7 +224,7 @@ def test_metrics_of_all_nodes_are_one_text(client: OpenAI, text_package: Path) -
 
     def read() -> str:
         url = f"{client.base_url}".replace("/v1/", "/metrics")
-        return httpx.get(url, trust_env=False).raise_for_status().text
+        return httpx.get(url, trust_env=False, timeout=60).raise_for_status().text  # on a busy machine
 
     def values(text: str, name: str, label: str) -> dict[str | None, float]:
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
