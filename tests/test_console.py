@@ -46,7 +46,7 @@ def test_the_newest_line_is_repeated_while_nothing_is_told(lines: Lines, monkeyp
     monkeypatch.setattr(console, "LINE_EVERY_S", 0.02)
     with console.progress_bars() as show:
         show(TaskProgress("train", 3, 30, "starting 2 workers"))
-        lines.wait_for("  train 3/30 starting 2 workers (for 0 s)\n", 3)
+        lines.wait_for("  train 3/30 starting 2 workers (no news for 0 s)\n", 3)
 
 
 def test_what_has_no_measure_is_repeated_too(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,8 @@ class ProgressLines:
         with self._lock:
             now_s = time.monotonic()
             if self._newest and now_s - self._line_s >= LINE_EVERY_S:
-                self._print(self._newest, f" (for {now_s - self._heard_s:.0f} s)")
+                silent_s = now_s - self._heard_s
+                self._print(self._newest, f" (no news for {silent_s:.0f} s)" if silent_s >= LINE_EVERY_S else "")
 
     def _print(self, event: TaskProgress, age: str) -> None:
         self._line_s = self._printed_s[event.task] = time.monotonic()
