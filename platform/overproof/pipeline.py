@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -169,7 +169,8 @@ def run(recipe: Recipe, until: str | None = None, done: dict[str, Artifact] | No
     if all(step.artifact for step in steps):  # nothing is written: no lock, so that it may be looked at beside a run
         return _run_steps(steps, recipe, store, done)
     with store.lock():
-        steps = resolve_stages(recipe, store, until)
+        # Another run may have ended meanwhile. The data are not looked at again: to list them may take long.
+        steps = [replace(step, artifact=store.lookup(recipe.name, step.stage.name, step.fingerprint)) for step in steps]
         if any(step.stage.name == "compress" and step.artifact is None for step in steps):
             for finding in preflight.require_exportable(recipe):
                 console.notice(f"{finding.about}: {finding.text}")

@@ -54,8 +54,7 @@ class DocumentCheck:
 
     def finish(self) -> str:
         """Why the whole document cannot be used: ``empty`` (white space alone), ``undecodable`` as UTF-8, ``binary`` or
-        ``UTF-16``;
-        else ``""``.
+        ``UTF-16``; else ``""``.
         """
         self._decode(b"", final=True)
         if not self._decodable:
