@@ -13,16 +13,16 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
-from overproof.config import Pretrained, TokenizerFile
+from overproof.config import BpeTokenizer, Pretrained, TokenizerFile
 from overproof.data.manifest import Manifest
 from overproof.data.text_tokenizer import read_tokenizer
 from overproof.data.tokenization import END, encode, train_bpe
+from overproof.data.tokenizer_match import require_possible_tokenizer, require_tokenizer
 from overproof.errors import InputError
 from overproof.files import file_sha256
 from overproof.models.base import shape_of
 from overproof.models.hf_directory import (
     build_model,
-    check_tokenizer,
     count_parameters,
     load_model,
     load_start,
@@ -221,13 +221,13 @@ def test_another_tokenizer_is_refused_by_what_differs(saved: Path, tmp_path: Pat
     prepared, path = tmp_path / "prepared", saved / "tokenizer.json"
     prepared.mkdir()
     (prepared / "manifest.json").write_text(manifest("digits").model_dump_json())
-    check_tokenizer(saved, prepared)
+    require_tokenizer(saved, prepared)
     shutil.copy(path, prepared / "tokenizer.json")
     (prepared / "manifest.json").write_text(manifest(tokenizer_sha256=file_sha256(path)).model_dump_json())
-    check_tokenizer(saved, prepared)
+    require_tokenizer(saved, prepared)
     spec = json.loads(path.read_text())
     path.write_text(json.dumps(spec))  # laid out otherwise, and the same tokenizer
-    check_tokenizer(saved, prepared)
+    require_tokenizer(saved, prepared)
     vocabulary, merges = spec["model"]["vocab"], spec["model"]["merges"]
     swapped = vocabulary | {"a": vocabulary["b"], "b": vocabulary["a"]}
     for other, message in (
@@ -238,13 +238,13 @@ def test_another_tokenizer_is_refused_by_what_differs(saved: Path, tmp_path: Pat
     ):
         path.write_text(json.dumps(other))
         with pytest.raises(InputError, match=rf"is not the tokenizer of the data .*: {message}"):
-            check_tokenizer(saved, prepared)
+            require_tokenizer(saved, prepared)
     path.write_text("{}")
     with pytest.raises(InputError, match=r"not a tokenizer\.json"):
-        check_tokenizer(saved, prepared)
+        require_tokenizer(saved, prepared)
     path.unlink()
     with pytest.raises(InputError, match=r"no such file in it as tokenizer\.json"):
-        check_tokenizer(saved, prepared)
+        require_tokenizer(saved, prepared)
     (saved / "vocab.json").write_text(json.dumps(vocabulary))  # older files, which the data may have come from, too
     lines = (" ".join(merge) for merge in merges)
     (saved / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]), encoding="utf-8")
@@ -253,11 +253,11 @@ def test_another_tokenizer_is_refused_by_what_differs(saved: Path, tmp_path: Pat
     (prepared / "tokenizer.json").write_text(converted)
     digest = hashlib.sha256(converted.encode()).hexdigest()
     (prepared / "manifest.json").write_text(manifest(tokenizer_sha256=digest).model_dump_json())
-    check_tokenizer(saved, prepared)
+    require_tokenizer(saved, prepared)
     lines = (" ".join(merge) for merge in (merges[1], merges[0], *merges[2:]))
     (saved / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]), encoding="utf-8")
     with pytest.raises(InputError, match=r"is not the tokenizer of the data .*: merge 0: "):
-        check_tokenizer(saved, prepared)
+        require_tokenizer(saved, prepared)
 
 
 def test_models_of_one_tokenizer_may_be_padded_to_other_sizes(tmp_path: Path) -> None:
@@ -277,3 +277,26 @@ def test_models_of_one_tokenizer_may_be_padded_to_other_sizes(tmp_path: Path) ->
         whole, cut = load_model(folder), load_start(folder, data, 0)
         logits = whole(input_ids=tokens_BS, use_cache=False).logits[..., :entries]
         torch.testing.assert_close(cut(input_ids=tokens_BS, use_cache=False).logits, logits, rtol=0, atol=1e-6)
+
+
+def test_what_cannot_be_the_data_s_tokenizer_is_refused_before_the_data_are_prepared(
+    saved: Path, tmp_path: Path
+) -> None:
+    path = saved / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    entries = len(spec["model"]["vocab"])
+    require_possible_tokenizer(TokenizerFile(path=str(saved)), str(saved))
+    require_possible_tokenizer(BpeTokenizer(vocab_size=65536), str(saved))  # the same data made that, perhaps
+    shutil.copytree(saved, tmp_path / "same")
+    require_possible_tokenizer(TokenizerFile(path=str(tmp_path / "same" / "tokenizer.json")), str(saved))
+    (tmp_path / "same" / "tokenizer.json").write_text(json.dumps(spec | {"normalizer": {"type": "NFC"}}))
+    with pytest.raises(InputError, match=rf"is not the tokenizer of the data \({tmp_path}/same\): normaliser"):
+        require_possible_tokenizer(TokenizerFile(path=str(tmp_path / "same")), str(saved))
+    longer = spec["model"]["vocab"] | {f"token {number}": entries + number for number in range(2048)}
+    path.write_text(json.dumps(spec | {"model": spec["model"] | {"vocab": longer}}))
+    message = rf"makes 2,048 entries of the data; {saved} has .* \(BPE, [0-9,]+ entries\); .*path: {saved}}}"
+    with pytest.raises(InputError, match=message):
+        require_possible_tokenizer(BpeTokenizer(), str(saved))
+    (saved / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"no such file in it as tokenizer\.json"):
+        require_possible_tokenizer(BpeTokenizer(), str(saved))

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from finished import RECIPES
+from made_tokenizers import byte_level
 from overproof.cli.main import main
-from overproof.cluster.preflight import check_gate, check_learning_rates
+from overproof.cluster.preflight import check_first_comparison, check_gate, check_learning_rates
 from overproof.config import load_recipe
 
 REPOSITORY = Path(__file__).parents[1]
@@ -191,6 +192,7 @@ def test_a_pretrained_teacher_is_sized_by_its_headers_and_torch_stays_out(tmp_pa
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "model", max_shard_size="100KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    (tmp_path / "model" / "tokenizer.json").write_text(byte_level())
     change = json.dumps({"kind": "pretrained", "path": str(tmp_path / "model")})
     code = (
         "import sys; from overproof.cli.main import main\n"
@@ -225,6 +227,20 @@ def test_no_recipe_of_ours_lets_any_quality_pass(path: Path) -> None:
 def test_rates_at_which_nothing_is_learnt_are_warned_of(changes: tuple[str, ...], warned: list[str]) -> None:
     recipe = load_recipe(RECIPES / "chat.yaml", changes)
     assert [finding.about for finding in check_learning_rates(recipe)] == warned
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "warned"),
+    [
+        ("{kind: asha, grace_steps: 60}", ["tune.scheduler.grace_steps"]),
+        ("{kind: median, grace_steps: 59}", []),
+        ("{kind: hyperband}", []),
+        ("{kind: none}", []),
+    ],
+)
+def test_trials_that_are_compared_at_their_end_alone_are_warned_of(scheduler: str, warned: list[str]) -> None:
+    recipe = load_recipe(RECIPES / "chat.yaml", ("sweep.steps=60", "cache.rows=null", f"tune.scheduler={scheduler}"))
+    assert [finding.about for finding in check_first_comparison(recipe)] == warned
 
 
 def test_a_gate_that_lets_any_quality_pass_is_warned_of(

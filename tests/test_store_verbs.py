@@ -305,8 +305,12 @@ def test_what_is_no_archive_is_refused(
     half.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
     text = tmp_path / "text.tar"
     text.write_text("no archive")
+    new = tmp_path / "new"
     for file in (half, text, tmp_path / "nowhere.tar", tmp_path):
-        code, _, err = overproof(capsys, "import", file, "--store", store.uri)
-        assert (code, err.count("\n")) == (2, 1)
-        assert err.startswith(f"overproof: {file}")
+        for to in (store.uri, new):
+            code, _, err = overproof(capsys, "import", file, "--store", to)
+            assert (code, err.count("\n")) == (2, 1)
+            assert err.startswith(f"overproof: {file}")
+        assert file == half or not new.exists()  # the beginning of one is as that of another
+        shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(store.uri)

@@ -24,6 +24,12 @@ def format_number(value: float, digits: int = 3) -> str:
     return f"{rounded:,.{max(0, digits - 1 - math.floor(math.log10(abs(rounded))))}f}"
 
 
+def format_count(count: int | str, noun: str) -> str:
+    """``1 class``, ``1,204 classes``; of a text such as ``1 to 3``, ``1 to 3 classes``."""
+    number = count if isinstance(count, str) else f"{count:,}"
+    return f"{number} {noun}" if number == "1" else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def format_percent(share: float, decimals: int = 1) -> str:
     """``46.4 %`` of 0.464."""
     return f"{100 * share:.{decimals}f} %"

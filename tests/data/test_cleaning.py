@@ -72,8 +72,8 @@ def test_documents_of_other_encodings_are_named() -> None:
     faults = [cleaning.UNDECODABLE, "", cleaning.UTF_16, *[cleaning.UNDECODABLE] * 3]
     kept = cleaning.select_documents(names, ["0" * 64] * 6, [4] * 6, faults)
     assert kept.dropped == {"empty": 0, "undecodable": 4, "UTF-16": 1, "duplicate": 0}
-    assert kept.take(np.array([0]), {"near-copy": 1}).undecodable == kept.undecodable
-    assert [line.partition(";")[0] for line in kept.undecodable] == [
+    assert kept.take(np.array([0]), {"near-copy": 1}).left_out == kept.left_out
+    assert [line.partition(";")[0] for line in kept.left_out] == [
         "left out, not UTF-8 (Latin-1 perhaps): 0.txt, 3.txt, 4.txt and 1 more",
         "left out, in UTF-16 or UTF-32: 2.txt",
     ]
@@ -85,6 +85,7 @@ def test_of_exact_duplicates_the_first_name_stays() -> None:
     assert kept.names_N.tolist() == ["a"]
     assert kept.sizes_N.tolist() == [4]
     assert kept.dropped == {"empty": 0, "undecodable": 0, "duplicate": 2}
+    assert kept.left_out == ("left out, the same as another: b (a), c (a)",)
 
 
 def hashes_of(count: int) -> list[str]:

@@ -68,6 +68,7 @@ def prepared(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tupl
     metrics = prepare(given)
     notices = [event.text for event in told if isinstance(event, Notice)]
     assert notices[0].startswith("left out, not UTF-8 (Latin-1 perhaps): latin.txt; ")
+    assert notices[1] == "left out, the same as another: zz-copy.txt (003.txt)"
     assert notices[-1] == "kept 40 documents; left out: 1 empty, 1 undecodable, 1 duplicate"
     return corpus, Path(given.draft.uri), metrics
 
@@ -321,8 +322,13 @@ def test_near_copies_of_held_out_documents_are_left_out_whatever_the_order(tmp_p
         corpus.mkdir()
         for number, text in enumerate(texts if order == "as made" else texts[::-1]):
             (corpus / f"{number:03d}.txt").write_text(text)
-        given = context(text_recipe(tmp_path / "store", folder(corpus)), order)
+        told = list[ProgressEvent]()
+        given = context(text_recipe(tmp_path / "store", folder(corpus)), order, told.append)
         metrics = prepare(given)
+        begins = "left out, near-copies of held-out documents: "
+        (names,) = (event.text for event in told if isinstance(event, Notice) and event.text.startswith(begins))
+        first = names.removeprefix(begins).partition(", ")[0]
+        assert (corpus / first).read_text() in copies
         assert metrics["dropped"]["near_duplicate"] == len(copies) > 5
         roots.append(Path(given.draft.uri))
     listed = [

@@ -79,7 +79,7 @@ def test_what_ships_and_why() -> None:
     said = outcome(report())
     assert said.sentences == (
         "student-q4_0 ships: the smallest of 2 files that met every rule.",
-        "Against the teacher, student-q4_0 is 3.00 % worse in bits per byte than teacher (95 % interval: 2.00 to 4.00 "
+        "student-q4_0 is 3.00 % worse in bits per byte than teacher (95 % interval: 2.00 to 4.00 "
         "% "
         "worse; 40 test documents).",
         "Distillation bought quality: student is 1.64 % better in bits per byte than control (95 % interval: 0.50 to "
@@ -243,7 +243,7 @@ def test_few_units_trials_that_are_not_told_apart_and_a_busy_machine_are_told() 
     other = file("other", 400_000, "other")
     said = outcome(report(compared("student", "other", -0.001, -0.01, 0.008), files=(*files, other)))
     assert said.warnings == (
-        "21 test documents are fewer than 30: intervals are themselves uncertain",
+        "21 test documents, fewer than 30: intervals are themselves uncertain",
         "the best student is not told apart from other: student is 0.10 % better in bits per byte than other (95 % "
         "interval: "
         "1.00 % better to 0.80 % worse; 40 test documents)",

@@ -309,6 +309,9 @@ def test_with_a_key_everything_but_health_needs_it(text: SingleModel) -> None:
     for value in (None, "secret", "Bearer", "Bearer ", "Bearer Secret", "Basic secret", "Bearer secretx"):
         reply = ask(app, "GET", "/v1/models", headers={} if value is None else {"Authorization": value})
         assert reply.status_code == 401
+        sent = (value or "").removeprefix("Bearer").strip() and (value or "").startswith("Bearer")
+        found = "the API key is none of this server's" if sent else "no API key was sent"
+        assert reply.json()["error"]["message"].startswith(f"{found}; expected the header")
         assert reply.headers["WWW-Authenticate"] == "Bearer"
         assert ErrorReply.model_validate(reply.json()).error.type == "authentication_error"
     for client in ("127.0.0.1", "10.1.2.3"):

@@ -76,9 +76,12 @@ def sweep_page(store: str, name: str, to: Path | None) -> int:
     Raises:
         InputError: it is no finished sweep of the store, or the page cannot be written.
     """
-    from overproof.report.stage import sweep_report
+    sweep = Store(store).get(name)
+    if sweep.record.stage != "sweep":
+        raise InputError(f"{name}: is {sweep.id}; expected a sweep, see `overproof ls`, or a recipe")
+    from overproof.report.stage import sweep_report  # with torch: seconds to import, and a name may be misspelt
 
-    sweep, page = sweep_report(Store(store), name)
+    page = sweep_report(Store(store), sweep)
     path = to or Path(f"{sweep.id.replace('/', '-')}.html")
     try:
         path.write_text(page, encoding="utf-8")

@@ -26,7 +26,7 @@ from overproof.models import stage_memory, zero_memory
 from overproof.models.base import DataShape
 from overproof.models.sizes import FP32_BYTES, ModelSize, trained_size
 from overproof.registry import ENGINES, FORMATS, TASKS
-from overproof.units import format_bytes, format_seconds
+from overproof.units import format_bytes, format_count, format_seconds
 
 WRITE_COST = (
     4  # a token that is written takes the time of so many that are looked at; measured at 32 rows (9 at 8 rows)
@@ -63,6 +63,7 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     students = preflight.student_sizes(recipe, shape)
     findings = [*preflight.check_source(recipe), *exported, *preflight.check_placement(recipe, capacity), stored]
     findings += [*preflight.check_gate(recipe), *preflight.check_learning_rates(recipe)]
+    findings += preflight.check_first_comparison(recipe)
     served, model = recipe.train.model, None
     if isinstance(served, Served):
         out.print(f"teacher: {served.model}, served at {served.url}")
@@ -135,7 +136,8 @@ def _work(recipe: Recipe, stage: str, positions: int) -> str:
     unit = f"{TASKS[recipe.data.kind].unit}s"
     train, sweep = recipe.train, recipe.sweep
     if stage == "train":
-        return f"{train.steps} steps, {train.steps * train.batch_size * positions:,} {unit}, ZeRO {train.zero_stage}"
+        read = train.steps * train.batch_size * positions
+        return f"{format_count(train.steps, 'step')}, {read:,} {unit}, ZeRO {train.zero_stage}"
     if stage == "generate":
         written = generate_settings(recipe)
         rows = "every row" if written.rows is None else f"{written.rows:,} rows"
@@ -145,12 +147,12 @@ def _work(recipe: Recipe, stage: str, positions: int) -> str:
         return f"{rows}, {recipe.cache.scheme.description}"
     if stage == "sweep":
         search, most = recipe.tune, recipe.rows_read * positions
-        how = f"{search.trials(sweep)} trials ({search.search.kind}, {search.scheduler.kind}) + control"
-        return f"{how}, {sweep.steps} steps, {most:,} {unit} each at most"
+        how = f"{format_count(search.trials(sweep), 'trial')} ({search.search.kind}, {search.scheduler.kind}) + control"
+        return f"{how}, {format_count(sweep.steps, 'step')}, {most:,} {unit} each at most"
     if stage == "compress":
         return ", ".join(recipe.compress.formats)
     if stage == "gate":
-        return f"{len(recipe.gate.rules)} rules"
+        return f"{format_count(len(recipe.gate.rules), 'rule')}"
     return ""
 
 
@@ -158,12 +160,13 @@ def _model(recipe: Recipe, model: ModelSize, students: dict[str, ModelSize], kno
     train = recipe.train
     most = "" if known or model.predictions == 1 else f" (with all {model.outputs:,} entries of the vocabulary)"
     adapters = f", {sum(model.adapters):,} more in adapters, which alone are trained" if model.adapters else ""
-    workers = f"{train.fewest}" if train.fewest == train.most else f"{train.fewest} to {train.most}"
+    workers = format_count(train.most, "worker")
+    workers = workers if train.fewest == train.most else f"{train.fewest} to {workers}"
     return [
-        f"teacher: {model.parameters:,} parameters{most}{adapters}; {workers} worker{'s' if workers != '1' else ''}, "
+        f"teacher: {model.parameters:,} parameters{most}{adapters}; {workers}, "
         f"{train.precision}, ZeRO {train.zero_stage}, offload {train.offload}",
         _students(students),
-        f"each of {train.fewest} workers holds at most, by ZeRO stage:",
+        f"each of {format_count(train.fewest, 'worker')} holds at most, by ZeRO stage:",
     ]
 
 
@@ -199,8 +202,9 @@ def _activations(recipe: Recipe, model: ModelSize) -> str:
     where = "GPU" if train.gpus_per_worker else "worker"
     device = zero_memory.peak_worker_memory(model, train, train.fewest)
     return (
-        f"and activations of {rows} rows of {model.predictions:,} ({checkpointed}): about {format_bytes(kept)}, "
-        f"{format_bytes(outputs)} of it logits; at most {format_bytes(device)} a {where}, and what the libraries take"
+        f"and activations of {format_count(rows, 'row')} of {model.predictions:,} ({checkpointed}): about "
+        f"{format_bytes(kept)}, {format_bytes(outputs)} of it logits; at most {format_bytes(device)} a {where}, and "
+        "what the libraries take"
     )
 
 

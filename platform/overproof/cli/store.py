@@ -15,8 +15,9 @@ from overproof.cli.artifacts import print_package
 from overproof.console import out, waiting
 from overproof.errors import InputError
 from overproof.files import join_uri
-from overproof.units import format_bytes, format_seconds
+from overproof.units import format_bytes, format_count, format_seconds
 
+LISTED = 5  # names in a message
 PACKAGES = ("package", "speculate")
 
 
@@ -66,7 +67,8 @@ def _one(artifacts: Sequence[Artifact], name: str) -> Artifact:
     """By its id or a part that only one has: of several of a stage none is meant more than another."""
     matches = [a for a in artifacts if a.id == name] or [a for a in artifacts if name in a.id]
     if len(matches) != 1:
-        found = ", ".join(a.id for a in matches) or "none"
+        more = f" and {len(matches) - LISTED} more" if len(matches) > LISTED else ""
+        found = ", ".join(a.id for a in matches[:LISTED]) + more if matches else "none"
         raise InputError(f"{name}: found {found}; expected one artifact, see `overproof ls`")
     return matches[0]
 
@@ -203,6 +205,4 @@ def _total(artifacts: Iterable[Artifact]) -> str:
         count, size = count + 1, size + artifact.size_bytes
         recipes[artifact.record.recipe] += artifact.size_bytes
     split = ", ".join(f"{name} {format_bytes(bytes_)}" for name, bytes_ in sorted(recipes.items()))
-    return f"{count} artifact{'s' if count != 1 else ''}, {format_bytes(size)}" + (
-        f" ({split})" if len(recipes) > 1 else ""
-    )
+    return f"{format_count(count, 'artifact')}, {format_bytes(size)}" + (f" ({split})" if len(recipes) > 1 else "")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from overproof.config import Recipe, Served, Sweep
 from overproof.errors import InputError
+from overproof.units import format_count
 
 Resources = Mapping[str, float]  # by name, as Ray has them
 
@@ -133,7 +134,7 @@ def resource_requests(recipe: Recipe) -> tuple[ResourceRequest, ...]:
     pools = ("generate", recipe.generate), ("cache", recipe.cache if recipe.reads_cache else None)
     workers = f"{train.fewest}" if train.fewest == train.most else f"{train.fewest} to {train.most}"
     trained = ResourceRequest("train", train.fewest, train.cpus_per_worker, train.gpus_per_worker, True, train.most,
-                              f"{_count(workers, 'worker')} + 1 reader")  # fmt: skip
+                              f"{format_count(workers, 'worker')} + 1 reader")  # fmt: skip
     replicas = (
         f"{serve.min_replicas}"
         if serve.min_replicas == serve.max_replicas
@@ -141,20 +142,20 @@ def resource_requests(recipe: Recipe) -> tuple[ResourceRequest, ...]:
     )
     trials, together = min(sweep.concurrent_trials, recipe.tune.trials(sweep)), recipe.tune.min_concurrent(sweep)
     each, trial_cpus, trial_gpus = sweep.bundles
-    of = f" of {_count(each, 'worker')}" if sweep.group else ""
+    of = f" of {format_count(each, 'worker')}" if sweep.group else ""
     return (
         ResourceRequest("prepare", 1, 1, why="1 reader"),
         *(() if isinstance(train.model, Served) else (trained,)),
         *(ResourceRequest(name, pool.actors, pool.cpus_per_actor, pool.gpus_per_actor, True,
-               why=f"{_count(pool.actors, 'actor')} + 1 reader") for name, pool in pools if pool),
+               why=f"{format_count(pool.actors, 'actor')} + 1 reader") for name, pool in pools if pool),
         ResourceRequest("sweep", together * each, trial_cpus, trial_gpus, most=trials * each,
-             why=_count(f"{together} to {trials}" if trials > together else trials, "trial") + of),
+             why=format_count(f"{together} to {trials}" if trials > together else trials, "trial") + of),
         *_teachers(sweep, together),
         ResourceRequest("evaluate", 1, 1, evaluate.gpus, most=evaluate.concurrent_tasks,
-             why=_count(f"1 to {evaluate.concurrent_tasks}" if evaluate.concurrent_tasks > 1 else 1, "task")),
+             why=format_count(f"1 to {evaluate.concurrent_tasks}" if evaluate.concurrent_tasks > 1 else 1, "task")),
         ResourceRequest("serve", serve.min_replicas, serve.cpus_per_replica, serve.gpus_per_replica,
                         most=serve.max_replicas,
-             why=_count(replicas, "replica")),
+             why=format_count(replicas, "replica")),
     )  # fmt: skip
 
 
@@ -163,17 +164,13 @@ def _teachers(sweep: Sweep, trials: int) -> Iterator[ResourceRequest]:
     pool = sweep.teacher_pool
     if pool is None:
         return
-    why = f"{_count(pool.actors, 'teacher')} of the sweep's pool"
+    why = f"{format_count(pool.actors, 'teacher')} of the sweep's pool"
     _, trial_cpus, trial_gpus = sweep.bundles
     if (pool.gpus_per_actor > 0) != (trial_gpus > 0):
         yield ResourceRequest("teachers", pool.actors, pool.cpus_per_actor, pool.gpus_per_actor, why=why)
         return
     cpus, gpus = max(pool.cpus_per_actor, trial_cpus), max(pool.gpus_per_actor, trial_gpus)
-    yield ResourceRequest("teachers", pool.actors + trials, cpus, gpus, why=f"{why} + {_count(trials, 'trial')}")
-
-
-def _count(number: object, noun: str) -> str:
-    return f"{number} {noun}{'' if str(number) == '1' else 's'}"
+    yield ResourceRequest("teachers", pool.actors + trials, cpus, gpus, why=f"{why} + {format_count(trials, 'trial')}")
 
 
 def require_placeable(recipe: Recipe, capacity: Capacity) -> None:
@@ -234,10 +231,6 @@ def describe_node(node: NodeShape) -> str:
 def describe(nodes: Iterable[NodeShape]) -> str:
     """``2 nodes of 4 CPUs``, or several such joined by ``and``."""
     return (
-        " and ".join(
-            f"{node.count} node{'s' if node.count != 1 else ''} of {describe_node(node)}"
-            for node in nodes
-            if node.count
-        )
+        " and ".join(f"{format_count(node.count, 'node')} of {describe_node(node)}" for node in nodes if node.count)
         or "no nodes"
     )

@@ -17,9 +17,10 @@ from overproof.cluster import ray_cluster, store_probe, upload
 from overproof.cluster.machine import memory_bytes
 from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
 from overproof.config import Pretrained, Recipe, Served, TeacherLayers
-from overproof.config.search import Choice
+from overproof.config.search import Choice, Pbt
 from overproof.data.manifest import Manifest
 from overproof.data.source_files import describe_skipped
+from overproof.data.tokenizer_match import require_possible_tokenizer
 from overproof.engines.endpoint import Endpoint
 from overproof.errors import InputError, suggest_name
 from overproof.export.check_models import check_models
@@ -27,7 +28,7 @@ from overproof.files import filesystem, join_uri
 from overproof.models.base import DataShape, shape_of
 from overproof.models.sizes import ModelSize, directory_config, family_of, student_size, with_layers
 from overproof.registry import FAMILIES, FORMATS, TASKS
-from overproof.units import format_bytes, format_seconds
+from overproof.units import format_bytes, format_count, format_seconds
 
 HIGH_RATE = 0.1  # of AdamW, for models that begin with random weights; a tenth of it for others
 
@@ -70,7 +71,7 @@ def check_source(recipe: Recipe) -> Iterator[Finding]:
     listing = TASKS[recipe.data.kind].source_files(recipe.data)
     if listing.files:
         size = format_bytes(sum(file.size_bytes for file in listing.files))
-        yield Finding("data", "ok", f"{len(listing.files):,} file{'s' if len(listing.files) > 1 else ''}, {size}")
+        yield Finding("data", "ok", f"{format_count(len(listing.files), 'file')}, {size}")
     for line in describe_skipped(listing.skipped):
         yield Finding("data", "warning", line)
 
@@ -90,17 +91,19 @@ def require_exportable(recipe: Recipe) -> list[Finding]:
         format.check_template(recipe.compress, teacher)
     taught = recipe.train.model
     models = {"train.model": taught} | {f"student {s.name}": s.model for s in recipe.sweep.students}
-    kind, asked = recipe.compress.kind, dict[str, dict[str, Any]]()
+    kind, asked, tokenizer = recipe.compress.kind, dict[str, dict[str, Any]](), getattr(recipe.data, "tokenizer", None)
     for where, model in models.items():
         if isinstance(model, Pretrained):
             asked[f"{where}: {model.path}"] = _config_of_a_known_family(model.path, kind, where)
+            if tokenizer is not None:
+                require_possible_tokenizer(tokenizer, model.path)
         elif isinstance(model, TeacherLayers) and isinstance(taught, Pretrained):
             config = _config_of_a_known_family(taught.path, kind, where)
             _, family = family_of(config, taught.path)
             fewer = with_layers(config, model.count, family.names)
             asked[f"{where}: {model.count} layers of {taught.path}"] = fewer
     if asked:
-        with console.waiting(f"asking {kind} about {len(asked)} model{'s' if len(asked) != 1 else ''}"):
+        with console.waiting(f"asking {kind} about {format_count(len(asked), 'model')}"):
             check_models(kind, recipe.data.positions, asked)
     return [Finding("tokenizer", "warning", line) for line in left_out]
 
@@ -180,6 +183,19 @@ def check_learning_rates(recipe: Recipe) -> Iterator[Finding]:
             yield Finding(field, "warning", f"{rate:g} is far above what models learn with: {usual} is usual")
 
 
+def check_first_comparison(recipe: Recipe) -> Iterator[Finding]:
+    """A warning where no trial is compared with others before its end, so that none is stopped early."""
+    scheduler, steps = recipe.tune.scheduler, recipe.sweep.steps
+    field = "interval_steps" if isinstance(scheduler, Pbt) else "grace_steps"
+    given = getattr(scheduler, field, None)
+    if given is not None and given >= steps:
+        yield Finding(
+            f"tune.scheduler.{field}", "warning",
+            f"{given:,}, and trials end after sweep.steps, {steps:,}: they are first compared then, and none is "
+            "stopped before; give fewer, or leave it out",
+        )  # fmt: skip
+
+
 def measured_rate(recipe: Recipe) -> Throughput | None:
     """The rate at which this recipe's newest teacher of the same model trained, out of its record."""
     model = recipe.train.model.model_dump(mode="json")
@@ -204,7 +220,7 @@ def training_time(recipe: Recipe, rate: Throughput | None, positions: int) -> Fi
     if steps == 0:
         return Finding("time", "ok", "the teacher is taken as it is: it is not trained")
     total = steps * recipe.train.batch_size * positions
-    work = f"{total:,} {unit} in {steps:,} steps"
+    work = f"{total:,} {unit} in {format_count(steps, 'step')}"
     if rate is None:
         few = f"`overproof train RECIPE --set train.steps=20 --set store={Path('trial')}`"
         return Finding(
@@ -237,7 +253,7 @@ def _sufficient(need: ResourceRequest, capacity: Capacity, recipe: Recipe) -> Fi
     cpus = f"{bundles} x {need.cpus:g}{beside} = {need.cpus_of(bundles):g} of {capacity.cpus:g} CPUs"
     gpus = f", {bundles} x {need.gpus:g} = {need.gpus_of(bundles):g} of {capacity.gpus:g} GPUs" if need.gpus else ""
     nodes = capacity.nodes_for(need, bundles)
-    text = f"{need.why}: {cpus}{gpus}, on {nodes} node{'s' if nodes != 1 else ''} or more"
+    text = f"{need.why}: {cpus}{gpus}, on {format_count(nodes, 'node')} or more"
     if bundles < need.wanted:
         return Finding(need.stage, "warning", f"{text}; {need.wanted} do not fit: {bundles} at a time")
     return Finding(need.stage, "ok", text)
@@ -292,7 +308,7 @@ def check_upload(folder: Path) -> Finding:
     """What `ray job submit --working-dir .` would upload from here."""
     found = upload.measure_upload(folder)
     limit = format_bytes(upload.LIMIT_BYTES)
-    about = f"{format_bytes(found.size_bytes)} of at most {limit} (100 MiB), in {found.files:,} files"
+    about = f"{format_bytes(found.size_bytes)} of at most {limit} (100 MiB), in {format_count(found.files, 'file')}"
     if found.fits:
         return Finding("upload", "ok", f"`ray job submit --working-dir .` from here sends {about}")
     named = ", ".join(f"{name} {format_bytes(bytes_)}" for name, bytes_ in found.largest)

@@ -105,12 +105,12 @@ class SelectedDocuments:
     hashes_N: NDArray[Any]  # str
     sizes_N: NDArray[np.int64]  # bytes
     dropped: dict[str, int]
-    undecodable: tuple[str, ...] = ()  # lines about those of other encodings, with the first names
+    left_out: tuple[str, ...] = ()  # lines about those of other encodings and the duplicates, with the first names
 
     def take(self, chosen: NDArray[np.int64], dropped: Mapping[str, int]) -> SelectedDocuments:
         """These of them; the others are left out for further reasons."""
         names, hashes, sizes = self.names_N[chosen], self.hashes_N[chosen], self.sizes_N[chosen]
-        return SelectedDocuments(names, hashes, sizes, {**self.dropped, **dropped}, self.undecodable)
+        return SelectedDocuments(names, hashes, sizes, {**self.dropped, **dropped}, self.left_out)
 
 
 def select_documents(
@@ -129,12 +129,12 @@ def select_documents(
     lost = sum(lines for lines, fault in zip(nul_lines_N, faults_N, strict=False) if fault not in ENCODINGS)
     if lost:
         dropped[NUL_LINES] = lost
-    undecodable = []
+    left_out = []
     for reason in ENCODINGS:
         found = sorted(np.array(names_N, dtype=object)[faults == reason])
         if found:
             dropped[reason] = len(found)
-            undecodable.append(_describe_undecodable(reason, found))
+            left_out.append(_describe_undecodable(reason, found))
     usable = np.flatnonzero(faults == "")
     names, hashes = (np.array(values, dtype=object)[usable] for values in (names_N, hashes_N))
     sizes = np.array(sizes_N, dtype=np.int64)[usable]
@@ -142,12 +142,19 @@ def select_documents(
     names, hashes, sizes = names[order], hashes[order], sizes[order]
     first = np.ones(len(hashes), bool)
     first[1:] = hashes[1:] != hashes[:-1]
-    dropped[DUPLICATE] = int((~first).sum())
-    return SelectedDocuments(names[first], hashes[first], sizes[first], dropped, tuple(undecodable))
+    again, same = np.flatnonzero(~first), np.flatnonzero(first)[np.cumsum(first) - 1]
+    dropped[DUPLICATE] = len(again)
+    if len(again):
+        left_out.append(list_left_out("the same as another", [f"{names[i]} ({names[same[i]]})" for i in again]))
+    return SelectedDocuments(names[first], hashes[first], sizes[first], dropped, tuple(left_out))
+
+
+def list_left_out(why: str, names: Sequence[str]) -> str:
+    """A line for people, with the first names."""
+    more = f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
+    return f"left out, {why}: {', '.join(names[:SHOWN_NAMES])}{more}"
 
 
 def _describe_undecodable(reason: str, names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
-    shown = ", ".join(names[:SHOWN_NAMES])
     remedy = "" if reason == BINARY else "; `iconv -f ENCODING -t UTF-8` converts text"
-    return f"left out, {ENCODINGS[reason]}: {shown}{more}{remedy}"
+    return list_left_out(ENCODINGS[reason], names) + remedy

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from overproof.data.columns import packed_field
 from overproof.data.order import Order
 from overproof.files import read_json
+from overproof.units import format_count
 
 MANIFEST = "manifest.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -72,9 +73,10 @@ class NearDuplicatesFound(_Frozen):
         if not self.documents:
             return f"No train document was a near-copy of a held-out one ({told_by})."
         return (
-            f"{self.documents:,} train documents, {100 * self.train_bytes_share:.2g} % of that split's bytes, were "
-            f"near-copies of held-out ones ({told_by}) and are left out: {self.test_documents:,} test documents, "
-            f"{100 * self.test_bytes_share:.2g} % of theirs, had one among them."
+            f"{format_count(self.documents, 'train document')}, {100 * self.train_bytes_share:.2g} % of that split's "
+            f"bytes, near-copies of held-out ones ({told_by}), left out: "
+            f"{format_count(self.test_documents, 'test document')}, {100 * self.test_bytes_share:.2g} % of theirs, had "
+            "one among them."
         )
 
 

@@ -57,6 +57,7 @@ from overproof.data.text_tokenizer import ALTERED, TextTokenizer, read_tokenizer
 from overproof.errors import InputError
 from overproof.registry import FORMATS, TASKS
 from overproof.stage_context import Notice, StageContext
+from overproof.units import format_count
 
 BLOCK_BYTES = 32 << 20  # of text read by one task
 DOCUMENTS_PER_GROUP = 1 << 16
@@ -79,7 +80,7 @@ def prepare(context: StageContext) -> dict[str, Any]:
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in manifest.dropped.items() if count)
     if left_out:
         kept = sum(split.documents for split in manifest.splits.values())
-        context.progress(Notice(f"kept {kept:,} {TASKS[manifest.task].test_unit}s; left out: {left_out}"))
+        context.progress(Notice(f"kept {format_count(kept, TASKS[manifest.task].test_unit)}; left out: {left_out}"))
     return _metrics(manifest)
 
 
@@ -123,19 +124,22 @@ def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
         reading = SourceReading(list_text_files(data), data.on_error)
         files = reading.listing.files
         size_mb = sum(file.size_bytes for file in files) / 1e6
-        heartbeat.start_phase(0, f"reading {len(files)} files, {size_mb:,.1f} MB")
+        heartbeat.start_phase(0, f"reading {format_count(len(files), 'file')}, {size_mb:,.1f} MB")
         pieces = _read(absolute_source(data.source), files, data.near_duplicates)
         documents = _select(pieces, data, reading)
-        for line in (*describe_skipped(reading.skipped), *documents.undecodable):
+        for line in (*describe_skipped(reading.skipped), *documents.left_out):
             context.progress(Notice(line))
         splits_N = cleaning.split_of(documents.hashes_N, data.validation_fraction, data.test_fraction)
         heartbeat.start_phase(0, f"near-copies, among {len(splits_N):,} documents")
         decision: Decision | None = None
         if data.near_duplicates:
             decision = _near_duplicates(pieces, documents, splits_N, data.near_duplicates)
+            copies = np.delete(documents.names_N, decision.kept).tolist()
+            if copies:
+                context.progress(Notice(cleaning.list_left_out("near-copies of held-out documents", copies)))
             documents, splits_N = documents.take(decision.kept, decision.dropped), splits_N[decision.kept]
         index = DocumentIndex.of(documents.names_N)
-        heartbeat.start_phase(1, f"tokenizer, from {np.sum(splits_N == 'train')} documents")
+        heartbeat.start_phase(1, f"tokenizer, from {format_count(int(np.sum(splits_N == 'train')), 'document')}")
         tokenizer = _tokenizer(pieces, index, splits_N, data, heartbeat)
         FORMATS[context.recipe.compress.kind].check_tokenizer(tokenizer.json, "data.tokenizer")
         heartbeat.start_phase(2, f"tokenising {len(splits_N)} documents, {documents.sizes_N.sum() / 1e6:,.1f} MB")
@@ -143,7 +147,7 @@ def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
         layout, altered_N = _plan(tokens, splits_N, data, len(tokenizer.boundary))
         for line in tell_altered(documents.names_N.tolist(), altered_N.tolist(), "documents"):
             context.progress(Notice(line))
-        heartbeat.start_phase(3, f"packing and writing {len(layout.shards)} shards")
+        heartbeat.start_phase(3, f"packing and writing {format_count(len(layout.shards), 'shard')}")
         shards = _write(tokens, layout, data, tokenizer, context.recipe.seed, context.draft.uri)
         write_file(context.draft.uri, TOKENIZER, tokenizer.json.encode())
         write_file(context.draft.uri, TOKENIZER_CONFIG, tokenizer.config().encode())

@@ -21,6 +21,7 @@ from pyarrow import fs
 
 from overproof.errors import InputError
 from overproof.files import filesystem, is_unicode, shown_name
+from overproof.units import format_count
 
 OnError = Literal["fail", "skip"]
 T = TypeVar("T")
@@ -91,7 +92,7 @@ def describe_skipped(skipped: Mapping[str, Iterable[str]]) -> list[str]:
     for reason, names in skipped.items():
         found = list(names)
         shown = ", ".join(found[:LISTED]) + (", ..." if len(found) > LISTED else "")
-        lines.append(f"{len(found):,} file{'s' if len(found) != 1 else ''} left out, {reason}: {shown}")
+        lines.append(f"{format_count(len(found), 'file')} left out, {reason}: {shown}")
     return lines
 
 

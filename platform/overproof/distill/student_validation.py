@@ -5,6 +5,7 @@ from __future__ import annotations
 from overproof.artifacts import Artifact
 from overproof.config import Pretrained, Student
 from overproof.data.manifest import Manifest
+from overproof.data.tokenizer_match import require_tokenizer
 from overproof.errors import InputError
 from overproof.models import pretrained
 from overproof.models.base import shape_of
@@ -41,14 +42,12 @@ def check_student(student: Student, prepared: Artifact, trained: Artifact, progr
 
 
 def _check_directory(path: str, found: ModelSize, manifest: Manifest, prepared: Artifact, progress: Progress) -> None:
-    from overproof.models.hf_directory import check_tokenizer  # with transformers: seconds to import
-
     if manifest.task not in FAMILIES[found.family].tasks or found.outputs != manifest.outputs:
         raise InputError(
             f"{path}: a {found.family} with {found.outputs} outputs; the data is for {manifest.task} and needs "
             f"{manifest.outputs}"
         )
-    check_tokenizer(pretrained.fetch_pretrained(path, progress), prepared.local())
+    require_tokenizer(pretrained.fetch_pretrained(path, progress), prepared.local())
 
 
 def _check_comparable(student: Student, found: ModelSize, teacher: ModelSize) -> None:

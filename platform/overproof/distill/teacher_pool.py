@@ -27,6 +27,7 @@ from overproof.errors import InputError
 from overproof.files import FileEntry, filesystem, mismatched_files
 from overproof.stage_context import Notice, StageContext, TaskProgress
 from overproof.train.checkpoint import Damage, read_checksummed
+from overproof.units import format_count
 
 if TYPE_CHECKING:
     from overproof.distill.teacher_worker import CaptureJob, TeacherWorker  # which import transformers
@@ -60,7 +61,7 @@ def capture(
     seconds, size = (sum(file[name] for file in finished.values()) for name in ("seconds", "size_bytes"))
     done = sum(len(file.groups) for file in index.files if file.path in finished) * rows_per_group
     if finished:
-        context.progress(Notice(f"{len(finished)} of {len(index.files)} files were captured before"))
+        context.progress(Notice(f"{len(finished)} of {format_count(len(index.files), 'file')} were captured before"))
     context.progress(TaskProgress(task, done, index.rows, f"starting {actors} teachers"))
     for report in _reports(job, worker, todo, actors) if todo else ():
         done, seconds, size = done + report["rows"], seconds + report["seconds"], size + report["size_bytes"]

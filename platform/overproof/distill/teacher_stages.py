@@ -7,6 +7,7 @@ from typing import Any
 from overproof.config import Dense, Served
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_writer import PAGE_BYTES
+from overproof.data.tokenizer_match import require_tokenizer
 from overproof.distill.endpoint_worker import EndpointJob, EndpointWorker
 from overproof.distill.target_cache import TargetIndex, TargetKey, target_key
 from overproof.distill.teacher_pool import capture
@@ -15,7 +16,6 @@ from overproof.distill.teacher_worker import CaptureJob, TargetWorker, TeacherWo
 from overproof.distill.text_worker import TextWorker
 from overproof.engines.served_teacher import open_teacher
 from overproof.errors import InputError
-from overproof.models.hf_directory import check_tokenizer
 from overproof.stage_context import StageContext
 from overproof.units import format_bytes
 
@@ -29,7 +29,7 @@ def generate_text(context: StageContext) -> dict[str, Any]:
     settings = generate_settings(context.recipe)
     prepared, trained = context.parents["prepare"], context.parents["train"]
     manifest = Manifest.read(prepared.local())
-    check_tokenizer(trained.local() / "model", prepared.local())
+    require_tokenizer(trained.local() / "model", prepared.local())
     index = TextIndex.of(text_key(context.recipe, prepared, trained), manifest, settings.rows)
     tokens_per_row = index.identity.tokens
     job = CaptureJob(settings, index, prepared, trained, context.draft)
@@ -56,7 +56,7 @@ def cache_targets(context: StageContext) -> dict[str, Any]:
     if isinstance(served, Served):
         open_teacher(served, trained.local(), prepared.local()).close()
     else:
-        check_tokenizer(trained.local() / "model", prepared.local())
+        require_tokenizer(trained.local() / "model", prepared.local())
     key = target_key(recipe, prepared, trained, teacher_text)
     check_scheme(key)
     index = TargetIndex.of(key, manifest, recipe.rows_cached)

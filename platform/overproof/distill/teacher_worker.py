@@ -25,13 +25,14 @@ from overproof.config import Cache, Generate, Sampled
 from overproof.data.order import uniforms
 from overproof.data.parquet_reader import Columns, Shards
 from overproof.data.parquet_writer import open_writer, to_table
+from overproof.data.tokenizer_match import require_tokenizer
 from overproof.distill.row_cache import CachedFile, CacheIndex
 from overproof.distill.target_cache import TargetIndex
 from overproof.distill.target_encoder import DRAW_KEY, encode_targets
 from overproof.distill.teacher_text import TeacherText
 from overproof.errors import InputError
 from overproof.files import FileEntry, atomic_write, file_sha256, filesystem, join_uri
-from overproof.models.hf_directory import check_tokenizer, load_model, to_tensors
+from overproof.models.hf_directory import load_model, to_tensors
 from overproof.registry import TASKS
 from overproof.train.checkpoint import with_checksum
 from overproof.train.engine import computes_bf16, default_device
@@ -81,7 +82,7 @@ class TeacherWorker:
     @cached_property
     def model(self) -> PreTrainedModel:
         folder = self.job.trained.local() / "model"
-        check_tokenizer(folder, self.job.prepared.local())
+        require_tokenizer(folder, self.job.prepared.local())
         return load_model(folder).to(self.device)
 
     def check_outputs(self, outputs: int) -> None:

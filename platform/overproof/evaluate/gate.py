@@ -29,7 +29,7 @@ from overproof.evaluate.metrics import EXPECTED_ACCURACY, Comparison, MeasuredFi
 from overproof.files import FrozenModel
 from overproof.registry import TASKS
 from overproof.tasks.base import Metric, QualityMetric
-from overproof.units import format_latency, format_number
+from overproof.units import format_count, format_latency, format_number
 
 VERDICT = "verdict.json"  # where a verdict lies in an artifact or a package
 
@@ -134,12 +134,15 @@ def kept_share(report: Report, candidate: MeasuredFile, against: str) -> tuple[f
 
 
 def _keep(rule: Keep, report: Report, candidate: MeasuredFile) -> tuple[bool, str]:
-    against, title = reference_name(rule, candidate.student), TASKS[report.task].quality.title
+    against, quality = reference_name(rule, candidate.student), TASKS[report.task].quality
     kept = kept_share(report, candidate, against)
     if kept is None:
-        return False, f"what it keeps of {against}'s {title} is not in the report, or has no interval"
+        return False, f"what it keeps of {against}'s {quality.title} is not in the report, or has no interval"
     value, low = kept
-    text = f"keeps {100 * value:.1f} % of {against}'s {title} (at the far end of the interval {100 * low:.1f} %)"
+    what, times = quality.title, ""
+    if not quality.higher_is_better and value > 0:
+        what, times = "quality", f"{1 / value:.3f} times its {quality.title}; "
+    text = f"keeps {100 * value:.1f} % of {against}'s {what} ({times}at the far end of the interval {100 * low:.1f} %)"
     return low >= rule.at_least, f"{text}, needed {100 * rule.at_least:g} %"
 
 
@@ -165,9 +168,10 @@ def _latency(rule: Latency, confidence: float, candidate: MeasuredFile) -> tuple
         return False, f"{name} is not in the report"
     if found.high is None:
         needed = requests_needed([rule], confidence)
-        return False, f"{name} not shown: {found.n} requests, needs {needed}: raise evaluate.probe_s"
-    text = f"{name} {format_latency(found.value)}, at most {format_latency(found.high)} ({found.n} requests)"
-    return 1e3 * found.high <= rule.at_most_ms, f"{text}, allowed {format_latency(rule.at_most_ms / 1e3)}"
+        return False, f"{name} not shown: {format_count(found.n, 'request')}, needs {needed}: raise evaluate.probe_s"
+    text = f"{name} {format_latency(found.value)}, at most {format_latency(found.high)}"
+    requests = format_count(found.n, "request")
+    return 1e3 * found.high <= rule.at_most_ms, f"{text} ({requests}), allowed {format_latency(rule.at_most_ms / 1e3)}"
 
 
 def reference_name(rule: Regression | Improvement | Keep | Smaller, student: str | None) -> str:
@@ -205,8 +209,8 @@ def _parity(rule: Parity, candidate: MeasuredFile) -> tuple[bool, str]:
     if split is None:
         return found.value <= rule.at_most, text
     text += (
-        f"; it splits {100 * split.value:.3g} % of {split.n} test documents into other tokens than tokenizer.json, "
-        f"allowed {100 * rule.split_otherwise:g} %"
+        f"; it splits {100 * split.value:.3g} % of {format_count(split.n, 'test document')} into other tokens than "
+        f"tokenizer.json, allowed {100 * rule.split_otherwise:g} %"
     )
     return found.value <= rule.at_most and split.value <= rule.split_otherwise, text
 

@@ -26,6 +26,7 @@ from overproof.evaluate.remedies import (
 from overproof.files import FrozenModel
 from overproof.registry import TASKS
 from overproof.tasks.base import Metric
+from overproof.units import format_count
 
 OUTCOME = "outcome.json"  # where it lies in the gate's artifact
 FEW_UNITS = 30  # below which intervals by resampling are themselves uncertain (Hesterberg, arXiv 1411.5279)
@@ -88,7 +89,7 @@ def find_outcome(recipe: Recipe, report: Report, verdict: Verdict, training: Tra
 def _ships(recipe: Recipe, report: Report, verdict: Verdict, nearest: Nearest | None) -> str:
     passing = [c.name for c in verdict.candidates if c.passed]
     count, named = len(verdict.candidates), recipe.gate.candidate
-    files = f"{count} file" + ("s" if count != 1 else "")
+    files = format_count(count, "file")
     if verdict.chosen is None:
         if not count:
             return "Nothing ships: there is no file that may be packaged."
@@ -123,7 +124,7 @@ def _lost(report: Report, subject: MeasuredFile) -> str:
     compared = report.compare(subject.name, "teacher")
     if compared is None:
         return f"What {subject.name} lost against the teacher was not measured."
-    return f"Against the teacher, {describe(report, compared)}."
+    return f"{describe(report, compared)}."
 
 
 def _bought(report: Report, taught: bool, subject: MeasuredFile) -> str:
@@ -157,7 +158,7 @@ def describe(report: Report, compared: Comparison) -> str:
         return f"{100 * abs(value):.2f} {unit} {worse if value > 0 else better}"
 
     metric = _quality_of(report, compared.name)
-    units = "" if metric is None else f"; {metric.measured_on} test {task.test_unit}{'s' if metric.n != 1 else ''}"
+    units = "" if metric is None else f"; {format_count(metric.measured_on, f'test {task.test_unit}')}"
     if compared.low is None or compared.high is None:
         interval = "no interval" + (units or ": more than one test unit is needed")
     else:
@@ -229,8 +230,8 @@ def _uncertain(report: Report, subject: MeasuredFile) -> Iterator[str]:
     task, quality = TASKS[report.task], subject.metrics[report.quality]
     if quality.n < FEW_UNITS:
         yield (
-            f"{quality.n} test {task.test_unit}{'s' if quality.n != 1 else ''} are fewer than {FEW_UNITS}: intervals "
-            "are themselves uncertain"
+            f"{format_count(quality.n, f'test {task.test_unit}')}, fewer than {FEW_UNITS}: intervals are themselves "
+            "uncertain"
         )
     students = [m for m in report.measured if m.name == m.student and m.name != report.winner]
     for other in students:
@@ -246,8 +247,8 @@ def contention(report: Report) -> Iterator[str]:
     if busy:
         worst = max(busy, key=lambda name: busy[name])
         yield (
-            f"latencies of {len(busy)} of {len(report.measured)} files were measured while other processes kept cores "
-            f"busy that the engine wanted (of {worst} {busy[worst]:.1f}): they are too long"
+            f"latencies of {len(busy)} of {format_count(len(report.measured), 'file')} were measured while other "
+            f"processes kept cores busy that the engine wanted (of {worst} {busy[worst]:.1f}): they are too long"
         )
 
 

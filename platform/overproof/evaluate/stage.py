@@ -38,6 +38,7 @@ from overproof.files import read_json
 from overproof.registry import ENGINES, FORMATS, TASKS
 from overproof.stage_context import Progress, StageContext, TaskProgress
 from overproof.tasks.base import FileScores, Metric, TokenTask, agreements
+from overproof.units import format_count
 
 UNITS = "units.parquet"
 TEACHER = "teacher"
@@ -189,9 +190,14 @@ def _score_all(context: StageContext, exports: tuple[Export, ...]) -> Scored:
             why = f"; every interval that a rule looks at is within {share:.2g} of what the rule allows"
             break
     clusters = clusters.first(done)
-    copies = f" in {clusters.count:,} clusters of near-copies, which are resampled" if clusters.count < done else ""
+    copies = (
+        f" in {format_count(clusters.count, 'cluster')} of near-copies, which are resampled"
+        if clusters.count < done
+        else ""
+    )
     cut = f" (evaluate.max_documents takes {len(units):,})" if len(units) < available else ""
-    spent = f"{done:,} of {available:,} {task.test_unit}s{cut}{copies}, {time.monotonic() - began_s:.0f} s of scoring"
+    of = format_count(available, task.test_unit)
+    spent = f"{done:,} of {of}{cut}{copies}, {time.monotonic() - began_s:.0f} s of scoring"
     return Scored({name: scores[name] for name in names}, seconds, available, spent + why, clusters)
 
 

@@ -20,15 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from overproof.config import TokenizerFile
 from overproof.config.models import ModelSection
 from overproof.data.chat_template_files import DEFAULT, named_templates, template_files
 from overproof.data.manifest import TOKENIZER, TOKENIZER_CONFIG, Manifest
-from overproof.data.sources import tokenizer_files
-from overproof.data.text_tokenizer import tokenizer_config, tokenizer_text, without_training_settings
-from overproof.data.tokenizer_json import tokenizer_difference
+from overproof.data.text_tokenizer import tokenizer_config
 from overproof.errors import InputError
-from overproof.files import file_sha256
 from overproof.models.base import BaseFamily, LayerNames, ModelFamily, shape_of
 from overproof.models.pretrained import WEIGHTS, refuse_pickles, weight_files
 from overproof.models.sizes import family_of, most_positions, require_positions
@@ -261,32 +257,6 @@ def save_model(
 def chat_template(path: Path) -> str | None:
     """The Jinja text by which a Hugging Face directory writes chat messages as a prompt, None where it has none."""
     return named_templates(template_files(str(path))).get(DEFAULT)
-
-
-def check_tokenizer(path: Path, prepared: Path) -> None:
-    """Refuse a text model that speaks another tokenizer than the data that is ``prepared`` in a folder.
-
-    Raises:
-        InputError: there is no tokenizer, or it splits texts otherwise than the one the data was tokenised with.
-    """
-    manifest = Manifest.read(prepared)
-    own = manifest.tokenizer(prepared)
-    if own is None:
-        return
-    file = Path(path) / TOKENIZER
-    if file.is_file() and file_sha256(file) == manifest.tokenizer_sha256:
-        return
-    text = tokenizer_text(tokenizer_files(TokenizerFile(path=str(path)), ""), str(path))
-    text = without_training_settings(text, file)
-    try:
-        found = tokenizer_difference(own.read_text(encoding="utf-8"), text)
-    except Exception as error:  # the library raises nothing more precise
-        raise InputError(f"{file}: not a tokenizer.json: {error}") from None
-    if found is not None:
-        raise InputError(
-            f"{path}: is not the tokenizer of the data ({own}): {found}; expected one tokenizer for both: set "
-            "data.tokenizer to {kind: file, path: the model's directory}"
-        )
 
 
 def count_parameters(model: nn.Module) -> int:

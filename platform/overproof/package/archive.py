@@ -66,6 +66,8 @@ def read_archive(file: Path, store: Store) -> tuple[Artifact, Package]:
     if not store.local:
         raise InputError(f"{store.uri}: expected a folder; copy the package's folder from there to the bucket")
     root = Path(store.path)
+    with _naming_faults(file), tarfile.open(file, "r:"):  # before the store is made for it
+        pass
     with store.lock(), _unpacked(file, root) as unpacked:
         record = read_record(str(unpacked))
         if record is None or not (unpacked / PACKAGE).is_file():
@@ -102,7 +104,7 @@ def _unpacked(file: Path, beside: Path) -> Iterator[Path]:
     """
     folder = Path(tempfile.mkdtemp(prefix=".import-", dir=beside))
     try:
-        with tarfile.open(file, "r:") as archive:
+        with _naming_faults(file), tarfile.open(file, "r:") as archive:
             for member in archive:
                 stream = archive.extractfile(member) if member.type == tarfile.REGTYPE else None
                 if stream is None or "/" in member.name or member.name in (".", "..", ""):
@@ -113,9 +115,15 @@ def _unpacked(file: Path, beside: Path) -> Iterator[Path]:
         yield folder
     except InputError as error:  # of the archive, wherever its members lie
         raise InputError(str(error).replace(f"{folder}/", f"{file}: ")) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _naming_faults(file: Path) -> Iterator[None]:
+    try:
+        yield
     except tarfile.TarError as error:
         raise InputError(f"{file}: cannot be read: {error}; {EXPECTED}") from None
     except OSError as error:
         raise InputError(f"{file}: {error.strerror or error}; {EXPECTED}") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

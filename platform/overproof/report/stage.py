@@ -36,15 +36,12 @@ def write_report(context: StageContext) -> dict[str, Any]:
     return {"curves": len(curves), "exports": len(evaluated.report.measured)}
 
 
-def sweep_report(store: Store, name: str) -> tuple[Artifact, str]:
-    """The sweep with this id (or a unique part of it), and its page with what is measured and evaluated of it so far.
+def sweep_report(store: Store, sweep: Artifact) -> str:
+    """The page of a sweep, with what is measured and evaluated of it so far.
 
     Raises:
-        InputError: there is no such artifact, it is no sweep, or its teacher or cache is gone.
+        InputError: its teacher or cache is gone.
     """
-    sweep = store.get(name)
-    if sweep.record.stage != "sweep":
-        raise InputError(f"{name}: is {sweep.id}; expected a sweep, see `overproof ls`, or a recipe")
     artifacts = store.artifacts()
     stages = {"sweep": sweep}
     for stage in (name for name in SWEEP_ANCESTORS if name in sweep.record.parents):
@@ -59,7 +56,7 @@ def sweep_report(store: Store, name: str) -> tuple[Artifact, str]:
             matching = [a for a in matching if OUTCOME in a.record.files]
         if fingerprint and matching:
             stages[stage] = matching[-1]  # the newest
-    return sweep, render_page(sweep.record.recipe, stages)
+    return render_page(sweep.record.recipe, stages)
 
 
 def _read_evaluation(artifacts: Mapping[str, Artifact]) -> EvaluatedFiles | None:

@@ -9,7 +9,7 @@ from statistics import median
 from overproof.config import Canary
 from overproof.evaluate.metrics import wilson_interval
 from overproof.serve.model_registry import TimedAnswer
-from overproof.units import format_latency, format_percent
+from overproof.units import format_count, format_latency, format_percent
 
 MAX_PAIRS = 1000  # latest ones that are kept
 CONFIDENCE = 0.95
@@ -52,7 +52,7 @@ def describe_evidence(limits: Canary, tried: VersionStats) -> str:
     speed = "no pair of times yet"
     if tried.pairs:
         stable, own = (format_latency(median(each)) for each in zip(*tried.pairs, strict=True))
-        speed = f"{own} a token or row, the other {stable} ({len(tried.pairs)} pairs)"
+        speed = f"{own} a token or row, the other {stable} ({format_count(len(tried.pairs), 'pair')})"
     taken_back = (
         f"above {100 * limits.max_failed:g} % failed, below {100 * limits.min_agreement:g} % agreement, more than "
         f"{limits.max_slowdown:g} times as slow in half of the pairs"

@@ -188,9 +188,10 @@ class AuthMiddleware:
             message = "the file of keys cannot be read; the server's log says why"
             return error_response(503, message, kind="server_error", headers={"Retry-After": "2"})
         if key is None:
+            found = "the API key is none of this server's" if presented != NO_KEY else "no API key was sent"
             return error_response(
                 401,
-                "expected the header 'Authorization: Bearer KEY' with an API key of this server",
+                f"{found}; expected the header 'Authorization: Bearer KEY' with a key of this server",
                 kind="authentication_error",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -288,6 +289,9 @@ def error_response(
     error = ErrorDetail(message=message, type=kind, param=param, code=code)
     content: dict[str, Any] = ErrorReply(error=error).model_dump()
     return JSONResponse(content, status, headers)
+
+
+NO_KEY = hash_key("")
 
 
 def _presented_sha256(headers: dict[bytes, bytes]) -> str:

@@ -107,23 +107,23 @@ def build_app(
             raise HTTPException(404, f"{served.model.id} does {task}; ask it at POST {TASKS[task].route}")
         return served
 
-    @app.get("/healthz")
+    @app.get("/healthz", summary="Health")
     async def healthz() -> dict[str, str]:
         """Whether every model answers."""
         await registry.check()
         return {"status": "ok"}
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
     async def metrics() -> str:
         """Metrics of all replicas, for Prometheus."""
         return await telemetry.metrics()
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", summary="List models")
     async def models() -> ModelList:
         """The models that are served, and what proves them."""
         return ModelList(data=[served.model for served in registry.models()])
 
-    @app.get("/v1/models/{model:path}")
+    @app.get("/v1/models/{model:path}", summary="Describe a model")
     async def model(model: str) -> ModelInfo:
         """The model of this name or package id."""
         return (await registry.find(model, None)).model
@@ -166,13 +166,13 @@ def build_app(
         await on_complete(results, False)
         return reply
 
-    @app.post(COMPLETIONS, response_model=CompletionReply)
+    @app.post(COMPLETIONS, summary="Continue a prompt", response_model=CompletionReply)
     async def completions(request: CompletionRequest, http: HttpRequest) -> Any:
         """Continue one prompt or several."""
         served = await find(COMPLETIONS, request, http)
         return await respond(CompletionResponses(served, request), request.prompt, http)
 
-    @app.post(CHAT_COMPLETIONS, response_model=ChatReply)
+    @app.post(CHAT_COMPLETIONS, summary="Answer a conversation", response_model=ChatReply)
     async def chat_completions(request: ChatRequest, http: HttpRequest) -> Any:
         """Answer messages, or call a tool, by the model's own chat template."""
         served = await find(CHAT_COMPLETIONS, request, http)
@@ -181,7 +181,7 @@ def build_app(
         syntax = await served.engine.tool_syntax() if tools else None
         return await respond(ChatResponses(served, request, syntax), [prompt], http)
 
-    @app.post("/v1/ratings")
+    @app.post("/v1/ratings", summary="Rate a reply")
     async def ratings(request: RatingRequest) -> dict[str, str]:
         """Rate a reply, where traffic is recorded."""
         if telemetry.recorder is None:
@@ -190,10 +190,16 @@ def build_app(
         return {"status": "ok"}
 
     def add_rows_route(route: str) -> None:
-        tasks = [task for task in array_tasks.values() if task.route == route]
+        kinds = [kind for kind, task in array_tasks.items() if task.route == route]
+        tasks = [array_tasks[kind] for kind in kinds]
         replies: Any = Union[tuple(task.row_reply for task in tasks)]  # noqa: UP007
 
-        @app.post(route, response_model=RowsReply[replies], openapi_extra=_one_of([task.request for task in tasks]))
+        @app.post(
+            route,
+            summary=", ".join(kinds).replace("_", " ").capitalize(),
+            response_model=RowsReply[replies],
+            openapi_extra=_one_of([task.request for task in tasks]),
+        )
         async def answer_rows(body: Annotated[dict[str, Any], Body()], http: HttpRequest) -> Any:
             """What the model says of each row of the request."""
             chosen = {name: body[name] for name in ModelRequest.model_fields if name in body}

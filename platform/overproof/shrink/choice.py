@@ -24,7 +24,7 @@ from overproof.shrink.given_model import GivenModel, inspect_model
 from overproof.shrink.students import WHOLE, ChosenStudents, choose_students, teacher_section
 from overproof.shrink.template import Schedule, TemplateSettings
 from overproof.tasks.recognition import ColumnFlags, DataLook, Fit, Misfit, Question, Recognised, Shrinkable, look_at
-from overproof.units import format_number
+from overproof.units import format_count, format_number
 
 FEW_UNITS = 2000  # documents, images or rows: fewer give larger shares to validation and test
 LARGE_ROWS, SMALL_ROWS = 20_000, 500  # train rows from which on there are several shards; below which groups are small
@@ -260,7 +260,10 @@ def _schedule(
     steps, why = settings.teacher_steps.steps(rows, math.sqrt(share)), "trained from scratch: no MODEL was given"
     if given is not None:
         if asked.finetune is not None:
-            steps, why = asked.finetune, f"the given model, trained {asked.finetune} steps on the data first, as asked"
+            steps, why = (
+                asked.finetune,
+                f"the given model, trained {format_count(asked.finetune, 'step')} on the data first, as asked",
+            )
         elif fit.refit:
             why = f"the given model, trained on the data first: {fit.refit}"
         else:
@@ -319,7 +322,7 @@ def _reasons(
         f"within {asked.max_mb:g} MB" if asked.max_mb is not None else "of those smaller by half, no --max-mb was given"
     )
     whole = " (whole: every layer, quantised)" if any(s.name == WHOLE for s in chosen.students) else ""
-    steps = f"{values['student_steps']:,} steps each"
+    steps = f"{format_count(values['student_steps'], 'step')} each"
     if share < 1:
         steps += f", {100 * share:.0f} % of what there would be without --max-minutes"
         if values["teacher_steps"] > 0 and asked.finetune is None:

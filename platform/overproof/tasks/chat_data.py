@@ -40,6 +40,7 @@ from overproof.tasks.chat_template import (
 )
 from overproof.tasks.conversations import Conversation, conversation_files, read_conversations
 from overproof.tasks.expected_answers import EXPECTED, AnswerCheck, checks_file
+from overproof.units import format_count
 
 if TYPE_CHECKING:
     from overproof.tasks.chat import ChatData
@@ -376,6 +377,6 @@ def _tell(context: StageContext, data: ChatData, found: KeptConversations, templ
         )
     for reason, count in found.dropped.items():
         if count:
-            context.progress(Notice(f"left out: {count:,} conversations, {reason}"))
+            context.progress(Notice(f"left out: {format_count(count, 'conversation')}, {reason}"))
     if DATED in template:
         context.progress(Notice("the chat template writes the day's date: prepared on another day, data may differ"))

@@ -24,6 +24,7 @@ from overproof.tasks.recognition import (
     choose_column,
 )
 from overproof.tasks.table_samples import is_bytes
+from overproof.units import format_count
 
 LOOKED_AT = 32  # images, for their sizes
 MOST_PATCHES, FEWEST_PATCHES, SMALLEST_PATCH = 64, 4, 2
@@ -53,7 +54,7 @@ def _folders(look: DataLook) -> Recognised:
         return Misfit(f"the folders are called like splits ({found}); expected one for each class: give one of those")
     if len(classes) < 2:
         return Misfit(f"one class alone: {classes[0]}; expected a folder for each of two or more")
-    why = f"{len(images):,} in {len(classes)} classes, one for each folder"
+    why = f"{len(images):,} in {format_count(len(classes), 'class')}, one for each folder"
     return Fit(
         {"source": {"kind": "folder", "path": look.path}},
         rows=len(images),
@@ -81,7 +82,8 @@ def _parquet(look: DataLook, flags: ColumnFlags) -> Recognised:
     if len(classes) < 2:
         return Misfit(f"column {label[0]!r} has {len(classes)} value; expected two classes or more")
     source = {"kind": "parquet", "path": look.path, "image": image[0], "label": label[0]}
-    why = f"{sample.total_rows:,}; column {image[0]!r}: {image[1]}; {len(classes)} classes in {label[0]!r}: {label[1]}"
+    found = f"{format_count(len(classes), 'class')} in {label[0]!r}: {label[1]}"
+    why = f"{sample.total_rows:,}; column {image[0]!r}: {image[1]}; {found}"
     return Fit(
         {"source": source},
         rows=sample.total_rows,

@@ -19,6 +19,7 @@ from overproof.registry import TASKS
 from overproof.stage_context import StepTrained
 from overproof.train.loop import CurveRow
 from overproof.train.train_job import TrainJob
+from overproof.units import format_count
 
 ROWS_HASH = "rows_hash"  # of a step: the sum of ``data.order.rows_hash`` over the ranks, of the rows that came
 RATE_STEPS = 20  # the speed that is shown is the mean over so many steps
@@ -109,7 +110,9 @@ class ThroughputMeter:
         per_step = self.job.train.batch_size * self.manifest.positions
         rate = per_step / statistics.mean(self._step_seconds[-RATE_STEPS:])
         loss = f"loss {row['loss']:.2f}" if "loss" in row else "step left out"
-        note = f"{loss} · {_format_rate(rate)} {TASKS[self.manifest.task].unit}s/s · {self.world} workers"
+        note = (
+            f"{loss} · {_format_rate(rate)} {TASKS[self.manifest.task].unit}s/s · {format_count(self.world, 'worker')}"
+        )
         step, steps = int(row["step"]), self.job.train.steps
         self.job.progress(StepTrained("train", step, steps, note, row.get("loss"), self.world))
 

@@ -45,6 +45,7 @@ from overproof.train.ray_train_private import (
     is_preempted_actor,
     remove_own_placement_groups,
 )
+from overproof.units import format_count
 
 GROW_CHECK_S = 10.0  # between looks for room, and after a start
 NODE_ID_LABEL = "ray.io/node-id"  # every node has it
@@ -152,7 +153,7 @@ def _describe_move(causes: Iterable[BaseException]) -> str | None:
             case PreemptionError():
                 return "a node was taken away"
             case WorkerGroupStartupTimeoutError():
-                return f"no room for {cause.num_workers} workers yet"
+                return f"no room for {format_count(cause.num_workers, 'worker')} yet"
             case Exception() if is_preempted_actor(cause):
                 return "a node was taken away"
     return None

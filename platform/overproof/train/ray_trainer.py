@@ -32,6 +32,7 @@ from overproof.data.feed import planned_dataset
 from overproof.data.manifest import Manifest
 from overproof.data.order import Order
 from overproof.data.parquet_reader import Columns, planned_shards, table_to_numpy
+from overproof.data.tokenizer_match import require_tokenizer
 from overproof.errors import InputError
 from overproof.models import pretrained
 from overproof.stage_context import StageContext, TaskProgress
@@ -46,6 +47,7 @@ from overproof.train.ray_elastic import (
 from overproof.train.ray_train_private import PolicyTrainer, QuietTorchConfig, ScalingConfig
 from overproof.train.served_teacher import record_teacher
 from overproof.train.train_job import ResumePoint, SupervisedSpec, TrainJob
+from overproof.units import format_count
 
 RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # at 2 s the end of a short run, or a kill, is noticed late
@@ -73,12 +75,12 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
         return record_teacher(context, settings.model)
     if isinstance(settings.model, Pretrained):
         # With transformers: seconds to import, and not needed otherwise.
-        from overproof.models.hf_directory import check_tokenizer, require_outputs
+        from overproof.models.hf_directory import require_outputs
 
         context.progress(TaskProgress("train", 0, settings.steps, f"fetching {settings.model.path}"))
         start = pretrained.absolute_pretrained(settings.model)
         fetched = pretrained.fetch_pretrained(start.path, context.progress)
-        check_tokenizer(fetched, prepared.local())
+        require_tokenizer(fetched, prepared.local())
         if not settings.steps:
             require_outputs(fetched, Manifest.read(prepared.local()))
         settings = settings.model_copy(update={"model": start})
@@ -117,9 +119,10 @@ def run_workers(job: TrainJob, work: Callable[[TrainJob], Any]) -> Any:
     settings = job.train
     for name, value in RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
-    size = f"{settings.fewest} to {settings.most}" if settings.fewest < settings.most else settings.most
+    most = format_count(settings.most, "worker")
+    size = f"{settings.fewest} to {most}" if settings.fewest < settings.most else most
     committed = job.checkpoints.committed_step()
-    job.progress(TaskProgress("train", committed, settings.steps, f"starting {size} workers"))
+    job.progress(TaskProgress("train", committed, settings.steps, f"starting {size}"))
     try:
         # Ray's own files of the run; none is needed afterwards.
         with tempfile.TemporaryDirectory(prefix="overproof-train-") as scratch, preserve_handler(signal.SIGINT):
@@ -187,7 +190,9 @@ def join_group(job: TrainJob) -> tuple[ResumePoint, int, int]:
     resume = None
     if rank == 0:
         steps = job.train.steps
-        job.progress(TaskProgress("train", job.checkpoints.committed_step(), steps, f"{world} workers are up"))
+        job.progress(
+            TaskProgress("train", job.checkpoints.committed_step(), steps, f"{format_count(world, 'worker')} up")
+        )
         resume = ResumePoint(job.checkpoints.newest_sound(job.progress))
     return broadcast_from_rank_zero(resume), rank, world
 
