@@ -44,7 +44,7 @@ function ticks(at, count) {
     const inside = found.filter((value) => value >= at.low && value <= at.high);
     return inside.length > count * 1.5 ? inside.filter((value) => /^1/.test(value.toExponential())) : inside;
   }
-  const rough = (at.high - at.low) / count;
+  const rough = Math.max((at.high - at.low) / count, at.whole ? 1 : 0); // there is no trial 1.5
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 5, 10].find((lead) => lead * power >= rough);
   for (let value = Math.ceil(at.low / step) * step; value <= at.high + step * 1e-9; value += step) found.push(value);

@@ -10,7 +10,7 @@
     const steps = shown.flatMap((curve) => curve[split].map(([step]) => step));
     const losses = shown.flatMap((curve) => curve[split].map(([, loss]) => loss)).filter((loss) => loss > 0);
     const down = losses.length ? paddedDomain(losses, true) : { domain: [0.1, 1], log: true };
-    const x = scale([0, Math.max(...steps)], [box.left, box.right]);
+    const x = Object.assign(scale([0, Math.max(...steps)], [box.left, box.right]), { whole: true });
     const y = scale(down.domain, [box.bottom, box.top + 8], down.log);
     drawAxes(svg, x, y, box, { x: "step", y: split === "train" ? "training loss" : "validation loss" });
     for (const curve of shown) {

@@ -14,6 +14,7 @@
     if (values.length && values.every((value) => typeof value === "number")) {
       const around = paddedDomain(values);
       column.at = scale([Math.min(...values), Math.max(...values)], [1, 0], around.log);
+      column.at.whole = values.every(Number.isInteger);
       const distinct = [...new Set(values)];
       column.ticks = distinct.length <= 6 ? distinct : ticks(column.at, 5);
     } else {
@@ -57,7 +58,12 @@
   const axis = (svg, column, i, x, y, { top, bottom }) => {
     add(svg, "line", { class: "axis", x1: x, x2: x, y1: top, y2: bottom });
     add(svg, "text", { class: "label", x, y: i % 2 ? 14 : 32, "text-anchor": "middle" }, column.name.replaceAll("_", " "));
-    for (const tick of column.ticks) add(svg, "text", { x: x + 6, y: y(column.at(tick)) + 4 }, formatValue(tick));
+    for (const tick of column.ticks) {
+      const group = add(svg, "g");
+      const { x: left, y: upper, width, height } = add(group, "text", { x: x + 8, y: y(column.at(tick)) + 4 }, formatValue(tick)).getBBox();
+      const back = add(group, "rect", { class: "back", x: left - 2, y: upper, width: width + 4, height }); // no line strikes it out
+      group.prepend(back);
+    }
     const drawn = add(svg, "rect", { class: "brush", x: x - 9, width: 18, visibility: "hidden" });
     const show = () => {
       const brush = brushes.get(column.name);

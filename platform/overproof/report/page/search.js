@@ -6,13 +6,13 @@
     return { trial, number: i + 1, steps };
   }).filter(({ trial }) => trial.validation_loss !== null);
 
-  const plot = (id, key, name) => chart(id, 260, (svg, box) => {
+  const plot = (id, key, name, by) => chart(id, 260, (svg, box) => {
     if (!seen.length) return;
     const losses = seen.map(({ trial }) => trial.validation_loss);
     const down = paddedDomain(losses);
-    const x = scale([0, Math.max(...seen.map((each) => each[key]))], [box.left, box.right]);
+    const x = Object.assign(scale([0, Math.max(...seen.map((each) => each[key]))], [box.left, box.right]), { whole: true });
     const y = scale(down.domain, [box.bottom, box.top + 8], down.log);
-    drawAxes(svg, x, y, box, { x: name, y: "best validation loss so far" });
+    drawAxes(svg, x, y, box, { x: name, y: `best validation loss so far, by ${by}` });
     let best = Infinity;
     let path = "";
     for (const each of seen) {
@@ -29,6 +29,6 @@
     if (path) add(svg, "path", { class: "best", d: `${path}H${box.right}` });
   });
 
-  plot("by-trial", "number", "trial");
-  plot("by-steps", "steps", "training steps of all trials so far");
+  plot("by-trial", "number", "trial", "trial");
+  plot("by-steps", "steps", "training steps of all trials so far", "training spent");
 }
