@@ -17,7 +17,7 @@ from overproof.cluster import ray_cluster, store_probe, upload
 from overproof.cluster.machine import memory_bytes
 from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
 from overproof.config import Pretrained, Recipe, Served, TeacherLayers
-from overproof.config.search import Choice, Pbt
+from overproof.config.search import Asha, Choice, Hyperband, Median, Pbt
 from overproof.data.manifest import Manifest
 from overproof.data.source_files import describe_skipped
 from overproof.data.tokenizer_match import require_possible_tokenizer
@@ -185,9 +185,14 @@ def check_learning_rates(recipe: Recipe) -> Iterator[Finding]:
 
 def check_first_comparison(recipe: Recipe) -> Iterator[Finding]:
     """A warning where no trial is compared with others before its end, so that none is stopped early."""
-    scheduler, steps = recipe.tune.scheduler, recipe.sweep.steps
-    field = "interval_steps" if isinstance(scheduler, Pbt) else "grace_steps"
-    given = getattr(scheduler, field, None)
+    steps = recipe.sweep.steps
+    match recipe.tune.scheduler:
+        case Pbt(interval_steps=given):
+            field = "interval_steps"
+        case Asha(grace_steps=given) | Median(grace_steps=given) | Hyperband(grace_steps=given):
+            field = "grace_steps"
+        case _:
+            return
     if given is not None and given >= steps:
         yield Finding(
             f"tune.scheduler.{field}", "warning",
