@@ -224,7 +224,7 @@ def test_conversations_are_split_by_what_they_ask_and_packed(tmp_path: Path) -> 
     sampled = pq.read_table(root / TEST_TEXTS)["text"].to_pylist()
     assert len(sampled) == len(tested)
     assert all(text.endswith(f"{END}\n") for text in sampled)
-    assert any(isinstance(event, Notice) and "left out: 1 conversations, duplicate" in event.text for event in told)
+    assert any(isinstance(event, Notice) and "left out: 1 conversation, duplicate" in event.text for event in told)
 
 
 def test_the_order_of_the_records_makes_no_difference(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_what_is_too_long_or_spells_a_special_token_is_counted_and_told(tmp_path
     assert manifest.details["cut"] == 1
     notices = [event.text for event in told if isinstance(event, Notice)]
     assert any("1 of 38 conversations are longer than a row of 160 + 1 tokens" in text for text in notices)
-    assert any("left out: 1 conversations, longer than a row" in text for text in notices)
+    assert any("left out: 1 conversation, longer than a row" in text for text in notices)
 
 
 def test_each_answer_of_a_rewritten_conversation_has_a_row_and_counts_once(tmp_path: Path) -> None:
