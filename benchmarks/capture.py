@@ -31,7 +31,8 @@ from transformers import AutoModelForCausalLM
 from overproof.artifacts import Artifact, Store, read_record
 from overproof.config import Cache, TopK
 from overproof.data.manifest import Manifest
-from overproof.data.parquet_reader import Shards, open_shard, table_to_numpy
+from overproof.data.parquet_reader import Shards, table_to_numpy
+from overproof.data.row_files import open_shard
 from overproof.distill.row_cache import CachedFile, cache_key_fields
 from overproof.distill.target_cache import TargetIndex, TargetKey
 from overproof.distill.teacher_worker import CaptureJob, TargetWorker

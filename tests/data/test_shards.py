@@ -10,42 +10,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny_shards import GROUP, ROWS, VOCABULARY, T, write_tiny_text
 
 from overproof.data import parquet_reader
 from overproof.data.document_blocks import text_columns
-from overproof.data.manifest import MANIFEST, Column, Manifest, Split, shard_schema
+from overproof.data.manifest import MANIFEST, Column, Manifest, shard_schema
 from overproof.data.order import Order
-from overproof.data.parquet_reader import Shards, open_shard, table_to_numpy
-from overproof.data.parquet_writer import parquet_bytes, to_table, write_shard
+from overproof.data.parquet_reader import Shards, table_to_numpy
+from overproof.data.parquet_writer import parquet_bytes, to_table
+from overproof.data.row_files import open_shard
 from overproof.errors import InputError
 from overproof.files import file_sha256
-
-T, GROUP, ROWS, VOCABULARY = 8, 4, (40, 24), 9999
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two train shards and one that ends in a part of a row group; tokens tell the row."""
-    splits, fields = {}, shard_schema(text_columns(T, VOCABULARY))
-    for split, sizes in {"train": ROWS, "validation": (6,)}.items():
-        shards, start = [], 0
-        for index, rows in enumerate(sizes):
-            ids = np.arange(start, start + rows)
-            columns = {
-                "sample_id": ids,
-                "document": np.full(rows, -1, np.int32),
-                "tokens": (ids[:, None] * 100 + np.arange(T + 1)).astype(np.int32),
-                "length": np.full(rows, T, np.int32),
-            }
-            shards.append(write_shard(str(tmp_path), f"{split}/{index:05d}.parquet", columns, fields, GROUP, rows * T))
-            start += rows
-        splits[split] = Split(shards=tuple(shards), rows=start, predictions=start * T, documents=1)
-    manifest = Manifest(
-        task="language_modeling", columns=text_columns(T, VOCABULARY), splits=splits, rows_per_group=GROUP,
-        positions=T, outputs=VOCABULARY, tokenizer_sha256="0" * 64,
-    )  # fmt: skip
-    (tmp_path / MANIFEST).write_text(manifest.model_dump_json())
-    return tmp_path
+    return write_tiny_text(tmp_path)
 
 
 def test_a_shard_is_what_its_entry_says(root: Path) -> None:
@@ -124,7 +104,7 @@ def test_what_is_opened_stays_behind(root: Path) -> None:
     shards = Shards(root, "train")
     shards.take(np.arange(8))
     copy = pickle.loads(pickle.dumps(shards))
-    assert not copy._mapped
+    assert not copy._open
     assert np.array_equal(copy.take(np.arange(3))["tokens"], shards.take(np.arange(3))["tokens"])
 
 

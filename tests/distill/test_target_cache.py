@@ -151,7 +151,7 @@ def test_targets_travel_without_what_they_opened(cached: Path) -> None:
     ids = Order(12, 8, SEED).rows_at(0, 40)
     everything = targets.take(ids)
     again = pickle.loads(pickle.dumps(targets))
-    assert not again._mapped
+    assert not again._open
     np.testing.assert_array_equal(again.take(ids[7:9])["indices"], everything["indices"][7:9])
 
 

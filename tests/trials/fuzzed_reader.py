@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM  # imported before anything is timed
 
 from overproof.config import JsonlSource, ParquetSource, TokenizerFile
 from overproof.data.document_blocks import read_block
-from overproof.data.parquet_reader import open_shard
+from overproof.data.row_files import open_shard
 from overproof.data.text_tokenizer import read_tokenizer
 from overproof.data.tokenizer_json import continuing, tokenizer_difference
 from overproof.engines.gguf_tokens import read_gguf_header

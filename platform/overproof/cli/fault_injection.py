@@ -146,7 +146,7 @@ class TrainingRecord:
     @classmethod
     def read(cls, artifact: Artifact) -> TrainingRecord:
         """A train artifact's."""
-        lines = (artifact.local() / CURVE_FILE).read_text().splitlines()
+        lines = (artifact.local(CURVE_FILE) / CURVE_FILE).read_text().splitlines()
         return cls([json.loads(line) for line in lines], artifact.record.files["model/model.safetensors"].sha256)
 
     def values(self, name: str) -> list[float]:

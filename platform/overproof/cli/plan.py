@@ -283,7 +283,7 @@ def _rows(rows: int | None, prepared: Artifact | None) -> int | None:
     """Train rows that are covered, where that is known; None is every row."""
     if prepared is None:
         return rows
-    train = Manifest.read(prepared.local()).splits["train"].rows
+    train = Manifest.read(prepared).splits["train"].rows
     return min(rows or train, train)
 
 

@@ -59,7 +59,7 @@ def data_shape(recipe: Recipe, prepared: Artifact | None) -> DataShape:
     if prepared is None:
         with console.waiting("looking at the data"):
             return TASKS[recipe.data.kind].shape(recipe.data)
-    return shape_of(Manifest.read(prepared.local()))
+    return shape_of(Manifest.read(prepared))
 
 
 def check_source(recipe: Recipe) -> Iterator[Finding]:

@@ -3,7 +3,8 @@
 Block k goes to rank k mod world, whatever the number of CPUs, when the split is equal and the order is preserved.
 A block holds one rank's rows of several steps, so a rank cuts its stream into batches of batch_size / world rows:
 
-    splits = planned_dataset(root, order, batch_size, first_step, last_step, world).streaming_split(world, equal=True)
+    rows = planned_dataset(prepared, order, batch_size, first_step, last_step, world)
+    splits = rows.streaming_split(world, equal=True)
     for table in splits[rank].iter_batches(batch_size=batch_size // world, batch_format="pyarrow"):
         columns = to_numpy(table)
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -24,8 +24,9 @@ from ray.data.block import BlockMetadata
 from overproof.data.columns import row_bytes
 from overproof.data.manifest import Manifest
 from overproof.data.order import Order
-from overproof.data.parquet_reader import planned_columns, planned_shards
+from overproof.data.parquet_reader import Shards, planned_columns, planned_shards
 from overproof.data.parquet_writer import to_table
+from overproof.data.row_files import Source
 
 BLOCK_BYTES = 1 << 20  # at most, small, so that the first batch comes soon and little is read ahead
 BLOCK_STEPS = 64  # at most
@@ -45,19 +46,22 @@ class PlannedBlock:
 class FeedPlan:
     """Which rows each block of a run holds: all that a reader process is sent."""
 
-    root: Path  # of the prepared data, on every node
+    prepared: ray.ObjectRef[Source]  # of thousands of shards: sent to a process once, and not with each block
     order: Order
     batch_size: int
     world: int
 
     def read(self, block: PlannedBlock) -> Iterator[pa.Table]:
         """The rows of one block."""
-        shards = _planned_shards(self.root)
+        shards = _planned_shards(self.prepared)
         ids = self.order.steps_rows(block.first, block.last, self.batch_size, block.rank, self.world)
         yield to_table(shards.take(ids), shards.schema)
 
 
-_planned_shards = lru_cache(maxsize=2)(planned_shards)
+@lru_cache(maxsize=2)
+def _planned_shards(prepared: ray.ObjectRef[Source]) -> Shards:
+    """Open in this process: each reader fetches what it reads, wherever it runs."""
+    return planned_shards(ray.get(prepared))
 
 
 class PlannedDatasource(Datasource):
@@ -91,13 +95,15 @@ class PlannedDatasource(Datasource):
         return (block.last - block.first) * self.plan.batch_size // self.plan.world
 
 
-def planned_dataset(root: Path, order: Order, batch_size: int, first_step: int, last_step: int, world: int) -> Dataset:
+def planned_dataset(
+    prepared: Source, order: Order, batch_size: int, first_step: int, last_step: int, world: int
+) -> Dataset:
     """The rows of the steps ``[first_step, last_step)``, counted from 0, for ``world`` ranks.
 
     Split it with ``streaming_split(world, equal=True)``; under Ray Train, give ``DataConfig`` execution options
     that preserve the order, since it sets its own.
     """
-    manifest = Manifest.read(root)
+    manifest = Manifest.read(prepared)
     if batch_size % world:
         raise ValueError(f"batch_size {batch_size} is not a multiple of {world} ranks")
     if first_step >= last_step:
@@ -109,7 +115,7 @@ def planned_dataset(root: Path, order: Order, batch_size: int, first_step: int, 
         for first in range(first_step, last_step, steps_per_block)
         for rank in range(world)
     ]
-    source = PlannedDatasource(FeedPlan(Path(root), order, batch_size, world), blocks, size_bytes)
+    source = PlannedDatasource(FeedPlan(ray.put(prepared), order, batch_size, world), blocks, size_bytes)
     dataset: Dataset = ray.data.read_datasource(
         source, override_num_blocks=len(blocks), concurrency=min(CONCURRENT_READS, len(blocks))
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
+from overproof.artifacts import Artifact, local_folder
 from overproof.data.columns import packed_field
 from overproof.data.order import Order
 from overproof.files import read_json
@@ -101,13 +102,13 @@ class Manifest(_Frozen):
     details: dict[str, Any] = {}  # what the task says of its rows, such as the names of classes
 
     @classmethod
-    def read(cls, root: Path) -> Manifest:
-        """Read ``root/manifest.json``.
+    def read(cls, source: Path | Artifact) -> Manifest:
+        """Read ``manifest.json`` of a folder, or of an artifact, of which it is fetched alone.
 
         Raises:
             InputError: it is missing or not a manifest of this format.
         """
-        return read_json(cls, root / MANIFEST)
+        return read_json(cls, local_folder(source, MANIFEST) / MANIFEST)
 
     def order(self, seed: int) -> Order:
         """The order in which the train split is trained on."""
@@ -123,9 +124,9 @@ class Manifest(_Frozen):
         """The columns that models read."""
         return tuple(column.name for column in self.columns if column.batch)
 
-    def tokenizer(self, root: Path) -> Path | None:
+    def tokenizer(self, source: Path | Artifact) -> Path | None:
         """The tokenizer.json that lies beside the manifest, where the rows are of tokens."""
-        return root / TOKENIZER if self.tokenizer_sha256 is not None else None
+        return local_folder(source, TOKENIZER) / TOKENIZER if self.tokenizer_sha256 is not None else None
 
     @property
     def schema(self) -> pa.Schema:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from overproof.data.parquet_reader import refuse_objects
+from overproof.data.row_files import refuse_objects
 from overproof.data.source_files import UnreadableFile, naming_faults
 
 PARQUET = "Parquet"

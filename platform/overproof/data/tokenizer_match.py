@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from overproof.artifacts import Artifact
 from overproof.config import BpeTokenizer, TokenizerFile
 from overproof.config.base import Section
 from overproof.data.manifest import TOKENIZER, Manifest
@@ -42,8 +43,8 @@ def require_possible_tokenizer(tokenizer: Section, directory: str) -> None:
         _require_equal(directory, own, _read(path, path), path)
 
 
-def require_tokenizer(directory: Path, prepared: Path) -> None:
-    """Refuse a text model that speaks another tokenizer than the data that is ``prepared`` in a folder.
+def require_tokenizer(directory: Path, prepared: Path | Artifact) -> None:
+    """Refuse a text model that speaks another tokenizer than the data that is ``prepared``.
 
     Raises:
         InputError: there is no tokenizer, or it splits texts otherwise than the one the data was tokenised with.

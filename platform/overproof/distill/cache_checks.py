@@ -5,13 +5,12 @@ Shapes: B rows, P predictions in a row, V outputs, K slots for each prediction.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
 from overproof.config import Dense
 from overproof.data.parquet_reader import Columns, Shards
+from overproof.data.row_files import Source
 from overproof.distill.target_cache import TargetCache
 from overproof.distill.target_codec import TargetLayout
 from overproof.distill.teacher_text import TeacherText
@@ -20,7 +19,7 @@ from overproof.errors import InputError
 ROWS_CHECKED = 64
 
 
-def check_text(text: TeacherText, prepared: Path, sample_ids: NDArray[np.int64]) -> None:
+def check_text(text: TeacherText, prepared: Source, sample_ids: NDArray[np.int64]) -> None:
     """Refuse a text whose rows do not begin as the data's rows do, which the teacher went on from.
 
     Raises:
@@ -31,12 +30,14 @@ def check_text(text: TeacherText, prepared: Path, sample_ids: NDArray[np.int64])
     other_B = (text.take(sample_ids)["tokens"][:, :prompt_tokens] != expected_BS[:, :prompt_tokens]).any(1)
     if other_B.any():
         raise InputError(
-            f"{text.root}: row {sample_ids[other_B][0]} does not begin with the {prompt_tokens} tokens of the prepared "
-            "data; run `generate` again for this data"
+            f"{text.where}: row {sample_ids[other_B][0]} does not begin with the {prompt_tokens} tokens of the "
+            "prepared data; run `generate` again for this data"
         )
 
 
-def check_rows(cached: Path, prepared: Path, sample_ids: NDArray[np.int64], teacher_text: Path | None = None) -> None:
+def check_rows(
+    cached: Source, prepared: Source, sample_ids: NDArray[np.int64], teacher_text: Source | None = None
+) -> None:
     """Refuse a cache whose rows are of other tokens, or whose entries are of other outputs than they say.
 
     The tokens are the prepared data's or, where there is text of the teacher, those.
@@ -54,15 +55,15 @@ def check_rows(cached: Path, prepared: Path, sample_ids: NDArray[np.int64], teac
     other_B = (found[input_column].reshape(rows, -1) != expected[input_column].reshape(rows, -1)).any(1)
     if other_B.any():
         raise InputError(
-            f"{cached}: row {sample_ids[other_B][0]} was captured from other {input_column} than {holder} holds; "
-            "run `cache` again for this data"
+            f"{targets.where}: row {sample_ids[other_B][0]} was captured from other {input_column} than {holder} "
+            "holds; run `cache` again for this data"
         )
     labels_BP = found[input_column].reshape(rows, -1)[:, -targets.layout.positions :].astype(np.int64)
     wrong_B = (~labels_consistent(targets.layout, found, labels_BP) & found["mask"]).any(1)
     if wrong_B.any():
         raise InputError(
-            f"{cached}: row {sample_ids[wrong_B][0]}: the teacher's log-probability of the label is not the one it "
-            "has among the targets: their outputs are numbered otherwise (a permuted vocabulary) or they were "
+            f"{targets.where}: row {sample_ids[wrong_B][0]}: the teacher's log-probability of the label is not the one "
+            "it has among the targets: their outputs are numbered otherwise (a permuted vocabulary) or they were "
             "changed; run `cache` again"
         )
 

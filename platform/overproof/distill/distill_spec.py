@@ -17,7 +17,7 @@ from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Columns
 from overproof.distill.losses import Divergence
 from overproof.distill.objectives import DistillObjective, LiveTeacherObjective, OnPolicyObjective
-from overproof.distill.row_cache import TEACHER_WEIGHTS
+from overproof.distill.row_cache import teacher_folder
 from overproof.distill.student_init import initial_student
 from overproof.distill.student_validation import check_student
 from overproof.distill.target_cache import TargetCache
@@ -79,14 +79,14 @@ class DistillSpec:
         """The cache, where the student reads it."""
         if not (self.job.distilled and self.job.student.reads_cache):
             return None
-        return TargetCache(_local_folder(self.job.target_cache))
+        return TargetCache(_made(self.job.target_cache))
 
     @cached_property
     def text(self) -> TeacherText | None:
         """What the teacher wrote, where the student reads it."""
         if not (self.job.distilled and self.job.student.text == "teacher"):
             return None
-        return TeacherText(_local_folder(self.job.teacher_text))
+        return TeacherText(_made(self.job.teacher_text))
 
     @cached_property
     def teacher(self) -> PreTrainedModel | None:
@@ -97,10 +97,10 @@ class DistillSpec:
 
     @property
     def _teacher_folder(self) -> Path:
-        return self.job.trained.local() / Path(TEACHER_WEIGHTS).parent
+        return teacher_folder(self.job.trained)
 
 
-def _local_folder(artifact: Artifact | None) -> Path:
-    """The folder of an artifact that the recipe's checks have made sure of."""
+def _made(artifact: Artifact | None) -> Artifact:
+    """An artifact that the recipe's checks have made sure of."""
     assert artifact is not None
-    return artifact.local()
+    return artifact

@@ -11,18 +11,26 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from overproof.artifacts import Artifact
+from overproof.artifacts import Artifact, local_folder
 from overproof.data.manifest import MANIFEST, Manifest
 from overproof.data.order import Order
-from overproof.data.parquet_reader import Columns, MappedShard, open_shard
+from overproof.data.parquet_reader import Columns
+from overproof.data.row_files import RowFile, Source, describe_source, open_rows
 from overproof.engines.served_teacher import ServedTeacher
 from overproof.errors import InputError
 from overproof.files import read_json
 
 TEACHER_WEIGHTS = "model/model.safetensors"  # within the artifact of `train`
+
+
+def teacher_folder(trained: Artifact) -> Path:
+    """The teacher's Hugging Face directory on this machine."""
+    folder = Path(TEACHER_WEIGHTS).parent
+    return trained.local(f"{folder}/") / folder
 
 
 class CacheKey(BaseModel):
@@ -61,8 +69,8 @@ class CacheKey(BaseModel):
 
 def cache_key_fields(seed: int, prepared: Artifact, trained: Artifact) -> dict[str, Any]:
     """The fields of ``CacheKey``, of this data and this teacher."""
-    manifest, files = Manifest.read(prepared.local()), trained.record.files
-    served = ServedTeacher.read(trained.local()).sha256 if ServedTeacher.FILE in files else None
+    manifest, files = Manifest.read(prepared), trained.record.files
+    served = ServedTeacher.read(trained.local(ServedTeacher.FILE)).sha256 if ServedTeacher.FILE in files else None
     return {
         "teacher_sha256": served or files[TEACHER_WEIGHTS].sha256,
         "tokenizer_sha256": manifest.tokenizer_sha256,
@@ -119,13 +127,13 @@ class CacheIndex(BaseModel, Generic[KeyT]):
         return cls(identity=identity, rows=covered, files=files)
 
     @classmethod
-    def read(cls, root: Path) -> Self:
-        """Read it from the folder of the files.
+    def read(cls, source: Source) -> Self:
+        """Read it from beside the files.
 
         Raises:
             InputError: it is missing or not of this format.
         """
-        return read_json(cls, Path(root) / cls.FILE)
+        return read_json(cls, local_folder(source, cls.FILE) / cls.FILE)
 
     def check(self, expected: KeyT) -> None:
         """Refuse files made by another teacher, of other data or with other settings.
@@ -149,19 +157,20 @@ def _format_value(value: Any) -> str:
 
 
 class RowCache(Generic[KeyT]):
-    """Cached rows by ``sample_id``. Picklable: mapped files are not pickled with it."""
+    """Cached rows by ``sample_id``. Picklable: open files are not pickled with it."""
 
-    def __init__(self, root: Path, index: CacheIndex[KeyT], columns: Sequence[str]) -> None:
-        self.root, self.index, self.columns = Path(root), index, tuple(columns)
+    def __init__(self, source: Source, index: CacheIndex[KeyT], columns: Sequence[str]) -> None:
+        self.source, self.index, self.columns = source, index, tuple(columns)
+        self.where = describe_source(source)
         files = index.files
         groups = np.array([group for file in files for group in file.groups], np.int64)
         self._groups, by_group = np.sort(groups), np.argsort(groups, kind="stable")
         self._file_of_group = np.repeat(np.arange(len(files)), [len(file.groups) for file in files])[by_group]
         self._index_in_file = np.concatenate([np.arange(len(file.groups)) for file in files])[by_group]
-        self._mapped: dict[int, MappedShard] = {}
+        self._open: dict[int, RowFile] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_mapped": {}}
+        return self.__dict__ | {"_open": {}}
 
     def require(self, sample_ids: NDArray[np.int64]) -> None:
         """Refuse rows that the cache does not hold.
@@ -173,7 +182,7 @@ class RowCache(Generic[KeyT]):
         missing = groups[~np.isin(groups, self._groups)]
         if len(missing):
             raise InputError(
-                f"{self.root}: {len(missing)} of {len(groups)} row groups needed are not in {index.DESCRIPTION} "
+                f"{self.where}: {len(missing)} of {len(groups)} row groups needed are not in {index.DESCRIPTION} "
                 f"(the first is {missing[0]}), which covers {index.rows} rows; raise {index.STAGE}.rows, "
                 "or set it to null to cover every row"
             )
@@ -192,31 +201,32 @@ class RowCache(Generic[KeyT]):
         columns: Columns = {}
         for number in np.unique(file):
             in_file = np.flatnonzero(file == number)
-            mapped = self._map(int(number))
-            if not np.array_equal(mapped.take("sample_id", row[in_file]), ids[in_file]):
+            opened = self._open_file(int(number))
+            if not np.array_equal(opened.take("sample_id", row[in_file]), ids[in_file]):
                 raise self._invalid_file(int(number), f"does not hold the rows that {self.index.FILE} says;")
             for name in self.columns:
-                values = mapped.take(name, row[in_file])
+                values = opened.take(name, row[in_file])
                 columns.setdefault(name, np.empty((len(ids), *values.shape[1:]), values.dtype))[in_file] = values
         return {name: identity.decode(name, values) for name, values in columns.items()}
 
-    def _map(self, number: int) -> MappedShard:
-        if number not in self._mapped:
-            listed, expected = self.index.files[number], self.index.identity.schema
-            path = self.root / listed.path
-            file = open_shard(path)
-            if not file.schema_arrow.equals(expected, check_metadata=True):
-                found, wanted = (
-                    ", ".join(f"{f.name} {f.type}" for f in names) for names in (file.schema_arrow, expected)
-                )
-                raise self._invalid_file(number, f"columns are {found}; expected {wanted}:")
-            if file.num_row_groups != len(listed.groups):
-                raise self._invalid_file(
-                    number, f"{file.num_row_groups} row groups, {self.index.FILE} lists {len(listed.groups)}:"
-                )
-            names, rows_per_group = ("sample_id", *self.columns), self.index.identity.rows_per_group
-            self._mapped[number] = MappedShard.open(path, file, names, rows_per_group)
-        return self._mapped[number]
+    def _open_file(self, number: int) -> RowFile:
+        if number not in self._open:
+            listed, identity = self.index.files[number], self.index.identity
+
+            def check(file: pq.ParquetFile) -> None:
+                if not file.schema_arrow.equals(identity.schema, check_metadata=True):
+                    found, wanted = (
+                        ", ".join(f"{f.name} {f.type}" for f in names) for names in (file.schema_arrow, identity.schema)
+                    )
+                    raise self._invalid_file(number, f"columns are {found}; expected {wanted}:")
+                if file.num_row_groups != len(listed.groups):
+                    raise self._invalid_file(
+                        number, f"{file.num_row_groups} row groups, {self.index.FILE} lists {len(listed.groups)}:"
+                    )
+
+            columns = ("sample_id", *self.columns)
+            self._open[number] = open_rows(self.source, listed.path, columns, identity.rows_per_group, check)
+        return self._open[number]
 
     def _invalid_file(self, number: int, fault: str) -> InputError:
-        return InputError(f"{self.root / self.index.files[number].path}: {fault} run `{self.index.STAGE}` again")
+        return InputError(f"{self.where}/{self.index.files[number].path}: {fault} run `{self.index.STAGE}` again")

@@ -41,10 +41,10 @@ class StudentTrainer:
         """``scorer`` scores what the student writes, where it writes."""
         torch.set_num_threads(job.threads)
         self.scorer = scorer
-        self.job, self.root = job, job.prepared.local()
-        validation = Shards(self.root, "validation")
+        self.job = job
+        validation = Shards(job.prepared, "validation")
         self.manifest = validation.manifest
-        self.train = planned_shards(self.root)
+        self.train = planned_shards(job.prepared)
         self.order = self.manifest.order(job.seed)
         self.spec = DistillSpec(job)
         ids = validation_ids(validation.rows, job.settings.validation_rows)
@@ -117,7 +117,7 @@ class StudentTrainer:
             InputError: the last checkpoint could not be written.
         """
         self.checkpoint_writer.wait()
-        tokenizer = self.manifest.tokenizer(self.root)
+        tokenizer = self.manifest.tokenizer(self.job.prepared)
         with self.job.draft.directory() as folder:
             save_model(self.model, self.model.config, folder / self.job.folder, tokenizer)
 

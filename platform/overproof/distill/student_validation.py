@@ -28,9 +28,9 @@ def check_student(student: Student, prepared: Artifact, trained: Artifact, progr
         InputError: its directory is none, is of another kind of model, has another number of outputs or another
             tokenizer; or the teacher lacks a layer that it asks for, or widths or places of theirs do not fit.
     """
-    manifest = Manifest.read(prepared.local())
+    manifest = Manifest.read(prepared)
     shape = shape_of(manifest)
-    teacher = Pretrained(path=str(trained.local() / "model"))
+    teacher = Pretrained(path=str(trained.local("model/") / "model"))
     try:
         found = student_size(student.model, teacher, shape)
         if isinstance(student.model, Pretrained):
@@ -47,7 +47,7 @@ def _check_directory(path: str, found: ModelSize, manifest: Manifest, prepared: 
             f"{path}: a {found.family} with {found.outputs} outputs; the data is for {manifest.task} and needs "
             f"{manifest.outputs}"
         )
-    require_tokenizer(pretrained.fetch_pretrained(path, progress), prepared.local())
+    require_tokenizer(pretrained.fetch_pretrained(path, progress), prepared)
 
 
 def _check_comparable(student: Student, found: ModelSize, teacher: ModelSize) -> None:

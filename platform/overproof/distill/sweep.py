@@ -100,22 +100,22 @@ def check_cache(context: StageContext) -> None:
     """
     recipe, parents = context.recipe, context.parents
     prepared, teacher_text = parents["prepare"], parents.get("generate")
-    order = Manifest.read(prepared.local()).order(recipe.seed)
+    order = Manifest.read(prepared).order(recipe.seed)
     sample_ids = order.rows_at(0, min(order.rows, recipe.rows_read))
     checked = sample_ids[:ROWS_CHECKED]
     if teacher_text:
-        text = TeacherText(teacher_text.local())
+        text = TeacherText(teacher_text)
         text.index.check(text_key(recipe, prepared, parents["train"]))
         text.require(sample_ids)
-        check_text(text, prepared.local(), checked)
+        check_text(text, prepared, checked)
     if not recipe.reads_cache:
         return
-    targets = TargetCache(parents["cache"].local())
+    targets = TargetCache(parents["cache"])
     targets.index.check(target_key(recipe, prepared, parents["train"], teacher_text))
     for temperature in recipe.temperatures:
         targets.index.require_temperature(temperature)
     targets.require(sample_ids)
-    check_rows(targets.root, prepared.local(), checked, teacher_text.local() if teacher_text else None)
+    check_rows(targets.source, prepared, checked, teacher_text)
 
 
 def make_trial_job(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pyarrow as pa
@@ -12,6 +11,7 @@ from pydantic import Field
 
 from overproof.artifacts import Artifact
 from overproof.config import Recipe, Scheme
+from overproof.data.row_files import Source
 from overproof.distill.row_cache import CacheIndex, CacheKey, RowCache, cache_key_fields
 from overproof.distill.target_codec import TargetLayout
 from overproof.errors import InputError
@@ -84,12 +84,12 @@ class TargetCache(RowCache[TargetKey]):
 
     index: TargetIndex
 
-    def __init__(self, root: Path, columns: Sequence[str] | None = None) -> None:
+    def __init__(self, source: Source, columns: Sequence[str] | None = None) -> None:
         """Open a cache directory; columns default to those a student learns from.
 
         Raises:
             InputError: there is no index.
         """
-        index = TargetIndex.read(root)
+        index = TargetIndex.read(source)
         self.layout = index.identity.layout
-        super().__init__(root, index, self.layout.loss_columns if columns is None else columns)
+        super().__init__(source, index, self.layout.loss_columns if columns is None else columns)

@@ -12,7 +12,6 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from overproof.artifacts import Artifact
 from overproof.config import OnPolicy, Recipe
 from overproof.data.parquet_reader import Columns
-from overproof.distill.row_cache import TEACHER_WEIGHTS
+from overproof.distill.row_cache import teacher_folder
 from overproof.errors import InputError
 from overproof.files import FileEntry, filesystem, mismatched_files
 from overproof.stage_context import Notice, StageContext, TaskProgress
@@ -156,7 +155,7 @@ class ScorerWorker:
     def __init__(self, trained: Artifact, settings: OnPolicy, temperatures: tuple[float, ...]) -> None:
         from overproof.distill.on_policy import TeacherScorer
 
-        folder = trained.local() / Path(TEACHER_WEIGHTS).parent
+        folder = teacher_folder(trained)
         self.scorer = TeacherScorer(folder, settings, temperatures, max(1, int(settings.cpus_per_actor)))
 
     def score(self, tokens_BS: NDArray[np.int64]) -> Columns:

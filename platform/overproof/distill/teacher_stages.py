@@ -9,6 +9,7 @@ from overproof.data.manifest import Manifest
 from overproof.data.parquet_writer import PAGE_BYTES
 from overproof.data.tokenizer_match import require_tokenizer
 from overproof.distill.endpoint_worker import EndpointJob, EndpointWorker
+from overproof.distill.row_cache import teacher_folder
 from overproof.distill.target_cache import TargetIndex, TargetKey, target_key
 from overproof.distill.teacher_pool import capture
 from overproof.distill.teacher_text import TextIndex, generate_settings, text_key
@@ -28,8 +29,8 @@ def generate_text(context: StageContext) -> dict[str, Any]:
     """
     settings = generate_settings(context.recipe)
     prepared, trained = context.parents["prepare"], context.parents["train"]
-    manifest = Manifest.read(prepared.local())
-    require_tokenizer(trained.local() / "model", prepared.local())
+    manifest = Manifest.read(prepared)
+    require_tokenizer(teacher_folder(trained), prepared)
     index = TextIndex.of(text_key(context.recipe, prepared, trained), manifest, settings.rows)
     tokens_per_row = index.identity.tokens
     job = CaptureJob(settings, index, prepared, trained, context.draft)
@@ -52,11 +53,11 @@ def cache_targets(context: StageContext) -> dict[str, Any]:
     """
     recipe, prepared, trained = context.recipe, context.parents["prepare"], context.parents["train"]
     teacher_text = context.parents.get("generate")
-    manifest, served = Manifest.read(prepared.local()), recipe.train.model
+    manifest, served = Manifest.read(prepared), recipe.train.model
     if isinstance(served, Served):
-        open_teacher(served, trained.local(), prepared.local()).close()
+        open_teacher(served, trained.local(), prepared.local_except("train/")).close()
     else:
-        require_tokenizer(trained.local() / "model", prepared.local())
+        require_tokenizer(teacher_folder(trained), prepared)
     key = target_key(recipe, prepared, trained, teacher_text)
     check_scheme(key)
     index = TargetIndex.of(key, manifest, recipe.rows_cached)

@@ -5,7 +5,6 @@ Students that train on it learn the teacher's distribution over whole sequences 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import pyarrow as pa
@@ -14,6 +13,7 @@ from overproof.artifacts import Artifact
 from overproof.config import Generate, Recipe
 from overproof.data.document_blocks import text_columns
 from overproof.data.manifest import shard_schema
+from overproof.data.row_files import Source
 from overproof.distill.row_cache import CacheIndex, CacheKey, RowCache, cache_key_fields
 
 
@@ -71,10 +71,10 @@ class TextIndex(CacheIndex[TextKey]):
 class TeacherText(RowCache[TextKey]):
     """The tokens of train rows as the teacher wrote them: {"tokens": (B, P + 1)}."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, source: Source) -> None:
         """Open the directory.
 
         Raises:
             InputError: there is no index.
         """
-        super().__init__(root, TextIndex.read(root), ("tokens",))
+        super().__init__(source, TextIndex.read(source), ("tokens",))

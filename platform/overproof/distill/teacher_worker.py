@@ -26,7 +26,7 @@ from overproof.data.order import uniforms
 from overproof.data.parquet_reader import Columns, Shards
 from overproof.data.parquet_writer import open_writer, to_table
 from overproof.data.tokenizer_match import require_tokenizer
-from overproof.distill.row_cache import CachedFile, CacheIndex
+from overproof.distill.row_cache import CachedFile, CacheIndex, teacher_folder
 from overproof.distill.target_cache import TargetIndex
 from overproof.distill.target_encoder import DRAW_KEY, encode_targets
 from overproof.distill.teacher_text import TeacherText
@@ -77,12 +77,12 @@ class TeacherWorker:
 
     @cached_property
     def rows(self) -> Shards:
-        return Shards(self.job.prepared.local(), "train")
+        return Shards(self.job.prepared, "train")
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        folder = self.job.trained.local() / "model"
-        require_tokenizer(folder, self.job.prepared.local())
+        folder = teacher_folder(self.job.trained)
+        require_tokenizer(folder, self.job.prepared)
         return load_model(folder).to(self.device)
 
     def check_outputs(self, outputs: int) -> None:
@@ -131,7 +131,7 @@ class TargetWorker(TeacherWorker):
 
     @cached_property
     def text(self) -> TeacherText | None:
-        return TeacherText(self.job.teacher_text.local()) if self.job.teacher_text else None
+        return TeacherText(self.job.teacher_text) if self.job.teacher_text else None
 
     @cached_property
     def model(self) -> PreTrainedModel:

@@ -20,7 +20,7 @@ from overproof.cluster.ray_cluster import run_tasks
 from overproof.config import Recipe
 from overproof.engines.probe import AnswersRequest, GeneratedAnswer, probe_answers
 from overproof.evaluate.metrics import EXPECTED_ACCURACY, wilson_interval
-from overproof.export.stage import Export
+from overproof.export.stage import Export, export_folder
 from overproof.registry import TASKS
 from overproof.stage_context import Notice, Progress, StageContext, TaskProgress
 from overproof.tasks.base import Metric, spread_units
@@ -80,7 +80,7 @@ class CheckedAnswers:
 
 def check_answers(context: StageContext, exports: tuple[Export, ...]) -> CheckedAnswers:
     """Ask one file after the other, on as many questions as the recipe has documents and time for."""
-    settings, root = context.recipe.evaluate, context.parents["prepare"].local()
+    settings, root = context.recipe.evaluate, context.parents["prepare"].local_except("train/")
     checks = read_checks(root)
     if not checks:
         return CheckedAnswers([], 0, {}, 0, settings.confidence, "")
@@ -142,7 +142,7 @@ def _ask(
     say("starting")
     request = AnswersRequest(
         engine=recipe.engine,
-        file=str(compressed.local() / file),
+        file=str(export_folder(compressed, file) / file),
         threads=recipe.evaluate.threads,
         chats=[check.messages for check in asked],
         tools=[check.tools for check in asked],

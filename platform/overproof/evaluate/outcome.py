@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from overproof.artifacts import Artifact
 from overproof.config import Recipe
 from overproof.config.search import apply_values
 from overproof.evaluate.gate import Verdict
@@ -273,6 +274,11 @@ def read_training(recipe: Recipe, train: Path, sweep: Path) -> Training:
     _, student = apply_values(recipe.sweep, base, best["values"])
     curves = {name: read_curve(file, "validation_loss")[0] for name, file in curve_files(train, sweep).items()}
     return Training(curves, student.distilled)
+
+
+def training_folders(artifacts: Mapping[str, Artifact]) -> tuple[Path, Path]:
+    """Those of the teacher's training and of the sweep on this machine, with learning curves and without models."""
+    return artifacts["train"].local("curve.jsonl"), artifacts["sweep"].local("trials.json", "curves/")
 
 
 def curve_files(train: Path, sweep: Path) -> dict[str, Path]:

@@ -31,9 +31,9 @@ from overproof.evaluate.metrics import (
     further_metrics,
     quality_metrics,
 )
-from overproof.evaluate.outcome import OUTCOME, find_outcome, read_training
+from overproof.evaluate.outcome import OUTCOME, find_outcome, read_training, training_folders
 from overproof.evaluate.stopping import FEWEST, next_count, time_limits, widest
-from overproof.export.stage import Export, read_exports
+from overproof.export.stage import EXPORTS, Export, export_folder, read_exports
 from overproof.files import read_json
 from overproof.registry import ENGINES, FORMATS, TASKS
 from overproof.stage_context import Progress, StageContext, TaskProgress
@@ -47,12 +47,12 @@ TELL_EVERY_S = 1.0  # at least, between two events of one file
 
 def evaluate_exports(context: StageContext) -> dict[str, Any]:
     """Measure every exported file and write the report."""
-    exports = read_exports(context.parents["compress"].local())
+    exports = read_exports(context.parents["compress"].local(EXPORTS))
     scored = _score_all(context, exports)
     engines = _probe_all(context, exports)
     checked = check_answers(context, exports)
     figures = {name: found | checked.metrics(name) for name, found in engines.items()}
-    copies = Manifest.read(context.parents["prepare"].local()).near_duplicates
+    copies = Manifest.read(context.parents["prepare"]).near_duplicates
     served = _served_teacher(context, exports)
     report = make_report(context.recipe, exports, scored, figures, checked.summary, served, copies)
     with context.draft.directory() as root:
@@ -67,7 +67,7 @@ def judge_report(context: StageContext) -> dict[str, Any]:
     """Judge the report, write the verdict and what it comes to; a refusal is a verdict like any other."""
     report = read_json(Report, context.parents["evaluate"].local() / REPORT)
     verdict = judge(context.recipe.gate, report)
-    training = read_training(context.recipe, context.parents["train"].local(), context.parents["sweep"].local())
+    training = read_training(context.recipe, *training_folders(context.parents))
     outcome = find_outcome(context.recipe, report, verdict, training)
     with context.draft.directory() as root:
         for name, value in ((VERDICT, verdict), (OUTCOME, outcome)):
@@ -163,7 +163,7 @@ class Scored:
 
 def _score_all(context: StageContext, exports: tuple[Export, ...]) -> Scored:
     """Score the exports in rounds, each on the same further units, until these are enough (see ``stopping``)."""
-    recipe, root = context.recipe, context.parents["prepare"].local()
+    recipe, root = context.recipe, context.parents["prepare"].local_except("train/")
     settings, task = recipe.evaluate, TASKS[recipe.data.kind]
     names = tuple(_scored_files(exports))
     available = len(task.units(root, None))
@@ -205,7 +205,7 @@ def _served_teacher(context: StageContext, exports: tuple[Export, ...]) -> Serve
     """The teacher that is none of the files."""
     if any(export.name == TEACHER for export in exports):
         return None
-    return ServedTeacher.read(context.parents["compress"].local())
+    return ServedTeacher.read(context.parents["compress"].local(ServedTeacher.FILE))
 
 
 def _scored_files(exports: Sequence[Export]) -> dict[str, str]:
@@ -283,7 +283,7 @@ def _probe_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, 
 def _score(
     compressed: Artifact, prepared: Artifact, file: str, recipe: Recipe, units: NDArray[np.int64], progress: Progress
 ) -> tuple[FileScores, float]:
-    root, path = prepared.local(), compressed.local() / file
+    root, path = prepared.local_except("train/"), export_folder(compressed, file) / file
     task, format = TASKS[Manifest.read(root).task], FORMATS[recipe.compress.kind]
     began_s = told_s = time.monotonic()
 
@@ -307,7 +307,7 @@ def _score(
 def _probe(
     compressed: Artifact, prepared: Artifact, file: str, recipe: Recipe, progress: Progress, number: int, total: int
 ) -> dict[str, Metric]:
-    root, path = prepared.local(), compressed.local() / file
+    root, path = prepared.local_except("train/"), export_folder(compressed, file) / file
     task, format = TASKS[Manifest.read(root).task], FORMATS[recipe.compress.kind]
 
     def say(note: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from overproof.artifacts import Artifact
 from overproof.config import Served
 from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import Manifest
@@ -57,7 +58,7 @@ def export_models(context: StageContext) -> dict[str, Any]:
         RuntimeError: an unquantised file, read back, is not the model it was made from.
     """
     settings, written = context.recipe.compress, FORMATS[context.recipe.compress.kind]
-    prepared, teacher = context.parents["prepare"].local(), context.parents["train"].local() / "model"
+    prepared, teacher = context.parents["prepare"], context.parents["train"].local("model/") / "model"
     given = ExportContext(settings, context.recipe.name, teacher, Manifest.read(prepared).tokenizer(prepared))
     planned = list(_planned(context, written))
     companions = written.companions(given)
@@ -87,11 +88,16 @@ def export_models(context: StageContext) -> dict[str, Any]:
     return {"size_bytes": {export.name: export.size_bytes for export in exports}}
 
 
+def export_folder(compressed: Artifact, file: str) -> Path:
+    """Where an exported file lies on this machine, with what describes all of them."""
+    return compressed.local(*(name for name in compressed.record.files if name == file or name.endswith(".json")))
+
+
 def _planned(context: StageContext, written: Format) -> list[tuple[str, str | None, str, Path]]:
     """Name, student, variant and source of every file, the unquantised ones first."""
-    swept, recipe = context.parents["sweep"].local(), context.recipe
+    swept, recipe = context.parents["sweep"].local("trials.json", "control/", "students/"), context.recipe
     kept: list[str] = json.loads((swept / "trials.json").read_text(encoding="utf-8"))["kept"]
-    references = {"teacher": context.parents["train"].local() / "model", "control": swept / "control"}
+    references = {"teacher": context.parents["train"].local("model/") / "model", "control": swept / "control"}
     if isinstance(recipe.train.model, Served):
         del references["teacher"]
     students = {name: swept / "students" / name for name in kept}

@@ -45,7 +45,7 @@ def render_card(
 ) -> str:
     """The card of the chosen export, from the recipe and the records of every stage."""
     recipe = context.recipe
-    sweep = json.loads((context.parents["sweep"].local() / "trials.json").read_text(encoding="utf-8"))
+    sweep = json.loads((context.parents["sweep"].local("trials.json") / "trials.json").read_text(encoding="utf-8"))
     measured = next(m for m in report.measured if m.name == verdict.chosen)
     environment = Environment(
         loader=PackageLoader("overproof.package", "."),

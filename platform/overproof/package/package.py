@@ -98,22 +98,23 @@ def build_package(context: StageContext) -> dict[str, Any]:
         GateRefused: none passed, with the reasons.
         InputError: the exported file is not the one that was measured.
     """
-    parents = {stage: artifact.local() for stage, artifact in context.parents.items()}
-    report = read_json(Report, parents["evaluate"] / REPORT)
-    verdict = read_json(Verdict, parents["gate"] / VERDICT)
+    measured, judged = context.parents["evaluate"].local(REPORT), context.parents["gate"].local()
+    report, verdict = read_json(Report, measured / REPORT), read_json(Verdict, judged / VERDICT)
     chosen = require_pass(verdict)
-    from overproof.export.stage import read_exports  # brings torch, which opening and serving do without
+    from overproof.export.stage import EXPORTS, read_exports  # brings torch, which opening and serving do without
 
-    export = next(e for e in read_exports(parents["compress"]) if e.name == chosen)
-    manifest = Manifest.read(parents["prepare"])
+    compressed = context.parents["compress"]
+    export = next(e for e in read_exports(compressed.local(EXPORTS)) if e.name == chosen)
+    exported = compressed.local(export.file, *export.companions)
+    manifest = Manifest.read(context.parents["prepare"])
     model = f"model{Path(export.file).suffix}"
     with context.draft.directory() as folder:
-        shutil.copyfile(parents["compress"] / export.file, folder / model)
-        shutil.copyfile(parents["evaluate"] / REPORT, folder / REPORT)
-        shutil.copyfile(parents["gate"] / VERDICT, folder / VERDICT)
+        shutil.copyfile(exported / export.file, folder / model)
+        shutil.copyfile(measured / REPORT, folder / REPORT)
+        shutil.copyfile(judged / VERDICT, folder / VERDICT)
         for companion in export.companions:
-            shutil.copyfile(parents["compress"] / companion, folder / companion)
-        outcome = read_json(Outcome, parents["gate"] / OUTCOME)
+            shutil.copyfile(exported / companion, folder / companion)
+        outcome = read_json(Outcome, judged / OUTCOME)
         card = render_card(context, manifest, report, verdict, outcome, model, file_sha256(folder / model))
         (folder / CARD).write_text(card, encoding="utf-8")
         content = PackageContents(
@@ -134,8 +135,8 @@ def build_package(context: StageContext) -> dict[str, Any]:
         )
         (folder / PACKAGE).write_text(content.model_dump_json(indent=1), encoding="utf-8")
         signer = sign_made_package(folder, context)
-        packed = open_package(folder)
-    return {"model": export.name, "size_bytes": packed.size_bytes, "sha256": packed.sha256, **signer}
+        packed = open_package(folder)  # where the store is remote, the folder goes with the block
+        return {"model": export.name, "size_bytes": packed.size_bytes, "sha256": packed.sha256, **signer}
 
 
 def sign_made_package(folder: Path, context: StageContext) -> dict[str, str]:

@@ -73,7 +73,7 @@ def _measure(
     def say(note: str) -> None:
         progress(TaskProgress("speculate", 0, 1, note))
 
-    return measure_draft(files[policy.teacher], files[draft], prepared.local(), policy, settings, say)
+    return measure_draft(files[policy.teacher], files[draft], prepared.local_except("train/"), policy, settings, say)
 
 
 def measure_draft(

@@ -46,7 +46,7 @@ def report_content(
     name: str, artifacts: Mapping[str, Artifact], curves: list[PlottedCurve], evaluated: EvaluatedFiles | None
 ) -> dict[str, Any]:
     """The content. ``artifacts`` by stage: the sweep, what it was made from, and what was made of it so far."""
-    sweep_results = json.loads((artifacts["sweep"].local() / "trials.json").read_text(encoding="utf-8"))
+    sweep_results = json.loads((artifacts["sweep"].local("trials.json") / "trials.json").read_text(encoding="utf-8"))
     return {
         "name": name,
         "trials": [_trial(trial, sweep_results) for trial in sweep_results["trials"]],

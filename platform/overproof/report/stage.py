@@ -12,7 +12,7 @@ from overproof.artifacts import Artifact, Store
 from overproof.errors import InputError
 from overproof.evaluate.gate import VERDICT, Verdict
 from overproof.evaluate.metrics import REPORT, Report
-from overproof.evaluate.outcome import OUTCOME, Outcome
+from overproof.evaluate.outcome import OUTCOME, Outcome, training_folders
 from overproof.files import read_json
 from overproof.report.content import EvaluatedFiles, read_curves, report_content
 from overproof.report.figure import draw_report
@@ -28,7 +28,7 @@ def write_report(context: StageContext) -> dict[str, Any]:
     evaluated = _read_evaluation(context.parents)
     assert evaluated is not None
     assert evaluated.verdict is not None
-    curves = read_curves(context.parents["train"].local(), context.parents["sweep"].local())
+    curves = read_curves(*training_folders(context.parents))
     page = render_page(context.recipe.name, context.parents)
     with context.draft.directory() as folder:
         (folder / "report.png").write_bytes(draw_report(curves, evaluated.report, evaluated.verdict))
@@ -72,7 +72,7 @@ def _read_evaluation(artifacts: Mapping[str, Artifact]) -> EvaluatedFiles | None
 def render_page(name: str, artifacts: Mapping[str, Artifact]) -> str:
     """The page. ``artifacts`` by stage: the sweep, what it was made from, and what was made of it so far."""
     evaluated = _read_evaluation(artifacts)
-    curves = read_curves(artifacts["train"].local(), artifacts["sweep"].local())
+    curves = read_curves(*training_folders(artifacts))
     content = report_content(name, artifacts, curves, evaluated)
     environment = Environment(
         loader=PackageLoader("overproof.report", "page"),

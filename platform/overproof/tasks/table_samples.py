@@ -14,7 +14,7 @@ from pyarrow import csv, fs
 
 from overproof.data.json_lines import BLANK
 from overproof.data.parquet_columns import as_plain_type, is_text, iter_columns, open_parquet
-from overproof.data.parquet_reader import holds_objects
+from overproof.data.row_files import holds_objects
 from overproof.data.source_files import (
     FileListing,
     OnError,

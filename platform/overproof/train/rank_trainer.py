@@ -43,8 +43,7 @@ class RankTrainer:
         InputError: the starting model or the checkpoint cannot be used, or memory ran out.
         """
         self.job, self.resume, self.rank, self.world = job, resume, rank, world
-        self.root = job.prepared.local()
-        self.manifest = Manifest.read(self.root)
+        self.manifest = Manifest.read(job.prepared)
         self.task = TASKS[self.manifest.task]
         self.order = self.manifest.order(job.seed)
         torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
@@ -59,7 +58,7 @@ class RankTrainer:
             self.objective = job.spec.objective(self.task, self.engine.device)
         self.curve = self._restore(checkpoint, universal) if checkpoint else []
         self.batch: Batch = {}
-        self.validation_shards = Shards(self.root, "validation")
+        self.validation_shards = Shards(job.prepared, "validation")
         ids = validation_ids(self.validation_shards.rows, job.train.validation_rows)
         self.validation_batches = shard_batches(ids, job.train.batch_size // world, rank, world)
 
@@ -118,7 +117,7 @@ class RankTrainer:
             InputError: that checkpoint is damaged.
         """
         train, checkpoints = self.job.train, self.job.checkpoints
-        tokenizer = self.manifest.tokenizer(self.root)
+        tokenizer = self.manifest.tokenizer(self.job.prepared)
         self._report_phase("writing the model", train.steps)
         if train.steps == 0:
             start = self.model if self._holds_start() else self.job.spec.model(self.manifest, self.job.seed)
@@ -195,7 +194,7 @@ class RankTrainer:
 
 def read_rank_rows(job: TrainJob, resume: ResumePoint, rank: int, world: int) -> Iterator[Columns]:
     """A rank's planned rows of every step that is left, read by this process."""
-    shards = planned_shards(job.prepared.local())
+    shards = planned_shards(job.prepared)
     order = shards.manifest.order(job.seed)
     return shards.steps(order, job.train.batch_size, resume.step, job.train.steps, rank, world)
 

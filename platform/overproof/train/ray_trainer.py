@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import RunConfig
 from ray.train.collective import broadcast_from_rank_zero
 
-from overproof.artifacts import ArtifactWriter
+from overproof.artifacts import Artifact, ArtifactWriter
 from overproof.cluster.ray_cluster import preserve_handler
 from overproof.config import ModelSection, Pretrained, Served
 from overproof.data.feed import planned_dataset
@@ -71,7 +70,7 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
     """
     settings, prepared, draft = context.recipe.train, context.parents["prepare"], context.draft
     if isinstance(settings.model, Served):
-        keep_chat_template(prepared.local(), settings.model, draft)
+        keep_chat_template(prepared, settings.model, draft)
         return record_teacher(context, settings.model)
     if isinstance(settings.model, Pretrained):
         # With transformers: seconds to import, and not needed otherwise.
@@ -80,9 +79,9 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
         context.progress(TaskProgress("train", 0, settings.steps, f"fetching {settings.model.path}"))
         start = pretrained.absolute_pretrained(settings.model)
         fetched = pretrained.fetch_pretrained(start.path, context.progress)
-        require_tokenizer(fetched, prepared.local())
+        require_tokenizer(fetched, prepared)
         if not settings.steps:
-            require_outputs(fetched, Manifest.read(prepared.local()))
+            require_outputs(fetched, Manifest.read(prepared))
         settings = settings.model_copy(update={"model": start})
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, draft.config, draft.parents, settings.checkpoint)
     checkpoints.claim_folder()
@@ -91,16 +90,16 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
         settings, context.recipe.seed, prepared, draft, checkpoints, context.progress, spec, settings.scored_checkpoints
     )
     metrics: dict[str, Any] = run_workers(job, train_rank)
-    keep_chat_template(prepared.local(), settings.model, draft)
+    keep_chat_template(prepared, settings.model, draft)
     return metrics
 
 
-def keep_chat_template(prepared: Path, start: ModelSection, draft: ArtifactWriter) -> None:
+def keep_chat_template(prepared: Artifact, start: ModelSection, draft: ArtifactWriter) -> None:
     """Copy the chat template that the data was written by, or else the starting model's: students are asked alike."""
     from overproof.data.chat_template_files import CHAT_TEMPLATE
     from overproof.models.hf_directory import chat_template
 
-    template = chat_template(prepared)
+    template = chat_template(prepared.local_except("train/"))
     if template is None and isinstance(start, Pretrained):
         template = chat_template(pretrained.fetch_pretrained(start.path))
     if template is not None:
@@ -204,7 +203,7 @@ def planned_rows(job: TrainJob, first: int, rank: int, world: int) -> Iterator[C
     of ``STREAM_STEPS`` at a time.
     """
     steps, batch_size = job.train.steps, job.train.batch_size
-    shards = planned_shards(job.prepared.local())
+    shards = planned_shards(job.prepared)
     order = shards.manifest.order(job.seed)
     step, stop = first, min(steps, first + OWN_STEPS)
     tables = shards.steps(order, batch_size, step, stop, rank, world)
@@ -238,7 +237,7 @@ def _stream_rows(job: TrainJob, order: Order, first: int, last: int, rank: int, 
     """
     parts: list[DataIterator] | None = None
     if rank == 0:
-        rows = planned_dataset(job.prepared.local(), order, job.train.batch_size, first, last, world)
+        rows = planned_dataset(job.prepared, order, job.train.batch_size, first, last, world)
         rows.context.enable_progress_bars = False
         parts = list(rows.streaming_split(world, equal=True))
     feed = broadcast_from_rank_zero(parts)[rank]

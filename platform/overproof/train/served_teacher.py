@@ -16,7 +16,7 @@ def record_teacher(context: StageContext, served: Served) -> dict[str, Any]:
     Raises:
         InputError: it cannot be asked, does not tell as many tokens, or has another tokenizer than the data.
     """
-    recipe, prepared = context.recipe, context.parents["prepare"].local()
+    recipe, prepared = context.recipe, context.parents["prepare"].local_except("train/")
     context.progress(TaskProgress("train", 0, 1, f"asking {served.url}"))
     top = recipe.cache.scheme.k if recipe.reads_cache and isinstance(recipe.cache.scheme, TopK) else 1
     endpoint = Endpoint(served, lambda text: context.progress(Notice(text)))

@@ -1,0 +1,141 @@
+"""Files of remote artifacts on this machine: each is fetched once, when it is asked for, and held against its hash.
+
+They take a bounded share of the disk. Where another needs room, the artifacts go that were used longest ago and that no
+process uses now: whoever was given a folder holds a lock on it, which the kernel lets go with the process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from pyarrow import fs
+
+from overproof.errors import InputError
+from overproof.files import CHUNK_BYTES, FileEntry, cache_root
+
+DISK_SHARE = 0.5  # of what is free and what the fetched files take themselves
+FETCHES = 8  # at a time
+_used: dict[Path, IO[bytes]] = {}  # by folder: this process's hold on it
+
+
+def fetch(files: fs.FileSystem, path: str, key: str, entries: Mapping[str, FileEntry]) -> Path:
+    """A folder of this machine that has these files of the artifact at ``path``, which ``key`` identifies.
+
+    Raises:
+        InputError: a file is missing or is not what its entry says, or there is no room for it.
+    """
+    folder = _hold(key)
+    if not all((folder / name).exists() for name in entries):
+        with _locked(folder.with_suffix(".fetch")):
+            missing = {name: entry for name, entry in entries.items() if not (folder / name).exists()}
+            _make_room(folder, sum(entry.size_bytes for entry in missing.values()))
+            with ThreadPoolExecutor(FETCHES) as pool:
+                list(pool.map(lambda item: _fetch_file(files, path, folder, *item), missing.items()))
+    return folder
+
+
+def _fetch_file(files: fs.FileSystem, root: str, folder: Path, name: str, entry: FileEntry) -> None:
+    target = folder / name
+    part, digest = target.with_name(f"{target.name}.part"), hashlib.sha256()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with files.open_input_stream(f"{root}/{name}") as source, part.open("wb") as copy:
+            while chunk := source.read(CHUNK_BYTES):
+                digest.update(chunk)
+                copy.write(chunk)
+    except FileNotFoundError:
+        raise InputError(f"{root}/{name}: missing, though its record lists it; delete {root} and run again") from None
+    except OSError as error:
+        raise InputError(f"{root}/{name}: cannot be fetched to {folder}: {error}; run again to go on") from None
+    if digest.hexdigest() != entry.sha256:
+        part.unlink()
+        raise InputError(
+            f"{root}/{name}: sha256 is {digest.hexdigest()[:12]}…, the record says {entry.sha256[:12]}…; the file was "
+            f"changed after it was written: delete {root} and run again"
+        )
+    part.replace(target)
+
+
+def _hold(key: str) -> Path:
+    """The folder of an artifact, which stays as long as this process does."""
+    root = cache_root() / "artifacts"
+    folder = root / key
+    if folder not in _used:
+        root.mkdir(exist_ok=True)
+        with _locked(root / "lock"):  # nobody deletes it between the two
+            handle = folder.with_suffix(".used").open("ab")
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            folder.mkdir(exist_ok=True)
+        _used[folder] = handle
+    os.utime(folder.with_suffix(".used"))
+    return folder
+
+
+def _make_room(folder: Path, needed_bytes: int) -> None:
+    """Delete what was used longest ago and is not used now, until ``needed_bytes`` more keep to the share.
+
+    Raises:
+        InputError: all that could go is gone, and the disk has no room.
+    """
+    root = folder.parent
+    with _locked(root / "lock"):
+        sizes = {each: sum(_sizes(each)) for each in root.iterdir() if each.is_dir()}
+        free, taken = shutil.disk_usage(root).free, sum(sizes.values())
+        limit = DISK_SHARE * (free + taken)
+        for other in sorted(sizes, key=lambda each: each.with_suffix(".used").stat().st_mtime):
+            if taken + needed_bytes <= limit:
+                return
+            if other != folder and _delete_unused(other):
+                taken, free = taken - sizes[other], free + sizes[other]
+    if needed_bytes > free:
+        raise InputError(
+            f"{root}: {needed_bytes:,} bytes are to be fetched, and {free:,} are free; make room, or set TMPDIR to a "
+            "folder of a larger disk"
+        )
+
+
+def _delete_unused(folder: Path) -> bool:
+    with folder.with_suffix(".used").open("ab") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        shutil.rmtree(folder)
+        return True
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            yield path.stat().st_size
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("ab") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def names_below(entries: Mapping[str, FileEntry], names: Sequence[str]) -> dict[str, FileEntry]:
+    """The entries with these names, and of names that end in a slash all below, if any.
+
+    Raises:
+        InputError: there is none with a name.
+    """
+    found: dict[str, FileEntry] = {}
+    for name in names:
+        matching = {path: entry for path, entry in entries.items() if path == name or
+                    (name.endswith("/") and path.startswith(name))}  # fmt: skip
+        if not matching and not name.endswith("/"):
+            raise InputError(f"{name}: not among the artifact's files; found {', '.join(sorted(entries)) or 'none'}")
+        found |= matching
+    return found
