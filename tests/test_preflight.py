@@ -14,7 +14,7 @@ from finished import RECIPES, Run
 from overproof.cluster import preflight, store_probe, upload
 from overproof.cluster.placement import Capacity, NodeShape
 from overproof.cluster.preflight import Throughput
-from overproof.cluster.ray_cluster import _attached_capacity
+from overproof.cluster.ray_cluster import capacity
 from overproof.config import load_recipe
 from overproof.files import filesystem
 from overproof.units import format_bytes, format_seconds
@@ -69,7 +69,7 @@ def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_node_of_a_cluster_is_asked_for_the_store(ray_cluster: str, tmp_path: Path) -> None:
-    where = _attached_capacity()
+    where = capacity()
     assert where.count == 2
     shared = preflight.check_storage(load_recipe(DIGITS, (f"store={tmp_path}",)), where, attached=True)
     assert (shared.state, "every node" in shared.text) == ("ok", True)
@@ -81,7 +81,7 @@ def test_a_folder_that_other_nodes_do_not_see_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     own = load_recipe(DIGITS, ("store=/proc/self/cwd/store",))  # a path that is another folder in every process
-    found = preflight.check_storage(own, _attached_capacity(), attached=True)
+    found = preflight.check_storage(own, capacity(), attached=True)
     assert found.state == "refused"
     assert "is not seen on" in found.text
     assert "s3://bucket/store" in found.text

@@ -23,6 +23,7 @@ from overproof.errors import InputError
 
 CHUNK_BYTES = 1 << 20
 HASHING_THREADS = 4
+OBJECT_STORES = ("s3", "gcs", "abfs")  # by the names that Arrow has for them
 MAX_SOCKET_BYTES = 103  # of a path: 107 on Linux, 103 on macOS
 SHORT_TEMP = Path("/tmp")
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -146,6 +147,10 @@ def atomic_write(files: fs.FileSystem, path: str, content: bytes, private: bool 
     """Write a small file so that readers see all of it or none, whoever else writes it, and after a power cut too; on a
     disk a ``private`` one is its user's alone.
     """
+    if files.type_name in OBJECT_STORES:  # an object appears whole when its writer ends
+        with files.open_output_stream(path) as stream:
+            stream.write(content)
+        return
     part = f"{path}.{secrets.token_hex(4)}.part"
     if private and isinstance(files, fs.LocalFileSystem):
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))

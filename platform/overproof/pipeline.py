@@ -185,7 +185,7 @@ def run(recipe: Recipe, until: str | None = None, done: dict[str, Artifact] | No
 def _run_steps(
     steps: Sequence[PlannedStage], recipe: Recipe, store: Store, done: dict[str, Artifact]
 ) -> dict[str, Artifact]:
-    connected = False
+    connected, verified = False, set[str]()
     for step in steps:
         if step.stage.name == "package":
             _require_pass(done["gate"])
@@ -198,7 +198,12 @@ def _run_steps(
                 capacity = ray_cluster.connect()
             require_placeable(recipe, capacity)
             connected = True
+        for parent in step.parents:
+            if done[parent].is_local and done[parent].id not in verified:
+                done[parent].verify()  # of a remote one, each process verifies what it fetches
+            verified.add(done[parent].id)
         done[step.stage.name] = run_stage(step, recipe, store, done)
+        verified.add(done[step.stage.name].id)  # hashed as it was committed
     return done
 
 
@@ -221,8 +226,6 @@ def run_stage(step: PlannedStage, recipe: Recipe, store: Store, done: Mapping[st
 def _run_and_commit(step: PlannedStage, recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> Artifact:
     name = step.stage.name
     parents = {parent: done[parent] for parent in step.parents}
-    for parent in parents.values():
-        parent.verify()
     draft = store.new_writer(recipe.name, name, step.fingerprint, step.config, step.parents)
     began = time.monotonic()
     try:

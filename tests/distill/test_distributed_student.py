@@ -103,7 +103,7 @@ def test_what_a_group_cannot_do_is_refused(changes: dict[str, Any], message: str
 
 
 def test_as_many_groups_run_as_there_is_room_for() -> None:
-    nodes = [{"CPU": 4.0}, {"CPU": 3.0, "GPU": 1.0}]
+    nodes = Capacity((NodeShape("up", 4, 0, 1, always=1), NodeShape("up", 3, 1, 1, always=1)), "")
     assert trial_slots(recipe_of("digits", sweep=GROUP).sweep, nodes) == 3
     wide = {**GROUP, "group": {"workers": 2, "cpus_per_worker": 2}}
     assert trial_slots(recipe_of("digits", sweep=wide).sweep, nodes) == 1

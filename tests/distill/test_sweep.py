@@ -17,6 +17,7 @@ import pytest
 from distill_world import World, capture, jobs, make
 
 from overproof.artifacts import Artifact, Store
+from overproof.cluster.placement import Capacity, NodeShape
 from overproof.config import Asha, Median, NoStop, Optimization, Pbt, Sweep
 from overproof.data.parquet_reader import Shards
 from overproof.distill.student_trainer import StudentTrainer
@@ -363,7 +364,8 @@ def test_too_small_a_cache_is_refused_before_anything_starts(digits_world: World
 
 
 def test_slots_count_what_fits_each_node() -> None:
-    nodes = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 3.0}, {"memory": 1.0}]
+    up = NodeShape("up", 4, 1, 1, always=1), NodeShape("up", 3, 0, 1, always=1), NodeShape("up", 0, 0, 1, always=1)
+    nodes = Capacity(up, "")
 
     def settings(**changes: Any) -> Sweep:
         return Sweep.model_validate({**SWEEP, **changes})
@@ -373,6 +375,9 @@ def test_slots_count_what_fits_each_node() -> None:
     assert trial_slots(settings(cpus_per_trial=0.5), nodes) == 14
     assert trial_slots(settings(cpus_per_trial=1, gpus_per_trial=0.5), nodes) == 2
     assert trial_slots(settings(cpus_per_trial=8), nodes) == 0
+    addable = Capacity((*up, NodeShape("gpu", 16, 1, 8)), "")  # trials wait for those: then the autoscaler adds them
+    assert trial_slots(settings(cpus_per_trial=8), addable) == 16
+    assert trial_slots(settings(cpus_per_trial=1, gpus_per_trial=1), addable) == 9
 
 
 def test_rungs_are_before_the_last_step() -> None:

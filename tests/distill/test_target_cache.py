@@ -47,9 +47,15 @@ def cached(caches: dict[str, Artifact]) -> Path:
 
 
 @settings(max_examples=50)
-@given(st.integers(0, 99), st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 300))
+@given(
+    st.integers(0, 99),
+    st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    st.integers(1, 9),
+    st.integers(1, 300),
+    st.integers(1, 400),
+)
 def test_the_cover_is_every_row_group_the_first_rows_touch(
-    seed: int, groups_of_shards: list[int], rows_per_group: int, rows: int
+    seed: int, groups_of_shards: list[int], rows_per_group: int, rows: int, file_bytes: int
 ) -> None:
     shards = tuple(
         Shard(path=str(i), sha256="", size_bytes=0, rows=groups * rows_per_group, predictions=0)
@@ -65,14 +71,16 @@ def test_the_cover_is_every_row_group_the_first_rows_touch(
         outputs=10,
     )
     order = Order(manifest.groups, rows_per_group, seed)
-    files = plan_cached_files(manifest, order, rows)
+    files = plan_cached_files(manifest, order, rows, 10, file_bytes)
+    assert len({file.path for file in files}) == len(files)
+    assert all(len(file.groups) == 1 or len(file.groups) * rows_per_group * 10 <= file_bytes for file in files)
     covered = [group for file in files for group in file.groups]
     assert covered == sorted(set((order.rows_at(0, min(rows, total)) // rows_per_group).tolist()))
     starts = np.cumsum([0, *groups_of_shards])
     for file in files:
-        shard = int(file.path.removesuffix(".parquet"))
+        shard = int(file.path.removesuffix(".parquet").partition("-")[0])
         assert all(starts[shard] <= group < starts[shard + 1] for group in file.groups)
-    assert [group for file in plan_cached_files(manifest, order, None) for group in file.groups] == list(
+    assert [group for file in plan_cached_files(manifest, order, None, 10) for group in file.groups] == list(
         range(manifest.groups)
     )
 

@@ -21,7 +21,7 @@ class Named:
         self.name = name
 
 
-def trials_of(given_up: set[str]) -> tuple[OptunaSearcher, list[str]]:
+def trials_of(given_up: set[str], room: int = 9) -> tuple[OptunaSearcher, list[str]]:
     students = [{"name": name, "temperature": 2.0, "model": BASE} for name in "ab"]
     recipe = recipe_of("digits", sweep={"students": students})
     begun: list[str] = []
@@ -30,7 +30,17 @@ def trials_of(given_up: set[str]) -> tuple[OptunaSearcher, list[str]]:
         begun.append(values[STUDENT])
         return Named(values[STUDENT])
 
-    return OptunaSearcher(OptunaStudy(recipe.tune, recipe.sweep, 0), begin, given_up.__contains__), begun
+    study = OptunaStudy(recipe.tune, recipe.sweep, 0)
+    return OptunaSearcher(study, begin, given_up.__contains__, lambda: room), begun
+
+
+def test_a_trial_is_chosen_when_there_is_room_for_it() -> None:
+    trials, begun = trials_of(set(), room=1)
+    assert trials.suggest("1")["job"].name == "a"
+    assert trials.suggest("2") is None
+    assert begun == ["a"]
+    trials.on_trial_complete("1", result(2.0))
+    assert trials.suggest("3")["job"].name == "b"
 
 
 def result(loss: float) -> dict[str, Any]:

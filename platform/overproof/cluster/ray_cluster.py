@@ -76,7 +76,7 @@ def connect() -> Capacity:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
-    return _attached_capacity()
+    return capacity()
 
 
 def disconnect() -> None:
@@ -141,7 +141,8 @@ def dashboard_url() -> str | None:
     return f"http://{url}" if url else None
 
 
-def _attached_capacity() -> Capacity:
+def capacity() -> Capacity:
+    """Of the cluster that this process is attached to: the nodes that are up, and those that it may add."""
     import ray
 
     from overproof.cluster import ray_private

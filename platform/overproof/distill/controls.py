@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 
 from overproof.distill.sweep_state import SweepState
 from overproof.distill.sweep_tracker import SweepTracker
-from overproof.distill.trial_job import CONTROL, FINISHED, MAX_DEATHS, TrialJob
+from overproof.distill.trial_job import CONTROL, MAX_DEATHS, STUDENTS, TrialJob
 from overproof.distill.tune_trial import trainer_for
 from overproof.errors import InputError
 
@@ -21,12 +21,13 @@ def control_job(job: TrialJob, state: SweepState, best: bool) -> TrialJob:
     """A student's shape, start, rows, seed, steps and threads without the teacher; the best one's is kept."""
     name = CONTROL if best else f"{CONTROL}-{job.name}"
     checkpoints = state.checkpoints(f"{CONTROL}/{job.name}")
-    folder = CONTROL if best else f"{FINISHED}/{name}"
+    folder = CONTROL if best else f"{STUDENTS}/{name}"
     return replace(job, name=name, distilled=False, folder=folder, checkpoints=checkpoints)
 
 
-def train_controls(jobs: Sequence[TrialJob], max_concurrent: int, tracker: SweepTracker) -> None:
-    """Train every control to the end; one whose process dies goes on from its checkpoint in another.
+def train_controls(jobs: Sequence[TrialJob], room: Callable[[], int], tracker: SweepTracker) -> None:
+    """Train every control to the end, as many at a time as there is room for; one whose process dies goes on from its
+    checkpoint in another.
 
     Raises:
         InputError: one failed.
@@ -42,7 +43,7 @@ def train_controls(jobs: Sequence[TrialJob], max_concurrent: int, tracker: Sweep
     tracker.start_controls([job.name for job in jobs])
     try:
         while waiting or running:
-            while waiting and len(running) < max_concurrent:
+            while waiting and len(running) < room():
                 job = waiting.pop(0)
                 actors[job.name] = actor = remote.remote()
                 actor.start.remote(job)

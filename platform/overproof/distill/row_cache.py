@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from overproof.artifacts import Artifact, local_folder
+from overproof.data.columns import row_bytes
 from overproof.data.manifest import MANIFEST, Manifest
 from overproof.data.order import Order
 from overproof.data.parquet_reader import Columns
@@ -24,6 +25,7 @@ from overproof.engines.served_teacher import ServedTeacher
 from overproof.errors import InputError
 from overproof.files import read_json
 
+FILE_BYTES = 1 << 30  # of a file, about: an actor writes one at a time, and one that is lost loses no more
 TEACHER_WEIGHTS = "model/model.safetensors"  # within the artifact of `train`
 
 
@@ -91,16 +93,22 @@ class CachedFile(BaseModel):
     groups: tuple[int, ...]
 
 
-def plan_cached_files(manifest: Manifest, order: Order, rows: int | None) -> tuple[CachedFile, ...]:
-    """The row groups that the first ``rows`` rows of the order touch; a train shard without any has no file."""
+def plan_cached_files(
+    manifest: Manifest, order: Order, rows: int | None, row_bytes: int, file_bytes: int = FILE_BYTES
+) -> tuple[CachedFile, ...]:
+    """The row groups that the first ``rows`` rows of the order touch, in files of ``file_bytes`` at most, of one train
+    shard each; one without any has no file.
+    """
+    most = max(1, file_bytes // (row_bytes * order.rows_per_group))
     wanted = order.rows_at(0, order.rows if rows is None else min(rows, order.rows))
     groups = np.unique(wanted // order.rows_per_group)
     files, first = [], 0
     for number, shard in enumerate(manifest.splits["train"].shards):
         last = first + shard.rows // order.rows_per_group
         in_shard = groups[(first <= groups) & (groups < last)]
-        if len(in_shard):
-            files.append(CachedFile(path=f"{number:05d}.parquet", groups=tuple(in_shard.tolist())))
+        for part in range(0, len(in_shard), most):
+            named = f"{number:05d}" + (f"-{part // most:03d}" if len(in_shard) > most else "")
+            files.append(CachedFile(path=f"{named}.parquet", groups=tuple(in_shard[part : part + most].tolist())))
         first = last
     return tuple(files)
 
@@ -122,7 +130,7 @@ class CacheIndex(BaseModel, Generic[KeyT]):
     @classmethod
     def of(cls, identity: KeyT, manifest: Manifest, rows: int | None) -> Self:
         """Of the first ``rows`` rows in training order."""
-        files = plan_cached_files(manifest, manifest.order(identity.seed), rows)
+        files = plan_cached_files(manifest, manifest.order(identity.seed), rows, row_bytes(identity.schema))
         covered = sum(len(file.groups) for file in files) * manifest.rows_per_group
         return cls(identity=identity, rows=covered, files=files)
 

@@ -24,13 +24,11 @@ from overproof.distill.target_cache import TargetCache, target_key
 from overproof.distill.teacher_pool import ScorerPool, scorer_pool
 from overproof.distill.teacher_text import TeacherText, text_key
 from overproof.distill.tensorboard import EVENTS, TrialEvents
-from overproof.distill.trial_job import CONTROL, FINISHED, MAX_DEATHS, TrialJob, rung_steps
-from overproof.distill.tune_search import max_concurrent_trials, run_trials
+from overproof.distill.trial_job import CONTROL, MAX_DEATHS, STUDENTS, TrialJob, rung_steps
+from overproof.distill.tune_search import TrialRoom, run_trials
 from overproof.errors import InputError
 from overproof.files import filesystem
 from overproof.stage_context import StageContext
-
-STUDENTS = "students"  # folder of the sweep artifact: the weights of each student that is kept
 
 
 def sweep(context: StageContext) -> dict[str, Any]:
@@ -65,11 +63,11 @@ def sweep(context: StageContext) -> dict[str, Any]:
         finished = tracker.finished()
         compared = [job for job in jobs if job.name in finished] if settings.controls == "every" else [best_job]
         controls = {job.name: control_job(job, state, best=job is best_job) for job in compared}
-        train_controls(list(controls.values()), max_concurrent_trials(settings), tracker)
+        train_controls(list(controls.values()), TrialRoom(settings), tracker)
     trials = [tracker.trial_entry(job) for job in jobs]
     control_trials = {name: tracker.trial_entry(job) for name, job in controls.items()}
     kept = pareto_students(trials, best_job.name, settings.keep)
-    publish_students(context.draft.uri, kept)
+    drop_students(context.draft.uri, kept)
     with context.draft.directory() as folder:
         tracker.write_curves(folder / "curves")
         shown = varying_values(settings, context.recipe.tune)
@@ -138,7 +136,7 @@ def make_trial_job(
         target_cache=parents.get("cache"),
         teacher_text=parents.get("generate"),
         draft=context.draft,
-        folder=f"{FINISHED}/{name}",
+        folder=f"{STUDENTS}/{name}",
         checkpoints=state.checkpoints(name),
         replay_history=not isinstance(context.recipe.tune.scheduler, Pbt),
         scorer=scorer,
@@ -190,14 +188,12 @@ def pareto_students(trials: Sequence[Mapping[str, Any]], winner: str, most: int)
     return [str(trial["name"]) for trial in kept[:most]]
 
 
-def publish_students(uri: str, names: Sequence[str]) -> None:
-    """Move these students' weights to students/ and drop the others; object stores cannot move a folder."""
+def drop_students(uri: str, kept: Sequence[str]) -> None:
+    """Delete the weights of all but these: each was written where it stays, for object stores cannot move a folder."""
     store, root = filesystem(uri)
-    for name in names:
-        source, target = f"{root}/{FINISHED}/{name}", f"{root}/{STUDENTS}/{name}"
-        store.create_dir(target)
-        fs.copy_files(source, target, source_filesystem=store, destination_filesystem=store)
-    store.delete_dir(f"{root}/{FINISHED}")
+    for info in store.get_file_info(fs.FileSelector(f"{root}/{STUDENTS}")):
+        if info.base_name not in kept:
+            store.delete_dir(info.path)
 
 
 def _write_events(folder: Path, trial: Mapping[str, Any], tracker: SweepTracker, shown: Container[str]) -> None:

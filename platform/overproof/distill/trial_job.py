@@ -20,7 +20,7 @@ from overproof.train.checkpoint import Checkpoints
 if TYPE_CHECKING:
     from overproof.distill.teacher_pool import ScorerPool  # which imports Ray
 
-FINISHED = "finished"  # folder of the draft: weights of the trials that ran every step
+STUDENTS = "students"  # folder of the sweep's artifact: weights of the trials that ran every step, then of the kept
 CONTROL = "control"
 MAX_DEATHS = 3  # of the process of one trial or control, or its node
 

@@ -13,13 +13,13 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, assert_never
 
 import numpy as np
-import ray
 from pyarrow import fs
 from ray import tune
 from ray.exceptions import RayTaskError
@@ -33,7 +33,8 @@ from ray.tune.schedulers import (
 from ray.tune.search import Searcher
 
 from overproof.artifacts import ArtifactWriter
-from overproof.cluster.placement import Resources, count_fitting
+from overproof.cluster import ray_cluster
+from overproof.cluster.placement import Capacity, ResourceRequest
 from overproof.config import Asha, Hyperband, Median, NoStop, Optimization, Pbt, Space, Sweep, Tune
 from overproof.config.search import (
     Domain,
@@ -52,6 +53,7 @@ from overproof.distill.tune_trial import TuneTrial
 from overproof.files import filesystem, join_uri
 from overproof.stage_context import StageContext
 
+ROOM_S = 5.0
 STEPS, LOSS = "steps", "validation_loss"
 COMPARISON: dict[str, Any] = {"time_attr": STEPS, "metric": LOSS, "mode": "min"}
 RESAMPLE_PROBABILITY = 0.25  # of population-based training: that a value is drawn anew
@@ -81,10 +83,12 @@ def run_trials(
             tune.with_resources(TuneTrial, _trial_resources(settings)),
             param_space=population,
             tune_config=tune.TuneConfig(
-                search_alg=None if population else OptunaSearcher(study, start_trial, tracker.failures.__contains__),
+                search_alg=None
+                if population
+                else OptunaSearcher(study, start_trial, tracker.failures.__contains__, TrialRoom(settings)),
                 scheduler=tune_scheduler(search, settings, context.recipe.seed),
                 num_samples=1 if population else tracker.trials * (1 + MAX_DEATHS),
-                max_concurrent_trials=max_concurrent_trials(settings),
+                max_concurrent_trials=settings.concurrent_trials,
                 reuse_actors=settings.group is None,  # a group ends with its trial
             ),
             run_config=tune.RunConfig(
@@ -107,16 +111,26 @@ def run_trials(
         raise RuntimeError(f"Ray Tune ended the sweep before these trials: {'; '.join(unfinished)}")
 
 
-def max_concurrent_trials(settings: Sweep) -> int:
-    """Trials to run at the same time on the cluster as it is."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    return min(settings.concurrent_trials, max(1, trial_slots(settings, nodes)))
+class TrialRoom:
+    """How many trials may run at the same time: on the nodes that are up, and those that the autoscaler may add, for it
+    adds them when trials wait. Nodes come and go; they are counted again at most every ``ROOM_S`` seconds.
+    """
+
+    def __init__(self, settings: Sweep) -> None:
+        self.settings = settings
+        self._counted_s, self._room = -math.inf, 1
+
+    def __call__(self) -> int:
+        if time.monotonic() - self._counted_s > ROOM_S:
+            slots = trial_slots(self.settings, ray_cluster.capacity())
+            self._counted_s, self._room = time.monotonic(), min(self.settings.concurrent_trials, max(1, slots))
+        return self._room
 
 
-def trial_slots(settings: Sweep, nodes: Sequence[Resources]) -> int:
-    """Trials that fit the nodes (their resources) at the same time; each bundle of one lies within a node."""
+def trial_slots(settings: Sweep, capacity: Capacity) -> int:
+    """Trials that fit the nodes at the same time; each bundle of one lies within a node."""
     bundles, cpus, gpus = settings.bundles
-    return count_fitting(nodes, {"CPU": cpus, "GPU": gpus}) // bundles
+    return capacity.fits(ResourceRequest("sweep", bundles, cpus, gpus)) // bundles
 
 
 def _trial_resources(settings: Sweep) -> Any:
@@ -257,16 +271,23 @@ class OptunaSearcher(Searcher):
     """
 
     def __init__(
-        self, study: OptunaStudy, start_trial: Callable[[TrialValues], TrialJob], given_up: Callable[[str], bool]
-    ) -> None:
-        """``start_trial`` makes the next trial's job; ``given_up`` says by name whether a trial may not come again."""
+        self, study: OptunaStudy, start_trial: Callable[[TrialValues], TrialJob], given_up: Callable[[str], bool],
+        room: Callable[[], int],
+    ) -> None:  # fmt: skip
+        """``start_trial`` makes the next trial's job; ``given_up`` says by name whether a trial may not come again;
+        ``room`` how many may run now.
+        """
         super().__init__(metric=LOSS, mode="min")
-        self.study, self.start_trial, self.given_up = study, start_trial, given_up
+        self.study, self.start_trial, self.given_up, self.room = study, start_trial, given_up, room
         self.running: dict[str, tuple[str, TrialJob]] = {}  # by Tune's id: the study's key, and the job
         self.lost: list[tuple[str, TrialJob]] = []
 
     def suggest(self, trial_id: str) -> Any:
-        """A job; None for now, while one that is running may yet be lost; or that there are no more."""
+        """A job; None for now, where there is no room or one that is running may yet be lost; or that there are no
+        more. What is asked for no sooner than it can run is chosen by all that is known then.
+        """
+        if self.running and len(self.running) >= self.room():
+            return None
         while self.lost:
             key, job = self.lost.pop()
             if not self.given_up(job.name):
