@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,23 @@ def test_what_is_overridden_is_there(cls: type, base: type) -> None:
         own, theirs = (inspect.signature(getattr(each, name)) for each in (cls, base))
         positional = [p.name for p in theirs.parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
         assert [p.name for p in own.parameters.values()][: len(positional)] == positional or "given" in str(own), name
+
+
+@pytest.mark.parametrize(("address", "given", "expected"), [
+    ("127.0.0.1", None, "lo"), ("127.0.0.1", "eth7", "eth7"), ("198.51.100.9", None, None),
+])  # fmt: skip
+def test_gloo_speaks_from_the_address_of_the_node(
+    monkeypatch: pytest.MonkeyPatch, address: str, given: str | None, expected: str | None
+) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    if given is not None:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)
+    else:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "x")  # for what is set here to be taken back
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: address)
+    private.use_own_interface()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
 
 
 def test_the_trainer_calls_what_is_overridden() -> None:

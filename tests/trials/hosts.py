@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import boto3
 import httpx
@@ -84,7 +83,8 @@ class Hosts:
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token,
             "RAY_USE_TLS": "1", "RAY_TLS_CA_CERT": str(self.folder / "certificate.pem"),
             **{f"RAY_TLS_SERVER_{name}": str(self.folder / file) for name, file in tls.items()},
-            "RAY_usage_stats_enabled": "0", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **LOST_AFTER,
+            "RAY_usage_stats_enabled": "0", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1", **LOST_AFTER,
         }  # fmt: skip
 
     def add(self) -> Host:
@@ -133,18 +133,21 @@ class Hosts:
 
     def run(self, host: Host, *words: str, **environment: str) -> str:
         """What a command prints, of a host; it must succeed."""
-        done = subprocess.run(
-            host.command(*words), env=self.environment | environment, text=True, timeout=START_S, check=False,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout
-        return done.stdout
+        process = self.start(host, *words, **environment)
+        try:
+            said, _ = process.communicate(timeout=START_S)
+        finally:
+            # Never nsenter itself: what it started would be nobody's, and the host could not end.
+            for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ():
+                child.kill()
+        assert process.returncode == 0, said
+        return said
 
-    def start(self, host: Host, *words: str, **options: Any) -> subprocess.Popen[str]:
-        """A process on a host, whose output can be read."""
+    def start(self, host: Host, *words: str, **environment: str) -> subprocess.Popen[str]:
+        """A process on a host, whose output can be read; it ends with its host."""
         return subprocess.Popen(
-            host.command(*words), env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True, **options,
+            host.command(*words), env=self.environment | environment, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
     def cut_off(self, host: Host) -> None:

@@ -15,7 +15,7 @@ from overproof.cli.recipe_arguments import RecipeArguments
 from overproof.config import Recipe
 from overproof.console import notice, out, say
 from overproof.errors import GateRefused, InputError
-from overproof.files import read_json
+from overproof.files import join_uri, read_json
 from overproof.registry import TASKS
 from overproof.units import format_bytes, format_number, format_percent, format_seconds
 
@@ -119,7 +119,8 @@ def _print_summary(recipe: Recipe, arguments: RecipeArguments, done: Mapping[str
     out.print(_summary_table(recipe.name, report, read_json(Verdict, judged / VERDICT)))
     _print_outcome(read_json(Outcome, judged / OUTCOME), arguments)
     if "report" in done:
-        out.print(f"picture  {done['report'].uri}/report.png\nreport   {done['report'].uri}/report.html", markup=False)
+        for what, name in (("picture", "report.png"), ("report ", "report.html")):
+            out.print(f"{what}  {join_uri(done['report'].uri, name)}", markup=False)
 
 
 def print_package(where: str, package: Artifact) -> None:

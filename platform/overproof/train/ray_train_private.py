@@ -7,11 +7,13 @@ used for.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -81,11 +83,26 @@ def remove_own_placement_groups() -> None:
     remove_placement_groups(controller)
 
 
-class QuietTorchBackend(_TorchBackend):
-    """Ray's torch backend, whose shutdown would wait 30 s for ranks that wait for a dead one.
+def use_own_interface() -> None:
+    """Have Gloo, in this process, speak from the address by which Ray knows its node.
 
-    The processes are killed next, whatever they answer.
+    By itself it takes what the host's name resolves to, which on many hosts is 127.0.0.1 or 127.0.1.1: ranks on other
+    hosts then look for this one on their own.
     """
+    address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    names = (name for name, found in psutil.net_if_addrs().items() if any(each.address == address for each in found))
+    if (name := next(names, None)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+class QuietTorchBackend(_TorchBackend):
+    """Ray's torch backend, whose ranks find each other whatever their hosts' names resolve to, and whose shutdown would
+    wait 30 s for ranks that wait for a dead one: the processes are killed next, whatever they answer.
+    """
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(use_own_interface)
+        super().on_start(worker_group, backend_config)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         del worker_group, backend_config
