@@ -28,12 +28,12 @@ from certificates import certificate
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-HOSTS = 8  # that there are addresses for
+HOSTS = 16  # that there are addresses for
 BUCKET_PORT, GCS_PORT, DASHBOARD_PORT = 9000, 6379, 8265
 START_S = 120
-LOST_AFTER = {  # a host that does not answer is given up after some 6 s, where Ray by itself takes half a minute
-    "RAY_health_check_initial_delay_ms": "2000", "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000", "RAY_health_check_failure_threshold": "3",
+LOST_AFTER = {  # a host that does not answer is given up after some 15 s, where Ray by itself takes half a minute or more
+    "RAY_health_check_initial_delay_ms": "2000", "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "8000", "RAY_health_check_failure_threshold": "3",
 }  # fmt: skip
 
 
