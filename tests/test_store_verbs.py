@@ -311,6 +311,4 @@ def test_what_is_no_archive_is_refused(
             code, _, err = overproof(capsys, "import", file, "--store", to)
             assert (code, err.count("\n")) == (2, 1)
             assert err.startswith(f"overproof: {file}")
-        assert file == half or not new.exists()  # the beginning of one is as that of another
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(store.uri)
+        assert not new.exists()

@@ -31,7 +31,7 @@ BIN = Path(sys.executable).parent
 HOSTS = 16  # that there are addresses for
 BUCKET_PORT, GCS_PORT, DASHBOARD_PORT = 9000, 6379, 8265
 START_S = 120
-LOST_AFTER = {  # a host that does not answer is given up after some 15 s, where Ray by itself takes half a minute or more
+LOST_AFTER = {  # a host that does not answer is given up after some 15 s; Ray by itself takes half a minute or more
     "RAY_health_check_initial_delay_ms": "2000", "RAY_health_check_period_ms": "2000",
     "RAY_health_check_timeout_ms": "8000", "RAY_health_check_failure_threshold": "3",
 }  # fmt: skip

@@ -66,8 +66,9 @@ def read_archive(file: Path, store: Store) -> tuple[Artifact, Package]:
     if not store.local:
         raise InputError(f"{store.uri}: expected a folder; copy the package's folder from there to the bucket")
     root = Path(store.path)
-    with _naming_faults(file), tarfile.open(file, "r:"):  # before the store is made for it
-        pass
+    with _naming_faults(file), tarfile.open(file, "r:") as members:  # before the store is made for it
+        for _ in members:
+            pass
     with store.lock(), _unpacked(file, root) as unpacked:
         record = read_record(str(unpacked))
         if record is None or not (unpacked / PACKAGE).is_file():
