@@ -89,8 +89,9 @@ def export_models(context: StageContext) -> dict[str, Any]:
 
 
 def export_folder(compressed: Artifact, file: str) -> Path:
-    """Where an exported file lies on this machine, with what describes all of them."""
-    return compressed.local(*(name for name in compressed.record.files if name == file or name.endswith(".json")))
+    """Where an exported file lies on this machine, with what describes it; the others stay in the store."""
+    companions = {name for export in read_exports(compressed.local(EXPORTS)) for name in export.companions}
+    return compressed.local(file, EXPORTS, *companions)
 
 
 def _planned(context: StageContext, written: Format) -> list[tuple[str, str | None, str, Path]]:

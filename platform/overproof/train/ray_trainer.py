@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import RunConfig
 from ray.train.collective import broadcast_from_rank_zero
 
-from overproof.artifacts import Artifact, ArtifactWriter
+from overproof.artifacts import ArtifactWriter
 from overproof.cluster.ray_cluster import preserve_handler
 from overproof.config import ModelSection, Pretrained, Served
 from overproof.data.feed import planned_dataset
@@ -70,7 +71,7 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
     """
     settings, prepared, draft = context.recipe.train, context.parents["prepare"], context.draft
     if isinstance(settings.model, Served):
-        keep_chat_template(prepared, settings.model, draft)
+        keep_chat_template(prepared.local_except("train/"), settings.model, draft)
         return record_teacher(context, settings.model)
     if isinstance(settings.model, Pretrained):
         # With transformers: seconds to import, and not needed otherwise.
@@ -90,16 +91,16 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
         settings, context.recipe.seed, prepared, draft, checkpoints, context.progress, spec, settings.scored_checkpoints
     )
     metrics: dict[str, Any] = run_workers(job, train_rank)
-    keep_chat_template(prepared, settings.model, draft)
+    keep_chat_template(prepared.local_except("train/"), settings.model, draft)
     return metrics
 
 
-def keep_chat_template(prepared: Artifact, start: ModelSection, draft: ArtifactWriter) -> None:
+def keep_chat_template(prepared: Path, start: ModelSection, draft: ArtifactWriter) -> None:
     """Copy the chat template that the data was written by, or else the starting model's: students are asked alike."""
     from overproof.data.chat_template_files import CHAT_TEMPLATE
     from overproof.models.hf_directory import chat_template
 
-    template = chat_template(prepared.local_except("train/"))
+    template = chat_template(prepared)
     if template is None and isinstance(start, Pretrained):
         template = chat_template(pretrained.fetch_pretrained(start.path))
     if template is not None:
