@@ -12,8 +12,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ POLL_S = 0.2
 ANSWER_TIMEOUT_S = 5.0  # of a cluster's head
 FILE_CHECK_TIMEOUT_S = 60
 NOTICE_EVERY_S = 4.0  # while another job is waited for
+MAX_LOST = 3  # nodes, each with the same call
 HEARTBEAT_S = 1.0  # at most between two calls of ``on_wait``
 LOCK_NAMESPACE = "overproof-locks"  # of the actors whose names are the locks
 
@@ -169,25 +171,63 @@ def run_tasks(
 ) -> dict[str, ResultT]:
     """Call a function on the cluster with each of these arguments, in their order; returns the results by name.
 
-    A call reserves one CPU. While some run, ``on_wait`` is told how many are done and which ended last.
+    A call reserves one CPU. While some run, ``on_wait`` is told how many are done and which ended last. A call on a
+    node that is lost is made again on another: Ray by itself notices it up to seven minutes later where the network
+    fell silent, when gRPC's keepalive gives the call up.
+
+    Raises:
+        RuntimeError: a call was on ``MAX_LOST`` nodes that were lost.
     """
     import ray
 
-    remote = ray.remote(num_cpus=1, num_gpus=gpus)(function)
-    todo, running = list(calls), dict[Any, str]()
+    remote: Any = ray.remote(num_cpus=1, num_gpus=gpus, num_returns="streaming")(_told_call)
+    todo, running, lost = list(calls), dict[Any, _RunningCall](), Counter[str]()
     results: dict[str, ResultT] = {}
     last = ""
     while todo or running:
         while todo and len(running) < at_once:  # not all at once: a process that is used again has its imports paid
             name = todo.pop(0)
-            running[remote.remote(*calls[name])] = name
+            items = remote.options(name=function.__name__).remote(function, calls[name])
+            running[items] = _RunningCall(name)
         if on_wait is not None:
             on_wait(len(results), last)
-        ready, _ = ray.wait(list(running), timeout=HEARTBEAT_S)
-        for reference in ready:
-            last = running.pop(reference)
-            results[last] = ray.get(reference)
+        ready: Sequence[Any] = ray.wait(list(running), timeout=HEARTBEAT_S)[0]
+        for items in ready:
+            call = running[items]
+            item: Any = ray.get(next(items))
+            if call.node is None:
+                call.node = item
+            else:
+                last = running.pop(items).name
+                results[last] = item
+        alive = _alive_nodes()
+        for items in [items for items, call in running.items() if call.node is not None and call.node not in alive]:
+            name = running.pop(items).name
+            lost[name] += 1
+            if lost[name] == MAX_LOST:
+                raise RuntimeError(f"{name}: {MAX_LOST} nodes were lost while it ran there")
+            todo.insert(0, name)
     return results
+
+
+@dataclass
+class _RunningCall:
+    name: str
+    node: str | None = None  # where it runs, once it does
+
+
+def _told_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator[Any]:
+    """The node that this runs on, then the result."""
+    import ray
+
+    yield ray.get_runtime_context().get_node_id()
+    yield function(*arguments)
+
+
+def _alive_nodes() -> set[str]:
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
 
 
 def nodes_without_file(path: str, text: str) -> list[str]:
