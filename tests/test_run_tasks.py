@@ -77,3 +77,9 @@ def test_a_call_on_a_node_that_is_lost_is_made_again(
             run_tasks(hang_at_first, {"a": (str(tmp_path), lost)})
     for mark in sorted(tmp_path.iterdir())[:lost]:
         os.kill(int(mark.read_text()), signal.SIGKILL)
+
+
+def test_a_call_that_never_said_where_it_runs_is_lost_with_any_node() -> None:
+    silent, speaking = cluster._RunningCall("a", {"x", "y"}), cluster._RunningCall("b", {"x", "y"}, "x")
+    for alive, lost in (({"x", "y", "z"}, (False, False)), ({"x"}, (True, False)), ({"y"}, (True, True))):
+        assert (silent.is_lost(alive), speaking.is_lost(alive)) == lost

@@ -188,7 +188,7 @@ def run_tasks(
         while todo and len(running) < at_once:  # not all at once: a process that is used again has its imports paid
             name = todo.pop(0)
             items = remote.options(name=function.__name__).remote(function, calls[name])
-            running[items] = _RunningCall(name)
+            running[items] = _RunningCall(name, _alive_nodes())
         if on_wait is not None:
             on_wait(len(results), last)
         ready: Sequence[Any] = ray.wait(list(running), timeout=HEARTBEAT_S)[0]
@@ -201,8 +201,9 @@ def run_tasks(
                 last = running.pop(items).name
                 results[last] = item
         alive = _alive_nodes()
-        for items in [items for items, call in running.items() if call.node is not None and call.node not in alive]:
+        for items in [items for items, call in running.items() if call.is_lost(alive)]:
             name = running.pop(items).name
+            ray.cancel(items)  # of those that may not be lost
             lost[name] += 1
             if lost[name] == MAX_LOST:
                 raise RuntimeError(f"{name}: {MAX_LOST} nodes were lost while it ran there")
@@ -213,7 +214,12 @@ def run_tasks(
 @dataclass
 class _RunningCall:
     name: str
-    node: str | None = None  # where it runs, once it does
+    among: set[str]  # the nodes that were alive when it was made
+    node: str | None = None  # where it runs, once it has said so
+
+    def is_lost(self, alive: set[str]) -> bool:
+        """One that has not said where it runs may be on any node that is gone."""
+        return not self.among <= alive if self.node is None else self.node not in alive
 
 
 def _told_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator[Any]:
