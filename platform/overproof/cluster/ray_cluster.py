@@ -202,12 +202,12 @@ def run_tasks(
                 results[last] = item
         alive = _alive_nodes()
         for items in [items for items, call in running.items() if call.is_lost(alive)]:
-            name = running.pop(items).name
+            call = running.pop(items)
             ray.cancel(items)  # of those that may not be lost
-            lost[name] += 1
-            if lost[name] == MAX_LOST:
-                raise RuntimeError(f"{name}: {MAX_LOST} nodes were lost while it ran there")
-            todo.insert(0, name)
+            lost[call.name] += call.node is not None  # others may still wait for a node, and nodes may just leave
+            if lost[call.name] == MAX_LOST:
+                raise RuntimeError(f"{call.name}: {MAX_LOST} nodes were lost while it ran there")
+            todo.insert(0, call.name)
     return results
 
 
