@@ -198,12 +198,11 @@ def _run_steps(
                 capacity = ray_cluster.connect()
             require_placeable(recipe, capacity)
             connected = True
-        for parent in step.parents:
-            if done[parent].is_local and done[parent].id not in verified:
-                done[parent].verify()  # of a remote one, each process verifies what it fetches
-            verified.add(done[parent].id)
+        if store.local:  # of a remote one, each process verifies what it fetches
+            for parent in sorted(step.parents.keys() - verified):
+                done[parent].verify()
+            verified |= {*step.parents, step.stage.name}  # the latter is hashed as it is committed
         done[step.stage.name] = run_stage(step, recipe, store, done)
-        verified.add(done[step.stage.name].id)  # hashed as it was committed
     return done
 
 

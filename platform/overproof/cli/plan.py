@@ -152,7 +152,7 @@ def _work(recipe: Recipe, stage: str, positions: int) -> str:
     if stage == "compress":
         return ", ".join(recipe.compress.formats)
     if stage == "gate":
-        return f"{format_count(len(recipe.gate.rules), 'rule')}"
+        return format_count(len(recipe.gate.rules), "rule")
     return ""
 
 

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 ENDPOINT_VARIABLE = "AWS_EC2_METADATA_SERVICE_ENDPOINT"  # as AWS's own tools have it
@@ -76,7 +76,7 @@ def watch(metadata: InstanceMetadata, drain: Callable[[float, str], None], ask_e
     while True:
         try:
             notice = metadata.get("spot/instance-action")
-        except (URLError, OSError) as error:
+        except OSError as error:
             print(f"{metadata.endpoint}: {error}", file=sys.stderr, flush=True)
             notice = None
         if notice is not None:

@@ -6,6 +6,7 @@ from overproof.artifacts import Artifact
 from overproof.config import Pretrained, Student
 from overproof.data.manifest import Manifest
 from overproof.data.tokenizer_match import require_tokenizer
+from overproof.distill.row_cache import teacher_folder
 from overproof.errors import InputError
 from overproof.models import pretrained
 from overproof.models.base import shape_of
@@ -30,7 +31,7 @@ def check_student(student: Student, prepared: Artifact, trained: Artifact, progr
     """
     manifest = Manifest.read(prepared)
     shape = shape_of(manifest)
-    teacher = Pretrained(path=str(trained.local("model/") / "model"))
+    teacher = Pretrained(path=str(teacher_folder(trained)))
     try:
         found = student_size(student.model, teacher, shape)
         if isinstance(student.model, Pretrained):
