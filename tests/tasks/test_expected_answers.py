@@ -23,7 +23,7 @@ from overproof.errors import InputError
 from overproof.evaluate.answers import ANSWERS, check_answers
 from overproof.evaluate.metrics import wilson_interval
 from overproof.export.gguf_file import export_gguf
-from overproof.export.stage import Export
+from overproof.export.stage import EXPORT_LIST, EXPORTS, Export
 from overproof.models.hf_directory import build_model, save_model
 from overproof.stage_context import Notice, ProgressEvent, StageContext
 from overproof.tasks.chat import ParquetConversations
@@ -174,6 +174,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, dict[str, A
                 folder / "made", root / TOKENIZER, files / export.file, format=export.format, name="x",  # type: ignore[arg-type]
                 chat_template=(root / "chat_template.jinja").read_text(),
             )  # fmt: skip
+        (files / EXPORTS).write_bytes(EXPORT_LIST.dump_json(exports))
     compressed = draft.commit({}, 0)
     # What the f32 file really answers to every other question is what that question expects.
     engine = LlamaCpp(compressed.local() / "f32.gguf")
