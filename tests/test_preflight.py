@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,13 @@ from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE, get_runtime_en
 from ray._private.runtime_env.packaging import create_package
 
 from finished import RECIPES, Run
-from overproof.cluster import preflight, store_probe, upload
+from overproof.cluster import node_checks, preflight, store_probe, upload
 from overproof.cluster.placement import Capacity, NodeShape
 from overproof.cluster.preflight import Throughput
 from overproof.cluster.ray_cluster import capacity
 from overproof.config import load_recipe
-from overproof.files import filesystem
+from overproof.errors import InputError
+from overproof.files import filesystem, join_uri
 from overproof.units import format_bytes, format_seconds
 
 DIGITS = RECIPES / "digits.yaml"
@@ -86,6 +89,26 @@ def test_a_folder_that_other_nodes_do_not_see_is_refused(
     assert "is not seen on" in found.text
     assert "s3://bucket/store" in found.text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nodes_that_cannot_read_a_bucket_say_why(ray_cluster: str, s3_uri: str) -> None:
+    reports = node_checks.ask_nodes(join_uri(s3_uri, "none"), "text")
+    unshared = node_checks.describe_unshared(s3_uri, reports)
+    assert unshared
+    assert re.search(r"is not seen on [0-9., ]* \(.*o such file or directory\); .*credentials of every node", unshared)
+
+
+def test_nodes_have_the_versions_of_this_process(ray_cluster: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("sound")
+    reports = node_checks.ask_nodes(str(tmp_path / "file"), "sound")
+    assert [report.store_error for report in reports] == [None, None]
+    assert node_checks.describe_differences(reports) is None
+    other = replace(reports[1], versions={**reports[1].versions, "torch": "2.12.1"})
+    here = node_checks.installed_versions()["torch"]
+    with pytest.raises(
+        InputError, match=rf"^node {other.address}: torch 2\.12\.1, here {re.escape(here)}; expected the"
+    ):
+        node_checks.require_alike("s3://store", [reports[0], other])
 
 
 def test_a_local_store_for_several_nodes_is_a_warning(tmp_path: Path) -> None:

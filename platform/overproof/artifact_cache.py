@@ -19,7 +19,7 @@ from typing import IO
 from pyarrow import fs
 
 from overproof.errors import InputError
-from overproof.files import CHUNK_BYTES, FileEntry, cache_root
+from overproof.files import CHUNK_BYTES, FileEntry, cache_root, retried
 
 DISK_SHARE = 0.5  # of what is free and what the fetched files take themselves
 FETCHES = 8  # at a time
@@ -44,21 +44,27 @@ def fetch(files: fs.FileSystem, path: str, key: str, entries: Mapping[str, FileE
 
 def _fetch_file(files: fs.FileSystem, root: str, folder: Path, name: str, entry: FileEntry) -> None:
     target = folder / name
-    part, digest = target.with_name(f"{target.name}.part"), hashlib.sha256()
+    part = target.with_name(f"{target.name}.part")
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with files.open_input_stream(f"{root}/{name}") as source, part.open("wb") as copy:
+
+    def copy() -> str:
+        digest = hashlib.sha256()
+        with files.open_input_stream(f"{root}/{name}") as source, part.open("wb") as written:
             while chunk := source.read(CHUNK_BYTES):
                 digest.update(chunk)
-                copy.write(chunk)
+                written.write(chunk)
+        return digest.hexdigest()
+
+    try:
+        sha256 = retried(copy, f"{root}/{name}")
     except FileNotFoundError:
         raise InputError(f"{root}/{name}: missing, though its record lists it; delete {root} and run again") from None
     except OSError as error:
         raise InputError(f"{root}/{name}: cannot be fetched to {folder}: {error}; run again to go on") from None
-    if digest.hexdigest() != entry.sha256:
+    if sha256 != entry.sha256:
         part.unlink()
         raise InputError(
-            f"{root}/{name}: sha256 is {digest.hexdigest()[:12]}…, the record says {entry.sha256[:12]}…; the file was "
+            f"{root}/{name}: sha256 is {sha256[:12]}…, the record says {entry.sha256[:12]}…; the file was "
             f"changed after it was written: delete {root} and run again"
         )
     part.replace(target)

@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from overproof.artifact_cache import fetch, names_below
 from overproof.errors import InputError, suggest_name
 from overproof.files import (
+    OBJECT_STORES,
     FileEntry,
     absolute_uri,
     atomic_write,
@@ -37,6 +38,7 @@ from overproof.files import (
     first_validation_error,
     flush_tree_to_disk,
     join_uri,
+    read_bytes,
     verify_files,
 )
 
@@ -46,6 +48,10 @@ RECORD = "artifact.json"
 RECORD_FORMAT = 2  # goes up with what a record holds, and with what fingerprints are made of
 WORK = ".work"  # ends the name of a folder in which a stage has what it goes on from
 TOOLS = ("overproof", "ray", "deepspeed", "torch", "transformers", "pyarrow", "gguf", "xllamacpp", "onnxruntime")
+
+
+class StoreUnavailable(InputError):
+    """What a store holds cannot be told now: it may well be there, and whole."""
 
 
 class Record(BaseModel):
@@ -75,11 +81,12 @@ def read_record(uri: str) -> Record | None:
     path = f"{folder}/{RECORD}"
     expected = "expected the record of a finished artifact: run its recipe again"
     try:
-        with files.open_input_stream(path) as stream:
-            content = stream.read()
+        content = read_bytes(files, path)
     except FileNotFoundError:
         return None
     except OSError as error:
+        if files.type_name in OBJECT_STORES:
+            raise StoreUnavailable(f"{uri}: cannot be read: {error}; run again when it can") from None
         raise InputError(f"{path}: cannot be read: {error}; {expected}") from None
     if not content.strip(b"\0"):
         raise InputError(f"{path}: found {len(content)} bytes, all of them NUL; {expected}")
@@ -302,10 +309,16 @@ class Store:
         return join_uri(self.uri, artifact_id(recipe, stage, fingerprint))
 
     def lookup(self, recipe: str, stage: str, fingerprint: str) -> Artifact | None:
-        """The finished artifact with this fingerprint, or None; a warning where its record cannot be read."""
+        """The finished artifact with this fingerprint, or None; a warning where its record cannot be read.
+
+        Raises:
+            StoreUnavailable: an object store cannot say.
+        """
         uri = self._uri(recipe, stage, fingerprint)
         try:
             record = read_record(uri)
+        except StoreUnavailable:  # to make it anew would delete what may be there
+            raise
         except InputError as error:
             logger.warning("%s", error)
             return None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
+import logging
 import os
+import re
 import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -26,7 +30,13 @@ HASHING_THREADS = 4
 OBJECT_STORES = ("s3", "gcs", "abfs")  # by the names that Arrow has for them
 MAX_SOCKET_BYTES = 103  # of a path: 107 on Linux, 103 on macOS
 SHORT_TEMP = Path("/tmp")
+DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
+TRANSIENT = re.compile(r"HTTP status 5\d\d|INTERNAL_FAILURE|SLOW_DOWN|SERVICE_UNAVAILABLE|NETWORK_CONNECTION|TIMEOUT")
+RETRY_WAITS_S = (0.5, 1.0, 2.0)
 Parsed = TypeVar("Parsed", bound=BaseModel)
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
 
 
 class FrozenModel(BaseModel):
@@ -61,6 +71,50 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     except (ValueError, OSError) as error:
         raise InputError(f"{uri}: {error}; expected a folder or a URI that pyarrow.fs opens") from None
     return found, path
+
+
+def storage_fault(error: BaseException) -> str | None:
+    """What a disk or an object store said that cannot be written or read now; None where the fault lies elsewhere.
+
+    Arrow's errors of a store have a text and no number.
+    """
+    cause = getattr(error, "cause", error)  # of what a Ray task raised, without the traceback in its text
+    if not isinstance(cause, OSError) or not (
+        cause.errno in DISK_FAULTS or (type(cause) is OSError and not cause.errno)
+    ):
+        return None
+    return " ".join(str(cause).split())
+
+
+def retried(action: Callable[[], Result], what: str) -> Result:
+    """What ``action`` gives, done again after a while where an object store did not answer or had a fault of its own.
+
+    Arrow tries again by itself, but not where the store's error is longer than the bytes it was to read.
+    """
+    for wait_s in RETRY_WAITS_S:
+        try:
+            return action()
+        except OSError as error:
+            fault = storage_fault(error)
+            if fault is None or not TRANSIENT.search(fault):
+                raise
+            logger.warning("%s: %s; trying again in %g s", what, fault, wait_s)
+            time.sleep(wait_s)
+    return action()
+
+
+def read_bytes(files: fs.FileSystem, path: str) -> bytes:
+    """A small file's bytes.
+
+    Raises:
+        OSError: it cannot be read, with an object store not after several attempts.
+    """
+
+    def read() -> bytes:
+        with files.open_input_stream(path) as stream:
+            return bytes(stream.read())
+
+    return retried(read, path)
 
 
 def is_unicode(text: str) -> bool:
@@ -262,6 +316,4 @@ def read_json_or_default(model: type[Parsed], uri: str, writer: str) -> Parsed:
     files, path = filesystem(uri)
     if files.get_file_info(path).type != fs.FileType.File:
         return model()
-    with files.open_input_stream(path) as stream:
-        content = stream.read()
-    return parse_json(model, content, uri, f"expected what `{writer}` writes")
+    return parse_json(model, read_bytes(files, path), uri, f"expected what `{writer}` writes")

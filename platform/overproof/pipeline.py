@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -17,11 +18,11 @@ from overproof.cluster.progress_relay import relay_progress
 from overproof.config import Pretrained, Recipe, Section, Train
 from overproof.errors import InputError, suggest_name
 from overproof.evaluate.gate import requests_needed
-from overproof.files import read_json
+from overproof.files import read_json, storage_fault
 from overproof.models.pretrained import directory_identity
 from overproof.package.signature import signer_identity
 from overproof.registry import ENGINES, TASKS
-from overproof.stage_context import StageContext, TaskProgress
+from overproof.stage_context import StageContext, TaskProgress, no_progress
 from overproof.units import format_number
 
 
@@ -197,6 +198,8 @@ def _run_steps(
             with console.waiting("starting Ray"):
                 capacity = ray_cluster.connect()
             require_placeable(recipe, capacity)
+            if capacity.count > 1:
+                preflight.require_nodes(recipe, capacity)
             connected = True
         if store.local:  # of a remote one, each process verifies what it fetches
             for parent in sorted(step.parents.keys() - verified):
@@ -228,17 +231,32 @@ def _run_and_commit(step: PlannedStage, recipe: Recipe, store: Store, done: Mapp
     draft = store.new_writer(recipe.name, name, step.fingerprint, step.config, step.parents)
     began = time.monotonic()
     try:
-        with console.progress_bars() as show, relay_progress(show) as progress:
-            show(TaskProgress(name, 0, 1, "starting"))
-            metrics = step.stage.function()(StageContext(recipe, parents, draft, progress))
-    except BaseException:
-        draft.discard()
-        raise
-    artifact = draft.commit(metrics, time.monotonic() - began)
+        metrics = _run_function(step.stage, StageContext(recipe, parents, draft, no_progress))
+        artifact = draft.commit(metrics, time.monotonic() - began)
+    except OSError as error:
+        fault = storage_fault(error)
+        if fault is None:
+            raise
+        raise InputError(
+            f"{name}: {store.uri}, or a disk on the way to it: {fault}; expected one that has room and answers; what "
+            "is finished stays: run again to go on"
+        ) from error
     console.out.print(
         f"[green]✓[/] {name:<9} {artifact.record.seconds:6.1f} s      {artifact.id}  [dim]{_one_line(metrics)}[/]"
     )
     return artifact
+
+
+def _run_function(stage: Stage, context: StageContext) -> dict[str, Any]:
+    """The stage's metrics; what it wrote is deleted where it fails."""
+    try:
+        with console.progress_bars() as show, relay_progress(show) as progress:
+            show(TaskProgress(stage.name, 0, 1, "starting"))
+            return stage.function()(replace(context, progress=progress))
+    except BaseException:
+        with suppress(OSError):  # of a store that fails; the next attempt deletes what is left
+            context.draft.discard()
+        raise
 
 
 def _one_line(metrics: Mapping[str, Any]) -> str:

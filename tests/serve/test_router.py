@@ -378,9 +378,9 @@ def test_a_request_over_which_two_replicas_died_is_refused() -> None:
 def test_deaths_are_forgotten_in_time() -> None:
     now_s = [0.0]
     deadly, request = DeadlyRequests(lambda: now_s[0]), rpc.Complete("x", ONE)
-    for _ in range(2):
+    for replica in (7, 7, 8):  # of which the first had two of it
         deadly.refuse(request)
-        deadly.on_death(request)
+        deadly.on_death(request, replica)
     with pytest.raises(InputError, match="replicas ended"):
         deadly.refuse(request)
     deadly.refuse(rpc.Complete("y", ONE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -20,6 +21,8 @@ from overproof.pipeline import stages_of
 pytestmark = [pytest.mark.trial, pytest.mark.skipif(os.getuid() != 0, reason="namespaces need root")]
 
 RECIPE_S = 1200
+REPLICA = "ray::ServeReplica:.*:model"  # a process that holds a package
+STEADY_S = 20.0  # that a client goes on asking
 
 
 class Line(NamedTuple):
@@ -29,15 +32,11 @@ class Line(NamedTuple):
     found: re.Match[str]
 
 
-class Job:
-    """A recipe, submitted from a laptop as docs/cluster.md says, and what it prints."""
+class Running:
+    """A process on a host, and what it prints."""
 
-    def __init__(self, hosts: Hosts, laptop: Host, recipe: str, *overrides: str) -> None:
-        sets = [word for each in (f"store={hosts.store}", *overrides) for word in ("--set", each)]
-        self.process = hosts.start(
-            laptop, "ray", "job", "submit", "--address", hosts.dashboard, "--working-dir", ".", "--",
-            "python", "jobs/run.py", "run", f"jobs/recipes/{recipe}.yaml", *sets,
-        )  # fmt: skip
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
         self.lines: list[tuple[float, str]] = []  # with when each came
         self.more = threading.Condition()
         self.ended = False
@@ -85,6 +84,17 @@ class Job:
         return "\n".join(line for _, line in self.lines[-60:])
 
 
+def submit(hosts: Hosts, laptop: Host, *words: str) -> Running:
+    """A verb of the command line as a job of the cluster, as docs/cluster.md says."""
+    job = ("ray", "job", "submit", "--address", hosts.dashboard, "--working-dir", ".", "--", "python", "jobs/run.py")
+    return Running(hosts.start(laptop, *job, *words))
+
+
+def run_recipe(hosts: Hosts, laptop: Host, recipe: str, *overrides: str) -> Running:
+    sets = [word for each in (f"store={hosts.store}", *overrides) for word in ("--set", each)]
+    return submit(hosts, laptop, "run", f"jobs/recipes/{recipe}.yaml", *sets)
+
+
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """For this process to read the bucket as well."""
@@ -108,7 +118,7 @@ def test_the_whole_loop(recipe: str, overrides: tuple[str, ...]) -> None:
         for _ in range(2):
             hosts.add_node(cpus=4)
         laptop = hosts.add()
-        job = Job(hosts, laptop, recipe, *overrides)
+        job = run_recipe(hosts, laptop, recipe, *overrides)
         job.finish()
         assert job.wait_for(r"^report   s3://bucket/store/.*/report\.html\?scheme=http")
         artifacts = Store(hosts.store).artifacts()
@@ -120,13 +130,17 @@ def test_the_whole_loop(recipe: str, overrides: tuple[str, ...]) -> None:
         assert not [name for name in listed if "overproof" in name]  # a laptop fetches nothing of a job
 
 
-def host_running(hosts: Hosts, title: str, among: list[Host]) -> Host:
+def is_running(host: Host, title: str) -> bool:
+    """Whether a process with such a title runs there."""
+    return subprocess.run(host.command("pgrep", "-f", title), capture_output=True, check=False).returncode == 0
+
+
+def host_running(title: str, among: list[Host]) -> Host:
     """One of these hosts on which a process with such a title runs, once there is one."""
     deadline = time.monotonic() + RECIPE_S
     while time.monotonic() < deadline:
         for host in among:
-            found = subprocess.run(host.command("pgrep", "-f", title), capture_output=True, check=False)
-            if found.returncode == 0:
+            if is_running(host, title):
                 return host
         time.sleep(0.2)
     raise AssertionError(f"no process {title} on any host")
@@ -141,7 +155,7 @@ def test_hosts_are_cut_off_in_every_stage(capsys: pytest.CaptureFixture[str]) ->
     with hosts_up() as hosts:
         hosts.start_head()
         nodes = [hosts.add_node(cpus=3) for _ in range(3)]
-        job = Job(hosts, hosts.add(), "digits", *few)
+        job = run_recipe(hosts, hosts.add(), "digits", *few)
 
         def replace_host(lost: Host) -> None:
             nodes.remove(lost)
@@ -153,7 +167,7 @@ def test_hosts_are_cut_off_in_every_stage(capsys: pytest.CaptureFixture[str]) ->
             replace_host(lost)
 
         job.wait_for(r"train [3-9]\d\d/4000")
-        leaving = host_running(hosts, "RayTrainWorker", nodes)
+        leaving = host_running("RayTrainWorker", nodes)
         told_s = time.monotonic()
         hosts.run(leaving, "ray", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
                   "--deadline-remaining-seconds", "120")  # fmt: skip
@@ -164,7 +178,7 @@ def test_hosts_are_cut_off_in_every_stage(capsys: pytest.CaptureFixture[str]) ->
         go_on("train", "with notice: no step is made again", r"train \d+/4000 loss", leaving, resumed.at)
 
         job.wait_for(r"train 2\d\d\d/4000")
-        lost = host_running(hosts, "RayTrainWorker", nodes)
+        lost = host_running("RayTrainWorker", nodes)
         cut_s = time.monotonic()
         hosts.cut_off(lost)
         resumed = job.wait_for_match(r"going on from step (\d+)", since=cut_s)
@@ -177,7 +191,7 @@ def test_hosts_are_cut_off_in_every_stage(capsys: pytest.CaptureFixture[str]) ->
             ("sweep", "TuneTrial", r"sweep \d+/"),
             ("evaluate", r"ray::_(score|probe)", r"(score|engine|evaluate) "),
         ):
-            lost = host_running(hosts, title, nodes)
+            lost = host_running(title, nodes)
             cut_s = time.monotonic()
             hosts.cut_off(lost)
             go_on(stage, "cut off", done, lost, cut_s)
@@ -190,3 +204,39 @@ def test_hosts_are_cut_off_in_every_stage(capsys: pytest.CaptureFixture[str]) ->
         print()
         for row in table:
             print("{:<10}{:<45}{}".format(*row))
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_host_that_serves_is_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two hosts hold a replica each, a third is free; one of the two is cut off while clients ask steadily."""
+    with hosts_up() as hosts:
+        hosts.start_head()
+        nodes = [hosts.add_node(cpus=3) for _ in range(3)]
+        laptop = hosts.add()
+        run_recipe(hosts, laptop, "digits", "train.steps=200", "sweep.steps=200", "tune.scheduler={kind: none}",
+                   "gate.rules=[{kind: parity, at_most: 1.0}]").finish()  # fmt: skip
+        package = Store(hosts.store).artifacts()[-1].uri
+        sets = ("port=8001", "min_replicas=2", "max_replicas=2", "cpus_per_replica=2")
+        overrides = [word for each in sets for word in ("--set", each)]
+        submit(hosts, laptop, "deploy", package, *overrides).finish()
+        body = json.dumps({"images": [[0.0] * 64]})
+        client = Running(hosts.start(hosts.head, "python", "tests/trials/steady_client.py",
+                                     "http://127.0.0.1:8001/v1/classify", body, "8"))  # fmt: skip
+        client.wait_for("answer 200")
+        serving = [host for host in nodes if is_running(host, REPLICA)]
+        assert len(serving) == 2
+        cut_s = time.monotonic()
+        hosts.cut_off(serving[0])
+        (spare,) = [host for host in nodes if host not in serving]
+        host_running(REPLICA, [spare])
+        again_s = time.monotonic()
+        time.sleep(STEADY_S)
+        after = [line.split()[1:] for at, line in client.lines if at > cut_s]
+        taken = [float(took_s) for _, took_s in after]
+        failed = [status for status, _ in after if status != "200"]
+        assert len(after) - len(failed) > STEADY_S
+        assert not failed  # a request whose host is gone is asked of another one
+        assert is_running(spare, REPLICA)
+    with capsys.disabled():
+        print(f"\nserve     cut off: {len(after)} answers since, {len(failed)} failed, the slowest after "
+              f"{max(taken):.1f} s; another host had the replica after {again_s - cut_s:.0f} s")  # fmt: skip

@@ -1,6 +1,6 @@
 """What can be known of a run before anything starts: its size, its memory, its time, and what would stop it.
 
-Every check gives one `Finding`; nothing here prints, and only `placed` and `stored` look beyond this machine.
+Every check gives one `Finding`; nothing here prints, and only `check_storage` looks beyond this machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from overproof import console
 from overproof.artifacts import Artifact, Store
-from overproof.cluster import ray_cluster, store_probe, upload
+from overproof.cluster import node_checks, ray_cluster, store_probe, upload
 from overproof.cluster.machine import memory_bytes
 from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
 from overproof.config import Pretrained, Recipe, Served, TeacherLayers
@@ -24,7 +24,7 @@ from overproof.data.tokenizer_match import require_possible_tokenizer
 from overproof.engines.endpoint import Endpoint
 from overproof.errors import InputError, suggest_name
 from overproof.export.check_models import check_models
-from overproof.files import filesystem, join_uri
+from overproof.files import join_uri
 from overproof.models.base import DataShape, shape_of
 from overproof.models.sizes import ModelSize, directory_config, family_of, student_size, with_layers
 from overproof.registry import FAMILIES, FORMATS, TASKS
@@ -283,10 +283,8 @@ def check_storage(recipe: Recipe, capacity: Capacity, attached: bool) -> Finding
     local = not _remote(uri)
     try:
         with store_probe.probe_store(uri) as (file, text):
-            if local and attached and capacity.count > 1:
-                without = ray_cluster.nodes_without_file(filesystem(file)[1], text)
-                if without:
-                    return Finding("storage", "refused", _unshared(uri, without))
+            if attached and capacity.count > 1:
+                node_checks.require_alike(uri, node_checks.ask_nodes(file, text))
                 return Finding("storage", "ok", f"{uri}: written and read, and seen from every node up now")
     except InputError as error:
         return Finding("storage", "refused", str(error))
@@ -303,11 +301,15 @@ def _remote(uri: str) -> bool:
     return "://" in uri and not uri.startswith("file://")
 
 
-def _unshared(uri: str, nodes: list[str]) -> str:
-    return (
-        f"{uri}: a file written here is not seen on {', '.join(sorted(nodes))}; on several nodes the store must be a "
-        "folder that they share, or a URI: --set store=s3://bucket/store"
-    )
+def require_nodes(recipe: Recipe, capacity: Capacity) -> None:
+    """Have every node of the connected cluster look at the store and at its versions, where there are several.
+
+    Raises:
+        InputError: one does not see it, or has others.
+    """
+    found = check_storage(recipe, capacity, attached=True)
+    if found.state == "refused":
+        raise InputError(f"storage: {found.text}")
 
 
 def check_upload(folder: Path) -> Finding:

@@ -28,7 +28,7 @@ LOCAL_MIN_CPUS = 4  # logical: workers and readers share the cores of a small ma
 OBJECT_STORE_BYTES = 1 << 30
 POLL_S = 0.2
 ANSWER_TIMEOUT_S = 5.0  # of a cluster's head
-FILE_CHECK_TIMEOUT_S = 60
+NODE_ANSWER_TIMEOUT_S = 120  # of a node that starts a process for it
 NOTICE_EVERY_S = 4.0  # while another job is waited for
 MAX_LOST = 3  # nodes, each with the same call
 HEARTBEAT_S = 1.0  # at most between two calls of ``on_wait``
@@ -236,26 +236,31 @@ def _alive_nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
 
 
-def nodes_without_file(path: str, text: str) -> list[str]:
-    """Addresses of the connected cluster's nodes on which a local file is not there with this text."""
+def call_on_each_node(function: Callable[..., ResultT], *arguments: Any) -> list[tuple[str, ResultT]]:
+    """What a function gives on every node of the connected cluster that is up, with the node's address.
+
+    Raises:
+        InputError: a node does not answer.
+    """
     import ray
+    from ray.exceptions import GetTimeoutError, RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    task = ray.remote(num_cpus=0, max_retries=1)(_file_has_text)
+    task = ray.remote(num_cpus=0, max_retries=1)(function)
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    checks = [
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(path, text)
+    calls = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(*arguments)
         for node in nodes
     ]
-    found = ray.get(checks, timeout=FILE_CHECK_TIMEOUT_S)
-    return [node["NodeManagerAddress"] for node, has_text in zip(nodes, found, strict=True) if not has_text]
-
-
-def _file_has_text(path: str, text: str) -> bool:
-    try:
-        return Path(path).read_text(encoding="utf-8") == text
-    except (OSError, UnicodeDecodeError):
-        return False
+    ray.wait(calls, num_returns=len(calls), timeout=NODE_ANSWER_TIMEOUT_S)
+    found = []
+    for address, call in zip((node["NodeManagerAddress"] for node in nodes), calls, strict=True):
+        try:
+            found.append((address, ray.get(call, timeout=0)))
+        except (GetTimeoutError, RayError) as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise InputError(f"node {address}: no answer ({why}); expected one that starts tasks") from None
+    return found
 
 
 class _LockHolder:

@@ -10,7 +10,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from overproof.errors import InputError
-from overproof.files import filesystem, join_uri
+from overproof.files import filesystem, join_uri, read_bytes
 
 PROBE_PREFIX = ".overproof-probe-"
 
@@ -52,8 +52,7 @@ def _write_and_read(files: fs.FileSystem, folder: str | None, path: str, text: s
         files.create_dir(folder, recursive=True)
     with files.open_output_stream(path) as stream:
         stream.write(text.encode())
-    with files.open_input_stream(path) as stream:
-        return str(stream.read().decode(errors="replace"))
+    return read_bytes(files, path).decode(errors="replace")
 
 
 def _missing_folders(files: fs.FileSystem, root: str, local: bool) -> list[str]:

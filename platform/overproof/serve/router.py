@@ -27,7 +27,7 @@ MAX_ATTEMPTS = 2  # at a request when its replica dies before a part of the answ
 DEATHS_COUNT_S = 600.0  # for so long a request over which as many replicas died is not taken again
 HELLO_TIMEOUT_S = 5.0  # for a new connection to authenticate
 SMALL_AT_ONCE = 2  # checks and chat templates that a replica is sent at once
-REQUEST_IDS = count()
+REQUEST_IDS, REPLICA_NUMBERS = count(), count()
 
 
 class ReplicaDied(Exception):
@@ -61,6 +61,7 @@ class ReplicaConnection:
     connection: rpc.Connection
     capacity: int
     in_flight: Counter[bool] = field(default_factory=Counter)  # requests that take a slot, and those that take none
+    number: int = field(default_factory=REPLICA_NUMBERS.__next__)
     draining: bool = False
     pending: dict[int, PendingRequest] = field(default_factory=dict)  # by request id
 
@@ -87,13 +88,14 @@ class DeadlyRequests:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._deaths: dict[str, tuple[int, float]] = {}  # by hash: how many, and until when they count
+        self._deaths: dict[str, tuple[frozenset[int], float]] = {}  # by hash: replicas, and until when they count
 
-    def on_death(self, operation: rpc.Operation) -> None:
-        """Count a replica that died over a request."""
+    def on_death(self, operation: rpc.Operation, replica: int) -> None:
+        """A replica died over a request, and maybe over others like it: it counts once."""
         now_s, key = self._clock(), _request_hash(operation)
         self._deaths = {each: found for each, found in self._deaths.items() if found[1] > now_s}
-        self._deaths[key] = self._deaths.get(key, (0, 0.0))[0] + 1, now_s + DEATHS_COUNT_S
+        dead, _ = self._deaths.get(key, (frozenset[int](), 0.0))
+        self._deaths[key] = dead | {replica}, now_s + DEATHS_COUNT_S
 
     def refuse(self, operation: rpc.Operation) -> None:
         """Look whether a request is one of them.
@@ -103,10 +105,10 @@ class DeadlyRequests:
         """
         if not self._deaths:
             return
-        deaths, until_s = self._deaths.get(_request_hash(operation), (0, 0.0))
-        if deaths >= MAX_ATTEMPTS and until_s > self._clock():
+        dead, until_s = self._deaths.get(_request_hash(operation), (frozenset[int](), 0.0))
+        if len(dead) >= MAX_ATTEMPTS and until_s > self._clock():
             raise InputError(
-                f"{deaths} replicas ended while they answered this request ({_request_hash(operation)[:16]}); it is "
+                f"{len(dead)} replicas ended while they answered this request ({_request_hash(operation)[:16]}); it is "
                 "refused for some minutes: change it, or ask the operator, whose logs say how they ended"
             )
 
@@ -152,7 +154,6 @@ class ReplicaPool:
                         yield response.piece
                 return
             except ReplicaDied:
-                self._deadly.on_death(operation)
                 if started or attempt == MAX_ATTEMPTS - 1:
                     raise
 
@@ -214,7 +215,6 @@ class ReplicaPool:
                     assert isinstance(response, rpc.Result)
                     return response.value
             except ReplicaDied:
-                self._deadly.on_death(operation)
                 if attempt == MAX_ATTEMPTS - 1:
                     raise
         raise AssertionError
@@ -234,6 +234,9 @@ class ReplicaPool:
         replica.connection.send_frame(frame)
         try:
             yield responses
+        except ReplicaDied:
+            self._deadly.on_death(operation, replica.number)
+            raise
         finally:
             if id_ in replica.pending:  # its slot is free when the replica confirms
                 replica.connection.send(rpc.Cancel(id_))

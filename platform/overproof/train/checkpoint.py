@@ -25,7 +25,7 @@ from pyarrow import fs
 
 from overproof.config import CheckpointPolicy
 from overproof.errors import InputError
-from overproof.files import FileEntry, atomic_write, filesystem, join_uri, local_cache, mismatched_files
+from overproof.files import FileEntry, atomic_write, filesystem, join_uri, local_cache, mismatched_files, read_bytes
 from overproof.stage_context import TrainingResumed
 
 LEDGER = "ledger.json"
@@ -278,10 +278,8 @@ def read_checksummed(files: fs.FileSystem, path: str) -> dict[str, Any] | Damage
         return Damage(DamageKind.MISSING, f"{name} is missing")
     if found != fs.FileType.File:
         return Damage(DamageKind.CHANGED, f"{name} is no file")
-    with files.open_input_stream(path) as stream:
-        raw = stream.read()
     try:
-        content = json.loads(raw)
+        content = json.loads(read_bytes(files, path))
         checksum = content.pop("sha256")
     except (ValueError, AttributeError, KeyError, TypeError):
         return Damage(DamageKind.CHANGED, f"{name} is not what was written")
