@@ -18,6 +18,8 @@ from overproof.data.columns import UINT16_VOCABULARY, packed_field
 from overproof.data.parquet_reader import Columns
 
 LOW_BITS = 16
+EIGHT = 8  # numbers of any width fill whole bytes; of less than 16 bits each, no more than two words
+WORD_BITS = 64
 TOKENS = "tokens"  # the label column of sequences
 INDEX_COLUMNS = {"indices", "drawn"}
 FLOAT16_COLUMNS = {"logprobs", "label_logprob", "tail", "drawn_logprobs", "entropy"}
@@ -167,23 +169,56 @@ def pack(values_BN: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     """
     if values_BN.size and not 0 <= values_BN.min() <= values_BN.max() < 1 << bits:
         raise ValueError(f"numbers from {values_BN.min()} to {values_BN.max()}; expected 0 to {(1 << bits) - 1}")
-    whole = LOW_BITS if bits > LOW_BITS else 0
-    rest_BNH = (values_BN[..., None] >> np.arange(whole, bits)) & 1
-    rest = np.packbits(rest_BNH.reshape(len(values_BN), -1).astype(np.uint8), axis=1, bitorder="little")
-    if not whole:
-        return rest
+    if bits <= LOW_BITS:
+        return _pack_bits(values_BN, bits)
     low_BN = np.ascontiguousarray(values_BN & 0xFFFF, "<u2")
-    return np.concatenate([low_BN.view(np.uint8), rest], axis=1)
+    return np.concatenate([low_BN.view(np.uint8), _pack_bits(values_BN >> LOW_BITS, bits - LOW_BITS)], axis=1)
 
 
 def unpack(packed: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.int64]:
     """The ``count`` numbers of each row that ``pack`` packed: (B, N)."""
-    whole, low_bytes = (LOW_BITS, 2 * count) if bits > LOW_BITS else (0, 0)
-    first_N = np.arange(count) * (bits - whole)  # bit of each number's rest, which lies within three bytes
-    byte_N, shift_N = first_N >> 3, first_N & 7
-    wide = np.pad(packed[:, low_bytes:], ((0, 0), (0, 2))).astype(np.int32)
-    three_BN = wide[:, byte_N] | wide[:, byte_N + 1] << 8 | wide[:, byte_N + 2] << 16
-    values_BN = (three_BN >> shift_N & (1 << (bits - whole)) - 1).astype(np.int64)
-    if whole:
-        values_BN = values_BN << LOW_BITS | np.ascontiguousarray(packed[:, :low_bytes]).view("<u2")
+    if bits <= LOW_BITS:
+        return _unpack_bits(packed, count, bits)
+    values_BN = _unpack_bits(packed[:, 2 * count :], count, bits - LOW_BITS) << LOW_BITS
+    values_BN |= np.ascontiguousarray(packed[:, : 2 * count]).view("<u2")
+    return values_BN
+
+
+def _pack_bits(values_BN: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """One number after the other, eight at a time: G eights of a row, each in two words of which ``bits`` bytes are
+    kept. Every operation is on one number of all eights at once.
+    """
+    if bits == 1:
+        return np.packbits(values_BN.astype(np.uint8), axis=1, bitorder="little")
+    rows, count = values_BN.shape
+    eights = -(-count // EIGHT)
+    values_BG8 = np.zeros((rows, eights * EIGHT), "<u8")
+    values_BG8[:, :count] = values_BN
+    values_BG8 = values_BG8.reshape(rows, eights, EIGHT)
+    words_2BG = np.zeros((2, rows, eights), "<u8")
+    for number in range(EIGHT):
+        word, shift = divmod(number * bits, WORD_BITS)
+        words_2BG[word] |= values_BG8[..., number] << shift
+        if shift + bits > WORD_BITS:
+            words_2BG[1] |= values_BG8[..., number] >> WORD_BITS - shift
+    kept = np.stack(list(words_2BG), axis=-1).view(np.uint8)[..., :bits]
+    return kept.reshape(rows, -1)[:, : -(-count * bits // EIGHT)]
+
+
+def _unpack_bits(packed: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.int64]:
+    """What ``_pack_bits`` packed."""
+    rows, eights = len(packed), -(-count // EIGHT)
+    bytes_BGH = np.zeros((rows, eights * bits), np.uint8)
+    bytes_BGH[:, : packed.shape[1]] = packed
+    words_BGH = np.zeros((rows, eights, 2 * WORD_BITS // EIGHT), np.uint8)
+    words_BGH[..., :bits] = bytes_BGH.reshape(rows, eights, bits)
+    low_BG, high_BG = np.moveaxis(words_BGH.view("<u8"), -1, 0)
+    values_BG8 = np.empty((rows, eights, EIGHT), np.int64)
+    for number in range(EIGHT):
+        word, shift = divmod(number * bits, WORD_BITS)
+        value_BG = (high_BG if word else low_BG) >> shift
+        if shift + bits > WORD_BITS:
+            value_BG |= high_BG << WORD_BITS - shift
+        values_BG8[..., number] = value_BG & (1 << bits) - 1
+    values_BN: NDArray[np.int64] = values_BG8.reshape(rows, -1)[:, :count]
     return values_BN
