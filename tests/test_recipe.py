@@ -209,9 +209,10 @@ def _resources(section: type[Section]) -> Iterator[str]:
 def test_the_resources_are_pinned() -> None:
     pool = ("actors", "cpus_per_actor", "gpus_per_actor")
     worker = ("micro_batch_size", "cpus_per_worker", "gpus_per_worker", "workers")
+    traffic = ("bucket_elements", "overlap_comm", "hpz_partition_size")
     assert set(_resources(Recipe)) == {
         *(f"{section}.{name}" for section in ("Generate", "Cache", "OnPolicy") for name in pool), "OnPolicy.wait_s",
-        *(f"{section}.{name}" for section in ("Train", "DataParallel") for name in worker),
+        *(f"{section}.{name}" for section in ("Train", "DataParallel") for name in worker + traffic),
         "Train.checkpoint", "Train.max_failures", "Sweep.concurrent_trials", "Sweep.cpus_per_trial",
         "Sweep.gpus_per_trial", "Evaluate.concurrent_tasks",
     }  # fmt: skip

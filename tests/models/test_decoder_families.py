@@ -263,7 +263,7 @@ def test_another_decoder_is_trained_and_not_exported(tmp_path: Path, tokenizer: 
     assert fewer.config.num_hidden_layers == 2
     engine = TorchEngine(found, Optimization(steps=1, batch_size=2, learning_rate=1e-3), torch.device("cpu"))
     batch = {"tokens": some_tokens(), "length": torch.full((2,), POSITIONS - 3)}
-    assert np.isfinite(engine.step(CrossEntropy(TASKS["language_modeling"].predict), batch)["loss"])
+    assert np.isfinite(engine.step(CrossEntropy(TASKS["language_modeling"].predict), batch)()["loss"])
     teacher = {"kind": "pretrained", "path": str(source)}
     recipe = load_recipe(RECIPES / "stdlib-lm.yaml", (f"train.model={json.dumps(teacher)}", f"store={tmp_path}"))
     with pytest.raises(

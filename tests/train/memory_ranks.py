@@ -56,7 +56,7 @@ def held(engine: DeepSpeedEngine) -> dict[str, dict[int, int]]:
     optimizer, module = engine.engine.optimizer, engine.engine.module
     attributes = vars(optimizer)
     parameters = list(module.parameters())
-    shards = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
+    shards = [getattr(p, name) for p in parameters for name in ("ds_tensor", "ds_secondary_tensor") if hasattr(p, name)]
     masters = [attributes[name] for name in MASTERS if name in attributes]
     buckets = [bucket.buffer for bucket in attributes.get("ipg_buckets", {}).values()]
     kinds = {

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny_data import LLAMA, VIT, settings
 
 from overproof.config import Optimization
@@ -51,10 +52,12 @@ def test_deepspeed_config_is_pinned() -> None:
         "gradient_clipping": 0.5,
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "torch_adam": True},
+            "params": {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "torch_adam": True,
+                       "fused": True},
         },
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": 20_000_000, "allgather_bucket_size": 20_000_000},
-    }
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 500_000_000, "allgather_bucket_size": 500_000_000,
+                              "overlap_comm": False},
+    }  # fmt: skip
 
 
 def test_deepspeed_config_of_everything_else_is_pinned() -> None:
@@ -65,8 +68,9 @@ def test_deepspeed_config_of_everything_else_is_pinned() -> None:
     assert config["optimizer"]["params"]["torch_adam"] is False
     assert config["zero_optimization"] == {
         "stage": 3,
-        "reduce_bucket_size": 20_000_000,
-        "allgather_bucket_size": 20_000_000,
+        "reduce_bucket_size": 500_000_000,
+        "allgather_bucket_size": 500_000_000,
+        "overlap_comm": True,
         "offload_optimizer": {"device": "cpu"},
         "offload_param": {"device": "cpu"},
     }
@@ -89,6 +93,37 @@ def test_bf16_is_cast_activations_without_zero_and_weights_with_masters_under_it
     assert lower[0]["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert "bf16" not in lower[0]
     assert all(config["bf16"] == {"enabled": True} and "torch_autocast" not in config for config in lower[1:])
+    assert [config["data_types"]["grad_accum_dtype"] for config in lower[1:]] == ["bf16", "fp32"]
+
+
+def test_buckets_and_partitions_are_the_recipes_and_no_larger_than_what_is_trained() -> None:
+    plan = settings(workers=4, zero_stage=3, bucket_elements=9_000, hpz_partition_size=2, overlap_comm=False)
+    zero = deepspeed_config(plan, 4, trained=777)["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (777, 778)
+    assert (zero["zero_hpz_partition_size"], zero["overlap_comm"]) == (2, False)
+    assert deepspeed_config(plan, 4)["zero_optimization"]["reduce_bucket_size"] == 9_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grad_accum_dtype": "fp32", "precision": "bf16", "zero_stage": 1}, "precision 'bf16', zero_stage 1: ex"),
+        ({"grad_accum_dtype": "bf16"}, "a choice under precision bf16 .*found precision 'fp32'"),
+        ({"overlap_comm": True, "zero_stage": 0}, "overlap_comm true needs zero_stage 1, 2 or 3; found 0"),
+        ({"hpz_partition_size": 2}, "of zero_stage 3 on the device; found zero_stage 1"),
+        ({"hpz_partition_size": 2, "zero_stage": 3, "offload": "parameters"}, "offload 'parameters': expected 1"),
+        ({"hpz_partition_size": 4, "zero_stage": 3}, "hpz_partition_size 4 does not divide workers 2"),
+        ({"bucket_elements": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_communication_that_deepspeed_would_not_have_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        settings(workers=2, **changes)
+
+
+def test_elastic_workers_keep_whole_partitions() -> None:
+    plan = settings(workers=(2, 8), batch_size=24, zero_stage=3, hpz_partition_size=2)
+    assert plan.worlds == (2, 4, 6, 8)
 
 
 def test_vectors_are_not_decayed(digits_root: Path) -> None:
@@ -128,6 +163,9 @@ def cases(root: Path, text: Path, world: int) -> list[dict[str, Any]]:
         case("recomputed", at=text, model=LLAMA, zero_stage=3, activation_checkpointing=True),
         case("compiled", compile=True, zero_stage=1),
         case("dropout-two", dropout=0.2, micro_batch_size=2, zero_stage=2),
+        *(case(f"overlapping{stage}", zero_stage=stage, micro_batch_size=2, overlap_comm=True) for stage in (1, 2)),
+        *(case(f"buckets{stage}", zero_stage=stage, bucket_elements=500) for stage in (1, 2, 3)),
+        case("hpz", zero_stage=3, hpz_partition_size=2),  # last: DeepSpeed keeps the group
     ]
 
 
@@ -162,8 +200,10 @@ def differences(trained: Path, name: str, other: str, key: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "name", ["one", "compiled", *(f"{kind}{stage}" for kind in ("stage", "accumulated") for stage in STAGES)]
-)
+    "name",
+    ["one", "compiled", "overlapping1", "overlapping2", "buckets1", "buckets2", "buckets3", "hpz",
+     *(f"{kind}{stage}" for kind in ("stage", "accumulated") for stage in STAGES)],
+)  # fmt: skip
 @pytest.mark.parametrize("key", ["loss", "grad_norm", "learning_rate", "validation_loss"])
 def test_every_stage_and_world_size_trains_like_plain_torch(trained: Path, name: str, key: str) -> None:
     assert max(differences(trained, name, "torch", key)) < TOLERANCE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import subprocess
@@ -26,8 +27,8 @@ from overproof.errors import InputError
 from overproof.models.base import Prediction
 from overproof.models.hf_directory import Batch, build_model, to_tensors
 from overproof.registry import TASKS
-from overproof.train.engine import Metrics
-from overproof.train.loop import CurveRow, fit, shard_batches, train_steps, validation_ids, validation_loss
+from overproof.train.engine import PendingMetrics, TorchEngine
+from overproof.train.loop import CurveRow, LoopHooks, fit, shard_batches, train_steps, validation_ids, validation_loss
 from overproof.train.metrics import MetricsLogger
 from overproof.train.objective import CrossEntropy, Objective, masked_mean, nll
 
@@ -68,10 +69,12 @@ class Fixed:
     """An engine whose losses are given."""
 
     def __init__(self, losses: list[float]) -> None:
-        self.losses = iter(losses)
+        self.losses, self.begun = iter(losses), 0
 
-    def step(self, objective: Objective, batch: Batch) -> Metrics:
-        return {"loss": next(self.losses), "learning_rate": 0.1, "grad_norm": 1.0}
+    def step(self, objective: Objective, batch: Batch) -> PendingMetrics:
+        loss = next(self.losses)
+        self.begun += 1
+        return lambda: {"loss": loss, "learning_rate": 0.1, "grad_norm": 1.0}
 
     @contextmanager
     def eval_mode(self) -> Iterator[nn.Module]:
@@ -87,7 +90,14 @@ class Fixed:
 def test_a_loss_that_is_not_finite_is_refused_with_what_to_do() -> None:
     seen: list[CurveRow] = []
     with pytest.raises(InputError, match=r"step 2: loss is nan .*lower learning_rate \(at most 0\.003"):
-        fit(Fixed([1.0, math.nan]), CrossEntropy(PREDICT), settings(steps=3), iter([{}] * 3), lambda: 0.0, seen.append)
+        fit(
+            Fixed([1.0, math.nan, 1.0]),
+            CrossEntropy(PREDICT),
+            settings(steps=3),
+            iter([{}] * 3),
+            lambda: 0.0,
+            seen.append,
+        )
     assert [row["step"] for row in seen] == [1]
 
 
@@ -96,6 +106,47 @@ def test_validates_every_so_often_and_at_the_end() -> None:
         Fixed([1.0] * 5), CrossEntropy(PREDICT), settings(steps=5, validate_every=2), iter([{}] * 5), lambda: 7.0
     )
     assert [row["step"] for row in given if "validation_loss" in row] == [2, 4, 5]
+
+
+class Checkpoints:
+    """A checkpoint hook that notes how many steps an engine had begun."""
+
+    def __init__(self, engine: Fixed) -> None:
+        self.engine, self.seen = engine, list[int]()
+
+    def after_step(self, step: int, score: float | None) -> None:
+        assert self.engine.begun == step
+        self.seen.append(step)
+
+
+def test_a_row_is_read_when_the_next_step_is_begun_unless_something_looks_at_the_weights() -> None:
+    engine, plan = Fixed([1.0] * 5), settings(steps=5, validate_every=3)
+    rows = train_steps(engine, CrossEntropy(PREDICT), plan, iter([{}] * 5), lambda: float(engine.begun))
+    assert [(row["step"], row.get("validation_loss"), engine.begun) for row in rows] == [
+        (1, None, 2), (2, None, 3), (3, None, 3), (3, 3.0, 3), (4, None, 5), (5, None, 5), (5, 5.0, 5),
+    ]  # fmt: skip
+    engine = Fixed([1.0] * 5)
+    hook = Checkpoints(engine)
+    list(train_steps(engine, CrossEntropy(PREDICT), plan, iter([{}] * 5), lambda: 0.0, LoopHooks(checkpoint=hook)))
+    assert hook.seen == [1, 2, 3, 4, 5]
+
+
+def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(text_root: Path) -> None:
+    """Without waiting for the norm: the fused optimizer is told on the device."""
+    model = build_model(LLAMA, Manifest.read(text_root), 0)
+    engine = TorchEngine(model, settings(model=LLAMA), torch.device("cpu"))
+    batch = to_tensors(Shards(text_root, "train").take(np.arange(8)))
+    assert math.isfinite(engine.step(CrossEntropy(PREDICT), batch)()["loss"])
+    before = copy.deepcopy((engine.model.state_dict(), engine.optimizer.state_dict()["state"]))
+
+    class Broken(CrossEntropy):
+        def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, scalars = super().loss(model, batch)
+            return loss * math.nan, scalars
+
+    assert math.isnan(engine.step(Broken(PREDICT), batch)()["grad_norm"])
+    after = (engine.model.state_dict(), engine.optimizer.state_dict()["state"])
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 def test_no_steps_still_validate() -> None:

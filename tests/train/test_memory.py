@@ -28,7 +28,6 @@ from overproof.models.sizes import FP32_BYTES, ModelSize, model_size, trained_si
 from overproof.models.vit import Vit
 from overproof.registry import FAMILIES, TASKS
 from overproof.train.objective import CrossEntropy
-from overproof.train.optim import BUCKET_ELEMENTS
 
 RANKS_S = 600
 WORLD, VOCABULARY, LENGTH, CLASSES = 2, 1024, 12, 10
@@ -99,11 +98,16 @@ def test_what_is_no_model_directory_is_refused(tmp_path: Path) -> None:
 CASES: dict[str, dict[str, object]] = {
     **{f"fp32-{stage}": {"zero_stage": stage} for stage in range(4)},
     **{f"bf16-{stage}": {"zero_stage": stage, "precision": "bf16"} for stage in range(4)},
+    "bf16-sums-2": {"zero_stage": 2, "precision": "bf16", "grad_accum_dtype": "bf16", "bucket_elements": 9_000},
+    "overlapping-1": {"zero_stage": 1, "overlap_comm": True},
+    "overlapping-2": {"zero_stage": 2, "overlap_comm": True, "bucket_elements": 50_000},
     "accumulated-1": {"zero_stage": 1, "micro_batch_size": 2},
     "optimizer-1": {"zero_stage": 1, "offload": "optimizer"},
     "optimizer-2": {"zero_stage": 2, "offload": "optimizer", "precision": "bf16"},
+    "optimizer-sums-2": {"zero_stage": 2, "offload": "optimizer", "precision": "bf16", "grad_accum_dtype": "fp32"},
     "parameters-3": {"zero_stage": 3, "offload": "parameters"},
     **{f"adapters-{stage}": {"zero_stage": stage} for stage in (0, 1, 3)},
+    "hpz-3": {"zero_stage": 3, "precision": "bf16", "hpz_partition_size": 2},  # last: DeepSpeed keeps the group
 }
 LORA = Lora(rank=4)
 
@@ -166,8 +170,20 @@ def test_the_adapters_that_a_plan_counts_are_those_that_are_trained(targets: Any
     assert size.parameters == model_size(TEACHER, TEXT).parameters
 
 
-def test_the_bucket_is_the_one_deepspeed_is_told() -> None:
-    assert zero_memory.ZERO_BUCKET_ELEMENTS == BUCKET_ELEMENTS
+def test_buckets_are_the_recipes_and_a_second_copy_begins_where_weights_are_let_go() -> None:
+    size = model_size(Llama(hidden_size=4096, intermediate_size=11_008, layers=16, heads=32, kv_heads=8), TEXT)
+    assert size.parameters > zero_memory.MAX_LIVE_PARAMETERS
+
+    def device(stage: int, **changes: object) -> zero_memory.MemoryParts:
+        train = training(workers=8, precision="bf16", zero_stage=stage, **changes)
+        return zero_memory.state_memory(size, train, stage, 8).device
+
+    assert device(2).buffers == 2 * 500_000_000
+    assert device(2, bucket_elements=1000, overlap_comm=True).buffers == 2 * 2 * 1000
+    assert device(3, bucket_elements=1000).buffers == 2 * 1000
+    second = device(3, hpz_partition_size=4).weights - device(3).weights
+    assert second == pytest.approx(2 * size.parameters / 4, abs=2)
+    assert device(2, grad_accum_dtype="bf16").gradients - device(2).gradients == 2 * -(-size.parameters // 8)
 
 
 def test_the_papers_table_at_7_5_billion_parameters() -> None:
@@ -177,7 +193,7 @@ def test_the_papers_table_at_7_5_billion_parameters() -> None:
     size = model_size(billions, DataShape("language_modeling", 50_000, 1024))
     scale = 7.5e9 / size.parameters
     assert scale == pytest.approx(1, abs=0.05)
-    train = training(batch_size=64, workers=64, precision="bf16")
+    train = training(batch_size=64, workers=64, precision="bf16", grad_accum_dtype="bf16")
     for stage, bytes_ in paper.items():
         device = zero_memory.state_memory(size, train, stage, 64).device
         gathered = zero_memory.HALF_BYTES * zero_memory.MAX_LIVE_PARAMETERS if stage == 3 else 0

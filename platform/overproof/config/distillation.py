@@ -171,6 +171,11 @@ class DataParallel(ZeroSettings):
 
     workers: Annotated[int, Field(ge=2), RESOURCE] = Field(2, description="Training processes of each trial.")
 
+    @model_validator(mode="after")
+    def _workers_fit(self) -> Self:
+        self.require_whole_partitions(self.workers)
+        return self
+
 
 class Sweep(Optimization):
     """Students distilled from one cache, and controls: the same students trained without the teacher."""

@@ -53,6 +53,27 @@ class ZeroSettings(Section):
         "none", description="What lies in CPU memory: the optimizer (stages 1 to 3), or weights too (stage 3)."
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Number format of the forward pass.")
+    grad_accum_dtype: Literal["fp32", "bf16"] | None = Field(
+        None,
+        description="Number format in which the gradients of bf16 are summed over micro-batches. null: fp32 at stages "
+        "2 and 3, but bf16 where stage 2 offloads: fp32 would stay on the GPU. Stages without a choice: 1 sums in "
+        "bf16, 0 in fp32.",
+    )
+    bucket_elements: Annotated[Count, RESOURCE] = Field(
+        500_000_000,
+        description="Most gradients or weights in a collective of stages 1 to 3, as DeepSpeed has it; a buffer as "
+        "large lies beside the weights, or as large as all that is trained.",
+    )
+    overlap_comm: Annotated[bool | None, RESOURCE] = Field(
+        None,
+        description="Reduce gradients while the backward pass goes on; takes a second buffer below stage 3. null: at "
+        "stage 3 alone, as DeepSpeed has it.",
+    )
+    hpz_partition_size: Annotated[Count, RESOURCE] = Field(
+        1,
+        description="Workers, those of a node, that hold a second copy of all weights between them, from which the "
+        "backward pass gathers (ZeRO++, arXiv 2306.10209): stage 3. 1: none.",
+    )
     activation_checkpointing: bool = Field(False, description="Compute activations again in the backward pass.")
     compile: bool = Field(False, description="Run the model through torch.compile.")
     cpus_per_worker: Annotated[Cpus, RESOURCE] = Field(1, description="Logical CPUs reserved by each worker.")
@@ -65,6 +86,44 @@ class ZeroSettings(Section):
         if self.offload == "parameters" and self.zero_stage != 3:
             raise ValueError(f"offload 'parameters' needs zero_stage 3; found {self.zero_stage}")
         return self
+
+    @model_validator(mode="after")
+    def _communication_fits(self) -> Self:
+        if self.grad_accum_dtype is not None and (self.precision != "bf16" or self.zero_stage < 2):
+            raise ValueError(
+                f"grad_accum_dtype {self.grad_accum_dtype!r} is a choice under precision bf16 at zero_stage 2 or 3; "
+                f"found precision {self.precision!r}, zero_stage {self.zero_stage}: expected null"
+            )
+        if self.overlap_comm and self.zero_stage == 0:
+            raise ValueError("overlap_comm true needs zero_stage 1, 2 or 3; found 0")
+        if self.hpz_partition_size > 1 and (self.zero_stage != 3 or self.offload == "parameters"):
+            raise ValueError(
+                f"hpz_partition_size {self.hpz_partition_size} keeps a second copy of the weights of zero_stage 3 on "
+                f"the device; found zero_stage {self.zero_stage}, offload {self.offload!r}: expected 1"
+            )
+        return self
+
+    def require_whole_partitions(self, workers: int) -> None:
+        """Raises ValueError unless ``hpz_partition_size`` divides the number of workers."""
+        if workers % self.hpz_partition_size:
+            raise ValueError(
+                f"hpz_partition_size {self.hpz_partition_size} does not divide workers {workers}; expected the workers "
+                "of one node, as many on each"
+            )
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether gradients are reduced while the backward pass goes on."""
+        return self.zero_stage == 3 if self.overlap_comm is None else self.overlap_comm
+
+    @property
+    def accumulates_fp32(self) -> bool:
+        """Whether DeepSpeed is to sum gradients of bf16 in fp32."""
+        if self.precision != "bf16" or self.zero_stage < 2:
+            return False
+        if self.grad_accum_dtype is None:
+            return self.zero_stage == 3 or self.offload == "none"
+        return self.grad_accum_dtype == "fp32"
 
 
 class Lora(Section):
@@ -120,8 +179,9 @@ class Training(Optimization, ZeroSettings):
 
     @property
     def worlds(self) -> tuple[int, ...]:
-        """The numbers of workers it may run on: those between the limits that divide the batch."""
-        return tuple(n for n in range(self.fewest, self.most + 1) if self.batch_size % n == 0)
+        """The numbers of workers it may run on: between the limits, dividing the batch, in whole partitions."""
+        numbers = range(self.fewest, self.most + 1)
+        return tuple(n for n in numbers if self.batch_size % n == 0 and n % self.hpz_partition_size == 0)
 
     def accumulation(self, world: int) -> int:
         """Forward passes in a step: the fewest equal ones within ``micro_batch_size``."""
@@ -139,6 +199,7 @@ class Training(Optimization, ZeroSettings):
                     f"batch_size {self.batch_size} is not a multiple of workers {world}; "
                     "every worker takes an equal share"
                 )
+            self.require_whole_partitions(world)
         if self.result == "best" and self.checkpoint.keep_best == 0:
             raise ValueError("result 'best' needs checkpoint.keep_best of at least 1; found 0")
         return self

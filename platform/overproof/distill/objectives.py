@@ -85,7 +85,7 @@ class OnPolicyObjective:
         row, count = self.generated.predict(model, batch), batch["teacher_logprobs"].shape[1]
         generated = Prediction(row.logits_BPV[:, -count:], row.targets_BP[:, -count:], row.mask_BP[:, -count:])
         terms = self.generated.terms(generated, batch)
-        return terms.loss, {"divergence": terms.divergence, "on_policy": torch.ones(())}
+        return terms.loss, {"divergence": terms.divergence, "on_policy": torch.ones_like(terms.loss)}
 
 
 @dataclass(frozen=True)

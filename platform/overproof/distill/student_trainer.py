@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from overproof.config.search import current_values
-from overproof.data.parquet_reader import Columns, Shards, planned_shards
+from overproof.data.parquet_reader import Shards, planned_shards
 from overproof.distill.distill_spec import DistillSpec
 from overproof.distill.objectives import ON_POLICY
 from overproof.distill.on_policy import Scorer, is_on_policy_step, sample_continuations
@@ -24,6 +24,7 @@ from overproof.train.checkpoint import CURVE_FILE
 from overproof.train.checkpoint_writer import AsyncCheckpointWriter
 from overproof.train.engine import STATE_FILE, TorchEngine
 from overproof.train.loop import CurveRow, LoopHooks, shard_batches, train_steps, validation_ids, validation_loss
+from overproof.train.read_ahead import for_device
 from overproof.train.train_job import ResumePoint
 
 TELL_EVERY_S = 2.0  # how far it is, between validations
@@ -155,23 +156,28 @@ class StudentTrainer:
             return nn.Linear(self.model.config.hidden_size, teacher.config.hidden_size, bias=False)
 
     def _batches(self) -> Iterator[Batch]:
-        settings, share = self.job.settings, self.job.student.on_policy if self.job.distilled else 0.0
-        steps = self.train.steps(self.order, settings.batch_size, self.resumed_step, settings.steps)
-        for step, columns in enumerate(steps, self.resumed_step):
-            columns |= self.spec.columns(columns.pop("sample_id"))
-            yield self._on_policy_batch(columns, step) if is_on_policy_step(step, share) else to_tensors(columns)
+        share = self.job.student.on_policy if self.job.distilled else 0.0
+        batches = for_device(self._planned_batches(), self.engine.device)
+        for step, batch in enumerate(batches, self.resumed_step):
+            yield self._on_policy_batch(batch, step) if is_on_policy_step(step, share) else batch
 
-    def _on_policy_batch(self, columns: Columns, step: int) -> Batch:
+    def _planned_batches(self) -> Iterator[Batch]:
+        settings, pinned = self.job.settings, self.engine.device.type == "cuda"
+        for columns in self.train.steps(self.order, settings.batch_size, self.resumed_step, settings.steps):
+            columns |= self.spec.columns(columns.pop("sample_id"))
+            yield to_tensors(columns, pinned)
+
+    def _on_policy_batch(self, batch: Batch, step: int) -> Batch:
         """What the student, before the step, writes after the rows' prompts, and the teacher's scores of it."""
         settings = self.job.settings.on_policy
         assert settings
         assert self.scorer
-        prompts_BQ = to_tensors(columns)["tokens"][:, : settings.prompt_tokens].to(self.engine.device)
+        prompts_BQ = batch["tokens"][:, : settings.prompt_tokens].to(self.engine.device)
         tokens_BS = sample_continuations(self.model, prompts_BQ, settings.new_tokens, self.job.seed, step).cpu()
         length_B = torch.full((len(tokens_BS),), tokens_BS.shape[1] - 1)
         scores = to_tensors(self.scorer.score(tokens_BS.numpy()))
-        batch = {"tokens": tokens_BS, "length": length_B, ON_POLICY: torch.ones_like(length_B)}
-        return batch | {f"teacher_{name}": values for name, values in scores.items()}
+        written = {"tokens": tokens_BS, "length": length_B, ON_POLICY: torch.ones_like(length_B)}
+        return written | {f"teacher_{name}": values for name, values in scores.items()}
 
     def _validate(self) -> float:
         with self.engine.eval_mode() as model:

@@ -264,9 +264,12 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def to_tensors(columns: Mapping[str, NDArray[Any]]) -> Batch:
-    """Columns as tensors that share no memory with them; integers become int64."""
-    return {
+def to_tensors(columns: Mapping[str, NDArray[Any]], pinned: bool = False) -> Batch:
+    """Columns as tensors that share no memory with them; integers become int64. ``pinned``: in memory that a GPU copies
+    from while it computes.
+    """
+    batch = {
         name: torch.from_numpy(values.astype(np.int64 if values.dtype.kind in "iu" else values.dtype))
         for name, values in columns.items()
     }
+    return {name: values.pin_memory() for name, values in batch.items()} if pinned else batch

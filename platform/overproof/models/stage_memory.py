@@ -3,9 +3,10 @@
 What no file backs is counted, and nothing else: weights that are kept in fp32 in their directory are mapped from there,
 and take memory of the machine's that it can take back. ``benchmarks/stage_memory.py`` measures the same of real stages.
 
-Each figure is the largest of the moments that may be: when the loss is known, when the backward pass begins, and when
-the optimizer computes. Beside them lies the copy that the newest checkpoint is written from. Gradients count beside
-activations although these are gone when those are there: malloc keeps blocks below 32 MiB for the next of their kind.
+Each figure is the largest of the moments that may be: when the loss is known, and when the backward pass begins; the
+optimizer, which is fused, computes in place. Beside them lies the copy that the newest checkpoint is written from.
+Gradients count beside activations although these are gone when those are there: malloc keeps blocks below 32 MiB for
+the next of their kind.
 Not all of what it keeps is of use: into a hole of just its size glibc (before 2.38) does not put a block that is
 aligned, as torch's are. What lies idle so was 0.4 to 0.9 of what the layers of a 135M Llama kept, and changes from run
 to run; with each block mapped by itself (M_MMAP_THRESHOLD) there was none, and a step took a third more CPU time.
@@ -21,7 +22,6 @@ from overproof.models.zero_memory import (
     activation_memory,
     kept_by_layers,
     state_memory,
-    update_memory,
 )
 from overproof.registry import FAMILIES
 
@@ -49,10 +49,9 @@ def student_memory(size: ModelSize, sweep: Optimization, distilled: bool = True)
     place = size.layers * family.layer_memory(size, FP32_BYTES) + family.outer_memory(size, FP32_BYTES)
     kept = sweep.batch_size * size.places * place
     logits = sweep.batch_size * size.predictions * size.outputs * FP32_BYTES
-    update = 2 * FP32_BYTES * max(size.tensors)
     losses = LOGITS_OF_DISTILLATION if distilled else LOGITS_OF_CROSS_ENTROPY
     copy = state if sweep.steps > sweep.validate_every else 0
-    return state + max(copy + weights + max(_backward_memory(size, kept, logits, losses), update), state)
+    return state + max(copy + weights + _backward_memory(size, kept, logits, losses), state)
 
 
 def _backward_memory(size: ModelSize, kept: int, logits: int, losses: int) -> int:
@@ -70,9 +69,8 @@ def teacher_memory(size: ModelSize, train: Training, world: int) -> int:
     number = FP32_BYTES if train.precision == "fp32" else HALF_BYTES
     third = micro_rows * size.predictions * size.outputs * number  # activations have the logits and the log-softmax
     activations = activation_memory(size, train, world) + int(IDLE * kept_by_layers(size, train, world))
-    update = update_memory(size, train, train.zero_stage, world)
     copy = checkpoint_memory(size, train, world)
-    step = held + max(activations + third, update) + (copy if train.steps > train.checkpoint.every_steps else 0)
+    step = held + activations + third + (copy if train.steps > train.checkpoint.every_steps else 0)
     apart = size.adapters or train.zero_stage > 0  # the whole weights, or those the adapters are merged into
     return max(step, held - gradients + copy + (FP32_BYTES * size.parameters if apart else 0))
 

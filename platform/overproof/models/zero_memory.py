@@ -8,7 +8,9 @@ in a few places, all counted here:
 - fp32: weights and gradients take 4P, and stages 1 to 3 keep a master copy beside the weights although it is equal.
 - Without ZeRO, bf16 casts activations alone, so it holds what fp32 holds, and fp16 keeps its own fp32 masters.
 - The update copies gradients to fp32 next to the reduced ones: another 4P/N for a moment.
-- Stages 1 to 3 have one bucket of fixed size in which gradients travel, however small the model.
+- Stages 1 to 3 reserve a bucket in which gradients travel; below stage 3 two, if they do during the backward pass.
+- Gradients that are summed in fp32 beside 16-bit weights are at stage 2 what the update reads, without a copy.
+- With hpZ (arXiv 2306.10209) stage 3 holds a second copy of the weights that it lets go, between fewer workers.
 - Stage 3 gathers weights while it computes and lets them go only beyond ``MAX_LIVE_PARAMETERS``.
 - Beside adapters (arXiv 2106.09685) the model's own weights are held, sharded and gathered, and nothing else.
 
@@ -25,7 +27,6 @@ from overproof.registry import FAMILIES
 
 HALF_BYTES = 2  # of one number
 ADAM_BYTES = 8  # of one parameter's two averages
-ZERO_BUCKET_ELEMENTS = 20_000_000  # that travel at once; the setting in train/optim.py
 UNSHARDED_BUCKET_ELEMENTS = 500_000_000  # without ZeRO; DeepSpeed's own
 MAX_LIVE_PARAMETERS = 1_000_000_000  # that stage 3 keeps gathered; DeepSpeed's own
 
@@ -63,6 +64,7 @@ def state_memory(size: ModelSize, train: Training, stage: int, world: int) -> Wo
 
     Offload is the recipe's where the stage allows it.
     """
+    train = train.model_copy(update={"zero_stage": stage})
     trained, shard = sum(size.trained), -(-sum(size.trained) // world)
     element_bytes = HALF_BYTES if keeps_16bit_weights(train, stage) else FP32_BYTES
     if stage == 0:
@@ -76,18 +78,32 @@ def state_memory(size: ModelSize, train: Training, stage: int, world: int) -> Wo
         )
         return WorkerMemory(stage, plain, MemoryParts())
     optimizer = (FP32_BYTES + ADAM_BYTES) * shard
-    updating = (element_bytes + FP32_BYTES) * shard
-    gradients = max(element_bytes * trained, updating) if stage == 1 else updating
-    weights = element_bytes * (size.held if stage < 3 else _gathered(size, world))
-    bucket = element_bytes * ZERO_BUCKET_ELEMENTS
+    gradients = _update_gradients(train, element_bytes) * shard
+    gradients = max(element_bytes * trained, gradients) if stage == 1 else gradients
+    weights = element_bytes * (size.held if stage < 3 else _gathered(size, train, world))
     if train.offload == "none":
-        return WorkerMemory(stage, MemoryParts(weights, gradients, optimizer, bucket), MemoryParts())
+        buckets = _buckets(train, trained, element_bytes)
+        return WorkerMemory(stage, MemoryParts(weights, gradients, optimizer, buckets), MemoryParts())
     return _offloaded(size, train, stage, world, element_bytes)
 
 
-def _gathered(size: ModelSize, world: int) -> int:
-    """Numbers that stage 3 keeps: a worker's part, and what it has gathered."""
-    return -(-size.held // world) + min(size.held, MAX_LIVE_PARAMETERS)
+def _update_gradients(train: Training, element_bytes: int) -> int:
+    """Bytes of one gradient as the update reads it, and of what it was copied from."""
+    if train.accumulates_fp32:
+        return FP32_BYTES if train.zero_stage == 2 else 2 * FP32_BYTES
+    return element_bytes + FP32_BYTES
+
+
+def _gathered(size: ModelSize, train: Training, world: int) -> int:
+    """Numbers that stage 3 keeps: a worker's part, its part of hpZ's copy if weights are let go, what is gathered."""
+    copied = train.hpz_partition_size > 1 and size.held > MAX_LIVE_PARAMETERS
+    second = -(-size.held // train.hpz_partition_size) if copied else 0
+    return -(-size.held // world) + second + min(size.held, MAX_LIVE_PARAMETERS)
+
+
+def _buckets(train: Training, trained: int, element_bytes: int) -> int:
+    count = 2 if train.overlaps and train.zero_stage < 3 else 1
+    return count * element_bytes * min(train.bucket_elements, trained)
 
 
 def keeps_16bit_weights(train: Training, stage: int) -> bool:
@@ -100,15 +116,16 @@ def _offloaded(size: ModelSize, train: Training, stage: int, world: int, element
     trained, largest = sum(size.trained), max(size.trained)
     shard = -(-trained // world)
     optimizer = (FP32_BYTES + ADAM_BYTES) * shard
-    bucket = element_bytes * ZERO_BUCKET_ELEMENTS
+    bucket = _buckets(train, trained, element_bytes)
     if stage == 3:
         on_host = element_bytes * -(-size.held // world) if train.offload == "parameters" else 0
-        weights = element_bytes * _gathered(size, world) - on_host
+        weights = element_bytes * _gathered(size, train, world) - on_host
         device = MemoryParts(weights, 0, 0, bucket)
-        return WorkerMemory(stage, device, MemoryParts(on_host, (element_bytes + FP32_BYTES) * shard, optimizer))
-    device = MemoryParts(
-        element_bytes * size.held, element_bytes * trained if stage == 1 else 0, 0, bucket + element_bytes * largest
-    )
+        return WorkerMemory(
+            stage, device, MemoryParts(on_host, _update_gradients(train, element_bytes) * shard, optimizer)
+        )
+    sums = element_bytes * trained if stage == 1 else FP32_BYTES * shard * train.accumulates_fp32
+    device = MemoryParts(element_bytes * size.held, sums, 0, bucket + element_bytes * largest)
     host = MemoryParts(0, FP32_BYTES * shard, optimizer, element_bytes * shard + element_bytes * largest)
     return WorkerMemory(stage, device, host)
 
@@ -153,16 +170,7 @@ def logits_memory(outputs: int, element_bytes: int) -> int:
     return outputs * (element_bytes + FP32_BYTES + (FP32_BYTES if element_bytes == HALF_BYTES else 0))
 
 
-def update_memory(size: ModelSize, train: Training, stage: int, world: int) -> int:
-    """Bytes that Adam's arithmetic takes for a moment: two fp32 vectors of the largest part it updates at once."""
-    if train.offload != "none" and stage > 0:
-        return 0  # its own kernel, number by number
-    part = max(size.trained) if stage == 0 else -(-sum(size.trained) // world)
-    return 2 * FP32_BYTES * part
-
-
 def peak_worker_memory(size: ModelSize, train: Training, world: int, stage: int | None = None) -> int:
-    """An upper bound of the bytes a worker's device takes: activations are gone when the optimizer computes."""
+    """An upper bound of the bytes a worker's device takes. The optimizer, which is fused, computes in place."""
     stage = train.zero_stage if stage is None else stage
-    device = state_memory(size, train, stage, world).device.total
-    return device + max(activation_memory(size, train, world, stage), update_memory(size, train, stage, world))
+    return state_memory(size, train, stage, world).device.total + activation_memory(size, train, world, stage)

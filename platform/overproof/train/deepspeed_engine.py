@@ -22,10 +22,24 @@ from transformers import PreTrainedModel
 
 from overproof.config import Training
 from overproof.models.hf_directory import Batch
-from overproof.train.engine import Metrics, StateWriter, seed_rng, set_learning_rate, to_device
+from overproof.train.engine import (
+    Metrics,
+    PendingMetrics,
+    StateWriter,
+    leave_out_nonfinite,
+    seed_rng,
+    set_learning_rate,
+    to_device,
+)
 from overproof.train.extension_lock import require_no_stale_lock
 from overproof.train.objective import Objective
-from overproof.train.optim import deepspeed_clips, deepspeed_config, learning_rate, parameter_groups
+from overproof.train.optim import (
+    deepspeed_clips,
+    deepspeed_config,
+    learning_rate,
+    parameter_groups,
+    trained_elements,
+)
 from overproof.train.plain_loading import plain_loading
 
 CPU_ADAM = "cpu_adam"  # what DeepSpeed compiles for offload, unless it was installed with it
@@ -58,7 +72,7 @@ class DeepSpeedEngine:
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model.train(),
             model_parameters=parameter_groups(model, train.weight_decay) if train.steps else None,
-            config=deepspeed_config(train, self.world, universal),
+            config=deepspeed_config(train, self.world, universal, trained_elements(model)),
             dist_init_required=False,
         )
         if train.compile:
@@ -66,7 +80,7 @@ class DeepSpeedEngine:
         self.device = torch.device(self.engine.device)
         self.steps_done = 0
 
-    def step(self, objective: Objective, batch: Batch) -> Metrics:
+    def step(self, objective: Objective, batch: Batch) -> PendingMetrics:
         rate = learning_rate(self.train, self.steps_done)
         set_learning_rate(self.optimizer, rate)
         names, sums, norm = list[str](), torch.zeros((), device=self.device), None
@@ -83,12 +97,16 @@ class DeepSpeedEngine:
                 if self.train.offload != "none":
                     _reset_bias_correction(self.optimizer.optimizer)
             self.engine.step()
-        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        found_norm = self.engine.get_global_grad_norm() if norm is None else norm
         self.steps_done += 1
-        means = reduced() / (self.world * self.accumulation)
-        values = dict(zip(names, means.tolist(), strict=True))
-        overflow = {"overflow": 1.0} if self.train.precision == "fp16" and not math.isfinite(float(norm)) else {}
-        return {"loss": values.pop("loss"), "learning_rate": rate, "grad_norm": float(norm), **overflow, **values}
+
+        def read() -> Metrics:
+            grad_norm, means = float(found_norm), reduced() / (self.world * self.accumulation)
+            values = dict(zip(names, means.tolist(), strict=True))
+            overflow = {"overflow": 1.0} if self.train.precision == "fp16" and not math.isfinite(grad_norm) else {}
+            return {"loss": values.pop("loss"), "learning_rate": rate, "grad_norm": grad_norm, **overflow, **values}
+
+        return read
 
     @contextmanager
     def eval_mode(self) -> Iterator[nn.Module]:
@@ -143,21 +161,16 @@ class DeepSpeedEngine:
         position = self.steps_done * self.train.batch_size + self.rank * share + index * share // self.accumulation
         seed_rng(self.seed, position, self.device)
 
-    def _clip_gradients(self) -> float | None:
+    def _clip_gradients(self) -> Tensor | None:
         """Without ZeRO: clip the gradients, which every rank has whole, and return their norm from before.
 
         DeepSpeed would clip, but neither return the norm nor leave a step out whose gradients are not finite.
         """
         if deepspeed_clips(self.train):
             return None
-        parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if torch.isfinite(norm):
-            nn.utils.clip_grads_with_norm_(parameters, self.train.clip_norm, norm)
-        else:
-            for parameter in parameters:
-                parameter.grad = None
-        return float(norm)
+        norm = nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.train.clip_norm)
+        leave_out_nonfinite(self.optimizer, norm)
+        return norm
 
 
 def _trained_names(model: nn.Module) -> frozenset[str]:

@@ -27,18 +27,19 @@ MEMORY_ADVICE = (
     "workers (`overproof plan` says what each takes)"
 )
 Metrics = dict[str, float]
+PendingMetrics = Callable[[], Metrics]  # waits for the device: a GPU may still be at work on the step
 StateWriter = Callable[[str, Any], None]  # takes a file's name and its content
 
 
 class TrainingEngine(Protocol):
     """A model in training. Every rank calls the same methods in the same order."""
 
-    def step(self, objective: Objective, batch: Batch) -> Metrics:
+    def step(self, objective: Objective, batch: Batch) -> PendingMetrics:
         """Train on this rank's share of a batch.
 
-        Returns ``loss`` (nats, mean over the global batch), ``learning_rate``, ``grad_norm`` (global, before
-        clipping) and the objective's own scalars. Where ``loss`` or ``grad_norm`` is not finite the weights are as
-        they were. ``overflow`` is 1 where fp16's loss scale was too high, which lowers it and is no fault.
+        What is returned gives ``loss`` (nats, mean over the global batch), ``learning_rate``, ``grad_norm`` (global,
+        before clipping) and the objective's own scalars. Where ``loss`` or ``grad_norm`` is not finite the weights are
+        as they were. ``overflow`` is 1 where fp16's loss scale was too high, which lowers it and is no fault.
         """
 
     @contextmanager
@@ -63,7 +64,7 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 class TorchEngine:
-    """One process, fp32, no DeepSpeed: the reference, and what small students train on.
+    """One process, fp32, no DeepSpeed: the reference, and what small students train on. On a GPU no step waits for it.
 
     Dropout and the like draw from a seed that is a function of ``seed`` and the step.
     """
@@ -81,27 +82,33 @@ class TorchEngine:
         self.device = device or default_device()
         self.model = model.to(self.device).train()
         self.trained = nn.ModuleList([self.model, *([auxiliary.to(self.device)] if auxiliary else [])])
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer: Any = torch.optim.AdamW(
             parameter_groups(self.trained, optimization.weight_decay),
             lr=optimization.learning_rate,
             betas=(optimization.beta1, optimization.beta2),
             eps=ADAM_EPSILON,
+            fused=True,  # on a CPU, too: one pass over the weights instead of ten
         )
         self.steps_done = 0
 
-    def step(self, objective: Objective, batch: Batch) -> Metrics:
+    def step(self, objective: Objective, batch: Batch) -> PendingMetrics:
         rate = learning_rate(self.optimization, self.steps_done)
         set_learning_rate(self.optimizer, rate)
         seed_rng(self.seed, self.steps_done, self.device)
         loss, scalars = objective.loss(self.model, to_device(batch, self.device))
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), self.optimization.clip_norm)
-        if torch.isfinite(norm):
-            self.optimizer.step()
+        leave_out_nonfinite(self.optimizer, norm)
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
-        values = {name: value.item() for name, value in scalars.items()}
-        return {"loss": loss.item(), "learning_rate": rate, "grad_norm": norm.item(), **values}
+        values = torch.stack([value.detach().double() for value in (loss, norm, *scalars.values())])
+
+        def read() -> Metrics:
+            own = dict(zip(("loss", "grad_norm", *scalars), values.tolist(), strict=True))
+            return {"loss": own.pop("loss"), "learning_rate": rate, **own}
+
+        return read
 
     @contextmanager
     def eval_mode(self) -> Iterator[nn.Module]:
@@ -128,10 +135,9 @@ class TorchEngine:
         with plain_loading(folder):
             state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True, mmap=True)
         self.trained.load_state_dict(state["model"])
-        own = [{name: group[name] for name in ("betas", "weight_decay")} for group in self.optimizer.param_groups]
+        for group, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+            group |= {name: own[name] for name in ("betas", "weight_decay", "fused", "foreach")}
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(settings)
         self.steps_done = step
 
 
@@ -141,6 +147,13 @@ def seed_rng(seed: int, position: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(mixed)  # torch.manual_seed asks every kind of device, for milliseconds
     if device.type == "cuda":
         torch.cuda.manual_seed(mixed)
+
+
+def leave_out_nonfinite(fused: Any, norm: Tensor) -> None:
+    """Have a fused optimizer of torch leave its next step out if the gradients' norm is not finite. The device decides:
+    this is how torch's own scaler of fp16 (``torch.amp.GradScaler``) tells it.
+    """
+    fused.found_inf = (~norm.isfinite()).float()
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from overproof.config import Optimization
 from overproof.errors import InputError
 from overproof.models.hf_directory import Batch
-from overproof.train.engine import Metrics, TrainingEngine
+from overproof.train.engine import Metrics, PendingMetrics, TrainingEngine
 from overproof.train.objective import Objective, Predict, nll
 
+STEPS_AHEAD = 1  # that are begun before the numbers of one are read, so that a GPU is never without work
 CurveRow = dict[str, float]  # "step" counts finished steps; then what was measured at it
 
 
@@ -66,33 +68,47 @@ def train_steps(
 ) -> Iterator[CurveRow]:
     """What ``fit`` does, a row at a time, for callers that stop early.
 
-    Yields ``{"step", "loss", "learning_rate", "grad_norm"}`` after each step and ``{"step", "validation_loss"}``
+    Yields ``{"step", "loss", "learning_rate", "grad_norm"}`` for each step and ``{"step", "validation_loss"}``
     every ``validate_every`` steps, at those the hooks name, and after the last. A step that was left out has
     ``skipped`` 1 in place of what is not finite. The checkpoint hook is called when the caller has taken a step's rows
-    and asks for more.
+    and asks for more. Without such a hook a step's row may come when ``STEPS_AHEAD`` more are begun, but before any
+    validation that follows it.
     """
     if optimization.steps == 0:
         yield {"step": 0, "validation_loss": validate()}
+    begun = deque[tuple[int, PendingMetrics]]()
     for step in range(hooks.start_step + 1, optimization.steps + 1):
-        metrics = engine.step(objective, next(batches))
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-            if not metrics.get("overflow"):
-                error = _nonfinite_error(step, metrics, optimization)
-                if hooks.on_nonfinite is None:
-                    raise error
-                hooks.on_nonfinite(step, error)
-            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)} | {"skipped": 1.0}
-        yield {"step": step, **metrics}
-        score = None
-        if (
+        begun.append((step, engine.step(objective, next(batches))))
+        validates = (
             step % optimization.validate_every == 0
             or step == optimization.steps
             or step in hooks.extra_validation_steps
-        ):
+        )
+        while len(begun) > (0 if validates or hooks.checkpoint else STEPS_AHEAD):
+            yield _finished(*begun.popleft(), optimization, hooks)
+        score = None
+        if validates:
             score = validate()
             yield {"step": step, "validation_loss": score}
         if hooks.checkpoint:
             hooks.checkpoint.after_step(step, score)
+
+
+def _finished(step: int, pending: PendingMetrics, optimization: Optimization, hooks: LoopHooks) -> CurveRow:
+    """The row of a step.
+
+    Raises:
+        InputError: its loss or gradient is not finite, and the hooks do not leave it out.
+    """
+    metrics = pending()
+    if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+        return {"step": step, **metrics}
+    if not metrics.get("overflow"):
+        error = _nonfinite_error(step, metrics, optimization)
+        if hooks.on_nonfinite is None:
+            raise error
+        hooks.on_nonfinite(step, error)
+    return {"step": step, **{name: value for name, value in metrics.items() if math.isfinite(value)}, "skipped": 1.0}
 
 
 def _nonfinite_error(step: int, metrics: Metrics, optimization: Optimization) -> InputError:

@@ -11,7 +11,6 @@ from torch import nn
 from overproof.config import Optimization, Training
 
 ADAM_EPSILON = 1e-8
-BUCKET_ELEMENTS = 20_000_000  # of a collective; DeepSpeed reserves the memory of one at the start
 FIRST_LOSS_SCALE_POWER = 16
 
 
@@ -47,11 +46,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def deepspeed_config(train: Training, world: int, universal: bool = False) -> dict[str, Any]:
+def trained_elements(model: nn.Module) -> int:
+    """How many numbers of a model take a gradient."""
+    return sum(full_shape(parameter).numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def deepspeed_config(
+    train: Training, world: int, universal: bool = False, trained: int | None = None
+) -> dict[str, Any]:
     """DeepSpeed's configuration for ``world`` workers. The rate is set from outside at every step: no scheduler here.
     Without steps there is no optimizer, and nothing to shard but the weights of stage 3.
 
-    ``universal`` makes it load a universal checkpoint, which any number of workers can.
+    ``universal`` makes it load a universal checkpoint, which any number of workers can. DeepSpeed reserves whole
+    buckets; of ``trained`` numbers, where that is told, none is larger.
     """
     accumulation = train.accumulation(world)
     if train.steps == 0 and train.zero_stage < 3:
@@ -64,9 +71,10 @@ def deepspeed_config(train: Training, world: int, universal: bool = False) -> di
             "eps": ADAM_EPSILON,
             "weight_decay": train.weight_decay,
             # DeepSpeed's own would be compiled first; beside offload it is what makes a step bearable.
-            "torch_adam": train.offload == "none",
+            **({"torch_adam": True, "fused": True} if train.offload == "none" else {"torch_adam": False}),
         },
     }
+    bucket = train.bucket_elements if trained is None else min(train.bucket_elements, max(trained, 1))
     return {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.batch_size // world // accumulation,
@@ -75,8 +83,10 @@ def deepspeed_config(train: Training, world: int, universal: bool = False) -> di
         **({"optimizer": optimizer} if train.steps else {}),
         "zero_optimization": {
             "stage": train.zero_stage,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket + bucket % 2,  # DeepSpeed wants it even
+            "overlap_comm": train.overlaps,
+            **({"zero_hpz_partition_size": train.hpz_partition_size} if train.hpz_partition_size > 1 else {}),
             **({"offload_optimizer": {"device": "cpu"}} if train.offload != "none" else {}),
             **({"offload_param": {"device": "cpu"}} if train.offload == "parameters" else {}),
         },
@@ -99,7 +109,8 @@ def _precision(train: Training) -> dict[str, Any]:
     if train.precision == "bf16":
         if train.zero_stage == 0:
             return {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
-        return {"bf16": {"enabled": True}}
+        accumulated = "fp32" if train.accumulates_fp32 else "bf16"
+        return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": accumulated}}
     if train.precision == "fp16":
         return {"fp16": {"enabled": True, "initial_scale_power": FIRST_LOSS_SCALE_POWER}}
     return {}

@@ -30,6 +30,7 @@ from overproof.train.engine import explain_memory
 from overproof.train.loop import CurveRow, LoopHooks, fit, shard_batches, validation_ids, validation_loss
 from overproof.train.metrics import ROWS_HASH, MetricsLogger, ThroughputMeter
 from overproof.train.optim import full_shape
+from overproof.train.read_ahead import for_device
 from overproof.train.train_job import ResumePoint, TrainJob
 
 LISTED_ROWS = 8  # of a step that went wrong, in a message
@@ -138,12 +139,16 @@ class RankTrainer:
         return all(p.shape == full_shape(p) and p.dtype == torch.float32 for p in self.model.parameters())
 
     def _batches(self, rows: Iterator[Columns], start_sync: Callable[[int], None]) -> Iterator[Batch]:
-        names = self.manifest.batch_columns
-        for columns in rows:
-            further = self.job.spec.columns(columns["sample_id"])
-            self.batch = to_tensors({name: columns[name] for name in names} | further)
-            start_sync(rows_hash(columns["sample_id"]))
-            yield self.batch
+        made = ((rows_hash(columns["sample_id"]), self._batch(columns)) for columns in rows)
+        for hashed, batch in for_device(made, self.engine.device):
+            self.batch = batch
+            start_sync(hashed)
+            yield batch
+
+    def _batch(self, columns: Columns) -> Batch:
+        further = self.job.spec.columns(columns["sample_id"])
+        planned = {name: columns[name] for name in self.manifest.batch_columns}
+        return to_tensors(planned | further, pinned=self.engine.device.type == "cuda")
 
     def _restore(self, checkpoint: Checkpoint, universal: bool) -> list[CurveRow]:
         """Load the checkpoint; gives the curve up to it."""
