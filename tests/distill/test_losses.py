@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from overproof.config import TopK
-from overproof.distill import losses
-from overproof.distill.losses import Divergence, distillation_loss
+from overproof.distill.losses import Divergence, LossTerms, distillation_loss
 from overproof.distill.objectives import DistillObjective
 from overproof.distill.target_encoder import encode_targets
 from overproof.models.hf_directory import Batch
 from overproof.registry import TASKS
+from overproof.train import cross_entropy
 
 ROWS, PLACES, OUTPUTS = 2, 3, 12
 FORWARD = Divergence()
@@ -90,7 +90,7 @@ def buckets(
 def ours(
     student: Tensor, teacher: Tensor, targets: Tensor, mask: Tensor, temperature: float, weight: float, k: int,
     measure: Divergence = FORWARD,
-) -> losses.LossTerms:  # fmt: skip
+) -> LossTerms:  # fmt: skip
     top, indices = torch.log_softmax(teacher / temperature, -1).topk(k, -1)
     return distillation_loss(student, targets, mask, indices, top, temperature, weight, measure)
 
@@ -240,7 +240,7 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     student, teacher, targets, mask = draw(5, 3.0)
     results = []
     for size in (1, 2 * OUTPUTS * 8, 1 << 20):
-        monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", size)
+        monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", size)
         moved = student.clone().requires_grad_()
         terms = ours(moved, teacher, targets, mask, 2.0, 0.5, 4)
         (3 * terms.loss).backward()

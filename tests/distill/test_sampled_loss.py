@@ -14,7 +14,6 @@ from torch import Tensor
 
 from overproof.config import Dense, Sampled, Scheme, TopK
 from overproof.data.order import uniforms
-from overproof.distill import losses
 from overproof.distill.losses import Divergence, LossTerms
 from overproof.distill.objectives import DistillObjective
 from overproof.distill.sampled_loss import sampled_distillation_loss
@@ -22,6 +21,7 @@ from overproof.distill.target_codec import TargetLayout
 from overproof.distill.target_encoder import DRAW_KEY, encode_targets
 from overproof.models.base import Prediction
 from overproof.models.hf_directory import Batch
+from overproof.train import cross_entropy
 
 OUTPUTS, REPEATS = 12, 40_000
 SAMPLED = Sampled(k=2, draws=3)
@@ -193,7 +193,7 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     batch = cached(teacher.float(), targets, Sampled(k=1, draws=4), (1.0, 2.0))
     results = []
     for size in (1, 1 << 20):
-        monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", size)
+        monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", size)
         terms, gradient = learn(
             student, targets, mask, batch, DistillObjective(PREDICT, 2.0, 0.5, (1.0, 2.0), Divergence())
         )

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from overproof.config import Dense, Sampled, Scheme, TopK
-from overproof.distill import losses
 from overproof.distill.target_encoder import encode_targets
+from overproof.train import cross_entropy
 
 TEMPERATURES = (0.5, 1.0, 3.0)
 LOGITS = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)) * 8
@@ -88,6 +88,6 @@ def test_an_output_without_probability_is_never_drawn() -> None:
 @pytest.mark.parametrize("scheme", [TopK(k=5), SAMPLED, Dense()])
 def test_chunks_do_not_change_what_is_kept(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = encode_targets(LOGITS, LABELS, scheme, TEMPERATURES, CHANCE)
-    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 1)
     for name, values in encode_targets(LOGITS, LABELS, scheme, TEMPERATURES, CHANCE).items():
         assert torch.equal(values, whole[name])

@@ -271,7 +271,7 @@ def kept_of(size: Any, train: Train, stage: int = 1) -> int:
     """The estimate less the logits that are gone when the loss is known: all but the log-softmax."""
     number = FP32_BYTES if train.precision == "fp32" else zero_memory.HALF_BYTES
     rows = train.batch_size // WORLD // train.accumulation(WORLD)
-    gone = rows * size.predictions * (zero_memory.logits_memory(size.outputs, number) - FP32_BYTES * size.outputs)
+    gone = rows * size.predictions * size.outputs * number  # the logits; their gradient is kept
     return zero_memory.activation_memory(size, train, WORLD, stage) - gone
 
 

@@ -217,9 +217,7 @@ def _largest(recipe: Recipe, teacher: ModelSize | None, students: dict[str, Mode
         found["train"] = stage_memory.teacher_memory(teacher, train, train.fewest)
         if recipe.reads_cache:
             found["cache"] = stage_memory.capture_memory(teacher, recipe.cache)
-    found["sweep"] = max(
-        stage_memory.student_memory(size, sweep, distilled) for size in students.values() for distilled in (True, False)
-    )
+    found["sweep"] = max(stage_memory.student_memory(size, sweep) for size in students.values())
     if isinstance(written, SizedFormat):
         found["compress"] = max(map(written.export_memory, exported))
     if isinstance(engine, ScoringLoader):

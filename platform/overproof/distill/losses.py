@@ -6,7 +6,7 @@ Shapes: B rows, P predictions in a row, C of the N = B * P, V outputs, K kept by
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}  # of logits at a time
+from overproof.train.cross_entropy import logit_chunks, softmax_logsumexp
+
 MIN_LOGPROB = -1e5  # of the teacher, where its own is infinitely small
 
 
@@ -191,15 +192,3 @@ def _chunk(
     gradient_CV.scatter_add_(1, targets_C1, -label_weight_C[:, None])
     cross_entropy_C = (plain_logsumexp_C1 - logits_CV.gather(1, targets_C1))[:, 0]
     return gradient_CV, torch.stack([divergence_C @ weight_C, cross_entropy_C @ weight_C])
-
-
-def logit_chunks(logits_NV: Tensor) -> Iterator[slice]:
-    """Rows of logits that are best worked on at once: on a CPU every pass after the first hits the cache."""
-    rows = max(1, CHUNK_BYTES[logits_NV.device.type] // (logits_NV.shape[1] * logits_NV.element_size()))
-    return (slice(start, start + rows) for start in range(0, len(logits_NV), rows))
-
-
-def softmax_logsumexp(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax and logsumexp from one exponentiation: the largest probability is exp(largest logit - logsumexp)."""
-    p_CV = torch.softmax(logits_CV, 1)
-    return p_CV, logits_CV.amax(1, keepdim=True) - p_CV.amax(1, keepdim=True).log()

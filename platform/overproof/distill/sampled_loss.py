@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from overproof.distill.losses import LossTerms, loss_in_one_pass, prediction_weights, softmax_logsumexp
+from overproof.distill.losses import LossTerms, loss_in_one_pass, prediction_weights
+from overproof.train.cross_entropy import softmax_logsumexp
 
 
 def importance_weights(kept_BPK: Tensor, tail_BP: Tensor, draws: int, drawn_BPDL: Tensor | None, column: int) -> Tensor:

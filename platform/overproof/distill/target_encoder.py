@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from overproof.config import Sampled, Scheme, TopK
-from overproof.distill.losses import logit_chunks, softmax_logsumexp
+from overproof.train.cross_entropy import logit_chunks, softmax_logsumexp
 
 DRAW_KEY = 1 << 63  # of the random numbers, one a position: no epoch of an order has it
 

@@ -27,8 +27,6 @@ from overproof.registry import FAMILIES
 
 LIBRARIES_BYTES = 350_000_000  # of torch's CPU build and what is loaded with it: 320 to 393 MB measured, by stage
 IDLE = 0.5  # as much of what layers keep lies idle in malloc's heap besides
-LOGITS_OF_CROSS_ENTROPY = 3  # at once, in the backward pass: the log-softmax, its gradient, and the logits'
-LOGITS_OF_DISTILLATION = 2  # the logits and their gradient, which one pass computes
 
 
 def forward_memory(size: ModelSize, rows: int, logits: int = 1, element_bytes: int = FP32_BYTES) -> int:
@@ -42,21 +40,20 @@ def capture_memory(size: ModelSize, cache: Cache) -> int:
     return forward_memory(size, cache.batch_size, 3 if isinstance(cache.scheme, Dense) else 1)
 
 
-def student_memory(size: ModelSize, sweep: Optimization, distilled: bool = True) -> int:
+def student_memory(size: ModelSize, sweep: Optimization) -> int:
     """A student that one process trains in fp32, from which a checkpoint is made at every validation."""
     weights, state = FP32_BYTES * size.parameters, (FP32_BYTES + ADAM_BYTES) * size.parameters
     family = FAMILIES[size.family]
     place = size.layers * family.layer_memory(size, FP32_BYTES) + family.outer_memory(size, FP32_BYTES)
     kept = sweep.batch_size * size.places * place
     logits = sweep.batch_size * size.predictions * size.outputs * FP32_BYTES
-    losses = LOGITS_OF_DISTILLATION if distilled else LOGITS_OF_CROSS_ENTROPY
     copy = state if sweep.steps > sweep.validate_every else 0
-    return state + max(copy + weights + _backward_memory(size, kept, logits, losses), state)
+    return state + max(copy + weights + _backward_memory(size, kept, logits), state)
 
 
-def _backward_memory(size: ModelSize, kept: int, logits: int, losses: int) -> int:
-    """As the backward pass begins: the loss, or the first gradient of the output layer and of what it was given."""
-    return kept + max(losses * logits, logits + FP32_BYTES * size.outputs * size.hidden)
+def _backward_memory(size: ModelSize, kept: int, logits: int) -> int:
+    """As the backward pass begins: the logits and their gradient, or that and the first of the output layer's."""
+    return kept + max(2 * logits, logits + FP32_BYTES * size.outputs * size.hidden)
 
 
 def teacher_memory(size: ModelSize, train: Training, world: int) -> int:
@@ -65,12 +62,9 @@ def teacher_memory(size: ModelSize, train: Training, world: int) -> int:
         return FP32_BYTES * size.held + forward_memory(size, train.batch_size // world)
     parts = state_memory(size, train, train.zero_stage, world)
     held, gradients = parts.total, parts.device.gradients + parts.host.gradients
-    micro_rows = train.batch_size // world // train.accumulation(world)
-    number = FP32_BYTES if train.precision == "fp32" else HALF_BYTES
-    third = micro_rows * size.predictions * size.outputs * number  # activations have the logits and the log-softmax
     activations = activation_memory(size, train, world) + int(IDLE * kept_by_layers(size, train, world))
     copy = checkpoint_memory(size, train, world)
-    step = held + activations + third + (copy if train.steps > train.checkpoint.every_steps else 0)
+    step = held + activations + (copy if train.steps > train.checkpoint.every_steps else 0)
     apart = size.adapters or train.zero_stage > 0  # the whole weights, or those the adapters are merged into
     return max(step, held - gradients + copy + (FP32_BYTES * size.parameters if apart else 0))
 

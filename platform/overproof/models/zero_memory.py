@@ -166,8 +166,8 @@ def layer_memory(size: ModelSize, element_bytes: int) -> int:
 
 
 def logits_memory(outputs: int, element_bytes: int) -> int:
-    """Bytes for one prediction: the logits, in 16-bit training their fp32 copy, and the fp32 log-softmax."""
-    return outputs * (element_bytes + FP32_BYTES + (FP32_BYTES if element_bytes == HALF_BYTES else 0))
+    """Bytes for one prediction: the logits, and their gradient, which one pass computes (train/cross_entropy.py)."""
+    return 2 * outputs * element_bytes
 
 
 def peak_worker_memory(size: ModelSize, train: Training, world: int, stage: int | None = None) -> int:

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from overproof.models.base import Prediction
 from overproof.models.hf_directory import Batch
+from overproof.train.cross_entropy import mean_cross_entropy
 
 CHUNK_LOGITS = 1 << 24  # numbers whose log-softmax is held at once: 64 MiB
 Predict = Callable[[nn.Module, Batch], Prediction]  # a task's
@@ -50,7 +51,7 @@ class CrossEntropy:
                 found.logits_BPV[None], found.targets_BP[counted_BP][None], found.mask_BP[counted_BP][None],
             )  # fmt: skip
             prediction = Prediction(logits_1NV, targets_1N, mask_1N)
-        return masked_mean(nll(prediction), prediction.mask_BP), {}
+        return mean_cross_entropy(prediction.logits_BPV, prediction.targets_BP, prediction.mask_BP), {}
 
 
 @contextmanager
@@ -70,9 +71,9 @@ def outputs_at(model: Any, places_BP: Tensor) -> Iterator[None]:
 
 
 def nll(prediction: Prediction) -> Tensor:
-    """Negative log-likelihood of every target, nats, fp32: (B, P). Without gradients, a few rows at a time."""
+    """Negative log-likelihood of every target, nats, fp32: (B, P). A few rows at a time, for use without gradients."""
     logits_BPV, targets_BP = prediction.logits_BPV, prediction.targets_BP
-    rows = len(logits_BPV) if logits_BPV.requires_grad else max(1, CHUNK_LOGITS // logits_BPV[0].numel())
+    rows = max(1, CHUNK_LOGITS // logits_BPV[0].numel())
     parts = zip(torch.split(logits_BPV, rows), torch.split(targets_BP, rows), strict=True)
     return torch.cat([_nll(part_BPV, part_BP) for part_BPV, part_BP in parts])
 
@@ -80,8 +81,3 @@ def nll(prediction: Prediction) -> Tensor:
 def _nll(logits_BPV: Tensor, targets_BP: Tensor) -> Tensor:
     logits_NV = logits_BPV.float().flatten(0, 1)
     return cross_entropy(logits_NV, targets_BP.flatten(), reduction="none").view_as(targets_BP)
-
-
-def masked_mean(values_BP: Tensor, mask_BP: Tensor) -> Tensor:
-    """Mean of the values whose mask is set, each times its mask; see ``Prediction``."""
-    return (values_BP * mask_BP).sum() / (mask_BP > 0).sum()
