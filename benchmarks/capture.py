@@ -1,14 +1,15 @@
 """Tokens a second of a teacher whose likeliest tokens are kept: the product's worker against transformers in a loop.
 
     .venv/bin/python benchmarks/capture.py PREPARED TRAINED [--k 32] [--batch 8] [--rows 24] [--repeats 5] [--threads 1]
+    .venv/bin/python benchmarks/capture.py --preset tiny|1b [...]
 
-PREPARED and TRAINED are artifacts of the stages `prepare` and `train`: folders of a store. Prints one Markdown table.
-Both have the model loaded, in one process, and take the same rows in turn, the same batch in every forward pass. Ours
+PREPARED and TRAINED are artifacts of the stages `prepare` and `train`: folders of a store. A preset makes rows and
+weights of its own, at random. Without Ray, on the GPU where there is one. Prints one Markdown table. Both have the model loaded, in one process, and take the same rows in turn, the same batch in every forward pass. Ours
 is what an actor of the stage `cache` runs: rows read from the shards, the top k, the mass that is left and the label's
 log-probability in half precision, packed into Parquet, flushed and hashed. The peer's rows lie in memory; it takes
 log_softmax, topk and the label's log-probability, in half precision, and writes one .npz at the end. Every repeat has
-rows of its own. That both say the same of them is checked. Where the CPU computes in bf16, the worker takes them in
-that, too, and how far its targets are from those in fp32 is told.
+rows of its own. That both say the same of them is checked. Where the device computes in bf16, the worker takes them in
+that, too, and how far its targets are from those in fp32 is told. `tiny` takes seconds on a CPU.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from measuring import interleaved, machine, spread, table
+from rows import SHARDS, write_rows
 from transformers import AutoModelForCausalLM
 
 from overproof.artifacts import Artifact, Store, read_record
@@ -37,15 +40,37 @@ from overproof.distill.row_cache import CachedFile, cache_key_fields
 from overproof.distill.target_cache import TargetIndex, TargetKey
 from overproof.distill.teacher_worker import CaptureJob, TargetWorker
 from overproof.files import filesystem
-from overproof.train.engine import computes_bf16
+from overproof.models.hf_directory import build_model, save_model
+from overproof.models.llama import Llama
+from overproof.train.engine import computes_bf16, default_device
 
 SEED = 0
+DEVICE = default_device()
+STAGES = ("prepare", "train")
+ROWS_PER_GROUP = 8
+PRESETS = {  # a Llama, the tokens of a row, the vocabulary
+    "tiny": (Llama(hidden_size=64, intermediate_size=160, layers=2, heads=4, kv_heads=2), 64, 512),
+    "1b": (Llama(hidden_size=2048, intermediate_size=5632, layers=22, heads=32, kv_heads=4), 2048, 32_000),
+}
 
 
 def opened(folder: Path) -> Artifact:
     record = read_record(str(folder.absolute()))
     assert record is not None, f"{folder}: no artifact"
     return Artifact(str(folder.absolute()), record)
+
+
+def random_parents(preset: str, rows: int, store: Path) -> tuple[Artifact, Artifact]:
+    """What the stages `prepare` and `train` would give, of random rows and a model that nobody trained."""
+    llama, sequence, vocabulary = PRESETS[preset]
+    drafts = [Store(str(store)).new_writer("capture", stage, str(n) * 64, {}, {}) for n, stage in enumerate(STAGES, 1)]
+    with drafts[0].directory() as folder:
+        manifest = write_rows(folder, SHARDS * rows, sequence, ROWS_PER_GROUP, vocabulary)
+    with drafts[1].directory() as folder:
+        model = build_model(llama, manifest, SEED)
+        save_model(model, model.config, folder / "model")
+    prepared, trained = (draft.commit({}, 0.0) for draft in drafts)
+    return prepared, trained
 
 
 def worker(
@@ -67,20 +92,20 @@ class Loop:
     """What one writes with transformers at hand."""
 
     def __init__(self, model: Path, tokens: list[np.ndarray], batch: int, k: int, out: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().to(DEVICE)
         self.tokens, self.batch, self.k, self.out = tokens, batch, k, out
 
     @torch.inference_mode()
     def __call__(self, number: int) -> None:
         kept: dict[str, list[np.ndarray]] = {"logprobs": [], "indices": [], "label_logprob": []}
-        rows = torch.from_numpy(self.tokens[number].astype(np.int64))
+        rows = torch.from_numpy(self.tokens[number].astype(np.int64)).to(DEVICE)
         for ids_BS in rows.split(self.batch):
             logprobs_BPV = self.model(input_ids=ids_BS[:, :-1], use_cache=False).logits.log_softmax(-1)
             top_BPK, indices_BPK = logprobs_BPV.topk(self.k)
             labels_BP = logprobs_BPV.gather(-1, ids_BS[:, 1:, None])[..., 0]
-            kept["logprobs"].append(top_BPK.half().numpy())
-            kept["indices"].append(indices_BPK.to(torch.int32).numpy())
-            kept["label_logprob"].append(labels_BP.half().numpy())
+            kept["logprobs"].append(top_BPK.half().cpu().numpy())
+            kept["indices"].append(indices_BPK.to(torch.int32).cpu().numpy())
+            kept["label_logprob"].append(labels_BP.half().cpu().numpy())
         np.savez(self.out / f"{number}.npz", **{name: np.concatenate(parts) for name, parts in kept.items()})
 
 
@@ -132,23 +157,30 @@ def told_difference(fp32: TargetWorker, bf16: TargetWorker, files: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prepared", type=Path)
-    parser.add_argument("trained", type=Path)
+    parser.add_argument("prepared", type=Path, nargs="?")
+    parser.add_argument("trained", type=Path, nargs="?")
+    parser.add_argument("--preset", choices=PRESETS)
     for name, value in (("k", 32), ("batch", 8), ("rows", 24), ("repeats", 5), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
     given = parser.parse_args()
-    prepared, trained = opened(given.prepared), opened(given.trained)
-    manifest = Manifest.read(prepared.local())
-    groups, files = given.rows // manifest.rows_per_group, given.repeats + 1
+    if (given.preset is None) == (given.trained is None):
+        parser.error("expected PREPARED and TRAINED, or --preset")
+    files = given.repeats + 1
     settings = Cache(scheme=TopK(k=given.k), batch_size=given.batch, cpus_per_actor=given.threads)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        if given.preset is None:
+            prepared, trained = opened(given.prepared), opened(given.trained)
+        else:
+            prepared, trained = random_parents(given.preset, files * given.rows, folder / "parents")
+        manifest = Manifest.read(prepared.local())
+        groups = given.rows // manifest.rows_per_group
         ours = worker(prepared, trained, settings, files, groups, folder / "store")
         rows, shards = groups * manifest.rows_per_group, Shards(prepared.local(), "train")
         tokens = [shards.take(np.arange(n * rows, (n + 1) * rows))["tokens"] for n in range(files)]
         loop = Loop(trained.local() / "model", tokens, given.batch, given.k, folder)
         workers = {"ours": ours}
-        if computes_bf16(torch.device("cpu")):
+        if computes_bf16(DEVICE):
             half = settings.model_copy(update={"precision": "bf16"})
             workers["bf16"] = worker(prepared, trained, half, files, groups, folder / "half")
         runs: dict[str, Callable[[int], None]] = {name: partial(capture, each) for name, each in workers.items()}
@@ -162,7 +194,8 @@ def main() -> None:
             given.repeats, {name: partial(timed, run, numbers[name], count) for name, run in runs.items()}
         )
         difference = told_difference(ours, workers["bf16"], files) if "bf16" in workers else ""
-    print(f"{machine(given.threads)}; {rows} rows of {manifest.positions} tokens each time, {given.batch} in a forward")
+    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else machine(given.threads)
+    print(f"{where}; {rows} rows of {manifest.positions} tokens each time, {given.batch} in a forward")
     print(
         f"pass, the {given.k} likeliest of {manifest.outputs:,}; {given.repeats} times, medians (least to most); load"
     )
@@ -179,6 +212,7 @@ def main() -> None:
     table(("who", "tokens/s", "tokens a CPU second", "ours ÷ it", "ours ÷ it, CPU"), lines)
     if difference:
         print(f"\n{difference}")
+    assert "ray" not in sys.modules
 
 
 if __name__ == "__main__":

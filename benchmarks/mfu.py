@@ -1,12 +1,13 @@
 """Model FLOP utilisation (PaLM, arXiv 2204.02311, appendix B) of the loop without Ray, on the CPU or on one GPU.
 
-    .venv/bin/python benchmarks/mfu.py [--preset small|1b] [--micro-batch 4] [--accumulation 1] [--checkpointing]
-                                       [--stage 1] [--steps 20] [--repeats 5] [--threads 1] [--largest]
+    .venv/bin/python benchmarks/mfu.py [--preset tiny|small|1b] [--micro-batch 8] [--accumulation 1] [--checkpointing]
+                                       [--compile] [--stage 2] [--steps 10] [--repeats 5] [--threads 1] [--largest]
 
 Prints one Markdown table. The peak is the best rate of a square matrix product in the same number format, with the
 same threads, measured here between the blocks of steps. `--largest` looks for the largest Llama that ZeRO-Offload
 (arXiv 2101.06840) trains on the card. The preset 1b is a Llama of 1.0 billion parameters at bf16, for a GPU. On two
-cores `small` takes about 3 minutes; on a GPU `1b` about 4, and `--largest` up to 15 more.
+cores `tiny` takes seconds and `small` about 3 minutes; on a GPU `1b` about 4 with `--accumulation 8 --repeats 3`, and
+`--largest` up to 15 more.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ VOCABULARY = 32_000
 WARMING_STEPS = 3
 OBJECTIVE = CrossEntropy(TASKS["language_modeling"].predict)
 PRESETS = {
+    "tiny": (Llama(hidden_size=64, intermediate_size=160, layers=2, heads=4, kv_heads=2), 32, "fp32"),
     "small": (Llama(hidden_size=256, intermediate_size=704, layers=4, heads=8, kv_heads=8), 256, "fp32"),
     "1b": (Llama(hidden_size=2048, intermediate_size=5632, layers=22, heads=32, kv_heads=4), 2048, "bf16"),
 }
@@ -94,6 +96,7 @@ def train_settings(given: argparse.Namespace, llama: Llama, precision: str, step
         "zero_stage": 3 if offload == "parameters" else 2 if offload == "optimizer" else given.stage,
         "offload": offload,
         "precision": precision,
+        "compile": given.compile,
         "activation_checkpointing": given.checkpointing or offload != "none",
         "cpus_per_worker": given.threads,
     })  # fmt: skip
@@ -189,11 +192,12 @@ def largest(given: argparse.Namespace, offload: str) -> str:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--preset", choices=PRESETS, default="1b" if torch.cuda.is_available() else "small")
-    options.add_argument("--micro-batch", type=int, default=4)
+    options.add_argument("--micro-batch", type=int, default=8)
     options.add_argument("--accumulation", type=int, default=1)
     options.add_argument("--checkpointing", action="store_true")
-    options.add_argument("--stage", type=int, default=1)
-    options.add_argument("--steps", type=int, default=20)
+    options.add_argument("--compile", action="store_true")
+    options.add_argument("--stage", type=int, default=2)
+    options.add_argument("--steps", type=int, default=10)
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--largest", action="store_true")
