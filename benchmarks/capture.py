@@ -4,7 +4,8 @@
     .venv/bin/python benchmarks/capture.py --preset tiny|1b [...]
 
 PREPARED and TRAINED are artifacts of the stages `prepare` and `train`: folders of a store. A preset makes rows and
-weights of its own, at random. Without Ray, on the GPU where there is one. Prints one Markdown table. Both have the model loaded, in one process, and take the same rows in turn, the same batch in every forward pass. Ours
+weights of its own, at random. Without Ray, on the GPU where there is one. Prints one Markdown table. Both have the
+model loaded, in one process, and take the same rows in turn, the same batch in every forward pass. Ours
 is what an actor of the stage `cache` runs: rows read from the shards, the top k, the mass that is left and the label's
 log-probability in half precision, packed into Parquet, flushed and hashed. The peer's rows lie in memory; it takes
 log_softmax, topk and the label's log-probability, in half precision, and writes one .npz at the end. Every repeat has
