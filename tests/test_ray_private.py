@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import ray
+import yaml
 from ray.util.placement_group import placement_group, placement_group_table
 
-from overproof.cluster import ray_private
+from overproof.cluster import ray_cluster, ray_private
 from overproof.serve.net import free_port
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have the tests
@@ -97,9 +98,31 @@ def test_small_values_are_kept_by_their_keys_until_they_are_forgotten() -> None:
     ray_private.delete_values("keptnot")
 
 
-def test_no_node_is_drained_and_no_autoscaler_is_there() -> None:
+def test_no_node_is_drained() -> None:
     assert not ray_private.draining_nodes() & node_ids()
-    assert ray_private.autoscaler_groups() == []
+
+
+def test_what_an_autoscaler_may_add_is_in_the_file_that_its_process_was_given(tmp_path: Path) -> None:
+    assert ray_private.autoscaler_config() is None
+    assert ray_cluster.capacity().most_nodes is None
+    file = tmp_path / "bootstrap.yaml"
+    types = {"head": {}, "small": {"resources": {"CPU": 4}, "max_workers": 5},
+             "large": {"resources": {"CPU": 16, "GPU": 1}, "max_workers": 8}}  # fmt: skip
+    file.write_text(yaml.safe_dump({"max_workers": 6, "head_node_type": "head", "available_node_types": types}))
+    named = [f"--gcs-address={ray.get_runtime_context().gcs_address}", f"--autoscaling-config={file}"]
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", *named])
+    try:
+        found = ray_cluster.capacity()
+    finally:
+        process.kill()
+        process.wait()
+    assert [(node.name, node.cpus, node.gpus, node.count, node.always) for node in found.nodes] == [
+        ("nodes up now", 4, 0, 2, 2), ("small", 4, 0, 3, 0), ("large", 16, 1, 6, 0),
+    ]  # fmt: skip
+    assert found.most_nodes == 5
+    assert (
+        found.where == "this cluster has 2 nodes of 4 CPUs and may add 3 nodes of 4 CPUs and 6 nodes of 16 CPUs, 1 GPU"
+    )
 
 
 def test_an_actor_is_found_by_its_class_while_it_lives() -> None:

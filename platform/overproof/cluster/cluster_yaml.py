@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ def read_cluster_yaml(path: Path) -> Capacity:
         InputError: the file cannot be read, or does not say what a node has.
     """
     tree = read_yaml_mapping(path, "a file for `ray up`, such as cluster.yaml", "a file for `ray up`")
+    return capacity_of(tree, str(path))
+
+
+def capacity_of(tree: Mapping[str, Any], path: str) -> Capacity:
+    """Of what a file holds.
+
+    Raises:
+        InputError: it does not say what a node has.
+    """
     types, head = tree.get("available_node_types"), tree.get("head_node_type")
     if not isinstance(types, dict) or head not in types:
         raise InputError(f"{path}: expected available_node_types, and head_node_type to be one of them")
@@ -43,13 +53,22 @@ def read_cluster_yaml(path: Path) -> Capacity:
     return Capacity(tuple(nodes), where, limit)
 
 
-def _count(path: Path, where: str, value: Any) -> int:
+def autoscaled_capacity(tree: Mapping[str, Any]) -> Capacity:
+    """Of what a running autoscaler goes by: it starts no node of a type for CPUs that it is not said to have."""
+    types = {
+        name: {**kind, "resources": {"CPU": 0} | (kind.get("resources") or {})}
+        for name, kind in tree["available_node_types"].items()
+    }
+    return capacity_of({**tree, "available_node_types": types}, "its autoscaler's file")
+
+
+def _count(path: str, where: str, value: Any) -> int:
     if not isinstance(value, int) or value < 0:
         raise InputError(f"{path}: {where}: found {value!r}; expected a whole number, 0 or more")
     return value
 
 
-def _number(path: Path, where: str, value: Any) -> float:
+def _number(path: str, where: str, value: Any) -> float:
     if not isinstance(value, int | float) or value < 0:
         raise InputError(f"{path}: {where}.resources: found {value!r}; expected a number, 0 or more")
     return value

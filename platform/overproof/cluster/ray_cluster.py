@@ -14,10 +14,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from overproof.cluster.cluster_yaml import autoscaled_capacity
 from overproof.cluster.machine import available_cpus, gpus
 from overproof.cluster.placement import Capacity, NodeShape, describe
 from overproof.errors import InputError
@@ -144,7 +145,7 @@ def dashboard_url() -> str | None:
 
 
 def capacity() -> Capacity:
-    """Of the cluster that this process is attached to: the nodes that are up, and those that it may add."""
+    """Of the cluster that this process is attached to: the nodes that are up, and those that its autoscaler may add."""
     import ray
 
     from overproof.cluster import ray_private
@@ -152,14 +153,16 @@ def capacity() -> Capacity:
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     counts = Counter((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive)
     present = [NodeShape("nodes up now", *size, count, always=count) for size, count in sorted(counts.items())]
-    addable = []
-    for group in ray_private.autoscaler_groups():
-        cpus, gpus = float(group.resources.get("CPU", 0)), float(group.resources.get("GPU", 0))
-        more = max(0, group.max_count - counts[cpus, gpus])
-        if more:
-            addable.append(NodeShape(group.name, cpus, gpus, more))
-    where = f"this cluster has {describe(present)}" + (f" and may add {describe(addable)}" if addable else "")
-    return Capacity((*present, *addable), where)
+    here = f"this cluster has {describe(present)}"
+    config = ray_private.autoscaler_config()
+    if config is None:
+        return Capacity(tuple(present), here)
+    grown = autoscaled_capacity(config)
+    more = [(group, group.count - counts[group.cpus, group.gpus]) for group in grown.nodes]
+    addable = [replace(group, count=count, always=0) for group, count in more if count > 0]
+    most = None if grown.most_nodes is None else max(0, grown.most_nodes + 1 - len(alive))  # the head is not counted
+    where = f"{here} and may add {describe(addable)}" if addable else here
+    return Capacity((*present, *addable), where, most)
 
 
 def run_tasks(

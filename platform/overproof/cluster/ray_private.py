@@ -15,10 +15,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import ray
+import yaml
 from ray._private import grpc_utils, ray_constants, services, worker
 from ray._private.authentication import authentication_utils
 from ray._private.state import actors, available_resources_per_node, state
@@ -32,15 +35,9 @@ from overproof.cluster.placement import Resources
 
 LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 STDERR = 2
-
-
-@dataclass(frozen=True)
-class NodeGroup:
-    """Nodes of one kind that an autoscaler may start."""
-
-    name: str
-    resources: Resources
-    max_count: int
+HEAD_RESOURCE = "node:__internal_head__"
+HEAD_TIMEOUT_S = 60
+AUTOSCALER_OPTION = "--autoscaling-config"
 
 
 @dataclass(frozen=True)
@@ -85,11 +82,33 @@ def why_no_answer(address: str, timeout_s: float) -> str | None:
     return None
 
 
-def autoscaler_groups() -> list[NodeGroup]:
-    """What the cluster's autoscaler may start; nothing where there is none."""
-    config = state.get_cluster_config()
-    groups = config.node_group_configs if config else ()
-    return [NodeGroup(group.name, dict(group.resources), group.max_count) for group in groups]
+def autoscaler_config() -> dict[str, Any] | None:
+    """What the cluster's autoscaler goes by, in the form of a file for `ray up`; None where there is no autoscaler.
+
+    Private, for Ray tells nobody: `GetClusterConfig` of its head is filled in by no autoscaler of its own. There is but
+    the file that ``ray start --autoscaling-config`` was given, on the head, in the words of the process that reads it.
+    """
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    (head,) = (node for node in nodes if node["Alive"] and HEAD_RESOURCE in node["Resources"])
+    port = ray.get_runtime_context().gcs_address.rpartition(":")[2]
+    if head["NodeManagerAddress"] == ray.util.get_node_ip_address():  # type: ignore[no-untyped-call]
+        return _read_autoscaler_config(port)
+    label = {"ray.io/node-id": head["NodeID"]}
+    read: Any = ray.remote(num_cpus=0)(_read_autoscaler_config).options(label_selector=label)
+    config: dict[str, Any] | None = ray.get(read.remote(port), timeout=HEAD_TIMEOUT_S)
+    return config
+
+
+def _read_autoscaler_config(gcs_port: str) -> dict[str, Any] | None:
+    """On the head."""
+    for process in psutil.process_iter(["cmdline"]):
+        options = dict(
+            word.split("=", 1) for word in process.info["cmdline"] or () if word.startswith("--") and "=" in word
+        )
+        if AUTOSCALER_OPTION in options and options.get("--gcs-address", "").rpartition(":")[2] == gcs_port:
+            config: dict[str, Any] = yaml.safe_load(Path(options[AUTOSCALER_OPTION]).read_text(encoding="utf-8"))
+            return config
+    return None
 
 
 def draining_nodes() -> set[str]:
