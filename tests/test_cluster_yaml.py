@@ -21,9 +21,14 @@ from ray.autoscaler._private.aws import utils as aws_utils
 from ray.autoscaler._private.aws.config import bootstrap_aws
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.common_pb2 import LabelSelectorOperator
 
 REPOSITORY = Path(__file__).parents[1]
 REGION = "us-west-2"
+LABEL_OPERATOR_IN = LabelSelectorOperator.Value("LABEL_OPERATOR_IN")
 SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
 
 
@@ -147,3 +152,26 @@ def test_nodes_watch_for_the_spot_notice_and_the_head_can_start_nodes(config: di
     assert importlib.util.find_spec(module)
     assert watching.endswith("&")
     assert any("[aws]" in line for line in config["head_setup_commands"])
+
+
+def test_work_that_is_not_served_starts_no_node_for_replicas(config: dict[str, Any]) -> None:
+    """By Ray's own scheduler, for a reader, for workers that would fill such a node, and for a trial with a GPU."""
+    ready = AutoscalingConfig(copy.deepcopy(config), skip_content_hash=True)
+
+    def started_for(*bundles: dict[str, float], **labels: str) -> set[str]:
+        wanted = [[(name, LABEL_OPERATOR_IN, [value]) for name, value in labels.items()]] if labels else None
+        asked = [ResourceRequestUtil.make(bundle, label_selectors=wanted) for bundle in bundles]
+        reply = ResourceDemandScheduler(None).schedule(
+            SchedulingRequest(
+                disable_launch_config_check=True, node_type_configs=ready.get_node_type_configs(),
+                max_num_nodes=ready.get_max_num_nodes(),
+                resource_requests=ResourceRequestUtil.group_by_count(asked),
+            )
+        )  # fmt: skip
+        assert not reply.infeasible_resource_requests
+        return {launch.instance_type for launch in reply.to_launch}
+
+    assert started_for({"CPU": 1}) == {"cpu"}
+    assert started_for({"CPU": 8}, {"CPU": 8}, {"CPU": 1}) == {"cpu"}
+    assert started_for({"CPU": 1, "GPU": 1}) == {"gpu"}
+    assert started_for({"CPU": 1}, group="serve") == {"serve"}
