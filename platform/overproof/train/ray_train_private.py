@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray.data._internal.stats import get_or_create_stats_actor
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
@@ -158,3 +159,12 @@ class PolicyTrainer(TorchTrainer):
             kill()
 
         signal.signal(signal.SIGINT, stop)
+
+
+def start_data_stats_actor() -> None:
+    """Start the actor of Ray Data that outlives every job on the node of this process.
+
+    Private, for Ray Data has it where a cluster first reads data, and of a training that is a worker: no autoscaler
+    could take that node away again.
+    """
+    get_or_create_stats_actor()

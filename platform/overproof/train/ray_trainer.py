@@ -26,7 +26,7 @@ from ray.train import RunConfig
 from ray.train.collective import broadcast_from_rank_zero
 
 from overproof.artifacts import ArtifactWriter
-from overproof.cluster.ray_cluster import preserve_handler
+from overproof.cluster.ray_cluster import is_remote, preserve_handler
 from overproof.config import ModelSection, Pretrained, Served
 from overproof.data.feed import planned_dataset
 from overproof.data.manifest import Manifest
@@ -44,7 +44,12 @@ from overproof.train.ray_elastic import (
     describe_error,
     root_causes,
 )
-from overproof.train.ray_train_private import PolicyTrainer, QuietTorchConfig, ScalingConfig
+from overproof.train.ray_train_private import (
+    PolicyTrainer,
+    QuietTorchConfig,
+    ScalingConfig,
+    start_data_stats_actor,
+)
 from overproof.train.served_teacher import record_teacher
 from overproof.train.train_job import ResumePoint, SupervisedSpec, TrainJob
 from overproof.units import format_count
@@ -123,6 +128,8 @@ def run_workers(job: TrainJob, work: Callable[[TrainJob], Any]) -> Any:
     size = f"{settings.fewest} to {most}" if settings.fewest < settings.most else most
     committed = job.checkpoints.committed_step()
     job.progress(TaskProgress("train", committed, settings.steps, f"starting {size}"))
+    if is_remote():
+        start_data_stats_actor()
     try:
         # Ray's own files of the run; none is needed afterwards.
         with tempfile.TemporaryDirectory(prefix="overproof-train-") as scratch, preserve_handler(signal.SIGINT):
