@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from distill_world import recipe_of
 from hypothesis import given, settings
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from overproof.config import Recipe
 from overproof.config.search import TrialValues, apply_values, current_values
-from overproof.distill.optuna_study import STUDENT, OptunaStudy
+from overproof.distill import optuna_study
+from overproof.distill.optuna_study import STUDENT, OptunaStudy, _least_dominated
 from overproof.errors import InputError
 
 BASE = {"kind": "vit", "hidden_size": 8, "intermediate_size": 16, "layers": 1, "heads": 2}
@@ -93,6 +95,36 @@ def test_a_search_is_a_function_of_its_seed_and_of_what_it_is_told() -> None:
     whole = run()
     assert run() == whole
     assert run(tuple(whole[:9])) == whole
+
+
+def test_a_search_that_forgets_goes_on_alike_and_keeps_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optuna_study, "REMEMBERED", 12)
+    monkeypatch.setattr(optuna_study, "BEST", 4)
+    recipe = searching(space={"learning_rate": RATE}, search={"kind": "tpe", "trials": 60, "startup_trials": 5})
+
+    def run(before: tuple[TrialValues, ...] = ()) -> tuple[list[TrialValues], OptunaStudy]:
+        """Two trials at a time, each told as the next is asked for."""
+        study, found = study_of(recipe, before), list[TrialValues]()
+        while (values := study.ask(str(len(found)))) is not None:
+            found.append(values)
+            if len(found) > 1:
+                study.tell(str(len(found) - 2), result(abs(found[-2]["learning_rate"] - 0.01)))
+        study.tell(str(len(found) - 1), result(abs(found[-1]["learning_rate"] - 0.01)))
+        return found, study
+
+    whole, study = run()
+    losses = sorted(abs(values["learning_rate"] - 0.01) for values in whole)
+    kept = [trial.value for trial in study.study.trials]
+    assert len(kept) < 24
+    assert set(losses[:4]) <= set(kept)
+    assert study.study.best_value == losses[0]
+    assert run(tuple(whole[:50]))[0] == whole
+
+
+def test_of_several_objectives_those_stay_that_few_are_better_than() -> None:
+    values = np.array([[3.0, 1.0], [1.0, 3.0], [3.0, 3.0], [2.0, 2.0], [4.0, 4.0], [2.0, 2.0]])
+    assert _least_dominated(values) == [0, 1, 3, 5, 2, 4]
+    assert _least_dominated(values[:, :1]) == [1, 3, 5, 0, 2, 4]
 
 
 @pytest.mark.parametrize("kind", ["random", "tpe"])
