@@ -68,12 +68,12 @@ def test_a_trial_goes_on_from_anothers_state_with_its_own_settings(
 
 @pytest.mark.trial
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_worst_take_over_from_the_best(digits_world: World, digits_cache: Artifact) -> None:
+def test_the_worst_take_over_from_the_best(digits_world: World, digits_cache: Artifact, tmp_path: Path) -> None:
     context = digits_world.context("sweep", cached=digits_cache, sweep=ALONE, tune=POPULATION)
-    tracker = SweepTracker(context.progress, STEPS, 2, 0)
+    tracker = SweepTracker(context.progress, STEPS, 2, 0, tmp_path)
     trials = [tracker.trial_entry(job) for job in train_students(context, SweepState(context.draft), {}, tracker, None)]
     assert [(trial["status"], trial["reason"]) for trial in trials] == [("finished", None)] * 2
-    first = [tracker.curves[trial["name"]][0]["learning_rate"] for trial in trials]
+    first = [tracker.read_curve(trial["name"])[0]["learning_rate"] for trial in trials]
     assert sorted(first) == pytest.approx([1e-8 / 5, 3e-2 / 5])  # of the first step of a warm-up of 4
     # The one that learned nothing by itself would stay at 2.8.
     assert max(trial["validation_loss"] for trial in trials) < 2.3

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 from distill_world import World, capture, jobs, make
+from hypothesis import given
+from hypothesis import settings as settings_
+from hypothesis import strategies as st
 
 from overproof.artifacts import Artifact, Store
 from overproof.cluster.placement import Capacity, NodeShape
@@ -210,12 +213,12 @@ def job_of(context: StageContext, name: str) -> TrialJob:
 
 
 def test_a_trial_that_takes_long_tells_its_steps_between_validations(
-    digits_world: World, digits_cache: Artifact, monkeypatch: pytest.MonkeyPatch
+    digits_world: World, digits_cache: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("overproof.distill.student_trainer.TELL_EVERY_S", 0.0)
     context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune=TUNE)
     shown = list[ProgressEvent]()
-    tracker = SweepTracker(shown.append, STEPS, 2, MAX_DEATHS)
+    tracker = SweepTracker(shown.append, STEPS, 2, MAX_DEATHS, tmp_path)
     tracker.add_trial("wide")
     trainer = StudentTrainer(dataclasses.replace(job_of(context, "wide"), progress=tracker.show))
     first = trainer.run_to_validation().steps
@@ -262,14 +265,16 @@ def test_a_sweep_without_a_student_that_finishes_ends_with_the_reason(
         sweep(context)
 
 
-def check_that_laggards_are_stopped(scheduler: dict[str, Any], digits_world: World, digits_cache: Artifact) -> None:
+def check_that_laggards_are_stopped(
+    scheduler: dict[str, Any], digits_world: World, digits_cache: Artifact, curves: Path
+) -> None:
     learner = {**STUDENTS[0], "model": {**WIDE, "initializer_range": 0.2}}
     rates = {"learning_rate": {"kind": "choice", "values": [3e-2, 1e-2, 1e-6, 1e-7, 1e-8]}}
     context = digits_world.context(
         "sweep", cached=digits_cache, sweep={**SWEEP, "students": [learner], "concurrent_trials": 1},
         tune={"space": rates, "scheduler": scheduler},
     )  # fmt: skip
-    tracker = SweepTracker(context.progress, STEPS, 5, MAX_DEATHS)
+    tracker = SweepTracker(context.progress, STEPS, 5, MAX_DEATHS, curves)
     trials = train_students(context, SweepState(context.draft), {}, tracker, None)
     entries = {entry["values"]["learning_rate"]: entry for entry in map(tracker.trial_entry, trials)}
     statuses = {rate: entry["status"] for rate, entry in entries.items()}
@@ -315,8 +320,8 @@ def test_a_sweep_that_tune_ends_short_is_a_fault_and_not_the_users_wish(
         signal.signal(signal.SIGUSR1, handler)
 
 
-def test_which_trials_did_not_end_is_said_with_what_is_known_of_them() -> None:
-    tracker = SweepTracker(no_progress, STEPS, 5, MAX_DEATHS)
+def test_which_trials_did_not_end_is_said_with_what_is_known_of_them(tmp_path: Path) -> None:
+    tracker = SweepTracker(no_progress, STEPS, 5, MAX_DEATHS, tmp_path)
     for name in ("ended", "dead", "young"):
         tracker.add_trial(name)
     tracker.record_end("ended")
@@ -330,6 +335,33 @@ def test_which_trials_did_not_end_is_said_with_what_is_known_of_them() -> None:
         tracker.record_death("dead", "its node is gone", retry=True)
     assert tracker.failures == {"dead": "its node is gone"}
     assert [line.split()[0] for line in tracker.unfinished()] == ["young", "2"]
+
+
+@settings_(max_examples=50)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 4)), max_size=20))
+def test_progress_is_that_of_a_count_over_all_trials(told: list[tuple[str, int]]) -> None:
+    """Results come in any order, and a trial's last one counts."""
+    shown = list[ProgressEvent]()
+    with tempfile.TemporaryDirectory() as curves:
+        tracker = SweepTracker(shown.append, 10, 3, MAX_DEATHS, Path(curves))
+        last = dict[str, tuple[int, int]]()
+        for name in "abc":
+            tracker.add_trial(name)
+        for name, loss in told:
+            steps = last.get(name, (0, 0))[0] + 2
+            failed = "too large" if loss == 4 else None
+            result = {"name": name, "steps": steps, "validation_loss": loss, "failed": failed, "pid": 1, "faults": (),
+                      "resumed_step": 0, "curve": [{"step": steps}]}  # fmt: skip
+            tracker.record_result(result)
+            tracker.report_progress()
+            last[name] = steps, loss
+            best = min((loss for _, loss in last.values() if loss < 4), default=None)
+            event = shown[-1]
+            assert isinstance(event, TaskProgress)
+            assert event.done == sum(steps for steps, _ in last.values())
+            assert event.note.startswith("training" if best is None else f"best {best}.000 ")
+        for name, (steps, _) in last.items():
+            assert [row["step"] for row in tracker.read_curve(name)] == list(range(2, steps + 1, 2))
 
 
 @pytest.mark.usefixtures("ray_cluster")

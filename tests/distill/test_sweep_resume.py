@@ -74,7 +74,7 @@ def test_a_damaged_checkpoint_is_not_used(digits_world: World, digits_cache: Art
 @pytest.mark.trial
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_search_goes_on_from_what_a_killed_driver_left_and_trains_no_trial_twice(
-    digits_world: World, digits_cache: Artifact
+    digits_world: World, digits_cache: Artifact, tmp_path: Path
 ) -> None:
     """One trial done, one begun; drivers are really killed among the trials."""
     notices: list[str] = []
@@ -93,7 +93,8 @@ def test_a_search_goes_on_from_what_a_killed_driver_left_and_trains_no_trial_twi
     state, study = SweepState(context.draft), OptunaStudy(context.recipe.tune, context.recipe.sweep, SEED)
     names = ("wide-000", "wide-001")
     values = {name: study.ask(name) or {} for name in names}
-    state.record_trials(values)
+    for count in (1, 2):
+        state.record_trials(list(values.items())[:count])
     left: dict[str, list[CurveSegment]] = {}
     for name in names:
         job = make_trial_job(context, state, name, values[name])
@@ -104,7 +105,7 @@ def test_a_search_goes_on_from_what_a_killed_driver_left_and_trains_no_trial_twi
     again = dataclasses.replace(context, draft=anew(digits_world, context))
     before = SweepState(again.draft).load_trials()
     assert before == values
-    tracker = SweepTracker(progress, STEPS, 3, MAX_DEATHS)
+    tracker = SweepTracker(progress, STEPS, 3, MAX_DEATHS, tmp_path)
     entries = [
         tracker.trial_entry(job) for job in train_students(again, SweepState(again.draft), before, tracker, None)
     ]
@@ -118,7 +119,8 @@ def test_a_search_goes_on_from_what_a_killed_driver_left_and_trains_no_trial_twi
     assert len({entry["values"]["learning_rate"] for entry in entries}) == 3
     for name, segments in left.items():  # its rows are those that were there before
         rows = [row for segment in segments for row in segment.curve]
-        assert tracker.curves[name][: len(rows)] == rows[: len(tracker.curves[name])]
+        told = tracker.read_curve(name)
+        assert told[: len(rows)] == rows[: len(told)]
 
 
 def test_a_captured_file_that_was_damaged_is_captured_again(digits_world: World) -> None:
@@ -133,7 +135,7 @@ def test_a_captured_file_that_was_damaged_is_captured_again(digits_world: World)
 def test_a_changed_sweep_does_not_go_on_from_anothers_trials(digits_world: World, digits_cache: Artifact) -> None:
     context = digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune=TUNE)
     job = jobs(context)[0]
-    SweepState(context.draft).record_trials({job.name: {STUDENT: job.name}})
+    SweepState(context.draft).record_trials([(job.name, {STUDENT: job.name})])
     job.checkpoints.claim_folder()
     first = StudentTrainer(job)
     first.run_to_validation()

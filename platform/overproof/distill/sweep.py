@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from overproof.distill.cache_checks import ROWS_CHECKED, check_rows, check_text
 from overproof.distill.controls import control_job, train_controls
 from overproof.distill.optuna_study import STUDENT, OptunaStudy
 from overproof.distill.student_validation import absolute_student, check_student
-from overproof.distill.sweep_state import SweepState
+from overproof.distill.sweep_state import StartedTrial, SweepState
 from overproof.distill.sweep_tracker import SweepTracker
 from overproof.distill.target_cache import TargetCache, target_key
 from overproof.distill.teacher_pool import ScorerPool, scorer_pool
@@ -42,6 +44,11 @@ def sweep(context: StageContext) -> dict[str, Any]:
             what it names; the workspace holds a sweep of another recipe; no student could be trained to the end.
         RuntimeError: Ray Tune ended before its trials did.
     """
+    with tempfile.TemporaryDirectory(prefix="overproof-curves-") as curves:
+        return _sweep(context, Path(curves))
+
+
+def _sweep(context: StageContext, curves: Path) -> dict[str, Any]:
     settings, search = context.recipe.sweep, context.recipe.tune
     check_cache(context)
     for student in settings.students:
@@ -49,7 +56,7 @@ def sweep(context: StageContext) -> dict[str, Any]:
     state = SweepState(context.draft)
     previous = state.load_trials()
     max_deaths = 0 if isinstance(search.scheduler, Pbt) else MAX_DEATHS  # a population is proposed once
-    tracker = SweepTracker(context.progress, settings.steps, search.trials(settings), max_deaths)
+    tracker = SweepTracker(context.progress, settings.steps, search.trials(settings), max_deaths, curves)
     with relay_progress(tracker.show) as progress:
         with scorer_pool(context.recipe, context.parents["train"]) as scorer:
             jobs = train_students(replace(context, progress=progress), state, previous, tracker, scorer)
@@ -69,7 +76,7 @@ def sweep(context: StageContext) -> dict[str, Any]:
     kept = pareto_students(trials, best_job.name, settings.keep)
     drop_students(context.draft.uri, kept)
     with context.draft.directory() as folder:
-        tracker.write_curves(folder / "curves")
+        shutil.copytree(curves, folder / "curves")
         shown = varying_values(settings, context.recipe.tune)
         for trial in (*trials, *control_trials.values()):
             _write_events(folder / EVENTS, trial, tracker, shown)
@@ -155,14 +162,14 @@ def train_students(
     """Run every trial of the search, those of a previous attempt first; gives their jobs."""
     settings, search = context.recipe.sweep, context.recipe.tune
     trials_are_students = not search.space.domains and isinstance(search.search, Grid)
-    started: dict[str, TrialValues] = {}
+    started: list[StartedTrial] = []
     jobs: list[TrialJob] = []
 
     def start_trial(values: TrialValues) -> TrialJob:
         name = values[STUDENT] if trials_are_students else f"{values[STUDENT]}-{len(jobs):03d}"
-        started[name] = values
+        started.append((name, values))
         if name not in previous:
-            state.record_trials(dict(started))
+            state.record_trials(started)
         job = make_trial_job(context, state, name, values, scorer)
         job.checkpoints.claim_folder()
         jobs.append(job)
@@ -200,6 +207,6 @@ def _write_events(folder: Path, trial: Mapping[str, Any], tracker: SweepTracker,
     settings = {name: value for name, value in trial["values"].items() if name in shown}
     settings |= {"teacher_weight": trial["teacher_weight"], "status": trial["status"]}
     with TrialEvents(folder / trial["name"], settings) as events:
-        events.add(tracker.curves.get(trial["name"], ()))
+        events.add(tracker.read_curve(trial["name"]))
         if trial["status"] != "failed":
             events.succeed()

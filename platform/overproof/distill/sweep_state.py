@@ -2,15 +2,22 @@
 
 With each trial's checkpoints this is all that a sweep needs to go on after its driver was killed: the search learns
 the results of the finished trials again, and no trial is trained twice.
+
+``sweep.json`` says whose sweep it is; each ``journal/NUMBER.json`` holds ``PART_TRIALS`` trials, and the last as many
+as there are. A trial writes its part again, since object stores cannot append: however many came before, it costs that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from pyarrow import fs
 
 from overproof.artifacts import ArtifactWriter
 from overproof.config import CheckpointPolicy
 from overproof.config.search import TrialValues
+from overproof.distill.trial_job import CONTROL
 from overproof.errors import InputError
 from overproof.files import atomic_write, filesystem, join_uri
 from overproof.train.checkpoint import (
@@ -21,13 +28,16 @@ from overproof.train.checkpoint import (
     unfinished_training_error,
     with_checksum,
 )
+from overproof.units import format_count
 
-SWEEP_STATE_FILE = "sweep.json"
+SWEEP_STATE_FILE, JOURNAL, TRIALS = "sweep.json", "journal", "trials"
+PART_TRIALS = 64  # of one file of the journal
+StartedTrial = tuple[str, TrialValues]  # its name, and what it started with
 
 
 @dataclass(frozen=True)
 class SweepState:
-    """A file in the workspace of a sweep's draft."""
+    """Files in the workspace of a sweep's draft."""
 
     draft: ArtifactWriter
 
@@ -35,7 +45,7 @@ class SweepState:
         """A trial's own."""
         draft = self.draft
         return Checkpoints(
-            join_uri(draft.workspace, f"trials/{name}"),
+            join_uri(draft.workspace, f"{TRIALS}/{name}"),
             draft.fingerprint,
             draft.config,
             draft.parents,
@@ -55,8 +65,8 @@ class SweepState:
             if found.kind == DamageKind.MISSING:
                 draft.clear_workspace()
                 return {}
-            raise InputError(f"{draft.workspace}: {found}; restore it, or delete the folder to start anew")
-        trials: dict[str, TrialValues] = found["trials"]
+            raise _damaged(draft, found)
+        trials = self._read_journal()
         if found["fingerprint"] == draft.fingerprint:
             return trials
         step = max((self.checkpoints(name).committed_step() for name in trials), default=0)
@@ -65,10 +75,40 @@ class SweepState:
         draft.clear_workspace()
         return {}
 
-    def record_trials(self, trials: dict[str, TrialValues]) -> None:
-        """Replace the file by one of every trial so far."""
-        draft = self.draft
+    def record_trials(self, trials: Sequence[StartedTrial]) -> None:
+        """Write down the last of the trials so far; those before it have been."""
+        draft, part = self.draft, (len(trials) - 1) // PART_TRIALS
         files, path = filesystem(join_uri(draft.workspace, SWEEP_STATE_FILE))
-        files.create_dir(path.rpartition("/")[0], recursive=True)
-        content = {"fingerprint": draft.fingerprint, "config": draft.config, "parents": dict(draft.parents)}
-        atomic_write(files, path, with_checksum({**content, "trials": trials}))
+        folder = f"{path.rpartition('/')[0]}/{JOURNAL}"
+        if len(trials) == 1:
+            files.create_dir(folder, recursive=True)
+            whose = {"fingerprint": draft.fingerprint, "config": draft.config, "parents": dict(draft.parents)}
+            atomic_write(files, path, with_checksum(whose))
+        atomic_write(files, f"{folder}/{part:05d}.json", with_checksum({"trials": trials[part * PART_TRIALS :]}))
+
+    def _read_journal(self) -> dict[str, TrialValues]:
+        """Every trial that was written down, in their order.
+
+        Raises:
+            InputError: a part is missing or is not as it was written, or a trial began that none has.
+        """
+        draft, trials = self.draft, dict[str, TrialValues]()
+        files, root = filesystem(draft.workspace)
+        parts = [name for name in _names(files, f"{root}/{JOURNAL}") if name.endswith(".json")]
+        for number in range(len(parts)):
+            found = read_checksummed(files, f"{root}/{JOURNAL}/{number:05d}.json")
+            if isinstance(found, Damage):
+                raise _damaged(draft, found)
+            trials |= found["trials"]
+        if lost := _names(files, f"{root}/{TRIALS}") - trials.keys() - {CONTROL}:
+            text = f"the journal lacks {format_count(len(lost), 'trial')} that began, such as {min(lost)}"
+            raise _damaged(draft, Damage(DamageKind.CHANGED, text))
+        return trials
+
+
+def _names(files: fs.FileSystem, folder: str) -> set[str]:
+    return {info.base_name for info in files.get_file_info(fs.FileSelector(folder, allow_not_found=True))}
+
+
+def _damaged(draft: ArtifactWriter, damage: Damage) -> InputError:
+    return InputError(f"{draft.workspace}: {damage}; restore it, or delete the folder to start anew")

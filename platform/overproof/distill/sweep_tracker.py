@@ -22,19 +22,27 @@ TRIAL_FIELDS = (
 
 
 class SweepTracker:
-    """Follows the trials and the controls, and reports their progress; steps may be told from another thread."""
+    """Follows the trials and the controls, and reports their progress; steps may be told from another thread.
 
-    def __init__(self, progress: Progress, steps: int, trials: int, max_deaths: int) -> None:
-        """``steps`` are a whole trial's; one whose process died ``max_deaths`` times may still be proposed again."""
+    An event costs the same however many trials there are, and the rows of their curves lie in files.
+    """
+
+    def __init__(self, progress: Progress, steps: int, trials: int, max_deaths: int, curves: Path) -> None:
+        """``steps`` are a whole trial's; one whose process died ``max_deaths`` times may still be proposed again.
+        ``curves`` is an empty folder, for a file of JSON lines of each curve.
+        """
         self.progress, self.steps, self.trials, self.max_deaths = progress, steps, trials, max_deaths
+        self.curves = curves
         self.deaths = Counter[str]()
         self.death_reasons: dict[str, str] = {}  # the last one's
-        self.curves: dict[str, list[Mapping[str, float]]] = {}
-        self.last_results: dict[str, TrialResult] = {}
+        self.last_results: dict[str, TrialResult] = {}  # without their rows
         self.failures: dict[str, str] = {}  # why
         self.ended: set[str] = set()
-        self._trained: dict[str, int] = {}  # steps that were told, of trials and controls
-        self._controls: tuple[str, ...] = ()
+        self._started: dict[str, None] = {}  # trials, in their order
+        self._controls: dict[str, None] = {}
+        self._reached = Counter[str]()  # steps of each, by its last result or what it told since
+        self._trial_steps = self._control_steps = 0  # of all of them
+        self._best: TrialResult | None = None
         self._lock = threading.RLock()
         self.report_progress()
 
@@ -45,11 +53,20 @@ class SweepTracker:
     def add_trial(self, name: str) -> None:
         """A trial has been started."""
         with self._lock:
-            self.curves[name] = []
+            self._started[name] = None
+        self.curve_file(name).touch()
+
+    def curve_file(self, name: str) -> Path:
+        """Of a trial or control."""
+        return self.curves / f"{name}.jsonl"
+
+    def read_curve(self, name: str) -> list[dict[str, float]]:
+        """The rows that a trial or control has told."""
+        return [json.loads(line) for line in self.curve_file(name).read_text(encoding="utf-8").splitlines()]
 
     def start_controls(self, names: Sequence[str]) -> None:
         """The trials are over, and these controls begin."""
-        self._controls = tuple(names)
+        self._controls = dict.fromkeys(names)
         self.report_controls("starting")
 
     def show(self, event: ProgressEvent) -> None:
@@ -59,8 +76,7 @@ class SweepTracker:
         if isinstance(event, Notice):
             self.progress(event)
             return
-        with self._lock:
-            self._trained[event.task] = event.done
+        self._advance(event.task, event.done)
         if event.task in self._controls:
             self.report_controls(f"{event.task} {event.note}")
         elif event.task not in self.ended:
@@ -77,13 +93,17 @@ class SweepTracker:
             if result["resumed_step"]:
                 self._notify(f"{name}: going on from step {result['resumed_step']}")
         if before is None or result["steps"] > before["steps"]:
+            with self.curve_file(name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in result["curve"])
             with self._lock:
-                self.curves.setdefault(name, []).extend(result["curve"])
-                self.last_results[name] = result
+                self.last_results[name] = {key: value for key, value in result.items() if key != "curve"}
+                self._compare(name)
+            self._advance(name, int(result["steps"]))
 
     def record_end(self, name: str) -> None:
         """A trial takes no further step: it ran all, failed, or was stopped."""
         self.ended.add(name)
+        self._advance(name, self.steps)
         self.report_progress()
 
     def record_death(self, name: str, reason: str, retry: bool) -> None:
@@ -102,24 +122,15 @@ class SweepTracker:
     def report_progress(self) -> None:
         """Of the trials together."""
         with self._lock:
-            names = [name for name in self.curves if name not in self._controls]
-            reached = {name: self.steps if name in self.ended else self._reached(name) for name in names}
-            sound = [result for result in self.last_results.values() if result["failed"] is None]
-            best = min(sound, key=lambda result: float(result["validation_loss"]), default=None)
-            begun = "training" if any(reached.values()) else "starting trials"
+            done, best = self._trial_steps, self._best
+            begun = "training" if done else "starting trials"
             note = f"best {best['validation_loss']:.3f} ({best['name']})" if best else begun
-            self.progress(TaskProgress("sweep", sum(reached.values()), self.steps * self.trials, note))
+            self.progress(TaskProgress("sweep", done, self.steps * self.trials, note))
 
     def report_controls(self, note: str) -> None:
         """Of the controls together."""
         with self._lock:
-            done = sum(self._reached(name) for name in self._controls)
-            self.progress(TaskProgress(CONTROL, done, self.steps * len(self._controls), note))
-
-    def _reached(self, name: str) -> int:
-        """Steps that a trial or control has made, by its last result or what it told since."""
-        result = self.last_results.get(name)
-        return max(int(result["steps"]) if result else 0, self._trained.get(name, 0))
+            self.progress(TaskProgress(CONTROL, self._control_steps, self.steps * len(self._controls), note))
 
     def finished(self) -> dict[str, TrialResult]:
         """The last results of those that ran every step, by name."""
@@ -131,18 +142,18 @@ class SweepTracker:
 
     def winner(self) -> TrialResult | None:
         """The best of those that ran every step, if any did."""
-        return min(self.finished().values(), key=lambda result: float(result["validation_loss"]), default=None)
+        return min(self.finished().values(), key=_loss, default=None)
 
     def unfinished(self) -> list[str]:
         """Of every trial that has not ended, how far it is and, where its process died, why; in their order."""
         lines = []
-        for name in self.curves:
+        for name in self._started:
             if name in self.ended:
                 continue
             reached = self.last_results[name]["steps"] if name in self.last_results else 0
             why = f", its process died: {self.death_reasons[name]}" if name in self.death_reasons else ""
             lines.append(f"{name} (at step {reached} of {self.steps}{why})")
-        if never := self.trials - len(self.curves):
+        if never := self.trials - len(self._started):
             lines.append(f"{never} that never started")
         return lines
 
@@ -163,12 +174,28 @@ class SweepTracker:
         }
         return {name: entry[name] if name in entry else result.get(name) for name in TRIAL_FIELDS}
 
-    def write_curves(self, folder: Path) -> None:
-        """A file of JSON lines for each curve."""
-        folder.mkdir()
-        for name, rows in self.curves.items():
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    def _advance(self, name: str, steps: int) -> None:
+        """A trial or control has made so many steps."""
+        with self._lock:
+            more = max(0, steps - self._reached[name])
+            self._reached[name] += more
+            if name in self._controls:
+                self._control_steps += more
+            elif name in self._started:
+                self._trial_steps += more
+
+    def _compare(self, name: str) -> None:
+        """Whether a trial is the best, now that it has another result."""
+        result, best = self.last_results[name], self._best
+        if result["failed"] is None and (best is None or _loss(result) < _loss(best)):
+            self._best = result
+        elif best is not None and best["name"] == name:  # it was
+            sound = (each for each in self.last_results.values() if each["failed"] is None)
+            self._best = min(sound, key=_loss, default=None)
 
     def _notify(self, line: str) -> None:
         self.progress(Notice(line))
+
+
+def _loss(result: TrialResult) -> float:
+    return float(result["validation_loss"])

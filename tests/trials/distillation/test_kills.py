@@ -252,11 +252,12 @@ def test_a_group_goes_on_after_its_trial_was_killed(digits_world: World, digits_
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_hyperband_stops_what_lags_behind(digits_world: World, digits_cache: Artifact) -> None:
-    check_that_laggards_are_stopped({"kind": "hyperband", "grace_steps": 7, "brackets": 2}, digits_world, digits_cache)
+def test_hyperband_stops_what_lags_behind(digits_world: World, digits_cache: Artifact, tmp_path: Path) -> None:
+    rule = {"kind": "hyperband", "grace_steps": 7, "brackets": 2}
+    check_that_laggards_are_stopped(rule, digits_world, digits_cache, tmp_path)
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_median_rule_stops_what_lags_behind(digits_world: World, digits_cache: Artifact) -> None:
+def test_the_median_rule_stops_what_lags_behind(digits_world: World, digits_cache: Artifact, tmp_path: Path) -> None:
     rule = {"kind": "median", "grace_steps": 7, "least_trials": 2}
-    check_that_laggards_are_stopped(rule, digits_world, digits_cache)
+    check_that_laggards_are_stopped(rule, digits_world, digits_cache, tmp_path)
