@@ -220,7 +220,7 @@ def test_a_file_that_cannot_be_written_keeps_nothing_shut_after_a_restart(
     file = (tmp_path / "file").rename(tmp_path / ("d" * 250))  # what is written beside it first has a longer name
     started = list[str]()
 
-    def run_replicas(found: Version, _count: int) -> None:
+    def run_replicas(found: Version, _count: int, _patience_s: float | None = None) -> None:
         started.append(found.package)
         if broken:
             raise RuntimeError("no such file")
@@ -228,6 +228,7 @@ def test_a_file_that_cannot_be_written_keeps_nothing_shut_after_a_restart(
     monkeypatch.setattr(version_loader, "_run_replicas", run_replicas)
     monkeypatch.setattr(controller.ray_serve, "replica_counts", lambda _: {})
     monkeypatch.setattr(controller.ray_serve, "delete_application", lambda *_, **__: None)
+    monkeypatch.setattr(controller.ray_serve, "abandon_application", lambda _: None)
     monkeypatch.setattr(controller, "ACK_TIMEOUT_S", 0.01)
     settings = SETTINGS.model_copy(update={"deployments": str(file)})
 

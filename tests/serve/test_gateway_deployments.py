@@ -147,6 +147,23 @@ def test_a_canary_that_disagrees_is_rolled_back_and_the_event_says_why(
     assert "comparisons" in last.reason
 
 
+def test_a_new_version_has_as_many_replicas_as_the_old_one_when_it_answers(
+    shared_server: SharedServer, text_package: Path, second_package: Path
+) -> None:
+    one, two = version(text_package).package, version(second_package).package
+    small = SETTINGS.model_copy(update={"cpus_per_replica": 0.1, "max_replicas": 3})
+    server.start_serving(text_package, small.model_copy(update={"min_replicas": 2}))
+    with load(shared_server.url) as seen:
+        tried = small.model_copy(update={"canary": Canary(share=0.1, min_requests=100_000)})
+        server.call_controller("deploy", str(second_package), tried, "canary", "ada")
+        assert controller.count_replicas(two) == 1
+        server.call_controller("promote", "stdlib-lm", "ada")
+        assert controller.count_replicas(two) == 2
+        server.call_controller("deploy", str(text_package), small, "stable", "ada")
+        assert controller.count_replicas(one) == 2
+    assert {status for status, _ in seen} == {200}
+
+
 def test_a_shadow_sees_the_traffic_and_answers_nobody(
     shared_server: SharedServer, text_package: Path, second_package: Path
 ) -> None:

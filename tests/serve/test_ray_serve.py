@@ -94,6 +94,20 @@ def test_an_application_that_fails_says_what_was_wrong_with_the_input(applicatio
     assert ray_serve.running_applications() == [application]
 
 
+def test_replicas_that_find_no_room_are_told_of_and_fewer_are_enough_for_who_cannot_wait(
+    application: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_serve, "START_TIMEOUT_S", 1.0)
+    half = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.6}}
+    ray_serve.start_application(Idle.options(num_replicas=2, ray_actor_options=half).bind(), "overproof-half")  # type: ignore[attr-defined]
+    wait_until(lambda: ray_serve.replica_counts("overproof-")["overproof-half"] == 1)
+    with pytest.raises(RuntimeError, match=r"^1 of 2 replicas in 1\.0 s; is there a node for each\?"):
+        ray_serve.wait_until_running("overproof-half", 2)
+    ray_serve.wait_until_running("overproof-half", 2, patience_s=0.0)
+    ray_serve.abandon_starting("overproof")
+    assert ray_serve.running_applications() == [application]
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [

@@ -23,16 +23,25 @@ class Replicas:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.running, self.held, self.broken = list[str](), dict[str, threading.Event](), set[str]()
+        self.counts = dict[str, int]()
         monkeypatch.setattr(version_loader, "_run_replicas", self.run)
+        monkeypatch.setattr(version_loader.ray_serve, "set_replicas", self.counts.__setitem__)
+        monkeypatch.setattr(version_loader.ray_serve, "wait_until_running", self.wait)
+        monkeypatch.setattr(version_loader.ray_serve, "abandon_application", self.delete)
         monkeypatch.setattr(version_loader.ray_serve, "delete_application", self.delete)
         monkeypatch.setattr(version_loader, "GRACE_S", 0.0)
 
-    def run(self, version: Version, _count: int) -> None:
+    def run(self, version: Version, count: int, _patience_s: float | None = None) -> None:
         if version.package in self.held:
             assert self.held[version.package].wait(WAIT_S)
         if version.package in self.broken:
             raise RuntimeError("no such file")
         self.running.append(version.application)
+        self.counts[version.application] = count
+
+    def wait(self, name: str, count: int, patience_s: float | None) -> None:
+        if name in self.broken and patience_s is None:
+            raise RuntimeError(f"1 of {count} replicas in 900 s")
 
     def delete(self, name: str, wait: bool = True) -> None:
         if name in self.running:
@@ -109,6 +118,31 @@ def test_memory_is_reserved_before_a_version_starts(replicas: Replicas, version:
     run(work)
 
 
+def test_as_many_replicas_as_are_asked_for_start_or_nothing_changes(
+    replicas: Replicas, version: Callable[..., Version]
+) -> None:
+    sizes = SETTINGS.model_copy(update={"min_replicas": 1, "max_replicas": 4})
+    one, two = version("one", settings=sizes), version("two", settings=sizes)
+
+    async def work(loader: VersionLoader) -> None:
+        assert await loader.start(one, 3)
+        assert not await loader.start(one, 2)  # it has more
+        await loader.start(two, 9)
+        assert replicas.counts == {one.application: 3, two.application: 4}  # its own limit
+        assert not await loader.start(one, 4)  # a candidate that is promoted
+        assert (replicas.counts[one.application], loader.autoscaler.target("one")) == (4, 4)
+        tried = version("tried", settings=sizes)
+        await loader.start(tried)
+        replicas.broken = {tried.application}
+        with pytest.raises(InputError, match="tried does not start, and nothing has changed: 1 of 4 replicas"):
+            await loader.start(tried, 4)
+        assert (replicas.counts[tried.application], loader.autoscaler.target("tried")) == (1, 1)
+        assert not await loader.start(tried, 4, patience_s=0.0)  # a rollback goes by what there is
+        assert loader.autoscaler.target("tried") == 4
+
+    run(work)
+
+
 def test_settings_that_fail_leave_what_ran(replicas: Replicas, version: Callable[..., Version]) -> None:
     async def work(loader: VersionLoader) -> None:
         await loader.start(version("a"))
@@ -116,7 +150,7 @@ def test_settings_that_fail_leave_what_ran(replicas: Replicas, version: Callable
         replicas.broken = {"a"}
         tried: list[Version] = []
 
-        def once(found: Version, count: int) -> None:
+        def once(found: Version, count: int, _patience_s: float | None = None) -> None:
             tried.append(found)
             if len(tried) == 1:
                 raise RuntimeError("no node for it")

@@ -18,7 +18,7 @@ from overproof.config import Serve, parse_overrides
 from overproof.console import out, say, waiting
 from overproof.errors import InputError
 from overproof.files import join_uri
-from overproof.units import format_percent, format_seconds
+from overproof.units import format_count, format_percent, format_seconds
 
 if TYPE_CHECKING:
     from overproof.serve.canary import VersionStats
@@ -77,7 +77,9 @@ def promote(model: str, yes: bool) -> int:
                 raise InputError(
                     f"{model}: {' and '.join(few)} are too few to go by; wait, or promote it all the same: --yes"
                 )
-    out.print(f"{server.call_controller('promote', model, current_user())} answers for {model}")
+    with waiting(f"promoting what is tried of {model}"):
+        package = server.call_controller("promote", model, current_user())
+    _print_answers(model, package)
     return 0
 
 
@@ -88,8 +90,14 @@ def roll_back(model: str, reason: str) -> int:
 
     with waiting(f"rolling {model} back"):
         package = server.call_controller("roll_back", model, current_user(), reason)
-    out.print(f"{package} answers for {model}")
+    _print_answers(model, package)
     return 0
+
+
+def _print_answers(model: str, package: str) -> None:
+    from overproof.serve.controller import count_replicas
+
+    out.print(f"{package} answers for {model}, with {format_count(count_replicas(package), 'replica')}")
 
 
 def undeploy(model: str) -> int:

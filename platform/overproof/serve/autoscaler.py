@@ -27,10 +27,16 @@ class Autoscaler:
         """Have a version follow its load, from as many replicas as it has."""
         self._targets[version.package] = ReplicaTarget(version.settings, replicas)
 
+    def target(self, package: str) -> int:
+        """Replicas that a version should have now, 0 where it is not tracked."""
+        target = self._targets.get(package)
+        return 0 if target is None else target.replicas
+
     def untrack(self, package: str) -> int:
         """Resize a version no longer; gives its target, 0 where it was not tracked."""
-        target = self._targets.pop(package, None)
-        return 0 if target is None else target.replicas
+        replicas = self.target(package)
+        self._targets.pop(package, None)
+        return replicas
 
     def observe(self, version: Version, requests: int, now_s: float) -> None:
         """Take in how many requests a version has now, and resize it where the load asks for it."""

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import ray
@@ -39,6 +40,7 @@ from overproof.serve.version_loader import VersionLoader
 LOG = logging.getLogger("ray.serve")
 POLL_S = 0.5  # the longest that a poll waits for a change, and so how often the gateway reports its load
 GATEWAY_TIMEOUT_S = 30.0  # without a poll, after which the controller ends
+ROLLBACK_PATIENCE_S = 10.0  # for as many replicas as the version has that is taken back
 ACK_TIMEOUT_S = 10.0  # the longest that a change waits for the gateway to route by it
 SYSTEM_USER = "overproof"
 TAKEN_BACK = ("rollback", "automatic rollback", "undeploy")  # changes that a deployment in progress must not undo
@@ -118,15 +120,17 @@ class Controller:
         return self._stats
 
     async def deploy(self, location: str, settings: Serve, role: Role, user: str) -> Version:
-        """Start a version, and route traffic to it once it answers.
+        """Start a version with as many replicas as its traffic needs now, and route it there once all of them answer.
 
         Raises:
-            InputError: the package may not be served in this role, or does not start; nothing has changed.
+            InputError: the package may not be served in this role, or not every replica starts; nothing has changed.
         """
         version = await asyncio.to_thread(describe_version, location, settings, self._settings)
         self._deployments.deployed(version, role, user)  # refuses what may not be, before it is loaded
         began, name = len(self._deployments.events), version.model.id
-        async with self._loaded(version, user), self._change_lock:
+        share = {"stable": 1.0, "canary": settings.canary.share, "shadow": 0.0}[role]
+        replicas = ceil(share * self._stable_replicas(name))
+        async with self._loaded(version, user, replicas), self._change_lock:
             later = self._deployments.events[began:]
             if taken := next((e for e in later if e.model == name and e.change in TAKEN_BACK), None):
                 raise InputError(
@@ -137,20 +141,30 @@ class Controller:
         return version
 
     async def promote(self, name: str, user: str) -> str:
-        """Make a model's candidate its stable version; gives its package."""
-        async with self._change_lock:
-            await self._apply(self._deployments.promoted(name, user))
-            return self._deployments.models[name].stable.package
+        """Make a model's candidate its stable version, once it has as many replicas as that; gives its package.
+
+        Raises:
+            InputError: there is no candidate, or it cannot have so many; nothing has changed.
+        """
+        candidate = self._deployments.promoted(name, user).models[name].stable
+        async with self._loaded(candidate, user, self._stable_replicas(name)), self._change_lock:
+            promoted = self._deployments.promoted(name, user)
+            if promoted.models[name].stable != candidate:
+                raise InputError(f"{name}: another version is being tried now; look at `overproof deployments`")
+            await self._apply(promoted)
+            return candidate.package
 
     async def roll_back(self, name: str, user: str, reason: str = "") -> str:
         """Remove a model's candidate, else return to its previous version; gives the package that answers. What is
-        being deployed is given up: where there is nothing to return to, that is all, and its package is given.
+        being deployed is given up: where there is nothing to return to, that is all, and its package is given. What is
+        taken back may be harmful: for as many replicas as it has it waits ``ROLLBACK_PATIENCE_S``, then one is enough.
         """
         given_up = await self._loader.give_up(name)
         if given_up and self._deployments.is_first(name):
             return given_up
         target = self._deployments.rolled_back(name, user, reason).models[name].stable
-        async with self._loaded(target, user), self._change_lock:
+        replicas = self._stable_replicas(name)
+        async with self._loaded(target, user, replicas, ROLLBACK_PATIENCE_S), self._change_lock:
             await self._apply(self._deployments.rolled_back(name, user, reason))
             return self._deployments.models[name].stable.package
 
@@ -243,8 +257,11 @@ class Controller:
             await self._apply(self._deployments.deployed(version, "stable", SYSTEM_USER), wait=False)
 
     @contextlib.asynccontextmanager
-    async def _loaded(self, version: Version, user: str) -> AsyncIterator[None]:
-        """While a change needs a version: it is loaded, and stopped in the end where it is not deployed.
+    async def _loaded(
+        self, version: Version, user: str, replicas: int = 0, patience_s: float | None = None
+    ) -> AsyncIterator[None]:
+        """While a change needs a version: it is loaded, as ``VersionLoader.start`` does, and stopped in the end where
+        it is not deployed.
 
         Raises:
             InputError: it does not start; the event log says so.
@@ -252,7 +269,7 @@ class Controller:
         package = version.package
         self._in_use[package] += 1
         try:
-            if await self._loader.start(version):
+            if await self._loader.start(version, replicas, patience_s):
                 self._stats.pop(package, None)
             yield
         except InputError as error:
@@ -272,6 +289,11 @@ class Controller:
                 self._last_poll_s = time.monotonic()
             await asyncio.sleep(POLL_S)
         ray.actor.exit_actor()  # type: ignore[no-untyped-call]
+
+    def _stable_replicas(self, name: str) -> int:
+        """Replicas of the version that answers for a model now."""
+        deployment = self._deployments.models.get(name)
+        return 0 if deployment is None else self._loader.autoscaler.target(deployment.stable.package)
 
     @property
     def _needed(self) -> set[str]:

@@ -60,23 +60,30 @@ def start_application(application: Application, name: str) -> None:
     serve.run_many([target], wait_for_applications_running=False)
 
 
-def wait_until_running(name: str) -> None:
-    """Wait until an application runs.
+def wait_until_running(name: str, replicas: int = 1, patience_s: float | None = None) -> None:
+    """Wait until an application runs, with so many replicas; where there is a ``patience_s``, after it with fewer.
 
     Raises:
         RuntimeError: it does not; the message says why.
     """
-    deadline_s = time.monotonic() + START_TIMEOUT_S
+    start_s = time.monotonic()
     while True:
         found = serve.status().applications.get(name)
         if found is None or found.status == ApplicationStatus.DELETING:
             raise RuntimeError("it was stopped while it was being started")
-        if found.status == ApplicationStatus.RUNNING:
-            return
         if found.status == ApplicationStatus.DEPLOY_FAILED:
             raise RuntimeError(failure_reason(found))
-        if time.monotonic() > deadline_s:
-            raise RuntimeError(f"no replica in {START_TIMEOUT_S} s; is there a node for it? {failure_reason(found)}")
+        running = sum(each.replica_states.get(ReplicaState.RUNNING, 0) for each in found.deployments.values())
+        if found.status == ApplicationStatus.RUNNING and running >= replicas:
+            return
+        waited_s = time.monotonic() - start_s
+        if running and patience_s is not None and waited_s > patience_s:
+            return
+        if waited_s > START_TIMEOUT_S:
+            raise RuntimeError(
+                f"{running} of {replicas} replicas in {START_TIMEOUT_S} s; is there a node for each? "
+                f"{failure_reason(found)}"
+            )
         time.sleep(STATUS_POLL_S)
 
 
@@ -86,7 +93,7 @@ def delete_application(name: str, wait: bool = True) -> None:
 
 
 def abandon_application(name: str) -> None:
-    """Stop an application of which no replica has run.
+    """Stop an application that answers nobody yet, or no longer.
 
     Serve would wait for minutes for one that no node takes; the names of its actors are private.
     """
@@ -101,10 +108,9 @@ def abandon_application(name: str) -> None:
 
 
 def abandon_starting(prefix: str) -> None:
-    """Stop the applications whose names have a prefix and of which no replica has run yet."""
+    """Stop the applications whose names have a prefix and of which not every replica has been started yet."""
     for name, application in serve.status().applications.items():
-        states = [deployment.replica_states for deployment in application.deployments.values()]
-        if name.startswith(prefix) and not any(ReplicaState.RUNNING in found for found in states):
+        if name.startswith(prefix) and application.status == ApplicationStatus.DEPLOYING:
             abandon_application(name)
 
 

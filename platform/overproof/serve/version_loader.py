@@ -59,29 +59,36 @@ class VersionLoader:
         """Packages that are in use now."""
         self._last_used_s |= {package: time.monotonic() for package in packages if package in self._loaded}
 
-    async def start(self, version: Version) -> bool:
-        """Have replicas of a version run; those of its package with other settings are replaced. Gives whether any were
-        started.
+    async def start(self, version: Version, replicas: int = 0, patience_s: float | None = None) -> bool:
+        """Have so many replicas of a version run, or the nearest number that its settings allow; those of its package
+        with other settings are replaced. After ``patience_s``, if given, one is enough, and the others come when there
+        is room. Gives whether the version was started.
 
         Raises:
-            InputError: it does not start; what ran before goes on.
+            InputError: it does not start, or not all of it; what ran before goes on.
         """
         async with self._locks[version.package]:
             running = self._loaded.get(version.package)
-            if running == version:
+            wanted = clamp_replicas(version.settings, replicas)
+            if running == version and wanted <= self.autoscaler.target(version.package):
                 return False
             await self._make_room(version)
             running_count = self.autoscaler.untrack(version.package)
             tracked = None if running is None else (running, running_count)
-            count = clamp_replicas(version.settings, max(running_count, 1))
+            count = clamp_replicas(version.settings, max(wanted, running_count, 1))
             try:
-                await asyncio.to_thread(_run_replicas, self._trusting(version), count)
+                if running == version:
+                    await asyncio.to_thread(_resize, version, count, patience_s)
+                else:
+                    await asyncio.to_thread(_run_replicas, self._trusting(version), count, patience_s)
                 tracked = version, count
             except RuntimeError as error:
-                if tracked is not None:
+                if running == version:
+                    await asyncio.to_thread(ray_serve.set_replicas, version.application, running_count)
+                elif tracked is not None:
                     await asyncio.to_thread(_run_replicas, self._trusting(tracked[0]), tracked[1])
                 else:
-                    await asyncio.to_thread(ray_serve.delete_application, version.application)
+                    await asyncio.to_thread(ray_serve.abandon_application, version.application)
                 raise InputError(f"{version.package} does not start, and nothing has changed: {error}") from None
             finally:
                 if tracked is not None:
@@ -91,7 +98,7 @@ class VersionLoader:
                 async with self._changed:
                     del self._starting[version.package]
                     self._changed.notify_all()
-            return True
+            return running != version
 
     async def stop(self, packages: set[str]) -> None:
         """Stop what is loaded of these packages, once requests go elsewhere."""
@@ -149,6 +156,11 @@ class VersionLoader:
         return self.memory_mb is None or used_mb + version.resident_mb <= self.memory_mb
 
 
-def _run_replicas(version: Version, count: int) -> None:
+def _run_replicas(version: Version, count: int, patience_s: float | None = None) -> None:
     ray_serve.start_application(replica_application(version, count), version.application)
-    ray_serve.wait_until_running(version.application)
+    ray_serve.wait_until_running(version.application, count, patience_s)
+
+
+def _resize(version: Version, count: int, patience_s: float | None) -> None:
+    ray_serve.set_replicas(version.application, count)
+    ray_serve.wait_until_running(version.application, count, patience_s)
