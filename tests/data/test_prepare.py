@@ -26,7 +26,7 @@ from overproof.data import prepare as stage
 from overproof.data.cleaning import split_of
 from overproof.data.document_blocks import TABLE_BYTES, read_block
 from overproof.data.documents import PIECE_BYTES
-from overproof.data.manifest import Manifest
+from overproof.data.manifest import START, Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.data.prepare import prepare
 from overproof.data.tokenizer_json import BYTE_NAMES
@@ -129,6 +129,9 @@ def test_train_rows_are_the_train_documents(prepared: tuple[Path, Path, dict[str
     assert np.array_equal(rows["sample_id"], np.arange(shards.rows))
     assert set(rows["document"]) == {-1}
     assert set(rows["length"]) == {manifest.positions}
+    for split in manifest.splits:
+        starts = Shards(root, split, (START,))
+        assert set(starts.take(np.arange(starts.rows))[START]) == {manifest.start_id}
     texts = [(corpus / row["name"]).read_text() for row in listed if row["split"] == "train"]
     whole = "".join(texts)
     for tokens_S in rows["tokens"]:

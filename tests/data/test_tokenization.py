@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
 import pytest
+from corpus import RECIPES
 from hypothesis import given
 from hypothesis import strategies as st
 
+from overproof import pipeline
+from overproof.config import TextData, load_recipe
 from overproof.data import tokenization
+from overproof.data.document_blocks import text_columns, write_planned_shard
+from overproof.data.manifest import START, shard_schema
+from overproof.data.parquet_reader import table_to_numpy
+from overproof.data.row_files import open_shard
+from overproof.data.shard_layout import ShardPlan
+from overproof.data.text_tokenizer import trained
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}\n" * 3 for i in range(40)]
 
@@ -60,3 +72,36 @@ def test_a_held_out_document_is_predicted_whole_and_alone(document: np.ndarray, 
 def test_too_few_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="do not fill 3 rows of 4"):
         tokenization.pack_stream(np.int32([0, 1, 2, 3]), 4, 3)
+
+
+def test_rows_say_what_begins_their_documents_unless_they_are_read_across_them(tmp_path: Path) -> None:
+    """The rows are the same either way; held-out rows say it as train rows do, and every later artifact is another."""
+    tokenizer, words = trained(tokenization.train_bpe(["a b c"] * 3, 288).to_str()), [[3, 4, 5, 6, 7], [8, 9, 10, 11]]
+    group = pa.table(
+        {
+            "shard": [0, 0], "document": [0, 1], "piece": [0, 0],
+            "tokens": pa.array([[*tokenizer.boundary, *ids] for ids in words], pa.large_list(pa.int32())),
+        }
+    )  # fmt: skip
+    found = {}
+    for across in (False, True):
+        changes = (f"data.cross_document_attention={across}", "data.sequence_length=8", "data.rows_per_group=1")
+        recipe = load_recipe(RECIPES / "stdlib-lm.yaml", changes)
+        assert isinstance(recipe.data, TextData)
+        for split in ("train", "validation"):
+            plan = ShardPlan(split, 0, 0, 1, 0, 9 if split == "train" else 11)
+            folder = tmp_path / f"{across}"
+            write_planned_shard(group, (plan,), recipe.data, tokenizer, 0, str(folder))
+            file = open_shard(folder / plan.path)
+            assert file.schema_arrow.equals(shard_schema(text_columns(8, tokenizer.outputs, apart=not across)))
+            found[split, across] = table_to_numpy(file.read())
+        prepare = next(stage for stage in pipeline.STAGES if stage.name == "prepare")
+        found["part", across] = prepare.part(recipe)
+    for split in ("train", "validation"):
+        starts = found[split, False].pop(START)
+        assert set(starts.tolist()) == {tokenizer.start_id}
+        assert found[split, False].keys() == found[split, True].keys()
+        for name, values in found[split, True].items():
+            assert np.array_equal(values, found[split, False][name]), name
+    assert found["train", True]["tokens"].tolist() == [[0, 3, 4, 5, 6, 7, 0, 8, 9]]
+    assert found["part", False] != found["part", True]

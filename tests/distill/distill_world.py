@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from overproof.artifacts import Artifact, ArtifactWriter, Store
 from overproof.config import Generate, Optimization, Recipe
 from overproof.data.document_blocks import text_columns
-from overproof.data.manifest import MANIFEST, TOKENIZER, Manifest, Split, shard_schema
+from overproof.data.manifest import MANIFEST, START, TOKENIZER, Manifest, Split, shard_schema
 from overproof.data.order import Order
 from overproof.data.parquet_reader import Shards
 from overproof.data.parquet_writer import write_shard
@@ -55,16 +55,20 @@ TEACHERS: dict[str, Llama | Vit] = {
 }
 
 
-def text_like(root: Path) -> Manifest:
-    """A walk over the vocabulary that a model can learn; held-out rows differ in length."""
+def text_like(root: Path, apart: bool = False) -> Manifest:
+    """A walk over the vocabulary that a model can learn; held-out rows differ in length. Where documents are kept
+    ``apart``, token 0 begins each, and rows hold two or three.
+    """
     rng = np.random.default_rng(0)
     (root / TOKENIZER).write_text('{"made": "for a test"}')
     splits: dict[str, Split] = {}
-    described = text_columns(LENGTH, VOCABULARY)
+    described = text_columns(LENGTH, VOCABULARY, apart)
     fields = shard_schema(described)
     for split, rows in ROWS.items():
         strides = rng.integers(1, 4, (rows, LENGTH)).cumsum(1)
         tokens = np.concatenate([np.zeros((rows, 1)), strides], 1) + rng.integers(1, VOCABULARY, (rows, 1))
+        if apart:
+            tokens[:, 4] = tokens[::2, 9] = 0
         lengths = np.full(rows, LENGTH) if split == "train" else 1 + np.arange(rows) % LENGTH
         shards = []
         for number, part in enumerate(np.array_split(np.arange(rows), 3 if split == "train" else 1)):
@@ -73,6 +77,7 @@ def text_like(root: Path) -> Manifest:
                 "document": np.full(len(part), -1 if split == "train" else 0, np.int32),
                 "tokens": (tokens[part] % VOCABULARY).astype(np.int32),
                 "length": lengths[part].astype(np.int32),
+                START: np.zeros(len(part), np.int32),
             }
             shards.append(
                 write_shard(str(root), f"{split}/{number:05d}.parquet", columns, fields, 8, int(lengths[part].sum()))
@@ -86,6 +91,7 @@ def text_like(root: Path) -> Manifest:
         positions=LENGTH,
         outputs=VOCABULARY,
         tokenizer_sha256=hashlib.sha256((root / TOKENIZER).read_bytes()).hexdigest(),
+        start_id=0,
     )
 
 
@@ -167,12 +173,12 @@ def train_teacher(kind: str, root: Path, folder: Path, steps: int = 60) -> None:
     save_model(model, model.config, folder / "model", root / TOKENIZER if kind == "text" else None)
 
 
-def make(kind: str, store: Store) -> World:
+def make(kind: str, store: Store, apart: bool = False) -> World:
     world = World(kind, store)
     draft = world.draft("prepare")
     with draft.directory() as root:
         if kind == "text":
-            manifest = text_like(root)
+            manifest = text_like(root, apart)
         else:
             context = StageContext(recipe_of(kind, data=DIGITS), {}, draft, no_progress)
             manifest = TASKS[TASK[kind]].prepare(context)

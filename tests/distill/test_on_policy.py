@@ -40,9 +40,9 @@ def writers(**changes: Any) -> dict[str, Any]:
     return {**SWEEP, **settings, "students": students, "on_policy": ASKED}
 
 
-def scorer(world: World, k: int = 4) -> TeacherScorer:
+def scorer(world: World, k: int = 4, apart_id: int | None = None) -> TeacherScorer:
     settings = OnPolicy.model_validate({**ASKED, "k": k})
-    return TeacherScorer(world.artifacts["train"].local() / "model", settings, (1.0, 2.0), threads=1)
+    return TeacherScorer(world.artifacts["train"].local() / "model", settings, (1.0, 2.0), 1, apart_id)
 
 
 def test_steps_are_spread_evenly() -> None:

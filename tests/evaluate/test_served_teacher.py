@@ -296,12 +296,19 @@ def test_where_it_is_asked_and_how_is_no_part_of_the_result(tmp_path: Path) -> N
     assert one.without_resources()["model"] == {"kind": "served", "model": "teacher", "revision": None}
 
 
-def test_packed_conversations_are_asked_about_one_by_one() -> None:
-    """What is left of a row is a piece of its own, and none is asked about."""
+def test_what_shares_a_row_is_asked_about_one_by_one() -> None:
+    """What is left of a row of conversations is a piece of its own, and none is asked about. Of documents every token
+    is, the one that begins the next as the last of the one before.
+    """
     position = np.array([[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6]])
     rows = {"length": np.array([4, 7]), "position": position}
     assert texts_in(rows) == [(0, slice(0, 3)), (0, slice(3, 5)), (1, slice(0, 8))]
     assert texts_in({"length": np.array([4, 7])}) == [(0, slice(0, 5)), (1, slice(0, 8))]
+    tokens = np.array([[9, 3, 0, 5, 0, 0, 4, 8], [0, 1, 2, 3, 4, 5, 6, 0]])
+    found = texts_in({"length": np.array([7, 7]), "tokens": tokens, "start": np.zeros(2)})
+    assert found == [(0, slice(0, 3)), (0, slice(2, 5)), (0, slice(4, 6)), (0, slice(5, 8)), (1, slice(0, 8))]
+    places = sorted((row, place) for row, text in found for place in range(text.start, text.stop - 1))
+    assert places == [(row, place) for row in range(2) for place in range(7)]
 
 
 @pytest.mark.trial

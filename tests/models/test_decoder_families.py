@@ -259,6 +259,10 @@ def test_another_decoder_is_trained_and_not_exported(tmp_path: Path, tokenizer: 
     found = hf_directory.load_model(source)
     assert torch.equal(logprobs(found, some_tokens()), logprobs(model, some_tokens()))
     assert model_size(Pretrained(path=str(source)), SHAPE).parameters == hf_directory.count_parameters(model)
+    with pytest.raises(
+        InputError, match=r"StableLmForCausalLM keeps the documents of a row apart is not known; expected"
+    ):
+        model_size(Pretrained(path=str(source)), replace(SHAPE, apart=True))
     fewer = keep_layers(found, (0, 2))
     assert fewer.config.num_hidden_layers == 2
     engine = TorchEngine(found, Optimization(steps=1, batch_size=2, learning_rate=1e-3), torch.device("cpu"))

@@ -155,7 +155,7 @@ def test_the_loss_is_that_of_the_answers_however_the_batch_is_shared() -> None:
     held_out = [batch_of(*rows[:1]), batch_of(*rows[1:])]
     with torch.inference_mode():
         assert validation_loss(model, TASK.predict, held_out) == pytest.approx(nats.mean().item(), rel=1e-5)
-    assert torch.equal(TASK.feature_mask(batch_of(*rows), torch.zeros(4, ROW, 2)), batch_of(*rows)["answer"] > 0)
+    assert torch.equal(TASK.segments(batch_of(*rows), torch.zeros(4, ROW, 2)), batch_of(*rows)["answer"] > 0)
 
 
 def test_answers_alone_are_learnt() -> None:

@@ -200,7 +200,7 @@ def test_a_layers_features_are_there_to_learn_from(kind: str) -> None:
         assert [part.shape for part in found[layer]] == [(4, LENGTH, 32)] * 4
         for name in names.feed_forward:
             assert model.get_submodule(f"{names.layers}.{layer}.{name}").weight.ndim == 2
-    mask = TASKS["text_classification"].feature_mask(batch(), found[0].states)
+    mask = TASKS["text_classification"].segments(batch(), found[0].states)
     assert mask.sum(1).tolist() == (tokens() != -1).sum(1).tolist()
     assert float(relation_loss(found[0], found[0], 4, mask)) == pytest.approx(0, abs=1e-5)
     assert float(relation_loss(found[0], found[2], 4, mask)) > 0

@@ -25,7 +25,7 @@ from overproof.tasks.text_classification import TASK
 from overproof.tasks.text_recognition import recognise_text
 from text_classes import labelled_texts, texts_of_several, write_base, write_jsonl
 
-LLAMA = {"architectures": ["LlamaForCausalLM"]}
+LLAMA = {"architectures": ["LlamaForCausalLM"], "_name_or_path": "teacher"}
 RECORDS = [{"text": f"text of record {i}, and so on", "number": i} for i in range(60)]
 
 
@@ -61,6 +61,16 @@ def test_a_column_of_json_is_of_the_kind_of_all_its_values(
     found = recognise_text(look, LLAMA, ColumnFlags(text="text"))
     assert isinstance(found, Fit)
     assert found.units == len(RECORDS)
+
+
+@pytest.mark.parametrize(("architecture", "across"), [("LlamaForCausalLM", "false"), ("StableLmForCausalLM", "true")])
+def test_documents_are_kept_apart_where_the_models_family_is_known_to(
+    architecture: str, across: str, tmp_path: Path
+) -> None:
+    look = look_at(str(write(tmp_path / "t.jsonl", RECORDS)))
+    found = recognise_text(look, LLAMA | {"architectures": [architecture]}, ColumnFlags())
+    assert isinstance(found, Fit)
+    assert found.values["cross_document_attention"] == across
 
 
 def test_a_text_column_of_several_kinds_is_named(tmp_path: Path) -> None:

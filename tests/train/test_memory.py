@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overproof.config import Lora, Pretrained, Train
-from overproof.data.manifest import Manifest
+from overproof.data.document_blocks import text_columns
+from overproof.data.manifest import START, Manifest
 from overproof.errors import InputError
 from overproof.models import stage_memory, zero_memory
 from overproof.models.adapters import add_adapters
@@ -55,10 +56,11 @@ ONE_TENSOR = 4 * 512 * 256
 SLACK_BYTES = 100_000  # alignment of shares, norms and flags: under 2 % of the smallest part measured
 
 
-def manifest(model: DecoderModel | Vit | str = "llama") -> Manifest:
+def manifest(model: DecoderModel | Vit | str = "llama", apart: bool = False) -> Manifest:
     text = not isinstance(model, Vit)
+    columns = text_columns(LENGTH, VOCABULARY, apart) if text else ()
     return Manifest(
-        task="language_modeling" if text else "image_classification", columns=(), splits={}, rows_per_group=8,
+        task="language_modeling" if text else "image_classification", columns=columns, splits={}, rows_per_group=8,
         positions=LENGTH if text else 1, outputs=VOCABULARY if text else CLASSES,
         details={} if text else {"channels": 1, "height": 8, "width": 8},
     )  # fmt: skip
@@ -225,7 +227,7 @@ def test_more_workers_and_higher_stages_never_ask_for_more(
         )
 
 
-def saved_bytes(train: Train, autocast: bool = False) -> int:
+def saved_bytes(train: Train, autocast: bool = False, apart: bool = False) -> int:
     """Bytes of what autograd keeps of a forward pass of one worker's micro-batch, weights left out."""
     model = train.model
     assert isinstance(model, DecoderModel | Vit)
@@ -249,6 +251,9 @@ def saved_bytes(train: Train, autocast: bool = False) -> int:
         if text
         else {"pixels": torch.rand(rows, 1, 8, 8).to(built.dtype), "label": torch.zeros(rows, dtype=torch.long)}
     )
+    if apart:
+        batch["tokens"][:, 5] = 0
+        batch[START] = torch.zeros(rows, dtype=torch.long)
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
@@ -265,6 +270,15 @@ def test_activations_are_what_autograd_keeps(model: DecoderModel | Vit, precisio
     train = training(model=model, precision=precision, batch_size=64, zero_stage=1)
     size = model_size(model, shape_of(manifest(model)))
     assert saved_bytes(train) == pytest.approx(kept_of(size, train), rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", [*LLAMAS, *DECODERS], ids=lambda m: f"{m.kind}-{m.hidden_size}x{m.layers}")
+def test_rows_whose_documents_are_apart_keep_the_mask_in_each_layer(model: DecoderModel, precision: str) -> None:
+    """Rotary tables of positions of their own in each row are left out: the layers share them."""
+    train = training(model=model, precision=precision, batch_size=64, zero_stage=1)
+    size = model_size(model, shape_of(manifest(model, apart=True)))
+    assert saved_bytes(train, apart=True) == pytest.approx(kept_of(size, train), rel=0.03)
 
 
 def kept_of(size: Any, train: Train, stage: int = 1) -> int:

@@ -127,6 +127,11 @@ class TextData(DataSection):
     source: TextSource = StdlibSource()
     tokenizer: BpeTokenizer | TokenizerFile = Field(BpeTokenizer(), discriminator="kind")
     sequence_length: int = Field(128, ge=8, le=1_048_576, description="Predicted tokens in a row.")
+    cross_document_attention: bool = Field(
+        False,
+        description="Whether a token attends to the documents before its own in a train row, and counts its position "
+        "from the row's beginning; else from its document's, which is then read as if it stood alone.",
+    )
     near_duplicates: HeldOutNearDuplicates = NearDuplicates()
 
     @property

@@ -22,7 +22,7 @@ from overproof.data import tokenization
 from overproof.data.cleaning import EMPTY, NUL_LINES, DocumentCheck
 from overproof.data.columns import token_dtype
 from overproof.data.documents import NulLines, iter_documents, iter_pieces
-from overproof.data.manifest import Column, shard_schema
+from overproof.data.manifest import START, Column, shard_schema
 from overproof.data.near_duplicates import MinHash, Pairs, are_copies, shingles
 from overproof.data.order import permutation
 from overproof.data.parquet_writer import write_shard
@@ -234,13 +234,16 @@ class Candidates:
 # --- tokens ---------------------------------------------------------------------------------------
 
 
-def text_columns(sequence_length: int, vocab_size: int) -> tuple[Column, ...]:
-    """Of a text shard: a row's sequence_length + 1 tokens, of which ``length`` + 1 are there; its document, or -1."""
-    return (
+def text_columns(sequence_length: int, vocab_size: int, apart: bool = False) -> tuple[Column, ...]:
+    """Of a text shard: a row's sequence_length + 1 tokens, of which ``length`` + 1 are there; its document, or -1; and,
+    where its documents are kept ``apart``, the token that begins each.
+    """
+    columns = (
         Column(name="document", dtype="<i4", batch=False),
         Column(name="tokens", dtype=token_dtype(vocab_size), shape=(sequence_length + 1,)),
         Column(name="length", dtype="<i4"),
     )
+    return (*columns, Column(name=START, dtype="<i4")) if apart else columns
 
 
 def write_planned_shard(
@@ -264,6 +267,10 @@ def write_planned_shard(
         owners_R = np.repeat(group["document"].to_numpy()[firsts], [len(rows_RS) for rows_RS, _ in packed])
         rows_RS, lengths_R = (np.concatenate(values) for values in zip(*packed, strict=True))
         columns = tokenization.token_columns(plan.first_sample, rows_RS, lengths_R, owners_R)
-    schema, predictions = shard_schema(text_columns(length, tokenizer.outputs)), int(columns["length"].sum())
+    apart = not data.cross_document_attention
+    if apart:
+        columns[START] = np.full(len(columns["tokens"]), tokenizer.start_id, np.int32)
+    schema = shard_schema(text_columns(length, tokenizer.outputs, apart))
+    predictions = int(columns["length"].sum())
     shard = write_shard(uri, plan.path, columns, schema, data.rows_per_group, predictions)
     return pa.table({"shard": pa.array([index], pa.int32()), "entry": [shard.model_dump_json()]})

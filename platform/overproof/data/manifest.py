@@ -21,6 +21,9 @@ DOCUMENTS = "documents.parquet"
 TEST_TEXTS = "test_texts.parquet"  # how some test documents begin, as they were before they were tokens
 SPLITS = ("train", "validation", "test")
 SAMPLE_ID = "sample_id"
+# Columns of rows of tokens that hold several texts, none of which sees another; rows have one of them at most:
+START = "start"  # which token begins each of the texts
+POSITION = "position"  # of each token in its text
 CLUSTER = "cluster"  # column, of shards or of ``DOCUMENTS``: the test rows, or documents, that are resampled as one
 
 
@@ -118,6 +121,18 @@ class Manifest(_Frozen):
     def groups(self) -> int:
         """Row groups of the train split; each holds exactly ``rows_per_group`` rows."""
         return self.splits["train"].rows // self.rows_per_group
+
+    @property
+    def apart(self) -> bool:
+        """Whether rows hold several texts, none of which sees another."""
+        return any(column.name in (START, POSITION) for column in self.columns)
+
+    @property
+    def apart_id(self) -> int | None:
+        """The token that begins each document, where none in a row sees another by it; None where rows have no such
+        column.
+        """
+        return self.start_id if any(column.name == START for column in self.columns) else None
 
     @property
     def batch_columns(self) -> tuple[str, ...]:

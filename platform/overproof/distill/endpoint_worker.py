@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overproof.config import Served, TopK
+from overproof.data.manifest import POSITION, START
 from overproof.data.parquet_reader import Columns
 from overproof.distill.target_cache import TargetIndex
 from overproof.distill.teacher_worker import CaptureJob, TeacherWorker
@@ -65,12 +66,18 @@ class EndpointWorker(TeacherWorker):
 
 
 def texts_in(rows: Columns) -> list[tuple[int, slice]]:
-    """The texts of two tokens or more that rows hold, each by its row and its tokens there: of rows that are packed so
-    that none sees another, the places begin at 0 with each (column ``position``); other rows hold one.
+    """The texts of two tokens or more that rows hold, each by its row and its tokens there. Of rows that are packed so
+    that none sees another, the places of a conversation begin at 0 (column ``position``), and a document begins with
+    one token (column ``start``), which the one before it predicts, and so ends with. Other rows hold one.
     """
-    found = []
+    found, shared = [], 0
     for row, length in enumerate(rows["length"]):
-        starts = np.flatnonzero(rows["position"][row] == 0) if "position" in rows else np.zeros(1, np.int64)
-        bounds = [*(int(start) for start in starts if start <= length), int(length) + 1]
-        found += [(row, slice(a, b)) for a, b in pairwise(bounds) if b - a > 1]
+        starts = np.zeros(1, np.int64)
+        if POSITION in rows:
+            starts = np.flatnonzero(rows[POSITION][row] == 0)
+        elif START in rows:
+            starts, shared = np.flatnonzero(rows["tokens"][row] == rows[START][row]), 1
+        bounds = [*(int(start) for start in {0, *starts.tolist()} if start <= length), int(length) + 1]
+        pieces = [slice(a, min(b + shared, int(length) + 1)) for a, b in pairwise(sorted(bounds))]
+        found += [(row, piece) for piece in pieces if piece.stop - piece.start > 1]
     return found

@@ -76,30 +76,32 @@ def _record_parts(into: dict[str, Tensor], fused: FusedAttention, config: Any) -
     return hook
 
 
-def relation_loss(student: LayerOutputs, teacher: LayerOutputs, heads: int, mask_BP: Tensor) -> Tensor:
+def relation_loss(student: LayerOutputs, teacher: LayerOutputs, heads: int, segments_BP: Tensor) -> Tensor:
     """KL from the teacher's relations to the student's, summed over queries, keys and values; nats.
 
     A relation is softmax(X X^T / sqrt(D / R)) in each of R heads, into which the width is cut anew, whatever the
-    number of attention heads and the width: R must divide the widths of both models. It is the mean over heads and over
-    the positions in ``mask_BP``; other positions are neither compared nor related to. The teacher takes no gradient.
+    number of attention heads and the width: R must divide the widths of both models. A position is related to those of
+    its own number in ``segments_BP`` alone. It is the mean over heads and over the positions whose number is not 0;
+    those of 0 are neither compared nor related to. The teacher takes no gradient.
     """
+    related_BPP = (segments_BP[:, :, None] == segments_BP[:, None, :]) & (segments_BP[:, None, :] > 0)
     pairs = zip(student.attention, teacher.attention, strict=True)
-    terms = [_relation_kl(own, target.detach(), heads, mask_BP) for own, target in pairs]
+    terms = [_relation_kl(own, target.detach(), heads, segments_BP > 0, related_BPP) for own, target in pairs]
     return torch.stack(terms).sum()
 
 
-def _relation_kl(student_BPD: Tensor, teacher_BPD: Tensor, heads: int, mask_BP: Tensor) -> Tensor:
-    log_p_BRPP, log_q_BRPP = (_relation(x, heads, mask_BP) for x in (student_BPD, teacher_BPD))
+def _relation_kl(student_BPD: Tensor, teacher_BPD: Tensor, heads: int, mask_BP: Tensor, related_BPP: Tensor) -> Tensor:
+    log_p_BRPP, log_q_BRPP = (_relation(x, heads, related_BPP) for x in (student_BPD, teacher_BPD))
     kl_BRP = kl_div(log_p_BRPP, log_q_BRPP, reduction="none", log_target=True).sum(-1)
     return (kl_BRP * mask_BP[:, None]).sum() / (heads * mask_BP.sum())
 
 
-def _relation(values_BPD: Tensor, heads: int, mask_BP: Tensor) -> Tensor:
+def _relation(values_BPD: Tensor, heads: int, related_BPP: Tensor) -> Tensor:
     """Log of the relation matrices: (B, R, P, P)."""
     values_BRPD = values_BPD.reshape(*values_BPD.shape[:2], heads, -1).transpose(1, 2)
     scores_BRPP: Tensor = values_BRPD @ values_BRPD.transpose(-1, -2) / math.sqrt(values_BRPD.shape[-1])
     least = torch.finfo(scores_BRPP.dtype).min / 2  # finite, so that 0 times it is 0
-    return scores_BRPP.masked_fill(~mask_BP[:, None, None, :], least).log_softmax(-1)
+    return scores_BRPP.masked_fill(~related_BPP[:, None], least).log_softmax(-1)
 
 
 def state_loss(student_BPD: Tensor, teacher_BPD: Tensor, mask_BP: Tensor) -> Tensor:

@@ -121,15 +121,15 @@ class LiveTeacherObjective:
         if not features:
             return loss, scalars
         student = student_outputs[layer_index(model)]
-        mask_BP = self.task.feature_mask(batch, student.states)
+        segments_BP = self.task.segments(batch, student.states)
         if self.relations:
             teacher = teacher_outputs[layer_index(self.teacher, self.relations.teacher_layer)]
-            feature_loss = relation_loss(student, teacher, self.relations.heads, mask_BP)
+            feature_loss = relation_loss(student, teacher, self.relations.heads, segments_BP)
             loss, scalars = loss + self.relations.weight * feature_loss, scalars | {"relations": feature_loss.detach()}
         if self.states:
             assert self.projection is not None
             teacher = teacher_outputs[layer_index(self.teacher, self.states.teacher_layer)]
-            feature_loss = state_loss(self.projection(student.states), teacher.states, mask_BP)
+            feature_loss = state_loss(self.projection(student.states), teacher.states, segments_BP > 0)
             loss, scalars = loss + self.states.weight * feature_loss, scalars | {"states": feature_loss.detach()}
         return loss, scalars
 

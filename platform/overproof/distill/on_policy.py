@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from overproof.config import OnPolicy, TopK
 from overproof.data.parquet_reader import Columns
 from overproof.distill.target_encoder import encode_targets
+from overproof.models.documents import last_document, positions_in_documents
 from overproof.models.hf_directory import load_model
 from overproof.train.engine import default_device
 
@@ -40,11 +42,18 @@ def is_on_policy_step(step: int, share: float) -> bool:
 
 
 @torch.no_grad()
-def sample_continuations(model: PreTrainedModel, prompts_BQ: Tensor, count: int, seed: int, step: int) -> Tensor:
+def sample_continuations(
+    model: PreTrainedModel, prompts_BQ: Tensor, count: int, seed: int, step: int, start_B: Tensor | None = None
+) -> Tensor:
     """Prompts, and ``count`` tokens after each, drawn from the model with a seed that is a function of the step.
 
-    The end of a document is a token like any other, as it is in training.
+    The end of a document is a token like any other, as it is in training. With ``start_B``, the token that begins each
+    document, the last document of a prompt alone is gone on from. If the model then begins another, that one is drawn
+    with the document before it in sight; it is scored and learnt without.
     """
+    seen_BQ = torch.ones_like(prompts_BQ)
+    if start_B is not None:
+        seen_BQ = last_document(prompts_BQ, start_B).to(prompts_BQ.dtype)
     step_seed = int.from_bytes(hashlib.sha256(f"{seed}/written/{step}".encode()).digest()[:7], "big")
     devices = [prompts_BQ.device] if prompts_BQ.device.type == "cuda" else []
     training = model.training
@@ -53,7 +62,7 @@ def sample_continuations(model: PreTrainedModel, prompts_BQ: Tensor, count: int,
         torch.manual_seed(step_seed)
         tokens_BS = model.generate(
             prompts_BQ,
-            attention_mask=torch.ones_like(prompts_BQ),
+            attention_mask=seen_BQ,
             do_sample=True,
             temperature=TEMPERATURE,
             top_k=0,
@@ -73,9 +82,18 @@ class TeacherScorer:
     Requests are cut into passes of ``rows`` rows, and the last is filled up.
     """
 
-    def __init__(self, teacher: Path, settings: OnPolicy, temperatures: tuple[float, ...], threads: int) -> None:
-        """``temperatures`` ascend, and 1.0 is among them."""
+    def __init__(
+        self,
+        teacher: Path,
+        settings: OnPolicy,
+        temperatures: tuple[float, ...],
+        threads: int,
+        apart_id: int | None = None,
+    ) -> None:
+        """``temperatures`` ascend, and 1.0 is among them. With ``apart_id``, the token that begins each document, none
+        in a row sees another."""
         torch.set_num_threads(threads)
+        self.apart_id = apart_id
         self.settings, self.temperatures, self.device = settings, temperatures, default_device()
         self.model = load_model(teacher).to(self.device)
 
@@ -92,7 +110,14 @@ class TeacherScorer:
 
     def _forward(self, tokens_BS: NDArray[np.int64]) -> Columns:
         inputs_BS = torch.from_numpy(tokens_BS[:, :-1]).to(self.device)
-        logits_BGV = self.model(input_ids=inputs_BS, use_cache=False).logits[:, -self.settings.new_tokens :]
+        beside = {}
+        if self.apart_id is not None:
+            # A token before each row, which is not seen from it: every pass is masked, as it is where a row holds two.
+            starts_B = inputs_BS.new_full((len(inputs_BS),), self.apart_id)
+            beside["position_ids"] = pad(positions_in_documents(inputs_BS, starts_B), (1, 0))
+            inputs_BS = torch.cat([inputs_BS[:, :1], inputs_BS], 1)
+        logits_BSV = self.model(input_ids=inputs_BS, use_cache=False, **beside).logits
+        logits_BGV = logits_BSV[:, -self.settings.new_tokens :]
         labels_BG = torch.from_numpy(tokens_BS[:, -self.settings.new_tokens :]).to(self.device)
         scheme = TopK(k=min(self.settings.k, logits_BGV.shape[-1]))
         targets = encode_targets(logits_BGV, labels_BG, scheme, self.temperatures)

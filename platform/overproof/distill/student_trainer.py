@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from overproof.config.search import current_values
+from overproof.data.manifest import START
 from overproof.data.parquet_reader import Shards, planned_shards
 from overproof.distill.distill_spec import DistillSpec
 from overproof.distill.objectives import ON_POLICY
@@ -172,11 +173,15 @@ class StudentTrainer:
         settings = self.job.settings.on_policy
         assert settings
         assert self.scorer
-        prompts_BQ = batch["tokens"][:, : settings.prompt_tokens].to(self.engine.device)
-        tokens_BS = sample_continuations(self.model, prompts_BQ, settings.new_tokens, self.job.seed, step).cpu()
+        rows = {name: batch[name].to(self.engine.device) for name in ("tokens", START) if name in batch}
+        prompts_BQ, start_B = rows["tokens"][:, : settings.prompt_tokens], rows.get(START)
+        wanted = (settings.new_tokens, self.job.seed, step)
+        tokens_BS = sample_continuations(self.model, prompts_BQ, *wanted, start_B).cpu()
         length_B = torch.full((len(tokens_BS),), tokens_BS.shape[1] - 1)
         scores = to_tensors(self.scorer.score(tokens_BS.numpy()))
         written = {"tokens": tokens_BS, "length": length_B, ON_POLICY: torch.ones_like(length_B)}
+        if start_B is not None:
+            written[START] = start_B.cpu()
         return written | {f"teacher_{name}": values for name, values in scores.items()}
 
     def _validate(self) -> float:

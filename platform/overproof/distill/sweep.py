@@ -58,7 +58,7 @@ def _sweep(context: StageContext, curves: Path) -> dict[str, Any]:
     max_deaths = 0 if isinstance(search.scheduler, Pbt) else MAX_DEATHS  # a population is proposed once
     tracker = SweepTracker(context.progress, settings.steps, search.trials(settings), max_deaths, curves)
     with relay_progress(tracker.show) as progress:
-        with scorer_pool(context.recipe, context.parents["train"]) as scorer:
+        with scorer_pool(context.recipe, context.parents["prepare"], context.parents["train"]) as scorer:
             jobs = train_students(replace(context, progress=progress), state, previous, tracker, scorer)
             scorer_counts = scorer.counts() if scorer else {}
         winner = tracker.winner()

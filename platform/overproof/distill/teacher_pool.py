@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from overproof.artifacts import Artifact
 from overproof.config import OnPolicy, Recipe
+from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Columns
 from overproof.distill.row_cache import teacher_folder
 from overproof.errors import InputError
@@ -152,11 +153,14 @@ class ScorerPool:
 class ScorerWorker:
     """A ``TeacherScorer`` in its actor; the model code is imported there."""
 
-    def __init__(self, trained: Artifact, settings: OnPolicy, temperatures: tuple[float, ...]) -> None:
+    def __init__(
+        self, trained: Artifact, settings: OnPolicy, temperatures: tuple[float, ...], apart_id: int | None
+    ) -> None:
         from overproof.distill.on_policy import TeacherScorer
 
         folder = teacher_folder(trained)
-        self.scorer = TeacherScorer(folder, settings, temperatures, max(1, int(settings.cpus_per_actor)))
+        threads = max(1, int(settings.cpus_per_actor))
+        self.scorer = TeacherScorer(folder, settings, temperatures, threads, apart_id)
 
     def score(self, tokens_BS: NDArray[np.int64]) -> Columns:
         return self.scorer.score(tokens_BS)
@@ -216,7 +220,7 @@ class Batcher:
 
 
 @contextmanager
-def scorer_pool(recipe: Recipe, trained: Artifact) -> Iterator[ScorerPool | None]:
+def scorer_pool(recipe: Recipe, prepared: Artifact, trained: Artifact) -> Iterator[ScorerPool | None]:
     """The pool, where a student of the sweep needs one; it ends with the block."""
     settings = recipe.sweep.teacher_pool
     if settings is None:
@@ -224,10 +228,8 @@ def scorer_pool(recipe: Recipe, trained: Artifact) -> Iterator[ScorerPool | None
         return
     resources = {"num_cpus": settings.cpus_per_actor, "num_gpus": settings.gpus_per_actor}
     remote_worker: Any = ray.remote(ScorerWorker)
-    workers = [
-        remote_worker.options(**resources, **RESTART_ALWAYS).remote(trained, settings, recipe.scorer_temperatures)
-        for _ in range(settings.actors)
-    ]
+    given = trained, settings, recipe.scorer_temperatures, Manifest.read(prepared).apart_id
+    workers = [remote_worker.options(**resources, **RESTART_ALWAYS).remote(*given) for _ in range(settings.actors)]
     name = f"teachers-{secrets.token_hex(8)}"
     remote_batcher: Any = ray.remote(Batcher)
     broker = remote_batcher.options(name=name, num_cpus=0, **RESTART_ALWAYS).remote(

@@ -14,14 +14,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
+from overproof.data.manifest import START
 from overproof.data.order import uniforms
 from overproof.data.parquet_reader import Columns
 from overproof.distill.target_encoder import inverse_cdf
 from overproof.distill.teacher_text import TextIndex
 from overproof.distill.teacher_worker import TeacherWorker
 from overproof.errors import InputError
+from overproof.models.documents import last_document, positions_in_documents
 from overproof.models.hf_directory import to_tensors
 
 GENERATION_KEY = (1 << 63) + 1  # of the random numbers: no epoch of an order has it, nor have the cache's draws
@@ -35,16 +38,21 @@ class TextWorker(TeacherWorker):
     def compute(self, sample_ids: NDArray[np.int64]) -> Columns:
         identity, count = self.index.identity, len(sample_ids)
         filled = np.resize(sample_ids, self.job.settings.batch_size)  # a pass of fewer rows might round otherwise
-        prompts_BQ = to_tensors(self.rows.take(filled))["tokens"][:, : identity.prompt_tokens].to(self.device)
+        rows = {name: value.to(self.device) for name, value in to_tensors(self.rows.take(filled)).items()}
+        prompts_BQ = rows["tokens"][:, : identity.prompt_tokens]
         uniform_BG = torch.from_numpy(uniforms(identity.seed, GENERATION_KEY, filled, identity.tokens)).to(self.device)
         self.check_outputs(self.model.config.vocab_size)
-        tokens_BS = generate(self.model, prompts_BQ, uniform_BG, identity.temperature)
+        tokens_BS = generate(self.model, prompts_BQ, uniform_BG, identity.temperature, rows.get(START))
         return {"sample_id": sample_ids, "tokens": tokens_BS[:count].cpu().numpy()}
 
 
 @torch.inference_mode()
-def generate(model: PreTrainedModel, prompts_BQ: Tensor, uniform_BG: Tensor, temperature: float) -> Tensor:
+def generate(
+    model: PreTrainedModel, prompts_BQ: Tensor, uniform_BG: Tensor, temperature: float, start_B: Tensor | None = None
+) -> Tensor:
     """The prompts and a token for each number in [0, 1); the end of a document is a token like any other.
+
+    With ``start_B``, the token that begins each document, what is written sees its own document alone.
 
     Raises:
         InputError: the model's outputs are not finite.
@@ -53,15 +61,44 @@ def generate(model: PreTrainedModel, prompts_BQ: Tensor, uniform_BG: Tensor, tem
     tokens_BS = torch.cat([prompts_BQ, torch.zeros_like(uniform_BG, dtype=prompts_BQ.dtype)], 1)
     finite = torch.ones((), dtype=torch.bool, device=prompts_BQ.device)
     new_BN = prompts_BQ  # N: the tokens that are not in the cache yet
+    apart = None if start_B is None else _ApartDocuments(prompts_BQ, start_B)
+    if apart:
+        new_BN = torch.cat([prompts_BQ[:, :1], prompts_BQ], 1)
     kept = {_cache_argument(model): DynamicCache(config=model.config)}
     for index in range(uniform_BG.shape[1]):
-        logits_BV = model(input_ids=new_BN, use_cache=True, logits_to_keep=1, **kept).logits[:, -1].float()
+        beside = apart.inputs if apart else {}
+        logits_BV = model(input_ids=new_BN, use_cache=True, logits_to_keep=1, **kept, **beside).logits[:, -1].float()
         finite &= logits_BV.isfinite().all()
         new_BN = sample_token(logits_BV, uniform_BG[:, index : index + 1], temperature)
         tokens_BS[:, prompt_tokens + index] = new_BN[:, 0]
+        if apart:
+            apart.add(new_BN)
     if not finite:
         raise InputError("the teacher's outputs are not finite while it writes; train it again")
     return tokens_BS
+
+
+class _ApartDocuments:
+    """What a model is told of the tokens in its cache while it writes.
+
+    Before each prompt stands a token that is never seen: so every pass is masked, and none rounds otherwise because all
+    rows beside it happen to hold one document.
+    """
+
+    def __init__(self, prompts_BQ: Tensor, start_B: Tensor) -> None:
+        self.start_B1 = start_B[:, None]
+        self.seen_BS = pad(last_document(prompts_BQ, start_B), (1, 0))
+        self.position_BN = pad(positions_in_documents(prompts_BQ, start_B), (1, 0))
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return {"attention_mask": self.seen_BS.long(), "position_ids": self.position_BN}
+
+    def add(self, new_B1: Tensor) -> None:
+        """One more token a row, which may begin a document."""
+        begins_B1 = new_B1 == self.start_B1
+        self.seen_BS = torch.cat([self.seen_BS & ~begins_B1, torch.ones_like(begins_B1)], 1)
+        self.position_BN = torch.where(begins_B1, 0, self.position_BN[:, -1:] + 1)
 
 
 def _cache_argument(model: PreTrainedModel) -> str:

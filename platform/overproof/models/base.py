@@ -48,6 +48,7 @@ class DataShape:
     details: Mapping[str, Any] = field(default_factory=dict)  # such as the height of images; see the task
     bos_id: int | None = None  # of a tokenizer, as the manifest has them
     end_id: int | None = None
+    apart: bool = False  # whether rows hold several texts, none of which sees another
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ class FusedAttention:
 def shape_of(manifest: Manifest) -> DataShape:
     """What a model of prepared data must fit."""
     return DataShape(
-        manifest.task, manifest.outputs, manifest.positions, manifest.details, manifest.bos_id, manifest.end_id
-    )
+        manifest.task, manifest.outputs, manifest.positions, manifest.details, manifest.bos_id, manifest.end_id,
+        manifest.apart,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

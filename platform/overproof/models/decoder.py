@@ -197,7 +197,17 @@ class DecoderFamily:
             heads=widths.heads, query_width=widths.queries, key_width=widths.keys, places=shape.positions,
             outputs=outputs, predictions=shape.positions, tensors=tensors,
             looked_up=table if tensors.count(table) > 1 else 0,  # a tied one is multiplied with, at the end
+            masked=self.mask_numbers(widths, shape) if shape.apart else 0,
         )  # fmt: skip
+
+    def mask_numbers(self, widths: Widths, shape: DataShape) -> int:
+        """Numbers that a layer keeps more of a place where a mask keeps texts apart: the mask's own, which SDPA makes
+        of it, and keys and values once for each query head. Other attention shares one mask and repeats them anyway.
+        """
+        if self.attention != "sdpa":
+            return 0
+        repeated = 2 * (widths.queries - widths.keys) if widths.kv_heads > 1 else 0
+        return shape.positions + repeated
 
     def layer_memory(self, size: ModelSize, element_bytes: int) -> int:
         """RMSNorm computes in fp32: 16-bit inputs are copied, twice."""

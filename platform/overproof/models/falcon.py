@@ -138,6 +138,11 @@ class FalconFamily(DecoderFamily):
         kept = element_bytes * (3 * size.hidden + 4 * size.query_width + 2 * size.intermediate)
         return kept + FP32_BYTES * size.heads + 4 * element_bytes
 
+    def mask_numbers(self, widths: Widths, shape: DataShape) -> int:
+        """It shares the mask between layers, and repeats nothing."""
+        del widths, shape
+        return 0
+
     def outer_memory(self, size: ModelSize, element_bytes: int) -> int:
         return 2 * element_bytes * size.hidden
 

@@ -67,6 +67,11 @@ class Phi3Family(DecoderFamily):
         h, f, q, k = widths.hidden, widths.intermediate, widths.queries, widths.keys
         return ((q + 2 * k) * h, h * q, 2 * f * h, h * f, h, h)  # qkv o, gate and up, down, two norms
 
+    def mask_numbers(self, widths: Widths, shape: DataShape) -> int:
+        """Keys and values that are repeated are kept in place of those that lie with the queries."""
+        del widths
+        return shape.positions
+
     def layer_memory(self, size: ModelSize, element_bytes: int) -> int:
         """The values are kept with the queries and keys that they were computed with, and the queries once more."""
         together = element_bytes * (2 * size.query_width + size.key_width)

@@ -50,6 +50,7 @@ class ModelSize:
     adapters: tuple[int, ...] = ()  # numbers in each adapter's two matrices, where these alone are trained
     adapter_rank: int = 0  # width between the two
     looked_up: int = 0  # numbers of tables of which a place reads one row, and multiplies nothing
+    masked: int = 0  # numbers that each layer keeps more of a place where texts of a row are kept apart
 
     @property
     def parameters(self) -> int:

@@ -21,6 +21,7 @@ from overproof.models.zero_memory import (
     HALF_BYTES,
     activation_memory,
     kept_by_layers,
+    layer_memory,
     state_memory,
 )
 from overproof.registry import FAMILIES
@@ -31,7 +32,7 @@ IDLE = 0.5  # as much of what layers keep lies idle in malloc's heap besides
 
 def forward_memory(size: ModelSize, rows: int, logits: int = 1, element_bytes: int = FP32_BYTES) -> int:
     """A pass without gradients: a layer's arrays, which malloc keeps for the next, and some as large as the logits."""
-    layer = size.places * FAMILIES[size.family].layer_memory(size, element_bytes)
+    layer = size.places * layer_memory(size, element_bytes)
     return rows * (layer + logits * size.predictions * size.outputs * element_bytes)
 
 
@@ -44,7 +45,7 @@ def student_memory(size: ModelSize, sweep: Optimization) -> int:
     """A student that one process trains in fp32, from which a checkpoint is made at every validation."""
     weights, state = FP32_BYTES * size.parameters, (FP32_BYTES + ADAM_BYTES) * size.parameters
     family = FAMILIES[size.family]
-    place = size.layers * family.layer_memory(size, FP32_BYTES) + family.outer_memory(size, FP32_BYTES)
+    place = size.layers * layer_memory(size, FP32_BYTES) + family.outer_memory(size, FP32_BYTES)
     kept = sweep.batch_size * size.places * place
     logits = sweep.batch_size * size.predictions * size.outputs * FP32_BYTES
     copy = state if sweep.steps > sweep.validate_every else 0

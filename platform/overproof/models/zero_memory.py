@@ -162,7 +162,7 @@ def _micro_rows(train: Training, world: int) -> int:
 
 def layer_memory(size: ModelSize, element_bytes: int) -> int:
     """Bytes that one layer keeps for one token or patch, each number taking ``element_bytes``."""
-    return FAMILIES[size.family].layer_memory(size, element_bytes)
+    return FAMILIES[size.family].layer_memory(size, element_bytes) + element_bytes * size.masked
 
 
 def logits_memory(outputs: int, element_bytes: int) -> int:

@@ -46,8 +46,8 @@ class RowsTask:
         del root
         return first_choices
 
-    def feature_mask(self, batch: Batch, states_BPD: Tensor) -> Tensor:
-        """Every place counts."""
+    def segments(self, batch: Batch, states_BPD: Tensor) -> Tensor:
+        """Every place counts, and sees every other."""
         import torch
 
         del batch

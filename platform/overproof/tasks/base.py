@@ -272,8 +272,10 @@ class Task(Protocol):
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
         """Call a model on the columns of a shard."""
 
-    def feature_mask(self, batch: Batch, states_BPD: Tensor) -> Tensor:
-        """Which places of a layer's states hold something: (B, P)."""
+    def segments(self, batch: Batch, states_BPD: Tensor) -> Tensor:
+        """Which places of a layer's states belong together: (B, P). Those that see each other have one number, or
+        True; those that hold nothing that counts have 0.
+        """
 
     # --- evaluation -------------------------------------------------------------------------------
 

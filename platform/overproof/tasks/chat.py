@@ -82,7 +82,7 @@ class Chat(CausalTask):
     def shape(self, data: ChatData) -> DataShape:
         from overproof.data.text_tokenizer import read_tokenizer
 
-        return DataShape(data.kind, read_tokenizer(data.tokenizer).outputs, data.positions)
+        return DataShape(data.kind, read_tokenizer(data.tokenizer).outputs, data.positions, apart=True)
 
     def check_export(self, data: ChatData, format: Format) -> Sequence[str]:
         from overproof.data.text_tokenizer import read_tokenizer
@@ -113,7 +113,7 @@ class Chat(CausalTask):
         weight_B1 = (scale_B1 > 0) * (scale_B1 * count / len(answer_BP)) + (scale_B1 == 0)
         return Prediction(logits_BPV, tokens_BS[:, 1:], answer_BP * weight_B1)
 
-    def feature_mask(self, batch: Batch, states_BPD: Tensor) -> Tensor:
+    def segments(self, batch: Batch, states_BPD: Tensor) -> Tensor:
         del states_BPD
         return batch["answer"] > 0
 

@@ -116,11 +116,12 @@ class LanguageModeling(CausalTask):
         return text_digest(data)
 
     def shape(self, data: LanguageModelingData) -> DataShape:
+        apart = not data.cross_document_attention
         if isinstance(data.tokenizer, BpeTokenizer):
-            return DataShape(data.kind, data.tokenizer.vocab_size, data.positions)
+            return DataShape(data.kind, data.tokenizer.vocab_size, data.positions, apart=apart)
         from overproof.data.text_tokenizer import read_tokenizer
 
-        return DataShape(data.kind, read_tokenizer(data.tokenizer).outputs, data.positions)
+        return DataShape(data.kind, read_tokenizer(data.tokenizer).outputs, data.positions, apart=apart)
 
     def check_export(self, data: LanguageModelingData, format: Format) -> Sequence[str]:
         if isinstance(data.tokenizer, BpeTokenizer):
@@ -136,16 +137,22 @@ class LanguageModeling(CausalTask):
         return prepare_documents(context, context.recipe.data)
 
     def predict(self, model: nn.Module, batch: Batch) -> Prediction:
-        """A causal model on the columns ``tokens`` (B, P + 1) and ``length`` (B)."""
+        """A causal model on the columns ``tokens`` (B, P + 1), ``length`` (B) and, perhaps, ``start`` (B)."""
         from overproof.tasks.text_evaluation import predict
 
         return predict(model, batch)
 
-    def feature_mask(self, batch: Batch, states_BPD: Tensor) -> Tensor:
+    def segments(self, batch: Batch, states_BPD: Tensor) -> Tensor:
         import torch
 
+        from overproof.data.manifest import START
+        from overproof.models.documents import starts_of_documents
+
         places_P = torch.arange(states_BPD.shape[1], device=states_BPD.device)
-        return places_P < batch["length"][:, None]
+        held_BP = places_P < batch["length"][:, None]
+        if START not in batch:
+            return held_BP
+        return (1 + starts_of_documents(batch["tokens"][:, :-1], batch[START]).cumsum(1)) * held_BP
 
     def example(self, details: Mapping[str, Any]) -> dict[str, Any]:
         return {"prompt": details.get("example", "The "), "max_tokens": 48, "temperature": 0.7, "seed": 0}

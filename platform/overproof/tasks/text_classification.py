@@ -236,7 +236,7 @@ class LabelledTexts(RowsTask):
         mask_BP = batch["weight"][:, None] if "weight" in batch else torch.ones_like(targets_BP, dtype=torch.bool)
         return Prediction(logits_BPV, targets_BP, mask_BP)
 
-    def feature_mask(self, batch: Batch, states_BPD: Tensor) -> Tensor:
+    def segments(self, batch: Batch, states_BPD: Tensor) -> Tensor:
         from overproof.models.encoder import PADDING
 
         del states_BPD

@@ -38,6 +38,7 @@ from overproof.errors import InputError
 from overproof.export.base import Format
 from overproof.files import file_sha256
 from overproof.models.base import Prediction
+from overproof.models.documents import document_positions
 from overproof.models.hf_directory import Batch
 from overproof.models.sizes import most_positions
 from overproof.registry import ENGINES
@@ -51,9 +52,11 @@ TIMED_PROMPTS = 16  # asked in turn
 
 
 def predict(model: nn.Module, batch: Batch) -> Prediction:
-    """Call a causal language model on the columns ``tokens`` (B, S) and ``length`` (B)."""
+    """Call a causal language model on the columns ``tokens`` (B, S) and ``length`` (B) and, where documents of a row
+    are kept apart, ``start`` (B).
+    """
     tokens_BS, length_B = batch["tokens"], batch["length"]
-    logits_BPV = model(input_ids=tokens_BS[:, :-1], use_cache=False).logits
+    logits_BPV = model(input_ids=tokens_BS[:, :-1], use_cache=False, **document_positions(batch)).logits
     places_P = torch.arange(tokens_BS.shape[1] - 1, device=tokens_BS.device)
     return Prediction(logits_BPV, tokens_BS[:, 1:], places_P < length_B[:, None])
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyarrow.compute as pc
 
 from overproof.data.parquet_columns import is_text
 from overproof.data.source_files import matching
+from overproof.models.sizes import family_of
 from overproof.tasks.recognition import (
     ColumnFlags,
     DataLook,
@@ -64,7 +66,9 @@ def recognise_text(look: DataLook, model: Mapping[str, Any] | None, flags: Colum
         return found
     if found.units < FEWEST_DOCUMENTS:
         return Misfit(f"{found.units} documents; expected {FEWEST_DOCUMENTS} at least, for train, validation and test")
-    return found
+    _, family = family_of(model, model["_name_or_path"])
+    across = family.section is None  # whether such a model keeps documents apart is not known
+    return replace(found, values={**found.values, "cross_document_attention": str(across).lower()})
 
 
 def _column(look: DataLook, suffix: str, flags: ColumnFlags) -> Recognised:

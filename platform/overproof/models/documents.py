@@ -1,0 +1,45 @@
+"""Documents that share a row of tokens, none of which is seen from another.
+
+A row says by its column ``start`` which token begins each of its documents; rows without that column are read as one
+text. In a row positions begin at 0 with each document (a row that begins within one begins at 0, too), and that is all
+a model needs to keep them apart: without an attention mask and a cache, transformers makes of it a mask that is block
+by block (``masking_utils``), or calls flash attention with the lengths of the documents; a test holds every family to
+it. Whatever stands in ``tokens`` decides, so that rows a model wrote are read like those of the data.
+
+Shapes: B rows, P tokens that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from overproof.data.manifest import START
+
+
+def starts_of_documents(tokens_BP: Tensor, start_B: Tensor) -> Tensor:
+    """Where a document begins: (B, P), bool."""
+    return tokens_BP == start_B[:, None]
+
+
+def positions_in_documents(tokens_BP: Tensor, start_B: Tensor) -> Tensor:
+    """The place of each token in its document: (B, P)."""
+    places_P = torch.arange(tokens_BP.shape[1], device=tokens_BP.device)
+    begun_BP = torch.where(starts_of_documents(tokens_BP, start_B), places_P, 0).cummax(1).values
+    return places_P - begun_BP
+
+
+def last_document(tokens_BP: Tensor, start_B: Tensor) -> Tensor:
+    """Which tokens are of the document that a row ends in, and so are seen from what is written next: (B, P), bool."""
+    places_P = torch.arange(tokens_BP.shape[1], device=tokens_BP.device)
+    begun_BP = torch.where(starts_of_documents(tokens_BP, start_B), places_P, 0)
+    return places_P >= begun_BP.amax(1, keepdim=True)
+
+
+def document_positions(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a causal model of transformers is given beside the tokens it reads, all of a row's but the last."""
+    if START not in batch:
+        return {}
+    return {"position_ids": positions_in_documents(batch["tokens"][:, :-1], batch[START])}
