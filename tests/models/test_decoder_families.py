@@ -18,6 +18,7 @@ from decoder_cases import CASES, LLAMA3, NUMBERS, POSITIONS, SHAPE, VOCABULARY, 
 from finished import RECIPES
 from overproof import pipeline
 from overproof.config import Optimization, Pretrained, TeacherLayers, load_recipe
+from overproof.data.document_blocks import text_columns
 from overproof.data.manifest import Manifest
 from overproof.data.tokenization import train_bpe
 from overproof.distill.feature_losses import capture_layers
@@ -259,10 +260,13 @@ def test_another_decoder_is_trained_and_not_exported(tmp_path: Path, tokenizer: 
     found = hf_directory.load_model(source)
     assert torch.equal(logprobs(found, some_tokens()), logprobs(model, some_tokens()))
     assert model_size(Pretrained(path=str(source)), SHAPE).parameters == hf_directory.count_parameters(model)
-    with pytest.raises(
-        InputError, match=r"StableLmForCausalLM keeps the documents of a row apart is not known; expected"
-    ):
-        model_size(Pretrained(path=str(source)), replace(SHAPE, apart=True))
+    apart = Manifest(
+        task="language_modeling", columns=text_columns(8, VOCABULARY, apart=True), splits={}, rows_per_group=4,
+        positions=8, outputs=VOCABULARY, tokenizer_sha256="0" * 64,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"StableLmForCausalLM keeps the documents of a row apart is not "):
+        hf_directory.load_start(source, apart, 0)
+    assert hf_directory.load_start(source, apart.model_copy(update={"columns": ()}), 0).config.vocab_size == VOCABULARY
     fewer = keep_layers(found, (0, 2))
     assert fewer.config.num_hidden_layers == 2
     engine = TorchEngine(found, Optimization(steps=1, batch_size=2, learning_rate=1e-3), torch.device("cpu"))

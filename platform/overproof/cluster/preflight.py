@@ -26,7 +26,7 @@ from overproof.errors import InputError, suggest_name
 from overproof.export.check_models import check_models
 from overproof.files import join_uri
 from overproof.models.base import DataShape, shape_of
-from overproof.models.sizes import ModelSize, directory_config, family_of, student_size, with_layers
+from overproof.models.sizes import ModelSize, directory_config, family_of, require_apart, student_size, with_layers
 from overproof.registry import FAMILIES, FORMATS, TASKS
 from overproof.units import format_bytes, format_count, format_seconds
 
@@ -95,6 +95,8 @@ def require_exportable(recipe: Recipe) -> list[Finding]:
     for where, model in models.items():
         if isinstance(model, Pretrained):
             asked[f"{where}: {model.path}"] = _config_of_a_known_family(model.path, kind, where)
+            if recipe.data.apart:
+                require_apart(asked[f"{where}: {model.path}"], f"{where}: {model.path}")
         elif isinstance(model, TeacherLayers) and isinstance(taught, Pretrained):
             config = _config_of_a_known_family(taught.path, kind, where)
             _, family = family_of(config, taught.path)

@@ -110,6 +110,11 @@ class DataSection(Section):
         """Predictions in a row."""
         return 1
 
+    @property
+    def apart(self) -> bool:
+        """Whether rows hold several texts, none of which sees another."""
+        return False
+
     @model_validator(mode="after")
     def _leaves_train(self) -> Self:
         held_out = self.validation_fraction + self.test_fraction
@@ -138,3 +143,7 @@ class TextData(DataSection):
     def positions(self) -> int:
         """Predictions in a row."""
         return self.sequence_length
+
+    @property
+    def apart(self) -> bool:
+        return not self.cross_document_attention

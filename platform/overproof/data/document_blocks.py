@@ -267,10 +267,9 @@ def write_planned_shard(
         owners_R = np.repeat(group["document"].to_numpy()[firsts], [len(rows_RS) for rows_RS, _ in packed])
         rows_RS, lengths_R = (np.concatenate(values) for values in zip(*packed, strict=True))
         columns = tokenization.token_columns(plan.first_sample, rows_RS, lengths_R, owners_R)
-    apart = not data.cross_document_attention
-    if apart:
+    if data.apart:
         columns[START] = np.full(len(columns["tokens"]), tokenizer.start_id, np.int32)
-    schema = shard_schema(text_columns(length, tokenizer.outputs, apart))
+    schema = shard_schema(text_columns(length, tokenizer.outputs, data.apart))
     predictions = int(columns["length"].sum())
     shard = write_shard(uri, plan.path, columns, schema, data.rows_per_group, predictions)
     return pa.table({"shard": pa.array([index], pa.int32()), "entry": [shard.model_dump_json()]})

@@ -157,7 +157,7 @@ def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
         heartbeat.start_phase(PHASES, "")
     return Manifest(
         task=data.kind,
-        columns=text_columns(data.sequence_length, tokenizer.outputs, apart=not data.cross_document_attention),
+        columns=text_columns(data.sequence_length, tokenizer.outputs, data.apart),
         splits={name: _split(name, layout, shards, int(np.sum(splits_N == name))) for name in SPLITS},
         rows_per_group=data.rows_per_group,
         positions=data.sequence_length,

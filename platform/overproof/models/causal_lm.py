@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from overproof.errors import InputError
-from overproof.models.base import DataShape
 from overproof.models.decoder import LLAMA_NAMES, DecoderFamily, Widths
-from overproof.models.sizes import LAYERS, ModelSize
+from overproof.models.sizes import LAYERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,14 +47,6 @@ class CausalLmFamily(DecoderFamily):
 
         tied = AutoModelForCausalLM._model_mapping[type(config)]._tied_weights_keys or {}
         return [name for name in names if not any(re.fullmatch(again, name) for again in tied)]
-
-    def directory_size(self, config: Mapping[str, Any], tensors: Mapping[str, int], shape: DataShape) -> ModelSize:
-        if shape.apart:
-            raise InputError(
-                f"config.json: whether {config['architectures'][0]} keeps the documents of a row apart is not known; "
-                "expected data.cross_document_attention: true, or a model of a family of decoders that has a name here"
-            )
-        return super().directory_size(config, tensors, shape)
 
     def directory_widths(self, config: Mapping[str, Any]) -> Widths:
         hidden, layers, heads = (_first(config, names) for names in (HIDDEN, LAYERS, HEADS))

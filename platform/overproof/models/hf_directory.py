@@ -27,7 +27,7 @@ from overproof.data.text_tokenizer import tokenizer_config
 from overproof.errors import InputError
 from overproof.models.base import BaseFamily, LayerNames, ModelFamily, shape_of
 from overproof.models.pretrained import WEIGHTS, refuse_pickles, weight_files
-from overproof.models.sizes import family_of, most_positions, require_positions
+from overproof.models.sizes import family_of, most_positions, require_apart, require_positions
 from overproof.registry import FAMILIES
 
 Batch = dict[str, Tensor]
@@ -169,6 +169,8 @@ def _refuse(path: Path, wrong: Mapping[str, Sequence[str]]) -> None:
 def _fit_tokenizer(model: PreTrainedModel, path: Path, manifest: Manifest) -> PreTrainedModel:
     """A vocabulary that has more entries than the data's ends with it: those are padding, of which models of one
     tokenizer have more or less. Its texts begin and end as the data's do from here on."""
+    if manifest.apart:
+        require_apart({"architectures": model.config.architectures}, path)
     if manifest.tokenizer_sha256 is not None:
         require_positions(model.config.to_dict(), manifest.positions)
         found = model.config.vocab_size

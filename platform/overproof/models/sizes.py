@@ -172,6 +172,20 @@ def require_positions(config: Mapping[str, Any], positions: int) -> None:
         )
 
 
+def require_apart(config: Mapping[str, Any], path: object) -> None:
+    """Look whether a directory's model is known to keep the texts of a row apart, as the families of recipes are.
+
+    Raises:
+        InputError: it is one of the other decoders.
+    """
+    _, family = family_of(config, path)
+    if family.section is None:
+        raise InputError(
+            f"{path}/config.json: whether {config['architectures'][0]} keeps the documents of a row apart is not "
+            "known; expected data.cross_document_attention: true, or a model of a family that recipes name"
+        )
+
+
 def with_layers(config: Mapping[str, Any], layers: int, names: LayerNames) -> dict[str, Any]:
     """The content of a config.json for fewer layers: what a layer is by its place, it is by its new place."""
     lists = {name: config[name][:layers] for name in names.per_layer if isinstance(config.get(name), list)}

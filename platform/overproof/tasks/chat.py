@@ -58,6 +58,10 @@ class ChatData(DataSection):
         """Predictions in a row."""
         return self.sequence_length
 
+    @property
+    def apart(self) -> bool:
+        return True
+
 
 class Chat(CausalTask):
     """See ``Task``: a language model of packed rows, of whose tokens the answers' alone count."""
@@ -82,7 +86,7 @@ class Chat(CausalTask):
     def shape(self, data: ChatData) -> DataShape:
         from overproof.data.text_tokenizer import read_tokenizer
 
-        return DataShape(data.kind, read_tokenizer(data.tokenizer).outputs, data.positions, apart=True)
+        return DataShape(data.kind, read_tokenizer(data.tokenizer).outputs, data.positions, apart=data.apart)
 
     def check_export(self, data: ChatData, format: Format) -> Sequence[str]:
         from overproof.data.text_tokenizer import read_tokenizer

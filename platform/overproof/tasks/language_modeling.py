@@ -116,12 +116,11 @@ class LanguageModeling(CausalTask):
         return text_digest(data)
 
     def shape(self, data: LanguageModelingData) -> DataShape:
-        apart = not data.cross_document_attention
         if isinstance(data.tokenizer, BpeTokenizer):
-            return DataShape(data.kind, data.tokenizer.vocab_size, data.positions, apart=apart)
+            return DataShape(data.kind, data.tokenizer.vocab_size, data.positions, apart=data.apart)
         from overproof.data.text_tokenizer import read_tokenizer
 
-        return DataShape(data.kind, read_tokenizer(data.tokenizer).outputs, data.positions, apart=apart)
+        return DataShape(data.kind, read_tokenizer(data.tokenizer).outputs, data.positions, apart=data.apart)
 
     def check_export(self, data: LanguageModelingData, format: Format) -> Sequence[str]:
         if isinstance(data.tokenizer, BpeTokenizer):
