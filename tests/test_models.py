@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
@@ -19,7 +21,7 @@ from overproof.data.text_tokenizer import read_tokenizer
 from overproof.data.tokenization import END, encode, train_bpe
 from overproof.data.tokenizer_match import require_possible_tokenizer, require_tokenizer
 from overproof.errors import InputError
-from overproof.files import file_sha256
+from overproof.files import FileEntry, file_sha256
 from overproof.models.base import shape_of
 from overproof.models.hf_directory import (
     build_model,
@@ -30,6 +32,7 @@ from overproof.models.hf_directory import (
     to_tensors,
 )
 from overproof.models.llama import Llama
+from overproof.models.pretrained import weights_sha256
 from overproof.models.sizes import model_size
 from overproof.models.vit import Vit
 from overproof.registry import TASKS
@@ -164,6 +167,29 @@ def test_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
         for name, value in model.state_dict().items():
             assert torch.equal(found.state_dict()[name], value)
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "vit").config.num_labels == 10
+
+
+def test_weights_beyond_a_files_size_lie_in_several_that_an_index_names(saved: Path, tmp_path: Path) -> None:
+    model, several, limit = load_model(saved), tmp_path / "several", 30_000
+    save_model(model, model.config, several, saved / "tokenizer.json", file_bytes=limit)
+    files = sorted(several.glob("*.safetensors"))
+    assert len(files) > 2
+    assert {file.name.rpartition("-of-")[2] for file in files} == {f"{len(files):05d}.safetensors"}
+    for file in files:
+        tensors = load_file(file)
+        assert len(tensors) == 1 or sum(value.nbytes for value in tensors.values()) <= limit
+        assert file.read_bytes() == safetensors.torch.save(tensors, {"format": "pt"})
+    for found in (load_model(several), AutoModelForCausalLM.from_pretrained(several)):
+        for name, value in model.state_dict().items():
+            assert torch.equal(found.state_dict()[name], value)
+    entries = {f"model/{file.name}": FileEntry(sha256=file_sha256(file), size_bytes=0) for file in several.iterdir()}
+    whole = file_sha256(saved / "model.safetensors")
+    assert weights_sha256({"model/model.safetensors": FileEntry(sha256=whole, size_bytes=0)}, "model") == whole
+    before = weights_sha256(entries, "model")
+    entries["model/config.json"] = FileEntry(sha256="0" * 64, size_bytes=0)
+    assert weights_sha256(entries, "model") == before
+    entries[f"model/{files[1].name}"] = FileEntry(sha256="0" * 64, size_bytes=0)
+    assert weights_sha256(entries, "model") != before
 
 
 def test_what_must_not_be_loaded_is_refused(saved: Path, tmp_path: Path) -> None:

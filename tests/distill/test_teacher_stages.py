@@ -11,7 +11,6 @@ from distill_world import SEED, World, replica
 
 from overproof.data.manifest import MANIFEST, TOKENIZER, Manifest
 from overproof.data.order import Order
-from overproof.distill.row_cache import TEACHER_WEIGHTS
 from overproof.distill.target_cache import TargetCache, TargetIndex
 from overproof.distill.teacher_stages import cache_targets, check_scheme
 from overproof.errors import InputError
@@ -35,7 +34,9 @@ def test_the_teacher_sees_each_row_group_of_the_order_once(
     covered = sorted(set((order.rows_at(0, 500) // 8).tolist()))
     assert [group for file in index.files for group in file.groups] == covered
     assert index.identity.temperatures == (0.5, 1.0, 2.0)
-    assert index.identity.teacher_sha256 == digits_world.artifacts["train"].record.files[TEACHER_WEIGHTS].sha256
+    assert (
+        index.identity.teacher_sha256 == digits_world.artifacts["train"].record.files["model/model.safetensors"].sha256
+    )
     assert index.identity.manifest_sha256 == digits_world.artifacts["prepare"].record.files[MANIFEST].sha256
     assert sorted(p.name for p in folder.iterdir()) == [*(file.path for file in index.files), "cache.json"]
     assert metrics["rows"] == metrics["positions"] == len(covered) * 8 == index.rows

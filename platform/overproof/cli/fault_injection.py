@@ -23,6 +23,7 @@ from overproof.cluster.progress_relay import relay_progress
 from overproof.config import Recipe, Train
 from overproof.data.manifest import Manifest
 from overproof.data.order import rows_hash
+from overproof.models.pretrained import weights_sha256
 from overproof.stage_context import Progress, ProgressEvent, StageContext, StepTrained, TrainingResumed
 from overproof.train.checkpoint import CURVE_FILE
 
@@ -147,7 +148,7 @@ class TrainingRecord:
     def read(cls, artifact: Artifact) -> TrainingRecord:
         """A train artifact's."""
         lines = (artifact.local(CURVE_FILE) / CURVE_FILE).read_text().splitlines()
-        return cls([json.loads(line) for line in lines], artifact.record.files["model/model.safetensors"].sha256)
+        return cls([json.loads(line) for line in lines], weights_sha256(artifact.record.files, "model"))
 
     def values(self, name: str) -> list[float]:
         return [row[name] for row in self.rows if name in row]

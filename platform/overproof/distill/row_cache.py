@@ -24,15 +24,15 @@ from overproof.data.row_files import RowFile, Source, describe_source, open_rows
 from overproof.engines.served_teacher import ServedTeacher
 from overproof.errors import InputError
 from overproof.files import read_json
+from overproof.models.pretrained import weights_sha256
 
 FILE_BYTES = 1 << 30  # of a file, about: an actor writes one at a time, and one that is lost loses no more
-TEACHER_WEIGHTS = "model/model.safetensors"  # within the artifact of `train`
+TEACHER = "model"  # the Hugging Face directory within the artifact of `train`
 
 
 def teacher_folder(trained: Artifact) -> Path:
     """The teacher's Hugging Face directory on this machine."""
-    folder = Path(TEACHER_WEIGHTS).parent
-    return trained.local(f"{folder}/") / folder
+    return trained.local(f"{TEACHER}/") / TEACHER
 
 
 class CacheKey(BaseModel):
@@ -49,7 +49,7 @@ class CacheKey(BaseModel):
         "manifest_sha256": "prepared data (manifest.json)",
         "seed": "seed",
     }
-    teacher_sha256: str  # of model.safetensors; of one that is served, see ``ServedTeacher``
+    teacher_sha256: str  # of its weights; of one that is served, see ``ServedTeacher``
     tokenizer_sha256: str | None
     task: str
     outputs: int
@@ -74,7 +74,7 @@ def cache_key_fields(seed: int, prepared: Artifact, trained: Artifact) -> dict[s
     manifest, files = Manifest.read(prepared), trained.record.files
     served = ServedTeacher.read(trained.local(ServedTeacher.FILE)).sha256 if ServedTeacher.FILE in files else None
     return {
-        "teacher_sha256": served or files[TEACHER_WEIGHTS].sha256,
+        "teacher_sha256": served or weights_sha256(files, TEACHER),
         "tokenizer_sha256": manifest.tokenizer_sha256,
         "task": manifest.task,
         "outputs": manifest.outputs,

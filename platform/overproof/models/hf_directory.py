@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from pyarrow import fs
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -26,7 +25,8 @@ from overproof.data.manifest import TOKENIZER, TOKENIZER_CONFIG, Manifest
 from overproof.data.text_tokenizer import tokenizer_config
 from overproof.errors import InputError
 from overproof.models.base import BaseFamily, LayerNames, ModelFamily, shape_of
-from overproof.models.pretrained import WEIGHTS, refuse_pickles, weight_files
+from overproof.models.pretrained import refuse_pickles, weight_files
+from overproof.models.safetensors_writer import FILE_BYTES, TensorShape, index_of, plan_files, write_file
 from overproof.models.sizes import family_of, most_positions, require_apart, require_positions
 from overproof.registry import FAMILIES
 
@@ -230,20 +230,39 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def save_model(
-    weights: PreTrainedModel | Mapping[str, Tensor], config: Any, path: Path, tokenizer: Path | None = None
+    weights: PreTrainedModel | Mapping[str, Tensor],
+    config: Any,
+    path: Path,
+    tokenizer: Path | None = None,
+    file_bytes: int = FILE_BYTES,
 ) -> None:
-    """Write a plain Hugging Face directory: config.json, model.safetensors and, for text, the tokenizer.
+    """Write a plain Hugging Face directory: config.json, safetensors in files of ``file_bytes`` at most and, for text,
+    the tokenizer.
 
     ``config`` is the model's own (``model.config``); ``weights`` may be a gathered state instead of a model.
     """
-    path.mkdir(parents=True, exist_ok=True)
     state, architectures = weights, config.architectures
     if isinstance(weights, nn.Module):
         state, architectures = weights.state_dict(), [type(weights).__name__]
-    _, family = family_of({"architectures": architectures}, path)
-    written = family.untied(config, list(state))
-    tensors = {name: state[name].detach().cpu().contiguous() for name in written}  # written where they lie
-    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    save_description(config, architectures, path, tokenizer)
+    shapes = {name: TensorShape.of(state[name]) for name in written_names(config, architectures, list(state))}
+    files = plan_files(shapes, file_bytes)
+    for file in files:
+        with (path / file.name).open("wb") as stream:
+            write_file(stream, file, shapes, (state[name] for name in file.tensors))
+    for name, content in index_of(files, shapes).items():
+        (path / name).write_bytes(content)
+
+
+def written_names(config: Any, architectures: list[str], names: list[str]) -> list[str]:
+    """Of the names in a model's state, those that its directory has: tied weights once, and no constants."""
+    _, family = family_of({"architectures": architectures}, config.name_or_path)
+    return family.untied(config, names)
+
+
+def save_description(config: Any, architectures: list[str], path: Path, tokenizer: Path | None = None) -> None:
+    """All of a Hugging Face directory but its weights."""
+    path.mkdir(parents=True, exist_ok=True)
     written_config = copy.copy(config)
     written_config.architectures = architectures
     written_config.save_pretrained(path)

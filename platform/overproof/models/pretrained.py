@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import TOKENIZER
 from overproof.data.sources import CONVERTIBLE, NAMING_TOKENS
 from overproof.errors import InputError
-from overproof.files import absolute_uri, filesystem, local_cache
+from overproof.files import FileEntry, absolute_uri, filesystem, local_cache
 from overproof.stage_context import Progress, no_progress
 
 WEIGHTS = "model.safetensors"
@@ -92,6 +92,19 @@ def weight_files(files: fs.FileSystem, root: str) -> list[str]:
     if not named:
         raise InputError(f"{root}: no *.safetensors file; expected a Hugging Face model directory")
     return [f"{root}/{name}" for name in sorted(named)]
+
+
+def weights_sha256(files: Mapping[str, FileEntry], folder: str) -> str:
+    """What a directory within an artifact goes by, whatever its other files: the hash of its file of weights, or of
+    the names and hashes of several.
+    """
+    found = {
+        name: entry.sha256
+        for name, entry in files.items()
+        if name.startswith(f"{folder}/") and name.endswith(".safetensors")
+    }
+    one = found.get(f"{folder}/{WEIGHTS}")
+    return one or hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def absolute_pretrained(model: Pretrained) -> Pretrained:
