@@ -26,19 +26,25 @@ FETCHES = 8  # at a time
 _used: dict[Path, IO[bytes]] = {}  # by folder: this process's hold on it
 
 
+class FileChangedError(InputError):
+    """A file is missing where it lies, or is not what its entry says."""
+
+
 def fetch(files: fs.FileSystem, path: str, key: str, entries: Mapping[str, FileEntry]) -> Path:
     """A folder of this machine that has these files of the artifact at ``path``, which ``key`` identifies.
 
+    Processes fetch different files at the same time, and each file once.
+
     Raises:
-        InputError: a file is missing or is not what its entry says, or there is no room for it.
+        FileChangedError: a file is missing or is not what its entry says.
+        InputError: there is no room for it.
     """
     folder = _hold(key)
-    if not all((folder / name).exists() for name in entries):
-        with _locked(folder.with_suffix(".fetch")):
-            missing = {name: entry for name, entry in entries.items() if not (folder / name).exists()}
-            _make_room(folder, sum(entry.size_bytes for entry in missing.values()))
-            with ThreadPoolExecutor(FETCHES) as pool:
-                list(pool.map(lambda item: _fetch_file(files, path, folder, *item), missing.items()))
+    missing = {name: entry for name, entry in entries.items() if not (folder / name).exists()}
+    if missing:
+        _make_room(folder, sum(entry.size_bytes for entry in missing.values()))
+        with ThreadPoolExecutor(FETCHES) as pool:
+            list(pool.map(lambda item: _fetch_file(files, path, folder, *item), missing.items()))
     return folder
 
 
@@ -46,28 +52,49 @@ def _fetch_file(files: fs.FileSystem, root: str, folder: Path, name: str, entry:
     target = folder / name
     part = target.with_name(f"{target.name}.part")
     target.parent.mkdir(parents=True, exist_ok=True)
-
-    def copy() -> str:
-        digest = hashlib.sha256()
-        with files.open_input_stream(f"{root}/{name}") as source, part.open("wb") as written:
-            while chunk := source.read(CHUNK_BYTES):
-                digest.update(chunk)
-                written.write(chunk)
-        return digest.hexdigest()
-
     try:
-        sha256 = retried(copy, f"{root}/{name}")
+        with _held_part(part) as written:
+            if target.exists():  # another process has fetched it meanwhile
+                part.unlink()
+                return
+            sha256 = retried(lambda: _copy(files, f"{root}/{name}", written), f"{root}/{name}")
+            if sha256 == entry.sha256:
+                written.flush()
+                part.replace(target)
+                return
+            part.unlink()
     except FileNotFoundError:
-        raise InputError(f"{root}/{name}: missing, though its record lists it; delete {root} and run again") from None
+        raise FileChangedError(
+            f"{root}/{name}: missing, though its record lists it; delete {root} and run again"
+        ) from None
     except OSError as error:
         raise InputError(f"{root}/{name}: cannot be fetched to {folder}: {error}; run again to go on") from None
-    if sha256 != entry.sha256:
-        part.unlink()
-        raise InputError(
-            f"{root}/{name}: sha256 is {sha256[:12]}…, the record says {entry.sha256[:12]}…; the file was "
-            f"changed after it was written: delete {root} and run again"
-        )
-    part.replace(target)
+    raise FileChangedError(
+        f"{root}/{name}: sha256 is {sha256[:12]}…, the record says {entry.sha256[:12]}…; the file was changed after it "
+        f"was written: delete {root} and run again"
+    )
+
+
+def _copy(files: fs.FileSystem, source: str, target: IO[bytes]) -> str:
+    """Sha256 of what was copied, from the beginning of both files."""
+    digest = hashlib.sha256()
+    target.truncate(0)
+    with files.open_input_stream(source) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+            target.write(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _held_part(part: Path) -> Iterator[IO[bytes]]:
+    """The file that a fetch writes, held by this process alone."""
+    while True:
+        with part.open("ab") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if part.exists() and part.stat().st_ino == os.fstat(handle.fileno()).st_ino:  # not moved while we waited
+                yield handle
+                return
 
 
 def _hold(key: str) -> Path:

@@ -22,11 +22,13 @@ from overproof.data.order import Order
 from overproof.data.parquet_reader import Shards
 from overproof.errors import InputError
 from overproof.models.hf_directory import build_model, count_parameters, load_start, save_model, to_tensors
+from overproof.models.zero_parts import model_parts
 from overproof.registry import TASKS
-from overproof.train.deepspeed_engine import DeepSpeedEngine, consolidated_weights, sharded_construction
+from overproof.train.deepspeed_engine import DeepSpeedEngine, sharded_construction
 from overproof.train.engine import TorchEngine, TrainingEngine
 from overproof.train.loop import CurveRow, fit, shard_batches, validation_ids, validation_loss
 from overproof.train.objective import CrossEntropy
+from overproof.train.zero_files import weight_parts
 
 SEED = 3
 
@@ -67,15 +69,34 @@ def train(engine: TrainingEngine, settings: Train, root: Path, rank: int, world:
 
 def read_in_parts(
     model: PreTrainedModel, settings: Train, folder: Path, manifest: Manifest, rank: int
-) -> tuple[PreTrainedModel, list[int]]:
-    """The same model out of a directory; with the numbers that it has in all, and that this rank holds."""
+) -> PreTrainedModel:
+    """The same model out of a directory, taken apart as it is read."""
     if rank == 0:
         save_model(model, model.config, folder)
     dist.barrier()
-    with sharded_construction(settings, dist.get_world_size()):
-        read = load_start(folder, manifest, SEED)
-    held = sum(p.numel() + p.ds_tensor.numel() for p in read.parameters())
-    return read, [count_parameters(model), held]
+    with sharded_construction(settings, dist.get_world_size(), "read"):
+        return load_start(folder, manifest, SEED)
+
+
+def draw_in_parts(
+    model: PreTrainedModel, settings: Train, folder: Path, manifest: Manifest, rank: int
+) -> PreTrainedModel:
+    """The same model, drawn again and taken apart as it is drawn."""
+    del model, folder, rank
+    with sharded_construction(settings, dist.get_world_size(), "drawn"):
+        return build_model(settings.model, manifest, SEED)  # type: ignore[arg-type]
+
+
+def held(model: PreTrainedModel) -> int:
+    """Numbers that a rank holds of a model that was taken apart."""
+    return sum(p.numel() + p.ds_tensor.numel() for p in model.parameters())
+
+
+def others(model: PreTrainedModel, whole: dict[str, torch.Tensor], rank: int) -> list[str]:
+    """The weights of which the ranks' parts are not, to the last bit, these."""
+    found: list[dict[str, torch.Tensor]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, model_parts(model, rank))
+    return [n for n, value in whole.items() if not torch.equal(torch.cat([p[n] for p in found]), value.flatten())]
 
 
 def refusal(engine: DeepSpeedEngine, saved: Path, folder: Path, rank: int) -> str:
@@ -99,9 +120,13 @@ def train_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]
     for case in cases:
         settings = Train.model_validate(case["train"])
         root = Path(case["root"])
-        model = build_model(settings.model, Manifest.read(root), SEED)  # type: ignore[arg-type]
-        if case["read"]:
-            model, parts[case["name"]] = read_in_parts(model, settings, folder / "start", Manifest.read(root), rank)
+        manifest = Manifest.read(root)
+        model = build_model(settings.model, manifest, SEED)  # type: ignore[arg-type]
+        if settings.zero_stage == 3:
+            whole, numbers = dict(model.state_dict()), count_parameters(model)
+            make = read_in_parts if case["read"] else draw_in_parts
+            model = make(model, settings, folder / "start", manifest, rank)
+            parts[case["name"]] = [numbers, held(model), others(model, whole, rank)]
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = case["dropout"]
@@ -117,7 +142,8 @@ def train_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]
             refused[case["name"]] = refusal(engine, saved, folder, rank)
         if rank == 0:
             (folder / f"{case['name']}.json").write_text(json.dumps(rows))
-            state = consolidated_weights(saved) if isinstance(engine, DeepSpeedEngine) else engine.model.state_dict()
+            alone = isinstance(engine, TorchEngine)
+            state = engine.model.state_dict() if alone else weight_parts(saved, range(world), world)
             torch.save(state, folder / f"{case['name']}.pt")
     (folder / f"parts.{rank}.json").write_text(json.dumps(parts))
     (folder / f"refused.{rank}.json").write_text(json.dumps(refused))

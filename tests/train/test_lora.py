@@ -161,3 +161,6 @@ def test_checkpoints_hold_adapters_alone_and_the_model_has_them_merged(results: 
     assert changed
     assert all("_proj" in name for name in changed)
     assert merged.config.architectures == base.config.architectures
+    first = load_model(Path(results[f"{STAGES[0]}-whole"]["model"])).state_dict()
+    for name, value in after.items():  # merged whole, or a rank's part at a time
+        torch.testing.assert_close(value, first[name], rtol=0, atol=1e-5)

@@ -14,9 +14,10 @@ import torch
 
 from overproof.config import Optimization
 from overproof.errors import InputError
-from overproof.train.deepspeed_engine import consolidated_weights, import_deepspeed, to_universal
+from overproof.train.deepspeed_engine import import_deepspeed, to_universal
 from overproof.train.engine import STATE_FILE, TorchEngine
 from overproof.train.plain_loading import plain_loading
+from overproof.train.zero_files import weight_parts
 
 
 class Payload:
@@ -67,11 +68,11 @@ def test_what_is_no_file_of_torch_is_refused(tmp_path: Path) -> None:
 def test_weights_are_taken_out_of_data_alone(tmp_path: Path) -> None:
     forged(tmp_path / "mp_rank_00_model_states.pt", {"module": {}, "more": Payload(tmp_path / "ran")})
     with pytest.raises(InputError, match=r"names posix\.system"):
-        consolidated_weights(tmp_path)
+        weight_parts(tmp_path, range(1), 1)
     forged(tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt", {"optimizer_state_dict": Payload(tmp_path / "ran")})
     import_deepspeed("cpu")
     with pytest.raises(InputError, match=r"names posix\.system"):
-        consolidated_weights(tmp_path)
+        weight_parts(tmp_path, range(1), 1)
     with pytest.raises(InputError, match=r"names posix\.system"):
         to_universal(tmp_path, tmp_path / "out")
     assert not (tmp_path / "ran").exists()
@@ -87,7 +88,7 @@ def test_the_records_of_deepspeed_are_read(tmp_path: Path) -> None:
         consecutive_hysteresis=False, raise_error_at_min_scale=False, dtype=torch.float16,
     )  # fmt: skip
     forged(tmp_path / "mp_rank_00_model_states.pt", {"module": {"a": torch.ones(2)}, "loss_scaler": scaler})
-    assert consolidated_weights(tmp_path)["a"].tolist() == [1, 1]
+    assert weight_parts(tmp_path, range(1), 1)["a"].tolist() == [1, 1]
 
 
 def test_whoever_reads_within_it_reads_data_and_afterwards_as_before(tmp_path: Path) -> None:

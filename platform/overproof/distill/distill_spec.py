@@ -26,6 +26,7 @@ from overproof.distill.trial_job import TrialJob
 from overproof.models.hf_directory import load_model
 from overproof.tasks.base import Task
 from overproof.train.objective import CrossEntropy, Objective
+from overproof.train.train_job import Sharding, sharding_of
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,8 @@ class DistillSpec:
         return initial_student(self.job.student.model, manifest, seed, self._teacher_folder)
 
     @property
-    def shardable(self) -> bool:
-        """Layers are taken from a whole teacher."""
-        return False
+    def sharding(self) -> Sharding | None:
+        return sharding_of(self.job.student.model)
 
     def objective(self, task: Task, device: torch.device, projection: nn.Linear | None = None) -> Objective:
         """``projection`` takes the student's states to the teacher's width, where it learns from states."""

@@ -153,6 +153,4 @@ def train_student_rank(train_job: TrainJob, job: TrialJob, queue: Queue) -> None
     rank_rows = read_rank_rows(train_job, start, rank, world)
     meter = ThroughputMeter(train_job, trainer.manifest, world)
     trainer.train(rank_rows, WorkerCheckpointSignal(), meter, (report,) if rank == 0 else ())
-    if rank == 0:
-        with train_job.draft.directory() as folder:
-            trainer.write_model(folder / job.folder)
+    trainer.write_model(job.folder)

@@ -7,9 +7,9 @@ one of peft's with the layer in it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +17,7 @@ from overproof.config import Lora
 from overproof.errors import InputError
 from overproof.models.base import BaseFamily
 from overproof.models.sizes import family_of
+from overproof.models.zero_parts import full_shape, is_apart, own_part
 
 ADAPTER = "default"  # peft's name of the only one
 MARK = "lora_"  # in the names of an adapter's weights
@@ -72,7 +73,12 @@ def merge_adapters(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Pre
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in layers:
-        module.merge(safe_merge=True)
+        weight = module.get_base_layer().weight
+        if is_apart(weight):  # where it lies in parts, each rank adds its own
+            start, part = own_part(weight, dist.get_rank())
+            part += module.get_delta_weight(ADAPTER).detach().reshape(-1)[start : start + len(part)].to(part.device)
+        else:
+            module.merge(safe_merge=True)
         model.set_submodule(name, module.get_base_layer())
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -81,10 +87,5 @@ def merge_adapters(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Pre
 
 def count_weights(model: PreTrainedModel) -> tuple[int, int]:
     """Numbers in a model without its adapters, and those that are trained; tied weights counted once."""
-    own = sum(_numbers(parameter) for name, parameter in model.named_parameters() if MARK not in name)
-    return own, sum(_numbers(parameter) for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _numbers(parameter: Any) -> int:
-    """In a whole parameter, also where ZeRO-3 has taken it apart."""
-    return int(parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel())
+    own = sum(full_shape(parameter).numel() for name, parameter in model.named_parameters() if MARK not in name)
+    return own, sum(full_shape(parameter).numel() for parameter in model.parameters() if parameter.requires_grad)

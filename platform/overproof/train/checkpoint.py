@@ -23,9 +23,10 @@ from typing import Any
 
 from pyarrow import fs
 
+from overproof.artifact_cache import FileChangedError, fetch
 from overproof.config import CheckpointPolicy
 from overproof.errors import InputError
-from overproof.files import FileEntry, atomic_write, filesystem, join_uri, local_cache, mismatched_files, read_bytes
+from overproof.files import FileEntry, atomic_write, filesystem, join_uri, mismatched_files, read_bytes
 from overproof.stage_context import TrainingResumed
 
 LEDGER = "ledger.json"
@@ -65,8 +66,9 @@ class Checkpoint:
     files: Mapping[str, FileEntry]
 
     @contextmanager
-    def local(self) -> Iterator[Path]:
-        """Its files on this machine; those of a remote store are fetched once for all processes, and checked.
+    def local(self, names: Iterable[str] | None = None) -> Iterator[Path]:
+        """The files with these names, or all, on this machine; those of a remote store are fetched once for all
+        processes, and checked.
 
         Raises:
             InputError: a file is missing or is not what was written.
@@ -74,20 +76,29 @@ class Checkpoint:
         files, root = filesystem(self.uri)
         if isinstance(files, fs.LocalFileSystem):
             yield Path(root)
-            return
+        else:
+            yield fetch(files, root, self.content_sha256, self._entries(names))
 
-        def fetch(folder: Path) -> None:
-            fs.copy_files(root, str(folder), source_filesystem=files)
-            damage = find_damage(fs.LocalFileSystem(), str(folder), self.files)
-            if damage:
-                raise InputError(f"{self.uri}: {damage}, as fetched; expected what was written: run again")
+    def find_damage(self, names: Iterable[str] | None = None) -> Damage | None:
+        """What is wrong with the files of these names, or with any, or None; each is hashed, and of a remote store
+        fetched, too, as ``local`` has it.
 
-        yield local_cache(self.content_sha256, fetch)
+        Raises:
+            InputError: there is no room for what is fetched.
+        """
+        (files, root), entries = filesystem(self.uri), self._entries(names)
+        if isinstance(files, fs.LocalFileSystem):
+            return find_damage(files, root, entries)
+        if damage := find_other_size(files, root, entries):
+            return damage
+        try:
+            fetch(files, root, self.content_sha256, entries)
+        except FileChangedError as error:
+            return Damage(DamageKind.CHANGED, str(error))
+        return None
 
-    def find_damage(self) -> Damage | None:
-        """What is wrong with it where it lies, or None; every file is hashed."""
-        files, root = filesystem(self.uri)
-        return find_damage(files, root, self.files)
+    def _entries(self, names: Iterable[str] | None) -> Mapping[str, FileEntry]:
+        return self.files if names is None else {name: self.files[name] for name in names}
 
     @property
     def content_sha256(self) -> str:
@@ -123,18 +134,28 @@ class Checkpoints:
             files.delete_dir_contents(root, missing_dir_ok=True)
             self.record_step(0)
 
-    def newest_sound(self, report: Callable[[TrainingResumed], None]) -> Checkpoint | None:
+    def newest_first(self) -> Iterator[tuple[str, Checkpoint | Damage]]:
+        """Every attempt at a checkpoint, by name: what was committed, not yet hashed, or why it is nothing."""
+        for name in sorted(self._directories(), reverse=True):
+            yield name, self._read(name)
+
+    def newest_sound(
+        self,
+        report: Callable[[TrainingResumed], None],
+        candidates: Iterable[tuple[str, Checkpoint | Damage]] | None = None,
+        find_damage: Callable[[Checkpoint], Damage | None] = Checkpoint.find_damage,
+    ) -> Checkpoint | None:
         """The newest checkpoint whose files are all what was written, or None where none was ever committed.
 
         Every file is hashed. What is wrong with a newer one is reported, with the step of the one that is used.
+        ``candidates`` are those of ``newest_first``.
 
         Raises:
             InputError: there should be one, and none is sound.
         """
         damages: list[tuple[str, Damage]] = []
-        for name in sorted(self._directories(), reverse=True):
-            found = self._read(name)
-            damage = found if isinstance(found, Damage) else found.find_damage()
+        for name, found in self.newest_first() if candidates is None else candidates:
+            damage = found if isinstance(found, Damage) else find_damage(found)
             if damage:
                 damages.append((f"checkpoint {name}: {damage}", damage))
             elif isinstance(found, Checkpoint):
@@ -229,15 +250,22 @@ def select_retained(checkpoints: Iterable[Checkpoint], policy: CheckpointPolicy)
 
 def find_damage(files: fs.FileSystem, root: str, entries: Mapping[str, FileEntry]) -> Damage | None:
     """What is wrong with the first file that is not as it was written, or None."""
-    for name, entry in entries.items():
-        info = files.get_file_info(f"{root}/{name}")
-        if info.type == fs.FileType.File and info.size != entry.size_bytes:  # no need to hash the others
-            return Damage(DamageKind.CHANGED, f"{name} has {info.size} bytes instead of {entry.size_bytes}")
+    if damage := find_other_size(files, root, entries):  # no need to hash the others
+        return damage
     for name, found in mismatched_files(files, root, entries):
         if found is None:
             return Damage(DamageKind.MISSING, f"{name} is missing")
         expected = entries[name].sha256
         return Damage(DamageKind.CHANGED, f"{name} was changed: its sha256 is {found[:12]}…, not {expected[:12]}…")
+    return None
+
+
+def find_other_size(files: fs.FileSystem, root: str, entries: Mapping[str, FileEntry]) -> Damage | None:
+    """The first file that is of another size than was written, or None."""
+    infos = files.get_file_info([f"{root}/{name}" for name in entries])
+    for info, (name, entry) in zip(infos, entries.items(), strict=True):
+        if info.type == fs.FileType.File and info.size != entry.size_bytes:
+            return Damage(DamageKind.CHANGED, f"{name} has {info.size} bytes instead of {entry.size_bytes}")
     return None
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from overproof.config import Training
 from overproof.models.hf_directory import Batch
+from overproof.models.zero_parts import is_apart
 from overproof.train.engine import (
     Metrics,
     PendingMetrics,
@@ -41,6 +42,7 @@ from overproof.train.optim import (
     trained_elements,
 )
 from overproof.train.plain_loading import plain_loading
+from overproof.train.train_job import Sharding
 
 CPU_ADAM = "cpu_adam"  # what DeepSpeed compiles for offload, unless it was installed with it
 DISABLE_DYNAMO = "TORCHDYNAMO_DISABLE"  # torch reads it whenever torch.compile is called
@@ -69,10 +71,13 @@ class DeepSpeedEngine:
             require_no_stale_lock(CPU_ADAM)
         if train.activation_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        config = deepspeed_config(train, self.world, universal, trained_elements(model))
+        if any(map(is_apart, model.parameters())):
+            _take_precision(model, config, torch.device(deepspeed.accelerator.get_accelerator().current_device_name()))
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model.train(),
             model_parameters=parameter_groups(model, train.weight_decay) if train.steps else None,
-            config=deepspeed_config(train, self.world, universal, trained_elements(model)),
+            config=config,
             dist_init_required=False,
         )
         if train.compile:
@@ -147,7 +152,7 @@ class DeepSpeedEngine:
             InputError: they hold more than tensors, plain values and DeepSpeed's own records.
         """
         self.engine.checkpoint_engine = _StateFiles()
-        with _preserve_group_settings(self.optimizer), _plain_loading(folder):
+        with _preserve_group_settings(self.optimizer), plain_zero_loading(folder):
             path, _ = self.engine.load_checkpoint(
                 str(folder.parent), tag=folder.name, load_module_strict=self.train.lora is None
             )
@@ -235,24 +240,68 @@ def _preserve_group_settings(optimizer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def sharded_construction(train: Training, world: int, universal: bool = False) -> Iterator[None]:
-    """Within it, ``from_pretrained`` gives this rank its part of each weight as ZeRO-3 shards it, and of a whole model
-    no rank ever holds more than a layer; every rank reads the same directory in step. At other stages it does nothing.
+def sharded_construction(
+    train: Training, world: int, sharding: Sharding | None, universal: bool = False
+) -> Iterator[None]:
+    """Within it, a model whose weights are drawn, or that ``from_pretrained`` reads, is given to this rank in its part
+    of each weight as ZeRO-3 shards it, and of a whole model no rank ever holds more than a layer; every rank builds or
+    reads the same in step. Drawn weights are those that one process would draw. At other stages it does nothing.
     """
-    if train.zero_stage < 3:
+    if train.zero_stage < 3 or sharding is None:
         yield
         return
     backend = dist.get_backend()
     deepspeed = import_deepspeed("cuda" if backend == "nccl" else "cpu")
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)  # it takes the group that is up
+    config = deepspeed_config(train, world, universal)
+    if sharding == "drawn":
+        # Numbers are drawn in fp32 on the CPU, as in one process, and not as what they are trained as.
+        with deepspeed.zero.Init(config_dict_or_path=config, tensor_overrides=()), _gathered_drawing(deepspeed):
+            yield
+        return
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    told = HfDeepSpeedConfig(deepspeed_config(train, world, universal))  # transformers asks as long as it is there
+    told = HfDeepSpeedConfig(config)  # transformers asks as long as it is there
     try:
         yield
     finally:
         unset_hf_deepspeed_config()
         del told
+
+
+@contextmanager
+def _gathered_drawing(deepspeed: Any) -> Iterator[None]:
+    """Within it, transformers draws the weights of one module after another, once all are built, as ever, but each
+    module's are gathered for that moment alone. What counts is what rank 0 draws.
+    """
+    draw = PreTrainedModel._initialize_weights
+
+    def draw_gathered(model: PreTrainedModel, module: nn.Module, *further: Any) -> None:
+        own = [module, *(child for child in module.children() if not isinstance(child, PreTrainedModel))]
+        drawn = [weight for each in own for weight in each.parameters(recurse=False)]  # some draw their children's
+        with deepspeed.zero.GatheredParameters(drawn, modifier_rank=0):
+            places = [weight.data for weight in drawn]
+            for weight in drawn:
+                weight.data = weight.data.cpu()
+            draw(model, module, *further)
+            for weight, place in zip(drawn, places, strict=True):
+                weight.data = place.copy_(weight.data)
+
+    PreTrainedModel._initialize_weights = draw_gathered
+    try:
+        yield
+    finally:
+        PreTrainedModel._initialize_weights = draw
+
+
+def _take_precision(model: nn.Module, config: dict[str, Any], device: torch.device) -> None:
+    """Have parts of drawn weights lie as they are trained, as DeepSpeed does with whole ones; buffers go with them."""
+    dtype = torch.bfloat16 if "bf16" in config else torch.float16 if "fp16" in config else torch.float32
+    for weight in model.parameters():
+        if is_apart(weight):
+            weight.data, weight.ds_tensor.data = weight.data.to(dtype), weight.ds_tensor.data.to(dtype)  # type: ignore[attr-defined]
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def import_deepspeed(accelerator: str) -> Any:
@@ -291,7 +340,7 @@ def _import_muon_without_dynamo() -> None:
             os.environ[DISABLE_DYNAMO] = before
 
 
-def _plain_loading(folder: Path) -> AbstractContextManager[None]:
+def plain_zero_loading(folder: Path) -> AbstractContextManager[None]:
     """Within it, what DeepSpeed reads of a checkpoint is data: tensors, plain values, and the records that it keeps of
     where they belong and of the loss scale.
     """
@@ -311,29 +360,9 @@ def to_universal(folder: Path, out: Path) -> None:
     from deepspeed.checkpoint.ds_to_universal import main
 
     options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False}
-    with Path(os.devnull).open("w") as devnull, redirect_stdout(devnull), _plain_loading(folder):
+    with Path(os.devnull).open("w") as devnull, redirect_stdout(devnull), plain_zero_loading(folder):
         main(SimpleNamespace(input_folder=str(folder), output_folder=str(out), strict=True,
                              inject_missing_state=True, **options))  # fmt: skip
-
-
-def consolidated_weights(folder: Path, adapters: bool = False) -> dict[str, Tensor]:
-    """Full weights, fp32 on the CPU, out of the files that ``save`` gave (under ZeRO: its fp32 masters). Where
-    ``adapters`` alone were trained, those of the adapters.
-
-    Raises:
-        InputError: as ``DeepSpeedEngine.load``.
-    """
-    if not any(folder.glob("*_optim_states.pt")):
-        with _plain_loading(folder):
-            state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True, mmap=True)
-        return {name: value.float() for name, value in state["module"].items()}
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with Path(os.devnull).open("w") as devnull, redirect_stdout(devnull), _plain_loading(folder):
-        found = get_fp32_state_dict_from_zero_checkpoint(
-            str(folder.parent), folder.name, exclude_frozen_parameters=adapters
-        )
-    return {name: value.float() for name, value in found.items()}
 
 
 def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:

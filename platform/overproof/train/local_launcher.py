@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from overproof.errors import InputError
 from overproof.train.checkpoint_writer import NoSignal
+from overproof.train.rank_files import newest_sound_together
 from overproof.train.rank_trainer import RankTrainer, read_rank_rows
 from overproof.train.train_job import ResumePoint, TrainJob
 
@@ -41,17 +42,24 @@ class LocalWorkers:
             InputError: checkpoints of another recipe are in the way, or none is sound.
         """
         job.checkpoints.claim_folder()
-        resume = ResumePoint(job.checkpoints.newest_sound(job.progress))
+        attempt = ResumePoint().attempt
         context = multiprocessing.get_context("fork")
         rendezvous = Path(tempfile.mkdtemp(prefix="overproof-ranks-"))
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
         processes = [
-            context.Process(target=_run_rank, args=(job, resume, rank, world, rendezvous, pipes[rank][1]), daemon=True)
+            context.Process(target=_run_rank, args=(job, attempt, rank, world, rendezvous, pipes[rank][1]), daemon=True)
             for rank in range(world)
         ]
         for process in processes:
             process.start()
-        return cls(resume, tuple(processes), tuple(pipe[0] for pipe in pipes), rendezvous)
+        results = tuple(pipe[0] for pipe in pipes)
+        wait([results[0], *(process.sentinel for process in processes)])
+        resume = _receive(results[0])  # as the ranks have found it, unless one of them ended
+        group = cls(resume if isinstance(resume, ResumePoint) else ResumePoint(), tuple(processes), results, rendezvous)
+        if isinstance(resume, InputError):
+            group.kill()
+            raise resume
+        return group
 
     def join(self) -> dict[str, Any]:
         """Wait for the end; gives rank 0's metrics.
@@ -93,11 +101,14 @@ def _receive(result: Connection) -> Any:
         return None
 
 
-def _run_rank(job: TrainJob, resume: ResumePoint, rank: int, world: int, rendezvous: Path, result: Connection) -> None:
+def _run_rank(job: TrainJob, attempt: str, rank: int, world: int, rendezvous: Path, result: Connection) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     backend = "nccl" if job.train.gpus_per_worker else "gloo"
     dist.init_process_group(backend, init_method=f"file://{rendezvous}/store", rank=rank, world_size=world)
     try:
+        resume = ResumePoint(newest_sound_together(job.checkpoints, job.progress), attempt)
+        if rank == 0:
+            result.send(resume)
         rows = read_rank_rows(job, resume, rank, world)
         result.send(RankTrainer(job, resume, rank, world).fit(rows, NoSignal()))
     except InputError as error:

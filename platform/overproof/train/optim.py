@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import nn
 
 from overproof.config import Optimization, Training
+from overproof.models.zero_parts import full_shape
 
 ADAM_EPSILON = 1e-8
 FIRST_LOSS_SCALE_POWER = 16
@@ -25,12 +25,6 @@ def learning_rate(optimization: Optimization, step: int) -> float:
     done = min(1.0, (step - warmup) / max(1, optimization.steps - 1 - warmup))
     left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[optimization.schedule]
     return peak * (optimization.final_fraction + (1 - optimization.final_fraction) * left)
-
-
-def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """Of a parameter, also where ZeRO-3 has taken it apart."""
-    shape: torch.Size = parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape
-    return shape
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

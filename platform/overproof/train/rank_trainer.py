@@ -5,33 +5,40 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pyarrow import fs
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from overproof.artifacts import ArtifactWriter
+from overproof.config import Training
 from overproof.data.manifest import Manifest
 from overproof.data.order import rows_hash
 from overproof.data.parquet_reader import Columns, Shards, planned_shards
 from overproof.errors import InputError
-from overproof.files import local_cache
+from overproof.files import filesystem, join_uri, local_cache
 from overproof.models.adapters import count_weights, merge_adapters
-from overproof.models.hf_directory import Batch, save_model, to_tensors
+from overproof.models.hf_directory import Batch, save_description, to_tensors, written_names
+from overproof.models.safetensors_writer import TensorShape
+from overproof.models.zero_parts import full_shape, is_apart, model_parts
 from overproof.registry import TASKS
 from overproof.stage_context import Notice, TaskProgress
 from overproof.train.checkpoint import CURVE_FILE, Checkpoint
 from overproof.train.checkpoint_writer import AsyncCheckpointWriter, CheckpointCallback, CheckpointSignal
-from overproof.train.deepspeed_engine import DeepSpeedEngine, consolidated_weights, sharded_construction, to_universal
+from overproof.train.deepspeed_engine import DeepSpeedEngine, sharded_construction, to_universal
 from overproof.train.engine import explain_memory
 from overproof.train.loop import CurveRow, LoopHooks, fit, shard_batches, validation_ids, validation_loss
 from overproof.train.metrics import ROWS_HASH, MetricsLogger, ThroughputMeter
 from overproof.train.optim import full_shape
+from overproof.train.rank_files import files_of, find_damage_together, own_files, ranks_of
 from overproof.train.read_ahead import for_device
 from overproof.train.train_job import ResumePoint, TrainJob
+from overproof.train.weights_writer import write_weights
+from overproof.train.zero_files import weight_parts
 
 LISTED_ROWS = 8  # of a step that went wrong, in a message
 
@@ -52,9 +59,8 @@ class RankTrainer:
         universal = checkpoint is not None and checkpoint.world != world and job.train.zero_stage > 0
         self._report_phase("building the model")
         with explain_memory("building the model and the optimizer"):
-            with sharded_construction(job.train, world, universal) if job.spec.shardable else nullcontext():
-                self.model = job.spec.model(self.manifest, job.seed)
-            self.parameters, self.trained_parameters = count_weights(self.model)  # before ZeRO-3 takes them apart
+            self.model = self._build(job.train, universal)
+            self.parameters, self.trained_parameters = count_weights(self.model)
             self.engine = DeepSpeedEngine(self.model, job.train, job.seed, universal)
             self.objective = job.spec.objective(self.task, self.engine.device)
         self.curve = self._restore(checkpoint, universal) if checkpoint else []
@@ -66,17 +72,19 @@ class RankTrainer:
     def fit(self, rows: Iterator[Columns], signal: CheckpointSignal) -> dict[str, Any] | None:
         """Train to the end. Rank 0 writes model/, curve.jsonl and events/ and gives back metrics."""
         meter = ThroughputMeter(self.job, self.manifest, self.world)
+        require_shared(self.job.draft)
         if self.rank > 0:
             self.train(rows, signal, meter, ())
+            self.write_model("model")
             return None
         with (
             self.job.draft.directory() as folder,
-            MetricsLogger(_require_shared(folder) / CURVE_FILE, folder / "events") as logger,
+            MetricsLogger(folder / CURVE_FILE, folder / "events") as logger,
         ):
             for row in self.curve:
                 logger(row)
             self.train(rows, signal, meter, (logger, meter.report))
-            self.write_model(folder / "model")
+        self.write_model("model")
         trained = {} if self.job.train.lora is None else {"trained_parameters": self.trained_parameters}
         return {"parameters": self.parameters, **trained, "steps": self.job.train.steps, **meter.metrics(self.curve)}
 
@@ -111,32 +119,72 @@ class RankTrainer:
         with self.engine.eval_mode() as model:
             return validation_loss(model, self.task.predict, batches, self.engine.all_reduce)
 
-    def write_model(self, folder: Path) -> None:
-        """The model as a Hugging Face directory: the weights of the last checkpoint, or of the best.
+    def write_model(self, folder: str) -> None:
+        """Write the model as a Hugging Face directory into a folder of the draft: the weights of the last checkpoint,
+        or of the best. Every rank calls it, and writes files of its own.
 
         Raises:
             InputError: that checkpoint is damaged.
         """
-        train, checkpoints = self.job.train, self.job.checkpoints
-        tokenizer = self.manifest.tokenizer(self.job.prepared)
+        train, uri = self.job.train, join_uri(self.job.draft.uri, folder)
         self._report_phase("writing the model", train.steps)
-        if train.steps == 0:
-            start = self.model if self._holds_start() else self.job.spec.model(self.manifest, self.job.seed)
-            save_model(merge_adapters(start, {}), self.model.config, folder, tokenizer)
-            return
-        checkpoint = checkpoints.best() if train.result == "best" else checkpoints.all_committed()[-1]
-        assert checkpoint
-        if damage := checkpoint.find_damage():
-            raise InputError(f"{checkpoint.uri}: {damage}; run again: training goes on from the checkpoint before")
-        with checkpoint.local() as source:
-            weights: PreTrainedModel | dict[str, Tensor] = consolidated_weights(source, train.lora is not None)
-            if train.lora is not None:
-                weights = merge_adapters(self.job.spec.model(self.manifest, self.job.seed), weights)
-            save_model(weights, self.model.config, folder, tokenizer)
+        model: PreTrainedModel | None = self.model
+        parts = self._trained_parts() if train.steps else {}
+        if train.steps == 0 or train.lora is not None:
+            model = self._start_with(parts)
+            parts = {} if model is None else model_parts(model, self.rank)
+        described: list[dict[str, TensorShape]] = [{}]
+        if model is not None and self.rank == 0:
+            state = model.state_dict(keep_vars=True)
+            names = written_names(model.config, [type(model).__name__], list(state))
+            described = [{name: TensorShape(torch.float32, tuple(full_shape(state[name]))) for name in names}]
+            with self.job.draft.directory() as written:
+                tokenizer = self.manifest.tokenizer(self.job.prepared)
+                save_description(model.config, [type(model).__name__], written / folder, tokenizer)
+        dist.broadcast_object_list(described)
 
-    def _holds_start(self) -> bool:
-        """Whether the model, which made no step, is still as it was built: neither cast nor taken apart."""
-        return all(p.shape == full_shape(p) and p.dtype == torch.float32 for p in self.model.parameters())
+        def report(begun: int, files: int) -> None:
+            self._report_phase(f"writing the model: file {begun} of {files}", train.steps)
+
+        write_weights(parts, described[0], uri, self.engine.device, report)
+
+    def _trained_parts(self) -> dict[str, Tensor]:
+        """What this rank's files of the checkpoint that is given on hold of the weights."""
+        checkpoints = self.job.checkpoints
+        chosen: list[Checkpoint | None] = [None]
+        if self.rank == 0:
+            best = self.job.train.result == "best"
+            chosen = [checkpoints.best() if best else checkpoints.all_committed()[-1]]
+        dist.broadcast_object_list(chosen)
+        checkpoint = chosen[0]
+        assert checkpoint
+        if damage := find_damage_together(checkpoint):
+            raise InputError(f"{checkpoint.uri}: {damage}; run again: training goes on from the checkpoint before")
+        with checkpoint.local(own_files(checkpoint)) as folder:
+            return weight_parts(folder, ranks_of(self.rank, self.world, checkpoint.world), checkpoint.world)
+
+    def _start_with(self, adapters: dict[str, Tensor]) -> PreTrainedModel | None:
+        """The model from before the first step, in fp32, with what all ranks' adapters add; in parts where it is built
+        so, or else on rank 0 alone.
+        """
+        train = self.job.train
+        whole = train.zero_stage < 3 or self.job.spec.sharding is None
+        gathered: list[dict[str, Tensor]] = [{}] * self.world
+        dist.all_gather_object(gathered, adapters)
+        if whole and self.rank > 0:
+            return None
+        unchanged = train.steps == 0 and all(
+            p.dtype == torch.float32 and is_apart(p) != whole for p in self.model.parameters()
+        )
+        model = self.model if unchanged else self._build(train.model_copy(update={"precision": "fp32"}))
+        names, state = {name for parts in gathered for name in parts}, model.state_dict()
+        flat = {name: torch.cat([parts[name] for parts in gathered if name in parts]) for name in names}
+        return merge_adapters(model, {name: values.view(state[name].shape) for name, values in flat.items()})
+
+    def _build(self, train: Training, universal: bool = False) -> PreTrainedModel:
+        """The model from before the first step; at stage 3 this rank's part of it, where it can be built so."""
+        with sharded_construction(train, self.world, self.job.spec.sharding, universal):
+            return self.job.spec.model(self.manifest, self.job.seed)
 
     def _batches(self, rows: Iterator[Columns], start_sync: Callable[[int], None]) -> Iterator[Batch]:
         made = ((rows_hash(columns["sample_id"]), self._batch(columns)) for columns in rows)
@@ -153,7 +201,8 @@ class RankTrainer:
     def _restore(self, checkpoint: Checkpoint, universal: bool) -> list[CurveRow]:
         """Load the checkpoint; gives the curve up to it."""
         self._report_phase(f"restoring the checkpoint of step {checkpoint.step}")
-        with checkpoint.local() as folder, explain_memory("loading the checkpoint"):
+        names = None if universal else files_of(checkpoint.files, range(self.rank, self.rank + 1), common=True)
+        with checkpoint.local(names) as folder, explain_memory("loading the checkpoint"):
             converted = None
             if universal:
                 key = f"universal-{checkpoint.content_sha256}"
@@ -204,10 +253,11 @@ def read_rank_rows(job: TrainJob, resume: ResumePoint, rank: int, world: int) ->
     return shards.steps(order, job.train.batch_size, resume.step, job.train.steps, rank, world)
 
 
-def _require_shared(folder: Path) -> Path:
-    if not folder.is_dir():
+def require_shared(draft: ArtifactWriter) -> None:
+    """Raises InputError if the draft's folder is not there, on this rank's node."""
+    files, path = filesystem(draft.uri)
+    if isinstance(files, fs.LocalFileSystem) and not Path(path).is_dir():
         raise InputError(
-            f"{folder}: not on the node of rank 0; on a cluster of several nodes the store must be a folder that "
-            "they share, or a URI such as s3://bucket/store"
+            f"{path}: not on the node of rank {dist.get_rank()}; on a cluster of several nodes the store must be a "
+            "folder that they share, or a URI such as s3://bucket/store"
         )
-    return folder

@@ -37,6 +37,7 @@ from overproof.errors import InputError
 from overproof.models import pretrained
 from overproof.stage_context import StageContext, TaskProgress
 from overproof.train.checkpoint import Checkpoints
+from overproof.train.rank_files import newest_sound_together
 from overproof.train.ray_elastic import (
     ElasticScaling,
     RetryPolicy,
@@ -191,17 +192,18 @@ def train_rank(job: TrainJob) -> dict[str, Any] | None:
 
 
 def join_group(job: TrainJob) -> tuple[ResumePoint, int, int]:
-    """Where this group begins, as rank 0 found it; this worker's rank and the size of its world."""
+    """Where this group begins, as its ranks have found it; this worker's rank and the size of its world."""
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    resume = None
+    attempt = None
     if rank == 0:
+        attempt = ResumePoint().attempt
         steps = job.train.steps
         job.progress(
             TaskProgress("train", job.checkpoints.committed_step(), steps, f"{format_count(world, 'worker')} up")
         )
-        resume = ResumePoint(job.checkpoints.newest_sound(job.progress))
-    return broadcast_from_rank_zero(resume), rank, world
+    attempt = broadcast_from_rank_zero(attempt)
+    return ResumePoint(newest_sound_together(job.checkpoints, job.progress), attempt), rank, world
 
 
 def planned_rows(job: TrainJob, first: int, rank: int, world: int) -> Iterator[Columns]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from overproof.artifacts import Artifact, ArtifactWriter
-from overproof.config import Lora, ModelSection, Pretrained, Training
+from overproof.config import Lora, ModelSection, Pretrained, TeacherLayers, Training
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Columns
 from overproof.models import pretrained
@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # seconds of imports, which a worker spends after it has aske
 
     from overproof.tasks.base import Task
     from overproof.train.objective import Objective
+
+
+Sharding = Literal["drawn", "read"]  # weights: drawn at random, or out of a directory
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,26 @@ class TrainSpec(Protocol):
         """The model with its weights from before the first step."""
 
     @property
-    def shardable(self) -> bool:
-        """Whether ``model`` is given in parts where ZeRO-3 shards at construction: a directory that is only read."""
+    def sharding(self) -> Sharding | None:
+        """How ``model`` comes to be where ZeRO-3 shards it at construction; None if it must be made whole."""
 
     def objective(self, task: Task, device: torch.device) -> Objective:
         """What is minimised."""
 
     def columns(self, sample_ids: NDArray[np.int64]) -> Columns:
         """What the objective reads of these rows of the train split beside the data's own columns."""
+
+
+def sharding_of(start: ModelSection) -> Sharding | None:
+    """Of a model that starts so. A directory that is fitted to the data's classes is changed as a whole, and layers are
+    taken from a whole teacher.
+    """
+    if isinstance(start, TeacherLayers):
+        return None
+    if not isinstance(start, Pretrained):
+        return "drawn"
+    _, family = family_of(directory_config(start.path), start.path)
+    return None if isinstance(family, BaseFamily) else "read"
 
 
 @dataclass(frozen=True)
@@ -93,12 +108,8 @@ class SupervisedSpec:
         return model
 
     @property
-    def shardable(self) -> bool:
-        """A directory that is fitted to the data's classes is changed as a whole."""
-        if not isinstance(self.start, Pretrained):
-            return False
-        _, family = family_of(directory_config(self.start.path), self.start.path)
-        return not isinstance(family, BaseFamily)
+    def sharding(self) -> Sharding | None:
+        return sharding_of(self.start)
 
     def objective(self, task: Task, device: torch.device) -> Objective:
         from overproof.train.objective import CrossEntropy
