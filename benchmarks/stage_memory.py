@@ -130,7 +130,7 @@ def train_teacher(setting: Setting, steps: int, lora: Lora | None = None) -> Ite
 def capture(setting: Setting) -> Iterator[None]:
     """An actor of the pool, over as many rows as the student reads."""
     from overproof.distill.target_cache import TargetIndex, target_key
-    from overproof.distill.teacher_pool import publish_files
+    from overproof.distill.teacher_pool import write_index
     from overproof.distill.teacher_worker import CaptureJob, TargetWorker
 
     yield
@@ -142,7 +142,7 @@ def capture(setting: Setting) -> Iterator[None]:
     faults = [report["fault"][0] for report in worker({"file": np.arange(len(index.files))})]
     if any(faults):
         raise SystemExit(faults)
-    publish_files(job)
+    write_index(job)
     job.draft.commit({}, 0)
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from overproof.artifacts import RECORD, RECORD_FORMAT, Artifact, Store, compute_fingerprint
+from overproof.artifacts import RECORD, RECORD_FORMAT, Artifact, ArtifactWriter, Store, compute_fingerprint
 from overproof.cli.main import main
+from overproof.data.parquet_writer import write_file
 from overproof.errors import InputError
+from overproof.files import filesystem
 
 
 def _make(store: Store, content: bytes = b"hello", recipe: str = "r", stage: str = "prepare") -> Artifact:
@@ -193,3 +195,31 @@ def test_the_same_store_on_s3(s3_uri: str, tmp_path: Path, monkeypatch: pytest.M
         artifact.verify()
     remote.delete_file(f"{path}/{RECORD}")
     assert store.artifacts() == []
+
+
+@pytest.mark.parametrize("where", ["disk", "s3"])
+def test_what_is_marked_as_finished_stays_for_the_next_attempt(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    uri = str(tmp_path) if where == "disk" else request.getfixturevalue("s3_uri")
+    store, fingerprint, edited = Store(uri), "1" * 64, "2" * 64
+
+    def names(writer: ArtifactWriter) -> set[str]:
+        files, path = filesystem(writer.uri)
+        found = files.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+        return {info.base_name for info in found if info.type == fs.FileType.File}
+
+    for each in (fingerprint, edited):
+        writer = store.new_writer("kept", "cache", each, {}, {})
+        for name in ("0.parquet", "1.parquet", "deeper/2.parquet"):
+            write_file(writer.uri, name, b"rows")
+        write_file(writer.marks, "0.parquet.json", b"{}")
+        assert names(store.new_writer("kept", "cache", each, {}, {})) == {"0.parquet"}
+        writer.discard()
+        assert names(writer) == {"0.parquet"}
+    left = store.new_writer("kept", "cache", edited, {}, {})
+    artifact = store.new_writer("kept", "cache", fingerprint, {}, {}).commit({}, 0.0)
+    assert set(artifact.record.files) == {"0.parquet"}
+    assert names(left) == set()
+    assert [each.id for each in store.artifacts()] == [artifact.id]
+    assert not store.unfinished()

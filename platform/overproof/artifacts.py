@@ -231,6 +231,33 @@ class ArtifactWriter:
         head, mark, query = self.uri.partition("?")
         return f"{head.rpartition('/')[0]}/{self.stage}{WORK}{mark}{query}"
 
+    @property
+    def marks(self) -> str:
+        """A folder or URI in the workspace. A file ``NAME.json`` there says that the draft's ``NAME`` is finished: it
+        stays for the next attempt at this artifact.
+        """
+        return join_uri(self.workspace, self.fingerprint)
+
+    def clear(self) -> bool:
+        """Delete what was written, but for what is marked as finished; whether anything is left.
+
+        Raises:
+            OSError: something cannot be deleted.
+        """
+        files, path = filesystem(self.uri)
+        marks = files.get_file_info(fs.FileSelector(filesystem(self.marks)[1], allow_not_found=True))
+        finished = {info.base_name.removesuffix(".json") for info in marks}
+        found = files.get_file_info(fs.FileSelector(path, allow_not_found=True)) if finished else []
+        kept = {info.base_name for info in found} & finished
+        if not kept:
+            files.delete_dir_contents(path, missing_dir_ok=True)
+        for info in found if kept else ():
+            if info.type == fs.FileType.Directory:
+                files.delete_dir(info.path)
+            elif info.base_name not in kept:
+                files.delete_file(info.path)
+        return bool(kept)
+
     @contextmanager
     def directory(self) -> Iterator[Path]:
         """A local folder to write into; where the store is remote it is uploaded on leaving."""
@@ -243,9 +270,10 @@ class ArtifactWriter:
             fs.copy_files(scratch, path, destination_filesystem=files)
 
     def discard(self) -> None:
-        """Delete what was written: the stage failed."""
-        files, path = filesystem(self.uri)
-        files.delete_dir(path)
+        """Delete what was written, as ``clear`` does: the stage failed."""
+        if not self.clear():
+            files, path = filesystem(self.uri)
+            files.delete_dir(path)
 
     def commit(self, metrics: Mapping[str, Any], seconds: float) -> Artifact:
         """Hash every file and write the record, last and atomically."""
@@ -269,8 +297,14 @@ class ArtifactWriter:
         return Artifact(self.uri, record)
 
     def clear_workspace(self) -> None:
-        """Nothing in the workspace is of use any more."""
+        """Nothing in the workspace is of use any more, nor what it marks in drafts of other fingerprints."""
         files, path = filesystem(self.workspace)
+        for info in files.get_file_info(fs.FileSelector(path, allow_not_found=True)):
+            draft = path.removesuffix(WORK) + f"-{info.base_name[:8]}"
+            if len(info.base_name) == len(self.fingerprint) and info.base_name != self.fingerprint:
+                names = {found.base_name for found in files.get_file_info(fs.FileSelector(draft, allow_not_found=True))}
+                if names and RECORD not in names:
+                    files.delete_dir(draft)
         if files.get_file_info(path).type == fs.FileType.Directory:
             files.delete_dir(path)
 
@@ -327,15 +361,16 @@ class Store:
     def new_writer(
         self, recipe: str, stage: str, fingerprint: str, config: Any, parents: Mapping[str, str]
     ) -> ArtifactWriter:
-        """An empty directory for a new artifact; what an unfinished attempt left there is deleted."""
+        """A directory for a new artifact; what an unfinished attempt left there is deleted, but for what it marked."""
         uri = self._uri(recipe, stage, fingerprint)
         files, path = filesystem(uri)
+        writer = ArtifactWriter(uri, recipe, stage, fingerprint, config, parents)
         try:
             files.create_dir(path, recursive=True)
-            files.delete_dir_contents(path, missing_dir_ok=True)
+            writer.clear()
         except OSError as error:
             raise InputError(f"{uri}: cannot be written: {error}; expected a store you may write to") from None
-        return ArtifactWriter(uri, recipe, stage, fingerprint, config, parents)
+        return writer
 
     def require(self) -> Self:
         """This store, where there is one.

@@ -15,10 +15,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import pyarrow as pa
 from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -216,6 +218,21 @@ def atomic_write(files: fs.FileSystem, path: str, content: bytes, private: bool 
     files.move(part, path)
     if local:
         _flush_to_disk(Path(path).parent)
+
+
+@contextmanager
+def whole_file(files: fs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
+    """A stream to a large file, which on a disk has its name when all is written; in an object store it has it at once,
+    and is whole only if the block ended well.
+    """
+    if files.type_name in OBJECT_STORES:  # an object appears when its writer ends, and moving one is to copy it
+        with files.open_output_stream(path) as stream:
+            yield stream
+        return
+    part = f"{path}.{secrets.token_hex(4)}.part"  # another process may write the same file
+    with files.open_output_stream(part) as stream:
+        yield stream
+    files.move(part, path)
 
 
 def flush_tree_to_disk(folder: Path) -> None:

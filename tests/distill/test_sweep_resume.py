@@ -127,7 +127,7 @@ def test_a_captured_file_that_was_damaged_is_captured_again(digits_world: World)
     teacher, index = replica(digits_world, None)
     list(teacher({"file": np.array([0, 1])}))
     assert list(finished_files(teacher.job)) == [file.path for file in index.files[:2]]
-    path = Path(teacher.job.uri) / index.files[0].path
+    path = Path(teacher.job.draft.uri) / index.files[0].path
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     assert list(finished_files(teacher.job)) == [index.files[1].path]
 

@@ -145,7 +145,7 @@ def test_the_stage_writes_no_finished_file_of_a_killed_attempt_again(text_world:
     list(earlier({"file": np.array([1])}))
     unfinished = earlier({"file": np.array([0])})
     next(unfinished)
-    (file,) = Path(earlier.job.uri).glob("*.parquet")
+    (file,) = Path(earlier.job.draft.uri).glob("*.parquet")
     before = file.stat().st_mtime_ns
     metrics = generate_text(context)
     folder = Path(context.draft.uri)

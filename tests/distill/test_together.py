@@ -51,5 +51,6 @@ def test_two_captures_of_one_file_at_the_same_time_end_as_one(digits_world: Any)
         report.extend(writer)
         assert list(finished_files(first.job)) == [index.files[0].path]
     assert not any(part["fault"][0] for report in reports for part in report)
-    names = sorted(path.name for path in Path(first.job.uri).iterdir())
-    assert names == [index.files[0].path, f"{index.files[0].path}.json"]
+    draft = first.job.draft
+    assert [path.name for path in Path(draft.uri).iterdir()] == [index.files[0].path]
+    assert [path.name for path in Path(draft.marks).iterdir()] == [f"{index.files[0].path}.json"]

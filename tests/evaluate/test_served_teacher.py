@@ -21,7 +21,7 @@ from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Columns
 from overproof.distill.endpoint_worker import EndpointJob, EndpointWorker, texts_in
 from overproof.distill.target_cache import TargetCache, TargetIndex, target_key
-from overproof.distill.teacher_pool import finished_files, publish_files
+from overproof.distill.teacher_pool import finished_files, write_index
 from overproof.distill.teacher_worker import CaptureJob, TargetWorker, TeacherWorker
 from overproof.engines.endpoint import Endpoint
 from overproof.engines.served_teacher import ServedTeacher, ask_teacher, require_same
@@ -74,7 +74,7 @@ def run(worker: TeacherWorker) -> list[str]:
 
 
 def targets(worker: TeacherWorker) -> Columns:
-    publish_files(worker.job)
+    write_index(worker.job)
     cache = TargetCache(Path(worker.job.draft.uri), ("tokens", "mask", "label_logprob", "indices", "logprobs", "tail"))
     groups = np.concatenate([file.groups for file in worker.index.files])
     each = worker.index.identity.rows_per_group

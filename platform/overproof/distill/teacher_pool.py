@@ -49,7 +49,7 @@ def capture(
 ) -> CaptureResult:
     """Write the files of the job's index, and the index; ``unit`` is what the rate beside the bar counts.
 
-    Files that an attempt which was killed has finished are taken from the draft's workspace.
+    Files that an attempt which was killed has finished are still in the draft, under their names.
 
     Raises:
         InputError: what a teacher could not do.
@@ -67,16 +67,16 @@ def capture(
         done, seconds, size = done + report["rows"], seconds + report["seconds"], size + report["size_bytes"]
         rate = done * units_per_row / max(seconds, 1e-9) * actors
         context.progress(TaskProgress(task, done, index.rows, f"{rate:,.0f} {unit}/s"))
-    publish_files(job)
+    write_index(job)
     return CaptureResult(seconds, size, actors)
 
 
 def finished_files(job: CaptureJob) -> dict[str, dict[str, Any]]:
-    """The complete files in the workspace, by name, with the seconds and bytes they took; each is hashed."""
-    store, root = filesystem(job.uri)
-    found = {}
+    """The complete files in the draft, by name, with the seconds and bytes they took; each is hashed."""
+    store, root = filesystem(job.draft.uri)
+    marks, found = filesystem(job.draft.marks)[1], {}
     for file in job.index.files:
-        record = read_checksummed(store, f"{root}/{file.path}.json")
+        record = read_checksummed(store, f"{marks}/{file.path}.json")
         if isinstance(record, Damage):
             continue
         if not any(mismatched_files(store, root, {file.path: FileEntry(**record["entry"])})):
@@ -84,12 +84,10 @@ def finished_files(job: CaptureJob) -> dict[str, dict[str, Any]]:
     return found
 
 
-def publish_files(job: CaptureJob) -> None:
-    """Move every file from the workspace into the draft, and write the index."""
+def write_index(job: CaptureJob) -> None:
+    """Write the index beside the files that it lists, and leave nothing else there."""
+    job.draft.clear()  # what an actor that was killed has begun
     store, path = filesystem(job.draft.uri)
-    workspace = filesystem(job.uri)[1]
-    for file in job.index.files:
-        store.move(f"{workspace}/{file.path}", f"{path}/{file.path}")
     with store.open_output_stream(f"{path}/{job.index.FILE}") as stream:
         stream.write(job.index.model_dump_json(indent=1).encode())
 

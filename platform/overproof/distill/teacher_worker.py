@@ -8,7 +8,6 @@ Shapes: B rows in a forward pass, P predictions in a row, V outputs, K slots for
 from __future__ import annotations
 
 import platform
-import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from overproof.distill.target_cache import TargetIndex
 from overproof.distill.target_encoder import DRAW_KEY, encode_targets
 from overproof.distill.teacher_text import TeacherText
 from overproof.errors import InputError
-from overproof.files import FileEntry, atomic_write, file_sha256, filesystem, join_uri
+from overproof.files import FileEntry, atomic_write, file_sha256, filesystem, whole_file
 from overproof.models.hf_directory import load_model, to_tensors
 from overproof.registry import TASKS
 from overproof.train.checkpoint import with_checksum
@@ -48,11 +47,6 @@ class CaptureJob:
     trained: Artifact
     draft: ArtifactWriter
     teacher_text: Artifact | None = None  # what the teacher reads in place of the rows
-
-    @property
-    def uri(self) -> str:
-        """Where finished files lie until all are: what a killed attempt has captured is not captured again."""
-        return join_uri(self.draft.workspace, self.draft.fingerprint)
 
 
 class TeacherWorker:
@@ -96,15 +90,14 @@ class TeacherWorker:
 
     def _write(self, file: CachedFile) -> Iterator[dict[str, NDArray[Any]]]:
         rows_per_group, schema = self.index.identity.rows_per_group, self.index.identity.schema
-        store, root = filesystem(self.job.uri)
-        store.create_dir(root, recursive=True)
-        path, total_s = f"{root}/{file.path}", 0.0
-        part = f"{path}.{secrets.token_hex(4)}.part"  # another job may capture the same file
+        store, root = filesystem(self.job.draft.uri)
+        path, marks, total_s = f"{root}/{file.path}", filesystem(self.job.draft.marks)[1], 0.0
+        store.create_dir(marks, recursive=True)
         groups = np.asarray(file.groups, np.int64)
         ids = (groups[:, None] * rows_per_group + np.arange(rows_per_group)).ravel()
         # As many whole row groups at a time as fit a forward pass, and at least one.
         rows = max(1, self.job.settings.batch_size // rows_per_group) * rows_per_group
-        with store.open_output_stream(part) as stream, open_writer(stream, schema, rows_per_group) as writer:
+        with whole_file(store, path) as stream, open_writer(stream, schema, rows_per_group) as writer:
             for start in range(0, len(ids), rows):
                 batch_ids = ids[start : start + rows]
                 began = time.perf_counter()
@@ -113,9 +106,10 @@ class TeacherWorker:
                 total_s += seconds
                 writer.write_table(to_table(columns, schema), row_group_size=rows_per_group)
                 yield _report(rows=len(batch_ids), seconds=seconds)
-        entry = FileEntry(sha256=file_sha256(part, store), size_bytes=store.get_file_info(part).size)
-        store.move(part, path)
-        atomic_write(store, f"{path}.json", with_checksum({"entry": entry.model_dump(), "seconds": total_s}))
+        entry = FileEntry(sha256=file_sha256(path, store), size_bytes=store.get_file_info(path).size)
+        atomic_write(
+            store, f"{marks}/{file.path}.json", with_checksum({"entry": entry.model_dump(), "seconds": total_s})
+        )
         yield _report(size_bytes=entry.size_bytes)
 
     def _compute_batched(self, sample_ids: NDArray[np.int64]) -> Columns:
