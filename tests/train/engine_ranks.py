@@ -22,15 +22,18 @@ from overproof.data.order import Order
 from overproof.data.parquet_reader import Shards
 from overproof.errors import InputError
 from overproof.models.hf_directory import build_model, count_parameters, load_start, save_model, to_tensors
-from overproof.models.zero_parts import model_parts
+from overproof.models.safetensors_writer import TensorShape
+from overproof.models.zero_parts import full_shape, model_parts
 from overproof.registry import TASKS
 from overproof.train.deepspeed_engine import DeepSpeedEngine, sharded_construction
 from overproof.train.engine import TorchEngine, TrainingEngine
 from overproof.train.loop import CurveRow, fit, shard_batches, validation_ids, validation_loss
 from overproof.train.objective import CrossEntropy
+from overproof.train.weights_writer import write_weights
 from overproof.train.zero_files import weight_parts
 
 SEED = 3
+FILE_BYTES = 4000  # of the files that the ranks write: several waves of them
 
 
 class Payload:
@@ -140,6 +143,10 @@ def train_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]
             engine.save(lambda name, state, to=saved: torch.save(state, to / name))
             dist.barrier()
             refused[case["name"]] = refusal(engine, saved, folder, rank)
+            names = {name: TensorShape(torch.float32, tuple(full_shape(p))) for name, p in model.named_parameters()}
+            parts_of_rank = weight_parts(saved, range(rank, rank + 1), world)
+            written = str(folder / f"{case['name']}-written")
+            write_weights(parts_of_rank, names, written, engine.device, lambda *_: None, FILE_BYTES)
         if rank == 0:
             (folder / f"{case['name']}.json").write_text(json.dumps(rows))
             alone = isinstance(engine, TorchEngine)

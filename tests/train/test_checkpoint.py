@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as tries
 from hypothesis import strategies as st
 
+from overproof import artifact_cache
 from overproof.config import CheckpointPolicy
 from overproof.errors import InputError
 from overproof.files import filesystem
@@ -341,13 +342,27 @@ def test_old_ones_go(tmp_path: Path) -> None:
     assert best.step == 2
 
 
-def test_on_an_object_store(s3_uri: str) -> None:
+def test_on_an_object_store(s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr(artifact_cache, "cache_root", lambda: tmp_path)
     uri = s3_uri.replace("/store?", "/store/tiny/train.work?")
     found = checkpoints(uri)
     found.claim_folder()
     for step in (10, 20):
         save(found, step)
     files, root = filesystem(found.directory(20, "aaaa0000"))
+    newest = found.all_committed()[-1]
+    assert newest.find_damage(["rank1.pt"]) is None
+    with newest.local(["rank1.pt"]) as folder:  # each rank fetches the files of its own part
+        assert [path.name for path in folder.iterdir()] == ["rank1.pt"]
+    with files.open_input_stream(f"{root}/rank0.pt") as stream:
+        changed = stream.read()[:-1] + b"?"
+    with files.open_output_stream(f"{root}/rank0.pt") as stream:
+        stream.write(changed)
+    assert newest.find_damage(["rank1.pt"]) is None
+    damage = newest.find_damage(["rank0.pt"])
+    assert damage
+    assert damage.kind is DamageKind.CHANGED
     with files.open_output_stream(f"{root}/rank0.pt") as stream:
         stream.write(b"torn")
     resumed: list[TrainingResumed] = []

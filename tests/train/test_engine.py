@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from tiny_data import LLAMA, VIT, settings
 
 from overproof.config import Optimization
@@ -255,8 +256,13 @@ def test_weights_are_whole_and_the_same(trained: Path, stage: int) -> None:
     whole = torch.load(trained / "1" / "torch.pt")
     gathered = torch.load(trained / "2" / f"stage{stage}.pt")
     assert whole.keys() == gathered.keys()
+    files = sorted((trained / "2" / f"stage{stage}-written").glob("*.safetensors"))
+    assert len(files) > 2  # each of the two ranks writes several
+    written = {name: value for file in files for name, value in load_file(file).items()}
+    assert whole.keys() == written.keys()
     for name, value in whole.items():
         torch.testing.assert_close(gathered[name].view(value.shape), value, rtol=0, atol=TOLERANCE)
+        assert torch.equal(written[name], gathered[name].view(value.shape))
 
 
 @pytest.mark.parametrize("stage", STAGES)

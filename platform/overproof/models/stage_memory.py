@@ -66,8 +66,10 @@ def teacher_memory(size: ModelSize, train: Training, world: int) -> int:
     activations = activation_memory(size, train, world) + int(IDLE * kept_by_layers(size, train, world))
     copy = checkpoint_memory(size, train, world)
     step = held + activations + (copy if train.steps > train.checkpoint.every_steps else 0)
-    apart = size.adapters or train.zero_stage > 0  # the whole weights, or those the adapters are merged into
-    return max(step, held - gradients + copy + (FP32_BYTES * size.parameters if apart else 0))
+    ranks = world if train.zero_stage == 3 else 1  # that share the weights which adapters are merged into
+    merged = FP32_BYTES * -(-size.parameters // ranks) if size.adapters else 0
+    travelling = 2 * FP32_BYTES * max(size.tensors)  # a tensor that is written, and parts of one that are sent
+    return max(step, held - gradients + copy + merged + travelling)
 
 
 def checkpoint_memory(size: ModelSize, train: Training, world: int) -> int:

@@ -9,7 +9,7 @@ import functools
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from overproof.config import Training
 from overproof.models.hf_directory import Batch
-from overproof.models.zero_parts import is_apart
+from overproof.models.zero_parts import full_shape, is_apart
 from overproof.train.engine import (
     Metrics,
     PendingMetrics,
@@ -42,6 +42,7 @@ from overproof.train.optim import (
     trained_elements,
 )
 from overproof.train.plain_loading import plain_loading
+from overproof.train.sharded_state import FP32, ShardedState
 from overproof.train.train_job import Sharding
 
 CPU_ADAM = "cpu_adam"  # what DeepSpeed compiles for offload, unless it was installed with it
@@ -152,13 +153,45 @@ class DeepSpeedEngine:
             InputError: they hold more than tensors, plain values and DeepSpeed's own records.
         """
         self.engine.checkpoint_engine = _StateFiles()
-        with _preserve_group_settings(self.optimizer), plain_zero_loading(folder):
-            path, _ = self.engine.load_checkpoint(
-                str(folder.parent), tag=folder.name, load_module_strict=self.train.lora is None
-            )
+        with plain_zero_loading(folder):
+            self._load(folder)
+        self.steps_done = step
+
+    def load_resharded(self, folder: Path, step: int, saved: ShardedState) -> None:
+        """The same at stage 3, of what another number of ranks has saved: DeepSpeed is handed this rank's part of it as
+        if it had saved that.
+        """
+        with plain_zero_loading(folder), tempfile.TemporaryDirectory() as scratch:
+            model = saved.model_state | {"dp_world_size": self.world}
+            own = self.optimizer.state_dict()
+            groups, adam = list(own["fp32_flat_groups"]), own["optimizer_state_dict"]
+            state = {**own, "fp32_flat_groups": groups, "loss_scaler": saved.common["loss_scaler"]}
+            names = {weight: name for name, weight in self.engine.module.named_parameters()}
+            for index, group in enumerate(self.optimizer.fp16_groups):
+                numels = {names[weight]: weight.ds_numel for weight in group}
+                part = saved.part(numels, self.rank, self.world)
+                groups[index] = part.pop(FP32)
+                adam["state"][index] = part
+            name = f"zero_pp_rank_{self.rank}_mp_rank_00_"
+            given = {f"{name}model_states.pt": model, f"{name}optim_states.pt": {"optimizer_state_dict": state}}
+            for file in given:  # DeepSpeed looks whether they are there
+                Path(scratch, file).touch()
+            self.engine.checkpoint_engine = _StateFiles(given=given)
+            self._load(Path(scratch))
+        self.steps_done = step
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """Numbers in each weight that is trained, whole, by name."""
+        weights = self.engine.module.named_parameters()
+        return {name: full_shape(weight).numel() for name, weight in weights if weight.requires_grad}
+
+    def _load(self, folder: Path) -> None:
+        path, _ = self.engine.load_checkpoint(
+            str(folder.parent), tag=folder.name, load_module_strict=self.train.lora is None
+        )
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found nothing to load")
-        self.steps_done = step
 
     def _seed_rows(self, index: int) -> None:
         """Seed a forward pass by where its rows stand in the order, whatever the number of workers."""
@@ -185,9 +218,15 @@ def _trained_names(model: nn.Module) -> frozenset[str]:
 class _StateFiles:
     """A checkpoint engine for DeepSpeed that hands every file to a function instead of writing it."""
 
-    def __init__(self, write: StateWriter | None = None, kept: frozenset[str] | None = None) -> None:
-        """``kept`` are the names of the weights that are written; None is all."""
-        self.write, self.kept = write, kept
+    def __init__(
+        self,
+        write: StateWriter | None = None,
+        kept: frozenset[str] | None = None,
+        given: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``kept`` are the names of the weights that are written; None is all. What is ``given`` by a file's name is
+        not read."""
+        self.write, self.kept, self.given = write, kept, given or {}
 
     def save(self, state_dict: Any, path: str) -> None:
         assert self.write
@@ -197,6 +236,8 @@ class _StateFiles:
         self.write(Path(path).name, state_dict)
 
     def load(self, path: str, map_location: Any = None) -> Any:
+        if self.given:
+            return self.given[Path(path).name]
         return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
 
     def create(self, info: Any) -> None: ...
@@ -223,26 +264,7 @@ def _reset_bias_correction(adam: Any) -> None:
 
 
 @contextmanager
-def _preserve_group_settings(optimizer: Any) -> Iterator[None]:
-    """Mend what DeepSpeed 0.19.8 does to an optimizer when ZeRO-3 loads a universal checkpoint.
-
-    It gives every group the first one's settings, so that vectors decay, and every parameter one and the same step
-    counter, which then counts once for each parameter.
-    """
-    base = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
-    before = [{name: value for name, value in group.items() if name != "params"} for group in base.param_groups]
-    yield
-    for group, settings in zip(base.param_groups, before, strict=True):
-        group.update(settings)
-    for state in base.state.values():
-        if isinstance(state.get("step"), Tensor):
-            state["step"] = state["step"].clone()
-
-
-@contextmanager
-def sharded_construction(
-    train: Training, world: int, sharding: Sharding | None, universal: bool = False
-) -> Iterator[None]:
+def sharded_construction(train: Training, world: int, sharding: Sharding | None) -> Iterator[None]:
     """Within it, a model whose weights are drawn, or that ``from_pretrained`` reads, is given to this rank in its part
     of each weight as ZeRO-3 shards it, and of a whole model no rank ever holds more than a layer; every rank builds or
     reads the same in step. Drawn weights are those that one process would draw. At other stages it does nothing.
@@ -253,7 +275,7 @@ def sharded_construction(
     backend = dist.get_backend()
     deepspeed = import_deepspeed("cuda" if backend == "nccl" else "cpu")
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)  # it takes the group that is up
-    config = deepspeed_config(train, world, universal)
+    config = deepspeed_config(train, world)
     if sharding == "drawn":
         # Numbers are drawn in fp32 on the CPU, as in one process, and not as what they are trained as.
         with deepspeed.zero.Init(config_dict_or_path=config, tensor_overrides=()), _gathered_drawing(deepspeed):
@@ -352,7 +374,7 @@ def plain_zero_loading(folder: Path) -> AbstractContextManager[None]:
 
 
 def to_universal(folder: Path, out: Path) -> None:
-    """Rewrite a checkpoint of ZeRO stages 1 to 3 as one that any number of workers can load (arXiv 2406.18820).
+    """Rewrite a checkpoint of ZeRO stages 1 and 2 as one that any number of workers can load (arXiv 2406.18820).
 
     Raises:
         InputError: as ``DeepSpeedEngine.load``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch.distributed as dist
 
@@ -18,7 +18,7 @@ def ranks_of(rank: int, world: int, saved_world: int) -> range:
     return range(rank * saved_world // world, (rank + 1) * saved_world // world)
 
 
-def files_of(names: Iterable[str], ranks: range, common: bool) -> list[str]:
+def files_of(names: Iterable[str], ranks: Collection[int], common: bool) -> list[str]:
     """Of a checkpoint's files, those that these ranks wrote of their parts; if ``common``, those of no rank's, too."""
     owners = {name: RANK.search(name) for name in names}
     return [name for name, owner in owners.items() if (common if owner is None else int(owner[1]) in ranks)]

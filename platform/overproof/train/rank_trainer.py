@@ -31,11 +31,12 @@ from overproof.train.checkpoint import CURVE_FILE, Checkpoint
 from overproof.train.checkpoint_writer import AsyncCheckpointWriter, CheckpointCallback, CheckpointSignal
 from overproof.train.deepspeed_engine import DeepSpeedEngine, sharded_construction, to_universal
 from overproof.train.engine import explain_memory
+from overproof.train.heap import mapped_blocks
 from overproof.train.loop import CurveRow, LoopHooks, fit, shard_batches, validation_ids, validation_loss
 from overproof.train.metrics import ROWS_HASH, MetricsLogger, ThroughputMeter
-from overproof.train.optim import full_shape
 from overproof.train.rank_files import files_of, find_damage_together, own_files, ranks_of
 from overproof.train.read_ahead import for_device
+from overproof.train.sharded_state import ShardedState, needed_ranks
 from overproof.train.train_job import ResumePoint, TrainJob
 from overproof.train.weights_writer import write_weights
 from overproof.train.zero_files import weight_parts
@@ -56,10 +57,10 @@ class RankTrainer:
         self.order = self.manifest.order(job.seed)
         torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
         checkpoint = resume.checkpoint
-        universal = checkpoint is not None and checkpoint.world != world and job.train.zero_stage > 0
+        universal = checkpoint is not None and checkpoint.world != world and job.train.zero_stage in (1, 2)
         self._report_phase("building the model")
-        with explain_memory("building the model and the optimizer"):
-            self.model = self._build(job.train, universal)
+        with mapped_blocks(), explain_memory("building the model and the optimizer"):
+            self.model = self._build(job.train)
             self.parameters, self.trained_parameters = count_weights(self.model)
             self.engine = DeepSpeedEngine(self.model, job.train, job.seed, universal)
             self.objective = job.spec.objective(self.task, self.engine.device)
@@ -146,7 +147,8 @@ class RankTrainer:
         def report(begun: int, files: int) -> None:
             self._report_phase(f"writing the model: file {begun} of {files}", train.steps)
 
-        write_weights(parts, described[0], uri, self.engine.device, report)
+        with mapped_blocks():
+            write_weights(parts, described[0], uri, self.engine.device, report)
 
     def _trained_parts(self) -> dict[str, Tensor]:
         """What this rank's files of the checkpoint that is given on hold of the weights."""
@@ -181,9 +183,9 @@ class RankTrainer:
         flat = {name: torch.cat([parts[name] for parts in gathered if name in parts]) for name in names}
         return merge_adapters(model, {name: values.view(state[name].shape) for name, values in flat.items()})
 
-    def _build(self, train: Training, universal: bool = False) -> PreTrainedModel:
+    def _build(self, train: Training) -> PreTrainedModel:
         """The model from before the first step; at stage 3 this rank's part of it, where it can be built so."""
-        with sharded_construction(train, self.world, self.job.spec.sharding, universal):
+        with sharded_construction(train, self.world, self.job.spec.sharding):
             return self.job.spec.model(self.manifest, self.job.seed)
 
     def _batches(self, rows: Iterator[Columns], start_sync: Callable[[int], None]) -> Iterator[Batch]:
@@ -201,13 +203,20 @@ class RankTrainer:
     def _restore(self, checkpoint: Checkpoint, universal: bool) -> list[CurveRow]:
         """Load the checkpoint; gives the curve up to it."""
         self._report_phase(f"restoring the checkpoint of step {checkpoint.step}")
-        names = None if universal else files_of(checkpoint.files, range(self.rank, self.rank + 1), common=True)
-        with checkpoint.local(names) as folder, explain_memory("loading the checkpoint"):
+        resharded = checkpoint.world != self.world and self.job.train.zero_stage == 3
+        ranks = {self.rank}
+        if resharded:
+            ranks = needed_ranks(self.engine.trained, self.rank, self.world, checkpoint.world)
+        names = None if universal else files_of(checkpoint.files, ranks, common=True)
+        with checkpoint.local(names) as folder, mapped_blocks(), explain_memory("loading the checkpoint"):
             converted = None
             if universal:
                 key = f"universal-{checkpoint.content_sha256}"
                 converted = local_cache(key, lambda out: to_universal(folder, out / "state"))
-            self.engine.load(converted / "state" if converted else folder, checkpoint.step)
+            if resharded:
+                self.engine.load_resharded(folder, checkpoint.step, ShardedState(folder, checkpoint.world))
+            else:
+                self.engine.load(converted / "state" if converted else folder, checkpoint.step)
             lines = (folder / CURVE_FILE).read_text().splitlines()
         dist.barrier()
         if converted:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from overproof.models.zero_parts import part_range
 from overproof.train.deepspeed_engine import plain_zero_loading
+from overproof.train.sharded_state import group_ranges, read_state
 
 WHOLE_MODEL = "mp_rank_00_model_states.pt"  # below stage 3
 
@@ -39,29 +38,16 @@ def _parts_of(folder: Path, rank: int, saved_world: int) -> Iterator[tuple[str, 
     own = folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
     model = None
     if own.exists() or rank == 0:
-        model = _read(own if own.exists() else folder / WHOLE_MODEL)
+        model = read_state(own if own.exists() else folder / WHOLE_MODEL)
         for name, value in model["module"].items() if rank == 0 else ():
             if file is None or name in model["buffer_names"]:
                 yield name, value.float().reshape(-1)
     if file is None:
         return
-    state = _read(file)["optimizer_state_dict"]
+    state = read_state(file)["optimizer_state_dict"]
     if model is not None and own.exists():
         for shapes, flat in zip(model["param_shapes"], state["fp32_flat_groups"], strict=True):
             yield from ((name, flat[start:stop]) for name, start, stop in group_ranges(shapes, rank, saved_world))
         return
     for places, flat in zip(state["param_slice_mappings"], state["single_partition_of_fp32_groups"], strict=True):
         yield from ((name, flat[place.start : place.start + place.numel]) for name, place in places.items())
-
-
-def group_ranges(shapes: dict[str, torch.Size], rank: int, world: int) -> Iterator[tuple[str, int, int]]:
-    """Where a rank's part of each weight lies in its flat group at stage 3."""
-    offset = 0
-    for name, shape in shapes.items():
-        start, stop = part_range(shape.numel(), rank, world)
-        yield name, offset, offset + stop - start
-        offset += -(-shape.numel() // world)
-
-
-def _read(file: Path) -> Any:
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
