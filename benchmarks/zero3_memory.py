@@ -42,6 +42,7 @@ from overproof.stage_context import no_progress
 from overproof.train import deepspeed_engine
 from overproof.train.checkpoint import Checkpoints
 from overproof.train.checkpoint_writer import NoSignal
+from overproof.train.heap import mapped_blocks
 from overproof.train.metrics import ThroughputMeter
 from overproof.train.rank_files import newest_sound_together
 from overproof.train.rank_trainer import RankTrainer, read_rank_rows
@@ -115,7 +116,7 @@ def train_rank(job: TrainJob, rank: int, world: int, rendezvous: Path, enter: Ca
         enter("start")
         enter("built")
         resume = ResumePoint(attempt="0" * 8)
-        with deepspeed_engine.sharded_construction(job.train, world, job.spec.sharding):
+        with mapped_blocks(), deepspeed_engine.sharded_construction(job.train, world, job.spec.sharding):
             built = job.spec.model(Manifest.read(job.prepared), job.seed)
         enter("trained")
         del built
@@ -133,7 +134,7 @@ def resume_rank(job: TrainJob, rank: int, world: int, rendezvous: Path, enter: C
         enter("start")
         enter("read")
         read = SupervisedSpec(Pretrained(path=f"{job.draft.uri}/model"))
-        with deepspeed_engine.sharded_construction(job.train, world, read.sharding):
+        with mapped_blocks(), deepspeed_engine.sharded_construction(job.train, world, read.sharding):
             model = read.model(Manifest.read(job.prepared), job.seed)
         enter("restored")
         del model
