@@ -89,7 +89,7 @@ class Checkpoint:
         (files, root), entries = filesystem(self.uri), self._entries(names)
         if isinstance(files, fs.LocalFileSystem):
             return find_damage(files, root, entries)
-        if damage := find_other_size(files, root, entries):
+        if damage := find_wrong_size(files, root, entries):
             return damage
         try:
             fetch(files, root, self.content_sha256, entries)
@@ -250,21 +250,21 @@ def select_retained(checkpoints: Iterable[Checkpoint], policy: CheckpointPolicy)
 
 def find_damage(files: fs.FileSystem, root: str, entries: Mapping[str, FileEntry]) -> Damage | None:
     """What is wrong with the first file that is not as it was written, or None."""
-    if damage := find_other_size(files, root, entries):  # no need to hash the others
+    if damage := find_wrong_size(files, root, entries):  # no need to hash the others
         return damage
     for name, found in mismatched_files(files, root, entries):
-        if found is None:
-            return Damage(DamageKind.MISSING, f"{name} is missing")
-        expected = entries[name].sha256
-        return Damage(DamageKind.CHANGED, f"{name} was changed: its sha256 is {found[:12]}…, not {expected[:12]}…")
+        expected, shown = entries[name].sha256, "gone" if found is None else f"{found[:12]}…"
+        return Damage(DamageKind.CHANGED, f"{name} was changed: its sha256 is {shown}, not {expected[:12]}…")
     return None
 
 
-def find_other_size(files: fs.FileSystem, root: str, entries: Mapping[str, FileEntry]) -> Damage | None:
-    """The first file that is of another size than was written, or None."""
+def find_wrong_size(files: fs.FileSystem, root: str, entries: Mapping[str, FileEntry]) -> Damage | None:
+    """The first file that is missing or of another size than was written, or None."""
     infos = files.get_file_info([f"{root}/{name}" for name in entries])
     for info, (name, entry) in zip(infos, entries.items(), strict=True):
-        if info.type == fs.FileType.File and info.size != entry.size_bytes:
+        if info.type != fs.FileType.File:
+            return Damage(DamageKind.MISSING, f"{name} is missing")
+        if info.size != entry.size_bytes:
             return Damage(DamageKind.CHANGED, f"{name} has {info.size} bytes instead of {entry.size_bytes}")
     return None
 
