@@ -9,8 +9,8 @@ model loaded, in one process, and take the same rows in turn, the same batch in 
 is what an actor of the stage `cache` runs: rows read from the shards, the top k, the mass that is left and the label's
 log-probability in half precision, packed into Parquet, flushed and hashed. The peer's rows lie in memory; it takes
 log_softmax, topk and the label's log-probability, in half precision, and writes one .npz at the end. Every repeat has
-rows of its own. That both say the same of them is checked. Where the device computes in bf16, the worker takes them in
-that, too, and how far its targets are from those in fp32 is told. `tiny` takes seconds on a CPU.
+rows of its own. That both say the same of them is checked. On a GPU, and with --bf16, the worker takes them in bf16,
+too, and how far its targets are from those in fp32 is told. `tiny` takes seconds on a CPU.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ from overproof.distill.row_cache import CachedFile, cache_key_fields
 from overproof.distill.target_cache import TargetIndex, TargetKey
 from overproof.distill.teacher_worker import CaptureJob, TargetWorker
 from overproof.files import filesystem
+from overproof.models.compute import start_compute
 from overproof.models.hf_directory import build_model, save_model
 from overproof.models.llama import Llama
-from overproof.train.engine import computes_bf16, default_device
 
 SEED = 0
-DEVICE = default_device()
+GPUS = int(torch.cuda.is_available())
+DEVICE = start_compute(GPUS, "fp32").device
 STAGES = ("prepare", "train")
 ROWS_PER_GROUP = 8
 PRESETS = {  # a Llama, the tokens of a row, the vocabulary
@@ -98,6 +99,7 @@ class Loop:
 
     @torch.inference_mode()
     def __call__(self, number: int) -> None:
+        start_compute(GPUS, "fp32")
         kept: dict[str, list[np.ndarray]] = {"logprobs": [], "indices": [], "label_logprob": []}
         rows = torch.from_numpy(self.tokens[number].astype(np.int64)).to(DEVICE)
         for ids_BS in rows.split(self.batch):
@@ -111,6 +113,7 @@ class Loop:
 
 
 def capture(ours: TargetWorker, number: int) -> None:
+    start_compute(GPUS, ours.job.settings.precision)
     for _ in ours({"file": np.array([number])}):
         pass
 
@@ -163,11 +166,14 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS)
     for name, value in (("k", 32), ("batch", 8), ("rows", 24), ("repeats", 5), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument(
+        "--bf16", action="store_true", help="in that, too, on a CPU: emulated, it takes many times as long"
+    )
     given = parser.parse_args()
     if (given.preset is None) == (given.trained is None):
         parser.error("expected PREPARED and TRAINED, or --preset")
     files = given.repeats + 1
-    settings = Cache(scheme=TopK(k=given.k), batch_size=given.batch, cpus_per_actor=given.threads)
+    settings = Cache(scheme=TopK(k=given.k), batch_size=given.batch, cpus_per_actor=given.threads, gpus_per_actor=GPUS)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if given.preset is None:
@@ -181,7 +187,7 @@ def main() -> None:
         tokens = [shards.take(np.arange(n * rows, (n + 1) * rows))["tokens"] for n in range(files)]
         loop = Loop(trained.local() / "model", tokens, given.batch, given.k, folder)
         workers = {"ours": ours}
-        if computes_bf16(DEVICE):
+        if given.bf16 or GPUS:
             half = settings.model_copy(update={"precision": "bf16"})
             workers["bf16"] = worker(prepared, trained, half, files, groups, folder / "half")
         runs: dict[str, Callable[[int], None]] = {name: partial(capture, each) for name, each in workers.items()}

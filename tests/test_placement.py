@@ -100,6 +100,21 @@ def test_what_each_stage_asks_for() -> None:
     assert (requests["serve"].bundles, requests["serve"].wanted) == (1, 2)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "train.gpus_per_worker=1", "cache.gpus_per_actor=1", "sweep.gpus_per_trial=0.5",
+        "sweep.group={workers: 1, gpus_per_worker: 1}", "evaluate.gpus=1", "evaluate.gpus_per_task=1",
+        "serve.gpus_per_replica=1",
+    ],
+)  # fmt: skip
+def test_a_gpu_that_no_node_has_is_refused_before_anything_starts(asked: str) -> None:
+    wanted = recipe(asked)
+    with pytest.raises(InputError, match=r"GPUs at the same time; this cluster has .*it could never start"):
+        require_placeable(wanted, Capacity((NodeShape("up", 64, 0, 2, always=2),), "this cluster has 2 nodes"))
+    require_placeable(wanted, Capacity((NodeShape("up", 64, 2, 2, always=2),), "this cluster has 2 nodes"))
+
+
 def test_elastic_training_needs_the_fewest_workers_alone() -> None:
     elastic, fixed = (recipe(f"train.workers={workers}", "train.batch_size=64") for workers in ("[2,16]", "16"))
     place = capacity(head=(4, 0))

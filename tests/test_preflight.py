@@ -219,6 +219,19 @@ def test_units() -> None:
     assert [format_seconds(s) for s in (35, 720, 12_240, 181_440)] == ["35 s", "12 min", "3.4 hours", "2.1 days"]
 
 
+def test_bf16_on_cpus_is_warned_of_and_what_no_torch_scores_takes_no_word_of_it() -> None:
+    recipe = load_recipe(DIGITS, ("cache.precision=bf16", "sweep.precision=bf16", "sweep.gpus_per_trial=1"))
+    assert [(found.about, found.state) for found in preflight.check_precision(recipe)] == [
+        ("cache.precision", "warning")
+    ]
+    assert list(preflight.check_precision(load_recipe(DIGITS))) == []
+    for asked in ("evaluate.precision=tf32", "evaluate.gpus_per_task=1"):
+        with pytest.raises(InputError, match=r"evaluate\.\w+: found .*; onnxruntime scores its files itself, on CPUs"):
+            list(preflight.check_precision(load_recipe(DIGITS, (asked,))))
+        torch_scores = load_recipe(RECIPES / "stdlib-lm.yaml", (asked, "evaluate.engine=vllm"))
+        assert list(preflight.check_precision(torch_scores)) == []
+
+
 def test_elastic_training_is_told_how_many_workers_fit() -> None:
     recipe = load_recipe(DIGITS, ("train.workers=[2,16]",))
     train = next(found for found in preflight.check_placement(recipe, HERE) if found.about == "train")

@@ -214,7 +214,7 @@ def test_the_resources_are_pinned() -> None:
         *(f"{section}.{name}" for section in ("Generate", "Cache", "OnPolicy") for name in pool), "OnPolicy.wait_s",
         *(f"{section}.{name}" for section in ("Train", "DataParallel") for name in worker + traffic),
         "Train.checkpoint", "Train.max_failures", "Sweep.concurrent_trials", "Sweep.cpus_per_trial",
-        "Sweep.gpus_per_trial", "Evaluate.concurrent_tasks",
+        "Sweep.gpus_per_trial", "Evaluate.concurrent_tasks", "Evaluate.gpus_per_task",
     }  # fmt: skip
 
 

@@ -172,6 +172,8 @@ def run(recipe: Recipe, until: str | None = None, done: dict[str, Artifact] | No
     with store.lock():
         # Another run may have ended meanwhile. The data are not looked at again: to list them may take long.
         steps = [replace(step, artifact=store.lookup(recipe.name, step.stage.name, step.fingerprint)) for step in steps]
+        for finding in preflight.check_precision(recipe):
+            console.notice(f"{finding.about}: {finding.text}")
         if any(step.stage.name == "compress" and step.artifact is None for step in steps):
             for finding in preflight.require_exportable(recipe):
                 console.notice(f"{finding.about}: {finding.text}")

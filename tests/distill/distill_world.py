@@ -205,7 +205,8 @@ def writer(world: World, rows: int | None, seed: int = SEED, **changes: Any) -> 
     """A teacher that writes, as an actor has it; ``changes`` are to the section that asks for it."""
     settings = Generate.model_validate({**WRITING, **changes})
     origins = cache_key_fields(seed, world.artifacts["prepare"], world.artifacts["train"])
-    whole = TextKey(**origins, prompt_tokens=settings.prompt_tokens, temperature=settings.temperature)
+    given = {name: getattr(settings, name) for name in ("prompt_tokens", "temperature", "precision")}
+    whole = TextKey(**origins, **given)
     index = TextIndex.of(whole, Manifest.read(world.root), rows)
     parents = world.artifacts["prepare"], world.artifacts["train"]
     return TextWorker(CaptureJob(settings, index, *parents, world.draft("generate")))

@@ -41,10 +41,12 @@ def curve(folder: Path, name: str) -> list[dict[str, float]]:
 
 
 @pytest.mark.trial
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_group_trains_what_one_process_trains(digits_world: World, digits_cache: Artifact) -> None:
+def test_a_group_trains_what_one_process_trains(workers: int, digits_world: World, digits_cache: Artifact) -> None:
     """As a trial of a sweep runs it; the sweep of groups, with a kill, is among the trials."""
-    (job,) = jobs(digits_world.context("sweep", cached=digits_cache, sweep={**GROUP, "students": STUDENTS[:1]}))
+    grouped = {**GROUP, "students": STUDENTS[:1], "group": {"workers": workers, "zero_stage": 2}}
+    (job,) = jobs(digits_world.context("sweep", cached=digits_cache, sweep=grouped))
     trainer = DistributedStudentTrainer()
     trainer.start(job)
     results = [trainer.run_to_validation()]
@@ -74,7 +76,7 @@ def test_a_group_trains_what_one_process_trains(digits_world: World, digits_cach
     ("changes", "message"),
     [
         ({"sweep": {**GROUP, "batch_size": 15}}, "batch_size 15 is not a multiple of group.workers 2"),
-        ({"sweep": {**GROUP, "group": {"workers": 1}}}, "sweep.group.workers: found 1"),
+        ({"sweep": {**GROUP, "group": {"workers": 0}}}, "sweep.group.workers: found 0"),
         ({"sweep": {**GROUP, "group": {"zero_stage": 1, "offload": "parameters"}}}, "needs zero_stage 3; found 1"),
         (
             {"sweep": {**GROUP, "students": [{**STUDENTS[0], "states": {"weight": 1.0}}]}},

@@ -22,7 +22,6 @@ from overproof.data.manifest import Manifest, Shard, Split
 from overproof.data.order import Order, uniforms
 from overproof.data.parquet_reader import Shards
 from overproof.data.parquet_writer import open_writer, to_table
-from overproof.distill import teacher_worker
 from overproof.distill.cache_checks import check_rows
 from overproof.distill.row_cache import plan_cached_files
 from overproof.distill.target_cache import TargetCache, TargetIndex
@@ -224,26 +223,24 @@ def test_a_cache_for_something_else_is_refused(cached: Path, field: str, other: 
         index.check(index.identity.model_copy(update={field: other}))
 
 
-def test_targets_of_a_teacher_that_computes_in_bf16(
-    text_world: World, caches: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_targets_of_a_teacher_that_computes_in_bf16(text_world: World, caches: dict[str, Artifact]) -> None:
     """Half of the digits are gone, and the logits themselves are not rounded: they have more than bf16 holds."""
-    monkeypatch.setattr(teacher_worker, "computes_bf16", lambda _: True)
     worker, index = replica(text_world, 40, scheme=Dense().model_dump(), precision="bf16")
     assert index.identity.precision == "bf16"
     ids = Order(12, 8, SEED).rows_at(0, 8)
     found, whole = (TargetCache(a.local()).take(ids)["logprobs"] for a in (finish(worker), caches["dense"]))
     assert 0 < np.abs(found - whole).max() < 0.1
-    model = text_world.predict(worker.model, to_tensors(Shards(text_world.root, "train").take(ids)))
+    with torch.inference_mode():
+        model = text_world.predict(worker.model, to_tensors(Shards(text_world.root, "train").take(ids)))
     assert model.logits_BPV.dtype == torch.float32
     assert not torch.equal(model.logits_BPV, model.logits_BPV.bfloat16().float())
 
 
-def test_bf16_is_refused_where_it_would_be_emulated(text_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_worker, "computes_bf16", lambda _: False)
-    worker, _ = replica(text_world, 40, precision="bf16")
+def test_a_gpu_that_torch_does_not_find_is_a_fault(text_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    worker, _ = replica(text_world, 40, gpus_per_actor=0.5)
     [report] = worker({"file": np.arange(1)})
-    assert "whose CPU does not compute in it" in report["fault"][0]
+    assert "0.5 GPUs are reserved here, and torch" in report["fault"][0]
 
 
 def test_a_temperature_that_was_not_kept_is_refused(cached: Path) -> None:

@@ -67,7 +67,7 @@ def test_text_scores_are_the_engines_sums_over_documents(
 def test_what_an_engine_does_not_tell_torch_does(text: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM computes with the dequantised weights: of its files they are what is judged."""
     file, root = text["compress"].local() / "student-q4_0.gguf", text["prepare"].local()
-    monkeypatch.setattr(text_evaluation, "BATCH_LOGITS", 5 * 64 * 512)  # batches that cross documents
+    monkeypatch.setitem(text_evaluation.BATCH_LOGITS, "cpu", 5 * 64 * 512)  # batches that cross documents
     units = TASKS["language_modeling"].units(root, None)
     scorer = text_evaluation.open_scorer(file, root, "vllm", FORMATS["gguf"], threads=1)
     found = text_evaluation.score_text(file, root, units, scorer, lambda _: None, ScoringTime(None))

@@ -269,7 +269,7 @@ def test_another_decoder_is_trained_and_not_exported(tmp_path: Path, tokenizer: 
     assert hf_directory.load_start(source, apart.model_copy(update={"columns": ()}), 0).config.vocab_size == VOCABULARY
     fewer = keep_layers(found, (0, 2))
     assert fewer.config.num_hidden_layers == 2
-    engine = TorchEngine(found, Optimization(steps=1, batch_size=2, learning_rate=1e-3), torch.device("cpu"))
+    engine = TorchEngine(found, Optimization(steps=1, batch_size=2, learning_rate=1e-3))
     batch = {"tokens": some_tokens(), "length": torch.full((2,), POSITIONS - 3)}
     assert np.isfinite(engine.step(CrossEntropy(TASKS["language_modeling"].predict), batch)()["loss"])
     teacher = {"kind": "pretrained", "path": str(source)}

@@ -62,7 +62,7 @@ def train(model: PreTrainedModel) -> None:
     rows = torch.cat([some_tokens(model, 1)] * 2)
     batch = {"tokens": rows, "length": torch.full((len(rows),), rows.shape[1] - 1)}
     steps = Optimization(steps=STEPS, batch_size=4, learning_rate=3e-3, schedule="constant")
-    engine = TorchEngine(model, steps, torch.device("cpu"))
+    engine = TorchEngine(model, steps)
     losses = [engine.step(CrossEntropy(TASKS["language_modeling"].predict), batch)()["loss"] for _ in range(STEPS)]
     assert losses == sorted(losses, reverse=True)
     model.eval()

@@ -116,7 +116,7 @@ def test_a_base_gets_a_head_of_the_datas_classes_and_positions_of_the_rows(kind:
     assert type(one).__name__ == FAMILY[kind].architectures[0]
     assert FAMILY[kind].width(one.config) == LENGTH
     assert logits(one, batch()).shape == (4, 3)
-    head = f"{FAMILY[kind].base.output}.weight"
+    head = f"{FAMILY[kind].names.output}.weight"
     fresh = one.state_dict()
     assert not torch.equal(fresh[head], other.state_dict()[head])
     for name, value in same.state_dict().items():
@@ -138,7 +138,7 @@ def test_a_head_stays_where_it_is_of_the_datas_classes(kind: str, tmp_path: Path
     for classes in (["food", "animal", "stone"], ["animal", "food"]):
         found = load_start(tmp_path / "model", manifest(classes), 1)
         assert logits(found, batch()).shape == (4, len(classes))
-        head = f"{FAMILY[kind].base.output}.weight"
+        head = f"{FAMILY[kind].names.output}.weight"
         assert not torch.equal(found.state_dict()[head], model.state_dict()[head][: len(classes)])
         with pytest.raises(InputError, match=r"no output layer for the classes .* \(its own: animal, food, plant\)"):
             require_outputs(tmp_path / "model", manifest(classes))

@@ -16,7 +16,6 @@ from pathlib import Path
 import engine_ranks
 import pytest
 import ray
-import torch
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train.v2.api.preemption import PreemptionInfo
@@ -147,7 +146,7 @@ def test_other_numbers_of_workers_train_the_same(moved: Moved, text_root: Path) 
     """As plain torch in one process, on the rows that were planned; every step is there once."""
     plan = PLAN.model_copy(update={"workers": 1})
     manifest = Manifest.read(text_root)
-    engine = TorchEngine(build_model(LLAMA, manifest, SEED), plan, torch.device("cpu"))
+    engine = TorchEngine(build_model(LLAMA, manifest, SEED), plan)
     expected = engine_ranks.train(engine, plan, text_root, 0, 1)
     for key in ("loss", "validation_loss"):
         found, whole = ([(row["step"], row[key]) for row in rows if key in row] for rows in (moved.rows, expected))

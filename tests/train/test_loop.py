@@ -135,7 +135,7 @@ def test_a_row_is_read_when_the_next_step_is_begun_unless_something_looks_at_the
 def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(text_root: Path) -> None:
     """Without waiting for the norm: the fused optimizer is told on the device."""
     model = build_model(LLAMA, Manifest.read(text_root), 0)
-    engine = TorchEngine(model, settings(model=LLAMA), torch.device("cpu"))
+    engine = TorchEngine(model, settings(model=LLAMA))
     batch = to_tensors(Shards(text_root, "train").take(np.arange(8)))
     assert math.isfinite(engine.step(CrossEntropy(PREDICT), batch)()["loss"])
     before = copy.deepcopy((engine.model.state_dict(), engine.optimizer.state_dict()["state"]))

@@ -21,7 +21,7 @@ from overproof.train.engine import TorchEngine
 def main(root: Path) -> None:
     torch.set_num_threads(1)
     plan = settings(steps=40, validate_every=10, batch_size=16, learning_rate=1e-2)
-    engine = TorchEngine(build_model(plan.model, Manifest.read(root), SEED), plan, torch.device("cpu"))  # type: ignore[arg-type]
+    engine = TorchEngine(build_model(plan.model, Manifest.read(root), SEED), plan)  # type: ignore[arg-type]
     rows = train(engine, plan, root, 0, 1)
     loaded = sorted({name.partition(".")[0] for name in sys.modules} & {"ray", "deepspeed"})
     print(json.dumps({"rows": rows, "loaded": loaded}))

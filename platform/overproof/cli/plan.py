@@ -62,7 +62,11 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     out.print()
     students = preflight.student_sizes(recipe, shape)
     findings = [*preflight.check_source(recipe), *exported, *preflight.check_placement(recipe, capacity), stored]
-    findings += [*preflight.check_gate(recipe), *preflight.check_learning_rates(recipe)]
+    findings += [
+        *preflight.check_gate(recipe),
+        *preflight.check_precision(recipe),
+        *preflight.check_learning_rates(recipe),
+    ]
     findings += preflight.check_first_comparison(recipe)
     served, model = recipe.train.model, None
     if isinstance(served, Served):
@@ -197,7 +201,7 @@ def _activations(recipe: Recipe, model: ModelSize) -> str:
     train = recipe.train
     rows = train.batch_size // train.fewest // train.accumulation(train.fewest)
     kept = zero_memory.activation_memory(model, train, train.fewest)
-    outputs = rows * model.predictions * zero_memory.logits_memory(model.outputs, 4 if train.precision == "fp32" else 2)
+    outputs = rows * model.predictions * zero_memory.logits_memory(model.outputs, 2 if train.computes_in_half else 4)
     checkpointed = "layers' inputs alone" if train.activation_checkpointing else "every layer's"
     where = "GPU" if train.gpus_per_worker else "worker"
     device = zero_memory.peak_worker_memory(model, train, train.fewest)
@@ -265,15 +269,16 @@ def _teacher_targets(
 
 
 def _live_teacher(recipe: Recipe, model: ModelSize) -> str | None:
-    """What the teacher takes in a trial where it runs at each step: its weights in fp32, and a batch's logits."""
+    """What the teacher takes in a trial where it runs at each step: its weights, and a batch's logits."""
     names = ", ".join(student.name for student in recipe.sweep.students if student.needs_live_teacher)
     if not names:
         return None
     batch = recipe.rows_read // recipe.sweep.steps
+    number = zero_memory.HALF_BYTES if recipe.sweep.live_precision == "bf16" else FP32_BYTES
     logits = FP32_BYTES * batch * model.predictions * model.outputs
     return (
         f"the teacher runs beside {names}: each of these trials also holds its weights, "
-        f"{format_bytes(FP32_BYTES * model.parameters)}, and at each step its logits, {format_bytes(logits)}"
+        f"{format_bytes(number * model.parameters)}, and at each step its logits, {format_bytes(logits)}"
     )
 
 

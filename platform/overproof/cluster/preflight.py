@@ -21,13 +21,15 @@ from overproof.config.search import Asha, Choice, Hyperband, Median, Pbt
 from overproof.data.manifest import Manifest
 from overproof.data.source_files import describe_skipped
 from overproof.data.tokenizer_match import require_possible_tokenizer
+from overproof.engines.base import ScoringLoader
 from overproof.engines.endpoint import Endpoint
 from overproof.errors import InputError, suggest_name
 from overproof.export.check_models import check_models
 from overproof.files import join_uri
 from overproof.models.base import DataShape, shape_of
 from overproof.models.sizes import ModelSize, directory_config, family_of, require_apart, student_size, with_layers
-from overproof.registry import FAMILIES, FORMATS, TASKS
+from overproof.registry import ENGINES, FAMILIES, FORMATS, TASKS
+from overproof.tasks.base import TokenTask
 from overproof.units import format_bytes, format_count, format_seconds
 
 HIGH_RATE = 0.1  # of AdamW, for models that begin with random weights; a tenth of it for others
@@ -169,6 +171,39 @@ def check_gate(recipe: Recipe) -> Iterator[Finding]:
             "the teacher could ship. Add {kind: keep, against: teacher, at_least: 0.97} to gate.rules, or {kind: "
             "quality, limit: ...}",
         )  # fmt: skip
+
+
+def check_precision(recipe: Recipe) -> Iterator[Finding]:
+    """A warning for each stage that may compute in bf16 on CPUs.
+
+    Raises:
+        InputError: the recipe says how torch scores files, and their engine scores them itself.
+    """
+    train, sweep, evaluate, engine = recipe.train, recipe.sweep, recipe.evaluate, ENGINES[recipe.engine]
+    if not isinstance(TASKS[recipe.data.kind], TokenTask) or isinstance(engine, ScoringLoader):
+        for field in ("precision", "gpus_per_task"):
+            found = getattr(evaluate, field)
+            if found != type(evaluate).model_fields[field].default:
+                raise InputError(
+                    f"evaluate.{field}: found {found!r}; {recipe.engine} scores its files itself, on CPUs: leave it out"
+                )
+    asked: dict[str, tuple[str, float]] = {"train": (train.precision, train.gpus_per_worker)}
+    for name, pool in (("generate", recipe.generate), ("cache", recipe.cache if recipe.reads_cache else None)):
+        if pool is not None:
+            asked[name] = pool.precision, pool.gpus_per_actor
+    if sweep.group is not None:
+        asked["sweep.group"] = sweep.group.precision, sweep.group.gpus_per_worker
+    else:
+        asked["sweep"] = sweep.precision, sweep.gpus_per_trial
+    if sweep.teacher_pool is not None:
+        asked["sweep.on_policy"] = sweep.teacher_pool.precision, sweep.teacher_pool.gpus_per_actor
+    asked["evaluate"] = evaluate.precision, evaluate.gpus_per_task
+    for name, (precision, gpus) in asked.items():
+        if precision == "bf16" and not gpus:
+            yield Finding(
+                f"{name}.precision", "warning",
+                "bf16 without a GPU: CPUs with neither avx512_bf16 nor amx_bf16 take many times as long as in fp32",
+            )  # fmt: skip
 
 
 def check_learning_rates(recipe: Recipe) -> Iterator[Finding]:

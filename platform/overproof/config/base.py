@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_jsonable_python
@@ -15,6 +15,13 @@ Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Cpus = Annotated[float, Field(gt=0)]
+Precision = Annotated[
+    Literal["fp32", "tf32", "bf16"],
+    Field(
+        description="Number format in which matrices are multiplied. tf32: GPUs may round what they multiply. bf16: "
+        "for all but the output layer; on CPUs without avx512_bf16 or amx_bf16 it takes many times as long."
+    ),
+]
 
 
 NO_SECTION = ("model_type", "model_attributes_type", "dict_type")  # pydantic's names of errors

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from overproof.config.base import RESOURCE, Count, Cpus, Identifier, Section
+from overproof.config.base import RESOURCE, Count, Cpus, Identifier, Precision, Section
 from overproof.config.models import StudentModel
 from overproof.config.training import Optimization, ZeroSettings
 
@@ -57,6 +57,7 @@ class Generate(Section):
     temperature: float = Field(1.0, ge=0, description="Of its sampling; 0 takes the likeliest token.")
     rows: Count | None = Field(None, description="Rows written, in training order; null writes every row.")
     batch_size: Count = Field(32, description="Rows written together.")
+    precision: Precision = "fp32"
     actors: Annotated[Count, RESOURCE] = Field(2, description="Teacher replicas in the actor pool.")
     cpus_per_actor: Annotated[Cpus, RESOURCE] = Field(1, description="Logical CPUs reserved by each replica.")
     gpus_per_actor: Annotated[float, RESOURCE] = Field(0, ge=0, description="GPUs reserved by each replica.")
@@ -77,11 +78,7 @@ class Cache(Section):
         "written.",
     )
     batch_size: Count = Field(32, description="Rows in a forward pass.")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32",
-        description="Number format of the teacher's matrix products but the output layer's, which stays in fp32. bf16 "
-        "needs a GPU or a CPU that computes in it (avx512_bf16, amx_bf16).",
-    )
+    precision: Precision = "fp32"
     actors: Annotated[Count, RESOURCE] = Field(2, description="Teacher replicas in the actor pool.")
     cpus_per_actor: Annotated[Cpus, RESOURCE] = Field(1, description="Logical CPUs reserved by each replica.")
     gpus_per_actor: Annotated[float, RESOURCE] = Field(0, ge=0, description="GPUs reserved by each replica.")
@@ -158,6 +155,7 @@ class OnPolicy(Section):
     new_tokens: Count = Field(description="Tokens it writes; the loss is over these.")
     k: Count = Field(32, description="Largest log-probabilities kept of each token; all of a smaller vocabulary.")
     rows: Count = Field(32, description="Rows in a teacher's forward pass; requests of several trials share one.")
+    precision: Precision = "fp32"
     wait_s: Annotated[float, RESOURCE] = Field(
         0.02, ge=0, description="Most seconds that a request waits for others to fill the pass."
     )
@@ -167,9 +165,10 @@ class OnPolicy(Section):
 
 
 class DataParallel(ZeroSettings):
-    """Workers that train one student together, under Ray Train, where one process or GPU is not enough."""
+    """Workers that train one student together, under Ray Train, where one process is not enough; or one that trains it
+    as they do, with ZeRO's offload or in 16 bits."""
 
-    workers: Annotated[int, Field(ge=2), RESOURCE] = Field(2, description="Training processes of each trial.")
+    workers: Annotated[Count, RESOURCE] = Field(2, description="Training processes of each trial.")
 
     @model_validator(mode="after")
     def _workers_fit(self) -> Self:
@@ -188,6 +187,7 @@ class Sweep(Optimization):
     on_policy: OnPolicy | None = Field(
         None, description="What students with a share on_policy write, and the teachers that score it."
     )
+    precision: Precision = "fp32"
     concurrent_trials: Annotated[Count, RESOURCE] = Field(2, description="Trials that run at the same time.")
     cpus_per_trial: Annotated[Cpus, RESOURCE] = Field(1, description="Logical CPUs reserved by each trial.")
     gpus_per_trial: Annotated[float, RESOURCE] = Field(0, ge=0, description="GPUs reserved by each trial.")
@@ -201,6 +201,12 @@ class Sweep(Optimization):
         if self.group:
             return self.group.workers, self.group.cpus_per_worker, self.group.gpus_per_worker
         return 1, self.cpus_per_trial, self.gpus_per_trial
+
+    @property
+    def live_precision(self) -> Precision:
+        """Of a teacher that runs beside a student: the student's, but for fp16, which needs a scale for its loss."""
+        found = self.group.precision if self.group else self.precision
+        return "fp32" if found == "fp16" else found
 
     @property
     def teacher_pool(self) -> OnPolicy | None:
@@ -227,6 +233,10 @@ class Sweep(Optimization):
     def _group_fits(self) -> Self:
         if self.group is None:
             return self
+        if self.precision != "fp32":
+            raise ValueError(
+                f"precision is {self.precision!r}, of students that one process trains; expected group.precision"
+            )
         if self.batch_size % self.group.workers:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of group.workers {self.group.workers}; every worker "

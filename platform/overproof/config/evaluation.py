@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from overproof.config.base import RESOURCE, Count, Fraction, Section
+from overproof.config.base import RESOURCE, Count, Fraction, Precision, Section
 
 
 class Evaluate(Section):
@@ -15,7 +15,7 @@ class Evaluate(Section):
     engine: str | None = Field(
         None,
         description="What measures the files, and serves what passed; null takes the format's first. vllm, for GPUs, "
-        "is the one whose Python OVERPROOF_VLLM names on each node.",
+        "is the one whose Python OVERPROOF_VLLM names on each node; of given texts it tells nothing: torch scores.",
     )
     max_documents: Count | None = Field(None, description="Test documents used; null uses all.")
     narrow: Fraction | None = Field(
@@ -30,7 +30,11 @@ class Evaluate(Section):
         description="Seconds of scoring, all files together, after which no further test document (image, row) is "
         "begun, of two at least; and as many of answers that records expect. null: no limit.",
     )
+    precision: Precision = "fp32"
     concurrent_tasks: Annotated[Count, RESOURCE] = Field(2, description="Exported files scored at the same time.")
+    gpus_per_task: Annotated[float, RESOURCE] = Field(
+        0, ge=0, description="GPUs reserved by each scoring task, where torch scores: see engine."
+    )
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples behind each interval.")
     confidence: Fraction = Field(0.95, description="Coverage of each interval.")
     probe_prompts: Count = Field(
@@ -55,12 +59,12 @@ class Evaluate(Section):
         description="Seconds of timed requests a file; then the latency is of those that were made (n), and a latency "
         "rule that needs more refuses the file.",
     )
-    threads: Count = Field(2, description="Engine threads while measuring; files scored at the same time share them.")
+    threads: Count = Field(2, description="Engine threads while measuring; scoring tasks at the same time share them.")
     gpus: float = Field(0, ge=0, description="GPUs reserved while an engine is measured.")
 
     @property
     def scoring_threads(self) -> int:
-        """Of each of the files that are scored at the same time."""
+        """Of each of the scoring tasks at the same time."""
         return max(1, self.threads // self.concurrent_tasks)
 
 

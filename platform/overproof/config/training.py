@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from overproof.config.base import RESOURCE, Count, Cpus, Section
+from overproof.config.base import RESOURCE, Count, Cpus, Precision, Section
 from overproof.config.models import Model, Pretrained, Served
 
 VALIDATIONS = 8  # of a training, where the recipe does not say how often
@@ -52,7 +52,9 @@ class ZeroSettings(Section):
     offload: Literal["none", "optimizer", "parameters"] = Field(
         "none", description="What lies in CPU memory: the optimizer (stages 1 to 3), or weights too (stage 3)."
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Number format of the forward pass.")
+    precision: Precision | Literal["fp16"] = Field(
+        "fp32", description="Number format of the forward pass. tf32: fp32, and GPUs may round what they multiply."
+    )
     grad_accum_dtype: Literal["fp32", "bf16"] | None = Field(
         None,
         description="Number format in which the gradients of bf16 are summed over micro-batches. null: fp32 at stages "
@@ -78,6 +80,11 @@ class ZeroSettings(Section):
     compile: bool = Field(False, description="Run the model through torch.compile.")
     cpus_per_worker: Annotated[Cpus, RESOURCE] = Field(1, description="Logical CPUs reserved by each worker.")
     gpus_per_worker: Annotated[float, RESOURCE] = Field(0, ge=0, description="GPUs reserved by each worker.")
+
+    @property
+    def computes_in_half(self) -> bool:
+        """Whether a number of the forward pass takes 16 bits."""
+        return self.precision in ("bf16", "fp16")
 
     @model_validator(mode="after")
     def _offload_fits(self) -> Self:

@@ -23,6 +23,7 @@ from overproof.distill.student_validation import check_student
 from overproof.distill.target_cache import TargetCache
 from overproof.distill.teacher_text import TeacherText
 from overproof.distill.trial_job import TrialJob
+from overproof.models.compute import Compute
 from overproof.models.hf_directory import load_model
 from overproof.tasks.base import Task
 from overproof.train.objective import CrossEntropy, Objective
@@ -65,7 +66,7 @@ class DistillSpec:
             objective = OnPolicyObjective(objective, scored)
         if self.teacher is None:
             return objective
-        teacher = self.teacher.to(device)
+        teacher = Compute(device, self.job.settings.live_precision).place(self.teacher)
         return LiveTeacherObjective(task, teacher, objective, use_logits, student.relations, student.states, projection)
 
     def columns(self, sample_ids: NDArray[np.int64]) -> Columns:

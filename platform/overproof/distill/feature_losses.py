@@ -57,7 +57,8 @@ def capture_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[di
     finally:
         for hook in hooks:
             hook.remove()
-    found.update({layer: LayerOutputs(**values) for layer, values in seen.items()})
+    for layer, values in seen.items():  # of products in bf16, too: sums over places need more
+        found[layer] = LayerOutputs(**{name: value.float() for name, value in values.items()})
 
 
 def _record_output(into: dict[str, Tensor], name: str) -> Any:

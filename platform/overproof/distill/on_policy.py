@@ -9,6 +9,7 @@ Shapes: B rows, Q tokens of a prompt, G generated tokens, S = Q + G, V outputs.
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -22,9 +23,9 @@ from transformers import PreTrainedModel
 from overproof.config import OnPolicy, TopK
 from overproof.data.parquet_reader import Columns
 from overproof.distill.target_encoder import encode_targets
+from overproof.models.compute import Compute, start_compute
 from overproof.models.documents import last_document, positions_in_documents
 from overproof.models.hf_directory import load_model
-from overproof.train.engine import default_device
 
 TEMPERATURE = 1.0  # of sampling: the student's own distribution
 
@@ -94,8 +95,15 @@ class TeacherScorer:
         in a row sees another."""
         torch.set_num_threads(threads)
         self.apart_id = apart_id
-        self.settings, self.temperatures, self.device = settings, temperatures, default_device()
-        self.model = load_model(teacher).to(self.device)
+        self.teacher, self.settings, self.temperatures = teacher, settings, temperatures
+
+    @cached_property
+    def where(self) -> Compute:
+        return start_compute(self.settings.gpus_per_actor, self.settings.precision)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        return self.where.place(load_model(self.teacher))
 
     @torch.inference_mode()
     def score(self, tokens_BS: NDArray[np.int64]) -> Columns:
@@ -109,7 +117,7 @@ class TeacherScorer:
         return {name: np.concatenate([scores[name] for scores in passes]) for name in passes[0]}
 
     def _forward(self, tokens_BS: NDArray[np.int64]) -> Columns:
-        inputs_BS = torch.from_numpy(tokens_BS[:, :-1]).to(self.device)
+        inputs_BS = torch.from_numpy(tokens_BS[:, :-1]).to(self.where.device)
         beside = {}
         if self.apart_id is not None:
             # A token before each row, which is not seen from it: every pass is masked, as it is where a row holds two.
@@ -118,7 +126,7 @@ class TeacherScorer:
             inputs_BS = torch.cat([inputs_BS[:, :1], inputs_BS], 1)
         logits_BSV = self.model(input_ids=inputs_BS, use_cache=False, **beside).logits
         logits_BGV = logits_BSV[:, -self.settings.new_tokens :]
-        labels_BG = torch.from_numpy(tokens_BS[:, -self.settings.new_tokens :]).to(self.device)
+        labels_BG = torch.from_numpy(tokens_BS[:, -self.settings.new_tokens :]).to(self.where.device)
         scheme = TopK(k=min(self.settings.k, logits_BGV.shape[-1]))
         targets = encode_targets(logits_BGV, labels_BG, scheme, self.temperatures)
         return {name: targets[name].cpu().numpy() for name in ("indices", "logprobs", "logsumexp") if name in targets}

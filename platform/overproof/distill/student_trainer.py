@@ -18,6 +18,7 @@ from overproof.distill.distill_spec import DistillSpec
 from overproof.distill.objectives import ON_POLICY
 from overproof.distill.on_policy import Scorer, is_on_policy_step, sample_continuations
 from overproof.distill.trial_job import CurveSegment, TrialJob, split_at_validations
+from overproof.models.compute import start_compute
 from overproof.models.hf_directory import Batch, count_parameters, save_model, to_tensors
 from overproof.registry import TASKS
 from overproof.stage_context import TaskProgress
@@ -68,9 +69,11 @@ class StudentTrainer:
                 self._replayed = segments if job.replay_history else segments[-1:]
 
     def _build(self) -> None:
+        settings = self.job.settings
+        where = start_compute(settings.gpus_per_trial, settings.precision)
         self.model = self.spec.model(self.manifest, self.job.seed)
         self.projection = self._projection()
-        self.engine = TorchEngine(self.model, self.job.settings, seed=self.job.seed, auxiliary=self.projection)
+        self.engine = TorchEngine(self.model, settings, where, self.job.seed, self.projection)
         self.objective = self.spec.objective(TASKS[self.manifest.task], self.engine.device, self.projection)
 
     def _start_from(self, step: int, curve: list[CurveRow], spent: tuple[float, float] = (0.0, 0.0)) -> None:

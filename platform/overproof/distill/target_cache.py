@@ -11,6 +11,7 @@ from pydantic import Field
 
 from overproof.artifacts import Artifact
 from overproof.config import Recipe, Scheme
+from overproof.config.base import Precision
 from overproof.data.row_files import Source
 from overproof.distill.row_cache import CacheIndex, CacheKey, RowCache, cache_key_fields
 from overproof.distill.target_codec import TargetLayout
@@ -29,7 +30,7 @@ class TargetKey(CacheKey):
     }
     scheme: Annotated[Scheme, Field(discriminator="kind")]
     temperatures: tuple[float, ...]  # ascending; 1.0 is among them
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     text_sha256: str | None = None  # of the text that the teacher wrote in place of the rows
 
     @property

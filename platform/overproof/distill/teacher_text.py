@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from overproof.artifacts import Artifact
 from overproof.config import Generate, Recipe
+from overproof.config.base import Precision
 from overproof.data.document_blocks import text_columns
 from overproof.data.manifest import shard_schema
 from overproof.data.row_files import Source
@@ -23,9 +24,11 @@ class TextKey(CacheKey):
     LABELS: ClassVar[dict[str, str]] = CacheKey.LABELS | {
         "prompt_tokens": "prompt (tokens of a row)",
         "temperature": "temperature",
+        "precision": "precision",
     }
     prompt_tokens: int
     temperature: float  # 0: the likeliest token
+    precision: Precision = "fp32"
 
     @property
     def tokens(self) -> int:
@@ -50,6 +53,7 @@ def text_key(recipe: Recipe, prepared: Artifact, trained: Artifact) -> TextKey:
         **cache_key_fields(recipe.seed, prepared, trained),
         prompt_tokens=settings.prompt_tokens,
         temperature=settings.temperature,
+        precision=settings.precision,
     )
 
 

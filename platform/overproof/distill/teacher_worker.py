@@ -7,7 +7,6 @@ Shapes: B rows in a forward pass, P predictions in a row, V outputs, K slots for
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,10 +30,10 @@ from overproof.distill.target_encoder import DRAW_KEY, encode_targets
 from overproof.distill.teacher_text import TeacherText
 from overproof.errors import InputError
 from overproof.files import FileEntry, atomic_write, file_sha256, filesystem, whole_file
+from overproof.models.compute import Compute, start_compute
 from overproof.models.hf_directory import load_model, to_tensors
 from overproof.registry import TASKS
 from overproof.train.checkpoint import with_checksum
-from overproof.train.engine import computes_bf16, default_device
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,6 @@ class TeacherWorker:
     def __init__(self, job: CaptureJob) -> None:
         self.job, self.index = job, job.index
         torch.set_num_threads(max(1, int(job.settings.cpus_per_actor)))
-        self.device = default_device()
 
     def compute(self, sample_ids: NDArray[np.int64]) -> Columns:
         """The columns of a file for these rows, ``settings.batch_size`` at most."""
@@ -77,7 +75,11 @@ class TeacherWorker:
     def model(self) -> PreTrainedModel:
         folder = teacher_folder(self.job.trained)
         require_tokenizer(folder, self.job.prepared)
-        return load_model(folder).to(self.device)
+        return self.where.place(load_model(folder))
+
+    @cached_property
+    def where(self) -> Compute:
+        return start_compute(self.job.settings.gpus_per_actor, self.job.settings.precision)
 
     def check_outputs(self, outputs: int) -> None:
         """Refuse a teacher of other data.
@@ -127,30 +129,18 @@ class TargetWorker(TeacherWorker):
     def text(self) -> TeacherText | None:
         return TeacherText(self.job.teacher_text) if self.job.teacher_text else None
 
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        model = super().model
-        if self.index.identity.precision == "bf16":
-            if not computes_bf16(self.device):
-                raise InputError(
-                    f"cache.precision: 'bf16' on {platform.node()}, whose {self.device.type.upper()} does not compute "
-                    "in it; expected avx512_bf16, amx_bf16 or a GPU that does: cache.precision=fp32"
-                )
-            keep_output_whole(model, self.device)
-        return model
-
     @torch.inference_mode()
     def compute(self, sample_ids: NDArray[np.int64]) -> Columns:
         cache, rows = self.index.identity, self.rows.take(sample_ids)
         if self.text is not None:
             rows |= self.text.take(sample_ids)
-        batch = {name: value.to(self.device) for name, value in to_tensors(rows).items()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=cache.precision == "bf16"):
-            prediction = TASKS[cache.task].predict(self.model, batch)
+        device = self.where.device
+        batch = {name: value.to(device) for name, value in to_tensors(rows).items()}
+        prediction = TASKS[cache.task].predict(self.model, batch)
         self.check_outputs(prediction.logits_BPV.shape[-1])
         uniform_BP = None
         if isinstance(cache.scheme, Sampled):
-            uniform_BP = torch.from_numpy(uniforms(cache.seed, DRAW_KEY, sample_ids, cache.positions)).to(self.device)
+            uniform_BP = torch.from_numpy(uniforms(cache.seed, DRAW_KEY, sample_ids, cache.positions)).to(device)
         targets = encode_targets(
             prediction.logits_BPV, prediction.targets_BP, cache.scheme, cache.temperatures, uniform_BP
         )
@@ -160,14 +150,6 @@ class TargetWorker(TeacherWorker):
         inputs = {cache.layout.label_column: rows[cache.layout.label_column]}
         mask = (prediction.mask_BP > 0).cpu().numpy()
         return cache.layout.encode({"sample_id": sample_ids, **inputs, "mask": mask, **found})
-
-
-def keep_output_whole(model: PreTrainedModel, device: torch.device) -> None:
-    """Leave the output layer out of autocast: in bf16 a logit between 16 and 32 is rounded to an eighth."""
-    output: Any = model.get_output_embeddings()
-    if output is not None:
-        inner = torch.autocast(device.type, enabled=False)(output.forward)
-        output.forward = lambda hidden: inner(hidden.float())
 
 
 def _report(rows: int = 0, seconds: float = 0.0, size_bytes: int = 0, fault: str = "") -> dict[str, NDArray[Any]]:

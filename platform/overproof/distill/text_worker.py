@@ -36,11 +36,11 @@ class TextWorker(TeacherWorker):
     index: TextIndex
 
     def compute(self, sample_ids: NDArray[np.int64]) -> Columns:
-        identity, count = self.index.identity, len(sample_ids)
+        identity, count, device = self.index.identity, len(sample_ids), self.where.device
         filled = np.resize(sample_ids, self.job.settings.batch_size)  # a pass of fewer rows might round otherwise
-        rows = {name: value.to(self.device) for name, value in to_tensors(self.rows.take(filled)).items()}
+        rows = {name: value.to(device) for name, value in to_tensors(self.rows.take(filled)).items()}
         prompts_BQ = rows["tokens"][:, : identity.prompt_tokens]
-        uniform_BG = torch.from_numpy(uniforms(identity.seed, GENERATION_KEY, filled, identity.tokens)).to(self.device)
+        uniform_BG = torch.from_numpy(uniforms(identity.seed, GENERATION_KEY, filled, identity.tokens)).to(device)
         self.check_outputs(self.model.config.vocab_size)
         tokens_BS = generate(self.model, prompts_BQ, uniform_BG, identity.temperature, rows.get(START))
         return {"sample_id": sample_ids, "tokens": tokens_BS[:count].cpu().numpy()}

@@ -234,6 +234,7 @@ def _score_round(
         },
         report,
         at_once=recipe.evaluate.concurrent_tasks,
+        gpus=recipe.evaluate.gpus_per_task,
     )
     report(len(files), "")
     return found

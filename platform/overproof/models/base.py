@@ -73,6 +73,7 @@ class LayerNames:
 
     layers: str  # the list of equal layers, from the whole model
     embeddings: str  # from the whole model
+    output: str  # the layer that gives the logits, from the whole model
     feed_forward: tuple[str, ...]  # from a layer
     queries: str | None = None  # from a layer; None where there is none, or the three are one module
     keys: str | None = None
@@ -90,9 +91,10 @@ class LayerNames:
 
 @dataclass(frozen=True)
 class BaseNames:
-    """Where a directory may differ from a model of the data's classes, as names of modules from the whole model."""
+    """Where a directory may differ from a model of the data's classes beside its output layer, as names of modules from
+    the whole model.
+    """
 
-    output: str  # the layer that gives the logits; it is made anew where the directory has it for other classes
     optional: tuple[str, ...]  # what a base may lack, which is then made anew, or have beside, which is left out
     positions: str | None  # the table of positions, which is cut to the length of the rows
 

@@ -29,13 +29,13 @@ FAMILY = EncoderFamily(
     names=LayerNames(
         layers="bert.encoder.layer",
         embeddings="bert.embeddings.word_embeddings",
+        output="classifier",
         feed_forward=("intermediate.dense", "output.dense"),
         queries="attention.self.query",
         keys="attention.self.key",
         values="attention.self.value",
     ),
     base=BaseNames(
-        output="classifier",
         optional=("classifier.", "bert.pooler.", "cls."),
         positions="bert.embeddings.position_embeddings",
     ),

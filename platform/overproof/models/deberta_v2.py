@@ -100,13 +100,13 @@ FAMILY = DebertaV2Family(
     names=LayerNames(
         layers="deberta.encoder.layer",
         embeddings="deberta.embeddings.word_embeddings",
+        output="classifier",
         feed_forward=("intermediate.dense", "output.dense"),
         queries="attention.self.query_proj",
         keys="attention.self.key_proj",
         values="attention.self.value_proj",
     ),
     base=BaseNames(
-        output="classifier",
         optional=("pooler.", "classifier.", "cls.", "lm_predictions.", "mask_predictions."),
         positions=None,
     ),

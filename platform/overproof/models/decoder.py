@@ -27,6 +27,7 @@ ROTARY_BASE = 10000.0
 LLAMA_NAMES = LayerNames(
     layers="model.layers",
     embeddings="model.embed_tokens",
+    output="lm_head",
     feed_forward=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     queries="self_attn.q_proj",
     keys="self_attn.k_proj",

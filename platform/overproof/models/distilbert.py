@@ -29,13 +29,13 @@ FAMILY = EncoderFamily(
     names=LayerNames(
         layers="distilbert.transformer.layer",
         embeddings="distilbert.embeddings.word_embeddings",
+        output="classifier",
         feed_forward=("ffn.lin1", "ffn.lin2"),
         queries="attention.q_lin",
         keys="attention.k_lin",
         values="attention.v_lin",
     ),
     base=BaseNames(
-        output="classifier",
         optional=("pre_classifier.", "classifier.", "vocab_"),
         positions="distilbert.embeddings.position_embeddings",
     ),

@@ -99,6 +99,7 @@ class FalconFamily(DecoderFamily):
     names = LayerNames(
         layers="transformer.h",
         embeddings="transformer.word_embeddings",
+        output="lm_head",
         feed_forward=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
         fused=FusedAttention("self_attention.query_key_value", _split),
     )

@@ -55,6 +55,7 @@ class Gpt2Family(DecoderFamily):
     names = LayerNames(
         layers="transformer.h",
         embeddings="transformer.wte",
+        output="lm_head",
         feed_forward=("mlp.c_fc", "mlp.c_proj"),
         fused=FusedAttention("attn.c_attn", _split),
     )

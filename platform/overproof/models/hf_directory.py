@@ -62,6 +62,12 @@ def layer_names(model: PreTrainedModel) -> LayerNames:
     return family.names
 
 
+def output_layer(model: PreTrainedModel) -> nn.Module:
+    """The layer that gives a model's logits."""
+    found: nn.Module | None = model.get_output_embeddings()  # known of decoders of any architecture
+    return model.get_submodule(layer_names(model).output) if found is None else found
+
+
 def load_model(path: Path) -> PreTrainedModel:
     """Read a Hugging Face directory, fp32, in evaluation mode.
 
@@ -94,7 +100,10 @@ def load_start(path: Path, manifest: Manifest, seed: int) -> PreTrainedModel:
     config.architectures = [family.architectures[0]]
     fitted, state = _fresh(family, config, seed).eval(), model.state_dict()
     anew = set(wrong.get("missing_keys", ()))
-    order, output = family.output_order(model.config, shape), [n for n in state if n.startswith(f"{names.output}.")]
+    order, output = (
+        family.output_order(model.config, shape),
+        [n for n in state if n.startswith(f"{family.names.output}.")],
+    )
     if order is None:
         anew |= set(output)
     else:

@@ -41,7 +41,7 @@ class MlpFamily:
     tasks = ("tabular_classification", "tabular_regression")
     architectures = ("TabularMlp",)
     attention = "sdpa"
-    names = LayerNames(layers="layers", embeddings="embeddings", feed_forward=("up", "down"))
+    names = LayerNames(layers="layers", embeddings="embeddings", output="head", feed_forward=("up", "down"))
 
     def configuration(self, section: Mlp, shape: DataShape) -> Any:
         from overproof.models.mlp_module import TabularMlpConfig

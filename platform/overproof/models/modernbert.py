@@ -65,12 +65,13 @@ FAMILY = ModernBertFamily(
     names=LayerNames(
         layers="model.layers",
         embeddings="model.embeddings.tok_embeddings",
+        output="classifier",
         feed_forward=("mlp.Wi", "mlp.Wo"),
         fused=FusedAttention("attn.Wqkv", _split),
         own_settings=("layer_types",),
         first_stays=True,
     ),
-    base=BaseNames(output="classifier", optional=("head.", "classifier.", "decoder."), positions=None),
+    base=BaseNames(optional=("head.", "classifier.", "decoder."), positions=None),
     tensors=_tensors,
     settings=dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")),  # of its own tokenizer
 )

@@ -31,13 +31,13 @@ FAMILY = EncoderFamily(
     names=LayerNames(
         layers="roberta.encoder.layer",
         embeddings="roberta.embeddings.word_embeddings",
+        output="classifier.out_proj",
         feed_forward=("intermediate.dense", "output.dense"),
         queries="attention.self.query",
         keys="attention.self.key",
         values="attention.self.value",
     ),
     base=BaseNames(
-        output="classifier.out_proj",
         optional=("classifier.", "lm_head.", "roberta.pooler."),
         positions="roberta.embeddings.position_embeddings",
     ),

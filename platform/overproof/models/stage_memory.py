@@ -37,8 +37,11 @@ def forward_memory(size: ModelSize, rows: int, logits: int = 1, element_bytes: i
 
 
 def capture_memory(size: ModelSize, cache: Cache) -> int:
-    """The teacher looks at rows of the data; every log-probability is kept twice while it is put together."""
-    return forward_memory(size, cache.batch_size, 3 if isinstance(cache.scheme, Dense) else 1)
+    """The teacher looks at rows of the data; every log-probability is kept twice while it is put together. In bf16 the
+    weights that it multiplies are no longer those of its file.
+    """
+    cast = HALF_BYTES * size.parameters if cache.precision == "bf16" else 0
+    return cast + forward_memory(size, cache.batch_size, 3 if isinstance(cache.scheme, Dense) else 1)
 
 
 def student_memory(size: ModelSize, sweep: Optimization) -> int:
@@ -80,5 +83,5 @@ def checkpoint_memory(size: ModelSize, train: Training, world: int) -> int:
     shard = -(-trained // world)
     if stage == 0:
         return (FP32_BYTES + ADAM_BYTES) * trained
-    number = FP32_BYTES if train.precision == "fp32" else HALF_BYTES
+    number = HALF_BYTES if train.computes_in_half else FP32_BYTES
     return number * (trained if stage < 3 else 0) + (FP32_BYTES + ADAM_BYTES) * shard

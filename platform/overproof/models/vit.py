@@ -47,6 +47,7 @@ class VitFamily:
     names = LayerNames(
         layers="vit.layers",
         embeddings="vit.embeddings",
+        output="classifier",
         feed_forward=("mlp.fc1", "mlp.fc2"),
         queries="attention.q_proj",
         keys="attention.k_proj",

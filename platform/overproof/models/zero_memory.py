@@ -138,7 +138,7 @@ def activation_memory(size: ModelSize, train: Training, world: int, stage: int |
     (its section 5) every layer keeps its input alone, and one layer at a time is computed again.
     """
     stage = train.zero_stage if stage is None else stage
-    element_bytes = HALF_BYTES if train.precision != "fp32" else FP32_BYTES
+    element_bytes = HALF_BYTES if train.computes_in_half else FP32_BYTES
     logits = _micro_rows(train, world) * size.predictions * logits_memory(size.outputs, element_bytes)
     casts = (
         HALF_BYTES * size.held if element_bytes == HALF_BYTES and not keeps_16bit_weights(train, stage) else 0
@@ -148,7 +148,7 @@ def activation_memory(size: ModelSize, train: Training, world: int, stage: int |
 
 def kept_by_layers(size: ModelSize, train: Training, world: int) -> int:
     """``activation_memory`` without logits and casts."""
-    element_bytes = HALF_BYTES if train.precision != "fp32" else FP32_BYTES
+    element_bytes = HALF_BYTES if train.computes_in_half else FP32_BYTES
     each, inputs = layer_memory(size, element_bytes), element_bytes * size.hidden
     layers = inputs * size.layers + each if train.activation_checkpointing else each * size.layers
     outside = FAMILIES[size.family].outer_memory(size, element_bytes)

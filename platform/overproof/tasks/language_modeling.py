@@ -70,7 +70,8 @@ class CausalTask:
     ) -> FileScores:  # fmt: skip
         from overproof.tasks.text_evaluation import open_scorer
 
-        scorer = open_scorer(file, root, engine, format, settings.scoring_threads)
+        threads, gpus = settings.scoring_threads, settings.gpus_per_task
+        scorer = open_scorer(file, root, engine, format, threads, gpus, settings.precision)
         return self.score_by(scorer, file, root, units, settings, tell)
 
     def score_by(

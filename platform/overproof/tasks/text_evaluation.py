@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from overproof.config import Evaluate
+from overproof.config.base import Precision
 from overproof.data.manifest import CLUSTER, DOCUMENTS, TEST_TEXTS, TOKENIZER, Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.engines import probe
@@ -38,6 +39,7 @@ from overproof.errors import InputError
 from overproof.export.base import Format
 from overproof.files import file_sha256
 from overproof.models.base import Prediction
+from overproof.models.compute import start_compute
 from overproof.models.documents import document_positions
 from overproof.models.hf_directory import Batch
 from overproof.models.sizes import most_positions
@@ -45,7 +47,7 @@ from overproof.registry import ENGINES
 from overproof.tasks.base import FileScores, Metric, ScoringTime, Tell, cost_metrics, spread_units
 from overproof.tasks.torch_scorer import TorchScorer
 
-BATCH_LOGITS = 1 << 23  # numbers in the logits of one batch of torch
+BATCH_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 28}  # numbers in the logits of one batch of torch
 READ_ROWS = 256  # rows of the test split held at once
 PROMPT_TOKENS = 32  # of the speed and the parity prompts
 TIMED_PROMPTS = 16  # asked in turn
@@ -94,8 +96,12 @@ class TestDocuments:
         return TestDocuments(documents, self.sample_ids[rows], places, self.lengths[rows])
 
 
-def open_scorer(file: Path, root: Path, engine: str, format: Format, threads: int, places: int = 0) -> TextScorer:
-    """What a file is judged by on rows of the data set at ``root``, and on others of ``places`` places at most.
+def open_scorer(
+    file: Path, root: Path, engine: str, format: Format, threads: int, gpus: float = 0, precision: Precision = "fp32",
+    places: int = 0,
+) -> TextScorer:  # fmt: skip
+    """What a file is judged by on rows of the data set at ``root``, and on others of ``places`` places at most. Of the
+    GPUs that this process has, and the precision, torch alone makes use.
 
     Raises:
         InputError: the file cannot be loaded, or its context is shorter than such rows: its figures would mean nothing.
@@ -108,8 +114,9 @@ def open_scorer(file: Path, root: Path, engine: str, format: Format, threads: in
     context = most_positions(model.config.to_dict())
     if context is not None:
         require_context(file, longest, context)
-    batch_rows = max(1, BATCH_LOGITS // (manifest.positions * manifest.outputs))
-    return TorchScorer(model, batch_rows)
+    where = start_compute(gpus, precision)
+    batch_rows = max(1, BATCH_LOGITS[where.device.type] // (manifest.positions * manifest.outputs))
+    return TorchScorer(where.place(model), batch_rows, where.device)
 
 
 def score_text(
@@ -197,7 +204,7 @@ def measure_text(
     answer = probe.probe_text(request, say)
     say("parity")
     longest = max(len(prompt) + len(given.tokens) for prompt, given in zip(probed, answer.answers, strict=True))
-    scorer = open_scorer(file, root, engine, format, settings.threads, longest - 1)
+    scorer = open_scorer(file, root, engine, format, settings.threads, settings.gpus, settings.precision, longest - 1)
     nats = [
         text_parity_nats(scorer, prompt, given.tokens, given.logprobs)
         for prompt, given in zip(probed, answer.answers, strict=True)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from overproof.engines.base import PlaceScores
+from overproof.models.compute import CPU
 
 WINDOW = 8  # batches sorted by length together, so that short rows are not padded to long ones
 
@@ -22,9 +23,11 @@ WINDOW = 8  # batches sorted by length together, so that short rows are not padd
 class TorchScorer:
     """See ``TextScorer``."""
 
-    def __init__(self, model: nn.Module, batch_rows: int) -> None:
-        """A causal language model of transformers, in evaluation mode, that reads so many rows at once."""
-        self._model, self._batch_rows = model, batch_rows
+    def __init__(self, model: nn.Module, batch_rows: int, device: torch.device = CPU) -> None:
+        """A causal language model of transformers, in evaluation mode and on this device, that reads so many rows at
+        once.
+        """
+        self._model, self._batch_rows, self._device = model, batch_rows, device
 
     def score(self, rows: Iterable[NDArray[Any]]) -> Iterator[PlaceScores]:
         remaining = iter(rows)
@@ -40,11 +43,11 @@ class TorchScorer:
         tokens_BS = np.zeros((len(rows), max(map(len, rows))), np.int64)
         for tokens_S, row_S in zip(tokens_BS, rows, strict=True):
             tokens_S[: len(row_S)] = row_S
-        ids_BS = torch.from_numpy(tokens_BS)
+        ids_BS = torch.from_numpy(tokens_BS).to(self._device)
         with torch.inference_mode():
             logprobs_BPV = self._model(input_ids=ids_BS[:, :-1], use_cache=False).logits.log_softmax(-1)
-            targets_BP = logprobs_BPV.gather(-1, ids_BS[:, 1:, None])[..., 0].double()
-            largest_BP, choices_BP = logprobs_BPV.max(-1)
+            targets_BP = logprobs_BPV.gather(-1, ids_BS[:, 1:, None])[..., 0].double().cpu()
+            largest_BP, choices_BP = (found.cpu() for found in logprobs_BPV.max(-1))
         for i, row_S in enumerate(rows):
             places = slice(0, len(row_S) - 1)
             yield PlaceScores(

@@ -13,9 +13,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from overproof.config import Optimization
 from overproof.errors import InputError
+from overproof.models.compute import PLAIN, Compute
 from overproof.models.hf_directory import Batch
 from overproof.train.objective import Objective
 from overproof.train.optim import ADAM_EPSILON, learning_rate, parameter_groups
@@ -50,37 +52,25 @@ class TrainingEngine(Protocol):
         """The sum over the ranks."""
 
 
-def default_device() -> torch.device:
-    """The GPU this process was given, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def computes_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions for products of bf16 matrices: emulated, they take many times as long."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
-
-
 class TorchEngine:
-    """One process, fp32, no DeepSpeed: the reference, and what small students train on. On a GPU no step waits for it.
+    """One process, weights in fp32, no DeepSpeed: the reference, and what small students train on. On a GPU no step
+    waits for it.
 
     Dropout and the like draw from a seed that is a function of ``seed`` and the step.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         optimization: Optimization,
-        device: torch.device | None = None,
+        where: Compute = PLAIN,
         seed: int = 0,
         auxiliary: nn.Module | None = None,
     ) -> None:
         """``auxiliary`` is trained and saved with the model without being a part of it."""
         self.optimization, self.seed = optimization, seed
-        self.device = device or default_device()
-        self.model = model.to(self.device).train()
+        self.device = where.device
+        self.model = where.place(model, trained=True).train()
         self.trained = nn.ModuleList([self.model, *([auxiliary.to(self.device)] if auxiliary else [])])
         self.optimizer: Any = torch.optim.AdamW(
             parameter_groups(self.trained, optimization.weight_decay),

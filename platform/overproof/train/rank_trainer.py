@@ -22,6 +22,7 @@ from overproof.data.parquet_reader import Columns, Shards, planned_shards
 from overproof.errors import InputError
 from overproof.files import filesystem, join_uri, local_cache
 from overproof.models.adapters import count_weights, merge_adapters
+from overproof.models.compute import start_compute
 from overproof.models.hf_directory import Batch, save_description, to_tensors, written_names
 from overproof.models.safetensors_writer import TensorShape
 from overproof.models.zero_parts import full_shape, is_apart, model_parts
@@ -56,6 +57,7 @@ class RankTrainer:
         self.task = TASKS[self.manifest.task]
         self.order = self.manifest.order(job.seed)
         torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
+        start_compute(job.train.gpus_per_worker, "tf32" if job.train.precision == "tf32" else "fp32")
         checkpoint = resume.checkpoint
         universal = checkpoint is not None and checkpoint.world != world and job.train.zero_stage in (1, 2)
         self._report_phase("building the model")

@@ -32,6 +32,7 @@ from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
 from overproof.cluster.ray_private import remove_placement_groups
+from overproof.models.compute import start_compute
 
 __all__ = [
     "ABORT_TIMEOUT_S",
@@ -103,6 +104,8 @@ class QuietTorchBackend(_TorchBackend):
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute(use_own_interface)
+        if backend_config.backend == "nccl":
+            worker_group.execute(start_compute, 1, "fp32")  # an error that says more than NCCL's
         super().on_start(worker_group, backend_config)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
