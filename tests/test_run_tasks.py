@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import ray
 
-from overproof.cluster import ray_cluster as cluster
-from overproof.cluster.ray_cluster import run_tasks
+from overproof.cluster import ray_tasks
+from overproof.cluster.ray_tasks import run_tasks
 from overproof.errors import InputError
 
 FOREVER_S = 600
+GIVE_UP_S = 120
+NODES = 2  # of the cluster, on this machine
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the cluster's processes do not have the tests
 
 
@@ -35,6 +37,25 @@ def hang_at_first(folder: str, times: int) -> int:
     if begun < times:
         time.sleep(FOREVER_S)
     return begun
+
+
+def run_alone(folder: str, name: str) -> str:
+    """Its name; refuses to run beside another."""
+    mark = Path(folder, "running")
+    mark.touch(exist_ok=False)
+    time.sleep(0.5)
+    mark.unlink()
+    return name
+
+
+def meet(folder: str, name: str) -> str:
+    """The node it runs on, once as many as there are nodes run at the same time."""
+    Path(folder, name).touch()
+    began_s = time.monotonic()
+    while len(list(Path(folder).iterdir())) < NODES:
+        assert time.monotonic() - began_s < GIVE_UP_S
+        time.sleep(0.05)
+    return ray.get_runtime_context().get_node_id()
 
 
 def on_numbered_nodes(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator[Any]:
@@ -63,14 +84,14 @@ def test_an_error_is_that_of_the_function() -> None:
         run_tasks(refuse, {"a": (7,)})
 
 
-@pytest.mark.parametrize("lost", [1, cluster.MAX_LOST])
+@pytest.mark.parametrize("lost", [1, ray_tasks.MAX_LOST])
 def test_a_call_on_a_node_that_is_lost_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
 ) -> None:
     """The node is as gone as a silent network makes it: not a word comes from what runs there."""
-    monkeypatch.setattr(cluster, "_told_call", on_numbered_nodes)
-    monkeypatch.setattr(cluster, "_alive_nodes", lambda: {f"node {lost}"})
-    if lost < cluster.MAX_LOST:
+    monkeypatch.setattr(ray_tasks, "_told_call", on_numbered_nodes)
+    monkeypatch.setattr(ray_tasks, "_alive_nodes", lambda: {f"node {lost}"})
+    if lost < ray_tasks.MAX_LOST:
         assert run_tasks(hang_at_first, {"a": (str(tmp_path), lost)}) == {"a": lost}
     else:
         with pytest.raises(RuntimeError, match="a: 3 nodes were lost while it ran there"):
@@ -80,6 +101,39 @@ def test_a_call_on_a_node_that_is_lost_is_made_again(
 
 
 def test_a_call_that_never_said_where_it_runs_is_lost_with_any_node() -> None:
-    silent, speaking = cluster._RunningCall("a", {"x", "y"}), cluster._RunningCall("b", {"x", "y"}, "x")
+    silent, speaking = ray_tasks._RunningCall("a", {"x", "y"}), ray_tasks._RunningCall("b", {"x", "y"}, "x")
     for alive, lost in (({"x", "y", "z"}, (False, False)), ({"x"}, (True, False)), ({"y"}, (True, True))):
         assert (silent.is_lost(alive), speaking.is_lost(alive)) == lost
+
+
+def test_calls_held_apart_never_share_a_machine(tmp_path: Path) -> None:
+    """Whatever the number of its nodes. The results are in the order of the calls."""
+    names = ["c", "a", "b"]
+    assert list(run_tasks(run_alone, {name: (str(tmp_path), name) for name in names}, apart=True)) == names
+
+
+def test_calls_held_apart_run_side_by_side_on_machines_of_one_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_tasks, "_machines_of", lambda nodes: {node: f"machine of {node}" for node in nodes})
+    found = run_tasks(meet, {name: (str(tmp_path), name) for name in ("b", "a")}, apart=True)
+    assert list(found) == ["b", "a"]
+    assert set(found.values()) == ray_tasks._alive_nodes()
+    other = found["a"]
+    assert ray_tasks._Machines(gpus=0, used={other})._nodes() != []
+    assert ray_tasks._Machines(gpus=1)._nodes() == []  # Ray waits for one, or says that there is none
+    monkeypatch.setattr("overproof.cluster.ray_private.draining_nodes", lambda: {other})
+    assert ray_tasks._Machines(gpus=0)._nodes() == [found["b"]]
+
+
+def test_a_call_whose_node_has_left_before_it_began_is_made_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone, asked = "ab" * 28, list[str | None]()
+
+    def free_node(machines: Any, taken: Any) -> str | None:
+        asked.append(None if asked else gone)
+        return asked[-1]
+
+    monkeypatch.setattr(ray_tasks._Machines, "free_node", free_node)
+    monkeypatch.setattr(ray_tasks._RunningCall, "is_lost", lambda *_: False)
+    assert run_tasks(double, {"a": (4,)}, apart=True) == {"a": 8}
+    assert asked == [gone, None]

@@ -92,7 +92,7 @@ STAGES = (
     Stage("compress", "overproof.export.stage:export_models", ("prepare", "train", "sweep"),
           lambda r: {"compress": _dump(r.compress), **_compress_inputs(r)}, format=4, on_cluster=False),
     Stage("evaluate", "overproof.evaluate.stage:evaluate_exports", ("prepare", "compress"),
-          lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate), **_evaluate_inputs(r)}, format=7),
+          lambda r: {"seed": r.seed, "evaluate": _dump(r.evaluate), **_evaluate_inputs(r)}, format=8),
     Stage("gate", "overproof.evaluate.stage:judge_report", ("train", "sweep", "evaluate"),
           lambda r: {"gate": _dump(r.gate)}, format=5, on_cluster=False),
     Stage("report", "overproof.report.stage:write_report",

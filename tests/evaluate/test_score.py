@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from overproof.artifacts import Artifact
 from overproof.config import Evaluate
@@ -15,12 +18,13 @@ from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.engines.base import PlaceScores
 from overproof.errors import InputError
+from overproof.evaluate import stage
 from overproof.export.gguf_file import read_gguf
 from overproof.files import file_sha256
 from overproof.models import hf_directory
 from overproof.registry import FORMATS, TASKS
 from overproof.tasks import text_evaluation
-from overproof.tasks.base import FEWEST_UNITS, FileScores, ScoringTime, agreements, spread_units
+from overproof.tasks.base import FEWEST_UNITS, UNITS_TOGETHER, FileScores, ScoringTime, agreements, spread_units
 
 SETTINGS = Evaluate(threads=1)
 
@@ -75,6 +79,49 @@ def test_what_an_engine_does_not_tell_torch_does(text: dict[str, Artifact], monk
     np.testing.assert_allclose(found.total, nats, rtol=1e-5)
     np.testing.assert_array_equal(found.predictions, counts)
     assert (found.choices_N == choices).mean() > 0.999  # batches may break near ties the other way
+
+
+def test_however_documents_are_split_over_tasks_torch_scores_them_alike(
+    text: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit: a batch holds rows of several documents, and those of the same in every split."""
+    for module in (text_evaluation, stage):
+        monkeypatch.setattr(module, "UNITS_TOGETHER", 4)
+    monkeypatch.setitem(text_evaluation.BATCH_LOGITS, "cpu", 5 * 64 * 512)
+    file, root = text["compress"].local() / "student.gguf", text["prepare"].local()
+    units = TASKS["language_modeling"].units(root, 11)
+    whole, *others = (
+        functools.reduce(
+            FileScores.joined,
+            (
+                TASKS["language_modeling"].score(file, root, part, SETTINGS, "vllm", FORMATS["gguf"], lambda _: None)
+                for part in stage.split_units(units, count)
+            ),
+        )
+        for count in (1, 2, 3)
+    )
+    for other in others:
+        for name in ("units", "total", "size", "predictions", "choices_N"):
+            np.testing.assert_array_equal(getattr(other, name), getattr(whole, name))
+    half = TASKS["language_modeling"].score(
+        file, root, units, SETTINGS.model_copy(update={"precision": "bf16"}), "vllm", FORMATS["gguf"], lambda _: None
+    )
+    assert (half.total != whole.total).all()
+    np.testing.assert_allclose(half.total, whole.total, rtol=0.01)
+
+
+@given(
+    units=st.integers(1, 300), sizes=st.lists(st.integers(1, 100), min_size=1, max_size=9), at_once=st.integers(1, 9)
+)
+def test_parts_are_whole_runs_and_none_takes_more_than_its_share(units: int, sizes: list[int], at_once: int) -> None:
+    named = {str(number): size for number, size in enumerate(sizes)}
+    for name, count in stage.task_counts(named, at_once, units).items():
+        parts = stage.split_units(np.arange(units), count)
+        assert len(parts) == count
+        np.testing.assert_array_equal(np.concatenate(parts), np.arange(units))
+        assert all(part[0] % UNITS_TOGETHER == 0 for part in parts)
+        runs = -(-units // UNITS_TOGETHER)
+        assert count == runs or named[name] / count <= sum(sizes) / at_once
 
 
 @pytest.mark.parametrize("engine", ["llama.cpp", "vllm"])

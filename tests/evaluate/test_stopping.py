@@ -168,6 +168,10 @@ def test_rounds_add_up_to_what_one_gives(
     hurried = scored(score_s=1e-9)
     assert {len(scores.units) for scores in hurried.scores.values()} == {FEWEST_UNITS}
     assert "; evaluate.score_s allows 1e-09 s" in hurried.summary
+    one, many = (scored(max_documents=100, concurrent_tasks=tasks) for tasks in (1, 9))
+    for name, scores in one.scores.items():
+        for field in ("units", "total", "size", "predictions", "choices_N"):
+            np.testing.assert_array_equal(getattr(scores, field), getattr(many.scores[name], field))
     cut = scored(max_documents=50)
     assert cut.summary.startswith("50 of 597 images (evaluate.max_documents takes 50), ")
     assert cut.available == whole.available == 597

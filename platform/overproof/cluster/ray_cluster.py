@@ -12,9 +12,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,8 +31,6 @@ POLL_S = 0.2
 ANSWER_TIMEOUT_S = 5.0  # of a cluster's head
 NODE_ANSWER_TIMEOUT_S = 120  # of a node that starts a process for it
 NOTICE_EVERY_S = 4.0  # while another job is waited for
-MAX_LOST = 3  # nodes, each with the same call
-HEARTBEAT_S = 1.0  # at most between two calls of ``on_wait``
 LOCK_NAMESPACE = "overproof-locks"  # of the actors whose names are the locks
 
 ResultT = TypeVar("ResultT")
@@ -163,80 +161,6 @@ def capacity() -> Capacity:
     most = None if grown.most_nodes is None else max(0, grown.most_nodes + 1 - len(alive))  # the head is not counted
     where = f"{here} and may add {describe(addable)}" if addable else here
     return Capacity((*present, *addable), where, most)
-
-
-def run_tasks(
-    function: Callable[..., ResultT],
-    calls: Mapping[str, tuple[Any, ...]],
-    on_wait: Callable[[int, str], None] | None = None,
-    at_once: int = 1,
-    gpus: float = 0.0,
-) -> dict[str, ResultT]:
-    """Call a function on the cluster with each of these arguments, in their order; returns the results by name.
-
-    A call reserves one CPU. While some run, ``on_wait`` is told how many are done and which ended last. A call on a
-    node that is lost is made again on another: Ray by itself notices it up to seven minutes later where the network
-    fell silent, when gRPC's keepalive gives the call up.
-
-    Raises:
-        RuntimeError: a call was on ``MAX_LOST`` nodes that were lost.
-    """
-    import ray
-
-    remote: Any = ray.remote(num_cpus=1, num_gpus=gpus, num_returns="streaming")(_told_call)
-    todo, running, lost = list(calls), dict[Any, _RunningCall](), Counter[str]()
-    results: dict[str, ResultT] = {}
-    last = ""
-    while todo or running:
-        while todo and len(running) < at_once:  # not all at once: a process that is used again has its imports paid
-            name = todo.pop(0)
-            items = remote.options(name=function.__name__).remote(function, calls[name])
-            running[items] = _RunningCall(name, _alive_nodes())
-        if on_wait is not None:
-            on_wait(len(results), last)
-        ready: Sequence[Any] = ray.wait(list(running), timeout=HEARTBEAT_S)[0]
-        for items in ready:
-            call = running[items]
-            item: Any = ray.get(next(items))
-            if call.node is None:
-                call.node = item
-            else:
-                last = running.pop(items).name
-                results[last] = item
-        alive = _alive_nodes()
-        for items in [items for items, call in running.items() if call.is_lost(alive)]:
-            call = running.pop(items)
-            ray.cancel(items)  # of those that may not be lost
-            lost[call.name] += call.node is not None  # others may still wait for a node, and nodes may just leave
-            if lost[call.name] == MAX_LOST:
-                raise RuntimeError(f"{call.name}: {MAX_LOST} nodes were lost while it ran there")
-            todo.insert(0, call.name)
-    return results
-
-
-@dataclass
-class _RunningCall:
-    name: str
-    among: set[str]  # the nodes that were alive when it was made
-    node: str | None = None  # where it runs, once it has said so
-
-    def is_lost(self, alive: set[str]) -> bool:
-        """One that has not said where it runs may be on any node that is gone."""
-        return not self.among <= alive if self.node is None else self.node not in alive
-
-
-def _told_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator[Any]:
-    """The node that this runs on, then the result."""
-    import ray
-
-    yield ray.get_runtime_context().get_node_id()
-    yield function(*arguments)
-
-
-def _alive_nodes() -> set[str]:
-    import ray
-
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
 
 
 def call_on_each_node(function: Callable[..., ResultT], *arguments: Any) -> list[tuple[str, ResultT]]:

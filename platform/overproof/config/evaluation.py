@@ -31,7 +31,9 @@ class Evaluate(Section):
         "begun, of two at least; and as many of answers that records expect. null: no limit.",
     )
     precision: Precision = "fp32"
-    concurrent_tasks: Annotated[Count, RESOURCE] = Field(2, description="Exported files scored at the same time.")
+    concurrent_tasks: Annotated[Count, RESOURCE] = Field(
+        2, description="Scoring tasks at the same time; without score_s the largest files are split over several."
+    )
     gpus_per_task: Annotated[float, RESOURCE] = Field(
         0, ge=0, description="GPUs reserved by each scoring task, where torch scores: see engine."
     )

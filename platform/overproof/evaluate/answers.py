@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from overproof.artifacts import Artifact
-from overproof.cluster.ray_cluster import run_tasks
+from overproof.cluster.ray_tasks import run_tasks
 from overproof.config import Recipe
 from overproof.engines.probe import AnswersRequest, GeneratedAnswer, probe_answers
 from overproof.evaluate.metrics import EXPECTED_ACCURACY, wilson_interval
@@ -79,7 +79,7 @@ class CheckedAnswers:
 
 
 def check_answers(context: StageContext, exports: tuple[Export, ...]) -> CheckedAnswers:
-    """Ask one file after the other, on as many questions as the recipe has documents and time for."""
+    """Ask every file as many questions as the recipe has documents and time for, one file at a time on a machine."""
     settings, root = context.recipe.evaluate, context.parents["prepare"].local_except("train/")
     checks = read_checks(root)
     if not checks:
@@ -87,18 +87,23 @@ def check_answers(context: StageContext, exports: tuple[Export, ...]) -> Checked
     asked = [checks[place] for place in spread_units(np.arange(len(checks)), settings.max_documents)]
     limit_s = None if settings.score_s is None else settings.score_s / len(exports)
     began_s = time.monotonic()
+
+    def report(done: int, last: str) -> None:
+        context.progress(TaskProgress("answers", done, len(exports), f"{last} done" if last else ""))
+
     found = run_tasks(
         _ask,
         {
             export.name: (
-                context.parents["compress"], export.file, asked, context.recipe, limit_s, context.progress, number,
-                len(exports),
+                context.parents["compress"], export.file, asked, context.recipe, limit_s, context.progress,
             )
-            for number, export in enumerate(exports)
+            for export in exports
         },
+        report,
         gpus=settings.gpus,
+        apart=True,
     )  # fmt: skip
-    context.progress(TaskProgress("answers", len(exports), len(exports)))
+    report(len(exports), "")
     done = min(len(answers) for answers in found.values())
     answers = {name: given[:done] for name, given in found.items()}
     _tell_refusals(context, asked, answers)
@@ -134,10 +139,10 @@ def _tell_refusals(
 
 def _ask(
     compressed: Artifact, file: str, asked: list[AnswerCheck], recipe: Recipe, limit_s: float | None,
-    progress: Progress, number: int, total: int,
+    progress: Progress,
 ) -> list[GeneratedAnswer]:  # fmt: skip
     def say(note: str) -> None:
-        progress(TaskProgress("answers", number, total, f"{file}: {note}"))
+        progress(TaskProgress(f"answers {file}", 0, 1, note))
 
     say("starting")
     request = AnswersRequest(
@@ -149,4 +154,6 @@ def _ask(
         answer_tokens=recipe.evaluate.answer_tokens,
         limit_s=limit_s,
     )
-    return probe_answers(request, say).answers
+    answers = probe_answers(request, say).answers
+    progress(TaskProgress(f"answers {file}", 1, 1))
+    return answers

@@ -1,10 +1,12 @@
-"""The evaluate and gate stages: every exported file scored in parallel, then its engine asked, one after another."""
+"""The evaluate and gate stages: all exported files scored in parallel, then their engine asked, one on a machine."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from overproof.artifacts import Artifact
-from overproof.cluster.ray_cluster import run_tasks
+from overproof.cluster.ray_tasks import run_tasks
 from overproof.config import Evaluate, Recipe, Served
 from overproof.data.manifest import Manifest, NearDuplicatesFound
 from overproof.engines.endpoint import EndpointScorer
@@ -37,7 +39,7 @@ from overproof.export.stage import EXPORTS, Export, export_folder, read_exports
 from overproof.files import read_json
 from overproof.registry import ENGINES, FORMATS, TASKS
 from overproof.stage_context import Progress, StageContext, TaskProgress
-from overproof.tasks.base import FileScores, Metric, TokenTask, agreements
+from overproof.tasks.base import UNITS_TOGETHER, FileScores, Metric, TokenTask, agreements
 from overproof.units import format_count
 
 UNITS = "units.parquet"
@@ -217,27 +219,47 @@ def _scored_files(exports: Sequence[Export]) -> dict[str, str]:
 def _score_round(
     context: StageContext, exports: tuple[Export, ...], units: NDArray[np.int64], limits_s: Mapping[str, float | None]
 ) -> dict[str, tuple[FileScores, float]]:
-    """Score every file in a task of its own, the largest first: it takes longest."""
+    """Score every file, the largest first and, where time does not end it, split over several tasks: they take
+    longest. However they are split, the scores are the same.
+    """
     files = _scored_files(sorted(exports, key=lambda e: -e.size_bytes))
     prepared, compressed, recipe = context.parents["prepare"], context.parents["compress"], context.recipe
+    settings, counts = recipe.evaluate, dict.fromkeys(files, 1)
+    if settings.score_s is None:
+        counts |= task_counts({e.name: e.size_bytes for e in exports}, settings.concurrent_tasks, len(units))
     began_s = time.monotonic()
 
     def report(done: int, last: str) -> None:
         note = f"{f'{last} done, ' if last else ''}{time.monotonic() - began_s:.0f} s"
-        context.progress(TaskProgress("score", done, len(files), note))
+        context.progress(TaskProgress("score", done, len(calls), note))
 
-    found = run_tasks(
-        _score,
-        {
-            name: (compressed, prepared, file, _limited(recipe, limits_s[name]), units, context.progress)
-            for name, file in files.items()
-        },
-        report,
-        at_once=recipe.evaluate.concurrent_tasks,
-        gpus=recipe.evaluate.gpus_per_task,
-    )
-    report(len(files), "")
-    return found
+    calls, parts = dict[str, tuple[Any, ...]](), dict[str, list[str]]()
+    for name, file in files.items():
+        for number, share in enumerate(split_units(units, counts[name]), start=1):
+            part = f"{name} {number}/{counts[name]}" if counts[name] > 1 else name
+            given = _limited(recipe, limits_s[name])
+            calls[part] = (compressed, prepared, file, given, share, f"score {part}", context.progress)
+            parts.setdefault(name, []).append(part)
+    found = run_tasks(_score, calls, report, settings.concurrent_tasks, settings.gpus_per_task)
+    report(len(calls), "")
+    return {
+        name: (reduce(FileScores.joined, (found[part][0] for part in its)), sum(found[part][1] for part in its))
+        for name, its in parts.items()
+    }
+
+
+def task_counts(sizes: Mapping[str, int], at_once: int, units: int) -> dict[str, int]:
+    """Over how many tasks each file is split, so that so many at a time all have work to the end: scoring takes as long
+    as a file is large.
+    """
+    share, most = sum(sizes.values()) / at_once, ceil(units / UNITS_TOGETHER)
+    return {name: min(most, max(1, ceil(size / share))) for name, size in sizes.items()}
+
+
+def split_units(units: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:
+    """Parts of about equal length, each of whole runs of ``UNITS_TOGETHER`` from the first on."""
+    runs = np.arange(0, len(units), UNITS_TOGETHER)
+    return np.split(units, [part[0] for part in np.array_split(runs, count)[1:]])
 
 
 def _limited(recipe: Recipe, limit_s: float | None) -> Recipe:
@@ -267,23 +289,22 @@ def _bootstrap(recipe: Recipe) -> Bootstrap:
 
 
 def _probe_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, dict[str, Metric]]:
-    """Ask the engine about one file after the other: two at a time would measure each other."""
-    prepared, compressed = context.parents["prepare"], context.parents["compress"]
-    found = run_tasks(
-        _probe,
-        {
-            export.name: (compressed, prepared, export.file, context.recipe, context.progress, number, len(exports))
-            for number, export in enumerate(exports)
-        },
-        gpus=context.recipe.evaluate.gpus,
-    )
-    context.progress(TaskProgress("engine", len(exports), len(exports)))
+    """Ask the engine about every file, on as many machines as there are: two on one would measure each other."""
+    prepared, compressed, recipe = context.parents["prepare"], context.parents["compress"], context.recipe
+    calls = {e.name: (compressed, prepared, e.file, recipe, context.progress) for e in exports}
+
+    def report(done: int, last: str) -> None:
+        context.progress(TaskProgress("engine", done, len(calls), f"{last} done" if last else ""))
+
+    found = run_tasks(_probe, calls, report, gpus=recipe.evaluate.gpus, apart=True)
+    report(len(calls), "")
     return found
 
 
 def _score(
-    compressed: Artifact, prepared: Artifact, file: str, recipe: Recipe, units: NDArray[np.int64], progress: Progress
-) -> tuple[FileScores, float]:
+    compressed: Artifact, prepared: Artifact, file: str, recipe: Recipe, units: NDArray[np.int64], about: str,
+    progress: Progress,
+) -> tuple[FileScores, float]:  # fmt: skip
     root, path = prepared.local_except("train/"), export_folder(compressed, file) / file
     task, format = TASKS[Manifest.read(root).task], FORMATS[recipe.compress.kind]
     began_s = told_s = time.monotonic()
@@ -292,7 +313,7 @@ def _score(
         nonlocal told_s
         if done == len(units) or time.monotonic() - told_s >= TELL_EVERY_S:
             told_s = time.monotonic()
-            progress(TaskProgress(f"score {file}", done, len(units), f"{task.test_unit}s"))
+            progress(TaskProgress(about, done, len(units), f"{task.test_unit}s"))
 
     if file == ServedTeacher.FILE:
         assert isinstance(task, TokenTask)
@@ -306,16 +327,18 @@ def _score(
 
 
 def _probe(
-    compressed: Artifact, prepared: Artifact, file: str, recipe: Recipe, progress: Progress, number: int, total: int
+    compressed: Artifact, prepared: Artifact, file: str, recipe: Recipe, progress: Progress
 ) -> dict[str, Metric]:
     root, path = prepared.local_except("train/"), export_folder(compressed, file) / file
     task, format = TASKS[Manifest.read(root).task], FORMATS[recipe.compress.kind]
 
     def say(note: str) -> None:
-        progress(TaskProgress("engine", number, total, f"{file}: {note}"))
+        progress(TaskProgress(f"engine {file}", 0, 1, note))
 
     say("starting")
-    return task.probe(path, root, probe_settings(recipe), recipe.engine, format, say)
+    found = task.probe(path, root, probe_settings(recipe), recipe.engine, format, say)
+    progress(TaskProgress(f"engine {file}", 1, 1))
+    return found
 
 
 def probe_settings(recipe: Recipe) -> Evaluate:

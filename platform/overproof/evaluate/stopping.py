@@ -16,9 +16,9 @@ from overproof.config import Agreement, Evaluate, Improvement, Keep, Quality, Re
 from overproof.evaluate.gate import reference_name
 from overproof.evaluate.metrics import Comparison
 from overproof.export.stage import Export
-from overproof.tasks.base import Metric
+from overproof.tasks.base import UNITS_TOGETHER, Metric
 
-FEWEST = 32  # units before the first look at a width
+FEWEST = UNITS_TOGETHER  # units before the first look at a width
 
 
 def next_count(done: int, available: int, settings: Evaluate, spent_s: float) -> int:

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from overproof.artifacts import TOOLS, Artifact
-from overproof.cluster.ray_cluster import run_tasks
+from overproof.cluster.ray_tasks import run_tasks
 from overproof.config import Evaluate, Speculate
 from overproof.data.parquet_reader import Shards
 from overproof.engines import probe

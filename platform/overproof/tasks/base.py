@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 Tell = Callable[[int], None]
 FEWEST_UNITS = 2  # that are scored of every file, whatever time that takes
+UNITS_TOGETHER = 32  # that a scorer may put into one batch: a score depends on no others, not even by rounding
 
 # What a student may learn from beside the labels.
 Loss = Literal["outputs", "attention", "hidden_states", "generated_text"]
@@ -297,7 +298,8 @@ class Task(Protocol):
         tell: Tell,
     ) -> FileScores:  # fmt: skip
         """An exported file on these test units, or on the first of them where the file's time, ``settings.score_s``, is
-        over (see ``ScoringTime``); ``tell`` hears now and then how many of them are done.
+        over (see ``ScoringTime``); ``tell`` hears now and then how many of them are done. Scores are the same to the
+        last bit where units, by ``UNITS_TOGETHER`` from the first on, are scored in several calls.
         """
 
     def probe(

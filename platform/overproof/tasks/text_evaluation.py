@@ -32,7 +32,7 @@ from overproof.config.base import Precision
 from overproof.data.manifest import CLUSTER, DOCUMENTS, TEST_TEXTS, TOKENIZER, Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.engines import probe
-from overproof.engines.base import ScoringLoader, TextScorer
+from overproof.engines.base import PlaceScores, ScoringLoader, TextScorer
 from overproof.engines.probe import Say
 from overproof.engines.prompt_limits import require_context
 from overproof.errors import InputError
@@ -44,7 +44,15 @@ from overproof.models.documents import document_positions
 from overproof.models.hf_directory import Batch
 from overproof.models.sizes import most_positions
 from overproof.registry import ENGINES
-from overproof.tasks.base import FileScores, Metric, ScoringTime, Tell, cost_metrics, spread_units
+from overproof.tasks.base import (
+    UNITS_TOGETHER,
+    FileScores,
+    Metric,
+    ScoringTime,
+    Tell,
+    cost_metrics,
+    spread_units,
+)
 from overproof.tasks.torch_scorer import TorchScorer
 
 BATCH_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 28}  # numbers in the logits of one batch of torch
@@ -132,15 +140,7 @@ def score_text(
     rows = TestDocuments.of(root).take(documents)
     nats, predictions = np.zeros(len(rows.documents)), np.zeros(len(rows.documents), np.int64)
     choices, done = list[NDArray[np.int32]](), 0
-    counts = deque[NDArray[np.bool_]]()  # of the rows that were read and are not scored yet: a scorer may read ahead
-
-    def tokens() -> Iterator[NDArray[Any]]:
-        for tokens_S, counts_P in _test_rows(Shards(root, "test"), rows, counted):
-            counts.append(counts_P)
-            yield tokens_S
-
-    for row, (place, scores) in enumerate(zip(rows.places.tolist(), scorer.score(tokens()), strict=True)):
-        counts_P = counts.popleft()
+    for row, (place, scores, counts_P) in enumerate(_scored_rows(Shards(root, "test"), rows, scorer, counted)):
         nats[place] += scores.nats_P[counts_P].sum()
         predictions[place] += counts_P.sum()
         choices.append(scores.choices_P[counts_P])
@@ -153,12 +153,32 @@ def score_text(
     return FileScores(file_sha256(file), rows.documents, nats, sizes, predictions, choices_N).first(done)
 
 
+def _scored_rows(
+    shards: Shards, rows: TestDocuments, scorer: TextScorer, counted: str | None
+) -> Iterator[tuple[int, PlaceScores, NDArray[np.bool_]]]:
+    """The place of each row's document, its scores, and which of them count; ``UNITS_TOGETHER`` documents by
+    themselves, since torch puts rows of several into a batch.
+    """
+    counts = deque[NDArray[np.bool_]]()  # of the rows that were read and are not scored yet: a scorer may read ahead
+
+    def tokens(sample_ids: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+        for tokens_S, counts_P in _test_rows(shards, sample_ids, counted):
+            counts.append(counts_P)
+            yield tokens_S
+
+    for first in range(0, len(rows.documents), UNITS_TOGETHER):
+        here = slice(*np.searchsorted(rows.places, (first, first + UNITS_TOGETHER)))
+        found = scorer.score(tokens(rows.sample_ids[here]))
+        for place, scores in zip(rows.places[here].tolist(), found, strict=True):
+            yield place, scores, counts.popleft()
+
+
 def _test_rows(
-    shards: Shards, rows: TestDocuments, counted: str | None
+    shards: Shards, sample_ids: NDArray[np.int64], counted: str | None
 ) -> Iterator[tuple[NDArray[Any], NDArray[np.bool_]]]:
     """The tokens of each row, those that are read and the last that is predicted; and which predictions count."""
-    for start in range(0, len(rows.sample_ids), READ_ROWS):
-        columns = shards.take(rows.sample_ids[start : start + READ_ROWS])
+    for start in range(0, len(sample_ids), READ_ROWS):
+        columns = shards.take(sample_ids[start : start + READ_ROWS])
         for row, length in enumerate(columns["length"]):
             counts_P = np.ones(length, bool) if counted is None else columns[counted][row, :length] > 0
             yield columns["tokens"][row, : length + 1], counts_P
