@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,11 @@ from overproof.artifacts import Artifact
 from overproof.config import OnPolicy
 from overproof.distill.on_policy import TeacherScorer
 from overproof.distill.student_trainer import StudentTrainer
-from overproof.distill.trial_job import TrialJob
+from overproof.distill.sweep_tracker import SweepTracker
+from overproof.distill.trial_job import MAX_DEATHS, TrialJob
+from overproof.distill.tune_trial import InProcessTrainer
 from overproof.errors import InputError
+from overproof.stage_context import no_progress
 
 
 def in_bf16(job: TrialJob) -> TrialJob:
@@ -61,6 +65,19 @@ def test_scores_and_text_in_bf16(text_world: World) -> None:
     one = writer(text_world, None, precision="bf16")
     assert one.index.identity.precision == "bf16"
     np.testing.assert_array_equal(one.compute(ids[::-1])["tokens"], one.compute(ids)["tokens"][::-1])
+
+
+def test_a_gpu_that_torch_does_not_find_is_why_a_trial_failed(
+    digits_world: World, digits_cache: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before its first step: nothing of it is known but the reason."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    job = begun(digits_world, digits_cache, NARROW)
+    trial = InProcessTrainer()
+    trial.start(TrialJob(**vars(job) | {"settings": job.settings.model_copy(update={"gpus_per_trial": 0.5})}))
+    tracker = SweepTracker(no_progress, job.settings.steps, 1, MAX_DEATHS, tmp_path)
+    tracker.record_result(trial.run_to_validation())
+    assert "0.5 GPUs are reserved here, and torch" in tracker.failures[job.name]
 
 
 def test_a_group_says_its_own_precision(digits_world: World) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
+from ray.exceptions import RayTaskError
 
 from overproof.artifacts import Artifact
 from overproof.config import OnPolicy, Recipe
@@ -145,7 +146,15 @@ class ScorerPool:
 
     def _call(self, method: str, *arguments: Any) -> Any:
         broker: Any = ray.get_actor(self.name)
-        return ray.get(getattr(broker, method).remote(*arguments))
+        try:
+            return ray.get(getattr(broker, method).remote(*arguments))
+        except RayTaskError as error:  # each actor on the way wraps what it wraps, with a traceback for a message
+            cause: BaseException = error
+            while isinstance(cause, RayTaskError):
+                cause = cause.cause
+            if isinstance(cause, InputError):
+                raise cause from None
+            raise
 
 
 class ScorerWorker:

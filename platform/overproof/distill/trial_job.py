@@ -74,7 +74,7 @@ def trial_result(job: TrialJob, steps: int, **measured: Any) -> dict[str, Any]:
         "parameters": None,
         "seconds": 0.0,
         "cpu_seconds": 0.0,
-        "began_at": 0,
+        "resumed_step": 0,
         "faults": (),
         "pid": os.getpid(),
         "import_seconds": 0.0,

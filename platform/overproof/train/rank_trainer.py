@@ -57,7 +57,7 @@ class RankTrainer:
         self.task = TASKS[self.manifest.task]
         self.order = self.manifest.order(job.seed)
         torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
-        start_compute(job.train.gpus_per_worker, "tf32" if job.train.precision == "tf32" else "fp32")
+        start_compute(job.train.gpus_per_worker, "fp32" if job.train.precision == "fp32" else "tf32")
         checkpoint = resume.checkpoint
         universal = checkpoint is not None and checkpoint.world != world and job.train.zero_stage in (1, 2)
         self._report_phase("building the model")
