@@ -63,7 +63,7 @@ def test_replicas_follow_the_load_down_to_none_and_back(shared_server: SharedSer
         wait_for_replicas(2)
     assert codes
     assert set(codes) == {200}
-    with load(base, clients=60) as codes:  # two replicas hold 2 and 16 wait: the others get 429
+    with load(base, clients=60) as codes:  # two replicas hold 2 and 32 wait: the others get 429
         wait_until(lambda: 429 in codes)
     assert set(codes) == {200, 429}
     wait_for_replicas(0)

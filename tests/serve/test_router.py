@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -36,12 +37,14 @@ from overproof.serve.router import (
     DEATHS_COUNT_S,
     SMALL_AT_ONCE,
     DeadlyRequests,
+    ReplicaConnection,
     ReplicaDied,
     ReplicaLoad,
     ReplicaPool,
     ReplicaServer,
+    RoomyReplicas,
 )
-from overproof.serve.rpc import LENGTH_BYTES, MAX_HELLO_BYTES, Drain, GatewayAddress, Hello, encode_frame
+from overproof.serve.rpc import LENGTH_BYTES, MAX_HELLO_BYTES, Connection, Drain, GatewayAddress, Hello, encode_frame
 
 NAME, HOST, ONE = "package", "127.0.0.1", Sampling(1)
 SOON_S = 10
@@ -115,7 +118,7 @@ class Directory:
 async def gateway(directory: Directory, max_queued: int = 8) -> AsyncIterator[tuple[ReplicaServer, ReplicaPool]]:
     replica_server = ReplicaServer()
     pool = replica_server.pool(NAME)
-    pool.max_queued = max_queued
+    pool.queued_per_replica = max_queued
     await directory.publish(await replica_server.listen(HOST))
     yield replica_server, pool
     replica_server.close()
@@ -171,7 +174,7 @@ def test_a_replica_answers_as_its_engine_does(text_package: Path, digits_package
             ReplicaWorker(BatchingEngine(images), "digits", 2, directory.find)
             inputs_BD = np.linspace(0, 1, 192, dtype=np.float32).reshape(3, 64)
             classes = replica_server.pool("digits")
-            classes.max_queued = 1
+            classes.queued_per_replica = 1
             np.testing.assert_array_equal(await classes.logprobs(inputs_BD), images.logprobs(inputs_BD))
             with pytest.raises(InputError, match="64"):
                 await classes.logprobs(inputs_BD[:, :3])
@@ -204,6 +207,45 @@ def test_requests_wait_for_capacity_in_their_order_and_the_least_busy_takes_them
             one.go_on.set()
             await asyncio.gather(*calls)
             assert pool.load == ReplicaLoad(2, 0, 0)
+
+    run(test())
+
+
+def test_the_least_busy_replica_is_found_whatever_came_and_went() -> None:
+    """Against a search of all of them, over random changes."""
+    draw = random.Random(0)
+    pools, replicas = RoomyReplicas(takes_slot=True), list[ReplicaConnection]()
+    for _ in range(3000):
+        if not replicas or draw.random() < 0.1:
+            changed = ReplicaConnection(Connection(None, lambda *_: None, lambda _: None), draw.randint(1, 5))
+            replicas.append(changed)
+        else:
+            changed = draw.choice(replicas)
+            changed.in_flight[True] = max(0, min(changed.capacity, changed.in_flight[True] + draw.choice((-1, 1))))
+            changed.draining |= draw.random() < 0.02
+            if draw.random() < 0.05:
+                replicas.remove(changed)
+        pools.update(changed, changed in replicas)
+        counts = [each.in_flight[True] for each in replicas if each.has_room(True)]
+        found = pools.least_busy
+        assert (None if found is None else found.in_flight[True]) == min(counts, default=None)
+        assert found is None or (found in replicas and found.has_room(True))
+
+
+def test_every_replica_lets_more_requests_wait() -> None:
+    async def test() -> None:
+        directory, engines = Directory(), [ScriptedEngine() for _ in range(3)]
+        async with gateway(directory, max_queued=2) as (_, pool):
+            for engine in engines:
+                ReplicaWorker(engine, NAME, 1, directory.find)
+            await until(lambda: pool.load.replicas == 3)
+            calls = [asyncio.ensure_future(pool.complete(str(i), ONE)) for i in range(9)]
+            await until(lambda: pool.load == ReplicaLoad(3, 3, 6))
+            with pytest.raises(Busy, match="3 requests are being answered and 6 of yours wait"):
+                await pool.complete("one too many", ONE)
+            for engine in engines:
+                engine.go_on.set()
+            await asyncio.gather(*calls)
 
     run(test())
 

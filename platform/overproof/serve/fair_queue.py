@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from contextvars import ContextVar
 from typing import Generic, TypeVar
 
@@ -16,21 +15,33 @@ class FairQueue(Generic[GivenT]):
     """Futures that wait to be given something: those of a client in their order, and clients in turn."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, deque[asyncio.Future[GivenT]]] = {}  # by client, the next one first
+        self._waiting: dict[str, dict[asyncio.Future[GivenT], None]] = {}  # by client, the next one first
+        self._length = 0
 
     def __len__(self) -> int:
-        return sum(not each.done() for own in self._waiting.values() for each in own)
+        return self._length
 
     @property
     def own(self) -> int:
         """How many of this client wait."""
-        return sum(not each.done() for each in self._waiting.get(CLIENT.get(), ()))
+        return len(self._waiting.get(CLIENT.get(), ()))
 
     def put(self) -> asyncio.Future[GivenT]:
-        """Another one of this client."""
+        """Another one of this client; ``discard`` it where nobody waits for it any more."""
         added: asyncio.Future[GivenT] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(CLIENT.get(), deque()).append(added)
+        self._waiting.setdefault(CLIENT.get(), {})[added] = None
+        self._length += 1
         return added
+
+    def discard(self, waiting: asyncio.Future[GivenT]) -> None:
+        """Take out one of this client, if it still waits."""
+        client = CLIENT.get()
+        own = self._waiting.get(client, {})
+        if waiting in own:
+            del own[waiting]
+            self._length -= 1
+            if not own:
+                del self._waiting[client]
 
     def pop(self) -> asyncio.Future[GivenT] | None:
         """The next one, None where there is none; its client is the last one then."""
@@ -38,8 +49,10 @@ class FairQueue(Generic[GivenT]):
             client = next(iter(self._waiting))
             own = self._waiting.pop(client)
             while own:
-                first = own.popleft()
-                if not first.done():
+                first = next(iter(own))
+                del own[first]
+                self._length -= 1
+                if not first.done():  # which is cancelled, and not discarded yet
                     if own:
                         self._waiting[client] = own
                     return first
@@ -65,6 +78,7 @@ class FairSemaphore:
         try:
             await turn
         except asyncio.CancelledError:
+            self._queue.discard(turn)
             if turn.done() and not turn.cancelled():
                 self._release()
             raise

@@ -184,7 +184,7 @@ class ModelRouter:
         cached = self._served.get(version.package)
         if cached is None or cached[0] != version:
             pool = self._replica_server.pool(version.package)
-            pool.max_queued = QUEUED_PER_SLOT * version.settings.slots
+            pool.queued_per_replica = QUEUED_PER_SLOT * version.settings.slots
             opened = partial(version_copy, version, self._settings)
             cached = version, ServedModel(version.model, pool, version.settings.max_tokens, opened)
             self._served[version.package] = cached

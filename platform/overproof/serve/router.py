@@ -65,9 +65,41 @@ class ReplicaConnection:
     draining: bool = False
     pending: dict[int, PendingRequest] = field(default_factory=dict)  # by request id
 
-    def load(self, takes_slot: bool) -> float:
-        """Of 1, at which it is sent no more of these requests."""
-        return self.in_flight[takes_slot] / (self.capacity if takes_slot else SMALL_AT_ONCE)
+    def has_room(self, takes_slot: bool) -> bool:
+        """Whether it takes one more of these requests."""
+        return not self.draining and self.in_flight[takes_slot] < (self.capacity if takes_slot else SMALL_AT_ONCE)
+
+
+class RoomyReplicas:
+    """The replicas that take one more request, by how many they have: the least busy one is found, and one is moved, in
+    a time that does not grow with their number. Of several the one that has had its requests for longest is the next.
+    """
+
+    def __init__(self, takes_slot: bool) -> None:
+        self._takes_slot = takes_slot
+        self._by_count: list[dict[ReplicaConnection, None]] = []
+        self._counts: dict[ReplicaConnection, int] = {}
+        self._least = 0  # nobody has fewer
+
+    @property
+    def least_busy(self) -> ReplicaConnection | None:
+        """The replica that takes the next request; None where none has room."""
+        if not self._counts:
+            return None
+        while not self._by_count[self._least]:
+            self._least += 1
+        return next(iter(self._by_count[self._least]))
+
+    def update(self, replica: ReplicaConnection, connected: bool = True) -> None:
+        """Take in what has changed of a replica."""
+        if replica in self._counts:
+            del self._by_count[self._counts.pop(replica)][replica]
+        if connected and replica.has_room(self._takes_slot):
+            count = self._counts[replica] = replica.in_flight[self._takes_slot]
+            while len(self._by_count) <= count:
+                self._by_count.append({})
+            self._by_count[count][replica] = None
+            self._least = min(self._least, count)
 
 
 @dataclass(frozen=True)
@@ -119,22 +151,28 @@ def _request_hash(operation: rpc.Operation) -> str:
 
 class ReplicaPool:
     """All replicas of a package as one ``AsyncEngine``: the least busy one takes the next request, and where none has
-    capacity requests wait, clients in turn, ``max_queued`` of each.
+    capacity requests wait, clients in turn, ``queued_per_replica`` of each for every replica there is.
 
     Requests that cost little (a check, a chat template) take no slot, and wait for no other ones than their like.
     """
 
     def __init__(self) -> None:
-        self.max_queued = 0
-        self._replicas: list[ReplicaConnection] = []
+        self.queued_per_replica = 0
+        self._replicas: dict[ReplicaConnection, None] = {}
+        self._taking = 0  # replicas that are not draining
+        self._roomy = {takes_slot: RoomyReplicas(takes_slot) for takes_slot in (True, False)}
         self._queues = {takes_slot: FairQueue[ReplicaConnection]() for takes_slot in (True, False)}
         self._deadly = DeadlyRequests()
 
     @property
     def load(self) -> ReplicaLoad:
-        replicas = sum(not replica.draining for replica in self._replicas)
         running = sum(replica.in_flight[True] for replica in self._replicas)
-        return ReplicaLoad(replicas, running, sum(map(len, self._queues.values())))
+        return ReplicaLoad(self._taking, running, sum(map(len, self._queues.values())))
+
+    @property
+    def max_queued(self) -> int:
+        """Requests of one client that may wait; as many as for one replica while there is none."""
+        return self.queued_per_replica * max(1, self._taking)
 
     async def complete(self, prompt: Prompt, sampling: Sampling, on_work: OnWork = ignore_work) -> Generation:
         generation: Generation = await self._call(rpc.Complete(prompt, sampling), on_work=on_work)
@@ -178,8 +216,9 @@ class ReplicaPool:
         await self._call(rpc.Check(), takes_slot=False)
 
     def add(self, replica: ReplicaConnection) -> None:
-        self._replicas.append(replica)
-        self._assign_queued()
+        self._replicas[replica] = None
+        self._taking += 1
+        self._update(replica)
 
     def on_message(self, replica: ReplicaConnection, message: rpc.Chunk | rpc.Result | rpc.Error) -> None:
         """Hand a response on to the request that waits for it."""
@@ -197,15 +236,17 @@ class ReplicaPool:
 
     def drain(self, replica: ReplicaConnection) -> None:
         """Send a replica no more requests; it goes when it has answered those it has."""
+        self._taking -= not replica.draining
         replica.draining = True
-        self._assign_queued()
+        self._update(replica)
         replica.connection.send(rpc.Drained())
 
     def remove(self, replica: ReplicaConnection) -> None:
-        self._replicas.remove(replica)
+        del self._replicas[replica]
+        self._taking -= not replica.draining
         for request in replica.pending.values():
             request.end(None)
-        self._assign_queued()
+        self._update(replica)
 
     async def _call(self, operation: rpc.Operation, takes_slot: bool = True, on_work: OnWork = ignore_work) -> Any:
         for attempt in range(MAX_ATTEMPTS):
@@ -243,32 +284,35 @@ class ReplicaPool:
 
     async def _acquire(self, takes_slot: bool) -> ReplicaConnection:
         queue = self._queues[takes_slot]
-        if queue.own >= self.max_queued and self._least_busy(takes_slot) is None:
+        if queue.own >= self.max_queued and self._roomy[takes_slot].least_busy is None:
             raise Busy(f"{self.load.running} requests are being answered and {queue.own} of yours wait; ask again")
         given = queue.put()
         self._assign_queued()
         try:
             return await given
         except asyncio.CancelledError:
+            queue.discard(given)
             if given.done() and not given.cancelled():
                 self._release(given.result(), takes_slot)
             raise
 
     def _release(self, replica: ReplicaConnection, takes_slot: bool) -> None:
         replica.in_flight[takes_slot] -= 1
+        self._update(replica)
+
+    def _update(self, replica: ReplicaConnection) -> None:
+        for roomy in self._roomy.values():
+            roomy.update(replica, replica in self._replicas)
         self._assign_queued()
 
     def _assign_queued(self) -> None:
         """Give the capacity there is to the requests that wait for it."""
         for takes_slot, queue in self._queues.items():
-            while (replica := self._least_busy(takes_slot)) and (waiting := queue.pop()):
+            roomy = self._roomy[takes_slot]
+            while (replica := roomy.least_busy) and (waiting := queue.pop()):
                 replica.in_flight[takes_slot] += 1
+                roomy.update(replica)
                 waiting.set_result(replica)
-
-    def _least_busy(self, takes_slot: bool) -> ReplicaConnection | None:
-        """The replica that takes the next request; None where none has capacity."""
-        free = [each for each in self._replicas if not each.draining and each.load(takes_slot) < 1]
-        return min(free, key=lambda each: each.load(takes_slot), default=None)
 
 
 class ReplicaServer:
