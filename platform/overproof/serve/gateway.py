@@ -284,5 +284,5 @@ class GatewayTelemetry(Telemetry):
     async def metrics(self) -> str:
         """The metrics of all nodes, ``METRICS_S`` old at most: who asks meanwhile gets the same page."""
         if self._page is None or (self._page.done() and time.monotonic() - self._gathered_s > METRICS_S):
-            self._page, self._gathered_s = asyncio.ensure_future(gather_metrics()), time.monotonic()
+            self._page, self._gathered_s = asyncio.ensure_future(asyncio.to_thread(gather_metrics)), time.monotonic()
         return await asyncio.shield(self._page)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 import httpx
 import ray
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import Metric
-from prometheus_client.parser import text_string_to_metric_families
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from overproof.serve.async_engine import Work
@@ -64,32 +61,36 @@ class ServeMetrics:
         self._first_event.observe(seconds, {"package": package})
 
 
-async def gather_metrics() -> str:
-    """The metrics of every node, as one text."""
+def gather_metrics() -> str:
+    """The metrics of every node, as one text; called in a thread, for it waits for the nodes in a loop of its own."""
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
+    return merge_metrics(asyncio.run(_read_pages(urls)))
+
+
+async def _read_pages(urls: Sequence[str]) -> list[str]:
     async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
-        requests = (client.get(f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics") for n in nodes)
-        replies = await asyncio.gather(*requests, return_exceptions=True)
-    pages = [reply.text for reply in replies if isinstance(reply, httpx.Response)]  # a node may be stopping
-    return await asyncio.to_thread(merge_metrics, pages)
+        replies = await asyncio.gather(*map(client.get, urls), return_exceptions=True)
+    return [reply.text for reply in replies if isinstance(reply, httpx.Response)]  # a node may be stopping
 
 
 def merge_metrics(texts: Iterable[str]) -> str:
-    """Ray Serve's metrics and ours out of several texts, each family once."""
-    families: dict[str, Metric] = {}
+    """Ray Serve's metrics and ours out of several texts, each family once: its comments, then its samples of all texts.
+
+    Lines are passed on as they are: to read their labels and numbers takes a hundred times as long, of a lock that the
+    event loop needs as well.
+    """
+    comments: dict[str, list[str]] = {}
+    samples: defaultdict[str, list[str]] = defaultdict(list)
     for text in texts:
-        for family in text_string_to_metric_families(text):
-            if family.name.startswith(METRIC_PREFIXES):
-                found = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-                found.samples += family.samples
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_FamilyCollector(families))
-    return generate_latest(registry).decode()
-
-
-class _FamilyCollector:
-    def __init__(self, families: dict[str, Any]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterator[Any]:
-        yield from self._families.values()
+        family = ""
+        own: dict[str, list[str]] = {}
+        for line in text.split("\n"):
+            if line.startswith("# "):
+                family = line.split(" ", 3)[2]
+                own.setdefault(family, []).append(line)
+            elif line and family.startswith(METRIC_PREFIXES):
+                samples[family].append(line)
+        comments = own | comments
+    lines = [line for family, found in samples.items() for line in (*comments[family], *found)]
+    return "\n".join(lines) + "\n" if lines else ""
