@@ -116,11 +116,12 @@ class Hosts:
                  host.address, "--num-cpus", str(cpus), "--object-store-memory", "200000000")  # fmt: skip
         return host
 
-    def start_head(self) -> None:
+    def start_head(self, *options: str, **environment: str) -> None:
+        """A host with the head of a cluster, and its dashboard; ``options`` are of ``ray start``."""
         host = self.add()
         self.run(host, "ray", "start", "--head", "--node-ip-address", host.address, "--port", str(GCS_PORT),
                  "--dashboard-host", host.address, "--dashboard-port", str(DASHBOARD_PORT), "--num-cpus", "0",
-                 "--object-store-memory", "200000000", "--disable-usage-stats")  # fmt: skip
+                 "--object-store-memory", "200000000", "--disable-usage-stats", *options, **environment)  # fmt: skip
         deadline, bearer = time.monotonic() + START_S, {"Authorization": f"Bearer {self.token}"}
         while True:
             try:
@@ -137,9 +138,7 @@ class Hosts:
         try:
             said, _ = process.communicate(timeout=START_S)
         finally:
-            # Never nsenter itself: what it started would be nobody's, and the host could not end.
-            for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ():
-                child.kill()
+            self.end(process)
         assert process.returncode == 0, said
         return said
 
@@ -149,6 +148,13 @@ class Hosts:
             host.command(*words), env=self.environment | environment, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
+
+    def end(self, process: subprocess.Popen[str]) -> None:
+        """End a process on a host, should it still run, and never nsenter itself: what that started would be nobody's,
+        and the host could not end.
+        """
+        for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ():
+            child.kill()
 
     def cut_off(self, host: Host) -> None:
         """Take a host from the network: for the others it is gone, though its processes go on."""
