@@ -1,4 +1,4 @@
-"""What a server in front of a classifier costs: overproof's, LitServe, BentoML, and plain FastAPI under uvicorn.
+"""What a server in front of a classifier costs: overproof's, Ray Serve's, LitServe, BentoML, and plain FastAPI.
 
     .venv/bin/python benchmarks/serving_digits.py [--repeats 5] [--threads 1] [--clients 32] [--requests 1500]
                                                   [--alone 200] [--model deep] [--only NAME...]
@@ -13,8 +13,10 @@ recipe's own is done in 0.1 ms, which would leave only the servers to be compare
 Every request has one image; LitServe and BentoML put those that wait into batches of at most --clients. Each server is
 started for its turn alone and warmed, has one worker, and --threads for each call of the engine; clients are one
 process for all servers (`clients.py`). FastAPI makes as many calls at once as it has requests (40 at most), and so
-takes more than one core, or one at a time; those that batch make one. CPU is the server's, with every process of
-Ray's. About ten minutes; needs the environments that `benchmarks/peers.py` makes, or makes them.
+takes more than one core, or one at a time; those that batch make one. Ray Serve's rows are its three ways in, each in
+front of overproof's API in the replica, and of one endpoint without it, with overproof's batches. CPU is the server's,
+with every process of Ray's. About twenty minutes; needs the environments that `benchmarks/peers.py` makes, or makes
+them.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ PIXELS, SLOTS, WAIT_S = 64, 8, 0.005
 THREADS_OF_FASTAPI = 40  # its own default
 OVERPROOF, LITSERVE, BENTOML = "overproof", "LitServe", "BentoML"
 FASTAPI, SERIAL = "FastAPI, uvicorn: one image a call", "the same, one call at a time"
+RAY_WAYS = {"HAProxy": "haproxy", "direct ingress": "direct", "its proxy": "proxy"}
+RAY_APPS = {"routes": "overproof's API in the replica", "plain": "a FastAPI endpoint"}
 CLASSIFY, MODELS = "POST classify", "GET models"
 
 
@@ -76,7 +80,12 @@ def measured(folder: Path, given: argparse.Namespace) -> dict[str, list[dict[str
     package = forge_digits(folder, WIDE if given.model == "wide" else DEEP)
     threads, own = given.threads, given.peers.absolute()
     onnx, log = package / "model.onnx", folder / "log"
-    lit, bento = peers.litserve(own), peers.bentoml(own)
+
+    def wanted(*names: str) -> bool:
+        return not given.only or any(part in name for name in names for part in given.only)
+
+    lit = peers.litserve(own) if wanted(FASTAPI, SERIAL, LITSERVE) else None
+    bento = peers.bentoml(own) if wanted(BENTOML) else None
     fast, serial = (  # where uvloop and httptools are, as for LitServe
         [lit, SERVERS / "fast_digits.py", onnx, threads, calls, "{port}"] for calls in (THREADS_OF_FASTAPI, 1)
     )
@@ -95,8 +104,11 @@ def measured(folder: Path, given: argparse.Namespace) -> dict[str, list[dict[str
         LITSERVE: (partial(started, batched, "/health"), one),
         BENTOML: (partial(started, adaptive, "/readyz", **settings), one),
     }
-    if given.only:
-        starts = {name: found for name, found in starts.items() if any(part in name for part in given.only)}
+    for name, way in RAY_WAYS.items():
+        for app in ("routes", "plain"):
+            start = partial(ours, "ray_digits.py", package, threads, way, app, threads=threads)
+            starts[f"Ray Serve, {name}: {RAY_APPS[app]}"] = start, both
+    starts = {name: found for name, found in starts.items() if wanted(name)}
     return interleaved(
         given.repeats, {name: partial(once, start, plans, given) for name, (start, plans) in starts.items()}
     )

@@ -1,6 +1,6 @@
 """A package behind overproof's own HTTP, until the standard input ends.
 
-    python over_http.py PACKAGE THREADS SLOTS REPLICAS
+    python over_http.py PACKAGE THREADS SLOTS REPLICAS [GATEWAYS]
 
 Prints ``{"url": ...}`` when it answers. Its processes run at the priority of the servers it stands beside; Ray's would
 otherwise run at nice 15.
@@ -22,7 +22,7 @@ CPUS_PER_REPLICA = 0.25  # reserved, not used: replicas are placed whatever the 
 
 
 def main() -> None:
-    package, (threads, slots, replicas) = sys.argv[1], map(int, sys.argv[2:])
+    package, (threads, slots, replicas, gateways) = sys.argv[1], map(int, (*sys.argv[2:], 1)[:4])
     os.environ.update(RAY_worker_niceness="0")
     ray.init(
         address="local",
@@ -33,6 +33,7 @@ def main() -> None:
     )
     settings = Serve(
         port=0,
+        gateways=gateways,
         threads=threads,
         slots=slots,
         min_replicas=replicas,

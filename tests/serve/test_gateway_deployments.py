@@ -277,10 +277,11 @@ def test_a_model_without_a_replica_is_not_healthy_and_its_requests_wait_for_the_
     shared_server: SharedServer, text_package: Path
 ) -> None:
     with httpx.Client(base_url=shared_server.url, timeout=WAIT_S, trust_env=False) as client:
-        assert client.get("/healthz").status_code == 200
+        assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
         (name,) = [name for name in named_replicas() if version(text_package).application in name]
         ray.kill(ray.get_actor(name, namespace="serve"))
         wait_until(lambda: client.get("/healthz").status_code == 503)
         assert "has no replica that answers" in client.get("/healthz").json()["error"]["message"]
+        assert "no model has a replica" in client.get("/readyz").json()["error"]["message"]
         assert client.post("/v1/completions", json=BODY).status_code == 200
         assert client.get("/healthz").status_code == 200

@@ -165,6 +165,21 @@ def test_tokens_are_paid_for_when_they_are_counted() -> None:
     assert limiter.admit(other) == 0
 
 
+def test_servers_that_tell_each_other_hold_a_key_to_its_limit_together() -> None:
+    clock = Clock()
+    one, two = RateLimiter(clock), RateLimiter(clock)
+    key = limited(requests=6, tokens=60)
+    assert [one.admit(key) for _ in range(4)] == [0] * 4
+    two.charge_elsewhere(one.take_spent())  # which has not seen the key yet
+    assert [two.admit(key) for _ in range(3)] == [0, 0, pytest.approx(10)]
+    one.charge_elsewhere(two.take_spent())
+    assert one.take_spent() == two.take_spent() == {}  # what is told is not told back
+    assert one.admit(key) == pytest.approx(10)
+    two.charge(key, 90)
+    one.charge_elsewhere(two.take_spent())
+    assert one.admit(key) == two.admit(key) == pytest.approx(30)
+
+
 def test_requests_are_let_in_by_any_key_and_refused_beyond_its_limit(digits_package: Path, tmp_path: Path) -> None:
     file = str(tmp_path / "keys.json")
     free, few = api_keys.add_key(file, "free", None, None), api_keys.add_key(file, "few", 2, None)

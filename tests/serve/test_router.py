@@ -35,7 +35,6 @@ from overproof.serve.fair_queue import CLIENT
 from overproof.serve.replica_worker import ReplicaWorker
 from overproof.serve.router import (
     DEATHS_COUNT_S,
-    SMALL_AT_ONCE,
     DeadlyRequests,
     ReplicaConnection,
     ReplicaDied,
@@ -44,7 +43,16 @@ from overproof.serve.router import (
     ReplicaServer,
     RoomyReplicas,
 )
-from overproof.serve.rpc import LENGTH_BYTES, MAX_HELLO_BYTES, Connection, Drain, GatewayAddress, Hello, encode_frame
+from overproof.serve.rpc import (
+    LENGTH_BYTES,
+    MAX_HELLO_BYTES,
+    SMALL_AT_ONCE,
+    Connection,
+    Drain,
+    GatewayAddress,
+    Hello,
+    encode_frame,
+)
 
 NAME, HOST, ONE = "package", "127.0.0.1", Sampling(1)
 SOON_S = 10
@@ -97,21 +105,21 @@ class ScriptedEngine:
 
 
 class Directory:
-    """Where replicas find the gateway: the controller's part in a cluster."""
+    """Where replicas find the gateways: the controller's part in a cluster."""
 
     def __init__(self) -> None:
-        self._address: GatewayAddress | None = None
+        self._addresses = frozenset[GatewayAddress]()
         self._changed = asyncio.Condition()
 
-    async def publish(self, address: GatewayAddress) -> None:
+    async def publish(self, *addresses: GatewayAddress) -> None:
         async with self._changed:
-            self._address = address
+            self._addresses = frozenset(addresses)
             self._changed.notify_all()
 
-    async def find(self, seen: GatewayAddress | None) -> GatewayAddress | None:
+    async def find(self, known: frozenset[GatewayAddress]) -> frozenset[GatewayAddress]:
         async with self._changed:
-            await self._changed.wait_for(lambda: self._address is not None and self._address != seen)
-        return self._address
+            await self._changed.wait_for(lambda: self._addresses != known)
+        return self._addresses
 
 
 @asynccontextmanager
@@ -393,7 +401,9 @@ def test_a_request_over_which_two_replicas_died_is_refused() -> None:
                 engine = ScriptedEngine()
                 worker = ReplicaWorker(engine, NAME, 4, directory.find)
                 await until(lambda: bool(engine.begun))
-                worker._connecting.cancel()
+                worker._following.cancel()
+                for connecting in worker._connecting.values():
+                    connecting.cancel()
                 (connection,) = replica_server._replicas
                 assert connection._transport is not None
                 connection._transport.abort()
@@ -449,6 +459,31 @@ def test_a_draining_replica_finishes_its_requests_and_gets_no_more() -> None:
             staying.go_on.set()
             assert (await waits).text == "next"
             assert leaving.begun == ["long"]
+
+    run(test())
+
+
+def test_gateways_share_the_capacity_of_a_replica_in_the_order_of_their_requests() -> None:
+    async def test() -> None:
+        directory, engine = Directory(), ScriptedEngine()
+        async with gateway(directory) as (first, one), gateway(directory) as (second, two):
+            addresses = [await each.listen(HOST) for each in (first, second)]
+            await directory.publish(*addresses)
+            worker = ReplicaWorker(engine, NAME, 2, directory.find)
+            await until(lambda: one.load.replicas == two.load.replicas == 1)
+            calls = []
+            for number, pool in enumerate((one, one, two, two)):
+                calls.append(asyncio.ensure_future(pool.complete(str(number), ONE)))
+                await until(lambda: len(worker._tasks) == len(calls))
+            assert (one.load, two.load, engine.begun) == (ReplicaLoad(1, 2, 0), ReplicaLoad(1, 2, 0), ["0", "1"])
+            calls[1].cancel()
+            await until(lambda: engine.begun == ["0", "1", "2"])
+            engine.go_on.set()
+            assert [(await each).text for each in (calls[0], *calls[2:])] == ["0", "2", "3"]
+            await directory.publish(addresses[0])  # the second one is lost
+            second.close()
+            await until(lambda: worker._connecting.keys() == {addresses[0]})
+            assert (await one.complete("4", ONE)).text == "4"
 
     run(test())
 

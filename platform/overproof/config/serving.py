@@ -8,6 +8,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from overproof.addresses import is_loopback
 from overproof.config.base import Count, Cpus, Section
 
 
@@ -75,7 +76,7 @@ class Trust(Section):
 
 SERVER_FIELDS = (
     "host", "port", "hosts", "proxies", "origins", "memory_mb", "deployments", "traffic", "log_prompts",
-    "tls_certificate", "tls_key", "trust",
+    "tls_certificate", "tls_key", "trust", "gateways", "gateway_node_labels", "drain_notice_s",
 )  # fmt: skip
 HOST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
@@ -99,6 +100,17 @@ class Serve(Section):
     origins: tuple[str, ...] = Field(
         (), description="Web origins whose pages may ask (CORS), as https://app.example.org; '*' is any, with keys."
     )
+    gateways: Count = Field(
+        1, description="Processes that listen, all at the same port; each keeps a core busy at most."
+    )
+    gateway_node_labels: dict[str, str] = Field(
+        {}, description="Labels of the Ray nodes that gateways listen on, for a load balancer; none is the head node."
+    )
+    drain_notice_s: float = Field(
+        0, ge=0, le=300,
+        description="Seconds for which a gateway that stops still listens and says so at /readyz: longer than a load "
+        "balancer takes to notice.",
+    )  # fmt: skip
     min_replicas: int = Field(1, ge=0, description="Fewest replicas; 0 stops the last one when nobody asks.")
     max_replicas: Count = Field(2, description="Most replicas.")
     upscale_delay_s: float = Field(1.0, ge=0, description="Seconds of higher load before a replica is added.")
@@ -141,6 +153,8 @@ class Serve(Section):
     def _range(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key belong together; expected both or none")
+        if self.gateway_node_labels and is_loopback(self.host):
+            raise ValueError(f"gateway_node_labels with host {self.host}, which other nodes cannot be reached at")
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
         return self

@@ -25,6 +25,7 @@ KEY_PREFIX = "op-"  # by which scanners for leaked secrets recognise a key
 SECRET_BYTES = 32  # as many as sha256 has: too many to guess, so a fast hash will do
 REFRESH_S = 2.0  # between two readings of the file
 MIN_LEVEL = {"requests": 1.0, "tokens": 0.0}  # of a bucket, for a request to pass
+Spent = dict[tuple[str, str, int], int]  # by a key's name, the unit, and its limit of that a minute
 KeyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
 
 
@@ -178,11 +179,13 @@ class RateLimiter:
     """Token buckets of each key, which fill up evenly to what its limits allow in a minute.
 
     A request is admitted while its key's buckets are not empty, and charged for its tokens when they are counted; a
-    bucket may go below zero, and the key then waits until it has filled up.
+    bucket may go below zero, and the key then waits until it has filled up. Several servers of the same keys tell each
+    other what they have taken (``take_spent``, ``charge_elsewhere``).
     """
 
     clock: Callable[[], float] = time.monotonic
     _buckets: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)  # by key, unit: level, at time
+    _spent: Spent = field(default_factory=dict)  # here, since it was taken
 
     def admit(self, key: ApiKey) -> float:
         """0 where a request may pass, which is then counted; else the seconds to wait."""
@@ -191,14 +194,25 @@ class RateLimiter:
         ]
         wait_s = max(waits, default=0.0)
         if wait_s == 0 and key.requests_per_minute is not None:
-            self._spend(key.name, "requests", 1)
+            self._spend(key.name, "requests", key.requests_per_minute, 1)
         return wait_s
 
     def charge(self, key: ApiKey, tokens: int) -> None:
         """Take the tokens of a finished request from the key's bucket."""
         if key.tokens_per_minute is not None:
             self._refill(key.name, "tokens", key.tokens_per_minute)
-            self._spend(key.name, "tokens", tokens)
+            self._spend(key.name, "tokens", key.tokens_per_minute, tokens)
+
+    def take_spent(self) -> Spent:
+        """What was taken from the buckets here since this was last called."""
+        spent, self._spent = self._spent, {}
+        return spent
+
+    def charge_elsewhere(self, spent: Spent) -> None:
+        """Take from the buckets what another server of the same keys has."""
+        for (name, unit, limit), amount in spent.items():
+            self._refill(name, unit, limit)
+            self._take(name, unit, amount)
 
     def _refill(self, name: str, unit: str, limit: int) -> float:
         now_s = self.clock()
@@ -207,6 +221,10 @@ class RateLimiter:
         self._buckets[name, unit] = level, now_s
         return level
 
-    def _spend(self, name: str, unit: str, amount: int) -> None:
+    def _spend(self, name: str, unit: str, limit: int, amount: int) -> None:
+        self._take(name, unit, amount)
+        self._spent[name, unit, limit] = self._spent.get((name, unit, limit), 0) + amount
+
+    def _take(self, name: str, unit: str, amount: int) -> None:
         level, filled_s = self._buckets[name, unit]
         self._buckets[name, unit] = level - amount, filled_s

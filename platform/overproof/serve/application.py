@@ -88,22 +88,24 @@ def absolute_packages(packages: Mapping[str, Serve]) -> dict[str, Serve]:
 
 
 def gateway_application(packages: Mapping[str, Serve], settings: Serve, access: Access) -> Application:
-    """The gateway, ready to run; it has the controller start these packages and what the deployments file names.
+    """The gateways, ready to run; they have the controller start these packages and what the deployments file names.
 
     Raises:
         InputError: a host that others reach has no API key.
     """
     require_keys(settings, access)
+    labels = settings.gateway_node_labels
     return make_application(
         Gateway,
         "gateway",
         absolute_packages(packages),
         settings,
         access,
-        ray_actor_options={"num_cpus": 0, "resources": HEAD_NODE},
+        num_replicas=settings.gateways,
+        ray_actor_options={"num_cpus": 0, **({"label_selector": labels} if labels else {"resources": HEAD_NODE})},
         max_surge_percent=SURGE_PERCENT,
         health_check_period_s=HEALTH_PERIOD_S,
-        graceful_shutdown_timeout_s=DRAIN_TIMEOUT_S,
+        graceful_shutdown_timeout_s=DRAIN_TIMEOUT_S + settings.drain_notice_s,
     )
 
 

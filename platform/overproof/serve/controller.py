@@ -1,6 +1,6 @@
 """The one actor that changes what is deployed: it starts versions, moves traffic to them, and rolls failing ones back.
 
-The gateway polls it for the routing table; replicas ask it for the gateway's address.
+Gateways poll it for the routing table; replicas ask it for the gateways' addresses.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
@@ -22,6 +23,7 @@ from overproof.errors import InputError
 from overproof.package.package import load_package, open_served_copy, resolve_package
 from overproof.package.private_copy import PrivateCopy, Say
 from overproof.serve import ray_serve
+from overproof.serve.api_keys import Spent
 from overproof.serve.autoscaler import log_failure
 from overproof.serve.canary import VersionStats, rollback_reason
 from overproof.serve.deployments import (
@@ -38,21 +40,33 @@ from overproof.serve.rpc import GatewayAddress
 from overproof.serve.version_loader import VersionLoader
 
 LOG = logging.getLogger("ray.serve")
-POLL_S = 0.5  # the longest that a poll waits for a change, and so how often the gateway reports its load
+POLL_S = 0.5  # the longest that a poll waits for a change, and so how often a gateway reports its load
+LOST_S = 10.0  # without a poll, after which a gateway counts no more
 GATEWAY_TIMEOUT_S = 30.0  # without a poll, after which the controller ends
 ROLLBACK_PATIENCE_S = 10.0  # for as many replicas as the version has that is taken back
-ACK_TIMEOUT_S = 10.0  # the longest that a change waits for the gateway to route by it
+ACK_TIMEOUT_S = 10.0  # the longest that a change waits for every gateway to route by it
 SYSTEM_USER = "overproof"
 TAKEN_BACK = ("rollback", "automatic rollback", "undeploy")  # changes that a deployment in progress must not undo
 
 
 @dataclass(frozen=True)
 class RoutingTable:
-    """What the gateway routes by; a later one has a higher revision."""
+    """What gateways route by; a later one has a higher revision."""
 
     revision: int
     deployments: Deployments
     loaded: frozenset[str]  # packages that have replicas, or get them without being loaded again
+    spent: Spent = field(default_factory=dict)  # of keys' limits, through other gateways since the last poll
+
+
+@dataclass
+class GatewayState:
+    """What is known of a gateway."""
+
+    last_poll_s: float  # infinity while it starts
+    acknowledged: int | None = None  # the revision that it routes by; None before its first poll
+    loads: Mapping[str, int] = field(default_factory=dict)  # requests by package
+    spent: Counter[tuple[str, str, int]] = field(default_factory=Counter)  # through others, since its last poll
 
 
 class Controller:
@@ -63,11 +77,11 @@ class Controller:
 
     def __init__(self, settings: Serve) -> None:
         self._deployments, self._settings = Deployments(), settings
-        self._revision, self._acknowledged = time.time_ns(), 0  # so that a restarted controller counts on from higher
+        self._revision = time.time_ns()  # so that a restarted controller counts on from higher
         self._stats: dict[str, VersionStats] = {}  # by package, since it was started
         self._loader = VersionLoader(self._notify)
         self._in_use: Counter[str] = Counter()  # packages that a change in progress needs, deployed or not
-        self._gateway: GatewayAddress | None = None
+        self._gateways: dict[GatewayAddress, GatewayState] = {}
         self._changed, self._change_lock = asyncio.Condition(), asyncio.Lock()
         self._last_poll_s = time.monotonic()
         self._restored: asyncio.Future[None] | None = None
@@ -92,20 +106,22 @@ class Controller:
         ray_serve.forget_serve_client()  # it may be of a Ray Serve that has ended since
         self._exit = self._exit or asyncio.ensure_future(self._exit_when_unused())
         if gateway is not None:
-            async with self._changed:
-                self._gateway = gateway
-                self._changed.notify_all()
+            (await self._gateway(gateway)).last_poll_s = math.inf
         if self._restored is None or self._started_with != (settings, packages) or not await self._is_restored():
             self._settings, self._started_with = settings, (settings, packages)
             self._restored = asyncio.ensure_future(self._restore(packages))
-        await asyncio.shield(self._restored)
+        try:
+            await asyncio.shield(self._restored)
+        finally:
+            if gateway is not None:
+                (await self._gateway(gateway)).last_poll_s = time.monotonic()
         if gateway is None and self._reloading is not None:
             await asyncio.shield(self._reloading)
 
-    async def gateway_address(self, known: GatewayAddress | None) -> GatewayAddress | None:
-        """Where the gateway takes connections of replicas; a long poll that ends when it differs from the known one."""
-        await self._wait_for_change(ACK_TIMEOUT_S, lambda: self._gateway is not None and self._gateway != known)
-        return self._gateway
+    async def gateways(self, known: frozenset[GatewayAddress]) -> frozenset[GatewayAddress]:
+        """Where gateways take connections of replicas; a long poll that ends when these are not the known ones."""
+        await self._wait_for_change(ACK_TIMEOUT_S, lambda: self._gateways.keys() != known)
+        return frozenset(self._gateways)
 
     async def settings(self) -> Serve:
         """Settings of the server."""
@@ -182,9 +198,17 @@ class Controller:
             async with self._loaded(version, SYSTEM_USER):
                 await self._notify()
 
-    async def poll(self, revision: int, stats: Mapping[str, VersionStats], loads: Mapping[str, int]) -> RoutingTable:
-        """Take in what the gateway measured since its last poll and the requests that each package has now, and give
-        the routing table: a long poll that ends when there is a later one than ``revision``.
+    async def poll(
+        self,
+        gateway: GatewayAddress,
+        revision: int,
+        stats: Mapping[str, VersionStats],
+        loads: Mapping[str, int],
+        spent: Spent,
+    ) -> RoutingTable:
+        """Take in what a gateway measured and what keys spent there since its last poll, and the requests that each
+        package has there now; give the routing table: a long poll that ends when there is a later one than
+        ``revision``.
         """
         if self._restored is None:
             raise RuntimeError("this controller has been restarted, and nobody has called start() yet")
@@ -197,13 +221,32 @@ class Controller:
             self._stats.setdefault(package, VersionStats()).add(measured)
         self._loader.touch(stats)
         self._check_candidates()
+        state = await self._gateway(gateway)
+        state.last_poll_s, state.loads = now_s, loads
+        for other in self._gateways.values():
+            if other is not state:
+                other.spent.update(spent)
         for version in self._deployments.versions:
-            self._loader.autoscaler.observe(version, loads.get(version.package, 0), now_s)
+            requests = sum(each.loads.get(version.package, 0) for each in self._gateways.values())
+            self._loader.autoscaler.observe(version, requests, now_s)
         async with self._changed:
-            self._acknowledged = max(self._acknowledged, revision)
+            state.acknowledged = revision
             self._changed.notify_all()
         await self._wait_for_change(POLL_S, lambda: self._revision > revision)
-        return RoutingTable(self._revision, self._deployments, self._loader.loaded)
+        elsewhere, state.spent = dict(state.spent), Counter()
+        return RoutingTable(self._revision, self._deployments, self._loader.loaded, elsewhere)
+
+    async def _gateway(self, address: GatewayAddress) -> GatewayState:
+        """What is known of a gateway, which replicas hear of where it is new; those that are lost are forgotten."""
+        now_s = time.monotonic()
+        lost = {each for each, state in self._gateways.items() if now_s - state.last_poll_s > LOST_S} - {address}
+        if lost or address not in self._gateways:
+            async with self._changed:
+                for each in lost:
+                    self._gateways.pop(each, None)
+                self._gateways.setdefault(address, GatewayState(now_s))
+                self._changed.notify_all()
+        return self._gateways[address]
 
     async def _is_restored(self) -> bool:
         """Whether the last ``start`` goes on or has succeeded and holds: a new gateway then need not wait for a change
@@ -322,7 +365,7 @@ class Controller:
                 await self._apply(self._deployments.rolled_back(name, SYSTEM_USER, reason, "automatic rollback"))
 
     async def _apply(self, deployments: Deployments, wait: bool = True) -> None:
-        """Save the deployments, have the gateway route by them, and stop the packages that they leave out."""
+        """Save the deployments, have gateways route by them, and stop the packages that they leave out."""
         await self._save(deployments)
         await self._notify(wait)
         await self._stop_unused()
@@ -336,13 +379,18 @@ class Controller:
         self._deployments = deployments
 
     async def _notify(self, wait: bool = True) -> None:
-        """Publish a new revision of the routing table, and wait until the gateway routes by it."""
+        """Publish a new revision of the routing table, and wait until every gateway routes by it."""
         async with self._changed:
             self._revision += 1
             revision = self._revision
             self._changed.notify_all()
         if wait:  # no longer than this: a gateway that is being replaced polls when it is there
-            await self._wait_for_change(ACK_TIMEOUT_S, lambda: self._acknowledged >= revision)
+            await self._wait_for_change(ACK_TIMEOUT_S, lambda: self._is_acknowledged(revision))
+
+    def _is_acknowledged(self, revision: int) -> bool:
+        """By every gateway; one that has not polled yet begins with the latest."""
+        known = [state.acknowledged for state in self._gateways.values() if state.acknowledged is not None]
+        return bool(known) and min(known) >= revision
 
     async def _wait_for_change(self, timeout_s: float, happened: Callable[[], bool]) -> None:
         """Wait until something happened, or for so long."""

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from overproof.config import Serve
 from overproof.errors import InputError
 from overproof.serve.access_log import AccessLog
-from overproof.serve.api_keys import ApiKey
+from overproof.serve.api_keys import ApiKey, RateLimiter
 from overproof.serve.async_engine import Busy, Work
 from overproof.serve.canary import VersionStats
 from overproof.serve.controller import RoutingTable, version_copy
@@ -51,17 +51,17 @@ QUEUED_PER_SLOT = 16  # requests that wait for a replica before more are refused
 
 
 class Gateway:
-    """The Serve deployment that listens; one replica, on the head node."""
+    """The Serve deployment that listens: a replica of it for each gateway."""
 
     async def __init__(  # type: ignore[misc]
         self, packages: Mapping[str, Serve], settings: Serve, access: Access
     ) -> None:
         listen_on_loopback()
-        metrics = ServeMetrics()
-        self._router = ModelRouter(settings, metrics)
+        metrics, limiter = ServeMetrics(), RateLimiter()
+        self._router, self._drain_notice_s = ModelRouter(settings, metrics, limiter), settings.drain_notice_s
         await self._router.start(packages)
         recorder = None if settings.traffic is None else Recorder(settings.traffic)
-        app = build_app(self._router, access, GatewayTelemetry(recorder, metrics), SourcePolicy.of(settings))
+        app = build_app(self._router, access, GatewayTelemetry(limiter, recorder, metrics), SourcePolicy.of(settings))
         self._access_log = AccessLog(app, settings.log_prompts)
         config = uvicorn.Config(
             self._access_log,
@@ -88,7 +88,9 @@ class Gateway:
             raise RuntimeError("the HTTP server ended")
 
     async def __del__(self) -> None:
-        """Called by Ray Serve at the end: open streams are finished."""
+        """Called by Ray Serve at the end: ``/readyz`` says so for a while, then open streams are finished."""
+        self._router.draining = True
+        await asyncio.sleep(self._drain_notice_s)
         self._server.should_exit = True
         await self._serving
         self._access_log.flush()
@@ -98,8 +100,9 @@ class Gateway:
 class ModelRouter:
     """The ``ModelRegistry`` of all that is deployed: follows the controller, and sends requests to replicas."""
 
-    def __init__(self, settings: Serve, metrics: ServeMetrics) -> None:
-        self._settings, self._metrics = settings, metrics
+    def __init__(self, settings: Serve, metrics: ServeMetrics, limiter: RateLimiter) -> None:
+        self._settings, self._metrics, self._limiter = settings, metrics, limiter
+        self.draining = False
         self._controller = get_or_create_controller(settings)
         self._replica_server = ReplicaServer()
         self._table: RoutingTable | None = None
@@ -107,17 +110,19 @@ class ModelRouter:
         self._stats: dict[str, VersionStats] = {}  # by package, since the last poll
         self._shadow_tasks: set[asyncio.Task[None]] = set()
         self.ready = asyncio.Event()
-        self._polling = asyncio.ensure_future(self._poll_forever())
+        self._polling: asyncio.Future[None] | None = None
 
     async def start(self, packages: Mapping[str, Serve]) -> None:
         """Have the controller start these packages; return when everything that is deployed answers."""
         self._address = await self._replica_server.listen(node_ip_address())
         await self._controller.start.remote(self._settings, packages, self._address)
+        self._polling = asyncio.ensure_future(self._poll_forever())
         await self.ready.wait()
 
     def close(self) -> None:
         """Stop following the controller, and hang up on the replicas."""
-        self._polling.cancel()
+        if self._polling is not None:
+            self._polling.cancel()
         self._replica_server.close()
 
     def models(self) -> list[ServedModel]:
@@ -137,10 +142,16 @@ class ModelRouter:
     async def check(self) -> None:
         """Every stable version has a replica, or gets one at the next request."""
         for deployment in self._models.values():
-            version = deployment.stable
-            on_demand = version.settings.min_replicas == 0 or version.package not in self._loaded
-            if not on_demand and self._replica_server.pool(version.package).load.replicas == 0:
-                raise HTTPException(503, f"{version.package} has no replica that answers; one is being started")
+            if not self._can_answer(deployment.stable):
+                package = deployment.stable.package
+                raise HTTPException(503, f"{package} has no replica that answers; one is being started")
+
+    async def check_ready(self) -> None:
+        if self.draining:
+            raise HTTPException(503, "this gateway is going; ask another one")
+        stable = [deployment.stable for deployment in self._models.values()]
+        if stable and not any(map(self._can_answer, stable)):
+            raise HTTPException(503, "no model has a replica that this gateway reaches")
 
     def on_request(self, served: ServedModel, request: ShadowRequest) -> None:
         package = served.model.overproof.package
@@ -158,6 +169,11 @@ class ModelRouter:
         self._stats_of(package)  # which says that it is used
         if served.is_assigned:
             self._count(package, failed)
+
+    def _can_answer(self, version: Version) -> bool:
+        """Whether it has a replica, or gets one at the next request."""
+        on_demand = version.settings.min_replicas == 0 or version.package not in self._loaded
+        return on_demand or self._replica_server.pool(version.package).load.replicas > 0
 
     @property
     def _loaded(self) -> frozenset[str]:
@@ -232,12 +248,14 @@ class ModelRouter:
         """Route by the controller's latest table, and report what was measured."""
         while True:
             stats, self._stats = self._stats, {}
+            spent = self._limiter.take_spent()
             loads = self._replica_server.loads
             self._metrics.on_loads(loads)
             try:
                 revision = -1 if self._table is None else self._table.revision
                 requests = {package: load.requests for package, load in loads.items()}
-                self._table = await self._controller.poll.remote(revision, stats, requests)
+                self._table = await self._controller.poll.remote(self._address, revision, stats, requests, spent)
+                self._limiter.charge_elsewhere(self._table.spent)
                 deployed = {version.package for version in self._table.deployments.versions}
                 self._served = {package: cached for package, cached in self._served.items() if package in deployed}
                 self._replica_server.discard_others(deployed)
@@ -268,8 +286,8 @@ def pick_version(deployment: ModelDeployment, session: str | None) -> Version:
 class GatewayTelemetry(Telemetry):
     """Adds the metrics of Ray to what every server counts."""
 
-    def __init__(self, recorder: Recorder | None, metrics: ServeMetrics) -> None:
-        super().__init__(recorder=recorder)
+    def __init__(self, limiter: RateLimiter, recorder: Recorder | None, metrics: ServeMetrics) -> None:
+        super().__init__(limiter, recorder)
         self._metrics = metrics
         self._page: asyncio.Task[str] | None = None  # the newest, or the one that is being gathered
         self._gathered_s = 0.0

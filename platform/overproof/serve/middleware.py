@@ -35,7 +35,7 @@ REQUEST_TIMEOUT_S = 300
 BODY_TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES} bytes; send less at a time"
 KEY_IN_SCOPE = "overproof.key"  # of an ASGI request: the key that it carries
 OWN_KEY = ApiKey(name=KEY_VARIABLE, sha256="", created="", operator=True)  # as the log names it; it has no limits
-OPEN_PATHS = ("/healthz",)
+OPEN_PATHS = ("/healthz", "/readyz")
 OPERATOR_PATHS = ("/metrics",)  # of all keys' requests; they count against no limit
 DOCS_PATHS = ("/docs", "/openapi.json", "/static-offline-docs/")  # no secret, and a browser sends no key for them
 EXPOSED_HEADERS = ("x-request-id", "retry-after")  # to pages of other origins
@@ -134,8 +134,8 @@ class SourceMiddleware:
 class AuthMiddleware:
     """Passes a request on, or answers it with one JSON error.
 
-    With a key, every path but ``/healthz`` and the docs needs it. Without one, clients of other machines are refused,
-    whatever address Serve was told to listen on.
+    With a key, every path but ``/healthz``, ``/readyz`` and the docs needs it. Without one, clients of other machines
+    are refused, whatever address Serve was told to listen on.
     """
 
     def __init__(self, app: ASGIApp, access: Access, telemetry: Telemetry) -> None:

@@ -50,6 +50,9 @@ class ModelRegistry(Protocol):
     async def check(self) -> None:
         """Return when every model can answer, raise when one cannot."""
 
+    async def check_ready(self) -> None:
+        """Return when this server should be sent requests: some model can answer, and it does not stop."""
+
     def on_request(self, served: ServedModel, request: ShadowRequest) -> None:
         """Called when a request goes to this model."""
 
@@ -74,6 +77,9 @@ class SingleModel:
 
     async def check(self) -> None:
         await self.served.engine.check()
+
+    async def check_ready(self) -> None:
+        await self.check()
 
     def on_request(self, served: ServedModel, request: ShadowRequest) -> None:
         """There is no other version to ask."""

@@ -39,9 +39,9 @@ def listening_socket(host: str, port: int) -> socket.socket:
     return listening
 
 
-def base_url(settings: Serve) -> str:
-    """The base URL at which a client on this machine reaches a server with these settings."""
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+def base_url(settings: Serve, node: str = "127.0.0.1") -> str:
+    """The base URL at which a client reaches a server with these settings, which listens on this machine or a node."""
+    host = node if settings.host in ("0.0.0.0", "::") else settings.host
     scheme = "https" if settings.tls_certificate else "http"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"
 

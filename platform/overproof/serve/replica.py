@@ -18,12 +18,10 @@ from overproof.serve.deployments import CONTROLLER_NAME, Version
 from overproof.serve.package_trust import trust_policy
 from overproof.serve.ray_serve import MODEL_DEPLOYMENT, Application, find_actor, listen_on_loopback, make_application
 from overproof.serve.replica_worker import ReplicaWorker
-from overproof.serve.router import SMALL_AT_ONCE
-from overproof.serve.rpc import GatewayAddress
+from overproof.serve.rpc import SMALL_AT_ONCE, GatewayAddress
 
 LOG = logging.getLogger("ray.serve")
 BATCHED_REQUESTS_PER_SLOT = 16  # sent at once to a replica that puts rows of several into one batch
-THREADS_PER_REQUEST = 2  # of the engine, for while the gateway is replaced there are two
 SURGE_PERCENT = 100  # an update starts a new replica for each before it stops an old one
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 10, 30
 DRAIN_TIMEOUT_S = 300  # so that open streams are finished
@@ -67,9 +65,9 @@ class ModelReplica:
             await self._engine.logprobs(np.zeros((1, engine.width), np.float32))
             capacity *= BATCHED_REQUESTS_PER_SLOT
         else:
-            self._engine = ThreadedEngine(engine, THREADS_PER_REQUEST * (settings.slots + SMALL_AT_ONCE))
+            self._engine = ThreadedEngine(engine, settings.slots + SMALL_AT_ONCE)
             await self._engine.complete(" ", Sampling(1))
-        self._worker = ReplicaWorker(self._engine, self._package.content.id, capacity, gateway_address)
+        self._worker = ReplicaWorker(self._engine, self._package.content.id, capacity, gateways)
 
     async def check_health(self) -> None:
         """Called by Ray Serve now and then; after an error it replaces the replica."""
@@ -81,11 +79,11 @@ class ModelReplica:
         await self._engine.close()
 
 
-async def gateway_address(known: GatewayAddress | None) -> GatewayAddress | None:
-    """Where the gateway takes connections, from the controller; a long poll that ends when it is not the known one."""
+async def gateways(known: frozenset[GatewayAddress]) -> frozenset[GatewayAddress]:
+    """Where gateways take connections, from the controller; a long poll that ends when these are not the known ones."""
     controller: Any = await asyncio.to_thread(find_actor, CONTROLLER_NAME)
-    address: GatewayAddress | None = await controller.gateway_address.remote(known)
-    return address
+    addresses: frozenset[GatewayAddress] = await controller.gateways.remote(known)
+    return addresses
 
 
 def load_engine(package: Package, settings: Serve) -> TextEngine | ArrayEngine:

@@ -1,4 +1,4 @@
-"""A replica's side of the connection: it connects to the gateway, and answers its requests until it is drained."""
+"""A replica's side of the connections: it connects to every gateway, and answers their requests until it is drained."""
 
 from __future__ import annotations
 
@@ -17,28 +17,33 @@ from overproof.serve.async_engine import AsyncEngine, OnWork, Work
 LOG = logging.getLogger("ray.serve")
 RETRY_S, CONNECT_TIMEOUT_S = 0.2, 5.0
 
-# Takes the known address; returns when there is another one, or after a while.
-FindGateway = Callable[[rpc.GatewayAddress | None], Coroutine[Any, Any, rpc.GatewayAddress | None]]
+# Takes the known addresses; returns when there are others, or after a while.
+FindGateways = Callable[[frozenset[rpc.GatewayAddress]], Coroutine[Any, Any, frozenset[rpc.GatewayAddress]]]
 
 
 class ReplicaWorker:
-    """Stays connected to the current gateway; one that is being replaced is answered until it closes the connection.
+    """Stays connected to every gateway; one that is going is answered until it closes the connection.
 
-    ``capacity`` is the number of requests that it takes at once.
+    ``capacity`` is the number of requests that it works at at once, whichever gateways they come from; each gateway may
+    send as many, which wait here in their order.
     """
 
-    def __init__(self, engine: AsyncEngine, package: str, capacity: int, find_gateway: FindGateway) -> None:
-        self._engine, self._package, self._capacity, self._find_gateway = engine, package, capacity, find_gateway
+    def __init__(self, engine: AsyncEngine, package: str, capacity: int, find_gateways: FindGateways) -> None:
+        self._engine, self._package, self._capacity, self._find_gateways = engine, package, capacity, find_gateways
+        self._room = {True: asyncio.Semaphore(capacity), False: asyncio.Semaphore(rpc.SMALL_AT_ONCE)}
+        self._gateways: frozenset[rpc.GatewayAddress] = frozenset()  # that there are
+        self._connecting: dict[rpc.GatewayAddress, asyncio.Task[None]] = {}
         self._connections: set[rpc.Connection] = set()
         self._tasks: dict[tuple[rpc.Connection, int], asyncio.Task[None]] = {}  # by request id
         self._work: dict[tuple[rpc.Connection, int], Work] = {}  # of generations that have ended
-        self._connection_closed, self._progress = asyncio.Event(), asyncio.Event()
+        self._progress = asyncio.Event()
         self._undrained: set[rpc.Connection] = set()  # whose gateways have not confirmed that they send no more
-        self._connecting = asyncio.ensure_future(self._stay_connected())
+        self._following = asyncio.ensure_future(self._follow_gateways())
 
     async def drain(self) -> None:
         """Return when no more requests come and all that came are answered."""
-        self._connecting.cancel()
+        for task in (self._following, *self._connecting.values()):
+            task.cancel()
         self._undrained = set(self._connections)
         for connection in self._connections:
             connection.send(rpc.Drain())
@@ -48,42 +53,41 @@ class ReplicaWorker:
         for connection in list(self._connections):
             connection.close()
 
-    async def _stay_connected(self) -> None:
-        known: rpc.GatewayAddress | None = None
+    async def _follow_gateways(self) -> None:
         while True:
-            if not self._connections:
-                known = None
-            self._connection_closed.clear()
             try:
-                address = await self._next_address(known)
-                if address is not None and address != known:
-                    await self._connect(address)
-                    known = address
-                    continue
-            except Exception as error:  # the controller or the gateway is being replaced
-                LOG.info("connecting to the gateway: %s", error)
-            if not self._connections:
+                self._gateways = await self._find_gateways(self._gateways)
+            except Exception as error:  # the controller is being replaced
+                LOG.info("looking for gateways: %s", error)
                 await asyncio.sleep(RETRY_S)
+            for address in self._gateways - self._connecting.keys():
+                self._connecting[address] = asyncio.ensure_future(self._stay_connected(address))
 
-    async def _next_address(self, known: rpc.GatewayAddress | None) -> rpc.GatewayAddress | None:
-        """The gateway's address once it has changed; None where a connection was closed before that."""
-        lookup = asyncio.ensure_future(self._find_gateway(known))
-        closed = asyncio.ensure_future(self._connection_closed.wait())
-        try:
-            await asyncio.wait((lookup, closed), return_when=asyncio.FIRST_COMPLETED)
-            return lookup.result() if lookup.done() else None
-        finally:
-            lookup.cancel()
-            closed.cancel()
+    async def _stay_connected(self, address: rpc.GatewayAddress) -> None:
+        while address in self._gateways:
+            try:
+                await self._connect(address)
+            except OSError as error:  # a TimeoutError is one; the gateway is gone, or its node is
+                LOG.info("connecting to the gateway at %s: %s", address.host, error)
+            await asyncio.sleep(RETRY_S)
+        del self._connecting[address]
 
     async def _connect(self, address: rpc.GatewayAddress) -> None:
-        loop = asyncio.get_running_loop()
+        """Connect, and return when the connection is closed."""
+        loop, closed = asyncio.get_running_loop(), asyncio.Event()
+
+        def on_close(connection: rpc.Connection) -> None:
+            self._on_close(connection)
+            closed.set()
+
         async with asyncio.timeout(CONNECT_TIMEOUT_S):  # a machine that is gone does not even refuse
             _, connection = await loop.create_connection(
-                lambda: rpc.Connection(rpc.FromGateway, self._on_message, self._on_close), address.host, address.port
+                lambda: rpc.Connection(rpc.FromGateway, self._on_message, on_close), address.host, address.port
             )
-        self._connections.add(connection)
-        connection.send(rpc.Hello(address.secret, self._package, self._capacity))
+        if not closed.is_set():
+            self._connections.add(connection)
+            connection.send(rpc.Hello(address.secret, self._package, self._capacity))
+        await closed.wait()
 
     def _on_message(self, connection: rpc.Connection, message: rpc.FromGateway) -> None:
         match message:
@@ -112,7 +116,6 @@ class ReplicaWorker:
         for (owner, _), task in list(self._tasks.items()):
             if owner is connection:
                 task.cancel()
-        self._connection_closed.set()
         self._progress.set()
 
     async def _answer(self, connection: rpc.Connection, id_: int, operation: rpc.Operation) -> None:
@@ -120,13 +123,14 @@ class ReplicaWorker:
         on_work = partial(self._work.__setitem__, request)
         answer: rpc.Result | rpc.Error
         try:
-            if isinstance(operation, rpc.Stream):
-                async with aclosing(self._engine.stream(operation.prompt, operation.sampling, on_work)) as pieces:
-                    async for piece in pieces:
-                        connection.send(rpc.Chunk(id_, piece))
-                answer = rpc.Result(id_)
-            else:
-                answer = rpc.Result(id_, await self._execute(operation, on_work))
+            async with self._room[isinstance(operation, rpc.GENERATING)]:
+                if isinstance(operation, rpc.Stream):
+                    async with aclosing(self._engine.stream(operation.prompt, operation.sampling, on_work)) as pieces:
+                        async for piece in pieces:
+                            connection.send(rpc.Chunk(id_, piece))
+                    answer = rpc.Result(id_)
+                else:
+                    answer = rpc.Result(id_, await self._execute(operation, on_work))
         except InputError as error:
             answer = rpc.Error(id_, str(error), True, error.code)
         except Exception as error:

@@ -26,7 +26,6 @@ from overproof.serve.fair_queue import FairQueue
 MAX_ATTEMPTS = 2  # at a request when its replica dies before a part of the answer was sent: it may be what killed it
 DEATHS_COUNT_S = 600.0  # for so long a request over which as many replicas died is not taken again
 HELLO_TIMEOUT_S = 5.0  # for a new connection to authenticate
-SMALL_AT_ONCE = 2  # checks and chat templates that a replica is sent at once
 REQUEST_IDS, REPLICA_NUMBERS = count(), count()
 
 
@@ -67,7 +66,7 @@ class ReplicaConnection:
 
     def has_room(self, takes_slot: bool) -> bool:
         """Whether it takes one more of these requests."""
-        return not self.draining and self.in_flight[takes_slot] < (self.capacity if takes_slot else SMALL_AT_ONCE)
+        return not self.draining and self.in_flight[takes_slot] < (self.capacity if takes_slot else rpc.SMALL_AT_ONCE)
 
 
 class RoomyReplicas:

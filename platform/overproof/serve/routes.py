@@ -82,7 +82,7 @@ def build_app(
     telemetry: Telemetry | None = None,
     source: SourcePolicy = DEFAULT_SOURCE,
 ) -> FastAPI:
-    """/v1/models, the routes of every task, /healthz, and /docs to try them."""
+    """/v1/models, the routes of every task, /healthz, /readyz, and /docs to try them."""
     telemetry, compiler = telemetry or Telemetry(), GrammarCompiler()
     array_tasks = {kind: task for kind, task in TASKS.items() if isinstance(task, ArrayTask)}
 
@@ -112,6 +112,12 @@ def build_app(
         """Whether every model answers."""
         await registry.check()
         return {"status": "ok"}
+
+    @app.get("/readyz", summary="Readiness")
+    async def readyz() -> dict[str, str]:
+        """Whether a load balancer should send requests to this gateway."""
+        await registry.check_ready()
+        return {"status": "ready"}
 
     @app.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
     async def metrics() -> str:

@@ -100,6 +100,8 @@ class Logprobs(msgspec.Struct, tag=True):
 Operation = (  # of an ``AsyncEngine``
     Complete | Stream | Validate | ChatPrompt | DescribeCalls | Detokenize | Check | Logprobs
 )
+GENERATING = (Complete, Stream, Logprobs)  # operations that take a slot; the others cost little
+SMALL_AT_ONCE = 2  # of the others, that a replica works at at once
 ResultValue = Generation | Matrix | CallSyntax | str | None
 
 

@@ -97,7 +97,7 @@ def start_planned(planned: PlannedServer) -> str:
     except BaseException:
         stop_serving()
         raise
-    return base_url(settings)
+    return _base_url(settings)
 
 
 def is_serving() -> bool:
@@ -130,7 +130,13 @@ def running_url(settings: Serve | None = None) -> str:
         if settings is not None and name in settings.model_fields_set and getattr(settings, name) not in (found, 0):
             given = getattr(settings, name)
             raise InputError(f"serve.{name}: found {given!r}, and the running server has {found!r}; leave it out")
-    return base_url(running)
+    return _base_url(running)
+
+
+def _base_url(settings: Serve) -> str:
+    if not settings.gateway_node_labels:
+        return base_url(settings)
+    return base_url(settings, min(gateway.host for gateway in call_controller("gateways", frozenset())))
 
 
 def stop_serving() -> None:
