@@ -134,6 +134,12 @@ def test_without_a_checkout_or_with_a_wrong_one_the_variable_is_named(
     with pytest.raises(InputError, match=r"no convert_hf_to_gguf\.py in it; expected a checkout of llama\.cpp"):
         require_exportable(recipe)
     monkeypatch.setenv(llama_cpp_converter.CHECKOUT_VARIABLE, str(CHECKOUT))
+    with pytest.raises(
+        InputError, match=r"StableLmForCausalLM keeps the documents of a row apart is not known; expected"
+    ):
+        require_exportable(recipe)
+    across = recipe.data.model_copy(update={"cross_document_attention": True})
+    recipe = recipe.model_copy(update={"data": across})
     require_exportable(recipe)
 
 

@@ -97,8 +97,6 @@ def require_exportable(recipe: Recipe) -> list[Finding]:
     for where, model in models.items():
         if isinstance(model, Pretrained):
             asked[f"{where}: {model.path}"] = _config_of_a_known_family(model.path, kind, where)
-            if recipe.data.apart:
-                require_apart(asked[f"{where}: {model.path}"], f"{where}: {model.path}")
         elif isinstance(model, TeacherLayers) and isinstance(taught, Pretrained):
             config = _config_of_a_known_family(taught.path, kind, where)
             _, family = family_of(config, taught.path)
@@ -107,6 +105,8 @@ def require_exportable(recipe: Recipe) -> list[Finding]:
     if asked:
         with console.waiting(f"asking {kind} about {format_count(len(asked), 'model')}"):
             check_models(kind, recipe.data.positions, asked)
+    for named, config in asked.items() if recipe.data.apart else ():
+        require_apart(config, named)
     for model in models.values():
         if isinstance(model, Pretrained) and tokenizer is not None:
             require_possible_tokenizer(tokenizer, model.path)
