@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from overproof.data.document_blocks import text_columns
 from overproof.data.manifest import MANIFEST, Manifest, Split, shard_schema
 from overproof.data.parquet_reader import Columns
 from overproof.data.parquet_writer import parquet_bytes, to_table, write_file, write_shard
+from overproof.data.token_parts import text_columns
 from overproof.data.tokenization import token_columns
 
 SHARDS = 4

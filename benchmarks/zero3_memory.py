@@ -30,9 +30,9 @@ from stage_memory import anonymous, multiply
 
 from overproof.artifacts import Artifact, Store
 from overproof.config import CheckpointPolicy, Pretrained, Train
-from overproof.data.document_blocks import text_columns
 from overproof.data.manifest import MANIFEST, Manifest, Split, shard_schema
 from overproof.data.parquet_writer import write_shard
+from overproof.data.token_parts import text_columns
 from overproof.models import zero_memory
 from overproof.models.base import shape_of
 from overproof.models.llama import Llama

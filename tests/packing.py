@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from overproof.artifacts import Artifact, Store
 from overproof.config import Recipe, load_recipe
 from overproof.data import tokenization as bpe
-from overproof.data.document_blocks import text_columns
 from overproof.data.manifest import Column, Manifest, Shard, Split
+from overproof.data.token_parts import text_columns
 from overproof.errors import InputError
 from overproof.evaluate.gate import judge
 from overproof.evaluate.metrics import Comparison, MeasuredFile, Report

@@ -45,47 +45,35 @@ def test_a_document_is_checked_whatever_pieces_it_comes_in(content: bytes, fault
     assert check.sha256 == hashlib.sha256(content).hexdigest()
 
 
-documents = st.lists(st.tuples(st.text("abc", min_size=1), st.binary(max_size=3)), unique_by=lambda d: d[0])
+documents = st.lists(st.tuples(st.text("abc", min_size=1), st.binary(max_size=3)))
 
 
-@given(documents, st.randoms(use_true_random=False))
-def test_the_order_of_the_documents_does_not_matter(found: list[tuple[str, bytes]], random: object) -> None:
-    def decide(rows: list[tuple[str, bytes]]) -> cleaning.SelectedDocuments:
-        return cleaning.select_documents(
-            [name for name, _ in rows],
-            [checked(content).sha256 for _, content in rows],
-            [len(content) for _, content in rows],
-            [checked(content).finish() for _, content in rows],
-        )
+@given(documents, st.randoms(use_true_random=False), st.integers(0, 5))
+def test_what_is_left_out_is_the_same_in_any_order(found: list[tuple[str, bytes]], random: object, border: int) -> None:
+    def count(rows: list[tuple[str, bytes]]) -> cleaning.LeftOut:
+        left_out = cleaning.LeftOut()
+        for name, content in rows:
+            left_out.check(name, checked(content).finish(), 1)
+        return left_out
 
     shuffled = list(found)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    one, other = decide(found), decide(shuffled)
-    assert one.names_N.tolist() == other.names_N.tolist()
-    assert one.hashes_N.tolist() == other.hashes_N.tolist() == sorted(set(one.hashes_N))
-    assert one.dropped == other.dropped
-    assert len(one.hashes_N) + sum(one.dropped.values()) == len(found)
+    one, other = count(found), count(shuffled[:border])
+    other.merge(count(shuffled[border:]))
+    assert (one.dropped, one.lines) == (other.dropped, other.lines)
+    unusable = sum(checked(content).finish() != "" for _, content in found)
+    assert sum(one.dropped.values()) - one.counts[cleaning.NUL_LINES] == unusable
 
 
 def test_documents_of_other_encodings_are_named() -> None:
-    names = [f"{number}.txt" for number in range(6)]
-    faults = [cleaning.UNDECODABLE, "", cleaning.UTF_16, *[cleaning.UNDECODABLE] * 3]
-    kept = cleaning.select_documents(names, ["0" * 64] * 6, [4] * 6, faults)
-    assert kept.dropped == {"empty": 0, "undecodable": 4, "UTF-16": 1, "duplicate": 0}
-    assert kept.take(np.array([0]), {"near-copy": 1}).left_out == kept.left_out
-    assert [line.partition(";")[0] for line in kept.left_out] == [
+    left_out = cleaning.LeftOut()
+    for number, fault in enumerate([cleaning.UNDECODABLE, "", cleaning.UTF_16, *[cleaning.UNDECODABLE] * 3]):
+        left_out.check(f"{number}.txt", fault, 0)
+    assert left_out.dropped == {"empty": 0, "undecodable": 4, "UTF-16": 1, "duplicate": 0}
+    assert [line.partition(";")[0] for line in left_out.lines] == [
         "left out, not UTF-8 (Latin-1 perhaps): 0.txt, 3.txt, 4.txt and 1 more",
         "left out, in UTF-16 or UTF-32: 2.txt",
     ]
-
-
-def test_of_exact_duplicates_the_first_name_stays() -> None:
-    digest = checked(b"same").sha256
-    kept = cleaning.select_documents(["b", "a", "c"], [digest] * 3, [4] * 3, [""] * 3)
-    assert kept.names_N.tolist() == ["a"]
-    assert kept.sizes_N.tolist() == [4]
-    assert kept.dropped == {"empty": 0, "undecodable": 0, "duplicate": 2}
-    assert kept.left_out == ("left out, the same as another: b (a), c (a)",)
 
 
 def hashes_of(count: int) -> list[str]:

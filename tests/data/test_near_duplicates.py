@@ -16,6 +16,8 @@ from overproof.data.near_duplicates import (
     BINS,
     MOST_PARTNERS,
     MinHash,
+    _ascii_words,
+    _words,
     band_count,
     band_rows,
     candidate_pairs,
@@ -77,6 +79,8 @@ def test_runs_of_words_are_those_of_the_plain_definition() -> None:
         assert jaccard(*sets) == plain_jaccard(" ".join(one), " ".join(other))
     source = (STDLIB / "argparse.py").read_text(encoding="utf-8")
     assert len(np.unique(shingles(source, 5))) == len({tuple(r) for r in _runs(re.findall(r"\w+", source.lower()))})
+    for text in (source, "_a1 b--c", " x", "a"):
+        assert np.array_equal(np.append(_ascii_words(text), _words("\u03b1")), _words(f"{text} \u03b1"))
     assert shingles("", 5).size == shingles(" \n-!", 5).size == 0
     same = ("The Straße, is LONG: e\u0301t\u00e9!", "the stra\u00dfe is\n\nlong \u00e9t\u00e9")
     assert np.array_equal(*(shingles(text, 2) for text in same))

@@ -21,14 +21,14 @@ from made_tokenizers import ODD_TEXTS, unigram
 from overproof.artifacts import Artifact, Record
 from overproof.config import FolderSource
 from overproof.config.evaluation import Parity
-from overproof.data import heartbeat
-from overproof.data import prepare as stage
+from overproof.data import document_parts, heartbeat, shard_layout
 from overproof.data.cleaning import split_of
-from overproof.data.document_blocks import TABLE_BYTES, read_block
-from overproof.data.documents import PIECE_BYTES
+from overproof.data.document_parts import Reader, Reading, document_pieces
+from overproof.data.documents import PIECE_BYTES, FileSpan
 from overproof.data.manifest import START, Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.data.prepare import prepare
+from overproof.data.source_files import SourceFile
 from overproof.data.tokenizer_json import BYTE_NAMES
 from overproof.engines.llamacpp import LlamaCpp
 from overproof.errors import InputError
@@ -151,8 +151,8 @@ def test_the_same_content_gives_the_same_bytes(
     again = context(text_recipe(tmp_path, folder(corpus.name)), "again")
     prepare(again)
     assert hashes(Path(again.draft.uri)) == hashes(root)
-    # Other names, another order, other blocks: only the list of documents knows the names.
-    monkeypatch.setattr(stage, "BLOCK_BYTES", 2000)
+    # Other names, another order, many parts: only the list of documents knows the names.
+    monkeypatch.setattr(document_parts, "LEAST_PART_BYTES", 2000)
     renamed = tmp_path / "renamed"
     renamed.mkdir()
     for i, path in enumerate(sorted(corpus.iterdir(), reverse=True)):
@@ -272,7 +272,9 @@ def test_one_large_document_among_four_is_prepared_evenly_and_never_in_silence(
     prepare(given)
     reports = [event for event in events if isinstance(event, TaskProgress)]
     assert [report.done for report in reports] == sorted(report.done for report in reports)
-    for phase, work in enumerate(("reading 4 files", "tokenizer, merging", "tokenising 4 documents", "packing")):
+    for phase, work in enumerate(
+        ("reading 4 files", "tokenizer, from 2 documents", "tokenising 4 documents", "packing")
+    ):
         notes = [report.note for report in reports if report.done == phase]
         assert any(re.fullmatch(rf"{work}.*, \d+ s", note) for note in notes), notes
     root = Path(given.draft.uri)
@@ -284,18 +286,59 @@ def test_one_large_document_among_four_is_prepared_evenly_and_never_in_silence(
     assert max(rows) - min(rows) <= Manifest.read(root).rows_per_group
 
 
-def test_reading_holds_little_of_a_large_document(tmp_path: Path) -> None:
-    (tmp_path / "large.txt").write_text("def f(x):\n    return x\n\n" * (6 * TABLE_BYTES // 24))
-    source = FolderSource(path=str(tmp_path))
+def test_reading_holds_little_of_a_large_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not held, and is read again where its text is needed."""
+    monkeypatch.setattr(document_parts, "HELD_BYTES", 4 * PIECE_BYTES)
+    path = tmp_path / "large.txt"
+    path.write_text("def f(x):\n    return x\n\n" * (48 * PIECE_BYTES // 24))
+    source, reading = FolderSource(path=str(tmp_path)), Reading([])
     tracemalloc.start()
-    tables = read_block(pa.table({"files": [["large.txt"]]}), source)
-    rows = [(len(table), table["content"].nbytes, table["sha256"].to_pylist()[-1]) for table in tables]
+    (table,) = Reader("", source, None, 1).tables([FileSpan("large.txt")], reading)
+    (row,) = table.to_pylist()
+    batch, digest = table.to_batches()[0], hashlib.sha256()
+    for piece in document_pieces(source, batch, 0):
+        digest.update(piece)
     _, most_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert most_bytes < 2 * TABLE_BYTES
-    assert len(rows) >= 6
-    assert [digest for _, _, digest in rows[:-1]] == [None] * (len(rows) - 1)
-    assert rows[-1][2] == file_sha256(tmp_path / "large.txt")
+    assert most_bytes < 16 * PIECE_BYTES
+    assert (row["content"], row["size_bytes"]) == (None, path.stat().st_size)
+    assert row["sha256"].hex() == digest.hexdigest() == file_sha256(path)
+    path.write_text(path.read_text() + "x")
+    with pytest.raises(InputError, match=r"large\.txt: was changed while it was read"):
+        list(document_pieces(source, batch, 0))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_large_file_is_split_and_its_rows_are_the_same(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into many parts and many files; that lines are named by their numbers, errors and duplicates show."""
+    texts = [f"def f{i}(x):\n    return {i} * x  # \u00e9 \u2028\n" * (3 + i % 9) for i in range(90)] * 2
+    lines = "".join(("\n" if i % 7 == 0 else "") + json.dumps({"text": t}) + "\n" for i, t in enumerate(texts))
+    source, roots = f"{{kind: {kind}, path: {tmp_path / 'source'}}}", []
+    (tmp_path / "source").mkdir()
+    if kind == "jsonl":
+        (tmp_path / "source/a.jsonl").write_text(lines)
+    else:
+        pq.write_table(pa.table({"text": texts}), tmp_path / "source/a.parquet", row_group_size=13)
+    for name in ("whole", "split"):
+        given = context(text_recipe(tmp_path / "store", source), name)
+        prepare(given)
+        roots.append(Path(given.draft.uri))
+        monkeypatch.setattr(document_parts, "LEAST_PART_BYTES", 1500)
+    assert document_parts.count_parts([SourceFile("a", len(lines), 0)], FolderSource(path="a")) > 10
+    whole, split = map(hashes, roots)
+    assert whole == split
+    monkeypatch.setattr(shard_layout, "SHARD_BYTES", 2000)
+    given = context(text_recipe(tmp_path / "store", source), "files")
+    prepare(given)
+    root = Path(given.draft.uri)
+    for split_name, spread in Manifest.read(root).splits.items():
+        assert len(spread.shards) > 2
+        one, many = Shards(roots[0], split_name), Shards(root, split_name)
+        rows = [set(map(bytes, each.take(np.arange(each.rows))["tokens"])) for each in (one, many)]
+        assert rows[0] == rows[1] if split_name != "train" else len(rows[0]) == len(rows[1])
+        assert one.rows == many.rows == spread.rows
 
 
 def planted_corpus(generator: random.Random) -> tuple[list[str], list[str]]:

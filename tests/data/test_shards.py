@@ -13,12 +13,12 @@ import pytest
 from tiny_shards import GROUP, ROWS, VOCABULARY, T, write_tiny_text
 
 from overproof.data import parquet_reader
-from overproof.data.document_blocks import text_columns
 from overproof.data.manifest import MANIFEST, Column, Manifest, shard_schema
 from overproof.data.order import Order
 from overproof.data.parquet_reader import Shards, table_to_numpy
 from overproof.data.parquet_writer import parquet_bytes, to_table
 from overproof.data.row_files import open_shard
+from overproof.data.token_parts import text_columns
 from overproof.errors import InputError
 from overproof.files import file_sha256
 

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from overproof.config import FolderSource, JsonlSource, ParquetSource
-from overproof.data import document_blocks
-from overproof.data.documents import iter_documents
+from overproof.data.document_parts import Reader, Reading
+from overproof.data.documents import FileSpan, iter_documents
 from overproof.data.source_files import (
     BAD_NAME,
     LINK_INSIDE,
@@ -48,7 +48,7 @@ def zstd(content: bytes) -> bytes:
 
 def texts(source: Source) -> list[str]:
     listing = list_files(source)
-    found = (b"".join(content) for file in listing.files for _, content in iter_documents(source, file.name))
+    found = (b"".join(content) for file in listing.files for _, content in iter_documents(source, FileSpan(file.name)))
     return [content.decode() for content in found]
 
 
@@ -180,6 +180,13 @@ DAMAGED: list[tuple[str, bytes, str]] = [
 ]
 
 
+def read_documents(source: Source, *files: str) -> tuple[list[dict[str, Any]], Reading]:
+    """As a worker of ``prepare`` reads them."""
+    reading = Reading([])
+    tables = list(Reader("", source, None, 1).tables([FileSpan(file) for file in files], reading))
+    return pa.concat_tables(tables).to_pylist(), reading
+
+
 @pytest.mark.parametrize(("name", "content", "words"), DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_file_is_one_line(name: str, content: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
@@ -189,11 +196,9 @@ def test_a_damaged_file_is_one_line(name: str, content: bytes, words: str, tmp_p
     assert str(refused.value).startswith(f"{tmp_path}/{name}")
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
-    tables = list(document_blocks.read_block(pa.table({"files": [[name]]}), source))  # what a worker hands on
-    failed = pa.concat_tables(tables).filter(pa.compute.field("error").is_valid()).to_pylist()
-    assert [(row["file"], row["error"], row["reason"]) for row in failed] == [
-        (name, str(refused.value), refused.value.reason)
-    ]
+    _, reading = read_documents(source, name)  # what a worker hands on
+    assert reading.failed == {name: (str(refused.value), refused.value.reason)}
+    assert not reading.left_out
 
 
 CSV = b"text,label\n" + b"".join(b"text %d,%d\n" % (i, i % 2) for i in range(200))
@@ -334,26 +339,20 @@ def test_marks_and_lines_of_nuls_are_no_text(chunk_bytes: int, tmp_path: Path, m
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     source = FolderSource(path=str(tmp_path))
-    (table,) = document_blocks.read_block(pa.table({"files": [sorted(contents)]}), source)
-    found = {row["name"]: row for row in table.to_pylist()}
-    assert {name: row["content"] for name, row in found.items() if name < "d"} == dict.fromkeys(
-        ("a.txt", "b.txt", "c.txt"), plain
-    )
-    assert len({found[name]["sha256"] for name in ("a.txt", "b.txt", "c.txt")}) == 1
-    assert [found[name]["nul_lines"] for name in sorted(contents)] == [0, 0, 3, 1, 0, 0, 0]
-    faults = {name: row["fault"] for name, row in found.items() if row["fault"]}
-    assert faults == {"d.txt": "lines of NULs", "e.txt": "undecodable", "f.txt": "empty", "g.txt": "empty"}
+    rows, reading = read_documents(source, *sorted(contents))
+    assert {row["name"]: row["content"] for row in rows} == dict.fromkeys(("a.txt", "b.txt", "c.txt"), plain)
+    assert len({row["sha256"] for row in rows}) == 1
+    left_out = reading.left_out[""]
+    assert left_out.dropped == {"empty": 2, "undecodable": 1, "duplicate": 0, "lines of NULs": 3 + 1}
+    assert left_out.names == {"undecodable": ["e.txt"], "empty": ["f.txt", "g.txt"]}
 
 
 def test_lines_of_nuls_in_json_lines_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\0" * 20 + b"\n" + line("a") + b"\0\0\n\n" + line("b") + b"\0" * 7)
     source = JsonlSource(path=str(tmp_path))
-    (table,) = document_blocks.read_block(pa.table({"files": [["a.jsonl"]]}), source)
-    faults = [(row["name"], row["fault"], row["nul_lines"]) for row in table.to_pylist()]
-    nul = "lines of NULs"
-    assert faults == [
-        ("a.jsonl:1", nul, 1), ("a.jsonl:2", "", 0), ("a.jsonl:3", nul, 1), ("a.jsonl:5", "", 0), ("a.jsonl:6", nul, 1)
-    ]  # fmt: skip
+    rows, reading = read_documents(source, "a.jsonl")
+    assert [row["name"] for row in rows] == ["a.jsonl:2", "a.jsonl:5"]
+    assert reading.left_out[""].counts == {"lines of NULs": 3}
 
 
 def test_rows_of_nuls_in_csv_are_dropped(tmp_path: Path) -> None:

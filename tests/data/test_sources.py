@@ -14,6 +14,7 @@ import pytest
 
 from overproof.config import DataSection, FolderSource, JsonlSource, ParquetSource, StdlibSource, TokenizerFile
 from overproof.data import documents, tokenization
+from overproof.data.documents import FileSpan
 from overproof.data.sources import list_files
 from overproof.errors import InputError
 from overproof.registry import TASKS
@@ -26,7 +27,7 @@ def source_digest(data: DataSection) -> str:
 
 
 def read(source: FolderSource | JsonlSource | ParquetSource, file: str) -> list[tuple[str, bytes]]:
-    return [(name, b"".join(content)) for name, content in documents.iter_documents(source, file)]
+    return [(name, b"".join(content)) for name, content in documents.iter_documents(source, FileSpan(file))]
 
 
 def names(source: FolderSource | JsonlSource | ParquetSource | StdlibSource) -> list[str]:
@@ -127,7 +128,7 @@ def test_json_lines(tmp_path: Path) -> None:
 def test_bad_json_lines_are_refused(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(InputError, match=message):
-        list(documents.iter_documents(JsonlSource(path=str(tmp_path)), "a.jsonl"))
+        list(documents.iter_documents(JsonlSource(path=str(tmp_path)), FileSpan("a.jsonl")))
 
 
 def test_parquet_rows(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_parquet_that_is_not_text_is_refused(tmp_path: Path) -> None:
     def refused(table: pa.Table, message: str) -> None:
         pq.write_table(table, path)
         with pytest.raises(InputError, match=message):
-            list(documents.iter_documents(source, "a.parquet"))
+            list(documents.iter_documents(source, FileSpan("a.parquet")))
 
     refused(pa.table({"body": ["x"]}), "columns are body; expected a column 'text'")
     refused(pa.table({"text": [1]}), "column 'text' is int64; expected string")
@@ -160,7 +161,7 @@ def test_parquet_that_is_not_text_is_refused(tmp_path: Path) -> None:
     refused(pa.table({"text": objects}), r"column 'text' holds objects \(somebody.objects\)")
     path.write_text("text")
     with pytest.raises(InputError, match="not Parquet"):
-        list(documents.iter_documents(source, "a.parquet"))
+        list(documents.iter_documents(source, FileSpan("a.parquet")))
 
 
 def test_rays_own_object_columns_are_never_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +177,7 @@ def test_rays_own_object_columns_are_never_unpickled(tmp_path: Path, monkeypatch
     monkeypatch.setattr("pickle.loads", unpickled)
     assert read(ParquetSource(path=str(tmp_path)), "a.parquet") == [("a.parquet:0", b"x")]
     with pytest.raises(InputError, match="column 'extra' holds objects"):
-        list(documents.iter_documents(ParquetSource(path=str(tmp_path), field="extra"), "a.parquet"))
+        list(documents.iter_documents(ParquetSource(path=str(tmp_path), field="extra"), FileSpan("a.parquet")))
 
 
 LINES = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(90))

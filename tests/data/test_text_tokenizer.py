@@ -16,11 +16,25 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from made_tokenizers import SPACE, TRAINED_ON, byte_level, sentencepiece_bpe, unigram
 from overproof.config import TokenizerFile
 from overproof.data import documents, text_tokenizer, tokenization
-from overproof.data.document_blocks import _tokenise
-from overproof.data.text_tokenizer import ALTERED, COMPOSED, SAME, TextTokenizer, read_tokenizer, tell_altered, trained
+from overproof.data.text_tokenizer import (
+    ALTERED,
+    COMPOSED,
+    SAME,
+    TextTokenizer,
+    count_altered,
+    read_tokenizer,
+    tell_altered,
+    trained,
+)
+from overproof.data.token_parts import Piece, encode_pieces
 from overproof.data.tokenizer_json import continuing
 from overproof.errors import InputError
 from overproof.tasks.texts import truncating_tokenizer
+
+
+def piece_of(text: str, place: int = 0, document: int = 0) -> Piece:
+    """A piece of a document."""
+    return Piece(text.encode(), f"{document}.txt", document, "train", is_first=place == 0, is_last=True)
 
 
 def directory(folder: Path, text: str, **files: Any) -> TokenizerFile:
@@ -84,9 +98,9 @@ def test_later_pieces_have_the_tokens_of_the_whole(made: Any, monkeypatch: pytes
     for text in ("\n".join(TRAINED_ON), *spaceless):
         pieces = [piece.decode() for piece in documents.iter_pieces([text.encode()])]
         assert len(pieces) > 5
-        tokens, _ = _tokenise(pieces, np.arange(len(pieces), dtype=np.int32), tokenizer)
+        tokens = encode_pieces([piece_of(text, place) for place, text in enumerate(pieces)], tokenizer, {})
         (whole,) = tokenization.encode(Tokenizer.from_str(tokenizer.json), [text])
-        assert np.concatenate(tokens).tolist() == [2, 1, *whole.tolist()]
+        assert np.array_equal(np.concatenate(tokens), whole)
     assert continuing(continuing(tokenizer.json)) == continuing(tokenizer.json)
 
 
@@ -95,9 +109,9 @@ def test_a_document_that_spells_a_special_token_does_not_end(made: Any) -> None:
     end, text = ("<|endoftext|>" if made is byte_level else "</s>"), "name {} value"
     tokenizer = TextTokenizer(made(), start_id=1, end_id=2, bos_id=None, outputs=999)
     special = Tokenizer.from_str(tokenizer.json).token_to_id(end)
-    (ids,), _ = _tokenise([text.format(end)], np.zeros(1, np.int32), tokenizer)
-    assert special not in ids[2:]
-    decoded = Tokenizer.from_str(tokenizer.json).decode(ids[2:].tolist(), skip_special_tokens=False)
+    (ids,) = encode_pieces([piece_of(text.format(end))], tokenizer, {})
+    assert special not in ids
+    decoded = Tokenizer.from_str(tokenizer.json).decode(ids.tolist(), skip_special_tokens=False)
     assert decoded == text.format(end)
 
 
@@ -244,8 +258,9 @@ def test_bytes_that_texts_hardly_have_may_be_lacking_and_their_loss_is_told(
         spec["model"]["vocab"]["never" + by_byte[byte]] = spec["model"]["vocab"].pop(by_byte[byte])
     found = read_tokenizer(directory(tmp_path / "model", json.dumps(spec), config={"eos_token_id": 394}))
     texts = ["plain", "the end\x04 of a tape", "\U00012345 is cuneiform", "\U00040000 is nothing yet"]
-    _, altered = _tokenise(texts, np.zeros(4, np.int32), found)
-    assert altered == [SAME, ALTERED, SAME, ALTERED]
+    altered = dict[int, tuple[str, int]]()
+    encode_pieces([piece_of(text, document=number) for number, text in enumerate(texts)], found, altered)
+    assert altered == {1: ("1.txt", ALTERED), 3: ("3.txt", ALTERED)}
 
 
 def test_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
@@ -273,12 +288,13 @@ def test_how_texts_come_back_is_told() -> None:
     ]}  # fmt: skip
     texts = ["plain", "cafe\u0301", "``quoted''", " led by a space"]
     made = TextTokenizer(json.dumps(spec), 0, 0, None, 400)
-    tokens, altered = _tokenise(texts, np.zeros(4, np.int32), made)
-    assert len(tokens) == 4
-    assert altered == [SAME, COMPOSED, ALTERED, SAME]
-    assert tell_altered(["a", "b", "c", "d"], altered, "documents") == [
-        "the tokenizer writes 1 of 4 documents back as Unicode's NFC of them, first b: models learn what it writes, "
-        "and figures count the bytes that were given",
-        "the tokenizer writes 1 of 4 documents back otherwise than they are, first c: models learn what it writes, "
+    altered = dict[int, tuple[str, int]]()
+    pieces = [piece_of(text, document=number) for number, text in enumerate(texts)]
+    assert len(encode_pieces(pieces, made, altered)) == 4
+    assert altered == {1: ("1.txt", COMPOSED), 2: ("2.txt", ALTERED)}
+    assert tell_altered(count_altered([("a", SAME), *altered.values()]), 4, "documents") == [
+        "the tokenizer writes 1 of 4 documents back as Unicode's NFC of them, first 1.txt: models learn what it "
+        "writes, and figures count the bytes that were given",
+        "the tokenizer writes 1 of 4 documents back otherwise than they are, first 2.txt: models learn what it writes, "
         "and figures count the bytes that were given",
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from corpus import RECIPES
 from hypothesis import given
@@ -14,12 +13,13 @@ from hypothesis import strategies as st
 from overproof import pipeline
 from overproof.config import TextData, load_recipe
 from overproof.data import tokenization
-from overproof.data.document_blocks import text_columns, write_planned_shard
 from overproof.data.manifest import START, shard_schema
 from overproof.data.parquet_reader import table_to_numpy
+from overproof.data.part_files import TapeWriter
 from overproof.data.row_files import open_shard
 from overproof.data.shard_layout import ShardPlan
 from overproof.data.text_tokenizer import trained
+from overproof.data.token_parts import ShardWriter, row_dtype, text_columns
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}\n" * 3 for i in range(40)]
 
@@ -77,21 +77,22 @@ def test_too_few_tokens_are_refused() -> None:
 def test_rows_say_what_begins_their_documents_unless_they_are_read_across_them(tmp_path: Path) -> None:
     """The rows are the same either way; held-out rows say it as train rows do, and every later artifact is another."""
     tokenizer, words = trained(tokenization.train_bpe(["a b c"] * 3, 288).to_str()), [[3, 4, 5, 6, 7], [8, 9, 10, 11]]
-    group = pa.table(
-        {
-            "shard": [0, 0], "document": [0, 1], "piece": [0, 0],
-            "tokens": pa.array([[*tokenizer.boundary, *ids] for ids in words], pa.large_list(pa.int32())),
-        }
-    )  # fmt: skip
+    held_out = np.zeros(2, row_dtype(8, tokenizer.outputs))
+    for row, ids in zip(held_out, words, strict=True):
+        packed_RS, (row["length"],) = tokenization.pack_document(np.int32(ids), 8, tokenizer.start_id, tokenizer.end_id)
+        row["tokens"] = packed_RS[0]
+    with TapeWriter(str(tmp_path)) as writer:
+        writer.write("train", np.uint16([id_ for ids in words for id_ in (*tokenizer.boundary, *ids)]))
+        writer.write("validation", held_out)
+    tapes = {name: [tape] for name, tape in writer.tapes.items()}
     found = {}
     for across in (False, True):
         changes = (f"data.cross_document_attention={across}", "data.sequence_length=8", "data.rows_per_group=1")
         recipe = load_recipe(RECIPES / "stdlib-lm.yaml", changes)
         assert isinstance(recipe.data, TextData)
         for split in ("train", "validation"):
-            plan = ShardPlan(split, 0, 0, 1, 0, 9 if split == "train" else 11)
-            folder = tmp_path / f"{across}"
-            write_planned_shard(group, (plan,), recipe.data, tokenizer, 0, str(folder))
+            plan, folder = ShardPlan(split, 0, 0, 1 if split == "train" else 2), tmp_path / f"{across}"
+            ShardWriter(str(tmp_path), str(folder), tapes, recipe.data, tokenizer, 0).write(plan)
             file = open_shard(folder / plan.path)
             assert file.schema_arrow.equals(shard_schema(text_columns(8, tokenizer.outputs, apart=not across)))
             found[split, across] = table_to_numpy(file.read())

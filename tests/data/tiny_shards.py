@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from overproof.data.document_blocks import text_columns
 from overproof.data.manifest import MANIFEST, Manifest, Split, shard_schema
 from overproof.data.parquet_writer import write_shard
+from overproof.data.token_parts import text_columns
 
 T, GROUP, ROWS, VOCABULARY = 8, 4, (40, 24), 9999
 

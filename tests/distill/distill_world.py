@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from overproof.artifacts import Artifact, ArtifactWriter, Store
 from overproof.config import Generate, Optimization, Recipe
-from overproof.data.document_blocks import text_columns
 from overproof.data.manifest import MANIFEST, START, TOKENIZER, Manifest, Split, shard_schema
 from overproof.data.order import Order
 from overproof.data.parquet_reader import Shards
 from overproof.data.parquet_writer import write_shard
+from overproof.data.token_parts import text_columns
 from overproof.distill.optuna_study import STUDENT
 from overproof.distill.row_cache import cache_key_fields
 from overproof.distill.sweep import make_trial_job

@@ -19,10 +19,10 @@ from sklearn.datasets import load_digits
 from overproof.artifacts import Artifact, Store
 from overproof.config import Recipe
 from overproof.data import tokenization as bpe
-from overproof.data.document_blocks import text_columns
 from overproof.data.manifest import Column, Manifest, Split, shard_schema
 from overproof.data.parquet_reader import Shards
 from overproof.data.parquet_writer import write_shard
+from overproof.data.token_parts import text_columns
 from overproof.export.stage import export_models
 from overproof.models import hf_directory
 from overproof.models.llama import Llama

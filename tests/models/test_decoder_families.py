@@ -18,8 +18,8 @@ from decoder_cases import CASES, LLAMA3, NUMBERS, POSITIONS, SHAPE, VOCABULARY, 
 from finished import RECIPES
 from overproof import pipeline
 from overproof.config import Optimization, Pretrained, TeacherLayers, load_recipe
-from overproof.data.document_blocks import text_columns
 from overproof.data.manifest import Manifest
+from overproof.data.token_parts import text_columns
 from overproof.data.tokenization import train_bpe
 from overproof.distill.feature_losses import capture_layers
 from overproof.distill.student_init import keep_layers

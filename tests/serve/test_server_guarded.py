@@ -17,7 +17,7 @@ import ray
 from certificates import certificate
 from overproof.cli.main import main
 from overproof.config import ParquetSource, Serve, Traffic, Trust
-from overproof.data.documents import iter_documents
+from overproof.data.documents import FileSpan, iter_documents
 from overproof.data.sources import list_files
 from overproof.errors import InputError
 from overproof.package.signature import make_key_pair, read_public_keys
@@ -158,7 +158,8 @@ def test_a_gateway_that_is_stopped_has_written_its_traffic(guarded: GuardedServe
             texts.append(f"{body['prompt']}{reply['choices'][0]['text']}")
     server.stop_serving()
     source = ParquetSource(path=str(guarded.traffic / REPLIES))
-    documents = (content for file in list_files(source).files for _, content in iter_documents(source, file.name))
+    spans = (FileSpan(file.name) for file in list_files(source).files)
+    documents = (content for span in spans for _, content in iter_documents(source, span))
     found = [b"".join(content).decode() for content in documents]
     assert sorted(text for text in found if text.startswith("import os")) == sorted(texts)
 

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overproof.config import Lora, Pretrained, Train
-from overproof.data.document_blocks import text_columns
 from overproof.data.manifest import START, Manifest
+from overproof.data.token_parts import text_columns
 from overproof.errors import InputError
 from overproof.models import stage_memory, zero_memory
 from overproof.models.adapters import add_adapters

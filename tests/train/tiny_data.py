@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from overproof.config import Train
-from overproof.data.document_blocks import text_columns
 from overproof.data.manifest import MANIFEST, TOKENIZER, Column, Manifest, Split, shard_schema
 from overproof.data.parquet_reader import Columns
 from overproof.data.parquet_writer import write_shard
+from overproof.data.token_parts import text_columns
 from overproof.models.llama import Llama
 from overproof.models.vit import Vit
 

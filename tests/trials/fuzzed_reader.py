@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from transformers import LlamaForCausalLM  # imported before anything is timed
 
 from overproof.config import JsonlSource, ParquetSource, TokenizerFile
-from overproof.data.document_blocks import read_block
+from overproof.data.document_parts import Reader, Reading
+from overproof.data.documents import FileSpan
 from overproof.data.row_files import open_shard
 from overproof.data.text_tokenizer import read_tokenizer
 from overproof.data.tokenizer_json import continuing, tokenizer_difference
@@ -38,10 +38,12 @@ MEMORY_BYTES = 24 << 30  # of addresses: torch maps several
 
 
 def documents(source: Any, path: Path) -> None:
-    """As a worker of ``prepare`` reads them, which hands an error on as a row."""
-    for table in read_block(pa.table({"files": [[path.name]]}), source):
-        for error in table["error"].drop_null().to_pylist():
-            raise InputError(error)
+    """As a worker of ``prepare`` reads them, which hands an error on as text."""
+    reading = Reading([])
+    for _ in Reader("", source, None, 1).tables([FileSpan(path.name)], reading):
+        pass
+    for error, _ in reading.failed.values():
+        raise InputError(error)
 
 
 def tokenizer(path: Path) -> None:

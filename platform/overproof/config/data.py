@@ -50,7 +50,7 @@ TextSource = Annotated[StdlibSource | FolderSource | JsonlSource | ParquetSource
 
 
 class BpeTokenizer(Section):
-    """A byte-level BPE tokenizer trained on the train split."""
+    """A byte-level BPE tokenizer trained on the train split, on 1 GiB of it at most."""
 
     kind: Literal["bpe"] = "bpe"
     vocab_size: int = Field(2048, ge=288, le=65536, multiple_of=32, description="Entries.")
@@ -99,7 +99,7 @@ class DataSection(Section):
     kind: str
     validation_fraction: Fraction = Field(0.05, description="Share of documents or rows held out for validation.")
     test_fraction: Fraction = Field(0.05, description="Share of documents or rows held out for the gate.")
-    shards: Count = Field(4, description="Train shards written.")
+    shards: Count = Field(4, description="Train shards written; text has more where one would have over 64 MiB.")
     rows_per_group: Count = Field(16, description="Rows in every Parquet row group.")
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="Whether a file that cannot be read ends the run, or is left out and counted."

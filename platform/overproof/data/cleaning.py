@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +74,43 @@ class DocumentCheck:
                 self._blank = self._blank and not text.strip()
 
 
+def hash_shares(hashes_N: Strings) -> NDArray[np.float64]:
+    """The first 8 bytes of each hash as a number in [0, 1]."""
+    words_N4 = np.frombuffer(bytes.fromhex("".join(hashes_N)), ">u8").reshape(len(hashes_N), -1)
+    return shares(words_N4[:, 0])
+
+
+def shares(words_N: NDArray[Any]) -> NDArray[np.float64]:
+    """The first 8 bytes of hashes as numbers in [0, 1]."""
+    found: NDArray[np.float64] = words_N.astype(np.float64) / 2.0**64
+    return found
+
+
+@dataclass(frozen=True)
+class Borders:
+    """Where the splits lie among documents in the order of their hashes: those of the test split come first."""
+
+    test: int  # documents
+    held_out: int  # of both splits that are not trained on
+
+    @classmethod
+    def of(cls, count: int, below_test: int, below_held_out: int) -> Self:
+        """From how many documents are below the borders that the fractions set: see ``split_of``.
+
+        Raises:
+            ValueError: there are fewer documents than splits.
+        """
+        if count < len(SPLITS_BY_HASH):
+            raise ValueError(f"{count} documents; expected at least {len(SPLITS_BY_HASH)}, one for each split")
+        test = int(np.clip(below_test, 1, count - 2))
+        return cls(test, int(np.clip(below_held_out, test + 1, count - 1)))
+
+    def splits(self, ranks_N: NDArray[np.int64]) -> NDArray[np.str_]:
+        """The split of each document, by its rank."""
+        found: NDArray[np.str_] = SPLITS_BY_HASH[(ranks_N >= self.test).astype(np.int64) + (ranks_N >= self.held_out)]
+        return found
+
+
 def split_of(hashes_N: Strings, validation_fraction: float, test_fraction: float) -> NDArray[np.str_]:
     """The split of each of at least three distinct hashes, wherever it stands among them.
 
@@ -84,77 +122,60 @@ def split_of(hashes_N: Strings, validation_fraction: float, test_fraction: float
     Raises:
         ValueError: there are fewer hashes than splits.
     """
-    count = len(hashes_N)
-    if count < len(SPLITS_BY_HASH):
-        raise ValueError(f"{count} documents; expected at least {len(SPLITS_BY_HASH)}, one for each split")
-    words_N4 = np.frombuffer(bytes.fromhex("".join(hashes_N)), ">u8").reshape(count, -1)
-    shares_N = words_N4[:, 0].astype(np.float64) / 2.0**64
-    test = int(np.clip(np.sum(shares_N < test_fraction), 1, count - 2))
-    held_out = int(np.clip(np.sum(shares_N < test_fraction + validation_fraction), test + 1, count - 1))
-    ranks_N = np.empty(count, np.int64)
-    ranks_N[np.argsort(np.asarray(hashes_N, np.str_))] = np.arange(count)
-    splits_N: NDArray[np.str_] = SPLITS_BY_HASH[(ranks_N >= test).astype(np.int64) + (ranks_N >= held_out)]
-    return splits_N
+    shares_N = hash_shares(hashes_N) if len(hashes_N) else np.zeros(0)
+    below = (int(np.sum(shares_N < end)) for end in (test_fraction, test_fraction + validation_fraction))
+    borders = Borders.of(len(hashes_N), *below)
+    ranks_N = np.empty(len(hashes_N), np.int64)
+    ranks_N[np.argsort(np.asarray(hashes_N, np.str_))] = np.arange(len(hashes_N))
+    return borders.splits(ranks_N)
 
 
-@dataclass(frozen=True)
-class SelectedDocuments:
-    """The documents that are used, sorted by hash: document i is the i-th."""
+@dataclass
+class LeftOut:
+    """Documents that are not used, by reason: how many, and the first names. Made up in any order, it is the same."""
 
-    names_N: NDArray[Any]  # str; of exact duplicates, the first name
-    hashes_N: NDArray[Any]  # str
-    sizes_N: NDArray[np.int64]  # bytes
-    dropped: dict[str, int]
-    left_out: tuple[str, ...] = ()  # lines about those of other encodings and the duplicates, with the first names
+    counts: Counter[str] = field(default_factory=Counter)
+    names: dict[str, list[str]] = field(default_factory=dict)  # ascending
 
-    def take(self, chosen: NDArray[np.int64], dropped: Mapping[str, int]) -> SelectedDocuments:
-        """These of them; the others are left out for further reasons."""
-        names, hashes, sizes = self.names_N[chosen], self.hashes_N[chosen], self.sizes_N[chosen]
-        return SelectedDocuments(names, hashes, sizes, {**self.dropped, **dropped}, self.left_out)
+    def add(self, reason: str, names: Sequence[str]) -> None:
+        """Count documents."""
+        self.counts[reason] += len(names)
+        self.names[reason] = sorted([*self.names.get(reason, ()), *names])[:SHOWN_NAMES]
 
+    def check(self, name: str, fault: str, nul_lines: int) -> None:
+        """Count a document that cannot be used (see ``DocumentCheck.finish``), and the lines that it lost."""
+        if fault not in ENCODINGS:
+            self.counts[NUL_LINES] += nul_lines
+        if fault and fault != NUL_LINES:
+            self.add(fault, [name])
 
-def select_documents(
-    names_N: Sequence[str],
-    hashes_N: Strings,
-    sizes_N: Sequence[int],
-    faults_N: Sequence[str],
-    nul_lines_N: Sequence[int] = (),
-) -> SelectedDocuments:
-    """Drop the faulty and, of exact duplicates, all but one. The order of the input does not matter.
+    def merge(self, other: LeftOut) -> None:
+        """Count what another has counted."""
+        self.counts += other.counts
+        for reason, names in other.names.items():
+            self.names[reason] = sorted([*self.names.get(reason, ()), *names])[:SHOWN_NAMES]
 
-    ``nul_lines_N`` are the lines of NULs that were left out of each document.
-    """
-    faults = np.array(faults_N, dtype=object)
-    dropped = {reason: int((faults == reason).sum()) for reason in REASONS}
-    lost = sum(lines for lines, fault in zip(nul_lines_N, faults_N, strict=False) if fault not in ENCODINGS)
-    if lost:
-        dropped[NUL_LINES] = lost
-    left_out = []
-    for reason in ENCODINGS:
-        found = sorted(np.array(names_N, dtype=object)[faults == reason])
-        if found:
-            dropped[reason] = len(found)
-            left_out.append(_describe_undecodable(reason, found))
-    usable = np.flatnonzero(faults == "")
-    names, hashes = (np.array(values, dtype=object)[usable] for values in (names_N, hashes_N))
-    sizes = np.array(sizes_N, dtype=np.int64)[usable]
-    order = np.lexsort((names, hashes))
-    names, hashes, sizes = names[order], hashes[order], sizes[order]
-    first = np.ones(len(hashes), bool)
-    first[1:] = hashes[1:] != hashes[:-1]
-    again, same = np.flatnonzero(~first), np.flatnonzero(first)[np.cumsum(first) - 1]
-    dropped[DUPLICATE] = len(again)
-    if len(again):
-        left_out.append(list_left_out("the same as another", [f"{names[i]} ({names[same[i]]})" for i in again]))
-    return SelectedDocuments(names[first], hashes[first], sizes[first], dropped, tuple(left_out))
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many, by reason: of the usual reasons whether there are any or not."""
+        return {reason: self.counts[reason] for reason in REASONS} | {
+            reason: count for reason, count in self.counts.items() if count and reason not in REASONS
+        }
+
+    @property
+    def lines(self) -> list[str]:
+        """For people: those of other encodings, and the duplicates."""
+        found = []
+        for reason, encoding in ENCODINGS.items():
+            if self.counts[reason]:
+                remedy = "" if reason == BINARY else "; `iconv -f ENCODING -t UTF-8` converts text"
+                found.append(list_left_out(encoding, self.names[reason], self.counts[reason]) + remedy)
+        if self.counts[DUPLICATE]:
+            found.append(list_left_out("the same as another", self.names[DUPLICATE], self.counts[DUPLICATE]))
+        return found
 
 
-def list_left_out(why: str, names: Sequence[str]) -> str:
-    """A line for people, with the first names."""
-    more = f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
+def list_left_out(why: str, names: Sequence[str], count: int) -> str:
+    """A line for people, with the first names of so many."""
+    more = f" and {count - SHOWN_NAMES:,} more" if count > SHOWN_NAMES else ""
     return f"left out, {why}: {', '.join(names[:SHOWN_NAMES])}{more}"
-
-
-def _describe_undecodable(reason: str, names: Sequence[str]) -> str:
-    remedy = "" if reason == BINARY else "; `iconv -f ENCODING -t UTF-8` converts text"
-    return list_left_out(ENCODINGS[reason], names) + remedy

@@ -9,14 +9,17 @@ import codecs
 import io
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
 
 from overproof.config import JsonlSource, ParquetSource
 from overproof.data.json_lines import BLANK, NUL, read_json_line
 from overproof.data.parquet_columns import PARQUET, is_text, iter_columns, open_parquet
-from overproof.data.source_files import naming_faults, open_content
+from overproof.data.source_files import compression_of, naming_faults, open_content
 from overproof.data.sources import Source, source_root
 from overproof.errors import InputError
 
@@ -34,24 +37,76 @@ def beginning_of(text: str, characters: int) -> str:
     return (begun[0] if begun and begun[0].strip() else text[:characters]).rstrip()
 
 
-def iter_documents(source: Source, name: str) -> Iterator[Document]:
-    """The documents of one file: the file itself, its lines, or its rows.
+@dataclass(frozen=True)
+class FileSpan:
+    """A file, or one of several parts of it, each of as many bytes or row groups: the documents that begin there."""
+
+    file: str
+    number: int = 0
+    of: int = 1
+    lines_before: int = 0  # the part, where documents are lines
+
+    def bounds(self, size: int) -> tuple[int, int]:
+        """Where the part begins and ends in a file of this size, or of so many row groups."""
+        return self.number * size // self.of, (self.number + 1) * size // self.of
+
+
+def can_be_split(source: Source, name: str) -> bool:
+    """Whether documents can be read from the middle of a file."""
+    return isinstance(source, ParquetSource) or (isinstance(source, JsonlSource) and compression_of(name) is None)
+
+
+def iter_documents(source: Source, span: FileSpan) -> Iterator[Document]:
+    """The documents of one file or a part of it: the file itself, its lines, or its rows.
 
     Raises:
         InputError: naming the file and the line or column that is not what the recipe says.
     """
     files, folder = source_root(source)
-    path = f"{folder}/{name}"
+    path = f"{folder}/{span.file}"
     if isinstance(source, ParquetSource):
         with naming_faults(path, PARQUET), files.open_input_file(path) as handle:
-            yield from _rows(handle, path, name, source.field)
+            yield from _rows(handle, path, span, source.field)
         return
     what = "JSON Lines" if isinstance(source, JsonlSource) else "text"
-    with naming_faults(path, what), open_content(files, path) as stream:
+    with naming_faults(path, what), _open(files, path, span) as stream:
         if isinstance(source, JsonlSource):
-            yield from _lines(io.BufferedReader(stream), path, name, source.field)
+            lines = io.BufferedReader(stream, CHUNK_BYTES)
+            begun = lines if span.of == 1 else _begun_lines(lines, *span.bounds(stream.size()))
+            yield from _lines(begun, path, span, source.field)
         else:
-            yield name, without_mark(iter(lambda: stream.read(CHUNK_BYTES), b""))
+            yield span.file, without_mark(iter(lambda: stream.read(CHUNK_BYTES), b""))
+
+
+def _open(files: fs.FileSystem, path: str, span: FileSpan) -> Any:
+    return open_content(files, path) if span.of == 1 else files.open_input_file(path)
+
+
+def _begun_lines(lines: io.BufferedReader, start: int, stop: int) -> Iterator[bytes]:
+    """The lines that begin between two places: the last of them may end behind."""
+    place = 0
+    if start:
+        place = lines.seek(start - 1) + len(lines.readline())
+    while place < stop and (line := lines.readline()):
+        yield line
+        place += len(line)
+
+
+def count_lines(source: Source, span: FileSpan) -> int:
+    """How many lines begin in a part of a file that is not compressed.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    files, folder = source_root(source)
+    path = f"{folder}/{span.file}"
+    with naming_faults(path, "JSON Lines"), files.open_input_file(path) as file:
+        start, stop = span.bounds(file.size())
+        found, place = int(start == 0), max(start - 1, 0)
+        while place < stop - 1 and (content := file.read_at(min(CHUNK_BYTES, stop - 1 - place), place)):
+            found += content.count(b"\n")
+            place += len(content)
+    return found
 
 
 def without_mark(content: Iterable[bytes]) -> Iterator[bytes]:
@@ -126,8 +181,9 @@ def _piece_end(content: bytearray) -> int:
     return end
 
 
-def _lines(lines: Iterable[bytes], path: str, name: str, field: str) -> Iterator[Document]:
-    for number, line in enumerate(lines, start=1):
+def _lines(lines: Iterable[bytes], path: str, span: FileSpan, field: str) -> Iterator[Document]:
+    name = span.file
+    for number, line in enumerate(lines, start=span.lines_before + 1):
         if not line.strip(BLANK):
             if NUL in line:
                 yield f"{name}:{number}", [line]  # dropped and counted like any other document
@@ -147,17 +203,24 @@ def _lines(lines: Iterable[bytes], path: str, name: str, field: str) -> Iterator
         yield f"{name}:{number}", [(text or "").encode("utf-8", "surrogatepass")]
 
 
-def _rows(handle: Any, path: str, name: str, field: str) -> Iterator[Document]:
-    schema = open_parquet(handle).schema_arrow
+def _rows(handle: Any, path: str, span: FileSpan, field: str) -> Iterator[Document]:
+    file = open_parquet(handle)
+    schema = file.schema_arrow
     if field not in schema.names:
         raise InputError(
             f"{path}: columns are {', '.join(schema.names)}; expected a column {field!r} (data.source.field)"
         )
-    row = 0
-    for batch in iter_columns(handle, path, [field]):
+    groups, row = _groups_of(file.metadata, span)
+    for batch in iter_columns(handle, path, [field], row_groups=groups):
         values = batch.column(0)
         if not (is_text(values.type) or pa.types.is_null(values.type)):
             raise InputError(f"{path}: column {field!r} is {values.type}; expected string")
         for value in values.cast(pa.large_string()).cast(pa.large_binary()):
-            yield f"{name}:{row}", [value.as_py() or b""]
+            yield f"{span.file}:{row}", [value.as_py() or b""]
             row += 1
+
+
+def _groups_of(metadata: pq.FileMetaData, span: FileSpan) -> tuple[list[int], int]:
+    """The row groups of a span, and the rows before them."""
+    start, stop = span.bounds(metadata.num_row_groups)
+    return list(range(start, stop)), sum(metadata.row_group(number).num_rows for number in range(start))

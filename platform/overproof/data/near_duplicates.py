@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,7 @@ NEIGHBOURS = 8  # held-out documents on either side that a document of a large b
 MOST_PARTNERS = 32  # candidates of one document: more only where many are copies of each other
 EMPTY_BIN = np.uint64(2**64 - 1)
 BASE, WORD_BASE = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)  # odd
+INVERSE = np.uint64(pow(int(BASE), -1, 1 << 64))
 CODES = 0x20000  # of characters that a table holds; what is beyond is Han
 NEITHER, PART, WHOLE = 0, 1, 2  # of a word: what a character is
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE")
@@ -48,6 +49,16 @@ def shingles(text: str, words: int) -> Hashes:
     """The hash of each run of ``words`` words, some of them twice; that of all words where there are fewer, and none
     where there is no word.
     """
+    hashes = _ascii_words(text) if text.isascii() else _words(text)
+    if not len(hashes):
+        return hashes
+    run = min(words, len(hashes))
+    last = len(hashes) - run + 1
+    return _mixed(sum(hashes[i : last + i] * power for i, power in enumerate(_powers(WORD_BASE, run))))
+
+
+def _words(text: str) -> Hashes:
+    """The hash of each word: the sum of its letters' hashes, each times a power of ``BASE``."""
     folded = unicodedata.normalize("NFKC", text).lower()
     codes = np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), np.uint32)
     kinds = _kinds()[np.minimum(codes, CODES - 1)]
@@ -60,10 +71,31 @@ def shingles(text: str, words: int) -> Hashes:
     lengths = np.diff(starts, append=len(inside))
     places = np.arange(len(inside)) - np.repeat(starts, lengths)
     letters = _mixed(codes[inside].astype(np.uint64)) * _powers(BASE, int(lengths.max()))[places]
-    hashes = _mixed(np.add.reduceat(letters, starts))
-    run = min(words, len(hashes))
-    last = len(hashes) - run + 1
-    return _mixed(sum(hashes[i : last + i] * power for i, power in enumerate(_powers(WORD_BASE, run))))
+    return _mixed(np.add.reduceat(letters, starts))
+
+
+def _ascii_words(text: str) -> Hashes:
+    """The same in less time: powers count from the start of the text, and are divided out of each word."""
+    codes = np.frombuffer(text.lower().encode(), np.uint8)
+    inside = np.append(False, _ascii_kinds()[codes])
+    starts = np.flatnonzero(inside[1:] & ~inside[:-1])
+    if not len(starts):
+        return np.zeros(0, np.uint64)
+    letters = _ascii_letters()[codes]
+    letters *= _powers(BASE, len(codes))
+    return _mixed(np.add.reduceat(letters, starts) * np.append(np.uint64(1), _powers(INVERSE, len(codes)))[starts])
+
+
+@lru_cache(maxsize=1)
+def _ascii_kinds() -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = _kinds()[:128] != NEITHER
+    return found
+
+
+@lru_cache(maxsize=1)
+def _ascii_letters() -> Hashes:
+    """0 of what is in no word."""
+    return np.where(_ascii_kinds(), _mixed(np.arange(128, dtype=np.uint64)), np.uint64(0))
 
 
 @lru_cache(maxsize=1)
@@ -151,26 +183,36 @@ def no_pairs() -> Pairs:
 
 def candidate_pairs(bands: Sequence[Hashes], splits_N: NDArray[np.str_], found: Pairs) -> Pairs:
     """``found``, and the pairs that agree in one of these bands at least: a train document and a held-out one, or two
-    test documents. Bands, (N,) each, may be given some at a time: memory is that of these, and of the pairs.
+    test documents. Bands, (N,) each, may be given some at a time.
+    """
+    tested_N, held_N = splits_N == "test", splits_N != "train"
+    for number, band_N in enumerate(bands):
+        second_N = bands[(number + 1) % len(bands)]
+        found = np.concatenate([found, band_pairs(band_N, second_N, np.arange(len(band_N)), held_N, tested_N)])
+        found = found[few_partners(found)]
+    return found
+
+
+def band_pairs(
+    band_N: Hashes, second_N: Hashes, documents_N: NDArray[np.int64],
+    held_N: NDArray[np.bool_], tested_N: NDArray[np.bool_],
+) -> Pairs:  # fmt: skip
+    """The pairs of places whose documents agree in a band.
 
     In a band that very many share, a document is held against the nearest held-out ones of the order by a second band.
     """
-    tested_N, held_N = splits_N == "test", splits_N != "train"
-    keys = [found[:, 0] * len(splits_N) + found[:, 1]]
-    for number, band_N in enumerate(bands):
-        second_N = bands[(number + 1) % len(bands)]
-        order = _sharing(band_N)
-        order = order[np.lexsort((order, second_N[order], band_N[order]))]
-        held = np.flatnonzero(held_N[order])
-        nearest = np.searchsorted(held, np.arange(len(order)))
-        for offset in range(-NEIGHBOURS, NEIGHBOURS + 1):
-            places = np.flatnonzero((nearest + offset >= 0) & (nearest + offset < len(held)))
-            own, other = order[places], order[held[nearest[places] + offset]]
-            wanted = (band_N[own] == band_N[other]) & (~held_N[own] | (tested_N[own] & tested_N[other] & (own > other)))
-            keys.append(own[wanted] * len(splits_N) + other[wanted])
-        keys = [_few_partners(np.unique(np.concatenate(keys)), len(splits_N))]
-    pairs: Pairs = np.stack(np.divmod(keys[0], len(splits_N)), axis=1)
-    return pairs
+    order = _sharing(band_N)
+    order = order[np.lexsort((documents_N[order], second_N[order], band_N[order]))]
+    held = np.flatnonzero(held_N[order])
+    nearest = np.searchsorted(held, np.arange(len(order)))
+    pairs = [no_pairs()]
+    for offset in range(-NEIGHBOURS, NEIGHBOURS + 1):
+        places = np.flatnonzero((nearest + offset >= 0) & (nearest + offset < len(held)))
+        own, other = order[places], order[held[nearest[places] + offset]]
+        both_tested = tested_N[own] & tested_N[other] & (documents_N[own] > documents_N[other])
+        wanted = (band_N[own] == band_N[other]) & (~held_N[own] | both_tested)
+        pairs.append(np.stack([own[wanted], other[wanted]], axis=1))
+    return np.concatenate(pairs)
 
 
 def _sharing(band_N: Hashes) -> NDArray[np.int64]:
@@ -182,10 +224,16 @@ def _sharing(band_N: Hashes) -> NDArray[np.int64]:
     return shared
 
 
-def _few_partners(keys: NDArray[np.int64], documents: int) -> NDArray[np.int64]:
-    own = keys // documents
-    first = np.searchsorted(own, own)
-    return keys[np.arange(len(keys)) - first < MOST_PARTNERS]
+def few_partners(pairs: Pairs) -> NDArray[np.int64]:
+    """Where each pair of documents stands first among these, in their order; of each document's the first
+    ``MOST_PARTNERS``. What is found of some pairs and then of the rest is what is found of all.
+    """
+    order = np.lexsort((pairs[:, 1], pairs[:, 0]))
+    ordered = pairs[order]
+    order = order[np.append(True, (ordered[1:] != ordered[:-1]).any(1))[: len(order)]]
+    own = pairs[order, 0]
+    found: NDArray[np.int64] = order[np.arange(len(own)) - np.searchsorted(own, own) < MOST_PARTNERS]
+    return found
 
 
 def jaccard(one: Hashes, other: Hashes) -> float:
@@ -204,8 +252,71 @@ def are_copies(pairs: Pairs, shingles_of: Callable[[int], Hashes], threshold: fl
 
 
 @dataclass(frozen=True)
+class Resolved:
+    """What follows from near-copies, by the numbers of the documents that are among them."""
+
+    left_out: NDArray[np.int64]  # of the train split, ascending
+    copied: NDArray[np.int64]  # of the test split, ascending: those with near-copies in the train split
+    members: NDArray[np.int64]  # of the test split, ascending: those that near-copies join
+    firsts: NDArray[np.int64]  # of each member the first that it belongs together with
+
+    @classmethod
+    def of(cls, copies: Pairs, across_P: NDArray[np.bool_], tested_P: NDArray[np.bool_]) -> Self:
+        """From pairs, and whether their first document is a train one, and their second a test one. The held-out side
+        wins: a train document that is a near-copy of one of it is left out.
+        """
+        inside = copies[~across_P]
+        members, places = np.unique(inside, return_inverse=True)
+        own, other = places.reshape(-1, 2).T
+        graph = coo_array((np.ones(len(inside)), (own, other)), shape=(len(members), len(members)))
+        _, labels = connected_components(graph, directed=False)
+        _, first, component = np.unique(labels, return_index=True, return_inverse=True)
+        left_out, copied = np.unique(copies[across_P, 0]), np.unique(copies[across_P & tested_P, 1])
+        return cls(left_out, copied, members, members[first[component]])
+
+    def clusters(self, documents_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of each document the first that it belongs together with; itself where none does."""
+        clusters_N = documents_N.copy()
+        _, own, place = np.intersect1d(documents_N, self.members, assume_unique=True, return_indices=True)
+        clusters_N[own] = self.firsts[place]
+        return clusters_N
+
+    def found(
+        self, settings: NearDuplicates, train_share: float, test_share: float, tested: int
+    ) -> NearDuplicatesFound:
+        """For the manifest, with the shares of the bytes of both splits, and the documents of the test split."""
+        return NearDuplicatesFound(
+            threshold=settings.threshold,
+            words=settings.words,
+            documents=len(self.left_out),
+            train_bytes_share=train_share,
+            test_documents=len(self.copied),
+            test_bytes_share=test_share,
+            test_clusters=tested - len(self.members) + len(np.unique(self.firsts)),
+        )
+
+
+def require_train_documents(left_out: int, trained: int, settings: NearDuplicates) -> None:
+    """
+    Raises:
+        InputError: no train document is left.
+    """
+    if trained and left_out == trained:
+        raise InputError(
+            f"data.near_duplicates: all {trained:,} train documents are near-copies of held-out ones (of their "
+            f"runs of {settings.words} words, {settings.threshold:g} at least are the same); expected others to train "
+            "on: give more data, a higher threshold or more words, or null, which leaves them in"
+        )
+
+
+def dropped_copies(left_out: int) -> dict[str, int]:
+    """How many are left out, by reason, as other reasons are counted; empty where none is."""
+    return {NEAR_DUPLICATE: left_out} if left_out else {}
+
+
+@dataclass(frozen=True)
 class Decision:
-    """What follows from the near-copies: which train documents are left out, and what belongs together in the test
+    """The same for documents that are in memory: which train ones are left out, and what belongs together in the test
     split.
     """
 
@@ -215,8 +326,8 @@ class Decision:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """How many are left out, by reason, as other reasons are counted; empty where none is."""
-        return {NEAR_DUPLICATE: self.found.documents} if self.found.documents else {}
+        """See ``dropped_copies``."""
+        return dropped_copies(self.found.documents)
 
     @property
     def kept(self) -> NDArray[np.int64]:
@@ -229,42 +340,23 @@ class Decision:
 
 
 def decide(copies: Pairs, splits_N: NDArray[np.str_], sizes_N: NDArray[np.int64], settings: NearDuplicates) -> Decision:
-    """From the near-copies among the candidates. The held-out side wins: a train document that is a near-copy of one of
-    it is left out. Test documents that near-copies join belong together.
+    """From the near-copies among the candidates.
 
     Raises:
         InputError: no train document is left.
     """
-    count, trained_N, tested_N = len(splits_N), splits_N == "train", splits_N == "test"
-    across = trained_N[copies[:, 0]]
-    left_out_N, copied_N = np.zeros(count, bool), np.zeros(count, bool)
-    left_out_N[copies[across, 0]] = True
-    copied_N[copies[across, 1]] = True
-    if trained_N.any() and np.array_equal(left_out_N, trained_N):
-        raise InputError(
-            f"data.near_duplicates: all {trained_N.sum():,} train documents are near-copies of held-out ones (of their "
-            f"runs of {settings.words} words, {settings.threshold:g} at least are the same); expected others to train "
-            "on: give more data, a higher threshold or more words, or null, which leaves them in"
-        )
-    inside = copies[~across]
-    graph = coo_array((np.ones(len(inside)), (inside[:, 0], inside[:, 1])), shape=(count, count))
-    _, labels_N = connected_components(graph, directed=False)
-    _, first, of_document_N = np.unique(labels_N, return_index=True, return_inverse=True)
-    clusters_N = first[of_document_N]
-    copied_N &= tested_N
-    return Decision(
-        left_out_N,
-        clusters_N,
-        NearDuplicatesFound(
-            threshold=settings.threshold,
-            words=settings.words,
-            documents=int(left_out_N.sum()),
-            train_bytes_share=float(sizes_N[left_out_N].sum() / max(1, sizes_N[trained_N].sum())),
-            test_documents=int(copied_N.sum()),
-            test_bytes_share=float(sizes_N[copied_N].sum() / max(1, sizes_N[tested_N].sum())),
-            test_clusters=len(np.unique(clusters_N[tested_N])),
-        ),
+    trained_N, tested_N = splits_N == "train", splits_N == "test"
+    resolved = Resolved.of(copies, trained_N[copies[:, 0]], tested_N[copies[:, 1]])
+    require_train_documents(len(resolved.left_out), int(trained_N.sum()), settings)
+    left_out_N = np.zeros(len(splits_N), bool)
+    left_out_N[resolved.left_out] = True
+    found = resolved.found(
+        settings,
+        float(sizes_N[left_out_N].sum() / max(1, sizes_N[trained_N].sum())),
+        float(sizes_N[resolved.copied].sum() / max(1, sizes_N[tested_N].sum())),
+        int(tested_N.sum()),
     )
+    return Decision(left_out_N, resolved.clusters(np.arange(len(splits_N))), found)
 
 
 def find_near_duplicates(

@@ -1,70 +1,74 @@
-"""The prepare stage: from a recipe's data to shards and their manifest. Text goes through Ray Data.
+"""The prepare stage: from a recipe's data to shards and their manifest. Text goes through tasks of the cluster.
 
 What ends in a shard is a function of the content, the recipe and its seed: documents are ordered and split by their
-hashes, never by where or when they were read. No process holds a document that is a file, or the corpus: documents
-go through in pieces, and Ray's object store moves to disk what does not fit. The largest thing one process holds is
-the tokens of one shard, while it is written: more train shards are smaller ones. N documents.
+hashes, never by where or when they were read. A task holds a part of the text, or a shard, and never a document that is
+a file and long; this process holds a few numbers for each part. What tasks hand to each other lies in the store.
+
+Ray Data's hash shuffle would bring the documents to parts as well: on two cores it took three to seven times as long
+and three times the CPU seconds, with the parts in the memory of its actors or in the object store.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
-from numpy.typing import NDArray
-from ray.data import DataContext, Dataset
-from ray.data.context import ShuffleStrategy
+from ray.exceptions import RayTaskError
 
 from overproof.config import BpeTokenizer, NearDuplicates, TextData
-from overproof.data import cleaning, tokenization
-from overproof.data.document_blocks import (
-    Candidates,
-    DocumentIndex,
-    bands_block,
-    read_block,
-    sample_block,
-    text_columns,
-    tokenise_block,
-    write_planned_shard,
+from overproof.data.cleaning import SHOWN_NAMES, Borders, LeftOut, list_left_out
+from overproof.data.document_parts import (
+    Merger,
+    PartCounts,
+    Parts,
+    Reader,
+    Reading,
+    count_parts,
+    plan_spans,
+    write_documents_file,
 )
-from overproof.data.documents import beginning_of
+from overproof.data.documents import FileSpan, beginning_of, count_lines
 from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import (
-    CLUSTER,
-    DOCUMENTS,
     MANIFEST,
     SPLITS,
     TEST_TEXTS,
     TOKENIZER,
     TOKENIZER_CONFIG,
     Manifest,
+    NearDuplicatesFound,
     Shard,
     Split,
 )
-from overproof.data.near_duplicates import Decision, band_count, candidate_pairs, decide, no_pairs
+from overproof.data.near_duplicate_parts import Candidates, Checker, Finder, Hasher
+from overproof.data.near_duplicates import Resolved, band_count, dropped_copies, require_train_documents
 from overproof.data.parquet_writer import parquet_bytes, write_file
-from overproof.data.shard_layout import ShardLayout, plan_shards
-from overproof.data.source_files import SourceFile, SourceReading, describe_skipped
+from overproof.data.part_files import Tape
+from overproof.data.shard_layout import ShardPlan, plan_held_out_shards, plan_train_shards
+from overproof.data.source_files import SourceReading, describe_skipped
 from overproof.data.sources import Source, absolute_source, list_text_files
-from overproof.data.text_tokenizer import ALTERED, TextTokenizer, read_tokenizer, tell_altered, trained
+from overproof.data.text_tokenizer import ALTERED, TextTokenizer, join_altered, read_tokenizer, tell_altered
+from overproof.data.token_parts import ShardWriter, TokenisedPart, Tokeniser, row_dtype, text_columns, train_tokenizer
 from overproof.errors import InputError
+from overproof.files import filesystem, join_uri
 from overproof.registry import FORMATS, TASKS
 from overproof.stage_context import Notice, StageContext
 from overproof.units import format_count
 
-BLOCK_BYTES = 32 << 20  # of text read by one task
-DOCUMENTS_PER_GROUP = 1 << 16
+SCRATCH = "scratch"  # folder of the draft, for what tasks hand to each other
 SAMPLED_DOCUMENTS = 128  # of the test split, for engines to split
 EXAMPLE_CHARACTERS = 80  # of a test document, for whoever tries a model
-BANDS_BYTES = 128 << 20  # of MinHash bands that the driver holds at once, or two bands
 PHASES = 4  # of the progress: reading, the tokenizer, tokenising, writing
+AT_ONCE = 1024  # tasks that are asked for: more than there are CPUs, so that a cluster may add some
+WAIT_S = 1.0
+
+T = TypeVar("T")
 
 
 def prepare(context: StageContext) -> dict[str, Any]:
@@ -82,16 +86,6 @@ def prepare(context: StageContext) -> dict[str, Any]:
         kept = sum(split.documents for split in manifest.splits.values())
         context.progress(Notice(f"kept {format_count(kept, TASKS[manifest.task].test_unit)}; left out: {left_out}"))
     return _metrics(manifest)
-
-
-def _data_context() -> DataContext:
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    quiet = DataContext.get_current().copy()
-    quiet.enable_progress_bars = False
-    quiet.print_on_execution_start = False
-    # Measured on six shards and two cores: about 1 s, where the default strategy takes 7.
-    quiet.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
-    return quiet
 
 
 def _metrics(manifest: Manifest) -> dict[str, Any]:
@@ -114,51 +108,62 @@ def prepare_documents(context: StageContext, data: TextData) -> Manifest:
     Raises:
         InputError: as ``prepare``.
     """
-    with DataContext.current(_data_context()):
-        return _prepare_documents(context, data)
+    scratch = join_uri(context.draft.uri, SCRATCH)
+    files, path = filesystem(scratch)
+    files.create_dir(path, recursive=True)
+    try:
+        with Heartbeat(context.progress, "prepare", PHASES) as heartbeat:
+            return _prepare_documents(context, data, scratch, heartbeat)
+    finally:
+        files.delete_dir(path)
 
 
-def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
-    with Heartbeat(context.progress, "prepare", PHASES) as heartbeat:
-        heartbeat.start_phase(0, "listing files")
-        reading = SourceReading(list_text_files(data), data.on_error)
-        files = reading.listing.files
-        size_mb = sum(file.size_bytes for file in files) / 1e6
-        heartbeat.start_phase(0, f"reading {format_count(len(files), 'file')}, {size_mb:,.1f} MB")
-        pieces = _read(absolute_source(data.source), files, data.near_duplicates)
-        documents = _select(pieces, data, reading)
-        for line in (*describe_skipped(reading.skipped), *documents.left_out):
+def _prepare_documents(context: StageContext, data: TextData, scratch: str, heartbeat: Heartbeat) -> Manifest:
+    def tell(lines: Iterable[str]) -> None:
+        for line in lines:
             context.progress(Notice(line))
-        splits_N = cleaning.split_of(documents.hashes_N, data.validation_fraction, data.test_fraction)
-        heartbeat.start_phase(0, f"near-copies, among {len(splits_N):,} documents")
-        decision: Decision | None = None
-        if data.near_duplicates:
-            decision = _near_duplicates(pieces, documents, splits_N, data.near_duplicates)
-            copies = np.delete(documents.names_N, decision.kept).tolist()
-            if copies:
-                context.progress(Notice(cleaning.list_left_out("near-copies of held-out documents", copies)))
-            documents, splits_N = documents.take(decision.kept, decision.dropped), splits_N[decision.kept]
-        index = DocumentIndex.of(documents.names_N)
-        heartbeat.start_phase(1, f"tokenizer, from {format_count(int(np.sum(splits_N == 'train')), 'document')}")
-        tokenizer = _tokenizer(pieces, index, splits_N, data, heartbeat)
-        FORMATS[context.recipe.compress.kind].check_tokenizer(tokenizer.json, "data.tokenizer")
-        heartbeat.start_phase(2, f"tokenising {len(splits_N)} documents, {documents.sizes_N.sum() / 1e6:,.1f} MB")
-        tokens = _map_blocks(pieces, partial(tokenise_block, index=index, tokenizer=tokenizer))
-        layout, altered_N = _plan(tokens, splits_N, data, len(tokenizer.boundary))
-        for line in tell_altered(documents.names_N.tolist(), altered_N.tolist(), "documents"):
-            context.progress(Notice(line))
-        heartbeat.start_phase(3, f"packing and writing {format_count(len(layout.shards), 'shard')}")
-        shards = _write(tokens, layout, data, tokenizer, context.recipe.seed, context.draft.uri)
-        write_file(context.draft.uri, TOKENIZER, tokenizer.json.encode())
-        write_file(context.draft.uri, TOKENIZER_CONFIG, tokenizer.config().encode())
-        write_file(context.draft.uri, DOCUMENTS, _documents_file(documents, splits_N, decision))
-        test_texts = _test_texts(pieces, index, splits_N)
-        write_file(context.draft.uri, TEST_TEXTS, parquet_bytes(test_texts, SAMPLED_DOCUMENTS))
-        heartbeat.start_phase(PHASES, "")
+
+    tasks, uri = _Tasks(heartbeat), context.draft.uri
+    tasks.start_phase(0, "listing files")
+    reading = SourceReading(list_text_files(data), data.on_error)
+    size_mb = sum(file.size_bytes for file in reading.listing.files) / 1e6
+    tasks.start_phase(0, f"reading {format_count(len(reading.listing.files), 'file')}, {size_mb:,.1f} MB")
+    parts, left_out, runs = _read(data, scratch, reading, tasks)
+    tell([*describe_skipped(reading.skipped), *left_out.lines])
+    tasks.start_phase(0, f"near-copies, among {parts.counts.sum():,} documents")
+    copies, resolved = None, None
+    if data.near_duplicates:
+        copies, resolved = _near_duplicates(parts, runs, data.near_duplicates, tasks)
+        parts = replace(parts, left_out=resolved.left_out)
+    documents = {split: parts.documents(split) for split in SPLITS}
+    tasks.start_phase(1, f"tokenizer, from {format_count(documents['train'], 'document')}")
+    tokenizer = _tokenizer(parts, data, tasks)
+    FORMATS[context.recipe.compress.kind].check_tokenizer(tokenizer.json, "data.tokenizer")
+    tasks.start_phase(2, f"tokenising {sum(documents.values())} documents")
+    sampled = np.unique(np.linspace(0, documents["test"] - 1, SAMPLED_DOCUMENTS).astype(np.int64))
+    tokeniser = Tokeniser(parts, tokenizer, data.sequence_length, sampled)
+    tokenised = tasks.run(Tokeniser.tokenise, tokeniser, [(part,) for part in parts])
+    altered = join_altered(each.altered for each in tokenised)
+    tell(
+        [
+            *_describe_copies(tokenised, len(parts.left_out)),
+            *tell_altered(altered, sum(documents.values()), "documents"),
+        ]
+    )
+    plans, tapes = _plan(tokenised, documents["train"], data, tokenizer)
+    tasks.start_phase(3, f"packing and writing {format_count(len(plans), 'shard')}")
+    writer = ShardWriter(scratch, uri, tapes, data, tokenizer, context.recipe.seed)
+    shards = tasks.run(ShardWriter.write, writer, [(plan,) for plan in plans])
+    tasks.run(write_documents_file, parts, [(resolved, uri)])
+    write_file(uri, TOKENIZER, tokenizer.json.encode())
+    write_file(uri, TOKENIZER_CONFIG, tokenizer.config().encode())
+    texts = dict(sorted(chain.from_iterable(each.sampled.items() for each in tokenised)))
+    write_file(uri, TEST_TEXTS, parquet_bytes(_texts_table(texts), SAMPLED_DOCUMENTS))
+    tasks.start_phase(PHASES, "")
     return Manifest(
         task=data.kind,
         columns=text_columns(data.sequence_length, tokenizer.outputs, data.apart),
-        splits={name: _split(name, layout, shards, int(np.sum(splits_N == name))) for name in SPLITS},
+        splits={name: _split(name, plans, shards, documents[name]) for name in SPLITS},
         rows_per_group=data.rows_per_group,
         positions=data.sequence_length,
         outputs=tokenizer.outputs,
@@ -166,154 +171,214 @@ def _prepare_documents(context: StageContext, data: TextData) -> Manifest:
         start_id=tokenizer.start_id,
         end_id=tokenizer.end_id,
         bos_id=tokenizer.bos_id,
-        dropped=documents.dropped,
+        dropped=left_out.dropped | dropped_copies(len(parts.left_out)),
         skipped=reading.counts,
-        altered=int(np.sum(altered_N == ALTERED)),
-        near_duplicates=decision and decision.found,
-        details={"example": beginning_of(test_texts["text"][0].as_py(), EXAMPLE_CHARACTERS)},
+        altered=altered.get(ALTERED, (0, ""))[0],
+        near_duplicates=_found(copies, resolved, tokenised, parts, data.near_duplicates),
+        details={"example": beginning_of(next(iter(texts.values())), EXAMPLE_CHARACTERS)},
     )
 
 
-def _split(name: str, layout: ShardLayout, shards: Sequence[Shard], documents: int) -> Split:
-    own = tuple(shard for plan, shard in zip(layout.shards, shards, strict=True) if plan.split == name)
+def _split(name: str, plans: Sequence[ShardPlan], shards: Sequence[Shard], documents: int) -> Split:
+    own = tuple(shard for plan, shard in zip(plans, shards, strict=True) if plan.split == name)
     return Split(
         shards=own, rows=sum(s.rows for s in own), predictions=sum(s.predictions for s in own), documents=documents
     )
 
 
+def _texts_table(texts: dict[int, str]) -> pa.Table:
+    """The beginnings of test documents, evenly spread, that engines are asked to split."""
+    return pa.table({"document": pa.array(texts.keys(), pa.int32()), "text": pa.array(texts.values(), pa.string())})
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Tasks:
+    """Runs the tasks of a phase, each on one CPU of the cluster, and tells how many are done."""
+
+    heartbeat: Heartbeat
+    note: str = ""
+
+    def start_phase(self, done: int, note: str) -> None:
+        self.note = note
+        self.heartbeat.start_phase(done, note)
+
+    def run(self, function: Callable[..., T], shared: Any, calls: Sequence[tuple[Any, ...]]) -> list[T]:
+        """``function(shared, *call)`` for each call, in their order. Ray makes a call again whose node is lost.
+
+        Raises:
+            InputError: a call raised one.
+        """
+        remote: Any = ray.remote(num_cpus=1)(function)
+        given, results, running = ray.put(shared), dict[int, T](), dict[Any, int]()
+        todo = iter(enumerate(calls))
+        while len(results) < len(calls):
+            for number, call in islice(todo, AT_ONCE - len(running)):
+                running[remote.remote(given, *call)] = number
+            for ref in ray.wait(list(running), timeout=WAIT_S)[0]:
+                try:
+                    results[running.pop(ref)] = ray.get(ref)
+                except RayTaskError as error:
+                    if isinstance(error.cause, InputError):
+                        raise error.cause from None
+                    raise
+            if len(calls) > 1:
+                self.heartbeat.update_note(f"{self.note}, {len(results):,} of {len(calls):,} tasks done")
+        return [results[number] for number in range(len(calls))]
+
+
 # --- reading and cleaning -------------------------------------------------------------------------
 
 
-def _read(source: Source, files: Sequence[SourceFile], near_duplicates: NearDuplicates | None) -> Dataset:
-    """Every document of the source in pieces, read in blocks of about ``BLOCK_BYTES`` of whole files."""
-    total = sum(file.size_bytes for file in files)
-    readers = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
-    blocks = min(len(files), max(readers, -(-total // BLOCK_BYTES)))
-    sizes = np.array([file.size_bytes for file in files])
-    block_of = np.minimum((np.cumsum(sizes) - sizes) * blocks // max(total, 1), blocks - 1)
-    names = np.array([file.name for file in files], dtype=object)
-    items = [{"files": own.tolist()} for own in np.split(names, np.flatnonzero(np.diff(block_of)) + 1)]
-    read = partial(read_block, source=source, near_duplicates=near_duplicates)
-    return _map_blocks(ray.data.from_items(items, override_num_blocks=len(items)), read)
-
-
-def _map_blocks(dataset: Dataset, function: Callable[[pa.Table], Any]) -> Dataset:
-    mapped: Dataset = dataset.map_batches(function, batch_size=None, batch_format="pyarrow").materialize()
-    return mapped
-
-
-def _collect(dataset: Dataset, columns: Sequence[str]) -> pa.Table:
-    """Small columns of a dataset, at the driver."""
-    return pa.concat_tables(ray.get(dataset.select_columns(list(columns)).to_arrow_refs()))
-
-
-def _select(pieces: Dataset, data: TextData, reading: SourceReading) -> cleaning.SelectedDocuments:
-    facts = _collect(pieces, ("name", "sha256", "size_bytes", "fault", "nul_lines", "file", "error", "reason"))
-    failed = facts.filter(pc.is_valid(facts["error"])).sort_by("name")
-    if len(failed) and (data.on_error == "fail" or len(failed) == len(reading.listing.files)):
-        raise InputError(failed["error"][0].as_py())
-    for file, reason in zip(failed["file"].to_pylist(), failed["reason"].to_pylist(), strict=True):
-        reading.skipped.setdefault(reason, []).append(file)
-    readable = pc.invert(pc.is_in(facts["file"], value_set=pc.unique(failed["file"])))
-    whole = facts.filter(pc.and_(pc.is_valid(facts["sha256"]), readable))
-    documents = cleaning.select_documents(
-        *(whole[column].to_pylist() for column in ("name", "sha256", "size_bytes", "fault", "nul_lines"))
+def _read(data: TextData, scratch: str, reading: SourceReading, tasks: _Tasks) -> tuple[Parts, LeftOut, list[str]]:
+    """The documents of the source, in parts; those that are not used; and the runs of bands."""
+    source, files = absolute_source(data.source), reading.listing.files
+    count = count_parts(files, source)
+    spans = _number_lines(plan_spans(files, source, count), source, tasks)
+    reader = Reader(scratch, source, data.near_duplicates, count)
+    found = tasks.run(Reader.read, reader, list(enumerate(spans)))
+    failed, left_out = _failed(found, data, reading), LeftOut()
+    for file, each in chain.from_iterable(each.left_out.items() for each in found):
+        if file not in failed:
+            left_out.merge(each)
+    merger = Merger(
+        scratch,
+        list(chain.from_iterable(each.runs for each in found)),
+        sorted(failed),
+        data.test_fraction,
+        data.validation_fraction,
+        band_count(data.near_duplicates) if data.near_duplicates else 0,
     )
-    if len(documents.hashes_N) < len(SPLITS):
-        dropped = ", ".join(f"{count} {reason}" for reason, count in documents.dropped.items())
+    counts = tasks.run(Merger.merge, merger, [(number, count) for number in range(count)])
+    for part in counts:
+        left_out.merge(part.duplicates)
+    _delete(scratch, merger.runs)
+    runs = list(chain.from_iterable(part.runs for part in counts))
+    return (
+        Parts(scratch, source, np.array([part.documents for part in counts]), _borders(counts, left_out, data)),
+        left_out,
+        runs,
+    )
+
+
+def _number_lines(planned: list[list[FileSpan]], source: Source, tasks: _Tasks) -> list[list[FileSpan]]:
+    """Lines are named by their numbers: those before a part of a file are counted."""
+    if source.kind != "jsonl":
+        return planned
+    split = [span for (span, *_) in planned if span.of > 1]
+    lines = tasks.run(count_lines, source, [(span,) for span in split])
+    before, numbered = 0, dict[FileSpan, FileSpan]()
+    for span, count in zip(split, lines, strict=True):
+        before = before if span.number else 0
+        numbered[span] = replace(span, lines_before=before)
+        before += count
+    return [[numbered.get(span, span) for span in spans] for spans in planned]
+
+
+def _failed(found: Sequence[Reading], data: TextData, reading: SourceReading) -> set[str]:
+    """The files that cannot be read, which are counted.
+
+    Raises:
+        InputError: there are some, and they are not to be skipped, or all are.
+    """
+    failed = dict[str, tuple[str, str]]()
+    for file, why in chain.from_iterable(each.failed.items() for each in found):
+        failed.setdefault(file, why)
+    if failed and (data.on_error == "fail" or len(failed) == len(reading.listing.files)):
+        raise InputError(failed[min(failed)][0])
+    for file, (_, reason) in sorted(failed.items()):
+        reading.skipped.setdefault(reason, []).append(file)
+    return set(failed)
+
+
+def _borders(counts: Sequence[PartCounts], left_out: LeftOut, data: TextData) -> Borders:
+    documents = sum(part.documents for part in counts)
+    if documents < len(SPLITS):
+        dropped = ", ".join(f"{count} {reason}" for reason, count in left_out.dropped.items())
         raise InputError(
-            f"data.source ({data.source.kind}): {len(documents.hashes_N)} documents are left ({dropped}); expected at "
+            f"data.source ({data.source.kind}): {documents} documents are left ({dropped}); expected at "
             f"least {len(SPLITS)}, one for each of the splits {', '.join(SPLITS)}: give more documents"
         )
-    return documents
+    below = (sum(part.below_test for part in counts), sum(part.below_held_out for part in counts))
+    return Borders.of(documents, *below)
+
+
+def _delete(scratch: str, names: Iterable[str]) -> None:
+    """Files that nobody reads again: at the most, the text lies there twice."""
+    files, root = filesystem(scratch)
+    for name in names:
+        files.delete_file(f"{root}/{name}")
+
+
+# --- near-copies ----------------------------------------------------------------------------------
 
 
 def _near_duplicates(
-    pieces: Dataset, documents: cleaning.SelectedDocuments, splits_N: NDArray[np.str_], settings: NearDuplicates
-) -> Decision:
-    index, pairs = DocumentIndex.of(documents.names_N), no_pairs()
-    bands, at_once = band_count(settings), max(2, BANDS_BYTES // (8 * len(splits_N)))
-    for first in range(0, bands, at_once):
-        last = min(first + at_once, bands)
-        numbered = _map_blocks(pieces, partial(bands_block, index=index, first=first, last=last))
-        table = _collect(numbered, ("document", *(f"band{number}" for number in range(first, last))))
-        found = table.sort_by("document").drop("document")
-        pairs = candidate_pairs([column.to_numpy() for column in found.itercolumns()], splits_N, pairs)
-    if not len(pairs):
-        return decide(pairs, splits_N, documents.sizes_N, settings)
-    candidates = Candidates.of(pairs, documents.sizes_N, settings)
-    hashed = _map_blocks(pieces, partial(candidates.shingle_block, index=index))
-    checked = hashed.groupby("bucket").map_groups(candidates.check_bucket, batch_format="pyarrow")
-    copies = np.stack([column.to_numpy() for column in _collect(checked, ("own", "other")).itercolumns()], axis=1)
-    return decide(copies, splits_N, documents.sizes_N, settings)
+    parts: Parts, runs: Sequence[str], settings: NearDuplicates, tasks: _Tasks
+) -> tuple[Candidates, Resolved]:
+    """The near-copies, and what follows from them.
+
+    Raises:
+        InputError: no train document is left.
+    """
+    finder = Finder(parts, runs, settings)
+    found = Candidates.joined(tasks.run(Finder.find, finder, [(number,) for number in range(len(parts.counts))]))
+    found, buckets_P = found.bucketed()
+    both = np.stack([found.pairs.ravel(), np.repeat(buckets_P, 2)], axis=1)
+    documents, buckets = np.unique(both, axis=0).T
+    hasher, calls = Hasher(parts, settings.words, int(buckets_P.max(initial=-1)) + 1), []
+    for part in parts:
+        own = slice(*np.searchsorted(documents, [part.first, part.first + part.count]))
+        if len(documents[own]):
+            calls.append((part, documents[own], buckets[own]))
+    shingles = tuple(chain.from_iterable(tasks.run(Hasher.hash, hasher, calls)))
+    checker = Checker(parts.uri, shingles, settings.threshold)
+    by_bucket = [(bucket, found.pairs[buckets_P == bucket]) for bucket in range(hasher.buckets)]
+    checked = tasks.run(Checker.check, checker, by_bucket)
+    copies = found.take(np.concatenate([np.zeros(0, bool), *checked]))
+    _delete(parts.uri, (*runs, *shingles))
+    across = copies.pairs[:, 0] >= parts.borders.held_out
+    resolved = Resolved.of(copies.pairs, across, copies.pairs[:, 1] < parts.borders.test)
+    require_train_documents(len(resolved.left_out), parts.documents("train"), settings)
+    return copies.take(across), resolved
+
+
+def _describe_copies(tokenised: Sequence[TokenisedPart], count: int) -> list[str]:
+    names = list(islice(chain.from_iterable(each.near_copies for each in tokenised), SHOWN_NAMES))
+    return [list_left_out("near-copies of held-out documents", names, count)] if count else []
+
+
+def _found(
+    copies: Candidates | None, resolved: Resolved | None, tokenised: Sequence[TokenisedPart], parts: Parts,
+    settings: NearDuplicates | None,
+) -> NearDuplicatesFound | None:  # fmt: skip
+    if copies is None or resolved is None or settings is None:
+        return None
+    train, test = (sum(each.split_bytes.get(split, 0) for each in tokenised) for split in ("train", "test"))
+    tested = copies.take(copies.pairs[:, 1] < parts.borders.test)
+    return resolved.found(
+        settings, copies.left_out_bytes / max(1, train), tested.copied_bytes / max(1, test), parts.borders.test
+    )
 
 
 # --- tokens ---------------------------------------------------------------------------------------
 
 
-def _tokenizer(
-    pieces: Dataset, index: DocumentIndex, splits_N: NDArray[np.str_], data: TextData, heartbeat: Heartbeat
-) -> TextTokenizer:
+def _tokenizer(parts: Parts, data: TextData, tasks: _Tasks) -> TextTokenizer:
     if not isinstance(data.tokenizer, BpeTokenizer):
         return read_tokenizer(data.tokenizer)
-
-    def train_texts() -> Iterator[str]:
-        counted_bytes = 0
-        for block in pieces.iter_batches(batch_size=None, batch_format="pyarrow"):
-            kept, documents = index.select(block)
-            for content in kept["content"].filter(pa.array(splits_N[documents] == "train")):
-                text = content.as_py().decode()
-                yield text
-                counted_bytes += len(content.as_buffer())
-                heartbeat.update_note(f"tokenizer, words of {counted_bytes / 1e6:,.1f} MB counted")
-        heartbeat.update_note(f"tokenizer, merging pairs of {counted_bytes / 1e6:,.1f} MB")
-
-    return trained(tokenization.train_bpe(train_texts(), data.tokenizer.vocab_size).to_str())
+    return tasks.run(train_tokenizer, parts, [(data.tokenizer.vocab_size,)])[0]
 
 
 def _plan(
-    tokens: Dataset, splits_N: NDArray[np.str_], data: TextData, boundary: int
-) -> tuple[ShardLayout, NDArray[np.int64]]:
-    """The layout, and how each document comes back by its tokens."""
-    counts = _collect(tokens, ("document", "piece", "tokens_count", "altered"))
-    documents_P, pieces_P, tokens_P, altered_P = (column.to_numpy() for column in counts.itercolumns())
-    altered_N = np.zeros(len(splits_N), np.int64)
-    np.maximum.at(altered_N, documents_P, altered_P)
-    return plan_shards(documents_P, pieces_P, tokens_P, splits_N, data, boundary), altered_N
-
-
-# --- writing --------------------------------------------------------------------------------------
-
-
-def _write(
-    tokens: Dataset, layout: ShardLayout, data: TextData, tokenizer: TextTokenizer, seed: int, uri: str
-) -> list[Shard]:
-    write = partial(write_planned_shard, shards=layout.shards, data=data, tokenizer=tokenizer, seed=seed, uri=uri)
-    cut = tokens.map_batches(layout.cut, batch_size=None, batch_format="pyarrow")
-    written = _collect(cut.groupby("shard").map_groups(write, batch_format="pyarrow"), ("shard", "entry"))
-    entries = dict(zip(written["shard"].to_pylist(), written["entry"].to_pylist(), strict=True))
-    return [Shard.model_validate_json(entries[i]) for i in range(len(layout.shards))]
-
-
-def _test_texts(pieces: Dataset, index: DocumentIndex, splits_N: NDArray[np.str_]) -> pa.Table:
-    """The beginnings of test documents, evenly spread, that engines are asked to split."""
-    tested = np.flatnonzero(splits_N == "test")
-    chosen = tested[np.unique(np.linspace(0, len(tested) - 1, SAMPLED_DOCUMENTS).astype(np.int64))]
-    found = _collect(_map_blocks(pieces, partial(sample_block, index=index, chosen=chosen)), ("document", "text"))
-    return found.sort_by("document")
-
-
-def _documents_file(
-    documents: cleaning.SelectedDocuments, splits_N: NDArray[np.str_], decision: Decision | None
-) -> bytes:
-    table = pa.table(
-        {
-            "document": pa.array(np.arange(len(splits_N)), pa.int32()),
-            "split": pa.array(splits_N.tolist(), pa.string()),
-            "name": pa.array(documents.names_N.tolist(), pa.string()),
-            "sha256": pa.array(documents.hashes_N.tolist(), pa.string()),
-            "size_bytes": pa.array(documents.sizes_N, pa.int64()),
-            **({CLUSTER: pa.array(decision.kept_clusters, pa.int32())} if decision else {}),
-        }
-    )
-    return parquet_bytes(table, DOCUMENTS_PER_GROUP)
+    tokenised: Sequence[TokenisedPart], documents: int, data: TextData, tokenizer: TextTokenizer
+) -> tuple[list[ShardPlan], dict[str, list[Tape]]]:
+    tapes = {split: [each.tapes[split] for each in tokenised if split in each.tapes] for split in SPLITS}
+    counts = {split: sum(tape.count for tape in tapes[split]) for split in SPLITS}
+    row_bytes = row_dtype(data.sequence_length, tokenizer.outputs).itemsize
+    plans = plan_train_shards(counts["train"], documents, data, row_bytes)
+    for split in SPLITS[1:]:
+        plans += plan_held_out_shards(split, counts[split], data, row_bytes)
+    return plans, tapes

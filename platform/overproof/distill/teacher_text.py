@@ -12,9 +12,9 @@ import pyarrow as pa
 from overproof.artifacts import Artifact
 from overproof.config import Generate, Recipe
 from overproof.config.base import Precision
-from overproof.data.document_blocks import text_columns
 from overproof.data.manifest import shard_schema
 from overproof.data.row_files import Source
+from overproof.data.token_parts import text_columns
 from overproof.distill.row_cache import CacheIndex, CacheKey, RowCache, cache_key_fields
 
 

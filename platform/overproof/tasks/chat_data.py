@@ -27,7 +27,7 @@ from overproof.data.parquet_writer import parquet_bytes, write_file
 from overproof.data.source_files import SourceReading, describe_skipped
 from overproof.data.sources import sha256_of, tokenizer_files
 from overproof.data.stratified import write_splits
-from overproof.data.text_tokenizer import ALTERED, read_tokenizer, tell_altered
+from overproof.data.text_tokenizer import ALTERED, count_altered, read_tokenizer, tell_altered
 from overproof.errors import InputError
 from overproof.registry import FORMATS
 from overproof.stage_context import Notice, StageContext
@@ -357,8 +357,8 @@ def _test_texts(kept: Sequence[KeptConversation], tested: NDArray[np.int64]) -> 
 
 
 def _tell(context: StageContext, data: ChatData, found: KeptConversations, template: str) -> None:
-    names, altered = [each.where for each in found.kept], [each.altered for each in found.kept]
-    for line in tell_altered(names, altered, "conversations"):
+    altered = count_altered((each.where, each.altered) for each in found.kept)
+    for line in tell_altered(altered, len(found.kept), "conversations"):
         context.progress(Notice(line))
     if found.cut:
         context.progress(
