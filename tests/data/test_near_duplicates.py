@@ -26,6 +26,7 @@ from overproof.data.near_duplicates import (
     jaccard,
     no_pairs,
     shingles,
+    sketch,
 )
 from overproof.errors import InputError
 
@@ -80,7 +81,7 @@ def test_runs_of_words_are_those_of_the_plain_definition() -> None:
     source = (STDLIB / "argparse.py").read_text(encoding="utf-8")
     assert len(np.unique(shingles(source, 5))) == len({tuple(r) for r in _runs(re.findall(r"\w+", source.lower()))})
     for text in (source, "_a1 b--c", " x", "a"):
-        assert np.array_equal(np.append(_ascii_words(text), _words("\u03b1")), _words(f"{text} \u03b1"))
+        assert np.array_equal(np.append(_ascii_words(text)[0], _words("\u03b1")), _words(f"{text} \u03b1"))
     assert shingles("", 5).size == shingles(" \n-!", 5).size == 0
     same = ("The Straße, is LONG: e\u0301t\u00e9!", "the stra\u00dfe is\n\nlong \u00e9t\u00e9")
     assert np.array_equal(*(shingles(text, 2) for text in same))
@@ -130,6 +131,14 @@ def test_pieces_of_a_document_have_its_bands() -> None:
     for start in range(0, len(words), 500):
         pieces.update(" ".join(words[start : start + 504]))
     assert np.array_equal(whole.bands(), pieces.bands())
+
+
+def test_many_texts_at_once_have_the_bands_of_each() -> None:
+    generator = random.Random(4)
+    texts = [" ".join(made(generator, words)) for words in (0, 1, 4, 5, 6, 40, 900)]
+    texts += ["\u00e9 " + texts[5], "\u673a\u5668\u5b66\u4e60\u662f\u4eba\u5de5", "!?\n", texts[6]]
+    for chosen in (texts, texts[::-1], texts[:1], []):
+        assert [bands.tolist() for bands in sketch(chosen, SETTINGS)] == [bands_of(text).tolist() for text in chosen]
 
 
 def corpus(generator: random.Random) -> tuple[list[str], np.ndarray]:

@@ -20,7 +20,7 @@ from overproof.config import NearDuplicates, ParquetSource
 from overproof.data.cleaning import DUPLICATE, EMPTY, NUL_LINES, Borders, DocumentCheck, LeftOut, shares
 from overproof.data.documents import FileSpan, NulLines, can_be_split, iter_documents, iter_pieces
 from overproof.data.manifest import CLUSTER, DOCUMENTS
-from overproof.data.near_duplicates import MinHash, Resolved
+from overproof.data.near_duplicates import MinHash, Resolved, sketch
 from overproof.data.parquet_writer import open_writer
 from overproof.data.part_files import BATCH_BYTES, RunWriter, iter_table, read_part, write_table
 from overproof.data.source_files import SourceFile, compression_of, reason_of
@@ -125,24 +125,37 @@ class Reader:
                         rows.append({**row, "name": name, "file": span.file})
                         held_bytes += len(row["content"] or b"")
                     if held_bytes >= BATCH_BYTES:
-                        yield pa.Table.from_pylist(rows, DOCUMENT_SCHEMA)
+                        yield self._table(rows)
                         rows, held_bytes = [], 0
             except InputError as error:
                 reading.failed.setdefault(span.file, (str(error), reason_of(error)))
             else:
                 reading.left_out.setdefault(span.file if span.of > 1 else "", LeftOut()).merge(left_out)
-        yield pa.Table.from_pylist(rows, DOCUMENT_SCHEMA)
+        yield self._table(rows)
+
+    def _table(self, rows: list[dict[str, Any]]) -> pa.Table:
+        if self.near_duplicates:
+            short = [row for row in rows if row["bands"] is None]
+            bands_NB = sketch([row["content"].decode() for row in short], self.near_duplicates)
+            for row, bands in zip(short, bands_NB, strict=True):
+                row["bands"] = bands.tobytes()
+        return pa.Table.from_pylist(rows, DOCUMENT_SCHEMA)
 
     def _check(self, content: Iterable[bytes]) -> tuple[dict[str, Any], str, int]:
-        check, lines = DocumentCheck(), NulLines()
-        sketch = self.near_duplicates and MinHash(self.near_duplicates)
+        check, lines, signature = DocumentCheck(), NulLines(), None
         pieces, is_held = list[bytes](), True
-        for piece in iter_pieces(lines.dropped_from(content)):
+        for number, piece in enumerate(iter_pieces(lines.dropped_from(content))):
             check.update(piece)
-            if sketch:
-                sketch.update(piece.decode(errors="ignore"))
+            if self.near_duplicates and number == 1:
+                signature = MinHash(self.near_duplicates)
+                signature.update(pieces[0].decode(errors="ignore"))
+            if signature:
+                signature.update(piece.decode(errors="ignore"))
             is_held = is_held and (check.size_bytes <= HELD_BYTES or not is_whole_file(self.source))
-            pieces = [*pieces, piece] if is_held else []
+            if not is_held:
+                pieces = []
+            else:
+                pieces.append(piece)
         fault = check.finish()
         if fault == EMPTY and lines.count:
             fault = NUL_LINES
@@ -150,7 +163,7 @@ class Reader:
             "sha256": bytes.fromhex(check.sha256),
             "size_bytes": check.size_bytes,
             "content": b"".join(pieces) if is_held else None,
-            "bands": sketch.bands().tobytes() if sketch and not fault else None,
+            "bands": signature.bands().tobytes() if signature else None,  # of one piece: see ``_table``
         }
         return row, fault, lines.count
 
