@@ -108,7 +108,8 @@ def test_what_an_autoscaler_may_add_is_in_the_file_that_its_process_was_given(tm
     file = tmp_path / "bootstrap.yaml"
     types = {"head": {}, "small": {"resources": {"CPU": 4}, "max_workers": 5},
              "large": {"resources": {"CPU": 16, "GPU": 1}, "max_workers": 8}}  # fmt: skip
-    file.write_text(yaml.safe_dump({"max_workers": 6, "head_node_type": "head", "available_node_types": types}))
+    tree = {"max_workers": 6, "head_node_type": "head", "available_node_types": types}
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
     named = [f"--gcs-address={ray.get_runtime_context().gcs_address}", f"--autoscaling-config={file}"]
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", *named])
     try:

@@ -156,7 +156,8 @@ def capacity() -> Capacity:
     if config is None:
         return Capacity(tuple(present), here)
     grown = autoscaled_capacity(config)
-    more = [(group, group.count - counts[group.cpus, group.gpus]) for group in grown.nodes]
+    groups = [group for group in grown.nodes if not group.always]  # the head is up
+    more = [(group, group.count - counts[group.cpus, group.gpus]) for group in groups]
     addable = [replace(group, count=count, always=0) for group, count in more if count > 0]
     most = None if grown.most_nodes is None else max(0, grown.most_nodes + 1 - len(alive))  # the head is not counted
     where = f"{here} and may add {describe(addable)}" if addable else here
