@@ -19,15 +19,11 @@ from typing import IO
 from pyarrow import fs
 
 from overproof.errors import InputError
-from overproof.files import CHUNK_BYTES, FileEntry, cache_root, retried
+from overproof.files import CHUNK_BYTES, FileEntry, cache_root, require_same_file, retried
 
 DISK_SHARE = 0.5  # of what is free and what the fetched files take themselves
 FETCHES = 8  # at a time
 _used: dict[Path, IO[bytes]] = {}  # by folder: this process's hold on it
-
-
-class FileChangedError(InputError):
-    """A file is missing where it lies, or is not what its entry says."""
 
 
 def fetch(files: fs.FileSystem, path: str, key: str, entries: Mapping[str, FileEntry]) -> Path:
@@ -64,15 +60,10 @@ def _fetch_file(files: fs.FileSystem, root: str, folder: Path, name: str, entry:
                 return
             part.unlink()
     except FileNotFoundError:
-        raise FileChangedError(
-            f"{root}/{name}: missing, though its record lists it; delete {root} and run again"
-        ) from None
+        sha256 = None
     except OSError as error:
         raise InputError(f"{root}/{name}: cannot be fetched to {folder}: {error}; run again to go on") from None
-    raise FileChangedError(
-        f"{root}/{name}: sha256 is {sha256[:12]}…, the record says {entry.sha256[:12]}…; the file was changed after it "
-        f"was written: delete {root} and run again"
-    )
+    require_same_file(root, name, entry, sha256)
 
 
 def _copy(files: fs.FileSystem, source: str, target: IO[bytes]) -> str:

@@ -259,21 +259,34 @@ def file_entries(files: fs.FileSystem, root: str) -> dict[str, FileEntry]:
         return {n: FileEntry(sha256=h, size_bytes=sizes[n]) for n, h in zip(names, hashes, strict=True)}
 
 
+class FileChangedError(InputError):
+    """A file is missing where it lies, or is not what its entry says."""
+
+
+def require_same_file(root: str, name: str, entry: FileEntry, sha256: str | None) -> None:
+    """Hold the sha256 that was found of a file below ``root``, or that there is none, against what it should be.
+
+    Raises:
+        FileChangedError: it is missing or differs.
+    """
+    if sha256 is None:
+        raise FileChangedError(f"{root}/{name}: missing, though its record lists it; delete {root} and run again")
+    if sha256 != entry.sha256:
+        raise FileChangedError(
+            f"{root}/{name}: sha256 is {sha256[:12]}…, the record says {entry.sha256[:12]}…; the file was changed "
+            f"after it was written: delete {root} and run again"
+        )
+
+
 def verify_files(uri: str, entries: Mapping[str, FileEntry]) -> None:
     """Compare files below a directory with the sha256 each should have.
 
     Raises:
-        InputError: naming the first file that is missing or differs.
+        FileChangedError: naming the first file that is missing or differs.
     """
     files, root = filesystem(uri)
     for name, found in mismatched_files(files, root, entries):
-        path = f"{root}/{name}"
-        if found is None:
-            raise InputError(f"{path}: missing, though its record lists it; delete {root} and run again")
-        raise InputError(
-            f"{path}: sha256 is {found[:12]}…, the record says {entries[name].sha256[:12]}…; "
-            f"the file was changed after it was written: delete {root} and run again"
-        )
+        require_same_file(root, name, entries[name], found)
 
 
 def mismatched_files(

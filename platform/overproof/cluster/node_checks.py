@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from overproof.artifacts import TOOLS
 from overproof.cluster import ray_cluster
 from overproof.errors import InputError
 from overproof.files import filesystem, read_bytes, shown_name
 
-LIBRARIES = ("ray", "torch", "deepspeed", "transformers", "pyarrow", "numpy", "gguf", "xllamacpp", "onnxruntime")
+LIBRARIES = (*TOOLS[1:], "numpy")  # overproof itself comes with the job
 
 
 @dataclass(frozen=True)

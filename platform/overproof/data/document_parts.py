@@ -109,7 +109,7 @@ class Reader:
         with RunWriter(self.uri, f"read-{number}", self.parts) as writer:
             reading = Reading(writer.runs)
             for table in self.tables(spans, reading):
-                writer.add(table, _part_of(table["sha256"], self.parts))
+                writer.add(table, _part_of(_first_words(table["sha256"]), self.parts))
         return reading
 
     def tables(self, spans: Sequence[FileSpan], reading: Reading) -> Iterator[pa.Table]:
@@ -173,8 +173,9 @@ def is_whole_file(source: Source) -> bool:
     return source.kind in ("folder", "stdlib")
 
 
-def _part_of(hashes: pa.ChunkedArray, parts: int) -> NDArray[np.int64]:
-    return (_first_words(hashes) >> np.uint64(64 - HASH_BITS)).astype(np.int64) * parts >> HASH_BITS
+def _part_of(words: NDArray[np.uint64], parts: int) -> NDArray[np.int64]:
+    """The part that each hash falls into, by its first 8 bytes."""
+    return (words >> np.uint64(64 - HASH_BITS)).astype(np.int64) * parts >> HASH_BITS
 
 
 def _first_words(hashes: pa.ChunkedArray) -> NDArray[np.uint64]:
@@ -255,7 +256,7 @@ class Merger:
         }
         found = pa.table([pa.array(columns[name].ravel()) for name in BAND_SCHEMA.names], BAND_SCHEMA)
         with RunWriter(self.uri, f"bands-{number}", parts) as writer:
-            writer.add(found, (bands_NB.ravel() >> np.uint64(64 - HASH_BITS)).astype(np.int64) * parts >> HASH_BITS)
+            writer.add(found, _part_of(bands_NB.ravel(), parts))
         return writer.runs
 
 

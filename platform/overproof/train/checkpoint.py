@@ -23,10 +23,18 @@ from typing import Any
 
 from pyarrow import fs
 
-from overproof.artifact_cache import FileChangedError, fetch
+from overproof.artifact_cache import fetch
 from overproof.config import CheckpointPolicy
 from overproof.errors import InputError
-from overproof.files import FileEntry, atomic_write, filesystem, join_uri, mismatched_files, read_bytes
+from overproof.files import (
+    FileChangedError,
+    FileEntry,
+    atomic_write,
+    filesystem,
+    join_uri,
+    mismatched_files,
+    read_bytes,
+)
 from overproof.stage_context import TrainingResumed
 
 LEDGER = "ledger.json"
