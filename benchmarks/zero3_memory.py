@@ -1,6 +1,7 @@
 """What a rank holds in memory at ZeRO stage 3, from drawing or reading a model to writing it, beside the formulas.
 
-    .venv/bin/python benchmarks/zero3_memory.py [--ranks 2 4] [--layers 16] [--hidden 768] [--vocabulary 16384] [--json]
+    .venv/bin/python benchmarks/zero3_memory.py [--ranks 2 4] [--layers 16] [--hidden 768] [--vocabulary 16384]
+        [--bucket 500000000] [--json]
 
 Prints one Markdown table, in MB: of every phase the most anonymous memory (RssAnon of /proc/PID/status, looked at every
 5 ms from outside) of any rank, without what it held before, and what models/zero_memory.py and models/stage_memory.py
@@ -76,9 +77,10 @@ def prepared(store: Store, vocabulary: int) -> Artifact:
     return draft.commit({}, 0.0)
 
 
-def job_of(store: Store, data: Artifact, model: Any, world: int) -> TrainJob:
+def job_of(store: Store, data: Artifact, model: Any, world: int, bucket: int) -> TrainJob:
     train = Train(model=model, steps=STEPS, batch_size=world, learning_rate=1e-4, workers=world, zero_stage=3,
-                  validate_every=STEPS, validation_rows=world, checkpoint=CheckpointPolicy(every_steps=1))  # fmt: skip
+                  bucket_elements=bucket, validate_every=STEPS, validation_rows=world,
+                  checkpoint=CheckpointPolicy(every_steps=1))  # fmt: skip
     draft = store.new_writer(f"ranks-{world}", "train", "b" * 64, {}, {})
     checkpoints = Checkpoints(draft.workspace, draft.fingerprint, draft.config, draft.parents, train.checkpoint)
     checkpoints.claim_folder()
@@ -188,6 +190,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--vocabulary", type=int, default=16_384)
+    parser.add_argument("--bucket", type=int, default=500_000_000, help="bucket_elements of the training")
     parser.add_argument("--json", action="store_true", help="print the bytes instead")
     given = parser.parse_args()
     heads = given.hidden // 64
@@ -200,7 +203,7 @@ def main() -> None:
         data = prepared(store, given.vocabulary)
         size = model_size(llama, shape_of(Manifest.read(data)))
         for world in given.ranks:
-            job = job_of(store, data, llama, world)
+            job = job_of(store, data, llama, world, given.bucket)
             measured = measure(train_rank, job, world, Path(scratch, f"trained-{world}"))
             measured |= measure(resume_rank, job, world, Path(scratch, f"resumed-{world}"))
             said = formulas(size, job.train, world)

@@ -1,111 +1,83 @@
-"""`ray job submit` against a real head node that demands a token, and the jobs themselves."""
+"""`ray job submit` from a laptop to a cluster that demands a token, on hosts that share no disk; and the jobs."""
 
 from __future__ import annotations
 
 import os
-import secrets
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
+from finished import RECIPES
+from hosts import REPOSITORY, Host, Hosts, hosts_up
 from overproof.artifacts import Store
 from overproof.cli import main
+from overproof.config import load_recipe
+from overproof.pipeline import stages_of
+from submitted import run_recipe, submit
 
-REPOSITORY = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
-START_S, JOB_S = 60, 240
-
-
-@dataclass(frozen=True)
-class Head:
-    """A running head node: its dashboard, and the environment that holds its token."""
-
-    url: str
-    environment: dict[str, str]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="namespaces need root")
+FEW = ("train.steps=2", "sweep.steps=2", "evaluate.timed_requests=20", "gate.rules=[{kind: parity, at_most: 1.0}]")
+SHORT = {
+    "digits": (
+        "sweep.students=[{name: narrow, model: {kind: vit, hidden_size: 24, intermediate_size: 48, layers: 1, "
+        "heads: 2, patch_size: 4}}]",
+    ),
+    "stdlib-lm": (
+        "sweep.students=[{name: narrow, model: {kind: llama, hidden_size: 64, intermediate_size: 128, layers: 1, "
+        "heads: 2, kv_heads: 2}}]",
+        "tune={search: {kind: grid}}", "sweep.keep=1", "compress.formats=[q8_0]", "data.tokenizer.vocab_size=512",
+        "train.validate_every=2", "sweep.validate_every=2", "cache.rows=64", "evaluate.max_documents=4",
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    folder = tmp_path_factory.mktemp("head", numbered=True)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    environment |= {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-    }
-    port, agent = _free_port(), _free_port()
-    command = [
-        "ray", "start", "--head", "--block", "--port", str(_free_port()), "--dashboard-port", str(port),
-        "--ray-client-server-port", str(_free_port()), "--num-cpus", "4", "--object-store-memory", str(200 << 20),
-        "--dashboard-agent-listen-port", str(agent), "--disable-usage-stats",
-    ]  # fmt: skip
-    with (folder / "head.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_S
-    bearer = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
-    needed = (f"{url}/api/jobs/", f"http://127.0.0.1:{agent}/api/local_raylet_healthz")  # a job is started by the agent
-    while True:
-        try:
-            if all(httpx.get(each, headers=bearer).status_code == 200 for each in needed):
-                break
-        except httpx.TransportError:
-            pass
-        assert process.poll() is None, (folder / "head.log").read_text()
-        assert time.monotonic() < deadline, (folder / "head.log").read_text()
-        time.sleep(0.3)
-    yield Head(url, environment)
-    started = psutil.Process(process.pid)
-    for each in (started, *started.children(recursive=True)):  # asked politely, it takes half a minute
-        with suppress(psutil.NoSuchProcess):
-            each.kill()
-    process.wait(timeout=60)
+def hosts() -> Iterator[Hosts]:
+    """A cluster of a head and two nodes."""
+    with hosts_up() as up:
+        up.start_head()
+        for _ in range(2):
+            up.add_node(cpus=4)
+        yield up
 
 
-def _submit(head: Head, *entrypoint: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = head.environment | ({"RAY_AUTH_TOKEN": token} if token else {})
-    return subprocess.run(
-        ["ray", "job", "submit", "--address", head.url, "--working-dir", ".", "--", *entrypoint],
-        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=JOB_S, check=False,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def laptop(hosts: Hosts) -> Host:
+    return hosts.add()
 
 
-def test_a_submitted_job_trains_and_leaves_its_artifacts(head: Head, tmp_path: Path) -> None:
-    overrides = ("--set", f"store={tmp_path}", "--set", "train.steps=2", "--set", "train.workers=1")
-    done = _submit(head, "python", "jobs/run.py", "train", "jobs/recipes/digits.yaml", *overrides)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "succeeded" in done.stdout
-    artifacts = Store(str(tmp_path)).artifacts()
-    assert [a.record.stage for a in artifacts] == ["prepare", "train"]
+@needs_root
+@pytest.mark.parametrize("recipe", SHORT)
+def test_a_recipe_runs_whole(recipe: str, hosts: Hosts, laptop: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In short; among the trials are the recipes as they are, and hosts that are cut off."""
+    run_recipe(hosts, laptop, recipe, *FEW, *SHORT[recipe]).finish()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    artifacts = [artifact for artifact in Store(hosts.store).artifacts() if artifact.record.recipe == recipe]
+    stages = [stage.name for stage in stages_of(load_recipe(RECIPES / f"{recipe}.yaml"))]
+    assert [artifact.record.stage for artifact in artifacts] == stages
     for artifact in artifacts:
         artifact.verify()
-    assert (artifacts[1].local() / "model/model.safetensors").is_file()
 
 
-def test_a_job_with_bad_input_fails_with_the_reason(head: Head, tmp_path: Path) -> None:
-    done = _submit(head, "python", "jobs/run.py", "train", "jobs/recipes/digits.yaml", "--set", "train.steps=-1")
-    assert done.returncode != 0
-    assert "train.steps: found -1" in done.stdout + done.stderr
+@needs_root
+def test_a_job_with_bad_input_fails_with_the_reason(hosts: Hosts, laptop: Host) -> None:
+    job = submit(hosts, laptop, "train", "jobs/recipes/digits.yaml", "--set", "train.steps=-1")
+    job.wait_for(r"train\.steps: found -1")
+    assert job.process.wait() != 0
 
 
-def test_a_wrong_token_is_turned_away(head: Head) -> None:
-    done = _submit(head, "python", "jobs/run.py", "plan", "jobs/recipes/digits.yaml", token="0" * 32)
-    assert done.returncode != 0
-    assert httpx.get(f"{head.url}/api/jobs/").status_code in (401, 403)
+@needs_root
+def test_a_wrong_token_is_turned_away(hosts: Hosts, laptop: Host) -> None:
+    command = ("ray", "job", "submit", "--address", hosts.dashboard, "--", "python", "jobs/run.py", "--help")
+    job = hosts.start(laptop, *command, RAY_AUTH_TOKEN="0" * 32)
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "oken" in said
+    assert httpx.get(f"{hosts.dashboard}/api/jobs/", trust_env=False).status_code in (401, 403)
 
 
 def test_a_job_takes_any_verb_wherever_it_starts() -> None:

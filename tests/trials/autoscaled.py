@@ -16,6 +16,7 @@ import httpx
 import psutil
 import yaml
 from fleet import HEAD
+
 from hosts import GCS_PORT, REPOSITORY, Hosts, hosts_up
 
 GROUPS = {"cpu": {"CPU": 3}, "gpu": {"CPU": 2, "GPU": 1}, "serve": {"CPU": 2, "serve": 1}}
@@ -101,9 +102,12 @@ class Cluster:
         counts = {group: self.count(group) for group in GROUPS}
         return ", ".join(f"{count} of {group}" for group, count in counts.items() if count) or "none"
 
-    def most(self, group: str, since: float = 0.0) -> int:
-        """The most nodes of a group that were up at a time."""
-        return max((change.count for change in self.changes if change.group == group and change.at >= since), default=0)
+    def most(self, group: str, since: float, until: float) -> int:
+        """The most nodes of a group that were up at a time, between two moments."""
+        with self._more:
+            counts = [(change.at, change.count) for change in self.changes if change.group == group]
+        before = [count for at, count in counts if at < since][-1:]
+        return max([*before, *(count for at, count in counts if since <= at <= until)], default=0)
 
     def node_running(self, title: str) -> psutil.Process:
         """The first process of a node on which one with such a title runs, once there is one."""

@@ -10,16 +10,18 @@ from contextlib import contextmanager
 
 import pytest
 from autoscaled import IDLE_S, MOST, Cluster, autoscaled_cluster
+
 from hosts import Host
-from submitted import run_recipe, submit
+from submitted import RECIPE_S, run_recipe, submit
 
 pytestmark = [pytest.mark.trial, pytest.mark.skipif(os.getuid() != 0, reason="namespaces need root")]
 
 STEPS, INTERVAL = 3000, 200
 RECIPE = (
-    f"train.steps={STEPS}", f"train.checkpoint.every_steps={INTERVAL}", "train.cpus_per_worker=2", "sweep.steps=1500",
-    "sweep.gpus_per_trial=1", "tune.scheduler={kind: none}", "gate.rules=[{kind: parity, at_most: 1.0}]",
+    f"train.steps={STEPS}", f"train.checkpoint.every_steps={INTERVAL}", "train.cpus_per_worker=1.6", "sweep.steps=400",
+    "sweep.cpus_per_trial=1.5", "tune.scheduler={kind: none}", "gate.rules=[{kind: parity, at_most: 1.0}]",
 )  # fmt: skip
+WITH_GPUS = ("sweep.gpus_per_trial=1", "sweep.steps=410")  # another sweep
 SERVED = ("port=8000", "min_replicas=1", f"max_replicas={MOST}", "cpus_per_replica=2", "slots=1",
           "node_labels.group=serve", "downscale_delay_s=5")  # fmt: skip
 CLIENTS = 12
@@ -47,15 +49,14 @@ def test_nodes_come_for_work_and_leave_without(capsys: pytest.CaptureFixture[str
 
 
 def train_and_sweep(cluster: Cluster, laptop: Host, table: list[Row]) -> None:
-    """The whole recipe: its training on nodes of the group cpu, its sweep on those of the group gpu."""
+    """The whole recipe on nodes of the group cpu, and its sweep once more on those of the group gpu, without any."""
     assert not cluster.nodes
     queued_s = time.monotonic()
     job = run_recipe(cluster.hosts, laptop, "digits", *RECIPE)
     came_s = cluster.wait_until(lambda: bool(cluster.nodes), "node for a job that waits")
     began_s = job.wait_for(r"train \d+/\d+ loss")
-    up = cluster.describe()
     table.append(("a job is queued", f"the first came after {came_s - queued_s:.0f} s", "",
-                  f"trains after {began_s - queued_s:.0f} s, on {up}"))  # fmt: skip
+                  f"trains after {began_s - queued_s:.0f} s, on {cluster.describe()}"))  # fmt: skip
 
     job.wait_for(rf"train 1\d\d\d/{STEPS} loss")
     cluster.node_running("RayTrainWorker").kill()  # all of it at once, without a word
@@ -63,19 +64,27 @@ def train_and_sweep(cluster: Cluster, laptop: Host, table: list[Row]) -> None:
     resumed = job.wait_for_match(r"going on from step (\d+)", since=lost_s)
     last, after_s = job.last_step(before=resumed.at), job.wait_for(rf"train \d+/{STEPS} loss", since=resumed.at)
     again = last - int(resumed.found[1])
-    came = [change for change in cluster.changes if change.at > lost_s and change.came]
-    table.append(("a node is taken in training", f"another came after {came[0].at - lost_s:.0f} s" if came else "none",
-                  f"{again} steps again", f"trains after {after_s - lost_s:.0f} s"))  # fmt: skip
 
     swept_s = job.wait_for(r"sweep \d+/")
-    job.wait_for(r"control \d+/", since=swept_s)
-    table.append(("four trials of a GPU each", f"{cluster.most('gpu')} of gpu at a time", "", "as many trials"))
+    came = [change.at - lost_s for change in cluster.changes if lost_s < change.at < swept_s and change.came]
+    table.append(("a node is taken in training", f"another came after {came[0]:.0f} s" if came else "none came",
+                  f"{again} steps again", f"trains after {after_s - lost_s:.0f} s"))  # fmt: skip
+    control_s = job.wait_for(r"control \d+/", since=swept_s)
+    at_once = cluster.most("cpu", since=swept_s, until=control_s)
+    table.append(("four trials, two a node", f"{at_once} of cpu at a time", "", "as many trials"))
     job.finish()
-    ended_s = time.monotonic()
+
+    asked_s = time.monotonic()
+    refused = run_recipe(cluster.hosts, laptop, "digits", *RECIPE, *WITH_GPUS)
+    grown_s = cluster.wait_until(lambda: cluster.count("gpu") == MOST, "nodes for trials that want a GPU")
+    ended_s = refused.wait_for(r"student \S+: host1: 1 GPUs are reserved here, and torch \S+ finds none")
+    table.append(("trials of a GPU each", f"{MOST} of gpu after {grown_s - asked_s:.0f} s", "",
+                  "refused in a line: torch finds no GPU there"))  # fmt: skip
+    assert refused.process.wait(RECIPE_S) != 0
     gone_s = cluster.wait_until(lambda: not cluster.nodes, "end of nodes without work")
-    table.append(("the job ends", f"all left after {gone_s - ended_s:.0f} s", "", f"nodes may idle {IDLE_S} s"))
+    table.append(("no job is left", f"all left after {gone_s - ended_s:.0f} s", "", f"nodes may idle {IDLE_S} s"))
     assert 0 <= again < 2 * INTERVAL  # the interval, and what was made while a checkpoint was written
-    assert cluster.most("gpu") == MOST
+    assert at_once == MOST
 
 
 def serve_under_load(cluster: Cluster, laptop: Host, table: list[Row]) -> None:

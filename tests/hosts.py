@@ -26,7 +26,7 @@ import psutil
 
 from certificates import certificate
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 HOSTS = 16  # that there are addresses for
 BUCKET_PORT, GCS_PORT, DASHBOARD_PORT = 9000, 6379, 8265
@@ -83,7 +83,7 @@ class Hosts:
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token,
             "RAY_USE_TLS": "1", "RAY_TLS_CA_CERT": str(self.folder / "certificate.pem"),
             **{f"RAY_TLS_SERVER_{name}": str(self.folder / file) for name, file in tls.items()},
-            "RAY_usage_stats_enabled": "0", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+            "RAY_usage_stats_enabled": "0", "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1", **LOST_AFTER,
         }  # fmt: skip
 
