@@ -21,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # what one process starts and leaves in
     atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing to report of tests, and no process that would
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as started in the background; commands under test inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("no clock", deadline=None)  # a busy machine is no fault
@@ -75,10 +76,14 @@ def s3_uri(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def digits(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The digits recipe, run once from data to package."""
+    """The digits recipe, run once from data to package.
+
+    One teacher and one trial at a time: on two cores a second process takes longer to start than it saves.
+    """
     from overproof import pipeline
 
-    recipe = load_recipe(RECIPES / "digits.yaml", (f"store={tmp_path_factory.mktemp('store')}",))
+    one = ("cache.actors=1", "sweep.concurrent_trials=1")
+    recipe = load_recipe(RECIPES / "digits.yaml", (f"store={tmp_path_factory.mktemp('store')}", *one))
     return Run(recipe, pipeline.run(recipe))
 
 

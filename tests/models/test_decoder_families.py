@@ -61,6 +61,7 @@ def logprobs(model: PreTrainedModel, tokens_BS: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if isinstance(family, GgufFamily)])
 def test_a_family_is_as_large_as_the_plan_says(kind: str, tmp_path: Path, tokenizer: Path) -> None:
     model, planned = built(kind), model_size(section(kind), SHAPE)
+    assert FAMILIES[kind].configuration_class() is type(model).config_class  # type: ignore[attr-defined]
     assert sorted(planned.tensors) == sorted(weight.numel() for weight in model.parameters())
     folder = Pretrained(path=str(saved(model, tmp_path / "model", tokenizer)))
     read = model_size(folder, SHAPE)

@@ -30,6 +30,7 @@ from packing import break_model, copy, edit
 from shared_server import SETTINGS, WAIT_S, SharedServer, named_replicas, wait_until
 
 BODY = {"model": "stdlib-lm", "prompt": [0, 70], "max_tokens": 8, "temperature": 0.0}
+PAUSE_S = 0.05  # of a client
 
 
 def version(package: Path) -> Version:
@@ -38,7 +39,10 @@ def version(package: Path) -> Version:
 
 @contextmanager
 def load(base: str, clients: int = 2, **body: Any) -> Iterator[list[tuple[int, str]]]:
-    """Clients that ask over connections they keep; yields status codes and the packages that answered."""
+    """Clients that ask over connections they keep; yields status codes and the packages that answered.
+
+    They pause after each answer: a version that starts meanwhile would else wait for the cores that they take.
+    """
     over, seen = threading.Event(), list[tuple[int, str]]()
 
     def ask(number: int) -> None:
@@ -49,6 +53,7 @@ def load(base: str, clients: int = 2, **body: Any) -> Iterator[list[tuple[int, s
                 reply = client.post("/v1/completions", json=BODY | body, headers=headers)
                 seen.append((reply.status_code, reply.json().get("package", "")))
                 count += 1
+                over.wait(PAUSE_S)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
     for thread in threads:

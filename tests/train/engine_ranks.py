@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from overproof.models.hf_directory import build_model, count_parameters, load_st
 from overproof.models.safetensors_writer import TensorShape
 from overproof.models.zero_parts import full_shape, model_parts
 from overproof.registry import TASKS
-from overproof.train.deepspeed_engine import DeepSpeedEngine, sharded_construction
+from overproof.train.deepspeed_engine import CPU_ADAM, DeepSpeedEngine, sharded_construction
 from overproof.train.engine import TorchEngine, TrainingEngine
+from overproof.train.extension_lock import STALE_S
 from overproof.train.loop import CurveRow, fit, shard_batches, validation_ids, validation_loss
 from overproof.train.objective import CrossEntropy
 from overproof.train.weights_writer import write_weights
@@ -118,6 +120,22 @@ def refusal(engine: DeepSpeedEngine, saved: Path, folder: Path, rank: int) -> st
     return ""
 
 
+def said_before_a_lock(folder: Path, case: dict[str, Any]) -> str:
+    """What an engine says that would compile where someone who was killed has left the lock."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    lock = folder / CPU_ADAM / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (time.time() - 3 * STALE_S,) * 2)
+    settings = Train.model_validate({**case["train"], "zero_stage": 2, "offload": "optimizer"})
+    model = build_model(settings.model, Manifest.read(Path(case["root"])), SEED)  # type: ignore[arg-type]
+    try:
+        DeepSpeedEngine(model, settings, SEED)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def train_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> None:
     compiler, parts, refused = {}, {}, {}
     for case in cases:
@@ -137,7 +155,8 @@ def train_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]
         engine = DeepSpeedEngine(model, settings, SEED) if zero else TorchEngine(model, settings)
         rows = train(engine, settings, root, rank, world)
         compiler[case["name"]] = "torch._dynamo.repro.after_dynamo" in sys.modules  # a part that any compiling needs
-        if isinstance(engine, DeepSpeedEngine):
+        if case["save"]:
+            assert isinstance(engine, DeepSpeedEngine)
             saved = folder / case["name"]
             saved.mkdir(exist_ok=True)
             engine.save(lambda name, state, to=saved: torch.save(state, to / name))
@@ -150,8 +169,11 @@ def train_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]
         if rank == 0:
             (folder / f"{case['name']}.json").write_text(json.dumps(rows))
             alone = isinstance(engine, TorchEngine)
-            state = engine.model.state_dict() if alone else weight_parts(saved, range(world), world)
-            torch.save(state, folder / f"{case['name']}.pt")
+            if alone or case["save"]:
+                state = engine.model.state_dict() if alone else weight_parts(saved, range(world), world)
+                torch.save(state, folder / f"{case['name']}.pt")
+    if world == 1:
+        (folder / "locked.json").write_text(json.dumps(said_before_a_lock(folder, cases[0])))
     (folder / f"parts.{rank}.json").write_text(json.dumps(parts))
     (folder / f"refused.{rank}.json").write_text(json.dumps(refused))
     (folder / f"compiler.{rank}.json").write_text(json.dumps(compiler))

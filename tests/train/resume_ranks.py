@@ -75,7 +75,8 @@ def run(store: Store, prepared: Artifact, case: dict[str, Any]) -> dict[str, Any
 
 
 def main(folder: Path, cases: list[dict[str, Any]]) -> None:
-    load_cpu_adam()
+    if any("offload" in case["train"] for case in cases):
+        load_cpu_adam()
     if any("lora" in case["train"] for case in cases):
         import peft  # noqa: F401  seconds, which each rank would take that is forked without it
     store = Store(str(folder / "store"))

@@ -144,22 +144,23 @@ def cases(root: Path, text: Path, world: int) -> list[dict[str, Any]]:
     """What a process group of this size trains, by name."""
 
     def case(
-        name: str, engine: str = "zero", at: Path = root, dropout: float = 0.0, read: bool = False, **changes: object
-    ) -> dict[str, Any]:
+        name: str, engine: str = "zero", at: Path = root, dropout: float = 0.0, read: bool = False, save: bool = False,
+        **changes: object,
+    ) -> dict[str, Any]:  # fmt: skip
         train = settings(workers=world, **changes)
-        about = {"name": name, "engine": engine, "root": str(at), "dropout": dropout, "read": read}
+        about = {"name": name, "engine": engine, "root": str(at), "dropout": dropout, "read": read, "save": save}
         return about | {"train": train.model_dump(mode="json")}
 
     if world == 1:
         return [
             case("torch", "torch"),
-            case("one"),
+            case("one", save=True),
             case("text-torch", "torch", text, model=LLAMA),
             case("dropout-one", dropout=0.2, micro_batch_size=2),
         ]
     return [
-        *(case(f"stage{stage}", zero_stage=stage) for stage in STAGES),
-        *(case(f"bf16-stage{stage}", zero_stage=stage, precision="bf16") for stage in STAGES),
+        *(case(f"stage{stage}", zero_stage=stage, save=True) for stage in STAGES),
+        *(case(f"bf16-stage{stage}", zero_stage=stage, precision="bf16", save=True) for stage in STAGES),
         case("text-stage3", at=text, model=LLAMA, zero_stage=3),
         case("read-stage3", at=text, model=LLAMA, zero_stage=3, read=True),
         case("drawn-stage3", at=text, model=GPT2, zero_stage=3),
@@ -169,7 +170,7 @@ def cases(root: Path, text: Path, world: int) -> list[dict[str, Any]]:
         case("dropout-two", dropout=0.2, micro_batch_size=2, zero_stage=2),
         *(case(f"overlapping{stage}", zero_stage=stage, micro_batch_size=2, overlap_comm=True) for stage in (1, 2)),
         *(case(f"buckets{stage}", zero_stage=stage, bucket_elements=500) for stage in (1, 2, 3)),
-        case("hpz", zero_stage=3, hpz_partition_size=2),  # last: DeepSpeed keeps the group
+        case("hpz", zero_stage=3, hpz_partition_size=2, save=True),  # last: DeepSpeed keeps the group
     ]
 
 
@@ -215,6 +216,13 @@ def test_every_stage_and_world_size_trains_like_plain_torch(trained: Path, name:
 
 def test_nothing_is_compiled(trained: Path) -> None:
     assert not (trained / "compiled").exists()
+
+
+def test_training_ends_with_the_lock_before_it_compiles(trained: Path) -> None:
+    """It waited for ever, and said nothing. Of locks, see test_extension_lock.py."""
+    said = json.loads((trained / "1" / "locked.json").read_text())
+    assert said.startswith(f"{trained / '1/cpu_adam/lock'}: a lock of 30 minutes ago")
+    assert (trained / "1/cpu_adam/lock").exists()
 
 
 def test_the_compiler_is_loaded_where_it_is_asked_for(trained: Path) -> None:

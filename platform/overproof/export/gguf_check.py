@@ -82,6 +82,6 @@ def gguf_family_of(config: Mapping[str, Any], where: object) -> tuple[str, Any]:
 def _configuration(family: Any, config: Mapping[str, Any], where: object) -> Any:
     """As transformers reads it, with what it fills in."""
     try:
-        return family.model_class().config_class.from_dict(copy.deepcopy(dict(config)))
+        return family.configuration_class().from_dict(copy.deepcopy(dict(config)))
     except Exception as error:  # the library raises nothing more precise
         raise InputError(f"{where}/config.json: transformers cannot read it: {' '.join(str(error).split())}") from None

@@ -144,6 +144,9 @@ class GgufFamily(Protocol):
 
     gguf: GgufLayout
 
+    def configuration_class(self) -> Any:
+        """Of transformers, without the model's code and torch."""
+
 
 @runtime_checkable
 class ArrayFamily(Protocol):

@@ -59,6 +59,7 @@ class Gemma3Family(Gemma2Family):
 
     section = Gemma3
     architectures = ("Gemma3ForCausalLM",)
+    config_name = "Gemma3TextConfig"
     attention = "sdpa"
     gguf = Gemma3Layout(
         architecture="gemma3",
