@@ -26,6 +26,7 @@ from overproof.models.decoder import DecoderModel
 from overproof.models.hf_directory import build_model, count_parameters, save_model
 from overproof.models.llama import Llama
 from overproof.models.sizes import FP32_BYTES, ModelSize, model_size, trained_size
+from overproof.models.varlen import attend_by_lengths
 from overproof.models.vit import Vit
 from overproof.registry import FAMILIES, TASKS
 from overproof.train.objective import CrossEntropy
@@ -236,6 +237,8 @@ def saved_bytes(train: Train, autocast: bool = False, apart: bool = False) -> in
     if train.activation_checkpointing:
         built.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     rows = train.batch_size // WORLD // train.accumulation(WORLD)
+    if train.attention == "varlen":
+        attend_by_lengths(built)
     own = {p.untyped_storage().data_ptr() for p in built.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -278,6 +281,13 @@ def test_rows_whose_documents_are_apart_keep_the_mask_in_each_layer(model: Decod
     """Rotary tables of positions of their own in each row are left out: the layers share them."""
     train = training(model=model, precision=precision, batch_size=64, zero_stage=1)
     size = model_size(model, shape_of(manifest(model, apart=True)))
+    assert saved_bytes(train, apart=True) == pytest.approx(kept_of(size, train), rel=0.03)
+
+
+@pytest.mark.parametrize("model", [LLAMAS[0], LLAMAS[2]], ids=lambda m: f"{m.kind}-{m.hidden_size}x{m.layers}")
+def test_attention_by_lengths_keeps_no_mask(model: DecoderModel) -> None:
+    train = training(model=model, batch_size=64, zero_stage=1, attention="varlen")
+    size = trained_size(train, shape_of(manifest(model, apart=True)))
     assert saved_bytes(train, apart=True) == pytest.approx(kept_of(size, train), rel=0.03)
 
 

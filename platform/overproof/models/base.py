@@ -107,6 +107,7 @@ class ModelFamily(Protocol):
     architectures: tuple[str, ...]  # names in config.json, or patterns (``*``; ``!`` leaves out), that tell a directory
     names: LayerNames
     attention: str | None  # transformers' implementation that computes all of it; None leaves it to transformers
+    varlen: bool  # whether ``models/varlen.py`` computes it as well
 
     def configuration(self, section: Any, shape: DataShape) -> Any:
         """The Hugging Face configuration of a section of this family, for data of this shape.

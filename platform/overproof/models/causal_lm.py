@@ -34,6 +34,7 @@ class CausalLmFamily(DecoderFamily):
     architectures = ("*ForCausalLM", "*LMHeadModel", *(f"!{name}" for name in ENCODERS))
     names = replace(LLAMA_NAMES, per_layer=PER_LAYER)
     attention = None
+    varlen = False
 
     def model_class(self) -> type[PreTrainedModel]:
         from transformers import AutoModelForCausalLM

@@ -105,6 +105,7 @@ class DecoderFamily:
     tasks: tuple[str, ...] = ("language_modeling", "chat")
     names = LLAMA_NAMES
     attention: str | None = "sdpa"
+    varlen = True
     tied = False  # where config.json does not say
 
     def configuration(self, section: Any, shape: DataShape) -> Any:

@@ -60,6 +60,7 @@ class Gemma3Family(Gemma2Family):
     section = Gemma3
     architectures = ("Gemma3ForCausalLM",)
     attention = "sdpa"
+    varlen = True
     gguf = Gemma3Layout(
         architecture="gemma3",
         counts=SHAPE | {"attention.sliding_window": "sliding_window"},

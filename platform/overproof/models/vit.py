@@ -44,6 +44,7 @@ class VitFamily:
     tasks = ("image_classification",)
     architectures = ("ViTForImageClassification",)
     attention = "sdpa"
+    varlen = False
     names = LayerNames(
         layers="vit.layers",
         embeddings="vit.embeddings",
