@@ -291,6 +291,19 @@ def test_attention_by_lengths_keeps_no_mask(model: DecoderModel) -> None:
     assert saved_bytes(train, apart=True) == pytest.approx(kept_of(size, train), rel=0.03)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_large_logits_are_counted_in_parts(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the layers lie the gradients of the output layer and of its inputs; a part of the logits is gone."""
+    rows = 16
+    monkeypatch.setattr(zero_memory, "LEAST_CHUNK_ROWS", rows)
+    monkeypatch.setitem(zero_memory.OUTPUT_CHUNK_BYTES, "cpu", 1)
+    train = training(model=TEACHER, precision=precision, batch_size=64, zero_stage=1)
+    size = model_size(TEACHER, TEXT)
+    number = FP32_BYTES if precision == "fp32" else zero_memory.HALF_BYTES
+    kept = zero_memory.activation_memory(size, train, WORLD) - rows * VOCABULARY * number
+    assert saved_bytes(train) == pytest.approx(kept, rel=0.02)
+
+
 def kept_of(size: Any, train: Train, stage: int = 1) -> int:
     """The estimate less the logits that are gone when the loss is known: all but the log-softmax."""
     number = FP32_BYTES if train.precision == "fp32" else zero_memory.HALF_BYTES

@@ -108,6 +108,7 @@ class ModelFamily(Protocol):
     names: LayerNames
     attention: str | None  # transformers' implementation that computes all of it; None leaves it to transformers
     varlen: bool  # whether ``models/varlen.py`` computes it as well
+    plain_logits: bool  # whether they are what a linear output layer gives, and nothing is done to them
 
     def configuration(self, section: Any, shape: DataShape) -> Any:
         """The Hugging Face configuration of a section of this family, for data of this shape.

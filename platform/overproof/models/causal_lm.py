@@ -35,6 +35,7 @@ class CausalLmFamily(DecoderFamily):
     names = replace(LLAMA_NAMES, per_layer=PER_LAYER)
     attention = None
     varlen = False
+    plain_logits = False
 
     def model_class(self) -> type[PreTrainedModel]:
         from transformers import AutoModelForCausalLM

@@ -106,6 +106,7 @@ class DecoderFamily:
     names = LLAMA_NAMES
     attention: str | None = "sdpa"
     varlen = True
+    plain_logits = True
     tied = False  # where config.json does not say
 
     def configuration(self, section: Any, shape: DataShape) -> Any:

@@ -81,6 +81,7 @@ class EncoderFamily:
     tasks: tuple[str, ...] = TASKS
     attention: str | None = "sdpa"
     varlen: bool = False
+    plain_logits: bool = False
 
     @property
     def architectures(self) -> tuple[str, ...]:

@@ -72,6 +72,7 @@ class Gemma2Family(DecoderFamily):
     names = replace(LLAMA_NAMES, per_layer=("layer_types",))
     attention = "eager"  # which alone caps the scores
     varlen = False
+    plain_logits = False
     tied = True
     gguf: GemmaLayout = Gemma2Layout(
         architecture="gemma2",

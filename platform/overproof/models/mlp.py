@@ -42,6 +42,7 @@ class MlpFamily:
     architectures = ("TabularMlp",)
     attention = "sdpa"
     varlen = False
+    plain_logits = False
     names = LayerNames(layers="layers", embeddings="embeddings", output="head", feed_forward=("up", "down"))
 
     def configuration(self, section: Mlp, shape: DataShape) -> Any:

@@ -45,6 +45,7 @@ class VitFamily:
     architectures = ("ViTForImageClassification",)
     attention = "sdpa"
     varlen = False
+    plain_logits = False
     names = LayerNames(
         layers="vit.layers",
         embeddings="vit.embeddings",
