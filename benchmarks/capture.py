@@ -128,7 +128,7 @@ def timed(run: Callable[[int], None], numbers: list[int], tokens: int) -> dict[s
 
 def written(ours: TargetWorker, file: int) -> dict[str, np.ndarray]:
     """The columns of a file that a worker wrote, as they lie there."""
-    _, root = filesystem(ours.job.uri)
+    _, root = filesystem(ours.job.draft.uri)
     return table_to_numpy(open_shard(Path(root) / ours.index.files[file].path).read())
 
 

@@ -245,3 +245,25 @@ def test_a_run_beside_replicas_is_counted() -> None:
     together = [found for found in preflight.check_placement(recipe, HERE) if found.about == "together"]
     assert [found.state for found in together] == ["warning"]
     assert "train 3 + serve 2 = 5 of 4 CPUs" in together[0].text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "words"),
+    [
+        ("stdlib-lm", ("train.attention=varlen",), None),
+        ("digits", ("train.attention=varlen",), "train.attention: varlen: .* rows of this data are read as one text"),
+        (
+            "stdlib-lm", ("sweep.group={attention: varlen}", "sweep.students.0.model.kind=gemma2"),
+            "sweep.group.attention: varlen: models of the family gemma2 cannot attend by lengths",
+        ),
+    ],
+)  # fmt: skip
+def test_attention_by_lengths_is_for_texts_that_share_a_row(
+    recipe: str, changes: tuple[str, ...], words: str | None
+) -> None:
+    read = load_recipe(RECIPES / f"{recipe}.yaml", changes)
+    if words is None:
+        preflight.require_attention(read)
+        return
+    with pytest.raises(InputError, match=words):
+        preflight.require_attention(read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -11,13 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
+from transformers.masking_utils import find_packed_sequence_indices
 
 from decoder_cases import CASES, POSITIONS, VOCABULARY, built
 from overproof.data.manifest import START
 from overproof.distill.feature_losses import LayerOutputs, relation_loss
 from overproof.distill.on_policy import sample_continuations
 from overproof.distill.text_worker import generate
+from overproof.errors import InputError
+from overproof.models.documents import positions_in_documents
 from overproof.models.hf_directory import Batch
+from overproof.models.varlen import attend_by_lengths, text_lengths
 from overproof.registry import FAMILIES, TASKS
 from overproof.tasks.base import Task
 from overproof.train.objective import CrossEntropy
@@ -74,6 +79,49 @@ def test_a_document_of_a_row_is_read_as_if_alone(name: str, rows: Any, begins: b
     assert torch.equal(TASK.predict(model, across(batch)).logits_BPV, plain)
 
 
+def by_lengths(name: str) -> PreTrainedModel:
+    model = built(CASES[name].kind, CASES[name].settings)
+    attend_by_lengths(model)
+    return model
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if FAMILIES[case.kind].varlen])
+@torch.no_grad()
+def test_attention_by_lengths_is_attention_by_a_mask(name: str) -> None:
+    """By every family that has it, of rows that say how their documents begin, and of rows that do not."""
+    model, batch = by_lengths(name), rows_of([5, 11, 3], [14, 2], begins=False)
+    for asked in (batch, across(batch)):
+        found, expected = (TASK.predict(each, asked).logits_BPV for each in (model, model_of(name)))
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+@given(rows=st.lists(packed, min_size=1, max_size=4), begins=st.booleans())
+def test_lengths_are_those_of_the_mask_that_transformers_makes(rows: list[list[int]], begins: bool) -> None:
+    batch = rows_of(*rows, begins=begins)
+    position_BP = positions_in_documents(batch["tokens"][:, :-1], batch[START])
+    told = text_lengths(position_BP)
+    bounds = told["cu_seq_lens_q"]
+    assert (bounds.dtype, bounds[0].item(), bounds[-1].item()) == (torch.int32, 0, len(rows) * AT_ONCE)
+    assert (
+        told["max_length_q"] == bounds.diff().max() == max(b - a for row in batch["tokens"] for a, b in documents(row))
+    )
+    text_N = torch.repeat_interleave(torch.arange(len(bounds) - 1), bounds.diff())
+    in_row_BP = find_packed_sequence_indices(position_BP)
+    row_N, in_row_N = torch.arange(len(rows)).repeat_interleave(AT_ONCE), in_row_BP.flatten()
+    together_NN = (row_N[:, None] == row_N) & (in_row_N[:, None] == in_row_N)
+    assert torch.equal(text_N[:, None] == text_N, together_NN)
+
+
+def test_a_family_or_a_model_that_cannot_attend_by_lengths_is_refused() -> None:
+    for kind in ("gemma2", "falcon"):
+        with pytest.raises(InputError, match=f"models of the family {kind} cannot attend by lengths; expected sdpa"):
+            attend_by_lengths(built(kind))
+    dropping = built("gpt2", {"attn_pdrop": 0.1}).train()
+    attend_by_lengths(dropping)
+    with pytest.raises(InputError, match=r"drop 0\.1 of the scores out"):
+        TASK.predict(dropping, rows_of([5, 9], begins=True))
+
+
 def test_every_family_that_keeps_documents_apart_is_looked_at() -> None:
     sections = {kind for kind, family in FAMILIES.items() if "language_modeling" in family.tasks and family.section}
     assert {case.kind for case in CASES.values()} == sections
@@ -90,12 +138,14 @@ def test_what_is_before_a_document_changes_it_where_documents_are_not_apart() ->
     assert float((one - two).abs().max()) > 0.1
 
 
-def test_the_gradient_is_that_of_the_documents_one_by_one() -> None:
-    model, batch = built("llama"), rows_of([5, 11, 3], [14, 2], begins=False)
+@pytest.mark.parametrize("make", [model_of, by_lengths], ids=["mask", "lengths"])
+def test_the_gradient_is_that_of_the_documents_one_by_one(make: Callable[[str], PreTrainedModel]) -> None:
+    model, batch = make("mistral"), rows_of([5, 11, 3], [14, 2], begins=False)
+    model.zero_grad()
     loss, _ = CrossEntropy(TASK.predict).loss(model, batch)
     loss.backward()  # type: ignore[no-untyped-call]
     found = {name: weight.grad for name, weight in model.named_parameters()}
-    again, count = built("llama"), 2 * AT_ONCE
+    again, count = built("mistral", CASES["mistral"].settings), 2 * AT_ONCE
     nats = torch.zeros(())
     for tokens_S in batch["tokens"]:
         for start, stop in documents(tokens_S):

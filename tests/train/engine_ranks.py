@@ -22,10 +22,12 @@ from overproof.data.manifest import Manifest
 from overproof.data.order import Order
 from overproof.data.parquet_reader import Shards
 from overproof.errors import InputError
+from overproof.models import zero_memory
 from overproof.models.hf_directory import build_model, count_parameters, load_start, save_model, to_tensors
 from overproof.models.safetensors_writer import TensorShape
 from overproof.models.zero_parts import full_shape, model_parts
 from overproof.registry import TASKS
+from overproof.train import objective
 from overproof.train.deepspeed_engine import CPU_ADAM, DeepSpeedEngine, sharded_construction
 from overproof.train.engine import TorchEngine, TrainingEngine
 from overproof.train.extension_lock import STALE_S
@@ -137,6 +139,15 @@ def said_before_a_lock(folder: Path, case: dict[str, Any]) -> str:
 
 
 def train_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]) -> None:
+    zero_memory.OUTPUT_CHUNK_BYTES["cpu"] = 1  # the least rows decide
+    in_parts: list[str] = []  # by name, whose output layer was a part of the loss
+    linear_cross_entropy = objective.linear_cross_entropy
+
+    def noted(*given: Any) -> torch.Tensor:
+        in_parts.append(case["name"])
+        return linear_cross_entropy(*given)
+
+    objective.linear_cross_entropy = noted
     compiler, parts, refused = {}, {}, {}
     for case in cases:
         settings = Train.model_validate(case["train"])
@@ -148,6 +159,7 @@ def train_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]
             make = read_in_parts if case["read"] else draw_in_parts
             model = make(model, settings, folder / "start", manifest, rank)
             parts[case["name"]] = [numbers, held(model), others(model, whole, rank)]
+        zero_memory.LEAST_CHUNK_ROWS = case["output_rows"]
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = case["dropout"]
@@ -176,6 +188,7 @@ def train_cases(folder: Path, rank: int, world: int, cases: list[dict[str, Any]]
         (folder / "locked.json").write_text(json.dumps(said_before_a_lock(folder, cases[0])))
     (folder / f"parts.{rank}.json").write_text(json.dumps(parts))
     (folder / f"refused.{rank}.json").write_text(json.dumps(refused))
+    (folder / f"in_parts.{rank}.json").write_text(json.dumps(sorted(set(in_parts))))
     (folder / f"compiler.{rank}.json").write_text(json.dumps(compiler))
 
 

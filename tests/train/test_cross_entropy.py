@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_counted_places import CHAT, conversations
+from test_lora import tiny
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from overproof.train.cross_entropy import CHUNK_BYTES, logit_chunks, mean_cross_entropy
+from overproof.models import zero_memory
+from overproof.train.cross_entropy import CHUNK_BYTES, linear_cross_entropy, logit_chunks, mean_cross_entropy
+from overproof.train.objective import CrossEntropy
 
 ROWS, PREDICTIONS, OUTPUTS = 3, 50, 5_000
 
@@ -58,3 +63,61 @@ def test_a_mask_of_flags_and_no_more_than_a_chunk_at_once() -> None:
 def test_nothing_that_counts_is_no_number() -> None:
     logits_BPV, targets_BP, mask_BP = given(torch.float32)
     assert mean_cross_entropy(logits_BPV, targets_BP, torch.zeros_like(mask_BP)).isnan()
+
+
+HIDDEN = 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learns", [True, False])
+def test_the_output_layer_in_parts_is_the_whole_one(
+    dtype: torch.dtype, learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zero_memory, "LEAST_CHUNK_ROWS", 40)
+    monkeypatch.setitem(zero_memory.OUTPUT_CHUNK_BYTES, "cpu", 1)
+    _, targets_BP, mask_BP = given(dtype)
+    hidden_NH = torch.randn(ROWS * PREDICTIONS, HIDDEN).to(dtype).requires_grad_()
+    output_VH = torch.randn(OUTPUTS, HIDDEN).to(dtype).requires_grad_(learns)
+    loss = linear_cross_entropy(hidden_NH, output_VH, targets_BP, mask_BP)
+    (3 * loss).backward()
+    wide = [each.detach().double().requires_grad_() for each in (hidden_NH, output_VH)]
+    expected = plain((wide[0] @ wide[1].T).unflatten(0, (ROWS, PREDICTIONS)), targets_BP, mask_BP)
+    (3 * expected).backward()
+    exact = dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6 if exact else 1e-2, atol=0)
+    for found, wanted in zip((hidden_NH, output_VH), wide, strict=True):
+        if not found.requires_grad:
+            assert found.grad is None
+            continue
+        assert found.grad is not None
+        assert wanted.grad is not None
+        assert found.grad.dtype == dtype
+        far = (found.grad.double() - wanted.grad).norm() / wanted.grad.norm()
+        assert float(far) < (1e-5 if exact else 2e-2)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "granite", "gemma2"])
+@pytest.mark.parametrize("counted", [None, "answer"])
+def test_a_models_large_logits_are_never_whole(kind: str, counted: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same loss and gradients, of all places or of those that count; where logits are scaled or capped, as ever."""
+    batch, made = conversations(), list[torch.Size]()
+    one = CrossEntropy(CHAT.predict, counted)
+
+    def losses(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor | None]]:
+        made.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: made.append(t.shape) or t, lambda t: t):
+            loss, _ = one.loss(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), {name: weight.grad for name, weight in model.named_parameters()}
+
+    whole, gradients = losses(tiny(kind))
+    monkeypatch.setattr(zero_memory, "LEAST_CHUNK_ROWS", 5)
+    monkeypatch.setitem(zero_memory.OUTPUT_CHUNK_BYTES, "cpu", 1)
+    model = tiny(kind)
+    found, others = losses(model)
+    predictions = int((batch["answer"] > 0).sum()) if counted else batch["answer"].numel()
+    assert ((predictions, model.config.vocab_size) in made) == (kind in ("granite", "gemma2"))
+    torch.testing.assert_close(found, whole, rtol=1e-6, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-7)
+    assert "forward" not in vars(model.get_output_embeddings())

@@ -117,9 +117,11 @@ def test_buckets_and_partitions_are_the_recipes_and_no_larger_than_what_is_train
         ({"hpz_partition_size": 2, "zero_stage": 3, "offload": "parameters"}, "offload 'parameters': expected 1"),
         ({"hpz_partition_size": 4, "zero_stage": 3}, "hpz_partition_size 4 does not divide workers 2"),
         ({"bucket_elements": 0}, "greater than or equal to 1"),
+        ({"attention": "varlen", "gpus_per_worker": 1}, "takes 16 bits on GPUs; found precision 'fp32': expected bf16"),
+        ({"attention": "varlen", "compile": True}, "found compile true: expected false"),
     ],
 )
-def test_communication_that_deepspeed_would_not_have_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         settings(workers=2, **changes)
 
@@ -140,15 +142,19 @@ def test_vectors_are_not_decayed(digits_root: Path) -> None:
     assert all(name.endswith("weight") or "position" in name for name in decayed)
 
 
+PARTS = ["parts2", "parts3"]  # whose output layer is a part of the loss
+
+
 def cases(root: Path, text: Path, world: int) -> list[dict[str, Any]]:
     """What a process group of this size trains, by name."""
 
     def case(
         name: str, engine: str = "zero", at: Path = root, dropout: float = 0.0, read: bool = False, save: bool = False,
-        **changes: object,
+        output_rows: int = 256, **changes: object,
     ) -> dict[str, Any]:  # fmt: skip
         train = settings(workers=world, **changes)
         about = {"name": name, "engine": engine, "root": str(at), "dropout": dropout, "read": read, "save": save}
+        about |= {"output_rows": output_rows}
         return about | {"train": train.model_dump(mode="json")}
 
     if world == 1:
@@ -166,6 +172,8 @@ def cases(root: Path, text: Path, world: int) -> list[dict[str, Any]]:
         case("drawn-stage3", at=text, model=GPT2, zero_stage=3),
         *(case(f"accumulated{stage}", zero_stage=stage, micro_batch_size=1) for stage in STAGES),
         case("recomputed", at=text, model=LLAMA, zero_stage=3, activation_checkpointing=True),
+        *(case(name, at=text, model=LLAMA, zero_stage=int(name[-1]), output_rows=7) for name in PARTS),
+        case("lengths", at=text, model=LLAMA, zero_stage=3, activation_checkpointing=True, attention="varlen"),
         case("compiled", compile=True, zero_stage=1),
         case("dropout-two", dropout=0.2, micro_batch_size=2, zero_stage=2),
         *(case(f"overlapping{stage}", zero_stage=stage, micro_batch_size=2, overlap_comm=True) for stage in (1, 2)),
@@ -232,9 +240,14 @@ def test_the_compiler_is_loaded_where_it_is_asked_for(trained: Path) -> None:
     assert [name for name in names if loaded[name]] == names[names.index("compiled") :]
 
 
-def test_text_with_rows_of_unequal_length_too(trained: Path) -> None:
-    assert max(differences(trained, "text-stage3", "text-torch", "loss")) < TOLERANCE
-    assert max(differences(trained, "text-stage3", "text-torch", "validation_loss")) < TOLERANCE
+def test_large_logits_are_taken_in_parts_at_every_rank(trained: Path) -> None:
+    assert [json.loads((trained / "2" / f"in_parts.{rank}.json").read_text()) for rank in (0, 1)] == [PARTS] * 2
+
+
+@pytest.mark.parametrize("name", ["text-stage3", "lengths", *PARTS])
+def test_text_with_rows_of_unequal_length_too(trained: Path, name: str) -> None:
+    assert max(differences(trained, name, "text-torch", "loss")) < TOLERANCE
+    assert max(differences(trained, name, "text-torch", "validation_loss")) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["stage3", "bf16-stage3", "text-stage3", "read-stage3", "drawn-stage3"])

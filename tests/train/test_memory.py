@@ -26,6 +26,7 @@ from overproof.models.decoder import DecoderModel
 from overproof.models.hf_directory import build_model, count_parameters, save_model
 from overproof.models.llama import Llama
 from overproof.models.sizes import FP32_BYTES, ModelSize, model_size, trained_size
+from overproof.models.varlen import attend_by_lengths
 from overproof.models.vit import Vit
 from overproof.registry import FAMILIES, TASKS
 from overproof.train.objective import CrossEntropy
@@ -236,6 +237,8 @@ def saved_bytes(train: Train, autocast: bool = False, apart: bool = False) -> in
     if train.activation_checkpointing:
         built.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     rows = train.batch_size // WORLD // train.accumulation(WORLD)
+    if train.attention == "varlen":
+        attend_by_lengths(built)
     own = {p.untyped_storage().data_ptr() for p in built.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -279,6 +282,26 @@ def test_rows_whose_documents_are_apart_keep_the_mask_in_each_layer(model: Decod
     train = training(model=model, precision=precision, batch_size=64, zero_stage=1)
     size = model_size(model, shape_of(manifest(model, apart=True)))
     assert saved_bytes(train, apart=True) == pytest.approx(kept_of(size, train), rel=0.03)
+
+
+@pytest.mark.parametrize("model", [LLAMAS[0], LLAMAS[2]], ids=lambda m: f"{m.kind}-{m.hidden_size}x{m.layers}")
+def test_attention_by_lengths_keeps_no_mask(model: DecoderModel) -> None:
+    train = training(model=model, batch_size=64, zero_stage=1, attention="varlen")
+    size = trained_size(train, shape_of(manifest(model, apart=True)))
+    assert saved_bytes(train, apart=True) == pytest.approx(kept_of(size, train), rel=0.03)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_large_logits_are_counted_in_parts(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the layers lie the gradients of the output layer and of its inputs; a part of the logits is gone."""
+    rows = 16
+    monkeypatch.setattr(zero_memory, "LEAST_CHUNK_ROWS", rows)
+    monkeypatch.setitem(zero_memory.OUTPUT_CHUNK_BYTES, "cpu", 1)
+    train = training(model=TEACHER, precision=precision, batch_size=64, zero_stage=1)
+    size = model_size(TEACHER, TEXT)
+    number = FP32_BYTES if precision == "fp32" else zero_memory.HALF_BYTES
+    kept = zero_memory.activation_memory(size, train, WORLD) - rows * VOCABULARY * number
+    assert saved_bytes(train) == pytest.approx(kept, rel=0.02)
 
 
 def kept_of(size: Any, train: Train, stage: int = 1) -> int:

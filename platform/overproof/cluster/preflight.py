@@ -16,7 +16,7 @@ from overproof.artifacts import Artifact, Store
 from overproof.cluster import node_checks, ray_cluster, store_probe, upload
 from overproof.cluster.machine import memory_bytes
 from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
-from overproof.config import Pretrained, Recipe, Served, TeacherLayers
+from overproof.config import ModelSection, Pretrained, Recipe, Served, TeacherLayers, ZeroSettings
 from overproof.config.search import Asha, Choice, Hyperband, Median, Pbt
 from overproof.data.manifest import Manifest
 from overproof.data.source_files import describe_skipped
@@ -27,7 +27,15 @@ from overproof.errors import InputError, suggest_name
 from overproof.export.check_models import check_models
 from overproof.files import join_uri
 from overproof.models.base import DataShape, shape_of
-from overproof.models.sizes import ModelSize, directory_config, family_of, require_apart, student_size, with_layers
+from overproof.models.sizes import (
+    ModelSize,
+    directory_config,
+    family_of,
+    require_apart,
+    require_varlen,
+    student_size,
+    with_layers,
+)
 from overproof.registry import ENGINES, FAMILIES, FORMATS, TASKS
 from overproof.tasks.base import TokenTask
 from overproof.units import format_bytes, format_count, format_seconds
@@ -135,6 +143,32 @@ def _config_of_a_known_family(path: str, format: str, where: str) -> dict[str, A
             f"{format}{suggest_name(named, held)}; expected {' or '.join(held)}{FORMATS[format].further_families}"
         )
     return config
+
+
+def require_attention(recipe: Recipe) -> None:
+    """Look whether models that are asked to attend by the lengths of texts can, and find several in a row.
+
+    Raises:
+        InputError: they cannot, or a row holds one text.
+    """
+    asked: list[tuple[str, ZeroSettings | None, list[ModelSection]]] = [
+        ("train", recipe.train, [recipe.train.model]),
+        ("sweep.group", recipe.sweep.group, [student.model for student in recipe.sweep.students]),
+    ]
+    for where, settings, models in asked:
+        if settings is None or settings.attention == "sdpa":
+            continue
+        if not recipe.data.apart:
+            raise InputError(
+                f"{where}.attention: varlen: goes by texts that are kept apart in a row; rows of this data are read as "
+                "one text: expected sdpa"
+            )
+        for model in models:
+            source = recipe.train.model if isinstance(model, TeacherLayers) else model
+            if isinstance(source, Pretrained):
+                require_varlen(family_of(directory_config(source.path), source.path)[0], where)
+            elif not isinstance(source, Served):
+                require_varlen(source.kind, where)
 
 
 def student_sizes(recipe: Recipe, shape: DataShape) -> dict[str, ModelSize]:

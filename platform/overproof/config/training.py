@@ -55,6 +55,11 @@ class ZeroSettings(Section):
     precision: Precision | Literal["fp16"] = Field(
         "fp32", description="Number format of the forward pass. tf32: fp32, and GPUs may round what they multiply."
     )
+    attention: Literal["sdpa", "varlen"] = Field(
+        "sdpa",
+        description="How rows of several texts are attended within each: by a mask, or by the texts' lengths, which on "
+        "GPUs is FlashAttention and takes bf16 or fp16.",
+    )
     grad_accum_dtype: Literal["fp32", "bf16"] | None = Field(
         None,
         description="Number format in which the gradients of bf16 are summed over micro-batches. null: fp32 at stages "
@@ -92,6 +97,21 @@ class ZeroSettings(Section):
             raise ValueError("offload 'optimizer' needs zero_stage 1, 2 or 3; found 0")
         if self.offload == "parameters" and self.zero_stage != 3:
             raise ValueError(f"offload 'parameters' needs zero_stage 3; found {self.zero_stage}")
+        return self
+
+    @model_validator(mode="after")
+    def _attention_fits(self) -> Self:
+        if self.attention == "sdpa":
+            return self
+        if self.gpus_per_worker and not self.computes_in_half:
+            raise ValueError(
+                f"attention 'varlen' takes 16 bits on GPUs; found precision {self.precision!r}: expected bf16 or fp16, "
+                "or attention 'sdpa'"
+            )
+        if self.compile:
+            raise ValueError(
+                "attention 'varlen' has shapes that follow from the texts; found compile true: expected false"
+            )
         return self
 
     @model_validator(mode="after")

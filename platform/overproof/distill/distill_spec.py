@@ -52,13 +52,15 @@ class DistillSpec:
     def objective(self, task: Task, device: torch.device, projection: nn.Linear | None = None) -> Objective:
         """``projection`` takes the student's states to the teacher's width, where it learns from states."""
         student = self.job.student
+        group = self.job.settings.group
+        supervised = CrossEntropy(task.predict, compiled=group is not None and group.compile)
         if not self.job.distilled:
-            return CrossEntropy(task.predict)
+            return supervised
         temperature, weight = student.temperature, student.teacher_weight
         cached_temperatures = self.targets.index.identity.temperatures if self.targets is not None else ()
         divergence = Divergence(student.divergence, student.jsd_beta)
         use_logits = self.teacher is not None and student.teacher == "live"
-        objective: Objective = CrossEntropy(task.predict)
+        objective: Objective = supervised
         if use_logits or self.targets is not None:
             objective = DistillObjective(task.predict, temperature, weight, cached_temperatures, divergence)
         if student.on_policy:

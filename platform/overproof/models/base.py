@@ -107,6 +107,8 @@ class ModelFamily(Protocol):
     architectures: tuple[str, ...]  # names in config.json, or patterns (``*``; ``!`` leaves out), that tell a directory
     names: LayerNames
     attention: str | None  # transformers' implementation that computes all of it; None leaves it to transformers
+    varlen: bool  # whether ``models/varlen.py`` computes it as well
+    plain_logits: bool  # whether they are what a linear output layer gives, and nothing is done to them
 
     def configuration(self, section: Any, shape: DataShape) -> Any:
         """The Hugging Face configuration of a section of this family, for data of this shape.

@@ -34,6 +34,8 @@ class CausalLmFamily(DecoderFamily):
     architectures = ("*ForCausalLM", "*LMHeadModel", *(f"!{name}" for name in ENCODERS))
     names = replace(LLAMA_NAMES, per_layer=PER_LAYER)
     attention = None
+    varlen = False
+    plain_logits = False
 
     def model_class(self) -> type[PreTrainedModel]:
         from transformers import AutoModelForCausalLM

@@ -106,6 +106,8 @@ class DecoderFamily:
     tasks: tuple[str, ...] = ("language_modeling", "chat")
     names = LLAMA_NAMES
     attention: str | None = "sdpa"
+    varlen = True
+    plain_logits = True
     tied = False  # where config.json does not say
     config_name: str | None = None  # of the class in transformers, where it is not that of the architecture
 

@@ -3,8 +3,8 @@
 A row says by its column ``start`` which token begins each of its documents; rows without that column are read as one
 text. In a row positions begin at 0 with each document (a row that begins within one begins at 0, too), and that is all
 a model needs to keep them apart: without an attention mask and a cache, transformers makes of it a mask that is block
-by block (``masking_utils``), or calls flash attention with the lengths of the documents; a test holds every family to
-it. Whatever stands in ``tokens`` decides, so that rows a model wrote are read like those of the data.
+by block (``masking_utils``), and ``varlen.py`` the documents' lengths; a test holds every family to it. Whatever stands
+in ``tokens`` decides, so that rows a model wrote are read like those of the data.
 
 Shapes: B rows, P tokens that are read.
 """

@@ -80,6 +80,8 @@ class EncoderFamily:
     reserved_positions: int = 0  # first entries of the table of positions that no token has
     tasks: tuple[str, ...] = TASKS
     attention: str | None = "sdpa"
+    varlen: bool = False
+    plain_logits: bool = False
 
     @property
     def architectures(self) -> tuple[str, ...]:

@@ -103,6 +103,7 @@ class FalconFamily(DecoderFamily):
         feed_forward=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
         fused=FusedAttention("self_attention.query_key_value", _split),
     )
+    varlen = False  # transformers has its attention in the model's own class
     tied = True
     gguf = FalconLayout(
         architecture="falcon",

@@ -71,6 +71,8 @@ class Gemma2Family(DecoderFamily):
     architectures = ("Gemma2ForCausalLM",)
     names = replace(LLAMA_NAMES, per_layer=("layer_types",))
     attention = "eager"  # which alone caps the scores
+    varlen = False
+    plain_logits = False
     tied = True
     gguf: GemmaLayout = Gemma2Layout(
         architecture="gemma2",

@@ -61,6 +61,7 @@ class Gemma3Family(Gemma2Family):
     architectures = ("Gemma3ForCausalLM",)
     config_name = "Gemma3TextConfig"
     attention = "sdpa"
+    varlen = True
     gguf = Gemma3Layout(
         architecture="gemma3",
         counts=SHAPE | {"attention.sliding_window": "sliding_window"},

@@ -20,6 +20,7 @@ class GraniteFamily(DecoderFamily):
 
     section = Granite
     architectures = ("GraniteForCausalLM",)
+    plain_logits = False  # they are scaled
     gguf = GgufLayout(
         architecture="granite",
         reals=RMS_NORM

@@ -41,6 +41,8 @@ class MlpFamily:
     tasks = ("tabular_classification", "tabular_regression")
     architectures = ("TabularMlp",)
     attention = "sdpa"
+    varlen = False
+    plain_logits = False
     names = LayerNames(layers="layers", embeddings="embeddings", output="head", feed_forward=("up", "down"))
 
     def configuration(self, section: Mlp, shape: DataShape) -> Any:

@@ -91,6 +91,8 @@ def trained_size(train: Train, shape: DataShape) -> ModelSize:
         InputError: as ``model_size``.
     """
     size = model_size(train.model, shape)
+    if train.attention == "varlen":  # no mask; on CPUs what each text gives, before it is laid end to end
+        size = replace(size, masked=0 if train.gpus_per_worker else size.query_width)
     if train.lora is None or not isinstance(train.model, Pretrained):
         return size
     layers = FAMILIES[size.family].names.layers.rsplit(".", 1)[-1]
@@ -183,6 +185,20 @@ def require_apart(config: Mapping[str, Any], path: object) -> None:
         raise InputError(
             f"{path}/config.json: whether {config['architectures'][0]} keeps the documents of a row apart is not "
             "known; expected data.cross_document_attention: true, or a model of a family that recipes name"
+        )
+
+
+def require_varlen(kind: str, where: str) -> None:
+    """Look whether models of a family can attend by the lengths of the texts of a row (``models/varlen.py``).
+
+    Raises:
+        InputError: they cannot.
+    """
+    if not FAMILIES[kind].varlen:
+        able = ", ".join(name for name, family in FAMILIES.items() if family.varlen)
+        raise InputError(
+            f"{where}.attention: varlen: models of the family {kind} cannot attend by lengths; expected sdpa, or a "
+            f"model of {able}"
         )
 
 

@@ -44,6 +44,8 @@ class VitFamily:
     tasks = ("image_classification",)
     architectures = ("ViTForImageClassification",)
     attention = "sdpa"
+    varlen = False
+    plain_logits = False
     names = LayerNames(
         layers="vit.layers",
         embeddings="vit.embeddings",

@@ -28,6 +28,8 @@ from overproof.registry import FAMILIES
 HALF_BYTES = 2  # of one number
 ADAM_BYTES = 8  # of one parameter's two averages
 UNSHARDED_BUCKET_ELEMENTS = 500_000_000  # without ZeRO; DeepSpeed's own
+LEAST_CHUNK_ROWS = 256
+OUTPUT_CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # of logits that the output layer gives at once, if more
 MAX_LIVE_PARAMETERS = 1_000_000_000  # that stage 3 keeps gathered; DeepSpeed's own
 
 
@@ -139,7 +141,7 @@ def activation_memory(size: ModelSize, train: Training, world: int, stage: int |
     """
     stage = train.zero_stage if stage is None else stage
     element_bytes = HALF_BYTES if train.computes_in_half else FP32_BYTES
-    logits = _micro_rows(train, world) * size.predictions * logits_memory(size.outputs, element_bytes)
+    logits = _output_memory(size, train, stage, _micro_rows(train, world) * size.predictions, element_bytes)
     casts = (
         HALF_BYTES * size.held if element_bytes == HALF_BYTES and not keeps_16bit_weights(train, stage) else 0
     )  # autocast's 16-bit weights
@@ -156,6 +158,18 @@ def kept_by_layers(size: ModelSize, train: Training, world: int) -> int:
     return _micro_rows(train, world) * size.places * (layers + outside + adapters)
 
 
+def _output_memory(size: ModelSize, train: Training, stage: int, predictions: int, element_bytes: int) -> int:
+    """Of the logits and their gradient; or, where the output layer is a part of the loss, of those that are there at
+    once, the gradient of its inputs and, in fp32, its own.
+    """
+    autocast = element_bytes == HALF_BYTES and not keeps_16bit_weights(train, stage)
+    rows = output_chunk_rows("cuda" if train.gpus_per_worker else "cpu", size.outputs, element_bytes)
+    if predictions <= rows or train.compile or autocast or not FAMILIES[size.family].plain_logits:
+        return predictions * logits_memory(size.outputs, element_bytes)
+    learnt = 0 if size.adapters else FP32_BYTES * size.outputs * size.hidden
+    return element_bytes * (rows * size.outputs + predictions * size.hidden) + learnt
+
+
 def _micro_rows(train: Training, world: int) -> int:
     return train.batch_size // world // train.accumulation(world)
 
@@ -163,6 +177,13 @@ def _micro_rows(train: Training, world: int) -> int:
 def layer_memory(size: ModelSize, element_bytes: int) -> int:
     """Bytes that one layer keeps for one token or patch, each number taking ``element_bytes``."""
     return FAMILIES[size.family].layer_memory(size, element_bytes) + element_bytes * size.masked
+
+
+def output_chunk_rows(device: str, outputs: int, element_bytes: int) -> int:
+    """Predictions whose logits are held at once where the output layer is a part of the loss (train/cross_entropy.py):
+    fewer make small matrix products. All logits are, where there are no more than these.
+    """
+    return max(LEAST_CHUNK_ROWS, OUTPUT_CHUNK_BYTES[device] // (outputs * element_bytes))
 
 
 def logits_memory(outputs: int, element_bytes: int) -> int:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from overproof.config import Training
 from overproof.models.hf_directory import Batch
+from overproof.models.varlen import attend_by_lengths
 from overproof.models.zero_parts import full_shape, is_apart
 from overproof.train.engine import (
     Metrics,
@@ -62,7 +63,8 @@ class DeepSpeedEngine:
         stage 3 the model stays as it is.
 
         Raises:
-            InputError: a lock that nobody holds stands before what must be compiled.
+            InputError: a lock that nobody holds stands before what must be compiled, or the model cannot attend as the
+                recipe asks.
         """
         self.train, self.seed = train, seed
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -72,6 +74,8 @@ class DeepSpeedEngine:
             require_no_stale_lock(CPU_ADAM)
         if train.activation_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        if train.attention == "varlen":
+            attend_by_lengths(model)
         config = deepspeed_config(train, self.world, universal, trained_elements(model))
         if any(map(is_apart, model.parameters())):
             _take_precision(model, config, torch.device(deepspeed.accelerator.get_accelerator().current_device_name()))

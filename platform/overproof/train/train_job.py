@@ -115,7 +115,7 @@ class SupervisedSpec:
         from overproof.train.objective import CrossEntropy
 
         del device
-        return CrossEntropy(task.predict, None if self.compiled else task.counted)
+        return CrossEntropy(task.predict, task.counted, self.compiled)
 
     def columns(self, sample_ids: NDArray[np.int64]) -> Columns:
         del sample_ids
