@@ -34,6 +34,7 @@ from overproof.data.document_parts import (
 from overproof.data.documents import FileSpan, beginning_of, count_lines
 from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import (
+    DOCUMENTS,
     MANIFEST,
     SPLITS,
     TEST_TEXTS,
@@ -46,7 +47,7 @@ from overproof.data.manifest import (
 )
 from overproof.data.near_duplicate_parts import Candidates, Checker, Finder, Hasher
 from overproof.data.near_duplicates import Resolved, band_count, dropped_copies, require_train_documents
-from overproof.data.parquet_writer import parquet_bytes, write_file
+from overproof.data.parquet_writer import parquet_bytes
 from overproof.data.part_files import Tape
 from overproof.data.shard_layout import ShardPlan, plan_held_out_shards, plan_train_shards
 from overproof.data.source_files import SourceReading, describe_skipped
@@ -76,7 +77,8 @@ def prepare(context: StageContext) -> dict[str, Any]:
         InputError: the source is missing or not what the recipe says, or too little text for its splits and shards.
     """
     manifest = TASKS[context.recipe.data.kind].prepare(context)
-    write_file(context.draft.uri, MANIFEST, manifest.model_dump_json(indent=1).encode())
+    context.draft.hand_in(manifest.shard_entries)
+    context.draft.write(MANIFEST, manifest.model_dump_json(indent=1).encode())
     if manifest.near_duplicates and manifest.near_duplicates.documents:
         context.progress(Notice(manifest.near_duplicates.summary))
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in manifest.dropped.items() if count)
@@ -121,7 +123,7 @@ def _prepare_documents(context: StageContext, data: TextData, scratch: str, hear
         for line in lines:
             context.progress(Notice(line))
 
-    tasks, uri = _Tasks(heartbeat), context.draft.uri
+    tasks, draft = _Tasks(heartbeat), context.draft
     tasks.start_phase(0, "listing files")
     reading = SourceReading(list_text_files(data), data.on_error)
     size_mb = sum(file.size_bytes for file in reading.listing.files) / 1e6
@@ -150,13 +152,14 @@ def _prepare_documents(context: StageContext, data: TextData, scratch: str, hear
     )
     plans, tapes = _plan(tokenised, documents["train"], data, tokenizer)
     tasks.start_phase(3, f"packing and writing {format_count(len(plans), 'shard')}")
-    writer = ShardWriter(scratch, uri, tapes, data, tokenizer, context.recipe.seed)
+    writer = ShardWriter(scratch, draft.uri, tapes, data, tokenizer, context.recipe.seed)
     shards = tasks.run(writer.write, [(plan,) for plan in plans])
-    tasks.run(write_documents_file, [(parts, resolved, uri)])
-    write_file(uri, TOKENIZER, tokenizer.json.encode())
-    write_file(uri, TOKENIZER_CONFIG, tokenizer.config().encode())
+    (documents_entry,) = tasks.run(write_documents_file, [(parts, resolved, draft.uri)])
+    draft.hand_in({DOCUMENTS: documents_entry})
+    draft.write(TOKENIZER, tokenizer.json.encode())
+    draft.write(TOKENIZER_CONFIG, tokenizer.config().encode())
     texts = dict(sorted(chain.from_iterable(each.sampled.items() for each in tokenised)))
-    write_file(uri, TEST_TEXTS, parquet_bytes(_texts_table(texts), SAMPLED_DOCUMENTS))
+    draft.write(TEST_TEXTS, parquet_bytes(_texts_table(texts), SAMPLED_DOCUMENTS))
     tasks.start_phase(PHASES, "")
     return Manifest(
         task=data.kind,
