@@ -20,7 +20,8 @@ from overproof.config import NearDuplicates, ParquetSource
 from overproof.data.cleaning import DUPLICATE, EMPTY, NUL_LINES, Borders, DocumentCheck, LeftOut, shares
 from overproof.data.documents import FileSpan, NulLines, can_be_split, iter_documents, iter_pieces
 from overproof.data.manifest import CLUSTER, DOCUMENTS
-from overproof.data.near_duplicates import MinHash, Resolved, sketch
+from overproof.data.minhash import MinHash, sketch
+from overproof.data.near_duplicates import Resolved
 from overproof.data.parquet_writer import open_writer
 from overproof.data.part_files import BATCH_BYTES, RunWriter, iter_table, read_part, write_table
 from overproof.data.source_files import SourceFile, compression_of, reason_of

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from overproof.config import BpeTokenizer, NearDuplicates, TextData
+from overproof.data.altered_texts import ALTERED, join_altered, tell_altered
 from overproof.data.cleaning import SHOWN_NAMES, Borders, LeftOut, list_left_out
 from overproof.data.document_parts import (
     Merger,
@@ -45,14 +46,15 @@ from overproof.data.manifest import (
     Shard,
     Split,
 )
+from overproof.data.minhash import band_count
 from overproof.data.near_duplicate_parts import Candidates, Checker, Finder, Hasher
-from overproof.data.near_duplicates import Resolved, band_count, dropped_copies, require_train_documents
+from overproof.data.near_duplicates import Resolved, dropped_copies, require_train_documents
 from overproof.data.parquet_writer import parquet_bytes
 from overproof.data.part_files import Tape
 from overproof.data.shard_layout import ShardPlan, plan_held_out_shards, plan_train_shards
 from overproof.data.source_files import SourceReading, describe_skipped
 from overproof.data.sources import Source, absolute_source, list_text_files
-from overproof.data.text_tokenizer import ALTERED, TextTokenizer, join_altered, read_tokenizer, tell_altered
+from overproof.data.text_tokenizer import TextTokenizer, read_tokenizer
 from overproof.data.token_parts import ShardWriter, TokenisedPart, Tokeniser, row_dtype, text_columns, train_tokenizer
 from overproof.errors import InputError
 from overproof.files import filesystem, join_uri

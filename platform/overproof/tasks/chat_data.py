@@ -16,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from overproof.config import ExpectedAnswers
+from overproof.data.altered_texts import ALTERED, count_altered, tell_altered
 from overproof.data.chat_template_files import CHAT_TEMPLATE, template_files
 from overproof.data.cleaning import DUPLICATE, NUL_LINES, split_of
 from overproof.data.documents import beginning_of
@@ -27,7 +28,7 @@ from overproof.data.parquet_writer import parquet_bytes
 from overproof.data.source_files import SourceReading, describe_skipped
 from overproof.data.sources import sha256_of, tokenizer_files
 from overproof.data.stratified import write_splits
-from overproof.data.text_tokenizer import ALTERED, count_altered, read_tokenizer, tell_altered
+from overproof.data.text_tokenizer import read_tokenizer
 from overproof.errors import InputError
 from overproof.registry import FORMATS
 from overproof.stage_context import Notice, StageContext
