@@ -10,9 +10,10 @@ import pyarrow as pa
 
 from overproof.data.manifest import MANIFEST, Manifest, Split, shard_schema
 from overproof.data.parquet_reader import Columns
-from overproof.data.parquet_writer import parquet_bytes, to_table, write_file, write_shard
+from overproof.data.parquet_writer import parquet_bytes, to_table, write_shard
 from overproof.data.token_parts import text_columns
 from overproof.data.tokenization import token_columns
+from overproof.files import write_file
 
 SHARDS = 4
 HELD_OUT_ROWS = 64

@@ -4,29 +4,46 @@
 
 Prints two Markdown tables. The first has what one process does for all workers, and one unit of it, measured on one
 core of this machine. The second says which share of its time that process would be busy: above 1 everything waits for
-it. What is assumed of the cluster stands in ``Cluster``, and nothing of it is measured. Under two minutes.
+it. What is assumed of the cluster stands in ``Cluster``, and nothing of it is measured. Commits are made in a bucket of
+moto's server, a process of its own that is slower than a real one: what they take is wall time. Some three minutes.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import boto3
 import ray
 from measuring import machine, say, table
 
+from overproof.artifacts import RECORD, Store
 from overproof.data.order import Order
-from overproof.files import HASHING_THREADS, file_sha256, filesystem
+from overproof.data.prepare import AT_ONCE
+from overproof.files import CHUNK_BYTES, HashingStream, filesystem
+from overproof.ray_tasks import run_tasks
 from overproof.train.checkpoint import read_checksummed, with_checksum
 
 WORKERS = (1, 8, 64, 256, 1024)
 REPEATS = 5
-TASKS, HASHED_MB, FILES_A_RANK = 200, 256, 3
+TASKS, HASHED_MB, FILES_A_RANK = 1000, 256, 3
+FILES = 1000  # of the artifact that is committed
+MOTO = """
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print("{}:{}".format(*server.get_host_and_port()), flush=True)
+input()
+"""
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,8 @@ class Cluster:
     tokenized_mb_per_s: float = 4.0  # by one core
     cores_per_worker: int = 8
     block_mb: float = 128.0  # of text, a task
+    shard_mb: float = 256.0  # of rows, a file
+    cache_mb: float = 1_000.0  # of targets, a file
     trained_tokens_per_s: float = 9_400.0  # by one worker: 7B parameters at 40 % of an H100's 989 TFLOP/s
     tokens_a_row: int = 4096
     rows_a_worker: int = 4  # in a step
@@ -72,20 +91,59 @@ def seconds_of(action: Callable[[], object], clock: Callable[[], float] = time.p
 
 
 def task_s() -> float:
-    """Of a Ray task that does nothing: submitted, run and taken back."""
+    """Of a Ray task that does nothing, as ``prepare`` runs its own: submitted, run and taken back."""
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    nothing = ray.remote(num_cpus=1)(lambda: None)
-    run = lambda: ray.get([nothing.remote() for _ in range(TASKS)])  # noqa: E731
+    calls = {str(number): () for number in range(TASKS)}
+    run = lambda: run_tasks(os.getpid, calls, at_once=AT_ONCE)  # noqa: E731
     run()
     found = seconds_of(run, time.perf_counter) / TASKS
     ray.shutdown()
     return found
 
 
-def hash_s_per_mb(folder: Path) -> float:
-    path = folder / "hashed"
-    path.write_bytes(os.urandom(HASHED_MB << 20))
-    return seconds_of(lambda: file_sha256(path)) / HASHED_MB
+def hash_s_per_mb() -> float:
+    """What it adds to writing a file that its bytes are hashed on the way."""
+    chunk = os.urandom(CHUNK_BYTES)
+
+    def write(hashed: bool) -> None:
+        with Path(os.devnull).open("wb") as stream:
+            target = HashingStream(stream) if hashed else stream
+            for _ in range(HASHED_MB):
+                target.write(chunk)
+
+    return (seconds_of(lambda: write(True)) - seconds_of(lambda: write(False))) / HASHED_MB
+
+
+@contextmanager
+def bucket() -> Iterator[str]:
+    """The URI of a store in an empty bucket of a server on this machine."""
+    os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen([sys.executable, "-c", MOTO], text=True, **pipes)
+    assert server.stdout
+    try:
+        address = server.stdout.readline().strip()
+        boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1").create_bucket(Bucket="bucket")
+        yield f"s3://bucket/store?scheme=http&endpoint_override={address}&region=us-east-1"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def commit_s() -> float:
+    """Of one file of a commit of as many as one listing's page has."""
+    with bucket() as uri:
+        draft = Store(uri).new_writer("bench", "prepare", "a" * 64, {}, {})
+        with draft.directory("train") as folder:
+            for number in range(FILES):
+                (folder / f"{number:05d}.parquet").write_bytes(b"rows")
+        files, root = filesystem(draft.uri)
+
+        def commit() -> None:
+            draft.commit({}, 0.0)
+            files.delete_file(f"{root}/{RECORD}")
+
+        return seconds_of(commit, time.perf_counter) / FILES
 
 
 def record_s(folder: Path) -> float:
@@ -113,7 +171,8 @@ def serial_parts(cluster: Cluster, folder: Path) -> list[Serial]:
     rows_mb, blocks = cluster.tokens_tb * 1e6, cluster.text_tb * 1e6 / cluster.block_mb
     targets_mb = rows_mb / 2 * cluster.captured_bytes_a_token
     step_s = cluster.rows_a_worker * cluster.tokens_a_row / cluster.trained_tokens_per_s
-    hashed_s = hash_s_per_mb(folder) / HASHING_THREADS
+    hashed_s, committed_s = hash_s_per_mb(), commit_s()
+    core_mb_s = cluster.tokenized_mb_per_s * rows_mb / (cluster.text_tb * 1e6)  # of rows
 
     def prepared_per_s(workers: int) -> float:
         """Of the whole text."""
@@ -125,11 +184,13 @@ def serial_parts(cluster: Cluster, folder: Path) -> list[Serial]:
 
     return [
         Serial("prepare: blocks are handed out, twice", "task", task_s(), lambda n: 2 * blocks * prepared_per_s(n)),
-        Serial("prepare: rows are hashed as they are committed", "MB", hashed_s, lambda n: rows_mb * prepared_per_s(n)),
+        Serial("prepare: a core hashes the rows that it writes", "MB", hashed_s, lambda _: core_mb_s),
+        Serial("prepare: shards are committed", "file", committed_s,
+               lambda n: rows_mb / cluster.shard_mb * prepared_per_s(n)),
         Serial("train: each rank works out its order", "step", order_s(max(WORKERS), cluster), lambda _: 1 / step_s),
         Serial("train: record of a checkpoint", "rank", record_s(folder), lambda n: n / cluster.checkpoint_every_s),
-        Serial("cache: targets are hashed as they are committed", "MB", hashed_s,
-               lambda n: targets_mb * captured_per_s(n)),
+        Serial("cache: files are committed", "file", committed_s,
+               lambda n: targets_mb / cluster.cache_mb * captured_per_s(n)),
         Serial("sweep: the driver of the trials", "trial", cluster.driver_s_a_trial, lambda n: n / cluster.trial_s),
         Serial("serve: one gateway", "token", cluster.gateway_s_a_token, lambda n: n * cluster.served_tokens_per_s),
     ]  # fmt: skip

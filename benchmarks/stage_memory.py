@@ -130,7 +130,7 @@ def train_teacher(setting: Setting, steps: int, lora: Lora | None = None) -> Ite
 def capture(setting: Setting) -> Iterator[None]:
     """An actor of the pool, over as many rows as the student reads."""
     from overproof.distill.target_cache import TargetIndex, target_key
-    from overproof.distill.teacher_pool import write_index
+    from overproof.distill.teacher_pool import finished_files, write_index
     from overproof.distill.teacher_worker import CaptureJob, TargetWorker
 
     yield
@@ -142,7 +142,7 @@ def capture(setting: Setting) -> Iterator[None]:
     faults = [report["fault"][0] for report in worker({"file": np.arange(len(index.files))})]
     if any(faults):
         raise SystemExit(faults)
-    write_index(job)
+    write_index(job, {path: file.entry for path, file in finished_files(job).items()})
     job.draft.commit({}, 0)
 
 

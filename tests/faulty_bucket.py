@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -31,13 +31,14 @@ UNKNOWN_KEY = Answer("403 Forbidden", "InvalidAccessKeyId", "The Access Key Id y
 
 @dataclass
 class Faults:
-    """What is wrong with the server now, which a test changes; and how often it was."""
+    """What is wrong with the server now, which a test changes; how often it was, and what it was asked."""
 
     answer: Answer | None = None
     methods: tuple[str, ...] = ("GET", "HEAD", "PUT", "POST", "DELETE")  # that it answers
     each: int = 1  # of such requests
     wait_s: float = 0.0  # before any answer
     count: int = 0
+    requests: list[tuple[str, str]] = field(default_factory=list)  # methods and paths, in their order
 
 
 @contextmanager
@@ -47,6 +48,7 @@ def faulty_bucket(uri: str) -> Iterator[tuple[str, Faults]]:
 
     def answer(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         fault, asked = faults.answer, environ["REQUEST_METHOD"] in faults.methods
+        faults.requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
         time.sleep(faults.wait_s)
         if fault is None or not asked or next(numbers) % faults.each:
             found: Iterable[bytes] = served(environ, start_response)

@@ -13,9 +13,8 @@ from pyarrow import fs
 
 from overproof.artifacts import RECORD, RECORD_FORMAT, Artifact, ArtifactWriter, Store, compute_fingerprint
 from overproof.cli.main import main
-from overproof.data.parquet_writer import write_file
 from overproof.errors import InputError
-from overproof.files import filesystem
+from overproof.files import filesystem, write_file
 
 
 def _make(store: Store, content: bytes = b"hello", recipe: str = "r", stage: str = "prepare") -> Artifact:

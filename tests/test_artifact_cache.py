@@ -11,9 +11,8 @@ import pytest
 
 from overproof import artifact_cache
 from overproof.artifacts import Artifact, Store
-from overproof.data.parquet_writer import write_file
 from overproof.errors import InputError
-from overproof.files import filesystem
+from overproof.files import filesystem, write_file
 
 CONTENT = {"manifest.json": b"{}", "train/0.bin": b"a" * 1000, "train/1.bin": b"b" * 1000, "test/0.bin": b"c" * 10}
 

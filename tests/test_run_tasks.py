@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import ray
 
-from overproof.cluster import ray_tasks
-from overproof.cluster.ray_tasks import run_tasks
+from overproof import ray_tasks
+from overproof.cluster import apart_nodes
+from overproof.cluster.apart_nodes import ApartNodes
 from overproof.errors import InputError
+from overproof.ray_tasks import run_tasks
 
 FOREVER_S = 600
 GIVE_UP_S = 120
@@ -101,39 +103,41 @@ def test_a_call_on_a_node_that_is_lost_is_made_again(
 
 
 def test_a_call_that_never_said_where_it_runs_is_lost_with_any_node() -> None:
-    silent, speaking = ray_tasks._RunningCall("a", {"x", "y"}), ray_tasks._RunningCall("b", {"x", "y"}, "x")
+    silent, speaking = ray_tasks._RunningCall("a"), ray_tasks._RunningCall("b", "x")
     for alive, lost in (({"x", "y", "z"}, (False, False)), ({"x"}, (True, False)), ({"y"}, (True, True))):
-        assert (silent.is_lost(alive), speaking.is_lost(alive)) == lost
+        gone = {"x", "y"} - alive
+        assert (silent.is_lost(alive, gone), speaking.is_lost(alive, gone)) == lost
 
 
 def test_calls_held_apart_never_share_a_machine(tmp_path: Path) -> None:
     """Whatever the number of its nodes. The results are in the order of the calls."""
     names = ["c", "a", "b"]
-    assert list(run_tasks(run_alone, {name: (str(tmp_path), name) for name in names}, apart=True)) == names
+    calls = {name: (str(tmp_path), name) for name in names}
+    assert list(run_tasks(run_alone, calls, at_once=3, chooser=ApartNodes(0))) == names
 
 
 def test_calls_held_apart_run_side_by_side_on_machines_of_one_kind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_tasks, "_machines_of", lambda nodes: {node: f"machine of {node}" for node in nodes})
-    found = run_tasks(meet, {name: (str(tmp_path), name) for name in ("b", "a")}, apart=True)
+    monkeypatch.setattr(apart_nodes, "_machines_of", lambda nodes: {node: f"machine of {node}" for node in nodes})
+    found = run_tasks(meet, {name: (str(tmp_path), name) for name in ("b", "a")}, at_once=2, chooser=ApartNodes(0))
     assert list(found) == ["b", "a"]
     assert set(found.values()) == ray_tasks._alive_nodes()
     other = found["a"]
-    assert ray_tasks._Machines(gpus=0, used={other})._nodes() != []
-    assert ray_tasks._Machines(gpus=1)._nodes() == []  # Ray waits for one, or says that there is none
+    assert ApartNodes(gpus=0, used={other})._nodes() != []
+    assert ApartNodes(gpus=1)._nodes() == []  # Ray waits for one, or says that there is none
     monkeypatch.setattr("overproof.cluster.ray_private.draining_nodes", lambda: {other})
-    assert ray_tasks._Machines(gpus=0)._nodes() == [found["b"]]
+    assert ApartNodes(gpus=0)._nodes() == [found["b"]]
 
 
 def test_a_call_whose_node_has_left_before_it_began_is_made_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     gone, asked = "ab" * 28, list[str | None]()
 
-    def free_node(machines: Any, taken: Any) -> str | None:
-        asked.append(None if asked else gone)
-        return asked[-1]
+    class GoneFirst:
+        def free_node(self, taken: Any) -> str | None:
+            asked.append(None if asked else gone)
+            return asked[-1]
 
-    monkeypatch.setattr(ray_tasks._Machines, "free_node", free_node)
     monkeypatch.setattr(ray_tasks._RunningCall, "is_lost", lambda *_: False)
-    assert run_tasks(double, {"a": (4,)}, apart=True) == {"a": 8}
+    assert run_tasks(double, {"a": (4,)}, chooser=GoneFirst()) == {"a": 8}
     assert asked == [gone, None]

@@ -13,14 +13,12 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
-import pyarrow as pa
 from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -52,6 +50,11 @@ class FileEntry(FrozenModel):
 
     sha256: str
     size_bytes: int
+
+    @classmethod
+    def of(cls, content: bytes) -> Self:
+        """Of a file with these bytes."""
+        return cls(sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
 
 
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
@@ -148,11 +151,55 @@ def join_uri(uri: str, name: str) -> str:
 
 def file_sha256(path: str | Path, files: fs.FileSystem | None = None) -> str:
     """Sha256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with (files or fs.LocalFileSystem()).open_input_stream(str(path), buffer_size=CHUNK_BYTES) as stream:
+    return _hash_file(files or fs.LocalFileSystem(), str(path)).sha256
+
+
+def _hash_file(files: fs.FileSystem, path: str) -> FileEntry:
+    digest, size_bytes = hashlib.sha256(), 0
+    with files.open_input_stream(path, buffer_size=CHUNK_BYTES) as stream:
         while chunk := stream.read(CHUNK_BYTES):
             digest.update(chunk)
-    return digest.hexdigest()
+            size_bytes += len(chunk)
+    return FileEntry(sha256=digest.hexdigest(), size_bytes=size_bytes)
+
+
+class HashingStream:
+    """A stream to a file that hashes what goes through it: so nobody has to read the file again to know what it is."""
+
+    closed = False  # it does not close the stream below; Arrow's writers ask
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._digest, self._size = stream, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        self._stream.write(data)
+        count = memoryview(data).nbytes
+        self._size += count
+        return count
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def entry(self) -> FileEntry:
+        """The identity of what was written so far."""
+        return FileEntry(sha256=self._digest.hexdigest(), size_bytes=self._size)
+
+
+@contextmanager
+def hashed_file(files: fs.FileSystem, path: str) -> Iterator[HashingStream]:
+    """A stream to a new file."""
+    with files.open_output_stream(path) as stream:
+        yield HashingStream(stream)
+
+
+def write_file(uri: str, name: str, content: bytes) -> FileEntry:
+    """Write one file below a folder or URI, making the folders above it."""
+    files, path = filesystem(join_uri(uri, name))
+    files.create_dir(path.rpartition("/")[0], recursive=True)
+    with files.open_output_stream(path) as stream:
+        stream.write(content)
+    return FileEntry.of(content)
 
 
 def cache_root() -> Path:
@@ -221,16 +268,16 @@ def atomic_write(files: fs.FileSystem, path: str, content: bytes, private: bool 
 
 
 @contextmanager
-def whole_file(files: fs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
+def whole_file(files: fs.FileSystem, path: str) -> Iterator[HashingStream]:
     """A stream to a large file, which on a disk has its name when all is written; in an object store it has it at once,
     and is whole only if the block ended well.
     """
     if files.type_name in OBJECT_STORES:  # an object appears when its writer ends, and moving one is to copy it
-        with files.open_output_stream(path) as stream:
+        with hashed_file(files, path) as stream:
             yield stream
         return
     part = f"{path}.{secrets.token_hex(4)}.part"  # another process may write the same file
-    with files.open_output_stream(part) as stream:
+    with hashed_file(files, part) as stream:
         yield stream
     files.move(part, path)
 
@@ -249,14 +296,17 @@ def _flush_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def file_entries(files: fs.FileSystem, root: str) -> dict[str, FileEntry]:
-    """Every file below a directory, by name."""
+def file_sizes(files: fs.FileSystem, root: str) -> dict[str, int]:
+    """Bytes of every file below a directory, by name: one listing."""
     listing = files.get_file_info(fs.FileSelector(root, recursive=True))
-    sizes = {i.path.removeprefix(root).lstrip("/"): i.size for i in listing if i.type == fs.FileType.File}
-    names = sorted(sizes)
+    return {i.path.removeprefix(root).lstrip("/"): i.size for i in listing if i.type == fs.FileType.File}
+
+
+def hash_files(files: fs.FileSystem, root: str, names: Iterable[str]) -> dict[str, FileEntry]:
+    """What these files below a directory are, by name: they are read, several at a time."""
+    names = sorted(names)
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        hashes = pool.map(partial(file_sha256, files=files), [f"{root}/{name}" for name in names])
-        return {n: FileEntry(sha256=h, size_bytes=sizes[n]) for n, h in zip(names, hashes, strict=True)}
+        return dict(zip(names, pool.map(lambda name: _hash_file(files, f"{root}/{name}"), names), strict=True))
 
 
 class FileChangedError(InputError):

@@ -208,7 +208,7 @@ def _run_steps(
         if store.local:  # of a remote one, each process verifies what it fetches
             for parent in sorted(step.parents.keys() - verified):
                 done[parent].verify()
-            verified |= {*step.parents, step.stage.name}  # the latter is hashed as it is committed
+            verified |= {*step.parents, step.stage.name}  # the latter was hashed as it was written
         done[step.stage.name] = run_stage(step, recipe, store, done)
     return done
 

@@ -12,21 +12,14 @@ import numpy as np
 import pytest
 
 from overproof.config import NearDuplicates
+from overproof.data.minhash import BINS, MinHash, _ascii_words, _words, band_count, band_rows, shingles, sketch
 from overproof.data.near_duplicates import (
-    BINS,
     MOST_PARTNERS,
-    MinHash,
-    _ascii_words,
-    _words,
-    band_count,
-    band_rows,
     candidate_pairs,
     decide,
     find_near_duplicates,
     jaccard,
     no_pairs,
-    shingles,
-    sketch,
 )
 from overproof.errors import InputError
 

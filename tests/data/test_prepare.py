@@ -17,6 +17,7 @@ import pytest
 from corpus import context, text_recipe, write_corpus
 from tokenizers import Tokenizer
 
+from faulty_bucket import faulty_bucket
 from made_tokenizers import ODD_TEXTS, unigram
 from overproof.artifacts import Artifact, Record
 from overproof.config import FolderSource
@@ -27,7 +28,7 @@ from overproof.data.document_parts import Reader, Reading, document_pieces
 from overproof.data.documents import PIECE_BYTES, FileSpan
 from overproof.data.manifest import START, Manifest
 from overproof.data.parquet_reader import Shards
-from overproof.data.prepare import prepare
+from overproof.data.prepare import SCRATCH, prepare
 from overproof.data.source_files import SourceFile
 from overproof.data.tokenizer_json import BYTE_NAMES
 from overproof.engines.llamacpp import LlamaCpp
@@ -35,7 +36,7 @@ from overproof.errors import InputError
 from overproof.evaluate import gate
 from overproof.evaluate.metrics import MeasuredFile
 from overproof.export.gguf_file import export_gguf
-from overproof.files import file_sha256
+from overproof.files import file_sha256, filesystem
 from overproof.models.hf_directory import build_model, save_model
 from overproof.stage_context import Notice, ProgressEvent, TaskProgress
 from overproof.tasks.base import Metric
@@ -239,7 +240,7 @@ def test_a_unigram_tokenizer_and_texts_that_its_engine_splits_otherwise(tmp_path
     assert f"it splits {100 * found.value:.3g} % of {found.n} test documents into other tokens" in told
 
 
-def test_a_remote_store_and_a_remote_source(
+def test_a_remote_store_and_a_remote_source_and_nothing_that_was_written_is_read_back(
     prepared: tuple[Path, Path, dict[str, object]], s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pyarrow import fs
@@ -248,12 +249,17 @@ def test_a_remote_store_and_a_remote_source(
     uri = s3_uri.replace("s3://", "s3://testing:testing@")  # the workers do not have this process's environment
     files, path = fs.FileSystem.from_uri(uri.replace("/store", "/corpus"))
     fs.copy_files(str(corpus), path, destination_filesystem=files)
-    given = context(text_recipe(uri, folder(uri.replace("/store", "/corpus"))))
-    metrics = prepare(given)
-    artifact: Artifact = given.draft.commit(metrics, 1.0)
-    assert isinstance(artifact.record, Record)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert hashes(artifact.local()) == hashes(root)
+    with faulty_bucket(uri) as (watched, server):
+        given = context(text_recipe(watched, folder(uri.replace("/store", "/corpus"))))
+        metrics = prepare(given)
+        artifact: Artifact = given.draft.commit(metrics, 1.0)
+        assert isinstance(artifact.record, Record)
+        written = filesystem(artifact.uri)[1]
+        read = {path.removeprefix(f"/{written}/") for method, path in server.requests if method == "GET"}
+        assert any(name.startswith(f"{SCRATCH}/documents-") for name in read)  # what tasks read the server does see
+        assert not read & artifact.record.files.keys()
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        assert hashes(artifact.local()) == hashes(root)
 
 
 def test_one_large_document_among_four_is_prepared_evenly_and_never_in_silence(

@@ -16,16 +16,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from made_tokenizers import SPACE, TRAINED_ON, byte_level, sentencepiece_bpe, unigram
 from overproof.config import TokenizerFile
 from overproof.data import documents, text_tokenizer, tokenization
-from overproof.data.text_tokenizer import (
-    ALTERED,
-    COMPOSED,
-    SAME,
-    TextTokenizer,
-    count_altered,
-    read_tokenizer,
-    tell_altered,
-    trained,
-)
+from overproof.data.altered_texts import ALTERED, COMPOSED, SAME, count_altered, tell_altered
+from overproof.data.text_tokenizer import TextTokenizer, read_tokenizer, trained
 from overproof.data.token_parts import Piece, encode_pieces
 from overproof.data.tokenizer_json import continuing
 from overproof.errors import InputError

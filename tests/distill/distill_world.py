@@ -28,7 +28,7 @@ from overproof.distill.row_cache import cache_key_fields
 from overproof.distill.sweep import make_trial_job
 from overproof.distill.sweep_state import SweepState
 from overproof.distill.target_cache import TargetIndex, target_key
-from overproof.distill.teacher_pool import write_index
+from overproof.distill.teacher_pool import finished_files, write_index
 from overproof.distill.teacher_text import TextIndex, TextKey
 from overproof.distill.teacher_worker import CaptureJob, TargetWorker, TeacherWorker
 from overproof.distill.text_worker import TextWorker
@@ -222,7 +222,7 @@ def finish(one: TeacherWorker) -> Artifact:
     reports = list(one({"file": np.arange(len(one.index.files))}))
     assert sum(int(report["rows"][0]) for report in reports) == one.index.rows
     assert not any(report["fault"][0] for report in reports)
-    write_index(one.job)
+    write_index(one.job, {path: file.entry for path, file in finished_files(one.job).items()})
     return one.job.draft.commit({}, 0)
 
 

@@ -351,7 +351,7 @@ def test_progress_is_that_of_a_count_over_all_trials(told: list[tuple[str, int]]
             steps = last.get(name, (0, 0))[0] + 2
             failed = "too large" if loss == 4 else None
             result = {"name": name, "steps": steps, "validation_loss": loss, "failed": failed, "pid": 1, "faults": (),
-                      "resumed_step": 0, "curve": [{"step": steps}]}  # fmt: skip
+                      "resumed_step": 0, "curve": [{"step": steps}], "files": {}}  # fmt: skip
             tracker.record_result(result)
             tracker.report_progress()
             last[name] = steps, loss

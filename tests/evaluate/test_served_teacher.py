@@ -74,7 +74,7 @@ def run(worker: TeacherWorker) -> list[str]:
 
 
 def targets(worker: TeacherWorker) -> Columns:
-    write_index(worker.job)
+    write_index(worker.job, {path: file.entry for path, file in finished_files(worker.job).items()})
     cache = TargetCache(Path(worker.job.draft.uri), ("tokens", "mask", "label_logprob", "indices", "logprobs", "tail"))
     groups = np.concatenate([file.groups for file in worker.index.files])
     each = worker.index.identity.rows_per_group

@@ -39,7 +39,7 @@ from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.sweep import make_trial_job
 from overproof.distill.sweep_state import SweepState
 from overproof.distill.target_cache import TargetCache, TargetIndex, target_key
-from overproof.distill.teacher_pool import write_index
+from overproof.distill.teacher_pool import finished_files, write_index
 from overproof.distill.teacher_worker import CaptureJob, TargetWorker
 from overproof.errors import InputError
 from overproof.export.gguf_file import export_gguf
@@ -354,8 +354,7 @@ def captured(world: tuple[Recipe, Artifact, Artifact], scheme: Scheme) -> tuple[
     job = CaptureJob(recipe.cache, index, prepared, trained, draft)
     reports = list(TargetWorker(job)({"file": np.arange(len(index.files))}))
     assert not any(report["fault"][0] for report in reports)
-    write_index(job)
-    (Path(draft.uri) / TargetIndex.FILE).write_text(index.model_dump_json())
+    write_index(job, {path: file.entry for path, file in finished_files(job).items()})
     return recipe, draft.commit({}, 0)
 
 

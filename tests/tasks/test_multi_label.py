@@ -29,7 +29,7 @@ from overproof.distill.losses import Divergence, distillation_loss
 from overproof.distill.target_cache import TargetCache, TargetIndex, target_key
 from overproof.distill.target_codec import TargetLayout
 from overproof.distill.target_encoder import encode_targets
-from overproof.distill.teacher_pool import write_index
+from overproof.distill.teacher_pool import finished_files, write_index
 from overproof.distill.teacher_worker import CaptureJob, TargetWorker
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
@@ -298,7 +298,7 @@ def test_a_trained_model_is_cached_exported_and_scored(tmp_path: Path) -> None:
     worker = TargetWorker(CaptureJob(asked.cache, index, data, trained, draft))
     reports = list(worker({"file": np.arange(len(index.files))}))
     assert not any(report["fault"][0] for report in reports)
-    write_index(worker.job)
+    write_index(worker.job, {path: file.entry for path, file in finished_files(worker.job).items()})
     cached = draft.commit({}, 0).local()
     ids = np.arange(8)
     check_rows(cached, root, ids)

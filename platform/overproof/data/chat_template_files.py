@@ -11,7 +11,7 @@ from typing import Any
 from pyarrow import fs
 
 from overproof.errors import InputError
-from overproof.files import filesystem
+from overproof.files import filesystem, read_bytes
 
 CHAT_TEMPLATE = "chat_template.jinja"
 CONFIG_FILES = ("special_tokens_map.json", "tokenizer_config.json")  # the later holds
@@ -26,8 +26,7 @@ def template_files(path: str) -> dict[str, str]:
     contents = {}
     for name in (CHAT_TEMPLATE, *CONFIG_FILES):
         if files.get_file_info(f"{folder}/{name}").type == fs.FileType.File:
-            with files.open_input_stream(f"{folder}/{name}") as stream:
-                contents[name] = bytes(stream.read()).decode("utf-8", "replace")
+            contents[name] = read_bytes(files, f"{folder}/{name}").decode("utf-8", "replace")
     return contents
 
 

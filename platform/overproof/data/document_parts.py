@@ -20,13 +20,14 @@ from overproof.config import NearDuplicates, ParquetSource
 from overproof.data.cleaning import DUPLICATE, EMPTY, NUL_LINES, Borders, DocumentCheck, LeftOut, shares
 from overproof.data.documents import FileSpan, NulLines, can_be_split, iter_documents, iter_pieces
 from overproof.data.manifest import CLUSTER, DOCUMENTS
-from overproof.data.near_duplicates import MinHash, Resolved, sketch
+from overproof.data.minhash import MinHash, sketch
+from overproof.data.near_duplicates import Resolved
 from overproof.data.parquet_writer import open_writer
 from overproof.data.part_files import BATCH_BYTES, RunWriter, iter_table, read_part, write_table
 from overproof.data.source_files import SourceFile, compression_of, reason_of
 from overproof.data.sources import Source, source_root
 from overproof.errors import InputError
-from overproof.files import filesystem, join_uri
+from overproof.files import FileEntry, filesystem, hashed_file, join_uri
 
 HELD_BYTES = 16 << 20  # of a file that is a document: a longer one is read again whenever it is needed
 LEAST_PART_BYTES, MOST_PART_BYTES, PARTS = 8 << 20, 256 << 20, 256  # of text; parts between these sizes
@@ -336,13 +337,13 @@ def document_pieces(source: Source, row: pa.RecordBatch, place: int) -> Iterator
         raise InputError(f"{source_root(source)[1]}/{file}: was changed while it was read; expected a file at rest")
 
 
-def write_documents_file(parts: Parts, resolved: Resolved | None, uri: str) -> None:
+def write_documents_file(parts: Parts, resolved: Resolved | None, uri: str) -> FileEntry:
     """The list of all documents that are used."""
     fields = [("document", pa.int64()), ("split", pa.string()), ("name", pa.string()), ("sha256", pa.string()),
               ("size_bytes", pa.int64()), *([(CLUSTER, pa.int64())] if resolved else [])]  # fmt: skip
     schema, held = pa.schema(fields), list[pa.Table]()
     files, path = filesystem(join_uri(uri, DOCUMENTS))
-    with files.open_output_stream(path) as stream, open_writer(stream, schema, DOCUMENTS_PER_GROUP) as writer:
+    with hashed_file(files, path) as stream, open_writer(stream, schema, DOCUMENTS_PER_GROUP) as writer:
         for part in parts:
             for batch, ranks_N in iter_part(parts, part, ("name", "sha256", "size_bytes")):
                 is_kept, numbers_N = part.kept(ranks_N)
@@ -362,6 +363,7 @@ def write_documents_file(parts: Parts, resolved: Resolved | None, uri: str) -> N
                 writer.write_table(whole.slice(0, full), row_group_size=DOCUMENTS_PER_GROUP)
             held = [whole.slice(full)]
         writer.write_table(held[0].combine_chunks(), row_group_size=DOCUMENTS_PER_GROUP)
+    return stream.entry()
 
 
 def _clusters(

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from overproof.artifacts import Artifact, local_folder
 from overproof.data.columns import packed_field
 from overproof.data.order import Order
-from overproof.files import read_json
+from overproof.files import FileEntry, read_json
 from overproof.units import format_count
 
 MANIFEST = "manifest.json"
@@ -112,6 +112,12 @@ class Manifest(_Frozen):
             InputError: it is missing or not a manifest of this format.
         """
         return read_json(cls, local_folder(source, MANIFEST) / MANIFEST)
+
+    @property
+    def shard_entries(self) -> dict[str, FileEntry]:
+        """What each shard's file is, by name."""
+        shards = (shard for split in self.splits.values() for shard in split.shards)
+        return {shard.path: FileEntry(sha256=shard.sha256, size_bytes=shard.size_bytes) for shard in shards}
 
     def order(self, seed: int) -> Order:
         """The order in which the train split is trained on."""

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from overproof.config import NearDuplicates
 from overproof.data.document_parts import BAND_SCHEMA, TEXT_COLUMNS, Part, Parts, document_pieces, iter_part
-from overproof.data.near_duplicates import Pairs, are_copies, band_count, band_pairs, few_partners, no_pairs, shingles
+from overproof.data.minhash import band_count, shingles
+from overproof.data.near_duplicates import Pairs, are_copies, band_pairs, few_partners, no_pairs
 from overproof.data.part_files import RunWriter, read_part
 
 BUCKET_BYTES = 64 << 20  # of text whose runs of words one task holds at once, or those of one pair

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,17 +12,9 @@ from numpy.typing import NDArray
 
 from overproof.data.columns import packed_dtype
 from overproof.data.manifest import Shard
-from overproof.files import filesystem, join_uri
+from overproof.files import write_file
 
 PAGE_BYTES = 1 << 30  # more than any column of a row group
-
-
-def write_file(uri: str, name: str, content: bytes) -> None:
-    """Write one file below a folder or URI, making the folders above it."""
-    files, path = filesystem(join_uri(uri, name))
-    files.create_dir(path.rpartition("/")[0], recursive=True)
-    with files.open_output_stream(path) as stream:
-        stream.write(content)
 
 
 def to_table(columns: Mapping[str, NDArray[Any]], schema: pa.Schema) -> pa.Table:
@@ -93,12 +84,11 @@ def write_shard(
     It has a prediction in each row unless ``predictions`` counts them.
     """
     table = to_table(columns, schema)
-    content = parquet_bytes(table, rows_per_group)
-    write_file(uri, name, content)
+    entry = write_file(uri, name, parquet_bytes(table, rows_per_group))
     return Shard(
         path=name,
-        sha256=hashlib.sha256(content).hexdigest(),
-        size_bytes=len(content),
+        sha256=entry.sha256,
+        size_bytes=entry.size_bytes,
         rows=table.num_rows,
         predictions=table.num_rows if predictions is None else predictions,
     )

@@ -18,8 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import DTypeLike, NDArray
 
-from overproof.data.parquet_writer import write_file
-from overproof.files import filesystem
+from overproof.files import filesystem, write_file
 
 RUN_BYTES = 64 << 20  # of rows that a task holds before it writes them
 RANGES = 16  # read at a time: a bucket answers each after tens of milliseconds

@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import ray
-from ray.exceptions import RayTaskError
 
 from overproof.config import BpeTokenizer, NearDuplicates, TextData
+from overproof.data.altered_texts import ALTERED, join_altered, tell_altered
 from overproof.data.cleaning import SHOWN_NAMES, Borders, LeftOut, list_left_out
 from overproof.data.document_parts import (
     Merger,
@@ -36,6 +35,7 @@ from overproof.data.document_parts import (
 from overproof.data.documents import FileSpan, beginning_of, count_lines
 from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import (
+    DOCUMENTS,
     MANIFEST,
     SPLITS,
     TEST_TEXTS,
@@ -46,17 +46,19 @@ from overproof.data.manifest import (
     Shard,
     Split,
 )
+from overproof.data.minhash import band_count
 from overproof.data.near_duplicate_parts import Candidates, Checker, Finder, Hasher
-from overproof.data.near_duplicates import Resolved, band_count, dropped_copies, require_train_documents
-from overproof.data.parquet_writer import parquet_bytes, write_file
+from overproof.data.near_duplicates import Resolved, dropped_copies, require_train_documents
+from overproof.data.parquet_writer import parquet_bytes
 from overproof.data.part_files import Tape
 from overproof.data.shard_layout import ShardPlan, plan_held_out_shards, plan_train_shards
 from overproof.data.source_files import SourceReading, describe_skipped
 from overproof.data.sources import Source, absolute_source, list_text_files
-from overproof.data.text_tokenizer import ALTERED, TextTokenizer, join_altered, read_tokenizer, tell_altered
+from overproof.data.text_tokenizer import TextTokenizer, read_tokenizer
 from overproof.data.token_parts import ShardWriter, TokenisedPart, Tokeniser, row_dtype, text_columns, train_tokenizer
 from overproof.errors import InputError
 from overproof.files import filesystem, join_uri
+from overproof.ray_tasks import run_tasks
 from overproof.registry import FORMATS, TASKS
 from overproof.stage_context import Notice, StageContext
 from overproof.units import format_count
@@ -66,7 +68,6 @@ SAMPLED_DOCUMENTS = 128  # of the test split, for engines to split
 EXAMPLE_CHARACTERS = 80  # of a test document, for whoever tries a model
 PHASES = 4  # of the progress: reading, the tokenizer, tokenising, writing
 AT_ONCE = 1024  # tasks that are asked for: more than there are CPUs, so that a cluster may add some
-WAIT_S = 1.0
 
 T = TypeVar("T")
 
@@ -78,7 +79,8 @@ def prepare(context: StageContext) -> dict[str, Any]:
         InputError: the source is missing or not what the recipe says, or too little text for its splits and shards.
     """
     manifest = TASKS[context.recipe.data.kind].prepare(context)
-    write_file(context.draft.uri, MANIFEST, manifest.model_dump_json(indent=1).encode())
+    context.draft.hand_in(manifest.shard_entries)
+    context.draft.write(MANIFEST, manifest.model_dump_json(indent=1).encode())
     if manifest.near_duplicates and manifest.near_duplicates.documents:
         context.progress(Notice(manifest.near_duplicates.summary))
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in manifest.dropped.items() if count)
@@ -123,7 +125,7 @@ def _prepare_documents(context: StageContext, data: TextData, scratch: str, hear
         for line in lines:
             context.progress(Notice(line))
 
-    tasks, uri = _Tasks(heartbeat), context.draft.uri
+    tasks, draft = _Tasks(heartbeat), context.draft
     tasks.start_phase(0, "listing files")
     reading = SourceReading(list_text_files(data), data.on_error)
     size_mb = sum(file.size_bytes for file in reading.listing.files) / 1e6
@@ -142,7 +144,7 @@ def _prepare_documents(context: StageContext, data: TextData, scratch: str, hear
     tasks.start_phase(2, f"tokenising {sum(documents.values())} documents")
     sampled = np.unique(np.linspace(0, documents["test"] - 1, SAMPLED_DOCUMENTS).astype(np.int64))
     tokeniser = Tokeniser(parts, tokenizer, data.sequence_length, sampled)
-    tokenised = tasks.run(Tokeniser.tokenise, tokeniser, [(part,) for part in parts])
+    tokenised = tasks.run(tokeniser.tokenise, [(part,) for part in parts])
     altered = join_altered(each.altered for each in tokenised)
     tell(
         [
@@ -152,13 +154,14 @@ def _prepare_documents(context: StageContext, data: TextData, scratch: str, hear
     )
     plans, tapes = _plan(tokenised, documents["train"], data, tokenizer)
     tasks.start_phase(3, f"packing and writing {format_count(len(plans), 'shard')}")
-    writer = ShardWriter(scratch, uri, tapes, data, tokenizer, context.recipe.seed)
-    shards = tasks.run(ShardWriter.write, writer, [(plan,) for plan in plans])
-    tasks.run(write_documents_file, parts, [(resolved, uri)])
-    write_file(uri, TOKENIZER, tokenizer.json.encode())
-    write_file(uri, TOKENIZER_CONFIG, tokenizer.config().encode())
+    writer = ShardWriter(scratch, draft.uri, tapes, data, tokenizer, context.recipe.seed)
+    shards = tasks.run(writer.write, [(plan,) for plan in plans])
+    (documents_entry,) = tasks.run(write_documents_file, [(parts, resolved, draft.uri)])
+    draft.hand_in({DOCUMENTS: documents_entry})
+    draft.write(TOKENIZER, tokenizer.json.encode())
+    draft.write(TOKENIZER_CONFIG, tokenizer.config().encode())
     texts = dict(sorted(chain.from_iterable(each.sampled.items() for each in tokenised)))
-    write_file(uri, TEST_TEXTS, parquet_bytes(_texts_table(texts), SAMPLED_DOCUMENTS))
+    draft.write(TEST_TEXTS, parquet_bytes(_texts_table(texts), SAMPLED_DOCUMENTS))
     tasks.start_phase(PHASES, "")
     return Manifest(
         task=data.kind,
@@ -205,28 +208,15 @@ class _Tasks:
         self.note = note
         self.heartbeat.start_phase(done, note)
 
-    def run(self, function: Callable[..., T], shared: Any, calls: Sequence[tuple[Any, ...]]) -> list[T]:
-        """``function(shared, *call)`` for each call, in their order. Ray makes a call again whose node is lost.
+    def run(self, function: Callable[..., T], calls: Sequence[tuple[Any, ...]]) -> list[T]:
+        """``function(*call)`` for each call, in their order; raises as ``run_tasks``."""
 
-        Raises:
-            InputError: a call raised one.
-        """
-        remote: Any = ray.remote(num_cpus=1)(function)
-        given, results, running = ray.put(shared), dict[int, T](), dict[Any, int]()
-        todo = iter(enumerate(calls))
-        while len(results) < len(calls):
-            for number, call in islice(todo, AT_ONCE - len(running)):
-                running[remote.remote(given, *call)] = number
-            for ref in ray.wait(list(running), timeout=WAIT_S)[0]:
-                try:
-                    results[running.pop(ref)] = ray.get(ref)
-                except RayTaskError as error:
-                    if isinstance(error.cause, InputError):
-                        raise error.cause from None
-                    raise
+        def tell(done: int, _: str) -> None:
             if len(calls) > 1:
-                self.heartbeat.update_note(f"{self.note}, {len(results):,} of {len(calls):,} tasks done")
-        return [results[number] for number in range(len(calls))]
+                self.heartbeat.update_note(f"{self.note}, {done:,} of {len(calls):,} tasks done")
+
+        named = {str(number): call for number, call in enumerate(calls)}
+        return list(run_tasks(function, named, tell, AT_ONCE).values())
 
 
 # --- reading and cleaning -------------------------------------------------------------------------
@@ -238,7 +228,7 @@ def _read(data: TextData, scratch: str, reading: SourceReading, tasks: _Tasks) -
     count = count_parts(files, source)
     spans = _number_lines(plan_spans(files, source, count), source, tasks)
     reader = Reader(scratch, source, data.near_duplicates, count)
-    found = tasks.run(Reader.read, reader, list(enumerate(spans)))
+    found = tasks.run(reader.read, list(enumerate(spans)))
     failed, left_out = _failed(found, data, reading), LeftOut()
     for file, each in chain.from_iterable(each.left_out.items() for each in found):
         if file not in failed:
@@ -251,7 +241,7 @@ def _read(data: TextData, scratch: str, reading: SourceReading, tasks: _Tasks) -
         data.validation_fraction,
         band_count(data.near_duplicates) if data.near_duplicates else 0,
     )
-    counts = tasks.run(Merger.merge, merger, [(number, count) for number in range(count)])
+    counts = tasks.run(merger.merge, [(number, count) for number in range(count)])
     for part in counts:
         left_out.merge(part.duplicates)
     _delete(scratch, merger.runs)
@@ -268,7 +258,7 @@ def _number_lines(planned: list[list[FileSpan]], source: Source, tasks: _Tasks) 
     if source.kind != "jsonl":
         return planned
     split = [span for (span, *_) in planned if span.of > 1]
-    lines = tasks.run(count_lines, source, [(span,) for span in split])
+    lines = tasks.run(count_lines, [(source, span) for span in split])
     before, numbered = 0, dict[FileSpan, FileSpan]()
     for span, count in zip(split, lines, strict=True):
         before = before if span.number else 0
@@ -324,7 +314,7 @@ def _near_duplicates(
         InputError: no train document is left.
     """
     finder = Finder(parts, runs, settings)
-    found = Candidates.joined(tasks.run(Finder.find, finder, [(number,) for number in range(len(parts.counts))]))
+    found = Candidates.joined(tasks.run(finder.find, [(number,) for number in range(len(parts.counts))]))
     found, buckets_P = found.bucketed()
     both = np.stack([found.pairs.ravel(), np.repeat(buckets_P, 2)], axis=1)
     documents, buckets = np.unique(both, axis=0).T
@@ -333,10 +323,10 @@ def _near_duplicates(
         own = slice(*np.searchsorted(documents, [part.first, part.first + part.count]))
         if len(documents[own]):
             calls.append((part, documents[own], buckets[own]))
-    shingles = tuple(chain.from_iterable(tasks.run(Hasher.hash, hasher, calls)))
+    shingles = tuple(chain.from_iterable(tasks.run(hasher.hash, calls)))
     checker = Checker(parts.uri, shingles, settings.threshold)
     by_bucket = [(bucket, found.pairs[buckets_P == bucket]) for bucket in range(hasher.buckets)]
-    checked = tasks.run(Checker.check, checker, by_bucket)
+    checked = tasks.run(checker.check, by_bucket)
     copies = found.take(np.concatenate([np.zeros(0, bool), *checked]))
     _delete(parts.uri, (*runs, *shingles))
     across = copies.pairs[:, 0] >= parts.borders.held_out
@@ -369,7 +359,7 @@ def _found(
 def _tokenizer(parts: Parts, data: TextData, tasks: _Tasks) -> TextTokenizer:
     if not isinstance(data.tokenizer, BpeTokenizer):
         return read_tokenizer(data.tokenizer)
-    return tasks.run(train_tokenizer, parts, [(data.tokenizer.vocab_size,)])[0]
+    return tasks.run(train_tokenizer, [(parts, data.tokenizer.vocab_size)])[0]
 
 
 def _plan(

@@ -32,7 +32,7 @@ from overproof.data.source_files import (
     matching,
 )
 from overproof.errors import InputError
-from overproof.files import absolute_uri, filesystem
+from overproof.files import absolute_uri, filesystem, read_bytes
 
 Source = StdlibSource | FolderSource | JsonlSource | ParquetSource
 
@@ -90,13 +90,7 @@ def tokenizer_files(tokenizer: TokenizerFile, where: str = "data.tokenizer.path:
             f"{where}{tokenizer.path}: no such file in it as {', '.join((TOKENIZER, *CONVERTIBLE))}; "
             "expected the directory of a model with its tokenizer"
         )
-    return {name: _content(files, wanted[name]) for name in there}
-
-
-def _content(files: fs.FileSystem, path: str) -> bytes:
-    with files.open_input_stream(path) as stream:
-        content: bytes = stream.read()
-    return content
+    return {name: read_bytes(files, wanted[name]) for name in there}
 
 
 def absolute_source(source: Source) -> Source:

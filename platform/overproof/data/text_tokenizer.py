@@ -7,8 +7,7 @@ any special tokens, SentencePiece-style BPE with byte fallback, and the like.
 from __future__ import annotations
 
 import json
-import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -259,45 +258,6 @@ def _check_writes_back(tokenizer: Tokenizer, where: str) -> None:
                 f"{where}: a {kind} tokenizer that writes {text!r} back as {found!r}; expected every text as it was: "
                 "byte-level BPE, or BPE or unigram with byte fallback, which neither strips nor folds"
             )
-
-
-SAME, COMPOSED, ALTERED = 0, 1, 2  # how a text comes back
-
-
-def how_it_comes_back(text: str, found: str) -> int:
-    """How a text is written back by its tokens: as it was but for a space before it, as Unicode's NFC of it, or not."""
-    if found in (text, text.removeprefix(" ")):
-        return SAME
-    composed = unicodedata.normalize("NFC", text)
-    return COMPOSED if unicodedata.normalize("NFC", found) in (composed, composed.removeprefix(" ")) else ALTERED
-
-
-AlteredTexts = Mapping[int, tuple[int, str]]  # by the way in which texts come back: how many, and the first's name
-
-
-def count_altered(ways: Iterable[tuple[str, int]]) -> AlteredTexts:
-    """From the name of each text and how it comes back."""
-    return join_altered({way: (1, name)} for name, way in ways if way != SAME)
-
-
-def join_altered(counted: Iterable[AlteredTexts]) -> AlteredTexts:
-    """What is counted of several texts after each other."""
-    joined = dict[int, tuple[int, str]]()
-    for each in counted:
-        for way, (count, name) in each.items():
-            before, first = joined.get(way, (0, name))
-            joined[way] = (before + count, first)
-    return joined
-
-
-def tell_altered(found: AlteredTexts, count: int, what: str) -> list[str]:
-    """A line for each way in which some of so many texts do not come back, with the first by name."""
-    return [
-        f"the tokenizer writes {found[way][0]:,} of {count:,} {what} back {how}, first {found[way][1]}: models learn "
-        "what it writes, and figures count the bytes that were given"
-        for way, how in ((COMPOSED, "as Unicode's NFC of them"), (ALTERED, "otherwise than they are"))
-        if way in found
-    ]
 
 
 # --- which token ends a text ----------------------------------------------------------------------

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from overproof.config import TextData
 from overproof.data import tokenization
+from overproof.data.altered_texts import SAME, AlteredTexts, count_altered, how_it_comes_back
 from overproof.data.columns import token_dtype
 from overproof.data.document_parts import TEXT_COLUMNS, Part, Parts, document_pieces, iter_part
 from overproof.data.manifest import START, Column, Shard, shard_schema
@@ -26,7 +27,7 @@ from overproof.data.order import permutation
 from overproof.data.parquet_writer import write_shard
 from overproof.data.part_files import BATCH_BYTES, Tape, TapeWriter, read_tapes
 from overproof.data.shard_layout import ShardPlan
-from overproof.data.text_tokenizer import SAME, AlteredTexts, TextTokenizer, count_altered, how_it_comes_back, trained
+from overproof.data.text_tokenizer import TextTokenizer, trained
 from overproof.data.tokenization import BYTE_BY_CHARACTER
 from overproof.data.tokenizer_json import continuing, special_names_as_text
 

@@ -26,6 +26,7 @@ from overproof.distill.trial_job import (
     trial_result,
 )
 from overproof.errors import InputError
+from overproof.files import FileEntry
 from overproof.stage_context import Notice, Progress, ProgressEvent, StepTrained
 from overproof.train.ray_elastic import WorkerCheckpointSignal
 from overproof.train.ray_trainer import join_group, run_workers
@@ -60,6 +61,7 @@ class DistributedStudentTrainer:
 
     def start(self, job: TrialJob) -> None:
         self.job, self.steps_done, self.cpu_s, self.began = job, 0, 0.0, time.perf_counter()
+        self.files: dict[str, FileEntry] = {}
         self.error: BaseException | None = None
         self.queue = Queue(actor_options={"num_cpus": 0})
         self.thread = threading.Thread(target=self._run, name=job.name, daemon=True)
@@ -92,6 +94,7 @@ class DistributedStudentTrainer:
             resumed_step=report.resumed_step,
             validation_loss=report.segment.validation_loss,
             curve=report.segment.curve,
+            files=self.files,
         )
 
     def _final_result(self) -> dict[str, Any]:
@@ -102,7 +105,8 @@ class DistributedStudentTrainer:
 
     def _run(self) -> None:
         try:
-            run_workers(distributed_job(self.job), partial(train_student_rank, job=self.job, queue=self.queue))
+            work = partial(train_student_rank, job=self.job, queue=self.queue)
+            self.files = run_workers(distributed_job(self.job), work)
         except BaseException as error:  # raised by ``run_to_validation``
             self.error = error
         self.queue.put(None)
@@ -132,8 +136,10 @@ def training_settings(settings: Sweep) -> Training:
     return Training(**optimization, **settings.group.model_dump(), checkpoint=policy, max_failures=1 + MAX_DEATHS)
 
 
-def train_student_rank(train_job: TrainJob, job: TrialJob, queue: Queue) -> None:
-    """Train as one rank from the newest checkpoint; rank 0 reports the curve, and at the end writes the weights."""
+def train_student_rank(train_job: TrainJob, job: TrialJob, queue: Queue) -> dict[str, FileEntry]:
+    """Train as one rank from the newest checkpoint, and at the end write the weights; rank 0 reports the curve, and
+    returns the files that all ranks wrote.
+    """
     start, rank, world = join_group(train_job)
     from overproof.train.metrics import ThroughputMeter
     from overproof.train.rank_trainer import RankTrainer, read_rank_rows  # seconds of imports
@@ -154,3 +160,4 @@ def train_student_rank(train_job: TrainJob, job: TrialJob, queue: Queue) -> None
     meter = ThroughputMeter(train_job, trainer.manifest, world)
     trainer.train(rank_rows, WorkerCheckpointSignal(), meter, (report,) if rank == 0 else ())
     trainer.write_model(job.folder)
+    return train_job.draft.handed_in

@@ -123,8 +123,8 @@ class StudentTrainer:
         """
         self.checkpoint_writer.wait()
         tokenizer = self.manifest.tokenizer(self.job.prepared)
-        with self.job.draft.directory() as folder:
-            save_model(self.model, self.model.config, folder / self.job.folder, tokenizer)
+        with self.job.draft.directory(self.job.folder) as folder:
+            save_model(self.model, self.model.config, folder, tokenizer)
 
     def write_state(self, folder: Path) -> None:
         """The state as it is, for another trial to go on from."""

@@ -75,6 +75,8 @@ def _sweep(context: StageContext, curves: Path) -> dict[str, Any]:
     control_trials = {name: tracker.trial_entry(job) for name, job in controls.items()}
     kept = pareto_students(trials, best_job.name, settings.keep)
     drop_students(context.draft.uri, kept)
+    for name in (*kept, CONTROL):
+        context.draft.hand_in(tracker.files[name])
     with context.draft.directory() as folder:
         shutil.copytree(curves, folder / "curves")
         shown = varying_values(settings, context.recipe.tune)

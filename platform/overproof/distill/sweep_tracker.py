@@ -12,6 +12,7 @@ from typing import Any
 
 from overproof.config.search import current_values
 from overproof.distill.trial_job import CONTROL, TrialJob
+from overproof.files import FileEntry
 from overproof.stage_context import Notice, Progress, ProgressEvent, TaskProgress
 
 TrialResult = Mapping[str, Any]
@@ -36,6 +37,7 @@ class SweepTracker:
         self.deaths = Counter[str]()
         self.death_reasons: dict[str, str] = {}  # the last one's
         self.last_results: dict[str, TrialResult] = {}  # without their rows
+        self.files: dict[str, dict[str, FileEntry]] = {}  # of the draft, by who wrote them
         self.failures: dict[str, str] = {}  # why
         self.ended: set[str] = set()
         self._started: dict[str, None] = {}  # trials, in their order
@@ -92,6 +94,7 @@ class SweepTracker:
                 self._notify(f"{name}: {fault}")
             if result["resumed_step"]:
                 self._notify(f"{name}: going on from step {result['resumed_step']}")
+        self.files.setdefault(name, {}).update(result["files"])  # written again, they are the later ones
         if before is None or result["steps"] > before["steps"]:
             with self.curve_file(name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in result["curve"])

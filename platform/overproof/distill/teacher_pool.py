@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -59,38 +59,47 @@ def capture(
     task, rows_per_group = index.STAGE, index.identity.rows_per_group
     todo = [number for number, file in enumerate(index.files) if file.path not in finished]
     actors = min(job.settings.actors, len(todo))
-    seconds, size = (sum(file[name] for file in finished.values()) for name in ("seconds", "size_bytes"))
+    written = {path: file.entry for path, file in finished.items()}
+    seconds = sum(file.seconds for file in finished.values())
     done = sum(len(file.groups) for file in index.files if file.path in finished) * rows_per_group
     if finished:
         context.progress(Notice(f"{len(finished)} of {format_count(len(index.files), 'file')} were captured before"))
     context.progress(TaskProgress(task, done, index.rows, f"starting {actors} teachers"))
     for report in _reports(job, worker, todo, actors) if todo else ():
-        done, seconds, size = done + report["rows"], seconds + report["seconds"], size + report["size_bytes"]
+        done, seconds = done + report["rows"], seconds + report["seconds"]
+        if report["path"]:
+            written[report["path"]] = FileEntry(sha256=report["sha256"], size_bytes=report["size_bytes"])
         rate = done * units_per_row / max(seconds, 1e-9) * actors
         context.progress(TaskProgress(task, done, index.rows, f"{rate:,.0f} {unit}/s"))
-    write_index(job)
-    return CaptureResult(seconds, size, actors)
+    write_index(job, written)
+    return CaptureResult(seconds, sum(entry.size_bytes for entry in written.values()), actors)
 
 
-def finished_files(job: CaptureJob) -> dict[str, dict[str, Any]]:
-    """The complete files in the draft, by name, with the seconds and bytes they took; each is hashed."""
+@dataclass(frozen=True)
+class FinishedFile:
+    """A file that is complete, as its mark has it."""
+
+    entry: FileEntry
+    seconds: float  # of the teacher
+
+
+def finished_files(job: CaptureJob) -> dict[str, FinishedFile]:
+    """The complete files in the draft, by name; each is hashed."""
     store, root = filesystem(job.draft.uri)
     marks, found = filesystem(job.draft.marks)[1], {}
     for file in job.index.files:
         record = read_checksummed(store, f"{marks}/{file.path}.json")
-        if isinstance(record, Damage):
-            continue
-        if not any(mismatched_files(store, root, {file.path: FileEntry(**record["entry"])})):
-            found[file.path] = {"seconds": record["seconds"], "size_bytes": record["entry"]["size_bytes"]}
-    return found
+        if not isinstance(record, Damage):
+            found[file.path] = FinishedFile(FileEntry(**record["entry"]), record["seconds"])
+    damaged = {path for path, _ in mismatched_files(store, root, {path: file.entry for path, file in found.items()})}
+    return {path: file for path, file in found.items() if path not in damaged}
 
 
-def write_index(job: CaptureJob) -> None:
-    """Write the index beside the files that it lists, and leave nothing else there."""
+def write_index(job: CaptureJob, written: Mapping[str, FileEntry]) -> None:
+    """Hand in the files that the index lists, write it beside them, and leave nothing else there."""
     job.draft.clear()  # what an actor that was killed has begun
-    store, path = filesystem(job.draft.uri)
-    with store.open_output_stream(f"{path}/{job.index.FILE}") as stream:
-        stream.write(job.index.model_dump_json(indent=1).encode())
+    job.draft.hand_in(written)
+    job.draft.write(job.index.FILE, job.index.model_dump_json(indent=1).encode())
 
 
 def _reports(job: CaptureJob, worker: type[TeacherWorker], todo: list[int], actors: int) -> Iterator[dict[str, Any]]:

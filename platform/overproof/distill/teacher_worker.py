@@ -29,7 +29,7 @@ from overproof.distill.target_cache import TargetIndex
 from overproof.distill.target_encoder import DRAW_KEY, encode_targets
 from overproof.distill.teacher_text import TeacherText
 from overproof.errors import InputError
-from overproof.files import FileEntry, atomic_write, file_sha256, filesystem, whole_file
+from overproof.files import atomic_write, filesystem, whole_file
 from overproof.models.compute import Compute, start_compute
 from overproof.models.hf_directory import load_model, to_tensors
 from overproof.registry import TASKS
@@ -108,11 +108,11 @@ class TeacherWorker:
                 total_s += seconds
                 writer.write_table(to_table(columns, schema), row_group_size=rows_per_group)
                 yield _report(rows=len(batch_ids), seconds=seconds)
-        entry = FileEntry(sha256=file_sha256(path, store), size_bytes=store.get_file_info(path).size)
+        entry = stream.entry()
         atomic_write(
             store, f"{marks}/{file.path}.json", with_checksum({"entry": entry.model_dump(), "seconds": total_s})
         )
-        yield _report(size_bytes=entry.size_bytes)
+        yield _report(path=file.path, **entry.model_dump())
 
     def _compute_batched(self, sample_ids: NDArray[np.int64]) -> Columns:
         size = self.job.settings.batch_size
@@ -152,6 +152,11 @@ class TargetWorker(TeacherWorker):
         return cache.layout.encode({"sample_id": sample_ids, **inputs, "mask": mask, **found})
 
 
-def _report(rows: int = 0, seconds: float = 0.0, size_bytes: int = 0, fault: str = "") -> dict[str, NDArray[Any]]:
-    values = {"rows": rows, "seconds": seconds, "size_bytes": size_bytes, "fault": fault}
+def _report(
+    rows: int = 0, seconds: float = 0.0, path: str = "", sha256: str = "", size_bytes: int = 0, fault: str = ""
+) -> dict[str, NDArray[Any]]:
+    """Of rows that are computed, or of a file that is written, or what is wrong."""
+    values = {
+        "rows": rows, "seconds": seconds, "path": path, "sha256": sha256, "size_bytes": size_bytes, "fault": fault,
+    }  # fmt: skip
     return {name: np.array([value]) for name, value in values.items()}

@@ -80,6 +80,7 @@ def trial_result(job: TrialJob, steps: int, **measured: Any) -> dict[str, Any]:
         "import_seconds": 0.0,
         "values": current_values(job.settings, job.student),
         "failed": None,
+        "files": {},  # of the draft, once the weights are written
         **measured,
     }
 

@@ -84,6 +84,7 @@ class InProcessTrainer:
             "resumed_step": student.resumed_step,
             "faults": tuple(student.faults),
             "values": current_values(student.job.settings, student.job.student),
+            "files": student.job.draft.handed_in,
         }
 
 

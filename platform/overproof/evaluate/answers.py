@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from overproof.artifacts import Artifact
-from overproof.cluster.ray_tasks import run_tasks
+from overproof.cluster.apart_nodes import ApartNodes
 from overproof.config import Recipe
 from overproof.engines.probe import AnswersRequest, GeneratedAnswer, probe_answers
 from overproof.evaluate.metrics import EXPECTED_ACCURACY, wilson_interval
 from overproof.export.stage import Export, export_folder
+from overproof.ray_tasks import run_tasks
 from overproof.registry import TASKS
 from overproof.stage_context import Notice, Progress, StageContext, TaskProgress
 from overproof.tasks.base import Metric, spread_units
@@ -100,8 +101,9 @@ def check_answers(context: StageContext, exports: tuple[Export, ...]) -> Checked
             for export in exports
         },
         report,
-        gpus=settings.gpus,
-        apart=True,
+        len(exports),
+        settings.gpus,
+        ApartNodes(settings.gpus),
     )  # fmt: skip
     report(len(exports), "")
     done = min(len(answers) for answers in found.values())

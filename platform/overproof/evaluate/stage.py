@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from overproof.artifacts import Artifact
-from overproof.cluster.ray_tasks import run_tasks
+from overproof.cluster.apart_nodes import ApartNodes
 from overproof.config import Evaluate, Recipe, Served
 from overproof.data.manifest import Manifest, NearDuplicatesFound
 from overproof.engines.endpoint import EndpointScorer
@@ -37,6 +37,7 @@ from overproof.evaluate.outcome import OUTCOME, find_outcome, read_training, tra
 from overproof.evaluate.stopping import FEWEST, next_count, time_limits, widest
 from overproof.export.stage import EXPORTS, Export, export_folder, read_exports
 from overproof.files import read_json
+from overproof.ray_tasks import run_tasks
 from overproof.registry import ENGINES, FORMATS, TASKS
 from overproof.stage_context import Progress, StageContext, TaskProgress
 from overproof.tasks.base import UNITS_TOGETHER, FileScores, Metric, TokenTask, agreements
@@ -296,7 +297,8 @@ def _probe_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, 
     def report(done: int, last: str) -> None:
         context.progress(TaskProgress("engine", done, len(calls), f"{last} done" if last else ""))
 
-    found = run_tasks(_probe, calls, report, gpus=recipe.evaluate.gpus, apart=True)
+    gpus = recipe.evaluate.gpus
+    found = run_tasks(_probe, calls, report, len(calls), gpus, ApartNodes(gpus))
     report(len(calls), "")
     return found
 

@@ -16,7 +16,7 @@ from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import TOKENIZER
 from overproof.data.sources import CONVERTIBLE, NAMING_TOKENS
 from overproof.errors import InputError
-from overproof.files import FileEntry, absolute_uri, filesystem, local_cache
+from overproof.files import FileEntry, absolute_uri, filesystem, local_cache, read_bytes
 from overproof.stage_context import Progress, no_progress
 
 WEIGHTS = "model.safetensors"
@@ -83,8 +83,7 @@ def weight_files(files: fs.FileSystem, root: str) -> list[str]:
         named = {WEIGHTS}
     elif SHARDS in there:
         try:
-            with files.open_input_stream(f"{root}/{SHARDS}") as stream:
-                named = set(json.loads(stream.read())["weight_map"].values())
+            named = set(json.loads(read_bytes(files, f"{root}/{SHARDS}"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{root}/{SHARDS}: cannot be read: {error!r}; expected a weight_map") from None
         if named - there:

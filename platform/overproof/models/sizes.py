@@ -12,12 +12,15 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from pyarrow import fs
 
 from overproof.config.models import ModelSection, Pretrained, TeacherLayers
 from overproof.config.training import Lora, Train
 from overproof.errors import InputError, suggest_name
-from overproof.files import filesystem
+from overproof.files import filesystem, read_bytes, retried
 from overproof.models.pretrained import weight_files
 from overproof.registry import FAMILIES
 
@@ -271,8 +274,7 @@ def directory_config(path: str) -> dict[str, Any]:
     """
     files, root = filesystem(path)
     try:
-        with files.open_input_stream(f"{root}/config.json") as stream:
-            config = json.loads(stream.read())
+        config = json.loads(read_bytes(files, f"{root}/config.json"))
         if not isinstance(config, dict):
             raise ValueError(f"it holds a {type(config).__name__}")
     except (OSError, ValueError, RecursionError) as error:
@@ -287,20 +289,24 @@ def _tensor_shapes(path: str) -> dict[str, tuple[int, ...]]:
     files, root = filesystem(path)
     found: dict[str, tuple[int, ...]] = {}
     for name in weight_files(files, root):
-        with files.open_input_file(name) as stream:
-            try:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                if length > HEADER_LIMIT_BYTES:
-                    raise ValueError(f"a header of {length} bytes")
-                header = json.loads(stream.read(length))
-                own = {key: entry for key, entry in header.items() if key != "__metadata__"}
-                shapes = {key: tuple(map(int, entry["shape"])) for key, entry in own.items()}
-                expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in own.values()), default=0)
-            except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                raise InputError(f"{name}: not safetensors: {error}; expected a whole file of it") from None
-            if stream.size() != expected:
-                raise InputError(
-                    f"{name}: not whole: {stream.size():,} bytes, and its header says {expected:,}; fetch it again"
-                )
-        found |= shapes
+        found |= retried(partial(_header_shapes, files, name), name)
     return found
+
+
+def _header_shapes(files: fs.FileSystem, name: str) -> dict[str, tuple[int, ...]]:
+    with files.open_input_file(name) as stream:
+        try:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > HEADER_LIMIT_BYTES:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(stream.read(length))
+            own = {key: entry for key, entry in header.items() if key != "__metadata__"}
+            shapes = {key: tuple(map(int, entry["shape"])) for key, entry in own.items()}
+            expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in own.values()), default=0)
+        except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"{name}: not safetensors: {error}; expected a whole file of it") from None
+        if stream.size() != expected:
+            raise InputError(
+                f"{name}: not whole: {stream.size():,} bytes, and its header says {expected:,}; fetch it again"
+            )
+    return shapes

@@ -24,7 +24,7 @@ from overproof.config import Gate, Speculate
 from overproof.errors import InputError
 from overproof.evaluate.gate import VERDICT
 from overproof.evaluate.metrics import REPORT
-from overproof.files import CHUNK_BYTES, FileEntry, FrozenModel, file_sha256, filesystem, parse_json
+from overproof.files import CHUNK_BYTES, FileEntry, FrozenModel, file_sha256, filesystem, parse_json, retried
 from overproof.models import pretrained
 
 PACKAGE, CARD = "package.json", "README.md"
@@ -139,23 +139,37 @@ class PackageFolder:
     @contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
         """One file, which is no link."""
+        with self._readable(name), self._open(name) as stream:
+            yield stream
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[BinaryIO]:
         path = f"{self._root}/{name}"
+        if self.local:
+            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb", 0) as stream:
+                if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                    raise InputError(f"{path}: no plain file; a package holds nothing else: delete it")
+                yield stream
+        else:
+            with self._files.open_input_stream(path, buffer_size=CHUNK_BYTES) as stream:
+                yield stream
+
+    @contextmanager
+    def _readable(self, name: str) -> Iterator[None]:
         try:
-            if self.local:
-                with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb", 0) as stream:
-                    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                        raise InputError(f"{path}: no plain file; a package holds nothing else: delete it")
-                    yield stream
-            else:
-                with self._files.open_input_stream(path, buffer_size=CHUNK_BYTES) as stream:
-                    yield stream
+            yield
         except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror or error}; {self.remedy}") from None
+            raise InputError(f"{self._root}/{name}: cannot be read: {error.strerror or error}; {self.remedy}") from None
 
     def read(self, name: str) -> bytes:
         """A small file's bytes."""
-        with self.open(name) as stream:
-            content = b"".join(chunks(stream, MAX_JSON_BYTES + 1))
+
+        def attempt() -> bytes:
+            with self._open(name) as stream:
+                return b"".join(chunks(stream, MAX_JSON_BYTES + 1))
+
+        with self._readable(name):
+            content = retried(attempt, f"{self._root}/{name}")
         if len(content) > MAX_JSON_BYTES:
             raise InputError(f"{self._root}/{name}: more than {MAX_JSON_BYTES:,} bytes; {self.remedy}")
         return content

@@ -10,7 +10,6 @@ from statistics import median
 from typing import Any
 
 from overproof.artifacts import TOOLS, Artifact
-from overproof.cluster.ray_tasks import run_tasks
 from overproof.config import Evaluate, Speculate
 from overproof.data.parquet_reader import Shards
 from overproof.engines import probe
@@ -30,6 +29,7 @@ from overproof.package.contents import (
 from overproof.package.model_card import render_draft_card
 from overproof.package.package import Package, open_package, sign_made_package
 from overproof.package.speculation import SpeculationMeasurement, SpeculationResult, judge_draft
+from overproof.ray_tasks import run_tasks
 from overproof.registry import FORMATS
 from overproof.stage_context import Progress, StageContext, TaskProgress
 

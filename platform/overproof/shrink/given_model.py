@@ -13,7 +13,7 @@ from pyarrow import fs
 from overproof.data.manifest import TOKENIZER
 from overproof.data.sources import CONVERTIBLE
 from overproof.errors import InputError
-from overproof.files import absolute_uri, filesystem
+from overproof.files import absolute_uri, filesystem, read_bytes
 from overproof.models.pretrained import list_directory, weight_files
 from overproof.models.sizes import family_of
 from overproof.registry import FAMILIES
@@ -88,8 +88,7 @@ def _named(file: str) -> str:
 
 def _read_json(files: fs.FileSystem, path: str) -> dict[str, Any]:
     try:
-        with files.open_input_stream(path) as stream:
-            found = json.loads(stream.read())
+        found = json.loads(read_bytes(files, path))
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}; {EXPECTED}") from None
     if not isinstance(found, dict):

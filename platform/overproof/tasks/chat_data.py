@@ -16,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from overproof.config import ExpectedAnswers
+from overproof.data.altered_texts import ALTERED, count_altered, tell_altered
 from overproof.data.chat_template_files import CHAT_TEMPLATE, template_files
 from overproof.data.cleaning import DUPLICATE, NUL_LINES, split_of
 from overproof.data.documents import beginning_of
@@ -23,11 +24,11 @@ from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import CLUSTER, DOCUMENTS, SPLITS, TEST_TEXTS, TOKENIZER, TOKENIZER_CONFIG, Manifest, Split
 from overproof.data.near_duplicates import Decision, find_near_duplicates
 from overproof.data.order import permutation
-from overproof.data.parquet_writer import parquet_bytes, write_file
+from overproof.data.parquet_writer import parquet_bytes
 from overproof.data.source_files import SourceReading, describe_skipped
 from overproof.data.sources import sha256_of, tokenizer_files
 from overproof.data.stratified import write_splits
-from overproof.data.text_tokenizer import ALTERED, count_altered, read_tokenizer, tell_altered
+from overproof.data.text_tokenizer import read_tokenizer
 from overproof.errors import InputError
 from overproof.registry import FORMATS
 from overproof.stage_context import Notice, StageContext
@@ -144,13 +145,13 @@ def prepare_chat(context: StageContext) -> Manifest:
         columns = chat_columns(data.sequence_length, tokenizer.outputs)
         counts_R = rows[ANSWER].astype(bool).sum(1)
         written = write_splits(rows, members, columns, data, context.draft.uri, "rows of conversations", counts_R)
-        write_file(context.draft.uri, TOKENIZER, tokenizer.json.encode())
-        write_file(context.draft.uri, TOKENIZER_CONFIG, tokenizer.config().encode())
-        write_file(context.draft.uri, CHAT_TEMPLATE, template.text.encode())
-        write_file(context.draft.uri, DOCUMENTS, _documents_file(found.kept, splits_N, decision))
-        write_file(context.draft.uri, TEST_TEXTS, _test_texts(found.kept, splits["test"]))
+        context.draft.write(TOKENIZER, tokenizer.json.encode())
+        context.draft.write(TOKENIZER_CONFIG, tokenizer.config().encode())
+        context.draft.write(CHAT_TEMPLATE, template.text.encode())
+        context.draft.write(DOCUMENTS, _documents_file(found.kept, splits_N, decision))
+        context.draft.write(TEST_TEXTS, _test_texts(found.kept, splits["test"]))
         if checks:
-            write_file(context.draft.uri, EXPECTED, checks_file(checks))
+            context.draft.write(EXPECTED, checks_file(checks))
         heartbeat.start_phase(PHASES, "")
     for line in describe_skipped(reading.skipped):
         context.progress(Notice(line))

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from overproof.config import TokenizerFile
+from overproof.data.altered_texts import SAME, how_it_comes_back
 from overproof.data.chat_template_files import CHAT_TEMPLATE, CONFIG_FILES, read_object, require_default, template_files
-from overproof.data.text_tokenizer import SAME, TextTokenizer, how_it_comes_back
+from overproof.data.text_tokenizer import TextTokenizer
 from overproof.data.tokenizer_json import continuing, special_names_as_text
 from overproof.engines.chat_template import TOLD_TOKENS, TemplateRenderer
 from overproof.errors import InputError

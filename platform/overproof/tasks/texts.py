@@ -22,13 +22,12 @@ from overproof.data.cleaning import NUL_LINES
 from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import CLUSTER, SPLITS, TOKENIZER, Column, Manifest
 from overproof.data.near_duplicates import Decision, find_near_duplicates
-from overproof.data.parquet_writer import write_file
 from overproof.data.source_files import SourceReading, describe_skipped
 from overproof.data.sources import sha256_of
 from overproof.data.stratified import stratified, write_splits
 from overproof.data.text_tokenizer import load_tokenizer, without_training_settings
 from overproof.errors import InputError
-from overproof.files import filesystem
+from overproof.files import filesystem, read_bytes
 from overproof.models.encoder import PADDING
 from overproof.stage_context import Notice, StageContext
 from overproof.tasks.labelled_text_files import labelled_texts, text_files
@@ -192,7 +191,7 @@ def _prepare_texts(context: StageContext, labelling: Labelling, heartbeat: Heart
         rows["weight"] = weights
     positions, outputs = labelling.shape(len(classes))
     written = write_splits(rows, splits, columns, data, context.draft.uri, "texts", np.full(len(labels), positions))
-    write_file(context.draft.uri, TOKENIZER, content)
+    context.draft.write(TOKENIZER, content)
     example = found.texts[int(splits["test"][0])][:EXAMPLE_CHARACTERS]
     details = _details(data, labelling, classes, *_vocabulary(tokenizer))
     return Manifest(
@@ -366,9 +365,7 @@ def tokenizer_file(path: str) -> bytes:
         found = f"{found.rstrip('/')}/{TOKENIZER}"
     if files.get_file_info(found).type != fs.FileType.File:
         raise InputError(f"data.tokenizer.path: {path}: no {TOKENIZER} there; expected the file or its folder")
-    with files.open_input_stream(found) as stream:
-        content: bytes = stream.read()
-    return content
+    return read_bytes(files, found)
 
 
 def _class_matrix(found: Texts, classes: list[str]) -> NDArray[np.bool_]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import threading
 import time
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from overproof.config import Training
 from overproof.errors import InputError
-from overproof.files import FileEntry, atomic_write, filesystem
+from overproof.files import FileEntry, HashingStream, atomic_write, filesystem
 from overproof.train.checkpoint import (
     CHECKPOINT_MANIFEST,
     CURVE_FILE,
@@ -202,7 +201,7 @@ class CheckpointJob:
         entries: dict[str, FileEntry] = {}
         for name, value in {**state, **extra}.items():
             with files.open_output_stream(f"{root}/{name}") as stream:
-                hashed = HashingStream(stream)
+                hashed = TorchStream(stream)
                 if name in extra:
                     hashed.write(value)
                 else:
@@ -257,12 +256,10 @@ def _rank_listing(rank: int) -> str:
     return f"rank-{rank:05d}.json"
 
 
-class HashingStream:
-    """A stream that hashes what goes through it."""
+class TorchStream(HashingStream):
+    """One that torch writes to."""
 
-    def __init__(self, stream: Any) -> None:
-        self.stream, self.digest, self.size = stream, hashlib.sha256(), 0
-        self.error: OSError | None = None
+    _error: OSError | None = None
 
     def save(self, value: Any) -> None:
         """Serialise a value into the stream.
@@ -273,27 +270,16 @@ class HashingStream:
         try:
             torch.save(value, cast(IO[bytes], self))
         except RuntimeError:
-            if self.error:
-                raise self.error from None
+            if self._error:
+                raise self._error from None
             raise
 
     def write(self, data: Any) -> int:
-        self.digest.update(data)
         try:
-            self.stream.write(data)
+            return super().write(data)
         except OSError as error:
-            self.error = error
+            self._error = error
             raise
-        count = memoryview(data).nbytes
-        self.size += count
-        return count
-
-    def flush(self) -> None:
-        self.stream.flush()
-
-    def entry(self) -> FileEntry:
-        """The identity of what was written."""
-        return FileEntry(sha256=self.digest.hexdigest(), size_bytes=self.size)
 
 
 class TensorCopies:

@@ -73,13 +73,16 @@ class RankTrainer:
         self.validation_batches = shard_batches(ids, job.train.batch_size // world, rank, world)
 
     def fit(self, rows: Iterator[Columns], signal: CheckpointSignal) -> dict[str, Any] | None:
-        """Train to the end. Rank 0 writes model/, curve.jsonl and events/ and gives back metrics."""
+        """Train to the end. Rank 0 writes model/, curve.jsonl and events/, hands in what all wrote, and gives back
+        metrics.
+        """
         meter = ThroughputMeter(self.job, self.manifest, self.world)
         require_shared(self.job.draft)
         if self.rank > 0:
             self.train(rows, signal, meter, ())
             self.write_model("model")
             return None
+        self.job.draft.clear()  # what a group before this one has begun
         with (
             self.job.draft.directory() as folder,
             MetricsLogger(folder / CURVE_FILE, folder / "events") as logger,
@@ -124,7 +127,7 @@ class RankTrainer:
 
     def write_model(self, folder: str) -> None:
         """Write the model as a Hugging Face directory into a folder of the draft: the weights of the last checkpoint,
-        or of the best. Every rank calls it, and writes files of its own.
+        or of the best. Every rank calls it, and writes files of its own; rank 0 hands all in.
 
         Raises:
             InputError: that checkpoint is damaged.
@@ -141,16 +144,18 @@ class RankTrainer:
             state = model.state_dict(keep_vars=True)
             names = written_names(model.config, [type(model).__name__], list(state))
             described = [{name: TensorShape(torch.float32, tuple(full_shape(state[name]))) for name in names}]
-            with self.job.draft.directory() as written:
+            with self.job.draft.directory(folder) as written:
                 tokenizer = self.manifest.tokenizer(self.job.prepared)
-                save_description(model.config, [type(model).__name__], written / folder, tokenizer)
+                save_description(model.config, [type(model).__name__], written, tokenizer)
         dist.broadcast_object_list(described)
 
         def report(begun: int, files: int) -> None:
             self._report_phase(f"writing the model: file {begun} of {files}", train.steps)
 
         with mapped_blocks():
-            write_weights(parts, described[0], uri, self.engine.device, report)
+            weights = write_weights(parts, described[0], uri, self.engine.device, report)
+        if self.rank == 0:
+            self.job.draft.hand_in({f"{folder}/{name}": entry for name, entry in weights.items()})
 
     def _trained_parts(self) -> dict[str, Tensor]:
         """What this rank's files of the checkpoint that is given on hold of the weights."""

@@ -34,6 +34,7 @@ from overproof.data.order import Order
 from overproof.data.parquet_reader import Columns, planned_shards, table_to_numpy
 from overproof.data.tokenizer_match import require_tokenizer
 from overproof.errors import InputError
+from overproof.files import FileEntry
 from overproof.models import pretrained
 from overproof.stage_context import StageContext, TaskProgress
 from overproof.train.checkpoint import Checkpoints
@@ -96,7 +97,9 @@ def train_teacher(context: StageContext) -> dict[str, Any]:
     job = TrainJob(
         settings, context.recipe.seed, prepared, draft, checkpoints, context.progress, spec, settings.scored_checkpoints
     )
-    metrics: dict[str, Any] = run_workers(job, train_rank)
+    metrics: dict[str, Any]
+    metrics, files = run_workers(job, train_rank)
+    draft.hand_in(files)
     keep_chat_template(prepared.local_except("train/"), settings.model, draft)
     return metrics
 
@@ -110,9 +113,7 @@ def keep_chat_template(prepared: Path, start: ModelSection, draft: ArtifactWrite
     if template is None and isinstance(start, Pretrained):
         template = chat_template(pretrained.fetch_pretrained(start.path))
     if template is not None:
-        with draft.directory() as folder:
-            (folder / "model").mkdir(exist_ok=True)
-            (folder / "model" / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+        draft.write(f"model/{CHAT_TEMPLATE}", template.encode())
 
 
 def run_workers(job: TrainJob, work: Callable[[TrainJob], Any]) -> Any:
@@ -178,8 +179,10 @@ def _out_of_memory(error: OutOfMemoryError) -> str:
     return f"out of memory in a training worker: a node's memory was nearly full: {reason}; {MEMORY_ADVICE}"
 
 
-def train_rank(job: TrainJob) -> dict[str, Any] | None:
-    """Train as one rank from the newest checkpoint; rank 0 writes the artifact and returns the stage's metrics."""
+def train_rank(job: TrainJob) -> tuple[dict[str, Any], dict[str, FileEntry]] | None:
+    """Train as one rank from the newest checkpoint; rank 0 returns the stage's metrics, and the files of the artifact
+    that all ranks wrote.
+    """
     began_s = time.monotonic()
     resume, rank, world = join_group(job)
     rows = planned_rows(job, resume.step, rank, world)
@@ -188,7 +191,7 @@ def train_rank(job: TrainJob) -> dict[str, Any] | None:
 
     trainer = RankTrainer(job, resume, rank, world)
     metrics = trainer.fit(chain(first_rows, rows), WorkerCheckpointSignal())
-    return None if metrics is None else {"first_batch_s": first_batch_s, **metrics}
+    return None if metrics is None else ({"first_batch_s": first_batch_s, **metrics}, job.draft.handed_in)
 
 
 def join_group(job: TrainJob) -> tuple[ResumePoint, int, int]:

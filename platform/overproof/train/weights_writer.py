@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from overproof.files import filesystem
+from overproof.files import FileEntry, filesystem, hashed_file, write_file
 from overproof.models.safetensors_writer import (
     FILE_BYTES,
     TensorShape,
@@ -33,8 +33,9 @@ def write_weights(
     device: torch.device,
     report: Callable[[int, int], None],
     file_bytes: int = FILE_BYTES,
-) -> None:
-    """Write tensors of these shapes into the folder at ``uri``; every rank of the process group calls it.
+) -> dict[str, FileEntry]:
+    """Write tensors of these shapes into the folder at ``uri``; every rank of the process group calls it, and is given
+    the files of all, by name.
 
     ``parts`` are this rank's, flat, by name; those of all ranks, in the order of their ranks, make up each tensor.
     They travel by way of ``device``. ``report`` is told how many files are begun, of how many.
@@ -47,6 +48,7 @@ def write_weights(
     dist.all_gather_object(numbers, {name: part.numel() for name, part in parts.items()})
     files, (store, root) = plan_files(shapes, file_bytes), filesystem(uri)
     store.create_dir(root, recursive=True)
+    written: dict[str, FileEntry] = {}
 
     def whole(names: Sequence[str]) -> Tensor | None:
         """The tensor that this rank writes next, of those that the ranks write at once."""
@@ -65,7 +67,7 @@ def write_weights(
         wave = files[first : first + world]
         report(first + len(wave), len(files))
         own = wave[rank] if rank < len(wave) else None
-        opened: Any = store.open_output_stream(f"{root}/{own.name}") if own else nullcontext()
+        opened: Any = hashed_file(store, f"{root}/{own.name}") if own else nullcontext()
         with opened as stream:
             if own:
                 write_header(stream, own, shapes)
@@ -73,7 +75,10 @@ def write_weights(
                 tensor = whole(names)
                 if tensor is not None:
                     write_tensor(stream, tensor)
+        if own:
+            written[own.name] = stream.entry()
     for name, content in index_of(files, shapes).items() if rank == 0 else ():
-        with store.open_output_stream(f"{root}/{name}") as stream:
-            stream.write(content)
-    dist.barrier()
+        written[name] = write_file(uri, name, content)
+    of_ranks: list[dict[str, FileEntry]] = [{}] * world
+    dist.all_gather_object(of_ranks, written)
+    return {name: entry for found in of_ranks for name, entry in found.items()}
