@@ -12,6 +12,7 @@ from overproof.errors import InputError
 
 MAX_LOST = 3  # nodes, each with the same call
 HEARTBEAT_S = 1.0  # at most between two calls of ``on_wait``, and at least between two looks at the nodes
+GATHER_S = 0.05
 CPUS = 1  # that a call reserves
 
 ResultT = TypeVar("ResultT")
@@ -72,7 +73,8 @@ def run_tasks(
             if on_wait is not None:
                 on_wait(len(results), last)
             ray.wait(list(running), timeout=HEARTBEAT_S)
-            ready: Sequence[Any] = ray.wait(list(running), num_returns=len(running), timeout=0)[0]
+            # To look at each costs as much as to take one back: those of a moment are taken together.
+            ready: Sequence[Any] = ray.wait(list(running), num_returns=len(running), timeout=GATHER_S)[0]
             for items in ready:
                 call = running[items]
                 try:
