@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -133,3 +135,15 @@ def test_shutting_down_ends_ray_serve_and_it_can_be_started_again(application: s
     assert not ray_serve.is_serve_running()
     ray_serve.start_serve()
     assert ray_serve.running_applications() == []
+
+
+def test_applications_are_made_in_several_threads_at_once() -> None:
+    """As the controller does while it restores some and is asked for another."""
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            made = list(pool.map(lambda number: ray_serve.make_application(object, f"made-{number}"), range(200)))
+    finally:
+        sys.setswitchinterval(interval_s)
+    assert len(made) == 200

@@ -6,6 +6,7 @@ The one file of the package with private parts of Ray Serve, each behind a funct
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from typing import Any
 
@@ -25,6 +26,7 @@ MODEL_DEPLOYMENT = "model"  # the one deployment of an application that holds a 
 START_TIMEOUT_S, STATUS_POLL_S = 900, 0.1  # a node may have to be rented first, and a large model loads for minutes
 STOP_TIMEOUT_S = 30
 REPLICA_ACTOR = "SERVE_REPLICA::"  # before the application's name, in that of a replica's actor
+_configuring = threading.Lock()  # Ray Serve's configurations register modules with cloudpickle, and forget them again
 
 
 def start_serve() -> None:
@@ -49,15 +51,17 @@ def find_actor(name: str) -> Any:
 
 def make_application(deployed: type, name: str, *arguments: Any, **options: Any) -> Application:
     """An application of one deployment: a class, what it is made from, and Ray Serve's options."""
-    deployment: Any = serve.deployment(deployed, name=name, **options)
-    application: Application = deployment.bind(*arguments)
+    with _configuring:
+        deployment: Any = serve.deployment(deployed, name=name, **options)
+        application: Application = deployment.bind(*arguments)
     return application
 
 
 def start_application(application: Application, name: str) -> None:
     """Start or update an application whose number of replicas ``set_replicas`` decides; return at once."""
     target = serve.RunTarget(application, name, route_prefix=None, external_scaler_enabled=True)
-    serve.run_many([target], wait_for_applications_running=False)
+    with _configuring:
+        serve.run_many([target], wait_for_applications_running=False)
 
 
 def wait_until_running(name: str, replicas: int = 1, patience_s: float | None = None) -> None:
