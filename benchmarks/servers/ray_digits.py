@@ -20,6 +20,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from fast_digits import Images, Reply  # here, for FastAPI looks annotations up in the module
+
 from overproof.serve.net import free_port
 
 ARGUMENTS = "DIGITS_ARGUMENTS"  # in the environment of the replica
@@ -32,7 +34,6 @@ MODELS: dict[str, object] = {
 
 def plain_app(engine: Any) -> Any:
     import numpy as np
-    from fast_digits import Images, Reply
     from fastapi import FastAPI
 
     app = FastAPI()
