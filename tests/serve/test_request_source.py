@@ -105,7 +105,8 @@ def test_with_a_key_any_name_will_do_unless_some_are_given(digits: SingleModel) 
     app = build_app(digits, KEYED, source=given)
     codes = [status(app, ("Host", host), BEARER) for host in ("any.example", "models.example.org", "localhost")]
     assert codes == [403, 200, 200]
-    assert status(app, ("Host", "10.0.0.9:8000"), path="/healthz") == 200  # of a probe, by the address
+    for path in ("/healthz", "/readyz"):  # of a probe, by the address
+        assert status(app, ("Host", "10.0.0.9:8000"), path=path) == 200
 
 
 def test_without_a_key_pages_of_elsewhere_may_not_ask(digits: SingleModel) -> None:

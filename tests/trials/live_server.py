@@ -20,12 +20,13 @@ Processes = frozenset[tuple[int, float]]  # ids and starts
 
 
 @contextmanager
-def live_server(package: Path, ray_address: str, log: Path, **environment: str) -> Iterator[int]:
-    """The port of a server of one replica, until the end of the block."""
+def live_server(package: Path, ray_address: str, log: Path, *sets: str, **environment: str) -> Iterator[int]:
+    """The port of a server of one replica, with further fields ``NAME=VALUE``, until the end of the block."""
     port = free_port(HOST, 0)
     sizes = {"port": port, "max_replicas": 1, "cpus_per_replica": 0.5}
     command = [sys.executable, "-m", "overproof.cli.main", "serve", str(package)]
-    command += [word for name, value in sizes.items() for word in ("--set", f"{name}={value}")]
+    given = (*(f"{name}={value}" for name, value in sizes.items()), *sets)
+    command += [word for each in given for word in ("--set", each)]
     settings = {**os.environ, "RAY_ADDRESS": ray_address, **environment}
     with log.open("w") as written:
         process = subprocess.Popen(command, env=settings, stdin=subprocess.DEVNULL, stdout=written, stderr=written)

@@ -55,7 +55,11 @@ def fragment(balancer: str, port: int, upstreams: tuple[int, int]) -> str:
     page = (REPOSITORY / "docs/serving.md").read_text()
     found = re.search(rf"^    # {balancer}\.(?:conf|cfg).*\n((?:    .*\n)+)", page, re.MULTILINE)
     assert found
-    shown = textwrap.dedent(found[1]).replace("listen 80;", f"listen {HOST}:{port};")
+    shown = (
+        textwrap.dedent(found[1])
+        .replace("listen 80;", f"listen {HOST}:{port};")
+        .replace("hdr Host overproof", f"hdr Host {HOST}")
+    )
     for address, upstream in zip(("10.0.1.11:8000", "10.0.1.12:8000"), upstreams, strict=True):
         assert address in shown
         shown = shown.replace(address, f"{HOST}:{upstream}")
@@ -92,7 +96,9 @@ def started(balancer: str, folder: Path, upstreams: tuple[int, int]) -> Iterator
 @pytest.fixture(scope="module")
 def gateway(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     folder = tmp_path_factory.mktemp("gateway")
-    with live_server(make_package("text", folder / "store"), ray_cluster, folder / "log") as port:
+    with live_server(
+        make_package("text", folder / "store"), ray_cluster, folder / "log", 'proxies=["127.0.0.0/8"]'
+    ) as port:
         yield port
 
 

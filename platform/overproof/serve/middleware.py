@@ -23,7 +23,7 @@ from overproof.serve.api_keys import ApiKey, KeyStore, KeysUnavailable, RateLimi
 from overproof.serve.async_engine import Work
 from overproof.serve.environment import KEY_VARIABLE, KEYS_VARIABLE, api_key, keys_uri
 from overproof.serve.fair_queue import CLIENT
-from overproof.serve.request_source import ANY_ORIGIN, SourcePolicy, SourceRefused
+from overproof.serve.request_source import ANY_ORIGIN, OPEN_PATHS, SourcePolicy, SourceRefused
 from overproof.serve.responses import SERVER_ERROR, ErrorDetail, ErrorReply
 from overproof.serve.traffic import Recorder
 
@@ -35,7 +35,6 @@ REQUEST_TIMEOUT_S = 300
 BODY_TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES} bytes; send less at a time"
 KEY_IN_SCOPE = "overproof.key"  # of an ASGI request: the key that it carries
 OWN_KEY = ApiKey(name=KEY_VARIABLE, sha256="", created="", operator=True)  # as the log names it; it has no limits
-OPEN_PATHS = ("/healthz", "/readyz")
 OPERATOR_PATHS = ("/metrics",)  # of all keys' requests; they count against no limit
 DOCS_PATHS = ("/docs", "/openapi.json", "/static-offline-docs/")  # no secret, and a browser sends no key for them
 EXPOSED_HEADERS = ("x-request-id", "retry-after")  # to pages of other origins

@@ -21,6 +21,7 @@ AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9_](?:[A-Za-z0-9._-]*
 DEFAULT_PORTS = {"http": "80", "https": "443"}
 WILDCARDS = ("0.0.0.0", "::")
 ANY_ORIGIN = "*"
+OPEN_PATHS = ("/healthz", "/readyz")  # that probes ask for, without a key
 FORWARDED, FORWARDED_FOR = b"forwarded", b"x-forwarded-for"
 # What proxies write: a request that has one of these was not sent by the process that connected.
 PROXIED = (
@@ -93,7 +94,7 @@ class SourcePolicy:
         if parsed is None:
             raise SourceRefused(400, f"expected one header Host with a name or an address; found {given or 'none'}")
         host, _ = parsed
-        if needs_key and (not self.restricts_hosts or scope["path"] == "/healthz"):  # which is asked for by address
+        if needs_key and (not self.restricts_hosts or scope["path"] in OPEN_PATHS):  # which are asked for by address
             return given[0]
         if not is_loopback(host) and host not in self.hosts:
             raise SourceRefused(403, f"host {host!r} is no name of this server; the operator can add it to serve.hosts")

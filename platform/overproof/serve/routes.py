@@ -37,7 +37,6 @@ from overproof.serve.generation import (
 from overproof.serve.grammar_compiler import GrammarCompiler
 from overproof.serve.middleware import (
     KEY_IN_SCOPE,
-    OPEN_PATHS,
     Access,
     AuthMiddleware,
     SourceMiddleware,
@@ -45,7 +44,7 @@ from overproof.serve.middleware import (
     error_response,
 )
 from overproof.serve.model_registry import ModelRegistry, ShadowRequest, TimedAnswer
-from overproof.serve.request_source import SourcePolicy
+from overproof.serve.request_source import OPEN_PATHS, SourcePolicy
 from overproof.serve.requests import ChatRequest, CompletionRequest, RatingRequest
 from overproof.serve.response_builder import ChatResponses, CompletionResponses, ServedModel
 from overproof.serve.responses import (
