@@ -165,6 +165,20 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True)
 
 
+def why_none() -> str:
+    """What this machine lacks for hosts of their own; nothing where it lacks nothing."""
+    if os.getuid() != 0:
+        return "namespaces need root"
+    name = f"o{secrets.token_hex(3)}"
+    for words in (["unshare", "--mount", "--uts", "--net", "--pid", "--fork", "true"],
+                  ["ip", "link", "add", name, "type", "bridge"], ["ip", "link", "del", name]):  # fmt: skip
+        try:
+            subprocess.run(words, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            return f"no namespaces here: {error}"
+    return ""
+
+
 @contextmanager
 def hosts_up() -> Iterator[Hosts]:
     """A bucket, and nothing else yet; all that is started ends with the block."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,14 +10,13 @@ import httpx
 import pytest
 
 from finished import RECIPES
-from hosts import REPOSITORY, Host, Hosts, hosts_up
+from hosts import REPOSITORY, Host, Hosts, hosts_up, why_none
 from overproof.artifacts import Store
 from overproof.cli import main
 from overproof.config import load_recipe
 from overproof.pipeline import stages_of
 from submitted import run_recipe, submit
 
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="namespaces need root")
 FEW = ("train.steps=2", "sweep.steps=2", "evaluate.timed_requests=20", "gate.rules=[{kind: parity, at_most: 1.0}]")
 SHORT = {
     "digits": (
@@ -37,6 +35,8 @@ SHORT = {
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
     """A cluster of a head and two nodes."""
+    if reason := why_none():
+        pytest.skip(reason)
     with hosts_up() as up:
         up.start_head()
         for _ in range(2):
@@ -49,7 +49,6 @@ def laptop(hosts: Hosts) -> Host:
     return hosts.add()
 
 
-@needs_root
 @pytest.mark.parametrize("recipe", SHORT)
 def test_a_recipe_runs_whole(recipe: str, hosts: Hosts, laptop: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """In short; among the trials are the recipes as they are, and hosts that are cut off."""
@@ -63,14 +62,12 @@ def test_a_recipe_runs_whole(recipe: str, hosts: Hosts, laptop: Host, monkeypatc
         artifact.verify()
 
 
-@needs_root
 def test_a_job_with_bad_input_fails_with_the_reason(hosts: Hosts, laptop: Host) -> None:
     job = submit(hosts, laptop, "train", "jobs/recipes/digits.yaml", "--set", "train.steps=-1")
     job.wait_for(r"train\.steps: found -1")
     assert job.process.wait() != 0
 
 
-@needs_root
 def test_a_wrong_token_is_turned_away(hosts: Hosts, laptop: Host) -> None:
     command = ("ray", "job", "submit", "--address", hosts.dashboard, "--", "python", "jobs/run.py", "--help")
     job = hosts.start(laptop, *command, RAY_AUTH_TOKEN="0" * 32)
