@@ -23,11 +23,11 @@ from overproof.evaluate.gate import judge
 from overproof.evaluate.metrics import MeasuredFile, Report
 from overproof.export.gguf_file import GgufVariant, export_gguf
 from overproof.export.onnx_file import export_onnx
-from overproof.files import FileEntry, file_sha256
+from overproof.files import file_sha256
 from overproof.models import hf_directory
 from overproof.models.llama import Llama
 from overproof.models.vit import Vit
-from overproof.package.contents import CARD, PACKAGE, REPORT, VERDICT, PackageContents
+from overproof.package.contents import CARD, PACKAGE, REPORT, VERDICT, PackageContents, list_parts
 from overproof.package.package import open_package
 from overproof.registry import ENGINES, TASKS
 from overproof.tasks.base import Metric
@@ -131,10 +131,7 @@ def _seal(package: Path, task: TaskKind, model: str, format: str) -> Path:
         model=model,
         model_format=format,
         policy=gate,
-        files={
-            part.name: FileEntry(sha256=file_sha256(part), size_bytes=part.stat().st_size)
-            for part in sorted(package.iterdir())
-        },
+        files=list_parts(package),
         parents={},
         shards={},
         created=datetime.now(UTC).isoformat(timespec="seconds"),

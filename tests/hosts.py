@@ -23,6 +23,7 @@ from pathlib import Path
 import boto3
 import httpx
 import psutil
+import pytest
 
 from certificates import certificate
 
@@ -181,7 +182,11 @@ def why_none() -> str:
 
 @contextmanager
 def hosts_up() -> Iterator[Hosts]:
-    """A bucket, and nothing else yet; all that is started ends with the block."""
+    """A bucket, and nothing else yet; all that is started ends with the block. Where there can be none, the test is
+    skipped.
+    """
+    if reason := why_none():
+        pytest.skip(reason)
     tag = secrets.token_hex(3)
     subnet = f"10.{100 + secrets.randbelow(100)}.{secrets.randbelow(256)}"
     folder = Path(tempfile.mkdtemp(prefix="overproof-hosts-", dir="/var/tmp"))

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from finished import RECIPES
-from hosts import REPOSITORY, Host, Hosts, hosts_up, why_none
+from hosts import REPOSITORY, Host, Hosts, hosts_up
 from overproof.artifacts import Store
 from overproof.cli import main
 from overproof.config import load_recipe
@@ -35,8 +35,6 @@ SHORT = {
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
     """A cluster of a head and two nodes."""
-    if reason := why_none():
-        pytest.skip(reason)
     with hosts_up() as up:
         up.start_head()
         for _ in range(2):

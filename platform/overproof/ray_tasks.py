@@ -115,11 +115,11 @@ class _RunningCall:
         return bool(gone) if self.node is None else self.node not in alive
 
 
-def on_node(node: str | None) -> dict[str, Any]:
+def on_node(node: str) -> dict[str, Any]:
     """Options of a task that is to run there and nowhere else."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 def _told_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator[Any]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 
 import pytest
-from hosts import Host, hosts_up
-from submitted import RECIPE_S, Running, run_recipe, submit
 
 from finished import RECIPES
+from hosts import Host, hosts_up
 from overproof.artifacts import Store
 from overproof.config import load_recipe
 from overproof.pipeline import stages_of
+from submitted import RECIPE_S, Running, run_recipe, submit
 
-pytestmark = [pytest.mark.trial, pytest.mark.skipif(os.getuid() != 0, reason="namespaces need root")]
+pytestmark = pytest.mark.trial
 
 REPLICA = "ray::ServeReplica:.*:model"  # a process that holds a package
 STEADY_S = 20.0  # that a client goes on asking

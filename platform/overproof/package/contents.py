@@ -5,7 +5,6 @@ Names are looked at without following links, and a file is opened once: what was
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from overproof.config import Gate, Speculate
 from overproof.errors import InputError
 from overproof.evaluate.gate import VERDICT
 from overproof.evaluate.metrics import REPORT
-from overproof.files import CHUNK_BYTES, FileEntry, FrozenModel, file_sha256, filesystem, parse_json, retried
+from overproof.files import CHUNK_BYTES, FileEntry, FrozenModel, filesystem, hash_files, parse_json, retried
 from overproof.models import pretrained
 
 PACKAGE, CARD = "package.json", "README.md"
@@ -228,10 +227,7 @@ def read_listing(folder: PackageFolder) -> Listing:
             raise InputError(f"{folder}/{PACKAGE}: lists {name}, which cannot hold its own hash; {folder.remedy}")
         if Path(name).suffix.lower() in PICKLES:
             raise InputError(f"{folder}/{name}: may be a pickle, which runs code when read; a package holds none")
-    own = {
-        name: FileEntry(sha256=hashlib.sha256(found).hexdigest(), size_bytes=len(found))
-        for name, found in small.items()
-    }
+    own = {name: FileEntry.of(found) for name, found in small.items()}
     for name in sorted(content.files.keys() - sizes.keys()):
         raise InputError(f"{folder}/{name}: missing, though {PACKAGE} lists it; {folder.remedy}")
     for name in sorted(sizes.keys() - content.files.keys() - set(UNLISTED)):
@@ -253,7 +249,6 @@ def mismatch(folder: PackageFolder, name: str, found: str, entry: FileEntry) -> 
     )
 
 
-def hash_files(folder: Path) -> dict[str, FileEntry]:
-    """Every part of a package that is being made."""
-    files = sorted(folder.iterdir())
-    return {file.name: FileEntry(sha256=file_sha256(file), size_bytes=file.stat().st_size) for file in files}
+def list_parts(folder: Path) -> dict[str, FileEntry]:
+    """Every part of a package that is being made; they are read."""
+    return hash_files(fs.LocalFileSystem(), str(folder), (file.name for file in folder.iterdir()))

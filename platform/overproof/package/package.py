@@ -33,7 +33,7 @@ from overproof.package.contents import (
     Listing,
     PackageContents,
     PackageFolder,
-    hash_files,
+    list_parts,
     mismatch,
     read_listing,
 )
@@ -127,7 +127,7 @@ def build_package(context: StageContext) -> dict[str, Any]:
             model=model,
             model_format=export.format,
             policy=context.recipe.gate,
-            files=hash_files(folder),
+            files=list_parts(folder),
             parents={stage: artifact.record.fingerprint for stage, artifact in context.parents.items()},
             shards={shard.path: shard.sha256 for split in manifest.splits.values() for shard in split.shards},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -148,7 +148,7 @@ def sign_made_package(folder: Path, context: StageContext) -> dict[str, str]:
     key = configured_signing_key(context.recipe.store)
     if key is None:
         return {}
-    sha256 = {name: entry.sha256 for name, entry in hash_files(folder).items()}
+    sha256 = {name: entry.sha256 for name, entry in list_parts(folder).items()}
     write_signature(str(folder), sign_files(context.draft.id, sha256, key))
     return {"signed_by": key.public.id}
 

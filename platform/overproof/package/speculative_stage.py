@@ -24,7 +24,7 @@ from overproof.package.contents import (
     SPECULATION,
     DraftModel,
     PackageContents,
-    hash_files,
+    list_parts,
 )
 from overproof.package.model_card import render_draft_card
 from overproof.package.package import Package, open_package, sign_made_package
@@ -128,7 +128,7 @@ def _pack(context: StageContext, shipped: Package, policy: Speculate, judged: Sp
         "candidate": teacher.name,
         "model_format": teacher.format,
         "speculate": drafting,
-        "files": hash_files(folder),
+        "files": list_parts(folder),
         "parents": {stage: artifact.record.fingerprint for stage, artifact in context.parents.items()},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {tool: version(tool) for tool in TOOLS},
