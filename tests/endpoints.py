@@ -69,7 +69,7 @@ def own_server(file: Path, key: str | None = KEY) -> Iterator[OwnServer]:
     )  # fmt: skip
     engine, made = LlamaCpp(file), OwnServer()
     no_copy = partial(PrivateCopy, file.parent)  # of a language model nothing else is read
-    served = ServedModel(ModelInfo(id="teacher", created=0, overproof=proof), ThreadedEngine(engine, 4), 32, no_copy)
+    served = ServedModel(ModelInfo(id="teacher", created=0, overproof=proof), ThreadedEngine(engine, 4), 64, no_copy)
     app = build_app(SingleModel(served), Access(hash_key(key) if key else None))
     app.add_middleware(BaseHTTPMiddleware, dispatch=made.between)
     with listening(app) as address:

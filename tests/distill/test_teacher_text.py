@@ -30,8 +30,8 @@ from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.sweep import check_cache, sweep
 from overproof.distill.target_cache import TargetCache
 from overproof.distill.teacher_stages import generate_text
-from overproof.distill.teacher_text import TeacherText, TextIndex
-from overproof.distill.text_worker import GENERATION_KEY, generate, sample_token
+from overproof.distill.teacher_text import GENERATION_KEY, TeacherText, TextIndex
+from overproof.distill.text_worker import generate, sample_token
 from overproof.distill.trial_job import TrialJob
 from overproof.errors import InputError
 from overproof.models.hf_directory import load_model, save_model

@@ -19,10 +19,12 @@ from overproof.artifacts import Artifact, Store
 from overproof.config import Evaluate, Recipe, Served, load_recipe
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Columns
-from overproof.distill.endpoint_worker import EndpointJob, EndpointWorker, texts_in
+from overproof.distill.endpoint_worker import EndpointJob, EndpointTargetWorker, EndpointTextWorker, texts_in
 from overproof.distill.target_cache import TargetCache, TargetIndex, target_key
 from overproof.distill.teacher_pool import finished_files, write_index
+from overproof.distill.teacher_text import TextIndex, generate_settings, text_key
 from overproof.distill.teacher_worker import CaptureJob, TargetWorker, TeacherWorker
+from overproof.distill.text_worker import TextWorker
 from overproof.engines.endpoint import Endpoint
 from overproof.engines.served_teacher import ServedTeacher, ask_teacher, require_same
 from overproof.errors import InputError
@@ -37,7 +39,8 @@ from overproof.stage_context import Notice, ProgressEvent, StageContext, no_prog
 from overproof.train.ray_trainer import train_teacher
 
 RECIPE = Path(__file__).parents[2] / "jobs/recipes/stdlib-lm.yaml"
-K, ROWS = 8, 48
+K, ROWS, PROMPT = 8, 48, 4
+END_ID = 0  # of the tokenizer of these tests
 VLLM_PYTHON, RUN_S = "OVERPROOF_VLLM", 600
 
 
@@ -118,7 +121,7 @@ def test_its_cache_is_that_of_its_weights(text: dict[str, Artifact], server: Own
     expected, events = targets(here), list[ProgressEvent]()
     impatient, patient = (served_by(server, retry_s=seconds, rows_per_request=3) for seconds in (0.0, 60.0))
     server.completions, server.down_after = 0, 2
-    worker = captured(text, recipe, EndpointWorker, trained=trained, served=impatient, progress=events.append)
+    worker = captured(text, recipe, EndpointTargetWorker, trained=trained, served=impatient, progress=events.append)
     (fault,) = run(worker)
     assert "answers 503, since 0 s" in fault
     assert finished_files(worker.job) == {}
@@ -139,6 +142,75 @@ def test_its_cache_is_that_of_its_weights(text: dict[str, Artifact], server: Own
     assert (found["indices"] == expected["indices"]).mean() > 0.97  # near ties
     with pytest.raises(InputError, match="another teacher"):
         worker.index.check(here.index.identity)
+
+
+def writing(
+    text: dict[str, Artifact], recipe: Recipe, worker: type[TeacherWorker], trained: Artifact, **further: Any
+) -> TeacherWorker:
+    """A worker of some rows of the teacher's text, in the recipe's store."""
+    prepared, settings = text["prepare"], generate_settings(recipe)
+    index = TextIndex.of(text_key(recipe, prepared, trained), Manifest.read(prepared), ROWS)
+    draft = Store(recipe.store).new_writer(recipe.name, "generate", worker.__name__.encode().hex(), {}, {})
+    job = CaptureJob(settings, index, prepared, trained, draft)
+    return worker(EndpointJob(**vars(job), progress=no_progress, **further) if further else job)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_its_text_is_what_its_weights_write(
+    text: dict[str, Artifact], server: OwnServer, tmp_path: Path, temperature: float
+) -> None:
+    """The likeliest tokens are those of the weights here; sampled ones are other texts, and the same ones again."""
+    written = f"generate={{prompt_tokens: {PROMPT}, temperature: {temperature}, batch_size: 16}}"
+    recipe = recipe_of(tmp_path, server.url, written, "sweep.students.0.text=teacher")
+    trained, ids = recorded(text, recipe), np.arange(16)
+    worker = writing(text, recipe, EndpointTextWorker, trained, served=served_by(server))
+    found = worker.compute(ids)["tokens"]
+    rows = worker.rows.take(ids)["tokens"]
+    assert (found.dtype, found.shape) == (rows.dtype, rows.shape)
+    np.testing.assert_array_equal(found[:, :PROMPT], rows[:, :PROMPT])
+    order = np.random.default_rng(0).permutation(16)
+    same = (worker.compute(ids[order])["tokens"] == found[order]).mean()  # requests side by side round otherwise
+    here = writing(text, recipe, TextWorker, text["train"]).compute(ids)["tokens"]
+    likeliest = (here == found)[:, PROMPT:].mean()
+    print(f"temperature {temperature:g}: {same:.3f} are the same again, {likeliest:.3f} as here")
+    assert same > 0.9
+    assert (likeliest > 0.9) == (temperature == 0)
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_where_its_text_ends_the_next_document_begins(
+    text: dict[str, Artifact], server: OwnServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: bool,
+    told: bool,
+) -> None:  # fmt: skip
+    """Whether or not the end is among the tokens that are told; apart, the next document sees nothing before it."""
+    recipe = recipe_of(tmp_path, server.url, f"generate={{prompt_tokens: {PROMPT}}}", "sweep.students.0.text=teacher")
+    worker = writing(text, recipe, EndpointTextWorker, recorded(text, recipe), served=served_by(server))
+    asked = list[tuple[list[int], int]]()
+
+    def write(_: Endpoint, prompt: list[int], tokens: int, *__: Any) -> tuple[list[int], bool]:
+        asked.append((prompt, tokens))
+        ids = [7] * 20
+        return ([*ids, END_ID] if told else ids, True) if tokens > 21 else ([7] * tokens, False)
+
+    monkeypatch.setattr(Endpoint, "write", write)
+    monkeypatch.setattr(worker, "rows", _Rows(apart))
+    (found,) = worker.compute(np.arange(1))["tokens"].tolist()
+    prompt = [3, END_ID, 4, 5]
+    assert found == [*prompt, *[7] * 20, END_ID, *[7] * 20, END_ID, *[7] * 19]
+    seen = prompt[1:] if apart else prompt
+    second = [END_ID] if apart else found[:25]
+    third = [END_ID] if apart else found[:46]
+    assert asked == [(seen, 61), (second, 40), (third, 19)]
+
+
+class _Rows:
+    def __init__(self, apart: bool) -> None:
+        self.apart = apart
+
+    def take(self, ids: np.ndarray) -> Columns:
+        rows = {"tokens": np.array([[3, END_ID, 4, 5, *[9] * 61]], np.uint16)}
+        return rows | ({"start": np.full(len(ids), END_ID)} if self.apart else {})
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -278,7 +350,6 @@ def test_what_vllm_answers_is_understood(server: OwnServer) -> None:
         ("sweep.students.0.teacher=live", "sweep.students.0.teacher 'live'"),
         ("sweep.students.0.states={weight: 1}", "sweep.students.0.states: "),
         ("sweep.students.0.model={kind: teacher_layers, layers: 1}", "sweep.students.0.model.kind 'teacher_layers'"),
-        ("generate={prompt_tokens: 4}", "generate: train.model.kind is 'served'"),
         ("speculate={}", "speculate: train.model.kind is 'served'"),
         ("gate.rules.0={kind: smaller, at_least: 2}", "gate.rules.0.against 'teacher', whose size is not known here"),
     ],
@@ -316,7 +387,7 @@ def test_what_shares_a_row_is_asked_about_one_by_one() -> None:
 def test_vllm_teaches_up_to_a_verdict(
     text: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cache is that of the weights behind it, and a whole run judges its student against it."""
+    """The cache is that of the weights behind it, its text what they write; a whole run judges its student by it."""
     monkeypatch.setenv("TEACHER_KEY", KEY)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     directory = text["train"].local() / "model"
@@ -328,13 +399,18 @@ def test_vllm_teaches_up_to_a_verdict(
         recipe = recipe_of(tmp_path, url)
         trained, served = recorded(text, recipe), recipe.train.model
         assert isinstance(served, Served)
-        worker = captured(text, recipe, EndpointWorker, trained=trained, served=served, progress=no_progress)
+        worker = captured(text, recipe, EndpointTargetWorker, trained=trained, served=served, progress=no_progress)
         assert run(worker) == []
+        asked = f"generate={{prompt_tokens: {PROMPT}, temperature: 0, batch_size: 16}}"
+        writes, ids = recipe_of(tmp_path, url, asked, "sweep.students.0.text=teacher"), np.arange(16)
+        written = writing(text, writes, EndpointTextWorker, trained, served=served).compute(ids)["tokens"]
         sets = [word for override in (*overrides(tmp_path / "whole", url), *few) for word in ("--set", override)]
         command = [sys.executable, "-m", "overproof.cli.main", "run", str(RECIPE), "--until", "gate", *sets]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=RUN_S)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ServedTeacher.read(trained.local()).weights == str(directory)
+    likeliest = writing(text, writes, TextWorker, text["train"]).compute(ids)["tokens"]
+    assert (written == likeliest).mean() > 0.9  # near ties, after which all is another text
     here = captured(text, recipe, TargetWorker)
     assert run(here) == []
     found, expected = targets(worker), targets(here)

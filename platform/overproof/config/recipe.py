@@ -145,7 +145,7 @@ class Recipe(Section):
         for beyond, expected in self._beyond_an_endpoint():
             raise ValueError(
                 f"{beyond}: train.model.kind is 'served', and of a teacher an endpoint tells the likeliest tokens at "
-                f"each place of a given row, at temperature 1, and nothing else; expected {expected}"
+                f"each place of a given row, at temperature 1, and text that it writes; expected {expected}"
             )
 
     def _beyond_an_endpoint(self) -> Iterator[tuple[str, str]]:
@@ -154,9 +154,8 @@ class Recipe(Section):
             yield f"data.kind {self.data.kind!r}", "language_modeling or chat"
         if isinstance(self.data, TextData) and isinstance(self.data.tokenizer, BpeTokenizer):
             yield "data.tokenizer.kind 'bpe'", "{kind: file, path: the served model's directory}"
-        for name in ("generate", "speculate"):
-            if getattr(self, name) is not None:
-                yield name, "no such section"
+        if self.speculate is not None:
+            yield "speculate", "no such section"
         if self.reads_cache and self.cache.scheme.kind != "topk":
             yield f"cache.scheme.kind {self.cache.scheme.kind!r}", "{kind: topk, k: 20}"
         if self.reads_cache and (other := (self.temperatures | set(self.cache.temperatures)) - {1.0}):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ NO_WORDS = 0  # instead of the hash of a band
 EMPTY_BIN = np.uint64(2**64 - 1)
 BASE, WORD_BASE = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)  # odd
 INVERSE = np.uint64(pow(int(BASE), -1, 1 << 64))
+SKETCHED_CHARACTERS = 1 << 17  # at once: with more, what is computed on the way leaves the processor's cache
 CODES = 0x20000  # of characters that a table holds; what is beyond is Han
 NEITHER, PART, WHOLE = 0, 1, 2  # of a word: what a character is
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE")
@@ -81,30 +83,32 @@ def _ascii_words(text: str) -> tuple[Hashes, NDArray[np.int64]]:
 
 @lru_cache(maxsize=1)
 def _ascii_kinds() -> bytes:
-    """Of each character 1 where it is part of a word."""
-    return bytes(_kinds()[:256] != NEITHER)
+    """Of each byte 1 where it is a character of ASCII that is part of a word."""
+    return bytes(_kind(chr(code)) != NEITHER for code in range(128)) + bytes(128)
 
 
 @lru_cache(maxsize=1)
 def _ascii_letters() -> Hashes:
     """0 of what is in no word."""
-    return np.where(_kinds()[:128] != NEITHER, _mixed(np.arange(128, dtype=np.uint64)), np.uint64(0))
+    in_word = np.frombuffer(_ascii_kinds(), np.bool_)[:128]
+    return np.where(in_word, _mixed(np.arange(128, dtype=np.uint64)), np.uint64(0))
 
 
 @lru_cache(maxsize=1)
 def _kinds() -> NDArray[np.uint8]:
-    """Whether a character is part of a word, a whole one, or neither, by its number."""
-
-    def kind(character: str) -> int:
-        category = unicodedata.category(character)
-        if category == "So" or (category[0] == "L" and unicodedata.name(character, "").startswith(UNSPACED)):
-            return WHOLE
-        return PART if category[0] in "LMN" or character == "_" else NEITHER
-
-    return np.fromiter((kind(chr(code)) for code in range(CODES)), np.uint8, CODES)
+    """What each character is, by its number."""
+    return np.fromiter((_kind(chr(code)) for code in range(CODES)), np.uint8, CODES)
 
 
-@lru_cache(maxsize=4)
+def _kind(character: str) -> int:
+    """Whether a character is part of a word, a whole one, or neither."""
+    category = unicodedata.category(character)
+    if category == "So" or (category[0] == "L" and unicodedata.name(character, "").startswith(UNSPACED)):
+        return WHOLE
+    return PART if category[0] in "LMN" or character == "_" else NEITHER
+
+
+@lru_cache(maxsize=8)
 def _powers_upto(base: int, count: int) -> Hashes:
     return np.cumprod(np.full(count, base, np.uint64), dtype=np.uint64)
 
@@ -154,6 +158,12 @@ class MinHash:
 
 def sketch(texts: Sequence[str], settings: NearDuplicates) -> Hashes:
     """The bands of texts, (N, B), each as ``MinHash`` has it: many short ones at once take half the time."""
+    begins = np.cumsum([0, *map(len, texts)])[:-1] // SKETCHED_CHARACTERS
+    borders = [0, *(np.flatnonzero(np.diff(begins)) + 1).tolist(), len(texts)]
+    return np.concatenate([_sketch(texts[first:last], settings) for first, last in pairwise(borders)])
+
+
+def _sketch(texts: Sequence[str], settings: NearDuplicates) -> Hashes:
     bands_NB = np.zeros((len(texts), band_count(settings)), np.uint64)
     plain = np.array([number for number, text in enumerate(texts) if text.isascii()], np.int64)
     lengths = np.array([len(texts[number]) + 1 for number in plain], np.int64)

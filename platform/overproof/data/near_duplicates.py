@@ -15,8 +15,6 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from overproof.config.data import NearDuplicates
 from overproof.data.manifest import NearDuplicatesFound
@@ -123,6 +121,9 @@ class Resolved:
         """From pairs, and whether their first document is a train one, and their second a test one. The held-out side
         wins: a train document that is a near-copy of one of it is left out.
         """
+        from scipy.sparse import coo_array  # here alone: tasks that read documents have no use for it
+        from scipy.sparse.csgraph import connected_components
+
         inside = copies[~across_P]
         members, places = np.unique(inside, return_inverse=True)
         own, other = places.reshape(-1, 2).T

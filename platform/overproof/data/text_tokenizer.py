@@ -23,7 +23,7 @@ from overproof.config import TokenizerFile
 from overproof.data.chat_template_files import read_object
 from overproof.data.manifest import TOKENIZER
 from overproof.data.sources import CONVERTIBLE, NAMING_TOKENS, tokenizer_files
-from overproof.data.tokenization import BYTE_BY_CHARACTER, END
+from overproof.data.tokenization import BYTE_BY_CHARACTER, END, boundary_of
 from overproof.data.tokenizer_json import BYTE_NAMES, entries, iter_steps
 from overproof.errors import InputError
 
@@ -58,8 +58,8 @@ class TextTokenizer:
 
     @property
     def boundary(self) -> tuple[int, ...]:
-        """What stands before every document of a stream: the end of the one before, and its own start."""
-        return (self.end_id,) if self.start_id == self.end_id else (self.end_id, self.start_id)
+        """See ``boundary_of``."""
+        return boundary_of(self.start_id, self.end_id)
 
     def config(self) -> str:
         """The content of the ``tokenizer_config.json`` that lies beside it, by which transformers knows its tokens."""

@@ -56,11 +56,10 @@ def train_tokenizer(parts: Parts, vocab_size: int) -> TextTokenizer:
     return trained(tokenization.train_bpe(texts(), vocab_size).to_str())
 
 
-@lru_cache(maxsize=1)
-def _tokenizers(tokenizer_json: str) -> tuple[Tokenizer, Tokenizer]:
-    """Of the first piece of a document, and of its later ones."""
-    first, later = (special_names_as_text(text) for text in (tokenizer_json, continuing(tokenizer_json)))
-    return Tokenizer.from_str(first), Tokenizer.from_str(later)
+@lru_cache(maxsize=2)
+def _tokenizer(tokenizer_json: str, is_first: bool) -> Tokenizer:
+    """Of the first piece of a document, or of its later ones."""
+    return Tokenizer.from_str(special_names_as_text(tokenizer_json if is_first else continuing(tokenizer_json)))
 
 
 @lru_cache(maxsize=1)
@@ -121,8 +120,11 @@ class Piece:
 def encode_pieces(pieces: Sequence[Piece], tokenizer: TextTokenizer, altered: Altered) -> list[tokenization.Tokens]:
     """The tokens of each piece; ``altered`` is told of documents that do not come back by theirs."""
     tokens: list[tokenization.Tokens] = [np.zeros(0, np.int32)] * len(pieces)
-    for own, is_first in zip(_tokenizers(tokenizer.json), (True, False), strict=True):
+    for is_first in (True, False):
         chosen = [place for place, piece in enumerate(pieces) if piece.is_first == is_first]
+        if not chosen:
+            continue
+        own = _tokenizer(tokenizer.json, is_first)
         texts = [pieces[place].content.decode() for place in chosen]
         encoded = tokenization.encode(own, texts)
         spelled = _spelled(tokenizer.json)

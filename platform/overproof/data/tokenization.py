@@ -51,6 +51,11 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tokens]:
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
 
+def boundary_of(start_id: int, end_id: int) -> tuple[int, ...]:
+    """What stands before every document of a stream: the end of the one before, and its own start."""
+    return (end_id,) if start_id == end_id else (end_id, start_id)
+
+
 def train_rows(tokens: int, sequence_length: int, rows_per_group: int) -> int:
     """Rows that a stream of tokens, with those between documents, fills: whole groups, so that every group is full."""
     rows = max(tokens - 1, 0) // sequence_length

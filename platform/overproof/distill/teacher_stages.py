@@ -8,10 +8,10 @@ from overproof.config import Dense, Served
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_writer import PAGE_BYTES
 from overproof.data.tokenizer_match import require_tokenizer
-from overproof.distill.endpoint_worker import EndpointJob, EndpointWorker
+from overproof.distill.endpoint_worker import EndpointJob, EndpointTargetWorker, EndpointTextWorker, EndpointWorker
 from overproof.distill.row_cache import teacher_folder
 from overproof.distill.target_cache import TargetIndex, TargetKey, target_key
-from overproof.distill.teacher_pool import capture
+from overproof.distill.teacher_pool import CaptureResult, capture
 from overproof.distill.teacher_text import TextIndex, generate_settings, text_key
 from overproof.distill.teacher_worker import CaptureJob, TargetWorker, TeacherWorker
 from overproof.distill.text_worker import TextWorker
@@ -29,12 +29,10 @@ def generate_text(context: StageContext) -> dict[str, Any]:
     """
     settings = generate_settings(context.recipe)
     prepared, trained = context.parents["prepare"], context.parents["train"]
-    manifest = Manifest.read(prepared)
-    require_tokenizer(teacher_folder(trained), prepared)
-    index = TextIndex.of(text_key(context.recipe, prepared, trained), manifest, settings.rows)
+    index = TextIndex.of(text_key(context.recipe, prepared, trained), Manifest.read(prepared), settings.rows)
     tokens_per_row = index.identity.tokens
     job = CaptureJob(settings, index, prepared, trained, context.draft)
-    done = capture(context, job, TextWorker, tokens_per_row, "tokens")
+    done = _capture(context, job, (TextWorker, EndpointTextWorker), tokens_per_row, "tokens")
     return {
         "rows": index.rows,
         "tokens": index.rows * tokens_per_row,
@@ -53,19 +51,11 @@ def cache_targets(context: StageContext) -> dict[str, Any]:
     """
     recipe, prepared, trained = context.recipe, context.parents["prepare"], context.parents["train"]
     teacher_text = context.parents.get("generate")
-    manifest, served = Manifest.read(prepared), recipe.train.model
-    if isinstance(served, Served):
-        open_teacher(served, trained.local(), prepared.local_except("train/")).close()
-    else:
-        require_tokenizer(teacher_folder(trained), prepared)
     key = target_key(recipe, prepared, trained, teacher_text)
     check_scheme(key)
-    index = TargetIndex.of(key, manifest, recipe.rows_cached)
+    index = TargetIndex.of(key, Manifest.read(prepared), recipe.rows_cached)
     job = CaptureJob(recipe.cache, index, prepared, trained, context.draft, teacher_text)
-    worker: type[TeacherWorker] = TargetWorker
-    if isinstance(served, Served):
-        job, worker = EndpointJob(**vars(job), served=served, progress=context.progress), EndpointWorker
-    done = capture(context, job, worker, key.positions, "positions")
+    done = _capture(context, job, (TargetWorker, EndpointTargetWorker), key.positions, "positions")
     positions = index.rows * key.positions
     return {
         "rows": index.rows,
@@ -74,6 +64,24 @@ def cache_targets(context: StageContext) -> dict[str, Any]:
         "teacher_seconds": done.seconds,
         "actors": done.actors,
     }
+
+
+def _capture(
+    context: StageContext, job: CaptureJob, workers: tuple[type[TeacherWorker], type[EndpointWorker]],
+    units_per_row: int, unit: str,
+) -> CaptureResult:  # fmt: skip
+    """What the teacher computes: that of the train stage by the first of the workers, a served one by the second.
+
+    Raises:
+        InputError: as ``cache_targets``.
+    """
+    served, (here, elsewhere) = context.recipe.train.model, workers
+    if not isinstance(served, Served):
+        require_tokenizer(teacher_folder(job.trained), job.prepared)
+        return capture(context, job, here, units_per_row, unit)
+    open_teacher(served, job.trained.local(), job.prepared.local_except("train/")).close()
+    asked = EndpointJob(**vars(job), served=served, progress=context.progress)
+    return capture(context, asked, elsewhere, units_per_row, unit)
 
 
 def check_scheme(cache: TargetKey) -> None:

@@ -17,6 +17,8 @@ from overproof.data.row_files import Source
 from overproof.data.token_parts import text_columns
 from overproof.distill.row_cache import CacheIndex, CacheKey, RowCache, cache_key_fields
 
+GENERATION_KEY = (1 << 63) + 1  # of the random numbers: no epoch of an order has it, nor have the cache's draws
+
 
 class TextKey(CacheKey):
     """All that the text follows from."""

@@ -72,6 +72,15 @@ class TeacherWorker:
         return Shards(self.job.prepared, "train")
 
     @cached_property
+    def text(self) -> TeacherText | None:
+        return TeacherText(self.job.teacher_text) if self.job.teacher_text else None
+
+    def take(self, sample_ids: NDArray[np.int64]) -> Columns:
+        """Rows as the teacher reads them: with its own text where it wrote some."""
+        rows = self.rows.take(sample_ids)
+        return rows if self.text is None else rows | self.text.take(sample_ids)
+
+    @cached_property
     def model(self) -> PreTrainedModel:
         folder = teacher_folder(self.job.trained)
         require_tokenizer(folder, self.job.prepared)
@@ -125,15 +134,9 @@ class TargetWorker(TeacherWorker):
 
     index: TargetIndex
 
-    @cached_property
-    def text(self) -> TeacherText | None:
-        return TeacherText(self.job.teacher_text) if self.job.teacher_text else None
-
     @torch.inference_mode()
     def compute(self, sample_ids: NDArray[np.int64]) -> Columns:
-        cache, rows = self.index.identity, self.rows.take(sample_ids)
-        if self.text is not None:
-            rows |= self.text.take(sample_ids)
+        cache, rows = self.index.identity, self.take(sample_ids)
         device = self.where.device
         batch = {name: value.to(device) for name, value in to_tensors(rows).items()}
         prediction = TASKS[cache.task].predict(self.model, batch)

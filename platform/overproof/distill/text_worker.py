@@ -21,13 +21,11 @@ from overproof.data.manifest import START
 from overproof.data.order import uniforms
 from overproof.data.parquet_reader import Columns
 from overproof.distill.target_encoder import inverse_cdf
-from overproof.distill.teacher_text import TextIndex
+from overproof.distill.teacher_text import GENERATION_KEY, TextIndex
 from overproof.distill.teacher_worker import TeacherWorker
 from overproof.errors import InputError
 from overproof.models.documents import last_document, positions_in_documents
 from overproof.models.hf_directory import to_tensors
-
-GENERATION_KEY = (1 << 63) + 1  # of the random numbers: no epoch of an order has it, nor have the cache's draws
 
 
 class TextWorker(TeacherWorker):

@@ -1,4 +1,5 @@
-"""A client of endpoints that tell what their model says of the tokens of a prompt, and a scorer that asks one.
+"""A client of endpoints that tell what their model says of the tokens of a prompt, or write on from them, and a scorer
+that asks one.
 
 The request is OpenAI's completion with `echo` and `logprobs`, and vLLM's `return_tokens_as_token_ids`, by which tokens
 are named `token_id:N` (https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html): vLLM and ``overproof
@@ -32,6 +33,7 @@ from overproof.errors import InputError
 TOKEN_NAME = "token_id:"
 BUSY = (408, 429, 502, 503, 504)  # statuses of what may be asked again
 CONNECT_TIMEOUT_S = 10.0
+UNCHANGED = {"top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1}  # else vLLM takes the model's own defaults
 FIRST_WAIT_S, MOST_WAIT_S = 0.25, 8.0  # between two tries; each is twice the one before
 TELL_EVERY_S = 5.0  # at most, of what is waited for
 
@@ -151,6 +153,41 @@ class Endpoint:
             finally:
                 for request in pending:
                     request.cancel()
+
+    def write(self, prompt: Sequence[int], tokens: int, temperature: float, seed: int) -> tuple[list[int], bool]:
+        """So many tokens after a prompt, or fewer where a token ends the text, and whether one did: it is among them or
+        not, as the endpoint has it. Temperature 0 takes the likeliest.
+
+        Raises:
+            InputError: it cannot be asked, or does not tell the tokens.
+        """
+        body = {
+            "model": self.served.model,
+            "prompt": [list(prompt)],
+            "max_tokens": tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "logprobs": 1,
+            "return_tokens_as_token_ids": True,
+            **UNCHANGED,
+        }
+        limits = (
+            f"; it was asked for {tokens} tokens after {len(prompt)} (data.sequence_length): vLLM's own limit is "
+            "--max-model-len, that of overproof serve max_tokens"
+        )
+        reply = self._ask("POST", "completions", body, limits)
+        try:
+            (choice,) = reply["choices"]
+            ids = [_token_id(name) for name in choice["logprobs"]["tokens"]]
+            is_ended = choice["finish_reason"] == "stop"
+            if not (is_ended and len(ids) <= tokens) and len(ids) != tokens:
+                raise ValueError(f"{len(ids)} tokens of {tokens}, ended by {choice['finish_reason']!r}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{self.served.url}: does not tell what it writes by the ids of its tokens ({error!r}); expected "
+                "vLLM, overproof serve, or another that answers logprobs and return_tokens_as_token_ids"
+            ) from None
+        return ids, is_ended
 
     def close(self) -> None:
         """Close its connections."""

@@ -21,7 +21,7 @@ ANY = object()
 NEUTRAL = {
     "store": ANY, "metadata": ANY, "service_tier": ANY, "safety_identifier": ANY, "prompt_cache_key": ANY,
     "prompt_cache_retention": ANY, "best_of": 1, "echo": False, "suffix": "", "modalities": ["text"], "functions": [],
-    "function_call": "none",
+    "function_call": "none", "top_k": -1, "min_p": 0, "repetition_penalty": 1,
 }  # fmt: skip
 NEUTRAL_OF_MESSAGE: dict[str, Any] = {"annotations": []}  # of a reply that is sent back
 MAX_BIASES = 300
