@@ -1,7 +1,7 @@
 """What a rank holds in memory at ZeRO stage 3, from drawing or reading a model to writing it, beside the formulas.
 
     .venv/bin/python benchmarks/zero3_memory.py [--ranks 2 4] [--layers 16] [--hidden 768] [--vocabulary 16384]
-        [--bucket 500000000] [--json]
+        [--bucket 500000000] [--mapped] [--json]
 
 Prints one Markdown table, in MB: of every phase the most anonymous memory (RssAnon of /proc/PID/status, looked at every
 5 ms from outside) of any rank, without what it held before, and what models/zero_memory.py and models/stage_memory.py
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from overproof.models.llama import Llama
 from overproof.models.sizes import FP32_BYTES, ModelSize, model_size
 from overproof.models.stage_memory import checkpoint_memory
 from overproof.stage_context import no_progress
-from overproof.train import deepspeed_engine
+from overproof.train import deepspeed_engine, heap
 from overproof.train.checkpoint import Checkpoints
 from overproof.train.checkpoint_writer import NoSignal
 from overproof.train.heap import mapped_blocks
@@ -111,8 +112,12 @@ def group(rank: int, world: int, rendezvous: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def train_rank(job: TrainJob, rank: int, world: int, rendezvous: Path, enter: Callable[[str], None]) -> None:
+def train_rank(
+    is_mapped: bool, job: TrainJob, rank: int, world: int, rendezvous: Path, enter: Callable[[str], None]
+) -> None:
     """A rank from the first step to the model's directory."""
+    if is_mapped:
+        heap.HIGHEST_BYTES = heap.MAPPED_BYTES
     with group(rank, world, rendezvous):
         keep_less_gathered()
         enter("start")
@@ -191,6 +196,11 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--vocabulary", type=int, default=16_384)
     parser.add_argument("--bucket", type=int, default=500_000_000, help="bucket_elements of the training")
+    parser.add_argument(
+        "--mapped",
+        action="store_true",
+        help="train with every block mapped by itself: without the holes that malloc keeps",
+    )
     parser.add_argument("--json", action="store_true", help="print the bytes instead")
     given = parser.parse_args()
     heads = given.hidden // 64
@@ -204,7 +214,7 @@ def main() -> None:
         size = model_size(llama, shape_of(Manifest.read(data)))
         for world in given.ranks:
             job = job_of(store, data, llama, world, given.bucket)
-            measured = measure(train_rank, job, world, Path(scratch, f"trained-{world}"))
+            measured = measure(partial(train_rank, given.mapped), job, world, Path(scratch, f"trained-{world}"))
             measured |= measure(resume_rank, job, world, Path(scratch, f"resumed-{world}"))
             said = formulas(size, job.train, world)
             whole = FP32_BYTES * size.held
