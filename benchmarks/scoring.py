@@ -88,10 +88,10 @@ def forged(root: Path, layers: int) -> dict[str, Path]:
     from forge import HUGGING_FACE, LLAMA, forge_text  # which the runs have no use for
 
     from overproof.data.manifest import TOKENIZER
-    from overproof.export.gguf_file import FILE_TYPES, export_gguf
+    from overproof.export.gguf_file import export_gguf
 
     forge_text(root, LLAMA.model_copy(update={"layers": layers}))
-    files = {format: root / f"{format}.gguf" for format in FILE_TYPES}
+    files = {format: root / f"{format}.gguf" for format in ("f32", "f16", "q8_0", "q4_0")}
     for format, file in files.items():
         export_gguf(root / HUGGING_FACE, root / TOKENIZER, file, format, "forged")
     return files

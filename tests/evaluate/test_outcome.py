@@ -269,9 +269,9 @@ VALUE = "gate.rules.0."
     ("rule", "found", "overrides"),
     [
         (KEEP | {"at_least": 0.99}, (), STEPS | {f"{VALUE}at_least=0.96"}),
-        (KEEP | {"at_least": 0.97}, (), {"compress.formats=[q4_0,q8_0]", f"{VALUE}at_least=0.96"}),
+        (KEEP | {"at_least": 0.97}, (), {"compress.formats=[q4_0,q4_0-gptq,q4_k_m-gptq]", f"{VALUE}at_least=0.96"}),
         ({"kind": "regression", "against": "teacher", "at_most": 0.01}, (), STEPS | {f"{VALUE}at_most=0.04"}),
-        (ROUNDED, WORSE, {"compress.formats=[q4_0,q8_0]", f"{VALUE}at_most=0.03"}),
+        (ROUNDED, WORSE, {"compress.formats=[q4_0,q4_0-gptq,q4_k_m-gptq]", f"{VALUE}at_most=0.03"}),
         (SIZE | {"at_most_mb": 0.1}, (), {f"{VALUE}at_most_mb=0.15"}),
         ({"kind": "smaller", "against": "teacher", "at_least": 9}, (), {f"{VALUE}at_least=6.66"}),
         (LATENCY, SLOW, {f"{VALUE}at_most_ms=62.5"}),

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -19,8 +18,8 @@ from overproof.engines.llamacpp import ENGINE
 from overproof.engines.llamacpp_logits import ContextParams, LlamaCppLogits, ModelParams, check_layout
 from overproof.engines.llamacpp_scorer import LlamaCppScorer, place_scores
 from overproof.errors import InputError
-from overproof.export import gguf_file
 from overproof.export.gguf_file import read_gguf
+from overproof.export.gguf_types import MIXES
 from overproof.models import hf_directory
 
 LENGTHS = (100, 37, 64, 1)
@@ -68,8 +67,7 @@ def test_every_place_is_the_models_own(
     source: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With weights in 32 bits but for the last digits; in 16, llama.cpp rounds activations to half precision, too."""
-    whole = (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32)
-    monkeypatch.setitem(gguf_file.FILE_TYPES, "f16", whole)
+    monkeypatch.setitem(MIXES, "f16", MIXES["f32"])
     expected = torch_logprobs(hf_directory.load_model(source))
     found = engine_logprobs(write(source, tmp_path, "f16"), exact_cache=True)
     assert found.shape == (sum(LENGTHS), VOCABULARY)

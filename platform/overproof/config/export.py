@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ class FormatSection(Section):
     """What every export format has; ``kind`` names it."""
 
     kind: str
+    by_quality: ClassVar[tuple[str, ...]] = ()  # variants that are worth trying, from the best to the smallest
     formats: tuple[str, ...] = Field((), description="Quantised variants written of each student that is kept.")
 
 

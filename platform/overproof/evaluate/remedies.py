@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from overproof.config import (
     Agreement,
@@ -202,16 +201,19 @@ def _measured(recipe: Recipe, report: Report, rule: Rule, file: MeasuredFile) ->
     return Remedy(text=f"more test {TASKS[report.task].test_unit}s: of one there is no interval")
 
 
+MOST_FORMATS = 2  # to try at once
+
+
 def _better(recipe: Recipe, report: Report, rule: Rule, file: MeasuredFile) -> Iterator[Remedy]:
-    """What would make a file's quality better: more bits where rounding costs it, more steps where training does."""
+    """What would make a file's quality better: a format that loses less, or more steps where training costs it."""
     whole = report.find(file.student) if file.student else None
     by_rounding = getattr(rule, "against", "teacher") == "student"
     if by_rounding or (whole is not None and check_rule(rule, report, whole).passed):
         untried = _untried(recipe, file, larger=True)
         if untried:
-            yield Remedy(text="more bits: rounding costs it", overrides=(_formats(recipe, untried),))
+            yield Remedy(text="a format that loses less: rounding costs it", overrides=(_formats(recipe, untried),))
         else:
-            yield Remedy(text="rounding costs it, and no format of more bits is left")
+            yield Remedy(text="rounding costs it, and no format that loses less is left")
         return
     if recipe.train.steps and teacher_is_behind(report):
         yield longer_teacher(recipe)
@@ -238,7 +240,7 @@ def teacher_is_behind(report: Report) -> bool:
 def _smaller(recipe: Recipe, file: MeasuredFile) -> Iterator[Remedy]:
     untried = _untried(recipe, file, larger=False)
     if untried:
-        yield Remedy(text="fewer bits", overrides=(_formats(recipe, untried),))
+        yield Remedy(text="a smaller format", overrides=(_formats(recipe, untried),))
     yield Remedy(text="a smaller student: fewer or narrower layers in sweep.students")
 
 
@@ -256,15 +258,13 @@ def _others(recipe: Recipe, report: Report, rule: Rule, file: MeasuredFile) -> I
 
 
 def _untried(recipe: Recipe, file: MeasuredFile, larger: bool) -> list[str]:
-    """Formats of more bits than a file's, or of fewer, that the recipe does not write. Sections list theirs from the
-    largest to the smallest.
-    """
-    every: list[Any] = list(FORMATS[recipe.compress.kind].section.model_fields["formats"].default)
+    """The next formats that are better than a file's, or smaller, and that the recipe does not write."""
+    every = FORMATS[recipe.compress.kind].section.by_quality
     if file.format not in every:
         return []
     place = every.index(file.format)
-    there = every[:place] if larger else every[place + 1 :]
-    return [each for each in there if each not in recipe.compress.formats]
+    there = every[:place][::-1] if larger else every[place + 1 :]
+    return [each for each in there if each not in recipe.compress.formats][:MOST_FORMATS]
 
 
 def _formats(recipe: Recipe, more: list[str]) -> str:

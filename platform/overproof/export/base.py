@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from overproof.config.export import FormatSection
 
 if TYPE_CHECKING:
+    from overproof.artifacts import Artifact
     from overproof.models.sizes import ModelSize
 
 
@@ -21,6 +22,9 @@ class ExportContext:
     recipe: str  # its name
     teacher: Path  # the teacher's directory
     tokenizer: Path | None  # tokenizer.json, where the rows are of tokens
+    prepared: Artifact | None = None  # the data, for variants that are calibrated
+    seed: int = 0  # of its order
+    tell: Callable[[str], None] = lambda _: None  # hears what is done now
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from overproof.config.base import Count, Section
 from overproof.config.export import FormatSection
 from overproof.data.manifest import TOKENIZER
+from overproof.errors import InputError
 from overproof.export import llama_cpp_converter
 from overproof.export.base import Difference, ExportContext
 from overproof.models.base import GgufFamily
@@ -23,11 +25,30 @@ WRITTEN_TASK = "language_modeling"  # whose models a GGUF file holds
 HALF_PRECISION_NATS = 0.1  # half precision keeps 11 bits: measured on SmolLM2-135M, 0.007
 
 
+class Calibration(Section):
+    """The train rows that variants with ``-imatrix`` and ``-gptq`` are calibrated on."""
+
+    rows: Count = Field(128, description="Rows, the first in training order.")
+
+
 class Gguf(FormatSection):
-    """llama.cpp's file format, for language models."""
+    """llama.cpp's file format, for language models.
+
+    Variants are named as in llama.cpp, with how they are rounded: by itself each number goes to the nearest; with
+    ``-imatrix`` errors count as much as the inputs that meet them; with ``-gptq`` later columns make up for earlier
+    ones, too (arXiv 2210.17323), in a file of the same size.
+    """
 
     kind: Literal["gguf"] = "gguf"
-    formats: tuple[Literal["q8_0", "q4_0"], ...] = Field(("q8_0", "q4_0"), min_length=1)
+    by_quality: ClassVar[tuple[str, ...]] = ("q8_0", "q6_k", "q5_k_m-gptq", "q4_k_m-gptq", "q4_0-gptq", "q4_0")
+    formats: tuple[
+        Literal[
+            "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q6_k-imatrix", "q5_k_m-imatrix", "q4_k_m-imatrix",
+            "q4_0-imatrix", "q5_k_m-gptq", "q4_k_m-gptq", "q4_0-gptq",
+        ],
+        ...,
+    ] = Field(("q8_0", "q4_0"), min_length=1)  # fmt: skip
+    calibration: Calibration = Calibration()
     chat_template: str | None = Field(
         None,
         description="Jinja text that makes a prompt of chat messages; null takes the teacher's own, if any.",
@@ -79,19 +100,31 @@ class GgufFormat:
     def write(self, source: Path, file: Path, variant: str, context: ExportContext, unquantised: Path) -> None:
         from overproof.engines.chat_template import require_chat_template
         from overproof.engines.gguf_tokens import read_gguf_header
+        from overproof.export.gguf_calibration import CalibrationRows
         from overproof.export.gguf_file import export_gguf
         from overproof.export.gguf_name import written_name
         from overproof.export.gguf_rewrite import convert_gguf
         from overproof.models.hf_directory import chat_template, read_config
 
         assert context.tokenizer is not None
+        rows = None
+        if context.prepared is not None:
+            rows = CalibrationRows(context.prepared, context.seed, context.settings.calibration.rows)
         template = context.settings.chat_template or chat_template(context.teacher)
         name = f"{context.recipe} {file.stem}"
         if not isinstance(family_of(read_config(source), source)[1], GgufFamily):
+            if "-" in variant:
+                able = ", ".join(kind for kind, family in FAMILIES.items() if isinstance(family, GgufFamily))
+                raise InputError(
+                    f"compress.formats: {variant} is calibrated, as models of {able} can be alone: leave it out"
+                )
             name = written_name(name, context.tokenizer.read_text(encoding="utf-8"))
             convert_gguf(source, unquantised, file, variant, name, template)  # type: ignore[arg-type]
         else:
-            export_gguf(source, context.tokenizer, file, format=variant, name=name, chat_template=template)  # type: ignore[arg-type]
+            export_gguf(
+                source, context.tokenizer, file, format=variant, name=name, chat_template=template, rows=rows,  # type: ignore[arg-type]
+                tell=lambda done, of: context.tell(f"{file.stem}: calibrated {done} of {of} layers"),
+            )  # fmt: skip
         if variant == self.unquantised:  # the others of its model have the same
             require_chat_template(read_gguf_header(file), file.name)
 

@@ -6,10 +6,11 @@ so an engine needs nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import numpy as np
@@ -21,8 +22,11 @@ from transformers import PreTrainedModel
 
 from overproof.engines.gguf_tokens import naming_gguf_faults
 from overproof.errors import InputError
+from overproof.export.ggml_blocks import Bytes, dequantise, quantise
+from overproof.export.gguf_calibration import CalibrationRows, MatrixRounder
 from overproof.export.gguf_check import check_configuration, gguf_family_of
 from overproof.export.gguf_name import written_name
+from overproof.export.gguf_types import EMBEDDINGS, OUTPUT, GgufVariant, TensorTypes, mix_of
 from overproof.export.gguf_vocabulary import add_vocabulary
 from overproof.models import gguf_rope, hf_directory
 from overproof.models.base import GgufFamily
@@ -30,19 +34,6 @@ from overproof.models.gguf_layout import GgufContent, GgufLayout, Weights
 from overproof.models.pretrained import weight_files
 from overproof.registry import FAMILIES
 
-GgufVariant = Literal["f32", "f16", "q8_0", "q4_0"]
-
-FILE_TYPES: dict[GgufVariant, tuple[Ggml, gguf.LlamaFileType]] = {
-    "f32": (Ggml.F32, gguf.LlamaFileType.ALL_F32),
-    "f16": (Ggml.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "q8_0": (Ggml.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-    "q4_0": (Ggml.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
-}
-# The table of a tied model is also its last matrix; in four bits that costs the most where it can be seen most.
-OUTPUT = "output.weight"
-EMBEDDINGS = "token_embd.weight"
-VOCABULARY_TENSORS = (EMBEDDINGS, OUTPUT)
-WHOLE_TENSORS = ("position_embd.weight",)  # which llama.cpp looks up in fp32
 ROPE_TENSORS = (gguf_rope.FREQUENCIES, gguf_rope.LONG, gguf_rope.SHORT)
 SUFFIXES = (".weight", ".bias")
 END_TOKENS = {"tokenizer.ggml.bos_token_id": "bos_token_id", "tokenizer.ggml.eos_token_id": "eos_token_id"}
@@ -63,11 +54,13 @@ class _Tensor:
 
 
 def export_gguf(
-    model: Path, tokenizer: Path, path: Path, format: GgufVariant, name: str, chat_template: str | None = None
-) -> None:
+    model: Path, tokenizer: Path, path: Path, format: GgufVariant, name: str, chat_template: str | None = None,
+    rows: CalibrationRows | None = None, tell: Callable[[int, int], None] = lambda *_: None,
+) -> None:  # fmt: skip
     """Write a Hugging Face directory of a decoder as one GGUF file, a tensor at a time; ``path`` appears when complete.
 
-    ``chat_template`` (Jinja) goes into the file, and ``name`` as llama.cpp may read it (see ``gguf_name``).
+    ``chat_template`` (Jinja) goes into the file, and ``name`` as llama.cpp may read it (see ``gguf_name``). On ``rows``
+    a variant with ``-imatrix`` or ``-gptq`` is calibrated; ``tell`` hears how many layers that is through with.
 
     Raises:
         InputError: the model or its tokenizer has a feature that this export does not cover.
@@ -76,18 +69,19 @@ def export_gguf(
     config = family.model_class().config_class.from_pretrained(model)
     layout = family.gguf
     check_configuration(kind, layout, config, model)
-    base, file_type = FILE_TYPES[format]
+    mix, rounding = mix_of(format)
+    types = TensorTypes(mix, config.num_hidden_layers, layout.repeats_embeddings or not config.tie_word_embeddings)
     part = path.with_name(f"{path.name}.part")
     writer = gguf.GGUFWriter(part, layout.architecture)
     writer.add_name(written_name(name, tokenizer.read_text(encoding="utf-8")))
     for key, value in layout.metadata(config).items():
         ADDERS[type(value)](writer, f"{layout.architecture}.{key}", value)
-    writer.add_file_type(file_type)
+    writer.add_file_type(mix.file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_vocabulary(writer, tokenizer, config)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
-    tensors, extra = list(_tensors(model, family, config, base)), layout.extra_tensors(config)
+    tensors, extra = list(_tensors(model, family, config, types)), layout.extra_tensors(config)
     for tensor in tensors:
         dtype, bytes_shape = _layout(tensor)
         size_bytes = int(np.prod(bytes_shape)) * dtype.itemsize
@@ -97,16 +91,28 @@ def export_gguf(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor in tensors:
-        with safe_open(tensor.file, framework="pt") as opened:
-            weights: Weights = opened.get_tensor(tensor.source).to(torch.float32).numpy()
-        change = layout.change(tensor.source)
-        changed = weights if change is None else change.to_gguf(weights, config)
-        writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(changed), tensor.type))
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        kinds = {tensor.source: tensor.type for tensor in tensors}
+        rounder = MatrixRounder(family, config, kinds, rounding, Path(folder))
+        if rounding != "plain":
+            assert rows is not None
+            rounder.round_all(model, rows, tell)
+        for tensor in tensors:
+            writer.write_tensor_data(_written(tensor, layout, config, rounder))
     for vector in extra.values():
         writer.write_tensor_data(vector)
     writer.close()
     part.replace(path)
+
+
+def _written(tensor: _Tensor, layout: GgufLayout, config: Any, rounder: MatrixRounder) -> Bytes:
+    rounded = rounder.blocks(tensor.source)
+    if rounded is not None:
+        return rounded
+    with safe_open(tensor.file, framework="pt") as opened:
+        weights: Weights = opened.get_tensor(tensor.source).to(torch.float32).numpy()
+    change = layout.change(tensor.source)
+    return quantise(weights if change is None else change.to_gguf(weights, config), tensor.type)
 
 
 def read_gguf(path: Path) -> PreTrainedModel:
@@ -166,11 +172,10 @@ def _family_by_layout(architecture: str, path: Path) -> Any:
 
 
 def _dequantised(tensor: gguf.ReaderTensor) -> Weights:
-    weights: Weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-    return weights
+    return dequantise(tensor.data, tensor.tensor_type)
 
 
-def _tensors(model: Path, family: Any, config: Any, base: Ggml) -> Iterator[_Tensor]:
+def _tensors(model: Path, family: Any, config: Any, types: TensorTypes) -> Iterator[_Tensor]:
     names = _names(family.gguf, config)
     for file in map(Path, weight_files(fs.LocalFileSystem(), str(model))):
         with safe_open(file, framework="pt") as opened:
@@ -185,13 +190,7 @@ def _tensors(model: Path, family: Any, config: Any, base: Ggml) -> Iterator[_Ten
                     shape = shape[::-1]
                 again = [OUTPUT] if family.gguf.repeats_embeddings and config.tie_word_embeddings else []
                 for written in (name, *(again if name == EMBEDDINGS else ())):
-                    yield _Tensor(file, source, written, shape, tensor_type(written, shape, base))
-
-
-def tensor_type(name: str, shape: tuple[int, ...], base: Ggml) -> Ggml:
-    if len(shape) == 1 or name in WHOLE_TENSORS:
-        return Ggml.F32
-    return Ggml.Q8_0 if base is Ggml.Q4_0 and name in VOCABULARY_TENSORS else base
+                    yield _Tensor(file, source, written, shape, types.of(written, shape))
 
 
 def _layout(tensor: _Tensor) -> tuple[np.dtype[Any], tuple[int, ...]]:

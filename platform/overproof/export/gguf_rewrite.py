@@ -14,8 +14,9 @@ from gguf import GGUFValueType
 
 from overproof.engines.gguf_tokens import CHAT_TEMPLATE
 from overproof.export import llama_cpp_converter
+from overproof.export.ggml_blocks import dequantise, quantise
 from overproof.export.gguf_check import BLOCK
-from overproof.export.gguf_file import EMBEDDINGS, FILE_TYPES, GgufVariant, tensor_type
+from overproof.export.gguf_types import EMBEDDINGS, OUTPUT, GgufVariant, TensorTypes, mix_of
 from overproof.export.gguf_vocabulary import UNREACHED, unused_token
 
 OWN_KEYS = ("GGUF.", "general.architecture", "general.name", "general.file_type", "general.quantization_version")
@@ -54,11 +55,14 @@ def rewrite_gguf(source: Path, file: Path, variant: GgufVariant, name: str, chat
     fewer entries than the model has rows is filled up with unused ones: llama.cpp loads no other.
     """
     reader = gguf.GGUFReader(source)
-    base, file_type = FILE_TYPES[variant]
+    architecture = reader.fields["general.architecture"].contents()
+    layers = int(reader.fields[f"{architecture}.block_count"].contents())
+    mix, _ = mix_of(variant)
+    kinds = TensorTypes(mix, layers, any(tensor.name == OUTPUT for tensor in reader.tensors))
     part = file.with_name(f"{file.name}.part")
-    writer = gguf.GGUFWriter(part, reader.fields["general.architecture"].contents())
+    writer = gguf.GGUFWriter(part, architecture)
     writer.add_name(name)
-    writer.add_file_type(file_type)
+    writer.add_file_type(mix.file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     rows = next(_shape(tensor)[0] for tensor in reader.tensors if tensor.name == EMBEDDINGS)
     for key, field in reader.fields.items():
@@ -71,7 +75,7 @@ def rewrite_gguf(source: Path, file: Path, variant: GgufVariant, name: str, chat
         writer.add_key_value(key, value, field.types[0], sub_type=inner)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
-    types = {tensor.name: _written_type(tensor, base) for tensor in reader.tensors}
+    types = {tensor.name: _written_type(tensor, kinds) for tensor in reader.tensors}
     for tensor in reader.tensors:
         shape, kind = _shape(tensor), types[tensor.name]
         if kind in (Ggml.F32, Ggml.F16):
@@ -85,8 +89,8 @@ def rewrite_gguf(source: Path, file: Path, variant: GgufVariant, name: str, chat
     for tensor in reader.tensors:
         kind = types[tensor.name]
         kept = tensor.tensor_type is kind
-        weights = tensor.data if kept else gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        writer.write_tensor_data(weights if kept else gguf.quants.quantize(np.ascontiguousarray(weights), kind))
+        written = tensor.data if kept else quantise(dequantise(tensor.data, tensor.tensor_type), kind)
+        writer.write_tensor_data(written)
     writer.close()
     part.replace(file)
 
@@ -95,8 +99,8 @@ def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
     return tuple(int(length) for length in reversed(tensor.shape))
 
 
-def _written_type(tensor: gguf.ReaderTensor, base: Ggml) -> Ggml:
+def _written_type(tensor: gguf.ReaderTensor, kinds: TensorTypes) -> Ggml:
     if tensor.tensor_type not in WIDE:
         return tensor.tensor_type
     shape = _shape(tensor)
-    return tensor_type(tensor.name, shape, base) if shape[-1] % BLOCK == 0 else Ggml.F16
+    return kinds.of(tensor.name, shape) if shape[-1] % BLOCK == 0 else Ggml.F16

@@ -59,11 +59,14 @@ def export_models(context: StageContext) -> dict[str, Any]:
     """
     settings, written = context.recipe.compress, FORMATS[context.recipe.compress.kind]
     prepared, teacher = context.parents["prepare"], context.parents["train"].local("model/") / "model"
-    given = ExportContext(settings, context.recipe.name, teacher, Manifest.read(prepared).tokenizer(prepared))
     planned = list(_planned(context, written))
-    companions = written.companions(given)
     exports: list[Export] = []
     with context.draft.directory() as root, Heartbeat(context.progress, "compress", len(planned)) as heartbeat:
+        given = ExportContext(
+            settings, context.recipe.name, teacher, Manifest.read(prepared).tokenizer(prepared), prepared,
+            context.recipe.seed, heartbeat.update_note,
+        )  # fmt: skip
+        companions = written.companions(given)
         for name, student, variant, source in planned:
             heartbeat.start_phase(len(exports), f"{name} to {settings.kind}, {variant}")
             file = root / f"{name}{written.suffix}"

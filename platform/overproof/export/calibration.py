@@ -1,0 +1,118 @@
+"""Layer after layer of a model over a calibration set: what each matrix is multiplied with, and new weights for it.
+
+Later layers see what earlier ones give with their new weights, so that rounding is measured where it is felt. One
+layer's sums are in memory at a time, beside the activations between two layers.
+
+Shapes: S tokens of a row, D numbers of a token, C columns of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Batch = dict[str, Tensor]
+Renew = Callable[[str, Tensor, Tensor], Tensor | None]
+
+
+@dataclass
+class _Call:
+    """How the model called a layer for a batch."""
+
+    arguments: tuple[Any, ...]  # behind the activations
+    named: dict[str, Any]
+
+
+@torch.inference_mode()
+def calibrate(
+    model: PreTrainedModel, layers: str, batches: Iterable[Batch], ask: Callable[[PreTrainedModel, Batch], object],
+    renew: Renew, tell: Callable[[int, int], None],
+) -> None:  # fmt: skip
+    """Give ``renew`` each matrix of each layer: its name in the model, its weights, and the sum of x xᵀ over what it is
+    given, (C, C) in fp32. Where that gives weights back, the layers that follow work with those.
+
+    ``layers`` names the list of layers, ``ask`` calls the model with a batch, ``tell`` hears how many layers are done.
+    """
+    named = model.get_submodule(layers)
+    assert isinstance(named, nn.ModuleList)
+    stack = list(named)
+    hidden, calls = _called(model, stack, batches, ask)
+    for number, layer in enumerate(stack):
+        tell(number, len(stack))
+        matrices = {name: module for name, module in layer.named_modules() if _is_matrix(module)}
+        with _summed(matrices) as sums:
+            for states_BSD, call in zip(hidden, calls[number], strict=True):
+                layer(states_BSD, *call.arguments, **call.named)
+        for name, module in matrices.items():
+            new = renew(f"{layers}.{number}.{name}.weight", module.weight.data, sums[name])
+            if new is not None:
+                module.weight.data = new.to(module.weight.dtype)
+        for batch, call in enumerate(calls[number]):
+            hidden[batch] = _activations(layer(hidden[batch], *call.arguments, **call.named))
+    tell(len(stack), len(stack))
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+
+
+def _called(
+    model: PreTrainedModel,
+    stack: Sequence[nn.Module],
+    batches: Iterable[Batch],
+    ask: Callable[[PreTrainedModel, Batch], object],
+) -> tuple[list[Tensor], list[list[_Call]]]:
+    """What the first layer is given of each batch, and how every layer is called."""
+    hidden, calls = list[Tensor](), [list[_Call]() for _ in stack]
+
+    def note(number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if number == 0:
+                hidden.append(arguments[0])
+            calls[number].append(_Call(arguments[1:], dict(named)))
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(note(i), with_kwargs=True) for i, layer in enumerate(stack)]
+    try:
+        for batch in batches:
+            ask(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return hidden, calls
+
+
+@contextmanager
+def _summed(matrices: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """The sums of x xᵀ over what these modules are given within."""
+    sums = dict[str, Tensor]()
+
+    def add(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            inputs_NC = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
+            if name not in sums:
+                sums[name] = inputs_NC.T @ inputs_NC
+            else:
+                sums[name].addmm_(inputs_NC.T, inputs_NC)
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(add(name)) for name, module in matrices.items()]
+    try:
+        yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _activations(found: Any) -> Tensor:
+    activations: Tensor = found if isinstance(found, Tensor) else found[0]
+    return activations
