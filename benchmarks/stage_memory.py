@@ -233,7 +233,11 @@ def planned(setting: Setting, phase: str) -> int:
         return stage_memory.student_memory(student, few_validations(recipe.sweep))
     assert isinstance(written, SizedFormat)
     assert isinstance(engine, ScoringLoader)
-    return written.export_memory(student) if kind == "export" else engine.scoring_memory(student, shape.positions)
+    return (
+        written.export_memory(recipe.compress, student)
+        if kind == "export"
+        else engine.scoring_memory(student, shape.positions)
+    )
 
 
 def anonymous(pid: int | str = "self") -> int:

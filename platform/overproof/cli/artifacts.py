@@ -131,19 +131,22 @@ def print_package(where: str, package: Artifact) -> None:
 
 def _summary_table(name: str, report: Report, verdict: Verdict) -> Table:
     """Every export with its quality, size, speed and verdict."""
+    from overproof.evaluate.gate import teacher_loss
+
     broken = {c.name: [r.rule for r in c.reasons if not r.passed] for c in verdict.candidates}
     task = TASKS[report.task]
-    table = Table("model", task.quality.title, "agreement", "MB", "p50 / p95 ms", task.speed_unit, "verdict",
-                  title=name)  # fmt: skip
+    columns = ("model", "against the teacher", task.quality.title, "agreement", "MB", "p50 / p95 ms", task.speed_unit)
+    table = Table(*columns, "verdict", title=name)
     if report.served_teacher is not None:
         quality = report.served_teacher.metrics[report.quality]
-        table.add_row("teacher (served)", f"{quality.value:.4f} ± {_half(quality):.4f}", "", "", "", "", "")
+        table.add_row("teacher (served)", "", f"{quality.value:.4f} ± {_half(quality):.4f}", "", "", "", "", "")
     for measured in report.measured:
         quality, agreement = measured.metrics[report.quality], measured.metrics["agreement"]
         rules = broken.get(measured.name)
         outcome = "" if rules is None else f"[red]refused: {', '.join(rules)}[/]" if rules else "[green]passed[/]"
         rate = measured.metrics.get(task.speed)  # a model may end every answer at once
-        table.add_row(measured.name, f"{quality.value:.4f} ± {_half(quality):.4f}", format_percent(agreement.value),
+        table.add_row(measured.name, teacher_loss(report, measured.name),
+                      f"{quality.value:.4f} ± {_half(quality):.4f}", format_percent(agreement.value),
                       f"{measured.size_bytes / 1e6:.2f}", _latency(measured), f"{rate.value:,.0f}" if rate else "",
                       f"{outcome}{' · shipped' if measured.name == verdict.chosen else ''}")  # fmt: skip
     return table

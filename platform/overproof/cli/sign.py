@@ -68,6 +68,6 @@ def verify(package: str, store: str, keys: str | None, policies: Sequence[str]) 
     out.print(f"package  {found.content.id}", markup=False)
     out.print(f"signer   {unasked if signer is None else f'key {signer}'}", markup=False)
     out.print(f"policy   {found.listing.policy_sha256}", markup=False)
-    for reason in found.reasons:
-        out.print(f"verdict  {reason.text}", markup=False)
+    for line in found.judged.lines:
+        out.print(f"verdict  {line}", markup=False)
     return 0

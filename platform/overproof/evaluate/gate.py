@@ -43,11 +43,17 @@ class Reason(FrozenModel):
 
 
 class CandidateVerdict(FrozenModel):
-    """One compressed file: it passes when every rule does."""
+    """One compressed file: it passes when every rule does. Whatever the rules ask, first comes what it lost."""
 
     name: str
     passed: bool
+    lost: str = ""  # against the teacher, in words; empty where the file is the teacher's own, or an older version's
     reasons: tuple[Reason, ...]
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What it lost, and what each rule found."""
+        return tuple(filter(None, (self.lost, *(reason.text for reason in self.reasons))))
 
 
 class Verdict(FrozenModel):
@@ -80,7 +86,25 @@ def judge(gate: Gate, report: Report) -> Verdict:
 
 def _judge_one(gate: Gate, report: Report, candidate: MeasuredFile) -> CandidateVerdict:
     reasons = tuple(check_rule(rule, report, candidate) for rule in gate.rules)
-    return CandidateVerdict(name=candidate.name, passed=all(r.passed for r in reasons), reasons=reasons)
+    title, loss = TASKS[report.task].quality.title, teacher_loss(report, candidate.name)
+    return CandidateVerdict(
+        name=candidate.name,
+        passed=all(r.passed for r in reasons),
+        lost=f"{title} against the teacher: {loss or 'not measured'}",
+        reasons=reasons,
+    )
+
+
+def teacher_loss(report: Report, name: str) -> str:
+    """What a file lost against the teacher, or gained, such as ``1.40 % worse (1.10 to 1.70 %)``; empty where that was
+    not measured.
+    """
+    found, quality = report.compare(name, "teacher"), TASKS[report.task].quality
+    if found is None:
+        return ""
+    if found.low is None or found.high is None:
+        return f"{_amount(found, quality)} (no interval)"
+    return f"{_amount(found, quality)} ({_ends(found.low, found.high, found.value > 0)} {quality.difference_unit})"
 
 
 def check_rule(rule: Rule, report: Report, candidate: MeasuredFile) -> Reason:
@@ -228,9 +252,16 @@ def _difference(found: Comparison, quality: QualityMetric) -> str:
     """Such as ``1.40 % worse than student (interval 1.10 to 1.70 %)``; a negative end means the other direction."""
     assert found.low is not None
     assert found.high is not None
-    worse = found.value > 0
-    near, far = (found.low, found.high) if worse else (0.0 - found.high, 0.0 - found.low)
+    interval = f"interval {_ends(found.low, found.high, found.value > 0)} {quality.difference_unit}"
+    return f"{_amount(found, quality)} than {found.against} ({interval})"
+
+
+def _amount(found: Comparison, quality: QualityMetric) -> str:
+    worse, better = quality.comparatives
+    return f"{100 * abs(found.value):.2f} {quality.difference_unit} {worse if found.value > 0 else better}"
+
+
+def _ends(low: float, high: float, worse: bool) -> str:
+    near, far = (low, high) if worse else (0.0 - high, 0.0 - low)
     near, far = (0.0 if abs(end) < 5e-5 else end for end in (near, far))
-    unit, words = quality.difference_unit, quality.comparatives
-    interval = f"interval {100 * near:.2f} to {100 * far:.2f} {unit}"
-    return f"{100 * abs(found.value):.2f} {unit} {words[0] if worse else words[1]} than {found.against} ({interval})"
+    return f"{100 * near:.2f} to {100 * far:.2f}"

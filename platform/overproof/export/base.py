@@ -99,5 +99,7 @@ class Format(Protocol):
 class SizedFormat(Protocol):
     """What a format has beside that knows what writing takes."""
 
-    def export_memory(self, size: ModelSize) -> int:
-        """Bytes that writing and looking at a file takes at most, beside libraries and what is mapped from files."""
+    def export_memory(self, settings: Any, size: ModelSize) -> int:
+        """Bytes that writing and looking at a file takes at most, in the variants of the recipe's ``settings``, beside
+        libraries and what is mapped from files.
+        """

@@ -169,15 +169,23 @@ class GgufFormat:
 
         return read_gguf(file)
 
-    def export_memory(self, size: ModelSize) -> int:
-        """See ``SizedFormat``: the largest tensor as it is quantised, or llama.cpp and torch on a long row."""
+    def export_memory(self, settings: Gguf, size: ModelSize) -> int:
+        """See ``SizedFormat``: of a tensor that is quantised, both libraries on a long row, or a calibrated model."""
         from overproof.engines.llamacpp_memory import context_memory
+        from overproof.export.gguf_types import BATCH_TOKENS
 
         # A layer in torch, and one in llama.cpp.
         layers = 2 * LONG_ROW * FAMILIES[size.family].layer_memory(size, FP32_BYTES)
         compared = 5 * CHECKED_PLACES * size.outputs * FP32_BYTES  # logits and log-probabilities of both, and a product
         context = context_memory(size, LONG_ROW, CHECKED_PLACES, FP32_BYTES)
-        return max(FP32_BYTES * max(size.tensors), context + layers + compared)
+        calibrated = 0
+        if any("-" in variant for variant in settings.formats):
+            tokens = size.predictions * settings.calibration.rows
+            logits = BATCH_TOKENS * size.outputs * FP32_BYTES
+            sums = FP32_BYTES * (5 * size.hidden**2 + size.query_width**2 + size.intermediate**2)  # of a layer's inputs
+            between = FP32_BYTES * tokens * (2 * size.hidden + size.places)  # activations and masks
+            calibrated = FP32_BYTES * size.parameters + logits + sums + between
+        return max(FP32_BYTES * max(size.tensors), context + layers + compared, calibrated)
 
     def companions(self, context: ExportContext) -> Mapping[str, Path]:
         assert context.tokenizer is not None

@@ -20,13 +20,11 @@ from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.export.calibration import calibrate
 from overproof.export.ggml_blocks import Bytes, Weights, dequantise, quantise
-from overproof.export.gguf_types import Rounding, is_compensated
+from overproof.export.gguf_types import BATCH_TOKENS, Rounding, is_compensated
 from overproof.export.gptq import gptq
 from overproof.models.hf_directory import Batch, load_model, to_tensors
-from overproof.models.sizes import ModelSize
 from overproof.registry import TASKS
 
-BATCH_TOKENS = 1024
 QUANTISED = (Ggml.Q4_0, Ggml.Q5_0, Ggml.Q5_1, Ggml.Q4_K, Ggml.Q5_K, Ggml.Q6_K)  # of q8_0 there is nothing to gain
 
 
@@ -94,9 +92,3 @@ class MatrixRounder:
         if change is not None:
             rounded = np.ascontiguousarray(change.from_gguf(rounded, self.config))
         return torch.from_numpy(rounded)
-
-
-def calibration_memory(size: ModelSize, tokens: int) -> int:
-    """Bytes that calibration takes at most, beside the model: a layer's sums, and activations between two layers."""
-    widest = max(size.tensors) // size.hidden
-    return 4 * (4 * size.hidden**2 + widest**2 + 2 * tokens * size.hidden)

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from overproof.config import Section
 from overproof.config.search import apply_values
 from overproof.data.manifest import Manifest
-from overproof.evaluate.gate import Verdict
+from overproof.evaluate.gate import Verdict, teacher_loss
 from overproof.evaluate.metrics import EXPECTED_ACCURACY, MeasuredFile, Report
 from overproof.evaluate.outcome import Outcome
 from overproof.package.speculation import SpeculationResult
@@ -129,10 +129,11 @@ def _table(report: Report, verdict: Verdict) -> list[tuple[str, ...]]:
     words = {c.name: "passed" if c.passed else "refused" for c in verdict.candidates}
     if verdict.chosen is not None:
         words[verdict.chosen] = "**packaged**"
-    head = ("export", "format", "MB", *(title for title, _, _ in columns.values()), "verdict")
+    head = ("export", "against the teacher", "format", "MB", *(title for title, _, _ in columns.values()), "verdict")
     rows = [
         (
             f"`{m.name}`",
+            teacher_loss(report, m.name),
             m.format,
             f"{m.size_bytes / 1e6:.2f}",
             *_cells(m.metrics, columns),
@@ -142,7 +143,7 @@ def _table(report: Report, verdict: Verdict) -> list[tuple[str, ...]]:
     ]
     teacher = report.served_teacher
     if teacher is not None:
-        rows.insert(0, ("`teacher`", "served", "", *_cells(teacher.metrics, columns), ""))
+        rows.insert(0, ("`teacher`", "", "served", "", *_cells(teacher.metrics, columns), ""))
     return [head, tuple("---" for _ in head), *rows]
 
 

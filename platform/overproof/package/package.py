@@ -20,7 +20,7 @@ from pyarrow import fs
 from overproof.artifacts import RECORD, TOOLS, Store
 from overproof.data.manifest import Manifest
 from overproof.errors import GateRefused, InputError
-from overproof.evaluate.gate import VERDICT, CandidateVerdict, Reason, Verdict, judge
+from overproof.evaluate.gate import VERDICT, CandidateVerdict, Verdict, judge
 from overproof.evaluate.metrics import REPORT, MeasuredFile, Report
 from overproof.evaluate.outcome import OUTCOME, Outcome
 from overproof.files import FileEntry, Parsed, absolute_uri, file_sha256, filesystem, parse_json, read_json
@@ -62,10 +62,9 @@ class Package:
         return self.listing.content
 
     @property
-    def reasons(self) -> tuple[Reason, ...]:
-        """Why the packaged file may be served."""
-        of = self.drafted or next(c for c in self.verdict.candidates if c.name == self.content.candidate)
-        return of.reasons
+    def judged(self) -> CandidateVerdict:
+        """What the packaged file lost against the teacher, and why it may be served."""
+        return self.drafted or next(c for c in self.verdict.candidates if c.name == self.content.candidate)
 
     @property
     def model(self) -> Path:

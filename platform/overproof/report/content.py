@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from overproof.artifacts import Artifact
-from overproof.evaluate.gate import Verdict
+from overproof.evaluate.gate import Verdict, teacher_loss
 from overproof.evaluate.metrics import EXPECTED_ACCURACY, MeasuredFile, Report
 from overproof.evaluate.outcome import Outcome, curve_files, read_curve
 from overproof.registry import TASKS
@@ -173,6 +173,7 @@ def _file(
         "candidate": measured.candidate,
         "passed": passed,
         "format": measured.format,
+        "lost": teacher_loss(report, measured.name),
         **_interval(quality),
         "agreement": measured.metrics["agreement"].value,
         "expected": _share(measured.metrics.get(EXPECTED_ACCURACY)),

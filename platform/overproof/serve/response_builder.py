@@ -331,7 +331,7 @@ def model_info(package: Package) -> ModelInfo:
             format=content.model_format,
             sha256=package.sha256,
             size_bytes=package.size_bytes,
-            verdict=[reason.text for reason in package.reasons],
+            verdict=list(package.judged.lines),
             parents=content.parents,
             signed_by=package.signed_by,
         ),
