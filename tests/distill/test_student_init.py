@@ -21,7 +21,8 @@ from overproof.artifacts import Artifact, Store
 from overproof.cluster import preflight
 from overproof.config import Pretrained, Student, TeacherLayers
 from overproof.data.manifest import TOKENIZER, Manifest
-from overproof.distill.student_init import initial_student, keep_layers
+from overproof.distill.pruning import keep_layers
+from overproof.distill.student_init import initial_student
 from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.student_validation import check_student
 from overproof.distill.trial_job import CONTROL
@@ -143,7 +144,7 @@ def test_a_directory_is_taken_as_it_is(world: World, tmp_path: Path, monkeypatch
     job = job_of(context, "begun")
     assert job.student.model == Pretrained(path=str(tmp_path / "pruned"))
     check_student(job.student, job.prepared, job.trained)
-    found = initial_student(job.student.model, manifest, SEED, tmp_path)
+    found = initial_student(job.student.model, manifest, SEED, tmp_path, job.prepared)
     assert found.training
     for name, value in model.state_dict().items():
         assert torch.equal(found.state_dict()[name], value)

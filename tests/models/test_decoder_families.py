@@ -22,7 +22,7 @@ from overproof.data.manifest import Manifest
 from overproof.data.token_parts import text_columns
 from overproof.data.tokenization import train_bpe
 from overproof.distill.feature_losses import capture_layers
-from overproof.distill.student_init import keep_layers
+from overproof.distill.pruning import keep_layers
 from overproof.distill.text_worker import generate
 from overproof.errors import InputError
 from overproof.export import gguf, gguf_file

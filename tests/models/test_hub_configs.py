@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from made_tokenizers import byte_level
 from overproof.config import Pretrained, TeacherLayers
-from overproof.distill.student_init import keep_layers
+from overproof.distill.pruning import keep_layers
 from overproof.errors import InputError
 from overproof.export.gguf_check import check_model
 from overproof.export.gguf_file import export_gguf

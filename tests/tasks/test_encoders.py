@@ -18,7 +18,7 @@ from overproof.data.manifest import Manifest
 from overproof.distill.feature_losses import capture_layers, relation_loss
 from overproof.distill.losses import Divergence
 from overproof.distill.objectives import DistillObjective, LiveTeacherObjective
-from overproof.distill.student_init import keep_layers
+from overproof.distill.pruning import keep_layers
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
 from overproof.export import stage

@@ -16,7 +16,7 @@ from overproof.artifacts import Artifact, Store
 from overproof.cluster import node_checks, ray_cluster, store_probe, upload
 from overproof.cluster.machine import memory_bytes
 from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
-from overproof.config import ModelSection, Pretrained, Recipe, Served, TeacherLayers, ZeroSettings
+from overproof.config import ModelSection, Pretrained, Pruned, Recipe, Served, TeacherLayers, ZeroSettings
 from overproof.config.search import Asha, Choice, Hyperband, Median, Pbt
 from overproof.data.manifest import Manifest
 from overproof.data.source_files import describe_skipped
@@ -33,8 +33,8 @@ from overproof.models.sizes import (
     family_of,
     require_apart,
     require_varlen,
+    student_config,
     student_size,
-    with_layers,
 )
 from overproof.registry import ENGINES, FAMILIES, FORMATS, TASKS
 from overproof.tasks.base import TokenTask
@@ -105,11 +105,11 @@ def require_exportable(recipe: Recipe) -> list[Finding]:
     for where, model in models.items():
         if isinstance(model, Pretrained):
             asked[f"{where}: {model.path}"] = _config_of_a_known_family(model.path, kind, where)
-        elif isinstance(model, TeacherLayers) and isinstance(taught, Pretrained):
+        elif isinstance(model, TeacherLayers | Pruned) and isinstance(taught, Pretrained):
             config = _config_of_a_known_family(taught.path, kind, where)
             _, family = family_of(config, taught.path)
-            fewer = with_layers(config, model.count, family.names)
-            asked[f"{where}: {model.count} layers of {taught.path}"] = fewer
+            part = f"{model.count} layers" if isinstance(model, TeacherLayers) else "what is left"
+            asked[f"{where}: {part} of {taught.path}"] = student_config(config, model, family.names)
     if asked:
         with console.waiting(f"asking {kind} about {format_count(len(asked), 'model')}"):
             check_models(kind, recipe.data.positions, asked)
@@ -164,7 +164,7 @@ def require_attention(recipe: Recipe) -> None:
                 "one text: expected sdpa"
             )
         for model in models:
-            source = recipe.train.model if isinstance(model, TeacherLayers) else model
+            source = recipe.train.model if isinstance(model, TeacherLayers | Pruned) else model
             if isinstance(source, Pretrained):
                 require_varlen(family_of(directory_config(source.path), source.path)[0], where)
             elif not isinstance(source, Served):

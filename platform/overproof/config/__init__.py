@@ -44,7 +44,7 @@ from overproof.config.evaluation import (
     Smaller,
 )
 from overproof.config.export import FormatSection, Speculate
-from overproof.config.models import LayeredModel, ModelSection, Pretrained, Served, TeacherLayers
+from overproof.config.models import LayeredModel, ModelSection, Pretrained, Pruned, Served, TeacherLayers
 from overproof.config.overrides import parse_overrides
 from overproof.config.recipe import Recipe, load_recipe
 from overproof.config.search import Asha, Grid, Hyperband, Median, NoStop, Pbt, Random, Space, Tpe, Tune
@@ -87,6 +87,7 @@ __all__ = [
     "ParquetSource",
     "Pbt",
     "Pretrained",
+    "Pruned",
     "Quality",
     "Random",
     "Recipe",

@@ -68,6 +68,38 @@ class TeacherLayers(ModelSection):
         return tuple((2 * i * (teacher - 1) + gaps) // (2 * gaps) for i in range(self.layers))
 
 
+class Pruned(ModelSection):
+    """The teacher without what matters least on train rows: layers, channels of the feed-forward layers, key heads.
+
+    Channels and heads matter by the size of what they give (arXiv 2407.14679), layers by how far they turn what they
+    are given (arXiv 2403.03853). What is null stays as the teacher has it.
+    """
+
+    kind: Literal["pruned"] = "pruned"
+    layers: Count | None = Field(None, description="Layers that stay.")
+    intermediate_size: Count | None = Field(None, description="Channels of each feed-forward layer that stay.")
+    kv_heads: Count | None = Field(None, description="Key heads of each layer that stay, with their query heads.")
+    rows: Count = Field(128, description="Train rows that say what matters, the first in training order.")
+
+    @model_validator(mode="after")
+    def _something_goes(self) -> Self:
+        if self.layers is None and self.intermediate_size is None and self.kv_heads is None:
+            raise ValueError("pruned: nothing is taken away; expected layers, intermediate_size or kv_heads")
+        return self
+
+    def require_fewer(self, layers: int, intermediate: int, kv_heads: int) -> None:
+        """Look whether a teacher with so many has more of each.
+
+        Raises:
+            InputError: it has not.
+        """
+        has = {"layers": layers, "intermediate_size": intermediate, "kv_heads": kv_heads}
+        for name, there in has.items():
+            wanted = getattr(self, name)
+            if wanted is not None and wanted > there:
+                raise InputError(f"{name} {wanted}: the teacher has {there}; expected at most that")
+
+
 class Served(ModelSection):
     """A teacher that runs elsewhere, behind an OpenAI-compatible endpoint that tells what its model says of the tokens
     of a prompt: vLLM's, or that of ``overproof serve``. Its weights are never here.
@@ -105,4 +137,4 @@ class Served(ModelSection):
 
 
 Model = Annotated[ModelSection, OneOf(FAMILIES, Pretrained, Served)]
-StudentModel = Annotated[ModelSection, OneOf(FAMILIES, TeacherLayers, Pretrained)]
+StudentModel = Annotated[ModelSection, OneOf(FAMILIES, TeacherLayers, Pruned, Pretrained)]

@@ -15,7 +15,7 @@ from overproof.config.data import BpeTokenizer, DataSection, TextData
 from overproof.config.distillation import Cache, Generate, Student, Sweep
 from overproof.config.evaluation import Evaluate, ExpectedAnswers, Gate, Smaller
 from overproof.config.export import FormatSection, Speculate
-from overproof.config.models import LayeredModel, Pretrained, Served, TeacherLayers
+from overproof.config.models import LayeredModel, Pretrained, Pruned, Served, TeacherLayers
 from overproof.config.overrides import set_override
 from overproof.config.search import Tune
 from overproof.config.serving import Serve
@@ -165,9 +165,9 @@ class Recipe(Section):
             )
         for index, student in enumerate(self.sweep.students):
             where = f"sweep.students.{index}"
-            if isinstance(student.model, TeacherLayers):
+            if isinstance(student.model, TeacherLayers | Pruned):
                 yield (
-                    f"{where}.model.kind 'teacher_layers'",
+                    f"{where}.model.kind {student.model.kind!r}",
                     "a model of its own, such as {kind: pretrained, path: ...}",
                 )
             if student.teacher == "live":

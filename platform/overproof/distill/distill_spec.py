@@ -43,7 +43,7 @@ class DistillSpec:
             InputError: it cannot start from what its settings name.
         """
         check_student(self.job.student, self.job.prepared, self.job.trained, self.job.progress)
-        return initial_student(self.job.student.model, manifest, seed, self._teacher_folder)
+        return initial_student(self.job.student.model, manifest, seed, self._teacher_folder, self.job.prepared)
 
     @property
     def sharding(self) -> Sharding | None:

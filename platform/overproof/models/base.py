@@ -79,6 +79,8 @@ class LayerNames:
     keys: str | None = None
     values: str | None = None
     fused: FusedAttention | None = None
+    attention_output: str | None = None  # from a layer; None where heads cannot be taken away by themselves
+    intermediate: str = "intermediate_size"  # a configuration's name of the feed-forward layer's channels
     per_layer: tuple[str, ...] = ()  # settings of a configuration that have one entry a place
     own_settings: tuple[str, ...] = ()  # the same, of one entry a layer: it takes it to its new place
     first_stays: bool = False  # whether the first layer lacks a part of the others

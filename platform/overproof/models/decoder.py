@@ -33,6 +33,7 @@ LLAMA_NAMES = LayerNames(
     queries="self_attn.q_proj",
     keys="self_attn.k_proj",
     values="self_attn.v_proj",
+    attention_output="self_attn.o_proj",
 )
 
 

@@ -34,6 +34,7 @@ FAMILY = EncoderFamily(
         queries="attention.q_lin",
         keys="attention.k_lin",
         values="attention.v_lin",
+        intermediate="hidden_dim",
     ),
     base=BaseNames(
         optional=("pre_classifier.", "classifier.", "vocab_"),

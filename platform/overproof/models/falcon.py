@@ -102,6 +102,7 @@ class FalconFamily(DecoderFamily):
         output="lm_head",
         feed_forward=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
         fused=FusedAttention("self_attention.query_key_value", _split),
+        intermediate="ffn_hidden_size",
     )
     varlen = False  # transformers has its attention in the model's own class
     tied = True

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
-from overproof.models.decoder import DecoderFamily, GroupedDecoderModel, Widths
+from overproof.models.decoder import LLAMA_NAMES, DecoderFamily, GroupedDecoderModel, Widths
 from overproof.models.gguf_layout import GgufLayout
 from overproof.models.sizes import FP32_BYTES, ModelSize
 
@@ -20,6 +21,7 @@ class Olmo2Family(DecoderFamily):
 
     section = Olmo2
     architectures = ("Olmo2ForCausalLM",)
+    names = replace(LLAMA_NAMES, attention_output=None)  # one norm has all heads
     gguf = GgufLayout(
         architecture="olmo2", assumed={"hidden_act": "silu", "attention_bias": False}, repeats_embeddings=True
     )

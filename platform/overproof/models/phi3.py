@@ -49,6 +49,7 @@ class Phi3Family(DecoderFamily):
     architectures = ("Phi3ForCausalLM",)
     names = replace(
         LLAMA_NAMES,
+        attention_output=None,
         feed_forward=("mlp.gate_up_proj", "mlp.down_proj"),
         queries=None,
         keys=None,

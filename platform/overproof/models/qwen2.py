@@ -20,7 +20,8 @@ class Qwen2Family(DecoderFamily):
 
     section = Qwen2
     architectures = ("Qwen2ForCausalLM",)
-    names = replace(LLAMA_NAMES, per_layer=("layer_types",))
+    # llama.cpp takes its queries to be as wide as the model.
+    names = replace(LLAMA_NAMES, per_layer=("layer_types",), attention_output=None)
     gguf = GgufLayout(architecture="qwen2", assumed={"hidden_act": "silu"})
 
     def layer_tensors(self, widths: Widths) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs
 
-from overproof.config.models import ModelSection, Pretrained, TeacherLayers
+from overproof.config.models import ModelSection, Pretrained, Pruned, TeacherLayers
 from overproof.config.training import Lora, Train
 from overproof.errors import InputError, suggest_name
 from overproof.files import filesystem, read_bytes, retried
@@ -120,12 +120,26 @@ def student_size(model: ModelSection, teacher: ModelSection, shape: DataShape) -
     Raises:
         InputError: a directory is not one of a model, or the teacher has fewer layers than the student asks for.
     """
-    if not isinstance(model, TeacherLayers):
+    if not isinstance(model, TeacherLayers | Pruned):
         return model_size(model, shape)
-    model.of(model_size(teacher, shape).layers)
+    whole = model_size(teacher, shape)
+    if isinstance(model, TeacherLayers):
+        model.of(whole.layers)
+    else:
+        kv_heads = _kv_heads(directory_config(teacher.path)) if isinstance(teacher, Pretrained) else 1
+        model.require_fewer(whole.layers, whole.intermediate, kv_heads)
     if isinstance(teacher, Pretrained):
-        return _directory_size(teacher.path, shape, model.count)
-    return model_size(teacher.model_copy(update={"layers": model.count}), shape)
+        return _directory_size(teacher.path, shape, model, whole.intermediate)
+    changed = {"layers": model.count} if isinstance(model, TeacherLayers) else _kept(model)
+    return model_size(teacher.model_copy(update=changed), shape)
+
+
+def _kept(model: Pruned) -> dict[str, int]:
+    return {name: n for name in ("layers", "intermediate_size") if (n := getattr(model, name)) is not None}
+
+
+def _kv_heads(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_key_value_heads") or config.get("num_attention_heads") or 1)
 
 
 def family_of(config: Mapping[str, Any], path: object) -> tuple[str, ModelFamily]:
@@ -205,6 +219,22 @@ def require_varlen(kind: str, where: str) -> None:
         )
 
 
+def student_config(config: Mapping[str, Any], model: TeacherLayers | Pruned, names: LayerNames) -> dict[str, Any]:
+    """The content of a config.json for what is left of its model."""
+    if isinstance(model, TeacherLayers):
+        return with_layers(config, model.count, names)
+    found = dict(config) if model.layers is None else with_layers(config, model.layers, names)
+    if model.intermediate_size is not None:
+        called = {name for name in (names.intermediate, "intermediate_size") if name in config} or {names.intermediate}
+        found |= dict.fromkeys(called, model.intermediate_size)
+    if model.kv_heads is not None:
+        heads, kv_heads = int(config["num_attention_heads"]), _kv_heads(config)
+        width = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+        found |= {"num_attention_heads": heads // kv_heads * model.kv_heads, "num_key_value_heads": model.kv_heads}
+        found |= {"head_dim": width}
+    return found
+
+
 def with_layers(config: Mapping[str, Any], layers: int, names: LayerNames) -> dict[str, Any]:
     """The content of a config.json for fewer layers: what a layer is by its place, it is by its new place."""
     lists = {name: config[name][:layers] for name in names.per_layer if isinstance(config.get(name), list)}
@@ -212,19 +242,29 @@ def with_layers(config: Mapping[str, Any], layers: int, names: LayerNames) -> di
     return {**config, **lists, **dict.fromkeys(called, layers)}
 
 
-def _directory_size(path: str, shape: DataShape, most_layers: int | None = None) -> ModelSize:
+def _directory_size(
+    path: str, shape: DataShape, student: TeacherLayers | Pruned | None = None, channels: int = 0
+) -> ModelSize:
+    """Of a directory's model, or of what a student takes from it, which has so many channels: layers are all alike."""
     config = directory_config(path)
     tensors = {name: math.prod(lengths) for name, lengths in _tensor_shapes(path).items()}
     _, family = family_of(config, path)
-    if most_layers is not None:  # all are alike
-        config["num_hidden_layers"] = most_layers
-        layers = family.names.layers.rsplit(".", 1)[-1]
+    names = family.names
+    layers = names.layers.rsplit(".", 1)[-1]
+    most_layers = None
+    if student is not None:
         if all(_layer_number(name, layers) < 0 for name in tensors):
             raise InputError(
-                f"{path}: keeps no layers at {family.names.layers}, so fewer of them cannot be taken; expected a "
+                f"{path}: keeps no layers at {names.layers}, so fewer of them cannot be taken; expected a "
                 "student of another kind, such as {kind: pretrained, path: ...}"
             )
-        tensors = {name: size for name, size in tensors.items() if _layer_number(name, layers) < most_layers}
+        most_layers = student.count if isinstance(student, TeacherLayers) else student.layers
+        if isinstance(student, Pruned):
+            tensors = _pruned_tensors(tensors, names, student, channels, _kv_heads(config))
+        if most_layers is not None:
+            tensors = {name: size for name, size in tensors.items() if _layer_number(name, layers) < most_layers}
+        config = student_config(config, student, names)
+        config |= {} if most_layers is None else {"num_hidden_layers": most_layers}
     try:
         found = family.directory_size(config, tensors, shape)
     except (KeyError, TypeError, ValueError) as error:
@@ -233,7 +273,28 @@ def _directory_size(path: str, shape: DataShape, most_layers: int | None = None)
         ) from None
     if most_layers is not None:
         return replace(found, layers=most_layers)
-    _require_same(path, config, tensors, family, found)
+    if student is None:
+        _require_same(path, config, tensors, family, found)
+    return found
+
+
+def _pruned_tensors(
+    tensors: Mapping[str, int], names: LayerNames, student: Pruned, channels: int, kv_heads: int
+) -> dict[str, int]:
+    """Numbers in each tensor once channels and heads are gone."""
+    if student.kv_heads is not None and (names.attention_output is None or names.queries is None):
+        raise InputError("kv_heads: heads of this family cannot be taken away by themselves; expected null")
+    *into, out = names.feed_forward
+    narrowed = {f".{name}.{end}" for name in into for end in ("weight", "bias")} | {f".{out}.weight"}
+    projections = (names.queries, names.keys, names.values)
+    heads = {f".{name}.{end}" for name in projections for end in ("weight", "bias")}
+    heads.add(f".{names.attention_output}.weight")
+    found = dict(tensors)
+    for name, numbers in tensors.items():
+        if student.intermediate_size is not None and name.endswith(tuple(narrowed)):
+            found[name] = numbers // channels * student.intermediate_size
+        elif student.kv_heads is not None and name.endswith(tuple(heads)):
+            found[name] = numbers // kv_heads * student.kv_heads
     return found
 
 

@@ -1,0 +1,277 @@
+"""What of a teacher matters least on train rows, and a smaller model without it.
+
+Channels of feed-forward layers and groups of heads matter by the size of what they give over a calibration set
+(Minitron, arXiv 2407.14679); layers by how far they turn what they are given, one minus the cosine of input and output
+(block influence, ShortGPT, arXiv 2403.03853). One pass of the teacher says all three. What comes out is a model of the
+same class with a smaller configuration, which every runtime of that class loads.
+
+Shapes: L layers, I channels of a feed-forward layer, K key heads, each with Q query heads of D numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from overproof.artifacts import Artifact
+from overproof.config.models import Pruned
+from overproof.data.manifest import MANIFEST, Manifest
+from overproof.data.parquet_reader import Shards
+from overproof.errors import InputError
+from overproof.files import file_sha256, local_cache
+from overproof.models.base import LayerNames
+from overproof.models.hf_directory import layer_names, to_tensors
+from overproof.registry import TASKS
+
+ROWS_AT_ONCE = 8
+FILE = "importance.npz"
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Of each part of a model; what it has not is empty."""
+
+    layers_L: NDArray[np.float64]
+    channels_LI: NDArray[np.float64]
+    heads_LK: NDArray[np.float64]
+
+
+def known_importance(model: PreTrainedModel, teacher: Path, prepared: Artifact, seed: int, rows: int) -> Importance:
+    """Of the teacher in a directory, on the first train rows in training order: measured once on each machine."""
+    weights = "".join(file_sha256(file) for file in sorted(teacher.glob("*.safetensors")))
+    data = prepared.record.files[MANIFEST].sha256
+    key = hashlib.sha256(f"{weights} {data} {seed} {rows}".encode()).hexdigest()
+
+    def make(folder: Path) -> None:
+        manifest = Manifest.read(prepared)
+        order, shards = manifest.order(seed), Shards(prepared, "train")
+        ids = order.rows_at(0, min(rows, order.rows))
+        batches = (to_tensors(shards.take(part)) for part in np.split(ids, range(ROWS_AT_ONCE, len(ids), ROWS_AT_ONCE)))
+        found = measure_importance(model, batches, TASKS[manifest.task].predict)
+        np.savez(folder / FILE, **vars(found))
+
+    return Importance(**np.load(local_cache(f"importance-{key}", make) / FILE))
+
+
+@torch.inference_mode()
+def measure_importance(
+    model: PreTrainedModel, batches: Iterable[Any], predict: Callable[[Any, Any], object]
+) -> Importance:
+    """One pass over the batches."""
+    names, was_training = layer_names(model), model.training
+    layers = list(model.get_submodule(names.layers).children())
+    turned, channels, heads = ([_Mean() for _ in layers] for _ in range(3))
+    kv_heads = _kv_heads(model, names)
+    with _listening() as listen:
+        for layer, turn, channel, head in zip(layers, turned, channels, heads, strict=True):
+            listen(layer.register_forward_hook(lambda _, i, o, turn=turn: turn.add(_turn(i[0], o))))
+            down = layer.get_submodule(names.feed_forward[-1])
+            listen(down.register_forward_pre_hook(lambda _, i, mean=channel: mean.add(i[0].abs())))
+            if kv_heads and names.attention_output:
+                out = layer.get_submodule(names.attention_output)
+                listen(out.register_forward_pre_hook(lambda _, i, mean=head: mean.add(_head_norms(i[0], kv_heads))))
+        model.eval()
+        for batch in batches:
+            predict(model, batch)
+    model.train(was_training)
+    return Importance(
+        np.array([mean.value.item() for mean in turned]),
+        np.stack([mean.value.double().numpy() for mean in channels]),
+        np.stack([mean.value.double().numpy() for mean in heads]) if heads[0].count else np.zeros((len(layers), 0)),
+    )
+
+
+class _Mean:
+    """Over all places, of each number of the last dimension."""
+
+    def __init__(self) -> None:
+        self.total, self.count = torch.zeros(()), 0
+
+    def add(self, values: Tensor) -> None:
+        flat = values.reshape(-1, values.shape[-1]).float()
+        self.total, self.count = self.total + flat.sum(0).cpu(), self.count + len(flat)
+
+    @property
+    def value(self) -> Tensor:
+        mean: Tensor = self.total / max(1, self.count)
+        return mean
+
+
+def _turn(given: Tensor, found: Any) -> Tensor:
+    turned: Tensor = 1 - torch.cosine_similarity(given, found if isinstance(found, Tensor) else found[0], dim=-1)
+    return turned[..., None]
+
+
+def _head_norms(given: Tensor, kv_heads: int) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(given.reshape(*given.shape[:-1], kv_heads, -1), dim=-1)
+    return norms
+
+
+@contextmanager
+def _listening() -> Iterator[Callable[[Any], None]]:
+    hooks = list[Any]()
+    try:
+        yield hooks.append
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _kv_heads(model: PreTrainedModel, names: LayerNames) -> int:
+    """Of a model whose heads can be taken away; 0 of another."""
+    return int(getattr(model.config, "num_key_value_heads", 0)) if names.attention_output and names.queries else 0
+
+
+# --- a smaller model ------------------------------------------------------------------------------
+
+
+def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """A copy that has these layers alone; all that lies outside the layers stays as it is.
+
+    What a layer is by its place, such as one with a sliding window, it is by its new place where engines go by that.
+
+    Raises:
+        InputError: it is not known where the model keeps its layers, or another one cannot be the first.
+    """
+    names = layer_names(model)
+    if not any(name.startswith(f"{names.layers}.") for name, _ in model.named_parameters()):
+        raise InputError(
+            f"layers: a {type(model).__name__} keeps none at {names.layers}; expected a student of another kind, such "
+            "as {kind: pretrained, path: ...}"
+        )
+    if names.first_stays and layers[0] != 0:
+        raise InputError(
+            f"layers {list(layers)}: the first layer of a {type(model).__name__} lacks a norm that the others have; "
+            "expected layer 0 among them"
+        )
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(layers)
+    settings = config.to_dict()
+    for setting in names.own_settings:
+        values = getattr(model.config, setting)
+        setattr(config, setting, [values[layer] for layer in layers])
+    for setting in names.per_layer:
+        if settings.get(setting) is not None:
+            setattr(config, setting, settings[setting][: len(layers)])
+    new_index = {old: new for new, old in enumerate(layers)}
+    state, prefix = {}, names.layers
+    for name, value in model.state_dict().items():
+        found = re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.+)", name)
+        if found is None:
+            state[name] = value
+        elif int(found[1]) in new_index:
+            state[f"{prefix}.{new_index[int(found[1])]}.{found[2]}"] = value
+    smaller = type(model)(config)
+    smaller.load_state_dict(state)
+    return smaller
+
+
+def prune(model: PreTrainedModel, section: Pruned, importance: Importance) -> PreTrainedModel:
+    """A copy without what matters least; each layer loses channels and heads of its own.
+
+    Raises:
+        InputError: the model has fewer of something, or its family cannot lose it.
+    """
+    names, kv_heads = layer_names(model), _kv_heads(model, layer_names(model))
+    section.require_fewer(len(importance.layers_L), importance.channels_LI.shape[1], kv_heads or 1)
+    if section.kv_heads is not None and not kv_heads:
+        raise InputError(
+            f"kv_heads: heads of a {type(model).__name__} cannot be taken away by themselves; expected null, or a "
+            "model of a family such as llama"
+        )
+    layers = _kept(importance.layers_L, section.layers, names.first_stays)
+    smaller = keep_layers(model, layers.tolist())
+    config, state = copy.deepcopy(smaller.config), smaller.state_dict()
+    if section.intermediate_size is not None:
+        setattr(config, names.intermediate, section.intermediate_size)
+    if section.kv_heads is not None:
+        config.head_dim = _head_width(config)
+        config.num_attention_heads = config.num_attention_heads // kv_heads * section.kv_heads
+        config.num_key_value_heads = section.kv_heads
+    for place, layer in enumerate(layers.tolist()):
+        prefix, module = f"{names.layers}.{place}.", smaller.get_submodule(f"{names.layers}.{place}")
+        if section.intermediate_size is not None:
+            _narrow_feed_forward(
+                state, prefix, module, names, _kept(importance.channels_LI[layer], section.intermediate_size)
+            )
+        if section.kv_heads is not None:
+            groups = _kept(importance.heads_LK[layer], section.kv_heads)
+            _take_heads(state, prefix, names, groups, _head_width(smaller.config), kv_heads)
+    made = type(model)(config)
+    try:
+        made.load_state_dict(state)
+    except RuntimeError:
+        raise InputError(
+            f"model.kind pruned: the layers of a {type(model).__name__} hang together otherwise than is known here; "
+            "expected layers alone, or {kind: pretrained, path: ...}"
+        ) from None
+    return made
+
+
+def _kept(importance_N: NDArray[np.float64], count: int | None, first_stays: bool = False) -> NDArray[np.int64]:
+    """Which stay, ascending; of two that matter alike the first."""
+    if count is None:
+        return np.arange(len(importance_N))
+    weighed = importance_N.copy()
+    if first_stays:
+        weighed[0] = np.inf
+    return np.sort(np.argsort(-weighed, kind="stable")[:count])
+
+
+def _head_width(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _narrow_feed_forward(
+    state: dict[str, Tensor], prefix: str, layer: nn.Module, names: LayerNames, kept_I: NDArray[np.int64]
+) -> None:
+    *into, out = names.feed_forward
+    for name in into:
+        module, kept = layer.get_submodule(name), torch.from_numpy(kept_I)
+        width = state[f"{prefix}{name}.weight"].shape[1 if isinstance(module, Conv1D) else 0]
+        channels = _channels(state, prefix, out, layer)
+        if width == 2 * channels:  # two matrices in one
+            kept = torch.cat([kept, kept + channels])
+        _take(state, f"{prefix}{name}", kept, outputs=True, transposed=isinstance(module, Conv1D))
+    _take(
+        state, f"{prefix}{out}", torch.from_numpy(kept_I), outputs=False,
+        transposed=isinstance(layer.get_submodule(out), Conv1D),
+    )  # fmt: skip
+
+
+def _channels(state: dict[str, Tensor], prefix: str, out: str, layer: nn.Module) -> int:
+    return int(state[f"{prefix}{out}.weight"].shape[0 if isinstance(layer.get_submodule(out), Conv1D) else 1])
+
+
+def _take_heads(
+    state: dict[str, Tensor], prefix: str, names: LayerNames, groups: NDArray[np.int64], width: int, kv_heads: int
+) -> None:
+    assert names.attention_output is not None
+    into = (names.queries, names.keys, names.values)
+    for name, outputs in (*((name, True) for name in into), (names.attention_output, False)):
+        weight = state[f"{prefix}{name}.weight"]
+        numbers = weight.shape[0 if outputs else 1] // kv_heads  # of a group
+        assert numbers % width == 0
+        kept = torch.from_numpy((groups[:, None] * numbers + np.arange(numbers)).ravel())
+        _take(state, f"{prefix}{name}", kept, outputs=outputs)
+
+
+def _take(state: dict[str, Tensor], module: str, kept: Tensor, outputs: bool, transposed: bool = False) -> None:
+    """Some of a linear layer's outputs, or of its inputs."""
+    weight = state[f"{module}.weight"]
+    state[f"{module}.weight"] = weight.index_select(0 if outputs != transposed else 1, kept).contiguous()
+    if outputs and f"{module}.bias" in state:
+        state[f"{module}.bias"] = state[f"{module}.bias"].index_select(0, kept).contiguous()
