@@ -32,7 +32,7 @@ from serving import Server, ours, theirs
 from tokenizers import Tokenizer
 
 from overproof.data.manifest import TOKENIZER
-from overproof.models.llama import LEAST_POSITIONS
+from overproof.models.decoder import LEAST_POSITIONS
 
 PROMPT, FIRST_PROMPT, FIRST_TOKENS = 63, 7, 4  # behind the token that starts every text
 ENGINE, STREAMED, LLAMA_CPP = "the engine, called directly", "the same, streamed", "llama.cpp's own server"
