@@ -22,12 +22,12 @@ from typing import Any
 
 from measuring import HERE, child, interleaved, machine, median, say, spread, table
 from peers import trl
-from students import SOURCES, Scores, Trial, cache, made, options, parameters, remade, scores, text, train
+from students import SOURCES, Scores, Trial, cache, made, options, remade, scores, text, train
 
 from overproof.artifacts import Artifact
 from overproof.config import Recipe
 from overproof.data.manifest import TOKENIZER, Manifest
-from overproof.models.hf_directory import build_model, load_model, save_model
+from overproof.models.hf_directory import count_parameters, build_model, load_model, save_model
 
 NAMES = {
     "cached": "ours, teacher's targets cached",
@@ -100,7 +100,7 @@ def main() -> None:
         say("scoring")
         folders = {f"{who}/{n}": str(scratch / f"{who}-{n}") for who in NAMES for n in range(given.seeds)}
         quality = scores(parents, folders, given.documents)
-    teacher = parameters(load_model(parents["train"].local() / "model"))
+    teacher = count_parameters(load_model(parents["train"].local() / "model"))
     student = found["cached"][0]["parameters"]
     print(
         f"{machine(given.threads)}; teacher {teacher / 1e6:.2f}M, student {student / 1e6:.2f}M parameters; "

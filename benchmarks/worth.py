@@ -31,7 +31,6 @@ from students import (
     llama,
     made,
     options,
-    parameters,
     scores,
     text,
     train,
@@ -41,7 +40,7 @@ from students import (
 from overproof.artifacts import Artifact
 from overproof.config import Recipe, Student
 from overproof.evaluate.metrics import Bootstrap, percentiles, resampled_sums
-from overproof.models.hf_directory import load_model
+from overproof.models.hf_directory import count_parameters, load_model
 from overproof.models.llama import Llama
 from overproof.models.vit import Vit
 
@@ -113,7 +112,7 @@ class Task:
         self.train((shape, "none", longer) for (shape, _), longer in against.items())
         say(f"{self.name}: scoring")
         found = scores(self.parents, self.folders, self.given.documents)
-        teacher_size = parameters(load_model(self.parents["train"].local() / "model"))
+        teacher_size = count_parameters(load_model(self.parents["train"].local() / "model"))
         lines = []
         for (shape, name), longer in against.items():
             students = [found[f"{shape}-cached-{steps}-{seed}"] for seed in range(self.given.seeds)]
