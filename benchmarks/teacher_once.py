@@ -27,7 +27,7 @@ from students import SOURCES, Scores, Trial, cache, made, options, remade, score
 from overproof.artifacts import Artifact
 from overproof.config import Recipe
 from overproof.data.manifest import TOKENIZER, Manifest
-from overproof.models.hf_directory import count_parameters, build_model, load_model, save_model
+from overproof.models.hf_directory import build_model, count_parameters, load_model, save_model
 
 NAMES = {
     "cached": "ours, teacher's targets cached",
