@@ -10,6 +10,7 @@ about three minutes, and nothing where they are there already.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import sysconfig
@@ -106,4 +107,6 @@ def bentoml(folder: Path) -> Path:
 
 if __name__ == "__main__":
     everyone = (hugging_face, trl, llama_factory, mosaic, transformers_serve, litserve, bentoml)
-    print(*(made(Path(sys.argv[1]).absolute()) for made in everyone))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    print(*(made(parser.parse_args().folder.absolute()) for made in everyone))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -54,8 +55,9 @@ def ours(folder: Path, train: Train, scratch: Path) -> dict[str, Any]:
     store = Store(str(scratch / "store"))
     draft = store.new_writer("bench", "prepare", "a" * 64, {}, {})
     with draft.directory() as root:
-        for name in ("manifest.json", "train", "validation"):
-            (root / name).symlink_to(folder / name)
+        shutil.copyfile(folder / "manifest.json", root / "manifest.json")
+        for split in ("train", "validation"):
+            shutil.copytree(folder / split, root / split, copy_function=os.link)
         (root / "tokenizer.json").write_text("{}")
     prepared = draft.commit({}, 0.0)
     recipe = load_recipe(RECIPE).model_copy(update={"train": train, "seed": SEED})
