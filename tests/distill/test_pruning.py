@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from distill_world import World
+from test_student_init import student
+from test_sweep import job_of
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -25,17 +26,19 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from decoder_cases import CASES, POSITIONS, SHAPE
-from overproof.config import Pretrained, Pruned
-from overproof.data.manifest import Manifest
+from overproof.config import Pretrained, Pruned, load_recipe
 from overproof.distill import pruning
 from overproof.distill.pruning import Importance, measure_importance, prune
-from overproof.distill.student_init import initial_student
+from overproof.distill.student_trainer import StudentTrainer
 from overproof.engines.llamacpp_logits import LlamaCppLogits
 from overproof.errors import InputError
 from overproof.export.gguf_file import export_gguf
+from overproof.models.encoder import PADDING, encoder_inputs
 from overproof.models.hf_directory import count_parameters, layer_names
-from overproof.models.sizes import student_size
+from overproof.models.sizes import student_config, student_size
+from overproof.registry import FAMILIES
 
+STDLIB = Path(__file__).parents[2] / "jobs/recipes/stdlib-lm.yaml"
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT = {**SMALL, "vocab_size": 60}
 
@@ -167,8 +170,8 @@ def test_its_size_is_known_before_it_is_made(name: str, tmp_path: Path) -> None:
         ("smollm2", {"layers": 4}, "layers 4: the teacher has 3; expected at most that"),
         ("smollm2", {"intermediate_size": 97}, "intermediate_size 97: the teacher has 96"),
         ("smollm2", {"kv_heads": 3}, "kv_heads 3: the teacher has 2"),
-        ("gpt2", {"kv_heads": 1}, "heads of a GPT2LMHeadModel cannot be taken away by themselves"),
-        ("olmo2", {"kv_heads": 1}, "heads of a Olmo2ForCausalLM cannot be taken away by themselves"),
+        ("gpt2", {"kv_heads": 1}, "kv_heads: a GPT2LMHeadModel cannot lose any by themselves"),
+        ("olmo2", {"kv_heads": 1}, "kv_heads: a Olmo2ForCausalLM cannot lose any by themselves"),
     ],
 )
 def test_what_a_teacher_has_not_or_cannot_lose_is_refused(name: str, changes: Any, words: str, tmp_path: Path) -> None:
@@ -176,7 +179,7 @@ def test_what_a_teacher_has_not_or_cannot_lose_is_refused(name: str, changes: An
     with pytest.raises(InputError, match=words):
         prune(model, Pruned(**changes), importance(model, batch))
     folder = CASES[name].save(tmp_path / "teacher", model)
-    with pytest.raises(InputError, match=r"the teacher has \d|cannot be taken away"):
+    with pytest.raises(InputError, match=r"the teacher has \d|cannot lose any"):
         student_size(Pruned(**changes), Pretrained(path=str(folder)), SHAPE)
 
 
@@ -187,18 +190,53 @@ def test_a_recipe_that_takes_nothing_away_or_all_is_refused() -> None:
         Pruned.parse({"kind": "pruned", "intermediate_size": 0}, "model")
 
 
-def test_a_student_starts_from_it_and_what_matters_is_measured_once(
-    text_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["gpt2", "olmo2"])
+def test_heads_that_cannot_go_are_refused_before_anything_is_trained(name: str) -> None:
+    config, names = CASES[name].model().config.to_dict(), FAMILIES[CASES[name].kind].names
+    with pytest.raises(InputError, match="cannot lose any by themselves"):
+        student_config({**config, "architectures": ["X"]}, Pruned(kv_heads=1), names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ("kv_heads: 1", "kv_heads: heads are taken from pretrained teachers alone"),
+        ("layers: 99", "layers 99: the teacher has"),
+        ("intermediate_size: 40", "intermediate_size"),  # no multiple of 32, which llama.cpp needs
+    ],
+)
+def test_of_a_teacher_that_the_recipe_describes_the_same_is_known_from_the_recipe(changes: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        load_recipe(STDLIB, (f"sweep.students=[{{name: a, model: {{kind: pruned, {changes}}}}}]", "tune={}"))
+
+
+def test_padding_does_not_count() -> None:
+    """What an encoder is pruned by is the same however far rows are filled up."""
+    model = bert()
+    tokens = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(1))
+    tokens[1, 5:], tokens[2, 3:] = PADDING, PADDING
+    longer = torch.nn.functional.pad(tokens, (0, 7), value=PADDING)
+
+    def predict(of: PreTrainedModel, batch: dict[str, torch.Tensor]) -> object:
+        return of(**encoder_inputs(batch["tokens"]))
+
+    one, other = (measure_importance(model, [{"tokens": each}], predict) for each in (tokens, longer))
+    np.testing.assert_allclose(one.channels_LI, other.channels_LI, rtol=1e-4)
+    np.testing.assert_allclose(one.layers_L, other.layers_L, rtol=1e-4)
+
+
+def test_a_student_starts_from_it_and_all_trials_from_the_same(
+    text_world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    """What matters is measured once, by whoever comes first, and read by all others of the sweep."""
     measured = list[int]()
-    monkeypatch.setattr(pruning, "measure_importance", lambda *given: measured.append(1) or measure_importance(*given))
-    prepared, teacher = text_world.artifacts["prepare"], text_world.artifacts["train"].local() / "model"
-    section = Pruned(layers=1, intermediate_size=16, rows=16)
-    manifest = Manifest.read(prepared)
-    one, other = (initial_student(section, manifest, 3, teacher, prepared) for _ in range(2))
+    original = pruning.measure_importance
+    monkeypatch.setattr(pruning, "measure_importance", lambda *given: measured.append(1) or original(*given))
+    section = {"kind": "pruned", "layers": 1, "intermediate_size": 32, "rows": 16}
+    students = [student(section, name=name, teacher_weight=0.0) for name in ("one", "other")]
+    context = text_world.context("sweep", cached=text_world.artifacts["prepare"], sweep={"students": students})
+    made = [StudentTrainer(job_of(context, name)).model for name in ("one", "other")]
     assert measured == [1]
-    assert one.training
-    assert one.config.num_hidden_layers == 1
-    for name, weight in one.state_dict().items():
-        assert torch.equal(weight, other.state_dict()[name])
+    assert made[0].config.num_hidden_layers == 1
+    for name, weight in made[0].state_dict().items():
+        assert torch.equal(weight, made[1].state_dict()[name])

@@ -144,7 +144,7 @@ def test_a_directory_is_taken_as_it_is(world: World, tmp_path: Path, monkeypatch
     job = job_of(context, "begun")
     assert job.student.model == Pretrained(path=str(tmp_path / "pruned"))
     check_student(job.student, job.prepared, job.trained)
-    found = initial_student(job.student.model, manifest, SEED, tmp_path, job.prepared)
+    found = initial_student(job.student.model, manifest, SEED, tmp_path)
     assert found.training
     for name, value in model.state_dict().items():
         assert torch.equal(found.state_dict()[name], value)

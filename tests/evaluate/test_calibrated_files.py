@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -13,8 +14,10 @@ import torch
 from overproof.artifacts import Artifact
 from overproof.data.parquet_reader import Shards
 from overproof.engines.llamacpp_logits import LlamaCppLogits
-from overproof.export.gguf_calibration import CalibrationRows
-from overproof.export.gguf_file import export_gguf, read_gguf
+from overproof.errors import InputError
+from overproof.export.base import ExportContext
+from overproof.export.gguf import FORMAT, Gguf
+from overproof.export.gguf_file import read_gguf
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +26,17 @@ def exported(text: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory
     folder, prepared = tmp_path_factory.mktemp("variants"), text["prepare"]
     model = text["train"].local() / "model"
 
-    def write(variant: Any) -> Path:
-        file = folder / f"{variant}.gguf"
+    def write(variant: Any, most_bytes: int = 0) -> Path:
+        unquantised, file = folder / "f16.gguf", folder / f"{variant}{most_bytes or ''}.gguf"
+        if variant != "f16":
+            write("f16")
         if not file.exists():
-            rows = CalibrationRows(prepared, 0, 64)
-            export_gguf(model, prepared.local() / "tokenizer.json", file, variant, "teacher", rows=rows)
+            settings = {"formats": [variant], "mixed": {"at_most_mb": most_bytes / 1e6} if most_bytes else None}
+            context = ExportContext(
+                Gguf.model_validate({**settings, "calibration": {"rows": 64}} if variant != "f16" else {}), "teacher",
+                model, prepared.local() / "tokenizer.json", prepared,
+            )  # fmt: skip
+            FORMAT.write(model, file, variant, context, unquantised)
         return file
 
     return write
@@ -46,24 +55,46 @@ def test_every_variant_opens_in_llama_cpp_and_means_what_torch_reads_from_it(
     assert (expected.exp() * (expected - found).abs()).sum(-1).mean() < 0.03
 
 
+def distance(text: dict[str, Artifact], reference: Path, file: Path) -> float:
+    """Mean KL divergence of a file's model from the reference's on test documents, which calibration has not seen."""
+    shards = Shards(text["prepare"], "test")
+    tokens = torch.from_numpy(shards.take(np.arange(min(48, shards.rows)))["tokens"].astype(np.int64))
+    whole, model, total, batches = read_gguf(reference), read_gguf(file), 0.0, tokens[:, :-1].split(16)
+    with torch.inference_mode():
+        for batch in batches:
+            expected, found = (m(input_ids=batch).logits.log_softmax(-1) for m in (whole, model))
+            total += float((expected.exp() * (expected - found)).sum(-1).mean())
+    return total / len(batches)
+
+
 def test_calibrated_files_are_as_large_and_nearer_to_the_model(
     exported: Callable[[str], Path], text: dict[str, Artifact]
 ) -> None:
     """On test documents, which calibration has not seen."""
-    shards = Shards(text["prepare"], "test")
-    tokens = torch.from_numpy(shards.take(np.arange(min(48, shards.rows)))["tokens"].astype(np.int64))
-    batches = tokens[:, :-1].split(16)
-    whole = read_gguf(exported("f16"))
 
-    def distance(variant: str) -> float:
-        model, total = read_gguf(exported(variant)), 0.0
-        with torch.inference_mode():
-            for batch in batches:
-                expected, found = (m(input_ids=batch).logits.log_softmax(-1) for m in (whole, model))
-                total += float((expected.exp() * (expected - found)).sum(-1).mean())
-        return total / len(batches)
+    def to_f16(variant: str) -> float:
+        return distance(text, exported("f16"), exported(variant))
 
     assert exported("q4_0").stat().st_size == exported("q4_0-gptq").stat().st_size
-    plain, weighed, made = (distance(f"q4_0{rounding}") for rounding in ("", "-imatrix", "-gptq"))
+    plain, weighed, made = (to_f16(f"q4_0{rounding}") for rounding in ("", "-imatrix", "-gptq"))
     print(f"KL to f16: plain {plain:.4f}, imatrix {weighed:.4f}, gptq {made:.4f}")
     assert made < weighed < plain
+
+
+def test_a_mixed_file_is_within_its_size_and_makes_good_use_of_it(
+    exported: Callable[..., Path], text: dict[str, Artifact]
+) -> None:
+    uniform = exported("q4_0-gptq")
+    most_bytes = uniform.stat().st_size + 4096
+    mixed = exported("mixed-gptq", most_bytes)
+    assert 0.99 * most_bytes < mixed.stat().st_size <= most_bytes
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(mixed).tensors}
+    assert len(kinds) > 2
+    near, far = (distance(text, exported("f16"), file) for file in (mixed, uniform))
+    print(f"KL to f16: {near:.5f} mixed, {far:.5f} in q4_0-gptq of 4 kB less")
+    assert near < far
+
+
+def test_a_size_that_no_types_meet_is_refused_with_the_least_there_is(exported: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match=r"at_most_mb: .* the least they take is .* MB: give .* MB more"):
+        exported("mixed-gptq", 20_000)

@@ -350,6 +350,7 @@ def test_what_vllm_answers_is_understood(server: OwnServer) -> None:
         ("sweep.students.0.teacher=live", "sweep.students.0.teacher 'live'"),
         ("sweep.students.0.states={weight: 1}", "sweep.students.0.states: "),
         ("sweep.students.0.model={kind: teacher_layers, layers: 1}", "sweep.students.0.model.kind 'teacher_layers'"),
+        ("sweep.students.0.model={kind: pruned, layers: 1}", "sweep.students.0.model.kind 'pruned'"),
         ("speculate={}", "speculate: train.model.kind is 'served'"),
         ("gate.rules.0={kind: smaller, at_least: 2}", "gate.rules.0.against 'teacher', whose size is not known here"),
     ],

@@ -224,7 +224,10 @@ def _largest(recipe: Recipe, teacher: ModelSize | None, students: dict[str, Mode
             found["cache"] = stage_memory.capture_memory(teacher, recipe.cache)
     found["sweep"] = max(stage_memory.student_memory(size, sweep) for size in students.values())
     if isinstance(written, SizedFormat):
-        found["compress"] = max(written.export_memory(recipe.compress, size) for size in exported)
+        unquantised = recipe.compress.model_copy(update={"formats": ()})  # as the teacher is written
+        found["compress"] = max(
+            written.export_memory(unquantised if size is teacher else recipe.compress, size) for size in exported
+        )
     if isinstance(engine, ScoringLoader):
         found["evaluate"] = max(engine.scoring_memory(size, size.predictions) for size in exported)
     held = {stage: stage_memory.LIBRARIES_BYTES + bytes_ for stage, bytes_ in found.items()}

@@ -112,7 +112,7 @@ def require_exportable(recipe: Recipe) -> list[Finding]:
             asked[f"{where}: {part} of {taught.path}"] = student_config(config, model, family.names)
     if asked:
         with console.waiting(f"asking {kind} about {format_count(len(asked), 'model')}"):
-            check_models(kind, recipe.data.positions, asked)
+            check_models(kind, recipe.data.positions, asked, recipe.compress.formats)
     for named, config in asked.items() if recipe.data.apart else ():
         require_apart(config, named)
     for model in models.values():

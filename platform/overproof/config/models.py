@@ -87,6 +87,19 @@ class Pruned(ModelSection):
             raise ValueError("pruned: nothing is taken away; expected layers, intermediate_size or kv_heads")
         return self
 
+    def of(self, teacher: LayeredModel) -> LayeredModel:
+        """The section of what is left of a teacher that a recipe describes.
+
+        Raises:
+            InputError: it has not as much, its family has no such shape, or heads are asked for: fresh ones follow from
+                the width.
+        """
+        if self.kv_heads is not None:
+            raise InputError("kv_heads: heads are taken from pretrained teachers alone; expected null")
+        self.require_fewer(teacher.layers, getattr(teacher, "intermediate_size", 0), 0)
+        kept = {name: n for name in ("layers", "intermediate_size") if (n := getattr(self, name)) is not None}
+        return type(teacher).parse(teacher.model_dump() | kept, "what is left of the teacher")
+
     def require_fewer(self, layers: int, intermediate: int, kv_heads: int) -> None:
         """Look whether a teacher with so many has more of each.
 

@@ -133,11 +133,14 @@ class Recipe(Section):
         if not isinstance(self.train.model, LayeredModel):
             return
         for index, student in enumerate(self.sweep.students):
-            if isinstance(student.model, TeacherLayers):
-                try:
-                    student.model.of(self.train.model.layers)
-                except InputError as error:
-                    raise ValueError(f"sweep.students.{index}.model.{error}") from None
+            where, whole = f"sweep.students.{index}.model", self.train.model
+            try:
+                if isinstance(student.model, TeacherLayers):
+                    student.model.of(whole.layers)
+                if isinstance(student.model, Pruned):
+                    student.model.of(whole)
+            except InputError as error:
+                raise ValueError(f"{where}.{error}") from None
 
     def _served_teacher_suffices(self) -> None:
         if not isinstance(self.train.model, Served):

@@ -13,10 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from overproof.artifacts import Artifact
+from overproof.config import Pruned
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Columns
 from overproof.distill.losses import Divergence
 from overproof.distill.objectives import DistillObjective, LiveTeacherObjective, OnPolicyObjective
+from overproof.distill.pruning import known_importance
 from overproof.distill.row_cache import teacher_folder
 from overproof.distill.student_init import initial_student
 from overproof.distill.student_validation import check_student
@@ -43,7 +45,12 @@ class DistillSpec:
             InputError: it cannot start from what its settings name.
         """
         check_student(self.job.student, self.job.prepared, self.job.trained, self.job.progress)
-        return initial_student(self.job.student.model, manifest, seed, self._teacher_folder, self.job.prepared)
+        model, importance = self.job.student.model, None
+        if isinstance(model, Pruned):
+            importance = known_importance(
+                self._teacher_folder, self.job.prepared, self.job.draft.workspace, self.job.seed, model.rows
+            )
+        return initial_student(model, manifest, seed, self._teacher_folder, importance)
 
     @property
     def sharding(self) -> Sharding | None:

@@ -11,33 +11,36 @@ Shapes: L layers, I channels of a feed-forward layer, K key heads, each with Q q
 from __future__ import annotations
 
 import copy
-import hashlib
+import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pyarrow import fs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from overproof.artifacts import Artifact
 from overproof.config.models import Pruned
-from overproof.data.manifest import MANIFEST, Manifest
+from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.errors import InputError
-from overproof.files import file_sha256, local_cache
+from overproof.files import atomic_write, filesystem, read_bytes
 from overproof.models.base import LayerNames
-from overproof.models.hf_directory import layer_names, to_tensors
+from overproof.models.documents import counted_places
+from overproof.models.hf_directory import layer_names, load_model, to_tensors
+from overproof.models.sizes import cannot_lose
 from overproof.registry import TASKS
 
-ROWS_AT_ONCE = 8
-FILE = "importance.npz"
+BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -49,49 +52,64 @@ class Importance:
     heads_LK: NDArray[np.float64]
 
 
-def known_importance(model: PreTrainedModel, teacher: Path, prepared: Artifact, seed: int, rows: int) -> Importance:
-    """Of the teacher in a directory, on the first train rows in training order: measured once on each machine."""
-    weights = "".join(file_sha256(file) for file in sorted(teacher.glob("*.safetensors")))
-    data = prepared.record.files[MANIFEST].sha256
-    key = hashlib.sha256(f"{weights} {data} {seed} {rows}".encode()).hexdigest()
-
-    def make(folder: Path) -> None:
+def known_importance(teacher: Path, prepared: Artifact, workspace: str, seed: int, rows: int) -> Importance:
+    """Of the teacher in a directory, on the first train rows in training order: measured by the first who asks, and
+    kept in the workspace of what is made from that teacher and data, so that all its trials start alike.
+    """
+    files, folder = filesystem(workspace)
+    path = f"{folder}/importance-{rows}.npz"
+    if files.get_file_info(path).type is not fs.FileType.File:
         manifest = Manifest.read(prepared)
         order, shards = manifest.order(seed), Shards(prepared, "train")
-        ids = order.rows_at(0, min(rows, order.rows))
-        batches = (to_tensors(shards.take(part)) for part in np.split(ids, range(ROWS_AT_ONCE, len(ids), ROWS_AT_ONCE)))
-        found = measure_importance(model, batches, TASKS[manifest.task].predict)
-        np.savez(folder / FILE, **vars(found))
-
-    return Importance(**np.load(local_cache(f"importance-{key}", make) / FILE))
+        ids, each = order.rows_at(0, min(rows, order.rows)), max(1, BATCH_TOKENS // manifest.positions)
+        parts = np.split(ids, range(each, len(ids), each))
+        batches = (to_tensors(shards.take(part)) for part in parts)
+        found, content = measure_importance(load_model(teacher), batches, TASKS[manifest.task].predict), io.BytesIO()
+        np.savez(content, **vars(found))
+        files.create_dir(folder, recursive=True)
+        atomic_write(files, path, content.getvalue())
+    return Importance(**np.load(io.BytesIO(read_bytes(files, path))))
 
 
 @torch.inference_mode()
 def measure_importance(
     model: PreTrainedModel, batches: Iterable[Any], predict: Callable[[Any, Any], object]
 ) -> Importance:
-    """One pass over the batches."""
+    """One pass over the batches. Of parts that are not where the family has them, nothing is said."""
     names, was_training = layer_names(model), model.training
     layers = list(model.get_submodule(names.layers).children())
     turned, channels, heads = ([_Mean() for _ in layers] for _ in range(3))
-    kv_heads = _kv_heads(model, names)
+    kv_heads, counted = _kv_heads(model, names), list[Tensor | None]([None])
     with _listening() as listen:
         for layer, turn, channel, head in zip(layers, turned, channels, heads, strict=True):
-            listen(layer.register_forward_hook(lambda _, i, o, turn=turn: turn.add(_turn(i[0], o))))
-            down = layer.get_submodule(names.feed_forward[-1])
-            listen(down.register_forward_pre_hook(lambda _, i, mean=channel: mean.add(i[0].abs())))
-            if kv_heads and names.attention_output:
-                out = layer.get_submodule(names.attention_output)
-                listen(out.register_forward_pre_hook(lambda _, i, mean=head: mean.add(_head_norms(i[0], kv_heads))))
+            listen(layer.register_forward_hook(lambda _, i, o, mean=turn: mean.add(_turn(i[0], o), counted[0])))
+            down = _part(layer, names.feed_forward[-1])
+            if down is not None:
+                listen(down.register_forward_pre_hook(lambda _, i, mean=channel: mean.add(i[0].abs(), counted[0])))
+            out = _part(layer, names.attention_output) if kv_heads else None
+            if out is not None:
+                listen(out.register_forward_pre_hook(partial(_add_norms, head, kv_heads, counted)))
         model.eval()
         for batch in batches:
+            counted[0] = counted_places(batch)
             predict(model, batch)
     model.train(was_training)
-    return Importance(
-        np.array([mean.value.item() for mean in turned]),
-        np.stack([mean.value.double().numpy() for mean in channels]),
-        np.stack([mean.value.double().numpy() for mean in heads]) if heads[0].count else np.zeros((len(layers), 0)),
-    )
+    return Importance(np.array([mean.value.item() for mean in turned]), _stacked(channels), _stacked(heads))
+
+
+def _part(layer: nn.Module, name: str | None) -> nn.Module | None:
+    try:
+        return layer.get_submodule(name) if name else None
+    except AttributeError:
+        return None
+
+
+def _stacked(means: Sequence[_Mean]) -> NDArray[np.float64]:
+    """One row a layer; nothing where a layer has none, or another width."""
+    widths = {mean.value.shape for mean in means}
+    if len(widths) > 1 or not all(mean.count for mean in means):
+        return np.zeros((len(means), 0))
+    return np.stack([mean.value.double().numpy() for mean in means])
 
 
 class _Mean:
@@ -100,8 +118,10 @@ class _Mean:
     def __init__(self) -> None:
         self.total, self.count = torch.zeros(()), 0
 
-    def add(self, values: Tensor) -> None:
-        flat = values.reshape(-1, values.shape[-1]).float()
+    def add(self, values: Tensor, counted: Tensor | None) -> None:
+        """Of places that count, where that is known."""
+        known = counted is not None and values.shape[:-1] == counted.shape
+        flat = (values[counted] if known else values.reshape(-1, values.shape[-1])).float()
         self.total, self.count = self.total + flat.sum(0).cpu(), self.count + len(flat)
 
     @property
@@ -111,13 +131,16 @@ class _Mean:
 
 
 def _turn(given: Tensor, found: Any) -> Tensor:
-    turned: Tensor = 1 - torch.cosine_similarity(given, found if isinstance(found, Tensor) else found[0], dim=-1)
+    result = found if isinstance(found, Tensor) else found[0]
+    turned: Tensor = 1 - torch.cosine_similarity(given.double(), result.double(), dim=-1)  # of nearly 1
     return turned[..., None]
 
 
-def _head_norms(given: Tensor, kv_heads: int) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(given.reshape(*given.shape[:-1], kv_heads, -1), dim=-1)
-    return norms
+def _add_norms(
+    mean: _Mean, kv_heads: int, counted: Sequence[Tensor | None], _: nn.Module, given: tuple[Tensor, ...]
+) -> None:
+    by_head = given[0].reshape(*given[0].shape[:-1], kv_heads, -1)
+    mean.add(torch.linalg.vector_norm(by_head, dim=-1), counted[0])
 
 
 @contextmanager
@@ -186,12 +209,10 @@ def prune(model: PreTrainedModel, section: Pruned, importance: Importance) -> Pr
         InputError: the model has fewer of something, or its family cannot lose it.
     """
     names, kv_heads = layer_names(model), _kv_heads(model, layer_names(model))
-    section.require_fewer(len(importance.layers_L), importance.channels_LI.shape[1], kv_heads or 1)
-    if section.kv_heads is not None and not kv_heads:
-        raise InputError(
-            f"kv_heads: heads of a {type(model).__name__} cannot be taken away by themselves; expected null, or a "
-            "model of a family such as llama"
-        )
+    for field, there in (("intermediate_size", importance.channels_LI), ("kv_heads", importance.heads_LK)):
+        if getattr(section, field) is not None and not there.shape[1]:
+            raise cannot_lose(field, type(model).__name__)
+    section.require_fewer(len(importance.layers_L), importance.channels_LI.shape[1], kv_heads)
     layers = _kept(importance.layers_L, section.layers, names.first_stays)
     smaller = keep_layers(model, layers.tolist())
     config, state = copy.deepcopy(smaller.config), smaller.state_dict()

@@ -12,13 +12,15 @@ from typing import Any
 
 from pyarrow import fs
 
+from overproof.artifacts import Artifact
 from overproof.cluster.progress_relay import relay_progress
-from overproof.config import Grid, Pbt
+from overproof.config import Grid, Pbt, Pruned
 from overproof.config.search import TrialValues, apply_values, varying_values
 from overproof.data.manifest import Manifest
 from overproof.distill.cache_checks import ROWS_CHECKED, check_rows, check_text
 from overproof.distill.controls import control_job, train_controls
 from overproof.distill.optuna_study import STUDENT, OptunaStudy
+from overproof.distill.row_cache import teacher_folder
 from overproof.distill.student_validation import absolute_student, check_student
 from overproof.distill.sweep_state import StartedTrial, SweepState
 from overproof.distill.sweep_tracker import SweepTracker
@@ -30,7 +32,9 @@ from overproof.distill.trial_job import CONTROL, MAX_DEATHS, STUDENTS, TrialJob,
 from overproof.distill.tune_search import TrialRoom, run_trials
 from overproof.errors import InputError
 from overproof.files import filesystem
-from overproof.stage_context import StageContext
+from overproof.ray_tasks import run_tasks
+from overproof.stage_context import Notice, StageContext
+from overproof.units import format_count
 
 
 def sweep(context: StageContext) -> dict[str, Any]:
@@ -55,6 +59,7 @@ def _sweep(context: StageContext, curves: Path) -> dict[str, Any]:
         check_student(student, context.parents["prepare"], context.parents["train"], context.progress)
     state = SweepState(context.draft)
     previous = state.load_trials()
+    _measure_importance(context)
     max_deaths = 0 if isinstance(search.scheduler, Pbt) else MAX_DEATHS  # a population is proposed once
     tracker = SweepTracker(context.progress, settings.steps, search.trials(settings), max_deaths, curves)
     with relay_progress(tracker.show) as progress:
@@ -97,6 +102,21 @@ def _sweep(context: StageContext, curves: Path) -> dict[str, Any]:
         "steps": sum(trial["steps"] for trial in trials),
         **{f"scorer_{name}": count for name, count in scorer_counts.items()},
     }
+
+
+def _measure_importance(context: StageContext) -> None:
+    """What of the teacher matters least, where students are pruned: once, before they start side by side."""
+    recipe, parents = context.recipe, context.parents
+    for rows in {student.model.rows for student in recipe.sweep.students if isinstance(student.model, Pruned)}:
+        given = (parents["prepare"], parents["train"], context.draft.workspace, recipe.seed, rows)
+        context.progress(Notice(f"what of the teacher matters least, on {format_count(rows, 'train row')}"))
+        run_tasks(_importance_of_trained, {f"{rows} rows": given})
+
+
+def _importance_of_trained(prepared: Artifact, trained: Artifact, workspace: str, seed: int, rows: int) -> None:
+    from overproof.distill.pruning import known_importance
+
+    known_importance(teacher_folder(trained), prepared, workspace, seed, rows)
 
 
 def check_cache(context: StageContext) -> None:

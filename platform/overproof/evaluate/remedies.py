@@ -260,10 +260,15 @@ def _others(recipe: Recipe, report: Report, rule: Rule, file: MeasuredFile) -> I
 def _untried(recipe: Recipe, file: MeasuredFile, larger: bool) -> list[str]:
     """The next formats that are better than a file's, or smaller, and that the recipe does not write."""
     every = FORMATS[recipe.compress.kind].section.by_quality
-    if file.format not in every:
-        return []
-    place = every.index(file.format)
-    there = every[:place][::-1] if larger else every[place + 1 :]
+    mix = file.format.partition("-")[0]
+    place = next((i for i, each in enumerate(every) if each in (file.format, mix) or each.startswith(f"{mix}-")), None)
+    if place is None:  # of no fixed place: the best there is
+        there = every[:1] if larger else ()
+    elif file.format in every:
+        place = every.index(file.format)
+        there = every[:place][::-1] if larger else every[place + 1 :]
+    else:  # beside the one of the same mix that is worth trying
+        there = every[: place + 1][::-1] if larger else every[place + 1 :]
     return [each for each in there if each not in recipe.compress.formats][:MOST_FORMATS]
 
 

@@ -67,10 +67,12 @@ class Format(Protocol):
             InputError: it does not.
         """
 
-    def check_model(self, config: Mapping[str, Any], positions: int, where: object) -> None:
-        """Return where files of this format can hold, in every variant, a model whose config.json has this content,
-        and their engines then read rows of so many positions as the model does: asked before anything is trained.
-        ``where`` is what a message calls the model's folder.
+    def check_model(
+        self, config: Mapping[str, Any], positions: int, where: object, variants: Sequence[str] = ()
+    ) -> None:
+        """Return where files of this format can hold, in these variants and unquantised, a model whose config.json has
+        this content, and their engines then read rows of so many positions as the model does: asked before anything is
+        trained. ``where`` is what a message calls the model's folder.
 
         Raises:
             InputError: they cannot; what was found, and what would do.

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from overproof.models.documents import counted_places
+
 Batch = dict[str, Tensor]
 Renew = Callable[[str, Tensor, Tensor], Tensor | None]
 
@@ -42,15 +44,16 @@ def calibrate(
     named = model.get_submodule(layers)
     assert isinstance(named, nn.ModuleList)
     stack = list(named)
-    hidden, calls = _called(model, stack, batches, ask)
+    hidden, calls, counted = _called(model, stack, batches, ask)
     for number, layer in enumerate(stack):
         tell(number, len(stack))
         matrices = {name: module for name, module in layer.named_modules() if _is_matrix(module)}
         with _summed(matrices) as sums:
-            for states_BSD, call in zip(hidden, calls[number], strict=True):
+            for states_BSD, call, places in zip(hidden, calls[number], counted, strict=True):
+                sums.places = places
                 layer(states_BSD, *call.arguments, **call.named)
         for name, module in matrices.items():
-            new = renew(f"{layers}.{number}.{name}.weight", module.weight.data, sums[name])
+            new = renew(f"{layers}.{number}.{name}.weight", module.weight.data, sums.of[name])
             if new is not None:
                 module.weight.data = new.to(module.weight.dtype)
         for batch, call in enumerate(calls[number]):
@@ -68,9 +71,9 @@ def _called(
     stack: Sequence[nn.Module],
     batches: Iterable[Batch],
     ask: Callable[[PreTrainedModel, Batch], object],
-) -> tuple[list[Tensor], list[list[_Call]]]:
-    """What the first layer is given of each batch, and how every layer is called."""
-    hidden, calls = list[Tensor](), [list[_Call]() for _ in stack]
+) -> tuple[list[Tensor], list[list[_Call]], list[Tensor | None]]:
+    """What the first layer is given of each batch, how every layer is called, and which places count."""
+    hidden, calls, counted = list[Tensor](), [list[_Call]() for _ in stack], list[Tensor | None]()
 
     def note(number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -83,29 +86,38 @@ def _called(
     hooks = [layer.register_forward_pre_hook(note(i), with_kwargs=True) for i, layer in enumerate(stack)]
     try:
         for batch in batches:
+            counted.append(counted_places(batch))
             ask(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return hidden, calls
+    return hidden, calls, counted
+
+
+@dataclass
+class _Sums:
+    """Of x xᵀ, by the name of a matrix, over the places that count."""
+
+    of: dict[str, Tensor]
+    places: Tensor | None = None
+
+    def add(self, name: str, inputs: Tensor) -> None:
+        known = self.places is not None and inputs.shape[:-1] == self.places.shape
+        inputs_NC = (inputs[self.places] if known else inputs.reshape(-1, inputs.shape[-1])).float()
+        if name not in self.of:
+            self.of[name] = inputs_NC.T @ inputs_NC
+        else:
+            self.of[name].addmm_(inputs_NC.T, inputs_NC)
 
 
 @contextmanager
-def _summed(matrices: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+def _summed(matrices: dict[str, nn.Module]) -> Iterator[_Sums]:
     """The sums of x xᵀ over what these modules are given within."""
-    sums = dict[str, Tensor]()
-
-    def add(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            inputs_NC = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
-            if name not in sums:
-                sums[name] = inputs_NC.T @ inputs_NC
-            else:
-                sums[name].addmm_(inputs_NC.T, inputs_NC)
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(add(name)) for name, module in matrices.items()]
+    sums = _Sums({})
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given, name=name: sums.add(name, given[0]))
+        for name, module in matrices.items()
+    ]
     try:
         yield sums
     finally:

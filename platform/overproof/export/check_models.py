@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from overproof.subprocesses import run_module
 TIMEOUT_S = 600
 
 
-def check_models(format: str, positions: int, models: Mapping[str, Mapping[str, Any]]) -> None:
+def check_models(
+    format: str, positions: int, models: Mapping[str, Mapping[str, Any]], variants: Sequence[str] = ()
+) -> None:
     """Ask a format about every model: the content of its config.json, by what messages call it.
 
     Raises:
@@ -29,7 +31,7 @@ def check_models(format: str, positions: int, models: Mapping[str, Mapping[str, 
     if not models:
         return
     with tempfile.TemporaryDirectory() as folder:
-        question = {"format": format, "positions": positions, "models": models}
+        question = {"format": format, "positions": positions, "models": models, "variants": list(variants)}
         Path(folder, "question.json").write_text(json.dumps(question), encoding="utf-8")
         done = run_module("overproof.export.check_models", folder, timeout_s=TIMEOUT_S)
         if done.returncode != 0:
@@ -39,12 +41,14 @@ def check_models(format: str, positions: int, models: Mapping[str, Mapping[str, 
         raise InputError("\n".join(refusals))
 
 
-def refusals(format: str, positions: int, models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def refusals(
+    format: str, positions: int, models: Mapping[str, Mapping[str, Any]], variants: Sequence[str] = ()
+) -> list[str]:
     """What a format says of the models that it cannot hold."""
     found = []
     for where, config in models.items():
         try:
-            FORMATS[format].check_model(config, positions, where)
+            FORMATS[format].check_model(config, positions, where, variants)
         except InputError as error:
             found.append(str(error))
     return found

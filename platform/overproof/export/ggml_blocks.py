@@ -49,6 +49,12 @@ def _quantize_chunk() -> Any:
     return function
 
 
+def aligned(size_bytes: int) -> int:
+    """What a tensor takes in a file, where the next one begins at a multiple of 32 bytes."""
+    each: int = gguf.GGUF_DEFAULT_ALIGNMENT
+    return -(-size_bytes // each) * each
+
+
 def dequantise(blocks_RN: Bytes, kind: Ggml) -> Weights:
     """The numbers that blocks mean, (R, C)."""
     return gguf.quants.dequantize(blocks_RN, kind).astype(np.float32, copy=False)  # type: ignore[no-any-return]

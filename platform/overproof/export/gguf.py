@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from overproof.config.base import Count, Section
 from overproof.config.export import FormatSection
 from overproof.data.manifest import TOKENIZER
-from overproof.errors import InputError
 from overproof.export import llama_cpp_converter
 from overproof.export.base import Difference, ExportContext
 from overproof.models.base import GgufFamily
@@ -22,6 +21,7 @@ SHORT_ROW, LONG_ROW = 32, 1024  # tokens that a file is held against its model o
 MOST_TOKENS = 8192  # of such a row, which bounds what it takes
 CHECKED_PLACES = 64  # of each row, whose logits are compared
 WRITTEN_TASK = "language_modeling"  # whose models a GGUF file holds
+LONGER_NAME_BYTES = 64  # by which the name in a file of a variant may be longer, with padding
 HALF_PRECISION_NATS = 0.1  # half precision keeps 11 bits: measured on SmolLM2-135M, 0.007
 
 
@@ -29,6 +29,14 @@ class Calibration(Section):
     """The train rows that variants with ``-imatrix`` and ``-gptq`` are calibrated on."""
 
     rows: Count = Field(128, description="Rows, the first in training order.")
+
+
+class Mixed(Section):
+    """Of the variant ``mixed-gptq``: each matrix has the type that a file of this size is best with, by what rounding
+    costs on the calibration's rows.
+    """
+
+    at_most_mb: float = Field(gt=0, description="Size of each file (1 MB = 1,000,000 bytes).")
 
 
 class Gguf(FormatSection):
@@ -44,15 +52,22 @@ class Gguf(FormatSection):
     formats: tuple[
         Literal[
             "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q6_k-imatrix", "q5_k_m-imatrix", "q4_k_m-imatrix",
-            "q4_0-imatrix", "q5_k_m-gptq", "q4_k_m-gptq", "q4_0-gptq",
+            "q4_0-imatrix", "q5_k_m-gptq", "q4_k_m-gptq", "q4_0-gptq", "mixed-gptq",
         ],
         ...,
     ] = Field(("q8_0", "q4_0"), min_length=1)  # fmt: skip
     calibration: Calibration = Calibration()
+    mixed: Mixed | None = None
     chat_template: str | None = Field(
         None,
         description="Jinja text that makes a prompt of chat messages; null takes the teacher's own, if any.",
     )
+
+    @model_validator(mode="after")
+    def _mixed_has_a_size(self) -> Self:
+        if ("mixed-gptq" in self.formats) != (self.mixed is not None):
+            raise ValueError("formats mixed-gptq and the section mixed, {at_most_mb: ...}, go together; give both")
+        return self
 
 
 class GgufFormat:
@@ -92,15 +107,18 @@ class GgufFormat:
             if template is not None:
                 require_renderable(template, directory, "give another as compress.chat_template")
 
-    def check_model(self, config: Mapping[str, Any], positions: int, where: object) -> None:
+    def check_model(
+        self, config: Mapping[str, Any], positions: int, where: object, variants: Sequence[str] = ()
+    ) -> None:
         from overproof.export.gguf_check import check_model
 
-        check_model(config, positions, where)
+        check_model(config, positions, where, variants)
 
     def write(self, source: Path, file: Path, variant: str, context: ExportContext, unquantised: Path) -> None:
         from overproof.engines.chat_template import require_chat_template
         from overproof.engines.gguf_tokens import read_gguf_header
         from overproof.export.gguf_calibration import CalibrationRows
+        from overproof.export.gguf_check import require_plain
         from overproof.export.gguf_file import export_gguf
         from overproof.export.gguf_name import written_name
         from overproof.export.gguf_rewrite import convert_gguf
@@ -113,20 +131,30 @@ class GgufFormat:
         template = context.settings.chat_template or chat_template(context.teacher)
         name = f"{context.recipe} {file.stem}"
         if not isinstance(family_of(read_config(source), source)[1], GgufFamily):
-            if "-" in variant:
-                able = ", ".join(kind for kind, family in FAMILIES.items() if isinstance(family, GgufFamily))
-                raise InputError(
-                    f"compress.formats: {variant} is calibrated, as models of {able} can be alone: leave it out"
-                )
+            require_plain([variant], source)
             name = written_name(name, context.tokenizer.read_text(encoding="utf-8"))
             convert_gguf(source, unquantised, file, variant, name, template)  # type: ignore[arg-type]
         else:
             export_gguf(
                 source, context.tokenizer, file, format=variant, name=name, chat_template=template, rows=rows,  # type: ignore[arg-type]
-                tell=lambda done, of: context.tell(f"{file.stem}: calibrated {done} of {of} layers"),
+                tell=lambda at: context.tell(f"{file.stem}: {at}"), budget_bytes=self._budget(context, unquantised),
             )  # fmt: skip
         if variant == self.unquantised:  # the others of its model have the same
             require_chat_template(read_gguf_header(file), file.name)
+
+    def _budget(self, context: ExportContext, unquantised: Path) -> int:
+        """Bytes that matrices of a mixed file may take: beside them it has what the unquantised one has."""
+        import gguf
+
+        from overproof.export.ggml_blocks import aligned
+
+        if context.settings.mixed is None or not unquantised.is_file():
+            return 0
+        tensors = gguf.GGUFReader(unquantised).tensors
+        matrices = (each for each in tensors if each.tensor_type is not gguf.GGMLQuantizationType.F32)
+        beside = unquantised.stat().st_size - sum(aligned(int(each.n_bytes)) for each in matrices) + LONGER_NAME_BYTES
+        budget_bytes: int = round(1e6 * context.settings.mixed.at_most_mb) - beside
+        return budget_bytes
 
     def difference(self, source: Path, file: Path) -> Difference:
         """Of llama.cpp, which reads the file in its own way, at places spread over a short row and over a long one.
@@ -184,7 +212,13 @@ class GgufFormat:
             logits = BATCH_TOKENS * size.outputs * FP32_BYTES
             sums = FP32_BYTES * (5 * size.hidden**2 + size.query_width**2 + size.intermediate**2)  # of a layer's inputs
             between = FP32_BYTES * tokens * (2 * size.hidden + size.places)  # activations and masks
-            calibrated = FP32_BYTES * size.parameters + logits + sums + between
+            inverted = 32 * max(size.hidden, size.query_width, size.intermediate) ** 2  # four matrices in fp64
+            calibrated = FP32_BYTES * size.parameters + logits + sums + between + inverted
+        if (
+            "mixed-gptq" in settings.formats
+        ):  # weights, gradients and their squares; of a row what the backward pass needs
+            row = size.predictions * (3 * FP32_BYTES * size.outputs + size.layers * layers // (2 * LONG_ROW))
+            calibrated = max(calibrated, 3 * FP32_BYTES * size.parameters + row)
         return max(FP32_BYTES * max(size.tensors), context + layers + compared, calibrated)
 
     def companions(self, context: ExportContext) -> Mapping[str, Path]:

@@ -5,7 +5,7 @@ written.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from overproof.errors import InputError, suggest_name
@@ -18,9 +18,10 @@ from overproof.registry import FAMILIES
 BLOCK = 32  # weights that share one scale in q8_0 and q4_0
 
 
-def check_model(config: Mapping[str, Any], positions: int, where: object) -> None:
+def check_model(config: Mapping[str, Any], positions: int, where: object, variants: Sequence[str] = ()) -> None:
     """See ``Format.check_model``."""
     if not isinstance(family_of(config, where)[1], GgufFamily) and llama_cpp_converter.is_configured():
+        require_plain(variants, where)
         llama_cpp_converter.require_architecture(config["architectures"][0], where)
         return
     kind, family = gguf_family_of(config, where)
@@ -33,6 +34,20 @@ def check_model(config: Mapping[str, Any], positions: int, where: object) -> Non
             f"model does up to {context} tokens (by its positions, its sliding window or the length they were scaled "
             f"from): lower data.sequence_length to {context}"
         )
+
+
+def require_plain(variants: Sequence[str], where: object) -> None:
+    """Look whether a model that llama.cpp's converter writes is asked for in plain variants alone.
+
+    Raises:
+        InputError: one is calibrated.
+    """
+    for variant in variants:
+        if "-" in variant:
+            able = ", ".join(kind for kind, family in FAMILIES.items() if isinstance(family, GgufFamily))
+            raise InputError(
+                f"{where}: compress.formats: {variant} is calibrated, as models of {able} can be alone: leave it out"
+            )
 
 
 def check_configuration(kind: str, layout: GgufLayout, config: Any, where: object) -> None:

@@ -7,8 +7,9 @@ so an engine needs nothing else.
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from overproof.errors import InputError
 from overproof.export.ggml_blocks import Bytes, dequantise, quantise
 from overproof.export.gguf_calibration import CalibrationRows, MatrixRounder
 from overproof.export.gguf_check import check_configuration, gguf_family_of
+from overproof.export.gguf_mixed import choose_mixed
 from overproof.export.gguf_name import written_name
-from overproof.export.gguf_types import EMBEDDINGS, OUTPUT, GgufVariant, TensorTypes, mix_of
+from overproof.export.gguf_types import EMBEDDINGS, MIXED, OUTPUT, GgufVariant, TensorTypes, mix_of
 from overproof.export.gguf_vocabulary import add_vocabulary
 from overproof.models import gguf_rope, hf_directory
 from overproof.models.base import GgufFamily
@@ -55,12 +57,13 @@ class _Tensor:
 
 def export_gguf(
     model: Path, tokenizer: Path, path: Path, format: GgufVariant, name: str, chat_template: str | None = None,
-    rows: CalibrationRows | None = None, tell: Callable[[int, int], None] = lambda *_: None,
+    rows: CalibrationRows | None = None, tell: Callable[[str], None] = lambda _: None, budget_bytes: int = 0,
 ) -> None:  # fmt: skip
     """Write a Hugging Face directory of a decoder as one GGUF file, a tensor at a time; ``path`` appears when complete.
 
     ``chat_template`` (Jinja) goes into the file, and ``name`` as llama.cpp may read it (see ``gguf_name``). On ``rows``
-    a variant with ``-imatrix`` or ``-gptq`` is calibrated; ``tell`` hears how many layers that is through with.
+    a variant with ``-imatrix`` or ``-gptq`` is calibrated; ``tell`` hears what that is at. ``budget_bytes`` is what the
+    matrices of ``MIXED`` may take.
 
     Raises:
         InputError: the model or its tokenizer has a feature that this export does not cover.
@@ -82,6 +85,13 @@ def export_gguf(
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     tensors, extra = list(_tensors(model, family, config, types)), layout.extra_tensors(config)
+    if format == MIXED:
+        assert rows is not None
+        shapes = {tensor.source: tensor.shape for tensor in tensors if tensor.type is not Ggml.F32}
+        copies = Counter(tensor.source for tensor in tensors)
+        where = f"compress.mixed.at_most_mb: {path.stem}"
+        chosen = choose_mixed(model, family, config, shapes, copies, rows, budget_bytes, where, tell)
+        tensors = [replace(tensor, type=chosen.get(tensor.source, tensor.type)) for tensor in tensors]
     for tensor in tensors:
         dtype, bytes_shape = _layout(tensor)
         size_bytes = int(np.prod(bytes_shape)) * dtype.itemsize
@@ -96,7 +106,7 @@ def export_gguf(
         rounder = MatrixRounder(family, config, kinds, rounding, Path(folder))
         if rounding != "plain":
             assert rows is not None
-            rounder.round_all(model, rows, tell)
+            rounder.round_all(model, rows, lambda done, of: tell(f"calibrated {done} of {of} layers"))
         for tensor in tensors:
             writer.write_tensor_data(_written(tensor, layout, config, rounder))
     for vector in extra.values():

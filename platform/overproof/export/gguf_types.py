@@ -1,9 +1,10 @@
 """The variants of a GGUF file: the type of each of its tensors, and how it is rounded.
 
-The mixes are llama.cpp's (https://github.com/ggml-org/llama.cpp, `src/llama-quant.cpp`, llama_tensor_get_type): the
-output layer, and values and the feed-forward layer's last matrices in some layers, keep more bits. A row that is no
-whole super-blocks of 256 falls back to a type of blocks of 32 and the next more bits: most of SmolLM2's, whose width is
-576. In `q4_0` the tables of embeddings and outputs are in q8_0: in four bits a tied one costs the most.
+The mixes are llama.cpp's, those of Falcon apart (https://github.com/ggml-org/llama.cpp, `src/llama-quant.cpp`,
+llama_tensor_get_type): the output layer, and values and the feed-forward layer's last matrices in some layers, keep
+more bits. A row that is no whole super-blocks of 256 falls back to a type of blocks of 32 and the next more bits: most
+of SmolLM2's, whose width is 576. In `q4_0` the tables of embeddings and outputs are in q8_0: in four bits a tied one
+costs the most.
 """
 
 from __future__ import annotations
@@ -46,10 +47,12 @@ MIXES: dict[str, Mix] = {
     "q5_k_m": Mix(Ggml.Q5_K, LlamaFileType.MOSTLY_Q5_K_M, Ggml.Q6_K, fused=Ggml.Q6_K, more=MORE_BITS),
     "q4_k_m": Mix(Ggml.Q4_K, LlamaFileType.MOSTLY_Q4_K_M, Ggml.Q6_K, fused=Ggml.Q5_K, more=MORE_BITS),
     "q4_0": Mix(Ggml.Q4_0, LlamaFileType.MOSTLY_Q4_0, Ggml.Q8_0, embeddings=Ggml.Q8_0),
+    "mixed": Mix(Ggml.Q4_0, LlamaFileType.MOSTLY_Q4_0, Ggml.Q8_0),  # each matrix by itself: ``gguf_mixed``
 }
+MIXED = "mixed-gptq"
 GgufVariant = Literal[
     "f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q6_k-imatrix", "q5_k_m-imatrix", "q4_k_m-imatrix",
-    "q4_0-imatrix", "q5_k_m-gptq", "q4_k_m-gptq", "q4_0-gptq",
+    "q4_0-imatrix", "q5_k_m-gptq", "q4_k_m-gptq", "q4_0-gptq", "mixed-gptq",
 ]  # fmt: skip
 
 

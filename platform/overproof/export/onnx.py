@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +49,9 @@ class OnnxFormat:
     def check_template(self, settings: Any, directory: str | None) -> None:
         """It holds no chat template."""
 
-    def check_model(self, config: Mapping[str, Any], positions: int, where: object) -> None:
+    def check_model(
+        self, config: Mapping[str, Any], positions: int, where: object, variants: Sequence[str] = ()
+    ) -> None:
         """Of its families every model: what is written is the graph of what torch computes."""
 
     def write(self, source: Path, file: Path, variant: str, context: ExportContext, unquantised: Path) -> None:

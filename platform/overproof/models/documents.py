@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from overproof.data.manifest import START
+from overproof.models.encoder import PADDING
 
 
 def starts_of_documents(tokens_BP: Tensor, start_B: Tensor) -> Tensor:
@@ -36,6 +37,16 @@ def last_document(tokens_BP: Tensor, start_B: Tensor) -> Tensor:
     places_P = torch.arange(tokens_BP.shape[1], device=tokens_BP.device)
     begun_BP = torch.where(starts_of_documents(tokens_BP, start_B), places_P, 0)
     return places_P >= begun_BP.amax(1, keepdim=True)
+
+
+def counted_places(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Which places of a row a text is at, (B, P), bool; None of rows that are no tokens."""
+    if "tokens" not in batch:
+        return None
+    if "length" not in batch:  # of encoders, whose rows say it by themselves
+        return batch["tokens"] != PADDING
+    places_P = torch.arange(batch["tokens"].shape[1] - 1, device=batch["tokens"].device)
+    return places_P < batch["length"][:, None]
 
 
 def document_positions(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-PADDING = -1  # in place of a token
 TASKS = ("text_classification", "multi_label_text_classification")
 CLASSIFIER = "ForSequenceClassification"
+PADDING = -1  # in place of a token
 MULTI_LABEL = "multi_label_classification"  # the problem type, as transformers names it
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs
 
-from overproof.config.models import ModelSection, Pretrained, Pruned, TeacherLayers
+from overproof.config.models import LayeredModel, ModelSection, Pretrained, Pruned, TeacherLayers
 from overproof.config.training import Lora, Train
 from overproof.errors import InputError, suggest_name
 from overproof.files import filesystem, read_bytes, retried
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 HEADER_LIMIT_BYTES = 100_000_000  # as the safetensors library has it
 FP32_BYTES = 4  # bytes
+UNTOLD = 1 << 40  # where a configuration does not say how many there are
 UNFIT = "expected the weights and the configuration of one model"
 POSITIONS = ("max_position_embeddings", "n_positions")  # what families call the most tokens of a row
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # and how many layers there are
@@ -126,16 +127,13 @@ def student_size(model: ModelSection, teacher: ModelSection, shape: DataShape) -
     if isinstance(model, TeacherLayers):
         model.of(whole.layers)
     else:
-        kv_heads = _kv_heads(directory_config(teacher.path)) if isinstance(teacher, Pretrained) else 1
-        model.require_fewer(whole.layers, whole.intermediate, kv_heads)
+        model.require_fewer(whole.layers, whole.intermediate, UNTOLD)
     if isinstance(teacher, Pretrained):
         return _directory_size(teacher.path, shape, model, whole.intermediate)
-    changed = {"layers": model.count} if isinstance(model, TeacherLayers) else _kept(model)
-    return model_size(teacher.model_copy(update=changed), shape)
-
-
-def _kept(model: Pruned) -> dict[str, int]:
-    return {name: n for name in ("layers", "intermediate_size") if (n := getattr(model, name)) is not None}
+    if isinstance(model, TeacherLayers):
+        return model_size(teacher.model_copy(update={"layers": model.count}), shape)
+    assert isinstance(teacher, LayeredModel)
+    return model_size(model.of(teacher), shape)
 
 
 def _kv_heads(config: Mapping[str, Any]) -> int:
@@ -220,9 +218,20 @@ def require_varlen(kind: str, where: str) -> None:
 
 
 def student_config(config: Mapping[str, Any], model: TeacherLayers | Pruned, names: LayerNames) -> dict[str, Any]:
-    """The content of a config.json for what is left of its model."""
+    """The content of a config.json for what is left of its model.
+
+    Raises:
+        InputError: it has not as much, or its heads cannot be taken away by themselves.
+    """
     if isinstance(model, TeacherLayers):
         return with_layers(config, model.count, names)
+    if model.kv_heads is not None and names.attention_output is None:
+        raise cannot_lose("kv_heads", (config.get("architectures") or ["?"])[0])
+    layers, channels = (
+        next((int(config[name]) for name in known if config.get(name)), UNTOLD)
+        for known in (LAYERS, (names.intermediate, "intermediate_size"))
+    )
+    model.require_fewer(layers, channels, _kv_heads(config))
     found = dict(config) if model.layers is None else with_layers(config, model.layers, names)
     if model.intermediate_size is not None:
         called = {name for name in (names.intermediate, "intermediate_size") if name in config} or {names.intermediate}
@@ -233,6 +242,14 @@ def student_config(config: Mapping[str, Any], model: TeacherLayers | Pruned, nam
         found |= {"num_attention_heads": heads // kv_heads * model.kv_heads, "num_key_value_heads": model.kv_heads}
         found |= {"head_dim": width}
     return found
+
+
+def cannot_lose(field: str, architecture: str) -> InputError:
+    """Of a pruned student whose teacher has no such part by itself."""
+    return InputError(
+        f"{field}: a {architecture} cannot lose any by themselves; expected null and fewer layers or other parts, "
+        "or a teacher of a family such as llama"
+    )
 
 
 def with_layers(config: Mapping[str, Any], layers: int, names: LayerNames) -> dict[str, Any]:
@@ -259,11 +276,11 @@ def _directory_size(
                 "student of another kind, such as {kind: pretrained, path: ...}"
             )
         most_layers = student.count if isinstance(student, TeacherLayers) else student.layers
+        kv_heads, config = _kv_heads(config), student_config(config, student, names)
         if isinstance(student, Pruned):
-            tensors = _pruned_tensors(tensors, names, student, channels, _kv_heads(config))
+            tensors = _pruned_tensors(tensors, names, student, channels, kv_heads)
         if most_layers is not None:
             tensors = {name: size for name, size in tensors.items() if _layer_number(name, layers) < most_layers}
-        config = student_config(config, student, names)
         config |= {} if most_layers is None else {"num_hidden_layers": most_layers}
     try:
         found = family.directory_size(config, tensors, shape)
@@ -282,8 +299,7 @@ def _pruned_tensors(
     tensors: Mapping[str, int], names: LayerNames, student: Pruned, channels: int, kv_heads: int
 ) -> dict[str, int]:
     """Numbers in each tensor once channels and heads are gone."""
-    if student.kv_heads is not None and (names.attention_output is None or names.queries is None):
-        raise InputError("kv_heads: heads of this family cannot be taken away by themselves; expected null")
+    assert student.kv_heads is None or names.attention_output is not None
     *into, out = names.feed_forward
     narrowed = {f".{name}.{end}" for name in into for end in ("weight", "bias")} | {f".{out}.weight"}
     projections = (names.queries, names.keys, names.values)
