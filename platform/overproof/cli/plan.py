@@ -73,6 +73,8 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     if isinstance(served, Served):
         out.print(f"teacher: {served.model}, served at {served.url}")
         out.print(_students(students))
+        if text := _teacher_text(recipe, shape.positions, shape.outputs, prepared, None):
+            out.print(text)
     else:
         model = trained_size(recipe.train, shape)
         _print_teacher(recipe, model, students, prepared, rate)
@@ -99,7 +101,8 @@ def _print_teacher(
         out.print(line)
     out.print(_memory(recipe, model))
     out.print(_activations(recipe, model))
-    for line in filter(None, (_teacher_text(recipe, model, prepared, rate), _live_teacher(recipe, model))):
+    text = _teacher_text(recipe, model.predictions, model.outputs, prepared, rate)
+    for line in filter(None, (text, _live_teacher(recipe, model))):
         out.print(line)
 
 
@@ -235,15 +238,17 @@ def _largest(recipe: Recipe, teacher: ModelSize | None, students: dict[str, Mode
     return f"without a GPU the largest process of a stage holds, beside what it maps from files: {told}"
 
 
-def _teacher_text(recipe: Recipe, model: ModelSize, prepared: Artifact | None, rate: Throughput | None) -> str | None:
+def _teacher_text(
+    recipe: Recipe, positions: int, outputs: int, prepared: Artifact | None, rate: Throughput | None
+) -> str | None:
     """What the teacher's text takes, and how long it writes."""
     if recipe.generate is None:
         return None
-    each = model.predictions + 1 - recipe.generate.prompt_tokens
+    each = positions + 1 - recipe.generate.prompt_tokens
     rows = _rows(recipe.generate.rows, prepared)
     if rows is None:
         return f"text of the teacher: {each:,} tokens of every row, once the data is prepared"
-    bytes_ = rows * row_bytes(text_cache_schema(model.predictions, model.outputs))
+    bytes_ = rows * row_bytes(text_cache_schema(positions, outputs))
     held = f"text of the teacher: {rows:,} rows, {rows * each:,} tokens to be written, {format_bytes(bytes_)}"
     if rate is None:
         return held
