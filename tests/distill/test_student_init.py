@@ -224,5 +224,6 @@ def test_the_next_student_of_a_process_finds_the_memory_of_the_last(
     trainer.run_to_validation()
     assert trainer.student is not None
     last = weakref.ref(trainer.student.model)
+    trainer.student.checkpoint_writer.wait()  # whose thread holds the model while it writes
     trainer.start(job_of(context, "narrow"))
     assert last() is None
