@@ -18,6 +18,7 @@ from overproof.errors import InputError
 from overproof.export.base import ExportContext
 from overproof.export.gguf import FORMAT, Gguf
 from overproof.export.gguf_file import read_gguf
+from overproof.export.gguf_weights import require_same_weights
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,7 @@ def test_every_variant_opens_in_llama_cpp_and_means_what_torch_reads_from_it(
     exported: Callable[[str], Path], variant: str
 ) -> None:
     file = exported(variant)
+    require_same_weights(file, exported("f16"))
     engine, tokens = LlamaCppLogits(file, 48, 1, exact_cache=True), np.arange(3, 51)
     found = torch.from_numpy(engine.logits_at(tokens, np.arange(48))).log_softmax(-1)
     engine.close()

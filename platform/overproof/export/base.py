@@ -98,6 +98,18 @@ class Format(Protocol):
 
 
 @runtime_checkable
+class WeighedFormat(Protocol):
+    """What a format has beside whose files can be held against each other, number by number."""
+
+    def require_same_weights(self, file: Path, unquantised: Path) -> None:
+        """Look whether a file of a variant holds the numbers of the unquantised one, as far as rounding moves them.
+
+        Raises:
+            RuntimeError: a tensor is missing, or is another.
+        """
+
+
+@runtime_checkable
 class SizedFormat(Protocol):
     """What a format has beside that knows what writing takes."""
 

@@ -191,6 +191,12 @@ class GgufFormat:
         engine.close()
         return Difference(float(np.max(differences)), HALF_PRECISION_NATS, longest)  # NaN stays what it is
 
+    def require_same_weights(self, file: Path, unquantised: Path) -> None:
+        """See ``WeighedFormat``: by the error of each tensor, relative to its numbers."""
+        from overproof.export.gguf_weights import require_same_weights
+
+        require_same_weights(file, unquantised)
+
     def read_back(self, file: Path) -> Any:
         """The torch model that the file holds, dequantised to fp32."""
         from overproof.export.gguf_file import read_gguf

@@ -14,7 +14,7 @@ from overproof.config import Served
 from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import Manifest
 from overproof.engines.served_teacher import ServedTeacher
-from overproof.export.base import Difference, ExportContext, Format
+from overproof.export.base import Difference, ExportContext, Format, WeighedFormat
 from overproof.files import FrozenModel
 from overproof.registry import FORMATS
 from overproof.stage_context import StageContext
@@ -76,6 +76,9 @@ def export_models(context: StageContext) -> dict[str, Any]:
             if variant == written.unquantised:
                 heartbeat.start_phase(len(exports), f"{file.name}, held against its model")
                 held = require_same_model(written, source, file)
+            elif isinstance(written, WeighedFormat) and whole != file:
+                heartbeat.start_phase(len(exports), f"{file.name}, held against {whole.name}")
+                written.require_same_weights(file, whole)
             export = Export(
                 name=name, student=student, file=file.name, format=variant, size_bytes=file.stat().st_size,
                 candidate=student not in (None, name), companions=tuple(companions),
