@@ -61,7 +61,7 @@ class OwnServer:
 
 
 @contextmanager
-def own_server(file: Path, key: str | None = KEY) -> Iterator[OwnServer]:
+def own_server(file: Path, key: str | None = KEY, max_tokens: int = 32) -> Iterator[OwnServer]:
     """A server of a GGUF file, called `teacher` there, which asks for a key."""
     proof = Provenance(
         task="language_modeling", details={}, package="made/package-0", candidate="teacher", format="f16",
@@ -69,7 +69,9 @@ def own_server(file: Path, key: str | None = KEY) -> Iterator[OwnServer]:
     )  # fmt: skip
     engine, made = LlamaCpp(file), OwnServer()
     no_copy = partial(PrivateCopy, file.parent)  # of a language model nothing else is read
-    served = ServedModel(ModelInfo(id="teacher", created=0, overproof=proof), ThreadedEngine(engine, 4), 64, no_copy)
+    served = ServedModel(
+        ModelInfo(id="teacher", created=0, overproof=proof), ThreadedEngine(engine, 4), max_tokens, no_copy
+    )
     app = build_app(SingleModel(served), Access(hash_key(key) if key else None))
     app.add_middleware(BaseHTTPMiddleware, dispatch=made.between)
     with listening(app) as address:

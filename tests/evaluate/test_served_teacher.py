@@ -93,7 +93,7 @@ def recorded(text: dict[str, Artifact], recipe: Recipe) -> Artifact:
 
 @pytest.fixture(scope="module")
 def shared(text: dict[str, Artifact]) -> Iterator[OwnServer]:
-    with own_server(text["compress"].local() / "teacher.gguf") as made:
+    with own_server(text["compress"].local() / "teacher.gguf", max_tokens=64) as made:
         yield made
 
 

@@ -70,7 +70,9 @@ def test_a_reply_says_which_file_gave_it(text: SingleModel, text_package: Path) 
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     (model,) = ask(app, "GET", "/v1/models").json()["data"]
     assert model["overproof"]["sha256"] == text.served.model.overproof.sha256
-    assert len(model["overproof"]["verdict"]) == len(open_package(text_package).content.policy.rules)
+    lost, *reasons = model["overproof"]["verdict"]
+    assert lost.startswith("bits per byte against the teacher: ")
+    assert len(reasons) == len(open_package(text_package).content.policy.rules)
     assert model["overproof"]["parents"] == text.served.model.overproof.parents
     assert ask(app, "GET", "/healthz").json() == {"status": "ok"}
 
