@@ -30,17 +30,13 @@ from transformers.pytorch_utils import Conv1D
 
 from overproof.artifacts import Artifact
 from overproof.config.models import Pruned
-from overproof.data.manifest import Manifest
-from overproof.data.parquet_reader import Shards
 from overproof.errors import InputError
+from overproof.export.calibration import CalibrationRows
 from overproof.files import atomic_write, filesystem, read_bytes
 from overproof.models.base import LayerNames
-from overproof.models.documents import counted_places
-from overproof.models.hf_directory import layer_names, load_model, to_tensors
+from overproof.models.documents import at_counted, counted_places
+from overproof.models.hf_directory import layer_names, load_model
 from overproof.models.sizes import cannot_lose
-from overproof.registry import TASKS
-
-BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -59,12 +55,8 @@ def known_importance(teacher: Path, prepared: Artifact, workspace: str, seed: in
     files, folder = filesystem(workspace)
     path = f"{folder}/importance-{rows}.npz"
     if files.get_file_info(path).type is not fs.FileType.File:
-        manifest = Manifest.read(prepared)
-        order, shards = manifest.order(seed), Shards(prepared, "train")
-        ids, each = order.rows_at(0, min(rows, order.rows)), max(1, BATCH_TOKENS // manifest.positions)
-        parts = np.split(ids, range(each, len(ids), each))
-        batches = (to_tensors(shards.take(part)) for part in parts)
-        found, content = measure_importance(load_model(teacher), batches, TASKS[manifest.task].predict), io.BytesIO()
+        read, content = CalibrationRows(prepared, seed, rows), io.BytesIO()
+        found = measure_importance(load_model(teacher), read.batches(), read.predict)
         np.savez(content, **vars(found))
         files.create_dir(folder, recursive=True)
         atomic_write(files, path, content.getvalue())
@@ -120,8 +112,7 @@ class _Mean:
 
     def add(self, values: Tensor, counted: Tensor | None) -> None:
         """Of places that count, where that is known."""
-        known = counted is not None and values.shape[:-1] == counted.shape
-        flat = (values[counted] if known else values.reshape(-1, values.shape[-1])).float()
+        flat = at_counted(values, counted)
         self.total, self.count = self.total + flat.sum(0).cpu(), self.count + len(flat)
 
     @property

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from overproof.artifacts import Artifact
     from overproof.models.sizes import ModelSize
 
+BATCH_TOKENS = 1024  # that a model is calibrated on at once
+
 
 @dataclass(frozen=True)
 class ExportContext:

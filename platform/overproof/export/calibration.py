@@ -17,10 +17,37 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from overproof.models.documents import counted_places
+from overproof.artifacts import Artifact
+from overproof.data.manifest import Manifest
+from overproof.data.parquet_reader import Shards
+from overproof.export.base import BATCH_TOKENS
+from overproof.models.base import Prediction
+from overproof.models.documents import at_counted, counted_places
+from overproof.models.hf_directory import Batch, to_tensors
+from overproof.registry import TASKS
 
-Batch = dict[str, Tensor]
 Renew = Callable[[str, Tensor, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class CalibrationRows:
+    """The train rows that a model is calibrated on: the first in training order."""
+
+    prepared: Artifact
+    seed: int
+    rows: int
+
+    def batches(self) -> list[Batch]:
+        """What the model reads, about ``BATCH_TOKENS`` tokens at a time."""
+        manifest = Manifest.read(self.prepared)
+        order, each = manifest.order(self.seed), max(1, BATCH_TOKENS // manifest.positions)
+        ids, shards = order.rows_at(0, min(self.rows, order.rows)), Shards(self.prepared, "train")
+        return [to_tensors(shards.take(ids[first : first + each])) for first in range(0, len(ids), each)]
+
+    @property
+    def predict(self) -> Callable[[Any, Batch], Prediction]:
+        """How the data's task calls a model with a batch."""
+        return TASKS[Manifest.read(self.prepared).task].predict
 
 
 @dataclass
@@ -102,8 +129,7 @@ class _Sums:
     places: Tensor | None = None
 
     def add(self, name: str, inputs: Tensor) -> None:
-        known = self.places is not None and inputs.shape[:-1] == self.places.shape
-        inputs_NC = (inputs[self.places] if known else inputs.reshape(-1, inputs.shape[-1])).float()
+        inputs_NC = at_counted(inputs, self.places)
         if name not in self.of:
             self.of[name] = inputs_NC.T @ inputs_NC
         else:

@@ -12,7 +12,7 @@ from overproof.config.base import Count, Section
 from overproof.config.export import FormatSection
 from overproof.data.manifest import TOKENIZER
 from overproof.export import llama_cpp_converter
-from overproof.export.base import Difference, ExportContext
+from overproof.export.base import BATCH_TOKENS, Difference, ExportContext
 from overproof.models.base import GgufFamily
 from overproof.models.sizes import FP32_BYTES, ModelSize, family_of
 from overproof.registry import FAMILIES
@@ -117,7 +117,7 @@ class GgufFormat:
     def write(self, source: Path, file: Path, variant: str, context: ExportContext, unquantised: Path) -> None:
         from overproof.engines.chat_template import require_chat_template
         from overproof.engines.gguf_tokens import read_gguf_header
-        from overproof.export.gguf_calibration import CalibrationRows
+        from overproof.export.calibration import CalibrationRows
         from overproof.export.gguf_check import require_plain
         from overproof.export.gguf_file import export_gguf
         from overproof.export.gguf_name import written_name
@@ -206,7 +206,6 @@ class GgufFormat:
     def export_memory(self, settings: Gguf, size: ModelSize) -> int:
         """See ``SizedFormat``: of a tensor that is quantised, both libraries on a long row, or a calibrated model."""
         from overproof.engines.llamacpp_memory import context_memory
-        from overproof.export.gguf_types import BATCH_TOKENS
 
         # A layer in torch, and one in llama.cpp.
         layers = 2 * LONG_ROW * FAMILIES[size.family].layer_memory(size, FP32_BYTES)
@@ -220,9 +219,7 @@ class GgufFormat:
             between = FP32_BYTES * tokens * (2 * size.hidden + size.places)  # activations and masks
             inverted = 32 * max(size.hidden, size.query_width, size.intermediate) ** 2  # four matrices in fp64
             calibrated = FP32_BYTES * size.parameters + logits + sums + between + inverted
-        if (
-            "mixed-gptq" in settings.formats
-        ):  # weights, gradients and their squares; of a row what the backward pass needs
+        if "mixed-gptq" in settings.formats:  # weights, gradients and their squares, and a row's backward pass
             row = size.predictions * (3 * FP32_BYTES * size.outputs + size.layers * layers // (2 * LONG_ROW))
             calibrated = max(calibrated, 3 * FP32_BYTES * size.parameters + row)
         return max(FP32_BYTES * max(size.tensors), context + layers + compared, calibrated)

@@ -15,37 +15,13 @@ import torch
 from gguf import GGMLQuantizationType as Ggml
 from torch import Tensor
 
-from overproof.artifacts import Artifact
-from overproof.data.manifest import Manifest
-from overproof.data.parquet_reader import Shards
-from overproof.export.calibration import calibrate
+from overproof.export.calibration import CalibrationRows, calibrate
 from overproof.export.ggml_blocks import Bytes, Weights, dequantise, quantise
-from overproof.export.gguf_types import BATCH_TOKENS, Rounding, is_compensated
+from overproof.export.gguf_types import Rounding, is_compensated
 from overproof.export.gptq import gptq
-from overproof.models.hf_directory import Batch, load_model, to_tensors
-from overproof.registry import TASKS
+from overproof.models.hf_directory import load_model
 
 QUANTISED = (Ggml.Q4_0, Ggml.Q5_0, Ggml.Q5_1, Ggml.Q4_K, Ggml.Q5_K, Ggml.Q6_K)  # of q8_0 there is nothing to gain
-
-
-@dataclass(frozen=True)
-class CalibrationRows:
-    """The train rows that a model is calibrated on: the first in training order."""
-
-    prepared: Artifact
-    seed: int
-    rows: int
-
-    def batches(self) -> list[Batch]:
-        """What the model reads, about ``BATCH_TOKENS`` tokens at a time."""
-        manifest = Manifest.read(self.prepared)
-        order, each = manifest.order(self.seed), max(1, BATCH_TOKENS // manifest.positions)
-        ids, shards = order.rows_at(0, min(self.rows, order.rows)), Shards(self.prepared, "train")
-        return [to_tensors(shards.take(ids[first : first + each])) for first in range(0, len(ids), each)]
-
-    def ask(self, model: Any, batch: Batch) -> None:
-        """One call of the model."""
-        TASKS[Manifest.read(self.prepared).task].predict(model, batch)
 
 
 @dataclass(frozen=True)
@@ -61,7 +37,7 @@ class MatrixRounder:
     def round_all(self, model: Path, rows: CalibrationRows, tell: Callable[[int, int], None]) -> None:
         """Put what is to be written of each matrix in a layer into the folder."""
         loaded = load_model(model)
-        calibrate(loaded, self.family.names.layers, rows.batches(), rows.ask, self._renew, tell)
+        calibrate(loaded, self.family.names.layers, rows.batches(), rows.predict, self._renew, tell)
 
     def blocks(self, tensor: str) -> Bytes | None:
         """What is written of a tensor; None where it is none of these matrices."""

@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 
 from overproof.engines.gguf_tokens import naming_gguf_faults
 from overproof.errors import InputError
+from overproof.export.calibration import CalibrationRows
 from overproof.export.ggml_blocks import Bytes, dequantise, quantise
-from overproof.export.gguf_calibration import CalibrationRows, MatrixRounder
+from overproof.export.gguf_calibration import MatrixRounder
 from overproof.export.gguf_check import check_configuration, gguf_family_of
 from overproof.export.gguf_mixed import choose_mixed
 from overproof.export.gguf_name import written_name

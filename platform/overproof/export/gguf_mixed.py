@@ -12,12 +12,10 @@ import torch
 from gguf import GGMLQuantizationType as Ggml
 from torch import Tensor
 
-from overproof.data.manifest import Manifest
+from overproof.export.calibration import CalibrationRows
 from overproof.export.ggml_blocks import BLOCKS, SUPER_BLOCK, Weights, aligned, dequantise, quantise
-from overproof.export.gguf_calibration import CalibrationRows
 from overproof.export.sensitivity import Option, choose_types, fisher_diagonal
 from overproof.models.hf_directory import load_model
-from overproof.registry import TASKS
 
 KINDS = (Ggml.Q4_0, Ggml.Q5_0, Ggml.Q5_1, Ggml.Q8_0)
 COMPENSATED = 0.4  # of what rounding by itself costs is left by GPTQ; 0.2 to 0.7 was measured
@@ -35,7 +33,7 @@ def choose_mixed(
         InputError: the budget is less than the smallest types take.
     """
     loaded = load_model(model)
-    predict = TASKS[Manifest.read(rows.prepared).task].predict
+    predict = rows.predict
     batches = (one for batch in rows.batches() for one in _rows_of(batch))
     fisher = fisher_diagonal(
         loaded, shapes, batches, predict, lambda row: tell(f"what rounding costs, row {row} of {rows.rows}")

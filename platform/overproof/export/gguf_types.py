@@ -18,7 +18,6 @@ from gguf import LlamaFileType
 
 from overproof.export.ggml_blocks import BLOCKS, NARROWER, SUPER_BLOCK
 
-BATCH_TOKENS = 1024  # that a model is calibrated on at once
 Rounding = Literal["plain", "imatrix", "gptq"]
 OUTPUT = "output.weight"
 EMBEDDINGS = "token_embd.weight"

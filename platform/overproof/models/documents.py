@@ -49,6 +49,12 @@ def counted_places(batch: Mapping[str, Tensor]) -> Tensor | None:
     return places_P < batch["length"][:, None]
 
 
+def at_counted(values: Tensor, counted: Tensor | None) -> Tensor:
+    """What stands at the places that count, (N, D) in fp32; at all of them where values have other places."""
+    known = counted is not None and values.shape[:-1] == counted.shape
+    return (values[counted] if known else values.reshape(-1, values.shape[-1])).float()
+
+
 def document_positions(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a causal model of transformers is given beside the tokens it reads, all of a row's but the last."""
     if START not in batch:
