@@ -38,7 +38,7 @@ from overproof.stage_context import StageContext, no_progress
 RECIPE = HERE.parent / "jobs/recipes/smollm2.yaml"
 VARIANTS = ("f16", "q4_0", "q4_0-imatrix", "q4_0-gptq", "mixed-gptq", "q4_k_m", "q4_k_m-imatrix", "q4_k_m-gptq", "q8_0")
 REFERENCE, PLAIN = "f16", "q4_0"
-MOST_CHARACTERS = 4000  # of each file of the second text
+MOST_CHARACTERS = 2500  # of each file of the second text
 Rows = list[NDArray[Any]]
 
 

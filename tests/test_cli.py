@@ -21,6 +21,7 @@ from overproof import pipeline
 from overproof.cli.main import EXAMPLES, STAGE_VERBS, main, parse_arguments
 from overproof.cluster import ray_cluster
 from overproof.config import load_recipe
+from overproof.export.stage import read_exports
 from overproof.pipeline import STAGES, stages_of
 
 DIGITS = str(RECIPES / "digits.yaml")
@@ -190,6 +191,21 @@ def test_a_run_is_summed_up_though_its_data_have_changed_meanwhile(
     out = capsys.readouterr().out
     assert " ships: " in out
     assert "report.html" in out
+
+
+def test_compress_prints_every_file_in_one_table(digits: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", DIGITS, "--set", f"store={digits.recipe.store}"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    head, rule, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    assert head[:4] == ["variant", "against the teacher", "format", "MB"]
+    assert {"accuracy, %", "KL from teacher, nats", "p50, ms", "p95, ms", "resident MB"} < set(head)
+    assert {*"".join(rule)} == {"-"}
+    exports = read_exports(digits.artifacts["compress"].local())
+    assert [row[0].strip("`") for row in rows] == [export.name for export in exports]
+    for row in rows:
+        cells = dict(zip(head, row, strict=True))
+        assert re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\)", cells["accuracy, %"])
+        assert (cells["KL from teacher, nats"] == "") == (cells["against the teacher"] == "") == (row[0] == "`teacher`")
 
 
 def test_another_gate_is_judged_and_packaged_without_ray(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from overproof.config import Gate
-from overproof.engines.probe import ArrayAnswer
+from overproof.engines.probe_messages import ArrayAnswer
 from overproof.errors import InputError
 from overproof.evaluate.gate import Verdict, judge, requests_needed
 from overproof.evaluate.metrics import Comparison, MeasuredFile, Report

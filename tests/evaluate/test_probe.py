@@ -16,7 +16,8 @@ from overproof import pipeline
 from overproof.artifacts import Artifact
 from overproof.config import Evaluate, Recipe
 from overproof.engines import probe
-from overproof.engines.probe import FEWEST, ArrayRequest, TextRequest, probe_arrays, probe_text
+from overproof.engines.probe import FEWEST, probe_arrays, probe_text
+from overproof.engines.probe_messages import ArrayRequest, TextRequest
 from overproof.evaluate.outcome import CONTENDED_CORES
 from overproof.evaluate.stage import probe_settings
 from overproof.registry import FORMATS, TASKS

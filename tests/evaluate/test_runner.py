@@ -17,13 +17,16 @@ from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import Report
 from overproof.evaluate.outcome import Outcome
 from overproof.evaluate.stage import evaluate_exports, judge_report
-from overproof.export.stage import read_exports
+from overproof.export.stage import export_models, read_exports
 from overproof.files import file_sha256
+from overproof.package.package import build_package
 from overproof.registry import ENGINES, TASKS
+from overproof.report.content import EvaluatedFiles, file_rows
 from overproof.stage_context import StageContext, no_progress
 
 ENGINE = {"text": "llama.cpp", "digits": "onnxruntime"}
 KEPT = {"text": ["student"], "digits": ["student", "brief"]}
+TRIALS: dict[str, Any] = {"trials": [], "control": {"name": "control"}}
 STUDENTS = {"text": ["student-q8_0", "student-q4_0"], "digits": ["student-int8", "brief-int8"]}
 
 
@@ -113,3 +116,50 @@ def test_compress_writes_what_is_listed(text: dict[str, Artifact], digits: dict[
             listed["tokenizer.json"] = (done["prepare"].local() / "tokenizer.json").stat().st_size
         assert {file.name: file.stat().st_size for file in root.iterdir()} == listed
         assert json.loads((root / "exports.json").read_text())[0]["format"] == ("f16" if kind == "text" else "fp32")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_teachers_own_variants_may_be_chosen(
+    make_recipe: Callable[..., Recipe], digits: dict[str, Artifact], tmp_path: Path
+) -> None:
+    """Beside those of students, against the same rules; the card says that nothing was distilled into it."""
+    plain = make_recipe("digits", [{"kind": "keep", "at_least": 0.5}])
+    asked = plain.model_copy(
+        update={
+            "compress": plain.compress.model_copy(update={"teacher": True}),
+            "gate": plain.gate.model_copy(update={"candidate": "teacher-int8"}),
+        }
+    )
+    parents = {stage: digits[stage] for stage in ("prepare", "train", "sweep")}
+    parents["compress"] = run(export_models, asked, parents, tmp_path)
+    exports = {export.name: export for export in read_exports(parents["compress"].local())}
+    assert [export.name for export in exports.values() if export.candidate] == [*STUDENTS["digits"], "teacher-int8"]
+    assert (exports["teacher-int8"].student, exports["teacher-int8"].format) == ("teacher", "int8")
+    parents["evaluate"] = run(evaluate_exports, asked, parents, tmp_path)
+    report = Report.model_validate_json((parents["evaluate"].local() / "report.json").read_bytes())
+    assert report.winner == "student"
+    parents["gate"] = run(judge_report, asked, parents, tmp_path)
+    verdict = Verdict.model_validate_json((parents["gate"].local() / "verdict.json").read_bytes())
+    assert verdict.chosen == "teacher-int8"
+    roles = {row["name"]: row["role"] for row in file_rows(EvaluatedFiles(report, verdict), TRIALS)["rows"]}
+    assert (roles["teacher-int8"], roles["brief-int8"]) == ("teacher", "kept")
+    card = run(build_package, asked, parents, tmp_path).local()
+    words = (card / "README.md").read_text()
+    assert "**Student**: none; the teacher itself, in fewer bits." in words
+    assert "a larger one in fewer bits" in words
+    assert "**Control**" not in words
+    assert (card / "model.onnx").stat().st_size == exports["teacher-int8"].size_bytes
+
+
+def test_a_served_teacher_has_no_variants_and_names_are_apart(make_recipe: Callable[..., Recipe]) -> None:
+    plain = make_recipe("text").model_dump()
+    plain["compress"]["teacher"] = True
+    plain["sweep"]["students"][0]["name"] = "teacher-q8_0"
+    with pytest.raises(ValueError, match=r"a student is named 'teacher-q8_0', as a compressed file of another"):
+        Recipe.model_validate(plain)
+    plain["sweep"]["students"][0]["name"] = "student"
+    plain["data"] |= {"tokenizer": {"kind": "file", "path": "somewhere"}}
+    plain["train"] |= {"model": {"kind": "served", "url": "http://h/v1", "model": "m"}, "steps": 0}
+    plain["gate"] = {"rules": [{"kind": "keep", "at_least": 0.5}]}
+    with pytest.raises(ValueError, match=r"compress\.teacher: train\.model\.kind is 'served'.*expected false"):
+        Recipe.model_validate(plain)

@@ -18,7 +18,8 @@ from overproof.config import Recipe, load_recipe
 from overproof.data.manifest import DOCUMENTS, TOKENIZER, Manifest
 from overproof.engines.base import Sampling
 from overproof.engines.llamacpp import LlamaCpp
-from overproof.engines.probe import FEWEST_CHATS, AnswersRequest, probe_answers
+from overproof.engines.probe import FEWEST_CHATS, probe_answers
+from overproof.engines.probe_messages import AnswersRequest
 from overproof.errors import InputError
 from overproof.evaluate.answers import ANSWERS, check_answers
 from overproof.evaluate.metrics import wilson_interval

@@ -108,6 +108,21 @@ def run_to_summary(recipe: Recipe, arguments: RecipeArguments, until: str | None
     return done
 
 
+def compress_to_table(recipe: Recipe, arguments: RecipeArguments) -> None:
+    """Run a recipe until every file is measured, and print them in one table, in Markdown.
+
+    Raises:
+        InputError: as ``pipeline.run``.
+    """
+    from overproof.evaluate.metrics import REPORT, Report
+    from overproof.evaluate.variant_table import aligned, variant_table
+
+    done = run_to_summary(recipe, arguments, "evaluate")
+    report = read_json(Report, done["evaluate"].local() / REPORT)
+    for line in aligned(variant_table(report)):
+        print(line)
+
+
 def _print_summary(recipe: Recipe, arguments: RecipeArguments, done: Mapping[str, Artifact]) -> None:
     """Print the closing table, what it comes to and what to do next."""
     from overproof.evaluate.gate import VERDICT, Verdict

@@ -27,7 +27,7 @@ STAGE_VERBS = {
     "generate": ("generate", "let the teacher write the text that students read"),
     "cache": ("cache", "compute the teacher's targets once"),
     "sweep": ("sweep", "distil students, and a control without the teacher"),
-    "compress": ("compress", "export and quantise the students that are kept"),
+    "compress": ("compress", "export and quantise the students that are kept, and print one table of every file"),
     "evaluate": ("evaluate", "measure every exported file"),
     "gate": ("gate", "judge the measurements by the recipe's policy"),
     "report": ("name", "draw the picture and the HTML report"),
@@ -35,6 +35,7 @@ STAGE_VERBS = {
     "speculate": ("speculate", "pack the teacher with that file as its draft, if its text then comes sooner"),
 }
 
+OTHER_VERBS: dict[str, Run] = {"report": verbs.report, "compress": verbs.compress}  # than to run until a stage
 
 EXAMPLES = {
     "shrink": (
@@ -233,7 +234,7 @@ def _add_recipe_verbs(add: Add) -> None:
     prove.add_argument("--kills", type=int, default=3, metavar="N", help="workers killed by `resume` (default: 3)")
     prove.add_argument("--seed", type=int, default=0, metavar="N", help="of the steps at which it happens")
     for name, (section, text) in STAGE_VERBS.items():
-        function = verbs.report if name == "report" else verbs.run_stages
+        function = OTHER_VERBS.get(name, verbs.run_stages)
         stage = add(name, function, f"{text} (and the stages it needs, where they are not done)", section)
         _add_recipe(stage, help="recipe in YAML, or a sweep's id" if name == "report" else "recipe in YAML")
         stage.set_defaults(until=name)

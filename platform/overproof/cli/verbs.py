@@ -73,6 +73,14 @@ def run_stages(options: argparse.Namespace) -> int:
     return 0
 
 
+def compress(options: argparse.Namespace) -> int:
+    from overproof.cli import artifacts
+
+    recipe = load_recipe(options.recipe, tuple(options.set))
+    artifacts.compress_to_table(recipe, _recipe_arguments(options))
+    return 0
+
+
 def report(options: argparse.Namespace) -> int:
     if options.recipe.is_file() or options.recipe.suffix in (".yaml", ".yml"):
         return run_stages(options)

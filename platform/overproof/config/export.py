@@ -15,6 +15,9 @@ class FormatSection(Section):
     kind: str
     by_quality: ClassVar[tuple[str, ...]] = ()  # variants that are worth trying, from the best to the smallest
     formats: tuple[str, ...] = Field((), description="Quantised variants written of each student that is kept.")
+    teacher: bool = Field(
+        False, description="Whether the teacher itself is written in these variants, too, for the gate to choose from."
+    )
 
 
 class Speculate(Section):

@@ -72,8 +72,7 @@ class Recipe(Section):
         if self.reads_cache:
             self._covers("cache.rows", self.rows_cached, "leave it out")
         names = {student.name for student in self.sweep.students}
-        taken = sorted(f"{name}-{format}" for name in names for format in self.compress.formats)
-        if twice := next((name for name in taken if name in names), None):
+        if twice := next((name for name in sorted(self._compressed_files()) if name in names), None):
             raise ValueError(f"a student is named {twice!r}, as a compressed file of another would be; rename it")
         if self.train.steps == 0 and not isinstance(self.train.model, Pretrained | Served):
             raise ValueError("train.steps is 0; only a pretrained model, or a served one, may go untrained")
@@ -159,6 +158,8 @@ class Recipe(Section):
             yield "data.tokenizer.kind 'bpe'", "{kind: file, path: the served model's directory}"
         if self.speculate is not None:
             yield "speculate", "no such section"
+        if self.compress.teacher:
+            yield "compress.teacher", "false"
         if self.reads_cache and self.cache.scheme.kind != "topk":
             yield f"cache.scheme.kind {self.cache.scheme.kind!r}", "{kind: topk, k: 20}"
         if self.reads_cache and (other := (self.temperatures | set(self.cache.temperatures)) - {1.0}):
@@ -202,12 +203,17 @@ class Recipe(Section):
                     f"must be, those of {able} may"
                 )
 
+    def _compressed_files(self) -> list[str]:
+        """Names of the files that the gate may choose from."""
+        models = [student.name for student in self.sweep.students] + ["teacher"] * self.compress.teacher
+        return [f"{model}-{format}" for model in models for format in self.compress.formats]
+
     def _candidate_may_be(self) -> None:
         """Trials of a search have the names of their students, with a number."""
         found = self.gate.candidate
         if found is None:
             return
-        names = [f"{student.name}-{format}" for student in self.sweep.students for format in self.compress.formats]
+        names = self._compressed_files()
         trial = re.sub(r"-\d{3,}-", "-", found)
         if found not in names and trial not in names:
             raise ValueError(

@@ -239,12 +239,23 @@ class TextScorer(Protocol):
         """Free the model."""
 
 
+class LogitsReader(Protocol):
+    """A language model that reads given tokens and tells all of its logits. For one thread."""
+
+    def batches(self, tokens_S: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
+        """Those after each token of a row, some places (P, V) after the other; each is gone when the next comes."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """How a model is loaded; an engine takes what it has a use for."""
 
     threads: int = 1
     slots: int = 1  # sequences decoded at once
+    context_length: int | None = None  # of a sequence; None: the model's own
     reuse_prefix: bool = False  # keep prompts between calls
     max_prompt_tokens: int | None = None
     draft: Path | None = None  # a model that guesses tokens
@@ -284,6 +295,9 @@ class ScoringLoader(EngineLoader, Protocol):
         Raises:
             InputError: it cannot be loaded.
         """
+
+    def logits(self, path: Path, positions: int, threads: int) -> LogitsReader:
+        """The same, with all of its logits."""
 
     def scoring_memory(self, size: ModelSize, positions: int) -> int:
         """Bytes that such a model takes, beside libraries and what is mapped from its file."""

@@ -14,6 +14,7 @@ from overproof.engines.base import (
     Cancelled,
     Completion,
     EngineSettings,
+    LogitsReader,
     PromptReading,
     PromptScore,
     Sampling,
@@ -23,6 +24,7 @@ from overproof.engines.base import (
 )
 from overproof.engines.chat_template import GgufChatTemplate
 from overproof.engines.gguf_tokens import align_logprobs, incomplete_utf8_tail, read_gguf_header
+from overproof.engines.llamacpp_logits import LlamaCppLogits
 from overproof.engines.llamacpp_memory import batch_tokens, context_memory, rearranged_memory
 from overproof.engines.llamacpp_prompt import LlamaCppPrompts
 from overproof.engines.llamacpp_scorer import LlamaCppScorer
@@ -299,6 +301,7 @@ class LlamaCppLoader:
             path,
             threads=settings.threads,
             slots=settings.slots,
+            context_length=settings.context_length,
             reuse_prefix=settings.reuse_prefix,
             max_prompt_tokens=settings.max_prompt_tokens,
             draft=settings.draft,
@@ -308,6 +311,10 @@ class LlamaCppLoader:
     def scorer(self, path: Path, positions: int, threads: int) -> TextScorer:
         """See ``ScoringLoader``."""
         return LlamaCppScorer(path, positions, threads)
+
+    def logits(self, path: Path, positions: int, threads: int) -> LogitsReader:
+        """See ``ScoringLoader``."""
+        return LlamaCppLogits(path, positions, threads)
 
     def scoring_memory(self, size: ModelSize, positions: int) -> int:
         """See ``ScoringLoader``: of the format that takes most."""

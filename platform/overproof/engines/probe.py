@@ -11,16 +11,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import psutil
-from pydantic import BaseModel, ConfigDict
 
-from overproof.engines.base import FinishReason
 from overproof.engines.order_statistics import median_half_width
+from overproof.engines.probe_messages import (
+    AnswersRequest,
+    ArrayAnswer,
+    ArrayRequest,
+    DraftAnswer,
+    DraftRequest,
+    GeneratedAnswer,
+    GeneratedAnswers,
+    Message,
+    ProbeCompletion,
+    TextAnswer,
+    TextRequest,
+)
 from overproof.errors import InputError
 from overproof.registry import ENGINES
 from overproof.subprocesses import run_module
@@ -30,6 +41,7 @@ TIMEOUT_S = 7200
 CHAT_TIMEOUT_S = 600  # more, for each chat
 FEWEST_CHATS = 2  # answered, however long they take
 FEWEST = 3  # requests timed, however long they take
+STREAM_ROUNDS, STREAM_S = 3, 5.0  # of requests at once: so many, or one that ends after so long
 LOOK_EVERY = 10  # requests between two looks at p50's interval
 PROGRESS = "progress"  # a file of the folder
 CONTENTION_S = 0.1
@@ -38,122 +50,6 @@ Say = Callable[[str], None]
 
 _folder: str | None = None  # of the request that this process answers
 _noted_s = -NOTE_S  # when the last note was left
-
-
-class _Message(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class TextRequest(_Message):
-    """What to ask a language model."""
-
-    kind: Literal["text"] = "text"
-    engine: str
-    file: str
-    threads: int
-    prompts: list[list[int]]  # for the parity probe
-    probe_tokens: int
-    texts: list[str]  # to split into tokens
-    timed_prompts: list[list[int]]  # asked in turn; the first warms up, too
-    timed_requests: int  # at most
-    probe_s: float  # after which no further one is begun
-    narrow: float | None = None  # nor once p50's interval is within this share of it
-    fewest_requests: int = 20  # before the first look at that
-    decode_tokens: int
-
-
-class ProbeCompletion(_Message):
-    """One greedy completion."""
-
-    tokens: list[int]
-    logprobs: list[float]
-
-
-class TextAnswer(_Message):
-    """What a language model and its engine did."""
-
-    before_mb: float  # resident before the file was loaded
-    resident_mb: float  # and after the timed decoding
-    contended_cores: float  # that its threads lacked while requests were timed
-    latency_s: list[float]  # of each timed request, from the call to the whole answer
-    first_token_s: list[float]  # of each timed request
-    tokens_per_s: list[float]  # of each timed request that gave at least two tokens
-    answers: list[ProbeCompletion]
-    splits: list[list[int]]  # token ids of each text
-
-
-class AnswersRequest(_Message):
-    """What a language model is to answer, greedily."""
-
-    kind: Literal["answers"] = "answers"
-    engine: str
-    file: str
-    threads: int
-    chats: list[list[dict[str, Any]]]  # messages, as ``TextEngine.chat_prompt`` takes them
-    tools: list[list[dict[str, Any]]]  # of each
-    answer_tokens: int  # of an answer, at most
-    limit_s: float | None = None  # after which no further one is begun, of ``FEWEST_CHATS``
-
-
-class GeneratedAnswer(_Message):
-    """What it answered; an engine may refuse a chat, as it would refuse a client's."""
-
-    text: str
-    finish_reason: FinishReason | None  # None where it was refused
-    refusal: str = ""
-
-
-class GeneratedAnswers(_Message):
-    """The answers to the chats, or to the first of them."""
-
-    answers: list[GeneratedAnswer]
-
-
-class ArrayRequest(_Message):
-    """What to ask a model that takes one array a row."""
-
-    kind: Literal["arrays"] = "arrays"
-    engine: str
-    file: str
-    threads: int
-    rows: list[list[float | None]]  # for the parity probe, and timed in turn; None is a missing number
-    timed_requests: int  # at most
-    probe_s: float  # after which no further one is begun
-    narrow: float | None = None  # nor once p50's interval is within this share of it
-    fewest_requests: int = 20  # before the first look at that
-
-
-class ArrayAnswer(_Message):
-    """What such a model and its engine did."""
-
-    before_mb: float
-    resident_mb: float
-    contended_cores: float  # that its threads lacked while rows were timed
-    latency_s: list[float]  # of each timed row, one at a time
-    logprobs: list[list[float]]
-
-
-class DraftRequest(_Message):
-    """A language model to time with a draft and without."""
-
-    kind: Literal["draft"] = "draft"
-    file: str
-    draft: str
-    draft_tokens: int
-    threads: int
-    prompts: list[list[int]]
-    new_tokens: int
-    repeats: int
-
-
-class DraftAnswer(_Message):
-    """What a language model did, alone and with a draft, in turn."""
-
-    identical: list[bool]  # for each prompt, in every run
-    drafted: int  # tokens that the draft guessed
-    accepted: int  # and those of them that were right
-    alone_tokens_per_s: list[float]  # of each run over all prompts, without reading them
-    drafted_tokens_per_s: list[float]
 
 
 def probe_draft(request: DraftRequest, say: Say) -> DraftAnswer:
@@ -177,7 +73,7 @@ def probe_arrays(request: ArrayRequest, say: Say) -> ArrayAnswer:
     return ArrayAnswer.model_validate_json(_ask(request, request.threads, say))
 
 
-def _ask(request: _Message, threads: int, say: Say, timeout_s: float = TIMEOUT_S) -> str:
+def _ask(request: Message, threads: int, say: Say, timeout_s: float = TIMEOUT_S) -> str:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "request.json").write_text(request.model_dump_json(), encoding="utf-8")
         note_file = Path(folder, PROGRESS)
@@ -308,7 +204,33 @@ def _measure_text(request: TextRequest) -> TextAnswer:
         tokens_per_s=tokens_per_s,
         answers=answers,
         splits=splits,
+        streams_tokens_per_s=_streams(request) if request.streams > 1 else [],
     )
+
+
+def _streams(request: TextRequest) -> list[float]:
+    """Tokens a second of ``streams`` requests at once, with room for as many, a round after the other."""
+    from overproof.engines.base import EngineSettings, Sampling, TextEngine
+
+    prompts, streams = request.timed_prompts, range(request.streams)
+    longest = max(map(len, prompts)) + request.decode_tokens
+    settings = EngineSettings(threads=request.threads, slots=request.streams, context_length=longest)
+    engine = ENGINES[request.engine].load(Path(request.file), settings)
+    assert isinstance(engine, TextEngine)
+
+    def generated(number: int, tokens: int) -> int:
+        return len(engine.complete(prompts[number % len(prompts)], Sampling(tokens)).tokens)
+
+    rates, began_s = list[float](), time.monotonic()
+    with ThreadPoolExecutor(request.streams) as pool:
+        list(pool.map(lambda number: generated(number, WARM_UP_TOKENS), streams))
+        while len(rates) < STREAM_ROUNDS and (not rates or time.monotonic() - began_s < STREAM_S):
+            _tell(f"{request.streams} requests at once, round {len(rates) + 1} of {STREAM_ROUNDS}")
+            round_s = time.perf_counter()
+            tokens = sum(pool.map(lambda number: generated(number, request.decode_tokens), streams))
+            rates.append(tokens / (time.perf_counter() - round_s))
+    engine.close()
+    return rates
 
 
 def _generate_answers(request: AnswersRequest) -> GeneratedAnswers:
@@ -396,7 +318,7 @@ def main(folder: str) -> None:
     global _folder
     _folder = folder
     text = Path(folder, "request.json").read_text(encoding="utf-8")
-    answer: _Message
+    answer: Message
     match json.loads(text)["kind"]:
         case "text":
             answer = _measure_text(TextRequest.model_validate_json(text))

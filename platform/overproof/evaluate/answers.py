@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from overproof.artifacts import Artifact
 from overproof.cluster.apart_nodes import ApartNodes
 from overproof.config import Recipe
-from overproof.engines.probe import AnswersRequest, GeneratedAnswer, probe_answers
+from overproof.engines.probe import probe_answers
+from overproof.engines.probe_messages import AnswersRequest, GeneratedAnswer
 from overproof.evaluate.metrics import EXPECTED_ACCURACY, wilson_interval
 from overproof.export.stage import Export, export_folder
 from overproof.ray_tasks import run_tasks

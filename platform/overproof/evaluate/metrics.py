@@ -29,7 +29,8 @@ CHUNK_COUNTS = 1 << 22  # resample counts held at once
 class MeasuredFile(FrozenModel):
     """One exported file, known by its hash: what was measured is what may be served.
 
-    ``student`` is the one it was made from, None for teacher and control; its unquantised file bears its name.
+    ``student`` is the model it was made from, whose unquantised file bears its name: a student, or the teacher of a
+    candidate; None for the teacher's and the control's own.
     """
 
     name: str

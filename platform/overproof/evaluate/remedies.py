@@ -23,6 +23,7 @@ from overproof.config import (
 from overproof.engines.order_statistics import fewest_values
 from overproof.evaluate.gate import Verdict, check_rule, kept_share, reference_name
 from overproof.evaluate.metrics import EXPECTED_ACCURACY, MeasuredFile, Report
+from overproof.export.base import TEACHER
 from overproof.files import FrozenModel
 from overproof.registry import FORMATS, TASKS
 
@@ -207,7 +208,7 @@ MOST_FORMATS = 2  # to try at once
 def _better(recipe: Recipe, report: Report, rule: Rule, file: MeasuredFile) -> Iterator[Remedy]:
     """What would make a file's quality better: a format that loses less, or more steps where training costs it."""
     whole = report.find(file.student) if file.student else None
-    by_rounding = getattr(rule, "against", "teacher") == "student"
+    by_rounding = getattr(rule, "against", "teacher") == "student" or file.student == TEACHER
     if by_rounding or (whole is not None and check_rule(rule, report, whole).passed):
         untried = _untried(recipe, file, larger=True)
         if untried:

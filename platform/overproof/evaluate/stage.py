@@ -35,6 +35,7 @@ from overproof.evaluate.metrics import (
 )
 from overproof.evaluate.outcome import OUTCOME, find_outcome, read_training, training_folders
 from overproof.evaluate.stopping import FEWEST, next_count, time_limits, widest
+from overproof.export.base import TEACHER
 from overproof.export.stage import EXPORTS, Export, export_folder, read_exports
 from overproof.files import read_json
 from overproof.ray_tasks import run_tasks
@@ -44,7 +45,6 @@ from overproof.tasks.base import UNITS_TOGETHER, FileScores, Metric, TokenTask, 
 from overproof.units import format_count
 
 UNITS = "units.parquet"
-TEACHER = "teacher"
 TELL_EVERY_S = 1.0  # at least, between two events of one file
 
 
@@ -292,7 +292,8 @@ def _bootstrap(recipe: Recipe) -> Bootstrap:
 def _probe_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, dict[str, Metric]]:
     """Ask the engine about every file, on as many machines as there are: two on one would measure each other."""
     prepared, compressed, recipe = context.parents["prepare"], context.parents["compress"], context.recipe
-    calls = {e.name: (compressed, prepared, e.file, recipe, context.progress) for e in exports}
+    teacher = next((e.file for e in exports if e.name == TEACHER), None)
+    calls = {e.name: (compressed, prepared, e.file, teacher, recipe, context.progress) for e in exports}
 
     def report(done: int, last: str) -> None:
         context.progress(TaskProgress("engine", done, len(calls), f"{last} done" if last else ""))
@@ -329,7 +330,7 @@ def _score(
 
 
 def _probe(
-    compressed: Artifact, prepared: Artifact, file: str, recipe: Recipe, progress: Progress
+    compressed: Artifact, prepared: Artifact, file: str, teacher: str | None, recipe: Recipe, progress: Progress
 ) -> dict[str, Metric]:
     root, path = prepared.local_except("train/"), export_folder(compressed, file) / file
     task, format = TASKS[Manifest.read(root).task], FORMATS[recipe.compress.kind]
@@ -338,7 +339,11 @@ def _probe(
         progress(TaskProgress(f"engine {file}", 0, 1, note))
 
     say("starting")
-    found = task.probe(path, root, probe_settings(recipe), recipe.engine, format, say)
+    settings = probe_settings(recipe)
+    found = task.probe(path, root, settings, recipe.engine, format, say)
+    if teacher is not None and file != teacher:
+        beside = export_folder(compressed, teacher) / teacher
+        found |= task.divergence(path, beside, root, settings, recipe.engine, say)
     progress(TaskProgress(f"engine {file}", 1, 1))
     return found
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from overproof.artifacts import Artifact
     from overproof.models.sizes import ModelSize
 
+TEACHER = "teacher"  # name of its unquantised file, and of what its variants were made from
 BATCH_TOKENS = 1024  # that a model is calibrated on at once
 
 

@@ -14,7 +14,7 @@ from overproof.config import Served
 from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import Manifest
 from overproof.engines.served_teacher import ServedTeacher
-from overproof.export.base import Difference, ExportContext, Format, WeighedFormat
+from overproof.export.base import TEACHER, Difference, ExportContext, Format, WeighedFormat
 from overproof.files import FrozenModel
 from overproof.registry import FORMATS
 from overproof.stage_context import StageContext
@@ -25,7 +25,8 @@ EXPORTS = "exports.json"
 class Export(FrozenModel):
     """One exported file. Candidates are what the gate may choose from; the others are what they are held against.
 
-    ``student`` is the one it was made from, None for teacher and control; its unquantised file bears its name.
+    ``student`` is the model it was made from, whose unquantised file bears its name: a student, or the teacher of a
+    candidate; None for the teacher's and the control's own.
     """
 
     name: str
@@ -48,7 +49,8 @@ def read_exports(root: Path) -> tuple[Export, ...]:
 
 
 def export_models(context: StageContext) -> dict[str, Any]:
-    """Write teacher, control and every kept student unquantised, and those students in every variant of the recipe.
+    """Write teacher, control and every kept student unquantised, and those students, and where the recipe says so the
+    teacher, in every variant of the recipe.
     Of a teacher that is served, what it is known by is copied.
 
     The teacher that is to answer with a draft is written in its own variant, too.
@@ -88,7 +90,7 @@ def export_models(context: StageContext) -> dict[str, Any]:
             heartbeat.start_phase(len(exports), f"{file.name} {export.size_bytes / 1e6:.2f} MB")
         for name, source in companions.items():
             shutil.copyfile(source, root / name)
-        if "teacher" not in (name for name, *_ in planned):
+        if TEACHER not in (name for name, *_ in planned):
             shutil.copyfile(teacher.parent / ServedTeacher.FILE, root / ServedTeacher.FILE)
         (root / EXPORTS).write_text(json.dumps([e.model_dump() for e in exports], indent=1) + "\n", encoding="utf-8")
     return {"size_bytes": {export.name: export.size_bytes for export in exports}}
@@ -104,18 +106,19 @@ def _planned(context: StageContext, written: Format) -> list[tuple[str, str | No
     """Name, student, variant and source of every file, the unquantised ones first."""
     swept, recipe = context.parents["sweep"].local("trials.json", "control/", "students/"), context.recipe
     kept: list[str] = json.loads((swept / "trials.json").read_text(encoding="utf-8"))["kept"]
-    references = {"teacher": context.parents["train"].local("model/") / "model", "control": swept / "control"}
+    references = {TEACHER: context.parents["train"].local("model/") / "model", "control": swept / "control"}
     if isinstance(recipe.train.model, Served):
-        del references["teacher"]
+        del references[TEACHER]
     students = {name: swept / "students" / name for name in kept}
+    compressed = students | ({TEACHER: references[TEACHER]} if recipe.compress.teacher else {})
     planned: list[tuple[str, str | None, str, Path]] = [
         *((name, None, written.unquantised, source) for name, source in references.items()),
         *((name, name, written.unquantised, source) for name, source in students.items()),
-        *((f"{name}-{v}", name, v, source) for name, source in students.items() for v in recipe.compress.formats),
+        *((f"{name}-{v}", name, v, source) for name, source in compressed.items() for v in recipe.compress.formats),
     ]
     drafted = recipe.speculate
-    if drafted is not None and drafted.teacher not in references:
-        planned.append((drafted.teacher, None, drafted.teacher_format, references["teacher"]))
+    if drafted is not None and drafted.teacher not in {name for name, *_ in planned}:
+        planned.append((drafted.teacher, None, drafted.teacher_format, references[TEACHER]))
     return planned
 
 

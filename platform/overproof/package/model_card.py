@@ -7,31 +7,23 @@ may be uploaded there as it is. The words are in ``card.md.j2``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from overproof.config import Section
+from overproof.config import Recipe, Section, Student, Sweep
 from overproof.config.search import apply_values
 from overproof.data.manifest import Manifest
-from overproof.evaluate.gate import Verdict, teacher_loss
-from overproof.evaluate.metrics import EXPECTED_ACCURACY, MeasuredFile, Report
+from overproof.evaluate.gate import Verdict
+from overproof.evaluate.metrics import MeasuredFile, Report
 from overproof.evaluate.outcome import Outcome
+from overproof.evaluate.variant_table import variant_table
 from overproof.package.speculation import SpeculationResult
 from overproof.registry import FORMATS, TASKS
 from overproof.stage_context import StageContext
 from overproof.tasks.base import Metric
-
-COSTS = {  # metric -> title, factor, decimals
-    "latency_p50_s": ("p50, ms", 1000, 2),
-    "latency_p95_s": ("p95, ms", 1000, 2),
-    "time_to_first_token_s": ("first token, ms", 1000, 1),
-    "resident_mb": ("resident MB", 1, 1),
-    "parity_nats": ("parity, nats", 1, 4),
-    "split_otherwise": ("split otherwise, %", 100, 1),
-}
 
 
 def render_card(
@@ -53,9 +45,8 @@ def render_card(
         keep_trailing_newline=True,
         autoescape=False,
     )
-    mine = next(trial for trial in sweep["trials"] if trial["name"] == measured.student)
-    base = next(student for student in recipe.sweep.students if student.name == mine["student"])
-    settings, student = apply_values(recipe.sweep, base, mine["values"])
+    mine = next((trial for trial in sweep["trials"] if trial["name"] == measured.student), None)
+    settings, student = (None, None) if mine is None else _as_trained(recipe, mine)
     task, library = TASKS[manifest.task], FORMATS[recipe.compress.kind].library
     return environment.get_template("card.md.j2").render(
         front_matter=_front_matter(recipe.name, library, report, measured),
@@ -73,6 +64,7 @@ def render_card(
         timed=measured.metrics.get("latency_p50_s"),
         conversion=_conversion(report, measured),
         student=student,
+        measured=measured,
         settings=settings,
         mine=mine,
         winner=sweep["winner"],
@@ -85,6 +77,11 @@ def render_card(
         port=recipe.serve.port or 8000,
         parents=context.parents.values(),
     )
+
+
+def _as_trained(recipe: Recipe, trial: Mapping[str, Any]) -> tuple[Sweep, Student]:
+    base = next(student for student in recipe.sweep.students if student.name == trial["student"])
+    return apply_values(recipe.sweep, base, trial["values"])
 
 
 def render_draft_card(name: str, library: str, report: Report, judged: SpeculationResult) -> str:
@@ -125,59 +122,10 @@ def _front_matter(name: str, library: str, report: Report, measured: MeasuredFil
 
 
 def _table(report: Report, verdict: Verdict) -> list[tuple[str, ...]]:
-    columns = {n: c for n, c in _columns(report).items() if any(n in m.metrics for m in report.measured)}
     words = {c.name: "passed" if c.passed else "refused" for c in verdict.candidates}
     if verdict.chosen is not None:
         words[verdict.chosen] = "**packaged**"
-    head = ("export", "against the teacher", "format", "MB", *(title for title, _, _ in columns.values()), "verdict")
-    rows = [
-        (
-            f"`{m.name}`",
-            teacher_loss(report, m.name),
-            m.format,
-            f"{m.size_bytes / 1e6:.2f}",
-            *_cells(m.metrics, columns),
-            words.get(m.name, ""),
-        )
-        for m in report.measured
-    ]
-    teacher = report.served_teacher
-    if teacher is not None:
-        rows.insert(0, ("`teacher`", "", "served", "", *_cells(teacher.metrics, columns), ""))
-    return [head, tuple("---" for _ in head), *rows]
-
-
-def _cells(metrics: Mapping[str, Metric], columns: Mapping[str, tuple[str, float, int]]) -> Iterator[str]:
-    return (_cell(metrics.get(name), factor, decimals) for name, (_, factor, decimals) in columns.items())
-
-
-def _columns(report: Report) -> dict[str, tuple[str, float, int]]:
-    """The metrics that are shown: title, factor and decimals of each."""
-    task = TASKS[report.task]
-    return {
-        report.quality: _percent(task.quality.title, task.quality.unit == "share"),
-        **{each.name: _percent(each.title, each.unit == "share") for each in task.further},
-        "agreement": ("agrees with teacher, %", 100, 1),
-        EXPECTED_ACCURACY: ("answers as expected, %", 100, 1),
-        task.speed: (task.speed_unit, 1, 0),
-        **COSTS,
-    }
-
-
-def _percent(title: str, share: bool) -> tuple[str, float, int]:
-    return (f"{title}, %", 100, 2) if share else (title, 1, 4)
-
-
-def _cell(metric: Metric | None, factor: float, decimals: int) -> str:
-    if metric is None:
-        return ""
-    value, low, high = (
-        None if figure is None else f"{factor * figure:,.{decimals}f}"
-        for figure in (metric.value, metric.low, metric.high)
-    )
-    if high is None:
-        return f"{value}"
-    return f"{value} (at most {high})" if low is None else f"{value} ({low} to {high})"
+    return variant_table(report, ("verdict", words))
 
 
 def _shape(model: Section) -> str:

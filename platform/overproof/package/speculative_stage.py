@@ -13,6 +13,7 @@ from overproof.artifacts import TOOLS, Artifact
 from overproof.config import Evaluate, Speculate
 from overproof.data.parquet_reader import Shards
 from overproof.engines import probe
+from overproof.engines.probe_messages import DraftRequest
 from overproof.errors import GateRefused
 from overproof.evaluate.gate import VERDICT
 from overproof.evaluate.metrics import REPORT
@@ -83,7 +84,7 @@ def measure_draft(
     from overproof.tasks.text_evaluation import TestDocuments, test_prompts
 
     prompts = test_prompts(TestDocuments.of(root, settings.max_documents), Shards(root, "test"), policy.prompts)
-    request = probe.DraftRequest(
+    request = DraftRequest(
         file=str(model),
         draft=str(draft),
         draft_tokens=policy.draft_tokens,

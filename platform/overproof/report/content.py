@@ -17,6 +17,7 @@ from overproof.artifacts import Artifact
 from overproof.evaluate.gate import Verdict, teacher_loss
 from overproof.evaluate.metrics import EXPECTED_ACCURACY, MeasuredFile, Report
 from overproof.evaluate.outcome import Outcome, curve_files, read_curve
+from overproof.export.base import TEACHER
 from overproof.registry import TASKS
 from overproof.report.figure import PlottedCurve
 from overproof.report.pareto import hypervolume, non_dominated, standings
@@ -165,11 +166,7 @@ def _file(
     rate = measured.metrics.get(TASKS[report.task].speed)
     return {
         "name": measured.name,
-        "role": measured.name
-        if measured.student is None
-        else "winner"
-        if measured.student == report.winner
-        else "kept",
+        "role": _role(measured, report.winner),
         "candidate": measured.candidate,
         "passed": passed,
         "format": measured.format,
@@ -186,6 +183,14 @@ def _file(
         "requests": measured.metrics["latency_p95_s"].measured_on,
         "trained_s": trial.get("cpu_seconds") if trial else None,
     }
+
+
+def _role(measured: MeasuredFile, winner: str) -> str:
+    if measured.student is None:
+        return measured.name
+    if measured.student == TEACHER:
+        return TEACHER
+    return "winner" if measured.student == winner else "kept"
 
 
 def _teacher(report: Report) -> dict[str, Any]:
@@ -230,7 +235,7 @@ def _volumes(report: Report, costs_N2: np.ndarray) -> dict[str, Any]:
     worst_2 = costs_N2.max(axis=0)
     reference_2 = np.where(worst_2 > 0, worst_2 * REFERENCE_MARGIN, worst_2 / REFERENCE_MARGIN)
     masks = {
-        "all": [m.student is not None for m in report.measured],
+        "all": [m.student not in (None, TEACHER) for m in report.measured],
         "winner": [m.student == report.winner for m in report.measured],
         "control": [m.name == "control" for m in report.measured],
     }

@@ -23,6 +23,7 @@ from overproof.data.parquet_reader import Columns, Shards
 from overproof.engines import probe
 from overproof.engines.base import ArrayEngine, EngineSettings
 from overproof.engines.probe import Say
+from overproof.engines.probe_messages import ArrayRequest
 from overproof.files import file_sha256
 from overproof.registry import ENGINES
 from overproof.tasks.base import FileScores, Metric, ScoringTime, Tell, UnitColumns, cost_metrics, spread_units
@@ -97,7 +98,7 @@ def measure_arrays(
     """Speed, memory and parity of an engine on test rows; ``speed`` names the metric of ``unit`` a second."""
     shards = Shards(root, "test")
     rows_BD = flat(shards.take(spread_units(np.arange(shards.rows), settings.probe_prompts))[column])
-    request = probe.ArrayRequest(
+    request = ArrayRequest(
         engine=engine,
         file=str(file),
         threads=settings.threads,

@@ -83,3 +83,16 @@ class RowsTask:
         return measure_arrays(
             file, root, settings, engine, self.column, reference, self.speed, f"{self.test_unit}s", say
         )
+
+    def divergence(
+        self, file: Path, teacher: Path, root: Path, settings: Evaluate, engine: str, say: Say
+    ) -> dict[str, Metric]:
+        from overproof.tasks.divergence import array_divergence
+
+        return array_divergence(file, teacher, root, settings, engine, self.column, self.divergences, say)
+
+    def divergences(self, teacher_BV: NDArray[np.float32], found_BV: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Of each row (B), between distributions over the outputs, whose log-probabilities are given."""
+        from overproof.tasks.divergence import of_distributions
+
+        return of_distributions(teacher_BV, found_BV)

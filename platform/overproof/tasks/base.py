@@ -28,13 +28,16 @@ if TYPE_CHECKING:
     from overproof.data.manifest import Manifest
     from overproof.data.source_files import FileListing
     from overproof.engines.base import TextScorer
-    from overproof.engines.probe import ArrayAnswer, Say, TextAnswer
+    from overproof.engines.probe import Say
+    from overproof.engines.probe_messages import ArrayAnswer, TextAnswer
     from overproof.export.base import Format
     from overproof.stage_context import StageContext
 
     Batch = dict[str, Tensor]
 
 Tell = Callable[[int], None]
+STREAMS_RATE = "streams_tokens_per_s"  # a metric: of n requests at once
+DIVERGENCE = "divergence_nats"  # a metric: from the teacher
 FEWEST_UNITS = 2  # that are scored of every file, whatever time that takes
 UNITS_TOGETHER = 32  # that a scorer may put into one batch: a score depends on no others, not even by rounding
 
@@ -306,6 +309,13 @@ class Task(Protocol):
         self, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
     ) -> dict[str, Metric]:
         """Speed, memory and parity of an exported file in the engine that will serve it; ``say`` hears of progress."""
+
+    def divergence(
+        self, file: Path, teacher: Path, root: Path, settings: Evaluate, engine: str, say: Say
+    ) -> dict[str, Metric]:
+        """How far an exported file's probabilities are from those of the teacher's file, both in the engine that will
+        serve them, on some of the test units; nothing where the engine does not tell them.
+        """
 
     # --- serving ----------------------------------------------------------------------------------
 

@@ -175,6 +175,11 @@ class MultiLabelTextClassification(LabelledTexts):
 
         return partial(_judge, threshold=Manifest.read(root).details["threshold"])
 
+    def divergences(self, teacher_BV: NDArray[np.float32], found_BV: NDArray[np.float32]) -> NDArray[np.float32]:
+        from overproof.tasks.divergence import of_labels
+
+        return of_labels(teacher_BV, found_BV)
+
     def answers(self, logprobs_BV: NDArray[np.float32], details: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
         """Every class's probability of being there, and the classes from the threshold on."""
         given_BV = _given(logprobs_BV, details["threshold"])

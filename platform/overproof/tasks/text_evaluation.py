@@ -34,6 +34,7 @@ from overproof.data.parquet_reader import Shards
 from overproof.engines import probe
 from overproof.engines.base import PlaceScores, ScoringLoader, TextScorer
 from overproof.engines.probe import Say
+from overproof.engines.probe_messages import TextRequest
 from overproof.engines.prompt_limits import require_context
 from overproof.errors import InputError
 from overproof.export.base import Format
@@ -45,6 +46,7 @@ from overproof.models.hf_directory import Batch
 from overproof.models.sizes import most_positions
 from overproof.registry import ENGINES
 from overproof.tasks.base import (
+    STREAMS_RATE,
     UNITS_TOGETHER,
     FileScores,
     Metric,
@@ -162,7 +164,7 @@ def _scored_rows(
     counts = deque[NDArray[np.bool_]]()  # of the rows that were read and are not scored yet: a scorer may read ahead
 
     def tokens(sample_ids: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
-        for tokens_S, counts_P in _test_rows(shards, sample_ids, counted):
+        for tokens_S, counts_P in test_rows(shards, sample_ids, counted):
             counts.append(counts_P)
             yield tokens_S
 
@@ -173,7 +175,7 @@ def _scored_rows(
             yield place, scores, counts.popleft()
 
 
-def _test_rows(
+def test_rows(
     shards: Shards, sample_ids: NDArray[np.int64], counted: str | None
 ) -> Iterator[tuple[NDArray[Any], NDArray[np.bool_]]]:
     """The tokens of each row, those that are read and the last that is predicted; and which predictions count."""
@@ -207,7 +209,7 @@ def measure_text(
     prompts = test_prompts(rows, Shards(root, "test"), max(settings.probe_prompts, TIMED_PROMPTS))
     probed = prompts[: settings.probe_prompts]
     texts = pq.read_table(root / TEST_TEXTS, columns=["text"])["text"].to_pylist()
-    request = probe.TextRequest(
+    request = TextRequest(
         engine=engine,
         file=str(file),
         threads=settings.threads,
@@ -220,6 +222,7 @@ def measure_text(
         narrow=settings.narrow,
         fewest_requests=settings.fewest_requests,
         decode_tokens=settings.decode_tokens,
+        streams=settings.streams,
     )
     answer = probe.probe_text(request, say)
     say("parity")
@@ -240,6 +243,9 @@ def measure_text(
     if answer.tokens_per_s:
         rate = median(answer.tokens_per_s)
         metrics["decode_tokens_per_s"] = Metric(value=rate, unit="tokens/s", n=len(answer.tokens_per_s))
+    if answer.streams_tokens_per_s:
+        rate = median(answer.streams_tokens_per_s)
+        metrics[STREAMS_RATE] = Metric(value=rate, unit="tokens/s", n=settings.streams)
     if nats:
         metrics["parity_nats"] = Metric(value=max(nats), unit="nats", n=compared)
     return metrics
