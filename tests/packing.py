@@ -25,7 +25,8 @@ from overproof.evaluate.gate import judge
 from overproof.evaluate.metrics import Comparison, MeasuredFile, Report
 from overproof.evaluate.outcome import find_outcome, read_training
 from overproof.export.gguf_file import export_gguf
-from overproof.export.onnx_file import export_onnx, quantize_onnx
+from overproof.export.onnx_file import export_onnx
+from overproof.export.onnx_int8 import quantize_onnx
 from overproof.files import file_sha256
 from overproof.models import hf_directory
 from overproof.package.package import build_package, open_package

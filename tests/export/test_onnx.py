@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from overproof.export import stage
-from overproof.export.onnx_file import Reference, export_onnx, quantize_onnx
+from overproof.export.base import WeighedFormat
+from overproof.export.onnx_file import Reference, export_onnx
+from overproof.export.onnx_int8 import quantize_onnx, quantize_onnx_static
 from overproof.models import hf_directory
 from overproof.registry import FORMATS, TASKS
 
@@ -105,3 +108,93 @@ def test_exporting_says_nothing(files: dict[str, Path], tmp_path: Path, capfd: p
     capfd.readouterr()
     quantize_onnx(files["fp32"], tmp_path / "again.onnx")
     assert capfd.readouterr() == ("", "")
+
+
+def images(count: int) -> Iterator[np.ndarray]:
+    generator = np.random.default_rng(5)
+    return (generator.random((1, 64), np.float32) for _ in range(count))
+
+
+def test_static_int8_is_close_and_its_answers_depend_on_their_row_alone(files: dict[str, Path], tmp_path: Path) -> None:
+    static = tmp_path / "static.onnx"
+    quantize_onnx_static(files["fp32"], static, images(32), full_range=False)
+    rows_BD = np.concatenate(list(images(40)))
+    exact, found = run(files["fp32"], rows_BD), run(static, rows_BD)
+    assert 0 < np.abs(exact - found).mean() < 0.1
+    assert (exact.argmax(1) == found.argmax(1)).mean() > 0.85
+    np.testing.assert_allclose(found[7:8], run(static, rows_BD[7:8]), atol=1e-6)
+    assert not np.allclose(run(files["int8"], rows_BD)[7:8], run(files["int8"], rows_BD[7:8]), atol=1e-6)
+    np.testing.assert_allclose(found[:3], Reference(static)(rows_BD[:3]), atol=0.05)
+    saturated = tmp_path / "saturated.onnx"  # what is calibrated on rows that are not like those to come
+    quantize_onnx_static(files["fp32"], saturated, (row * 0.01 for row in images(32)), full_range=False)
+    assert np.abs(exact - run(saturated, rows_BD)).mean() > 2 * np.abs(exact - found).mean()
+
+
+def test_the_full_range_has_eight_bits_and_errs_less(files: dict[str, Path], tmp_path: Path) -> None:
+    whole = tmp_path / "whole.onnx"
+    quantize_onnx(files["fp32"], whole, full_range=True)
+    codes = [i for i in onnx.load(whole).graph.initializer if i.data_type == onnx.TensorProto.INT8 and len(i.dims) == 2]
+    assert codes
+    assert max(np.abs(onnx.numpy_helper.to_array(code).astype(int)).max() for code in codes) == 127
+    rows_BD = np.concatenate(list(images(40)))
+    exact = Reference(files["fp32"])(rows_BD)
+    errors = [np.abs(Reference(path)(rows_BD) - exact).mean() for path in (whole, files["int8"])]
+    assert errors[0] < errors[1]
+
+
+def _initializer(proto: onnx.ModelProto, ending: str) -> onnx.TensorProto:
+    return next(i for i in proto.graph.initializer if i.name.endswith(ending) and len(i.dims) == 2)
+
+
+def _transposed(proto: onnx.ModelProto) -> None:
+    code = next(i for i in proto.graph.initializer if i.name.endswith("_quantized") and len({*i.dims}) == 1)
+    code.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(code).T.copy(), code.name))
+
+
+def _saturated(proto: onnx.ModelProto) -> None:
+    code = _initializer(proto, "_quantized")
+    scale = next(i for i in proto.graph.initializer if i.name == code.name.replace("_quantized", "_scale"))
+    halved = np.clip(2 * onnx.numpy_helper.to_array(code).astype(int), -64, 63).astype(np.int8)
+    code.CopyFrom(onnx.numpy_helper.from_array(halved, code.name))
+    scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) / 2, scale.name))
+
+
+def _wrong_scale(proto: onnx.ModelProto) -> None:
+    scale = next(i for i in proto.graph.initializer if i.name.endswith("_scale") and list(i.dims))
+    scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * np.float32(1.1), scale.name))
+
+
+def _swapped(proto: onnx.ModelProto) -> None:
+    one, other = [i for i in proto.graph.initializer if i.name.endswith("_quantized") and list(i.dims) == [32, 32]][:2]
+    values = [onnx.numpy_helper.to_array(each).copy() for each in (one, other)]
+    one.CopyFrom(onnx.numpy_helper.from_array(values[1], one.name))
+    other.CopyFrom(onnx.numpy_helper.from_array(values[0], other.name))
+
+
+def _missing(proto: onnx.ModelProto) -> None:
+    proto.graph.initializer.remove(_initializer(proto, "_quantized"))
+
+
+def _a_bias(proto: onnx.ModelProto) -> None:
+    bias = next(i for i in proto.graph.initializer if i.data_type == onnx.TensorProto.FLOAT and i.name.endswith("bias"))
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(1e-3), bias.name))
+
+
+@pytest.mark.parametrize("spoil", [_transposed, _saturated, _wrong_scale, _swapped, _missing, _a_bias])
+@pytest.mark.parametrize("variant", ["int8", "static"])
+def test_a_file_with_other_weights_is_refused(
+    files: dict[str, Path], tmp_path: Path, variant: str, spoil: Callable[[onnx.ModelProto], None]
+) -> None:
+    made = tmp_path / "made.onnx"
+    if variant == "int8":
+        quantize_onnx(files["fp32"], made)
+    else:
+        quantize_onnx_static(files["fp32"], made, images(8), full_range=False)
+    written = FORMATS["onnx"]
+    assert isinstance(written, WeighedFormat)
+    written.require_same_weights(made, files["fp32"])
+    proto = onnx.load(made)
+    spoil(proto)
+    onnx.save(proto, tmp_path / "spoiled.onnx")
+    with pytest.raises(RuntimeError, match="the export is wrong"):
+        written.require_same_weights(tmp_path / "spoiled.onnx", files["fp32"])

@@ -22,7 +22,8 @@ from overproof.distill.pruning import keep_layers
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
 from overproof.export import stage
-from overproof.export.onnx_file import Reference, export_onnx, quantize_onnx
+from overproof.export.onnx_file import Reference, export_onnx
+from overproof.export.onnx_int8 import quantize_onnx
 from overproof.models import zero_memory
 from overproof.models.base import class_order, shape_of
 from overproof.models.encoder import Encoder, EncoderFamily, encoder_inputs
@@ -218,6 +219,12 @@ def test_exports_are_the_model_and_int8_holds_its_embeddings(kind: str, tmp_path
     expected = logits(model, batch(rows=7)).log_softmax(-1).numpy()
     for count in (1, 3, 7):
         np.testing.assert_allclose(OnnxRuntime(fp32).logprobs(rows[:count]), expected[:count], atol=1e-5)
+    for length in (1, 2, LENGTH - 1):  # what lies beyond the longest text is not computed
+        cut = np.where(np.arange(LENGTH) < length, np.abs(rows), -1).astype(np.float32)
+        with torch.inference_mode():
+            padded = FAMILY[kind].flat_logprobs(model, torch.from_numpy(cut)).numpy()
+        np.testing.assert_allclose(OnnxRuntime(fp32).logprobs(cut), padded, atol=1e-5)
+    assert OnnxRuntime(int8).width == LENGTH
     one = np.concatenate([OnnxRuntime(int8).logprobs(row[None]) for row in rows])
     np.testing.assert_allclose(one, np.concatenate([Reference(int8)(row[None]) for row in rows]), atol=1e-3)
     assert (one.argmax(1) == expected.argmax(1)).mean() > 0.5

@@ -34,7 +34,8 @@ from overproof.distill.teacher_worker import CaptureJob, TargetWorker
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
 from overproof.evaluate.metrics import Bootstrap, PerExampleSums, further_metrics, quality_metrics
-from overproof.export.onnx_file import Reference, export_onnx, quantize_onnx
+from overproof.export.onnx_file import Reference, export_onnx
+from overproof.export.onnx_int8 import quantize_onnx
 from overproof.models.base import shape_of
 from overproof.models.bert import Bert
 from overproof.models.hf_directory import build_model, count_parameters, load_model, load_start, save_model, to_tensors

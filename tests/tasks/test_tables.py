@@ -21,7 +21,8 @@ from overproof.data.prepare import prepare
 from overproof.data.stratified import require_train_rows
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
-from overproof.export.onnx_file import export_onnx, quantize_onnx
+from overproof.export.onnx_file import export_onnx
+from overproof.export.onnx_int8 import quantize_onnx
 from overproof.models.base import shape_of
 from overproof.models.hf_directory import build_model, count_parameters, load_model, save_model, to_tensors
 from overproof.models.sizes import model_size

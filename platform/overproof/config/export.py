@@ -20,6 +20,12 @@ class FormatSection(Section):
     )
 
 
+class Calibration(Section):
+    """The train rows that variants with a measured range or importance are calibrated on."""
+
+    rows: Count = Field(128, description="Rows, the first in training order.")
+
+
 class Speculate(Section):
     """The teacher served with the shipped student as its draft: the teacher's own text, sooner."""
 

@@ -1,10 +1,14 @@
 """Models that take one array a row, in ONNX Runtime.
 
+A file of a model whose rows end where their text does says so in its metadata, and takes any number of columns up to
+the width of a row: what all rows of a call have beyond their ends is not computed.
+
 Shapes: B rows in a batch, D numbers in a row, V outputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,18 @@ from numpy.typing import NDArray
 
 from overproof.engines.base import EngineSettings
 from overproof.errors import InputError
+
+WIDTH, PADDING = "overproof.width", "overproof.padding"  # in a file's metadata, of one whose rows may be shorter
+
+
+def without_padding(rows_BD: NDArray[np.float32], metadata: Mapping[str, str]) -> NDArray[np.float32]:
+    """The columns up to where the longest row ends, one at least; all of them where a file says nothing of rows that
+    are shorter.
+    """
+    if PADDING not in metadata:
+        return rows_BD
+    (used,) = np.nonzero((rows_BD != float(metadata[PADDING])).any(0))
+    return rows_BD[:, : int(used[-1]) + 1 if len(used) else 1]
 
 
 class OnnxRuntime:
@@ -40,7 +56,8 @@ class OnnxRuntime:
         expected = [(name, "tensor(float)", 2) for name in ("inputs", "logprobs")]
         if found != expected:
             raise InputError(f"{path}: inputs and outputs are {found}; expected {expected}")
-        self.width = int(values[0].shape[1])
+        self._metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
+        self.width = int(self._metadata.get(WIDTH, values[0].shape[1]))
 
     def logprobs(self, inputs_BD: NDArray[np.float32]) -> NDArray[np.float32]:
         """Log-probabilities in nats, shape (B, V).
@@ -50,7 +67,8 @@ class OnnxRuntime:
         """
         if inputs_BD.ndim != 2 or inputs_BD.shape[1] != self.width or len(inputs_BD) == 0:
             raise InputError(f"inputs: found shape {inputs_BD.shape}; expected (rows, {self.width}), one row at least")
-        logprobs_BV: NDArray[np.float32] = self._session.run(None, {"inputs": inputs_BD.astype(np.float32)})[0]
+        rows_BD = without_padding(inputs_BD.astype(np.float32), self._metadata)
+        logprobs_BV: NDArray[np.float32] = self._session.run(None, {"inputs": rows_BD})[0]
         return logprobs_BV
 
     def check(self) -> None:

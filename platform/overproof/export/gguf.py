@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from overproof.config.base import Count, Section
-from overproof.config.export import FormatSection
+from overproof.config.base import Section
+from overproof.config.export import Calibration, FormatSection
 from overproof.data.manifest import TOKENIZER
 from overproof.export import llama_cpp_converter
 from overproof.export.base import BATCH_TOKENS, Difference, ExportContext
@@ -23,12 +23,6 @@ CHECKED_PLACES = 64  # of each row, whose logits are compared
 WRITTEN_TASK = "language_modeling"  # whose models a GGUF file holds
 LONGER_NAME_BYTES = 64  # by which the name in a file of a variant may be longer, with padding
 HALF_PRECISION_NATS = 0.1  # half precision keeps 11 bits: measured on SmolLM2-135M, 0.007
-
-
-class Calibration(Section):
-    """The train rows that variants with ``-imatrix`` and ``-gptq`` are calibrated on."""
-
-    rows: Count = Field(128, description="Rows, the first in training order.")
 
 
 class Mixed(Section):

@@ -1,15 +1,14 @@
-"""Models as ONNX files, and quantised ones.
+"""Models as ONNX files; those of int8 are made from them in ``onnx_int8``.
 
-Every file takes ``inputs`` (B, D) float32 and gives ``logprobs`` (B, V) float32, for any B.
+Every file takes ``inputs`` (B, D) float32 and gives ``logprobs`` (B, V) float32, for any B; one of a model whose rows
+may be shorter for any D up to its width, with metadata that says so (``engines/onnx_runtime``).
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,18 +18,15 @@ import torch
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from overproof.engines.onnx_runtime import PADDING, WIDTH, without_padding
 from overproof.models.base import ArrayFamily
 from overproof.models.hf_directory import load_model
 from overproof.models.sizes import family_of
 
 OPSET = 20
-# Of the patch convolution there is little to gain: it is small, and ONNX Runtime has no fast int8 kernel for it.
-QUANTIZED = ["MatMul", "Gemm", "Gather"]
-SMALL_TABLE = 4096  # numbers: of smaller tables of embeddings, such as those of categories, there is little to gain
 LOUD = ("torch.onnx", "onnxscript", "onnx_ir", "root")
 
 
@@ -62,46 +58,23 @@ def export_onnx(model: Path, path: Path) -> None:
     classifier = flat_classifier(model)
     # The fused kernel's graph guards against masks that a classifier lacks.
     classifier.model.set_attn_implementation("eager")
-    with _quiet():
+    padding, shapes, metadata = classifier.family.padding, {0: torch.export.Dim("batch")}, dict[str, str]()
+    if padding is not None:
+        shapes[1] = torch.export.Dim("columns", min=1, max=classifier.width)
+        metadata = {WIDTH: str(classifier.width), PADDING: f"{padding:g}"}
+    with quiet():
         program = torch.onnx.export(
             classifier,
             (torch.zeros(2, classifier.width),),
             input_names=["inputs"],
             output_names=["logprobs"],
-            dynamic_shapes={"inputs": {0: torch.export.Dim("batch")}},
+            dynamic_shapes={"inputs": shapes},
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
         )
     assert program is not None
-    _write(program.model_proto, path)
-
-
-def quantize_onnx(source: Path, path: Path) -> None:
-    """Write an fp32 file again with int8 weights, one scale for each output channel, or for a table of embeddings.
-
-    Activations are quantised while running, one scale for a whole batch: a row's answer depends a little
-    on the rows it is asked about with. Weights keep seven bits, since AVX2's int8 products overflow on eight.
-    """
-    with tempfile.TemporaryDirectory() as scratch, _quiet():
-        quantized = Path(scratch) / "int8.onnx"
-        quantize_dynamic(
-            source,
-            quantized,
-            op_types_to_quantize=QUANTIZED,
-            nodes_to_exclude=_lookups_in_small_tables(onnx.load(source).graph),
-            per_channel=True,
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
-        )
-        _write(onnx.load(quantized), path)
-
-
-def _lookups_in_small_tables(graph: onnx.GraphProto) -> list[str]:
-    """Names of the nodes."""
-    sizes = {table.name: math.prod(table.dims) for table in graph.initializer}
-    gathers = (node for node in graph.node if node.op_type == "Gather")
-    return [node.name for node in gathers if sizes.get(node.input[0], 0) < SMALL_TABLE]
+    write_onnx(program.model_proto, path, metadata)
 
 
 class Reference:
@@ -112,13 +85,13 @@ class Reference:
     """
 
     def __init__(self, path: Path) -> None:
-        self._evaluator = ReferenceEvaluator(onnx.load(path), new_ops=[GatherElements])
+        model = onnx.load(path)
+        self._evaluator, self._metadata = ReferenceEvaluator(model, new_ops=[GatherElements]), read_metadata(model)
 
     def __call__(self, inputs_BD: NDArray[np.float32]) -> NDArray[np.float32]:
         """Log-probabilities (B, V)."""
-        logprobs_BV: NDArray[np.float32] = self._evaluator.run(["logprobs"], {"inputs": inputs_BD.astype(np.float32)})[
-            0
-        ]
+        rows_BD = without_padding(inputs_BD.astype(np.float32), self._metadata)
+        logprobs_BV: NDArray[np.float32] = self._evaluator.run(["logprobs"], {"inputs": rows_BD})[0]
         return logprobs_BV
 
 
@@ -131,15 +104,23 @@ class GatherElements(OpRun):  # type: ignore[misc]  # untyped
         return (np.take_along_axis(data, indices, axis),)
 
 
-def _write(proto: onnx.ModelProto, path: Path) -> None:
-    """Save in one file, without the exporter's notes: they hold this machine's paths and outweigh a small model."""
+def read_metadata(proto: onnx.ModelProto) -> dict[str, str]:
+    return {each.key: each.value for each in proto.metadata_props}
+
+
+def write_onnx(proto: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
+    """Save in one file, with this metadata alone and without the exporter's notes: they hold this machine's paths and
+    outweigh a small model.
+    """
     for node in proto.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
-    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer):
         del value.metadata_props[:]
         value.doc_string = ""
     del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, dict(metadata))
+    del proto.graph.value_info[:]
     del proto.graph.metadata_props[:]
     proto.graph.doc_string = ""
     onnx.checker.check_model(proto, full_check=True)
@@ -149,7 +130,7 @@ def _write(proto: onnx.ModelProto, path: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back what exporters log about every model; their errors still rise."""
     before = {name: logging.getLogger(name).level for name in LOUD}
     for name in LOUD:

@@ -156,6 +156,8 @@ class GgufFamily(Protocol):
 class ArrayFamily(Protocol):
     """What a family has beside whose models take one array of numbers a row, and so can be exported to ONNX."""
 
+    padding: float | None  # stands past the end of a row that is shorter than others; None: all are of one length
+
     def width(self, config: Any) -> int:
         """D: numbers in a row of a model of this configuration."""
 

@@ -82,6 +82,7 @@ class EncoderFamily:
     attention: str | None = "sdpa"
     varlen: bool = False
     plain_logits: bool = False
+    padding: float | None = float(PADDING)
 
     @property
     def architectures(self) -> tuple[str, ...]:

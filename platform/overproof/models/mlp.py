@@ -43,6 +43,7 @@ class MlpFamily:
     attention = "sdpa"
     varlen = False
     plain_logits = False
+    padding = None
     names = LayerNames(layers="layers", embeddings="embeddings", output="head", feed_forward=("up", "down"))
 
     def configuration(self, section: Mlp, shape: DataShape) -> Any:

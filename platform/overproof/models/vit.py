@@ -46,6 +46,7 @@ class VitFamily:
     attention = "sdpa"
     varlen = False
     plain_logits = False
+    padding = None
     names = LayerNames(
         layers="vit.layers",
         embeddings="vit.embeddings",

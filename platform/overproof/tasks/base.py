@@ -345,6 +345,7 @@ class TokenTask(Task, Protocol):
 class ArrayTask(Task, Protocol):
     """A task whose rows are one array of numbers each, and whose answers come from the log-probabilities of outputs."""
 
+    column: str  # of a row, the array that an engine is asked
     request: type[BaseModel]  # the body of POST ``route``
     row_reply: type[BaseModel]  # what ``answers`` gives for a row
 

@@ -1,0 +1,132 @@
+"""ONNX files with int8 weights, one scale for each output channel, or for a table of embeddings.
+
+Weights keep seven bits unless asked otherwise, since int8 products overflow on AVX2's instructions; those of AVX-512
+VNNI, AVX-VNNI and ARM take eight.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+
+from overproof.engines.onnx_runtime import without_padding
+from overproof.export.onnx_file import quiet, read_metadata, write_onnx
+
+# Of the patch convolution there is little to gain: it is small, and ONNX Runtime has no fast int8 kernel for it.
+QUANTIZED = ["MatMul", "Gemm", "Gather"]
+SMALL_TABLE = 4096  # numbers: of smaller tables of embeddings, such as those of categories, there is little to gain
+TRANSPOSED = "_Transposed"  # what ONNX Runtime calls the weights of a layer that it writes as another operator
+STEPS = 0.51  # of a number's scale, that rounding to the nearest takes at most, and a little of float32
+
+
+def quantize_onnx(source: Path, path: Path, full_range: bool = False) -> None:
+    """Write an fp32 file again. Activations are quantised while running, one scale for a whole batch: a row's answer
+    depends a little on the rows it is asked about with.
+    """
+    with tempfile.TemporaryDirectory() as scratch, quiet():
+        quantized = Path(scratch) / "int8.onnx"
+        quantize_dynamic(
+            source,
+            quantized,
+            op_types_to_quantize=QUANTIZED,
+            nodes_to_exclude=_lookups_in_small_tables(onnx.load(source).graph),
+            per_channel=True,
+            reduce_range=not full_range,
+            weight_type=QuantType.QInt8,
+        )
+        write_onnx(onnx.load(quantized), path, read_metadata(onnx.load(source)))
+
+
+def quantize_onnx_static(source: Path, path: Path, rows: Iterator[NDArray[np.float32]], full_range: bool) -> None:
+    """Write an fp32 file again. The scale of each activation is that of the least and the largest number which it has
+    on rows, each (1, D): an answer depends on its row alone.
+    """
+    with tempfile.TemporaryDirectory() as scratch, quiet():
+        quantized = Path(scratch) / "int8.onnx"
+        quantize_static(
+            source,
+            quantized,
+            _Rows(rows, read_metadata(onnx.load(source))),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=QUANTIZED,
+            nodes_to_exclude=_lookups_in_small_tables(onnx.load(source).graph),
+            per_channel=True,
+            reduce_range=not full_range,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+            extra_options={"MatMulConstBOnly": True},
+        )
+        write_onnx(onnx.load(quantized), path, read_metadata(onnx.load(source)))
+
+
+class _Rows(CalibrationDataReader):  # type: ignore[misc]  # untyped
+    def __init__(self, rows: Iterator[NDArray[np.float32]], metadata: Mapping[str, str]) -> None:
+        self._rows, self._metadata = rows, metadata
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        row_1D = next(self._rows, None)
+        return None if row_1D is None else {"inputs": without_padding(row_1D, self._metadata)}
+
+
+def _lookups_in_small_tables(graph: onnx.GraphProto) -> list[str]:
+    """Names of the nodes."""
+    sizes = {table.name: math.prod(table.dims) for table in graph.initializer}
+    gathers = (node for node in graph.node if node.op_type == "Gather")
+    return [node.name for node in gathers if sizes.get(node.input[0], 0) < SMALL_TABLE]
+
+
+def require_same_numbers(file: Path, unquantised: Path) -> None:
+    """Look whether an int8 file holds the weights of the fp32 one that it was made from, as far as rounding moves them.
+
+    Raises:
+        RuntimeError: one is missing, or is another.
+    """
+    found, expected = (
+        {each.name: numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer}
+        for path in (file, unquantised)
+    )
+    for name, values in expected.items():
+        if values.dtype != np.float32 or values.size < 2:
+            continue
+        if name in found:
+            same = np.array_equal(found[name], values)
+        elif f"{name}_quantized" in found:
+            same = _is_rounded(found, name, values)
+        elif f"{name}{TRANSPOSED}_quantized" in found:
+            same = _is_rounded(found, f"{name}{TRANSPOSED}", values.T)
+        else:
+            raise RuntimeError(f"{file}: {name} of {unquantised.name} is missing: the export is wrong")
+        if not same:
+            raise RuntimeError(
+                f"{file}: {name} is not that of {unquantised.name}, by more than rounding explains: the export is wrong"
+            )
+
+
+def _is_rounded(found: Mapping[str, NDArray[Any]], name: str, values: NDArray[np.float32]) -> bool:
+    codes, scale, zero = (found[f"{name}_{part}"].astype(np.float32) for part in ("quantized", "scale", "zero_point"))
+    if codes.shape != values.shape:
+        return False
+    axes = [axis for axis in range(codes.ndim) if codes.shape[axis] == scale.size]  # of a square matrix there are two
+    shapes = [tuple(scale.size if each == axis else 1 for each in range(codes.ndim)) for axis in axes]
+    for shape in shapes if scale.size > 1 else [()]:
+        steps, zeros = scale.reshape(shape), zero.reshape(shape)
+        if np.all(np.abs((codes - zeros) * steps - values) <= STEPS * np.abs(steps)):
+            return True
+    return False
