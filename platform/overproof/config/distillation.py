@@ -99,6 +99,9 @@ class HiddenStateLoss(Section):
     teacher_layer: int | None = Field(None, ge=0, description="Counted from 0; null is the last.")
 
 
+TrainedRounding = Literal["q8_0", "q4_0", "int8"]
+
+
 class Student(Section):
     """One trial of the sweep."""
 
@@ -125,6 +128,12 @@ class Student(Section):
     states: HiddenStateLoss | None = Field(None, description="Also learn from its states; it then runs at each step.")
     on_policy: float = Field(
         0.0, ge=0, le=1, description="Share of the steps at which it learns from what it wrote itself: sweep.on_policy."
+    )
+
+    rounding: TrainedRounding | None = Field(
+        None,
+        description="It learns with its layers' matrices rounded as this variant of compress.formats has them "
+        "(quantisation-aware distillation); its other variants are then the worse for it.",
     )
 
     @property

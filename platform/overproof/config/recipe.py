@@ -74,6 +74,12 @@ class Recipe(Section):
         names = {student.name for student in self.sweep.students}
         if twice := next((name for name in sorted(self._compressed_files()) if name in names), None):
             raise ValueError(f"a student is named {twice!r}, as a compressed file of another would be; rename it")
+        for index, student in enumerate(self.sweep.students):
+            if student.rounding is not None and student.rounding not in self.compress.formats:
+                raise ValueError(
+                    f"sweep.students.{index}.rounding: found {student.rounding!r}; expected one of compress.formats, "
+                    f"{', '.join(self.compress.formats)}: it would learn in numbers that no file has"
+                )
         if self.train.steps == 0 and not isinstance(self.train.model, Pretrained | Served):
             raise ValueError("train.steps is 0; only a pretrained model, or a served one, may go untrained")
         return self

@@ -19,6 +19,7 @@ from overproof.data.parquet_reader import Columns
 from overproof.distill.losses import Divergence
 from overproof.distill.objectives import DistillObjective, LiveTeacherObjective, OnPolicyObjective
 from overproof.distill.pruning import known_importance
+from overproof.distill.rounded_training import train_rounded
 from overproof.distill.row_cache import teacher_folder
 from overproof.distill.student_init import initial_student
 from overproof.distill.student_validation import check_student
@@ -50,7 +51,9 @@ class DistillSpec:
             importance = known_importance(
                 self._teacher_folder, self.job.prepared, self.job.draft.workspace, self.job.seed, model.rows
             )
-        return initial_student(model, manifest, seed, self._teacher_folder, importance)
+        start = initial_student(model, manifest, seed, self._teacher_folder, importance)
+        rounding = self.job.student.rounding
+        return start if rounding is None else train_rounded(start, rounding)
 
     @property
     def sharding(self) -> Sharding | None:

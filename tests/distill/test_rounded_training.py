@@ -1,0 +1,129 @@
+"""Students that learn in the numbers of a format: as it rounds, with the gradients of what was computed, and the better
+for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import onnx
+import pytest
+import torch
+from distill_world import World
+from gguf import GGMLQuantizationType as Ggml
+from test_student_init import student
+from test_sweep import job_of
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from overproof.config import Recipe
+from overproof.distill.rounded_training import ROUNDINGS, round_int8, train_rounded
+from overproof.distill.student_trainer import StudentTrainer
+from overproof.errors import InputError
+from overproof.export.onnx_file import export_onnx
+from overproof.export.onnx_int8 import quantize_onnx
+from overproof.models.hf_directory import load_model, save_model
+
+LLAMA = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "vocab_size": 60,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kind"), [("q8_0", Ggml.Q8_0), ("q4_0", Ggml.Q4_0)])
+def test_it_is_what_ggml_writes(name: Any, kind: Ggml) -> None:
+    weights_RC = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
+    weights_RC[3, 32:64], weights_RC[5, 7] = 0, 40.0  # a block of nothing, and a number far off
+    expected_RC = gguf.quants.dequantize(gguf.quants.quantize(weights_RC, kind), kind)
+    found_RC = ROUNDINGS[name](torch.from_numpy(weights_RC)).numpy()
+    np.testing.assert_allclose(found_RC, expected_RC, atol=1e-6)
+    assert np.abs(found_RC - weights_RC).max() > 0.01
+
+
+def test_it_is_what_onnx_runtime_writes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = ViTConfig(**sizes, image_size=8, patch_size=2, num_channels=1, architectures=["ViTForImageClassification"])
+    save_model(ViTForImageClassification(config), config, tmp_path / "model")
+    export_onnx(tmp_path / "model", tmp_path / "fp32.onnx")
+    quantize_onnx(tmp_path / "fp32.onnx", tmp_path / "int8.onnx")
+    held = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(tmp_path / "int8.onnx").graph.initializer}
+    written = [
+        (codes.astype(np.float32) * held[name.replace("_quantized", "_scale")]).T
+        for name, codes in held.items()
+        if name.endswith("_quantized") and codes.ndim == 2
+    ]
+    for module in load_model(tmp_path / "model").vit.modules():
+        if isinstance(module, nn.Linear):
+            rounded_RC = round_int8(module.weight.detach()).numpy()
+            nearest = min(np.abs(each - rounded_RC).max() for each in written if each.shape == rounded_RC.shape)
+            assert nearest < 1e-6
+
+
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_gradients_are_those_of_the_rounded_weights(name: Any) -> None:
+    torch.manual_seed(0)
+    model, ids = LlamaForCausalLM(LlamaConfig(**LLAMA)), torch.arange(24).view(2, 12)
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.3)
+    plain = LlamaForCausalLM(model.config)
+    plain.load_state_dict(model.state_dict())
+    for module in plain.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = ROUNDINGS[name](module.weight.data)
+    assert [*train_rounded(model, name).state_dict()] == [*plain.state_dict()]
+    losses = [each(input_ids=ids, labels=ids).loss for each in (model, plain)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    for loss in losses:
+        loss.backward()
+    for (place, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-5, msg=place)
+
+
+def test_what_cannot_be_rounded_is_refused() -> None:
+    with pytest.raises(InputError, match=r"rounding q4_0: found a matrix of 48 columns; expected .* blocks of 32"):
+        train_rounded(LlamaForCausalLM(LlamaConfig(**LLAMA | {"intermediate_size": 48})), "q4_0")
+    with pytest.raises(InputError, match=r"rounding q8_0: found none in transformer\.h"):
+        train_rounded(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=60)), "q8_0")
+
+
+def test_a_student_validates_as_it_ships_and_loses_less_by_it(text_world: World) -> None:
+    """Of two that train alike, the one that learnt in four bits is better in four bits."""
+    shape = {"kind": "llama", "hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2, "kv_heads": 1}
+    trained = {}
+    for name, rounding in (("plain", None), ("rounded", "q4_0")):
+        students = [student(shape, name=name, rounding=rounding, teacher_weight=0.0)]
+        context = text_world.context(
+            "sweep",
+            cached=text_world.artifacts["prepare"],
+            sweep={"students": students, "steps": 200, "validate_every": 200},
+        )
+        trainer = StudentTrainer(job_of(context, name))
+        trained[name] = (trainer, trainer.run_to_validation().validation_loss)
+    in_four_bits = {}
+    for name, (trainer, _) in trained.items():
+        for module in trainer.model.model.layers.modules():
+            if isinstance(module, nn.Linear):
+                module.__class__ = nn.Linear
+                module.weight.data = ROUNDINGS["q4_0"](module.weight.data)
+        in_four_bits[name] = trainer._validate()
+    assert in_four_bits["rounded"] == pytest.approx(trained["rounded"][1], rel=1e-5)
+    assert in_four_bits["plain"] > trained["plain"][1]
+    assert in_four_bits["rounded"] < in_four_bits["plain"]
+
+
+def test_it_must_be_a_variant_of_the_recipe(text_world: World) -> None:
+    recipe = text_world.context("sweep", cached=text_world.artifacts["prepare"]).recipe.model_dump()
+    recipe["sweep"]["students"][0]["rounding"] = "int8"
+    with pytest.raises(ValueError, match=r"students\.0\.rounding: found 'int8'; expected one of compress\.formats"):
+        Recipe.model_validate(recipe)
