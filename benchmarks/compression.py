@@ -1,18 +1,21 @@
 """What variants of a GGUF file lose at their sizes, on two texts that calibration has not seen, in llama.cpp.
 
     .venv/bin/python benchmarks/compression.py MODEL TEXTS [--other FOLDER] [--seeds 3] [--rows 128] [--length 256]
-        [--documents 24] [--variants q4_0 q4_0-gptq mixed-gptq ...]
+        [--documents 24] [--variants q4_0 q4_0-gptq mixed-gptq ...] [--peer PYTHON]
 
 Prints one Markdown table. MODEL is a Hugging Face directory of a decoder, such as jobs/smollm2.py makes. TEXTS is a
 folder of text, of which `prepare` holds documents out (the first text) and the train split calibrates; the second text
 is Python files of FOLDER, the standard library unless told. Each calibrated variant is written for each seed, which
 draws other train rows. `mixed-gptq` has the bytes of q4_0. "Closed" is the share of q4_0's loss over f16 that a variant
-does not have. About 5 minutes for each calibrated file of a model of 135 million parameters, on two cores.
+does not have. PYTHON has llm-compressor, which then quantises the model on the same rows (see compression_peer.py).
+About 5 minutes for each calibrated file of a model of 135 million parameters, on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -32,12 +35,13 @@ from overproof.data.parquet_reader import Shards
 from overproof.data.prepare import prepare
 from overproof.engines.llamacpp_scorer import LlamaCppScorer
 from overproof.export.base import ExportContext
+from overproof.export.calibration import CalibrationRows
 from overproof.export.gguf import FORMAT, Gguf
 from overproof.stage_context import StageContext, no_progress
 
 RECIPE = HERE.parent / "jobs/recipes/smollm2.yaml"
 VARIANTS = ("f16", "q4_0", "q4_0-imatrix", "q4_0-gptq", "mixed-gptq", "q4_k_m", "q4_k_m-imatrix", "q4_k_m-gptq", "q8_0")
-REFERENCE, PLAIN = "f16", "q4_0"
+REFERENCE, PLAIN, PEER = "f16", "q4_0", "llm-compressor, W4A16, by transformers"
 MOST_CHARACTERS = 2500  # of each file of the second text
 Rows = list[NDArray[Any]]
 
@@ -87,6 +91,18 @@ def loss(file: Path, rows: Rows, threads: int) -> float:
     return float(nats.mean())
 
 
+def peers_loss(python: str, model: Path, calibration: CalibrationRows, held_out: dict[str, Rows]) -> dict[str, float]:
+    """Of llm-compressor's model."""
+    rows = np.concatenate([batch["tokens"][:, :-1].numpy() for batch in calibration.batches()])
+    texts = {f"{name}.{place}": row for name, found in held_out.items() for place, row in enumerate(found)}
+    with tempfile.TemporaryDirectory() as scratch:
+        given, result = Path(scratch, "rows.npz"), Path(scratch, "result.json")
+        np.savez(given, calibration=rows, **texts)
+        subprocess.run([python, HERE / "compression_peer.py", model, given, result], check=True, capture_output=True)
+        found: dict[str, float] = json.loads(result.read_text())
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -97,6 +113,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--documents", type=int, default=24)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peer", help="Python of an environment with llm-compressor")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     given = parser.parse_args()
     variants = list(dict.fromkeys((REFERENCE, PLAIN, *given.variants)))
@@ -125,6 +142,10 @@ def main() -> None:
                 row = {name: loss(files[variant], rows, given.threads) for name, rows in held_out.items()}
                 found[variant].append({**row, "mb": files[variant].stat().st_size / 1e6})
                 say(f"{variant}, seed {seed}: {found[variant][-1]}")
+        for seed in range(given.seeds if given.peer else 0):
+            row = peers_loss(given.peer, given.model, CalibrationRows(prepared, seed, given.rows), held_out)
+            found.setdefault(PEER, []).append(row)
+            say(f"{PEER}, seed {seed}: {row}")
     print(f"{tokens}; {given.rows} rows of {given.length} calibrate; medians of {given.seeds} seeds; {machine(2)}\n")
     whole, plain = found[REFERENCE][0], found[PLAIN][0]
     for rows in found.values():

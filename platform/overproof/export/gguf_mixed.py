@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from overproof.export.sensitivity import Option, choose_types, fisher_diagonal
 from overproof.models.hf_directory import load_model
 
 KINDS = (Ggml.Q4_0, Ggml.Q5_0, Ggml.Q5_1, Ggml.Q8_0)
+FISHER_ROWS = 32  # of the calibration's: of a sum over a whole matrix the first few tell as much as all
 COMPENSATED = 0.4  # of what rounding by itself costs is left by GPTQ; 0.2 to 0.7 was measured
 SUPER_KINDS = (Ggml.Q4_K, Ggml.Q5_K, Ggml.Q6_K, Ggml.Q8_0)  # of rows that are whole super-blocks
 
@@ -32,8 +34,8 @@ def choose_mixed(
     Raises:
         InputError: the budget is less than the smallest types take.
     """
-    loaded = load_model(model)
-    predict = rows.predict
+    loaded, predict = load_model(model), rows.predict
+    rows = replace(rows, rows=min(rows.rows, FISHER_ROWS))
     batches = (one for batch in rows.batches() for one in _rows_of(batch))
     fisher = fisher_diagonal(
         loaded, shapes, batches, predict, lambda row: tell(f"what rounding costs, row {row} of {rows.rows}")
