@@ -1,10 +1,10 @@
-"""llm-compressor's GPTQ of a model, in a Python of its own, which ``compression.py --peer`` starts: W4A16 in groups of 64
-(its 128 does not divide SmolLM2's width), the output layer whole, scored by ``transformers``.
+"""llm-compressor's GPTQ of a model, in a Python of its own, which ``compression.py --peer`` starts: W4A16 in groups of
+64 (its 128 does not divide SmolLM2's width), the output layer whole, scored by ``transformers``.
 
     PYTHON benchmarks/compression_peer.py MODEL ROWS.npz RESULT.json
 
-ROWS has ``calibration`` (rows of one length) and, for each text, arrays of token ids. RESULT gets the nats a token of each
-text, and MB by the bytes of what was written.
+ROWS has ``calibration`` (rows of one length) and, for each text, arrays of token ids. RESULT gets the nats a token of
+each text, and MB by the bytes of what was written.
 """
 
 from __future__ import annotations
