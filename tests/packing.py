@@ -257,6 +257,7 @@ def _evaluate(recipe: Recipe, compressed: Path, folder: Path) -> None:
         quality=quality,
         engine=recipe.engine,
         computes_with=ENGINES[recipe.engine].computes_with,
+        kv_cache=recipe.evaluate.kv_cache,
         confidence=0.95,
         measured=tuple(measured),
         comparisons=tuple(comparisons),

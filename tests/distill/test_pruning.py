@@ -130,7 +130,7 @@ def test_fewer_heads_are_the_groups_that_give_most_and_llama_cpp_reads_them(name
     torch.testing.assert_close(ask(smaller, batch), expected, rtol=1e-4, atol=1e-4)
     folder = CASES[name].save(tmp_path / "smaller", smaller)
     export_gguf(folder, folder / "tokenizer.json", tmp_path / "smaller.gguf", "f32", "smaller")
-    engine = LlamaCppLogits(tmp_path / "smaller.gguf", POSITIONS, 1, exact_cache=True)
+    engine = LlamaCppLogits(tmp_path / "smaller.gguf", POSITIONS, 1, kv_cache="f32")
     read = torch.from_numpy(engine.logits_at(batch["input_ids"][0].numpy(), np.arange(POSITIONS)))
     engine.close()
     difference = (read.log_softmax(-1) - expected[0].log_softmax(-1)).abs()

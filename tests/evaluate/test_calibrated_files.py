@@ -49,7 +49,7 @@ def test_every_variant_opens_in_llama_cpp_and_means_what_torch_reads_from_it(
 ) -> None:
     file = exported(variant)
     require_same_weights(file, exported("f16"))
-    engine, tokens = LlamaCppLogits(file, 48, 1, exact_cache=True), np.arange(3, 51)
+    engine, tokens = LlamaCppLogits(file, 48, 1, kv_cache="f32"), np.arange(3, 51)
     found = torch.from_numpy(engine.logits_at(tokens, np.arange(48))).log_softmax(-1)
     engine.close()
     with torch.inference_mode():

@@ -69,10 +69,10 @@ def test_every_place_is_the_models_own(
     """With weights in 32 bits but for the last digits; in 16, llama.cpp rounds activations to half precision, too."""
     monkeypatch.setitem(MIXES, "f16", MIXES["f32"])
     expected = torch_logprobs(hf_directory.load_model(source))
-    found = engine_logprobs(write(source, tmp_path, "f16"), exact_cache=True)
+    found = engine_logprobs(write(source, tmp_path, "f16"), kv_cache="f32")
     assert found.shape == (sum(LENGTHS), VOCABULARY)
     assert np.abs(found - expected).max() < 2e-4
-    half = np.abs(engine_logprobs(files["f16"], exact_cache=True) - expected)
+    half = np.abs(engine_logprobs(files["f16"], kv_cache="f32") - expected)
     most, mean = ROUNDING_NATS["f16"]
     assert (half.max() < most, half.mean() < mean) == (True, True)
 

@@ -82,7 +82,7 @@ def packed_logprobs(model: PreTrainedModel, texts: list[torch.Tensor]) -> list[t
 
 def engine_logprobs(file: Path, tokens_S: torch.Tensor) -> torch.Tensor:
     """At every place of a row."""
-    engine = LlamaCppLogits(file, len(tokens_S), exact_cache=True)
+    engine = LlamaCppLogits(file, len(tokens_S), kv_cache="f32")
     found = torch.from_numpy(engine.logits_at(tokens_S.numpy(), np.arange(len(tokens_S)))).log_softmax(-1)
     engine.close()
     return found

@@ -15,6 +15,7 @@ Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Cpus = Annotated[float, Field(gt=0)]
+KvCache = Literal["f16", "q8_0"]  # of keys and values, while a text is generated
 Precision = Annotated[
     Literal["fp32", "tf32", "bf16"],
     Field(

@@ -21,7 +21,7 @@ from overproof.config.search import Tune
 from overproof.config.serving import Serve
 from overproof.config.training import Train
 from overproof.errors import InputError, suggest_name
-from overproof.registry import FAMILIES, FORMATS, TASKS
+from overproof.registry import ENGINES, FAMILIES, FORMATS, TASKS
 
 ATTENTION = "attention"  # the loss of tasks in whose rows each place may look at each
 WRITES = "generated_text"  # the loss of tasks whose models write rows themselves
@@ -109,6 +109,12 @@ class Recipe(Section):
             raise ValueError(
                 f"evaluate.engine: found {self.engine!r}; compress.kind {self.compress.kind!r} is served by "
                 f"{' or '.join(map(repr, written.engines))}"
+            )
+        asked = self.evaluate.kv_cache
+        if asked != "f16" and asked not in (caches := ENGINES[self.engine].kv_caches):
+            raise ValueError(
+                f"evaluate.kv_cache: found {asked!r}; {self.engine} has "
+                f"{' or '.join(map(repr, caches)) or 'none'}: leave it out"
             )
         if self.speculate is not None:
             if written.drafting_engine is None:

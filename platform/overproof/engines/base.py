@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkabl
 import numpy as np
 from numpy.typing import NDArray
 
+from overproof.config.base import KvCache
+
 if TYPE_CHECKING:
     from overproof.models.sizes import ModelSize
 
@@ -255,6 +257,7 @@ class EngineSettings:
 
     threads: int = 1
     slots: int = 1  # sequences decoded at once
+    kv_cache: KvCache = "f16"
     context_length: int | None = None  # of a sequence; None: the model's own
     reuse_prefix: bool = False  # keep prompts between calls
     max_prompt_tokens: int | None = None
@@ -266,6 +269,7 @@ class EngineLoader(Protocol):
     """What the registry has of an engine."""
 
     computes_with: str  # what it takes from a file, for the report and the card
+    kv_caches: tuple[KvCache, ...]  # how it can keep keys and values, first by default; none of a model without
 
     def require(self) -> None:
         """Return where the engine is installed.
@@ -289,14 +293,14 @@ class ScoringLoader(EngineLoader, Protocol):
     What an engine without it serves is judged by torch over the weights of the file, dequantised.
     """
 
-    def scorer(self, path: Path, positions: int, threads: int) -> TextScorer:
+    def scorer(self, path: Path, positions: int, threads: int, kv_cache: KvCache = "f16") -> TextScorer:
         """A model that reads rows of ``positions`` places at most.
 
         Raises:
             InputError: it cannot be loaded.
         """
 
-    def logits(self, path: Path, positions: int, threads: int) -> LogitsReader:
+    def logits(self, path: Path, positions: int, threads: int, kv_cache: KvCache = "f16") -> LogitsReader:
         """The same, with all of its logits."""
 
     def scoring_memory(self, size: ModelSize, positions: int) -> int:

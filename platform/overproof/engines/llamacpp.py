@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from overproof.config.base import KvCache
 from overproof.engines.base import (
     Cancelled,
     Completion,
@@ -72,6 +73,7 @@ class LlamaCpp:
         max_prompt_tokens: int | None = None,
         draft: Path | None = None,
         draft_tokens: int = DRAFT_TOKENS,
+        kv_cache: KvCache = "f16",
     ) -> None:
         """Load a file, and perhaps a draft's.
 
@@ -88,17 +90,21 @@ class LlamaCpp:
         self._template = GgufChatTemplate(header)
         self._reuse_prefix = reuse_prefix
         self._in_flight = InFlight()
-        self._prompts = LlamaCppPrompts(path, self.context_length, threads, self._pieces)
+        self._prompts = LlamaCppPrompts(path, self.context_length, threads, self._pieces, kv_cache)
         self._stats_lock = threading.Lock()
         self.drafted = self.accepted = 0  # guesses of the draft in completions so far, and those that were right
         key = secrets.token_urlsafe(32)
         drafting = None if draft is None else LlamaCppDraft.of(draft, draft_tokens, header)
-        self._server: Any = start_server(path, server_params(path, threads, slots, self.context_length, key, drafting))
+        self._server: Any = start_server(
+            path, server_params(path, threads, slots, self.context_length, key, drafting, kv_cache)
+        )
         self._http = LlamaCppHttp(self._server.listening_address, key)
         self._undrafted, self._undrafted_http = self._server, self._http
         if drafting is not None:
             drafting.require_drafting(self._http)
-            self._undrafted = start_server(path, server_params(path, threads, 1, self.context_length, key))
+            self._undrafted = start_server(
+                path, server_params(path, threads, 1, self.context_length, key, kv_cache=kv_cache)
+            )
             self._undrafted_http = LlamaCppHttp(self._undrafted.listening_address, key)
         _engines.add(self)
 
@@ -292,6 +298,7 @@ class LlamaCppLoader:
     """See ``EngineLoader``."""
 
     computes_with = "the file's own bytes"
+    kv_caches: tuple[KvCache, ...] = ("f16", "q8_0")
 
     def require(self) -> None:
         """It is a dependency of this package."""
@@ -302,19 +309,20 @@ class LlamaCppLoader:
             threads=settings.threads,
             slots=settings.slots,
             context_length=settings.context_length,
+            kv_cache=settings.kv_cache,
             reuse_prefix=settings.reuse_prefix,
             max_prompt_tokens=settings.max_prompt_tokens,
             draft=settings.draft,
             draft_tokens=settings.draft_tokens,
         )
 
-    def scorer(self, path: Path, positions: int, threads: int) -> TextScorer:
+    def scorer(self, path: Path, positions: int, threads: int, kv_cache: KvCache = "f16") -> TextScorer:
         """See ``ScoringLoader``."""
-        return LlamaCppScorer(path, positions, threads)
+        return LlamaCppScorer(path, positions, threads, kv_cache)
 
-    def logits(self, path: Path, positions: int, threads: int) -> LogitsReader:
+    def logits(self, path: Path, positions: int, threads: int, kv_cache: KvCache = "f16") -> LogitsReader:
         """See ``ScoringLoader``."""
-        return LlamaCppLogits(path, positions, threads)
+        return LlamaCppLogits(path, positions, threads, kv_cache)
 
     def scoring_memory(self, size: ModelSize, positions: int) -> int:
         """See ``ScoringLoader``: of the format that takes most."""

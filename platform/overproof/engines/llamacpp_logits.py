@@ -15,18 +15,21 @@ from collections.abc import Iterator
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int32, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from overproof.config.base import KvCache
 from overproof.engines.llamacpp_library import xllamacpp
 from overproof.engines.llamacpp_memory import batch_tokens
 from overproof.engines.prompt_limits import require_context
 from overproof.errors import InputError
 
 RELEASE = "2026.10.11549"  # of xllamacpp, whose structures these are
-F32, F16 = 0, 1  # of enum ggml_type
+F32, F16, Q8_0 = 0, 1, 8  # of enum ggml_type
+CACHES = {"f32": F32, "f16": F16, "q8_0": Q8_0}
+WITHOUT_FLASH, WITH_FLASH = 0, 1  # of enum llama_flash_attn_type
 
 # Name, type and default value of each field, in order. A pointer's default is None.
 MODEL_PARAMS: tuple[tuple[str, Any, Any], ...] = (
@@ -178,10 +181,12 @@ def check_layout(found: Any, release: str) -> None:
 class LlamaCppLogits:
     """One GGUF file that reads rows of tokens, each from its beginning, in batches of bounded memory.
 
-    Keys and values are cached in 16 bits, as llama.cpp's server has them, or in 32 (``exact_cache``). For one thread.
+    Keys and values are cached as they are where a file is served, or in 32 bits. For one thread.
     """
 
-    def __init__(self, path: Path, positions: int, threads: int = 1, exact_cache: bool = False) -> None:
+    def __init__(
+        self, path: Path, positions: int, threads: int = 1, kv_cache: KvCache | Literal["f32"] = "f16"
+    ) -> None:
         """Load a file for rows of ``positions`` tokens at most.
 
         Raises:
@@ -210,13 +215,15 @@ class LlamaCppLogits:
         params.n_ctx = positions
         params.n_batch = params.n_ubatch = params.n_outputs_max = params.n_outputs_max_per_seq = self.batch_tokens
         params.n_threads = params.n_threads_batch = threads
-        if exact_cache:
-            params.type_k = params.type_v = F32
-            params.flash_attn_type = 0  # off: it casts a cache of 32 bits to 16
+        params.type_k = params.type_v = CACHES[kv_cache]
+        if kv_cache == "f32":
+            params.flash_attn_type = WITHOUT_FLASH  # which casts a cache of 32 bits to 16
+        elif kv_cache != "f16":
+            params.flash_attn_type = WITH_FLASH  # without it values cannot be quantised
         self._context = self._library.llama_init_from_model(self._model, params)
         if self._context is None:
             self.close()
-            raise InputError(f"{path}: llama.cpp cannot make room for {positions} tokens of it")
+            raise InputError(f"{path}: llama.cpp cannot make room for {positions} tokens of it, cached in {kv_cache}")
 
     def batches(
         self, tokens_S: NDArray[Any], wanted_S: NDArray[np.bool_] | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from overproof.config.base import KvCache
 from overproof.engines.base import PromptScore
 from overproof.engines.llamacpp_logits import LlamaCppLogits
 from overproof.engines.prompt_limits import require_wanted
@@ -26,8 +27,11 @@ class LlamaCppPrompts:
     llama.cpp repacks for its kernels is there twice), beside keys and values for the longest text so far.
     """
 
-    def __init__(self, path: Path, positions: int, threads: int, pieces: Sequence[bytes]) -> None:
+    def __init__(
+        self, path: Path, positions: int, threads: int, pieces: Sequence[bytes], kv_cache: KvCache = "f16"
+    ) -> None:
         self._path, self._positions, self._threads, self._pieces = path, positions, threads, pieces
+        self._kv_cache = kv_cache
         self._lock = threading.Lock()
         self._logits: LlamaCppLogits | None = None
         self._longest = 0
@@ -57,7 +61,7 @@ class LlamaCppPrompts:
                 self._logits.close()
                 self._logits = None
             self._longest = min(self._positions, max(LEAST_ROOM, 1 << (length - 1).bit_length()))
-            self._logits = LlamaCppLogits(self._path, self._longest, self._threads)
+            self._logits = LlamaCppLogits(self._path, self._longest, self._threads, self._kv_cache)
         return self._logits
 
     def close(self) -> None:

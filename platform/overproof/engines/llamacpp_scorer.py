@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from overproof.config.base import KvCache
 from overproof.engines.base import PlaceScores
 from overproof.engines.llamacpp_logits import LlamaCppLogits
 
@@ -21,13 +22,13 @@ CHUNK_LOGITS = 1 << 18  # numbers that are worked on at a time: 1 MiB, which sta
 class LlamaCppScorer:
     """See ``TextScorer``. A row is read by itself, as a lone request is, so its figures depend on no other row."""
 
-    def __init__(self, path: Path, positions: int, threads: int) -> None:
+    def __init__(self, path: Path, positions: int, threads: int, kv_cache: KvCache = "f16") -> None:
         """Load a file for rows of ``positions`` places at most.
 
         Raises:
             InputError: as ``LlamaCppLogits``.
         """
-        self._logits = LlamaCppLogits(path, positions, threads)
+        self._logits = LlamaCppLogits(path, positions, threads, kv_cache)
 
     def score(self, rows: Iterable[NDArray[Any]]) -> Iterator[PlaceScores]:
         for tokens_S in rows:

@@ -12,6 +12,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+from overproof.config.base import KvCache
 from overproof.engines.gguf_tokens import GgufHeader, read_gguf_header
 from overproof.engines.llamacpp_library import xllamacpp
 from overproof.engines.prompt_limits import require_wanted
@@ -53,13 +54,22 @@ class LlamaCppDraft:
 
 
 def server_params(
-    path: Path, threads: int, slots: int, context_length: int, key: str, draft: LlamaCppDraft | None = None
+    path: Path,
+    threads: int,
+    slots: int,
+    context_length: int,
+    key: str,
+    draft: LlamaCppDraft | None = None,
+    kv_cache: KvCache = "f16",
 ) -> Any:
     """Parameters of a server for one file that logs nothing, and whose HTTP port needs the key."""
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx = context_length * slots  # divided between the slots
     params.n_parallel = slots
+    if kv_cache != "f16":
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_Q8_0
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.verbosity = -1
     params.cache_ram_mib = 0  # else up to 8 GiB of past prompts

@@ -83,6 +83,7 @@ class OnnxRuntimeLoader:
     """See ``EngineLoader``."""
 
     computes_with = "the file's own bytes"
+    kv_caches = ()
 
     def require(self) -> None:
         """It is a dependency of this package."""

@@ -171,7 +171,9 @@ def _measure_text(request: TextRequest) -> TextAnswer:
     from overproof.engines.base import EngineSettings, Sampling, TextEngine
 
     before_mb = _resident_mb()
-    engine = ENGINES[request.engine].load(Path(request.file), EngineSettings(threads=request.threads))
+    engine = ENGINES[request.engine].load(
+        Path(request.file), EngineSettings(threads=request.threads, kv_cache=request.kv_cache)
+    )
     assert isinstance(engine, TextEngine)
     prompts = request.timed_prompts
     engine.complete(prompts[0], Sampling(WARM_UP_TOKENS))
@@ -214,7 +216,9 @@ def _streams(request: TextRequest) -> list[float]:
 
     prompts, streams = request.timed_prompts, range(request.streams)
     longest = max(map(len, prompts)) + request.decode_tokens
-    settings = EngineSettings(threads=request.threads, slots=request.streams, context_length=longest)
+    settings = EngineSettings(
+        threads=request.threads, slots=request.streams, kv_cache=request.kv_cache, context_length=longest
+    )
     engine = ENGINES[request.engine].load(Path(request.file), settings)
     assert isinstance(engine, TextEngine)
 
@@ -236,7 +240,9 @@ def _streams(request: TextRequest) -> list[float]:
 def _generate_answers(request: AnswersRequest) -> GeneratedAnswers:
     from overproof.engines.base import EngineSettings, Sampling, TextEngine
 
-    engine = ENGINES[request.engine].load(Path(request.file), EngineSettings(threads=request.threads))
+    engine = ENGINES[request.engine].load(
+        Path(request.file), EngineSettings(threads=request.threads, kv_cache=request.kv_cache)
+    )
     assert isinstance(engine, TextEngine)
     answers, began_s = list[GeneratedAnswer](), time.monotonic()
     for number, (messages, tools) in enumerate(zip(request.chats, request.tools, strict=True)):
@@ -288,8 +294,10 @@ def _measure_draft(request: DraftRequest) -> DraftAnswer:
         return sum(len(done.tokens) - 1 for done in run) / sum(done.decode_s for done in run)
 
     model, draft = Path(request.file), Path(request.draft)
-    alone = LlamaCpp(model, request.threads)
-    drafted = LlamaCpp(model, request.threads, draft=draft, draft_tokens=request.draft_tokens)
+    alone = LlamaCpp(model, request.threads, kv_cache=request.kv_cache)
+    drafted = LlamaCpp(
+        model, request.threads, draft=draft, draft_tokens=request.draft_tokens, kv_cache=request.kv_cache
+    )
     for engine in (alone, drafted):
         engine.complete(request.prompts[0], Sampling(WARM_UP_TOKENS))
     identical, rates = [True] * len(request.prompts), []

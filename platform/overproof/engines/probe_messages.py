@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from overproof.config.base import KvCache
 from overproof.engines.base import FinishReason
 
 
@@ -17,6 +18,7 @@ class TextRequest(Message):
     """What to ask a language model."""
 
     kind: Literal["text"] = "text"
+    kv_cache: KvCache = "f16"
     engine: str
     file: str
     threads: int
@@ -57,6 +59,7 @@ class AnswersRequest(Message):
     """What a language model is to answer, greedily."""
 
     kind: Literal["answers"] = "answers"
+    kv_cache: KvCache = "f16"
     engine: str
     file: str
     threads: int
@@ -108,6 +111,7 @@ class DraftRequest(Message):
     """A language model to time with a draft and without."""
 
     kind: Literal["draft"] = "draft"
+    kv_cache: KvCache = "f16"
     file: str
     draft: str
     draft_tokens: int

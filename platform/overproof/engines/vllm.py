@@ -267,6 +267,7 @@ class VllmLoader:
     """See ``EngineLoader``."""
 
     computes_with = "the file's weights unpacked to fp16, not its own bytes"
+    kv_caches = ("f16",)
 
     def require(self) -> None:
         vllm_python()

@@ -150,6 +150,7 @@ def _ask(
     say("starting")
     request = AnswersRequest(
         engine=recipe.engine,
+        kv_cache=recipe.evaluate.kv_cache,
         file=str(export_folder(compressed, file) / file),
         threads=recipe.evaluate.threads,
         chats=[check.messages for check in asked],

@@ -17,6 +17,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from overproof.config.base import KvCache
 from overproof.data.manifest import NearDuplicatesFound
 from overproof.files import FrozenModel
 from overproof.tasks.base import FurtherMetric, Metric, QualityMetric, UnitColumns
@@ -75,6 +76,7 @@ class Report(FrozenModel):
     quality: str  # the metric that the gate judges
     engine: str  # that was measured, and that serves
     computes_with: str  # what the engine takes from a file
+    kv_cache: KvCache = "f16"  # while it was measured, and where it is served
     confidence: float
     scored: str = ""  # on how much of the test split, for how long and why no more; for people
     answered: str = ""  # how many questions whose answers are expected, likewise; empty where there are none

@@ -115,6 +115,7 @@ def make_report(
         quality=task.quality.name,
         engine=recipe.engine,
         computes_with=ENGINES[recipe.engine].computes_with,
+        kv_cache=recipe.evaluate.kv_cache,
         confidence=recipe.evaluate.confidence,
         scored=scored.summary,
         answered=answered,

@@ -170,7 +170,7 @@ class GgufFormat:
         slides = not isinstance(family, GgufFamily) or family.gguf.slides
         window = (model.config.to_dict().get("sliding_window") or 0) if slides else 0
         longest = min(context, max(LONG_ROW, window + window // 2), MOST_TOKENS)
-        engine = LlamaCppLogits(file, longest, threads=torch.get_num_threads(), exact_cache=True)
+        engine = LlamaCppLogits(file, longest, threads=torch.get_num_threads(), kv_cache="f32")
         generator, differences = torch.Generator().manual_seed(0), list[float]()
         for tokens in sorted({min(SHORT_ROW, longest), longest}):
             tokens_S = torch.randint(model.config.vocab_size, (tokens,), generator=generator)

@@ -89,6 +89,7 @@ def measure_draft(
         draft=str(draft),
         draft_tokens=policy.draft_tokens,
         threads=settings.threads,
+        kv_cache=settings.kv_cache,
         prompts=prompts,
         new_tokens=policy.new_tokens,
         repeats=policy.repeats,

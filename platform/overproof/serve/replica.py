@@ -96,6 +96,7 @@ def load_engine(package: Package, settings: Serve) -> TextEngine | ArrayEngine:
     loader.require()
     loaded_with = EngineSettings(
         threads=settings.threads,
+        kv_cache=package.report.kv_cache,
         slots=settings.slots,
         reuse_prefix=True,
         max_prompt_tokens=settings.max_prompt_tokens,

@@ -72,7 +72,7 @@ def text_divergence(
     documents, positions = TestDocuments.of(root, settings.max_documents), Manifest.read(root).positions
     most = max(1, round(TOKENS / float(documents.lengths.mean())))
     picked = spread_units(documents.sample_ids, most)
-    readers = [loader.logits(path, positions, settings.threads) for path in (teacher, file)]
+    readers = [loader.logits(path, positions, settings.threads, settings.kv_cache) for path in (teacher, file)]
     total, places = 0.0, 0
     for number, (tokens_S, counts_P) in enumerate(test_rows(Shards(root, "test"), picked, counted), start=1):
         say(f"probabilities beside {teacher.name}, row {number} of {len(picked)}")

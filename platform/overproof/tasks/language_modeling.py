@@ -71,7 +71,7 @@ class CausalTask:
         from overproof.tasks.text_evaluation import open_scorer
 
         threads, gpus = settings.scoring_threads, settings.gpus_per_task
-        scorer = open_scorer(file, root, engine, format, threads, gpus, settings.precision)
+        scorer = open_scorer(file, root, engine, format, threads, gpus, settings.precision, kv_cache=settings.kv_cache)
         return self.score_by(scorer, file, root, units, settings, tell)
 
     def score_by(

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from overproof.config import Evaluate
-from overproof.config.base import Precision
+from overproof.config.base import KvCache, Precision
 from overproof.data.manifest import CLUSTER, DOCUMENTS, TEST_TEXTS, TOKENIZER, Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.engines import probe
@@ -108,7 +108,7 @@ class TestDocuments:
 
 def open_scorer(
     file: Path, root: Path, engine: str, format: Format, threads: int, gpus: float = 0, precision: Precision = "fp32",
-    places: int = 0,
+    places: int = 0, kv_cache: KvCache = "f16",
 ) -> TextScorer:  # fmt: skip
     """What a file is judged by on rows of the data set at ``root``, and on others of ``places`` places at most. Of the
     GPUs that this process has, and the precision, torch alone makes use.
@@ -119,7 +119,7 @@ def open_scorer(
     loader, manifest = ENGINES[engine], Manifest.read(root)
     longest = max(manifest.positions, places)
     if isinstance(loader, ScoringLoader):
-        return loader.scorer(file, longest, threads)
+        return loader.scorer(file, longest, threads, kv_cache)
     model = format.read_back(file)
     context = most_positions(model.config.to_dict())
     if context is not None:
@@ -223,11 +223,13 @@ def measure_text(
         fewest_requests=settings.fewest_requests,
         decode_tokens=settings.decode_tokens,
         streams=settings.streams,
+        kv_cache=settings.kv_cache,
     )
     answer = probe.probe_text(request, say)
     say("parity")
     longest = max(len(prompt) + len(given.tokens) for prompt, given in zip(probed, answer.answers, strict=True))
-    scorer = open_scorer(file, root, engine, format, settings.threads, settings.gpus, settings.precision, longest - 1)
+    scorer = open_scorer(file, root, engine, format, settings.threads, settings.gpus, settings.precision, longest - 1,
+                         settings.kv_cache)  # fmt: skip
     nats = [
         text_parity_nats(scorer, prompt, given.tokens, given.logprobs)
         for prompt, given in zip(probed, answer.answers, strict=True)
