@@ -128,7 +128,7 @@ def main() -> None:
         files = {variant: Path(scratch, f"{variant}.gguf") for variant in variants}
         for variant in variants:
             for seed in range(given.seeds if "-" in variant else 1):
-                mixed = {"at_most_mb": files[PLAIN].stat().st_size / 1e6} if variant == "mixed-gptq" else None
+                mixed = {"as_large_as": PLAIN} if variant == "mixed-gptq" else None
                 settings = {
                     "calibration": {"rows": given.rows},
                     "mixed": mixed,

@@ -27,12 +27,13 @@ def exported(text: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory
     folder, prepared = tmp_path_factory.mktemp("variants"), text["prepare"]
     model = text["train"].local() / "model"
 
-    def write(variant: Any, most_bytes: int = 0) -> Path:
-        unquantised, file = folder / "f16.gguf", folder / f"{variant}{most_bytes or ''}.gguf"
+    def write(variant: Any, size: int | str = "") -> Path:
+        unquantised, file = folder / "f16.gguf", folder / f"{variant}{size}.gguf"
         if variant != "f16":
             write("f16")
         if not file.exists():
-            settings = {"formats": [variant], "mixed": {"at_most_mb": most_bytes / 1e6} if most_bytes else None}
+            mixed = {"at_most_mb": size / 1e6} if isinstance(size, int) else {"as_large_as": size} if size else None
+            settings = {"formats": [variant], "mixed": mixed}
             context = ExportContext(
                 Gguf.model_validate({**settings, "calibration": {"rows": 64}} if variant != "f16" else {}), "teacher",
                 model, prepared.local() / "tokenizer.json", prepared,
@@ -100,3 +101,20 @@ def test_a_mixed_file_is_within_its_size_and_makes_good_use_of_it(
 def test_a_size_that_no_types_meet_is_refused_with_the_least_there_is(exported: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match=r"at_most_mb: .* the least they take is .* MB: give .* MB more"):
         exported("mixed-gptq", 20_000)
+
+
+def test_a_mixed_file_may_be_as_large_as_a_plain_one_and_is_nearer(
+    exported: Callable[[str], Path], text: dict[str, Artifact]
+) -> None:
+    """Of the bytes of q4_0, whose tables of embeddings have twice the bits, layers make better use."""
+    plain, mixed = exported("q4_0"), exported("mixed-gptq", "q4_0")
+    sizes = [file.stat().st_size for file in (plain, mixed)]
+    assert 0.98 * sizes[0] < sizes[1] <= sizes[0] + 64
+    near, far = (distance(text, exported("f16"), file) for file in (mixed, plain))
+    assert near < 0.5 * far
+
+
+@pytest.mark.parametrize("mixed", [{}, {"as_large_as": "q4_0", "at_most_mb": 1}])
+def test_its_size_is_said_once(mixed: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected as_large_as or at_most_mb, and not both"):
+        Gguf.model_validate({"formats": ["mixed-gptq"], "mixed": mixed})

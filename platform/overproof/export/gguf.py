@@ -22,15 +22,25 @@ MOST_TOKENS = 8192  # of such a row, which bounds what it takes
 CHECKED_PLACES = 64  # of each row, whose logits are compared
 WRITTEN_TASK = "language_modeling"  # whose models a GGUF file holds
 LONGER_NAME_BYTES = 64  # by which the name in a file of a variant may be longer, with padding
+PlainVariant = Literal["q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
 HALF_PRECISION_NATS = 0.1  # half precision keeps 11 bits: measured on SmolLM2-135M, 0.007
 
 
 class Mixed(Section):
-    """Of the variant ``mixed-gptq``: each matrix has the type that a file of this size is best with, by what rounding
-    costs on the calibration's rows.
+    """Of the variant ``mixed-gptq``: each matrix has the type that a file of its size is best with, by what rounding
+    costs on the calibration's rows. One of the two says how large.
     """
 
-    at_most_mb: float = Field(gt=0, description="Size of each file (1 MB = 1,000,000 bytes).")
+    as_large_as: PlainVariant | None = Field(
+        None, description="Each file as large as one of its model in this variant."
+    )
+    at_most_mb: float | None = Field(None, gt=0, description="Size of each file (1 MB = 1,000,000 bytes).")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if (self.as_large_as is None) == (self.at_most_mb is None):
+            raise ValueError("mixed: expected as_large_as or at_most_mb, and not both")
+        return self
 
 
 class Gguf(FormatSection):
@@ -60,7 +70,7 @@ class Gguf(FormatSection):
     @model_validator(mode="after")
     def _mixed_has_a_size(self) -> Self:
         if ("mixed-gptq" in self.formats) != (self.mixed is not None):
-            raise ValueError("formats mixed-gptq and the section mixed, {at_most_mb: ...}, go together; give both")
+            raise ValueError("formats mixed-gptq and the section mixed, {as_large_as: q4_0}, go together; give both")
         return self
 
 
@@ -131,24 +141,29 @@ class GgufFormat:
         else:
             export_gguf(
                 source, context.tokenizer, file, format=variant, name=name, chat_template=template, rows=rows,  # type: ignore[arg-type]
-                tell=lambda at: context.tell(f"{file.stem}: {at}"), budget_bytes=self._budget(context, unquantised),
+                tell=lambda at: context.tell(f"{file.stem}: {at}"), budget=self._budget(context, unquantised),
             )  # fmt: skip
         if variant == self.unquantised:  # the others of its model have the same
             require_chat_template(read_gguf_header(file), file.name)
 
-    def _budget(self, context: ExportContext, unquantised: Path) -> int:
-        """Bytes that matrices of a mixed file may take: beside them it has what the unquantised one has."""
+    def _budget(self, context: ExportContext, unquantised: Path) -> int | PlainVariant:
+        """Bytes that matrices of a mixed file may take: beside them it has what the unquantised one has; or what has as
+        many.
+        """
         import gguf
 
         from overproof.export.ggml_blocks import aligned
 
-        if context.settings.mixed is None or not unquantised.is_file():
+        mixed: Mixed | None = context.settings.mixed
+        if mixed is None or not unquantised.is_file():
             return 0
+        if mixed.at_most_mb is None:
+            assert mixed.as_large_as is not None
+            return mixed.as_large_as
         tensors = gguf.GGUFReader(unquantised).tensors
         matrices = (each for each in tensors if each.tensor_type is not gguf.GGMLQuantizationType.F32)
         beside = unquantised.stat().st_size - sum(aligned(int(each.n_bytes)) for each in matrices) + LONGER_NAME_BYTES
-        budget_bytes: int = round(1e6 * context.settings.mixed.at_most_mb) - beside
-        return budget_bytes
+        return round(1e6 * mixed.at_most_mb) - beside
 
     def difference(self, source: Path, file: Path) -> Difference:
         """Of llama.cpp, which reads the file in its own way, at places spread over a short row and over a long one.

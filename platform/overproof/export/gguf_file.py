@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from overproof.engines.gguf_tokens import naming_gguf_faults
 from overproof.errors import InputError
 from overproof.export.calibration import CalibrationRows
-from overproof.export.ggml_blocks import Bytes, dequantise, quantise
+from overproof.export.ggml_blocks import Bytes, aligned, dequantise, quantise
 from overproof.export.gguf_calibration import MatrixRounder
 from overproof.export.gguf_check import check_configuration, gguf_family_of
 from overproof.export.gguf_mixed import choose_mixed
@@ -58,13 +58,14 @@ class _Tensor:
 
 def export_gguf(
     model: Path, tokenizer: Path, path: Path, format: GgufVariant, name: str, chat_template: str | None = None,
-    rows: CalibrationRows | None = None, tell: Callable[[str], None] = lambda _: None, budget_bytes: int = 0,
+    rows: CalibrationRows | None = None, tell: Callable[[str], None] = lambda _: None,
+    budget: int | GgufVariant = 0,
 ) -> None:  # fmt: skip
     """Write a Hugging Face directory of a decoder as one GGUF file, a tensor at a time; ``path`` appears when complete.
 
     ``chat_template`` (Jinja) goes into the file, and ``name`` as llama.cpp may read it (see ``gguf_name``). On ``rows``
-    a variant with ``-imatrix`` or ``-gptq`` is calibrated; ``tell`` hears what that is at. ``budget_bytes`` is what the
-    matrices of ``MIXED`` may take.
+    a variant with ``-imatrix`` or ``-gptq`` is calibrated; ``tell`` hears what that is at. ``budget`` is how many bytes
+    the matrices of ``MIXED`` may take, or the variant in which they take as many.
 
     Raises:
         InputError: the model or its tokenizer has a feature that this export does not cover.
@@ -90,8 +91,11 @@ def export_gguf(
         assert rows is not None
         shapes = {tensor.source: tensor.shape for tensor in tensors if tensor.type is not Ggml.F32}
         copies = Counter(tensor.source for tensor in tensors)
+        most_bytes = (
+            budget if isinstance(budget, int) else _matrix_bytes(tensors, replace(types, mix=mix_of(budget)[0]))
+        )
         where = f"compress.mixed.at_most_mb: {path.stem}"
-        chosen = choose_mixed(model, family, config, shapes, copies, rows, budget_bytes, where, tell)
+        chosen = choose_mixed(model, family, config, shapes, copies, rows, most_bytes, where, tell)
         tensors = [replace(tensor, type=chosen.get(tensor.source, tensor.type)) for tensor in tensors]
     for tensor in tensors:
         dtype, bytes_shape = _layout(tensor)
@@ -114,6 +118,12 @@ def export_gguf(
         writer.write_tensor_data(vector)
     writer.close()
     part.replace(path)
+
+
+def _matrix_bytes(tensors: Iterable[_Tensor], types: TensorTypes) -> int:
+    """That these would take in other types, those in fp32 apart."""
+    others = (replace(each, type=types.of(each.name, each.shape)) for each in tensors if each.type is not Ggml.F32)
+    return sum(aligned(int(np.prod(shape)) * dtype.itemsize) for dtype, shape in map(_layout, others))
 
 
 def _written(tensor: _Tensor, layout: GgufLayout, config: Any, rounder: MatrixRounder) -> Bytes:
