@@ -82,6 +82,7 @@ FAMILIES: Registry[ModelFamily] = Registry(
         "roberta": "models.roberta:FAMILY",
         "modernbert": "models.modernbert:FAMILY",
         "deberta_v2": "models.deberta_v2:FAMILY",
+        "ensemble": "models.ensemble:FAMILY",
     },
 )
 

@@ -36,6 +36,13 @@ def run(stage: Any, of: Recipe, parents: dict[str, Artifact], folder: Path) -> A
     return draft.commit(stage(StageContext(of, parents, draft, no_progress)), 0.0)
 
 
+def artifact_of(stage: str, write: Callable[[Path], object], folder: Path) -> Artifact:
+    """What a stage leaves, written by hand."""
+    draft = Store(str(folder)).new_writer("test", stage, hashlib.sha256(stage.encode()).hexdigest(), None, {})
+    write(Path(draft.uri))
+    return draft.commit({}, 0.0)
+
+
 @pytest.mark.parametrize("kind", ["text", "digits"])
 @pytest.mark.usefixtures("ray_cluster")
 def test_report_and_verdict(

@@ -243,6 +243,16 @@ def _add_recipe_verbs(add: Add) -> None:
             stage.add_argument(
                 "--out", type=Path, metavar="FILE", help="where a sweep's page goes (default: its id.html)"
             )
+    ensemble = add("ensemble", verbs.ensemble, "write several classifiers' directories as one, to teach and to serve")
+    ensemble.add_argument("to", type=Path, metavar="FOLDER", help="Hugging Face directory that is made")
+    ensemble.add_argument(
+        "member", type=Path, nargs="+", metavar="MEMBER", help="Hugging Face directory of a classifier"
+    )
+    ensemble.add_argument("--combine", choices=("probabilities", "logits", "votes"), default="probabilities",
+                          help="what of the members is averaged (default: probabilities)")  # fmt: skip
+    ensemble.add_argument("--fit", type=Path, metavar="RECIPE",
+                          help="weigh members by what helps on its validation rows (default: alike)")  # fmt: skip
+    ensemble.add_argument("--set", action="append", default=[], metavar="a.b=c", help="set a field of that recipe")
     pick = add("pick", verbs.pick, "the best file that passed the gate within limits, and why not the others", "")
     _add_recipe(pick)
     for flag, unit, text in (

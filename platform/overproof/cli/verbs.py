@@ -73,6 +73,13 @@ def run_stages(options: argparse.Namespace) -> int:
     return 0
 
 
+def ensemble(options: argparse.Namespace) -> int:
+    from overproof.cli import ensemble
+
+    recipe = None if options.fit is None else load_recipe(options.fit, tuple(options.set))
+    return ensemble.ensemble(options.to, options.member, options.combine, recipe)
+
+
 def compress(options: argparse.Namespace) -> int:
     from overproof.cli import artifacts
 

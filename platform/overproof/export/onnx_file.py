@@ -58,7 +58,11 @@ def export_onnx(model: Path, path: Path) -> None:
     classifier = flat_classifier(model)
     # The fused kernel's graph guards against masks that a classifier lacks.
     classifier.model.set_attn_implementation("eager")
-    padding, shapes, metadata = classifier.family.padding, {0: torch.export.Dim("batch")}, dict[str, str]()
+    padding, shapes, metadata = (
+        classifier.family.padding(classifier.model.config),
+        {0: torch.export.Dim("batch")},
+        dict[str, str](),
+    )
     if padding is not None:
         shapes[1] = torch.export.Dim("columns", min=1, max=classifier.width)
         metadata = {WIDTH: str(classifier.width), PADDING: f"{padding:g}"}

@@ -156,10 +156,11 @@ class GgufFamily(Protocol):
 class ArrayFamily(Protocol):
     """What a family has beside whose models take one array of numbers a row, and so can be exported to ONNX."""
 
-    padding: float | None  # stands past the end of a row that is shorter than others; None: all are of one length
-
     def width(self, config: Any) -> int:
         """D: numbers in a row of a model of this configuration."""
+
+    def padding(self, config: Any) -> float | None:
+        """What stands past the end of a row that is shorter than others; None where all are of one length."""
 
     def sample_rows(self, config: Any, rows: int, generator: np.random.Generator) -> NDArray[np.float32]:
         """Rows (B, D) that such a model may be asked about, drawn at random: exports are checked on them."""

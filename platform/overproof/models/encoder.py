@@ -82,7 +82,6 @@ class EncoderFamily:
     attention: str | None = "sdpa"
     varlen: bool = False
     plain_logits: bool = False
-    padding: float | None = float(PADDING)
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -188,6 +187,10 @@ class EncoderFamily:
 
     def width(self, config: Any) -> int:
         return int(config.max_position_embeddings) - self.reserved_positions
+
+    def padding(self, config: Any) -> float | None:
+        del config
+        return float(PADDING)
 
     def sample_rows(self, config: Any, rows: int, generator: np.random.Generator) -> NDArray[np.float32]:
         """The first as long as a row may be, the others shorter."""

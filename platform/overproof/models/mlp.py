@@ -43,7 +43,6 @@ class MlpFamily:
     attention = "sdpa"
     varlen = False
     plain_logits = False
-    padding = None
     names = LayerNames(layers="layers", embeddings="embeddings", output="head", feed_forward=("up", "down"))
 
     def configuration(self, section: Mlp, shape: DataShape) -> Any:
@@ -106,6 +105,10 @@ class MlpFamily:
 
     def width(self, config: Any) -> int:
         return len(config.categories)
+
+    def padding(self, config: Any) -> float | None:
+        del config
+        return None
 
     def sample_rows(self, config: Any, rows: int, generator: np.random.Generator) -> NDArray[np.float32]:
         """Numbers as far from their means as the train rows', and every category."""

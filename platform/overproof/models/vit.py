@@ -46,7 +46,6 @@ class VitFamily:
     attention = "sdpa"
     varlen = False
     plain_logits = False
-    padding = None
     names = LayerNames(
         layers="vit.layers",
         embeddings="vit.embeddings",
@@ -119,6 +118,10 @@ class VitFamily:
     def width(self, config: Any) -> int:
         height, width = _image_size(config.image_size)
         return int(config.num_channels) * height * width
+
+    def padding(self, config: Any) -> float | None:
+        del config
+        return None
 
     def sample_rows(self, config: Any, rows: int, generator: np.random.Generator) -> NDArray[np.float32]:
         return generator.random((rows, self.width(config)), np.float32)

@@ -1,0 +1,113 @@
+"""Several classifiers as one model: a directory that `overproof ensemble` writes, a teacher as it is, and one file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from overproof.errors import InputError
+from overproof.models.base import ArrayFamily, DataShape, LayerNames, ModelFamily
+from overproof.models.sizes import ModelSize, family_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+class EnsembleFamily:
+    """See ``ModelFamily`` and ``ArrayFamily``: what holds of its members holds of it."""
+
+    section = None
+    tasks = (
+        "image_classification", "text_classification", "multi_label_text_classification", "tabular_classification",
+        "tabular_regression",
+    )  # fmt: skip
+    architectures = ("OverproofEnsemble",)
+    attention = "sdpa"
+    varlen = False
+    plain_logits = False
+    names = LayerNames(layers="layers", embeddings="embeddings", output="output", feed_forward=("none",))
+
+    def configuration(self, section: Any, shape: DataShape) -> Any:
+        del section, shape
+        raise InputError("train.model: an ensemble is read from the directory that `overproof ensemble` writes")
+
+    def model_class(self) -> type[PreTrainedModel]:
+        from overproof.models.ensemble_module import OverproofEnsemble
+
+        return OverproofEnsemble
+
+    def untied(self, config: Any, names: list[str]) -> list[str]:
+        """Of each member what its own family writes."""
+        found = list[str]()
+        for number, (settings, family) in enumerate(_members(config)):
+            prefix = f"members.{number}."
+            own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+            found += [f"{prefix}{name}" for name in family.untied(settings, own)]
+        return found
+
+    def size(self, section: Any, shape: DataShape) -> ModelSize:
+        del section, shape
+        raise InputError("train.model: an ensemble is read from the directory that `overproof ensemble` writes")
+
+    def directory_size(self, config: Mapping[str, Any], tensors: Mapping[str, int], shape: DataShape) -> ModelSize:
+        """All members'; of the widths the largest."""
+        sizes = list[ModelSize]()
+        for number, settings in enumerate(config["members"]):
+            _, family = family_of(settings, "members")
+            prefix = f"members.{number}."
+            own = {name.removeprefix(prefix): size for name, size in tensors.items() if name.startswith(prefix)}
+            sizes.append(family.directory_size(settings, own, shape))
+        widest = max(sizes, key=lambda size: size.hidden + size.intermediate)
+        return replace(
+            widest, family="ensemble", layers=sum(size.layers for size in sizes),
+            tensors=tuple(numbers for size in sizes for numbers in size.tensors),
+            looked_up=sum(size.looked_up for size in sizes),
+        )  # fmt: skip
+
+    def layer_memory(self, size: ModelSize, element_bytes: int) -> int:
+        """As a layer of an encoder."""
+        return element_bytes * (8 * size.hidden + 2 * size.intermediate) + 4 * size.heads + 4 * element_bytes
+
+    def outer_memory(self, size: ModelSize, element_bytes: int) -> int:
+        return 2 * element_bytes * size.hidden
+
+    def width(self, config: Any) -> int:
+        (settings, family), *_ = _members(config)
+        return family.width(settings)
+
+    def padding(self, config: Any) -> float | None:
+        (settings, family), *_ = _members(config)
+        return family.padding(settings)
+
+    def sample_rows(self, config: Any, rows: int, generator: np.random.Generator) -> NDArray[np.float32]:
+        (settings, family), *_ = _members(config)
+        return family.sample_rows(settings, rows, generator)
+
+    def flat_logprobs(self, model: Any, inputs_BD: Tensor) -> Tensor:
+        from overproof.models.ensemble_module import combined
+
+        asked = zip(_members(model.config), model.members, strict=True)
+        logprobs_MBV = [family.flat_logprobs(member, inputs_BD) for (_, family), member in asked]
+        return combined(logprobs_MBV, model.config.weights, model.config.combine)
+
+
+class _Member(ModelFamily, ArrayFamily):
+    """What a family of a member is."""
+
+
+def _members(config: Any) -> list[tuple[Any, _Member]]:
+    """The configuration of each member, and its family."""
+    found = list[tuple[Any, _Member]]()
+    for settings in config.members:
+        _, family = family_of(settings, "members")
+        model_class: Any = family.model_class()
+        found.append((model_class.config_class.from_dict(dict(settings)), family))  # type: ignore[arg-type]
+    return found
+
+
+FAMILY = EnsembleFamily()

@@ -1,0 +1,119 @@
+"""Several classifiers' directories as one, whose members count alike, or as much as they help on validation rows.
+
+Shapes: M members, N predictions that count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from overproof.artifacts import Artifact
+from overproof.data.manifest import TOKENIZER, Manifest
+from overproof.data.parquet_reader import Shards
+from overproof.errors import InputError
+from overproof.models.base import ArrayFamily
+from overproof.models.ensemble_module import Combine, OverproofEnsemble, OverproofEnsembleConfig
+from overproof.models.hf_directory import load_model, read_config, save_model, to_tensors
+from overproof.models.sizes import family_of
+from overproof.registry import TASKS
+
+FEWEST = 2
+BATCH_ROWS = 256
+ROUNDS, STILL = 500, 1e-7  # of the fit at most, and by how much weights then change
+SAME = ("num_labels", "problem_type", "id2label")  # of configurations
+
+
+def write_ensemble(members: Sequence[Path], to: Path, combine: Combine, weights: Sequence[float]) -> None:
+    """A Hugging Face directory of all members; it appears when it is complete.
+
+    Raises:
+        InputError: ``to`` is there, there are fewer than two members, or they do not answer the same question.
+    """
+    if to.exists():
+        raise InputError(f"{to}: is there already; expected a folder that is to be made")
+    require_alike(members)
+    configs = [read_config(member) for member in members]
+    first = load_model(members[0]).config
+    config = OverproofEnsembleConfig(
+        members=configs, weights=list(map(float, weights)), combine=combine,
+        **{name: getattr(first, name) for name in SAME if name != "num_labels"},
+    )  # fmt: skip
+    model = OverproofEnsemble(config)
+    for held, member in zip(model.members, members, strict=True):
+        held.load_state_dict(load_model(member).state_dict())
+    tokenizer = members[0] / TOKENIZER
+    part = to.with_name(f"{to.name}.part")
+    save_model(model, config, part, tokenizer if tokenizer.is_file() else None)
+    part.replace(to)
+
+
+def require_alike(members: Sequence[Path]) -> None:
+    """Look whether models answer the same question.
+
+    Raises:
+        InputError: they are too few, no classifiers, of other classes in another order, or read other rows.
+    """
+    if len(members) < FEWEST:
+        raise InputError(f"MEMBER: found {len(members)}; expected {FEWEST} or more directories of classifiers")
+    told = list[dict[str, Any]]()
+    for member in members:
+        kind, family = family_of(read_config(member), member)
+        if not isinstance(family, ArrayFamily):
+            raise InputError(f"{member}: a {kind} writes text; expected classifiers, whose answers can be averaged")
+        config = load_model(member).config
+        tokenizer = member / TOKENIZER
+        told.append(
+            {name: getattr(config, name) for name in SAME}
+            | {"numbers in a row": family.width(config), "end of a row": family.padding(config)}
+            | {TOKENIZER: tokenizer.read_bytes() if tokenizer.is_file() else None}
+        )
+    for member, each in zip(members[1:], told[1:], strict=True):
+        other = next((name for name in each if each[name] != told[0][name]), None)
+        if other is not None:
+            raise InputError(
+                f"{member}: {other} is not that of {members[0]}; expected classifiers of the same classes, in the same "
+                "order, that read the same rows"
+            )
+
+
+@torch.inference_mode()
+def fit_weights(members: Sequence[Path], prepared: Artifact, tell: Callable[[str], None]) -> NDArray[np.float64]:
+    """The weights (M) with which the members' averaged probabilities are best on the validation rows.
+
+    Raises:
+        InputError: as ``require_alike``.
+    """
+    require_alike(members)
+    shards, task = Shards(prepared, "validation"), TASKS[Manifest.read(prepared).task]
+    found = list[NDArray[np.float64]]()
+    for number, member in enumerate(members, start=1):
+        model, parts = load_model(member), list[NDArray[np.float64]]()
+        for first in range(0, shards.rows, BATCH_ROWS):
+            tell(f"member {number} of {len(members)}, row {first} of {shards.rows}")
+            ids = np.arange(first, min(first + BATCH_ROWS, shards.rows))
+            given = task.predict(model, to_tensors(shards.take(ids)))
+            nats_BP = given.logits_BPV.log_softmax(-1).gather(-1, given.targets_BP[..., None].long())[..., 0]
+            parts.append(nats_BP[given.mask_BP > 0].double().numpy())
+        found.append(np.concatenate(parts))
+    return likeliest_mixture(np.stack(found))
+
+
+def likeliest_mixture(logprobs_MN: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The weights (M) of a mixture under which what was observed is likeliest: its likelihood is concave in them, and
+    expectation-maximisation climbs it (Dempster, Laird and Rubin, 1977).
+    """
+    relative_MN = np.exp(logprobs_MN - logprobs_MN.max(0))
+    weights_M: NDArray[np.float64] = np.full(len(logprobs_MN), 1 / len(logprobs_MN))
+    for _ in range(ROUNDS):
+        shares_MN = weights_M[:, None] * relative_MN
+        renewed_M: NDArray[np.float64] = (shares_MN / shares_MN.sum(0)).mean(1)
+        if np.abs(renewed_M - weights_M).max() < STILL:
+            return renewed_M
+        weights_M = renewed_M
+    return weights_M
