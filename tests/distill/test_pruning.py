@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from decoder_cases import CASES, POSITIONS, SHAPE
 from overproof.config import Pretrained, Pruned, load_recipe
 from overproof.distill import pruning
-from overproof.distill.pruning import Importance, measure_importance, prune
+from overproof.distill.pruning import Importance, _head_width, measure_importance, prune
 from overproof.distill.student_trainer import StudentTrainer
 from overproof.engines.llamacpp_logits import LlamaCppLogits
 from overproof.errors import InputError
@@ -67,6 +67,8 @@ OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
 }  # fmt: skip
 DECODERS = sorted(CASES)
 GROUPED = [name for name in DECODERS if CASES[name].kind not in ("olmo2", "phi3", "gpt2", "falcon", "qwen2")]
+
+NARROWED = [name for name in GROUPED if not CASES[name].kind.startswith("gemma")]
 
 
 def made(name: str) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
@@ -137,6 +139,41 @@ def test_fewer_heads_are_the_groups_that_give_most_and_llama_cpp_reads_them(name
     assert (expected[0].softmax(-1) * difference).sum(-1).max() < 4 * CASES[name].nats
 
 
+@pytest.mark.parametrize("name", NARROWED)
+def test_a_narrower_model_is_the_one_whose_least_channels_are_nothing(name: str, tmp_path: Path) -> None:
+    """Norms divide by the root of a mean over fewer channels, and make up for it. llama.cpp reads it."""
+    model, batch = made(name)
+    names, found = layer_names(model), importance(model, batch)
+    hidden = model.config.hidden_size
+    assert found.width_H.shape == (hidden,)
+    smaller = prune(model, Pruned(hidden_size=hidden // 2), found).eval()
+    assert (smaller.config.hidden_size, smaller.config.head_dim) == (hidden // 2, _head_width(model.config))
+    gone = torch.from_numpy(np.argsort(-found.width_H, kind="stable")[hidden // 2 :])
+    model.get_submodule(names.embeddings).weight.data[:, gone] = 0  # type: ignore[operator, union-attr]
+    for layer in model.get_submodule(names.layers).children():
+        for part in (names.attention_output or "", names.feed_forward[-1]):
+            module = layer.get_submodule(part)
+            for weight in (columns_of(module), *([] if module.bias is None else [module.bias.data])):  # type: ignore[list-item, union-attr]
+                weight[gone] = 0  # type: ignore[index, operator]
+    folder = CASES[name].save(tmp_path / "smaller", smaller)
+    export_gguf(folder, folder / "tokenizer.json", tmp_path / "smaller.gguf", "f32", "smaller")
+    engine = LlamaCppLogits(tmp_path / "smaller.gguf", POSITIONS, 1, kv_cache="f32")
+    read = torch.from_numpy(engine.logits_at(batch["input_ids"][0].numpy(), np.arange(POSITIONS)))
+    engine.close()
+    expected = ask(smaller, batch)[0]
+    difference = (read.log_softmax(-1) - expected.log_softmax(-1)).abs()
+    assert (expected.softmax(-1) * difference).sum(-1).max() < 4 * CASES[name].nats
+    for module in (*model.modules(), *smaller.modules()):
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 0.0  # which is added to means over all channels, and to those over fewer
+    torch.testing.assert_close(ask(smaller, batch), ask(model, batch), rtol=1e-3, atol=1e-3)
+    section = Pruned(hidden_size=hidden // 2, layers=2, intermediate_size=32)
+    whole = CASES[name].save(tmp_path / "teacher", model)
+    told = student_size(section, Pretrained(path=str(whole)), SHAPE.__class__(**{**vars(SHAPE), "outputs": 0}))
+    assert told.parameters == count_parameters(prune(model, section, found))
+    assert told.hidden == hidden // 2
+
+
 def test_a_layer_that_turns_nothing_goes_first() -> None:
     model, batch = made("smollm2")
     names = layer_names(model)
@@ -184,7 +221,7 @@ def test_what_a_teacher_has_not_or_cannot_lose_is_refused(name: str, changes: An
 
 
 def test_a_recipe_that_takes_nothing_away_or_all_is_refused() -> None:
-    with pytest.raises(InputError, match="nothing is taken away; expected layers, intermediate_size or kv_heads"):
+    with pytest.raises(InputError, match="nothing is taken away; expected layers, intermediate_size, kv_heads or hidden_size"):
         Pruned.parse({"kind": "pruned"}, "model")
     with pytest.raises(InputError, match="intermediate_size"):
         Pruned.parse({"kind": "pruned", "intermediate_size": 0}, "model")
@@ -200,7 +237,8 @@ def test_heads_that_cannot_go_are_refused_before_anything_is_trained(name: str) 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ("kv_heads: 1", "kv_heads: heads are taken from pretrained teachers alone"),
+        ("kv_heads: 1", "kv_heads: such are taken from pretrained teachers alone"),
+        ("hidden_size: 32", "hidden_size: such are taken from pretrained teachers alone"),
         ("layers: 99", "layers 99: the teacher has"),
         ("intermediate_size: 40", "intermediate_size"),  # no multiple of 32, which llama.cpp needs
     ],

@@ -69,7 +69,8 @@ class TeacherLayers(ModelSection):
 
 
 class Pruned(ModelSection):
-    """The teacher without what matters least on train rows: layers, channels of the feed-forward layers, key heads.
+    """The teacher without what matters least on train rows: layers, channels of the feed-forward layers, key heads,
+    channels between layers.
 
     Channels and heads matter by the size of what they give (arXiv 2407.14679), layers by how far they turn what they
     are given (arXiv 2403.03853). What is null stays as the teacher has it.
@@ -79,34 +80,38 @@ class Pruned(ModelSection):
     layers: Count | None = Field(None, description="Layers that stay.")
     intermediate_size: Count | None = Field(None, description="Channels of each feed-forward layer that stay.")
     kv_heads: Count | None = Field(None, description="Key heads of each layer that stay, with their query heads.")
+    hidden_size: Count | None = Field(None, description="Channels between layers that stay.")
     rows: Count = Field(128, description="Train rows that say what matters, the first in training order.")
 
     @model_validator(mode="after")
     def _something_goes(self) -> Self:
-        if self.layers is None and self.intermediate_size is None and self.kv_heads is None:
-            raise ValueError("pruned: nothing is taken away; expected layers, intermediate_size or kv_heads")
+        if all(getattr(self, name) is None for name in ("layers", "intermediate_size", "kv_heads", "hidden_size")):
+            raise ValueError(
+                "pruned: nothing is taken away; expected layers, intermediate_size, kv_heads or hidden_size"
+            )
         return self
 
     def of(self, teacher: LayeredModel) -> LayeredModel:
         """The section of what is left of a teacher that a recipe describes.
 
         Raises:
-            InputError: it has not as much, its family has no such shape, or heads are asked for: fresh ones follow from
-                the width.
+            InputError: it has not as much, its family has no such shape, or heads or channels between layers are asked
+                for: fresh heads follow from the width.
         """
-        if self.kv_heads is not None:
-            raise InputError("kv_heads: heads are taken from pretrained teachers alone; expected null")
-        self.require_fewer(teacher.layers, getattr(teacher, "intermediate_size", 0), 0)
+        for name in ("kv_heads", "hidden_size"):
+            if getattr(self, name) is not None:
+                raise InputError(f"{name}: such are taken from pretrained teachers alone; expected null")
+        self.require_fewer(teacher.layers, getattr(teacher, "intermediate_size", 0), 0, 0)
         kept = {name: n for name in ("layers", "intermediate_size") if (n := getattr(self, name)) is not None}
         return type(teacher).parse(teacher.model_dump() | kept, "what is left of the teacher")
 
-    def require_fewer(self, layers: int, intermediate: int, kv_heads: int) -> None:
+    def require_fewer(self, layers: int, intermediate: int, kv_heads: int, hidden: int) -> None:
         """Look whether a teacher with so many has more of each.
 
         Raises:
             InputError: it has not.
         """
-        has = {"layers": layers, "intermediate_size": intermediate, "kv_heads": kv_heads}
+        has = {"layers": layers, "intermediate_size": intermediate, "kv_heads": kv_heads, "hidden_size": hidden}
         for name, there in has.items():
             wanted = getattr(self, name)
             if wanted is not None and wanted > there:

@@ -5,13 +5,17 @@ Channels of feed-forward layers and groups of heads matter by the size of what t
 (block influence, ShortGPT, arXiv 2403.03853). One pass of the teacher says all three. What comes out is a model of the
 same class with a smaller configuration, which every runtime of that class loads.
 
-Shapes: L layers, I channels of a feed-forward layer, K key heads, each with Q query heads of D numbers.
+Channels between layers matter by the size of what norms give of them, in all layers.
+
+Shapes: L layers, I channels of a feed-forward layer, K key heads, each with Q query heads of D numbers; H channels
+between layers.
 """
 
 from __future__ import annotations
 
 import copy
 import io
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +42,8 @@ from overproof.models.documents import at_counted, counted_places
 from overproof.models.hf_directory import layer_names, load_model
 from overproof.models.sizes import cannot_lose
 
+HEAD_NORMS = {"self_attn.q_norm", "self_attn.k_norm"}  # of a head's numbers, from a layer
+
 
 @dataclass(frozen=True)
 class Importance:
@@ -46,6 +52,7 @@ class Importance:
     layers_L: NDArray[np.float64]
     channels_LI: NDArray[np.float64]
     heads_LK: NDArray[np.float64]
+    width_H: NDArray[np.float64]
 
 
 def known_importance(teacher: Path, prepared: Artifact, workspace: str, seed: int, rows: int) -> Importance:
@@ -53,7 +60,7 @@ def known_importance(teacher: Path, prepared: Artifact, workspace: str, seed: in
     kept in the workspace of what is made from that teacher and data, so that all its trials start alike.
     """
     files, folder = filesystem(workspace)
-    path = f"{folder}/importance-{rows}.npz"
+    path = f"{folder}/importance-of-{rows}-rows.npz"
     if files.get_file_info(path).type is not fs.FileType.File:
         read, content = CalibrationRows(prepared, seed, rows), io.BytesIO()
         found = measure_importance(load_model(teacher), read.batches(), read.predict)
@@ -70,14 +77,17 @@ def measure_importance(
     """One pass over the batches. Of parts that are not where the family has them, nothing is said."""
     names, was_training = layer_names(model), model.training
     layers = list(model.get_submodule(names.layers).children())
-    turned, channels, heads = ([_Mean() for _ in layers] for _ in range(3))
+    turned, channels, heads, widths = ([_Mean() for _ in layers] for _ in range(4))
     kv_heads, counted = _kv_heads(model, names), list[Tensor | None]([None])
     with _listening() as listen:
-        for layer, turn, channel, head in zip(layers, turned, channels, heads, strict=True):
+        for layer, turn, channel, head, width in zip(layers, turned, channels, heads, widths, strict=True):
             listen(layer.register_forward_hook(lambda _, i, o, mean=turn: mean.add(_turn(i[0], o), counted[0])))
             down = _part(layer, names.feed_forward[-1])
             if down is not None:
                 listen(down.register_forward_pre_hook(lambda _, i, mean=channel: mean.add(i[0].abs(), counted[0])))
+            for name in (names.queries, names.feed_forward[0]) if names.width_goes else ():
+                part = layer.get_submodule(name or "")
+                listen(part.register_forward_pre_hook(lambda _, i, mean=width: mean.add(i[0].abs(), counted[0])))
             out = _part(layer, names.attention_output) if kv_heads else None
             if out is not None:
                 listen(out.register_forward_pre_hook(partial(_add_norms, head, kv_heads, counted)))
@@ -86,7 +96,9 @@ def measure_importance(
             counted[0] = counted_places(batch)
             predict(model, batch)
     model.train(was_training)
-    return Importance(np.array([mean.value.item() for mean in turned]), _stacked(channels), _stacked(heads))
+    return Importance(
+        np.array([mean.value.item() for mean in turned]), _stacked(channels), _stacked(heads), _stacked(widths).sum(0)
+    )
 
 
 def _part(layer: nn.Module, name: str | None) -> nn.Module | None:
@@ -200,10 +212,12 @@ def prune(model: PreTrainedModel, section: Pruned, importance: Importance) -> Pr
         InputError: the model has fewer of something, or its family cannot lose it.
     """
     names, kv_heads = layer_names(model), _kv_heads(model, layer_names(model))
-    for field, there in (("intermediate_size", importance.channels_LI), ("kv_heads", importance.heads_LK)):
-        if getattr(section, field) is not None and not there.shape[1]:
+    channels, hidden = importance.channels_LI.shape[1], len(importance.width_H)
+    has = {"intermediate_size": channels, "kv_heads": importance.heads_LK.shape[1], "hidden_size": hidden}
+    for field, there in has.items():
+        if getattr(section, field) is not None and not there:
             raise cannot_lose(field, type(model).__name__)
-    section.require_fewer(len(importance.layers_L), importance.channels_LI.shape[1], kv_heads)
+    section.require_fewer(len(importance.layers_L), channels, kv_heads, hidden)
     layers = _kept(importance.layers_L, section.layers, names.first_stays)
     smaller = keep_layers(model, layers.tolist())
     config, state = copy.deepcopy(smaller.config), smaller.state_dict()
@@ -222,6 +236,9 @@ def prune(model: PreTrainedModel, section: Pruned, importance: Importance) -> Pr
         if section.kv_heads is not None:
             groups = _kept(importance.heads_LK[layer], section.kv_heads)
             _take_heads(state, prefix, names, groups, _head_width(smaller.config), kv_heads)
+    if section.hidden_size is not None:
+        config.head_dim, config.hidden_size = _head_width(smaller.config), section.hidden_size
+        _narrow(state, names, _kept(importance.width_H, section.hidden_size), hidden)
     made = type(model)(config)
     try:
         made.load_state_dict(state)
@@ -231,6 +248,30 @@ def prune(model: PreTrainedModel, section: Pruned, importance: Importance) -> Pr
             "expected layers alone, or {kind: pretrained, path: ...}"
         ) from None
     return made
+
+
+def _narrow(state: dict[str, Tensor], names: LayerNames, kept_H: NDArray[np.int64], hidden: int) -> None:
+    """Take channels between layers away. A norm divides by the root of the mean square: of fewer channels, whose sum of
+    squares is nearly the same, its weights make up for the larger mean.
+    """
+    kept, into = torch.from_numpy(kept_H), {names.queries, names.keys, names.values, *names.feed_forward[:-1]}
+    out = {names.attention_output, names.feed_forward[-1]}
+    for name in [*state]:
+        module, value = name.rpartition(".")[0], state[name]
+        of_layer = re.fullmatch(rf"{re.escape(names.layers)}\.\d+\.(.+)", module)
+        part = of_layer[1] if of_layer else None
+        if module in (names.embeddings, names.output):
+            state[name] = value.index_select(1, kept).contiguous()
+        elif part in into and name.endswith(".weight"):
+            _take(state, module, kept, outputs=False)
+        elif part in out and name.endswith(".weight"):
+            _take(state, module, kept, outputs=True)
+        elif (
+            value.ndim == 1
+            and len(value) == hidden
+            and part not in into | out | {"self_attn.q_norm", "self_attn.k_norm"}
+        ):
+            state[name] = value.index_select(0, kept) * math.sqrt(hidden / len(kept))
 
 
 def _kept(importance_N: NDArray[np.float64], count: int | None, first_stays: bool = False) -> NDArray[np.int64]:

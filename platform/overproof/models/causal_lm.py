@@ -32,7 +32,7 @@ class CausalLmFamily(DecoderFamily):
     kind = "causal_lm"
     tasks = ("language_modeling",)  # which of them keep the conversations of a row apart is not known
     architectures = ("*ForCausalLM", "*LMHeadModel", *(f"!{name}" for name in ENCODERS))
-    names = replace(LLAMA_NAMES, per_layer=PER_LAYER, attention_output=None)
+    names = replace(LLAMA_NAMES, per_layer=PER_LAYER, attention_output=None, width_goes=False)
     attention = None
     varlen = False
     plain_logits = False

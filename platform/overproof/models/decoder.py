@@ -34,6 +34,7 @@ LLAMA_NAMES = LayerNames(
     keys="self_attn.k_proj",
     values="self_attn.v_proj",
     attention_output="self_attn.o_proj",
+    width_goes=True,
 )
 
 

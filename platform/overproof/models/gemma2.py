@@ -69,7 +69,7 @@ class Gemma2Family(DecoderFamily):
 
     section: type[GroupedDecoderModel] = Gemma2
     architectures = ("Gemma2ForCausalLM",)
-    names = replace(LLAMA_NAMES, per_layer=("layer_types",))
+    names = replace(LLAMA_NAMES, per_layer=("layer_types",), width_goes=False)  # embeddings are scaled by the width
     attention = "eager"  # which alone caps the scores
     varlen = False
     plain_logits = False

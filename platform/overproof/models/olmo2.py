@@ -21,7 +21,7 @@ class Olmo2Family(DecoderFamily):
 
     section = Olmo2
     architectures = ("Olmo2ForCausalLM",)
-    names = replace(LLAMA_NAMES, attention_output=None)  # one norm has all heads
+    names = replace(LLAMA_NAMES, attention_output=None, width_goes=False)  # one norm has all heads
     gguf = GgufLayout(
         architecture="olmo2", assumed={"hidden_act": "silu", "attention_bias": False}, repeats_embeddings=True
     )

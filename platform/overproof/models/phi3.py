@@ -50,6 +50,7 @@ class Phi3Family(DecoderFamily):
     names = replace(
         LLAMA_NAMES,
         attention_output=None,
+        width_goes=False,
         feed_forward=("mlp.gate_up_proj", "mlp.down_proj"),
         queries=None,
         keys=None,

@@ -21,7 +21,7 @@ class Qwen2Family(DecoderFamily):
     section = Qwen2
     architectures = ("Qwen2ForCausalLM",)
     # llama.cpp takes its queries to be as wide as the model.
-    names = replace(LLAMA_NAMES, per_layer=("layer_types",), attention_output=None)
+    names = replace(LLAMA_NAMES, per_layer=("layer_types",), attention_output=None, width_goes=False)
     gguf = GgufLayout(architecture="qwen2", assumed={"hidden_act": "silu"})
 
     def layer_tensors(self, widths: Widths) -> tuple[int, ...]:

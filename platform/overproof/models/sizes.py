@@ -127,7 +127,7 @@ def student_size(model: ModelSection, teacher: ModelSection, shape: DataShape) -
     if isinstance(model, TeacherLayers):
         model.of(whole.layers)
     else:
-        model.require_fewer(whole.layers, whole.intermediate, UNTOLD)
+        model.require_fewer(whole.layers, whole.intermediate, UNTOLD, whole.hidden)
     if isinstance(teacher, Pretrained):
         return _directory_size(teacher.path, shape, model, whole.intermediate)
     if isinstance(model, TeacherLayers):
@@ -227,20 +227,24 @@ def student_config(config: Mapping[str, Any], model: TeacherLayers | Pruned, nam
         return with_layers(config, model.count, names)
     if model.kv_heads is not None and names.attention_output is None:
         raise cannot_lose("kv_heads", (config.get("architectures") or ["?"])[0])
+    if model.hidden_size is not None and not names.width_goes:
+        raise cannot_lose("hidden_size", (config.get("architectures") or ["?"])[0])
     layers, channels = (
         next((int(config[name]) for name in known if config.get(name)), UNTOLD)
         for known in (LAYERS, (names.intermediate, "intermediate_size"))
     )
-    model.require_fewer(layers, channels, _kv_heads(config))
+    model.require_fewer(layers, channels, _kv_heads(config), int(config.get("hidden_size") or UNTOLD))
     found = dict(config) if model.layers is None else with_layers(config, model.layers, names)
     if model.intermediate_size is not None:
         called = {name for name in (names.intermediate, "intermediate_size") if name in config} or {names.intermediate}
         found |= dict.fromkeys(called, model.intermediate_size)
-    if model.kv_heads is not None:
+    if model.kv_heads is not None or model.hidden_size is not None:
         heads, kv_heads = int(config["num_attention_heads"]), _kv_heads(config)
-        width = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
-        found |= {"num_attention_heads": heads // kv_heads * model.kv_heads, "num_key_value_heads": model.kv_heads}
-        found |= {"head_dim": width}
+        found |= {"head_dim": int(config.get("head_dim") or int(config["hidden_size"]) // heads)}
+        left = model.kv_heads or kv_heads
+        found |= {"num_attention_heads": heads // kv_heads * left, "num_key_value_heads": left}
+    if model.hidden_size is not None:
+        found |= {"hidden_size": model.hidden_size}
     return found
 
 
@@ -276,9 +280,12 @@ def _directory_size(
                 "student of another kind, such as {kind: pretrained, path: ...}"
             )
         most_layers = student.count if isinstance(student, TeacherLayers) else student.layers
-        kv_heads, config = _kv_heads(config), student_config(config, student, names)
+        kv_heads, hidden = _kv_heads(config), int(config.get("hidden_size") or 0)
+        config = student_config(config, student, names)
         if isinstance(student, Pruned):
             tensors = _pruned_tensors(tensors, names, student, channels, kv_heads)
+            if student.hidden_size is not None:
+                tensors = _narrowed_tensors(tensors, names, student.hidden_size, hidden)
         if most_layers is not None:
             tensors = {name: size for name, size in tensors.items() if _layer_number(name, layers) < most_layers}
         config |= {} if most_layers is None else {"num_hidden_layers": most_layers}
@@ -312,6 +319,13 @@ def _pruned_tensors(
         elif student.kv_heads is not None and name.endswith(tuple(heads)):
             found[name] = numbers // kv_heads * student.kv_heads
     return found
+
+
+def _narrowed_tensors(tensors: Mapping[str, int], names: LayerNames, hidden: int, before: int) -> dict[str, int]:
+    """Numbers in each tensor once channels between layers are gone."""
+    inner = (names.queries, names.keys, names.values, *names.feed_forward[:-1])
+    other = (*(f".{name}.bias" for name in inner), ".q_norm.weight", ".k_norm.weight")
+    return {name: numbers if name.endswith(other) else numbers // before * hidden for name, numbers in tensors.items()}
 
 
 def _require_same(
