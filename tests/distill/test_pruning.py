@@ -32,6 +32,7 @@ from overproof.distill.pruning import Importance, _head_width, measure_importanc
 from overproof.distill.student_trainer import StudentTrainer
 from overproof.engines.llamacpp_logits import LlamaCppLogits
 from overproof.errors import InputError
+from overproof.export.gguf import FORMAT, Gguf
 from overproof.export.gguf_file import export_gguf
 from overproof.models.encoder import PADDING, encoder_inputs
 from overproof.models.hf_directory import count_parameters, layer_names
@@ -174,6 +175,21 @@ def test_a_narrower_model_is_the_one_whose_least_channels_are_nothing(name: str,
     assert told.hidden == hidden // 2
 
 
+def test_a_mixed_file_that_no_types_make_small_enough_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    model, _ = made("smollm2")
+    folder = CASES["smollm2"].save(tmp_path / "teacher", model)
+    size = student_size(Pruned(layers=2), Pretrained(path=str(folder)), SHAPE)
+    least_mb = size.parameters * 18 / 32 / 1e6
+    settings = {"kind": "gguf", "formats": ["mixed-gptq"]}
+    for most_mb in (2 * least_mb, 0.9 * least_mb):
+        asked = Gguf.model_validate(settings | {"mixed": {"at_most_mb": most_mb}})
+        if most_mb > least_mb:
+            FORMAT.require_size(asked, size, "student small")
+            continue
+        with pytest.raises(InputError, match=f"found {most_mb:g}; student small takes {least_mb:.2f} MB at least"):
+            FORMAT.require_size(asked, size, "student small")
+
+
 def test_a_layer_that_turns_nothing_goes_first() -> None:
     model, batch = made("smollm2")
     names = layer_names(model)
@@ -221,7 +237,9 @@ def test_what_a_teacher_has_not_or_cannot_lose_is_refused(name: str, changes: An
 
 
 def test_a_recipe_that_takes_nothing_away_or_all_is_refused() -> None:
-    with pytest.raises(InputError, match="nothing is taken away; expected layers, intermediate_size, kv_heads or hidden_size"):
+    with pytest.raises(
+        InputError, match="nothing is taken away; expected layers, intermediate_size, kv_heads or hidden_size"
+    ):
         Pruned.parse({"kind": "pruned"}, "model")
     with pytest.raises(InputError, match="intermediate_size"):
         Pruned.parse({"kind": "pruned", "intermediate_size": 0}, "model")

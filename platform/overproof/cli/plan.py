@@ -229,10 +229,14 @@ def _largest(recipe: Recipe, teacher: ModelSize | None, students: dict[str, Mode
     if isinstance(written, SizedFormat):
         unquantised = recipe.compress.model_copy(update={"formats": ()})  # as the teacher is written
         found["compress"] = max(
-            written.export_memory(unquantised if size is teacher else recipe.compress, size) for size in exported
+            written.export_memory(
+                unquantised if size is teacher and not recipe.compress.teacher else recipe.compress, size
+            )
+            for size in exported
         )
     if isinstance(engine, ScoringLoader):
-        found["evaluate"] = max(engine.scoring_memory(size, size.predictions) for size in exported)
+        scored = [engine.scoring_memory(size, size.predictions) for size in exported]
+        found["evaluate"] = max(scored) + (scored[-1] if teacher is not None else 0)  # held beside the teacher's
     held = {stage: stage_memory.LIBRARIES_BYTES + bytes_ for stage, bytes_ in found.items()}
     told = ", ".join(f"{stage} {format_bytes(bytes_)}" for stage, bytes_ in held.items())
     return f"without a GPU the largest process of a stage holds, beside what it maps from files: {told}"

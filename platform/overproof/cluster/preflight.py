@@ -24,6 +24,7 @@ from overproof.data.tokenizer_match import require_possible_tokenizer
 from overproof.engines.base import ScoringLoader
 from overproof.engines.endpoint import Endpoint
 from overproof.errors import InputError, suggest_name
+from overproof.export.base import SizedFormat
 from overproof.export.check_models import check_models
 from overproof.files import join_uri
 from overproof.models.base import DataShape, shape_of
@@ -31,6 +32,7 @@ from overproof.models.sizes import (
     ModelSize,
     directory_config,
     family_of,
+    model_size,
     require_apart,
     require_varlen,
     student_config,
@@ -113,6 +115,12 @@ def require_exportable(recipe: Recipe) -> list[Finding]:
     if asked:
         with console.waiting(f"asking {kind} about {format_count(len(asked), 'model')}"):
             check_models(kind, recipe.data.positions, asked, recipe.compress.formats)
+    if isinstance(format, SizedFormat) and isinstance(taught, Pretrained):  # else sizes follow from the data
+        shape = TASKS[recipe.data.kind].shape(recipe.data)
+        for student in recipe.sweep.students:
+            format.require_size(recipe.compress, student_size(student.model, taught, shape), f"student {student.name}")
+        if recipe.compress.teacher:
+            format.require_size(recipe.compress, model_size(taught, shape), "the teacher")
     for named, config in asked.items() if recipe.data.apart else ():
         require_apart(config, named)
     for model in models.values():

@@ -116,6 +116,13 @@ class WeighedFormat(Protocol):
 class SizedFormat(Protocol):
     """What a format has beside that knows what writing takes."""
 
+    def require_size(self, settings: Any, size: ModelSize, where: str) -> None:
+        """Look whether a file of a model can be as small as the ``settings`` ask for, where they do.
+
+        Raises:
+            InputError: it cannot; the least there is.
+        """
+
     def export_memory(self, settings: Any, size: ModelSize) -> int:
         """Bytes that writing and looking at a file takes at most, in the variants of the recipe's ``settings``, beside
         libraries and what is mapped from files.

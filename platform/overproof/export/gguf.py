@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from overproof.config.base import Section
 from overproof.config.export import Calibration, FormatSection
 from overproof.data.manifest import TOKENIZER
+from overproof.errors import InputError
 from overproof.export import llama_cpp_converter
 from overproof.export.base import BATCH_TOKENS, Difference, ExportContext
 from overproof.models.base import GgufFamily
@@ -23,6 +24,7 @@ CHECKED_PLACES = 64  # of each row, whose logits are compared
 WRITTEN_TASK = "language_modeling"  # whose models a GGUF file holds
 LONGER_NAME_BYTES = 64  # by which the name in a file of a variant may be longer, with padding
 PlainVariant = Literal["q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
+LEAST_BYTES = 18 / 32  # of a number in a block of Q4_0
 HALF_PRECISION_NATS = 0.1  # half precision keeps 11 bits: measured on SmolLM2-135M, 0.007
 
 
@@ -211,6 +213,16 @@ class GgufFormat:
         from overproof.export.gguf_file import read_gguf
 
         return read_gguf(file)
+
+    def require_size(self, settings: Gguf, size: ModelSize, where: str) -> None:
+        """See ``SizedFormat``: with every matrix in the smallest type, and nothing else."""
+        most_mb = settings.mixed.at_most_mb if settings.mixed is not None else None
+        least_mb = size.parameters * LEAST_BYTES / 1e6
+        if most_mb is not None and most_mb < least_mb:
+            raise InputError(
+                f"compress.mixed.at_most_mb: found {most_mb:g}; {where} takes {least_mb:.2f} MB at least: give more, "
+                "or a smaller student"
+            )
 
     def export_memory(self, settings: Gguf, size: ModelSize) -> int:
         """See ``SizedFormat``: of a tensor that is quantised, both libraries on a long row, or a calibrated model."""
