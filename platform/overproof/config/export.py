@@ -19,6 +19,11 @@ class FormatSection(Section):
         False, description="Whether the teacher itself is written in these variants, too, for the gate to choose from."
     )
 
+    @property
+    def calibration_rows(self) -> int:
+        """Rows that a model reads, forward, until it is written in all variants."""
+        return 0
+
 
 class Calibration(Section):
     """The train rows that variants with a measured range or importance are calibrated on."""

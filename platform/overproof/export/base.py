@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from overproof.models.sizes import ModelSize
 
 TEACHER = "teacher"  # name of its unquantised file, and of what its variants were made from
+MOST_FISHER_ROWS = 32  # of a calibration's: of a sum over a whole matrix the first few tell as much as all
 BATCH_TOKENS = 1024  # that a model is calibrated on at once
 
 

@@ -13,7 +13,7 @@ from overproof.config.export import Calibration, FormatSection
 from overproof.data.manifest import TOKENIZER
 from overproof.errors import InputError
 from overproof.export import llama_cpp_converter
-from overproof.export.base import BATCH_TOKENS, Difference, ExportContext
+from overproof.export.base import BATCH_TOKENS, MOST_FISHER_ROWS, Difference, ExportContext
 from overproof.models.base import GgufFamily
 from overproof.models.sizes import FP32_BYTES, ModelSize, family_of
 from overproof.registry import FAMILIES
@@ -68,6 +68,14 @@ class Gguf(FormatSection):
         None,
         description="Jinja text that makes a prompt of chat messages; null takes the teacher's own, if any.",
     )
+
+    @property
+    def calibration_rows(self) -> int:
+        """Each calibrated variant reads all three times; what rounding costs a matrix is told by gradients."""
+        calibrated = sum("-" in variant for variant in self.formats)
+        return 3 * calibrated * self.calibration.rows + 3 * min(MOST_FISHER_ROWS, self.calibration.rows) * (
+            "mixed-gptq" in self.formats
+        )
 
     @model_validator(mode="after")
     def _mixed_has_a_size(self) -> Self:

@@ -13,13 +13,13 @@ import torch
 from gguf import GGMLQuantizationType as Ggml
 from torch import Tensor
 
+from overproof.export.base import MOST_FISHER_ROWS
 from overproof.export.calibration import CalibrationRows
 from overproof.export.ggml_blocks import BLOCKS, SUPER_BLOCK, Weights, aligned, dequantise, quantise
 from overproof.export.sensitivity import Option, choose_types, fisher_diagonal
 from overproof.models.hf_directory import load_model
 
 KINDS = (Ggml.Q4_0, Ggml.Q5_0, Ggml.Q5_1, Ggml.Q8_0)
-FISHER_ROWS = 32  # of the calibration's: of a sum over a whole matrix the first few tell as much as all
 COMPENSATED = 0.4  # of what rounding by itself costs is left by GPTQ; 0.2 to 0.7 was measured
 SUPER_KINDS = (Ggml.Q4_K, Ggml.Q5_K, Ggml.Q6_K, Ggml.Q8_0)  # of rows that are whole super-blocks
 
@@ -35,7 +35,7 @@ def choose_mixed(
         InputError: the budget is less than the smallest types take.
     """
     loaded, predict = load_model(model), rows.predict
-    rows = replace(rows, rows=min(rows.rows, FISHER_ROWS))
+    rows = replace(rows, rows=min(rows.rows, MOST_FISHER_ROWS))
     batches = (one for batch in rows.batches() for one in _rows_of(batch))
     fisher = fisher_diagonal(
         loaded, shapes, batches, predict, lambda row: tell(f"what rounding costs, row {row} of {rows.rows}")

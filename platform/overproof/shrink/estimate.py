@@ -114,6 +114,7 @@ def estimate(choice: ProposedRecipe, flops_per_s: float) -> Estimate:
         return SHARE * flops_per_s * min(cpus, cores) / cores
 
     taught = [c.size for c in chosen.students]
+    compressed = [*taught, chosen.teacher] if recipe.compress.teacher else taught
     rows = choice.rows * (1 - data.validation_fraction - data.test_fraction)
     cached = min(recipe.rows_cached or rows, rows) if recipe.reads_cache else 0
     together = min(len(taught), sweep.concurrent_trials) * sweep.cpus_per_trial
@@ -123,7 +124,7 @@ def estimate(choice: ProposedRecipe, flops_per_s: float) -> Estimate:
         "cache": cached * _pass(chosen.teacher) / rate(recipe.cache.actors * recipe.cache.cpus_per_actor),
         "sweep": sum(_training(size, sweep.steps, sweep.batch_size, rate(together)) for size in taught)
         + _training(taught[0], sweep.steps, sweep.batch_size, rate(sweep.cpus_per_trial)),  # the control, alone
-        "compress": 0.0,
+        "compress": sum(map(_pass, compressed)) * recipe.compress.calibration_rows / rate(cores),
         "evaluate": _evaluation(choice, rate(recipe.evaluate.threads)),
     }
     weights = FP32_BYTES * chosen.teacher.parameters
@@ -151,6 +152,8 @@ def _evaluation(choice: ProposedRecipe, rate: float) -> float:
     if settings.max_documents is not None:
         tested = min(tested, settings.max_documents * choice.rows_per_unit)
     files: list[tuple[ModelSize, float]] = [(chosen.teacher, chosen.teacher_mb), _unquantised(chosen.students[0])]
+    if recipe.compress.teacher:
+        files += [(chosen.teacher, mb) for mb in chosen.students[0].mb.values()]
     for student in chosen.students:
         files += [_unquantised(student), *((student.size, student.mb[variant]) for variant in chosen.variants)]
     seconds = 0.0
