@@ -22,7 +22,9 @@ from pyarrow import csv
 
 from overproof.cli.main import main
 from overproof.config import Recipe, load_recipe
+from overproof.config.models import Pruned, TeacherLayers
 from overproof.errors import InputError
+from overproof.models.sizes import student_size
 from overproof.registry import FORMATS, TASKS
 from overproof.shrink.choice import Asked
 from overproof.shrink.estimate import choose_within
@@ -307,9 +309,15 @@ def test_what_is_found_is_told_with_its_reason(here: Path, llama: Path, capsys: 
     assert "60, about " in printed
     assert "the largest within 0.5 MB" in printed
     recipe = load_recipe(here / "tiny-llama-small.yaml")
-    assert [student.model.model_dump() for student in recipe.sweep.students] == [
-        {"kind": "teacher_layers", "layers": LAYERS}, {"kind": "teacher_layers", "layers": LAYERS // 2},
-    ]  # fmt: skip
+    whole, half = (student.model for student in recipe.sweep.students)
+    assert whole.model_dump() == {"kind": "teacher_layers", "layers": LAYERS}
+    assert isinstance(half, Pruned)
+    assert half.layers == 3  # the root of half of 4 times 4, each of them narrower
+    shape = TASKS["language_modeling"].shape(recipe.data)
+    sizes = [
+        student_size(model, recipe.train.model, shape).parameters for model in (half, TeacherLayers(layers=LAYERS // 2))
+    ]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.2)
     assert [rule.model_dump() for rule in recipe.gate.rules[:3]] == [
         {"kind": "keep", "against": "teacher", "at_least": 0.9},
         {"kind": "size", "at_most_mb": 0.5},
@@ -330,13 +338,13 @@ def test_a_tighter_budget_leaves_smaller_students_and_variants(
         recipe = load_recipe(here / f"{name}.yaml")
         return [s.model.layers for s in recipe.sweep.students], recipe.compress.formats  # type: ignore[attr-defined]
 
-    assert students(0.5) == ([4, 2], ("q8_0", "q4_0", "mixed-gptq"))
+    assert students(0.5) == ([4, 3], ("q8_0", "q4_0", "mixed-gptq"))
     assert main(["init", str(llama), "--data", str(data), "--max-mb", "0.001"]) == 2
     error = capsys.readouterr().err
-    assert "--max-mb 0.001: no student's file would be as small; the nearest is layers-1 in q4_0, about 0.0" in error
+    assert "--max-mb 0.001: no student's file would be as small; the nearest is pruned-25 in q4_0, about 0.0" in error
     needed = float(error.split("give --max-mb ")[1].split(",")[0])
     layers, formats = students(needed)
-    assert (layers[-1], "q4_0" in formats) == (1, True)
+    assert (layers[-1], "q4_0" in formats) == (2, True)
 
 
 ERRORS: dict[str, tuple[str, Make, tuple[str, ...], tuple[str, ...]]] = {
@@ -398,7 +406,8 @@ ERRORS: dict[str, tuple[str, Make, tuple[str, ...], tuple[str, ...]]] = {
         ("--task: the data may be for text_classification or multi_label_text_classification; give the one you mean",),
     ),
     "a budget for texts": (
-        "BASE", texts, ("--max-mb", "0.01"), ("the nearest is layers-1 in int8, about ", " of it its largest table, "),
+        "BASE", texts, ("--max-mb", "0.01"),
+        ("the nearest is pruned-25 in int8, about ", " of it its largest table, "),
     ),
     "folders of splits": ("-", split_folders, (), ("the folders are called like splits (test, train); expected one",)),
     "a name that is none": ("-", table(label=kinds), ("--name", "a: b"), ("name: found 'a: b'; ",)),

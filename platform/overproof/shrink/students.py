@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from overproof.config.models import ModelSection, Pretrained, TeacherLayers
+from overproof.config.models import ModelSection, Pretrained, Pruned, TeacherLayers
 from overproof.errors import InputError
 from overproof.models.base import DataShape
 from overproof.models.sizes import ModelSize, model_size, student_size
@@ -16,6 +16,7 @@ from overproof.shrink.given_model import GivenModel
 from overproof.shrink.template import BytesANumber, TemplateSettings
 from overproof.units import format_number
 
+CHANNELS = 32  # of a feed-forward layer, by whose multiples it is narrowed where they divide it
 WHOLE = "whole"  # the student that keeps every layer of a given teacher
 
 
@@ -73,9 +74,8 @@ def choose_students(
         return (beside + settings.layer_bytes * size.layers + weights_bytes(size, rate)) / 1e6
 
     candidates = []
-    for name, model in _models(settings, given, teacher_size).items():
-        section = TeacherLayers.parse(model) if model["kind"] == "teacher_layers" else _family_section(model)
-        size = student_size(section, teacher, shape)
+    for name, model in _models(settings, given, teacher, teacher_size, shape).items():
+        size = student_size(_student_section(model), teacher, shape)
         candidates.append(SizedStudent(name, model, size, {v: mb(size, rate) for v, rate in rates.items()}))
     teacher_mb = mb(teacher_size, unquantised)
     limit = teacher_mb / settings.least_times_smaller if max_mb is None else max_mb
@@ -96,15 +96,43 @@ def weights_bytes(size: ModelSize, rate: BytesANumber) -> float:
     )
 
 
-def _models(settings: TemplateSettings, given: GivenModel | None, teacher: ModelSize) -> dict[str, dict[str, Any]]:
+def _models(
+    settings: TemplateSettings, given: GivenModel | None, teacher: ModelSection, size: ModelSize, shape: DataShape
+) -> dict[str, dict[str, Any]]:
     """Every student there may be, the largest first."""
     if given is None:
         return settings.students
-    counts = {max(1, round(share * teacher.layers)): share for share in sorted(settings.shares)}
+    found = dict[str, dict[str, Any]]()
+    for count in sorted({max(1, round(share * size.layers)) for share in settings.shares}, reverse=True):
+        if count == size.layers:
+            found[WHOLE] = {"kind": "teacher_layers", "layers": count}
+        elif FAMILIES[size.family].section is None:  # of whose layers little is known
+            found[f"layers-{count}"] = {"kind": "teacher_layers", "layers": count}
+        else:
+            found[f"pruned-{round(100 * count / size.layers)}"] = _pruned(teacher, size, count, shape)
+    return found
+
+
+def _pruned(teacher: ModelSection, size: ModelSize, count: int, shape: DataShape) -> dict[str, Any]:
+    """As large as so many layers, with more of them that are narrower: of each part a little costs the least."""
+    layers = max(1, round(math.sqrt(count * size.layers)))
+    wanted = student_size(TeacherLayers(layers=count), teacher, shape).parameters
+
+    def parameters(channels: int) -> int:
+        return student_size(Pruned(layers=layers, intermediate_size=channels), teacher, shape).parameters
+
+    step = math.gcd(size.intermediate, CHANNELS)
+    fewest, most = parameters(step), parameters(size.intermediate)
+    share = (wanted - fewest) / max(1, most - fewest)
+    channels = step * (1 + round(share * (size.intermediate / step - 1)))
     return {
-        WHOLE if count == teacher.layers else f"layers-{count}": {"kind": "teacher_layers", "layers": count}
-        for count in sorted(counts, reverse=True)
-    }
+        "kind": "pruned", "layers": layers, "intermediate_size": min(size.intermediate, max(step, channels)),
+    }  # fmt: skip
+
+
+def _student_section(model: Mapping[str, Any]) -> ModelSection:
+    own: dict[str, type[ModelSection]] = {"teacher_layers": TeacherLayers, "pruned": Pruned}
+    return own[model["kind"]].parse(model) if model["kind"] in own else _family_section(model)
 
 
 def _family_section(model: Mapping[str, Any]) -> ModelSection:
