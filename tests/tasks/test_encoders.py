@@ -23,7 +23,7 @@ from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
 from overproof.export import stage
 from overproof.export.onnx_file import Reference, export_onnx
-from overproof.export.onnx_int8 import quantize_onnx
+from overproof.export.onnx_int8 import quantize_onnx, quantize_onnx_static, require_same_numbers
 from overproof.models import zero_memory
 from overproof.models.base import class_order, shape_of
 from overproof.models.encoder import Encoder, EncoderFamily, encoder_inputs
@@ -231,6 +231,13 @@ def test_exports_are_the_model_and_int8_holds_its_embeddings(kind: str, tmp_path
     tables = {t.name: t for t in onnx.load(int8).graph.initializer if list(t.dims) == [VOCABULARY, 32]}
     assert [t.data_type for t in tables.values()] == [onnx.TensorProto.UINT8]
     assert floats_in(int8) < 0.1 * floats_in(fp32)
+    static = tmp_path / "static.onnx"
+    quantize_onnx_static(fp32, static, (row[None] for row in tokens(16).numpy().astype(np.float32)), full_range=False)
+    for made in (int8, static):
+        require_same_numbers(made, fp32)
+    nats = np.abs(OnnxRuntime(static).logprobs(rows) - expected)
+    assert nats.mean() < 0.2
+    assert OnnxRuntime(static).width == LENGTH
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

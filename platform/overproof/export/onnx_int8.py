@@ -120,7 +120,9 @@ def require_same_numbers(file: Path, unquantised: Path) -> None:
 
 
 def _is_rounded(found: Mapping[str, NDArray[Any]], name: str, values: NDArray[np.float32]) -> bool:
-    codes, scale, zero = (found[f"{name}_{part}"].astype(np.float32) for part in ("quantized", "scale", "zero_point"))
+    codes = found[f"{name}_quantized"].astype(np.float32)
+    of = name if f"{name}_scale" in found else f"{name}_quantized"  # a bias is called otherwise
+    scale, zero = (found.get(f"{of}_{part}", np.zeros(1)).astype(np.float32) for part in ("scale", "zero_point"))
     if codes.shape != values.shape:
         return False
     axes = [axis for axis in range(codes.ndim) if codes.shape[axis] == scale.size]  # of a square matrix there are two
