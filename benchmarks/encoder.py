@@ -89,7 +89,13 @@ def resident_of(answer: str, file: Path, row_D: NDArray[np.float32]) -> float:
         return float(done.stdout)
     if answer == "exported":
         request = ArrayRequest(
-            engine="onnxruntime", file=str(file), threads=1, rows=[row_D.tolist()], timed_requests=20, probe_s=60.0
+            engine="onnxruntime",
+            file=str(file),
+            threads=1,
+            rows=[row_D.tolist()],
+            timed_rows=[row_D.tolist()],
+            timed_requests=20,
+            probe_s=60.0,
         )
         return probe_arrays(request, lambda _: None).resident_mb
     command = [sys.executable, __file__, "--resident", file, ",".join(map(str, row_D.tolist()))]

@@ -90,6 +90,21 @@ def test_gradients_are_those_of_the_rounded_weights(name: Any) -> None:
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-5, msg=place)
 
 
+def test_half_precision_trains_it_too() -> None:
+    """Under autocast the forward pass is in bf16, the weights and some inputs are in fp32, and backward has neither."""
+    torch.manual_seed(0)
+    model, ids = LlamaForCausalLM(LlamaConfig(**LLAMA)), torch.arange(24).view(2, 12)
+    train_rounded(model, "q4_0")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    for place, weight in model.named_parameters():
+        assert weight.grad is not None, place
+        assert weight.grad.dtype is torch.float32
+        assert torch.isfinite(weight.grad).all()
+        assert weight.grad.abs().sum() > 0
+
+
 def test_what_cannot_be_rounded_is_refused() -> None:
     with pytest.raises(InputError, match=r"rounding q4_0: found a matrix of 48 columns; expected .* blocks of 32"):
         train_rounded(LlamaForCausalLM(LlamaConfig(**LLAMA | {"intermediate_size": 48})), "q4_0")

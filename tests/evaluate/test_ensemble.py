@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,12 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
+from made_tokenizers import byte_level
 from overproof.artifacts import Artifact
 from overproof.cli.main import main
-from overproof.config import Recipe
+from overproof.config import Pretrained, Recipe
+from overproof.config.models import Pruned, TeacherLayers
+from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.errors import InputError
@@ -30,12 +34,22 @@ from overproof.evaluate.stage import evaluate_exports
 from overproof.export import stage
 from overproof.export.onnx_file import export_onnx
 from overproof.export.stage import export_models
+from overproof.models.base import shape_of
 from overproof.models.ensemble_module import combined
-from overproof.models.hf_directory import load_model, save_model
+from overproof.models.hf_directory import load_model, load_start, require_outputs, save_model
+from overproof.models.sizes import student_size
 from overproof.registry import FAMILIES, FORMATS
 from overproof.train.ensemble import likeliest_mixture, write_ensemble
 
 WEIGHTS = (0.5, 0.3, 0.2)
+
+
+def text_manifest(length: int, classes: list[str]) -> Manifest:
+    details = {"classes": classes, "sequence_length": length, "vocabulary": 60, "padding": 0}
+    return Manifest(
+        task="text_classification", columns=(), splits={}, rows_per_group=4, positions=1, outputs=len(classes),
+        details=details,
+    )  # fmt: skip
 
 
 def members(digits: dict[str, Artifact]) -> list[Path]:
@@ -79,7 +93,8 @@ def test_labels_are_averaged_by_their_probability() -> None:
     np.testing.assert_allclose(combined(both, (0.5, 0.5), "probabilities").exp().numpy(), [[0.4, 0.6]], atol=1e-6)
 
 
-def test_texts_of_several_families(tmp_path: Path) -> None:
+@pytest.mark.parametrize("combine", ["probabilities", "logits", "votes"])
+def test_texts_of_several_families(tmp_path: Path, combine: Any) -> None:
     """BERT and DistilBERT, of one tokenizer: rows as short as their texts, several classes at once."""
     shared = {"vocab_size": 60, "max_position_embeddings": 16, "num_labels": 3}
     made = {
@@ -92,7 +107,7 @@ def test_texts_of_several_families(tmp_path: Path) -> None:
     }  # fmt: skip
     for name, model in made.items():
         save_model(model.eval(), model.config, tmp_path / name)
-    write_ensemble([tmp_path / name for name in made], tmp_path / "both", "probabilities", (0.25, 0.75))
+    write_ensemble([tmp_path / name for name in made], tmp_path / "both", combine, (0.25, 0.75))
     export_onnx(tmp_path / "both", tmp_path / "both.onnx")
     stage.require_same_model(FORMATS["onnx"], tmp_path / "both", tmp_path / "both.onnx")
     rows = np.full((2, 16), -1, np.float32)
@@ -103,11 +118,54 @@ def test_texts_of_several_families(tmp_path: Path) -> None:
             for kind, name in (("bert", "bert"), ("distilbert", "distil"))
         ]
     found = np.exp(OnnxRuntime(tmp_path / "both.onnx").logprobs(rows))
-    np.testing.assert_allclose(found, 0.25 * each[0] + 0.75 * each[1], atol=1e-5)
+    if combine == "probabilities":
+        expected = 0.25 * each[0] + 0.75 * each[1]
+    elif combine == "votes":
+        expected = 0.25 * (each[0] > 0.5) + 0.75 * (each[1] > 0.5)
+    else:
+        odds = (each[0] / (1 - each[0])) ** 0.25 * (each[1] / (1 - each[1])) ** 0.75
+        expected = odds / (1 + odds)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
     model, ids = load_model(tmp_path / "both"), torch.from_numpy(rows[:1, :9]).long()
     with torch.inference_mode():
         odds = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sigmoid().numpy()
-    np.testing.assert_allclose(odds, found[:1], atol=1e-5)
+    np.testing.assert_allclose(odds, found[:1], atol=1e-4)
+
+
+def test_a_text_teacher_is_fitted_to_the_data(tmp_path: Path) -> None:
+    """As each of its members would be: a shorter table of positions, and the data's order of classes."""
+    manifest = text_manifest(length=12, classes=["no", "yes", "maybe"])
+    names, made = ["yes", "maybe", "no"], []
+    for number in range(2):
+        torch.manual_seed(number)
+        config = BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+                            vocab_size=60, max_position_embeddings=40, id2label=dict(enumerate(names)),
+                            label2id={name: place for place, name in enumerate(names)}, initializer_range=0.3)  # fmt: skip
+        model = BertForSequenceClassification(config).eval()
+        save_model(model, model.config, tmp_path / f"m{number}")
+        (tmp_path / f"m{number}" / "tokenizer.json").write_text(byte_level())
+        made.append(tmp_path / f"m{number}")
+    write_ensemble(made, tmp_path / "both", "probabilities", (0.5, 0.5))
+    assert (tmp_path / "both/tokenizer.json").is_file()
+    require_outputs(tmp_path / "both", manifest)
+    started = load_start(tmp_path / "both", manifest, 0).eval()
+    save_model(started, started.config, tmp_path / "taken")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.inference_mode():
+        found = load_model(tmp_path / "taken")(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.softmax(-1)
+        each = [
+            load_start(path, manifest, 0).eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.softmax(-1)
+            for path in made
+        ]
+    np.testing.assert_allclose(found, (each[0] + each[1]) / 2, atol=1e-5)
+    assert FAMILIES["ensemble"].width(started.config) == 12  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="has no output layer for the classes red, green, blue"):
+        require_outputs(tmp_path / "both", text_manifest(length=12, classes=["red", "green", "blue"]))
+    teacher, shape = Pretrained(path=str(tmp_path / "taken")), shape_of(manifest)
+    assert student_size(teacher, teacher, shape).layers == 2
+    for section in (TeacherLayers(layers=1), Pruned(layers=1)):
+        with pytest.raises(InputError, match="a teacher of the family ensemble has no layers of its own"):
+            student_size(section, teacher, shape)
 
 
 def test_weights_are_the_likeliest() -> None:

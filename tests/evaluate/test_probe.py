@@ -28,7 +28,15 @@ MANY = 10_000_000
 def array_request(digits: dict[str, Artifact], **changes: float) -> ArrayRequest:
     rows = np.random.default_rng(0).random((2, 64)).tolist()
     file = str(digits["compress"].local() / "student.onnx")
-    told = {"engine": "onnxruntime", "file": file, "threads": 1, "rows": rows, "timed_requests": MANY, "probe_s": 60.0}
+    told = {
+        "engine": "onnxruntime",
+        "file": file,
+        "threads": 1,
+        "rows": rows,
+        "timed_rows": rows,
+        "timed_requests": MANY,
+        "probe_s": 60.0,
+    }
     return ArrayRequest.model_validate(told | changes)
 
 

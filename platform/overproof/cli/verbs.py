@@ -76,6 +76,8 @@ def run_stages(options: argparse.Namespace) -> int:
 def ensemble(options: argparse.Namespace) -> int:
     from overproof.cli import ensemble
 
+    if options.fit is None and options.set:
+        raise InputError(f"--set {options.set[0]}: changes a recipe, and there is none; expected --fit RECIPE")
     recipe = None if options.fit is None else load_recipe(options.fit, tuple(options.set))
     return ensemble.ensemble(options.to, options.member, options.combine, recipe)
 

@@ -52,7 +52,11 @@ class Evaluate(Section):
         description="llama.cpp: how keys and values are kept, here and where the package is served; q8_0 takes about "
         "half of the memory, and what it costs is in every figure.",
     )
-    streams: Count = Field(8, description="Text: requests at once, of the second figure of speed; 1 leaves it out.")
+    streams: Count = Field(
+        8,
+        description="Text: requests at once, of the second figure of speed, for which the engine is started once more; "
+        "1 leaves it out.",
+    )
     timed_requests: Count = Field(
         60,
         description="Requests behind each latency; as many more as a latency rule of the gate needs: of 59 the slowest "

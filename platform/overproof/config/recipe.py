@@ -80,6 +80,11 @@ class Recipe(Section):
                     f"sweep.students.{index}.rounding: found {student.rounding!r}; expected one of compress.formats, "
                     f"{', '.join(self.compress.formats)}: it would learn in numbers that no file has"
                 )
+            if student.rounding == "int8" and getattr(self.compress, "full_range", False):
+                raise ValueError(
+                    f"sweep.students.{index}.rounding: int8 is rounded to seven bits in training; expected "
+                    "compress.full_range: false"
+                )
         if self.train.steps == 0 and not isinstance(self.train.model, Pretrained | Served):
             raise ValueError("train.steps is 0; only a pretrained model, or a served one, may go untrained")
         return self
@@ -125,6 +130,10 @@ class Recipe(Section):
                 raise ValueError(
                     f"evaluate.engine: found {self.engine!r} with speculate; expected {written.drafting_engine!r}, "
                     "which answers with a draft"
+                )
+            if self.compress.teacher:
+                raise ValueError(
+                    "speculate: its draft is a student, and compress.teacher may ship another; expected false"
                 )
             if self.speculate.teacher in {student.name for student in self.sweep.students}:
                 raise ValueError(f"a student is named {self.speculate.teacher!r}, as the teacher's file is; rename it")

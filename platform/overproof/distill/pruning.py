@@ -266,11 +266,7 @@ def _narrow(state: dict[str, Tensor], names: LayerNames, kept_H: NDArray[np.int6
             _take(state, module, kept, outputs=False)
         elif part in out and name.endswith(".weight"):
             _take(state, module, kept, outputs=True)
-        elif (
-            value.ndim == 1
-            and len(value) == hidden
-            and part not in into | out | {"self_attn.q_norm", "self_attn.k_norm"}
-        ):
+        elif value.ndim == 1 and len(value) == hidden and part not in into | out | HEAD_NORMS:
             state[name] = value.index_select(0, kept) * math.sqrt(hidden / len(kept))
 
 

@@ -85,8 +85,12 @@ class _RoundedProduct(torch.autograd.Function):
         (outputs,), (inputs, weights_RC) = gradients, context.saved_tensors
         wanted = context.needs_input_grad
         to_inputs = outputs @ context.round(weights_RC).to(outputs.dtype) if wanted[0] else None
-        to_weights = outputs.flatten(0, -2).T @ inputs.flatten(0, -2) if wanted[1] else None
-        return to_inputs, to_weights, None
+        to_weights = outputs.flatten(0, -2).T @ inputs.flatten(0, -2).to(outputs.dtype) if wanted[1] else None
+        return (
+            None if to_inputs is None else to_inputs.to(inputs.dtype),
+            None if to_weights is None else to_weights.to(weights_RC.dtype),
+            None,
+        )
 
 
 class _Rounded(nn.Linear):

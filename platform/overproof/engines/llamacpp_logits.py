@@ -223,7 +223,8 @@ class LlamaCppLogits:
         self._context = self._library.llama_init_from_model(self._model, params)
         if self._context is None:
             self.close()
-            raise InputError(f"{path}: llama.cpp cannot make room for {positions} tokens of it, cached in {kv_cache}")
+            why = "" if kv_cache != "q8_0" else ", cached in q8_0, which needs heads of a multiple of 32 numbers"
+            raise InputError(f"{path}: llama.cpp cannot make room for {positions} tokens of it{why}")
 
     def batches(
         self, tokens_S: NDArray[Any], wanted_S: NDArray[np.bool_] | None = None

@@ -196,6 +196,7 @@ def _measure_text(request: TextRequest) -> TextAnswer:
         answers.append(ProbeCompletion(tokens=done.tokens, logprobs=[token.logprob for token in done.token_logprobs]))
     _tell(f"splitting {len(request.texts)} texts")
     splits = [engine.tokenize(text) for text in request.texts]
+    context_length = engine.context_length
     engine.close()
     return TextAnswer(
         before_mb=before_mb,
@@ -206,16 +207,16 @@ def _measure_text(request: TextRequest) -> TextAnswer:
         tokens_per_s=tokens_per_s,
         answers=answers,
         splits=splits,
-        streams_tokens_per_s=_streams(request) if request.streams > 1 else [],
+        streams_tokens_per_s=_streams(request, context_length) if request.streams > 1 else [],
     )
 
 
-def _streams(request: TextRequest) -> list[float]:
+def _streams(request: TextRequest, most: int) -> list[float]:
     """Tokens a second of ``streams`` requests at once, with room for as many, a round after the other."""
     from overproof.engines.base import EngineSettings, Sampling, TextEngine
 
     prompts, streams = request.timed_prompts, range(request.streams)
-    longest = max(map(len, prompts)) + request.decode_tokens
+    longest = min(most, max(map(len, prompts)) + request.decode_tokens)
     settings = EngineSettings(
         threads=request.threads, slots=request.streams, kv_cache=request.kv_cache, context_length=longest
     )
@@ -266,13 +267,13 @@ def _measure_arrays(request: ArrayRequest) -> ArrayAnswer:
     before_mb = _resident_mb()
     engine = ENGINES[request.engine].load(Path(request.file), EngineSettings(threads=request.threads))
     assert isinstance(engine, ArrayEngine)
-    rows_BD = np.array(request.rows, np.float32)
+    rows_BD, timed_BD = (np.array(rows, np.float32) for rows in (request.rows, request.timed_rows))
     logprobs = [engine.logprobs(row_D[None])[0].tolist() for row_D in rows_BD]  # warms up too
     latency_s: list[float] = []
     contention = _Contention(request.threads)
     for i in _timed(request, latency_s):
         began = time.perf_counter()
-        engine.logprobs(rows_BD[i % len(rows_BD)][None])
+        engine.logprobs(timed_BD[i % len(timed_BD)][None])
         latency_s.append(time.perf_counter() - began)
     contended_cores = contention.cores()
     resident_mb = _resident_mb()

@@ -90,7 +90,8 @@ class ArrayRequest(Message):
     engine: str
     file: str
     threads: int
-    rows: list[list[float | None]]  # for the parity probe, and timed in turn; None is a missing number
+    rows: list[list[float | None]]  # for the parity probe; None is a missing number
+    timed_rows: list[list[float | None]]  # in turn
     timed_requests: int  # at most
     probe_s: float  # after which no further one is begun
     narrow: float | None = None  # nor once p50's interval is within this share of it

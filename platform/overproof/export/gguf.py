@@ -79,8 +79,8 @@ class Gguf(FormatSection):
 
     @model_validator(mode="after")
     def _mixed_has_a_size(self) -> Self:
-        if ("mixed-gptq" in self.formats) != (self.mixed is not None):
-            raise ValueError("formats mixed-gptq and the section mixed, {as_large_as: q4_0}, go together; give both")
+        if "mixed-gptq" in self.formats and self.mixed is None:
+            raise ValueError("formats has mixed-gptq, whose size nothing says; expected mixed: {as_large_as: q4_0}")
         return self
 
 

@@ -94,7 +94,7 @@ def export_gguf(
         most_bytes = (
             budget if isinstance(budget, int) else _matrix_bytes(tensors, replace(types, mix=mix_of(budget)[0]))
         )
-        where = f"compress.mixed.at_most_mb: {path.stem}"
+        where = f"compress.mixed: {path.stem}"
         chosen = choose_mixed(model, family, config, shapes, copies, rows, most_bytes, where, tell)
         tensors = [replace(tensor, type=chosen.get(tensor.source, tensor.type)) for tensor in tensors]
     for tensor in tensors:

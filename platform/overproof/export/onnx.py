@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
@@ -29,7 +29,6 @@ class Onnx(FormatSection):
     """
 
     kind: Literal["onnx"] = "onnx"
-    by_quality: ClassVar[tuple[str, ...]] = ("int8", "int8-static")
     formats: tuple[Literal["int8", "int8-static"], ...] = Field(("int8",), min_length=1)
     full_range: bool = Field(
         False,
@@ -37,6 +36,10 @@ class Onnx(FormatSection):
         "AVX-VNNI or ARM's products; AVX2's overflow.",
     )
     calibration: Calibration = Calibration()
+
+    @property
+    def calibration_rows(self) -> int:
+        return self.calibration.rows * (STATIC in self.formats)
 
 
 class OnnxFormat:

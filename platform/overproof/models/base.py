@@ -189,6 +189,20 @@ class BaseFamily(Protocol):
         """Which of the directory's outputs stands for each of the data's; None where they are not the same."""
 
 
+@runtime_checkable
+class ComposedFamily(Protocol):
+    """What a family has beside whose models are made of others, each of a family of its own."""
+
+    def parts_of(self, config: Any) -> Sequence[tuple[Any, ModelFamily]]:
+        """The configuration of each, and its family."""
+
+    def parts(self, model: Any) -> Sequence[PreTrainedModel]:
+        """Those of a model."""
+
+    def renewed(self, model: Any, parts: Sequence[PreTrainedModel]) -> PreTrainedModel:
+        """The model with others in their place."""
+
+
 def class_order(names: Sequence[str], classes: Sequence[str]) -> list[int] | None:
     """The place of each class among a classifier's ``names``; None where they are not the same classes.
 

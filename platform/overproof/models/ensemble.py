@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ class EnsembleFamily:
     attention = "sdpa"
     varlen = False
     plain_logits = False
-    names = LayerNames(layers="layers", embeddings="embeddings", output="output", feed_forward=("none",))
+    names = LayerNames(layers="layers", embeddings="embeddings", output="", feed_forward=())
 
     def configuration(self, section: Any, shape: DataShape) -> Any:
         del section, shape
@@ -89,11 +89,32 @@ class EnsembleFamily:
         return family.sample_rows(settings, rows, generator)
 
     def flat_logprobs(self, model: Any, inputs_BD: Tensor) -> Tensor:
-        from overproof.models.ensemble_module import combined
+        import torch
+
+        from overproof.models.encoder import MULTI_LABEL
+        from overproof.models.ensemble_module import absent, combined
 
         asked = zip(_members(model.config), model.members, strict=True)
         logprobs_MBV = [family.flat_logprobs(member, inputs_BD) for (_, family), member in asked]
-        return combined(logprobs_MBV, model.config.weights, model.config.combine)
+        if model.config.problem_type != MULTI_LABEL:
+            return combined(logprobs_MBV, model.config.weights, model.config.combine)
+        both_MBV2 = [torch.stack([absent(there_BV), there_BV], -1) for there_BV in logprobs_MBV]
+        return combined(both_MBV2, model.config.weights, model.config.combine)[..., 1]
+
+    def parts_of(self, config: Any) -> Sequence[tuple[Any, ModelFamily]]:
+        return _members(config)
+
+    def parts(self, model: Any) -> Sequence[PreTrainedModel]:
+        return list(model.members)
+
+    def renewed(self, model: Any, parts: Sequence[PreTrainedModel]) -> PreTrainedModel:
+        from torch import nn
+
+        model.members = nn.ModuleList(parts)
+        model.config.members = [part.config.to_dict() | {"architectures": [type(part).__name__]} for part in parts]
+        model.config.id2label = parts[0].config.id2label
+        found: PreTrainedModel = model
+        return found
 
 
 class _Member(ModelFamily, ArrayFamily):

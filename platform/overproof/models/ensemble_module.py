@@ -83,6 +83,11 @@ def combined(logprobs_MBV: Sequence[Tensor], weights: Sequence[float], combine: 
     return torch.stack([each + shift for each, shift in zip(logprobs_MBV, shifts, strict=True)]).logsumexp(0)
 
 
+def absent(there_BV: Tensor) -> Tensor:
+    """Log-probabilities of labels not being there, from those of being there."""
+    return torch.log1p(-there_BV.exp().clamp(max=1 - 1e-7))
+
+
 def _member(config: dict[str, Any]) -> PreTrainedModel:
     _, family = family_of(config, "members")
     model_class: Any = family.model_class()

@@ -24,7 +24,7 @@ from overproof.data.chat_template_files import DEFAULT, named_templates, templat
 from overproof.data.manifest import TOKENIZER, TOKENIZER_CONFIG, Manifest
 from overproof.data.text_tokenizer import tokenizer_config
 from overproof.errors import InputError
-from overproof.models.base import BaseFamily, LayerNames, ModelFamily, shape_of
+from overproof.models.base import BaseFamily, ComposedFamily, LayerNames, ModelFamily, shape_of
 from overproof.models.pretrained import refuse_pickles, weight_files
 from overproof.models.safetensors_writer import FILE_BYTES, TensorShape, index_of, plan_files, write_file
 from overproof.models.sizes import family_of, most_positions, require_apart, require_positions
@@ -90,7 +90,16 @@ def load_start(path: Path, manifest: Manifest, seed: int) -> PreTrainedModel:
         InputError: as ``load_model``, or it cannot take the data's rows.
     """
     model, wrong = _read(Path(path))
+    return _started(model, wrong, path, manifest, seed)
+
+
+def _started(
+    model: PreTrainedModel, wrong: Mapping[str, list[str]], path: Path, manifest: Manifest, seed: int
+) -> PreTrainedModel:
     _, family = family_of({"architectures": model.config.architectures}, path)
+    if isinstance(family, ComposedFamily):
+        _refuse(path, wrong)
+        return family.renewed(model, [_started(part, {}, path, manifest, seed) for part in family.parts(model)])
     if not isinstance(family, BaseFamily):
         _refuse(path, wrong)
         return _fit_tokenizer(model, path, manifest)
@@ -122,10 +131,15 @@ def require_outputs(path: Path, manifest: Manifest) -> None:
         InputError: they are not, and would have to be trained.
     """
     _, family = family_of(read_config(path), path)
-    if not isinstance(family, BaseFamily):
-        return
     model_class: Any = family.model_class()
     config = model_class.config_class.from_pretrained(path, local_files_only=True)
+    for settings, own in family.parts_of(config) if isinstance(family, ComposedFamily) else [(config, family)]:
+        _require_outputs(settings, own, path, manifest)
+
+
+def _require_outputs(config: Any, family: ModelFamily, path: Path, manifest: Manifest) -> None:
+    if not isinstance(family, BaseFamily):
+        return
     classes = list(manifest.details["classes"])
     if config.architectures[0] != family.architectures[0] or family.output_order(config, shape_of(manifest)) is None:
         found = ", ".join(name for _, name in sorted(config.id2label.items()))
@@ -279,7 +293,7 @@ def save_description(config: Any, architectures: list[str], path: Path, tokenize
         shutil.copyfile(tokenizer, path / TOKENIZER)
         text, most = tokenizer.read_text(encoding="utf-8"), most_positions(config.to_dict())
         limit = {} if most is None else {"model_max_length": most}
-        bos, eos = config.bos_token_id, config.eos_token_id
+        bos, eos = (getattr(config, name, None) for name in ("bos_token_id", "eos_token_id"))
         end = eos[0] if isinstance(eos, list) else eos
         (path / TOKENIZER_CONFIG).write_text(tokenizer_config(text, bos, end, **limit), encoding="utf-8")
 

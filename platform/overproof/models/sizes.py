@@ -124,6 +124,11 @@ def student_size(model: ModelSection, teacher: ModelSection, shape: DataShape) -
     if not isinstance(model, TeacherLayers | Pruned):
         return model_size(model, shape)
     whole = model_size(teacher, shape)
+    if not FAMILIES[whole.family].names.feed_forward:
+        raise InputError(
+            f"a teacher of the family {whole.family} has no layers of its own; expected a student of another kind, "
+            "such as {kind: pretrained, path: ...}"
+        )
     if isinstance(model, TeacherLayers):
         model.of(whole.layers)
     else:

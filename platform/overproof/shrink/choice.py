@@ -18,7 +18,7 @@ from overproof.cluster.machine import available_cpus
 from overproof.config import Recipe
 from overproof.data.source_files import describe_skipped
 from overproof.errors import InputError
-from overproof.registry import FORMATS, TASKS
+from overproof.registry import FAMILIES, FORMATS, TASKS
 from overproof.shrink import template
 from overproof.shrink.given_model import GivenModel, inspect_model
 from overproof.shrink.students import WHOLE, ChosenStudents, choose_students, teacher_section
@@ -204,6 +204,8 @@ def write(asked: Asked, found: Found, share: float = 1.0) -> ProposedRecipe:
         named = given.config["architectures"][0] if given else family
         raise InputError(f"MODEL: {named} cannot be written as {draft['compress']['kind']}, as {kind} needs")
     variants = [variant for variant in settings.bytes if variant != format.unquantised]
+    if FAMILIES[family].section is None:  # which the format's own tools write, and do not calibrate
+        variants = [variant for variant in variants if "-" not in variant]
     chosen = choose_students(settings, teacher, given, shape, asked.max_mb, variants)
     tested = round(fit.units * values["test_fraction"])
     tested = min(tested, draft.get("evaluate", {}).get("max_documents") or tested)

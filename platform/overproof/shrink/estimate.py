@@ -27,6 +27,7 @@ SHARE = 0.6  # of what multiplying matrices reaches, that training reaches: meas
 STEP_S = 0.02  # what a step takes beside its arithmetic
 STARTS_S = {"prepare": 8, "train": 15, "cache": 8, "sweep": 20, "compress": 8, "evaluate": 12}  # measured likewise
 PROBE_S = 3  # of an engine asked about a file
+STREAMS_S = 5  # of one asked by several at once
 READ_BYTES_PER_S = 10e9  # of weights, once for each token that is written
 
 
@@ -153,13 +154,15 @@ def _evaluation(choice: ProposedRecipe, rate: float) -> float:
         tested = min(tested, settings.max_documents * choice.rows_per_unit)
     files: list[tuple[ModelSize, float]] = [(chosen.teacher, chosen.teacher_mb), _unquantised(chosen.students[0])]
     if recipe.compress.teacher:
-        files += [(chosen.teacher, mb) for mb in chosen.students[0].mb.values()]
+        larger = chosen.teacher.parameters / chosen.students[0].size.parameters
+        files += [(chosen.teacher, larger * chosen.students[0].mb[variant]) for variant in chosen.variants]
     for student in chosen.students:
         files += [_unquantised(student), *((student.size, student.mb[variant]) for variant in chosen.variants)]
     seconds = 0.0
     for size, mb in files:
         written = settings.timed_requests * settings.decode_tokens * mb * 1e6 / READ_BYTES_PER_S if recipe.writes else 0
-        seconds += tested * _pass(size) / rate + PROBE_S + min(written, settings.probe_s)
+        streams = STREAMS_S if recipe.writes and settings.streams > 1 else 0
+        seconds += tested * _pass(size) / rate + PROBE_S + min(written, settings.probe_s) + streams
     return seconds
 
 

@@ -30,6 +30,7 @@ from overproof.tasks.base import FileScores, Metric, ScoringTime, Tell, UnitColu
 from overproof.tasks.class_metrics import class_columns
 
 TIMED_AT_LEAST = 300  # a row is quick, and its latency is cheap to know well
+TIMED_ROWS = 256  # asked in turn: rows of texts differ in length, and take as long
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,16 @@ def measure_arrays(
 ) -> dict[str, Metric]:  # fmt: skip
     """Speed, memory and parity of an engine on test rows; ``speed`` names the metric of ``unit`` a second."""
     shards = Shards(root, "test")
-    rows_BD = flat(shards.take(spread_units(np.arange(shards.rows), settings.probe_prompts))[column])
+    rows_BD, timed_BD = (
+        flat(shards.take(spread_units(np.arange(shards.rows), count))[column])
+        for count in (settings.probe_prompts, TIMED_ROWS)
+    )
     request = ArrayRequest(
         engine=engine,
         file=str(file),
         threads=settings.threads,
-        rows=[[None if math.isnan(x) else x for x in row] for row in rows_BD.tolist()],
+        rows=_plain(rows_BD),
+        timed_rows=_plain(timed_BD),
         timed_requests=max(settings.timed_requests, TIMED_AT_LEAST),
         probe_s=settings.probe_s,
         narrow=settings.narrow,
@@ -119,6 +124,10 @@ def measure_arrays(
         speed: Metric(value=1 / median(answer.latency_s), unit=f"{unit}/s", n=len(answer.latency_s)),
         "parity_nats": Metric(value=nats, unit="nats", n=len(rows_BD)),
     }
+
+
+def _plain(rows_BD: NDArray[np.float32]) -> list[list[float | None]]:
+    return [[None if math.isnan(x) else x for x in row] for row in rows_BD.tolist()]
 
 
 def array_parity_nats(reference_BV: NDArray[np.float32], engine_BV: NDArray[np.float32]) -> float:

@@ -7,6 +7,7 @@ Shapes: B rows, S tokens, P places, V outputs, D numbers of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ def array_divergence(
         say(f"probabilities of {path.name}")
         loaded = ENGINES[engine].load(path, EngineSettings(threads=settings.threads))
         assert isinstance(loaded, ArrayEngine)
-        found.append(np.concatenate([loaded.logprobs(row_D[None]) for row_D in rows_BD]))
-        loaded.close()
+        with closing(loaded):
+            found.append(np.concatenate([loaded.logprobs(row_D[None]) for row_D in rows_BD]))
     nats_B = divergences(*found)
     return {DIVERGENCE: Metric(value=float(nats_B.mean()), unit="nats", n=len(nats_B))}
 
@@ -72,15 +73,17 @@ def text_divergence(
     documents, positions = TestDocuments.of(root, settings.max_documents), Manifest.read(root).positions
     most = max(1, round(TOKENS / float(documents.lengths.mean())))
     picked = spread_units(documents.sample_ids, most)
-    readers = [loader.logits(path, positions, settings.threads, settings.kv_cache) for path in (teacher, file)]
     total, places = 0.0, 0
-    for number, (tokens_S, counts_P) in enumerate(test_rows(Shards(root, "test"), picked, counted), start=1):
-        say(f"probabilities beside {teacher.name}, row {number} of {len(picked)}")
-        nats_P = np.concatenate(list(_row_divergences(*(reader.batches(tokens_S[:-1]) for reader in readers))))
-        total += float(nats_P[counts_P].sum())
-        places += int(counts_P.sum())
-    for reader in readers:
-        reader.close()
+    with ExitStack() as opened:
+        readers = [
+            opened.enter_context(closing(loader.logits(path, positions, settings.threads, settings.kv_cache)))
+            for path in (teacher, file)
+        ]
+        for number, (tokens_S, counts_P) in enumerate(test_rows(Shards(root, "test"), picked, counted), start=1):
+            say(f"probabilities beside {teacher.name}, row {number} of {len(picked)}")
+            nats_P = np.concatenate(list(_row_divergences(*(reader.batches(tokens_S[:-1]) for reader in readers))))
+            total += float(nats_P[counts_P].sum())
+            places += int(counts_P.sum())
     return {DIVERGENCE: Metric(value=total / places, unit="nats", n=places)} if places else {}
 
 

@@ -272,7 +272,7 @@ class LabelledTexts(RowsTask):
                 f"It gives one of {classes} to a text, {what_is_read(manifest)}. It names one of them for texts of "
                 "anything else, too, and was measured on its own data set alone. It was not tested for fairness."
             ),
-            latency=f"one text, as a row of {length} tokens",
+            latency=f"one text, of {length} tokens at most",
         )
 
 

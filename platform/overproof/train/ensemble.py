@@ -19,7 +19,14 @@ from overproof.data.parquet_reader import Shards
 from overproof.errors import InputError
 from overproof.models.base import ArrayFamily
 from overproof.models.ensemble_module import Combine, OverproofEnsemble, OverproofEnsembleConfig
-from overproof.models.hf_directory import load_model, read_config, save_model, to_tensors
+from overproof.models.hf_directory import (
+    load_model,
+    load_start,
+    read_config,
+    require_outputs,
+    save_model,
+    to_tensors,
+)
 from overproof.models.sizes import family_of
 from overproof.registry import TASKS
 
@@ -87,13 +94,16 @@ def fit_weights(members: Sequence[Path], prepared: Artifact, tell: Callable[[str
     """The weights (M) with which the members' averaged probabilities are best on the validation rows.
 
     Raises:
-        InputError: as ``require_alike``.
+        InputError: as ``require_alike``, or their classes are not the data's.
     """
     require_alike(members)
-    shards, task = Shards(prepared, "validation"), TASKS[Manifest.read(prepared).task]
+    manifest, shards = Manifest.read(prepared), Shards(prepared, "validation")
+    task = TASKS[manifest.task]
+    for member in members:
+        require_outputs(member, manifest)
     found = list[NDArray[np.float64]]()
     for number, member in enumerate(members, start=1):
-        model, parts = load_model(member), list[NDArray[np.float64]]()
+        model, parts = load_start(member, manifest, 0), list[NDArray[np.float64]]()
         for first in range(0, shards.rows, BATCH_ROWS):
             tell(f"member {number} of {len(members)}, row {first} of {shards.rows}")
             ids = np.arange(first, min(first + BATCH_ROWS, shards.rows))
