@@ -99,7 +99,7 @@ def test_a_mixed_file_is_within_its_size_and_makes_good_use_of_it(
 
 
 def test_a_size_that_no_types_meet_is_refused_with_the_least_there_is(exported: Callable[..., Path]) -> None:
-    with pytest.raises(InputError, match=r"at_most_mb: .* the least they take is .* MB: give .* MB more"):
+    with pytest.raises(InputError, match=r"compress\.mixed: .* the least they take is .* MB: give .* MB more"):
         exported("mixed-gptq", 20_000)
 
 

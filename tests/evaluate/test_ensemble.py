@@ -138,9 +138,11 @@ def test_a_text_teacher_is_fitted_to_the_data(tmp_path: Path) -> None:
     names, made = ["yes", "maybe", "no"], []
     for number in range(2):
         torch.manual_seed(number)
-        config = BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-                            vocab_size=60, max_position_embeddings=40, id2label=dict(enumerate(names)),
-                            label2id={name: place for place, name in enumerate(names)}, initializer_range=0.3)  # fmt: skip
+        config = BertConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=60,
+            max_position_embeddings=40, id2label=dict(enumerate(names)), initializer_range=0.3,
+            label2id={name: place for place, name in enumerate(names)},
+        )  # fmt: skip
         model = BertForSequenceClassification(config).eval()
         save_model(model, model.config, tmp_path / f"m{number}")
         (tmp_path / f"m{number}" / "tokenizer.json").write_text(byte_level())
