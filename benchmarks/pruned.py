@@ -19,7 +19,7 @@ from measuring import table
 from overproof.artifacts import Artifact, Store
 from overproof.data.manifest import Manifest
 from overproof.evaluate.metrics import REPORT, Report
-from overproof.evaluate.variant_table import aligned, variant_table
+from overproof.evaluate.variant_table import markdown_lines, variant_table
 from overproof.files import read_json
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     )  # fmt: skip
     print()
     report = read_json(Report, store.get(f"{given.run}/evaluate").local() / REPORT)
-    for line in aligned(variant_table(report)):
+    for line in markdown_lines(variant_table(report)):
         print(line)
 
 

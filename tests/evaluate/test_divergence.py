@@ -16,7 +16,7 @@ from overproof.data.parquet_reader import Shards
 from overproof.engines.probe import probe_text
 from overproof.engines.probe_messages import TextRequest
 from overproof.evaluate.metrics import MeasuredFile, Report
-from overproof.evaluate.variant_table import aligned, variant_table
+from overproof.evaluate.variant_table import markdown_lines, variant_table
 from overproof.models.hf_directory import load_model
 from overproof.registry import TASKS
 from overproof.tasks import text_evaluation
@@ -109,7 +109,7 @@ def test_a_table_reads_the_same_in_a_terminal_and_in_markdown() -> None:
                        "tokens/s, 8 at once", "verdict")  # fmt: skip
     assert rows[2] == ("`teacher`", "", "f16", "10.00", "1.2500 (1.0000 to 1.5000)", "", "4,321", "")
     assert rows[3][4:] == ("1.2500 (1.0000 to 1.5000)", "0.0312", "4,321", "passed")
-    lines = list(aligned(rows))
+    lines = list(markdown_lines(rows))
     assert len({len(line) for line in lines}) == 1
     assert [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in (lines[0], lines[3])] == [
         [*rows[0]],

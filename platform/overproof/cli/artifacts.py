@@ -115,11 +115,11 @@ def compress_to_table(recipe: Recipe, arguments: RecipeArguments) -> None:
         InputError: as ``pipeline.run``.
     """
     from overproof.evaluate.metrics import REPORT, Report
-    from overproof.evaluate.variant_table import aligned, variant_table
+    from overproof.evaluate.variant_table import markdown_lines, variant_table
 
     done = run_to_summary(recipe, arguments, "evaluate")
     report = read_json(Report, done["evaluate"].local() / REPORT)
-    for line in aligned(variant_table(report)):
+    for line in markdown_lines(variant_table(report)):
         print(line)
 
 

@@ -11,7 +11,7 @@ from overproof.config import Recipe
 from overproof.console import out, say
 from overproof.errors import InputError
 from overproof.models.ensemble_module import Combine
-from overproof.train.ensemble import fit_weights, require_alike, write_ensemble
+from overproof.train.ensemble import fit_weights, require_alike, require_new, write_ensemble
 
 TELL_EVERY_S = 2.0
 
@@ -23,8 +23,7 @@ def ensemble(to: Path, members: Sequence[Path], combine: Combine, recipe: Recipe
         InputError: the members do not go together, or ``to`` is there.
     """
     require_alike(members)
-    if to.exists():
-        raise InputError(f"{to}: is there already; expected a folder that is to be made")
+    require_new(to)
     weights: Sequence[float] = [1 / len(members)] * len(members)
     if recipe is not None:
         if combine != "probabilities":

@@ -115,8 +115,9 @@ def require_exportable(recipe: Recipe) -> list[Finding]:
     if asked:
         with console.waiting(f"asking {kind} about {format_count(len(asked), 'model')}"):
             check_models(kind, recipe.data.positions, asked, recipe.compress.formats)
-    if isinstance(format, SizedFormat) and isinstance(taught, Pretrained):  # else sizes follow from the data
-        shape = TASKS[recipe.data.kind].shape(recipe.data)
+    # Of a teacher that is no directory sizes follow from the data.
+    if recipe.compress.most_mb is not None and isinstance(format, SizedFormat) and isinstance(taught, Pretrained):
+        shape = data_shape(recipe, None)
         for student in recipe.sweep.students:
             format.require_size(recipe.compress, student_size(student.model, taught, shape), f"student {student.name}")
         if recipe.compress.teacher:

@@ -20,6 +20,11 @@ class FormatSection(Section):
     )
 
     @property
+    def most_mb(self) -> float | None:
+        """What a file may take at most, where a variant is made to a size."""
+        return None
+
+    @property
     def calibration_rows(self) -> int:
         """Rows that a model reads, forward, until it is written in all variants."""
         return 0

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -31,10 +32,14 @@ from overproof.engines.probe_messages import (
     ProbeCompletion,
     TextAnswer,
     TextRequest,
+    TimedRequest,
 )
 from overproof.errors import InputError
 from overproof.registry import ENGINES
 from overproof.subprocesses import run_module
+
+if TYPE_CHECKING:
+    from overproof.engines.base import TextEngine
 
 WARM_UP_TOKENS = 8
 TIMEOUT_S = 7200
@@ -91,7 +96,7 @@ def _ask(request: Message, threads: int, say: Say, timeout_s: float = TIMEOUT_S)
         return Path(folder, "answer.json").read_text(encoding="utf-8")
 
 
-def _timed(request: TextRequest | ArrayRequest, latency_s: list[float]) -> Iterator[int]:
+def _timed(request: TimedRequest, latency_s: list[float]) -> Iterator[int]:
     """Numbers of the requests to time, whose seconds the caller adds to ``latency_s``: ``timed_requests`` at most,
     after ``probe_s`` seconds no more than ``FEWEST``, and none once p50 is known well enough.
     """
@@ -167,14 +172,25 @@ def _waited_s() -> float:
     return waited_ns / 1e9
 
 
+def _text_engine(
+    request: TextRequest | AnswersRequest, slots: int = 1, context_length: int | None = None
+) -> TextEngine:
+    """A request's file in its engine."""
+    from overproof.engines.base import EngineSettings, TextEngine
+
+    settings = EngineSettings(
+        threads=request.threads, slots=slots, kv_cache=request.kv_cache, context_length=context_length
+    )
+    engine = ENGINES[request.engine].load(Path(request.file), settings)
+    assert isinstance(engine, TextEngine)
+    return engine
+
+
 def _measure_text(request: TextRequest) -> TextAnswer:
-    from overproof.engines.base import EngineSettings, Sampling, TextEngine
+    from overproof.engines.base import Sampling
 
     before_mb = _resident_mb()
-    engine = ENGINES[request.engine].load(
-        Path(request.file), EngineSettings(threads=request.threads, kv_cache=request.kv_cache)
-    )
-    assert isinstance(engine, TextEngine)
+    engine = _text_engine(request)
     prompts = request.timed_prompts
     engine.complete(prompts[0], Sampling(WARM_UP_TOKENS))
     latency_s, first_token_s, tokens_per_s = list[float](), list[float](), list[float]()
@@ -213,15 +229,11 @@ def _measure_text(request: TextRequest) -> TextAnswer:
 
 def _streams(request: TextRequest, most: int) -> list[float]:
     """Tokens a second of ``streams`` requests at once, with room for as many, a round after the other."""
-    from overproof.engines.base import EngineSettings, Sampling, TextEngine
+    from overproof.engines.base import Sampling
 
     prompts, streams = request.timed_prompts, range(request.streams)
     longest = min(most, max(map(len, prompts)) + request.decode_tokens)
-    settings = EngineSettings(
-        threads=request.threads, slots=request.streams, kv_cache=request.kv_cache, context_length=longest
-    )
-    engine = ENGINES[request.engine].load(Path(request.file), settings)
-    assert isinstance(engine, TextEngine)
+    engine = _text_engine(request, slots=request.streams, context_length=longest)
 
     def generated(number: int, tokens: int) -> int:
         return len(engine.complete(prompts[number % len(prompts)], Sampling(tokens)).tokens)
@@ -239,12 +251,9 @@ def _streams(request: TextRequest, most: int) -> list[float]:
 
 
 def _generate_answers(request: AnswersRequest) -> GeneratedAnswers:
-    from overproof.engines.base import EngineSettings, Sampling, TextEngine
+    from overproof.engines.base import Sampling
 
-    engine = ENGINES[request.engine].load(
-        Path(request.file), EngineSettings(threads=request.threads, kv_cache=request.kv_cache)
-    )
-    assert isinstance(engine, TextEngine)
+    engine = _text_engine(request)
     answers, began_s = list[GeneratedAnswer](), time.monotonic()
     for number, (messages, tools) in enumerate(zip(request.chats, request.tools, strict=True)):
         is_over = request.limit_s is not None and time.monotonic() - began_s > request.limit_s

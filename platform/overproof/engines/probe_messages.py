@@ -14,22 +14,27 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class TextRequest(Message):
-    """What to ask a language model."""
+class TimedRequest(Message):
+    """What every timing of a file's requests is asked with."""
 
-    kind: Literal["text"] = "text"
-    kv_cache: KvCache = "f16"
     engine: str
     file: str
     threads: int
-    prompts: list[list[int]]  # for the parity probe
-    probe_tokens: int
-    texts: list[str]  # to split into tokens
-    timed_prompts: list[list[int]]  # asked in turn; the first warms up, too
     timed_requests: int  # at most
     probe_s: float  # after which no further one is begun
     narrow: float | None = None  # nor once p50's interval is within this share of it
     fewest_requests: int = 20  # before the first look at that
+
+
+class TextRequest(TimedRequest):
+    """What to ask a language model."""
+
+    kind: Literal["text"] = "text"
+    kv_cache: KvCache = "f16"
+    prompts: list[list[int]]  # for the parity probe
+    probe_tokens: int
+    texts: list[str]  # to split into tokens
+    timed_prompts: list[list[int]]  # asked in turn; the first warms up, too
     decode_tokens: int
     streams: int = 1  # requests at once, at the end; 1: none
 
@@ -83,19 +88,12 @@ class GeneratedAnswers(Message):
     answers: list[GeneratedAnswer]
 
 
-class ArrayRequest(Message):
+class ArrayRequest(TimedRequest):
     """What to ask a model that takes one array a row."""
 
     kind: Literal["arrays"] = "arrays"
-    engine: str
-    file: str
-    threads: int
     rows: list[list[float | None]]  # for the parity probe; None is a missing number
     timed_rows: list[list[float | None]]  # in turn
-    timed_requests: int  # at most
-    probe_s: float  # after which no further one is begun
-    narrow: float | None = None  # nor once p50's interval is within this share of it
-    fewest_requests: int = 20  # before the first look at that
 
 
 class ArrayAnswer(Message):

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from overproof.artifacts import Artifact
-from overproof.config import Recipe
+from overproof.config import Recipe, Student, Sweep
 from overproof.config.search import apply_values
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import Comparison, MeasuredFile, Report
@@ -266,12 +267,16 @@ def _next_steps(recipe: Recipe, report: Report, steep: Mapping[str, float]) -> I
         yield longer_students(recipe)
 
 
+def as_trained(recipe: Recipe, trial: Mapping[str, Any]) -> tuple[Sweep, Student]:
+    """The settings and the student of a finished trial."""
+    base = next(student for student in recipe.sweep.students if student.name == trial["student"])
+    return apply_values(recipe.sweep, base, trial["values"])
+
+
 def read_training(recipe: Recipe, train: Path, sweep: Path) -> Training:
     """From the folders of both stages' artifacts."""
     found = json.loads((sweep / "trials.json").read_text(encoding="utf-8"))
-    best = next(trial for trial in found["trials"] if trial["name"] == found["winner"])
-    base = next(student for student in recipe.sweep.students if student.name == best["student"])
-    _, student = apply_values(recipe.sweep, base, best["values"])
+    _, student = as_trained(recipe, next(trial for trial in found["trials"] if trial["name"] == found["winner"]))
     curves = {name: read_curve(file, "validation_loss")[0] for name, file in curve_files(train, sweep).items()}
     return Training(curves, student.distilled)
 

@@ -10,7 +10,6 @@ from overproof.registry import TASKS
 from overproof.tasks.base import DIVERGENCE, STREAMS_RATE, Metric
 
 COSTS = {  # metric -> title, factor, decimals
-    STREAMS_RATE: ("tokens/s at once", 1, 0),
     "time_to_first_token_s": ("first token, ms", 1000, 1),
     "latency_p50_s": ("p50, ms", 1000, 2),
     "latency_p95_s": ("p95, ms", 1000, 2),
@@ -45,7 +44,7 @@ def variant_table(report: Report, *further: tuple[str, Mapping[str, str]]) -> li
     return [head, tuple("---" for _ in head), *rows]
 
 
-def aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+def markdown_lines(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     """The lines of a Markdown table, its cells as wide as the widest of a column: to be read as it is, too."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -56,7 +55,8 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
 
 def _columns(report: Report) -> dict[str, Column]:
     """The metrics that are shown: title, factor and decimals of each."""
-    task = TASKS[report.task]
+    task, timed = TASKS[report.task], (m.metrics.get(STREAMS_RATE) for m in report.measured)
+    streams = next((metric.n for metric in timed if metric is not None), 0)
     return {
         report.quality: _percent(task.quality.title, task.quality.unit == "share"),
         DIVERGENCE: ("KL from teacher, nats", 1, 4),
@@ -64,15 +64,9 @@ def _columns(report: Report) -> dict[str, Column]:
         "agreement": ("agrees with teacher, %", 100, 1),
         EXPECTED_ACCURACY: ("answers as expected, %", 100, 1),
         task.speed: (task.speed_unit, 1, 0),
+        STREAMS_RATE: (f"tokens/s, {streams} at once", 1, 0),
         **COSTS,
-        **_streams(report),
     }
-
-
-def _streams(report: Report) -> dict[str, Column]:
-    """With how many requests at once, in words."""
-    found = next((m.metrics[STREAMS_RATE] for m in report.measured if STREAMS_RATE in m.metrics), None)
-    return {} if found is None else {STREAMS_RATE: (f"tokens/s, {found.n} at once", 1, 0)}
 
 
 def _percent(title: str, share: bool) -> Column:

@@ -70,6 +70,10 @@ class Gguf(FormatSection):
     )
 
     @property
+    def most_mb(self) -> float | None:
+        return None if self.mixed is None else self.mixed.at_most_mb
+
+    @property
     def calibration_rows(self) -> int:
         """Each calibrated variant reads all three times; what rounding costs a matrix is told by gradients."""
         calibrated = sum("-" in variant for variant in self.formats)
@@ -224,8 +228,7 @@ class GgufFormat:
 
     def require_size(self, settings: Gguf, size: ModelSize, where: str) -> None:
         """See ``SizedFormat``: with every matrix in the smallest type, and nothing else."""
-        most_mb = settings.mixed.at_most_mb if settings.mixed is not None else None
-        least_mb = size.parameters * LEAST_BYTES / 1e6
+        most_mb, least_mb = settings.most_mb, size.parameters * LEAST_BYTES / 1e6
         if most_mb is not None and most_mb < least_mb:
             raise InputError(
                 f"compress.mixed.at_most_mb: found {most_mb:g}; {where} takes {least_mb:.2f} MB at least: give more, "

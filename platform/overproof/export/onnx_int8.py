@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,41 +40,39 @@ def quantize_onnx(source: Path, path: Path, full_range: bool = False) -> None:
     """Write an fp32 file again. Activations are quantised while running, one scale for a whole batch: a row's answer
     depends a little on the rows it is asked about with.
     """
-    with tempfile.TemporaryDirectory() as scratch, quiet():
-        quantized = Path(scratch) / "int8.onnx"
-        quantize_dynamic(
-            source,
-            quantized,
-            op_types_to_quantize=QUANTIZED,
-            nodes_to_exclude=_lookups_in_small_tables(onnx.load(source).graph),
-            per_channel=True,
-            reduce_range=not full_range,
-            weight_type=QuantType.QInt8,
-        )
-        write_onnx(onnx.load(quantized), path, read_metadata(onnx.load(source)))
+    _quantise(onnx.load(source), path, full_range, partial(quantize_dynamic, source))
 
 
 def quantize_onnx_static(source: Path, path: Path, rows: Iterator[NDArray[np.float32]], full_range: bool) -> None:
     """Write an fp32 file again. The scale of each activation is that of the least and the largest number which it has
     on rows, each (1, D): an answer depends on its row alone.
     """
+    model = onnx.load(source)
+    quantise = partial(
+        quantize_static,
+        source,
+        calibration_data_reader=_Rows(rows, read_metadata(model)),
+        quant_format=QuantFormat.QDQ,
+        activation_type=QuantType.QUInt8,
+        calibrate_method=CalibrationMethod.MinMax,
+        extra_options={"MatMulConstBOnly": True},
+    )
+    _quantise(model, path, full_range, quantise)
+
+
+def _quantise(model: onnx.ModelProto, path: Path, full_range: bool, quantise: Callable[..., None]) -> None:
+    """Write what ``quantise`` makes of a model's file, with the model's metadata."""
     with tempfile.TemporaryDirectory() as scratch, quiet():
         quantized = Path(scratch) / "int8.onnx"
-        quantize_static(
-            source,
-            quantized,
-            _Rows(rows, read_metadata(onnx.load(source))),
-            quant_format=QuantFormat.QDQ,
+        quantise(
+            model_output=quantized,
             op_types_to_quantize=QUANTIZED,
-            nodes_to_exclude=_lookups_in_small_tables(onnx.load(source).graph),
+            nodes_to_exclude=_lookups_in_small_tables(model.graph),
             per_channel=True,
             reduce_range=not full_range,
-            activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.MinMax,
-            extra_options={"MatMulConstBOnly": True},
         )
-        write_onnx(onnx.load(quantized), path, read_metadata(onnx.load(source)))
+        write_onnx(onnx.load(quantized), path, read_metadata(model))
 
 
 class _Rows(CalibrationDataReader):  # type: ignore[misc]  # untyped

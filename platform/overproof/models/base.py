@@ -80,9 +80,7 @@ class LayerNames:
     values: str | None = None
     fused: FusedAttention | None = None
     attention_output: str | None = None  # from a layer; None where heads cannot be taken away by themselves
-    width_goes: bool = (
-        False  # whether channels between layers can be: norms are root mean squares, and nothing counts them
-    )
+    width_goes: bool = False  # whether channels between layers can be: norms are of their mean square alone
     intermediate: str = "intermediate_size"  # a configuration's name of the feed-forward layer's channels
     per_layer: tuple[str, ...] = ()  # settings of a configuration that have one entry a place
     own_settings: tuple[str, ...] = ()  # the same, of one entry a layer: it takes it to its new place

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,10 @@ from overproof.models.sizes import ModelSize, family_of
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+
+class _Member(ModelFamily, ArrayFamily, Protocol):
+    """What a family of a member is."""
 
 
 class EnsembleFamily:
@@ -44,7 +48,7 @@ class EnsembleFamily:
     def untied(self, config: Any, names: list[str]) -> list[str]:
         """Of each member what its own family writes."""
         found = list[str]()
-        for number, (settings, family) in enumerate(_members(config)):
+        for number, (settings, family) in enumerate(self.parts_of(config)):
             prefix = f"members.{number}."
             own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
             found += [f"{prefix}{name}" for name in family.untied(settings, own)]
@@ -77,15 +81,15 @@ class EnsembleFamily:
         return 2 * element_bytes * size.hidden
 
     def width(self, config: Any) -> int:
-        (settings, family), *_ = _members(config)
+        (settings, family), *_ = self.parts_of(config)
         return family.width(settings)
 
     def padding(self, config: Any) -> float | None:
-        (settings, family), *_ = _members(config)
+        (settings, family), *_ = self.parts_of(config)
         return family.padding(settings)
 
     def sample_rows(self, config: Any, rows: int, generator: np.random.Generator) -> NDArray[np.float32]:
-        (settings, family), *_ = _members(config)
+        (settings, family), *_ = self.parts_of(config)
         return family.sample_rows(settings, rows, generator)
 
     def flat_logprobs(self, model: Any, inputs_BD: Tensor) -> Tensor:
@@ -94,15 +98,20 @@ class EnsembleFamily:
         from overproof.models.encoder import MULTI_LABEL
         from overproof.models.ensemble_module import absent, combined
 
-        asked = zip(_members(model.config), model.members, strict=True)
+        asked = zip(self.parts_of(model.config), model.members, strict=True)
         logprobs_MBV = [family.flat_logprobs(member, inputs_BD) for (_, family), member in asked]
         if model.config.problem_type != MULTI_LABEL:
             return combined(logprobs_MBV, model.config.weights, model.config.combine)
         both_MBV2 = [torch.stack([absent(there_BV), there_BV], -1) for there_BV in logprobs_MBV]
         return combined(both_MBV2, model.config.weights, model.config.combine)[..., 1]
 
-    def parts_of(self, config: Any) -> Sequence[tuple[Any, ModelFamily]]:
-        return _members(config)
+    def parts_of(self, config: Any) -> Sequence[tuple[Any, _Member]]:
+        found = list[tuple[Any, _Member]]()
+        for settings in config.members:
+            _, family = family_of(settings, "members")
+            model_class: Any = family.model_class()
+            found.append((model_class.config_class.from_dict(dict(settings)), family))  # type: ignore[arg-type]
+        return found
 
     def parts(self, model: Any) -> Sequence[PreTrainedModel]:
         return list(model.members)
@@ -115,20 +124,6 @@ class EnsembleFamily:
         model.config.id2label = parts[0].config.id2label
         found: PreTrainedModel = model
         return found
-
-
-class _Member(ModelFamily, ArrayFamily):
-    """What a family of a member is."""
-
-
-def _members(config: Any) -> list[tuple[Any, _Member]]:
-    """The configuration of each member, and its family."""
-    found = list[tuple[Any, _Member]]()
-    for settings in config.members:
-        _, family = family_of(settings, "members")
-        model_class: Any = family.model_class()
-        found.append((model_class.config_class.from_dict(dict(settings)), family))  # type: ignore[arg-type]
-    return found
 
 
 FAMILY = EnsembleFamily()

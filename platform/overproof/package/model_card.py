@@ -7,18 +7,16 @@ may be uploaded there as it is. The words are in ``card.md.j2``.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from overproof.config import Recipe, Section, Student, Sweep
-from overproof.config.search import apply_values
+from overproof.config import Section
 from overproof.data.manifest import Manifest
 from overproof.evaluate.gate import Verdict
 from overproof.evaluate.metrics import MeasuredFile, Report
-from overproof.evaluate.outcome import Outcome
+from overproof.evaluate.outcome import Outcome, as_trained
 from overproof.evaluate.variant_table import variant_table
 from overproof.package.speculation import SpeculationResult
 from overproof.registry import FORMATS, TASKS
@@ -46,7 +44,7 @@ def render_card(
         autoescape=False,
     )
     mine = next((trial for trial in sweep["trials"] if trial["name"] == measured.student), None)
-    settings, student = (None, None) if mine is None else _as_trained(recipe, mine)
+    settings, student = (None, None) if mine is None else as_trained(recipe, mine)
     task, library = TASKS[manifest.task], FORMATS[recipe.compress.kind].library
     return environment.get_template("card.md.j2").render(
         front_matter=_front_matter(recipe.name, library, report, measured),
@@ -77,11 +75,6 @@ def render_card(
         port=recipe.serve.port or 8000,
         parents=context.parents.values(),
     )
-
-
-def _as_trained(recipe: Recipe, trial: Mapping[str, Any]) -> tuple[Sweep, Student]:
-    base = next(student for student in recipe.sweep.students if student.name == trial["student"])
-    return apply_values(recipe.sweep, base, trial["values"])
 
 
 def render_draft_card(name: str, library: str, report: Report, judged: SpeculationResult) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from overproof.config.distillation import Student
 from overproof.config.models import ModelSection, Pretrained, Pruned, TeacherLayers
 from overproof.errors import InputError
 from overproof.models.base import DataShape
@@ -75,7 +76,7 @@ def choose_students(
 
     candidates = []
     for name, model in _models(settings, given, teacher, teacher_size, shape).items():
-        size = student_size(_student_section(model), teacher, shape)
+        size = student_size(Student.parse({"name": name, "model": model}, name).model, teacher, shape)
         candidates.append(SizedStudent(name, model, size, {v: mb(size, rate) for v, rate in rates.items()}))
     teacher_mb = mb(teacher_size, unquantised)
     limit = teacher_mb / settings.least_times_smaller if max_mb is None else max_mb
@@ -128,11 +129,6 @@ def _pruned(teacher: ModelSection, size: ModelSize, count: int, shape: DataShape
     return {
         "kind": "pruned", "layers": layers, "intermediate_size": min(size.intermediate, max(step, channels)),
     }  # fmt: skip
-
-
-def _student_section(model: Mapping[str, Any]) -> ModelSection:
-    own: dict[str, type[ModelSection]] = {"teacher_layers": TeacherLayers, "pruned": Pruned}
-    return own[model["kind"]].parse(model) if model["kind"] in own else _family_section(model)
 
 
 def _family_section(model: Mapping[str, Any]) -> ModelSection:

@@ -42,11 +42,9 @@ def write_ensemble(members: Sequence[Path], to: Path, combine: Combine, weights:
     Raises:
         InputError: ``to`` is there, there are fewer than two members, or they do not answer the same question.
     """
-    if to.exists():
-        raise InputError(f"{to}: is there already; expected a folder that is to be made")
+    require_new(to)
     require_alike(members)
-    configs = [read_config(member) for member in members]
-    first = load_model(members[0]).config
+    configs, first = [read_config(member) for member in members], _configuration(members[0])
     config = OverproofEnsembleConfig(
         members=configs, weights=list(map(float, weights)), combine=combine,
         **{name: getattr(first, name) for name in SAME if name != "num_labels"},
@@ -58,6 +56,22 @@ def write_ensemble(members: Sequence[Path], to: Path, combine: Combine, weights:
     part = to.with_name(f"{to.name}.part")
     save_model(model, config, part, tokenizer if tokenizer.is_file() else None)
     part.replace(to)
+
+
+def require_new(to: Path) -> None:
+    """Look whether a folder may be made.
+
+    Raises:
+        InputError: something is there.
+    """
+    if to.exists():
+        raise InputError(f"{to}: is there already; expected a folder that is to be made")
+
+
+def _configuration(member: Path) -> Any:
+    _, family = family_of(read_config(member), member)
+    model_class: Any = family.model_class()
+    return model_class.config_class.from_pretrained(member, local_files_only=True)
 
 
 def require_alike(members: Sequence[Path]) -> None:
@@ -73,7 +87,7 @@ def require_alike(members: Sequence[Path]) -> None:
         kind, family = family_of(read_config(member), member)
         if not isinstance(family, ArrayFamily):
             raise InputError(f"{member}: a {kind} writes text; expected classifiers, whose answers can be averaged")
-        config = load_model(member).config
+        config = _configuration(member)
         tokenizer = member / TOKENIZER
         told.append(
             {name: getattr(config, name) for name in SAME}
