@@ -1,14 +1,17 @@
 """What variants of a GGUF file lose at their sizes, on two texts that calibration has not seen, in llama.cpp.
 
     .venv/bin/python benchmarks/compression.py MODEL TEXTS [--other FOLDER] [--seeds 3] [--rows 128] [--length 256]
-        [--documents 24] [--variants q4_0 q4_0-gptq mixed-gptq ...] [--peer PYTHON]
+        [--documents 24] [--variants q4_0 q4_0-gptq mixed-gptq@q4_0 ...] [--peer PYTHON]
 
-Prints one Markdown table. MODEL is a Hugging Face directory of a decoder, such as jobs/smollm2.py makes. TEXTS is a
+Prints two Markdown tables. MODEL is a Hugging Face directory of a decoder, such as jobs/smollm2.py makes. TEXTS is a
 folder of text, of which `prepare` holds documents out (the first text) and the train split calibrates; the second text
 is Python files of FOLDER, the standard library unless told. Each calibrated variant is written for each seed, which
-draws other train rows. `mixed-gptq` has the bytes of q4_0. "Closed" is the share of q4_0's loss over f16 that a variant
-does not have. PYTHON has llm-compressor, which then quantises the model on the same rows (see compression_peer.py).
-About 5 minutes for each calibrated file of a model of 135 million parameters, on two cores.
+draws other train rows. `mixed-gptq@q4_0` has the bytes of q4_0. "Closed" is the share of q4_0's loss over f16 that a
+variant does not have. PYTHON has llm-compressor, which then quantises the model on the same rows (see
+compression_peer.py). About 5 minutes for each calibrated file of a model of 135 million parameters, on two cores.
+
+The second table says, of each file of a mixed precision, what the best file of one recipe for all its layers loses at
+no more bytes; and the area of MB and nats that either kind covers, up to a point 10 % beyond the worst of all.
 """
 
 from __future__ import annotations
@@ -37,10 +40,16 @@ from overproof.engines.llamacpp_scorer import LlamaCppScorer
 from overproof.export.base import ExportContext
 from overproof.export.calibration import CalibrationRows
 from overproof.export.gguf import FORMAT, Gguf
+from overproof.report.pareto import hypervolume
 from overproof.stage_context import StageContext, no_progress
 
 RECIPE = HERE.parent / "jobs/recipes/smollm2.yaml"
-VARIANTS = ("f16", "q4_0", "q4_0-imatrix", "q4_0-gptq", "mixed-gptq", "q4_k_m", "q4_k_m-imatrix", "q4_k_m-gptq", "q8_0")
+SINGLE = (
+    "f16", "q4_0", "q4_0-imatrix", "q4_0-gptq", "q4_k_m", "q4_k_m-imatrix", "q4_k_m-gptq", "q5_k_m", "q5_k_m-imatrix",
+    "q5_k_m-gptq", "q6_k", "q8_0",
+)  # fmt: skip
+MIXED = tuple(f"mixed-gptq@{size}" for size in SINGLE if size != "f16" and "-" not in size)
+MARGIN = 0.1  # of the span, from the worst of all to the point that areas are measured up to
 REFERENCE, PLAIN, PEER = "f16", "q4_0", "llm-compressor, W4A16, by transformers"
 MOST_CHARACTERS = 2500  # of each file of the second text
 Rows = list[NDArray[Any]]
@@ -114,7 +123,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=24)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peer", help="Python of an environment with llm-compressor")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=SINGLE + MIXED, default=SINGLE + MIXED)
     given = parser.parse_args()
     variants = list(dict.fromkeys((REFERENCE, PLAIN, *given.variants)))
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
@@ -128,17 +137,14 @@ def main() -> None:
         files = {variant: Path(scratch, f"{variant}.gguf") for variant in variants}
         for variant in variants:
             for seed in range(given.seeds if "-" in variant else 1):
-                mixed = {"as_large_as": PLAIN} if variant == "mixed-gptq" else None
-                settings = {
-                    "calibration": {"rows": given.rows},
-                    "mixed": mixed,
-                    "formats": ["mixed-gptq" if mixed else PLAIN],
-                }
+                name, _, size = variant.partition("@")
+                mixed = {"as_large_as": size} if size else None
+                settings = {"calibration": {"rows": given.rows}, "mixed": mixed, "formats": [name if size else PLAIN]}
                 context = ExportContext(
                     Gguf.model_validate(settings), "compression", given.model, given.model / "tokenizer.json", prepared,
                     seed,
                 )  # fmt: skip
-                FORMAT.write(given.model, files[variant], variant, context, files[REFERENCE])
+                FORMAT.write(given.model, files[variant], name, context, files[REFERENCE])
                 row = {name: loss(files[variant], rows, given.threads) for name, rows in held_out.items()}
                 found[variant].append({**row, "mb": files[variant].stat().st_size / 1e6})
                 say(f"{variant}, seed {seed}: {found[variant][-1]}")
@@ -167,6 +173,33 @@ def main() -> None:
             for variant, rows in found.items()
         ],
     )
+    print()
+    if any("@" in variant for variant in found):
+        frontiers({variant: rows for variant, rows in found.items() if variant != PEER}, list(held_out))
+
+
+def frontiers(found: dict[str, list[dict[str, float]]], texts: list[str]) -> None:
+    """Prints what mixed precision is worth at each size, and over all."""
+    mb, whole = {variant: median(rows, "mb") for variant, rows in found.items()}, found.pop(REFERENCE)[0]
+    mixed, single = (
+        {variant: rows for variant, rows in found.items() if ("@" in variant) is of} for of in (True, False)
+    )
+    lines = []
+    for variant, rows in mixed.items():
+        fits = [name for name in single if mb[name] <= mb.get(variant.partition("@")[2], mb[variant])]
+        line = [variant, f"{mb[variant]:.1f}"]
+        for text in texts:
+            best = min(fits, key=lambda name: median(single[name], text))
+            own, others = (median(each, text) - whole[text] for each in (rows, single[best]))
+            line += [f"{own:.4f}", f"{others:.4f} ({best})"]
+        lines.append(line)
+    table(("mixed", "MB", *(f"{text}, nats over f16{of}" for text in texts for of in ("", ": best single"))), lines)
+    for text in texts:
+        costs = {name: (mb[name], median(rows, text)) for name, rows in found.items()}
+        least_2, most_2 = (of(np.array([*costs.values()]), axis=0) for of in (np.min, np.max))
+        point_2 = most_2 + MARGIN * (most_2 - least_2)
+        areas = [hypervolume(np.array([costs[name] for name in names]), point_2) for names in (mixed, single)]
+        print(f"\n{text}: area of mixed {areas[0]:.3f}, of single {areas[1]:.3f} MB nats: {areas[0] / areas[1]:.2f}")
 
 
 if __name__ == "__main__":
