@@ -199,7 +199,7 @@ def frontiers(found: dict[str, list[dict[str, float]]], texts: list[str]) -> Non
         least_2, most_2 = (of(np.array([*costs.values()]), axis=0) for of in (np.min, np.max))
         point_2 = most_2 + MARGIN * (most_2 - least_2)
         areas = [hypervolume(np.array([costs[name] for name in names]), point_2) for names in (mixed, single)]
-        print(f"\n{text}: area of mixed {areas[0]:.3f}, of single {areas[1]:.3f} MB nats: {areas[0] / areas[1]:.2f}")
+        print(f"\n{text}: area of mixed {areas[0]:.3f}, of single {areas[1]:.3f} MB nats")
 
 
 if __name__ == "__main__":
