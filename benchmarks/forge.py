@@ -29,7 +29,7 @@ from overproof.models.llama import Llama
 from overproof.models.vit import Vit
 from overproof.package.contents import CARD, PACKAGE, REPORT, VERDICT, PackageContents, list_parts
 from overproof.package.package import open_package
-from overproof.registry import ENGINES, TASKS
+from overproof.registry import FORMATS, TASKS
 from overproof.tasks.base import Metric
 
 VOCABULARY, LENGTH, SEED = 8192, 512, 1
@@ -107,12 +107,13 @@ def _seal(package: Path, task: TaskKind, model: str, format: str) -> Path:
         candidate=True,
         metrics={"parity_nats": Metric(value=0.0, unit="nats", n=1)},
     )
-    engine = "llama.cpp" if task == "language_modeling" else "onnxruntime"
+    format_kind = "gguf" if task == "language_modeling" else "onnx"
+    engine = next(iter(FORMATS[format_kind].engines))
     report = Report(
         task=task,
         quality=TASKS[task].quality.name,
         engine=engine,
-        computes_with=ENGINES[engine].computes_with,
+        computes_with=FORMATS[format_kind].engines[engine],
         confidence=0.95,
         measured=(measured,),
         comparisons=(),

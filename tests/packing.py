@@ -30,7 +30,7 @@ from overproof.export.onnx_int8 import quantize_onnx
 from overproof.files import file_sha256
 from overproof.models import hf_directory
 from overproof.package.package import build_package, open_package
-from overproof.registry import ENGINES
+from overproof.registry import FORMATS
 from overproof.stage_context import StageContext, no_progress
 from overproof.tasks.base import Metric
 
@@ -256,7 +256,7 @@ def _evaluate(recipe: Recipe, compressed: Path, folder: Path) -> None:
         task=recipe.data.kind,
         quality=quality,
         engine=recipe.engine,
-        computes_with=ENGINES[recipe.engine].computes_with,
+        computes_with=FORMATS[recipe.compress.kind].engines[recipe.engine],
         kv_cache=recipe.evaluate.kv_cache,
         confidence=0.95,
         measured=tuple(measured),

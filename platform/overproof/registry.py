@@ -91,6 +91,7 @@ FORMATS: Registry[Format] = Registry(
     {
         "gguf": "export.gguf:FORMAT",
         "onnx": "export.onnx:FORMAT",
+        "compressed_tensors": "export.compressed_tensors:FORMAT",
     },
 )
 

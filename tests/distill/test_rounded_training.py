@@ -160,5 +160,12 @@ def test_in_four_bits_it_comes_nearer_to_its_teacher() -> None:
 def test_it_must_be_a_variant_of_the_recipe(text_world: World) -> None:
     recipe = text_world.context("sweep", cached=text_world.artifacts["prepare"]).recipe.model_dump()
     recipe["sweep"]["students"][0]["rounding"] = "int8"
-    with pytest.raises(ValueError, match=r"students\.0\.rounding: found 'int8'; expected one of compress\.formats"):
+    with pytest.raises(ValueError, match=r"students\.0\.rounding: found 'int8'; expected q8_0 or q4_0, so that"):
+        Recipe.model_validate(recipe)
+    recipe["sweep"]["students"][0]["rounding"] = None
+    recipe["tune"]["space"]["rounding"] = {"kind": "choice", "values": [None, "int8"]}
+    with pytest.raises(ValueError, match=r"tune\.space\.rounding\.values\.1: found 'int8'; expected q8_0 or q4_0"):
+        Recipe.model_validate(recipe)
+    recipe["compress"] = {"kind": "compressed_tensors", "formats": ["int8"]}  # of eight bits
+    with pytest.raises(ValueError, match=r"found 'int8'; expected none: no variant of compress has one"):
         Recipe.model_validate(recipe)

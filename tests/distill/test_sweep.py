@@ -212,6 +212,38 @@ def job_of(context: StageContext, name: str) -> TrialJob:
     return dataclasses.replace(job, checkpoints=fresh)
 
 
+def test_a_search_covers_steps_and_roundings(
+    ray_cluster: str, digits_world: World, digits_cache: Artifact, tmp_path: Path
+) -> None:
+    """Each trial runs its own steps to their end, and the winner's control as many."""
+    space = {"steps": {"kind": "choice", "values": [6, 20]}, "rounding": {"kind": "choice", "values": [None, "int8"]}}
+    settings = {**SWEEP, "students": [STUDENTS[3]], "validate_every": 5}
+    events: list[ProgressEvent] = []
+    context = digits_world.context("sweep", events.append, digits_cache, sweep=settings, tune={"space": space})
+    assert context.recipe.rows_read == 20 * 16
+    sweep(context)
+    found = json.loads((Path(context.draft.uri) / "trials.json").read_text())
+    expected = [(6, None), (6, "int8"), (20, None), (20, "int8")]
+    assert [(each["values"]["steps"], each["values"]["rounding"]) for each in found["trials"]] == expected
+    assert [each["steps"] for each in found["trials"]] == [6, 6, 20, 20]
+    assert {each["status"] for each in found["trials"]} == {"finished"}
+    losses = [each["validation_loss"] for each in found["trials"]]
+    assert len(set(losses)) == 4
+    assert max(losses[2:]) < min(losses[:2])
+    winner = next(each for each in found["trials"] if each["name"] == found["winner"])
+    assert found["control"]["steps"] == winner["steps"] == 20
+    done = [event for event in events if isinstance(event, TaskProgress) and event.task == "sweep"][-1]
+    assert (done.done, done.total) == (80, 80)
+
+
+def test_trials_of_other_steps_are_not_compared_on_their_way(digits_world: World, digits_cache: Artifact) -> None:
+    space = {"steps": {"kind": "choice", "values": [6, 20]}}
+    with pytest.raises(
+        InputError, match=r"scheduler asha compares trials at the same step.*set scheduler\.kind to none"
+    ):
+        digits_world.context("sweep", cached=digits_cache, sweep=SWEEP, tune={**TUNE, "space": space})
+
+
 def test_a_trial_that_takes_long_tells_its_steps_between_validations(
     digits_world: World, digits_cache: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

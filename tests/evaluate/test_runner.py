@@ -20,7 +20,7 @@ from overproof.evaluate.stage import evaluate_exports, judge_report
 from overproof.export.stage import export_models, read_exports
 from overproof.files import file_sha256
 from overproof.package.package import build_package
-from overproof.registry import ENGINES, TASKS
+from overproof.registry import FORMATS, TASKS
 from overproof.report.content import EvaluatedFiles, file_rows
 from overproof.stage_context import StageContext, no_progress
 
@@ -55,7 +55,7 @@ def test_report_and_verdict(
     assert [m.name for m in report.measured] == ["teacher", "control", *KEPT[kind], *STUDENTS[kind]]
     assert report.winner == "student"
     assert (report.task, report.engine) == (asked.data.kind, ENGINE[kind])
-    assert report.computes_with == ENGINES[report.engine].computes_with
+    assert report.computes_with == FORMATS[asked.compress.kind].engines[report.engine]
     names = [m.name for m in report.measured]
     assert {(c.name, c.against) for c in report.comparisons} == {(a, b) for a in names for b in names if a != b}
     by_name = {m.name: m.metrics for m in report.measured}

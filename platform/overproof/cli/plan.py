@@ -156,7 +156,7 @@ def _work(recipe: Recipe, stage: str, positions: int) -> str:
     if stage == "sweep":
         search, most = recipe.tune, recipe.rows_read * positions
         how = f"{format_count(search.trials(sweep), 'trial')} ({search.search.kind}, {search.scheduler.kind}) + control"
-        return f"{how}, {format_count(sweep.steps, 'step')}, {most:,} {unit} each at most"
+        return f"{how}, {format_count(search.most_steps(sweep), 'step')}, {most:,} {unit} each at most"
     if stage == "compress":
         return ", ".join(recipe.compress.formats)
     if stage == "gate":
@@ -286,7 +286,7 @@ def _live_teacher(recipe: Recipe, model: ModelSize) -> str | None:
     names = ", ".join(student.name for student in recipe.sweep.students if student.needs_live_teacher)
     if not names:
         return None
-    batch = recipe.rows_read // recipe.sweep.steps
+    batch = recipe.largest_batch
     number = zero_memory.HALF_BYTES if recipe.sweep.live_precision == "bf16" else FP32_BYTES
     logits = FP32_BYTES * batch * model.predictions * model.outputs
     return (

@@ -25,6 +25,11 @@ class FormatSection(Section):
         return None
 
     @property
+    def trained_roundings(self) -> tuple[str, ...]:
+        """The variants in whose numbers a student may learn: see ``Student.rounding``."""
+        return ()
+
+    @property
     def calibration_rows(self) -> int:
         """Rows that a model reads, forward, until it is written in all variants."""
         return 0

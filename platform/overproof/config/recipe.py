@@ -74,17 +74,7 @@ class Recipe(Section):
         names = {student.name for student in self.sweep.students}
         if twice := next((name for name in sorted(self._compressed_files()) if name in names), None):
             raise ValueError(f"a student is named {twice!r}, as a compressed file of another would be; rename it")
-        for index, student in enumerate(self.sweep.students):
-            if student.rounding is not None and student.rounding not in self.compress.formats:
-                raise ValueError(
-                    f"sweep.students.{index}.rounding: found {student.rounding!r}; expected one of compress.formats, "
-                    f"{', '.join(self.compress.formats)}: it would learn in numbers that no file has"
-                )
-            if student.rounding == "int8" and getattr(self.compress, "full_range", False):
-                raise ValueError(
-                    f"sweep.students.{index}.rounding: int8 is rounded to seven bits in training; expected "
-                    "compress.full_range: false"
-                )
+        self._roundings_fit()
         if self.train.steps == 0 and not isinstance(self.train.model, Pretrained | Served):
             raise ValueError("train.steps is 0; only a pretrained model, or a served one, may go untrained")
         return self
@@ -141,7 +131,7 @@ class Recipe(Section):
     @property
     def engine(self) -> str:
         """What measures the exported files, and serves what passed."""
-        return self.evaluate.engine or FORMATS[self.compress.kind].engines[0]
+        return self.evaluate.engine or next(iter(FORMATS[self.compress.kind].engines))
 
     @property
     def writes(self) -> bool:
@@ -241,6 +231,19 @@ class Recipe(Section):
                 f"gate.candidate: found {found!r}; expected one of {', '.join(names)}{suggest_name(trial, names)}"
             )
 
+    def _roundings_fit(self) -> None:
+        searched = self.tune.space.rounding
+        asked = {f"sweep.students.{i}.rounding": student.rounding for i, student in enumerate(self.sweep.students)}
+        asked |= {
+            f"tune.space.rounding.values.{i}": value for i, value in enumerate(searched.values if searched else ())
+        }
+        for where, rounding in asked.items():
+            if rounding is not None and rounding not in self.compress.trained_roundings:
+                known = " or ".join(self.compress.trained_roundings) or "none: no variant of compress has one"
+                raise ValueError(
+                    f"{where}: found {rounding!r}; expected {known}, so that it learns in numbers that a file has"
+                )
+
     def _prompts_fit(self) -> None:
         written = self.sweep.on_policy
         if written is None:
@@ -258,7 +261,7 @@ class Recipe(Section):
         needed = self.rows_read
         if rows is not None and needed > rows:
             raise ValueError(
-                f"sweep reads {self.sweep.steps} x {needed // self.sweep.steps} = {needed} rows, and {field} "
+                f"sweep reads {needed // self.largest_batch} x {self.largest_batch} = {needed} rows, and {field} "
                 f"is {rows}; raise {field}, or {otherwise}"
             )
 
@@ -327,9 +330,14 @@ class Recipe(Section):
 
     @property
     def rows_read(self) -> int:
-        """Rows in training order that the trial with the largest batch reads."""
+        """Rows in training order that a trial of the largest batch and the most steps reads."""
+        return self.tune.most_steps(self.sweep) * self.largest_batch
+
+    @property
+    def largest_batch(self) -> int:
+        """Rows in a batch, of any trial."""
         batches = self.tune.space.batch_size
-        return self.sweep.steps * (max(batches.values) if batches else self.sweep.batch_size)
+        return max(batches.values) if batches else self.sweep.batch_size
 
 
 def load_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from overproof.config.base import Count, Section
-from overproof.config.distillation import Student, Sweep
+from overproof.config.distillation import Student, Sweep, TrainedRounding
 from overproof.config.training import Optimization
 
 MOST_SHAPES = 100_000  # combinations that are looked at one by one
@@ -93,6 +93,7 @@ Domain = Uniform | LogUniform | Integers | Choice[Any]
 class Space(Section):
     """What differs from trial to trial; whatever is not named here is as in the sweep and its students."""
 
+    steps: IntegerDomain | None = Field(None, description="Optimizer steps; scheduler.kind is then none.")
     learning_rate: RealDomain | None = Field(None, description="Peak rate.")
     batch_size: IntegerDomain | None = Field(None, description="Rows in a batch.")
     warmup_steps: IntegerDomain | None = Field(None, description="Steps of linear warm-up.")
@@ -106,6 +107,9 @@ class Space(Section):
     teacher_weight: RealDomain | None = Field(None, description="Share of the teacher's loss; 0 is plain training.")
     divergence: Choice[str] | None = Field(None, description="Losses of the teacher.")
     jsd_beta: RealDomain | None = Field(None, description="Weight of the teacher in jsd.")
+    rounding: Choice[TrainedRounding | None] | None = Field(
+        None, description="Variants in whose numbers students learn; null in the list is as they are."
+    )
     hidden_size: IntegerDomain | None = Field(None, description="Width of the residual stream.")
     intermediate_size: IntegerDomain | None = Field(None, description="Width of the feed-forward layer.")
     layers: IntegerDomain | None = Field(None, description="Layers.")
@@ -221,6 +225,11 @@ class Tune(Section):
                 f"scheduler {self.scheduler.kind} compares validation losses alone and would stop what is small; "
                 f"with objectives {list(self.objectives)} set scheduler.kind to none"
             )
+        if self.space.steps is not None and self.scheduler.kind not in ("none", "pbt"):
+            raise ValueError(
+                f"scheduler {self.scheduler.kind} compares trials at the same step, where those of fewer steps are "
+                "nearer to their end; with space.steps set scheduler.kind to none"
+            )
         if isinstance(self.scheduler, Pbt):
             fixed = next((name for name in self.space.domains if name not in CHANGEABLE), None)
             if fixed or not self.space.domains:
@@ -237,6 +246,11 @@ class Tune(Section):
         if isinstance(self.search, Grid):
             return combinations
         return self.search.trials if len(finite) < len(self.space.domains) else min(self.search.trials, combinations)
+
+    def most_steps(self, sweep: Sweep) -> int:
+        """Of any trial."""
+        searched = self.space.steps
+        return sweep.steps if searched is None else max(searched.values)
 
     def min_concurrent(self, sweep: Sweep) -> int:
         """Trials that must run at the same time."""

@@ -62,7 +62,7 @@ def train_controls(jobs: Sequence[TrialJob], room: Callable[[], int], tracker: S
                 raise InputError(f"{job.name}: {result['failed']}")
             tracker.record_result(result)
             tracker.report_controls(f"validation {result['validation_loss']:.3f}")
-            if result["steps"] < settings.steps:
+            if result["steps"] < job.settings.steps:
                 running[actors[job.name].run_to_validation.remote()] = job
             else:
                 ray.kill(actors.pop(job.name))

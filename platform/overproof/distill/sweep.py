@@ -61,7 +61,7 @@ def _sweep(context: StageContext, curves: Path) -> dict[str, Any]:
     previous = state.load_trials()
     _measure_importance(context)
     max_deaths = 0 if isinstance(search.scheduler, Pbt) else MAX_DEATHS  # a population is proposed once
-    tracker = SweepTracker(context.progress, settings.steps, search.trials(settings), max_deaths, curves)
+    tracker = SweepTracker(context.progress, search.most_steps(settings), search.trials(settings), max_deaths, curves)
     with relay_progress(tracker.show) as progress:
         with scorer_pool(context.recipe, context.parents["prepare"], context.parents["train"]) as scorer:
             jobs = train_students(replace(context, progress=progress), state, previous, tracker, scorer)
@@ -195,7 +195,7 @@ def train_students(
         job = make_trial_job(context, state, name, values, scorer)
         job.checkpoints.claim_folder()
         jobs.append(job)
-        tracker.add_trial(name)
+        tracker.add_trial(name, job.settings.steps)
         return job
 
     study = OptunaStudy(search, settings, context.recipe.seed, list(previous.values()))

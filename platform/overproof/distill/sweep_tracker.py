@@ -29,8 +29,8 @@ class SweepTracker:
     """
 
     def __init__(self, progress: Progress, steps: int, trials: int, max_deaths: int, curves: Path) -> None:
-        """``steps`` are a whole trial's; one whose process died ``max_deaths`` times may still be proposed again.
-        ``curves`` is an empty folder, for a file of JSON lines of each curve.
+        """``steps`` are a whole trial's, or the most of any; one whose process died ``max_deaths`` times may still be
+        proposed again. ``curves`` is an empty folder, for a file of JSON lines of each curve.
         """
         self.progress, self.steps, self.trials, self.max_deaths = progress, steps, trials, max_deaths
         self.curves = curves
@@ -40,7 +40,7 @@ class SweepTracker:
         self.files: dict[str, dict[str, FileEntry]] = {}  # of the draft, by who wrote them
         self.failures: dict[str, str] = {}  # why
         self.ended: set[str] = set()
-        self._started: dict[str, None] = {}  # trials, in their order
+        self._started: dict[str, int] = {}  # the steps of trials, in their order
         self._controls: dict[str, None] = {}
         self._reached = Counter[str]()  # steps of each, by its last result or what it told since
         self._trial_steps = self._control_steps = 0  # of all of them
@@ -52,10 +52,10 @@ class SweepTracker:
         """Nothing: Tune writes down all it is given, to restore it; a sweep goes on from its `SweepState`."""
         return {}
 
-    def add_trial(self, name: str) -> None:
-        """A trial has been started."""
+    def add_trial(self, name: str, steps: int | None = None) -> None:
+        """A trial has been started; it ends after ``steps``, where not all have as many."""
         with self._lock:
-            self._started[name] = None
+            self._started[name] = self.steps if steps is None else steps
         self.curve_file(name).touch()
 
     def curve_file(self, name: str) -> Path:
@@ -140,7 +140,7 @@ class SweepTracker:
         return {
             name: result
             for name, result in self.last_results.items()
-            if result["steps"] == self.steps and name not in self.failures
+            if result["steps"] == self._started.get(name, self.steps) and name not in self.failures
         }
 
     def winner(self) -> TrialResult | None:
@@ -155,7 +155,7 @@ class SweepTracker:
                 continue
             reached = self.last_results[name]["steps"] if name in self.last_results else 0
             why = f", its process died: {self.death_reasons[name]}" if name in self.death_reasons else ""
-            lines.append(f"{name} (at step {reached} of {self.steps}{why})")
+            lines.append(f"{name} (at step {reached} of {self._started[name]}{why})")
         if never := self.trials - len(self._started):
             lines.append(f"{never} that never started")
         return lines

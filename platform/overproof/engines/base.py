@@ -268,7 +268,6 @@ class EngineSettings:
 class EngineLoader(Protocol):
     """What the registry has of an engine."""
 
-    computes_with: str  # what it takes from a file, for the report and the card
     kv_caches: tuple[KvCache, ...]  # how it can keep keys and values, first by default; none of a model without
 
     def require(self) -> None:

@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from overproof.data.chat_template_files import require_default, template_files
 from overproof.engines import template_process
 from overproof.engines.base import ToolSyntax
 from overproof.engines.gguf_tokens import GgufHeader
@@ -83,6 +84,20 @@ def require_renderable(template: str, where: object, mend: str) -> None:
             f"{where}: the chat template reads {', '.join(untold)}, which no engine tells it; expected "
             f"{' and '.join(TOLD_TOKENS)} alone, or the token's name as text: {mend}"
         )
+
+
+def require_default_template(given: str | None, directory: str | None) -> None:
+    """Look whether the chat template that files get works: the one given, or that of a model's directory, if any.
+
+    Raises:
+        InputError: it does not, or it is not clear which is meant.
+    """
+    if given is not None:
+        require_renderable(given, "compress.chat_template", "change it")
+    elif directory is not None:
+        template = require_default(template_files(directory), directory)
+        if template is not None:
+            require_renderable(template, directory, "give another as compress.chat_template")
 
 
 def require_chat_template(header: GgufHeader, where: object) -> None:

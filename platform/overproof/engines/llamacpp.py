@@ -297,7 +297,6 @@ class LlamaCpp:
 class LlamaCppLoader:
     """See ``EngineLoader``."""
 
-    computes_with = "the file's own bytes"
     kv_caches: tuple[KvCache, ...] = ("f16", "q8_0")
 
     def require(self) -> None:

@@ -82,7 +82,6 @@ class OnnxRuntime:
 class OnnxRuntimeLoader:
     """See ``EngineLoader``."""
 
-    computes_with = "the file's own bytes"
     kv_caches = ()
 
     def require(self) -> None:

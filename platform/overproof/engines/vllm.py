@@ -28,14 +28,15 @@ from overproof.engines.detokenizer import Detokenizer
 from overproof.engines.gguf_tokens import read_gguf_header
 from overproof.engines.prompt_limits import InFlight, PromptLimits, require_unicode, require_wanted
 from overproof.engines.special_names import SpecialNames, is_marked
-from overproof.engines.vllm_server import VllmServer, vllm_python
+from overproof.engines.vllm_server import VllmServer, vllm_python, vocabulary_file
 from overproof.errors import InputError
 
 TokenReport = tuple[str, float, Mapping[str, float]]  # token's name, log-probability, those of the likeliest by name
 
 
 class Vllm:
-    """One GGUF file, its weights unpacked to half precision, decoding up to ``slots`` sequences at once.
+    """One file, decoding up to ``slots`` sequences at once: a GGUF file's weights are unpacked to half precision, those
+    in compressed-tensors are computed with as they are.
 
     vLLM takes and gives token ids: texts are split by the tokenizer beside the file, and joined from the bytes of its
     tokens, as llama.cpp does. Sequences that share a step may differ in the last digits. Penalties
@@ -54,16 +55,17 @@ class Vllm:
         """Start vLLM on a file.
 
         Raises:
-            InputError: the file is missing or no GGUF language model, its tokenizer is not beside it, the context is
-                longer than the model's, or there is no vLLM.
+            InputError: the file is missing or no language model, its tokenizer is not beside it, the context is longer
+                than the model's, or there is no vLLM.
         """
-        header, tokenizer = read_gguf_header(path), path.with_name(TOKENIZER)
+        tokenizer = path.with_name(TOKENIZER)
+        if not tokenizer.is_file():
+            raise InputError(f"{tokenizer}: missing; expected the tokenizer beside its model")
+        header = read_gguf_header(vocabulary_file(path))
         self._limits = PromptLimits.of_model(header, path, context_length, max_prompt_tokens)
         self.context_length = self._limits.context_length
         self.chats = header.chat_template is not None
         self._header, self._template = header, GgufChatTemplate(header)
-        if not tokenizer.is_file():
-            raise InputError(f"{tokenizer}: missing; expected the tokenizer beside its model")
         self._tokenizer, self._plain = (Tokenizer.from_file(str(tokenizer)) for _ in range(2))
         self._plain.encode_special_tokens = True  # as text
         self._special = SpecialNames(header.silent_names)
@@ -266,7 +268,6 @@ def _token_id(name: str) -> int:
 class VllmLoader:
     """See ``EngineLoader``."""
 
-    computes_with = "the file's weights unpacked to fp16, not its own bytes"
     kv_caches = ("f16",)
 
     def require(self) -> None:

@@ -23,6 +23,11 @@ from overproof.subprocesses import run_module
 PYTHON_VARIABLE, ARGUMENTS_VARIABLE = "OVERPROOF_VLLM", "OVERPROOF_VLLM_ARGS"
 START_TIMEOUT_S, REQUEST_TIMEOUT_S, STOP_TIMEOUT_S, POLL_S = 900, 10, 30, 0.2
 MODEL = "model"  # its name in requests
+VOCABULARY = "vocabulary.gguf"  # beside unpacked weights, where the file itself has none
+UNPACKED_BY = {  # by a file's suffix, the module that makes a directory of it
+    ".gguf": "overproof.export.gguf_to_directory",
+    ".safetensors": "overproof.export.compressed_tensors_to_directory",
+}
 # Ends the server when this process ends, however it ends: then nothing holds the other end of its standard input.
 SERVER_PROGRAM = """
 import os, runpy, signal, sys, threading
@@ -53,19 +58,29 @@ def vllm_python() -> Path:
 
 
 def unpacked_directory(path: Path) -> Path:
-    """A GGUF file's weights as the Hugging Face directory that vLLM reads, cached on this machine, in half
-    precision. Its tokenizer lies beside the file.
+    """The Hugging Face directory of a file, which vLLM reads, cached on this machine. Its tokenizer lies beside it.
 
     Raises:
         InputError: the tokenizer is missing, or the file cannot be read.
     """
+    if path.suffix not in UNPACKED_BY:
+        raise InputError(f"{path}: found {path.suffix or 'no suffix'}; expected {' or '.join(UNPACKED_BY)}")
 
     def make(folder: Path) -> None:
-        finished = run_module("overproof.export.gguf_to_directory", path, folder)
+        finished = run_module(UNPACKED_BY[path.suffix], path, folder)
         if finished.returncode != 0:
             raise InputError(f"{path}: cannot be unpacked for vLLM: {finished.stderr.strip().splitlines()[-1]}")
 
     return local_cache(f"vllm-{file_sha256(path)}", make)
+
+
+def vocabulary_file(path: Path) -> Path:
+    """The GGUF file that says what token ids stand for: a model's own, or the one beside its unpacked weights.
+
+    Raises:
+        InputError: as ``unpacked_directory``.
+    """
+    return path if path.suffix == ".gguf" else unpacked_directory(path) / VOCABULARY
 
 
 class VllmServer:

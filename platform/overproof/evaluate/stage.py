@@ -39,7 +39,7 @@ from overproof.export.base import TEACHER
 from overproof.export.stage import EXPORTS, Export, export_folder, read_exports
 from overproof.files import read_json
 from overproof.ray_tasks import run_tasks
-from overproof.registry import ENGINES, FORMATS, TASKS
+from overproof.registry import FORMATS, TASKS
 from overproof.stage_context import Progress, StageContext, TaskProgress
 from overproof.tasks.base import UNITS_TOGETHER, FileScores, Metric, TokenTask, agreements
 from overproof.units import format_count
@@ -114,7 +114,7 @@ def make_report(
         task=recipe.data.kind,
         quality=task.quality.name,
         engine=recipe.engine,
-        computes_with=ENGINES[recipe.engine].computes_with,
+        computes_with=FORMATS[recipe.compress.kind].engines[recipe.engine],
         kv_cache=recipe.evaluate.kv_cache,
         confidence=recipe.evaluate.confidence,
         scored=scored.summary,

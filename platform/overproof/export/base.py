@@ -8,14 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from overproof.config.export import FormatSection
+from overproof.models.sizes import FP32_BYTES, ModelSize
 
 if TYPE_CHECKING:
     from overproof.artifacts import Artifact
-    from overproof.models.sizes import ModelSize
 
 TEACHER = "teacher"  # name of its unquantised file, and of what its variants were made from
 MOST_FISHER_ROWS = 32  # of a calibration's: of a sum over a whole matrix the first few tell as much as all
 BATCH_TOKENS = 1024  # that a model is calibrated on at once
+OWN_BYTES = "the file's own bytes"  # what an engine computes with, in words of the report and the card
+
+
+def calibration_memory(size: ModelSize, rows: int) -> int:
+    """Bytes that a decoder takes that is calibrated, layer after layer, on so many rows."""
+    logits = BATCH_TOKENS * size.outputs * FP32_BYTES
+    sums = FP32_BYTES * (5 * size.hidden**2 + size.query_width**2 + size.intermediate**2)  # of a layer's inputs
+    between = FP32_BYTES * size.predictions * rows * (2 * size.hidden + size.places)  # activations and masks
+    inverted = 32 * max(size.hidden, size.query_width, size.intermediate) ** 2  # four matrices in fp64
+    return FP32_BYTES * size.parameters + logits + sums + between + inverted
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Format(Protocol):
     section: type[FormatSection]
     suffix: str  # of its files, such as ".gguf"
     unquantised: str  # the variant that references are written in, such as "f16"
-    engines: tuple[str, ...]  # kinds of the engines that serve it; the first is the default
+    engines: Mapping[str, str]  # by kind, the first the default: what each that serves it takes from a file
     library: str  # as the Hugging Face Hub names it
     further_families: str  # what would make it hold more families, as a message ends; empty where nothing does
     drafting_engine: str | None  # the engine that answers with a draft of this format, if one does

@@ -13,7 +13,7 @@ from overproof.config.export import Calibration, FormatSection
 from overproof.data.manifest import TOKENIZER
 from overproof.errors import InputError
 from overproof.export import llama_cpp_converter
-from overproof.export.base import BATCH_TOKENS, MOST_FISHER_ROWS, Difference, ExportContext
+from overproof.export.base import MOST_FISHER_ROWS, OWN_BYTES, Difference, ExportContext, calibration_memory
 from overproof.models.base import GgufFamily
 from overproof.models.sizes import FP32_BYTES, ModelSize, family_of
 from overproof.registry import FAMILIES
@@ -74,6 +74,10 @@ class Gguf(FormatSection):
         return None if self.mixed is None else self.mixed.at_most_mb
 
     @property
+    def trained_roundings(self) -> tuple[str, ...]:
+        return tuple(variant for variant in ("q8_0", "q4_0") if variant in self.formats)
+
+    @property
     def calibration_rows(self) -> int:
         """Each calibrated variant reads all three times; what rounding costs a matrix is told by gradients."""
         calibrated = sum("-" in variant for variant in self.formats)
@@ -94,7 +98,10 @@ class GgufFormat:
     section = Gguf
     suffix = ".gguf"
     unquantised = "f16"
-    engines = ("llama.cpp", "vllm")
+    engines: Mapping[str, str] = {
+        "llama.cpp": OWN_BYTES,
+        "vllm": "the file's weights unpacked to fp16, not its own bytes",
+    }
     library = "gguf"
     further_families = llama_cpp_converter.HOW
     drafting_engine = "llama.cpp"
@@ -115,15 +122,9 @@ class GgufFormat:
         return read_vocabulary(text, where).left_out
 
     def check_template(self, settings: Gguf, directory: str | None) -> None:
-        from overproof.data.chat_template_files import require_default, template_files
-        from overproof.engines.chat_template import require_renderable
+        from overproof.engines.chat_template import require_default_template
 
-        if settings.chat_template is not None:
-            require_renderable(settings.chat_template, "compress.chat_template", "change it")
-        elif directory is not None:
-            template = require_default(template_files(directory), directory)
-            if template is not None:
-                require_renderable(template, directory, "give another as compress.chat_template")
+        require_default_template(settings.chat_template, directory)
 
     def check_model(
         self, config: Mapping[str, Any], positions: int, where: object, variants: Sequence[str] = ()
@@ -245,12 +246,7 @@ class GgufFormat:
         context = context_memory(size, LONG_ROW, CHECKED_PLACES, FP32_BYTES)
         calibrated = 0
         if any("-" in variant for variant in settings.formats):
-            tokens = size.predictions * settings.calibration.rows
-            logits = BATCH_TOKENS * size.outputs * FP32_BYTES
-            sums = FP32_BYTES * (5 * size.hidden**2 + size.query_width**2 + size.intermediate**2)  # of a layer's inputs
-            between = FP32_BYTES * tokens * (2 * size.hidden + size.places)  # activations and masks
-            inverted = 32 * max(size.hidden, size.query_width, size.intermediate) ** 2  # four matrices in fp64
-            calibrated = FP32_BYTES * size.parameters + logits + sums + between + inverted
+            calibrated = calibration_memory(size, settings.calibration.rows)
         if "mixed-gptq" in settings.formats:  # weights, gradients and their squares, and a row's backward pass
             row = size.predictions * (3 * FP32_BYTES * size.outputs + size.layers * layers // (2 * LONG_ROW))
             calibrated = max(calibrated, 3 * FP32_BYTES * size.parameters + row)

@@ -1,14 +1,16 @@
-"""Rounding that makes up for itself: GPTQ (Frantar et al., arXiv 2210.17323) on the grids of ggml's blocks.
+"""Rounding that makes up for itself: GPTQ (Frantar et al., arXiv 2210.17323) on the grids of a format's blocks.
 
 A layer's outputs change by (w - q)ᵀ H (w - q) for each row of weights, where H sums x xᵀ over the inputs of a
 calibration set. Columns are rounded one after the other, and what rounding one took from the outputs is given to those
-that follow, as far as H says they can stand in. The scales of a block are ggml's own, chosen for the weights as they
-are when its turn comes; so a file has the size of a plain one and any llama.cpp loads it.
+that follow, as far as H says they can stand in. The scales of a block are chosen for the weights as they are when its
+turn comes, by whoever chooses them in a plain file; so a file has the size of a plain one and is read as one.
 
 Shapes: R rows, C columns, U columns of a block.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import gguf
 import numpy as np
@@ -19,32 +21,47 @@ from torch import Tensor
 from overproof.export.ggml_blocks import BLOCKS, Bytes, Weights, quantise
 
 DAMPING = 0.01  # of H's mean diagonal, added to it: inputs of a few thousand tokens span less than all columns
+# Of a block (R, U) and what an error in each of its columns costs (U): scale and offset of each number, (R, U).
+Grid = Callable[[Weights, Weights], tuple[Weights, Weights]]
 
 
 def gptq(weights_RC: Weights, hessian_CC: Tensor, kind: Ggml) -> Bytes:
-    """A matrix in a type of ``BLOCKS``, packed, (R, bytes)."""
-    layout = BLOCKS[kind]
+    """A matrix in a type of ``BLOCKS``, packed, (R, bytes): in scales that ggml itself chose."""
+    layout, plain = BLOCKS[kind], list[Bytes]()
+
+    def grid(block_RU: Weights, importance_U: Weights) -> tuple[Weights, Weights]:
+        plain.append(quantise(block_RU, kind, importance_U))
+        return layout.grid(plain[-1])
+
+    codes_RC = compensated_codes(weights_RC, hessian_CC, layout.columns, layout.most, grid)
+    codes_BRU = np.split(codes_RC, len(plain), axis=1)
+    packed = [layout.with_codes(block, codes_RU) for block, codes_RU in zip(plain, codes_BRU, strict=True)]
+    assert packed[0].shape[1] == gguf.quants.quant_shape_to_byte_shape((1, layout.columns), kind)[-1]
+    return np.concatenate(packed, axis=1)
+
+
+def compensated_codes(weights_RC: Weights, hessian_CC: Tensor, columns: int, most: int, grid: Grid) -> Bytes:
+    """Of each number a code from 0 to ``most``, (R, C), for blocks of so many columns: it stands for its scale times
+    the code, plus its offset.
+    """
     upper_CC = _inverse_factor(hessian_CC)
     importance_C = upper_CC.diagonal().pow(-2)  # what an error in a column costs once those after it made up for it
     left_RC = torch.from_numpy(np.array(weights_RC, np.float32))
-    width = gguf.quants.quant_shape_to_byte_shape((1, layout.columns), kind)[-1]
-    packed = np.empty(gguf.quants.quant_shape_to_byte_shape(weights_RC.shape, kind), np.uint8)
-    for block, first in enumerate(range(0, left_RC.shape[1], layout.columns)):
-        last = first + layout.columns
+    codes_RC = torch.empty(left_RC.shape, dtype=torch.uint8)
+    for first in range(0, left_RC.shape[1], columns):
+        last = first + columns
         block_RU, upper_UU = left_RC[:, first:last].clone(), upper_CC[first:last, first:last]
-        plain = quantise(block_RU.numpy(), kind, importance_C[first:last].numpy())
-        scale_RU, offset_RU = map(torch.from_numpy, layout.grid(plain))
-        errors_RU, codes_RU = torch.empty_like(block_RU), torch.empty(block_RU.shape, dtype=torch.uint8)
-        for column in range(layout.columns):
+        scale_RU, offset_RU = map(torch.from_numpy, grid(block_RU.numpy(), importance_C[first:last].numpy()))
+        errors_RU = torch.empty_like(block_RU)
+        for column in range(columns):
             weight_R, scale_R, offset_R = (each[:, column] for each in (block_RU, scale_RU, offset_RU))
-            code_R = ((weight_R - offset_R) / scale_R).nan_to_num(0, 0, 0).round().clamp(0, layout.most)
-            codes_RU[:, column] = code_R.to(torch.uint8)
+            code_R = ((weight_R - offset_R) / scale_R).nan_to_num(0, 0, 0).round().clamp(0, most)
+            codes_RC[:, first + column] = code_R.to(torch.uint8)
             error_R = (weight_R - scale_R * code_R - offset_R) / upper_UU[column, column]
             errors_RU[:, column] = error_R
             block_RU[:, column + 1 :] -= error_R[:, None] * upper_UU[column, column + 1 :]
         left_RC[:, last:] -= errors_RU @ upper_CC[first:last, last:]
-        packed[:, block * width : (block + 1) * width] = layout.with_codes(plain, codes_RU.numpy())
-    return packed
+    return codes_RC.numpy()
 
 
 def _inverse_factor(hessian_CC: Tensor) -> Tensor:

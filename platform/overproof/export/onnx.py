@@ -10,7 +10,7 @@ from pydantic import Field
 
 from overproof.config.export import Calibration, FormatSection
 from overproof.data.manifest import TOKENIZER, Manifest
-from overproof.export.base import Difference, ExportContext
+from overproof.export.base import OWN_BYTES, Difference, ExportContext
 from overproof.registry import FAMILIES, TASKS
 
 if TYPE_CHECKING:
@@ -38,6 +38,11 @@ class Onnx(FormatSection):
     calibration: Calibration = Calibration()
 
     @property
+    def trained_roundings(self) -> tuple[str, ...]:
+        """Of seven bits alone."""
+        return () if self.full_range or "int8" not in self.formats else ("int8",)
+
+    @property
     def calibration_rows(self) -> int:
         return self.calibration.rows * (STATIC in self.formats)
 
@@ -48,7 +53,7 @@ class OnnxFormat:
     section = Onnx
     suffix = ".onnx"
     unquantised = "fp32"
-    engines = ("onnxruntime",)
+    engines: Mapping[str, str] = {"onnxruntime": OWN_BYTES}
     library = "onnx"
     further_families = ""
     drafting_engine = None

@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import IO, Any
 
 import torch
@@ -20,7 +21,8 @@ from overproof.models.pretrained import SHARDS, WEIGHTS
 
 FILE_BYTES = 2_000_000_000  # of a file's tensors; one that is larger has a file of its own
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
-         torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
+         torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+         torch.float8_e4m3fn: "F8_E4M3"}  # fmt: skip
 ALIGNMENT = 8
 
 
@@ -82,16 +84,22 @@ def index_of(files: Sequence[WeightFile], shapes: Mapping[str, TensorShape]) -> 
 
 
 def write_file(
-    stream: IO[bytes], file: WeightFile, shapes: Mapping[str, TensorShape], values: Iterable[Tensor]
-) -> None:
-    """One file; ``values`` are its tensors in their order, whole, of any layout, and are asked for one by one."""
-    write_header(stream, file, shapes)
+    stream: IO[bytes], file: WeightFile, shapes: Mapping[str, TensorShape], values: Iterable[Tensor],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:  # fmt: skip
+    """One file; ``values`` are its tensors in their order, whole, of any layout, and are asked for one by one.
+    ``metadata`` is what else its header says.
+    """
+    write_header(stream, file, shapes, metadata)
     for value in values:
         write_tensor(stream, value)
 
 
-def write_header(stream: IO[bytes], file: WeightFile, shapes: Mapping[str, TensorShape]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_header(
+    stream: IO[bytes], file: WeightFile, shapes: Mapping[str, TensorShape],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:  # fmt: skip
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in file.tensors:
         tensor = shapes[name]
