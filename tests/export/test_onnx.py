@@ -10,11 +10,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from transformers import ViTConfig, ViTForImageClassification
 
 from overproof.export import stage
 from overproof.export.base import WeighedFormat
 from overproof.export.onnx_file import Reference, export_onnx
+from overproof.export.onnx_fusion import fuse_products
 from overproof.export.onnx_int8 import quantize_onnx, quantize_onnx_static
 from overproof.models import hf_directory
 from overproof.registry import FORMATS, TASKS
@@ -77,11 +79,49 @@ def test_int8_is_close_and_smaller(files: dict[str, Path]) -> None:
 def test_weights_are_int8_per_channel_with_seven_bits(files: dict[str, Path]) -> None:
     values = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(files["int8"]).graph.initializer}
     weights = {name: v for name, v in values.items() if v.dtype == np.int8 and v.ndim == 2}
-    assert len(weights) == 2 * 6 + 1  # four of attention and two of the layer's network, and the classifier
+    assert len(weights) == 2 * 4 + 1  # two of attention and two of the layer's network, and the classifier
     for name, weight in weights.items():
         assert np.abs(weight.astype(int)).max() <= 64, name
         scale = values[name.removesuffix("_quantized") + "_scale"]
         assert scale.shape == (weight.shape[1],)
+
+
+def graph_of(shared: bool) -> onnx.ModelProto:
+    """Two products with biases of one input, of one matrix where it is ``shared``, and a third without a bias."""
+    rng, helper, width = np.random.default_rng(0), onnx.helper, 3 if shared else 5
+    sizes = {"a": (6, 3), "b": (6, width), "a_bias": (3,), "b_bias": (width,), "c": (6, 2)}
+    values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in sizes.items()}
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["xa"]),
+        helper.make_node("Add", ["a_bias", "xa"], ["one"]),
+        helper.make_node("MatMul", ["x", "a" if shared else "b"], ["xb"]),
+        helper.make_node("Add", ["xb", "b_bias"], ["two"]),
+        helper.make_node("MatMul", ["x", "c"], ["three"]),
+    ]
+    columns = {"x": 6, "one": 3, "two": width, "three": 2}
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["B", of]) for name, of in columns.items()]
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in values.items() if not shared or name != "b"]
+    return helper.make_model(
+        helper.make_graph(nodes, "made", ends[:1], ends[1:], tensors), opset_imports=[helper.make_opsetid("", 20)]
+    )
+
+
+def test_products_of_one_input_are_one(files: dict[str, Path]) -> None:
+    inputs = np.random.default_rng(1).standard_normal((4, 6)).astype(np.float32)
+    plain, fused, shared = graph_of(False), graph_of(False), graph_of(True)
+    fuse_products(fused)
+    onnx.checker.check_model(fused)
+    expected, found = (ReferenceEvaluator(model).run(None, {"x": inputs}) for model in (plain, fused))
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-6, atol=1e-6)
+    assert [node.op_type for node in fused.graph.node] == ["MatMul", "Add", "Split", "MatMul"]
+    assert len(fused.graph.initializer) == 4
+    before = shared.SerializeToString()
+    fuse_products(shared)
+    assert shared.SerializeToString() == before  # what two nodes read stays
+    whole = onnx.load(files["fp32"]).graph
+    weights = {each.name for each in whole.initializer}
+    assert len([node for node in whole.node if node.op_type == "MatMul" and node.input[1] in weights]) == 2 * 4
 
 
 def test_one_file_without_this_machines_paths(files: dict[str, Path]) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from overproof.engines.onnx_runtime import PADDING, WIDTH, without_padding
+from overproof.export.onnx_fusion import fuse_products
 from overproof.models.base import ArrayFamily
 from overproof.models.hf_directory import load_model
 from overproof.models.sizes import family_of
@@ -78,7 +79,9 @@ def export_onnx(model: Path, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    write_onnx(program.model_proto, path, metadata)
+    proto = program.model_proto
+    fuse_products(proto)
+    write_onnx(proto, path, metadata)
 
 
 class Reference:
