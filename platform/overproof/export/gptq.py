@@ -24,7 +24,7 @@ DAMPING = 0.01  # of H's mean diagonal, added to it: inputs of a few thousand to
 def gptq(weights_RC: Weights, hessian_CC: Tensor, kind: Ggml) -> Bytes:
     """A matrix in a type of ``BLOCKS``, packed, (R, bytes)."""
     layout = BLOCKS[kind]
-    upper_CC = _inverse_factor(hessian_CC)
+    upper_CC = inverse_factor(hessian_CC)
     importance_C = upper_CC.diagonal().pow(-2)  # what an error in a column costs once those after it made up for it
     left_RC = torch.from_numpy(np.array(weights_RC, np.float32))
     width = gguf.quants.quant_shape_to_byte_shape((1, layout.columns), kind)[-1]
@@ -47,7 +47,7 @@ def gptq(weights_RC: Weights, hessian_CC: Tensor, kind: Ggml) -> Bytes:
     return packed
 
 
-def _inverse_factor(hessian_CC: Tensor) -> Tensor:
+def inverse_factor(hessian_CC: Tensor) -> Tensor:
     """The upper factor U of the inverse, UᵀU, of the damped H: row c of it says how columns after c make up for c."""
     damped_CC = hessian_CC.double()
     diagonal_C = damped_CC.diagonal()
