@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +222,19 @@ def test_compiled_models_keep_them_too() -> None:
     for name, module in student.get_submodule("model.layers").named_modules():
         if isinstance(module, nn.Linear):
             assert torch.equal(module.weight.grad == 0, zeros[name])
+
+
+def test_groups_keep_them_too_under_zero_and_after_a_restart(tmp_path: Path) -> None:
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, str(folder / "masked_ranks.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder.parent / "train"), *sys.path])},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found == {name: [0, 0] for name in ("stage2", "stage3", "bf16")}  # none came back, and all others moved
 
 
 @pytest.mark.usefixtures("ray_cluster")
