@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distill_world import TEACHERS, World, recipe_of
+from distill_world import TEACHERS, World, jobs, recipe_of
 from test_pruning import made
 from test_student_init import student
 from test_sweep import job_of
@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from decoder_cases import CASES, SHAPE
-from overproof.cluster.preflight import warn_for_study
+from overproof.cluster.preflight import require_exportable, warn_for_study
 from overproof.config import Masked, Pretrained
 from overproof.distill import masked_student
+from overproof.distill.distributed_student import DistributedStudentTrainer
 from overproof.distill.masked_student import masked, sparse_matrices
+from overproof.distill.rounded_training import ROUNDINGS
 from overproof.distill.sparsity import sparsify
 from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.sweep import sweep
@@ -34,6 +36,7 @@ from overproof.export.gptq import DAMPING
 from overproof.models.hf_directory import layer_names, load_model
 from overproof.models.sizes import student_config, student_size
 from overproof.registry import FAMILIES
+from overproof.stage_context import StageContext
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 MEASURES: tuple[dict[str, Any], ...] = ({"sparsity": 0.5}, {"sparsity": 0.3}, {"pattern": "2:4"})
@@ -167,10 +170,12 @@ def test_later_layers_see_what_earlier_ones_give_with_their_zeros() -> None:
     assert torch.equal(last.weight, expected)
 
 
-def masked_world(world: World, *names: str, **changes: Any) -> Any:
+def masked_context(
+    world: World, *names: str, rounding: str | None = None, group: dict[str, Any] | None = None
+) -> StageContext:
     asked = {"kind": "masked", "method": "wanda", "sparsity": 0.5, "rows": 16}
-    students = [student(asked, name=name, teacher_weight=0.0, **changes) for name in names]
-    settings = {"students": students, "steps": 12, "validate_every": 4, **RATE}
+    students = [student(asked, name=name, teacher_weight=0.0, rounding=rounding) for name in names]
+    settings = {"students": students, "steps": 12, "validate_every": 4, "group": group, **RATE}
     return world.context("sweep", cached=world.artifacts["prepare"], sweep=settings)
 
 
@@ -179,7 +184,7 @@ def test_zeros_stay_zero_through_training_and_a_restart(text_world: World, monke
     measured = list[int]()
     original = masked_student.sparse_matrices
     monkeypatch.setattr(masked_student, "sparse_matrices", lambda *given: measured.append(1) or original(*given))
-    context = masked_world(text_world, "whole", "broken")
+    context = masked_context(text_world, "whole", "broken")
     job = job_of(context, "broken")
     whole, broken = StudentTrainer(job_of(context, "whole")), StudentTrainer(job)
     control = StudentTrainer(dataclasses.replace(job_of(context, "whole"), name=CONTROL, distilled=False))
@@ -206,12 +211,13 @@ def test_zeros_stay_zero_through_training_and_a_restart(text_world: World, monke
 
 
 def test_a_student_that_is_rounded_keeps_them_too(text_world: World) -> None:
-    trainer = StudentTrainer(job_of(masked_world(text_world, "both", rounding="q4_0"), "both"))
+    trainer = StudentTrainer(job_of(masked_context(text_world, "both", rounding="q4_0"), "both"))
     zeros = {name: weight == 0 for name, weight in linear_weights(trainer.model).items()}
     for _ in range(3):
         trainer.run_to_validation()
     for name, weight in linear_weights(trainer.model).items():
         assert torch.equal(weight == 0, zeros[name])
+        assert not any(rounded(weight)[zeros[name]].any() for rounded in ROUNDINGS.values())
 
 
 def test_compiled_models_keep_them_too() -> None:
@@ -237,9 +243,20 @@ def test_groups_keep_them_too_under_zero_and_after_a_restart(tmp_path: Path) -> 
     assert found == {name: [0, 0] for name in ("stage2", "stage3", "bf16")}  # none came back, and all others moved
 
 
+@pytest.mark.trial
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_group_under_ray_writes_a_file_that_has_the_zeros(text_world: World) -> None:
+    (job,) = jobs(masked_context(text_world, "one", group={"workers": 2, "zero_stage": 3}))
+    trainer = DistributedStudentTrainer()
+    trainer.start(job)
+    results = [trainer.run_to_validation() for _ in range(3)]
+    assert [result["failed"] for result in results] == [None] * 3
+    assert share_of_zeros(linear_weights(load_model(Path(job.draft.uri) / job.folder))) == 0.5
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_sweep_ends_with_files_that_have_the_zeros(text_world: World) -> None:
-    context = masked_world(text_world, "one")
+    context = masked_context(text_world, "one")
     assert sweep(context)["trials"] == 1
     for folder in ("students/one", "control"):
         assert share_of_zeros(linear_weights(load_model(Path(context.draft.uri) / folder))) == 0.5
@@ -268,6 +285,12 @@ def test_teachers_that_cannot_be_masked_are_refused_before_anything_is_trained(t
     with pytest.raises(InputError, match=words):
         student_config(config, half, FAMILIES["gpt2"].names)
     folder = CASES["gpt2"].save(tmp_path / "gpt2", CASES["gpt2"].model())
+    asked = student({"kind": "masked", "method": "wanda", "sparsity": 0.5})
+    recipe = recipe_of(
+        "text", train={"model": {"kind": "pretrained", "path": str(folder)}}, sweep={"students": [asked]}
+    )
+    with pytest.raises(InputError, match=f"student begun: {words}"):
+        require_exportable(recipe)
     with pytest.raises(InputError, match=words):
         student_size(half, Pretrained(path=str(folder)), SHAPE)
     with pytest.raises(InputError, match=r"found transformer\.h of a GPT2LMHeadModel"):

@@ -120,7 +120,10 @@ def require_exportable(recipe: Recipe) -> list[Finding]:
             config = _config_of_a_known_family(taught.path, kind, where)
             _, family = family_of(config, taught.path)
             part = f"{model.count} layers" if isinstance(model, TeacherLayers) else "what is left"
-            asked[f"{where}: {part} of {taught.path}"] = student_config(config, model, family.names)
+            try:
+                asked[f"{where}: {part} of {taught.path}"] = student_config(config, model, family.names)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
     if asked:
         with console.waiting(f"asking {kind} about {format_count(len(asked), 'model')}"):
             check_models(kind, recipe.data.positions, asked, recipe.compress.formats)

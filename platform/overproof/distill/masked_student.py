@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from overproof.artifacts import Artifact
 from overproof.config.models import Masked
 from overproof.distill.sparsity import sparsify
-from overproof.errors import InputError
 from overproof.export.calibration import CalibrationRows, calibrate
 from overproof.files import atomic_write, filesystem, read_bytes
 from overproof.models.hf_directory import layer_names, load_model
@@ -93,9 +92,5 @@ def _without_zeros(weight: Tensor, gradient: Tensor) -> Tensor:
 
 def _layer_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     layers = layer_names(model).layers
-    try:
-        stack = model.get_submodule(layers)
-    except AttributeError as error:
-        raise InputError(f"kind masked: a {type(model).__name__} keeps no layers at {layers}") from error
-    linear = {name: module for name, module in stack.named_modules() if isinstance(module, nn.Linear)}
-    return {f"{layers}.{name}.weight": module.weight for name, module in linear.items()}
+    modules = model.get_submodule(layers).named_modules()
+    return {f"{layers}.{name}.weight": module.weight for name, module in modules if isinstance(module, nn.Linear)}
