@@ -172,7 +172,7 @@ def run(recipe: Recipe, until: str | None = None, done: dict[str, Artifact] | No
     with store.lock():
         # Another run may have ended meanwhile. The data are not looked at again: to list them may take long.
         steps = [replace(step, artifact=store.lookup(recipe.name, step.stage.name, step.fingerprint)) for step in steps]
-        for finding in preflight.check_precision(recipe):
+        for finding in (*preflight.check_precision(recipe), *preflight.warn_for_study(recipe)):
             console.notice(f"{finding.about}: {finding.text}")
         if any(step.stage.name == "compress" and step.artifact is None for step in steps):
             for finding in preflight.require_exportable(recipe):

@@ -65,6 +65,7 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     findings = [*preflight.check_source(recipe), *exported, *preflight.check_placement(recipe, capacity), stored]
     findings += [
         *preflight.check_gate(recipe),
+        *preflight.warn_for_study(recipe),
         *preflight.check_precision(recipe),
         *preflight.check_learning_rates(recipe),
     ]

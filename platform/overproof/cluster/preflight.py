@@ -16,7 +16,16 @@ from overproof.artifacts import Artifact, Store
 from overproof.cluster import node_checks, ray_cluster, store_probe, upload
 from overproof.cluster.machine import memory_bytes
 from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
-from overproof.config import ModelSection, Pretrained, Pruned, Recipe, Served, TeacherLayers, ZeroSettings
+from overproof.config import (
+    Masked,
+    ModelSection,
+    OfTeacher,
+    Pretrained,
+    Recipe,
+    Served,
+    TeacherLayers,
+    ZeroSettings,
+)
 from overproof.config.search import Asha, Choice, Hyperband, Median, Pbt
 from overproof.data.manifest import Manifest
 from overproof.data.source_files import describe_skipped
@@ -107,11 +116,14 @@ def require_exportable(recipe: Recipe) -> list[Finding]:
     for where, model in models.items():
         if isinstance(model, Pretrained):
             asked[f"{where}: {model.path}"] = _config_of_a_known_family(model.path, kind, where)
-        elif isinstance(model, TeacherLayers | Pruned) and isinstance(taught, Pretrained):
+        elif isinstance(model, OfTeacher) and isinstance(taught, Pretrained):
             config = _config_of_a_known_family(taught.path, kind, where)
             _, family = family_of(config, taught.path)
             part = f"{model.count} layers" if isinstance(model, TeacherLayers) else "what is left"
-            asked[f"{where}: {part} of {taught.path}"] = student_config(config, model, family.names)
+            try:
+                asked[f"{where}: {part} of {taught.path}"] = student_config(config, model, family.names)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
     if asked:
         with console.waiting(f"asking {kind} about {format_count(len(asked), 'model')}"):
             check_models(kind, recipe.data.positions, asked, recipe.compress.formats)
@@ -173,7 +185,7 @@ def require_attention(recipe: Recipe) -> None:
                 "one text: expected sdpa"
             )
         for model in models:
-            source = recipe.train.model if isinstance(model, TeacherLayers | Pruned) else model
+            source = recipe.train.model if isinstance(model, OfTeacher) else model
             if isinstance(source, Pretrained):
                 require_varlen(family_of(directory_config(source.path), source.path)[0], where)
             elif not isinstance(source, Served):
@@ -202,6 +214,16 @@ def warn_not_smaller(sizes: Mapping[str, int], teacher: int) -> Iterator[Finding
             yield Finding(
                 f"student {name}", "warning", f"{size_:,} parameters are not fewer than the teacher's {teacher:,}"
             )
+
+
+def warn_for_study(recipe: Recipe) -> Iterator[Finding]:
+    """A warning for each student that is experimental."""
+    for student in recipe.sweep.students:
+        if isinstance(student.model, Masked):
+            yield Finding(
+                f"student {student.name}", "warning",
+                "kind masked is experimental, for study: its files are no smaller and no faster than without zeros",
+            )  # fmt: skip
 
 
 def check_gate(recipe: Recipe) -> Iterator[Finding]:

@@ -44,7 +44,16 @@ from overproof.config.evaluation import (
     Smaller,
 )
 from overproof.config.export import FormatSection, Speculate
-from overproof.config.models import LayeredModel, ModelSection, Pretrained, Pruned, Served, TeacherLayers
+from overproof.config.models import (
+    LayeredModel,
+    Masked,
+    ModelSection,
+    OfTeacher,
+    Pretrained,
+    Pruned,
+    Served,
+    TeacherLayers,
+)
 from overproof.config.overrides import parse_overrides
 from overproof.config.recipe import Recipe, load_recipe
 from overproof.config.search import Asha, Grid, Hyperband, Median, NoStop, Pbt, Random, Space, Tpe, Tune
@@ -77,10 +86,12 @@ __all__ = [
     "Latency",
     "LayeredModel",
     "Lora",
+    "Masked",
     "Median",
     "ModelSection",
     "NearDuplicates",
     "NoStop",
+    "OfTeacher",
     "OnPolicy",
     "Optimization",
     "Parity",

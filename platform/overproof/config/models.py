@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from overproof.config.base import RESOURCE, Count, OneOf, Section
+from overproof.config.base import RESOURCE, Count, Fraction, OneOf, Section
 from overproof.errors import InputError
 from overproof.registry import FAMILIES
 
@@ -33,7 +34,33 @@ class Pretrained(ModelSection):
     path: str = Field(description="Folder or URI: hf://ORG/NAME or hf://ORG/NAME@REVISION, s3://, gs://, ...")
 
 
-class TeacherLayers(ModelSection):
+class OfTeacher(ModelSection):
+    """A student that is made from its teacher: shape and weights follow from it."""
+
+    @property
+    @abstractmethod
+    def kept_layers(self) -> int | None:
+        """Layers that stay; None where all do."""
+
+    @abstractmethod
+    def left_of(self, teacher: LayeredModel) -> LayeredModel:
+        """The section of what is left of a teacher that a recipe describes.
+
+        Raises:
+            InputError: it cannot be made from that.
+        """
+
+    @abstractmethod
+    def require_possible(self, layers: int, intermediate: int, kv_heads: int, hidden: int) -> None:
+        """Look whether it can be made from a teacher with so many layers, channels of each feed-forward layer, key
+        heads, and channels between layers.
+
+        Raises:
+            InputError: it cannot.
+        """
+
+
+class TeacherLayers(OfTeacher):
     """The teacher with fewer layers; those, the embeddings and the head keep its weights (arXiv 1910.01108)."""
 
     kind: Literal["teacher_layers"] = "teacher_layers"
@@ -53,6 +80,18 @@ class TeacherLayers(ModelSection):
         """Layers that stay."""
         return self.layers if isinstance(self.layers, int) else len(self.layers)
 
+    @property
+    def kept_layers(self) -> int:
+        return self.count
+
+    def left_of(self, teacher: LayeredModel) -> LayeredModel:
+        self.of(teacher.layers)
+        return teacher.model_copy(update={"layers": self.count})
+
+    def require_possible(self, layers: int, intermediate: int, kv_heads: int, hidden: int) -> None:
+        del intermediate, kv_heads, hidden
+        self.of(layers)
+
     def of(self, teacher: int) -> tuple[int, ...]:
         """Which stay, of a teacher with this many layers.
 
@@ -68,7 +107,7 @@ class TeacherLayers(ModelSection):
         return tuple((2 * i * (teacher - 1) + gaps) // (2 * gaps) for i in range(self.layers))
 
 
-class Pruned(ModelSection):
+class Pruned(OfTeacher):
     """The teacher without what matters least on train rows: layers, channels of the feed-forward layers, key heads,
     channels between layers.
 
@@ -91,31 +130,86 @@ class Pruned(ModelSection):
             )
         return self
 
-    def of(self, teacher: LayeredModel) -> LayeredModel:
-        """The section of what is left of a teacher that a recipe describes.
+    @property
+    def kept_layers(self) -> int | None:
+        return self.layers
 
-        Raises:
-            InputError: it has not as much, its family has no such shape, or heads or channels between layers are asked
-                for: fresh heads follow from the width.
-        """
+    def left_of(self, teacher: LayeredModel) -> LayeredModel:
+        """See ``OfTeacher``. Heads and channels between layers are refused: fresh heads follow from the width."""
         for name in ("kv_heads", "hidden_size"):
             if getattr(self, name) is not None:
                 raise InputError(f"{name}: such are taken from pretrained teachers alone; expected null")
-        self.require_fewer(teacher.layers, getattr(teacher, "intermediate_size", 0), 0, 0)
+        self.require_possible(teacher.layers, getattr(teacher, "intermediate_size", 0), 0, 0)
         kept = {name: n for name in ("layers", "intermediate_size") if (n := getattr(self, name)) is not None}
         return type(teacher).parse(teacher.model_dump() | kept, "what is left of the teacher")
 
-    def require_fewer(self, layers: int, intermediate: int, kv_heads: int, hidden: int) -> None:
-        """Look whether a teacher with so many has more of each.
-
-        Raises:
-            InputError: it has not.
-        """
+    def require_possible(self, layers: int, intermediate: int, kv_heads: int, hidden: int) -> None:
         has = {"layers": layers, "intermediate_size": intermediate, "kv_heads": kv_heads, "hidden_size": hidden}
         for name, there in has.items():
             wanted = getattr(self, name)
             if wanted is not None and wanted > there:
                 raise InputError(f"{name} {wanted}: the teacher has {there}; expected at most that")
+
+
+class Masked(OfTeacher):
+    """Experimental, for study: the teacher with part of each matrix of its layers at zero, which stays zero in
+    training. Its files are no smaller and no faster, since no engine here skips zeros.
+
+    What goes is what is smallest by itself (magnitude, arXiv 1506.02626), or times the norm of its inputs within each
+    output (wanda, arXiv 2306.11695), or what costs the outputs least once other weights make up for it (sparsegpt,
+    arXiv 2301.00774).
+    """
+
+    kind: Literal["masked"] = "masked"
+    method: Literal["magnitude", "wanda", "sparsegpt"] = Field(description="What chooses the weights that go.")
+    sparsity: Fraction | None = Field(None, description="Share of each matrix that is zero; or give a pattern.")
+    pattern: Literal["2:4"] | None = Field(
+        None, description="Of every four neighbours in a row of a matrix two are zero; or give a sparsity."
+    )
+    rows: Count = Field(128, description="Train rows that wanda and sparsegpt are calibrated on, the first in order.")
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        if (self.sparsity is None) == (self.pattern is None):
+            found = "neither" if self.sparsity is None else f"sparsity {self.sparsity:g} and pattern {self.pattern}"
+            raise ValueError(f"masked: found {found}; expected one of sparsity, such as 0.5, and pattern, '2:4'")
+        return self
+
+    @property
+    def kept_layers(self) -> None:
+        return None
+
+    def left_of(self, teacher: LayeredModel) -> LayeredModel:
+        names = FAMILIES[teacher.kind].names
+        self.require_linear(names.linear and bool(names.feed_forward), f"layers of {teacher.kind}")
+        self.require_possible(teacher.layers, getattr(teacher, "intermediate_size", 0), 0, teacher.hidden_size)
+        return teacher
+
+    def require_possible(self, layers: int, intermediate: int, kv_heads: int, hidden: int) -> None:
+        del layers, kv_heads
+        self.require_columns(hidden, "hidden_size")
+        self.require_columns(intermediate, "intermediate_size")
+
+    def require_columns(self, columns: int, what: str) -> None:
+        """Look whether rows of so many columns can have the pattern.
+
+        Raises:
+            InputError: they are no multiple of 4.
+        """
+        if self.pattern is not None and columns % 4:
+            raise InputError(f"pattern {self.pattern}: {what} is {columns}; expected a multiple of 4, or sparsity: 0.5")
+
+    def require_linear(self, linear: bool, what: str) -> None:
+        """Look whether a teacher's layers hold the matrices that are masked.
+
+        Raises:
+            InputError: they do not.
+        """
+        if not linear:
+            raise InputError(
+                f"kind masked: found {what}, whose matrices are Conv1D or none; expected layers of nn.Linear, such as "
+                "those of llama"
+            )
 
 
 class Served(ModelSection):
@@ -155,4 +249,4 @@ class Served(ModelSection):
 
 
 Model = Annotated[ModelSection, OneOf(FAMILIES, Pretrained, Served)]
-StudentModel = Annotated[ModelSection, OneOf(FAMILIES, TeacherLayers, Pruned, Pretrained)]
+StudentModel = Annotated[ModelSection, OneOf(FAMILIES, TeacherLayers, Pruned, Masked, Pretrained)]

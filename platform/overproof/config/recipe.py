@@ -15,7 +15,7 @@ from overproof.config.data import BpeTokenizer, DataSection, TextData
 from overproof.config.distillation import Cache, Generate, Student, Sweep
 from overproof.config.evaluation import Evaluate, ExpectedAnswers, Gate, Smaller
 from overproof.config.export import FormatSection, Speculate
-from overproof.config.models import LayeredModel, Pretrained, Pruned, Served, TeacherLayers
+from overproof.config.models import LayeredModel, OfTeacher, Pretrained, Served
 from overproof.config.overrides import set_override
 from overproof.config.search import Tune
 from overproof.config.serving import Serve
@@ -145,10 +145,8 @@ class Recipe(Section):
         for index, student in enumerate(self.sweep.students):
             where, whole = f"sweep.students.{index}.model", self.train.model
             try:
-                if isinstance(student.model, TeacherLayers):
-                    student.model.of(whole.layers)
-                if isinstance(student.model, Pruned):
-                    student.model.of(whole)
+                if isinstance(student.model, OfTeacher):
+                    student.model.left_of(whole)
             except InputError as error:
                 raise ValueError(f"{where}.{error}") from None
 
@@ -180,7 +178,7 @@ class Recipe(Section):
             )
         for index, student in enumerate(self.sweep.students):
             where = f"sweep.students.{index}"
-            if isinstance(student.model, TeacherLayers | Pruned):
+            if isinstance(student.model, OfTeacher):
                 yield (
                     f"{where}.model.kind {student.model.kind!r}",
                     "a model of its own, such as {kind: pretrained, path: ...}",

@@ -13,15 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from overproof.artifacts import Artifact
-from overproof.config import Pruned
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Columns
 from overproof.distill.losses import Divergence
 from overproof.distill.objectives import DistillObjective, LiveTeacherObjective, OnPolicyObjective
-from overproof.distill.pruning import known_importance
 from overproof.distill.rounded_training import train_rounded
 from overproof.distill.row_cache import teacher_folder
-from overproof.distill.student_init import initial_student
+from overproof.distill.student_init import initial_student, measured_teacher
 from overproof.distill.student_validation import check_student
 from overproof.distill.target_cache import TargetCache
 from overproof.distill.teacher_text import TeacherText
@@ -46,12 +44,9 @@ class DistillSpec:
             InputError: it cannot start from what its settings name.
         """
         check_student(self.job.student, self.job.prepared, self.job.trained, self.job.progress)
-        model, importance = self.job.student.model, None
-        if isinstance(model, Pruned):
-            importance = known_importance(
-                self._teacher_folder, self.job.prepared, self.job.draft.workspace, self.job.seed, model.rows
-            )
-        start = initial_student(model, manifest, seed, self._teacher_folder, importance)
+        model, teacher, workspace = self.job.student.model, self._teacher_folder, self.job.draft.workspace
+        measured = measured_teacher(model, teacher, self.job.prepared, workspace, self.job.seed)
+        start = initial_student(model, manifest, seed, teacher, measured)
         rounding = self.job.student.rounding
         return start if rounding is None else train_rounded(start, rounding)
 

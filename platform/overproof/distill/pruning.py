@@ -217,7 +217,7 @@ def prune(model: PreTrainedModel, section: Pruned, importance: Importance) -> Pr
     for field, there in has.items():
         if getattr(section, field) is not None and not there:
             raise cannot_lose(field, type(model).__name__)
-    section.require_fewer(len(importance.layers_L), channels, kv_heads, hidden)
+    section.require_possible(len(importance.layers_L), channels, kv_heads, hidden)
     layers = _kept(importance.layers_L, section.layers, names.first_stays)
     smaller = keep_layers(model, layers.tolist())
     config, state = copy.deepcopy(smaller.config), smaller.state_dict()

@@ -6,15 +6,33 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from overproof.config import ModelSection, Pretrained, Pruned, TeacherLayers
+from overproof.artifacts import Artifact
+from overproof.config import Masked, ModelSection, Pretrained, Pruned, TeacherLayers
 from overproof.data.manifest import Manifest
-from overproof.distill.pruning import Importance, keep_layers, prune
+from overproof.distill.masked_student import Matrices, known_matrices, masked
+from overproof.distill.pruning import Importance, keep_layers, known_importance, prune
 from overproof.models import pretrained
 from overproof.models.hf_directory import build_model, load_model, load_start
 
+Measured = Importance | Matrices | None  # on train rows, of the teacher
+
+
+def measured_teacher(chosen: ModelSection, teacher: Path, prepared: Artifact, workspace: str, seed: int) -> Measured:
+    """What a student's start needs to know of the teacher in its directory, from train rows: found by the first who
+    asks, and kept in the workspace. None for students that need nothing.
+
+    Raises:
+        InputError: the teacher's layers cannot be masked.
+    """
+    if isinstance(chosen, Pruned):
+        return known_importance(teacher, prepared, workspace, seed, chosen.rows)
+    if isinstance(chosen, Masked):
+        return known_matrices(chosen, teacher, prepared, workspace, seed)
+    return None
+
 
 def initial_student(
-    chosen: ModelSection, manifest: Manifest, seed: int, teacher: Path, importance: Importance | None = None
+    chosen: ModelSection, manifest: Manifest, seed: int, teacher: Path, measured: Measured = None
 ) -> PreTrainedModel:
     """Fresh weights, parts of the teacher in its directory, or another directory's; a function of its arguments.
 
@@ -24,8 +42,11 @@ def initial_student(
     if isinstance(chosen, Pretrained):
         return load_start(pretrained.fetch_pretrained(chosen.path), manifest, seed).train()
     if isinstance(chosen, Pruned):
-        assert importance is not None
-        return prune(load_model(teacher), chosen, importance).train()
+        assert isinstance(measured, Importance)
+        return prune(load_model(teacher), chosen, measured).train()
+    if isinstance(chosen, Masked):
+        assert isinstance(measured, dict)
+        return masked(load_model(teacher), measured).train()
     if isinstance(chosen, TeacherLayers):
         model = load_model(teacher)
         return keep_layers(model, chosen.of(model.config.num_hidden_layers)).train()

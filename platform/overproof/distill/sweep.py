@@ -14,7 +14,7 @@ from pyarrow import fs
 
 from overproof.artifacts import Artifact
 from overproof.cluster.progress_relay import relay_progress
-from overproof.config import Grid, Pbt, Pruned
+from overproof.config import Grid, Masked, Pbt, Pruned
 from overproof.config.search import TrialValues, apply_values, varying_values
 from overproof.data.manifest import Manifest
 from overproof.distill.cache_checks import ROWS_CHECKED, check_rows, check_text
@@ -59,7 +59,7 @@ def _sweep(context: StageContext, curves: Path) -> dict[str, Any]:
         check_student(student, context.parents["prepare"], context.parents["train"], context.progress)
     state = SweepState(context.draft)
     previous = state.load_trials()
-    _measure_importance(context)
+    _measure_teacher(context)
     max_deaths = 0 if isinstance(search.scheduler, Pbt) else MAX_DEATHS  # a population is proposed once
     tracker = SweepTracker(context.progress, search.most_steps(settings), search.trials(settings), max_deaths, curves)
     with relay_progress(tracker.show) as progress:
@@ -104,19 +104,23 @@ def _sweep(context: StageContext, curves: Path) -> dict[str, Any]:
     }
 
 
-def _measure_importance(context: StageContext) -> None:
-    """What of the teacher matters least, where students are pruned: once, before they start side by side."""
+def _measure_teacher(context: StageContext) -> None:
+    """What of the teacher matters least, where students are pruned or masked: once, before they start side by side."""
     recipe, parents = context.recipe, context.parents
-    for rows in {student.model.rows for student in recipe.sweep.students if isinstance(student.model, Pruned)}:
-        given = (parents["prepare"], parents["train"], context.draft.workspace, recipe.seed, rows)
-        context.progress(Notice(f"what of the teacher matters least, on {format_count(rows, 'train row')}"))
-        run_tasks(_importance_of_trained, {f"{rows} rows": given})
+    models = [student.model for student in recipe.sweep.students]
+    pruned = {model.rows: model for model in models if isinstance(model, Pruned)}  # one measure serves all
+    masked = dict.fromkeys(model for model in models if isinstance(model, Masked))
+    asked: list[Pruned | Masked] = [*pruned.values(), *masked]
+    for model in asked:
+        given = (model, parents["prepare"], parents["train"], context.draft.workspace, recipe.seed)
+        context.progress(Notice(f"what of the teacher matters least, on {format_count(model.rows, 'train row')}"))
+        run_tasks(_measure_trained, {f"{model.rows} rows": given})
 
 
-def _importance_of_trained(prepared: Artifact, trained: Artifact, workspace: str, seed: int, rows: int) -> None:
-    from overproof.distill.pruning import known_importance
+def _measure_trained(model: Pruned | Masked, prepared: Artifact, trained: Artifact, workspace: str, seed: int) -> None:
+    from overproof.distill.student_init import measured_teacher
 
-    known_importance(teacher_folder(trained), prepared, workspace, seed, rows)
+    measured_teacher(model, teacher_folder(trained), prepared, workspace, seed)
 
 
 def check_cache(context: StageContext) -> None:

@@ -44,7 +44,7 @@ def compensated_codes(weights_RC: Weights, hessian_CC: Tensor, columns: int, mos
     """Of each number a code from 0 to ``most``, (R, C), for blocks of so many columns: it stands for its scale times
     the code, plus its offset.
     """
-    upper_CC = _inverse_factor(hessian_CC)
+    upper_CC = inverse_factor(hessian_CC)
     importance_C = upper_CC.diagonal().pow(-2)  # what an error in a column costs once those after it made up for it
     left_RC = torch.from_numpy(np.array(weights_RC, np.float32))
     codes_RC = torch.empty(left_RC.shape, dtype=torch.uint8)
@@ -64,7 +64,7 @@ def compensated_codes(weights_RC: Weights, hessian_CC: Tensor, columns: int, mos
     return codes_RC.numpy()
 
 
-def _inverse_factor(hessian_CC: Tensor) -> Tensor:
+def inverse_factor(hessian_CC: Tensor) -> Tensor:
     """The upper factor U of the inverse, UᵀU, of the damped H: row c of it says how columns after c make up for c."""
     damped_CC = hessian_CC.double()
     diagonal_C = damped_CC.diagonal()

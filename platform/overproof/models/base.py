@@ -81,6 +81,7 @@ class LayerNames:
     fused: FusedAttention | None = None
     attention_output: str | None = None  # from a layer; None where heads cannot be taken away by themselves
     width_goes: bool = False  # whether channels between layers can be: norms are of their mean square alone
+    linear: bool = True  # whether matrices of layers are nn.Linear; Conv1D has them by input and output
     intermediate: str = "intermediate_size"  # a configuration's name of the feed-forward layer's channels
     per_layer: tuple[str, ...] = ()  # settings of a configuration that have one entry a place
     own_settings: tuple[str, ...] = ()  # the same, of one entry a layer: it takes it to its new place

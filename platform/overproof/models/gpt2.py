@@ -58,6 +58,7 @@ class Gpt2Family(DecoderFamily):
         output="lm_head",
         feed_forward=("mlp.c_fc", "mlp.c_proj"),
         fused=FusedAttention("attn.c_attn", _split),
+        linear=False,
         intermediate="n_inner",
     )
     tied = True

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs
 
-from overproof.config.models import LayeredModel, ModelSection, Pretrained, Pruned, TeacherLayers
+from overproof.config.models import LayeredModel, Masked, ModelSection, OfTeacher, Pretrained, Pruned
 from overproof.config.training import Lora, Train
 from overproof.errors import InputError, suggest_name
 from overproof.files import filesystem, read_bytes, retried
@@ -121,7 +121,7 @@ def student_size(model: ModelSection, teacher: ModelSection, shape: DataShape) -
     Raises:
         InputError: a directory is not one of a model, or the teacher has fewer layers than the student asks for.
     """
-    if not isinstance(model, TeacherLayers | Pruned):
+    if not isinstance(model, OfTeacher):
         return model_size(model, shape)
     whole = model_size(teacher, shape)
     if not FAMILIES[whole.family].names.feed_forward:
@@ -129,16 +129,11 @@ def student_size(model: ModelSection, teacher: ModelSection, shape: DataShape) -
             f"a teacher of the family {whole.family} has no layers of its own; expected a student of another kind, "
             "such as {kind: pretrained, path: ...}"
         )
-    if isinstance(model, TeacherLayers):
-        model.of(whole.layers)
-    else:
-        model.require_fewer(whole.layers, whole.intermediate, UNTOLD, whole.hidden)
+    model.require_possible(whole.layers, whole.intermediate, UNTOLD, whole.hidden)
     if isinstance(teacher, Pretrained):
         return _directory_size(teacher.path, shape, model, whole.intermediate)
-    if isinstance(model, TeacherLayers):
-        return model_size(teacher.model_copy(update={"layers": model.count}), shape)
     assert isinstance(teacher, LayeredModel)
-    return model_size(model.of(teacher), shape)
+    return model_size(model.left_of(teacher), shape)
 
 
 def _kv_heads(config: Mapping[str, Any]) -> int:
@@ -222,24 +217,27 @@ def require_varlen(kind: str, where: str) -> None:
         )
 
 
-def student_config(config: Mapping[str, Any], model: TeacherLayers | Pruned, names: LayerNames) -> dict[str, Any]:
+def student_config(config: Mapping[str, Any], model: OfTeacher, names: LayerNames) -> dict[str, Any]:
     """The content of a config.json for what is left of its model.
 
     Raises:
-        InputError: it has not as much, or its heads cannot be taken away by themselves.
+        InputError: it has not as much, or its heads cannot be taken away by themselves, or its layers not be masked.
     """
-    if isinstance(model, TeacherLayers):
-        return with_layers(config, model.count, names)
-    if model.kv_heads is not None and names.attention_output is None:
-        raise cannot_lose("kv_heads", (config.get("architectures") or ["?"])[0])
-    if model.hidden_size is not None and not names.width_goes:
-        raise cannot_lose("hidden_size", (config.get("architectures") or ["?"])[0])
+    architecture = (config.get("architectures") or ["?"])[0]
+    if isinstance(model, Masked):
+        model.require_linear(names.linear, f"layers of a {architecture}")
+    if isinstance(model, Pruned) and model.kv_heads is not None and names.attention_output is None:
+        raise cannot_lose("kv_heads", architecture)
+    if isinstance(model, Pruned) and model.hidden_size is not None and not names.width_goes:
+        raise cannot_lose("hidden_size", architecture)
     layers, channels = (
         next((int(config[name]) for name in known if config.get(name)), UNTOLD)
         for known in (LAYERS, (names.intermediate, "intermediate_size"))
     )
-    model.require_fewer(layers, channels, _kv_heads(config), int(config.get("hidden_size") or UNTOLD))
-    found = dict(config) if model.layers is None else with_layers(config, model.layers, names)
+    model.require_possible(layers, channels, _kv_heads(config), int(config.get("hidden_size") or UNTOLD))
+    found = dict(config) if model.kept_layers is None else with_layers(config, model.kept_layers, names)
+    if not isinstance(model, Pruned):
+        return found
     if model.intermediate_size is not None:
         called = {name for name in (names.intermediate, "intermediate_size") if name in config} or {names.intermediate}
         found |= dict.fromkeys(called, model.intermediate_size)
@@ -268,9 +266,7 @@ def with_layers(config: Mapping[str, Any], layers: int, names: LayerNames) -> di
     return {**config, **lists, **dict.fromkeys(called, layers)}
 
 
-def _directory_size(
-    path: str, shape: DataShape, student: TeacherLayers | Pruned | None = None, channels: int = 0
-) -> ModelSize:
+def _directory_size(path: str, shape: DataShape, student: OfTeacher | None = None, channels: int = 0) -> ModelSize:
     """Of a directory's model, or of what a student takes from it, which has so many channels: layers are all alike."""
     config = directory_config(path)
     tensors = {name: math.prod(lengths) for name, lengths in _tensor_shapes(path).items()}
@@ -284,7 +280,7 @@ def _directory_size(
                 f"{path}: keeps no layers at {names.layers}, so fewer of them cannot be taken; expected a "
                 "student of another kind, such as {kind: pretrained, path: ...}"
             )
-        most_layers = student.count if isinstance(student, TeacherLayers) else student.layers
+        most_layers = student.kept_layers
         kv_heads, hidden = _kv_heads(config), int(config.get("hidden_size") or 0)
         config = student_config(config, student, names)
         if isinstance(student, Pruned):

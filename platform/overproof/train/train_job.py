@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overproof.artifacts import Artifact, ArtifactWriter
-from overproof.config import Lora, ModelSection, Pretrained, Pruned, TeacherLayers, Training
+from overproof.config import Lora, ModelSection, OfTeacher, Pretrained, Training
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Columns
 from overproof.models import pretrained
@@ -78,7 +78,7 @@ def sharding_of(start: ModelSection) -> Sharding | None:
     """Of a model that starts so. A directory that is fitted to the data's classes is changed as a whole, and layers are
     taken from a whole teacher.
     """
-    if isinstance(start, TeacherLayers | Pruned):
+    if isinstance(start, OfTeacher):
         return None
     if not isinstance(start, Pretrained):
         return "drawn"
