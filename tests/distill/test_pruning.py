@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -296,3 +297,58 @@ def test_a_student_starts_from_it_and_all_trials_from_the_same(
     assert made[0].config.num_hidden_layers == 1
     for name, weight in made[0].state_dict().items():
         assert torch.equal(weight, made[1].state_dict()[name])
+
+
+def test_in_rounds_a_student_loses_a_part_at_a_time_and_goes_on_as_if_nothing_had_happened(text_world: World) -> None:
+    """Of 64 channels 32 stay; what goes is chosen by the student as it is by then. One that is stopped
+    after any validation ends with the same weights.
+    """
+    model = {"kind": "pruned", "intermediate_size": 32, "rows": 24, "rounds": 2}
+    settings = {
+        "students": [{"name": "slow", "teacher": "live", "model": model}], "steps": 12, "validate_every": 5,
+        "warmup_steps": 0, "batch_size": 8,
+    }  # fmt: skip
+    context = text_world.context("sweep", cached=text_world.artifacts["prepare"], sweep=settings)
+    job = job_of(context, "slow")
+
+    def widths(trainer: StudentTrainer) -> int:
+        return int(trainer.model.config.intermediate_size)
+
+    whole = StudentTrainer(job_of(context, "slow"))
+    seen, ends = [widths(whole)], list[int]()
+    while not ends or ends[-1] < 12:
+        ends.append(whole.run_to_validation().steps)
+        seen.append(widths(whole))
+    assert (ends, seen) == ([5, 6, 10, 12], [48, 48, 32, 32, 32])
+    expected = whole.model.state_dict()
+    for _ in ends:  # each attempt is stopped after one validation more
+        stopped = StudentTrainer(job)
+        assert widths(stopped) == seen[ends.index(stopped.resumed_step) + 1 if stopped.resumed_step else 0]
+        while stopped._replayed:
+            stopped.run_to_validation()
+        stopped.run_to_validation()
+        stopped.checkpoint_writer.wait()
+    found = stopped.model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+    at_once = {**settings, "students": [{"name": "fast", "teacher": "live", "model": {**model, "rounds": 1}}]}
+    fast = text_world.context("sweep", cached=text_world.artifacts["prepare"], sweep=at_once)
+    assert widths(StudentTrainer(job_of(fast, "fast"))) == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sweep.steps": 2}, "model.rounds is 3, and steps 2; expected no more rounds than steps"),
+        ({"sweep.group": "{workers: 2}"}, "student a is pruned in 3 rounds, as one process alone trains it"),
+        ({"tune": "{scheduler: {kind: pbt}, space: {learning_rate: {kind: uniform, low: 0.001, high: 0.01}}, search: "
+          "{kind: random, trials: 2}}"}, "pbt hands weights from trial to trial; expected model.rounds: 1"),
+    ],
+)  # fmt: skip
+def test_rounds_that_cannot_be_are_refused(changes: dict[str, Any], words: str) -> None:
+    model = "{kind: pruned, intermediate_size: 64, rounds: 3}"
+    sets = (f"sweep.students=[{{name: a, model: {model}}}]", *({"tune": "{}"} | changes).items())
+    overrides = tuple(each if isinstance(each, str) else f"{each[0]}={each[1]}" for each in sets)
+    with pytest.raises(InputError, match=re.escape(words)):
+        load_recipe(STDLIB, overrides)

@@ -83,7 +83,7 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
         findings += preflight.warn_not_smaller(parameters, model.parameters)
         if not attached and options.cluster_file is None and not recipe.train.gpus_per_worker:
             findings.append(preflight.check_local_memory(_worker_bytes(recipe, model), recipe.train.fewest))
-    out.print(_largest(recipe, model, students))
+    out.print(_largest(recipe, model, students, preflight.starting_sizes(recipe, shape)))
     if line := _teacher_targets(recipe, shape, prepared, rate):
         out.print(line)
     out.print(f"\n{capacity.where}")
@@ -217,8 +217,12 @@ def _activations(recipe: Recipe, model: ModelSize) -> str:
     )
 
 
-def _largest(recipe: Recipe, teacher: ModelSize | None, students: dict[str, ModelSize]) -> str:
-    """What the largest process of each stage holds, on a machine without a GPU; without a teacher that is served."""
+def _largest(
+    recipe: Recipe, teacher: ModelSize | None, students: dict[str, ModelSize], starting: dict[str, ModelSize]
+) -> str:
+    """What the largest process of each stage holds, on a machine without a GPU; without a teacher that is served.
+    ``starting`` are the students as they begin.
+    """
     train, sweep, exported = recipe.train, recipe.sweep, list(students.values())
     written, engine, found = FORMATS[recipe.compress.kind], ENGINES[recipe.engine], dict[str, int]()
     if teacher is not None:
@@ -226,7 +230,7 @@ def _largest(recipe: Recipe, teacher: ModelSize | None, students: dict[str, Mode
         found["train"] = stage_memory.teacher_memory(teacher, train, train.fewest)
         if recipe.reads_cache:
             found["cache"] = stage_memory.capture_memory(teacher, recipe.cache)
-    found["sweep"] = max(stage_memory.student_memory(size, sweep) for size in students.values())
+    found["sweep"] = max(stage_memory.student_memory(size, sweep) for size in starting.values())
     if isinstance(written, SizedFormat):
         unquantised = recipe.compress.model_copy(update={"formats": ()})  # as the teacher is written
         found["compress"] = max(

@@ -207,6 +207,13 @@ def student_sizes(recipe: Recipe, shape: DataShape) -> dict[str, ModelSize]:
     return sizes
 
 
+def starting_sizes(recipe: Recipe, shape: DataShape) -> dict[str, ModelSize]:
+    """Of each student as it begins, at most: one that is pruned in rounds counts as its teacher does."""
+    sizes = student_sizes(recipe, shape)
+    slow = [student.name for student in recipe.sweep.students if student.rounds > 1]
+    return sizes | (dict.fromkeys(slow, model_size(recipe.train.model, shape)) if slow else {})
+
+
 def warn_not_smaller(sizes: Mapping[str, int], teacher: int) -> Iterator[Finding]:
     """A warning for each student that is no smaller than its teacher."""
     for name, size_ in sizes.items():

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from overproof.config.base import RESOURCE, Count, Cpus, Identifier, Precision, Section
-from overproof.config.models import StudentModel
+from overproof.config.models import Pruned, StudentModel
 from overproof.config.training import Optimization, ZeroSettings
 
 
@@ -137,6 +137,11 @@ class Student(Section):
     )
 
     @property
+    def rounds(self) -> int:
+        """In which its teacher is pruned."""
+        return self.model.rounds if isinstance(self.model, Pruned) else 1
+
+    @property
     def distilled(self) -> bool:
         """Whether the teacher has any part in it."""
         return self.teacher_weight > 0 or self.on_policy > 0 or self.text == "teacher" or self.uses_features
@@ -236,6 +241,12 @@ class Sweep(Optimization):
             raise ValueError(f"student {writer} has a share on_policy; expected a section on_policy in the sweep")
         if self.steps == 0:
             raise ValueError("steps is 0; expected at least 1, since a student starts untrained")
+        for student in self.students:
+            if student.rounds > self.steps:
+                raise ValueError(
+                    f"student {student.name}: model.rounds is {student.rounds}, and steps {self.steps}; expected no "
+                    "more rounds than steps"
+                )
         return self
 
     @model_validator(mode="after")
@@ -252,6 +263,11 @@ class Sweep(Optimization):
                 "takes an equal share"
             )
         for student in self.students:
+            if student.rounds > 1:
+                raise ValueError(
+                    f"student {student.name} is pruned in {student.rounds} rounds, as one process alone trains it; "
+                    "expected no group, or model.rounds: 1"
+                )
             unsupported = {"relations": student.relations, "states": student.states, "on_policy": student.on_policy}
             if field := next((name for name, value in unsupported.items() if value), None):
                 raise ValueError(

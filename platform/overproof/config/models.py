@@ -121,6 +121,11 @@ class Pruned(OfTeacher):
     kv_heads: Count | None = Field(None, description="Key heads of each layer that stay, with their query heads.")
     hidden_size: Count | None = Field(None, description="Channels between layers that stay.")
     rows: Count = Field(128, description="Train rows that say what matters, the first in training order.")
+    rounds: Count = Field(
+        1,
+        description="Parts in which it goes, at equal distances of steps, each measured anew on what is left by then; "
+        "1 takes all of it before the first step.",
+    )
 
     @model_validator(mode="after")
     def _something_goes(self) -> Self:
@@ -133,6 +138,20 @@ class Pruned(OfTeacher):
     @property
     def kept_layers(self) -> int | None:
         return self.layers
+
+    def further_steps(self, steps: int) -> tuple[int, ...]:
+        """Those of a training of so many after which a further part goes; the first goes before it begins."""
+        return tuple(steps * done // self.rounds for done in range(1, self.rounds))
+
+    def after(self, rounds: int, layers: int, intermediate: int, kv_heads: int, hidden: int) -> Self:
+        """What stays after so many rounds, of a teacher with so many of each."""
+        has = {"layers": layers, "intermediate_size": intermediate, "kv_heads": kv_heads, "hidden_size": hidden}
+        left = {
+            name: there - (there - wanted) * rounds // self.rounds
+            for name, there in has.items()
+            if (wanted := getattr(self, name)) is not None
+        }
+        return self.model_copy(update=left)
 
     def left_of(self, teacher: LayeredModel) -> LayeredModel:
         """See ``OfTeacher``. Heads and channels between layers are refused: fresh heads follow from the width."""

@@ -275,6 +275,8 @@ class Tune(Section):
         if isinstance(self.scheduler, Pbt):
             if sweep.group:
                 raise ValueError("tune.scheduler pbt hands weights from process to process; expected no sweep.group")
+            if any(student.rounds > 1 for student in sweep.students):
+                raise ValueError("tune.scheduler pbt hands weights from trial to trial; expected model.rounds: 1")
             if any(student.model != sweep.students[0].model for student in sweep.students):
                 raise ValueError("tune.scheduler pbt hands weights from trial to trial: students need the same model")
             if self.trials(sweep) > sweep.concurrent_trials:

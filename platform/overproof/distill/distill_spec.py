@@ -13,20 +13,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from overproof.artifacts import Artifact
+from overproof.config import Pruned
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Columns
 from overproof.distill.losses import Divergence
 from overproof.distill.objectives import DistillObjective, LiveTeacherObjective, OnPolicyObjective
+from overproof.distill.pruning import Importance, measure_importance, prune
 from overproof.distill.rounded_training import train_rounded
 from overproof.distill.row_cache import teacher_folder
-from overproof.distill.student_init import initial_student, measured_teacher
+from overproof.distill.student_init import Measured, initial_student, measured_teacher
 from overproof.distill.student_validation import check_student
 from overproof.distill.target_cache import TargetCache
 from overproof.distill.teacher_text import TeacherText
 from overproof.distill.trial_job import TrialJob
+from overproof.export.calibration import CalibrationRows
 from overproof.models.compute import Compute
 from overproof.models.hf_directory import load_model
 from overproof.tasks.base import Task
+from overproof.train.engine import to_device
 from overproof.train.objective import CrossEntropy, Objective
 from overproof.train.train_job import Sharding, sharding_of
 
@@ -37,18 +41,36 @@ class DistillSpec:
 
     job: TrialJob
 
-    def model(self, manifest: Manifest, seed: int) -> PreTrainedModel:
-        """The student with its weights from before the first step; its control starts from the same.
+    def model(self, manifest: Manifest, seed: int, rounds: int = 1) -> PreTrainedModel:
+        """The student with its weights from before the first step; its control starts from the same. One that is
+        pruned in rounds has the shape that it has after so many.
 
         Raises:
             InputError: it cannot start from what its settings name.
         """
         check_student(self.job.student, self.job.prepared, self.job.trained, self.job.progress)
-        model, teacher, workspace = self.job.student.model, self._teacher_folder, self.job.draft.workspace
-        measured = measured_teacher(model, teacher, self.job.prepared, workspace, self.job.seed)
-        start = initial_student(model, manifest, seed, teacher, measured)
+        start = initial_student(self.job.student.model, manifest, seed, self._teacher_folder, self._measured, rounds)
+        return self._rounded(start)
+
+    def pruned_further(self, model: PreTrainedModel, rounds: int) -> PreTrainedModel:
+        """The student as it goes on after so many rounds: without what matters least on train rows by now."""
+        section = self.job.student.model
+        assert isinstance(section, Pruned)
+        assert isinstance(self._measured, Importance)
+        read = CalibrationRows(self.job.prepared, self.job.seed, section.rows)
+        batches = (to_device(batch, model.device) for batch in read.batches())
+        found = measure_importance(model, batches, read.predict)
+        smaller = prune(model, section.after(rounds, *self._measured.sizes), found).to(model.device)
+        return self._rounded(smaller.train())
+
+    def _rounded(self, model: PreTrainedModel) -> PreTrainedModel:
         rounding = self.job.student.rounding
-        return start if rounding is None else train_rounded(start, rounding)
+        return model if rounding is None else train_rounded(model, rounding)
+
+    @cached_property
+    def _measured(self) -> Measured:
+        job = self.job
+        return measured_teacher(job.student.model, self._teacher_folder, job.prepared, job.draft.workspace, job.seed)
 
     @property
     def sharding(self) -> Sharding | None:

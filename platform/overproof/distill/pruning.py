@@ -54,6 +54,11 @@ class Importance:
     heads_LK: NDArray[np.float64]
     width_H: NDArray[np.float64]
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """How many there are of each."""
+        return len(self.layers_L), self.channels_LI.shape[1], self.heads_LK.shape[1], len(self.width_H)
+
 
 def known_importance(teacher: Path, prepared: Artifact, workspace: str, seed: int, rows: int) -> Importance:
     """Of the teacher in a directory, on the first train rows in training order: measured by the first who asks, and
@@ -212,8 +217,8 @@ def prune(model: PreTrainedModel, section: Pruned, importance: Importance) -> Pr
         InputError: the model has fewer of something, or its family cannot lose it.
     """
     names, kv_heads = layer_names(model), _kv_heads(model, layer_names(model))
-    channels, hidden = importance.channels_LI.shape[1], len(importance.width_H)
-    has = {"intermediate_size": channels, "kv_heads": importance.heads_LK.shape[1], "hidden_size": hidden}
+    _, channels, heads, hidden = importance.sizes
+    has = {"intermediate_size": channels, "kv_heads": heads, "hidden_size": hidden}
     for field, there in has.items():
         if getattr(section, field) is not None and not there:
             raise cannot_lose(field, type(model).__name__)

@@ -32,9 +32,10 @@ def measured_teacher(chosen: ModelSection, teacher: Path, prepared: Artifact, wo
 
 
 def initial_student(
-    chosen: ModelSection, manifest: Manifest, seed: int, teacher: Path, measured: Measured = None
+    chosen: ModelSection, manifest: Manifest, seed: int, teacher: Path, measured: Measured = None, rounds: int = 1
 ) -> PreTrainedModel:
-    """Fresh weights, parts of the teacher in its directory, or another directory's; a function of its arguments.
+    """Fresh weights, parts of the teacher in its directory, or another directory's; a function of its arguments. One
+    that is pruned in rounds has the shape of so many.
 
     Raises:
         InputError: the model does not fit the data, a directory cannot be loaded, or the teacher has too few layers.
@@ -43,7 +44,7 @@ def initial_student(
         return load_start(pretrained.fetch_pretrained(chosen.path), manifest, seed).train()
     if isinstance(chosen, Pruned):
         assert isinstance(measured, Importance)
-        return prune(load_model(teacher), chosen, measured).train()
+        return prune(load_model(teacher), chosen.after(rounds, *measured.sizes), measured).train()
     if isinstance(chosen, Masked):
         assert isinstance(measured, dict)
         return masked(load_model(teacher), measured).train()

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from overproof.config import Pruned
 from overproof.config.search import current_values
 from overproof.data.manifest import START
 from overproof.data.parquet_reader import Shards, planned_shards
@@ -61,26 +63,28 @@ class StudentTrainer:
             if folder:
                 self.job = job.with_values(json.loads((folder / VALUES_FILE).read_text()))
                 self.spec = DistillSpec(self.job)
-            self._build()
+            self.resumed_step = int(_curve_in(folder)[-1]["step"]) if folder else 0
+            self._build(self.spec.model(self.manifest, self.job.seed, self._rounds_before(self.resumed_step)))
             self._start_from(0, [])
             if folder:
                 self.load_state(folder)
                 segments = list(split_at_validations(self._curve))
                 self._replayed = segments if job.replay_history else segments[-1:]
 
-    def _build(self) -> None:
+    def _build(self, model: PreTrainedModel) -> None:
         settings = self.job.settings
         where = start_compute(settings.gpus_per_trial, settings.precision)
-        self.model = self.spec.model(self.manifest, self.job.seed)
+        self.model = model
         self.projection = self._projection()
         self.engine = TorchEngine(self.model, settings, where, self.job.seed, self.projection)
         self.objective = self.spec.objective(TASKS[self.manifest.task], self.engine.device, self.projection)
 
     def _start_from(self, step: int, curve: list[CurveRow], spent: tuple[float, float] = (0.0, 0.0)) -> None:
-        self.resumed_step, self._curve = step, curve
+        self._begin, self._curve = step, curve
         self.seconds, self.cpu_seconds = spent
         self._replayed = list[CurveSegment]()
-        batches, hooks = self._batches(), LoopHooks(step, extra_validation_steps=self.job.rungs)
+        hooks = LoopHooks(step, extra_validation_steps=self.job.rungs | {*self._further_steps})
+        batches = self._batches()
         rows = train_steps(self.engine, self.objective, self.job.settings, batches, self._validate, hooks)
         self._rows = self._told(rows)
 
@@ -104,7 +108,25 @@ class StudentTrainer:
         self.seconds += time.perf_counter() - began
         self.cpu_seconds += time.process_time() - cpu_began
         self.checkpoint_writer.save(segment.steps, segment.validation_loss, self.engine.save, self._extra_files())
+        self._prune_after(segment.steps)
         return segment
+
+    @property
+    def _further_steps(self) -> tuple[int, ...]:
+        """After which the student loses a further part."""
+        model = self.job.student.model
+        return model.further_steps(self.job.settings.steps) if isinstance(model, Pruned) else ()
+
+    def _rounds_before(self, step: int) -> int:
+        """Rounds of pruning that a checkpoint of a step has behind it: one that follows the step comes after it."""
+        return 1 + sum(each < step for each in self._further_steps)
+
+    def _prune_after(self, step: int) -> None:
+        """Go on with a smaller student, where a part goes after this step; its optimizer begins anew."""
+        if step in self._further_steps:
+            self._build(self.spec.pruned_further(self.model, self._rounds_before(step) + 1))
+            self.engine.steps_done = step
+            self._start_from(step, self._curve, (self.seconds, self.cpu_seconds))
 
     def _told(self, rows: Iterator[CurveRow]) -> Iterator[CurveRow]:
         """The rows; now and then the job's progress is told of one."""
@@ -134,11 +156,12 @@ class StudentTrainer:
 
     def load_state(self, folder: Path) -> None:
         """Go on from the state in a folder, its own or another trial's, under this trial's name and settings."""
-        curve = [json.loads(line) for line in (folder / CURVE_FILE).read_text().splitlines()]
-        step = int(curve[-1]["step"])
-        self.engine.load(folder, step)
+        curve = _curve_in(folder)
+        self.resumed_step = int(curve[-1]["step"])
+        self.engine.load(folder, self.resumed_step)
         seconds, cpu_seconds = map(float, (folder / SECONDS_FILE).read_text().split())
-        self._start_from(step, curve, (seconds, cpu_seconds))
+        self._start_from(self.resumed_step, curve, (seconds, cpu_seconds))
+        self._prune_after(self.resumed_step)
 
     def _extra_files(self) -> dict[str, bytes]:
         """What a checkpoint holds in addition to the engine's state."""
@@ -162,12 +185,12 @@ class StudentTrainer:
     def _batches(self) -> Iterator[Batch]:
         share = self.job.student.on_policy if self.job.distilled else 0.0
         batches = for_device(self._planned_batches(), self.engine.device)
-        for step, batch in enumerate(batches, self.resumed_step):
+        for step, batch in enumerate(batches, self._begin):
             yield self._on_policy_batch(batch, step) if is_on_policy_step(step, share) else batch
 
     def _planned_batches(self) -> Iterator[Batch]:
         settings, pinned = self.job.settings, self.engine.device.type == "cuda"
-        for columns in self.train.steps(self.order, settings.batch_size, self.resumed_step, settings.steps):
+        for columns in self.train.steps(self.order, settings.batch_size, self._begin, settings.steps):
             columns |= self.spec.columns(columns.pop("sample_id"))
             yield to_tensors(columns, pinned)
 
@@ -190,3 +213,7 @@ class StudentTrainer:
     def _validate(self) -> float:
         with self.engine.eval_mode() as model:
             return validation_loss(model, TASKS[self.manifest.task].predict, self.validation)
+
+
+def _curve_in(folder: Path) -> list[CurveRow]:
+    return [json.loads(line) for line in (folder / CURVE_FILE).read_text().splitlines()]
