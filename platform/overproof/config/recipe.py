@@ -15,7 +15,7 @@ from overproof.config.data import BpeTokenizer, DataSection, TextData
 from overproof.config.distillation import Cache, Generate, Student, Sweep
 from overproof.config.evaluation import Evaluate, ExpectedAnswers, Gate, Smaller
 from overproof.config.export import FormatSection, Speculate
-from overproof.config.models import LayeredModel, Pretrained, Pruned, Served, TeacherLayers
+from overproof.config.models import LayeredModel, Pretrained, Pruned, Served, StagedModel, TeacherLayers
 from overproof.config.overrides import set_override
 from overproof.config.search import Tune
 from overproof.config.serving import Serve
@@ -150,12 +150,17 @@ class Recipe(Section):
 
     def _layers_are_there(self) -> None:
         """A directory's layers are counted when there is need to look into it."""
-        if not isinstance(self.train.model, LayeredModel):
+        if not isinstance(self.train.model, LayeredModel | StagedModel):
             return
         for index, student in enumerate(self.sweep.students):
             where, whole = f"sweep.students.{index}.model", self.train.model
             try:
                 if isinstance(student.model, TeacherLayers):
+                    if isinstance(whole, StagedModel):
+                        raise InputError(
+                            f"layers: a teacher of kind {whole.kind} has stages of blocks, and no equal layers; "
+                            "expected {kind: pruned, hidden_sizes: ...}"
+                        )
                     student.model.of(whole.layers)
                 if isinstance(student.model, Pruned):
                     student.model.of(whole)

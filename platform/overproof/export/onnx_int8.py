@@ -29,8 +29,8 @@ from onnxruntime.quantization import (
 from overproof.engines.onnx_runtime import without_padding
 from overproof.export.onnx_file import quiet, read_metadata, write_onnx
 
-# Of the patch convolution there is little to gain: it is small, and ONNX Runtime has no fast int8 kernel for it.
-QUANTIZED = ["MatMul", "Gemm", "Gather"]
+QUANTIZED = ["MatMul", "Gemm", "Gather", "Conv"]
+SHAPED = {"Reshape", "Transpose"}  # operators that move an image's pixels and change none
 SMALL_TABLE = 4096  # numbers: of smaller tables of embeddings, such as those of categories, there is little to gain
 TRANSPOSED = "_Transposed"  # what ONNX Runtime calls the weights of a layer that it writes as another operator
 STEPS = 0.51  # of a number's scale, that rounding to the nearest takes at most, and a little of float32
@@ -67,7 +67,7 @@ def _quantise(model: onnx.ModelProto, path: Path, full_range: bool, quantise: Ca
         quantise(
             model_output=quantized,
             op_types_to_quantize=QUANTIZED,
-            nodes_to_exclude=_lookups_in_small_tables(model.graph),
+            nodes_to_exclude=[*_lookups_in_small_tables(model.graph), *_convolutions_of_pixels(model.graph)],
             per_channel=True,
             reduce_range=not full_range,
             weight_type=QuantType.QInt8,
@@ -89,6 +89,17 @@ def _lookups_in_small_tables(graph: onnx.GraphProto) -> list[str]:
     sizes = {table.name: math.prod(table.dims) for table in graph.initializer}
     gathers = (node for node in graph.node if node.op_type == "Gather")
     return [node.name for node in gathers if sizes.get(node.input[0], 0) < SMALL_TABLE]
+
+
+def _convolutions_of_pixels(graph: onnx.GraphProto) -> list[str]:
+    """Names of the nodes that are given images, such as a patch convolution or a stem: of them there is little to gain,
+    they are small, and all that follows is made of what they give.
+    """
+    pixels = {value.name for value in graph.input}
+    for node in graph.node:  # in the order in which they are computed
+        if node.op_type in SHAPED and node.input[0] in pixels:
+            pixels |= set(node.output)
+    return [node.name for node in graph.node if node.op_type == "Conv" and node.input[0] in pixels]
 
 
 def require_same_numbers(file: Path, unquantised: Path) -> None:

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs
 
-from overproof.config.models import LayeredModel, ModelSection, Pretrained, Pruned, TeacherLayers
+from overproof.config.models import LayeredModel, ModelSection, Pretrained, Pruned, StagedModel, TeacherLayers
 from overproof.config.training import Lora, Train
 from overproof.errors import InputError, suggest_name
 from overproof.files import filesystem, read_bytes, retried
+from overproof.models.base import ConvolutionalFamily
+from overproof.models.channels import narrowed_config, narrowed_size
 from overproof.models.pretrained import weight_files
 from overproof.registry import FAMILIES
 
@@ -55,6 +57,7 @@ class ModelSize:
     adapter_rank: int = 0  # width between the two
     looked_up: int = 0  # numbers of tables of which a place reads one row, and multiplies nothing
     masked: int = 0  # numbers that each layer keeps more of a place where texts of a row are kept apart
+    kept: int = 0  # numbers of a row that layers which are not alike keep together
 
     @property
     def parameters(self) -> int:
@@ -124,7 +127,13 @@ def student_size(model: ModelSection, teacher: ModelSection, shape: DataShape) -
     if not isinstance(model, TeacherLayers | Pruned):
         return model_size(model, shape)
     whole = model_size(teacher, shape)
-    if not FAMILIES[whole.family].names.feed_forward:
+    family = FAMILIES[whole.family]
+    if isinstance(model, Pruned) and isinstance(family, ConvolutionalFamily):
+        if isinstance(teacher, Pretrained):
+            return narrowed_size(directory_config(teacher.path), model, family, shape)
+        assert isinstance(teacher, StagedModel)
+        return model_size(model.of(teacher), shape)
+    if not family.names.feed_forward:
         raise InputError(
             f"a teacher of the family {whole.family} has no layers of its own; expected a student of another kind, "
             "such as {kind: pretrained, path: ...}"
@@ -222,8 +231,15 @@ def require_varlen(kind: str, where: str) -> None:
         )
 
 
+def left_config(config: Mapping[str, Any], model: TeacherLayers | Pruned, family: ModelFamily) -> dict[str, Any]:
+    """``student_config``, of a family of any kind."""
+    if isinstance(family, ConvolutionalFamily):
+        return narrowed_config(config, model, family)
+    return student_config(config, model, family.names)
+
+
 def student_config(config: Mapping[str, Any], model: TeacherLayers | Pruned, names: LayerNames) -> dict[str, Any]:
-    """The content of a config.json for what is left of its model.
+    """The content of a config.json for what is left of its model, whose layers are equal.
 
     Raises:
         InputError: it has not as much, or its heads cannot be taken away by themselves.
@@ -232,6 +248,8 @@ def student_config(config: Mapping[str, Any], model: TeacherLayers | Pruned, nam
         return with_layers(config, model.count, names)
     if model.kv_heads is not None and names.attention_output is None:
         raise cannot_lose("kv_heads", (config.get("architectures") or ["?"])[0])
+    if model.hidden_sizes is not None:
+        raise cannot_lose("hidden_sizes", (config.get("architectures") or ["?"])[0], "resnet")
     if model.hidden_size is not None and not names.width_goes:
         raise cannot_lose("hidden_size", (config.get("architectures") or ["?"])[0])
     layers, channels = (
@@ -253,11 +271,11 @@ def student_config(config: Mapping[str, Any], model: TeacherLayers | Pruned, nam
     return found
 
 
-def cannot_lose(field: str, architecture: str) -> InputError:
+def cannot_lose(field: str, architecture: str, able: str = "llama") -> InputError:
     """Of a pruned student whose teacher has no such part by itself."""
     return InputError(
         f"{field}: a {architecture} cannot lose any by themselves; expected null and fewer layers or other parts, "
-        "or a teacher of a family such as llama"
+        f"or a teacher of a family such as {able}"
     )
 
 

@@ -43,6 +43,7 @@ from overproof.train.optim import (
     trained_elements,
 )
 from overproof.train.plain_loading import plain_loading
+from overproof.train.running_statistics import RunningStatistics
 from overproof.train.sharded_state import FP32, ShardedState
 from overproof.train.train_job import Sharding
 
@@ -88,12 +89,14 @@ class DeepSpeedEngine:
         if train.compile:
             self.engine.compile()
         self.device = torch.device(self.engine.device)
+        self.statistics = RunningStatistics(self.engine.module)
         self.steps_done = 0
 
     def step(self, objective: Objective, batch: Batch) -> PendingMetrics:
         rate = learning_rate(self.train, self.steps_done)
         set_learning_rate(self.optimizer, rate)
         names, sums, norm = list[str](), torch.zeros((), device=self.device), None
+        self.statistics.before_step()
         for index, micro_batch in enumerate(_micro_batches(batch, self.accumulation)):
             self._seed_rows(index)
             loss, scalars = objective.loss(self.engine, to_device(micro_batch, self.device))
@@ -108,6 +111,7 @@ class DeepSpeedEngine:
                     _reset_bias_correction(self.optimizer.optimizer)
             self.engine.step()
         found_norm = self.engine.get_global_grad_norm() if norm is None else norm
+        self.statistics.after_step(found_norm, lambda values: self.all_reduce(values) / self.world)
         self.steps_done += 1
 
         def read() -> Metrics:
