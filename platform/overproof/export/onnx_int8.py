@@ -1,5 +1,9 @@
 """ONNX files with int8 weights, one scale for each output channel, or for a table of embeddings.
 
+Convolutions are int8 throughout in files with static scales alone. In others their kernels are stored in int8 and
+computed with in fp32: for convolutions whose activations are quantised while running ONNX Runtime has one scale for a
+whole kernel, which batch norm has made uneven, and takes several times as long as in fp32.
+
 Weights keep seven bits unless asked otherwise, since int8 products overflow on AVX2's instructions; those of AVX-512
 VNNI, AVX-VNNI and ARM take eight.
 """
@@ -29,18 +33,20 @@ from onnxruntime.quantization import (
 from overproof.engines.onnx_runtime import without_padding
 from overproof.export.onnx_file import quiet, read_metadata, write_onnx
 
-QUANTIZED = ["MatMul", "Gemm", "Gather", "Conv"]
+QUANTIZED = ["MatMul", "Gemm", "Gather"]
+CONVOLUTION = "Conv"
 SHAPED = {"Reshape", "Transpose"}  # operators that move an image's pixels and change none
 SMALL_TABLE = 4096  # numbers: of smaller tables of embeddings, such as those of categories, there is little to gain
 TRANSPOSED = "_Transposed"  # what ONNX Runtime calls the weights of a layer that it writes as another operator
+LARGEST_CODE = 127
 STEPS = 0.51  # of a number's scale, that rounding to the nearest takes at most, and a little of float32
 
 
 def quantize_onnx(source: Path, path: Path, full_range: bool = False) -> None:
     """Write an fp32 file again. Activations are quantised while running, one scale for a whole batch: a row's answer
-    depends a little on the rows it is asked about with.
+    depends a little on the rows it is asked about with. Those of convolutions stay as they are.
     """
-    _quantise(onnx.load(source), path, full_range, partial(quantize_dynamic, source))
+    _quantise(onnx.load(source), path, full_range, partial(quantize_dynamic, source), QUANTIZED)
 
 
 def quantize_onnx_static(source: Path, path: Path, rows: Iterator[NDArray[np.float32]], full_range: bool) -> None:
@@ -57,22 +63,27 @@ def quantize_onnx_static(source: Path, path: Path, rows: Iterator[NDArray[np.flo
         calibrate_method=CalibrationMethod.MinMax,
         extra_options={"MatMulConstBOnly": True},
     )
-    _quantise(model, path, full_range, quantise)
+    _quantise(model, path, full_range, quantise, [*QUANTIZED, CONVOLUTION])
 
 
-def _quantise(model: onnx.ModelProto, path: Path, full_range: bool, quantise: Callable[..., None]) -> None:
+def _quantise(
+    model: onnx.ModelProto, path: Path, full_range: bool, quantise: Callable[..., None], operators: list[str]
+) -> None:
     """Write what ``quantise`` makes of a model's file, with the model's metadata."""
     with tempfile.TemporaryDirectory() as scratch, quiet():
         quantized = Path(scratch) / "int8.onnx"
         quantise(
             model_output=quantized,
-            op_types_to_quantize=QUANTIZED,
+            op_types_to_quantize=operators,
             nodes_to_exclude=[*_lookups_in_small_tables(model.graph), *_convolutions_of_pixels(model.graph)],
             per_channel=True,
             reduce_range=not full_range,
             weight_type=QuantType.QInt8,
         )
-        write_onnx(onnx.load(quantized), path, read_metadata(model))
+        made = onnx.load(quantized)
+        if CONVOLUTION not in operators:
+            _store_kernels_in_int8(made.graph)
+        write_onnx(made, path, read_metadata(model))
 
 
 class _Rows(CalibrationDataReader):  # type: ignore[misc]  # untyped
@@ -99,7 +110,29 @@ def _convolutions_of_pixels(graph: onnx.GraphProto) -> list[str]:
     for node in graph.node:  # in the order in which they are computed
         if node.op_type in SHAPED and node.input[0] in pixels:
             pixels |= set(node.output)
-    return [node.name for node in graph.node if node.op_type == "Conv" and node.input[0] in pixels]
+    return [node.name for node in graph.node if node.op_type == CONVOLUTION and node.input[0] in pixels]
+
+
+def _store_kernels_in_int8(graph: onnx.GraphProto) -> None:
+    """Have the graph's convolutions read kernels of integers, with a scale for each output channel. They keep eight
+    bits: no integers are multiplied.
+    """
+    tables = {table.name: table for table in graph.initializer}
+    left_out, reads = set(_convolutions_of_pixels(graph)), list[onnx.NodeProto]()
+    for node in graph.node:
+        if node.op_type != CONVOLUTION or node.name in left_out or node.input[1] not in tables:
+            continue
+        name, kernel = node.input[1], numpy_helper.to_array(tables[node.input[1]])
+        steps = np.abs(kernel).reshape(len(kernel), -1).max(1) / np.float32(LARGEST_CODE)
+        steps[steps == 0] = 1.0  # of a channel that gives nothing
+        codes = np.round(kernel / steps.reshape(-1, *[1] * (kernel.ndim - 1))).astype(np.int8)
+        graph.initializer.remove(tables.pop(name))
+        zeros = np.zeros(len(kernel), np.int8)
+        parts = {f"{name}_quantized": codes, f"{name}_scale": steps, f"{name}_zero_point": zeros}
+        graph.initializer.extend([numpy_helper.from_array(values, part) for part, values in parts.items()])
+        reads.append(onnx.helper.make_node("DequantizeLinear", [*parts], [name], axis=0))
+    for read in reversed(reads):
+        graph.node.insert(0, read)
 
 
 def require_same_numbers(file: Path, unquantised: Path) -> None:
@@ -130,9 +163,9 @@ def require_same_numbers(file: Path, unquantised: Path) -> None:
 
 
 def _is_rounded(found: Mapping[str, NDArray[Any]], name: str, values: NDArray[np.float32]) -> bool:
-    codes = found[f"{name}_quantized"].astype(np.float32)
+    codes = found[f"{name}_quantized"].astype(np.float64)  # a bias has 32 bits
     of = name if f"{name}_scale" in found else f"{name}_quantized"  # a bias is called otherwise
-    scale, zero = (found.get(f"{of}_{part}", np.zeros(1)).astype(np.float32) for part in ("scale", "zero_point"))
+    scale, zero = (found.get(f"{of}_{part}", np.zeros(1)).astype(np.float64) for part in ("scale", "zero_point"))
     if codes.shape != values.shape:
         return False
     axes = [axis for axis in range(codes.ndim) if codes.shape[axis] == scale.size]  # of a square matrix there are two

@@ -67,7 +67,7 @@ class DeepSpeedEngine:
             InputError: a lock that nobody holds stands before what must be compiled, or the model cannot attend as the
                 recipe asks.
         """
-        self.train, self.seed = train, seed
+        self.train, self.seed, self.universal = train, seed, universal
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.accumulation = train.accumulation(self.world)
         deepspeed = import_deepspeed("cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -163,6 +163,8 @@ class DeepSpeedEngine:
         self.engine.checkpoint_engine = _StateFiles()
         with plain_zero_loading(folder):
             self._load(folder)
+            if self.universal:
+                self._load_buffers(folder)
         self.steps_done = step
 
     def load_resharded(self, folder: Path, step: int, saved: ShardedState) -> None:
@@ -200,6 +202,14 @@ class DeepSpeedEngine:
         )
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found nothing to load")
+
+    def _load_buffers(self, folder: Path) -> None:
+        """Of a universal checkpoint, of which DeepSpeed loads parameters alone."""
+        saved = torch.load(min(folder.glob("*model_states.pt")), map_location="cpu", weights_only=True, mmap=True)
+        own = dict(self.engine.module.named_buffers())
+        for name, value in saved["module"].items():
+            if name in saved["buffer_names"]:
+                own[name].copy_(value)
 
     def _seed_rows(self, index: int) -> None:
         """Seed a forward pass by where its rows stand in the order, whatever the number of workers."""
