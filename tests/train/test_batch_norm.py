@@ -17,7 +17,7 @@ from overproof.models.hf_directory import load_model
 from overproof.models.resnet import ResNet
 
 MODEL = ResNet(embedding_size=8, hidden_sizes=(8, 16), depths=(1, 1)).model_dump()
-STAGES = range(4)
+STAGES = (0, 2, 3)  # what differs in how buffers are saved and loaded
 COMMON: dict[str, Any] = {
     "model": MODEL, "steps": 12, "batch_size": 16, "validate_every": 6, "checkpoint": {"every_steps": 4},
 }  # fmt: skip
@@ -29,14 +29,14 @@ def cases() -> list[dict[str, Any]]:
     def case(name: str, attempts: list[dict[str, int]], data: str = "whole", **train: Any) -> dict[str, Any]:
         return {"name": name, "attempts": attempts, "data": data, "train": COMMON | {"workers": [1, 2]} | train}
 
-    still = {"learning_rate": 1e-12, "zero_stage": 1}  # the weights are those that were drawn
+    still = {"learning_rate": 1e-12, "zero_stage": 2}  # the weights are those that were drawn
     found = [case(f"still{world}", [{"world": world}], **still) for world in (1, 2)]
     for stage in STAGES:
         found.append(case(f"whole{stage}", [{"world": 2}], zero_stage=stage))
         found.append(case(f"killed{stage}", KILLED, zero_stage=stage))
         found.append(case(f"moved{stage}", MOVED, zero_stage=stage))
     skipping = {"on_nonfinite": "skip", "steps": 8}
-    return [*found, *(case(f"skip{s}", [{"world": 2}], "broken", zero_stage=s, **skipping) for s in (0, 2, 3))]
+    return [*found, *(case(f"skip{s}", [{"world": 2}], "broken", zero_stage=s, **skipping) for s in (0, 2))]
 
 
 @pytest.fixture(scope="module")
@@ -95,15 +95,15 @@ def test_statistics_are_of_the_rows_of_all_workers(results: dict[str, Any]) -> N
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGES[1:])
 def test_stages_of_zero_change_no_statistics(results: dict[str, Any], stage: int) -> None:
     for part in ("running_mean", "running_var", "num_batches_tracked"):
-        for name, value in statistics(results["whole1"], part).items():
+        for name, value in statistics(results["whole0"], part).items():
             found = statistics(results[f"whole{stage}"], part)[name]
             torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2])
 def test_steps_that_are_left_out_leave_the_statistics_finite(results: dict[str, Any], stage: int) -> None:
     skipped = results[f"skip{stage}"]
     left_out = [row["step"] for row in skipped["rows"] if "skipped" in row]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 REDUCTION = 4  # of a bottleneck's channels inside, which transformers fixes
 STEM_KERNEL = 7
+POOLED = 2  # halvings of an image's edges up to the first stage
 INDEX_NUMBERS = 4  # of 16 bits, in the place that max pooling keeps of each number it gives
 STEM, STAGES, HEAD = "resnet.embedder.embedder", "resnet.encoder.stages", "classifier.1"
 
@@ -126,7 +127,7 @@ class ResNetFamily:
         return _size(section, shape, own)
 
     def layer_memory(self, size: ModelSize, element_bytes: int) -> int:
-        """An equal part of what all stages and the stem keep, which are not alike: see ``_kept``."""
+        """An equal part of what all stages and the stem keep, which are not alike: see ``_size``."""
         return element_bytes * -(-size.kept // size.layers)
 
     def outer_memory(self, size: ModelSize, element_bytes: int) -> int:
@@ -236,70 +237,67 @@ def _require_channels(channels: int, shape: DataShape) -> None:
 # --- sizes ----------------------------------------------------------------------------------------
 
 
-def _convolutions(section: ResNet, channels: int) -> Iterator[tuple[str, int, int, int]]:
-    """Each convolution with the norm behind it: its module, inputs, outputs, and the edge of its kernel."""
-    yield STEM, channels, section.embedding_size, STEM_KERNEL
-    inputs = section.embedding_size
+class Convolution(NamedTuple):
+    """One of them, with the norm behind it."""
+
+    module: str
+    inputs: int
+    outputs: int
+    kernel: int  # edge
+    halvings: int  # of the image's edges, up to what it gives
+    activated: bool = True  # whether an activation follows, the block's own included
+
+
+def _convolutions(section: ResNet, channels: int) -> Iterator[Convolution]:
+    yield Convolution(STEM, channels, section.embedding_size, STEM_KERNEL, 1)
+    inputs, halvings = section.embedding_size, POOLED
     for stage, (outputs, depth) in enumerate(zip(section.hidden_sizes, section.depths, strict=True)):
         for block in range(depth):
-            name = _block(stage, block)
-            if block == 0 and _has_shortcut(section, stage):
-                yield f"{name}.shortcut", inputs, outputs, 1
-            inside = outputs // REDUCTION
-            shape = ((inputs, outputs, 3), (outputs, outputs, 3))
-            if section.layer_type == "bottleneck":
-                shape = ((inputs, inside, 1), (inside, inside, 3), (inside, outputs, 1))  # type: ignore[assignment]
-            yield from ((f"{name}.layer.{place}", *each) for place, each in enumerate(shape))
+            name, before = _block(stage, block), halvings
+            if block == 0:
+                halvings += stage > 0 or section.downsample_in_first_stage
+                if _has_shortcut(section, stage):
+                    yield Convolution(f"{name}.shortcut", inputs, outputs, 1, halvings, activated=False)
+            inside, layer = outputs // REDUCTION, f"{name}.layer"
+            if section.layer_type == "basic":
+                yield Convolution(f"{layer}.0", inputs, outputs, 3, halvings)
+                yield Convolution(f"{layer}.1", outputs, outputs, 3, halvings)
+            else:
+                yield Convolution(f"{layer}.0", inputs, inside, 1, before)
+                yield Convolution(f"{layer}.1", inside, inside, 3, halvings)
+                yield Convolution(f"{layer}.2", inside, outputs, 1, halvings)
             inputs = outputs
 
 
 def _tensors(section: ResNet, channels: int, outputs: int) -> dict[str, int]:
     """Numbers in each parameter, by name."""
     found = dict[str, int]()
-    for name, inputs, given, edge in _convolutions(section, channels):
-        found[f"{name}.convolution.weight"] = given * inputs * edge * edge
-        found |= {f"{name}.normalization.weight": given, f"{name}.normalization.bias": given}
+    for each in _convolutions(section, channels):
+        found[f"{each.module}.convolution.weight"] = each.outputs * each.inputs * each.kernel**2
+        found |= {f"{each.module}.normalization.{part}": each.outputs for part in ("weight", "bias")}
     return found | {f"{HEAD}.weight": outputs * section.hidden_sizes[-1], f"{HEAD}.bias": outputs}
 
 
 def _size(section: ResNet, shape: DataShape, tensors: Mapping[str, int]) -> ModelSize:
+    """Beside the tensors an upper bound of the numbers of a row that lie ready for the backward pass: the image; what
+    each convolution gives, as its norm is given it, and what each activation gives; and which pixels max pooling took.
+    """
     hidden = section.hidden_sizes[-1]
     channels, height, width = (int(shape.details[name]) for name in ("channels", "height", "width"))
+
+    def pixels(halvings: int) -> int:
+        """Of a convolution or pooling in steps of two pixels, whose padding is half its kernel."""
+        return -(-height // (1 << halvings)) * -(-width // (1 << halvings))
+
+    convolutions = list(_convolutions(section, channels))
+    kept = channels * pixels(0) + (1 + INDEX_NUMBERS) * section.embedding_size * pixels(POOLED)
+    kept += sum((1 + each.activated) * each.outputs * pixels(each.halvings) for each in convolutions)
+    kernels = [(tensors[f"{each.module}.convolution.weight"], pixels(each.halvings)) for each in convolutions]
     return ModelSize(
         family="resnet", hidden=hidden, intermediate=max(section.hidden_sizes), layers=len(section.hidden_sizes),
         heads=1, query_width=hidden, key_width=hidden, places=1, outputs=tensors[f"{HEAD}.bias"], predictions=1,
-        tensors=tuple(tensors.values()), kept=_kept(section, channels, height, width),
+        tensors=tuple(tensors.values()), kept=kept, multiplied_again=sum(n * (times - 1) for n, times in kernels),
     )  # fmt: skip
-
-
-def _kept(section: ResNet, channels: int, height: int, width: int) -> int:
-    """An upper bound of the numbers of a row that lie ready for the backward pass: the image; what each convolution
-    gives, as its norm is given it, and what each activation gives; and which pixels max pooling took.
-    """
-    edges = _halved((height, width))
-    pooled = _halved(edges)
-    stem, inputs = section.embedding_size, pooled
-    found = channels * height * width + stem * (2 * _pixels(edges) + (1 + INDEX_NUMBERS) * _pixels(pooled))
-    for stage, (outputs, depth) in enumerate(zip(section.hidden_sizes, section.depths, strict=True)):
-        given = _halved(inputs) if stage or section.downsample_in_first_stage else inputs
-        shortcut = outputs * _pixels(given) * _has_shortcut(section, stage)
-        if section.layer_type == "basic":
-            found += depth * 4 * outputs * _pixels(given)
-        else:  # the first block's first convolution is before the stride
-            inside = outputs // REDUCTION
-            found += 2 * inside * (_pixels(inputs) + (depth - 1) * _pixels(given))
-            found += depth * 2 * (inside + outputs) * _pixels(given)
-        found, inputs = found + shortcut, given
-    return found
-
-
-def _halved(edges: tuple[int, int]) -> tuple[int, int]:
-    """Of a convolution or pooling in steps of two pixels, whose padding is half its kernel."""
-    return -(-edges[0] // 2), -(-edges[1] // 2)
-
-
-def _pixels(edges: tuple[int, int]) -> int:
-    return edges[0] * edges[1]
 
 
 # --- channels -------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ class ModelSize:
     looked_up: int = 0  # numbers of tables of which a place reads one row, and multiplies nothing
     masked: int = 0  # numbers that each layer keeps more of a place where texts of a row are kept apart
     kept: int = 0  # numbers of a row that layers which are not alike keep together
+    multiplied_again: int = 0  # numbers that convolutions multiply at further pixels of a row, once for each
 
     @property
     def parameters(self) -> int:
@@ -77,7 +78,7 @@ class ModelSize:
     @property
     def multiplied(self) -> int:
         """Numbers that each place is multiplied with, which is what a pass costs."""
-        return self.parameters - self.looked_up
+        return self.parameters - self.looked_up + self.multiplied_again
 
 
 def model_size(model: ModelSection, shape: DataShape) -> ModelSize:
