@@ -5,15 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import distill_world
 import numpy as np
 import pytest
 import torch
+from test_student_init import student
+from test_sweep import SWEEP, job_of
+from test_sweep_resume import to_end
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTConfig, ViTForImageClassification
 
+from overproof.artifacts import Store
 from overproof.config import Pretrained, load_recipe
 from overproof.config.models import Pruned, TeacherLayers
 from overproof.data.manifest import Manifest
+from overproof.distill.objectives import LiveTeacherObjective
 from overproof.distill.pruning import Importance, measure_importance, prune
+from overproof.distill.student_trainer import StudentTrainer
 from overproof.errors import InputError
 from overproof.models.base import DataShape
 from overproof.models.hf_directory import build_model, count_parameters, load_model, save_model
@@ -205,3 +212,29 @@ def test_of_a_teacher_that_the_recipe_describes_the_same_is_known_from_the_recip
 ) -> None:
     with pytest.raises(InputError, match=words):
         load_recipe(DIGITS, (taught, f"sweep.students=[{{name: a, model: {model}}}]", "tune={}"))
+
+
+def test_a_student_is_pruned_distilled_and_goes_on_from_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a live teacher, whose running statistics stay as they are."""
+    taught = ResNet(embedding_size=8, hidden_sizes=(8, 16), depths=(1, 1))
+    monkeypatch.setitem(distill_world.TEACHERS, "digits", taught)
+    world = distill_world.make("digits", Store(str(tmp_path)))
+    model = {"kind": "pruned", "hidden_sizes": [4, 8], "rows": 16}
+    students = [student(model, name="half", teacher="live")]
+    context = world.context("sweep", sweep={**SWEEP, "students": students})
+    job = job_of(context, "half")
+    first = StudentTrainer(job)
+    assert (first.model.config.hidden_sizes, first.model.config.embedding_size) == ([4, 8], 4)
+    first.run_to_validation()
+    first.checkpoint_writer.wait()
+    teacher = load_model(job.trained.local() / "model").state_dict()
+    assert isinstance(first.objective, LiveTeacherObjective)
+    for name, value in first.objective.teacher.state_dict().items():
+        assert torch.equal(value, teacher[name])
+    second, whole = StudentTrainer(job), StudentTrainer(job_of(context, "half"))
+    assert second.resumed_step == 7
+    assert to_end(second) == to_end(whole)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value)

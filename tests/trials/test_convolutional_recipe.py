@@ -14,6 +14,7 @@ from overproof import pipeline
 from overproof.config import load_recipe
 from overproof.models.hf_directory import load_model
 
+pytestmark = pytest.mark.trial
 TEACHER = "{kind: resnet, embedding_size: 8, hidden_sizes: [8, 16], depths: [1, 1]}"
 STUDENT = "{name: half, temperature: 2.0, teacher_weight: 0.9, model: {kind: pruned, hidden_sizes: [4, 8], rows: 32}}"
 SHORT = (
