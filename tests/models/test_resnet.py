@@ -16,7 +16,7 @@ from overproof.config import Optimization, Pretrained, Train
 from overproof.data.manifest import Manifest
 from overproof.errors import InputError
 from overproof.files import file_sha256
-from overproof.models import zero_memory
+from overproof.models import stage_memory, zero_memory
 from overproof.models.base import DataShape
 from overproof.models.hf_directory import (
     build_model,
@@ -94,6 +94,23 @@ def test_memory_is_an_upper_bound_of_what_autograd_keeps(name: str, edges: tuple
     )
     told = zero_memory.activation_memory(model_size(SECTIONS[name], shape(of)), train, 1)
     assert saved - statistics <= told <= 1.2 * saved
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("edges", [(8, 8), (64, 96)])
+def test_memory_without_gradients_is_an_upper_bound_of_what_is_there_at_once(name: str, edges: tuple[int, int]) -> None:
+    rows, of = 8, manifest(*edges)
+    model, size = build_model(SECTIONS[name], of, 0).eval(), model_size(SECTIONS[name], shape(of))
+    images_BCHW = batch(rows, of)["pixels"]
+    with torch.inference_mode(), torch.profiler.profile(profile_memory=True) as profile:
+        model(images_BCHW)
+    held, most = 0, 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    kernel = FP32_BYTES * max(size.tensors)  # as the convolution's library lays it out
+    assert 0 < most <= stage_memory.forward_memory(size, rows) + kernel
 
 
 @pytest.mark.parametrize("name", SECTIONS)

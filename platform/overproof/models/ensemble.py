@@ -71,6 +71,7 @@ class EnsembleFamily:
             widest, family="ensemble", layers=sum(size.layers for size in sizes),
             tensors=tuple(numbers for size in sizes for numbers in size.tensors),
             looked_up=sum(size.looked_up for size in sizes), kept=sum(size.kept for size in sizes),
+            peak=max(size.peak for size in sizes),
             multiplied_again=sum(size.multiplied_again for size in sizes),
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -279,8 +280,9 @@ def _tensors(section: ResNet, channels: int, outputs: int) -> dict[str, int]:
 
 
 def _size(section: ResNet, shape: DataShape, tensors: Mapping[str, int]) -> ModelSize:
-    """Beside the tensors an upper bound of the numbers of a row that lie ready for the backward pass: the image; what
+    """Beside the tensors upper bounds of the numbers of a row that lie ready for the backward pass: the image; what
     each convolution gives, as its norm is given it, and what each activation gives; and which pixels max pooling took.
+    And of those that are there at once without one.
     """
     hidden = section.hidden_sizes[-1]
     channels, height, width = (int(shape.details[name]) for name in ("channels", "height", "width"))
@@ -292,11 +294,14 @@ def _size(section: ResNet, shape: DataShape, tensors: Mapping[str, int]) -> Mode
     convolutions = list(_convolutions(section, channels))
     kept = channels * pixels(0) + (1 + INDEX_NUMBERS) * section.embedding_size * pixels(POOLED)
     kept += sum((1 + each.activated) * each.outputs * pixels(each.halvings) for each in convolutions)
+    given = [channels * pixels(0), *(each.outputs * pixels(each.halvings) for each in convolutions)]
     kernels = [(tensors[f"{each.module}.convolution.weight"], pixels(each.halvings)) for each in convolutions]
     return ModelSize(
         family="resnet", hidden=hidden, intermediate=max(section.hidden_sizes), layers=len(section.hidden_sizes),
         heads=1, query_width=hidden, key_width=hidden, places=1, outputs=tensors[f"{HEAD}.bias"], predictions=1,
-        tensors=tuple(tensors.values()), kept=kept, multiplied_again=sum(n * (times - 1) for n, times in kernels),
+        tensors=tuple(tensors.values()), kept=kept,
+        peak=max(2 * before + 3 * after for before, after in pairwise(given)),  # a sum or two, a norm, an activation
+        multiplied_again=sum(n * (times - 1) for n, times in kernels),
     )  # fmt: skip
 
 

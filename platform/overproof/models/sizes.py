@@ -58,6 +58,7 @@ class ModelSize:
     looked_up: int = 0  # numbers of tables of which a place reads one row, and multiplies nothing
     masked: int = 0  # numbers that each layer keeps more of a place where texts of a row are kept apart
     kept: int = 0  # numbers of a row that layers which are not alike keep together
+    peak: int = 0  # numbers of a row that such layers have at once in a pass without gradients
     multiplied_again: int = 0  # numbers that convolutions multiply at further pixels of a row, once for each
 
     @property
