@@ -9,6 +9,7 @@ import distill_world
 import numpy as np
 import pytest
 import torch
+from distill_world import World
 from test_student_init import student
 from test_sweep import SWEEP, job_of
 from test_sweep_resume import to_end
@@ -238,3 +239,18 @@ def test_a_student_is_pruned_distilled_and_goes_on_from_its_checkpoint(
     assert to_end(second) == to_end(whole)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("taught", ["resnet", "vit"])
+def test_states_of_convolutional_models_are_not_compared(
+    taught: str, digits_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = ResNet(embedding_size=8, hidden_sizes=(8, 16), depths=(1, 1))
+    world, who = digits_world, "student"
+    if taught == "resnet":
+        monkeypatch.setitem(distill_world.TEACHERS, "digits", fresh)
+        world, who = distill_world.make("digits", Store(str(tmp_path))), "teacher"
+    students = [student(fresh.model_dump(mode="json"), name="alike", states={"weight": 1.0})]
+    context = world.context("sweep", sweep={**SWEEP, "students": students})
+    with pytest.raises(InputError, match=f"student alike: relations, states: a {who} of the family resnet has no lay"):
+        StudentTrainer(job_of(context, "alike"))
