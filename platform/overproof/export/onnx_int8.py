@@ -35,6 +35,7 @@ from overproof.export.onnx_file import quiet, read_metadata, write_onnx
 
 QUANTIZED = ["MatMul", "Gemm", "Gather"]
 CONVOLUTION = "Conv"
+IMAGE_KERNEL_DIMS = 4  # outputs, inputs, height, width
 SHAPED = {"Reshape", "Transpose"}  # operators that move an image's pixels and change none
 SMALL_TABLE = 4096  # numbers: of smaller tables of embeddings, such as those of categories, there is little to gain
 TRANSPOSED = "_Transposed"  # what ONNX Runtime calls the weights of a layer that it writes as another operator
@@ -75,7 +76,7 @@ def _quantise(
         quantise(
             model_output=quantized,
             op_types_to_quantize=operators,
-            nodes_to_exclude=[*_lookups_in_small_tables(model.graph), *_convolutions_of_pixels(model.graph)],
+            nodes_to_exclude=[*_lookups_in_small_tables(model.graph), *_small_convolutions(model.graph)],
             per_channel=True,
             reduce_range=not full_range,
             weight_type=QuantType.QInt8,
@@ -102,31 +103,32 @@ def _lookups_in_small_tables(graph: onnx.GraphProto) -> list[str]:
     return [node.name for node in gathers if sizes.get(node.input[0], 0) < SMALL_TABLE]
 
 
-def _convolutions_of_pixels(graph: onnx.GraphProto) -> list[str]:
-    """Names of the nodes that are given images, such as a patch convolution or a stem: of them there is little to gain,
-    they are small, and all that follows is made of what they give.
+def _small_convolutions(graph: onnx.GraphProto) -> list[str]:
+    """Names of the nodes that are given images, such as a patch convolution or a stem, and of those over rows of
+    tokens: there is one in a model, and little to gain.
     """
     pixels = {value.name for value in graph.input}
     for node in graph.node:  # in the order in which they are computed
         if node.op_type in SHAPED and node.input[0] in pixels:
             pixels |= set(node.output)
-    return [node.name for node in graph.node if node.op_type == CONVOLUTION and node.input[0] in pixels]
+    images = {table.name for table in graph.initializer if len(table.dims) == IMAGE_KERNEL_DIMS}
+    convolutions = [node for node in graph.node if node.op_type == CONVOLUTION]
+    return [node.name for node in convolutions if node.input[0] in pixels or node.input[1] not in images]
 
 
 def _store_kernels_in_int8(graph: onnx.GraphProto) -> None:
     """Have the graph's convolutions read kernels of integers, with a scale for each output channel. They keep eight
     bits: no integers are multiplied.
     """
-    tables = {table.name: table for table in graph.initializer}
-    left_out, reads = set(_convolutions_of_pixels(graph)), list[onnx.NodeProto]()
-    for node in graph.node:
-        if node.op_type != CONVOLUTION or node.name in left_out or node.input[1] not in tables:
-            continue
-        name, kernel = node.input[1], numpy_helper.to_array(tables[node.input[1]])
-        steps = np.abs(kernel).reshape(len(kernel), -1).max(1) / np.float32(LARGEST_CODE)
+    left_out, tables = set(_small_convolutions(graph)), {table.name: table for table in graph.initializer}
+    nodes = (node for node in graph.node if node.op_type == CONVOLUTION and node.name not in left_out)
+    reads = list[onnx.NodeProto]()
+    for name in dict.fromkeys(node.input[1] for node in nodes):  # two may share one
+        kernel = numpy_helper.to_array(tables[name])
+        steps = np.abs(kernel).max((1, 2, 3)) / np.float32(LARGEST_CODE)
         steps[steps == 0] = 1.0  # of a channel that gives nothing
-        codes = np.round(kernel / steps.reshape(-1, *[1] * (kernel.ndim - 1))).astype(np.int8)
-        graph.initializer.remove(tables.pop(name))
+        codes = np.round(kernel / steps[:, None, None, None]).astype(np.int8)
+        graph.initializer.remove(tables[name])
         zeros = np.zeros(len(kernel), np.int8)
         parts = {f"{name}_quantized": codes, f"{name}_scale": steps, f"{name}_zero_point": zeros}
         graph.initializer.extend([numpy_helper.from_array(values, part) for part, values in parts.items()])
