@@ -41,7 +41,9 @@ class ResNet(StagedModel):
 
     kind: Literal["resnet"] = "resnet"
     embedding_size: Count = Field(description="Channels of the stem, which gives a quarter of an image's edges.")
-    hidden_sizes: tuple[Count, ...] = Field(min_length=1, description="Channels of each stage; halves the edges.")
+    hidden_sizes: tuple[Count, ...] = Field(
+        min_length=1, description="Channels of each stage; all but the first halve the edges."
+    )
     depths: tuple[Count, ...] = Field(min_length=1, description="Residual blocks of each stage.")
     layer_type: Literal["basic", "bottleneck"] = Field(
         "basic", description="Two 3x3 convolutions, or 1x1, 3x3 and 1x1 around a quarter of the channels."
