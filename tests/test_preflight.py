@@ -263,7 +263,7 @@ def test_attention_by_lengths_is_for_texts_that_share_a_row(
 ) -> None:
     read = load_recipe(RECIPES / f"{recipe}.yaml", changes)
     if words is None:
-        preflight.require_attention(read)
+        preflight.require_trainable(read)
         return
     with pytest.raises(InputError, match=words):
-        preflight.require_attention(read)
+        preflight.require_trainable(read)

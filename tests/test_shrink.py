@@ -734,3 +734,28 @@ def test_a_language_model_is_shrunk_from_its_directory_as_it_is(
     (package,) = store.glob("package-*")
     assert out.splitlines()[-1] == f"serve it: overproof serve tiny-llama-small/{package.name}"
     assert "taken as it is" in (package / "README.md").read_text()
+
+
+def test_students_of_a_given_resnet_have_fewer_channels(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    from overproof.models.hf_directory import save_model
+
+    config = ResNetConfig(
+        num_channels=1, embedding_size=32, hidden_sizes=[32, 64], depths=[1, 1], layer_type="basic",
+        id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1},
+    )  # fmt: skip
+    save_model(ResNetForImageClassification(config), config, here.parent / "pets-resnet")
+    data = image_folders()(here.parent)
+    assert main(["init", str(here.parent / "pets-resnet"), "--data", str(data), "--max-mb", "0.4"]) == 0
+    assert "ResNetForImageClassification" in told(capsys)
+    recipe = load_recipe(here / "pets-resnet-small.yaml")
+    models = [student.model for student in recipe.sweep.students]
+    assert all(isinstance(model, Pruned) for model in models)
+    assert models[0].model_dump()["hidden_sizes"] == (32, 64)
+    sizes = [
+        student_size(model, recipe.train.model, TASKS["image_classification"].shape(recipe.data)).parameters
+        for model in models
+    ]
+    assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.3)
+    assert sizes == sorted(sizes, reverse=True)

@@ -180,7 +180,7 @@ def run(recipe: Recipe, until: str | None = None, done: dict[str, Artifact] | No
         if any(step.stage.name == "train" and step.artifact is None for step in steps):
             preflight.require_served(recipe)
         if any(step.stage.name in ("train", "sweep") and step.artifact is None for step in steps):
-            preflight.require_attention(recipe)
+            preflight.require_trainable(recipe)
         if not ray_cluster.is_remote():
             require_placeable(recipe, ray_cluster.local_capacity())
             ENGINES[recipe.engine].require()

@@ -76,6 +76,7 @@ FAMILIES: Registry[ModelFamily] = Registry(
         "falcon": "models.falcon:FAMILY",
         "causal_lm": "models.causal_lm:FAMILY",  # any other decoder: after those
         "vit": "models.vit:FAMILY",
+        "resnet": "models.resnet:FAMILY",
         "mlp": "models.mlp:FAMILY",
         "bert": "models.bert:FAMILY",
         "distilbert": "models.distilbert:FAMILY",

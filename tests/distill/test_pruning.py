@@ -239,7 +239,8 @@ def test_what_a_teacher_has_not_or_cannot_lose_is_refused(name: str, changes: An
 
 def test_a_recipe_that_takes_nothing_away_or_all_is_refused() -> None:
     with pytest.raises(
-        InputError, match="nothing is taken away; expected layers, intermediate_size, kv_heads or hidden_size"
+        InputError,
+        match="nothing is taken away; expected layers, intermediate_size, kv_heads, hidden_size or hidden_sizes",
     ):
         Pruned.parse({"kind": "pruned"}, "model")
     with pytest.raises(InputError, match="intermediate_size"):

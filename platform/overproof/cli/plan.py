@@ -58,7 +58,7 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     shape = preflight.data_shape(recipe, prepared)
     rate = _given_rate(recipe, options, shape.positions) or preflight.measured_rate(recipe)
     out.print(_stages(recipe, steps, shape.positions))
-    preflight.require_attention(recipe)
+    preflight.require_trainable(recipe)
     exported = preflight.require_exportable(recipe)
     out.print()
     students = preflight.student_sizes(recipe, shape)

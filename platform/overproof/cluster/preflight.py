@@ -36,15 +36,15 @@ from overproof.errors import InputError, suggest_name
 from overproof.export.base import SizedFormat
 from overproof.export.check_models import check_models
 from overproof.files import join_uri
-from overproof.models.base import DataShape, shape_of
+from overproof.models.base import ConvolutionalFamily, DataShape, shape_of
 from overproof.models.sizes import (
     ModelSize,
     directory_config,
     family_of,
+    left_config,
     model_size,
     require_apart,
     require_varlen,
-    student_config,
     student_size,
 )
 from overproof.registry import ENGINES, FAMILIES, FORMATS, TASKS
@@ -121,7 +121,7 @@ def require_exportable(recipe: Recipe) -> list[Finding]:
             _, family = family_of(config, taught.path)
             part = f"{model.count} layers" if isinstance(model, TeacherLayers) else "what is left"
             try:
-                asked[f"{where}: {part} of {taught.path}"] = student_config(config, model, family.names)
+                asked[f"{where}: {part} of {taught.path}"] = left_config(config, model, family)
             except InputError as error:
                 raise InputError(f"{where}: {error}") from None
     if asked:
@@ -166,8 +166,8 @@ def _config_of_a_known_family(path: str, format: str, where: str) -> dict[str, A
     return config
 
 
-def require_attention(recipe: Recipe) -> None:
-    """Look whether models that are asked to attend by the lengths of texts can, and find several in a row.
+def require_trainable(recipe: Recipe) -> None:
+    """Look whether models can be trained as they are asked to: by lengths, where they find several texts in a row.
 
     Raises:
         InputError: they cannot, or a row holds one text.
@@ -177,19 +177,26 @@ def require_attention(recipe: Recipe) -> None:
         ("sweep.group", recipe.sweep.group, [student.model for student in recipe.sweep.students]),
     ]
     for where, settings, models in asked:
-        if settings is None or settings.attention == "sdpa":
+        if settings is None:
+            continue
+        sources = [recipe.train.model if isinstance(model, OfTeacher) else model for model in models]
+        kinds = [_family_kind(source) for source in sources if not isinstance(source, Served)]
+        for family in map(FAMILIES.__getitem__, kinds):
+            if isinstance(family, ConvolutionalFamily):
+                family.require_training(settings, where)
+        if settings.attention == "sdpa":
             continue
         if not recipe.data.apart:
             raise InputError(
                 f"{where}.attention: varlen: goes by texts that are kept apart in a row; rows of this data are read as "
                 "one text: expected sdpa"
             )
-        for model in models:
-            source = recipe.train.model if isinstance(model, OfTeacher) else model
-            if isinstance(source, Pretrained):
-                require_varlen(family_of(directory_config(source.path), source.path)[0], where)
-            elif not isinstance(source, Served):
-                require_varlen(source.kind, where)
+        for kind in kinds:
+            require_varlen(kind, where)
+
+
+def _family_kind(model: ModelSection) -> str:
+    return family_of(directory_config(model.path), model.path)[0] if isinstance(model, Pretrained) else model.kind
 
 
 def student_sizes(recipe: Recipe, shape: DataShape) -> dict[str, ModelSize]:

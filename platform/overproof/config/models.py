@@ -27,6 +27,26 @@ class LayeredModel(ModelSection):
     initializer_range: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")
 
 
+class StagedModel(ModelSection):
+    """The shape of a model made of stages of convolutional blocks, with fresh weights."""
+
+    hidden_sizes: tuple[Count, ...] = Field(min_length=1, description="Channels of each stage.")
+    depths: tuple[Count, ...] = Field(min_length=1, description="Blocks of each stage.")
+
+    def narrowed(self, hidden_sizes: tuple[int, ...]) -> Self:
+        """The section of what is left where stages keep so many channels.
+
+        Raises:
+            InputError: it has other stages, or fewer channels.
+        """
+        wanted, there = list(hidden_sizes), list(self.hidden_sizes)
+        if len(wanted) != len(there) or any(more > most for more, most in zip(wanted, there, strict=True)):
+            raise InputError(
+                f"hidden_sizes {wanted}: the teacher has {there}; expected {len(there)} numbers, each at most that"
+            )
+        return type(self).parse(self.model_dump() | {"hidden_sizes": wanted}, "what is left of the teacher")
+
+
 class Pretrained(ModelSection):
     """A Hugging Face directory with safetensors and, for text, the tokenizer.json of the data."""
 
@@ -43,7 +63,7 @@ class OfTeacher(ModelSection):
         """Layers that stay; None where all do."""
 
     @abstractmethod
-    def left_of(self, teacher: LayeredModel) -> LayeredModel:
+    def left_of(self, teacher: LayeredModel | StagedModel) -> LayeredModel | StagedModel:
         """The section of what is left of a teacher that a recipe describes.
 
         Raises:
@@ -58,6 +78,14 @@ class OfTeacher(ModelSection):
         Raises:
             InputError: it cannot.
         """
+
+
+def no_equal_layers(student: OfTeacher, teacher: str) -> InputError:
+    """Of a student whose ``teacher`` is convolutional."""
+    return InputError(
+        f"kind {student.kind}: {teacher} has stages of blocks, and no equal layers; expected {{kind: pruned, "
+        "hidden_sizes: ...}"
+    )
 
 
 class TeacherLayers(OfTeacher):
@@ -84,7 +112,9 @@ class TeacherLayers(OfTeacher):
     def kept_layers(self) -> int:
         return self.count
 
-    def left_of(self, teacher: LayeredModel) -> LayeredModel:
+    def left_of(self, teacher: LayeredModel | StagedModel) -> LayeredModel:
+        if isinstance(teacher, StagedModel):
+            raise no_equal_layers(self, f"a teacher of kind {teacher.kind}")
         self.of(teacher.layers)
         return teacher.model_copy(update={"layers": self.count})
 
@@ -107,9 +137,12 @@ class TeacherLayers(OfTeacher):
         return tuple((2 * i * (teacher - 1) + gaps) // (2 * gaps) for i in range(self.layers))
 
 
+PARTS = ("layers", "intermediate_size", "kv_heads", "hidden_size", "hidden_sizes")  # that a teacher can lose
+
+
 class Pruned(OfTeacher):
     """The teacher without what matters least on train rows: layers, channels of the feed-forward layers, key heads,
-    channels between layers.
+    channels between layers; of a convolutional teacher channels of its stages.
 
     Channels and heads matter by the size of what they give (arXiv 2407.14679), layers by how far they turn what they
     are given (arXiv 2403.03853). What is null stays as the teacher has it.
@@ -120,6 +153,9 @@ class Pruned(OfTeacher):
     intermediate_size: Count | None = Field(None, description="Channels of each feed-forward layer that stay.")
     kv_heads: Count | None = Field(None, description="Key heads of each layer that stay, with their query heads.")
     hidden_size: Count | None = Field(None, description="Channels between layers that stay.")
+    hidden_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] | None = Field(
+        None, description="Channels of each stage that stay, of a convolutional teacher; inside blocks they follow."
+    )
     rows: Count = Field(128, description="Train rows that say what matters, the first in training order.")
     rounds: Count = Field(
         1,
@@ -129,11 +165,14 @@ class Pruned(OfTeacher):
 
     @model_validator(mode="after")
     def _something_goes(self) -> Self:
-        if all(getattr(self, name) is None for name in ("layers", "intermediate_size", "kv_heads", "hidden_size")):
-            raise ValueError(
-                "pruned: nothing is taken away; expected layers, intermediate_size, kv_heads or hidden_size"
-            )
+        if not self.parts:
+            raise ValueError(f"pruned: nothing is taken away; expected {', '.join(PARTS[:-1])} or {PARTS[-1]}")
         return self
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Fields that say how much of something stays."""
+        return tuple(name for name in PARTS if getattr(self, name) is not None)
 
     @property
     def kept_layers(self) -> int | None:
@@ -153,8 +192,28 @@ class Pruned(OfTeacher):
         }
         return self.model_copy(update=left)
 
-    def left_of(self, teacher: LayeredModel) -> LayeredModel:
+    def stages(self, teacher: str) -> tuple[int, ...]:
+        """Channels of each stage that stay, of a convolutional ``teacher``.
+
+        Raises:
+            InputError: something else is asked for.
+        """
+        others = [name for name in self.parts if name != "hidden_sizes"]
+        if others or self.hidden_sizes is None:
+            raise InputError(f"{others[0]}: {teacher} loses channels of its stages alone; expected hidden_sizes")
+        if self.rounds > 1:
+            raise InputError(f"rounds {self.rounds}: {teacher} loses channels of its stages at once; expected 1")
+        return self.hidden_sizes
+
+    def left_of(self, teacher: LayeredModel | StagedModel) -> LayeredModel | StagedModel:
         """See ``OfTeacher``. Heads and channels between layers are refused: fresh heads follow from the width."""
+        if isinstance(teacher, StagedModel):
+            return teacher.narrowed(self.stages(f"a teacher of kind {teacher.kind}"))
+        if self.hidden_sizes is not None:
+            raise InputError(
+                f"hidden_sizes: a teacher of kind {teacher.kind} has no stages; expected null and fewer layers or "
+                "other parts, or a convolutional teacher"
+            )
         for name in ("kv_heads", "hidden_size"):
             if getattr(self, name) is not None:
                 raise InputError(f"{name}: such are taken from pretrained teachers alone; expected null")
@@ -198,7 +257,9 @@ class Masked(OfTeacher):
     def kept_layers(self) -> None:
         return None
 
-    def left_of(self, teacher: LayeredModel) -> LayeredModel:
+    def left_of(self, teacher: LayeredModel | StagedModel) -> LayeredModel:
+        if isinstance(teacher, StagedModel):
+            raise no_equal_layers(self, f"a teacher of kind {teacher.kind}")
         names = FAMILIES[teacher.kind].names
         self.require_linear(names.linear and bool(names.feed_forward), f"layers of {teacher.kind}")
         self.require_possible(teacher.layers, getattr(teacher, "intermediate_size", 0), 0, teacher.hidden_size)

@@ -15,7 +15,7 @@ from overproof.config.data import BpeTokenizer, DataSection, TextData
 from overproof.config.distillation import Cache, Generate, Student, Sweep
 from overproof.config.evaluation import Evaluate, ExpectedAnswers, Gate, Smaller
 from overproof.config.export import FormatSection, Speculate
-from overproof.config.models import LayeredModel, OfTeacher, Pretrained, Served
+from overproof.config.models import LayeredModel, OfTeacher, Pretrained, Served, StagedModel
 from overproof.config.overrides import set_override
 from overproof.config.search import Tune
 from overproof.config.serving import Serve
@@ -140,7 +140,7 @@ class Recipe(Section):
 
     def _layers_are_there(self) -> None:
         """A directory's layers are counted when there is need to look into it."""
-        if not isinstance(self.train.model, LayeredModel):
+        if not isinstance(self.train.model, LayeredModel | StagedModel):
             return
         for index, student in enumerate(self.sweep.students):
             where, whole = f"sweep.students.{index}.model", self.train.model

@@ -5,7 +5,8 @@ Channels of feed-forward layers and groups of heads matter by the size of what t
 (block influence, ShortGPT, arXiv 2403.03853). One pass of the teacher says all three. What comes out is a model of the
 same class with a smaller configuration, which every runtime of that class loads.
 
-Channels between layers matter by the size of what norms give of them, in all layers.
+Channels between layers matter by the size of what norms give of them, in all layers. Of convolutional models see
+``channel_pruning``.
 
 Shapes: L layers, I channels of a feed-forward layer, K key heads, each with Q query heads of D numbers; H channels
 between layers.
@@ -19,7 +20,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,13 @@ from transformers.pytorch_utils import Conv1D
 
 from overproof.artifacts import Artifact
 from overproof.config.models import Pruned
+from overproof.distill.channel_pruning import measure_channels, prune_channels
 from overproof.errors import InputError
 from overproof.export.calibration import CalibrationRows
 from overproof.files import atomic_write, filesystem, read_bytes
-from overproof.models.base import LayerNames
+from overproof.models.base import ConvolutionalFamily, LayerNames
 from overproof.models.documents import at_counted, counted_places
-from overproof.models.hf_directory import layer_names, load_model
+from overproof.models.hf_directory import layer_names, load_model, model_family
 from overproof.models.sizes import cannot_lose
 
 HEAD_NORMS = {"self_attn.q_norm", "self_attn.k_norm"}  # of a head's numbers, from a layer
@@ -53,6 +55,7 @@ class Importance:
     channels_LI: NDArray[np.float64]
     heads_LK: NDArray[np.float64]
     width_H: NDArray[np.float64]
+    stages_G: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))  # see ``channel_pruning``
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -80,7 +83,11 @@ def measure_importance(
     model: PreTrainedModel, batches: Iterable[Any], predict: Callable[[Any, Any], object]
 ) -> Importance:
     """One pass over the batches. Of parts that are not where the family has them, nothing is said."""
-    names, was_training = layer_names(model), model.training
+    family, nothing = model_family(model), np.zeros((0, 0))
+    if isinstance(family, ConvolutionalFamily):
+        found_G = measure_channels(model, family, batches, predict)
+        return Importance(nothing.ravel(), nothing, nothing, nothing.ravel(), found_G)
+    names, was_training = family.names, model.training
     layers = list(model.get_submodule(names.layers).children())
     turned, channels, heads, widths = ([_Mean() for _ in layers] for _ in range(4))
     kv_heads, counted = _kv_heads(model, names), list[Tensor | None]([None])
@@ -216,12 +223,17 @@ def prune(model: PreTrainedModel, section: Pruned, importance: Importance) -> Pr
     Raises:
         InputError: the model has fewer of something, or its family cannot lose it.
     """
-    names, kv_heads = layer_names(model), _kv_heads(model, layer_names(model))
+    family = model_family(model)
+    if isinstance(family, ConvolutionalFamily):
+        return prune_channels(model, family, section, importance.stages_G)
+    names, kv_heads = family.names, _kv_heads(model, family.names)
+    if section.hidden_sizes is not None:
+        raise cannot_lose("hidden_sizes", type(model).__name__, "resnet")
     _, channels, heads, hidden = importance.sizes
     has = {"intermediate_size": channels, "kv_heads": heads, "hidden_size": hidden}
-    for field, there in has.items():
-        if getattr(section, field) is not None and not there:
-            raise cannot_lose(field, type(model).__name__)
+    for name, there in has.items():
+        if getattr(section, name) is not None and not there:
+            raise cannot_lose(name, type(model).__name__)
     section.require_possible(len(importance.layers_L), channels, kv_heads, hidden)
     layers = _kept(importance.layers_L, section.layers, names.first_stays)
     smaller = keep_layers(model, layers.tolist())

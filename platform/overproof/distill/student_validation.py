@@ -52,8 +52,9 @@ def _check_directory(path: str, found: ModelSize, manifest: Manifest, prepared: 
 
 
 def _check_comparable(student: Student, found: ModelSize, teacher: ModelSize) -> None:
-    if not FAMILIES[teacher.family].names.feed_forward:
-        raise InputError(f"relations, states: a teacher of the family {teacher.family} has no layers; expected none")
+    for model, who in ((teacher, "teacher"), (found, "student")):
+        if not FAMILIES[model.family].names.feed_forward:
+            raise InputError(f"relations, states: a {who} of the family {model.family} has no layers; expected none")
     for name, part in (("relations", student.relations), ("states", student.states)):
         if part and part.teacher_layer is not None and part.teacher_layer >= teacher.layers:
             raise InputError(f"{name}.teacher_layer {part.teacher_layer}: the teacher has {teacher.layers} layers")

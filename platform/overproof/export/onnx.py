@@ -25,7 +25,7 @@ class Onnx(FormatSection):
     """ONNX for ONNX Runtime, for models that take one array a row.
 
     ``int8`` measures the range of each activation as it runs, ``int8-static`` beforehand, on ``calibration.rows`` train
-    rows; weights are rounded alike, each output channel by itself.
+    rows; weights are rounded alike, each output channel by itself. Convolutions compute in int8 in the second alone.
     """
 
     kind: Literal["onnx"] = "onnx"

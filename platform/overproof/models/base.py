@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from overproof.config.training import ZeroSettings
     from overproof.data.manifest import Manifest
     from overproof.models.gguf_layout import GgufLayout
     from overproof.models.sizes import ModelSize
@@ -91,6 +92,16 @@ class LayerNames:
     def has_attention(self) -> bool:
         """Whether queries, keys and values can be looked at."""
         return self.queries is not None or self.fused is not None
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels of a convolutional model that stay or go together, with names of modules from the whole model."""
+
+    channels: int
+    measured: str  # gives them, (B, C, H, W)
+    given_by: tuple[str, ...]  # convolutions, and the norms behind them
+    read_by: tuple[str, ...]  # convolutions, or the output layer
 
 
 @dataclass(frozen=True)
@@ -186,6 +197,34 @@ class BaseFamily(Protocol):
 
     def output_order(self, config: Any, shape: DataShape) -> list[int] | None:
         """Which of the directory's outputs stands for each of the data's; None where they are not the same."""
+
+
+@runtime_checkable
+class ConvolutionalFamily(Protocol):
+    """What a family has beside whose models are stages of convolutions with batch norm, which can lose channels.
+
+    A configuration is the content of a config.json.
+    """
+
+    def narrowed(self, config: Mapping[str, Any], hidden_sizes: tuple[int, ...]) -> dict[str, Any]:
+        """The configuration of what is left where stages keep so many channels.
+
+        Raises:
+            InputError: there are not as many, or such a model would not be a part of it.
+        """
+
+    def tensors(self, config: Mapping[str, Any]) -> Mapping[str, int]:
+        """Numbers in each parameter, by name."""
+
+    def channel_groups(self, config: Mapping[str, Any]) -> Sequence[ChannelGroup]:
+        """All that can go; those of a narrower configuration are as many, in the same order."""
+
+    def require_training(self, settings: ZeroSettings, where: str) -> None:
+        """Look whether its models can be trained so.
+
+        Raises:
+            InputError: they cannot.
+        """
 
 
 @runtime_checkable

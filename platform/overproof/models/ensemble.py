@@ -70,12 +70,15 @@ class EnsembleFamily:
         return replace(
             widest, family="ensemble", layers=sum(size.layers for size in sizes),
             tensors=tuple(numbers for size in sizes for numbers in size.tensors),
-            looked_up=sum(size.looked_up for size in sizes),
+            looked_up=sum(size.looked_up for size in sizes), kept=sum(size.kept for size in sizes),
+            peak=max(size.peak for size in sizes),
+            multiplied_again=sum(size.multiplied_again for size in sizes),
         )  # fmt: skip
 
     def layer_memory(self, size: ModelSize, element_bytes: int) -> int:
-        """As a layer of an encoder."""
-        return element_bytes * (8 * size.hidden + 2 * size.intermediate) + 4 * size.heads + 4 * element_bytes
+        """As a layer of an encoder, and an equal part of what members keep whose layers are not alike."""
+        kept = 8 * size.hidden + 2 * size.intermediate + 4 - (-size.kept // size.layers)
+        return element_bytes * kept + 4 * size.heads
 
     def outer_memory(self, size: ModelSize, element_bytes: int) -> int:
         return 2 * element_bytes * size.hidden

@@ -58,8 +58,13 @@ def _fresh(family: ModelFamily, config: Any, seed: int) -> PreTrainedModel:
 
 def layer_names(model: PreTrainedModel) -> LayerNames:
     """Where a model keeps its parts."""
+    return model_family(model).names
+
+
+def model_family(model: PreTrainedModel) -> ModelFamily:
+    """Of a model, by its class."""
     _, family = family_of({"architectures": [type(model).__name__]}, model.config.name_or_path)
-    return family.names
+    return family
 
 
 def output_layer(model: PreTrainedModel) -> nn.Module:

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs
 
-from overproof.config.models import LayeredModel, Masked, ModelSection, OfTeacher, Pretrained, Pruned
+from overproof.config.models import LayeredModel, Masked, ModelSection, OfTeacher, Pretrained, Pruned, StagedModel
 from overproof.config.training import Lora, Train
 from overproof.errors import InputError, suggest_name
 from overproof.files import filesystem, read_bytes, retried
+from overproof.models.base import ConvolutionalFamily
+from overproof.models.channels import narrowed_config, narrowed_size
 from overproof.models.pretrained import weight_files
 from overproof.registry import FAMILIES
 
@@ -55,6 +57,9 @@ class ModelSize:
     adapter_rank: int = 0  # width between the two
     looked_up: int = 0  # numbers of tables of which a place reads one row, and multiplies nothing
     masked: int = 0  # numbers that each layer keeps more of a place where texts of a row are kept apart
+    kept: int = 0  # numbers of a row that layers which are not alike keep together
+    peak: int = 0  # numbers of a row that such layers have at once in a pass without gradients
+    multiplied_again: int = 0  # numbers that convolutions multiply at further pixels of a row, once for each
 
     @property
     def parameters(self) -> int:
@@ -74,7 +79,7 @@ class ModelSize:
     @property
     def multiplied(self) -> int:
         """Numbers that each place is multiplied with, which is what a pass costs."""
-        return self.parameters - self.looked_up
+        return self.parameters - self.looked_up + self.multiplied_again
 
 
 def model_size(model: ModelSection, shape: DataShape) -> ModelSize:
@@ -124,7 +129,13 @@ def student_size(model: ModelSection, teacher: ModelSection, shape: DataShape) -
     if not isinstance(model, OfTeacher):
         return model_size(model, shape)
     whole = model_size(teacher, shape)
-    if not FAMILIES[whole.family].names.feed_forward:
+    family = FAMILIES[whole.family]
+    if isinstance(model, Pruned) and isinstance(family, ConvolutionalFamily):
+        if isinstance(teacher, Pretrained):
+            return narrowed_size(directory_config(teacher.path), model, family, shape)
+        assert isinstance(teacher, StagedModel)
+        return model_size(model.left_of(teacher), shape)
+    if not family.names.feed_forward:
         raise InputError(
             f"a teacher of the family {whole.family} has no layers of its own; expected a student of another kind, "
             "such as {kind: pretrained, path: ...}"
@@ -217,8 +228,15 @@ def require_varlen(kind: str, where: str) -> None:
         )
 
 
+def left_config(config: Mapping[str, Any], model: OfTeacher, family: ModelFamily) -> dict[str, Any]:
+    """``student_config``, of a family of any kind."""
+    if isinstance(family, ConvolutionalFamily):
+        return narrowed_config(config, model, family)
+    return student_config(config, model, family.names)
+
+
 def student_config(config: Mapping[str, Any], model: OfTeacher, names: LayerNames) -> dict[str, Any]:
-    """The content of a config.json for what is left of its model.
+    """The content of a config.json for what is left of its model, whose layers are equal.
 
     Raises:
         InputError: it has not as much, or its heads cannot be taken away by themselves, or its layers not be masked.
@@ -228,6 +246,8 @@ def student_config(config: Mapping[str, Any], model: OfTeacher, names: LayerName
         model.require_linear(names.linear, f"layers of a {architecture}")
     if isinstance(model, Pruned) and model.kv_heads is not None and names.attention_output is None:
         raise cannot_lose("kv_heads", architecture)
+    if isinstance(model, Pruned) and model.hidden_sizes is not None:
+        raise cannot_lose("hidden_sizes", architecture, "resnet")
     if isinstance(model, Pruned) and model.hidden_size is not None and not names.width_goes:
         raise cannot_lose("hidden_size", architecture)
     layers, channels = (
@@ -251,11 +271,11 @@ def student_config(config: Mapping[str, Any], model: OfTeacher, names: LayerName
     return found
 
 
-def cannot_lose(field: str, architecture: str) -> InputError:
+def cannot_lose(field: str, architecture: str, able: str = "llama") -> InputError:
     """Of a pruned student whose teacher has no such part by itself."""
     return InputError(
         f"{field}: a {architecture} cannot lose any by themselves; expected null and fewer layers or other parts, "
-        "or a teacher of a family such as llama"
+        f"or a teacher of a family such as {able}"
     )
 
 

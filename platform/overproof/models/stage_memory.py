@@ -32,7 +32,7 @@ IDLE = 0.5  # as much of what layers keep lies idle in malloc's heap besides
 
 def forward_memory(size: ModelSize, rows: int, logits: int = 1, element_bytes: int = FP32_BYTES) -> int:
     """A pass without gradients: a layer's arrays, which malloc keeps for the next, and some as large as the logits."""
-    layer = size.places * layer_memory(size, element_bytes)
+    layer = max(size.places * layer_memory(size, element_bytes), element_bytes * size.peak)
     return rows * (layer + logits * size.predictions * size.outputs * element_bytes)
 
 

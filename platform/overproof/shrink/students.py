@@ -10,14 +10,15 @@ from typing import Any
 from overproof.config.distillation import Student
 from overproof.config.models import ModelSection, Pretrained, Pruned, TeacherLayers
 from overproof.errors import InputError
-from overproof.models.base import DataShape
-from overproof.models.sizes import ModelSize, model_size, student_size
+from overproof.models.base import ConvolutionalFamily, DataShape
+from overproof.models.sizes import ModelSize, directory_config, model_size, student_size
 from overproof.registry import FAMILIES
 from overproof.shrink.given_model import GivenModel
 from overproof.shrink.template import BytesANumber, TemplateSettings
 from overproof.units import format_number
 
 CHANNELS = 32  # of a feed-forward layer, by whose multiples it is narrowed where they divide it
+STAGE_CHANNELS = 8  # of a stage of convolutions, by whose multiples it is narrowed
 WHOLE = "whole"  # the student that keeps every layer of a given teacher
 
 
@@ -104,6 +105,8 @@ def _models(
     if given is None:
         return settings.students
     found = dict[str, dict[str, Any]]()
+    if isinstance(FAMILIES[size.family], ConvolutionalFamily):
+        return _narrowed(settings, directory_config(given.path)["hidden_sizes"])
     for count in sorted({max(1, round(share * size.layers)) for share in settings.shares}, reverse=True):
         if count == size.layers:
             found[WHOLE] = {"kind": "teacher_layers", "layers": count}
@@ -111,6 +114,16 @@ def _models(
             found[f"layers-{count}"] = {"kind": "teacher_layers", "layers": count}
         else:
             found[f"pruned-{round(100 * count / size.layers)}"] = _pruned(teacher, size, count, shape)
+    return found
+
+
+def _narrowed(settings: TemplateSettings, hidden_sizes: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Of a convolutional teacher: as large a share of its numbers, which go by the square of its channels."""
+    found = dict[str, dict[str, Any]]()
+    for share in sorted(settings.shares, reverse=True):
+        steps = (max(1, round(math.sqrt(share) * channels / STAGE_CHANNELS)) for channels in hidden_sizes)
+        kept = [min(STAGE_CHANNELS * n, channels) for n, channels in zip(steps, hidden_sizes, strict=True)]
+        found[WHOLE if share == 1 else f"pruned-{round(100 * share)}"] = {"kind": "pruned", "hidden_sizes": kept}
     return found
 
 

@@ -43,6 +43,7 @@ from overproof.train.optim import (
     trained_elements,
 )
 from overproof.train.plain_loading import plain_loading
+from overproof.train.running_statistics import RunningStatistics
 from overproof.train.sharded_state import FP32, ShardedState
 from overproof.train.train_job import Sharding
 
@@ -66,7 +67,7 @@ class DeepSpeedEngine:
             InputError: a lock that nobody holds stands before what must be compiled, or the model cannot attend as the
                 recipe asks.
         """
-        self.train, self.seed = train, seed
+        self.train, self.seed, self.universal = train, seed, universal
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.accumulation = train.accumulation(self.world)
         deepspeed = import_deepspeed("cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -88,12 +89,14 @@ class DeepSpeedEngine:
         if train.compile:
             self.engine.compile()
         self.device = torch.device(self.engine.device)
+        self.statistics = RunningStatistics(self.engine.module)
         self.steps_done = 0
 
     def step(self, objective: Objective, batch: Batch) -> PendingMetrics:
         rate = learning_rate(self.train, self.steps_done)
         set_learning_rate(self.optimizer, rate)
         names, sums, norm = list[str](), torch.zeros((), device=self.device), None
+        self.statistics.before_step()
         for index, micro_batch in enumerate(_micro_batches(batch, self.accumulation)):
             self._seed_rows(index)
             loss, scalars = objective.loss(self.engine, to_device(micro_batch, self.device))
@@ -108,6 +111,7 @@ class DeepSpeedEngine:
                     _reset_bias_correction(self.optimizer.optimizer)
             self.engine.step()
         found_norm = self.engine.get_global_grad_norm() if norm is None else norm
+        self.statistics.after_step(found_norm, lambda values: self.all_reduce(values) / self.world)
         self.steps_done += 1
 
         def read() -> Metrics:
@@ -159,6 +163,8 @@ class DeepSpeedEngine:
         self.engine.checkpoint_engine = _StateFiles()
         with plain_zero_loading(folder):
             self._load(folder)
+            if self.universal:
+                self._load_buffers(folder)
         self.steps_done = step
 
     def load_resharded(self, folder: Path, step: int, saved: ShardedState) -> None:
@@ -196,6 +202,14 @@ class DeepSpeedEngine:
         )
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found nothing to load")
+
+    def _load_buffers(self, folder: Path) -> None:
+        """Of a universal checkpoint, of which DeepSpeed loads parameters alone."""
+        saved = torch.load(min(folder.glob("*model_states.pt")), map_location="cpu", weights_only=True, mmap=True)
+        own = dict(self.engine.module.named_buffers())
+        for name, value in saved["module"].items():
+            if name in saved["buffer_names"]:
+                own[name].copy_(value)
 
     def _seed_rows(self, index: int) -> None:
         """Seed a forward pass by where its rows stand in the order, whatever the number of workers."""

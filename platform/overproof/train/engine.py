@@ -22,6 +22,7 @@ from overproof.models.hf_directory import Batch
 from overproof.train.objective import Objective
 from overproof.train.optim import ADAM_EPSILON, learning_rate, parameter_groups
 from overproof.train.plain_loading import plain_loading
+from overproof.train.running_statistics import RunningStatistics
 
 STATE_FILE = "state.pt"  # of the engine of one process
 MEMORY_ADVICE = (
@@ -79,17 +80,20 @@ class TorchEngine:
             eps=ADAM_EPSILON,
             fused=True,  # on a CPU, too: one pass over the weights instead of ten
         )
+        self.statistics = RunningStatistics(self.model)
         self.steps_done = 0
 
     def step(self, objective: Objective, batch: Batch) -> PendingMetrics:
         rate = learning_rate(self.optimization, self.steps_done)
         set_learning_rate(self.optimizer, rate)
         seed_rng(self.seed, self.steps_done, self.device)
+        self.statistics.before_step()
         loss, scalars = objective.loss(self.model, to_device(batch, self.device))
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), self.optimization.clip_norm)
         leave_out_nonfinite(self.optimizer, norm)
         self.optimizer.step()
+        self.statistics.after_step(norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
         values = torch.stack([value.detach().double() for value in (loss, norm, *scalars.values())])

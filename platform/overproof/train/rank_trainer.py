@@ -143,7 +143,8 @@ class RankTrainer:
         if model is not None and self.rank == 0:
             state = model.state_dict(keep_vars=True)
             names = written_names(model.config, [type(model).__name__], list(state))
-            described = [{name: TensorShape(torch.float32, tuple(full_shape(state[name]))) for name in names}]
+            types = {name: torch.float32 if state[name].is_floating_point() else state[name].dtype for name in names}
+            described = [{name: TensorShape(types[name], tuple(full_shape(state[name]))) for name in names}]
             with self.job.draft.directory(folder) as written:
                 tokenizer = self.manifest.tokenizer(self.job.prepared)
                 save_description(model.config, [type(model).__name__], written, tokenizer)
