@@ -5,8 +5,9 @@
         model: {kind: llama, hidden_size: 576, intermediate_size: 1024, layers: 20, heads: 9, kv_heads: 3}}]'
     .venv/bin/python benchmarks/pruned.py store [--run smollm2]
 
-Prints two Markdown tables: every student of every sweep of the run, by what it learnt from so many tokens, and every
-file of its newest evaluation. Each student has a control, which learns as long from the data alone.
+Prints a Markdown table of every student of every sweep of the run, by what it learnt from so many tokens, and one of
+every file of its newest evaluation, if there is one (`overproof sweep` stops before). Each student has a control, which
+learns as long from the data alone.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ def main() -> None:
             for trial in trials(sweep)
         ],
     )  # fmt: skip
-    print()
-    report = read_json(Report, store.get(f"{given.run}/evaluate").local() / REPORT)
-    for line in markdown_lines(variant_table(report)):
+    evaluated = [
+        each for each in store.artifacts() if (each.record.recipe, each.record.stage) == (given.run, "evaluate")
+    ]
+    for line in markdown_lines(variant_table(read_json(Report, evaluated[-1].local() / REPORT))) if evaluated else ():
         print(line)
 
 
