@@ -18,7 +18,7 @@ from overproof.engines.probe_messages import TextRequest
 from overproof.evaluate.metrics import MeasuredFile, Report
 from overproof.evaluate.variant_table import markdown_lines, variant_table
 from overproof.models.hf_directory import load_model
-from overproof.registry import TASKS
+from overproof.registry import FORMATS, TASKS
 from overproof.tasks import text_evaluation
 from overproof.tasks.base import Metric
 from overproof.tasks.divergence import of_distributions, of_labels
@@ -27,7 +27,8 @@ SETTINGS = Evaluate(threads=1)
 
 
 def found(kind: str, engine: str, file: Path, teacher: Path, root: Path) -> Metric:
-    return TASKS[kind].divergence(file, teacher, root, SETTINGS, engine, lambda _: None)["divergence_nats"]
+    format = FORMATS["gguf" if TASKS[kind].label_column == "tokens" else "onnx"]
+    return TASKS[kind].divergence(file, teacher, root, SETTINGS, engine, format, lambda _: None)["divergence_nats"]
 
 
 def test_of_distributions_and_of_labels() -> None:
@@ -58,6 +59,9 @@ def test_of_text_it_is_what_torch_says(text: dict[str, Artifact]) -> None:
         places += int(length)
     assert measured.n == pytest.approx(1024, rel=0.2) if places > 1024 else measured.n == places
     assert measured.value == pytest.approx(total / places, rel=0.1)
+    by_torch = found("language_modeling", "vllm", exported / "student.gguf", exported / "teacher.gguf", root)
+    assert by_torch.n == measured.n  # of an engine that does not tell
+    assert by_torch.value == pytest.approx(measured.value, rel=0.01)
 
 
 def test_of_itself_it_is_nothing_and_of_fewer_bits_more(text: dict[str, Artifact], digits: dict[str, Artifact]) -> None:

@@ -344,7 +344,7 @@ def _probe(
     found = task.probe(path, root, settings, recipe.engine, format, say)
     if teacher is not None and file != teacher:
         beside = export_folder(compressed, teacher) / teacher
-        found |= task.divergence(path, beside, root, settings, recipe.engine, say)
+        found |= task.divergence(path, beside, root, settings, recipe.engine, format, say)
     progress(TaskProgress(f"engine {file}", 1, 1))
     return found
 

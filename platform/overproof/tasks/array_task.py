@@ -85,8 +85,9 @@ class RowsTask:
         )
 
     def divergence(
-        self, file: Path, teacher: Path, root: Path, settings: Evaluate, engine: str, say: Say
+        self, file: Path, teacher: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
     ) -> dict[str, Metric]:
+        del format
         from overproof.tasks.divergence import array_divergence
 
         return array_divergence(file, teacher, root, settings, engine, self.column, self.divergences, say)

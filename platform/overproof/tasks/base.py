@@ -311,10 +311,10 @@ class Task(Protocol):
         """Speed, memory and parity of an exported file in the engine that will serve it; ``say`` hears of progress."""
 
     def divergence(
-        self, file: Path, teacher: Path, root: Path, settings: Evaluate, engine: str, say: Say
+        self, file: Path, teacher: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
     ) -> dict[str, Metric]:
-        """How far an exported file's probabilities are from those of the teacher's file, both in the engine that will
-        serve them, on some of the test units; nothing where the engine does not tell them.
+        """How far an exported file's probabilities are from those of the teacher's file, on some of the test units:
+        both in the engine that will serve them, or in torch where it does not tell them.
         """
 
     # --- serving ----------------------------------------------------------------------------------

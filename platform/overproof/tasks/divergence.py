@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 from overproof.config import Evaluate
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
-from overproof.engines.base import ArrayEngine, EngineSettings, ScoringLoader
+from overproof.engines.base import ArrayEngine, EngineSettings
 from overproof.engines.probe import Say
 from overproof.registry import ENGINES
 from overproof.tasks.array_evaluation import flat
 from overproof.tasks.base import DIVERGENCE, Metric, spread_units
-from overproof.tasks.text_evaluation import TestDocuments, test_rows
+from overproof.tasks.text_evaluation import TestDocuments, open_logits, test_rows
+
+if TYPE_CHECKING:
+    from overproof.export.base import Format
 
 TOKENS = 1024  # of test rows, about, that both files read
 ROWS = 256  # of arrays
@@ -64,19 +67,23 @@ def array_divergence(
 
 
 def text_divergence(
-    file: Path, teacher: Path, root: Path, settings: Evaluate, engine: str, counted: str | None, say: Say
+    file: Path,
+    teacher: Path,
+    root: Path,
+    settings: Evaluate,
+    engine: str,
+    format: Format,
+    counted: str | None,
+    say: Say,
 ) -> dict[str, Metric]:
     """Of every prediction that counts in some test rows, which both files read side by side."""
-    loader = ENGINES[engine]
-    if not isinstance(loader, ScoringLoader):
-        return {}
     documents, positions = TestDocuments.of(root, settings.max_documents), Manifest.read(root).positions
     most = max(1, round(TOKENS / float(documents.lengths.mean())))
     picked = spread_units(documents.sample_ids, most)
     total, places = 0.0, 0
     with ExitStack() as opened:
         readers = [
-            opened.enter_context(closing(loader.logits(path, positions, settings.threads, settings.kv_cache)))
+            opened.enter_context(closing(open_logits(path, positions, settings, engine, format)))
             for path in (teacher, file)
         ]
         for number, (tokens_S, counts_P) in enumerate(test_rows(Shards(root, "test"), picked, counted), start=1):

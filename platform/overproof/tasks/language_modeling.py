@@ -92,11 +92,11 @@ class CausalTask:
         return measure_text(file, root, settings, engine, format, say)
 
     def divergence(
-        self, file: Path, teacher: Path, root: Path, settings: Evaluate, engine: str, say: Say
+        self, file: Path, teacher: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
     ) -> dict[str, Metric]:
         from overproof.tasks.divergence import text_divergence
 
-        return text_divergence(file, teacher, root, settings, engine, self.counted, say)
+        return text_divergence(file, teacher, root, settings, engine, format, self.counted, say)
 
 
 class LanguageModeling(CausalTask):

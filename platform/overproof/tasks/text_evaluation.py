@@ -32,7 +32,7 @@ from overproof.config.base import KvCache, Precision
 from overproof.data.manifest import CLUSTER, DOCUMENTS, TEST_TEXTS, TOKENIZER, Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.engines import probe
-from overproof.engines.base import PlaceScores, ScoringLoader, TextScorer
+from overproof.engines.base import LogitsReader, PlaceScores, ScoringLoader, TextScorer
 from overproof.engines.probe import Say
 from overproof.engines.probe_messages import TextRequest
 from overproof.engines.prompt_limits import require_context
@@ -55,7 +55,7 @@ from overproof.tasks.base import (
     cost_metrics,
     spread_units,
 )
-from overproof.tasks.torch_scorer import TorchScorer
+from overproof.tasks.torch_scorer import TorchLogits, TorchScorer
 
 BATCH_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 28}  # numbers in the logits of one batch of torch
 READ_ROWS = 256  # rows of the test split held at once
@@ -71,6 +71,26 @@ def predict(model: nn.Module, batch: Batch) -> Prediction:
     logits_BPV = model(input_ids=tokens_BS[:, :-1], use_cache=False, **document_positions(batch)).logits
     places_P = torch.arange(tokens_BS.shape[1] - 1, device=tokens_BS.device)
     return Prediction(logits_BPV, tokens_BS[:, 1:], places_P < length_B[:, None])
+
+
+def open_logits(file: Path, positions: int, settings: Evaluate, engine: str, format: Format) -> LogitsReader:
+    """All that a file says of rows of ``positions`` places at most: by its engine, or else by torch.
+
+    Raises:
+        InputError: the file cannot be loaded, or its context is shorter.
+    """
+    loader = ENGINES[engine]
+    if isinstance(loader, ScoringLoader):
+        return loader.logits(file, positions, settings.threads, settings.kv_cache)
+    return TorchLogits(_read_back(file, format, positions))
+
+
+def _read_back(file: Path, format: Format, positions: int) -> Any:
+    model = format.read_back(file)
+    context = most_positions(model.config.to_dict())
+    if context is not None:
+        require_context(file, positions, context)
+    return model
 
 
 @dataclass(frozen=True)
@@ -120,10 +140,7 @@ def open_scorer(
     longest = max(manifest.positions, places)
     if isinstance(loader, ScoringLoader):
         return loader.scorer(file, longest, threads, kv_cache)
-    model = format.read_back(file)
-    context = most_positions(model.config.to_dict())
-    if context is not None:
-        require_context(file, longest, context)
+    model = _read_back(file, format, longest)
     where = start_compute(gpus, precision)
     batch_rows = max(1, BATCH_LOGITS[where.device.type] // (manifest.positions * manifest.outputs))
     return TorchScorer(where.place(model), batch_rows, where.device)

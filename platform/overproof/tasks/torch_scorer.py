@@ -58,3 +58,21 @@ class TorchScorer:
 
     def close(self) -> None:
         del self._model
+
+
+class TorchLogits:
+    """See ``LogitsReader``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """A causal language model of transformers, in evaluation mode, on the CPU."""
+        self._model = model
+
+    def batches(self, tokens_S: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
+        with torch.inference_mode():
+            logits_SV = self._model(
+                input_ids=torch.from_numpy(tokens_S.astype(np.int64))[None], use_cache=False
+            ).logits[0]
+        yield logits_SV.float().numpy()
+
+    def close(self) -> None:
+        del self._model
