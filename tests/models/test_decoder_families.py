@@ -326,3 +326,16 @@ def test_a_decoder_that_names_no_limit_of_positions_is_saved(tmp_path: Path, tok
     folder = saved(model, tmp_path / "model", tokenizer)
     assert "model_max_length" not in json.loads((folder / "tokenizer_config.json").read_text())
     assert torch.equal(logprobs(hf_directory.load_model(folder), some_tokens()), logprobs(model, some_tokens()))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_transformers_opens_the_file_as_the_model_that_it_holds(kind: str, tmp_path: Path, tokenizer: Path) -> None:
+    """By its own reader of GGUF, which of other families leaves settings out that these small models have, such as the
+    width of qwen3's heads.
+    """
+    folder = saved(built(kind), tmp_path / "model", tokenizer)
+    for format in ("q8_0", "q4_0"):
+        export_gguf(folder, tokenizer, tmp_path / f"{format}.gguf", format, "made")  # type: ignore[arg-type]
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=f"{format}.gguf", dtype=torch.float32)
+        own = read_gguf(tmp_path / f"{format}.gguf")
+        torch.testing.assert_close(logprobs(theirs, some_tokens()), logprobs(own, some_tokens()), rtol=0, atol=1e-5)
