@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -25,10 +26,11 @@ from overproof.config import Recipe, load_recipe
 from overproof.config.models import Pruned, TeacherLayers
 from overproof.errors import InputError
 from overproof.models.sizes import student_size
-from overproof.registry import FORMATS, TASKS
+from overproof.registry import FAMILIES, FORMATS, TASKS
 from overproof.shrink.choice import Asked
 from overproof.shrink.estimate import choose_within
 from overproof.shrink.given_model import inspect_model
+from overproof.shrink.students import narrowed_students
 from overproof.shrink.template import FEWEST_STEPS, change
 from overproof.tasks.image_recognition import recognise_images
 from overproof.tasks.recognition import ColumnFlags, Question, Shrinkable, look_at
@@ -759,3 +761,17 @@ def test_students_of_a_given_resnet_have_fewer_channels(here: Path, capsys: pyte
     ]
     assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.3)
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_stage_that_would_be_as_wide_as_the_stem_is_a_step_narrower() -> None:
+    config = {
+        "architectures": ["ResNetForImageClassification"], "embedding_size": 32, "hidden_sizes": [64, 128, 256],
+        "depths": [1, 1, 1], "layer_type": "basic", "downsample_in_first_stage": False, "num_channels": 1,
+    }  # fmt: skip
+    settings = SimpleNamespace(shares=(1, 0.25, 0.24))
+    found = narrowed_students(settings, config, FAMILIES["resnet"])  # type: ignore[arg-type]
+    kept = [model["hidden_sizes"] for model in found.values()]
+    assert kept == [[64, 128, 256], [24, 64, 128]]  # a quarter would be [32, 64, 128], twice
+    narrow = config | {"embedding_size": 8, "hidden_sizes": [8, 8, 8]}
+    alone = narrowed_students(settings, narrow, FAMILIES["resnet"])  # type: ignore[arg-type]
+    assert [*alone] == ["whole"]  # the others would be the teacher once more

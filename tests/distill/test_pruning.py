@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import distill_world
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from decoder_cases import CASES, POSITIONS, SHAPE
+from overproof.artifacts import Store
 from overproof.config import Pretrained, Pruned, load_recipe
 from overproof.distill import pruning
 from overproof.distill.pruning import Importance, _head_width, measure_importance, prune
@@ -300,56 +303,80 @@ def test_a_student_starts_from_it_and_all_trials_from_the_same(
         assert torch.equal(weight, made[1].state_dict()[name])
 
 
-def test_in_rounds_a_student_loses_a_part_at_a_time_and_goes_on_as_if_nothing_had_happened(text_world: World) -> None:
-    """Of 64 channels 32 stay; what goes is chosen by the student as it is by then. One that is stopped
-    after any validation ends with the same weights.
+@pytest.mark.parametrize(
+    ("rounds", "seen", "ends", "rounding"),
+    [
+        (2, [96, 96, 32, 32, 32], [5, 6, 10, 12], None),
+        (3, [128, 96, 96, 32, 32, 32], [4, 5, 8, 10, 12], None),
+        (2, [96, 96, 32, 32, 32], [5, 6, 10, 12], "q8_0"),
+    ],
+)
+def test_in_rounds_a_student_loses_a_part_at_a_time_and_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int, seen: list[int], ends: list[int], rounding: str | None
+) -> None:
+    """Of 160 channels 32 stay; what goes is chosen by the student as it is by then. One that is stopped after any
+    validation ends with the same weights; so does its control.
     """
-    model = {"kind": "pruned", "intermediate_size": 32, "rows": 24, "rounds": 2}
-    settings = {
-        "students": [{"name": "slow", "teacher": "live", "model": model}], "steps": 12, "validate_every": 5,
-        "warmup_steps": 0, "batch_size": 8,
+    taught = distill_world.TEACHERS["text"].model_copy(update={"intermediate_size": 160})
+    monkeypatch.setitem(distill_world.TEACHERS, "text", taught)
+    world = distill_world.make("text", Store(str(tmp_path)))
+    student = {
+        "name": "slow", "teacher": "live", "rounding": rounding,
+        "model": {"kind": "pruned", "intermediate_size": 32, "rows": 24, "rounds": rounds},
     }  # fmt: skip
-    context = text_world.context("sweep", cached=text_world.artifacts["prepare"], sweep=settings)
-    job = job_of(context, "slow")
+    settings = {"students": [student], "steps": 12, "validate_every": 5, "warmup_steps": 0, "batch_size": 8}
+    context = world.context("sweep", cached=world.artifacts["prepare"], sweep=settings)
 
     def widths(trainer: StudentTrainer) -> int:
         return int(trainer.model.config.intermediate_size)
 
-    whole = StudentTrainer(job_of(context, "slow"))
-    seen, ends = [widths(whole)], list[int]()
-    while not ends or ends[-1] < 12:
-        ends.append(whole.run_to_validation().steps)
-        seen.append(widths(whole))
-    assert (ends, seen) == ([5, 6, 10, 12], [48, 48, 32, 32, 32])
-    expected = whole.model.state_dict()
-    for _ in ends:  # each attempt is stopped after one validation more
-        stopped = StudentTrainer(job)
-        assert widths(stopped) == seen[ends.index(stopped.resumed_step) + 1 if stopped.resumed_step else 0]
-        while stopped._replayed:
+    for distilled in (True, False):
+        job = replace(job_of(context, "slow"), distilled=distilled)
+        whole = StudentTrainer(replace(job_of(context, "slow"), distilled=distilled))
+        found, validated = [widths(whole)], list[int]()
+        while not validated or validated[-1] < 12:
+            validated.append(whole.run_to_validation().steps)
+            found.append(widths(whole))
+        assert (validated, found) == (ends, seen)
+        expected = whole.model.state_dict()
+        for _ in ends:  # each attempt is stopped after one validation more
+            stopped = StudentTrainer(job)
+            assert widths(stopped) == seen[ends.index(stopped.resumed_step) + 1 if stopped.resumed_step else 0]
+            while stopped._replayed:
+                stopped.run_to_validation()
             stopped.run_to_validation()
-        stopped.run_to_validation()
-        stopped.checkpoint_writer.wait()
-    found = stopped.model.state_dict()
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
-    at_once = {**settings, "students": [{"name": "fast", "teacher": "live", "model": {**model, "rounds": 1}}]}
-    fast = text_world.context("sweep", cached=text_world.artifacts["prepare"], sweep=at_once)
-    assert widths(StudentTrainer(job_of(fast, "fast"))) == 32
+            stopped.checkpoint_writer.wait()
+        ended = stopped.model.state_dict()
+        assert ended.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(ended[name], value, rtol=0, atol=0)
+
+
+def test_in_rounds_heads_layers_and_channels_between_layers_go_as_well() -> None:
+    """Sizes of each round lie evenly between the teacher's and what stays."""
+    section = Pruned(layers=2, kv_heads=1, hidden_size=96, intermediate_size=45, rounds=3)
+    parts = [section.after(done, 8, 60, 4, 192) for done in (1, 2, 3)]
+    found = [(each.layers, each.kv_heads, each.hidden_size, each.intermediate_size) for each in parts]
+    assert found == [(6, 3, 160, 55), (4, 2, 128, 50), (2, 1, 96, 45)]
+    assert section.further_steps(90) == (30, 60)
+
+
+ROUNDS = "{kind: pruned, intermediate_size: 64, rounds: 3}"
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"sweep.steps": 2}, "model.rounds is 3, and steps 2; expected no more rounds than steps"),
+        ({"sweep.students": f"[{{name: a, states: {{weight: 1.0}}, model: {ROUNDS}}}]"},
+         "student a learns from features, whose widths model.rounds changes as it trains"),
         ({"sweep.group": "{workers: 2}"}, "student a is pruned in 3 rounds, as one process alone trains it"),
         ({"tune": "{scheduler: {kind: pbt}, space: {learning_rate: {kind: uniform, low: 0.001, high: 0.01}}, search: "
           "{kind: random, trials: 2}}"}, "pbt hands weights from trial to trial; expected model.rounds: 1"),
     ],
 )  # fmt: skip
 def test_rounds_that_cannot_be_are_refused(changes: dict[str, Any], words: str) -> None:
-    model = "{kind: pruned, intermediate_size: 64, rounds: 3}"
-    sets = (f"sweep.students=[{{name: a, model: {model}}}]", *({"tune": "{}"} | changes).items())
-    overrides = tuple(each if isinstance(each, str) else f"{each[0]}={each[1]}" for each in sets)
+    sets = {"sweep.students": f"[{{name: a, model: {ROUNDS}}}]", "tune": "{}"} | changes
+    overrides = tuple(f"{name}={value}" for name, value in sets.items())
     with pytest.raises(InputError, match=re.escape(words)):
         load_recipe(STDLIB, overrides)

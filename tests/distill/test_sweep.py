@@ -258,7 +258,7 @@ def test_a_trial_that_takes_long_tells_its_steps_between_validations(
     told = [event for event in shown if isinstance(event, TaskProgress)]
     assert [(event.done, event.total) for event in told] == [(step, 2 * STEPS) for step in range(first + 1)]
     assert told[-1].note == "training"
-    tracker.start_controls(["control"])
+    tracker.start_controls({"control": STEPS})
     tracker.show(TaskProgress("control", 3, STEPS, "loss 1.000"))
     assert shown[-1] == TaskProgress("control", 3, STEPS, "control loss 1.000")
     tracker.show(Notice("a word"))

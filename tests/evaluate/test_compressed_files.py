@@ -21,11 +21,11 @@ from overproof.engines.base import EngineSettings, Sampling, TextEngine
 from overproof.export.base import ExportContext
 from overproof.export.compressed_tensors import FORMAT, CompressedTensors
 from overproof.export.compressed_tensors_file import read_compressed, require_same_weights
+from overproof.export.compressed_tensors_schemes import SCHEMES
 from overproof.package.package import open_package
-from overproof.registry import ENGINES, FORMATS, TASKS
+from overproof.registry import ENGINES, FORMATS
 from overproof.serve.replica import load_engine
 from overproof.tasks import text_evaluation
-from overproof.tasks.base import ScoringTime
 
 VLLM_PYTHON = "OVERPROOF_VLLM"
 PROMPT, RUN_S = [0, 70, 71, 72], 3000
@@ -71,22 +71,38 @@ def test_calibrated_files_are_as_large_and_nearer_to_the_model(
     assert eight < far  # and they round activations, too
 
 
+@pytest.mark.parametrize("variant", ["int8", "fp8"])
 def test_their_scorer_rounds_activations_as_their_engine_does(
-    exported: Callable[[str], Path], text: dict[str, Artifact]
+    exported: Callable[[str], Path], text: dict[str, Artifact], variant: str
 ) -> None:
-    root, file = text["prepare"].local(), exported("int8")
-    units = TASKS["language_modeling"].units(root, 3)
+    """What it gives is that of the rounded weights with inputs that are rounded by the formula, and not without."""
+    root, file = text["prepare"].local(), exported(variant)
+    scheme, tokens_S = SCHEMES[variant], Shards(root, "test").take(np.arange(1))["tokens"][0].astype(np.int64)
     scorer = text_evaluation.open_scorer(file, root, "vllm", FORMATS["compressed_tensors"], threads=1)
-    found = text_evaluation.score_text(file, root, units, scorer, lambda _: None, ScoringTime(None))
+    [found] = scorer.score([tokens_S])
     scorer.close()
-    plain = read_compressed(exported("bf16"))
-    rows = Shards(root, "test").take(np.arange(2))["tokens"].astype(np.int64)
-    tokens_BS = torch.from_numpy(rows)
-    with torch.inference_mode():
-        one, two = (m(input_ids=tokens_BS).logits.log_softmax(-1) for m in (plain, read_compressed(file)))
-    assert 0 < (one - two).abs().mean() < 0.1
-    assert np.isfinite(found.total).all()
-    assert found.predictions.sum() > 1000
+    model, layers = read_compressed(file), 0
+    for part in model.modules():
+        if isinstance(part, torch.nn.Linear) and type(part) is not torch.nn.Linear:
+            part.__class__, layers = torch.nn.Linear, layers + 1
+    assert layers == 7 * model.config.num_hidden_layers
+
+    def nats() -> np.ndarray:
+        with torch.inference_mode():
+            logprobs_SV = model(input_ids=torch.from_numpy(tokens_S)[None, :-1]).logits[0].log_softmax(-1)
+        return -logprobs_SV.gather(-1, torch.from_numpy(tokens_S)[1:, None])[:, 0].numpy()
+
+    def rounded(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        scale_B1 = given[0].abs().amax(-1, keepdim=True) / scheme.most
+        codes = given[0] / scale_B1
+        return (codes.to(scheme.codes).float() if scheme.type == "float" else codes.round()) * scale_B1
+
+    without = nats()
+    for part in model.model.layers.modules():
+        if isinstance(part, torch.nn.Linear):
+            part.register_forward_pre_hook(rounded)
+    np.testing.assert_allclose(found.nats_P, nats(), atol=1e-4)
+    assert np.abs(found.nats_P - without).max() > 1e-3
 
 
 @pytest.mark.trial

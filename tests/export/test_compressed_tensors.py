@@ -13,13 +13,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from decoder_cases import VOCABULARY, built
 from overproof.data.tokenization import train_bpe
 from overproof.engines.gguf_tokens import read_gguf_header
 from overproof.engines.vllm_server import VOCABULARY as TOKENS
-from overproof.engines.vllm_server import unpacked_directory, vocabulary_file
+from overproof.engines.vllm_server import unpacked_directory
 from overproof.errors import InputError
 from overproof.export.compressed_tensors import FORMAT
 from overproof.export.compressed_tensors_file import (
@@ -94,12 +94,23 @@ def test_transformers_reads_what_was_meant(write: Write, kind: str, tmp_path: Pa
             torch.testing.assert_close(found, logprobs(own), rtol=0, atol=1e-4)
 
 
-def test_a_file_is_all_but_its_tokenizer(write: Write, folder: Path) -> None:
+def test_a_file_is_all_but_its_tokenizer(write: Write, tmp_path: Path) -> None:
     file = write("qwen3", "int4")
     made = unpacked_directory(file)
-    assert {path.name for path in made.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", TOKENS}
+    described = {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in made.iterdir()} == {"model.safetensors", TOKENS, *described}
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(file)
+    (tmp_path / "tokenizer.json").write_bytes((file.parent / "tokenizer.json").read_bytes())
+    assert unpacked_directory(link) == made
+    assert not (made / "model.safetensors").is_symlink()
     assert (made / "model.safetensors").read_bytes() == file.read_bytes()
-    header = read_gguf_header(vocabulary_file(file))
+    assert (made / "model.safetensors").stat().st_nlink == 1  # nobody else's to change
+    (tmp_path / "tokenizer.json").write_text((file.parent / "tokenizer.json").read_text() + " ")
+    assert unpacked_directory(link) != made
+    tokenizer = AutoTokenizer.from_pretrained(made)
+    assert tokenizer.eos_token_id == json.loads((made / "config.json").read_text())["eos_token_id"] == 0
+    header = read_gguf_header(made / TOKENS)
     assert header.chat_template == "{{ messages[0].content }}"
     assert header.context_length == read_config(file.parent / "model")["max_position_embeddings"]
     assert b"".join(header.pieces[token] for token in (5, 6)).decode(errors="replace")

@@ -60,7 +60,7 @@ def model_directory(member: Path) -> Path:
     package = open_package(member)
     student, parents = package.measured.student, package.content.parents
     stage, folder = ("train", "model") if student in (None, TEACHER) else ("sweep", f"students/{student}")
-    found = member.absolute().parent / Path(artifact_id("", stage, parents[stage])).name / folder
+    found = member.resolve().parent / Path(artifact_id("", stage, parents[stage])).name / folder
     if not found.is_dir():
         raise InputError(
             f"{member}: made from {found}, which is not there: an ensemble is made of models, and a package holds a "

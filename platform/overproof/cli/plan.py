@@ -230,7 +230,8 @@ def _largest(
         found["train"] = stage_memory.teacher_memory(teacher, train, train.fewest)
         if recipe.reads_cache:
             found["cache"] = stage_memory.capture_memory(teacher, recipe.cache)
-    found["sweep"] = max(stage_memory.student_memory(size, sweep) for size in starting.values())
+    longest = sweep.model_copy(update={"steps": recipe.tune.most_steps(sweep)})
+    found["sweep"] = max(stage_memory.student_memory(size, longest) for size in starting.values())
     if isinstance(written, SizedFormat):
         unquantised = recipe.compress.model_copy(update={"formats": ()})  # as the teacher is written
         found["compress"] = max(
@@ -239,8 +240,9 @@ def _largest(
             )
             for size in exported
         )
-    if isinstance(engine, ScoringLoader):
-        scored = [engine.scoring_memory(size, size.predictions) for size in exported]
+    scoring = engine.scoring_memory if isinstance(engine, ScoringLoader) else stage_memory.torch_scoring_memory
+    if engine.kv_caches:  # of language models
+        scored = [scoring(size, size.predictions) for size in exported]
         found["evaluate"] = max(scored) + (scored[-1] if teacher is not None else 0)  # held beside the teacher's
     held = {stage: stage_memory.LIBRARIES_BYTES + bytes_ for stage, bytes_ in found.items()}
     told = ", ".join(f"{stage} {format_bytes(bytes_)}" for stage, bytes_ in held.items())

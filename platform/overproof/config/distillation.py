@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from overproof.config.base import RESOURCE, Count, Cpus, Identifier, Precision, Section
-from overproof.config.models import Pruned, StudentModel
+from overproof.config.models import OfTeacher, StudentModel
 from overproof.config.training import Optimization, ZeroSettings
 
 
@@ -139,7 +139,11 @@ class Student(Section):
     @property
     def rounds(self) -> int:
         """In which its teacher is pruned."""
-        return self.model.rounds if isinstance(self.model, Pruned) else 1
+        return 1 + len(self.further_steps(1))
+
+    def further_steps(self, steps: int) -> tuple[int, ...]:
+        """Those of a training of so many after which it loses a further part."""
+        return self.model.further_steps(steps) if isinstance(self.model, OfTeacher) else ()
 
     @property
     def distilled(self) -> bool:
@@ -242,6 +246,11 @@ class Sweep(Optimization):
         if self.steps == 0:
             raise ValueError("steps is 0; expected at least 1, since a student starts untrained")
         for student in self.students:
+            if student.rounds > 1 and student.uses_features:
+                raise ValueError(
+                    f"student {student.name} learns from features, whose widths model.rounds changes as it trains; "
+                    "expected model.rounds: 1, or no relations and states"
+                )
             if student.rounds > self.steps:
                 raise ValueError(
                     f"student {student.name}: model.rounds is {student.rounds}, and steps {self.steps}; expected no "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -61,6 +62,11 @@ class OfTeacher(ModelSection):
     @abstractmethod
     def kept_layers(self) -> int | None:
         """Layers that stay; None where all do."""
+
+    def further_steps(self, steps: int) -> tuple[int, ...]:
+        """Those of a training of so many after which a further part goes."""
+        del steps
+        return ()
 
     @abstractmethod
     def left_of(self, teacher: LayeredModel | StagedModel) -> LayeredModel | StagedModel:
@@ -137,6 +143,7 @@ class TeacherLayers(OfTeacher):
         return tuple((2 * i * (teacher - 1) + gaps) // (2 * gaps) for i in range(self.layers))
 
 
+BLOCK = 32  # numbers that share a scale in most formats
 PARTS = ("layers", "intermediate_size", "kv_heads", "hidden_size", "hidden_sizes")  # that a teacher can lose
 
 
@@ -183,13 +190,19 @@ class Pruned(OfTeacher):
         return tuple(steps * done // self.rounds for done in range(1, self.rounds))
 
     def after(self, rounds: int, layers: int, intermediate: int, kv_heads: int, hidden: int) -> Self:
-        """What stays after so many rounds, of a teacher with so many of each."""
-        has = {"layers": layers, "intermediate_size": intermediate, "kv_heads": kv_heads, "hidden_size": hidden}
-        left = {
-            name: there - (there - wanted) * rounds // self.rounds
-            for name, there in has.items()
-            if (wanted := getattr(self, name)) is not None
-        }
+        """What stays after so many rounds, of a teacher with so many of each. Widths that blocks of 32 divide before
+        and after are so in between, too.
+        """
+        has = {
+            "layers": (layers, 1), "kv_heads": (kv_heads, 1),
+            "intermediate_size": (intermediate, BLOCK), "hidden_size": (hidden, BLOCK),
+        }  # fmt: skip
+        left = dict[str, int]()
+        for name, (there, block) in has.items():
+            wanted = getattr(self, name)
+            if wanted is not None:
+                step = math.gcd(there, wanted, block)
+                left[name] = there - step * ((there - wanted) // step * rounds // self.rounds)
         return self.model_copy(update=left)
 
     def stages(self, teacher: str) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ def train_controls(jobs: Sequence[TrialJob], room: Callable[[], int], tracker: S
     deaths = Counter[str]()
     cpus, gpus = (0.0, 0.0) if settings.group else (settings.cpus_per_trial, settings.gpus_per_trial)
     remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(type(trainer_for(jobs[0])))
-    tracker.start_controls([job.name for job in jobs])
+    tracker.start_controls({job.name: job.settings.steps for job in jobs})
     try:
         while waiting or running:
             while waiting and len(running) < room():

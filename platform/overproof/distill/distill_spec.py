@@ -56,19 +56,21 @@ class DistillSpec:
         """The student as it goes on after so many rounds: without what matters least on train rows by now."""
         section = self.job.student.model
         assert isinstance(section, Pruned)
-        assert isinstance(self._measured, Importance)
+        whole = self._measured
+        assert isinstance(whole, Importance)
         read = CalibrationRows(self.job.prepared, self.job.seed, section.rows)
         batches = (to_device(batch, model.device) for batch in read.batches())
         found = measure_importance(model, batches, read.predict)
-        smaller = prune(model, section.after(rounds, *self._measured.sizes), found).to(model.device)
+        smaller = prune(model, section.after(rounds, *whole.sizes), found).to(model.device)
         return self._rounded(smaller.train())
 
     def _rounded(self, model: PreTrainedModel) -> PreTrainedModel:
         rounding = self.job.student.rounding
         return model if rounding is None else train_rounded(model, rounding)
 
-    @cached_property
+    @property
     def _measured(self) -> Measured:
+        """Out of the workspace each time: of a masked student it is as large as the student."""
         job = self.job
         return measured_teacher(job.student.model, self._teacher_folder, job.prepared, job.draft.workspace, job.seed)
 

@@ -33,7 +33,7 @@ def known_matrices(section: Masked, teacher: Path, prepared: Artifact, workspace
         InputError: as ``sparse_matrices``.
     """
     files, folder = filesystem(workspace)
-    measure = "2-of-4" if section.sparsity is None else f"{section.sparsity:g}"
+    measure = "2-of-4" if section.sparsity is None else f"{section.sparsity!r}"
     path = f"{folder}/{section.method}-{measure}-on-{section.rows}-rows.safetensors"
     if files.get_file_info(path).type is not fs.FileType.File:
         read = CalibrationRows(prepared, seed, section.rows)

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from overproof.config import Pruned
 from overproof.config.search import current_values
 from overproof.data.manifest import START
 from overproof.data.parquet_reader import Shards, planned_shards
@@ -114,8 +113,7 @@ class StudentTrainer:
     @property
     def _further_steps(self) -> tuple[int, ...]:
         """After which the student loses a further part."""
-        model = self.job.student.model
-        return model.further_steps(self.job.settings.steps) if isinstance(model, Pruned) else ()
+        return self.job.student.further_steps(self.job.settings.steps)
 
     def _rounds_before(self, step: int) -> int:
         """Rounds of pruning that a checkpoint of a step has behind it: one that follows the step comes after it."""

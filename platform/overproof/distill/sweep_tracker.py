@@ -6,7 +6,7 @@ import json
 import math
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class SweepTracker:
         self.failures: dict[str, str] = {}  # why
         self.ended: set[str] = set()
         self._started: dict[str, int] = {}  # the steps of trials, in their order
-        self._controls: dict[str, None] = {}
+        self._controls: dict[str, int] = {}
         self._reached = Counter[str]()  # steps of each, by its last result or what it told since
         self._trial_steps = self._control_steps = 0  # of all of them
         self._best: TrialResult | None = None
@@ -66,9 +66,9 @@ class SweepTracker:
         """The rows that a trial or control has told."""
         return [json.loads(line) for line in self.curve_file(name).read_text(encoding="utf-8").splitlines()]
 
-    def start_controls(self, names: Sequence[str]) -> None:
-        """The trials are over, and these controls begin."""
-        self._controls = dict.fromkeys(names)
+    def start_controls(self, steps: Mapping[str, int]) -> None:
+        """The trials are over, and these controls begin, each of so many steps."""
+        self._controls = dict(steps)
         self.report_controls("starting")
 
     def show(self, event: ProgressEvent) -> None:
@@ -133,7 +133,7 @@ class SweepTracker:
     def report_controls(self, note: str) -> None:
         """Of the controls together."""
         with self._lock:
-            self.progress(TaskProgress(CONTROL, self._control_steps, self.steps * len(self._controls), note))
+            self.progress(TaskProgress(CONTROL, self._control_steps, sum(self._controls.values()), note))
 
     def finished(self) -> dict[str, TrialResult]:
         """The last results of those that ran every step, by name."""

@@ -28,7 +28,7 @@ from overproof.engines.detokenizer import Detokenizer
 from overproof.engines.gguf_tokens import read_gguf_header
 from overproof.engines.prompt_limits import InFlight, PromptLimits, require_unicode, require_wanted
 from overproof.engines.special_names import SpecialNames, is_marked
-from overproof.engines.vllm_server import VllmServer, vllm_python, vocabulary_file
+from overproof.engines.vllm_server import VOCABULARY, VllmServer, unpacked_directory, vllm_python
 from overproof.errors import InputError
 
 TokenReport = tuple[str, float, Mapping[str, float]]  # token's name, log-probability, those of the likeliest by name
@@ -58,10 +58,9 @@ class Vllm:
             InputError: the file is missing or no language model, its tokenizer is not beside it, the context is longer
                 than the model's, or there is no vLLM.
         """
-        tokenizer = path.with_name(TOKENIZER)
-        if not tokenizer.is_file():
-            raise InputError(f"{tokenizer}: missing; expected the tokenizer beside its model")
-        header = read_gguf_header(vocabulary_file(path))
+        folder = unpacked_directory(path)
+        vocabulary, tokenizer = folder / VOCABULARY, folder / TOKENIZER
+        header = read_gguf_header(vocabulary if vocabulary.is_file() else path)
         self._limits = PromptLimits.of_model(header, path, context_length, max_prompt_tokens)
         self.context_length = self._limits.context_length
         self.chats = header.chat_template is not None
@@ -70,7 +69,7 @@ class Vllm:
         self._plain.encode_special_tokens = True  # as text
         self._special = SpecialNames(header.silent_names)
         self._in_flight = InFlight()
-        self._server = VllmServer(path, threads, slots, self.context_length, reuse_prefix)
+        self._server = VllmServer(folder, threads, slots, self.context_length, reuse_prefix, path)
 
     def complete(
         self, prompt: str | Sequence[int], sampling: Sampling, cancelled: threading.Event | None = None

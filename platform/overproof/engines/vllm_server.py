@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from overproof.data.manifest import TOKENIZER
 from overproof.errors import InputError
 from overproof.files import file_sha256, local_cache, socket_folder
 from overproof.subprocesses import run_module
@@ -24,6 +25,7 @@ PYTHON_VARIABLE, ARGUMENTS_VARIABLE = "OVERPROOF_VLLM", "OVERPROOF_VLLM_ARGS"
 START_TIMEOUT_S, REQUEST_TIMEOUT_S, STOP_TIMEOUT_S, POLL_S = 900, 10, 30, 0.2
 MODEL = "model"  # its name in requests
 VOCABULARY = "vocabulary.gguf"  # beside unpacked weights, where the file itself has none
+UNPACKED_FORMAT = 2  # of such directories, which are made anew where it is another
 UNPACKED_BY = {  # by a file's suffix, the module that makes a directory of it
     ".gguf": "overproof.export.gguf_to_directory",
     ".safetensors": "overproof.export.compressed_tensors_to_directory",
@@ -69,30 +71,27 @@ def unpacked_directory(path: Path) -> Path:
     def make(folder: Path) -> None:
         finished = run_module(UNPACKED_BY[path.suffix], path, folder)
         if finished.returncode != 0:
-            raise InputError(f"{path}: cannot be unpacked for vLLM: {finished.stderr.strip().splitlines()[-1]}")
+            said = finished.stderr.strip().splitlines() or [f"its process ended with {finished.returncode}"]
+            raise InputError(f"{path}: cannot be unpacked for vLLM: {said[-1]}")
 
-    return local_cache(f"vllm-{file_sha256(path)}", make)
-
-
-def vocabulary_file(path: Path) -> Path:
-    """The GGUF file that says what token ids stand for: a model's own, or the one beside its unpacked weights.
-
-    Raises:
-        InputError: as ``unpacked_directory``.
-    """
-    return path if path.suffix == ".gguf" else unpacked_directory(path) / VOCABULARY
+    tokenizer = path.with_name(TOKENIZER)
+    if not tokenizer.is_file():
+        raise InputError(f"{tokenizer}: missing; expected the tokenizer beside its model")
+    return local_cache(f"vllm-{UNPACKED_FORMAT}-{file_sha256(path)}-{file_sha256(tokenizer)}", make)
 
 
 class VllmServer:
     """A running server. Every method may be called from any thread."""
 
-    def __init__(self, path: Path, threads: int, slots: int, context_length: int, reuse_prefix: bool) -> None:
-        """Start a server and wait until it answers.
+    def __init__(
+        self, model: Path, threads: int, slots: int, context_length: int, reuse_prefix: bool, of: Path
+    ) -> None:
+        """Start a server of a directory, unpacked from the file ``of``, and wait until it answers.
 
         Raises:
             InputError: there is no vLLM, or it cannot load the file.
         """
-        python, model = vllm_python(), unpacked_directory(path)
+        python = vllm_python()
         self._folder = socket_folder("socket", prefix="vllm-")  # which only this user may enter
         socket, self._log = self._folder / "socket", self._folder / "log"
         arguments = {
@@ -120,7 +119,7 @@ class VllmServer:
             timeout=httpx.Timeout(REQUEST_TIMEOUT_S, read=None),
         )
         try:
-            self._wait_until_healthy(path, socket)
+            self._wait_until_healthy(of, socket)
         except BaseException:
             self.close()
             raise

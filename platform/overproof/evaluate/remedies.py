@@ -229,7 +229,10 @@ def longer_students(recipe: Recipe) -> Remedy:
     """With as many rows of the teacher's as they then read."""
     rows = {"cache.rows": recipe.cache.rows, "generate.rows": recipe.generate.rows if recipe.generate else None}
     more = (f"{field}={2 * count}" for field, count in rows.items() if isinstance(count, int))
-    return Remedy(text="students trained twice as long", overrides=(f"sweep.steps={2 * recipe.sweep.steps}", *more))
+    searched, steps = recipe.tune.space.steps, f"sweep.steps={2 * recipe.sweep.steps}"
+    if searched is not None:
+        steps = f"tune.space.steps={{kind: choice, values: {[2 * value for value in searched.values]}}}"
+    return Remedy(text="students trained twice as long", overrides=(steps, *more))
 
 
 def teacher_is_behind(report: Report) -> bool:

@@ -141,7 +141,7 @@ class CompressedTensorsFormat:
 
     def export_memory(self, settings: CompressedTensors, size: ModelSize) -> int:
         """See ``SizedFormat``: two models that are compared, or one that is calibrated and what is made of it."""
-        compared = 2 * FP32_BYTES * size.parameters + 3 * FP32_BYTES * CHECKED_TOKENS * size.outputs
+        compared = FP32_BYTES * (2 * size.parameters + 7 * CHECKED_TOKENS * size.outputs)
         calibrated = any("-" in variant for variant in settings.formats)
         written = 2 * size.parameters
         return max(compared, written + calibration_memory(size, settings.calibration.rows) if calibrated else 0)

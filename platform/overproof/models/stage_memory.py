@@ -36,6 +36,12 @@ def forward_memory(size: ModelSize, rows: int, logits: int = 1, element_bytes: i
     return rows * (layer + logits * size.predictions * size.outputs * element_bytes)
 
 
+def torch_scoring_memory(size: ModelSize, positions: int) -> int:
+    """A file's weights in fp32, and a row of ``positions`` places, whose logits are there three times."""
+    del positions  # a row's, as the size has them
+    return FP32_BYTES * size.parameters + forward_memory(size, 1, 3)
+
+
 def capture_memory(size: ModelSize, cache: Cache) -> int:
     """The teacher looks at rows of the data; every log-probability is kept twice while it is put together. In bf16 the
     weights that it multiplies are no longer those of its file.

@@ -105,8 +105,9 @@ def _models(
     if given is None:
         return settings.students
     found = dict[str, dict[str, Any]]()
-    if isinstance(FAMILIES[size.family], ConvolutionalFamily):
-        return _narrowed(settings, directory_config(given.path)["hidden_sizes"])
+    family = FAMILIES[size.family]
+    if isinstance(family, ConvolutionalFamily):
+        return narrowed_students(settings, directory_config(given.path), family)
     for count in sorted({max(1, round(share * size.layers)) for share in settings.shares}, reverse=True):
         if count == size.layers:
             found[WHOLE] = {"kind": "teacher_layers", "layers": count}
@@ -117,14 +118,31 @@ def _models(
     return found
 
 
-def _narrowed(settings: TemplateSettings, hidden_sizes: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Of a convolutional teacher: as large a share of its numbers, which go by the square of its channels."""
-    found = dict[str, dict[str, Any]]()
+def narrowed_students(
+    settings: TemplateSettings, config: Mapping[str, Any], family: ConvolutionalFamily
+) -> dict[str, dict[str, Any]]:
+    """Of a convolutional teacher: as large a share of its numbers, which go by the square of its channels; none twice.
+
+    A first stage that would have to be as wide as the stem, which the teacher's is not, is a step narrower.
+    """
+    found, hidden_sizes = dict[str, dict[str, Any]](), list(map(int, config["hidden_sizes"]))
     for share in sorted(settings.shares, reverse=True):
         steps = (max(1, round(math.sqrt(share) * channels / STAGE_CHANNELS)) for channels in hidden_sizes)
         kept = [min(STAGE_CHANNELS * n, channels) for n, channels in zip(steps, hidden_sizes, strict=True)]
-        found[WHOLE if share == 1 else f"pruned-{round(100 * share)}"] = {"kind": "pruned", "hidden_sizes": kept}
+        if not _may_be(config, family, kept):
+            kept[0] = max(STAGE_CHANNELS // 2, kept[0] - STAGE_CHANNELS)
+        model = {"kind": "pruned", "hidden_sizes": kept}
+        if share == 1 or (kept != hidden_sizes and model not in found.values()):
+            found[WHOLE if share == 1 else f"pruned-{round(100 * share)}"] = model
     return found
+
+
+def _may_be(config: Mapping[str, Any], family: ConvolutionalFamily, hidden_sizes: Sequence[int]) -> bool:
+    try:
+        family.narrowed(config, tuple(hidden_sizes))
+    except InputError:
+        return False
+    return True
 
 
 def _pruned(teacher: ModelSection, size: ModelSize, count: int, shape: DataShape) -> dict[str, Any]:
