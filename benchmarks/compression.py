@@ -1,12 +1,13 @@
 """What variants of a GGUF file lose at their sizes, on two texts that calibration has not seen, in llama.cpp.
 
     .venv/bin/python benchmarks/compression.py MODEL TEXTS [--other FOLDER] [--seeds 3] [--rows 128] [--length 256]
-        [--documents 24] [--variants q4_0 q4_0-gptq mixed-gptq@q4_0 ...] [--peer PYTHON]
+        [--documents 24] [--variants q4_0 q4_0-gptq mixed-gptq@q4_0 ...] [--once q6_k mixed-gptq@q6_k ...]
+        [--peer PYTHON]
 
 Prints two Markdown tables. MODEL is a Hugging Face directory of a decoder, such as jobs/smollm2.py makes. TEXTS is a
 folder of text, of which `prepare` holds documents out (the first text) and the train split calibrates; the second text
 is Python files of FOLDER, the standard library unless told. Each calibrated variant is written for each seed, which
-draws other train rows. `mixed-gptq@q4_0` has the bytes of q4_0. "Closed" is the share of q4_0's loss over f16 that a
+draws other train rows; those of `--once` for the first alone. `mixed-gptq@q4_0` has the bytes of q4_0. "Closed" is the share of q4_0's loss over f16 that a
 variant does not have. PYTHON has llm-compressor, which then quantises the model on the same rows (see
 compression_peer.py). About 5 minutes for each calibrated file of a model of 135 million parameters, on two cores.
 
@@ -124,8 +125,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peer", help="Python of an environment with llm-compressor")
     parser.add_argument("--variants", nargs="+", choices=SINGLE + MIXED, default=SINGLE + MIXED)
+    parser.add_argument("--once", nargs="+", choices=SINGLE + MIXED, default=())
     given = parser.parse_args()
-    variants = list(dict.fromkeys((REFERENCE, PLAIN, *given.variants)))
+    variants = list(dict.fromkeys((REFERENCE, PLAIN, *given.variants, *given.once)))
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory() as scratch:
         prepared = prepared_texts(given.model, given.texts, given.length, scratch)
@@ -136,7 +138,7 @@ def main() -> None:
         tokens = ", ".join(f"{sum(len(row) - 1 for row in rows):,} tokens of {name}" for name, rows in held_out.items())
         files = {variant: Path(scratch, f"{variant}.gguf") for variant in variants}
         for variant in variants:
-            for seed in range(given.seeds if "-" in variant else 1):
+            for seed in range(given.seeds if "-" in variant and variant not in given.once else 1):
                 name, _, size = variant.partition("@")
                 mixed = {"as_large_as": size} if size else None
                 settings = {"calibration": {"rows": given.rows}, "mixed": mixed, "formats": [name if size else PLAIN]}

@@ -27,12 +27,11 @@ from overproof.distill import masked_student
 from overproof.distill.distributed_student import DistributedStudentTrainer
 from overproof.distill.masked_student import masked, sparse_matrices
 from overproof.distill.rounded_training import ROUNDINGS
-from overproof.distill.sparsity import sparsify
+from overproof.distill.sparsity import DAMPING, sparsify
 from overproof.distill.student_trainer import StudentTrainer
 from overproof.distill.sweep import sweep
 from overproof.distill.trial_job import CONTROL
 from overproof.errors import InputError
-from overproof.export.gptq import DAMPING
 from overproof.models.hf_directory import layer_names, load_model
 from overproof.models.sizes import student_config, student_size
 from overproof.registry import FAMILIES

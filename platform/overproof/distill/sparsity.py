@@ -12,6 +12,7 @@ from torch import Tensor
 from overproof.config.models import Masked
 from overproof.export.gptq import inverse_factor
 
+DAMPING = 0.01  # of the mean of x², as the paper has it
 BLOCK = 128  # U, columns whose weights are chosen together, as SparseGPT's authors have it
 GROUP, GROUP_ZEROS = 4, 2  # of the pattern 2:4
 
@@ -53,7 +54,7 @@ def _sparsegpt(weights_RC: Tensor, inputs_CC: Tensor, sparsity: float | None) ->
     What goes is chosen for a block at a time, of weights as they are when its turn comes; of the pattern, for a group.
     """
     rows, columns = weights_RC.shape
-    upper_CC = inverse_factor(inputs_CC)
+    upper_CC = inverse_factor(inputs_CC, DAMPING)
     cost_C = upper_CC.diagonal().pow(-2) * (inputs_CC.diagonal() > 0)  # of a weight of 1; inputs of 0 take anything
     left_RC = weights_RC.clone()
     for first in range(0, columns, BLOCK):

@@ -20,7 +20,10 @@ from torch import Tensor
 
 from overproof.export.ggml_blocks import BLOCKS, Bytes, Weights, quantise
 
-DAMPING = 0.01  # of H's mean diagonal, added to it: inputs of a few thousand tokens span less than all columns
+# Of H's mean diagonal, added to it. The paper's 0.01 fits the calibration's kind of text, and serves other kinds worse:
+# SmolLM2-135M at 105 MB, calibrated on a reference, loses 0.013 nats less on source code with 1.0, and 0.002 more on
+# further pages of the reference.
+DAMPING = 1.0
 # Of a block (R, U) and what an error in each of its columns costs (U): scale and offset of each number, (R, U).
 Grid = Callable[[Weights, Weights], tuple[Weights, Weights]]
 
@@ -44,7 +47,7 @@ def compensated_codes(weights_RC: Weights, hessian_CC: Tensor, columns: int, mos
     """Of each number a code from 0 to ``most``, (R, C), for blocks of so many columns: it stands for its scale times
     the code, plus its offset.
     """
-    upper_CC = inverse_factor(hessian_CC)
+    upper_CC = inverse_factor(hessian_CC, DAMPING)
     importance_C = upper_CC.diagonal().pow(-2)  # what an error in a column costs once those after it made up for it
     left_RC = torch.from_numpy(np.array(weights_RC, np.float32))
     codes_RC = torch.empty(left_RC.shape, dtype=torch.uint8)
@@ -64,12 +67,12 @@ def compensated_codes(weights_RC: Weights, hessian_CC: Tensor, columns: int, mos
     return codes_RC.numpy()
 
 
-def inverse_factor(hessian_CC: Tensor) -> Tensor:
+def inverse_factor(hessian_CC: Tensor, damping: float) -> Tensor:
     """The upper factor U of the inverse, UᵀU, of the damped H: row c of it says how columns after c make up for c."""
     damped_CC = hessian_CC.double()
     diagonal_C = damped_CC.diagonal()
     unused_C = diagonal_C == 0  # inputs that are always 0: any code does
-    diagonal_C += DAMPING * diagonal_C.mean() + unused_C.double()
+    diagonal_C += damping * diagonal_C.mean() + unused_C.double()
     inverse_CC = torch.cholesky_inverse(torch.linalg.cholesky(damped_CC))
     upper_CC: Tensor = torch.linalg.cholesky(inverse_CC, upper=True)
     return upper_CC.float()
