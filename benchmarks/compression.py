@@ -7,9 +7,10 @@
 Prints two Markdown tables. MODEL is a Hugging Face directory of a decoder, such as jobs/smollm2.py makes. TEXTS is a
 folder of text, of which `prepare` holds documents out (the first text) and the train split calibrates; the second text
 is Python files of FOLDER, the standard library unless told. Each calibrated variant is written for each seed, which
-draws other train rows; those of `--once` for the first alone. `mixed-gptq@q4_0` has the bytes of q4_0. "Closed" is the share of q4_0's loss over f16 that a
-variant does not have. PYTHON has llm-compressor, which then quantises the model on the same rows (see
-compression_peer.py). About 5 minutes for each calibrated file of a model of 135 million parameters, on two cores.
+draws other train rows; those of `--once` for the first alone. `mixed-gptq@q4_0` has the bytes of q4_0. "Closed" is the
+share of q4_0's loss over f16 that a variant does not have. PYTHON has llm-compressor, which then quantises the model on
+the same rows (see compression_peer.py). About 5 minutes for each calibrated file of a model of 135 million parameters,
+on two cores.
 
 The second table says, of each file of a mixed precision, what the best file of one recipe for all its layers loses at
 no more bytes; and the area of MB and nats that either kind covers, up to a point 10 % beyond the worst of all.
