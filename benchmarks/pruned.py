@@ -1,6 +1,6 @@
 """What pruning, distillation and fewer bits come to in a finished run, beside the same size trained from scratch.
 
-    .venv/bin/overproof run jobs/recipes/smollm2.yaml
+    .venv/bin/overproof run jobs/recipes/smollm2.yaml       # or sweep; --set sweep.steps=48 in both takes half as long
     .venv/bin/overproof sweep jobs/recipes/smollm2.yaml --set 'sweep.students=[{name: scratch, teacher_weight: 0.8,
         model: {kind: llama, hidden_size: 576, intermediate_size: 1024, layers: 20, heads: 9, kv_heads: 3}}]'
     .venv/bin/python benchmarks/pruned.py store [--run smollm2]
