@@ -85,7 +85,7 @@ def write_compressed(
         if rounding:
             assert rows is not None
             assert group is not None
-            state |= _calibrated(model, scheme, group, rows, tell)
+            state |= _calibrated(model, family.names.layers, scheme, group, rows, tell)
     for source, value in _weights(model, family, config):
         if scheme is None or source not in matrices:
             state[source] = value.to(WHOLE)
@@ -114,10 +114,11 @@ def _named(matrix: str, parts: State) -> State:
     return {f"{base}{part}": value for part, value in parts.items()}
 
 
-def _calibrated(model: Path, scheme: Scheme, group: int, rows: CalibrationRows, tell: Callable[[str], None]) -> State:
+def _calibrated(
+    model: Path, layers: str, scheme: Scheme, group: int, rows: CalibrationRows, tell: Callable[[str], None]
+) -> State:
     """All matrices, layer after layer; later ones are calibrated on what earlier ones give as they are rounded."""
-    loaded, made = load_model(model), State()
-    _, family = family_of(read_config(model), model)
+    made = State()
 
     def renew(name: str, weights_RC: Tensor, inputs_CC: Tensor) -> Tensor:
         parts = scheme.compensated(weights_RC.float(), inputs_CC, group)
@@ -125,7 +126,7 @@ def _calibrated(model: Path, scheme: Scheme, group: int, rows: CalibrationRows, 
         return scheme.decode(parts)
 
     calibrate(
-        loaded, family.names.layers, rows.batches(), rows.predict, renew,
+        load_model(model), layers, rows.batches(), rows.predict, renew,
         lambda done, of: tell(f"calibrated {done} of {of} layers"),
     )  # fmt: skip
     return made
@@ -140,8 +141,12 @@ class CompressedHeader:
 
     config: dict[str, Any]  # as a config.json has it
     chat_template: str | None
-    scheme: Scheme | None  # None where nothing is rounded
     variant: str
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """None where nothing is rounded."""
+        return SCHEMES.get(self.variant)
 
 
 @contextmanager
@@ -161,8 +166,7 @@ def opened(file: Path) -> Iterator[tuple[Any, CompressedHeader]]:
         said = tensors.metadata() or {}
         if CONFIG not in said or VARIANT not in said:
             raise InputError(f"{file}: has no {CONFIG} in its header; expected a model that overproof exported")
-        variant = said[VARIANT]
-        yield tensors, CompressedHeader(json.loads(said[CONFIG]), said.get(TEMPLATE), SCHEMES.get(variant), variant)
+        yield tensors, CompressedHeader(json.loads(said[CONFIG]), said.get(TEMPLATE), said[VARIANT])
 
 
 def read_compressed(file: Path) -> PreTrainedModel:
@@ -181,8 +185,9 @@ def read_compressed(file: Path) -> PreTrainedModel:
         except (KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{file}: its tensors are not its model's: {error}; expected a whole file") from None
     if header.scheme is not None and header.scheme.rounds_activations:
-        for name in linear_weights(config, family):
-            model.get_submodule(name.removesuffix(".weight")).__class__ = ROUNDED_INPUTS[header.variant]
+        for part in model.get_submodule(family.names.layers).modules():
+            if type(part) is nn.Linear:
+                part.__class__ = ROUNDED_INPUTS[header.variant]
     return model
 
 
