@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from overproof.artifacts import Artifact
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
-from overproof.export.base import BATCH_TOKENS
+from overproof.export.base import BATCH_TOKENS, ExportContext
 from overproof.models.base import Prediction
 from overproof.models.documents import at_counted, counted_places
 from overproof.models.hf_directory import Batch, to_tensors
@@ -36,6 +36,13 @@ class CalibrationRows:
     prepared: Artifact
     seed: int
     rows: int
+
+    @classmethod
+    def of(cls, context: ExportContext) -> Self | None:
+        """Those that a format's settings ask for; None where there is no data."""
+        if context.prepared is None:
+            return None
+        return cls(context.prepared, context.seed, context.settings.calibration.rows)
 
     def batches(self) -> list[Batch]:
         """What the model reads, about ``BATCH_TOKENS`` tokens at a time."""

@@ -103,9 +103,7 @@ class CompressedTensorsFormat:
         from overproof.models.hf_directory import chat_template
 
         del unquantised
-        rows = None
-        if context.prepared is not None:
-            rows = CalibrationRows(context.prepared, context.seed, context.settings.calibration.rows)
+        rows = CalibrationRows.of(context)
         template = context.settings.chat_template or chat_template(context.teacher)
         write_compressed(source, file, variant, template, rows, lambda at: context.tell(f"{file.stem}: {at}"))
 

@@ -144,9 +144,7 @@ class GgufFormat:
         from overproof.models.hf_directory import chat_template, read_config
 
         assert context.tokenizer is not None
-        rows = None
-        if context.prepared is not None:
-            rows = CalibrationRows(context.prepared, context.seed, context.settings.calibration.rows)
+        rows = CalibrationRows.of(context)
         template = context.settings.chat_template or chat_template(context.teacher)
         name = f"{context.recipe} {file.stem}"
         if not isinstance(family_of(read_config(source), source)[1], GgufFamily):
