@@ -74,6 +74,7 @@ FAMILIES: Registry[ModelFamily] = Registry(
         "phi3": "models.phi3:FAMILY",
         "gpt2": "models.gpt2:FAMILY",
         "falcon": "models.falcon:FAMILY",
+        "causal_lm_ensemble": "models.causal_lm_ensemble:FAMILY",
         "causal_lm": "models.causal_lm:FAMILY",  # any other decoder: after those
         "vit": "models.vit:FAMILY",
         "resnet": "models.resnet:FAMILY",

@@ -74,7 +74,7 @@ def test_what_an_engine_does_not_tell_torch_does(text: dict[str, Artifact], monk
     monkeypatch.setitem(text_evaluation.BATCH_LOGITS, "cpu", 5 * 64 * 512)  # batches that cross documents
     units = TASKS["language_modeling"].units(root, None)
     scorer = text_evaluation.open_scorer(file, root, "vllm", FORMATS["gguf"], threads=1)
-    found = text_evaluation.score_text(file, root, units, scorer, lambda _: None, ScoringTime(None))
+    found = text_evaluation.score_text(file_sha256(file), root, units, scorer, lambda _: None, ScoringTime(None))
     nats, counts, choices = plain_reading(read_gguf(file), root)
     np.testing.assert_allclose(found.total, nats, rtol=1e-5)
     np.testing.assert_array_equal(found.predictions, counts)
@@ -185,7 +185,7 @@ def test_no_row_is_read_past_the_document_at_which_the_time_is_over(text: dict[s
             scorer.close()
 
     limit = ScoringTime(1e-9)
-    found = text_evaluation.score_text(file, root, rows.documents, Counting(), lambda _: None, limit)
+    found = text_evaluation.score_text(file_sha256(file), root, rows.documents, Counting(), lambda _: None, limit)
     assert len(found.units) == FEWEST_UNITS
     assert len(read) == (rows.places < FEWEST_UNITS).sum() < len(rows.places)
 
@@ -207,7 +207,7 @@ def test_a_scorer_that_leaves_out_a_row_or_gives_one_more_is_no_scorer(text: dic
 
     file = text["compress"].local() / "student.gguf"
     with pytest.raises(ValueError, match="shorter than argument 1" if off < 0 else "longer than argument 1"):
-        text_evaluation.score_text(file, root, rows.documents, Uneven(), lambda _: None, ScoringTime(None))
+        text_evaluation.score_text(file_sha256(file), root, rows.documents, Uneven(), lambda _: None, ScoringTime(None))
 
 
 def test_image_scores_are_torchs(digits: dict[str, Artifact]) -> None:

@@ -236,11 +236,11 @@ def test_the_gates_figures_of_it_come_from_the_endpoint(text: dict[str, Artifact
     )
     expected = task.quality.value(here.total.sum(), here.size.sum())
     report = Report.model_validate_json((Path(draft.uri) / "report.json").read_bytes())
-    assert report.served_teacher is not None
+    assert report.unwritten_teacher is not None
     assert [m.name for m in report.measured] == ["control", "student", "student-q8_0"]
-    assert (report.served_teacher.model, len(report.served_teacher.weights)) == ("teacher", 64)
+    assert (report.unwritten_teacher.model, len(report.unwritten_teacher.weights)) == ("teacher", 64)
     quality = {m.name: m.metrics["bits_per_byte"].value for m in report.measured}
-    assert report.served_teacher.metrics["bits_per_byte"].value == pytest.approx(expected, rel=1e-4)
+    assert report.unwritten_teacher.metrics["bits_per_byte"].value == pytest.approx(expected, rel=1e-4)
     compared = report.compare("student", "teacher")
     assert compared is not None
     assert compared.value == pytest.approx(quality["student"] / expected - 1, abs=1e-3)
@@ -251,7 +251,7 @@ def test_the_gates_figures_of_it_come_from_the_endpoint(text: dict[str, Artifact
     page = file_rows(
         EvaluatedFiles(report, verdict), {"trials": [trial], "control": {"name": "control", "cpu_seconds": 1.0}}
     )
-    assert page["teacher"]["served"].startswith("teacher, served elsewhere")
+    assert page["teacher"]["without_file"].startswith("teacher, which runs elsewhere")
     assert len(plot_report([], report, verdict).axes[1].lines) > 2
 
 
@@ -421,6 +421,6 @@ def test_vllm_teaches_up_to_a_verdict(
     by_stage = {a.record.stage: a.local() for a in Store(f"{tmp_path}/whole/store").artifacts()}
     report = Report.model_validate_json((by_stage["evaluate"] / "report.json").read_bytes())
     verdict = Verdict.model_validate_json((by_stage["gate"] / "verdict.json").read_bytes())
-    assert report.served_teacher is not None
-    assert report.served_teacher.weights == str(directory)
+    assert report.unwritten_teacher is not None
+    assert report.unwritten_teacher.weights == str(directory)
     assert [candidate.name for candidate in verdict.candidates] == ["student-q8_0", "student-q4_0"]

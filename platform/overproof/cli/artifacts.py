@@ -152,9 +152,10 @@ def _summary_table(name: str, report: Report, verdict: Verdict) -> Table:
     task = TASKS[report.task]
     columns = ("model", "against the teacher", task.quality.title, "agreement", "MB", "p50 / p95 ms", task.speed_unit)
     table = Table(*columns, "verdict", title=name)
-    if report.served_teacher is not None:
-        quality = report.served_teacher.metrics[report.quality]
-        table.add_row("teacher (served)", "", f"{quality.value:.4f} ± {_half(quality):.4f}", "", "", "", "", "")
+    if (teacher := report.unwritten_teacher) is not None:
+        quality = teacher.metrics[report.quality]
+        own = f"{quality.value:.4f} ± {_half(quality):.4f}"
+        table.add_row(f"teacher ({teacher.runs})", "", own, *[""] * 5)
     for measured in report.measured:
         quality, agreement = measured.metrics[report.quality], measured.metrics["agreement"]
         rules = broken.get(measured.name)

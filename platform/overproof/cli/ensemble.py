@@ -1,4 +1,4 @@
-"""`overproof ensemble`: several classifiers as one; a package stands for the model that its file was made from."""
+"""`overproof ensemble`: several models as one; a package stands for the model that its file was made from."""
 
 from __future__ import annotations
 

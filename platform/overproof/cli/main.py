@@ -243,10 +243,12 @@ def _add_recipe_verbs(add: Add) -> None:
             stage.add_argument(
                 "--out", type=Path, metavar="FILE", help="where a sweep's page goes (default: its id.html)"
             )
-    ensemble = add("ensemble", verbs.ensemble, "write several classifiers' directories as one, to teach and to serve")
+    ensemble = add(
+        "ensemble", verbs.ensemble, "write several models' directories as one, to teach and, of classifiers, to serve"
+    )
     ensemble.add_argument("to", type=Path, metavar="FOLDER", help="Hugging Face directory that is made")
     ensemble.add_argument("member", type=Path, nargs="+", metavar="MEMBER",
-                          help="Hugging Face directory of a classifier, or a package in its run's store")  # fmt: skip
+                          help="Hugging Face directory of a model, or a package in its run's store")  # fmt: skip
     ensemble.add_argument("--combine", choices=("probabilities", "logits", "votes"), default="probabilities",
                           help="what of the members is averaged (default: probabilities)")  # fmt: skip
     ensemble.add_argument("--fit", type=Path, metavar="RECIPE",

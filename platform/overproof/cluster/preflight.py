@@ -110,11 +110,19 @@ def require_exportable(recipe: Recipe) -> list[Finding]:
         left_out = TASKS[recipe.data.kind].check_export(recipe.data, format)
         teacher = recipe.train.model.path if isinstance(recipe.train.model, Pretrained) else None
         format.check_template(recipe.compress, teacher)
-    taught = recipe.train.model
+    findings = [Finding("tokenizer", "warning", line) for line in left_out]
+    taught, quality = recipe.train.model, TASKS[recipe.data.kind].quality.title
     models = {"train.model": taught} | {f"student {s.name}": s.model for s in recipe.sweep.students}
     kind, asked, tokenizer = recipe.compress.kind, dict[str, dict[str, Any]](), getattr(recipe.data, "tokenizer", None)
     for where, model in models.items():
-        if isinstance(model, Pretrained):
+        if model is taught and isinstance(model, Pretrained) and _only_teaches(recipe, model):
+            named = directory_config(model.path)["architectures"][0]
+            findings.append(Finding(
+                "train.model", "warning",
+                f"architecture {named} is not written as {kind}: it teaches, and torch measures its {quality}; its "
+                "size, speed and KL are not known",
+            ))  # fmt: skip
+        elif isinstance(model, Pretrained):
             asked[f"{where}: {model.path}"] = _config_of_a_known_family(model.path, kind, where)
         elif isinstance(model, OfTeacher) and isinstance(taught, Pretrained):
             config = _config_of_a_known_family(taught.path, kind, where)
@@ -139,7 +147,7 @@ def require_exportable(recipe: Recipe) -> list[Finding]:
     for model in models.values():
         if isinstance(model, Pretrained) and tokenizer is not None:
             require_possible_tokenizer(tokenizer, model.path)
-    return [Finding("tokenizer", "warning", line) for line in left_out]
+    return findings
 
 
 def require_served(recipe: Recipe) -> None:
@@ -150,6 +158,14 @@ def require_served(recipe: Recipe) -> None:
     """
     if isinstance(recipe.train.model, Served):
         Endpoint(recipe.train.model.model_copy(update={"retry_s": 0.0})).model_entry()
+
+
+def _only_teaches(recipe: Recipe, teacher: Pretrained) -> bool:
+    """Whether no file is made of a teacher, and none could be."""
+    if recipe.needs_teacher_file or not isinstance(TASKS[recipe.data.kind], TokenTask):
+        return False
+    kind, _ = family_of(directory_config(teacher.path), teacher.path)
+    return kind not in FORMATS[recipe.compress.kind].families
 
 
 def _config_of_a_known_family(path: str, format: str, where: str) -> dict[str, Any]:

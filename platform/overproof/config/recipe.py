@@ -134,6 +134,12 @@ class Recipe(Section):
         return self.evaluate.engine or next(iter(FORMATS[self.compress.kind].engines))
 
     @property
+    def needs_teacher_file(self) -> bool:
+        """Whether the teacher is exported or cut down, and does not teach alone."""
+        students = (student.model for student in self.sweep.students)
+        return self.compress.teacher or self.speculate is not None or any(isinstance(s, OfTeacher) for s in students)
+
+    @property
     def writes(self) -> bool:
         """Whether the task's models write rows themselves."""
         return WRITES in TASKS[self.data.kind].losses

@@ -69,12 +69,19 @@ class CacheKey(BaseModel):
         return values
 
 
+def teacher_sha256(trained: Artifact) -> str:
+    """Of a teacher's weights; of one that is served, of what is known of it."""
+    files = trained.record.files
+    if ServedTeacher.FILE in files:
+        return ServedTeacher.read(trained.local(ServedTeacher.FILE)).sha256
+    return weights_sha256(files, TEACHER)
+
+
 def cache_key_fields(seed: int, prepared: Artifact, trained: Artifact) -> dict[str, Any]:
     """The fields of ``CacheKey``, of this data and this teacher."""
-    manifest, files = Manifest.read(prepared), trained.record.files
-    served = ServedTeacher.read(trained.local(ServedTeacher.FILE)).sha256 if ServedTeacher.FILE in files else None
+    manifest = Manifest.read(prepared)
     return {
-        "teacher_sha256": served or weights_sha256(files, TEACHER),
+        "teacher_sha256": teacher_sha256(trained),
         "tokenizer_sha256": manifest.tokenizer_sha256,
         "task": manifest.task,
         "outputs": manifest.outputs,

@@ -25,7 +25,7 @@ from overproof.distill.teacher_text import GENERATION_KEY, TextIndex
 from overproof.distill.teacher_worker import TeacherWorker
 from overproof.errors import InputError
 from overproof.models.documents import last_document, positions_in_documents
-from overproof.models.hf_directory import to_tensors
+from overproof.models.hf_directory import model_parts, to_tensors
 
 
 class TextWorker(TeacherWorker):
@@ -62,7 +62,8 @@ def generate(
     apart = None if start_B is None else _ApartDocuments(prompts_BQ, start_B)
     if apart:
         new_BN = torch.cat([prompts_BQ[:, :1], prompts_BQ], 1)
-    kept = {_cache_argument(model): DynamicCache(config=model.config)}
+    caches = [DynamicCache(config=part.config) for part in model_parts(model)]
+    kept = {_cache_argument(model): caches[0] if len(caches) == 1 else caches}
     for index in range(uniform_BG.shape[1]):
         beside = apart.inputs if apart else {}
         logits_BV = model(input_ids=new_BN, use_cache=True, logits_to_keep=1, **kept, **beside).logits[:, -1].float()

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,10 +44,11 @@ class MeasuredFile(FrozenModel):
 
 
 class MeasuredTeacher(FrozenModel):
-    """A teacher that is served elsewhere, and so has no file here: its size and speed are not known."""
+    """A teacher that has no file here: its size and speed in the engine are not known."""
 
-    model: str  # its name there
-    weights: str  # what its endpoint says of them
+    model: str  # its name where it is served; its family where torch runs it
+    runs: Literal["elsewhere", "in torch"]
+    weights: str  # what its endpoint says of them; their sha256
     metrics: dict[str, Metric]
 
 
@@ -82,7 +83,7 @@ class Report(FrozenModel):
     answered: str = ""  # how many questions whose answers are expected, likewise; empty where there are none
     near_duplicates: NearDuplicatesFound | None = None  # None: not looked for
     measured: tuple[MeasuredFile, ...]
-    served_teacher: MeasuredTeacher | None = None  # where the teacher is none of the files
+    unwritten_teacher: MeasuredTeacher | None = None  # where the teacher is none of the files
     comparisons: tuple[Comparison, ...]
 
     def find(self, name: str) -> MeasuredFile | None:

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from overproof.artifacts import Artifact
 from overproof.cluster.apart_nodes import ApartNodes
-from overproof.config import Evaluate, Recipe, Served
+from overproof.config import Evaluate, Recipe
 from overproof.data.manifest import Manifest, NearDuplicatesFound
-from overproof.engines.endpoint import EndpointScorer
-from overproof.engines.served_teacher import ServedTeacher, open_teacher
+from overproof.distill.row_cache import teacher_sha256
 from overproof.evaluate.answers import check_answers
 from overproof.evaluate.gate import VERDICT, judge, requests_needed
 from overproof.evaluate.metrics import (
@@ -27,7 +26,6 @@ from overproof.evaluate.metrics import (
     Bootstrap,
     Clusters,
     MeasuredFile,
-    MeasuredTeacher,
     PerExampleSums,
     Report,
     further_metrics,
@@ -35,6 +33,7 @@ from overproof.evaluate.metrics import (
 )
 from overproof.evaluate.outcome import OUTCOME, find_outcome, read_training, training_folders
 from overproof.evaluate.stopping import FEWEST, next_count, time_limits, widest
+from overproof.evaluate.unwritten_teacher import measured_teacher, teacher_scorer
 from overproof.export.base import TEACHER
 from overproof.export.stage import EXPORTS, Export, export_folder, read_exports
 from overproof.files import read_json
@@ -56,8 +55,8 @@ def evaluate_exports(context: StageContext) -> dict[str, Any]:
     checked = check_answers(context, exports)
     figures = {name: found | checked.metrics(name) for name, found in engines.items()}
     copies = Manifest.read(context.parents["prepare"]).near_duplicates
-    served = _served_teacher(context, exports)
-    report = make_report(context.recipe, exports, scored, figures, checked.summary, served, copies)
+    trained = None if any(export.name == TEACHER for export in exports) else context.parents["train"]
+    report = make_report(context.recipe, exports, scored, figures, checked.summary, trained, copies)
     with context.draft.directory() as root:
         checked.write(root)
         pq.write_table(units_table(scored), root / UNITS, compression="zstd")
@@ -80,9 +79,11 @@ def judge_report(context: StageContext) -> dict[str, Any]:
 
 def make_report(
     recipe: Recipe, exports: tuple[Export, ...], scored: Scored, engines: Mapping[str, Mapping[str, Metric]],
-    answered: str = "", served: ServedTeacher | None = None, near_duplicates: NearDuplicatesFound | None = None,
+    answered: str = "", trained: Artifact | None = None, near_duplicates: NearDuplicatesFound | None = None,
 ) -> Report:  # fmt: skip
-    """Figures with intervals from the scores, and the engine's beside them, but for a teacher that is served."""
+    """Figures with intervals from the scores, and the engine's beside them; ``trained`` holds a teacher that has no
+    file.
+    """
     task, scores = TASKS[recipe.data.kind], scored.scores
     bootstrap = _bootstrap(recipe)
     metrics, comparisons = quality_metrics(task.quality, _sums(scores), bootstrap, scored.clusters)
@@ -121,7 +122,7 @@ def make_report(
         answered=answered,
         near_duplicates=near_duplicates,
         measured=measured,
-        served_teacher=served and MeasuredTeacher(model=served.model, weights=served.weights, metrics=metrics[TEACHER]),
+        unwritten_teacher=trained and measured_teacher(recipe, trained, metrics[TEACHER]),
         comparisons=comparisons,
     )
 
@@ -205,17 +206,10 @@ def _score_all(context: StageContext, exports: tuple[Export, ...]) -> Scored:
     return Scored({name: scores[name] for name in names}, seconds, available, spent + why, clusters)
 
 
-def _served_teacher(context: StageContext, exports: tuple[Export, ...]) -> ServedTeacher | None:
-    """The teacher that is none of the files."""
-    if any(export.name == TEACHER for export in exports):
-        return None
-    return ServedTeacher.read(context.parents["compress"].local(ServedTeacher.FILE))
-
-
-def _scored_files(exports: Sequence[Export]) -> dict[str, str]:
-    """By name the files that are scored; first of all a teacher that is served."""
-    files = {export.name: export.file for export in exports}
-    return files if TEACHER in files else {TEACHER: ServedTeacher.FILE} | files
+def _scored_files(exports: Sequence[Export]) -> dict[str, str | None]:
+    """By name the files that are scored; first of all a teacher that has none."""
+    without = {} if any(export.name == TEACHER for export in exports) else {TEACHER: None}
+    return {**without, **{export.name: export.file for export in exports}}
 
 
 def _score_round(
@@ -240,7 +234,8 @@ def _score_round(
         for number, share in enumerate(split_units(units, counts[name]), start=1):
             part = f"{name} {number}/{counts[name]}" if counts[name] > 1 else name
             given = _limited(recipe, limits_s[name])
-            calls[part] = (compressed, prepared, file, given, share, f"score {part}", context.progress)
+            held = context.parents["train"] if file is None else compressed
+            calls[part] = (held, prepared, file, given, share, f"score {part}", context.progress)
             parts.setdefault(name, []).append(part)
     found = run_tasks(_score, calls, report, settings.concurrent_tasks, settings.gpus_per_task)
     report(len(calls), "")
@@ -306,10 +301,11 @@ def _probe_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, 
 
 
 def _score(
-    compressed: Artifact, prepared: Artifact, file: str, recipe: Recipe, units: NDArray[np.int64], about: str,
+    held: Artifact, prepared: Artifact, file: str | None, recipe: Recipe, units: NDArray[np.int64], about: str,
     progress: Progress,
 ) -> tuple[FileScores, float]:  # fmt: skip
-    root, path = prepared.local_except("train/"), export_folder(compressed, file) / file
+    """A file of an artifact, or the teacher of one that holds no file."""
+    root = prepared.local_except("train/")
     task, format = TASKS[Manifest.read(root).task], FORMATS[recipe.compress.kind]
     began_s = told_s = time.monotonic()
 
@@ -319,12 +315,12 @@ def _score(
             told_s = time.monotonic()
             progress(TaskProgress(about, done, len(units), f"{task.test_unit}s"))
 
-    if file == ServedTeacher.FILE:
+    if file is None:
         assert isinstance(task, TokenTask)
-        assert isinstance(recipe.train.model, Served)
-        endpoint = open_teacher(recipe.train.model, path.parent, root)
-        scores = task.score_by(EndpointScorer(endpoint), path, root, units, recipe.evaluate, tell)
+        scorer = teacher_scorer(recipe, held, root)
+        scores = task.score_by(scorer, teacher_sha256(held), root, units, recipe.evaluate, tell)
     else:
+        path = export_folder(held, file) / file
         scores = task.score(path, root, units, recipe.evaluate, recipe.engine, format, tell)
     tell(len(units))
     return scores, time.monotonic() - began_s

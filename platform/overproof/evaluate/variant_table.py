@@ -38,9 +38,9 @@ def variant_table(report: Report, *further: tuple[str, Mapping[str, str]]) -> li
         )
         for m in report.measured
     ]
-    teacher = report.served_teacher
+    teacher = report.unwritten_teacher
     if teacher is not None:
-        rows.insert(0, ("`teacher`", "", "served", "", *_cells(teacher.metrics, columns), *("" for _ in further)))
+        rows.insert(0, ("`teacher`", "", teacher.runs, "", *_cells(teacher.metrics, columns), *("" for _ in further)))
     return [head, tuple("---" for _ in head), *rows]
 
 

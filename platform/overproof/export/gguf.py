@@ -14,7 +14,7 @@ from overproof.data.manifest import TOKENIZER
 from overproof.errors import InputError
 from overproof.export import llama_cpp_converter
 from overproof.export.base import MOST_FISHER_ROWS, OWN_BYTES, Difference, ExportContext, calibration_memory
-from overproof.models.base import GgufFamily
+from overproof.models.base import ComposedFamily, GgufFamily
 from overproof.models.sizes import FP32_BYTES, ModelSize, family_of
 from overproof.registry import FAMILIES
 
@@ -113,7 +113,8 @@ class GgufFormat:
         return tuple(
             kind
             for kind, family in FAMILIES.items()
-            if isinstance(family, GgufFamily) or (further and WRITTEN_TASK in family.tasks)
+            if isinstance(family, GgufFamily)
+            or (further and WRITTEN_TASK in family.tasks and not isinstance(family, ComposedFamily))
         )
 
     def check_tokenizer(self, text: str, where: object) -> tuple[str, ...]:

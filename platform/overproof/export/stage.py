@@ -13,9 +13,10 @@ from overproof.artifacts import Artifact
 from overproof.config import Served
 from overproof.data.heartbeat import Heartbeat
 from overproof.data.manifest import Manifest
-from overproof.engines.served_teacher import ServedTeacher
 from overproof.export.base import TEACHER, Difference, ExportContext, Format, WeighedFormat
 from overproof.files import FrozenModel
+from overproof.models.hf_directory import read_config
+from overproof.models.sizes import family_of
 from overproof.registry import FORMATS
 from overproof.stage_context import StageContext
 
@@ -51,7 +52,7 @@ def read_exports(root: Path) -> tuple[Export, ...]:
 def export_models(context: StageContext) -> dict[str, Any]:
     """Write teacher, control and every kept student unquantised, and those students, and where the recipe says so the
     teacher, in every variant of the recipe.
-    Of a teacher that is served, what it is known by is copied.
+    Of a teacher that is served, or that the format does not hold, there is no file.
 
     The teacher that is to answer with a draft is written in its own variant, too.
 
@@ -90,8 +91,6 @@ def export_models(context: StageContext) -> dict[str, Any]:
             heartbeat.start_phase(len(exports), f"{file.name} {export.size_bytes / 1e6:.2f} MB")
         for name, source in companions.items():
             shutil.copyfile(source, root / name)
-        if TEACHER not in (name for name, *_ in planned):
-            shutil.copyfile(teacher.parent / ServedTeacher.FILE, root / ServedTeacher.FILE)
         (root / EXPORTS).write_text(json.dumps([e.model_dump() for e in exports], indent=1) + "\n", encoding="utf-8")
     return {"size_bytes": {export.name: export.size_bytes for export in exports}}
 
@@ -107,7 +106,7 @@ def _planned(context: StageContext, written: Format) -> list[tuple[str, str | No
     swept, recipe = context.parents["sweep"].local("trials.json", "control/", "students/"), context.recipe
     kept: list[str] = json.loads((swept / "trials.json").read_text(encoding="utf-8"))["kept"]
     references = {TEACHER: context.parents["train"].local("model/") / "model", "control": swept / "control"}
-    if isinstance(recipe.train.model, Served):
+    if isinstance(recipe.train.model, Served) or not _is_held(written, references[TEACHER]):
         del references[TEACHER]
     students = {name: swept / "students" / name for name in kept}
     compressed = students | ({TEACHER: references[TEACHER]} if recipe.compress.teacher else {})
@@ -120,6 +119,11 @@ def _planned(context: StageContext, written: Format) -> list[tuple[str, str | No
     if drafted is not None and drafted.teacher not in {name for name, *_ in planned}:
         planned.append((drafted.teacher, None, drafted.teacher_format, references[TEACHER]))
     return planned
+
+
+def _is_held(written: Format, source: Path) -> bool:
+    """Whether a format holds models of a directory's family."""
+    return family_of(read_config(source), source)[0] in written.families
 
 
 def require_same_model(written: Format, source: Path, file: Path) -> Difference:

@@ -231,7 +231,19 @@ class ConvolutionalFamily(Protocol):
 class ComposedFamily(Protocol):
     """What a family has beside whose models are made of others, each of a family of its own."""
 
-    def parts_of(self, config: Any) -> Sequence[tuple[Any, ModelFamily]]:
+    members: str  # what they are, in words
+    combines: tuple[str, ...]  # what of theirs can be averaged
+
+    def accepts(self, family: ModelFamily) -> bool:
+        """Whether models of a family can be members."""
+
+    def alike(self, config: Any, family: Any) -> dict[str, Any]:
+        """What must be the same of each member, of this configuration and family; by what it is called."""
+
+    def settings(self, configs: Sequence[Any]) -> dict[str, Any]:
+        """Of the whole, from its members' configurations."""
+
+    def parts_of(self, config: Any) -> Sequence[tuple[Any, Any]]:
         """The configuration of each, and its family."""
 
     def parts(self, model: Any) -> Sequence[PreTrainedModel]:

@@ -37,7 +37,10 @@ class Compute:
         bytes, which changes no result.
         """
         if self.precision == "bf16":
-            _multiply_in_bf16(model, self.device, trained)
+            from overproof.models.hf_directory import model_parts
+
+            for part in model_parts(model):
+                _multiply_in_bf16(part, self.device, trained)
         return model.to(self.device)
 
 

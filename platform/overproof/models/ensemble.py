@@ -1,10 +1,13 @@
-"""Several classifiers as one model: a directory that `overproof ensemble` writes, a teacher as it is, and one file."""
+"""Several classifiers as one model: a directory that `overproof ensemble` writes, a teacher as it is, and one file.
+
+``Ensemble`` is what ensembles of other models share with them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,19 +21,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class _Member(ModelFamily, ArrayFamily, Protocol):
-    """What a family of a member is."""
-
-
-class EnsembleFamily:
-    """See ``ModelFamily`` and ``ArrayFamily``: what holds of its members holds of it."""
+class Ensemble:
+    """See ``ModelFamily`` and ``ComposedFamily``: what holds of its members holds of it."""
 
     section = None
-    tasks = (
-        "image_classification", "text_classification", "multi_label_text_classification", "tabular_classification",
-        "tabular_regression",
-    )  # fmt: skip
-    architectures = ("OverproofEnsemble",)
+    kind: str  # in the registry
+    tasks: tuple[str, ...]
+    architectures: tuple[str, ...]
+    members: str
+    combines: tuple[str, ...]
     attention = "sdpa"
     varlen = False
     plain_logits = False
@@ -41,9 +40,10 @@ class EnsembleFamily:
         raise InputError("train.model: an ensemble is read from the directory that `overproof ensemble` writes")
 
     def model_class(self) -> type[PreTrainedModel]:
-        from overproof.models.ensemble_module import OverproofEnsemble
+        from overproof.models import ensemble_module
 
-        return OverproofEnsemble
+        found: type[PreTrainedModel] = getattr(ensemble_module, self.architectures[0])
+        return found
 
     def untied(self, config: Any, names: list[str]) -> list[str]:
         """Of each member what its own family writes."""
@@ -68,12 +68,60 @@ class EnsembleFamily:
             sizes.append(family.directory_size(settings, own, shape))
         widest = max(sizes, key=lambda size: size.hidden + size.intermediate)
         return replace(
-            widest, family="ensemble", layers=sum(size.layers for size in sizes),
+            widest, family=self.kind, layers=sum(size.layers for size in sizes),
             tensors=tuple(numbers for size in sizes for numbers in size.tensors),
             looked_up=sum(size.looked_up for size in sizes), kept=sum(size.kept for size in sizes),
             peak=max(size.peak for size in sizes),
             multiplied_again=sum(size.multiplied_again for size in sizes),
         )  # fmt: skip
+
+    def parts_of(self, config: Any) -> Sequence[tuple[Any, Any]]:
+        found = list[tuple[Any, Any]]()
+        for settings in config.members:
+            _, family = family_of(settings, "members")
+            model_class: Any = family.model_class()
+            found.append((model_class.config_class.from_dict(dict(settings)), family))
+        return found
+
+    def settings(self, configs: Sequence[Any]) -> dict[str, Any]:
+        """Of the whole, from its members' configurations."""
+        raise NotImplementedError
+
+    def parts(self, model: Any) -> Sequence[PreTrainedModel]:
+        return list(model.members)
+
+    def renewed(self, model: Any, parts: Sequence[PreTrainedModel]) -> PreTrainedModel:
+        from torch import nn
+
+        model.members = nn.ModuleList(parts)
+        model.config.members = [part.config.to_dict() | {"architectures": [type(part).__name__]} for part in parts]
+        for name, value in self.settings([part.config for part in parts]).items():
+            setattr(model.config, name, value)
+        found: PreTrainedModel = model
+        return found
+
+
+class EnsembleFamily(Ensemble):
+    """See ``ArrayFamily``, too."""
+
+    kind = "ensemble"
+    tasks = (
+        "image_classification", "text_classification", "multi_label_text_classification", "tabular_classification",
+        "tabular_regression",
+    )  # fmt: skip
+    architectures = ("OverproofEnsemble",)
+    members = "classifiers of the same classes, in the same order, that read the same rows"
+    combines = ("probabilities", "logits", "votes")
+
+    def accepts(self, family: ModelFamily) -> bool:
+        return isinstance(family, ArrayFamily)
+
+    def alike(self, config: Any, family: Any) -> dict[str, Any]:
+        told = {name: getattr(config, name) for name in ("num_labels", "problem_type", "id2label")}
+        return told | {"numbers in a row": family.width(config), "end of a row": family.padding(config)}
+
+    def settings(self, configs: Sequence[Any]) -> dict[str, Any]:
+        return {name: getattr(configs[0], name) for name in ("problem_type", "id2label")}
 
     def layer_memory(self, size: ModelSize, element_bytes: int) -> int:
         """As a layer of an encoder, and an equal part of what members keep whose layers are not alike."""
@@ -84,16 +132,20 @@ class EnsembleFamily:
         return 2 * element_bytes * size.hidden
 
     def width(self, config: Any) -> int:
-        (settings, family), *_ = self.parts_of(config)
+        settings, family = self._first(config)
         return family.width(settings)
 
     def padding(self, config: Any) -> float | None:
-        (settings, family), *_ = self.parts_of(config)
+        settings, family = self._first(config)
         return family.padding(settings)
 
     def sample_rows(self, config: Any, rows: int, generator: np.random.Generator) -> NDArray[np.float32]:
-        (settings, family), *_ = self.parts_of(config)
+        settings, family = self._first(config)
         return family.sample_rows(settings, rows, generator)
+
+    def _first(self, config: Any) -> tuple[Any, ArrayFamily]:
+        (settings, family), *_ = self.parts_of(config)
+        return settings, family
 
     def flat_logprobs(self, model: Any, inputs_BD: Tensor) -> Tensor:
         import torch
@@ -107,26 +159,6 @@ class EnsembleFamily:
             return combined(logprobs_MBV, model.config.weights, model.config.combine)
         both_MBV2 = [torch.stack([absent(there_BV), there_BV], -1) for there_BV in logprobs_MBV]
         return combined(both_MBV2, model.config.weights, model.config.combine)[..., 1]
-
-    def parts_of(self, config: Any) -> Sequence[tuple[Any, _Member]]:
-        found = list[tuple[Any, _Member]]()
-        for settings in config.members:
-            _, family = family_of(settings, "members")
-            model_class: Any = family.model_class()
-            found.append((model_class.config_class.from_dict(dict(settings)), family))  # type: ignore[arg-type]
-        return found
-
-    def parts(self, model: Any) -> Sequence[PreTrainedModel]:
-        return list(model.members)
-
-    def renewed(self, model: Any, parts: Sequence[PreTrainedModel]) -> PreTrainedModel:
-        from torch import nn
-
-        model.members = nn.ModuleList(parts)
-        model.config.members = [part.config.to_dict() | {"architectures": [type(part).__name__]} for part in parts]
-        model.config.id2label = parts[0].config.id2label
-        found: PreTrainedModel = model
-        return found
 
 
 FAMILY = EnsembleFamily()

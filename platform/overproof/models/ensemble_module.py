@@ -1,6 +1,6 @@
-"""The torch module of ``ensemble``: several classifiers whose answers are one, saved and loaded as any other model.
+"""The torch modules of ensembles: several models whose answers are one, saved and loaded as any other model.
 
-Shapes: M members, B rows, V outputs.
+Shapes: M members, B rows, P predictions of a row, V outputs.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers import Cache, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
 from overproof.models.encoder import MULTI_LABEL, label_logits
 from overproof.models.sizes import family_of
@@ -36,8 +36,8 @@ class OverproofEnsembleConfig(PretrainedConfig):  # type: ignore[misc]
         super().__init__(**kwargs)
 
 
-class OverproofEnsemble(PreTrainedModel):  # type: ignore[misc]
-    """Each member is asked the same; ``logits`` are log-probabilities of all together, or of labels their log-odds."""
+class _Ensemble(PreTrainedModel):  # type: ignore[misc]
+    """Members, each a whole model of its own family."""
 
     config_class = OverproofEnsembleConfig
     base_model_prefix = ""
@@ -51,9 +51,22 @@ class OverproofEnsemble(PreTrainedModel):  # type: ignore[misc]
     def _init_weights(self, module: nn.Module) -> None:
         """Members have initialised themselves."""
 
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Of each member, which transformers does not look for in a list."""
+        del all_submodels
+        return {
+            f"members.{number}.{tied}": f"members.{number}.{kept}"
+            for number, member in enumerate(self.members)
+            for tied, kept in member.get_expanded_tied_weights_keys(all_submodels=True).items()
+        }
+
     def set_attn_implementation(self, attn_implementation: Any, **_: Any) -> None:
         for member in self.members:
             member.set_attn_implementation(attn_implementation)
+
+
+class OverproofEnsemble(_Ensemble):
+    """Each member is asked the same; ``logits`` are log-probabilities of all together, or of labels their log-odds."""
 
     def forward(self, **inputs: Any) -> SequenceClassifierOutput:
         logits_MBV = [member(**inputs).logits for member in self.members]
@@ -69,8 +82,21 @@ class OverproofEnsemble(PreTrainedModel):  # type: ignore[misc]
         return mixed_BV2[..., 1] - mixed_BV2[..., 0]
 
 
+class OverproofEnsembleForCausalLM(_Ensemble):
+    """Each member reads the same tokens; ``logits`` (B, P, V) are log-probabilities of all together."""
+
+    def forward(self, past_key_values: Sequence[Cache] | None = None, **inputs: Any) -> CausalLMOutputWithPast:
+        """``past_key_values``: one cache for each member, which goes on."""
+        caches = past_key_values or [None] * len(self.members)
+        logprobs_MBPV = [
+            member(past_key_values=cache, **inputs).logits.float().log_softmax(-1)
+            for member, cache in zip(self.members, caches, strict=True)
+        ]
+        return CausalLMOutputWithPast(logits=combined(logprobs_MBPV, self.config.weights, self.config.combine))
+
+
 def combined(logprobs_MBV: Sequence[Tensor], weights: Sequence[float], combine: Combine) -> Tensor:
-    """Log-probabilities (B, V) of all members together, whose weights add up to 1."""
+    """Log-probabilities (..., V) of all members together, whose weights add up to 1."""
     if combine == "votes":
         outputs = logprobs_MBV[0].shape[-1]
         votes_MBV = [nn.functional.one_hot(each.argmax(-1), outputs).to(each.dtype) for each in logprobs_MBV]

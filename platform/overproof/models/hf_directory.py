@@ -67,6 +67,12 @@ def model_family(model: PreTrainedModel) -> ModelFamily:
     return family
 
 
+def model_parts(model: PreTrainedModel) -> Sequence[PreTrainedModel]:
+    """The models that one is made of: itself, of most."""
+    family = model_family(model)
+    return family.parts(model) if isinstance(family, ComposedFamily) else [model]
+
+
 def output_layer(model: PreTrainedModel) -> nn.Module:
     """The layer that gives a model's logits."""
     found: nn.Module | None = model.get_output_embeddings()  # known of decoders of any architecture

@@ -195,12 +195,13 @@ def _role(measured: MeasuredFile, winner: str) -> str:
 
 def _teacher(report: Report) -> dict[str, Any]:
     """Its quality, with its size where it is one of the files, and what it is where it is none."""
-    served, file = report.served_teacher, report.find("teacher")
-    if served is not None:
-        name = f"{served.model}, served elsewhere ({served.weights or 'its endpoint does not name its weights'})"
-        return {**_interval(served.metrics[report.quality]), "size_mb": None, "served": name}
+    unwritten, file = report.unwritten_teacher, report.find("teacher")
+    if unwritten is not None:
+        weights = unwritten.weights or "its endpoint does not name its weights"
+        told = f"{unwritten.model}, which runs {unwritten.runs} ({weights})"
+        return {**_interval(unwritten.metrics[report.quality]), "size_mb": None, "without_file": told}
     assert file is not None
-    return {**_interval(file.metrics[report.quality]), "size_mb": file.size_bytes / 1e6, "served": None}
+    return {**_interval(file.metrics[report.quality]), "size_mb": file.size_bytes / 1e6, "without_file": None}
 
 
 def _interval(quality: Metric) -> dict[str, float | None]:

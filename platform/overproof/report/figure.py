@@ -123,8 +123,8 @@ def _plot_files(axes: Axes, report: Report, verdict: Verdict) -> tuple[list[File
                              textcoords="offset points", color=colour, parse_math=False,
                              bbox=LABEL_BACKGROUND)  # fmt: skip
         labels.append(FileLabel(text, size_mb, quality.value, low, high))
-    if report.served_teacher is not None:  # which has no size
-        axes.axhline(report.served_teacher.metrics[report.quality].value, color=COLOURS["teacher"], linestyle="--")
+    if report.unwritten_teacher is not None:  # which has no size
+        axes.axhline(report.unwritten_teacher.metrics[report.quality].value, color=COLOURS["teacher"], linestyle="--")
     note = axes.text(0.01, 0.01, "the gate compares files on the same test units: far narrower than these intervals",
                      transform=axes.transAxes, fontsize=8, alpha=0.7)  # fmt: skip
     quality_metric = TASKS[report.task].quality

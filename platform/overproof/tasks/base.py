@@ -336,9 +336,9 @@ class TokenTask(Task, Protocol):
     counted: str | None  # column that says which predictions count; None: all
 
     def score_by(
-        self, scorer: TextScorer, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, tell: Tell
+        self, scorer: TextScorer, sha256: str, root: Path, units: NDArray[np.int64], settings: Evaluate, tell: Tell
     ) -> FileScores:
-        """As ``score``, by what a scorer of the file's model says, which is closed then."""
+        """As ``score``, by what a scorer of a model that goes by this hash says, which is closed then."""
 
 
 @runtime_checkable

@@ -68,19 +68,20 @@ class CausalTask:
         self, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, engine: str, format: Format,
         tell: Tell,
     ) -> FileScores:  # fmt: skip
+        from overproof.files import file_sha256
         from overproof.tasks.text_evaluation import open_scorer
 
         threads, gpus = settings.scoring_threads, settings.gpus_per_task
         scorer = open_scorer(file, root, engine, format, threads, gpus, settings.precision, kv_cache=settings.kv_cache)
-        return self.score_by(scorer, file, root, units, settings, tell)
+        return self.score_by(scorer, file_sha256(file), root, units, settings, tell)
 
     def score_by(
-        self, scorer: TextScorer, file: Path, root: Path, units: NDArray[np.int64], settings: Evaluate, tell: Tell
+        self, scorer: TextScorer, sha256: str, root: Path, units: NDArray[np.int64], settings: Evaluate, tell: Tell
     ) -> FileScores:
         from overproof.tasks.text_evaluation import score_text
 
         try:
-            return score_text(file, root, units, scorer, tell, ScoringTime(settings.score_s), self.counted)
+            return score_text(sha256, root, units, scorer, tell, ScoringTime(settings.score_s), self.counted)
         finally:
             scorer.close()
 

@@ -38,7 +38,6 @@ from overproof.engines.probe_messages import TextRequest
 from overproof.engines.prompt_limits import require_context
 from overproof.errors import InputError
 from overproof.export.base import Format
-from overproof.files import file_sha256
 from overproof.models.base import Prediction
 from overproof.models.compute import start_compute
 from overproof.models.documents import document_positions
@@ -140,18 +139,22 @@ def open_scorer(
     longest = max(manifest.positions, places)
     if isinstance(loader, ScoringLoader):
         return loader.scorer(file, longest, threads, kv_cache)
-    model = _read_back(file, format, longest)
+    return torch_scorer(_read_back(file, format, longest), manifest, gpus, precision)
+
+
+def torch_scorer(model: Any, manifest: Manifest, gpus: float, precision: Precision) -> TextScorer:
+    """Of a causal language model that is in memory, for rows of this data."""
     where = start_compute(gpus, precision)
     batch_rows = max(1, BATCH_LOGITS[where.device.type] // (manifest.positions * manifest.outputs))
     return TorchScorer(where.place(model), batch_rows, where.device)
 
 
 def score_text(
-    file: Path, root: Path, documents: NDArray[np.int64], scorer: TextScorer, tell: Tell, limit: ScoringTime,
+    sha256: str, root: Path, documents: NDArray[np.int64], scorer: TextScorer, tell: Tell, limit: ScoringTime,
     counted: str | None = None,
 ) -> FileScores:  # fmt: skip
-    """Nats and first choices of a file on these test documents of the data set at ``root``, or on the first of them
-    where its time is over: of every prediction, or of those that the column ``counted`` has.
+    """Nats and first choices of a file that goes by its hash, on test documents of the data set at ``root``, or on
+    the first of them where its time is over: of every prediction, or of those that the column ``counted`` has.
 
     Raises:
         ValueError: the scorer gives fewer rows than it was given, or more.
@@ -169,7 +172,7 @@ def score_text(
         if whole and limit.is_over(done):
             break
     choices_N, sizes = np.concatenate(choices).astype(np.int32), _of_documents(root, "size_bytes", rows.documents)
-    return FileScores(file_sha256(file), rows.documents, nats, sizes, predictions, choices_N).first(done)
+    return FileScores(sha256, rows.documents, nats, sizes, predictions, choices_N).first(done)
 
 
 def _scored_rows(

@@ -1,4 +1,4 @@
-"""Several classifiers' directories as one, whose members count alike, or as much as they help on validation rows.
+"""Several models' directories as one, whose members count alike, or as much as they help on validation rows.
 
 Shapes: M members, N predictions that count.
 """
@@ -17,8 +17,8 @@ from overproof.artifacts import Artifact
 from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.errors import InputError
-from overproof.models.base import ArrayFamily
-from overproof.models.ensemble_module import Combine, OverproofEnsemble, OverproofEnsembleConfig
+from overproof.models.base import ComposedFamily
+from overproof.models.ensemble_module import Combine, OverproofEnsembleConfig
 from overproof.models.hf_directory import (
     load_model,
     load_start,
@@ -28,12 +28,11 @@ from overproof.models.hf_directory import (
     to_tensors,
 )
 from overproof.models.sizes import family_of
-from overproof.registry import TASKS
+from overproof.registry import FAMILIES, TASKS
 
 FEWEST = 2
-BATCH_ROWS = 256
+BATCH_ROWS, BATCH_LOGITS = 256, 1 << 23  # of rows that are read together, and of what a member says of them
 ROUNDS, STILL = 500, 1e-7  # of the fit at most, and by how much weights then change
-SAME = ("num_labels", "problem_type", "id2label")  # of configurations
 
 
 def write_ensemble(members: Sequence[Path], to: Path, combine: Combine, weights: Sequence[float]) -> None:
@@ -43,13 +42,14 @@ def write_ensemble(members: Sequence[Path], to: Path, combine: Combine, weights:
         InputError: ``to`` is there, there are fewer than two members, or they do not answer the same question.
     """
     require_new(to)
-    require_alike(members)
-    configs, first = [read_config(member) for member in members], _configuration(members[0])
+    family = require_alike(members)
+    if combine not in family.combines:
+        raise InputError(f"--combine: found {combine}; of {family.members} expected {' or '.join(family.combines)}")
     config = OverproofEnsembleConfig(
-        members=configs, weights=list(map(float, weights)), combine=combine,
-        **{name: getattr(first, name) for name in SAME if name != "num_labels"},
+        members=[read_config(member) for member in members], weights=list(map(float, weights)), combine=combine,
+        **family.settings([_configuration(member) for member in members]),
     )  # fmt: skip
-    model = OverproofEnsemble(config)
+    model: Any = family.model_class()(config)
     for held, member in zip(model.members, members, strict=True):
         held.load_state_dict(load_model(member).state_dict())
     tokenizer = members[0] / TOKENIZER
@@ -74,33 +74,34 @@ def _configuration(member: Path) -> Any:
     return model_class.config_class.from_pretrained(member, local_files_only=True)
 
 
-def require_alike(members: Sequence[Path]) -> None:
-    """Look whether models answer the same question.
+def require_alike(members: Sequence[Path]) -> Any:
+    """The family of what they are together, a ``ComposedFamily``; and look whether they answer the same question.
 
     Raises:
-        InputError: they are too few, no classifiers, of other classes in another order, or read other rows.
+        InputError: they are too few, of kinds that do not go together, of other classes in another order, or read other
+            rows.
     """
     if len(members) < FEWEST:
-        raise InputError(f"MEMBER: found {len(members)}; expected {FEWEST} or more directories of classifiers")
+        raise InputError(f"MEMBER: found {len(members)}; expected {FEWEST} or more directories of models")
+    known = [(member, *family_of(read_config(member), member)) for member in members]
+    composed: list[Any] = [family for family in FAMILIES.values() if isinstance(family, ComposedFamily)]
+    (first, kind, _), *_ = known
+    found = next((each for each in composed if each.accepts(known[0][2])), None)
+    if found is None:
+        able = " or ".join(each.members for each in composed)
+        raise InputError(f"{first}: a {kind} goes into no ensemble; expected {able}")
     told = list[dict[str, Any]]()
-    for member in members:
-        kind, family = family_of(read_config(member), member)
-        if not isinstance(family, ArrayFamily):
-            raise InputError(f"{member}: a {kind} writes text; expected classifiers, whose answers can be averaged")
-        config = _configuration(member)
+    for member, kind, family in known:
+        if not found.accepts(family):
+            raise InputError(f"{member}: a {kind} does not go with {first}; expected {found.members}")
         tokenizer = member / TOKENIZER
-        told.append(
-            {name: getattr(config, name) for name in SAME}
-            | {"numbers in a row": family.width(config), "end of a row": family.padding(config)}
-            | {TOKENIZER: tokenizer.read_bytes() if tokenizer.is_file() else None}
-        )
+        own = tokenizer.read_bytes() if tokenizer.is_file() else None
+        told.append(found.alike(_configuration(member), family) | {TOKENIZER: own})
     for member, each in zip(members[1:], told[1:], strict=True):
         other = next((name for name in each if each[name] != told[0][name]), None)
         if other is not None:
-            raise InputError(
-                f"{member}: {other} is not that of {members[0]}; expected classifiers of the same classes, in the same "
-                "order, that read the same rows"
-            )
+            raise InputError(f"{member}: {other} is not that of {first}; expected {found.members}")
+    return found
 
 
 @torch.inference_mode()
@@ -116,11 +117,12 @@ def fit_weights(members: Sequence[Path], prepared: Artifact, tell: Callable[[str
     for member in members:
         require_outputs(member, manifest)
     found = list[NDArray[np.float64]]()
+    rows = max(1, min(BATCH_ROWS, BATCH_LOGITS // (manifest.positions * manifest.outputs)))
     for number, member in enumerate(members, start=1):
         model, parts = load_start(member, manifest, 0), list[NDArray[np.float64]]()
-        for first in range(0, shards.rows, BATCH_ROWS):
+        for first in range(0, shards.rows, rows):
             tell(f"member {number} of {len(members)}, row {first} of {shards.rows}")
-            ids = np.arange(first, min(first + BATCH_ROWS, shards.rows))
+            ids = np.arange(first, min(first + rows, shards.rows))
             given = task.predict(model, to_tensors(shards.take(ids)))
             nats_BP = given.logits_BPV.log_softmax(-1).gather(-1, given.targets_BP[..., None].long())[..., 0]
             parts.append(nats_BP[given.mask_BP > 0].double().numpy())
