@@ -222,7 +222,7 @@ def test_what_does_not_go_together_is_refused(
     assert "is there already" in capsys.readouterr().err
     with pytest.raises(InputError, match="found 1; expected 2 or more"):
         write_ensemble([one], tmp_path / "new", "votes", (1.0,))
-    with pytest.raises(InputError, match="a llama does not go with .*expected classifiers of"):
+    with pytest.raises(InputError, match=r"a llama does not go with .*expected classifiers of"):
         write_ensemble([one, text["train"].local() / "model"], tmp_path / "new", "votes", (0.5, 0.5))
     renamed = load_model(other)
     renamed.config.id2label = {number: f"other {number}" for number in range(10)}
