@@ -4,8 +4,8 @@
 
 Prints one Markdown table. STORE holds a finished run of a text classification whose compress.teacher is true.
 Contenders answer the same test texts one at a time, in turn, in one process and on one thread: p50 is the median of the
-repeats' medians. Accuracy is of --judged test texts, resident memory of a process of each that has answered. PYTHON has
-optimum and Olive (see encoder_peers.py).
+repeats' medians. Accuracy is of --judged test texts, beside the share of them that get the eager model's class;
+resident memory is that of a process of each that has answered. PYTHON has optimum and Olive (see encoder_peers.py).
 """
 
 from __future__ import annotations
@@ -134,10 +134,10 @@ def main() -> None:
                 contenders[f"{file.stem} int8"] = ("by_others", file, file.stat().st_size)
         makers = {"eager": eager, "exported": exported, "by_others": by_others}
         answers = {name: makers[kind](file) for name, (kind, file, _) in contenders.items()}
-        right, measured = {}, {name: list[dict[str, float]]() for name in contenders}
+        chosen, measured = {}, {name: list[dict[str, float]]() for name in contenders}
         for name, answer in answers.items():
-            right[name] = float(np.mean([answer(row) == label for row, label in zip(rows, labels, strict=True)]))
-            say(f"{name}: accuracy {right[name]:.4f}")
+            chosen[name] = np.array([answer(row) for row in rows])
+            say(f"{name}: accuracy {(chosen[name] == labels).mean():.4f}")
         for repeat in range(given.repeats):
             for name in np.random.default_rng(repeat).permutation([*answers]).tolist():
                 seconds, cpu_s = list[float](), time.process_time()
@@ -155,12 +155,14 @@ def main() -> None:
         for figures, first in zip(each, first_ms, strict=True):
             figures["faster"] = first / figures["p50_ms"]
     table(
-        ("", "MB", "of eager, times smaller", "p50, ms", "times faster", "CPU ms a text", "accuracy, %", "resident MB"),
+        ("", "MB", "of eager, times smaller", "p50, ms", "times faster", "CPU ms a text", "accuracy, %",
+         "as eager, %", "resident MB"),
         [
             (
                 name, f"{size / 1e6:.2f}", f"{weights / size:.2f}", spread(measured[name], "p50_ms", 2),
                 spread(measured[name], "faster", 2), f"{median(measured[name], 'cpu_ms'):.2f}",
-                f"{100 * right[name]:.2f}", f"{resident[name]:.0f}",
+                f"{100 * (chosen[name] == labels).mean():.2f}", f"{100 * (chosen[name] == chosen[EAGER]).mean():.2f}",
+                f"{resident[name]:.0f}",
             )
             for name, (_, _, size) in contenders.items()
         ],

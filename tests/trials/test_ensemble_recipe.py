@@ -1,4 +1,4 @@
-"""Two runs of a recipe, their packages as one ensemble, and that as the teacher of a third run, which ships it."""
+"""Two runs of a recipe, what they trained as one ensemble, and that as the teacher of a third run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from finished import RECIPES
 from overproof import pipeline
 from overproof.cli import ensemble
 from overproof.cli.main import main
-from overproof.config import load_recipe
+from overproof.config import Evaluate, load_recipe
+from overproof.data.manifest import Manifest
 from overproof.errors import InputError
+from overproof.evaluate.metrics import Report
+from overproof.models.hf_directory import load_model
 from overproof.package.package import open_package
+from overproof.registry import TASKS
+from overproof.tasks.base import TokenTask
+from overproof.tasks.text_evaluation import torch_scorer
 
 pytestmark = pytest.mark.trial
 MODEL = "{kind: vit, hidden_size: 16, intermediate_size: 32, layers: 1, heads: 2}"
@@ -48,3 +54,39 @@ def test_packages_are_an_ensemble_that_teaches_and_ships(tmp_path: Path) -> None
     shutil.copytree(packages[0], elsewhere)
     with pytest.raises(InputError, match=r"which is not there: .*expected a package in the store of its run"):
         ensemble.model_directory(elsewhere)
+
+
+DECODER = "kind: llama, hidden_size: {0}, intermediate_size: 256, layers: 2, heads: {1}, kv_heads: {1}"
+SHORT_TEXT = (
+    f"train.model={{{DECODER.format(96, 3)}}}", "train.workers=1", "train.steps=200", "cache.actors=1", "tune={}",
+    f"sweep.students=[{{name: small, teacher_weight: 0.9, model: {{{DECODER.format(64, 2)}}}}}]", "sweep.steps=120",
+    "sweep.keep=1", "compress.formats=[q8_0]", "gate.rules=[{kind: keep, against: teacher, at_least: 0.5}]",
+    "evaluate={max_documents: 8, decode_tokens: 8, timed_requests: 20}",
+)  # fmt: skip
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_language_models_together_are_better_than_each_and_teach(tmp_path: Path) -> None:
+    """Of one tokenizer, from other fresh weights."""
+    file, sets = RECIPES / "stdlib-lm.yaml", (f"store={tmp_path}", *SHORT_TEXT)
+    made = [
+        pipeline.run(load_recipe(file, (*sets, f"train.model.initializer_range={spread}")), "train")
+        for spread in (0.05, 0.06)
+    ]
+    members, both = [each["train"].local() / "model" for each in made], tmp_path / "both"
+    assert main(["ensemble", str(both), *map(str, members)]) == 0
+    taught = load_recipe(file, (*sets, f"train.model={{kind: pretrained, path: {both}}}", "train.steps=0"))
+    done = pipeline.run(taught)
+    assert open_package(done["package"].local()).content.candidate == "small-q8_0"
+    report = Report.model_validate_json((done["evaluate"].local() / "report.json").read_bytes())
+    assert report.unwritten_teacher is not None
+    together = report.unwritten_teacher.metrics["bits_per_byte"].value
+    root, task = made[0]["prepare"].local(), TASKS["language_modeling"]
+    assert isinstance(task, TokenTask)
+    alone = list[float]()
+    for member in members:
+        scorer = torch_scorer(load_model(member), Manifest.read(root), 0, "fp32")
+        found = task.score_by(scorer, "", root, task.units(root, 8), Evaluate(), lambda _: None)
+        alone.append(task.quality.value(float(found.total.sum()), float(found.size.sum())))
+    print(f"bits per byte: {alone} alone, {together} together")
+    assert together < min(alone)
