@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+SMALLEST = 1e-4  # that is written without an exponent, as C's ``%g`` has it
+
 
 def format_bytes(bytes_: float) -> str:
     """``3.20 GB``, in powers of 1000."""
@@ -17,11 +19,22 @@ def format_bytes(bytes_: float) -> str:
 
 
 def format_number(value: float, digits: int = 3) -> str:
-    """Such as ``0.0506``, ``142`` or ``1,760``: so many significant digits, and all before the point."""
+    """Such as ``0.0506``, ``142`` or ``1,760``: so many significant digits, and all before the point; ``4.77e-07`` of one
+    below ``SMALLEST``, whose zeros nobody counts.
+    """
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    rounded = float(f"{value:.{digits - 1}e}")
+    scientific = f"{value:.{digits - 1}e}"
+    rounded = float(scientific)
+    if abs(rounded) < SMALLEST:
+        return scientific
     return f"{rounded:,.{max(0, digits - 1 - math.floor(math.log10(abs(rounded))))}f}"
+
+
+def format_fixed(value: float, decimals: int) -> str:
+    """Such as ``1,760.0051``; ``4.8e-07`` of a number that would read as zero, and is not."""
+    fixed = f"{value:,.{decimals}f}"
+    return format_number(value, 2) if value and float(fixed.replace(",", "")) == 0 else fixed
 
 
 def format_count(count: int | str, noun: str) -> str:

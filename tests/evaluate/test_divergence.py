@@ -104,15 +104,15 @@ def test_a_table_reads_the_same_in_a_terminal_and_in_markdown() -> None:
         MeasuredFile(name="teacher", student=None, format="f16", size_bytes=10**7, sha256="", candidate=False,
                      metrics=figures),
         MeasuredFile(name="small-q4_0", student="small", format="q4_0", size_bytes=10**6, sha256="", candidate=True,
-                     metrics=figures | {"divergence_nats": metric(0.03125)}),
+                     metrics=figures | {"divergence_nats": metric(0.03125), "parity_nats": metric(4.77e-7)}),
     )  # fmt: skip
     report = Report(task="language_modeling", quality="bits_per_byte", engine="any", computes_with="any",
                     confidence=0.95, measured=files, comparisons=())  # fmt: skip
     rows = variant_table(report, ("verdict", {"small-q4_0": "passed"}))
     assert rows[0] == ("variant", "against the teacher", "format", "MB", "bits per byte", "KL from teacher, nats",
-                       "tokens/s, 8 at once", "verdict")  # fmt: skip
-    assert rows[2] == ("`teacher`", "", "f16", "10.00", "1.2500 (1.0000 to 1.5000)", "", "4,321", "")
-    assert rows[3][4:] == ("1.2500 (1.0000 to 1.5000)", "0.0312", "4,321", "passed")
+                       "tokens/s, 8 at once", "parity, nats", "verdict")  # fmt: skip
+    assert rows[2] == ("`teacher`", "", "f16", "10.00", "1.2500 (1.0000 to 1.5000)", "", "4,321", "", "")
+    assert rows[3][4:] == ("1.2500 (1.0000 to 1.5000)", "0.0312", "4,321", "4.8e-07", "passed")
     lines = list(markdown_lines(rows))
     assert len({len(line) for line in lines}) == 1
     assert [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in (lines[0], lines[3])] == [

@@ -240,6 +240,12 @@ def test_parity_needs_the_same_tokens_too() -> None:
     assert not verdict([PARITY], report(measured=(measured("q", 1, True, parity_nats=metric(0.11)),))).passed
 
 
+@pytest.mark.parametrize(("nats", "words"), [(0.0123, "0.012"), (1.5e-4, "0.00015"), (4.77e-7, "4.8e-07"), (0.0, "0")])
+def test_a_tiny_difference_is_readable(nats: float, words: str) -> None:
+    found = verdict([PARITY], report(measured=(measured("q", 1, True, parity_nats=metric(nats)),)))
+    assert f"engine within {words} nats of the reference" in found.candidates[0].reasons[0].text
+
+
 def test_without_candidates_nothing_passes() -> None:
     found = verdict([PARITY], report(measured=(measured("student", 1, False),)))
     assert (found.passed, found.chosen, found.candidates) == (False, None, ())

@@ -8,6 +8,7 @@ from overproof.evaluate.gate import teacher_loss
 from overproof.evaluate.metrics import EXPECTED_ACCURACY, Report
 from overproof.registry import TASKS
 from overproof.tasks.base import DIVERGENCE, STREAMS_RATE, Metric
+from overproof.units import format_fixed
 
 COSTS = {  # metric -> title, factor, decimals
     "time_to_first_token_s": ("first token, ms", 1000, 1),
@@ -81,7 +82,7 @@ def _cell(metric: Metric | None, factor: float, decimals: int) -> str:
     if metric is None:
         return ""
     value, low, high = (
-        None if figure is None else f"{factor * figure:,.{decimals}f}"
+        None if figure is None else format_fixed(factor * figure, decimals)
         for figure in (metric.value, metric.low, metric.high)
     )
     if high is None:
