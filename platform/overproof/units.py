@@ -19,8 +19,8 @@ def format_bytes(bytes_: float) -> str:
 
 
 def format_number(value: float, digits: int = 3) -> str:
-    """Such as ``0.0506``, ``142`` or ``1,760``: so many significant digits, and all before the point; ``4.77e-07`` of one
-    below ``SMALLEST``, whose zeros nobody counts.
+    """Such as ``0.0506``, ``142`` or ``1,760``: so many significant digits, and all before the point. Below
+    ``SMALLEST``, where nobody counts zeros, ``4.77e-07``.
     """
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,20 +75,24 @@ def run(store: Store, prepared: Artifact, case: dict[str, Any]) -> dict[str, Any
     }
 
 
+def run_all(folder: Path, cases: list[dict[str, Any]], data: Mapping[str, Callable[[Path], object]]) -> None:
+    """Every case, on data that are made once, and what came of each, for ``rank_results.run_cases``."""
+    store, prepared = Store(str(folder / "store")), dict[str, Artifact]()
+    for name, make in data.items():
+        draft = store.new_writer(name, "prepare", "a" * 64, {}, {})
+        with draft.directory() as root:
+            make(root)
+        prepared[name] = draft.commit({}, 0.0)
+    results = {case["name"]: run(store, prepared[case["data"]], case) for case in cases}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
 def main(folder: Path, cases: list[dict[str, Any]]) -> None:
     if any("offload" in case["train"] for case in cases):
         load_cpu_adam()
     if any("lora" in case["train"] for case in cases):
         import peft  # noqa: F401  seconds, which each rank would take that is forked without it
-    store = Store(str(folder / "store"))
-    prepared = {}
-    for name, make in {"text": text_like, "broken": lambda root: digits_like(root, BROKEN_ROW)}.items():
-        draft = store.new_writer(name, "prepare", "a" * 64, {}, {})
-        with draft.directory() as data:
-            make(data)
-        prepared[name] = draft.commit({}, 0.0)
-    results = {case["name"]: run(store, prepared[case["data"]], case) for case in cases}
-    (folder / "results.json").write_text(json.dumps(results))
+    run_all(folder, cases, {"text": text_like, "broken": lambda root: digits_like(root, BROKEN_ROW)})
 
 
 if __name__ == "__main__":

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rank_results import column, run_cases
 from safetensors.torch import load_file
 
 from overproof.models.hf_directory import load_model
@@ -41,21 +38,7 @@ def cases() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("batch-norm")
-    script = Path(__file__).with_name("batch_norm_ranks.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), json.dumps(cases())],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return found
-
-
-def column(result: dict[str, Any], key: str) -> list[str]:
-    return [row[key].hex() for row in result["rows"] if key in row]
+    return run_cases("batch_norm_ranks.py", tmp_path_factory.mktemp("batch-norm"), cases())
 
 
 def statistics(result: dict[str, Any], part: str) -> dict[str, torch.Tensor]:

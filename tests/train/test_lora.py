@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from rank_results import run_cases
 from tiny_data import LLAMA, settings, text_like
 
 from overproof.config import Lora
@@ -121,16 +118,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         moved = [{"world": 2, "kill": 7}, {"world": 2, "kill": 11}, {"world": 1}]
         for name, attempts in (("whole", [{"world": 2}]), ("moved", moved)):
             cases.append({"name": f"{stage}-{name}", "data": "text", "attempts": attempts, "train": train})
-    script = Path(__file__).with_name("resume_ranks.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), json.dumps(cases)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return found | {"base": str(folder / "base")}
+    return run_cases("resume_ranks.py", folder, cases) | {"base": str(folder / "base")}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rank_results import column, run_cases
 from resume_ranks import BROKEN_ROW, SEED
 from tiny_data import LLAMA, ROWS, ROWS_PER_GROUP, VIT
 
@@ -59,22 +55,7 @@ def cases() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("resume")
-    script = Path(__file__).with_name("resume_ranks.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), json.dumps(cases())],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return found
-
-
-def column(result: dict[str, Any], key: str) -> list[str]:
-    """As hex floats, so that equal means equal to the last bit."""
-    return [row[key].hex() for row in result["rows"] if key in row]
+    return run_cases("resume_ranks.py", tmp_path_factory.mktemp("resume"), cases())
 
 
 def check_starts(starts: list[int], kills: tuple[int, ...]) -> None:
