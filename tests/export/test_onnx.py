@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,6 @@ from onnx.reference import ReferenceEvaluator
 from transformers import ViTConfig, ViTForImageClassification
 
 from overproof.export import stage
-from overproof.export.base import WeighedFormat
 from overproof.export.onnx_file import Reference, export_onnx
 from overproof.export.onnx_fusion import fuse_products
 from overproof.export.onnx_int8 import quantize_onnx, quantize_onnx_static
@@ -180,61 +179,3 @@ def test_the_full_range_has_eight_bits_and_errs_less(files: dict[str, Path], tmp
     exact = Reference(files["fp32"])(rows_BD)
     errors = [np.abs(Reference(path)(rows_BD) - exact).mean() for path in (whole, files["int8"])]
     assert errors[0] < errors[1]
-
-
-def _initializer(proto: onnx.ModelProto, ending: str) -> onnx.TensorProto:
-    return next(i for i in proto.graph.initializer if i.name.endswith(ending) and len(i.dims) == 2)
-
-
-def _transposed(proto: onnx.ModelProto) -> None:
-    code = next(i for i in proto.graph.initializer if i.name.endswith("_quantized") and len({*i.dims}) == 1)
-    code.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(code).T.copy(), code.name))
-
-
-def _saturated(proto: onnx.ModelProto) -> None:
-    code = _initializer(proto, "_quantized")
-    scale = next(i for i in proto.graph.initializer if i.name == code.name.replace("_quantized", "_scale"))
-    halved = np.clip(2 * onnx.numpy_helper.to_array(code).astype(int), -64, 63).astype(np.int8)
-    code.CopyFrom(onnx.numpy_helper.from_array(halved, code.name))
-    scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) / 2, scale.name))
-
-
-def _wrong_scale(proto: onnx.ModelProto) -> None:
-    scale = next(i for i in proto.graph.initializer if i.name.endswith("_scale") and list(i.dims))
-    scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * np.float32(1.1), scale.name))
-
-
-def _swapped(proto: onnx.ModelProto) -> None:
-    one, other = [i for i in proto.graph.initializer if i.name.endswith("_quantized") and list(i.dims) == [32, 32]][:2]
-    values = [onnx.numpy_helper.to_array(each).copy() for each in (one, other)]
-    one.CopyFrom(onnx.numpy_helper.from_array(values[1], one.name))
-    other.CopyFrom(onnx.numpy_helper.from_array(values[0], other.name))
-
-
-def _missing(proto: onnx.ModelProto) -> None:
-    proto.graph.initializer.remove(_initializer(proto, "_quantized"))
-
-
-def _a_bias(proto: onnx.ModelProto) -> None:
-    bias = next(i for i in proto.graph.initializer if i.data_type == onnx.TensorProto.FLOAT and i.name.endswith("bias"))
-    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(1e-3), bias.name))
-
-
-@pytest.mark.parametrize("spoil", [_transposed, _saturated, _wrong_scale, _swapped, _missing, _a_bias])
-@pytest.mark.parametrize("variant", ["int8", "static"])
-def test_a_file_with_other_weights_is_refused(
-    files: dict[str, Path], tmp_path: Path, variant: str, spoil: Callable[[onnx.ModelProto], None]
-) -> None:
-    made = tmp_path / "made.onnx"
-    if variant == "int8":
-        quantize_onnx(files["fp32"], made)
-    else:
-        quantize_onnx_static(files["fp32"], made, images(8), full_range=False)
-    written = FORMATS["onnx"]
-    assert isinstance(written, WeighedFormat)
-    written.require_same_weights(made, files["fp32"])
-    proto = onnx.load(made)
-    spoil(proto)
-    onnx.save(proto, tmp_path / "spoiled.onnx")
-    with pytest.raises(RuntimeError, match="the export is wrong"):
-        written.require_same_weights(tmp_path / "spoiled.onnx", files["fp32"])

@@ -40,6 +40,8 @@ SHAPED = {"Reshape", "Transpose"}  # operators that move an image's pixels and c
 SMALL_TABLE = 4096  # numbers: of smaller tables of embeddings, such as those of categories, there is little to gain
 TRANSPOSED = "_Transposed"  # what ONNX Runtime calls the weights of a layer that it writes as another operator
 LARGEST_CODE = 127
+LEAST_CODES = 32  # that the largest number of a scale has: 63 where weights keep seven bits
+NOTHING = 1e-30  # numbers for which there is no scale
 STEPS = 0.51  # of a number's scale, that rounding to the nearest takes at most, and a little of float32
 
 
@@ -174,6 +176,14 @@ def _is_rounded(found: Mapping[str, NDArray[Any]], name: str, values: NDArray[np
     shapes = [tuple(scale.size if each == axis else 1 for each in range(codes.ndim)) for axis in axes]
     for shape in shapes if scale.size > 1 else [()]:
         steps, zeros = scale.reshape(shape), zero.reshape(shape)
-        if np.all(np.abs((codes - zeros) * steps - values) <= STEPS * np.abs(steps)):
+        near = np.all(np.abs((codes - zeros) * steps - values) <= STEPS * np.abs(steps))
+        if near and (found[f"{name}_quantized"].dtype != np.int8 or _is_fine(steps, values)):
             return True
     return False
+
+
+def _is_fine(steps: NDArray[np.float64], values: NDArray[np.float32]) -> bool:
+    """Whether the largest number of each scale has a large code: by a coarse one rounding explains anything."""
+    others = tuple(axis for axis in range(values.ndim) if steps.ndim == 0 or steps.shape[axis] == 1)
+    largest = np.abs(values).max(others, keepdims=steps.ndim > 0)
+    return bool(np.all((LEAST_CODES * np.abs(steps) <= largest) | (largest < NOTHING)))
