@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,16 @@ def stratified(
             chosen[name].append(part)
     rows = {name: np.concatenate(parts) for name, parts in chosen.items()}
     return {name: own[permutation(seed, 0, ROWS_STREAM, len(own))] for name, own in rows.items()}
+
+
+def train_without_copies(values_R: NDArray[Any], splits: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The train rows whose values, to the last bit, no held-out row has."""
+
+    def digest(row: np.int64) -> bytes:
+        return hashlib.sha256(values_R[row].tobytes()).digest()
+
+    held_out = {digest(row) for name, rows in splits.items() if name != "train" for row in rows}
+    return np.array([row for row in splits["train"] if digest(row) not in held_out], np.int64)
 
 
 def require_train_rows(

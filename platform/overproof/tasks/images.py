@@ -30,7 +30,7 @@ from overproof.data.source_files import (
     open_content,
 )
 from overproof.data.sources import sha256_of
-from overproof.data.stratified import require_train_rows, stratified, write_splits
+from overproof.data.stratified import require_train_rows, stratified, train_without_copies, write_splits
 from overproof.errors import InputError
 from overproof.files import filesystem
 from overproof.stage_context import Notice, StageContext, TaskProgress
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 BRIGHTEST_DIGIT = 16.0
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 SAY_EVERY = 500  # images
+HELD_OUT_COPIES = "copies of held-out images"  # reason to leave train images out
 LARGEST_EXAMPLE = 4096  # numbers of a test image that goes with the model as an example
 Encoded = tuple[str, bytes, str]  # where it is from, an image file's content, its class
 
@@ -105,6 +106,8 @@ def prepare_images(context: StageContext) -> Manifest:
     context.progress(TaskProgress("prepare", 1, 2, f"writing {len(labels_R):,} images"))
     rows = {"pixels": pixels_RCHW, "label": labels_R}
     splits = stratified(labels_R, data.validation_fraction, data.test_fraction, context.recipe.seed)
+    trained = len(splits["train"])
+    splits["train"] = train_without_copies(pixels_RCHW, splits)
     require_train_rows(labels_R, splits["train"], details["classes"], data, "images")
     written = write_splits(rows, splits, columns, data, context.draft.uri, "images")
     pixels_N = written.example["pixels"].ravel()
@@ -116,6 +119,7 @@ def prepare_images(context: StageContext) -> Manifest:
         rows_per_group=data.rows_per_group,
         positions=1,
         outputs=len(details["classes"]),
+        dropped={HELD_OUT_COPIES: trained - len(splits["train"])},
         skipped=reading.counts,
         details=details | example,
     )
