@@ -115,6 +115,7 @@ def _seal(package: Path, task: TaskKind, model: str, format: str) -> Path:
         engine=engine,
         computes_with=FORMATS[format_kind].engines[engine],
         confidence=0.95,
+        tokenizer_sha256=file_sha256(package / TOKENIZER) if task == "language_modeling" else None,
         measured=(measured,),
         comparisons=(),
     )

@@ -73,7 +73,7 @@ def make_parents(recipe: Recipe) -> dict[str, Artifact]:
     add("cache", lambda folder: (folder / "cache.json").write_text("{}"))
     add("sweep", lambda folder: (save(folder / "students/student", 1), save(folder / "control", 2), _trials(folder)))
     add("compress", lambda folder: _compress(recipe, done, folder))
-    add("evaluate", lambda folder: _evaluate(recipe, done["compress"].local(), folder))
+    add("evaluate", lambda folder: _evaluate(recipe, manifest, done["compress"].local(), folder))
     add("gate", lambda folder: _gate(recipe, done, folder))
     return done
 
@@ -221,7 +221,7 @@ def _compress(recipe: Recipe, done: dict[str, Artifact], folder: Path) -> None:
     (folder / "exports.json").write_text(json.dumps(exports))
 
 
-def _evaluate(recipe: Recipe, compressed: Path, folder: Path) -> None:
+def _evaluate(recipe: Recipe, manifest: Manifest, compressed: Path, folder: Path) -> None:
     """A report in which every candidate is a little worse and far smaller than the teacher."""
     quality = "bits_per_byte" if recipe.data.kind == "language_modeling" else "accuracy"
     exports = json.loads((compressed / "exports.json").read_text())
@@ -259,6 +259,7 @@ def _evaluate(recipe: Recipe, compressed: Path, folder: Path) -> None:
         computes_with=FORMATS[recipe.compress.kind].engines[recipe.engine],
         kv_cache=recipe.evaluate.kv_cache,
         confidence=0.95,
+        tokenizer_sha256=manifest.tokenizer_sha256,
         measured=tuple(measured),
         comparisons=tuple(comparisons),
     )

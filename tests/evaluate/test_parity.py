@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +13,6 @@ from onnx import numpy_helper
 
 from overproof.artifacts import Artifact
 from overproof.config import Evaluate
-from overproof.data.tokenization import train_bpe
 from overproof.engines.onnx_runtime import OnnxRuntime
 from overproof.export import gguf_file, stage
 from overproof.export.onnx_file import Reference
@@ -69,14 +67,6 @@ def test_answers_of_another_file_are_caught(text: dict[str, Artifact], monkeypat
     right = text_evaluation.open_scorer
     monkeypatch.setattr(text_evaluation, "open_scorer", lambda _, *rest: right(other, *rest))
     assert measure_text(text["compress"].local() / "student.gguf", root)["parity_nats"].value > 0.3
-
-
-def test_other_tokens_are_caught(text: dict[str, Artifact], tmp_path: Path) -> None:
-    root = shutil.copytree(text["prepare"].local(), tmp_path / "prepared")
-    train_bpe(["an entirely other corpus, with other pairs"], 300).save(str(root / "tokenizer.json"))
-    found = measure_text(text["compress"].local() / "student.gguf", root)
-    assert found["split_otherwise"].value == 1
-    assert found["parity_nats"].value < ROUNDING_NATS["f16"]
 
 
 def fixed(logits_SV: torch.Tensor) -> TorchScorer:

@@ -221,7 +221,7 @@ KINDS: dict[str, tuple[Edit, bool]] = {
     "card, a bit": (one_byte("README.md"), True),
     "card, bytes more or fewer": (bytes_in_or_out("README.md"), True),
     "tokenizer, a bit": (one_byte("tokenizer.json"), True),
-    "tokenizer, a value, hash put right": (one_value("tokenizer.json"), False),
+    "tokenizer, a value, hash put right": (one_value("tokenizer.json"), True),
     "listing, a bit": (one_byte("package.json"), False),
     "listing, a value": (one_value("package.json"), False),
     "listing, paths and case": (listed_paths, True),
@@ -244,7 +244,7 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def signed_package(store: Path, key_file: Path, *overrides: str) -> Path:
-    """With a tokenizer beside it, listed, as texts have."""
+    """With a tokenizer beside it, listed and measured with, as texts have."""
     folder = make_package("digits", store, *overrides)
     tokenizer = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"of": store.name}))
@@ -252,6 +252,10 @@ def signed_package(store: Path, key_file: Path, *overrides: str) -> Path:
     listing["files"]["tokenizer.json"] = {}
     (folder / "package.json").write_text(json.dumps(listing))
     forge_hash(folder, "tokenizer.json")
+    report = json.loads((folder / "report.json").read_text())
+    report["tokenizer_sha256"] = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    (folder / "report.json").write_text(json.dumps(report))
+    forge_hash(folder, "report.json")
     parts = [path for path in folder.iterdir() if path.name not in (RECORD, "package.sig")]
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in parts}
     (folder / "package.sig").write_bytes(sign_files("digits/package", files, read_signing_key(key_file)))

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from overproof.artifacts import Artifact, local_folder
 from overproof.data.columns import packed_field
 from overproof.data.order import Order
-from overproof.files import FileEntry, read_json
+from overproof.errors import InputError
+from overproof.files import FileEntry, file_sha256, read_json
 from overproof.units import format_count
 
 MANIFEST = "manifest.json"
@@ -146,8 +147,21 @@ class Manifest(_Frozen):
         return tuple(column.name for column in self.columns if column.batch)
 
     def tokenizer(self, source: Path | Artifact) -> Path | None:
-        """The tokenizer.json that lies beside the manifest, where the rows are of tokens."""
-        return local_folder(source, TOKENIZER) / TOKENIZER if self.tokenizer_sha256 is not None else None
+        """The tokenizer.json that lies beside the manifest, where the rows are of tokens.
+
+        Raises:
+            InputError: it is not the one that the rows were made with.
+        """
+        if self.tokenizer_sha256 is None:
+            return None
+        file = local_folder(source, TOKENIZER) / TOKENIZER
+        found = file_sha256(file)
+        if found != self.tokenizer_sha256:
+            raise InputError(
+                f"{file}: sha256 is {found[:12]}…; expected {self.tokenizer_sha256[:12]}…, of the tokenizer that split "
+                "the texts of these rows: it was changed since; put it back, or prepare the data again"
+            )
+        return file
 
     @property
     def schema(self) -> pa.Schema:

@@ -82,6 +82,7 @@ class Report(FrozenModel):
     scored: str = ""  # on how much of the test split, for how long and why no more; for people
     answered: str = ""  # how many questions whose answers are expected, likewise; empty where there are none
     near_duplicates: NearDuplicatesFound | None = None  # None: not looked for
+    tokenizer_sha256: str | None = None  # of the tokenizer.json that split the texts, where rows are of tokens
     measured: tuple[MeasuredFile, ...]
     unwritten_teacher: MeasuredTeacher | None = None  # where the teacher is none of the files
     comparisons: tuple[Comparison, ...]

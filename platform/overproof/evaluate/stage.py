@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from overproof.artifacts import Artifact
 from overproof.cluster.apart_nodes import ApartNodes
 from overproof.config import Evaluate, Recipe
-from overproof.data.manifest import Manifest, NearDuplicatesFound
+from overproof.data.manifest import Manifest
 from overproof.distill.row_cache import teacher_sha256
 from overproof.evaluate.answers import check_answers
 from overproof.evaluate.gate import VERDICT, judge, requests_needed
@@ -54,9 +54,9 @@ def evaluate_exports(context: StageContext) -> dict[str, Any]:
     engines = _probe_all(context, exports)
     checked = check_answers(context, exports)
     figures = {name: found | checked.metrics(name) for name, found in engines.items()}
-    copies = Manifest.read(context.parents["prepare"]).near_duplicates
+    manifest = Manifest.read(context.parents["prepare"])
     trained = None if any(export.name == TEACHER for export in exports) else context.parents["train"]
-    report = make_report(context.recipe, exports, scored, figures, checked.summary, trained, copies)
+    report = make_report(context.recipe, exports, scored, figures, checked.summary, trained, manifest)
     with context.draft.directory() as root:
         checked.write(root)
         pq.write_table(units_table(scored), root / UNITS, compression="zstd")
@@ -79,7 +79,7 @@ def judge_report(context: StageContext) -> dict[str, Any]:
 
 def make_report(
     recipe: Recipe, exports: tuple[Export, ...], scored: Scored, engines: Mapping[str, Mapping[str, Metric]],
-    answered: str = "", trained: Artifact | None = None, near_duplicates: NearDuplicatesFound | None = None,
+    answered: str = "", trained: Artifact | None = None, manifest: Manifest | None = None,
 ) -> Report:  # fmt: skip
     """Figures with intervals from the scores, and the engine's beside them; ``trained`` holds a teacher that has no
     file.
@@ -120,7 +120,8 @@ def make_report(
         confidence=recipe.evaluate.confidence,
         scored=scored.summary,
         answered=answered,
-        near_duplicates=near_duplicates,
+        near_duplicates=manifest and manifest.near_duplicates,
+        tokenizer_sha256=manifest and manifest.tokenizer_sha256,
         measured=measured,
         unwritten_teacher=trained and measured_teacher(recipe, trained, metrics[TEACHER]),
         comparisons=comparisons,

@@ -18,7 +18,7 @@ from typing import Any
 from pyarrow import fs
 
 from overproof.artifacts import RECORD, TOOLS, Store
-from overproof.data.manifest import Manifest
+from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.errors import GateRefused, InputError
 from overproof.evaluate.gate import VERDICT, CandidateVerdict, Verdict, judge
 from overproof.evaluate.metrics import REPORT, MeasuredFile, Report
@@ -95,7 +95,7 @@ def build_package(context: StageContext) -> dict[str, Any]:
 
     Raises:
         GateRefused: none passed, with the reasons.
-        InputError: the exported file is not the one that was measured.
+        InputError: the exported file, or its tokenizer, is not the one that was measured.
     """
     measured, judged = context.parents["evaluate"].local(REPORT), context.parents["gate"].local()
     report, verdict = read_json(Report, measured / REPORT), read_json(Verdict, judged / VERDICT)
@@ -103,7 +103,13 @@ def build_package(context: StageContext) -> dict[str, Any]:
     from overproof.export.stage import EXPORTS, read_exports  # brings torch, which opening and serving do without
 
     compressed = context.parents["compress"]
-    export = next(e for e in read_exports(compressed.local(EXPORTS)) if e.name == chosen)
+    exports = {export.name: export for export in read_exports(compressed.local(EXPORTS))}
+    if chosen not in exports:
+        raise InputError(
+            f"{measured / REPORT}: is of {chosen}; expected one of the exports of {compressed.uri}, which are "
+            f"{', '.join(exports)}: evaluate these"
+        )
+    export = exports[chosen]
     exported = compressed.local(export.file, *export.companions)
     manifest = Manifest.read(context.parents["prepare"])
     model = f"model{Path(export.file).suffix}"
@@ -221,7 +227,7 @@ def open_package(where: str | Path) -> Package:
 
     Raises:
         InputError: a part is missing or was edited, something else lies there, the verdict is not a pass, the policy
-            and the report do not give that verdict, or the model is not the file that was measured.
+            and the report do not give that verdict, or the model or its tokenizer is not the file that was measured.
     """
     folder = PackageFolder(where)
     listing = read_listing(folder)
@@ -248,6 +254,7 @@ def _judge(
         drafted_verdict = _require_text(content, drafting, report, drafted)
         _require_measured(f"{folder}/{drafting.file}", content.files[drafting.file], report.find(drafting.draft))
     _require_measured(f"{folder}/{content.model}", content.files[content.model], report.find(content.candidate))
+    _require_tokenizer(folder, content, report)
     return Package(Path(str(folder)), listing, report, verdict, drafted_verdict, signed_by, copy)
 
 
@@ -266,6 +273,19 @@ def _require_measured(file: str, entry: FileEntry, measured: MeasuredFile | None
         raise InputError(
             f"{file}: sha256 {entry.sha256[:12]}… and {entry.size_bytes} bytes; measured was {was}; "
             "only the measured file is served: evaluate again"
+        )
+
+
+def _require_tokenizer(folder: PackageFolder, content: PackageContents, report: Report) -> None:
+    """Texts are split, or were, by the tokenizer beside the model: with another one the figures are of no model."""
+    if TOKENIZER not in content.files:
+        return
+    found, expected = content.files[TOKENIZER].sha256, report.tokenizer_sha256
+    if found != expected:
+        was = "one that the report does not name" if expected is None else f"{expected[:12]}…"
+        raise InputError(
+            f"{folder}/{TOKENIZER}: sha256 {found[:12]}…; the tokenizer of the texts that were measured was {was}; a "
+            "model is served with no other: evaluate again"
         )
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from overproof.config.data import DataSection
 from overproof.engines.order_statistics import upper_bound
+from overproof.errors import InputError
 from overproof.files import FrozenModel
 from overproof.models.base import DataShape, Prediction
 
@@ -140,7 +141,16 @@ class FileScores:
     columns: UnitColumns = field(default_factory=dict)  # what the task's further metrics are made from
 
     def joined(self, other: FileScores) -> FileScores:
-        """With further units of the same file, whose ids are larger."""
+        """With further units of the same file, whose ids are larger.
+
+        Raises:
+            InputError: it is another file.
+        """
+        if other.sha256 != self.sha256:
+            raise InputError(
+                f"an exported file had sha256 {self.sha256[:12]}… for its first test units, {other.sha256[:12]}… for "
+                "further ones; expected one file: it was changed while it was scored, export and evaluate again"
+            )
         return FileScores(
             self.sha256,
             np.concatenate([self.units, other.units]),

@@ -29,7 +29,7 @@ from torch import nn
 
 from overproof.config import Evaluate
 from overproof.config.base import KvCache, Precision
-from overproof.data.manifest import CLUSTER, DOCUMENTS, TEST_TEXTS, TOKENIZER, Manifest
+from overproof.data.manifest import CLUSTER, DOCUMENTS, TEST_TEXTS, Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.engines import probe
 from overproof.engines.base import LogitsReader, PlaceScores, ScoringLoader, TextScorer
@@ -225,6 +225,8 @@ def measure_text(
     file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
 ) -> dict[str, Metric]:
     """Speed, memory and parity of the serving engine on the beginnings of test documents."""
+    tokenizer = Manifest.read(root).tokenizer(root)
+    assert tokenizer is not None
     rows = TestDocuments.of(root, settings.max_documents)
     prompts = test_prompts(rows, Shards(root, "test"), max(settings.probe_prompts, TIMED_PROMPTS))
     probed = prompts[: settings.probe_prompts]
@@ -260,7 +262,7 @@ def measure_text(
     metrics = cost_metrics(answer, settings.timed_requests, settings.confidence)
     metrics |= {
         "time_to_first_token_s": Metric(value=median(answer.first_token_s), unit="s", n=len(answer.first_token_s)),
-        "split_otherwise": split_otherwise(Tokenizer.from_file(str(root / TOKENIZER)), texts, answer.splits),
+        "split_otherwise": split_otherwise(Tokenizer.from_file(str(tokenizer)), texts, answer.splits),
     }
     if answer.tokens_per_s:
         rate = median(answer.tokens_per_s)
