@@ -15,7 +15,7 @@ import yaml
 from finished import RECIPES
 from made_tokenizers import byte_level
 from overproof.cli.main import main
-from overproof.cluster.preflight import check_first_comparison, check_gate, check_learning_rates
+from overproof.cluster.recipe_checks import check_first_comparison, check_gate, check_learning_rates
 from overproof.config import load_recipe
 
 REPOSITORY = Path(__file__).parents[1]

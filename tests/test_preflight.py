@@ -13,10 +13,10 @@ from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE, get_runtime_en
 from ray._private.runtime_env.packaging import create_package
 
 from finished import RECIPES, Run
-from overproof.cluster import node_checks, preflight, store_probe, upload
+from overproof.cluster import cluster_checks, node_checks, preflight, recipe_checks, store_probe, upload
 from overproof.cluster.placement import Capacity, NodeShape
-from overproof.cluster.preflight import Throughput
 from overproof.cluster.ray_cluster import capacity
+from overproof.cluster.recipe_checks import Throughput
 from overproof.config import load_recipe
 from overproof.errors import InputError
 from overproof.files import filesystem, join_uri
@@ -63,18 +63,18 @@ def test_what_another_run_writes_meanwhile_stays(tmp_path: Path) -> None:
 def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     recipe = load_recipe(DIGITS, (f"store={tmp_path / 'file/store'}",))
-    found = preflight.check_storage(recipe, HERE, attached=False)
+    found = cluster_checks.check_storage(recipe, HERE, attached=False)
     assert found.state == "refused"
     assert "cannot be written" in found.text
     assert "--set store=" in found.text
     missing = load_recipe(DIGITS, ("store=s3://no-such-bucket-of-anyone/x?scheme=http&endpoint_override=127.0.0.1:1",))
-    assert preflight.check_storage(missing, HERE, attached=False).state == "refused"
+    assert cluster_checks.check_storage(missing, HERE, attached=False).state == "refused"
 
 
 def test_every_node_of_a_cluster_is_asked_for_the_store(ray_cluster: str, tmp_path: Path) -> None:
     where = capacity()
     assert where.count == 2
-    shared = preflight.check_storage(load_recipe(DIGITS, (f"store={tmp_path}",)), where, attached=True)
+    shared = cluster_checks.check_storage(load_recipe(DIGITS, (f"store={tmp_path}",)), where, attached=True)
     assert (shared.state, "every node" in shared.text) == ("ok", True)
     assert list(tmp_path.iterdir()) == []
 
@@ -84,7 +84,7 @@ def test_a_folder_that_other_nodes_do_not_see_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     own = load_recipe(DIGITS, ("store=/proc/self/cwd/store",))  # a path that is another folder in every process
-    found = preflight.check_storage(own, capacity(), attached=True)
+    found = cluster_checks.check_storage(own, capacity(), attached=True)
     assert found.state == "refused"
     assert "is not seen on" in found.text
     assert "s3://bucket/store" in found.text
@@ -113,7 +113,7 @@ def test_nodes_have_the_versions_of_this_process(ray_cluster: str, tmp_path: Pat
 
 def test_a_local_store_for_several_nodes_is_a_warning(tmp_path: Path) -> None:
     many = Capacity((NodeShape("cpu", 4, 0, 4),), "cluster.yaml may grow to 4 nodes")
-    found = preflight.check_storage(load_recipe(DIGITS, (f"store={tmp_path}",)), many, attached=False)
+    found = cluster_checks.check_storage(load_recipe(DIGITS, (f"store={tmp_path}",)), many, attached=False)
     assert found.state == "warning"
     assert "on 4 nodes it must be a folder that all of them share" in found.text
 
@@ -183,33 +183,33 @@ def test_an_upload_over_the_limit_names_what_is_large(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         with (tmp_path / name).open("wb") as file:
             file.truncate(bytes_)
-    found = preflight.check_upload(tmp_path)
+    found = cluster_checks.check_upload(tmp_path)
     assert found.state == "warning"
     assert "checkpoints 94.4 MB, data.bin 21.0 MB" in found.text
     assert ".rayignore" in found.text
     (tmp_path / ".rayignore").write_text("checkpoints/\n")
-    assert preflight.check_upload(tmp_path).state == "ok"
+    assert cluster_checks.check_upload(tmp_path).state == "ok"
 
 
 def test_time_from_a_given_rate_and_what_to_do_without_one() -> None:
     recipe = load_recipe(RECIPES / "stdlib-lm.yaml")
     tokens = recipe.train.steps * recipe.train.batch_size * 128
-    found = preflight.training_time(recipe, Throughput(tokens / 7200, "as given"), recipe.data.positions)
+    found = recipe_checks.training_time(recipe, Throughput(tokens / 7200, "as given"), recipe.data.positions)
     assert found.text.endswith("(as given): 2.0 hours")
     assert f"{tokens:,} tokens" in found.text
-    assert "--tokens-per-s N" in preflight.training_time(recipe, None, recipe.data.positions).text
+    assert "--tokens-per-s N" in recipe_checks.training_time(recipe, None, recipe.data.positions).text
 
 
 def test_time_from_an_earlier_run_of_the_same_model(digits: Run) -> None:
     record = digits.artifacts["train"].record
-    rate = preflight.measured_rate(digits.recipe)
+    rate = recipe_checks.measured_rate(digits.recipe)
     assert rate is not None
     assert rate.per_s == pytest.approx(digits.recipe.train.batch_size / record.metrics["seconds_per_step"])
     assert digits.artifacts["train"].id in rate.source
     other = load_recipe(DIGITS, (f"store={digits.recipe.store}", "train.model.layers=2"))
-    assert preflight.measured_rate(other) is None
+    assert recipe_checks.measured_rate(other) is None
     longer = load_recipe(DIGITS, (f"store={digits.recipe.store}", "train.steps=15000"))
-    assert preflight.measured_rate(longer) == rate
+    assert recipe_checks.measured_rate(longer) == rate
 
 
 def test_units() -> None:
@@ -221,20 +221,20 @@ def test_units() -> None:
 
 def test_bf16_on_cpus_is_warned_of_and_what_no_torch_scores_takes_no_word_of_it() -> None:
     recipe = load_recipe(DIGITS, ("cache.precision=bf16", "sweep.precision=bf16", "sweep.gpus_per_trial=1"))
-    assert [(found.about, found.state) for found in preflight.check_precision(recipe)] == [
+    assert [(found.about, found.state) for found in recipe_checks.check_precision(recipe)] == [
         ("cache.precision", "warning")
     ]
-    assert list(preflight.check_precision(load_recipe(DIGITS))) == []
+    assert list(recipe_checks.check_precision(load_recipe(DIGITS))) == []
     for asked in ("evaluate.precision=tf32", "evaluate.gpus_per_task=1"):
         with pytest.raises(InputError, match=r"evaluate\.\w+: found .*; onnxruntime scores its files itself, on CPUs"):
-            list(preflight.check_precision(load_recipe(DIGITS, (asked,))))
+            list(recipe_checks.check_precision(load_recipe(DIGITS, (asked,))))
         torch_scores = load_recipe(RECIPES / "stdlib-lm.yaml", (asked, "evaluate.engine=vllm"))
-        assert list(preflight.check_precision(torch_scores)) == []
+        assert list(recipe_checks.check_precision(torch_scores)) == []
 
 
 def test_elastic_training_is_told_how_many_workers_fit() -> None:
     recipe = load_recipe(DIGITS, ("train.workers=[2,16]",))
-    train = next(found for found in preflight.check_placement(recipe, HERE) if found.about == "train")
+    train = next(found for found in cluster_checks.check_placement(recipe, HERE) if found.about == "train")
     assert train.state == "warning"
     assert "2 x 1 + 1 = 3 of 4 CPUs" in train.text  # three would fit, and do not divide the batch of 64
     assert "16 do not fit: 2 at a time" in train.text
@@ -242,7 +242,7 @@ def test_elastic_training_is_told_how_many_workers_fit() -> None:
 
 def test_a_run_beside_replicas_is_counted() -> None:
     recipe = load_recipe(DIGITS, ("serve.min_replicas=2",))
-    together = [found for found in preflight.check_placement(recipe, HERE) if found.about == "together"]
+    together = [found for found in cluster_checks.check_placement(recipe, HERE) if found.about == "together"]
     assert [found.state for found in together] == ["warning"]
     assert "train 3 + serve 2 = 5 of 4 CPUs" in together[0].text
 

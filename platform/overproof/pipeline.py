@@ -11,9 +11,8 @@ from typing import Any
 
 from overproof import console
 from overproof.artifacts import Artifact, Store, compute_fingerprint
-from overproof.cluster import preflight, ray_cluster
+from overproof.cluster import cluster_checks, preflight, ray_cluster, recipe_checks
 from overproof.cluster.placement import require_placeable
-from overproof.cluster.preflight import check_gate
 from overproof.cluster.progress_relay import relay_progress
 from overproof.config import Pretrained, Recipe, Section, Train
 from overproof.errors import InputError, suggest_name
@@ -163,7 +162,7 @@ def run(recipe: Recipe, until: str | None = None, done: dict[str, Artifact] | No
         GateRefused: no candidate passed, or the draft does not pay; every stage before that is done and stays.
     """
     if any(stage.name == "gate" for stage in stages_of(recipe, until)):
-        for finding in check_gate(recipe):
+        for finding in recipe_checks.check_gate(recipe):
             console.notice(f"{finding.about}: {finding.text}")
     store, done = Store(recipe.store), {} if done is None else done
     steps = resolve_stages(recipe, store, until)
@@ -172,7 +171,7 @@ def run(recipe: Recipe, until: str | None = None, done: dict[str, Artifact] | No
     with store.lock():
         # Another run may have ended meanwhile. The data are not looked at again: to list them may take long.
         steps = [replace(step, artifact=store.lookup(recipe.name, step.stage.name, step.fingerprint)) for step in steps]
-        for finding in (*preflight.check_precision(recipe), *preflight.warn_for_study(recipe)):
+        for finding in (*recipe_checks.check_precision(recipe), *recipe_checks.warn_for_study(recipe)):
             console.notice(f"{finding.about}: {finding.text}")
         if any(step.stage.name == "compress" and step.artifact is None for step in steps):
             for finding in preflight.require_exportable(recipe):
@@ -203,7 +202,7 @@ def _run_steps(
                 capacity = ray_cluster.connect()
             require_placeable(recipe, capacity)
             if capacity.count > 1:
-                preflight.require_nodes(recipe, capacity)
+                cluster_checks.require_nodes(recipe, capacity)
             connected = True
         if store.local:  # of a remote one, each process verifies what it fetches
             for parent in sorted(step.parents.keys() - verified):

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from decoder_cases import CASES, SHAPE
-from overproof.cluster.preflight import require_exportable, warn_for_study
+from overproof.cluster.preflight import require_exportable
+from overproof.cluster.recipe_checks import warn_for_study
 from overproof.config import Masked, Pretrained
 from overproof.distill import masked_student
 from overproof.distill.distributed_student import DistributedStudentTrainer

@@ -18,7 +18,7 @@ from torch import nn
 
 from overproof import pipeline
 from overproof.artifacts import Artifact, Store
-from overproof.cluster import preflight
+from overproof.cluster import recipe_checks
 from overproof.config import Pretrained, Student, TeacherLayers
 from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.distill.pruning import keep_layers
@@ -110,7 +110,7 @@ def test_a_student_of_layers_is_as_large_as_the_plan_says(world: World, tmp_path
             found = student_size(layers, teacher, shape_of(manifest))
             assert (found.parameters, found.layers) == (made, layers.count)
     whole = model_size(deep, shape_of(manifest)).parameters
-    [warning] = preflight.warn_not_smaller({"less": whole - 1, "same": whole}, whole)
+    [warning] = recipe_checks.warn_not_smaller({"less": whole - 1, "same": whole}, whole)
     assert (warning.about, warning.state) == ("student same", "warning")
 
 

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from overproof import pipeline
 from overproof.artifacts import Artifact, Store
-from overproof.cluster import preflight
+from overproof.cluster import cluster_checks, preflight, recipe_checks
 from overproof.cluster.placement import resource_requests
-from overproof.cluster.preflight import Finding, Throughput
+from overproof.cluster.recipe_checks import Finding, Throughput
 from overproof.config import Recipe, Served
 from overproof.console import out
 from overproof.data.columns import row_bytes
@@ -49,27 +49,30 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     Raises:
         InputError: what was asked makes no sense, or the recipe could never run there, with the arithmetic.
     """
-    capacity, attached = preflight.target_capacity(options.cluster_file)
-    stored = preflight.check_storage(recipe, capacity, attached)
+    capacity, attached = cluster_checks.target_capacity(options.cluster_file)
+    stored = cluster_checks.check_storage(recipe, capacity, attached)
     if stored.state == "refused":  # nor can it be looked up what is done
         raise InputError(f"storage: {stored.text}")
     steps = pipeline.resolve_stages(recipe, Store(recipe.store))
     prepared = next(step.artifact for step in steps if step.stage.name == "prepare")
     shape = preflight.data_shape(recipe, prepared)
-    rate = _given_rate(recipe, options, shape.positions) or preflight.measured_rate(recipe)
+    rate = _given_rate(recipe, options, shape.positions) or recipe_checks.measured_rate(recipe)
     out.print(_stages(recipe, steps, shape.positions))
     preflight.require_trainable(recipe)
     exported = preflight.require_exportable(recipe)
     out.print()
     students = preflight.student_sizes(recipe, shape)
-    findings = [*preflight.check_source(recipe), *exported, *preflight.check_placement(recipe, capacity), stored]
-    findings += [
-        *preflight.check_gate(recipe),
-        *preflight.warn_for_study(recipe),
-        *preflight.check_precision(recipe),
-        *preflight.check_learning_rates(recipe),
+    findings = [
+        *recipe_checks.check_source(recipe),
+        *exported,
+        *cluster_checks.check_placement(recipe, capacity),
+        stored,
+        *recipe_checks.check_gate(recipe),
+        *recipe_checks.warn_for_study(recipe),
+        *recipe_checks.check_precision(recipe),
+        *recipe_checks.check_learning_rates(recipe),
+        *recipe_checks.check_first_comparison(recipe),
     ]
-    findings += preflight.check_first_comparison(recipe)
     served, model = recipe.train.model, None
     if isinstance(served, Served):
         out.print(f"teacher: {served.model}, served at {served.url}")
@@ -80,14 +83,14 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
         model = trained_size(recipe.train, shape)
         _print_teacher(recipe, model, students, prepared, rate)
         parameters = {name: size.parameters for name, size in students.items()}
-        findings += preflight.warn_not_smaller(parameters, model.parameters)
+        findings += recipe_checks.warn_not_smaller(parameters, model.parameters)
         if not attached and options.cluster_file is None and not recipe.train.gpus_per_worker:
-            findings.append(preflight.check_local_memory(_worker_bytes(recipe, model), recipe.train.fewest))
+            findings.append(cluster_checks.check_local_memory(_worker_bytes(recipe, model), recipe.train.fewest))
     out.print(_largest(recipe, model, students, preflight.starting_sizes(recipe, shape)))
     if line := _teacher_targets(recipe, shape, prepared, rate):
         out.print(line)
     out.print(f"\n{capacity.where}")
-    findings += [preflight.check_upload(Path.cwd()), preflight.training_time(recipe, rate, shape.positions)]
+    findings += [cluster_checks.check_upload(Path.cwd()), recipe_checks.training_time(recipe, rate, shape.positions)]
     out.print(_findings(findings))
     refused = [finding for finding in findings if finding.state == "refused"]
     if refused:

@@ -1,41 +1,19 @@
-"""What can be known of a run before anything starts: its size, its memory, its time, and what would stop it.
-
-Every check gives one `Finding`; nothing here prints, and only `check_storage` looks beyond this machine.
-"""
+"""What a recipe must satisfy before anything starts, as far as it can be known then, and how large its models are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from overproof import console
-from overproof.artifacts import Artifact, Store
-from overproof.cluster import node_checks, ray_cluster, store_probe, upload
-from overproof.cluster.machine import memory_bytes
-from overproof.cluster.placement import Capacity, ResourceRequest, resource_requests, why_unplaceable
-from overproof.config import (
-    Masked,
-    ModelSection,
-    OfTeacher,
-    Pretrained,
-    Recipe,
-    Served,
-    TeacherLayers,
-    ZeroSettings,
-)
-from overproof.config.search import Asha, Choice, Hyperband, Median, Pbt
+from overproof.artifacts import Artifact
+from overproof.cluster.recipe_checks import Finding
+from overproof.config import ModelSection, OfTeacher, Pretrained, Recipe, Served, TeacherLayers, ZeroSettings
 from overproof.data.manifest import Manifest
-from overproof.data.source_files import describe_skipped
 from overproof.data.tokenizer_match import require_possible_tokenizer
-from overproof.engines.base import ScoringLoader
 from overproof.engines.endpoint import Endpoint
 from overproof.errors import InputError, suggest_name
 from overproof.export.base import SizedFormat
 from overproof.export.check_models import check_models
-from overproof.files import join_uri
 from overproof.models.base import ConvolutionalFamily, DataShape, shape_of
 from overproof.models.sizes import (
     ModelSize,
@@ -47,28 +25,8 @@ from overproof.models.sizes import (
     require_varlen,
     student_size,
 )
-from overproof.registry import ENGINES, FAMILIES, FORMATS, TASKS
-from overproof.tasks.base import TokenTask
-from overproof.units import format_bytes, format_count, format_seconds
-
-HIGH_RATE = 0.1  # of AdamW, for models that begin with random weights; a tenth of it for others
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the plan."""
-
-    about: str
-    state: Literal["ok", "warning", "refused"]
-    text: str
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """Predictions in a second, and how that is known."""
-
-    per_s: float
-    source: str
+from overproof.registry import FAMILIES, FORMATS, TASKS
+from overproof.units import format_count
 
 
 def data_shape(recipe: Recipe, prepared: Artifact | None) -> DataShape:
@@ -81,20 +39,6 @@ def data_shape(recipe: Recipe, prepared: Artifact | None) -> DataShape:
         with console.waiting("looking at the data"):
             return TASKS[recipe.data.kind].shape(recipe.data)
     return shape_of(Manifest.read(prepared))
-
-
-def check_source(recipe: Recipe) -> Iterator[Finding]:
-    """How many files the data come from, and a warning of those that are left out.
-
-    Raises:
-        InputError: there are none.
-    """
-    listing = TASKS[recipe.data.kind].source_files(recipe.data)
-    if listing.files:
-        size = format_bytes(sum(file.size_bytes for file in listing.files))
-        yield Finding("data", "ok", f"{format_count(len(listing.files), 'file')}, {size}")
-    for line in describe_skipped(listing.skipped):
-        yield Finding("data", "warning", line)
 
 
 def require_exportable(recipe: Recipe) -> list[Finding]:
@@ -235,248 +179,3 @@ def starting_sizes(recipe: Recipe, shape: DataShape) -> dict[str, ModelSize]:
     sizes = student_sizes(recipe, shape)
     slow = [student.name for student in recipe.sweep.students if student.rounds > 1]
     return sizes | (dict.fromkeys(slow, model_size(recipe.train.model, shape)) if slow else {})
-
-
-def warn_not_smaller(sizes: Mapping[str, int], teacher: int) -> Iterator[Finding]:
-    """A warning for each student that is no smaller than its teacher."""
-    for name, size_ in sizes.items():
-        if size_ >= teacher:
-            yield Finding(
-                f"student {name}", "warning", f"{size_:,} parameters are not fewer than the teacher's {teacher:,}"
-            )
-
-
-def warn_for_study(recipe: Recipe) -> Iterator[Finding]:
-    """A warning for each student that is experimental."""
-    for student in recipe.sweep.students:
-        if isinstance(student.model, Masked):
-            yield Finding(
-                f"student {student.name}", "warning",
-                "kind masked is experimental, for study: its files are no smaller and no faster than without zeros",
-            )  # fmt: skip
-
-
-def check_gate(recipe: Recipe) -> Iterator[Finding]:
-    """A warning where a file of any quality could pass."""
-    quality = TASKS[recipe.data.kind].quality
-    if not recipe.gate.bounds_quality(quality.higher_is_better, quality.relative):
-        yield Finding(
-            "gate", "warning",
-            f"no rule holds a file's {quality.title} close to the teacher's, or to a figure: one far worse than "
-            "the teacher could ship. Add {kind: keep, against: teacher, at_least: 0.97} to gate.rules, or {kind: "
-            "quality, limit: ...}",
-        )  # fmt: skip
-
-
-def check_precision(recipe: Recipe) -> Iterator[Finding]:
-    """A warning for each stage that may compute in bf16 on CPUs.
-
-    Raises:
-        InputError: the recipe says how torch scores files, and their engine scores them itself.
-    """
-    train, sweep, evaluate, engine = recipe.train, recipe.sweep, recipe.evaluate, ENGINES[recipe.engine]
-    if not isinstance(TASKS[recipe.data.kind], TokenTask) or isinstance(engine, ScoringLoader):
-        for field in ("precision", "gpus_per_task"):
-            found = getattr(evaluate, field)
-            if found != type(evaluate).model_fields[field].default:
-                raise InputError(
-                    f"evaluate.{field}: found {found!r}; {recipe.engine} scores its files itself, on CPUs: leave it out"
-                )
-    asked: dict[str, tuple[str, float]] = {"train": (train.precision, train.gpus_per_worker)}
-    for name, pool in (("generate", recipe.generate), ("cache", recipe.cache if recipe.reads_cache else None)):
-        if pool is not None:
-            asked[name] = pool.precision, pool.gpus_per_actor
-    if sweep.group is not None:
-        asked["sweep.group"] = sweep.group.precision, sweep.group.gpus_per_worker
-    else:
-        asked["sweep"] = sweep.precision, sweep.gpus_per_trial
-    if sweep.teacher_pool is not None:
-        asked["sweep.on_policy"] = sweep.teacher_pool.precision, sweep.teacher_pool.gpus_per_actor
-    asked["evaluate"] = evaluate.precision, evaluate.gpus_per_task
-    for name, (precision, gpus) in asked.items():
-        if precision == "bf16" and not gpus:
-            yield Finding(
-                f"{name}.precision", "warning",
-                "bf16 without a GPU: CPUs with neither avx512_bf16 nor amx_bf16 take many times as long as in fp32",
-            )  # fmt: skip
-
-
-def check_learning_rates(recipe: Recipe) -> Iterator[Finding]:
-    """A warning for each rate at which AdamW hardly ever learns."""
-    given = {"train.learning_rate": recipe.train.learning_rate if recipe.train.steps else 0.0}
-    searched = recipe.tune.space.learning_rate
-    if searched is None:
-        given["sweep.learning_rate"] = recipe.sweep.learning_rate
-    else:
-        given["tune.space.learning_rate"] = max(searched.values) if isinstance(searched, Choice) else searched.high
-    for field, rate in given.items():
-        goes_on = field == "train.learning_rate" and isinstance(recipe.train.model, Pretrained)
-        most, usual = (HIGH_RATE / 10, "1e-5 to 3e-4") if goes_on else (HIGH_RATE, "1e-4 to 1e-2")
-        if rate > most:
-            yield Finding(field, "warning", f"{rate:g} is far above what models learn with: {usual} is usual")
-
-
-def check_first_comparison(recipe: Recipe) -> Iterator[Finding]:
-    """A warning where no trial is compared with others before its end, so that none is stopped early."""
-    steps = recipe.sweep.steps
-    match recipe.tune.scheduler:
-        case Pbt(interval_steps=given):
-            field = "interval_steps"
-        case Asha(grace_steps=given) | Median(grace_steps=given) | Hyperband(grace_steps=given):
-            field = "grace_steps"
-        case _:
-            return
-    if given is not None and given >= steps:
-        yield Finding(
-            f"tune.scheduler.{field}", "warning",
-            f"{given:,}, and trials end after sweep.steps, {steps:,}: they are first compared then, and none is "
-            "stopped before; give fewer, or leave it out",
-        )  # fmt: skip
-
-
-def measured_rate(recipe: Recipe) -> Throughput | None:
-    """The rate at which this recipe's newest teacher of the same model trained, out of its record."""
-    model = recipe.train.model.model_dump(mode="json")
-    with suppress(InputError, OSError):
-        for artifact in reversed(Store(join_uri(Store(recipe.store).uri, recipe.name)).artifacts()):
-            record = artifact.record
-            if record.stage != "train" or record.config["train"]["model"] != model:
-                continue
-            metrics = record.metrics
-            steps, seconds = metrics.get("steps"), metrics.get("seconds_per_step")
-            predictions = metrics.get(f"{TASKS[recipe.data.kind].unit}s")
-            if steps and seconds and predictions:
-                return Throughput(predictions / steps / seconds, f"measured by {artifact.id}")
-    return None
-
-
-def training_time(recipe: Recipe, rate: Throughput | None, positions: int) -> Finding:
-    """How long the teacher trains, of rows with so many predictions."""
-    unit = f"{TASKS[recipe.data.kind].unit}s"
-    flag = "--tokens-per-s" if unit == "tokens" else "--rows-per-s"
-    steps = recipe.train.steps
-    if steps == 0:
-        return Finding("time", "ok", "the teacher is taken as it is: it is not trained")
-    total = steps * recipe.train.batch_size * positions
-    work = f"{total:,} {unit} in {format_count(steps, 'step')}"
-    if rate is None:
-        few = f"`overproof train RECIPE --set train.steps=20 --set store={Path('trial')}`"
-        return Finding(
-            "time", "ok", f"{work}; give {flag} N for the hours, or measure: {few}, then plan with that store"
-        )
-    return Finding(
-        "time", "ok", f"{work} at {rate.per_s:,.0f} {unit}/s ({rate.source}): {format_seconds(total / rate.per_s)}"
-    )
-
-
-def check_placement(recipe: Recipe, capacity: Capacity) -> Iterator[Finding]:
-    """Whether each stage can ever start on a cluster, and how much of what it wants it gets."""
-    for need in resource_requests(recipe):
-        if need.stage in ("prepare", "evaluate") and capacity.fits(need) >= need.wanted:
-            continue  # one CPU each
-        refused = why_unplaceable(need, capacity)
-        if refused:
-            yield Finding(need.stage, "refused", refused.removeprefix(f"{need.stage}: "))
-            continue
-        yield _sufficient(need, capacity, recipe)
-    yield _together(recipe, capacity)
-
-
-def _sufficient(need: ResourceRequest, capacity: Capacity, recipe: Recipe) -> Finding:
-    found = capacity.fits(need)
-    bundles = min(found, need.wanted)
-    if need.stage == "train":
-        bundles = max(world for world in recipe.train.worlds if world <= bundles)
-    beside = " + 1" if need.reader else ""
-    cpus = f"{bundles} x {need.cpus:g}{beside} = {need.cpus_of(bundles):g} of {capacity.cpus:g} CPUs"
-    gpus = f", {bundles} x {need.gpus:g} = {need.gpus_of(bundles):g} of {capacity.gpus:g} GPUs" if need.gpus else ""
-    nodes = capacity.nodes_for(need, bundles)
-    text = f"{need.why}: {cpus}{gpus}, on {format_count(nodes, 'node')} or more"
-    if bundles < need.wanted:
-        return Finding(need.stage, "warning", f"{text}; {need.wanted} do not fit: {bundles} at a time")
-    return Finding(need.stage, "ok", text)
-
-
-def _together(recipe: Recipe, capacity: Capacity) -> Finding:
-    """Replicas that go on serving take their CPUs from the next run."""
-    by_stage = {need.stage: need for need in resource_requests(recipe)}
-    serve = by_stage.pop("serve")
-    largest = max(by_stage.values(), key=lambda need: need.cpus_of(need.bundles))
-    taken, wanted = serve.cpus_of(serve.bundles), largest.cpus_of(largest.bundles)
-    sum_ = f"{largest.stage} {wanted:g} + serve {taken:g} = {wanted + taken:g} of {capacity.cpus:g} CPUs"
-    if wanted + taken <= capacity.cpus:
-        return Finding("together", "ok", f"a run beside replicas that serve: {sum_}")
-    return Finding("together", "warning", f"{sum_}: a run while replicas serve would wait; stop them first")
-
-
-def check_storage(recipe: Recipe, capacity: Capacity, attached: bool) -> Finding:
-    """Whether the store can be written, and seen wherever it must be."""
-    uri = Store(recipe.store).uri
-    local = not _remote(uri)
-    try:
-        with store_probe.probe_store(uri) as (file, text):
-            if attached and capacity.count > 1:
-                node_checks.require_alike(uri, node_checks.ask_nodes(file, text))
-                return Finding("storage", "ok", f"{uri}: written and read, and seen from every node up now")
-    except InputError as error:
-        return Finding("storage", "refused", str(error))
-    if local and not attached and capacity.count > 1:
-        return Finding(
-            "storage", "warning",
-            f"{uri}: written and read here; on {capacity.count} nodes it must be a folder that all of them share, or a "
-            "URI such as s3://bucket/store",
-        )  # fmt: skip
-    return Finding("storage", "ok", f"{uri}: written, read and emptied again")
-
-
-def _remote(uri: str) -> bool:
-    return "://" in uri and not uri.startswith("file://")
-
-
-def require_nodes(recipe: Recipe, capacity: Capacity) -> None:
-    """Have every node of the connected cluster look at the store and at its versions, where there are several.
-
-    Raises:
-        InputError: one does not see it, or has others.
-    """
-    found = check_storage(recipe, capacity, attached=True)
-    if found.state == "refused":
-        raise InputError(f"storage: {found.text}")
-
-
-def check_upload(folder: Path) -> Finding:
-    """What `ray job submit --working-dir .` would upload from here."""
-    found = upload.measure_upload(folder)
-    limit = format_bytes(upload.LIMIT_BYTES)
-    about = f"{format_bytes(found.size_bytes)} of at most {limit} (100 MiB), in {format_count(found.files, 'file')}"
-    if found.fits:
-        return Finding("upload", "ok", f"`ray job submit --working-dir .` from here sends {about}")
-    named = ", ".join(f"{name} {format_bytes(bytes_)}" for name, bytes_ in found.largest)
-    more = "" if found.complete else f"more than {upload.MOST_FILES:,} files, at least "
-    return Finding(
-        "upload", "warning",
-        f"`ray job submit --working-dir .` from here would be turned away: {more}{about}; the largest: {named}. List "
-        "what no job needs in .rayignore",
-    )  # fmt: skip
-
-
-def check_local_memory(bytes_: int, workers: int) -> Finding:
-    """Whether this machine's memory holds the workers of a local run."""
-    total, sum_ = memory_bytes(), bytes_ * workers
-    text = f"{workers} x {format_bytes(bytes_)} = {format_bytes(sum_)} of this machine's {format_bytes(total)}"
-    return Finding("memory", "ok" if sum_ < total else "warning", text + ("" if sum_ < total else ": too much"))
-
-
-def target_capacity(file: Path | None) -> tuple[Capacity, bool]:
-    """The cluster to plan for, and whether this process is attached to it.
-
-    Raises:
-        InputError: the file or the cluster cannot be used.
-    """
-    if file is not None:
-        from overproof.cluster.cluster_yaml import read_cluster_yaml
-
-        return read_cluster_yaml(file), False
-    if ray_cluster.is_remote():
-        return ray_cluster.connect(), True
-    return ray_cluster.local_capacity(), False
