@@ -23,7 +23,7 @@ from pyarrow import csv
 
 from overproof.cli.main import main
 from overproof.config import Recipe, load_recipe
-from overproof.config.models import Pruned, TeacherLayers
+from overproof.config.student_models import Pruned, TeacherLayers
 from overproof.errors import InputError
 from overproof.models.sizes import student_size
 from overproof.registry import FAMILIES, FORMATS, TASKS

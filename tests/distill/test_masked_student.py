@@ -34,7 +34,8 @@ from overproof.distill.sweep import sweep
 from overproof.distill.trial_job import CONTROL
 from overproof.errors import InputError
 from overproof.models.hf_directory import layer_names, load_model
-from overproof.models.sizes import student_config, student_size
+from overproof.models.sizes import student_size
+from overproof.models.student_config import student_config
 from overproof.registry import FAMILIES
 from overproof.stage_context import StageContext
 

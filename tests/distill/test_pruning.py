@@ -40,7 +40,8 @@ from overproof.export.gguf import FORMAT, Gguf
 from overproof.export.gguf_file import export_gguf
 from overproof.models.encoder import PADDING, encoder_inputs
 from overproof.models.hf_directory import count_parameters, layer_names
-from overproof.models.sizes import student_config, student_size
+from overproof.models.sizes import student_size
+from overproof.models.student_config import student_config
 from overproof.registry import FAMILIES
 
 STDLIB = Path(__file__).parents[2] / "jobs/recipes/stdlib-lm.yaml"

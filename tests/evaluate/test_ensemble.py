@@ -24,7 +24,7 @@ from made_tokenizers import byte_level
 from overproof.artifacts import Artifact
 from overproof.cli.main import main
 from overproof.config import Pretrained, Recipe
-from overproof.config.models import Pruned, TeacherLayers
+from overproof.config.student_models import Pruned, TeacherLayers
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.engines.onnx_runtime import OnnxRuntime

@@ -13,7 +13,7 @@ from overproof.cli.main import main
 from overproof.export.check_models import refusals
 from overproof.models.base import DataShape, GgufFamily
 from overproof.models.decoder import DecoderModel
-from overproof.models.sizes import with_layers
+from overproof.models.student_config import with_layers
 from overproof.registry import FAMILIES, FORMATS
 
 TEXT = RECIPES / "stdlib-lm.yaml"

@@ -19,12 +19,12 @@ from overproof.models.sizes import (
     ModelSize,
     directory_config,
     family_of,
-    left_config,
     model_size,
     require_apart,
     require_varlen,
     student_size,
 )
+from overproof.models.student_config import left_config
 from overproof.registry import FAMILIES, FORMATS, TASKS
 from overproof.units import format_count
 

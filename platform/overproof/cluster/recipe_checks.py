@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from overproof.artifacts import Store
-from overproof.config import Masked, Pretrained, Recipe
+from overproof.config import Pretrained, Recipe
 from overproof.config.search import Asha, Choice, Hyperband, Median, Pbt
 from overproof.data.source_files import describe_skipped
 from overproof.engines.base import ScoringLoader
@@ -65,11 +65,9 @@ def warn_not_smaller(sizes: Mapping[str, int], teacher: int) -> Iterator[Finding
 def warn_for_study(recipe: Recipe) -> Iterator[Finding]:
     """A warning for each student that is experimental."""
     for student in recipe.sweep.students:
-        if isinstance(student.model, Masked):
-            yield Finding(
-                f"student {student.name}", "warning",
-                "kind masked is experimental, for study: its files are no smaller and no faster than without zeros",
-            )  # fmt: skip
+        if what := student.model.experimental:
+            text = f"kind {student.model.kind} is experimental, for study: {what}"
+            yield Finding(f"student {student.name}", "warning", text)
 
 
 def check_gate(recipe: Recipe) -> Iterator[Finding]:

@@ -44,20 +44,12 @@ from overproof.config.evaluation import (
     Smaller,
 )
 from overproof.config.export import FormatSection, Speculate
-from overproof.config.models import (
-    LayeredModel,
-    Masked,
-    ModelSection,
-    OfTeacher,
-    Pretrained,
-    Pruned,
-    Served,
-    TeacherLayers,
-)
+from overproof.config.models import LayeredModel, ModelSection, Pretrained, Served
 from overproof.config.overrides import parse_overrides
 from overproof.config.recipe import Recipe, load_recipe
 from overproof.config.search import Asha, Grid, Hyperband, Median, NoStop, Pbt, Random, Space, Tpe, Tune
 from overproof.config.serving import SERVER_FIELDS, Canary, Serve, Traffic, Trust
+from overproof.config.student_models import Masked, OfTeacher, Pruned, TeacherLayers
 from overproof.config.training import CheckpointPolicy, Lora, Optimization, Train, Training, ZeroSettings
 
 __all__ = [

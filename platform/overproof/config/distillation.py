@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from overproof.config.base import RESOURCE, Count, Cpus, Identifier, Precision, Section
-from overproof.config.models import OfTeacher, StudentModel
+from overproof.config.student_models import OfTeacher, StudentModel
 from overproof.config.training import Optimization, ZeroSettings
 
 

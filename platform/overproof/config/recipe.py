@@ -15,10 +15,11 @@ from overproof.config.data import BpeTokenizer, DataSection, TextData
 from overproof.config.distillation import Cache, Generate, Student, Sweep
 from overproof.config.evaluation import Evaluate, ExpectedAnswers, Gate, Smaller
 from overproof.config.export import FormatSection, Speculate
-from overproof.config.models import LayeredModel, OfTeacher, Pretrained, Served, StagedModel
+from overproof.config.models import LayeredModel, Pretrained, Served, StagedModel
 from overproof.config.overrides import set_override
 from overproof.config.search import Tune
 from overproof.config.serving import Serve
+from overproof.config.student_models import OfTeacher
 from overproof.config.training import Train
 from overproof.errors import InputError, suggest_name
 from overproof.registry import ENGINES, FAMILIES, FORMATS, TASKS

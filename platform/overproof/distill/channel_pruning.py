@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from overproof.config.models import Pruned
+from overproof.config.student_models import Pruned
 from overproof.models.base import ChannelGroup, ConvolutionalFamily
-from overproof.models.channels import narrowed_config
 
 
 @torch.inference_mode()
@@ -64,8 +63,8 @@ def prune_channels(
     Raises:
         InputError: the model has fewer, or something else is to go.
     """
-    settings = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    narrowed = narrowed_config(settings, section, family)
+    settings = model.config.to_dict()
+    narrowed = family.narrowed(settings, section.stages(f"a {type(model).__name__}"))
     groups, left = family.channel_groups(settings), family.channel_groups(narrowed)
     state, importance = dict(model.state_dict()), _by_group(importance_G, groups)
     for group, smaller, importance_C in zip(groups, left, importance, strict=True):

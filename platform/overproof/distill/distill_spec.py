@@ -13,24 +13,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from overproof.artifacts import Artifact
-from overproof.config import Pruned
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Columns
 from overproof.distill.losses import Divergence
 from overproof.distill.objectives import DistillObjective, LiveTeacherObjective, OnPolicyObjective
-from overproof.distill.pruning import Importance, measure_importance, prune
 from overproof.distill.rounded_training import train_rounded
 from overproof.distill.row_cache import teacher_folder
-from overproof.distill.student_init import Measured, initial_student, measured_teacher
+from overproof.distill.student_init import Measured, initial_student, measured_teacher, pruned_further
 from overproof.distill.student_validation import check_student
 from overproof.distill.target_cache import TargetCache
 from overproof.distill.teacher_text import TeacherText
 from overproof.distill.trial_job import TrialJob
-from overproof.export.calibration import CalibrationRows
 from overproof.models.compute import Compute
 from overproof.models.hf_directory import load_model
 from overproof.tasks.base import Task
-from overproof.train.engine import to_device
 from overproof.train.objective import CrossEntropy, Objective
 from overproof.train.train_job import Sharding, sharding_of
 
@@ -54,15 +50,8 @@ class DistillSpec:
 
     def pruned_further(self, model: PreTrainedModel, rounds: int) -> PreTrainedModel:
         """The student as it goes on after so many rounds: without what matters least on train rows by now."""
-        section = self.job.student.model
-        assert isinstance(section, Pruned)
-        whole = self._measured
-        assert isinstance(whole, Importance)
-        read = CalibrationRows(self.job.prepared, self.job.seed, section.rows)
-        batches = (to_device(batch, model.device) for batch in read.batches())
-        found = measure_importance(model, batches, read.predict)
-        smaller = prune(model, section.after(rounds, *whole.sizes), found).to(model.device)
-        return self._rounded(smaller.train())
+        job = self.job
+        return self._rounded(pruned_further(job.student.model, model, job.prepared, job.seed, self._measured, rounds))
 
     def _rounded(self, model: PreTrainedModel) -> PreTrainedModel:
         rounding = self.job.student.rounding

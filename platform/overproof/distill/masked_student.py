@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from overproof.artifacts import Artifact
-from overproof.config.models import Masked
+from overproof.config.student_models import Masked
 from overproof.distill.sparsity import sparsify
 from overproof.export.calibration import CalibrationRows, calibrate
 from overproof.files import atomic_write, filesystem, read_bytes
@@ -33,8 +33,7 @@ def known_matrices(section: Masked, teacher: Path, prepared: Artifact, workspace
         InputError: as ``sparse_matrices``.
     """
     files, folder = filesystem(workspace)
-    measure = "2-of-4" if section.sparsity is None else f"{section.sparsity!r}"
-    path = f"{folder}/{section.method}-{measure}-on-{section.rows}-rows.safetensors"
+    path = f"{folder}/{section.measurement.name}.safetensors"
     if files.get_file_info(path).type is not fs.FileType.File:
         read = CalibrationRows(prepared, seed, section.rows)
         found = sparse_matrices(section, load_model(teacher), read.batches, read.predict)

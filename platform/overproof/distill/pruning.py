@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from overproof.artifacts import Artifact
-from overproof.config.models import Pruned
+from overproof.config.student_models import Pruned
 from overproof.distill.channel_pruning import measure_channels, prune_channels
 from overproof.errors import InputError
 from overproof.export.calibration import CalibrationRows
@@ -42,7 +42,7 @@ from overproof.files import atomic_write, filesystem, read_bytes
 from overproof.models.base import ConvolutionalFamily, LayerNames
 from overproof.models.documents import at_counted, counted_places
 from overproof.models.hf_directory import layer_names, load_model, model_family
-from overproof.models.sizes import cannot_lose
+from overproof.models.student_config import cannot_lose
 
 HEAD_NORMS = {"self_attn.q_norm", "self_attn.k_norm"}  # of a head's numbers, from a layer
 
@@ -63,14 +63,14 @@ class Importance:
         return len(self.layers_L), self.channels_LI.shape[1], self.heads_LK.shape[1], len(self.width_H)
 
 
-def known_importance(teacher: Path, prepared: Artifact, workspace: str, seed: int, rows: int) -> Importance:
+def known_importance(section: Pruned, teacher: Path, prepared: Artifact, workspace: str, seed: int) -> Importance:
     """Of the teacher in a directory, on the first train rows in training order: measured by the first who asks, and
     kept in the workspace of what is made from that teacher and data, so that all its trials start alike.
     """
     files, folder = filesystem(workspace)
-    path = f"{folder}/importance-of-{rows}-rows.npz"
+    path = f"{folder}/{section.measurement.name}.npz"
     if files.get_file_info(path).type is not fs.FileType.File:
-        read, content = CalibrationRows(prepared, seed, rows), io.BytesIO()
+        read, content = CalibrationRows(prepared, seed, section.rows), io.BytesIO()
         found = measure_importance(load_model(teacher), read.batches(), read.predict)
         np.savez(content, **vars(found))
         files.create_dir(folder, recursive=True)

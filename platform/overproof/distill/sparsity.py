@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from overproof.config.models import Masked
+from overproof.config.student_models import Masked
 from overproof.export.gptq import inverse_factor
 
 DAMPING = 0.01  # of the mean of x², as the paper has it

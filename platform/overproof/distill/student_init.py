@@ -10,9 +10,11 @@ from overproof.artifacts import Artifact
 from overproof.config import Masked, ModelSection, Pretrained, Pruned, TeacherLayers
 from overproof.data.manifest import Manifest
 from overproof.distill.masked_student import Matrices, known_matrices, masked
-from overproof.distill.pruning import Importance, keep_layers, known_importance, prune
+from overproof.distill.pruning import Importance, keep_layers, known_importance, measure_importance, prune
+from overproof.export.calibration import CalibrationRows
 from overproof.models import pretrained
 from overproof.models.hf_directory import build_model, load_model, load_start
+from overproof.train.engine import to_device
 
 Measured = Importance | Matrices | None  # on train rows, of the teacher
 
@@ -25,7 +27,7 @@ def measured_teacher(chosen: ModelSection, teacher: Path, prepared: Artifact, wo
         InputError: the teacher's layers cannot be masked.
     """
     if isinstance(chosen, Pruned):
-        return known_importance(teacher, prepared, workspace, seed, chosen.rows)
+        return known_importance(chosen, teacher, prepared, workspace, seed)
     if isinstance(chosen, Masked):
         return known_matrices(chosen, teacher, prepared, workspace, seed)
     return None
@@ -52,3 +54,14 @@ def initial_student(
         model = load_model(teacher)
         return keep_layers(model, chosen.of(model.config.num_hidden_layers)).train()
     return build_model(chosen, manifest, seed)
+
+
+def pruned_further(
+    chosen: ModelSection, model: PreTrainedModel, prepared: Artifact, seed: int, measured: Measured, rounds: int
+) -> PreTrainedModel:
+    """A student as it goes on after so many rounds: without what matters least on train rows by now."""
+    assert isinstance(chosen, Pruned)
+    assert isinstance(measured, Importance)
+    read = CalibrationRows(prepared, seed, chosen.rows)
+    found = measure_importance(model, (to_device(batch, model.device) for batch in read.batches()), read.predict)
+    return prune(model, chosen.after(rounds, *measured.sizes), found).to(model.device).train()

@@ -14,7 +14,7 @@ from pyarrow import fs
 
 from overproof.artifacts import Artifact
 from overproof.cluster.progress_relay import relay_progress
-from overproof.config import Grid, Masked, Pbt, Pruned
+from overproof.config import Grid, OfTeacher, Pbt
 from overproof.config.search import TrialValues, apply_values, varying_values
 from overproof.data.manifest import Manifest
 from overproof.distill.cache_checks import ROWS_CHECKED, check_rows, check_text
@@ -107,17 +107,17 @@ def _sweep(context: StageContext, curves: Path) -> dict[str, Any]:
 def _measure_teacher(context: StageContext) -> None:
     """What of the teacher matters least, where students are pruned or masked: once, before they start side by side."""
     recipe, parents = context.recipe, context.parents
-    models = [student.model for student in recipe.sweep.students]
-    pruned = {model.rows: model for model in models if isinstance(model, Pruned)}  # one measure serves all
-    masked = dict.fromkeys(model for model in models if isinstance(model, Masked))
-    asked: list[Pruned | Masked] = [*pruned.values(), *masked]
-    for model in asked:
-        given = (model, parents["prepare"], parents["train"], context.draft.workspace, recipe.seed)
-        context.progress(Notice(f"what of the teacher matters least, on {format_count(model.rows, 'train row')}"))
-        run_tasks(_measure_trained, {f"{model.rows} rows": given})
+    models = [student.model for student in recipe.sweep.students if isinstance(student.model, OfTeacher)]
+    asked = {model.measurement: model for model in models}  # one serves all of its students
+    for measurement, model in asked.items():
+        if measurement is not None:
+            given = (model, parents["prepare"], parents["train"], context.draft.workspace, recipe.seed)
+            rows = format_count(measurement.rows, "train row")
+            context.progress(Notice(f"what of the teacher matters least, on {rows}"))
+            run_tasks(_measure_trained, {f"{measurement.rows} rows": given})
 
 
-def _measure_trained(model: Pruned | Masked, prepared: Artifact, trained: Artifact, workspace: str, seed: int) -> None:
+def _measure_trained(model: OfTeacher, prepared: Artifact, trained: Artifact, workspace: str, seed: int) -> None:
     from overproof.distill.student_init import measured_teacher
 
     measured_teacher(model, teacher_folder(trained), prepared, workspace, seed)

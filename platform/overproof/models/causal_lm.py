@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from overproof.models.decoder import LLAMA_NAMES, DecoderFamily, Widths
-from overproof.models.sizes import LAYERS
+from overproof.models.student_config import LAYERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

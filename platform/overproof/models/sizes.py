@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs
 
-from overproof.config.models import LayeredModel, Masked, ModelSection, OfTeacher, Pretrained, Pruned, StagedModel
+from overproof.config.models import LayeredModel, ModelSection, Pretrained, StagedModel
+from overproof.config.student_models import OfTeacher
 from overproof.config.training import Lora, Train
 from overproof.errors import InputError, suggest_name
 from overproof.files import filesystem, read_bytes, retried
 from overproof.models.base import ConvolutionalFamily
-from overproof.models.channels import narrowed_config, narrowed_size
 from overproof.models.pretrained import weight_files
+from overproof.models.student_config import UNTOLD, layer_number, left_config, left_tensors
 from overproof.registry import FAMILIES
 
 if TYPE_CHECKING:
@@ -31,10 +31,8 @@ if TYPE_CHECKING:
 
 HEADER_LIMIT_BYTES = 100_000_000  # as the safetensors library has it
 FP32_BYTES = 4  # bytes
-UNTOLD = 1 << 40  # where a configuration does not say how many there are
 UNFIT = "expected the weights and the configuration of one model"
 POSITIONS = ("max_position_embeddings", "n_positions")  # what families call the most tokens of a row
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # and how many layers there are
 
 
 @dataclass(frozen=True)
@@ -104,19 +102,18 @@ def trained_size(train: Train, shape: DataShape) -> ModelSize:
         size = replace(size, masked=0 if train.gpus_per_worker else size.query_width)
     if train.lora is None or not isinstance(train.model, Pretrained):
         return size
-    layers = FAMILIES[size.family].names.layers.rsplit(".", 1)[-1]
-    rank, adapters = train.lora.rank, list[int]()
+    names, rank, adapters = FAMILIES[size.family].names, train.lora.rank, list[int]()
     for name, lengths in _tensor_shapes(train.model.path).items():
-        if len(lengths) == 2 and _has_adapter(name, layers, train.lora):
+        if len(lengths) == 2 and _has_adapter(name, names, train.lora):
             adapters += [rank * length for length in lengths]
     return replace(size, adapters=tuple(adapters), adapter_rank=rank)
 
 
-def _has_adapter(tensor: str, layers: str, lora: Lora) -> bool:
+def _has_adapter(tensor: str, names: LayerNames, lora: Lora) -> bool:
     """Whether a matrix is one that the library peft gives adapters."""
     module = tensor.removesuffix(".weight")
     if lora.targets == "all-linear":
-        return module != tensor and _layer_number(tensor, layers) >= 0
+        return module != tensor and layer_number(tensor, names) >= 0
     return any(module == target or module.endswith(f".{target}") for target in lora.targets)
 
 
@@ -130,25 +127,17 @@ def student_size(model: ModelSection, teacher: ModelSection, shape: DataShape) -
         return model_size(model, shape)
     whole = model_size(teacher, shape)
     family = FAMILIES[whole.family]
-    if isinstance(model, Pruned) and isinstance(family, ConvolutionalFamily):
-        if isinstance(teacher, Pretrained):
-            return narrowed_size(directory_config(teacher.path), model, family, shape)
-        assert isinstance(teacher, StagedModel)
-        return model_size(model.left_of(teacher), shape)
-    if not family.names.feed_forward:
-        raise InputError(
-            f"a teacher of the family {whole.family} has no layers of its own; expected a student of another kind, "
-            "such as {kind: pretrained, path: ...}"
-        )
-    model.require_possible(whole.layers, whole.intermediate, UNTOLD, whole.hidden)
+    if not isinstance(family, ConvolutionalFamily):
+        if not family.names.feed_forward:
+            raise InputError(
+                f"a teacher of the family {whole.family} has no layers of its own; expected a student of another kind, "
+                "such as {kind: pretrained, path: ...}"
+            )
+        model.require_possible(whole.layers, whole.intermediate, UNTOLD, whole.hidden)
     if isinstance(teacher, Pretrained):
-        return _directory_size(teacher.path, shape, model, whole.intermediate)
-    assert isinstance(teacher, LayeredModel)
+        return _left_size(teacher.path, model, shape, whole.intermediate)
+    assert isinstance(teacher, LayeredModel | StagedModel)
     return model_size(model.left_of(teacher), shape)
-
-
-def _kv_heads(config: Mapping[str, Any]) -> int:
-    return int(config.get("num_key_value_heads") or config.get("num_attention_heads") or 1)
 
 
 def family_of(config: Mapping[str, Any], path: object) -> tuple[str, ModelFamily]:
@@ -228,125 +217,47 @@ def require_varlen(kind: str, where: str) -> None:
         )
 
 
-def left_config(config: Mapping[str, Any], model: OfTeacher, family: ModelFamily) -> dict[str, Any]:
-    """``student_config``, of a family of any kind."""
-    if isinstance(family, ConvolutionalFamily):
-        return narrowed_config(config, model, family)
-    return student_config(config, model, family.names)
-
-
-def student_config(config: Mapping[str, Any], model: OfTeacher, names: LayerNames) -> dict[str, Any]:
-    """The content of a config.json for what is left of its model, whose layers are equal.
-
-    Raises:
-        InputError: it has not as much, or its heads cannot be taken away by themselves, or its layers not be masked.
-    """
-    architecture = (config.get("architectures") or ["?"])[0]
-    if isinstance(model, Masked):
-        model.require_linear(names.linear, f"layers of a {architecture}")
-    if isinstance(model, Pruned) and model.kv_heads is not None and names.attention_output is None:
-        raise cannot_lose("kv_heads", architecture)
-    if isinstance(model, Pruned) and model.hidden_sizes is not None:
-        raise cannot_lose("hidden_sizes", architecture, "resnet")
-    if isinstance(model, Pruned) and model.hidden_size is not None and not names.width_goes:
-        raise cannot_lose("hidden_size", architecture)
-    layers, channels = (
-        next((int(config[name]) for name in known if config.get(name)), UNTOLD)
-        for known in (LAYERS, (names.intermediate, "intermediate_size"))
-    )
-    model.require_possible(layers, channels, _kv_heads(config), int(config.get("hidden_size") or UNTOLD))
-    found = dict(config) if model.kept_layers is None else with_layers(config, model.kept_layers, names)
-    if not isinstance(model, Pruned):
-        return found
-    if model.intermediate_size is not None:
-        called = {name for name in (names.intermediate, "intermediate_size") if name in config} or {names.intermediate}
-        found |= dict.fromkeys(called, model.intermediate_size)
-    if model.kv_heads is not None or model.hidden_size is not None:
-        heads, kv_heads = int(config["num_attention_heads"]), _kv_heads(config)
-        found |= {"head_dim": int(config.get("head_dim") or int(config["hidden_size"]) // heads)}
-        left = model.kv_heads or kv_heads
-        found |= {"num_attention_heads": heads // kv_heads * left, "num_key_value_heads": left}
-    if model.hidden_size is not None:
-        found |= {"hidden_size": model.hidden_size}
+def _directory_size(path: str, shape: DataShape) -> ModelSize:
+    config, tensors = directory_config(path), _tensor_numbers(path)
+    _, family = family_of(config, path)
+    found = _told_size(path, config, tensors, family, shape)
+    _require_same(path, config, tensors, family, found)
     return found
 
 
-def cannot_lose(field: str, architecture: str, able: str = "llama") -> InputError:
-    """Of a pruned student whose teacher has no such part by itself."""
-    return InputError(
-        f"{field}: a {architecture} cannot lose any by themselves; expected null and fewer layers or other parts, "
-        f"or a teacher of a family such as {able}"
-    )
-
-
-def with_layers(config: Mapping[str, Any], layers: int, names: LayerNames) -> dict[str, Any]:
-    """The content of a config.json for fewer layers: what a layer is by its place, it is by its new place."""
-    lists = {name: config[name][:layers] for name in names.per_layer if isinstance(config.get(name), list)}
-    called = [name for name in LAYERS if name in config] or LAYERS[:1]
-    return {**config, **lists, **dict.fromkeys(called, layers)}
-
-
-def _directory_size(path: str, shape: DataShape, student: OfTeacher | None = None, channels: int = 0) -> ModelSize:
-    """Of a directory's model, or of what a student takes from it, which has so many channels: layers are all alike."""
+def _left_size(path: str, student: OfTeacher, shape: DataShape, channels: int) -> ModelSize:
+    """Of what a student takes from a directory's model, which has so many channels: layers are all alike."""
     config = directory_config(path)
-    tensors = {name: math.prod(lengths) for name, lengths in _tensor_shapes(path).items()}
     _, family = family_of(config, path)
-    names = family.names
-    layers = names.layers.rsplit(".", 1)[-1]
-    most_layers = None
-    if student is not None:
-        if all(_layer_number(name, layers) < 0 for name in tensors):
-            raise InputError(
-                f"{path}: keeps no layers at {names.layers}, so fewer of them cannot be taken; expected a "
-                "student of another kind, such as {kind: pretrained, path: ...}"
-            )
-        most_layers = student.kept_layers
-        kv_heads, hidden = _kv_heads(config), int(config.get("hidden_size") or 0)
-        config = student_config(config, student, names)
-        if isinstance(student, Pruned):
-            tensors = _pruned_tensors(tensors, names, student, channels, kv_heads)
-            if student.hidden_size is not None:
-                tensors = _narrowed_tensors(tensors, names, student.hidden_size, hidden)
-        if most_layers is not None:
-            tensors = {name: size for name, size in tensors.items() if _layer_number(name, layers) < most_layers}
-        config |= {} if most_layers is None else {"num_hidden_layers": most_layers}
+    if isinstance(family, ConvolutionalFamily):
+        narrowed = left_config(config, student, family)
+        return family.directory_size(narrowed, family.tensors(narrowed), shape)
+    whole, names, kept = _tensor_numbers(path), family.names, student.kept
+    if all(layer_number(name, names) < 0 for name in whole):
+        raise InputError(
+            f"{path}: keeps no layers at {names.layers}, so fewer of them cannot be taken; expected a "
+            "student of another kind, such as {kind: pretrained, path: ...}"
+        )
+    left = left_config(config, student, family)
+    if kept.layers is not None:
+        left |= {"num_hidden_layers": kept.layers}
+    found = _told_size(path, left, left_tensors(whole, config, kept, names, channels), family, shape)
+    return found if kept.layers is None else replace(found, layers=kept.layers)
+
+
+def _tensor_numbers(path: str) -> dict[str, int]:
+    return {name: math.prod(lengths) for name, lengths in _tensor_shapes(path).items()}
+
+
+def _told_size(
+    path: str, config: Mapping[str, Any], tensors: Mapping[str, int], family: ModelFamily, shape: DataShape
+) -> ModelSize:
     try:
-        found = family.directory_size(config, tensors, shape)
+        return family.directory_size(config, tensors, shape)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}/config.json: {error} is missing or no number; expected a whole configuration"
         ) from None
-    if most_layers is not None:
-        return replace(found, layers=most_layers)
-    if student is None:
-        _require_same(path, config, tensors, family, found)
-    return found
-
-
-def _pruned_tensors(
-    tensors: Mapping[str, int], names: LayerNames, student: Pruned, channels: int, kv_heads: int
-) -> dict[str, int]:
-    """Numbers in each tensor once channels and heads are gone."""
-    assert student.kv_heads is None or names.attention_output is not None
-    *into, out = names.feed_forward
-    narrowed = {f".{name}.{end}" for name in into for end in ("weight", "bias")} | {f".{out}.weight"}
-    projections = (names.queries, names.keys, names.values)
-    heads = {f".{name}.{end}" for name in projections for end in ("weight", "bias")}
-    heads.add(f".{names.attention_output}.weight")
-    found = dict(tensors)
-    for name, numbers in tensors.items():
-        if student.intermediate_size is not None and name.endswith(tuple(narrowed)):
-            found[name] = numbers // channels * student.intermediate_size
-        elif student.kv_heads is not None and name.endswith(tuple(heads)):
-            found[name] = numbers // kv_heads * student.kv_heads
-    return found
-
-
-def _narrowed_tensors(tensors: Mapping[str, int], names: LayerNames, hidden: int, before: int) -> dict[str, int]:
-    """Numbers in each tensor once channels between layers are gone."""
-    inner = (names.queries, names.keys, names.values, *names.feed_forward[:-1])
-    other = (*(f".{name}.bias" for name in inner), ".q_norm.weight", ".k_norm.weight")
-    return {name: numbers if name.endswith(other) else numbers // before * hidden for name, numbers in tensors.items()}
 
 
 def _require_same(
@@ -358,8 +269,8 @@ def _require_same(
     Raises:
         InputError: they do not.
     """
-    layers, table = (name.rsplit(".", 1)[-1] for name in (family.names.layers, family.names.embeddings))
-    there = 1 + max((_layer_number(name, layers) for name in tensors), default=-1)
+    table = family.names.embeddings.rsplit(".", 1)[-1]
+    there = 1 + max((layer_number(name, family.names) for name in tensors), default=-1)
     if family.section is not None and there not in (0, size.layers):  # some decoders have further layers to train with
         raise InputError(f"{path}: its files hold {there} layers, and config.json says {size.layers}: {UNFIT}")
     for name, numbers in tensors.items():
@@ -370,12 +281,6 @@ def _require_same(
                     f"{path}: {name} holds {numbers:,} numbers, and config.json says {entries:,} x {size.hidden:,}: "
                     f"{UNFIT}"
                 )
-
-
-def _layer_number(tensor: str, layers: str) -> int:
-    """The layer a tensor belongs to, of those in a list of this name; -1 where it belongs to none."""
-    found = re.search(rf"(?:^|\.)(?:{re.escape(layers)}|layer)\.(\d+)\.", tensor)
-    return int(found[1]) if found else -1
 
 
 def directory_config(path: str) -> dict[str, Any]:

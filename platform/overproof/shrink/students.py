@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from overproof.config.distillation import Student
-from overproof.config.models import ModelSection, Pretrained, Pruned, TeacherLayers
+from overproof.config.models import ModelSection, Pretrained
+from overproof.config.student_models import Pruned, TeacherLayers
 from overproof.errors import InputError
 from overproof.models.base import ConvolutionalFamily, DataShape
 from overproof.models.sizes import ModelSize, directory_config, model_size, student_size
