@@ -368,7 +368,9 @@ ROUNDS = "{kind: pruned, intermediate_size: 64, rounds: 3}"
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"sweep.steps": 2}, "model.rounds is 3, and steps 2; expected no more rounds than steps"),
+        ({"sweep.steps": 2}, "student a: model.rounds is 3, and sweep.steps 2; expected no more rounds than steps"),
+        ({"tune": "{space: {steps: {kind: choice, values: [9, 2]}}}"},
+         "student a: model.rounds is 3, and the least of tune.space.steps 2; expected no more rounds than steps"),
         ({"sweep.students": f"[{{name: a, states: {{weight: 1.0}}, model: {ROUNDS}}}]"},
          "student a learns from features, whose widths model.rounds changes as it trains"),
         ({"sweep.group": "{workers: 2}"}, "student a is pruned in 3 rounds, as one process alone trains it"),
@@ -381,3 +383,10 @@ def test_rounds_that_cannot_be_are_refused(changes: dict[str, Any], words: str) 
     overrides = tuple(f"{name}={value}" for name, value in sets.items())
     with pytest.raises(InputError, match=re.escape(words)):
         load_recipe(STDLIB, overrides)
+
+
+def test_rounds_go_by_the_steps_that_trials_have() -> None:
+    tune = "tune={space: {steps: {kind: choice, values: [9, 3]}}}"
+    students = f"sweep.students=[{{name: a, model: {ROUNDS}}}]"
+    recipe = load_recipe(STDLIB, ("sweep.steps=2", "sweep.warmup_steps=0", students, tune))
+    assert recipe.tune.least_steps(recipe.sweep) == 3

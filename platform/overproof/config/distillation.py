@@ -251,11 +251,6 @@ class Sweep(Optimization):
                     f"student {student.name} learns from features, whose widths model.rounds changes as it trains; "
                     "expected model.rounds: 1, or no relations and states"
                 )
-            if student.rounds > self.steps:
-                raise ValueError(
-                    f"student {student.name}: model.rounds is {student.rounds}, and steps {self.steps}; expected no "
-                    "more rounds than steps"
-                )
         return self
 
     @model_validator(mode="after")

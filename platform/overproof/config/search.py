@@ -252,6 +252,11 @@ class Tune(Section):
         searched = self.space.steps
         return sweep.steps if searched is None else max(searched.values)
 
+    def least_steps(self, sweep: Sweep) -> int:
+        """Of any trial."""
+        searched = self.space.steps
+        return sweep.steps if searched is None else min(searched.values)
+
     def min_concurrent(self, sweep: Sweep) -> int:
         """Trials that must run at the same time."""
         return self.trials(sweep) if isinstance(self.scheduler, Pbt) else 1
@@ -284,7 +289,13 @@ class Tune(Section):
                     f"tune.scheduler pbt compares trials as they go: {self.trials(sweep)} trials must run at the same "
                     f"time, and sweep.concurrent_trials is {sweep.concurrent_trials}; raise it, or ask for fewer"
                 )
+        least, field = self.least_steps(sweep), "sweep" if self.space.steps is None else "the least of tune.space"
         for student in sweep.students:
+            if student.rounds > least:
+                raise ValueError(
+                    f"student {student.name}: model.rounds is {student.rounds}, and {field}.steps {least}; expected no "
+                    "more rounds than steps"
+                )
             absent = next((name for name in domains if not _has_field(student, name)), None)
             if absent:
                 raise ValueError(f"tune.space.{absent}: the model of student {student.name} has no such field")
