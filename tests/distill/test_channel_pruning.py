@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from overproof.data.manifest import Manifest
 from overproof.distill.objectives import LiveTeacherObjective
 from overproof.distill.pruning import Importance, measure_importance, prune
 from overproof.distill.student_trainer import StudentTrainer
+from overproof.distill.sweep import sweep
 from overproof.errors import InputError
-from overproof.models.base import DataShape
+from overproof.models.base import DataShape, shape_of
 from overproof.models.hf_directory import build_model, count_parameters, load_model, save_model
 from overproof.models.resnet import FAMILY, ResNet
 from overproof.models.sizes import student_size
@@ -243,6 +245,23 @@ def test_a_student_is_pruned_distilled_and_goes_on_from_its_checkpoint(
     assert to_end(second) == to_end(whole)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], value)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_sweep_searches_the_widths_of_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taught = ResNet(embedding_size=8, hidden_sizes=(8, 16), depths=(1, 1))
+    monkeypatch.setitem(distill_world.TEACHERS, "digits", taught)
+    world = distill_world.make("digits", Store(str(tmp_path)))
+    students = [student({"kind": "pruned", "hidden_sizes": [8, 8], "rows": 16}, name="base", teacher="live")]
+    tune = {"space": {"hidden_sizes": {"kind": "choice", "values": [[4, 8], [8, 12]]}}}
+    context = world.context("sweep", sweep={**SWEEP, "students": students}, tune=tune)
+    assert sweep(context)["trials"] == 2
+    trials = json.loads((Path(context.draft.uri) / "trials.json").read_text())["trials"]
+    found = {tuple(trial["values"]["hidden_sizes"]): trial["parameters"] for trial in trials}
+    shape = shape_of(Manifest.read(world.artifacts["prepare"]))
+    for widths, parameters in found.items():
+        assert parameters == student_size(Pruned(hidden_sizes=widths), taught, shape).parameters
+    assert found.keys() == {(4, 8), (8, 12)}
 
 
 @pytest.mark.parametrize("taught", ["resnet", "vit"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -58,6 +59,26 @@ def test_a_grid_has_every_combination_once() -> None:
     rest = everything(study_of(recipe, tuple(found[5:7])))
     assert rest[:2] == found[5:7]
     assert sorted(map(str, rest)) == sorted(map(str, found))
+
+
+@pytest.mark.parametrize("search", [{"kind": "grid"}, {"kind": "tpe", "trials": 6, "startup_trials": 2}])
+def test_widths_of_stages_are_searched_and_found_again_in_a_journal(search: dict[str, Any]) -> None:
+    """JSON gives tuples back as lists."""
+    resnet = {"kind": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    pruned = {"kind": "pruned", "hidden_sizes": [8, 8]}
+    widths = [(4, 8), (4, 16), (8, 12)]
+    recipe = recipe_of(
+        "digits", train={"model": resnet}, sweep={"students": [{"name": "a", "temperature": 2.0, "model": pruned}]},
+        tune={"space": {"hidden_sizes": {"kind": "choice", "values": widths}}, "search": search},
+    )  # fmt: skip
+    whole = everything(study_of(recipe))
+    assert sorted(values["hidden_sizes"] for values in whole) == widths
+    for values in json.loads(json.dumps(whole)):
+        _, student = apply_values(recipe.sweep, recipe.sweep.students[0], values)
+        assert current_values(recipe.sweep, student)["hidden_sizes"] == tuple(values["hidden_sizes"])
+    rest = everything(study_of(recipe, tuple(json.loads(json.dumps(whole[:2])))))
+    assert rest[:2] == whole[:2]
+    assert sorted(map(str, rest)) == sorted(map(str, whole))
 
 
 @settings(max_examples=20)

@@ -111,6 +111,7 @@ class Space(Section):
         None, description="Variants in whose numbers students learn; null in the list is as they are."
     )
     hidden_size: IntegerDomain | None = Field(None, description="Width of the residual stream.")
+    hidden_sizes: Choice[tuple[int, ...]] | None = Field(None, description="Channels of each stage.")
     intermediate_size: IntegerDomain | None = Field(None, description="Width of the feed-forward layer.")
     layers: IntegerDomain | None = Field(None, description="Layers.")
     heads: IntegerDomain | None = Field(None, description="Attention heads.")

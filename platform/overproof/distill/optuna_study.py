@@ -41,7 +41,8 @@ class OptunaStudy:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.tune, self.seed = tune, seed
         self.remaining = tune.trials(sweep)
-        self.ordinals = {n: tuple(sorted(d.values)) for n, d in tune.space.domains.items() if _is_ordinal(d)}
+        # Optuna is told of listed values by their places.
+        self.listed = {n: _in_order(d) for n, d in tune.space.domains.items() if isinstance(d, Choice)}
         names = tuple(student.name for student in sweep.students)
         self.spaces = {STUDENT: CategoricalDistribution(names)} | {
             name: _distribution(domain) for name, domain in tune.space.domains.items()
@@ -62,14 +63,14 @@ class OptunaStudy:
         queued = next(self.queued, None)
         self._forget()
         if queued is not None:
-            places = {name: row.index(queued[name]) for name, row in self.ordinals.items()}
+            places = {name: list(map(_key, row)).index(_key(queued[name])) for name, row in self.listed.items()}
             self.study.enqueue_trial({**queued, **places})
         # Draws are a function of the trial's number: a search that goes on draws what it would have drawn.
         seed = (self.seed * SEED_STRIDE + len(self.suggested)) % 2**32
         self.study.sampler = self._sampler(seed)
         for rejected in count(1):
             trial = self.study.ask(self.spaces)
-            values = trial.params | {name: row[trial.params[name]] for name, row in self.ordinals.items()}
+            values = trial.params | {name: row[trial.params[name]] for name, row in self.listed.items()}
             if queued is not None or _key(values) not in self.suggested:
                 break
             self.study.tell(trial, state=TrialState.FAIL)
@@ -139,7 +140,8 @@ def _least_dominated(values: np.ndarray) -> list[int]:
     return [int(place) for place in np.argsort(dominates.sum(0), kind="stable")]
 
 
-def _key(values: TrialValues) -> str:
+def _key(values: Any) -> str:
+    """The same of what a journal gives back, where tuples are lists."""
     return json.dumps(values, sort_keys=True)
 
 
@@ -147,11 +149,15 @@ def _is_ordinal(domain: Domain) -> TypeGuard[Choice[float]]:
     return isinstance(domain, Choice) and all(isinstance(value, int | float) for value in domain.values)
 
 
+def _in_order(domain: Choice[Any]) -> tuple[Any, ...]:
+    return tuple(sorted(domain.values)) if _is_ordinal(domain) else domain.values
+
+
 def _distribution(domain: Domain) -> BaseDistribution:
     if _is_ordinal(domain):
         return IntDistribution(0, len(domain.values) - 1)
     if isinstance(domain, Choice):
-        return CategoricalDistribution(domain.values)
+        return CategoricalDistribution(range(len(domain.values)))
     if isinstance(domain, Integers):
         return IntDistribution(domain.low, domain.high, step=domain.step)
     return FloatDistribution(domain.low, domain.high, log=isinstance(domain, LogUniform))

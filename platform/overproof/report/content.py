@@ -68,6 +68,7 @@ def _trial(trial: Mapping[str, Any], sweep_results: Mapping[str, Any]) -> dict[s
         else "trial"
     )
     values = trial["values"] | {"teacher_weight": trial["teacher_weight"]}  # a control's own is none
+    values = {name: str(value) if isinstance(value, list) else value for name, value in values.items()}
     return {"name": trial["name"], "role": role, **{figure: trial.get(figure) for figure in figures}, "values": values}
 
 
