@@ -26,6 +26,7 @@ from overproof.models.sizes import (
 )
 from overproof.models.student_config import left_config
 from overproof.registry import FAMILIES, FORMATS, TASKS
+from overproof.tasks.base import TokenTask
 from overproof.units import format_count
 
 
