@@ -144,7 +144,8 @@ def test_images_are_scaled_and_made_grey_where_the_recipe_says(folder: Path, tmp
     root, manifest = prepared(tmp_path, folder_of(folder), "data.height=4", "data.width=8", "data.channels=1")
     assert manifest.columns[0].shape == (1, 4, 8)
     assert (manifest.details["channels"], manifest.details["height"], manifest.details["width"]) == (1, 4, 8)
-    assert sum(split.rows for split in manifest.splits.values()) > 3 * EACH - manifest.rows_per_group
+    alike = sum(manifest.dropped.values())  # so small and grey some are the same to the last pixel
+    assert sum(split.rows for split in manifest.splits.values()) + alike > 3 * EACH - manifest.rows_per_group
     pixels = Shards(root, "validation").take(np.array([0]))["pixels"]
     assert 0 <= pixels.min() <= pixels.max() <= 1
 
