@@ -126,7 +126,7 @@ def test_a_plan_asks_about_every_model_before_anything_starts(
     assert main(["plan", str(TEXT), *(word for change in changes for word in ("--set", change))]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith(
-        f"overproof: student half: 6 layers of {tmp_path}/teacher/config.json: found query_pre_attn_scalar 16; expected"
+        f"overproof: student half: what is left of {tmp_path}/teacher/config.json: found query_pre_attn_scalar 16;"
     )
     assert lines[1].startswith(f"student long: {tmp_path}/long/config.json: found rope_type 'yarn'; expected 'default'")
     assert len(lines) == 2

@@ -125,8 +125,13 @@ def test_without_a_checkout_or_with_a_wrong_one_the_variable_is_named(
     assert isinstance(recipe.train.model, Pretrained)
     monkeypatch.delenv(llama_cpp_converter.CHECKOUT_VARIABLE, raising=False)
     assert "causal_lm" not in FORMATS["gguf"].families
+    across = recipe.data.model_copy(update={"cross_document_attention": True})
+    warned = require_exportable(recipe.model_copy(update={"data": across}))[-1].text
+    assert warned.startswith("architecture StableLmForCausalLM is not written as gguf: it teaches, and torch measures")
+    assert "not known; or set OVERPROOF_LLAMA_CPP to" in warned
+    shipped = recipe.model_copy(update={"compress": recipe.compress.model_copy(update={"teacher": True})})
     with pytest.raises(InputError, match=r"StableLmForCausalLM .* expected Llama.*; or set OVERPROOF_LLAMA_CPP to"):
-        require_exportable(recipe)
+        require_exportable(shipped)
     monkeypatch.setenv(llama_cpp_converter.CHECKOUT_VARIABLE, str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"OVERPROOF_LLAMA_CPP: .*nowhere: no such folder"):
         require_exportable(recipe)
@@ -138,9 +143,7 @@ def test_without_a_checkout_or_with_a_wrong_one_the_variable_is_named(
         InputError, match=r"StableLmForCausalLM keeps the documents of a row apart is not known; expected"
     ):
         require_exportable(recipe)
-    across = recipe.data.model_copy(update={"cross_document_attention": True})
-    recipe = recipe.model_copy(update={"data": across})
-    require_exportable(recipe)
+    assert require_exportable(recipe.model_copy(update={"data": across})) == []
 
 
 def test_a_converter_that_cannot_run_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

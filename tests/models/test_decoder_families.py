@@ -274,7 +274,12 @@ def test_another_decoder_is_trained_and_not_exported(tmp_path: Path, tokenizer: 
     batch = {"tokens": some_tokens(), "length": torch.full((2,), POSITIONS - 3)}
     assert np.isfinite(engine.step(CrossEntropy(TASKS["language_modeling"].predict), batch)()["loss"])
     teacher = {"kind": "pretrained", "path": str(source)}
-    recipe = load_recipe(RECIPES / "stdlib-lm.yaml", (f"train.model={json.dumps(teacher)}", f"store={tmp_path}"))
+    sets = (f"train.model={json.dumps(teacher)}", f"store={tmp_path}")
+    with pytest.raises(
+        InputError, match=r"train\.model: .*StableLmForCausalLM keeps the documents of a row apart is not"
+    ):
+        pipeline.run(load_recipe(RECIPES / "stdlib-lm.yaml", sets))
+    recipe = load_recipe(RECIPES / "stdlib-lm.yaml", (*sets, "compress.teacher=true"))
     with pytest.raises(
         InputError,
         match=r"train\.model: .*StableLmForCausalLM can be trained and not be written as gguf.*expected Llama",

@@ -7,14 +7,14 @@ from typing import Any
 from overproof import console
 from overproof.artifacts import Artifact
 from overproof.cluster.recipe_checks import Finding
-from overproof.config import ModelSection, OfTeacher, Pretrained, Recipe, Served, TeacherLayers, ZeroSettings
+from overproof.config import ModelSection, OfTeacher, Pretrained, Recipe, Served, ZeroSettings
 from overproof.data.manifest import Manifest
 from overproof.data.tokenizer_match import require_possible_tokenizer
 from overproof.engines.endpoint import Endpoint
 from overproof.errors import InputError, suggest_name
 from overproof.export.base import SizedFormat
 from overproof.export.check_models import check_models
-from overproof.models.base import ConvolutionalFamily, DataShape, shape_of
+from overproof.models.base import ComposedFamily, ConvolutionalFamily, DataShape, shape_of
 from overproof.models.sizes import (
     ModelSize,
     directory_config,
@@ -56,25 +56,21 @@ def require_exportable(recipe: Recipe) -> list[Finding]:
         teacher = recipe.train.model.path if isinstance(recipe.train.model, Pretrained) else None
         format.check_template(recipe.compress, teacher)
     findings = [Finding("tokenizer", "warning", line) for line in left_out]
-    taught, quality = recipe.train.model, TASKS[recipe.data.kind].quality.title
+    taught = recipe.train.model
     models = {"train.model": taught} | {f"student {s.name}": s.model for s in recipe.sweep.students}
-    kind, asked, tokenizer = recipe.compress.kind, dict[str, dict[str, Any]](), getattr(recipe.data, "tokenizer", None)
+    kind, tokenizer = recipe.compress.kind, getattr(recipe.data, "tokenizer", None)
+    asked, teaching = dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
     for where, model in models.items():
-        if model is taught and isinstance(model, Pretrained) and _only_teaches(recipe, model):
-            named = directory_config(model.path)["architectures"][0]
-            findings.append(Finding(
-                "train.model", "warning",
-                f"architecture {named} is not written as {kind}: it teaches, and torch measures its {quality}; its "
-                "size, speed and KL are not known",
-            ))  # fmt: skip
+        if model is taught and isinstance(model, Pretrained) and (warned := _teaches_alone(recipe, model)):
+            findings.append(warned)
+            teaching[f"{where}: {model.path}"] = directory_config(model.path)
         elif isinstance(model, Pretrained):
             asked[f"{where}: {model.path}"] = _config_of_a_known_family(model.path, kind, where)
         elif isinstance(model, OfTeacher) and isinstance(taught, Pretrained):
             config = _config_of_a_known_family(taught.path, kind, where)
             _, family = family_of(config, taught.path)
-            part = f"{model.count} layers" if isinstance(model, TeacherLayers) else "what is left"
             try:
-                asked[f"{where}: {part} of {taught.path}"] = left_config(config, model, family)
+                asked[f"{where}: what is left of {taught.path}"] = left_config(config, model, family)
             except InputError as error:
                 raise InputError(f"{where}: {error}") from None
     if asked:
@@ -87,7 +83,7 @@ def require_exportable(recipe: Recipe) -> list[Finding]:
             format.require_size(recipe.compress, student_size(student.model, taught, shape), f"student {student.name}")
         if recipe.compress.teacher:
             format.require_size(recipe.compress, model_size(taught, shape), "the teacher")
-    for named, config in asked.items() if recipe.data.apart else ():
+    for named, config in (asked | teaching).items() if recipe.data.apart else ():
         require_apart(config, named)
     for model in models.values():
         if isinstance(model, Pretrained) and tokenizer is not None:
@@ -105,12 +101,18 @@ def require_served(recipe: Recipe) -> None:
         Endpoint(recipe.train.model.model_copy(update={"retry_s": 0.0})).model_entry()
 
 
-def _only_teaches(recipe: Recipe, teacher: Pretrained) -> bool:
-    """Whether no file is made of a teacher, and none could be."""
-    if recipe.needs_teacher_file or not isinstance(TASKS[recipe.data.kind], TokenTask):
-        return False
-    kind, _ = family_of(directory_config(teacher.path), teacher.path)
-    return kind not in FORMATS[recipe.compress.kind].families
+def _teaches_alone(recipe: Recipe, teacher: Pretrained) -> Finding | None:
+    """A warning where no file of a teacher is needed, and none could be made."""
+    task, format, config = TASKS[recipe.data.kind], FORMATS[recipe.compress.kind], directory_config(teacher.path)
+    kind, family = family_of(config, teacher.path)
+    if recipe.needs_teacher_file or not isinstance(task, TokenTask) or kind in format.families:
+        return None
+    return Finding(
+        "train.model", "warning",
+        f"architecture {config['architectures'][0]} is not written as {recipe.compress.kind}: it teaches, and torch "
+        f"measures its {task.quality.title}; its size, speed and KL are not known"
+        f"{'' if isinstance(family, ComposedFamily) else format.further_families}",
+    )  # fmt: skip
 
 
 def _config_of_a_known_family(path: str, format: str, where: str) -> dict[str, Any]:

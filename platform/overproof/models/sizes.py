@@ -21,7 +21,7 @@ from overproof.config.student_models import OfTeacher
 from overproof.config.training import Lora, Train
 from overproof.errors import InputError, suggest_name
 from overproof.files import filesystem, read_bytes, retried
-from overproof.models.base import ConvolutionalFamily
+from overproof.models.base import ComposedFamily, ConvolutionalFamily
 from overproof.models.pretrained import weight_files
 from overproof.models.student_config import UNTOLD, layer_number, left_config, left_tensors
 from overproof.registry import FAMILIES
@@ -196,7 +196,10 @@ def require_apart(config: Mapping[str, Any], path: object) -> None:
         InputError: it is one of the other decoders.
     """
     _, family = family_of(config, path)
-    if family.section is None:
+    if isinstance(family, ComposedFamily):
+        for member in config["members"]:
+            require_apart(member, path)
+    elif family.section is None:
         raise InputError(
             f"{path}/config.json: whether {config['architectures'][0]} keeps the documents of a row apart is not "
             "known; expected data.cross_document_attention: true, or a model of a family that recipes name"
