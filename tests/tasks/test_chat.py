@@ -44,6 +44,7 @@ from overproof.distill.teacher_worker import CaptureJob, TargetWorker
 from overproof.errors import InputError
 from overproof.export.gguf_file import export_gguf
 from overproof.models.base import DataShape
+from overproof.models.ensemble_module import OverproofEnsembleConfig
 from overproof.models.hf_directory import Batch, build_model, load_model, save_model, to_tensors
 from overproof.registry import FAMILIES, FORMATS, TASKS
 from overproof.stage_context import Notice, ProgressEvent, StageContext, no_progress
@@ -77,7 +78,11 @@ def batch_of(*rows: list[EncodedConversation], scale: float = 0.0, places: int =
 
 def tiny(kind: str = "llama") -> torch.nn.Module:
     family = FAMILIES[kind]
-    assert family.section is not None
+    if family.section is None:
+        parts = [tiny("llama"), tiny("gemma3")]
+        members = [part.config.to_dict() | {"architectures": [type(part).__name__]} for part in parts]
+        config = OverproofEnsembleConfig(members=members, weights=(0.5, 0.5))
+        return family.renewed(family.model_class()(config), parts).eval()  # type: ignore[attr-defined,no-any-return]
     numbers = {
         "hidden_size": 64,
         "intermediate_size": 96,

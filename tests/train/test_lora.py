@@ -25,7 +25,7 @@ SEED = 3
 LORA: dict[str, Any] = {"rank": 2, "alpha": 8.0}
 COMMON: dict[str, Any] = {"steps": 12, "batch_size": 8, "validate_every": 6, "checkpoint": {"every_steps": 4}}
 STAGES = (0, 2, 3)
-DECODERS = [kind for kind, family in FAMILIES.items() if "chat" in family.tasks]
+DECODERS = [kind for kind, family in FAMILIES.items() if "chat" in family.tasks and family.section]
 
 
 def tiny(kind: str) -> Any:
