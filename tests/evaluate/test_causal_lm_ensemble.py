@@ -27,7 +27,7 @@ from overproof.evaluate.variant_table import variant_table
 from overproof.export.stage import export_models
 from overproof.models.base import shape_of
 from overproof.models.compute import CPU, Compute
-from overproof.models.hf_directory import load_model, load_start
+from overproof.models.hf_directory import load_model, load_start, save_model
 from overproof.models.sizes import student_size
 from overproof.registry import TASKS
 from overproof.stage_context import StageContext, no_progress
@@ -69,6 +69,18 @@ def test_it_says_what_its_members_say_together(text: dict[str, Artifact], tmp_pa
         found = rough(input_ids=tokens_BS, use_cache=False).logits
     assert found.dtype == torch.float32
     assert 0 < (found.exp() - expected).abs().max() < 0.05
+
+
+def test_a_vocabulary_that_is_padded_further_is_cut_to_the_others(text: dict[str, Artifact], tmp_path: Path) -> None:
+    (first, second), tokens_BS = members(text), first_rows(text)
+    padded = load_model(second)
+    padded.resize_token_embeddings(padded.config.vocab_size + 8)
+    save_model(padded, padded.config, tmp_path / "padded", second / "tokenizer.json")
+    for name, other in (("plain", second), ("cut", tmp_path / "padded")):
+        write_ensemble([first, other], tmp_path / name, "probabilities", WEIGHTS)
+    with torch.inference_mode():
+        plain, cut = (load_model(tmp_path / name)(input_ids=tokens_BS).logits for name in ("plain", "cut"))
+    assert torch.equal(plain, cut)
 
 
 def test_its_size_is_that_of_all(text: dict[str, Artifact], both: Path) -> None:

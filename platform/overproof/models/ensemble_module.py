@@ -1,6 +1,6 @@
 """The torch modules of ensembles: several models whose answers are one, saved and loaded as any other model.
 
-Shapes: M members, B rows, P predictions of a row, V outputs.
+Shapes: M members, B rows, P predictions of a row, V outputs that all members have.
 """
 
 from __future__ import annotations
@@ -87,11 +87,12 @@ class OverproofEnsembleForCausalLM(_Ensemble):
 
     def forward(self, past_key_values: Sequence[Cache] | None = None, **inputs: Any) -> CausalLMOutputWithPast:
         """``past_key_values``: one cache for each member, which goes on."""
-        caches = past_key_values or [None] * len(self.members)
-        logprobs_MBPV = [
-            member(past_key_values=cache, **inputs).logits.float().log_softmax(-1)
+        caches, shared = past_key_values or [None] * len(self.members), self.config.vocab_size
+        logits_MBPV = [
+            member(past_key_values=cache, **inputs).logits[..., :shared].float()
             for member, cache in zip(self.members, caches, strict=True)
         ]
+        logprobs_MBPV = [logits_BPV.log_softmax(-1) for logits_BPV in logits_MBPV]
         return CausalLMOutputWithPast(logits=combined(logprobs_MBPV, self.config.weights, self.config.combine))
 
 
