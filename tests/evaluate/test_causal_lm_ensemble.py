@@ -31,6 +31,8 @@ from overproof.models.hf_directory import load_model, load_start, save_model
 from overproof.models.sizes import student_size
 from overproof.registry import TASKS
 from overproof.stage_context import StageContext, no_progress
+from overproof.tasks import text_evaluation
+from overproof.tasks.base import spread_units
 from overproof.train.ensemble import fit_weights, write_ensemble
 
 WEIGHTS = (0.75, 0.25)
@@ -193,6 +195,18 @@ def test_its_students_are_held_against_it_and_no_file_is_made_of_it(
     assert compared is not None
     student = next(m for m in report.measured if m.name == "student-q8_0").metrics["bits_per_byte"].value
     assert compared.value == pytest.approx(student / quality.value - 1, abs=1e-3)
+    by_name = {measured.name: measured.metrics["divergence_nats"] for measured in report.measured}
+    rows = text_evaluation.TestDocuments.of(root, 4)
+    reading = spread_units(rows.sample_ids, round(1024 / float(rows.lengths.mean())))
+    alone, total, places = load_model(members(text)[1]), 0.0, 0
+    for tokens_S, counts_P in text_evaluation.test_rows(shards, reading, None):
+        ids_S = torch.from_numpy(tokens_S[None, :-1].astype(np.int64))
+        with torch.inference_mode():
+            whole_PV, student_PV = (each(input_ids=ids_S).logits[0].log_softmax(-1) for each in (model, alone))
+        total += float((whole_PV.exp() * (whole_PV - student_PV)).sum())
+        places += len(counts_P)
+    assert by_name["student"].n == places
+    assert by_name["student"].value == pytest.approx(total / places, rel=0.05)
     _, _, first, *_ = variant_table(report)
     assert first[:3] == ("`teacher`", "", "in torch")
 

@@ -110,7 +110,7 @@ def _teaches_alone(recipe: Recipe, teacher: Pretrained) -> Finding | None:
     return Finding(
         "train.model", "warning",
         f"architecture {config['architectures'][0]} is not written as {recipe.compress.kind}: it teaches, and torch "
-        f"measures its {task.quality.title}; its size, speed and KL are not known"
+        f"measures its {task.quality.title}; its size and speed are not known"
         f"{'' if isinstance(family, ComposedFamily) else format.further_families}",
     )  # fmt: skip
 

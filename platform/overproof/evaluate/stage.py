@@ -33,7 +33,7 @@ from overproof.evaluate.metrics import (
 )
 from overproof.evaluate.outcome import OUTCOME, find_outcome, read_training, training_folders
 from overproof.evaluate.stopping import FEWEST, next_count, time_limits, widest
-from overproof.evaluate.unwritten_teacher import measured_teacher, teacher_scorer
+from overproof.evaluate.unwritten_teacher import measured_teacher, teacher_logits, teacher_scorer
 from overproof.export.base import TEACHER
 from overproof.export.stage import EXPORTS, Export, export_folder, read_exports
 from overproof.files import read_json
@@ -290,7 +290,8 @@ def _probe_all(context: StageContext, exports: tuple[Export, ...]) -> dict[str, 
     """Ask the engine about every file, on as many machines as there are: two on one would measure each other."""
     prepared, compressed, recipe = context.parents["prepare"], context.parents["compress"], context.recipe
     teacher = next((e.file for e in exports if e.name == TEACHER), None)
-    calls = {e.name: (compressed, prepared, e.file, teacher, recipe, context.progress) for e in exports}
+    beside = context.parents["train"] if teacher is None else teacher
+    calls = {e.name: (compressed, prepared, e.file, beside, recipe, context.progress) for e in exports}
 
     def report(done: int, last: str) -> None:
         context.progress(TaskProgress("engine", done, len(calls), f"{last} done" if last else ""))
@@ -328,8 +329,9 @@ def _score(
 
 
 def _probe(
-    compressed: Artifact, prepared: Artifact, file: str, teacher: str | None, recipe: Recipe, progress: Progress
+    compressed: Artifact, prepared: Artifact, file: str, teacher: str | Artifact, recipe: Recipe, progress: Progress
 ) -> dict[str, Metric]:
+    """What a file takes, and how far it is from the teacher's file, or from the teacher of one that holds no file."""
     root, path = prepared.local_except("train/"), export_folder(compressed, file) / file
     task, format = TASKS[Manifest.read(root).task], FORMATS[recipe.compress.kind]
 
@@ -339,7 +341,12 @@ def _probe(
     say("starting")
     settings = probe_settings(recipe)
     found = task.probe(path, root, settings, recipe.engine, format, say)
-    if teacher is not None and file != teacher:
+    if isinstance(teacher, Artifact):
+        assert isinstance(task, TokenTask)
+        logits = teacher_logits(recipe, teacher)
+        if logits is not None:
+            found |= task.divergence_by(logits, path, root, settings, recipe.engine, format, say)
+    elif file != teacher:
         beside = export_folder(compressed, teacher) / teacher
         found |= task.divergence(path, beside, root, settings, recipe.engine, format, say)
     progress(TaskProgress(f"engine {file}", 1, 1))

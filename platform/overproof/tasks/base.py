@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
     from overproof.data.source_files import FileListing
-    from overproof.engines.base import TextScorer
+    from overproof.engines.base import LogitsReader, TextScorer
     from overproof.engines.probe import Say
     from overproof.engines.probe_messages import ArrayAnswer, TextAnswer
     from overproof.export.base import Format
@@ -349,6 +349,11 @@ class TokenTask(Task, Protocol):
         self, scorer: TextScorer, sha256: str, root: Path, units: NDArray[np.int64], settings: Evaluate, tell: Tell
     ) -> FileScores:
         """As ``score``, by what a scorer of a model that goes by this hash says, which is closed then."""
+
+    def divergence_by(
+        self, teacher: LogitsReader, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
+    ) -> dict[str, Metric]:
+        """As ``divergence``, by all that a teacher says, which is closed then."""
 
 
 @runtime_checkable

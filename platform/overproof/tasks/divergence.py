@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from overproof.config import Evaluate
 from overproof.data.manifest import Manifest
 from overproof.data.parquet_reader import Shards
-from overproof.engines.base import ArrayEngine, EngineSettings
+from overproof.engines.base import ArrayEngine, EngineSettings, LogitsReader
 from overproof.engines.probe import Say
 from overproof.registry import ENGINES
 from overproof.tasks.array_evaluation import flat
@@ -67,28 +67,23 @@ def array_divergence(
 
 
 def text_divergence(
-    file: Path,
-    teacher: Path,
-    root: Path,
-    settings: Evaluate,
-    engine: str,
-    format: Format,
-    counted: str | None,
-    say: Say,
-) -> dict[str, Metric]:
-    """Of every prediction that counts in some test rows, which both files read side by side."""
+    file: Path, teacher: LogitsReader, root: Path, settings: Evaluate, engine: str, format: Format,
+    counted: str | None, say: Say,
+) -> dict[str, Metric]:  # fmt: skip
+    """Of every prediction that counts in some test rows, which the file and the teacher read side by side; the latter
+    is closed then.
+    """
     documents, positions = TestDocuments.of(root, settings.max_documents), Manifest.read(root).positions
     most = max(1, round(TOKENS / float(documents.lengths.mean())))
     picked = spread_units(documents.sample_ids, most)
     total, places = 0.0, 0
     with ExitStack() as opened:
-        readers = [
-            opened.enter_context(closing(open_logits(path, positions, settings, engine, format)))
-            for path in (teacher, file)
-        ]
+        opened.enter_context(closing(teacher))
+        own = opened.enter_context(closing(open_logits(file, positions, settings, engine, format)))
         for number, (tokens_S, counts_P) in enumerate(test_rows(Shards(root, "test"), picked, counted), start=1):
-            say(f"probabilities beside {teacher.name}, row {number} of {len(picked)}")
-            nats_P = np.concatenate(list(_row_divergences(*(reader.batches(tokens_S[:-1]) for reader in readers))))
+            say(f"probabilities beside the teacher's, row {number} of {len(picked)}")
+            read = (reader.batches(tokens_S[:-1]) for reader in (teacher, own))
+            nats_P = np.concatenate(list(_row_divergences(*read)))
             total += float(nats_P[counts_P].sum())
             places += int(counts_P.sum())
     return {DIVERGENCE: Metric(value=total / places, unit="nats", n=places)} if places else {}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from overproof.config import Evaluate
     from overproof.data.manifest import Manifest
     from overproof.data.source_files import FileListing
-    from overproof.engines.base import TextScorer
+    from overproof.engines.base import LogitsReader, TextScorer
     from overproof.engines.probe import Say
     from overproof.export.base import Format
     from overproof.stage_context import StageContext
@@ -94,6 +94,15 @@ class CausalTask:
 
     def divergence(
         self, file: Path, teacher: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
+    ) -> dict[str, Metric]:
+        from overproof.data.manifest import Manifest
+        from overproof.tasks.text_evaluation import open_logits
+
+        beside = open_logits(teacher, Manifest.read(root).positions, settings, engine, format)
+        return self.divergence_by(beside, file, root, settings, engine, format, say)
+
+    def divergence_by(
+        self, teacher: LogitsReader, file: Path, root: Path, settings: Evaluate, engine: str, format: Format, say: Say
     ) -> dict[str, Metric]:
         from overproof.tasks.divergence import text_divergence
 
