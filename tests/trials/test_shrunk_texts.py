@@ -58,7 +58,7 @@ def test_an_encoder_learns_several_classes_a_text_and_answers_over_http(
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
     monkeypatch.chdir(tmp_path)
     base, data = write_base(tmp_path / "base"), write_jsonl(tmp_path / "texts.jsonl", texts_of_several(240))
-    changes = (*FEW, "data.class_weights=balanced", "sweep.concurrent_trials=1")
+    changes = (*FEW, "sweep.steps=60", "data.class_weights=balanced", "sweep.concurrent_trials=1")
     few = [word for change in changes for word in ("--set", change)]
     assert main(["shrink", str(base), "--data", str(data), "--keep", "0.3", *few]) == 0
     assert "passed · shipped" in " ".join(capsys.readouterr().out.split())
