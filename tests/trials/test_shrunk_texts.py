@@ -46,7 +46,7 @@ def test_an_encoder_is_shrunk_from_texts_to_a_package(
     told = dict(re.findall(r"- name: (\S+)  # about (\S+) MB in int8", (tmp_path / "base-small.yaml").read_text()))
     report = read_json(Report, path)
     sizes = {file.name.removesuffix("-int8"): file.size_bytes / 1e6 for file in report.measured if file.candidate}
-    assert sizes.keys() == told.keys()
+    assert set() < sizes.keys() <= told.keys()  # no file is made of a student that a smaller one beats
     for name, found in sizes.items():
         assert found == pytest.approx(float(told[name]), rel=0.25)
 
