@@ -32,12 +32,13 @@ from decoder_cases import CASES, POSITIONS, SHAPE
 from overproof.artifacts import Store
 from overproof.config import Pretrained, Pruned, load_recipe
 from overproof.distill import pruning
-from overproof.distill.pruning import Importance, _head_width, measure_importance, prune
+from overproof.distill.pruning import Importance, _head_width, keep_layers, measure_importance, prune
 from overproof.distill.student_trainer import StudentTrainer
 from overproof.engines.llamacpp_logits import LlamaCppLogits
 from overproof.errors import InputError
 from overproof.export.gguf import FORMAT, Gguf
 from overproof.export.gguf_file import export_gguf
+from overproof.models.base import Prediction
 from overproof.models.encoder import PADDING, encoder_inputs
 from overproof.models.hf_directory import count_parameters, layer_names
 from overproof.models.sizes import student_size
@@ -208,6 +209,38 @@ def test_a_layer_that_turns_nothing_goes_first() -> None:
     for place, expected in enumerate(kept):
         for name, weight in smaller.get_submodule(f"{names.layers}.{place}").state_dict().items():
             assert torch.equal(weight, expected[name])
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen3", "gpt2", "falcon", "phi4", *OTHERS])
+def test_by_loss_the_layer_goes_without_which_the_model_loses_least(name: str) -> None:
+    """What a model loses without a layer is what the smaller model of all others loses."""
+    model, batch = made(name)
+
+    def predict(asked: PreTrainedModel, given: dict[str, torch.Tensor]) -> Prediction:
+        logits = ask(asked, given)
+        logits_BPV = logits if logits.dim() == 3 else logits[:, None]
+        places = torch.arange(logits_BPV[..., 0].numel()).reshape(logits_BPV.shape[:2])
+        return Prediction(logits_BPV, (7 * places + 1) % logits_BPV.shape[-1], places % 3 < 2)
+
+    found = measure_importance(model, [batch, batch], predict, layers_by_loss=True)
+    by_influence = measure_importance(model, [batch, batch], predict)
+    np.testing.assert_array_equal(found.channels_LI, by_influence.channels_LI)
+    assert not np.allclose(found.layers_L, by_influence.layers_L)
+    count, first = len(found.layers_L), int(layer_names(model).first_stays)
+    for layer in range(first, count):
+        given = predict(keep_layers(model, [other for other in range(count) if other != layer]).eval(), batch)
+        logprobs_BPV = given.logits_BPV.log_softmax(-1)
+        nats_BP = -logprobs_BPV.gather(-1, given.targets_BP[..., None])[..., 0]
+        assert found.layers_L[layer] == pytest.approx(nats_BP[given.mask_BP].mean().item(), rel=1e-4)
+    least = first + int(found.layers_L[first:].argmin())
+    smaller = prune(model, Pruned(layers=count - 1, layers_by="loss"), found)
+    expected = keep_layers(model, [other for other in range(count) if other != least])
+    assert torch.equal(ask(smaller.eval(), batch), ask(expected.eval(), batch))
+
+
+def test_what_says_so_is_measured_once_for_each_way() -> None:
+    ways = [Pruned(layers=2), Pruned(layers=3), Pruned(layers=2, layers_by="loss"), Pruned(layers=2, rows=64)]
+    assert len({section.measurement for section in ways}) == 3
 
 
 @pytest.mark.parametrize("name", ["llama-3", "smollm2", "qwen3", "gpt2", "falcon", "phi4"])

@@ -150,7 +150,7 @@ class Pruned(OfTeacher):
     channels between layers; of a convolutional teacher channels of its stages.
 
     Channels and heads matter by the size of what they give (arXiv 2407.14679), layers by how far they turn what they
-    are given (arXiv 2403.03853). What is null stays as the teacher has it.
+    are given (arXiv 2403.03853), or by the loss without each. What is null stays as the teacher has it.
     """
 
     kind: Literal["pruned"] = "pruned"
@@ -160,6 +160,11 @@ class Pruned(OfTeacher):
     hidden_size: Count | None = Field(None, description="Channels between layers that stay.")
     hidden_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] | None = Field(
         None, description="Channels of each stage that stay, of a convolutional teacher; inside blocks they follow."
+    )
+    layers_by: Literal["influence", "loss"] = Field(
+        "influence",
+        description="What says which layers stay: how far each turns what it is given, which one pass of the teacher "
+        "tells; or the loss without it, which takes a pass for each.",
     )
     rows: Count = Field(128, description="Train rows that say what matters, the first in training order.")
     rounds: Count = Field(
@@ -185,7 +190,8 @@ class Pruned(OfTeacher):
 
     @property
     def measurement(self) -> Measurement:
-        return Measurement(f"importance-of-{self.rows}-rows", self.rows)
+        by = "" if self.layers_by == "influence" else f"-layers-by-{self.layers_by}"
+        return Measurement(f"importance-of-{self.rows}-rows{by}", self.rows)
 
     def further_steps(self, steps: int) -> tuple[int, ...]:
         """Those of a training of so many after which a further part goes; the first goes before it begins."""

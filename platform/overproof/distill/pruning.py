@@ -2,8 +2,9 @@
 
 Channels of feed-forward layers and groups of heads matter by the size of what they give over a calibration set
 (Minitron, arXiv 2407.14679); layers by how far they turn what they are given, one minus the cosine of input and output
-(block influence, ShortGPT, arXiv 2403.03853). One pass of the teacher says all three. What comes out is a model of the
-same class with a smaller configuration, which every runtime of that class loads.
+(block influence, ShortGPT, arXiv 2403.03853). One pass of the teacher says all three. Layers may go by the loss of the
+model without each instead (Minitron, too), which takes as many passes. What comes out is a model of the same class with
+a smaller configuration, which every runtime of that class loads.
 
 Channels between layers matter by the size of what norms give of them, in all layers. Of convolutional models see
 ``channel_pruning``.
@@ -18,7 +19,7 @@ import copy
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,7 +72,7 @@ def known_importance(section: Pruned, teacher: Path, prepared: Artifact, workspa
     path = f"{folder}/{section.measurement.name}.npz"
     if files.get_file_info(path).type is not fs.FileType.File:
         read, content = CalibrationRows(prepared, seed, section.rows), io.BytesIO()
-        found = measure_importance(load_model(teacher), read.batches(), read.predict)
+        found = measure_importance(load_model(teacher), read.batches(), read.predict, section.layers_by == "loss")
         np.savez(content, **vars(found))
         files.create_dir(folder, recursive=True)
         atomic_write(files, path, content.getvalue())
@@ -80,9 +81,11 @@ def known_importance(section: Pruned, teacher: Path, prepared: Artifact, workspa
 
 @torch.inference_mode()
 def measure_importance(
-    model: PreTrainedModel, batches: Iterable[Any], predict: Callable[[Any, Any], object]
+    model: PreTrainedModel, batches: Sequence[Any], predict: Callable[[Any, Any], Any], layers_by_loss: bool = False
 ) -> Importance:
-    """One pass over the batches. Of parts that are not where the family has them, nothing is said."""
+    """One pass over the batches, or with ``layers_by_loss`` one more for each layer. Of parts that are not where the
+    family has them, nothing is said.
+    """
     family, nothing = model_family(model), np.zeros((0, 0))
     if isinstance(family, ConvolutionalFamily):
         found_G = measure_channels(model, family, batches, predict)
@@ -107,10 +110,27 @@ def measure_importance(
         for batch in batches:
             counted[0] = counted_places(batch)
             predict(model, batch)
+    matter_L = [mean.value.item() for mean in turned]
+    if layers_by_loss:
+        matter_L = [_loss_without(layer, model, batches, predict) for layer in layers]
     model.train(was_training)
-    return Importance(
-        np.array([mean.value.item() for mean in turned]), _stacked(channels), _stacked(heads), _stacked(widths).sum(0)
-    )
+    return Importance(np.array(matter_L), _stacked(channels), _stacked(heads), _stacked(widths).sum(0))
+
+
+def _loss_without(
+    layer: nn.Module, model: PreTrainedModel, batches: Sequence[Any], predict: Callable[[Any, Any], Any]
+) -> float:
+    """Nats of a prediction that counts where a layer gives what it is given."""
+    total, count = 0.0, 0
+    with _listening() as listen:
+        listen(layer.register_forward_hook(lambda _, i, o: i[0] if isinstance(o, Tensor) else (i[0], *o[1:])))
+        for batch in batches:
+            found = predict(model, batch)
+            counts_BP = found.mask_BP > 0
+            logits_NV, targets_N = found.logits_BPV[counts_BP], found.targets_BP[counts_BP].long()
+            total += nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum").item()
+            count += len(targets_N)
+    return total / max(1, count)
 
 
 def _part(layer: nn.Module, name: str | None) -> nn.Module | None:

@@ -63,5 +63,6 @@ def pruned_further(
     assert isinstance(chosen, Pruned)
     assert isinstance(measured, Importance)
     read = CalibrationRows(prepared, seed, chosen.rows)
-    found = measure_importance(model, (to_device(batch, model.device) for batch in read.batches()), read.predict)
+    batches = [to_device(batch, model.device) for batch in read.batches()]
+    found = measure_importance(model, batches, read.predict, chosen.layers_by == "loss")
     return prune(model, chosen.after(rounds, *measured.sizes), found).to(model.device).train()
