@@ -152,6 +152,8 @@ class PolicyTrainer(TorchTrainer):
 
         def kill(*_: Any) -> None:
             ray.kill(controller)
+            with suppress(RayActorError, GetTimeoutError):  # until it is dead it may reserve another group
+                ray.get(controller.__ray_ready__.remote(), timeout=ABORT_TIMEOUT_S)
             remove_placement_groups(controller._actor_id.hex())
             raise KeyboardInterrupt
 
