@@ -18,6 +18,7 @@ from overproof.data.manifest import TOKENIZER, Manifest
 from overproof.data.parquet_reader import Shards
 from overproof.errors import InputError
 from overproof.models.base import ComposedFamily
+from overproof.models.compute import CPU
 from overproof.models.ensemble_module import Combine, OverproofEnsembleConfig
 from overproof.models.hf_directory import (
     load_model,
@@ -29,9 +30,10 @@ from overproof.models.hf_directory import (
 )
 from overproof.models.sizes import family_of
 from overproof.registry import FAMILIES, TASKS
+from overproof.tasks.text_evaluation import BATCH_LOGITS
 
 FEWEST = 2
-BATCH_ROWS, BATCH_LOGITS = 256, 1 << 23  # of rows that are read together, and of what a member says of them
+BATCH_ROWS = 256
 ROUNDS, STILL = 500, 1e-7  # of the fit at most, and by how much weights then change
 
 
@@ -117,7 +119,7 @@ def fit_weights(members: Sequence[Path], prepared: Artifact, tell: Callable[[str
     for member in members:
         require_outputs(member, manifest)
     found = list[NDArray[np.float64]]()
-    rows = max(1, min(BATCH_ROWS, BATCH_LOGITS // (manifest.positions * manifest.outputs)))
+    rows = max(1, min(BATCH_ROWS, BATCH_LOGITS[CPU.type] // (manifest.positions * manifest.outputs)))
     for number, member in enumerate(members, start=1):
         model, parts = load_start(member, manifest, 0), list[NDArray[np.float64]]()
         for first in range(0, shards.rows, rows):
